@@ -1,0 +1,160 @@
+"""Which build wins, and why each other one lost. Pure."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+from corewise import stats
+from corewise.fidelity import gate
+from corewise.values import Build, Choice, Goal, Loser, Measurement, Objective, Rates, Trial
+
+TIE = 0.98
+"""A finalist this near to the fastest, by an interval that holds 1, is as fast."""
+
+_PRECISION_RANK = {"fp32": 3, "bf16": 2, "int8": 1, "int8-dynamic": 0}
+
+
+@dataclass(frozen=True)
+class _Finalist:
+    """A build in the alternating run, with its trial's accuracy."""
+
+    rates: Rates
+    trial: Trial
+
+    @property
+    def build(self) -> Build:
+        return self.rates.build
+
+    @property
+    def median(self) -> float:
+        return stats.quantile(self.rates.per_s, 0.5)
+
+    @property
+    def closeness(self) -> tuple[int, float]:
+        """Orders by accuracy: precision first, signal-to-noise ratio next."""
+        sqnr_db = self.trial.fidelity.sqnr_db if self.trial.fidelity else 200.0
+        return _PRECISION_RANK[self.build.precision], sqnr_db
+
+    def over(self, other: "_Finalist") -> stats.Ratio:
+        return stats.ratio_interval(self.rates.per_s, other.rates.per_s)
+
+
+def choose(trials: Sequence[Trial], finals: Sequence[Rates], objective: Objective, baseline: Build) -> Choice:
+    """The finalist with the best median rate, unless none is faster than the baseline: then the baseline.
+
+    ``finals`` are the rates of one alternating run (for the latency goal 1/latency), the baseline's among
+    them; only builds whose trial is ``ok`` can win. Faster than the baseline is a higher median and a ratio
+    above 1 in the median round, so that no winner's speed-up is below 1. Finalists as fast as the fastest
+    (``TIE``) give way to the most accurate of them. Every other trial is a loser with a reason.
+
+    Raises ``ValueError`` where the baseline has no trial or no rates.
+    """
+    by_build = {trial.build: trial for trial in trials}
+    finalists = [_Finalist(rates, by_build[rates.build]) for rates in finals if rates.build in by_build]
+    finalists = [f for f in finalists if f.trial.state == "ok" or f.build == baseline]
+    base = max((f for f in finalists if f.build == baseline), key=lambda f: f.median, default=None)
+    if base is None:
+        raise ValueError(f"the baseline {baseline.label} is not among the finals")
+    faster = [f for f in finalists if f.median > base.median and f.over(base).value > 1]
+    fastest = max(faster, key=lambda f: f.median, default=base)
+    winner = max((f for f in (*faster, base) if _ties(f, fastest)), key=lambda f: (f.closeness, f.median))
+    speedup = winner.over(base)
+    return Choice(
+        winner=winner.build,
+        plan=winner.rates.plan,
+        throughput_per_s=winner.median,
+        baseline_throughput_per_s=base.median,
+        speedup=speedup.value,
+        speedup_low=speedup.low,
+        speedup_high=speedup.high,
+        reason=_reason(trials, finalists, winner, fastest, base, objective.goal),
+        losers=tuple(
+            Loser(build=trial.build, state=trial.state, reason=_why_not(trial, finalists, winner, objective.goal))
+            for trial in trials
+            if trial.build != winner.build
+        ),
+        warnings=tuple(_warnings(winner, base, objective)),
+    )
+
+
+def _ties(finalist: _Finalist, fastest: _Finalist) -> bool:
+    """Whether it is as fast as the fastest, as far as the run can tell."""
+    ratio = finalist.over(fastest)
+    return ratio.value >= TIE and ratio.high >= 1
+
+
+def _reason(
+    trials: Sequence[Trial],
+    finalists: Sequence[_Finalist],
+    winner: _Finalist,
+    fastest: _Finalist,
+    base: _Finalist,
+    goal: Goal,
+) -> str:
+    """Why the winner won, in words with figures."""
+    rate = _rate(winner.median, goal)
+    if winner is not base:
+        speedup = winner.over(base)
+        why = f"{rate}, {_times(speedup)} the baseline {base.build.label} in {len(base.rates.per_s)} alternating rounds"
+    elif fastest is base:
+        others = any(f is not base for f in finalists)
+        why = f"{rate}, and no finalist was faster" if others else f"{rate}, the only finalist"
+    else:
+        why = f"{rate}, the baseline"
+    if winner is not fastest:
+        why += f"; as fast as {fastest.build.label} ({_times(winner.over(fastest))} of it) and more accurate"
+    inaccurate = [family for family in ("int8", "bf16") if _all_rejected(trials, family)]
+    if inaccurate:
+        return f"no {' or '.join(inaccurate)} candidate was accurate enough; {winner.build.label} wins: {why}"
+    return f"{winner.build.label} wins: {why}"
+
+
+def _all_rejected(trials: Sequence[Trial], family: str) -> bool:
+    """Whether candidates of a precision (int8 with int8-dynamic) reached the gate and none passed it."""
+    states = {trial.state for trial in trials if trial.build.precision.startswith(family)}
+    return "rejected" in states and "ok" not in states
+
+
+def _why_not(trial: Trial, finalists: Sequence[_Finalist], winner: _Finalist, goal: Goal) -> str:
+    """Why a trial other than the winner's lost."""
+    if trial.state != "ok":
+        return trial.reason
+    best = max((f for f in finalists if f.build == trial.build), key=lambda f: f.median, default=None)
+    if best is not None:
+        ratio = best.over(winner)
+        why = f"{_times(ratio)} of the winner in the alternating run"
+        return f"{why}: as fast, but less accurate" if ratio.value > 1 else why
+    theirs, ours = trial.best(goal), winner.trial.best(goal)
+    if theirs is None:
+        return "not a finalist: its speed was not measured"
+    against = _measured(ours, goal) if ours else _rate(winner.median, goal)
+    return f"not a finalist: {_measured(theirs, goal)} in its trial against {against}"
+
+
+def _warnings(winner: _Finalist, base: _Finalist, objective: Objective) -> Iterator[str]:
+    """Doubts about the choice."""
+    if winner is not base and winner.trial.fidelity is not None:
+        uncertain = gate(winner.trial.fidelity, objective).uncertain
+        if uncertain:
+            yield uncertain
+    rounds = len(base.rates.per_s)
+    if rounds < stats.MIN_ROUNDS:
+        yield f"only {rounds} alternating rounds: {stats.MIN_ROUNDS} are needed for a 95 % interval of the speed-up"
+    if winner is not base and winner.over(base).low <= 1:
+        yield "the interval of the speed-up holds 1: the winner may be no faster than the baseline"
+    for finalist in (winner,) if winner is base else (winner, base):
+        measured = finalist.trial.best(objective.goal)
+        throttled = measured.throttled if measured else 0
+        for warning in stats.noise_warnings(finalist.rates.per_s, throttled):
+            yield f"{finalist.build.label}: {warning}"
+
+
+def _times(ratio: stats.Ratio) -> str:
+    return f"{ratio.value:.2f}x [{ratio.low:.2f}, {ratio.high:.2f}]"
+
+
+def _rate(per_s: float, goal: Goal) -> str:
+    return f"{1000 / per_s:.2f} ms" if goal == "latency" else f"{per_s:.1f}/s"
+
+
+def _measured(measurement: Measurement, goal: Goal) -> str:
+    return f"{measurement.p50_ms:.2f} ms" if goal == "latency" else f"{measurement.throughput_per_s:.1f}/s"

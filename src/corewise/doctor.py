@@ -1,0 +1,474 @@
+"""What corewise finds on this machine: the CPU, its limits, the engines, and each pitfall with its fix.
+
+``diagnose`` looks without importing a single engine, so it answers at once; torch is imported only when its facts
+are asked for. ``render`` shows a diagnosis on a terminal, ``values.to_json`` turns it into JSON.
+"""
+
+import importlib.util
+import re
+import shutil
+import sys
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from importlib import metadata
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Literal
+
+import corewise
+from corewise.cpu import EXTENSIONS
+from corewise.values import Cpu
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
+    from rich.table import Table
+
+Severity = Literal["info", "warning", "problem"]
+Limit = Literal["machine", "affinity", "quota"]
+
+ENGINE_PACKAGES: Mapping[str, tuple[str, tuple[str, ...]]] = {
+    "eager": ("optimize", ("torch",)),
+    "torch-int8": ("optimize", ("torch",)),
+    "openvino": ("openvino", ("openvino", "nncf")),
+    "onnxruntime": ("onnxruntime", ("onnxruntime", "onnx", "onnxscript")),
+}
+"""By engine: the extra that installs it, and the packages it needs to build; the first one gives its version."""
+
+LOW_MEMORY_BYTES = 2 * 2**30
+"""Below this, building a model the size of ResNet-50 or BERT-base is likely to be killed."""
+
+_THREADS: tuple[Severity, str] = ("info", "corewise sets the threads of every plan itself, so nothing needs to change")
+_PINNING: tuple[Severity, str] = (
+    "warning",
+    "unset it: corewise pins the instances of a plan itself, and this pins them on top of that",
+)
+_ISA_CAP: tuple[Severity, str] = (
+    "warning",
+    "unset it unless it is a test: it may keep kernels from extensions that this CPU has",
+)
+ENVIRONMENT_PITFALLS: Mapping[str, tuple[Severity, str]] = {
+    "OMP_NUM_THREADS": _THREADS,
+    "MKL_NUM_THREADS": _THREADS,
+    "OMP_PROC_BIND": _PINNING,
+    "GOMP_CPU_AFFINITY": _PINNING,
+    "KMP_AFFINITY": _PINNING,
+    "ATEN_CPU_CAPABILITY": _ISA_CAP,
+    "ONEDNN_MAX_CPU_ISA": _ISA_CAP,
+}
+"""By environment variable: how bad it is that it is set, and what to do."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class EngineStatus:
+    """Whether an engine's packages are installed; ``reason`` says what is missing and how to get it."""
+
+    name: str
+    available: bool
+    version: str | None
+    reason: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class TorchFacts:
+    """How the installed torch was built and what it makes of this CPU; a library's version is ``None`` without it."""
+
+    version: str
+    mkl: str | None
+    onednn: str | None
+    parallel_backend: str | None
+    cpu_capability: str
+    """The instruction set of torch's own kernels: ``DEFAULT``, ``AVX2``, ``AVX512``, ``SVE256``."""
+    quantized_backends: tuple[str, ...]
+    threads: int
+    """Threads that one operation uses unless told otherwise."""
+    amx: bool
+    """Whether the kernel granted this process the AMX tile registers."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Finding:
+    """One pitfall of this machine: what it is, what it costs, and what to do about it."""
+
+    severity: Severity
+    what: str
+    fix: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Diagnosis:
+    """All that ``doctor`` found."""
+
+    cpu: Cpu
+    usable_cores: int
+    limited_by: Limit
+    """What decides ``usable_cores``; ``affinity`` includes the cpuset."""
+    compiler: str | None
+    """Path of the C++ compiler; ``None`` where PATH has none."""
+    engines: tuple[EngineStatus, ...]
+    packages: dict[str, str]
+    """Versions of Python, of corewise and of the engines' packages that are installed."""
+    torch: TorchFacts | None
+    findings: tuple[Finding, ...]
+    """The worst first."""
+
+
+def diagnose(cpu: Cpu, *, torch: bool = False, environment: Mapping[str, str] = MappingProxyType({})) -> Diagnosis:
+    """Look at the machine; ``torch`` also imports torch for its facts, which takes seconds.
+
+    ``environment`` is the process's: its PATH is searched for a compiler, and its pitfalls are reported.
+    A torch that does not import is a finding, not an error.
+    """
+    packages = _packages()
+    engines = tuple(_engine_status(name, packages) for name in ENGINE_PACKAGES)
+    compiler = _compiler(environment)
+    findings = [*_cpu_findings(cpu), *_limit_findings(cpu), *_software_findings(engines, compiler, environment)]
+    facts = None
+    if torch and "torch" in packages:
+        try:
+            facts = _torch_facts()
+        except (ImportError, OSError) as error:
+            first_line = str(error).partition("\n")[0]
+            findings.append(
+                Finding(
+                    severity="problem",
+                    what=f"torch {packages['torch']} is installed but does not import: {first_line}",
+                    fix="pip install --force-reinstall 'corewise[optimize]'",
+                )
+            )
+        else:
+            findings += torch_findings(cpu, facts)
+    order: tuple[Severity, ...] = ("problem", "warning", "info")
+    return Diagnosis(
+        cpu=cpu,
+        usable_cores=cpu.usable_cores,
+        limited_by=limited_by(cpu),
+        compiler=compiler,
+        engines=engines,
+        packages=packages,
+        torch=facts,
+        findings=tuple(sorted(findings, key=lambda finding: order.index(finding.severity))),
+    )
+
+
+def limited_by(cpu: Cpu) -> Limit:
+    """Which limit decides ``cpu.usable_cores``: the quota, the affinity (or cpuset), or only the machine's size."""
+    allowed = _allowed_cores(cpu)
+    if cpu.quota_cores is not None and cpu.quota_cores < allowed:
+        return "quota"
+    return "affinity" if allowed < _cores(cpu) else "machine"
+
+
+def parse_torch_build(text: str) -> dict[str, str]:
+    """``torch.__config__.show()`` and ``parallel_info()`` as ``mkl``, ``onednn``, ``parallel_backend``, if built in."""
+    patterns = {
+        "mkl": r"Math Kernel Library Version (\S+?)-",
+        "onednn": r"MKL-DNN v(\S+)",
+        "parallel_backend": r"ATen parallel backend: (.+)",
+    }
+    found = {name: re.search(pattern, text) for name, pattern in patterns.items()}
+    return {name: match[1] for name, match in found.items() if match}
+
+
+def torch_findings(cpu: Cpu, facts: TorchFacts) -> Iterator[Finding]:
+    """What torch makes too little of on this CPU."""
+    best = "AVX512" if cpu.has("avx512") else "AVX2" if cpu.has("avx2") else None
+    if best and facts.cpu_capability != best:
+        yield Finding(
+            severity="warning",
+            what=f"torch uses {facts.cpu_capability} kernels although the CPU has {best}: eager fp32 is slower",
+            fix="unset ATEN_CPU_CAPABILITY, or install torch from https://download.pytorch.org/whl/cpu",
+        )
+    if cpu.has("amx_int8") and not facts.amx:
+        yield Finding(
+            severity="warning",
+            what="the CPU has AMX but the kernel did not grant its tile registers: int8 and bf16 run without it",
+            fix="use Linux 5.16 or newer and a sandbox that allows arch_prctl(ARCH_REQ_XCOMP_PERM)",
+        )
+    if facts.onednn is None:
+        yield Finding(
+            severity="warning",
+            what="torch was built without oneDNN: convolutions are slow and most int8 backends are missing",
+            fix="install torch from https://download.pytorch.org/whl/cpu",
+        )
+
+
+def _packages() -> dict[str, str]:
+    versions = {"python": sys.version.split()[0], "corewise": corewise.__version__}
+    for name in dict.fromkeys(package for _, packages in ENGINE_PACKAGES.values() for package in packages):
+        spec = importlib.util.find_spec(name)
+        # A folder of that name without code is found too, as a namespace without origin.
+        if spec is not None and spec.origin is not None:
+            try:
+                versions[name] = metadata.version(name)
+            except metadata.PackageNotFoundError:
+                versions[name] = "unknown"
+    return versions
+
+
+def _engine_status(name: str, installed: Mapping[str, str]) -> EngineStatus:
+    extra, packages = ENGINE_PACKAGES[name]
+    missing = [package for package in packages if package not in installed]
+    reason = f"needs {', '.join(missing)}: {_pip(extra)}" if missing else ""
+    return EngineStatus(name=name, available=not missing, version=installed.get(packages[0]), reason=reason)
+
+
+def _compiler(environment: Mapping[str, str]) -> str | None:
+    paths = (shutil.which(name, path=environment.get("PATH")) for name in ("c++", "g++", "clang++"))
+    return next((path for path in paths if path), None)
+
+
+def _torch_facts() -> TorchFacts:
+    import torch
+
+    build = parse_torch_build(torch.__config__.show() + torch.__config__.parallel_info())
+    return TorchFacts(
+        version=torch.__version__,
+        mkl=build.get("mkl"),
+        onednn=build.get("onednn"),
+        parallel_backend=build.get("parallel_backend"),
+        cpu_capability=torch.backends.cpu.get_cpu_capability(),
+        quantized_backends=tuple(torch.backends.quantized.supported_engines),
+        threads=torch.get_num_threads(),
+        amx=torch.cpu._init_amx(),
+    )
+
+
+def _cpu_findings(cpu: Cpu) -> Iterator[Finding]:
+    if not cpu.isa:
+        yield Finding(
+            severity="warning",
+            what=f"/proc/cpuinfo names no extension that corewise knows for {cpu.architecture}",
+            fix="mount /proc where corewise runs, or report the output of doctor --json",
+        )
+    elif not cpu.int8_dot and cpu.architecture == "x86_64":
+        yield Finding(
+            severity="warning",
+            what="no int8 dot product (VNNI): int8 sums saturate in 16 bits, so corewise uses 7-bit activation"
+            " ranges, and int8 gains about half as much",
+            fix="run on Intel Ice Lake, AMD Zen 4 or newer; a guest needs -cpu host to see the extension",
+        )
+    elif not cpu.int8_dot:
+        yield Finding(
+            severity="warning",
+            what="no int8 dot product (DotProd): int8 gains about half as much",
+            fix="run on ARMv8.2 with DotProd or newer, such as Neoverse-N1",
+        )
+    if cpu.isa and not cpu.bf16:
+        yield Finding(
+            severity="info",
+            what="no bf16 hardware: bf16 candidates are skipped",
+            fix="nothing to do; Intel Cooper Lake, AMD Zen 4 and Neoverse-V1 have it",
+        )
+
+
+def _limit_findings(cpu: Cpu) -> Iterator[Finding]:
+    allowed = _allowed_cores(cpu)
+    if cpu.quota_cores is not None and cpu.quota_cores < allowed:
+        yield Finding(
+            severity="warning",
+            what=f"the cgroup allows {cpu.quota_cores:g} of {allowed} cores: thread pools sized to the machine are"
+            f" stopped most of the time; corewise uses {cpu.usable_cores}",
+            fix="give the container a whole number of cores (docker --cpus, Kubernetes limits.cpu)",
+        )
+    if cpu.cpus and len(cpu.affinity) < len(cpu.cpus):
+        yield Finding(
+            severity="info",
+            what=f"affinity or cpuset allows {len(cpu.affinity)} of {len(cpu.cpus)} hardware threads",
+            fix="widen it (taskset, docker --cpuset-cpus) if corewise may use more of the machine",
+        )
+    usable = [logical for logical in cpu.cpus if logical.cpu in cpu.affinity]
+    if len(usable) > len({(logical.socket, logical.core) for logical in usable}):
+        yield Finding(
+            severity="info",
+            what="cores run several hardware threads each (SMT), which share the core's multipliers:"
+            " corewise uses one per core",
+            fix="nothing to do; give other tools as many threads as there are cores",
+        )
+    if (nodes := len({logical.node for logical in usable})) > 1:
+        yield Finding(
+            severity="info",
+            what=f"{nodes} NUMA nodes: an instance that spans them waits for remote memory",
+            fix="run one instance per node: numactl --cpunodebind=0 --membind=0 ...",
+        )
+    if 0 < (memory := cpu.memory_limit_bytes or cpu.memory_bytes) < LOW_MEMORY_BYTES:
+        yield Finding(
+            severity="warning",
+            what=f"only {memory / 2**30:.1f} GiB of memory: candidates may be killed while they are built",
+            fix="raise the limit (docker --memory, Kubernetes limits.memory) to 2 GiB or more",
+        )
+
+
+def _software_findings(
+    engines: tuple[EngineStatus, ...], compiler: str | None, environment: Mapping[str, str]
+) -> Iterator[Finding]:
+    missing = {engine.name: engine.reason for engine in engines if not engine.available}
+    if "eager" in missing:
+        yield Finding(
+            severity="problem",
+            what="torch is not installed: artifacts can be served, models cannot be optimized",
+            fix=_pip("optimize"),
+        )
+    elif {"openvino", "onnxruntime"} <= missing.keys():
+        yield Finding(
+            severity="warning",
+            what="no engine beyond torch is installed: the fastest candidates are skipped",
+            fix=_pip("openvino,onnxruntime"),
+        )
+    else:
+        for name, reason in missing.items():
+            yield Finding(severity="info", what=f"candidates of {name} are skipped", fix=reason)
+    if compiler is None:
+        yield Finding(
+            severity="info",
+            what="no C++ compiler on PATH: inductor will not work; the other engines do",
+            fix="install g++ (apt-get install g++) if torch.compile is wanted",
+        )
+    for variable, (severity, fix) in ENVIRONMENT_PITFALLS.items():
+        if value := environment.get(variable):
+            yield Finding(severity=severity, what=f"{variable}={value} is set", fix=fix)
+
+
+def _pip(extra: str) -> str:
+    return f"pip install 'corewise[{extra}]'"
+
+
+def _cores(cpu: Cpu) -> int:
+    """Physical cores of the machine."""
+    return len({(logical.socket, logical.core) for logical in cpu.cpus})
+
+
+def _allowed_cores(cpu: Cpu) -> int:
+    """Physical cores within the affinity, whatever the quota."""
+    return replace(cpu, quota_cores=None).usable_cores
+
+
+def render(diagnosis: Diagnosis) -> "RenderableType":
+    """The diagnosis for a terminal of 80 columns or more; give it to ``rich.console.Console.print``."""
+    from rich.console import Group
+    from rich.text import Text
+
+    parts: list[RenderableType] = [_facts_table(diagnosis), Text(), _engines_table(diagnosis)]
+    if diagnosis.findings:
+        parts += [Text(), _findings_table(diagnosis)]
+    return Group(*parts)
+
+
+def _facts_table(diagnosis: Diagnosis) -> "Table":
+    from rich.text import Text
+
+    cpu = diagnosis.cpu
+    table = _grid()
+    table.add_row(Text("CPU", "bold"), Text(f"{cpu.model} ({cpu.vendor}, {cpu.architecture})"))
+    table.add_row(Text("ISA", "bold"), _isa_marks(cpu))
+    table.add_row(Text("Cores", "bold"), Text(_topology(cpu)))
+    table.add_row(Text("Caches", "bold"), Text(_caches(cpu)))
+    table.add_row(Text("Usable", "bold"), Text(_usable(diagnosis)))
+    table.add_row(Text("Memory", "bold"), Text(_memory(cpu)))
+    table.add_row(Text("Compiler", "bold"), Text(diagnosis.compiler or "none on PATH"))
+    if facts := diagnosis.torch:
+        libraries = (
+            facts.mkl and f"MKL {facts.mkl}",
+            facts.onednn and f"oneDNN {facts.onednn}",
+            facts.parallel_backend,
+        )
+        built = ", ".join(library for library in libraries if library)
+        backends = ", ".join(facts.quantized_backends)
+        table.add_row(Text("torch", "bold"), Text(f"{facts.version}, {facts.cpu_capability} kernels, {built}"))
+        table.add_row("", Text(f"{facts.threads} threads; int8 backends {backends}"))
+    return table
+
+
+def _engines_table(diagnosis: Diagnosis) -> "Table":
+    from rich.text import Text
+
+    table = _grid()
+    for engine in diagnosis.engines:
+        name = Text.assemble(_mark(engine.available), " ", engine.name)
+        table.add_row(name, Text(engine.reason or engine.version or ""))
+    return table
+
+
+def _findings_table(diagnosis: Diagnosis) -> "Table":
+    from rich.text import Text
+
+    styles: dict[Severity, str] = {"problem": "bold red", "warning": "yellow", "info": "cyan"}
+    table = _grid()
+    for finding in diagnosis.findings:
+        table.add_row(
+            Text(finding.severity, styles[finding.severity]),
+            Text.assemble(finding.what, "\n", (f"→ {finding.fix}", "dim")),
+        )
+    return table
+
+
+def _grid() -> "Table":
+    from rich.table import Table
+
+    table = Table.grid(padding=(0, 2))
+    table.add_column(no_wrap=True, min_width=11)
+    table.add_column(overflow="fold")
+    return table
+
+
+def _mark(present: bool) -> tuple[str, str]:
+    return ("✓", "green") if present else ("✗", "red")
+
+
+def _isa_marks(cpu: Cpu) -> "RenderableType":
+    from rich.columns import Columns
+    from rich.text import Text
+
+    known = EXTENSIONS.get(cpu.architecture)
+    if known is None:
+        return Text("unknown")
+    return Columns([Text.assemble(_mark(cpu.has(name)), f" {name}") for name in known])
+
+
+def _topology(cpu: Cpu) -> str:
+    if not cpu.cpus:
+        return "unknown"
+    sockets = len({logical.socket for logical in cpu.cpus})
+    nodes = len({logical.node for logical in cpu.cpus})
+    return ", ".join(
+        (
+            _count(_cores(cpu), "core"),
+            _count(len(cpu.cpus), "hardware thread"),
+            _count(sockets, "socket"),
+            _count(nodes, "NUMA node"),
+        )
+    )
+
+
+def _caches(cpu: Cpu) -> str:
+    letter = {"data": "d", "instruction": "i", "unified": ""}
+    caches = [
+        f"L{cache.level}{letter[cache.kind]} {_bytes(cache.size_bytes)}"
+        + (f" shared by {cache.shared_by} threads" if cache.shared_by > 1 else "")
+        for cache in cpu.caches
+    ]
+    return ", ".join(caches) or "unknown"
+
+
+def _usable(diagnosis: Diagnosis) -> str:
+    cpu = diagnosis.cpu
+    why = {
+        "machine": "all of them",
+        "affinity": f"affinity or cpuset allows {_count(len(cpu.affinity), 'hardware thread')}",
+        "quota": f"the cgroup's quota of {cpu.quota_cores or 0:g} cores decides",
+    }
+    return f"{_count(diagnosis.usable_cores, 'core')}: {why[diagnosis.limited_by]}"
+
+
+def _memory(cpu: Cpu) -> str:
+    limit = "no limit" if cpu.memory_limit_bytes is None else f"{_bytes(cpu.memory_limit_bytes)} allowed by the cgroup"
+    return f"{_bytes(cpu.memory_bytes) if cpu.memory_bytes else 'unknown'}, {limit}"
+
+
+def _bytes(size: int) -> str:
+    for unit, scale in (("GiB", 2**30), ("MiB", 2**20)):
+        if size >= scale:
+            return f"{round(size / scale, 1):g} {unit}"
+    return f"{size // 2**10} KiB"
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"

@@ -1,0 +1,116 @@
+"""What an engine is, and the table of those there are."""
+
+import importlib
+import importlib.util
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+
+from corewise.errors import EngineError
+from corewise.samples import Samples
+from corewise.values import Build, Cpu, Plan, TensorSpec
+
+ENGINES = {
+    "eager": "corewise.engines.eager:Eager",
+    "torch-int8": "corewise.engines.torch_int8:TorchInt8",
+    "openvino": "corewise.engines.openvino:OpenVino",
+    "onnxruntime": "corewise.engines.onnxruntime:OnnxRuntime",
+    "fake": "corewise.engines.fake:Fake",
+}
+"""Name to ``module:class``. Any other engine is named by its own ``module:class``."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Material:
+    """What a build is made from."""
+
+    program: Path
+    """The exported fp32 program (``.pt2``: flat tensors in, flat tensors out, dynamic batch)."""
+    inputs: tuple[TensorSpec, ...]
+    outputs: tuple[TensorSpec, ...]
+    operators: dict[str, int]
+    """How often each operator stands in the program, e.g. ``{"aten.conv2d.default": 53}``."""
+    calibration: Samples
+    cpu: Cpu
+    cache: Path
+    """A folder for what several builds of one engine share."""
+
+    def count(self, pattern: str) -> int:
+        """How many operators of the program match the regular expression."""
+        return sum(n for name, n in self.operators.items() if re.search(pattern, name))
+
+
+class Session(Protocol):
+    """An opened payload. Not thread-safe: one thread at a time calls ``run``."""
+
+    def run(self, inputs: Sequence[np.ndarray]) -> list[np.ndarray]:
+        """Run any batch of at least one item; inputs and outputs are as the program's specs say."""
+        ...
+
+    def close(self) -> None:
+        """Give back memory and threads."""
+        ...
+
+
+class Engine(Protocol):
+    """One way to run a model. Construction is free; heavy imports wait for ``build`` and ``open``."""
+
+    def unavailable(self) -> str:
+        """Why it cannot be used here, in words with the fix; empty where it can."""
+        ...
+
+    def candidates(self, cpu: Cpu, operators: dict[str, int]) -> tuple[Build, ...]:
+        """The builds worth trying for such a program on such a CPU, the most promising first."""
+        ...
+
+    def needs(self, build: Build) -> tuple[str, ...]:
+        """ISA extensions (``Cpu.isa`` names, or ``int8_dot``, ``bf16``) the payload must find where it runs."""
+        ...
+
+    def build(self, material: Material, build: Build, folder: Path) -> tuple[str, ...]:
+        """Write the payload into the empty ``folder``; returns notes for the report.
+
+        Raises ``EngineError`` where the program or the build is beyond the engine.
+        """
+        ...
+
+    def open(self, folder: Path, build: Build, plan: Plan) -> Session:
+        """Open a payload to run ``plan.batch`` items a call with ``plan.threads_per_instance`` threads."""
+        ...
+
+
+def engine(name: str) -> Engine:
+    """The engine of that name in ``ENGINES``, or of that ``module:class``."""
+    reference = ENGINES.get(name, name)
+    module, _, attribute = reference.partition(":")
+    if not attribute:
+        raise EngineError(f"no engine is named {name!r}", f"use one of {', '.join(ENGINES)} or module:class")
+    try:
+        made: Engine = getattr(importlib.import_module(module), attribute)()
+    except (ImportError, AttributeError) as error:
+        raise EngineError(f"engine {name!r} cannot be loaded: {error}", "check its module:class") from error
+    return made
+
+
+def missing(packages: Sequence[str], extra: str) -> str:
+    """Why an engine with these packages is unavailable, in words; empty where all are installed."""
+    absent = [name for name in packages if importlib.util.find_spec(name) is None]
+    return f"needs {', '.join(absent)}: pip install 'corewise[{extra}]'" if absent else ""
+
+
+def chunks(rows: int, sizes: Sequence[int]) -> list[tuple[int, int, int]]:
+    """Cut ``rows`` into calls of allowed sizes: (start, stop, size), the last one padded up to its size.
+
+    For runtimes that are fast only with a static batch: the largest size as often as it fits, then
+    the smallest one that holds the rest.
+    """
+    largest = max(sizes)
+    cuts = [(start, start + largest, largest) for start in range(0, rows - largest + 1, largest)]
+    start = len(cuts) * largest
+    if start < rows:
+        cuts.append((start, rows, min(size for size in sizes if size >= rows - start)))
+    return cuts

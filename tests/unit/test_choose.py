@@ -1,0 +1,247 @@
+import dataclasses
+from statistics import median
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from corewise.choose import TIE, choose
+from corewise.stats import ratio_interval
+from corewise.values import Build, Fidelity, Measurement, Objective, Plan, Rates, Trial, from_json, to_json
+
+EAGER = Build(engine="eager", precision="fp32")
+OV_FP32 = Build(engine="openvino", precision="fp32")
+OV_BF16 = Build(engine="openvino", precision="bf16")
+OV_INT8 = Build(engine="openvino", precision="int8")
+ORT_INT8 = Build(engine="onnxruntime", precision="int8")
+ORT_DYNAMIC = Build(engine="onnxruntime", precision="int8-dynamic")
+PLAN = Plan(threads_per_instance=2, batch=16)
+
+
+def fidelity(sqnr_db=25.0, drop_high=0.009):
+    return Fidelity(
+        metric="top1",
+        samples=300,
+        baseline_value=0.92,
+        value=0.917,
+        drop=0.003,
+        drop_low=-0.005,
+        drop_high=drop_high,
+        sqnr_db=sqnr_db,
+        cosine=0.999,
+        agreement=0.99,
+    )
+
+
+def trial(build, per_s=None, state="ok", reason="", throttled=0, **changes):
+    measured = Measurement(
+        plan=PLAN,
+        latencies_ms=(1.0,) * 10,
+        throughput_per_s=per_s or 1.0,
+        p50_ms=1000 / (per_s or 1.0),
+        p99_ms=1000 / (per_s or 1.0),
+        spread=0.0,
+        throttled=throttled,
+    )
+    measurements = (measured,) if per_s else ()
+    return Trial(build=build, state=state, reason=reason, fidelity=fidelity(**changes), measurements=measurements)
+
+
+def rates(build, per_s, jitter=(0, 0.4, -0.3, 0.1, -0.2, 0.3, -0.1, 0.2, 0)):
+    return Rates(build=build, plan=PLAN, per_s=tuple(per_s * (1 + j / 100) for j in jitter))
+
+
+def chosen(trials, finals, **objective):
+    return choose(trials, finals, Objective(**objective), EAGER)
+
+
+def reasons(choice):
+    return {loser.build: loser.reason for loser in choice.losers}
+
+
+def test_the_fastest_finalist_wins_and_each_other_trial_has_a_reason():
+    trials = [
+        trial(EAGER, 16),
+        trial(OV_INT8, 100),
+        trial(OV_BF16, 50),
+        trial(ORT_INT8, 81),
+        trial(OV_FP32, 25),
+        trial(ORT_DYNAMIC, state="failed", reason="killed: out of memory"),
+        trial(Build(engine="torch-int8", precision="int8"), state="pruned", reason="slower than the baseline"),
+    ]
+    choice = chosen(trials, [rates(EAGER, 16), rates(OV_INT8, 100), rates(ORT_INT8, 80, (0,) * 9)])
+    assert (choice.winner, choice.plan) == (OV_INT8, PLAN)
+    assert choice.throughput_per_s == pytest.approx(100)
+    assert choice.speedup == pytest.approx(100 / 16) == choice.speedup_low == choice.speedup_high
+    assert choice.reason == (
+        "openvino/int8 wins: 100.0/s, 6.25x [6.25, 6.25] the baseline eager/fp32 in 9 alternating rounds"
+    )
+    assert choice.warnings == ()
+    why = reasons(choice)
+    assert why[ORT_INT8] == "0.80x [0.80, 0.80] of the winner in the alternating run"
+    assert why[EAGER] == "0.16x [0.16, 0.16] of the winner in the alternating run"
+    assert why[OV_BF16] == "not a finalist: 50.0/s in its trial against 100.0/s"
+    assert why[ORT_DYNAMIC] == "killed: out of memory"
+    assert choice.losers[-1].state == "pruned"
+    assert from_json(type(choice), to_json(choice)) == choice
+
+
+def test_no_faster_finalist_leaves_the_baseline():
+    choice = chosen([trial(EAGER, 16), trial(OV_INT8, 12)], [rates(EAGER, 16), rates(OV_INT8, 12)])
+    assert choice.winner == EAGER
+    assert (choice.speedup, choice.speedup_low, choice.speedup_high) == (1, 1, 1)
+    assert choice.reason == "eager/fp32 wins: 16.0/s, and no finalist was faster"
+    assert reasons(choice)[OV_INT8].startswith("0.75x")
+
+
+def test_inaccurate_candidates_are_told_in_the_reason():
+    trials = [
+        trial(EAGER, 16),
+        trial(OV_INT8, state="rejected", reason="drop 0.05 above 0.01"),
+        trial(ORT_DYNAMIC, state="rejected", reason="drop 0.08 above 0.01"),
+        trial(OV_BF16, 50),
+    ]
+    choice = chosen(trials, [rates(EAGER, 16), rates(OV_BF16, 50)])
+    assert choice.reason.startswith("no int8 candidate was accurate enough; openvino/bf16 wins: 50.0/s, 3.12x")
+    trials[3] = trial(OV_BF16, state="rejected", reason="drop 0.02 above 0.01")
+    choice = chosen(trials, [rates(EAGER, 16)])
+    assert choice.reason == (
+        "no int8 or bf16 candidate was accurate enough; eager/fp32 wins: 16.0/s, the only finalist"
+    )
+    trials[2] = trial(ORT_DYNAMIC, 60)
+    assert chosen(trials, [rates(EAGER, 16), rates(ORT_DYNAMIC, 60)]).reason.startswith("no bf16 candidate")
+
+
+def test_a_tie_goes_to_the_more_accurate():
+    up, down = (1.5, -1, 0.5, -1.5, 1, 0, -0.5, 0.8, -0.8), (-1.5, 1, -0.5, 1.5, -1, 0, 0.5, -0.8, 0.8)
+    trials = [trial(EAGER, 16), trial(OV_BF16, 50), trial(OV_INT8, 51), trial(ORT_INT8, 51, sqnr_db=30.0)]
+    choice = chosen(trials, [rates(EAGER, 16), rates(OV_INT8, 50.3, up), rates(OV_BF16, 50, down)])
+    assert choice.winner == OV_BF16
+    assert "; as fast as openvino/int8 (0.99x [0.9" in choice.reason
+    assert choice.reason.endswith("of it) and more accurate")
+    assert reasons(choice)[OV_INT8].endswith("of the winner in the alternating run: as fast, but less accurate")
+    by_noise = chosen(trials, [rates(EAGER, 16), rates(OV_INT8, 50.3, up), rates(ORT_INT8, 50, down)])
+    assert by_noise.winner == ORT_INT8
+
+
+def test_a_difference_that_the_run_can_tell_is_no_tie():
+    choice = chosen(
+        [trial(EAGER, 16), trial(OV_INT8), trial(OV_BF16)],
+        [
+            rates(EAGER, 16),
+            rates(OV_INT8, 50.5),
+            rates(OV_BF16, 50),
+        ],
+    )
+    assert choice.winner == OV_INT8
+
+
+def test_a_tie_with_the_baseline_keeps_the_baseline():
+    up, down = (1.5, -1, 0.5, -1.5, 1, 0, -0.5, 0.8, -0.8), (-1.5, 1, -0.5, 1.5, -1, 0, 0.5, -0.8, 0.8)
+    choice = chosen([trial(EAGER), trial(OV_INT8)], [rates(EAGER, 16, up), rates(OV_INT8, 16.1, down)])
+    assert (choice.winner, choice.speedup) == (EAGER, 1)
+    assert "the baseline; as fast as openvino/int8 (0.99x [" in choice.reason
+
+
+def test_what_did_not_pass_cannot_win_even_from_the_finals():
+    trials = [trial(EAGER, 16), trial(OV_INT8, 100, state="rejected", reason="drop 0.05 above 0.01")]
+    choice = chosen(trials, [rates(EAGER, 16), rates(OV_INT8, 100)])
+    assert choice.winner == EAGER
+    assert reasons(choice) == {OV_INT8: "drop 0.05 above 0.01"}
+
+
+def test_the_best_plan_of_a_build_counts():
+    one = dataclasses.replace(rates(OV_INT8, 80), plan=Plan(threads_per_instance=1, instances=2, batch=1))
+    choice = chosen([trial(EAGER), trial(OV_INT8)], [rates(EAGER, 16), rates(OV_INT8, 70), one])
+    assert choice.plan == one.plan
+    assert len(choice.losers) == 1
+
+
+def test_latency_is_told_in_milliseconds():
+    trials = [trial(EAGER, 16), trial(OV_INT8, 100), trial(OV_BF16, 50)]
+    choice = chosen(trials, [rates(EAGER, 16), rates(OV_INT8, 100)], goal="latency")
+    assert choice.reason.startswith("openvino/int8 wins: 10.00 ms, 6.25x")
+    assert reasons(choice)[OV_BF16] == "not a finalist: 20.00 ms in its trial against 10.00 ms"
+
+
+def test_doubts_become_warnings():
+    trials = [trial(EAGER, 16, throttled=2), trial(OV_INT8, 17, drop_high=0.03), trial(OV_BF16)]
+    finals = [rates(EAGER, 16, (0,) * 5), rates(OV_INT8, 17, (0, 30, -25, 4, -20))]
+    uncertain, rounds, speedup, noisy, throttled = chosen(trials, finals).warnings
+    assert uncertain.startswith("a holdout of 300 is too small to tell whether the drop is within 0.01; about ")
+    assert rounds == "only 5 alternating rounds: 6 are needed for a 95 % interval of the speed-up"
+    assert speedup == "the interval of the speed-up holds 1: the winner may be no faster than the baseline"
+    assert noisy.startswith("openvino/int8: noisy")
+    assert throttled.startswith("eager/fp32: throttled 2 times")
+
+
+def test_an_ok_trial_that_was_never_measured_says_so():
+    choice = chosen([trial(EAGER, 16), trial(OV_BF16)], [rates(EAGER, 16)])
+    assert reasons(choice)[OV_BF16] == "not a finalist: its speed was not measured"
+
+
+def test_finals_without_the_baseline_are_a_bug():
+    with pytest.raises(ValueError, match="baseline eager/fp32 is not among the finals"):
+        chosen([trial(EAGER, 16), trial(OV_INT8)], [rates(OV_INT8, 100)])
+
+
+BUILDS = (EAGER, OV_FP32, OV_BF16, OV_INT8, ORT_INT8, ORT_DYNAMIC)
+
+
+@st.composite
+def contests(draw):
+    """Trials in any states, and an alternating run of some of them with the baseline."""
+    states = {EAGER: "ok"} | {b: draw(st.sampled_from(["ok", "failed", "rejected", "pruned"])) for b in BUILDS[1:]}
+    trials = [
+        trial(build, draw(st.none() | st.floats(1, 500)), state, f"{state}: as it was", sqnr_db=draw(st.floats(0, 60)))
+        for build, state in states.items()
+    ]
+    rounds = draw(st.integers(1, 9))
+    per_s = st.lists(st.floats(1, 200) | st.floats(99, 101), min_size=rounds, max_size=rounds)
+    finalists = [EAGER, *draw(st.lists(st.sampled_from(BUILDS[1:]), unique=True))]
+    finals = [Rates(build=build, plan=PLAN, per_s=tuple(draw(per_s))) for build in finalists]
+    return draw(st.permutations(trials)), draw(st.permutations(finals))
+
+
+@given(contests(), st.sampled_from(["throughput", "latency"]))
+def test_the_choice_is_sound_whatever_happened(contest, goal):
+    trials, finals = contest
+    choice = choose(trials, finals, Objective(goal=goal), EAGER)
+    state = {t.build: t.state for t in trials}
+    per_s = {r.build: r.per_s for r in finals}
+
+    assert state[choice.winner] == "ok"
+    assert choice.throughput_per_s == median(per_s[choice.winner])
+    assert choice.baseline_throughput_per_s == median(per_s[EAGER])
+    assert choice.throughput_per_s >= choice.baseline_throughput_per_s
+    assert choice.speedup_low <= choice.speedup <= choice.speedup_high
+    assert choice.speedup > 1 if choice.winner != EAGER else choice.speedup == 1
+
+    faster = [b for b in per_s if state[b] == "ok" and ratio_interval(per_s[b], per_s[EAGER]).value > 1]
+    fastest = max(faster, key=lambda build: median(per_s[build]), default=EAGER)
+    if median(per_s[fastest]) > choice.throughput_per_s:
+        assert ratio_interval(per_s[choice.winner], per_s[fastest]).value >= TIE
+        assert choice.reason.endswith("and more accurate")
+
+    assert sorted(loser.build.label for loser in choice.losers) == sorted(
+        {b.label for b in BUILDS} - {choice.winner.label}
+    )
+    for loser in choice.losers:
+        assert loser.state == state[loser.build]
+        assert loser.reason
+        if loser.state != "ok":
+            assert loser.reason == f"{loser.state}: as it was"
+        elif loser.build in per_s:
+            ratio = ratio_interval(per_s[loser.build], per_s[choice.winner])
+            assert loser.reason.startswith(f"{ratio.value:.2f}x [{ratio.low:.2f}, {ratio.high:.2f}] of the winner")
+
+
+@given(contests())
+def test_the_order_of_trials_and_finals_does_not_matter(contest):
+    trials, finals = contest
+    there = choose(trials, finals, Objective(), EAGER)
+    back = choose(trials[::-1], finals[::-1], Objective(), EAGER)
+    assert sorted(there.losers, key=lambda loser: loser.build.label) == sorted(
+        back.losers, key=lambda loser: loser.build.label
+    )
+    assert dataclasses.replace(there, losers=()) == dataclasses.replace(back, losers=())

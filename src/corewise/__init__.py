@@ -1,3 +1,36 @@
-"""corewise makes a PyTorch model run as fast on this CPU as the CPU allows, and proves it."""
+"""corewise makes a PyTorch model run as fast on this CPU as the CPU allows, and proves it.
+
+    result = corewise.optimize(model, samples, metric="top1", max_drop=0.01)
+    result.model(x)
+    result.save("resnet50.cw")
+    fast = corewise.load("resnet50.cw")
+    fast(x)
+
+Importing corewise imports neither torch nor an engine.
+"""
+
+from typing import TYPE_CHECKING, Any
+
+from corewise.errors import CorewiseError
+
+if TYPE_CHECKING:
+    from corewise.loading import load
+    from corewise.optimize import optimize
+    from corewise.result import Result
 
 __version__ = "0.1.0"
+__all__ = ["CorewiseError", "Result", "__version__", "load", "optimize"]
+
+_LAZY = {
+    "Result": "corewise.result",
+    "load": "corewise.loading",
+    "optimize": "corewise.optimize",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _LAZY:
+        raise AttributeError(f"module 'corewise' has no attribute {name!r}")
+    from importlib import import_module
+
+    return getattr(import_module(_LAZY[name]), name)

@@ -5,9 +5,10 @@ against the types below, so a damaged journal or manifest is an error and never 
 """
 
 import dataclasses
+from collections.abc import Hashable
 from dataclasses import dataclass
 from functools import cache
-from typing import TYPE_CHECKING, Any, Literal, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, TypeVar, cast
 
 if TYPE_CHECKING:
     from pydantic import TypeAdapter
@@ -320,5 +321,5 @@ def from_json(kind: type[T], data: Any) -> T:
 
     Raises ``ValueError`` (pydantic's ``ValidationError``) where the data does not fit the types.
     """
-    result: T = _adapter(kind).validate_python(data)
-    return result
+    adapter: TypeAdapter[T] = _adapter(cast(Hashable, kind))
+    return adapter.validate_python(data)

@@ -1,9 +1,7 @@
 """torch eager: the baseline, at its best memory format."""
 
 import json
-import platform
 import shutil
-import statistics
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -57,7 +55,7 @@ class Eager:
         plan = Plan(threads_per_instance=material.cpu.usable_cores, batch=TRIAL_BATCH)
         for memory_format in FORMATS:
             (folder / SETTINGS).write_text(json.dumps({"memory_format": memory_format}))
-            times[memory_format] = _median_s(self.open(folder, build, plan), batch)
+            times[memory_format] = _fastest_s(self.open(folder, build, plan), batch)
         best = min(times, key=lambda name: times[name])
         (folder / SETTINGS).write_text(json.dumps({"memory_format": best}))
         told = ", ".join(f"{name} {seconds * 1e3:.0f} ms" for name, seconds in times.items())
@@ -90,10 +88,14 @@ class EagerSession:
         """Run one batch; bf16 outputs come back as float32."""
         import torch
 
+        from corewise.engines.torch_tools import threads, to_numpy
+
         with threads(self._threads), torch.inference_mode():
             return to_numpy(self._module(*(self._tensor(array) for array in inputs)))
 
     def _tensor(self, array: np.ndarray) -> "torch.Tensor":
+        from corewise.engines.torch_tools import from_numpy
+
         tensor = from_numpy(array)
         if tensor.is_floating_point():
             tensor = tensor.to(self._dtype)
@@ -102,3 +104,14 @@ class EagerSession:
     def close(self) -> None:
         """Drop the module."""
         del self._module
+
+
+def _fastest_s(session: Session, batch: Sequence[np.ndarray]) -> float:
+    session.run(batch)
+    seconds = []
+    for _ in range(TRIAL_RUNS):
+        start = time.perf_counter()
+        session.run(batch)
+        seconds.append(time.perf_counter() - start)
+    session.close()
+    return min(seconds)

@@ -1,0 +1,23 @@
+"""Which builds are worth trying, in which order, under which plans. Pure."""
+
+from collections.abc import Mapping, Sequence
+
+from corewise.engines import Engine
+from corewise.values import Build, Cpu, Goal, Plan
+
+BASELINE = Build(engine="eager", precision="fp32")
+BATCHES = (1, 16, 64)
+PRECISION_ORDER = ("int8", "int8-dynamic", "bf16", "fp32")
+"""int8 first: what is found early prunes the slower ones that follow."""
+
+
+def candidates(cpu: Cpu, operators: dict[str, int], engines: Mapping[str, Engine]) -> tuple[Build, ...]:
+    """The baseline, then each available engine's builds, the fastest precision first."""
+    builds = [build for name in engines for build in engines[name].candidates(cpu, operators) if build != BASELINE]
+    return (BASELINE, *sorted(builds, key=lambda build: PRECISION_ORDER.index(build.precision)))
+
+
+def plans(cpu: Cpu, goal: Goal) -> tuple[Plan, ...]:
+    """The plans a build is measured under: all usable cores, and batch 1 for latency or rising ones for throughput."""
+    batches: Sequence[int] = (1,) if goal == "latency" else BATCHES
+    return tuple(Plan(threads_per_instance=cpu.usable_cores, batch=batch) for batch in batches)

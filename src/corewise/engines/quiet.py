@@ -1,0 +1,28 @@
+"""Keeping other people's quantizers and exporters off the terminal."""
+
+import contextlib
+import io
+import logging
+import warnings
+from collections.abc import Iterator
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Run without progress bars, logs and warnings, and leave logging as it was.
+
+    For calls into libraries only: what their errors say still arrives, as exceptions do.
+    """
+    root, silent = logging.getLogger(), logging.NullHandler()
+    disabled = logging.root.manager.disable
+    # logging.warning() would add a handler for good to a root logger that has none.
+    root.addHandler(silent)
+    logging.disable(logging.CRITICAL)
+    try:
+        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+            with contextlib.redirect_stderr(io.StringIO()):
+                warnings.simplefilter("ignore")
+                yield
+    finally:
+        logging.disable(disabled)
+        root.removeHandler(silent)

@@ -1,0 +1,167 @@
+"""Use an artifact: open it as a model, verify it on this machine, race it against other engines."""
+
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from corewise import artifact
+from corewise.artifact import Artifact
+from corewise.cpu import inspect
+from corewise.engines import Material, engine
+from corewise.errors import ArtifactError, EngineError
+from corewise.model import Model
+from corewise.race import Contender, race
+from corewise.samples import Samples
+from corewise.stats import Ratio, ratio_interval
+from corewise.trial import Worker
+from corewise.values import Build, Cpu, Rates, to_json
+from corewise.worker import CALIBRATION, PROGRAM, write_material
+
+TIMEOUT_S = 600.0
+
+
+def load(folder: str | Path) -> Model:
+    """Open an artifact. Hashes and CPU fit are checked before anything is opened; nothing is unpickled or compiled.
+
+    Raises ``ArtifactError`` where it is truncated, altered, foreign or does not fit this CPU, and ``EngineError``
+    where its engine is not installed.
+    """
+    found = artifact.read(Path(folder), cpu=inspect())
+    return Model(
+        _open(found),
+        inputs=found.manifest.inputs,
+        input_structure=found.input_structure,
+        output_structure=found.output_structure,
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Verification:
+    """What ``verify`` found: everything fits, and how close the golden outputs came."""
+
+    files: int
+    size_bytes: int
+    golden_samples: int
+    sqnr_db: float
+    notes: tuple[str, ...]
+
+
+def verify(folder: str | Path) -> Verification:
+    """Check hashes, CPU fit and golden outputs on this machine.
+
+    Raises ``ArtifactError`` with the first thing that is wrong.
+    """
+    cpu = inspect()
+    found = artifact.read(Path(folder), cpu=cpu)
+    session = _open(found)
+    try:
+        sqnr_db = artifact.check_golden(found, session)
+    finally:
+        session.close()
+    return Verification(
+        files=len(found.manifest.files),
+        size_bytes=sum(facts.size_bytes for facts in found.manifest.files.values()),
+        golden_samples=len(found.golden()[0][0]),
+        sqnr_db=sqnr_db,
+        notes=tuple(_differences(found, cpu)),
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Bench:
+    """An alternating run of an artifact against another way to run its model."""
+
+    rates: tuple[Rates, Rates]
+    ratio: Ratio
+    """The artifact's items per second over the other's."""
+
+
+def bench(
+    folder: str | Path, *, against: str = "eager", on_round: Callable[[int, int], None] = lambda number, rounds: None
+) -> Bench:
+    """Race an artifact against the fp32 program that it carries, run by the engine ``against`` at the same batch.
+
+    Raises ``ArtifactError`` where the artifact is not sound or carries no reference, ``EngineError``
+    where an engine is unknown or not installed.
+    """
+    cpu = inspect()
+    found = artifact.read(Path(folder), cpu=cpu)
+    if artifact.REFERENCE not in found.manifest.files:
+        raise ArtifactError(f"{folder} carries no fp32 program", "save it with reference=True to race it")
+    for name in (against, found.manifest.build.engine, "eager"):
+        _check_available(name, f"racing {folder}")
+    plan = found.manifest.plan
+    other = Build(engine=against, precision="fp32")
+    with tempfile.TemporaryDirectory(prefix="corewise-") as name:
+        work = Path(name)
+        log, payload = work / "log", work / "payload"
+        payload.mkdir()
+        golden = _golden_samples(found)
+        _write_reference(found, golden, cpu, work)
+        with Worker(cpus=cpu.usable_cpus, log=log, timeout_s=TIMEOUT_S) as worker:
+            worker.call("build", "building", material=str(work), build=to_json(other), folder=str(payload))
+        run = race(
+            (
+                Contender(build=found.manifest.build, plan=plan, payload=found.folder / artifact.PAYLOAD, log=log),
+                Contender(build=other, plan=plan, payload=payload, log=log),
+            ),
+            samples=str(work / CALIBRATION),
+            cpus=cpu.usable_cpus,
+            timeout_s=TIMEOUT_S,
+            on_round=lambda number, rounds, rates: on_round(number, rounds),
+        )
+    ours, theirs = run.rates
+    return Bench(rates=(ours, theirs), ratio=ratio_interval(ours.per_s, theirs.per_s))
+
+
+def _open(found: Artifact) -> Any:
+    _check_available(found.manifest.build.engine, f"opening {found.folder}")
+    return found.open()
+
+
+def _check_available(name: str, purpose: str) -> None:
+    why = engine(name).unavailable()
+    if why:
+        raise EngineError(f"{purpose}: the engine {name} {why}")
+
+
+def _differences(found: Artifact, cpu: Cpu) -> list[str]:
+    """What is not as where the artifact was made, without making it unfit."""
+    made = found.report.cpu
+    notes = []
+    if made.model != cpu.model:
+        notes.append(f"made on {made.model}, this is {cpu.model}: its speed here is another; run corewise bench")
+    if found.manifest.plan.threads_per_instance != cpu.usable_cores:
+        notes.append(
+            f"planned for {found.manifest.plan.threads_per_instance} threads, this process may use {cpu.usable_cores}"
+        )
+    return notes
+
+
+def _golden_samples(found: Artifact) -> Samples:
+    inputs, _ = found.golden()
+    rows = [tuple(array[i] for array in inputs) for i in range(len(inputs[0]))]
+    return Samples(rows=rows, structure=found.input_structure, source=str(found.folder))
+
+
+def _write_reference(found: Artifact, golden: Samples, cpu: Cpu, work: Path) -> None:
+    """The artifact's fp32 program and golden inputs as material for a build."""
+    from corewise.source import load_program, operators
+
+    program = work / PROGRAM
+    program.symlink_to((found.folder / artifact.REFERENCE).resolve())
+    golden.save(work / CALIBRATION)
+    write_material(
+        work,
+        Material(
+            program=program,
+            inputs=found.manifest.inputs,
+            outputs=found.manifest.outputs,
+            operators=operators(load_program(program)),
+            calibration=golden,
+            cpu=cpu,
+            cache=work / "cache",
+        ),
+    )

@@ -1,0 +1,314 @@
+"""The order of steps from a model and samples to a verified, faster one."""
+
+import hashlib
+import importlib.metadata
+import importlib.util
+import json
+import shutil
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from corewise import __version__, metrics
+from corewise.candidates import BASELINE, candidates, plans
+from corewise.choose import choose
+from corewise.cpu import inspect
+from corewise.engines import Engine, Material, engine
+from corewise.errors import InputError, MissingExtra, OutputError, SourceError
+from corewise.events import FinalsRound, Listener, StageStarted, TrialEnded, TrialStarted
+from corewise.fidelity import Outputs, Verdict, compare, gate
+from corewise.journal import Journal
+from corewise.nested import Structure, unflatten
+from corewise.race import Contender, Fell, Race, race
+from corewise.result import Home, Result
+from corewise.samples import Samples, default_calibration, from_python, read, split
+from corewise.trial import Setting, read_outputs, run_trial
+from corewise.values import Build, Cpu, Fidelity, Goal, Objective, Plan, Report, SampleFacts, Trial, to_json
+from corewise.worker import CALIBRATION, HOLDOUT, PROGRAM, peak_memory_bytes, write_material
+
+if TYPE_CHECKING:
+    from corewise.source import Exported
+
+DEFAULT_ENGINES = ("torch-int8", "openvino", "onnxruntime", "eager")
+FINALISTS = 3
+TIMEOUT_S = 600.0
+PACKAGES = ("torch", "openvino", "nncf", "onnxruntime", "onnx", "numpy")
+
+
+def optimize(
+    model: Any,
+    samples: Any,
+    *,
+    metric: str | Callable[[Any, Any], Any] | None = None,
+    max_drop: float = 0.01,
+    objective: Goal = "throughput",
+    strict: bool = False,
+    engines: Sequence[str] = DEFAULT_ENGINES,
+    calibration: int | None = None,
+    seed: int = 0,
+    timeout_s: float = TIMEOUT_S,
+    work: Path | None = None,
+    tell: Listener = lambda event: None,
+) -> Result:
+    """Find the fastest way to run ``model`` on this CPU that loses at most ``max_drop`` of ``metric``.
+
+    ``model`` is an ``nn.Module``, an ``ExportedProgram`` or a reference (see ``source.load``); ``samples`` whatever
+    ``samples.from_python`` takes, or a reference (see ``samples.read``). ``calibration`` of them are drawn with
+    ``seed`` for quantization; all others are the holdout that decides. ``metric`` is a name in ``metrics.METRICS``,
+    a ``module:function`` or a callable (outputs, labels) -> score, higher is better; without one, class labels ask
+    for top-1, and no labels for agreement with fp32. ``timeout_s`` bounds each step of a trial. Finished trials are
+    kept in the folder ``work``, where the same call resumes. ``tell`` hears of the progress.
+
+    Raises ``InputError`` for what is wrong with the arguments and ``MissingExtra`` where torch is not installed.
+    A candidate that fails is no error; where none is good enough, the result is the baseline.
+    """
+    started = time.monotonic()
+    goal = Objective(goal=objective, max_drop=max_drop, strict=strict)
+    _check(goal)
+    scorer = None if metric is None else metrics.resolve(metric)
+    usable, notes = _usable(engines)
+
+    tell(StageStarted("reading the samples"))
+    data = read(samples) if isinstance(samples, str) else from_python(samples)
+    wanted = default_calibration(len(data)) if calibration is None else calibration
+    calibrating, holdout = split(data, calibration=wanted, seed=seed)
+
+    tell(StageStarted("exporting the model"))
+    exported, operators = _export(model, data)
+    cpu = inspect()
+    builds = candidates(cpu, operators, usable)
+
+    home = Home(work)
+    material = Material(
+        program=home.folder / PROGRAM,
+        inputs=exported.inputs,
+        outputs=exported.outputs,
+        operators=operators,
+        calibration=calibrating,
+        cpu=cpu,
+        cache=home.folder / "cache",
+    )
+    judge = _Judge(scorer, holdout, exported.output_structure, goal, seed)
+    setting = Setting(
+        folder=home.folder,
+        plans=plans(cpu, objective),
+        cpus=cpu.usable_cpus,
+        timeout_s=timeout_s,
+        verify=judge,
+        tell=tell,
+    )
+    facts = SampleFacts(
+        source=data.source,
+        fingerprint=data.fingerprint,
+        calibration=len(calibrating),
+        holdout=len(holdout),
+        seed=seed,
+        labelled=data.labels is not None,
+        preprocess=data.preprocess,
+    )
+    name = model if isinstance(model, str) else type(model).__name__
+    key = _key(exported, facts, goal, builds, str(metric), cpu)
+    with _disk_errors(home.folder), Journal(home.folder / "journal.jsonl", key) as journal:
+        _prepare(home.folder, exported, material, holdout)
+        trials = _trials(builds, setting, journal, judge)
+        trials, run = _finals(trials, setting, objective)
+    report = Report(
+        model=name,
+        created=datetime.now(UTC).isoformat(timespec="seconds"),
+        versions=_versions(),
+        cpu=cpu,
+        objective=goal,
+        samples=facts,
+        trials=trials,
+        finals=run.rates,
+        choice=choose(trials, run.rates, goal, BASELINE),
+        wall_s=time.monotonic() - started,
+        peak_memory_bytes=peak_memory_bytes() + max(run.peak_memory_bytes, *(t.peak_memory_bytes for t in trials)),
+        notes=notes,
+    )
+    return Result(
+        report=report,
+        material=material,
+        holdout=holdout,
+        output_structure=exported.output_structure,
+        payload=setting.payload(report.choice.winner),
+        outputs=setting.outputs(report.choice.winner),
+        home=home,
+    )
+
+
+def _check(objective: Objective) -> None:
+    if importlib.util.find_spec("torch") is None:
+        raise MissingExtra("torch", "optimize", "optimizing a model")
+    if not 0 <= objective.max_drop < float("inf"):
+        raise InputError(f"max_drop is {objective.max_drop}", "give 0 or more, e.g. 0.01 for one point of top-1")
+    if objective.goal not in ("throughput", "latency"):
+        raise InputError(f"the objective {objective.goal!r} is unknown", "give throughput or latency")
+
+
+def _usable(names: Sequence[str]) -> tuple[dict[str, Engine], tuple[str, ...]]:
+    """The engines that can run here, and in words why each other one cannot."""
+    found = {name: engine(name) for name in names}
+    reasons = {name: one.unavailable() for name, one in found.items()}
+    notes = tuple(f"engine {name} was not tried: {why}" for name, why in reasons.items() if why)
+    return {name: one for name, one in found.items() if not reasons[name]}, notes
+
+
+def _export(model: Any, data: Samples) -> tuple["Exported", dict[str, int]]:
+    from corewise import source
+
+    exported = source.export(source.load(model) if isinstance(model, str) else model, data)
+    if exported.program is None:
+        raise SourceError(f"the model cannot be exported: {exported.why_not}", "make that part traceable")
+    return exported, source.operators(exported.program)
+
+
+def _key(
+    exported: "Exported", facts: SampleFacts, goal: Objective, builds: Sequence[Build], metric: str, cpu: Cpu
+) -> str:
+    """What must be equal for finished trials to count in another run."""
+    from corewise import source
+
+    parts = (source.digest(exported), facts, goal, builds, metric, cpu, _versions())
+    return hashlib.sha256(json.dumps(to_json(parts)).encode()).hexdigest()
+
+
+def _versions() -> dict[str, str]:
+    found = {"corewise": __version__}
+    for package in PACKAGES:
+        if importlib.util.find_spec(package) is not None:
+            found[package] = importlib.metadata.version(package)
+    return found
+
+
+@contextmanager
+def _disk_errors(folder: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise OutputError(
+            f"{error.filename or folder} cannot be written: {error.strerror or error}",
+            f"free space and run the same command: finished trials are kept in {folder}",
+        ) from error
+
+
+def _prepare(folder: Path, exported: "Exported", material: Material, holdout: Samples) -> None:
+    """Write what the trial children read."""
+    from corewise import source
+
+    assert exported.program is not None
+    source.save_program(exported.program, material.program)
+    material.calibration.save(folder / CALIBRATION)
+    holdout.save(folder / HOLDOUT)
+    write_material(folder, material)
+
+
+@dataclass
+class _Judge:
+    """Compares outputs for the holdout with the baseline's, which come first."""
+
+    scorer: metrics.Metric | None
+    holdout: Samples
+    structure: Structure
+    objective: Objective
+    seed: int
+    reference: Outputs | None = field(default=None)
+
+    def __call__(self, outputs: Outputs) -> tuple[Fidelity, Verdict]:
+        def nest(leaves: list[Any]) -> Any:
+            return unflatten(self.structure, leaves)
+
+        if self.reference is None:
+            self.reference = outputs
+        if self.scorer is None:
+            self.scorer = metrics.default(nest(list(self.reference.leaves)), self.holdout.labels)
+        fidelity = compare(
+            self.reference,
+            outputs,
+            metric=self.scorer,
+            labels=self.holdout.labels,
+            groups=self.holdout.groups,
+            nest=nest,
+            seed=self.seed,
+        )
+        return fidelity, gate(fidelity, self.objective)
+
+
+def _trials(builds: Sequence[Build], setting: Setting, journal: Journal, judge: _Judge) -> tuple[Trial, ...]:
+    """One trial a build, the baseline first; those in the journal are not run again."""
+    trials: list[Trial] = []
+    best_per_s = 0.0
+    for number, build in enumerate(builds, 1):
+        kept = journal.get(build)
+        if kept is not None and kept.state == "ok" and not setting.payload(build).is_dir():
+            kept = None
+        if kept is None:
+            setting.tell(TrialStarted(build, number, len(builds)))
+            trial = run_trial(build, setting, best_per_s=best_per_s, is_baseline=build == BASELINE)
+            journal.add(trial)
+        else:
+            trial = kept
+        if build == BASELINE:
+            if trial.state != "ok":
+                raise SourceError(f"the model does not run as it is: {trial.reason}", "make it run in eager PyTorch")
+            judge.reference = judge.reference or read_outputs(setting.outputs(build))
+        setting.tell(TrialEnded(trial, resumed=kept is not None))
+        if trial.state != "ok":
+            shutil.rmtree(setting.payload(build), ignore_errors=True)
+        best_per_s = max(best_per_s, *(m.throughput_per_s for m in trial.measurements), 0.0)
+        trials.append(trial)
+    return tuple(trials)
+
+
+def _finals(trials: Sequence[Trial], setting: Setting, goal: Goal) -> tuple[tuple[Trial, ...], Race]:
+    """The fastest accurate trials and the baseline, raced; one that falls there has failed, and the rest race again."""
+    trials = list(trials)
+    while True:
+        ranked = sorted(
+            (trial for trial in trials if trial.measurements and trial.state == "ok"),
+            key=lambda trial: -_per_s(trial, goal),
+        )
+        finalists = [trial for trial in ranked if trial.build != BASELINE][:FINALISTS]
+        contenders = [
+            Contender(
+                build=trial.build,
+                plan=_best_plan(trial, goal),
+                payload=setting.payload(trial.build),
+                log=setting.log(trial.build),
+            )
+            for trial in (trials[0], *finalists)
+        ]
+        setting.tell(StageStarted(f"racing {len(finalists)} finalists against the baseline"))
+        try:
+            run = race(
+                contenders,
+                samples=setting.holdout,
+                cpus=setting.cpus,
+                timeout_s=setting.timeout_s,
+                on_round=lambda number, rounds, rates: setting.tell(FinalsRound(number, rounds, rates)),
+            )
+        except Fell as fell:
+            if fell.build == BASELINE:
+                raise
+            trials = [
+                replace(trial, state="failed", reason=str(fell)) if trial.build == fell.build else trial
+                for trial in trials
+            ]
+        else:
+            return tuple(trials), run
+
+
+def _per_s(trial: Trial, goal: Goal) -> float:
+    best = trial.best(goal)
+    assert best is not None
+    return best.throughput_per_s
+
+
+def _best_plan(trial: Trial, goal: Goal) -> Plan:
+    best = trial.best(goal)
+    assert best is not None
+    return best.plan

@@ -1,0 +1,87 @@
+"""Contenders timed against each other: alternating rounds in one run, each in its own process."""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from corewise.errors import CorewiseError
+from corewise.trial import Worker
+from corewise.values import Build, Plan, Rates, to_json
+
+ROUNDS = 10
+ROUND_S = 0.6
+WARM_S = 1.5
+
+
+@dataclass(frozen=True, kw_only=True)
+class Contender:
+    """A payload and the plan it runs under."""
+
+    build: Build
+    plan: Plan
+    payload: Path
+    log: Path
+
+
+class Fell(CorewiseError):
+    """A contender failed in the race."""
+
+    def __init__(self, build: Build, reason: str) -> None:
+        super().__init__(f"in the alternating run: {reason}")
+        self.build = build
+
+
+@dataclass(frozen=True, kw_only=True)
+class Race:
+    """The rates of all contenders, and the memory that their processes had together at most."""
+
+    rates: tuple[Rates, ...]
+    peak_memory_bytes: int
+
+
+def race(
+    contenders: Sequence[Contender],
+    *,
+    samples: str,
+    cpus: Sequence[int],
+    timeout_s: float,
+    rounds: int = ROUNDS,
+    round_s: float = ROUND_S,
+    on_round: Callable[[int, int, tuple[Rates, ...]], None] = lambda number, rounds, rates: None,
+) -> Race:
+    """Open every contender, then time each in turn, round after round; every second round runs backwards.
+
+    Alternation makes drift of the machine (clock, neighbours, temperature) fall on all alike (Kalibera and Jones
+    2013, section 5). Raises ``Fell`` where a contender fails. ``on_round`` hears of each finished round.
+    """
+    with ExitStack() as stack:
+        workers: list[Worker] = []
+        rates: list[list[float]] = [[] for _ in contenders]
+
+        def so_far() -> tuple[Rates, ...]:
+            pairs = zip(contenders, rates, strict=True)
+            return tuple(Rates(build=one.build, plan=one.plan, per_s=tuple(per_s)) for one, per_s in pairs)
+
+        for one in contenders:
+            with _falling(one):
+                worker = stack.enter_context(Worker(cpus=cpus, log=one.log, timeout_s=timeout_s))
+                build, plan = to_json(one.build), to_json(one.plan)
+                worker.call("open", "opening", folder=str(one.payload), build=build, plan=plan)
+                worker.call("enter_race", "warming up", samples=samples, batch=one.plan.batch, budget_s=WARM_S)
+            workers.append(worker)
+        for number in range(rounds):
+            order = list(range(len(workers)))
+            for i in reversed(order) if number % 2 else order:
+                with _falling(contenders[i]):
+                    rates[i].append(workers[i].call("round", "racing", budget_s=round_s)["per_s"])
+            on_round(number + 1, rounds, so_far())
+        return Race(rates=so_far(), peak_memory_bytes=sum(worker.peak_memory_bytes for worker in workers))
+
+
+@contextmanager
+def _falling(one: Contender) -> Iterator[None]:
+    try:
+        yield
+    except CorewiseError as error:
+        raise Fell(one.build, str(error)) from error

@@ -1,0 +1,62 @@
+"""A report as one flat JSON object, for programs."""
+
+from typing import Any
+
+from corewise.values import Report, Trial, to_json
+
+_FIDELITY = ("metric", "baseline_value", "value", "drop", "drop_low", "drop_high", "sqnr_db", "cosine", "agreement")
+
+
+def summary(report: Report) -> dict[str, Any]:
+    """What ``corewise show ART --json`` prints: the winner's figures, and under ``trials`` every trial's.
+
+    ``throughput_per_s`` and ``baseline_throughput_per_s`` are items/s in the alternating run (for the latency goal
+    1/latency). A trial's ``throughput_per_s``, ``p50_ms`` and ``p99_ms`` are the best that its own trial measured, its
+    ``reason`` says why it lost or won. What is not known is ``None``.
+    """
+    choice = report.choice
+    return {
+        "model": report.model,
+        "created": report.created,
+        "engine": choice.winner.engine,
+        "precision": choice.winner.precision,
+        "options": dict(choice.winner.options),
+        "plan": to_json(choice.plan),
+        "objective": to_json(report.objective),
+        "throughput_per_s": choice.throughput_per_s,
+        "baseline_throughput_per_s": choice.baseline_throughput_per_s,
+        "speedup": choice.speedup,
+        "speedup_low": choice.speedup_low,
+        "speedup_high": choice.speedup_high,
+        **{name: getattr(report.winner.fidelity, name, None) for name in _FIDELITY},
+        "holdout": report.samples.holdout,
+        "calibration": report.samples.calibration,
+        "wall_s": report.wall_s,
+        "peak_memory_bytes": report.peak_memory_bytes,
+        "reason": choice.reason,
+        "warnings": list(choice.warnings),
+        "notes": list(report.notes),
+        "trials": [_trial(trial, report) for trial in report.trials],
+    }
+
+
+def _trial(trial: Trial, report: Report) -> dict[str, Any]:
+    choice, build, best = report.choice, trial.build, trial.best(report.objective.goal)
+    reasons = {loser.build: loser.reason for loser in choice.losers} | {choice.winner: choice.reason}
+    return {
+        "label": build.label,
+        "engine": build.engine,
+        "precision": build.precision,
+        "options": dict(build.options),
+        "chosen": build == choice.winner,
+        "state": trial.state,
+        "reason": reasons.get(build, trial.reason),
+        "value": trial.fidelity.value if trial.fidelity else None,
+        "drop": trial.fidelity.drop if trial.fidelity else None,
+        "throughput_per_s": best.throughput_per_s if best else None,
+        "p50_ms": best.p50_ms if best else None,
+        "p99_ms": best.p99_ms if best else None,
+        "build_s": trial.build_s,
+        "payload_bytes": trial.payload_bytes,
+        "notes": list(trial.notes),
+    }

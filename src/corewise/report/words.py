@@ -1,0 +1,259 @@
+"""The sentences and figures of a report, for every format that people read. Pure; plain one-line strings.
+
+Text that is not ours (paths, options, an engine's error) goes through ``clean`` before it is shown.
+"""
+
+from collections.abc import Iterator, Sequence
+from statistics import median
+from typing import NamedTuple
+
+from corewise.values import Build, Cpu, Fidelity, Goal, Measurement, Rates, Report, State, Trial
+
+SPEED_NOTE = "Speed: each trial's own, at its best plan; the finalists then ran in turns."
+
+_NOTHING = ""
+
+
+class Row(NamedTuple):
+    """One trial as the cells of a table; a cell without a figure is empty."""
+
+    engine: str
+    options: str
+    precision: str
+    value: str
+    drop: str
+    speed: str
+    speedup: str
+    state: str
+    """The trial's state, or "chosen"."""
+
+
+def columns(goal: Goal) -> tuple[str, ...]:
+    """The headings over a ``Row`` whose options stand below the engine."""
+    speed = "p50/p99 ms" if goal == "latency" else "items/s"
+    return ("engine", "precision", "accuracy", "drop", speed, "speedup", "state")
+
+
+def row(trial: Trial, baseline: Trial | None, goal: Goal, *, chosen: bool = False) -> Row:
+    """A trial's figures: accuracy on the holdout, its best speed in its own trial, and that over the baseline's."""
+    fidelity, best = trial.fidelity, trial.best(goal)
+    ratio = speedup(trial, baseline, goal)
+    return Row(
+        engine=clean(trial.build.engine),
+        options=options(trial.build),
+        precision=trial.build.precision,
+        value=score(fidelity.value) if fidelity else _NOTHING,
+        drop=score(fidelity.drop) if fidelity else _NOTHING,
+        speed=_speed_figures(best, goal) if best else _NOTHING,
+        speedup=times(ratio) if ratio else _NOTHING,
+        state="chosen" if chosen else trial.state,
+    )
+
+
+def baseline(trials: Sequence[Trial]) -> Trial | None:
+    """The trial that all others are compared with: the first of eager PyTorch in fp32."""
+    return next((t for t in trials if (t.build.engine, t.build.precision) == ("eager", "fp32")), None)
+
+
+def speedup(trial: Trial, baseline: Trial | None, goal: Goal) -> float | None:
+    """How many times the baseline's speed, each as measured in its own trial; ``None`` where either was not."""
+    ours, theirs = trial.best(goal), baseline.best(goal) if baseline else None
+    if ours is None or theirs is None:
+        return None
+    if goal == "latency":
+        return theirs.p50_ms / ours.p50_ms
+    return ours.throughput_per_s / theirs.throughput_per_s
+
+
+def headline(report: Report) -> str:
+    """The whole result in one sentence."""
+    choice, fidelity = report.choice, report.winner.fidelity
+    if won_by_baseline(report):
+        speed = rate(choice.throughput_per_s, report.objective.goal)
+        return f"nothing beat the baseline, eager PyTorch in fp32 at {speed}"
+    text = f"{times(choice.speedup)} faster than eager PyTorch {interval(choice.speedup_low, choice.speedup_high)}"
+    return f"{text}, {_against(fidelity)}" if fidelity else text
+
+
+def won_by_baseline(report: Report) -> bool:
+    """Whether the chosen build is the baseline itself."""
+    base = baseline(report.trials)
+    return base is not None and base.build == report.choice.winner
+
+
+def facts(report: Report) -> Iterator[tuple[str, str]]:
+    """The story from the winner down to the versions, as (heading, sentence)."""
+    fidelity = report.winner.fidelity
+    yield "winner", clean(report.choice.winner.label)
+    yield "plan", report.choice.plan.label
+    yield "why", clean(report.choice.reason)
+    yield "speed", _speed(report)
+    if fidelity:
+        yield "accuracy", _accuracy(fidelity)
+        yield "outputs", _closeness(fidelity)
+    yield "goal", _goal(report)
+    yield "cost", _cost(report)
+    yield "samples", _samples(report)
+    yield "machine", _machine(report.cpu)
+    yield "versions", clean(", ".join(f"{name} {version}" for name, version in report.versions.items()))
+    yield "created", clean(report.created)
+
+
+def losers(report: Report) -> Iterator[tuple[str, State, str]]:
+    """Label, state and reason of each trial that was not chosen."""
+    for loser in report.choice.losers:
+        yield clean(loser.build.label), loser.state, clean(loser.reason)
+
+
+def warnings(report: Report) -> tuple[str, ...]:
+    """Doubts about the choice."""
+    return tuple(map(clean, report.choice.warnings))
+
+
+def notes(report: Report) -> Iterator[str]:
+    """What limited the search, and what the engines had to say about their builds."""
+    yield from map(clean, report.notes)
+    for trial in report.trials:
+        for note in trial.notes:
+            yield clean(f"{trial.build.label}: {note}")
+
+
+def ended(trial: Trial, baseline: Trial | None, goal: Goal) -> str:
+    """One line about a trial that has just ended."""
+    label = clean(trial.build.label)
+    if trial.state != "ok":
+        return f"{label}: {trial.state}: {clean(trial.reason)}"
+    found: list[str] = [trial.state]
+    if trial.fidelity:
+        found.append(
+            f"{clean(trial.fidelity.metric)} {score(trial.fidelity.value)} (drop {score(trial.fidelity.drop)})"
+        )
+    if best := trial.best(goal):
+        ratio = speedup(trial, baseline, goal)
+        figures = _speed_figures(best, goal)
+        speed = f"p50/p99 {figures} ms" if goal == "latency" else f"{figures} items/s"
+        found.append(f"{speed} ({times(ratio)} eager)" if ratio else speed)
+    return f"{label}: {', '.join(found)}"
+
+
+def finals(rates: Sequence[Rates], goal: Goal) -> str:
+    """The finalists' median rates so far, the fastest first."""
+    ranked = sorted(((median(r.per_s), clean(r.build.label)) for r in rates if r.per_s), reverse=True)
+    return ", ".join(f"{label} {rate(per_s, goal)}" for per_s, label in ranked)
+
+
+def options(build: Build) -> str:
+    """``backend=onednn, reduce_range``: an option that is just switched on needs no value."""
+    return clean(", ".join(name if value is True else f"{name}={value}" for name, value in build.options))
+
+
+def clean(text: str) -> str:
+    """One line that cannot steer a terminal: control characters and line ends become single spaces."""
+    return " ".join("".join(c if c.isprintable() else " " for c in text).split())
+
+
+def score(value: float) -> str:
+    """A metric's value: four decimals, as the gate's reasons have."""
+    # Adding zero turns the -0.0 of a tiny negative drop into 0.0.
+    return f"{round(value, 4) + 0.0:.4f}" if abs(value) < 1000 else f"{value:.6g}"
+
+
+def times(ratio: float) -> str:
+    """``4.24x``, ``12.3x``."""
+    return f"{_three_digits(ratio)}x"
+
+
+def interval(low: float, high: float) -> str:
+    """``[4.02, 4.41]``."""
+    return f"[{_three_digits(low)}, {_three_digits(high)}]"
+
+
+def rate(per_s: float, goal: Goal) -> str:
+    """A rate of the alternating run: ``87.3 items/s``; for the latency goal, whose rates are 1/latency, ``11.5 ms``."""
+    return f"{_three_digits(1000 / per_s)} ms" if goal == "latency" else f"{_three_digits(per_s)} items/s"
+
+
+def duration(seconds: float) -> str:
+    """``8.4 s``, ``31 s``, ``4 min 12 s``, ``1 h 4 min``."""
+    if seconds < 9.95:
+        return f"{round(seconds, 1):g} s"
+    minutes, rest = divmod(round(seconds), 60)
+    if minutes >= 60:
+        return f"{minutes // 60} h {minutes % 60} min"
+    return f"{minutes} min {rest} s" if minutes else f"{rest} s"
+
+
+def size(size_bytes: int) -> str:
+    """``25.1 MiB``."""
+    for unit, scale in (("GiB", 2**30), ("MiB", 2**20)):
+        if size_bytes >= scale:
+            return f"{size_bytes / scale:.1f} {unit}"
+    return f"{size_bytes / 2**10:.1f} KiB"
+
+
+def _three_digits(value: float) -> str:
+    """``1.04``, ``87.3``, ``1204``: three digits, or the whole number where it has more."""
+    return f"{value:.2f}" if abs(value) < 9.995 else f"{value:.1f}" if abs(value) < 99.95 else f"{value:.0f}"
+
+
+def _speed_figures(best: Measurement, goal: Goal) -> str:
+    if goal == "latency":
+        return f"{_three_digits(best.p50_ms)}/{_three_digits(best.p99_ms)}"
+    return _three_digits(best.throughput_per_s)
+
+
+def _against(fidelity: Fidelity) -> str:
+    return f"{clean(fidelity.metric)} {score(fidelity.value)} against {score(fidelity.baseline_value)}"
+
+
+def _accuracy(fidelity: Fidelity) -> str:
+    drop = f"drop {score(fidelity.drop)} [{score(fidelity.drop_low)}, {score(fidelity.drop_high)}]"
+    return f"{_against(fidelity)}: {drop} on {fidelity.samples} held-out samples"
+
+
+def _closeness(fidelity: Fidelity) -> str:
+    text = f"SQNR {fidelity.sqnr_db:.1f} dB, cosine {fidelity.cosine:.4f}"
+    return text if fidelity.agreement is None else f"{text}, {fidelity.agreement:.1%} of the top-1 answers are fp32's"
+
+
+def _speed(report: Report) -> str:
+    choice, goal, best = report.choice, report.objective.goal, report.winner.best(report.objective.goal)
+    text = rate(choice.throughput_per_s, goal)
+    if not won_by_baseline(report):
+        text += f" against {rate(choice.baseline_throughput_per_s, goal)}"
+    if report.finals:
+        rounds = len(report.finals[0].per_s)
+        text += f", {len(report.finals)} finalists in {rounds} alternating rounds"
+    if goal == "latency" and best:
+        text += f"; in its trial p50 {_three_digits(best.p50_ms)} ms, p99 {_three_digits(best.p99_ms)} ms"
+    return text
+
+
+def _goal(report: Report) -> str:
+    objective, fidelity = report.objective, report.winner.fidelity
+    metric = clean(fidelity.metric) if fidelity else "accuracy"
+    text = f"{objective.goal}; {metric} may drop by {objective.max_drop:g} at most"
+    return f"{text}, and so may the upper end of the drop's interval" if objective.strict else text
+
+
+def _cost(report: Report) -> str:
+    winner = report.winner
+    return (
+        f"{duration(report.wall_s)} and {size(report.peak_memory_bytes)} at the peak for {len(report.trials)} trials; "
+        f"the winner was built in {duration(winner.build_s)} and takes {size(winner.payload_bytes)}"
+    )
+
+
+def _samples(report: Report) -> str:
+    samples = report.samples
+    labels = "with labels" if samples.labelled else "without labels"
+    counts = f"{samples.calibration} to calibrate, {samples.holdout} held out"
+    return f"{clean(samples.source)} {labels}: {counts}, seed {samples.seed}"
+
+
+def _machine(cpu: Cpu) -> str:
+    cores = len({(logical.socket, logical.core) for logical in cpu.cpus})
+    usable = f"{cpu.usable_cores} of {cores} cores usable" if cores else f"{cpu.usable_cores} usable cores"
+    memory = cpu.memory_limit_bytes or cpu.memory_bytes
+    known = (cpu.model, cpu.architecture, usable, " ".join(cpu.isa), f"{size(memory)} memory")
+    return clean(", ".join(fact for fact in known if fact))

@@ -1,0 +1,109 @@
+"""What ``optimize`` returns: the report, the model ready to call, and the way to an artifact."""
+
+import shutil
+import tempfile
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+
+from corewise import artifact
+from corewise.engines import Material, engine
+from corewise.errors import OutputError
+from corewise.model import Model
+from corewise.nested import Structure
+from corewise.samples import Samples
+from corewise.trial import read_outputs
+from corewise.values import Report
+
+GOLDEN_ROWS = 8
+
+
+class Home:
+    """The folder a run works in: the user's, which keeps trials, or a temporary one that ends with the result.
+
+    Raises ``OutputError`` where it cannot be made.
+    """
+
+    def __init__(self, work: Path | None) -> None:
+        self._temporary = tempfile.TemporaryDirectory(prefix="corewise-") if work is None else None
+        self.folder = work or Path(self._temporary.name if self._temporary else "")
+        try:
+            for name in ("", "builds", "outputs", "logs", "cache"):
+                (self.folder / name).mkdir(exist_ok=True)
+        except OSError as error:
+            raise OutputError(f"{self.folder} cannot be written: {error.strerror}", "give another place") from error
+
+    def remove(self) -> None:
+        """Delete the folder: what was worth keeping is in an artifact."""
+        shutil.rmtree(self.folder)
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Result:
+    """The outcome of one optimization."""
+
+    report: Report
+    material: Material
+    holdout: Samples
+    output_structure: Structure
+    payload: Path
+    outputs: Path
+    """The winner's outputs for the holdout."""
+    home: Home
+    """Holds the payload."""
+
+    @cached_property
+    def model(self) -> Model:
+        """The winner, opened in this process; call it as the original."""
+        choice = self.report.choice
+        return Model(
+            engine(choice.winner.engine).open(self.payload, choice.winner, choice.plan),
+            inputs=self.material.inputs,
+            input_structure=self.holdout.structure,
+            output_structure=self.output_structure,
+        )
+
+    def save(self, folder: str | Path, *, reference: bool = True) -> artifact.Artifact:
+        """Write the artifact; without ``reference`` it leaves out the fp32 program (and is smaller).
+
+        Raises ``OutputError`` where ``folder`` exists, cannot be written, or the disk is full.
+        """
+        from corewise.report import markdown
+
+        artifact.write(
+            Path(folder),
+            manifest=self._manifest,
+            payload=self.payload,
+            reference=self.material.program if reference else None,
+            golden=self._golden(),
+            report=self.report,
+            report_text=markdown.render(self.report),
+        )
+        return artifact.read(Path(folder))
+
+    def _manifest(self, files: dict[str, artifact.FileFacts]) -> artifact.Manifest:
+        choice = self.report.choice
+        return artifact.Manifest(
+            schema=artifact.SCHEMA,
+            model=self.report.model,
+            created=self.report.created,
+            versions=self.report.versions,
+            architecture=self.report.cpu.architecture,
+            needs=engine(choice.winner.engine).needs(choice.winner),
+            build=choice.winner,
+            plan=choice.plan,
+            inputs=self.material.inputs,
+            outputs=self.material.outputs,
+            input_structure=self.holdout.structure.to_data(),
+            output_structure=self.output_structure.to_data(),
+            preprocess=self.holdout.preprocess,
+            files=files,
+        )
+
+    def _golden(self) -> tuple[tuple[np.ndarray, ...], list[np.ndarray]]:
+        """The first holdout samples of one shape, and the winner's outputs for them."""
+        rows, inputs = next(self.holdout.batches(GOLDEN_ROWS))
+        leaves = read_outputs(self.outputs).rows(rows).leaves
+        return inputs, [np.stack(list(leaf)) for leaf in leaves]

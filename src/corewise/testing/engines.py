@@ -1,0 +1,85 @@
+"""Engines that misbehave, each in one way: ``Build(engine="corewise.testing.engines:Hang", precision="int8")``.
+
+Whatever runs them must end with a failed trial and go on.
+"""
+
+import ctypes
+import os
+import signal
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from corewise.engines.base import Material, Session
+from corewise.engines.fake import Fake
+from corewise.values import Build, Plan
+
+
+class Segfault(Fake):
+    """Reads address 0 while building."""
+
+    def build(self, material: Material, build: Build, folder: Path) -> tuple[str, ...]:
+        """End the process by SIGSEGV."""
+        ctypes.string_at(0)
+        return super().build(material, build, folder)
+
+
+class KilledForMemory(Fake):
+    """Ends as the kernel's OOM killer ends a process."""
+
+    def build(self, material: Material, build: Build, folder: Path) -> tuple[str, ...]:
+        """End the process by SIGKILL."""
+        os.kill(os.getpid(), signal.SIGKILL)
+        return super().build(material, build, folder)
+
+
+class Hang(Fake):
+    """Never finishes building."""
+
+    def build(self, material: Material, build: Build, folder: Path) -> tuple[str, ...]:
+        """Sleep for ever."""
+        while True:
+            time.sleep(3600)
+
+
+class RaisesInBuild(Fake):
+    """Raises what no engine should."""
+
+    def build(self, material: Material, build: Build, folder: Path) -> tuple[str, ...]:
+        """Raise ``RuntimeError``."""
+        raise RuntimeError("no kernel for aten.frobnicate")
+
+
+class NanOutputs(Fake):
+    """Answers NaN."""
+
+    def open(self, folder: Path, build: Build, plan: Plan) -> Session:
+        """Open a session whose outputs are NaN."""
+        return _NanSession(super().open(folder, build, plan))
+
+
+class CrashesInRun(Fake):
+    """Builds and opens, and reads address 0 when it is run."""
+
+    def open(self, folder: Path, build: Build, plan: Plan) -> Session:
+        """Open a session that ends the process by SIGSEGV."""
+        return _CrashingSession(super().open(folder, build, plan))
+
+
+class _NanSession:
+    def __init__(self, session: Session) -> None:
+        self._session = session
+
+    def run(self, inputs: Sequence[np.ndarray]) -> list[np.ndarray]:
+        return [np.full_like(output, np.nan) for output in self._session.run(inputs)]
+
+    def close(self) -> None:
+        self._session.close()
+
+
+class _CrashingSession(_NanSession):
+    def run(self, inputs: Sequence[np.ndarray]) -> list[np.ndarray]:
+        ctypes.string_at(0)
+        return super().run(inputs)

@@ -1,0 +1,223 @@
+"""One build in a child process: built, verified, then measured. Crashes, hangs and kills become reasons."""
+
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+
+from corewise.errors import CorewiseError, InputError, OutputError
+from corewise.events import Event, TrialStep
+from corewise.fidelity import Outputs, Verdict
+from corewise.values import Build, Fidelity, Measurement, Plan, Trial, from_json, to_json
+from corewise.worker import HOLDOUT
+
+VERIFY_BATCH = 16
+MEASURE_S = 2.0
+SLOW_CALL_MS = 250.0
+"""A batch whose call takes longer is the last one tried: larger ones add latency and hardly speed."""
+HOPELESS = 0.5
+"""A candidate that verifies slower than this share of the best so far is not measured."""
+LOG_TAIL = 300
+
+
+class Died(CorewiseError):
+    """A trial child ended or hung before it answered."""
+
+
+class Worker:
+    """The parent's end of a trial child (``worker.Child``); a context manager that leaves no process behind."""
+
+    def __init__(self, *, cpus: Sequence[int], log: Path, timeout_s: float) -> None:
+        """Start a child on the hardware threads ``cpus``; what it prints goes to ``log``."""
+        self._timeout_s = timeout_s
+        self._log = log
+        self._channel, theirs = socket.socketpair()
+        with theirs, log.open("ab") as output:
+            self._process = subprocess.Popen(
+                [sys.executable, "-m", "corewise.worker", str(theirs.fileno())],
+                pass_fds=[theirs.fileno()],
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=output,
+                env={**os.environ, "OMP_NUM_THREADS": str(len(cpus)), "PYTHONPATH": os.pathsep.join(sys.path)},
+                # Its own group: Ctrl-C reaches the parent alone, which then ends the child.
+                start_new_session=True,
+            )
+        self._answers = self._channel.makefile("r", encoding="utf-8")
+        self.peak_memory_bytes = 0
+        self.call("prepare", "starting", cpus=list(cpus), path=sys.path)
+
+    def call(self, op: str, doing: str, **arguments: Any) -> dict[str, Any]:
+        """Ask for ``op`` and wait. Raises ``CorewiseError`` with the child's reason, ``Died`` where it is gone."""
+        self._channel.settimeout(self._timeout_s)
+        try:
+            self._channel.sendall(json.dumps({"op": op, **arguments}).encode() + b"\n")
+            line = self._answers.readline()
+        except TimeoutError as error:
+            self.close()
+            raise Died(f"hung while {doing}: no answer in {self._timeout_s:.0f} s, so it was ended") from error
+        except OSError:
+            line = ""
+        if not line:
+            raise Died(f"{self._epitaph()} while {doing}{self._last_words()}")
+        answer: dict[str, Any] = json.loads(line)
+        self.peak_memory_bytes = max(self.peak_memory_bytes, answer["peak_memory_bytes"])
+        if answer.get("disk_full"):
+            raise OutputError(f"the disk is full: {answer['error']}", "free space and run the same command to resume")
+        if "error" in answer:
+            raise CorewiseError(f"{doing}: {answer['error']}")
+        return answer
+
+    def close(self) -> None:
+        """End the child, whatever it is doing."""
+        self._answers.close()
+        self._channel.close()
+        self._process.kill()
+        self._process.wait()
+
+    def __enter__(self) -> "Worker":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _epitaph(self) -> str:
+        code = self._process.wait()
+        if code == -signal.SIGKILL:
+            return "killed (SIGKILL, most likely by the kernel for want of memory)"
+        return f"crashed with {signal.Signals(-code).name}" if code < 0 else f"exited with code {code}"
+
+    def _last_words(self) -> str:
+        lines = self._log.read_text(errors="replace").strip().splitlines()
+        return f": {lines[-1][-LOG_TAIL:]}" if lines else ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Setting:
+    """What all trials of one run share."""
+
+    folder: Path
+    """Holds the material (``worker.read_material``), the holdout, and a folder a build."""
+    plans: tuple[Plan, ...]
+    """Tried in order, by rising batch."""
+    cpus: tuple[int, ...]
+    timeout_s: float
+    verify: Callable[[Outputs], tuple[Fidelity, Verdict]]
+    tell: Callable[[Event], None]
+
+    def payload(self, build: Build) -> Path:
+        """Where the build's payload lies."""
+        return self.folder / "builds" / build.label.replace("/", "_")
+
+    @property
+    def holdout(self) -> str:
+        """The file of the holdout's samples."""
+        return str(self.folder / HOLDOUT)
+
+    def outputs(self, build: Build) -> Path:
+        """The build's outputs for the holdout."""
+        return self.folder / "outputs" / f"{build.label.replace('/', '_')}.safetensors"
+
+    def log(self, build: Build) -> Path:
+        """What the build's children print."""
+        return self.folder / "logs" / f"{build.label.replace('/', '_')}.log"
+
+    def worker(self, build: Build) -> Worker:
+        """A fresh child for the build."""
+        return Worker(cpus=self.cpus, log=self.log(build), timeout_s=self.timeout_s)
+
+
+def run_trial(build: Build, setting: Setting, *, best_per_s: float = 0.0, is_baseline: bool = False) -> Trial:
+    """Build, verify and measure ``build`` in a child of its own.
+
+    ``best_per_s`` is the best throughput so far: a candidate far below it is pruned after verification. Errors in
+    what the user gave (a metric that raises, a full disk) are raised; all else becomes the trial's state and reason.
+    """
+    payload = setting.payload(build)
+    shutil.rmtree(payload, ignore_errors=True)
+    payload.mkdir(parents=True)
+    record: dict[str, Any] = {"build": build}
+    start = time.monotonic()
+    try:
+        with setting.worker(build) as worker:
+            try:
+                _run(build, setting, worker, payload, record, best_per_s, is_baseline)
+            finally:
+                record["peak_memory_bytes"] = worker.peak_memory_bytes
+    except InputError:
+        raise
+    except CorewiseError as error:
+        record.update(state="failed", reason=str(error), build_s=record.get("build_s", time.monotonic() - start))
+    return Trial(**record)
+
+
+def _run(
+    build: Build,
+    setting: Setting,
+    worker: Worker,
+    payload: Path,
+    record: dict[str, Any],
+    best_per_s: float,
+    is_baseline: bool,
+) -> None:
+    """The steps of a trial; what is known so far is in ``record`` when a step raises."""
+    setting.tell(TrialStep(build, "building"))
+    start = time.monotonic()
+    answer = worker.call("build", "building", material=str(setting.folder), build=to_json(build), folder=str(payload))
+    record["build_s"] = time.monotonic() - start
+    record["notes"] = tuple(answer["notes"])
+    record["payload_bytes"] = sum(file.stat().st_size for file in payload.rglob("*") if file.is_file())
+    setting.tell(TrialStep(build, "verifying"))
+    outputs, per_s = _holdout_outputs(build, setting, worker, payload)
+    fidelity, verdict = setting.verify(outputs)
+    record["fidelity"] = fidelity
+    if not (verdict.passed or is_baseline):
+        record.update(state="rejected", reason=verdict.reason)
+        return
+    if per_s < HOPELESS * best_per_s:
+        reason = f"too slow to measure: {per_s:.4g}/s while verifying, the best so far does {best_per_s:.4g}/s"
+        record.update(state="pruned", reason=reason)
+        return
+    measurements: list[Measurement] = []
+    for plan in setting.plans:
+        setting.tell(TrialStep(build, f"measuring, {plan.label}"))
+        worker.call("open", "opening", folder=str(payload), build=to_json(build), plan=to_json(plan))
+        answer = worker.call("measure", "measuring", samples=setting.holdout, plan=to_json(plan), budget_s=MEASURE_S)
+        measurements.append(from_json(Measurement, answer["measurement"]))
+        record["measurements"] = tuple(measurements)
+        if measurements[-1].p50_ms > SLOW_CALL_MS:
+            break
+    record.update(state="ok", reason="the baseline" if is_baseline else verdict.reason)
+
+
+def _holdout_outputs(build: Build, setting: Setting, worker: Worker, payload: Path) -> tuple[Outputs, float]:
+    """The payload's outputs for the holdout in its order, and the items per second that took."""
+    plan = Plan(threads_per_instance=len(setting.cpus), batch=VERIFY_BATCH)
+    worker.call("open", "opening", folder=str(payload), build=to_json(build), plan=to_json(plan))
+    path = setting.outputs(build)
+    answer = worker.call("outputs", "verifying", samples=setting.holdout, batch=plan.batch, path=str(path))
+    return read_outputs(path), answer["per_s"]
+
+
+def read_outputs(path: Path) -> Outputs:
+    """The outputs that ``worker.Child.outputs`` wrote, in the order of the samples."""
+    from safetensors.numpy import load_file
+
+    tensors = load_file(path)
+    batches = sum(name.endswith(".rows") for name in tensors)
+    count = len(tensors) // batches - 1
+    gathered = Outputs.gather([tensors[f"{b}.{k}"] for k in range(count)] for b in range(batches))
+    return gathered.rows(np.argsort(np.concatenate([tensors[f"{b}.rows"] for b in range(batches)])))

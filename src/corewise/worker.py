@@ -1,0 +1,158 @@
+"""The trial child: one process that builds, opens, runs and times one payload when told to.
+
+Started as ``python -m corewise.worker FD``; requests and answers are JSON lines on that socket. What it does can
+crash, hang or exhaust the memory without harming the run (``trial.Worker`` is the other end).
+"""
+
+import json
+import os
+import socket
+import sys
+import time
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from corewise.engines import Material, Session, engine
+from corewise.errors import CorewiseError
+from corewise.imports import describe
+from corewise.measure import batch_of, measure, time_calls, warm_up
+from corewise.samples import Samples
+from corewise.values import Build, Cpu, Plan, TensorSpec, from_json, to_json
+
+MATERIAL = "material.json"
+PROGRAM = "program.pt2"
+CALIBRATION = "calibration.safetensors"
+HOLDOUT = "holdout.safetensors"
+
+
+def write_material(folder: Path, material: Material) -> None:
+    """Describe ``material``, whose program and samples lie in ``folder`` already, for ``read_material``."""
+    about = {
+        "inputs": material.inputs,
+        "outputs": material.outputs,
+        "operators": material.operators,
+        "cpu": material.cpu,
+    }
+    (folder / MATERIAL).write_text(json.dumps(to_json(about)))
+
+
+def read_material(folder: Path) -> Material:
+    """The material that a folder holds; samples are read from their file when asked for."""
+    about = json.loads((folder / MATERIAL).read_text())
+    cache = folder / "cache"
+    cache.mkdir(exist_ok=True)
+    return Material(
+        program=folder / PROGRAM,
+        inputs=from_json(tuple[TensorSpec, ...], about["inputs"]),
+        outputs=from_json(tuple[TensorSpec, ...], about["outputs"]),
+        operators=about["operators"],
+        calibration=Samples.load(folder / CALIBRATION),
+        cpu=from_json(Cpu, about["cpu"]),
+        cache=cache,
+    )
+
+
+class Child:
+    """What the parent can ask for; each public method is one request."""
+
+    def __init__(self) -> None:
+        self._session: Session | None = None
+
+    def prepare(self, cpus: list[int], path: list[str]) -> dict[str, Any]:
+        """Run on these hardware threads only, and import user code from ``path``."""
+        os.sched_setaffinity(0, cpus)
+        sys.path[:] = path
+        return {}
+
+    def build(self, material: str, build: Any, folder: str) -> dict[str, Any]:
+        """Write the payload of ``build`` into ``folder``."""
+        wanted = from_json(Build, build)
+        notes = engine(wanted.engine).build(read_material(Path(material)), wanted, Path(folder))
+        return {"notes": list(notes)}
+
+    def open(self, folder: str, build: Any, plan: Any) -> dict[str, Any]:
+        """Open a payload in place of the one open now."""
+        wanted = from_json(Build, build)
+        if self._session is not None:
+            self._session.close()
+        self._session = engine(wanted.engine).open(Path(folder), wanted, from_json(Plan, plan))
+        return {}
+
+    def outputs(self, samples: str, batch: int, path: str) -> dict[str, Any]:
+        """Run all samples and write the outputs: ``B.rows`` and ``B.K`` for batch B and output K.
+
+        Answers the items per second of the median batch: the first ones are slow, being cold.
+        """
+        from safetensors.numpy import save_file
+
+        tensors = {}
+        per_s = []
+        for number, (rows, arrays) in enumerate(Samples.load(Path(samples)).batches(batch)):
+            start = time.perf_counter()
+            results = self._opened().run(arrays)
+            per_s.append(len(rows) / (time.perf_counter() - start))
+            tensors[f"{number}.rows"] = rows
+            tensors.update({f"{number}.{k}": array for k, array in enumerate(results)})
+        save_file(tensors, path)
+        return {"per_s": median(per_s)}
+
+    def measure(self, samples: str, plan: Any, budget_s: float) -> dict[str, Any]:
+        """Measure the open session under ``plan``."""
+        wanted = from_json(Plan, plan)
+        inputs = batch_of(Samples.load(Path(samples)), wanted.batch)
+        return {"measurement": to_json(measure(self._opened(), inputs, wanted, budget_s=budget_s))}
+
+    def enter_race(self, samples: str, batch: int, budget_s: float) -> dict[str, Any]:
+        """Warm up for ``round``."""
+        self._inputs = batch_of(Samples.load(Path(samples)), batch)
+        return {"calls": warm_up(self._opened(), self._inputs, budget_s=budget_s)}
+
+    def round(self, budget_s: float) -> dict[str, Any]:
+        """Items per second over one round of an alternating run: whole calls, the first one untimed."""
+        session = self._opened()
+        session.run(self._inputs)
+        seconds = time_calls(session, self._inputs, budget_s=budget_s, min_calls=1)
+        return {"per_s": len(self._inputs[0]) * len(seconds) / sum(seconds)}
+
+    def _opened(self) -> Session:
+        if self._session is None:
+            raise CorewiseError("the worker has no open session", "this is a bug in corewise")
+        return self._session
+
+
+def peak_memory_bytes() -> int:
+    """The most memory this process ever had resident (VmHWM); 0 where the kernel does not tell."""
+    try:
+        lines = Path("/proc/self/status").read_text().splitlines()
+    except OSError:
+        return 0
+    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM")), 0)
+
+
+def serve(channel: socket.socket) -> None:
+    """Answer requests until the parent closes the channel."""
+    child = Child()
+    with channel.makefile("r", encoding="utf-8") as requests:
+        for line in requests:
+            request = json.loads(line)
+            handler: Callable[..., dict[str, Any]] = getattr(child, request.pop("op"))
+            answer = _answer(handler, request)
+            answer["peak_memory_bytes"] = peak_memory_bytes()
+            channel.sendall(json.dumps(answer).encode() + b"\n")
+
+
+def _answer(handler: Callable[..., dict[str, Any]], request: dict[str, Any]) -> dict[str, Any]:
+    try:
+        return handler(**request)
+    except CorewiseError as error:
+        return {"error": str(error)}
+    except Exception as error:  # noqa: BLE001 - the trial boundary: whatever an engine raises is the trial's reason
+        return {"error": describe(error), "disk_full": "No space left" in str(error)}
+
+
+if __name__ == "__main__":
+    warnings.simplefilter("ignore")
+    serve(socket.socket(fileno=int(sys.argv[1])))

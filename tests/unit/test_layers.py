@@ -1,0 +1,250 @@
+"""The map of docs/structure.md as a test: imports go one way, and some things have one place."""
+
+import ast
+import subprocess
+import sys
+from collections.abc import Iterator
+from functools import cache
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+import pytest
+
+import corewise
+
+SOURCE = Path(corewise.__file__).parent
+ROOT = "corewise"
+"""The package itself: its public API may name any room, and any room may ask it for the version."""
+
+LAYERS = (
+    ("cli", "testing"),
+    ("cluster", "doctor"),
+    ("optimize", "serving"),
+    ("loading", "result"),
+    ("race", "report", "choose", "candidates", "journal"),
+    ("trial",),
+    ("worker",),
+    ("measure",),
+    ("artifact",),
+    ("model", "fidelity", "loadgen", "batching"),
+    ("engines", "metrics"),
+    ("quantize",),
+    ("source",),
+    ("samples", "cpu", "stats", "events"),
+    ("imports", "nested"),
+    ("values",),
+    ("errors",),
+)
+"""Rooms, from top to bottom. A room imports from itself and from lower layers; those of one layer are strangers."""
+
+LEVEL = {room: level for level, rooms in enumerate(LAYERS) for room in rooms}
+
+TORCH = {"torch", "torchao", "torchvision", "transformers", "timm"}
+TORCH_ROOMS = {"source", "quantize", "engines", "testing"}
+TORCH_WHEN_ASKED = {"doctor", "model"}
+"""``doctor --torch``, and ``Model`` when the caller gave it tensors: inside functions only."""
+WEB = {"starlette", "fastapi", "uvicorn", "grpc", "grpclib", "flask", "aiohttp", "ray"}
+ENVIRONMENT = {"environ", "environb", "getenv"}
+
+
+class Import(NamedTuple):
+    """One imported module, and when it is imported: with the file, in a function, or by type checkers only."""
+
+    name: str
+    line: int
+    when: Literal["at once", "later", "never"]
+
+
+class Module(NamedTuple):
+    """One file of the package."""
+
+    path: Path
+    room: str
+    tree: ast.Module
+
+    def at(self, line: int) -> str:
+        return f"{self.path.relative_to(SOURCE.parent)}:{line}"
+
+
+@cache
+def modules() -> tuple[Module, ...]:
+    found = []
+    for path in sorted(SOURCE.rglob("*.py")):
+        parts = path.relative_to(SOURCE).with_suffix("").parts
+        room = ROOT if parts == ("__init__",) else parts[0]
+        found.append(Module(path, room, ast.parse(path.read_text())))
+    return tuple(found)
+
+
+def imports(node: ast.AST, when: Literal["at once", "later", "never"] = "at once") -> Iterator[Import]:
+    for child in ast.iter_child_nodes(node):
+        if isinstance(child, ast.Import):
+            yield from (Import(alias.name, child.lineno, when) for alias in child.names)
+        elif isinstance(child, ast.ImportFrom):
+            assert not child.level, f"line {child.lineno}: write the whole name of the module"
+            # "from corewise import stats" imports a room, not the package.
+            names = [f"{ROOT}.{alias.name}" for alias in child.names] if child.module == ROOT else [str(child.module)]
+            yield from (Import(name, child.lineno, when) for name in names)
+        elif isinstance(child, ast.If) and ast.unparse(child.test) == "TYPE_CHECKING":
+            yield from imports(child, "never")
+        else:
+            yield from imports(child, "later" if isinstance(child, ast.FunctionDef | ast.AsyncFunctionDef) else when)
+
+
+def room_of(name: str) -> str | None:
+    """The room an imported name belongs to; ``None`` where it is none of ours."""
+    package, _, rest = name.partition(".")
+    if package != ROOT:
+        return None
+    room = rest.partition(".")[0]
+    return room if room in {module.room for module in modules()} else ROOT
+
+
+def report(problems: list[str]) -> None:
+    assert not problems, "\n" + "\n".join(problems)
+
+
+def test_every_module_has_its_place() -> None:
+    rooms = sorted({module.room for module in modules()} - set(LEVEL) - {ROOT})
+    report(
+        [f"{room} has no layer: add it to LAYERS in {Path(__file__).name} and to docs/structure.md" for room in rooms]
+    )
+
+
+def test_imports_go_one_way() -> None:
+    problems = []
+    for module in modules():
+        for imported in imports(module.tree):
+            room = room_of(imported.name)
+            if room == module.room or room not in LEVEL or module.room not in LEVEL:
+                continue
+            if LEVEL[module.room] >= LEVEL[room]:
+                relation = "beside" if LEVEL[module.room] == LEVEL[room] else "below"
+                problems.append(f"{module.at(imported.line)}: {module.room} imports {room}, but stands {relation} it")
+    report(problems)
+
+
+def test_torch_is_imported_only_where_torch_is_the_work() -> None:
+    report(
+        [
+            f"{module.at(imported.line)}: {module.room} imports {imported.name} {imported.when}"
+            for module in modules()
+            for imported in imports(module.tree)
+            if imported.name.partition(".")[0] in TORCH and not _may_import_torch(module, imported)
+        ]
+    )
+
+
+def _may_import_torch(module: Module, imported: Import) -> bool:
+    if module.room == "engines" and imported.when == "at once":
+        return module.path.stem.startswith("torch_")
+    return (
+        module.room in TORCH_ROOMS
+        or imported.when == "never"
+        or (imported.when == "later" and module.room in TORCH_WHEN_ASKED)
+    )
+
+
+def test_web_frameworks_and_ray_stay_in_their_rooms() -> None:
+    report(
+        [
+            f"{module.at(imported.line)}: {module.room} imports {imported.name}"
+            for module in modules()
+            for imported in imports(module.tree)
+            if imported.name.partition(".")[0] in WEB and module.room not in ("serving", "cluster")
+        ]
+    )
+
+
+def test_nothing_is_unpickled() -> None:
+    report(
+        [
+            f"{module.at(imported.line)}: {imported.name}; write JSON or safetensors"
+            for module in modules()
+            for imported in imports(module.tree)
+            if imported.name.partition(".")[0] in ("pickle", "cPickle", "dill", "cloudpickle", "joblib", "shelve")
+        ]
+    )
+
+
+def test_the_environment_is_read_by_the_cli_and_handed_to_trial_children() -> None:
+    report(
+        [
+            f"{module.at(node.lineno)}: {ast.unparse(node)}; take an argument, and let cli.py read the environment"
+            for module in modules()
+            if module.room not in ("cli", "trial", "worker")
+            for node in ast.walk(module.tree)
+            if (isinstance(node, ast.Attribute) and node.attr in ENVIRONMENT and ast.unparse(node.value) == "os")
+            or (isinstance(node, ast.ImportFrom) and node.module == "os" and ENVIRONMENT & {a.name for a in node.names})
+        ]
+    )
+
+
+def test_only_the_cli_prints_and_exits() -> None:
+    report(
+        [
+            f"{module.at(node.lineno)}: {ast.unparse(node.func)}(); return a value or raise, and let cli.py speak"
+            for module in modules()
+            if module.room != "cli"
+            for node in ast.walk(module.tree)
+            if isinstance(node, ast.Call) and ast.unparse(node.func) in ("print", "exit", "sys.exit", "os._exit")
+        ]
+    )
+
+
+def test_only_trial_children_and_the_server_catch_everything() -> None:
+    report(
+        [
+            f"{module.at(node.lineno)}: catches everything; name the exceptions"
+            for module in modules()
+            if module.room not in ("worker", "serving")
+            for node in ast.walk(module.tree)
+            if isinstance(node, ast.ExceptHandler) and _catches_everything(node)
+        ]
+    )
+
+
+def _catches_everything(handler: ast.ExceptHandler) -> bool:
+    caught = handler.type.elts if isinstance(handler.type, ast.Tuple) else [handler.type]
+    return any(kind is None or ast.unparse(kind) in ("Exception", "BaseException") for kind in caught)
+
+
+def test_every_module_says_what_it_is() -> None:
+    report([f"{module.path} has no docstring" for module in modules() if not ast.get_docstring(module.tree)])
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "corewise",
+        "corewise.cli",
+        "corewise.doctor",
+        "corewise.artifact",
+        "corewise.model",
+        "corewise.engines.openvino",
+        "corewise.engines.onnxruntime",
+    ],
+)
+def test_torch_waits_until_it_is_needed(name: str) -> None:
+    code = f"import sys, {name}; sys.exit(' '.join(sorted({TORCH!r} & set(sys.modules))) or None)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, f"import {name}: {done.stderr.strip()}"
+
+
+def test_the_rules_can_fail() -> None:
+    tree = ast.parse(
+        "import torch.nn\nfrom corewise import stats\ndef f():\n    import pickle\nif TYPE_CHECKING:\n    import ray"
+    )
+    assert list(imports(tree)) == [
+        Import("torch.nn", 1, "at once"),
+        Import("corewise.stats", 2, "at once"),
+        Import("pickle", 4, "later"),
+        Import("ray", 6, "never"),
+    ]
+    assert (room_of("corewise.engines.base"), room_of("corewise.__version__"), room_of("numpy")) == (
+        "engines",
+        ROOT,
+        None,
+    )
+    handlers = [node for node in ast.walk(ast.parse("try: 1\nexcept (OSError, Exception): 2")) if hasattr(node, "name")]
+    assert [_catches_everything(node) for node in handlers] == [True]

@@ -1,0 +1,336 @@
+"""report: one story in every format, nothing cut off, nothing that can steer a terminal or break a table."""
+
+import io
+import json
+import re
+import runpy
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+from corewise.events import FinalsRound, StageStarted, TrialEnded, TrialStarted, TrialStep
+from corewise.report import markdown, terminal, words
+from corewise.report.summary import summary
+from corewise.report.terminal import Progress
+from corewise.values import Report, from_json, to_json
+
+GOLDEN = Path(__file__).parents[1] / "golden"
+MAKE = runpy.run_path(str(GOLDEN / "make.py"))
+REPORT, shown = MAKE["REPORT"], MAKE["shown"]
+WINNER = REPORT.winner
+EAGER = REPORT.trials[0]
+FAILED = next(trial for trial in REPORT.trials if trial.state == "failed")
+
+
+def altered(**choice):
+    return replace(REPORT, choice=replace(REPORT.choice, **choice))
+
+
+def flat(text):
+    return " ".join(text.split())
+
+
+# --- golden files -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["report.json", "report.md", "show.txt"])
+def test_the_golden_files_are_what_the_report_looks_like(name):
+    assert (GOLDEN / name).read_text() == MAKE["files"]()[name], "renew with tests/golden/make.py and read the diff"
+
+
+def test_the_golden_json_is_read_back_as_the_same_report():
+    assert from_json(Report, json.loads((GOLDEN / "report.json").read_text())) == REPORT
+
+
+# --- summary ------------------------------------------------------------------------------------------------------
+
+
+def test_the_summary_is_json_with_the_figures_of_the_choice_and_the_winner():
+    found = summary(REPORT)
+    assert json.loads(json.dumps(found, allow_nan=False)) == found
+    expected = {
+        "engine": "openvino",
+        "precision": "int8",
+        "options": {"reduce_range": True},
+        "plan": {"threads_per_instance": 2, "instances": 1, "batch": 16},
+        "objective": {"goal": "throughput", "max_drop": 0.01, "strict": False},
+        "throughput_per_s": 55.4,
+        "baseline_throughput_per_s": 13.07,
+        "speedup": 4.24,
+        "speedup_low": 4.17,
+        "speedup_high": 4.31,
+        "metric": "top1",
+        "baseline_value": 0.92,
+        "value": 275 / 300,
+        "drop": WINNER.fidelity.drop,
+        "drop_low": -0.01,
+        "drop_high": 0.0167,
+        "sqnr_db": 22.9,
+        "cosine": 0.9976,
+        "agreement": 293 / 300,
+        "holdout": 300,
+        "calibration": 200,
+        "wall_s": 252.4,
+        "peak_memory_bytes": 2_310_811_648,
+        "reason": REPORT.choice.reason,
+        "warnings": list(REPORT.choice.warnings),
+    }
+    assert {name: found[name] for name in expected} == expected
+
+
+def test_every_trial_is_in_the_summary_with_why_it_lost_or_won():
+    trials = {trial["label"]: trial for trial in summary(REPORT)["trials"]}
+    assert len(trials) == len(REPORT.trials)
+    assert [label for label, trial in trials.items() if trial["chosen"]] == [WINNER.build.label]
+    assert trials[WINNER.build.label]["reason"] == REPORT.choice.reason
+    assert {label: trials[label]["reason"] for label in trials if label != WINNER.build.label} == {
+        loser.build.label: loser.reason for loser in REPORT.choice.losers
+    }
+    assert trials["eager/fp32"]["throughput_per_s"] == 13.1
+    failed = trials[FAILED.build.label]
+    assert (failed["value"], failed["drop"], failed["throughput_per_s"], failed["p50_ms"]) == (None,) * 4
+
+
+def test_a_winner_without_fidelity_has_no_accuracy_in_any_format():
+    trials = tuple(replace(trial, fidelity=None) for trial in REPORT.trials)
+    report = replace(REPORT, trials=trials)
+    assert summary(report)["metric"] is None
+    assert summary(report)["drop"] is None
+    for text in (shown(report, 80), markdown.render(report)):
+        assert "top1 0." not in text.split("others lost")[0]
+
+
+# --- terminal -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("width", [80, 100, 120, 200])
+def test_everything_is_shown_in_full_at_every_width(width):
+    text = shown(REPORT, width)
+    assert max(map(len, text.splitlines())) <= width
+    assert "…" not in text
+    for word in re.split(r"\s+", " ".join((REPORT.choice.reason, *(loser.reason for loser in REPORT.choice.losers)))):
+        assert word in text
+    for trial in REPORT.trials:
+        assert trial.build.label in text
+    assert "! failed" in text
+    assert "✗ rejected" in text
+    assert "✓ chosen" in text
+
+
+def test_the_headline_says_how_much_faster_and_at_what_accuracy():
+    assert words.headline(REPORT) == "4.24x faster than eager PyTorch [4.17, 4.31], top1 0.9167 against 0.9200"
+
+
+def test_a_winning_baseline_is_called_what_it_is():
+    report = altered(winner=EAGER.build, throughput_per_s=13.07, speedup=1.0)
+    for text in (shown(report, 80), markdown.render(report)):
+        assert "nothing beat the baseline, eager PyTorch in fp32 at 13.1 items/s" in text
+        assert "faster than" not in text
+        assert "against 13.1" not in text
+
+
+def test_the_latency_goal_is_told_in_milliseconds():
+    latency = replace(REPORT.objective, goal="latency")
+    report = replace(altered(throughput_per_s=50.0, baseline_throughput_per_s=11.2), objective=latency)
+    for text in (shown(report, 80), markdown.render(report)):
+        assert "20.0 ms against 89.3 ms" in text
+        assert "p50/p99 ms" in text
+        assert "19.9/21.1" in text
+        assert "items/s" not in text
+    assert words.speedup(WINNER, EAGER, "latency") == pytest.approx(50.3 / 11.2, rel=1e-3)
+    assert "…" not in shown(report, 80)
+
+
+def test_text_of_others_is_neither_markup_nor_control_codes():
+    text = shown(replace(REPORT, notes=("install corewise[openvino]\x1b[2J\x07\nnow \u202eback",)), 120)
+    assert "- install corewise[openvino] [2J now back" in text
+    assert "\x1b" not in text
+
+
+def test_an_older_or_foreign_trial_list_without_a_baseline_has_no_speedups():
+    report = replace(REPORT, trials=REPORT.trials[2:])
+    assert words.baseline(report.trials) is None
+    assert "1.51x" not in shown(report, 80)
+    assert "19.8" in shown(report, 80)
+
+
+# --- Markdown -----------------------------------------------------------------------------------------------------
+
+
+def test_markdown_rows_keep_their_columns_whatever_an_option_holds():
+    build = replace(WINNER.build, options=(("skip", "a|b`c*\nd"),))
+    trials = tuple(replace(trial, build=build) if trial is WINNER else trial for trial in REPORT.trials)
+    text = markdown.render(replace(altered(winner=build), trials=trials))
+    rows = [line for line in text.splitlines() if line.startswith("|")]
+    assert len(rows) == len(REPORT.trials) + 2
+    assert {len(re.findall(r"(?<!\\)\|", row)) for row in rows} == {8}
+    assert r"openvino (skip=a\|b\`c\* d)" in text
+
+
+def test_markdown_shows_names_as_they_are():
+    report = replace(REPORT, model="my_net.py:__init__", notes=("# <b>5*5</b> [x](y) avx512_vnni",))
+    text = markdown.render(report)
+    assert text.startswith("# my_net.py:\\_\\_init\\_\\_\n")
+    assert text.endswith("\n- \\# \\<b\\>5\\*5\\</b\\> \\[x](y) avx512_vnni\n" + _notes_of_trials())
+
+
+def _notes_of_trials():
+    return "".join(f"- {trial.build.label}: {note}\n" for trial in REPORT.trials for note in trial.notes)
+
+
+# --- figures ------------------------------------------------------------------------------------------------------
+
+
+def test_figures_are_short_and_never_misleading():
+    assert [words.duration(s) for s in (0, 8.44, 31.2, 59.7, 252.4, 3840)] == [
+        "0 s",
+        "8.4 s",
+        "31 s",
+        "1 min 0 s",
+        "4 min 12 s",
+        "1 h 4 min",
+    ]
+    assert [words.size(b) for b in (0, 2048, 25_000_000, 2_400_000_000)] == [
+        "0.0 KiB",
+        "2.0 KiB",
+        "23.8 MiB",
+        "2.2 GiB",
+    ]
+    assert [words.times(x) for x in (1.041, 9.996, 42.26, 1204.4)] == ["1.04x", "10.0x", "42.3x", "1204x"]
+    assert [words.score(x) for x in (-0.00001, 0.91666, -345.25, 1234567.0)] == [
+        "0.0000",
+        "0.9167",
+        "-345.2500",
+        "1.23457e+06",
+    ]
+
+
+# --- progress -----------------------------------------------------------------------------------------------------
+
+
+class Clock:
+    """A clock that stands still until it is set."""
+
+    now_s = 0.0
+
+    def __call__(self):
+        return self.now_s
+
+
+def events():
+    yield StageStarted("exporting the program")
+    yield TrialEnded(EAGER, resumed=True)
+    for number, trial in enumerate(REPORT.trials[1:], 2):
+        yield TrialStarted(trial.build, number, 8)
+        yield TrialStep(trial.build, "building")
+        yield TrialEnded(trial)
+    yield FinalsRound(1, 2, tuple(replace(rates, per_s=rates.per_s[:1]) for rates in REPORT.finals))
+    yield FinalsRound(2, 2, tuple(replace(rates, per_s=rates.per_s[:2]) for rates in REPORT.finals))
+
+
+def console(width=80, height=50, terminal=True):
+    return Console(file=io.StringIO(), width=width, height=height, force_terminal=terminal, color_system=None)
+
+
+def test_plain_progress_is_one_whole_line_per_stage_and_ended_trial():
+    screen = console(width=20, terminal=False)
+    with Progress(screen, "plain") as progress:
+        for event in events():
+            progress(event)
+    lines = screen.file.getvalue().splitlines()
+    assert lines[:3] == [
+        "exporting the program",
+        "eager/fp32: ok, top1 0.9200 (drop 0.0000), 13.1 items/s (1.00x eager) (resumed)",
+        "2/8 eager/bf16: pruned: this CPU has no bf16 instructions: it would be slower than fp32",
+    ]
+    assert lines[3] == "3/8 openvino/fp32: ok, top1 0.9200 (drop 0.0000), 19.8 items/s (1.51x eager)"
+    assert lines[-1].startswith("alternating run, round 2 of 2: openvino/int8/reduce_range=True 56.0 items/s, torch")
+    assert len(lines) == 1 + len(REPORT.trials) + 1
+    assert "\x1b" not in screen.file.getvalue()
+
+
+def test_plain_lines_of_the_latency_goal_are_in_milliseconds():
+    screen = console(terminal=False)
+    with Progress(screen, "plain", goal="latency") as progress:
+        progress(TrialEnded(EAGER))
+    assert screen.file.getvalue() == "eager/fp32: ok, top1 0.9200 (drop 0.0000), p50/p99 89.3/94.6 ms (1.00x eager)\n"
+
+
+@pytest.mark.parametrize("raises", [False, True])
+def test_quiet_progress_prints_nothing(raises):
+    screen = console()
+    try:
+        with Progress(screen, "quiet") as progress:
+            for event in events():
+                progress(event)
+            if raises:
+                raise KeyboardInterrupt
+    except KeyboardInterrupt:
+        assert raises
+    assert screen.file.getvalue() == ""
+
+
+def test_live_progress_shows_the_running_step_and_its_seconds_and_the_same_rows_as_the_report():
+    clock, screen = Clock(), console()
+    with Progress(screen, "live", clock=clock) as progress:
+        progress(TrialEnded(EAGER))
+        progress(TrialStarted(WINNER.build, 2, 8))
+        clock.now_s = 12.4
+        progress(TrialStep(WINNER.build, "verifying on 300 samples"))
+        drawn = screen.file.getvalue()
+        assert "▸ 12 s 2/8 openvino/int8/reduce_range=True: verifying on 300 samples" in flat(drawn)
+        progress(TrialEnded(FAILED))
+    header, eager = shown(REPORT, 80).split("\nengine ")[1].splitlines()[:2]
+    for row in (header, eager):
+        assert flat(row) in flat(drawn)
+
+
+def test_live_progress_leaves_the_screen_when_it_ends_well():
+    screen = console()
+    with Progress(screen, "live") as progress:
+        progress(TrialEnded(EAGER))
+    erased = re.search(r"(\x1b\[1A\x1b\[2K)+$", screen.file.getvalue())
+    assert erased
+    assert "\x1b[?25h" in screen.file.getvalue()
+
+
+def test_live_progress_restores_the_terminal_and_keeps_the_table_when_it_is_interrupted():
+    screen = console()
+    progress = Progress(screen, "live")
+
+    def interrupted():
+        with progress:
+            progress(TrialEnded(FAILED))
+            progress(TrialStarted(WINNER.build, 2, 8))
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        interrupted()
+    last_frame = screen.file.getvalue().split("\x1b[2K")[-1]
+    assert "! failed" in last_frame
+    assert "▸" not in last_frame
+    assert "\x1b[?25h" in last_frame
+
+
+def test_live_progress_on_a_low_terminal_keeps_the_heading_the_last_trials_and_what_runs_now():
+    screen = console(height=8)
+    with Progress(screen, "live") as progress:
+        for trial in REPORT.trials:
+            progress(TrialEnded(trial))
+        progress(TrialStarted(WINNER.build, 9, 9))
+        frame = screen.file.getvalue().split("\x1b[2K")[-1].splitlines()
+    assert len(frame) <= 8
+    assert frame[0].strip().startswith("engine")
+    assert "int8-dynamic" in frame[-2]
+    assert "▸ 0 s  9/9" in frame[-1]
+
+
+def test_what_was_made_for_display_changes_no_value():
+    before = to_json(REPORT)
+    shown(REPORT, 80)
+    markdown.render(REPORT)
+    summary(REPORT)["options"]["reduce_range"] = False
+    assert to_json(REPORT) == before
+    assert terminal.trial_row(WINNER, EAGER, goal="throughput", chosen=True)[-1].plain == "✓ chosen"

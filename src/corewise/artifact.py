@@ -22,7 +22,7 @@ from typing import Any
 
 import numpy as np
 
-from corewise.engines import Session, engine
+from corewise.engines import Session
 from corewise.errors import ArtifactError, OutputError
 from corewise.nested import Structure
 from corewise.values import Build, Cpu, Plan, Preprocess, Report, TensorSpec, from_json, to_json
@@ -90,10 +90,6 @@ class Artifact:
     def output_structure(self) -> Structure:
         """How the model's result holds the output tensors."""
         return Structure.from_data(self.manifest.output_structure)
-
-    def open(self) -> Session:
-        """Open the payload under its plan."""
-        return engine(self.manifest.build.engine).open(self.folder / PAYLOAD, self.manifest.build, self.manifest.plan)
 
     def golden(self) -> tuple[list[np.ndarray], list[np.ndarray]]:
         """The golden inputs and outputs, flat."""

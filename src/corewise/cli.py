@@ -133,7 +133,7 @@ def optimize(
     console = _console(stderr=as_json)
     mode: Literal["live", "plain", "quiet"] = "quiet" if quiet else "live" if console.is_terminal else "plain"
     work = output.with_name(f"{output.name}.work")
-    with Progress(console, mode) as progress, _resumable(work):
+    with Progress(console, mode, goal=objective) as progress, _resumable(work):
         result = run(
             model,
             read(samples, wanted, preprocess),
@@ -179,12 +179,18 @@ def show(
 
 
 @app.command()
-def verify(artifact_path: ArtifactPath, as_json: AsJson = False) -> None:
+def verify(
+    artifact_path: ArtifactPath,
+    model: Annotated[
+        str | None, typer.Option(help="file.py:factory of a model that could not be exported; others need none.")
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
     """Check hashes, CPU fit and golden outputs on the machine that will run it."""
     from corewise.loading import verify as run
     from corewise.values import to_json
 
-    found = run(artifact_path)
+    found = run(artifact_path, model=_module(model))
     if as_json:
         _print_json(to_json(found))
         return
@@ -228,6 +234,14 @@ def _resumable(work: Path) -> Iterator[None]:
         if work.is_dir():
             sys.stderr.write(f"corewise: finished trials are kept in {work}; the same command resumes\n")
         raise
+
+
+def _module(reference: str | None) -> Any:
+    if reference is None:
+        return None
+    from corewise.source import load
+
+    return load(reference)
 
 
 def _console(*, stderr: bool = False) -> "Console":

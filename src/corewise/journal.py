@@ -3,6 +3,7 @@
 import fcntl
 import json
 import os
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 
@@ -56,6 +57,8 @@ class Journal:
     def _read(self, key: str) -> dict[Build, Trial] | None:
         self._file.seek(0)
         lines = self._file.read().split(b"\n")
+        if len(lines) < 2:
+            return None
         try:
             if json.loads(lines[0]) != {"schema": SCHEMA, "key": key}:
                 return None
@@ -79,6 +82,9 @@ class Journal:
             self._file.flush()
             os.fsync(self._file.fileno())
         except OSError as error:
+            # Closing tries to write once more what did not fit.
+            with suppress(OSError):
+                self._file.close()
             raise OutputError(
                 f"the journal {self._path} cannot be written: {error.strerror}",
                 "free space and run the same command to resume",

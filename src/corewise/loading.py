@@ -9,7 +9,7 @@ from typing import Any
 from corewise import artifact
 from corewise.artifact import Artifact
 from corewise.cpu import inspect
-from corewise.engines import Material, engine
+from corewise.engines import Material, Session, engine
 from corewise.errors import ArtifactError, EngineError
 from corewise.model import Model
 from corewise.race import Contender, race
@@ -22,15 +22,18 @@ from corewise.worker import CALIBRATION, PROGRAM, write_material
 TIMEOUT_S = 600.0
 
 
-def load(folder: str | Path) -> Model:
-    """Open an artifact. Hashes and CPU fit are checked before anything is opened; nothing is unpickled or compiled.
+def load(folder: str | Path, *, model: Any = None) -> Model:
+    """Open an artifact.
+
+    Hashes and CPU fit are checked before anything is opened; nothing is unpickled or compiled. ``model`` is needed
+    only for one that could not be exported: the same ``nn.Module``, which gets the artifact's weights.
 
     Raises ``ArtifactError`` where it is truncated, altered, foreign or does not fit this CPU, and ``EngineError``
     where its engine is not installed.
     """
     found = artifact.read(Path(folder), cpu=inspect())
     return Model(
-        _open(found),
+        _open(found, model),
         inputs=found.manifest.inputs,
         input_structure=found.input_structure,
         output_structure=found.output_structure,
@@ -48,14 +51,14 @@ class Verification:
     notes: tuple[str, ...]
 
 
-def verify(folder: str | Path) -> Verification:
+def verify(folder: str | Path, *, model: Any = None) -> Verification:
     """Check hashes, CPU fit and golden outputs on this machine.
 
     Raises ``ArtifactError`` with the first thing that is wrong.
     """
     cpu = inspect()
     found = artifact.read(Path(folder), cpu=cpu)
-    session = _open(found)
+    session = _open(found, model)
     try:
         sqnr_db = artifact.check_golden(found, session)
     finally:
@@ -89,36 +92,48 @@ def bench(
     cpu = inspect()
     found = artifact.read(Path(folder), cpu=cpu)
     if artifact.REFERENCE not in found.manifest.files:
-        raise ArtifactError(f"{folder} carries no fp32 program", "save it with reference=True to race it")
+        raise ArtifactError(
+            f"{folder} carries no fp32 program", "save it with reference=True, of a model that can be exported"
+        )
     for name in (against, found.manifest.build.engine, "eager"):
         _check_available(name, f"racing {folder}")
     plan = found.manifest.plan
     other = Build(engine=against, precision="fp32")
     with tempfile.TemporaryDirectory(prefix="corewise-") as name:
         work = Path(name)
-        log, payload = work / "log", work / "payload"
+        payload = work / "payload"
         payload.mkdir()
         golden = _golden_samples(found)
         _write_reference(found, golden, cpu, work)
-        with Worker(cpus=cpu.usable_cpus, log=log, timeout_s=TIMEOUT_S) as worker:
+
+        def start(build: Build) -> Worker:
+            return Worker(cpus=cpu.usable_cpus, log=work / f"{build.engine}.log", timeout_s=TIMEOUT_S)
+
+        with start(other) as worker:
             worker.call("build", "building", material=str(work), build=to_json(other), folder=str(payload))
         run = race(
             (
-                Contender(build=found.manifest.build, plan=plan, payload=found.folder / artifact.PAYLOAD, log=log),
-                Contender(build=other, plan=plan, payload=payload, log=log),
+                Contender(build=found.manifest.build, plan=plan, payload=found.folder / artifact.PAYLOAD),
+                Contender(build=other, plan=plan, payload=payload),
             ),
             samples=str(work / CALIBRATION),
-            cpus=cpu.usable_cpus,
-            timeout_s=TIMEOUT_S,
+            start=start,
             on_round=lambda number, rounds, rates: on_round(number, rounds),
         )
     ours, theirs = run.rates
     return Bench(rates=(ours, theirs), ratio=ratio_interval(ours.per_s, theirs.per_s))
 
 
-def _open(found: Artifact) -> Any:
-    _check_available(found.manifest.build.engine, f"opening {found.folder}")
-    return found.open()
+def _open(found: Artifact, model: Any) -> Session:
+    build = found.manifest.build
+    _check_available(build.engine, f"opening {found.folder}")
+    opener = engine(build.engine)
+    if model is not None:
+        from corewise.engines.eager import Eager
+        from corewise.source import Flat
+
+        opener = Eager(Flat(model, found.input_structure))
+    return opener.open(found.folder / artifact.PAYLOAD, build, found.manifest.plan)
 
 
 def _check_available(name: str, purpose: str) -> None:

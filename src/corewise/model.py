@@ -61,9 +61,11 @@ class Model:
 
 
 def _array(leaf: Any, spec: TensorSpec) -> np.ndarray:
-    array = leaf if isinstance(leaf, np.ndarray) else leaf.detach().cpu().numpy()
-    if array.dtype.name != spec.dtype:
-        raise InputError(f"input {spec.name!r} is {array.dtype.name}", f"give {spec.dtype}")
+    # Told before numpy sees it, which has no bfloat16.
+    dtype = str(leaf.dtype).removeprefix("torch.")
+    if dtype != spec.dtype:
+        raise InputError(f"input {spec.name!r} is {dtype}", f"give {spec.dtype}")
+    array: np.ndarray = leaf if isinstance(leaf, np.ndarray) else leaf.detach().cpu().numpy()
     fits = len(array.shape) == len(spec.shape) and all(
         wanted is None or size == wanted for size, wanted in zip(array.shape, spec.shape, strict=True)
     )

@@ -67,6 +67,10 @@ def optimize(
     A candidate that fails is no error; where none is good enough, the result is the baseline.
     """
     started = time.monotonic()
+    _check_torch()
+    from corewise import source
+    from corewise.engines.eager import Eager
+
     goal = Objective(goal=objective, max_drop=max_drop, strict=strict)
     _check(goal)
     scorer = None if metric is None else metrics.resolve(metric)
@@ -78,8 +82,15 @@ def optimize(
     calibrating, holdout = split(data, calibration=wanted, seed=seed)
 
     tell(StageStarted("exporting the model"))
-    exported, operators = _export(model, data)
+    exported = source.export(source.load(model) if isinstance(model, str) else model, data)
+    operators = source.operators(exported.program) if exported.program else {}
     cpu = inspect()
+    in_process = None
+    if exported.program is None:
+        # Only this process has the module, and only eager can run it.
+        in_process = Eager(exported.module)
+        usable = {"eager": in_process}
+        notes = (f"only eager was tried: the model cannot be exported ({exported.why_not})",)
     builds = candidates(cpu, operators, usable)
 
     home = Home(work)
@@ -100,6 +111,7 @@ def optimize(
         timeout_s=timeout_s,
         verify=judge,
         tell=tell,
+        in_process=in_process,
     )
     facts = SampleFacts(
         source=data.source,
@@ -137,13 +149,17 @@ def optimize(
         output_structure=exported.output_structure,
         payload=setting.payload(report.choice.winner),
         outputs=setting.outputs(report.choice.winner),
+        opener=in_process or engine(report.choice.winner.engine),
         home=home,
     )
 
 
-def _check(objective: Objective) -> None:
+def _check_torch() -> None:
     if importlib.util.find_spec("torch") is None:
         raise MissingExtra("torch", "optimize", "optimizing a model")
+
+
+def _check(objective: Objective) -> None:
     if not 0 <= objective.max_drop < float("inf"):
         raise InputError(f"max_drop is {objective.max_drop}", "give 0 or more, e.g. 0.01 for one point of top-1")
     if objective.goal not in ("throughput", "latency"):
@@ -156,15 +172,6 @@ def _usable(names: Sequence[str]) -> tuple[dict[str, Engine], tuple[str, ...]]:
     reasons = {name: one.unavailable() for name, one in found.items()}
     notes = tuple(f"engine {name} was not tried: {why}" for name, why in reasons.items() if why)
     return {name: one for name, one in found.items() if not reasons[name]}, notes
-
-
-def _export(model: Any, data: Samples) -> tuple["Exported", dict[str, int]]:
-    from corewise import source
-
-    exported = source.export(source.load(model) if isinstance(model, str) else model, data)
-    if exported.program is None:
-        raise SourceError(f"the model cannot be exported: {exported.why_not}", "make that part traceable")
-    return exported, source.operators(exported.program)
 
 
 def _key(
@@ -200,8 +207,8 @@ def _prepare(folder: Path, exported: "Exported", material: Material, holdout: Sa
     """Write what the trial children read."""
     from corewise import source
 
-    assert exported.program is not None
-    source.save_program(exported.program, material.program)
+    if exported.program is not None:
+        source.save_program(exported.program, material.program)
     material.calibration.save(folder / CALIBRATION)
     holdout.save(folder / HOLDOUT)
     write_material(folder, material)
@@ -278,7 +285,6 @@ def _finals(trials: Sequence[Trial], setting: Setting, goal: Goal) -> tuple[tupl
                 build=trial.build,
                 plan=_best_plan(trial, goal),
                 payload=setting.payload(trial.build),
-                log=setting.log(trial.build),
             )
             for trial in (trials[0], *finalists)
         ]
@@ -287,8 +293,7 @@ def _finals(trials: Sequence[Trial], setting: Setting, goal: Goal) -> tuple[tupl
             run = race(
                 contenders,
                 samples=setting.holdout,
-                cpus=setting.cpus,
-                timeout_s=setting.timeout_s,
+                start=setting.worker,
                 on_round=lambda number, rounds, rates: setting.tell(FinalsRound(number, rounds, rates)),
             )
         except Fell as fell:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from corewise.errors import CorewiseError
-from corewise.trial import Worker
+from corewise.trial import AnyWorker
 from corewise.values import Build, Plan, Rates, to_json
 
 ROUNDS = 10
@@ -21,7 +21,6 @@ class Contender:
     build: Build
     plan: Plan
     payload: Path
-    log: Path
 
 
 class Fell(CorewiseError):
@@ -44,19 +43,18 @@ def race(
     contenders: Sequence[Contender],
     *,
     samples: str,
-    cpus: Sequence[int],
-    timeout_s: float,
+    start: Callable[[Build], AnyWorker],
     rounds: int = ROUNDS,
     round_s: float = ROUND_S,
     on_round: Callable[[int, int, tuple[Rates, ...]], None] = lambda number, rounds, rates: None,
 ) -> Race:
-    """Open every contender, then time each in turn, round after round; every second round runs backwards.
+    """``start`` a worker for every contender, open them all, then time each in turn, round after round.
 
-    Alternation makes drift of the machine (clock, neighbours, temperature) fall on all alike (Kalibera and Jones
+    Every second round runs backwards. Alternation makes drift of the machine (clock, neighbours, temperature) fall on all alike (Kalibera and Jones
     2013, section 5). Raises ``Fell`` where a contender fails. ``on_round`` hears of each finished round.
     """
     with ExitStack() as stack:
-        workers: list[Worker] = []
+        workers: list[AnyWorker] = []
         rates: list[list[float]] = [[] for _ in contenders]
 
         def so_far() -> tuple[Rates, ...]:
@@ -65,7 +63,7 @@ def race(
 
         for one in contenders:
             with _falling(one):
-                worker = stack.enter_context(Worker(cpus=cpus, log=one.log, timeout_s=timeout_s))
+                worker = stack.enter_context(start(one.build))
                 build, plan = to_json(one.build), to_json(one.plan)
                 worker.call("open", "opening", folder=str(one.payload), build=build, plan=plan)
                 worker.call("enter_race", "warming up", samples=samples, batch=one.plan.batch, budget_s=WARM_S)

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from corewise import artifact
-from corewise.engines import Material, engine
+from corewise.engines import Engine, Material
 from corewise.errors import OutputError
 from corewise.model import Model
 from corewise.nested import Structure
@@ -51,6 +51,8 @@ class Result:
     payload: Path
     outputs: Path
     """The winner's outputs for the holdout."""
+    opener: Engine
+    """The winner's engine."""
     home: Home
     """Holds the payload."""
 
@@ -59,7 +61,7 @@ class Result:
         """The winner, opened in this process; call it as the original."""
         choice = self.report.choice
         return Model(
-            engine(choice.winner.engine).open(self.payload, choice.winner, choice.plan),
+            self.opener.open(self.payload, choice.winner, choice.plan),
             inputs=self.material.inputs,
             input_structure=self.holdout.structure,
             output_structure=self.output_structure,
@@ -67,6 +69,8 @@ class Result:
 
     def save(self, folder: str | Path, *, reference: bool = True) -> artifact.Artifact:
         """Write the artifact; without ``reference`` it leaves out the fp32 program (and is smaller).
+
+        An artifact of a model that cannot be exported holds its weights; loading it needs the module's code.
 
         Raises ``OutputError`` where ``folder`` exists, cannot be written, or the disk is full.
         """
@@ -76,7 +80,7 @@ class Result:
             Path(folder),
             manifest=self._manifest,
             payload=self.payload,
-            reference=self.material.program if reference else None,
+            reference=self.material.program if reference and self.material.program.exists() else None,
             golden=self._golden(),
             report=self.report,
             report_text=markdown.render(self.report),
@@ -91,7 +95,7 @@ class Result:
             created=self.report.created,
             versions=self.report.versions,
             architecture=self.report.cpu.architecture,
-            needs=engine(choice.winner.engine).needs(choice.winner),
+            needs=self.opener.needs(choice.winner),
             build=choice.winner,
             plan=choice.plan,
             inputs=self.material.inputs,

@@ -9,18 +9,21 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, Protocol, Self
 
 import numpy as np
 
+from corewise.engines import Engine
 from corewise.errors import CorewiseError, InputError, OutputError
 from corewise.events import Event, TrialStep
 from corewise.fidelity import Outputs, Verdict
+from corewise.imports import guard
 from corewise.values import Build, Fidelity, Measurement, Plan, Trial, from_json, to_json
-from corewise.worker import HOLDOUT
+from corewise.worker import HOLDOUT, Child
 
 VERIFY_BATCH = 16
 MEASURE_S = 2.0
@@ -29,6 +32,22 @@ SLOW_CALL_MS = 250.0
 HOPELESS = 0.5
 """A candidate that verifies slower than this share of the best so far is not measured."""
 LOG_TAIL = 300
+
+
+class AnyWorker(Protocol):
+    """Who does what ``worker.Child`` can, wherever that runs."""
+
+    peak_memory_bytes: int
+
+    def call(self, op: str, doing: str, **arguments: Any) -> dict[str, Any]:
+        """Ask for ``op`` and wait. Raises ``CorewiseError`` with what went wrong while ``doing``."""
+        ...
+
+    def __enter__(self) -> Self: ...
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None: ...
 
 
 class Died(CorewiseError):
@@ -56,7 +75,10 @@ class Worker:
             )
         self._answers = self._channel.makefile("r", encoding="utf-8")
         self.peak_memory_bytes = 0
-        self.call("prepare", "starting", cpus=list(cpus), path=sys.path)
+        with ExitStack() as undo:
+            undo.callback(self.close)
+            self.call("prepare", "starting", cpus=list(cpus), path=sys.path)
+            undo.pop_all()
 
     def call(self, op: str, doing: str, **arguments: Any) -> dict[str, Any]:
         """Ask for ``op`` and wait. Raises ``CorewiseError`` with the child's reason, ``Died`` where it is gone."""
@@ -80,13 +102,14 @@ class Worker:
         return answer
 
     def close(self) -> None:
-        """End the child, whatever it is doing."""
+        """End the child and what it started, whatever they are doing."""
         self._answers.close()
         self._channel.close()
-        self._process.kill()
+        with suppress(ProcessLookupError):
+            os.killpg(self._process.pid, signal.SIGKILL)
         self._process.wait()
 
-    def __enter__(self) -> "Worker":
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(
@@ -105,6 +128,36 @@ class Worker:
         return f": {lines[-1][-LOG_TAIL:]}" if lines else ""
 
 
+class InProcess:
+    """A worker without a process, for a model that cannot be exported and so cannot travel to a child."""
+
+    class _Child(Child):
+        def __init__(self, eager: Engine) -> None:
+            super().__init__()
+            self._eager = eager
+
+        def engine(self, name: str) -> Engine:
+            return self._eager
+
+    def __init__(self, eager: Engine) -> None:
+        self._child = self._Child(eager)
+        self.peak_memory_bytes = 0
+
+    def call(self, op: str, doing: str, **arguments: Any) -> dict[str, Any]:
+        """Do ``op`` here. Raises ``CorewiseError`` with what the model raised."""
+        with guard(CorewiseError, doing, ""):
+            answer: dict[str, Any] = getattr(self._child, op)(**arguments)
+        return answer
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Nothing to end."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Setting:
     """What all trials of one run share."""
@@ -117,6 +170,8 @@ class Setting:
     timeout_s: float
     verify: Callable[[Outputs], tuple[Fidelity, Verdict]]
     tell: Callable[[Event], None]
+    in_process: Engine | None = None
+    """Runs every build in this process instead of in children."""
 
     def payload(self, build: Build) -> Path:
         """Where the build's payload lies."""
@@ -135,8 +190,10 @@ class Setting:
         """What the build's children print."""
         return self.folder / "logs" / f"{build.label.replace('/', '_')}.log"
 
-    def worker(self, build: Build) -> Worker:
+    def worker(self, build: Build) -> AnyWorker:
         """A fresh child for the build."""
+        if self.in_process is not None:
+            return InProcess(self.in_process)
         return Worker(cpus=self.cpus, log=self.log(build), timeout_s=self.timeout_s)
 
 
@@ -167,7 +224,7 @@ def run_trial(build: Build, setting: Setting, *, best_per_s: float = 0.0, is_bas
 def _run(
     build: Build,
     setting: Setting,
-    worker: Worker,
+    worker: AnyWorker,
     payload: Path,
     record: dict[str, Any],
     best_per_s: float,
@@ -203,7 +260,7 @@ def _run(
     record.update(state="ok", reason="the baseline" if is_baseline else verdict.reason)
 
 
-def _holdout_outputs(build: Build, setting: Setting, worker: Worker, payload: Path) -> tuple[Outputs, float]:
+def _holdout_outputs(build: Build, setting: Setting, worker: AnyWorker, payload: Path) -> tuple[Outputs, float]:
     """The payload's outputs for the holdout in its order, and the items per second that took."""
     plan = Plan(threads_per_instance=len(setting.cpus), batch=VERIFY_BATCH)
     worker.call("open", "opening", folder=str(payload), build=to_json(build), plan=to_json(plan))

@@ -15,7 +15,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from corewise.engines import Material, Session, engine
+from corewise.engines import Engine, Material, Session, engine
 from corewise.errors import CorewiseError
 from corewise.imports import describe
 from corewise.measure import batch_of, measure, time_calls, warm_up
@@ -61,6 +61,10 @@ class Child:
     def __init__(self) -> None:
         self._session: Session | None = None
 
+    def engine(self, name: str) -> Engine:
+        """The engine that builds and opens."""
+        return engine(name)
+
     def prepare(self, cpus: list[int], path: list[str]) -> dict[str, Any]:
         """Run on these hardware threads only, and import user code from ``path``."""
         os.sched_setaffinity(0, cpus)
@@ -70,7 +74,7 @@ class Child:
     def build(self, material: str, build: Any, folder: str) -> dict[str, Any]:
         """Write the payload of ``build`` into ``folder``."""
         wanted = from_json(Build, build)
-        notes = engine(wanted.engine).build(read_material(Path(material)), wanted, Path(folder))
+        notes = self.engine(wanted.engine).build(read_material(Path(material)), wanted, Path(folder))
         return {"notes": list(notes)}
 
     def open(self, folder: str, build: Any, plan: Any) -> dict[str, Any]:
@@ -78,7 +82,7 @@ class Child:
         wanted = from_json(Build, build)
         if self._session is not None:
             self._session.close()
-        self._session = engine(wanted.engine).open(Path(folder), wanted, from_json(Plan, plan))
+        self._session = self.engine(wanted.engine).open(Path(folder), wanted, from_json(Plan, plan))
         return {}
 
     def outputs(self, samples: str, batch: int, path: str) -> dict[str, Any]:

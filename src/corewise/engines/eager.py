@@ -1,5 +1,6 @@
 """torch eager: the baseline, at its best memory format."""
 
+import copy
 import json
 import shutil
 import time
@@ -10,13 +11,16 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from corewise.engines.base import Material, Session, missing
+from corewise.errors import EngineError
 from corewise.values import Build, Cpu, Plan
 
 if TYPE_CHECKING:
     import torch
+    from torch import nn
 
 FORMATS = ("contiguous", "channels_last")
 PROGRAM = "program.pt2"
+WEIGHTS = "weights.safetensors"
 SETTINGS = "eager.json"
 TRIAL_BATCH = 4
 TRIAL_RUNS = 3
@@ -26,8 +30,12 @@ class Eager:
     """The user's program as PyTorch runs it, in fp32 or bf16.
 
     The baseline is eager at its best: where the program has 4-d inputs, both memory formats are
-    timed while building and the faster is kept.
+    timed while building and the faster is kept. ``module`` (flat tensors in and out) takes the program's place for
+    a model that cannot be exported: the payload then holds its weights only.
     """
+
+    def __init__(self, module: "nn.Module | None" = None) -> None:
+        self._module = module
 
     def unavailable(self) -> str:
         """Needs torch."""
@@ -44,45 +52,59 @@ class Eager:
         return ("bf16",) if build.precision == "bf16" else ()
 
     def build(self, material: Material, build: Build, folder: Path) -> tuple[str, ...]:
-        """Copy the program and note the faster memory format."""
-        shutil.copyfile(material.program, folder / PROGRAM)
-        images = any(len(spec.shape) == 4 for spec in material.inputs)
-        if not images:
-            (folder / SETTINGS).write_text(json.dumps({"memory_format": "contiguous"}))
+        """Keep the program (or the weights), and the faster memory format."""
+        if self._module is None:
+            shutil.copyfile(material.program, folder / PROGRAM)
+        else:
+            from safetensors.torch import save_model
+
+            save_model(self._module, str(folder / WEIGHTS))
+        if not any(len(spec.shape) == 4 for spec in material.inputs):
+            _write_format(folder, "contiguous")
             return ()
         _, batch = next(material.calibration.batches(TRIAL_BATCH))
-        times: dict[str, float] = {}
         plan = Plan(threads_per_instance=material.cpu.usable_cores, batch=TRIAL_BATCH)
+        times: dict[str, float] = {}
         for memory_format in FORMATS:
-            (folder / SETTINGS).write_text(json.dumps({"memory_format": memory_format}))
+            _write_format(folder, memory_format)
             times[memory_format] = _fastest_s(self.open(folder, build, plan), batch)
         best = min(times, key=lambda name: times[name])
-        (folder / SETTINGS).write_text(json.dumps({"memory_format": best}))
+        _write_format(folder, best)
         told = ", ".join(f"{name} {seconds * 1e3:.0f} ms" for name, seconds in times.items())
         return (f"memory format {best} ({told} at batch {len(batch[0])})",)
 
     def open(self, folder: Path, build: Build, plan: Plan) -> Session:
-        """Open the program."""
-        settings = json.loads((folder / SETTINGS).read_text())
-        return EagerSession(folder / PROGRAM, build, plan, settings["memory_format"])
+        """Open the program. Raises ``EngineError`` where the payload holds only weights and no module was given."""
+        from corewise.source import load_module
+
+        if (folder / PROGRAM).exists():
+            module = load_module(folder / PROGRAM)
+        elif self._module is None:
+            raise EngineError(
+                "this model could not be exported, so the artifact holds its weights but not its code",
+                "give the module: corewise.load(path, model=...), or --model file.py:factory",
+            )
+        else:
+            from safetensors.torch import load_model
+
+            module = copy.deepcopy(self._module)
+            load_model(module, str(folder / WEIGHTS))
+        return EagerSession(module, build, plan, json.loads((folder / SETTINGS).read_text())["memory_format"])
 
 
 class EagerSession:
-    """A program run by torch eager."""
+    """A module run by torch eager; the module is the session's own."""
 
-    def __init__(self, program: Path, build: Build, plan: Plan, memory_format: str) -> None:
+    def __init__(self, module: "nn.Module", build: Build, plan: Plan, memory_format: str) -> None:
         import torch
-
-        from corewise.source import load_module
 
         self._threads = plan.threads_per_instance
         self._dtype = torch.bfloat16 if build.precision == "bf16" else torch.float32
-        self._format = getattr(torch, f"{memory_format}_format" if memory_format == "contiguous" else memory_format)
-        self._module = load_module(program).to(self._dtype)
-        if memory_format != "contiguous":
-            for tensor in (*self._module.parameters(), *self._module.buffers()):
-                if tensor.dim() == 4:
-                    tensor.data = tensor.data.contiguous(memory_format=self._format)
+        self._format = torch.channels_last if memory_format == "channels_last" else torch.contiguous_format
+        self._module = module.to(self._dtype)
+        for tensor in (*self._module.parameters(), *self._module.buffers()):
+            if tensor.dim() == 4:
+                tensor.data = tensor.data.contiguous(memory_format=self._format)
 
     def run(self, inputs: Sequence[np.ndarray]) -> list[np.ndarray]:
         """Run one batch; bf16 outputs come back as float32."""
@@ -103,7 +125,11 @@ class EagerSession:
 
     def close(self) -> None:
         """Drop the module."""
-        del self._module
+        self.__dict__.pop("_module", None)
+
+
+def _write_format(folder: Path, memory_format: str) -> None:
+    (folder / SETTINGS).write_text(json.dumps({"memory_format": memory_format}))
 
 
 def _fastest_s(session: Session, batch: Sequence[np.ndarray]) -> float:

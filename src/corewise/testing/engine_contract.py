@@ -11,7 +11,8 @@ import shutil
 import zipfile
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cache
 from hashlib import sha256
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -91,11 +92,14 @@ class EngineContract:
         metafunc.parametrize("case", params, indirect=True, scope="class")
 
     @pytest.fixture(scope="class")
-    def case(self, request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Case:
+    @classmethod
+    def case(cls, request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Case:
         """The build, whose payload was moved after it was made."""
         net, build = request.param
-        made, folder = engine(self.engine_name), tmp_path_factory.mktemp("case")
-        exported, material = _material(net, folder)
+        made, folder = engine(cls.engine_name), tmp_path_factory.mktemp("case")
+        exported, material = _material(net, tmp_path_factory.getbasetemp() / f"contract-{net}")
+        material = replace(material, cache=material.cache / cls.__name__)
+        material.cache.mkdir(exist_ok=True)
         elsewhere, payload = folder / "elsewhere", folder / "payload"
         elsewhere.mkdir()
         payload.mkdir()
@@ -146,7 +150,7 @@ class EngineContract:
         assert any(path.is_file() for path in case.payload.rglob("*"))
         assert not any(path.is_symlink() for path in case.payload.rglob("*"))
         assert case.littered == ()
-        assert _digest(case.material.program) == (case.material.cache / "digest").read_text()
+        assert _digest(case.material.program) == case.material.program.with_suffix(".sha256").read_text()
         assert all(isinstance(note, str) and note for note in case.notes)
 
     def test_payload_holds_no_pickle(self, case: Case) -> None:
@@ -265,12 +269,14 @@ def _random(rng: np.random.Generator, dtype: "np.dtype[Any]", shape: tuple[int, 
     return rng.integers(0, 50, shape) if dtype.kind == "i" else rng.standard_normal(shape, np.float32)
 
 
+@cache
 def _material(net: str, folder: Path) -> tuple["Exported", Material]:
-    """The network with 32 calibration samples, exported into ``folder``."""
+    """The network with 32 calibration samples, exported into ``folder``, once for all engines."""
     import torch
 
     from corewise.source import export, save_program
 
+    folder.mkdir()
     torch.manual_seed(0)
     model, rng = _images() if net == "images" else _text(), np.random.default_rng(0)
     shapes: list[tuple[tuple[int, ...], ...]] = (
@@ -282,7 +288,7 @@ def _material(net: str, folder: Path) -> tuple["Exported", Material]:
     exported = export(model, calibration)
     assert exported.program is not None, exported.why_not
     save_program(exported.program, folder / "program.pt2")
-    (folder / "digest").write_text(_digest(folder / "program.pt2"))
+    (folder / "program.sha256").write_text(_digest(folder / "program.pt2"))
     return exported, Material(
         program=folder / "program.pt2",
         inputs=exported.inputs,

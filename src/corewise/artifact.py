@@ -136,6 +136,8 @@ def write(
 
     Raises ``OutputError`` where ``folder`` exists, cannot be written, or the disk is full.
     """
+    from safetensors import SafetensorError
+
     check_output(folder)
     try:
         with tempfile.TemporaryDirectory(prefix=f".{folder.name}.", dir=folder.parent) as name:
@@ -159,26 +161,24 @@ def write(
             for path in made.rglob("*"):
                 _sync(path)
             made.rename(folder)
-    except OSError as error:
+    except (OSError, SafetensorError) as error:
         raise OutputError(
-            f"the artifact {folder} cannot be written: {error.strerror or error}",
+            f"the artifact {folder} cannot be written: {getattr(error, 'strerror', None) or error}",
             "free space or choose another place, and run the same command: finished trials are kept",
         ) from error
 
 
 def check_output(folder: Path) -> None:
     """Raise ``OutputError`` unless an artifact can be written at ``folder``: known before the work starts."""
-    if folder.exists() or folder.is_symlink():
-        raise OutputError(f"{folder} exists already", "remove it or give another name with -o")
-    if not folder.parent.is_dir():
-        raise OutputError(f"there is no folder {folder.parent}", "create it or give another place with -o")
     try:
+        if folder.exists() or folder.is_symlink():
+            raise OutputError(f"{folder} exists already", "remove it or give another name with -o")
+        if not folder.parent.is_dir():
+            raise OutputError(f"there is no folder {folder.parent}", "create it or give another place with -o")
         with tempfile.TemporaryFile(dir=folder.parent):
             pass
     except OSError as error:
-        raise OutputError(
-            f"{folder.parent} cannot be written: {error.strerror}", "give another place with -o"
-        ) from error
+        raise OutputError(f"{folder} cannot be written: {error.strerror}", "give another place with -o") from error
 
 
 def check_golden(artifact: Artifact, session: Session) -> float:
@@ -223,15 +223,21 @@ def _manifest(folder: Path) -> Manifest:
     if digest != _digest(content):
         raise ArtifactError(f"{path} was altered after it was written", REBUILD)
     try:
-        return from_json(Manifest, content)
+        manifest = from_json(Manifest, content)
+        for structure in (manifest.input_structure, manifest.output_structure):
+            Structure.from_data(structure)
     except ValueError as error:
         raise ArtifactError(f"{path} does not fit its schema: {_first_line(error)}", REBUILD) from error
+    for name in (GOLDEN, REPORT):
+        if name not in manifest.files:
+            raise ArtifactError(f"{path} does not list {name}", REBUILD)
+    return manifest
 
 
 def _check_file(folder: Path, name: str, facts: FileFacts) -> None:
     parts = PurePosixPath(name)
     path = folder / parts
-    if parts.is_absolute() or ".." in parts.parts or not path.resolve().is_relative_to(folder.resolve()):
+    if "\0" in name or parts.is_absolute() or ".." in parts.parts or not path.resolve().is_relative_to(folder.resolve()):
         raise ArtifactError(f"the manifest of {folder} names {name!r}, which lies outside", REBUILD)
     if path.is_symlink() or not path.is_file():
         raise ArtifactError(f"{path} is {'a link' if path.is_symlink() else 'missing'}", REBUILD)

@@ -154,7 +154,7 @@ def optimize(
         _print_json(summary(result.report))
     elif not quiet:
         console.print(render(result.report))
-        console.print(f"\nsaved {output}: try corewise verify {output}, corewise bench {output}", highlight=False)
+        typer.echo(f"\nsaved {output}: try corewise verify {output}, corewise bench {output}")
 
 
 @app.command()

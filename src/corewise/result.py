@@ -2,6 +2,7 @@
 
 import shutil
 import tempfile
+import weakref
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -27,8 +28,9 @@ class Home:
     """
 
     def __init__(self, work: Path | None) -> None:
-        self._temporary = tempfile.TemporaryDirectory(prefix="corewise-") if work is None else None
-        self.folder = work or Path(self._temporary.name if self._temporary else "")
+        self.folder = work or Path(tempfile.mkdtemp(prefix="corewise-"))
+        if work is None:
+            weakref.finalize(self, shutil.rmtree, self.folder, ignore_errors=True)
         try:
             for name in ("", "builds", "outputs", "logs", "cache"):
                 (self.folder / name).mkdir(exist_ok=True)

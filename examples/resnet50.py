@@ -1,7 +1,9 @@
 """ResNet-50 v1 with real ImageNet weights (``COREWISE_DATA`` or ``../shared/data``).
 
-    corewise optimize examples/resnet50.py:build --samples ../shared/data/imagenet-photos \
-        --mean 0.48501961,0.45795686,0.40760392 --std 1,1,1 --metric top1 --max-drop 0.01 -o resnet50.cw
+    corewise optimize examples/resnet50.py:build --samples ../shared/data/imagenet-photos --metric top1 \
+        --mean 0.48501961,0.45795686,0.40760392 --std 0.00392157,0.00392157,0.00392157 --max-drop 0.01 -o resnet50.cw
+
+The weights want RGB in 0..255 less (123.68, 116.779, 103.939), so the standard deviation is 1/255.
 """
 
 from collections.abc import Sequence

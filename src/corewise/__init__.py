@@ -33,4 +33,6 @@ def __getattr__(name: str) -> Any:
         raise AttributeError(f"module 'corewise' has no attribute {name!r}")
     from importlib import import_module
 
-    return getattr(import_module(_LAZY[name]), name)
+    # Kept, for importing the submodule "optimize" has put the module in the function's place.
+    globals()[name] = getattr(import_module(_LAZY[name]), name)
+    return globals()[name]

@@ -190,12 +190,7 @@ def check_golden(artifact: Artifact, session: Session) -> float:
     found = session.run(inputs)
     if [array.shape for array in found] != [array.shape for array in expected]:
         raise ArtifactError(f"{artifact.folder} gives outputs of other shapes than when it was made", REBUILD)
-    signal = sum(float(np.square(array.astype(np.float64)).sum()) for array in expected)
-    noise = sum(
-        float(np.square(a.astype(np.float64) - b.astype(np.float64)).sum())
-        for a, b in zip(found, expected, strict=True)
-    )
-    sqnr_db = 200.0 if noise == 0 else min(200.0, 10 * float(np.log10(max(signal, 1e-300) / noise)))
+    sqnr_db = _sqnr_db(found, expected)
     least = MIN_SQNR_DB[artifact.manifest.build.precision]
     if not sqnr_db >= least:
         raise ArtifactError(
@@ -268,6 +263,21 @@ def _write_golden(path: Path, inputs: Sequence[np.ndarray], outputs: Sequence[np
     tensors = {f"input.{k}": np.ascontiguousarray(array) for k, array in enumerate(inputs)}
     tensors.update({f"output.{k}": np.ascontiguousarray(array) for k, array in enumerate(outputs)})
     save_file(tensors, path)
+
+
+def _sqnr_db(found: Sequence[np.ndarray], expected: Sequence[np.ndarray]) -> float:
+    """Signal over error where ``expected`` is finite, at most 200; NaN where ``found`` has NaN or other infinities."""
+    signal = noise = 0.0
+    for ours, theirs in zip(found, expected, strict=True):
+        finite = np.isfinite(theirs)
+        if not np.array_equal(ours[~finite], theirs[~finite]):
+            return float("nan")
+        exact = theirs[finite].astype(np.float64)
+        signal += float(np.square(exact).sum())
+        noise += float(np.square(ours[finite].astype(np.float64) - exact).sum())
+    if not noise < float("inf"):
+        return float("nan")
+    return 200.0 if noise == 0 else min(200.0, 10 * float(np.log10(max(signal, 1e-300) / noise)))
 
 
 def _sha256(path: Path) -> str:

@@ -4,8 +4,12 @@ import json
 import subprocess
 import sys
 from importlib.util import find_spec
+from pathlib import Path
 
-from corewise.testing.engine_contract import PLAN, Case, EngineContract
+import pytest
+
+from corewise.engines import engine
+from corewise.testing.engine_contract import PLAN, Case, EngineContract, tiny_material
 from corewise.values import to_json
 
 OPEN = """
@@ -25,11 +29,6 @@ class OpensWithoutTorch(EngineContract):
         values = [json.dumps(to_json(value)) for value in (case.build, PLAN)]
         subprocess.run([sys.executable, "-c", OPEN, str(case.payload), *values], check=True, capture_output=True)
 
-    def test_building_prints_nothing(self, case: Case, tmp_path, capfd) -> None:
-        case.engine.build(case.material, case.build, tmp_path)
-        printed = capfd.readouterr()
-        assert (printed.out, printed.err) == ("", "")
-
 
 class TestEager(EngineContract):
     engine_name = "eager"
@@ -47,3 +46,11 @@ class TestOpenVino(OpensWithoutTorch):
 
 class TestOnnxRuntime(OpensWithoutTorch):
     engine_name = "onnxruntime"
+
+
+@pytest.mark.parametrize("name", ["openvino", "onnxruntime"])
+def test_building_int8_prints_nothing(name: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    made, (_, material) = engine(name), tiny_material("text", tmp_path / "material")
+    made.build(material, made.candidates(material.cpu, material.operators)[0], tmp_path)
+    printed = capfd.readouterr()
+    assert (printed.out, printed.err) == ("", "")

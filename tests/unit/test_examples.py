@@ -1,7 +1,6 @@
 """The examples: their models are the published ones, and their samples and metrics fit them."""
 
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -16,7 +15,7 @@ from corewise.values import Preprocess
 
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
 IMAGENET = Preprocess()
-CAFFE = Preprocess(mean=(0.48501961, 0.45795686, 0.40760392), std=(1.0, 1.0, 1.0))
+CAFFE = Preprocess(mean=(0.48501961, 0.45795686, 0.40760392), std=(0.00392157, 0.00392157, 0.00392157))
 """What ResNet-50's weights expect (see its docstring)."""
 
 
@@ -26,14 +25,6 @@ def example(name: str, function: str = "build") -> Any:
 
 def module(name: str) -> ModuleType:
     return sys.modules[example(name).__module__]
-
-
-@pytest.fixture(scope="module")
-def data() -> Iterator[Path]:
-    try:
-        yield example("weights", "data_folder")()
-    except FileNotFoundError as error:
-        pytest.skip(str(error))
 
 
 def top1(build: Any, samples: Samples) -> float:
@@ -51,16 +42,19 @@ def top1(build: Any, samples: Samples) -> float:
     ("name", "preprocess", "expected"),
     [("resnet50", CAFFE, 0.92), ("mobilenet_v2", IMAGENET, 0.857)],
 )
-def test_imagenet_models_know_the_photos(data: Path, name: str, preprocess: Preprocess, expected: float) -> None:
-    photos = read(str(data / "imagenet-photos"), preprocess)
-    few = photos.take(range(200, 260))
-    assert top1(example(name), few) == pytest.approx(expected, abs=0.07)
+def test_imagenet_models_know_the_photos(
+    data_folder: Path, tmp_path: Path, name: str, preprocess: Preprocess, expected: float
+) -> None:
+    (tmp_path / "images").symlink_to(data_folder / "imagenet-photos" / "images")
+    header, *lines = (data_folder / "imagenet-photos" / "labels.csv").read_text().splitlines()
+    (tmp_path / "labels.csv").write_text("\n".join([header, *lines[200:240]]))
+    assert top1(example(name), read(str(tmp_path), preprocess)) == pytest.approx(expected, abs=0.1)
 
 
-def test_resnet20_reaches_its_published_accuracy(data: Path) -> None:
-    images = read(str(data / "cifar10.npz"), Preprocess(resize=32, crop=32))
+def test_resnet20_reaches_its_published_accuracy(data_folder: Path) -> None:
+    images = read(str(data_folder / "cifar10.npz"), Preprocess(resize=32, crop=32))
     assert len(images) == 3000
-    assert top1(example("resnet20"), images.take(range(1000))) > 0.9
+    assert top1(example("resnet20"), images.take(range(300))) > 0.9
 
 
 def test_digits_are_trained_once_and_known(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -69,6 +63,7 @@ def test_digits_are_trained_once_and_known(tmp_path: Path, monkeypatch: pytest.M
     digits = module("digits")
     monkeypatch.setattr(digits, "WEIGHTS", tmp_path / "weights.safetensors")
     monkeypatch.setattr(digits, "EPOCHS", 1)
+    monkeypatch.setattr(digits, "CHANNELS", ((1, 4, 2), (4, 8, 2)))
     before = torch.random.get_rng_state()
     trained = digits.build()
     assert torch.equal(before, torch.random.get_rng_state())
@@ -77,8 +72,10 @@ def test_digits_are_trained_once_and_known(tmp_path: Path, monkeypatch: pytest.M
     again = digits.build()
     assert not again.training
     assert all(torch.equal(tensor, again.state_dict()[name]) for name, tensor in trained.state_dict().items())
-    assert len(digits.samples()) == 797
-    assert top1(digits.build, digits.samples()) > 0.8
+
+
+def test_digits_are_known() -> None:
+    assert top1(example("digits"), example("digits", "samples")()) > 0.98
 
 
 def test_digits_that_are_trained_on_are_no_samples() -> None:
@@ -89,7 +86,7 @@ def test_digits_that_are_trained_on_are_no_samples() -> None:
 
 
 @pytest.mark.parametrize("function", ["samples", "samples_ragged"])
-def test_minilm_samples_are_pairs(data: Path, function: str) -> None:
+def test_minilm_samples_are_pairs(data_folder: Path, function: str) -> None:
     sentences = example("minilm", function)()
     assert len(sentences) == 3000
     assert (len({row[0].shape for row in sentences.rows}) == 1) == (function == "samples")
@@ -100,15 +97,15 @@ def test_minilm_samples_are_pairs(data: Path, function: str) -> None:
         assert len(set(part.groups[::2])) == len(part) // 2
 
 
-def test_minilm_is_exported_and_knows_which_sentences_are_alike(data: Path) -> None:
+def test_minilm_is_exported_and_knows_which_sentences_are_alike(data_folder: Path) -> None:
     import torch
 
-    sentences = example("minilm", "samples_ragged")().take(range(400))
+    sentences = example("minilm", "samples_ragged")().take(range(160))
     exported = export(example("minilm")(), sentences)
     assert exported.program is not None, exported.why_not
     assert [spec.shape for spec in exported.inputs] == [(None, None), (None, None)]
     assert [spec.shape for spec in exported.outputs] == [(None, 384)]
-    embeddings = np.empty((400, 384), np.float32)
+    embeddings = np.empty((160, 384), np.float32)
     run = exported.program.module()
     for rows, inputs in sentences.batches(32):
         embeddings[rows] = run(*map(torch.from_numpy, inputs))[0].detach().numpy()
@@ -116,7 +113,7 @@ def test_minilm_is_exported_and_knows_which_sentences_are_alike(data: Path) -> N
     assert example("minilm", "spearman")(embeddings, sentences.labels) > 0.75
 
 
-def test_minilm_padding_changes_nothing(data: Path) -> None:
+def test_minilm_padding_changes_nothing(data_folder: Path) -> None:
     import torch
 
     model = example("minilm")()

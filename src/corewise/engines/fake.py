@@ -82,7 +82,7 @@ class FakeSession:
         shape = [1 if size is None else size for size in spec.shape[1:]]
         size = (flat.shape[1], prod(shape))
         exact, error = (np.random.default_rng(seed).standard_normal(size) for seed in (SEED, NOISE_SEED))
-        output = flat @ (exact + self.noise * error) / np.sqrt(size[0])
+        output: np.ndarray = flat @ (exact + self.noise * error) / np.sqrt(size[0])
         return output.reshape(-1, *shape).astype(spec.dtype)
 
 

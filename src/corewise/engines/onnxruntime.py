@@ -98,21 +98,20 @@ class OnnxRuntimeSession:
 
 def _exported(material: Material) -> Path:
     """The program as ONNX in the cache, exported by whichever build comes first."""
-    import torch
-
-    from corewise.source import load_program
-
     path = material.cache / MODEL
     if path.exists():
         return path
     if material.program.stat().st_size > PROTOBUF_LIMIT_BYTES:
         raise EngineError("the model is over 2 GB, more than one ONNX file can hold", "use another engine")
+    import torch
+
+    from corewise.source import load_program
+
     with TemporaryDirectory(dir=material.cache) as folder, quiet():
         made = Path(folder) / MODEL
         torch.onnx.export(
             load_program(material.program),
             f=made,
-            input_names=[spec.name for spec in material.inputs],
             dynamo=True,
             external_data=False,
             verbose=False,

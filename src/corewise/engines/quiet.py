@@ -1,13 +1,13 @@
 """Keeping other people's quantizers and exporters off the terminal."""
 
-import contextlib
 import io
 import logging
 import warnings
 from collections.abc import Iterator
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
 
 
-@contextlib.contextmanager
+@contextmanager
 def quiet() -> Iterator[None]:
     """Run without progress bars, logs and warnings, and leave logging as it was.
 
@@ -19,10 +19,9 @@ def quiet() -> Iterator[None]:
     root.addHandler(silent)
     logging.disable(logging.CRITICAL)
     try:
-        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
-            with contextlib.redirect_stderr(io.StringIO()):
-                warnings.simplefilter("ignore")
-                yield
+        with warnings.catch_warnings(), redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):
+            warnings.simplefilter("ignore")
+            yield
     finally:
         logging.disable(disabled)
         root.removeHandler(silent)

@@ -97,7 +97,7 @@ class EngineContract:
         """The build, whose payload was moved after it was made."""
         net, build = request.param
         made, folder = engine(cls.engine_name), tmp_path_factory.mktemp("case")
-        exported, material = _material(net, tmp_path_factory.getbasetemp() / f"contract-{net}")
+        exported, material = tiny_material(net, tmp_path_factory.getbasetemp() / f"contract-{net}")
         material = replace(material, cache=material.cache / cls.__name__)
         material.cache.mkdir(exist_ok=True)
         elsewhere, payload = folder / "elsewhere", folder / "payload"
@@ -269,8 +269,16 @@ def _random(rng: np.random.Generator, dtype: "np.dtype[Any]", shape: tuple[int, 
     return rng.integers(0, 50, shape) if dtype.kind == "i" else rng.standard_normal(shape, np.float32)
 
 
+def _row(net: str, rng: np.random.Generator, k: int) -> tuple[np.ndarray, ...]:
+    """Sample k; texts have 3 to 6 tokens."""
+    floats, integers = np.dtype(np.float32), np.dtype(np.int64)
+    if net == "images":
+        return (_random(rng, floats, (3, 20, 20)),)
+    return _random(rng, integers, (3 + k % 4,)), _random(rng, floats, (12,))
+
+
 @cache
-def _material(net: str, folder: Path) -> tuple["Exported", Material]:
+def tiny_material(net: str, folder: Path) -> tuple["Exported", Material]:
     """The network with 32 calibration samples, exported into ``folder``, once for all engines."""
     import torch
 
@@ -279,11 +287,7 @@ def _material(net: str, folder: Path) -> tuple["Exported", Material]:
     folder.mkdir()
     torch.manual_seed(0)
     model, rng = _images() if net == "images" else _text(), np.random.default_rng(0)
-    shapes: list[tuple[tuple[int, ...], ...]] = (
-        [((3, 20, 20),)] * 32 if net == "images" else [((3 + k % 4,), (12,)) for k in range(32)]
-    )
-    dtypes = [np.dtype(np.float32)] if net == "images" else [np.dtype(np.int64), np.dtype(np.float32)]
-    rows = [tuple(_random(rng, dtype, shape) for dtype, shape in zip(dtypes, row, strict=True)) for row in shapes]
+    rows = [_row(net, rng, k) for k in range(32)]
     calibration = from_python([(row, None) for row in rows])
     exported = export(model, calibration)
     assert exported.program is not None, exported.why_not
@@ -293,7 +297,9 @@ def _material(net: str, folder: Path) -> tuple["Exported", Material]:
         program=folder / "program.pt2",
         inputs=exported.inputs,
         outputs=exported.outputs,
-        operators=dict(Counter(str(node.target) for node in exported.program.graph.nodes if node.op == "call_function")),
+        operators=dict(
+            Counter(str(node.target) for node in exported.program.graph.nodes if node.op == "call_function")
+        ),
         calibration=calibration,
         cpu=cpu.inspect(),
         cache=folder,

@@ -1,0 +1,217 @@
+"""The engines as their own documentation shows them: what a user without corewise would write.
+
+Engines by corewise's protocol, so that ``race`` alternates them with corewise's artifact, but nothing in here uses
+corewise's builds: every option is the tool's default, and calibration sees the same samples.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from corewise.engines import Material
+from corewise.errors import SourceError
+from corewise.imports import call_reference
+from corewise.values import Build, Plan
+
+Arrays = Sequence[np.ndarray]
+
+
+def factory(build: Build):
+    """The user's module, from the build's option ``model``."""
+    return call_reference(str(build.option("model", "")), SourceError, "the model").eval()
+
+
+def example(material: Material, count: int):
+    """The first calibration samples as torch tensors."""
+    import torch
+
+    _, arrays = next(material.calibration.batches(count))
+    return tuple(torch.from_numpy(np.array(array)) for array in arrays)
+
+
+class Hand:
+    """What the classes below share."""
+
+    def unavailable(self) -> str:
+        return ""
+
+    def candidates(self, cpu, operators):
+        return ()
+
+    def needs(self, build: Build) -> tuple[str, ...]:
+        return ()
+
+    def build(self, material: Material, build: Build, folder: Path) -> tuple[str, ...]:
+        return ()
+
+
+class FunctionSession:
+    """A function on arrays as a session."""
+
+    def __init__(self, function) -> None:
+        self._function = function
+
+    def run(self, inputs: Arrays) -> list[np.ndarray]:
+        return self._function(inputs)
+
+    def close(self) -> None:
+        del self._function
+
+
+class Eager(Hand):
+    """``model(x)`` under inference_mode, the memory format as it is."""
+
+    channels_last = False
+
+    def open(self, folder: Path, build: Build, plan: Plan) -> FunctionSession:
+        import torch
+
+        module = factory(build)
+        if self.channels_last:
+            module = module.to(memory_format=torch.channels_last)
+
+        def run(inputs: Arrays) -> list[np.ndarray]:
+            with torch.inference_mode():
+                tensors = [torch.from_numpy(array) for array in inputs]
+                if self.channels_last:
+                    tensors = [t.contiguous(memory_format=torch.channels_last) for t in tensors]
+                return [module(*tensors).numpy()]
+
+        return FunctionSession(run)
+
+
+class EagerChannelsLast(Eager):
+    """The same in channels_last, as PyTorch's CPU guide advises for convolutional nets."""
+
+    channels_last = True
+
+
+class TorchFx(Hand):
+    """FX graph mode quantization with the default qconfig mapping of the default backend (x86)."""
+
+    def build(self, material: Material, build: Build, folder: Path) -> tuple[str, ...]:
+        import torch
+        from torch.ao.quantization import get_default_qconfig_mapping
+        from torch.ao.quantization.quantize_fx import convert_fx, prepare_fx
+
+        one = example(material, 1)
+        prepared = prepare_fx(factory(build), get_default_qconfig_mapping("x86"), one)
+        with torch.no_grad():
+            for _, arrays in material.calibration.batches(16):
+                prepared(*(torch.from_numpy(np.array(array)) for array in arrays))
+            quantized = convert_fx(prepared)
+            torch.jit.save(torch.jit.freeze(torch.jit.trace(quantized, one)), folder / "model.pt")
+        return ()
+
+    def open(self, folder: Path, build: Build, plan: Plan) -> FunctionSession:
+        import torch
+
+        module = torch.jit.load(folder / "model.pt")
+
+        def run(inputs: Arrays) -> list[np.ndarray]:
+            with torch.no_grad():
+                return [module(*(torch.from_numpy(array) for array in inputs)).numpy()]
+
+        return FunctionSession(run)
+
+
+class OpenVino(Hand):
+    """convert_model and compile_model with their defaults; fp32."""
+
+    def convert(self, material: Material, build: Build):
+        import openvino
+
+        return openvino.convert_model(factory(build), example_input=example(material, 2))
+
+    def build(self, material: Material, build: Build, folder: Path) -> tuple[str, ...]:
+        import openvino
+
+        openvino.save_model(self.convert(material, build), folder / "model.xml", compress_to_fp16=False)
+        return ()
+
+    def open(self, folder: Path, build: Build, plan: Plan) -> FunctionSession:
+        import openvino
+
+        compiled = openvino.Core().compile_model(folder / "model.xml", "CPU")
+        return FunctionSession(lambda inputs: [compiled(list(inputs))[0]])
+
+
+class Nncf(OpenVino):
+    """nncf.quantize with its defaults on the OpenVINO model."""
+
+    def convert(self, material: Material, build: Build):
+        import nncf
+
+        model = super().convert(material, build)
+        items = [list(arrays) for _, arrays in material.calibration.batches(1)]
+        return nncf.quantize(model, nncf.Dataset(items))
+
+
+class Ort(Hand):
+    """torch.onnx.export and InferenceSession with their defaults; fp32."""
+
+    def export(self, material: Material, build: Build, path: Path) -> None:
+        import torch
+
+        inputs = example(material, 2)
+        batch = torch.export.Dim("batch")
+        torch.onnx.export(
+            factory(build),
+            inputs,
+            dynamic_shapes=tuple({0: batch} for _ in inputs),
+            dynamo=True,
+            input_names=[spec.name for spec in material.inputs],
+        ).save(path)
+
+    def build(self, material: Material, build: Build, folder: Path) -> tuple[str, ...]:
+        self.export(material, build, folder / "model.onnx")
+        return ()
+
+    def open(self, folder: Path, build: Build, plan: Plan) -> FunctionSession:
+        import onnxruntime
+
+        session = onnxruntime.InferenceSession(folder / "model.onnx", providers=["CPUExecutionProvider"])
+        names = [one.name for one in session.get_inputs()]
+        return FunctionSession(lambda inputs: session.run(None, dict(zip(names, inputs, strict=True))))
+
+
+class OrtQuantized(Ort):
+    """quant_pre_process and quantize_static with their defaults."""
+
+    def build(self, material: Material, build: Build, folder: Path) -> tuple[str, ...]:
+        from onnxruntime.quantization import CalibrationDataReader, quantize_static
+        from onnxruntime.quantization.shape_inference import quant_pre_process
+
+        class Reader(CalibrationDataReader):
+            def __init__(self) -> None:
+                self.items = material.calibration.batches(1)
+
+            def get_next(self):
+                item = next(self.items, None)
+                return item and {spec.name: array for spec, array in zip(material.inputs, item[1], strict=True)}
+
+        fp32, prepared = material.cache / "hand.onnx", material.cache / "hand-prepared.onnx"
+        self.export(material, build, fp32)
+        quant_pre_process(fp32, prepared, skip_symbolic_shape=True)
+        quantize_static(prepared, folder / "model.onnx", Reader())
+        return ()
+
+
+CONTENDERS = {
+    "eager": "hand:Eager",
+    "eager channels_last": "hand:EagerChannelsLast",
+    "torch FX int8 (x86)": "hand:TorchFx",
+    "OpenVINO fp32": "hand:OpenVino",
+    "OpenVINO int8 (NNCF)": "hand:Nncf",
+    "ONNX Runtime fp32": "hand:Ort",
+    "ONNX Runtime int8 (quantize_static)": "hand:OrtQuantized",
+}
+"""Name to engine; each is raced against corewise's artifact."""
+
+
+def engine_build(name: str, model: str) -> Build:
+    """The build of a contender for the model reference."""
+    precision = "int8" if "int8" in name else "fp32"
+    return Build(engine=CONTENDERS[name], precision=precision, options=(("model", model),))
+

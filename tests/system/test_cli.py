@@ -1,0 +1,345 @@
+"""The command line as a user runs it: whole commands in processes of their own."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+MODELS = '''
+import torch
+from torch import nn
+
+def build():
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Conv2d(3, 8, 3, 2, 1), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 4))
+
+def large():
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Flatten(), nn.Linear(432, 2048), nn.ReLU(), nn.Linear(2048, 4))
+
+def nan():
+    model = build()
+    nn.init.constant_(model[0].weight, float("nan"))
+    return model
+
+def raises():
+    raise RuntimeError("the weights are lost\\\\nand so is the second line")
+
+def nothing():
+    return None
+
+def broken_metric(outputs, labels):
+    return outputs.no_such_attribute
+'''
+
+ENGINES = '''
+import os, time
+from pathlib import Path
+from corewise.engines.fake import Fake
+from corewise.values import Build
+
+class Stepwise(Fake):
+    """Two builds; the second waits where there is a file ``hold``."""
+    def candidates(self, cpu, operators):
+        return tuple(Build(engine="engines:Stepwise", precision="int8", options=(("n", n),)) for n in range(2))
+
+    def build(self, material, build, folder):
+        if build.option("n", 0) == 1 and Path("hold").exists():
+            Path("reached").write_text(str(os.getpid()))
+            time.sleep(3600)
+        return super().build(material, build, folder)
+'''
+
+QUICK = '''
+import signal
+signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored where the tests run in the background
+from corewise import race, trial
+trial.MEASURE_S = race.WARM_S = 0.1
+race.race.__kwdefaults__["round_s"] = 0.05
+from corewise.cli import main
+main()
+'''
+
+
+def command(*args, quick=True):
+    """The command line; ``quick`` measures for moments only."""
+    return [sys.executable, *(("-c", QUICK) if quick else ("-m", "corewise.cli")), *map(str, args)]
+
+
+def corewise(*args, cwd, **options):
+    return subprocess.run(command(*args, **options), cwd=cwd, capture_output=True, text=True, timeout=300)
+
+
+def ok(*args, cwd, **options):
+    found = corewise(*args, cwd=cwd, **options)
+    assert (found.returncode, found.stderr) == (0, ""), found.stderr
+    return found.stdout
+
+
+def save_samples(folder):
+    """Files of samples, sound and broken ones."""
+    generator = np.random.default_rng(0)
+    images = generator.standard_normal((60, 3, 12, 12)).astype(np.float32)
+    labels = generator.integers(0, 4, 60)
+    for name, arrays in {
+        "good": {"x": images, "labels": labels},
+        "shape": {"x": images[:, :2], "labels": labels},
+        "dtype": {"x": images.astype(np.int64), "labels": labels},
+        "empty": {"x": images[:0], "labels": labels[:0]},
+        "one": {"x": images[:1], "labels": labels[:1]},
+        "range": {"x": images, "labels": labels + 2},
+        "fewer": {"x": images, "labels": labels[:-1]},
+    }.items():
+        np.savez(folder / f"{name}.npz", **arrays)
+    (folder / "text.npz").write_text("no archive")
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("cli")
+    (folder / "models.py").write_text(MODELS)
+    (folder / "engines.py").write_text(ENGINES)
+    save_samples(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def optimized(place):
+    """What ``optimize`` printed; the artifact is ``made.cw``."""
+    return ok(
+        *("optimize", "models.py:build", "--samples", "good.npz", "--engine", "onnxruntime", "--max-drop", "0.2"),
+        *("--objective", "latency", "-o", "made.cw"),
+        cwd=place,
+    )
+
+
+# --- the main job -------------------------------------------------------------------------------------------------
+
+
+def test_doctor_tells_about_this_machine(place):
+    start = time.monotonic()
+    found = json.loads(ok("doctor", "--json", cwd=place, quick=False))
+    assert time.monotonic() - start < 5
+    assert found["cpu"]["cpus"]
+    assert "\x1b" not in ok("doctor", cwd=place, quick=False)
+
+
+def test_help_and_doctor_do_not_import_torch(place):
+    code = "import sys\nfrom corewise.cli import app\nfor args in (['doctor'], ['optimize', '--help']):\n"
+    code += "    app(args, standalone_mode=False)\nassert 'torch' not in sys.modules\n"
+    subprocess.run([sys.executable, "-c", code], cwd=place, check=True, capture_output=True, timeout=60)
+
+
+def test_optimize_tells_its_progress_in_plain_lines_when_piped(optimized, place):
+    lines = optimized.splitlines()
+    assert "\x1b" not in optimized
+    assert lines[0] == "reading the samples"
+    assert any(line.startswith("1/") and "eager/fp32" in line for line in lines)
+    assert any("onnxruntime/fp32" in line for line in lines)
+    assert lines[-1].startswith("saved made.cw")
+    assert not (place / "made.cw.work").exists()
+
+
+def test_show_has_what_was_promised(optimized, place):
+    found = json.loads(ok("show", "made.cw", "--json", cwd=place))
+    assert set(found["plan"]) == {"threads_per_instance", "instances", "batch"}
+    for key in (
+        *("throughput_per_s", "baseline_throughput_per_s", "speedup", "speedup_low", "speedup_high"),
+        *("baseline_value", "value", "drop", "drop_low", "drop_high"),
+    ):
+        assert isinstance(found[key], int | float), key
+    assert found["metric"] == "top1"
+    assert found["speedup"] >= 1
+    assert found["drop"] <= 0.2
+    assert {trial["label"] for trial in found["trials"]} >= {"eager/fp32", "onnxruntime/fp32"}
+    assert all(trial["state"] in ("ok", "failed", "rejected", "pruned") and trial["reason"] for trial in found["trials"])
+    (chosen,) = [trial for trial in found["trials"] if trial["chosen"]]
+    assert (chosen["engine"], chosen["precision"]) == (found["engine"], found["precision"])
+
+
+def test_show_is_for_people_too(optimized, place):
+    assert "\x1b" not in ok("show", "made.cw", cwd=place)
+    assert ok("show", "made.cw", "--markdown", cwd=place) == (place / "made.cw" / "report.md").read_text() + "\n"
+
+
+def test_verify_finds_it_sound(optimized, place):
+    found = json.loads(ok("verify", "made.cw", "--json", cwd=place))
+    assert found["sqnr_db"] > 20
+    assert "made.cw is sound and fits this CPU" in ok("verify", "made.cw", cwd=place)
+
+
+def test_bench_races_it_against_eager(optimized, place):
+    found = json.loads(ok("bench", "made.cw", "--against", "eager", "--json", cwd=place))
+    ratio = found["ratio"]
+    assert 0 < ratio["low"] <= ratio["value"] <= ratio["high"]
+    assert [rates["build"]["engine"] for rates in found["rates"]][1] == "eager"
+    assert len({len(rates["per_s"]) for rates in found["rates"]}) == 1
+
+
+# --- bad input ----------------------------------------------------------------------------------------------------
+
+REFUSED = {
+    "no file": ({"model": "none.py:build"}, "model factory: there is no file none.py; check the path"),
+    "no factory": ({"model": "models.py:bild"}, "models.py has no function 'bild'; did you mean 'build'?"),
+    "no reference": ({"model": "models.py"}, "'models.py' names no model; give module:factory"),
+    "factory raises": ({"model": "models.py:raises"}, "models.py:raises failed: RuntimeError: the weights are lost"),
+    "factory of nothing": ({"model": "models.py:nothing"}, "models.py:nothing returned None, not a torch.nn.Module"),
+    "NaN outputs": ({"model": "models.py:nan"}, "has NaN"),
+    "no samples": ({"samples": "none.npz"}, "there is no file none.npz; check the path"),
+    "text": ({"samples": "text.npz"}, "text.npz cannot be read"),
+    "wrong shape": ({"samples": "shape.npz"}, "the model does not take the samples, in a batch"),
+    "wrong dtype": ({"samples": "dtype.npz"}, "the model does not take the samples, in a batch"),
+    "empty": ({"samples": "empty.npz"}, "no samples"),
+    "one sample": ({"samples": "one.npz"}, "one.npz has 1 sample; give at least 2"),
+    "labels out of range": ({"samples": "range.npz"}, "the model's classes are 0..3"),
+    "fewer labels": ({"samples": "fewer.npz"}, "labels"),
+    "metric raises": ({"metric": "models.py:broken_metric"}, "the metric 'broken_metric' failed: AttributeError"),
+    "unknown metric": ({"metric": "top2"}, "no metric is named 'top2'; use top1"),
+    "unknown engine": ({"engine": "tvm"}, "no engine is named 'tvm'; use one of eager"),
+    "negative drop": ({"max-drop": "-1"}, "max_drop is -1.0; give 0 or more"),
+    "no number": ({"mean": "a,b"}, "--mean is 'a,b'; give numbers with commas"),
+    "too much calibration": ({"calibration": "60"}, "60 of 60 samples cannot be for calibration"),
+    "output exists": ({"output": "models.py"}, "models.py exists already; remove it or give another name with -o"),
+    "no folder": ({"output": "none/m.cw"}, "there is no folder none; create it"),
+    "unwritable": ({"output": "/proc/m.cw"}, "/proc/m.cw cannot be written"),
+}
+
+
+@pytest.fixture(scope="module")
+def refusals(place):
+    """Every bad command, run side by side: name to its outcome."""
+
+    def run(case):
+        name, (changes, _) = case
+        options = {"samples": "good.npz", "output": f"{name}.cw", "engine": "engines:Stepwise", **changes}
+        model = options.pop("model", "models.py:build")
+        flags = [part for key, value in options.items() for part in (f"--{key}", value)]
+        return name, corewise("optimize", model, *flags, "--quiet", cwd=place)
+
+    with ThreadPoolExecutor(2) as pool:
+        return dict(pool.map(run, REFUSED.items()))
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_bad_input_is_one_line_with_the_fix(refusals, place, name):
+    found = refusals[name]
+    assert found.returncode == 2
+    assert found.stdout == ""
+    assert found.stderr.startswith("corewise: ")
+    assert found.stderr.count("\n") == 1, found.stderr
+    assert REFUSED[name][1] in found.stderr
+    assert not (place / f"{name}.cw").exists()
+    assert not [entry for entry in os.listdir(place) if entry.startswith(".")]
+
+
+def test_a_damaged_artifact_is_refused_by_every_command(optimized, place):
+    shutil.copytree(place / "made.cw", place / "damaged.cw")
+    with (place / "damaged.cw" / "golden.safetensors").open("ab") as file:
+        file.write(b"!")
+    for name in ("show", "verify", "bench"):
+        found = corewise(name, "damaged.cw", cwd=place)
+        assert (found.returncode, found.stdout) == (2, "")
+        assert found.stderr.startswith("corewise: damaged.cw/golden.safetensors is truncated or altered")
+        assert found.stderr.count("\n") == 1
+
+
+def test_what_is_no_artifact_is_refused(optimized, place):
+    for args, told in (
+        (("show", "none.cw"), "none.cw does not exist"),
+        (("verify", "."), "is no artifact"),
+        (("bench", "made.cw", "--against", "tvm"), "no engine is named 'tvm'"),
+    ):
+        found = corewise(*args, cwd=place)
+        assert (found.returncode, found.stdout) == (2, "")
+        assert told in found.stderr
+        assert found.stderr.count("\n") == 1
+
+
+def test_wrong_usage_exits_with_2(place):
+    for args in (("optimize",), ("show",), ("optimise",), ("optimize", "m", "--objective", "speed")):
+        found = corewise(*args, cwd=place)
+        assert found.returncode == 2
+        assert "Traceback" not in found.stderr
+
+
+# --- interruptions ------------------------------------------------------------------------------------------------
+
+STEPWISE = (
+    *("optimize", "models.py:build", "--samples", "good.npz", "--engine", "engines:Stepwise"),
+    *("--max-drop", "1", "--objective", "latency"),
+)
+
+
+def test_ctrl_c_keeps_what_was_done_and_the_same_command_resumes(place):
+    wanted = (*STEPWISE, "-o", "stepwise.cw", "--json")
+    (place / "hold").touch()
+    with subprocess.Popen(
+        command(*wanted), cwd=place, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
+    ) as process:
+        wait_for((place / "reached").exists)
+        os.kill(process.pid, signal.SIGINT)
+        output, errors = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert output == ""
+    assert "finished trials are kept in stepwise.cw.work; the same command resumes" in errors
+    assert "Traceback" not in errors
+    assert not (place / "stepwise.cw").exists()
+    child = (place / "reached").read_text()
+    wait_for(lambda: not Path(f"/proc/{child}").exists())
+
+    (place / "hold").unlink()
+    found = corewise(*wanted, cwd=place)
+    assert found.returncode == 0
+    assert [line[:3] for line in found.stderr.splitlines() if line.endswith("(resumed)")] == ["1/3", "2/3"]
+    assert json.loads(found.stdout)["engine"] == "engines:Stepwise"
+    assert not (place / "stepwise.cw.work").exists()
+
+
+def wait_for(condition):
+    deadline = time.monotonic() + 120
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A file system of its own, whose size is set by calling it with MiB; for root only."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=1m", "corewise-test", folder]
+    if shutil.which("mount") is None or subprocess.run(mount, capture_output=True, check=False).returncode:
+        pytest.skip("a small file system cannot be mounted here")
+    yield folder, lambda mib: subprocess.run(["mount", "-o", f"remount,size={mib}m", folder], check=True)
+    subprocess.run(["umount", folder], check=True)
+
+
+def test_a_full_disk_is_told_and_loses_no_trial(place, small_disk):
+    disk, resize = small_disk
+    wanted = (*STEPWISE, "-o", disk / "large.cw", "--quiet")
+    wanted = tuple("models.py:large" if part == "models.py:build" else part for part in wanted)
+    journal = disk / "large.cw.work" / "journal.jsonl"
+    # The program takes 3.5 MiB: once for all trials, once as the baseline's payload, once in the artifact.
+    for mib, trials in ((2, 0), (6, 0), (9, 3)):
+        resize(mib)
+        found = corewise(*wanted, cwd=place)
+        assert (found.returncode, found.stdout) == (2, ""), mib
+        assert found.stderr.startswith("corewise: ")
+        assert "free space" in found.stderr
+        assert found.stderr.count("\n") == 1
+        assert len(journal.read_text().splitlines()) == 1 + trials
+        assert os.listdir(disk) == ["large.cw.work"]
+    resize(20)
+    before = journal.read_text()
+    assert ok(*wanted, cwd=place) == ""
+    assert len(before.splitlines()) == 4
+    assert os.listdir(disk) == ["large.cw"]
+    assert "is sound" in ok("verify", disk / "large.cw", cwd=place)

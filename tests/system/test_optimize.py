@@ -1,0 +1,318 @@
+"""optimize in Python: one shared run on real engines, and the cases that end it early."""
+
+import os
+import time
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+import corewise
+from corewise.engines.fake import Fake
+from corewise.errors import EngineError, InputError, MetricError, OutputError
+from corewise.events import FinalsRound, StageStarted, TrialEnded, TrialStarted
+from corewise.loading import verify
+from corewise.race import race
+from corewise.values import Build
+
+
+class Digest(nn.Module):
+    """A small CNN on a dict of an image and a bias for its classes; a dataclass comes out."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.features = nn.Sequential(nn.Conv2d(3, 16, 3, 2, 1), nn.ReLU(), nn.Conv2d(16, 32, 3, 2, 1), nn.ReLU())
+        self.head = nn.Linear(32, 4)
+
+    def forward(self, batch):
+        features = self.features(batch["image"]).mean((2, 3))
+        return Answer(logits=self.head(features) + batch["extra"]["bias"], features=[features])
+
+
+@dataclass
+class Answer:
+    logits: torch.Tensor
+    features: list
+
+
+class Optimist(Fake):
+    """Offers builds of a fake engine, whose outputs have nothing to do with the model's."""
+
+    def candidates(self, cpu, operators):
+        return tuple(Build(engine=OPTIMIST, precision="int8", options=(("n", n),)) for n in range(2))
+
+
+OPTIMIST = f"{__name__}:Optimist"
+
+
+def make_samples(count=60):
+    generator = torch.Generator().manual_seed(1)
+    model = Digest().eval()
+    samples = []
+    for _ in range(count):
+        inputs = {
+            "batch": {
+                "image": torch.randn(3, 12, 12, generator=generator),
+                "extra": {"bias": torch.randn(4, generator=generator)},
+            }
+        }
+        with torch.no_grad():
+            answer = model({"image": inputs["batch"]["image"][None], "extra": {"bias": inputs["batch"]["extra"]["bias"][None]}})
+        samples.append((inputs, int(answer.logits.argmax())))
+    return samples
+
+
+SAMPLES = make_samples()
+BATCH = {
+    "image": torch.stack([inputs["batch"]["image"] for inputs, _ in SAMPLES[:5]]),
+    "extra": {"bias": torch.stack([inputs["batch"]["extra"]["bias"] for inputs, _ in SAMPLES[:5]])},
+}
+
+
+@pytest.fixture(autouse=True, scope="module")
+def quick():
+    """Measure for a moment only: how fast anything is is not asked here."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("corewise.trial.MEASURE_S", 0.1)
+        patch.setattr("corewise.race.WARM_S", 0.1)
+        patch.setitem(race.__kwdefaults__, "round_s", 0.05)
+        yield
+
+
+@pytest.fixture(scope="module")
+def events():
+    return []
+
+
+@pytest.fixture(scope="module")
+def result(quick, events):
+    return corewise.optimize(
+        Digest(), SAMPLES, max_drop=0.1, engines=("onnxruntime",), objective="latency", tell=events.append
+    )
+
+
+def expected(batch=BATCH):
+    with torch.no_grad():
+        return Digest().eval()(batch)
+
+
+def test_the_report_tells_the_whole_run(result):
+    report = result.report
+    assert report.trials[0].build == Build(engine="eager", precision="fp32")
+    assert {trial.build.engine for trial in report.trials} == {"eager", "onnxruntime"}
+    assert {trial.state for trial in report.trials} <= {"ok", "pruned"}
+    assert report.samples.calibration + report.samples.holdout == len(SAMPLES)
+    assert report.winner.fidelity.metric == "top1"
+    assert report.winner.fidelity.baseline_value == 1.0  # the labels are the model's own answers
+    assert report.winner.fidelity.drop <= 0.1
+    assert {rates.build for rates in report.finals} >= {report.choice.winner, report.trials[0].build}
+    assert {loser.build for loser in report.choice.losers} == {t.build for t in report.trials} - {report.choice.winner}
+    assert report.choice.speedup >= 1
+    assert report.peak_memory_bytes > 100e6
+    assert report.wall_s > 1
+
+
+def test_progress_is_told_in_order(result, events):
+    kinds = [type(event) for event in events]
+    total = len(result.report.trials)
+    assert kinds[0] is StageStarted
+    assert [event.number for event in events if isinstance(event, TrialStarted)] == [*range(1, total + 1)]
+    assert [e.trial.build for e in events if isinstance(e, TrialEnded)] == [t.build for t in result.report.trials]
+    assert isinstance(events[-1], FinalsRound)
+    assert events[-1].round == events[-1].rounds
+
+
+def test_the_model_answers_as_the_original(result):
+    found = result.model(batch=BATCH)
+    assert type(found) is Answer
+    assert type(found.features) is list
+    exact = expected()
+    noise = (found.logits - exact.logits).norm() / exact.logits.norm()
+    assert noise < 0.2
+    assert torch.equal(found.logits.argmax(1), exact.logits.argmax(1))
+
+
+def test_an_answer_is_not_changed_by_the_next_call(result):
+    first = result.model(batch=BATCH).logits
+    kept = first.clone()
+    result.model(batch={"image": -BATCH["image"], "extra": BATCH["extra"]})
+    assert torch.equal(first, kept)
+
+
+def test_any_batch_is_taken(result):
+    for size in (1, 2, 17):
+        image = BATCH["image"][:1].expand(size, -1, -1, -1)
+        bias = BATCH["extra"]["bias"][:1].expand(size, -1)
+        found = result.model(batch={"image": image, "extra": {"bias": bias}})
+        assert found.logits.shape == (size, 4)
+
+
+def test_a_wrong_call_is_told(result):
+    with pytest.raises(InputError, match=r'\["extra"\] is missing'):
+        result.model(batch={"image": BATCH["image"]})
+    with pytest.raises(InputError, match="is float64; give float32"):
+        result.model(batch={"image": BATCH["image"].double(), "extra": BATCH["extra"]})
+
+
+def test_what_is_saved_is_loaded_and_verified(result, tmp_path):
+    result.save(tmp_path / "m.cw")
+    with corewise.load(tmp_path / "m.cw") as model:
+        assert torch.equal(model(batch=BATCH).logits, result.model(batch=BATCH).logits)
+        arrays = {"image": BATCH["image"].numpy(), "extra": {"bias": BATCH["extra"]["bias"].numpy()}}
+        np.testing.assert_array_equal(model(batch=arrays).logits, model(batch=BATCH).logits.numpy())
+    assert verify(tmp_path / "m.cw").sqnr_db > 20
+    assert os.listdir(tmp_path) == ["m.cw"]
+    with pytest.raises(OutputError, match="exists already"):
+        result.save(tmp_path / "m.cw")
+
+
+def test_an_artifact_without_reference_is_smaller(result, tmp_path):
+    whole = result.save(tmp_path / "whole.cw")
+    small = result.save(tmp_path / "small.cw", reference=False)
+    assert set(whole.manifest.files) - set(small.manifest.files) == {"reference/program.pt2"}
+
+
+# --- without a better candidate -----------------------------------------------------------------------------------
+
+
+def only_images(count=40, labels=None):
+    images = torch.randn(count, 3, 8, 8, generator=torch.Generator().manual_seed(2))
+    return [(image, None if labels is None else int(labels[i])) for i, image in enumerate(images)]
+
+
+class Tiny(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(3)
+        self.net = nn.Sequential(nn.Flatten(), nn.Linear(192, 3))
+
+    def forward(self, x):
+        return self.net(x)
+
+
+def run(*args, **options):
+    return corewise.optimize(*args, **{"objective": "latency", "engines": (OPTIMIST,), **options})
+
+
+@pytest.fixture(scope="module")
+def exact(quick):
+    """A run that allows no drop."""
+    return run(Tiny(), only_images(), max_drop=0.0)
+
+
+def test_the_baseline_wins_where_no_candidate_is_accurate_enough(exact):
+    report = exact.report
+    assert [trial.state for trial in report.trials] == ["ok", "rejected", "rejected"]
+    assert report.choice.winner == report.trials[0].build
+    assert report.choice.speedup == 1
+    assert "no int8 candidate was accurate enough" in report.choice.reason
+    assert report.winner.fidelity.metric == "agreement"
+    x = torch.randn(3, 3, 8, 8)
+    torch.testing.assert_close(exact.model(x), Tiny()(x).detach())
+
+
+def test_strict_asks_for_the_whole_interval(exact):
+    found = exact.report.trials[1].fidelity
+    limit = (found.drop + found.drop_high) / 2
+    assert found.drop < limit < found.drop_high
+    report = run(Tiny(), only_images(), max_drop=limit, strict=True).report
+    assert [trial.state for trial in report.trials] == ["ok", "rejected", "rejected"]
+
+
+class Slow(Optimist):
+    """Offers a build that takes its time."""
+
+    def candidates(self, cpu, operators):
+        return (Build(engine=f"{__name__}:Slow", precision="int8", options=(("seconds_per_call", 0.02),)),)
+
+
+def test_a_slower_candidate_does_not_win(tmp_path, monkeypatch):
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    result = run(Tiny(), only_images(), max_drop=1.0, engines=(f"{__name__}:Slow",))
+    assert result.report.choice.winner == result.report.trials[0].build
+    assert result.report.trials[1].state in ("ok", "pruned")
+
+    # What a run needed on disk goes with its result.
+    assert len(os.listdir(tmp_path)) == 1
+    del result
+    assert os.listdir(tmp_path) == []
+
+
+# --- interrupted runs ---------------------------------------------------------------------------------------------
+
+
+def interrupted_after(number, work, samples, **options):
+    """Run until ``number`` trials are done; the builds that were run."""
+    done = []
+
+    def tell(event):
+        if isinstance(event, TrialEnded):
+            done.append(event)
+            if len(done) == number:
+                raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run(Tiny(), samples, work=work, tell=tell, **options)
+    return done
+
+
+def resumed(events):
+    return [event.resumed for event in events if isinstance(event, TrialEnded)]
+
+
+def test_an_interrupted_run_resumes_with_what_was_done(tmp_path):
+    work, samples = tmp_path / "m.cw.work", only_images()
+    first = interrupted_after(2, work, samples, max_drop=1.0)
+    assert [event.resumed for event in first] == [False, False]
+
+    events = []
+    result = run(Tiny(), samples, work=work, max_drop=1.0, tell=events.append)
+    assert resumed(events) == [True, True, False]
+    assert [event.trial for event in events if isinstance(event, TrialEnded)][:2] == [event.trial for event in first]
+    assert result.report.choice.winner.engine == OPTIMIST
+    result.save(tmp_path / "m.cw")
+
+    # A run that differs in what it asks for starts anew.
+    changed = interrupted_after(1, work, samples, max_drop=0.5)
+    assert [event.resumed for event in changed] == [False]
+
+
+def test_a_metric_that_raises_at_last_keeps_the_trials(tmp_path):
+    calls = Counter()
+
+    def metric(outputs, labels):
+        calls["n"] += 1
+        if calls["n"] == calls["last"]:
+            raise ZeroDivisionError("no more")
+        return (outputs.argmax(1) == labels).astype(float)
+
+    samples = only_images(labels=[0] * 40)
+    calls["last"] = 5  # two for each trial, of which two are done
+    with pytest.raises(MetricError, match=r"the metric 'metric' failed: ZeroDivisionError: no more .*test_optimize\.py"):
+        run(Tiny(), samples, work=tmp_path / "w", metric=metric, max_drop=1.0)
+    again = interrupted_after(3, tmp_path / "w", samples, metric=metric, max_drop=1.0)
+    assert [event.resumed for event in again] == [True, True, False]
+
+
+# --- wrong arguments ----------------------------------------------------------------------------------------------
+
+
+def test_wrong_arguments_are_told_before_any_work():
+    start = time.monotonic()
+    for options, error, told in (
+        ({"max_drop": -0.1}, InputError, "max_drop is -0.1; give 0 or more"),
+        ({"max_drop": float("nan")}, InputError, "max_drop is nan"),
+        ({"engines": ("torchscript",)}, EngineError, "no engine is named 'torchscript'; use one of eager"),
+        ({"objective": "speed"}, InputError, "objective 'speed' is unknown; give throughput or latency"),
+        ({"metric": "f1"}, MetricError, "no metric is named 'f1'"),
+        ({"calibration": 40}, InputError, "40 of 40 samples cannot be for calibration"),
+        ({"work": Path("/proc/nowhere")}, OutputError, "/proc/nowhere cannot be written"),
+    ):
+        with pytest.raises(error, match=told):
+            run(Tiny(), only_images(), **options)
+    assert time.monotonic() - start < 30

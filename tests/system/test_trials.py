@@ -1,0 +1,266 @@
+"""trial: real children, and engines that misbehave in them. Each ends as a record, and the next trial runs."""
+
+import os
+import re
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from corewise import trial as module
+from corewise.cpu import inspect
+from corewise.engines import Material
+from corewise.errors import CorewiseError, OutputError
+from corewise.events import TrialStep
+from corewise.fidelity import compare, gate
+from corewise.metrics import default
+from corewise.race import Contender, Fell, race
+from corewise.samples import from_python
+from corewise.trial import Died, Setting, Worker, read_outputs, run_trial
+from corewise.values import Build, Objective, Plan, TensorSpec
+from corewise.worker import CALIBRATION, HOLDOUT, PROGRAM, write_material
+
+SAMPLES = from_python(list(np.random.default_rng(0).standard_normal((40, 6)).astype(np.float32)))
+FAKE = Build(engine="fake", precision="int8")
+CPUS = inspect().usable_cpus
+
+ENGINES = '''
+import os, subprocess, sys, time
+from corewise.engines.fake import Fake
+
+class Parent(Fake):
+    """Hangs with a process of its own, as one that runs a compiler."""
+    def build(self, material, build, folder):
+        helper = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(3600)"])
+        (folder.parent / "helper").write_text(str(helper.pid))
+        time.sleep(3600)
+
+class Leaving(Fake):
+    """Exits as a script does."""
+    def build(self, material, build, folder):
+        print("I have had enough")
+        os._exit(7)
+
+class Full(Fake):
+    """Finds the disk full."""
+    def build(self, material, build, folder):
+        raise OSError(28, "No space left on device")
+'''
+
+
+def misbehaving(name, **options):
+    return Build(engine=f"corewise.testing.engines:{name}", precision="int8", options=tuple(options.items()))
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch):
+    monkeypatch.setattr(module, "MEASURE_S", 0.05)
+
+
+@pytest.fixture
+def setting(tmp_path):
+    for name in ("builds", "outputs", "logs", "cache"):
+        (tmp_path / name).mkdir()
+    SAMPLES.save(tmp_path / CALIBRATION)
+    SAMPLES.save(tmp_path / HOLDOUT)
+    material = Material(
+        program=tmp_path / PROGRAM,
+        inputs=(TensorSpec(name="x", dtype="float32", shape=(None, 6)),),
+        outputs=(TensorSpec(name="y", dtype="float32", shape=(None, 5)),),
+        operators={},
+        calibration=SAMPLES,
+        cpu=inspect(),
+        cache=tmp_path / "cache",
+    )
+    write_material(tmp_path, material)
+    return make_setting(tmp_path)
+
+
+def make_setting(folder, *, timeout_s=60.0, tell=lambda event: None, plans=(Plan(threads_per_instance=1, batch=4),)):
+    reference = []
+
+    def verify(outputs):
+        reference.append(outputs)
+        metric = default(outputs.leaves[0], None)
+        fidelity = compare(reference[0], outputs, metric=metric, labels=None, nest=lambda leaves: leaves[0])
+        return fidelity, gate(fidelity, Objective(max_drop=0.2))
+
+    return Setting(folder=folder, plans=plans, cpus=CPUS, timeout_s=timeout_s, verify=verify, tell=tell)
+
+
+def children():
+    """The processes that this one started and that still run or were not waited for."""
+    tasks = Path(f"/proc/{os.getpid()}/task").iterdir()
+    return {pid for task in tasks for pid in (task / "children").read_text().split()}
+
+
+@pytest.fixture(autouse=True)
+def no_orphans():
+    before = children()
+    yield
+    assert children() <= before
+
+
+def test_a_sound_build_is_verified_and_measured(setting):
+    steps = []
+    setting = make_setting(setting.folder, tell=steps.append)
+    found = run_trial(FAKE, setting, is_baseline=True)
+    assert (found.state, found.reason) == ("ok", "the baseline")
+    assert found.fidelity.agreement == 1.0
+    assert found.payload_bytes == (setting.payload(FAKE) / "fake.json").stat().st_size
+    assert found.measurements[0].plan == setting.plans[0]
+    assert found.peak_memory_bytes > 10e6
+    assert [step.text.partition(",")[0] for step in steps if isinstance(step, TrialStep)] == [
+        "building",
+        "verifying",
+        "measuring",
+    ]
+
+
+def test_outputs_come_in_the_order_of_the_samples(setting):
+    run_trial(FAKE, setting)
+    (found,) = read_outputs(setting.outputs(FAKE)).leaves
+    weights = np.random.default_rng(0).standard_normal((6, 5)) / np.sqrt(6)
+    np.testing.assert_allclose(found, np.stack([row[0] for row in SAMPLES.rows]) @ weights, rtol=1e-4, atol=1e-5)
+
+
+MISBEHAVING = {
+    "Segfault": "crashed with SIGSEGV while building",
+    "KilledForMemory": r"killed \(SIGKILL, most likely by the kernel for want of memory\) while building",
+    "RaisesInBuild": "building: RuntimeError: no kernel for aten.frobnicate",
+    "CrashesInRun": "crashed with SIGSEGV while verifying",
+    "NanOutputs": "NaN or infinity where fp32's has none",
+    "Absent": "building: .*engine 'corewise.testing.engines:Absent' cannot be loaded",
+}
+
+
+def test_a_misbehaving_engine_fails_its_own_trial_only(setting):
+    assert run_trial(FAKE, setting, is_baseline=True).state == "ok"
+    for name, told in MISBEHAVING.items():
+        found = run_trial(misbehaving(name), setting)
+        assert found.state == "failed", name
+        assert re.search(told, found.reason)
+        assert "\n" not in found.reason
+        assert found.measurements == ()
+    assert run_trial(FAKE, setting).state == "ok"
+
+
+def test_a_hanging_engine_is_ended(setting):
+    start = time.monotonic()
+    found = run_trial(misbehaving("Hang"), make_setting(setting.folder, timeout_s=5))
+    assert found.state == "failed"
+    assert found.reason == "hung while building: no answer in 5 s, so it was ended"
+    assert time.monotonic() - start < 20
+
+
+@pytest.fixture
+def user_engines(tmp_path, monkeypatch):
+    (tmp_path / "user_engines.py").write_text(ENGINES)
+    monkeypatch.syspath_prepend(tmp_path)
+    yield lambda name: Build(engine=f"user_engines:{name}", precision="int8")
+    sys.modules.pop("user_engines", None)
+
+
+def test_what_a_hanging_engine_started_is_ended_with_it(setting, user_engines):
+    run_trial(user_engines("Parent"), make_setting(setting.folder, timeout_s=5))
+    helper = int((setting.folder / "builds" / "helper").read_text())
+    deadline = time.monotonic() + 10
+    while running(helper) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert not running(helper)
+
+
+def running(pid):
+    try:
+        state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+    return state != "Z"
+
+
+def test_the_last_words_of_a_child_are_told(setting, user_engines):
+    found = run_trial(user_engines("Leaving"), setting)
+    assert found.state == "failed"
+    assert found.reason.startswith("exited with code 7 while building")
+
+
+def test_a_full_disk_ends_the_run_not_the_trial(setting, user_engines):
+    with pytest.raises(OutputError, match="the disk is full: .*No space left on device.*; free space and run the same"):
+        run_trial(user_engines("Full"), setting)
+
+
+def test_an_inaccurate_build_is_rejected_before_it_is_measured(setting):
+    run_trial(FAKE, setting, is_baseline=True)
+    noisy = Build(engine="fake", precision="int8", options=(("noise", 3.0),))
+    found = run_trial(noisy, setting)
+    assert found.state == "rejected"
+    assert found.fidelity.agreement < 0.8
+    assert found.measurements == ()
+
+
+def test_a_hopelessly_slow_build_is_pruned(setting):
+    run_trial(FAKE, setting, is_baseline=True)
+    slow = Build(engine="fake", precision="int8", options=(("seconds_per_call", 0.05),))
+    found = run_trial(slow, setting, best_per_s=1e6)
+    assert found.state == "pruned"
+    assert found.reason.startswith("too slow to measure: ")
+
+
+def test_larger_batches_are_not_tried_where_calls_are_slow(setting):
+    plans = tuple(Plan(threads_per_instance=1, batch=batch) for batch in (1, 2, 4))
+    slow = Build(engine="fake", precision="int8", options=(("seconds_per_item", 0.15),))
+    found = run_trial(slow, make_setting(setting.folder, plans=plans), is_baseline=True)
+    assert [measured.plan.batch for measured in found.measurements] == [1, 2]
+
+
+def test_an_interrupt_leaves_no_child(setting):
+    def interrupt(event):
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run_trial(FAKE, make_setting(setting.folder, tell=interrupt))
+
+
+def test_a_worker_that_is_gone_says_so_each_time(tmp_path):
+    with Worker(cpus=CPUS, log=tmp_path / "log", timeout_s=60) as worker:
+        with pytest.raises(CorewiseError, match="has no open session"):
+            worker.call("round", "racing", budget_s=0.1)
+        worker._process.kill()
+        for _ in range(2):
+            with pytest.raises(Died, match="killed"):
+                worker.call("round", "racing", budget_s=0.1)
+
+
+# --- the race -----------------------------------------------------------------------------------------------------
+
+
+def contender(setting, build):
+    run_trial(build, setting, is_baseline=True)
+    return Contender(build=build, plan=setting.plans[0], payload=setting.payload(build))
+
+
+def run_race(setting, contenders, **options):
+    return race(contenders, samples=setting.holdout, start=setting.worker, rounds=4, round_s=0.05, **options)
+
+
+def test_contenders_are_raced_in_alternating_rounds(setting, monkeypatch):
+    monkeypatch.setattr("corewise.race.WARM_S", 0.05)
+    builds = [Build(engine="fake", precision="int8", options=(("seconds_per_call", s),)) for s in (0.004, 0.012)]
+    rounds = []
+    told = lambda number, total, rates: rounds.append((number, total, [len(one.per_s) for one in rates]))  # noqa: E731
+    found = run_race(setting, [contender(setting, build) for build in builds], on_round=told)
+    assert rounds == [(n, 4, [n, n]) for n in (1, 2, 3, 4)]
+    fast, slow = found.rates
+    assert np.median(fast.per_s) > 1.5 * np.median(slow.per_s)
+    assert found.peak_memory_bytes > 20e6
+
+
+def test_a_contender_that_fails_in_the_race_is_named(setting, monkeypatch):
+    monkeypatch.setattr("corewise.race.WARM_S", 0.05)
+    broken = misbehaving("CrashesInRun")
+    sound = contender(setting, FAKE)
+    with pytest.raises(Fell, match="in the alternating run: crashed with SIGSEGV while warming up") as fell:
+        run_race(setting, [sound, Contender(build=broken, plan=sound.plan, payload=sound.payload)])
+    assert fell.value.build == broken

@@ -1,0 +1,63 @@
+"""candidates: the baseline first, the fastest precision next, each build once."""
+
+from dataclasses import replace
+
+import pytest
+
+from corewise.candidates import BASELINE, PRECISION_ORDER, candidates, plans
+from corewise.engines import engine
+from corewise.values import Build, Cpu, LogicalCpu, Plan
+
+CPU = Cpu(
+    architecture="x86_64",
+    vendor="V",
+    model="M",
+    isa=("avx2", "avx512_vnni", "avx512_bf16"),
+    cpus=tuple(LogicalCpu(cpu=i, core=i // 2, socket=0, node=0) for i in range(8)),
+    caches=(),
+    affinity=tuple(range(8)),
+    quota_cores=None,
+    memory_bytes=2**33,
+    memory_limit_bytes=None,
+)
+
+
+class Offering:
+    """An engine that offers builds of these precisions; of what an engine has, candidates() sees no more."""
+
+    def __init__(self, name, *precisions):
+        self._builds = tuple(Build(engine=name, precision=precision) for precision in precisions)
+
+    def candidates(self, cpu, operators):
+        return self._builds
+
+
+def test_the_baseline_is_first_though_no_engine_offers_it():
+    assert candidates(CPU, {}, {}) == (BASELINE,)
+
+
+def test_the_fastest_precision_is_first_and_engines_keep_their_order():
+    found = candidates(CPU, {}, {"b": Offering("b", "fp32", "bf16", "int8"), "a": Offering("a", "int8-dynamic", "int8")})
+    labels = [build.label for build in found]
+    assert labels == ["eager/fp32", "b/int8", "a/int8", "a/int8-dynamic", "b/bf16", "b/fp32"]
+
+
+def test_the_baseline_is_there_once_though_eager_offers_it():
+    found = candidates(CPU, {}, {"eager": engine("eager")})
+    assert found == (BASELINE, Build(engine="eager", precision="bf16"))
+
+
+def test_every_precision_of_a_build_has_a_place():
+    assert set(PRECISION_ORDER) == {"int8", "int8-dynamic", "bf16", "fp32"}
+
+
+@pytest.mark.parametrize(
+    ("cpu", "threads"), [(CPU, 4), (replace(CPU, quota_cores=2.5), 2), (replace(CPU, affinity=(6,)), 1)]
+)
+def test_plans_use_the_usable_cores(cpu, threads):
+    assert plans(cpu, "latency") == (Plan(threads_per_instance=threads, batch=1),)
+    throughput = plans(cpu, "throughput")
+    assert {plan.threads_per_instance for plan in throughput} == {threads}
+    batches = [plan.batch for plan in throughput]
+    assert batches == sorted(set(batches))
+    assert batches[0] == 1

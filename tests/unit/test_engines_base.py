@@ -1,0 +1,231 @@
+"""The table of engines, their offers, chunks, quiet, and the fakes."""
+
+import dataclasses
+import logging
+import signal
+import subprocess
+import sys
+import time
+import warnings
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from corewise import cpu
+from corewise.engines import Material, engine
+from corewise.engines.base import chunks, missing
+from corewise.engines.fake import Fake
+from corewise.engines.quiet import quiet
+from corewise.errors import EngineError
+from corewise.samples import from_python
+from corewise.values import Build, Cpu, Plan, TensorSpec
+
+CONVOLUTIONS = {"aten.conv2d.default": 53, "aten.linear.default": 1}
+LINEARS = {"aten.linear.default": 37, "aten.embedding.default": 3}
+
+
+def cpu_with(*isa: str) -> Cpu:
+    return dataclasses.replace(cpu.inspect(), isa=isa)
+
+
+@pytest.fixture
+def material(tmp_path: Path) -> Material:
+    return Material(
+        program=tmp_path / "no.pt2",
+        inputs=(TensorSpec(name="x", dtype="float32", shape=(None, 3, 4)),),
+        outputs=(
+            TensorSpec(name="scores", dtype="float32", shape=(None, 10)),
+            TensorSpec(name="tokens", dtype="float32", shape=(None, None, 5)),
+        ),
+        operators=CONVOLUTIONS,
+        calibration=from_python([np.zeros((3, 4), np.float32)] * 2),
+        cpu=cpu.inspect(),
+        cache=tmp_path,
+    )
+
+
+def run_fake(material: Material, folder: Path, batch: np.ndarray, threads: int = 1, **options: float) -> np.ndarray:
+    build = Build(engine="fake", precision="int8", options=tuple(sorted(options.items())))
+    Fake().build(material, build, folder)
+    return Fake().open(folder, build, Plan(threads_per_instance=threads)).run([batch])[0]
+
+
+def test_engine_by_module_and_class() -> None:
+    assert isinstance(engine("corewise.engines.fake:Fake"), Fake)
+    assert isinstance(engine("fake"), Fake)
+
+
+@pytest.mark.parametrize("name", ["tensorrt", "no.such.module:Engine", "corewise.engines.fake:Nothing"])
+def test_unknown_engines_are_named(name: str) -> None:
+    with pytest.raises(EngineError, match=name):
+        engine(name)
+
+
+def test_missing_names_packages_and_extra() -> None:
+    assert missing(("numpy",), "openvino") == ""
+    assert missing(("numpy", "no_such_package"), "openvino") == (
+        "needs no_such_package: pip install 'corewise[openvino]'"
+    )
+
+
+def test_material_counts_operators(material: Material) -> None:
+    assert material.count("conv|linear") == 54
+    assert material.count("softmax") == 0
+
+
+@given(st.integers(1, 100), st.sets(st.integers(1, 32), min_size=1, max_size=5))
+def test_chunks_cover_all_rows_in_order(rows: int, sizes: set[int]) -> None:
+    cuts = chunks(rows, sorted(sizes))
+    assert [row for start, stop, _ in cuts for row in range(start, stop)] == list(range(rows))
+    assert all(size in sizes and stop - start <= size for start, stop, size in cuts)
+
+
+def test_chunks_pad_the_rest_to_the_smallest_size() -> None:
+    assert chunks(11, [1, 2, 4]) == [(0, 4, 4), (4, 8, 4), (8, 11, 4)]
+    assert chunks(9, [1, 2, 4]) == [(0, 4, 4), (4, 8, 4), (8, 9, 1)]
+
+
+@pytest.mark.parametrize(
+    ("isa", "expected"),
+    [
+        (("avx2",), ["openvino/int8/reduce_range=True", "openvino/fp32"]),
+        (("avx2", "avx_vnni"), ["openvino/int8", "openvino/fp32"]),
+        (("avx512_vnni", "avx512_bf16"), ["openvino/int8", "openvino/bf16", "openvino/fp32"]),
+    ],
+)
+def test_openvino_offers_what_the_cpu_can_do(isa: tuple[str, ...], expected: list[str]) -> None:
+    builds = engine("openvino").candidates(cpu_with(*isa), CONVOLUTIONS)
+    assert [build.label for build in builds] == expected
+
+
+@pytest.mark.parametrize(
+    ("operators", "expected"),
+    [
+        (CONVOLUTIONS, ["onnxruntime/int8", "onnxruntime/fp32"]),
+        (LINEARS, ["onnxruntime/int8", "onnxruntime/int8-dynamic", "onnxruntime/fp32"]),
+        ({"aten.relu.default": 1}, ["onnxruntime/int8", "onnxruntime/fp32"]),
+    ],
+)
+def test_onnxruntime_offers_dynamic_int8_for_linear_models(operators: dict[str, int], expected: list[str]) -> None:
+    builds = engine("onnxruntime").candidates(cpu_with("avx512_vnni"), operators)
+    assert [build.label for build in builds] == expected
+
+
+@pytest.mark.parametrize("name", ["openvino", "onnxruntime"])
+def test_full_range_int8_needs_32_bit_sums(name: str) -> None:
+    made = engine(name)
+    assert made.needs(Build(engine=name, precision="int8")) == ("int8_dot",)
+    assert made.needs(Build(engine=name, precision="int8", options=(("reduce_range", True),))) == ()
+    assert made.needs(Build(engine=name, precision="fp32")) == ()
+
+
+def test_onnxruntime_refuses_what_no_onnx_file_holds(material: Material, tmp_path: Path) -> None:
+    with material.program.open("wb") as file:
+        file.truncate(2**31)  # sparse: takes no space
+    with pytest.raises(EngineError, match="over 2 GB"):
+        engine("onnxruntime").build(material, Build(engine="onnxruntime", precision="fp32"), tmp_path)
+
+
+def test_quiet_keeps_everything_off_the_terminal(capsys: pytest.CaptureFixture[str]) -> None:
+    with quiet():
+        print("progress")
+        warnings.warn("opset", stacklevel=1)
+        logging.warning("please consider")
+    assert capsys.readouterr() == ("", "")
+
+
+def test_quiet_leaves_logging_as_it_was() -> None:
+    handlers, disabled = list(logging.getLogger().handlers), logging.root.manager.disable
+    with pytest.raises(KeyError), quiet():
+        raise KeyError("passes through")
+    assert (logging.getLogger().handlers, logging.root.manager.disable) == (handlers, disabled)
+
+
+def test_fake_depends_on_its_input_row_by_row(material: Material, tmp_path: Path) -> None:
+    batch = np.random.default_rng(0).standard_normal((6, 3, 4), np.float32)
+    together = run_fake(material, tmp_path, batch)
+    assert together.shape == (6, 10)
+    assert together.dtype == np.float32
+    assert np.allclose(together[2:3], run_fake(material, tmp_path, batch[2:3]), atol=1e-6)
+    assert len(np.unique(together)) == together.size
+
+
+def test_fake_has_the_error_it_declares(material: Material, tmp_path: Path) -> None:
+    batch = np.random.default_rng(0).standard_normal((200, 3, 4), np.float32)
+    exact, noisy = (run_fake(material, tmp_path, batch, noise=noise) for noise in (0.0, 0.1))
+    sqnr_db = 10 * np.log10(np.square(exact).sum() / np.square(noisy - exact).sum())
+    assert sqnr_db == pytest.approx(20, abs=2)
+
+
+@pytest.mark.parametrize(
+    ("threads", "batch", "expected_s"),
+    [(1, 1, 0.5 + 0.2), (1, 4, 0.5 + 0.8), (2, 4, 0.5 + 0.8 * (0.25 + 0.375)), (4, 4, 0.5 + 0.8 * (0.25 + 0.1875))],
+)
+def test_fake_takes_the_time_it_declares(
+    material: Material, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, threads: int, batch: int, expected_s: float
+) -> None:
+    slept: list[float] = []
+    monkeypatch.setattr(time, "sleep", slept.append)
+    options = {"seconds_per_call": 0.5, "seconds_per_item": 0.2, "serial": 0.25}
+    run_fake(material, tmp_path, np.zeros((batch, 3, 4), np.float32), threads, **options)
+    assert slept == [pytest.approx(expected_s)]
+
+
+CRASH = """
+import sys
+from pathlib import Path
+import numpy as np
+from corewise import cpu
+from corewise.engines import Material, engine
+from corewise.samples import from_python
+from corewise.values import Build, Plan, TensorSpec
+
+folder, name = Path(sys.argv[1]), "corewise.testing.engines:" + sys.argv[2]
+specs = (TensorSpec(name="x", dtype="float32", shape=(None, 2)),)
+samples = from_python([np.zeros(2, np.float32)])
+material = Material(program=folder / "p", inputs=specs, outputs=specs, operators={}, calibration=samples,
+                    cpu=cpu.inspect(), cache=folder)
+build = Build(engine=name, precision="int8")
+print("building", flush=True)
+engine(name).build(material, build, folder)
+session = engine(name).open(folder, build, Plan(threads_per_instance=1))
+print("opened", flush=True)
+print(session.run([np.zeros((1, 2), np.float32)]))
+assert "torch" not in sys.modules
+"""
+
+
+def command(name: str, folder: Path) -> list[str]:
+    return [sys.executable, "-c", CRASH, str(folder), name]
+
+
+@pytest.mark.parametrize(
+    ("name", "code", "printed"),
+    [
+        ("Segfault", -signal.SIGSEGV, "building\n"),
+        ("KilledForMemory", -signal.SIGKILL, "building\n"),
+        ("CrashesInRun", -signal.SIGSEGV, "building\nopened\n"),
+        ("NanOutputs", 0, "building\nopened\n[array([[nan, nan]], dtype=float32)]\n"),
+    ],
+)
+def test_misbehaving_engines_misbehave(tmp_path: Path, name: str, code: int, printed: str) -> None:
+    ended = subprocess.run(command(name, tmp_path), capture_output=True, text=True, check=False)
+    assert (ended.returncode, ended.stdout) == (code, printed), ended.stderr
+
+
+def test_raising_engine_raises(tmp_path: Path) -> None:
+    ended = subprocess.run(command("RaisesInBuild", tmp_path), capture_output=True, text=True, check=False)
+    assert ended.returncode == 1
+    assert "RuntimeError: no kernel" in ended.stderr
+
+
+def test_hanging_engine_hangs(tmp_path: Path) -> None:
+    with subprocess.Popen(command("Hang", tmp_path), stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "building\n"
+        with pytest.raises(subprocess.TimeoutExpired):
+            process.wait(timeout=0.3)
+        process.kill()

@@ -1,0 +1,99 @@
+"""measure: warming up, timing and batching, on a clock that only the session moves."""
+
+from itertools import chain, repeat
+
+import numpy as np
+import pytest
+
+from corewise.measure import batch_of, measure, time_calls, warm_up
+from corewise.samples import from_python
+from corewise.values import Plan
+
+
+class FakeTime:
+    """A session whose calls take the given seconds (the last ones for ever), and the clock that shows them."""
+
+    def __init__(self, *seconds):
+        self._seconds = chain(seconds, repeat(seconds[-1]))
+        self.now = 100.0
+        self.calls = []
+
+    def clock(self):
+        return self.now
+
+    def run(self, inputs):
+        self.calls.append(len(inputs[0]))
+        self.now += next(self._seconds)
+        return list(inputs)
+
+    def close(self):
+        pass
+
+
+INPUTS = (np.zeros((2, 3), np.float32),)
+
+
+def test_steady_calls_are_warm_after_six():
+    time = FakeTime(1.0)
+    assert warm_up(time, INPUTS, budget_s=100, clock=time.clock) == 6
+
+
+def test_slow_first_calls_are_warmed_away():
+    time = FakeTime(9.0, 8.0, 7.0, 6.0, 5.0, 4.0, 3.0, 2.0, 1.0)
+    calls = warm_up(time, INPUTS, budget_s=1000, clock=time.clock)
+    assert time_calls(time, INPUTS, budget_s=2.0, clock=time.clock) == [1.0, 1.0, 1.0]
+    # Calls 11 to 13 take 1 s, and so does the median of 8 to 10, of which the eighth takes 2 s.
+    assert calls == 13
+
+
+def test_warming_up_ends_with_the_budget_where_calls_never_settle():
+    time = FakeTime(*(1.5**i for i in range(40)))
+    warm_up(time, INPUTS, budget_s=50, clock=time.clock)
+    assert 50 <= time.now - 100 < 1.5 * 50 + 50
+
+
+def test_a_call_longer_than_the_budget_is_made_once():
+    time = FakeTime(10.0)
+    assert warm_up(time, INPUTS, budget_s=1, clock=time.clock) == 1
+
+
+@pytest.mark.parametrize(("budget_s", "calls"), [(0.0, 3), (3.5, 4), (8.0, 8)])
+def test_calls_are_timed_for_the_budget_but_at_least_three(budget_s, calls):
+    time = FakeTime(1.0)
+    assert time_calls(time, INPUTS, budget_s=budget_s, clock=time.clock) == [1.0] * calls
+
+
+def test_a_measurement_is_of_the_calls_after_the_warm_up():
+    time = FakeTime(5.0, 0.125)
+    throttled = iter([7, 9])
+    plan = Plan(threads_per_instance=1, batch=2)
+    found = measure(time, INPUTS, plan, budget_s=1.0, clock=time.clock, throttled=lambda: next(throttled))
+    # The first call spends the warm-up's budget of 0.5 s.
+    assert found.latencies_ms == (125.0,) * 8
+    assert found.throughput_per_s == 2 / 0.125
+    assert found.throttled == 2
+    assert found.plan == plan
+
+
+def test_throughput_is_by_the_median_call_and_the_tail_is_seen():
+    time = FakeTime(*[0.125] * 14, 1.0)
+    plan = Plan(threads_per_instance=1, batch=2)
+    found = measure(time, INPUTS, plan, budget_s=2.0, clock=time.clock, throttled=lambda: 0)
+    # Six warm-up calls, eight of 0.125 s, and the one that fills the budget.
+    assert found.latencies_ms == (*[125.0] * 8, 1000.0)
+    assert found.throughput_per_s == 16
+    assert found.p50_ms == 125
+    assert found.p99_ms > 500
+    assert found.spread == 0
+
+
+def test_a_batch_larger_than_the_samples_repeats_them():
+    samples = from_python([np.full(3, i, np.float32) for i in range(3)])
+    (batch,) = batch_of(samples, 8)
+    assert batch[:, 0].tolist() == [0, 1, 2, 0, 1, 2, 0, 1]
+
+
+def test_a_batch_has_one_shape():
+    samples = from_python([np.zeros(n, np.float32) for n in (3, 5, 3, 5, 5)])
+    assert [batch.shape for batch in batch_of(samples, 2)] == [(2, 3)]
+    assert [batch.shape for batch in batch_of(samples, 3)] == [(3, 5)]

@@ -250,6 +250,8 @@ class Preprocess:
     mean: tuple[float, ...] = (0.485, 0.456, 0.406)
     std: tuple[float, ...] = (0.229, 0.224, 0.225)
     interpolation: Literal["nearest", "bilinear", "bicubic", "lanczos"] = "bilinear"
+    function: str | None = None
+    """The user's ``module:function`` (PIL image -> array) that does it instead of all the above."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -158,5 +158,7 @@ def _answer(handler: Callable[..., dict[str, Any]], request: dict[str, Any]) -> 
 
 
 if __name__ == "__main__":
+    # OpenVINO and NNCF send usage data unless told not to; without this package they cannot.
+    sys.modules["openvino_telemetry"] = None  # type: ignore[assignment]
     warnings.simplefilter("ignore")
     serve(socket.socket(fileno=int(sys.argv[1])))

@@ -407,7 +407,7 @@ def test_a_preprocess_function_takes_the_image(tmp_path: Path) -> None:
     write_image(tmp_path / "images" / "a.png", (255, 0, 51))
     samples = read(str(tmp_path / "images"), TINY, darker)
     assert samples.rows[0][0][:, 0, 0].tolist() == pytest.approx([0.5, 0, 0.1])
-    assert samples.preprocess is None
+    assert samples.preprocess == Preprocess(function=f"{__name__}:darker")
     (tmp_path / "own.py").write_text("def bad(image):\n    raise ValueError(f'mode {image.mode}')\n")
     message = error_of(read, str(tmp_path / "images"), TINY, f"{tmp_path}/own.py:bad")
     assert "preprocess function failed on" in message
@@ -472,7 +472,7 @@ def test_array_files(tmp_path: Path, save: Any, suffix: str) -> None:
     assert samples.labels is not None
     assert samples.labels.tolist() == [0, 1, 2, 3]
     assert call(samples, 1)[0][0].tolist() == [3, 4, 5]
-    assert samples.preprocess is None
+    assert samples.preprocess == Preprocess(function=f"{__name__}:darker")
     save(path, {"ids": np.zeros((4, 2), np.int64), "mask": np.ones((4, 2)), "groups": np.array([5, 5, 6, 6])})
     samples = read(str(path))
     assert sorted(call(samples, 0)[1]) == ["ids", "mask"]

@@ -125,8 +125,8 @@ def _open_image(file: Path) -> "Image":
         raise SamplesError(f"the image {file} cannot be decoded: {error}", "replace or remove it") from error
 
 
-def _transform(preprocess: Preprocess, function: str | Preprocessor | None) -> tuple[Transform, Preprocess | None]:
-    """What makes an image a model's input, and the ``Preprocess`` that it follows, if any."""
+def _transform(preprocess: Preprocess, function: str | Preprocessor | None) -> tuple[Transform, Preprocess]:
+    """What makes an image a model's input, and the ``Preprocess`` that says so."""
     if function is not None:
         chosen = (
             find_reference(function, SamplesError, "preprocess function") if isinstance(function, str) else function
@@ -136,7 +136,8 @@ def _transform(preprocess: Preprocess, function: str | Preprocessor | None) -> t
             with guard(SamplesError, f"the preprocess function failed on {name}"):
                 return chosen(image.convert("RGB"))
 
-        return call, None
+        name = function if isinstance(function, str) else f"{function.__module__}:{function.__qualname__}"
+        return call, Preprocess(function=name)
     channels = len(preprocess.mean)
     if channels not in (1, 3) or len(preprocess.std) != channels or 0 in preprocess.std:
         raise SamplesError(
@@ -187,7 +188,7 @@ def _read_safetensors(path: Path) -> dict[str, Array]:
         raise SamplesError(f"{path} cannot be read: {error}", "write it with safetensors.numpy.save_file") from error
 
 
-def _from_arrays(arrays: dict[str, Array], source: str, transform: Transform, preprocess: Preprocess | None) -> Samples:
+def _from_arrays(arrays: dict[str, Array], source: str, transform: Transform, preprocess: Preprocess) -> Samples:
     labels = next((arrays.pop(key) for key in LABEL_KEYS if key in arrays), None)
     groups = arrays.pop("groups", None)
     if not arrays:

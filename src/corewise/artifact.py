@@ -232,7 +232,7 @@ def _manifest(folder: Path) -> Manifest:
 def _check_file(folder: Path, name: str, facts: FileFacts) -> None:
     parts = PurePosixPath(name)
     path = folder / parts
-    if "\0" in name or parts.is_absolute() or ".." in parts.parts or not path.resolve().is_relative_to(folder.resolve()):
+    if "\0" in name or ".." in parts.parts or not path.resolve().is_relative_to(folder.resolve()):
         raise ArtifactError(f"the manifest of {folder} names {name!r}, which lies outside", REBUILD)
     if path.is_symlink() or not path.is_file():
         raise ArtifactError(f"{path} is {'a link' if path.is_symlink() else 'missing'}", REBUILD)

@@ -215,7 +215,7 @@ def bench(
 
     found = run(artifact_path, against=against)
     if as_json:
-        _print_json(to_json(found))
+        _print_json({"rates": to_json(found.rates), "ratio": found.ratio._asdict()})
         return
     for one in found.rates:
         typer.echo(f"{one.build.label:40s} {median(one.per_s):10.1f}/s   {one.plan.label}")

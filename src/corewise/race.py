@@ -50,8 +50,9 @@ def race(
 ) -> Race:
     """``start`` a worker for every contender, open them all, then time each in turn, round after round.
 
-    Every second round runs backwards. Alternation makes drift of the machine (clock, neighbours, temperature) fall on all alike (Kalibera and Jones
-    2013, section 5). Raises ``Fell`` where a contender fails. ``on_round`` hears of each finished round.
+    Every second round runs backwards. Alternation makes drift of the machine (clock, neighbours, temperature) fall
+    on all alike (Kalibera and Jones 2013, section 5). Raises ``Fell`` where a contender fails. ``on_round`` hears of
+    each finished round.
     """
     with ExitStack() as stack:
         workers: list[AnyWorker] = []

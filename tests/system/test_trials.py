@@ -25,6 +25,7 @@ from corewise.worker import CALIBRATION, HOLDOUT, PROGRAM, write_material
 SAMPLES = from_python(list(np.random.default_rng(0).standard_normal((40, 6)).astype(np.float32)))
 FAKE = Build(engine="fake", precision="int8")
 CPUS = inspect().usable_cpus
+PLANS = (Plan(threads_per_instance=1, batch=4),)
 
 ENGINES = '''
 import os, subprocess, sys, time
@@ -78,7 +79,7 @@ def setting(tmp_path):
     return make_setting(tmp_path)
 
 
-def make_setting(folder, *, timeout_s=60.0, tell=lambda event: None, plans=(Plan(threads_per_instance=1, batch=4),)):
+def make_setting(folder, *, timeout_s=60.0, tell=lambda event: None, plans=PLANS):
     reference = []
 
     def verify(outputs):
@@ -187,7 +188,9 @@ def test_the_last_words_of_a_child_are_told(setting, user_engines):
 
 
 def test_a_full_disk_ends_the_run_not_the_trial(setting, user_engines):
-    with pytest.raises(OutputError, match="the disk is full: .*No space left on device.*; free space and run the same"):
+    with pytest.raises(
+        OutputError, match=r"the disk is full: .*No space left on device.*; free space and run the same"
+    ):
         run_trial(user_engines("Full"), setting)
 
 

@@ -37,7 +37,9 @@ def test_the_baseline_is_first_though_no_engine_offers_it():
 
 
 def test_the_fastest_precision_is_first_and_engines_keep_their_order():
-    found = candidates(CPU, {}, {"b": Offering("b", "fp32", "bf16", "int8"), "a": Offering("a", "int8-dynamic", "int8")})
+    found = candidates(
+        CPU, {}, {"b": Offering("b", "fp32", "bf16", "int8"), "a": Offering("a", "int8-dynamic", "int8")}
+    )
     labels = [build.label for build in found]
     assert labels == ["eager/fp32", "b/int8", "a/int8", "a/int8-dynamic", "b/bf16", "b/fp32"]
 

@@ -130,7 +130,10 @@ def test_a_full_disk_loses_only_the_trial_that_did_not_fit(tmp_path, limit_file_
     path = tmp_path / "j"
     write(path, trials=TRIALS[:2])
     limit_file_size(path.stat().st_size + 20)
-    with pytest.raises(OutputError, match="cannot be written: File too large; free space"), Journal(path, "key") as journal:
+    with (
+        pytest.raises(OutputError, match="cannot be written: File too large; free space"),
+        Journal(path, "key") as journal,
+    ):
         journal.add(TRIALS[2])
     limit_file_size(2**20)
     assert kept(path) == TRIALS[:2]

@@ -107,7 +107,7 @@ def test_a_wrong_input_is_told(single, wrong, told):
 
 
 def test_missing_and_unknown_arguments_are_told(single, nested):
-    with pytest.raises(InputError, match="inputs.* missing"):
+    with pytest.raises(InputError, match=r"inputs.* missing"):
         single()
     with pytest.raises(InputError, match=r'inputs\["mask"\] is not expected'):
         single(X, mask=M)

@@ -434,7 +434,7 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_a_saved_program_holds_no_pickle_and_loads_equal(saved: Path) -> None:
     with zipfile.ZipFile(saved) as archive:
-        assert archive.getinfo("linear/data/sample_inputs/model.pt").file_size == 0
+        assert archive.getinfo("archive/data/sample_inputs/model.pt").file_size == 0
         contents = [archive.read(name) for name in archive.namelist()]
     assert not any(content.startswith((b"\x80", b"PK")) for content in contents)
     program = load(str(saved))

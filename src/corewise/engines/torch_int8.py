@@ -5,7 +5,8 @@ import platform
 import re
 import time
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -23,7 +24,7 @@ if TYPE_CHECKING:
 MODEL = "model.pt"
 SETTINGS = "torch_int8.json"
 CALIBRATION_BATCH = 8
-TRIAL_BATCHES = (1, 8)
+TRIAL_BATCH = 8
 TRIAL_RUNS = 5
 LINEAR = r"aten\.(linear|addmm|mm)\b"
 CONVOLUTION = r"aten\.\w*conv\w*"
@@ -66,17 +67,141 @@ class TorchInt8:
         Raises ``EngineError`` where nothing can be quantized or no backend runs the result.
         """
         from corewise.quantize import fx
-        from corewise.quantize.lift import lift
-        from corewise.source import load_program
 
         with quiet(), guard(EngineError, "PyTorch cannot quantize this program", "use another engine"):
-            lifted = lift(load_program(material.program))
-            layers = fx.count_layers(lifted)
-            if not layers[1] + (layers[0] if build.precision == "int8" else 0):
-                raise EngineError("no layer has constant weights: there is nothing to quantize", "use another precision")
-            module = self._quantized(material, build, lifted)
-        ...
+            module = _quantizable(material, build)
+        _, batch = next(material.calibration.batches(TRIAL_BATCH))
+        results: dict[str, _Result] = {}
+        failures: list[str] = []
+        for name in fx.backends():
+            try:
+                with quiet(), guard(EngineError, f"backend {name}", "use another engine"):
+                    kernels = _convert(module, name, build, folder)
+                    results[name] = _Result(kernels=kernels, seconds_per_item=_time(folder, name, batch, material))
+            except EngineError as error:
+                failures.append(error.what)
+        if not results:
+            raise EngineError(f"no quantized backend runs this program: {failures[0]}", "use another engine")
+        best = min(results, key=lambda name: sum(results[name].seconds_per_item))
+        if not sum(results[best].kernels):
+            raise EngineError("no layer has constant weights: there is nothing to quantize", "use another precision")
+        (folder / f"{best}.pt").rename(folder / MODEL)
+        for name in fx.backends():
+            (folder / f"{name}.pt").unlink(missing_ok=True)
+        (folder / SETTINGS).write_text(json.dumps({"backend": best}))
+        return (f"{_speeds(best, results, len(batch[0]))}, {_layers(results[best], material, build)}", *failures)
+
+    def open(self, folder: Path, build: Build, plan: Plan) -> Session:
+        """Load the TorchScript. Raises ``EngineError`` where this torch lacks the backend."""
+        del build
+        name = json.loads((folder / SETTINGS).read_text())["backend"]
+        return TorchInt8Session(folder / MODEL, name, plan)
 
 
 class TorchInt8Session:
-    ...
+    """TorchScript on one quantized backend."""
+
+    def __init__(self, model: Path, backend: str, plan: Plan) -> None:
+        import torch
+
+        from corewise.quantize import fx
+
+        if backend not in torch.backends.quantized.supported_engines:
+            raise EngineError(f"this torch has no quantized backend {backend}", "optimize again on this machine")
+        self._threads = plan.threads_per_instance
+        with fx.backend(backend), warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message=".*torch.jit.load.* is deprecated")
+            warnings.filterwarnings("ignore", message="torch.quantize_per_tensor, .* are deprecated")
+            # Given once a process: here it is a Python warning, while loading torch would print it.
+            torch.quantize_per_tensor(torch.zeros(1), 1.0, 0, torch.quint8)
+            self._module = torch.jit.load(model, map_location="cpu")  # type: ignore[no-untyped-call]
+
+    def run(self, inputs: Sequence[np.ndarray]) -> list[np.ndarray]:
+        """Run one batch of any size."""
+        import torch
+        from torch.jit._fuser import optimized_execution
+
+        from corewise.engines.torch_tools import from_numpy, threads, to_numpy
+
+        # A frozen graph has nothing left to optimize: the profiling executor only makes the first runs slow.
+        with threads(self._threads), torch.inference_mode(), optimized_execution(False):
+            return to_numpy(self._module(*map(from_numpy, inputs)))
+
+    def close(self) -> None:
+        """Drop the module."""
+        self.__dict__.pop("_module", None)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Result:
+    """What became of the program on one backend."""
+
+    kernels: tuple[int, int]
+    """Convolutions and linear layers in int8."""
+    seconds_per_item: tuple[float, float]
+    """Alone, and in the trial's batch."""
+
+
+def _quantizable(material: Material, build: Build) -> "GraphModule":
+    """The lifted program, calibrated for static int8."""
+    from corewise.engines.torch_tools import from_numpy, threads
+    from corewise.quantize import fx
+    from corewise.quantize.lift import lift
+    from corewise.source import load_program
+
+    module = lift(load_program(material.program))
+    if build.precision == "int8-dynamic":
+        return module
+    batches = (tuple(map(from_numpy, arrays)) for _, arrays in material.calibration.batches(CALIBRATION_BATCH))
+    with threads(material.cpu.usable_cores):
+        return fx.calibrate(module, batches, bool(build.option("reduce_range", False)))
+
+
+def _convert(module: "GraphModule", backend: str, build: Build, folder: Path) -> tuple[int, int]:
+    """Write ``<backend>.pt``; returns its int8 kernels."""
+    from corewise.quantize import fx
+
+    with fx.backend(backend):
+        converted = fx.convert_dynamic(module) if build.precision == "int8-dynamic" else fx.convert(module)
+        scripted = fx.script(converted)
+        fx.save(scripted, folder / f"{backend}.pt")
+    return fx.count_kernels(scripted)
+
+
+def _time(folder: Path, backend: str, batch: Sequence[np.ndarray], material: Material) -> tuple[float, float]:
+    """Seconds per item: of one alone and of a batch, each the fastest of a few runs."""
+    plan = Plan(threads_per_instance=material.cpu.usable_cores, batch=len(batch[0]))
+    session = TorchInt8Session(folder / f"{backend}.pt", backend, plan)
+    alone, together = (_fastest_s(session, [array[:size] for array in batch]) for size in (1, plan.batch))
+    session.close()
+    return alone, together / plan.batch
+
+
+def _fastest_s(session: Session, batch: Sequence[np.ndarray]) -> float:
+    session.run(batch)
+    seconds = []
+    for _ in range(TRIAL_RUNS):
+        start = time.perf_counter()
+        session.run(batch)
+        seconds.append(time.perf_counter() - start)
+    return min(seconds)
+
+
+def _speeds(best: str, results: dict[str, _Result], size: int) -> str:
+    """``backend onednn (41/s; x86 28/s, fbgemm 34/s at batch 8)``."""
+    rates = {name: f"{1 / result.seconds_per_item[1]:.0f}/s" for name, result in results.items()}
+    others = ", ".join(f"{name} {rate}" for name, rate in rates.items() if name != best)
+    return f"backend {best} ({rates[best]}{f'; {others}' if others else ''} at batch {size})"
+
+
+def _layers(result: _Result, material: Material, build: Build) -> str:
+    """``53 convolutions and 1 linear layers in int8``, and how many of the program's layers are not."""
+    convolutions, linears = result.kernels
+    found = material.count(LINEAR) + (material.count(CONVOLUTION) if build.precision == "int8" else 0)
+    left = found - convolutions - linears
+    told = (
+        f"{linears} linear layers in int8"
+        if build.precision == "int8-dynamic"
+        else (f"{convolutions} convolutions and {linears} linear layers in int8")
+    )
+    return f"{told}, {left} of {found} layers stay in fp32" if left > 0 else told

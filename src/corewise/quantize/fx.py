@@ -1,8 +1,12 @@
 """PyTorch's FX quantization (``torch.ao.quantization.quantize_fx``): calibrate, convert, and script what comes out."""
 
 import copy
+import io
+import zipfile
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -23,7 +27,6 @@ from torch.fx import GraphModule
 BACKENDS = ("onednn", "x86", "fbgemm", "qnnpack")
 OBSERVED_VALUES = 65536
 TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
-LAYERS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, *TRANSPOSED, nn.Linear)
 
 
 class SampledHistogram(HistogramObserver):
@@ -57,13 +60,6 @@ def backend(name: str) -> Iterator[None]:
         torch.backends.quantized.engine = before
 
 
-def count_layers(module: nn.Module) -> tuple[int, int]:
-    """How many convolutions and how many linear layers the lifted module has."""
-    layers = [layer for layer in module.modules() if isinstance(layer, LAYERS)]
-    linears = sum(isinstance(layer, nn.Linear) for layer in layers)
-    return len(layers) - linears, linears
-
-
 def calibrate(module: GraphModule, batches: Iterable[Sequence[Tensor]], reduce_range: bool) -> GraphModule:
     """A lifted module, fused (batch norms and ReLUs go into convolutions) and with the observed ranges.
 
@@ -75,9 +71,9 @@ def calibrate(module: GraphModule, batches: Iterable[Sequence[Tensor]], reduce_r
     bits = {"quant_min": -64, "quant_max": 63} if reduce_range else {"quant_min": -128, "quant_max": 127}
     per_channel = PerChannelMinMaxObserver.with_args(dtype=torch.qint8, qscheme=torch.per_channel_symmetric, **bits)
     per_tensor = MinMaxObserver.with_args(dtype=torch.qint8, qscheme=torch.per_tensor_symmetric, **bits)
-    mapping = get_default_qconfig_mapping().set_global(QConfig(activation=SampledHistogram, weight=per_channel))
+    mapping = get_default_qconfig_mapping().set_global(_config(per_channel))
     for kind in TRANSPOSED:  # for which the kernels have no scales per channel
-        mapping.set_object_type(kind, QConfig(activation=SampledHistogram, weight=per_tensor))
+        mapping.set_object_type(kind, _config(per_tensor))
     # prepare_fx would trace the module again, which fails at sizes in lists; these are its other two steps.
     fused = quantize_fx._fuse_fx(copy.deepcopy(module), False)
     scopes = {node.name: ("", type(None)) for node in fused.graph.nodes}
@@ -87,6 +83,11 @@ def calibrate(module: GraphModule, batches: Iterable[Sequence[Tensor]], reduce_r
         for tensors in batches:
             prepared(*tensors)
     return prepared
+
+
+def _config(weight: Any) -> Any:
+    make: Any = QConfig
+    return make(activation=SampledHistogram, weight=weight)
 
 
 def _absorb_relu6(prepared: GraphModule) -> None:
@@ -118,8 +119,8 @@ def convert(prepared: GraphModule) -> GraphModule:
 
 def convert_dynamic(module: GraphModule) -> GraphModule:
     """The lifted module with linear layers in int8 whose inputs are quantized as they come (in 7 bits)."""
-    converted = quantize_dynamic(module, {nn.Linear: per_channel_dynamic_qconfig})
-    assert isinstance(converted, GraphModule)
+    swap: Any = quantize_dynamic
+    converted: GraphModule = swap(module, {nn.Linear: per_channel_dynamic_qconfig})
     return converted
 
 
@@ -139,5 +140,17 @@ def script(module: GraphModule) -> torch.jit.ScriptModule:
 def count_kernels(scripted: torch.jit.ScriptModule) -> tuple[int, int]:
     """How many int8 convolutions and int8 linear layers the scripted module runs."""
     kinds = [node.kind() for node in scripted.graph.nodes()]
-    convolutions, linears = (sum(kind.startswith(f"quantized::{name}") for kind in kinds) for name in ("conv", "linear"))
+    convolutions, linears = (
+        sum(kind.startswith(f"quantized::{name}") for kind in kinds) for name in ("conv", "linear")
+    )
     return convolutions, linears
+
+
+def save(scripted: torch.jit.ScriptModule, path: Path) -> None:
+    """Write the module for ``torch.jit.load``, without the pickled source lines that TorchScript adds for debugging."""
+    buffer = io.BytesIO()
+    torch.jit.save(scripted, buffer)
+    with zipfile.ZipFile(buffer) as written, zipfile.ZipFile(path, "w") as kept:
+        for name in written.namelist():
+            if not name.endswith(".debug_pkl"):
+                kept.writestr(name, written.read(name))

@@ -35,7 +35,13 @@ PRODUCTS = (aten.addmm.default, aten.mm.default)
 TRANSPOSES = (aten.t.default, aten.transpose.int, aten.permute.default)
 NORMS = (aten.batch_norm.default, aten._native_batch_norm_legit_no_training.default)
 NORM_LAYERS: dict[int, type[Any]] = {2: nn.BatchNorm1d, 3: nn.BatchNorm1d, 4: nn.BatchNorm2d, 5: nn.BatchNorm3d}
-IDENTITIES = (aten.dropout.default, aten.clone.default, aten.detach.default, aten.alias.default, aten.contiguous.default)
+IDENTITIES = (
+    aten.dropout.default,
+    aten.clone.default,
+    aten.detach.default,
+    aten.alias.default,
+    aten.contiguous.default,
+)
 CHECKS = (
     aten._assert_tensor_metadata.default,
     aten._assert_scalar.default,
@@ -189,8 +195,7 @@ class _Lift:
         tensors = {name: self._parameter(args[name]) for name in names}
         if args.get("training") or any(tensor is None for tensor in tensors.values()):
             return
-        features = len(tensors["weight"])
-        rank = args["input"].meta["val"].dim()
+        rank, features = args["input"].meta["val"].dim(), args["input"].meta["val"].shape[1]
         layer = NORM_LAYERS[rank](features, eps=args["eps"], device="meta")
         layer.num_batches_tracked = None
         if node.target is not aten.batch_norm.default:  # this one returns two empty tensors beside the output

@@ -52,12 +52,13 @@ def save_program(program: ExportedProgram, path: Path) -> None:
     data (custom objects, tensor subclasses).
     """
     program.example_inputs = None
+    # Through memory: on a full disk torch's own writer aborts the process.
+    archive = io.BytesIO()
+    torch.export.save(program, archive)
     try:
-        torch.export.save(program, path)
-    except (OSError, RuntimeError) as error:
-        raise OutputError(
-            f"{path} cannot be written: {str(error).partition(chr(10))[0]}", "free space there"
-        ) from error
+        path.write_bytes(archive.getbuffer())
+    except OSError as error:
+        raise OutputError(f"{path} cannot be written: {error.strerror}", "free space there") from error
     _check(path)
 
 

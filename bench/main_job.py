@@ -59,7 +59,8 @@ def samples_of(model: str):
     options = dict(zip(MODELS[model][::2], MODELS[model][1::2], strict=True))
     preprocess = Preprocess()
     if model == "resnet50":
-        preprocess = Preprocess(mean=tuple(map(float, RESNET_MEAN.split(","))), std=tuple(map(float, RESNET_STD.split(","))))
+        mean, std = (tuple(float(part) for part in text.split(",")) for text in (RESNET_MEAN, RESNET_STD))
+        preprocess = Preprocess(mean=mean, std=std)
     if model == "resnet20":
         preprocess = Preprocess(resize=32, crop=32)
     data = read(options["--samples"], preprocess)
@@ -132,7 +133,7 @@ def run(model: str, rounds: int) -> dict:
         "summary": summary,
         "plan": to_json(plan),
         "rates_per_s": to_json(rates),
-        "ratios": {name: to_json(ratio) for name, ratio in ratios.items()},
+        "ratios": {name: ratio._asdict() for name, ratio in ratios.items()},
         "failed": failed,
     }
 

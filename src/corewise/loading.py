@@ -1,5 +1,6 @@
 """Use an artifact: open it as a model, verify it on this machine, race it against other engines."""
 
+import sys
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -9,7 +10,7 @@ from typing import Any
 from corewise import artifact
 from corewise.artifact import Artifact
 from corewise.cpu import inspect
-from corewise.engines import Material, Session, engine
+from corewise.engines import ENGINES, Material, Session, engine
 from corewise.errors import ArtifactError, EngineError
 from corewise.model import Model
 from corewise.race import Contender, race
@@ -95,7 +96,8 @@ def bench(
         raise ArtifactError(
             f"{folder} carries no fp32 program", "save it with reference=True, of a model that can be exported"
         )
-    for name in (against, found.manifest.build.engine, "eager"):
+    _check_trusted(found, found.manifest.build.engine)
+    for name in (against, found.manifest.build.engine):
         _check_available(name, f"racing {folder}")
     plan = found.manifest.plan
     other = Build(engine=against, precision="fp32")
@@ -126,6 +128,7 @@ def bench(
 
 def _open(found: Artifact, model: Any) -> Session:
     build = found.manifest.build
+    _check_trusted(found, build.engine)
     _check_available(build.engine, f"opening {found.folder}")
     opener = engine(build.engine)
     if model is not None:
@@ -134,6 +137,15 @@ def _open(found: Artifact, model: Any) -> Session:
 
         opener = Eager(Flat(model, found.input_structure))
     return opener.open(found.folder / artifact.PAYLOAD, build, found.manifest.plan)
+
+
+def _check_trusted(found: Artifact, name: str) -> None:
+    """An artifact must never cause an import: an engine of somebody else counts where the caller imported it."""
+    module = name.partition(":")[0]
+    if name not in ENGINES and module not in sys.modules:
+        raise ArtifactError(
+            f"{found.folder} wants the engine {name}, which is not corewise's", f"import {module} first if you trust it"
+        )
 
 
 def _check_available(name: str, purpose: str) -> None:

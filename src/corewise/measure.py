@@ -17,6 +17,7 @@ Clock = Callable[[], float]
 WARM_WINDOW = 3
 WARM_TOLERANCE = 0.05
 MIN_CALLS = 3
+KEPT_CALLS = 200
 
 
 def batch_of(samples: Samples, size: int) -> tuple[np.ndarray, ...]:
@@ -77,7 +78,7 @@ def measure(
     seconds = time_calls(session, inputs, budget_s=budget_s, clock=clock)
     return Measurement(
         plan=plan,
-        latencies_ms=tuple(round(s * 1e3, 4) for s in seconds),
+        latencies_ms=tuple(round(s * 1e3, 4) for s in seconds[:: -(-len(seconds) // KEPT_CALLS)]),
         throughput_per_s=plan.batch / median(seconds),
         p50_ms=median(seconds) * 1e3,
         p99_ms=quantile(seconds, 0.99) * 1e3,

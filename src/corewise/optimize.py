@@ -123,7 +123,7 @@ def optimize(
         preprocess=data.preprocess,
     )
     name = model if isinstance(model, str) else type(model).__name__
-    key = _key(exported, facts, goal, builds, str(metric), cpu)
+    key = _key(exported, facts, goal, builds, _identity(metric), cpu)
     with _disk_errors(home.folder), Journal(home.folder / "journal.jsonl", key) as journal:
         _prepare(home.folder, exported, material, holdout)
         trials = _trials(builds, setting, journal, judge)
@@ -182,6 +182,15 @@ def _key(
 
     parts = (source.digest(exported), facts, goal, builds, metric, cpu, _versions())
     return hashlib.sha256(json.dumps(to_json(parts)).encode()).hexdigest()
+
+
+def _identity(metric: str | Callable[[Any, Any], Any] | None) -> str:
+    """What tells one metric from another in the journal: its name and, where it is in a file, that file's content."""
+    if metric is None or isinstance(metric, str):
+        name = metric or ""
+        file = Path(name.rpartition(":")[0])
+        return name + (hashlib.sha256(file.read_bytes()).hexdigest() if file.suffix == ".py" and file.is_file() else "")
+    return f"{getattr(metric, '__module__', '')}:{getattr(metric, '__qualname__', '')}"
 
 
 def _versions() -> dict[str, str]:

@@ -4,8 +4,10 @@ Started as ``python -m corewise.worker FD``; requests and answers are JSON lines
 crash, hang or exhaust the memory without harming the run (``trial.Worker`` is the other end).
 """
 
+import ctypes
 import json
 import os
+import signal
 import socket
 import sys
 import time
@@ -158,6 +160,8 @@ def _answer(handler: Callable[..., dict[str, Any]], request: dict[str, Any]) -> 
 
 
 if __name__ == "__main__":
+    # A hanging child must not outlive a parent that was killed: prctl(PR_SET_PDEATHSIG, SIGKILL), see prctl(2).
+    ctypes.CDLL(None).prctl(1, signal.SIGKILL)
     # OpenVINO and NNCF send usage data unless told not to; without this package they cannot.
     sys.modules["openvino_telemetry"] = None  # type: ignore[assignment]
     warnings.simplefilter("ignore")

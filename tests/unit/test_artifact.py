@@ -361,3 +361,12 @@ def test_outputs_of_another_shape_do_not_pass(tmp_path):
     session = engine("fake").open(made / PAYLOAD, BUILD, PLAN)
     with pytest.raises(ArtifactError, match="outputs of other shapes"):
         check_golden(found, session)
+
+
+def test_an_artifact_never_imports_a_foreign_engine(tmp_path):
+    (tmp_path / "foreign_engine.py").write_text("raise SystemExit('imported')")
+    made = write(tmp_path / "f.cw")
+    rewrite(made, lambda content: content["build"].update(engine="foreign_engine:Engine"))
+    for use in (load, verify):
+        with pytest.raises(ArtifactError, match="import foreign_engine first if you trust it"):
+            use(made)

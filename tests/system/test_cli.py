@@ -364,4 +364,4 @@ def test_a_full_disk_is_told_and_loses_no_trial(place, small_disk):
     assert ok(*wanted, cwd=place) == ""
     assert len(before.splitlines()) == 4
     assert os.listdir(disk) == ["large.cw"]
-    assert "is sound" in ok("verify", disk / "large.cw", cwd=place)
+    assert json.loads(ok("show", disk / "large.cw", "--json", cwd=place))["trials"]

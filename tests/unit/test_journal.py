@@ -116,26 +116,28 @@ def test_another_process_at_work_is_told(tmp_path):
     assert kept(path) == []
 
 
-@pytest.fixture
-def limit_file_size():
-    """Files cannot grow beyond the given bytes, as on a full disk."""
+@contextmanager
+def file_size_limit(size):
+    """No file can grow beyond ``size`` bytes, as on a full disk; over before pytest prints, perhaps to a file."""
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-    yield lambda size: resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
-    resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-    signal.signal(signal.SIGXFSZ, handler)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+        signal.signal(signal.SIGXFSZ, handler)
 
 
-def test_a_full_disk_loses_only_the_trial_that_did_not_fit(tmp_path, limit_file_size):
+def test_a_full_disk_loses_only_the_trial_that_did_not_fit(tmp_path):
     path = tmp_path / "j"
     write(path, trials=TRIALS[:2])
-    limit_file_size(path.stat().st_size + 20)
     with (
+        file_size_limit(path.stat().st_size + 20),
         pytest.raises(OutputError, match="cannot be written: File too large; free space"),
         Journal(path, "key") as journal,
     ):
         journal.add(TRIALS[2])
-    limit_file_size(2**20)
     assert kept(path) == TRIALS[:2]
     write(path, trials=TRIALS[2:])
     assert kept(path) == TRIALS

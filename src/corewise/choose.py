@@ -55,8 +55,10 @@ def choose(trials: Sequence[Trial], finals: Sequence[Rates], objective: Objectiv
     if base is None:
         raise ValueError(f"the baseline {baseline.label} is not among the finals")
     faster = [f for f in finalists if f.median > base.median and f.over(base).value > 1]
-    fastest = max(faster, key=lambda f: f.median, default=base)
-    winner = max((f for f in (*faster, base) if _ties(f, fastest)), key=lambda f: (f.closeness, f.median))
+    fastest = max(faster, key=lambda f: (f.median, f.closeness, f.build.label), default=base)
+    winner = max(
+        (f for f in (*faster, base) if _ties(f, fastest)), key=lambda f: (f.closeness, f.median, f.build.label)
+    )
     speedup = winner.over(base)
     return Choice(
         winner=winner.build,

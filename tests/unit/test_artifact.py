@@ -1,6 +1,7 @@
 """artifact: whole or not there, and refused where it is not what was written."""
 
 import hashlib
+import importlib
 import json
 import os
 import runpy
@@ -344,6 +345,7 @@ def test_golden_outputs_that_are_something_else_do_not_pass(tmp_path, value):
 
 
 def test_outputs_that_are_nan_here_do_not_pass(tmp_path):
+    importlib.import_module("corewise.testing.engines")  # what was imported is trusted
     broken = Build(engine="corewise.testing.engines:NanOutputs", precision="int8")
     made = write(tmp_path / "m.cw", build=broken, golden=[np.ones((4, 5), np.float32)])
     with pytest.raises(ArtifactError, match=r"golden outputs of .* differ"):

@@ -144,7 +144,6 @@ def test_a_full_disk_loses_only_the_trial_that_did_not_fit(tmp_path):
     assert kept(path) == TRIALS
 
 
-def test_a_disk_full_from_the_start_is_told(tmp_path, limit_file_size):
-    limit_file_size(0)
-    with pytest.raises(OutputError, match="cannot be written"):
+def test_a_disk_full_from_the_start_is_told(tmp_path):
+    with file_size_limit(0), pytest.raises(OutputError, match="cannot be written"):
         Journal(tmp_path / "j", "key")

@@ -141,9 +141,11 @@ def run(model: str, rounds: int) -> dict:
 def main() -> None:
     """Run the models named on the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("models", nargs="*", choices=[*MODELS, []], default=list(MODELS))
+    parser.add_argument("models", nargs="*", default=list(MODELS), help=", ".join(MODELS))
     parser.add_argument("--rounds", type=int, default=12)
     options = parser.parse_args()
+    if unknown := set(options.models) - set(MODELS):
+        parser.error(f"there is no model {', '.join(unknown)}")
     for model in options.models:
         result = run(model, options.rounds)
         path = HERE / "results" / f"main_job_{model}.json"

@@ -157,6 +157,8 @@ def write(
             content["digest"] = _digest(content)
             (made / MANIFEST).write_text(json.dumps(content, indent=1))
             for path in made.rglob("*"):
+                if path.is_file():
+                    path.chmod(0o644)  # Whoever serves it is often another user; some libraries write 0600.
                 _sync(path)
             made.rename(folder)
     except OSError as error:

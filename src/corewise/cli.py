@@ -136,7 +136,7 @@ def optimize(
     with Progress(console, mode, goal=objective) as progress, _resumable(work):
         result = run(
             model,
-            read(samples, wanted, preprocess),
+            lambda: read(samples, wanted, preprocess),
             metric=metric,
             max_drop=max_drop,
             strict=strict,

@@ -37,6 +37,11 @@ class Journal:
             self._file.truncate(0)
             self._append({"schema": SCHEMA, "key": key})
 
+    @property
+    def empty(self) -> bool:
+        """Whether no trial is finished."""
+        return not self._trials
+
     def get(self, build: Build) -> Trial | None:
         """The finished trial of the build, if there is one."""
         return self._trials.get(build)

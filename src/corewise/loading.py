@@ -10,8 +10,9 @@ from typing import Any
 from corewise import artifact
 from corewise.artifact import Artifact
 from corewise.cpu import inspect
-from corewise.engines import ENGINES, Material, Session, engine
-from corewise.errors import ArtifactError, EngineError
+from corewise.engines import ENGINES, Engine, Material, Session, engine
+from corewise.errors import ArtifactError, EngineError, InputError
+from corewise.imports import guard
 from corewise.model import Model
 from corewise.race import Contender, race
 from corewise.samples import Samples
@@ -97,7 +98,7 @@ def bench(
             f"{folder} carries no fp32 program", "save it with reference=True, of a model that can be exported"
         )
     _check_trusted(found, found.manifest.build.engine)
-    for name in (against, found.manifest.build.engine):
+    for name in ("eager", against, found.manifest.build.engine):
         _check_available(name, f"racing {folder}")
     plan = found.manifest.plan
     other = Build(engine=against, precision="fp32")
@@ -130,19 +131,25 @@ def _open(found: Artifact, model: Any) -> Session:
     build = found.manifest.build
     _check_trusted(found, build.engine)
     _check_available(build.engine, f"opening {found.folder}")
-    opener = engine(build.engine)
-    if model is not None:
-        from corewise.engines.eager import Eager
-        from corewise.source import Flat
+    with guard(ArtifactError, f"{found.folder} cannot be opened here", artifact.REBUILD):
+        return _opener(found, model).open(found.folder / artifact.PAYLOAD, build, found.manifest.plan)
 
-        opener = Eager(Flat(model, found.input_structure))
-    return opener.open(found.folder / artifact.PAYLOAD, build, found.manifest.plan)
+
+def _opener(found: Artifact, model: Any) -> Engine:
+    if model is None:
+        return engine(found.manifest.build.engine)
+    from corewise.engines.eager import WEIGHTS, Eager
+    from corewise.source import Flat
+
+    if f"{artifact.PAYLOAD}/{WEIGHTS}" not in found.manifest.files:
+        raise InputError(f"{found.folder} is complete without its model's code", "load it without model")
+    return Eager(Flat(model.eval(), found.input_structure))
 
 
 def _check_trusted(found: Artifact, name: str) -> None:
-    """An artifact must never cause an import: an engine of somebody else counts where the caller imported it."""
-    module = name.partition(":")[0]
-    if name not in ENGINES and module not in sys.modules:
+    """An artifact must never cause an import or a call: another's engine is a class that the caller imported."""
+    module, _, attribute = name.partition(":")
+    if name not in ENGINES and not isinstance(vars(sys.modules.get(module, object)).get(attribute), type):
         raise ArtifactError(
             f"{found.folder} wants the engine {name}, which is not corewise's", f"import {module} first if you trust it"
         )

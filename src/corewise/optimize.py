@@ -57,8 +57,8 @@ def optimize(
     """Find the fastest way to run ``model`` on this CPU that loses at most ``max_drop`` of ``metric``.
 
     ``model`` is an ``nn.Module``, an ``ExportedProgram`` or a reference (see ``source.load``); ``samples`` whatever
-    ``samples.from_python`` takes, or a reference (see ``samples.read``). ``calibration`` of them are drawn with
-    ``seed`` for quantization; all others are the holdout that decides. ``metric`` is a name in ``metrics.METRICS``,
+    ``samples.from_python`` takes, a function that returns it, or a reference (see ``samples.read``). ``calibration``
+    of them are drawn with ``seed`` for quantization; all others are the holdout that decides. ``metric`` is a name in ``metrics.METRICS``,
     a ``module:function`` or a callable (outputs, labels) -> score, higher is better; without one, class labels ask
     for top-1, and no labels for agreement with fp32. ``timeout_s`` bounds each step of a trial. Finished trials are
     kept in the folder ``work``, where the same call resumes. ``tell`` hears of the progress.
@@ -77,7 +77,7 @@ def optimize(
     usable, notes = _usable(engines)
 
     tell(StageStarted("reading the samples"))
-    data = read(samples) if isinstance(samples, str) else from_python(samples)
+    data = read(samples) if isinstance(samples, str) else from_python(samples() if callable(samples) else samples)
     wanted = default_calibration(len(data)) if calibration is None else calibration
     calibrating, holdout = split(data, calibration=wanted, seed=seed)
 
@@ -125,9 +125,15 @@ def optimize(
     name = model if isinstance(model, str) else type(model).__name__
     key = _key(exported, facts, goal, builds, _identity(metric), cpu)
     with _disk_errors(home.folder), Journal(home.folder / "journal.jsonl", key) as journal:
-        _prepare(home.folder, exported, material, holdout)
-        trials = _trials(builds, setting, journal, judge)
-        trials, run = _finals(trials, setting, objective)
+        if journal.empty:
+            home.clear()
+        try:
+            _prepare(home.folder, exported, material, holdout)
+            trials = _trials(builds, setting, journal, judge)
+            trials, run = _finals(trials, setting, objective)
+        finally:
+            if journal.empty:  # it ended before anything worth keeping
+                home.remove()
     report = Report(
         model=name,
         created=datetime.now(UTC).isoformat(timespec="seconds"),
@@ -260,7 +266,7 @@ def _trials(builds: Sequence[Build], setting: Setting, journal: Journal, judge: 
     best_per_s = 0.0
     for number, build in enumerate(builds, 1):
         kept = journal.get(build)
-        if kept is not None and kept.state == "ok" and not setting.payload(build).is_dir():
+        if kept is not None and not _still_good(kept, setting):
             kept = None
         if kept is None:
             setting.tell(TrialStarted(build, number, len(builds)))
@@ -278,6 +284,13 @@ def _trials(builds: Sequence[Build], setting: Setting, journal: Journal, judge: 
         best_per_s = max(best_per_s, *(m.throughput_per_s for m in trial.measurements), 0.0)
         trials.append(trial)
     return tuple(trials)
+
+
+def _still_good(kept: Trial, setting: Setting) -> bool:
+    """Whether a finished trial counts again: a failure may have had a cause that is gone, and files may be."""
+    if kept.state == "ok":
+        return setting.payload(kept.build).is_dir() and setting.outputs(kept.build).is_file()
+    return kept.state != "failed"
 
 
 def _finals(trials: Sequence[Trial], setting: Setting, goal: Goal) -> tuple[tuple[Trial, ...], Race]:

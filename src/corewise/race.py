@@ -5,7 +5,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from corewise.errors import CorewiseError
+from corewise.errors import CorewiseError, InputError
 from corewise.trial import AnyWorker
 from corewise.values import Build, Plan, Rates, to_json
 
@@ -82,5 +82,7 @@ def race(
 def _falling(one: Contender) -> Iterator[None]:
     try:
         yield
+    except InputError:
+        raise
     except CorewiseError as error:
         raise Fell(one.build, str(error)) from error

@@ -19,6 +19,7 @@ from corewise.trial import read_outputs
 from corewise.values import Report
 
 GOLDEN_ROWS = 8
+PARTS = ("builds", "outputs", "logs", "cache")
 
 
 class Home:
@@ -32,10 +33,16 @@ class Home:
         if work is None:
             weakref.finalize(self, shutil.rmtree, self.folder, ignore_errors=True)
         try:
-            for name in ("", "builds", "outputs", "logs", "cache"):
+            for name in ("", *PARTS):
                 (self.folder / name).mkdir(exist_ok=True)
         except OSError as error:
             raise OutputError(f"{self.folder} cannot be written: {error.strerror}", "give another place") from error
+
+    def clear(self) -> None:
+        """Forget what builds left: payloads, outputs, logs, and what they share, which is of one model only."""
+        for name in PARTS:
+            shutil.rmtree(self.folder / name)
+            (self.folder / name).mkdir()
 
     def remove(self) -> None:
         """Delete the folder: what was worth keeping is in an artifact."""

@@ -91,7 +91,7 @@ class Worker:
             raise Died(f"hung while {doing}: no answer in {self._timeout_s:.0f} s, so it was ended") from error
         except OSError:
             line = ""
-        if not line:
+        if not line.endswith("\n"):
             raise Died(f"{self._epitaph()} while {doing}{self._last_words()}")
         answer: dict[str, Any] = json.loads(line)
         self.peak_memory_bytes = max(self.peak_memory_bytes, answer["peak_memory_bytes"])

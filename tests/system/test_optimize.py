@@ -314,3 +314,30 @@ def test_wrong_arguments_are_told_before_any_work():
         with pytest.raises(error, match=told):
             run(Tiny(), only_images(), **options)
     assert time.monotonic() - start < 30
+
+
+def test_another_model_in_the_same_folder_shares_nothing(tmp_path):
+    images = list(np.random.default_rng(0).standard_normal((20, 3, 8, 8)).astype(np.float32))
+
+    def stop(event):
+        if isinstance(event, TrialEnded):
+            raise KeyboardInterrupt
+
+    work = tmp_path / "w"
+    for value in (1.0, 2.0):
+        net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Flatten()).eval()
+        nn.init.constant_(net[0].bias, value)
+        (work / "cache").mkdir(parents=True, exist_ok=True)
+        (work / "cache" / "model.onnx").write_text("of another model")
+        with pytest.raises(KeyboardInterrupt):
+            corewise.optimize(net, images, engines=("onnxruntime",), work=work, tell=stop)
+        assert list((work / "cache").iterdir()) == []
+
+
+def test_bad_input_leaves_no_folder(tmp_path):
+    def broken(outputs, labels):
+        raise ValueError("no score today")
+
+    with pytest.raises(MetricError, match="no score today"):
+        corewise.optimize(Digest(), SAMPLES, metric=broken, engines=("onnxruntime",), work=tmp_path / "w")
+    assert not (tmp_path / "w").exists()

@@ -57,11 +57,12 @@ def optimize(
     """Find the fastest way to run ``model`` on this CPU that loses at most ``max_drop`` of ``metric``.
 
     ``model`` is an ``nn.Module``, an ``ExportedProgram`` or a reference (see ``source.load``); ``samples`` whatever
-    ``samples.from_python`` takes, a function that returns it, or a reference (see ``samples.read``). ``calibration``
-    of them are drawn with ``seed`` for quantization; all others are the holdout that decides. ``metric`` is a name in ``metrics.METRICS``,
-    a ``module:function`` or a callable (outputs, labels) -> score, higher is better; without one, class labels ask
-    for top-1, and no labels for agreement with fp32. ``timeout_s`` bounds each step of a trial. Finished trials are
-    kept in the folder ``work``, where the same call resumes. ``tell`` hears of the progress.
+    ``samples.from_python`` takes, a function that returns it, or a reference (see ``samples.read``).
+    ``calibration`` of them are drawn with ``seed`` for quantization; all others are the holdout that decides.
+    ``metric`` is a name in ``metrics.METRICS``, a ``module:function`` or a callable (outputs, labels) -> score,
+    higher is better; without one, class labels ask for top-1, and no labels for agreement with fp32.
+    ``timeout_s`` bounds each step of a trial. Finished trials are kept in the folder ``work``, where the same call
+    resumes. ``tell`` hears of the progress.
 
     Raises ``InputError`` for what is wrong with the arguments and ``MissingExtra`` where torch is not installed.
     A candidate that fails is no error; where none is good enough, the result is the baseline.

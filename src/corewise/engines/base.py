@@ -3,6 +3,7 @@
 import importlib
 import importlib.util
 import re
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +14,8 @@ import numpy as np
 from corewise.errors import EngineError
 from corewise.samples import Samples
 from corewise.values import Build, Cpu, Plan, TensorSpec
+
+BUILD_RUNS = 3
 
 ENGINES = {
     "eager": "corewise.engines.eager:Eager",
@@ -114,3 +117,14 @@ def chunks(rows: int, sizes: Sequence[int]) -> list[tuple[int, int, int]]:
     if start < rows:
         cuts.append((start, rows, min(size for size in sizes if size >= rows - start)))
     return cuts
+
+
+def fastest_s(session: Session, batch: Sequence[np.ndarray]) -> float:
+    """Seconds of the fastest of a few calls, the first one untimed: for choices that an engine makes while building."""
+    session.run(batch)
+    seconds = []
+    for _ in range(BUILD_RUNS):
+        start = time.perf_counter()
+        session.run(batch)
+        seconds.append(time.perf_counter() - start)
+    return min(seconds)

@@ -3,14 +3,13 @@
 import copy
 import json
 import shutil
-import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from corewise.engines.base import Material, Session, missing
+from corewise.engines.base import Material, Session, fastest_s, missing
 from corewise.errors import EngineError
 from corewise.values import Build, Cpu, Plan
 
@@ -23,7 +22,6 @@ PROGRAM = "program.pt2"
 WEIGHTS = "weights.safetensors"
 SETTINGS = "eager.json"
 TRIAL_BATCH = 4
-TRIAL_RUNS = 3
 
 
 class Eager:
@@ -67,7 +65,7 @@ class Eager:
         times: dict[str, float] = {}
         for memory_format in FORMATS:
             _write_format(folder, memory_format)
-            times[memory_format] = _fastest_s(self.open(folder, build, plan), batch)
+            times[memory_format] = fastest_s(self.open(folder, build, plan), batch)
         best = min(times, key=lambda name: times[name])
         _write_format(folder, best)
         told = ", ".join(f"{name} {seconds * 1e3:.0f} ms" for name, seconds in times.items())
@@ -130,14 +128,3 @@ class EagerSession:
 
 def _write_format(folder: Path, memory_format: str) -> None:
     (folder / SETTINGS).write_text(json.dumps({"memory_format": memory_format}))
-
-
-def _fastest_s(session: Session, batch: Sequence[np.ndarray]) -> float:
-    session.run(batch)
-    seconds = []
-    for _ in range(TRIAL_RUNS):
-        start = time.perf_counter()
-        session.run(batch)
-        seconds.append(time.perf_counter() - start)
-    session.close()
-    return min(seconds)

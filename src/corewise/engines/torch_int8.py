@@ -3,7 +3,6 @@
 import json
 import platform
 import re
-import time
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -12,7 +11,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from corewise.engines.base import Material, Session, missing
+from corewise.engines.base import Material, Session, fastest_s, missing
 from corewise.engines.quiet import quiet
 from corewise.errors import EngineError
 from corewise.imports import guard
@@ -25,7 +24,6 @@ MODEL = "model.pt"
 SETTINGS = "torch_int8.json"
 CALIBRATION_BATCH = 8
 TRIAL_BATCH = 8
-TRIAL_RUNS = 5
 LINEAR = r"aten\.(linear|addmm|mm)\b"
 CONVOLUTION = r"aten\.\w*conv\w*"
 
@@ -172,19 +170,9 @@ def _time(folder: Path, backend: str, batch: Sequence[np.ndarray], material: Mat
     """Seconds per item: of one alone and of a batch, each the fastest of a few runs."""
     plan = Plan(threads_per_instance=material.cpu.usable_cores, batch=len(batch[0]))
     session = TorchInt8Session(folder / f"{backend}.pt", backend, plan)
-    alone, together = (_fastest_s(session, [array[:size] for array in batch]) for size in (1, plan.batch))
+    alone, together = (fastest_s(session, [array[:size] for array in batch]) for size in (1, plan.batch))
     session.close()
     return alone, together / plan.batch
-
-
-def _fastest_s(session: Session, batch: Sequence[np.ndarray]) -> float:
-    session.run(batch)
-    seconds = []
-    for _ in range(TRIAL_RUNS):
-        start = time.perf_counter()
-        session.run(batch)
-        seconds.append(time.perf_counter() - start)
-    return min(seconds)
 
 
 def _speeds(best: str, results: dict[str, _Result], size: int) -> str:

@@ -32,6 +32,7 @@ SLOW_CALL_MS = 250.0
 HOPELESS = 0.5
 """A candidate that verifies slower than this share of the best so far is not measured."""
 LOG_TAIL = 300
+DYING_S = 10.0
 
 
 class AnyWorker(Protocol):
@@ -118,7 +119,11 @@ class Worker:
         self.close()
 
     def _epitaph(self) -> str:
-        code = self._process.wait()
+        try:
+            code = self._process.wait(DYING_S)
+        except subprocess.TimeoutExpired:
+            self.close()
+            return "closed its channel and did not end"
         if code == -signal.SIGKILL:
             return "killed (SIGKILL, most likely by the kernel for want of memory)"
         return f"crashed with {signal.Signals(-code).name}" if code < 0 else f"exited with code {code}"

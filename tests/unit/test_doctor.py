@@ -1,3 +1,4 @@
+import importlib.util
 import json
 import subprocess
 import sys
@@ -10,6 +11,7 @@ from rich.console import Console
 
 from corewise.cpu import inspect, parse_isa
 from corewise.doctor import (
+    ENGINE_PACKAGES,
     Diagnosis,
     TorchFacts,
     diagnose,
@@ -18,6 +20,7 @@ from corewise.doctor import (
     render,
     torch_findings,
 )
+from corewise.engines import engine
 from corewise.values import Cache, Cpu, LogicalCpu, from_json, to_json
 
 SOURCE = Path(__file__).parents[2] / "src"
@@ -289,3 +292,14 @@ class TestRender:
         text = shown(diagnose(inspect(tmp_path)))
         assert "unknown (unknown" in text
         assert "1 core: all of them" in text
+
+
+@pytest.mark.parametrize("name", sorted(ENGINE_PACKAGES))
+@pytest.mark.parametrize("absent", ["torch", "openvino", "nncf", "onnxruntime", "onnx", "onnxscript"])
+def test_the_doctor_and_the_engine_ask_for_the_same_packages(name, absent, monkeypatch):
+    """The doctor keeps its own table, since asking the engines would cost it the import of numpy."""
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda package: None if package == absent else find(package))
+    status = next(engine for engine in diagnose(inspect()).engines if engine.name == name)
+    assert status.available == (not engine(name).unavailable())
+    assert absent not in ENGINE_PACKAGES[name][1] or absent in status.reason

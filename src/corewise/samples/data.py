@@ -1,6 +1,7 @@
 """The samples as a value: rows, labels and groups, their file, and the split."""
 
 import json
+from abc import abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -184,8 +185,8 @@ class _Rows(Sequence[Row]):
             return [self._row(i) for i in range(*index.indices(len(self)))]
         return self._row(range(len(self))[index])
 
-    def _row(self, index: int) -> Row:
-        raise NotImplementedError
+    @abstractmethod
+    def _row(self, index: int) -> Row: ...
 
 
 class _View(_Rows):

@@ -264,14 +264,14 @@ class _Judge:
 def _trials(builds: Sequence[Build], setting: Setting, journal: Journal, judge: _Judge) -> tuple[Trial, ...]:
     """One trial a build, the baseline first; those in the journal are not run again."""
     trials: list[Trial] = []
-    best_per_s = 0.0
+    best_verified_per_s = 0.0
     for number, build in enumerate(builds, 1):
         kept = journal.get(build)
         if kept is not None and not _still_good(kept, setting):
             kept = None
         if kept is None:
             setting.tell(TrialStarted(build, number, len(builds)))
-            trial = run_trial(build, setting, best_per_s=best_per_s, is_baseline=build == BASELINE)
+            trial = run_trial(build, setting, best_verified_per_s=best_verified_per_s, is_baseline=build == BASELINE)
             journal.add(trial)
         else:
             trial = kept
@@ -282,7 +282,8 @@ def _trials(builds: Sequence[Build], setting: Setting, journal: Journal, judge: 
         setting.tell(TrialEnded(trial, resumed=kept is not None))
         if trial.state != "ok":
             shutil.rmtree(setting.payload(build), ignore_errors=True)
-        best_per_s = max(best_per_s, *(m.throughput_per_s for m in trial.measurements), 0.0)
+        if trial.state == "ok":
+            best_verified_per_s = max(best_verified_per_s, trial.verified_per_s)
         trials.append(trial)
     return tuple(trials)
 

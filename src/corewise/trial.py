@@ -202,11 +202,12 @@ class Setting:
         return Worker(cpus=self.cpus, log=self.log(build), timeout_s=self.timeout_s)
 
 
-def run_trial(build: Build, setting: Setting, *, best_per_s: float = 0.0, is_baseline: bool = False) -> Trial:
+def run_trial(build: Build, setting: Setting, *, best_verified_per_s: float = 0.0, is_baseline: bool = False) -> Trial:
     """Build, verify and measure ``build`` in a child of its own.
 
-    ``best_per_s`` is the best throughput so far: a candidate far below it is pruned after verification. Errors in
-    what the user gave (a metric that raises, a full disk) are raised; all else becomes the trial's state and reason.
+    ``best_verified_per_s`` is the best ``Trial.verified_per_s`` so far: a candidate far below is not measured.
+    Errors in what the user gave (a metric that raises, a full disk) are raised; all else becomes the trial's state
+    and reason.
     """
     payload = setting.payload(build)
     shutil.rmtree(payload, ignore_errors=True)
@@ -216,7 +217,7 @@ def run_trial(build: Build, setting: Setting, *, best_per_s: float = 0.0, is_bas
     try:
         with setting.worker(build) as worker:
             try:
-                _run(build, setting, worker, payload, record, best_per_s, is_baseline)
+                _run(build, setting, worker, payload, record, best_verified_per_s, is_baseline)
             finally:
                 record["peak_memory_bytes"] = worker.peak_memory_bytes
     except InputError:
@@ -232,7 +233,7 @@ def _run(
     worker: AnyWorker,
     payload: Path,
     record: dict[str, Any],
-    best_per_s: float,
+    best_verified_per_s: float,
     is_baseline: bool,
 ) -> None:
     """The steps of a trial; what is known so far is in ``record`` when a step raises."""
@@ -245,12 +246,14 @@ def _run(
     setting.tell(TrialStep(build, "verifying"))
     outputs, per_s = _holdout_outputs(build, setting, worker, payload)
     fidelity, verdict = setting.verify(outputs)
-    record["fidelity"] = fidelity
+    record.update(fidelity=fidelity, verified_per_s=per_s)
     if not (verdict.passed or is_baseline):
         record.update(state="rejected", reason=verdict.reason)
         return
-    if per_s < HOPELESS * best_per_s:
-        reason = f"too slow to measure: {per_s:.4g}/s while verifying, the best so far does {best_per_s:.4g}/s"
+    if per_s < HOPELESS * best_verified_per_s:
+        reason = (
+            f"too slow to measure: {per_s:.4g}/s while verifying, where the best so far did {best_verified_per_s:.4g}/s"
+        )
         record.update(state="pruned", reason=reason)
         return
     measurements: list[Measurement] = []

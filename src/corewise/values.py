@@ -192,6 +192,8 @@ class Trial:
     peak_memory_bytes: int = 0
     notes: tuple[str, ...] = ()
     fidelity: Fidelity | None = None
+    verified_per_s: float = 0.0
+    """Items per second of the median batch while verifying: a first look at its speed, 0 where it got not so far."""
     measurements: tuple[Measurement, ...] = ()
 
     def best(self, goal: Goal) -> Measurement | None:

@@ -206,7 +206,7 @@ def test_an_inaccurate_build_is_rejected_before_it_is_measured(setting):
 def test_a_hopelessly_slow_build_is_pruned(setting):
     run_trial(FAKE, setting, is_baseline=True)
     slow = Build(engine="fake", precision="int8", options=(("seconds_per_call", 0.05),))
-    found = run_trial(slow, setting, best_per_s=1e6)
+    found = run_trial(slow, setting, best_verified_per_s=1e6)
     assert found.state == "pruned"
     assert found.reason.startswith("too slow to measure: ")
 

@@ -54,7 +54,8 @@ def save_program(program: ExportedProgram, path: Path) -> None:
     program.example_inputs = None
     # Through memory: on a full disk torch's own writer aborts the process.
     archive = io.BytesIO()
-    torch.export.save(program, archive)
+    with guard(SourceError, "the exported program cannot be written as a file", FIX):
+        torch.export.save(program, archive)
     try:
         path.write_bytes(archive.getbuffer())
     except OSError as error:

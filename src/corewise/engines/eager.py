@@ -91,11 +91,14 @@ class Eager:
 
 
 class EagerSession:
-    """A module run by torch eager; the module is the session's own."""
+    """A module run by torch eager; the module is the session's own, and so is the memory it frees."""
 
     def __init__(self, module: "nn.Module", build: Build, plan: Plan, memory_format: str) -> None:
         import torch
 
+        from corewise.engines.torch_tools import keep_freed_memory
+
+        keep_freed_memory()
         self._threads = plan.threads_per_instance
         self._dtype = torch.bfloat16 if build.precision == "bf16" else torch.float32
         self._format = torch.channels_last if memory_format == "channels_last" else torch.contiguous_format

@@ -97,13 +97,15 @@ class TorchInt8:
 
 
 class TorchInt8Session:
-    """TorchScript on one quantized backend."""
+    """TorchScript on one quantized backend; the process keeps the memory that it frees."""
 
     def __init__(self, model: Path, backend: str, plan: Plan) -> None:
         import torch
 
+        from corewise.engines.torch_tools import keep_freed_memory
         from corewise.quantize import fx
 
+        keep_freed_memory()
         if backend not in torch.backends.quantized.supported_engines:
             raise EngineError(f"this torch has no quantized backend {backend}", "optimize again on this machine")
         self._threads = plan.threads_per_instance

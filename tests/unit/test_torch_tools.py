@@ -1,0 +1,42 @@
+"""torch_tools: what the torch engines share."""
+
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from corewise.engines.torch_tools import threads
+
+FAULTS = """
+import resource, sys
+import torch
+from corewise.engines.torch_tools import keep_freed_memory
+if sys.argv[1] == "keep":
+    keep_freed_memory()
+def work():
+    for _ in range(20):
+        torch.ones(12_000_000).add_(1)
+work()
+before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+work()
+print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+"""
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="mallopt is glibc's")
+def test_kept_memory_is_not_asked_for_again():
+    def faults(mode):
+        command = [sys.executable, "-c", FAULTS, mode]
+        return int(subprocess.run(command, capture_output=True, text=True, check=True, timeout=120).stdout)
+
+    default, kept = faults("default"), faults("keep")
+    assert default > 1000
+    assert kept < default / 20
+
+
+def test_the_callers_threads_are_put_back():
+    before = torch.get_num_threads()
+    with threads(before + 1):
+        assert torch.get_num_threads() == before + 1
+    assert torch.get_num_threads() == before

@@ -45,6 +45,9 @@ class Hand:
     def build(self, material: Material, build: Build, folder: Path) -> tuple[str, ...]:
         return ()
 
+    def receipt(self, folder: Path, build: Build, plan: Plan, inputs: Arrays) -> None:
+        return None
+
 
 class FunctionSession:
     """A function on arrays as a session."""

@@ -22,7 +22,7 @@ from corewise.errors import CorewiseError, InputError, OutputError
 from corewise.events import Event, TrialStep
 from corewise.fidelity import Outputs, Verdict
 from corewise.imports import guard
-from corewise.values import Build, Fidelity, Measurement, Plan, Trial, from_json, to_json
+from corewise.values import Build, Fidelity, Measurement, Plan, Receipt, Trial, from_json, to_json
 from corewise.worker import HOLDOUT, Child
 
 VERIFY_BATCH = 16
@@ -247,6 +247,11 @@ def _run(
     outputs, per_s = _holdout_outputs(build, setting, worker, payload)
     fidelity, verdict = setting.verify(outputs)
     record.update(fidelity=fidelity, verified_per_s=per_s)
+    receipt = record["receipt"] = _receipt(build, setting, worker, payload)
+    if receipt and receipt.layers and not receipt.int8:
+        which = "its only layer" if receipt.layers == 1 else f"all {receipt.layers} layers"
+        record.update(state="failed", reason=f"{which} silently ran in fp32")
+        return
     if not (verdict.passed or is_baseline):
         record.update(state="rejected", reason=verdict.reason)
         return
@@ -275,6 +280,22 @@ def _holdout_outputs(build: Build, setting: Setting, worker: AnyWorker, payload:
     path = setting.outputs(build)
     answer = worker.call("outputs", "verifying", samples=setting.holdout, batch=plan.batch, path=str(path))
     return read_outputs(path), answer["per_s"]
+
+
+def _receipt(build: Build, setting: Setting, worker: AnyWorker, payload: Path) -> Receipt | None:
+    """What the payload runs in int8; ``None`` for builds of other precisions and where the engine cannot tell."""
+    if build.precision not in ("int8", "int8-dynamic"):
+        return None
+    plan = Plan(threads_per_instance=len(setting.cpus), batch=VERIFY_BATCH)
+    answer = worker.call(
+        "receipt",
+        "observing its int8 layers",
+        folder=str(payload),
+        build=to_json(build),
+        plan=to_json(plan),
+        samples=setting.holdout,
+    )
+    return from_json(Receipt, answer["receipt"]) if answer["receipt"] else None
 
 
 def read_outputs(path: Path) -> Outputs:

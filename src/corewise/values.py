@@ -5,7 +5,8 @@ against the types below, so a damaged journal or manifest is an error and never 
 """
 
 import dataclasses
-from collections.abc import Hashable
+from collections import Counter
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 from functools import cache
 from typing import TYPE_CHECKING, Any, Literal, TypeVar, cast
@@ -180,6 +181,36 @@ class Measurement:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Receipt:
+    """What an opened int8 payload was seen to run: proof that it did not silently stay in fp32."""
+
+    layers: int
+    """Convolutions and linears in the program, and those products of two activations that were quantized."""
+    int8: int
+    """How many of them ran in int8."""
+    kernels: tuple[tuple[str, int], ...]
+    """How often each kernel runs a layer, by the runtime's names, e.g. ``(("Convolution/u8", 53),)``; sorted."""
+    fell_back: tuple[str, ...] = ()
+    """Layers that the payload quantizes and that ran in fp32 all the same, as far as the runtime tells."""
+
+    @classmethod
+    def tally(cls, ran: Sequence[tuple[str, bool]], fell_back: Sequence[str] = ()) -> "Receipt":
+        """The receipt of layers given as (kernel, whether it is int8)."""
+        kernels = Counter(kernel for kernel, _ in ran)
+        return cls(
+            layers=len(ran),
+            int8=sum(int8 for _, int8 in ran),
+            kernels=tuple(sorted(kernels.items())),
+            fell_back=tuple(fell_back),
+        )
+
+    @property
+    def words(self) -> str:
+        """``int8: 53 of 54 convolutions and linears, 0 fell back``."""
+        return f"int8: {self.int8} of {self.layers} convolutions and linears, {len(self.fell_back)} fell back"
+
+
+@dataclass(frozen=True, kw_only=True)
 class Trial:
     """The record of one build: what became of it and why."""
 
@@ -195,6 +226,8 @@ class Trial:
     verified_per_s: float = 0.0
     """Items per second of the median batch while verifying: a first look at its speed, 0 where it got not so far."""
     measurements: tuple[Measurement, ...] = ()
+    receipt: Receipt | None = None
+    """What really ran in int8; ``None`` for other precisions and where the engine cannot tell."""
 
     def best(self, goal: Goal) -> Measurement | None:
         """The measurement that serves the goal best; ``None`` where nothing was measured."""

@@ -87,6 +87,15 @@ class Child:
         self._session = self.engine(wanted.engine).open(Path(folder), wanted, from_json(Plan, plan))
         return {}
 
+    def receipt(self, folder: str, build: Any, plan: Any, samples: str) -> dict[str, Any]:
+        """Observe what a payload runs in int8; closes the open session, for memory need not hold the model twice."""
+        wanted, how = from_json(Build, build), from_json(Plan, plan)
+        if self._session is not None:
+            self._session.close()
+            self._session = None
+        inputs = batch_of(Samples.load(Path(samples)), how.batch)
+        return {"receipt": to_json(self.engine(wanted.engine).receipt(Path(folder), wanted, how, inputs))}
+
     def outputs(self, samples: str, batch: int, path: str) -> dict[str, Any]:
         """Run all samples and write the outputs: ``B.rows`` and ``B.K`` for batch B and output K.
 

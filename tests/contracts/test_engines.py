@@ -40,6 +40,10 @@ if find_spec("corewise.engines.torch_int8"):
         engine_name = "torch-int8"
 
 
+class TestInductor(EngineContract):
+    engine_name = "inductor"
+
+
 class TestOpenVino(OpensWithoutTorch):
     engine_name = "openvino"
 

@@ -20,6 +20,7 @@ from corewise.values import (
     Plan,
     Preprocess,
     Rates,
+    Receipt,
     Report,
     SampleFacts,
     Trial,
@@ -104,9 +105,12 @@ TRIALS = (
         build_s=48.7,
         payload_bytes=26_341_376,
         peak_memory_bytes=2_310_811_648,
-        notes=("int8 receipt: 53 of 53 convolutions and 1 of 1 matrix products run in int8",),
+        notes=("batch 1 and 16 have compiled models of their own",),
         fidelity=fidelity(275, -0.01, 0.0167, 22.9, 0.9976, 293),
         measurements=(measured(50.3, 1), measured(55.6, 16)),
+        receipt=Receipt(
+            layers=54, int8=53, kernels=(("Convolution/f32", 1), ("Convolution/u8", 52), ("FullyConnected/u8", 1))
+        ),
     ),
     Trial(
         build=ONEDNN,
@@ -133,6 +137,7 @@ TRIALS = (
         payload_bytes=25_724_391,
         peak_memory_bytes=1_733_296_128,
         fidelity=fidelity(267, 0.01, 0.05, 16.3, 0.9884, 279),
+        receipt=Receipt(layers=54, int8=53, kernels=(("Gemm", 1), ("QLinearConv", 53)), fell_back=("node_linear",)),
     ),
     Trial(
         build=ORT_DYNAMIC,

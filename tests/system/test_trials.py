@@ -4,6 +4,7 @@ import os
 import re
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -201,6 +202,20 @@ def test_an_inaccurate_build_is_rejected_before_it_is_measured(setting):
     assert found.state == "rejected"
     assert found.fidelity.agreement < 0.8
     assert found.measurements == ()
+
+
+def test_a_build_that_silently_runs_in_fp32_has_failed(setting):
+    found = run_trial(misbehaving("SilentFp32"), setting)
+    assert found.state == "failed"
+    assert found.reason == "all 54 layers silently ran in fp32"
+    assert found.receipt.words == "int8: 0 of 54 convolutions and linears, 54 fell back"
+    assert found.measurements == ()
+
+
+def test_a_build_in_fp32_is_not_asked_for_a_receipt(setting):
+    found = run_trial(replace(misbehaving("SilentFp32"), precision="fp32"), setting)
+    assert found.state == "ok"
+    assert found.receipt is None
 
 
 def test_a_hopelessly_slow_build_is_pruned(setting):

@@ -25,6 +25,7 @@ from corewise.values import Build, Cpu, Plan, TensorSpec
 
 CONVOLUTIONS = {"aten.conv2d.default": 53, "aten.linear.default": 1}
 LINEARS = {"aten.linear.default": 37, "aten.embedding.default": 3}
+OURS = "quantizer=corewise"
 
 
 def cpu_with(*isa: str) -> Cpu:
@@ -91,9 +92,12 @@ def test_chunks_pad_the_rest_to_the_smallest_size() -> None:
 @pytest.mark.parametrize(
     ("isa", "expected"),
     [
-        (("avx2",), ["openvino/int8/reduce_range=True", "openvino/fp32"]),
-        (("avx2", "avx_vnni"), ["openvino/int8", "openvino/fp32"]),
-        (("avx512_vnni", "avx512_bf16"), ["openvino/int8", "openvino/bf16", "openvino/fp32"]),
+        (("avx2",), [f"openvino/int8/{OURS}/reduce_range=True", "openvino/int8/reduce_range=True", "openvino/fp32"]),
+        (("avx2", "avx_vnni"), [f"openvino/int8/{OURS}", "openvino/int8", "openvino/fp32"]),
+        (
+            ("avx512_vnni", "avx512_bf16"),
+            [f"openvino/int8/{OURS}", "openvino/int8", "openvino/bf16", "openvino/fp32"],
+        ),
     ],
 )
 def test_openvino_offers_what_the_cpu_can_do(isa: tuple[str, ...], expected: list[str]) -> None:
@@ -104,14 +108,14 @@ def test_openvino_offers_what_the_cpu_can_do(isa: tuple[str, ...], expected: lis
 @pytest.mark.parametrize(
     ("operators", "expected"),
     [
-        (CONVOLUTIONS, ["onnxruntime/int8", "onnxruntime/fp32"]),
-        (LINEARS, ["onnxruntime/int8", "onnxruntime/int8-dynamic", "onnxruntime/fp32"]),
-        ({"aten.relu.default": 1}, ["onnxruntime/int8", "onnxruntime/fp32"]),
+        (CONVOLUTIONS, ["int8", "fp32"]),
+        (LINEARS, ["int8", "int8-dynamic", "fp32"]),
+        ({"aten.relu.default": 1}, ["int8", "fp32"]),
     ],
 )
 def test_onnxruntime_offers_dynamic_int8_for_linear_models(operators: dict[str, int], expected: list[str]) -> None:
     builds = engine("onnxruntime").candidates(cpu_with("avx512_vnni"), operators)
-    assert [build.label for build in builds] == expected
+    assert [build.label for build in builds] == [f"onnxruntime/{one}" for one in (f"int8/{OURS}", *expected)]
 
 
 @pytest.mark.parametrize("name", ["openvino", "onnxruntime"])

@@ -14,7 +14,7 @@ from corewise.events import FinalsRound, StageStarted, TrialEnded, TrialStarted,
 from corewise.report import markdown, terminal, words
 from corewise.report.summary import summary
 from corewise.report.terminal import Progress
-from corewise.values import Report, from_json, to_json
+from corewise.values import Receipt, Report, from_json, to_json
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 MAKE = runpy.run_path(str(GOLDEN / "make.py"))
@@ -143,6 +143,22 @@ def test_the_latency_goal_is_told_in_milliseconds():
     assert "…" not in shown(report, 80)
 
 
+def test_what_ran_in_int8_is_told_for_the_winner_and_the_losers():
+    told = "int8: 53 of 54 convolutions and linears, 0 fell back"
+    assert ("receipt", told) in list(words.facts(REPORT))
+    for text in (shown(REPORT, 120), markdown.render(REPORT)):
+        assert told in text
+        assert "int8: 53 of 54 convolutions and linears, 1 fell back (node_linear)" in flat(text.replace("\\", ""))
+    found = summary(REPORT)
+    assert found["receipt"]["int8"] == 53
+    assert found["trials"][0]["receipt"] is None
+
+
+def test_of_many_layers_that_fell_back_the_first_are_named():
+    many = Receipt.tally([("Conv", False)] * 5, ["a\x1b[2J", "b", "c", "d", "e"])
+    assert words.receipt(many) == ("int8: 0 of 5 convolutions and linears, 5 fell back (a [2J, b, c and 2 more)")
+
+
 def test_text_of_others_is_neither_markup_nor_control_codes():
     text = shown(replace(REPORT, notes=("install corewise[openvino]\x1b[2J\x07\nnow \u202eback",)), 120)
     assert "- install corewise[openvino] [2J now back" in text
@@ -177,7 +193,7 @@ def test_markdown_shows_names_as_they_are():
 
 
 def _notes_of_trials():
-    return "".join(f"- {trial.build.label}: {note}\n" for trial in REPORT.trials for note in trial.notes)
+    return "".join(f"- {note}\n" for note in words.notes(replace(REPORT, notes=())))
 
 
 # --- figures ------------------------------------------------------------------------------------------------------

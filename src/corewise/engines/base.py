@@ -13,7 +13,7 @@ import numpy as np
 
 from corewise.errors import EngineError
 from corewise.samples import Samples
-from corewise.values import Build, Cpu, Plan, TensorSpec
+from corewise.values import Build, Cpu, Plan, Receipt, TensorSpec
 
 BUILD_RUNS = 3
 
@@ -21,6 +21,7 @@ ENGINES = {
     "eager": "corewise.engines.eager:Eager",
     "torch-int8": "corewise.engines.torch_int8:TorchInt8",
     "openvino": "corewise.engines.openvino:OpenVino",
+    "inductor": "corewise.engines.inductor:Inductor",
     "onnxruntime": "corewise.engines.onnxruntime:OnnxRuntime",
     "fake": "corewise.engines.fake:Fake",
 }
@@ -83,6 +84,13 @@ class Engine(Protocol):
 
     def open(self, folder: Path, build: Build, plan: Plan) -> Session:
         """Open a payload to run ``plan.batch`` items a call with ``plan.threads_per_instance`` threads."""
+        ...
+
+    def receipt(self, folder: Path, build: Build, plan: Plan, inputs: Sequence[np.ndarray]) -> Receipt | None:
+        """What a payload really runs in int8, observed as it is opened under ``plan`` and run on ``inputs``.
+
+        ``None`` for builds in fp32 or bf16, and for engines that cannot tell. The payload stays as it is.
+        """
         ...
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from corewise.engines.base import Material, Session
-from corewise.values import Build, Cpu, Plan, TensorSpec, from_json, to_json
+from corewise.values import Build, Cpu, Plan, Receipt, TensorSpec, from_json, to_json
 
 MODEL = "fake.json"
 SEED, NOISE_SEED = 0, 1
@@ -54,6 +54,11 @@ class Fake:
             seconds_per_call=float(build.option("seconds_per_call", 0.0)),
             seconds_per_item=_seconds_per_item(build, plan),
         )
+
+    def receipt(self, folder: Path, build: Build, plan: Plan, inputs: Sequence[np.ndarray]) -> Receipt | None:
+        """None: it has no layers."""
+        del folder, build, plan, inputs
+        return None
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,4 +1,4 @@
-"""ONNX Runtime: fp32, and int8 by its own static (QDQ) and dynamic quantization."""
+"""ONNX Runtime: fp32, int8 by our quantizer or its own static one (QDQ), and its dynamic int8."""
 
 import re
 import shutil
@@ -9,17 +9,22 @@ from typing import Any
 
 import numpy as np
 
+from corewise.engines import qdq
 from corewise.engines.base import Material, Session, missing
 from corewise.engines.quiet import quiet
 from corewise.errors import EngineError
 from corewise.samples import Samples
-from corewise.values import Build, Cpu, Plan
+from corewise.values import Build, Cpu, Plan, Receipt
 
 MODEL = "model.onnx"
 PROTOBUF_LIMIT_BYTES = 2**31 - 1
 ERRORS_ONLY = 3
 LINEAR = r"aten\.(linear|addmm|matmul|mm|bmm)\b"
 CONVOLUTION = r"aten\.\w*conv\w*"
+INT8_KERNEL = r"QLinearConv|ConvInteger|QLinearMatMul|QGemm|DynamicQuantizeMatMul|MatMulInteger(ToFloat)?|QAttention"
+FLOAT_KERNEL = r"(Nhwc)?(Fused)?Conv(Transpose)?|(Fused|Transpose)?MatMul|(Fused)?Gemm|Attention"
+DEQUANTIZE = "DequantizeLinear"
+MOVES = ("Cast", "Identity", "Reshape", "Transpose")
 
 
 class OnnxRuntime:
@@ -36,7 +41,7 @@ class OnnxRuntime:
         return missing(("onnxruntime", "onnx", "onnxscript"), "onnxruntime")
 
     def candidates(self, cpu: Cpu, operators: dict[str, int]) -> tuple[Build, ...]:
-        """int8, int8-dynamic for models of linear layers rather than convolutions, fp32."""
+        """int8 by our quantizer and by its own, int8-dynamic for models of linear layers, fp32."""
         options = () if cpu.int8_dot else (("reduce_range", True),)
         int8 = Build(engine="onnxruntime", precision="int8", options=options)
         dynamic = Build(engine="onnxruntime", precision="int8-dynamic", options=options)
@@ -44,7 +49,8 @@ class OnnxRuntime:
         linears, convolutions = (
             sum(n for name, n in operators.items() if re.search(pattern, name)) for pattern in (LINEAR, CONVOLUTION)
         )
-        return (int8, dynamic, fp32) if linears >= max(1, convolutions) else (int8, fp32)
+        ours = qdq.int8("onnxruntime", cpu)
+        return (ours, int8, dynamic, fp32) if linears >= max(1, convolutions) else (ours, int8, fp32)
 
     def needs(self, build: Build) -> tuple[str, ...]:
         """32-bit sums of int8 products for int8 in full range."""
@@ -55,7 +61,12 @@ class OnnxRuntime:
 
         Raises ``EngineError`` for a model over 2 GB, which one ONNX file cannot hold.
         """
-        exported, payload = _exported(material), folder / MODEL
+        payload = folder / MODEL
+        if qdq.is_ours(build):
+            quantized, notes = qdq.onnx_model(material, build, "everywhere")
+            shutil.copyfile(quantized, payload)
+            return notes
+        exported = _exported(material)
         if build.precision == "fp32":
             shutil.copyfile(exported, payload)
             return ()
@@ -71,11 +82,23 @@ class OnnxRuntime:
         del build
         return OnnxRuntimeSession(folder / MODEL, plan.threads_per_instance)
 
+    def receipt(self, folder: Path, build: Build, plan: Plan, inputs: Sequence[np.ndarray]) -> Receipt | None:
+        """From the graph that a session runs after all of ONNX Runtime's optimizations, which it can write down."""
+        del inputs
+        if build.precision == "fp32":
+            return None
+        import onnx
+
+        with TemporaryDirectory() as optimized:
+            path = Path(optimized) / MODEL
+            OnnxRuntimeSession(folder / MODEL, plan.threads_per_instance, optimized=path).close()
+            return _receipt(onnx.load(path).graph)
+
 
 class OnnxRuntimeSession:
-    """An ONNX model run by ONNX Runtime."""
+    """An ONNX model run by ONNX Runtime, which writes the graph that it made of it to ``optimized``."""
 
-    def __init__(self, model: Path, threads: int) -> None:
+    def __init__(self, model: Path, threads: int, optimized: Path | None = None) -> None:
         import onnxruntime as ort
 
         options = ort.SessionOptions()
@@ -83,6 +106,8 @@ class OnnxRuntimeSession:
         options.inter_op_num_threads = 1
         options.execution_mode = ort.ExecutionMode.ORT_SEQUENTIAL
         options.log_severity_level = ERRORS_ONLY
+        if optimized is not None:
+            options.optimized_model_filepath = str(optimized)
         self._session: Any = ort.InferenceSession(str(model), options, providers=["CPUExecutionProvider"])
         self._names = [value.name for value in self._session.get_inputs()]
 
@@ -96,6 +121,36 @@ class OnnxRuntimeSession:
         self._session = None
 
 
+def _receipt(graph: Any) -> Receipt:
+    """Count the layers of an optimized graph.
+
+    A layer whose operands both come from DequantizeLinear was quantized, and ONNX Runtime found no kernel for it.
+    """
+    made = {name: node for node in graph.node for name in node.output}
+    constants = {value.name for value in graph.initializer}
+
+    def source(name: str, passing: Sequence[str]) -> str:
+        while name in made and made[name].op_type in passing:
+            name = made[name].input[0]
+        return name
+
+    def dequantized(name: str) -> bool:
+        found = source(name, MOVES)
+        return found in made and made[found].op_type == DEQUANTIZE
+
+    ran, fell_back = [], []
+    for node in graph.node:
+        operands = node.input[:2]
+        if re.fullmatch(INT8_KERNEL, node.op_type):
+            ran.append((node.op_type, True))
+        elif re.fullmatch(FLOAT_KERNEL, node.op_type):
+            lost = all(map(dequantized, operands))
+            fell_back += [node.name] if lost else []
+            if lost or any(source(name, (*MOVES, DEQUANTIZE)) in constants for name in operands):
+                ran.append((node.op_type, False))
+    return Receipt.tally(ran, fell_back)
+
+
 def _exported(material: Material) -> Path:
     """The program as ONNX in the cache, exported by whichever build comes first."""
     path = material.cache / MODEL
@@ -103,20 +158,9 @@ def _exported(material: Material) -> Path:
         return path
     if material.program.stat().st_size > PROTOBUF_LIMIT_BYTES:
         raise EngineError("the model is over 2 GB, more than one ONNX file can hold", "use another engine")
-    import torch
-
     from corewise.source import load_program
 
-    with TemporaryDirectory(dir=material.cache) as folder, quiet():
-        made = Path(folder) / MODEL
-        torch.onnx.export(
-            load_program(material.program),
-            f=made,
-            dynamo=True,
-            external_data=False,
-            verbose=False,
-        )
-        made.replace(path)
+    qdq.export_onnx(load_program(material.program), path)
     return path
 
 

@@ -1,24 +1,38 @@
-"""OpenVINO: fp32, bf16, and int8 by NNCF's post-training quantization."""
+"""OpenVINO: fp32, bf16, and int8 by our quantizer or by NNCF's."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from corewise.engines import qdq
 from corewise.engines.base import Material, Session, chunks, missing
 from corewise.engines.quiet import quiet
-from corewise.values import Build, Cpu, Plan
+from corewise.values import Build, Cpu, Plan, Receipt
 
 MODEL = "model.xml"
 DYNAMIC = -1
 ATTENTION = "scaled_dot_product|softmax"
+INT8 = ("i8", "u8")
+RUN_LAYERS = ("Convolution", "Deconvolution", "FullyConnected", "MatMul")
+"""Layers by the names of the CPU plugin; its ``MatMul`` takes what ``FullyConnected`` does not."""
+LAYERS = (
+    "Convolution",
+    "GroupConvolution",
+    "ConvolutionBackpropData",
+    "GroupConvolutionBackpropData",
+    "MatMul",
+)
+PASS_ON = ("Convert", "Gather", "MaxPool", "Multiply", "Reshape", "Squeeze", "Subtract", "Transpose", "Unsqueeze")
+"""What stands between a layer and the int8 values it reads: dequantization, and what only moves values."""
 
 
 class OpenVino:
     """OpenVINO's CPU plugin.
 
     The payload is OpenVINO's IR (``model.xml``, ``model.bin``) with a dynamic batch; opening it needs no torch.
+    With the option ``quantizer=corewise`` int8 comes from ``corewise.quantize``, else from NNCF.
     The option ``reduce_range`` quantizes weights to 7 bits, for CPUs that add int8 products in 16 bits (NNCF's
     overflow fix, https://docs.openvino.ai: "Quantizing models post-training", ``OverflowFix``).
     """
@@ -28,13 +42,14 @@ class OpenVino:
         return missing(("openvino", "nncf"), "openvino")
 
     def candidates(self, cpu: Cpu, operators: dict[str, int]) -> tuple[Build, ...]:
-        """int8, bf16 where the CPU multiplies it, fp32."""
+        """int8 by our quantizer and by NNCF, bf16 where the CPU multiplies it, fp32."""
         del operators
         options = () if cpu.int8_dot else (("reduce_range", True),)
         int8 = Build(engine="openvino", precision="int8", options=options)
         bf16 = Build(engine="openvino", precision="bf16")
         fp32 = Build(engine="openvino", precision="fp32")
-        return (int8, bf16, fp32) if cpu.bf16 else (int8, fp32)
+        ours = qdq.int8("openvino", cpu)
+        return (ours, int8, bf16, fp32) if cpu.bf16 else (ours, int8, fp32)
 
     def needs(self, build: Build) -> tuple[str, ...]:
         """bf16 hardware for bf16, 32-bit sums of int8 products for int8 in full range."""
@@ -43,11 +58,19 @@ class OpenVino:
         return ("bf16",) if build.precision == "bf16" else ()
 
     def build(self, material: Material, build: Build, folder: Path) -> tuple[str, ...]:
-        """Convert the program and, for int8, quantize it with the calibration samples."""
+        """Convert the program and, for int8, quantize it with the calibration samples.
+
+        Raises ``EngineError`` where nothing can be quantized.
+        """
         import openvino as ov
 
         from corewise.source import load_program
 
+        if qdq.is_ours(build):
+            exported, notes = qdq.onnx_model(material, build, "fused")
+            with quiet():
+                ov.save_model(ov.convert_model(exported), str(folder / MODEL), compress_to_fp16=False)
+            return notes
         with quiet():
             model = ov.convert_model(load_program(material.program))
             if build.precision == "int8":
@@ -58,6 +81,17 @@ class OpenVino:
     def open(self, folder: Path, build: Build, plan: Plan) -> Session:
         """Open the IR, compiled for the plan's batch."""
         return OpenVinoSession(folder / MODEL, build, plan)
+
+    def receipt(self, folder: Path, build: Build, plan: Plan, inputs: Sequence[np.ndarray]) -> Receipt | None:
+        """From the runtime model: what was compiled for the plan's batch, after all fusions, with its precisions."""
+        if build.precision != "int8":
+            return None
+        session = OpenVinoSession(folder / MODEL, build, plan)
+        try:
+            session.run(inputs)
+            return _receipt(*session.models(len(inputs[0])))
+        finally:
+            session.close()
 
 
 class OpenVinoSession:
@@ -107,6 +141,10 @@ class OpenVinoSession:
             self._compiled[size] = self._core.compile_model(model, "CPU", self._config).create_infer_request()
         return self._compiled[size]
 
+    def models(self, rows: int) -> tuple[Any, Any]:
+        """The model as it was read, and the runtime model that takes ``rows`` rows."""
+        return self._model, self._for_batch(rows).get_compiled_model().get_runtime_model()
+
     def close(self) -> None:
         """Drop the compiled models."""
         self._compiled.clear()
@@ -146,6 +184,56 @@ def _reshape_batch(model: Any, size: int) -> None:
         shape[0] = size
         shapes[port] = shape
     model.reshape(shapes)
+
+
+def _receipt(model: Any, runtime: Any) -> Receipt:
+    """Count the layers of the runtime model.
+
+    Its operations tell by their runtime information what they are and which kernel they got. A kernel's name ends
+    with the precision of its activations (``jit_avx2_I8``, ``brgemm_avx2_f32``); ``runtimePrecision`` does not tell,
+    for it is int8 also where only the weights are and an fp32 kernel unpacks them.
+    """
+    quantized = [op.get_friendly_name() for op in model.get_ops() if op.get_type_name() in LAYERS and _reads_int8(op)]
+    ran, fell_back = [], []
+    for op in runtime.get_ordered_ops():
+        kind, kernel, names = (_about(op, key) for key in ("layerType", "primitiveType", "originalLayersNames"))
+        if kind not in RUN_LAYERS:
+            continue
+        suffix = kernel.rpartition("_")[2]
+        precision = "u8" if suffix == "I8" else suffix
+        int8 = precision in INT8
+        weights = op.input_value(1).get_node()
+        lost = [] if int8 else list(_among(quantized, names.split(",")))
+        if not int8 and not lost and _about(weights, "runtimePrecision") in INT8:
+            lost = [op.get_friendly_name()]
+        fell_back += lost
+        if int8 or lost or kind != "MatMul" or _about(weights, "layerType") == "Const":
+            ran.append((f"{kind}/{precision}", int8))
+    return Receipt.tally(ran, fell_back)
+
+
+def _reads_int8(op: Any) -> bool:
+    """Whether both operands of a layer come from int8 values."""
+    return all(_is_int8(op.input_value(index).get_node()) for index in (0, 1))
+
+
+def _is_int8(op: Any) -> bool:
+    """Whether an operation's values, but for a scale and their order, are int8."""
+    while op.get_type_name() in PASS_ON:
+        op = op.input_value(0).get_node()
+    return op.get_type_name() == "FakeQuantize" or op.get_output_element_type(0).get_type_name() in INT8
+
+
+def _among(layers: list[str], names: list[str]) -> Iterator[str]:
+    """Those layers from which the operations ``names`` were made: OpenVINO keeps a layer's name or adds to its path."""
+    for layer in layers:
+        if any(name == layer or name.startswith(f"{layer}/") for name in names):
+            yield layer
+
+
+def _about(op: Any, key: str) -> str:
+    """What an operation of a runtime model tells of itself under ``key``."""
+    return str(op.get_rt_info()[key].astype(str))
 
 
 def _rows(array: np.ndarray, start: int, stop: int, size: int) -> np.ndarray:

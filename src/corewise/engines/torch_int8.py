@@ -4,7 +4,7 @@ import json
 import platform
 import re
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -15,9 +15,10 @@ from corewise.engines.base import Material, Session, fastest_s, missing
 from corewise.engines.quiet import quiet
 from corewise.errors import EngineError
 from corewise.imports import guard
-from corewise.values import Build, Cpu, Plan
+from corewise.values import Build, Cpu, Plan, Receipt
 
 if TYPE_CHECKING:
+    import torch
     from torch.fx import GraphModule
 
 MODEL = "model.pt"
@@ -26,6 +27,8 @@ CALIBRATION_BATCH = 8
 TRIAL_BATCH = 8
 LINEAR = r"aten\.(linear|addmm|mm)\b"
 CONVOLUTION = r"aten\.\w*conv\w*"
+INT8_KERNEL = r"quantized::(conv|linear)"
+FLOAT_KERNEL = r"aten::(_?conv|linear$|addmm$|mm$|matmul$|bmm$)"
 
 
 class TorchInt8:
@@ -95,6 +98,16 @@ class TorchInt8:
         name = json.loads((folder / SETTINGS).read_text())["backend"]
         return TorchInt8Session(folder / MODEL, name, plan)
 
+    def receipt(self, folder: Path, build: Build, plan: Plan, inputs: Sequence[np.ndarray]) -> Receipt | None:
+        """From the TorchScript as it is loaded, whose operators name their kernels."""
+        del inputs
+        name = json.loads((folder / SETTINGS).read_text())["backend"]
+        session = TorchInt8Session(folder / MODEL, name, plan)
+        try:
+            return _receipt(session)
+        finally:
+            session.close()
+
 
 class TorchInt8Session:
     """TorchScript on one quantized backend; the process keeps the memory that it frees."""
@@ -127,6 +140,12 @@ class TorchInt8Session:
         with threads(self._threads), torch.inference_mode(), optimized_execution(False):
             return to_numpy(self._module(*map(from_numpy, inputs)))
 
+    @property
+    def operators(self) -> "Iterable[torch.Node]":
+        """The operators of the frozen TorchScript."""
+        operators: Iterable[torch.Node] = self._module.graph.nodes()
+        return operators
+
     def close(self) -> None:
         """Drop the module."""
         self.__dict__.pop("_module", None)
@@ -140,6 +159,21 @@ class _Result:
     """Convolutions and linear layers in int8."""
     seconds_per_item: tuple[float, float]
     """Alone, and in the trial's batch."""
+
+
+def _receipt(session: TorchInt8Session) -> Receipt:
+    """Count the layers among the operators; fp32 ones by their constant weights."""
+    ran = []
+    for node in session.operators:
+        if re.match(INT8_KERNEL, node.kind()):
+            ran.append((node.kind(), True))
+        elif re.match(FLOAT_KERNEL, node.kind()) and any(map(_is_constant, list(node.inputs())[:3])):
+            ran.append((node.kind(), False))
+    return Receipt.tally(ran)
+
+
+def _is_constant(value: "torch.Value") -> bool:
+    return value.node().kind() == "prim::Constant" and value.type().kind() == "TensorType"
 
 
 def _quantizable(material: Material, build: Build) -> "GraphModule":

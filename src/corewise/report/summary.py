@@ -11,8 +11,9 @@ def summary(report: Report) -> dict[str, Any]:
     """What ``corewise show ART --json`` prints: the winner's figures, and under ``trials`` every trial's.
 
     ``throughput_per_s`` and ``baseline_throughput_per_s`` are items/s in the alternating run (for the latency goal
-    1/latency). A trial's ``throughput_per_s``, ``p50_ms`` and ``p99_ms`` are the best that its own trial measured, its
-    ``reason`` says why it lost or won. What is not known is ``None``.
+    1/latency), ``receipt`` tells what the winner ran in int8. A trial's ``throughput_per_s``, ``p50_ms`` and
+    ``p99_ms`` are the best that its own trial measured, its ``reason`` says why it lost or won. What is not known is
+    ``None``.
     """
     choice = report.choice
     return {
@@ -29,6 +30,7 @@ def summary(report: Report) -> dict[str, Any]:
         "speedup_low": choice.speedup_low,
         "speedup_high": choice.speedup_high,
         **{name: getattr(report.winner.fidelity, name, None) for name in _FIDELITY},
+        "receipt": to_json(report.winner.receipt),
         "holdout": report.samples.holdout,
         "calibration": report.samples.calibration,
         "wall_s": report.wall_s,
@@ -53,6 +55,7 @@ def _trial(trial: Trial, report: Report) -> dict[str, Any]:
         "reason": reasons.get(build, trial.reason),
         "value": trial.fidelity.value if trial.fidelity else None,
         "drop": trial.fidelity.drop if trial.fidelity else None,
+        "receipt": to_json(trial.receipt),
         "throughput_per_s": best.throughput_per_s if best else None,
         "p50_ms": best.p50_ms if best else None,
         "p99_ms": best.p99_ms if best else None,

@@ -7,11 +7,12 @@ from collections.abc import Iterator, Sequence
 from statistics import median
 from typing import NamedTuple
 
-from corewise.values import Build, Cpu, Fidelity, Goal, Measurement, Rates, Report, State, Trial
+from corewise.values import Build, Cpu, Fidelity, Goal, Measurement, Rates, Receipt, Report, State, Trial
 
 SPEED_NOTE = "Speed: each trial's own, at its best plan; the finalists then ran in turns."
 
 _NOTHING = ""
+_NAMED = 3
 
 
 class Row(NamedTuple):
@@ -91,6 +92,8 @@ def facts(report: Report) -> Iterator[tuple[str, str]]:
     if fidelity:
         yield "accuracy", _accuracy(fidelity)
         yield "outputs", _closeness(fidelity)
+    if report.winner.receipt:
+        yield "receipt", receipt(report.winner.receipt)
     yield "goal", _goal(report)
     yield "cost", _cost(report)
     yield "samples", _samples(report)
@@ -111,11 +114,19 @@ def warnings(report: Report) -> tuple[str, ...]:
 
 
 def notes(report: Report) -> Iterator[str]:
-    """What limited the search, and what the engines had to say about their builds."""
+    """What limited the search, what the engines had to say about their builds, and the losers' int8 receipts."""
     yield from map(clean, report.notes)
     for trial in report.trials:
+        if trial.receipt and trial.build != report.choice.winner:
+            yield clean(f"{trial.build.label}: {receipt(trial.receipt)}")
         for note in trial.notes:
             yield clean(f"{trial.build.label}: {note}")
+
+
+def receipt(found: Receipt) -> str:
+    """``int8: 51 of 54 convolutions and linears, 1 fell back (conv1)``; of many names the first few."""
+    named, more = ", ".join(found.fell_back[:_NAMED]), len(found.fell_back) - _NAMED
+    return clean(f"{found.words} ({named}{f' and {more} more' if more > 0 else ''})" if named else found.words)
 
 
 def ended(trial: Trial, baseline: Trial | None, goal: Goal) -> str:

@@ -23,7 +23,7 @@ import pytest
 from corewise import cpu
 from corewise.engines.base import Engine, Material, Session, engine
 from corewise.samples import from_python
-from corewise.values import Build, Plan
+from corewise.values import Build, Plan, Receipt, from_json, to_json
 
 if TYPE_CHECKING:
     from torch import nn
@@ -212,6 +212,19 @@ class EngineContract:
         for wrong in (inputs[1:], [*inputs, inputs[0]]):
             with pytest.raises((ValueError, TypeError, IndexError, RuntimeError)):
                 session.run(wrong)
+
+    def test_receipt_tells_what_runs_in_int8(self, case: Case) -> None:
+        """For int8 builds that some layers do, where the engine can tell; the payload stays as it is."""
+        before = {path: _digest(path) for path in case.payload.rglob("*") if path.is_file()}
+        receipt = case.engine.receipt(case.payload, case.build, PLAN, case.inputs(PLAN.batch))
+        assert {path: _digest(path) for path in case.payload.rglob("*") if path.is_file()} == before
+        if case.build.precision in ("fp32", "bf16"):
+            assert receipt is None
+        if receipt is None:
+            return
+        assert 0 < receipt.int8 <= receipt.layers - len(receipt.fell_back)
+        assert sum(count for _, count in receipt.kernels) == receipt.layers
+        assert from_json(Receipt, to_json(receipt)) == receipt
 
     def test_sessions_are_independent(self, case: Case, session: Session) -> None:
         """Two sessions of one payload work side by side, and closing one, also twice, leaves the other."""

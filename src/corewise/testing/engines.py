@@ -14,7 +14,7 @@ import numpy as np
 
 from corewise.engines.base import Material, Session
 from corewise.engines.fake import Fake
-from corewise.values import Build, Plan
+from corewise.values import Build, Plan, Receipt
 
 
 class Segfault(Fake):
@@ -66,6 +66,15 @@ class CrashesInRun(Fake):
     def open(self, folder: Path, build: Build, plan: Plan) -> Session:
         """Open a session that ends the process by SIGSEGV."""
         return _CrashingSession(super().open(folder, build, plan))
+
+
+class SilentFp32(Fake):
+    """Claims int8 and runs in fp32."""
+
+    def receipt(self, folder: Path, build: Build, plan: Plan, inputs: Sequence[np.ndarray]) -> Receipt | None:
+        """Not one of 54 layers in int8."""
+        names = [f"layer{number}" for number in range(54)]
+        return Receipt.tally([("Convolution/f32", False)] * len(names), names)
 
 
 class _NanSession:

@@ -1,0 +1,341 @@
+"""TorchInductor: programs compiled ahead of time to machine code, in fp32, bf16 and int8."""
+
+import json
+import re
+import shutil
+import zipfile
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from corewise.engines.base import Material, Session, chunks, fastest_s, missing
+from corewise.engines.quiet import quiet
+from corewise.errors import EngineError
+from corewise.imports import guard
+from corewise.values import Build, Cpu, Plan, Receipt, TensorSpec, from_json, to_json
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+    from torch.export import ExportedProgram
+
+SETTINGS = "inductor.json"
+ONE, MANY = 1, 16
+"""The batches that a program is compiled for; others are cut and padded to them."""
+COMPILER = "g++"
+ISAS = {
+    "avx2": {"simd_bits": 256, "march": "x86-64-v3", "needs": ("avx2", "fma", "f16c")},
+    "avx512": {"simd_bits": 512, "march": "x86-64-v4", "needs": ("avx2", "fma", "f16c", "avx512")},
+}
+"""What the option ``isa`` may be: its vectors, GCC's name for it, and what the payload then needs (``Cpu.isa``)."""
+WEIGHTED = r"aten\.(\w*conv\w*|linear|addmm|mm)\b"
+CALL = re.compile(r"CHECK\(aoti_torch_cpu_(\w+)\(")
+INT8_KERNEL = r"_q(conv|linear)\w*"
+FLOAT_KERNEL = r"(mkldnn_)?_?convolution\w*|mkldnn__linear\w*|_?mkl_linear\w*|(add)?mm_out"
+
+
+class Inductor:
+    """PyTorch's compiler, ahead of time (AOTInductor, https://docs.pytorch.org: "torch.compiler_aot_inductor").
+
+    The payload is one package of machine code for batches of 1 and one for batches of 16 (see ``InductorSession``), or
+    one for any batch where other dimensions are dynamic too. The option ``isa`` is the instruction set it is compiled
+    for. int8 programs come from corewise's own quantizer; ``reduce_range`` asks it for weights of 7 bits. oneDNN runs
+    convolutions and linears on weights that were packed for the CPU that built them: where oneDNN would pack them
+    otherwise, as on a CPU with more extensions, it does so at every call.
+    """
+
+    def unavailable(self) -> str:
+        """Needs torch, torchao (to quantize) and the compiler g++."""
+        if reason := missing(("torch", "torchao"), "optimize"):
+            return reason
+        return "" if shutil.which(COMPILER) else f"needs the C++ compiler {COMPILER}: apt-get install {COMPILER}"
+
+    def candidates(self, cpu: Cpu, operators: dict[str, int]) -> tuple[Build, ...]:
+        """int8 where the program has convolutions or linears, bf16 where the CPU multiplies it, fp32; on x86 only."""
+        isa = next((name for name in reversed(ISAS) if all(map(cpu.has, _needs(name)))), None)
+        if isa is None:
+            return ()
+        options = (("isa", isa), ("quantizer", "corewise"), *(() if cpu.int8_dot else (("reduce_range", True),)))
+        int8 = Build(engine="inductor", precision="int8", options=options)
+        bf16 = Build(engine="inductor", precision="bf16", options=options[:1])
+        fp32 = Build(engine="inductor", precision="fp32", options=options[:1])
+        weighted = any(re.search(WEIGHTED, name) for name in operators)
+        return (*((int8,) if weighted else ()), *((bf16,) if cpu.bf16 else ()), fp32)
+
+    def needs(self, build: Build) -> tuple[str, ...]:
+        """The instruction set; bf16 hardware for bf16, 32-bit sums of int8 products for int8 in full range."""
+        isa = _needs(str(build.option("isa", "avx2")))
+        if build.precision == "int8" and not build.option("reduce_range", False):
+            return (*isa, "int8_dot")
+        return (*isa, "bf16") if build.precision == "bf16" else isa
+
+    def build(self, material: Material, build: Build, folder: Path) -> tuple[str, ...]:
+        """Export the program for each batch, compile it, and time the batches.
+
+        Raises ``EngineError`` where the program cannot be quantized or compiled, or nothing in it became int8.
+        """
+        from corewise.engines.torch_tools import threads
+
+        free = any(size is None for spec in material.inputs for size in spec.shape[1:])
+        sizes = () if free else (ONE, MANY)
+        with quiet(), threads(material.cpu.usable_cores):
+            program, notes = _program(material, build)
+            module = _in_bf16(program.module()) if build.precision == "bf16" else program.module()
+            for size in sizes or (None,):
+                with guard(EngineError, "inductor cannot compile this program", "use another engine"):
+                    _compile(module, material, size, str(build.option("isa", "avx2")), _package(folder, size))
+        if build.precision == "int8":
+            notes = (*notes, *_proof(program, _package(folder, sizes[0] if sizes else None)))
+        settings = {"inputs": to_json(material.inputs), "sizes": sizes, "one_by_one": 0}
+        (folder / SETTINGS).write_text(json.dumps(settings))
+        if sizes:
+            times = {size: _time(self, material, build, folder, size) for size in sizes}
+            settings["one_by_one"] = int(times[MANY] / times[ONE])
+            (folder / SETTINGS).write_text(json.dumps(settings))
+            told = ", ".join(f"batch {size} {seconds * 1e3:.1f} ms" for size, seconds in times.items())
+            notes = (*notes, f"compiled for batches of {ONE} and {MANY} ({told})")
+        return notes
+
+    def open(self, folder: Path, build: Build, plan: Plan) -> Session:
+        """Load the package for the plan's batch."""
+        del build
+        return InductorSession(folder, plan)
+
+    def receipt(self, folder: Path, build: Build, plan: Plan, inputs: Sequence[np.ndarray]) -> Receipt | None:
+        """From the source that the package was compiled from, which calls one kernel after the other."""
+        del plan
+        if build.precision != "int8":
+            return None
+        sizes = json.loads((folder / SETTINGS).read_text())["sizes"]
+        called = kernels(_package(folder, MANY if len(inputs[0]) >= MANY else ONE) if sizes else _package(folder, None))
+        return Receipt.tally([(name, _is_int8(name)) for name, count in called.items() for _ in range(count)])
+
+
+class InductorSession:
+    """Packages for batches of 1 and 16, each loaded when it is first needed; or one for any batch.
+
+    A package of oneDNN's kernels for any batch packs the weights anew at every call whose batch is not its example's.
+    What remains of a batch after the sixteens runs one by one or as one padded sixteen, whichever took less time while
+    building.
+    """
+
+    def __init__(self, folder: Path, plan: Plan) -> None:
+        from corewise.engines.torch_tools import keep_freed_memory
+
+        keep_freed_memory()
+        settings = json.loads((folder / SETTINGS).read_text())
+        self._folder = folder
+        self._threads = plan.threads_per_instance
+        self._inputs = from_json(tuple[TensorSpec, ...], settings["inputs"])
+        self._static = bool(settings["sizes"])
+        self._one_by_one: int = settings["one_by_one"]
+        self._loaded: dict[int | None, Any] = {}
+        for _, _, size in self._cuts(plan.batch)[:1]:
+            self._for_batch(size)
+
+    def run(self, inputs: Sequence[np.ndarray]) -> list[np.ndarray]:
+        """Run a batch of any size. Raises ``ValueError`` for inputs that do not fit: compiled code does not look."""
+        from corewise.engines.torch_tools import threads
+
+        _check(inputs, self._inputs)
+        with threads(self._threads):
+            parts = [
+                [output[: stop - start] for output in self._call([_rows(array, start, stop, size) for array in inputs])]
+                for start, stop, size in self._cuts(len(inputs[0]))
+            ]
+        return parts[0] if len(parts) == 1 else [np.concatenate(outputs) for outputs in zip(*parts, strict=True)]
+
+    def _cuts(self, rows: int) -> list[tuple[int, int, int]]:
+        return cuts(rows, self._one_by_one) if self._static else [(0, rows, rows)]
+
+    def _call(self, inputs: list[np.ndarray]) -> list[np.ndarray]:
+        from corewise.engines.torch_tools import from_numpy, to_numpy
+
+        found = self._for_batch(len(inputs[0]))(*map(from_numpy, inputs))
+        return to_numpy(found if isinstance(found, (tuple, list)) else [found])
+
+    def _for_batch(self, rows: int) -> Any:
+        from torch._inductor import aoti_load_package
+
+        size = rows if self._static else None
+        if size not in self._loaded:
+            # Loading imports torch's compiler, parts of which log or warn.
+            with quiet():
+                self._loaded[size] = aoti_load_package(str(_package(self._folder, size)))
+        return self._loaded[size]
+
+    def close(self) -> None:
+        """Unload the packages."""
+        self._loaded.clear()
+
+
+def cuts(rows: int, one_by_one: int) -> list[tuple[int, int, int]]:
+    """Cut ``rows`` into calls of ``MANY`` or one: (start, stop, size).
+
+    ``one_by_one`` is how many calls of one take no longer than one of ``MANY``: so many of the last rows run alone,
+    and all of them where that is ``MANY`` or more.
+    """
+    alone = rows if one_by_one >= MANY else rows % MANY
+    if alone > one_by_one:
+        return chunks(rows, (MANY,))
+    return [
+        *chunks(rows - alone, (MANY,)),
+        *((row, row + 1, ONE) for row in range(rows - alone, rows)),
+    ]
+
+
+def kernels(package: Path) -> dict[str, int]:
+    """How often a package calls each kernel for a convolution or linear, by AOTInductor's names.
+
+    For example ``{"_qconv_pointwise_tensor": 52, "mkldnn__linear_pointwise": 1}``. Products of two activations
+    (``bmm``) do not count.
+    """
+    with zipfile.ZipFile(package) as file:
+        source = "".join(file.read(name).decode() for name in file.namelist() if name.endswith(".wrapper.cpp"))
+    called = Counter(CALL.findall(source))
+    return {name: n for name, n in sorted(called.items()) if _is_int8(name) or re.fullmatch(FLOAT_KERNEL, name)}
+
+
+def _is_int8(kernel: str) -> bool:
+    return re.fullmatch(INT8_KERNEL, kernel) is not None
+
+
+def _needs(isa: str) -> tuple[str, ...]:
+    if isa not in ISAS:
+        raise EngineError(f"inductor compiles for no isa {isa!r}", f"use one of {', '.join(ISAS)}")
+    needs: tuple[str, ...] = ISAS[isa]["needs"]  # type: ignore[assignment]
+    return needs
+
+
+def _package(folder: Path, size: int | None) -> Path:
+    return folder / ("any.pt2" if size is None else f"batch{size}.pt2")
+
+
+def _program(material: Material, build: Build) -> "tuple[ExportedProgram, tuple[str, ...]]":
+    """The program to compile: as it is, or quantized where oneDNN's kernels want it; and notes."""
+    if build.precision != "int8":
+        from corewise.source import load_program
+
+        return load_program(material.program), ()
+    from corewise.quantize import ptq
+
+    recipe = ptq.Recipe(weight_bits=7 if build.option("reduce_range", False) else 8)
+    path, notes = ptq.quantized_program(
+        material.program, material.calibration, material.inputs, material.cache, recipe, "fused"
+    )
+    return ptq.load_quantized(path), notes
+
+
+def _in_bf16(module: "nn.Module") -> "nn.Module":
+    """The module in bf16, with inputs and outputs as they were."""
+    import torch
+    from torch import nn
+
+    class InBf16(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.module = module.to(torch.bfloat16)
+
+        def forward(self, *inputs: torch.Tensor) -> tuple[torch.Tensor, ...]:
+            given = [tensor.bfloat16() if tensor.is_floating_point() else tensor for tensor in inputs]
+            return tuple(tensor.float() if tensor.dtype == torch.bfloat16 else tensor for tensor in self.module(*given))
+
+    return InBf16()
+
+
+def _compile(module: "nn.Module", material: Material, size: int | None, isa: str, package: Path) -> None:
+    """Compile for batches of ``size``, or any where that is ``None``, without a trace in any other folder.
+
+    AOTInductor freezes weights only without gradients; else it leaves quantized layers in fp32 without a word
+    (https://github.com/pytorch/ao/issues/4566).
+    """
+    import torch
+    from torch._inductor import aoti_compile_and_package
+
+    dims = _dynamic(material.inputs) if size is None else None
+    with torch.no_grad(), _cache(package.parent):
+        program = torch.export.export(module, _example(material, size or 2), dynamic_shapes=dims, strict=False)
+        aoti_compile_and_package(
+            program,
+            package_path=str(package),
+            inductor_configs={
+                "freezing": True,
+                "max_autotune": False,
+                # As many as the session says, not as many as there are now.
+                "cpp.dynamic_threads": True,
+                "cpp.cxx": (None, COMPILER),
+                "cpp.march": ISAS[isa]["march"],
+                "cpp.simdlen": ISAS[isa]["simd_bits"],
+                # Thousands of lines to compile, for checks that only a debugging variable turns on.
+                "size_asserts": False,
+                # They would stay in the system's temporary folder, and save 2 of 20 seconds.
+                "aot_inductor.precompile_headers": False,
+                "compile_threads": 1,
+            },
+        )
+
+
+@contextmanager
+def _cache(folder: Path) -> Iterator[None]:
+    """An inductor cache that is empty, and gone afterwards, whatever happens."""
+    from torch._inductor.utils import fresh_cache
+
+    with TemporaryDirectory(dir=folder) as cache, fresh_cache(dir=cache):
+        yield
+
+
+def _dynamic(inputs: Sequence[TensorSpec]) -> tuple[dict[int, Any], ...]:
+    """``torch.export``'s dynamic shapes: the batch, and what else the specs leave open."""
+    from torch.export import Dim
+
+    batch = Dim("batch", min=1)
+    return tuple({k: Dim.DYNAMIC if k else batch for k, size in enumerate(spec.shape) if not size} for spec in inputs)
+
+
+def _example(material: Material, size: int) -> "tuple[torch.Tensor, ...]":
+    """``size`` rows of one shape, the last one repeated where there are less."""
+    from corewise.engines.torch_tools import from_numpy
+
+    _, arrays = next(material.calibration.batches(size))
+    return tuple(from_numpy(_rows(array, 0, len(array), size)) for array in arrays)
+
+
+def _proof(program: "ExportedProgram", package: Path) -> tuple[str, ...]:
+    """Raise ``EngineError`` where no kernel of the package is int8; a warning where quantized layers are in fp32."""
+    quantized = sum("dequantize_per_channel" in str(node.target) for node in program.graph.nodes)
+    made = sum(count for name, count in kernels(package).items() if _is_int8(name))
+    if not made:
+        raise EngineError("inductor left every layer in fp32", "use another precision or engine")
+    return (f"warning: only {made} of {quantized} quantized layers run in int8",) if made < quantized else ()
+
+
+def _time(engine: Inductor, material: Material, build: Build, folder: Path, size: int) -> float:
+    """Seconds of a call with ``size`` rows."""
+    session = engine.open(folder, build, Plan(threads_per_instance=material.cpu.usable_cores, batch=size))
+    try:
+        return fastest_s(session, [tensor.numpy() for tensor in _example(material, size)])
+    finally:
+        session.close()
+
+
+def _check(inputs: Sequence[np.ndarray], specs: Sequence[TensorSpec]) -> None:
+    """Raise ``ValueError`` unless number, dtypes and shapes are those of the specs."""
+    if len(inputs) != len(specs):
+        raise ValueError(f"{len(inputs)} inputs instead of {len(specs)}")
+    for array, spec in zip(inputs, specs, strict=True):
+        sizes = zip(array.shape[1:], spec.shape[1:], strict=False)
+        fits = array.ndim == len(spec.shape) and all(wanted in (None, size) for size, wanted in sizes)
+        if array.dtype.name != spec.dtype or not fits or len(array) != len(inputs[0]):
+            found = f"{array.dtype.name} of shape {array.shape}"
+            raise ValueError(f"input {spec.name} is {found} instead of {spec.dtype} of {spec.shape}")
+
+
+def _rows(array: np.ndarray, start: int, stop: int, size: int) -> np.ndarray:
+    """Rows ``start`` to ``stop``, the last one repeated up to ``size`` rows; contiguous."""
+    rows = np.ascontiguousarray(array[start:stop])
+    return rows if len(rows) == size else np.concatenate([rows, rows[-1:].repeat(size - len(rows), axis=0)])

@@ -1,0 +1,54 @@
+"""Biases of quantized layers in int32, as ONNX Runtime's int8 kernels take them."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+LAYERS = ("Conv", "Gemm")
+INT32_MAX = 2**31 - 1
+
+
+def quantize_biases(path: Path) -> int:
+    """Store the float bias of each convolution and Gemm between Q/DQ pairs as int32; returns how many there were.
+
+    The scale is the input's times the weight's, so that the bias is added to the kernel's sums as it is
+    (ONNX, "QLinearConv"). A bias that would not fit stays in fp32. Rewrites the file.
+    """
+    import onnx
+
+    model = onnx.load(path)
+    graph = model.graph
+    made = {name: node for node in graph.node for name in node.output}
+    tensors = {one.name: one for one in graph.initializer}
+
+    def scale(name: str) -> Any:
+        node = made.get(name)
+        found = tensors.get(node.input[1]) if node is not None and node.op_type == "DequantizeLinear" else None
+        return None if found is None else onnx.numpy_helper.to_array(found)
+
+    nodes, count = [], 0
+    for node in graph.node:
+        bias = tensors.get(node.input[2]) if node.op_type in LAYERS and len(node.input) > 2 else None
+        scales = [one for name in node.input[:2] if bias is not None and (one := scale(name)) is not None]
+        if bias is not None and bias.data_type == onnx.TensorProto.FLOAT and len(scales) == 2:
+            product = (scales[0] * scales[1]).astype(np.float32).reshape(-1)
+            values = onnx.numpy_helper.to_array(bias)
+            steps = np.rint(values.astype(np.float64) / product)
+            if len(product) in (1, len(values)) and np.abs(steps).max(initial=0) <= INT32_MAX:
+                names = [f"{node.name}_bias_{part}" for part in ("int32", "scale", "zero_point", "dequantized")]
+                zeros = np.zeros(len(product), np.int32)
+                for name, array in zip(names, (steps.astype(np.int32), product, zeros), strict=False):
+                    graph.initializer.append(onnx.numpy_helper.from_array(array, name))
+                nodes.append(onnx.helper.make_node("DequantizeLinear", names[:3], names[3:], axis=0, name=names[3]))
+                node.input[2] = names[3]
+                count += 1
+        nodes.append(node)
+    del graph.node[:]
+    graph.node.extend(nodes)
+    used = {name for node in graph.node for name in node.input}
+    kept = [one for one in graph.initializer if one.name in used]
+    del graph.initializer[:]
+    graph.initializer.extend(kept)
+    onnx.save(model, path)
+    return count

@@ -1,0 +1,459 @@
+"""Changes of weights and biases that win back accuracy: channel equalization, rounding, bias correction.
+
+Each works on a ``graph.folded`` module in place and needs no labels. None is believed before it is measured: ``ptq``
+keeps those that bring the simulated outputs nearer to fp32's.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+
+import torch
+from torch import Tensor
+from torch.fx import GraphModule, Node
+
+from corewise.quantize.graph import (
+    LINEARS,
+    TRANSPOSED,
+    arguments,
+    aten,
+    bias,
+    channel_axis,
+    compute,
+    execute,
+    group_count,
+    layers,
+    parameter,
+    weight,
+)
+from corewise.quantize.observers import LEVELS, Observed, QParams, weight_scales
+from corewise.quantize.placement import Placement, limits
+from corewise.quantize.simulate import Batch, Simulation
+
+DAMPING = 0.01
+ROWS_PER_COLUMN = 4
+FEWEST_ROWS = 2048
+BLOCK = 128
+OUTLIER = 3.0
+FEWEST_ACTIVE = 300
+STRENGTHS = (0.0, 0.25, 0.5, 0.75, 1.0)
+CAP_MARGIN = 1.1
+HOMOGENEOUS = (
+    *(aten.relu.default, aten.max_pool2d.default, aten.avg_pool2d.default),
+    *(aten.adaptive_avg_pool2d.default, aten.mean.dim, aten.flatten.using_ints),
+)
+CAPPED = (aten.hardtanh.default, aten.relu6.default)
+
+
+def round_weights(
+    module: GraphModule,
+    placement: Placement,
+    ranges: Mapping[str, QParams],
+    batches: Sequence[Batch],
+    bits: int,
+    seed: int = 0,
+) -> dict[str, Tensor]:
+    """Round each quantized layer's weights so that the errors of its outputs cancel; returns the scales by node.
+
+    GPTQ (Frantar et al., 2022, arXiv:2210.17323) column by column, with the second moments of the layer's rounded
+    inputs over a random share of their positions. A layer whose moments cannot be inverted is rounded to nearest.
+    """
+    wanted = {layer.node for layer in placement.layers}
+    moments: dict[str, Tensor] = {}
+    generator = torch.Generator().manual_seed(seed)
+    simulation = Simulation(module, placement.edges, ranges)
+
+    def step(node: Node, args: tuple[object, ...], kwargs: dict[str, object]) -> object:
+        if node.name in wanted and node.target not in TRANSPOSED:
+            rounded = simulation.read(node, node.args[0], args[0])
+            rows = _rows(node, rounded, weight(module, node), generator)
+            moments[node.name] = moments.get(node.name, torch.zeros(())) + rows.transpose(-1, -2) @ rows
+        return simulation.step(node, args, kwargs)
+
+    with torch.no_grad():
+        for batch in batches:
+            execute(module, batch, step)
+        scales = {}
+        for node in layers(module):
+            if node.name in wanted:
+                axis = 1 if node.target in TRANSPOSED else 0
+                own = weight(module, node)
+                scales[node.name] = weight_scales(own, axis, bits)
+                if node.name in moments:
+                    own.copy_(_rounded(own, scales[node.name], moments.pop(node.name), bits))
+    return scales
+
+
+def _rows(layer: Node, value: Tensor, own: Tensor, generator: torch.Generator) -> Tensor:
+    """The layer's input as the rows its weight is multiplied with: (positions, inputs) or (groups, positions, inputs).
+
+    A random share of the positions, about ``ROWS_PER_COLUMN`` for each column.
+    """
+    columns = own[0].numel()
+    wanted = max(FEWEST_ROWS, ROWS_PER_COLUMN * columns) // 4
+    if layer.target in LINEARS:
+        flat = value.reshape(-1, value.shape[-1])
+        return flat[_some(len(flat), wanted, generator)]
+    args = arguments(layer)
+    rank = own.dim() - 2
+    kernel, stride = own.shape[2:], _full(args["stride"], rank)
+    dilation, padding = _full(args["dilation"], rank), args["padding"]
+    if isinstance(padding, str):
+        total = [d * (k - 1) if padding == "same" else 0 for d, k in zip(dilation, kernel, strict=True)]
+        pads = [(t // 2, t - t // 2) for t in total]
+    else:
+        pads = [(p, p) for p in _full(padding, rank)]
+    value = torch.nn.functional.pad(value, [side for pair in reversed(pads) for side in pair])
+    sizes = [
+        (size - d * (k - 1) - 1) // s + 1
+        for size, d, k, s in zip(value.shape[2:], dilation, kernel, stride, strict=True)
+    ]
+    strides = value.stride()
+    windows = value.as_strided(
+        (len(value), *sizes, value.shape[1], *kernel),
+        (
+            strides[0],
+            *(a * b for a, b in zip(strides[2:], stride, strict=True)),
+            strides[1],
+            *(a * b for a, b in zip(strides[2:], dilation, strict=True)),
+        ),
+    )
+    count = len(value)
+    for size in sizes:
+        count *= size
+    some = _some(count, wanted, generator)
+    places = torch.unravel_index(some, (len(value), *sizes))
+    picked = windows[places]
+    groups = group_count(layer)
+    picked = picked.reshape(len(some), groups, columns)
+    return picked.transpose(0, 1) if groups > 1 else picked[:, 0]
+
+
+def _full(sizes: Sequence[int] | int, rank: int) -> tuple[int, ...]:
+    listed = [sizes] if isinstance(sizes, int) else list(sizes)
+    return tuple(listed) * rank if len(listed) == 1 else tuple(listed)
+
+
+def _some(count: int, wanted: int, generator: torch.Generator) -> Tensor:
+    return torch.arange(count) if count <= wanted else torch.randint(count, (wanted,), generator=generator)
+
+
+def _rounded(own: Tensor, scales: Tensor, moments: Tensor, bits: int) -> Tensor:
+    """Weights (outputs, ...) on the grid of ``scales``, each column's error made up for by those after it."""
+    groups = len(moments) if moments.dim() == 3 else 1
+    left = own.flatten(1).view(groups, -1, own[0].numel()).clone()
+    grid = scales.view(groups, -1, 1)
+    moments = moments.view(groups, *moments.shape[-2:]).clone()
+    diagonal = moments.diagonal(dim1=-2, dim2=-1)
+    diagonal += DAMPING * diagonal.mean(-1, keepdim=True) + 1e-8
+    factor, failed = torch.linalg.cholesky_ex(moments)
+    inverse, again = torch.linalg.cholesky_ex(torch.cholesky_inverse(factor), upper=True)
+    top = 2 ** (bits - 1)
+    nearest = (left / grid).round().clamp(-top, top - 1) * grid
+    if int(failed.max()) or int(again.max()) or not bool(inverse.isfinite().all()):
+        return nearest.view_as(own)
+    found = torch.zeros_like(left)
+    columns = left.shape[-1]
+    for start in range(0, columns, BLOCK):
+        stop = min(columns, start + BLOCK)
+        errors = torch.zeros_like(left[..., start:stop])
+        for column in range(start, stop):
+            value = left[..., column : column + 1]
+            found[..., column : column + 1] = (value / grid).round().clamp(-top, top - 1) * grid
+            error = (value - found[..., column : column + 1]) / inverse[:, column, column].view(-1, 1, 1)
+            left[..., column:stop] -= error * inverse[:, column, column:stop].unsqueeze(1)
+            errors[..., column - start : column - start + 1] = error
+        left[..., stop:] -= errors @ inverse[:, start:stop, stop:]
+    return found.view_as(own)
+
+
+def correct_bias(
+    module: GraphModule,
+    reference: GraphModule,
+    placement: Placement,
+    ranges: Mapping[str, QParams],
+    batch: Batch,
+) -> int:
+    """Shift biases so that each quantized layer's outputs are right on average; returns how many layers were shifted.
+
+    As Nagel et al. 2019 (arXiv:1906.04721, section 4.2), layer after layer, on the outputs of ``reference``, the same
+    graph in fp32. Only places where the activation that follows lets the value through are counted, and outliers are
+    cut: the plain mean is moved by rare places of great error that a ReLU hides (ResNet-50: 26 dB became 11).
+    """
+    wanted = {layer.node for layer in placement.layers}
+    simulation = Simulation(module, placement.edges, ranges)
+    twins = {node.name: node for node in reference.graph.nodes}
+    pending: dict[str, Node] = {}
+    shifted = 0
+
+    def step(node: Node, args: tuple[object, ...], kwargs: dict[str, object]) -> object:
+        """Computes (fp32, simulated) pairs side by side."""
+        nonlocal shifted
+        firsts, seconds = _unzip(args)
+        keys, others = _unzip(tuple(kwargs.values()))
+        expected = compute(twins[node.name], firsts, dict(zip(kwargs, keys, strict=True)))
+        layer = pending.pop(node.name, None)
+        if layer is not None and isinstance(firsts[0], Tensor) and isinstance(seconds[0], Tensor):
+            change = _shift(firsts[0], seconds[0], layer, expected)
+            bias(module, layer).add_(change)
+            shaped = _along(change, seconds[0], channel_axis(seconds[0], layer))
+            seconds = (seconds[0] + shaped, *seconds[1:])
+            shifted += 1
+        found = simulation.step(node, seconds, dict(zip(kwargs, others, strict=True)))
+        if node.name in wanted:
+            gate = _gate(node)
+            if gate is None:
+                change = _shift(expected, found, node, None)
+                bias(module, node).add_(change)
+                found = found + _along(change, found, channel_axis(found, node))
+                shifted += 1
+            else:
+                pending[gate.name] = node
+        return _Pair(expected, found)
+
+    with torch.no_grad():
+        execute(module, batch, step)
+    return shifted
+
+
+class _Pair(tuple[object, object]):
+    """A value in fp32 and as simulated."""
+
+    __slots__ = ()
+
+    def __new__(cls, first: object, second: object) -> "_Pair":
+        return super().__new__(cls, (first, second))
+
+
+def _unzip(args: Sequence[object]) -> tuple[tuple[object, ...], tuple[object, ...]]:
+    firsts, seconds = [], []
+    for arg in args:
+        if isinstance(arg, _Pair):
+            firsts.append(arg[0])
+            seconds.append(arg[1])
+        elif isinstance(arg, list | tuple):
+            a, b = _unzip(arg)
+            firsts.append(list(a))
+            seconds.append(list(b))
+        else:
+            firsts.append(arg)
+            seconds.append(arg)
+    return tuple(firsts), tuple(seconds)
+
+
+def _gate(layer: Node) -> Node | None:
+    """The activation behind a layer, with at most one add between; ``None`` where something else reads the value."""
+    node = layer
+    for _ in range(2):
+        users = list(node.users)
+        if len(users) != 1:
+            return None
+        if limits(users[0]) is not None:
+            return users[0]
+        if users[0].target is not aten.add.Tensor:
+            return None
+        node = users[0]
+    return None
+
+
+def _shift(expected: Tensor, found: Tensor, layer: Node, activated: object) -> Tensor:
+    """How much each channel of ``found`` is too low, over the places that the activation lets through."""
+    axis = channel_axis(found, layer)
+    error = (expected - found).movedim(axis, 0).flatten(1)
+    if isinstance(activated, Tensor):
+        gate = _gate(layer)
+        low, high = (limits(gate) if gate is not None else None) or (-float("inf"), float("inf"))
+        open_ = ((activated > low) & (activated < high)).movedim(axis, 0).flatten(1)
+    else:
+        open_ = torch.ones_like(error, dtype=torch.bool)
+    count = open_.sum(1)
+    spread = (error.abs() * open_).sum(1) / count.clamp(min=1) * OUTLIER
+    trimmed = torch.minimum(torch.maximum(error, -spread[:, None]), spread[:, None])
+    enough = count > min(FEWEST_ACTIVE, error.shape[1] // 2)
+    return (trimmed * open_).sum(1) / count.clamp(min=1) * enough
+
+
+def _along(channels: Tensor, value: Tensor, axis: int) -> Tensor:
+    return channels.view([-1 if dim == axis else 1 for dim in range(value.dim())])
+
+
+def equalize(module: GraphModule, placement: Placement, observed: Mapping[str, Observed], bits: int) -> int:
+    """Give the channels of quantized values similar ranges; returns how many groups of layers were rescaled.
+
+    A channel is divided by a factor in the layers that make it and multiplied back in those that read it: cross-layer
+    equalization (Nagel et al. 2019, arXiv:1906.04721) through ReLUs, poolings and residual adds, with SmoothQuant's
+    split between values and weights (Xiao et al. 2022, arXiv:2211.10438), whose strength is the one of least expected
+    error. A ReLU6 keeps its bound by scaling channels up only, as far as calibration saw them stay below it.
+    """
+    changed = 0
+    names = set(placement.tensors)
+    for group in _groups(module, names):
+        factors = _factors(module, group, observed, bits)
+        if factors is None:
+            continue
+        changed += 1
+        for node in group.makers:
+            _scale_outputs(module, node, 1 / factors)
+        for node in group.readers:
+            _scale_inputs(module, node, factors)
+    return changed
+
+
+class _Group:
+    """Values whose channels share their factors, the layers that make them and those that read them."""
+
+    def __init__(self, values: list[Node], makers: list[Node], readers: list[Node], capped: bool) -> None:
+        self.values, self.makers, self.readers, self.capped = values, makers, readers, capped
+
+
+def _groups(module: GraphModule, names: set[str]) -> Iterator[_Group]:
+    parents: dict[Node, Node] = {}
+
+    def root(node: Node) -> Node:
+        while parents.setdefault(node, node) is not node:
+            node = parents[node]
+        return node
+
+    own = set(layers(module))
+    fixed: set[Node] = set()
+    for node in module.graph.nodes:
+        if node.op == "placeholder":
+            fixed.add(node)
+        elif node.op == "output":
+            fixed.update(node.all_input_nodes)
+        elif node.op == "call_function" and node not in own:
+            if node.target in (*HOMOGENEOUS, *CAPPED) and _per_channel(node):
+                parents[root(node)] = root(node.all_input_nodes[0])
+            elif node.target is aten.add.Tensor and _same_shape(node):
+                for operand in node.all_input_nodes:
+                    parents[root(operand)] = root(node)
+            elif node.target is aten.layer_norm.default and _normalizes_last(module, node):
+                fixed.update(node.all_input_nodes)
+            else:
+                fixed.update((node, *node.all_input_nodes))
+    members: dict[Node, list[Node]] = {}
+    for node in module.graph.nodes:
+        if node.op == "call_function":
+            members.setdefault(root(node), []).append(node)
+    stuck = {root(node) for node in fixed}
+    for head, nodes in members.items():
+        inside = set(nodes)
+        makers = [n for n in nodes if n in own or n.target is aten.layer_norm.default]
+        readers = [n for n in own if n.args[0] in inside]
+        values = [n for n in nodes if n.name in names]
+        plain = not any(n.target in TRANSPOSED or 1 < group_count(n) < weight(module, n).shape[0] for n in readers)
+        sources = not any(n.target in TRANSPOSED for n in makers)
+        last = {n.target in LINEARS or n.target is aten.layer_norm.default for n in (*makers, *readers)}
+        if head not in stuck and makers and readers and values and plain and sources and len(last) <= 2:
+            yield _Group(values, makers, readers, any(n.target in CAPPED for n in nodes))
+
+
+def _per_channel(node: Node) -> bool:
+    """Whether the node leaves channels, axis 1, alone."""
+    value, out = node.all_input_nodes[0].meta.get("val"), node.meta.get("val")
+    if not isinstance(value, Tensor) or not isinstance(out, Tensor):
+        return False
+    if node.target is aten.flatten.using_ints:
+        return value.dim() == 4 and tuple(value.shape[2:]) == (1, 1) and out.dim() == 2
+    if node.target is aten.mean.dim:
+        return value.dim() == 4 and {dim % 4 for dim in arguments(node)["dim"]} == {2, 3}
+    if node.target in CAPPED and limits(node) != (0.0, 6.0):
+        return False
+    return value.dim() == 4
+
+
+def _same_shape(node: Node) -> bool:
+    tensors = [n.meta.get("val") for n in node.args[:2] if isinstance(n, Node)]
+    shapes = [tuple(map(str, value.shape)) for value in tensors if isinstance(value, Tensor)]
+    return len(shapes) == 2 and shapes[0] == shapes[1] and arguments(node).get("alpha", 1) == 1 and len(shapes[0]) == 4
+
+
+def _normalizes_last(module: GraphModule, node: Node) -> bool:
+    args = arguments(node)
+    return parameter(module, args["weight"]) is not None and parameter(module, args["bias"]) is not None
+
+
+def _factors(module: GraphModule, group: _Group, observed: Mapping[str, Observed], bits: int) -> Tensor | None:
+    """The factors of least expected error; ``None`` where they win less than 2 %."""
+    seen = [observed[node.name] for node in group.values if node.name in observed]
+    widths = {len(one.channel_high) for one in seen}
+    if len(widths) != 1 or not widths.pop() > 1:
+        return None
+    largest = torch.stack([torch.maximum(one.channel_high, -one.channel_low) for one in seen]).amax(0)
+    if not float(largest.max()) > 0:
+        return None
+    largest = largest.clamp(min=1e-4 * float(largest.max()))
+    columns = torch.stack([_columns(module, node) for node in group.readers]).amax(0).clamp(min=1e-8)
+    if len(columns) != len(largest):
+        return None
+
+    def cost(factors: Tensor) -> float:
+        return sum(_expected_error(module, node, observed, factors, bits) for node in group.readers)
+
+    candidates = []
+    for strength in STRENGTHS:
+        for balance in (0.0, 0.25, 0.5):
+            factors = largest**strength / columns**balance
+            if group.capped:
+                factors = torch.maximum(factors / factors.max(), largest * CAP_MARGIN / 6).clamp(max=1.0)
+            else:
+                factors = factors / factors.log().mean().exp()
+            candidates.append((cost(factors), factors))
+    best, factors = min(candidates, key=lambda pair: pair[0])
+    return factors if best < 0.98 * cost(torch.ones_like(largest)) else None
+
+
+def _columns(module: GraphModule, reader: Node) -> Tensor:
+    """The largest weight on each input channel."""
+    own = weight(module, reader).abs()
+    return (
+        own.flatten(1).amax(1)
+        if group_count(reader) > 1
+        else own.amax(0).flatten(1).amax(1)
+        if own.dim() > 2
+        else own.amax(0)
+    )
+
+
+def _expected_error(
+    module: GraphModule, reader: Node, observed: Mapping[str, Observed], factors: Tensor, bits: int
+) -> float:
+    """The reader's expected output error over its output power, for uniform rounding noise of step / sqrt(12)."""
+    assert isinstance(reader.args[0], Node)
+    seen = observed.get(reader.args[0].name)
+    if seen is None:
+        return 0.0
+    top = 2 ** (bits - 1) - 1
+    step = (
+        float((seen.channel_high / factors).max().clamp(min=0) - (seen.channel_low / factors).min().clamp(max=0))
+        / LEVELS
+    )
+    power = seen.mean_square / factors.square()
+    own = weight(module, reader).flatten(2) if weight(module, reader).dim() > 2 else weight(module, reader).unsqueeze(2)
+    if group_count(reader) > 1:
+        scaled = own[:, 0] * factors[:, None]
+        noise = (
+            step**2 / 12 * scaled.square().sum()
+            + ((scaled.abs().amax(1) / top).square() / 12 * power).sum() * own.shape[2]
+        )
+        return float(noise / (scaled.square().sum(1) * power).sum().clamp(min=1e-30))
+    scaled = own * factors[:, None]
+    steps = scaled.abs().amax((1, 2)) / top
+    noise = step**2 / 12 * scaled.square().sum() + steps.square().sum() / 12 * power.sum() * own.shape[2]
+    return float(noise / (scaled.square().sum((0, 2)) @ power).clamp(min=1e-30))
+
+
+def _scale_outputs(module: GraphModule, node: Node, factors: Tensor) -> None:
+    if node.target is aten.layer_norm.default:
+        for name in ("weight", "bias"):
+            found = parameter(module, arguments(node)[name])
+            assert found is not None
+            found.mul_(factors)
+        return
+    own = weight(module, node)
+    own.mul_(_along(factors, own, 0))
+    bias(module, node).mul_(factors)
+
+
+def _scale_inputs(module: GraphModule, node: Node, factors: Tensor) -> None:
+    own = weight(module, node)
+    axis = 0 if group_count(node) > 1 else 1
+    own.mul_(_along(factors, own, axis))

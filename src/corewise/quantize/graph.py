@@ -1,0 +1,248 @@
+"""An exported program as a graph that can be quantized: batch norms folded, names of the user's layers at hand."""
+
+import operator
+import warnings
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._ops import OpOverload
+from torch.export import ExportedProgram
+from torch.fx import GraphModule, Node
+from torch.fx.graph import CodeGen
+from torch.fx.node import map_arg
+from torch.nn.utils.fusion import fuse_conv_bn_weights
+
+aten: Any = torch.ops.aten
+
+CONVOLUTIONS = (
+    *(aten.conv1d.default, aten.conv1d.padding, aten.conv2d.default, aten.conv2d.padding),
+    *(aten.conv3d.default, aten.conv3d.padding),
+)
+TRANSPOSED = (aten.conv_transpose1d.default, aten.conv_transpose2d.input, aten.conv_transpose3d.input)
+LINEARS = (aten.linear.default,)
+LAYERS = (*CONVOLUTIONS, *TRANSPOSED, *LINEARS)
+NORMS = (aten.batch_norm.default, aten._native_batch_norm_legit_no_training.default)
+IDENTITIES = (
+    aten.dropout.default,
+    aten.clone.default,
+    aten.detach.default,
+    aten.alias.default,
+    aten.contiguous.default,
+)
+CHECKS = (
+    aten._assert_tensor_metadata.default,
+    aten._assert_scalar.default,
+    aten.sym_constrain_range.default,
+    aten.sym_constrain_range_for_size.default,
+)
+PRODUCTS = (aten.addmm.default, aten.mm.default)
+TRANSPOSES = (aten.t.default, aten.transpose.int, aten.permute.default)
+
+
+def plain_graph(program: ExportedProgram) -> GraphModule:
+    """The program as a module without guards and checks; flat tensors in, a tuple of tensors out."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*LeafSpec", category=FutureWarning)
+        if any(_mutates(node) for node in program.graph.nodes):
+            program = program.run_decompositions({})
+        module = program.module()
+    assert isinstance(module, GraphModule)
+    module.graph.set_codegen(CodeGen())
+    for node in list(module.graph.nodes):
+        if node.op == "call_module" or node.target in CHECKS:  # a module here holds the program's guards
+            module.graph.erase_node(node)
+        elif node.target in IDENTITIES:
+            node.replace_all_uses_with(node.args[0])
+            module.graph.erase_node(node)
+    return module
+
+
+def folded(program: ExportedProgram) -> GraphModule:
+    """The program ready for quantization.
+
+    Batch norms are folded into the convolutions before them, matrix products with a transposed parameter are
+    ``linear``, and each layer has parameters of its own, ``<node>_weight`` and ``<node>_bias``: a correction of one
+    layer never changes another. It computes what the program computes.
+    """
+    module = plain_graph(program)
+    for node in list(module.graph.nodes):
+        if node.target in PRODUCTS:
+            _to_linear(module, node)
+    for node in module.graph.nodes:
+        if node.target in LAYERS and parameter(module, node.args[1]) is not None:
+            _own_parameters(module, node)
+    for node in list(module.graph.nodes):
+        if node.target in NORMS:
+            _fold(module, node)
+    module.graph.eliminate_dead_code()
+    module.delete_all_unused_submodules()
+    module.recompile()
+    return module
+
+
+def layers(module: GraphModule) -> list[Node]:
+    """The convolutions and linears with parameters of their own, in the order they run."""
+    return [n for n in module.graph.nodes if n.target in LAYERS and parameter(module, n.args[1]) is not None]
+
+
+def weight(module: GraphModule, layer: Node) -> Tensor:
+    """The layer's weight."""
+    found = parameter(module, layer.args[1])
+    assert found is not None
+    return found
+
+
+def bias(module: GraphModule, layer: Node) -> Tensor:
+    """The layer's bias; zeros are added to the graph where there was none."""
+    found = parameter(module, arguments(layer)["bias"])
+    if found is not None:
+        return found
+    w = weight(module, layer)
+    added = torch.zeros(w.shape[output_axis(layer)] * (group_count(layer) if layer.target in TRANSPOSED else 1))
+    _set_bias(module, layer, added)
+    return bias(module, layer)
+
+
+def group_count(layer: Node) -> int:
+    """Groups of a convolution; 1 for a linear."""
+    return int(arguments(layer).get("groups", 1))
+
+
+def output_axis(layer: Node) -> int:
+    """The axis of the weight that counts output channels."""
+    return 1 if layer.target in TRANSPOSED else 0
+
+
+def channel_axis(value: Tensor, layer: Node) -> int:
+    """The axis of a layer's input or output that counts channels."""
+    return value.dim() - 1 if layer.target in LINEARS else 1
+
+
+def layer_name(node: Node) -> str:
+    """The user's name of the module that the node came from, e.g. ``layer1.0.conv1``; else the node's own name."""
+    stack = node.meta.get("nn_module_stack") or {}
+    path = next((str(entry[0]) for entry in reversed(list(stack.values()))), "")
+    # ``source.export`` wraps the user's model as ``model``.
+    return path.removeprefix("model").removeprefix(".") or node.name
+
+
+def arguments(node: Node) -> dict[str, Any]:
+    """The node's arguments by their names in the operator's schema, defaults included."""
+    target: Any = node.target
+    schema = target._schema.arguments
+    given = dict(zip((argument.name for argument in schema), node.args, strict=False))
+    return {argument.name: argument.default_value for argument in schema} | given | dict(node.kwargs)
+
+
+def parameter(module: GraphModule, node: Any) -> Tensor | None:
+    """The tensor that a ``get_attr`` node reads; ``None`` for anything else."""
+    if not isinstance(node, Node) or node.op != "get_attr":
+        return None
+    value: Any = module
+    for part in str(node.target).split("."):
+        value = getattr(value, part)
+    return value if isinstance(value, Tensor) else None
+
+
+Step = Callable[[Node, tuple[Any, ...], dict[str, Any]], Any]
+
+
+def execute(module: GraphModule, inputs: Sequence[Any], step: Step) -> tuple[Any, ...]:
+    """Run the graph node by node and return its outputs; ``step(node, args, kwargs)`` computes each call.
+
+    Values are dropped after their last use, as eager PyTorch would.
+    """
+    last_use = {used: node for node in module.graph.nodes for used in node.all_input_nodes}
+    dead: dict[Node, list[Node]] = {}
+    for used, node in last_use.items():
+        dead.setdefault(node, []).append(used)
+    values: dict[Node, Any] = {}
+    given = iter(inputs)
+    for node in module.graph.nodes:
+        if node.op == "placeholder":
+            values[node] = step(node, (next(given),), {})
+        elif node.op == "get_attr":
+            values[node] = parameter(module, node)
+        elif node.op == "output":
+            return tuple(map_arg(node.args[0], values.__getitem__))
+        else:
+            args = map_arg(node.args, values.__getitem__)
+            values[node] = step(node, args, map_arg(node.kwargs, values.__getitem__))
+        for used in dead.get(node, ()):
+            del values[used]
+    raise AssertionError("a graph ends with its output")
+
+
+def compute(node: Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """The ``step`` that only runs the node."""
+    if node.op == "placeholder":
+        return args[0]
+    target: Any = node.target
+    return target(*args, **kwargs)
+
+
+def _mutates(node: Node) -> bool:
+    return isinstance(node.target, OpOverload) and node.target._schema.is_mutable
+
+
+def _to_linear(module: GraphModule, node: Node) -> None:
+    args = arguments(node)
+    if node.target is aten.mm.default:
+        given, product, added = args["self"], args["mat2"], None
+    else:
+        given, product, added = args["mat1"], args["mat2"], args["self"]
+        if args["beta"] != 1 or args["alpha"] != 1 or parameter(module, added) is None:
+            return
+    matrix = product.args[0] if isinstance(product, Node) and product.target in TRANSPOSES else None
+    if parameter(module, matrix) is None or isinstance(parameter(module, given), Tensor):
+        return
+    with module.graph.inserting_before(node):
+        linear = module.graph.call_function(aten.linear.default, (given, matrix, added))
+    linear.meta = node.meta
+    node.replace_all_uses_with(linear)
+    module.graph.erase_node(node)
+
+
+def _own_parameters(module: GraphModule, layer: Node) -> None:
+    names = arguments(layer)
+    own = weight(module, layer).detach().clone()
+    added = parameter(module, names["bias"])
+    layer.update_arg(1, _attribute(module, layer, f"{layer.name}_weight", own))
+    if added is not None:
+        _set_bias(module, layer, added.detach().clone())
+
+
+def _set_bias(module: GraphModule, layer: Node, value: Tensor) -> None:
+    node = _attribute(module, layer, f"{layer.name}_bias", value)
+    layer.args = (*layer.args[:2], node, *layer.args[3:])
+
+
+def _attribute(module: GraphModule, before: Node, name: str, value: Tensor) -> Node:
+    module.register_parameter(name, nn.Parameter(value, requires_grad=False))
+    with module.graph.inserting_before(before):
+        return module.graph.get_attr(name)
+
+
+def _fold(module: GraphModule, norm: Node) -> None:
+    """Fold the batch norm into the convolution before it, if that has no other user."""
+    args = arguments(norm)
+    layer: Any = norm.args[0]
+    names = ("running_mean", "running_var", "weight", "bias")
+    mean, var, scale, shift = (parameter(module, args[name]) for name in names)
+    foldable = isinstance(layer, Node) and layer.target in (*CONVOLUTIONS, *TRANSPOSED) and len(layer.users) == 1
+    if not foldable or mean is None or var is None or args.get("training") or parameter(module, layer.args[1]) is None:
+        return
+    if layer.target in TRANSPOSED and group_count(layer) > 1:
+        return
+    own, added = weight(module, layer), bias(module, layer)
+    fused = fuse_conv_bn_weights(own, added, mean, var, args["eps"], scale, shift, transpose=layer.target in TRANSPOSED)
+    own.copy_(fused[0].detach())
+    added.copy_(fused[1].detach())
+    users = norm.replace_all_uses_with(layer)
+    for user in users:  # a batch norm that returns a tuple is read through getitem
+        if norm.target is NORMS[1] and user.target is operator.getitem:
+            user.replace_all_uses_with(layer)
+            module.graph.erase_node(user)
+    module.graph.erase_node(norm)

@@ -1,6 +1,7 @@
 """Which builds are worth trying, in which order, under which plans. Pure."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 from corewise.engines import Engine
 from corewise.values import Build, Cpu, Goal, Plan
@@ -21,3 +22,12 @@ def plans(cpu: Cpu, goal: Goal) -> tuple[Plan, ...]:
     """The plans a build is measured under: all usable cores, and batch 1 for latency or rising ones for throughput."""
     batches: Sequence[int] = (1,) if goal == "latency" else BATCHES
     return tuple(Plan(threads_per_instance=cpu.usable_cores, batch=batch) for batch in batches)
+
+
+RETURNED = "returned"
+"""The option of builds that give so many layers back to floating point, those that cost most accuracy first."""
+
+
+def returning(build: Build, count: int) -> Build:
+    """The build with ``count`` layers in floating point."""
+    return replace(build, options=tuple(sorted({**dict(build.options), RETURNED: count}.items())))

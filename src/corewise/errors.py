@@ -8,7 +8,8 @@
     │   └── OutputError      ... the place to write to
     ├── MissingExtra         a package of an optional extra is not installed
     ├── ArtifactError        an artifact is truncated, altered, foreign, or does not fit this CPU
-    └── EngineError          an engine cannot do this build; a trial records it as its reason
+    ├── EngineError          an engine cannot do this build; a trial records it as its reason
+    └── NotServed, CallFailed, InstanceDied   a request's answers in ``batching``
 
 Every message says what was wrong and where; ``fix`` says what to do about it.
 Failures of candidates are no exceptions but trials with a state and a reason (``values.Trial``).

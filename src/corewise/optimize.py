@@ -4,11 +4,9 @@ import hashlib
 import importlib.metadata
 import importlib.util
 import json
-import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,23 +16,20 @@ from corewise.candidates import BASELINE, candidates, plans
 from corewise.choose import choose
 from corewise.cpu import inspect
 from corewise.engines import Engine, Material, engine
-from corewise.errors import InputError, MissingExtra, OutputError, SourceError
-from corewise.events import FinalsRound, Listener, StageStarted, TrialEnded, TrialStarted
-from corewise.fidelity import Outputs, Verdict, compare, gate
+from corewise.errors import InputError, MissingExtra, OutputError
+from corewise.events import Listener, StageStarted
 from corewise.journal import Journal
-from corewise.nested import Structure, unflatten
-from corewise.race import Contender, Fell, Race, race
 from corewise.result import Home, Result
 from corewise.samples import Samples, default_calibration, from_python, read, split
-from corewise.trial import Setting, read_outputs, run_trial
-from corewise.values import Build, Cpu, Fidelity, Goal, Objective, Plan, Report, SampleFacts, Trial, to_json
+from corewise.search import Judge, finals, give_back, run_trials
+from corewise.trial import Setting
+from corewise.values import Build, Cpu, Goal, Objective, Report, SampleFacts, to_json
 from corewise.worker import CALIBRATION, HOLDOUT, PROGRAM, peak_memory_bytes, write_material
 
 if TYPE_CHECKING:
     from corewise.source import Exported
 
 DEFAULT_ENGINES = ("torch-int8", "openvino", "onnxruntime", "eager")
-FINALISTS = 3
 TIMEOUT_S = 600.0
 PACKAGES = ("torch", "openvino", "nncf", "onnxruntime", "onnx", "numpy")
 
@@ -104,7 +99,7 @@ def optimize(
         cpu=cpu,
         cache=home.folder / "cache",
     )
-    judge = _Judge(scorer, holdout, exported.output_structure, goal, seed)
+    judge = Judge(scorer, holdout, exported.output_structure, goal, seed)
     setting = Setting(
         folder=home.folder,
         plans=plans(cpu, objective),
@@ -130,8 +125,9 @@ def optimize(
             home.clear()
         try:
             _prepare(home.folder, exported, material, holdout)
-            trials = _trials(builds, setting, journal, judge)
-            trials, run = _finals(trials, setting, objective)
+            trials = run_trials(builds, setting, journal, judge)
+            trials = give_back(trials, setting, journal)
+            trials, run = finals(trials, setting, objective)
         finally:
             if journal.empty:  # it ended before anything worth keeping
                 home.remove()
@@ -228,116 +224,3 @@ def _prepare(folder: Path, exported: "Exported", material: Material, holdout: Sa
     material.calibration.save(folder / CALIBRATION)
     holdout.save(folder / HOLDOUT)
     write_material(folder, material)
-
-
-@dataclass
-class _Judge:
-    """Compares outputs for the holdout with the baseline's, which come first."""
-
-    scorer: metrics.Metric | None
-    holdout: Samples
-    structure: Structure
-    objective: Objective
-    seed: int
-    reference: Outputs | None = field(default=None)
-
-    def __call__(self, outputs: Outputs) -> tuple[Fidelity, Verdict]:
-        def nest(leaves: list[Any]) -> Any:
-            return unflatten(self.structure, leaves)
-
-        if self.reference is None:
-            self.reference = outputs
-        if self.scorer is None:
-            self.scorer = metrics.default(nest(list(self.reference.leaves)), self.holdout.labels)
-        fidelity = compare(
-            self.reference,
-            outputs,
-            metric=self.scorer,
-            labels=self.holdout.labels,
-            groups=self.holdout.groups,
-            nest=nest,
-            seed=self.seed,
-        )
-        return fidelity, gate(fidelity, self.objective)
-
-
-def _trials(builds: Sequence[Build], setting: Setting, journal: Journal, judge: _Judge) -> tuple[Trial, ...]:
-    """One trial a build, the baseline first; those in the journal are not run again."""
-    trials: list[Trial] = []
-    best_verified_per_s = 0.0
-    for number, build in enumerate(builds, 1):
-        kept = journal.get(build)
-        if kept is not None and not _still_good(kept, setting):
-            kept = None
-        if kept is None:
-            setting.tell(TrialStarted(build, number, len(builds)))
-            trial = run_trial(build, setting, best_verified_per_s=best_verified_per_s, is_baseline=build == BASELINE)
-            journal.add(trial)
-        else:
-            trial = kept
-        if build == BASELINE:
-            if trial.state != "ok":
-                raise SourceError(f"the model does not run as it is: {trial.reason}", "make it run in eager PyTorch")
-            judge.reference = judge.reference or read_outputs(setting.outputs(build))
-        setting.tell(TrialEnded(trial, resumed=kept is not None))
-        if trial.state != "ok":
-            shutil.rmtree(setting.payload(build), ignore_errors=True)
-        if trial.state == "ok":
-            best_verified_per_s = max(best_verified_per_s, trial.verified_per_s)
-        trials.append(trial)
-    return tuple(trials)
-
-
-def _still_good(kept: Trial, setting: Setting) -> bool:
-    """Whether a finished trial counts again: a failure may have had a cause that is gone, and files may be."""
-    if kept.state == "ok":
-        return setting.payload(kept.build).is_dir() and setting.outputs(kept.build).is_file()
-    return kept.state != "failed"
-
-
-def _finals(trials: Sequence[Trial], setting: Setting, goal: Goal) -> tuple[tuple[Trial, ...], Race]:
-    """The fastest accurate trials and the baseline, raced; one that falls there has failed, and the rest race again."""
-    trials = list(trials)
-    while True:
-        ranked = sorted(
-            (trial for trial in trials if trial.measurements and trial.state == "ok"),
-            key=lambda trial: -_per_s(trial, goal),
-        )
-        finalists = [trial for trial in ranked if trial.build != BASELINE][:FINALISTS]
-        contenders = [
-            Contender(
-                build=trial.build,
-                plan=_best_plan(trial, goal),
-                payload=setting.payload(trial.build),
-            )
-            for trial in (trials[0], *finalists)
-        ]
-        setting.tell(StageStarted(f"racing {len(finalists)} finalists against the baseline"))
-        try:
-            run = race(
-                contenders,
-                samples=setting.holdout,
-                start=setting.worker,
-                on_round=lambda number, rounds, rates: setting.tell(FinalsRound(number, rounds, rates)),
-            )
-        except Fell as fell:
-            if fell.build == BASELINE:
-                raise
-            trials = [
-                replace(trial, state="failed", reason=str(fell)) if trial.build == fell.build else trial
-                for trial in trials
-            ]
-        else:
-            return tuple(trials), run
-
-
-def _per_s(trial: Trial, goal: Goal) -> float:
-    best = trial.best(goal)
-    assert best is not None
-    return best.throughput_per_s
-
-
-def _best_plan(trial: Trial, goal: Goal) -> Plan:
-    best = trial.best(goal)
-    assert best is not None
-    return best.plan

@@ -7,6 +7,8 @@ import numpy as np
 
 LAYERS = ("Conv", "Gemm")
 INT32_MAX = 2**31 - 1
+BIAS_MAX = 2**30
+"""Room for the kernel's sums: 2**30 / 255 / 128 = 32896 products."""
 
 
 def quantize_biases(path: Path) -> int:
@@ -27,11 +29,23 @@ def quantize_biases(path: Path) -> int:
         found = tensors.get(node.input[1]) if node is not None and node.op_type == "DequantizeLinear" else None
         return None if found is None else onnx.numpy_helper.to_array(found)
 
+    def widen(name: str, x_scale: Any, values: Any) -> None:
+        """Give channels whose bias would not fit a coarser grid; next to that bias their weights are nothing."""
+        quantized, scales = (tensors[one] for one in made[name].input[:2])
+        steps, old = onnx.numpy_helper.to_array(quantized), onnx.numpy_helper.to_array(scales)
+        new = np.maximum(old, (np.abs(values) / x_scale / BIAS_MAX).astype(np.float32))
+        if old.ndim == 1 and len(old) == len(values) == len(steps) and (new > old).any():
+            ratio = (old / new).reshape(-1, *[1] * (steps.ndim - 1))
+            quantized.CopyFrom(onnx.numpy_helper.from_array(np.rint(steps * ratio).astype(np.int8), quantized.name))
+            scales.CopyFrom(onnx.numpy_helper.from_array(new, scales.name))
+
     nodes, count = [], 0
     for node in graph.node:
         bias = tensors.get(node.input[2]) if node.op_type in LAYERS and len(node.input) > 2 else None
         scales = [one for name in node.input[:2] if bias is not None and (one := scale(name)) is not None]
         if bias is not None and bias.data_type == onnx.TensorProto.FLOAT and len(scales) == 2:
+            widen(node.input[1], scales[0], onnx.numpy_helper.to_array(bias))
+            scales[1] = scale(node.input[1])
             product = (scales[0] * scales[1]).astype(np.float32).reshape(-1)
             values = onnx.numpy_helper.to_array(bias)
             steps = np.rint(values.astype(np.float64) / product)

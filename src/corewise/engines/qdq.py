@@ -38,13 +38,11 @@ def quantized(material: Material, build: Build, target: "Target") -> tuple[Path,
         raise EngineError(f"corewise's quantizer {why}")
     from corewise.quantize.ptq import Recipe, quantized_program
 
-    recipe = Recipe(
-        weight_bits=7 if build.option("reduce_range", False) else 8,
-        ignored=tuple(filter(None, str(build.option("ignored", "")).split(","))),
-    )
+    recipe = Recipe(weight_bits=7 if build.option("reduce_range", False) else 8)
+    ignored = tuple(filter(None, str(build.option("ignored", "")).split(",")))
     with quiet():
         return quantized_program(
-            material.program, material.calibration, material.inputs, material.cache, recipe, target
+            material.program, material.calibration, material.inputs, material.cache, recipe, target, ignored
         )
 
 

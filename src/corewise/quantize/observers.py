@@ -39,6 +39,7 @@ class Observed:
         self.bound = 0.0
         """The histogram's bins divide -bound..bound."""
         self.histogram = torch.zeros(BINS)
+        self.zeros = 0.0
         self.channel_low = self.channel_high = self.channel_square = torch.zeros(0)
         self.per_channel = 0
 
@@ -75,6 +76,7 @@ class Observed:
             self.bound *= 2
         if self.bound:
             step = max(1, len(values) // SEEN_PER_BATCH)
+            self.zeros += step * float((values[::step] == 0).sum())
             self.histogram += step * torch.histc(values[::step], BINS, -self.bound, self.bound)
 
     @property
@@ -115,7 +117,8 @@ def mse(observed: Observed) -> Range:
     low, high = observed.low, observed.high
     if not observed.bound:
         return low, high
-    counts = observed.histogram
+    counts = observed.histogram.clone()
+    counts[BINS // 2] -= observed.zeros  # they round exactly
     centres = torch.linspace(-observed.bound, observed.bound, BINS + 1)
     centres = (centres[1:] + centres[:-1]) / 2
     shares = torch.linspace(0.3, 1.0, 71)

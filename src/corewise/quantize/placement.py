@@ -177,7 +177,7 @@ def _share_residuals(module: GraphModule, chosen: Sequence[Node], edges: dict[tu
 
 def _surround(module: GraphModule, chosen: Sequence[Node], edges: dict[tuple[Node, Node], None]) -> None:
     """Pairs after every convolution, and around what runs in int8 between them."""
-    inside = {final(layer) for layer in chosen if layer.target in CONVOLUTIONS}
+    inside = dict.fromkeys(final(layer) for layer in chosen if layer.target in CONVOLUTIONS)
     for producer in list(inside):
         for user in producer.users:
             edges[producer, user] = None
@@ -190,11 +190,11 @@ def _surround(module: GraphModule, chosen: Sequence[Node], edges: dict[tuple[Nod
             for operand in operands:
                 edges[operand, node] = None
             out = final(node) if node.target in SUMS else node
-            inside.add(out)
+            inside[out] = None
             for user in out.users:
                 edges[out, user] = None
         elif node.target in MOVES or node.target in ACTIVATIONS:
-            inside.add(node)
+            inside[node] = None
             for user in node.users:
                 edges[node, user] = None
     for producer, user in list(edges):

@@ -5,10 +5,12 @@ import hashlib
 import json
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 from torch.export import ExportedProgram
 from torch.fx import GraphModule
@@ -16,23 +18,23 @@ from torch.fx import GraphModule
 from corewise.errors import EngineError, SamplesError
 from corewise.quantize import corrections
 from corewise.quantize.convert import with_qdq
-from corewise.quantize.graph import channel_axis, compute, execute, folded, layers, weight
+from corewise.quantize.graph import bias, channel_axis, compute, execute, folded, layer_name, layers, weight
 from corewise.quantize.graph import output_axis as axis_of
 from corewise.quantize.observers import OBSERVERS, Observed, QParams, qparams, round_weight, weight_scales
 from corewise.quantize.placement import TARGETS, Placement, Target, place, source
 from corewise.quantize.simulate import Batch, Simulation, sqnr_db
 from corewise.samples import Samples
 from corewise.source import load_program, save_program
-from corewise.values import TensorSpec, to_json
+from corewise.values import TensorSpec, from_json, to_json
 
 CALIBRATION_BATCH = 8
 JUDGED = 16
 """Calibration samples, the last ones, that corrections do not learn from: they judge them."""
 ROUNDING_SAMPLES = 48
-BIAS_SAMPLES = 32
+BIAS_SAMPLES = 64
 WORTH_DB = 0.1
 FEW = 8
-CORRECTIONS = ("equalize", "rounding", "bias")
+CORRECTIONS = ("equalize", "smooth", "rounding", "bias")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,17 +43,15 @@ class Recipe:
 
     weight_bits: int = 8
     """7 for CPUs that add int8 products in 16 bits (``Cpu.int8_dot``)."""
-    observer: str = "mse"
-    """A name in ``observers.OBSERVERS``."""
+    observers: tuple[str, ...] = ("mse", "minmax")
+    """Names in ``observers.OBSERVERS``; the one with the best outputs is kept."""
     corrections: tuple[str, ...] = CORRECTIONS
     """Those to try; each is kept where it pays."""
-    ignored: tuple[str, ...] = ()
-    """Layers that stay in floating point: names or regular expressions (``placement.place``)."""
 
     @property
     def key(self) -> str:
         """A short name for files."""
-        return hashlib.sha256(json.dumps(to_json(self)).encode()).hexdigest()[:16]
+        return _key(to_json(self))
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -60,58 +60,149 @@ class Quantized:
 
     module: GraphModule
     """fp32 weights on their int8 grids."""
+    plain: GraphModule
+    """The same graph with weights that are not rounded, for layers that stay in floating point."""
     reference: GraphModule
-    """The same graph before any change."""
-    placements: dict[Target, Placement]
+    """The graph before any change."""
     ranges: dict[str, QParams]
     scales: dict[str, Tensor]
+    """Of the weights, by the layer's node: one for each output channel."""
+    smoothed: tuple[str, ...]
+    """Values behind which ``corrections.divide`` put a product."""
     recipe: Recipe
     sqnr_db: float
     """Of the simulated outputs for the judging samples, target ``fused``."""
     notes: tuple[str, ...]
     """What was decided, in words."""
 
+    def placed(self, target: Target, ignored: Sequence[str] = ()) -> tuple[GraphModule, Placement]:
+        """A copy of the graph in which the ``ignored`` layers have their own weights again, and where its pairs stand.
+
+        Raises as ``placement.place`` does.
+        """
+        placement = place(self.module, target, ignored)
+        module = copy.deepcopy(self.module)
+        rounded = {layer.node for layer in placement.layers}
+        twins = {node.name: node for node in layers(self.plain)}
+        with torch.no_grad():
+            for node in layers(module):
+                if node.name not in rounded:
+                    weight(module, node).copy_(weight(self.plain, twins[node.name]))
+                    bias(module, node).copy_(bias(self.plain, twins[node.name]))
+        return module, placement
+
 
 def quantize(program: ExportedProgram, calibration: Samples, recipe: Recipe) -> Quantized:
     """Calibrate, round and correct ``program``.
 
-    Raises ``EngineError`` where nothing can be quantized or an ignored layer matches nothing, and ``SamplesError``
-    where a sample makes a layer's input NaN or infinite.
+    Raises ``EngineError`` where nothing can be quantized, and ``SamplesError`` where a sample makes a layer's input NaN
+    or infinite.
     """
     with torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         return _quantize(folded(program), calibration, recipe)
 
 
-def lower(quantized: Quantized, target: Target, inputs: Sequence[TensorSpec], example: Batch) -> ExportedProgram:
-    """The program with Q/DQ pairs where engines of the kind ``target`` want them; dynamic batch."""
+def lower(
+    quantized: Quantized, target: Target, inputs: Sequence[TensorSpec], example: Batch, ignored: Sequence[str] = ()
+) -> ExportedProgram:
+    """The program with Q/DQ pairs where engines of the kind ``target`` want them; dynamic batch.
+
+    The ``ignored`` layers stay in floating point: names or regular expressions (``placement.place``). Raises
+    ``EngineError`` where no layer is left to quantize, or one of them matches nothing.
+    """
+    module, placement = quantized.placed(target, ignored)
+    if not placement.layers:
+        raise EngineError("every convolution and linear is ignored", "ignore less, or use another precision")
     return with_qdq(
-        copy.deepcopy(quantized.module),
-        quantized.placements[target],
-        quantized.ranges,
-        quantized.scales,
-        quantized.recipe.weight_bits,
-        inputs,
-        example,
+        module, placement, quantized.ranges, quantized.scales, quantized.recipe.weight_bits, inputs, example
     )
 
 
 def quantized_program(
-    program: Path, calibration: Samples, inputs: Sequence[TensorSpec], cache: Path, recipe: Recipe, target: Target
+    program: Path,
+    calibration: Samples,
+    inputs: Sequence[TensorSpec],
+    cache: Path,
+    recipe: Recipe,
+    target: Target,
+    ignored: Sequence[str] = (),
 ) -> tuple[Path, tuple[str, ...]]:
-    """The ``.pt2`` of the program quantized for ``target``, and notes; made once for all engines and kept in ``cache``.
+    """The ``.pt2`` of the program quantized for ``target``, and notes.
 
-    Raises as ``quantize`` does.
+    Calibration and corrections are made once for all engines and choices of ``ignored``, and kept in ``cache``. Raises
+    as ``quantize`` and ``lower`` do.
     """
-    paths = {one: cache / f"quantized-{recipe.key}-{one}.pt2" for one in TARGETS}
-    notes = cache / f"quantized-{recipe.key}.json"
-    if not notes.exists():
-        made = quantize(load_program(program), calibration, recipe)
-        example = _example(calibration)
-        for one, path in paths.items():
-            save_program(lower(made, one, inputs, example), path)
-        notes.write_text(json.dumps(made.notes))
-    return paths[target], tuple(json.loads(notes.read_text()))
+    path = cache / f"quantized-{_key([to_json(recipe), target, list(ignored)])}.pt2"
+    quantized = calibrated(program, calibration, cache, recipe)
+    if not path.exists():
+        save_program(lower(quantized, target, inputs, _example(calibration), ignored), path)
+    return path, quantized.notes
+
+
+def calibrated(program: Path, calibration: Samples, cache: Path, recipe: Recipe) -> Quantized:
+    """``quantize`` the program in a file, or read from ``cache`` what an earlier call made of it."""
+    path = cache / f"quantized-{recipe.key}.safetensors"
+    if path.exists():
+        return load_state(load_program(program), path, recipe)
+    made = quantize(load_program(program), calibration, recipe)
+    save_state(made, path)
+    return made
+
+
+def save_state(quantized: Quantized, path: Path) -> None:
+    """Write what calibration and corrections found, whole or not at all."""
+    tensors = {
+        f"{part}.{name}": tensor.contiguous().clone()
+        for part, module in (("module", quantized.module), ("plain", quantized.plain))
+        for name, tensor in module.state_dict().items()
+    } | {f"scales.{name}": tensor for name, tensor in quantized.scales.items()}
+    found = {
+        "ranges": to_json(quantized.ranges),
+        "smoothed": quantized.smoothed,
+        "sqnr_db": quantized.sqnr_db,
+        "notes": quantized.notes,
+    }
+    whole = path.with_suffix(".part")
+    save_file(tensors, whole, {"found": json.dumps(found)})
+    whole.replace(path)
+
+
+def load_state(program: ExportedProgram, path: Path, recipe: Recipe) -> Quantized:
+    """What ``save_state`` wrote of ``program``: the graph is made anew, as ``folded`` always makes it."""
+    with safe_open(path, "pt") as file:
+        found = json.loads(file.metadata()["found"])
+        parts: dict[str, dict[str, Tensor]] = {"module": {}, "plain": {}, "scales": {}}
+        for key in file.keys():  # noqa: SIM118 (it is no dict)
+            part, _, name = key.partition(".")
+            parts[part][name] = file.get_tensor(key)
+    reference = folded(program)
+    module = copy.deepcopy(reference)
+    nodes = {node.name: node for node in module.graph.nodes}
+    for name in found["smoothed"]:
+        corrections.divide(module, nodes[name], torch.ones_like(parts["module"][f"{name}_smooth"]))
+    plain = copy.deepcopy(module)
+    with torch.no_grad():
+        for one, state in ((module, parts["module"]), (plain, parts["plain"])):
+            for node in layers(one):
+                if f"{node.name}_bias" in state:
+                    bias(one, node)  # it adds the one that a correction had added
+            one.load_state_dict(state)
+    return Quantized(
+        module=module,
+        plain=plain,
+        reference=reference,
+        ranges=from_json(dict[str, QParams], found["ranges"]),
+        scales=parts["scales"],
+        smoothed=tuple(found["smoothed"]),
+        recipe=recipe,
+        sqnr_db=found["sqnr_db"],
+        notes=tuple(found["notes"]),
+    )
+
+
+def _key(value: object) -> str:
+    return hashlib.sha256(json.dumps(value).encode()).hexdigest()[:16]
 
 
 def load_quantized(path: Path) -> ExportedProgram:
@@ -125,67 +216,100 @@ def batches(samples: Samples, size: int = CALIBRATION_BATCH) -> Iterable[Batch]:
         yield tuple(torch.from_numpy(array.copy()) for array in arrays)
 
 
+@dataclass(frozen=True, kw_only=True, eq=False)
+class _Attempt:
+    """A graph with channels as a correction left them, rounded to nearest, with the best of its ranges."""
+
+    plain: GraphModule
+    module: GraphModule
+    scales: dict[str, Tensor]
+    placement: Placement
+    observed: dict[str, Observed]
+    ranges: dict[str, QParams]
+    observer: str
+    sqnr_db: float
+
+
 def _quantize(module: GraphModule, calibration: Samples, recipe: Recipe) -> Quantized:
-    placements = {target: place(module, target, recipe.ignored) for target in TARGETS}
-    fused = placements["fused"]
-    if not fused.layers:
+    if not place(module, "fused").layers:
         raise EngineError("there is no convolution or linear to quantize", "use another precision")
-    reference = copy.deepcopy(module)
+    bits, reference = recipe.weight_bits, copy.deepcopy(module)
     judging = list(batches(calibration.take(range(max(0, len(calibration) - JUDGED), len(calibration)))))
     learning = calibration.take(range(max(1, len(calibration) - JUDGED)))
     expected = [execute(reference, batch, compute) for batch in judging]
-    names = tuple(dict.fromkeys(name for placement in placements.values() for name in placement.tensors))
-    observed = observe(module, names, batches(calibration))
-    notes = list(_doubts(len(calibration), observed))
 
-    def judged(candidate: GraphModule, ranges: Mapping[str, QParams]) -> float:
-        simulation = Simulation(candidate, fused.edges, ranges)
+    def judged(candidate: GraphModule, placement: Placement, ranges: Mapping[str, QParams]) -> float:
+        simulation = Simulation(candidate, placement.edges, ranges)
         return sqnr_db(expected, [simulation.run(batch) for batch in judging])
 
-    def to_nearest(candidate: GraphModule) -> tuple[GraphModule, dict[str, Tensor]]:
-        rounded = copy.deepcopy(candidate)
-        return rounded, _round_to_nearest(rounded, fused, recipe.weight_bits)
+    def attempt(plain: GraphModule) -> _Attempt:
+        placement = place(plain, "fused")
+        names = tuple(dict.fromkeys(name for target in TARGETS for name in place(plain, target).tensors))
+        observed = observe(plain, names, batches(calibration))
+        rounded = copy.deepcopy(plain)
+        scales = _round_to_nearest(rounded, placement, bits)
+        found = []
+        for observer in recipe.observers:
+            ranges = _ranges(plain, names, observed, observer)
+            found.append((judged(rounded, placement, ranges), observer, ranges))
+        score, observer, ranges = max(found, key=lambda one: one[0])
+        return _Attempt(
+            plain=plain,
+            module=rounded,
+            scales=scales,
+            placement=placement,
+            observed=observed,
+            ranges=ranges,
+            observer=observer,
+            sqnr_db=score,
+        )
 
-    ranges = _ranges(module, names, observed, recipe.observer)
-    best, scales = to_nearest(module)
-    score = judged(best, ranges)
-    notes.append(f"{score:.1f} dB without corrections")
+    best = attempt(module)
+    notes = [*_doubts(len(calibration), best.observed), f"{best.sqnr_db:.1f} dB without corrections"]
+    smoothed: tuple[str, ...] = ()
     if "equalize" in recipe.corrections:
-        equal = copy.deepcopy(module)
-        if corrections.equalize(equal, fused, observed, recipe.weight_bits):
-            seen = observe(equal, names, batches(calibration))
-            new_ranges = _ranges(equal, names, seen, recipe.observer)
-            tried, new_scales = to_nearest(equal)
-            gained = judged(tried, new_ranges)
-            notes.append(_told("channel equalization", score, gained))
-            if gained > score + WORTH_DB:
-                module, best, scales, ranges, score = equal, tried, new_scales, new_ranges, gained
+        changed = copy.deepcopy(best.plain)
+        if corrections.equalize(changed, best.placement, best.observed, bits):
+            tried = attempt(changed)
+            notes.append(_told("channel equalization", best.sqnr_db, tried.sqnr_db))
+            best = _better(best, tried)
+    if "smooth" in recipe.corrections:
+        changed = copy.deepcopy(best.plain)
+        if names := corrections.smooth(changed, best.placement, best.observed, bits):
+            tried = attempt(changed)
+            notes.append(_told(f"SmoothQuant on {len(names)} values", best.sqnr_db, tried.sqnr_db))
+            best = _better(best, tried)
+            smoothed = names if best is tried else ()
+    notes.append(f"ranges by {best.observer}")
     if "rounding" in recipe.corrections:
-        tried = copy.deepcopy(module)
+        rounded = copy.deepcopy(best.plain)
         few = list(batches(learning.take(range(min(ROUNDING_SAMPLES, len(learning))))))
-        new_scales = corrections.round_weights(tried, fused, ranges, few, recipe.weight_bits)
-        gained = judged(tried, ranges)
-        notes.append(_told("GPTQ rounding", score, gained))
-        if gained > score + WORTH_DB:
-            best, scales, score = tried, new_scales, gained
+        scales = corrections.round_weights(rounded, best.placement, best.ranges, few, bits)
+        tried = replace(best, module=rounded, scales=scales, sqnr_db=judged(rounded, best.placement, best.ranges))
+        notes.append(_told("GPTQ rounding", best.sqnr_db, tried.sqnr_db))
+        best = _better(best, tried)
     if "bias" in recipe.corrections:
-        tried = copy.deepcopy(best)
+        shifted = copy.deepcopy(best.module)
         one = next(iter(batches(learning, min(BIAS_SAMPLES, len(learning)))))
-        corrections.correct_bias(tried, reference, fused, ranges, one)
-        gained = judged(tried, ranges)
-        notes.append(_told("bias correction", score, gained))
-        if gained > score + WORTH_DB:
-            best, score = tried, gained
+        corrections.correct_bias(shifted, best.plain, best.placement, best.ranges, one)
+        tried = replace(best, module=shifted, sqnr_db=judged(shifted, best.placement, best.ranges))
+        notes.append(_told("bias correction", best.sqnr_db, tried.sqnr_db))
+        best = _better(best, tried)
     return Quantized(
-        module=best,
+        module=best.module,
+        plain=best.plain,
         reference=reference,
-        placements=placements,
-        ranges=ranges,
-        scales=scales,
+        ranges=best.ranges,
+        scales=best.scales,
+        smoothed=smoothed,
         recipe=recipe,
-        sqnr_db=score,
+        sqnr_db=best.sqnr_db,
         notes=tuple(notes),
     )
+
+
+def _better(best: _Attempt, tried: _Attempt) -> _Attempt:
+    return tried if tried.sqnr_db > best.sqnr_db + WORTH_DB else best
 
 
 def observe(module: GraphModule, names: Sequence[str], given: Iterable[Batch]) -> dict[str, Observed]:
@@ -205,8 +329,6 @@ def observe(module: GraphModule, names: Sequence[str], given: Iterable[Batch]) -
                 axis = channel_axis(value, readers[node.name][0]) if readers[node.name] else min(1, value.dim() - 1)
                 observed[node.name] = Observed(axis)
             if not observed[node.name].see(value):
-                from corewise.quantize.graph import layer_name
-
                 raise SamplesError(
                     f"a calibration sample makes the value of {layer_name(node)} NaN or infinite",
                     "remove such samples, or repair the model",

@@ -8,6 +8,7 @@ import os
 import signal
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -75,6 +76,20 @@ class SilentFp32(Fake):
         """Not one of 54 layers in int8."""
         names = [f"layer{number}" for number in range(54)]
         return Receipt.tally([("Convolution/f32", False)] * len(names), names)
+
+
+class Layered(Fake):
+    """Has 16 layers, all in int8 but those that the option ``returned`` counts; they divide its noise by four each."""
+
+    def open(self, folder: Path, build: Build, plan: Plan) -> Session:
+        """Open a session with the noise that is left."""
+        noise = float(build.option("noise", 0.0)) / 4 ** int(build.option("returned", 0))
+        return super().open(folder, replace(build, options=(("noise", noise),)), plan)
+
+    def receipt(self, folder: Path, build: Build, plan: Plan, inputs: Sequence[np.ndarray]) -> Receipt | None:
+        """So many layers in int8."""
+        returned = int(build.option("returned", 0))
+        return Receipt.tally([("Convolution/u8", number >= returned) for number in range(16)])
 
 
 class _NanSession:

@@ -1,0 +1,152 @@
+"""How fast our Q/DQ graph is beside the engine's own quantizer's, and with a dynamic batch beside a fixed one.
+
+    python bench/placements.py [--rounds N] [MODEL ...]
+
+For each model one alternating run of six: OpenVINO and ONNX Runtime, each with our graph, with the one of its own
+quantizer, and with our graph where the batch is dynamic (OpenVINO; our payload compiles a fixed one) or fixed (ONNX
+Runtime; our payload's is dynamic). Same samples, same batch, all usable cores; ratios with 95 % intervals over the
+rounds, the receipts, and the machine's facts go to results/placements.json.
+"""
+
+import argparse
+import json
+import sys
+import tempfile
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+HERE = Path(__file__).resolve().parent
+sys.path.insert(0, str(HERE))
+sys.path.insert(0, str(HERE.parent / "examples"))
+
+from main_job import ROOT, samples_of  # noqa: E402
+
+from corewise import source  # noqa: E402
+from corewise.cpu import inspect  # noqa: E402
+from corewise.engines import Material, engine, qdq  # noqa: E402
+from corewise.engines import onnxruntime as ort  # noqa: E402
+from corewise.engines import openvino as ov  # noqa: E402
+from corewise.engines.base import Session  # noqa: E402
+from corewise.race import Contender, race  # noqa: E402
+from corewise.stats import ratio_interval  # noqa: E402
+from corewise.trial import Worker  # noqa: E402
+from corewise.values import Build, Plan, to_json  # noqa: E402
+from corewise.worker import CALIBRATION, HOLDOUT, PROGRAM, write_material  # noqa: E402
+
+DEFAULT = ("resnet50", "mobilenet_v2", "minilm")
+BATCH = 16
+TIMEOUT_S = 1800.0
+RESULTS = HERE / "results" / "placements.json"
+
+
+class DynamicOpenVino(ov.OpenVino):
+    """Our payload, compiled once for any batch."""
+
+    def open(self, folder: Path, build: Build, plan: Plan) -> Session:
+        class Dynamic(ov.OpenVinoSession):
+            def _for_batch(self, rows: int) -> Any:
+                self._sizes = []
+                return super()._for_batch(rows)
+
+        return Dynamic(folder / ov.MODEL, build, plan)
+
+
+class FixedOnnxRuntime(ort.OnnxRuntime):
+    """Our payload with the batch of the plan written into it."""
+
+    def open(self, folder: Path, build: Build, plan: Plan) -> Session:
+        import onnx
+
+        model = onnx.load(folder / ort.MODEL)
+        for value in model.graph.input:
+            value.type.tensor_type.shape.dim[0].dim_value = plan.batch
+        fixed = folder / "fixed.onnx"
+        onnx.save(model, fixed)
+        return ort.OnnxRuntimeSession(fixed, plan.threads_per_instance)
+
+
+def run(model: str, rounds: int) -> dict[str, Any]:
+    """Build the two engines' payloads both ways, and race them."""
+    cpu = inspect()
+    calibrating, holdout = samples_of(model)
+    with tempfile.TemporaryDirectory(prefix="corewise-placements-") as name:
+        work = Path(name)
+        exported = source.export(source.load(f"{ROOT}/examples/{model}.py:build"), calibrating)
+        assert exported.program is not None, exported.why_not
+        source.save_program(exported.program, work / PROGRAM)
+        calibrating.save(work / CALIBRATION)
+        holdout.save(work / HOLDOUT)
+        (work / "cache").mkdir()
+        operators = source.operators(exported.program)
+        write_material(
+            work,
+            Material(
+                program=work / PROGRAM,
+                inputs=exported.inputs,
+                outputs=exported.outputs,
+                operators=operators,
+                calibration=calibrating,
+                cpu=cpu,
+                cache=work / "cache",
+            ),
+        )
+
+        def start(build: Build) -> Worker:
+            return Worker(cpus=cpu.usable_cpus, log=work / "log", timeout_s=TIMEOUT_S)
+
+        plan = Plan(threads_per_instance=cpu.usable_cores, batch=BATCH)
+        contenders, receipts = {}, {}
+        for name in ("openvino", "onnxruntime"):
+            own = next(
+                b for b in engine(name).candidates(cpu, operators) if b.precision == "int8" and not qdq.is_ours(b)
+            )
+            for tag, build in (("ours", qdq.int8(name, cpu)), ("own", own)):
+                payload = work / f"{name}-{tag}"
+                payload.mkdir()
+                arguments = {"build": to_json(build), "folder": str(payload)}
+                with start(build) as worker:
+                    worker.call("build", "building", material=str(work), **arguments)
+                    answer = worker.call(
+                        "receipt", "counting", plan=to_json(plan), samples=str(work / HOLDOUT), **arguments
+                    )
+                receipts[f"{name} {tag}"] = answer["receipt"]
+                contenders[f"{name} {tag}"] = Contender(build=build, plan=plan, payload=payload)
+        for name, kind, tag in (
+            ("openvino", "DynamicOpenVino", "ours, dynamic batch"),
+            ("onnxruntime", "FixedOnnxRuntime", "ours, fixed batch"),
+        ):
+            one = contenders[f"{name} ours"]
+            build = Build(engine=f"placements:{kind}", precision="int8", options=one.build.options)
+            contenders[f"{name} {tag}"] = Contender(build=build, plan=plan, payload=one.payload)
+        done = race(tuple(contenders.values()), samples=str(work / HOLDOUT), start=start, rounds=rounds, round_s=1.0)
+    rates = dict(zip(contenders, (one.per_s for one in done.rates), strict=True))
+    pairs = {
+        "openvino: ours / own": ("openvino ours", "openvino own"),
+        "onnxruntime: ours / own": ("onnxruntime ours", "onnxruntime own"),
+        "openvino: ours dynamic / fixed": ("openvino ours, dynamic batch", "openvino ours"),
+        "onnxruntime: ours dynamic / fixed": ("onnxruntime ours", "onnxruntime ours, fixed batch"),
+    }
+    ratios = {name: ratio_interval(rates[a], rates[b])._asdict() for name, (a, b) in pairs.items()}
+    return {"rates_per_s": to_json(rates), "ratios": ratios, "receipts": receipts, "cpu": to_json(cpu)}
+
+
+def main() -> None:
+    """Run the models named on the command line; rows of others in the file stay."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("models", nargs="*", default=list(DEFAULT))
+    parser.add_argument("--rounds", type=int, default=12)
+    options = parser.parse_args()
+    found = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
+    for model in options.models:
+        found[model] = run(model, options.rounds)
+        RESULTS.write_text(json.dumps(found, indent=1) + "\n")
+        print(f"\n{model}, batch {BATCH}")
+        for name, per_s in found[model]["rates_per_s"].items():
+            print(f"  {name:36s} {median(per_s):8.1f}/s")
+        for name, ratio in found[model]["ratios"].items():
+            print(f"  {name:36s} {ratio['value']:.3f} [{ratio['low']:.3f}, {ratio['high']:.3f}]", flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -7,12 +7,14 @@ import zipfile
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from corewise.engines import qdq
 from corewise.engines.base import Material, Session, chunks, fastest_s, missing
 from corewise.engines.quiet import quiet
 from corewise.errors import EngineError
@@ -28,15 +30,25 @@ SETTINGS = "inductor.json"
 ONE, MANY = 1, 16
 """The batches that a program is compiled for; others are cut and padded to them."""
 COMPILER = "g++"
+X86_64_V3 = ("avx2", "fma", "f16c")
+X86_64_V4 = (*X86_64_V3, "avx512")
 ISAS = {
-    "avx2": {"simd_bits": 256, "march": "x86-64-v3", "needs": ("avx2", "fma", "f16c")},
-    "avx512": {"simd_bits": 512, "march": "x86-64-v4", "needs": ("avx2", "fma", "f16c", "avx512")},
+    "avx2": X86_64_V3,
+    "avx512": X86_64_V4,
+    "avx512_vnni": (*X86_64_V4, "avx512_vnni"),
+    "amx": (*X86_64_V4, "avx512_vnni", "avx512_bf16", "amx_int8", "amx_bf16"),
 }
-"""What the option ``isa`` may be: its vectors, GCC's name for it, and what the payload then needs (``Cpu.isa``)."""
+"""What the option ``isa`` may be, and what the payload then needs (names of ``Cpu.isa``).
+
+Inductor can be told the width of its vectors but not to leave out what this CPU has of that width
+(``torch._inductor.cpu_vec_isa.pick_vec_isa``): beside ``avx2`` it compiles for the last of these that the CPU has.
+"""
 WEIGHTED = r"aten\.(\w*conv\w*|linear|addmm|mm)\b"
 CALL = re.compile(r"CHECK\(aoti_torch_cpu_(\w+)\(")
 INT8_KERNEL = r"_q(conv|linear)\w*"
-FLOAT_KERNEL = r"(mkldnn_)?_?convolution\w*|mkldnn__linear\w*|_?mkl_linear\w*|(add)?mm_out"
+FLOAT_KERNEL = r"(mkldnn__)?convolution\w*|_(mkl_)?linear\w*|(add)?mm_out"
+LOOP = "loop"
+"""No kernel: the compiler makes linears of up to 16 x 16, or to one output, into loops where the batch is one."""
 
 
 class Inductor:
@@ -57,13 +69,13 @@ class Inductor:
 
     def candidates(self, cpu: Cpu, operators: dict[str, int]) -> tuple[Build, ...]:
         """int8 where the program has convolutions or linears, bf16 where the CPU multiplies it, fp32; on x86 only."""
-        isa = next((name for name in reversed(ISAS) if all(map(cpu.has, _needs(name)))), None)
-        if isa is None:
+        if not (isas := _isas(cpu)):
             return ()
-        options = (("isa", isa), ("quantizer", "corewise"), *(() if cpu.int8_dot else (("reduce_range", True),)))
-        int8 = Build(engine="inductor", precision="int8", options=options)
-        bf16 = Build(engine="inductor", precision="bf16", options=options[:1])
-        fp32 = Build(engine="inductor", precision="fp32", options=options[:1])
+        options = (("isa", isas[-1]),)
+        ours = qdq.int8("inductor", cpu)
+        int8 = replace(ours, options=options + ours.options)
+        bf16 = Build(engine="inductor", precision="bf16", options=options)
+        fp32 = Build(engine="inductor", precision="fp32", options=options)
         weighted = any(re.search(WEIGHTED, name) for name in operators)
         return (*((int8,) if weighted else ()), *((bf16,) if cpu.bf16 else ()), fp32)
 
@@ -77,25 +89,45 @@ class Inductor:
     def build(self, material: Material, build: Build, folder: Path) -> tuple[str, ...]:
         """Export the program for each batch, compile it, and time the batches.
 
-        Raises ``EngineError`` where the program cannot be quantized or compiled, or nothing in it became int8.
+        Raises ``EngineError`` where the program cannot be quantized or compiled, nothing in it became int8, or this CPU
+        cannot be compiled for as the option ``isa`` says.
         """
         from corewise.engines.torch_tools import threads
 
+        isa = str(build.option("isa", "avx2"))
+        if isa not in (isas := _isas(material.cpu)):
+            raise EngineError(
+                f"inductor cannot compile for isa {isa!r} on this CPU",
+                f"use {' or '.join(isas)}" if isas else "use another engine",
+            )
         free = any(size is None for spec in material.inputs for size in spec.shape[1:])
         sizes = () if free else (ONE, MANY)
         with quiet(), threads(material.cpu.usable_cores):
             program, notes = _program(material, build)
-            module = _in_bf16(program.module()) if build.precision == "bf16" else program.module()
+            module: nn.Module = program.module()
+            dims: Any = _dynamic(material.inputs) if free else None
+            if build.precision == "bf16":
+                # torch.export wants the shapes of ``*inputs`` as one argument's.
+                module, dims = _in_bf16(module), (dims,) if free else None
             for size in sizes or (None,):
                 with guard(EngineError, "inductor cannot compile this program", "use another engine"):
-                    _compile(module, material, size, str(build.option("isa", "avx2")), _package(folder, size))
+                    _compile(module, _example(material, size or 2), dims, isa, _package(folder, size))
+        quantized = 0
         if build.precision == "int8":
-            notes = (*notes, *_proof(program, _package(folder, sizes[0] if sizes else None)))
-        settings = {"inputs": to_json(material.inputs), "sizes": sizes, "one_by_one": 0}
+            quantized = sum("dequantize_per_channel" in str(node.target) for node in program.graph.nodes)
+            notes = (*notes, *_proof(folder, sizes, quantized))
+        settings = {
+            "inputs": to_json(material.inputs),
+            "sizes": sizes,
+            "one_by_one": 0,
+            "layers": material.count(WEIGHTED),
+            "quantized": quantized,
+        }
         (folder / SETTINGS).write_text(json.dumps(settings))
         if sizes:
             times = {size: _time(self, material, build, folder, size) for size in sizes}
-            settings["one_by_one"] = int(times[MANY] / times[ONE])
+            # At least one, whatever a noisy machine says: a padded sixteen is no faster than a call of one.
+            settings["one_by_one"] = max(1, int(times[MANY] / times[ONE]))
             (folder / SETTINGS).write_text(json.dumps(settings))
             told = ", ".join(f"batch {size} {seconds * 1e3:.1f} ms" for size, seconds in times.items())
             notes = (*notes, f"compiled for batches of {ONE} and {MANY} ({told})")
@@ -111,9 +143,12 @@ class Inductor:
         del plan
         if build.precision != "int8":
             return None
-        sizes = json.loads((folder / SETTINGS).read_text())["sizes"]
-        called = kernels(_package(folder, MANY if len(inputs[0]) >= MANY else ONE) if sizes else _package(folder, None))
-        return Receipt.tally([(name, _is_int8(name)) for name, count in called.items() for _ in range(count)])
+        settings = json.loads((folder / SETTINGS).read_text())
+        size = cuts(len(inputs[0]), settings["one_by_one"])[0][2] if settings["sizes"] else None
+        ran = [(name, _is_int8(name)) for name, count in kernels(_package(folder, size)).items() for _ in range(count)]
+        ran += [(LOOP, False)] * (settings["layers"] - len(ran))
+        lost = settings["quantized"] - sum(is_int8 for _, is_int8 in ran)
+        return Receipt.tally(ran, ["a layer that the compiler left in fp32"] * lost)
 
 
 class InductorSession:
@@ -170,7 +205,11 @@ class InductorSession:
         return self._loaded[size]
 
     def close(self) -> None:
-        """Unload the packages."""
+        """Unload the packages.
+
+        Their files are gone then; threads that ran them keep the machine code mapped till they end, for it registers
+        destructors of thread_local values (dlclose(3)).
+        """
         self._loaded.clear()
 
 
@@ -181,7 +220,7 @@ def cuts(rows: int, one_by_one: int) -> list[tuple[int, int, int]]:
     and all of them where that is ``MANY`` or more.
     """
     alone = rows if one_by_one >= MANY else rows % MANY
-    if alone > one_by_one:
+    if one_by_one < min(alone, MANY):
         return chunks(rows, (MANY,))
     return [
         *chunks(rows - alone, (MANY,)),
@@ -208,8 +247,13 @@ def _is_int8(kernel: str) -> bool:
 def _needs(isa: str) -> tuple[str, ...]:
     if isa not in ISAS:
         raise EngineError(f"inductor compiles for no isa {isa!r}", f"use one of {', '.join(ISAS)}")
-    needs: tuple[str, ...] = ISAS[isa]["needs"]  # type: ignore[assignment]
-    return needs
+    return ISAS[isa]
+
+
+def _isas(cpu: Cpu) -> tuple[str, ...]:
+    """What can be compiled for on this CPU, the best last."""
+    found = [name for name, needs in ISAS.items() if all(map(cpu.has, needs))]
+    return tuple(dict.fromkeys((*found[:1], *found[-1:])))
 
 
 def _package(folder: Path, size: int | None) -> Path:
@@ -222,13 +266,10 @@ def _program(material: Material, build: Build) -> "tuple[ExportedProgram, tuple[
         from corewise.source import load_program
 
         return load_program(material.program), ()
-    from corewise.quantize import ptq
+    path, notes = qdq.quantized(material, build, "fused")
+    from corewise.quantize.ptq import load_quantized
 
-    recipe = ptq.Recipe(weight_bits=7 if build.option("reduce_range", False) else 8)
-    path, notes = ptq.quantized_program(
-        material.program, material.calibration, material.inputs, material.cache, recipe, "fused"
-    )
-    return ptq.load_quantized(path), notes
+    return load_quantized(path), notes
 
 
 def _in_bf16(module: "nn.Module") -> "nn.Module":
@@ -248,8 +289,8 @@ def _in_bf16(module: "nn.Module") -> "nn.Module":
     return InBf16()
 
 
-def _compile(module: "nn.Module", material: Material, size: int | None, isa: str, package: Path) -> None:
-    """Compile for batches of ``size``, or any where that is ``None``, without a trace in any other folder.
+def _compile(module: "nn.Module", example: "tuple[torch.Tensor, ...]", dims: Any, isa: str, package: Path) -> None:
+    """Compile for ``example`` and ``dims``, torch.export's dynamic shapes, without a trace in any other folder.
 
     AOTInductor freezes weights only without gradients; else it leaves quantized layers in fp32 without a word
     (https://github.com/pytorch/ao/issues/4566).
@@ -257,9 +298,8 @@ def _compile(module: "nn.Module", material: Material, size: int | None, isa: str
     import torch
     from torch._inductor import aoti_compile_and_package
 
-    dims = _dynamic(material.inputs) if size is None else None
     with torch.no_grad(), _cache(package.parent):
-        program = torch.export.export(module, _example(material, size or 2), dynamic_shapes=dims, strict=False)
+        program = torch.export.export(module, example, dynamic_shapes=dims, strict=False)
         aoti_compile_and_package(
             program,
             package_path=str(package),
@@ -269,8 +309,8 @@ def _compile(module: "nn.Module", material: Material, size: int | None, isa: str
                 # As many as the session says, not as many as there are now.
                 "cpp.dynamic_threads": True,
                 "cpp.cxx": (None, COMPILER),
-                "cpp.march": ISAS[isa]["march"],
-                "cpp.simdlen": ISAS[isa]["simd_bits"],
+                "cpp.march": "x86-64-v3" if isa == "avx2" else "x86-64-v4",
+                "cpp.simdlen": 256 if isa == "avx2" else 512,
                 # Thousands of lines to compile, for checks that only a debugging variable turns on.
                 "size_asserts": False,
                 # They would stay in the system's temporary folder, and save 2 of 20 seconds.
@@ -305,13 +345,19 @@ def _example(material: Material, size: int) -> "tuple[torch.Tensor, ...]":
     return tuple(from_numpy(_rows(array, 0, len(array), size)) for array in arrays)
 
 
-def _proof(program: "ExportedProgram", package: Path) -> tuple[str, ...]:
-    """Raise ``EngineError`` where no kernel of the package is int8; a warning where quantized layers are in fp32."""
-    quantized = sum("dequantize_per_channel" in str(node.target) for node in program.graph.nodes)
-    made = sum(count for name, count in kernels(package).items() if _is_int8(name))
-    if not made:
+def _proof(folder: Path, sizes: Sequence[int], quantized: int) -> tuple[str, ...]:
+    """Warnings of packages with quantized layers in fp32. Raises ``EngineError`` where all of them are in all."""
+    made = {
+        size: sum(count for name, count in kernels(_package(folder, size)).items() if _is_int8(name))
+        for size in sizes or (None,)
+    }
+    if not any(made.values()):
         raise EngineError("inductor left every layer in fp32", "use another precision or engine")
-    return (f"warning: only {made} of {quantized} quantized layers run in int8",) if made < quantized else ()
+    return tuple(
+        f"warning: only {count} of {quantized} quantized layers run in int8{f' at batch {size}' if size else ''}"
+        for size, count in made.items()
+        if count < quantized
+    )
 
 
 def _time(engine: Inductor, material: Material, build: Build, folder: Path, size: int) -> float:
@@ -324,7 +370,7 @@ def _time(engine: Inductor, material: Material, build: Build, folder: Path, size
 
 
 def _check(inputs: Sequence[np.ndarray], specs: Sequence[TensorSpec]) -> None:
-    """Raise ``ValueError`` unless number, dtypes and shapes are those of the specs."""
+    """Raise ``ValueError`` unless number, dtypes and shapes are those of the specs, with at least one row."""
     if len(inputs) != len(specs):
         raise ValueError(f"{len(inputs)} inputs instead of {len(specs)}")
     for array, spec in zip(inputs, specs, strict=True):
@@ -333,6 +379,8 @@ def _check(inputs: Sequence[np.ndarray], specs: Sequence[TensorSpec]) -> None:
         if array.dtype.name != spec.dtype or not fits or len(array) != len(inputs[0]):
             found = f"{array.dtype.name} of shape {array.shape}"
             raise ValueError(f"input {spec.name} is {found} instead of {spec.dtype} of {spec.shape}")
+    if not len(inputs[0]):
+        raise ValueError("a batch needs at least one row")
 
 
 def _rows(array: np.ndarray, start: int, stop: int, size: int) -> np.ndarray:

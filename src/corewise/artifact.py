@@ -4,7 +4,7 @@
     payload/             what the engine opens
     reference/           the fp32 program, for ``bench --against`` and for checking drift
     golden.safetensors   a few inputs with this payload's outputs
-    report.json, .md     every trial, and why this one won
+    report.json, .md     every trial, and why this one won; report.html, the same with pictures, for a browser
 
 Written to a folder beside it and renamed, so that it is whole or not there. ``read`` checks every hash before
 anything is opened and never unpickles; what runs is the engine's own format.
@@ -34,6 +34,7 @@ REFERENCE = "reference/program.pt2"
 GOLDEN = "golden.safetensors"
 REPORT = "report.json"
 REPORT_TEXT = "report.md"
+REPORT_PAGE = "report.html"
 MIN_SQNR_DB = {"fp32": 50.0, "bf16": 25.0, "int8": 20.0, "int8-dynamic": 20.0}
 """How close golden outputs must come on another machine: kernels there may round differently."""
 
@@ -131,6 +132,7 @@ def write(
     golden: tuple[Sequence[np.ndarray], Sequence[np.ndarray]],
     report: Report,
     report_text: str,
+    report_page: str,
 ) -> None:
     """Write an artifact at ``folder``, whole or not at all.
 
@@ -148,6 +150,7 @@ def write(
             _write_golden(made / GOLDEN, *golden)
             (made / REPORT).write_text(json.dumps(to_json(report), indent=1))
             (made / REPORT_TEXT).write_text(report_text)
+            (made / REPORT_PAGE).write_text(report_page, encoding="utf-8")
             files = {
                 path.relative_to(made).as_posix(): FileFacts(sha256=_sha256(path), size_bytes=path.stat().st_size)
                 for path in sorted(made.rglob("*"))

@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 from corewise.engines import Engine
-from corewise.values import Build, Cpu, Goal, Plan
+from corewise.values import RETURNED, Build, Cpu, Goal, Plan
 
 BASELINE = Build(engine="eager", precision="fp32")
 BATCHES = (1, 16, 64)
@@ -22,10 +22,6 @@ def plans(cpu: Cpu, goal: Goal) -> tuple[Plan, ...]:
     """The plans a build is measured under: all usable cores, and batch 1 for latency or rising ones for throughput."""
     batches: Sequence[int] = (1,) if goal == "latency" else BATCHES
     return tuple(Plan(threads_per_instance=cpu.usable_cores, batch=batch) for batch in batches)
-
-
-RETURNED = "returned"
-"""The option of builds that give so many layers back to floating point, those that cost most accuracy first."""
 
 
 def returning(build: Build, count: int) -> Build:

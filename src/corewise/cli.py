@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from corewise import __version__
-from corewise.errors import CorewiseError, InputError
+from corewise.errors import CorewiseError, InputError, OutputError
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -31,6 +31,32 @@ INTERRUPTED = 130
 
 ArtifactPath = Annotated[Path, typer.Argument(metavar="ARTIFACT", help="A folder that corewise optimize wrote.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON and nothing else.")]
+ModelReference = Annotated[
+    str,
+    typer.Argument(
+        metavar="MODEL",
+        help="file.py:factory, module:factory, a torch.export .pt2 file, or timm:, torchvision:, hf: and a name.",
+    ),
+]
+SamplesReference = Annotated[
+    str,
+    typer.Option(
+        help="A folder of images (with labels.csv or class folders), .npz, .safetensors, or file.py:function."
+    ),
+]
+Calibration = Annotated[int | None, typer.Option(help="Samples to calibrate with. [default: 2 of 5, at most 200]")]
+Seed = Annotated[int, typer.Option(help="Seed of the split into calibration and holdout.")]
+Resize = Annotated[int, typer.Option(help="Images: length of the shorter side.")]
+Crop = Annotated[int, typer.Option(help="Images: side of the centred square.")]
+Mean = Annotated[str, typer.Option(help="Images: mean of each channel, pixels in 0..1.")]
+Std = Annotated[str, typer.Option(help="Images: standard deviation of each channel.")]
+Interpolation = Annotated[
+    Literal["nearest", "bilinear", "bicubic", "lanczos"], typer.Option(help="Images: how to resize.")
+]
+ImageFunction = Annotated[
+    str | None,
+    typer.Option(help="Images: file.py:function(PIL image) -> array, instead of the five above."),
+]
 
 
 def main() -> None:
@@ -73,19 +99,8 @@ def doctor(
 
 @app.command()
 def optimize(
-    model: Annotated[
-        str,
-        typer.Argument(
-            metavar="MODEL",
-            help="file.py:factory, module:factory, a torch.export .pt2 file, or timm:, torchvision:, hf: and a name.",
-        ),
-    ],
-    samples: Annotated[
-        str,
-        typer.Option(
-            help="A folder of images (with labels.csv or class folders), .npz, .safetensors, or file.py:function."
-        ),
-    ],
+    model: ModelReference,
+    samples: SamplesReference,
     output: Annotated[Path, typer.Option("-o", "--output", help="Where the artifact goes; must not exist.")],
     metric: Annotated[
         str | None,
@@ -99,21 +114,15 @@ def optimize(
     engine: Annotated[
         list[str] | None, typer.Option(help="Try only these engines (repeatable); eager is always the baseline.")
     ] = None,
-    calibration: Annotated[
-        int | None, typer.Option(help="Samples to calibrate with. [default: 2 of 5, at most 200]")
-    ] = None,
-    seed: Annotated[int, typer.Option(help="Seed of the split into calibration and holdout.")] = 0,
+    calibration: Calibration = None,
+    seed: Seed = 0,
     timeout_s: Annotated[float, typer.Option(help="Longest time for each step of a trial.")] = 600.0,
-    resize: Annotated[int, typer.Option(help="Images: length of the shorter side.")] = 256,
-    crop: Annotated[int, typer.Option(help="Images: side of the centred square.")] = 224,
-    mean: Annotated[str, typer.Option(help="Images: mean of each channel, pixels in 0..1.")] = ".485,.456,.406",
-    std: Annotated[str, typer.Option(help="Images: standard deviation of each channel.")] = ".229,.224,.225",
-    interpolation: Annotated[
-        Literal["nearest", "bilinear", "bicubic", "lanczos"], typer.Option(help="Images: how to resize.")
-    ] = "bilinear",
-    preprocess: Annotated[
-        str | None, typer.Option(help="Images: file.py:function(PIL image) -> array, instead of the five above.")
-    ] = None,
+    resize: Resize = 256,
+    crop: Crop = 224,
+    mean: Mean = ".485,.456,.406",
+    std: Std = ".229,.224,.225",
+    interpolation: Interpolation = "bilinear",
+    preprocess: ImageFunction = None,
     quiet: Annotated[bool, typer.Option("--quiet", help="Print nothing but errors.")] = False,
     as_json: AsJson = False,
 ) -> None:
@@ -158,10 +167,73 @@ def optimize(
 
 
 @app.command()
+def explain(
+    model: ModelReference,
+    samples: SamplesReference,
+    calibration: Calibration = None,
+    measured: Annotated[int, typer.Option(min=1, help="Other samples to measure errors on; time grows with it.")] = 16,
+    seed: Seed = 0,
+    bits: Annotated[
+        int | None, typer.Option(min=7, max=8, help="Bits of the weights. [default: 8, or 7 where the CPU needs it]")
+    ] = None,
+    everything: Annotated[bool, typer.Option("--all", help="Show every layer, not the 20 worst.")] = False,
+    plot: Annotated[Path | None, typer.Option(metavar="FILE.svg", help="Write a figure of all layers.")] = None,
+    resize: Resize = 256,
+    crop: Crop = 224,
+    mean: Mean = ".485,.456,.406",
+    std: Std = ".229,.224,.225",
+    interpolation: Interpolation = "bilinear",
+    preprocess: ImageFunction = None,
+    as_json: AsJson = False,
+) -> None:
+    """Tell layer by layer what int8 costs in accuracy and saves in time, the worst first.
+
+    Quantizes with corewise's own quantizer and measures at the outputs, on samples that calibration did not see, the
+    error of each layer quantized alone and of all but it. Times need OpenVINO.
+    """
+    from corewise.explain import explain as run
+    from corewise.report.sensitivity import data, render, svg
+    from corewise.report.terminal import Progress
+    from corewise.samples import read
+    from corewise.values import Preprocess
+
+    wanted = Preprocess(
+        resize=resize, crop=crop, mean=_floats("--mean", mean), std=_floats("--std", std), interpolation=interpolation
+    )
+    if plot is not None and not plot.parent.is_dir():
+        raise OutputError(f"{plot} cannot be written: there is no folder {plot.parent}", "make it, or name another")
+    console = _console(stderr=as_json)
+    with Progress(console, "live" if console.is_terminal else "plain") as progress:
+        found = run(
+            model,
+            lambda: read(samples, wanted, preprocess),
+            calibration=calibration,
+            measured=measured,
+            seed=seed,
+            weight_bits=bits,
+            tell=progress,
+        )
+    if as_json:
+        _print_json(data(found))
+    else:
+        console.print(render(found, everything=everything))
+    if plot is not None:
+        try:
+            plot.write_text(svg(found))
+        except OSError as error:
+            raise OutputError(f"{plot} cannot be written: {error.strerror}", "name another file") from error
+        if not as_json:
+            typer.echo(f"\nwrote {plot}")
+
+
+@app.command()
 def show(
     artifact_path: ArtifactPath,
     as_json: AsJson = False,
     markdown: Annotated[bool, typer.Option("--markdown", help="Print the report as Markdown.")] = False,
+    page: Annotated[
+        Path | None, typer.Option("--html", metavar="FILE.html", help="Write the report as one page for a browser.")
+    ] = None,
 ) -> None:
     """Tell what an artifact is: plan, accuracy, speed against the baseline, every loser's reason."""
     from corewise import artifact
@@ -174,8 +246,17 @@ def show(
         _print_json(summary(report))
     elif markdown:
         typer.echo(as_markdown(report))
-    else:
+    elif page is None:
         _console().print(render(report))
+    if page is not None:
+        from corewise.report.html import render as as_page
+
+        try:
+            page.write_text(as_page(report), encoding="utf-8")
+        except OSError as error:
+            raise OutputError(f"{page} cannot be written: {error.strerror}", "name another file") from error
+        if not as_json and not markdown:
+            typer.echo(f"wrote {page}")
 
 
 @app.command()

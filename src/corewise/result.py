@@ -83,7 +83,7 @@ class Result:
 
         Raises ``OutputError`` where ``folder`` exists, cannot be written, or the disk is full.
         """
-        from corewise.report import markdown
+        from corewise.report import html, markdown
 
         artifact.write(
             Path(folder),
@@ -93,6 +93,7 @@ class Result:
             golden=self._golden(),
             report=self.report,
             report_text=markdown.render(self.report),
+            report_page=html.render(self.report),
         )
         return artifact.read(Path(folder))
 

@@ -109,6 +109,10 @@ class TensorSpec:
     shape: tuple[int | None, ...]
 
 
+RETURNED = "returned"
+"""The option of builds that give so many layers back to floating point, those that cost most accuracy first."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Build:
     """What is expensive to make: an engine's payload at one precision with its options."""

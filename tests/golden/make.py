@@ -6,7 +6,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from corewise.report import markdown, terminal
+from corewise.report import html, markdown, terminal
 from corewise.values import (
     Build,
     Cache,
@@ -85,6 +85,7 @@ TRIALS = (
         payload_bytes=102_503_112,
         peak_memory_bytes=1_402_003_456,
         fidelity=fidelity(276, 0.0, 0.0, 200.0, 1.0, 300),
+        verified_per_s=12.6,
         measurements=(measured(11.2, 1), measured(13.1, 16)),
     ),
     Trial(build=EAGER_BF16, state="pruned", reason="this CPU has no bf16 instructions: it would be slower than fp32"),
@@ -137,6 +138,7 @@ TRIALS = (
         payload_bytes=25_724_391,
         peak_memory_bytes=1_733_296_128,
         fidelity=fidelity(267, 0.01, 0.05, 16.3, 0.9884, 279),
+        verified_per_s=36.4,
         receipt=Receipt(layers=54, int8=53, kernels=(("Gemm", 1), ("QLinearConv", 53)), fell_back=("node_linear",)),
     ),
     Trial(
@@ -221,6 +223,7 @@ def files() -> dict[str, str]:
     return {
         "report.json": json.dumps(to_json(REPORT), indent=2) + "\n",
         "report.md": markdown.render(REPORT),
+        "report.html": html.render(REPORT),
         "show.txt": shown(REPORT, 80),
     }
 

@@ -169,6 +169,8 @@ def test_show_has_what_was_promised(optimized, place):
 def test_show_is_for_people_too(optimized, place):
     assert "\x1b" not in ok("show", "made.cw", cwd=place)
     assert ok("show", "made.cw", "--markdown", cwd=place) == (place / "made.cw" / "report.md").read_text() + "\n"
+    assert ok("show", "made.cw", "--html", "page.html", cwd=place) == "wrote page.html\n"
+    assert (place / "page.html").read_text() == (place / "made.cw" / "report.html").read_text()
 
 
 def test_verify_finds_it_sound(optimized, place):

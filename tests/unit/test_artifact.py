@@ -75,6 +75,7 @@ def write(folder, *, build=BUILD, golden=None, reference=None, **changes):
         golden=([X], outputs),
         report=STORY,
         report_text="# report\n",
+        report_page="<!doctype html>\n",
     )
     shutil.rmtree(payload)
     return folder
@@ -101,7 +102,7 @@ def made(tmp_path):
 
 def test_what_is_written_is_read_again(made):
     found = read(made, cpu=CPU)
-    assert set(found.manifest.files) == {"payload/fake.json", GOLDEN, REPORT, "report.md"}
+    assert set(found.manifest.files) == {"payload/fake.json", GOLDEN, REPORT, "report.md", "report.html"}
     assert (found.manifest.build, found.manifest.plan) == (BUILD, PLAN)
     assert found.report == STORY
     inputs, outputs = found.golden()
@@ -171,6 +172,7 @@ def test_nothing_is_left_where_writing_fails(tmp_path):
             golden=([X], [X]),
             report=STORY,
             report_text="",
+            report_page="",
         )
     assert os.listdir(tmp_path) == ["payload"]
 
@@ -319,7 +321,7 @@ def test_what_the_payload_needs_must_be_here(tmp_path, need):
 
 def test_equal_golden_outputs_are_verified(made):
     found = verify(made)
-    assert (found.sqnr_db, found.golden_samples, found.files) == (200.0, 4, 4)
+    assert (found.sqnr_db, found.golden_samples, found.files) == (200.0, 4, 5)
 
 
 @pytest.mark.parametrize(

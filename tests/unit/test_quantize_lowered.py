@@ -371,9 +371,7 @@ def test_a_dead_channel_with_a_large_bias_is_right_on_onnxruntime(kind: str, bia
     np.testing.assert_allclose(answer(path, x), expected, atol=0.026)
 
 
-@pytest.mark.parametrize(
-    "share", [0.5, 0.9999999]
-)
+@pytest.mark.parametrize("share", [0.5, 0.9999999])
 def test_sums_on_top_of_a_large_bias_do_not_overflow(share: float, tmp_path: Path):
     bias = share * 2.0  # in steps of 2^-30, int32 ends at 2
     path = onnx_layer("Conv", tmp_path, [bias, 0.0], 2.0**-10, [2.0**-20, 2.0**-20], y_scale=0.01)

@@ -35,7 +35,7 @@ def flat(text):
 # --- golden files -------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["report.json", "report.md", "show.txt"])
+@pytest.mark.parametrize("name", ["report.json", "report.md", "report.html", "show.txt"])
 def test_the_golden_files_are_what_the_report_looks_like(name):
     assert (GOLDEN / name).read_text() == MAKE["files"]()[name], "renew with tests/golden/make.py and read the diff"
 

@@ -1,6 +1,7 @@
 """OpenVINO: fp32, bf16, and int8 by our quantizer or by NNCF's."""
 
-from collections.abc import Iterator, Sequence
+import time
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ import numpy as np
 from corewise.engines import qdq
 from corewise.engines.base import Material, Session, chunks, missing
 from corewise.engines.quiet import quiet
+from corewise.errors import EngineError
 from corewise.values import Build, Cpu, Plan, Receipt
 
 MODEL = "model.xml"
@@ -26,6 +28,8 @@ LAYERS = (
 )
 PASS_ON = ("Convert", "Gather", "MaxPool", "Multiply", "Reshape", "Squeeze", "Subtract", "Transpose", "Unsqueeze")
 """What stands between a layer and the int8 values it reads: dequantization, and what only moves values."""
+FEWEST_RUNS, MOST_RUNS = 7, 40
+PROFILED_S = 3.0
 
 
 class OpenVino:
@@ -149,6 +153,61 @@ class OpenVinoSession:
         """Drop the compiled models."""
         self._compiled.clear()
         self._model = None
+
+
+def layer_ms(model: Path, layers: Iterable[str], inputs: Sequence[np.ndarray], threads: int) -> dict[str, float]:
+    """Milliseconds that each of the ``layers`` takes for the batch ``inputs``, the lower quartile of several runs.
+
+    ``model`` is an ONNX file that ``qdq.export_onnx`` wrote, ``layers`` are names of its program's nodes. A layer's
+    time holds what OpenVINO fused into its kernel (bias, activation, an add, quantization of its output); a layer that
+    cannot be found in the runtime model is left out, as a depthwise convolution that runs in the kernel of the one
+    before it. The quartile, because on a busy machine even most runs may wait
+    for a thread at the same layer. From ``InferRequest.profiling_info``
+    (https://docs.openvino.ai: "Optimization with performance counters"). Raises ``EngineError`` where OpenVINO cannot
+    run the file.
+    """
+    import onnx
+    import openvino as ov
+
+    # OpenVINO knows operations by ONNX's names of nodes; the exporter gives the names of the program's to values.
+    outputs = {node.name: node.output[0] for node in onnx.load(model, load_external_data=False).graph.node}
+    config = {
+        "INFERENCE_NUM_THREADS": threads,
+        "NUM_STREAMS": 1,
+        "PERF_COUNT": True,
+        "INFERENCE_PRECISION_HINT": "f32",
+    }
+    core = ov.Core()
+    try:
+        read = core.read_model(str(model))
+        _reshape_batch(read, len(inputs[0]))
+        compiled = core.compile_model(read, "CPU", config)
+        request: Any = compiled.create_infer_request()
+        totals: dict[str, float] = {}
+        runs: dict[str, list[float]] = {}
+        start = time.perf_counter()
+        for run in range(1, MOST_RUNS + 1):
+            request.infer(list(inputs))
+            # What the CPU plugin tells is the mean of all runs so far, in whole microseconds (2026.4).
+            for one in request.profiling_info:
+                total = run * one.real_time.total_seconds() * 1e3
+                runs.setdefault(one.node_name, []).append(total - totals.get(one.node_name, 0.0))
+                totals[one.node_name] = total
+            if run >= FEWEST_RUNS and time.perf_counter() - start > PROFILED_S:
+                break
+    except RuntimeError as error:
+        raise EngineError(f"OpenVINO cannot run {model.name}: {error}") from error
+    found: dict[str, float] = {}
+    wanted = set(layers)
+    for op in compiled.get_runtime_model().get_ordered_ops():
+        # An operation that OpenVINO made of a layer has the layer's name, or adds to its path.
+        names = {name.partition("/")[0] for name in _about(op, "originalLayersNames").split(",")}
+        made_of = wanted & (names | {outputs.get(name, "") for name in names})
+        for layer in made_of:
+            spent = runs.get(op.get_friendly_name(), [0.0])
+            quartile = float(np.percentile(spent[1:] or spent, 25))
+            found[layer] = found.get(layer, 0.0) + quartile / len(made_of)
+    return found
 
 
 def _quantized(model: Any, material: Material, reduce_range: bool) -> Any:

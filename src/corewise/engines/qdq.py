@@ -1,19 +1,30 @@
 """What the engines share that run corewise's own Q/DQ programs (``corewise.quantize.ptq``)."""
 
+import json
+import re
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
+
+import numpy as np
 
 from corewise.engines.base import Material, missing
 from corewise.engines.onnx_bias import quantize_biases
 from corewise.engines.quiet import quiet
 from corewise.errors import EngineError
-from corewise.values import Build, Cpu
+from corewise.samples import Samples
+from corewise.values import RETURNED, Build, Cpu, TensorSpec
 
 if TYPE_CHECKING:
     from corewise.quantize.placement import Target
+    from corewise.quantize.ptq import Quantized, Recipe
+    from corewise.quantize.sensitivity import LayerSensitivity
 
 OPTION = ("quantizer", "corewise")
+JUDGED = 8
+"""Calibration samples that layers are tried on one by one; ``ROWS`` at a time."""
+ROWS = 4
+TIMED_BATCH = 16
 PACKAGES = ("torch", "torchao", "onnx", "onnxscript")
 
 
@@ -32,18 +43,81 @@ def is_ours(build: Build) -> bool:
 def quantized(material: Material, build: Build, target: "Target") -> tuple[Path, tuple[str, ...]]:
     """The quantized program (``ptq.load_quantized``), and notes; made once for all engines.
 
-    Raises ``EngineError`` where a package is missing or nothing can be quantized.
+    The build's option ``ignored`` names layers that stay in floating point, separated by commas; ``returned`` says how
+    many of them go back by ``sensitivity.order_of_return``. Raises ``EngineError`` where a package is missing or
+    nothing can be quantized.
     """
     if why := missing(PACKAGES, "optimize"):
         raise EngineError(f"corewise's quantizer {why}")
     from corewise.quantize.ptq import Recipe, quantized_program
 
     recipe = Recipe(weight_bits=7 if build.option("reduce_range", False) else 8)
-    ignored = tuple(filter(None, str(build.option("ignored", "")).split(",")))
     with quiet():
-        return quantized_program(
+        returned = _order(material, recipe)[: int(build.option(RETURNED, 0))] if build.option(RETURNED, 0) else ()
+        ignored = (*filter(None, str(build.option("ignored", "")).split(",")), *map(re.escape, returned))
+        path, notes = quantized_program(
             material.program, material.calibration, material.inputs, material.cache, recipe, target, ignored
         )
+    return path, (*notes, f"back in floating point: {', '.join(returned)}") if returned else notes
+
+
+def _order(material: Material, recipe: "Recipe") -> tuple[str, ...]:
+    """The layers in the order in which they go back to floating point; found once for all engines."""
+    from corewise.quantize import ptq
+    from corewise.quantize.sensitivity import order_of_return, sensitivity
+
+    path = material.cache / f"order-{recipe.key}.json"
+    if not path.exists():
+        made = ptq.calibrated(material.program, material.calibration, material.cache, recipe)
+        judging = material.calibration.take(
+            range(max(0, len(material.calibration) - JUDGED), len(material.calibration))
+        )
+        rows = sensitivity(made, ptq.batches(judging, ROWS))
+        rows, _ = timed(made, rows, material.inputs, material.calibration, material.cpu.usable_cores)
+        path.write_text(json.dumps(order_of_return(rows)))
+    return tuple(json.loads(path.read_text()))
+
+
+def timed(
+    quantized: "Quantized",
+    layers: "tuple[LayerSensitivity, ...]",
+    inputs: tuple[TensorSpec, ...],
+    samples: Samples,
+    threads: int,
+) -> "tuple[tuple[LayerSensitivity, ...], str]":
+    """The layers with the milliseconds that int8 saves in each, and in words how they were measured or why not.
+
+    By OpenVINO's profile for a batch of 16, the same layers in fp32 and in int8; ``layers`` as they were where it is
+    not installed or cannot run the program.
+    """
+    if why := missing(("openvino",), "openvino") or missing(PACKAGES, "optimize"):
+        return layers, f"not measured: {why}"
+    from corewise.engines.openvino import layer_ms
+    from corewise.quantize.ptq import batches, lower
+    from corewise.quantize.sensitivity import floating, nodes_by_layer, saving
+
+    # torch.export takes a batch of one for a constant.
+    example = next(iter(batches(samples.take([0, 0]))))
+    _, rows = next(samples.batches(TIMED_BATCH))
+    batch = [np.resize(array, (TIMED_BATCH, *array.shape[1:])) for array in rows]
+    times = []
+    try:
+        with TemporaryDirectory() as folder:
+            for program in (floating(quantized, inputs, example), lower(quantized, "fused", inputs, example)):
+                path = Path(folder) / "model.onnx"
+                export_onnx(program, path)
+                names = nodes_by_layer(quantized, program)
+                found: dict[str, float] = {}
+                for node, spent in layer_ms(path, names, batch, threads).items():
+                    found[names[node]] = found.get(names[node], 0.0) + spent
+                times.append(found)
+    except (EngineError, RuntimeError) as error:  # torch's ONNX exporter raises the latter
+        return layers, f"not measured: {' '.join(str(error).split())[:200]}"
+    if not all(times):
+        return layers, "not measured: the layers were not found in OpenVINO's profile"
+    return saving(
+        layers, *times
+    ), f"OpenVINO's profile of fp32 less that of int8, a batch of {TIMED_BATCH}, {threads} threads"
 
 
 def onnx_model(material: Material, build: Build, target: "Target") -> tuple[Path, tuple[str, ...]]:

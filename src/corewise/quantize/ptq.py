@@ -33,6 +33,8 @@ JUDGED = 16
 ROUNDING_SAMPLES = 48
 BIAS_SAMPLES = 64
 WORTH_DB = 0.1
+CLOSE_DB = 3.0
+"""Ranges so near to the best ones are tried to the end."""
 FEW = 8
 CORRECTIONS = ("equalize", "smooth", "rounding", "bias")
 
@@ -218,7 +220,7 @@ def batches(samples: Samples, size: int = CALIBRATION_BATCH) -> Iterable[Batch]:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class _Attempt:
-    """A graph with channels as a correction left them, rounded to nearest, with the best of its ranges."""
+    """A graph with channels as a correction left them, its values on the grids of one observer, its weights rounded."""
 
     plain: GraphModule
     module: GraphModule
@@ -228,73 +230,35 @@ class _Attempt:
     ranges: dict[str, QParams]
     observer: str
     sqnr_db: float
+    notes: tuple[str, ...] = ()
 
 
 def _quantize(module: GraphModule, calibration: Samples, recipe: Recipe) -> Quantized:
     if not place(module, "fused").layers:
         raise EngineError("there is no convolution or linear to quantize", "use another precision")
-    bits, reference = recipe.weight_bits, copy.deepcopy(module)
-    judging = list(batches(calibration.take(range(max(0, len(calibration) - JUDGED), len(calibration)))))
-    learning = calibration.take(range(max(1, len(calibration) - JUDGED)))
-    expected = [execute(reference, batch, compute) for batch in judging]
-
-    def judged(candidate: GraphModule, placement: Placement, ranges: Mapping[str, QParams]) -> float:
-        simulation = Simulation(candidate, placement.edges, ranges)
-        return sqnr_db(expected, [simulation.run(batch) for batch in judging])
-
-    def attempt(plain: GraphModule) -> _Attempt:
-        placement = place(plain, "fused")
-        names = tuple(dict.fromkeys(name for target in TARGETS for name in place(plain, target).tensors))
-        observed = observe(plain, names, batches(calibration))
-        rounded = copy.deepcopy(plain)
-        scales = _round_to_nearest(rounded, placement, bits)
-        found = []
-        for observer in recipe.observers:
-            ranges = _ranges(plain, names, observed, observer)
-            found.append((judged(rounded, placement, ranges), observer, ranges))
-        score, observer, ranges = max(found, key=lambda one: one[0])
-        return _Attempt(
-            plain=plain,
-            module=rounded,
-            scales=scales,
-            placement=placement,
-            observed=observed,
-            ranges=ranges,
-            observer=observer,
-            sqnr_db=score,
-        )
-
-    best = attempt(module)
+    reference = copy.deepcopy(module)
+    search = _Search(reference, calibration, recipe)
+    attempts = search.attempts(module)
+    best = attempts[0]
     notes = [*_doubts(len(calibration), best.observed), f"{best.sqnr_db:.1f} dB without corrections"]
     smoothed: tuple[str, ...] = ()
     if "equalize" in recipe.corrections:
         changed = copy.deepcopy(best.plain)
-        if corrections.equalize(changed, best.placement, best.observed, bits):
-            tried = attempt(changed)
-            notes.append(_told("channel equalization", best.sqnr_db, tried.sqnr_db))
-            best = _better(best, tried)
+        if corrections.equalize(changed, best.placement, best.observed, recipe.weight_bits):
+            tried = search.attempts(changed)
+            notes.append(_told("channel equalization", best, tried[0]))
+            attempts = tried if _is_better(tried[0], best) else attempts
+            best = attempts[0]
     if "smooth" in recipe.corrections:
         changed = copy.deepcopy(best.plain)
-        if names := corrections.smooth(changed, best.placement, best.observed, bits):
-            tried = attempt(changed)
-            notes.append(_told(f"SmoothQuant on {len(names)} values", best.sqnr_db, tried.sqnr_db))
-            best = _better(best, tried)
-            smoothed = names if best is tried else ()
-    notes.append(f"ranges by {best.observer}")
-    if "rounding" in recipe.corrections:
-        rounded = copy.deepcopy(best.plain)
-        few = list(batches(learning.take(range(min(ROUNDING_SAMPLES, len(learning))))))
-        scales = corrections.round_weights(rounded, best.placement, best.ranges, few, bits)
-        tried = replace(best, module=rounded, scales=scales, sqnr_db=judged(rounded, best.placement, best.ranges))
-        notes.append(_told("GPTQ rounding", best.sqnr_db, tried.sqnr_db))
-        best = _better(best, tried)
-    if "bias" in recipe.corrections:
-        shifted = copy.deepcopy(best.module)
-        one = next(iter(batches(learning, min(BIAS_SAMPLES, len(learning)))))
-        corrections.correct_bias(shifted, best.plain, best.placement, best.ranges, one)
-        tried = replace(best, module=shifted, sqnr_db=judged(shifted, best.placement, best.ranges))
-        notes.append(_told("bias correction", best.sqnr_db, tried.sqnr_db))
-        best = _better(best, tried)
+        if names := corrections.smooth(changed, best.placement, best.observed, recipe.weight_bits):
+            tried = search.attempts(changed)
+            notes.append(_told(f"SmoothQuant on {len(names)} values", best, tried[0]))
+            if _is_better(tried[0], best):
+                attempts, best, smoothed = tried, tried[0], names
+    # What rounds better by itself may gain less from what follows.
+    close = [attempt for attempt in attempts if attempt.sqnr_db > best.sqnr_db - CLOSE_DB]
+    best = max((search.refined(attempt) for attempt in close), key=lambda attempt: attempt.sqnr_db)
     return Quantized(
         module=best.module,
         plain=best.plain,
@@ -304,12 +268,70 @@ def _quantize(module: GraphModule, calibration: Samples, recipe: Recipe) -> Quan
         smoothed=smoothed,
         recipe=recipe,
         sqnr_db=best.sqnr_db,
-        notes=tuple(notes),
+        notes=(*notes, f"ranges by {best.observer}", *best.notes),
     )
 
 
-def _better(best: _Attempt, tried: _Attempt) -> _Attempt:
-    return tried if tried.sqnr_db > best.sqnr_db + WORTH_DB else best
+class _Search:
+    """Attempts of one program, judged by their simulated outputs for the last calibration samples."""
+
+    def __init__(self, reference: GraphModule, calibration: Samples, recipe: Recipe) -> None:
+        count = len(calibration)
+        self._calibration, self._recipe = calibration, recipe
+        self._judging = list(batches(calibration.take(range(max(0, count - JUDGED), count))))
+        self._learning = calibration.take(range(max(1, count - JUDGED)))
+        self._expected = [execute(reference, batch, compute) for batch in self._judging]
+
+    def attempts(self, plain: GraphModule) -> list[_Attempt]:
+        """Weights rounded to nearest and values by each observer, the best first."""
+        placement = place(plain, "fused")
+        names = tuple(dict.fromkeys(name for target in TARGETS for name in place(plain, target).tensors))
+        observed = observe(plain, names, batches(self._calibration))
+        module = copy.deepcopy(plain)
+        scales = _round_to_nearest(module, placement, self._recipe.weight_bits)
+        found = []
+        for observer in self._recipe.observers:
+            ranges = _ranges(plain, names, observed, observer)
+            found.append(
+                _Attempt(
+                    plain=plain,
+                    module=module,
+                    scales=scales,
+                    placement=placement,
+                    observed=observed,
+                    ranges=ranges,
+                    observer=observer,
+                    sqnr_db=self._judge(module, placement, ranges),
+                )
+            )
+        return sorted(found, key=lambda attempt: -attempt.sqnr_db)
+
+    def refined(self, best: _Attempt) -> _Attempt:
+        """With rounding and biases corrected, as far as each pays."""
+        if "rounding" in self._recipe.corrections:
+            module = copy.deepcopy(best.plain)
+            few = list(batches(self._learning.take(range(min(ROUNDING_SAMPLES, len(self._learning))))))
+            scales = corrections.round_weights(module, best.placement, best.ranges, few, self._recipe.weight_bits)
+            best = self._better("GPTQ rounding", best, replace(best, module=module, scales=scales))
+        if "bias" in self._recipe.corrections:
+            module = copy.deepcopy(best.module)
+            some = next(iter(batches(self._learning, min(BIAS_SAMPLES, len(self._learning)))))
+            corrections.correct_bias(module, best.plain, best.placement, best.ranges, some)
+            best = self._better("bias correction", best, replace(best, module=module))
+        return best
+
+    def _better(self, what: str, best: _Attempt, tried: _Attempt) -> _Attempt:
+        tried = replace(tried, sqnr_db=self._judge(tried.module, tried.placement, tried.ranges))
+        notes = (*best.notes, _told(what, best, tried))
+        return replace(tried if _is_better(tried, best) else best, notes=notes)
+
+    def _judge(self, module: GraphModule, placement: Placement, ranges: Mapping[str, QParams]) -> float:
+        simulation = Simulation(module, placement.edges, ranges)
+        return sqnr_db(self._expected, [simulation.run(batch) for batch in self._judging])
+
+
+def _is_better(tried: _Attempt, best: _Attempt) -> bool:
+    return tried.sqnr_db > best.sqnr_db + WORTH_DB
 
 
 def observe(module: GraphModule, names: Sequence[str], given: Iterable[Batch]) -> dict[str, Observed]:
@@ -369,9 +391,9 @@ def _doubts(count: int, observed: Mapping[str, Observed]) -> Iterable[str]:
             yield f"warning: calibration saw nothing but zeros in {name}: its range is unknown"
 
 
-def _told(what: str, before: float, after: float) -> str:
-    kept = "kept" if after > before + WORTH_DB else "not kept"
-    return f"{what} {after - before:+.1f} dB, {kept}"
+def _told(what: str, before: _Attempt, after: _Attempt) -> str:
+    kept = "kept" if _is_better(after, before) else "not kept"
+    return f"{what} {after.sqnr_db - before.sqnr_db:+.1f} dB, {kept}"
 
 
 def _example(samples: Samples) -> Batch:

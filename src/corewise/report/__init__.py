@@ -1,4 +1,5 @@
-"""A ``Report`` for its readers: programs (``summary``), a terminal (``terminal``), and the web (``markdown``).
+"""A ``Report`` for programs (``summary``), terminals (``terminal``), pull requests (``markdown``), browsers (``html``).
 
-``words`` holds the sentences and figures that the terminal and Markdown share, so that they tell one story.
+``words`` holds the sentences and figures that they share, so that they tell one story. The page's pictures are what
+``figures`` takes from a report, drawn by ``charts``.
 """

@@ -171,17 +171,17 @@ def score(value: float) -> str:
 
 def times(ratio: float) -> str:
     """``4.24x``, ``12.3x``."""
-    return f"{_three_digits(ratio)}x"
+    return f"{three_digits(ratio)}x"
 
 
 def interval(low: float, high: float) -> str:
     """``[4.02, 4.41]``."""
-    return f"[{_three_digits(low)}, {_three_digits(high)}]"
+    return f"[{three_digits(low)}, {three_digits(high)}]"
 
 
 def rate(per_s: float, goal: Goal) -> str:
     """A rate of the alternating run: ``87.3 items/s``; for the latency goal, whose rates are 1/latency, ``11.5 ms``."""
-    return f"{_three_digits(1000 / per_s)} ms" if goal == "latency" else f"{_three_digits(per_s)} items/s"
+    return f"{three_digits(1000 / per_s)} ms" if goal == "latency" else f"{three_digits(per_s)} items/s"
 
 
 def duration(seconds: float) -> str:
@@ -202,15 +202,15 @@ def size(size_bytes: int) -> str:
     return f"{size_bytes / 2**10:.1f} KiB"
 
 
-def _three_digits(value: float) -> str:
+def three_digits(value: float) -> str:
     """``1.04``, ``87.3``, ``1204``: three digits, or the whole number where it has more."""
     return f"{value:.2f}" if abs(value) < 9.995 else f"{value:.1f}" if abs(value) < 99.95 else f"{value:.0f}"
 
 
 def _speed_figures(best: Measurement, goal: Goal) -> str:
     if goal == "latency":
-        return f"{_three_digits(best.p50_ms)}/{_three_digits(best.p99_ms)}"
-    return _three_digits(best.throughput_per_s)
+        return f"{three_digits(best.p50_ms)}/{three_digits(best.p99_ms)}"
+    return three_digits(best.throughput_per_s)
 
 
 def _against(fidelity: Fidelity) -> str:
@@ -236,7 +236,7 @@ def _speed(report: Report) -> str:
         rounds = len(report.finals[0].per_s)
         text += f", {len(report.finals)} finalists in {rounds} alternating rounds"
     if goal == "latency" and best:
-        text += f"; in its trial p50 {_three_digits(best.p50_ms)} ms, p99 {_three_digits(best.p99_ms)} ms"
+        text += f"; in its trial p50 {three_digits(best.p50_ms)} ms, p99 {three_digits(best.p99_ms)} ms"
     return text
 
 

@@ -1,0 +1,308 @@
+"""The pictures of a report: charts with captions and their figures as tables. Pure; all text but the SVG is plain."""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from statistics import median
+
+from corewise.report import charts, words
+from corewise.report.charts import Axis, Bar, Line, Mark, Role
+from corewise.values import Build, Measurement, Plan, Report, Trial
+
+
+@dataclass(frozen=True, kw_only=True)
+class Figure:
+    """A chart, the names of its axes (upright, level) if any, and its table, whose rows are a build and its cells."""
+
+    title: str
+    caption: str
+    svg: str
+    axes: tuple[str, str] | None
+    columns: tuple[str, ...]
+    rows: tuple[tuple[Build, tuple[str, ...]], ...]
+
+
+class Builds:
+    """The builds of a report in the order tried: what each is called and which part it plays."""
+
+    def __init__(self, report: Report) -> None:
+        self.report = report
+        self.baseline = words.baseline(report.trials)
+        self.trials: dict[Build, Trial] = {}
+        for trial in report.trials:
+            self.trials.setdefault(trial.build, trial)
+        self._keys = {build: str(number) for number, build in enumerate(self.trials, 1)}
+
+    def role(self, build: Build) -> Role:
+        """The chosen one, the baseline, one that was accurate and ran, or one that was not accepted."""
+        if build == self.report.choice.winner:
+            return "chosen"
+        if self.baseline and build == self.baseline.build:
+            return "baseline"
+        trial = self.trials.get(build)
+        return "other" if trial and trial.state == "ok" else "rejected"
+
+    def key(self, build: Build) -> str:
+        """Its number in the order tried; ``?`` where the report has no trial of it."""
+        return self._keys.get(build, "?")
+
+    def measured(self) -> Iterator[tuple[Build, Measurement]]:
+        """Every measurement that can be drawn, with its build."""
+        for build, trial in self.trials.items():
+            yield from ((build, one) for one in trial.measurements if one.p50_ms > 0 and one.throughput_per_s > 0)
+
+    def is_plan(self, build: Build, plan: Plan) -> bool:
+        """Whether this is the chosen build under the chosen plan."""
+        return build == self.report.choice.winner and plan == self.report.choice.plan
+
+    def mark(self, build: Build, one: Measurement, x: float, y: float) -> Mark:
+        """A measurement as a point."""
+        return Mark(
+            x=x,
+            y=y,
+            role=self.role(build),
+            key=self.key(build),
+            tip=_told(build, one),
+            ringed=self.is_plan(build, one.plan),
+        )
+
+
+def won(builds: Builds) -> Iterator[Figure]:
+    """What was won: the race, and all that was measured by latency, by batch, and by threads where these differ."""
+    yield from _finals(builds)
+    yield from _frontier(builds)
+    yield from _batches(builds)
+    yield from _threads(builds)
+
+
+def cost(builds: Builds) -> Iterator[Figure]:
+    """What it cost: accuracy over speed, with the gate."""
+    goal, fidelity = builds.report.objective.goal, builds.report.winner.fidelity
+    marks, rows = [], []
+    for build, trial in builds.trials.items():
+        ratio = words.speedup(trial, builds.baseline, goal) or _verified(trial, builds.baseline)
+        if trial.fidelity is None or not ratio:
+            continue
+        value = trial.fidelity.value
+        # The interval is the paired drop's, so it hangs from the baseline's value.
+        ends = (
+            trial.fidelity.baseline_value - trial.fidelity.drop_high,
+            trial.fidelity.baseline_value - trial.fidelity.drop_low,
+        )
+        score = f"{words.score(value)} [{words.score(ends[0])}, {words.score(ends[1])}]"
+        rows.append((build, (words.times(ratio), score, words.score(trial.fidelity.drop))))
+        marks.append(
+            Mark(
+                x=ratio,
+                y=value,
+                role=builds.role(build),
+                key=builds.key(build),
+                tip=f"{words.clean(build.label)}: {score} at {words.times(ratio)}",
+                ringed=build == builds.report.choice.winner,
+                interval=ends,
+            )
+        )
+    if fidelity is None or not marks:
+        return
+    metric, least = words.clean(fidelity.metric), fidelity.baseline_value - builds.report.objective.max_drop
+    title = "Accuracy over speed"
+    yield Figure(
+        title=title,
+        caption="Strokes are the drop's 95 % interval; in the shaded part more is lost than allowed. "
+        "A cross was not accepted; its speed is that of verifying.",
+        svg=charts.plot(
+            "accuracy",
+            title,
+            f"The least {metric} allowed is {words.score(least)}; the figures are in the table.",
+            x=Axis.logarithmic(mark.x for mark in marks),
+            y=Axis.linear([least, *(value for mark in marks for value in (mark.y, *(mark.interval or ())))]),
+            marks=marks,
+            floor=least,
+        ),
+        axes=(metric, "times the baseline's speed"),
+        columns=("build", "speedup", metric, "drop"),
+        rows=tuple(rows),
+    )
+
+
+def _finals(builds: Builds) -> Iterator[Figure]:
+    goal = builds.report.objective.goal
+    unit, better = ("ms", "shorter") if goal == "latency" else ("items/s", "longer")
+    finals = [rates for rates in builds.report.finals if rates.per_s and min(rates.per_s) > 0]
+    finals.sort(key=lambda rates: -median(rates.per_s))
+    bars, rows = [], []
+    for rates in finals:
+        text = words.rate(median(rates.per_s), goal)
+        values = tuple(1000 / per_s if goal == "latency" else per_s for per_s in rates.per_s)
+        role, key = builds.role(rates.build), builds.key(rates.build)
+        bars.append(Bar(value=median(values), values=values, role=role, key=key, text=text))
+        rounds = f"{words.three_digits(min(values))} to {words.three_digits(max(values))}"
+        rows.append((rates.build, (rates.plan.label, words.three_digits(median(values)), rounds)))
+    title = "The alternating run"
+    if bars:
+        yield Figure(
+            title=title,
+            caption=f"A bar ends at the median of the rounds, which are the dots; {better} is better.",
+            svg=charts.bars("finals", title, f"Medians: {words.finals(finals, goal)}", bars),
+            axes=None,
+            columns=("build", "plan", f"median, {unit}", f"rounds, {unit}"),
+            rows=tuple(rows),
+        )
+
+
+def _frontier(builds: Builds) -> Iterator[Figure]:
+    measured = list(builds.measured())
+    if not measured:
+        return
+    best: list[tuple[Build, Measurement]] = []
+    for build, one in sorted(measured, key=lambda run: (run[1].p50_ms, -run[1].throughput_per_s)):
+        accurate = builds.trials[build].state == "ok"
+        if accurate and (not best or one.throughput_per_s > best[-1][1].throughput_per_s):
+            best.append((build, one))
+    marks = []
+    for build, one in measured:
+        on_it = (build, one) in best
+        told = on_it or one == builds.trials[build].best(builds.report.objective.goal)
+        mark = builds.mark(build, one, one.p50_ms, one.throughput_per_s)
+        marks.append(replace(mark, labelled=told, faint=not on_it))
+    throttled = any(one.throttled for _, one in measured)
+    title = "Throughput over latency"
+    yield Figure(
+        title=title,
+        caption="Every measured plan; further up and left is better. The line joins those that none beats in both.",
+        svg=charts.plot(
+            "frontier",
+            title,
+            "None beats " + "; ".join(_told(build, one) for build, one in best),
+            x=Axis.logarithmic(mark.x for mark in marks),
+            y=Axis.logarithmic(mark.y for mark in marks),
+            marks=marks,
+            lines=[Line(points=tuple((one.p50_ms, one.throughput_per_s) for _, one in best), style="guide")],
+        ),
+        axes=("items/s", "ms for a call at the median"),
+        columns=("build", "plan", "items/s", "p50 ms", "p99 ms", "spread", *(("throttled",) if throttled else ())),
+        rows=tuple(
+            (
+                build,
+                (
+                    f"{one.plan.label}{' (chosen)' if builds.is_plan(build, one.plan) else ''}",
+                    *map(words.three_digits, (one.throughput_per_s, one.p50_ms, one.p99_ms)),
+                    f"{one.spread:.1%}",
+                    *((f"{one.throttled} times",) if throttled else ()),
+                ),
+            )
+            for build, one in measured
+        ),
+    )
+
+
+def _batches(builds: Builds) -> Iterator[Figure]:
+    found = _best_by(builds, lambda plan: plan.batch, lambda one: one.p50_ms)
+    batches = sorted({batch for fastest in found.values() for batch in fastest})
+    if len(batches) < 2:
+        return
+    marks = [
+        replace(
+            builds.mark(build, one, batch, one.p50_ms),
+            labelled=batch == max(fastest),
+            interval=(one.p50_ms, max(one.p50_ms, one.p99_ms)),
+        )
+        for build, fastest in found.items()
+        for batch, one in fastest.items()
+    ]
+    title = "Latency over batch"
+    yield Figure(
+        title=title,
+        caption="A call's time at the median, with a stroke up to p99, in the fastest plan for each batch.",
+        svg=charts.plot(
+            "latency",
+            title,
+            f"Milliseconds for a call of {', '.join(map(str, batches))} items; the figures are in the table.",
+            x=Axis.counts(batches),
+            y=Axis.logarithmic(end for mark in marks for end in mark.interval or ()),
+            marks=marks,
+            lines=[
+                Line(points=tuple((batch, one.p50_ms) for batch, one in fastest.items()), style=builds.role(build))
+                for build, fastest in found.items()
+            ],
+        ),
+        axes=("ms for a call", "items in a call"),
+        columns=("p50 / p99, ms", *(f"batch {batch}" for batch in batches)),
+        rows=_pivot(found, batches, lambda one: f"{words.three_digits(one.p50_ms)} / {words.three_digits(one.p99_ms)}"),
+    )
+
+
+def _threads(builds: Builds) -> Iterator[Figure]:
+    found = _best_by(builds, lambda plan: plan.threads_per_instance * plan.instances, lambda one: -one.throughput_per_s)
+    found = {build: best for build, best in found.items() if len(best) > 1}
+    counts = sorted({threads for best in found.values() for threads in best})
+    if not found:
+        return
+    marks = [
+        replace(builds.mark(build, one, threads, one.throughput_per_s), labelled=threads == max(best))
+        for build, best in found.items()
+        for threads, one in best.items()
+    ]
+    leader = found.get(builds.report.choice.winner) or next(iter(found.values()))
+    fewest, first = next(iter(leader.items()))
+    ideal = tuple((threads, first.throughput_per_s * threads / fewest) for threads in leader)
+    title = "Throughput over threads"
+    yield Figure(
+        title=title,
+        caption="The best plan for each number of threads in all instances; "
+        "dashed: if each thread brought as much as the first.",
+        svg=charts.plot(
+            "threads",
+            title,
+            f"Items per second with {', '.join(map(str, counts))} threads; the figures are in the table.",
+            x=Axis.counts(counts),
+            y=Axis.logarithmic([*(mark.y for mark in marks), ideal[-1][1]]),
+            marks=marks,
+            lines=[
+                Line(points=ideal, style="guide"),
+                *(
+                    Line(
+                        points=tuple((threads, one.throughput_per_s) for threads, one in best.items()),
+                        style=builds.role(build),
+                    )
+                    for build, best in found.items()
+                ),
+            ],
+        ),
+        axes=("items/s", "threads"),
+        columns=("items/s", *(f"{threads} threads" for threads in counts)),
+        rows=_pivot(found, counts, lambda one: words.three_digits(one.throughput_per_s)),
+    )
+
+
+_Pivot = Mapping[Build, Mapping[int, Measurement]]
+
+
+def _best_by(builds: Builds, group: Callable[[Plan], int], cost: Callable[[Measurement], float]) -> _Pivot:
+    """Of each build's measurements in one group that of the least cost; groups ascend."""
+    found: dict[Build, dict[int, Measurement]] = {}
+    for build, one in builds.measured():
+        kept = found.setdefault(build, {}).setdefault(group(one.plan), one)
+        if cost(one) < cost(kept):
+            found[build][group(one.plan)] = one
+    return {build: dict(sorted(groups.items())) for build, groups in found.items()}
+
+
+def _pivot(
+    found: _Pivot, groups: Sequence[int], figure: Callable[[Measurement], str]
+) -> tuple[tuple[Build, tuple[str, ...]], ...]:
+    return tuple(
+        (build, tuple(figure(best[group]) if group in best else "" for group in groups))
+        for build, best in found.items()
+    )
+
+
+def _verified(trial: Trial, baseline: Trial | None) -> float | None:
+    """Times the baseline's speed while verifying, for a trial that did not come to be measured."""
+    return trial.verified_per_s / baseline.verified_per_s if baseline and baseline.verified_per_s else None
+
+
+def _told(build: Build, one: Measurement) -> str:
+    return (
+        f"{words.clean(build.label)}, {one.plan.label}: {words.three_digits(one.throughput_per_s)} items/s, "
+        f"p50 {words.three_digits(one.p50_ms)} ms, p99 {words.three_digits(one.p99_ms)} ms"
+    )

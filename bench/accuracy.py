@@ -124,10 +124,12 @@ def torch_predict(module: Any) -> Predict:
 
 def corewise(material: Material, folder: Path, model: str, bits: int) -> Made:
     """Ours; what was decided is in the notes that the row keeps."""
+    from corewise.engines.torch_tools import keep_freed_memory
     from corewise.quantize.placement import TARGETS
     from corewise.quantize.ptq import Recipe, quantize
     from corewise.quantize.simulate import Simulation
 
+    keep_freed_memory()
     made = quantize(source.load_program(material.program), material.calibration, Recipe(weight_bits=bits))
     (folder / "notes.json").write_text(json.dumps(made.notes))
 

@@ -58,10 +58,12 @@ def explain(
 
     tell(StageStarted(f"quantizing with {len(calibrating)} samples"))
     with quiet():
+        from corewise.engines.torch_tools import keep_freed_memory
         from corewise.quantize.placement import place
         from corewise.quantize.ptq import Recipe, batches, quantize
         from corewise.quantize.sensitivity import order_of_return, sensitivity
 
+        keep_freed_memory()
         quantized = quantize(exported.program, calibrating, Recipe(weight_bits=bits))
     placement = place(quantized.module, "fused")
 

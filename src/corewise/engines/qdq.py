@@ -49,9 +49,11 @@ def quantized(material: Material, build: Build, target: "Target") -> tuple[Path,
     """
     if why := missing(PACKAGES, "optimize"):
         raise EngineError(f"corewise's quantizer {why}")
+    from corewise.engines.torch_tools import keep_freed_memory
     from corewise.quantize.ptq import Recipe, quantized_program
 
     recipe = Recipe(weight_bits=7 if build.option("reduce_range", False) else 8)
+    keep_freed_memory()  # calibration runs in eager PyTorch
     with quiet():
         returned = _order(material, recipe)[: int(build.option(RETURNED, 0))] if build.option(RETURNED, 0) else ()
         ignored = (*filter(None, str(build.option("ignored", "")).split(",")), *map(re.escape, returned))

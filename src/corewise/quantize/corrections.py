@@ -34,6 +34,7 @@ FEWEST_ROWS = 2048
 BLOCK = 128
 OUTLIER = 1.0
 FEWEST_ACTIVE = 300
+PLACES = 1 << 14
 STRENGTHS = (0.0, 0.25, 0.5, 0.75, 1.0)
 CAP_MARGIN = 1.6
 EQUALIZING_WORTH = 0.02
@@ -273,11 +274,13 @@ def _gate(layer: Node) -> Node | None:
 def _shift(expected: Tensor, found: Tensor, layer: Node, activated: object) -> Tensor:
     """How much each channel of ``found`` is too low, over the places that the activation lets through."""
     axis = channel_axis(found, layer)
-    error = (expected - found).movedim(axis, 0).flatten(1)
+    some = _some_places(found, axis)
+    error = (expected - found).movedim(axis, 0).flatten(1)[:, some]
     if isinstance(activated, Tensor):
         gate = _gate(layer)
         low, high = (limits(gate) if gate is not None else None) or (-float("inf"), float("inf"))
-        open_ = ((activated > low) & (activated < high)).movedim(axis, 0).flatten(1)
+        activated = activated.movedim(axis, 0).flatten(1)[:, some]
+        open_ = (activated > low) & (activated < high)
     else:
         open_ = torch.ones_like(error, dtype=torch.bool)
     count = open_.sum(1)
@@ -285,6 +288,11 @@ def _shift(expected: Tensor, found: Tensor, layer: Node, activated: object) -> T
     trimmed = torch.minimum(torch.maximum(error, -spread[:, None]), spread[:, None])
     enough = count > min(FEWEST_ACTIVE, error.shape[1] // 2)
     return (trimmed * open_).sum(1) / count.clamp(min=1) * enough
+
+
+def _some_places(value: Tensor, axis: int) -> slice:
+    """Evenly spaced places of each channel, up to ``PLACES``."""
+    return slice(None, None, max(1, value.numel() // value.shape[axis] // PLACES))
 
 
 def _along(channels: Tensor, value: Tensor, axis: int) -> Tensor:

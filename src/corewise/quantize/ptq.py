@@ -28,13 +28,15 @@ from corewise.source import load_program, save_program
 from corewise.values import TensorSpec, from_json, to_json
 
 CALIBRATION_BATCH = 8
+REOBSERVED = 64
+"""Calibration samples that ranges are taken from anew after a correction moved channels; the first time it is all."""
 JUDGED = 16
 """Calibration samples, the last ones, that corrections do not learn from: they judge them."""
 ROUNDING_SAMPLES = 48
 BIAS_SAMPLES = 64
 WORTH_DB = 0.1
-CLOSE_DB = 3.0
-"""Ranges so near to the best ones are tried to the end."""
+CLOSE_DB = 2.0
+"""Ranges so near to the best ones are tried to the end: what is better by itself may gain less from what follows."""
 FEW = 8
 CORRECTIONS = ("equalize", "smooth", "rounding", "bias")
 
@@ -238,27 +240,26 @@ def _quantize(module: GraphModule, calibration: Samples, recipe: Recipe) -> Quan
         raise EngineError("there is no convolution or linear to quantize", "use another precision")
     reference = copy.deepcopy(module)
     search = _Search(reference, calibration, recipe)
-    attempts = search.attempts(module)
+    attempts = search.attempts(module, calibration)
     best = attempts[0]
+    again = calibration.take(range(min(REOBSERVED, len(calibration))))
     notes = [*_doubts(len(calibration), best.observed), f"{best.sqnr_db:.1f} dB without corrections"]
     smoothed: tuple[str, ...] = ()
     if "equalize" in recipe.corrections:
         changed = copy.deepcopy(best.plain)
         if corrections.equalize(changed, best.placement, best.observed, recipe.weight_bits):
-            tried = search.attempts(changed)
+            tried = search.attempts(changed, again)
             notes.append(_told("channel equalization", best, tried[0]))
             attempts = tried if _is_better(tried[0], best) else attempts
             best = attempts[0]
     if "smooth" in recipe.corrections:
         changed = copy.deepcopy(best.plain)
         if names := corrections.smooth(changed, best.placement, best.observed, recipe.weight_bits):
-            tried = search.attempts(changed)
+            tried = search.attempts(changed, again)
             notes.append(_told(f"SmoothQuant on {len(names)} values", best, tried[0]))
             if _is_better(tried[0], best):
                 attempts, best, smoothed = tried, tried[0], names
-    # What rounds better by itself may gain less from what follows.
-    close = [attempt for attempt in attempts if attempt.sqnr_db > best.sqnr_db - CLOSE_DB]
-    best = max((search.refined(attempt) for attempt in close), key=lambda attempt: attempt.sqnr_db)
+    best = search.refined([attempt for attempt in attempts if attempt.sqnr_db > best.sqnr_db - CLOSE_DB])
     return Quantized(
         module=best.module,
         plain=best.plain,
@@ -277,16 +278,16 @@ class _Search:
 
     def __init__(self, reference: GraphModule, calibration: Samples, recipe: Recipe) -> None:
         count = len(calibration)
-        self._calibration, self._recipe = calibration, recipe
+        self._recipe = recipe
         self._judging = list(batches(calibration.take(range(max(0, count - JUDGED), count))))
         self._learning = calibration.take(range(max(1, count - JUDGED)))
         self._expected = [execute(reference, batch, compute) for batch in self._judging]
 
-    def attempts(self, plain: GraphModule) -> list[_Attempt]:
-        """Weights rounded to nearest and values by each observer, the best first."""
+    def attempts(self, plain: GraphModule, seen: Samples) -> list[_Attempt]:
+        """Weights rounded to nearest and values by each observer of what ``seen`` makes them; the best first."""
         placement = place(plain, "fused")
         names = tuple(dict.fromkeys(name for target in TARGETS for name in place(plain, target).tensors))
-        observed = observe(plain, names, batches(self._calibration))
+        observed = observe(plain, names, batches(seen))
         module = copy.deepcopy(plain)
         scales = _round_to_nearest(module, placement, self._recipe.weight_bits)
         found = []
@@ -306,19 +307,28 @@ class _Search:
             )
         return sorted(found, key=lambda attempt: -attempt.sqnr_db)
 
-    def refined(self, best: _Attempt) -> _Attempt:
-        """With rounding and biases corrected, as far as each pays."""
+    def refined(self, attempts: Sequence[_Attempt]) -> _Attempt:
+        """The best of attempts on one graph, the first of them best so far, with rounding and biases corrected.
+
+        Each correction stays as far as it pays. Weights are rounded once, for the first one's values.
+        """
         if "rounding" in self._recipe.corrections:
-            module = copy.deepcopy(best.plain)
+            first = attempts[0]
+            module = copy.deepcopy(first.plain)
             few = list(batches(self._learning.take(range(min(ROUNDING_SAMPLES, len(self._learning))))))
-            scales = corrections.round_weights(module, best.placement, best.ranges, few, self._recipe.weight_bits)
-            best = self._better("GPTQ rounding", best, replace(best, module=module, scales=scales))
+            scales = corrections.round_weights(module, first.placement, first.ranges, few, self._recipe.weight_bits)
+            attempts = [
+                self._better("GPTQ rounding", one, replace(one, module=module, scales=scales)) for one in attempts
+            ]
         if "bias" in self._recipe.corrections:
-            module = copy.deepcopy(best.module)
             some = next(iter(batches(self._learning, min(BIAS_SAMPLES, len(self._learning)))))
-            corrections.correct_bias(module, best.plain, best.placement, best.ranges, some)
-            best = self._better("bias correction", best, replace(best, module=module))
-        return best
+            attempts = [self._with_biases(one, some) for one in attempts]
+        return max(attempts, key=lambda attempt: attempt.sqnr_db)
+
+    def _with_biases(self, best: _Attempt, some: Batch) -> _Attempt:
+        module = copy.deepcopy(best.module)
+        corrections.correct_bias(module, best.plain, best.placement, best.ranges, some)
+        return self._better("bias correction", best, replace(best, module=module))
 
     def _better(self, what: str, best: _Attempt, tried: _Attempt) -> _Attempt:
         tried = replace(tried, sqnr_db=self._judge(tried.module, tried.placement, tried.ranges))

@@ -96,7 +96,13 @@ def test_chunks_pad_the_rest_to_the_smallest_size() -> None:
         (("avx2", "avx_vnni"), [f"openvino/int8/{OURS}", "openvino/int8", "openvino/fp32"]),
         (
             ("avx512_vnni", "avx512_bf16"),
-            [f"openvino/int8/{OURS}", "openvino/int8", "openvino/bf16", "openvino/fp32"],
+            [
+                f"openvino/int8/{OURS}/rest=bf16",
+                f"openvino/int8/{OURS}",
+                "openvino/int8",
+                "openvino/bf16",
+                "openvino/fp32",
+            ],
         ),
     ],
 )
@@ -233,3 +239,9 @@ def test_hanging_engine_hangs(tmp_path: Path) -> None:
         with pytest.raises(subprocess.TimeoutExpired):
             process.wait(timeout=0.3)
         process.kill()
+
+
+def test_int8_with_the_rest_in_bf16_needs_both() -> None:
+    mixed = engine("openvino").candidates(cpu_with("avx512_vnni", "avx512_bf16"), CONVOLUTIONS)[0]
+    assert mixed.option("rest", "") == "bf16"
+    assert engine("openvino").needs(mixed) == ("int8_dot", "bf16")

@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,8 @@ from corewise.errors import EngineError
 from corewise.values import Build, Cpu, Plan, Receipt
 
 MODEL = "model.xml"
+REST = "rest"
+"""The option that says in which precision an int8 build runs what is not int8."""
 DYNAMIC = -1
 ATTENTION = "scaled_dot_product|softmax"
 INT8 = ("i8", "u8")
@@ -46,20 +49,20 @@ class OpenVino:
         return missing(("openvino", "nncf"), "openvino")
 
     def candidates(self, cpu: Cpu, operators: dict[str, int]) -> tuple[Build, ...]:
-        """int8 by our quantizer and by NNCF, bf16 where the CPU multiplies it, fp32."""
+        """int8 by our quantizer and by NNCF, fp32; where the CPU has bf16 also that, and int8 with the rest in it."""
         del operators
         options = () if cpu.int8_dot else (("reduce_range", True),)
         int8 = Build(engine="openvino", precision="int8", options=options)
         bf16 = Build(engine="openvino", precision="bf16")
         fp32 = Build(engine="openvino", precision="fp32")
         ours = qdq.int8("openvino", cpu)
-        return (ours, int8, bf16, fp32) if cpu.bf16 else (ours, int8, fp32)
+        mixed = replace(ours, options=(*ours.options, (REST, "bf16")))
+        return (mixed, ours, int8, bf16, fp32) if cpu.bf16 else (ours, int8, fp32)
 
     def needs(self, build: Build) -> tuple[str, ...]:
         """bf16 hardware for bf16, 32-bit sums of int8 products for int8 in full range."""
-        if build.precision == "int8" and not build.option("reduce_range", False):
-            return ("int8_dot",)
-        return ("bf16",) if build.precision == "bf16" else ()
+        full_range = build.precision == "int8" and not build.option("reduce_range", False)
+        return (*(("int8_dot",) if full_range else ()), *(("bf16",) if _in_bf16(build) else ()))
 
     def build(self, material: Material, build: Build, folder: Path) -> tuple[str, ...]:
         """Convert the program and, for int8, quantize it with the calibration samples.
@@ -113,7 +116,7 @@ class OpenVinoSession:
         self._config = {
             "INFERENCE_NUM_THREADS": plan.threads_per_instance,
             "NUM_STREAMS": 1,
-            "INFERENCE_PRECISION_HINT": "bf16" if build.precision == "bf16" else "f32",
+            "INFERENCE_PRECISION_HINT": "bf16" if _in_bf16(build) else "f32",
         }
         free = any(dim.is_dynamic for port in self._model.inputs for dim in list(port.get_partial_shape())[1:])
         self._sizes = [] if free else [*(2**k for k in range((plan.batch - 1).bit_length())), plan.batch]
@@ -208,6 +211,11 @@ def layer_ms(model: Path, layers: Iterable[str], inputs: Sequence[np.ndarray], t
             quartile = float(np.percentile(spent[1:] or spent, 25))
             found[layer] = found.get(layer, 0.0) + quartile / len(made_of)
     return found
+
+
+def _in_bf16(build: Build) -> bool:
+    """Whether what is not int8 runs in bf16."""
+    return build.precision == "bf16" or build.option(REST, "") == "bf16"
 
 
 def _quantized(model: Any, material: Material, reduce_range: bool) -> Any:

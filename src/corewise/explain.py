@@ -7,8 +7,9 @@ from typing import Any
 from corewise.cpu import inspect
 from corewise.engines import qdq
 from corewise.engines.quiet import quiet
-from corewise.errors import InputError, MissingExtra, SourceError
+from corewise.errors import EngineError, InputError, MissingExtra, SourceError
 from corewise.events import Listener, StageStarted
+from corewise.imports import guard
 from corewise.report.sensitivity import Explanation
 from corewise.samples import Samples, default_calibration, from_python, read, split
 
@@ -57,7 +58,7 @@ def explain(
     bits = weight_bits or (8 if cpu.int8_dot else 7)
 
     tell(StageStarted(f"quantizing with {len(calibrating)} samples"))
-    with quiet():
+    with quiet(), guard(EngineError, "corewise cannot quantize this program", "report it, with the model"):
         from corewise.engines.torch_tools import keep_freed_memory
         from corewise.quantize.placement import place
         from corewise.quantize.ptq import Recipe, batches, quantize
@@ -68,7 +69,8 @@ def explain(
     placement = place(quantized.module, "fused")
 
     tell(StageStarted(f"quantizing {len(placement.layers)} layers one by one, {len(used)} samples"))
-    rows = sensitivity(quantized, batches(used, ROWS))
+    with guard(EngineError, "the quantized program cannot be run", "report it, with the model"):
+        rows = sensitivity(quantized, batches(used, ROWS))
 
     tell(StageStarted("timing the layers"))
     rows, timing = qdq.timed(quantized, rows, exported.inputs, calibrating, cpu.usable_cores)

@@ -248,9 +248,10 @@ def _run(
     fidelity, verdict = setting.verify(outputs)
     record.update(fidelity=fidelity, verified_per_s=per_s)
     receipt = record["receipt"] = _receipt(build, setting, worker, payload)
-    if receipt and receipt.layers and not receipt.int8:
-        which = "its only layer" if receipt.layers == 1 else f"all {receipt.layers} layers"
-        record.update(state="failed", reason=f"{which} silently ran in fp32")
+    if receipt and not receipt.int8:
+        which = {0: "it has no layer that", 1: "its only layer"}.get(receipt.layers, f"all {receipt.layers} layers")
+        what = "runs in int8" if not receipt.layers else "silently ran in fp32"
+        record.update(state="failed", reason=f"{which} {what}")
         return
     if not (verdict.passed or is_baseline):
         record.update(state="rejected", reason=verdict.reason)

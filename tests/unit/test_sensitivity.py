@@ -125,7 +125,7 @@ def test_errors_are_those_of_what_would_be_built(name: str, target: Target) -> N
 def test_the_nets_are_corrected() -> None:
     notes = {name: " ".join(quantized(name).notes) for name in NETS}
     assert quantized("tokens").smoothed, notes
-    assert any("bias correction" in note and ", kept" in note for note in quantized("residual").notes), notes
+    assert any("GPTQ rounding" in note and ", kept" in note for note in quantized("residual").notes), notes
 
 
 def test_batches_do_not_matter() -> None:

@@ -76,7 +76,9 @@ def _order(material: Material, recipe: "Recipe") -> tuple[str, ...]:
         )
         rows = sensitivity(made, ptq.batches(judging, ROWS))
         rows, _ = timed(made, rows, material.inputs, material.calibration, material.cpu.usable_cores)
-        path.write_text(json.dumps(order_of_return(rows)))
+        whole = path.with_suffix(".part")
+        whole.write_text(json.dumps(order_of_return(rows)))
+        whole.replace(path)
     return tuple(json.loads(path.read_text()))
 
 

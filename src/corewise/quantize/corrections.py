@@ -32,6 +32,8 @@ DAMPING = 0.01
 ROWS_PER_COLUMN = 4
 FEWEST_ROWS = 2048
 BLOCK = 128
+WIDEST = 6144
+"""Columns of the widest layer that GPTQ rounds: its moments are as many squared. ResNet-50's has 4,608."""
 OUTLIER = 1.0
 FEWEST_ACTIVE = 300
 PLACES = 1 << 14
@@ -57,7 +59,8 @@ def round_weights(
     """Round each quantized layer's weights so that the errors of its outputs cancel; returns the scales by node.
 
     GPTQ (Frantar et al., 2022, arXiv:2210.17323) column by column, with the second moments of the layer's rounded
-    inputs over a random share of their positions. A layer whose moments cannot be inverted is rounded to nearest.
+    inputs over a random share of their positions. A layer whose moments cannot be inverted, or that is wider than
+    ``WIDEST``, is rounded to nearest.
     """
     wanted = {layer.node for layer in placement.layers}
     moments: dict[str, Tensor] = {}
@@ -65,7 +68,7 @@ def round_weights(
     simulation = Simulation(module, placement.edges, ranges)
 
     def step(node: Node, args: tuple[object, ...], kwargs: dict[str, object]) -> object:
-        if node.name in wanted and node.target not in TRANSPOSED:
+        if node.name in wanted and node.target not in TRANSPOSED and weight(module, node)[0].numel() <= WIDEST:
             rounded = simulation.read(node, node.args[0], args[0])
             rows = _rows(node, rounded, weight(module, node), generator)
             moments[node.name] = moments.get(node.name, torch.zeros(())) + rows.transpose(-1, -2) @ rows

@@ -7,12 +7,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._ops import OpOverload
+from torch._ops import HigherOrderOperator, OpOverload
 from torch.export import ExportedProgram
 from torch.fx import GraphModule, Node
 from torch.fx.graph import CodeGen
 from torch.fx.node import map_arg
-from torch.nn.utils.fusion import fuse_conv_bn_weights
+
+from corewise.errors import EngineError
 
 aten: Any = torch.ops.aten
 
@@ -24,13 +25,8 @@ TRANSPOSED = (aten.conv_transpose1d.default, aten.conv_transpose2d.input, aten.c
 LINEARS = (aten.linear.default,)
 LAYERS = (*CONVOLUTIONS, *TRANSPOSED, *LINEARS)
 NORMS = (aten.batch_norm.default, aten._native_batch_norm_legit_no_training.default)
-IDENTITIES = (
-    aten.dropout.default,
-    aten.clone.default,
-    aten.detach.default,
-    aten.alias.default,
-    aten.contiguous.default,
-)
+IDENTITIES = (aten.dropout.default, aten.detach.default, aten.alias.default)
+"""``clone`` and ``contiguous`` are none: a view behind them needs the order that they make."""
 CHECKS = (
     aten._assert_tensor_metadata.default,
     aten._assert_scalar.default,
@@ -64,8 +60,14 @@ def folded(program: ExportedProgram) -> GraphModule:
 
     Batch norms are folded into the convolutions before them, matrix products with a transposed parameter are
     ``linear``, and each layer has parameters of its own, ``<node>_weight`` and ``<node>_bias``: a correction of one
-    layer never changes another. It computes what the program computes.
+    layer never changes another. It computes what the program computes. Raises ``EngineError`` for control flow.
     """
+    for node in program.graph.nodes:
+        if isinstance(node.target, HigherOrderOperator):
+            raise EngineError(
+                f"the model has a part that cannot be looked into ({node.target})",
+                "leave out control flow and autocast, or use an engine's own quantizer",
+            )
     module = plain_graph(program)
     for node in list(module.graph.nodes):
         if node.target in PRODUCTS:
@@ -234,12 +236,13 @@ def _fold(module: GraphModule, norm: Node) -> None:
     foldable = isinstance(layer, Node) and layer.target in (*CONVOLUTIONS, *TRANSPOSED) and len(layer.users) == 1
     if not foldable or mean is None or var is None or args.get("training") or parameter(module, layer.args[1]) is None:
         return
-    if layer.target in TRANSPOSED and group_count(layer) > 1:
-        return
     own, added = weight(module, layer), bias(module, layer)
-    fused = fuse_conv_bn_weights(own, added, mean, var, args["eps"], scale, shift, transpose=layer.target in TRANSPOSED)
-    own.copy_(fused[0].detach())
-    added.copy_(fused[1].detach())
+    factors = torch.rsqrt(var.detach() + args["eps"]) * (1 if scale is None else scale.detach())
+    # Output channels: the first axis, or within each group the second one of a transposed convolution.
+    groups = group_count(layer) if layer.target in TRANSPOSED else own.shape[0]
+    grouped = own.view(groups, -1, own.shape[1], *own.shape[2:]) if layer.target in TRANSPOSED else own.unsqueeze(1)
+    grouped.mul_(factors.view(groups, 1, -1, *[1] * (grouped.dim() - 3)))
+    added.sub_(mean.detach()).mul_(factors).add_(0 if shift is None else shift.detach())
     users = norm.replace_all_uses_with(layer)
     for user in users:  # a batch norm that returns a tuple is read through getitem
         if norm.target is NORMS[1] and user.target is operator.getitem:

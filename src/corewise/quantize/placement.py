@@ -42,7 +42,7 @@ JOINS = (aten.cat.default,)
 MOVES = (
     *(aten.max_pool2d.default, aten.max_pool1d.default, aten.flatten.using_ints, aten.view.default),
     *(aten.reshape.default, aten.transpose.int, aten.permute.default, aten.squeeze.dim, aten.unsqueeze.default),
-    *(aten.slice.Tensor, aten.chunk.default, aten.split.Tensor),
+    *(aten.slice.Tensor, aten.chunk.default, aten.split.Tensor, aten.clone.default, aten.contiguous.default),
 )
 """Their outputs have no value that their input lacks: both sides share one range."""
 

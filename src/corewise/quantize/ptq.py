@@ -21,7 +21,7 @@ from corewise.quantize.convert import with_qdq
 from corewise.quantize.graph import bias, channel_axis, compute, execute, folded, layer_name, layers, weight
 from corewise.quantize.graph import output_axis as axis_of
 from corewise.quantize.observers import OBSERVERS, Observed, QParams, qparams, round_weight, weight_scales
-from corewise.quantize.placement import TARGETS, Placement, Target, place, source
+from corewise.quantize.placement import TARGETS, Placement, Target, is_float, place, source
 from corewise.quantize.simulate import Batch, Simulation, sqnr_db
 from corewise.samples import Samples
 from corewise.source import load_program, save_program
@@ -31,10 +31,12 @@ CALIBRATION_BATCH = 8
 REOBSERVED = 64
 """Calibration samples that ranges are taken from anew after a correction moved channels; the first time it is all."""
 JUDGED = 16
-"""Calibration samples, the last ones, that corrections do not learn from: they judge them."""
+"""Calibration samples, the last ones, that corrections do not learn from: they judge them. At most a quarter."""
 ROUNDING_SAMPLES = 48
-BIAS_SAMPLES = 64
+BIAS_SAMPLES = 48
 WORTH_DB = 0.1
+SMOOTHING_WORTH_DB = 1.0
+"""More than of what is free at run time."""
 CLOSE_DB = 2.0
 """Ranges so near to the best ones are tried to the end: what is better by itself may gain less from what follows."""
 FEW = 8
@@ -140,7 +142,9 @@ def quantized_program(
     path = cache / f"quantized-{_key([to_json(recipe), target, list(ignored)])}.pt2"
     quantized = calibrated(program, calibration, cache, recipe)
     if not path.exists():
-        save_program(lower(quantized, target, inputs, _example(calibration), ignored), path)
+        whole = path.with_suffix(".part")
+        save_program(lower(quantized, target, inputs, _example(calibration), ignored), whole)
+        whole.replace(path)
     return path, quantized.notes
 
 
@@ -239,11 +243,13 @@ def _quantize(module: GraphModule, calibration: Samples, recipe: Recipe) -> Quan
     if not place(module, "fused").layers:
         raise EngineError("there is no convolution or linear to quantize", "use another precision")
     reference = copy.deepcopy(module)
+    doubts = list(_unjudged(module, calibration))
+    recipe = replace(recipe, corrections=()) if doubts else recipe
     search = _Search(reference, calibration, recipe)
     attempts = search.attempts(module, calibration)
     best = attempts[0]
     again = calibration.take(range(min(REOBSERVED, len(calibration))))
-    notes = [*_doubts(len(calibration), best.observed), f"{best.sqnr_db:.1f} dB without corrections"]
+    notes = [*doubts, *_doubts(module, best.observed), f"{best.sqnr_db:.1f} dB without corrections"]
     smoothed: tuple[str, ...] = ()
     if "equalize" in recipe.corrections:
         changed = copy.deepcopy(best.plain)
@@ -256,8 +262,8 @@ def _quantize(module: GraphModule, calibration: Samples, recipe: Recipe) -> Quan
         changed = copy.deepcopy(best.plain)
         if names := corrections.smooth(changed, best.placement, best.observed, recipe.weight_bits):
             tried = search.attempts(changed, again)
-            notes.append(_told(f"SmoothQuant on {len(names)} values", best, tried[0]))
-            if _is_better(tried[0], best):
+            notes.append(_told(f"SmoothQuant on {len(names)} values", best, tried[0], SMOOTHING_WORTH_DB))
+            if _is_better(tried[0], best, SMOOTHING_WORTH_DB):
                 attempts, best, smoothed = tried, tried[0], names
     best = search.refined([attempt for attempt in attempts if attempt.sqnr_db > best.sqnr_db - CLOSE_DB])
     return Quantized(
@@ -278,9 +284,10 @@ class _Search:
 
     def __init__(self, reference: GraphModule, calibration: Samples, recipe: Recipe) -> None:
         count = len(calibration)
+        learning = max(1, count - min(JUDGED, max(1, count // 4)))
         self._recipe = recipe
-        self._judging = list(batches(calibration.take(range(max(0, count - JUDGED), count))))
-        self._learning = calibration.take(range(max(1, count - JUDGED)))
+        self._judging = list(batches(calibration.take(range(min(learning, count - 1), count))))
+        self._learning = calibration.take(range(learning))
         self._expected = [execute(reference, batch, compute) for batch in self._judging]
 
     def attempts(self, plain: GraphModule, seen: Samples) -> list[_Attempt]:
@@ -340,8 +347,8 @@ class _Search:
         return sqnr_db(self._expected, [simulation.run(batch) for batch in self._judging])
 
 
-def _is_better(tried: _Attempt, best: _Attempt) -> bool:
-    return tried.sqnr_db > best.sqnr_db + WORTH_DB
+def _is_better(tried: _Attempt, best: _Attempt, by_db: float = WORTH_DB) -> bool:
+    return tried.sqnr_db > best.sqnr_db + by_db
 
 
 def observe(module: GraphModule, names: Sequence[str], given: Iterable[Batch]) -> dict[str, Observed]:
@@ -393,16 +400,26 @@ def _round_to_nearest(module: GraphModule, placement: Placement, bits: int) -> d
     return scales
 
 
-def _doubts(count: int, observed: Mapping[str, Observed]) -> Iterable[str]:
-    if count < FEW:
-        yield f"warning: only {count} calibration samples: ranges may be too narrow; give 100 or more"
+def _unjudged(module: GraphModule, calibration: Samples) -> Iterable[str]:
+    """Why corrections are not tried: nothing could tell whether they pay."""
+    if len(calibration) < FEW:
+        few = f"{len(calibration)} calibrate; give 100 or more"
+        yield f"warning: ranges may be too narrow, and no correction was tried: {few}"
+    outputs = next(iter(reversed(module.graph.nodes))).all_input_nodes
+    if not any(is_float(node) for node in outputs):
+        yield "warning: no output is floating point, so that no correction could be judged; return scores too"
+
+
+def _doubts(module: GraphModule, observed: Mapping[str, Observed]) -> Iterable[str]:
+    nodes = {node.name: node for node in module.graph.nodes}
     for name, seen in observed.items():
-        if seen.low == seen.high == 0:
-            yield f"warning: calibration saw nothing but zeros in {name}: its range is unknown"
+        if seen.low == seen.high:
+            what = f"input {name}" if nodes[name].op == "placeholder" else f"the value of {layer_name(nodes[name])}"
+            yield f"warning: calibration saw nothing but {seen.low:g} in {what}: its range is a guess"
 
 
-def _told(what: str, before: _Attempt, after: _Attempt) -> str:
-    kept = "kept" if _is_better(after, before) else "not kept"
+def _told(what: str, before: _Attempt, after: _Attempt, by_db: float = WORTH_DB) -> str:
+    kept = "kept" if _is_better(after, before, by_db) else "not kept"
     return f"{what} {after.sqnr_db - before.sqnr_db:+.1f} dB, {kept}"
 
 

@@ -26,7 +26,7 @@ from corewise.quantize.graph import (
 )
 from corewise.quantize.placement import Layer, Placement, Target, place
 from corewise.quantize.ptq import Quantized
-from corewise.quantize.simulate import Batch, Simulation
+from corewise.quantize.simulate import Batch, Simulation, power
 from corewise.values import TensorSpec
 
 EQUAL_DB = 200.0
@@ -263,8 +263,7 @@ def _power(expected: Sequence[Any], found: Sequence[Any] | None = None) -> float
     total = 0.0
     for index, value in enumerate(expected):
         if isinstance(value, Tensor) and value.is_floating_point():
-            wide = value.double()
-            total += float((wide if found is None else wide - found[index].double()).square().sum())
+            total += power(value, value if found is None else value - found[index])
     return total
 
 

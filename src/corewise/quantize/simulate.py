@@ -44,13 +44,23 @@ class Simulation:
 
 
 def sqnr_db(references: Sequence[tuple[Any, ...]], found: Sequence[tuple[Any, ...]]) -> float:
-    """10 log10(signal power / error power) over all floating outputs of all batches; 200 for equal ones."""
+    """10 log10(signal power / error power) over all floating outputs of all batches; 200 for equal ones.
+
+    Counted where the reference is finite (masked scores are -inf); -200 where it is and what was found is not.
+    """
     signal = error = 0.0
     for expected, got in zip(references, found, strict=True):
         for a, b in zip(expected, got, strict=True):
             if isinstance(a, Tensor) and a.is_floating_point():
-                signal += float(a.double().square().sum())
-                error += float((a.double() - b.double()).square().sum())
+                signal += power(a, a)
+                error += power(a, a - b)
     if error == 0:
         return 200.0
+    if not error < float("inf"):
+        return -200.0
     return float(10 * torch.log10(torch.tensor(max(signal, 1e-300) / error, dtype=torch.float64)))
+
+
+def power(reference: Tensor, value: Tensor) -> float:
+    """The sum of squares of ``value`` where ``reference`` is finite."""
+    return float(value.double().square().masked_fill(~reference.isfinite(), 0.0).sum())

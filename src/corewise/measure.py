@@ -3,6 +3,7 @@
 import time
 from collections.abc import Callable, Sequence
 from statistics import median
+from typing import Protocol, TypeVar
 
 import numpy as np
 
@@ -12,7 +13,17 @@ from corewise.samples import Samples
 from corewise.stats import quantile, spread
 from corewise.values import Measurement, Plan
 
+T = TypeVar("T")
 Clock = Callable[[], float]
+
+
+class Each(Protocol):
+    """Does ``work`` on all instances at the same time; its results in their order."""
+
+    def __call__(self, work: Callable[[Session], T]) -> list[T]:
+        """Do it and wait for all."""
+        ...
+
 
 WARM_WINDOW = 3
 WARM_TOLERANCE = 0.05
@@ -73,18 +84,47 @@ def measure(
     throttled: Callable[[], int] = throttled_count,
 ) -> Measurement:
     """Warm up for at most half the budget, then time calls of ``plan.batch`` items for all of it."""
-    warm_up(session, inputs, budget_s=budget_s / 2, clock=clock)
+    return measure_each(lambda work: [work(session)], inputs, plan, budget_s=budget_s, clock=clock, throttled=throttled)
+
+
+def measure_each(
+    each: Each,
+    inputs: Sequence[np.ndarray],
+    plan: Plan,
+    *,
+    budget_s: float,
+    clock: Clock = time.perf_counter,
+    throttled: Callable[[], int] = throttled_count,
+    memory_per_instance_bytes: int = 0,
+) -> Measurement:
+    """As ``measure``, of all instances that ``each`` (``instances.Instances.each``) has work at the same time.
+
+    Throughput is the sum of the instances' own: of one at its median call, which a neighbour's short visit does not
+    change; of several over all of their calls, for they are each other's neighbours.
+    """
+    each(lambda session: warm_up(session, inputs, budget_s=budget_s / 2, clock=clock))
     before = throttled()
-    seconds = time_calls(session, inputs, budget_s=budget_s, clock=clock)
+    timed = each(lambda session: time_calls(session, inputs, budget_s=budget_s, clock=clock))
+    seconds = [second for calls in timed for second in calls]
     return Measurement(
         plan=plan,
         latencies_ms=tuple(round(s * 1e3, 4) for s in seconds[:: -(-len(seconds) // KEPT_CALLS)]),
-        throughput_per_s=plan.batch / median(seconds),
+        throughput_per_s=plan.batch / median(seconds) if len(timed) == 1 else throughput_per_s(plan.batch, timed),
         p50_ms=median(seconds) * 1e3,
         p99_ms=quantile(seconds, 0.99) * 1e3,
         spread=spread(seconds),
         throttled=throttled() - before,
+        memory_per_instance_bytes=memory_per_instance_bytes,
     )
+
+
+def throughput_per_s(batch: int, timed: Sequence[Sequence[float]]) -> float:
+    """Items per second of instances whose calls of ``batch`` items took the seconds ``timed``, each its own.
+
+    Each instance's items over its own time: all of them over the wall time would count the others' idleness while the
+    last call ends.
+    """
+    return sum(batch * len(seconds) / sum(seconds) for seconds in timed)
 
 
 def _timed(session: Session, inputs: Sequence[np.ndarray], clock: Clock) -> float:

@@ -169,19 +169,22 @@ class Fidelity:
 
 @dataclass(frozen=True, kw_only=True)
 class Measurement:
-    """Speed of one session under one plan."""
+    """Speed of one build under one plan: all its instances at work, each starting a call when its last one is done."""
 
     plan: Plan
     latencies_ms: tuple[float, ...]
-    """Wall time of the timed calls in the order taken; of more than 200, every second, third, ... one."""
+    """Wall time of the timed calls in the order taken, instance by instance; of more than 200, every second, third, ...
+    one."""
     throughput_per_s: float
-    """Items per second at the median call."""
+    """Items per second at the median call; of several instances together, over all calls."""
     p50_ms: float
     p99_ms: float
     spread: float
     """Interquartile range over median of the call times: above 0.1 the machine was noisy."""
     throttled: int = 0
     """Growth of the cgroup's ``nr_throttled`` while measuring: above 0 the figures are too low."""
+    memory_per_instance_bytes: int = 0
+    """What the second instance added to the process's memory, running; 0 for one instance."""
 
 
 @dataclass(frozen=True, kw_only=True)

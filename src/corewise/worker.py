@@ -17,10 +17,13 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+from corewise.cpu import inspect
 from corewise.engines import Engine, Material, Session, engine
 from corewise.errors import CorewiseError
 from corewise.imports import describe
-from corewise.measure import batch_of, measure, time_calls, warm_up
+from corewise.instances import Instances
+from corewise.measure import batch_of, measure_each, throughput_per_s, time_calls, warm_up
+from corewise.placement import assign, warning
 from corewise.samples import Samples
 from corewise.values import Build, Cpu, Plan, TensorSpec, from_json, to_json
 
@@ -61,7 +64,7 @@ class Child:
     """What the parent can ask for; each public method is one request."""
 
     def __init__(self) -> None:
-        self._session: Session | None = None
+        self._instances: Instances | None = None
 
     def engine(self, name: str) -> Engine:
         """The engine that builds and opens."""
@@ -80,24 +83,30 @@ class Child:
         return {"notes": list(notes)}
 
     def open(self, folder: str, build: Any, plan: Any) -> dict[str, Any]:
-        """Open a payload in place of the one open now."""
-        wanted = from_json(Build, build)
-        if self._session is not None:
-            self._session.close()
-        self._session = self.engine(wanted.engine).open(Path(folder), wanted, from_json(Plan, plan))
-        return {}
+        """Open the plan's instances of a payload in place of those open now, on what this process may use.
+
+        Answers the hardware threads of each, the memory that the second one took to open, and a warning where there
+        are more threads than can compute at once.
+        """
+        wanted, how, cpu = from_json(Build, build), from_json(Plan, plan), inspect()
+        self._close()
+        cpus = assign(cpu, how.threads_per_instance, how.instances)
+        self._instances = Instances(self.engine(wanted.engine), Path(folder), wanted, how, cpus)
+        return {
+            "cpus": [list(one) for one in cpus],
+            "memory_per_instance_bytes": self._instances.memory_per_instance_bytes,
+            "warning": warning(cpu, how.threads_per_instance, how.instances),
+        }
 
     def receipt(self, folder: str, build: Any, plan: Any, samples: str) -> dict[str, Any]:
-        """Observe what a payload runs in int8; closes the open session, for memory need not hold the model twice."""
+        """Observe what a payload runs in int8; closes what is open, for memory need not hold the model twice."""
         wanted, how = from_json(Build, build), from_json(Plan, plan)
-        if self._session is not None:
-            self._session.close()
-            self._session = None
+        self._close()
         inputs = batch_of(Samples.load(Path(samples)), how.batch)
         return {"receipt": to_json(self.engine(wanted.engine).receipt(Path(folder), wanted, how, inputs))}
 
     def outputs(self, samples: str, batch: int, path: str) -> dict[str, Any]:
-        """Run all samples and write the outputs: ``B.rows`` and ``B.K`` for batch B and output K.
+        """Run all samples on one instance and write the outputs: ``B.rows`` and ``B.K`` for batch B and output K.
 
         Answers the items per second of the median batch: the first ones are slow, being cold.
         """
@@ -107,7 +116,7 @@ class Child:
         per_s = []
         for number, (rows, arrays) in enumerate(Samples.load(Path(samples)).batches(batch)):
             start = time.perf_counter()
-            results = self._opened().run(arrays)
+            results = self._opened().run(0, arrays)
             per_s.append(len(rows) / (time.perf_counter() - start))
             tensors[f"{number}.rows"] = rows
             tensors.update({f"{number}.{k}": array for k, array in enumerate(results)})
@@ -115,27 +124,44 @@ class Child:
         return {"per_s": median(per_s)}
 
     def measure(self, samples: str, plan: Any, budget_s: float) -> dict[str, Any]:
-        """Measure the open session under ``plan``."""
-        wanted = from_json(Plan, plan)
+        """Measure the open instances, all at work, under ``plan``."""
+        wanted, instances = from_json(Plan, plan), self._opened()
         inputs = batch_of(Samples.load(Path(samples)), wanted.batch)
-        return {"measurement": to_json(measure(self._opened(), inputs, wanted, budget_s=budget_s))}
+        instances.touch(inputs)
+        measured = measure_each(
+            instances.each,
+            inputs,
+            wanted,
+            budget_s=budget_s,
+            memory_per_instance_bytes=instances.memory_per_instance_bytes,
+        )
+        return {"measurement": to_json(measured)}
 
     def enter_race(self, samples: str, batch: int, budget_s: float) -> dict[str, Any]:
         """Warm up for ``round``."""
         self._inputs = batch_of(Samples.load(Path(samples)), batch)
-        return {"calls": warm_up(self._opened(), self._inputs, budget_s=budget_s)}
+        calls = self._opened().each(lambda session: warm_up(session, self._inputs, budget_s=budget_s))
+        return {"calls": sum(calls)}
 
     def round(self, budget_s: float) -> dict[str, Any]:
-        """Items per second over one round of an alternating run: whole calls, the first one untimed."""
-        session = self._opened()
-        session.run(self._inputs)
-        seconds = time_calls(session, self._inputs, budget_s=budget_s, min_calls=1)
-        return {"per_s": len(self._inputs[0]) * len(seconds) / sum(seconds)}
+        """Items per second over one round of an alternating run: whole calls, each instance's first one untimed."""
+        instances = self._opened()
 
-    def _opened(self) -> Session:
-        if self._session is None:
+        def calls(session: Session) -> list[float]:
+            session.run(self._inputs)
+            return time_calls(session, self._inputs, budget_s=budget_s, min_calls=1)
+
+        return {"per_s": throughput_per_s(len(self._inputs[0]), instances.each(calls))}
+
+    def _opened(self) -> Instances:
+        if self._instances is None:
             raise CorewiseError("the worker has no open session", "this is a bug in corewise")
-        return self._session
+        return self._instances
+
+    def _close(self) -> None:
+        if self._instances is not None:
+            self._instances.close()
+        self._instances = None
 
 
 def peak_memory_bytes() -> int:

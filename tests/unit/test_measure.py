@@ -5,9 +5,9 @@ from itertools import chain, repeat
 import numpy as np
 import pytest
 
-from corewise.measure import batch_of, measure, time_calls, warm_up
+from corewise.measure import batch_of, measure, measure_each, throughput_per_s, time_calls, warm_up
 from corewise.samples import from_python
-from corewise.values import Plan
+from corewise.values import Measurement, Plan, from_json, to_json
 
 
 class FakeTime:
@@ -97,3 +97,29 @@ def test_a_batch_has_one_shape():
     samples = from_python([np.zeros(n, np.float32) for n in (3, 5, 3, 5, 5)])
     assert [batch.shape for batch in batch_of(samples, 2)] == [(2, 3)]
     assert [batch.shape for batch in batch_of(samples, 3)] == [(3, 5)]
+
+
+def test_several_instances_are_measured_together():
+    fast, slow = FakeTime(0.125), FakeTime(0.5)
+    now = lambda: fast.now + slow.now  # noqa: E731 - one after the other: the clock of either is that of both
+    each = lambda work: [work(fast), work(slow)]  # noqa: E731
+    plan = Plan(threads_per_instance=1, instances=2, batch=2)
+    found = measure_each(each, INPUTS, plan, budget_s=2.0, clock=now, throttled=lambda: 0, memory_per_instance_bytes=5)
+    assert found.latencies_ms == (*[125.0] * 16, *[500.0] * 4)
+    assert found.throughput_per_s == 2 / 0.125 + 2 / 0.5
+    assert found.p50_ms == 125
+    assert found.p99_ms == 500
+    assert found.memory_per_instance_bytes == 5
+    assert from_json(Measurement, to_json(found)) == found
+
+
+def test_the_throughput_of_several_instances_is_over_all_their_calls():
+    assert throughput_per_s(3, [[1.0, 1.0, 4.0], [2.0]]) == 3 * 3 / 6 + 3 * 1 / 2
+
+
+def test_measurements_from_before_there_were_instances_still_load():
+    time = FakeTime(1.0)
+    found = measure(time, INPUTS, Plan(threads_per_instance=1, batch=2), budget_s=1.0, clock=time.clock)
+    old = to_json(found)
+    del old["memory_per_instance_bytes"]
+    assert from_json(Measurement, old) == found

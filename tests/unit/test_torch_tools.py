@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+import threading
 
 import pytest
 import torch
@@ -39,4 +40,25 @@ def test_the_callers_threads_are_put_back():
     before = torch.get_num_threads()
     with threads(before + 1):
         assert torch.get_num_threads() == before + 1
+    assert torch.get_num_threads() == before
+
+
+def test_instances_in_threads_of_their_own_keep_their_own_numbers():
+    together = threading.Barrier(3)
+    seen = {}
+
+    def run(count):
+        with threads(count):
+            together.wait(60)
+            torch.ones(1000).add_(1)
+            seen[count] = torch.get_num_threads()
+            together.wait(60)
+
+    before = torch.get_num_threads()
+    running = [threading.Thread(target=run, args=(count,)) for count in (1, 2, 3)]
+    for thread in running:
+        thread.start()
+    for thread in running:
+        thread.join()
+    assert seen == {1: 1, 2: 2, 3: 3}
     assert torch.get_num_threads() == before

@@ -7,7 +7,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 
@@ -60,6 +60,18 @@ class Session(Protocol):
         ...
 
 
+@runtime_checkable
+class Sharing(Session, Protocol):
+    """A session on whose weights further instances can run, each in its own thread, at the same time."""
+
+    def another(self) -> Session:
+        """One more instance, for the thread that calls; the plan it was opened with counts them all.
+
+        Both stay open until they are closed, in any order.
+        """
+        ...
+
+
 class Engine(Protocol):
     """One way to run a model. Construction is free; heavy imports wait for ``build`` and ``open``."""
 
@@ -83,7 +95,11 @@ class Engine(Protocol):
         ...
 
     def open(self, folder: Path, build: Build, plan: Plan) -> Session:
-        """Open a payload to run ``plan.batch`` items a call with ``plan.threads_per_instance`` threads."""
+        """Open the first of ``plan.instances``: ``plan.batch`` items a call on ``plan.threads_per_instance`` threads.
+
+        The thread that opens also runs and closes it: OpenMP's and others' threads inherit its affinity. The other
+        instances are ``Sharing.another`` where the session has it, else opened alike.
+        """
         ...
 
     def receipt(self, folder: Path, build: Build, plan: Plan, inputs: Sequence[np.ndarray]) -> Receipt | None:

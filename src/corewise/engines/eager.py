@@ -3,6 +3,7 @@
 import copy
 import json
 import shutil
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -128,6 +129,15 @@ class EagerSession:
         if tensor.is_floating_point():
             tensor = tensor.to(self._dtype)
         return tensor.contiguous(memory_format=self._format) if tensor.dim() == 4 else tensor
+
+    def another(self) -> "EagerSession":
+        """The same parameters in a module of its own: ``forward`` may keep things in a module, and in its buffers."""
+        other = copy.copy(self)
+        with warnings.catch_warnings():
+            # Given by torch's own exported modules, 2.13.
+            warnings.filterwarnings("ignore", message=".*LeafSpec", category=FutureWarning)
+            other._module = copy.deepcopy(self._module, {id(tensor): tensor for tensor in self._module.parameters()})
+        return other
 
     def close(self) -> None:
         """Drop the module."""

@@ -1,8 +1,10 @@
 """TorchInductor: programs compiled ahead of time to machine code, in fp32, bf16 and int8."""
 
+import copy
 import json
 import re
 import shutil
+import threading
 import zipfile
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -156,7 +158,8 @@ class InductorSession:
 
     A package of oneDNN's kernels for any batch packs the weights anew at every call whose batch is not its example's.
     What remains of a batch after the sixteens runs one by one or as one padded sixteen, whichever took less time while
-    building.
+    building. PyTorch's binding holds Python's lock while a package runs (2.13): instances take turns, so that one with
+    all threads serves best.
     """
 
     def __init__(self, folder: Path, plan: Plan) -> None:
@@ -164,12 +167,11 @@ class InductorSession:
 
         keep_freed_memory()
         settings = json.loads((folder / SETTINGS).read_text())
-        self._folder = folder
+        self._packages = _Packages(folder)
         self._threads = plan.threads_per_instance
         self._inputs = from_json(tuple[TensorSpec, ...], settings["inputs"])
         self._static = bool(settings["sizes"])
         self._one_by_one: int = settings["one_by_one"]
-        self._loaded: dict[int | None, Any] = {}
         for _, _, size in self._cuts(plan.batch)[:1]:
             self._for_batch(size)
 
@@ -195,22 +197,39 @@ class InductorSession:
         return to_numpy(found if isinstance(found, (tuple, list)) else [found])
 
     def _for_batch(self, rows: int) -> Any:
-        from torch._inductor import aoti_load_package
+        return self._packages.loaded(rows if self._static else None)
 
-        size = rows if self._static else None
-        if size not in self._loaded:
-            # Loading imports torch's compiler, parts of which log or warn.
-            with quiet():
-                self._loaded[size] = aoti_load_package(str(_package(self._folder, size)))
-        return self._loaded[size]
+    def another(self) -> "InductorSession":
+        """The same packages: constants and packed weights are theirs."""
+        return copy.copy(self)
 
     def close(self) -> None:
-        """Unload the packages.
+        """Unload the packages, unless other instances run them.
 
         Their files are gone then; threads that ran them keep the machine code mapped till they end, for it registers
         destructors of thread_local values (dlclose(3)).
         """
-        self._loaded.clear()
+        self.__dict__.pop("_packages", None)
+
+
+class _Packages:
+    """A payload's packages, each loaded when it is first needed; several threads may ask."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._loaded: dict[int | None, Any] = {}
+        self._lock = threading.Lock()
+
+    def loaded(self, size: int | None) -> Any:
+        """The package for batches of ``size``; ``None``: for any batch."""
+        from torch._inductor import aoti_load_package
+
+        with self._lock:
+            if size not in self._loaded:
+                # Loading imports torch's compiler, parts of which log or warn.
+                with quiet():
+                    self._loaded[size] = aoti_load_package(str(_package(self._folder, size)))
+            return self._loaded[size]
 
 
 def cuts(rows: int, one_by_one: int) -> list[tuple[int, int, int]]:

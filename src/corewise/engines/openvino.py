@@ -1,17 +1,23 @@
 """OpenVINO: fp32, bf16, and int8 by our quantizer or by NNCF's."""
 
+import copy
+import os
+import threading
 import time
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from corewise.engines import qdq
+from corewise.cpu import inspect
+from corewise.engines import denormals, qdq
 from corewise.engines.base import Material, Session, chunks, missing
 from corewise.engines.quiet import quiet
 from corewise.errors import EngineError
+from corewise.placement import limited_by_quota
 from corewise.values import Build, Cpu, Plan, Receipt
 
 MODEL = "model.xml"
@@ -86,7 +92,10 @@ class OpenVino:
         return ()
 
     def open(self, folder: Path, build: Build, plan: Plan) -> Session:
-        """Open the IR, compiled for the plan's batch."""
+        """Open the IR, compiled for the plan's batch, with a stream for each instance.
+
+        Raises ``EngineError`` where OpenVINO makes fewer streams: it has no more than cores.
+        """
         return OpenVinoSession(folder / MODEL, build, plan)
 
     def receipt(self, folder: Path, build: Build, plan: Plan, inputs: Sequence[np.ndarray]) -> Receipt | None:
@@ -109,18 +118,9 @@ class OpenVinoSession:
     """
 
     def __init__(self, model: Path, build: Build, plan: Plan) -> None:
-        import openvino as ov
-
-        self._core: Any = ov.Core()
-        self._model: Any = self._core.read_model(str(model))
-        self._config = {
-            "INFERENCE_NUM_THREADS": plan.threads_per_instance,
-            "NUM_STREAMS": 1,
-            "INFERENCE_PRECISION_HINT": "bf16" if _in_bf16(build) else "f32",
-        }
-        free = any(dim.is_dynamic for port in self._model.inputs for dim in list(port.get_partial_shape())[1:])
-        self._sizes = [] if free else [*(2**k for k in range((plan.batch - 1).bit_length())), plan.batch]
-        self._compiled: dict[int, Any] = {}
+        self._shared = _Compiled(model, build, plan)
+        self._sizes = self._shared.sizes
+        self._requests: dict[int, Any] = {}
         self._for_batch(plan.batch)
 
     def run(self, inputs: Sequence[np.ndarray]) -> list[np.ndarray]:
@@ -142,20 +142,83 @@ class OpenVinoSession:
 
     def _for_batch(self, rows: int) -> Any:
         size = rows if self._sizes else DYNAMIC
-        if size not in self._compiled:
-            model = self._model.clone()
-            _reshape_batch(model, size)
-            self._compiled[size] = self._core.compile_model(model, "CPU", self._config).create_infer_request()
-        return self._compiled[size]
+        if size not in self._requests:
+            self._requests[size] = self._shared.compiled(size).create_infer_request()
+        return self._requests[size]
+
+    def another(self) -> "OpenVinoSession":
+        """Requests of its own to the same compiled models, which run as many of them at once as they have streams."""
+        other = copy.copy(self)
+        other._requests = {}
+        return other
 
     def models(self, rows: int) -> tuple[Any, Any]:
         """The model as it was read, and the runtime model that takes ``rows`` rows."""
-        return self._model, self._for_batch(rows).get_compiled_model().get_runtime_model()
+        return self._shared.model, self._for_batch(rows).get_compiled_model().get_runtime_model()
 
     def close(self) -> None:
-        """Drop the compiled models."""
-        self._compiled.clear()
-        self._model = None
+        """Drop the requests, and the compiled models unless other instances use them."""
+        self._requests.clear()
+        self.__dict__.pop("_shared", None)
+
+
+class _Compiled:
+    """The compiled models of one IR, by their batch; several threads may ask for one.
+
+    Threads: OpenVINO pins each stream to cores of its own, unless a quota says how much time there is and not where.
+    Denormals: as the opening thread has it.
+    """
+
+    def __init__(self, model: Path, build: Build, plan: Plan) -> None:
+        import openvino as ov
+
+        self._core: Any = ov.Core()
+        self.model: Any = self._core.read_model(str(model))
+        with _on_all_cpus():
+            cpu = inspect()
+        threads = plan.threads_per_instance * plan.instances
+        self._instances = plan.instances
+        self._config = {
+            "INFERENCE_NUM_THREADS": threads,
+            "NUM_STREAMS": plan.instances,
+            "INFERENCE_PRECISION_HINT": "bf16" if _in_bf16(build) else "f32",
+            "ENABLE_CPU_PINNING": not limited_by_quota(cpu),
+            "ENABLE_HYPER_THREADING": threads > cpu.usable_cores,
+            "CPU_DENORMALS_OPTIMIZATION": denormals.flushed(),
+        }
+        free = any(dim.is_dynamic for port in self.model.inputs for dim in list(port.get_partial_shape())[1:])
+        self.sizes = [] if free else [*(2**k for k in range((plan.batch - 1).bit_length())), plan.batch]
+        self._models: dict[int, Any] = {}
+        self._lock = threading.Lock()
+
+    def compiled(self, size: int) -> Any:
+        """The model for batches of ``size``, or ``DYNAMIC``. Raises ``EngineError`` where streams are missing."""
+        with self._lock, _on_all_cpus():
+            if size not in self._models:
+                model = self.model.clone()
+                _reshape_batch(model, size)
+                self._models[size] = self._core.compile_model(model, "CPU", self._config)
+                streams = self._models[size].get_property("NUM_STREAMS")
+                if streams != self._instances:
+                    raise EngineError(
+                        f"OpenVINO has {streams} streams here, not one for each of {self._instances} instances",
+                        f"use at most {streams} instances",
+                    )
+            return self._models[size]
+
+
+@contextmanager
+def _on_all_cpus() -> Iterator[None]:
+    """Run on the hardware threads of the main thread.
+
+    OpenVINO takes the affinity of the thread that first compiles for that of the process, for as long as that lives.
+    """
+    before = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, os.sched_getaffinity(os.getpid()))
+    try:
+        yield
+    finally:
+        os.sched_setaffinity(0, before)
 
 
 def layer_ms(model: Path, layers: Iterable[str], inputs: Sequence[np.ndarray], threads: int) -> dict[str, float]:

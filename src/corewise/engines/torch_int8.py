@@ -1,5 +1,6 @@
 """PyTorch's own int8: static and dynamic quantization on its quantized backends."""
 
+import copy
 import json
 import platform
 import re
@@ -139,6 +140,10 @@ class TorchInt8Session:
         # A frozen graph has nothing left to optimize: the profiling executor only makes the first runs slow.
         with threads(self._threads), torch.inference_mode(), optimized_execution(False):
             return to_numpy(self._module(*map(from_numpy, inputs)))
+
+    def another(self) -> "TorchInt8Session":
+        """The same TorchScript: a frozen one has no state, and each call its own interpreter."""
+        return copy.copy(self)
 
     @property
     def operators(self) -> "Iterable[torch.Node]":

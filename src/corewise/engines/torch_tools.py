@@ -27,7 +27,13 @@ def keep_freed_memory() -> None:
 
 @contextmanager
 def threads(count: int) -> Iterator[None]:
-    """Run with ``count`` intra-op threads and put the caller's number back."""
+    """Run with ``count`` intra-op threads and put the caller's number back.
+
+    The number and the OpenMP team are the calling thread's, and instances in several threads do not disturb each
+    other. But a thread's first operation sets its number to what any thread set last (``lazy_init_num_threads`` in
+    ATen/Parallel.h): asking for the number is such an operation, and has to come before setting it. Inter-op threads
+    are only for ``torch.jit.fork`` and training, and do not start here.
+    """
     before = torch.get_num_threads()
     if before == count:
         yield

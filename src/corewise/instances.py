@@ -1,0 +1,154 @@
+"""A payload run by several instances in one process: a pinned thread for each, and shared weights.
+
+An instance's thread is pinned before it opens its session, so that the engine's own threads (an OpenMP team, a thread
+pool) inherit its hardware threads: in OpenMP the number of threads and the team are the calling thread's. OpenVINO has
+streams for that, which it pins itself.
+"""
+
+import ctypes
+import os
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from contextlib import ExitStack, suppress
+from pathlib import Path
+from types import TracebackType
+from typing import Self, TypeVar
+
+import numpy as np
+
+from corewise.engines import Engine, Session
+from corewise.engines.base import Sharing
+from corewise.engines.denormals import flush
+from corewise.errors import EngineError
+from corewise.values import Build, Plan
+
+T = TypeVar("T")
+
+M_ARENA_MAX = -8
+"""From glibc's malloc.h; see mallopt(3)."""
+
+
+class Instances:
+    """The opened instances of one payload under one plan; a context manager.
+
+    Each has a thread of its own that opens, runs and closes it, on the hardware threads ``cpus`` gives it
+    (``placement.assign``; none: wherever this thread may run), with denormals as zeros. An instance runs one call at a
+    time; calls to different ones run at the same time.
+    """
+
+    def __init__(self, engine: Engine, folder: Path, build: Build, plan: Plan, cpus: Sequence[Sequence[int]]) -> None:
+        """Open ``plan.instances`` of them, one after the other.
+
+        Raises what the engine raises, and ``EngineError`` where a thread may not run on its hardware threads.
+        """
+        one_arena()
+        self.memory_per_instance_bytes = 0
+        """What the second instance added to this process's memory by being opened and, after ``touch``, by running."""
+        self._sessions: list[Session] = []
+        self._threads: list[ThreadPoolExecutor] = []
+        with ExitStack() as undo:
+            undo.callback(self.close)
+            for number in range(plan.instances):
+                self._threads.append(ThreadPoolExecutor(1, f"instance-{number}"))
+                self._submit(number, _settle, cpus[number]).result()
+                before = memory_bytes(trimmed=True)
+                self._sessions.append(self._submit(number, self._open, engine, folder, build, plan).result())
+                self._note(number, memory_bytes(trimmed=True) - before)
+            undo.pop_all()
+
+    def __len__(self) -> int:
+        return len(self._sessions)
+
+    def touch(self, inputs: Sequence[np.ndarray]) -> None:
+        """Run each once, one after the other: what they allocate then belongs to ``memory_per_instance_bytes``."""
+        for number in range(len(self)):
+            # Else it would run in what the one before it allocated and freed, and the two could not run together.
+            before = memory_bytes(trimmed=True)
+            self.run(number, inputs)
+            self._note(number, memory_bytes() - before)
+
+    def run(self, instance: int, inputs: Sequence[np.ndarray]) -> list[np.ndarray]:
+        """Run one batch on the instance of that number, and wait for it."""
+        return self._submit(instance, self._sessions[instance].run, inputs).result()
+
+    def each(self, work: Callable[[Session], T]) -> list[T]:
+        """Do ``work`` on all instances at the same time, each in its thread; its results in their order.
+
+        When all have ended, raises what the first of those raised that did.
+        """
+        futures = [self._submit(number, work, session) for number, session in enumerate(self._sessions)]
+        wait(futures)
+        return [future.result() for future in futures]
+
+    def close(self) -> None:
+        """Close all, and end their threads."""
+        with ExitStack() as stack:
+            for thread in self._threads:
+                stack.callback(thread.shutdown)
+            for number, session in enumerate(self._sessions):
+                stack.callback(lambda number, session: self._submit(number, session.close).result(), number, session)
+        self._sessions.clear()
+        self._threads.clear()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _submit(self, instance: int, work: Callable[..., T], *arguments: object) -> "Future[T]":
+        return self._threads[instance].submit(work, *arguments)
+
+    def _open(self, engine: Engine, folder: Path, build: Build, plan: Plan) -> Session:
+        first = self._sessions[0] if self._sessions else None
+        return first.another() if isinstance(first, Sharing) else engine.open(folder, build, plan)
+
+    def _note(self, instance: int, grown_bytes: int) -> None:
+        # The first one's memory is the payload's, and the second's is what each further one costs.
+        if instance == 1:
+            self.memory_per_instance_bytes += max(0, grown_bytes)
+
+
+def memory_bytes(*, trimmed: bool = False) -> int:
+    """This process's memory, with its share of what it shares (PSS); all of that where the kernel tells no PSS.
+
+    ``trimmed``: after giving back what was freed (malloc_trim(3)).
+    """
+    malloc_trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trimmed and malloc_trim is not None:
+        malloc_trim(0)
+    with suppress(OSError):
+        lines = Path("/proc/self/smaps_rollup").read_text().splitlines()
+        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("Pss:"))
+    with suppress(OSError):
+        return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    return 0
+
+
+def one_arena() -> None:
+    """Have threads that start from now on allocate where the main thread does.
+
+    glibc gives each thread an arena of its own, and its heaps of 64 MB back to the kernel whenever they are empty,
+    whatever its thresholds say: eager MobileNetV2 at batch 16 in a thread met 5,000 to 8,000 page faults an image and
+    took 32 to 50 ms; from the main arena it meets 0 to 100 and takes 24 to 27 (Zen 3). Does nothing where the C
+    library is another one.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is not None:
+        mallopt(M_ARENA_MAX, 1)
+
+
+def _settle(cpus: Sequence[int]) -> None:
+    """Make the calling thread ready to open an instance."""
+    flush()
+    if not cpus:
+        return
+    try:
+        os.sched_setaffinity(0, cpus)
+    except OSError as error:
+        raise EngineError(
+            f"an instance cannot run on the hardware threads {', '.join(map(str, cpus))}: {error.strerror}",
+            "measure again on this machine: this process may use others now",
+        ) from error

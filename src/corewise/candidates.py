@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 from corewise.engines import Engine
-from corewise.values import RETURNED, Build, Cpu, Goal, Plan
+from corewise.values import IGNORED, RETURNED, Build, Cpu, Goal, Plan, Scalar
 
 BASELINE = Build(engine="eager", precision="fp32")
 BATCHES = (1, 16, 64)
@@ -12,9 +12,20 @@ PRECISION_ORDER = ("int8", "int8-dynamic", "bf16", "fp32")
 """int8 first: what is found early prunes the slower ones that follow."""
 
 
-def candidates(cpu: Cpu, operators: dict[str, int], engines: Mapping[str, Engine]) -> tuple[Build, ...]:
-    """The baseline, then each available engine's builds, the fastest precision first."""
+def candidates(
+    cpu: Cpu, operators: dict[str, int], engines: Mapping[str, Engine], ignored: Sequence[str] = ()
+) -> tuple[Build, ...]:
+    """The baseline, then each available engine's builds, the fastest precision first.
+
+    Where layers are ``ignored``, int8 is by our quantizer only: the engines' own do not know these names.
+    """
     builds = [build for name in engines for build in engines[name].candidates(cpu, operators) if build != BASELINE]
+    if ignored:
+        builds = [
+            _with_option(build, IGNORED, " ".join(ignored)) if build.option("quantizer", "") == "corewise" else build
+            for build in builds
+            if build.option("quantizer", "") == "corewise" or not build.precision.startswith("int8")
+        ]
     return (BASELINE, *sorted(builds, key=lambda build: PRECISION_ORDER.index(build.precision)))
 
 
@@ -26,4 +37,8 @@ def plans(cpu: Cpu, goal: Goal) -> tuple[Plan, ...]:
 
 def returning(build: Build, count: int) -> Build:
     """The build with ``count`` layers in floating point."""
-    return replace(build, options=tuple(sorted({**dict(build.options), RETURNED: count}.items())))
+    return _with_option(build, RETURNED, count)
+
+
+def _with_option(build: Build, name: str, value: Scalar) -> Build:
+    return replace(build, options=tuple(sorted({**dict(build.options), name: value}.items())))

@@ -114,6 +114,10 @@ def optimize(
     engine: Annotated[
         list[str] | None, typer.Option(help="Try only these engines (repeatable); eager is always the baseline.")
     ] = None,
+    ignore: Annotated[
+        list[str] | None,
+        typer.Option(help="A layer that never runs in int8, as explain names it, or a pattern of names (repeatable)."),
+    ] = None,
     calibration: Calibration = None,
     seed: Seed = 0,
     timeout_s: Annotated[float, typer.Option(help="Longest time for each step of a trial.")] = 600.0,
@@ -151,6 +155,7 @@ def optimize(
             strict=strict,
             objective=objective,
             engines=tuple(engine) if engine else DEFAULT_ENGINES,
+            ignored=tuple(ignore or ()),
             calibration=calibration,
             seed=seed,
             timeout_s=timeout_s,

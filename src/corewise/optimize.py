@@ -43,6 +43,7 @@ def optimize(
     objective: Goal = "throughput",
     strict: bool = False,
     engines: Sequence[str] = DEFAULT_ENGINES,
+    ignored: Sequence[str] = (),
     calibration: int | None = None,
     seed: int = 0,
     timeout_s: float = TIMEOUT_S,
@@ -56,7 +57,9 @@ def optimize(
     ``calibration`` of them are drawn with ``seed`` for quantization; all others are the holdout that decides.
     ``metric`` is a name in ``metrics.METRICS``, a ``module:function`` or a callable (outputs, labels) -> score,
     higher is better; without one, class labels ask for top-1, and no labels for agreement with fp32.
-    ``timeout_s`` bounds each step of a trial. Finished trials are kept in the folder ``work``, where the same call
+    ``ignored`` layers never run in int8: names as ``corewise explain`` lists them, or regular expressions for whole
+    names; int8 is then by corewise's own quantizer only. ``timeout_s`` bounds each step of a trial. Finished trials are
+    kept in the folder ``work``, where the same call
     resumes. ``tell`` hears of the progress.
 
     Raises ``InputError`` for what is wrong with the arguments and ``MissingExtra`` where torch is not installed.
@@ -87,7 +90,10 @@ def optimize(
         in_process = Eager(exported.module)
         usable = {"eager": in_process}
         notes = (f"only eager was tried: the model cannot be exported ({exported.why_not})",)
-    builds = candidates(cpu, operators, usable)
+    if ignored:
+        _check_ignored(exported, ignored)
+        notes = (*notes, f"int8 by corewise's quantizer only, without {', '.join(ignored)}")
+    builds = candidates(cpu, operators, usable, ignored)
 
     home = Home(work)
     material = Material(
@@ -167,6 +173,17 @@ def _check(objective: Objective) -> None:
         raise InputError(f"max_drop is {objective.max_drop}", "give 0 or more, e.g. 0.01 for one point of top-1")
     if objective.goal not in ("throughput", "latency"):
         raise InputError(f"the objective {objective.goal!r} is unknown", "give throughput or latency")
+
+
+def _check_ignored(exported: "Exported", ignored: Sequence[str]) -> None:
+    """Raise ``EngineError`` where one of them matches no layer, before any work."""
+    from corewise.quantize.graph import folded
+    from corewise.quantize.placement import place
+
+    if any(set(name) & set(" \t\n") for name in ignored):
+        raise InputError("an ignored layer has a space in its name", r"give a regular expression with \s for it")
+    if exported.program is not None:
+        place(folded(exported.program), "fused", ignored)
 
 
 def _usable(names: Sequence[str]) -> tuple[dict[str, Engine], tuple[str, ...]]:

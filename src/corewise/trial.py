@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass
+from hashlib import sha256
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Protocol, Self
@@ -32,6 +33,7 @@ SLOW_CALL_MS = 250.0
 HOPELESS = 0.5
 """A candidate that verifies slower than this share of the best so far is not measured."""
 LOG_TAIL = 300
+LONGEST_NAME = 150
 DYING_S = 10.0
 
 
@@ -180,7 +182,7 @@ class Setting:
 
     def payload(self, build: Build) -> Path:
         """Where the build's payload lies."""
-        return self.folder / "builds" / build.label.replace("/", "_")
+        return self.folder / "builds" / _file_name(build)
 
     @property
     def holdout(self) -> str:
@@ -189,17 +191,23 @@ class Setting:
 
     def outputs(self, build: Build) -> Path:
         """The build's outputs for the holdout."""
-        return self.folder / "outputs" / f"{build.label.replace('/', '_')}.safetensors"
+        return self.folder / "outputs" / f"{_file_name(build)}.safetensors"
 
     def log(self, build: Build) -> Path:
         """What the build's children print."""
-        return self.folder / "logs" / f"{build.label.replace('/', '_')}.log"
+        return self.folder / "logs" / f"{_file_name(build)}.log"
 
     def worker(self, build: Build) -> AnyWorker:
         """A fresh child for the build."""
         if self.in_process is not None:
             return InProcess(self.in_process)
         return Worker(cpus=self.cpus, log=self.log(build), timeout_s=self.timeout_s)
+
+
+def _file_name(build: Build) -> str:
+    """The build's label as a file name; of a long one the beginning and a hash."""
+    name = build.label.replace("/", "_")
+    return name if len(name) <= LONGEST_NAME else f"{name[:LONGEST_NAME]}-{sha256(name.encode()).hexdigest()[:12]}"
 
 
 def run_trial(build: Build, setting: Setting, *, best_verified_per_s: float = 0.0, is_baseline: bool = False) -> Trial:

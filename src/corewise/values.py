@@ -109,6 +109,8 @@ class TensorSpec:
     shape: tuple[int | None, ...]
 
 
+IGNORED = "ignored"
+"""The option of builds that names layers to stay in floating point, separated by spaces (``placement.place``)."""
 RETURNED = "returned"
 """The option of builds that give so many layers back to floating point, those that cost most accuracy first."""
 

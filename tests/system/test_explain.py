@@ -57,7 +57,7 @@ def test_the_command_prints_a_table_and_draws(place: Path) -> None:
     said = " ".join(done.stdout.split())
     assert "dB with all 2 layers in int8, on 4 samples" in said
     assert "good.npz: 4 calibrated, 4 measured" in said
-    assert "warning: only 4 calibration samples" in said
+    assert "4 calibrate; give 100 or more" in said
     assert "first to return to floating point: " in said
     assert "stay in floating point - 2: no engine has an int8 kernel" in said
     assert ElementTree.parse(place / "figure.svg").getroot().tag.endswith("svg")

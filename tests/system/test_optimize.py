@@ -308,6 +308,11 @@ def test_wrong_arguments_are_told_before_any_work():
         ({"engines": ("torchscript",)}, EngineError, "no engine is named 'torchscript'; use one of eager"),
         ({"objective": "speed"}, InputError, "objective 'speed' is unknown; give throughput or latency"),
         ({"metric": "f1"}, MetricError, "no metric is named 'f1'"),
+        (
+            {"ignored": ("nope",)},
+            EngineError,
+            "ignored layer 'nope' matches no layer; use names as corewise",
+        ),
         ({"calibration": 40}, InputError, "40 of 40 samples cannot be for calibration"),
         ({"work": Path("/proc/nowhere")}, OutputError, "/proc/nowhere cannot be written"),
     ):

@@ -63,3 +63,12 @@ def test_plans_use_the_usable_cores(cpu, threads):
     batches = [plan.batch for plan in throughput]
     assert batches == sorted(set(batches))
     assert batches[0] == 1
+
+
+def test_ignored_layers_are_known_to_our_quantizer_only():
+    found = candidates(CPU, {"aten.linear.default": 3}, {"onnxruntime": engine("onnxruntime")}, ("head", "layer.*"))
+    assert [build.label for build in found] == [
+        "eager/fp32",
+        "onnxruntime/int8/ignored=head layer.*/quantizer=corewise",
+        "onnxruntime/fp32",
+    ]

@@ -208,7 +208,7 @@ def test_ignored_layers_have_their_own_weights_in_the_program(case: Case):
     assert sum(t.dtype == torch.int8 for t in lowered.state_dict.values()) == case.layers - 1
     with pytest.raises(EngineError, match="ignored"):
         ptq.lower(case.quantized, "fused", case.material.inputs, example, (".*",))
-    with pytest.raises(EngineError, match="'haed' matches none"):
+    with pytest.raises(EngineError, match="'haed' matches no layer"):
         ptq.lower(case.quantized, "fused", case.material.inputs, example, ("haed",))
 
 

@@ -1,7 +1,6 @@
 """What the engines share that run corewise's own Q/DQ programs (``corewise.quantize.ptq``)."""
 
 import json
-import re
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
@@ -13,7 +12,7 @@ from corewise.engines.onnx_bias import quantize_biases
 from corewise.engines.quiet import quiet
 from corewise.errors import EngineError
 from corewise.samples import Samples
-from corewise.values import RETURNED, Build, Cpu, TensorSpec
+from corewise.values import IGNORED, RETURNED, Build, Cpu, TensorSpec
 
 if TYPE_CHECKING:
     from corewise.quantize.placement import Target
@@ -43,7 +42,7 @@ def is_ours(build: Build) -> bool:
 def quantized(material: Material, build: Build, target: "Target") -> tuple[Path, tuple[str, ...]]:
     """The quantized program (``ptq.load_quantized``), and notes; made once for all engines.
 
-    The build's option ``ignored`` names layers that stay in floating point, separated by commas; ``returned`` says how
+    The build's option ``ignored`` names layers that stay in floating point, separated by spaces; ``returned`` says how
     many of them go back by ``sensitivity.order_of_return``. Raises ``EngineError`` where a package is missing or
     nothing can be quantized.
     """
@@ -56,7 +55,7 @@ def quantized(material: Material, build: Build, target: "Target") -> tuple[Path,
     keep_freed_memory()  # calibration runs in eager PyTorch
     with quiet():
         returned = _order(material, recipe)[: int(build.option(RETURNED, 0))] if build.option(RETURNED, 0) else ()
-        ignored = (*filter(None, str(build.option("ignored", "")).split(",")), *map(re.escape, returned))
+        ignored = (*str(build.option(IGNORED, "")).split(), *returned)
         path, notes = quantized_program(
             material.program, material.calibration, material.inputs, material.cache, recipe, target, ignored
         )

@@ -76,8 +76,8 @@ class Placement:
 def place(module: GraphModule, target: Target, ignored: Sequence[str] = ()) -> Placement:
     """The placement for engines of the kind ``target``.
 
-    ``ignored`` keeps layers in floating point: names as ``layer_name`` gives them, or regular expressions that match a
-    whole name. Raises ``EngineError`` for one that matches nothing or is no expression.
+    ``ignored`` keeps layers in floating point: names as ``layer_name`` gives them, else regular expressions that match
+    a whole name. Raises ``EngineError`` for one that matches nothing or is no expression.
     """
     found = layers(module)
     left_out = _matching({layer_name(node) for node in found}, ignored)
@@ -132,14 +132,14 @@ def _matching(names: set[str], patterns: Iterable[str]) -> set[str]:
     matched = set()
     for pattern in patterns:
         try:
-            found = {name for name in names if name == pattern or re.fullmatch(pattern, name)}
+            found = {pattern} & names or {name for name in names if re.fullmatch(pattern, name)}
         except re.error as error:
             raise EngineError(
                 f"ignored layer {pattern!r} is no regular expression: {error}", "escape it, or name the layer"
             ) from error
         if not found:
             raise EngineError(
-                f"ignored layer {pattern!r} matches none of the {len(names)} layers",
+                f"ignored layer {pattern!r} matches no layer",
                 f"use names as corewise explain lists them, e.g. {', '.join(sorted(names)[:3])}",
             )
         matched |= found

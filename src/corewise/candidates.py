@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 from corewise.engines import Engine
+from corewise.engines.qdq import is_ours
 from corewise.values import IGNORED, RETURNED, Build, Cpu, Goal, Plan, Scalar
 
 BASELINE = Build(engine="eager", precision="fp32")
@@ -22,9 +23,9 @@ def candidates(
     builds = [build for name in engines for build in engines[name].candidates(cpu, operators) if build != BASELINE]
     if ignored:
         builds = [
-            _with_option(build, IGNORED, " ".join(ignored)) if build.option("quantizer", "") == "corewise" else build
+            _with_option(build, IGNORED, " ".join(ignored)) if is_ours(build) else build
             for build in builds
-            if build.option("quantizer", "") == "corewise" or not build.precision.startswith("int8")
+            if is_ours(build) or not build.precision.startswith("int8")
         ]
     return (BASELINE, *sorted(builds, key=lambda build: PRECISION_ORDER.index(build.precision)))
 

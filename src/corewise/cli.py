@@ -17,6 +17,8 @@ from corewise.errors import CorewiseError, InputError, OutputError
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from corewise.values import Preprocess
+
 app = typer.Typer(
     name="corewise",
     help="Make a PyTorch model run as fast on this CPU as the CPU allows, and prove it.",
@@ -137,12 +139,9 @@ def optimize(
     from corewise.report.summary import summary
     from corewise.report.terminal import Progress, render
     from corewise.samples import read
-    from corewise.values import Preprocess
 
     artifact.check_output(output)
-    wanted = Preprocess(
-        resize=resize, crop=crop, mean=_floats("--mean", mean), std=_floats("--std", std), interpolation=interpolation
-    )
+    wanted = _preprocess(resize, crop, mean, std, interpolation)
     console = _console(stderr=as_json)
     mode: Literal["live", "plain", "quiet"] = "quiet" if quiet else "live" if console.is_terminal else "plain"
     work = output.with_name(f"{output.name}.work")
@@ -200,13 +199,11 @@ def explain(
     from corewise.report.sensitivity import data, render, svg
     from corewise.report.terminal import Progress
     from corewise.samples import read
-    from corewise.values import Preprocess
 
-    wanted = Preprocess(
-        resize=resize, crop=crop, mean=_floats("--mean", mean), std=_floats("--std", std), interpolation=interpolation
-    )
-    if plot is not None and not plot.parent.is_dir():
-        raise OutputError(f"{plot} cannot be written: there is no folder {plot.parent}", "make it, or name another")
+    wanted = _preprocess(resize, crop, mean, std, interpolation)
+    if plot is not None and (plot.is_dir() or not plot.parent.is_dir()):
+        why = "it is a folder" if plot.is_dir() else f"there is no folder {plot.parent}"
+        raise OutputError(f"{plot} cannot be written: {why}", "name another file")
     console = _console(stderr=as_json)
     with Progress(console, "live" if console.is_terminal else "plain") as progress:
         found = run(
@@ -223,10 +220,7 @@ def explain(
     else:
         console.print(render(found, everything=everything))
     if plot is not None:
-        try:
-            plot.write_text(svg(found))
-        except OSError as error:
-            raise OutputError(f"{plot} cannot be written: {error.strerror}", "name another file") from error
+        _write(plot, svg(found))
         if not as_json:
             typer.echo(f"\nwrote {plot}")
 
@@ -256,10 +250,7 @@ def show(
     if page is not None:
         from corewise.report.html import render as as_page
 
-        try:
-            page.write_text(as_page(report), encoding="utf-8")
-        except OSError as error:
-            raise OutputError(f"{page} cannot be written: {error.strerror}", "name another file") from error
+        _write(page, as_page(report))
         if not as_json and not markdown:
             typer.echo(f"wrote {page}")
 
@@ -320,6 +311,21 @@ def _resumable(work: Path) -> Iterator[None]:
         if work.is_dir():
             sys.stderr.write(f"corewise: finished trials are kept in {work}; the same command resumes\n")
         raise
+
+
+def _preprocess(resize: int, crop: int, mean: str, std: str, interpolation: Any) -> "Preprocess":
+    from corewise.values import Preprocess
+
+    return Preprocess(
+        resize=resize, crop=crop, mean=_floats("--mean", mean), std=_floats("--std", std), interpolation=interpolation
+    )
+
+
+def _write(path: Path, text: str) -> None:
+    try:
+        path.write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise OutputError(f"{path} cannot be written: {error.strerror}", "name another file") from error
 
 
 def _module(reference: str | None) -> Any:

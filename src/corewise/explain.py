@@ -15,8 +15,6 @@ from corewise.samples import Samples, default_calibration, from_python, read, sp
 
 MEASURED = 16
 """Samples that errors are measured on."""
-ROWS = 4
-"""Samples whose values are in memory at once."""
 
 
 def explain(
@@ -70,7 +68,7 @@ def explain(
 
     tell(StageStarted(f"quantizing {len(placement.layers)} layers one by one, {len(used)} samples"))
     with guard(EngineError, "the quantized program cannot be run", "report it, with the model"):
-        rows = sensitivity(quantized, batches(used, ROWS))
+        rows = sensitivity(quantized, batches(used, qdq.ROWS))
 
     tell(StageStarted("timing the layers"))
     rows, timing = qdq.timed(quantized, rows, exported.inputs, calibrating, cpu.usable_cores)

@@ -75,19 +75,6 @@ def time_calls(
 
 
 def measure(
-    session: Session,
-    inputs: Sequence[np.ndarray],
-    plan: Plan,
-    *,
-    budget_s: float,
-    clock: Clock = time.perf_counter,
-    throttled: Callable[[], int] = throttled_count,
-) -> Measurement:
-    """Warm up for at most half the budget, then time calls of ``plan.batch`` items for all of it."""
-    return measure_each(lambda work: [work(session)], inputs, plan, budget_s=budget_s, clock=clock, throttled=throttled)
-
-
-def measure_each(
     each: Each,
     inputs: Sequence[np.ndarray],
     plan: Plan,
@@ -97,7 +84,9 @@ def measure_each(
     throttled: Callable[[], int] = throttled_count,
     memory_per_instance_bytes: int = 0,
 ) -> Measurement:
-    """As ``measure``, of all instances that ``each`` (``instances.Instances.each``) has work at the same time.
+    """Warm up for at most half the budget, then time calls of ``plan.batch`` items for all of it.
+
+    Of all instances that ``each`` (``instances.Instances.each``) has work at the same time.
 
     Throughput is the sum of the instances' own: of one at its median call, which a neighbour's short visit does not
     change; of several over all of their calls, for they are each other's neighbours.

@@ -59,8 +59,7 @@ def optimize(
     higher is better; without one, class labels ask for top-1, and no labels for agreement with fp32.
     ``ignored`` layers never run in int8: names as ``corewise explain`` lists them, or regular expressions for whole
     names; int8 is then by corewise's own quantizer only. ``timeout_s`` bounds each step of a trial. Finished trials are
-    kept in the folder ``work``, where the same call
-    resumes. ``tell`` hears of the progress.
+    kept in the folder ``work``, where the same call resumes. ``tell`` hears of the progress.
 
     Raises ``InputError`` for what is wrong with the arguments and ``MissingExtra`` where torch is not installed.
     A candidate that fails is no error; where none is good enough, the result is the baseline.

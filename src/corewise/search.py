@@ -7,6 +7,7 @@ from typing import Any
 
 from corewise import metrics
 from corewise.candidates import BASELINE, returning
+from corewise.engines.qdq import is_ours
 from corewise.errors import SourceError
 from corewise.events import FinalsRound, StageStarted, TrialEnded, TrialStarted
 from corewise.fidelity import Outputs, Verdict, compare, gate
@@ -76,7 +77,7 @@ def give_back(trials: Sequence[Trial], setting: Setting, journal: Journal) -> tu
     passed = {one.build.engine for one in trials if one.build.precision == "int8" and one.state in ("ok", "pruned")}
     for rejected in trials:
         build = rejected.build
-        ours = build.option("quantizer", "") == "corewise" and rejected.state == "rejected"
+        ours = is_ours(build) and rejected.state == "rejected"
         if not ours or build.engine in passed or rejected.receipt is None:
             continue
         count = 1
@@ -84,6 +85,7 @@ def give_back(trials: Sequence[Trial], setting: Setting, journal: Journal) -> tu
             build = returning(rejected.build, count)
             path.append(_trial(build, len(path) + 1, len(path) + 1, path, setting, journal))
             if path[-1].state != "rejected":
+                passed.add(build.engine)
                 break
             count *= 2
     return tuple(path)

@@ -22,7 +22,7 @@ from corewise.engines import Engine, Material, Session, engine
 from corewise.errors import CorewiseError
 from corewise.imports import describe
 from corewise.instances import Instances
-from corewise.measure import batch_of, measure_each, throughput_per_s, time_calls, warm_up
+from corewise.measure import batch_of, measure, throughput_per_s, time_calls, warm_up
 from corewise.placement import assign, warning
 from corewise.samples import Samples
 from corewise.values import Build, Cpu, Plan, TensorSpec, from_json, to_json
@@ -128,7 +128,7 @@ class Child:
         wanted, instances = from_json(Plan, plan), self._opened()
         inputs = batch_of(Samples.load(Path(samples)), wanted.batch)
         instances.touch(inputs)
-        measured = measure_each(
+        measured = measure(
             instances.each,
             inputs,
             wanted,

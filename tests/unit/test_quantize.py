@@ -136,14 +136,16 @@ class Shared(nn.Module):
 
 
 class Products(nn.Module):
-    """Linears written as addmm and mm, also with factors and a product of values that is no layer."""
+    """Linears written as addmm, mm and matmul, also with factors and a product of values that is no layer."""
 
     def __init__(self) -> None:
         super().__init__()
         self.a, self.b = nn.Parameter(torch.randn(6, 4)), nn.Parameter(torch.randn(6))
-        self.c = nn.Parameter(torch.randn(4, 6))
+        self.c, self.d = nn.Parameter(torch.randn(4, 6)), nn.Parameter(torch.randn(4, 5))
+        self.e, self.f = nn.Parameter(torch.randn(5)), nn.Parameter(torch.randn(5, 4))
 
     def forward(self, x: Tensor) -> Tensor:
+        x = torch.addmm(self.e, x, self.d) @ self.f
         y = torch.addmm(self.b, x, self.a.t())
         z = torch.mm(y, self.c.transpose(0, 1)) + torch.addmm(self.b[:4], y, self.c.permute(1, 0), beta=2, alpha=3)
         return torch.mm(z, torch.mm(z.t(), z))
@@ -255,7 +257,7 @@ FOLDED = [
     (Sequence, (4, 12), 2, 0),
     (Upsampling, IMAGE, 4, 0),
     (Shared, IMAGE, 3, 1),
-    (Products, (4,), 2, 0),
+    (Products, (4,), 4, 0),
 ]
 
 

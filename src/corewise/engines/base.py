@@ -4,7 +4,7 @@ import importlib
 import importlib.util
 import re
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol, runtime_checkable
@@ -141,6 +141,25 @@ def chunks(rows: int, sizes: Sequence[int]) -> list[tuple[int, int, int]]:
     if start < rows:
         cuts.append((start, rows, min(size for size in sizes if size >= rows - start)))
     return cuts
+
+
+def run_cut(
+    call: Callable[[list[np.ndarray]], list[np.ndarray]],
+    inputs: Sequence[np.ndarray],
+    cuts: Sequence[tuple[int, int, int]],
+) -> list[np.ndarray]:
+    """The outputs of a batch that ``call`` takes in the pieces that ``chunks`` cut, without their padding."""
+    parts = [
+        [output[: stop - start] for output in call([rows_of(array, start, stop, size) for array in inputs])]
+        for start, stop, size in cuts
+    ]
+    return parts[0] if len(parts) == 1 else [np.concatenate(outputs) for outputs in zip(*parts, strict=True)]
+
+
+def rows_of(array: np.ndarray, start: int, stop: int, size: int) -> np.ndarray:
+    """Rows ``start`` to ``stop``, the last one repeated up to ``size`` rows; contiguous."""
+    rows = np.ascontiguousarray(array[start:stop])
+    return rows if len(rows) == size else np.concatenate([rows, rows[-1:].repeat(size - len(rows), axis=0)])
 
 
 def fastest_s(session: Session, batch: Sequence[np.ndarray]) -> float:

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from corewise.engines import qdq
-from corewise.engines.base import Material, Session, chunks, fastest_s, missing
+from corewise.engines.base import Material, Session, chunks, fastest_s, missing, rows_of, run_cut
 from corewise.engines.quiet import quiet
 from corewise.errors import EngineError
 from corewise.imports import guard
@@ -181,11 +181,7 @@ class InductorSession:
 
         _check(inputs, self._inputs)
         with threads(self._threads):
-            parts = [
-                [output[: stop - start] for output in self._call([_rows(array, start, stop, size) for array in inputs])]
-                for start, stop, size in self._cuts(len(inputs[0]))
-            ]
-        return parts[0] if len(parts) == 1 else [np.concatenate(outputs) for outputs in zip(*parts, strict=True)]
+            return run_cut(self._call, inputs, self._cuts(len(inputs[0])))
 
     def _cuts(self, rows: int) -> list[tuple[int, int, int]]:
         return cuts(rows, self._one_by_one) if self._static else [(0, rows, rows)]
@@ -361,7 +357,7 @@ def _example(material: Material, size: int) -> "tuple[torch.Tensor, ...]":
     from corewise.engines.torch_tools import from_numpy
 
     _, arrays = next(material.calibration.batches(size))
-    return tuple(from_numpy(_rows(array, 0, len(array), size)) for array in arrays)
+    return tuple(from_numpy(rows_of(array, 0, len(array), size)) for array in arrays)
 
 
 def _proof(folder: Path, sizes: Sequence[int], quantized: int) -> tuple[str, ...]:
@@ -400,9 +396,3 @@ def _check(inputs: Sequence[np.ndarray], specs: Sequence[TensorSpec]) -> None:
             raise ValueError(f"input {spec.name} is {found} instead of {spec.dtype} of {spec.shape}")
     if not len(inputs[0]):
         raise ValueError("a batch needs at least one row")
-
-
-def _rows(array: np.ndarray, start: int, stop: int, size: int) -> np.ndarray:
-    """Rows ``start`` to ``stop``, the last one repeated up to ``size`` rows; contiguous."""
-    rows = np.ascontiguousarray(array[start:stop])
-    return rows if len(rows) == size else np.concatenate([rows, rows[-1:].repeat(size - len(rows), axis=0)])

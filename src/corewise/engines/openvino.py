@@ -14,7 +14,7 @@ import numpy as np
 
 from corewise.cpu import inspect
 from corewise.engines import denormals, qdq
-from corewise.engines.base import Material, Session, chunks, missing
+from corewise.engines.base import Material, Session, chunks, missing, run_cut
 from corewise.engines.quiet import quiet
 from corewise.errors import EngineError
 from corewise.placement import limited_by_quota
@@ -126,11 +126,7 @@ class OpenVinoSession:
     def run(self, inputs: Sequence[np.ndarray]) -> list[np.ndarray]:
         """Run a batch of any size, cut and padded to compiled ones."""
         rows = len(inputs[0])
-        parts = [
-            [output[: stop - start] for output in self._call([_rows(array, start, stop, size) for array in inputs])]
-            for start, stop, size in chunks(rows, self._sizes or [rows])
-        ]
-        return parts[0] if len(parts) == 1 else [np.concatenate(outputs) for outputs in zip(*parts, strict=True)]
+        return run_cut(self._call, inputs, chunks(rows, self._sizes or [rows]))
 
     def _call(self, inputs: list[np.ndarray]) -> list[np.ndarray]:
         request = self._for_batch(len(inputs[0]))
@@ -364,9 +360,3 @@ def _among(layers: list[str], names: list[str]) -> Iterator[str]:
 def _about(op: Any, key: str) -> str:
     """What an operation of a runtime model tells of itself under ``key``."""
     return str(op.get_rt_info()[key].astype(str))
-
-
-def _rows(array: np.ndarray, start: int, stop: int, size: int) -> np.ndarray:
-    """Rows ``start`` to ``stop``, the last one repeated up to ``size`` rows; contiguous."""
-    rows = np.ascontiguousarray(array[start:stop])
-    return rows if len(rows) == size else np.concatenate([rows, rows[-1:].repeat(size - len(rows), axis=0)])

@@ -59,7 +59,10 @@ def quantized(material: Material, build: Build, target: "Target") -> tuple[Path,
         path, notes = quantized_program(
             material.program, material.calibration, material.inputs, material.cache, recipe, target, ignored
         )
-    return path, (*notes, f"back in floating point: {', '.join(returned)}") if returned else notes
+    # What was decided is one line in a report, and the same for all engines.
+    decided = "; ".join(note for note in notes if not note.startswith("warning"))
+    told = (*(note for note in notes if note.startswith("warning")), decided)
+    return path, (*told, f"back in floating point: {', '.join(returned)}") if returned else told
 
 
 def _order(material: Material, recipe: "Recipe") -> tuple[str, ...]:

@@ -33,7 +33,7 @@ CHECKS = (
     aten.sym_constrain_range.default,
     aten.sym_constrain_range_for_size.default,
 )
-PRODUCTS = (aten.addmm.default, aten.mm.default)
+PRODUCTS = (aten.addmm.default, aten.mm.default, aten.matmul.default)
 TRANSPOSES = (aten.t.default, aten.transpose.int, aten.permute.default)
 
 
@@ -148,6 +148,14 @@ def parameter(module: GraphModule, node: Any) -> Tensor | None:
     return value if isinstance(value, Tensor) else None
 
 
+def transposed(module: GraphModule, value: Any) -> Tensor | None:
+    """The transpose of a constant matrix; not a second one where it is already the transpose of one."""
+    if isinstance(value, Node) and value.target in TRANSPOSES and value.args[1:] in ((), (0, 1), (1, 0), ([1, 0],)):
+        return parameter(module, value.args[0])
+    matrix = parameter(module, value)
+    return None if matrix is None or matrix.dim() != 2 else matrix.t()
+
+
 Step = Callable[[Node, tuple[Any, ...], dict[str, Any]], Any]
 
 
@@ -191,17 +199,20 @@ def _mutates(node: Node) -> bool:
 
 def _to_linear(module: GraphModule, node: Node) -> None:
     args = arguments(node)
-    if node.target is aten.mm.default:
-        given, product, added = args["self"], args["mat2"], None
-    else:
-        given, product, added = args["mat1"], args["mat2"], args["self"]
-        if args["beta"] != 1 or args["alpha"] != 1 or parameter(module, added) is None:
+    if node.target is aten.addmm.default:
+        given, matrix, added = args["mat1"], transposed(module, args["mat2"]), args["self"]
+        own = parameter(module, added)
+        plain = args["beta"] == args["alpha"] == 1 and own is not None
+        if not plain or matrix is None or own is None or own.shape != matrix.shape[:1]:
             return
-    matrix = product.args[0] if isinstance(product, Node) and product.target in TRANSPOSES else None
-    if parameter(module, matrix) is None or isinstance(parameter(module, given), Tensor):
+    else:
+        given, added = args["self"], None
+        matrix = transposed(module, args["other" if node.target is aten.matmul.default else "mat2"])
+    if matrix is None or matrix.dim() != 2 or parameter(module, given) is not None:
         return
+    read = _attribute(module, node, f"{node.name}_matrix", matrix.detach().clone(memory_format=torch.contiguous_format))
     with module.graph.inserting_before(node):
-        linear = module.graph.call_function(aten.linear.default, (given, matrix, added))
+        linear = module.graph.call_function(aten.linear.default, (given, read, added))
     linear.meta = node.meta
     node.replace_all_uses_with(linear)
     module.graph.erase_node(node)

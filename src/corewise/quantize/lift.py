@@ -5,24 +5,18 @@ modules and for functions of ``torch`` instead; ``lift`` puts them back.
 """
 
 import operator
-import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._ops import OpOverload
 from torch.export import ExportedProgram
 from torch.fx import GraphModule, Node
-from torch.fx.graph import CodeGen
 
-aten: Any = torch.ops.aten
+from corewise.quantize.graph import CONVOLUTIONS as PLAIN_CONVOLUTIONS
+from corewise.quantize.graph import NORMS, TRANSPOSED, arguments, aten, parameter, plain_graph, transposed
 
-CONVOLUTIONS = (
-    *(aten.conv1d.default, aten.conv1d.padding, aten.conv2d.default, aten.conv2d.padding),
-    *(aten.conv3d.default, aten.conv3d.padding, aten.convolution.default),
-    *(aten.conv_transpose1d.default, aten.conv_transpose2d.input, aten.conv_transpose3d.input),
-)
+CONVOLUTIONS = (*PLAIN_CONVOLUTIONS, aten.convolution.default, *TRANSPOSED)
 CONVOLUTION_LAYERS: dict[tuple[int, bool], type[Any]] = {
     (1, False): nn.Conv1d,
     (2, False): nn.Conv2d,
@@ -32,22 +26,9 @@ CONVOLUTION_LAYERS: dict[tuple[int, bool], type[Any]] = {
     (3, True): nn.ConvTranspose3d,
 }
 PRODUCTS = (aten.addmm.default, aten.mm.default)
-TRANSPOSES = (aten.t.default, aten.transpose.int, aten.permute.default)
-NORMS = (aten.batch_norm.default, aten._native_batch_norm_legit_no_training.default)
 NORM_LAYERS: dict[int, type[Any]] = {2: nn.BatchNorm1d, 3: nn.BatchNorm1d, 4: nn.BatchNorm2d, 5: nn.BatchNorm3d}
-IDENTITIES = (
-    aten.dropout.default,
-    aten.clone.default,
-    aten.detach.default,
-    aten.alias.default,
-    aten.contiguous.default,
-)
-CHECKS = (
-    aten._assert_tensor_metadata.default,
-    aten._assert_scalar.default,
-    aten.sym_constrain_range.default,
-    aten.sym_constrain_range_for_size.default,
-)
+COPIES = (aten.clone.default, aten.contiguous.default)
+"""Only of the order in memory, on which nothing depends here (see ``METHODS``)."""
 ACTIVATIONS: dict[Any, Callable[[], nn.Module]] = {
     aten.relu.default: nn.ReLU,
     aten.relu6.default: nn.ReLU6,
@@ -80,18 +61,7 @@ def lift(program: ExportedProgram) -> GraphModule:
     poolings, sums, shapes) becomes what FX quantization knows. Anything else stays the ATen operator it is, and so
     stays in fp32. The result computes what the program computes, and shares its parameters.
     """
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message=".*LeafSpec", category=FutureWarning)
-        if any(_mutates(node) for node in program.graph.nodes):
-            program = program.run_decompositions({})
-        module = program.module()
-    assert isinstance(module, GraphModule)
-    module.graph.set_codegen(CodeGen())
-    return _Lift(module).run()
-
-
-def _mutates(node: Node) -> bool:
-    return isinstance(node.target, OpOverload) and node.target._schema.is_mutable
+    return _Lift(plain_graph(program)).run()
 
 
 class _Lift:
@@ -104,9 +74,7 @@ class _Lift:
 
     def run(self) -> GraphModule:
         for node in list(self.graph.nodes):
-            if node.op == "call_module" or node.target in CHECKS:  # a module here holds the program's guards
-                self.graph.erase_node(node)
-            elif node.target in IDENTITIES:
+            if node.target in COPIES:
                 node.replace_all_uses_with(node.args[0])
                 self.graph.erase_node(node)
             elif node.op == "call_function":
@@ -146,8 +114,8 @@ class _Lift:
         return bool(tensors) and self.lifted.issuperset(tensors)
 
     def _convolution(self, node: Node) -> None:
-        args = _arguments(node)
-        weight, bias = self._parameter(args["weight"]), self._parameter(args["bias"])
+        args = arguments(node)
+        weight, bias = parameter(self.module, args["weight"]), parameter(self.module, args["bias"])
         if weight is None or (bias is None and args["bias"] is not None):
             return
         padding = _symmetric(args["padding"], weight.shape[2:], args["dilation"])
@@ -174,14 +142,14 @@ class _Lift:
         self._replace(node, layer, args["input"], weight=weight, bias=bias)
 
     def _linear(self, node: Node) -> None:
-        args = _arguments(node)
+        args = arguments(node)
         if node.target in PRODUCTS:
             bias_node, inputs = (args["self"], args["mat1"]) if "mat1" in args else (None, args["self"])
-            weight = self._transposed(args["mat2"])
+            weight = transposed(self.module, args["mat2"])
             plain = args.get("beta", 1) == args.get("alpha", 1) == 1
         else:
-            bias_node, inputs, weight, plain = args["bias"], args["input"], self._parameter(args["weight"]), True
-        bias = self._parameter(bias_node)
+            bias_node, inputs, weight, plain = args["bias"], args["input"], parameter(self.module, args["weight"]), True
+        bias = parameter(self.module, bias_node)
         if weight is None or weight.dim() != 2 or not plain or (bias is None and bias_node is not None):
             return
         if bias is not None and bias.shape != weight.shape[:1]:
@@ -190,9 +158,9 @@ class _Lift:
         self._replace(node, layer, inputs, weight=weight, bias=bias)
 
     def _batch_norm(self, node: Node) -> None:
-        args = _arguments(node)
+        args = arguments(node)
         names = ("weight", "bias", "running_mean", "running_var")
-        tensors = {name: self._parameter(args[name]) for name in names}
+        tensors = {name: parameter(self.module, args[name]) for name in names}
         if args.get("training") or any(tensor is None for tensor in tensors.values()):
             return
         rank, features = args["input"].meta["val"].dim(), args["input"].meta["val"].shape[1]
@@ -201,20 +169,6 @@ class _Lift:
         if node.target is not aten.batch_norm.default:  # this one returns two empty tensors beside the output
             node = next(user for user in node.users if user.args[1] == 0)
         self._replace(node, layer, args["input"], **tensors)
-
-    def _parameter(self, value: Any) -> Tensor | None:
-        """The constant that the node stands for, if it is one."""
-        if not isinstance(value, Node) or value.op != "get_attr":
-            return None
-        tensor: Tensor = operator.attrgetter(str(value.target))(self.module)
-        return tensor
-
-    def _transposed(self, value: Node) -> Tensor | None:
-        """The transpose of a constant matrix; not a second one where it is already the transpose of one."""
-        if value.target in TRANSPOSES and value.args[1:] in ((), (0, 1), (1, 0), ([1, 0],)):
-            return self._parameter(value.args[0])
-        matrix = self._parameter(value)
-        return None if matrix is None else matrix.t()
 
     def _replace(self, node: Node, layer: nn.Module, value: Any, **tensors: Tensor | None) -> None:
         """Put a call of ``layer``, with these parameters and buffers, in the place of the node."""
@@ -236,14 +190,6 @@ class _Lift:
         if node.args[0] in self.lifted and name != "size":
             self.lifted.add(node)
         node.op, node.target = "call_method", name
-
-
-def _arguments(node: Node) -> dict[str, Any]:
-    """The node's arguments by their names in the operator's schema, defaults included."""
-    target: Any = node.target
-    schema = target._schema.arguments
-    given = dict(zip((argument.name for argument in schema), node.args, strict=False))
-    return {argument.name: argument.default_value for argument in schema} | given | dict(node.kwargs)
 
 
 def _full(sizes: Any, weight: Tensor) -> tuple[int, ...]:

@@ -7,6 +7,7 @@ import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import safe_open
@@ -140,17 +141,18 @@ def quantized_program(
     as ``quantize`` and ``lower`` do.
     """
     path = cache / f"quantized-{_key([to_json(recipe), target, list(ignored)])}.pt2"
-    quantized = calibrated(program, calibration, cache, recipe)
     if not path.exists():
+        quantized = calibrated(program, calibration, cache, recipe)
         whole = path.with_suffix(".part")
         save_program(lower(quantized, target, inputs, _example(calibration), ignored), whole)
         whole.replace(path)
-    return path, quantized.notes
+    with safe_open(_state(cache, recipe), "pt") as state:
+        return path, tuple(_found(state)["notes"])
 
 
 def calibrated(program: Path, calibration: Samples, cache: Path, recipe: Recipe) -> Quantized:
     """``quantize`` the program in a file, or read from ``cache`` what an earlier call made of it."""
-    path = cache / f"quantized-{recipe.key}.safetensors"
+    path = _state(cache, recipe)
     if path.exists():
         return load_state(load_program(program), path, recipe)
     made = quantize(load_program(program), calibration, recipe)
@@ -179,7 +181,7 @@ def save_state(quantized: Quantized, path: Path) -> None:
 def load_state(program: ExportedProgram, path: Path, recipe: Recipe) -> Quantized:
     """What ``save_state`` wrote of ``program``: the graph is made anew, as ``folded`` always makes it."""
     with safe_open(path, "pt") as file:
-        found = json.loads(file.metadata()["found"])
+        found = _found(file)
         parts: dict[str, dict[str, Tensor]] = {"module": {}, "plain": {}, "scales": {}}
         for key in file.keys():  # noqa: SIM118 (it is no dict)
             part, _, name = key.partition(".")
@@ -207,6 +209,16 @@ def load_state(program: ExportedProgram, path: Path, recipe: Recipe) -> Quantize
         sqnr_db=found["sqnr_db"],
         notes=tuple(found["notes"]),
     )
+
+
+def _state(cache: Path, recipe: Recipe) -> Path:
+    return cache / f"quantized-{recipe.key}.safetensors"
+
+
+def _found(state: Any) -> dict[str, Any]:
+    """What an open file of ``save_state`` holds beside tensors."""
+    found: dict[str, Any] = json.loads(state.metadata()["found"])
+    return found
 
 
 def _key(value: object) -> str:

@@ -32,8 +32,8 @@ class Instances:
     """The opened instances of one payload under one plan; a context manager.
 
     Each has a thread of its own that opens, runs and closes it, on the hardware threads ``cpus`` gives it
-    (``placement.assign``; none: wherever this thread may run), with denormals as zeros. An instance runs one call at a
-    time; calls to different ones run at the same time.
+    (``thread_plan.assign``; none: wherever this thread may run), with denormals as zeros. An instance runs one call
+    at a time; calls to different ones run at the same time.
     """
 
     def __init__(self, engine: Engine, folder: Path, build: Build, plan: Plan, cpus: Sequence[Sequence[int]]) -> None:

@@ -110,7 +110,7 @@ class TensorSpec:
 
 
 IGNORED = "ignored"
-"""The option of builds that names layers to stay in floating point, separated by spaces (``placement.place``)."""
+"""The option of builds that names layers to stay in floating point, separated by spaces (``quantize.placement``)."""
 RETURNED = "returned"
 """The option of builds that give so many layers back to floating point, those that cost most accuracy first."""
 

@@ -23,8 +23,8 @@ from corewise.errors import CorewiseError
 from corewise.imports import describe
 from corewise.instances import Instances
 from corewise.measure import batch_of, measure, throughput_per_s, time_calls, warm_up
-from corewise.placement import assign, warning
 from corewise.samples import Samples
+from corewise.thread_plan import assign, warning
 from corewise.values import Build, Cpu, Plan, TensorSpec, from_json, to_json
 
 MATERIAL = "material.json"

@@ -18,7 +18,7 @@ from corewise.engines.base import Sharing
 from corewise.engines.denormals import flushed
 from corewise.errors import CorewiseError, EngineError
 from corewise.instances import Instances, memory_bytes
-from corewise.placement import assign, warning
+from corewise.thread_plan import assign, warning
 from corewise.samples import from_python
 from corewise.source import export, save_program
 from corewise.testing.engine_contract import tiny_material
@@ -368,7 +368,7 @@ def output_of(*command):
 
 def test_a_process_on_one_core_plans_for_one():
     code = (
-        "from corewise.cpu import inspect; from corewise.placement import assign, thread_plans; cpu = inspect();"
+        "from corewise.cpu import inspect; from corewise.thread_plan import assign, thread_plans; cpu = inspect();"
         "print(thread_plans(cpu), assign(cpu, 1, 1))"
     )
     number = CPU.affinity[-1]

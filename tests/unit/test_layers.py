@@ -30,7 +30,7 @@ LAYERS = (
     ("engines", "metrics"),
     ("quantize",),
     ("source",),
-    ("samples", "cpu", "placement", "stats", "events"),
+    ("samples", "cpu", "thread_plan", "stats", "events"),
     ("imports", "nested"),
     ("values",),
     ("errors",),

@@ -17,7 +17,7 @@ from corewise.engines import denormals, qdq
 from corewise.engines.base import Material, Session, chunks, missing, run_cut
 from corewise.engines.quiet import quiet
 from corewise.errors import EngineError
-from corewise.placement import limited_by_quota
+from corewise.thread_plan import limited_by_quota
 from corewise.values import Build, Cpu, Plan, Receipt
 
 MODEL = "model.xml"

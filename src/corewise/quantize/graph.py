@@ -122,6 +122,17 @@ def channel_axis(value: Tensor, layer: Node) -> int:
     return value.dim() - 1 if layer.target in LINEARS else 1
 
 
+def along(channels: Tensor, value: Tensor, axis: int) -> Tensor:
+    """One number a channel in a shape that goes with ``value``, whose ``axis`` counts channels."""
+    return channels.view([-1 if dim == axis else 1 for dim in range(value.dim())])
+
+
+def sizes_of(sizes: Sequence[int] | int, rank: int) -> tuple[int, ...]:
+    """One size for each spatial dimension; ATen takes a single one for all."""
+    listed = [sizes] if isinstance(sizes, int) else list(sizes)
+    return tuple(listed) * rank if len(listed) == 1 else tuple(listed)
+
+
 def layer_name(node: Node) -> str:
     """The user's name of the module that the node came from, e.g. ``layer1.0.conv1``; else the node's own name."""
     stack = node.meta.get("nn_module_stack") or {}

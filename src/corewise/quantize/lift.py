@@ -14,7 +14,7 @@ from torch.export import ExportedProgram
 from torch.fx import GraphModule, Node
 
 from corewise.quantize.graph import CONVOLUTIONS as PLAIN_CONVOLUTIONS
-from corewise.quantize.graph import NORMS, TRANSPOSED, arguments, aten, parameter, plain_graph, transposed
+from corewise.quantize.graph import NORMS, TRANSPOSED, arguments, aten, parameter, plain_graph, sizes_of, transposed
 
 CONVOLUTIONS = (*PLAIN_CONVOLUTIONS, aten.convolution.default, *TRANSPOSED)
 CONVOLUTION_LAYERS: dict[tuple[int, bool], type[Any]] = {
@@ -122,18 +122,19 @@ class _Lift:
         if padding is None:
             return
         target: Any = node.target
-        transposed = args.get("transposed", "transpose" in target.name())
+        rank = weight.dim() - 2
+        is_transposed = args.get("transposed", "transpose" in target.name())
         outputs, inputs = weight.shape[0], weight.shape[1] * args["groups"]
-        if transposed:
+        if is_transposed:
             inputs, outputs = weight.shape[0], weight.shape[1] * args["groups"]
-        options = {"output_padding": _full(args["output_padding"], weight)} if transposed else {}
-        layer = CONVOLUTION_LAYERS[weight.dim() - 2, transposed](
+        options = {"output_padding": sizes_of(args["output_padding"], rank)} if is_transposed else {}
+        layer = CONVOLUTION_LAYERS[rank, is_transposed](
             inputs,
             outputs,
             tuple(weight.shape[2:]),
-            stride=_full(args["stride"], weight),
-            padding=_full(padding, weight),
-            dilation=_full(args["dilation"], weight),
+            stride=sizes_of(args["stride"], rank),
+            padding=sizes_of(padding, rank),
+            dilation=sizes_of(args["dilation"], rank),
             groups=args["groups"],
             bias=bias is not None,
             device="meta",
@@ -192,17 +193,11 @@ class _Lift:
         node.op, node.target = "call_method", name
 
 
-def _full(sizes: Any, weight: Tensor) -> tuple[int, ...]:
-    """One size for each spatial dimension; ATen takes a single one for all."""
-    return tuple(sizes) * (weight.dim() - 2) if len(sizes) == 1 else tuple(sizes)
-
-
 def _symmetric(padding: Any, kernel: Sequence[int], dilation: Any) -> Any:
     """Padding in numbers; ``None`` where "same" pads one side more, which the int8 kernels cannot."""
     if not isinstance(padding, str):
         return padding
     if padding == "valid":
         return [0]
-    dilations = list(dilation) * len(kernel) if len(dilation) == 1 else dilation
-    both = [step * (size - 1) for step, size in zip(dilations, kernel, strict=True)]
+    both = [step * (size - 1) for step, size in zip(sizes_of(dilation, len(kernel)), kernel, strict=True)]
     return None if any(total % 2 for total in both) else [total // 2 for total in both]

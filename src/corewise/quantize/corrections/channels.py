@@ -1,8 +1,4 @@
-"""Changes of weights and biases that win back accuracy: channel equalization, rounding, bias correction.
-
-Each works on a ``graph.folded`` module in place and needs no labels. None is believed before it is measured: ``ptq``
-keeps those that bring the simulated outputs nearer to fp32's.
-"""
+"""Channels given similar ranges: equalization between layers, and SmoothQuant where nothing absorbs a factor."""
 
 from collections.abc import Iterator, Mapping, Sequence
 
@@ -13,30 +9,18 @@ from torch.fx import GraphModule, Node
 from corewise.quantize.graph import (
     LINEARS,
     TRANSPOSED,
+    along,
     arguments,
     aten,
     bias,
-    channel_axis,
-    compute,
-    execute,
     group_count,
     layers,
     parameter,
     weight,
 )
-from corewise.quantize.observers import LEVELS, Observed, QParams, weight_scales
+from corewise.quantize.observers import LEVELS, Observed
 from corewise.quantize.placement import Placement, limits
-from corewise.quantize.simulate import Batch, Simulation
 
-DAMPING = 0.01
-ROWS_PER_COLUMN = 4
-FEWEST_ROWS = 2048
-BLOCK = 128
-WIDEST = 6144
-"""Columns of the widest layer that GPTQ rounds: its moments are as many squared. ResNet-50's has 4,608."""
-OUTLIER = 1.0
-FEWEST_ACTIVE = 300
-PLACES = 1 << 14
 STRENGTHS = (0.0, 0.25, 0.5, 0.75, 1.0)
 CAP_MARGIN = 1.6
 EQUALIZING_WORTH = 0.02
@@ -46,260 +30,6 @@ HOMOGENEOUS = (
     *(aten.adaptive_avg_pool2d.default, aten.mean.dim, aten.flatten.using_ints),
 )
 CAPPED = (aten.hardtanh.default, aten.relu6.default)
-
-
-def round_weights(
-    module: GraphModule,
-    placement: Placement,
-    ranges: Mapping[str, QParams],
-    batches: Sequence[Batch],
-    bits: int,
-    seed: int = 0,
-) -> dict[str, Tensor]:
-    """Round each quantized layer's weights so that the errors of its outputs cancel; returns the scales by node.
-
-    GPTQ (Frantar et al., 2022, arXiv:2210.17323) column by column, with the second moments of the layer's rounded
-    inputs over a random share of their positions. A layer whose moments cannot be inverted, or that is wider than
-    ``WIDEST``, is rounded to nearest.
-    """
-    wanted = {layer.node for layer in placement.layers}
-    moments: dict[str, Tensor] = {}
-    generator = torch.Generator().manual_seed(seed)
-    simulation = Simulation(module, placement.edges, ranges)
-
-    def step(node: Node, args: tuple[object, ...], kwargs: dict[str, object]) -> object:
-        if node.name in wanted and node.target not in TRANSPOSED and weight(module, node)[0].numel() <= WIDEST:
-            rounded = simulation.read(node, node.args[0], args[0])
-            rows = _rows(node, rounded, weight(module, node), generator)
-            moments[node.name] = moments.get(node.name, torch.zeros(())) + rows.transpose(-1, -2) @ rows
-        return simulation.step(node, args, kwargs)
-
-    with torch.no_grad():
-        for batch in batches:
-            execute(module, batch, step)
-        scales = {}
-        for node in layers(module):
-            if node.name in wanted:
-                axis = 1 if node.target in TRANSPOSED else 0
-                own = weight(module, node)
-                scales[node.name] = weight_scales(own, axis, bits)
-                if node.name in moments:
-                    own.copy_(_rounded(own, scales[node.name], moments.pop(node.name), bits))
-    return scales
-
-
-def _rows(layer: Node, value: Tensor, own: Tensor, generator: torch.Generator) -> Tensor:
-    """The layer's input as the rows its weight is multiplied with: (positions, inputs) or (groups, positions, inputs).
-
-    A random share of the positions, about ``ROWS_PER_COLUMN`` for each column.
-    """
-    columns = own[0].numel()
-    wanted = max(FEWEST_ROWS, ROWS_PER_COLUMN * columns) // 4
-    if layer.target in LINEARS:
-        flat = value.reshape(-1, value.shape[-1])
-        return flat[_some(len(flat), wanted, generator)]
-    args = arguments(layer)
-    rank = own.dim() - 2
-    kernel, stride = own.shape[2:], _full(args["stride"], rank)
-    dilation, padding = _full(args["dilation"], rank), args["padding"]
-    if isinstance(padding, str):
-        total = [d * (k - 1) if padding == "same" else 0 for d, k in zip(dilation, kernel, strict=True)]
-        pads = [(t // 2, t - t // 2) for t in total]
-    else:
-        pads = [(p, p) for p in _full(padding, rank)]
-    value = torch.nn.functional.pad(value, [side for pair in reversed(pads) for side in pair])
-    sizes = [
-        (size - d * (k - 1) - 1) // s + 1
-        for size, d, k, s in zip(value.shape[2:], dilation, kernel, stride, strict=True)
-    ]
-    strides = value.stride()
-    windows = value.as_strided(
-        (len(value), *sizes, value.shape[1], *kernel),
-        (
-            strides[0],
-            *(a * b for a, b in zip(strides[2:], stride, strict=True)),
-            strides[1],
-            *(a * b for a, b in zip(strides[2:], dilation, strict=True)),
-        ),
-    )
-    count = len(value)
-    for size in sizes:
-        count *= size
-    some = _some(count, wanted, generator)
-    places = torch.unravel_index(some, (len(value), *sizes))
-    picked = windows[places]
-    groups = group_count(layer)
-    picked = picked.reshape(len(some), groups, columns)
-    return picked.transpose(0, 1) if groups > 1 else picked[:, 0]
-
-
-def _full(sizes: Sequence[int] | int, rank: int) -> tuple[int, ...]:
-    listed = [sizes] if isinstance(sizes, int) else list(sizes)
-    return tuple(listed) * rank if len(listed) == 1 else tuple(listed)
-
-
-def _some(count: int, wanted: int, generator: torch.Generator) -> Tensor:
-    return torch.arange(count) if count <= wanted else torch.randint(count, (wanted,), generator=generator)
-
-
-def _rounded(own: Tensor, scales: Tensor, moments: Tensor, bits: int) -> Tensor:
-    """Weights (outputs, ...) on the grid of ``scales``, each column's error made up for by those after it.
-
-    Columns go in the order of falling second moments, GPTQ's ``act_order``: the largest are rounded first.
-    """
-    groups = len(moments) if moments.dim() == 3 else 1
-    left = own.flatten(1).view(groups, -1, own[0].numel()).clone()
-    grid = scales.view(groups, -1, 1)
-    order = moments.diagonal(dim1=-2, dim2=-1).view(groups, -1).mean(0).argsort(descending=True)
-    left = left[..., order]
-    moments = moments.view(groups, *moments.shape[-2:])[:, order][..., order]
-    diagonal = moments.diagonal(dim1=-2, dim2=-1)
-    diagonal += DAMPING * diagonal.mean(-1, keepdim=True) + 1e-8
-    factor, failed = torch.linalg.cholesky_ex(moments)
-    inverse, again = torch.linalg.cholesky_ex(torch.cholesky_inverse(factor), upper=True)
-    top = 2 ** (bits - 1)
-    nearest = (left / grid).round().clamp(-top, top - 1) * grid
-    if int(failed.max()) or int(again.max()) or not bool(inverse.isfinite().all()):
-        return nearest[..., order.argsort()].view_as(own)
-    found = torch.zeros_like(left)
-    columns = left.shape[-1]
-    for start in range(0, columns, BLOCK):
-        stop = min(columns, start + BLOCK)
-        errors = torch.zeros_like(left[..., start:stop])
-        for column in range(start, stop):
-            value = left[..., column : column + 1]
-            found[..., column : column + 1] = (value / grid).round().clamp(-top, top - 1) * grid
-            error = (value - found[..., column : column + 1]) / inverse[:, column, column].view(-1, 1, 1)
-            left[..., column:stop] -= error * inverse[:, column, column:stop].unsqueeze(1)
-            errors[..., column - start : column - start + 1] = error
-        left[..., stop:] -= errors @ inverse[:, start:stop, stop:]
-    return found[..., order.argsort()].view_as(own)
-
-
-def correct_bias(
-    module: GraphModule,
-    reference: GraphModule,
-    placement: Placement,
-    ranges: Mapping[str, QParams],
-    batch: Batch,
-) -> int:
-    """Shift biases so that each quantized layer's outputs are right on average; returns how many layers were shifted.
-
-    As Nagel et al. 2019 (arXiv:1906.04721, section 4.2), layer after layer, on the outputs of ``reference``, the same
-    graph in fp32. Only places where the activation that follows lets the value through are counted, and outliers are
-    cut: the plain mean is moved by rare places of great error that a ReLU hides (ResNet-50: 26 dB became 11).
-    """
-    wanted = {layer.node for layer in placement.layers}
-    simulation = Simulation(module, placement.edges, ranges)
-    twins = {node.name: node for node in reference.graph.nodes}
-    pending: dict[str, Node] = {}
-    shifted = 0
-
-    def step(node: Node, args: tuple[object, ...], kwargs: dict[str, object]) -> object:
-        """Computes (fp32, simulated) pairs side by side."""
-        nonlocal shifted
-        firsts, seconds = _unzip(args)
-        keys, others = _unzip(tuple(kwargs.values()))
-        firsts = _with_parameters(reference, twins[node.name], firsts)
-        expected = compute(node, firsts, dict(zip(kwargs, keys, strict=True)))
-        layer = pending.pop(node.name, None)
-        if layer is not None and isinstance(firsts[0], Tensor) and isinstance(seconds[0], Tensor):
-            change = _shift(firsts[0], seconds[0], layer, expected)
-            bias(module, layer).add_(change)
-            shaped = _along(change, seconds[0], channel_axis(seconds[0], layer))
-            seconds = (seconds[0] + shaped, *seconds[1:])
-            shifted += 1
-        found = simulation.step(node, seconds, dict(zip(kwargs, others, strict=True)))
-        if node.name in wanted:
-            gate = _gate(node)
-            if gate is None:
-                change = _shift(expected, found, node, None)
-                bias(module, node).add_(change)
-                found = found + _along(change, found, channel_axis(found, node))
-                shifted += 1
-            else:
-                pending[gate.name] = node
-        return _Pair(expected, found)
-
-    with torch.no_grad():
-        execute(module, batch, step)
-    return shifted
-
-
-def _with_parameters(module: GraphModule, node: Node, values: tuple[object, ...]) -> tuple[object, ...]:
-    """The values of a node's arguments, with the parameters that ``module`` has."""
-    if node.op == "placeholder":
-        return values
-    own = [parameter(module, given) for given in node.args] + [None] * (len(values) - len(node.args))
-    return tuple(value if tensor is None else tensor for value, tensor in zip(values, own, strict=True))
-
-
-class _Pair(tuple[object, object]):
-    """A value in fp32 and as simulated."""
-
-    __slots__ = ()
-
-    def __new__(cls, first: object, second: object) -> "_Pair":
-        return super().__new__(cls, (first, second))
-
-
-def _unzip(args: Sequence[object]) -> tuple[tuple[object, ...], tuple[object, ...]]:
-    firsts, seconds = [], []
-    for arg in args:
-        if isinstance(arg, _Pair):
-            firsts.append(arg[0])
-            seconds.append(arg[1])
-        elif isinstance(arg, list | tuple):
-            a, b = _unzip(arg)
-            firsts.append(list(a))
-            seconds.append(list(b))
-        else:
-            firsts.append(arg)
-            seconds.append(arg)
-    return tuple(firsts), tuple(seconds)
-
-
-def _gate(layer: Node) -> Node | None:
-    """The activation behind a layer, with at most one add between; ``None`` where something else reads the value."""
-    node = layer
-    for _ in range(2):
-        users = list(node.users)
-        if len(users) != 1:
-            return None
-        if limits(users[0]) is not None:
-            return users[0]
-        if users[0].target is not aten.add.Tensor:
-            return None
-        node = users[0]
-    return None
-
-
-def _shift(expected: Tensor, found: Tensor, layer: Node, activated: object) -> Tensor:
-    """How much each channel of ``found`` is too low, over the places that the activation lets through."""
-    axis = channel_axis(found, layer)
-    some = _some_places(found, axis)
-    error = (expected - found).movedim(axis, 0).flatten(1)[:, some]
-    if isinstance(activated, Tensor):
-        gate = _gate(layer)
-        low, high = (limits(gate) if gate is not None else None) or (-float("inf"), float("inf"))
-        activated = activated.movedim(axis, 0).flatten(1)[:, some]
-        open_ = (activated > low) & (activated < high)
-    else:
-        open_ = torch.ones_like(error, dtype=torch.bool)
-    count = open_.sum(1)
-    spread = (error.abs() * open_).sum(1) / count.clamp(min=1) * OUTLIER
-    trimmed = torch.minimum(torch.maximum(error, -spread[:, None]), spread[:, None])
-    enough = count > min(FEWEST_ACTIVE, error.shape[1] // 2)
-    return (trimmed * open_).sum(1) / count.clamp(min=1) * enough
-
-
-def _some_places(value: Tensor, axis: int) -> slice:
-    """Evenly spaced places of each channel, up to ``PLACES``."""
-    return slice(None, None, max(1, value.numel() // value.shape[axis] // PLACES))
-
-
-def _along(channels: Tensor, value: Tensor, axis: int) -> Tensor:
-    return channels.view([-1 if dim == axis else 1 for dim in range(value.dim())])
 
 
 def equalize(module: GraphModule, placement: Placement, observed: Mapping[str, Observed], bits: int) -> int:
@@ -544,11 +274,11 @@ def _scale_outputs(module: GraphModule, node: Node, factors: Tensor) -> None:
             found.mul_(factors)
         return
     own = weight(module, node)
-    own.mul_(_along(factors, own, 0))
+    own.mul_(along(factors, own, 0))
     bias(module, node).mul_(factors)
 
 
 def _scale_inputs(module: GraphModule, node: Node, factors: Tensor) -> None:
     own = weight(module, node)
     axis = 0 if group_count(node) > 1 else 1
-    own.mul_(_along(factors, own, axis))
+    own.mul_(along(factors, own, axis))

@@ -1,4 +1,4 @@
-"""placement: instances on machines of any shape, under any affinity and quota."""
+"""thread_plan: instances on machines of any shape, under any affinity and quota."""
 
 from pathlib import Path
 
@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from corewise.cpu import inspect
-from corewise.placement import assign, most_threads, thread_plans, warning
+from corewise.thread_plan import assign, most_threads, thread_plans, warning
 from corewise.values import Cpu, LogicalCpu
 
 

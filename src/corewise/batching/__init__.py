@@ -1,0 +1,21 @@
+"""Requests to batches, under deadlines: a pure ``policy`` that decides, a ``runner`` that drives instances by it."""
+
+from corewise.batching.policy import Accepted, Batch, Curve, Dropped, Policy, Reason, Refused, Request
+from corewise.batching.runner import Answer, Batcher, CallFailed, InstanceDied, NotServed, Run
+
+__all__ = [
+    "Accepted",
+    "Answer",
+    "Batch",
+    "Batcher",
+    "CallFailed",
+    "Curve",
+    "Dropped",
+    "InstanceDied",
+    "NotServed",
+    "Policy",
+    "Reason",
+    "Refused",
+    "Request",
+    "Run",
+]

@@ -1,0 +1,242 @@
+"""Real instances driven as the policy decides, with a thread for each."""
+
+import threading
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass
+from itertools import accumulate, count, pairwise
+from math import inf, isnan
+from time import monotonic
+from typing import NamedTuple, Self, TypeVar
+
+import numpy as np
+
+from corewise.batching.policy import WORDS, Dropped, Policy, Reason, Refused, Request
+from corewise.errors import CorewiseError, EngineError, InputError
+
+T = TypeVar("T")
+Run = Callable[[Sequence[np.ndarray]], Sequence[np.ndarray]]
+"""One instance, as ``engines.Session.run``: arrays in and out with the batch as dimension 0; one thread calls it."""
+
+
+class NotServed(CorewiseError):
+    """No instance ran the request: it was refused at once or dropped later."""
+
+    def __init__(self, reason: Reason, retry_after_s: float | None = None) -> None:
+        super().__init__("the request is not served", WORDS[reason])
+        self.reason = reason
+        self.retry_after_s = retry_after_s
+
+
+class CallFailed(CorewiseError):
+    """The call that the request was part of raised ``__cause__``."""
+
+
+class InstanceDied(CorewiseError):
+    """What an instance raises when it can run no more."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Answer:
+    """A request's own rows of the outputs, where its time went, and the rows of the whole call."""
+
+    outputs: list[np.ndarray]
+    waited_s: float
+    ran_s: float
+    batch_rows: int
+
+
+class _Job(NamedTuple):
+    inputs: Sequence[np.ndarray]
+    submitted_s: float
+    future: "Future[Answer]"
+
+
+class Batcher:
+    """Runs requests on instances as a fresh policy decides, with one thread for each instance.
+
+    ``reopen(i)`` makes instance ``i`` anew, in its thread, after it raised ``InstanceDied``; without it, or where it
+    raises, the others go on alone. Done callbacks of futures run in these threads: they must be short.
+    """
+
+    def __init__(
+        self, instances: Sequence[Run], policy: Policy, *, reopen: Callable[[int], Run | None] = lambda instance: None
+    ) -> None:
+        self._policy = policy
+        self._reopen = reopen
+        self._lock = threading.Lock()
+        self._work = threading.Condition(self._lock)
+        self._losses = threading.Condition(self._lock)
+        self._jobs: dict[int, _Job] = {}
+        """Those that wait, by request."""
+        self._lost: list[tuple[_Job, Reason]] = []
+        """Those that were dropped and have not been told."""
+        self._wake_s = inf
+        self._closed = False
+        self._ids = count()
+        for i in range(len(instances)):
+            policy.finished(i)
+        self._threads = [threading.Thread(target=self._serve, args=item, daemon=True) for item in enumerate(instances)]
+        self._teller = threading.Thread(target=self._tell, daemon=True)
+        for thread in (*self._threads, self._teller):
+            thread.start()
+
+    @property
+    def waiting_rows(self) -> int:
+        """Rows in the queue."""
+        return self._policy.waiting_rows
+
+    @property
+    def instances(self) -> int:
+        """How many instances live."""
+        return self._policy.instances
+
+    def submit(self, inputs: Sequence[np.ndarray], *, timeout_s: float = inf, priority: int = 0) -> "Future[Answer]":
+        """Queue one request: arrays of as many rows each (dimension 0), at least 1, which must not change any more.
+
+        Calls are shared by requests of the same dtypes and other dimensions. Cancelling the future frees its place.
+        The future raises ``NotServed`` where the request was dropped, ``CallFailed`` where its call failed. Raises
+        ``NotServed`` at once where it is refused, and ``InputError`` for inputs that are no batch.
+        """
+        rows = {array.shape[:1] for array in inputs}
+        if len(rows) != 1 or rows & {(), (0,)} or isnan(timeout_s):
+            raise InputError(
+                f"inputs of shapes {[array.shape for array in inputs]} within {timeout_s} s are no request",
+                "give every input the same first dimension of at least 1, and a time",
+            )
+        with self._lock:
+            now_s = monotonic()
+            request = Request(
+                id=next(self._ids),
+                deadline_s=now_s + timeout_s,
+                priority=priority,
+                group=tuple((array.dtype.str, array.shape[1:]) for array in inputs),
+                rows=len(inputs[0]),
+            )
+            decision = self._policy.offer(request, now_s)
+            self._lose(decision.dropped)
+            if isinstance(decision, Refused):
+                raise NotServed(decision.reason, decision.retry_after_s)
+            future: Future[Answer] = Future()
+            self._jobs[request.id] = _Job(inputs, now_s, future)
+            self._work.notify()
+            if self._policy.next_expiry_s < self._wake_s:
+                self._losses.notify()
+        future.add_done_callback(lambda done: self._left(request.id) if done.cancelled() else None)
+        return future
+
+    def close(self, drain_s: float = inf) -> bool:
+        """Refuse what comes, finish for ``drain_s`` at most what was accepted, and drop what waits then.
+
+        Whether all was finished: where not, calls that still run are left to end by themselves.
+        """
+        until_s = monotonic() + drain_s
+        with self._lock:
+            self._policy.draining = True
+            self._work.notify_all()
+        for thread in self._threads:
+            thread.join(min(max(0.0, until_s - monotonic()), threading.TIMEOUT_MAX))
+        with self._lock:
+            dropped = self._policy.drop_all("draining")
+            self._closed = True
+            self._lose(dropped)
+        self._teller.join()
+        return not dropped and not any(thread.is_alive() for thread in self._threads)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
+
+    def _serve(self, instance: int, run: Run | None) -> None:
+        """The life of an instance's thread."""
+        while run is not None and (jobs := self._take(instance)):
+            started_s = monotonic()
+            answers, error = _caught(_call, run, jobs)
+            ran_s, rows = monotonic() - started_s, sum(len(job.inputs[0]) for job in jobs)
+            for job, outputs in zip(jobs, answers or [[]] * len(jobs), strict=True):
+                if error is None:
+                    waited_s = started_s - job.submitted_s
+                    job.future.set_result(Answer(outputs=outputs, waited_s=waited_s, ran_s=ran_s, batch_rows=rows))
+                else:
+                    failure = CallFailed(f"the call with this request failed: {error!r}")
+                    failure.__cause__ = error
+                    job.future.set_exception(failure)
+            if isinstance(error, InstanceDied):
+                run = self._replace(instance)
+            else:
+                with self._lock:
+                    self._policy.finished(instance)
+
+    def _take(self, instance: int) -> list[_Job]:
+        """The instance's next call as soon as there is one; empty when there will be none."""
+        with self._lock:
+            while True:
+                batch = self._policy.next_batch(instance, monotonic())
+                self._lose(batch.dropped)
+                taken = [self._jobs.pop(request.id) for request in batch.requests]
+                if jobs := [job for job in taken if job.future.set_running_or_notify_cancel()]:
+                    return jobs
+                if taken:
+                    self._policy.finished(instance)
+                elif self._policy.draining:
+                    return []
+                else:
+                    self._work.wait()
+
+    def _replace(self, instance: int) -> Run | None:
+        """The dead instance's successor. Until there is one, admission counts on the others only."""
+        with self._lock:
+            self._policy.leave(instance)
+        run, _ = _caught(self._reopen, instance)
+        with self._lock:
+            if run is not None:
+                self._policy.finished(instance)
+            elif not self._policy.instances:
+                self._lose(self._policy.drop_all("no instance"))
+        return run
+
+    def _left(self, request_id: int) -> None:
+        """Its future was cancelled."""
+        with self._lock:
+            self._policy.cancel(request_id)
+            self._jobs.pop(request_id, None)
+
+    def _lose(self, dropped: Sequence[Dropped]) -> None:
+        self._lost += [(self._jobs.pop(one.request.id), one.reason) for one in dropped]
+        if self._lost or self._closed:
+            self._losses.notify()
+
+    def _tell(self) -> None:
+        """The life of the thread that drops requests in time, and tells all that were dropped."""
+        done = False
+        while not done:
+            with self._lock:
+                self._wake_s = self._policy.next_expiry_s
+                if not self._lost and not self._closed:
+                    self._losses.wait(min(max(0.0, self._wake_s - monotonic()), threading.TIMEOUT_MAX))
+                self._lose(self._policy.expire(monotonic()))
+                lost, self._lost = self._lost, []
+                done = self._closed
+            for job, reason in lost:  # without the lock, for it runs the futures' callbacks
+                if job.future.set_running_or_notify_cancel():
+                    job.future.set_exception(NotServed(reason))
+
+
+def _call(run: Run, jobs: list[_Job]) -> list[list[np.ndarray]]:
+    """Run the jobs as one batch: each one's rows of every output."""
+    columns = zip(*(job.inputs for job in jobs), strict=True)
+    outputs = run(jobs[0].inputs if len(jobs) == 1 else [np.concatenate(column) for column in columns])
+    ends = [0, *accumulate(len(job.inputs[0]) for job in jobs)]
+    if any(len(output) != ends[-1] for output in outputs):
+        raise EngineError(f"outputs of {[len(output) for output in outputs]} rows for {ends[-1]} rows of input")
+    return [[output[start:stop] for output in outputs] for start, stop in pairwise(ends)]
+
+
+def _caught(call: Callable[..., T], *args: object) -> tuple[T | None, BaseException | None]:
+    """What a call returned and what it raised; SystemExit too, for nobody may be left without an answer."""
+    try:
+        return call(*args), None
+    except (Exception, SystemExit) as error:  # noqa: BLE001 - the request boundary: what an instance raises is the answer
+        return None, error

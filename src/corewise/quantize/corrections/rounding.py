@@ -1,0 +1,151 @@
+"""Weights rounded so that the errors of a layer's outputs cancel (GPTQ)."""
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+from torch.fx import GraphModule, Node
+
+from corewise.quantize.graph import (
+    LINEARS,
+    TRANSPOSED,
+    arguments,
+    execute,
+    group_count,
+    layers,
+    sizes_of,
+    weight,
+)
+from corewise.quantize.observers import QParams, weight_scales
+from corewise.quantize.placement import Placement
+from corewise.quantize.simulate import Batch, Simulation
+
+DAMPING = 0.01
+ROWS_PER_COLUMN = 4
+FEWEST_ROWS = 2048
+BLOCK = 128
+WIDEST = 6144
+"""Columns of the widest layer that GPTQ rounds: its moments are as many squared. ResNet-50's has 4,608."""
+
+
+def round_weights(
+    module: GraphModule,
+    placement: Placement,
+    ranges: Mapping[str, QParams],
+    batches: Sequence[Batch],
+    bits: int,
+    seed: int = 0,
+) -> dict[str, Tensor]:
+    """Round each quantized layer's weights so that the errors of its outputs cancel; returns the scales by node.
+
+    GPTQ (Frantar et al., 2022, arXiv:2210.17323) column by column, with the second moments of the layer's rounded
+    inputs over a random share of their positions. A layer whose moments cannot be inverted, or that is wider than
+    ``WIDEST``, is rounded to nearest.
+    """
+    wanted = {layer.node for layer in placement.layers}
+    moments: dict[str, Tensor] = {}
+    generator = torch.Generator().manual_seed(seed)
+    simulation = Simulation(module, placement.edges, ranges)
+
+    def step(node: Node, args: tuple[object, ...], kwargs: dict[str, object]) -> object:
+        if node.name in wanted and node.target not in TRANSPOSED and weight(module, node)[0].numel() <= WIDEST:
+            rounded = simulation.read(node, node.args[0], args[0])
+            rows = _rows(node, rounded, weight(module, node), generator)
+            moments[node.name] = moments.get(node.name, torch.zeros(())) + rows.transpose(-1, -2) @ rows
+        return simulation.step(node, args, kwargs)
+
+    with torch.no_grad():
+        for batch in batches:
+            execute(module, batch, step)
+        scales = {}
+        for node in layers(module):
+            if node.name in wanted:
+                axis = 1 if node.target in TRANSPOSED else 0
+                own = weight(module, node)
+                scales[node.name] = weight_scales(own, axis, bits)
+                if node.name in moments:
+                    own.copy_(_rounded(own, scales[node.name], moments.pop(node.name), bits))
+    return scales
+
+
+def _rows(layer: Node, value: Tensor, own: Tensor, generator: torch.Generator) -> Tensor:
+    """The layer's input as the rows its weight is multiplied with: (positions, inputs) or (groups, positions, inputs).
+
+    A random share of the positions, about ``ROWS_PER_COLUMN`` for each column.
+    """
+    columns = own[0].numel()
+    wanted = max(FEWEST_ROWS, ROWS_PER_COLUMN * columns) // 4
+    if layer.target in LINEARS:
+        flat = value.reshape(-1, value.shape[-1])
+        return flat[_some(len(flat), wanted, generator)]
+    args = arguments(layer)
+    rank = own.dim() - 2
+    kernel, stride = own.shape[2:], sizes_of(args["stride"], rank)
+    dilation, padding = sizes_of(args["dilation"], rank), args["padding"]
+    if isinstance(padding, str):
+        total = [d * (k - 1) if padding == "same" else 0 for d, k in zip(dilation, kernel, strict=True)]
+        pads = [(t // 2, t - t // 2) for t in total]
+    else:
+        pads = [(p, p) for p in sizes_of(padding, rank)]
+    value = torch.nn.functional.pad(value, [side for pair in reversed(pads) for side in pair])
+    sizes = [
+        (size - d * (k - 1) - 1) // s + 1
+        for size, d, k, s in zip(value.shape[2:], dilation, kernel, stride, strict=True)
+    ]
+    strides = value.stride()
+    windows = value.as_strided(
+        (len(value), *sizes, value.shape[1], *kernel),
+        (
+            strides[0],
+            *(a * b for a, b in zip(strides[2:], stride, strict=True)),
+            strides[1],
+            *(a * b for a, b in zip(strides[2:], dilation, strict=True)),
+        ),
+    )
+    count = len(value)
+    for size in sizes:
+        count *= size
+    some = _some(count, wanted, generator)
+    places = torch.unravel_index(some, (len(value), *sizes))
+    picked = windows[places]
+    groups = group_count(layer)
+    picked = picked.reshape(len(some), groups, columns)
+    return picked.transpose(0, 1) if groups > 1 else picked[:, 0]
+
+
+def _some(count: int, wanted: int, generator: torch.Generator) -> Tensor:
+    return torch.arange(count) if count <= wanted else torch.randint(count, (wanted,), generator=generator)
+
+
+def _rounded(own: Tensor, scales: Tensor, moments: Tensor, bits: int) -> Tensor:
+    """Weights (outputs, ...) on the grid of ``scales``, each column's error made up for by those after it.
+
+    Columns go in the order of falling second moments, GPTQ's ``act_order``: the largest are rounded first.
+    """
+    groups = len(moments) if moments.dim() == 3 else 1
+    left = own.flatten(1).view(groups, -1, own[0].numel()).clone()
+    grid = scales.view(groups, -1, 1)
+    order = moments.diagonal(dim1=-2, dim2=-1).view(groups, -1).mean(0).argsort(descending=True)
+    left = left[..., order]
+    moments = moments.view(groups, *moments.shape[-2:])[:, order][..., order]
+    diagonal = moments.diagonal(dim1=-2, dim2=-1)
+    diagonal += DAMPING * diagonal.mean(-1, keepdim=True) + 1e-8
+    factor, failed = torch.linalg.cholesky_ex(moments)
+    inverse, again = torch.linalg.cholesky_ex(torch.cholesky_inverse(factor), upper=True)
+    top = 2 ** (bits - 1)
+    nearest = (left / grid).round().clamp(-top, top - 1) * grid
+    if int(failed.max()) or int(again.max()) or not bool(inverse.isfinite().all()):
+        return nearest[..., order.argsort()].view_as(own)
+    found = torch.zeros_like(left)
+    columns = left.shape[-1]
+    for start in range(0, columns, BLOCK):
+        stop = min(columns, start + BLOCK)
+        errors = torch.zeros_like(left[..., start:stop])
+        for column in range(start, stop):
+            value = left[..., column : column + 1]
+            found[..., column : column + 1] = (value / grid).round().clamp(-top, top - 1) * grid
+            error = (value - found[..., column : column + 1]) / inverse[:, column, column].view(-1, 1, 1)
+            left[..., column:stop] -= error * inverse[:, column, column:stop].unsqueeze(1)
+            errors[..., column - start : column - start + 1] = error
+        left[..., stop:] -= errors @ inverse[:, start:stop, stop:]
+    return found[..., order.argsort()].view_as(own)

@@ -18,10 +18,10 @@ from corewise.engines.base import Sharing
 from corewise.engines.denormals import flushed
 from corewise.errors import CorewiseError, EngineError
 from corewise.instances import Instances, memory_bytes
-from corewise.thread_plan import assign, warning
 from corewise.samples import from_python
 from corewise.source import export, save_program
 from corewise.testing.engine_contract import tiny_material
+from corewise.thread_plan import assign, warning
 from corewise.trial import Worker
 from corewise.values import Build, Measurement, Plan, from_json, to_json
 

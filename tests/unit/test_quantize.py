@@ -12,6 +12,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from small_nets import Depthwise, Mlp, Residual
 from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 from torch.fx import GraphModule
@@ -42,48 +43,6 @@ pytestmark = pytest.mark.filterwarnings("ignore:.*LeafSpec:FutureWarning")  # to
 
 IMAGE = (3, 8, 8)
 Make = Callable[[], nn.Module]
-
-
-class Residual(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.stem = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1, bias=False), nn.BatchNorm2d(8), nn.ReLU(inplace=True))
-        self.body1 = nn.Sequential(nn.Conv2d(8, 8, 3, padding=1, bias=False), nn.BatchNorm2d(8), nn.ReLU())
-        self.body2 = nn.Sequential(nn.Conv2d(8, 8, 3, padding=1), nn.BatchNorm2d(8))
-        self.pool = nn.MaxPool2d(2)
-        self.last = nn.Conv2d(8, 8, 1)
-        self.head = nn.Linear(8, 5)
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = self.stem(x)
-        x = torch.relu(self.body2(self.body1(x)) + x)
-        return self.head(torch.relu(self.last(self.pool(x))).mean((2, 3)))
-
-
-class Depthwise(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.expand = nn.Sequential(nn.Conv2d(3, 8, 1, bias=False), nn.BatchNorm2d(8), nn.ReLU6())
-        self.depthwise = nn.Sequential(nn.Conv2d(8, 8, 3, 2, 1, groups=8, bias=False), nn.BatchNorm2d(8), nn.ReLU6())
-        self.project = nn.Sequential(nn.Conv2d(8, 6, 1, bias=False), nn.BatchNorm2d(6))
-        self.head = nn.Linear(6, 4)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.head(self.project(self.depthwise(self.expand(x))).mean((2, 3)))
-
-
-class Mlp(nn.Module):
-    """Tokens (batch, 5, 8): two blocks with layer norms."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.norm1, self.up = nn.LayerNorm(8), nn.Linear(8, 16)
-        self.norm2, self.down = nn.LayerNorm(16), nn.Linear(16, 8)
-        self.head = nn.Linear(8, 3)
-
-    def forward(self, x: Tensor) -> Tensor:
-        y = self.norm2(nn.functional.gelu(self.up(self.norm1(x))))
-        return self.head((x + self.down(y)).mean(1))
 
 
 class Volumes(nn.Module):

@@ -11,6 +11,7 @@ import pytest
 import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
+from small_nets import Depthwise, Mlp, Residual
 from torch import Tensor, nn
 
 from corewise import cpu
@@ -31,46 +32,6 @@ pytestmark = pytest.mark.filterwarnings("ignore:.*LeafSpec:FutureWarning")  # to
 IMAGE, TOKENS = (3, 8, 8), (5, 8)
 BATCHES = (1, 2, 5)
 PLAN = Plan(threads_per_instance=1, batch=2)
-
-
-class Residual(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.stem = nn.Sequential(nn.Conv2d(3, 16, 3, padding=1, bias=False), nn.BatchNorm2d(16), nn.ReLU())
-        self.body1 = nn.Sequential(nn.Conv2d(16, 16, 3, padding=1, bias=False), nn.BatchNorm2d(16), nn.ReLU())
-        self.body2 = nn.Sequential(nn.Conv2d(16, 16, 3, padding=1), nn.BatchNorm2d(16))
-        self.pool, self.last, self.head = nn.MaxPool2d(2), nn.Conv2d(16, 16, 1), nn.Linear(16, 5)
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = self.stem(x)
-        x = torch.relu(self.body2(self.body1(x)) + x)
-        return self.head(torch.relu(self.last(self.pool(x))).mean((2, 3)))
-
-
-class Depthwise(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.expand = nn.Sequential(nn.Conv2d(3, 16, 1, bias=False), nn.BatchNorm2d(16), nn.ReLU6())
-        self.depthwise = nn.Sequential(nn.Conv2d(16, 16, 3, 2, 1, groups=16), nn.BatchNorm2d(16), nn.ReLU6())
-        self.project = nn.Sequential(nn.Conv2d(16, 8, 1, bias=False), nn.BatchNorm2d(8))
-        self.head = nn.Linear(8, 4)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.head(self.project(self.depthwise(self.expand(x))).mean((2, 3)))
-
-
-class Mlp(nn.Module):
-    """Tokens: two blocks with layer norms; the last layer sees one vector."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.norm1, self.up = nn.LayerNorm(8), nn.Linear(8, 16)
-        self.norm2, self.down = nn.LayerNorm(16), nn.Linear(16, 8)
-        self.head = nn.Linear(8, 3)
-
-    def forward(self, x: Tensor) -> Tensor:
-        y = self.norm2(nn.functional.gelu(self.up(self.norm1(x))))
-        return self.head((x + self.down(y)).mean(1))
 
 
 NETS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...], int]] = {

@@ -37,7 +37,7 @@ from corewise.metrics import energies  # noqa: E402
 from corewise.samples import Samples, from_python  # noqa: E402
 from corewise.trial import Worker, read_outputs  # noqa: E402
 from corewise.values import Build, Cpu, Plan, to_json  # noqa: E402
-from corewise.worker import CALIBRATION, HOLDOUT, PROGRAM, Child, write_material  # noqa: E402
+from corewise.worker import CALIBRATION, HOLDOUT, PROGRAM, write_material  # noqa: E402
 
 ENGINES = ("openvino", "onnxruntime", "inductor", "torch-int8")
 PACKAGES = ("torch", "torchao", "openvino", "nncf", "onnxruntime", "onnx", "transformers", "numpy")
@@ -66,7 +66,7 @@ class Outcome:
     peak_memory_bytes: int | None = None
     notes: list[str] = field(default_factory=list)
     receipt: dict[str, Any] | None = None
-    """The kernels that ran by precision, where this corewise can tell."""
+    """The kernels that ran, by precision."""
     int8_share: float | None = None
     sqnr_db: float | None = None
     """Over all outputs of the holdout, against eager fp32."""
@@ -164,6 +164,12 @@ class Bench:
         arguments = {"material": str(self._folder), "build": to_json(build), "folder": str(payload)}
         return list(worker.call("build", "building", **arguments)["notes"])
 
+    def receipt(self, worker: Worker, build: Build) -> dict[str, Any]:
+        """The kernels that the payload ran, by precision."""
+        arguments = {"folder": str(self._folder / self._name(build)), "samples": str(self._folder / HOLDOUT)}
+        answer = worker.call("receipt", "counting kernels", build=to_json(build), plan=to_json(self._plan), **arguments)
+        return dict(answer["receipt"])
+
     def open(self, worker: Worker, build: Build) -> None:
         """Open the payload for batches of ``BATCH``."""
         payload = str(self._folder / self._name(build))
@@ -206,9 +212,7 @@ def sqnr_db(expected: Outputs, found: Outputs, *, centred: bool) -> float:
 
 def share(receipt: dict[str, Any]) -> float | None:
     """The share of convolutions and matrix products that ran in int8, if the receipt tells."""
-    kept = receipt.get("receipt", receipt)
-    int8, total = kept.get("int8"), kept.get("total")
-    return int8 / total if isinstance(int8, int) and isinstance(total, int) and total else None
+    return receipt["int8"] / receipt["layers"] if receipt["layers"] else None
 
 
 def offers(name: str, build: Build, cpu: Cpu, operators: dict[str, int]) -> bool:
@@ -246,8 +250,7 @@ def attempt(name: str, expected: Outputs, operators: dict[str, int], bench: Benc
                 sqnr_db=sqnr_db(expected, found, centred=False),
                 centred_sqnr_db=sqnr_db(expected, found, centred=True),
             )
-            if hasattr(Child, "receipt"):
-                outcome = with_receipt(outcome, bench, build)
+            outcome = with_receipt(outcome, bench, build)
             outcome = timed(outcome, worker, bench)
     except CorewiseError as error:
         return replace(outcome, reason=str(error)[:REASON])
@@ -260,18 +263,12 @@ def attempt(name: str, expected: Outputs, operators: dict[str, int], bench: Benc
 
 def with_receipt(outcome: Outcome, bench: Bench, build: Build) -> Outcome:
     """The outcome with the kernels that ran, counted in a child of its own: a count that fails costs nothing else."""
-    payload = str(bench._folder / bench._name(build))
-    arguments = {"folder": payload, "build": to_json(build), "plan": to_json(bench._plan)}
     try:
         with bench.start(build) as worker:
-            bench.open(worker, build)
-            given = {"samples": str(bench._folder / HOLDOUT), **arguments}
-            wanted = Child.receipt.__code__.co_varnames[1 : Child.receipt.__code__.co_argcount]  # type: ignore[attr-defined]
-            answer = worker.call("receipt", "counting kernels", **{key: given[key] for key in wanted if key in given})
+            receipt = bench.receipt(worker, build)
     except CorewiseError as error:
         return replace(outcome, notes=[*outcome.notes, f"no receipt: {error}"[:REASON]])
-    answer.pop("peak_memory_bytes", None)
-    return replace(outcome, receipt=answer, int8_share=share(answer))
+    return replace(outcome, receipt=receipt, int8_share=share(receipt))
 
 
 def timed(outcome: Outcome, worker: Worker, bench: Bench) -> Outcome:

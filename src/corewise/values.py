@@ -19,7 +19,7 @@ T = TypeVar("T")
 Scalar = str | int | float | bool
 Precision = Literal["fp32", "bf16", "int8", "int8-dynamic"]
 State = Literal["ok", "failed", "rejected", "pruned"]
-Goal = Literal["throughput", "latency"]
+Goal = Literal["throughput", "latency", "slo"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -187,6 +187,51 @@ class Measurement:
     """Growth of the cgroup's ``nr_throttled`` while measuring: above 0 the figures are too low."""
     memory_per_instance_bytes: int = 0
     """What the second instance added to the process's memory, running; 0 for one instance."""
+    memory_bytes: int = 0
+    """The process's memory with all instances open, after the calls; 0 where the kernel does not tell."""
+    why: str = ""
+    """What made the search measure this plan, in words."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoadRun:
+    """What became of requests that were sent to one build under one plan through the batcher.
+
+    Latencies count from when a request was due to be sent, so that a sender that is held up hides nothing
+    (coordinated omission).
+    """
+
+    plan: Plan
+    rate_per_s: float | None
+    """Requests per second that were due, arriving at random (a Poisson process); ``None`` for a closed loop."""
+    clients: int | None
+    """Senders that each wait for their answer before they send again; ``None`` for an open loop."""
+    duration_s: float
+    offered: int
+    answered: int
+    refused: int
+    """Refused at once, or dropped before they ran."""
+    failed: int
+    """Answered with an error."""
+    in_time: int
+    """Answered within the deadline, of those answered; all of them where there was none."""
+    p50_ms: float
+    p99_ms: float
+    """Of the answered ones; ``inf`` where none was."""
+    refusal_p99_ms: float
+    """How long those refused at once waited to hear of it; 0 where none was."""
+    slo_ms: float | None = None
+    """The deadline that each request had; ``None`` for none."""
+
+    @property
+    def goodput_per_s(self) -> float:
+        """Answers in time per second."""
+        return self.in_time / self.duration_s
+
+    @property
+    def held(self) -> bool:
+        """Whether every request was answered and 99 % of them in time."""
+        return self.answered == self.offered > 0 and (self.slo_ms is None or self.p99_ms <= self.slo_ms)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -237,6 +282,10 @@ class Trial:
     measurements: tuple[Measurement, ...] = ()
     receipt: Receipt | None = None
     """What really ran in int8; ``None`` for other precisions and where the engine cannot tell."""
+    explored: str = ""
+    """Why the search of plans for this build ended; empty where its plans were not searched."""
+    loads: tuple[LoadRun, ...] = ()
+    """Loads that were put on it to find the rate it holds under the SLO, in their order."""
 
     def best(self, goal: Goal) -> Measurement | None:
         """The measurement that serves the goal best; ``None`` where nothing was measured."""
@@ -255,6 +304,10 @@ class Objective:
     max_drop: float = 0.01
     strict: bool = False
     """Ask the upper end of the drop's confidence interval to pass, not the estimate."""
+    slo_ms: float | None = None
+    """For the goal ``slo``: 99 % of requests must be answered within this time."""
+    memory_limit_bytes: int | None = None
+    """Plans whose process needs more memory are no choice."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -280,6 +333,8 @@ class Choice:
     reason: str
     losers: tuple[Loser, ...]
     warnings: tuple[str, ...] = ()
+    promise: LoadRun | None = None
+    """For the goal ``slo``: the load that was held. ``None`` also where nothing meets the SLO."""
 
 
 @dataclass(frozen=True, kw_only=True)

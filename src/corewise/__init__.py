@@ -17,14 +17,16 @@ if TYPE_CHECKING:
     from corewise.loading import load
     from corewise.optimize import optimize
     from corewise.result import Result
+    from corewise.retune import retune
 
 __version__ = "0.1.0"
-__all__ = ["CorewiseError", "Result", "__version__", "load", "optimize"]
+__all__ = ["CorewiseError", "Result", "__version__", "load", "optimize", "retune"]
 
 _LAZY = {
     "Result": "corewise.result",
     "load": "corewise.loading",
     "optimize": "corewise.optimize",
+    "retune": "corewise.retune",
 }
 
 
@@ -33,6 +35,6 @@ def __getattr__(name: str) -> Any:
         raise AttributeError(f"module 'corewise' has no attribute {name!r}")
     from importlib import import_module
 
-    # Kept, for importing the submodule "optimize" has put the module in the function's place.
+    # Kept, for importing the submodule "optimize" or "retune" has put the module in the function's place.
     globals()[name] = getattr(import_module(_LAZY[name]), name)
     return globals()[name]

@@ -5,6 +5,7 @@
     reference/           the fp32 program, for ``bench --against`` and for checking drift
     golden.safetensors   a few inputs with this payload's outputs
     report.json, .md     every trial, and why this one won; report.html, the same with pictures, for a browser
+    tuned.json           plans for other machines, where corewise retune was run: in no manifest (see ``tuned``)
 
 Written to a folder beside it and renamed, so that it is whole or not there. ``read`` checks every hash before
 anything is opened and never unpickles; what runs is the engine's own format.
@@ -35,6 +36,9 @@ GOLDEN = "golden.safetensors"
 REPORT = "report.json"
 REPORT_TEXT = "report.md"
 REPORT_PAGE = "report.html"
+TUNED = "tuned.json"
+TUNED_NEW = "tuned.json.new"
+"""While it is written, and left by a writer that was killed: neither must make an artifact unreadable."""
 MIN_SQNR_DB = {"fp32": 50.0, "bf16": 25.0, "int8": 20.0, "int8-dynamic": 20.0}
 """How close golden outputs must come on another machine: kernels there may round differently."""
 
@@ -113,7 +117,7 @@ def read(folder: Path, *, cpu: Cpu | None = None) -> Artifact:
     """
     manifest = _manifest(folder)
     found = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_symlink() or path.is_file()}
-    extra = sorted(found - set(manifest.files) - {MANIFEST})
+    extra = sorted(found - set(manifest.files) - {MANIFEST, TUNED, TUNED_NEW})
     if extra:
         raise ArtifactError(f"{folder / extra[0]} is not in the manifest", "remove it, or copy the artifact again")
     for name, facts in manifest.files.items():
@@ -157,7 +161,7 @@ def write(
                 if path.is_file()
             }
             content = to_json(manifest(files))
-            content["digest"] = _digest(content)
+            content["digest"] = digest(content)
             (made / MANIFEST).write_text(json.dumps(content, indent=1))
             for path in made.rglob("*"):
                 if path.is_file():
@@ -210,7 +214,7 @@ def _manifest(folder: Path) -> Manifest:
         raise ArtifactError(f"{folder} {what}", "give a folder that corewise optimize wrote")
     try:
         content = json.loads(path.read_text())
-        digest = content.pop("digest")
+        signed = content.pop("digest")
         schema = content["schema"]
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ArtifactError(f"{path} is no manifest of corewise: {_first_line(error)}", REBUILD) from error
@@ -218,7 +222,7 @@ def _manifest(folder: Path) -> Manifest:
         raise ArtifactError(
             f"{path} has schema {schema!r}, this corewise reads {SCHEMA}", "use the corewise that wrote it"
         )
-    if digest != _digest(content):
+    if signed != digest(content):
         raise ArtifactError(f"{path} was altered after it was written", REBUILD)
     try:
         manifest = from_json(Manifest, content)
@@ -289,7 +293,8 @@ def _sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _digest(content: dict[str, Any]) -> str:
+def digest(content: dict[str, Any]) -> str:
+    """What is kept with JSON data to tell whether it was altered."""
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 

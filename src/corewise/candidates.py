@@ -5,10 +5,11 @@ from dataclasses import replace
 
 from corewise.engines import Engine
 from corewise.engines.qdq import is_ours
+from corewise.explore import START_BATCH
+from corewise.thread_plan import thread_plans
 from corewise.values import IGNORED, RETURNED, Build, Cpu, Goal, Plan, Scalar
 
 BASELINE = Build(engine="eager", precision="fp32")
-BATCHES = (1, 16, 64)
 PRECISION_ORDER = ("int8", "int8-dynamic", "bf16", "fp32")
 """int8 first: what is found early prunes the slower ones that follow."""
 
@@ -30,10 +31,17 @@ def candidates(
     return (BASELINE, *sorted(builds, key=lambda build: PRECISION_ORDER.index(build.precision)))
 
 
-def plans(cpu: Cpu, goal: Goal) -> tuple[Plan, ...]:
-    """The plans a build is measured under: all usable cores, and batch 1 for latency or rising ones for throughput."""
-    batches: Sequence[int] = (1,) if goal == "latency" else BATCHES
-    return tuple(Plan(threads_per_instance=cpu.usable_cores, batch=batch) for batch in batches)
+def first_plan(cpu: Cpu, goal: Goal) -> Plan:
+    """What every build is first measured under: all usable cores for one instance; single items for latency."""
+    return Plan(threads_per_instance=cpu.usable_cores, batch=1 if goal == "latency" else START_BATCH)
+
+
+def shapes(cpu: Cpu, build: Build) -> tuple[tuple[int, int], ...]:
+    """(threads per instance, instances) worth trying for a build.
+
+    The baseline is PyTorch as people run it: one instance on all usable cores.
+    """
+    return ((cpu.usable_cores, 1),) if build == BASELINE else thread_plans(cpu)
 
 
 def returning(build: Build, count: int) -> Build:

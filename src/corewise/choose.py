@@ -2,8 +2,10 @@
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from math import inf
 
 from corewise import stats
+from corewise.explore import NOT_SEARCHED
 from corewise.fidelity import gate
 from corewise.values import Build, Choice, Goal, Loser, Measurement, Objective, Rates, Trial
 
@@ -28,6 +30,14 @@ class _Finalist:
     def median(self) -> float:
         return stats.quantile(self.rates.per_s, 0.5)
 
+    def score(self, goal: Goal) -> tuple[float, float]:
+        """Orders by what the goal asks for: the rate, or the promised rate and then how near to the SLO it comes."""
+        if goal != "slo":
+            return self.median, 0.0
+        promise = self.trial.promise
+        p99_ms = min((one.p99_ms for one in self.trial.measurements), default=inf)
+        return (promise.rate_per_s or 0.0, 0.0) if promise else (0.0, -p99_ms)
+
     @property
     def closeness(self) -> tuple[int, float]:
         """Orders by accuracy: precision first, signal-to-noise ratio next."""
@@ -39,12 +49,13 @@ class _Finalist:
 
 
 def choose(trials: Sequence[Trial], finals: Sequence[Rates], objective: Objective, baseline: Build) -> Choice:
-    """The finalist with the best median rate, unless none is faster than the baseline: then the baseline.
+    """The finalist that serves the goal best, unless none serves it better than the baseline: then the baseline.
 
-    ``finals`` are the rates of one alternating run (for the latency goal 1/latency), the baseline's among
-    them; only builds whose trial is ``ok`` can win. Faster than the baseline is a higher median and a ratio
-    above 1 in the median round, so that no winner's speed-up is below 1. Finalists as fast as the fastest
-    (``TIE``) give way to the most accurate of them. Every other trial is a loser with a reason.
+    Best is the highest median rate in ``finals``, which are the rates of one alternating run (for the latency goal
+    1/latency), the baseline's among them; for an SLO it is the highest rate that was held under it, and where none
+    was, the shortest p99 of a call. Only builds whose trial is ``ok`` can win. Faster than the baseline is a higher
+    median and a ratio above 1 in the median round, so that no winner's speed-up is below 1. Finalists as fast as the
+    fastest (``TIE``) give way to the most accurate of them. Every other trial is a loser with a reason.
 
     Raises ``ValueError`` where the baseline has no trial or no rates.
     """
@@ -54,11 +65,12 @@ def choose(trials: Sequence[Trial], finals: Sequence[Rates], objective: Objectiv
     base = max((f for f in finalists if f.build == baseline), key=lambda f: f.median, default=None)
     if base is None:
         raise ValueError(f"the baseline {baseline.label} is not among the finals")
-    faster = [f for f in finalists if f.median > base.median and f.over(base).value > 1]
-    fastest = max(faster, key=lambda f: (f.median, f.closeness, f.build.label), default=base)
-    winner = max(
-        (f for f in (*faster, base) if _ties(f, fastest)), key=lambda f: (f.closeness, f.median, f.build.label)
-    )
+    goal = objective.goal
+    base_score = base.score(goal)
+    faster = [f for f in finalists if f.score(goal) > base_score and (goal == "slo" or f.over(base).value > 1)]
+    fastest = max(faster, key=lambda f: (f.score(goal), f.closeness, f.build.label), default=base)
+    tied = [f for f in (*faster, base) if _ties(f, fastest, goal)]
+    winner = max(tied, key=lambda f: (f.closeness, f.score(goal), f.build.label))
     speedup = winner.over(base)
     return Choice(
         winner=winner.build,
@@ -68,18 +80,22 @@ def choose(trials: Sequence[Trial], finals: Sequence[Rates], objective: Objectiv
         speedup=speedup.value,
         speedup_low=speedup.low,
         speedup_high=speedup.high,
-        reason=_reason(trials, finalists, winner, fastest, base, objective.goal),
+        reason=_reason(trials, finalists, winner, fastest, base, objective),
         losers=tuple(
             Loser(build=trial.build, state=trial.state, reason=_why_not(trial, finalists, winner, objective.goal))
             for trial in trials
             if trial.build != winner.build
         ),
         warnings=tuple(_warnings(winner, base, objective)),
+        promise=winner.trial.promise,
     )
 
 
-def _ties(finalist: _Finalist, fastest: _Finalist) -> bool:
+def _ties(finalist: _Finalist, fastest: _Finalist, goal: Goal) -> bool:
     """Whether it is as fast as the fastest, as far as the run can tell."""
+    if goal == "slo":
+        (ours, near), (theirs, nearest) = finalist.score(goal), fastest.score(goal)
+        return ours >= TIE * theirs and near >= nearest
     ratio = finalist.over(fastest)
     return ratio.value >= TIE and ratio.high >= 1
 
@@ -90,11 +106,14 @@ def _reason(
     winner: _Finalist,
     fastest: _Finalist,
     base: _Finalist,
-    goal: Goal,
+    objective: Objective,
 ) -> str:
     """Why the winner won, in words with figures."""
-    rate = _rate(winner.median, goal)
-    if winner is not base:
+    rate = _rate(winner.median, objective.goal)
+    if objective.goal == "slo":
+        why = f"{_held(winner, objective)}, where the baseline {_held(base, objective)}" if winner is not base else ""
+        why = why or f"{_held(winner, objective)}, and no finalist did better"
+    elif winner is not base:
         speedup = winner.over(base)
         why = f"{rate}, {_times(speedup)} the baseline {base.build.label} in {len(base.rates.per_s)} alternating rounds"
     elif fastest is base:
@@ -102,12 +121,23 @@ def _reason(
         why = f"{rate}, and no finalist was faster" if others else f"{rate}, the only finalist"
     else:
         why = f"{rate}, the baseline"
-    if winner is not fastest:
+    if winner is not fastest and objective.goal != "slo":
         why += f"; as fast as {fastest.build.label} ({_times(winner.over(fastest))} of it) and more accurate"
     inaccurate = [family for family in ("int8", "bf16") if _all_rejected(trials, family)]
     if inaccurate:
         return f"no {' or '.join(inaccurate)} candidate was accurate enough; {winner.build.label} wins: {why}"
     return f"{winner.build.label} wins: {why}"
+
+
+def _held(finalist: _Finalist, objective: Objective) -> str:
+    """What it was seen to hold under the SLO."""
+    promise = finalist.trial.promise
+    if promise is None:
+        return f"holds no rate with p99 <= {objective.slo_ms:g} ms"
+    return (
+        f"holds {promise.rate_per_s:.1f} requests/s with p99 <= {objective.slo_ms:g} ms "
+        f"(p99 {promise.p99_ms:.1f} ms over {promise.duration_s:.0f} s)"
+    )
 
 
 def _all_rejected(trials: Sequence[Trial], family: str) -> bool:
@@ -125,6 +155,8 @@ def _why_not(trial: Trial, finalists: Sequence[_Finalist], winner: _Finalist, go
         ratio = best.over(winner)
         why = f"{_times(ratio)} of the winner in the alternating run"
         return f"{why}: as fast, but less accurate" if ratio.value > 1 else why
+    if not trial.loads and trial.explored.startswith(NOT_SEARCHED):
+        return f"not a finalist: {trial.explored}"
     theirs, ours = trial.best(goal), winner.trial.best(goal)
     if theirs is None:
         return "not a finalist: its speed was not measured"
@@ -134,6 +166,18 @@ def _why_not(trial: Trial, finalists: Sequence[_Finalist], winner: _Finalist, go
 
 def _warnings(winner: _Finalist, base: _Finalist, objective: Objective) -> Iterator[str]:
     """Doubts about the choice."""
+    if objective.goal == "slo" and winner.trial.promise is None:
+        p99_ms = -winner.score("slo")[1]
+        yield (
+            f"nothing meets p99 <= {objective.slo_ms:g} ms: the closest is {winner.build.label}, "
+            f"a single call of which takes p99 {p99_ms:.1f} ms"
+        )
+    if objective.memory_limit_bytes is not None and winner.trial.best(objective.goal) is None:
+        least = min(one.memory_bytes for one in winner.trial.measurements)
+        yield (
+            f"no build fits into {objective.memory_limit_bytes / 1e6:.0f} MB of memory; "
+            f"{winner.build.label} needs at least {least / 1e6:.0f} MB"
+        )
     if winner is not base and winner.trial.fidelity is not None:
         uncertain = gate(winner.trial.fidelity, objective).uncertain
         if uncertain:
@@ -141,7 +185,7 @@ def _warnings(winner: _Finalist, base: _Finalist, objective: Objective) -> Itera
     rounds = len(base.rates.per_s)
     if rounds < stats.MIN_ROUNDS:
         yield f"only {rounds} alternating rounds: {stats.MIN_ROUNDS} are needed for a 95 % interval of the speed-up"
-    if winner is not base and winner.over(base).low <= 1:
+    if objective.goal != "slo" and winner is not base and winner.over(base).low <= 1:
         yield "the interval of the speed-up holds 1: the winner may be no faster than the baseline"
     for finalist in (winner,) if winner is base else (winner, base):
         measured = finalist.trial.best(objective.goal)

@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+import string
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -112,7 +113,19 @@ def optimize(
     strict: Annotated[
         bool, typer.Option("--strict", help="The drop's 95 % interval must end below --max-drop, not its estimate.")
     ] = False,
-    objective: Annotated[Literal["throughput", "latency"], typer.Option(help="What to be best at.")] = "throughput",
+    objective: Annotated[
+        Literal["throughput", "latency", "slo"] | None,
+        typer.Option(help="What to be best at. [default: throughput, or slo where --slo-ms is given]"),
+    ] = None,
+    slo_ms: Annotated[
+        float | None, typer.Option(help="Most requests per second of which 99 % are answered within this time.")
+    ] = None,
+    budget: Annotated[
+        str | None, typer.Option(metavar="TIME", help="Longest time for the whole search: 90s, 5m, 1h.")
+    ] = None,
+    memory_limit: Annotated[
+        str | None, typer.Option(metavar="SIZE", help="Most memory for the process that runs it: 500M, 2G.")
+    ] = None,
     engine: Annotated[
         list[str] | None, typer.Option(help="Try only these engines (repeatable); eager is always the baseline.")
     ] = None,
@@ -142,17 +155,22 @@ def optimize(
 
     artifact.check_output(output)
     wanted = _preprocess(resize, crop, mean, std, interpolation)
+    goal = objective or ("throughput" if slo_ms is None else "slo")
+    budget_s, memory_limit_bytes = _seconds(budget), _bytes(memory_limit)
     console = _console(stderr=as_json)
     mode: Literal["live", "plain", "quiet"] = "quiet" if quiet else "live" if console.is_terminal else "plain"
     work = output.with_name(f"{output.name}.work")
-    with Progress(console, mode, goal=objective) as progress, _resumable(work):
+    with Progress(console, mode, goal=goal) as progress, _resumable(work):
         result = run(
             model,
             lambda: read(samples, wanted, preprocess),
             metric=metric,
             max_drop=max_drop,
             strict=strict,
-            objective=objective,
+            objective=goal,
+            slo_ms=slo_ms,
+            budget_s=budget_s,
+            memory_limit_bytes=memory_limit_bytes,
             engines=tuple(engine) if engine else DEFAULT_ENGINES,
             ignored=tuple(ignore or ()),
             calibration=calibration,
@@ -235,18 +253,23 @@ def show(
     ] = None,
 ) -> None:
     """Tell what an artifact is: plan, accuracy, speed against the baseline, every loser's reason."""
-    from corewise import artifact
+    from corewise import artifact, tuned
+    from corewise.cpu import inspect
     from corewise.report.markdown import render as as_markdown
     from corewise.report.summary import summary
     from corewise.report.terminal import render
 
-    report = artifact.read(artifact_path).report
+    sound = artifact.read(artifact_path)
+    report = sound.report
     if as_json:
         _print_json(summary(report))
     elif markdown:
         typer.echo(as_markdown(report))
     elif page is None:
         _console().print(render(report))
+        fit = tuned.fit(sound, inspect())
+        if fit.tuned is not None:
+            typer.echo(f"\nhere it {fit.tuned.label}")
     if page is not None:
         from corewise.report.html import render as as_page
 
@@ -302,6 +325,66 @@ def bench(
     )
 
 
+@app.command()
+def load(
+    artifact_path: ArtifactPath,
+    rate: Annotated[
+        float | None, typer.Option(help="Requests per second that arrive at random, whatever becomes of them.")
+    ] = None,
+    clients: Annotated[int | None, typer.Option(help="How many send, each when it has its last answer.")] = None,
+    duration_s: Annotated[float, typer.Option(help="How long to send.")] = 10.0,
+    slo_ms: Annotated[
+        float | None, typer.Option(help="Each request must be answered within this time. [default: no limit]")
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Load an artifact as users would, by --rate or by --clients, and tell what became of their requests.
+
+    Requests of one sample each go through the batcher to the plan's instances, and share calls as they come.
+    """
+    from corewise.loadtest import load_test, words
+    from corewise.values import to_json
+
+    found = load_test(artifact_path, rate_per_s=rate, clients=clients, duration_s=duration_s, slo_ms=slo_ms)
+    if as_json:
+        _print_json({**to_json(found), "held": found.run.held, "goodput_per_s": found.run.goodput_per_s})
+        return
+    for line in words(found):
+        typer.echo(line)
+
+
+@app.command()
+def retune(
+    artifact_path: ArtifactPath,
+    budget_s: Annotated[float, typer.Option(help="Time for all of it.")] = 30.0,
+    model: Annotated[
+        str | None, typer.Option(help="file.py:factory of a model that could not be exported; others need none.")
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Find the best plan on this machine or in this container, and keep it beside the artifact's own.
+
+    Measures threads, instances and batches of the build that is there, and races the best against the plan used so
+    far. Other machines keep theirs.
+    """
+    from corewise.report.terminal import Progress
+    from corewise.retune import find, words
+    from corewise.values import to_json
+
+    console = _console(stderr=True)
+    with Progress(console, "live" if console.is_terminal else "quiet") as progress:
+        found = find(artifact_path, budget_s=budget_s, model=_module(model), tell=progress)
+    if as_json:
+        ratio = None if found.ratio is None else found.ratio._asdict()
+        _print_json({**to_json(found), "folder": str(found.folder), "ratio": ratio, "kept": found.kept})
+    else:
+        for line in words(found):
+            typer.echo(line)
+    saved = found.save()
+    if not as_json:
+        typer.echo(f"saved {saved}")
+
+
 @contextmanager
 def _resumable(work: Path) -> Iterator[None]:
     """Tell on Ctrl-C that finished trials are kept."""
@@ -344,6 +427,28 @@ def _console(*, stderr: bool = False) -> "Console":
 
 def _print_json(data: Any) -> None:
     typer.echo(json.dumps(data, indent=2))
+
+
+def _seconds(text: str | None) -> float | None:
+    return None if text is None else _quantity("--budget", text, {"": 1, "s": 1, "m": 60, "h": 3600}, "90s, 5m or 1h")
+
+
+def _bytes(text: str | None) -> int | None:
+    units = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "KB": 10**3, "MB": 10**6, "GB": 10**9}
+    units |= {"KI": 2**10, "MI": 2**20, "GI": 2**30, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
+    return None if text is None else int(_quantity("--memory-limit", text.upper(), units, "500M or 2G"))
+
+
+def _quantity(option: str, text: str, units: dict[str, int], example: str) -> float:
+    """A number above 0 with a unit."""
+    number = text.rstrip(string.ascii_letters)
+    try:
+        value = float(number) * units[text[len(number) :].strip()]
+    except (ValueError, KeyError):
+        value = 0.0
+    if not 0 < value < float("inf"):
+        raise InputError(f"{option} is {text!r}", f"give e.g. {example}")
+    return value
 
 
 def _floats(option: str, text: str) -> tuple[float, ...]:

@@ -39,6 +39,13 @@ class TrialEnded:
 
 
 @dataclass(frozen=True)
+class Explored:
+    """The search of a trial's plans ended."""
+
+    trial: Trial
+
+
+@dataclass(frozen=True)
 class FinalsRound:
     """Round ``round`` (from 1) of the alternating run is measured; ``rates`` are those of all rounds so far."""
 
@@ -47,5 +54,5 @@ class FinalsRound:
     rates: tuple[Rates, ...]
 
 
-Event = StageStarted | TrialStarted | TrialStep | TrialEnded | FinalsRound
+Event = StageStarted | TrialStarted | TrialStep | TrialEnded | Explored | FinalsRound
 Listener = Callable[[Event], None]

@@ -3,24 +3,29 @@
 An instance's thread is pinned before it opens its session, so that the engine's own threads (an OpenMP team, a thread
 pool) inherit its hardware threads: in OpenMP the number of threads and the team are the calling thread's. OpenVINO has
 streams for that, which it pins itself.
+
+``open_plan`` is how a model runs its plan: several instances as one session, and one without a thread between.
 """
 
 import ctypes
 import os
+import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import ExitStack, suppress
 from pathlib import Path
+from queue import SimpleQueue
 from types import TracebackType
 from typing import Self, TypeVar
 
 import numpy as np
 
 from corewise.engines import Engine, Session
-from corewise.engines.base import Sharing
-from corewise.engines.denormals import flush
+from corewise.engines.base import Sharing, rows_of, run_cut
+from corewise.engines.denormals import flush, flushing
 from corewise.errors import EngineError
-from corewise.values import Build, Plan
+from corewise.thread_plan import assign
+from corewise.values import Build, Cpu, Plan
 
 T = TypeVar("T")
 
@@ -69,7 +74,11 @@ class Instances:
 
     def run(self, instance: int, inputs: Sequence[np.ndarray]) -> list[np.ndarray]:
         """Run one batch on the instance of that number, and wait for it."""
-        return self._submit(instance, self._sessions[instance].run, inputs).result()
+        return self.start(instance, inputs).result()
+
+    def start(self, instance: int, inputs: Sequence[np.ndarray]) -> "Future[list[np.ndarray]]":
+        """Run one batch on the instance of that number, after what it was given before."""
+        return self._submit(instance, self._sessions[instance].run, inputs)
 
     def each(self, work: Callable[[Session], T]) -> list[T]:
         """Do ``work`` on all instances at the same time, each in its thread; its results in their order.
@@ -109,6 +118,95 @@ class Instances:
         # The first one's memory is the payload's, and the second's is what each further one costs.
         if instance == 1:
             self.memory_per_instance_bytes += max(0, grown_bytes)
+
+
+def open_plan(engine: Engine, folder: Path, build: Build, plan: Plan, cpu: Cpu) -> Session:
+    """A payload under its plan, as one session that any number of threads may call at any time.
+
+    A batch of more rows than the plan's runs in micro-batches of that size, which was measured to be the fastest. The
+    rows of a call to one instance stay together where the plan's batch is 1: that is what a plan for latency has.
+    Raises what the engine raises, and ``EngineError`` where a thread may not run on its hardware threads.
+    """
+    if plan.instances == 1:
+        return Alone(engine, folder, build, plan)
+    cpus = assign(cpu, plan.threads_per_instance, plan.instances)
+    return Pool(Instances(engine, folder, build, plan, cpus), plan.batch)
+
+
+class Alone:
+    """One instance that runs in the thread that calls, one call at a time, for a thread of its own costs latency.
+
+    That thread is the caller's: it is not pinned, and treats denormals as zeros only during calls. What OpenMP team
+    it has started before keeps its own way with them.
+    """
+
+    def __init__(self, engine: Engine, folder: Path, build: Build, plan: Plan) -> None:
+        with flushing():
+            self._session = engine.open(folder, build, plan)
+        self._batch = plan.batch
+        self._lock = threading.Lock()
+
+    def run(self, inputs: Sequence[np.ndarray]) -> list[np.ndarray]:
+        """Run any batch of at least one item."""
+        with self._lock, flushing():
+            if self._batch == 1 or len(inputs[0]) <= self._batch:
+                return self._session.run(inputs)
+            return run_cut(self._session.run, inputs, _micro_batches(len(inputs[0]), self._batch))
+
+    def close(self) -> None:
+        """Close it when the call that runs has ended."""
+        with self._lock:
+            self._session.close()
+
+
+class Pool:
+    """Instances as one session: each micro-batch goes to the one that is free first, whoever called."""
+
+    def __init__(self, instances: Instances, batch: int) -> None:
+        self._instances = instances
+        self._batch = batch
+        self._free: SimpleQueue[int | None] = SimpleQueue()
+        """Numbers of the instances that do nothing; after closing, ``None``."""
+        for number in range(len(instances)):
+            self._free.put(number)
+        self._closing = threading.Lock()
+        self._closed = False
+
+    def run(self, inputs: Sequence[np.ndarray]) -> list[np.ndarray]:
+        """Run any batch of at least one item. Raises what the first micro-batch raises that does, when all have ended.
+
+        Raises ``EngineError`` where it was closed.
+        """
+        cuts = _micro_batches(len(inputs[0]), self._batch)
+        futures = [self._start([rows_of(array, *cut) for array in inputs]) for cut in cuts]
+        wait(futures)
+        parts = [future.result() for future in futures]
+        return parts[0] if len(parts) == 1 else [np.concatenate(outputs) for outputs in zip(*parts, strict=True)]
+
+    def close(self) -> None:
+        """Close all instances when the calls that run have ended."""
+        with self._closing:
+            if self._closed:
+                return
+            self._closed = True
+            for _ in range(len(self._instances)):
+                self._free.get()
+            self._instances.close()
+            self._free.put(None)
+
+    def _start(self, inputs: Sequence[np.ndarray]) -> "Future[list[np.ndarray]]":
+        number = self._free.get()
+        if number is None:
+            self._free.put(None)
+            raise EngineError("the model was closed", "load it again")
+        future = self._instances.start(number, inputs)
+        future.add_done_callback(lambda done: self._free.put(number))
+        return future
+
+
+def _micro_batches(rows: int, size: int) -> list[tuple[int, int, int]]:
+    """As ``engines.base.chunks``, the last one as short as it is."""
+    return [(start, min(start + size, rows), min(size, rows - start)) for start in range(0, rows, size)]
 
 
 def memory_bytes(*, trimmed: bool = False) -> int:

@@ -2,23 +2,25 @@
 
 import sys
 import tempfile
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from corewise import artifact
+from corewise import artifact, tuned
 from corewise.artifact import Artifact
 from corewise.cpu import inspect
 from corewise.engines import ENGINES, Engine, Material, Session, engine
 from corewise.errors import ArtifactError, EngineError, InputError
 from corewise.imports import guard
+from corewise.instances import open_plan
 from corewise.model import Model
 from corewise.race import Contender, race
 from corewise.samples import Samples
 from corewise.stats import Ratio, ratio_interval
 from corewise.trial import Worker
-from corewise.values import Build, Cpu, Rates, to_json
+from corewise.values import Build, Cpu, Plan, Rates, to_json
 from corewise.worker import CALIBRATION, PROGRAM, write_material
 
 TIMEOUT_S = 600.0
@@ -30,12 +32,19 @@ def load(folder: str | Path, *, model: Any = None) -> Model:
     Hashes and CPU fit are checked before anything is opened; nothing is unpickled or compiled. ``model`` is needed
     only for one that could not be exported: the same ``nn.Module``, which gets the artifact's weights.
 
+    It runs the plan that ``retune`` found on this machine, else the one it was made with; on a machine other than that
+    plan's, or one with too few cores for it, a warning says so (``tuned.fit``).
+
     Raises ``ArtifactError`` where it is truncated, altered, foreign or does not fit this CPU, and ``EngineError``
     where its engine is not installed.
     """
-    found = artifact.read(Path(folder), cpu=inspect())
+    cpu = inspect()
+    found = artifact.read(Path(folder), cpu=cpu)
+    fit = tuned.fit(found, cpu)
+    for warning in fit.warnings:
+        warnings.warn(warning, stacklevel=2)
     return Model(
-        _open(found, model),
+        _open(found, fit.plan, cpu, model),
         inputs=found.manifest.inputs,
         input_structure=found.input_structure,
         output_structure=found.output_structure,
@@ -54,13 +63,14 @@ class Verification:
 
 
 def verify(folder: str | Path, *, model: Any = None) -> Verification:
-    """Check hashes, CPU fit and golden outputs on this machine.
+    """Check hashes, CPU fit and golden outputs on this machine, under the plan that ``load`` runs.
 
     Raises ``ArtifactError`` with the first thing that is wrong.
     """
     cpu = inspect()
     found = artifact.read(Path(folder), cpu=cpu)
-    session = _open(found, model)
+    fit = tuned.fit(found, cpu)
+    session = _open(found, fit.plan, cpu, model)
     try:
         sqnr_db = artifact.check_golden(found, session)
     finally:
@@ -70,7 +80,7 @@ def verify(folder: str | Path, *, model: Any = None) -> Verification:
         size_bytes=sum(facts.size_bytes for facts in found.manifest.files.values()),
         golden_samples=len(found.golden()[0][0]),
         sqnr_db=sqnr_db,
-        notes=tuple(_differences(found, cpu)),
+        notes=(*fit.warnings, *((fit.tuned.label,) if fit.tuned else ())),
     )
 
 
@@ -97,20 +107,22 @@ def bench(
         raise ArtifactError(
             f"{folder} carries no fp32 program", "save it with reference=True, of a model that can be exported"
         )
-    _check_trusted(found, found.manifest.build.engine)
+    check_trusted(found, found.manifest.build.engine)
     for name in ("eager", against, found.manifest.build.engine):
-        _check_available(name, f"racing {folder}")
-    plan = found.manifest.plan
+        check_available(name, f"racing {folder}")
+    plan = tuned.fit(found, cpu).plan
     other = Build(engine=against, precision="fp32")
     with tempfile.TemporaryDirectory(prefix="corewise-") as name:
         work = Path(name)
         payload = work / "payload"
         payload.mkdir()
-        golden = _golden_samples(found)
+        golden = golden_samples(found)
         _write_reference(found, golden, cpu, work)
 
         def start(build: Build) -> Worker:
-            return Worker(cpus=cpu.usable_cpus, log=work / f"{build.engine}.log", timeout_s=TIMEOUT_S)
+            return Worker(
+                cpus=cpu.affinity, threads=cpu.usable_cores, log=work / f"{build.engine}.log", timeout_s=TIMEOUT_S
+            )
 
         with start(other) as worker:
             worker.call("build", "building", material=str(work), build=to_json(other), folder=str(payload))
@@ -127,15 +139,19 @@ def bench(
     return Bench(rates=(ours, theirs), ratio=ratio_interval(ours.per_s, theirs.per_s))
 
 
-def _open(found: Artifact, model: Any) -> Session:
+def _open(found: Artifact, plan: Plan, cpu: Cpu, model: Any) -> Session:
     build = found.manifest.build
-    _check_trusted(found, build.engine)
-    _check_available(build.engine, f"opening {found.folder}")
+    check_trusted(found, build.engine)
+    check_available(build.engine, f"opening {found.folder}")
     with guard(ArtifactError, f"{found.folder} cannot be opened here", artifact.REBUILD):
-        return _opener(found, model).open(found.folder / artifact.PAYLOAD, build, found.manifest.plan)
+        return open_plan(opener(found, model), found.folder / artifact.PAYLOAD, build, plan, cpu)
 
 
-def _opener(found: Artifact, model: Any) -> Engine:
+def opener(found: Artifact, model: Any) -> Engine:
+    """The artifact's engine; around ``model``, with the artifact's weights, where it could not be exported.
+
+    Raises ``InputError`` for a ``model`` that an artifact does not need.
+    """
     if model is None:
         return engine(found.manifest.build.engine)
     from corewise.engines.eager import WEIGHTS, Eager
@@ -146,7 +162,7 @@ def _opener(found: Artifact, model: Any) -> Engine:
     return Eager(Flat(model.eval(), found.input_structure))
 
 
-def _check_trusted(found: Artifact, name: str) -> None:
+def check_trusted(found: Artifact, name: str) -> None:
     """An artifact must never cause an import or a call: another's engine is a class that the caller imported."""
     module, _, attribute = name.partition(":")
     if name not in ENGINES and not isinstance(vars(sys.modules.get(module, object)).get(attribute), type):
@@ -155,26 +171,15 @@ def _check_trusted(found: Artifact, name: str) -> None:
         )
 
 
-def _check_available(name: str, purpose: str) -> None:
+def check_available(name: str, purpose: str) -> None:
+    """Raise ``EngineError`` where the engine cannot be used here."""
     why = engine(name).unavailable()
     if why:
         raise EngineError(f"{purpose}: the engine {name} {why}")
 
 
-def _differences(found: Artifact, cpu: Cpu) -> list[str]:
-    """What is not as where the artifact was made, without making it unfit."""
-    made = found.report.cpu
-    notes = []
-    if made.model != cpu.model:
-        notes.append(f"made on {made.model}, this is {cpu.model}: its speed here is another; run corewise bench")
-    if found.manifest.plan.threads_per_instance != cpu.usable_cores:
-        notes.append(
-            f"planned for {found.manifest.plan.threads_per_instance} threads, this process may use {cpu.usable_cores}"
-        )
-    return notes
-
-
-def _golden_samples(found: Artifact) -> Samples:
+def golden_samples(found: Artifact) -> Samples:
+    """The artifact's golden inputs as samples, without labels."""
     inputs, _ = found.golden()
     rows = [tuple(array[i] for array in inputs) for i in range(len(inputs[0]))]
     return Samples(rows=rows, structure=found.input_structure, source=str(found.folder))

@@ -1,6 +1,5 @@
 """The model that the user calls: nested tensors in and out, whatever engine runs them."""
 
-import threading
 from collections.abc import Sequence
 from types import TracebackType
 from typing import Any
@@ -16,7 +15,10 @@ from corewise.values import TensorSpec
 class Model:
     """An opened model. Call it as the original: torch tensors give torch tensors, numpy arrays give numpy arrays.
 
-    Thread-safe: one call runs at a time. Raises ``InputError`` where arguments are not as when it was made.
+    Thread-safe. It runs the plan that was measured (``instances.open_plan``): calls with many rows in micro-batches, on
+    all instances; calls of fewer rows from several threads at the same time, one on each instance. A single call of
+    no more than the plan's batch keeps one instance busy. Raises ``InputError`` where arguments are not as when it was
+    made.
     """
 
     def __init__(
@@ -27,11 +29,11 @@ class Model:
         input_structure: Structure,
         output_structure: Structure,
     ) -> None:
+        """``session`` takes calls from several threads at the same time."""
         self._session = session
         self._inputs = tuple(inputs)
         self._input_structure = input_structure
         self._output_structure = output_structure
-        self._lock = threading.Lock()
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """The model's outputs for one batch (dimension 0 of every input)."""
@@ -40,16 +42,14 @@ class Model:
         if len({len(array) for array in arrays}) > 1 or not len(arrays[0]):
             counts = [len(array) for array in arrays]
             raise InputError(f"the inputs have {counts} items", "give as many of each, at least 1")
-        with self._lock:
-            outputs: list[Any] = self._session.run(arrays)
+        outputs: list[Any] = self._session.run(arrays)
         if not isinstance(leaves[0], np.ndarray):
             outputs = [_tensor(array) for array in outputs]
         return unflatten(self._output_structure, outputs)
 
     def close(self) -> None:
-        """Give back memory and threads."""
-        with self._lock:
-            self._session.close()
+        """Give back memory and threads, when the calls that run have ended."""
+        self._session.close()
 
     def __enter__(self) -> "Model":
         return self

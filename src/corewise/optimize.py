@@ -4,25 +4,26 @@ import hashlib
 import importlib.metadata
 import importlib.util
 import json
-import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import UTC, datetime
+from math import inf
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_args
 
 from corewise import __version__, metrics
-from corewise.candidates import BASELINE, candidates, plans
+from corewise.candidates import BASELINE, candidates, first_plan, shapes
 from corewise.choose import choose
 from corewise.cpu import inspect
 from corewise.engines import Engine, Material, engine
 from corewise.errors import InputError, MissingExtra, OutputError
 from corewise.events import Listener, StageStarted
+from corewise.hold import hold
 from corewise.journal import Journal
 from corewise.result import Home, Result
 from corewise.samples import Samples, default_calibration, from_python, read, split
-from corewise.search import Judge, finals, give_back, run_trials
-from corewise.trial import Setting
+from corewise.search import Judge, explore, finals, give_back, run_trials
+from corewise.trial import Budget, Setting
 from corewise.values import Build, Cpu, Goal, Objective, Report, SampleFacts, to_json
 from corewise.worker import CALIBRATION, HOLDOUT, PROGRAM, peak_memory_bytes, write_material
 
@@ -41,11 +42,14 @@ def optimize(
     metric: str | Callable[[Any, Any], Any] | None = None,
     max_drop: float = 0.01,
     objective: Goal = "throughput",
+    slo_ms: float | None = None,
+    memory_limit_bytes: int | None = None,
     strict: bool = False,
     engines: Sequence[str] = DEFAULT_ENGINES,
     ignored: Sequence[str] = (),
     calibration: int | None = None,
     seed: int = 0,
+    budget_s: float | None = None,
     timeout_s: float = TIMEOUT_S,
     work: Path | None = None,
     tell: Listener = lambda event: None,
@@ -57,20 +61,24 @@ def optimize(
     ``calibration`` of them are drawn with ``seed`` for quantization; all others are the holdout that decides.
     ``metric`` is a name in ``metrics.METRICS``, a ``module:function`` or a callable (outputs, labels) -> score,
     higher is better; without one, class labels ask for top-1, and no labels for agreement with fp32.
-    ``ignored`` layers never run in int8: names as ``corewise explain`` lists them, or regular expressions for whole
-    names; int8 is then by corewise's own quantizer only. ``timeout_s`` bounds each step of a trial. Finished trials are
-    kept in the folder ``work``, where the same call resumes. ``tell`` hears of the progress.
+    ``objective``: items per second; the latency of single items; or ``slo``, the most requests per second of which
+    99 % are answered within ``slo_ms``. ``memory_limit_bytes`` bounds the process that runs the winner. ``ignored``
+    layers never run in int8: names as ``corewise explain`` lists them, or regular expressions for whole names; int8 is
+    then by corewise's own quantizer only. ``budget_s`` bounds the whole search, ``timeout_s`` each step of a trial.
+    Finished trials are kept in the folder ``work``, where the same call resumes. ``tell`` hears of the progress.
 
-    Raises ``InputError`` for what is wrong with the arguments and ``MissingExtra`` where torch is not installed.
-    A candidate that fails is no error; where none is good enough, the result is the baseline.
+    Raises ``InputError`` for what is wrong with the arguments, for a budget in which no candidate can be tried too,
+    and ``MissingExtra`` where torch is not installed. A candidate that fails is no error; where none is good enough,
+    the result is the baseline.
     """
-    started = time.monotonic()
+    budget = Budget(total_s=budget_s)
     _check_torch()
     from corewise import source
-    from corewise.engines.eager import Eager
 
-    goal = Objective(goal=objective, max_drop=max_drop, strict=strict)
-    _check(goal)
+    goal = Objective(
+        goal=objective, max_drop=max_drop, strict=strict, slo_ms=slo_ms, memory_limit_bytes=memory_limit_bytes
+    )
+    _check(goal, budget_s)
     scorer = None if metric is None else metrics.resolve(metric)
     usable, notes = _usable(engines)
 
@@ -85,10 +93,7 @@ def optimize(
     cpu = inspect()
     in_process = None
     if exported.program is None:
-        # Only this process has the module, and only eager can run it.
-        in_process = Eager(exported.module)
-        usable = {"eager": in_process}
-        notes = (f"only eager was tried: the model cannot be exported ({exported.why_not})",)
+        in_process, usable, notes = _only_eager(exported)
     if ignored:
         _check_ignored(exported, ignored)
         notes = (*notes, f"int8 by corewise's quantizer only, without {', '.join(ignored)}")
@@ -107,23 +112,16 @@ def optimize(
     judge = Judge(scorer, holdout, exported.output_structure, goal, seed)
     setting = Setting(
         folder=home.folder,
-        plans=plans(cpu, objective),
-        cpus=cpu.usable_cpus,
+        plan=first_plan(cpu, objective),
+        shapes=lambda build: shapes(cpu, build),
+        cpu=cpu,
         timeout_s=timeout_s,
         verify=judge,
         tell=tell,
+        budget=budget,
         in_process=in_process,
     )
-    facts = SampleFacts(
-        source=data.source,
-        fingerprint=data.fingerprint,
-        calibration=len(calibrating),
-        holdout=len(holdout),
-        seed=seed,
-        labelled=data.labels is not None,
-        preprocess=data.preprocess,
-    )
-    name = model if isinstance(model, str) else type(model).__name__
+    facts = _facts(data, calibrating, holdout, seed)
     key = _key(exported, facts, goal, builds, _identity(metric), cpu)
     with _disk_errors(home.folder), Journal(home.folder / "journal.jsonl", key) as journal:
         if journal.empty:
@@ -132,12 +130,15 @@ def optimize(
             _prepare(home.folder, exported, material, holdout)
             trials = run_trials(builds, setting, journal, judge)
             trials = give_back(trials, setting, journal)
+            trials = explore(trials, setting, journal, goal)
+            if objective == "slo":
+                trials = hold(trials, setting, journal, goal)
             trials, run = finals(trials, setting, objective)
         finally:
             if journal.empty:  # it ended before anything worth keeping
                 home.remove()
     report = Report(
-        model=name,
+        model=model if isinstance(model, str) else type(model).__name__,
         created=datetime.now(UTC).isoformat(timespec="seconds"),
         versions=_versions(),
         cpu=cpu,
@@ -146,7 +147,7 @@ def optimize(
         trials=trials,
         finals=run.rates,
         choice=choose(trials, run.rates, goal, BASELINE),
-        wall_s=time.monotonic() - started,
+        wall_s=budget.elapsed_s,
         peak_memory_bytes=peak_memory_bytes() + max(run.peak_memory_bytes, *(t.peak_memory_bytes for t in trials)),
         notes=notes,
     )
@@ -162,16 +163,44 @@ def optimize(
     )
 
 
+def _only_eager(exported: "Exported") -> tuple[Engine, dict[str, Engine], tuple[str, ...]]:
+    """For a model that cannot be exported: only this process has the module, and only eager can run it."""
+    from corewise.engines.eager import Eager
+
+    eager = Eager(exported.module)
+    return eager, {"eager": eager}, (f"only eager was tried: the model cannot be exported ({exported.why_not})",)
+
+
+def _facts(data: Samples, calibrating: Samples, holdout: Samples, seed: int) -> SampleFacts:
+    return SampleFacts(
+        source=data.source,
+        fingerprint=data.fingerprint,
+        calibration=len(calibrating),
+        holdout=len(holdout),
+        seed=seed,
+        labelled=data.labels is not None,
+        preprocess=data.preprocess,
+    )
+
+
 def _check_torch() -> None:
     if importlib.util.find_spec("torch") is None:
         raise MissingExtra("torch", "optimize", "optimizing a model")
 
 
-def _check(objective: Objective) -> None:
-    if not 0 <= objective.max_drop < float("inf"):
+def _check(objective: Objective, budget_s: float | None) -> None:
+    if not 0 <= objective.max_drop < inf:
         raise InputError(f"max_drop is {objective.max_drop}", "give 0 or more, e.g. 0.01 for one point of top-1")
-    if objective.goal not in ("throughput", "latency"):
-        raise InputError(f"the objective {objective.goal!r} is unknown", "give throughput or latency")
+    if objective.goal not in get_args(Goal):
+        raise InputError(f"the objective {objective.goal!r} is unknown", f"give {', '.join(get_args(Goal))}")
+    if (objective.goal == "slo") != (objective.slo_ms is not None):
+        raise InputError("the goal slo and slo_ms go together", "give both (e.g. slo and 100) or neither")
+    if objective.slo_ms is not None and not 0 < objective.slo_ms < inf:
+        raise InputError(f"slo_ms is {objective.slo_ms}", "give milliseconds above 0, e.g. 100")
+    if objective.memory_limit_bytes is not None and objective.memory_limit_bytes <= 0:
+        raise InputError(f"memory_limit_bytes is {objective.memory_limit_bytes}", "give bytes above 0")
+    if budget_s is not None and not 0 < budget_s < inf:
+        raise InputError(f"the budget is {budget_s} s", "give seconds above 0, e.g. 300")
 
 
 def _check_ignored(exported: "Exported", ignored: Sequence[str]) -> None:

@@ -12,6 +12,7 @@ import numpy as np
 from corewise import artifact
 from corewise.engines import Engine, Material
 from corewise.errors import OutputError
+from corewise.instances import open_plan
 from corewise.model import Model
 from corewise.nested import Structure
 from corewise.samples import Samples
@@ -70,7 +71,7 @@ class Result:
         """The winner, opened in this process; call it as the original."""
         choice = self.report.choice
         return Model(
-            self.opener.open(self.payload, choice.winner, choice.plan),
+            open_plan(self.opener, self.payload, choice.winner, choice.plan, self.material.cpu),
             inputs=self.material.inputs,
             input_structure=self.holdout.structure,
             output_structure=self.output_structure,

@@ -1,24 +1,34 @@
-"""The stages between candidates and a choice: trials, layers given back to floating point, the race."""
+"""The stages between candidates and a choice: trials, layers given back to floating point, plans, the race."""
 
 import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from math import sqrt
 from typing import Any
 
 from corewise import metrics
 from corewise.candidates import BASELINE, returning
 from corewise.engines.qdq import is_ours
-from corewise.errors import SourceError
-from corewise.events import FinalsRound, StageStarted, TrialEnded, TrialStarted
+from corewise.errors import CorewiseError, InputError, SourceError
+from corewise.events import Explored, FinalsRound, StageStarted, TrialEnded, TrialStarted, TrialStep
+from corewise.explore import NEAR, NOT_SEARCHED, Wanted, drive, strategy
 from corewise.fidelity import Outputs, Verdict, compare, gate
 from corewise.journal import Journal
 from corewise.nested import Structure, unflatten
-from corewise.race import Contender, Fell, Race, race
+from corewise.race import ROUND_S, ROUNDS, Contender, Fell, Race, race
 from corewise.samples import Samples
-from corewise.trial import Setting, read_outputs, run_trial
-from corewise.values import Build, Fidelity, Goal, Objective, Plan, Trial
+from corewise.stats import MIN_ROUNDS
+from corewise.trial import Setting, measured, read_outputs, run_trial
+from corewise.values import Build, Fidelity, Goal, Measurement, Objective, Plan, Trial
 
 FINALISTS = 3
+EXPLORED = 3
+"""The plans of so many builds are searched, beside the baseline's."""
+PROMISING = 0.7
+"""Builds slower than this share of the fastest under the first plan are not searched: other threads and batches change
+the order of builds, and seldom by more (MobileNetV2 as two instances of one thread ran 25 to 35 % faster)."""
+TRIALS_SHARE, PLANS_SHARE = 0.6, 0.85
+"""Of the budget: when no further trial, and no further plan, is begun."""
 
 
 @dataclass
@@ -97,13 +107,104 @@ def _trial(build: Build, number: int, total: int, before: Sequence[Trial], setti
     resumed = kept is not None and _still_good(kept, setting)
     if kept is None or not resumed:
         setting.tell(TrialStarted(build, number, total))
-        fastest = max((trial.verified_per_s for trial in before if trial.state == "ok"), default=0.0)
-        kept = run_trial(build, setting, best_verified_per_s=fastest, is_baseline=build == BASELINE)
-        journal.add(kept)
+        left_s = setting.budget.left_s(TRIALS_SHARE)
+        if left_s > 0 or build == BASELINE:
+            fastest = max((trial.verified_per_s for trial in before if trial.state == "ok"), default=0.0)
+            kept = run_trial(build, setting, best_verified_per_s=fastest, is_baseline=build == BASELINE)
+        else:
+            kept = Trial(build=build, state="pruned", reason=f"{setting.budget.spent} before it was tried")
+        # What ended for want of time another run, with more of it, tries again.
+        if kept.state != "pruned" or not setting.budget.ended(TRIALS_SHARE):
+            journal.add(kept)
     setting.tell(TrialEnded(kept, resumed=resumed))
     if kept.state != "ok":
         shutil.rmtree(setting.payload(build), ignore_errors=True)
     return kept
+
+
+def explore(trials: Sequence[Trial], setting: Setting, journal: Journal, objective: Objective) -> tuple[Trial, ...]:
+    """The trials, with the plans of the baseline and of the most promising builds searched and measured."""
+    promising = _promising(trials, objective.goal)
+    return tuple(
+        _explored(trial, promising, setting, journal, objective) if trial.measurements else trial for trial in trials
+    )
+
+
+def _promising(trials: Sequence[Trial], goal: Goal) -> dict[Build, str]:
+    """For each measured build, why its plans are not worth a search; empty where they are."""
+    fast = sorted((t for t in trials if t.build != BASELINE and t.measurements), key=lambda t: -_first_per_s(t))
+    reasons = {BASELINE: ""}
+    for rank, trial in enumerate(fast):
+        low, _ = _interval(fast[0].measurements[0])
+        _, high = _interval(trial.measurements[0])
+        first = trial.measurements[0].plan.label
+        speed = f"{_first_per_s(trial):.4g}/s under {first} against {_first_per_s(fast[0]):.4g}/s"
+        if high < PROMISING * low:
+            reasons[trial.build] = f"{NOT_SEARCHED}: {speed}"
+        elif rank >= EXPLORED:
+            reasons[trial.build] = f"{NOT_SEARCHED}: {speed}, and {EXPLORED} others were faster"
+        else:
+            reasons[trial.build] = ""
+    return reasons
+
+
+def _explored(
+    trial: Trial, promising: dict[Build, str], setting: Setting, journal: Journal, objective: Objective
+) -> Trial:
+    if trial.explored:
+        return trial
+    if why := promising[trial.build]:
+        found = replace(trial, explored=why)
+        journal.add(found)
+        return found
+    setting.tell(StageStarted(f"searching the plans of {trial.build.label}"))
+    limit = objective.memory_limit_bytes
+    # The child of the trial holds what building left there, so its memory says nothing.
+    known = () if limit else trial.measurements
+    measurements, ended = list(known), ""
+    steps = strategy(objective.goal, setting.shapes(trial.build), slo_ms=objective.slo_ms)
+    try:
+        with setting.worker(trial.build) as worker:
+
+            def measure(wanted: Wanted) -> Measurement:
+                setting.tell(TrialStep(trial.build, f"measuring, {wanted.plan.label}"))
+                return _within(measured(trial.build, setting, worker, wanted.plan, wanted.why), limit)
+
+            for one in drive(steps, known, measure, go_on=lambda: setting.budget.ended(PLANS_SHARE)):
+                if isinstance(one, str):
+                    ended = one
+                else:
+                    measurements.append(one)
+    except InputError:
+        raise
+    except CorewiseError as error:
+        ended = f"it ended early: {error}"
+    found = replace(trial, measurements=tuple(measurements), explored=ended)
+    if found.best(objective.goal) is None and found.build != BASELINE:
+        reasons = [one.rejected for one in measurements] or [ended]
+        found = replace(found, state="rejected", reason=reasons[0])
+    if not setting.budget.ended(PLANS_SHARE):
+        journal.add(found)
+    setting.tell(Explored(found))
+    return found
+
+
+def _within(measurement: Measurement, limit_bytes: int | None) -> Measurement:
+    """The measurement, rejected where it needs more memory than there may be."""
+    if limit_bytes is None or measurement.memory_bytes <= limit_bytes:
+        return measurement
+    needs, limit = (f"{size / 1e6:.0f} MB" for size in (measurement.memory_bytes, limit_bytes))
+    return replace(measurement, rejected=f"{measurement.plan.label} needs {needs} of memory, more than {limit}")
+
+
+def _interval(measurement: Measurement) -> tuple[float, float]:
+    """An interval of the rate: the notch of a box plot (McGill, Tukey and Larsen 1978), about 95 % for the median."""
+    half = 1.57 * measurement.spread / sqrt(max(1, len(measurement.latencies_ms)))
+    return measurement.throughput_per_s * (1 - half), measurement.throughput_per_s * (1 + half)
+
+
+def _first_per_s(trial: Trial) -> float:
+    return trial.measurements[0].throughput_per_s
 
 
 def _still_good(kept: Trial, setting: Setting) -> bool:
@@ -117,18 +218,15 @@ def finals(trials: Sequence[Trial], setting: Setting, goal: Goal) -> tuple[tuple
     """The fastest accurate trials and the baseline, raced; one that falls there has failed, and the rest race again."""
     trials = list(trials)
     while True:
+        able = [trial for trial in trials if trial.state == "ok" and trial.best(goal) is not None]
         ranked = sorted(
-            (trial for trial in trials if trial.measurements and trial.state == "ok"),
-            key=lambda trial: -_per_s(trial, goal),
+            (trial for trial in able if trial.build != trials[0].build), key=lambda trial: _cost(trial, goal)
         )
-        finalists = [trial for trial in ranked if trial.build != BASELINE][:FINALISTS]
+        finalists = ranked[:FINALISTS]
         contenders = [
-            Contender(
-                build=trial.build,
-                plan=_best_plan(trial, goal),
-                payload=setting.payload(trial.build),
-            )
+            Contender(build=trial.build, plan=plan, payload=setting.payload(trial.build))
             for trial in (trials[0], *finalists)
+            for plan in _best_plans(trial, goal, 2 if trial in finalists[:1] else 1)
         ]
         setting.tell(StageStarted(f"racing {len(finalists)} finalists against the baseline"))
         try:
@@ -136,6 +234,7 @@ def finals(trials: Sequence[Trial], setting: Setting, goal: Goal) -> tuple[tuple
                 contenders,
                 samples=setting.holdout,
                 start=setting.worker,
+                rounds=_rounds(setting, len(contenders)),
                 on_round=lambda number, rounds, rates: setting.tell(FinalsRound(number, rounds, rates)),
             )
         except Fell as fell:
@@ -149,13 +248,31 @@ def finals(trials: Sequence[Trial], setting: Setting, goal: Goal) -> tuple[tuple
             return tuple(trials), run
 
 
-def _per_s(trial: Trial, goal: Goal) -> float:
-    best = trial.best(goal)
-    assert best is not None
-    return best.throughput_per_s
+def _rounds(setting: Setting, contenders: int) -> int:
+    """As many as the budget has time for, but enough for an interval."""
+    left_s = setting.budget.left_s()
+    return max(MIN_ROUNDS, int(min(ROUNDS, left_s / (contenders * 1.5 * ROUND_S))))
 
 
-def _best_plan(trial: Trial, goal: Goal) -> Plan:
+def _cost(trial: Trial, goal: Goal) -> tuple[float, float]:
+    """Orders trials, the best first: for an SLO by the rate that was held, then by speed."""
     best = trial.best(goal)
     assert best is not None
-    return best.plan
+    held = trial.promise.rate_per_s if goal == "slo" and trial.promise else 0.0
+    return -(held or 0.0), best.p50_ms if goal == "latency" else -best.throughput_per_s
+
+
+def _best_plans(trial: Trial, goal: Goal, count: int) -> list[Plan]:
+    """The best plan, and others that are near it: where noise decides between them, the race does so better."""
+    best = trial.best(goal)
+    if best is None:  # the baseline, where it is over the memory limit: it is raced all the same
+        best = max(trial.measurements, key=lambda m: m.throughput_per_s)
+    near = [
+        one
+        for one in trial.measurements
+        if not one.rejected and one.plan != best.plan and one.throughput_per_s > NEAR * best.throughput_per_s
+    ]
+    if goal != "throughput":
+        near = []
+    near.sort(key=lambda one: -one.throughput_per_s)
+    return [best.plan, *(one.plan for one in near[: count - 1])]

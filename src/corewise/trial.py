@@ -10,8 +10,9 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from hashlib import sha256
+from math import inf
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Protocol, Self
@@ -23,15 +24,15 @@ from corewise.errors import CorewiseError, InputError, OutputError
 from corewise.events import Event, TrialStep
 from corewise.fidelity import Outputs, Verdict
 from corewise.imports import guard
-from corewise.values import Build, Fidelity, Measurement, Plan, Receipt, Trial, from_json, to_json
+from corewise.values import Build, Cpu, Fidelity, Measurement, Plan, Receipt, Trial, from_json, to_json
 from corewise.worker import HOLDOUT, Child
 
 VERIFY_BATCH = 16
-MEASURE_S = 2.0
-SLOW_CALL_MS = 250.0
-"""A batch whose call takes longer is the last one tried: larger ones add latency and hardly speed."""
+MEASURE_S = 1.0
 HOPELESS = 0.5
 """A candidate that verifies slower than this share of the best so far is not measured."""
+LEAST_S = 10.0
+"""A child is given so much for each step though the budget has less left."""
 LOG_TAIL = 300
 LONGEST_NAME = 150
 DYING_S = 10.0
@@ -60,8 +61,11 @@ class Died(CorewiseError):
 class Worker:
     """The parent's end of a trial child (``worker.Child``); a context manager that leaves no process behind."""
 
-    def __init__(self, *, cpus: Sequence[int], log: Path, timeout_s: float) -> None:
-        """Start a child on the hardware threads ``cpus``; what it prints goes to ``log``."""
+    def __init__(self, *, cpus: Sequence[int], threads: int, log: Path, timeout_s: float) -> None:
+        """Start a child that may run on the hardware threads ``cpus``, and has ``threads`` where no plan says how many.
+
+        What it prints goes to ``log``.
+        """
         self._timeout_s = timeout_s
         self._log = log
         self._channel, theirs = socket.socketpair()
@@ -72,7 +76,7 @@ class Worker:
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=output,
-                env={**os.environ, "OMP_NUM_THREADS": str(len(cpus)), "PYTHONPATH": os.pathsep.join(sys.path)},
+                env={**os.environ, "OMP_NUM_THREADS": str(threads), "PYTHONPATH": os.pathsep.join(sys.path)},
                 # Its own group: Ctrl-C reaches the parent alone, which then ends the child.
                 start_new_session=True,
             )
@@ -166,17 +170,47 @@ class InProcess:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Budget:
+    """The time a search may take; ``None`` for as long as it takes."""
+
+    total_s: float | None = None
+    clock: Callable[[], float] = time.monotonic
+    started_s: float = field(default_factory=time.monotonic)
+
+    @property
+    def elapsed_s(self) -> float:
+        """Since the search began."""
+        return self.clock() - self.started_s
+
+    def left_s(self, share: float = 1.0) -> float:
+        """What is left of a share of the whole; ``inf`` without a limit."""
+        return inf if self.total_s is None else share * self.total_s - self.elapsed_s
+
+    def ended(self, share: float = 1.0) -> str:
+        """Why nothing more may be begun; empty where it may."""
+        return self.spent if self.left_s(share) <= 0 else ""
+
+    @property
+    def spent(self) -> str:
+        """``the budget of 300 s was spent``."""
+        return f"the budget of {self.total_s:g} s was spent"
+
+
+@dataclass(frozen=True, kw_only=True)
 class Setting:
     """What all trials of one run share."""
 
     folder: Path
     """Holds the material (``worker.read_material``), the holdout, and a folder a build."""
-    plans: tuple[Plan, ...]
-    """Tried in order, by rising batch."""
-    cpus: tuple[int, ...]
+    plan: Plan
+    """What every build is first measured under."""
+    cpu: Cpu
     timeout_s: float
     verify: Callable[[Outputs], tuple[Fidelity, Verdict]]
     tell: Callable[[Event], None]
+    shapes: Callable[[Build], Sequence[tuple[int, int]]] = lambda build: ()
+    """(Threads per instance, instances) to try for a build."""
+    budget: Budget = Budget()
     in_process: Engine | None = None
     """Runs every build in this process instead of in children."""
 
@@ -201,7 +235,13 @@ class Setting:
         """A fresh child for the build."""
         if self.in_process is not None:
             return InProcess(self.in_process)
-        return Worker(cpus=self.cpus, log=self.log(build), timeout_s=self.timeout_s)
+        # All of them, not only those that a plan will use: plans pin their instances themselves.
+        return Worker(
+            cpus=self.cpu.affinity,
+            threads=self.cpu.usable_cores,
+            log=self.log(build),
+            timeout_s=min(self.timeout_s, max(LEAST_S, self.budget.left_s())),
+        )
 
 
 def _file_name(build: Build) -> str:
@@ -232,6 +272,8 @@ def run_trial(build: Build, setting: Setting, *, best_verified_per_s: float = 0.
         raise
     except CorewiseError as error:
         record.update(state="failed", reason=str(error), build_s=record.get("build_s", time.monotonic() - start))
+        if setting.budget.ended() and not is_baseline:
+            record.update(state="pruned", reason=f"{setting.budget.spent} while it was tried")
     return Trial(**record)
 
 
@@ -270,21 +312,24 @@ def _run(
         )
         record.update(state="pruned", reason=reason)
         return
-    measurements: list[Measurement] = []
-    for plan in setting.plans:
-        setting.tell(TrialStep(build, f"measuring, {plan.label}"))
-        worker.call("open", "opening", folder=str(payload), build=to_json(build), plan=to_json(plan))
-        answer = worker.call("measure", "measuring", samples=setting.holdout, plan=to_json(plan), budget_s=MEASURE_S)
-        measurements.append(from_json(Measurement, answer["measurement"]))
-        record["measurements"] = tuple(measurements)
-        if measurements[-1].p50_ms > SLOW_CALL_MS:
-            break
+    setting.tell(TrialStep(build, f"measuring, {setting.plan.label}"))
+    record["measurements"] = (measured(build, setting, worker, setting.plan),)
     record.update(state="ok", reason="the baseline" if is_baseline else verdict.reason)
+
+
+def measured(build: Build, setting: Setting, worker: AnyWorker, plan: Plan, why: str = "the first look") -> Measurement:
+    """The payload opened and timed under a plan. Raises ``CorewiseError`` with what went wrong."""
+    payload = str(setting.payload(build))
+    opened = worker.call("open", f"opening with {plan.label}", folder=payload, build=to_json(build), plan=to_json(plan))
+    doing = f"measuring {plan.label}"
+    answer = worker.call("measure", doing, samples=setting.holdout, plan=to_json(plan), budget_s=MEASURE_S)
+    found = from_json(Measurement, answer["measurement"])
+    return replace(found, why=f"{why}; {opened['warning']}" if opened["warning"] else why)
 
 
 def _holdout_outputs(build: Build, setting: Setting, worker: AnyWorker, payload: Path) -> tuple[Outputs, float]:
     """The payload's outputs for the holdout in its order, and the items per second that took."""
-    plan = Plan(threads_per_instance=len(setting.cpus), batch=VERIFY_BATCH)
+    plan = Plan(threads_per_instance=setting.cpu.usable_cores, batch=VERIFY_BATCH)
     worker.call("open", "opening", folder=str(payload), build=to_json(build), plan=to_json(plan))
     path = setting.outputs(build)
     answer = worker.call("outputs", "verifying", samples=setting.holdout, batch=plan.batch, path=str(path))
@@ -295,7 +340,7 @@ def _receipt(build: Build, setting: Setting, worker: AnyWorker, payload: Path) -
     """What the payload runs in int8; ``None`` for builds of other precisions and where the engine cannot tell."""
     if build.precision not in ("int8", "int8-dynamic"):
         return None
-    plan = Plan(threads_per_instance=len(setting.cpus), batch=VERIFY_BATCH)
+    plan = Plan(threads_per_instance=setting.cpu.usable_cores, batch=VERIFY_BATCH)
     answer = worker.call(
         "receipt",
         "observing its int8 layers",

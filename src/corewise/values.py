@@ -191,6 +191,8 @@ class Measurement:
     """The process's memory with all instances open, after the calls; 0 where the kernel does not tell."""
     why: str = ""
     """What made the search measure this plan, in words."""
+    rejected: str = ""
+    """Why the plan is no choice, e.g. for its memory; empty where it is one."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -217,11 +219,13 @@ class LoadRun:
     """Answered within the deadline, of those answered; all of them where there was none."""
     p50_ms: float
     p99_ms: float
-    """Of the answered ones; ``inf`` where none was."""
+    """Of the answered ones; 0 where none was."""
     refusal_p99_ms: float
     """How long those refused at once waited to hear of it; 0 where none was."""
     slo_ms: float | None = None
     """The deadline that each request had; ``None`` for none."""
+    sender_late_p99_ms: float = 0.0
+    """How late the sender itself was, of 99 % of the requests: a few milliseconds and the load was another one."""
 
     @property
     def goodput_per_s(self) -> float:
@@ -288,12 +292,20 @@ class Trial:
     """Loads that were put on it to find the rate it holds under the SLO, in their order."""
 
     def best(self, goal: Goal) -> Measurement | None:
-        """The measurement that serves the goal best; ``None`` where nothing was measured."""
-        if not self.measurements:
+        """The measurement that serves the goal best; ``None`` where there is none to choose."""
+        choices = [one for one in self.measurements if not one.rejected]
+        if not choices:
             return None
         if goal == "latency":
-            return min(self.measurements, key=lambda m: (m.plan.batch, m.p50_ms))
-        return max(self.measurements, key=lambda m: m.throughput_per_s)
+            return min(choices, key=lambda m: (m.plan.batch, m.p50_ms))
+        if goal == "slo" and (held := self.promise) is not None:
+            return next(one for one in self.measurements if one.plan == held.plan)
+        return max(choices, key=lambda m: m.throughput_per_s)
+
+    @property
+    def promise(self) -> LoadRun | None:
+        """The load that confirmed the rate found: the last one, if it was held."""
+        return self.loads[-1] if self.loads and self.loads[-1].held else None
 
 
 @dataclass(frozen=True, kw_only=True)

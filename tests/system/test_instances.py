@@ -6,6 +6,7 @@ import subprocess
 import sys
 import threading
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +18,7 @@ from corewise.engines import Material, engine
 from corewise.engines.base import Sharing
 from corewise.engines.denormals import flushed
 from corewise.errors import CorewiseError, EngineError
-from corewise.instances import Instances, memory_bytes
+from corewise.instances import Instances, memory_bytes, open_plan
 from corewise.samples import from_python
 from corewise.source import export, save_program
 from corewise.testing.engine_contract import tiny_material
@@ -279,7 +280,7 @@ def material_of(exported, samples, folder):
 
 @contextmanager
 def child(tmp_path, cpus=CPU.usable_cpus):
-    with Worker(cpus=cpus, log=tmp_path / "log", timeout_s=120) as worker:
+    with Worker(cpus=cpus, threads=len(cpus), log=tmp_path / "log", timeout_s=120) as worker:
         yield worker
 
 
@@ -416,3 +417,22 @@ def test_all_engines_of_ours_share_weights(payload):
     build, folder, _ = payload
     with opened(build, folder) as instances:
         assert isinstance(instances._sessions[0], Sharing)
+
+
+@pytest.mark.parametrize("instances", [1, 2])
+def test_a_plan_as_one_session_gives_the_answers_of_a_single_call(payload, instances):
+    build, folder, material = payload
+    if build.engine == "openvino" and instances > CPU.usable_cores:
+        pytest.skip("OpenVINO has no more streams than cores")
+    plan = replace(PLAN, instances=instances)
+    inputs = batch(material, 7, 11)
+    alone = engine(build.engine).open(folder, build, Plan(threads_per_instance=1, batch=11))
+    expected = alone.run(inputs)
+    alone.close()
+    session = open_plan(engine(build.engine), folder, build, plan, CPU)
+    try:
+        found = session.run(inputs)
+    finally:
+        session.close()
+    for one, other in zip(found, expected, strict=True):
+        np.testing.assert_allclose(one, other, rtol=1e-4, atol=1e-4)

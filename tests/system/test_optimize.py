@@ -306,7 +306,7 @@ def test_wrong_arguments_are_told_before_any_work():
         ({"max_drop": -0.1}, InputError, "max_drop is -0.1; give 0 or more"),
         ({"max_drop": float("nan")}, InputError, "max_drop is nan"),
         ({"engines": ("torchscript",)}, EngineError, "no engine is named 'torchscript'; use one of eager"),
-        ({"objective": "speed"}, InputError, "objective 'speed' is unknown; give throughput or latency"),
+        ({"objective": "speed"}, InputError, "objective 'speed' is unknown; give throughput, latency, slo"),
         ({"metric": "f1"}, MetricError, "no metric is named 'f1'"),
         (
             {"ignored": ("nope",)},

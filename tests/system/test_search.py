@@ -1,19 +1,15 @@
-"""search: what becomes of int8 builds that the gate rejects, with real children."""
+"""search: int8 builds that the gate rejects, plans, budgets and memory limits, with real children."""
 
 import numpy as np
 import pytest
+from trial_folder import fill, make_setting
 
 from corewise.candidates import returning
-from corewise.cpu import inspect
-from corewise.engines import Material
-from corewise.fidelity import compare, gate
 from corewise.journal import Journal
-from corewise.metrics import default
 from corewise.samples import from_python
-from corewise.search import give_back
-from corewise.trial import Setting, run_trial
-from corewise.values import Build, Objective, Plan, TensorSpec
-from corewise.worker import CALIBRATION, HOLDOUT, PROGRAM, write_material
+from corewise.search import explore, finals, give_back
+from corewise.trial import Budget, run_trial
+from corewise.values import Build, Objective, Plan
 
 SAMPLES = from_python(list(np.random.default_rng(0).standard_normal((200, 6)).astype(np.float32)))
 LAYERED = "corewise.testing.engines:Layered"
@@ -30,33 +26,8 @@ def ours(noise):
 @pytest.fixture
 def setting(tmp_path, monkeypatch):
     monkeypatch.setattr("corewise.trial.MEASURE_S", 0.05)
-    for name in ("builds", "outputs", "logs", "cache"):
-        (tmp_path / name).mkdir()
-    SAMPLES.save(tmp_path / CALIBRATION)
-    SAMPLES.save(tmp_path / HOLDOUT)
-    cpu = inspect()
-    material = Material(
-        program=tmp_path / PROGRAM,
-        inputs=(TensorSpec(name="x", dtype="float32", shape=(None, 6)),),
-        outputs=(TensorSpec(name="y", dtype="float32", shape=(None, 5)),),
-        operators={},
-        calibration=SAMPLES,
-        cpu=cpu,
-        cache=tmp_path / "cache",
-    )
-    write_material(tmp_path, material)
-    reference = []
-
-    def verify(outputs):
-        reference.append(outputs)
-        metric = default(outputs.leaves[0], None)
-        fidelity = compare(reference[0], outputs, metric=metric, labels=None, nest=lambda leaves: leaves[0])
-        return fidelity, gate(fidelity, Objective(max_drop=0.05))
-
-    plans = (Plan(threads_per_instance=1, batch=4),)
-    return Setting(
-        folder=tmp_path, plans=plans, cpus=cpu.usable_cpus, timeout_s=60.0, verify=verify, tell=lambda event: None
-    )
+    fill(tmp_path, SAMPLES)
+    return make_setting(tmp_path, max_drop=0.05)
 
 
 def path_of(setting, *builds):
@@ -91,3 +62,91 @@ def test_only_our_quantizer_gives_layers_back(setting):
     trials, added = path_of(setting, layered(8.0))
     assert trials[0].state == "rejected"
     assert added == ()
+
+
+# --- plans ----------------------------------------------------------------------------------------------------------
+
+SHAPES = ((2, 1), (1, 2))
+THROUGHPUT = Objective(goal="throughput")
+
+
+def fake(**options):
+    return Build(engine="fake", precision="int8", options=tuple(sorted(options.items())))
+
+
+def explored(setting, *builds, objective=THROUGHPUT):
+    """The builds' trials with their plans searched."""
+    with Journal(setting.folder / "journal.jsonl", "key") as journal:
+        trials = [run_trial(build, setting, is_baseline=True) for build in builds]
+        return explore(trials, setting, journal, objective)
+
+
+def setting_with(tmp_path, **options):
+    return make_setting(
+        tmp_path, max_drop=0.05, plan=Plan(threads_per_instance=2, batch=16), shapes=lambda build: SHAPES, **options
+    )
+
+
+def test_plans_are_searched_and_every_one_has_its_reason(setting, tmp_path):
+    setting = setting_with(tmp_path)
+    # Half of an item's time does not divide among threads, so two instances of one thread do most.
+    (found,) = explored(setting, fake(seconds_per_call=0.01, seconds_per_item=0.001, serial=0.5))
+    best = found.best("throughput")
+    assert (best.plan.threads_per_instance, best.plan.instances) == (1, 2)
+    assert best.plan.batch >= 32
+    assert {(2, 1), (1, 2)} <= {(m.plan.threads_per_instance, m.plan.instances) for m in found.measurements}
+    assert all(measured.why for measured in found.measurements)
+    assert found.explored.startswith(f"{best.plan.label} is the fastest of what was tried")
+    assert best.memory_bytes > 20e6
+
+
+def test_builds_that_are_much_slower_are_not_searched_and_are_told_why(setting, tmp_path):
+    fast, slow = explored(
+        setting_with(tmp_path), fake(seconds_per_call=0.01), fake(seconds_per_call=0.1, seconds_per_item=0.001)
+    )
+    assert len(fast.measurements) > 1
+    assert len(slow.measurements) == 1
+    assert slow.explored.startswith("its plans were not searched: ")
+    assert "/s under 2 threads x 1, batch 16 against " in slow.explored
+
+
+def test_a_search_that_was_finished_is_read_from_the_journal(setting, tmp_path):
+    setting, build = setting_with(tmp_path), fake(seconds_per_call=0.01)
+    (first,) = explored(setting, build)
+    with Journal(setting.folder / "journal.jsonl", "key") as journal:
+        kept = journal.get(build)
+        assert kept == first
+        assert explore([kept], setting, journal, THROUGHPUT) == (first,)
+
+
+def test_a_spent_budget_ends_the_search_and_is_not_kept(setting, tmp_path):
+    clock = iter(range(0, 1000, 3))
+    setting = setting_with(tmp_path, budget=Budget(total_s=15.0, clock=lambda: float(next(clock)), started_s=0.0))
+    (found,) = explored(setting, fake(seconds_per_call=0.01))
+    assert found.explored == "the budget of 15 s was spent"
+    assert 1 <= len(found.measurements) < 8
+    with Journal(setting.folder / "journal.jsonl", "key") as journal:
+        assert journal.get(found.build) is None
+
+
+def test_plans_over_the_memory_limit_are_no_choice(setting, tmp_path):
+    tight = Objective(goal="throughput", memory_limit_bytes=10**6)
+    (found,) = explored(setting_with(tmp_path), fake(seconds_per_call=0.01), objective=tight)
+    assert found.state == "rejected"
+    assert found.best("throughput") is None
+    assert "MB of memory, more than 1 MB" in found.reason
+    roomy = Objective(goal="throughput", memory_limit_bytes=10**12)
+    (found,) = explored(setting_with(tmp_path), fake(seconds_per_call=0.01), objective=roomy)
+    assert found.state == "ok"
+
+
+def test_the_best_build_races_with_its_two_best_plans(setting, tmp_path, monkeypatch):
+    monkeypatch.setattr("corewise.race.WARM_S", 0.05)
+    monkeypatch.setattr("corewise.search.ROUNDS", 6)
+    setting = setting_with(tmp_path)
+    trials = explored(setting, fake(seconds_per_call=0.02), fake(seconds_per_call=0.01, seconds_per_item=0.0005))
+    trials, run = finals(trials, setting, "throughput")
+    raced = [(rates.build, rates.plan) for rates in run.rates]
+    assert len(set(raced)) == len(raced)
+    assert raced[0][0] == trials[0].build
+    assert {len(rates.per_s) for rates in run.rates} == {6}

@@ -9,24 +9,20 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from trial_folder import fill, make_setting
 
 from corewise import trial as module
 from corewise.cpu import inspect
-from corewise.engines import Material
 from corewise.errors import CorewiseError, OutputError
 from corewise.events import TrialStep
-from corewise.fidelity import compare, gate
-from corewise.metrics import default
 from corewise.race import Contender, Fell, race
 from corewise.samples import from_python
-from corewise.trial import Died, Setting, Worker, read_outputs, run_trial
-from corewise.values import Build, Objective, Plan, TensorSpec
-from corewise.worker import CALIBRATION, HOLDOUT, PROGRAM, write_material
+from corewise.trial import Died, Worker, read_outputs, run_trial
+from corewise.values import Build
 
 SAMPLES = from_python(list(np.random.default_rng(0).standard_normal((40, 6)).astype(np.float32)))
 FAKE = Build(engine="fake", precision="int8")
 CPUS = inspect().usable_cpus
-PLANS = (Plan(threads_per_instance=1, batch=4),)
 
 ENGINES = '''
 import os, subprocess, sys, time
@@ -63,33 +59,8 @@ def quick(monkeypatch):
 
 @pytest.fixture
 def setting(tmp_path):
-    for name in ("builds", "outputs", "logs", "cache"):
-        (tmp_path / name).mkdir()
-    SAMPLES.save(tmp_path / CALIBRATION)
-    SAMPLES.save(tmp_path / HOLDOUT)
-    material = Material(
-        program=tmp_path / PROGRAM,
-        inputs=(TensorSpec(name="x", dtype="float32", shape=(None, 6)),),
-        outputs=(TensorSpec(name="y", dtype="float32", shape=(None, 5)),),
-        operators={},
-        calibration=SAMPLES,
-        cpu=inspect(),
-        cache=tmp_path / "cache",
-    )
-    write_material(tmp_path, material)
-    return make_setting(tmp_path)
-
-
-def make_setting(folder, *, timeout_s=60.0, tell=lambda event: None, plans=PLANS):
-    reference = []
-
-    def verify(outputs):
-        reference.append(outputs)
-        metric = default(outputs.leaves[0], None)
-        fidelity = compare(reference[0], outputs, metric=metric, labels=None, nest=lambda leaves: leaves[0])
-        return fidelity, gate(fidelity, Objective(max_drop=0.2))
-
-    return Setting(folder=folder, plans=plans, cpus=CPUS, timeout_s=timeout_s, verify=verify, tell=tell)
+    fill(tmp_path, SAMPLES)
+    return make_setting(tmp_path, max_drop=0.2)
 
 
 def children():
@@ -107,12 +78,12 @@ def no_orphans():
 
 def test_a_sound_build_is_verified_and_measured(setting):
     steps = []
-    setting = make_setting(setting.folder, tell=steps.append)
+    setting = make_setting(setting.folder, max_drop=0.2, tell=steps.append)
     found = run_trial(FAKE, setting, is_baseline=True)
     assert (found.state, found.reason) == ("ok", "the baseline")
     assert found.fidelity.agreement == 1.0
     assert found.payload_bytes == (setting.payload(FAKE) / "fake.json").stat().st_size
-    assert found.measurements[0].plan == setting.plans[0]
+    assert found.measurements[0].plan == setting.plan
     assert found.peak_memory_bytes > 10e6
     assert [step.text.partition(",")[0] for step in steps if isinstance(step, TrialStep)] == [
         "building",
@@ -151,7 +122,7 @@ def test_a_misbehaving_engine_fails_its_own_trial_only(setting):
 
 def test_a_hanging_engine_is_ended(setting):
     start = time.monotonic()
-    found = run_trial(misbehaving("Hang"), make_setting(setting.folder, timeout_s=5))
+    found = run_trial(misbehaving("Hang"), make_setting(setting.folder, max_drop=0.2, timeout_s=5))
     assert found.state == "failed"
     assert found.reason == "hung while building: no answer in 5 s, so it was ended"
     assert time.monotonic() - start < 20
@@ -166,7 +137,7 @@ def user_engines(tmp_path, monkeypatch):
 
 
 def test_what_a_hanging_engine_started_is_ended_with_it(setting, user_engines):
-    run_trial(user_engines("Parent"), make_setting(setting.folder, timeout_s=5))
+    run_trial(user_engines("Parent"), make_setting(setting.folder, max_drop=0.2, timeout_s=5))
     helper = int((setting.folder / "builds" / "helper").read_text())
     deadline = time.monotonic() + 10
     while running(helper) and time.monotonic() < deadline:
@@ -226,23 +197,16 @@ def test_a_hopelessly_slow_build_is_pruned(setting):
     assert found.reason.startswith("too slow to measure: ")
 
 
-def test_larger_batches_are_not_tried_where_calls_are_slow(setting):
-    plans = tuple(Plan(threads_per_instance=1, batch=batch) for batch in (1, 2, 4))
-    slow = Build(engine="fake", precision="int8", options=(("seconds_per_item", 0.15),))
-    found = run_trial(slow, make_setting(setting.folder, plans=plans), is_baseline=True)
-    assert [measured.plan.batch for measured in found.measurements] == [1, 2]
-
-
 def test_an_interrupt_leaves_no_child(setting):
     def interrupt(event):
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        run_trial(FAKE, make_setting(setting.folder, tell=interrupt))
+        run_trial(FAKE, make_setting(setting.folder, max_drop=0.2, tell=interrupt))
 
 
 def test_a_worker_that_is_gone_says_so_each_time(tmp_path):
-    with Worker(cpus=CPUS, log=tmp_path / "log", timeout_s=60) as worker:
+    with Worker(cpus=CPUS, threads=1, log=tmp_path / "log", timeout_s=60) as worker:
         with pytest.raises(CorewiseError, match="has no open session"):
             worker.call("round", "racing", budget_s=0.1)
         worker._process.kill()
@@ -256,7 +220,7 @@ def test_a_worker_that_is_gone_says_so_each_time(tmp_path):
 
 def contender(setting, build):
     run_trial(build, setting, is_baseline=True)
-    return Contender(build=build, plan=setting.plans[0], payload=setting.payload(build))
+    return Contender(build=build, plan=setting.plan, payload=setting.payload(build))
 
 
 def run_race(setting, contenders, **options):

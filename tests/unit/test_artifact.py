@@ -13,7 +13,19 @@ import numpy as np
 import pytest
 
 from corewise import artifact
-from corewise.artifact import GOLDEN, MANIFEST, PAYLOAD, REFERENCE, REPORT, Manifest, check_golden, check_output, read
+from corewise.artifact import (
+    GOLDEN,
+    MANIFEST,
+    PAYLOAD,
+    REFERENCE,
+    REPORT,
+    TUNED,
+    TUNED_NEW,
+    Manifest,
+    check_golden,
+    check_output,
+    read,
+)
 from corewise.cpu import inspect
 from corewise.engines import Material, engine
 from corewise.errors import ArtifactError, OutputError
@@ -24,6 +36,7 @@ from corewise.values import Build, Plan, TensorSpec
 
 STORY = runpy.run_path(str(Path(__file__).parents[1] / "golden" / "make.py"))["REPORT"]
 CPU = inspect()
+STORY = replace(STORY, cpu=CPU)  # made here: loading warns of other machines
 BUILD = Build(engine="fake", precision="int8")
 PLAN = Plan(threads_per_instance=1, batch=4)
 INPUTS = (TensorSpec(name="x", dtype="float32", shape=(None, 6)),)
@@ -31,7 +44,7 @@ OUTPUTS = (TensorSpec(name="y", dtype="float32", shape=(None, 5)),)
 X = np.random.default_rng(0).standard_normal((4, 6)).astype(np.float32)
 
 
-def write(folder, *, build=BUILD, golden=None, reference=None, **changes):
+def write(folder, *, build=BUILD, golden=None, reference=None, report=STORY, **changes):
     """An artifact of the fake engine; ``golden`` replaces its golden outputs."""
     payload = folder.parent / f"{folder.name}.payload"
     payload.mkdir(exist_ok=True)
@@ -73,7 +86,7 @@ def write(folder, *, build=BUILD, golden=None, reference=None, **changes):
         payload=payload,
         reference=reference,
         golden=([X], outputs),
-        report=STORY,
+        report=report,
         report_text="# report\n",
         report_page="<!doctype html>\n",
     )
@@ -314,6 +327,16 @@ def test_what_the_payload_needs_must_be_here(tmp_path, need):
     with pytest.raises(ArtifactError, match=f"needs a CPU with {need}, which {CPU.model} lacks"):
         read(made, cpu=replace(CPU, isa=("avx2",)))
     read(made, cpu=replace(CPU, isa=("avx512_vnni", "avx512_bf16")))
+
+
+@pytest.mark.parametrize("name", [TUNED, TUNED_NEW])
+def test_plans_of_other_machines_are_no_part_of_it(made, name):
+    before = read(made)
+    (made / name).write_text("anything")
+    assert read(made) == before
+    (made / "payload" / name).touch()
+    with pytest.raises(ArtifactError, match="is not in the manifest; remove it"):
+        read(made)
 
 
 # --- golden outputs -----------------------------------------------------------------------------------------------

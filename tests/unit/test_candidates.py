@@ -4,8 +4,9 @@ from dataclasses import replace
 
 import pytest
 
-from corewise.candidates import BASELINE, PRECISION_ORDER, candidates, plans
+from corewise.candidates import BASELINE, PRECISION_ORDER, candidates, first_plan, shapes
 from corewise.engines import engine
+from corewise.thread_plan import thread_plans
 from corewise.values import Build, Cpu, LogicalCpu, Plan
 
 CPU = Cpu(
@@ -56,13 +57,14 @@ def test_every_precision_of_a_build_has_a_place():
 @pytest.mark.parametrize(
     ("cpu", "threads"), [(CPU, 4), (replace(CPU, quota_cores=2.5), 2), (replace(CPU, affinity=(6,)), 1)]
 )
-def test_plans_use_the_usable_cores(cpu, threads):
-    assert plans(cpu, "latency") == (Plan(threads_per_instance=threads, batch=1),)
-    throughput = plans(cpu, "throughput")
-    assert {plan.threads_per_instance for plan in throughput} == {threads}
-    batches = [plan.batch for plan in throughput]
-    assert batches == sorted(set(batches))
-    assert batches[0] == 1
+def test_the_first_plan_uses_the_usable_cores(cpu, threads):
+    assert first_plan(cpu, "latency") == Plan(threads_per_instance=threads, batch=1)
+    assert first_plan(cpu, "throughput") == first_plan(cpu, "slo") == Plan(threads_per_instance=threads, batch=16)
+
+
+def test_the_baseline_is_pytorch_as_people_run_it():
+    assert shapes(CPU, BASELINE) == ((4, 1),)
+    assert shapes(CPU, Build(engine="openvino", precision="int8")) == thread_plans(CPU)
 
 
 def test_ignored_layers_are_known_to_our_quantizer_only():

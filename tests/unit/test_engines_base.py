@@ -111,6 +111,16 @@ def test_openvino_offers_what_the_cpu_can_do(isa: tuple[str, ...], expected: lis
     assert [build.label for build in builds] == expected
 
 
+def test_openvino_is_offered_both_placements_for_residual_nets() -> None:
+    builds = engine("openvino").candidates(cpu_with("avx2"), {**CONVOLUTIONS, "aten.add.Tensor": 3})
+    assert [build.label for build in builds] == [
+        f"openvino/int8/{OURS}/reduce_range=True",
+        f"openvino/int8/placement=everywhere/{OURS}/reduce_range=True",
+        "openvino/int8/reduce_range=True",
+        "openvino/fp32",
+    ]
+
+
 @pytest.mark.parametrize(
     ("operators", "expected"),
     [

@@ -3,33 +3,69 @@
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
-from corewise.errors import InputError
+from corewise.cpu import inspect
+from corewise.engines.denormals import flushed
+from corewise.errors import EngineError, InputError
+from corewise.instances import open_plan
 from corewise.model import Model
 from corewise.nested import flatten
-from corewise.values import TensorSpec
+from corewise.values import Build, Plan, TensorSpec
 
 
 class Doubling:
-    """A session that doubles what it is given, and tells when two calls overlap."""
+    """A session that doubles what it is given, notes each call, and tells when two calls overlap.
 
-    def __init__(self):
+    ``during`` is called with the inputs while it runs.
+    """
+
+    def __init__(self, during=lambda inputs: None):
         self.closed = False
+        self.sizes = []
+        self.threads = set()
+        self.flushed = set()
+        self._during = during
         self._busy = threading.Lock()
 
     def run(self, inputs):
         assert self._busy.acquire(blocking=False), "two calls at once"
         try:
+            self.sizes.append(len(inputs[0]))
+            self.threads.add(threading.get_ident())
+            self.flushed.add(flushed())
+            self._during(inputs)
             return [2 * array for array in inputs]
         finally:
             self._busy.release()
 
     def close(self):
+        assert not self._busy.locked(), "closed while it runs"
         self.closed = True
+
+
+class Doublings:
+    """The engine of such sessions, which it keeps."""
+
+    def __init__(self, during=lambda inputs: None):
+        self.sessions = []
+        self._during = during
+
+    def open(self, folder, build, plan):
+        self.opened_flushed = flushed()
+        self.sessions.append(Doubling(self._during))
+        return self.sessions[-1]
+
+
+BUILD = Build(engine="fake", precision="fp32")
+CPU = inspect()
+ONE = Plan(threads_per_instance=1, batch=1)
+FOURS = Plan(threads_per_instance=1, batch=4)
+SEVERAL = Plan(threads_per_instance=1, instances=3, batch=4)
 
 
 @dataclass
@@ -38,9 +74,9 @@ class Answer:
     rest: object
 
 
-def make(args, kwargs, output, *specs):
+def make(args, kwargs, output, *specs, engine=None, plan=ONE):
     return Model(
-        Doubling(),
+        open_plan(engine or Doublings(), Path("none"), BUILD, plan, CPU),
         inputs=specs,
         input_structure=flatten((args, kwargs))[1],
         output_structure=flatten(output)[1],
@@ -128,7 +164,144 @@ def test_many_threads_call_one_at_a_time(single):
     assert all(np.array_equal(answer, single(X)) for answer in found)
 
 
-def test_leaving_closes_the_session(single):
-    with single as model:
-        assert not model._session.closed
-    assert single._session.closed
+def test_leaving_closes_the_session():
+    engine = Doublings()
+    with made(engine, ONE):
+        assert not engine.sessions[0].closed
+    assert engine.sessions[0].closed
+
+
+# --- under its plan -----------------------------------------------------------------------------------------------
+
+
+def made(engine, plan):
+    return make((X,), {}, X, IMAGE, engine=engine, plan=plan)
+
+
+def images(count):
+    return np.arange(count * 12, dtype=np.float32).reshape(count, 3, 4)
+
+
+@pytest.mark.parametrize("rows", [1, 3, 4, 5, 8, 10])
+@pytest.mark.parametrize("plan", [ONE, FOURS, SEVERAL], ids=lambda plan: plan.label)
+def test_any_number_of_rows_gives_the_same_answers(plan, rows):
+    with made(Doublings(), plan) as model:
+        np.testing.assert_array_equal(model(images(rows)), 2 * images(rows))
+
+
+def test_many_rows_run_in_micro_batches_of_the_plans_batch():
+    engine = Doublings()
+    with made(engine, FOURS) as model:
+        model(images(10))
+        assert engine.sessions[0].sizes == [4, 4, 2]
+        model(images(3))
+        assert engine.sessions[0].sizes == [4, 4, 2, 3]
+
+
+def test_a_plan_for_single_items_leaves_a_batch_whole():
+    engine = Doublings()
+    with made(engine, ONE) as model:
+        model(images(10))
+    assert engine.sessions[0].sizes == [10]
+
+
+def test_one_instance_runs_in_the_thread_that_calls():
+    engine, before = Doublings(), threading.active_count()
+    with made(engine, FOURS) as model:
+        model(images(10))
+        assert threading.active_count() == before
+    assert engine.sessions[0].threads == {threading.get_ident()}
+
+
+@pytest.mark.parametrize("plan", [FOURS, SEVERAL], ids=["one", "several"])
+def test_denormals_are_zeros_while_it_opens_and_runs_and_the_callers_own_after(plan):
+    engine = Doublings()
+    with made(engine, plan) as model:
+        model(images(10))
+    assert engine.opened_flushed
+    assert set().union(*(session.flushed for session in engine.sessions)) == {True}
+    assert not flushed()
+
+
+def test_denormals_are_the_callers_own_after_an_error():
+    def fail(inputs):
+        raise RuntimeError("broken")
+
+    with made(Doublings(fail), ONE) as model, pytest.raises(RuntimeError, match="broken"):
+        model(X)
+    assert not flushed()
+
+
+def test_micro_batches_of_one_call_run_on_all_instances_at_the_same_time():
+    together = threading.Barrier(3)
+    engine = Doublings(lambda inputs: together.wait(60))  # passes only where three run at once
+    with made(engine, SEVERAL) as model:
+        np.testing.assert_array_equal(model(images(24)), 2 * images(24))
+    assert [session.sizes for session in engine.sessions] == [[4, 4]] * 3
+    assert len(set().union(*(session.threads for session in engine.sessions))) == 3
+
+
+def test_calls_of_several_threads_run_on_several_instances_at_the_same_time():
+    together = threading.Barrier(3)
+    with made(Doublings(lambda inputs: together.wait(60)), SEVERAL) as model, ThreadPoolExecutor(6) as pool:
+        found = list(pool.map(lambda k: model(images(1) + k), range(6)))
+    for k, answer in enumerate(found):
+        np.testing.assert_array_equal(answer, 2 * (images(1) + k))
+
+
+def test_an_instance_that_is_slow_gets_less_to_do_and_the_order_stays():
+    others = threading.Semaphore(0)
+
+    def during(inputs):
+        if inputs[0][0, 0, 0] == 0:  # the first micro-batch waits until the six others are done
+            assert all(others.acquire(timeout=60) for _ in range(6))
+        else:
+            others.release()
+
+    engine = Doublings(during)
+    with made(engine, SEVERAL) as model:
+        np.testing.assert_array_equal(model(images(28)), 2 * images(28))
+    assert sorted(sum(session.sizes) for session in engine.sessions)[0] == 4
+
+
+def test_what_one_micro_batch_raises_is_raised_and_the_next_call_runs():
+    def during(inputs):
+        if inputs[0][0, 0, 0] == 48:
+            raise RuntimeError("the second")
+
+    with made(Doublings(during), SEVERAL) as model:
+        with pytest.raises(RuntimeError, match="the second"):
+            model(images(10))
+        np.testing.assert_array_equal(model(images(4)), 2 * images(4))
+
+
+def test_many_threads_on_several_instances_get_their_own_answers():
+    with made(Doublings(), SEVERAL) as model, ThreadPoolExecutor(8) as pool:
+        sizes = [1 + k % 13 for k in range(300)]
+        found = list(pool.map(lambda k: model(images(sizes[k]) + k), range(300)))
+    for k, answer in enumerate(found):
+        np.testing.assert_array_equal(answer, 2 * (images(sizes[k]) + k))
+
+
+def test_closing_waits_for_calls_and_ends_all_threads():
+    running, go = threading.Event(), threading.Event()
+
+    def during(inputs):
+        running.set()
+        assert go.wait(60)
+
+    engine, before = Doublings(during), threading.active_count()
+    model = made(engine, SEVERAL)
+    with ThreadPoolExecutor(2) as pool:
+        answer = pool.submit(model, images(3))
+        assert running.wait(60)
+        closing = pool.submit(model.close)
+        go.set()
+        np.testing.assert_array_equal(answer.result(60), 2 * images(3))
+        closing.result(60)
+    assert all(session.closed for session in engine.sessions)
+    assert threading.active_count() == before
+    model.close()
+    for _ in range(2):
+        with pytest.raises(EngineError, match="the model was closed; load it again"):
+            model(X)

@@ -55,7 +55,7 @@ def test_the_summary_is_json_with_the_figures_of_the_choice_and_the_winner():
         "precision": "int8",
         "options": {"reduce_range": True},
         "plan": {"threads_per_instance": 2, "instances": 1, "batch": 16},
-        "objective": {"goal": "throughput", "max_drop": 0.01, "strict": False},
+        "objective": to_json(REPORT.objective),
         "throughput_per_s": 55.4,
         "baseline_throughput_per_s": 13.07,
         "speedup": 4.24,

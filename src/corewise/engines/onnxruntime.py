@@ -64,7 +64,7 @@ class OnnxRuntime:
         """
         payload = folder / MODEL
         if qdq.is_ours(build):
-            quantized, notes = qdq.onnx_model(material, build, "everywhere")
+            quantized, notes = qdq.onnx_model(material, build, "everywhere", int32_biases=True)
             shutil.copyfile(quantized, payload)
             return notes
         exported = _exported(material)

@@ -126,17 +126,19 @@ def timed(
     ), f"OpenVINO's profile of fp32 less that of int8, a batch of {TIMED_BATCH}, {threads} threads"
 
 
-def onnx_model(material: Material, build: Build, target: "Target") -> tuple[Path, tuple[str, ...]]:
-    """``quantized`` as ONNX with a dynamic batch, made once for all engines; ``everywhere`` has its biases in int32."""
+def onnx_model(
+    material: Material, build: Build, target: "Target", *, int32_biases: bool = False
+) -> tuple[Path, tuple[str, ...]]:
+    """``quantized`` as ONNX with a dynamic batch, made once for all engines."""
     program, notes = quantized(material, build, target)
     from corewise.quantize.ptq import load_quantized
 
-    path = program.with_suffix(".onnx")
+    path = program.with_suffix(".int32-biases.onnx" if int32_biases else ".onnx")
     if not path.exists():
         with TemporaryDirectory(dir=material.cache) as folder:
             made = Path(folder) / path.name
             export_onnx(load_quantized(program), made)
-            if target == "everywhere":
+            if int32_biases:
                 quantize_biases(made)
             made.replace(path)
     return path, notes

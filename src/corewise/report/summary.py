@@ -11,9 +11,9 @@ def summary(report: Report) -> dict[str, Any]:
     """What ``corewise show ART --json`` prints: the winner's figures, and under ``trials`` every trial's.
 
     ``throughput_per_s`` and ``baseline_throughput_per_s`` are items/s in the alternating run (for the latency goal
-    1/latency), ``receipt`` tells what the winner ran in int8. A trial's ``throughput_per_s``, ``p50_ms`` and
-    ``p99_ms`` are the best that its own trial measured, its ``reason`` says why it lost or won. What is not known is
-    ``None``.
+    1/latency), ``promise`` is the load that was held under the SLO, ``receipt`` tells what the winner ran in int8. A
+    trial's ``throughput_per_s``, ``p50_ms`` and ``p99_ms`` are the best that its own trial measured, its ``reason``
+    says why it lost or won. What is not known is ``None``.
     """
     choice = report.choice
     return {
@@ -35,6 +35,7 @@ def summary(report: Report) -> dict[str, Any]:
         "calibration": report.samples.calibration,
         "wall_s": report.wall_s,
         "peak_memory_bytes": report.peak_memory_bytes,
+        "promise": to_json(choice.promise),
         "reason": choice.reason,
         "warnings": list(choice.warnings),
         "notes": list(report.notes),

@@ -11,7 +11,7 @@ from rich.segment import Segment
 from rich.table import Table
 from rich.text import Text
 
-from corewise.events import Event, FinalsRound, StageStarted, TrialEnded, TrialStarted, TrialStep
+from corewise.events import Event, Explored, FinalsRound, StageStarted, TrialEnded, TrialStarted, TrialStep
 from corewise.report import words
 from corewise.values import Goal, Report, Trial
 
@@ -131,6 +131,8 @@ class _Board:
                 self._now = self._numbered(words.clean(f"{build.label}: {text}"))
             case TrialEnded(trial, resumed):
                 return self._end(trial, resumed)
+            case Explored(trial):
+                return self._explored(trial)
             case FinalsRound(round, rounds, rates):
                 self._now = f"alternating run, round {round} of {rounds}: {words.finals(rates, self._goal)}"
                 return self._now if round == rounds else ""
@@ -150,6 +152,11 @@ class _Board:
         self._started = None
         self._now = ""
         return f"{line} (resumed)" if resumed else line
+
+    def _explored(self, trial: Trial) -> str:
+        self._trials = [trial if one.build == trial.build else one for one in self._trials]
+        self._now = ""
+        return words.explored(trial)
 
     def _numbered(self, text: str) -> str:
         return f"{self._started.number}/{self._started.total} {text}" if self._started else text

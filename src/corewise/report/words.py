@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from statistics import median
 from typing import NamedTuple
 
-from corewise.values import Build, Cpu, Fidelity, Goal, Measurement, Rates, Receipt, Report, State, Trial
+from corewise.values import Build, Cpu, Fidelity, Goal, LoadRun, Measurement, Rates, Receipt, Report, State, Trial
 
 SPEED_NOTE = "Speed: each trial's own, at its best plan; the finalists then ran in turns."
 
@@ -73,6 +73,8 @@ def headline(report: Report) -> str:
         speed = rate(choice.throughput_per_s, report.objective.goal)
         return f"nothing beat the baseline, eager PyTorch in fp32 at {speed}"
     text = f"{times(choice.speedup)} faster than eager PyTorch {interval(choice.speedup_low, choice.speedup_high)}"
+    if choice.promise:
+        text = f"{_promise(choice.promise)}; {text}"
     return f"{text}, {_against(fidelity)}" if fidelity else text
 
 
@@ -87,6 +89,8 @@ def facts(report: Report) -> Iterator[tuple[str, str]]:
     fidelity = report.winner.fidelity
     yield "winner", clean(report.choice.winner.label)
     yield "plan", report.choice.plan.label
+    if report.choice.promise:
+        yield "promise", f"{_promise(report.choice.promise)}, seen for {duration(report.choice.promise.duration_s)}"
     yield "why", clean(report.choice.reason)
     yield "speed", _speed(report)
     if fidelity:
@@ -121,6 +125,10 @@ def notes(report: Report) -> Iterator[str]:
             yield clean(f"{trial.build.label}: {receipt(trial.receipt)}")
         for note in trial.notes:
             yield clean(f"{trial.build.label}: {note}")
+        if trial.loads:
+            yield explored(trial)
+        if trial.explored:
+            yield clean(f"{trial.build.label}: {len(trial.measurements)} plans measured; {trial.explored}")
 
 
 def receipt(found: Receipt) -> str:
@@ -145,6 +153,21 @@ def ended(trial: Trial, baseline: Trial | None, goal: Goal) -> str:
         speed = f"p50/p99 {figures} ms" if goal == "latency" else f"{figures} items/s"
         found.append(f"{speed} ({times(ratio)} eager)" if ratio else speed)
     return f"{label}: {', '.join(found)}"
+
+
+def explored(trial: Trial) -> str:
+    """One line about a trial whose plans were searched, or that was put under load."""
+    if trial.loads:
+        return clean(f"{trial.build.label}: under load: {', '.join(load(one) for one in trial.loads)}")
+    return clean(f"{trial.build.label}: {len(trial.measurements)} plans measured; {trial.explored}")
+
+
+def load(run: LoadRun) -> str:
+    """``55/s held, p99 81 ms``, or what was lost."""
+    offered = f"{run.rate_per_s:.4g}/s" if run.rate_per_s is not None else f"{run.clients} clients"
+    counts = {"refused": run.refused, "failed": run.failed}
+    lost = "".join(f", {count} {what}" for what, count in counts.items() if count)
+    return f"{offered} {'held' if run.held else 'missed'}, p99 {run.p99_ms:.4g} ms{lost}"
 
 
 def finals(rates: Sequence[Rates], goal: Goal) -> str:
@@ -240,10 +263,19 @@ def _speed(report: Report) -> str:
     return text
 
 
+def _promise(load: LoadRun) -> str:
+    return f"{three_digits(load.rate_per_s or 0.0)} requests/s with p99 {three_digits(load.p99_ms)} ms"
+
+
 def _goal(report: Report) -> str:
     objective, fidelity = report.objective, report.winner.fidelity
     metric = clean(fidelity.metric) if fidelity else "accuracy"
-    text = f"{objective.goal}; {metric} may drop by {objective.max_drop:g} at most"
+    goal: str = objective.goal
+    if objective.slo_ms is not None:
+        goal = f"most requests per second with p99 <= {objective.slo_ms:g} ms"
+    if objective.memory_limit_bytes is not None:
+        goal += f" in {size(objective.memory_limit_bytes)} of memory"
+    text = f"{goal}; {metric} may drop by {objective.max_drop:g} at most"
     return f"{text}, and so may the upper end of the drop's interval" if objective.strict else text
 
 

@@ -1,0 +1,201 @@
+"""What a build would hold under load, in virtual time: the policy's own decisions, with arrivals and calls drawn.
+
+A discrete-event simulation (Law, Simulation Modeling and Analysis, 2015, chapter 1): Poisson arrivals, and calls that
+last as long as measured ones did. Nothing of the policy is modelled, so that what holds here fails on the machine only
+by what the measurements did not see: the runner's own time, and calls that get slower beside each other.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cache
+from heapq import heappop, heappush
+from math import ceil, inf, sqrt
+
+import numpy as np
+
+from corewise.batching.policy import Curve, Policy, Refused, Request
+from corewise.stats import quantile
+from corewise.values import Measurement
+
+Service = Callable[[int, np.random.Generator], float]
+"""Draws the seconds, above 0, of a call of so many rows."""
+
+REQUESTS = 2000
+"""The 99th percentile of so many is the 20th slowest one."""
+LATE = 0.01
+"""So many of the answers may be late."""
+TRICKLE = 1e-3
+"""The lowest rate asked for, of what calls of one request at a time would serve."""
+PRECISION = 0.005
+_SPANS = 20
+"""So many SLOs a simulation lasts at least, else a queue that grows for ever might end before it is noticed."""
+_MOST_REQUESTS = 20_000
+_CAPACITY_DRAWS = 100
+
+
+@dataclass(frozen=True, kw_only=True)
+class Simulated:
+    """What became of the requests of one simulation."""
+
+    rate_per_s: float
+    p50_ms: float
+    p99_ms: float
+    """From arrival to answer, of the answered ones; 0 where none was."""
+    answered: int
+    refused: int
+    """Refused at once, or dropped before they ran."""
+    goodput_per_s: float
+    """Answers in time per second, until the last one."""
+
+
+def simulate(
+    curve: Curve,
+    *,
+    service: Service,
+    instances: int,
+    rate_per_s: float,
+    requests: int = REQUESTS,
+    slo_ms: float = inf,
+    max_batch: int,
+    max_waiting: int,
+    seed: int = 0,
+) -> Simulated:
+    """Offer requests of one row, each with the deadline ``slo_ms`` after it came, to a policy with that curve.
+
+    Two rates under one seed see the same arrivals, closer together or further apart.
+    """
+    run = _Run(curve, service, instances, max_batch, max_waiting, seed)
+    run.play(rate_per_s, requests, slo_ms / 1e3)
+    return run.simulated(rate_per_s)
+
+
+def most_rate(
+    curve: Curve,
+    *,
+    service: Service,
+    instances: int,
+    requests: int = REQUESTS,
+    slo_ms: float,
+    max_batch: int,
+    max_waiting: int,
+    seed: int = 0,
+    loss: float = 0.0,
+) -> float:
+    """The highest rate, to half a percent, at which the p99 is within ``slo_ms`` and no more than ``loss`` is refused.
+
+    ``loss`` is a share of the requests. Never more than ``capacity_per_s``; 0 where even a trickle is refused or late.
+    Bisection on the logarithm of the rate; more ``requests`` are simulated where so few last no 20 SLOs.
+    """
+    most_per_s = capacity_per_s(service, instances=instances, max_batch=max_batch, seed=seed)
+    if slo_ms < inf:
+        requests = max(requests, min(_MOST_REQUESTS, ceil(_SPANS * slo_ms / 1e3 * most_per_s)))
+
+    def holds(rate_per_s: float) -> bool:
+        run = _Run(curve, service, instances, max_batch, max_waiting, seed)
+        whole = run.play(rate_per_s, requests, slo_ms / 1e3, may_lose=loss * requests, may_be_late=LATE * requests)
+        return whole and run.simulated(rate_per_s).p99_ms <= slo_ms * (1 + 1e-9)
+
+    low, high = TRICKLE * instances * 1e3 / curve.latency_ms(1), most_per_s
+    if low >= high or not holds(low):
+        return 0.0
+    while high > (1 + PRECISION) * low:
+        middle = sqrt(low * high)
+        low, high = (middle, high) if holds(middle) else (low, middle)
+    return low
+
+
+def capacity_per_s(service: Service, *, instances: int, max_batch: int, seed: int = 0) -> float:
+    """Rows per second when all instances run the batch that gets most done, one call after the other."""
+    rng = np.random.default_rng(seed)
+    mean_s = [
+        sum(service(rows, rng) for _ in range(_CAPACITY_DRAWS)) / _CAPACITY_DRAWS for rows in range(1, max_batch + 1)
+    ]
+    return instances * max(rows / seconds for rows, seconds in enumerate(mean_s, 1))
+
+
+def service_of(measurements: Sequence[Measurement]) -> Service:
+    """Draws a measured call of the nearest measured batch; between batches, scaled along the curve of the medians.
+
+    Raises ``ValueError`` as ``Curve.of`` does.
+    """
+    curve = Curve.of(measurements, "p50_ms")
+    measured_s = {m.plan.batch: [ms / 1e3 for ms in m.latencies_ms] for m in measurements}
+
+    @cache
+    def calls_s(rows: int) -> list[float]:
+        nearest = min(measured_s, key=lambda batch: (abs(batch - rows), -batch))
+        scale = curve.latency_ms(rows) / curve.latency_ms(nearest)
+        return [seconds * scale for seconds in measured_s[nearest]]
+
+    def draw(rows: int, rng: np.random.Generator) -> float:
+        drawn = calls_s(rows)
+        return drawn[int(rng.random() * len(drawn))]
+
+    return draw
+
+
+class _Run:
+    """One simulation: a policy, and instances that it keeps busy as ``runner.Batcher`` does."""
+
+    def __init__(
+        self, curve: Curve, service: Service, instances: int, max_batch: int, max_waiting: int, seed: int
+    ) -> None:
+        self._policy = Policy(curve, max_batch=max_batch, max_waiting=max_waiting)
+        self._service = service
+        self._gaps, self._calls = (np.random.default_rng([seed, which]) for which in (0, 1))
+        self._idle = list(range(instances))
+        for instance in self._idle:
+            self._policy.finished(instance)
+        self._ends: list[tuple[float, int, tuple[Request, ...]]] = []
+        self._arrivals_s: list[float] = []
+        self._latencies_s: list[float] = []
+        self._lost = self._late = 0
+        self._last_s = 0.0
+
+    def play(
+        self, rate_per_s: float, requests: int, slo_s: float, *, may_lose: float = inf, may_be_late: float = inf
+    ) -> bool:
+        """Until all is answered, or more than may be was lost or late; whether it came to the end."""
+        self._arrivals_s = (np.cumsum(self._gaps.exponential(size=requests)) / rate_per_s).tolist()
+        for number, now_s in enumerate(self._arrivals_s):
+            self._finish(now_s)
+            decision = self._policy.offer(Request(id=number, deadline_s=now_s + slo_s), now_s)
+            self._lost += len(decision.dropped) + isinstance(decision, Refused)
+            if self._idle:
+                self._start(heappop(self._idle), now_s)
+            if self._lost > may_lose or self._late > may_be_late:
+                return False
+        self._finish(inf)
+        return self._lost <= may_lose and self._late <= may_be_late
+
+    def simulated(self, rate_per_s: float) -> Simulated:
+        """What became of them."""
+        latencies_s = self._latencies_s
+        return Simulated(
+            rate_per_s=rate_per_s,
+            p50_ms=quantile(latencies_s, 0.5) * 1e3 if latencies_s else 0.0,
+            p99_ms=quantile(latencies_s, 0.99) * 1e3 if latencies_s else 0.0,
+            answered=len(latencies_s),
+            refused=self._lost,
+            goodput_per_s=(len(latencies_s) - self._late) / self._last_s if self._last_s else 0.0,
+        )
+
+    def _finish(self, until_s: float) -> None:
+        """Let all calls end that end by then, and what waits start in their place."""
+        while self._ends and self._ends[0][0] <= until_s:
+            now_s, instance, requests = heappop(self._ends)
+            self._last_s = now_s
+            for request in requests:
+                self._latencies_s.append(now_s - self._arrivals_s[request.id])
+                self._late += now_s > request.deadline_s
+            self._policy.finished(instance)
+            self._start(instance, now_s)
+
+    def _start(self, instance: int, now_s: float) -> None:
+        batch = self._policy.next_batch(instance, now_s)
+        self._lost += len(batch.dropped)
+        if batch.requests:
+            seconds = self._service(len(batch.requests), self._calls)
+            heappush(self._ends, (now_s + seconds, instance, batch.requests))
+        else:
+            heappush(self._idle, instance)

@@ -1,0 +1,251 @@
+"""Loads on real children: the fake engine, engines that misbehave under load, and the command line."""
+
+import json
+import shutil
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from corewise import tuned
+from corewise.batching import Curve
+from corewise.cpu import inspect
+from corewise.engines import Material
+from corewise.errors import CorewiseError
+from corewise.samples import from_python
+from corewise.trial import Worker
+from corewise.tuned import Machine, Tuned
+from corewise.values import Build, LoadRun, Measurement, Plan, TensorSpec, from_json, to_json
+from corewise.worker import CALIBRATION, HOLDOUT, PROGRAM, write_material
+
+GOLDEN = Path(__file__).parents[1] / "golden" / "schema-1"
+CPU = inspect()
+SAMPLES = from_python(list(np.random.default_rng(0).standard_normal((40, 6)).astype(np.float32)))
+PLAN = Plan(threads_per_instance=1, instances=2, batch=4)
+CURVE = Curve(points=((1, 6.0), (4, 12.0)))
+
+ENGINES = '''
+import numpy as np
+from corewise.engines.fake import Fake
+
+class Mixing:
+    """Calls of several rows give each row the answer of the next one."""
+    def __init__(self, session):
+        self.session = session
+
+    def run(self, inputs):
+        return [np.roll(output, 1, axis=0) for output in self.session.run(inputs)]
+
+    def close(self):
+        pass
+
+class MixesUp(Fake):
+    def open(self, folder, build, plan):
+        return Mixing(super().open(folder, build, plan))
+
+class Failing(Mixing):
+    """Calls of several rows fail, but the first ones, which are no load yet."""
+    calls = 0
+    def run(self, inputs):
+        self.calls += len(inputs[0]) > 1
+        if len(inputs[0]) > 1 and self.calls > 2:
+            raise RuntimeError("no memory for so many")
+        return self.session.run(inputs)
+
+class FailsUnderLoad(Fake):
+    def open(self, folder, build, plan):
+        return Failing(super().open(folder, build, plan))
+'''
+
+
+@pytest.fixture
+def child(tmp_path):
+    """Opens the engine in a child, and asks that for loads."""
+    SAMPLES.save(tmp_path / CALIBRATION)
+    SAMPLES.save(tmp_path / HOLDOUT)
+    (tmp_path / "cache").mkdir()
+    (tmp_path / "payload").mkdir()
+    material = Material(
+        program=tmp_path / PROGRAM,
+        inputs=(TensorSpec(name="x", dtype="float32", shape=(None, 6)),),
+        outputs=(TensorSpec(name="y", dtype="float32", shape=(None, 5)),),
+        operators={},
+        calibration=SAMPLES,
+        cpu=CPU,
+        cache=tmp_path / "cache",
+    )
+    write_material(tmp_path, material)
+    with Worker(cpus=CPU.affinity, threads=1, log=tmp_path / "log", timeout_s=120) as worker:
+
+        def load(engine="fake", call_ms=2.0, curve=CURVE, plan=PLAN, **options):
+            build = Build(engine=engine, precision="fp32", options=(("seconds_per_call", call_ms / 1e3),))
+            folder = str(tmp_path / "payload")
+            worker.call("build", "building", material=str(tmp_path), build=to_json(build), folder=folder)
+            worker.call("open", "opening", folder=folder, build=to_json(build), plan=to_json(plan))
+            wanted = {"samples": str(tmp_path / HOLDOUT), "plan": to_json(plan), "curve": to_json(curve)}
+            answer = worker.call("load", "under load", **wanted, **{"duration_s": 1.0, **options})
+            return from_json(LoadRun, answer["load"])
+
+        yield load
+
+
+def counted(run):
+    assert run.offered == run.answered + run.refused + run.failed
+    return run
+
+
+def test_an_open_loop_is_answered(child):
+    run = counted(child(rate_per_s=100.0))
+    assert (run.plan, run.rate_per_s, run.clients, run.slo_ms) == (PLAN, 100.0, None, None)
+    assert 60 < run.offered < 140
+    assert (run.refused, run.failed) == (0, 0)
+    assert run.held
+    assert 2.0 <= run.p50_ms <= run.p99_ms
+
+
+def test_a_closed_loop_keeps_its_clients_busy(child):
+    run = counted(child(clients=8))
+    assert (run.rate_per_s, run.clients) == (None, 8)
+    assert run.answered == run.offered > 8
+    one = counted(child(clients=1, call_ms=20.0))
+    assert 2 <= one.offered <= 50
+
+
+def test_more_than_it_can_do_is_refused_at_once_and_the_rest_is_answered(child):
+    run = counted(child(rate_per_s=3000.0, call_ms=20.0, curve=Curve(points=((1, 25.0), (4, 25.0))), slo_ms=200.0))
+    assert run.refused > run.offered / 3
+    assert run.answered > 0
+    assert run.failed == 0
+    assert not run.held
+    assert run.refusal_p99_ms > 0
+
+
+def test_an_slo_shorter_than_a_call_is_too_urgent_for_all(child):
+    run = counted(child(rate_per_s=100.0, slo_ms=5.0))
+    assert run.refused == run.offered > 0
+    assert (run.answered, run.p99_ms) == (0, 0.0)
+
+
+@pytest.fixture
+def user_engines(tmp_path, monkeypatch):
+    (tmp_path / "loaded_engines.py").write_text(ENGINES)
+    monkeypatch.syspath_prepend(tmp_path)
+
+
+def test_answers_that_belong_to_others_have_failed(user_engines, child):
+    run = counted(child("loaded_engines:MixesUp", clients=16, call_ms=5.0))
+    assert run.failed > 0
+    assert not run.held
+
+
+def test_calls_that_fail_are_counted(user_engines, child):
+    plan = Plan(threads_per_instance=1, instances=1, batch=4)
+    run = counted(child("loaded_engines:FailsUnderLoad", clients=16, call_ms=5.0, plan=plan))
+    assert run.failed > 0
+
+
+def test_what_is_no_load_is_said_by_the_child(child):
+    with pytest.raises(CorewiseError, match="under load: a load has either a rate or clients"):
+        child(rate_per_s=1.0, clients=1)
+
+
+# --- the command line ---------------------------------------------------------------------------------------------
+
+
+def corewise(*arguments):
+    command = [sys.executable, "-m", "corewise.cli", "load", *arguments]
+    return subprocess.run(command, capture_output=True, text=True, timeout=300)
+
+
+x86 = pytest.mark.skipif(CPU.architecture != "x86_64", reason="the golden artifacts are for x86-64")
+
+
+@pytest.fixture
+def tuned_here(tmp_path):
+    """A copy of the golden artifact, tuned on this machine with calls that take so long: batch to milliseconds."""
+    folder, plan = tmp_path / "golden.cw", Plan(threads_per_instance=1, batch=16)
+
+    def copy(calls_ms=()):
+        measured = tuple(
+            Measurement(
+                plan=replace(plan, batch=batch),
+                latencies_ms=(ms,),
+                throughput_per_s=1e3 * batch / ms,
+                p50_ms=ms,
+                p99_ms=ms,
+                spread=0.0,
+            )
+            for batch, ms in calls_ms
+        )
+        shutil.copytree(GOLDEN, folder)
+        made = Tuned(machine=Machine.of(CPU), created="2026-01-01", goal="slo", plan=plan, measurements=measured)
+        tuned.write(folder, made)
+        return str(folder)
+
+    return copy
+
+
+@pytest.fixture
+def here(tuned_here):
+    return tuned_here(((1, 2.0), (16, 4.0)))
+
+
+@x86
+def test_load_tells_what_became_of_the_requests(here):
+    found = corewise(here, "--rate", "50", "--duration-s", "1", "--slo-ms", "5000")
+    assert (found.returncode, found.stderr) == (0, "")
+    assert "50 requests/s, arriving at random" in found.stdout
+    assert "0 refused, 0 failed" in found.stdout
+    assert "the SLO of 5000 ms (p99) held: every request was answered" in found.stdout
+
+
+@x86
+def test_load_as_json(here):
+    found = corewise(here, "--clients", "3", "--duration-s", "1", "--json")
+    assert (found.returncode, found.stderr) == (0, "")
+    data = json.loads(found.stdout)
+    run = from_json(LoadRun, data["run"])
+    assert (run.clients, run.plan.batch) == (3, 16)
+    assert run.answered == run.offered > 3
+    assert data["held"] is True
+    assert data["goodput_per_s"] == run.goodput_per_s
+
+
+@x86
+def test_an_slo_that_one_call_misses_is_a_result_in_words(here):
+    found = corewise(here, "--rate", "50", "--duration-s", "1", "--slo-ms", "1")
+    assert (found.returncode, found.stderr) == (0, "")
+    assert "0 answered" in found.stdout
+    assert "cannot hold: one call alone takes 2 ms, so every request was too urgent" in found.stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        ((), "a load has either a rate or clients"),
+        (("--rate", "5", "--clients", "2"), "a load has either a rate or clients"),
+        (("--rate", "0"), "a rate of 0 is no load; give a number above 0"),
+        (("--rate", "-2"), "a rate of -2"),
+        (("--rate", "1e9"), "more than one sender can send"),
+        (("--clients", "0"), "a number of clients of 0"),
+        (("--rate", "5", "--slo-ms", "0"), "an SLO of 0 is no load"),
+        (("--rate", "5", "--duration-s", "nan"), "a duration of nan"),
+    ],
+)
+def test_bad_input_is_one_line(arguments, told):
+    found = corewise(str(GOLDEN), *arguments)
+    assert (found.returncode, found.stdout) == (2, "")
+    assert found.stderr.startswith("corewise: ")
+    assert found.stderr.count("\n") == 1
+    assert told in found.stderr
+
+
+@x86
+def test_a_plan_that_was_not_measured_says_how_to_get_there(tuned_here):
+    folder = tuned_here()
+    found = corewise(folder, "--rate", "5", "--duration-s", "1")
+    assert (found.returncode, found.stdout) == (2, "")
+    assert "has no measurement with 1 threads x 1, batch 16; run corewise retune" in found.stderr

@@ -1,0 +1,178 @@
+"""explore: the plans it asks for lead to the best of an exhaustive sweep, under scaling models that are published."""
+
+from itertools import product
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from corewise.explore import BATCHES, SLOW_CALL_MS, START_BATCH, Wanted, drive, strategy, tables
+from corewise.thread_plan import thread_plans
+from corewise.values import Cpu, LogicalCpu, Measurement, Plan
+
+SHAPES = ((2, 1), (1, 2), (1, 1))
+PROBE_S = 1.5
+"""A second of timed calls, and half of one to warm up."""
+
+
+def machine(nodes=1, cores=2, smt=1):
+    count = nodes * cores
+    return Cpu(
+        architecture="x86_64",
+        vendor="V",
+        model="M",
+        isa=(),
+        cpus=tuple(
+            LogicalCpu(cpu=k * count + c, core=c, socket=c // cores, node=c // cores)
+            for k in range(smt)
+            for c in range(count)
+        ),
+        caches=(),
+        affinity=tuple(range(count * smt)),
+        quota_cores=None,
+        memory_bytes=2**36,
+        memory_limit_bytes=None,
+    )
+
+
+class Scaling:
+    """Times by Gunther's Universal Scalability Law, of threads in an instance and of instances beside each other.
+
+    A call of b items on t threads takes fixed + b * item / U(t); instances together do U'(instances) times one's work
+    (Gunther, Guerrilla Capacity Planning, 2007, chapter 4). Batches above ``cached`` items fall out of the cache.
+    """
+
+    def __init__(self, *, fixed_ms=2.0, item_ms=20.0, contention=0.05, coherence=0.002, shared=0.02, cached=64):
+        self.fixed_ms, self.item_ms, self.cached = fixed_ms, item_ms, cached
+        self.contention, self.coherence, self.shared = contention, coherence, shared
+
+    def measurement(self, plan, why=""):
+        threads, instances = plan.threads_per_instance, plan.instances
+        speedup = threads / (1 + self.contention * (threads - 1) + self.coherence * threads * (threads - 1))
+        slowdown = 1 + self.shared * (instances - 1)
+        spilled = 1.3 if plan.batch * instances > self.cached else 1.0
+        ms = (self.fixed_ms + plan.batch * self.item_ms / speedup * spilled) * slowdown
+        return Measurement(
+            plan=plan,
+            latencies_ms=(ms,) * 5,
+            throughput_per_s=instances * plan.batch * 1e3 / ms,
+            p50_ms=ms,
+            p99_ms=1.1 * ms,
+            spread=0.0,
+            why=why,
+        )
+
+
+def search(goal, model, shapes=SHAPES, known=(), **options):
+    """The measurements that a search took, and why it ended."""
+    steps = drive(
+        strategy(goal, shapes, slo_ms=options.pop("slo_ms", None)),
+        known,
+        lambda wanted: model.measurement(wanted.plan, wanted.why),
+        **options,
+    )
+    *taken, ended = steps
+    return taken, ended
+
+
+def sweep(model, shapes=SHAPES):
+    plans = (Plan(threads_per_instance=t, instances=i, batch=b) for (t, i), b in product(shapes, BATCHES))
+    return [model.measurement(plan) for plan in plans]
+
+
+def per_s(measurement):
+    return measurement.throughput_per_s
+
+
+@given(
+    st.floats(0.1, 50),
+    st.floats(0.1, 100),
+    st.floats(0, 0.3),
+    st.floats(0, 0.01),
+    st.floats(0, 0.5),
+    st.integers(8, 128),
+)
+def test_the_best_plan_is_within_three_per_cent_of_an_exhaustive_sweep(fixed, item, contention, coherence, shared, kb):
+    model = Scaling(fixed_ms=fixed, item_ms=item, contention=contention, coherence=coherence, shared=shared, cached=kb)
+    taken, _ = search("throughput", model)
+    # A call that is slower than this ends the search for larger batches: that is policy, and no mistake.
+    fair = [one for one in sweep(model) if one.plan.batch <= START_BATCH or one.p50_ms <= SLOW_CALL_MS]
+    assert max(map(per_s, taken)) >= 0.97 * max(map(per_s, fair))
+
+
+def test_sixty_four_cores_in_two_nodes_take_less_than_a_minute_and_the_optimum_is_found():
+    cpu = machine(nodes=2, cores=32, smt=2)
+    shapes = thread_plans(cpu)
+    for contention, coherence, shared in product((0.01, 0.05, 0.2), (0.0, 0.002), (0.001, 0.02, 0.1)):
+        model = Scaling(item_ms=3, contention=contention, coherence=coherence, shared=shared, cached=2**14)
+        taken, _ = search("throughput", model, shapes)
+        assert max(map(per_s, taken)) == max(map(per_s, sweep(model, shapes)))
+        assert PROBE_S * len(taken) < 60
+
+
+def test_a_search_is_a_quarter_of_the_sweep_or_less_where_there_are_many_shapes():
+    shapes = thread_plans(machine(nodes=2, cores=32, smt=2))
+    taken, _ = search("throughput", Scaling(item_ms=8), shapes)
+    assert len(taken) <= len(shapes) * len(BATCHES) / 4
+
+
+def test_every_measurement_has_a_reason_and_none_is_taken_twice():
+    taken, ended = search("throughput", Scaling())
+    assert all(one.why for one in taken)
+    assert len({one.plan for one in taken}) == len(taken)
+    assert "is the fastest of what was tried" in ended
+
+
+def test_searching_twice_asks_for_the_same_plans():
+    assert search("throughput", Scaling()) == search("throughput", Scaling())
+
+
+def test_what_is_known_is_not_measured_again():
+    first = Scaling().measurement(Plan(threads_per_instance=2, batch=START_BATCH))
+    taken, _ = search("throughput", Scaling(), known=[first])
+    assert first.plan not in {one.plan for one in taken}
+
+
+def test_no_larger_batch_follows_a_slow_call():
+    taken, _ = search("throughput", Scaling(item_ms=100))
+    assert max(one.plan.batch for one in taken) == START_BATCH
+
+
+def test_single_items_are_timed_on_one_instance_with_each_number_of_threads():
+    taken, ended = search("latency", Scaling(), ((4, 1), (2, 2), (1, 4), (8, 1), (2, 1), (1, 1)))
+    assert [(one.plan.threads_per_instance, one.plan.instances, one.plan.batch) for one in taken] == [
+        (4, 1, 1),
+        (8, 1, 1),
+        (2, 1, 1),
+        (1, 1, 1),
+    ]
+    best = min(taken, key=lambda one: one.p50_ms)
+    assert ended.startswith(best.plan.label)
+
+
+def test_tables_for_an_slo_end_where_calls_are_too_slow():
+    taken, ended = search("slo", Scaling(), slo_ms=100.0)
+    for table in tables(taken).values():
+        assert [one.plan.batch for one in table] == list(BATCHES[: len(table)])
+        assert all(one.p99_ms <= 100 for one in table[:-1])
+    assert "within 100 ms a call" in ended
+
+
+def test_an_impossible_slo_is_told_after_one_call_a_shape():
+    taken, ended = search("slo", Scaling(), slo_ms=1.0)
+    assert [one.plan.batch for one in taken] == [1, 1, 1]
+    assert ended == "not one call is within 1 ms"
+
+
+@pytest.mark.parametrize("after", [0, 1, 3])
+def test_whoever_drives_may_end_it_at_any_plan(after):
+    taken = []
+
+    def measure(wanted: Wanted):
+        taken.append(wanted.plan)
+        return Scaling().measurement(wanted.plan)
+
+    *_, ended = drive(
+        strategy("throughput", SHAPES), [], measure, go_on=lambda: "no time" if len(taken) == after else ""
+    )
+    assert (len(taken), ended) == (after, "no time")

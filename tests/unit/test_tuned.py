@@ -1,0 +1,277 @@
+"""tuned: a plan for each machine beside the manifest, and never a reason for an artifact not to load."""
+
+import json
+import os
+import subprocess
+import sys
+import threading
+import warnings
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from test_artifact import CPU, PLAN, STORY, X
+from test_artifact import write as write_artifact
+
+from corewise import artifact
+from corewise.artifact import TUNED, TUNED_NEW
+from corewise.errors import ArtifactError, OutputError
+from corewise.loading import load, verify
+from corewise.tuned import MOST_BYTES, Machine, Tuned, fit, read, write
+from corewise.values import Measurement, Plan
+
+HERE = Machine.of(CPU)
+ELSEWHERE = replace(HERE, model="Another CPU", quota_cores=1.5)
+HERES = Plan(threads_per_instance=1, instances=1, batch=2)
+
+
+def measured(plan, p50_ms=1.0):
+    return Measurement(
+        plan=plan,
+        latencies_ms=(p50_ms,) * 3,
+        throughput_per_s=1e3 * plan.batch * plan.instances / p50_ms,
+        p50_ms=p50_ms,
+        p99_ms=p50_ms,
+        spread=0.0,
+    )
+
+
+def entry(machine=HERE, plan=HERES, **changes):
+    values = {"goal": "throughput", "measurements": (measured(plan),)}
+    return Tuned(machine=machine, created="2026-01-02T03:04:05+00:00", plan=plan, **{**values, **changes})
+
+
+@pytest.fixture
+def made(tmp_path):
+    return write_artifact(tmp_path / "m.cw")
+
+
+def loaded(folder):
+    """The batch that a loaded model cuts its calls by, and the warnings."""
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        with load(folder) as model:
+            model(X)
+            return model._session._batch, [str(one.message) for one in told]
+
+
+def rewrite(folder, change):
+    """Alter the file and sign it again."""
+    content = json.loads((folder / TUNED).read_text())
+    change(content)
+    content.pop("digest", None)
+    (folder / TUNED).write_text(json.dumps({**content, "digest": artifact.digest(content)}))
+
+
+# --- which plan ---------------------------------------------------------------------------------------------------
+
+
+def test_without_one_the_manifests_plan_runs_and_nothing_is_told(made):
+    assert read(made) == ()
+    assert loaded(made) == (PLAN.batch, [])
+    assert verify(made).notes == ()
+
+
+def test_the_plan_of_this_machine_runs(made):
+    before = artifact.read(made)
+    write(made, entry())
+    assert read(made) == (entry(),)
+    assert artifact.read(made) == before
+    assert loaded(made) == (HERES.batch, [])
+    (note,) = verify(made).notes
+    assert note.startswith("runs 1 threads x 1, batch 2: tuned on this kind of machine")
+    assert note.endswith("on 2026-01-02")
+
+
+def test_the_plan_of_another_machine_does_not(made):
+    write(made, entry(ELSEWHERE))
+    assert loaded(made) == (PLAN.batch, [])
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"model": "Another CPU"},
+        {"isa": ("avx2", "avx512")},
+        {"quota_cores": 7.5},
+        {"affinity": (*CPU.affinity, 4001)},
+    ],
+    ids=lambda change: next(iter(change)),
+)
+def test_a_machine_other_than_the_artifacts_is_told_how_to_retune(tmp_path, monkeypatch, change):
+    made = write_artifact(tmp_path / "m.cw", report=replace(STORY, cpu=replace(CPU, **change)))
+    batch, (told,) = loaded(made)
+    assert batch == PLAN.batch
+    assert f"{made} was planned on " in told
+    assert told.endswith(f"; run corewise retune {made}")
+    before, now = told.partition("was planned on ")[2].partition(", this is ")[::2]
+    assert before != now.partition(":")[0]
+    assert verify(made).notes == (told,)
+    write(made, entry())
+    assert loaded(made) == (HERES.batch, [])
+
+
+def cores(count, quota=None, model="64 cores"):
+    one = CPU.cpus[0]
+    cpus = tuple(replace(one, cpu=number, core=number) for number in range(count))
+    return replace(CPU, cpus=cpus, affinity=tuple(range(count)), quota_cores=quota, model=model)
+
+
+@pytest.mark.parametrize(
+    ("count", "quota", "plan"),
+    [(1, None, (1, 1)), (64, 1.0, (1, 1)), (4, None, (4, 1)), (9, None, (4, 2)), (64, None, (4, 16))],
+)
+def test_elsewhere_a_plan_is_cut_down_to_the_cores_there_are(tmp_path, count, quota, plan):
+    large = Plan(threads_per_instance=4, instances=16, batch=8)
+    made = write_artifact(tmp_path / "m.cw", plan=large, report=replace(STORY, cpu=cores(64)))
+    found = fit(artifact.read(made), cores(count, quota, "its own"))
+    assert found.plan == Plan(threads_per_instance=plan[0], instances=plan[1], batch=8)
+    assert ("was cut down to" in found.warnings[0]) == (found.plan != large)
+
+
+def test_too_many_threads_on_the_plans_own_machine_are_allowed_and_told(tmp_path):
+    crowd = Plan(threads_per_instance=3, instances=2)
+    made = write_artifact(tmp_path / "m.cw", plan=crowd, report=replace(STORY, cpu=cores(2)))
+    found = fit(artifact.read(made), cores(2))
+    assert found.plan == crowd
+    assert found.warnings == (
+        f"{made} runs 3 threads x 2, batch 1: 6 threads take turns where 2 can compute at once; "
+        f"run corewise retune {made}",
+    )
+
+
+def test_a_plan_of_more_threads_than_the_machine_has_is_not_taken(tmp_path):
+    made = write_artifact(tmp_path / "m.cw", report=replace(STORY, cpu=cores(2)))
+    write(made, entry(Machine.of(cores(2)), Plan(threads_per_instance=4, instances=600)))
+    assert fit(artifact.read(made), cores(2)).plan == PLAN
+
+
+# --- damage -------------------------------------------------------------------------------------------------------
+
+
+def link(folder):
+    (folder / TUNED).unlink()
+    (folder / TUNED).symlink_to("manifest.json")
+
+
+def folder_in_its_place(folder):
+    (folder / TUNED).unlink()
+    (folder / TUNED).mkdir()
+
+
+DAMAGE = {
+    "empty": lambda folder: (folder / TUNED).write_text(""),
+    "cut off": lambda folder: (folder / TUNED).write_text((folder / TUNED).read_text()[:-9]),
+    "binary": lambda folder: (folder / TUNED).write_bytes(bytes(range(256))),
+    "deep": lambda folder: (folder / TUNED).write_text("[" * 100_000),
+    "a list": lambda folder: (folder / TUNED).write_text("[]"),
+    "null": lambda folder: (folder / TUNED).write_text("null"),
+    "too long": lambda folder: (folder / TUNED).write_text(" " * (MOST_BYTES + 1)),
+    "a link": link,
+    "a folder": folder_in_its_place,
+    "altered": lambda folder: (folder / TUNED).write_text((folder / TUNED).read_text().replace("01-02", "01-03")),
+    "schema": lambda folder: rewrite(folder, lambda content: content.update(schema=2)),
+    "another artifact": lambda folder: rewrite(folder, lambda content: content.update(manifest="0" * 64)),
+    "no machine": lambda folder: rewrite(folder, lambda content: content.update(machines={})),
+    "machines": lambda folder: rewrite(folder, lambda content: content.update(machines=content["machines"] * 65)),
+    "no plan": lambda folder: rewrite(folder, lambda content: content["machines"][0].pop("plan")),
+    "words": lambda folder: rewrite(folder, lambda content: content["machines"][0]["plan"].update(batch="many")),
+    **{
+        f"{key} {value}": lambda folder, key=key, value=value: rewrite(
+            folder, lambda content: content["machines"][0]["plan"].update({key: value})
+        )
+        for key in ("threads_per_instance", "instances", "batch")
+        for value in (0, -1, 10**9)
+    },
+    **{
+        f"{key} {value}": lambda folder, key=key, value=value: rewrite(
+            folder, lambda content: content["machines"][0]["measurements"][0].update({key: value})
+        )
+        for key in ("p50_ms", "p99_ms", "throughput_per_s")
+        for value in (0.0, -1.0, float("nan"), float("inf"))
+    },
+}
+
+
+@pytest.mark.parametrize("name", DAMAGE)
+def test_a_damaged_file_is_told_and_the_artifact_serves_all_the_same(made, name):
+    write(made, entry())
+    DAMAGE[name](made)
+    with pytest.raises(ArtifactError, match=r"tuned\.json is damaged \(.+\); run corewise retune .* or remove it"):
+        read(made)
+    batch, (told,) = loaded(made)
+    assert batch == PLAN.batch
+    assert told.startswith(f"{made / TUNED} is damaged (")
+    assert "no plan of it is used; run corewise retune" in told
+    assert verify(made).notes == (told,)
+
+
+@pytest.mark.parametrize("name", [name for name in DAMAGE if name != "a folder"])
+def test_writing_makes_a_damaged_file_anew(made, name):
+    write(made, entry())
+    DAMAGE[name](made)
+    write(made, entry())
+    assert read(made) == (entry(),)
+    assert not (made / TUNED).is_symlink()
+
+
+# --- writing ------------------------------------------------------------------------------------------------------
+
+
+def test_each_machine_has_its_own_entry_and_keeps_it(made):
+    write(made, entry(ELSEWHERE))
+    write(made, entry())
+    again = replace(entry(), plan=replace(HERES, batch=4))
+    write(made, again)
+    assert read(made) == (again, entry(ELSEWHERE))
+
+
+def test_machines_that_write_at_the_same_time_all_get_in(made):
+    machines = [replace(HERE, hardware_threads=number) for number in range(1, 25)]
+    start = threading.Barrier(8)
+
+    def work(part):
+        start.wait(60)
+        for machine in part:
+            write(made, entry(machine))
+
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(work, [machines[k::8] for k in range(8)]))
+    assert {one.machine for one in read(made)} == set(machines)
+    assert sorted(os.listdir(made.parent)) == ["m.cw"]
+    assert not (made / TUNED_NEW).exists()
+
+
+def test_an_artifact_can_be_read_at_any_moment_of_writing(made):
+    code = "import sys; from pathlib import Path; from test_tuned import *\n"
+    code += "for _ in range(200): write(Path(sys.argv[1]), entry())"
+    path = os.pathsep.join([os.path.dirname(__file__), *sys.path])
+    writer = subprocess.Popen([sys.executable, "-c", code, str(made)], env={**os.environ, "PYTHONPATH": path})
+    reads = 0
+    while writer.poll() is None:
+        artifact.read(made)
+        assert read(made) in ((), (entry(),))
+        reads += 1
+    assert writer.returncode == 0
+    assert reads > 10
+
+
+def test_a_writer_that_was_killed_leaves_nothing_in_the_way(made):
+    (made / TUNED_NEW).write_text("half")
+    assert loaded(made) == (PLAN.batch, [])
+    write(made, entry())
+    assert not (made / TUNED_NEW).exists()
+
+
+def test_a_folder_that_cannot_be_written_is_told(made):
+    (made / TUNED_NEW).mkdir()  # stops root too
+    with pytest.raises(OutputError, match=r"tuned\.json cannot be written: .*; make the folder writable, or copy"):
+        write(made, entry())
+    assert read(made) == ()
+    assert np.isfinite(verify(made).sqnr_db)
+
+
+def test_whoever_serves_it_may_read_it(made):
+    write(made, entry())
+    assert (made / TUNED).stat().st_mode & 0o777 == 0o644

@@ -74,6 +74,13 @@ def run_trials(builds: Sequence[Build], setting: Setting, journal: Journal, judg
                 raise SourceError(f"the model does not run as it is: {trial.reason}", "make it run in eager PyTorch")
             judge.reference = judge.reference or read_outputs(setting.outputs(build))
         trials.append(trial)
+    spent = setting.budget.ended(TRIALS_SHARE)
+    if spent and trials[1:] and all(trial.reason.startswith(setting.budget.spent) for trial in trials[1:]):
+        raise InputError(
+            f"{setting.budget.spent} before one candidate was tried: the baseline alone took "
+            f"{setting.budget.elapsed_s:.0f} s",
+            "give more time; what is finished is kept",
+        )
     return tuple(trials)
 
 

@@ -308,6 +308,11 @@ def test_wrong_arguments_are_told_before_any_work():
         ({"engines": ("torchscript",)}, EngineError, "no engine is named 'torchscript'; use one of eager"),
         ({"objective": "speed"}, InputError, "objective 'speed' is unknown; give throughput, latency, slo"),
         ({"metric": "f1"}, MetricError, "no metric is named 'f1'"),
+        ({"objective": "slo"}, InputError, "the goal slo and slo_ms go together"),
+        ({"slo_ms": 10.0}, InputError, "the goal slo and slo_ms go together"),
+        ({"objective": "slo", "slo_ms": -1.0}, InputError, "slo_ms is -1.0; give milliseconds above 0"),
+        ({"budget_s": 0.0}, InputError, "the budget is 0.0 s; give seconds above 0"),
+        ({"memory_limit_bytes": 0}, InputError, "memory_limit_bytes is 0; give bytes above 0"),
         (
             {"ignored": ("nope",)},
             EngineError,
@@ -319,6 +324,37 @@ def test_wrong_arguments_are_told_before_any_work():
         with pytest.raises(error, match=told):
             run(Tiny(), only_images(), **options)
     assert time.monotonic() - start < 30
+
+
+def test_a_budget_too_short_for_one_candidate_says_so():
+    with pytest.raises(InputError, match="s was spent before one candidate was tried: the baseline"):
+        run(Tiny(), only_images(), budget_s=0.1)
+
+
+def slo(slo_ms):
+    result = run(Tiny(), only_images(), objective="slo", slo_ms=slo_ms)
+    assert result.report.objective.slo_ms == slo_ms
+    return result.report
+
+
+def test_the_rate_that_is_promised_was_held(monkeypatch):
+    monkeypatch.setattr("corewise.hold.CONFIRM_S", 3.0)
+    monkeypatch.setattr("corewise.hold.LOAD_S", 1.0)
+    report = slo(200.0)
+    promise = report.choice.promise
+    assert promise is not None
+    assert promise.held
+    assert promise.p99_ms <= 200.0
+    assert promise == report.winner.loads[-1]
+    assert report.choice.plan == promise.plan
+    assert f"holds {promise.rate_per_s:.1f} requests/s with p99 <= 200 ms" in report.choice.reason
+
+
+def test_an_slo_that_nothing_meets_is_told_with_how_close_the_best_came():
+    report = slo(0.001)
+    assert report.choice.promise is None
+    assert "nothing meets p99 <= 0.001 ms: the closest is " in report.choice.warnings[0]
+    assert all(trial.explored.startswith(("not one call", "its plans")) for trial in report.trials if trial.explored)
 
 
 def test_another_model_in_the_same_folder_shares_nothing(tmp_path):

@@ -131,7 +131,9 @@ def test_an_instances_team_runs_where_the_instance_does(payload):
         instances.touch(batch(material, 0, 64))
         assert instances.each(lambda session: os.sched_getaffinity(0)) == [{one}, {other}]
         new = [mask for thread, mask in masks().items() if thread not in before]
-        assert sorted(new) == sorted([str(one), str(other)] * 2)
+        # A runtime may start a helper more; all threads of an instance inherit its hardware thread.
+        assert set(new) == {str(one), str(other)}
+        assert min(new.count(str(one)), new.count(str(other))) >= 2
     assert len(masks()) <= len(before) + 1
 
 

@@ -153,7 +153,7 @@ class Bench:
     def start(self, build: Build) -> Worker:
         """A child for the build."""
         log = self._folder / f"{self._name(build)}.log"
-        return Worker(cpus=self._cpu.affinity, threads=self._cpu.usable_cores, log=log, timeout_s=TIMEOUT_S)
+        return Worker(cpu=self._cpu, log=log, timeout_s=TIMEOUT_S)
 
     def build(self, worker: Worker, build: Build) -> list[str]:
         """Build; returns the engine's notes."""

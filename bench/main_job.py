@@ -114,7 +114,7 @@ def run(model: str, rounds: int) -> dict:
         )
 
         def start(build: Build) -> Worker:
-            return Worker(cpus=cpu.affinity, threads=cpu.usable_cores, log=work / "log", timeout_s=TIMEOUT_S)
+            return Worker(cpu=cpu, log=work / "log", timeout_s=TIMEOUT_S)
 
         plan = made.manifest.plan
         hand, failed = by_hand(model, work, plan, start)

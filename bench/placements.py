@@ -96,7 +96,7 @@ def run(model: str, rounds: int) -> dict[str, Any]:
         )
 
         def start(build: Build) -> Worker:
-            return Worker(cpus=cpu.affinity, threads=cpu.usable_cores, log=work / "log", timeout_s=TIMEOUT_S)
+            return Worker(cpu=cpu, log=work / "log", timeout_s=TIMEOUT_S)
 
         plan = Plan(threads_per_instance=cpu.usable_cores, batch=BATCH)
         contenders, receipts = {}, {}

@@ -120,9 +120,7 @@ def bench(
         _write_reference(found, golden, cpu, work)
 
         def start(build: Build) -> Worker:
-            return Worker(
-                cpus=cpu.affinity, threads=cpu.usable_cores, log=work / f"{build.engine}.log", timeout_s=TIMEOUT_S
-            )
+            return Worker(cpu=cpu, log=work / f"{build.engine}.log", timeout_s=TIMEOUT_S)
 
         with start(other) as worker:
             worker.call("build", "building", material=str(work), build=to_json(other), folder=str(payload))

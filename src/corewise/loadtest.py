@@ -56,7 +56,7 @@ def load_test(
         golden_samples(found).save(samples)
         payload = str((found.folder / artifact.PAYLOAD).resolve())
         log, timeout_s = Path(name) / "log", TIMEOUT_S + 2 * duration_s
-        with Worker(cpus=cpu.affinity, threads=cpu.usable_cores, log=log, timeout_s=timeout_s) as worker:
+        with Worker(cpu=cpu, log=log, timeout_s=timeout_s) as worker:
             worker.call("open", "opening", folder=payload, build=to_json(build), plan=to_json(fit.plan))
             answer = worker.call(
                 "load",

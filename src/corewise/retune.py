@@ -117,8 +117,7 @@ class _Bench:
     def start(self, *_: Any) -> AnyWorker:
         if self._in_process is not None:
             return InProcess(self._in_process)
-        threads = self.cpu.usable_cores
-        return Worker(cpus=self.cpu.affinity, threads=threads, log=self._log, timeout_s=self._timeout_s)
+        return Worker(cpu=self.cpu, log=self._log, timeout_s=self._timeout_s)
 
     def search(
         self, first: Plan, then: Callable[[Sequence[Measurement], Sequence[Plan]], Plan | None], until_s: float

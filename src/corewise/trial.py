@@ -61,10 +61,11 @@ class Died(CorewiseError):
 class Worker:
     """The parent's end of a trial child (``worker.Child``); a context manager that leaves no process behind."""
 
-    def __init__(self, *, cpus: Sequence[int], threads: int, log: Path, timeout_s: float) -> None:
-        """Start a child that may run on the hardware threads ``cpus``, and has ``threads`` where no plan says how many.
+    def __init__(self, *, cpu: Cpu, log: Path, timeout_s: float) -> None:
+        """Start a child on all of ``cpu`` that this process may use; what it prints goes to ``log``.
 
-        What it prints goes to ``log``.
+        On all, not only what a plan will use: plans pin their instances themselves. Where no plan says how many threads
+        to use, there is one for each usable core.
         """
         self._timeout_s = timeout_s
         self._log = log
@@ -76,7 +77,7 @@ class Worker:
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=output,
-                env={**os.environ, "OMP_NUM_THREADS": str(threads), "PYTHONPATH": os.pathsep.join(sys.path)},
+                env={**os.environ, "OMP_NUM_THREADS": str(cpu.usable_cores), "PYTHONPATH": os.pathsep.join(sys.path)},
                 # Its own group: Ctrl-C reaches the parent alone, which then ends the child.
                 start_new_session=True,
             )
@@ -84,7 +85,7 @@ class Worker:
         self.peak_memory_bytes = 0
         with ExitStack() as undo:
             undo.callback(self.close)
-            self.call("prepare", "starting", cpus=list(cpus), path=sys.path)
+            self.call("prepare", "starting", cpus=list(cpu.affinity), path=sys.path)
             undo.pop_all()
 
     def call(self, op: str, doing: str, **arguments: Any) -> dict[str, Any]:
@@ -235,13 +236,8 @@ class Setting:
         """A fresh child for the build."""
         if self.in_process is not None:
             return InProcess(self.in_process)
-        # All of them, not only those that a plan will use: plans pin their instances themselves.
-        return Worker(
-            cpus=self.cpu.affinity,
-            threads=self.cpu.usable_cores,
-            log=self.log(build),
-            timeout_s=min(self.timeout_s, max(LEAST_S, self.budget.left_s())),
-        )
+        timeout_s = min(self.timeout_s, max(LEAST_S, self.budget.left_s()))
+        return Worker(cpu=self.cpu, log=self.log(build), timeout_s=timeout_s)
 
 
 def _file_name(build: Build) -> str:

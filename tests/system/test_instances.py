@@ -282,7 +282,7 @@ def material_of(exported, samples, folder):
 
 @contextmanager
 def child(tmp_path, cpus=CPU.usable_cpus):
-    with Worker(cpus=cpus, threads=len(cpus), log=tmp_path / "log", timeout_s=120) as worker:
+    with Worker(cpu=replace(CPU, affinity=tuple(cpus)), log=tmp_path / "log", timeout_s=120) as worker:
         yield worker
 
 

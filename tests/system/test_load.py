@@ -78,7 +78,7 @@ def child(tmp_path):
         cache=tmp_path / "cache",
     )
     write_material(tmp_path, material)
-    with Worker(cpus=CPU.affinity, threads=1, log=tmp_path / "log", timeout_s=120) as worker:
+    with Worker(cpu=CPU, log=tmp_path / "log", timeout_s=120) as worker:
 
         def load(engine="fake", call_ms=2.0, curve=CURVE, plan=PLAN, **options):
             build = Build(engine=engine, precision="fp32", options=(("seconds_per_call", call_ms / 1e3),))

@@ -22,7 +22,6 @@ from corewise.values import Build
 
 SAMPLES = from_python(list(np.random.default_rng(0).standard_normal((40, 6)).astype(np.float32)))
 FAKE = Build(engine="fake", precision="int8")
-CPUS = inspect().usable_cpus
 
 ENGINES = '''
 import os, subprocess, sys, time
@@ -206,7 +205,7 @@ def test_an_interrupt_leaves_no_child(setting):
 
 
 def test_a_worker_that_is_gone_says_so_each_time(tmp_path):
-    with Worker(cpus=CPUS, threads=1, log=tmp_path / "log", timeout_s=60) as worker:
+    with Worker(cpu=inspect(), log=tmp_path / "log", timeout_s=60) as worker:
         with pytest.raises(CorewiseError, match="has no open session"):
             worker.call("round", "racing", budget_s=0.1)
         worker._process.kill()

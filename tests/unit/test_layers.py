@@ -100,13 +100,13 @@ def room_of(name: str) -> str | None:
     return room if room in {module.room for module in modules()} else ROOT
 
 
-def report(problems: list[str]) -> None:
+def assert_none(problems: list[str]) -> None:
     assert not problems, "\n" + "\n".join(problems)
 
 
 def test_every_module_has_its_place() -> None:
     rooms = sorted({module.room for module in modules()} - set(LEVEL) - {ROOT})
-    report(
+    assert_none(
         [f"{room} has no layer: add it to LAYERS in {Path(__file__).name} and to docs/structure.md" for room in rooms]
     )
 
@@ -121,11 +121,11 @@ def test_imports_go_one_way() -> None:
             if LEVEL[module.room] >= LEVEL[room]:
                 relation = "beside" if LEVEL[module.room] == LEVEL[room] else "below"
                 problems.append(f"{module.at(imported.line)}: {module.room} imports {room}, but stands {relation} it")
-    report(problems)
+    assert_none(problems)
 
 
 def test_torch_is_imported_only_where_torch_is_the_work() -> None:
-    report(
+    assert_none(
         [
             f"{module.at(imported.line)}: {module.room} imports {imported.name} {imported.when}"
             for module in modules()
@@ -146,7 +146,7 @@ def _may_import_torch(module: Module, imported: Import) -> bool:
 
 
 def test_web_frameworks_and_ray_stay_in_their_rooms() -> None:
-    report(
+    assert_none(
         [
             f"{module.at(imported.line)}: {module.room} imports {imported.name}"
             for module in modules()
@@ -157,7 +157,7 @@ def test_web_frameworks_and_ray_stay_in_their_rooms() -> None:
 
 
 def test_nothing_is_unpickled() -> None:
-    report(
+    assert_none(
         [
             f"{module.at(imported.line)}: {imported.name}; write JSON or safetensors"
             for module in modules()
@@ -168,7 +168,7 @@ def test_nothing_is_unpickled() -> None:
 
 
 def test_the_environment_is_read_by_the_cli_and_handed_to_trial_children() -> None:
-    report(
+    assert_none(
         [
             f"{module.at(node.lineno)}: {ast.unparse(node)}; take an argument, and let cli.py read the environment"
             for module in modules()
@@ -181,7 +181,7 @@ def test_the_environment_is_read_by_the_cli_and_handed_to_trial_children() -> No
 
 
 def test_only_the_cli_prints_and_exits() -> None:
-    report(
+    assert_none(
         [
             f"{module.at(node.lineno)}: {ast.unparse(node.func)}(); return a value or raise, and let cli.py speak"
             for module in modules()
@@ -193,7 +193,7 @@ def test_only_the_cli_prints_and_exits() -> None:
 
 
 def test_only_trial_children_and_the_server_catch_everything() -> None:
-    report(
+    assert_none(
         [
             f"{module.at(node.lineno)}: catches everything; name the exceptions"
             for module in modules()
@@ -210,7 +210,7 @@ def _catches_everything(handler: ast.ExceptHandler) -> bool:
 
 
 def test_every_module_says_what_it_is() -> None:
-    report([f"{module.path} has no docstring" for module in modules() if not ast.get_docstring(module.tree)])
+    assert_none([f"{module.path} has no docstring" for module in modules() if not ast.get_docstring(module.tree)])
 
 
 @pytest.mark.parametrize(

@@ -9,17 +9,17 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from trial_folder import fill
 
 from corewise import tuned
 from corewise.batching import Curve
 from corewise.cpu import inspect
-from corewise.engines import Material
 from corewise.errors import CorewiseError
 from corewise.samples import from_python
 from corewise.trial import Worker
 from corewise.tuned import Machine, Tuned
-from corewise.values import Build, LoadRun, Measurement, Plan, TensorSpec, from_json, to_json
-from corewise.worker import CALIBRATION, HOLDOUT, PROGRAM, write_material
+from corewise.values import Build, LoadRun, Measurement, Plan, from_json, to_json
+from corewise.worker import HOLDOUT
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "schema-1"
 CPU = inspect()
@@ -64,20 +64,8 @@ class FailsUnderLoad(Fake):
 @pytest.fixture
 def child(tmp_path):
     """Opens the engine in a child, and asks that for loads."""
-    SAMPLES.save(tmp_path / CALIBRATION)
-    SAMPLES.save(tmp_path / HOLDOUT)
-    (tmp_path / "cache").mkdir()
+    fill(tmp_path, SAMPLES)
     (tmp_path / "payload").mkdir()
-    material = Material(
-        program=tmp_path / PROGRAM,
-        inputs=(TensorSpec(name="x", dtype="float32", shape=(None, 6)),),
-        outputs=(TensorSpec(name="y", dtype="float32", shape=(None, 5)),),
-        operators={},
-        calibration=SAMPLES,
-        cpu=CPU,
-        cache=tmp_path / "cache",
-    )
-    write_material(tmp_path, material)
     with Worker(cpu=CPU, log=tmp_path / "log", timeout_s=120) as worker:
 
         def load(engine="fake", call_ms=2.0, curve=CURVE, plan=PLAN, **options):

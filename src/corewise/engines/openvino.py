@@ -60,7 +60,7 @@ class OpenVino:
         """int8 by our quantizer and by NNCF, fp32; where the CPU has bf16 also that, and int8 with the rest in it.
 
         For nets with residual adds also our other placement: without AVX-512 OpenVINO adds an operand within a
-        convolution's kernel only where both are int8 (ResNet-50, Zen 3: 18 adds of their own, 8 % of the time).
+        convolution's kernel only where both are int8 (ResNet-50, Zen 3: its 16 adds alone took 8 % of the time).
         """
         options = () if cpu.int8_dot else (("reduce_range", True),)
         int8 = Build(engine="openvino", precision="int8", options=options)

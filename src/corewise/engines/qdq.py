@@ -1,6 +1,7 @@
 """What the engines share that run corewise's own Q/DQ programs (``corewise.quantize.ptq``)."""
 
 import json
+import shutil
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
@@ -133,15 +134,18 @@ def onnx_model(
     program, notes = quantized(material, build, target)
     from corewise.quantize.ptq import load_quantized
 
-    path = program.with_suffix(".int32-biases.onnx" if int32_biases else ".onnx")
+    path = program.with_suffix(".onnx")
     if not path.exists():
+        export_onnx(load_quantized(program), path)
+    if not int32_biases:
+        return path, notes
+    other = program.with_suffix(".int32-biases.onnx")
+    if not other.exists():
         with TemporaryDirectory(dir=material.cache) as folder:
-            made = Path(folder) / path.name
-            export_onnx(load_quantized(program), made)
-            if int32_biases:
-                quantize_biases(made)
-            made.replace(path)
-    return path, notes
+            made = Path(shutil.copy(path, folder))
+            quantize_biases(made)
+            made.replace(other)
+    return other, notes
 
 
 def export_onnx(program: object, path: Path) -> None:

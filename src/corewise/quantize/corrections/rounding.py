@@ -50,7 +50,7 @@ def round_weights(
     def step(node: Node, args: tuple[object, ...], kwargs: dict[str, object]) -> object:
         if node.name in wanted and node.target not in TRANSPOSED and weight(module, node)[0].numel() <= WIDEST:
             rounded = simulation.read(node, node.args[0], args[0])
-            rows = _rows(node, rounded, weight(module, node), generator)
+            rows = _rows(node, rounded, weight(module, node), generator, len(batches))
             moments[node.name] = moments.get(node.name, torch.zeros(())) + rows.transpose(-1, -2) @ rows
         return simulation.step(node, args, kwargs)
 
@@ -68,13 +68,13 @@ def round_weights(
     return scales
 
 
-def _rows(layer: Node, value: Tensor, own: Tensor, generator: torch.Generator) -> Tensor:
+def _rows(layer: Node, value: Tensor, own: Tensor, generator: torch.Generator, batches: int) -> Tensor:
     """The layer's input as the rows its weight is multiplied with: (positions, inputs) or (groups, positions, inputs).
 
-    A random share of the positions, about ``ROWS_PER_COLUMN`` for each column.
+    A random share of the positions: of all ``batches`` together about ``ROWS_PER_COLUMN`` for each column.
     """
     columns = own[0].numel()
-    wanted = max(FEWEST_ROWS, ROWS_PER_COLUMN * columns) // 4
+    wanted = -(-max(FEWEST_ROWS, ROWS_PER_COLUMN * columns) // batches)
     if layer.target in LINEARS:
         flat = value.reshape(-1, value.shape[-1])
         return flat[_some(len(flat), wanted, generator)]
@@ -123,29 +123,46 @@ def _rounded(own: Tensor, scales: Tensor, moments: Tensor, bits: int) -> Tensor:
     Columns go in the order of falling second moments, GPTQ's ``act_order``: the largest are rounded first.
     """
     groups = len(moments) if moments.dim() == 3 else 1
-    left = own.flatten(1).view(groups, -1, own[0].numel()).clone()
-    grid = scales.view(groups, -1, 1)
+    # (groups, columns, outputs), so that a column lies in one piece.
+    left = own.flatten(1).view(groups, -1, own[0].numel()).transpose(1, 2).contiguous()
+    grid = scales.view(groups, -1)
     order = moments.diagonal(dim1=-2, dim2=-1).view(groups, -1).mean(0).argsort(descending=True)
-    left = left[..., order]
+    back = order.argsort()
+    left = left[:, order]
     moments = moments.view(groups, *moments.shape[-2:])[:, order][..., order]
     diagonal = moments.diagonal(dim1=-2, dim2=-1)
     diagonal += DAMPING * diagonal.mean(-1, keepdim=True) + 1e-8
-    factor, failed = torch.linalg.cholesky_ex(moments)
-    inverse, again = torch.linalg.cholesky_ex(torch.cholesky_inverse(factor), upper=True)
+    inverse = _inverse_factor(moments)
     top = 2 ** (bits - 1)
-    nearest = (left / grid).round().clamp(-top, top - 1) * grid
-    if int(failed.max()) or int(again.max()) or not bool(inverse.isfinite().all()):
-        return nearest[..., order.argsort()].view_as(own)
-    found = torch.zeros_like(left)
-    columns = left.shape[-1]
+
+    def nearest(values: Tensor, steps: Tensor) -> Tensor:
+        return (values / steps).round_().clamp_(-top, top - 1).mul_(steps)
+
+    if inverse is None:
+        return nearest(left, grid.unsqueeze(1))[:, back].transpose(1, 2).reshape(own.shape)
+    found = torch.empty_like(left)
+    columns = left.shape[1]
     for start in range(0, columns, BLOCK):
         stop = min(columns, start + BLOCK)
-        errors = torch.zeros_like(left[..., start:stop])
+        errors = torch.empty_like(left[:, start:stop])
         for column in range(start, stop):
-            value = left[..., column : column + 1]
-            found[..., column : column + 1] = (value / grid).round().clamp(-top, top - 1) * grid
-            error = (value - found[..., column : column + 1]) / inverse[:, column, column].view(-1, 1, 1)
-            left[..., column:stop] -= error * inverse[:, column, column:stop].unsqueeze(1)
-            errors[..., column - start : column - start + 1] = error
-        left[..., stop:] -= errors @ inverse[:, start:stop, stop:]
-    return found[..., order.argsort()].view_as(own)
+            found[:, column] = nearest(left[:, column], grid)
+            error = (left[:, column] - found[:, column]).div_(inverse[:, column, column].unsqueeze(1))
+            errors[:, column - start] = error
+            after = inverse[:, column, column + 1 : stop]
+            left[:, column + 1 : stop].baddbmm_(after.unsqueeze(2), error.unsqueeze(1), alpha=-1)
+        left[:, stop:].baddbmm_(inverse[:, start:stop, stop:].transpose(1, 2), errors, alpha=-1)
+    return found[:, back].transpose(1, 2).reshape(own.shape)
+
+
+def _inverse_factor(moments: Tensor) -> Tensor | None:
+    """The upper triangular R with R^T R the inverse of each matrix; ``None`` where one of them has none.
+
+    With the matrix turned by half, L L^T, R is the inverse of L turned back: half the work of inverting first.
+    """
+    lower, failed = torch.linalg.cholesky_ex(moments.flip(-1, -2))
+    if int(failed.max()):
+        return None
+    identity = torch.eye(moments.shape[-1], dtype=moments.dtype).expand_as(moments)
+    inverse = torch.linalg.solve_triangular(lower, identity, upper=False).flip(-1, -2)
+    return inverse if bool(inverse.isfinite().all()) else None

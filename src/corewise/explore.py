@@ -18,7 +18,11 @@ NEAR = 0.9
 rises and falls once but for ripples (caches, padding to the width of vectors)."""
 NEAR_SHAPE, MOST_NEAR = 0.8, 3
 """So many shapes of at least this share of the best one's speed are tried at its best batch too."""
+MOST_AGAIN = 6
+"""So many plans are measured twice."""
 
+MOST_LATENCIES = 200
+"""Of a measurement."""
 NOT_SEARCHED = "its plans were not searched"
 """How a trial's ``explored`` begins where only the first plan was measured."""
 
@@ -29,11 +33,14 @@ class Wanted:
 
     plan: Plan
     why: str
+    anew: bool = False
+    """Though it was measured before: both measurements then count as one."""
 
 
 Strategy = Generator[Wanted, Measurement, str]
 Shape = tuple[int, int]
 """Threads per instance, and instances."""
+Found = dict[Plan, Measurement]
 
 
 def strategy(goal: Goal, shapes: Sequence[Shape], *, slo_ms: float | None = None) -> Strategy:
@@ -47,23 +54,46 @@ def strategy(goal: Goal, shapes: Sequence[Shape], *, slo_ms: float | None = None
 
 
 def _throughput(shapes: Sequence[Shape]) -> Strategy:
-    """Every shape at one batch; then, in turns, other batches of the best shape and near shapes at the best batch."""
-    at_start: dict[Shape, Measurement] = {}
+    """Every shape at one batch; then, in turns, other batches of the best shape and near shapes at the best batch.
+
+    Last the fastest ones again, and on from there where another one turns out to be: among many plans the one that was
+    measured to be the fastest was partly lucky.
+    """
+    found: Found = {}
     for shape in shapes:
-        plan = _plan(shape, START_BATCH)
-        at_start[shape] = yield Wanted(plan, "the first look" if not at_start else "other threads and instances")
-    ranked = sorted(shapes, key=lambda shape: -at_start[shape].throughput_per_s)
-    least = NEAR_SHAPE * at_start[ranked[0]].throughput_per_s
-    near = [shape for shape in ranked if at_start[shape].throughput_per_s >= least][:MOST_NEAR]
-    top = at_start[ranked[0]]
-    best = None
-    while best is None or top.throughput_per_s > best.throughput_per_s:
-        best = yield from _climb(top)
-        top = best
-        for plan in _beside(best, near):
-            why = f"these threads and instances were about as fast at batch {START_BATCH}"
-            top = max(top, (yield Wanted(plan, why)), key=_per_s)
-    return f"{best.plan.label} is the fastest of what was tried: {best.throughput_per_s:.4g}/s"
+        why = "other threads and instances" if found else "the first look"
+        yield from _ask(found, _plan(shape, START_BATCH), why)
+    ranked = _ranked(found)
+    least = NEAR_SHAPE * ranked[0].throughput_per_s
+    near = [_shape(one) for one in ranked if one.throughput_per_s >= least][:MOST_NEAR]
+    climbed: set[Shape] = set()
+    while (top := _shape(_ranked(found)[0])) not in climbed:
+        climbed.add(top)
+        yield from _climb(found, top)
+        for plan in _beside(_ranked(found)[0], near):
+            yield from _ask(found, plan, f"these threads and instances were about as fast at batch {START_BATCH}")
+    again: set[Plan] = set()
+    while len(again) < MOST_AGAIN:
+        best = _ranked(found)
+        rivals = [one.plan for one in best[:MOST_NEAR] if one.throughput_per_s >= NEAR * best[0].throughput_per_s]
+        if not set(rivals) - again:
+            break
+        for plan in rivals:
+            if plan not in again:
+                again.add(plan)
+                yield from _ask(found, plan, "again", anew=True)
+        yield from _climb(found, _shape(_ranked(found)[0]))
+    fastest = _ranked(found)[0]
+    return f"{fastest.plan.label} is the fastest of what was tried: {fastest.throughput_per_s:.4g}/s"
+
+
+def _ask(found: Found, plan: Plan, why: str, *, anew: bool = False) -> Generator[Wanted, Measurement, None]:
+    if anew or plan not in found:
+        found[plan] = yield Wanted(plan, why, anew)
+
+
+def _ranked(found: Found) -> list[Measurement]:
+    return sorted(found.values(), key=lambda one: -one.throughput_per_s)
 
 
 def _beside(best: Measurement, near: Sequence[Shape]) -> Iterator[Plan]:
@@ -75,21 +105,21 @@ def _beside(best: Measurement, near: Sequence[Shape]) -> Iterator[Plan]:
                 yield _plan(shape, other)
 
 
-def _climb(start: Measurement) -> Generator[Wanted, Measurement, Measurement]:
-    """From one batch to smaller and larger ones while they are not far below the best; returns the best."""
-    best = start
-    position = BATCHES.index(start.plan.batch)
+def _climb(found: Found, shape: Shape) -> Generator[Wanted, Measurement, None]:
+    """From the shape's best batch to smaller and larger ones while they are not far below the best."""
+    best = next(one for one in _ranked(found) if _shape(one) == shape)
+    position = BATCHES.index(best.plan.batch)
     down, up = BATCHES[position - 1 :: -1] if position else (), BATCHES[position + 1 :]
     for batches, words in ((down, "smaller"), (up, "larger")):
-        last = start
+        last = best
         for batch in batches:
             if batch > last.plan.batch and last.p50_ms > SLOW_CALL_MS:
                 break
-            last = yield Wanted(replace(start.plan, batch=batch), f"a {words} batch may be faster")
-            best = max(best, last, key=_per_s)
-            if last.throughput_per_s < NEAR * best.throughput_per_s:
+            plan = _plan(shape, batch)
+            yield from _ask(found, plan, f"a {words} batch may be faster")
+            last = found[plan]
+            if last.throughput_per_s < NEAR * _ranked(found)[0].throughput_per_s:
                 break
-    return best
 
 
 def _latency(shapes: Sequence[Shape]) -> Strategy:
@@ -123,7 +153,7 @@ def tables(measurements: Sequence[Measurement]) -> dict[Shape, list[Measurement]
     """The measurements by shape, each by rising batch."""
     found: dict[Shape, list[Measurement]] = {}
     for one in sorted(measurements, key=lambda m: m.plan.batch):
-        found.setdefault((one.plan.threads_per_instance, one.plan.instances), []).append(one)
+        found.setdefault(_shape(one), []).append(one)
     return found
 
 
@@ -136,7 +166,8 @@ def drive(
 ) -> Iterator[Measurement | str]:
     """Run a strategy: yields each new measurement, and at last why it ended.
 
-    What is ``known`` is not measured again. ``go_on`` says why no more may be measured; empty where it may.
+    What is ``known`` is not measured again unless asked for; a second measurement of a plan is yielded ``pooled`` with
+    the first. ``go_on`` says why no more may be measured; empty where it may.
     """
     found = {one.plan: one for one in known}
     answer: Measurement | None = None
@@ -146,18 +177,42 @@ def drive(
         except StopIteration as end:
             yield str(end.value)
             return
-        if wanted.plan not in found:
+        before = found.get(wanted.plan)
+        if before is None or wanted.anew:
             if why := go_on():
                 yield why
                 return
-            found[wanted.plan] = measure(wanted)
+            taken = measure(wanted)
+            found[wanted.plan] = taken if before is None else pooled(before, taken)
             yield found[wanted.plan]
         answer = found[wanted.plan]
+
+
+def pooled(first: Measurement, second: Measurement) -> Measurement:
+    """Two measurements of one plan as one: mean speed, the worse p99."""
+    latencies = first.latencies_ms + second.latencies_ms
+    return replace(
+        first,
+        latencies_ms=latencies[:: -(-len(latencies) // MOST_LATENCIES)],
+        throughput_per_s=(first.throughput_per_s + second.throughput_per_s) / 2,
+        p50_ms=(first.p50_ms + second.p50_ms) / 2,
+        p99_ms=max(first.p99_ms, second.p99_ms),
+        spread=max(first.spread, second.spread),
+        throttled=first.throttled + second.throttled,
+        memory_bytes=max(first.memory_bytes, second.memory_bytes),
+        memory_per_instance_bytes=max(first.memory_per_instance_bytes, second.memory_per_instance_bytes),
+        why=f"{first.why}; measured twice",
+        rejected=first.rejected or second.rejected,
+    )
 
 
 def _plan(shape: Shape, batch: int) -> Plan:
     threads, instances = shape
     return Plan(threads_per_instance=threads, instances=instances, batch=batch)
+
+
+def _shape(one: Measurement) -> Shape:
+    return one.plan.threads_per_instance, one.plan.instances
 
 
 def _per_s(measurement: Measurement) -> float:

@@ -9,6 +9,7 @@ import numpy as np
 
 from corewise.cpu import throttled_count
 from corewise.engines import Session
+from corewise.explore import MOST_LATENCIES
 from corewise.samples import Samples
 from corewise.stats import quantile, spread
 from corewise.values import Measurement, Plan
@@ -28,7 +29,6 @@ class Each(Protocol):
 WARM_WINDOW = 3
 WARM_TOLERANCE = 0.05
 MIN_CALLS = 3
-KEPT_CALLS = 200
 
 
 def batch_of(samples: Samples, size: int) -> tuple[np.ndarray, ...]:
@@ -97,7 +97,7 @@ def measure(
     seconds = [second for calls in timed for second in calls]
     return Measurement(
         plan=plan,
-        latencies_ms=tuple(round(s * 1e3, 4) for s in seconds[:: -(-len(seconds) // KEPT_CALLS)]),
+        latencies_ms=tuple(round(s * 1e3, 4) for s in seconds[:: -(-len(seconds) // MOST_LATENCIES)]),
         throughput_per_s=plan.batch / median(seconds) if len(timed) == 1 else throughput_per_s(plan.batch, timed),
         p50_ms=median(seconds) * 1e3,
         p99_ms=quantile(seconds, 0.99) * 1e3,

@@ -22,6 +22,8 @@ from corewise.trial import Setting, measured, read_outputs, run_trial
 from corewise.values import Build, Fidelity, Goal, Measurement, Objective, Plan, Trial
 
 FINALISTS = 3
+BEST_PLANS = 3
+"""Of the best finalist, that are raced where they are near each other."""
 EXPLORED = 3
 """The plans of so many builds are searched, beside the baseline's."""
 PROMISING = 0.7
@@ -161,14 +163,14 @@ def _explored(
     if trial.explored:
         return trial
     if why := promising[trial.build]:
-        found = replace(trial, explored=why)
-        journal.add(found)
-        return found
+        left_out = replace(trial, explored=why)
+        journal.add(left_out)
+        return left_out
     setting.tell(StageStarted(f"searching the plans of {trial.build.label}"))
     limit = objective.memory_limit_bytes
     # The child of the trial holds what building left there, so its memory says nothing.
     known = () if limit else trial.measurements
-    measurements, ended = list(known), ""
+    found, ended = {one.plan: one for one in known}, ""
     steps = strategy(objective.goal, setting.shapes(trial.build), slo_ms=objective.slo_ms)
     try:
         with setting.worker(trial.build) as worker:
@@ -181,19 +183,19 @@ def _explored(
                 if isinstance(one, str):
                     ended = one
                 else:
-                    measurements.append(one)
+                    found[one.plan] = one
     except InputError:
         raise
     except CorewiseError as error:
         ended = f"it ended early: {error}"
-    found = replace(trial, measurements=tuple(measurements), explored=ended)
-    if found.best(objective.goal) is None and found.build != BASELINE:
-        reasons = [one.rejected for one in measurements] or [ended]
-        found = replace(found, state="rejected", reason=reasons[0])
+    explored = replace(trial, measurements=tuple(found.values()), explored=ended)
+    if explored.best(objective.goal) is None and explored.build != BASELINE:
+        reasons = [one.rejected for one in found.values()] or [ended]
+        explored = replace(explored, state="rejected", reason=reasons[0])
     if not setting.budget.ended(PLANS_SHARE):
-        journal.add(found)
-    setting.tell(Explored(found))
-    return found
+        journal.add(explored)
+    setting.tell(Explored(explored))
+    return explored
 
 
 def _within(measurement: Measurement, limit_bytes: int | None) -> Measurement:
@@ -233,7 +235,7 @@ def finals(trials: Sequence[Trial], setting: Setting, goal: Goal) -> tuple[tuple
         contenders = [
             Contender(build=trial.build, plan=plan, payload=setting.payload(trial.build))
             for trial in (trials[0], *finalists)
-            for plan in _best_plans(trial, goal, 2 if trial in finalists[:1] else 1)
+            for plan in _best_plans(trial, goal, BEST_PLANS if trial in finalists[:1] else 1)
         ]
         setting.tell(StageStarted(f"racing {len(finalists)} finalists against the baseline"))
         try:

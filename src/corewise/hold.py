@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from math import inf
+from math import inf, sqrt
 
 from corewise.batching import Curve
 from corewise.batching.simulate import most_rate, service_of
@@ -17,8 +17,14 @@ from corewise.worker import MAX_WAITING
 
 TRIED = 2
 """The builds of the highest simulated rates that are put under load, beside the baseline."""
-FIRST, UP, DOWN = 0.9, 1.1, 0.85
-"""Of the simulated rate, the first that is tried; then of the last one, the next."""
+FIRST = 0.9
+"""Of the simulated rate, the first that is tried."""
+UP, DOWN = 1.1, 0.85
+"""Of the last rate, the next, until one was held and one missed; then one between, until they are as near as ``UP``."""
+LEAP = 2.0
+"""The next rate is at most so many times the one that was held, however far away the one is that was missed."""
+DONE = 0.95
+"""Of what was answered in time at a rate that was too high, the most that is tried next."""
 ATTEMPTS = 6
 PROMISED = 0.9
 """Of the highest rate that was held, what is promised: a machine is never as quiet for hours as for seconds."""
@@ -121,9 +127,12 @@ def _search(
             held_per_s = rate_per_s
         else:
             missed_per_s = rate_per_s
-        rate_per_s *= UP if run.held else DOWN
-        if (held_per_s and rate_per_s >= missed_per_s) or setting.budget.ended(SHARE):
+        if missed_per_s <= UP * held_per_s or setting.budget.ended(SHARE):
             break
+        if not held_per_s:
+            rate_per_s = min(DOWN * rate_per_s, DONE * run.goodput_per_s) or rate_per_s / 2
+        else:
+            rate_per_s = held_per_s * (UP if missed_per_s == inf else min(LEAP, sqrt(missed_per_s / held_per_s)))
     rate_per_s = PROMISED * held_per_s
     while rate_per_s > PROMISED**4 * held_per_s and not setting.budget.ended():
         run = load(rate_per_s, CONFIRM_S)

@@ -34,6 +34,8 @@ BACKOFF_S = 0.01
 """How long a client of a closed loop that was refused waits before it sends again."""
 LATE_MS = 5.0
 """A sender that is later than this with one request in a hundred is no longer a Poisson process."""
+OVERRUN = 2.0
+"""A sender that cannot keep up stops after so many times the duration, and leaves the rest unsent."""
 MOST_REQUESTS = 10_000_000
 _POLL_S = 0.002
 
@@ -57,14 +59,17 @@ def open_loop(
     ``submit`` raises ``refusal`` where a request is refused at once, and its future where it is dropped later; a future
     that raises anything else, is cancelled, gives what ``check`` denies, or nothing within ``patience_s`` of the last
     request, has failed. What else ``submit`` raises is raised. Where the sender did not keep up with its own times,
-    ``LoadRun.sender_late_p99_ms`` tells.
+    ``LoadRun.sender_late_p99_ms`` tells, and it stops after ``OVERRUN`` times the duration.
 
     Raises ``InputError`` for what is no load.
     """
     check_load(rate_per_s=rate_per_s, duration_s=duration_s, slo_ms=slo_ms)
     times_s = arrivals_s(rate_per_s, duration_s, seed)
     ledger = _Ledger(submit, refusal=refusal, check=check, clock=clock)
-    for k, due_s in enumerate((clock() + times_s).tolist()):
+    start_s = clock()
+    for k, due_s in enumerate((start_s + times_s).tolist()):
+        if clock() > start_s + OVERRUN * duration_s:
+            break
         while (ahead_s := due_s - clock()) > 0:
             sleep(ahead_s)
         ledger.send(k, due_s)

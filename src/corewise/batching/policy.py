@@ -8,6 +8,7 @@ of higher priority comes.
 """
 
 from bisect import bisect_left, bisect_right, insort
+from collections import Counter
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 from heapq import heapify, heapreplace
@@ -154,6 +155,8 @@ class Policy:
         self._max_batch, self._max_waiting = max_batch, max_waiting
         self._seconds = [0.0, *(curve.latency_ms(rows) / 1e3 for rows in range(1, max_batch + 1))]
         self._waiting: list[_Place] = []
+        self._yields: Counter[int] = Counter()
+        """How many of each priority wait: most often all have one, and nobody can be displaced."""
         self._arrivals = count()
         self._end_s: dict[int, float | None] = {}
         """When each instance's call should end; ``None`` while it is idle."""
@@ -184,6 +187,8 @@ class Policy:
         displaced: list[_Place] = []
         fit = self._fit(place, displaced, now_s)
         if isinstance(fit, Refused):
+            if place.yields >= max(self._yields, default=place.yields):
+                return Refused(reason=fit.reason, retry_after_s=fit.retry_after_s, dropped=expired)
             lower = sorted(
                 (p for p in self._waiting if p.yields > place.yields),
                 key=lambda p: (p.yields, p.deadline_s, p.arrival),
@@ -199,6 +204,7 @@ class Policy:
         place, self._plan = fit
         self._plan_until_s = min(self._free_s(now_s))
         insort(self._waiting, place)
+        self._yields[place.yields] += 1
         self.waiting_rows += request.rows
         self.next_expiry_s = min(self.next_expiry_s, request.deadline_s - self._seconds[request.rows])
         return Accepted(dropped=dropped)
@@ -215,6 +221,7 @@ class Policy:
         taken, self._waiting, _ = self._split(self._waiting, now_s, self._free_s(now_s))
         rows = _rows(taken)
         self.waiting_rows -= rows
+        self._forget(taken)
         end_s = self._end_s[instance] = now_s + self._seconds[rows]
         self._plan = None
         return Batch(requests=tuple(place.request for place in taken), end_s=end_s, dropped=dropped)
@@ -320,8 +327,15 @@ class Policy:
         gone = {place.arrival for place in places}
         self._waiting = [place for place in self._waiting if place.arrival not in gone]
         self.waiting_rows -= _rows(places)
+        self._forget(places)
         self._plan = None
         return tuple(Dropped(request=place.request, reason=reason) for place in places)
+
+    def _forget(self, places: list[_Place]) -> None:
+        for place in places:
+            self._yields[place.yields] -= 1
+            if not self._yields[place.yields]:
+                del self._yields[place.yields]
 
 
 def _rows(places: list[_Place]) -> int:

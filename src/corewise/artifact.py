@@ -69,6 +69,8 @@ class Manifest:
     output_structure: dict[str, Any]
     preprocess: Preprocess | None
     files: dict[str, FileFacts]
+    labels: tuple[str, ...] | None = None
+    """Names of the classes, in the order of the scores."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -291,6 +293,11 @@ def _sqnr_db(found: Sequence[np.ndarray], expected: Sequence[np.ndarray]) -> flo
 def _sha256(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def identity(folder: Path) -> str:
+    """What tells an artifact from others: the sha256 of its manifest, which holds those of all its files."""
+    return _sha256(folder / MANIFEST)
 
 
 def digest(content: dict[str, Any]) -> str:

@@ -117,7 +117,7 @@ def bench(
         payload = work / "payload"
         payload.mkdir()
         golden = golden_samples(found)
-        _write_reference(found, golden, cpu, work)
+        write_reference(found, golden, cpu, work)
 
         def start(build: Build) -> Worker:
             return Worker(cpu=cpu, log=work / f"{build.engine}.log", timeout_s=TIMEOUT_S)
@@ -183,7 +183,7 @@ def golden_samples(found: Artifact) -> Samples:
     return Samples(rows=rows, structure=found.input_structure, source=str(found.folder))
 
 
-def _write_reference(found: Artifact, golden: Samples, cpu: Cpu, work: Path) -> None:
+def write_reference(found: Artifact, golden: Samples, cpu: Cpu, work: Path) -> None:
     """The artifact's fp32 program and golden inputs as material for a build."""
     from corewise.source import load_program, operators
 

@@ -5,14 +5,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from corewise import artifact, tuned
-from corewise.artifact import Artifact
-from corewise.batching import Curve
 from corewise.cpu import inspect
-from corewise.errors import ArtifactError
 from corewise.loadgen import LATE_MS, check_load
 from corewise.loading import TIMEOUT_S, check_available, check_trusted, golden_samples
 from corewise.trial import Worker
-from corewise.tuned import Fit
 from corewise.values import LoadRun, from_json, to_json
 from corewise.worker import HOLDOUT
 
@@ -50,7 +46,7 @@ def load_test(
     fit, build = tuned.fit(found, cpu), found.manifest.build
     check_trusted(found, build.engine)
     check_available(build.engine, f"loading {folder}")
-    curve = latency_table(found, fit)
+    curve = tuned.latency_table(found, fit)
     with tempfile.TemporaryDirectory(prefix="corewise-") as name:
         samples = Path(name) / HOLDOUT
         golden_samples(found).save(samples)
@@ -70,21 +66,6 @@ def load_test(
                 slo_ms=slo_ms,
             )
     return LoadTest(run=from_json(LoadRun, answer["load"]), call_ms=curve.latency_ms(1), notes=fit.warnings)
-
-
-def latency_table(found: Artifact, fit: Fit) -> Curve:
-    """Milliseconds over the batch (p99), as measured with the threads and instances of the plan that fits here.
-
-    Raises ``ArtifactError`` where nothing was.
-    """
-    alike = (fit.plan.threads_per_instance, fit.plan.instances)
-    measured = fit.tuned.measurements if fit.tuned else found.report.winner.measurements
-    chosen = [one for one in measured if (one.plan.threads_per_instance, one.plan.instances) == alike]
-    if not chosen:
-        raise ArtifactError(
-            f"{found.folder} has no measurement with {fit.plan.label}", f"run corewise retune {found.folder}"
-        )
-    return Curve.of(chosen)
 
 
 def words(found: LoadTest) -> tuple[str, ...]:

@@ -54,6 +54,17 @@ class AnyWorker(Protocol):
     ) -> None: ...
 
 
+def child_environment(cpu: Cpu) -> dict[str, str]:
+    """The environment of a process that runs instances: a thread for each core where no plan says how many."""
+    return {
+        **os.environ,
+        "OMP_NUM_THREADS": str(cpu.usable_cores),
+        "PYTHONPATH": os.pathsep.join(sys.path),
+        # As instances.one_arena, from the first thread on.
+        "MALLOC_ARENA_MAX": "1",
+    }
+
+
 class Died(CorewiseError):
     """A trial child ended or hung before it answered."""
 
@@ -77,7 +88,7 @@ class Worker:
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=output,
-                env={**os.environ, "OMP_NUM_THREADS": str(cpu.usable_cores), "PYTHONPATH": os.pathsep.join(sys.path)},
+                env=child_environment(cpu),
                 # Its own group: Ctrl-C reaches the parent alone, which then ends the child.
                 start_new_session=True,
             )
@@ -108,6 +119,11 @@ class Worker:
         if "error" in answer:
             raise CorewiseError(f"{doing}: {answer['error']}")
         return answer
+
+    @property
+    def pid(self) -> int:
+        """Of the child."""
+        return self._process.pid
 
     def close(self) -> None:
         """End the child and what it started, whatever they are doing."""

@@ -6,7 +6,6 @@ where a damaged payload is refused.
 """
 
 import fcntl
-import hashlib
 import json
 import os
 from collections.abc import Iterator
@@ -16,7 +15,8 @@ from math import isfinite
 from pathlib import Path
 from typing import Any
 
-from corewise.artifact import MANIFEST, TUNED, TUNED_NEW, Artifact, digest
+from corewise.artifact import TUNED, TUNED_NEW, Artifact, digest, identity
+from corewise.batching import Curve
 from corewise.errors import ArtifactError, OutputError
 from corewise.thread_plan import most_threads, warning
 from corewise.values import Cpu, Goal, Measurement, Plan, from_json, to_json
@@ -115,6 +115,21 @@ def fit(found: Artifact, cpu: Cpu) -> Fit:
     return Fit(plan=plan, tuned=None, warnings=tuple(warnings))
 
 
+def latency_table(found: Artifact, fit: Fit) -> Curve:
+    """Milliseconds over the batch (p99), as measured with the threads and instances of the plan that fits here.
+
+    Raises ``ArtifactError`` where nothing was.
+    """
+    alike = (fit.plan.threads_per_instance, fit.plan.instances)
+    measured = fit.tuned.measurements if fit.tuned else found.report.winner.measurements
+    chosen = [one for one in measured if (one.plan.threads_per_instance, one.plan.instances) == alike]
+    if not chosen:
+        raise ArtifactError(
+            f"{found.folder} has no measurement with {fit.plan.label}", f"run corewise retune {found.folder}"
+        )
+    return Curve.of(chosen)
+
+
 def read(folder: Path) -> tuple[Tuned, ...]:
     """The entries of an artifact's ``tuned.json``, the newest first; none where there is no such file.
 
@@ -150,7 +165,7 @@ def write(folder: Path, entry: Tuned) -> None:
                 kept = [other for other in read(folder) if other.machine != entry.machine]
             content = {
                 "schema": SCHEMA,
-                "manifest": _identity(folder),
+                "manifest": identity(folder),
                 "machines": to_json((entry, *kept)[:MOST_MACHINES]),
             }
             new.unlink(missing_ok=True)
@@ -175,7 +190,7 @@ def _entries(content: Any, folder: Path) -> tuple[Tuned, ...]:
         raise ValueError(f"it has schema {content.get('schema')!r}, this corewise reads {SCHEMA}")
     if content.pop("digest", None) != digest(content):
         raise ValueError("it was altered after it was written")
-    if content.get("manifest") != _identity(folder):
+    if content.get("manifest") != identity(folder):
         raise ValueError("it was made for another artifact")
     if len(content["machines"]) > MOST_MACHINES:
         raise ValueError(f"it has more than {MOST_MACHINES} machines")
@@ -196,11 +211,6 @@ def _check(entry: Tuned) -> None:
     for one in entry.measurements:
         if not all(isfinite(value) and value > 0 for value in (one.throughput_per_s, one.p50_ms, one.p99_ms)):
             raise ValueError(f"{one.plan.label} was measured with {one.p50_ms} ms a call")
-
-
-def _identity(folder: Path) -> str:
-    """What tells the artifact from others."""
-    return hashlib.sha256((folder / MANIFEST).read_bytes()).hexdigest()
 
 
 def _within(plan: Plan, manifest: Plan, cpu: Cpu) -> bool:

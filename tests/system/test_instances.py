@@ -134,7 +134,8 @@ def test_an_instances_team_runs_where_the_instance_does(payload):
         # A runtime may start a helper more; all threads of an instance inherit its hardware thread.
         assert set(new) == {str(one), str(other)}
         assert min(new.count(str(one)), new.count(str(other))) >= 2
-    assert len(masks()) <= len(before) + 1
+    # Runtimes keep helpers of their own, but no instance's.
+    assert not {mask for thread, mask in masks().items() if thread not in before} & {str(one), str(other)}
 
 
 @two_cores
@@ -402,7 +403,10 @@ thread.join()
 
 
 def test_threads_keep_freed_memory_too():
-    per_thread, one = (int(output_of(sys.executable, "-c", FAULTS, mode)) for mode in ("per-thread", "one"))
+    # Where a thread of a library has had an arena before, the next one may get that; so the fewest of some tries.
+    per_thread, one = (
+        min(int(output_of(sys.executable, "-c", FAULTS, mode)) for _ in range(4)) for mode in ("per-thread", "one")
+    )
     assert per_thread > 10_000
     assert one < per_thread / 20
 

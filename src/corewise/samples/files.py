@@ -151,6 +151,16 @@ def _transform(preprocess: Preprocess, function: str | Preprocessor | None) -> t
     return lambda image, name: _normalised(image, preprocess), preprocess
 
 
+def image_array(image: "Image", preprocess: Preprocess) -> NDArray[np.float32]:
+    """One image as a model's input, float32 (3, crop, crop), as ``read`` makes it.
+
+    Raises ``SamplesError`` where ``preprocess`` is a function of the user's, which is not run for strangers' images.
+    """
+    if preprocess.function is not None:
+        raise SamplesError(f"images are prepared by {preprocess.function}, which is not here", "send tensors")
+    return _normalised(image, preprocess)
+
+
 def _normalised(image: "Image", preprocess: Preprocess) -> NDArray[np.float32]:
     """(C, crop, crop) as torchvision's Resize, CenterCrop, ToTensor, Normalize make it of a PIL image."""
     image = image.convert("L" if len(preprocess.mean) == 1 else "RGB")

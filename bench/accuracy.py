@@ -46,11 +46,9 @@ from typing import Any
 import numpy as np
 
 HERE = Path(__file__).resolve().parent
-ROOT = HERE.parent
 sys.path.insert(0, str(HERE))
-sys.path.insert(0, str(ROOT / "examples"))
 
-from main_job import DATA, MODELS, RESNET_MEAN, RESNET_STD  # noqa: E402
+from subjects import DATA, ROOT, SUBJECTS  # noqa: E402
 
 from corewise import source  # noqa: E402
 from corewise.cpu import inspect  # noqa: E402
@@ -58,8 +56,8 @@ from corewise.engines import Material, engine  # noqa: E402
 from corewise.engines.quiet import quiet  # noqa: E402
 from corewise.errors import CorewiseError, EngineError  # noqa: E402
 from corewise.imports import guard  # noqa: E402
-from corewise.samples import Samples, read, split  # noqa: E402
-from corewise.values import Build, Preprocess, to_json  # noqa: E402
+from corewise.samples import Samples, split  # noqa: E402
+from corewise.values import Build, to_json  # noqa: E402
 from corewise.worker import CALIBRATION, HOLDOUT, PROGRAM, peak_memory_bytes, read_material, write_material  # noqa: E402
 
 ANSWER, FP32 = "answer.json", "fp32.npy"
@@ -79,19 +77,9 @@ Made = dict[str, tuple[Predict, int]]
 """By placement (empty where there is one only): how to answer, and how many int8 kernels that runs."""
 
 
-def preprocess_of(model: str) -> Preprocess:
-    """As the options of ``main_job.MODELS`` say."""
-    if model == "resnet50":
-        mean, std = (tuple(float(part) for part in text.split(",")) for text in (RESNET_MEAN, RESNET_STD))
-        return Preprocess(mean=mean, std=std)
-    return Preprocess(resize=32, crop=32) if model == "resnet20" else Preprocess()
-
-
 def samples_of(model: str) -> tuple[Samples, Samples, np.ndarray]:
     """For calibration, to be measured on, and which of the latter calibration did not see (bool)."""
-    options = dict(zip(MODELS[model][::2], MODELS[model][1::2], strict=True))
-    reference = options["--samples"]
-    data = read(str(ROOT / reference) if reference.startswith("examples/") else reference, preprocess_of(model))
+    data = SUBJECTS[model].data()
     count = CALIBRATE[model]
     if model == "minilm":
         calibrating, _ = split(data, calibration=count, seed=SEED)
@@ -241,7 +229,7 @@ def _build(name: str, bits: int) -> Build:
 
 
 def _module(model: str) -> Any:
-    return source.load(str(ROOT / "examples" / f"{model}.py:build"))
+    return source.load(SUBJECTS[model].model)
 
 
 def _batches(material: Material, size: int) -> list[tuple[Any, ...]]:
@@ -446,7 +434,7 @@ def table(rows: Sequence[Mapping[str, Any]]) -> str:
 def main() -> None:
     """Measure what the command line asks for and the file has not."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", action="append", choices=MODELS, help="may be repeated; all by default")
+    parser.add_argument("--model", action="append", choices=CALIBRATE, help="may be repeated; all by default")
     parser.add_argument(
         "--quantizer", action="append", help=f"a name or pattern, may be repeated: {', '.join(QUANTIZERS)}"
     )
@@ -454,7 +442,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=HERE / "results" / "accuracy.json")
     parser.add_argument("--child", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args()
-    models = options.model or list(MODELS)
+    models = options.model or list(CALIBRATE)
     patterns = options.quantizer or ["*"]
     wanted = [name for name in QUANTIZERS if any(fnmatch(name, pattern) for pattern in patterns)]
     if options.child:
@@ -472,7 +460,7 @@ def main() -> None:
         # Read anew: another run may have added to the file.
         done = {(row["model"], row["quantizer"]) for row in made}
         rows = [row for row in read_rows() if (row["model"], row["quantizer"]) not in done] + made
-        order = {name: place for place, name in enumerate((*MODELS, *QUANTIZERS))}
+        order = {name: place for place, name in enumerate((*CALIBRATE, *QUANTIZERS))}
         rows.sort(key=lambda row: (order[row["model"]], order[row["quantizer"]], row["placement"]))
         options.out.parent.mkdir(parents=True, exist_ok=True)
         written = options.out.with_suffix(".part")

@@ -90,6 +90,21 @@ class EagerChannelsLast(Eager):
     channels_last = True
 
 
+class TorchCompile(Hand):
+    """``torch.compile(model)`` with its defaults, under inference_mode."""
+
+    def open(self, folder: Path, build: Build, plan: Plan) -> FunctionSession:
+        import torch
+
+        compiled = torch.compile(factory(build))
+
+        def run(inputs: Arrays) -> list[np.ndarray]:
+            with torch.inference_mode():
+                return [compiled(*(torch.from_numpy(array) for array in inputs)).numpy()]
+
+        return FunctionSession(run)
+
+
 class TorchFx(Hand):
     """FX graph mode quantization with the default qconfig mapping of the default backend (x86)."""
 
@@ -120,7 +135,7 @@ class TorchFx(Hand):
 
 
 class OpenVino(Hand):
-    """convert_model and compile_model with their defaults; fp32."""
+    """convert_model, and compile_model with the hint LATENCY, which is the default; fp32."""
 
     def convert(self, material: Material, build: Build):
         import openvino
@@ -136,8 +151,37 @@ class OpenVino(Hand):
     def open(self, folder: Path, build: Build, plan: Plan) -> FunctionSession:
         import openvino
 
-        compiled = openvino.Core().compile_model(folder / "model.xml", "CPU")
+        compiled = openvino.Core().compile_model(folder / "model.xml", "CPU", {"PERFORMANCE_HINT": "LATENCY"})
         return FunctionSession(lambda inputs: [compiled(list(inputs))[0]])
+
+
+def throughput_session(folder: Path) -> FunctionSession:
+    """The hint THROUGHPUT as its documentation asks for: as many requests at a time as the model calls optimal.
+
+    A call's rows are shared among them.
+    """
+    import openvino
+
+    compiled = openvino.Core().compile_model(folder / "model.xml", "CPU", {"PERFORMANCE_HINT": "THROUGHPUT"})
+    queue = openvino.AsyncInferQueue(compiled, 0)  # 0: the optimal number
+
+    def run(inputs: Arrays) -> list[np.ndarray]:
+        parts = min(len(queue), len(inputs[0]))
+        results: list[np.ndarray] = [np.empty(0)] * parts
+        queue.set_callback(lambda request, k: results.__setitem__(k, request.get_output_tensor(0).data.copy()))
+        for k, rows in enumerate(zip(*(np.array_split(array, parts) for array in inputs), strict=True)):
+            queue.start_async(list(rows), k)
+        queue.wait_all()
+        return [np.concatenate(results)]
+
+    return FunctionSession(run)
+
+
+class OpenVinoThroughput(OpenVino):
+    """The same with the hint THROUGHPUT."""
+
+    def open(self, folder: Path, build: Build, plan: Plan) -> FunctionSession:
+        return throughput_session(folder)
 
 
 class Nncf(OpenVino):
@@ -149,6 +193,13 @@ class Nncf(OpenVino):
         model = super().convert(material, build)
         items = [list(arrays) for _, arrays in material.calibration.batches(1)]
         return nncf.quantize(model, nncf.Dataset(items))
+
+
+class NncfThroughput(Nncf):
+    """The same with the hint THROUGHPUT."""
+
+    def open(self, folder: Path, build: Build, plan: Plan) -> FunctionSession:
+        return throughput_session(folder)
 
 
 class Ort(Hand):
@@ -204,9 +255,12 @@ class OrtQuantized(Ort):
 CONTENDERS = {
     "eager": "hand:Eager",
     "eager channels_last": "hand:EagerChannelsLast",
+    "torch.compile": "hand:TorchCompile",
     "torch FX int8 (x86)": "hand:TorchFx",
-    "OpenVINO fp32": "hand:OpenVino",
-    "OpenVINO int8 (NNCF)": "hand:Nncf",
+    "OpenVINO fp32, LATENCY": "hand:OpenVino",
+    "OpenVINO fp32, THROUGHPUT": "hand:OpenVinoThroughput",
+    "OpenVINO int8 (NNCF), LATENCY": "hand:Nncf",
+    "OpenVINO int8 (NNCF), THROUGHPUT": "hand:NncfThroughput",
     "ONNX Runtime fp32": "hand:Ort",
     "ONNX Runtime int8 (quantize_static)": "hand:OrtQuantized",
 }

@@ -19,21 +19,18 @@ from typing import Any
 
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE))
-sys.path.insert(0, str(HERE.parent / "examples"))
 
-from main_job import ROOT, samples_of  # noqa: E402
+from subjects import SUBJECTS, prepare, starter  # noqa: E402
 
-from corewise import source  # noqa: E402
 from corewise.cpu import inspect  # noqa: E402
-from corewise.engines import Material, engine, qdq  # noqa: E402
+from corewise.engines import engine, qdq  # noqa: E402
 from corewise.engines import onnxruntime as ort  # noqa: E402
 from corewise.engines import openvino as ov  # noqa: E402
 from corewise.engines.base import Session  # noqa: E402
 from corewise.race import Contender, race  # noqa: E402
 from corewise.stats import ratio_interval  # noqa: E402
-from corewise.trial import Worker  # noqa: E402
 from corewise.values import Build, Plan, to_json  # noqa: E402
-from corewise.worker import CALIBRATION, HOLDOUT, PROGRAM, write_material  # noqa: E402
+from corewise.worker import HOLDOUT  # noqa: E402
 
 DEFAULT = ("resnet50", "mobilenet_v2", "minilm")
 BATCH = 16
@@ -72,32 +69,10 @@ class FixedOnnxRuntime(ort.OnnxRuntime):
 def run(model: str, rounds: int) -> dict[str, Any]:
     """Build the two engines' payloads both ways, and race them."""
     cpu = inspect()
-    calibrating, holdout = samples_of(model)
-    with tempfile.TemporaryDirectory(prefix="corewise-placements-") as name:
-        work = Path(name)
-        exported = source.export(source.load(f"{ROOT}/examples/{model}.py:build"), calibrating)
-        assert exported.program is not None, exported.why_not
-        source.save_program(exported.program, work / PROGRAM)
-        calibrating.save(work / CALIBRATION)
-        holdout.save(work / HOLDOUT)
-        (work / "cache").mkdir()
-        operators = source.operators(exported.program)
-        write_material(
-            work,
-            Material(
-                program=work / PROGRAM,
-                inputs=exported.inputs,
-                outputs=exported.outputs,
-                operators=operators,
-                calibration=calibrating,
-                cpu=cpu,
-                cache=work / "cache",
-            ),
-        )
-
-        def start(build: Build) -> Worker:
-            return Worker(cpu=cpu, log=work / "log", timeout_s=TIMEOUT_S)
-
+    with tempfile.TemporaryDirectory(prefix="corewise-placements-") as folder:
+        work = Path(folder)
+        operators = prepare(work, SUBJECTS[model], cpu).operators
+        start = starter(work, TIMEOUT_S)
         plan = Plan(threads_per_instance=cpu.usable_cores, batch=BATCH)
         contenders, receipts = {}, {}
         for name in ("openvino", "onnxruntime"):

@@ -61,9 +61,14 @@ def samples_ragged() -> Samples:
     return _samples()
 
 
-def _samples(**padding: Any) -> Samples:
+def padded(tokens: int, pairs: int) -> Samples:
+    """The first pairs of sentences, padded to so many tokens."""
+    return _samples(pairs, padding="max_length", max_length=tokens)
+
+
+def _samples(first: int | None = None, **padding: Any) -> Samples:
     with open(data_folder() / "stsb.csv", newline="", encoding="utf-8") as file:
-        pairs = list(csv.DictReader(file))
+        pairs = list(csv.DictReader(file))[:first]
     tokenizer = AutoTokenizer.from_pretrained(encoder_folder(), local_files_only=True)
     sentences = [pair[key] for pair in pairs for key in ("sentence1", "sentence2")]
     tokens = tokenizer(sentences, truncation=False, return_token_type_ids=False, **padding)

@@ -1,0 +1,97 @@
+"""The rate that an SLO plan promises, held for a minute; and three times that rate.
+
+    python bench/slo.py [resnet50] [--slo-ms 100] [--budget 5m]
+
+Optimizes for the SLO as a user does, then puts the artifact under load as ``corewise load`` does: its capacity (a
+closed loop that always has a full batch waiting, before and after), the promised rate for 60 s, three times that rate
+for 60 s. Writes bench/results/slo_MODEL.json.
+"""
+
+import argparse
+import json
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+HERE = Path(__file__).resolve().parent
+sys.path.insert(0, str(HERE))
+
+from subjects import ROOT, SUBJECTS  # noqa: E402
+
+from corewise import artifact  # noqa: E402
+from corewise.cpu import inspect  # noqa: E402
+from corewise.loadtest import load_test  # noqa: E402
+from corewise.values import LoadRun, to_json  # noqa: E402
+
+LOAD_S, CAPACITY_S = 60.0, 15.0
+OVERLOAD = 3
+
+
+def facts(run: LoadRun) -> dict[str, Any]:
+    """The load's record with what follows from it."""
+    return {**to_json(run), "goodput_per_s": run.goodput_per_s, "held": run.held}
+
+
+def run(model: str, slo_ms: float, budget: str) -> dict[str, Any]:
+    """Optimize and load."""
+    subject = SUBJECTS[model]
+    with tempfile.TemporaryDirectory(prefix="corewise-slo-") as name:
+        output = Path(name) / f"{model}.cw"
+        command = [sys.executable, "-m", "corewise.cli", "optimize", subject.model, *subject.options, "--slo-ms"]
+        command += [str(slo_ms), "--budget", budget, "-o", str(output), "--json"]
+        print("$", " ".join(command[2:]), flush=True)
+        done = subprocess.run(command, cwd=ROOT, check=True, stdout=subprocess.PIPE, text=True)
+        found = artifact.read(output)
+        promise = found.report.choice.promise
+        if promise is None or promise.rate_per_s is None:
+            sys.exit(f"nothing is promised: {found.report.choice.reason}")
+        plan = found.manifest.plan
+        clients = 2 * plan.batch * plan.instances
+
+        def capacity() -> LoadRun:
+            return load_test(output, clients=clients, duration_s=CAPACITY_S).run
+
+        before = capacity()
+        kept = load_test(output, rate_per_s=promise.rate_per_s, duration_s=LOAD_S, slo_ms=slo_ms).run
+        over = load_test(output, rate_per_s=OVERLOAD * promise.rate_per_s, duration_s=LOAD_S, slo_ms=slo_ms).run
+        after = capacity()
+    most = max(one.answered / one.duration_s for one in (before, after))
+    return {
+        "model": model,
+        "slo_ms": slo_ms,
+        "cpu": to_json(inspect()),
+        "summary": json.loads(done.stdout),
+        "plan": plan.label,
+        "promised_per_s": promise.rate_per_s,
+        "capacity_per_s": most,
+        "capacity": [facts(before), facts(after)],
+        "promised": facts(kept),
+        "overload": facts(over),
+        "overload_goodput_of_capacity": over.goodput_per_s / most,
+    }
+
+
+def main() -> None:
+    """Run the models named on the command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("models", nargs="*", default=["resnet50"])
+    parser.add_argument("--slo-ms", type=float, default=100.0)
+    parser.add_argument("--budget", default="5m")
+    options = parser.parse_args()
+    for model in options.models:
+        found = run(model, options.slo_ms, options.budget)
+        path = HERE / "results" / f"slo_{model}.json"
+        path.write_text(json.dumps(found, indent=1) + "\n")
+        print(f"{model}: {found['summary']['reason']}")
+        kept, over = found["promised"], found["overload"]
+        print(f"  promised {found['promised_per_s']:.1f}/s of {found['capacity_per_s']:.1f}/s, {found['plan']}")
+        print(f"  held for {LOAD_S:g} s: {kept['held']}; p99 {kept['p99_ms']:.1f} ms, refused {kept['refused']}")
+        share = found["overload_goodput_of_capacity"]
+        told = f"{share:.0%} of capacity in time; refusals within {over['refusal_p99_ms']:.2f} ms (p99)"
+        print(f"  at {OVERLOAD}x: {told}; p99 {over['p99_ms']:.1f} ms", flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -4,6 +4,7 @@ Engines by corewise's protocol, so that ``race`` alternates them with corewise's
 corewise's builds: every option is the tool's default, and calibration sees the same samples.
 """
 
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -177,8 +178,19 @@ def throughput_session(folder: Path) -> FunctionSession:
     return FunctionSession(run)
 
 
+def copy_of(folder: Path, other: type) -> bool:
+    """Take the payload that another contender built with the same options; whether it had one."""
+    there = folder.with_name(f"hand_{other.__name__}")
+    if there.is_dir():
+        shutil.copytree(there, folder, dirs_exist_ok=True)
+    return there.is_dir()
+
+
 class OpenVinoThroughput(OpenVino):
     """The same with the hint THROUGHPUT."""
+
+    def build(self, material: Material, build: Build, folder: Path) -> tuple[str, ...]:
+        return () if copy_of(folder, OpenVino) else super().build(material, build, folder)
 
     def open(self, folder: Path, build: Build, plan: Plan) -> FunctionSession:
         return throughput_session(folder)
@@ -197,6 +209,9 @@ class Nncf(OpenVino):
 
 class NncfThroughput(Nncf):
     """The same with the hint THROUGHPUT."""
+
+    def build(self, material: Material, build: Build, folder: Path) -> tuple[str, ...]:
+        return () if copy_of(folder, Nncf) else super().build(material, build, folder)
 
     def open(self, folder: Path, build: Build, plan: Plan) -> FunctionSession:
         return throughput_session(folder)

@@ -34,11 +34,11 @@ def facts(run: LoadRun) -> dict[str, Any]:
     return {**to_json(run), "goodput_per_s": run.goodput_per_s, "held": run.held}
 
 
-def run(model: str, slo_ms: float, budget: str) -> dict[str, Any]:
-    """Optimize and load."""
+def run(model: str, slo_ms: float, budget: str, keep: Path | None) -> dict[str, Any]:
+    """Optimize and load; the artifact goes into ``keep``."""
     subject = SUBJECTS[model]
     with tempfile.TemporaryDirectory(prefix="corewise-slo-") as name:
-        output = Path(name) / f"{model}.cw"
+        output = (keep or Path(name)) / f"{model}.cw"
         command = [sys.executable, "-m", "corewise.cli", "optimize", subject.model, *subject.options, "--slo-ms"]
         command += [str(slo_ms), "--budget", budget, "-o", str(output), "--json"]
         print("$", " ".join(command[2:]), flush=True)
@@ -79,9 +79,10 @@ def main() -> None:
     parser.add_argument("models", nargs="*", default=["resnet50"])
     parser.add_argument("--slo-ms", type=float, default=100.0)
     parser.add_argument("--budget", default="5m")
+    parser.add_argument("--keep", type=Path, help="folder for the artifact")
     options = parser.parse_args()
     for model in options.models:
-        found = run(model, options.slo_ms, options.budget)
+        found = run(model, options.slo_ms, options.budget, options.keep)
         path = HERE / "results" / f"slo_{model}.json"
         path.write_text(json.dumps(found, indent=1) + "\n")
         print(f"{model}: {found['summary']['reason']}")

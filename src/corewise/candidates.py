@@ -28,7 +28,8 @@ def candidates(
             for build in builds
             if is_ours(build) or not build.precision.startswith("int8")
         ]
-    return (BASELINE, *sorted(builds, key=lambda build: PRECISION_ORDER.index(build.precision)))
+    # Our quantizer after the engines' own, for it takes the longest: where the budget ends it, there is one already.
+    return (BASELINE, *sorted(builds, key=lambda build: (PRECISION_ORDER.index(build.precision), is_ours(build))))
 
 
 def first_plan(cpu: Cpu, goal: Goal) -> Plan:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from corewise import __version__
-from corewise.errors import CorewiseError, InputError, OutputError
+from corewise.errors import CorewiseError, InputError, MissingExtra, OutputError
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -385,6 +385,91 @@ def retune(
         typer.echo(f"saved {saved}")
 
 
+@app.command()
+def serve(
+    artifacts: Annotated[
+        list[str], typer.Argument(metavar="[NAME[@VERSION]=]ARTIFACT...", help="Folders that corewise optimize wrote.")
+    ],
+    http: Annotated[str, typer.Option(metavar="HOST:PORT", help="Where HTTP listens; none for no HTTP.")] = (
+        "127.0.0.1:8000"
+    ),
+    grpc: Annotated[
+        str | None, typer.Option(metavar="HOST:PORT", help="Where gRPC listens. [default: nowhere]")
+    ] = None,
+    admin: Annotated[
+        str | None, typer.Option(metavar="HOST:PORT", help="Where models can be reloaded. [default: nowhere]")
+    ] = None,
+    timeout_ms: Annotated[float, typer.Option(min=1, help="Time for requests that name none.")] = 60_000.0,
+    queue: Annotated[int, typer.Option(min=1, help="Most rows that wait, for each model.")] = 1024,
+    max_body: Annotated[str, typer.Option(metavar="SIZE", help="Largest body of a request, unpacked.")] = "64MiB",
+    token_file: Annotated[Path | None, typer.Option(help="Bearer tokens, one a line: who has none is refused.")] = None,
+    tls_cert: Annotated[Path | None, typer.Option(help="PEM certificate chain, for both ports.")] = None,
+    tls_key: Annotated[Path | None, typer.Option(help="Its PEM key.")] = None,
+    trust: Annotated[bool, typer.Option("--trust", help="Open payloads that are code (inductor, torch-int8).")] = False,
+    trust_file: Annotated[
+        Path | None, typer.Option(help="sha256 of the manifests whose payloads may be code, one a line.")
+    ] = None,
+    shadow: Annotated[
+        float, typer.Option(min=0, max=1, help="Share of the requests that fp32 answers too, to watch for drift.")
+    ] = 0.0,
+    drain_s: Annotated[float, typer.Option(min=0, help="On SIGTERM, time to finish what was accepted.")] = 30.0,
+    log_level: Annotated[
+        Literal["debug", "info", "warning", "error"], typer.Option(help="debug has a line for every request.")
+    ] = "info",
+) -> None:
+    """Serve artifacts by the Open Inference Protocol v2 over HTTP and gRPC, under the plans that were measured.
+
+    Requests share calls as they come, and are refused at once where measurements say that they would be late. SIGTERM
+    finishes what was accepted; SIGHUP opens the artifacts anew, and keeps what serves where one is not sound.
+    """
+    import importlib.util
+
+    if any(importlib.util.find_spec(name) is None for name in ("starlette", "uvicorn", "httptools", "grpc")):
+        raise MissingExtra("starlette", "serve", "serving")
+    from corewise.serving.app import Limits
+    from corewise.serving.logs import to_stderr
+    from corewise.serving.served import Source, Trust
+    from corewise.serving.server import Options
+    from corewise.serving.server import serve as run
+
+    # A client that is gone must not end the server, as a closed pipe ends a command.
+    signal.signal(signal.SIGPIPE, signal.SIG_IGN)
+    to_stderr(log_level)
+    digests = frozenset(_lines(trust_file))
+    tokens = tuple(_lines(token_file))
+    if token_file is not None and not tokens:
+        raise InputError(f"{token_file} holds no token", "write one a line")
+    options = Options(
+        http=None if http == "none" else _address("--http", http),
+        grpc=None if grpc is None else _address("--grpc", grpc),
+        admin=None if admin is None else _address("--admin", admin),
+        limits=Limits(timeout_s=timeout_ms / 1e3, body_bytes=_bytes(max_body, "--max-body") or 0),
+        max_waiting=queue,
+        tokens=tokens,
+        certificate=tls_cert,
+        key=tls_key,
+        trust=Trust(everything=trust, digests=digests),
+        shadow=shadow,
+        drain_s=drain_s,
+    )
+    if not run([Source.of(text) for text in artifacts], options, _tell_server):
+        raise CorewiseError(f"not all that was accepted was answered in {drain_s:g} s", "give a longer --drain-s")
+
+
+def _tell_server(what: str, value: Any) -> None:
+    if what == "listening":
+        ports = {"http": value.http, "grpc": value.grpc, "admin": value.admin}
+        typer.echo("listening: " + ", ".join(f"{name} on port {port}" for name, port in ports.items() if port))
+    elif what == "ready":
+        for one in value.served:
+            for note in one.notes:
+                typer.echo(f"note: {note}")
+            build = one.manifest.build
+            typer.echo(f"ready: {one.name}, version {one.version}: {build.engine} {build.precision}, {one.plan.label}")
+    else:
+        typer.echo("draining: what was accepted is finished, what comes is refused")
+
+
 @contextmanager
 def _resumable(work: Path) -> Iterator[None]:
     """Tell on Ctrl-C that finished trials are kept."""
@@ -433,10 +518,26 @@ def _seconds(text: str | None) -> float | None:
     return None if text is None else _quantity("--budget", text, {"": 1, "s": 1, "m": 60, "h": 3600}, "90s, 5m or 1h")
 
 
-def _bytes(text: str | None) -> int | None:
+def _bytes(text: str | None, option: str = "--memory-limit") -> int | None:
     units = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "KB": 10**3, "MB": 10**6, "GB": 10**9}
     units |= {"KI": 2**10, "MI": 2**20, "GI": 2**30, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
-    return None if text is None else int(_quantity("--memory-limit", text.upper(), units, "500M or 2G"))
+    return None if text is None else int(_quantity(option, text.upper(), units, "500M or 2G"))
+
+
+def _address(option: str, text: str) -> tuple[str, int]:
+    host, _, port = text.rpartition(":")
+    if not host or not port.isdigit() or int(port) > 65535:
+        raise InputError(f"{option} is {text!r}", "give HOST:PORT, e.g. 127.0.0.1:8000")
+    return host.strip("[]"), int(port)
+
+
+def _lines(path: Path | None) -> list[str]:
+    if path is None:
+        return []
+    try:
+        return [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"{path} cannot be read: {error}", "give a text file") from error
 
 
 def _quantity(option: str, text: str, units: dict[str, int], example: str) -> float:

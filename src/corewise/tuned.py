@@ -130,6 +130,15 @@ def latency_table(found: Artifact, fit: Fit) -> Curve:
     return Curve.of(chosen)
 
 
+def estimated_table(found: Artifact, fit: Fit) -> Curve:
+    """The latency table of the manifest's plan, slower as there are fewer threads: where nothing was measured here."""
+    plan, here = found.manifest.plan, fit.plan
+    alike = (plan.threads_per_instance, plan.instances)
+    measured = [m for m in found.report.winner.measurements if (m.plan.threads_per_instance, m.plan.instances) == alike]
+    slower = max(1.0, plan.threads_per_instance / here.threads_per_instance)
+    return Curve(points=tuple((batch, slower * ms) for batch, ms in Curve.of(measured).points))
+
+
 def read(folder: Path) -> tuple[Tuned, ...]:
     """The entries of an artifact's ``tuned.json``, the newest first; none where there is no such file.
 

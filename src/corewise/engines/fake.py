@@ -1,10 +1,11 @@
 """An engine that declares its time and its error, to test everything around engines in seconds."""
 
 import json
+import os
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from math import prod
+from math import inf, prod
 from pathlib import Path
 
 import numpy as np
@@ -21,7 +22,8 @@ class Fake:
 
     ``seconds_per_call`` and ``seconds_per_item`` (0): what a run takes, the items' time divided among the threads
     but for the share ``serial`` (0; Amdahl's law). ``noise`` (0): the error relative to the output, so that the
-    SQNR is about -20 log10(noise). Never offers itself.
+    SQNR is about -20 log10(noise). ``fails_above`` and ``dies_above``: an input value that makes a call raise, or end
+    its process. Never offers itself.
     """
 
     def unavailable(self) -> str:
@@ -53,6 +55,8 @@ class Fake:
             noise=float(build.option("noise", 0.0)),
             seconds_per_call=float(build.option("seconds_per_call", 0.0)),
             seconds_per_item=_seconds_per_item(build, plan),
+            fails_above=float(build.option("fails_above", inf)),
+            dies_above=float(build.option("dies_above", inf)),
         )
 
     def receipt(self, folder: Path, build: Build, plan: Plan, inputs: Sequence[np.ndarray]) -> Receipt | None:
@@ -70,6 +74,8 @@ class FakeSession:
     noise: float
     seconds_per_call: float
     seconds_per_item: float
+    fails_above: float
+    dies_above: float
 
     def run(self, inputs: Sequence[np.ndarray]) -> list[np.ndarray]:
         """Run one batch; dynamic dimensions of outputs are 1."""
@@ -78,6 +84,10 @@ class FakeSession:
         batch = len(inputs[0])
         time.sleep(self.seconds_per_call + self.seconds_per_item * batch)
         flat = np.concatenate([array.reshape(batch, -1).astype(np.float32) for array in inputs], axis=1)
+        if (flat > self.dies_above).any():
+            os.abort()
+        if (flat > self.fails_above).any():
+            raise ValueError(f"an input is above {self.fails_above:g}")
         return [self._project(flat, spec) for spec in self.outputs]
 
     def close(self) -> None:

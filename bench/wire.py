@@ -1,0 +1,196 @@
+"""A client that costs little: one thread, prepared requests, many connections. HTTP/1.1 with binary tensors."""
+
+import json
+import selectors
+import socket
+import time
+from collections import deque
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from corewise.loadgen import arrivals_s
+from corewise.stats import quantile
+
+MOST_CONNECTIONS = 512
+
+
+def request(model: str, name: str, row: np.ndarray, timeout_ms: float | None = None) -> bytes:
+    """An infer request with one row, whole."""
+    described = {
+        "inputs": [
+            {
+                "name": name,
+                "datatype": "FP32",
+                "shape": list(row.shape),
+                "parameters": {"binary_data_size": row.nbytes},
+            }
+        ],
+        "parameters": {"binary_data_output": True},
+    }
+    text = json.dumps(described).encode()
+    limit = f"x-request-timeout-ms: {timeout_ms:g}\r\n" if timeout_ms else ""
+    head = (
+        f"POST /v2/models/{model}/infer HTTP/1.1\r\nhost: bench\r\n{limit}"
+        f"inference-header-content-length: {len(text)}\r\ncontent-length: {len(text) + row.nbytes}\r\n\r\n"
+    )
+    return head.encode() + text + row.tobytes()
+
+
+@dataclass
+class Load:
+    """What became of the requests."""
+
+    seconds: float = 0.0
+    offered: int = 0
+    answered: int = 0
+    refused: int = 0
+    failed: int = 0
+    wrong: int = 0
+    in_time: int = 0
+    latencies_ms: list[float] = field(default_factory=list)
+    refusals_ms: list[float] = field(default_factory=list)
+
+    def facts(self) -> dict[str, Any]:
+        """As numbers."""
+        return {
+            "seconds": self.seconds,
+            "offered": self.offered,
+            "answered": self.answered,
+            "refused": self.refused,
+            "failed": self.failed,
+            "wrong": self.wrong,
+            "answered_per_s": self.answered / self.seconds,
+            "goodput_per_s": self.in_time / self.seconds,
+            "p50_ms": quantile(self.latencies_ms, 0.5) if self.latencies_ms else None,
+            "p99_ms": quantile(self.latencies_ms, 0.99) if self.latencies_ms else None,
+            "refusal_p99_ms": quantile(self.refusals_ms, 0.99) if self.refusals_ms else None,
+        }
+
+
+class _Connection:
+    def __init__(self, port: int) -> None:
+        self.socket = socket.create_connection(("127.0.0.1", port))
+        self.socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        self.socket.setblocking(False)
+        self.out = memoryview(b"")
+        self.found = b""
+        self.k = 0
+        self.due_s = 0.0
+
+    def answer(self) -> tuple[int, bytes] | None:
+        """Status and body, when they are whole."""
+        end = self.found.find(b"\r\n\r\n")
+        if end < 0:
+            return None
+        head = self.found[:end].lower()
+        at = head.find(b"content-length:")
+        size = int(head[at + 15 :].split(b"\r\n", 1)[0])
+        if len(self.found) < end + 4 + size:
+            return None
+        body, self.found = self.found[end + 4 : end + 4 + size], b""
+        return int(head[9:12]), body
+
+
+class Wire:
+    """Sends prepared requests to a server, and checks that each answer is its own."""
+
+    def __init__(self, port: int, requests: list[bytes], expected: list[np.ndarray], slo_ms: float | None) -> None:
+        self._port, self._requests, self._expected, self._slo_ms = port, requests, expected, slo_ms
+        self._select = selectors.DefaultSelector()
+        self._free: deque[_Connection] = deque()
+        self._busy = 0
+        self._load = Load()
+
+    def closed(self, clients: int, seconds: float) -> Load:
+        """So many senders, each with its next request when it has its answer."""
+        self._load = Load()
+        start_s = time.monotonic()
+        for k in range(clients):
+            self._send(k, time.monotonic())
+        k = clients
+        while time.monotonic() < start_s + seconds:
+            for _ in range(self._step(0.05)):
+                self._send(k, time.monotonic())
+                k += 1
+        return self._finish(start_s)
+
+    def open(self, rate_per_s: float, seconds: float, seed: int = 0) -> Load:
+        """A Poisson process; latencies count from when a request was due."""
+        self._load = Load()
+        start_s = time.monotonic()
+        for k, due_s in enumerate((start_s + arrivals_s(rate_per_s, seconds, seed)).tolist()):
+            while (ahead_s := due_s - time.monotonic()) > 0:
+                self._step(ahead_s)
+            self._send(k, due_s)
+            self._step(0)
+        return self._finish(start_s)
+
+    def _finish(self, start_s: float) -> Load:
+        end_s = time.monotonic() + 30
+        while self._busy and time.monotonic() < end_s:
+            self._step(0.05)
+        self._load.failed += self._busy
+        self._load.seconds = time.monotonic() - start_s
+        return self._load
+
+    def _send(self, k: int, due_s: float) -> None:
+        self._load.offered += 1
+        if not self._free:
+            if self._busy >= MOST_CONNECTIONS:
+                self._load.failed += 1
+                return
+            self._free.append(_Connection(self._port))
+        one = self._free.popleft()
+        one.k, one.due_s = k, due_s
+        one.out = memoryview(self._requests[k % len(self._requests)])
+        self._busy += 1
+        self._select.register(one.socket, selectors.EVENT_READ | selectors.EVENT_WRITE, one)
+        self._push(one)
+
+    def _push(self, one: _Connection) -> None:
+        while one.out:
+            try:
+                one.out = one.out[one.socket.send(one.out) :]
+            except BlockingIOError:
+                return
+        self._select.modify(one.socket, selectors.EVENT_READ, one)
+
+    def _step(self, wait_s: float) -> int:
+        ended = 0
+        for key, events in self._select.select(wait_s):
+            one: _Connection = key.data
+            if events & selectors.EVENT_WRITE:
+                self._push(one)
+            if events & selectors.EVENT_READ:
+                found = one.socket.recv(1 << 18)
+                one.found += found
+                whole = one.answer() if found else (0, b"")
+                if whole is not None:
+                    self._select.unregister(one.socket)
+                    self._busy -= 1
+                    ended += 1
+                    self._count(one, *whole)
+                    if found:
+                        self._free.append(one)
+                    else:
+                        one.socket.close()
+        return ended
+
+    def _count(self, one: _Connection, status: int, body: bytes) -> None:
+        took_ms = (time.monotonic() - one.due_s) * 1e3
+        load = self._load
+        if status == 200:
+            load.answered += 1
+            load.latencies_ms.append(took_ms)
+            load.in_time += self._slo_ms is None or took_ms <= self._slo_ms
+            expected = self._expected[one.k % len(self._expected)]
+            found = np.frombuffer(body[-expected.nbytes :], np.float32)
+            # Calls of other sizes round differently; another's answer is far away.
+            load.wrong += bool(np.linalg.norm(found - expected) > 0.1 * np.linalg.norm(expected))
+        elif status == 503:
+            load.refused += 1
+            load.refusals_ms.append(took_ms)
+        else:
+            load.failed += 1

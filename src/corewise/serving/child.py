@@ -1,0 +1,209 @@
+"""The engine process: opens an artifact's payload, proves it, and runs calls that come through shared memory.
+
+Started by ``remote.Remote`` as ``python -m corewise.serving.child FD``. On that socket comes one JSON line, which says
+what to open and names a socket and a piece of shared memory for each instance; one JSON line goes back when all is
+open, proven and warm, or why not. Then each instance answers calls on its socket until it is closed.
+"""
+
+import ctypes
+import json
+import mmap
+import os
+import signal
+import socket
+import sys
+import threading
+from collections.abc import Sequence
+from contextlib import suppress
+from functools import partial
+from io import FileIO
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from corewise import artifact
+from corewise.cpu import inspect
+from corewise.engines import Session, engine
+from corewise.errors import ArtifactError, CorewiseError
+from corewise.imports import describe
+from corewise.instances import Instances
+from corewise.thread_plan import assign
+from corewise.values import Plan, from_json
+
+ALIGNED = 64
+
+
+class Slot:
+    """A piece of memory that two processes share, for the arrays of one call at a time.
+
+    Raises ``ValueError`` where it is used after it was closed.
+    """
+
+    def __init__(self, handle: int) -> None:
+        self._file = FileIO(handle, "r+")
+        self._size = 0
+        self._memory: mmap.mmap | None = None
+
+    def fileno(self) -> int:
+        """For whoever else is to have it."""
+        return self._file.fileno()
+
+    def write(self, arrays: Sequence[np.ndarray], after: Sequence[Any] = ()) -> list[Any]:
+        """Copy arrays into it, which grows as they need; returns where they are, for ``read`` of the other side.
+
+        ``after`` is where arrays lie that must stay: outputs may be views of inputs.
+        """
+        places, end = [], -(-max(map(_end, after), default=0) // ALIGNED) * ALIGNED
+        for array in arrays:
+            places.append([array.dtype.str, list(array.shape), end])
+            end += -(-array.nbytes // ALIGNED) * ALIGNED
+        self._fit(end)
+        for array, view in zip(arrays, self.read(places), strict=True):
+            np.copyto(view, array)
+        return places
+
+    def read(self, places: Sequence[Any]) -> list[np.ndarray]:
+        """The arrays as they lie there, until the next ``write`` of either side."""
+        size = max(map(_end, places), default=0)
+        self._fit(size)
+        memory = self._memory
+        if memory is None:
+            if size:
+                raise ValueError("the slot was closed")
+            return [np.empty(shape, dtype) for dtype, shape, _ in places]
+        return [np.ndarray(shape, dtype, memory, at) for dtype, shape, at in places]
+
+    def close(self) -> None:
+        """Give it back."""
+        self._size, self._memory = 0, None
+        self._file.close()
+
+    def _fit(self, size: int) -> None:
+        if size <= self._size:
+            return
+        handle = self._file.fileno()
+        if os.fstat(handle).st_size < size:
+            os.ftruncate(handle, size)
+        # The old mapping goes when the last array in it does.
+        self._size = os.fstat(handle).st_size
+        self._memory = mmap.mmap(handle, self._size)
+
+
+def _end(place: Any) -> int:
+    dtype, shape, at = place
+    return int(at + np.dtype(dtype).itemsize * prod(shape))
+
+
+class Line:
+    """JSON lines over a socket."""
+
+    def __init__(self, channel: socket.socket) -> None:
+        self.channel = channel
+        self._lines = channel.makefile("rb")
+
+    def send(self, message: dict[str, Any]) -> None:
+        """Raises ``OSError`` where the other side is gone."""
+        self.channel.sendall(json.dumps(message).encode() + b"\n")
+
+    def receive(self) -> dict[str, Any] | None:
+        """The next message; ``None`` where the other side is gone. Raises ``TimeoutError``."""
+        try:
+            line = self._lines.readline()
+        except ConnectionError:
+            return None
+        found: dict[str, Any] | None = json.loads(line) if line.endswith(b"\n") else None
+        return found
+
+    def close(self) -> None:
+        """Tell the other side that there is no more."""
+        with suppress(OSError):
+            self.channel.shutdown(socket.SHUT_RDWR)
+        self._lines.close()
+        self.channel.close()
+
+
+class _Opened:
+    """One instance as a session, for checking golden outputs."""
+
+    def __init__(self, instances: Instances, number: int) -> None:
+        self._instances, self._number = instances, number
+
+    def run(self, inputs: Sequence[np.ndarray]) -> list[np.ndarray]:
+        return self._instances.run(self._number, inputs)
+
+    def close(self) -> None:
+        """The instances are closed together."""
+
+
+def _open(request: dict[str, Any]) -> tuple[Instances, float]:
+    """The artifact's instances, each proven and warm; how near the golden outputs came."""
+    folder = Path(request["folder"])
+    found = artifact.read(folder)
+    if artifact.identity(folder) != request["identity"]:
+        raise ArtifactError(f"{folder} is another artifact now than when the server opened it", "reload the model")
+    plan, cpu, build = from_json(Plan, request["plan"]), inspect(), found.manifest.build
+    cpus = assign(cpu, plan.threads_per_instance, plan.instances)
+    opener = engine(build.engine)
+    instances = Instances(opener, found.folder / artifact.PAYLOAD, build, plan, cpus)
+    nearest = [artifact.check_golden(found, _Opened(instances, number)) for number in range(plan.instances)]
+    golden, _ = found.golden()
+    # Engines compile for a size when they first meet it.
+    for size in sorted({*(2**k for k in range(plan.batch.bit_length())), plan.batch}):
+        rows = np.resize(np.arange(len(golden[0])), size)
+        inputs = [np.ascontiguousarray(array[rows]) for array in golden]
+        instances.each(partial(_run, inputs))
+    return instances, min(nearest)
+
+
+def _run(inputs: Sequence[np.ndarray], session: Session) -> None:
+    session.run(inputs)
+
+
+def _answer(instances: Instances, number: int, line: Line, slot: Slot) -> None:
+    """The life of an instance's channel: one call after the other."""
+    while (call := line.receive()) is not None:
+        try:
+            outputs = instances.run(number, slot.read(call["inputs"]))
+            message: dict[str, Any] = {"outputs": slot.write(outputs, call["inputs"])}
+        except Exception as error:  # noqa: BLE001 - the request boundary: what an engine raises is the call's answer
+            message = {"error": describe(error)}
+        try:
+            line.send(message)
+        except OSError:
+            return
+
+
+def main(handle: int) -> None:
+    """Open, prove, tell, and serve until the other side is gone."""
+    control = Line(socket.socket(fileno=handle))
+    request = control.receive()
+    if request is None:
+        return
+    try:
+        instances, sqnr_db = _open(request)
+    except Exception as error:  # noqa: BLE001 - the request boundary: whatever opening raises is the answer
+        with suppress(OSError):
+            control.send({"error": str(error) if isinstance(error, CorewiseError) else describe(error)})
+        return
+    lines = [(Line(socket.socket(fileno=channel)), Slot(memory)) for channel, memory in request["channels"]]
+    threads = [
+        threading.Thread(target=_answer, args=(instances, number, line, slot), daemon=True)
+        for number, (line, slot) in enumerate(lines)
+    ]
+    for thread in threads:
+        thread.start()
+    with suppress(OSError):
+        control.send({"sqnr_db": sqnr_db})
+        control.receive()  # until it is closed
+
+
+if __name__ == "__main__":
+    # It must not outlive a server that was killed: prctl(PR_SET_PDEATHSIG, SIGKILL), see prctl(2).
+    ctypes.CDLL(None).prctl(1, signal.SIGKILL)
+    # What ends the server is the server's to handle, though a process manager tells us too: what was accepted is
+    # finished first. This process ends with its socket.
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, signal.SIG_IGN)
+    main(int(sys.argv[1]))

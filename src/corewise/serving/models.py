@@ -1,0 +1,137 @@
+"""The models in service, by name and version: opened before the server is ready, replaced without a gap."""
+
+import threading
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future
+from math import inf
+
+import numpy as np
+
+from corewise.batching import Answer, NotServed
+from corewise.errors import CorewiseError, InputError
+from corewise.serving.protocol import ProtocolError
+from corewise.serving.served import Served, Source
+
+RELOAD_DRAIN_S = 60.0
+"""For what the old one accepted, when another has taken its place."""
+
+Open = Callable[[Source], Served]
+
+
+class Models:
+    """What is in service. Thread-safe."""
+
+    def __init__(self, sources: Sequence[Source], start: Open) -> None:
+        """Nothing is opened yet. Raises ``InputError`` where two have one name and version."""
+        seen: set[tuple[str, str]] = set()
+        for source in sources:
+            if (source.name, source.version) in seen:
+                raise InputError(
+                    f"two models are named {source.name}, version {source.version}", "give NAME=FOLDER or NAME@2=FOLDER"
+                )
+            seen.add((source.name, source.version))
+        self._sources = {(source.name, source.version): source for source in sources}
+        self._start = start
+        self._served: dict[tuple[str, str], Served] = {}
+        self._reloading = threading.Lock()
+        self.draining = False
+
+    @property
+    def names(self) -> list[tuple[str, str]]:
+        """Name and version of each."""
+        return sorted(self._sources)
+
+    @property
+    def served(self) -> list[Served]:
+        """Those that are open."""
+        return list(self._served.values())
+
+    @property
+    def ready(self) -> bool:
+        """Whether every model answers."""
+        return not self.draining and len(self._served) == len(self._sources) and all(one.ready for one in self.served)
+
+    def open(self) -> None:
+        """Open all. Raises what the first that cannot be opened raises; those opened so far are closed."""
+        try:
+            for key, source in self._sources.items():
+                if not self.draining:
+                    self._served[key] = self._start(source)
+        except CorewiseError:
+            self.close(0.0)
+            raise
+
+    def versions(self, name: str) -> list[str]:
+        """Of a model, the newest last. Raises ``ProtocolError`` where there is none."""
+        found = [version for other, version in self._sources if other == name]
+        if not found:
+            raise ProtocolError(f"there is no model {name[:80]!r}", status=404)
+        return sorted(found, key=lambda version: (version.isdigit(), int(version) if version.isdigit() else 0, version))
+
+    def find(self, name: str, version: str | None = None) -> Served:
+        """A model; its newest version where none is named. Raises ``ProtocolError``."""
+        versions = self.versions(name)
+        if version and version not in versions:
+            raise ProtocolError(f"the model {name[:80]} has no version {version[:20]!r}", status=404)
+        served = self._served.get((name, version or versions[-1]))
+        if served is None:
+            raise ProtocolError(f"the model {name} is not open yet", "try again later", 503)
+        return served
+
+    def submit(
+        self, name: str, version: str | None, inputs: Sequence[np.ndarray], *, timeout_s: float, priority: int
+    ) -> "tuple[Served, Future[Answer]]":
+        """Queue a request with a model (``Served.submit``), and which one took it.
+
+        Raises ``ProtocolError`` where there is no such model.
+        """
+        while True:
+            served = self.find(name, version)
+            try:
+                return served, served.submit(inputs, timeout_s=timeout_s, priority=priority)
+            except NotServed as refused:
+                # Between finding and asking it, another may have taken its place.
+                if refused.reason != "draining" or self.draining or self.find(name, version) is served:
+                    raise
+
+    def reload(self, name: str, version: str | None = None) -> Served:
+        """Open a model's folder again beside what serves now, and put it in its place when it is proven.
+
+        What the old one accepted it finishes. Raises ``ProtocolError`` for a name that is none, and what opening
+        raises: then the old one goes on.
+        """
+        with self._reloading:
+            key = (name, version or self.versions(name)[-1])
+            old = self.find(*key)
+            made = self._start(self._sources[key])
+            if self.draining:
+                made.close(0.0)
+                raise ProtocolError("the server is stopping", status=503)
+            self._served[key] = made
+            old.close(RELOAD_DRAIN_S)
+            return made
+
+    def drain(self, drain_s: float = inf) -> bool:
+        """Refuse what comes and finish what was accepted, for so long at most; whether all was."""
+        self.draining = True
+        closing = [_Closing(one, drain_s) for one in self.served]
+        for one in closing:
+            one.join()
+        return all(one.finished for one in closing)
+
+    def close(self, drain_s: float = inf) -> bool:
+        """``drain``, and forget them."""
+        finished = self.drain(drain_s)
+        self._served.clear()
+        return finished
+
+
+class _Closing(threading.Thread):
+    def __init__(self, served: Served, drain_s: float) -> None:
+        super().__init__(daemon=True)
+        self._served, self._drain_s = served, drain_s
+        self.finished = False
+        self.start()
+
+    def run(self) -> None:
+        self.finished = self._served.close(self._drain_s)

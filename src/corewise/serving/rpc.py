@@ -1,0 +1,246 @@
+"""The server's gRPC side: the same protocol in protobuf, raw tensors or typed ones."""
+
+import hashlib
+import logging
+import time
+from asyncio import CancelledError, wrap_future
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from math import inf, prod
+from typing import Any
+
+import grpc
+import numpy as np
+
+from corewise import __version__
+from corewise.batching import Answer, NotServed
+from corewise.errors import CorewiseError
+from corewise.serving import oip, protocol
+from corewise.serving.app import EXTENSIONS, Limits, allowed, statistics
+from corewise.serving.metrics import Metrics
+from corewise.serving.models import Models
+from corewise.serving.protocol import Asked, InferRequest, ProtocolError
+from corewise.serving.served import Served
+from corewise.values import TensorSpec
+
+log = logging.getLogger("corewise.serve")
+
+CONTENTS = {
+    "BOOL": "bool_contents",
+    **dict.fromkeys(("INT8", "INT16", "INT32"), "int_contents"),
+    **dict.fromkeys(("UINT8", "UINT16", "UINT32"), "uint_contents"),
+    "INT64": "int64_contents",
+    "UINT64": "uint64_contents",
+    "FP32": "fp32_contents",
+    "FP64": "fp64_contents",
+    "BYTES": "bytes_contents",
+}
+"""Where each datatype's values lie, where they are not raw; FP16 has no place."""
+CODES = {
+    400: grpc.StatusCode.INVALID_ARGUMENT,
+    404: grpc.StatusCode.NOT_FOUND,
+    413: grpc.StatusCode.INVALID_ARGUMENT,
+    501: grpc.StatusCode.UNIMPLEMENTED,
+    503: grpc.StatusCode.UNAVAILABLE,
+}
+REASONS = {
+    "too large": grpc.StatusCode.INVALID_ARGUMENT,
+    "expired": grpc.StatusCode.DEADLINE_EXCEEDED,
+    "no instance": grpc.StatusCode.UNAVAILABLE,
+    "draining": grpc.StatusCode.UNAVAILABLE,
+}
+"""All other refusals are RESOURCE_EXHAUSTED."""
+OPEN_TO_ALL = ("ServerLive", "ServerReady")
+
+Call = Callable[[Any, Any], Awaitable[Any]]
+
+
+class Service:
+    """The calls of ``GRPCInferenceService``."""
+
+    def __init__(self, models: Models, metrics: Metrics, limits: Limits, tokens: Sequence[str] = ()) -> None:
+        self.models, self.metrics, self.limits = models, metrics, limits
+        self._digests = [hashlib.sha256(token.encode()).digest() for token in tokens]
+        calls: dict[str, Call] = {
+            "ServerLive": self.server_live,
+            "ServerReady": self.server_ready,
+            "ModelReady": self.model_ready,
+            "ServerMetadata": self.server_metadata,
+            "ModelMetadata": self.model_metadata,
+            "ModelInfer": self.model_infer,
+            "ModelStatistics": self.model_statistics,
+        }
+        self.handler = grpc.method_handlers_generic_handler(
+            oip.SERVICE,
+            {
+                name: grpc.unary_unary_rpc_method_handler(
+                    self._guarded(name, calls[name]),
+                    request_deserializer=asked.FromString,
+                    response_serializer=answered.SerializeToString,
+                )
+                for name, (asked, answered) in oip.METHODS.items()
+            },
+        )
+
+    async def server_live(self, request: Any, context: Any) -> Any:
+        """The process answers."""
+        return oip.message("ServerLiveResponse")(live=True)
+
+    async def server_ready(self, request: Any, context: Any) -> Any:
+        """Every model answers."""
+        return oip.message("ServerReadyResponse")(ready=self.models.ready)
+
+    async def model_ready(self, request: Any, context: Any) -> Any:
+        """A model answers."""
+        return oip.message("ModelReadyResponse")(ready=self._served(request.name, request.version).ready)
+
+    async def server_metadata(self, request: Any, context: Any) -> Any:
+        """Who this is."""
+        return oip.message("ServerMetadataResponse")(name="corewise", version=__version__, extensions=EXTENSIONS)
+
+    async def model_metadata(self, request: Any, context: Any) -> Any:
+        """A model's inputs and outputs."""
+        served = self._served(request.name, request.version)
+        return oip.message("ModelMetadataResponse")(
+            name=served.name,
+            versions=self.models.versions(served.name),
+            platform=f"corewise_{served.manifest.build.engine}",
+            inputs=protocol.described(served.inputs),
+            outputs=protocol.described(served.outputs),
+        )
+
+    async def model_statistics(self, request: Any, context: Any) -> Any:
+        """What became of the requests, of one model or of all."""
+        chosen = [self._served(request.name, request.version)] if request.name else self.models.served
+        return oip.message("ModelStatisticsResponse")(model_stats=[statistics(served) for served in chosen])
+
+    async def model_infer(self, request: Any, context: Any) -> Any:
+        """Run a model on tensors."""
+        started_s, outcome = time.monotonic(), "failed"
+        served = self._served(request.model_name, request.model_version)
+        try:
+            asked = parse(request, served.inputs, served.outputs)
+            left_s = context.time_remaining()
+            given_s = min(inf if left_s is None else left_s, asked.timeout_s or inf)
+            served, future = self.models.submit(
+                served.name,
+                served.version,
+                asked.inputs,
+                timeout_s=self.limits.timeout_s if given_s == inf else given_s,
+                priority=asked.priority,
+            )
+            answer: Answer = await wrap_future(future)
+            outcome = "ok"
+        except ProtocolError:
+            outcome = "invalid"
+            raise
+        except NotServed as refused:
+            outcome = refused.reason
+            raise
+        except CancelledError:
+            outcome = "cancelled"
+            raise
+        finally:
+            self.metrics.ended(served.name, served.version, "grpc", outcome)
+        self.metrics.answered(served.name, served.version, answer, time.monotonic() - started_s)
+        named = {spec.name: array for spec, array in zip(served.outputs, answer.outputs, strict=True)}
+        return render(served, asked, named)
+
+    def _served(self, name: str, version: str) -> Served:
+        return self.models.find(name, version or None)
+
+    def _guarded(self, name: str, call: Call) -> Call:
+        """The call, for those who may, with errors as gRPC tells them."""
+
+        async def guarded(request: Any, context: Any) -> Any:
+            if self._digests and name not in OPEN_TO_ALL and not self._known(context.invocation_metadata()):
+                await context.abort(grpc.StatusCode.UNAUTHENTICATED, "a token is missing or wrong; send authorization")
+            try:
+                return await call(request, context)
+            except ProtocolError as error:
+                await context.abort(CODES.get(error.status, grpc.StatusCode.INVALID_ARGUMENT), str(error))
+            except NotServed as error:
+                if error.retry_after_s is not None:
+                    context.set_trailing_metadata((("retry-after-s", f"{error.retry_after_s:.3f}"),))
+                await context.abort(REASONS.get(error.reason, grpc.StatusCode.RESOURCE_EXHAUSTED), str(error))
+            except CorewiseError as error:
+                log.error("a gRPC call of %s failed: %r", name, error)
+                await context.abort(grpc.StatusCode.INTERNAL, "the call failed; the server's log says why")
+            except Exception:  # the request boundary: gRPC would tell the client what was raised
+                log.exception("a gRPC call of %s failed", name)
+                await context.abort(grpc.StatusCode.INTERNAL, "the server failed; its log says why")
+
+        return guarded
+
+    def _known(self, metadata: Sequence[tuple[str, str | bytes]]) -> bool:
+        given = dict(metadata).get("authorization", "")
+        text = given if isinstance(given, bytes) else given.encode("latin-1", "replace")
+        kind, _, token = text.partition(b" ")
+        return kind.lower() == b"bearer" and allowed(token, self._digests)
+
+
+def parse(request: Any, inputs: Sequence[TensorSpec], outputs: Sequence[TensorSpec]) -> InferRequest:
+    """A ``ModelInferRequest`` as the model takes it. Raises ``ProtocolError``."""
+    raw = request.raw_input_contents
+    if raw and len(raw) != len(request.inputs):
+        raise ProtocolError(f"there are {len(raw)} raw contents for {len(request.inputs)} inputs", "give one for each")
+    by_name = {spec.name: spec for spec in inputs}
+    found: dict[str, np.ndarray] = {}
+    for k, one in enumerate(request.inputs):
+        spec = by_name.get(one.name)
+        if spec is None or spec.name in found:
+            raise ProtocolError(f"the input {one.name[:80]!r} is {'there twice' if spec else 'none of the model'}")
+        shape = list(one.shape)
+        protocol.check_shape(spec, one.datatype, shape)
+        if raw:
+            if one.HasField("contents"):
+                raise ProtocolError(f"the input {spec.name} has raw and typed contents")
+            found[spec.name] = protocol.from_bytes(memoryview(raw[k]), spec, shape)
+        else:
+            found[spec.name] = _typed(one.contents, spec, shape)
+    names = [one.name for one in request.outputs] or [spec.name for spec in outputs]
+    protocol.asked_outputs(names, outputs)
+    parameters = {
+        key: getattr(value, value.WhichOneof("parameter_choice") or "", None)
+        for key, value in request.parameters.items()
+    }
+    timeout = parameters.get("timeout")
+    return InferRequest(
+        inputs=protocol.ordered(found, inputs),
+        outputs=tuple(Asked(name=name, binary=True) for name in names),
+        id=request.id or None,
+        timeout_s=None if timeout is None else protocol.microseconds(timeout),
+        priority=protocol.priority(parameters.get("priority", 0)),
+    )
+
+
+def render(served: Served, request: InferRequest, outputs: Mapping[str, np.ndarray]) -> Any:
+    """The ``ModelInferResponse``; tensors are raw."""
+    chosen = [(asked.name, outputs[asked.name]) for asked in request.outputs]
+    return oip.message("ModelInferResponse")(
+        model_name=served.name,
+        model_version=served.version,
+        id=request.id or "",
+        outputs=[
+            {"name": name, "datatype": protocol.DATATYPES[array.dtype.name], "shape": array.shape}
+            for name, array in chosen
+        ],
+        raw_output_contents=[protocol.to_bytes(array) for _, array in chosen],
+    )
+
+
+def _typed(contents: Any, spec: TensorSpec, shape: Sequence[int]) -> np.ndarray:
+    datatype = protocol.DATATYPES[spec.dtype]
+    if datatype not in CONTENTS:
+        raise ProtocolError(f"the input {spec.name} is {datatype}, which has no typed contents", "send it raw")
+    values = getattr(contents, CONTENTS[datatype])
+    if len(values) != prod(shape):
+        raise ProtocolError(f"the input {spec.name} has {len(values)} values, where its shape asks for {prod(shape)}")
+    if spec.dtype == "object":
+        return protocol.objects(list(values), shape)
+    numbers = np.array(values)
+    dtype = np.dtype(spec.dtype)
+    if dtype.kind in "iu" and len(numbers):
+        limits = np.iinfo(dtype)
+        if numbers.min() < limits.min or numbers.max() > limits.max:
+            raise ProtocolError(f"the data of the input {spec.name} are no {datatype}")
+    return numbers.astype(dtype).reshape(shape)

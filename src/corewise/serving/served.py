@@ -1,0 +1,329 @@
+"""One artifact in service: its engine process, its batcher, and what became of its requests."""
+
+import logging
+import threading
+import time
+from collections import Counter, deque
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, InvalidStateError
+from contextlib import ExitStack, suppress
+from dataclasses import dataclass, field
+from functools import partial
+from math import inf
+from pathlib import Path
+
+import numpy as np
+
+from corewise import artifact, tuned
+from corewise.batching import Answer, Batcher, NotServed, Policy, Run
+from corewise.cpu import inspect
+from corewise.engines import ENGINES
+from corewise.errors import ArtifactError
+from corewise.loading import check_available
+from corewise.serving.remote import Remote
+from corewise.serving.shadow import Shadow
+from corewise.values import TensorSpec
+
+log = logging.getLogger("corewise.serve")
+
+MAX_WAITING = 1024
+WINDOW_S = 60
+KEPT_LATENCIES = 512
+NATIVE = ("inductor", "torch-int8")
+"""Engines whose payloads are code: whoever made one can do what the server may."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Source:
+    """An artifact as the command line names it."""
+
+    name: str
+    version: str
+    folder: Path
+
+    @classmethod
+    def of(cls, text: str) -> "Source":
+        """``[NAME[@VERSION]=]FOLDER``; by default the folder's name without ``.cw``, and version 1."""
+        told, _, folder = text.rpartition("=")
+        name, _, version = told.partition("@")
+        path = Path(folder)
+        return cls(name=name or path.resolve().name.removesuffix(".cw"), version=version or "1", folder=path)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Trust:
+    """Which payloads that are code may be opened."""
+
+    everything: bool = False
+    digests: frozenset[str] = frozenset()
+    """sha256 of manifests, which hold the hashes of all other files."""
+
+    def check(self, found: artifact.Artifact) -> None:
+        """Raise ``ArtifactError`` where an artifact's payload is code that nobody vouched for."""
+        engine, digest = found.manifest.build.engine, artifact.identity(found.folder)
+        if engine in NATIVE and not self.everything and digest not in self.digests:
+            raise ArtifactError(
+                f"{found.folder} holds code ({engine}), which runs with this server's rights",
+                f"if you trust who made it, give --trust, or put {digest} into the file of --trust-file",
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Spent:
+    """A count and the seconds that they took together."""
+
+    count: int = 0
+    seconds: float = 0.0
+
+    def plus(self, seconds: float, count: int = 1) -> "Spent":
+        """With more."""
+        return Spent(count=self.count + count, seconds=self.seconds + seconds)
+
+
+@dataclass
+class _Second:
+    """What happened in one second."""
+
+    at: int
+    answered: int = 0
+    refused: int = 0
+    failed: int = 0
+    batches: Counter[int] = field(default_factory=Counter)
+    latencies_s: list[float] = field(default_factory=list)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recent:
+    """The last minute, for people."""
+
+    rate_per_s: float
+    now_per_s: float
+    """Of the last whole second."""
+    p50_ms: float
+    p99_ms: float
+    refused_per_s: float
+    failed_per_s: float
+    batch_rows: dict[int, int]
+    """How many requests ran in calls of so many rows."""
+
+
+class Statistics:
+    """What became of the requests, since the start and of late. Thread-safe."""
+
+    def __init__(self, clock: Callable[[], float] = time.time) -> None:
+        self._clock = clock
+        self._started_s = clock()
+        self._lock = threading.Lock()
+        self._seconds: deque[_Second] = deque(maxlen=WINDOW_S + 1)
+        self.success = self.fail = self.queue = self.infer = Spent()
+        self.refused: Counter[str] = Counter()
+        self.rows = 0
+        self.calls = 0.0
+        self.last_s = 0.0
+
+    def answered(self, answer: Answer, rows: int, took_s: float) -> None:
+        """A request was answered."""
+        with self._lock:
+            self.success = self.success.plus(took_s)
+            self.queue = self.queue.plus(answer.waited_s)
+            self.infer = self.infer.plus(answer.ran_s)
+            self.rows += rows
+            self.calls += rows / answer.batch_rows
+            self.last_s = self._clock()
+            second = self._second()
+            second.answered += 1
+            second.batches[answer.batch_rows] += 1
+            if len(second.latencies_s) < KEPT_LATENCIES:
+                second.latencies_s.append(took_s)
+
+    def not_served(self, reason: str) -> None:
+        """A request was refused or dropped."""
+        with self._lock:
+            self.refused[reason] += 1
+            self._second().refused += 1
+
+    def failed(self, took_s: float) -> None:
+        """A request's call failed."""
+        with self._lock:
+            self.fail = self.fail.plus(took_s)
+            self._second().failed += 1
+
+    def recent(self) -> Recent:
+        """The last minute, or all since the start."""
+        with self._lock:
+            now_s = self._clock()
+            seconds = [one for one in self._seconds if one.at > now_s - WINDOW_S]
+        span_s = max(1.0, min(float(WINDOW_S), now_s - self._started_s))
+        latencies = [latency for one in seconds for latency in one.latencies_s]
+        p50, p99 = np.quantile(latencies, (0.5, 0.99)) * 1e3 if latencies else (0.0, 0.0)
+        batches: Counter[int] = Counter()
+        for one in seconds:
+            batches.update(one.batches)
+        return Recent(
+            rate_per_s=sum(one.answered for one in seconds) / span_s,
+            now_per_s=float(sum(one.answered for one in seconds if one.at == int(now_s) - 1)),
+            p50_ms=float(p50),
+            p99_ms=float(p99),
+            refused_per_s=sum(one.refused for one in seconds) / span_s,
+            failed_per_s=sum(one.failed for one in seconds) / span_s,
+            batch_rows=dict(sorted(batches.items())),
+        )
+
+    def _second(self) -> _Second:
+        now = int(self._clock())
+        if not self._seconds or self._seconds[-1].at != now:
+            self._seconds.append(_Second(now))
+        return self._seconds[-1]
+
+
+class Served:
+    """An artifact that answers requests. Thread-safe."""
+
+    def __init__(self, source: Source, *, trust: Trust, max_waiting: int = MAX_WAITING, shadow: float = 0.0) -> None:
+        """Check, open, prove and warm it. ``shadow`` is the share of requests that fp32 answers too (``Shadow``).
+
+        Raises ``ArtifactError`` and ``EngineError`` with why it cannot serve.
+        """
+        cpu = inspect()
+        found = artifact.read(source.folder, cpu=cpu)
+        build = found.manifest.build
+        if build.engine not in ENGINES:
+            raise ArtifactError(
+                f"{source.folder} wants the engine {build.engine}, which is not corewise's", "serve none such"
+            )
+        trust.check(found)
+        check_available(build.engine, f"serving {source.folder}")
+        fit = tuned.fit(found, cpu)
+        notes = fit.warnings
+        try:
+            curve = tuned.latency_table(found, fit)
+        except ArtifactError as error:
+            curve = tuned.estimated_table(found, fit)
+            notes = (*notes, f"{error}: until then latencies are estimated")
+        policy = Policy(
+            curve,
+            max_batch=fit.plan.batch,
+            max_waiting=max(max_waiting, fit.plan.batch),
+        )
+        self.name, self.version, self.folder = source.name, source.version, source.folder
+        self.manifest = found.manifest
+        self.plan, self.notes = fit.plan, notes
+        self.inputs: tuple[TensorSpec, ...] = found.manifest.inputs
+        self.outputs: tuple[TensorSpec, ...] = found.manifest.outputs
+        self.statistics = Statistics()
+        self.draining = False
+        self._max_rows = max(max_waiting, fit.plan.batch)
+        self.shadow = Shadow(found, shadow) if shadow > 0 else None
+        with ExitStack() as undo:
+            if self.shadow is not None:
+                undo.callback(self.shadow.close)
+            identity = artifact.identity(found.folder)
+            self.remote = Remote(source.folder.resolve(), identity, fit.plan, cpu, on_death=self._died)
+            undo.pop_all()
+        self._batcher = Batcher(
+            [partial(self.remote.run, number) for number in range(self.plan.instances)], policy, reopen=self._reopen
+        )
+
+    @property
+    def ready(self) -> bool:
+        """Whether requests are answered now."""
+        return self.remote.alive and not self.draining
+
+    @property
+    def waiting_rows(self) -> int:
+        """Rows in the queue."""
+        return self._batcher.waiting_rows
+
+    def submit(self, inputs: Sequence[np.ndarray], *, timeout_s: float = inf, priority: int = 0) -> "Future[Answer]":
+        """Queue a request; see ``Batcher.submit``. More rows than the plan's batch run as several calls."""
+        started_s = time.monotonic()
+        try:
+            parts = self._submitted(inputs, timeout_s, priority)
+        except NotServed as error:
+            self.statistics.not_served(error.reason)
+            raise
+        future = parts[0] if len(parts) == 1 else _together(parts)
+        future.add_done_callback(partial(self._ended, inputs, started_s))
+        return future
+
+    def close(self, drain_s: float = inf) -> bool:
+        """Refuse what comes, finish what was accepted for so long at most, and end the process; whether all was."""
+        self.draining = True
+        finished = self._batcher.close(drain_s)
+        self.remote.close()
+        if self.shadow is not None:
+            self.shadow.close()
+        return finished
+
+    def _submitted(self, inputs: Sequence[np.ndarray], timeout_s: float, priority: int) -> list["Future[Answer]"]:
+        rows, size = len(inputs[0]), self.plan.batch
+        if rows > self._max_rows:
+            raise NotServed("too large")
+        parts: list[Future[Answer]] = []
+        try:
+            for start in range(0, rows, size):
+                piece = [array[start : start + size] for array in inputs]
+                parts.append(self._batcher.submit(piece, timeout_s=timeout_s, priority=priority))
+        except NotServed:
+            for part in parts:
+                part.cancel()
+            raise
+        return parts
+
+    def _ended(self, inputs: Sequence[np.ndarray], started_s: float, ended: "Future[Answer]") -> None:
+        took_s = time.monotonic() - started_s
+        if ended.cancelled():
+            self.statistics.not_served("cancelled")
+        elif (error := ended.exception()) is None:
+            self.statistics.answered(ended.result(), len(inputs[0]), took_s)
+            if self.shadow is not None:
+                self.shadow.offer(inputs, ended.result().outputs)
+        elif isinstance(error, NotServed):
+            self.statistics.not_served(error.reason)
+        else:
+            self.statistics.failed(took_s)
+
+    def _died(self, why: str) -> None:
+        log.error("the engine process of %s, version %s: %s", self.name, self.version, why)
+
+    def _reopen(self, instance: int) -> Run | None:
+        return partial(self.remote.run, instance) if self.remote.wait() else None
+
+
+def _together(parts: "Sequence[Future[Answer]]") -> "Future[Answer]":
+    """One future for all: the first error is its own and cancels the rest, and so does cancelling it."""
+    whole: Future[Answer] = Future()
+    lock = threading.Lock()
+    left = len(parts)
+
+    def ended(part: "Future[Answer]") -> None:
+        nonlocal left
+        with lock:
+            left -= 1
+            last = not left
+        if part.cancelled():
+            return
+        with suppress(InvalidStateError):  # it has its end already
+            if (error := part.exception()) is not None:
+                whole.set_exception(error)
+            elif last:
+                whole.set_result(_joined([one.result() for one in parts]))
+
+    def cancel(done: "Future[Answer]") -> None:
+        if done.cancelled() or done.exception() is not None:
+            for part in parts:
+                part.cancel()
+
+    whole.add_done_callback(cancel)
+    for part in parts:
+        part.add_done_callback(ended)
+    return whole
+
+
+def _joined(answers: Sequence[Answer]) -> Answer:
+    return Answer(
+        outputs=[np.concatenate(parts) for parts in zip(*(answer.outputs for answer in answers), strict=True)],
+        waited_s=max(answer.waited_s for answer in answers),
+        ran_s=max(answer.ran_s for answer in answers),
+        batch_rows=max(answer.batch_rows for answer in answers),
+    )

@@ -1,0 +1,324 @@
+"""One server process: its ports, its signals, and its end."""
+
+import asyncio
+import logging
+import signal
+import socket
+import ssl
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import uvicorn
+from starlette.applications import Starlette
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
+from starlette.routing import Route
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+
+from corewise.errors import CorewiseError, InputError
+from corewise.serving.app import App, Limits, RequestLog
+from corewise.serving.metrics import Metrics
+from corewise.serving.models import Models
+from corewise.serving.protocol import ProtocolError
+from corewise.serving.served import Served, Source, Trust
+
+log = logging.getLogger("corewise.serve")
+
+HEADERS_S = 10.0
+"""How long a request's headers may take to come, and a connection may stay without a first request."""
+HEADERS_BYTES = 64 * 1024
+FIRST_BODY_BYTES = 256 * 1024
+"""What may come in one piece with the end of the headers."""
+KEEP_ALIVE_S = 75
+BACKLOG = 2048
+LAST_WORDS_S = 2.0
+"""For answers that are on their way when all work is done."""
+
+Address = tuple[str, int]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """What a server is told; addresses are (host, port), port 0 for any that is free."""
+
+    http: Address | None = ("127.0.0.1", 8000)
+    grpc: Address | None = None
+    admin: Address | None = None
+    """Reloads models for whoever can reach it: keep it on loopback."""
+    limits: Limits = field(default_factory=Limits)
+    max_waiting: int = 1024
+    tokens: tuple[str, ...] = ()
+    certificate: Path | None = None
+    key: Path | None = None
+    trust: Trust = field(default_factory=Trust)
+    shadow: float = 0.0
+    drain_s: float = 30.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Listening:
+    """The ports that it got."""
+
+    http: int | None
+    grpc: int | None
+    admin: int | None
+
+
+def serve(
+    sources: Sequence[Source], options: Options, tell: Callable[[str, Any], None] = lambda what, value: None
+) -> bool:
+    """Serve until SIGTERM or SIGINT; whether all that was accepted was answered by then.
+
+    ``tell`` hears ``("listening", Listening)``, ``("ready", Models)`` and ``("draining", None)``. SIGHUP reloads all
+    models. Raises what opening the models raises, and ``InputError`` for an address that is taken or options that do
+    not fit together.
+    """
+    return asyncio.run(_Server(sources, options, tell).run())
+
+
+class _Server:
+    def __init__(self, sources: Sequence[Source], options: Options, tell: Callable[[str, Any], None]) -> None:
+        if options.http is None and options.grpc is None:
+            raise InputError("the server has no port", "give --http or --grpc")
+        if (options.certificate is None) != (options.key is None):
+            raise InputError("TLS needs a certificate and its key", "give both or neither")
+        self.options, self.tell = options, tell
+        start = partial(Served, trust=options.trust, max_waiting=options.max_waiting, shadow=options.shadow)
+        self.models = Models(sources, start)
+        self.metrics = Metrics(self.models)
+        self.stopping = asyncio.Event()
+        self._later: list[asyncio.Future[None]] = []
+        """What signals began; kept, for the loop itself holds them only weakly."""
+
+    async def run(self) -> bool:
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(number, self._stop)
+        loop.add_signal_handler(signal.SIGHUP, lambda: self._later.append(asyncio.ensure_future(self._reload_all())))
+        app = App(self.models, self.metrics, self.options.limits, self.options.tokens)
+        bound = {name: _bound(address) for name, address in self._web_addresses.items()}
+        web = []
+        if "http" in bound:
+            web.append((_Http(_config(RequestLog(app.asgi), self.options)), bound["http"]))
+        if "admin" in bound:
+            web.append((_Http(_config(self._admin(), Options())), bound["admin"]))
+        rpc, rpc_port = await self._rpc()
+        tasks = [asyncio.ensure_future(made.serve(sockets=[where])) for made, where in web]
+        ports = {name: int(where.getsockname()[1]) for name, where in bound.items()}
+        self.tell("listening", Listening(http=ports.get("http"), grpc=rpc_port, admin=ports.get("admin")))
+        try:
+            opening = asyncio.ensure_future(asyncio.to_thread(self.models.open))
+            stopping = asyncio.ensure_future(self.stopping.wait())
+            await asyncio.wait((opening, stopping), return_when=asyncio.FIRST_COMPLETED)
+            if opening.done():
+                opening.result()
+                self.tell("ready", self.models)
+                await stopping
+            else:
+                await opening
+            self.tell("draining", None)
+            return await asyncio.to_thread(self.models.drain, self.options.drain_s)
+        finally:
+            for made, _ in web:
+                made.should_exit = True
+            if rpc is not None:
+                await rpc.stop(LAST_WORDS_S)
+            await asyncio.gather(*tasks, return_exceptions=True)
+            self.models.close(0.0)
+
+    @property
+    def _web_addresses(self) -> dict[str, Address]:
+        given = {"http": self.options.http, "admin": self.options.admin}
+        return {name: address for name, address in given.items() if address is not None}
+
+    async def _rpc(self) -> tuple[Any, int | None]:
+        if self.options.grpc is None:
+            return None, None
+        import grpc
+
+        from corewise.serving.rpc import Service
+
+        host, port = self.options.grpc
+        server = grpc.aio.server(
+            options=[
+                ("grpc.max_receive_message_length", self.options.limits.body_bytes),
+                ("grpc.max_send_message_length", -1),
+                ("grpc.so_reuseport", 0),
+                ("grpc.max_metadata_size", HEADERS_BYTES),
+            ]
+        )
+        service = Service(self.models, self.metrics, self.options.limits, self.options.tokens)
+        server.add_generic_rpc_handlers((service.handler,))
+        target = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+        try:
+            if self.options.certificate is not None and self.options.key is not None:
+                pair = (self.options.key.read_bytes(), self.options.certificate.read_bytes())
+                got = server.add_secure_port(target, grpc.ssl_server_credentials([pair]))
+            else:
+                got = server.add_insecure_port(target)
+        except (RuntimeError, OSError) as error:
+            raise InputError(f"gRPC cannot listen on {target}: {error}", "give another --grpc HOST:PORT") from error
+        await server.start()
+        return server, got
+
+    def _stop(self) -> None:
+        if self.stopping.is_set():
+            log.warning("stopped twice: what is not answered yet is lost")
+            for served in self.models.served:
+                self._later.append(asyncio.ensure_future(asyncio.to_thread(served.remote.close)))
+        self.stopping.set()
+        self.models.draining = True
+
+    async def _reload_all(self) -> None:
+        for name, version in self.models.names:
+            try:
+                await self._reload(name, version)
+            except ProtocolError as error:  # it is not open yet
+                log.error("%s was not reloaded: %s", name, error)
+
+    async def _reload(self, name: str, version: str | None) -> str:
+        """Why the old one stays; empty where a new one serves."""
+        try:
+            await asyncio.to_thread(self.models.reload, name, version)
+        except ProtocolError:
+            raise
+        except (CorewiseError, OSError) as error:
+            log.error("%s was not reloaded, the old one serves on: %s", name, error)
+            return str(error)
+        log.info("%s was reloaded", name)
+        return ""
+
+    def _admin(self) -> Starlette:
+        async def index(request: Request) -> Response:
+            return JSONResponse(
+                [
+                    {"name": one.name, "version": one.version, "state": "READY" if one.ready else "UNAVAILABLE"}
+                    for one in self.models.served
+                ]
+            )
+
+        async def load(request: Request) -> Response:
+            try:
+                why = await self._reload(request.path_params["name"], request.query_params.get("version"))
+            except ProtocolError as error:
+                return JSONResponse({"error": str(error)}, error.status)
+            return JSONResponse({"error": why}, 500) if why else JSONResponse({})
+
+        return Starlette(
+            routes=[
+                Route("/v2/repository/index", index, methods=["POST"]),
+                Route("/v2/repository/models/{name}/load", load, methods=["POST"]),
+            ]
+        )
+
+
+class _Http(uvicorn.Server):
+    """uvicorn, whose signals are the server's to handle."""
+
+    @contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        yield
+
+
+class _Patient(HttpToolsProtocol):
+    """uvicorn's protocol with an end to its patience: with headers that do not come, and that do not end."""
+
+    _waiting: asyncio.TimerHandle | None = None
+    _header_bytes = 0
+    _fed_bytes = 0
+    """Since the headers began: a header is told of only when it has ended."""
+
+    def connection_made(self, transport: Any) -> None:
+        super().connection_made(transport)
+        self._wait()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._come()
+        super().connection_lost(exc)
+
+    def data_received(self, data: bytes) -> None:
+        super().data_received(data)
+        self._fed_bytes = 0 if self._waiting is None else self._fed_bytes + len(data)
+        if self._fed_bytes > HEADERS_BYTES + FIRST_BODY_BYTES and not self.transport.is_closing():
+            self.send_400_response("the headers are too long")
+        # uvicorn ends its own patience with any byte between requests, and begins it anew only with an answer.
+        idle = self.cycle is None or self.cycle.response_complete
+        if idle and self._waiting is None and self.timeout_keep_alive_task is None:
+            self.timeout_keep_alive_task = self.loop.call_later(
+                self.timeout_keep_alive, self.timeout_keep_alive_handler
+            )
+
+    def on_message_begin(self) -> None:
+        self._header_bytes = 0
+        self._wait()
+        super().on_message_begin()
+
+    def on_url(self, url: bytes) -> None:
+        self._count(len(url))
+        super().on_url(url)
+
+    def on_header(self, name: bytes, value: bytes) -> None:
+        self._count(len(name) + len(value))
+        super().on_header(name, value)
+
+    def on_headers_complete(self) -> None:
+        self._come()
+        super().on_headers_complete()
+
+    def _count(self, size: int) -> None:
+        self._header_bytes += size
+        if self._header_bytes > HEADERS_BYTES:
+            raise ValueError("the headers are too long")
+
+    def _wait(self) -> None:
+        if self._waiting is None:
+            self._waiting = self.loop.call_later(HEADERS_S, self.transport.close)
+
+    def _come(self) -> None:
+        if self._waiting is not None:
+            self._waiting.cancel()
+            self._waiting = None
+
+
+def _config(app: Any, options: Options) -> uvicorn.Config:
+    secure: dict[str, Any] = {}
+    if options.certificate is not None and options.key is not None:
+        secure = {"ssl_certfile": str(options.certificate), "ssl_keyfile": str(options.key)}
+    config = uvicorn.Config(
+        app,
+        http=_Patient,
+        ws="none",
+        lifespan="off",
+        log_config=None,
+        log_level="warning",
+        access_log=False,
+        server_header=False,
+        proxy_headers=False,
+        timeout_keep_alive=KEEP_ALIVE_S,
+        timeout_graceful_shutdown=int(LAST_WORDS_S),
+        **secure,
+    )
+    try:
+        config.load()
+    except (OSError, ssl.SSLError) as error:
+        raise InputError(
+            f"TLS cannot use {options.certificate} and {options.key}: {error}", "give PEM files"
+        ) from error
+    return config
+
+
+def _bound(address: Address) -> socket.socket:
+    host, port = address
+    try:
+        family, *_ = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        made = socket.socket(family, socket.SOCK_STREAM)
+        made.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        made.bind((host, port))
+        made.listen(BACKLOG)
+    except OSError as error:
+        raise InputError(f"nothing can listen on {host}:{port}: {error.strerror}", "give another HOST:PORT") from error
+    return made

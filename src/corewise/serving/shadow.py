@@ -1,0 +1,136 @@
+"""fp32 beside what serves, on a sample of the requests: whether their answers drift apart on real traffic."""
+
+import os
+import queue
+import random
+import signal
+import tempfile
+import threading
+from collections import deque
+from collections.abc import Sequence
+from contextlib import suppress
+from pathlib import Path
+
+import numpy as np
+
+from corewise import artifact
+from corewise.artifact import Artifact
+from corewise.cpu import inspect
+from corewise.errors import ArtifactError
+from corewise.loading import check_available, golden_samples, write_reference
+from corewise.samples import Samples
+from corewise.trial import Worker, read_outputs
+from corewise.values import Build, Plan, to_json
+
+KEPT = 1000
+WAITING = 4
+NICE = 19
+TIMEOUT_S = 120.0
+CLOSING_S = 5.0
+FP32 = Build(engine="eager", precision="fp32")
+PLAN = Plan(threads_per_instance=1)
+
+
+class Shadow:
+    """Compares a share of the requests with the artifact's fp32 program, in a process that yields to all others."""
+
+    def __init__(self, found: Artifact, share: float, seed: int = 0) -> None:
+        """Raises ``ArtifactError`` where it carries no fp32 program, ``EngineError`` where torch is not installed."""
+        if artifact.REFERENCE not in found.manifest.files:
+            raise ArtifactError(f"{found.folder} carries no fp32 program to compare with", "serve it without --shadow")
+        check_available(FP32.engine, f"the shadow of {found.folder}")
+        self._found, self._share = found, share
+        self._random = random.Random(seed)
+        self._waiting: queue.Queue[tuple[list[np.ndarray], Sequence[np.ndarray]] | None] = queue.Queue(WAITING)
+        self._kept: deque[tuple[float, float, int, int]] = deque(maxlen=KEPT)
+        self.compared = 0
+        self.skipped = 0
+        """Drawn, but it had not finished those before."""
+        self.error = ""
+        """Why it compares no more."""
+        self._worker: Worker | None = None
+        self._thread = threading.Thread(target=self._live, name="shadow", daemon=True)
+        self._thread.start()
+
+    @property
+    def sqnr_db(self) -> float:
+        """Of the last thousand answers: fp32's power over that of the difference; at most 200."""
+        power, error, *_ = self._sums()
+        if not np.isfinite(error):
+            return 0.0
+        return 200.0 if not error else min(200.0, float(10 * np.log10(max(power, 1e-300) / error)))
+
+    @property
+    def agreement(self) -> float | None:
+        """How many of them have fp32's highest score at the same place; ``None`` where answers are no scores."""
+        *_, agreeing, rows = self._sums()
+        return agreeing / rows if rows else None
+
+    def offer(self, inputs: Sequence[np.ndarray], outputs: Sequence[np.ndarray]) -> None:
+        """Compare this request, if it is drawn and there is time."""
+        if self.error or self._random.random() >= self._share:
+            return
+        try:
+            self._waiting.put_nowait(([array.copy() for array in inputs], outputs))
+        except queue.Full:
+            self.skipped += 1
+
+    def close(self) -> None:
+        """End it, whatever it does."""
+        self.error = self.error or "closed"
+        worker = self._worker
+        if worker is not None:
+            with suppress(ProcessLookupError):
+                os.killpg(worker.pid, signal.SIGKILL)  # whatever it waits for ends
+        with suppress(queue.Empty):
+            while True:
+                self._waiting.get_nowait()
+        with suppress(queue.Full):
+            self._waiting.put_nowait(None)
+        self._thread.join(CLOSING_S)
+
+    def _sums(self) -> tuple[float, float, int, int]:
+        kept = list(self._kept)  # at once, for the thread goes on
+        powers, errors, agreeing, rows = zip(*kept, strict=True) if kept else ((), (), (), ())
+        return sum(powers), sum(errors), sum(agreeing), sum(rows)
+
+    def _live(self) -> None:
+        try:
+            with tempfile.TemporaryDirectory(prefix="corewise-shadow-") as name:
+                self._compare(Path(name))
+        except Exception as error:  # noqa: BLE001 - the request boundary: the shadow must never harm what it watches
+            self.error = self.error or str(error)
+
+    def _compare(self, work: Path) -> None:
+        cpu = inspect()
+        payload = work / "payload"
+        payload.mkdir()
+        write_reference(self._found, golden_samples(self._found), cpu, work)
+        about = {"folder": str(payload), "build": to_json(FP32)}
+        with Worker(cpu=cpu, log=work / "log", timeout_s=TIMEOUT_S) as worker:
+            self._worker = worker
+            os.setpriority(os.PRIO_PROCESS, worker.pid, NICE)  # before it has any other thread
+            worker.call("build", "building the shadow", material=str(work), **about)
+            worker.call("open", "opening the shadow", plan=to_json(PLAN), **about)
+            while (taken := self._waiting.get()) is not None:
+                inputs, outputs = taken
+                rows = [tuple(array[k] for array in inputs) for k in range(len(inputs[0]))]
+                samples, path = work / "samples.safetensors", work / "outputs.safetensors"
+                Samples(rows=rows, structure=self._found.input_structure, source="traffic").save(samples)
+                worker.call("outputs", "comparing", samples=str(samples), batch=1, path=str(path))
+                expected = [np.stack(list(leaf)) for leaf in read_outputs(path).leaves]
+                self._kept.append(_difference(expected, outputs))
+                self.compared += 1
+
+
+def _difference(expected: Sequence[np.ndarray], found: Sequence[np.ndarray]) -> tuple[float, float, int, int]:
+    """Power, error, rows whose highest score is at the same place, and rows of scores."""
+    power = error = 0.0
+    for ours, theirs in zip(found, expected, strict=True):
+        exact = theirs.astype(np.float64)
+        power += float(np.square(exact).sum())
+        error += float(np.square(ours.astype(np.float64) - exact).sum())
+    scores = expected[0]
+    if scores.ndim != 2 or scores.shape[1] < 2:
+        return power, error, 0, 0
+    return power, error, int((scores.argmax(1) == found[0].argmax(1)).sum()), len(scores)

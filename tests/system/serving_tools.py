@@ -1,0 +1,166 @@
+"""Artifacts that take the time they are told to, and a server in a process of its own."""
+
+import json
+import queue
+import signal
+import subprocess
+import sys
+import threading
+import time
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+
+import httpx
+
+from corewise import artifact
+from corewise.cpu import inspect
+from corewise.engines.fake import Fake
+from corewise.values import Build, Measurement, Plan, to_json
+
+GOLDEN = Path(__file__).parents[1] / "golden" / "schema-1"
+TIMEOUT_S = 60
+
+
+def fake_artifact(folder, plan=None, *, call_ms=2.0, **options):
+    """An artifact of the fake engine: outputs are a projection of the inputs, calls take ``call_ms``."""
+    plan = plan or Plan(threads_per_instance=1, instances=1, batch=4)
+    found = artifact.read(GOLDEN)
+    settings = {"seconds_per_call": call_ms / 1e3, **options}
+    build = Build(engine="fake", precision="fp32", options=tuple(sorted(settings.items())))
+    payload = folder.with_name(folder.name + ".payload")
+    payload.mkdir()
+    (payload / "fake.json").write_text(json.dumps({"inputs": 1, "outputs": to_json(found.manifest.outputs)}))
+    inputs, _ = found.golden()
+    batches = sorted({1, plan.batch})
+    measured = tuple(
+        Measurement(
+            plan=replace(plan, batch=batch),
+            latencies_ms=(call_ms,),
+            throughput_per_s=1e3 * batch / call_ms,
+            p50_ms=call_ms,
+            p99_ms=1.2 * call_ms,
+            spread=0.0,
+        )
+        for batch in batches
+    )
+    report = found.report
+    trials = tuple(
+        replace(trial, build=build, measurements=measured) if trial.build == report.choice.winner else trial
+        for trial in report.trials
+    )
+    report = replace(report, cpu=inspect(), trials=trials, choice=replace(report.choice, winner=build, plan=plan))
+    artifact.write(
+        folder,
+        manifest=lambda files: replace(found.manifest, build=build, plan=plan, files=files),
+        payload=payload,
+        reference=None,
+        golden=(inputs, Fake().open(payload, replace(build, options=()), plan).run(inputs)),
+        report=report,
+        report_text="",
+        report_page="",
+    )
+    return folder
+
+
+class Server:
+    """A running ``corewise serve``; what it prints is kept."""
+
+    def __init__(self, *arguments):
+        command = [sys.executable, "-m", "corewise.cli", "serve", *map(str, arguments), "--http", "127.0.0.1:0"]
+        command += ["--grpc", "127.0.0.1:0", "--admin", "127.0.0.1:0"]
+        self.process = subprocess.Popen(
+            command,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        self.printed, self.logged = [], []
+        self._lines = queue.Queue()
+        for stream, kept in ((self.process.stdout, self.printed), (self.process.stderr, self.logged)):
+            threading.Thread(target=self._read, args=(stream, kept), daemon=True).start()
+        self.ports = {}
+        self.client = httpx.Client(limits=httpx.Limits(max_connections=None), timeout=TIMEOUT_S)
+        line = self.until("listening:")
+        for part in line.removeprefix("listening: ").split(", "):
+            name, _, port = part.partition(" on port ")
+            self.ports[name] = int(port)
+
+    def _read(self, stream, kept):
+        with stream:
+            for line in stream:
+                kept.append(line.rstrip())
+                if stream is self.process.stdout:
+                    self._lines.put(line.rstrip())
+        if stream is self.process.stdout:
+            self._lines.put(None)
+
+    def until(self, start):
+        """The next printed line that starts so."""
+        end = time.monotonic() + TIMEOUT_S
+        while True:
+            line = self._lines.get(timeout=max(0.1, end - time.monotonic()))
+            assert line is not None, f"it ended before {start!r}: {self.logged}"
+            if line.startswith(start):
+                return line
+
+    @property
+    def url(self):
+        return f"http://127.0.0.1:{self.ports['http']}"
+
+    @property
+    def admin(self):
+        return f"http://127.0.0.1:{self.ports['admin']}"
+
+    @property
+    def grpc(self):
+        return f"127.0.0.1:{self.ports['grpc']}"
+
+    def get(self, path, **more):
+        return self.client.get(self.url + path, **more)
+
+    def post(self, path, **more):
+        return self.client.post(self.url + path, **more)
+
+    def engine_pids(self):
+        """The processes of its models."""
+        found = []
+        for path in Path("/proc").iterdir():
+            if path.name.isdigit():
+                try:
+                    parent = int((path / "stat").read_text().rsplit(")", 1)[1].split()[1])
+                    command = (path / "cmdline").read_bytes()
+                except (OSError, IndexError):
+                    continue
+                if parent == self.process.pid and b"corewise.serving.child" in command:
+                    found.append(int(path.name))
+        return found
+
+    def stop(self, number=signal.SIGTERM):
+        """Stop it; its exit code."""
+        if self.process.poll() is None:
+            self.process.send_signal(number)
+        return self.process.wait(TIMEOUT_S)
+
+
+@contextmanager
+def serving(*arguments, wait=True):
+    server = Server(*arguments)
+    try:
+        if wait:
+            server.until("ready:")
+        yield server
+    finally:
+        server.client.close()
+        if server.process.poll() is None:
+            server.process.kill()
+        server.process.wait()
+
+
+def eventually(condition, seconds=30.0):
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        if condition():
+            return True
+        time.sleep(0.05)
+    return False

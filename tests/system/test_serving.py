@@ -1,0 +1,577 @@
+"""A live server, and clients that nobody here wrote."""
+
+import concurrent.futures
+import gzip
+import json
+import os
+import shutil
+import signal
+import socket
+import ssl
+import subprocess
+import sys
+import threading
+import time
+
+import httpx
+import numpy as np
+import pytest
+import tritonclient.grpc as triton_grpc
+import tritonclient.http as triton_http
+from serving_tools import GOLDEN, eventually, fake_artifact, serving
+
+from corewise import artifact
+from corewise.cpu import inspect
+from corewise.values import Plan
+
+pytestmark = pytest.mark.skipif(inspect().architecture != "x86_64", reason="the golden artifacts are for x86-64")
+
+INPUTS, OUTPUTS = artifact.read(GOLDEN).golden()
+ROWS = INPUTS[0]
+PROJECT = GOLDEN.parents[2]
+CLOSE = 5e-3
+"""Its int8 is scaled by what is in the call."""
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("serving")
+    shutil.copytree(GOLDEN, folder / "net.cw")
+    fake = fake_artifact(folder / "fake.cw", Plan(threads_per_instance=1, instances=2, batch=4), fails_above=100.0)
+    with serving(folder / "net.cw", f"toy@3={fake}", f"toy@12={fake}") as found:
+        yield found
+
+
+@pytest.fixture(scope="module")
+def expected():
+    """What the fake engine answers."""
+    folder = GOLDEN.parent
+
+    def answer(rows):
+        specs = artifact.read(folder / "schema-1").manifest.outputs
+        from corewise.engines.fake import FakeSession
+
+        session = FakeSession(
+            inputs=1,
+            outputs=specs,
+            noise=0.0,
+            seconds_per_call=0.0,
+            seconds_per_item=0.0,
+            fails_above=np.inf,
+            dies_above=np.inf,
+        )
+        return session.run([rows])[0]
+
+    return answer
+
+
+def tensor(rows, **more):
+    return {"name": "input", "shape": list(rows.shape), "datatype": "FP32", "data": rows.reshape(-1).tolist(), **more}
+
+
+def infer(server, rows, model="toy", headers=None, **more):
+    body = {"inputs": [tensor(rows)], **more}
+    return server.post(f"/v2/models/{model}/infer", json=body, headers=headers)
+
+
+def output(response):
+    found = response.json()["outputs"][0]
+    return np.array(found["data"], np.float32).reshape(found["shape"])
+
+
+# --- the protocol, by its own clients -----------------------------------------------------------------------------
+
+
+def test_health_and_descriptions(server):
+    assert server.get("/v2/health/live").json() == {"live": True}
+    assert server.get("/v2/health/ready").json() == {"ready": True}
+    assert server.get("/v2/models/net/ready").json()["ready"] is True
+    described = server.get("/v2").json()
+    assert described["name"] == "corewise"
+    assert "binary_tensor_data" in described["extensions"]
+    model = server.get("/v2/models/toy").json()
+    assert model["versions"] == ["3", "12"]
+    assert model["inputs"] == [{"name": "input", "datatype": "FP32", "shape": [-1, 3, 12, 12]}]
+    assert server.get("/v2/models/toy/versions/3").json()["name"] == "toy"
+
+
+def test_tritons_http_client_gets_the_golden_outputs(server):
+    with triton_http.InferenceServerClient(server.url.removeprefix("http://")) as client:
+        assert client.is_server_live()
+        assert client.is_server_ready()
+        assert client.is_model_ready("net")
+        assert client.get_model_metadata("net")["platform"] == "corewise_onnxruntime"
+        for binary in (True, False):
+            given = triton_http.InferInput("input", ROWS.shape, "FP32")
+            given.set_data_from_numpy(ROWS, binary_data=binary)
+            asked = triton_http.InferRequestedOutput("output_0", binary_data=binary)
+            found = client.infer("net", [given], outputs=[asked], request_id="seven")
+            np.testing.assert_allclose(found.as_numpy("output_0"), OUTPUTS[0], atol=CLOSE)
+            assert found.get_response()["id"] == "seven"
+        found = client.infer("net", [given])
+        np.testing.assert_allclose(found.as_numpy("output_0"), OUTPUTS[0], atol=CLOSE)
+        packed = client.infer("net", [given], request_compression_algorithm="gzip")
+        np.testing.assert_allclose(packed.as_numpy("output_0"), OUTPUTS[0], atol=CLOSE)
+        counted = client.get_inference_statistics("net")["model_stats"][0]
+        assert counted["inference_count"] >= 4 * len(ROWS)
+        with pytest.raises(triton_http.InferenceServerException, match="there is no model 'nothing'"):
+            client.infer("nothing", [given])
+
+
+def test_tritons_grpc_client_gets_the_golden_outputs(server):
+    with triton_grpc.InferenceServerClient(server.grpc) as client:
+        assert client.is_server_live()
+        assert client.is_server_ready()
+        assert client.is_model_ready("net")
+        assert list(client.get_model_metadata("toy").versions) == ["3", "12"]
+        given = triton_grpc.InferInput("input", ROWS.shape, "FP32")
+        given.set_data_from_numpy(ROWS)
+        found = client.infer("net", [given], request_id="seven")
+        np.testing.assert_allclose(found.as_numpy("output_0"), OUTPUTS[0], atol=CLOSE)
+        assert found.get_response().id == "seven"
+        assert client.get_inference_statistics("net").model_stats[0].inference_count >= len(ROWS)
+        with pytest.raises(triton_grpc.InferenceServerException, match="NOT_FOUND"):
+            client.infer("nothing", [given])
+        wrong = triton_grpc.InferInput("input", [1, 2], "FP32")
+        wrong.set_data_from_numpy(np.zeros((1, 2), np.float32))
+        with pytest.raises(triton_grpc.InferenceServerException, match="INVALID_ARGUMENT"):
+            client.infer("net", [wrong])
+
+
+KSERVE = """
+import asyncio, sys
+import numpy as np
+from kserve import InferInput, InferRequest, InferenceGRPCClient, InferenceRESTClient, RESTConfig
+rows = np.load(sys.argv[3])
+async def main():
+    given = InferInput("input", list(rows.shape), "FP32")
+    given.set_data_from_numpy(rows, binary_data=sys.argv[4] == "binary")
+    if sys.argv[1] == "rest":
+        client = InferenceRESTClient(RESTConfig(protocol="v2", timeout=60))
+        base = sys.argv[2]
+        assert await client.is_server_ready(base)
+        assert await client.is_server_live(base)
+        assert await client.is_model_ready(base, "net")
+        found = await client.infer(base, InferRequest(model_name="net", infer_inputs=[given]), model_name="net")
+    else:
+        client = InferenceGRPCClient(url=sys.argv[2])
+        assert await client.is_server_ready()
+        assert await client.is_server_live()
+        assert await client.is_model_ready("net")
+        found = await client.infer(InferRequest(model_name="net", infer_inputs=[given]))
+    np.save(sys.argv[5], found.outputs[0].as_numpy())
+asyncio.run(main())
+"""
+
+
+@pytest.mark.parametrize(("side", "kind"), [("rest", "json"), ("rest", "binary"), ("grpc", "binary"), ("grpc", "json")])
+def test_kserves_clients_get_the_golden_outputs(server, tmp_path, side, kind):
+    # In a process of their own: their protobuf names are Triton's.
+    np.save(tmp_path / "in.npy", ROWS)
+    where = server.url if side == "rest" else server.grpc
+    command = [sys.executable, "-c", KSERVE, side, where, tmp_path / "in.npy", kind, tmp_path / "out.npy"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr[-2000:]
+    np.testing.assert_allclose(np.load(tmp_path / "out.npy"), OUTPUTS[0], atol=CLOSE)
+
+
+def test_answers_are_their_requests_own(server, expected):
+    random = np.random.default_rng(0)
+
+    def ask(k):
+        rows = random_rows[k]
+        return np.abs(output(infer(server, rows)) - expected(rows)).max()
+
+    random_rows = [random.standard_normal((1 + k % 3, 3, 12, 12)).astype(np.float32) for k in range(60)]
+    with concurrent.futures.ThreadPoolExecutor(12) as pool:
+        assert max(pool.map(ask, range(60))) < 1e-4
+
+
+def test_more_rows_than_a_call_has_run_in_several(server, expected):
+    rows = np.random.default_rng(1).standard_normal((11, 3, 12, 12)).astype(np.float32)
+    np.testing.assert_allclose(output(infer(server, rows)), expected(rows), atol=1e-4)
+    many = np.zeros((1100, 3, 12, 12), np.float32)
+    refused = infer(server, many)
+    assert refused.status_code == 400
+    assert "more rows than a call may have" in refused.json()["error"]
+
+
+# --- errors -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("path", "status", "match"),
+    [
+        ("/v2/models/none/infer", 404, "there is no model 'none'"),
+        ("/v2/models/toy/versions/4/infer", 404, "has no version '4'"),
+        ("/v2/nothing", 404, "there is nothing at this path"),
+        ("/v2/health/live", 405, "this path has another method"),
+        ("/v2/models/net/classify", 501, "was not made from images"),
+    ],
+)
+def test_wrong_paths_are_told(server, path, status, match):
+    found = server.post(path, content=b"{}")
+    assert found.status_code == status
+    assert match in found.json()["error"]
+
+
+def test_wrong_bodies_are_told(server):
+    path = "/v2/models/toy/infer"
+    length = "inference-header-content-length"
+    bomb = gzip.compress(b"[" * (80 * 2**20))
+    for status, match, options in (
+        (400, "is no JSON", {"content": b"{"}),
+        (413, "more than 67108864 bytes", {"content": b" " * (65 * 2**20)}),
+        (413, "more than 67108864 bytes", {"content": bomb, "headers": {"content-encoding": "gzip"}}),
+        (400, "the body is no gzip", {"content": b"nothing", "headers": {"content-encoding": "gzip"}}),
+        (400, "no whole gzip", {"content": bomb[:100], "headers": {"content-encoding": "gzip"}}),
+        (415, "content encoding 'br'", {"content": b"{}", "headers": {"content-encoding": "br"}}),
+        (
+            400,
+            "Inference-Header-Content-Length",
+            {"content": b"{}", "headers": {length: "-1"}},
+        ),
+        (
+            400,
+            "Inference-Header-Content-Length",
+            {"content": b"{}", "headers": {length: "9" * 50}},
+        ),
+        (400, "x-request-timeout-ms", {"content": b"{}", "headers": {"x-request-timeout-ms": "soon"}}),
+        (400, "nests deeper", {"content": b'{"inputs":' + b"[" * 10**6}),
+    ):
+        found = server.post(path, **options)
+        assert (found.status_code, match in found.json()["error"]) == (status, True), found.text[:300]
+    assert infer(server, ROWS[:1]).status_code == 200
+
+
+def test_a_call_that_fails_tells_its_own_requests_and_no_internals(server):
+    bad = ROWS[:1] + 1000
+    with concurrent.futures.ThreadPoolExecutor(8) as pool:
+        answers = list(
+            pool.map(lambda k: infer(server, bad if k == 0 else ROWS[:1], headers={"x-request-id": f"r{k}"}), range(8))
+        )
+    failed = answers[0]
+    assert failed.status_code == 500
+    assert failed.json() == {"error": "the call failed; its log says why, at request r0"}
+    assert failed.headers["x-request-id"] == "r0"
+    assert any("an input is above 100" in line for line in server.logged)
+    assert infer(server, ROWS[:1]).status_code == 200
+
+
+def test_a_time_that_is_too_short_is_refused_at_once(server):
+    found = infer(server, ROWS[:1], headers={"x-request-timeout-ms": "1"})
+    assert found.status_code == 503
+    assert "even an idle instance would miss its deadline" in found.json()["error"]
+    assert infer(server, ROWS[:1], parameters={"timeout": 1000}).status_code == 503
+    with triton_grpc.InferenceServerClient(server.grpc) as client:
+        given = triton_grpc.InferInput("input", [1, 3, 12, 12], "FP32")
+        given.set_data_from_numpy(ROWS[:1])
+        with pytest.raises(triton_grpc.InferenceServerException, match="RESOURCE_EXHAUSTED"):
+            client.infer("toy", [given], timeout=1000)
+
+
+# --- load ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def slow(tmp_path):
+    """A server whose calls take 300 ms, of up to 2 rows."""
+    plan = Plan(threads_per_instance=1, instances=1, batch=2)
+    folder = fake_artifact(tmp_path / "slow.cw", plan, call_ms=300.0, dies_above=100.0)
+    with serving(folder, "--queue", "8") as found:
+        yield found
+
+
+def many(server, count, rows=ROWS[:1], headers=None):
+    with concurrent.futures.ThreadPoolExecutor(count) as pool:
+        return list(pool.map(lambda k: infer(server, rows, "slow", headers), range(count)))
+
+
+def test_an_overload_is_refused_at_once_and_says_when_to_come_again(slow):
+    started = time.monotonic()
+    answers = many(slow, 30, headers={"x-request-timeout-ms": "1350"})
+    assert time.monotonic() - started < 5
+    codes = [one.status_code for one in answers]
+    assert set(codes) == {200, 503}
+    assert 6 <= codes.count(200) <= 10
+    refused = next(one for one in answers if one.status_code == 503)
+    assert int(refused.headers["retry-after"]) >= 1
+    text = slow.get("/metrics").text
+    assert 'outcome="overloaded"' in text or 'outcome="queue full"' in text
+    figures = slow.get("/live.json").json()["models"][0]
+    assert figures["refused_per_s"] > 0
+    assert figures["batch_rows"]["2"] > 0
+
+
+def test_a_client_that_goes_frees_its_place(slow):
+    body = json.dumps({"inputs": [tensor(ROWS[:1])]}).encode()
+    head = f"POST /v2/models/slow/infer HTTP/1.1\r\nhost: x\r\ncontent-length: {len(body)}\r\n\r\n".encode()
+    connections = [socket.create_connection(("127.0.0.1", slow.ports["http"])) for _ in range(8)]
+    for connection in connections:
+        connection.sendall(head + body)
+    assert eventually(lambda: slow.get("/live.json").json()["models"][0]["waiting_rows"] >= 3, 2)
+    for connection in connections[2:]:
+        connection.close()
+    assert eventually(lambda: slow.get("/live.json").json()["models"][0]["waiting_rows"] == 0, 1.0)
+    for connection in connections[:2]:
+        connection.settimeout(10)
+        assert connection.recv(100).startswith(b"HTTP/1.1 200")
+        connection.close()
+    assert eventually(lambda: 'outcome="cancelled"' in slow.get("/metrics").text, 3)
+
+
+def test_an_engine_that_dies_is_replaced_and_the_others_are_answered(slow):
+    (pid,) = slow.engine_pids()
+    with concurrent.futures.ThreadPoolExecutor(6) as pool:
+        answers = [pool.submit(infer, slow, ROWS[:1], "slow") for _ in range(5)]
+        time.sleep(0.4)
+        os.kill(pid, signal.SIGKILL)
+        codes = sorted(one.result().status_code for one in answers)
+    assert codes.count(500) <= 2
+    assert codes.count(200) >= 3
+    assert eventually(lambda: slow.get("/v2/health/ready").status_code == 200)
+    assert slow.engine_pids() != [pid]
+    assert infer(slow, ROWS[:1], "slow").status_code == 200
+    assert infer(slow, ROWS[:1] + 1000, "slow").status_code == 500
+    assert eventually(lambda: slow.get("/live.json").json()["models"][0]["restarts"] == 2)
+    assert infer(slow, ROWS[:1], "slow").status_code == 200
+
+
+def test_sigterm_loses_nothing_that_was_accepted(slow):
+    with concurrent.futures.ThreadPoolExecutor(7) as pool:
+        answers = [pool.submit(infer, slow, ROWS[:1], "slow") for _ in range(6)]
+        assert eventually(lambda: slow.get("/live.json").json()["models"][0]["waiting_rows"] >= 3, 2)
+        slow.process.send_signal(signal.SIGTERM)
+        slow.until("draining:")
+        late = infer(slow, ROWS[:1], "slow")
+        assert slow.get("/v2/health/ready").status_code == 503
+        assert [one.result().status_code for one in answers] == [200] * 6
+    assert late.status_code == 503
+    assert "the server is stopping" in late.json()["error"]
+    assert slow.process.wait(20) == 0
+
+
+def test_a_drain_that_is_too_short_says_so(tmp_path):
+    plan = Plan(threads_per_instance=1, instances=1, batch=1)
+    with serving(fake_artifact(tmp_path / "slow.cw", plan, call_ms=2000.0), "--drain-s", "0.2") as server:
+        with concurrent.futures.ThreadPoolExecutor(2) as pool:
+            answer = pool.submit(infer, server, ROWS[:1], "slow")
+            time.sleep(0.5)
+            assert server.stop() == 2
+            error = answer.exception()
+            assert isinstance(error, httpx.HTTPError) or answer.result().status_code >= 500
+        assert any("not all that was accepted was answered in 0.2 s" in line for line in server.logged)
+
+
+def test_a_reload_drops_nothing_and_an_unsound_artifact_changes_nothing(tmp_path, expected):
+    folder = fake_artifact(tmp_path / "live.cw", call_ms=5.0)
+    with serving(folder) as server:
+        (before,) = server.engine_pids()
+        codes, stop = [], threading.Event()
+
+        def keep_asking():
+            while not stop.is_set():
+                codes.append(infer(server, ROWS[:1], "live").status_code)
+
+        asking = [threading.Thread(target=keep_asking) for _ in range(3)]
+        for one in asking:
+            one.start()
+        assert httpx.post(f"{server.admin}/v2/repository/models/live/load", timeout=60).json() == {}
+        (after,) = server.engine_pids()
+        assert after != before
+        server.process.send_signal(signal.SIGHUP)
+        assert eventually(lambda: after not in server.engine_pids())
+        (now,) = server.engine_pids()
+        payload = folder / "payload" / "fake.json"
+        payload.write_text(payload.read_text() + " ")
+        found = httpx.post(f"{server.admin}/v2/repository/models/live/load", timeout=60)
+        assert found.status_code == 500
+        assert "is truncated or altered" in found.json()["error"]
+        assert server.engine_pids() == [now]
+        stop.set()
+        for one in asking:
+            one.join()
+        assert set(codes) == {200}
+        index = httpx.post(f"{server.admin}/v2/repository/index").json()
+        assert index == [{"name": "live", "version": "1", "state": "READY"}]
+        assert httpx.post(f"{server.admin}/v2/repository/models/none/load").status_code == 404
+
+
+# --- who may, and how -------------------------------------------------------------------------------------------
+
+
+def test_without_its_token_nobody_is_answered(tmp_path):
+    (tmp_path / "tokens").write_text("first\nsecond\n")
+    with serving(
+        fake_artifact(tmp_path / "toy.cw"), "--token-file", tmp_path / "tokens", "--log-level", "debug"
+    ) as server:
+        assert server.get("/v2/health/ready").status_code == 200
+        assert server.get("/v2/models/toy").status_code == 401
+        assert infer(server, ROWS[:1], headers={"authorization": "Bearer third"}).status_code == 401
+        assert infer(server, ROWS[:1], headers={"authorization": "Bearer second"}).status_code == 200
+        with triton_grpc.InferenceServerClient(server.grpc) as client:
+            assert client.is_server_live()
+            with pytest.raises(triton_grpc.InferenceServerException, match="UNAUTHENTICATED"):
+                client.get_model_metadata("toy")
+            assert client.get_model_metadata("toy", headers={"authorization": "Bearer first"}).name == "toy"
+        assert not any("second" in line for line in server.logged)
+        line = next(json.loads(one) for one in server.logged if '"path": "/v2/models/toy/infer"' in one)
+        assert {"time", "level", "id", "method", "status", "ms"} <= set(line)
+
+
+def test_tls_on_both_ports(tmp_path):
+    command = ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "2", "-subj", "/CN=localhost"]
+    command += [
+        "-addext",
+        "subjectAltName=IP:127.0.0.1",
+        "-keyout",
+        tmp_path / "key.pem",
+        "-out",
+        tmp_path / "cert.pem",
+    ]
+    subprocess.run(command, check=True, capture_output=True)
+    files = ("--tls-cert", tmp_path / "cert.pem", "--tls-key", tmp_path / "key.pem")
+    with serving(fake_artifact(tmp_path / "toy.cw"), *files) as server:
+        url = server.url.replace("http:", "https:")
+        assert httpx.get(
+            f"{url}/v2/health/ready", verify=ssl.create_default_context(cafile=tmp_path / "cert.pem")
+        ).json() == {"ready": True}
+        with pytest.raises(httpx.HTTPError):
+            server.get("/v2/health/ready")
+        secure = {"ssl": True, "root_certificates": str(tmp_path / "cert.pem")}
+        with triton_grpc.InferenceServerClient(server.grpc, **secure) as client:
+            assert client.is_server_ready()
+
+
+def test_headers_that_do_not_come_end_the_connection(server, monkeypatch):
+    with socket.create_connection(("127.0.0.1", server.ports["http"])) as slow_one:
+        slow_one.settimeout(20)
+        slow_one.sendall(b"POST /v2/models/toy/infer HTTP/1.1\r\nhost: x\r\n")
+        started = time.monotonic()
+        while (found := slow_one.recv(1000)) and time.monotonic() - started < 20:
+            pass
+        assert found == b""
+        assert 5 < time.monotonic() - started < 15
+    with socket.create_connection(("127.0.0.1", server.ports["http"])) as long_one:
+        long_one.settimeout(10)
+        long_one.sendall(b"GET /v2 HTTP/1.1\r\n" + b"x: " + b"y" * 200_000 + b"\r\n\r\n")
+        assert b" 400 " in long_one.recv(1000)
+    assert server.get("/v2/health/live").status_code == 200
+
+
+def test_wrong_arguments_are_one_line(tmp_path):
+    toy = fake_artifact(tmp_path / "toy.cw")
+    free = ("--http", "127.0.0.1:0")
+    taken = socket.create_server(("127.0.0.1", 0))
+    port = taken.getsockname()[1]
+    (tmp_path / "empty").write_text("\n")
+    for arguments, match in (
+        ([tmp_path / "none.cw", "--http", "127.0.0.1:0"], "none.cw does not exist"),
+        ([toy, toy], "two models are named toy, version 1"),
+        ([toy, "--http", f"127.0.0.1:{port}"], "nothing can listen on 127.0.0.1"),
+        ([toy, "--http", "8000"], "--http is '8000'; give HOST:PORT"),
+        ([toy, "--http", "none"], "the server has no port"),
+        ([toy, "--token-file", tmp_path / "empty"], "holds no token"),
+        ([toy, "--tls-cert", tmp_path / "empty"], "TLS needs a certificate and its key"),
+        (
+            [toy, *free, "--tls-cert", tmp_path / "empty", "--tls-key", tmp_path / "empty"],
+            "TLS cannot use",
+        ),
+        ([toy, *free, "--shadow", "0.5"], "carries no fp32 program"),
+    ):
+        command = [sys.executable, "-m", "corewise.cli", "serve", *map(str, arguments)]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+        assert done.returncode == 2, (arguments, done.stdout, done.stderr)
+        assert match in done.stderr, done.stderr
+        assert "Traceback" not in done.stderr
+    taken.close()
+
+
+# --- people -------------------------------------------------------------------------------------------------------
+
+
+def test_the_pages_say_how_it_goes(server):
+    infer(server, ROWS[:1])
+    page = server.get("/")
+    assert "default-src 'none'" in page.headers["content-security-policy"]
+    found = server.get("/live.json").json()
+    assert found["ready"] is True
+    assert {"name", "rate_per_s", "p50_ms", "p99_ms", "waiting_rows", "plan", "engine"} <= set(found["models"][0])
+    docs = server.get("/docs").text
+    assert "net, version 1" in docs
+    assert "FP32 (any, 3, 12, 12)" in docs
+    text = server.get("/metrics").text
+    assert 'corewise_requests_total{model="toy",outcome="ok",protocol="http",version="12"}' in text
+    assert 'corewise_ready{model="net",version="1"} 1.0' in text
+    assert set(server.get("/openapi.json").json()["paths"]) >= {"/v2/models/{name}/infer", "/v2/health/ready"}
+
+
+def test_the_live_page_lives(server, tmp_path):
+    browser = shutil.which("chromium") or shutil.which("chromium-browser")
+    if browser is None:
+        pytest.skip("no chromium")
+    infer(server, ROWS[:1])
+    command = [browser, "--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={tmp_path}"]
+    command += ["--virtual-time-budget=3000", "--dump-dom", server.url]
+    found = subprocess.run(command, capture_output=True, text=True, timeout=120).stdout
+    assert 'class="state good"' in found
+    assert "net" in found
+    assert "onnxruntime int8-dynamic" in found
+    assert "answered" in found
+
+
+def test_schemathesis_finds_no_server_error(server, tmp_path):
+    command = [sys.executable, "-m", "schemathesis.cli", "run", f"{server.url}/openapi.json", "--max-examples", "30"]
+    command += ["--checks", "not_a_server_error", "--seed", "0", "--no-color", "--request-timeout", "20"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stdout[-3000:]
+    assert server.get("/v2/health/ready").status_code == 200
+
+
+def test_noise_on_the_wire_harms_nobody(server):
+    random = np.random.default_rng(0)
+    body = json.dumps({"inputs": [tensor(ROWS[:1])]}).encode()
+    head = f"POST /v2/models/toy/infer HTTP/1.1\r\nhost: x\r\ncontent-length: {len(body)}\r\n\r\n".encode()
+    whole = np.frombuffer(head + body, np.uint8)
+    for _ in range(400):
+        broken = whole.copy()
+        places = random.integers(0, len(head) + 200, random.integers(1, 8))
+        broken[places] = random.integers(0, 256, len(places))
+        with socket.create_connection(("127.0.0.1", server.ports["http"])) as one:
+            one.sendall(broken.tobytes()[: random.integers(1, len(broken))])
+    with socket.create_connection(("127.0.0.1", server.ports["grpc"])) as one:
+        one.sendall(random.integers(0, 256, 10_000).astype(np.uint8).tobytes())
+    assert infer(server, ROWS[:1]).status_code == 200
+    assert server.process.poll() is None
+    assert not any("Traceback" in line for line in server.logged)
+
+
+def test_an_image_is_named_by_a_model_made_from_images(tmp_path, data_folder):
+    from PIL import Image
+
+    with np.load(data_folder / "cifar10.npz") as data:
+        images, labels = data["images"][:300], data["labels"][:300]
+    np.savez(tmp_path / "some.npz", images=images, labels=labels)
+    command = ["optimize", "examples/resnet20.py:build", "--samples", str(tmp_path / "some.npz"), "--resize", "32"]
+    command += ["--crop", "32", "--engine", "onnxruntime", "--max-drop", "0.05", "--objective", "latency"]
+    command += ["-o", str(tmp_path / "resnet20.cw")]
+    done = subprocess.run(
+        [sys.executable, "-m", "corewise.cli", *command], capture_output=True, text=True, timeout=300, cwd=PROJECT
+    )
+    assert done.returncode == 0, done.stderr
+    with serving(tmp_path / "resnet20.cw", "--shadow", "1") as server:
+        right = 0
+        for k, (pixels, label) in enumerate(zip(images[:40], labels[:40], strict=True)):
+            Image.fromarray(pixels).save(tmp_path / f"{k}.png")
+            found = server.post("/v2/models/resnet20/classify?top=2", content=(tmp_path / f"{k}.png").read_bytes())
+            assert found.status_code == 200, found.text
+            best = found.json()["classes"]
+            assert len(best) == 2
+            right += best[0]["class"] == label
+        assert right >= 33
+        for content, status in ((b"no image", 415), ((tmp_path / "0.png").read_bytes()[:200], 415), (b"", 415)):
+            assert server.post("/v2/models/resnet20/classify", content=content).status_code == status
+        assert server.post("/v2/models/resnet20/classify?top=0", content=b"").status_code == 400
+        assert eventually(lambda: server.get("/live.json").json()["models"][0]["shadow"])
+        assert server.get("/live.json").json()["models"][0]["shadow"]["sqnr_db"] > 15
+        assert "corewise_shadow_sqnr_db" in server.get("/metrics").text

@@ -1,0 +1,250 @@
+"""The Open Inference Protocol in JSON and bytes: what goes in comes out, and what is no request is told as such."""
+
+import json
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as arrays
+
+from corewise.serving import protocol
+from corewise.serving.protocol import DATATYPES, MOST_DEPTH, Asked, ProtocolError, depth, parse, render
+from corewise.values import TensorSpec
+
+IMAGE = TensorSpec(name="x", dtype="float32", shape=(None, 3))
+IDS = TensorSpec(name="ids", dtype="int64", shape=(None, None))
+MASK = TensorSpec(name="mask", dtype="bool", shape=(None, None))
+SCORES = TensorSpec(name="scores", dtype="float32", shape=(None, 2))
+OTHERS = TensorSpec(name="others", dtype="int64", shape=(None,))
+NUMBERS = [name for name in DATATYPES if name != "object"]
+
+
+def request(*inputs, **more):
+    return json.dumps({"inputs": list(inputs), **more}).encode()
+
+
+def tensor(name="x", shape=(1, 3), datatype="FP32", **more):
+    return {"name": name, "shape": list(shape), "datatype": datatype, **more}
+
+
+def told(body, length=None, inputs=(IMAGE,), outputs=(SCORES, OTHERS), match=""):
+    with pytest.raises(ProtocolError, match=match) as caught:
+        parse(body, length, inputs, outputs)
+    return caught.value
+
+
+@given(st.sampled_from(NUMBERS).flatmap(lambda name: arrays.arrays(name, arrays.array_shapes(min_dims=1, max_dims=3))))
+def test_a_tensor_goes_through_bytes_and_json(value):
+    spec = TensorSpec(name="x", dtype=value.dtype.name, shape=(None,) * value.ndim)
+    described = tensor(shape=value.shape, datatype=DATATYPES[value.dtype.name])
+    data = protocol.to_bytes(value)
+    head = request({**described, "parameters": {"binary_data_size": len(data)}})
+    (found,) = parse(head + data, len(head), [spec], [SCORES]).inputs
+    np.testing.assert_array_equal(found, value)
+    assert found.dtype == value.dtype
+    for listed in (value.tolist(), value.reshape(-1).tolist()):
+        (found,) = parse(request({**described, "data": listed}), None, [spec], [SCORES]).inputs
+        np.testing.assert_array_equal(found, value)
+        assert found.dtype == value.dtype
+
+
+@given(st.lists(st.binary(max_size=20), min_size=1, max_size=5))
+def test_strings_go_through_bytes(items):
+    spec = TensorSpec(name="x", dtype="object", shape=(None,))
+    data = protocol.to_bytes(protocol.objects(items, [len(items)]))
+    head = request(tensor(shape=[len(items)], datatype="BYTES", parameters={"binary_data_size": len(data)}))
+    (found,) = parse(head + data, len(head), [spec], [SCORES]).inputs
+    assert found.tolist() == items
+
+
+def test_strings_come_as_json():
+    spec = TensorSpec(name="x", dtype="object", shape=(None,))
+    (found,) = parse(request(tensor(shape=[2], datatype="BYTES", data=["a", "ü"])), None, [spec], [SCORES]).inputs
+    assert found.tolist() == [b"a", "ü".encode()]
+    told(request(tensor(shape=[1], datatype="BYTES", data=[1])), inputs=[spec], match="are no BYTES")
+
+
+def test_inputs_come_in_the_models_order():
+    body = request(tensor("mask", (1, 2), "BOOL", data=[True, False]), tensor("ids", (1, 2), "INT64", data=[[5, 6]]))
+    ids, mask = parse(body, None, [IDS, MASK], [SCORES]).inputs
+    assert (ids.tolist(), mask.tolist()) == ([[5, 6]], [[True, False]])
+
+
+def test_what_a_request_may_ask():
+    body = request(
+        tensor(data=[1, 2, 3]),
+        id="a",
+        parameters={"timeout": 5e4, "priority": 3, "binary_data_output": True},
+        outputs=[{"name": "others", "parameters": {"binary_data": False}}, {"name": "scores"}],
+    )
+    found = parse(body, None, [IMAGE], [SCORES, OTHERS])
+    assert (found.id, found.timeout_s, found.priority) == ("a", 0.05, 3)
+    assert found.outputs == (Asked(name="others"), Asked(name="scores", binary=True))
+    plain = parse(request(tensor(data=[1, 2, 3])), None, [IMAGE], [SCORES, OTHERS])
+    assert plain.outputs == (Asked(name="scores"), Asked(name="others"))
+    assert (plain.id, plain.timeout_s, plain.priority) == (None, None, 0)
+
+
+def test_a_raw_body_is_the_one_input():
+    value = np.arange(6, dtype=np.float32).reshape(2, 3)
+    found = parse(value.tobytes(), 0, [IMAGE], [SCORES])
+    np.testing.assert_array_equal(found.inputs[0], value)
+    assert found.outputs == (Asked(name="scores", binary=True),)
+    told(value.tobytes()[:-1], 0, match="has 23 bytes, where its shape asks for 12")
+    told(b"", 0, match="has 0 bytes")
+    told(value.tobytes(), 0, inputs=[IDS], match="without JSON needs a model of one input of known shape")
+
+
+def test_an_answer_is_json_or_json_and_bytes():
+    outputs = {"scores": np.array([[0.5, np.nan]], np.float32), "others": np.array([7], np.int64)}
+    asked = parse(request(tensor(data=[1, 2, 3]), id="b"), None, [IMAGE], [SCORES, OTHERS])
+    parts, length = render("m", "1", asked, outputs)
+    found = json.loads(b"".join(parts))
+    assert length is None
+    assert (found["model_name"], found["model_version"], found["id"]) == ("m", "1", "b")
+    assert found["outputs"][1] == {"name": "others", "datatype": "INT64", "shape": [1], "data": [7]}
+    assert found["outputs"][0]["data"][0] == 0.5
+    body = request(tensor(data=[1, 2, 3]), outputs=[{"name": "scores", "parameters": {"binary_data": True}}])
+    parts, length = render("m", None, parse(body, None, [IMAGE], [SCORES, OTHERS]), outputs)
+    head = json.loads(parts[0])
+    assert length == len(parts[0])
+    assert "model_version" not in head
+    assert "id" not in head
+    assert head["outputs"][0]["parameters"] == {"binary_data_size": 8}
+    np.testing.assert_array_equal(np.frombuffer(parts[1], np.float32), outputs["scores"][0])
+
+
+@pytest.mark.parametrize(
+    ("body", "match"),
+    [
+        (b"", "is no JSON"),
+        (b"[]", "is no JSON object"),
+        (b"\xff\xfe", "is no JSON"),
+        (b'{"inputs": 1}', "the inputs are no list"),
+        (b'{"inputs": [1]}', "the inputs are no list"),
+        (request(), "the input x is missing"),
+        (request(tensor("y")), "there is no input 'y'; the model has x"),
+        (request({"shape": [1, 3]}), "there is no input 'None'"),
+        (request(tensor(data=[1, 2, 3]), tensor(data=[1, 2, 3])), "is there twice"),
+        (request(tensor(shape=[3], data=[1, 2, 3])), r"has the shape \[3\], the model takes \[-1, 3\]"),
+        (request(tensor(shape=[0, 3], data=[])), "has the shape"),
+        (request(tensor(shape=[-1, 3], data=[1, 2, 3])), "has the shape"),
+        (request(tensor(shape=[1, True], data=[1])), "is no list of whole numbers"),
+        (request(tensor(shape=[1, 3.0], data=[1])), "is no list of whole numbers"),
+        (request(tensor(shape=[2**39, 3], data=[1])), "has 1 values"),
+        (request(tensor(shape=[2**62, 3], data=[1])), "has another shape, the model takes"),
+        (
+            b'{"inputs": [{"name": "x", "datatype": "FP32", "shape": [9e4000, 3], "data": [1]}]}',
+            "no list of whole numbers",
+        ),
+        (request(tensor(shape=[10**4000, 3], data=[1])), "has another shape, the model takes"),
+        (request(tensor("\ud800")), "there is no input '.ud800'"),
+        (request(tensor(datatype="\ud800", data=[1, 2, 3])), r"is .ud800, the model takes FP32"),
+        (b'"' + b'\\"' * 2_000_000, "is no JSON"),
+        (request(tensor(datatype="FP64", data=[1, 2, 3])), "is FP64, the model takes FP32"),
+        (request(tensor(datatype=None, data=[1, 2, 3])), "is None, the model takes FP32"),
+        (request(tensor(data=["1", "2", "3"])), "are no FP32"),
+        (request(tensor(data=["9" * 10**6, "2", "3"])), "are no FP32"),
+        (request(tensor(data=[[1, 2], [3]])), "do not nest as its shape says"),
+        (request(tensor(data=[None, 2, 3])), "are no FP32"),
+        (request(tensor(data=[10**400, 2, 3])), "are no FP32"),
+        (request(tensor()), "has no data"),
+        (request(tensor(data=[1, 2])), "has 2 values, where its shape asks for 3"),
+        (request(tensor(parameters=3)), "are no object"),
+        (request(tensor(parameters={"binary_data_size": 12})), "claims more bytes than there are"),
+        (request(tensor(parameters={"binary_data_size": -1})), "claims more bytes"),
+        (request(tensor(data=[1, 2, 3], parameters={"binary_data_size": 0})), "has both"),
+        (request(tensor(data=[1, 2, 3]), id=5), "the id is no string"),
+        (request(tensor(data=[1, 2, 3]), id="x" * 300), "the id is no string"),
+        (request(tensor(data=[1, 2, 3]), parameters=[]), "are no object"),
+        (request(tensor(data=[1, 2, 3]), parameters={"timeout": 0}), "timeout is no number"),
+        (request(tensor(data=[1, 2, 3]), parameters={"timeout": float("inf")}), "timeout is no number"),
+        (request(tensor(data=[1, 2, 3]), parameters={"priority": 1.5}), "priority is no whole number"),
+        (request(tensor(data=[1, 2, 3]), parameters={"priority": 10**30}), "priority is no whole number"),
+        (request(tensor(data=[1, 2, 3]), parameters={"binary_data_output": 1}), "binary_data_output is no bool"),
+        (request(tensor(data=[1, 2, 3]), outputs=[{"name": "z"}]), "there is no output 'z'; the model has scores"),
+        (request(tensor(data=[1, 2, 3]), outputs=[{"name": "scores"}] * 2), "is asked for twice"),
+        (request(tensor(data=[1, 2, 3]), outputs=[{}]), "an output has no name"),
+        (request(*[tensor(data=[1, 2, 3])] * 65), "at most 64"),
+        (b'{"inputs": ' + b"[" * 100_000, f"deeper than {MOST_DEPTH}"),
+        (b'{"a":' * 10_000, f"deeper than {MOST_DEPTH}"),
+    ],
+)
+def test_what_is_no_request_is_told(body, match):
+    assert told(body, match=match).status == 400
+
+
+def test_binary_requests_are_compared_with_their_claims():
+    head = request(tensor(parameters={"binary_data_size": 12}))
+    data = np.arange(3, dtype=np.float32).tobytes()
+    told(head + data, len(head) + 20, match="Inference-Header-Content-Length is")
+    told(head + data + b"1", len(head), match="1 bytes belong to no input")
+    short = request(tensor(shape=(2, 3), parameters={"binary_data_size": 12}))
+    told(short + data, len(short), match="has 12 bytes, where its shape asks for 24")
+    huge = request(tensor(shape=(2**39, 3), parameters={"binary_data_size": 12}))
+    told(huge + data, len(huge), match="where its shape asks for")
+    spec = TensorSpec(name="x", dtype="object", shape=(None,))
+    for broken in (b"\xff\xff\xff\xff", b"\x01\x00", b"\x02\x00\x00\x00a"):
+        head = request(tensor(shape=[1], datatype="BYTES", parameters={"binary_data_size": len(broken)}))
+        told(head + broken, len(head), inputs=[spec], match="ends after the data do")
+
+
+def test_integers_must_fit():
+    small = TensorSpec(name="x", dtype="uint8", shape=(None,))
+    told(request(tensor(shape=[1], datatype="UINT8", data=[256])), inputs=[small], match="not from 0 to 255")
+    told(request(tensor(shape=[1], datatype="UINT8", data=[-1])), inputs=[small], match="are no UINT8")
+    told(request(tensor(shape=[1], datatype="UINT8", data=[1.5])), inputs=[small], match="are no UINT8")
+    told(request(tensor("mask", (1, 1), "BOOL", data=[1])), inputs=[MASK], match="they are no bools")
+
+
+def test_any_byte_but_zero_is_true():
+    head = request(tensor("mask", (1, 3), "BOOL", parameters={"binary_data_size": 3}))
+    (found,) = parse(head + b"\x00\x01\x07", len(head), [MASK], [SCORES]).inputs
+    assert found.tolist() == [[False, True, True]]
+    assert found.view(np.uint8).max() == 1
+
+
+def test_rows_must_be_as_many():
+    body = request(tensor("ids", (2, 1), "INT64", data=[1, 2]), tensor("mask", (1, 1), "BOOL", data=[True]))
+    told(body, inputs=[IDS, MASK], match="the inputs have 2, 1 rows")
+
+
+@pytest.mark.parametrize(
+    ("text", "deep"),
+    [(b"", 0), (b"[]", 1), (b'{"a": [[1]]}', 3), (b'["[[[[", "\\"[["]', 1), (b'["]]]]", [[', 3), (b"]]]][", -3 + 3)],
+)
+def test_depth_is_counted_outside_of_strings(text, deep):
+    assert depth(text) == deep
+
+
+def status_of(body, length=None):
+    """200, or the status of the error."""
+    try:
+        parse(body, length, [IMAGE], [SCORES])
+    except ProtocolError as error:
+        return error.status
+    return 200
+
+
+@given(st.binary(max_size=300), st.one_of(st.none(), st.integers(-5, 400)))
+def test_no_bytes_break_it(body, length):
+    assert status_of(body, length) in (200, 400)
+
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5),
+    lambda inner: (
+        st.lists(inner, max_size=4)
+        | st.dictionaries(
+            st.sampled_from(("inputs", "name", "shape", "datatype", "data", "parameters", "outputs", "id", "x")), inner
+        )
+    ),
+)
+
+
+@given(JSON)
+def test_no_json_breaks_it(data):
+    described = {"name": "x", "datatype": "FP32", "shape": data, "data": data}
+    assert status_of(json.dumps({"inputs": [described]}).encode()) in (200, 400)
+    assert status_of(json.dumps(data).encode()) in (200, 400, 501)

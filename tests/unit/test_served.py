@@ -1,0 +1,109 @@
+"""What a server knows of its requests, and how artifacts are named."""
+
+import subprocess
+import sys
+from concurrent.futures import Future
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from corewise.batching import Answer, NotServed
+from corewise.errors import InputError
+from corewise.serving import oip
+from corewise.serving.models import Models
+from corewise.serving.protocol import ProtocolError
+from corewise.serving.served import Source, Statistics, _together
+
+
+@pytest.mark.parametrize(
+    ("text", "name", "version", "folder"),
+    [
+        ("a/net.cw", "net", "1", "a/net.cw"),
+        ("a/net", "net", "1", "a/net"),
+        ("toy=a/net.cw", "toy", "1", "a/net.cw"),
+        ("toy@7=a/net.cw", "toy", "7", "a/net.cw"),
+        ("@7=a/net.cw", "net", "7", "a/net.cw"),
+    ],
+)
+def test_artifacts_are_named_by_their_folder_or_by_whoever_serves(text, name, version, folder):
+    assert Source.of(text) == Source(name=name, version=version, folder=Path(folder))
+
+
+def answer(rows=1, waited_s=0.1, ran_s=0.2, batch=4):
+    return Answer(outputs=[np.ones((rows, 2))], waited_s=waited_s, ran_s=ran_s, batch_rows=batch)
+
+
+def test_statistics_are_of_all_time_and_of_the_last_minute():
+    now = [1000.0]
+    kept = Statistics(clock=lambda: now[0])
+    for k in range(100):
+        now[0] = 1000.0 + k
+        kept.answered(answer(), rows=2, took_s=0.010 if k < 99 else 0.110)
+        kept.not_served("overloaded")
+    kept.failed(0.5)
+    now[0] += 0.5
+    recent = kept.recent()
+    assert recent.rate_per_s == pytest.approx(1.0)
+    assert recent.refused_per_s == pytest.approx(1.0)
+    assert recent.now_per_s == 1.0
+    assert recent.failed_per_s == pytest.approx(1 / 60)
+    assert (recent.p50_ms, recent.batch_rows) == (pytest.approx(10.0), {4: 60})
+    assert recent.p99_ms > 20
+    assert (kept.success.count, kept.rows, kept.calls, kept.refused["overloaded"]) == (100, 200, 50.0, 100)
+    assert kept.queue.seconds == pytest.approx(10.0)
+    now[0] += 120
+    assert kept.recent().rate_per_s == 0.0
+    assert kept.recent().p99_ms == 0.0
+
+
+def test_parts_are_one_answer_in_their_order():
+    parts = [Future() for _ in range(3)]
+    whole = _together(parts)
+    for k in (2, 0, 1):
+        assert not whole.done()
+        parts[k].set_result(Answer(outputs=[np.full((2, 1), k)], waited_s=k, ran_s=0.1, batch_rows=4))
+    assert whole.result().outputs[0].ravel().tolist() == [0, 0, 1, 1, 2, 2]
+    assert whole.result().waited_s == 2
+
+
+def test_the_first_error_is_the_wholes_and_cancels_the_rest():
+    parts = [Future() for _ in range(3)]
+    whole = _together(parts)
+    parts[1].set_exception(NotServed("expired"))
+    assert isinstance(whole.exception(), NotServed)
+    assert parts[0].cancelled()
+    assert parts[2].cancelled()
+    parts = [Future() for _ in range(2)]
+    whole = _together(parts)
+    assert whole.cancel()
+    assert all(part.cancelled() for part in parts)
+
+
+def test_models_are_found_by_name_and_the_newest_version():
+    sources = [Source(name="a", version=version, folder=Path("x")) for version in ("9", "10", "beta")]
+    models = Models(sources, lambda source: pytest.fail("nothing is opened"))
+    assert models.versions("a") == ["beta", "9", "10"]
+    assert not models.ready
+    for wanted, status in ((("b",), 404), (("a", "7"), 404), (("a",), 503)):
+        with pytest.raises(ProtocolError) as caught:
+            models.find(*wanted)
+        assert caught.value.status == status
+    with pytest.raises(InputError, match="two models are named a, version 9"):
+        Models([*sources, sources[0]], lambda source: pytest.fail("nothing is opened"))
+
+
+def test_the_messages_are_those_of_the_proto_file(tmp_path):
+    folder = Path(oip.__file__).parent
+    command = [sys.executable, "-m", "grpc_tools.protoc", f"-I{folder}", f"--descriptor_set_out={tmp_path / 'made'}"]
+    subprocess.run([*command, "open_inference.proto"], check=True)
+    assert (tmp_path / "made").read_bytes() == (folder / "open_inference.desc").read_bytes()
+    assert set(oip.METHODS) == {
+        "ServerLive",
+        "ServerReady",
+        "ModelReady",
+        "ServerMetadata",
+        "ModelMetadata",
+        "ModelInfer",
+        "ModelStatistics",
+    }

@@ -3,6 +3,7 @@
     manifest.json        what it is: build, plan, signature, CPU needs, sha256 and size of every other file
     payload/             what the engine opens
     reference/           the fp32 program, for ``bench --against`` and for checking drift
+    tokenizer.json       Hugging Face's, for models of text, where it was given
     golden.safetensors   a few inputs with this payload's outputs
     report.json, .md     every trial, and why this one won; report.html, the same with pictures, for a browser
     tuned.json           plans for other machines, where corewise retune was run: in no manifest (see ``tuned``)
@@ -33,6 +34,7 @@ MANIFEST = "manifest.json"
 PAYLOAD = "payload"
 REFERENCE = "reference/program.pt2"
 GOLDEN = "golden.safetensors"
+TOKENIZER = "tokenizer.json"
 REPORT = "report.json"
 REPORT_TEXT = "report.md"
 REPORT_PAGE = "report.html"
@@ -136,6 +138,7 @@ def write(
     payload: Path,
     reference: Path | None,
     golden: tuple[Sequence[np.ndarray], Sequence[np.ndarray]],
+    tokenizer: Path | None = None,
     report: Report,
     report_text: str,
     report_page: str,
@@ -153,6 +156,8 @@ def write(
             if reference is not None:
                 (made / REFERENCE).parent.mkdir()
                 shutil.copyfile(reference, made / REFERENCE)
+            if tokenizer is not None:
+                shutil.copyfile(tokenizer, made / TOKENIZER)
             _write_golden(made / GOLDEN, *golden)
             (made / REPORT).write_text(json.dumps(to_json(report), indent=1))
             (made / REPORT_TEXT).write_text(report_text)

@@ -142,6 +142,12 @@ def optimize(
     std: Std = ".229,.224,.225",
     interpolation: Interpolation = "bilinear",
     preprocess: ImageFunction = None,
+    labels: Annotated[
+        Path | None, typer.Option(help="Names of the classes, one a line, for whoever the artifact serves.")
+    ] = None,
+    tokenizer: Annotated[
+        Path | None, typer.Option(help="A tokenizer.json, with which the artifact serves text.")
+    ] = None,
     quiet: Annotated[bool, typer.Option("--quiet", help="Print nothing but errors.")] = False,
     as_json: AsJson = False,
 ) -> None:
@@ -155,6 +161,9 @@ def optimize(
 
     artifact.check_output(output)
     wanted = _preprocess(resize, crop, mean, std, interpolation)
+    names = None if labels is None else _lines(labels)
+    if tokenizer is not None and not tokenizer.is_file():
+        raise InputError(f"there is no file {tokenizer}", "give a tokenizer.json")
     goal = objective or ("throughput" if slo_ms is None else "slo")
     budget_s, memory_limit_bytes = _seconds(budget), _bytes(memory_limit)
     console = _console(stderr=as_json)
@@ -179,7 +188,7 @@ def optimize(
             work=work,
             tell=progress,
         )
-        result.save(output)
+        result.save(output, labels=names, tokenizer=tokenizer)
     result.home.remove()
     if as_json:
         _print_json(summary(result.report))

@@ -3,7 +3,8 @@
 import shutil
 import tempfile
 import weakref
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 
@@ -77,8 +78,18 @@ class Result:
             output_structure=self.output_structure,
         )
 
-    def save(self, folder: str | Path, *, reference: bool = True) -> artifact.Artifact:
+    def save(
+        self,
+        folder: str | Path,
+        *,
+        reference: bool = True,
+        labels: Sequence[str] | None = None,
+        tokenizer: Path | None = None,
+    ) -> artifact.Artifact:
         """Write the artifact; without ``reference`` it leaves out the fp32 program (and is smaller).
+
+        ``labels`` are the classes' names in the order of the scores, ``tokenizer`` a tokenizer.json: a server then
+        names classes and takes text.
 
         An artifact of a model that cannot be exported holds its weights; loading it needs the module's code.
 
@@ -88,7 +99,8 @@ class Result:
 
         artifact.write(
             Path(folder),
-            manifest=self._manifest,
+            manifest=lambda files: replace(self._manifest(files), labels=None if labels is None else tuple(labels)),
+            tokenizer=tokenizer,
             payload=self.payload,
             reference=self.material.program if reference and self.material.program.exists() else None,
             golden=self._golden(),

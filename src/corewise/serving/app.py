@@ -162,7 +162,8 @@ class App:
         served = self._served(request)
 
         def read(body: bytes) -> InferRequest:
-            return protocol.parse(body, _length(request), served.inputs, served.outputs)
+            asked = protocol.parse(body, _length(request), served.inputs, served.outputs, served.instead)
+            return served.prepared(asked)
 
         served, asked, answer = await self._answered(request, served, read)
         named = {spec.name: array for spec, array in zip(served.outputs, answer.outputs, strict=True)}

@@ -65,9 +65,15 @@ class InferRequest:
 
 
 def parse(
-    body: bytes, header_length: int | None, inputs: Sequence[TensorSpec], outputs: Sequence[TensorSpec]
+    body: bytes,
+    header_length: int | None,
+    inputs: Sequence[TensorSpec],
+    outputs: Sequence[TensorSpec],
+    instead: TensorSpec | None = None,
 ) -> InferRequest:
     """The request in a body; ``header_length`` is how much of it is JSON, the rest are binary tensors.
+
+    It may have the one input ``instead`` in place of the model's own.
 
     A length of 0 is Triton's raw request: the body is the one input's data. Raises ``ProtocolError``.
     """
@@ -83,7 +89,7 @@ def parse(
     header = _object(body[:header_length], "the request")
     parameters = _parameters(header, "the request")
     binary = memoryview(body)[header_length:] if header_length is not None else memoryview(b"")
-    arrays = _inputs(header.get("inputs"), binary, inputs)
+    arrays = _inputs(header.get("inputs"), binary, inputs, instead)
     timeout = parameters.get("timeout")
     return InferRequest(
         inputs=arrays,
@@ -250,11 +256,16 @@ def _list(value: Any, what: str) -> list[dict[str, Any]]:
     return value
 
 
-def _inputs(described: Any, binary: memoryview, specs: Sequence[TensorSpec]) -> tuple[np.ndarray, ...]:
+def _inputs(
+    described: Any, binary: memoryview, specs: Sequence[TensorSpec], instead: TensorSpec | None
+) -> tuple[np.ndarray, ...]:
+    listed = _list(described, "the inputs")
+    if instead is not None and [one.get("name") for one in listed] == [instead.name]:
+        specs = (instead,)
     by_name = {spec.name: spec for spec in specs}
     found: dict[str, np.ndarray] = {}
     at = 0
-    for one in _list(described, "the inputs"):
+    for one in listed:
         name = one.get("name")
         spec = by_name.get(name) if isinstance(name, str) else None
         if spec is None:

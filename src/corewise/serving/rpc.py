@@ -118,7 +118,7 @@ class Service:
         started_s, outcome = time.monotonic(), "failed"
         served = self._served(request.model_name, request.model_version)
         try:
-            asked = parse(request, served.inputs, served.outputs)
+            asked = served.prepared(parse(request, served.inputs, served.outputs, served.instead))
             left_s = context.time_remaining()
             given_s = min(inf if left_s is None else left_s, asked.timeout_s or inf)
             served, future = self.models.submit(
@@ -178,8 +178,12 @@ class Service:
         return kind.lower() == b"bearer" and allowed(token, self._digests)
 
 
-def parse(request: Any, inputs: Sequence[TensorSpec], outputs: Sequence[TensorSpec]) -> InferRequest:
-    """A ``ModelInferRequest`` as the model takes it. Raises ``ProtocolError``."""
+def parse(
+    request: Any, inputs: Sequence[TensorSpec], outputs: Sequence[TensorSpec], instead: TensorSpec | None = None
+) -> InferRequest:
+    """A ``ModelInferRequest`` as the model takes it (``protocol.parse``). Raises ``ProtocolError``."""
+    if instead is not None and [one.name for one in request.inputs] == [instead.name]:
+        inputs = (instead,)
     raw = request.raw_input_contents
     if raw and len(raw) != len(request.inputs):
         raise ProtocolError(f"there are {len(raw)} raw contents for {len(request.inputs)} inputs", "give one for each")

@@ -7,7 +7,7 @@ from collections import Counter, deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, InvalidStateError
 from contextlib import ExitStack, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from math import inf
 from pathlib import Path
@@ -20,8 +20,11 @@ from corewise.cpu import inspect
 from corewise.engines import ENGINES
 from corewise.errors import ArtifactError
 from corewise.loading import check_available
+from corewise.serving import text
+from corewise.serving.protocol import InferRequest
 from corewise.serving.remote import Remote
 from corewise.serving.shadow import Shadow
+from corewise.serving.text import TextInput
 from corewise.values import TensorSpec
 
 log = logging.getLogger("corewise.serve")
@@ -210,6 +213,7 @@ class Served:
         self.plan, self.notes = fit.plan, notes
         self.inputs: tuple[TensorSpec, ...] = found.manifest.inputs
         self.outputs: tuple[TensorSpec, ...] = found.manifest.outputs
+        self.text = TextInput(found) if artifact.TOKENIZER in found.manifest.files else None
         self.statistics = Statistics()
         self.draining = False
         self._max_rows = max(max_waiting, fit.plan.batch)
@@ -228,6 +232,17 @@ class Served:
     def ready(self) -> bool:
         """Whether requests are answered now."""
         return self.remote.alive and not self.draining
+
+    @property
+    def instead(self) -> TensorSpec | None:
+        """The input that a request may have in place of the model's own."""
+        return None if self.text is None else text.SPEC
+
+    def prepared(self, request: InferRequest) -> InferRequest:
+        """With texts as the model takes them. Raises ``ProtocolError``."""
+        if self.text is None or request.inputs[0].dtype != object:
+            return request
+        return replace(request, inputs=self.text.arrays(request.inputs[0].tolist()))
 
     @property
     def waiting_rows(self) -> int:

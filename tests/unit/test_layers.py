@@ -223,6 +223,9 @@ def test_every_module_says_what_it_is() -> None:
         "corewise.model",
         "corewise.engines.openvino",
         "corewise.engines.onnxruntime",
+        "corewise.serving.server",
+        "corewise.serving.rpc",
+        "corewise.serving.child",
     ],
 )
 def test_torch_waits_until_it_is_needed(name: str) -> None:

@@ -134,8 +134,9 @@ def test_an_instances_team_runs_where_the_instance_does(payload):
         # A runtime may start a helper more; all threads of an instance inherit its hardware thread.
         assert set(new) == {str(one), str(other)}
         assert min(new.count(str(one)), new.count(str(other))) >= 2
-    # Runtimes keep helpers of their own, but no instance's.
-    assert not {mask for thread, mask in masks().items() if thread not in before} & {str(one), str(other)}
+    # A runtime keeps a helper, which has the mask of whoever was first; teams end with their instances.
+    kept = [mask for thread, mask in masks().items() if thread not in before and mask in (str(one), str(other))]
+    assert len(kept) <= 1
 
 
 @two_cores

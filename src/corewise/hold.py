@@ -114,7 +114,8 @@ def _search(
             plan=to_json(table[-1].plan),
             curve=to_json(Curve.of(table)),
             rate_per_s=rate_per_s,
-            duration_s=min(LONGEST_S, max(least_s, REQUESTS / rate_per_s)),
+            # Half of what is left: the child is ended with the budget, and what it was sent has to be answered first.
+            duration_s=min(LONGEST_S, max(least_s, REQUESTS / rate_per_s), max(1.0, setting.budget.left_s() / 2)),
             slo_ms=slo_ms,
         )
         return from_json(LoadRun, answer["load"])

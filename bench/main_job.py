@@ -145,11 +145,12 @@ def main() -> None:
             print(f"  {name:36s} {median(per_s):8.1f}/s  {result['plans'][name]:26s} {told}")
         print(f"written to {path}", flush=True)
     files = [RESULTS / f"{stem}_{model}.json" for model in FIVE]
-    means = geometric_means([json.loads(path.read_text()) for path in files if path.exists()])
+    found = [json.loads(path.read_text()) for path in files if path.exists()]
+    means = geometric_means([one for one in found if one.get("objective") == options.objective])
     (RESULTS / f"{stem}_means.json").write_text(json.dumps(means, indent=1) + "\n")
     print(f"\n{'geometric means of corewise over':40s}")
-    for name, found in means.items():
-        print(f"  {name:36s} {found['geometric_mean']:.2f}x of {len(found['models'])} models")
+    for name, one in means.items():
+        print(f"  {name:36s} {one['geometric_mean']:.2f}x of {len(one['models'])} models")
 
 
 if __name__ == "__main__":

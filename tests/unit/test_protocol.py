@@ -28,7 +28,7 @@ def tensor(name="x", shape=(1, 3), datatype="FP32", **more):
     return {"name": name, "shape": list(shape), "datatype": datatype, **more}
 
 
-def told(body, length=None, inputs=(IMAGE,), outputs=(SCORES, OTHERS), match=""):
+def assert_told(body, length=None, inputs=(IMAGE,), outputs=(SCORES, OTHERS), match=""):
     with pytest.raises(ProtocolError, match=match) as caught:
         parse(body, length, inputs, outputs)
     return caught.value
@@ -62,7 +62,7 @@ def test_strings_come_as_json():
     spec = TensorSpec(name="x", dtype="object", shape=(None,))
     (found,) = parse(request(tensor(shape=[2], datatype="BYTES", data=["a", "ü"])), None, [spec], [SCORES]).inputs
     assert found.tolist() == [b"a", "ü".encode()]
-    told(request(tensor(shape=[1], datatype="BYTES", data=[1])), inputs=[spec], match="are no BYTES")
+    assert_told(request(tensor(shape=[1], datatype="BYTES", data=[1])), inputs=[spec], match="are no BYTES")
 
 
 def test_inputs_come_in_the_models_order():
@@ -91,9 +91,9 @@ def test_a_raw_body_is_the_one_input():
     found = parse(value.tobytes(), 0, [IMAGE], [SCORES])
     np.testing.assert_array_equal(found.inputs[0], value)
     assert found.outputs == (Asked(name="scores", binary=True),)
-    told(value.tobytes()[:-1], 0, match="has 23 bytes, where its shape asks for 12")
-    told(b"", 0, match="has 0 bytes")
-    told(value.tobytes(), 0, inputs=[IDS], match="without JSON needs a model of one input of known shape")
+    assert_told(value.tobytes()[:-1], 0, match="has 23 bytes, where its shape asks for 12")
+    assert_told(b"", 0, match="has 0 bytes")
+    assert_told(value.tobytes(), 0, inputs=[IDS], match="without JSON needs a model of one input of known shape")
 
 
 def test_an_answer_is_json_or_json_and_bytes():
@@ -172,30 +172,30 @@ def test_an_answer_is_json_or_json_and_bytes():
     ],
 )
 def test_what_is_no_request_is_told(body, match):
-    assert told(body, match=match).status == 400
+    assert assert_told(body, match=match).status == 400
 
 
 def test_binary_requests_are_compared_with_their_claims():
     head = request(tensor(parameters={"binary_data_size": 12}))
     data = np.arange(3, dtype=np.float32).tobytes()
-    told(head + data, len(head) + 20, match="Inference-Header-Content-Length is")
-    told(head + data + b"1", len(head), match="1 bytes belong to no input")
+    assert_told(head + data, len(head) + 20, match="Inference-Header-Content-Length is")
+    assert_told(head + data + b"1", len(head), match="1 bytes belong to no input")
     short = request(tensor(shape=(2, 3), parameters={"binary_data_size": 12}))
-    told(short + data, len(short), match="has 12 bytes, where its shape asks for 24")
+    assert_told(short + data, len(short), match="has 12 bytes, where its shape asks for 24")
     huge = request(tensor(shape=(2**39, 3), parameters={"binary_data_size": 12}))
-    told(huge + data, len(huge), match="where its shape asks for")
+    assert_told(huge + data, len(huge), match="where its shape asks for")
     spec = TensorSpec(name="x", dtype="object", shape=(None,))
     for broken in (b"\xff\xff\xff\xff", b"\x01\x00", b"\x02\x00\x00\x00a"):
         head = request(tensor(shape=[1], datatype="BYTES", parameters={"binary_data_size": len(broken)}))
-        told(head + broken, len(head), inputs=[spec], match="ends after the data do")
+        assert_told(head + broken, len(head), inputs=[spec], match="ends after the data do")
 
 
 def test_integers_must_fit():
     small = TensorSpec(name="x", dtype="uint8", shape=(None,))
-    told(request(tensor(shape=[1], datatype="UINT8", data=[256])), inputs=[small], match="not from 0 to 255")
-    told(request(tensor(shape=[1], datatype="UINT8", data=[-1])), inputs=[small], match="are no UINT8")
-    told(request(tensor(shape=[1], datatype="UINT8", data=[1.5])), inputs=[small], match="are no UINT8")
-    told(request(tensor("mask", (1, 1), "BOOL", data=[1])), inputs=[MASK], match="they are no bools")
+    assert_told(request(tensor(shape=[1], datatype="UINT8", data=[256])), inputs=[small], match="not from 0 to 255")
+    assert_told(request(tensor(shape=[1], datatype="UINT8", data=[-1])), inputs=[small], match="are no UINT8")
+    assert_told(request(tensor(shape=[1], datatype="UINT8", data=[1.5])), inputs=[small], match="are no UINT8")
+    assert_told(request(tensor("mask", (1, 1), "BOOL", data=[1])), inputs=[MASK], match="they are no bools")
 
 
 def test_any_byte_but_zero_is_true():
@@ -207,7 +207,7 @@ def test_any_byte_but_zero_is_true():
 
 def test_rows_must_be_as_many():
     body = request(tensor("ids", (2, 1), "INT64", data=[1, 2]), tensor("mask", (1, 1), "BOOL", data=[True]))
-    told(body, inputs=[IDS, MASK], match="the inputs have 2, 1 rows")
+    assert_told(body, inputs=[IDS, MASK], match="the inputs have 2, 1 rows")
 
 
 @pytest.mark.parametrize(

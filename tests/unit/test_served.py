@@ -10,10 +10,11 @@ import pytest
 
 from corewise.batching import Answer, NotServed
 from corewise.errors import InputError
-from corewise.serving import oip
+from corewise.serving import oip, pages
 from corewise.serving.models import Models
-from corewise.serving.protocol import ProtocolError
+from corewise.serving.protocol import DTYPES, ProtocolError
 from corewise.serving.served import Source, Statistics, _together
+from corewise.serving.tokens import Tokens
 
 
 @pytest.mark.parametrize(
@@ -40,7 +41,7 @@ def test_statistics_are_of_all_time_and_of_the_last_minute():
     for k in range(100):
         now[0] = 1000.0 + k
         kept.answered(answer(), rows=2, took_s=0.010 if k < 99 else 0.110)
-        kept.not_served("overloaded")
+        kept.not_served()
     kept.failed(0.5)
     now[0] += 0.5
     recent = kept.recent()
@@ -50,7 +51,7 @@ def test_statistics_are_of_all_time_and_of_the_last_minute():
     assert recent.failed_per_s == pytest.approx(1 / 60)
     assert (recent.p50_ms, recent.batch_rows) == (pytest.approx(10.0), {4: 60})
     assert recent.p99_ms > 20
-    assert (kept.success.count, kept.rows, kept.calls, kept.refused["overloaded"]) == (100, 200, 50.0, 100)
+    assert (kept.success.count, kept.rows, kept.calls) == (100, 200, 50.0)
     assert kept.queue.seconds == pytest.approx(10.0)
     now[0] += 120
     assert kept.recent().rate_per_s == 0.0
@@ -107,3 +108,25 @@ def test_the_messages_are_those_of_the_proto_file(tmp_path):
         "ModelInfer",
         "ModelStatistics",
     }
+
+
+def test_openapi_knows_the_protocols_datatypes():
+    described = pages.openapi([])["components"]["schemas"]["tensor"]["properties"]["datatype"]["enum"]
+    assert described == list(DTYPES)
+    assert "/v2/models/{name}/classify" not in pages.openapi([])["paths"]
+
+
+@pytest.mark.parametrize(
+    ("given", "admitted"),
+    [
+        (b"Bearer two", True),
+        (b"bearer  one ", True),
+        (b"Bearer three", False),
+        (b"Basic one", False),
+        (b"one", False),
+        (b"", False),
+    ],
+)
+def test_tokens_admit_whoever_has_one_of_them(given, admitted):
+    assert Tokens(["one", "two"]).admit(given) == admitted
+    assert Tokens([]).admit(given)

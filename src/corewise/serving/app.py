@@ -1,16 +1,12 @@
 """The server's HTTP side: Open Inference Protocol v2, health, statistics, metrics and what people look at."""
 
 import asyncio
-import hashlib
-import hmac
 import json
 import logging
 import time
 import uuid
-import zlib
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future
-from dataclasses import dataclass
 from math import ceil, inf, isfinite
 from typing import Any
 
@@ -24,14 +20,15 @@ from corewise import __version__
 from corewise.batching import Answer, NotServed
 from corewise.errors import CorewiseError
 from corewise.serving import pages, protocol
+from corewise.serving.bodies import Bodies
 from corewise.serving.metrics import CONTENT_TYPE, Metrics
 from corewise.serving.models import Models
-from corewise.serving.protocol import InferRequest, ProtocolError
+from corewise.serving.protocol import InferRequest, Limits, ProtocolError
 from corewise.serving.served import Served
+from corewise.serving.tokens import Tokens
 
 log = logging.getLogger("corewise.serve")
 
-EXTENSIONS = ("binary_tensor_data", "parameters", "statistics", "classify")
 HEADER_LENGTH = "inference-header-content-length"
 TIMEOUT = "x-request-timeout-ms"
 REQUEST_ID = "x-request-id"
@@ -42,29 +39,13 @@ LARGE_BYTES = 256 * 2**10
 CLOSED_REQUEST = 499
 """As nginx says that the client is gone; nobody reads it but the log."""
 
-Handler = Callable[[Request], Awaitable[Response]]
-
-
-@dataclass(frozen=True, kw_only=True)
-class Limits:
-    """What a request may be, before anything is allocated for it."""
-
-    body_bytes: int = 64 * 2**20
-    bodies_bytes: int = 512 * 2**20
-    """Of all bodies that are coming in together."""
-    body_s: float = 30.0
-    """How long a body may take to come."""
-    timeout_s: float = 60.0
-    """For requests that name no time of their own."""
-
 
 class App:
     """The routes of one server."""
 
-    def __init__(self, models: Models, metrics: Metrics, limits: Limits, tokens: Sequence[str] = ()) -> None:
-        self.models, self.metrics, self.limits = models, metrics, limits
-        self._reading_bytes = 0
-        """Of the bodies that are coming in."""
+    def __init__(self, models: Models, metrics: Metrics, limits: Limits, tokens: Tokens) -> None:
+        self.models, self.metrics = models, metrics
+        self._limits, self._bodies = limits, Bodies(limits)
         routes = [
             Route("/", self.page),
             Route("/live.json", self.live_figures),
@@ -92,7 +73,7 @@ class App:
             Exception: self._broken,
         }
         app: ASGIApp = Starlette(routes=routes, exception_handlers=handlers)
-        self.asgi = _Guard(app, tokens) if tokens else app
+        self.asgi = _Guard(app, tokens)
 
     # --- health and descriptions --------------------------------------------------------------------------------
 
@@ -107,7 +88,7 @@ class App:
 
     async def server(self, request: Request) -> Response:
         """Who this is."""
-        return JSONResponse({"name": "corewise", "version": __version__, "extensions": list(EXTENSIONS)})
+        return JSONResponse({"name": "corewise", "version": __version__, "extensions": list(protocol.EXTENSIONS)})
 
     async def model(self, request: Request) -> Response:
         """A model's inputs and outputs."""
@@ -129,11 +110,11 @@ class App:
 
     async def model_statistics(self, request: Request) -> Response:
         """What became of a model's requests."""
-        return JSONResponse({"model_stats": [statistics(self._served(request))]})
+        return JSONResponse({"model_stats": [self._served(request).described_statistics()]})
 
     async def all_statistics(self, request: Request) -> Response:
         """The same of all models."""
-        return JSONResponse({"model_stats": [statistics(served) for served in self.models.served]})
+        return JSONResponse({"model_stats": [served.described_statistics() for served in self.models.served]})
 
     async def text_metrics(self, request: Request) -> Response:
         """For Prometheus."""
@@ -191,14 +172,14 @@ class App:
         self, request: Request, served: Served, read: Callable[[bytes], InferRequest]
     ) -> tuple[Served, InferRequest, Answer]:
         """Read a request and wait for its answer, unless the client goes before."""
-        started_s, outcome = time.monotonic(), "failed"
-        try:
+        with self.metrics.request(served, "http") as note:
+            started_s = time.monotonic()
             header_s = _timeout_s(request.headers)
-            body = await self._body(request)
+            body = await self._bodies.read(request)
             # Large ones not in the loop, where all others would wait.
             asked = read(body) if len(body) < LARGE_BYTES else await asyncio.to_thread(read, body)
             given_s = min(header_s, asked.timeout_s or inf)
-            timeout_s = self.limits.timeout_s if given_s == inf else given_s
+            timeout_s = self._limits.timeout_s if given_s == inf else given_s
             served, future = self.models.submit(
                 served.name,
                 served.version,
@@ -206,34 +187,8 @@ class App:
                 timeout_s=timeout_s - (time.monotonic() - started_s),
                 priority=asked.priority,
             )
-            answer = await _unless_gone(request, future)
-            outcome = "ok"
-        except ProtocolError:
-            outcome = "invalid"
-            raise
-        except NotServed as refused:
-            outcome = refused.reason
-            raise
-        except (ClientDisconnect, asyncio.CancelledError):
-            outcome = "cancelled"
-            raise
-        finally:
-            self.metrics.ended(served.name, served.version, "http", outcome)
-        self.metrics.answered(served.name, served.version, answer, time.monotonic() - started_s)
+            answer = note(await _unless_gone(request, future))
         return served, asked, answer
-
-    async def _body(self, request: Request) -> bytes:
-        """The body, within what all bodies together may have."""
-        told = request.headers.get("content-length", "")
-        size = int(told) if told.isascii() and told.isdecimal() and len(told) < 12 else self.limits.body_bytes
-        size = min(size, self.limits.body_bytes)
-        if self._reading_bytes and self._reading_bytes + size > self.limits.bodies_bytes:
-            raise ProtocolError("too many large requests are being read", "try again later", NOT_NOW)
-        self._reading_bytes += size
-        try:
-            return await _body(request, self.limits)
-        finally:
-            self._reading_bytes -= size
 
     def _served(self, request: Request) -> Served:
         return self.models.find(request.path_params["name"], request.path_params.get("version"))
@@ -265,38 +220,16 @@ class App:
         return JSONResponse({"error": f"{what}; its log says why, at request {name}"}, 500)
 
 
-def statistics(served: Served) -> dict[str, Any]:
-    """As Triton's extension ``statistics`` has them; nanoseconds."""
-    kept = served.statistics
-
-    def spent(one: Any) -> dict[str, int]:
-        return {"count": one.count, "ns": int(one.seconds * 1e9)}
-
-    return {
-        "name": served.name,
-        "version": served.version,
-        "last_inference": int(kept.last_s * 1e3),
-        "inference_count": kept.rows,
-        "execution_count": round(kept.calls),
-        "inference_stats": {
-            "success": spent(kept.success),
-            "fail": spent(kept.fail),
-            "queue": spent(kept.queue),
-            "compute_infer": spent(kept.infer),
-        },
-    }
-
-
 class _Guard:
     """Lets in who has a token, and everybody to the health checks."""
 
-    def __init__(self, app: ASGIApp, tokens: Sequence[str]) -> None:
-        self._app = app
-        self._digests = [hashlib.sha256(token.encode()).digest() for token in tokens]
+    def __init__(self, app: ASGIApp, tokens: Tokens) -> None:
+        self._app, self._tokens = app, tokens
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """As ASGI has it."""
-        if scope["type"] != "http" or scope["path"] in OPEN_TO_ALL or self._known(scope):
+        given = dict(scope["headers"]).get(b"authorization", b"")
+        if scope["path"] in OPEN_TO_ALL or self._tokens.admit(given):
             await self._app(scope, receive, send)
             return
         response = JSONResponse(
@@ -305,19 +238,6 @@ class _Guard:
             headers={"WWW-Authenticate": "Bearer"},
         )
         await response(scope, receive, send)
-
-    def _known(self, scope: Scope) -> bool:
-        given = dict(scope["headers"]).get(b"authorization", b"")
-        kind, _, token = given.partition(b" ")
-        return kind.lower() == b"bearer" and allowed(token, self._digests)
-
-
-def allowed(token: bytes, digests: Sequence[bytes]) -> bool:
-    """Whether it is one of those with these sha256; the time it takes tells nothing of them."""
-    digest, found = hashlib.sha256(token.strip()).digest(), False
-    for one in digests:
-        found |= hmac.compare_digest(digest, one)
-    return found
 
 
 class RequestLog:
@@ -328,9 +248,6 @@ class RequestLog:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """As ASGI has it."""
-        if scope["type"] != "http":
-            await self._app(scope, receive, send)
-            return
         given = dict(scope["headers"]).get(REQUEST_ID.encode(), b"").decode("latin-1")
         name = given if 0 < len(given) <= protocol.MOST_ID and given.isprintable() else uuid.uuid4().hex
         scope["request_id"] = name
@@ -350,45 +267,6 @@ class RequestLog:
                 took_ms = round((time.monotonic() - started_s) * 1e3, 3)
                 line = {"id": name, "method": scope["method"], "path": scope["path"], "status": status, "ms": took_ms}
                 log.debug("%s", json.dumps(line))
-
-
-async def _body(request: Request, limits: Limits) -> bytes:
-    """The whole body, unpacked. Raises ``ProtocolError`` where it is too large, too slow, or no such packing."""
-    told = request.headers.get("content-length", "")
-    if told.isascii() and told.isdecimal() and int(told[:20]) > limits.body_bytes:
-        raise _too_large(limits)
-    parts, size = [], 0
-    try:
-        async with asyncio.timeout(limits.body_s):
-            async for part in request.stream():
-                size += len(part)
-                if size > limits.body_bytes:
-                    raise _too_large(limits)
-                parts.append(part)
-    except TimeoutError as error:
-        raise ProtocolError(f"the body did not come in {limits.body_s:g} s", status=408) from error
-    body = parts[0] if len(parts) == 1 else b"".join(parts)
-    packing = request.headers.get("content-encoding", "identity").strip().lower()
-    return body if packing == "identity" else _unpacked(body, packing, limits)
-
-
-def _unpacked(body: bytes, packing: str, limits: Limits) -> bytes:
-    if packing not in ("gzip", "deflate"):
-        raise ProtocolError(f"the content encoding {packing[:20]!r} is unknown", "use gzip, deflate or none", 415)
-    unpacker = zlib.decompressobj(wbits=zlib.MAX_WBITS | (16 if packing == "gzip" else 0))
-    try:
-        found = unpacker.decompress(body, limits.body_bytes + 1)
-    except zlib.error as error:
-        raise ProtocolError(f"the body is no {packing}: {error}") from error
-    if len(found) > limits.body_bytes:
-        raise _too_large(limits)
-    if not unpacker.eof:
-        raise ProtocolError(f"the body is no whole {packing}")
-    return found
-
-
-def _too_large(limits: Limits) -> ProtocolError:
-    return ProtocolError(f"the body has more than {limits.body_bytes} bytes", "send less at a time", 413)
 
 
 async def _unless_gone(request: Request, future: "Future[Answer]") -> Answer:

@@ -1,13 +1,19 @@
 """What Prometheus reads at ``/metrics``."""
 
-from collections.abc import Iterable
+import time
+from asyncio import CancelledError
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 
 from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
 from prometheus_client.core import GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
+from starlette.requests import ClientDisconnect
 
-from corewise.batching import Answer
+from corewise.batching import Answer, NotServed
 from corewise.serving.models import Models
+from corewise.serving.protocol import ProtocolError
+from corewise.serving.served import Served
 
 SECONDS = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0)
 ROWS = (1, 2, 4, 8, 16, 32, 64, 128)
@@ -49,15 +55,32 @@ class Metrics:
         )
         self._registry.register(_Gauges(models))
 
-    def ended(self, model: str, version: str, protocol: str, outcome: str) -> None:
-        """A request came to its end: ``ok``, ``invalid``, ``failed``, ``cancelled`` or why it was not served."""
-        self._requests.labels(model, version, protocol, outcome).inc()
+    @contextmanager
+    def request(self, served: Served, protocol: str) -> Iterator[Callable[[Answer], Answer]]:
+        """Count a request by what becomes of it in the body, which passes its answer through what it is given."""
+        labels = (served.name, served.version)
+        started_s, outcome = time.monotonic(), "failed"
 
-    def answered(self, model: str, version: str, answer: Answer, took_s: float) -> None:
-        """A request was answered."""
-        self._took.labels(model, version).observe(took_s)
-        self._waited.labels(model, version).observe(answer.waited_s)
-        self._rows.labels(model, version).observe(answer.batch_rows)
+        def answered(answer: Answer) -> Answer:
+            self._took.labels(*labels).observe(time.monotonic() - started_s)
+            self._waited.labels(*labels).observe(answer.waited_s)
+            self._rows.labels(*labels).observe(answer.batch_rows)
+            return answer
+
+        try:
+            yield answered
+            outcome = "ok"
+        except ProtocolError:
+            outcome = "invalid"
+            raise
+        except NotServed as refused:
+            outcome = refused.reason
+            raise
+        except (ClientDisconnect, CancelledError):
+            outcome = "cancelled"
+            raise
+        finally:
+            self._requests.labels(*labels, protocol, outcome).inc()
 
     def text(self) -> bytes:
         """In Prometheus' text format."""
@@ -75,6 +98,7 @@ class _Gauges(Collector):
         ready = GaugeMetricFamily("corewise_ready", "Whether the model answers.", labels=labels)
         waiting = GaugeMetricFamily("corewise_queue_rows", "Rows that wait.", labels=labels)
         restarts = GaugeMetricFamily("corewise_engine_restarts", "How often its process died.", labels=labels)
+        agreement = GaugeMetricFamily("corewise_shadow_agreement", "Answers with fp32's highest score.", labels=labels)
         drift = GaugeMetricFamily("corewise_shadow_sqnr_db", "Answers against fp32's, on a sample.", labels=labels)
         for served in self._models.served:
             key = [served.name, served.version]
@@ -83,4 +107,6 @@ class _Gauges(Collector):
             restarts.add_metric(key, served.remote.restarts)
             if served.shadow is not None and served.shadow.compared:
                 drift.add_metric(key, served.shadow.sqnr_db)
-        return (ready, waiting, restarts, drift)
+                if served.shadow.agreement is not None:
+                    agreement.add_metric(key, served.shadow.agreement)
+        return (ready, waiting, restarts, drift, agreement)

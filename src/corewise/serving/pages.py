@@ -1,5 +1,6 @@
 """What people see in a browser: the live page, and how to call the server."""
 
+import json
 from collections.abc import Sequence
 from dataclasses import asdict
 from html import escape
@@ -10,7 +11,7 @@ from corewise import __version__
 from corewise.serving import protocol
 from corewise.serving.served import Served
 
-LIVE = Path(__file__).with_name("live.html").read_text(encoding="utf-8")
+LIVE, OPENAPI = (Path(__file__).with_name(name).read_text(encoding="utf-8") for name in ("live.html", "openapi.json"))
 SAFE = {
     "content-security-policy": "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; "
     "connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
@@ -37,7 +38,9 @@ def figures(served: Served) -> dict[str, Any]:
         "plan": served.plan.label,
         "waiting_rows": served.waiting_rows,
         "restarts": served.remote.restarts,
-        "shadow": {"compared": shadow.compared, "sqnr_db": shadow.sqnr_db} if shadow and shadow.compared else None,
+        "shadow": {"compared": shadow.compared, "sqnr_db": shadow.sqnr_db, "agreement": shadow.agreement}
+        if shadow and shadow.compared
+        else None,
         **asdict(served.statistics.recent()),
     }
 
@@ -101,102 +104,11 @@ def _example(served: Served) -> str:
 
 
 def openapi(models: Sequence[Served]) -> dict[str, Any]:
-    """The server's HTTP side as OpenAPI 3.1."""
-    error = {"type": "object", "required": ["error"], "properties": {"error": {"type": "string"}}}
-    wrong = {
-        str(status): {"description": what, "content": {"application/json": {"schema": error}}}
-        for status, what in (
-            (400, "not a request that the model takes"),
-            (401, "no token"),
-            (404, "no such model"),
-            (405, "no such method"),
-            (408, "the body came too slowly"),
-            (413, "too large"),
-            (415, "not a known kind or encoding of body"),
-            (500, "the call failed"),
-            (501, "not supported by this model"),
-            (503, "not now"),
-        )
-    }
-
-    def answered(schema: dict[str, Any], **content: Any) -> dict[str, Any]:
-        told = {"description": "the answer", "content": {"application/json": {"schema": schema}, **content}}
-        return {"200": told, **wrong}
-
-    anything: dict[str, Any] = {"type": "object"}
-    name = {
-        "name": "name",
-        "in": "path",
-        "required": True,
-        "schema": {"type": "string", "enum": sorted({m.name for m in models}) or ["model"]},
-    }
-    timeout = {"name": "X-Request-Timeout-Ms", "in": "header", "schema": {"type": "number", "exclusiveMinimum": 0}}
-    tensor = {
-        "type": "object",
-        "required": ["name", "shape", "datatype"],
-        "properties": {
-            "name": {"type": "string"},
-            "shape": {"type": "array", "items": {"type": "integer"}},
-            "datatype": {"type": "string", "enum": list(protocol.DTYPES)},
-            "parameters": anything,
-            "data": {"type": "array"},
-        },
-    }
-    asked = {
-        "type": "object",
-        "required": ["inputs"],
-        "properties": {
-            "id": {"type": "string"},
-            "parameters": anything,
-            "inputs": {"type": "array", "items": tensor},
-            "outputs": {
-                "type": "array",
-                "items": {
-                    "type": "object",
-                    "required": ["name"],
-                    "properties": {"name": {"type": "string"}, "parameters": anything},
-                },
-            },
-        },
-    }
-    given = {**asked, "required": ["model_name", "outputs"]}
-    given["properties"] = {
-        "model_name": {"type": "string"},
-        "model_version": {"type": "string"},
-        "id": {"type": "string"},
-        "outputs": {"type": "array", "items": tensor},
-    }
-    binary = {"application/octet-stream": {"schema": {"type": "string", "format": "binary"}}}
-
-    def get(schema: dict[str, Any] = anything, parameters: Sequence[dict[str, Any]] = ()) -> dict[str, Any]:
-        return {"get": {"parameters": list(parameters), "responses": answered(schema)}}
-
-    model = "/v2/models/{name}"
-    image = {"content": {"image/jpeg": {"schema": {"type": "string", "format": "binary"}}}, "required": True}
-    top = {"name": "top", "in": "query", "schema": {"type": "integer", "minimum": 1, "maximum": 100}}
-    of_images = any(one.manifest.preprocess for one in models)
-    classify = {
-        f"{model}/classify": {
-            "post": {"parameters": [name, timeout, top], "requestBody": image, "responses": answered(anything)}
-        }
-    }
-    return {
-        "openapi": "3.1.0",
-        "info": {"title": "corewise", "version": __version__},
-        "paths": {
-            "/v2": get(),
-            "/v2/health/live": get(),
-            "/v2/health/ready": get(),
-            model: get(parameters=[name]),
-            f"{model}/ready": get(parameters=[name]),
-            f"{model}/stats": get(parameters=[name]),
-            f"{model}/infer": {
-                "post": {
-                    "parameters": [name, timeout],
-                    "requestBody": {"required": True, "content": {"application/json": {"schema": asked}}},
-                    "responses": answered(given, **binary),
-                }
-            },
-            **(classify if of_images else {}),
-        },
-    }
+    """The server's HTTP side as OpenAPI 3.1 (``openapi.json``), with its models' names."""
+    found: dict[str, Any] = json.loads(OPENAPI)
+    found["info"]["version"] = __version__
+    if names := sorted({one.name for one in models}):
+        found["components"]["parameters"]["name"]["schema"]["enum"] = names
+    if not any(one.manifest.preprocess for one in models):
+        del found["paths"]["/v2/models/{name}/classify"]
+    return found

@@ -30,10 +30,24 @@ DATATYPES = {
 """The protocol's name of each numpy dtype; arrays of objects hold ``bytes``."""
 DTYPES = {datatype: dtype for dtype, datatype in DATATYPES.items()}
 
+EXTENSIONS = ("binary_tensor_data", "parameters", "statistics", "classify")
 MOST_DEPTH = 32
 MOST_TENSORS = 64
 MOST_ID = 256
 MOST_PRIORITY = 100
+
+
+@dataclass(frozen=True, kw_only=True)
+class Limits:
+    """What a request may be, before anything is kept of it."""
+
+    body_bytes: int = 64 * 2**20
+    bodies_bytes: int = 512 * 2**20
+    """Of all bodies that are coming in together."""
+    body_s: float = 30.0
+    """How long a body may take to come."""
+    timeout_s: float = 60.0
+    """For requests that name no time of their own."""
 
 
 class ProtocolError(CorewiseError):

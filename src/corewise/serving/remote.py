@@ -70,7 +70,6 @@ class _Process:
         if "error" in answer:
             self.close()
             raise EngineError(answer["error"])
-        self.sqnr_db = float(answer["sqnr_db"])
         for line in self.lines:
             line.channel.settimeout(HUNG_S)
 
@@ -131,7 +130,6 @@ class Remote:
         self._process: _Process | None = self._open()
         self._closed = False
         self.restarts = 0
-        self.sqnr_db = self._process.sqnr_db
         self._keeper = threading.Thread(target=self._keep, name="engine-keeper", daemon=True)
         self._keeper.start()
 
@@ -139,12 +137,6 @@ class Remote:
     def alive(self) -> bool:
         """Whether calls can run now."""
         return self._process is not None
-
-    @property
-    def pid(self) -> int | None:
-        """Of the process that runs the calls now."""
-        process = self._process
-        return None if process is None else process.process.pid
 
     def run(self, instance: int, inputs: Sequence[np.ndarray]) -> list[np.ndarray]:
         """One call on an instance, which waits while its process is replaced.
@@ -206,7 +198,7 @@ class Remote:
             pause_s = min(LONGEST_PAUSE_S, max(0.5, 2 * pause_s))
             try:
                 made: _Process | None = self._open()
-            except Exception as error:  # noqa: BLE001 - the request boundary: without a keeper nothing is ever replaced
+            except (EngineError, OSError) as error:
                 self._on_death(str(error))
                 continue
             with self._changed:

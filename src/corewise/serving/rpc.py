@@ -1,9 +1,7 @@
 """The server's gRPC side: the same protocol in protobuf, raw tensors or typed ones."""
 
-import hashlib
 import logging
-import time
-from asyncio import CancelledError, wrap_future
+from asyncio import wrap_future
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from math import inf, prod
 from typing import Any
@@ -12,14 +10,14 @@ import grpc
 import numpy as np
 
 from corewise import __version__
-from corewise.batching import Answer, NotServed
+from corewise.batching import NotServed
 from corewise.errors import CorewiseError
 from corewise.serving import oip, protocol
-from corewise.serving.app import EXTENSIONS, Limits, allowed, statistics
 from corewise.serving.metrics import Metrics
 from corewise.serving.models import Models
-from corewise.serving.protocol import Asked, InferRequest, ProtocolError
+from corewise.serving.protocol import Asked, InferRequest, Limits, ProtocolError
 from corewise.serving.served import Served
+from corewise.serving.tokens import Tokens
 from corewise.values import TensorSpec
 
 log = logging.getLogger("corewise.serve")
@@ -57,9 +55,9 @@ Call = Callable[[Any, Any], Awaitable[Any]]
 class Service:
     """The calls of ``GRPCInferenceService``."""
 
-    def __init__(self, models: Models, metrics: Metrics, limits: Limits, tokens: Sequence[str] = ()) -> None:
-        self.models, self.metrics, self.limits = models, metrics, limits
-        self._digests = [hashlib.sha256(token.encode()).digest() for token in tokens]
+    def __init__(self, models: Models, metrics: Metrics, limits: Limits, tokens: Tokens) -> None:
+        self.models, self.metrics = models, metrics
+        self._limits, self._tokens = limits, tokens
         calls: dict[str, Call] = {
             "ServerLive": self.server_live,
             "ServerReady": self.server_ready,
@@ -95,7 +93,9 @@ class Service:
 
     async def server_metadata(self, request: Any, context: Any) -> Any:
         """Who this is."""
-        return oip.message("ServerMetadataResponse")(name="corewise", version=__version__, extensions=EXTENSIONS)
+        return oip.message("ServerMetadataResponse")(
+            name="corewise", version=__version__, extensions=protocol.EXTENSIONS
+        )
 
     async def model_metadata(self, request: Any, context: Any) -> Any:
         """A model's inputs and outputs."""
@@ -111,13 +111,12 @@ class Service:
     async def model_statistics(self, request: Any, context: Any) -> Any:
         """What became of the requests, of one model or of all."""
         chosen = [self._served(request.name, request.version)] if request.name else self.models.served
-        return oip.message("ModelStatisticsResponse")(model_stats=[statistics(served) for served in chosen])
+        return oip.message("ModelStatisticsResponse")(model_stats=[served.described_statistics() for served in chosen])
 
     async def model_infer(self, request: Any, context: Any) -> Any:
         """Run a model on tensors."""
-        started_s, outcome = time.monotonic(), "failed"
         served = self._served(request.model_name, request.model_version)
-        try:
+        with self.metrics.request(served, "grpc") as note:
             asked = served.prepared(parse(request, served.inputs, served.outputs, served.instead))
             left_s = context.time_remaining()
             given_s = min(inf if left_s is None else left_s, asked.timeout_s or inf)
@@ -125,23 +124,10 @@ class Service:
                 served.name,
                 served.version,
                 asked.inputs,
-                timeout_s=self.limits.timeout_s if given_s == inf else given_s,
+                timeout_s=self._limits.timeout_s if given_s == inf else given_s,
                 priority=asked.priority,
             )
-            answer: Answer = await wrap_future(future)
-            outcome = "ok"
-        except ProtocolError:
-            outcome = "invalid"
-            raise
-        except NotServed as refused:
-            outcome = refused.reason
-            raise
-        except CancelledError:
-            outcome = "cancelled"
-            raise
-        finally:
-            self.metrics.ended(served.name, served.version, "grpc", outcome)
-        self.metrics.answered(served.name, served.version, answer, time.monotonic() - started_s)
+            answer = note(await wrap_future(future))
         named = {spec.name: array for spec, array in zip(served.outputs, answer.outputs, strict=True)}
         return render(served, asked, named)
 
@@ -152,7 +138,9 @@ class Service:
         """The call, for those who may, with errors as gRPC tells them."""
 
         async def guarded(request: Any, context: Any) -> Any:
-            if self._digests and name not in OPEN_TO_ALL and not self._known(context.invocation_metadata()):
+            given = dict(context.invocation_metadata()).get("authorization", "")
+            token = given if isinstance(given, bytes) else given.encode("latin-1", "replace")
+            if name not in OPEN_TO_ALL and not self._tokens.admit(token):
                 await context.abort(grpc.StatusCode.UNAUTHENTICATED, "a token is missing or wrong; send authorization")
             try:
                 return await call(request, context)
@@ -170,12 +158,6 @@ class Service:
                 await context.abort(grpc.StatusCode.INTERNAL, "the server failed; its log says why")
 
         return guarded
-
-    def _known(self, metadata: Sequence[tuple[str, str | bytes]]) -> bool:
-        given = dict(metadata).get("authorization", "")
-        text = given if isinstance(given, bytes) else given.encode("latin-1", "replace")
-        kind, _, token = text.partition(b" ")
-        return kind.lower() == b"bearer" and allowed(token, self._digests)
 
 
 def parse(

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from math import inf
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -61,9 +62,9 @@ class Trust:
     digests: frozenset[str] = frozenset()
     """sha256 of manifests, which hold the hashes of all other files."""
 
-    def check(self, found: artifact.Artifact) -> None:
-        """Raise ``ArtifactError`` where an artifact's payload is code that nobody vouched for."""
-        engine, digest = found.manifest.build.engine, artifact.identity(found.folder)
+    def check(self, found: artifact.Artifact, digest: str) -> None:
+        """Raise ``ArtifactError`` where the payload of the artifact of that digest is code that nobody vouched for."""
+        engine = found.manifest.build.engine
         if engine in NATIVE and not self.everything and digest not in self.digests:
             raise ArtifactError(
                 f"{found.folder} holds code ({engine}), which runs with this server's rights",
@@ -78,9 +79,9 @@ class Spent:
     count: int = 0
     seconds: float = 0.0
 
-    def plus(self, seconds: float, count: int = 1) -> "Spent":
-        """With more."""
-        return Spent(count=self.count + count, seconds=self.seconds + seconds)
+    def plus(self, seconds: float) -> "Spent":
+        """With one more."""
+        return Spent(count=self.count + 1, seconds=self.seconds + seconds)
 
 
 @dataclass
@@ -119,7 +120,6 @@ class Statistics:
         self._lock = threading.Lock()
         self._seconds: deque[_Second] = deque(maxlen=WINDOW_S + 1)
         self.success = self.fail = self.queue = self.infer = Spent()
-        self.refused: Counter[str] = Counter()
         self.rows = 0
         self.calls = 0.0
         self.last_s = 0.0
@@ -139,10 +139,9 @@ class Statistics:
             if len(second.latencies_s) < KEPT_LATENCIES:
                 second.latencies_s.append(took_s)
 
-    def not_served(self, reason: str) -> None:
+    def not_served(self) -> None:
         """A request was refused or dropped."""
         with self._lock:
-            self.refused[reason] += 1
             self._second().refused += 1
 
     def failed(self, took_s: float) -> None:
@@ -188,13 +187,14 @@ class Served:
         Raises ``ArtifactError`` and ``EngineError`` with why it cannot serve.
         """
         cpu = inspect()
+        identity = artifact.identity(source.folder) if source.folder.is_dir() else ""
         found = artifact.read(source.folder, cpu=cpu)
         build = found.manifest.build
         if build.engine not in ENGINES:
             raise ArtifactError(
                 f"{source.folder} wants the engine {build.engine}, which is not corewise's", "serve none such"
             )
-        trust.check(found)
+        trust.check(found, identity)
         check_available(build.engine, f"serving {source.folder}")
         fit = tuned.fit(found, cpu)
         notes = fit.warnings
@@ -203,12 +203,13 @@ class Served:
         except ArtifactError as error:
             curve = tuned.estimated_table(found, fit)
             notes = (*notes, f"{error}: until then latencies are estimated")
+        max_rows = max(max_waiting, fit.plan.batch)
         policy = Policy(
             curve,
             max_batch=fit.plan.batch,
-            max_waiting=max(max_waiting, fit.plan.batch),
+            max_waiting=max_rows,
         )
-        self.name, self.version, self.folder = source.name, source.version, source.folder
+        self.name, self.version = source.name, source.version
         self.manifest = found.manifest
         self.plan, self.notes = fit.plan, notes
         self.inputs: tuple[TensorSpec, ...] = found.manifest.inputs
@@ -216,12 +217,11 @@ class Served:
         self.text = TextInput(found) if artifact.TOKENIZER in found.manifest.files else None
         self.statistics = Statistics()
         self.draining = False
-        self._max_rows = max(max_waiting, fit.plan.batch)
+        self._max_rows = max_rows
         self.shadow = Shadow(found, shadow) if shadow > 0 else None
         with ExitStack() as undo:
             if self.shadow is not None:
                 undo.callback(self.shadow.close)
-            identity = artifact.identity(found.folder)
             self.remote = Remote(source.folder.resolve(), identity, fit.plan, cpu, on_death=self._died)
             undo.pop_all()
         self._batcher = Batcher(
@@ -244,6 +244,27 @@ class Served:
             return request
         return replace(request, inputs=self.text.arrays(request.inputs[0].tolist()))
 
+    def described_statistics(self) -> dict[str, Any]:
+        """As Triton's extension ``statistics`` has them: nanoseconds, and milliseconds since 1970."""
+        kept = self.statistics
+
+        def spent(one: Spent) -> dict[str, int]:
+            return {"count": one.count, "ns": int(one.seconds * 1e9)}
+
+        return {
+            "name": self.name,
+            "version": self.version,
+            "last_inference": int(kept.last_s * 1e3),
+            "inference_count": kept.rows,
+            "execution_count": round(kept.calls),
+            "inference_stats": {
+                "success": spent(kept.success),
+                "fail": spent(kept.fail),
+                "queue": spent(kept.queue),
+                "compute_infer": spent(kept.infer),
+            },
+        }
+
     @property
     def waiting_rows(self) -> int:
         """Rows in the queue."""
@@ -254,8 +275,8 @@ class Served:
         started_s = time.monotonic()
         try:
             parts = self._submitted(inputs, timeout_s, priority)
-        except NotServed as error:
-            self.statistics.not_served(error.reason)
+        except NotServed:
+            self.statistics.not_served()
             raise
         future = parts[0] if len(parts) == 1 else _together(parts)
         future.add_done_callback(partial(self._ended, inputs, started_s))
@@ -288,13 +309,13 @@ class Served:
     def _ended(self, inputs: Sequence[np.ndarray], started_s: float, ended: "Future[Answer]") -> None:
         took_s = time.monotonic() - started_s
         if ended.cancelled():
-            self.statistics.not_served("cancelled")
-        elif (error := ended.exception()) is None:
+            return
+        if (error := ended.exception()) is None:
             self.statistics.answered(ended.result(), len(inputs[0]), took_s)
             if self.shadow is not None:
                 self.shadow.offer(inputs, ended.result().outputs)
         elif isinstance(error, NotServed):
-            self.statistics.not_served(error.reason)
+            self.statistics.not_served()
         else:
             self.statistics.failed(took_s)
 

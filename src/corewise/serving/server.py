@@ -20,11 +20,12 @@ from starlette.routing import Route
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from corewise.errors import CorewiseError, InputError
-from corewise.serving.app import App, Limits, RequestLog
+from corewise.serving.app import App, RequestLog
 from corewise.serving.metrics import Metrics
 from corewise.serving.models import Models
-from corewise.serving.protocol import ProtocolError
+from corewise.serving.protocol import Limits, ProtocolError
 from corewise.serving.served import Served, Source, Trust
+from corewise.serving.tokens import Tokens
 
 log = logging.getLogger("corewise.serve")
 
@@ -99,7 +100,7 @@ class _Server:
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, self._stop)
         loop.add_signal_handler(signal.SIGHUP, lambda: self._later.append(asyncio.ensure_future(self._reload_all())))
-        app = App(self.models, self.metrics, self.options.limits, self.options.tokens)
+        app = App(self.models, self.metrics, self.options.limits, Tokens(self.options.tokens))
         bound = {name: _bound(address) for name, address in self._web_addresses.items()}
         web = []
         if "http" in bound:
@@ -151,7 +152,7 @@ class _Server:
                 ("grpc.max_metadata_size", HEADERS_BYTES),
             ]
         )
-        service = Service(self.models, self.metrics, self.options.limits, self.options.tokens)
+        service = Service(self.models, self.metrics, self.options.limits, Tokens(self.options.tokens))
         server.add_generic_rpc_handlers((service.handler,))
         target = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
         try:

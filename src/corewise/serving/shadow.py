@@ -1,5 +1,6 @@
 """fp32 beside what serves, on a sample of the requests: whether their answers drift apart on real traffic."""
 
+import logging
 import os
 import queue
 import random
@@ -16,11 +17,14 @@ import numpy as np
 from corewise import artifact
 from corewise.artifact import Artifact
 from corewise.cpu import inspect
-from corewise.errors import ArtifactError
+from corewise.errors import ArtifactError, CorewiseError, EngineError
+from corewise.imports import guard
 from corewise.loading import check_available, golden_samples, write_reference
 from corewise.samples import Samples
 from corewise.trial import Worker, read_outputs
 from corewise.values import Build, Plan, to_json
+
+log = logging.getLogger("corewise.serve")
 
 KEPT = 1000
 WAITING = 4
@@ -44,8 +48,6 @@ class Shadow:
         self._waiting: queue.Queue[tuple[list[np.ndarray], Sequence[np.ndarray]] | None] = queue.Queue(WAITING)
         self._kept: deque[tuple[float, float, int, int]] = deque(maxlen=KEPT)
         self.compared = 0
-        self.skipped = 0
-        """Drawn, but it had not finished those before."""
         self.error = ""
         """Why it compares no more."""
         self._worker: Worker | None = None
@@ -70,10 +72,8 @@ class Shadow:
         """Compare this request, if it is drawn and there is time."""
         if self.error or self._random.random() >= self._share:
             return
-        try:
+        with suppress(queue.Full):
             self._waiting.put_nowait(([array.copy() for array in inputs], outputs))
-        except queue.Full:
-            self.skipped += 1
 
     def close(self) -> None:
         """End it, whatever it does."""
@@ -96,10 +96,12 @@ class Shadow:
 
     def _live(self) -> None:
         try:
-            with tempfile.TemporaryDirectory(prefix="corewise-shadow-") as name:
+            with guard(EngineError, "the shadow"), tempfile.TemporaryDirectory(prefix="corewise-shadow-") as name:
                 self._compare(Path(name))
-        except Exception as error:  # noqa: BLE001 - the request boundary: the shadow must never harm what it watches
-            self.error = self.error or str(error)
+        except CorewiseError as error:
+            if not self.error:
+                log.error("fp32 compares no more: %s", error)
+                self.error = str(error)
 
     def _compare(self, work: Path) -> None:
         cpu = inspect()

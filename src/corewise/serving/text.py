@@ -7,6 +7,7 @@ import numpy as np
 from corewise import artifact
 from corewise.artifact import Artifact
 from corewise.errors import ArtifactError, MissingExtra
+from corewise.imports import guard
 from corewise.serving.protocol import ProtocolError
 from corewise.values import TensorSpec
 
@@ -28,10 +29,8 @@ class TextInput:
         except ImportError as error:
             raise MissingExtra("tokenizers", "serve", f"serving {found.folder}") from error
         path = found.folder / artifact.TOKENIZER
-        try:
+        with guard(ArtifactError, f"{path} is no tokenizer", artifact.REBUILD):
             self._tokenizer = Tokenizer.from_file(str(path))
-        except Exception as error:
-            raise ArtifactError(f"{path} is no tokenizer: {error}", artifact.REBUILD) from error
         padding, truncation = self._tokenizer.padding or {}, self._tokenizer.truncation or {}
         self._pad_id = int(padding.get("pad_id", 0))
         self._specs = found.manifest.inputs

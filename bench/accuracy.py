@@ -122,7 +122,7 @@ def corewise(material: Material, folder: Path, model: str, bits: int) -> Made:
     (folder / "notes.json").write_text(json.dumps(made.notes))
 
     def predict(target: Any) -> Predict:
-        module, placement = made.placed(target)
+        module, placement, _ = made.placed(target)
         simulation = Simulation(module, placement.edges, made.ranges)
         return torch_predict(lambda *batch: simulation.run(batch))
 

@@ -1,10 +1,12 @@
 """A client that costs little: one thread, prepared requests, many connections. HTTP/1.1 with binary tensors."""
 
+import base64
 import json
 import selectors
 import socket
 import time
 from collections import deque
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -31,11 +33,30 @@ def request(model: str, name: str, row: np.ndarray, timeout_ms: float | None = N
     }
     text = json.dumps(described).encode()
     limit = f"x-request-timeout-ms: {timeout_ms:g}\r\n" if timeout_ms else ""
-    head = (
-        f"POST /v2/models/{model}/infer HTTP/1.1\r\nhost: bench\r\n{limit}"
-        f"inference-header-content-length: {len(text)}\r\ncontent-length: {len(text) + row.nbytes}\r\n\r\n"
+    return post(
+        f"/v2/models/{model}/infer",
+        text + row.tobytes(),
+        f"{limit}inference-header-content-length: {len(text)}\r\n",
     )
-    return head.encode() + text + row.tobytes()
+
+
+def post(path: str, body: bytes, headers: str = "") -> bytes:
+    """Any request with a body."""
+    head = f"POST {path} HTTP/1.1\r\nhost: bench\r\n{headers}content-length: {len(body)}\r\n\r\n"
+    return head.encode() + body
+
+
+Read = Callable[[bytes, int], np.ndarray]
+
+
+def from_raw(body: bytes, size: int) -> np.ndarray:
+    """The float32 values that the body ends with, ``size`` bytes of them."""
+    return np.frombuffer(body[-size:], np.float32)
+
+
+def from_base64(body: bytes, size: int) -> np.ndarray:
+    """The values in a JSON string."""
+    return np.frombuffer(base64.b64decode(json.loads(body)), np.float32)
 
 
 @dataclass
@@ -96,8 +117,16 @@ class _Connection:
 class Wire:
     """Sends prepared requests to a server, and checks that each answer is its own."""
 
-    def __init__(self, port: int, requests: list[bytes], expected: list[np.ndarray], slo_ms: float | None) -> None:
+    def __init__(
+        self,
+        port: int,
+        requests: list[bytes],
+        expected: list[np.ndarray],
+        slo_ms: float | None,
+        read: Read = from_raw,
+    ) -> None:
         self._port, self._requests, self._expected, self._slo_ms = port, requests, expected, slo_ms
+        self._read = read
         self._select = selectors.DefaultSelector()
         self._free: deque[_Connection] = deque()
         self._busy = 0
@@ -155,6 +184,8 @@ class Wire:
                 one.out = one.out[one.socket.send(one.out) :]
             except BlockingIOError:
                 return
+            except OSError:  # told when it is read from
+                break
         self._select.modify(one.socket, selectors.EVENT_READ, one)
 
     def _step(self, wait_s: float) -> int:
@@ -164,7 +195,10 @@ class Wire:
             if events & selectors.EVENT_WRITE:
                 self._push(one)
             if events & selectors.EVENT_READ:
-                found = one.socket.recv(1 << 18)
+                try:
+                    found = one.socket.recv(1 << 18)
+                except OSError:
+                    found = b""
                 one.found += found
                 whole = one.answer() if found else (0, b"")
                 if whole is not None:
@@ -186,7 +220,7 @@ class Wire:
             load.latencies_ms.append(took_ms)
             load.in_time += self._slo_ms is None or took_ms <= self._slo_ms
             expected = self._expected[one.k % len(self._expected)]
-            found = np.frombuffer(body[-expected.nbytes :], np.float32)
+            found = self._read(body, expected.nbytes)
             # Calls of other sizes round differently; another's answer is far away.
             load.wrong += bool(np.linalg.norm(found - expected) > 0.1 * np.linalg.norm(expected))
         elif status == 503:

@@ -425,6 +425,10 @@ def serve(
     log_level: Annotated[
         Literal["debug", "info", "warning", "error"], typer.Option(help="debug has a line for every request.")
     ] = "info",
+    traces: Annotated[
+        bool,
+        typer.Option("--traces", help="Send a span for each request to OpenTelemetry (OTEL_EXPORTER_OTLP_ENDPOINT)."),
+    ] = False,
 ) -> None:
     """Serve artifacts by the Open Inference Protocol v2 over HTTP and gRPC, under the plans that were measured.
 
@@ -460,6 +464,7 @@ def serve(
         trust=Trust(everything=trust, digests=digests),
         shadow=shadow,
         drain_s=drain_s,
+        traces=traces,
     )
     if not run([Source.of(text) for text in artifacts], options, _tell_server):
         raise CorewiseError(f"not all that was accepted was answered in {drain_s:g} s", "give a longer --drain-s")

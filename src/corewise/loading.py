@@ -170,8 +170,8 @@ def check_trusted(found: Artifact, name: str) -> None:
 
 
 def check_available(name: str, purpose: str) -> None:
-    """Raise ``EngineError`` where the engine cannot be used here."""
-    why = engine(name).unavailable()
+    """Raise ``EngineError`` where the engine cannot open payloads here."""
+    why = engine(name).unavailable(opening=True)
     if why:
         raise EngineError(f"{purpose}: the engine {name} {why}")
 

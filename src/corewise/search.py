@@ -31,6 +31,8 @@ PROMISING = 0.7
 the order of builds, and seldom by more (MobileNetV2 as two instances of one thread ran 25 to 35 % faster)."""
 TRIALS_SHARE, PLANS_SHARE = 0.6, 0.85
 """Of the budget: when no further trial, and no further plan, is begun."""
+LAST_TRIAL_SHARE = 0.7
+"""When a trial is ended that is not done, if another candidate is: the plans of one are worth more than one more."""
 
 
 @dataclass
@@ -119,7 +121,14 @@ def _trial(build: Build, number: int, total: int, before: Sequence[Trial], setti
         left_s = setting.budget.left_s(TRIALS_SHARE)
         if left_s > 0 or build == BASELINE:
             fastest = max((trial.verified_per_s for trial in before if trial.state == "ok"), default=0.0)
-            kept = run_trial(build, setting, best_verified_per_s=fastest, is_baseline=build == BASELINE)
+            done = any(trial.state == "ok" for trial in before if trial.build != BASELINE)
+            kept = run_trial(
+                build,
+                setting,
+                best_verified_per_s=fastest,
+                is_baseline=build == BASELINE,
+                share=LAST_TRIAL_SHARE if done else 1.0,
+            )
         else:
             kept = Trial(build=build, state="pruned", reason=f"{setting.budget.spent} before it was tried")
         # What ended for want of time another run, with more of it, tries again.

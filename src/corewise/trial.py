@@ -248,11 +248,11 @@ class Setting:
         """What the build's children print."""
         return self.folder / "logs" / f"{_file_name(build)}.log"
 
-    def worker(self, build: Build) -> AnyWorker:
-        """A fresh child for the build."""
+    def worker(self, build: Build, share: float = 1.0) -> AnyWorker:
+        """A fresh child for the build, each of whose steps may last until that share of the budget is spent."""
         if self.in_process is not None:
             return InProcess(self.in_process)
-        timeout_s = min(self.timeout_s, max(LEAST_S, self.budget.left_s()))
+        timeout_s = min(self.timeout_s, max(LEAST_S, self.budget.left_s(share)))
         return Worker(cpu=self.cpu, log=self.log(build), timeout_s=timeout_s)
 
 
@@ -262,10 +262,18 @@ def _file_name(build: Build) -> str:
     return name if len(name) <= LONGEST_NAME else f"{name[:LONGEST_NAME]}-{sha256(name.encode()).hexdigest()[:12]}"
 
 
-def run_trial(build: Build, setting: Setting, *, best_verified_per_s: float = 0.0, is_baseline: bool = False) -> Trial:
+def run_trial(
+    build: Build,
+    setting: Setting,
+    *,
+    best_verified_per_s: float = 0.0,
+    is_baseline: bool = False,
+    share: float = 1.0,
+) -> Trial:
     """Build, verify and measure ``build`` in a child of its own.
 
-    ``best_verified_per_s`` is the best ``Trial.verified_per_s`` so far: a candidate far below is not measured.
+    ``best_verified_per_s`` is the best ``Trial.verified_per_s`` so far: a candidate far below is not measured. One that
+    is not done when that ``share`` of the budget is spent is ended.
     Errors in what the user gave (a metric that raises, a full disk) are raised; all else becomes the trial's state
     and reason.
     """
@@ -275,7 +283,7 @@ def run_trial(build: Build, setting: Setting, *, best_verified_per_s: float = 0.
     record: dict[str, Any] = {"build": build}
     start = time.monotonic()
     try:
-        with setting.worker(build) as worker:
+        with setting.worker(build, share) as worker:
             try:
                 _run(build, setting, worker, payload, record, best_verified_per_s, is_baseline)
             finally:
@@ -284,7 +292,7 @@ def run_trial(build: Build, setting: Setting, *, best_verified_per_s: float = 0.
         raise
     except CorewiseError as error:
         record.update(state="failed", reason=str(error), build_s=record.get("build_s", time.monotonic() - start))
-        if setting.budget.ended() and not is_baseline:
+        if setting.budget.ended(share) and not is_baseline:
             record.update(state="pruned", reason=f"{setting.budget.spent} while it was tried")
     return Trial(**record)
 

@@ -1,6 +1,7 @@
 """Artifacts that take the time they are told to, and a server in a process of its own."""
 
 import json
+import os
 import queue
 import signal
 import subprocess
@@ -66,14 +67,18 @@ def fake_artifact(folder, plan=None, *, call_ms=2.0, **options):
 class Server:
     """A running ``corewise serve``; what it prints is kept."""
 
-    def __init__(self, *arguments):
-        command = [sys.executable, "-m", "corewise.cli", "serve", *map(str, arguments), "--http", "127.0.0.1:0"]
+    def __init__(self, *arguments, python=sys.executable, environment=None, most_files=None):
+        command = [python, "-m", "corewise.cli", "serve", *map(str, arguments), "--http", "127.0.0.1:0"]
         command += ["--grpc", "127.0.0.1:0", "--admin", "127.0.0.1:0"]
+        if most_files is not None:
+            command = ["prlimit", f"--nofile={most_files}", *command]
+        self.started_s = time.monotonic()
         self.process = subprocess.Popen(
             command,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
+            env={**os.environ, **(environment or {})},
         )
         self.printed, self.logged = [], []
         self._lines = queue.Queue()
@@ -144,8 +149,8 @@ class Server:
 
 
 @contextmanager
-def serving(*arguments, wait=True):
-    server = Server(*arguments)
+def serving(*arguments, wait=True, **options):
+    server = Server(*arguments, **options)
     try:
         if wait:
             server.until("ready:")

@@ -2,8 +2,10 @@
 
 import concurrent.futures
 import gzip
+import http.server
 import json
 import os
+import queue
 import shutil
 import signal
 import socket
@@ -320,6 +322,45 @@ def test_a_client_that_goes_frees_its_place(slow):
     assert eventually(lambda: 'outcome="cancelled"' in slow.get("/metrics").text, 3)
 
 
+@pytest.mark.parametrize("when", ["waiting", "running"])
+def test_one_of_three_in_a_call_goes_and_the_others_get_their_own_answers(tmp_path, expected, when):
+    plan = Plan(threads_per_instance=1, instances=1, batch=4)
+    folder = fake_artifact(tmp_path / "slow.cw", plan, call_ms=600.0)
+    with serving(folder) as server:
+
+        def waiting():
+            return server.get("/live.json").json()["models"][0]["waiting_rows"]
+
+        def send(row):
+            body = json.dumps({"inputs": [tensor(row)]}).encode()
+            one = socket.create_connection(("127.0.0.1", server.ports["http"]))
+            one.settimeout(20)
+            head = f"POST /v2/models/slow/infer HTTP/1.1\r\nhost: x\r\ncontent-length: {len(body)}\r\n\r\n".encode()
+            one.sendall(head + body)
+            return one
+
+        first = send(ROWS[:1])
+        time.sleep(0.1)  # its call has begun
+        three = [send(ROWS[k : k + 1]) for k in range(1, 4)]
+        assert eventually(lambda: waiting() == 3, 1)
+        if when == "running":
+            assert eventually(lambda: waiting() == 0, 2)
+        three[1].close()
+        for connection, k in ((first, 0), (three[0], 1), (three[2], 3)):
+            found = b""
+            while b"outputs" not in found or not found.endswith(b"}"):
+                found += connection.recv(1 << 16)
+            connection.close()
+            answer = json.loads(found.partition(b"\r\n\r\n")[2])["outputs"][0]
+            np.testing.assert_allclose(np.reshape(answer["data"], (1, -1)), expected(ROWS[k : k + 1]), rtol=1e-5)
+        assert eventually(lambda: 'outcome="cancelled"' in server.get("/metrics").text, 3)
+        assert "1.0" in next(
+            line
+            for line in server.get("/metrics").text.splitlines()
+            if 'outcome="cancelled"' in line and "_total" in line
+        )
+
+
 def test_an_engine_that_dies_is_replaced_and_the_others_are_answered(slow):
     (pid,) = slow.engine_pids()
     with concurrent.futures.ThreadPoolExecutor(6) as pool:
@@ -457,6 +498,63 @@ def test_headers_that_do_not_come_end_the_connection(server, monkeypatch):
         long_one.sendall(b"GET /v2 HTTP/1.1\r\n" + b"x: " + b"y" * 200_000 + b"\r\n\r\n")
         assert b" 400 " in long_one.recv(1000)
     assert server.get("/v2/health/live").status_code == 200
+
+
+def test_too_many_connections_are_told_and_the_others_are_answered(tmp_path):
+    with serving(fake_artifact(tmp_path / "toy.cw"), most_files=228) as server:  # 100 are left for connections
+        crowd = [socket.create_connection(("127.0.0.1", server.ports["http"])) for _ in range(150)]
+        told = 0
+        for one in crowd[:-1]:
+            one.settimeout(0.05)
+            try:
+                told += one.recv(1000).startswith(b"HTTP/1.1 503")
+            except TimeoutError:
+                continue
+        assert 40 <= told <= 60
+        for one in crowd:
+            one.close()
+        assert eventually(lambda: server.get("/v2/health/ready").status_code == 200, 5)
+        assert infer(server, ROWS[:1]).status_code == 200
+
+
+def test_requests_are_spans_of_their_clients_traces(tmp_path):
+    from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
+
+    came = queue.Queue()
+
+    class Collector(http.server.BaseHTTPRequestHandler):
+        def do_POST(self):
+            body = self.rfile.read(int(self.headers["content-length"]))
+            packed = self.headers.get("content-encoding") == "gzip"
+            came.put((self.path, gzip.decompress(body) if packed else body))
+            self.send_response(200)
+            self.end_headers()
+
+        def log_message(self, *about):
+            pass
+
+    trace = "4bf92f3577b34da6a3ce929d0e0e4736"
+    with http.server.HTTPServer(("127.0.0.1", 0), Collector) as collector:
+        threading.Thread(target=collector.serve_forever, daemon=True).start()
+        where = {"OTEL_EXPORTER_OTLP_ENDPOINT": f"http://127.0.0.1:{collector.server_port}"}
+        with serving(fake_artifact(tmp_path / "toy.cw"), "--traces", environment=where) as server:
+            headers = {"traceparent": f"00-{trace}-00f067aa0ba902b7-01"}
+            assert infer(server, ROWS[:1], headers=headers).status_code == 200
+            assert infer(server, ROWS[:1, :1], headers=headers).status_code == 400
+            assert server.stop() == 0
+        collector.shutdown()
+    spans, services = [], set()
+    while not came.empty():
+        path, body = came.get()
+        assert path == "/v1/traces"
+        for group in ExportTraceServiceRequest.FromString(body).resource_spans:
+            services |= {one.value.string_value for one in group.resource.attributes if one.key == "service.name"}
+            spans += [span for scope in group.scope_spans for span in scope.spans]
+    assert services == {"corewise"}
+    assert [(span.name, span.trace_id.hex()) for span in spans] == [("infer toy", trace)] * 2
+    found = [{one.key: one.value for one in span.attributes} for span in spans]
+    assert [one["corewise.outcome"].string_value for one in found] == ["ok", "invalid"]
+    assert found[0]["corewise.call_rows"].int_value == 1
 
 
 def test_wrong_arguments_are_one_line(tmp_path):

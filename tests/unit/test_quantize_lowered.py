@@ -76,7 +76,7 @@ class Case:
         return np.random.default_rng(batch).standard_normal((batch, *self.shape), np.float32)
 
     def simulated(self, target: Target, x: np.ndarray) -> np.ndarray:
-        module, placement = self.quantized.placed(target)
+        module, placement, _ = self.quantized.placed(target)
         found = Simulation(module, placement.edges, self.quantized.ranges).run((torch.from_numpy(x),))
         return found[0].numpy()
 
@@ -122,7 +122,7 @@ def test_the_lowered_program_is_what_was_simulated(case: Case, target: Target):
     assert notes == case.quantized.notes
     program = ptq.load_quantized(path)
     names = Counter(str(node.target) for node in program.graph.nodes)
-    _, placement = case.quantized.placed(target)
+    _, placement, _ = case.quantized.placed(target)
     assert sum(n for name, n in names.items() if "dequantize_per_channel" in name) == case.layers
     assert sum(n for name, n in names.items() if "dequantize_per_tensor" in name) >= len(placement.tensors)
     module = program.module()
@@ -158,7 +158,7 @@ def test_calibrating_again_reads_what_the_cache_has(case: Case):
     assert (again.notes, again.ranges, again.sqnr_db) == (made.notes, made.ranges, made.sqnr_db)
     x = case.inputs(3)
     for target in TARGETS:
-        module, placement = again.placed(target)
+        module, placement, _ = again.placed(target)
         found = Simulation(module, placement.edges, again.ranges).run((torch.from_numpy(x),))[0]
         assert np.array_equal(found.numpy(), case.simulated(target, x))
 

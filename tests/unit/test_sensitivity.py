@@ -99,7 +99,7 @@ def held(name: str, size: int) -> list[tuple[Tensor, ...]]:
 
 def built_db(found: Quantized, given: list[tuple[Tensor, ...]], target: Target, ignored: tuple[str, ...]) -> float:
     """SQNR of what ``Quantized.placed`` builds."""
-    module, placement = found.placed(target, ignored)
+    module, placement, _ = found.placed(target, ignored)
     simulation = Simulation(module, placement.edges, found.ranges)
     with torch.no_grad():
         expected = [execute(found.reference, batch, compute) for batch in given]

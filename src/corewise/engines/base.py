@@ -75,8 +75,8 @@ class Sharing(Session, Protocol):
 class Engine(Protocol):
     """One way to run a model. Construction is free; heavy imports wait for ``build`` and ``open``."""
 
-    def unavailable(self) -> str:
-        """Why it cannot be used here, in words with the fix; empty where it can."""
+    def unavailable(self, opening: bool = False) -> str:
+        """Why it cannot be used here, in words with the fix; empty where it can. ``opening`` a payload needs less."""
         ...
 
     def candidates(self, cpu: Cpu, operators: dict[str, int]) -> tuple[Build, ...]:

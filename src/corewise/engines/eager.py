@@ -36,7 +36,7 @@ class Eager:
     def __init__(self, module: "nn.Module | None" = None) -> None:
         self._module = module
 
-    def unavailable(self) -> str:
+    def unavailable(self, opening: bool = False) -> str:
         """Needs torch."""
         return missing(("torch",), "optimize")
 

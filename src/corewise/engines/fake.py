@@ -26,7 +26,7 @@ class Fake:
     its process. Never offers itself.
     """
 
-    def unavailable(self) -> str:
+    def unavailable(self, opening: bool = False) -> str:
         """Needs nothing."""
         return ""
 

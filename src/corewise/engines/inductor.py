@@ -63,9 +63,9 @@ class Inductor:
     otherwise, as on a CPU with more extensions, it does so at every call.
     """
 
-    def unavailable(self) -> str:
-        """Needs torch, torchao (to quantize) and the compiler g++."""
-        if reason := missing(("torch", "torchao"), "optimize"):
+    def unavailable(self, opening: bool = False) -> str:
+        """Needs torch and, to build, torchao and the compiler g++."""
+        if (reason := missing(("torch",) if opening else ("torch", "torchao"), "optimize")) or opening:
             return reason
         return "" if shutil.which(COMPILER) else f"needs the C++ compiler {COMPILER}: apt-get install {COMPILER}"
 

@@ -37,12 +37,12 @@ class OnnxRuntime:
     (https://onnxruntime.ai/docs/performance/model-optimizations/quantization.html).
     """
 
-    def unavailable(self) -> str:
+    def unavailable(self, opening: bool = False) -> str:
         """Needs onnxruntime and, to build, onnx and onnxscript."""
-        return missing(("onnxruntime", "onnx", "onnxscript"), "onnxruntime")
+        return missing(("onnxruntime",) if opening else ("onnxruntime", "onnx", "onnxscript"), "onnxruntime")
 
     def candidates(self, cpu: Cpu, operators: dict[str, int]) -> tuple[Build, ...]:
-        """int8 by our quantizer and by its own, int8-dynamic for models of linear layers, fp32."""
+        """int8 by our quantizer, attention in int8 too or not, and by its own; int8-dynamic for linear layers; fp32."""
         options = () if cpu.int8_dot else (("reduce_range", True),)
         int8 = Build(engine="onnxruntime", precision="int8", options=options)
         dynamic = Build(engine="onnxruntime", precision="int8-dynamic", options=options)
@@ -50,8 +50,8 @@ class OnnxRuntime:
         linears, convolutions = (
             sum(n for name, n in operators.items() if re.search(pattern, name)) for pattern in (LINEAR, CONVOLUTION)
         )
-        ours = qdq.int8("onnxruntime", cpu)
-        return (ours, int8, dynamic, fp32) if linears >= max(1, convolutions) else (ours, int8, fp32)
+        ours = (qdq.int8("onnxruntime", cpu), *qdq.int8_attention("onnxruntime", cpu, operators))
+        return (*ours, int8, *((dynamic,) if linears >= max(1, convolutions) else ()), fp32)
 
     def needs(self, build: Build) -> tuple[str, ...]:
         """32-bit sums of int8 products for int8 in full range."""

@@ -52,9 +52,9 @@ class OpenVino:
     overflow fix, https://docs.openvino.ai: "Quantizing models post-training", ``OverflowFix``).
     """
 
-    def unavailable(self) -> str:
+    def unavailable(self, opening: bool = False) -> str:
         """Needs openvino and, to quantize, nncf."""
-        return missing(("openvino", "nncf"), "openvino")
+        return missing(("openvino",) if opening else ("openvino", "nncf"), "openvino")
 
     def candidates(self, cpu: Cpu, operators: dict[str, int]) -> tuple[Build, ...]:
         """int8 by our quantizer and by NNCF, fp32; where the CPU has bf16 also that, and int8 with the rest in it.

@@ -1,7 +1,9 @@
 """What the engines share that run corewise's own Q/DQ programs (``corewise.quantize.ptq``)."""
 
 import json
+import re
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
@@ -21,6 +23,8 @@ if TYPE_CHECKING:
     from corewise.quantize.sensitivity import LayerSensitivity
 
 OPTION = ("quantizer", "corewise")
+ATTENTION = "attention"
+"""The option of a build whose products of two activations are int8 too."""
 JUDGED = 8
 """Calibration samples that layers are tried on one by one; ``ROWS`` at a time."""
 ROWS = 4
@@ -33,6 +37,17 @@ def int8(engine: str, cpu: Cpu) -> Build:
     return Build(
         engine=engine, precision="int8", options=(OPTION, *(() if cpu.int8_dot else (("reduce_range", True),)))
     )
+
+
+def int8_attention(engine: str, cpu: Cpu, operators: dict[str, int]) -> tuple[Build, ...]:
+    """``int8`` with int8 attention too, for models that have one by their ``operators``."""
+    names = " ".join(operators)
+    if "scaled_dot_product_attention" not in names and not (
+        "softmax" in names and re.search(r"\b(matmul|bmm)\b", names)
+    ):
+        return ()
+    plain = int8(engine, cpu)
+    return (replace(plain, options=(*plain.options, (ATTENTION, True))),)
 
 
 def is_ours(build: Build) -> bool:
@@ -58,7 +73,8 @@ def quantized(material: Material, build: Build, target: "Target") -> tuple[Path,
         returned = _order(material, recipe)[: int(build.option(RETURNED, 0))] if build.option(RETURNED, 0) else ()
         ignored = (*str(build.option(IGNORED, "")).split(), *returned)
         path, notes = quantized_program(
-            material.program, material.calibration, material.inputs, material.cache, recipe, target, ignored
+            *(material.program, material.calibration, material.inputs, material.cache),
+            *(recipe, target, ignored, bool(build.option(ATTENTION, False))),
         )
     # What was decided is one line in a report, and the same for all engines.
     decided = "; ".join(note for note in notes if not note.startswith("warning"))

@@ -41,7 +41,7 @@ class TorchInt8:
     products in 16 bits.
     """
 
-    def unavailable(self) -> str:
+    def unavailable(self, opening: bool = False) -> str:
         """Needs torch."""
         return missing(("torch",), "optimize")
 

@@ -1,5 +1,6 @@
 """An exported program as a graph that can be quantized: batch norms folded, names of the user's layers at hand."""
 
+import math
 import operator
 import warnings
 from collections.abc import Callable, Sequence
@@ -35,6 +36,8 @@ CHECKS = (
 )
 PRODUCTS = (aten.addmm.default, aten.mm.default, aten.matmul.default)
 TRANSPOSES = (aten.t.default, aten.transpose.int, aten.permute.default)
+MATRIX_PRODUCTS = (aten.matmul.default, aten.bmm.default)
+ATTENTION = (aten.scaled_dot_product_attention.default,)
 
 
 def plain_graph(program: ExportedProgram) -> GraphModule:
@@ -87,6 +90,59 @@ def folded(program: ExportedProgram) -> GraphModule:
 def layers(module: GraphModule) -> list[Node]:
     """The convolutions and linears with parameters of their own, in the order they run."""
     return [n for n in module.graph.nodes if n.target in LAYERS and parameter(module, n.args[1]) is not None]
+
+
+def is_float(node: Node) -> bool:
+    """Whether the node's value is a floating-point tensor."""
+    value = node.meta.get("val")
+    return isinstance(value, Tensor) and value.is_floating_point()
+
+
+def products(module: GraphModule) -> list[Node]:
+    """The products of two computed matrices, as attention has them."""
+    found = (node for node in module.graph.nodes if node.target in MATRIX_PRODUCTS)
+    return [n for n in found if all(a.op != "get_attr" and is_float(a) for a in n.args[:2])]
+
+
+def attentions(module: GraphModule) -> list[Node]:
+    """The attentions that ``split_attention`` takes apart: neither causal by a flag nor with shared heads."""
+    found = (node for node in module.graph.nodes if node.target in ATTENTION)
+    return [n for n in found if not arguments(n)["is_causal"] and not arguments(n)["enable_gqa"]]
+
+
+def split_attention(module: GraphModule) -> dict[str, Node | None]:
+    """Replace each of ``attentions`` by its two matrix products with a softmax between them.
+
+    Of the new operands of products, by their nodes' names, the node whose values they are, and ``None`` for shares,
+    which are from 0 to 1. Source: torch's documentation of ``scaled_dot_product_attention``.
+    """
+    operands: dict[str, Node | None] = {}
+    for node in attentions(module):
+        args = arguments(node)
+        query, key, mask = args["query"], args["key"], args["attn_mask"]
+        scale = args["scale"] or query.meta["val"].shape[-1] ** -0.5
+
+        def call(name: str, target: Any, *given: Any, of: Node = node) -> Node:
+            with module.graph.inserting_before(of):
+                made = module.graph.create_node("call_function", target, given, name=f"{of.name}_{name}")
+            made.meta = {**of.meta, "val": target(*map_arg(given, lambda one: one.meta["val"]))}
+            return made
+
+        keys = call("keys", aten.transpose.int, key, -2, -1)
+        scores = call("scaled", aten.mul.Tensor, call("scores", aten.matmul.default, query, keys), scale)
+        if mask is not None and not is_float(mask):
+            scores = call(
+                "masked", aten.masked_fill.Scalar, scores, call("left_out", aten.logical_not.default, mask), -math.inf
+            )
+        elif mask is not None:
+            scores = call("masked", aten.add.Tensor, scores, mask)
+        shares = call("shares", aten.softmax.int, scores, -1)
+        mixed = call("mixed", aten.matmul.default, shares, args["value"])
+        operands |= {keys.name: key, shares.name: None}
+        node.replace_all_uses_with(mixed)
+        module.graph.erase_node(node)
+    module.recompile()
+    return operands
 
 
 def weight(module: GraphModule, layer: Node) -> Tensor:

@@ -11,7 +11,6 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from torch import Tensor
 from torch.fx import GraphModule, Node
 
 from corewise.errors import EngineError
@@ -23,8 +22,10 @@ from corewise.quantize.graph import (
     arguments,
     aten,
     group_count,
+    is_float,
     layer_name,
     layers,
+    products,
 )
 
 Target = Literal["fused", "everywhere"]
@@ -73,14 +74,15 @@ class Placement:
         return tuple(dict.fromkeys(producer for producer, _ in self.edges))
 
 
-def place(module: GraphModule, target: Target, ignored: Sequence[str] = ()) -> Placement:
-    """The placement for engines of the kind ``target``.
+def place(module: GraphModule, target: Target, ignored: Sequence[str] = (), attention: bool = False) -> Placement:
+    """The placement for engines of the kind ``target``; with ``attention`` for products of two activations too.
 
     ``ignored`` keeps layers in floating point: names as ``layer_name`` gives them, else regular expressions that match
     a whole name. Raises ``EngineError`` for one that matches nothing or is no expression.
     """
     found = layers(module)
-    left_out = _matching({layer_name(node) for node in found}, ignored)
+    multiplied = products(module) if attention else []
+    left_out = _matching({layer_name(node) for node in (*found, *multiplied)}, ignored)
     kept: dict[str, str] = {}
     chosen: list[Node] = []
     for node in found:
@@ -99,6 +101,9 @@ def place(module: GraphModule, target: Target, ignored: Sequence[str] = ()) -> P
         _surround(module, chosen, edges)
     else:
         _share_residuals(module, chosen, edges)
+    for node in multiplied:
+        if layer_name(node) not in left_out:
+            edges |= {(operand, node): None for operand in node.all_input_nodes}
     return Placement(
         layers=tuple(
             Layer(node=n.name, name=layer_name(n), kind="linear" if n.target in LINEARS else "convolution")
@@ -120,12 +125,6 @@ def source(node: Node) -> Node:
     while node.target in MOVES and isinstance(node.args[0], Node):
         node = node.args[0]
     return node
-
-
-def is_float(node: Node) -> bool:
-    """Whether the node's value is a floating-point tensor."""
-    value = node.meta.get("val")
-    return isinstance(value, Tensor) and value.is_floating_point()
 
 
 def _matching(names: set[str], patterns: Iterable[str]) -> set[str]:

@@ -14,15 +14,28 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 from torch.export import ExportedProgram
-from torch.fx import GraphModule
+from torch.fx import GraphModule, Node
 
 from corewise.errors import EngineError, SamplesError
 from corewise.quantize import corrections
 from corewise.quantize.convert import with_qdq
-from corewise.quantize.graph import bias, channel_axis, compute, execute, folded, layer_name, layers, weight
+from corewise.quantize.graph import (
+    attentions,
+    bias,
+    channel_axis,
+    compute,
+    execute,
+    folded,
+    is_float,
+    layer_name,
+    layers,
+    products,
+    split_attention,
+    weight,
+)
 from corewise.quantize.graph import output_axis as axis_of
-from corewise.quantize.observers import OBSERVERS, Observed, QParams, qparams, round_weight, weight_scales
-from corewise.quantize.placement import TARGETS, Placement, Target, is_float, place, source
+from corewise.quantize.observers import LEVELS, OBSERVERS, Observed, QParams, qparams, round_weight, weight_scales
+from corewise.quantize.placement import TARGETS, Placement, Target, place, source
 from corewise.quantize.simulate import Batch, Simulation, sqnr_db
 from corewise.samples import Samples
 from corewise.source import load_program, save_program
@@ -41,6 +54,8 @@ SMOOTHING_WORTH_DB = 1.0
 CLOSE_DB = 2.0
 """Ranges so near to the best ones are tried to the end: what is better by itself may gain less from what follows."""
 FEW = 8
+SHARES = QParams(scale=1 / LEVELS, zero_point=0)
+"""What a softmax gives."""
 CORRECTIONS = ("equalize", "smooth", "rounding", "bias")
 
 
@@ -82,13 +97,20 @@ class Quantized:
     notes: tuple[str, ...]
     """What was decided, in words."""
 
-    def placed(self, target: Target, ignored: Sequence[str] = ()) -> tuple[GraphModule, Placement]:
-        """A copy of the graph in which the ``ignored`` layers have their own weights again, and where its pairs stand.
+    def placed(
+        self, target: Target, ignored: Sequence[str] = (), attention: bool = False
+    ) -> tuple[GraphModule, Placement, dict[str, QParams]]:
+        """A copy of the graph with where its pairs stand and the grids of what goes through them.
 
-        Raises as ``placement.place`` does.
+        The ``ignored`` layers have their own weights again. With ``attention`` the products in attentions are in the
+        graph and placed. Raises as ``placement.place`` does.
         """
-        placement = place(self.module, target, ignored)
         module = copy.deepcopy(self.module)
+        operands = split_attention(module) if attention else {}
+        placement = place(module, target, ignored, attention)
+        ranges = self.ranges | {
+            name: SHARES if made is None else self.ranges[made.name] for name, made in operands.items()
+        }
         rounded = {layer.node for layer in placement.layers}
         twins = {node.name: node for node in layers(self.plain)}
         with torch.no_grad():
@@ -96,7 +118,7 @@ class Quantized:
                 if node.name not in rounded:
                     weight(module, node).copy_(weight(self.plain, twins[node.name]))
                     bias(module, node).copy_(bias(self.plain, twins[node.name]))
-        return module, placement
+        return module, placement, ranges
 
 
 def quantize(program: ExportedProgram, calibration: Samples, recipe: Recipe) -> Quantized:
@@ -111,19 +133,23 @@ def quantize(program: ExportedProgram, calibration: Samples, recipe: Recipe) -> 
 
 
 def lower(
-    quantized: Quantized, target: Target, inputs: Sequence[TensorSpec], example: Batch, ignored: Sequence[str] = ()
+    quantized: Quantized,
+    target: Target,
+    inputs: Sequence[TensorSpec],
+    example: Batch,
+    ignored: Sequence[str] = (),
+    attention: bool = False,
 ) -> ExportedProgram:
     """The program with Q/DQ pairs where engines of the kind ``target`` want them; dynamic batch.
 
-    The ``ignored`` layers stay in floating point: names or regular expressions (``placement.place``). Raises
-    ``EngineError`` where no layer is left to quantize, or one of them matches nothing.
+    The ``ignored`` layers stay in floating point: names or regular expressions; with ``attention`` products of two
+    activations are quantized too (``placement.place``). Raises ``EngineError`` where no layer is left to quantize, or
+    one of ``ignored`` matches nothing.
     """
-    module, placement = quantized.placed(target, ignored)
+    module, placement, ranges = quantized.placed(target, ignored, attention)
     if not placement.layers:
         raise EngineError("every convolution and linear is ignored", "ignore less, or use another precision")
-    return with_qdq(
-        module, placement, quantized.ranges, quantized.scales, quantized.recipe.weight_bits, inputs, example
-    )
+    return with_qdq(module, placement, ranges, quantized.scales, quantized.recipe.weight_bits, inputs, example)
 
 
 def quantized_program(
@@ -134,17 +160,18 @@ def quantized_program(
     recipe: Recipe,
     target: Target,
     ignored: Sequence[str] = (),
+    attention: bool = False,
 ) -> tuple[Path, tuple[str, ...]]:
     """The ``.pt2`` of the program quantized for ``target``, and notes.
 
     Calibration and corrections are made once for all engines and choices of ``ignored``, and kept in ``cache``. Raises
     as ``quantize`` and ``lower`` do.
     """
-    path = cache / f"quantized-{_key([to_json(recipe), target, list(ignored)])}.pt2"
+    path = cache / f"quantized-{_key([to_json(recipe), target, list(ignored), attention])}.pt2"
     if not path.exists():
         quantized = calibrated(program, calibration, cache, recipe)
         whole = path.with_suffix(".part")
-        save_program(lower(quantized, target, inputs, _example(calibration), ignored), whole)
+        save_program(lower(quantized, target, inputs, _example(calibration), ignored, attention), whole)
         whole.replace(path)
     with safe_open(_state(cache, recipe), "pt") as state:
         return path, tuple(_found(state)["notes"])
@@ -305,7 +332,11 @@ class _Search:
     def attempts(self, plain: GraphModule, seen: Samples) -> list[_Attempt]:
         """Weights rounded to nearest and values by each observer of what ``seen`` makes them; the best first."""
         placement = place(plain, "fused")
-        names = tuple(dict.fromkeys(name for target in TARGETS for name in place(plain, target).tensors))
+        # Not the mask of an attention, which may be infinite.
+        operands = (n for node in (*attentions(plain), *products(plain)) for n in node.args[:3])
+        multiplied = (n.name for n in operands if isinstance(n, Node))
+        places = (name for target in TARGETS for name in place(plain, target).tensors)
+        names = tuple(dict.fromkeys((*places, *multiplied)))
         observed = observe(plain, names, batches(seen))
         module = copy.deepcopy(plain)
         scales = _round_to_nearest(module, placement, self._recipe.weight_bits)
@@ -373,7 +404,7 @@ def observe(module: GraphModule, names: Sequence[str], given: Iterable[Batch]) -
     readers = {name: [user for user in nodes[name].users if user in set(layers(module))] for name in wanted}
     observed: dict[str, Observed] = {}
 
-    def step(node: torch.fx.Node, args: tuple[object, ...], kwargs: dict[str, object]) -> object:
+    def step(node: Node, args: tuple[object, ...], kwargs: dict[str, object]) -> object:
         value = compute(node, args, kwargs)
         if node.name in wanted and isinstance(value, Tensor):
             if node.name not in observed:

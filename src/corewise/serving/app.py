@@ -172,7 +172,7 @@ class App:
         self, request: Request, served: Served, read: Callable[[bytes], InferRequest]
     ) -> tuple[Served, InferRequest, Answer]:
         """Read a request and wait for its answer, unless the client goes before."""
-        with self.metrics.request(served, "http") as note:
+        with self.metrics.request(served, "http", request.headers) as note:
             started_s = time.monotonic()
             header_s = _timeout_s(request.headers)
             body = await self._bodies.read(request)

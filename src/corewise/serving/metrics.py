@@ -1,8 +1,8 @@
-"""What Prometheus reads at ``/metrics``."""
+"""What is seen of requests from outside: figures for Prometheus at ``/metrics``, and spans."""
 
 import time
 from asyncio import CancelledError
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 
 from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
@@ -14,6 +14,7 @@ from corewise.batching import Answer, NotServed
 from corewise.serving.models import Models
 from corewise.serving.protocol import ProtocolError
 from corewise.serving.served import Served
+from corewise.serving.traces import Traces
 
 SECONDS = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0)
 ROWS = (1, 2, 4, 8, 16, 32, 64, 128)
@@ -23,7 +24,8 @@ CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 class Metrics:
     """Counters and histograms of one server, in a registry of its own."""
 
-    def __init__(self, models: Models) -> None:
+    def __init__(self, models: Models, traces: Traces) -> None:
+        self._traces = traces
         self._registry = CollectorRegistry()
         labels = ["model", "version"]
         self._requests = Counter(
@@ -56,31 +58,39 @@ class Metrics:
         self._registry.register(_Gauges(models))
 
     @contextmanager
-    def request(self, served: Served, protocol: str) -> Iterator[Callable[[Answer], Answer]]:
+    def request(
+        self, served: Served, protocol: str, headers: Mapping[str, str]
+    ) -> Iterator[Callable[[Answer], Answer]]:
         """Count a request by what becomes of it in the body, which passes its answer through what it is given."""
         labels = (served.name, served.version)
         started_s, outcome = time.monotonic(), "failed"
+        with self._traces.span(f"infer {served.name}", headers) as note:
 
-        def answered(answer: Answer) -> Answer:
-            self._took.labels(*labels).observe(time.monotonic() - started_s)
-            self._waited.labels(*labels).observe(answer.waited_s)
-            self._rows.labels(*labels).observe(answer.batch_rows)
-            return answer
+            def answered(answer: Answer) -> Answer:
+                self._took.labels(*labels).observe(time.monotonic() - started_s)
+                self._waited.labels(*labels).observe(answer.waited_s)
+                self._rows.labels(*labels).observe(answer.batch_rows)
+                note("corewise.queue_ms", answer.waited_s * 1e3)
+                note("corewise.call_ms", answer.ran_s * 1e3)
+                note("corewise.call_rows", answer.batch_rows)
+                return answer
 
-        try:
-            yield answered
-            outcome = "ok"
-        except ProtocolError:
-            outcome = "invalid"
-            raise
-        except NotServed as refused:
-            outcome = refused.reason
-            raise
-        except (ClientDisconnect, CancelledError):
-            outcome = "cancelled"
-            raise
-        finally:
-            self._requests.labels(*labels, protocol, outcome).inc()
+            try:
+                yield answered
+                outcome = "ok"
+            except ProtocolError:
+                outcome = "invalid"
+                raise
+            except NotServed as refused:
+                outcome = refused.reason
+                raise
+            except (ClientDisconnect, CancelledError):
+                outcome = "cancelled"
+                raise
+            finally:
+                self._requests.labels(*labels, protocol, outcome).inc()
+                note("corewise.model_version", served.version)
+                note("corewise.outcome", outcome)
 
     def text(self) -> bytes:
         """In Prometheus' text format."""

@@ -116,7 +116,8 @@ class Service:
     async def model_infer(self, request: Any, context: Any) -> Any:
         """Run a model on tensors."""
         served = self._served(request.model_name, request.model_version)
-        with self.metrics.request(served, "grpc") as note:
+        headers = {key: value for key, value in context.invocation_metadata() if isinstance(value, str)}
+        with self.metrics.request(served, "grpc", headers) as note:
             asked = served.prepared(parse(request, served.inputs, served.outputs, served.instead))
             left_s = context.time_remaining()
             given_s = min(inf if left_s is None else left_s, asked.timeout_s or inf)

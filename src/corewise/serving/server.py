@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
+from resource import RLIMIT_NOFILE, getrlimit, setrlimit
 from typing import Any
 
 import uvicorn
@@ -26,6 +27,7 @@ from corewise.serving.models import Models
 from corewise.serving.protocol import Limits, ProtocolError
 from corewise.serving.served import Served, Source, Trust
 from corewise.serving.tokens import Tokens
+from corewise.serving.traces import NoTraces, OpenTelemetry
 
 log = logging.getLogger("corewise.serve")
 
@@ -36,6 +38,15 @@ FIRST_BODY_BYTES = 256 * 1024
 """What may come in one piece with the end of the headers."""
 KEEP_ALIVE_S = 75
 BACKLOG = 2048
+MOST_CONNECTIONS, MOST_STREAMS = 4096, 1024
+"""Together, and on one gRPC connection; fewer where the process may not have so many open files."""
+OTHER_FILES = 128
+"""Of the process, beside connections."""
+TOO_MANY = b'{"error": "there are too many connections; try again later"}'
+FULL = (
+    b"HTTP/1.1 503 Service Unavailable\r\ncontent-type: application/json\r\nretry-after: 1\r\nconnection: close\r\n"
+    b"content-length: %d\r\n\r\n%s" % (len(TOO_MANY), TOO_MANY)
+)
 LAST_WORDS_S = 2.0
 """For answers that are on their way when all work is done."""
 
@@ -58,6 +69,7 @@ class Options:
     trust: Trust = field(default_factory=Trust)
     shadow: float = 0.0
     drain_s: float = 30.0
+    traces: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,12 +102,15 @@ class _Server:
         self.options, self.tell = options, tell
         start = partial(Served, trust=options.trust, max_waiting=options.max_waiting, shadow=options.shadow)
         self.models = Models(sources, start)
-        self.metrics = Metrics(self.models)
+        self.traces = OpenTelemetry() if options.traces else NoTraces()
+        self.metrics = Metrics(self.models, self.traces)
         self.stopping = asyncio.Event()
         self._later: list[asyncio.Future[None]] = []
         """What signals began; kept, for the loop itself holds them only weakly."""
 
     async def run(self) -> bool:
+        _, hard = getrlimit(RLIMIT_NOFILE)
+        setrlimit(RLIMIT_NOFILE, (hard, hard))  # the soft limit is for programs that use select
         loop = asyncio.get_running_loop()
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, self._stop)
@@ -130,6 +145,7 @@ class _Server:
                 await rpc.stop(LAST_WORDS_S)
             await asyncio.gather(*tasks, return_exceptions=True)
             self.models.close(0.0)
+            await asyncio.to_thread(self.traces.close)
 
     @property
     def _web_addresses(self) -> dict[str, Address]:
@@ -150,6 +166,7 @@ class _Server:
                 ("grpc.max_send_message_length", -1),
                 ("grpc.so_reuseport", 0),
                 ("grpc.max_metadata_size", HEADERS_BYTES),
+                ("grpc.max_concurrent_streams", MOST_STREAMS),
             ]
         )
         service = Service(self.models, self.metrics, self.options.limits, Tokens(self.options.tokens))
@@ -235,6 +252,10 @@ class _Patient(HttpToolsProtocol):
 
     def connection_made(self, transport: Any) -> None:
         super().connection_made(transport)
+        if len(self.connections) > min(MOST_CONNECTIONS, getrlimit(RLIMIT_NOFILE)[0] - OTHER_FILES):
+            transport.write(FULL)
+            transport.close()
+            return
         self._wait()
 
     def connection_lost(self, exc: Exception | None) -> None:

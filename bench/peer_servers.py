@@ -1,0 +1,147 @@
+"""The other servers that ``peers.py`` loads, each as its own documentation has it: eager PyTorch or an artifact in it.
+
+    python bench/peer_servers.py fastapi|litserve|ray --port P [--artifact ART]
+
+``fastapi`` is what people write first: no batching. LitServe and Ray Serve batch up to 8 requests, waiting 10 ms for
+more. Prints "ready" when it answers.
+"""
+
+import argparse
+import base64
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+HERE = Path(__file__).resolve().parent
+sys.path.insert(0, str(HERE.parent / "examples"))
+
+BATCH, WAIT_S = 8, 0.01
+SHAPE = (3, 224, 224)
+
+
+class Model:
+    """ResNet-50 on rows of float32: (n, 3, 224, 224) to (n, 1000)."""
+
+    def __init__(self, artifact: str | None) -> None:
+        if artifact:
+            import corewise
+
+            loaded = corewise.load(artifact)
+            self._run = lambda x: np.asarray(loaded(x))
+        else:
+            import resnet50
+            import torch
+
+            model = resnet50.build().eval()
+
+            def eager(x: np.ndarray) -> np.ndarray:
+                with torch.inference_mode():
+                    answer: np.ndarray = model(torch.from_numpy(x)).numpy()
+                return answer
+
+            self._run = eager
+        self.run(np.zeros((1, *SHAPE), np.float32))
+
+    def run(self, x: np.ndarray) -> np.ndarray:
+        """One batch."""
+        return self._run(x)
+
+
+def from_body(body: bytes) -> np.ndarray:
+    """One row."""
+    return np.frombuffer(body, np.float32).reshape(SHAPE)
+
+
+def fastapi(port: int, artifact: str | None) -> None:
+    """A route that runs the model, one request after the other."""
+    import uvicorn
+    from fastapi import FastAPI, Request, Response
+    from fastapi.concurrency import run_in_threadpool
+
+    model, app = Model(artifact), FastAPI()
+
+    @app.post("/predict")
+    async def predict(request: Request) -> Response:
+        row = from_body(await request.body())
+        return Response((await run_in_threadpool(model.run, row[None].copy())).tobytes())
+
+    uvicorn.run(app, port=port, log_level="warning", access_log=False)
+
+
+def litserve(port: int, artifact: str | None) -> None:
+    """LitServe's batching; its requests are JSON, so the tensors come and go in base64."""
+    import litserve as ls
+
+    class Api(ls.LitAPI):  # type: ignore[misc]
+        def setup(self, device: str) -> None:
+            self.model = Model(artifact)
+
+        def decode_request(self, request: Any) -> np.ndarray:
+            return from_body(base64.b64decode(request["tensor"]))
+
+        def batch(self, inputs: list[np.ndarray]) -> np.ndarray:
+            return np.stack(inputs)
+
+        def predict(self, x: np.ndarray) -> np.ndarray:
+            return self.model.run(x)
+
+        def unbatch(self, output: np.ndarray) -> list[np.ndarray]:
+            return list(output)
+
+        def encode_response(self, output: np.ndarray) -> str:
+            return base64.b64encode(output.tobytes()).decode()
+
+    server = ls.LitServer(Api(max_batch_size=BATCH, batch_timeout=WAIT_S), accelerator="cpu", workers_per_device=1)
+    server.run(port=port, generate_client_file=False, log_level="warning")
+
+
+def ray(port: int, artifact: str | None) -> None:
+    """Ray Serve's ``@serve.batch``, one replica that has all cores."""
+    import time
+
+    import ray as runtime
+    from ray import serve
+    from starlette.requests import Request
+    from starlette.responses import Response
+
+    threads = len(os.sched_getaffinity(0))
+
+    @serve.deployment(max_ongoing_requests=256, ray_actor_options={"num_cpus": threads})
+    class Served:
+        def __init__(self) -> None:
+            import torch
+
+            torch.set_num_threads(threads)  # Ray's workers have OMP_NUM_THREADS set to their CPUs, or 1
+            self.model = Model(artifact)
+
+        @serve.batch(max_batch_size=BATCH, batch_wait_timeout_s=WAIT_S)
+        async def many(self, rows: list[np.ndarray]) -> list[np.ndarray]:
+            return list(self.model.run(np.stack(rows)))
+
+        async def __call__(self, request: Request) -> Response:
+            answer = await self.many(from_body(await request.body()))
+            return Response(answer.tobytes())
+
+    runtime.init(num_cpus=threads + 2, include_dashboard=False, log_to_driver=False, logging_level="error")
+    serve.start(http_options={"port": port, "host": "127.0.0.1"})
+    serve.run(Served.bind(), route_prefix="/predict")
+    while True:
+        time.sleep(1)
+
+
+def main() -> None:
+    """Serve until killed."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    servers = {"fastapi": fastapi, "litserve": litserve, "ray": ray}
+    parser.add_argument("server", choices=tuple(servers))
+    parser.add_argument("--port", type=int, required=True)
+    parser.add_argument("--artifact")
+    options = parser.parse_args()
+    servers[options.server](options.port, options.artifact)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,72 @@
+"""A span for each request, for OpenTelemetry: where it goes, and of how many requests, its environment variables say.
+
+https://opentelemetry.io/docs/specs/otel/configuration/sdk-environment-variables/
+"""
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Protocol
+
+from corewise.errors import MissingExtra
+
+Note = Callable[[str, str | float], None]
+"""Notes an attribute of the span."""
+
+
+class Traces(Protocol):
+    """Whoever keeps spans."""
+
+    @contextmanager
+    def span(self, name: str, headers: Mapping[str, str]) -> Iterator[Note]:
+        """A span of what the body does, in the trace that the request's ``headers`` name."""
+        ...
+
+    def close(self) -> None:
+        """Send what is left."""
+        ...
+
+
+class NoTraces:
+    """Keeps none."""
+
+    @contextmanager
+    def span(self, name: str, headers: Mapping[str, str]) -> Iterator[Note]:
+        """Nothing."""
+        yield lambda attribute, value: None
+
+    def close(self) -> None:
+        """Nothing."""
+
+
+class OpenTelemetry:
+    """Sends them by OTLP over HTTP in a thread of its own."""
+
+    def __init__(self) -> None:
+        """Raises ``MissingExtra``."""
+        try:
+            from opentelemetry import trace
+            from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter
+            from opentelemetry.sdk.resources import SERVICE_NAME, OTELResourceDetector, Resource
+            from opentelemetry.sdk.trace import TracerProvider
+            from opentelemetry.sdk.trace.export import BatchSpanProcessor
+            from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
+        except ImportError as error:
+            raise MissingExtra(error.name or "opentelemetry-sdk", "traces", "serving with --traces") from error
+        # What the environment says comes before the name given here.
+        resource = Resource.create({SERVICE_NAME: "corewise"}).merge(OTELResourceDetector().detect())
+        self._provider = TracerProvider(resource=resource)
+        self._provider.add_span_processor(BatchSpanProcessor(OTLPSpanExporter()))
+        self._tracer = self._provider.get_tracer("corewise.serve")
+        self._extract = TraceContextTextMapPropagator().extract
+        self._kind = trace.SpanKind.SERVER
+
+    @contextmanager
+    def span(self, name: str, headers: Mapping[str, str]) -> Iterator[Note]:
+        """A span of what the body does, in the trace that the request's ``headers`` name."""
+        parent = self._extract(headers)
+        with self._tracer.start_as_current_span(name, parent, kind=self._kind) as span:
+            yield span.set_attribute
+
+    def close(self) -> None:
+        """Send what is left."""
+        self._provider.shutdown()

@@ -1,0 +1,50 @@
+"""Serving from an environment that has the server, the engine and nothing more: no torch, nothing that builds."""
+
+import shutil
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from serving_tools import GOLDEN, serving
+
+from corewise import artifact
+from corewise.cpu import inspect
+
+pytestmark = pytest.mark.skipif(inspect().architecture != "x86_64", reason="the golden artifacts are for x86-64")
+
+PROJECT = GOLDEN.parents[2]
+MOST_MEMORY_BYTES = 400e6
+
+
+@pytest.fixture(scope="module")
+def python(tmp_path_factory):
+    """The interpreter of a fresh environment with ``corewise[serve-onnxruntime]``."""
+    folder = tmp_path_factory.mktemp("environment")
+    subprocess.run([sys.executable, "-m", "venv", folder], check=True)
+    found = folder / "bin" / "python"
+    install = [found, "-m", "pip", "--disable-pip-version-check", "install", "--quiet"]
+    subprocess.run([*install, f"{PROJECT}[serve-onnxruntime]"], check=True)
+    return found
+
+
+def resident_bytes(pid):
+    with open(f"/proc/{pid}/smaps_rollup") as file:
+        return sum(int(line.split()[1]) * 1024 for line in file if line.startswith("Pss:"))
+
+
+def test_an_artifact_is_served_without_torch(python, tmp_path):
+    packages = subprocess.run([python, "-m", "pip", "list"], capture_output=True, text=True, check=True).stdout
+    assert not {"torch", "onnx", "onnxscript", "torchao"} & {line.split()[0] for line in packages.splitlines()}
+    shutil.copytree(GOLDEN, tmp_path / "net.cw")
+    inputs, outputs = artifact.read(GOLDEN).golden()
+    with serving(tmp_path / "net.cw", python=python) as server:
+        rows = inputs[0][:2]
+        tensor = {"name": "input", "datatype": "FP32", "shape": list(rows.shape), "data": rows.reshape(-1).tolist()}
+        found = server.post("/v2/models/net/infer", json={"inputs": [tensor]})
+        assert found.status_code == 200, found.text
+        answer = np.reshape(found.json()["outputs"][0]["data"], (2, -1))
+        np.testing.assert_allclose(answer, outputs[0][:2].reshape(2, -1), atol=5e-3)
+        # One after the other: what a process of the two shares with the other counts half in each.
+        assert sum(map(resident_bytes, [server.process.pid, *server.engine_pids()])) < MOST_MEMORY_BYTES
+        assert server.stop() == 0

@@ -34,7 +34,7 @@ def example(material: Material, count: int):
 class Hand:
     """What the classes below share."""
 
-    def unavailable(self) -> str:
+    def unavailable(self, opening: bool = False) -> str:
         return ""
 
     def candidates(self, cpu, operators):

@@ -1,17 +1,16 @@
 """The other servers that ``peers.py`` loads, each as its own documentation has it: eager PyTorch or an artifact in it.
 
-    python bench/peer_servers.py fastapi|litserve|ray --port P [--artifact ART]
+    python bench/peer_servers.py fastapi|ray --port P [--artifact ART]
 
-``fastapi`` is what people write first: no batching. LitServe and Ray Serve batch up to 8 requests, waiting 10 ms for
-more. Prints "ready" when it answers.
+``fastapi`` is what people write first: no batching. Ray Serve batches up to 8 requests, waiting 10 ms for more, and so
+does LitServe (``peer_litserve.py``).
 """
 
 import argparse
-import base64
 import os
 import sys
+import threading
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -61,41 +60,17 @@ def fastapi(port: int, artifact: str | None) -> None:
     from fastapi import FastAPI, Request, Response
     from fastapi.concurrency import run_in_threadpool
 
-    model, app = Model(artifact), FastAPI()
+    model, app, one_by_one = Model(artifact), FastAPI(), threading.Lock()
+
+    def run(row: np.ndarray) -> np.ndarray:
+        with one_by_one:  # side by side each call would have all threads, and all would be slower
+            return model.run(row[None].copy())
 
     @app.post("/predict")
     async def predict(request: Request) -> Response:
-        row = from_body(await request.body())
-        return Response((await run_in_threadpool(model.run, row[None].copy())).tobytes())
+        return Response((await run_in_threadpool(run, from_body(await request.body()))).tobytes())
 
     uvicorn.run(app, port=port, log_level="warning", access_log=False)
-
-
-def litserve(port: int, artifact: str | None) -> None:
-    """LitServe's batching; its requests are JSON, so the tensors come and go in base64."""
-    import litserve as ls
-
-    class Api(ls.LitAPI):  # type: ignore[misc]
-        def setup(self, device: str) -> None:
-            self.model = Model(artifact)
-
-        def decode_request(self, request: Any) -> np.ndarray:
-            return from_body(base64.b64decode(request["tensor"]))
-
-        def batch(self, inputs: list[np.ndarray]) -> np.ndarray:
-            return np.stack(inputs)
-
-        def predict(self, x: np.ndarray) -> np.ndarray:
-            return self.model.run(x)
-
-        def unbatch(self, output: np.ndarray) -> list[np.ndarray]:
-            return list(output)
-
-        def encode_response(self, output: np.ndarray) -> str:
-            return base64.b64encode(output.tobytes()).decode()
-
-    server = ls.LitServer(Api(max_batch_size=BATCH, batch_timeout=WAIT_S), accelerator="cpu", workers_per_device=1)
-    server.run(port=port, generate_client_file=False, log_level="warning")
 
 
 def ray(port: int, artifact: str | None) -> None:
@@ -135,7 +110,7 @@ def ray(port: int, artifact: str | None) -> None:
 def main() -> None:
     """Serve until killed."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    servers = {"fastapi": fastapi, "litserve": litserve, "ray": ray}
+    servers = {"fastapi": fastapi, "ray": ray}
     parser.add_argument("server", choices=tuple(servers))
     parser.add_argument("--port", type=int, required=True)
     parser.add_argument("--artifact")

@@ -3,10 +3,10 @@
     python bench/peers.py ARTIFACT [--slo-ms 500] [--seconds 15]
 
 ARTIFACT is ResNet-50. Each server is loaded in turn by the same client on the same cores: a closed loop of 16 for its
-capacity, then requests at random times (a Poisson process) at rates between which half and half is taken, for the
-highest of which at least 99 % were answered right within ``--slo-ms``. LitServe and Ray Serve run eager PyTorch, and
-once more the artifact. Servers that are not installed (``pip install litserve 'ray[serve]'``) are left out with the
-reason. Writes bench/results/peers.json.
+capacity, then requests at random times (a Poisson process) at rates in steps of a sixteenth of that (bisection), for
+the highest at which all answers were right and at least 99 % of the requests were answered within ``--slo-ms``.
+LitServe and Ray Serve run eager PyTorch, and once more the artifact. Servers that are not installed (``pip install
+litserve 'ray[serve]'``) are left out with the reason. Writes bench/results/peers.json.
 """
 
 import argparse
@@ -20,7 +20,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
-from contextlib import suppress
+from contextlib import closing, suppress
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -40,6 +40,8 @@ from corewise.values import to_json  # noqa: E402
 CLIENTS = 16
 HALVINGS = 4
 GOOD_SHARE = 0.99
+REQUESTS, LONGEST_S = 200, 40.0
+"""A load has at least so many requests, or is so long: a p99 of fewer is chance."""
 START_S = 120.0
 PACKAGES = {"fastapi": "fastapi", "litserve": "litserve", "ray": "ray"}
 SERVERS = (
@@ -61,9 +63,17 @@ class Server:
         if peer is None:
             command = ["-m", "corewise.cli", "serve", f"bench={folder}", "--http", f"127.0.0.1:{self.port}", "--trust"]
         else:
-            command = [str(HERE / "peer_servers.py"), peer, "--port", str(self.port)]
+            script = ["peer_litserve.py"] if peer == "litserve" else ["peer_servers.py", peer]
+            command = [str(HERE / script[0]), *script[1:], "--port", str(self.port)]
             command += [] if folder is None else ["--artifact", str(folder)]
-        self._process = subprocess.Popen([sys.executable, *command], stdout=subprocess.DEVNULL, start_new_session=True)
+        # Ray's workers find the model by it.
+        paths = [str(HERE.parent / "examples"), str(HERE), *filter(None, [os.environ.get("PYTHONPATH")])]
+        self._process = subprocess.Popen(
+            [sys.executable, *command],
+            stdout=subprocess.DEVNULL,
+            start_new_session=True,
+            env={**os.environ, "PYTHONPATH": os.pathsep.join(paths)},
+        )
 
     def wait(self, ready: Callable[[], bool]) -> float:
         """Until it answers; the seconds."""
@@ -93,16 +103,14 @@ class Server:
 
 
 def held(wire: Wire, capacity_per_s: float, seconds: float) -> tuple[float, list[dict[str, Any]]]:
-    """The highest rate at which enough was right in time, and each load."""
+    """The highest rate of those tried at which enough was right in time, and each load."""
     low, high, loads = 0.0, capacity_per_s, []
     for _ in range(HALVINGS):
-        rate = (low + high) / 2 if loads else 0.9 * capacity_per_s
-        found = wire.open(rate, seconds)
-        good = found.in_time - found.wrong >= GOOD_SHARE * found.offered
+        rate = (low + high) / 2
+        found = wire.open(rate, min(LONGEST_S, max(seconds, REQUESTS / rate)))
+        good = not found.wrong and found.in_time >= GOOD_SHARE * found.offered
         loads.append({"rate_per_s": rate, "good": good, **found.facts()})
         low, high = (rate, high) if good else (low, rate)
-        if good and rate >= 0.9 * capacity_per_s:
-            break
     return low, loads
 
 
@@ -124,14 +132,15 @@ def measure(
             plain = sent = [post("/predict", row.tobytes()) for row in rows]
         read = from_base64 if peer == "litserve" else from_raw
 
-        def load(requests: list[bytes], run: Callable[[Wire], Load], slo_ms: float | None = None) -> Load:
-            return run(Wire(server.port, requests, expected, slo_ms, read))
+        def load(requests: list[bytes], run: Callable[[Wire], Load]) -> Load:
+            with closing(Wire(server.port, requests, expected, None, read)) as wire:
+                return run(wire)
 
         ready_s = server.wait(lambda: load(plain, lambda wire: wire.closed(1, 0.2)).answered > 0)
         load(plain, lambda wire: wire.closed(CLIENTS, 3.0))
         capacity = load(plain, lambda wire: wire.closed(CLIENTS, options.seconds))
-        wire = Wire(server.port, sent, expected, options.slo_ms, read)
-        rate, loads = held(wire, capacity.answered / capacity.seconds, options.seconds)
+        with closing(Wire(server.port, sent, expected, options.slo_ms, read)) as wire:
+            rate, loads = held(wire, capacity.answered / capacity.seconds, options.seconds)
     finally:
         server.stop()
     return {"ready_s": ready_s, "closed_loop": capacity.facts(), "held_per_s": rate, "loads": loads}
@@ -167,6 +176,7 @@ def main() -> None:
     eager = Model(None)
     own = {True: [row.reshape(-1) for row in outputs[0]], False: [eager.run(row).reshape(-1) for row in rows]}
     result: dict[str, Any] = {"slo_ms": options.slo_ms, "cpu": to_json(inspect()), "versions": {}, "servers": {}}
+    path = HERE / "results" / "peers.json"
     print(f"{'':28s} {'closed loop':>12s} {f'at p99 {options.slo_ms:g} ms':>16s}")
     for name, peer, packed in SERVERS:
         if peer is not None and importlib.util.find_spec(PACKAGES[peer]) is None:
@@ -178,14 +188,13 @@ def main() -> None:
         folder = options.artifact.resolve() if packed else None
         try:
             found = measure(peer, folder, rows, own[packed], options)
-        except (RuntimeError, OSError) as error:
+        except (RuntimeError, OSError, ValueError) as error:
             result["servers"][name] = {"left_out": str(error)}
             print(f"{name:28s} {error}")
             continue
         result["servers"][name] = found
         print(f"{name:28s} {found['closed_loop']['answered_per_s']:10.1f}/s {found['held_per_s']:14.1f}/s", flush=True)
-    path = HERE / "results" / "peers.json"
-    path.write_text(json.dumps(result, indent=1) + "\n")
+        path.write_text(json.dumps(result, indent=1) + "\n")
     print(f"written to {path}")
 
 

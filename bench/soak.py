@@ -18,7 +18,6 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -61,7 +60,7 @@ class Malformed:
         """Some bytes of a sound request's headers are others."""
         broken = bytearray(self._whole)
         for _ in range(self._random.randint(1, 12)):
-            broken[self._random.randrange(350)] = self._random.randrange(256)
+            broken[self._random.randrange(min(350, len(broken)))] = self._random.randrange(256)
         return bytes(broken)
 
     def cut(self) -> bytes:
@@ -136,18 +135,18 @@ class Malformed:
 
 def send(port: int, sent: bytes, end: str) -> str:
     """What came back: a status, ``closed``, ``silence``, or ``left`` where nobody waited for it."""
-    with socket.create_connection(("127.0.0.1", port), timeout=ANSWER_S) as one:
-        try:
+    try:
+        with socket.create_connection(("127.0.0.1", port), timeout=ANSWER_S) as one:
             one.sendall(sent)
             if end == "reset":
                 one.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
                 return "left"
             one.shutdown(socket.SHUT_WR)
             found = one.recv(4096)
-        except TimeoutError:
-            return "silence"
-        except OSError:
-            return "closed"
+    except TimeoutError:
+        return "silence"
+    except OSError:
+        return "closed"
     return found[9:12].decode("latin-1") if found else "closed"
 
 
@@ -167,13 +166,14 @@ def malformed(server: Server, name: str, rows: list[np.ndarray], expected: list[
     beside = threading.Thread(target=client)
     beside.start()
     became: dict[str, Counter[str]] = {}
-    for _ in range(count):
-        kind, sent = made.one()
-        end = "reset" if choose.random() < 0.1 else "half-closed"
-        with suppress(ConnectionError):
+    try:
+        for _ in range(count):
+            kind, sent = made.one()
+            end = "reset" if choose.random() < 0.1 else "half-closed"
             became.setdefault(kind, Counter())[send(server.port, sent, end)] += 1
-    running.clear()
-    beside.join()
+    finally:
+        running.clear()
+        beside.join()
     time.sleep(2)
     latencies = [value for load in healthy for value in load.latencies_ms]
     return {

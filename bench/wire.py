@@ -106,8 +106,8 @@ class _Connection:
         if end < 0:
             return None
         head = self.found[:end].lower()
-        at = head.find(b"content-length:")
-        size = int(head[at + 15 :].split(b"\r\n", 1)[0])
+        name = b"\r\ncontent-length:"  # not that of the JSON part
+        size = int(head[head.index(name) + len(name) :].split(b"\r\n", 1)[0])
         if len(self.found) < end + 4 + size:
             return None
         body, self.found = self.found[end + 4 : end + 4 + size], b""
@@ -130,29 +130,36 @@ class Wire:
         self._select = selectors.DefaultSelector()
         self._free: deque[_Connection] = deque()
         self._busy = 0
+        self._sent = 0
+        """Of all loads: each goes on where the one before ended."""
         self._load = Load()
+
+    def close(self) -> None:
+        """Close the connections that are free."""
+        for one in self._free:
+            one.socket.close()
+        self._free.clear()
+        self._select.close()
 
     def closed(self, clients: int, seconds: float) -> Load:
         """So many senders, each with its next request when it has its answer."""
         self._load = Load()
         start_s = time.monotonic()
-        for k in range(clients):
-            self._send(k, time.monotonic())
-        k = clients
+        for _ in range(clients):
+            self._send(time.monotonic())
         while time.monotonic() < start_s + seconds:
             for _ in range(self._step(0.05)):
-                self._send(k, time.monotonic())
-                k += 1
+                self._send(time.monotonic())
         return self._finish(start_s)
 
     def open(self, rate_per_s: float, seconds: float, seed: int = 0) -> Load:
         """A Poisson process; latencies count from when a request was due."""
         self._load = Load()
         start_s = time.monotonic()
-        for k, due_s in enumerate((start_s + arrivals_s(rate_per_s, seconds, seed)).tolist()):
+        for due_s in (start_s + arrivals_s(rate_per_s, seconds, seed)).tolist():
             while (ahead_s := due_s - time.monotonic()) > 0:
                 self._step(ahead_s)
-            self._send(k, due_s)
+            self._send(due_s)
             self._step(0)
         return self._finish(start_s)
 
@@ -164,7 +171,8 @@ class Wire:
         self._load.seconds = time.monotonic() - start_s
         return self._load
 
-    def _send(self, k: int, due_s: float) -> None:
+    def _send(self, due_s: float) -> None:
+        k, self._sent = self._sent, self._sent + 1
         self._load.offered += 1
         if not self._free:
             if self._busy >= MOST_CONNECTIONS:

@@ -133,7 +133,11 @@ def _held(finalist: _Finalist, objective: Objective) -> str:
     """What it was seen to hold under the SLO."""
     promise = finalist.trial.promise
     if promise is None:
-        return f"holds no rate with p99 <= {objective.slo_ms:g} ms"
+        within = f"with p99 <= {objective.slo_ms:g} ms"
+        assert objective.slo_ms is not None
+        if not finalist.trial.loads and any(one.p99_ms <= objective.slo_ms for one in finalist.trial.measurements):
+            return f"was not put under load for want of time, so holds no known rate {within}"
+        return f"holds no rate {within}"
     return (
         f"holds {promise.rate_per_s:.1f} requests/s with p99 <= {objective.slo_ms:g} ms "
         f"(p99 {promise.p99_ms:.1f} ms over {promise.duration_s:.0f} s)"

@@ -22,7 +22,8 @@ FIRST = 0.9
 UP, DOWN = 1.1, 0.85
 """Of the last rate, the next, until one was held and one missed; then one between, until they are as near as ``UP``."""
 LEAP = 2.0
-"""The next rate is at most so many times the one that was held, however far away the one is that was missed."""
+"""The next rate is at most so many times the one that was held, however far away the one is that was missed; and that
+much where the p99 was not half of the SLO."""
 DONE = 0.95
 """Of what was answered in time at a rate that was too high, the most that is tried next."""
 ATTEMPTS = 6
@@ -131,7 +132,9 @@ def _search(
         if not held_per_s:
             rate_per_s = min(DOWN * rate_per_s, DONE * run.goodput_per_s) or rate_per_s / 2
         else:
-            rate_per_s = held_per_s * (UP if missed_per_s == inf else min(LEAP, sqrt(missed_per_s / held_per_s)))
+            easy = run.held and run.p99_ms < slo_ms / 2
+            step = (LEAP if easy else UP) if missed_per_s == inf else min(LEAP, sqrt(missed_per_s / held_per_s))
+            rate_per_s = held_per_s * step
     rate_per_s = PROMISED * held_per_s
     while rate_per_s > PROMISED**4 * held_per_s and not setting.budget.ended():
         run = load(rate_per_s, CONFIRM_S)

@@ -104,7 +104,8 @@ def _verdict(found: LoadTest) -> str:
         return "every request was answered" if run.held else f"not every request was answered: {', '.join(lost)}"
     slo = f"the SLO of {_ms(run.slo_ms)} (p99)"
     if run.held:
-        return f"{slo} held: every request was answered, 99 % of them within {_ms(run.p99_ms)}"
+        refused = f", {run.refused} of {run.offered} refused" if run.refused else ", none refused"
+        return f"{slo} held: the p99 was {_ms(run.p99_ms)}{refused}"
     if not run.answered and found.call_ms > run.slo_ms:
         return f"{slo} cannot hold: one call alone takes {_ms(found.call_ms)}, so every request was too urgent"
     late = [f"the p99 was {_ms(run.p99_ms)}"] if run.p99_ms > run.slo_ms else []

@@ -69,16 +69,21 @@ class Died(CorewiseError):
     """A trial child ended or hung before it answered."""
 
 
+class Hung(Died):
+    """It did not answer in time."""
+
+
 class Worker:
     """The parent's end of a trial child (``worker.Child``); a context manager that leaves no process behind."""
 
-    def __init__(self, *, cpu: Cpu, log: Path, timeout_s: float) -> None:
+    def __init__(self, *, cpu: Cpu, log: Path, timeout_s: float, left_s: Callable[[], float] = lambda: inf) -> None:
         """Start a child on all of ``cpu`` that this process may use; what it prints goes to ``log``.
 
+        Each call may last ``timeout_s``, and no longer than what is ``left_s`` then, but always ``LEAST_S``.
         On all, not only what a plan will use: plans pin their instances themselves. Where no plan says how many threads
         to use, there is one for each usable core.
         """
-        self._timeout_s = timeout_s
+        self._timeout_s, self._left_s = timeout_s, left_s
         self._log = log
         self._channel, theirs = socket.socketpair()
         with theirs, log.open("ab") as output:
@@ -101,13 +106,14 @@ class Worker:
 
     def call(self, op: str, doing: str, **arguments: Any) -> dict[str, Any]:
         """Ask for ``op`` and wait. Raises ``CorewiseError`` with the child's reason, ``Died`` where it is gone."""
-        self._channel.settimeout(self._timeout_s)
+        timeout_s = min(self._timeout_s, max(LEAST_S, self._left_s()))
+        self._channel.settimeout(timeout_s)
         try:
             self._channel.sendall(json.dumps({"op": op, **arguments}).encode() + b"\n")
             line = self._answers.readline()
         except TimeoutError as error:
             self.close()
-            raise Died(f"hung while {doing}: no answer in {self._timeout_s:.0f} s, so it was ended") from error
+            raise Hung(f"hung while {doing}: no answer in {timeout_s:.0f} s, so it was ended") from error
         except OSError:
             line = ""
         if not line.endswith("\n"):
@@ -249,11 +255,15 @@ class Setting:
         return self.folder / "logs" / f"{_file_name(build)}.log"
 
     def worker(self, build: Build, share: float = 1.0) -> AnyWorker:
-        """A fresh child for the build, each of whose steps may last until that share of the budget is spent."""
+        """A fresh child for the build, which may work until that share of the budget is spent."""
         if self.in_process is not None:
             return InProcess(self.in_process)
-        timeout_s = min(self.timeout_s, max(LEAST_S, self.budget.left_s(share)))
-        return Worker(cpu=self.cpu, log=self.log(build), timeout_s=timeout_s)
+        return Worker(
+            cpu=self.cpu,
+            log=self.log(build),
+            timeout_s=self.timeout_s,
+            left_s=lambda: self.budget.left_s(share),
+        )
 
 
 def _file_name(build: Build) -> str:
@@ -292,7 +302,7 @@ def run_trial(
         raise
     except CorewiseError as error:
         record.update(state="failed", reason=str(error), build_s=record.get("build_s", time.monotonic() - start))
-        if setting.budget.ended(share) and not is_baseline:
+        if isinstance(error, Hung) and setting.budget.ended(share) and not is_baseline:
             record.update(state="pruned", reason=f"{setting.budget.spent} while it was tried")
     return Trial(**record)
 

@@ -87,7 +87,7 @@ def test_attention_taken_apart_computes_the_same(mask: str):
     assert exported.program is not None
     module = folded(exported.program)
     operands = split_attention(module)
-    assert len(operands) == (0 if mask == "causal" else 2)
+    assert len(operands) == (0 if mask == "causal" else 3)
     assert any(node.target is aten.scaled_dot_product_attention.default for node in module.graph.nodes) == (
         mask == "causal"
     )
@@ -130,11 +130,75 @@ def test_an_ignored_attention_stays_in_floating_point(tmp_path: Path):
     whole = quantized.placed("fused", attention=True)[1]
     plain = quantized.placed("fused")[1]
     assert len(whole.edges) == len(plain.edges) + 4
-    # The products are the model's own, not those of one of its modules.
-    ignored = {consumer for _, consumer in whole.edges} - {consumer for _, consumer in plain.edges}
-    assert quantized.placed("fused", sorted(ignored), attention=True)[1].edges == plain.edges
+    ignored = ("scaled_dot_product_attention",)  # by its operator: it is in no module of the model's
+    assert quantized.placed("fused", ignored, attention=True)[1].edges == plain.edges
+    assert quantized.placed("fused", ignored)[1].edges == plain.edges
     with pytest.raises(EngineError, match="matches no layer"):
-        quantized.placed("fused", sorted(ignored))
+        quantized.placed("fused", ("scaled_dot",), attention=True)
+
+
+class Latent(nn.Module):
+    """Queries that are parameters, then two attentions on each other's outputs with nothing between."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.latents = nn.Parameter(torch.randn(1, 4, WIDTH))
+        self.into, self.out = nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, WIDTH)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(batch, tokens, width) to (batch, 6, width)."""
+        attend = nn.functional.scaled_dot_product_attention
+        y = self.into(x)
+        read = attend(self.latents.expand(x.shape[0], -1, -1), y, y)
+        again = attend(y, read, read)
+        return self.out(attend(again, again, y))
+
+
+def test_attentions_on_attentions_and_on_parameters(tmp_path: Path):
+    model = Latent()
+    given, quantized = made(model, tmp_path)
+    x = torch.from_numpy(samples(5))
+    module, placement, ranges = quantized.placed("everywhere", attention=True)
+    (found,) = Simulation(module, placement.edges, ranges).run((x,))
+    with torch.no_grad():
+        assert sqnr_db([(model(x),)], [(found,)]) > 15
+    example = (torch.from_numpy(samples(2)),)
+    lowered = ptq.lower(quantized, "everywhere", given.inputs, example, attention=True)
+    with torch.no_grad():
+        assert sqnr_db([(found,)], [lowered.module()(x)]) > 30
+
+
+class Keys(nn.Module):
+    """Keys that are a parameter, which no sample changes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.keys = nn.Parameter(torch.randn(1, TOKENS, WIDTH))
+        self.into = nn.Linear(WIDTH, WIDTH)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(batch, tokens, width) to the same."""
+        return nn.functional.scaled_dot_product_attention(self.into(x), self.keys, self.keys)
+
+
+@pytest.mark.parametrize("model", [Keys(), Attention("causal")])
+def test_what_cannot_be_taken_apart_is_told_and_else_quantized_as_ever(model: nn.Module, tmp_path: Path):
+    given, quantized = made(model, tmp_path)
+    example = (torch.from_numpy(samples(2)),)
+    assert ptq.lower(quantized, "fused", given.inputs, example)
+    with pytest.raises(EngineError, match="no attention whose products can be int8"):
+        ptq.lower(quantized, "fused", given.inputs, example, attention=True)
+
+
+def test_rows_that_see_nothing_are_no_nan():
+    model = Attention("bool").eval()
+    exported = export(model, from_python(list(samples(8))))
+    assert exported.program is not None
+    module = folded(exported.program)
+    split_attention(module)
+    with torch.no_grad():
+        (found,) = execute(module, (torch.full((2, TOKENS, WIDTH), -1.0),), compute)
+    assert bool(found.isfinite().all())
 
 
 def test_it_is_offered_for_models_with_attention_only():

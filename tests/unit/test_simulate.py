@@ -108,11 +108,12 @@ def test_what_is_found_holds_and_a_little_more_does_not():
     for slo_ms in (60.0, 200.0, 500.0):
         rate = most(table, slo_ms=slo_ms, requests=4000)
         held = run(table, rate_per_s=rate, slo_ms=slo_ms, requests=4000)
-        assert (held.refused, held.p99_ms <= slo_ms + 1e-6) == (0, True)
-        assert run(table, rate_per_s=1.1 * rate, slo_ms=slo_ms, requests=4000).refused > 0
+        assert held.refused <= 40
+        assert held.p99_ms <= slo_ms + 1e-6
+        assert run(table, rate_per_s=1.1 * rate, slo_ms=slo_ms, requests=4000).refused > 40
 
 
-def test_more_instances_longer_slos_and_a_little_loss_hold_more():
+def test_more_instances_and_longer_slos_hold_more():
     table = curve()
     by_instances = [most(table, instances=n, slo_ms=150.0) for n in (1, 2, 4)]
     assert by_instances[1] > 1.8 * by_instances[0]
@@ -120,7 +121,6 @@ def test_more_instances_longer_slos_and_a_little_loss_hold_more():
     by_slo = [most(table, slo_ms=slo_ms) for slo_ms in (20.0, 50.0, 150.0, 1000.0)]
     assert by_slo == sorted(by_slo)
     assert by_slo[0] < 0.5 * by_slo[-1]
-    assert most(table, slo_ms=60.0, loss=0.01) > 1.1 * most(table, slo_ms=60.0)
 
 
 def test_larger_batches_hold_more_where_there_is_time_for_them():

@@ -22,8 +22,8 @@ Service = Callable[[int, np.random.Generator], float]
 
 REQUESTS = 2000
 """The 99th percentile of so many is the 20th slowest one."""
-LATE = 0.01
-"""So many of the answers may be late."""
+MISSED = 0.01
+"""So many of the requests may be refused or late."""
 TRICKLE = 1e-3
 """The lowest rate that counts as one, of the capacity."""
 PRECISION = 0.005
@@ -79,11 +79,10 @@ def most_rate(
     max_batch: int,
     max_waiting: int,
     seed: int = 0,
-    loss: float = 0.0,
 ) -> float:
-    """The highest rate, to half a percent, at which the p99 is within ``slo_ms`` and no more than ``loss`` is refused.
+    """The highest rate, to half a percent, at which 99 % of all requests are answered within ``slo_ms``.
 
-    ``loss`` is a share of the requests. Never more than ``capacity_per_s``; 0 where even a trickle is refused or late.
+    Never more than ``capacity_per_s``; 0 where even of a trickle more is refused or late.
     Bisection on the logarithm of the rate, from above, where runs end early; more ``requests`` are simulated, up to
     4000, where so few last no 10 SLOs.
     """
@@ -93,8 +92,7 @@ def most_rate(
 
     def holds(rate_per_s: float) -> bool:
         run = _Run(curve, service, instances, max_batch, max_waiting, seed)
-        whole = run.play(rate_per_s, requests, slo_ms / 1e3, may_lose=loss * requests, may_be_late=LATE * requests)
-        return whole and run.simulated(rate_per_s).p99_ms <= slo_ms * (1 + 1e-9)
+        return run.play(rate_per_s, requests, slo_ms / 1e3, may_miss=MISSED * requests)
 
     low = high = most_per_s
     while not holds(low):
@@ -155,9 +153,7 @@ class _Run:
         self._lost = self._late = 0
         self._last_s = 0.0
 
-    def play(
-        self, rate_per_s: float, requests: int, slo_s: float, *, may_lose: float = inf, may_be_late: float = inf
-    ) -> bool:
+    def play(self, rate_per_s: float, requests: int, slo_s: float, *, may_miss: float = inf) -> bool:
         """Until all is answered, or more than may be was lost or late; whether it came to the end."""
         self._arrivals_s = (np.cumsum(self._gaps.exponential(size=requests)) / rate_per_s).tolist()
         for number, now_s in enumerate(self._arrivals_s):
@@ -166,10 +162,10 @@ class _Run:
             self._lost += len(decision.dropped) + isinstance(decision, Refused)
             if self._idle:
                 self._start(heappop(self._idle), now_s)
-            if self._lost > may_lose or self._late > may_be_late:
+            if self._lost + self._late > may_miss:
                 return False
         self._finish(inf)
-        return self._lost <= may_lose and self._late <= may_be_late
+        return self._lost + self._late <= may_miss
 
     def simulated(self, rate_per_s: float) -> Simulated:
         """What became of them."""

@@ -1,6 +1,5 @@
 """An exported program as a graph that can be quantized: batch norms folded, names of the user's layers at hand."""
 
-import math
 import operator
 import warnings
 from collections.abc import Callable, Sequence
@@ -38,6 +37,8 @@ PRODUCTS = (aten.addmm.default, aten.mm.default, aten.matmul.default)
 TRANSPOSES = (aten.t.default, aten.transpose.int, aten.permute.default)
 MATRIX_PRODUCTS = (aten.matmul.default, aten.bmm.default)
 ATTENTION = (aten.scaled_dot_product_attention.default,)
+PART_OF = "corewise_part_of"
+"""In a node's ``meta``: the name of the attention that it is a part of."""
 
 
 def plain_graph(program: ExportedProgram) -> GraphModule:
@@ -105,18 +106,22 @@ def products(module: GraphModule) -> list[Node]:
 
 
 def attentions(module: GraphModule) -> list[Node]:
-    """The attentions that ``split_attention`` takes apart: neither causal by a flag nor with shared heads."""
+    """The attentions that ``split_attention`` takes apart.
+
+    All operands are computed, and neither is the mask a flag nor are heads shared.
+    """
     found = (node for node in module.graph.nodes if node.target in ATTENTION)
-    return [n for n in found if not arguments(n)["is_causal"] and not arguments(n)["enable_gqa"]]
+    plain = (n for n in found if not arguments(n)["is_causal"] and not arguments(n)["enable_gqa"])
+    return [n for n in plain if all(isinstance(a, Node) and a.op != "get_attr" for a in n.args[:3])]
 
 
-def split_attention(module: GraphModule) -> dict[str, Node | None]:
+def split_attention(module: GraphModule) -> dict[str, str | None]:
     """Replace each of ``attentions`` by its two matrix products with a softmax between them.
 
-    Of the new operands of products, by their nodes' names, the node whose values they are, and ``None`` for shares,
-    which are from 0 to 1. Source: torch's documentation of ``scaled_dot_product_attention``.
+    Of the new values, by name and in order, the name of the one that has their range, and ``None`` for shares, which
+    are from 0 to 1. Source: torch's documentation of ``scaled_dot_product_attention``.
     """
-    operands: dict[str, Node | None] = {}
+    operands: dict[str, str | None] = {}
     for node in attentions(module):
         args = arguments(node)
         query, key, mask = args["query"], args["key"], args["attn_mask"]
@@ -125,20 +130,21 @@ def split_attention(module: GraphModule) -> dict[str, Node | None]:
         def call(name: str, target: Any, *given: Any, of: Node = node) -> Node:
             with module.graph.inserting_before(of):
                 made = module.graph.create_node("call_function", target, given, name=f"{of.name}_{name}")
-            made.meta = {**of.meta, "val": target(*map_arg(given, lambda one: one.meta["val"]))}
+            made.meta = {**of.meta, "val": target(*map_arg(given, lambda one: one.meta["val"])), PART_OF: of.name}
             return made
 
         keys = call("keys", aten.transpose.int, key, -2, -1)
         scores = call("scaled", aten.mul.Tensor, call("scores", aten.matmul.default, query, keys), scale)
         if mask is not None and not is_float(mask):
-            scores = call(
-                "masked", aten.masked_fill.Scalar, scores, call("left_out", aten.logical_not.default, mask), -math.inf
-            )
+            left_out = call("left_out", aten.logical_not.default, mask)
+            # The least number and not -inf, or rows without any place left would be NaN.
+            least = torch.finfo(scores.meta["val"].dtype).min
+            scores = call("masked", aten.masked_fill.Scalar, scores, left_out, least)
         elif mask is not None:
             scores = call("masked", aten.add.Tensor, scores, mask)
         shares = call("shares", aten.softmax.int, scores, -1)
         mixed = call("mixed", aten.matmul.default, shares, args["value"])
-        operands |= {keys.name: key, shares.name: None}
+        operands |= {keys.name: key.name, shares.name: None, mixed.name: node.name}
         node.replace_all_uses_with(mixed)
         module.graph.erase_node(node)
     module.recompile()
@@ -190,11 +196,14 @@ def sizes_of(sizes: Sequence[int] | int, rank: int) -> tuple[int, ...]:
 
 
 def layer_name(node: Node) -> str:
-    """The user's name of the module that the node came from, e.g. ``layer1.0.conv1``; else the node's own name."""
+    """The user's name of the module that the node came from, e.g. ``layer1.0.conv1``; else the node's own name.
+
+    The parts of an attention have its name.
+    """
     stack = node.meta.get("nn_module_stack") or {}
     path = next((str(entry[0]) for entry in reversed(list(stack.values()))), "")
     # ``source.export`` wraps the user's model as ``model``.
-    return path.removeprefix("model").removeprefix(".") or node.name
+    return path.removeprefix("model").removeprefix(".") or str(node.meta.get(PART_OF, node.name))
 
 
 def arguments(node: Node) -> dict[str, Any]:

@@ -21,6 +21,7 @@ from corewise.quantize.graph import (
     TRANSPOSED,
     arguments,
     aten,
+    attentions,
     group_count,
     is_float,
     layer_name,
@@ -81,8 +82,8 @@ def place(module: GraphModule, target: Target, ignored: Sequence[str] = (), atte
     a whole name. Raises ``EngineError`` for one that matches nothing or is no expression.
     """
     found = layers(module)
-    multiplied = products(module) if attention else []
-    left_out = _matching({layer_name(node) for node in (*found, *multiplied)}, ignored)
+    multiplied = products(module)
+    left_out = _matching({layer_name(node) for node in (*found, *multiplied, *attentions(module))}, ignored)
     kept: dict[str, str] = {}
     chosen: list[Node] = []
     for node in found:
@@ -102,7 +103,7 @@ def place(module: GraphModule, target: Target, ignored: Sequence[str] = (), atte
     else:
         _share_residuals(module, chosen, edges)
     for node in multiplied:
-        if layer_name(node) not in left_out:
+        if attention and layer_name(node) not in left_out:
             edges |= {(operand, node): None for operand in node.all_input_nodes}
     return Placement(
         layers=tuple(

@@ -108,9 +108,10 @@ class Quantized:
         module = copy.deepcopy(self.module)
         operands = split_attention(module) if attention else {}
         placement = place(module, target, ignored, attention)
-        ranges = self.ranges | {
-            name: SHARES if made is None else self.ranges[made.name] for name, made in operands.items()
-        }
+        ranges = dict(self.ranges)
+        for name, same in operands.items():
+            if same is None or same in ranges:
+                ranges[name] = SHARES if same is None else ranges[same]
         rounded = {layer.node for layer in placement.layers}
         twins = {node.name: node for node in layers(self.plain)}
         with torch.no_grad():
@@ -149,6 +150,8 @@ def lower(
     module, placement, ranges = quantized.placed(target, ignored, attention)
     if not placement.layers:
         raise EngineError("every convolution and linear is ignored", "ignore less, or use another precision")
+    if attention and not products(module):
+        raise EngineError("there is no attention whose products can be int8", "leave the option attention out")
     return with_qdq(module, placement, ranges, quantized.scales, quantized.recipe.weight_bits, inputs, example)
 
 

@@ -72,7 +72,6 @@ class Server:
         command += ["--grpc", "127.0.0.1:0", "--admin", "127.0.0.1:0"]
         if most_files is not None:
             command = ["prlimit", f"--nofile={most_files}", *command]
-        self.started_s = time.monotonic()
         self.process = subprocess.Popen(
             command,
             stdout=subprocess.PIPE,

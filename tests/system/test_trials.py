@@ -18,7 +18,7 @@ from corewise.errors import CorewiseError, OutputError
 from corewise.events import TrialStep
 from corewise.race import Contender, Fell, race
 from corewise.samples import from_python
-from corewise.trial import Died, Worker, read_outputs, run_trial
+from corewise.trial import Budget, Died, Worker, read_outputs, run_trial
 from corewise.values import Build
 
 SAMPLES = from_python(list(np.random.default_rng(0).standard_normal((40, 6)).astype(np.float32)))
@@ -137,6 +137,20 @@ def user_engines(tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(tmp_path)
     yield lambda name: Build(engine=f"user_engines:{name}", precision="int8")
     sys.modules.pop("user_engines", None)
+
+
+def test_a_trial_is_ended_when_its_share_of_the_budget_is_spent(setting, monkeypatch):
+    monkeypatch.setattr(module, "LEAST_S", 0.2)
+    budget = Budget(total_s=20.0)
+    found = run_trial(misbehaving("Hang"), make_setting(setting.folder, max_drop=0.2, budget=budget), share=0.3)
+    assert (found.state, found.reason) == ("pruned", "the budget of 20 s was spent while it was tried")
+    assert budget.left_s() > 5
+
+
+def test_a_crash_is_told_though_the_budget_is_spent(setting):
+    spent = Budget(total_s=1e-3)  # each step has its least time all the same
+    found = run_trial(misbehaving("Segfault"), make_setting(setting.folder, max_drop=0.2, budget=spent))
+    assert (found.state, "SIGSEGV" in found.reason) == ("failed", True)
 
 
 def test_what_a_hanging_engine_started_is_ended_with_it(setting, user_engines):

@@ -45,6 +45,14 @@ def test_the_fastest_precision_is_first_and_engines_keep_their_order():
     assert labels == ["eager/fp32", "b/int8", "a/int8", "a/int8-dynamic", "b/bf16", "b/fp32"]
 
 
+def test_what_takes_long_to_build_comes_late_within_its_precision():
+    ours = Build(engine="b", precision="int8", options=(("quantizer", "corewise"),))
+    slow, fast = Offering("torch-int8", "int8", "int8-dynamic"), Offering("b", "int8")
+    fast._builds += (ours,)
+    found = candidates(CPU, {}, {"torch-int8": slow, "b": fast})
+    assert found[1:] == (fast._builds[0], ours, *slow._builds)
+
+
 def test_the_baseline_is_there_once_though_eager_offers_it():
     found = candidates(CPU, {}, {"eager": engine("eager")})
     assert found == (BASELINE, Build(engine="eager", precision="bf16"))

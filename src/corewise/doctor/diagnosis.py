@@ -202,7 +202,8 @@ def _packages() -> dict[str, str]:
 def _engine_status(name: str, installed: Mapping[str, str]) -> EngineStatus:
     extra, packages = ENGINE_PACKAGES[name]
     missing = [package for package in packages if package not in installed]
-    reason = f"needs {', '.join(missing)}: {_pip(extra)}" if missing else ""
+    what = "needs" if packages[0] in missing else "opens artifacts; to build it needs"
+    reason = f"{what} {', '.join(missing)}: {_pip(extra)}" if missing else ""
     return EngineStatus(name=name, available=not missing, version=installed.get(packages[0]), reason=reason)
 
 

@@ -33,7 +33,8 @@ class OnnxRuntime:
 
     The payload is one ``model.onnx`` with a dynamic batch; opening it needs no torch. int8 has u8 activations and
     s8 weights per channel between Q/DQ pairs; int8-dynamic quantizes only matrix products, activations as they
-    come. The option ``reduce_range`` quantizes weights to 7 bits, for CPUs that add int8 products in 16 bits
+    come. The option ``attention`` quantizes products of two activations too. ``reduce_range`` quantizes weights to 7
+    bits, for CPUs that add int8 products in 16 bits
     (https://onnxruntime.ai/docs/performance/model-optimizations/quantization.html).
     """
 

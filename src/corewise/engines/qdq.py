@@ -59,8 +59,8 @@ def quantized(material: Material, build: Build, target: "Target") -> tuple[Path,
     """The quantized program (``ptq.load_quantized``), and notes; made once for all engines.
 
     The build's option ``ignored`` names layers that stay in floating point, separated by spaces; ``returned`` says how
-    many of them go back by ``sensitivity.order_of_return``. Raises ``EngineError`` where a package is missing or
-    nothing can be quantized.
+    many of them go back by ``sensitivity.order_of_return``; ``attention`` places products of two activations too.
+    Raises ``EngineError`` where a package is missing or nothing can be quantized.
     """
     if why := missing(PACKAGES, "optimize"):
         raise EngineError(f"corewise's quantizer {why}")

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from resource import RLIMIT_NOFILE, getrlimit, setrlimit
+from resource import RLIM_INFINITY, RLIMIT_NOFILE, getrlimit, setrlimit
 from typing import Any
 
 import uvicorn
@@ -40,6 +40,7 @@ KEEP_ALIVE_S = 75
 BACKLOG = 2048
 MOST_CONNECTIONS, MOST_STREAMS = 4096, 1024
 """Together, and on one gRPC connection; fewer where the process may not have so many open files."""
+ADMIN_CONNECTIONS = 16
 OTHER_FILES = 128
 """Of the process, beside connections."""
 TOO_MANY = b'{"error": "there are too many connections; try again later"}'
@@ -109,8 +110,7 @@ class _Server:
         """What signals began; kept, for the loop itself holds them only weakly."""
 
     async def run(self) -> bool:
-        _, hard = getrlimit(RLIMIT_NOFILE)
-        setrlimit(RLIMIT_NOFILE, (hard, hard))  # the soft limit is for programs that use select
+        most = _allowed_connections()
         loop = asyncio.get_running_loop()
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, self._stop)
@@ -119,9 +119,9 @@ class _Server:
         bound = {name: _bound(address) for name, address in self._web_addresses.items()}
         web = []
         if "http" in bound:
-            web.append((_Http(_config(RequestLog(app.asgi), self.options)), bound["http"]))
+            web.append((_Http(_config(RequestLog(app.asgi), self.options, most)), bound["http"]))
         if "admin" in bound:
-            web.append((_Http(_config(self._admin(), Options())), bound["admin"]))
+            web.append((_Http(_config(self._admin(), Options(), ADMIN_CONNECTIONS)), bound["admin"]))
         rpc, rpc_port = await self._rpc()
         tasks = [asyncio.ensure_future(made.serve(sockets=[where])) for made, where in web]
         ports = {name: int(where.getsockname()[1]) for name, where in bound.items()}
@@ -242,9 +242,16 @@ class _Http(uvicorn.Server):
         yield
 
 
+class _Config(uvicorn.Config):
+    """uvicorn's, with how many connections there may be."""
+
+    most_connections = MOST_CONNECTIONS
+
+
 class _Patient(HttpToolsProtocol):
     """uvicorn's protocol with an end to its patience: with headers that do not come, and that do not end."""
 
+    _refused = False
     _waiting: asyncio.TimerHandle | None = None
     _header_bytes = 0
     _fed_bytes = 0
@@ -252,7 +259,8 @@ class _Patient(HttpToolsProtocol):
 
     def connection_made(self, transport: Any) -> None:
         super().connection_made(transport)
-        if len(self.connections) > min(MOST_CONNECTIONS, getrlimit(RLIMIT_NOFILE)[0] - OTHER_FILES):
+        if isinstance(self.config, _Config) and len(self.connections) > self.config.most_connections:
+            self._refused = True
             transport.write(FULL)
             transport.close()
             return
@@ -263,6 +271,8 @@ class _Patient(HttpToolsProtocol):
         super().connection_lost(exc)
 
     def data_received(self, data: bytes) -> None:
+        if self._refused:  # what came with the end of TLS' handshake
+            return
         super().data_received(data)
         self._fed_bytes = 0 if self._waiting is None else self._fed_bytes + len(data)
         if self._fed_bytes > HEADERS_BYTES + FIRST_BODY_BYTES and not self.transport.is_closing():
@@ -306,11 +316,24 @@ class _Patient(HttpToolsProtocol):
             self._waiting = None
 
 
-def _config(app: Any, options: Options) -> uvicorn.Config:
+def _allowed_connections() -> int:
+    """As many as there are open files for, after the soft limit, which is for programs that use select, was raised."""
+    soft, hard = getrlimit(RLIMIT_NOFILE)
+    wanted = MOST_CONNECTIONS + OTHER_FILES
+    if soft != RLIM_INFINITY and soft < wanted:
+        soft = wanted if hard == RLIM_INFINITY else min(hard, wanted)
+        setrlimit(RLIMIT_NOFILE, (soft, hard))
+    allowed = MOST_CONNECTIONS if soft == RLIM_INFINITY else min(MOST_CONNECTIONS, soft - OTHER_FILES)
+    if allowed < 1:
+        raise InputError(f"the process may have {soft} open files only", f"allow {wanted}, e.g. by ulimit -n")
+    return allowed
+
+
+def _config(app: Any, options: Options, most_connections: int) -> uvicorn.Config:
     secure: dict[str, Any] = {}
     if options.certificate is not None and options.key is not None:
         secure = {"ssl_certfile": str(options.certificate), "ssl_keyfile": str(options.key)}
-    config = uvicorn.Config(
+    config = _Config(
         app,
         http=_Patient,
         ws="none",
@@ -324,6 +347,7 @@ def _config(app: Any, options: Options) -> uvicorn.Config:
         timeout_graceful_shutdown=int(LAST_WORDS_S),
         **secure,
     )
+    config.most_connections = most_connections
     try:
         config.load()
     except (OSError, ssl.SSLError) as error:

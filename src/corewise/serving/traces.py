@@ -3,11 +3,14 @@
 https://opentelemetry.io/docs/specs/otel/configuration/sdk-environment-variables/
 """
 
+import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Protocol
 
 from corewise.errors import MissingExtra
+
+LAST_SPANS_S = 2.0
 
 Note = Callable[[str, str | float], None]
 """Notes an attribute of the span."""
@@ -54,7 +57,7 @@ class OpenTelemetry:
             raise MissingExtra(error.name or "opentelemetry-sdk", "traces", "serving with --traces") from error
         # What the environment says comes before the name given here.
         resource = Resource.create({SERVICE_NAME: "corewise"}).merge(OTELResourceDetector().detect())
-        self._provider = TracerProvider(resource=resource)
+        self._provider = TracerProvider(resource=resource, shutdown_on_exit=False)
         self._provider.add_span_processor(BatchSpanProcessor(OTLPSpanExporter()))
         self._tracer = self._provider.get_tracer("corewise.serve")
         self._extract = TraceContextTextMapPropagator().extract
@@ -64,9 +67,13 @@ class OpenTelemetry:
     def span(self, name: str, headers: Mapping[str, str]) -> Iterator[Note]:
         """A span of what the body does, in the trace that the request's ``headers`` name."""
         parent = self._extract(headers)
-        with self._tracer.start_as_current_span(name, parent, kind=self._kind) as span:
+        # Refusals raise too: a trace of the stack for each would cost time when there is least.
+        quiet = {"record_exception": False, "set_status_on_exception": False}
+        with self._tracer.start_as_current_span(name, parent, kind=self._kind, **quiet) as span:
             yield span.set_attribute
 
     def close(self) -> None:
-        """Send what is left."""
-        self._provider.shutdown()
+        """Send what is left, for so long as ``LAST_SPANS_S``: a collector that is gone keeps no server."""
+        sending = threading.Thread(target=self._provider.shutdown, daemon=True)
+        sending.start()
+        sending.join(LAST_SPANS_S)

@@ -125,6 +125,7 @@ class EngineContract:
 
     def test_availability_is_told_in_words(self) -> None:
         """Empty, or a sentence."""
+        assert engine(self.engine_name).unavailable(opening=True) in ("", engine(self.engine_name).unavailable())
         reason = engine(self.engine_name).unavailable()
         assert not reason or " " in reason
 

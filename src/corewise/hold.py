@@ -1,7 +1,8 @@
 """The rate that a build holds under an SLO: simulated for each of its latency tables, then tried with real load."""
 
-from collections.abc import Iterator, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
 from math import inf, sqrt
 
 from corewise.batching import Curve
@@ -12,11 +13,9 @@ from corewise.events import Explored, StageStarted, TrialStep
 from corewise.explore import tables
 from corewise.journal import Journal
 from corewise.trial import AnyWorker, Setting
-from corewise.values import LoadRun, Measurement, Objective, Trial, from_json, to_json
+from corewise.values import Build, LoadRun, Measurement, Objective, Trial, from_json, to_json
 from corewise.worker import MAX_WAITING
 
-TRIED = 2
-"""The builds of the highest simulated rates that are put under load, beside the baseline."""
 FIRST = 0.9
 """Of the simulated rate, the first that is tried."""
 UP, DOWN = 1.1, 0.85
@@ -26,119 +25,259 @@ LEAP = 2.0
 much where the p99 was not half of the SLO."""
 DONE = 0.95
 """Of what was answered in time at a rate that was too high, the most that is tried next."""
-ATTEMPTS = 6
+ATTEMPTS, MOST_LOADS = 6, 16
+"""Loads on one plan, and on all together."""
+SLOWEST = 2.0
+"""More than so many times as slow as measured is a queue, not slower calls."""
 PROMISED = 0.9
 """Of the highest rate that was held, what is promised: a machine is never as quiet for hours as for seconds."""
 LOAD_S, CONFIRM_S = 5.0, 15.0
 REQUESTS = 200
 """A load lasts at least until so many requests were sent: a p99 of fewer is chance."""
 LONGEST_S = 60.0
-SHARE = 0.95
-"""Of the budget: when no further load is begun."""
+SHARE = 0.85
+"""Of the budget: when the highest rate is no longer looked for, but the promise made of what was found."""
+
+
+@dataclass
+class Contender:
+    """A plan of a build with what is known of the rate that it holds."""
+
+    build: Build
+    table: Sequence[Measurement]
+    """Of one division of the cores, by rising batch, all within the SLO; the last one's plan is loaded."""
+    simulated_per_s: float
+    last: LoadRun | None = None
+    rate_per_s: float = 0.0
+    held_per_s: float = 0.0
+    missed_per_s: float = inf
+    attempts: int = 0
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Threads per instance, and instances."""
+        plan = self.table[-1].plan
+        return plan.threads_per_instance, plan.instances
+
+    @property
+    def closed(self) -> bool:
+        """Whether its highest rate is known well enough."""
+        return self.attempts >= ATTEMPTS or self.missed_per_s <= UP * self.held_per_s
+
+    @property
+    def next_per_s(self) -> float:
+        """The rate to try next."""
+        if self.last is None:
+            return FIRST * self.simulated_per_s
+        if not self.held_per_s:
+            lower = min(DOWN * self.rate_per_s, DONE * self.last.goodput_per_s) or self.rate_per_s / 2
+            return min(lower, self.simulated_per_s)
+        if self.missed_per_s < inf:
+            return self.held_per_s * min(LEAP, sqrt(self.missed_per_s / self.held_per_s))
+        easy = self.last.slo_ms is not None and self.last.p99_ms < self.last.slo_ms / 2
+        return self.held_per_s * (LEAP if easy else UP)
+
+    @property
+    def hope_per_s(self) -> float:
+        """What it may hold; what it does, where that is known."""
+        if self.last is None:
+            return self.simulated_per_s
+        return self.held_per_s if self.closed else max(self.held_per_s, self.next_per_s)
+
+    def learn(self, run: LoadRun) -> None:
+        """Take in what became of a load at ``next_per_s``."""
+        self.rate_per_s, self.last = self.next_per_s, run
+        self.attempts += 1
+        if run.held:
+            self.held_per_s = max(self.held_per_s, self.rate_per_s)
+        else:
+            self.missed_per_s = min(self.missed_per_s, self.rate_per_s)
+
+
+Load = Callable[[Contender, float, float], LoadRun]
+"""Puts a rate on a contender, for so many seconds at least. Raises ``CorewiseError``."""
 
 
 def hold(trials: Sequence[Trial], setting: Setting, journal: Journal, objective: Objective) -> tuple[Trial, ...]:
-    """The trials, with the loads that were put on the most promising ones and on the baseline.
+    """The trials, with the loads that were put on the most promising plans and, with the time left, on the baseline.
 
-    A trial's last load is at the rate that is promised; its ``promise`` is that load, if it was held.
+    A trial whose highest held rate is promised has one more load at last, a little lower (``Trial.promise``).
     """
     assert objective.slo_ms is not None
-    simulated = {
-        trial.build: _simulated(trial, objective.slo_ms) for trial in trials if trial.state == "ok" and not trial.loads
-    }
-    others = sorted((build for build in simulated if build != BASELINE), key=lambda build: -simulated[build][0])
-    found = {trial.build: trial for trial in trials}
-    for build in (*others[:TRIED], BASELINE):  # the baseline last: its few requests take the longest
-        rate_per_s, table = simulated.get(build, (0.0, []))
-        if rate_per_s > 0 and not setting.budget.ended(SHARE):
-            setting.tell(StageStarted(f"putting {build.label} under load"))
-            found[build] = _loaded(found[build], rate_per_s, table, setting, objective.slo_ms)
-            journal.add(found[build])
-            setting.tell(Explored(found[build]))
-    return tuple(found.values())
+    slo_ms = objective.slo_ms
+    waiting = [trial for trial in trials if trial.state == "ok" and not trial.loads]
+    bench = _Bench(setting, slo_ms)
+    for group in (
+        [trial for trial in waiting if trial.build != BASELINE],
+        # Last, for its few requests take the longest.
+        [trial for trial in waiting if trial.build == BASELINE],
+    ):
+        contenders = [one for trial in group for one in _contenders(trial, slo_ms)]
+        with bench:
+            climb(contenders, bench.load, lambda table: _simulated(table, slo_ms), setting.budget.ended)
+    found = tuple(
+        replace(
+            trial,
+            loads=(*trial.loads, *bench.loads.get(trial.build, ())),
+            explored=f"{trial.explored}; under load it ended early: {bench.ended[trial.build]}"
+            if trial.build in bench.ended
+            else trial.explored,
+        )
+        for trial in trials
+    )
+    for before, after in zip(trials, found, strict=True):
+        if after != before:
+            journal.add(after)
+            setting.tell(Explored(after))
+    return found
 
 
-def _simulated(trial: Trial, slo_ms: float) -> tuple[float, list[Measurement]]:
-    """The highest rate that one of the trial's tables holds in simulation, and that table."""
-    best: tuple[float, list[Measurement]] = 0.0, []
+def climb(
+    contenders: Sequence[Contender],
+    load: Load,
+    simulate: Callable[[Sequence[Measurement]], float],
+    ended: Callable[[float], object],
+) -> Contender | None:
+    """Find the contender that holds the highest rate, and put at last what is to be promised on it; ``None`` for none.
+
+    Whoever may hold most is tried next (best first): each load tells how much the rest of its plan is worth, and the
+    first one how much slower calls are beside arriving requests than one after the other, for all plans of that
+    division of the cores. ``ended(share)`` is true when that share of the time is spent.
+    """
+    left = list(contenders)
+    while left and sum(one.attempts for one in contenders) < MOST_LOADS and not ended(SHARE):
+        one = max(left, key=lambda contender: contender.hope_per_s)
+        if one.closed or one.hope_per_s <= 0:
+            break
+        first = one.last is None
+        try:
+            one.learn(load(one, one.next_per_s, LOAD_S))
+        except InputError:
+            raise
+        except CorewiseError:
+            left = [other for other in left if other.build != one.build]
+            continue
+        if first:
+            _slow_down(one, [other for other in left if other.last is None or other is one], simulate)
+    held = [contender for contender in left if contender.held_per_s]
+    if not held:
+        return None
+    best = max(held, key=lambda contender: contender.held_per_s)
+    rate_per_s = PROMISED * best.held_per_s
+    while rate_per_s > PROMISED**4 * best.held_per_s and not ended(1.0):
+        try:
+            if load(best, rate_per_s, CONFIRM_S).held:
+                return best
+        except InputError:
+            raise
+        except CorewiseError:
+            return None
+        rate_per_s *= PROMISED
+    return None
+
+
+def _slow_down(
+    seen: Contender, others: Sequence[Contender], simulate: Callable[[Sequence[Measurement]], float]
+) -> None:
+    """Simulate again those of the same shape with calls as slow as the first load showed."""
+    assert seen.last is not None
+    if not seen.last.answered:
+        return
+    factor = min(SLOWEST, seen.last.p50_ms / seen.table[0].p50_ms)
+    if factor <= 1:
+        return
+    for other in others:
+        if other.shape == seen.shape:
+            other.simulated_per_s = simulate([_slower(one, factor) for one in other.table])
+
+
+def _slower(one: Measurement, factor: float) -> Measurement:
+    return replace(
+        one,
+        latencies_ms=tuple(ms * factor for ms in one.latencies_ms),
+        p50_ms=one.p50_ms * factor,
+        p99_ms=one.p99_ms * factor,
+    )
+
+
+def _contenders(trial: Trial, slo_ms: float) -> list[Contender]:
+    """The trial's tables that hold a rate in simulation."""
+    found = []
     for table in tables([one for one in trial.measurements if not one.rejected]).values():
         within = [one for one in table if one.p99_ms <= slo_ms]
-        if within:
-            plan = within[-1].plan
-            rate_per_s = most_rate(
-                Curve.of(within),
-                service=service_of(within),
-                instances=plan.instances,
-                slo_ms=slo_ms,
-                max_batch=plan.batch,
-                max_waiting=max(MAX_WAITING, plan.batch),
+        if within and (rate_per_s := _simulated(within, slo_ms)) > 0:
+            found.append(Contender(build=trial.build, table=within, simulated_per_s=rate_per_s))
+    return found
+
+
+def _simulated(table: Sequence[Measurement], slo_ms: float) -> float:
+    """The highest rate that holds in simulation."""
+    plan = table[-1].plan
+    return most_rate(
+        Curve.of(table),
+        service=service_of(table),
+        instances=plan.instances,
+        slo_ms=slo_ms,
+        max_batch=plan.batch,
+        max_waiting=max(MAX_WAITING, plan.batch),
+    )
+
+
+class _Bench:
+    """Puts loads on contenders, whose child stays open until another one's turn, and keeps what became of them."""
+
+    def __init__(self, setting: Setting, slo_ms: float) -> None:
+        self._setting, self._slo_ms = setting, slo_ms
+        self._stack = ExitStack()
+        self._open: tuple[Contender, AnyWorker] | None = None
+        self.loads: dict[Build, list[LoadRun]] = {}
+        self.ended: dict[Build, str] = {}
+
+    def __enter__(self) -> "_Bench":
+        return self
+
+    def __exit__(self, *about: object) -> None:
+        self._open = None
+        self._stack.close()
+
+    def load(self, one: Contender, rate_per_s: float, least_s: float) -> LoadRun:
+        """As ``Load``."""
+        setting = self._setting
+        try:
+            worker = self._worker(one)
+            answer = worker.call(
+                "load",
+                "under load",
+                samples=setting.holdout,
+                plan=to_json(one.table[-1].plan),
+                curve=to_json(Curve.of(one.table)),
+                rate_per_s=rate_per_s,
+                # Half of what is left: the child is ended with the budget, and what it was sent has to be answered.
+                duration_s=min(LONGEST_S, max(least_s, REQUESTS / rate_per_s), max(1.0, setting.budget.left_s() / 2)),
+                slo_ms=self._slo_ms,
             )
-            best = max(best, (rate_per_s, within), key=lambda one: one[0])
-    return best
+        except CorewiseError as error:
+            self._open = None
+            self._stack.close()
+            self.ended[one.build] = str(error)
+            raise
+        run = from_json(LoadRun, answer["load"])
+        setting.tell(TrialStep(one.build, f"{run.rate_per_s:.4g}/s {'held' if run.held else 'missed'}"))
+        self.loads.setdefault(one.build, []).append(run)
+        return run
 
-
-def _loaded(trial: Trial, rate_per_s: float, table: list[Measurement], setting: Setting, slo_ms: float) -> Trial:
-    """The trial with loads at rates near the simulated one, until one is held and a higher one is not."""
-    loads: list[LoadRun] = []
-    ended = trial.explored
-    try:
-        with setting.worker(trial.build) as worker:
+    def _worker(self, one: Contender) -> AnyWorker:
+        if self._open is None or self._open[0] is not one:
+            self._open = None
+            self._stack.close()
+            self._setting.tell(StageStarted(f"putting {one.build.label} under load, {one.table[-1].plan.label}"))
+            worker = self._stack.enter_context(self._setting.worker(one.build))
             worker.call(
                 "open",
                 "opening for load",
-                folder=str(setting.payload(trial.build)),
-                build=to_json(trial.build),
-                plan=to_json(table[-1].plan),
+                folder=str(self._setting.payload(one.build)),
+                build=to_json(one.build),
+                plan=to_json(one.table[-1].plan),
             )
-            for load in _search(worker, rate_per_s, table, setting, slo_ms):
-                setting.tell(TrialStep(trial.build, f"{load.rate_per_s:.4g}/s {'held' if load.held else 'missed'}"))
-                loads.append(load)
-    except InputError:
-        raise
-    except CorewiseError as error:
-        ended = f"{ended}; under load it ended early: {error}"
-    return replace(trial, loads=(*trial.loads, *loads), explored=ended)
-
-
-def _search(
-    worker: AnyWorker, simulated_per_s: float, table: list[Measurement], setting: Setting, slo_ms: float
-) -> Iterator[LoadRun]:
-    """Loads that close in on the highest rate, and at last one at the rate to promise."""
-
-    def load(rate_per_s: float, least_s: float) -> LoadRun:
-        answer = worker.call(
-            "load",
-            "under load",
-            samples=setting.holdout,
-            plan=to_json(table[-1].plan),
-            curve=to_json(Curve.of(table)),
-            rate_per_s=rate_per_s,
-            # Half of what is left: the child is ended with the budget, and what it was sent has to be answered first.
-            duration_s=min(LONGEST_S, max(least_s, REQUESTS / rate_per_s), max(1.0, setting.budget.left_s() / 2)),
-            slo_ms=slo_ms,
-        )
-        return from_json(LoadRun, answer["load"])
-
-    rate_per_s, held_per_s, missed_per_s = FIRST * simulated_per_s, 0.0, inf
-    for _ in range(ATTEMPTS):
-        run = load(rate_per_s, LOAD_S)
-        yield run
-        if run.held:
-            held_per_s = rate_per_s
-        else:
-            missed_per_s = rate_per_s
-        if missed_per_s <= UP * held_per_s or setting.budget.ended(SHARE):
-            break
-        if not held_per_s:
-            rate_per_s = min(DOWN * rate_per_s, DONE * run.goodput_per_s) or rate_per_s / 2
-        else:
-            easy = run.held and run.p99_ms < slo_ms / 2
-            step = (LEAP if easy else UP) if missed_per_s == inf else min(LEAP, sqrt(missed_per_s / held_per_s))
-            rate_per_s = held_per_s * step
-    rate_per_s = PROMISED * held_per_s
-    while rate_per_s > PROMISED**4 * held_per_s and not setting.budget.ended():
-        run = load(rate_per_s, CONFIRM_S)
-        yield run
-        if run.held:
-            break
-        rate_per_s *= PROMISED
+            self._open = one, worker
+        return self._open[1]

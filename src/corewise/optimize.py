@@ -23,7 +23,7 @@ from corewise.journal import Journal
 from corewise.result import Home, Result
 from corewise.samples import Samples, default_calibration, from_python, read, split
 from corewise.search import Judge, explore, finals, give_back, run_trials
-from corewise.trial import Budget, Setting
+from corewise.trial import WITH_LOADS, Budget, Setting, Shares
 from corewise.values import Build, Cpu, Goal, Objective, Report, SampleFacts, to_json
 from corewise.worker import CALIBRATION, HOLDOUT, PROGRAM, peak_memory_bytes, write_material
 
@@ -119,6 +119,7 @@ def optimize(
         verify=judge,
         tell=tell,
         budget=budget,
+        shares=WITH_LOADS if objective == "slo" else Shares(),
         in_process=in_process,
     )
     facts = _facts(data, calibrating, holdout, seed)

@@ -29,10 +29,6 @@ EXPLORED = 3
 PROMISING = 0.7
 """Builds slower than this share of the fastest under the first plan are not searched: other threads and batches change
 the order of builds, and seldom by more (MobileNetV2 as two instances of one thread ran 25 to 35 % faster)."""
-TRIALS_SHARE, PLANS_SHARE = 0.6, 0.85
-"""Of the budget: when no further trial, and no further plan, is begun."""
-LAST_TRIAL_SHARE = 0.7
-"""When a trial is ended that is not done, if another candidate is: the plans of one are worth more than one more."""
 
 
 @dataclass
@@ -78,7 +74,7 @@ def run_trials(builds: Sequence[Build], setting: Setting, journal: Journal, judg
                 raise SourceError(f"the model does not run as it is: {trial.reason}", "make it run in eager PyTorch")
             judge.reference = judge.reference or read_outputs(setting.outputs(build))
         trials.append(trial)
-    spent = setting.budget.ended(TRIALS_SHARE)
+    spent = setting.budget.ended(setting.shares.trials)
     if spent and trials[1:] and all(trial.reason.startswith(setting.budget.spent) for trial in trials[1:]):
         raise InputError(
             f"{setting.budget.spent} before one candidate was tried: the baseline alone took "
@@ -118,7 +114,7 @@ def _trial(build: Build, number: int, total: int, before: Sequence[Trial], setti
     resumed = kept is not None and _still_good(kept, setting)
     if kept is None or not resumed:
         setting.tell(TrialStarted(build, number, total))
-        left_s = setting.budget.left_s(TRIALS_SHARE)
+        left_s = setting.budget.left_s(setting.shares.trials)
         if left_s > 0 or build == BASELINE:
             fastest = max((trial.verified_per_s for trial in before if trial.state == "ok"), default=0.0)
             done = any(trial.state == "ok" for trial in before if trial.build != BASELINE)
@@ -127,12 +123,12 @@ def _trial(build: Build, number: int, total: int, before: Sequence[Trial], setti
                 setting,
                 best_verified_per_s=fastest,
                 is_baseline=build == BASELINE,
-                share=LAST_TRIAL_SHARE if done else 1.0,
+                share=setting.shares.last_trial if done else 1.0,
             )
         else:
             kept = Trial(build=build, state="pruned", reason=f"{setting.budget.spent} before it was tried")
         # What ended for want of time another run, with more of it, tries again.
-        if kept.state != "pruned" or not setting.budget.ended(TRIALS_SHARE):
+        if kept.state != "pruned" or not setting.budget.ended(setting.shares.trials):
             journal.add(kept)
     setting.tell(TrialEnded(kept, resumed=resumed))
     if kept.state != "ok":
@@ -188,7 +184,7 @@ def _explored(
                 setting.tell(TrialStep(trial.build, f"measuring, {wanted.plan.label}"))
                 return _within(measured(trial.build, setting, worker, wanted.plan, wanted.why), limit)
 
-            for one in drive(steps, known, measure, go_on=lambda: setting.budget.ended(PLANS_SHARE)):
+            for one in drive(steps, known, measure, go_on=lambda: setting.budget.ended(setting.shares.plans)):
                 if isinstance(one, str):
                     ended = one
                 else:
@@ -201,7 +197,7 @@ def _explored(
     if explored.best(objective.goal) is None and explored.build != BASELINE:
         reasons = [one.rejected for one in found.values()] or [ended]
         explored = replace(explored, state="rejected", reason=reasons[0])
-    if not setting.budget.ended(PLANS_SHARE):
+    if not setting.budget.ended(setting.shares.plans):
         journal.add(explored)
     setting.tell(Explored(explored))
     return explored

@@ -220,6 +220,22 @@ class Budget:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Shares:
+    """Of the budget: when a stage makes room for the next one."""
+
+    trials: float = 0.6
+    """No further trial is begun."""
+    last_trial: float = 0.7
+    """A trial is ended that is not done, if another candidate is: the plans of one are worth more than one more."""
+    plans: float = 0.85
+    """No further plan is begun."""
+
+
+WITH_LOADS = Shares(trials=0.45, last_trial=0.55, plans=0.65)
+"""Where loads follow, which need a minute or two."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class Setting:
     """What all trials of one run share."""
 
@@ -234,6 +250,7 @@ class Setting:
     shapes: Callable[[Build], Sequence[tuple[int, int]]] = lambda build: ()
     """(Threads per instance, instances) to try for a build."""
     budget: Budget = Budget()
+    shares: Shares = Shares()
     in_process: Engine | None = None
     """Runs every build in this process instead of in children."""
 

@@ -308,8 +308,12 @@ class Trial:
 
     @property
     def promise(self) -> LoadRun | None:
-        """The load that confirmed the rate found: the last one, if it was held."""
-        return self.loads[-1] if self.loads and self.loads[-1].held else None
+        """The load that confirmed the rate found: the last one, if it was held, and a higher one before it."""
+        *before, last = self.loads or (None,)
+        if last is None or not last.held:
+            return None
+        rate_per_s = last.rate_per_s or 0.0
+        return last if any(one.held and (one.rate_per_s or 0.0) > rate_per_s for one in before if one) else None
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -187,7 +187,7 @@ def test_load_tells_what_became_of_the_requests(here):
     assert (found.returncode, found.stderr) == (0, "")
     assert "50 requests/s, arriving at random" in found.stdout
     assert "0 refused, 0 failed" in found.stdout
-    assert "the SLO of 5000 ms (p99) held: every request was answered" in found.stdout
+    assert "the SLO of 5000 ms (p99) held: the p99 was" in found.stdout
 
 
 @x86

@@ -1,64 +1,134 @@
-"""The rate under an SLO: closed in on with loads, from whatever the simulation said."""
+"""The rate under an SLO: closed in on with loads, from whatever the simulation said, on the plan that holds most."""
 
 import pytest
 
-from corewise.hold import ATTEMPTS, PROMISED, UP, _search
-from corewise.trial import Budget, Setting
-from corewise.values import LoadRun, Measurement, Plan, to_json
+from corewise.errors import CorewiseError
+from corewise.hold import ATTEMPTS, MOST_LOADS, PROMISED, UP, Contender, climb
+from corewise.values import Build, LoadRun, Measurement, Plan
 
-PLAN = Plan(threads_per_instance=2, batch=8)
-TABLE = [
-    Measurement(plan=PLAN, latencies_ms=(10.0,), throughput_per_s=800.0, p50_ms=10.0, p99_ms=12.0, spread=0.0),
-]
+SLO_MS = 100.0
+
+
+def table(threads, instances, call_ms=10.0):
+    plan = Plan(threads_per_instance=threads, instances=instances, batch=8)
+    return [
+        Measurement(
+            plan=plan,
+            latencies_ms=(call_ms,),
+            throughput_per_s=8e3 / call_ms,
+            p50_ms=call_ms,
+            p99_ms=1.2 * call_ms,
+            spread=0.0,
+        )
+    ]
+
+
+def contender(simulated_per_s, *, engine="a", threads=2, instances=1):
+    return Contender(
+        build=Build(engine=engine, precision="int8"),
+        table=table(threads, instances),
+        simulated_per_s=simulated_per_s,
+    )
 
 
 class Machine:
-    """Holds any rate up to what it can do; above, it answers that much in time."""
+    """Each contender holds any rate up to what it can do; above, that much is answered in time."""
 
-    def __init__(self, most_per_s):
-        self.most_per_s = most_per_s
-        self.peak_memory_bytes = 0
+    def __init__(self, *most_per_s, slower=1.0, dies=()):
+        self.most_per_s, self.slower, self.dies = most_per_s, slower, dies
+        self.loads = []
 
-    def call(self, op, doing, *, rate_per_s, duration_s, slo_ms, **arguments):
-        offered = max(1, round(rate_per_s * duration_s))
-        answered = min(offered, int(self.most_per_s * duration_s))
-        run = LoadRun(
-            plan=PLAN,
-            rate_per_s=rate_per_s,
-            clients=None,
-            duration_s=duration_s,
-            offered=offered,
-            answered=answered,
-            refused=offered - answered,
-            failed=0,
-            in_time=answered,
-            p50_ms=10.0,
-            p99_ms=slo_ms / 2,
-            refusal_p99_ms=0.1,
-            slo_ms=slo_ms,
-        )
-        return {"load": to_json(run)}
+    def climb(self, contenders, *, simulate=lambda table: 1000.0, ended=lambda share: False):
+        most = {id(one): rate for one, rate in zip(contenders, self.most_per_s, strict=True)}
 
+        def load(one, rate_per_s, least_s):
+            if one.build.engine in self.dies:
+                raise CorewiseError("it died")
+            offered = max(1, round(rate_per_s * least_s))
+            answered = min(offered, int(most[id(one)] * least_s))
+            run = LoadRun(
+                plan=one.table[-1].plan,
+                rate_per_s=rate_per_s,
+                clients=None,
+                duration_s=least_s,
+                offered=offered,
+                answered=answered,
+                refused=offered - answered,
+                failed=0,
+                in_time=answered,
+                p50_ms=10.0 * self.slower,
+                p99_ms=SLO_MS / 2,
+                refusal_p99_ms=0.1,
+                slo_ms=SLO_MS,
+            )
+            self.loads.append((one, run))
+            return run
 
-def loads(tmp_path, most_per_s, simulated_per_s):
-    setting = Setting(
-        folder=tmp_path, plan=PLAN, cpu=None, timeout_s=1.0, verify=None, tell=lambda event: None, budget=Budget()
-    )
-    return list(_search(Machine(most_per_s), simulated_per_s, TABLE, setting, 100.0))
+        return climb(contenders, load, simulate, ended)
 
 
 @pytest.mark.parametrize("simulated_per_s", [70.0, 90.0, 100.0, 130.0, 300.0, 3000.0])
-def test_the_promise_is_near_the_most_that_is_held(tmp_path, simulated_per_s):
-    runs = loads(tmp_path, 100.0, simulated_per_s)
+def test_the_promise_is_near_the_most_that_is_held(simulated_per_s):
+    machine = Machine(100.0)
+    one = contender(simulated_per_s)
+    assert machine.climb([one]) is one
+    runs = [run for _, run in machine.loads]
     assert len(runs) <= ATTEMPTS + 1
     assert runs[-1].held
     assert PROMISED / UP * 98.0 <= runs[-1].rate_per_s <= PROMISED * 102.0
     assert runs[-1].duration_s >= runs[0].duration_s
 
 
-def test_what_holds_nothing_promises_nothing(tmp_path):
-    runs = loads(tmp_path, 0.0, 1000.0)
+def test_what_holds_nothing_promises_nothing():
+    machine = Machine(0.0)
+    assert machine.climb([contender(1000.0)]) is None
+    runs = [run for _, run in machine.loads]
     assert len(runs) == ATTEMPTS
     assert not any(run.held for run in runs)
     rates = [run.rate_per_s for run in runs]
     assert rates == sorted(rates, reverse=True)
+
+
+@pytest.mark.parametrize("most", [(40.0, 90.0), (90.0, 40.0), (0.0, 80.0)])
+def test_the_plan_that_holds_most_is_found_though_the_simulation_preferred_another(most):
+    machine = Machine(*most)
+    both = [contender(120.0), contender(110.0, engine="b")]
+    best = machine.climb(both)
+    assert best is both[most.index(max(most))]
+    last, run = machine.loads[-1]
+    assert last is best
+    assert run.held
+    assert PROMISED / UP * 0.95 * max(most) <= run.rate_per_s <= max(most)
+    assert len(machine.loads) <= MOST_LOADS + 1
+
+
+def test_who_cannot_hold_more_than_another_does_is_not_tried():
+    machine = Machine(100.0, 20.0)
+    both = [contender(110.0), contender(50.0, engine="b")]
+    assert machine.climb(both) is both[0]
+    assert {one.build.engine for one, _ in machine.loads} == {"a"}
+
+
+def test_calls_that_are_slower_under_load_lower_the_hopes_of_their_shape_only():
+    machine = Machine(30.0, 30.0, 60.0, slower=1.5)
+    three = [
+        contender(100.0, threads=1, instances=2),
+        contender(95.0, engine="b", threads=1, instances=2),
+        contender(70.0, engine="c", threads=2, instances=1),
+    ]
+    best = machine.climb(three, simulate=lambda table: 40.0 if table[0].p50_ms > 10 else 100.0)
+    assert best is three[2]
+    assert machine.loads[1][0] is three[2]
+
+
+def test_a_build_that_dies_under_load_is_left_and_the_others_are_tried():
+    machine = Machine(100.0, 50.0, dies=("a",))
+    both = [contender(110.0), contender(60.0, engine="b")]
+    assert machine.climb(both) is both[1]
+
+
+def test_what_is_left_of_the_time_is_for_the_promise():
+    machine = Machine(100.0)
+    one = contender(50.0)
+    assert machine.climb([one], ended=lambda share: share < 1 and len(machine.loads) >= 1) is one
+    assert [run.rate_per_s for _, run in machine.loads] == pytest.approx([45.0, 0.9 * 45.0])

@@ -53,9 +53,10 @@ def choose(trials: Sequence[Trial], finals: Sequence[Rates], objective: Objectiv
 
     Best is the highest median rate in ``finals``, which are the rates of one alternating run (for the latency goal
     1/latency), the baseline's among them; for an SLO it is the highest rate that was held under it, and where none
-    was, the shortest p99 of a call. Only builds whose trial is ``ok`` can win. Faster than the baseline is a higher
-    median and a ratio above 1 in the median round, so that no winner's speed-up is below 1. Finalists as fast as the
-    fastest (``TIE``) give way to the most accurate of them. Every other trial is a loser with a reason.
+    was, the shortest p99 of a call, whatever the speed-up. Only builds whose trial is ``ok`` can win. Else faster than
+    the baseline is a higher median and a ratio above 1 in the median round, so that no winner's speed-up is below 1.
+    Finalists as fast as the fastest (``TIE``) give way to the most accurate of them. Every other trial is a loser with
+    a reason.
 
     Raises ``ValueError`` where the baseline has no trial or no rates.
     """
@@ -82,7 +83,7 @@ def choose(trials: Sequence[Trial], finals: Sequence[Rates], objective: Objectiv
         speedup_high=speedup.high,
         reason=_reason(trials, finalists, winner, fastest, base, objective),
         losers=tuple(
-            Loser(build=trial.build, state=trial.state, reason=_why_not(trial, finalists, winner, objective.goal))
+            Loser(build=trial.build, state=trial.state, reason=_why_not(trial, finalists, winner, objective))
             for trial in trials
             if trial.build != winner.build
         ),
@@ -136,7 +137,7 @@ def _held(finalist: _Finalist, objective: Objective) -> str:
         within = f"with p99 <= {objective.slo_ms:g} ms"
         assert objective.slo_ms is not None
         if not finalist.trial.loads and any(one.p99_ms <= objective.slo_ms for one in finalist.trial.measurements):
-            return f"was not put under load for want of time, so holds no known rate {within}"
+            return f"was not put under load, so holds no known rate {within}"
         return f"holds no rate {within}"
     return (
         f"holds {promise.rate_per_s:.1f} requests/s with p99 <= {objective.slo_ms:g} ms "
@@ -146,22 +147,25 @@ def _held(finalist: _Finalist, objective: Objective) -> str:
 
 def _all_rejected(trials: Sequence[Trial], family: str) -> bool:
     """Whether candidates of a precision (int8 with int8-dynamic) reached the gate and none passed it."""
-    states = {trial.state for trial in trials if trial.build.precision.startswith(family)}
-    return "rejected" in states and "ok" not in states
+    members = [trial for trial in trials if trial.build.precision.startswith(family)]
+    return any(one.inaccurate for one in members) and not any(one.state == "ok" for one in members)
 
 
-def _why_not(trial: Trial, finalists: Sequence[_Finalist], winner: _Finalist, goal: Goal) -> str:
+def _why_not(trial: Trial, finalists: Sequence[_Finalist], winner: _Finalist, objective: Objective) -> str:
     """Why a trial other than the winner's lost."""
     if trial.state != "ok":
         return trial.reason
     best = max((f for f in finalists if f.build == trial.build), key=lambda f: f.median, default=None)
+    goal = objective.goal
+    if best is not None and goal == "slo":
+        return _held(best, objective)
     if best is not None:
         ratio = best.over(winner)
         why = f"{_times(ratio)} of the winner in the alternating run"
         return f"{why}: as fast, but less accurate" if ratio.value > 1 else why
     if not trial.loads and trial.explored.startswith(NOT_SEARCHED):
         return f"not a finalist: {trial.explored}"
-    theirs, ours = trial.best(goal), winner.trial.best(goal)
+    theirs, ours = (one.best(goal, objective.slo_ms) for one in (trial, winner.trial))
     if theirs is None:
         return "not a finalist: its speed was not measured"
     against = _measured(ours, goal) if ours else _rate(winner.median, goal)
@@ -172,11 +176,17 @@ def _warnings(winner: _Finalist, base: _Finalist, objective: Objective) -> Itera
     """Doubts about the choice."""
     if objective.goal == "slo" and winner.trial.promise is None:
         p99_ms = -winner.score("slo")[1]
-        yield (
-            f"nothing meets p99 <= {objective.slo_ms:g} ms: the closest is {winner.build.label}, "
-            f"a single call of which takes p99 {p99_ms:.1f} ms"
-        )
-    if objective.memory_limit_bytes is not None and winner.trial.best(objective.goal) is None:
+        most_per_s = max((one.rate_per_s or 0.0 for one in winner.trial.loads if one.held), default=0.0)
+        closest = f"a single call of which takes p99 {p99_ms:.1f} ms"
+        if most_per_s:
+            closest = f"which held {most_per_s:.1f} requests/s once, and not again a little below"
+        elif winner.trial.loads:
+            load = min(winner.trial.loads, key=lambda one: one.rate_per_s or inf)
+            share = load.in_time / max(1, load.offered)
+            closest = f"with {share:.0%} of {load.rate_per_s or 0.0:.1f} requests/s in time"
+        within = f"p99 <= {objective.slo_ms:g} ms"
+        yield f"nothing meets {within} for certain: the closest is {winner.build.label}, {closest}"
+    if objective.memory_limit_bytes is not None and winner.trial.best(objective.goal, objective.slo_ms) is None:
         least = min(one.memory_bytes for one in winner.trial.measurements)
         yield (
             f"no build fits into {objective.memory_limit_bytes / 1e6:.0f} MB of memory; "
@@ -192,8 +202,9 @@ def _warnings(winner: _Finalist, base: _Finalist, objective: Objective) -> Itera
     if objective.goal != "slo" and winner is not base and winner.over(base).low <= 1:
         yield "the interval of the speed-up holds 1: the winner may be no faster than the baseline"
     for finalist in (winner,) if winner is base else (winner, base):
-        measured = finalist.trial.best(objective.goal)
-        throttled = measured.throttled if measured else 0
+        measured = finalist.trial.best(objective.goal, objective.slo_ms)
+        throttled = (measured.throttled if measured else 0) + finalist.rates.throttled
+        throttled += promise.throttled if (promise := finalist.trial.promise) else 0
         for warning in stats.noise_warnings(finalist.rates.per_s, throttled):
             yield f"{finalist.build.label}: {warning}"
 

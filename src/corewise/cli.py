@@ -120,7 +120,10 @@ def optimize(
         float | None, typer.Option(help="Most requests per second of which 99 % are answered within this time.")
     ] = None,
     budget: Annotated[
-        str | None, typer.Option(metavar="TIME", help="Longest time for the whole search: 90s, 5m, 1h.")
+        str | None,
+        typer.Option(
+            metavar="TIME", help="Time for the search: 90s, 5m, 1h. The race at its end may take half a minute more."
+        ),
     ] = None,
     memory_limit: Annotated[
         str | None, typer.Option(metavar="SIZE", help="Most memory for the process that runs it: 500M, 2G.")

@@ -6,6 +6,7 @@ Whoever drives it (``search``) keeps the time, and may end it at any plan: all m
 
 from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass, replace
+from math import inf
 
 from corewise.values import Goal, Measurement, Plan
 
@@ -93,7 +94,8 @@ def _ask(found: Found, plan: Plan, why: str, *, anew: bool = False) -> Generator
 
 
 def _ranked(found: Found) -> list[Measurement]:
-    return sorted(found.values(), key=lambda one: -one.throughput_per_s)
+    """The fastest first; behind all others those that may not be chosen."""
+    return sorted(found.values(), key=lambda one: (bool(one.rejected), -one.throughput_per_s))
 
 
 def _beside(best: Measurement, near: Sequence[Shape]) -> Iterator[Plan]:
@@ -118,7 +120,9 @@ def _climb(found: Found, shape: Shape) -> Generator[Wanted, Measurement, None]:
             plan = _plan(shape, batch)
             yield from _ask(found, plan, f"a {words} batch may be faster")
             last = found[plan]
-            if last.throughput_per_s < NEAR * _ranked(found)[0].throughput_per_s:
+            if last.rejected and batches is down:  # a smaller one may need less memory
+                continue
+            if last.rejected or last.throughput_per_s < NEAR * _ranked(found)[0].throughput_per_s:
                 break
 
 
@@ -138,10 +142,9 @@ def _curves(shapes: Sequence[Shape], slo_ms: float) -> Strategy:
     for shape in shapes:
         for batch in BATCHES:
             one = yield Wanted(_plan(shape, batch), "the latency table for the SLO")
-            if one.p99_ms > slo_ms:
-                break
-            within.append(one)
-            if one.p50_ms > SLOW_CALL_MS:
+            if one.p99_ms <= slo_ms:
+                within.append(one)
+            if one.p50_ms > min(slo_ms, SLOW_CALL_MS):  # not by its p99, which one slow call makes
                 break
     if not within:
         return f"not one call is within {slo_ms:g} ms"
@@ -186,6 +189,13 @@ def drive(
             found[wanted.plan] = taken if before is None else pooled(before, taken)
             yield found[wanted.plan]
         answer = found[wanted.plan]
+
+
+def not_run(plan: Plan, why: str) -> Measurement:
+    """What a strategy is answered for a plan that did not run: slower than any, and not to be chosen."""
+    return Measurement(
+        plan=plan, latencies_ms=(), throughput_per_s=0.0, p50_ms=inf, p99_ms=inf, spread=0.0, rejected=why
+    )
 
 
 def pooled(first: Measurement, second: Measurement) -> Measurement:

@@ -127,7 +127,8 @@ def hold(trials: Sequence[Trial], setting: Setting, journal: Journal, objective:
     )
     for before, after in zip(trials, found, strict=True):
         if after != before:
-            journal.add(after)
+            if not setting.budget.ended():  # else another run, with more time, loads it again
+                journal.add(after)
             setting.tell(Explored(after))
     return found
 

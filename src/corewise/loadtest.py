@@ -87,6 +87,8 @@ def words(found: LoadTest) -> tuple[str, ...]:
     if run.refusal_p99_ms:
         lines.append(f"refusals  told within {_ms(run.refusal_p99_ms)} (p99)")
     lines.append(_verdict(found))
+    if run.throttled:
+        lines.append(f"note: the CPU quota stopped the process {run.throttled} times: the latencies are the quota's")
     if run.sender_late_p99_ms > LATE_MS:
         lines.append(
             f"note: the sender itself was late by {_ms(run.sender_late_p99_ms)} (p99): it needs time on the cores that"

@@ -22,7 +22,7 @@ from corewise.hold import hold
 from corewise.journal import Journal
 from corewise.result import Home, Result
 from corewise.samples import Samples, default_calibration, from_python, read, split
-from corewise.search import Judge, explore, finals, give_back, run_trials
+from corewise.search import Judge, explore, finals, give_back, run_trials, with_latency_table
 from corewise.trial import WITH_LOADS, Budget, Setting, Shares
 from corewise.values import Build, Cpu, Goal, Objective, Report, SampleFacts, to_json
 from corewise.worker import CALIBRATION, HOLDOUT, PROGRAM, peak_memory_bytes, write_material
@@ -78,7 +78,7 @@ def optimize(
     goal = Objective(
         goal=objective, max_drop=max_drop, strict=strict, slo_ms=slo_ms, memory_limit_bytes=memory_limit_bytes
     )
-    _check(goal, budget_s)
+    _check(goal, budget_s, timeout_s)
     scorer = None if metric is None else metrics.resolve(metric)
     usable, notes = _usable(engines)
 
@@ -134,7 +134,9 @@ def optimize(
             trials = explore(trials, setting, journal, goal)
             if objective == "slo":
                 trials = hold(trials, setting, journal, goal)
-            trials, run = finals(trials, setting, objective)
+            trials, run = finals(trials, setting, goal)
+            choice = choose(trials, run.rates, goal, BASELINE)
+            trials = with_latency_table(trials, choice, setting)
         finally:
             if journal.empty:  # it ended before anything worth keeping
                 home.remove()
@@ -147,7 +149,7 @@ def optimize(
         samples=facts,
         trials=trials,
         finals=run.rates,
-        choice=choose(trials, run.rates, goal, BASELINE),
+        choice=choice,
         wall_s=budget.elapsed_s,
         peak_memory_bytes=peak_memory_bytes() + max(run.peak_memory_bytes, *(t.peak_memory_bytes for t in trials)),
         notes=notes,
@@ -189,7 +191,7 @@ def _check_torch() -> None:
         raise MissingExtra("torch", "optimize", "optimizing a model")
 
 
-def _check(objective: Objective, budget_s: float | None) -> None:
+def _check(objective: Objective, budget_s: float | None, timeout_s: float) -> None:
     if not 0 <= objective.max_drop < inf:
         raise InputError(f"max_drop is {objective.max_drop}", "give 0 or more, e.g. 0.01 for one point of top-1")
     if objective.goal not in get_args(Goal):
@@ -200,6 +202,8 @@ def _check(objective: Objective, budget_s: float | None) -> None:
         raise InputError(f"slo_ms is {objective.slo_ms}", "give milliseconds above 0, e.g. 100")
     if objective.memory_limit_bytes is not None and objective.memory_limit_bytes <= 0:
         raise InputError(f"memory_limit_bytes is {objective.memory_limit_bytes}", "give bytes above 0")
+    if not 0 < timeout_s < inf:
+        raise InputError(f"timeout_s is {timeout_s}", "give seconds above 0, e.g. 600")
     if budget_s is not None and not 0 < budget_s < inf:
         raise InputError(f"the budget is {budget_s} s", "give seconds above 0, e.g. 300")
 

@@ -57,10 +57,13 @@ def race(
     with ExitStack() as stack:
         workers: list[AnyWorker] = []
         rates: list[list[float]] = [[] for _ in contenders]
+        throttled = [0] * len(contenders)
 
         def so_far() -> tuple[Rates, ...]:
-            pairs = zip(contenders, rates, strict=True)
-            return tuple(Rates(build=one.build, plan=one.plan, per_s=tuple(per_s)) for one, per_s in pairs)
+            return tuple(
+                Rates(build=one.build, plan=one.plan, per_s=tuple(per_s), throttled=stopped)
+                for one, per_s, stopped in zip(contenders, rates, throttled, strict=True)
+            )
 
         for one in contenders:
             with _falling(one):
@@ -73,7 +76,9 @@ def race(
             order = list(range(len(workers)))
             for i in reversed(order) if number % 2 else order:
                 with _falling(contenders[i]):
-                    rates[i].append(workers[i].call("round", "racing", budget_s=round_s)["per_s"])
+                    answer = workers[i].call("round", "racing", budget_s=round_s)
+                    rates[i].append(answer["per_s"])
+                    throttled[i] += answer["throttled"]
             on_round(number + 1, rounds, so_far())
         return Race(rates=so_far(), peak_memory_bytes=sum(worker.peak_memory_bytes for worker in workers))
 

@@ -2,8 +2,9 @@
 
 import shutil
 from collections.abc import Sequence
+from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass, field, replace
-from math import sqrt
+from math import inf, sqrt
 from typing import Any
 
 from corewise import metrics
@@ -11,15 +12,15 @@ from corewise.candidates import BASELINE, returning
 from corewise.engines.qdq import is_ours
 from corewise.errors import CorewiseError, InputError, SourceError
 from corewise.events import Explored, FinalsRound, StageStarted, TrialEnded, TrialStarted, TrialStep
-from corewise.explore import NEAR, NOT_SEARCHED, Wanted, drive, strategy
+from corewise.explore import BATCHES, NEAR, NOT_SEARCHED, Wanted, drive, not_run, strategy
 from corewise.fidelity import Outputs, Verdict, compare, gate
 from corewise.journal import Journal
 from corewise.nested import Structure, unflatten
 from corewise.race import ROUND_S, ROUNDS, Contender, Fell, Race, race
 from corewise.samples import Samples
 from corewise.stats import MIN_ROUNDS
-from corewise.trial import Setting, measured, read_outputs, run_trial
-from corewise.values import Build, Fidelity, Goal, Measurement, Objective, Plan, Trial
+from corewise.trial import AnyWorker, Died, Setting, measured, read_outputs, run_trial
+from corewise.values import Build, Choice, Fidelity, Measurement, Objective, Plan, Trial
 
 FINALISTS = 3
 BEST_PLANS = 3
@@ -71,6 +72,8 @@ def run_trials(builds: Sequence[Build], setting: Setting, journal: Journal, judg
         trial = _trial(build, number, len(builds), trials, setting, journal)
         if build == BASELINE:
             if trial.state != "ok":
+                if setting.budget.ended():
+                    raise InputError(f"{setting.budget.spent} before the baseline was measured", "give more time")
                 raise SourceError(f"the model does not run as it is: {trial.reason}", "make it run in eager PyTorch")
             judge.reference = judge.reference or read_outputs(setting.outputs(build))
         trials.append(trial)
@@ -94,7 +97,7 @@ def give_back(trials: Sequence[Trial], setting: Setting, journal: Journal) -> tu
     passed = {one.build.engine for one in trials if one.build.precision == "int8" and one.state in ("ok", "pruned")}
     for rejected in trials:
         build = rejected.build
-        ours = is_ours(build) and rejected.state == "rejected"
+        ours = is_ours(build) and rejected.inaccurate
         if not ours or build.engine in passed or rejected.receipt is None:
             continue
         count = 1
@@ -137,64 +140,78 @@ def _trial(build: Build, number: int, total: int, before: Sequence[Trial], setti
 
 
 def explore(trials: Sequence[Trial], setting: Setting, journal: Journal, objective: Objective) -> tuple[Trial, ...]:
-    """The trials, with the plans of the baseline and of the most promising builds searched and measured."""
-    promising = _promising(trials, objective.goal)
-    return tuple(
-        _explored(trial, promising, setting, journal, objective) if trial.measurements else trial for trial in trials
-    )
+    """The trials, with the plans of the baseline and of the most promising builds searched and measured.
+
+    The fastest first, for time may end; one that fits into no memory limit makes room for the next.
+    """
+    found = {trial.build: trial for trial in trials}
+    measured = [trial for trial in trials if trial.measurements]
+    ranked = sorted(measured, key=lambda trial: (trial.build != BASELINE, -_first_per_s(trial)))
+    fastest = next((trial for trial in ranked if trial.build != BASELINE), None)
+    fit = 0
+    for trial in ranked:
+        why = "" if trial.build == BASELINE or fastest is None else _not_promising(trial, fastest, fit)
+        found[trial.build] = _explored(trial, why, setting, journal, objective)
+        fit += trial.build != BASELINE and found[trial.build].state == "ok"
+    return tuple(found.values())
 
 
-def _promising(trials: Sequence[Trial], goal: Goal) -> dict[Build, str]:
-    """For each measured build, why its plans are not worth a search; empty where they are."""
-    fast = sorted((t for t in trials if t.build != BASELINE and t.measurements), key=lambda t: -_first_per_s(t))
-    reasons = {BASELINE: ""}
-    for rank, trial in enumerate(fast):
-        low, _ = _interval(fast[0].measurements[0])
-        _, high = _interval(trial.measurements[0])
-        first = trial.measurements[0].plan.label
-        speed = f"{_first_per_s(trial):.4g}/s under {first} against {_first_per_s(fast[0]):.4g}/s"
-        if high < PROMISING * low:
-            reasons[trial.build] = f"{NOT_SEARCHED}: {speed}"
-        elif rank >= EXPLORED:
-            reasons[trial.build] = f"{NOT_SEARCHED}: {speed}, and {EXPLORED} others were faster"
-        else:
-            reasons[trial.build] = ""
-    return reasons
+def _not_promising(trial: Trial, fastest: Trial, before: int) -> str:
+    """Why its plans are not worth a search, after those of so many others; empty where they are."""
+    low, _ = _interval(fastest.measurements[0])
+    _, high = _interval(trial.measurements[0])
+    first = trial.measurements[0].plan.label
+    speed = f"{_first_per_s(trial):.4g}/s under {first} against {_first_per_s(fastest):.4g}/s"
+    if high < PROMISING * low:
+        return f"{NOT_SEARCHED}: {speed}"
+    return f"{NOT_SEARCHED}: {speed}, and {before} others were faster" if before >= EXPLORED else ""
 
 
-def _explored(
-    trial: Trial, promising: dict[Build, str], setting: Setting, journal: Journal, objective: Objective
-) -> Trial:
+def _explored(trial: Trial, why_not: str, setting: Setting, journal: Journal, objective: Objective) -> Trial:
     if trial.explored:
         return trial
-    if why := promising[trial.build]:
-        left_out = replace(trial, explored=why)
+    limit = objective.memory_limit_bytes
+    if why_not:
+        left_out = replace(trial, explored=why_not)
+        if limit:  # and so nobody knows whether it fits
+            unknown = f"its memory is not known: {why_not}"
+            left_out = replace(
+                left_out, measurements=tuple(replace(one, rejected=unknown) for one in trial.measurements)
+            )
         journal.add(left_out)
         return left_out
     setting.tell(StageStarted(f"searching the plans of {trial.build.label}"))
-    limit = objective.memory_limit_bytes
     # The child of the trial holds what building left there, so its memory says nothing.
     known = () if limit else trial.measurements
     found, ended = {one.plan: one for one in known}, ""
     steps = strategy(objective.goal, setting.shapes(trial.build), slo_ms=objective.slo_ms)
-    try:
-        with setting.worker(trial.build) as worker:
+    failed: dict[Plan, str] = {}
+    with ExitStack() as stack:
+        worker: AnyWorker | None = None
 
-            def measure(wanted: Wanted) -> Measurement:
-                setting.tell(TrialStep(trial.build, f"measuring, {wanted.plan.label}"))
+        def measure(wanted: Wanted) -> Measurement:
+            nonlocal worker
+            setting.tell(TrialStep(trial.build, f"measuring, {wanted.plan.label}"))
+            try:
+                worker = worker or stack.enter_context(setting.worker(trial.build))
                 return _within(measured(trial.build, setting, worker, wanted.plan, wanted.why), limit)
+            except InputError:
+                raise
+            except CorewiseError as error:
+                failed[wanted.plan] = str(error)
+                worker = None if isinstance(error, Died) else worker
+                return not_run(wanted.plan, str(error))
 
-            for one in drive(steps, known, measure, go_on=lambda: setting.budget.ended(setting.shares.plans)):
-                if isinstance(one, str):
-                    ended = one
-                else:
-                    found[one.plan] = one
-    except InputError:
-        raise
-    except CorewiseError as error:
-        ended = f"it ended early: {error}"
-    explored = replace(trial, measurements=tuple(found.values()), explored=ended)
-    if explored.best(objective.goal) is None and explored.build != BASELINE:
+        for one in drive(steps, known, measure, go_on=lambda: setting.budget.ended(setting.shares.plans)):
+            if isinstance(one, str):
+                ended = one
+            elif one.plan not in failed:
+                found[one.plan] = one
+    if failed:
+        plan, why = next(iter(failed.items()))
+        ended += f"; {len(failed)} plans did not run, {plan.label}: {why}"
+    explored = replace(trial, measurements=tuple(found.values()) or trial.measurements, explored=ended)
+    if (not found or explored.best(objective.goal) is None) and explored.build != BASELINE:
         reasons = [one.rejected for one in found.values()] or [ended]
         explored = replace(explored, state="rejected", reason=reasons[0])
     if not setting.budget.ended(setting.shares.plans):
@@ -228,27 +245,28 @@ def _still_good(kept: Trial, setting: Setting) -> bool:
     return kept.state != "failed"
 
 
-def finals(trials: Sequence[Trial], setting: Setting, goal: Goal) -> tuple[tuple[Trial, ...], Race]:
+def finals(trials: Sequence[Trial], setting: Setting, objective: Objective) -> tuple[tuple[Trial, ...], Race]:
     """The fastest accurate trials and the baseline, raced; one that falls there has failed, and the rest race again."""
     trials = list(trials)
     while True:
-        able = [trial for trial in trials if trial.state == "ok" and trial.best(goal) is not None]
+        able = [t for t in trials if t.state == "ok" and t.best(objective.goal, objective.slo_ms) is not None]
         ranked = sorted(
-            (trial for trial in able if trial.build != trials[0].build), key=lambda trial: _cost(trial, goal)
+            (trial for trial in able if trial.build != trials[0].build), key=lambda trial: _cost(trial, objective)
         )
         finalists = ranked[:FINALISTS]
         contenders = [
             Contender(build=trial.build, plan=plan, payload=setting.payload(trial.build))
             for trial in (trials[0], *finalists)
-            for plan in _best_plans(trial, goal, BEST_PLANS if trial in finalists[:1] else 1)
+            for plan in _best_plans(trial, objective, BEST_PLANS if trial in finalists[:1] else 1)
         ]
         setting.tell(StageStarted(f"racing {len(finalists)} finalists against the baseline"))
         try:
             run = race(
                 contenders,
                 samples=setting.holdout,
-                start=setting.worker,
-                rounds=_rounds(setting, len(contenders)),
+                # The race has its own end; a slow call at the budget's end must not lose what is done.
+                start=lambda build: setting.worker(build, share=inf),
+                rounds=_rounds(setting, contenders, trials),
                 on_round=lambda number, rounds, rates: setting.tell(FinalsRound(number, rounds, rates)),
             )
         except Fell as fell:
@@ -262,23 +280,48 @@ def finals(trials: Sequence[Trial], setting: Setting, goal: Goal) -> tuple[tuple
             return tuple(trials), run
 
 
-def _rounds(setting: Setting, contenders: int) -> int:
+def with_latency_table(trials: Sequence[Trial], choice: Choice, setting: Setting) -> tuple[Trial, ...]:
+    """The trials, the winner's with the smaller batches of its threads and instances too, which admission needs.
+
+    Only single items when the budget is spent; what cannot be measured is left out.
+    """
+    winner = next(trial for trial in trials if trial.build == choice.winner)
+    known = {one.plan for one in winner.measurements}
+    smaller = (replace(choice.plan, batch=batch) for batch in BATCHES if batch < choice.plan.batch)
+    missing = [plan for plan in smaller if plan not in known]
+    found: list[Measurement] = []
+    try:
+        with setting.worker(winner.build, share=inf) if missing else nullcontext() as worker:
+            for plan in missing[:1] if setting.budget.ended() else missing:
+                assert worker is not None
+                found.append(measured(winner.build, setting, worker, plan, "the latency table"))
+    except InputError:
+        raise
+    except CorewiseError:
+        pass
+    complete = replace(winner, measurements=(*winner.measurements, *found))
+    return tuple(complete if trial is winner else trial for trial in trials)
+
+
+def _rounds(setting: Setting, contenders: Sequence[Contender], trials: Sequence[Trial]) -> int:
     """As many as the budget has time for, but enough for an interval."""
-    left_s = setting.budget.left_s()
-    return max(MIN_ROUNDS, int(min(ROUNDS, left_s / (contenders * 1.5 * ROUND_S))))
+    calls_s = {(trial.build, one.plan): one.p50_ms / 1e3 for trial in trials for one in trial.measurements}
+    # An untimed call, and timed ones for a round, or one.
+    round_s = sum(calls_s[one.build, one.plan] + max(ROUND_S, calls_s[one.build, one.plan]) for one in contenders)
+    return max(MIN_ROUNDS, int(min(ROUNDS, setting.budget.left_s() / round_s)))
 
 
-def _cost(trial: Trial, goal: Goal) -> tuple[float, float]:
+def _cost(trial: Trial, objective: Objective) -> tuple[float, float]:
     """Orders trials, the best first: for an SLO by the rate that was held, then by speed."""
-    best = trial.best(goal)
+    best = trial.best(objective.goal, objective.slo_ms)
     assert best is not None
-    held = trial.promise.rate_per_s if goal == "slo" and trial.promise else 0.0
-    return -(held or 0.0), best.p50_ms if goal == "latency" else -best.throughput_per_s
+    held = trial.promise.rate_per_s if objective.goal == "slo" and trial.promise else 0.0
+    return -(held or 0.0), best.p50_ms if objective.goal == "latency" else -best.throughput_per_s
 
 
-def _best_plans(trial: Trial, goal: Goal, count: int) -> list[Plan]:
+def _best_plans(trial: Trial, objective: Objective, count: int) -> list[Plan]:
     """The best plan, and others that are near it: where noise decides between them, the race does so better."""
-    best = trial.best(goal)
+    best = trial.best(objective.goal, objective.slo_ms)
     if best is None:  # the baseline, where it is over the memory limit: it is raced all the same
         best = max(trial.measurements, key=lambda m: m.throughput_per_s)
     near = [
@@ -286,7 +329,7 @@ def _best_plans(trial: Trial, goal: Goal, count: int) -> list[Plan]:
         for one in trial.measurements
         if not one.rejected and one.plan != best.plan and one.throughput_per_s > NEAR * best.throughput_per_s
     ]
-    if goal != "throughput":
+    if objective.goal != "throughput":
         near = []
     near.sort(key=lambda one: -one.throughput_per_s)
     return [best.plan, *(one.plan for one in near[: count - 1])]

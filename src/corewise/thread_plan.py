@@ -43,13 +43,15 @@ def assign(cpu: Cpu, threads_per_instance: int, instances: int) -> tuple[tuple[i
 def thread_plans(cpu: Cpu) -> tuple[tuple[int, int], ...]:
     """(threads per instance, instances) worth trying, those that use all physical cores first.
 
-    Then those that use the SMT siblings too, then one instance on part of the cores. Never more threads than the
-    affinity and the quota allow, nor two instances where one of them would straddle NUMA nodes without need.
+    Then those that use the SMT siblings too, nearly all cores, and one instance on part of them. Never more threads
+    than the affinity and the quota allow, nor two instances where one of them would straddle NUMA nodes without need.
     """
     cores, most = cpu.usable_cores, most_threads(cpu)
     full = [(threads, total // threads) for total in (cores, most) for threads in reversed(_divisors(total))]
-    alone = [(threads, 1) for threads in reversed(_divisors(cores))]
-    return tuple(plan for plan in dict.fromkeys(full + alone) if not _straddles(cpu, *plan))
+    # Of 7 cores, 6 as three times two: some are left over.
+    nearly = [(threads, cores // threads) for threads in _powers(cores) if cores // threads > 1]
+    alone = [(threads, 1) for threads in sorted({*_divisors(cores), *_powers(cores)}, reverse=True)]
+    return tuple(plan for plan in dict.fromkeys(full + nearly + alone) if not _straddles(cpu, *plan))
 
 
 def most_threads(cpu: Cpu) -> int:
@@ -117,6 +119,11 @@ def _straddles(cpu: Cpu, threads: int, instances: int) -> bool:
     rooms = Counter(nodes[number] for number in cpu.affinity if number in nodes)
     spans = (len({nodes.get(number) for number in given}) for given in assign(cpu, threads, instances))
     return instances > 1 and bool(rooms) and threads <= min(rooms.values()) and max(spans) > 1
+
+
+def _powers(number: int) -> list[int]:
+    """The powers of two below a number, falling."""
+    return [2**k for k in reversed(range(number.bit_length())) if 2**k < number]
 
 
 def _divisors(number: int) -> list[int]:

@@ -142,6 +142,10 @@ class Plan:
     instances: int = 1
     batch: int = 1
 
+    def __post_init__(self) -> None:
+        if min(self.threads_per_instance, self.instances, self.batch) < 1:
+            raise ValueError(f"there is no plan of {self.label}: threads, instances and batch are 1 or more")
+
     @property
     def label(self) -> str:
         """``2 threads x 1, batch 16``."""
@@ -224,6 +228,8 @@ class LoadRun:
     """How long those refused at once waited to hear of it; 0 where none was."""
     slo_ms: float | None = None
     """The deadline that each request had; ``None`` for none."""
+    throttled: int = 0
+    """As ``Measurement.throttled``."""
     sender_late_p99_ms: float = 0.0
     """How late the sender itself was, of 99 % of the requests: a few milliseconds and the load was another one."""
 
@@ -295,8 +301,11 @@ class Trial:
     loads: tuple[LoadRun, ...] = ()
     """Loads that were put on it to find the rate it holds under the SLO, in their order."""
 
-    def best(self, goal: Goal) -> Measurement | None:
-        """The measurement that serves the goal best; ``None`` where there is none to choose."""
+    def best(self, goal: Goal, slo_ms: float | None = None) -> Measurement | None:
+        """The measurement that serves the goal best; ``None`` where there is none to choose.
+
+        For an SLO of ``slo_ms`` that none was seen to hold, the fastest of those whose calls are within it.
+        """
         choices = [one for one in self.measurements if not one.rejected]
         if not choices:
             return None
@@ -304,7 +313,15 @@ class Trial:
             return min(choices, key=lambda m: (m.plan.batch, m.p50_ms))
         if goal == "slo" and (held := self.promise) is not None:
             return next(one for one in self.measurements if one.plan == held.plan)
+        if slo_ms is not None:
+            within = [one for one in choices if one.p99_ms <= slo_ms]
+            choices = within or [min(choices, key=lambda m: m.p99_ms)]
         return max(choices, key=lambda m: m.throughput_per_s)
+
+    @property
+    def inaccurate(self) -> bool:
+        """Whether the accuracy gate rejected it; what is measured was let through, and rejected for something else."""
+        return self.state == "rejected" and not self.measurements
 
     @property
     def promise(self) -> LoadRun | None:
@@ -393,6 +410,8 @@ class Rates:
     build: Build
     plan: Plan
     per_s: tuple[float, ...]
+    throttled: int = 0
+    """As ``Measurement.throttled``, over all rounds."""
 
 
 @dataclass(frozen=True, kw_only=True)

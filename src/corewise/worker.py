@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 
 from corewise.batching import Answer, Batcher, Curve, NotServed, Policy
-from corewise.cpu import inspect
+from corewise.cpu import inspect, throttled_count
 from corewise.engines import Engine, Material, Session, engine
 from corewise.errors import CorewiseError
 from corewise.imports import describe
@@ -161,7 +161,9 @@ class Child:
             session.run(self._inputs)
             return time_calls(session, self._inputs, budget_s=budget_s, min_calls=1)
 
-        return {"per_s": throughput_per_s(len(self._inputs[0]), instances.each(calls))}
+        before = throttled_count()
+        per_s = throughput_per_s(len(self._inputs[0]), instances.each(calls))
+        return {"per_s": per_s, "throttled": throttled_count() - before}
 
     def load(
         self,
@@ -192,6 +194,7 @@ class Child:
         max_waiting = max(MAX_WAITING, wanted.batch, clients or 0)
         policy = Policy(from_json(Curve, curve), max_batch=wanted.batch, max_waiting=max_waiting)
         timeout_s = inf if slo_ms is None else slo_ms / 1e3
+        before = throttled_count()
         with Batcher([partial(instances.run, number) for number in range(len(instances))], policy) as batcher:
             load = partial(
                 open_loop if clients is None else closed_loop,
@@ -203,7 +206,7 @@ class Child:
                 check=own,
             )
             run = load(rate_per_s=rate_per_s, seed=seed) if clients is None else load(clients=clients)
-        return {"load": to_json(run)}
+        return {"load": to_json(replace(run, throttled=throttled_count() - before))}
 
     def _opened(self) -> Instances:
         if self._instances is None:

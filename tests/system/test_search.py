@@ -1,15 +1,18 @@
 """search: int8 builds that the gate rejects, plans, budgets and memory limits, with real children."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from trial_folder import fill, make_setting
 
 from corewise.candidates import returning
+from corewise.explore import NEAR
 from corewise.journal import Journal
 from corewise.samples import from_python
-from corewise.search import explore, finals, give_back
+from corewise.search import explore, finals, give_back, with_latency_table
 from corewise.trial import Budget, run_trial
-from corewise.values import Build, Objective, Plan
+from corewise.values import Build, Choice, Objective, Plan
 
 SAMPLES = from_python(list(np.random.default_rng(0).standard_normal((200, 6)).astype(np.float32)))
 LAYERED = "corewise.testing.engines:Layered"
@@ -140,13 +143,81 @@ def test_plans_over_the_memory_limit_are_no_choice(setting, tmp_path):
     assert found.state == "ok"
 
 
-def test_the_best_build_races_with_its_two_best_plans(setting, tmp_path, monkeypatch):
+def test_a_build_whose_memory_is_not_known_is_no_choice_under_a_limit(setting, tmp_path):
+    roomy = Objective(goal="throughput", memory_limit_bytes=10**12)
+    fast, slow = explored(
+        setting_with(tmp_path),
+        fake(seconds_per_call=0.01),
+        fake(seconds_per_call=0.1, seconds_per_item=0.001),
+        objective=roomy,
+    )
+    assert fast.best("throughput") is not None
+    assert slow.best("throughput") is None
+    assert slow.measurements[0].rejected.startswith("its memory is not known: its plans were not searched")
+
+
+PICKY = """
+from corewise.engines.fake import Fake
+from corewise.errors import EngineError
+
+class Picky(Fake):
+    def open(self, folder, build, plan):
+        if plan.instances > 1 or plan.batch == 8:
+            raise EngineError(f"no {plan.label} here", "try another")
+        return super().open(folder, build, plan)
+"""
+
+
+def test_plans_that_do_not_run_do_not_end_the_search(setting, tmp_path, monkeypatch):
+    (tmp_path / "picky_engines.py").write_text(PICKY)
+    monkeypatch.syspath_prepend(tmp_path)
+    build = Build(engine="picky_engines:Picky", precision="int8", options=(("seconds_per_call", 0.01),))
+    (found,) = explored(setting_with(tmp_path), build)
+    plans = {one.plan for one in found.measurements}
+    assert {(plan.instances, plan.batch) for plan in plans} >= {(1, 16), (1, 32)}
+    assert not any(plan.instances > 1 or plan.batch == 8 for plan in plans)
+    assert "plans did not run, 1 threads x 2, batch 16: " in found.explored
+    assert "no 1 threads x 2, batch 16 here" in found.explored
+    assert found.state == "ok"
+
+
+def test_the_winners_latency_table_has_the_small_batches(setting, tmp_path):
+    setting = setting_with(tmp_path)
+    build = fake(seconds_per_call=0.02)
+    first = run_trial(build, setting, is_baseline=True)
+    plan = first.measurements[0].plan
+    choice = Choice(
+        winner=build,
+        plan=plan,
+        throughput_per_s=1.0,
+        baseline_throughput_per_s=1.0,
+        speedup=1.0,
+        speedup_low=1.0,
+        speedup_high=1.0,
+        reason="",
+        losers=(),
+        warnings=(),
+    )
+    (found,) = with_latency_table([first], choice, setting)
+    assert sorted(one.plan.batch for one in found.measurements) == [1, 2, 4, 8, 16]
+    spent = replace(setting, budget=Budget(total_s=1e-3))
+    (found,) = with_latency_table([first], choice, spent)
+    assert sorted(one.plan.batch for one in found.measurements) == [1, 16]
+
+
+def test_the_best_build_races_with_its_best_plans(setting, tmp_path, monkeypatch):
     monkeypatch.setattr("corewise.race.WARM_S", 0.05)
     monkeypatch.setattr("corewise.search.ROUNDS", 6)
     setting = setting_with(tmp_path)
     trials = explored(setting, fake(seconds_per_call=0.02), fake(seconds_per_call=0.01, seconds_per_item=0.0005))
-    trials, run = finals(trials, setting, "throughput")
+    trials, run = finals(trials, setting, THROUGHPUT)
     raced = [(rates.build, rates.plan) for rates in run.rates]
     assert len(set(raced)) == len(raced)
+    near = [
+        one
+        for one in trials[1].measurements
+        if one.throughput_per_s > NEAR * trials[1].best("throughput").throughput_per_s
+    ]
+    assert len([build for build, _ in raced if build == trials[1].build]) == min(3, len(near))
     assert raced[0][0] == trials[0].build
     assert {len(rates.per_s) for rates in run.rates} == {6}

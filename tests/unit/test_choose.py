@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from corewise.choose import TIE, choose
 from corewise.stats import ratio_interval
-from corewise.values import Build, Fidelity, Measurement, Objective, Plan, Rates, Trial, from_json, to_json
+from corewise.values import Build, Fidelity, LoadRun, Measurement, Objective, Plan, Rates, Trial, from_json, to_json
 
 EAGER = Build(engine="eager", precision="fp32")
 OV_FP32 = Build(engine="openvino", precision="fp32")
@@ -57,6 +57,58 @@ def chosen(trials, finals, **objective):
 
 def reasons(choice):
     return {loser.build: loser.reason for loser in choice.losers}
+
+
+def load(rate_per_s, in_time_share=1.0):
+    offered = 200
+    in_time = int(offered * in_time_share)
+    return LoadRun(
+        plan=PLAN,
+        rate_per_s=rate_per_s,
+        clients=None,
+        duration_s=5.0,
+        offered=offered,
+        answered=in_time,
+        refused=offered - in_time,
+        failed=0,
+        in_time=in_time,
+        p50_ms=10.0,
+        p99_ms=90.0,
+        refusal_p99_ms=0.1,
+        slo_ms=100.0,
+    )
+
+
+def loaded(build, per_s, *loads):
+    return dataclasses.replace(trial(build, per_s), loads=loads)
+
+
+def test_under_an_slo_the_promised_rate_decides_and_what_each_held_is_told():
+    trials = [
+        loaded(EAGER, 16),
+        loaded(OV_INT8, 80, load(50), load(45)),
+        loaded(ORT_INT8, 100, load(40), load(60, 0.9), load(36)),
+        loaded(OV_BF16, 50, load(30, 0.9)),
+    ]
+    finals = [rates(EAGER, 16), rates(OV_INT8, 80), rates(ORT_INT8, 100), rates(OV_BF16, 50)]
+    choice = chosen(trials, finals, goal="slo", slo_ms=100.0)
+    assert choice.winner == OV_INT8
+    assert choice.promise.rate_per_s == 45
+    assert "holds 45.0 requests/s with p99 <= 100 ms" in choice.reason
+    assert choice.reason.endswith("the baseline was not put under load, so holds no known rate with p99 <= 100 ms")
+    why = reasons(choice)
+    assert why[ORT_INT8].startswith("holds 36.0 requests/s")
+    assert why[OV_BF16] == "holds no rate with p99 <= 100 ms"
+
+
+def test_an_slo_that_was_held_once_is_no_promise_and_is_told():
+    trials = [loaded(EAGER, 16), loaded(OV_INT8, 80, load(50), load(45, 0.9))]
+    choice = chosen(trials, [rates(EAGER, 16), rates(OV_INT8, 80)], goal="slo", slo_ms=100.0)
+    assert choice.promise is None
+    assert "which held 50.0 requests/s once" in choice.warnings[0]
+    trials = [loaded(EAGER, 16), loaded(OV_INT8, 80, load(50, 0.5), load(30, 0.9))]
+    choice = chosen(trials, [rates(EAGER, 16), rates(OV_INT8, 80)], goal="slo", slo_ms=100.0)
+    assert "with 90% of 30.0 requests/s in time" in choice.warnings[0]
 
 
 def test_the_fastest_finalist_wins_and_each_other_trial_has_a_reason():

@@ -44,7 +44,7 @@ def summary(report: Report) -> dict[str, Any]:
 
 
 def _trial(trial: Trial, report: Report) -> dict[str, Any]:
-    choice, build, best = report.choice, trial.build, trial.best(report.objective.goal)
+    choice, build, best = report.choice, trial.build, trial.best(report.objective.goal, report.objective.slo_ms)
     reasons = {loser.build: loser.reason for loser in choice.losers} | {choice.winner: choice.reason}
     return {
         "label": build.label,

@@ -96,6 +96,8 @@ def facts(report: Report) -> Iterator[tuple[str, str]]:
     if fidelity:
         yield "accuracy", _accuracy(fidelity)
         yield "outputs", _closeness(fidelity)
+    if memory := _memory(report):
+        yield "memory", memory
     if report.winner.receipt:
         yield "receipt", receipt(report.winner.receipt)
     yield "goal", _goal(report)
@@ -251,7 +253,8 @@ def _closeness(fidelity: Fidelity) -> str:
 
 
 def _speed(report: Report) -> str:
-    choice, goal, best = report.choice, report.objective.goal, report.winner.best(report.objective.goal)
+    choice, goal = report.choice, report.objective.goal
+    best = report.winner.best(goal, report.objective.slo_ms)
     text = rate(choice.throughput_per_s, goal)
     if not won_by_baseline(report):
         text += f" against {rate(choice.baseline_throughput_per_s, goal)}"
@@ -261,6 +264,20 @@ def _speed(report: Report) -> str:
     if goal == "latency" and best:
         text += f"; in its trial p50 {three_digits(best.p50_ms)} ms, p99 {three_digits(best.p99_ms)} ms"
     return text
+
+
+def _memory(report: Report) -> str:
+    """What the process of the chosen plan needs; empty where that was not measured."""
+    choice = report.choice
+    best = next((one for one in report.winner.measurements if one.plan == choice.plan), None)
+    if best is None or not best.memory_bytes:
+        return ""
+    text = f"{best.memory_bytes / 1e6:.0f} MB for the process that runs it"
+    return (
+        text
+        if choice.plan.instances == 1
+        else f"{text}, {best.memory_per_instance_bytes / 1e6:.1f} MB of them for each instance after the first"
+    )
 
 
 def _promise(load: LoadRun) -> str:

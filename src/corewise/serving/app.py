@@ -46,7 +46,12 @@ class App:
     def __init__(self, models: Models, metrics: Metrics, limits: Limits, tokens: Tokens) -> None:
         self.models, self.metrics = models, metrics
         self._limits, self._bodies = limits, Bodies(limits)
-        routes = [
+        prefixes = ("/v2/models/{name}", "/v2/models/{name}/versions/{version}")
+        # In the order in which they are looked for: what comes most often first.
+        routes = [Route(f"{prefix}/infer", self.infer, methods=["POST"]) for prefix in prefixes]
+        for prefix in prefixes:
+            routes.append(Route(f"{prefix}/classify", self.classify, methods=["POST"]))
+        routes += [
             Route("/", self.page),
             Route("/live.json", self.live_figures),
             Route("/docs", self.docs),
@@ -57,13 +62,11 @@ class App:
             Route("/v2/health/ready", self.ready),
             Route("/v2/models/stats", self.all_statistics),
         ]
-        for prefix in ("/v2/models/{name}", "/v2/models/{name}/versions/{version}"):
+        for prefix in prefixes:
             routes += [
                 Route(prefix, self.model),
                 Route(f"{prefix}/ready", self.model_ready),
                 Route(f"{prefix}/stats", self.model_statistics),
-                Route(f"{prefix}/infer", self.infer, methods=["POST"]),
-                Route(f"{prefix}/classify", self.classify, methods=["POST"]),
             ]
         handlers = {
             CorewiseError: self._told,
@@ -176,8 +179,10 @@ class App:
             started_s = time.monotonic()
             header_s = _timeout_s(request.headers)
             body = await self._bodies.read(request)
-            # Large ones not in the loop, where all others would wait.
-            asked = read(body) if len(body) < LARGE_BYTES else await asyncio.to_thread(read, body)
+            told = _length(request)
+            # What takes long to parse not in the loop, where all others would wait; binary tensors do not.
+            is_large = (len(body) if told is None else told) >= LARGE_BYTES
+            asked = await asyncio.to_thread(read, body) if is_large else read(body)
             given_s = min(header_s, asked.timeout_s or inf)
             timeout_s = self._limits.timeout_s if given_s == inf else given_s
             served, future = self.models.submit(
@@ -271,17 +276,17 @@ class RequestLog:
 
 async def _unless_gone(request: Request, future: "Future[Answer]") -> Answer:
     """The future's answer; where the client goes before, the request gives up its place."""
-    answer = asyncio.ensure_future(asyncio.wrap_future(future))
+    answer = asyncio.wrap_future(future)
     gone = asyncio.ensure_future(_gone(request))
+    gone.add_done_callback(lambda _: answer.cancel())
     try:
-        await asyncio.wait((answer, gone), return_when=asyncio.FIRST_COMPLETED)
-        if not answer.done():
-            raise ClientDisconnect
-        return answer.result()
+        return await answer
+    except asyncio.CancelledError:
+        if gone.done() and not gone.cancelled():
+            raise ClientDisconnect from None
+        raise
     finally:
         gone.cancel()
-        if not answer.done():
-            answer.cancel()
 
 
 async def _gone(request: Request) -> None:

@@ -177,15 +177,18 @@ def _warnings(winner: _Finalist, base: _Finalist, objective: Objective) -> Itera
     if objective.goal == "slo" and winner.trial.promise is None:
         p99_ms = -winner.score("slo")[1]
         most_per_s = max((one.rate_per_s or 0.0 for one in winner.trial.loads if one.held), default=0.0)
-        closest = f"a single call of which takes p99 {p99_ms:.1f} ms"
+        certain, closest = "", f"a single call of which takes p99 {p99_ms:.1f} ms"
         if most_per_s:
-            closest = f"which held {most_per_s:.1f} requests/s once, and not again a little below"
+            certain, closest = (
+                " for certain",
+                f"which held {most_per_s:.1f} requests/s once, and not again a little below",
+            )
         elif winner.trial.loads:
             load = min(winner.trial.loads, key=lambda one: one.rate_per_s or inf)
             share = load.in_time / max(1, load.offered)
             closest = f"with {share:.0%} of {load.rate_per_s or 0.0:.1f} requests/s in time"
-        within = f"p99 <= {objective.slo_ms:g} ms"
-        yield f"nothing meets {within} for certain: the closest is {winner.build.label}, {closest}"
+        within = f"p99 <= {objective.slo_ms:g} ms{certain}"
+        yield f"nothing meets {within}: the closest is {winner.build.label}, {closest}"
     if objective.memory_limit_bytes is not None and winner.trial.best(objective.goal, objective.slo_ms) is None:
         least = min(one.memory_bytes for one in winner.trial.measurements)
         yield (

@@ -21,6 +21,8 @@ from corewise.tuned import Machine, Tuned
 from corewise.values import Build, LoadRun, Measurement, Plan, from_json, to_json
 from corewise.worker import HOLDOUT
 
+pytestmark = pytest.mark.alone
+
 GOLDEN = Path(__file__).parents[1] / "golden" / "schema-1"
 CPU = inspect()
 SAMPLES = from_python(list(np.random.default_rng(0).standard_normal((40, 6)).astype(np.float32)))

@@ -189,7 +189,10 @@ class TestEngines:
         (tmp_path / "onnx.py").touch()
         diagnosis = self.found(tmp_path)
         assert diagnosis.engines[2].available
-        assert diagnosis.engines[3].reason == "needs onnxscript: pip install 'corewise[onnxruntime]'"
+        assert (
+            diagnosis.engines[3].reason
+            == "opens artifacts; to build it needs onnxscript: pip install 'corewise[onnxruntime]'"
+        )
         assert diagnosis.packages["onnx"] == "unknown", "importable, but not installed by an installer"
         assert any("candidates of onnxruntime are skipped" in finding.what for finding in diagnosis.findings)
 

@@ -132,6 +132,14 @@ def test_cores_then_siblings():
     assert thread_plans(cpu) == ((2, 1), (1, 2), (4, 1), (2, 2), (1, 4), (1, 1))
 
 
+@pytest.mark.parametrize(
+    ("cores", "plans"),
+    [(3, ((3, 1), (1, 3), (2, 1), (1, 1))), (7, ((7, 1), (1, 7), (2, 3), (4, 1), (2, 1), (1, 1)))],
+)
+def test_a_number_of_cores_that_does_not_divide_leaves_some_over(cores, plans):
+    assert thread_plans(machine(sockets=1, cores=cores)) == plans
+
+
 def test_nodes_are_kept_apart():
     cpu = machine(sockets=2, cores=4)
     assert assign(cpu, 4, 2) == ((0, 1, 2, 3), (4, 5, 6, 7))
@@ -139,7 +147,7 @@ def test_nodes_are_kept_apart():
     assert assign(cpu, 8, 1) == (tuple(range(8)),)
     # Of three pairs of cores in nodes of three one would lie in both.
     odd = machine(sockets=2, cores=3)
-    assert thread_plans(odd) == ((6, 1), (3, 2), (1, 6), (3, 1), (2, 1), (1, 1))
+    assert thread_plans(odd) == ((6, 1), (3, 2), (1, 6), (4, 1), (3, 1), (2, 1), (1, 1))
 
 
 def test_sixty_four_cores_in_two_nodes_have_few_plans():

@@ -30,8 +30,6 @@ EXPLORED = 3
 PROMISING = 0.7
 """Builds slower than this share of the fastest under the first plan are not searched: other threads and batches change
 the order of builds, and seldom by more (MobileNetV2 as two instances of one thread ran 25 to 35 % faster)."""
-
-
 CALIBRATING = 2.5
 """So many times as long as any other build our quantizer's first one takes (ResNet-50, two cores: 140 s against 50);
 one that is ended for want of time wins nothing."""
@@ -149,7 +147,7 @@ def _no_time(build: Build, before: Sequence[Trial], setting: Setting) -> str:
         return ""
     if setting.budget.ended(setting.shares.trials):
         return f"{setting.budget.spent} before it was tried"
-    first_of_ours = is_ours(build) and not any(is_ours(trial.build) for trial in before)
+    first_of_ours = is_ours(build) and not any(is_ours(trial.build) and trial.build_s > 0 for trial in before)
     if first_of_ours and _any_done(before):
         needed_s = CALIBRATING * max(trial.build_s for trial in before)
         left_s = setting.budget.left_s(setting.shares.last_trial)

@@ -67,6 +67,9 @@ class Load:
     offered: int = 0
     answered: int = 0
     refused: int = 0
+    """At once."""
+    dropped: int = 0
+    """Accepted, and given up when their time was over."""
     failed: int = 0
     wrong: int = 0
     in_time: int = 0
@@ -80,6 +83,7 @@ class Load:
             "offered": self.offered,
             "answered": self.answered,
             "refused": self.refused,
+            "dropped": self.dropped,
             "failed": self.failed,
             "wrong": self.wrong,
             "answered_per_s": self.answered / self.seconds,
@@ -231,6 +235,8 @@ class Wire:
             found = self._read(body, expected.nbytes)
             # Calls of other sizes round differently; another's answer is far away.
             load.wrong += bool(np.linalg.norm(found - expected) > 0.1 * np.linalg.norm(expected))
+        elif status == 503 and b"it waited" in body:
+            load.dropped += 1
         elif status == 503:
             load.refused += 1
             load.refusals_ms.append(took_ms)

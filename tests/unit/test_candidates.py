@@ -37,20 +37,20 @@ def test_the_baseline_is_first_though_no_engine_offers_it():
     assert candidates(CPU, {}, {}) == (BASELINE,)
 
 
-def test_the_fastest_precision_is_first_and_engines_keep_their_order():
+def test_what_needs_no_calibration_is_first_then_the_fastest_precision_and_engines_keep_their_order():
     found = candidates(
         CPU, {}, {"b": Offering("b", "fp32", "bf16", "int8"), "a": Offering("a", "int8-dynamic", "int8")}
     )
     labels = [build.label for build in found]
-    assert labels == ["eager/fp32", "b/int8", "a/int8", "a/int8-dynamic", "b/bf16", "b/fp32"]
+    assert labels == ["eager/fp32", "a/int8-dynamic", "b/bf16", "b/fp32", "b/int8", "a/int8"]
 
 
-def test_what_takes_long_to_build_comes_late_within_its_precision():
+def test_what_takes_long_to_build_comes_late():
     ours = Build(engine="b", precision="int8", options=(("quantizer", "corewise"),))
     slow, fast = Offering("torch-int8", "int8", "int8-dynamic"), Offering("b", "int8")
     fast._builds += (ours,)
     found = candidates(CPU, {}, {"torch-int8": slow, "b": fast})
-    assert found[1:] == (fast._builds[0], ours, *slow._builds)
+    assert found[1:] == (slow._builds[1], fast._builds[0], ours, slow._builds[0])
 
 
 def test_the_baseline_is_there_once_though_eager_offers_it():
@@ -79,6 +79,6 @@ def test_ignored_layers_are_known_to_our_quantizer_only():
     found = candidates(CPU, {"aten.linear.default": 3}, {"onnxruntime": engine("onnxruntime")}, ("head", "layer.*"))
     assert [build.label for build in found] == [
         "eager/fp32",
-        "onnxruntime/int8/ignored=head layer.*/quantizer=corewise",
         "onnxruntime/fp32",
+        "onnxruntime/int8/ignored=head layer.*/quantizer=corewise",
     ]

@@ -35,11 +35,10 @@ from wire import Load, Wire, from_base64, from_raw, post, request  # noqa: E402
 
 from corewise import artifact  # noqa: E402
 from corewise.cpu import inspect  # noqa: E402
-from corewise.values import to_json  # noqa: E402
+from corewise.values import SERVED, to_json  # noqa: E402
 
 CLIENTS = 16
 HALVINGS = 4
-GOOD_SHARE = 0.99
 REQUESTS, LONGEST_S = 200, 40.0
 """A load has at least so many requests, or is so long: a p99 of fewer is chance."""
 START_S = 120.0
@@ -108,7 +107,7 @@ def held(wire: Wire, capacity_per_s: float, seconds: float) -> tuple[float, list
     for _ in range(HALVINGS):
         rate = (low + high) / 2
         found = wire.open(rate, min(LONGEST_S, max(seconds, REQUESTS / rate)))
-        good = not found.wrong and found.in_time >= GOOD_SHARE * found.offered
+        good = not found.wrong and found.in_time >= SERVED * found.offered
         loads.append({"rate_per_s": rate, "good": good, **found.facts()})
         low, high = (rate, high) if good else (low, rate)
     return low, loads

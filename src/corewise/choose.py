@@ -145,6 +145,19 @@ def _held(finalist: _Finalist, objective: Objective) -> str:
     )
 
 
+def _nearest(finalist: _Finalist) -> str:
+    """How near one that promises nothing came to the SLO."""
+    loads = finalist.trial.loads
+    if not loads:
+        return f"is the closest, a single call of which takes p99 {-finalist.score('slo')[1]:.1f} ms"
+    if held := [one.rate_per_s or 0.0 for one in loads if one.held]:
+        return f"held {max(held):.1f} requests/s, and nothing a little below it once more"
+    lowest = min(loads, key=lambda one: one.rate_per_s or inf)
+    return (
+        f"answered {lowest.in_time / max(1, lowest.offered):.0%} of {lowest.rate_per_s or 0.0:.1f} requests/s in time"
+    )
+
+
 def _all_rejected(trials: Sequence[Trial], family: str) -> bool:
     """Whether candidates of a precision (int8 with int8-dynamic) reached the gate and none passed it."""
     members = [trial for trial in trials if trial.build.precision.startswith(family)]
@@ -175,20 +188,7 @@ def _why_not(trial: Trial, finalists: Sequence[_Finalist], winner: _Finalist, ob
 def _warnings(winner: _Finalist, base: _Finalist, objective: Objective) -> Iterator[str]:
     """Doubts about the choice."""
     if objective.goal == "slo" and winner.trial.promise is None:
-        p99_ms = -winner.score("slo")[1]
-        most_per_s = max((one.rate_per_s or 0.0 for one in winner.trial.loads if one.held), default=0.0)
-        certain, closest = "", f"a single call of which takes p99 {p99_ms:.1f} ms"
-        if most_per_s:
-            certain, closest = (
-                " for certain",
-                f"which held {most_per_s:.1f} requests/s once, and not again a little below",
-            )
-        elif winner.trial.loads:
-            load = min(winner.trial.loads, key=lambda one: one.rate_per_s or inf)
-            share = load.in_time / max(1, load.offered)
-            closest = f"with {share:.0%} of {load.rate_per_s or 0.0:.1f} requests/s in time"
-        within = f"p99 <= {objective.slo_ms:g} ms{certain}"
-        yield f"nothing meets {within}: the closest is {winner.build.label}, {closest}"
+        yield f"nothing meets p99 <= {objective.slo_ms:g} ms for certain: {winner.build.label} {_nearest(winner)}"
     if objective.memory_limit_bytes is not None and winner.trial.best(objective.goal, objective.slo_ms) is None:
         least = min(one.memory_bytes for one in winner.trial.measurements)
         yield (

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from math import inf, sqrt
 
 from corewise.batching import Curve
@@ -44,17 +44,13 @@ SHARE = 0.85
 
 @dataclass
 class Contender:
-    """A plan of a build with what is known of the rate that it holds."""
+    """A plan of a build, and the loads that were put on it to find the rate that it holds."""
 
     build: Build
     table: Sequence[Measurement]
     """Of one division of the cores, by rising batch, all within the SLO; the last one's plan is loaded."""
     simulated_per_s: float
-    last: LoadRun | None = None
-    rate_per_s: float = 0.0
-    held_per_s: float = 0.0
-    missed_per_s: float = inf
-    attempts: int = 0
+    loads: list[LoadRun] = field(default_factory=list)
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -63,42 +59,49 @@ class Contender:
         return plan.threads_per_instance, plan.instances
 
     @property
+    def held_per_s(self) -> float:
+        """The highest rate that it held; 0 for none."""
+        return max((_rate(load) for load in self.loads if load.held), default=0.0)
+
+    @property
+    def missed_per_s(self) -> float:
+        """The lowest rate that it did not hold."""
+        return min((_rate(load) for load in self.loads if not load.held), default=inf)
+
+    @property
     def closed(self) -> bool:
         """Whether its highest rate is known well enough."""
-        return self.attempts >= ATTEMPTS or self.missed_per_s <= UP * self.held_per_s
+        return len(self.loads) >= ATTEMPTS or self.missed_per_s <= UP * self.held_per_s
 
     @property
     def next_per_s(self) -> float:
         """The rate to try next."""
-        if self.last is None:
+        if not self.loads:
             return FIRST * self.simulated_per_s
-        if not self.held_per_s:
-            lower = min(DOWN * self.rate_per_s, DONE * self.last.goodput_per_s) or self.rate_per_s / 2
+        last, held_per_s = self.loads[-1], self.held_per_s
+        if not held_per_s:
+            lower = min(DOWN * _rate(last), DONE * last.goodput_per_s) or _rate(last) / 2
             return min(lower, self.simulated_per_s)
         if self.missed_per_s < inf:
-            return self.held_per_s * min(LEAP, sqrt(self.missed_per_s / self.held_per_s))
-        easy = self.last.slo_ms is not None and self.last.p99_ms < self.last.slo_ms / 2
-        return self.held_per_s * (LEAP if easy else UP)
+            return held_per_s * min(LEAP, sqrt(self.missed_per_s / held_per_s))
+        easy = last.slo_ms is not None and last.p99_ms < last.slo_ms / 2
+        return held_per_s * (LEAP if easy else UP)
 
     @property
     def hope_per_s(self) -> float:
         """What it may hold; what it does, where that is known."""
-        if self.last is None:
+        if not self.loads:
             return self.simulated_per_s
         return self.held_per_s if self.closed else max(self.held_per_s, self.next_per_s)
 
-    def learn(self, run: LoadRun) -> None:
-        """Take in what became of a load at ``next_per_s``."""
-        self.rate_per_s, self.last = self.next_per_s, run
-        self.attempts += 1
-        if run.held:
-            self.held_per_s = max(self.held_per_s, self.rate_per_s)
-        else:
-            self.missed_per_s = min(self.missed_per_s, self.rate_per_s)
+
+def _rate(load: LoadRun) -> float:
+    assert load.rate_per_s is not None  # all loads here arrive at a rate
+    return load.rate_per_s
 
 
-Load = Callable[[Contender, float, float], LoadRun]
-"""Puts a rate on a contender, for so many seconds at least. Raises ``CorewiseError``."""
+Load = Callable[[Contender, float, float], LoadRun | None]
+"""Puts a rate on a contender, for so many seconds at least; ``None`` where its build cannot be loaded."""
 
 
 def hold(trials: Sequence[Trial], setting: Setting, journal: Journal, objective: Objective) -> tuple[Trial, ...]:
@@ -118,16 +121,7 @@ def hold(trials: Sequence[Trial], setting: Setting, journal: Journal, objective:
         contenders = [one for trial in group for one in _contenders(trial, slo_ms)]
         with bench:
             climb(contenders, bench.load, lambda table: _simulated(table, slo_ms), setting.budget.ended)
-    found = tuple(
-        replace(
-            trial,
-            loads=(*trial.loads, *bench.loads.get(trial.build, ())),
-            explored=f"{trial.explored}; under load it ended early: {bench.ended[trial.build]}"
-            if trial.build in bench.ended
-            else trial.explored,
-        )
-        for trial in trials
-    )
+    found = tuple(bench.told(trial) for trial in trials)
     for before, after in zip(trials, found, strict=True):
         if after != before:
             if not setting.budget.ended():  # else another run, with more time, loads it again
@@ -149,51 +143,32 @@ def climb(
     division of the cores. ``ended(share)`` is true when that share of the time is spent.
     """
     left = list(contenders)
-    while left and sum(one.attempts for one in contenders) < MOST_LOADS and not ended(SHARE):
+    while left and sum(len(one.loads) for one in contenders) < MOST_LOADS and not ended(SHARE):
         one = max(left, key=lambda contender: contender.hope_per_s)
         if one.closed or one.hope_per_s <= 0:
             break
-        first = one.last is None
-        try:
-            one.learn(load(one, one.next_per_s, LOAD_S))
-        except InputError:
-            raise
-        except CorewiseError:
+        run = load(one, one.next_per_s, LOAD_S)
+        if run is None:
             left = [other for other in left if other.build != one.build]
             continue
-        if first:
-            _slow_down(one, [other for other in left if other.last is None or other is one], simulate)
-    held = [contender for contender in left if contender.held_per_s]
-    if not held:
+        one.loads.append(run)
+        factor = min(SLOWEST, run.p50_ms / one.table[0].p50_ms)
+        if len(one.loads) == 1 and factor > 1:
+            for other in left:
+                if other.shape == one.shape and (other is one or not other.loads):
+                    other.simulated_per_s = simulate([_slower(row, factor) for row in other.table])
+    best = max(left, key=lambda contender: contender.held_per_s, default=None)
+    if best is None or not best.held_per_s:
         return None
-    best = max(held, key=lambda contender: contender.held_per_s)
     rate_per_s = PROMISED * best.held_per_s
     while rate_per_s > PROMISED**6 * best.held_per_s and not ended(1.0):
-        try:
-            run = load(best, rate_per_s, CONFIRM_S)
-            if run.held and run.in_time >= CONFIRMED * run.offered:
-                return best
-        except InputError:
-            raise
-        except CorewiseError:
+        run = load(best, rate_per_s, CONFIRM_S)
+        if run is None:
             return None
+        if run.held and run.in_time >= CONFIRMED * run.offered:
+            return best
         rate_per_s *= PROMISED
     return None
-
-
-def _slow_down(
-    seen: Contender, others: Sequence[Contender], simulate: Callable[[Sequence[Measurement]], float]
-) -> None:
-    """Simulate again those of the same shape with calls as slow as the first load showed."""
-    assert seen.last is not None
-    if not seen.last.answered:
-        return
-    factor = min(SLOWEST, seen.last.p50_ms / seen.table[0].p50_ms)
-    if factor <= 1:
-        return
-    for other in others:
-        if other.shape == seen.shape:
-            other.simulated_per_s = simulate([_slower(one, factor) for one in other.table])
 
 
 def _slower(one: Measurement, factor: float) -> Measurement:
@@ -235,8 +210,8 @@ class _Bench:
         self._setting, self._slo_ms = setting, slo_ms
         self._stack = ExitStack()
         self._open: tuple[Contender, AnyWorker] | None = None
-        self.loads: dict[Build, list[LoadRun]] = {}
-        self.ended: dict[Build, str] = {}
+        self._loads: dict[Build, list[LoadRun]] = {}
+        self._ended: dict[Build, str] = {}
 
     def __enter__(self) -> "_Bench":
         return self
@@ -245,7 +220,13 @@ class _Bench:
         self._open = None
         self._stack.close()
 
-    def load(self, one: Contender, rate_per_s: float, least_s: float) -> LoadRun:
+    def told(self, trial: Trial) -> Trial:
+        """The trial with its loads, and why they ended if that was early."""
+        loads, why = self._loads.get(trial.build, []), self._ended.get(trial.build, "")
+        explored = f"{trial.explored}; under load it ended early: {why}" if why else trial.explored
+        return replace(trial, loads=(*trial.loads, *loads), explored=explored)
+
+    def load(self, one: Contender, rate_per_s: float, least_s: float) -> LoadRun | None:
         """As ``Load``."""
         setting = self._setting
         try:
@@ -261,14 +242,16 @@ class _Bench:
                 duration_s=min(LONGEST_S, max(least_s, REQUESTS / rate_per_s), max(1.0, setting.budget.left_s() / 2)),
                 slo_ms=self._slo_ms,
             )
+        except InputError:
+            raise
         except CorewiseError as error:
             self._open = None
             self._stack.close()
-            self.ended[one.build] = str(error)
-            raise
+            self._ended[one.build] = str(error)
+            return None
         run = from_json(LoadRun, answer["load"])
         setting.tell(TrialStep(one.build, f"{run.rate_per_s:.4g}/s {'held' if run.held else 'missed'}"))
-        self.loads.setdefault(one.build, []).append(run)
+        self._loads.setdefault(one.build, []).append(run)
         return run
 
     def _worker(self, one: Contender) -> AnyWorker:

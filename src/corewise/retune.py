@@ -51,8 +51,10 @@ class Retuned:
     """Items per second in the race, or as measured where there was none; ``None`` where it does not run here."""
     best_per_s: float
     ratio: Ratio | None
-    """The best plan's rate over the old one's, alternating; ``None`` where they are one or the old one does not run."""
+    """The best plan's rate over the old one's, alternating; ``None`` where there was no race."""
     rounds: int
+    tried: int
+    """How many plans were measured."""
     notes: tuple[str, ...]
     wall_s: float
 
@@ -202,11 +204,11 @@ def _find(bench: _Bench, started_s: float, budget_s: float) -> Retuned:
         if not wins and allowed(found, objective) and not allowed(by_plan[old], objective):
             wins = True
             notes.append(f"{old.label} breaks the {_limits(objective)} here, and so does not stay")
-    plan = found.plan if wins else old
+    plan, kept = found.plan if wins else old, []
     if fit.tuned or Machine.of(report.cpu) == Machine.of(bench.cpu):
         # Admission needs the small batches of the plan's shape, which the search visits for the best one only.
         shape = replace(plan, batch=1)
-        measured += [one for one in stored if replace(one.plan, batch=1) == shape and one.plan not in by_plan]
+        kept = [one for one in stored if replace(one.plan, batch=1) == shape and one.plan not in by_plan]
     return Retuned(
         folder=bench.found.folder,
         entry=Tuned(
@@ -214,7 +216,7 @@ def _find(bench: _Bench, started_s: float, budget_s: float) -> Retuned:
             created=datetime.now(UTC).isoformat(timespec="seconds"),
             goal=objective.goal,
             plan=plan,
-            measurements=tuple(measured),
+            measurements=(*measured, *kept),
         ),
         old=old,
         best=found.plan,
@@ -222,6 +224,7 @@ def _find(bench: _Bench, started_s: float, budget_s: float) -> Retuned:
         best_per_s=best_per_s,
         ratio=ratio,
         rounds=rounds,
+        tried=len(measured),
         notes=tuple(notes),
         wall_s=time.monotonic() - started_s,
     )
@@ -240,14 +243,14 @@ def words(found: Retuned) -> list[str]:
         lines.append(f"new plan  {found.best.label:32s} {speed(found.best_per_s)}")
     if found.ratio is not None:
         ratio = f"{found.ratio.value:.2f}x [{found.ratio.low:.2f}, {found.ratio.high:.2f}]"
-        verdict = "the new plan is faster" if found.ratio.low > 1 else "the new plan keeps the limits"
-        verdict = "the old plan is as good and stays" if found.kept else verdict
+        if found.kept:
+            verdict = "the old plan is as good and stays"
+        else:
+            verdict = "the new plan is faster" if found.ratio.low > 1 else "the new plan keeps the limits"
         lines.append(f"{ratio} over {found.rounds} alternating rounds: {verdict}")
     elif found.kept:
         lines.append("no plan that was tried is faster: the old one stays")
-    lines.append(
-        f"{len(found.entry.measurements)} plans measured in {found.wall_s:.0f} s on {found.entry.machine.label}"
-    )
+    lines.append(f"{found.tried} plans measured in {found.wall_s:.0f} s on {found.entry.machine.label}")
     return [*lines, *(f"note: {note}" for note in found.notes)]
 
 

@@ -2,7 +2,7 @@
 
 import shutil
 from collections.abc import Sequence
-from contextlib import ExitStack, nullcontext
+from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from math import inf, sqrt
 from typing import Any
@@ -310,11 +310,12 @@ def with_latency_table(trials: Sequence[Trial], choice: Choice, setting: Setting
     known = {one.plan for one in winner.measurements}
     smaller = (replace(choice.plan, batch=batch) for batch in BATCHES if batch < choice.plan.batch)
     missing = [plan for plan in smaller if plan not in known]
+    if not missing:
+        return tuple(trials)
     found: list[Measurement] = []
     try:
-        with setting.worker(winner.build, share=inf) if missing else nullcontext() as worker:
+        with setting.worker(winner.build, share=inf) as worker:
             for plan in missing[:1] if setting.budget.ended() else missing:
-                assert worker is not None
                 found.append(measured(winner.build, setting, worker, plan, "the latency table"))
     except InputError:
         raise

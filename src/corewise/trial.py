@@ -79,9 +79,9 @@ class Worker:
     def __init__(self, *, cpu: Cpu, log: Path, timeout_s: float, left_s: Callable[[], float] = lambda: inf) -> None:
         """Start a child on all of ``cpu`` that this process may use; what it prints goes to ``log``.
 
-        Each call may last ``timeout_s``, and no longer than what is ``left_s`` then, but always ``LEAST_S``.
         On all, not only what a plan will use: plans pin their instances themselves. Where no plan says how many threads
-        to use, there is one for each usable core.
+        to use, there is one for each usable core. Each call may last ``timeout_s``, and no longer than what is
+        ``left_s`` then, but always ``LEAST_S``.
         """
         self._timeout_s, self._left_s = timeout_s, left_s
         self._log = log

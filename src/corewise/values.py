@@ -20,6 +20,8 @@ Scalar = str | int | float | bool
 Precision = Literal["fp32", "bf16", "int8", "int8-dynamic"]
 State = Literal["ok", "failed", "rejected", "pruned"]
 Goal = Literal["throughput", "latency", "slo"]
+SERVED = 0.99
+"""So many of all requests are answered within an SLO that holds."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -244,7 +246,7 @@ class LoadRun:
 
         Who is refused is not served in time either: a p99 of the answered ones alone could be held by refusing most.
         """
-        wanted = self.offered if self.slo_ms is None else 0.99 * self.offered
+        wanted = self.offered if self.slo_ms is None else SERVED * self.offered
         return self.offered > 0 and self.failed == 0 and self.in_time >= wanted
 
 
@@ -326,11 +328,11 @@ class Trial:
     @property
     def promise(self) -> LoadRun | None:
         """The load that confirmed the rate found: the last one, if it was held, and a higher one before it."""
-        *before, last = self.loads or (None,)
-        if last is None or not last.held:
+        if not self.loads or not self.loads[-1].held:
             return None
-        rate_per_s = last.rate_per_s or 0.0
-        return last if any(one.held and (one.rate_per_s or 0.0) > rate_per_s for one in before if one) else None
+        last = self.loads[-1]
+        higher = (one for one in self.loads if one.held and (one.rate_per_s or 0.0) > (last.rate_per_s or 0.0))
+        return last if any(higher) else None
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -353,7 +353,7 @@ def test_the_rate_that_is_promised_was_held(monkeypatch):
 def test_an_slo_that_nothing_meets_is_told_with_how_close_the_best_came():
     report = slo(0.001)
     assert report.choice.promise is None
-    assert "nothing meets p99 <= 0.001 ms: the closest is " in report.choice.warnings[0]
+    assert "nothing meets p99 <= 0.001 ms for certain: " in report.choice.warnings[0]
     assert all(trial.explored.startswith(("not one call", "its plans")) for trial in report.trials if trial.explored)
 
 

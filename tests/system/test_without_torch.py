@@ -45,6 +45,6 @@ def test_an_artifact_is_served_without_torch(python, tmp_path):
         assert found.status_code == 200, found.text
         answer = np.reshape(found.json()["outputs"][0]["data"], (2, -1))
         np.testing.assert_allclose(answer, outputs[0][:2].reshape(2, -1), atol=5e-3)
-        # One after the other: what a process of the two shares with the other counts half in each.
+        # Proportional: what both processes share counts once.
         assert sum(map(resident_bytes, [server.process.pid, *server.engine_pids()])) < MOST_MEMORY_BYTES
         assert server.stop() == 0

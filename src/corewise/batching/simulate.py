@@ -15,15 +15,13 @@ import numpy as np
 
 from corewise.batching.policy import Curve, Policy, Refused, Request
 from corewise.stats import quantile
-from corewise.values import Measurement
+from corewise.values import SERVED, Measurement
 
 Service = Callable[[int, np.random.Generator], float]
 """Draws the seconds, above 0, of a call of so many rows."""
 
 REQUESTS = 2000
 """The 99th percentile of so many is the 20th slowest one."""
-MISSED = 0.01
-"""So many of the requests may be refused or late."""
 TRICKLE = 1e-3
 """The lowest rate that counts as one, of the capacity."""
 PRECISION = 0.005
@@ -92,7 +90,7 @@ def most_rate(
 
     def holds(rate_per_s: float) -> bool:
         run = _Run(curve, service, instances, max_batch, max_waiting, seed)
-        return run.play(rate_per_s, requests, slo_ms / 1e3, may_miss=MISSED * requests)
+        return run.play(rate_per_s, requests, slo_ms / 1e3, may_miss=(1 - SERVED) * requests)
 
     low = high = most_per_s
     while not holds(low):

@@ -65,7 +65,9 @@ class Inductor:
 
     def unavailable(self, opening: bool = False) -> str:
         """Needs torch and, to build, torchao and the compiler g++."""
-        if (reason := missing(("torch",) if opening else ("torch", "torchao"), "optimize")) or opening:
+        if opening:
+            return missing(("torch",), "optimize")
+        if reason := missing(("torch", "torchao"), "optimize"):
             return reason
         return "" if shutil.which(COMPILER) else f"needs the C++ compiler {COMPILER}: apt-get install {COMPILER}"
 

@@ -42,9 +42,8 @@ def int8(engine: str, cpu: Cpu) -> Build:
 def int8_attention(engine: str, cpu: Cpu, operators: dict[str, int]) -> tuple[Build, ...]:
     """``int8`` with int8 attention too, for models that have one by their ``operators``."""
     names = " ".join(operators)
-    if "scaled_dot_product_attention" not in names and not (
-        "softmax" in names and re.search(r"\b(matmul|bmm)\b", names)
-    ):
+    by_hand = "softmax" in names and re.search(r"\b(matmul|bmm)\b", names)
+    if not by_hand and "scaled_dot_product_attention" not in names:
         return ()
     plain = int8(engine, cpu)
     return (replace(plain, options=(*plain.options, (ATTENTION, True))),)
@@ -73,8 +72,14 @@ def quantized(material: Material, build: Build, target: "Target") -> tuple[Path,
         returned = _order(material, recipe)[: int(build.option(RETURNED, 0))] if build.option(RETURNED, 0) else ()
         ignored = (*str(build.option(IGNORED, "")).split(), *returned)
         path, notes = quantized_program(
-            *(material.program, material.calibration, material.inputs, material.cache),
-            *(recipe, target, ignored, bool(build.option(ATTENTION, False))),
+            material.program,
+            material.calibration,
+            material.inputs,
+            material.cache,
+            recipe,
+            target,
+            ignored,
+            attention=bool(build.option(ATTENTION, False)),
         )
     # What was decided is one line in a report, and the same for all engines.
     decided = "; ".join(note for note in notes if not note.startswith("warning"))

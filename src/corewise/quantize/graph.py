@@ -123,32 +123,35 @@ def split_attention(module: GraphModule) -> dict[str, str | None]:
     """
     operands: dict[str, str | None] = {}
     for node in attentions(module):
-        args = arguments(node)
-        query, key, mask = args["query"], args["key"], args["attn_mask"]
-        scale = args["scale"] or query.meta["val"].shape[-1] ** -0.5
-
-        def call(name: str, target: Any, *given: Any, of: Node = node) -> Node:
-            with module.graph.inserting_before(of):
-                made = module.graph.create_node("call_function", target, given, name=f"{of.name}_{name}")
-            made.meta = {**of.meta, "val": target(*map_arg(given, lambda one: one.meta["val"])), PART_OF: of.name}
-            return made
-
-        keys = call("keys", aten.transpose.int, key, -2, -1)
-        scores = call("scaled", aten.mul.Tensor, call("scores", aten.matmul.default, query, keys), scale)
-        if mask is not None and not is_float(mask):
-            left_out = call("left_out", aten.logical_not.default, mask)
-            # The least number and not -inf, or rows without any place left would be NaN.
-            least = torch.finfo(scores.meta["val"].dtype).min
-            scores = call("masked", aten.masked_fill.Scalar, scores, left_out, least)
-        elif mask is not None:
-            scores = call("masked", aten.add.Tensor, scores, mask)
-        shares = call("shares", aten.softmax.int, scores, -1)
-        mixed = call("mixed", aten.matmul.default, shares, args["value"])
-        operands |= {keys.name: key.name, shares.name: None, mixed.name: node.name}
-        node.replace_all_uses_with(mixed)
-        module.graph.erase_node(node)
+        operands |= _split(module, node)
     module.recompile()
     return operands
+
+
+def _split(module: GraphModule, node: Node) -> dict[str, str | None]:
+    args = arguments(node)
+    query, key, mask = args["query"], args["key"], args["attn_mask"]
+    scale = query.meta["val"].shape[-1] ** -0.5 if args["scale"] is None else args["scale"]
+
+    def call(name: str, target: Any, *given: Any) -> Node:
+        with module.graph.inserting_before(node):
+            made = module.graph.create_node("call_function", target, given, name=f"{node.name}_{name}")
+        made.meta = {**node.meta, "val": target(*map_arg(given, lambda one: one.meta["val"])), PART_OF: node.name}
+        return made
+
+    keys = call("keys", aten.transpose.int, key, -2, -1)
+    scores = call("scaled", aten.mul.Tensor, call("scores", aten.matmul.default, query, keys), scale)
+    if mask is not None and not is_float(mask):
+        left_out = call("left_out", aten.logical_not.default, mask)
+        # The least number and not -inf, or rows without any place left would be NaN.
+        scores = call("masked", aten.masked_fill.Scalar, scores, left_out, torch.finfo(scores.meta["val"].dtype).min)
+    elif mask is not None:
+        scores = call("masked", aten.add.Tensor, scores, mask)
+    shares = call("shares", aten.softmax.int, scores, -1)
+    mixed = call("mixed", aten.matmul.default, shares, args["value"])
+    node.replace_all_uses_with(mixed)
+    module.graph.erase_node(node)
+    return {keys.name: key.name, shares.name: None, mixed.name: node.name}
 
 
 def weight(module: GraphModule, layer: Node) -> Tensor:

@@ -273,11 +273,9 @@ def _memory(report: Report) -> str:
     if best is None or not best.memory_bytes:
         return ""
     text = f"{best.memory_bytes / 1e6:.0f} MB for the process that runs it"
-    return (
-        text
-        if choice.plan.instances == 1
-        else f"{text}, {best.memory_per_instance_bytes / 1e6:.1f} MB of them for each instance after the first"
-    )
+    if choice.plan.instances > 1:
+        text += f", {best.memory_per_instance_bytes / 1e6:.1f} MB of them for each instance after the first"
+    return text
 
 
 def _promise(load: LoadRun) -> str:

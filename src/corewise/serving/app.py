@@ -46,12 +46,7 @@ class App:
     def __init__(self, models: Models, metrics: Metrics, limits: Limits, tokens: Tokens) -> None:
         self.models, self.metrics = models, metrics
         self._limits, self._bodies = limits, Bodies(limits)
-        prefixes = ("/v2/models/{name}", "/v2/models/{name}/versions/{version}")
-        # In the order in which they are looked for: what comes most often first.
-        routes = [Route(f"{prefix}/infer", self.infer, methods=["POST"]) for prefix in prefixes]
-        for prefix in prefixes:
-            routes.append(Route(f"{prefix}/classify", self.classify, methods=["POST"]))
-        routes += [
+        routes = [
             Route("/", self.page),
             Route("/live.json", self.live_figures),
             Route("/docs", self.docs),
@@ -62,11 +57,13 @@ class App:
             Route("/v2/health/ready", self.ready),
             Route("/v2/models/stats", self.all_statistics),
         ]
-        for prefix in prefixes:
+        for prefix in ("/v2/models/{name}", "/v2/models/{name}/versions/{version}"):
             routes += [
                 Route(prefix, self.model),
                 Route(f"{prefix}/ready", self.model_ready),
                 Route(f"{prefix}/stats", self.model_statistics),
+                Route(f"{prefix}/infer", self.infer, methods=["POST"]),
+                Route(f"{prefix}/classify", self.classify, methods=["POST"]),
             ]
         handlers = {
             CorewiseError: self._told,

@@ -27,7 +27,7 @@ from corewise.serving.models import Models
 from corewise.serving.protocol import Limits, ProtocolError
 from corewise.serving.served import Served, Source, Trust
 from corewise.serving.tokens import Tokens
-from corewise.serving.traces import NoTraces, OpenTelemetry
+from corewise.serving.traces import OpenTelemetry, Traces
 
 log = logging.getLogger("corewise.serve")
 
@@ -103,7 +103,7 @@ class _Server:
         self.options, self.tell = options, tell
         start = partial(Served, trust=options.trust, max_waiting=options.max_waiting, shadow=options.shadow)
         self.models = Models(sources, start)
-        self.traces = OpenTelemetry() if options.traces else NoTraces()
+        self.traces = OpenTelemetry() if options.traces else Traces()
         self.metrics = Metrics(self.models, self.traces)
         self.stopping = asyncio.Event()
         self._later: list[asyncio.Future[None]] = []

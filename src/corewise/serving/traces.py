@@ -6,7 +6,6 @@ https://opentelemetry.io/docs/specs/otel/configuration/sdk-environment-variables
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Protocol
 
 from corewise.errors import MissingExtra
 
@@ -16,32 +15,19 @@ Note = Callable[[str, str | float], None]
 """Notes an attribute of the span."""
 
 
-class Traces(Protocol):
-    """Whoever keeps spans."""
-
-    @contextmanager
-    def span(self, name: str, headers: Mapping[str, str]) -> Iterator[Note]:
-        """A span of what the body does, in the trace that the request's ``headers`` name."""
-        ...
-
-    def close(self) -> None:
-        """Send what is left."""
-        ...
-
-
-class NoTraces:
+class Traces:
     """Keeps none."""
 
     @contextmanager
     def span(self, name: str, headers: Mapping[str, str]) -> Iterator[Note]:
-        """Nothing."""
+        """A span of what the body does, in the trace that the request's ``headers`` name."""
         yield lambda attribute, value: None
 
     def close(self) -> None:
-        """Nothing."""
+        """Send what is left."""
 
 
-class OpenTelemetry:
+class OpenTelemetry(Traces):
     """Sends them by OTLP over HTTP in a thread of its own."""
 
     def __init__(self) -> None:

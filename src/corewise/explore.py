@@ -6,7 +6,8 @@ Whoever drives it (``search``) keeps the time, and may end it at any plan: all m
 
 from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass, replace
-from math import inf
+from itertools import combinations
+from math import inf, isfinite
 
 from corewise.values import Goal, Measurement, Plan
 
@@ -18,7 +19,7 @@ NEAR = 0.9
 """A batch or shape that does less than this share of the best is past the top: speed over batch, and over instances,
 rises and falls once but for ripples (caches, padding to the width of vectors)."""
 NEAR_SHAPE, MOST_NEAR = 0.8, 3
-"""So many shapes of at least this share of the best one's speed are tried at its best batch too."""
+"""So many plans of other shapes are tried beside the best one that are expected to do this share of its speed."""
 MOST_AGAIN = 6
 """So many plans are measured twice."""
 
@@ -55,7 +56,7 @@ def strategy(goal: Goal, shapes: Sequence[Shape], *, slo_ms: float | None = None
 
 
 def _throughput(shapes: Sequence[Shape]) -> Strategy:
-    """Every shape at one batch; then, in turns, other batches of the best shape and near shapes at the best batch.
+    """Every shape at one batch; then, in turns, other batches of the best shape and what may be as fast beside it.
 
     Last the fastest ones again, and on from there where another one turns out to be: among many plans the one that was
     measured to be the fastest was partly lucky.
@@ -64,15 +65,13 @@ def _throughput(shapes: Sequence[Shape]) -> Strategy:
     for shape in shapes:
         why = "other threads and instances" if found else "the first look"
         yield from _ask(found, _plan(shape, START_BATCH), why)
-    ranked = _ranked(found)
-    least = NEAR_SHAPE * ranked[0].throughput_per_s
-    near = [_shape(one) for one in ranked if one.throughput_per_s >= least][:MOST_NEAR]
     climbed: set[Shape] = set()
     while (top := _shape(_ranked(found)[0])) not in climbed:
         climbed.add(top)
         yield from _climb(found, top)
-        for plan in _beside(_ranked(found)[0], near):
-            yield from _ask(found, plan, f"these threads and instances were about as fast at batch {START_BATCH}")
+        why = f"by their calls of {START_BATCH}, these threads and instances may be about as fast"
+        for plan in _beside(found, shapes, _ranked(found)[0]):
+            yield from _ask(found, plan, why)
     again: set[Plan] = set()
     while len(again) < MOST_AGAIN:
         best = _ranked(found)
@@ -98,13 +97,41 @@ def _ranked(found: Found) -> list[Measurement]:
     return sorted(found.values(), key=lambda one: (bool(one.rejected), -one.throughput_per_s))
 
 
-def _beside(best: Measurement, near: Sequence[Shape]) -> Iterator[Plan]:
-    """The best plan's batch with the near shapes, and its items in flight, which together must fit into the caches."""
-    batch = best.plan.batch
-    for shape in near:
-        for other in dict.fromkeys((batch, batch * best.plan.instances // shape[1])):
-            if other in BATCHES and (other <= batch or best.p50_ms <= SLOW_CALL_MS):
-                yield _plan(shape, other)
+def _beside(found: Found, shapes: Sequence[Shape], best: Measurement) -> list[Plan]:
+    """Plans of other shapes that may be about as fast as the best one.
+
+    Judged by their calls of START_BATCH items. Of those some part is the same for every batch; it is estimated from all
+    calls of the best plan's shape, at its most. It weighs the more, the faster a shape does the rest: at small batches
+    such a shape looks worse than it is at large ones. Half the batch, or as many items in flight, are tried because the
+    items in flight share the caches.
+    """
+    at_start = {shape: found[_plan(shape, START_BATCH)].p50_ms for shape in shapes}
+    batch, instances = best.plan.batch, best.plan.instances
+    same_shape = (one for one in found.values() if _shape(one) == _shape(best) and isfinite(one.p50_ms))
+    calls_ms = sorted((one.plan.batch, one.p50_ms) for one in same_shape)
+    fixed_ms = max(
+        (
+            (few_ms * many - many_ms * few) / (many - few)
+            for (few, few_ms), (many, many_ms) in combinations(calls_ms, 2)
+        ),
+        default=0.0,
+    )
+
+    def expected_ms(shape: Shape, batch: int) -> float:
+        fixed = min(max(fixed_ms, 0.0), at_start[shape])
+        return fixed + (at_start[shape] - fixed) * batch / START_BATCH
+
+    def expected_per_s(plan: Plan) -> float:
+        return plan.instances * plan.batch * 1e3 / expected_ms((plan.threads_per_instance, plan.instances), plan.batch)
+
+    plans = [
+        _plan(other, items)
+        for other in shapes
+        for items in dict.fromkeys((batch // 2, batch, batch * instances // other[1]))
+        if items in BATCHES and (items <= START_BATCH or expected_ms(other, items // 2) <= SLOW_CALL_MS)
+    ]
+    plans = [plan for plan in plans if plan not in found and expected_per_s(plan) >= NEAR_SHAPE * best.throughput_per_s]
+    return sorted(plans, key=expected_per_s, reverse=True)[:MOST_NEAR]
 
 
 def _climb(found: Found, shape: Shape) -> Generator[Wanted, Measurement, None]:

@@ -3,6 +3,7 @@
 Memory is flat in the number of samples: extremes, means and a histogram of fixed size per value.
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -46,9 +47,11 @@ class Observed:
     def see(self, value: Tensor) -> bool:
         """Take in one batch; returns whether all of it is finite."""
         value = value.float() if value.dim() > 1 else value.float()[:, None]
-        others = [dim for dim in range(value.dim()) if dim != self.axis]
-        lows, highs = value.amin(others), value.amax(others)
-        squares = torch.linalg.vector_norm(value, dim=others).square()
+        # What lies in one piece of memory first: several times as fast as all dimensions at once.
+        rows = value.reshape(math.prod(value.shape[: self.axis]), value.shape[self.axis], -1)
+        lows, highs = rows.aminmax(dim=2)
+        lows, highs = lows.amin(0), highs.amax(0)
+        squares = torch.linalg.vector_norm(rows, dim=2).square().sum(0)
         low, high = float(lows.min()), float(highs.max())
         if not (abs(low) < float("inf") and abs(high) < float("inf")):
             return False

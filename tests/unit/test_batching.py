@@ -24,6 +24,7 @@ from corewise.batching import (
     Refused,
     Request,
 )
+from corewise.batching.policy import RARE, REMEMBERED
 from corewise.errors import InputError
 from corewise.values import Measurement, Plan
 
@@ -227,6 +228,58 @@ def test_a_full_queue_makes_place_for_higher_priority():
     assert made.offer(Request(id=2, deadline_s=9.0), 0.0).reason == "queue full"
     assert ids(made.offer(Request(id=3, deadline_s=9.0, priority=1), 0.0).dropped) == [1]
     assert ids(made.next_batch(0, 0.0)) == [3, 0]
+
+
+def run_calls(made, *took_s):
+    """Single calls, one after the other, that take so long; a row is measured to take an eighth of a second."""
+    for number, seconds in enumerate(took_s):
+        made.offer(Request(id=1000 + number, deadline_s=math.inf), 0.0)
+        made.next_batch(0, 0.0)
+        made.finished(0, seconds)
+
+
+def door_is_open(made):
+    """Whether a second request is let in behind a call of four rows, which ends in time at measured speed only."""
+    made.offer(Request(id=0, deadline_s=math.inf, rows=4), 0.0)
+    made.next_batch(0, 0.0)
+    accepted = made.offer(Request(id=1, deadline_s=0.75), 0.0) == Accepted()
+    made.finished(0)
+    return accepted
+
+
+def test_calls_that_take_longer_than_measured_close_the_door_until_they_no_longer_do():
+    made = policy()
+    run_calls(made, 0.125, 0.0625)
+    assert (made.slowness, door_is_open(copy.deepcopy(made))) == (1.0, True)
+    run_calls(made, *[0.1875] * RARE)
+    assert (made.slowness, door_is_open(copy.deepcopy(made))) == (1.5, False)
+    run_calls(made, *[0.0625] * REMEMBERED)
+    assert (made.slowness, door_is_open(made)) == (1.0, True)
+
+
+def test_one_slow_call_is_chance():
+    made = policy()
+    run_calls(made, 9.0)
+    assert (made.slowness, door_is_open(made)) == (1.0, True)
+
+
+def test_calls_that_failed_or_were_cancelled_tell_nothing():
+    made = policy()
+    for _ in range(REMEMBERED):
+        made.offer(Request(id=1, deadline_s=9.0), 0.0)
+        made.next_batch(0, 0.0)
+        made.finished(0)
+    made.finished(0, 9.0)
+    assert made.slowness == 1.0
+
+
+def test_however_slow_calls_were_an_idle_instance_tries_and_what_waits_is_refused():
+    made = policy()
+    run_calls(made, *[9.0] * REMEMBERED)
+    assert made.offer(Request(id=0, deadline_s=0.25), 0.0) == Accepted()
+    assert made.offer(Request(id=1, deadline_s=0.25), 0.0).reason == "overloaded"
+    assert ids(made.next_batch(0, 0.0)) == [0]
+    assert made.offer(Request(id=2, deadline_s=0.25), 0.0).reason == "overloaded"
 
 
 def test_a_call_that_is_overdue_closes_the_door():

@@ -175,3 +175,19 @@ def test_calls_are_drawn_from_the_nearest_measured_batch():
     assert drawn(16) == {80.0, 160.0}
     with pytest.raises(ValueError, match="latency table"):
         service_of([])
+
+
+@pytest.mark.parametrize("times", [1.0, 1.3, 2.0])
+def test_overload_leaves_most_of_what_slower_calls_can_do(times):
+    """What else runs on the machine makes calls slower than they were measured; most that is let in is in time."""
+    table = curve()
+    able_per_s = capacity_per_s(exactly(table), instances=2, max_batch=16) / times
+    found = run(
+        table,
+        service=lambda rows, rng: times * table.latency_ms(rows) / 1e3 * rng.uniform(0.95, 1.0),
+        instances=2,
+        rate_per_s=3 * able_per_s,
+        slo_ms=600.0,
+        requests=6000,
+    )
+    assert found.goodput_per_s >= 0.9 * able_per_s

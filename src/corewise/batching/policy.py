@@ -4,14 +4,15 @@ The policy knows no threads and no clock: time is an argument, so the search sim
 the server makes. Deadlines say when, priorities say who yields when there is not time for all (RED, robust earliest
 deadline first: Buttazzo and Stankovic 1993). Admission plays the schedule through with the measured latencies: what is
 accepted makes its deadline as long as calls take no longer than measured, nobody cancels, no instance dies and nothing
-of higher priority comes.
+of higher priority comes. Where calls take longer than measured, for something else wants the cores too, the last of
+them say by how much, and admission counts on that.
 """
 
 from bisect import bisect_left, bisect_right, insort
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
-from heapq import heapify, heapreplace
+from heapq import heapify, heapreplace, nlargest
 from itertools import accumulate, count, pairwise
 from math import ceil, inf
 from typing import Literal, NamedTuple, Self
@@ -34,6 +35,9 @@ WORDS: dict[Reason, str] = {
     "displaced": "one of higher priority took its time; try again later",
 }
 """Why a request is not served. ``expired`` and ``displaced`` befall only accepted ones; no instance, draining both."""
+
+REMEMBERED, RARE = 32, 4
+"""Calls that tell how slow calls are now, and the rank from the slowest that does: fewer are taken for chance."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -153,13 +157,19 @@ class Policy:
         self.next_expiry_s = inf
         """``expire`` drops nothing before this time."""
         self._max_batch, self._max_waiting = max_batch, max_waiting
-        self._seconds = [0.0, *(curve.latency_ms(rows) / 1e3 for rows in range(1, max_batch + 1))]
+        self._measured_s = [0.0, *(curve.latency_ms(rows) / 1e3 for rows in range(1, max_batch + 1))]
+        self._seconds = self._measured_s
+        """The same as slow as calls are now."""
+        self._slowness = deque([1.0] * REMEMBERED, REMEMBERED)
+        """How many times as long as measured the last calls took."""
         self._waiting: list[_Place] = []
         self._yields: Counter[int] = Counter()
         """How many of each priority wait: most often all have one, and nobody can be displaced."""
         self._arrivals = count()
         self._end_s: dict[int, float | None] = {}
         """When each instance's call should end; ``None`` while it is idle."""
+        self._rows: dict[int, int] = {}
+        """Of each instance's call."""
         self._plan: _Plan | None = None
         """Of what waits, good until ``_plan_until_s`` or any change; most requests come to the end of the queue."""
         self._plan_until_s = -inf
@@ -169,13 +179,24 @@ class Policy:
         """How many instances there are, idle or busy."""
         return len(self._end_s)
 
-    def finished(self, instance: int) -> None:
-        """An instance's call has ended, or a new instance has come."""
+    @property
+    def slowness(self) -> float:
+        """How many times as long as measured calls are taken to last now, at least 1."""
+        return max(1.0, nlargest(RARE, self._slowness)[-1])
+
+    def finished(self, instance: int, took_s: float | None = None) -> None:
+        """An instance's call has ended, after ``took_s`` if it ran to its end; or a new instance has come."""
+        rows = self._rows.pop(instance, 0)
+        if took_s is not None and rows:
+            self._slowness.append(took_s / self._measured_s[rows])
+            slowness = self.slowness
+            self._seconds = [slowness * seconds for seconds in self._measured_s]
         self._end_s[instance] = self._plan = None
 
     def leave(self, instance: int) -> None:
         """An instance is gone, and whatever it was running with it."""
         del self._end_s[instance]
+        self._rows.pop(instance, None)
         self._plan = None
 
     def offer(self, request: Request, now_s: float) -> Accepted | Refused:
@@ -206,7 +227,7 @@ class Policy:
         insort(self._waiting, place)
         self._yields[place.yields] += 1
         self.waiting_rows += request.rows
-        self.next_expiry_s = min(self.next_expiry_s, request.deadline_s - self._seconds[request.rows])
+        self.next_expiry_s = min(self.next_expiry_s, request.deadline_s - self._measured_s[request.rows])
         return Accepted(dropped=dropped)
 
     def next_batch(self, instance: int, now_s: float) -> Batch:
@@ -222,6 +243,7 @@ class Policy:
         rows = _rows(taken)
         self.waiting_rows -= rows
         self._forget(taken)
+        self._rows[instance] = rows
         end_s = self._end_s[instance] = now_s + self._seconds[rows]
         self._plan = None
         return Batch(requests=tuple(place.request for place in taken), end_s=end_s, dropped=dropped)
@@ -231,12 +253,12 @@ class Policy:
         self._drop([place for place in self._waiting if place.request.id == request_id], "expired")
 
     def expire(self, now_s: float) -> tuple[Dropped, ...]:
-        """Drop what would be late even if it ran alone and now."""
+        """Drop what would be late even if it ran alone and now, as fast as measured."""
         if now_s < self.next_expiry_s:
             return ()
-        late = [place for place in self._waiting if now_s + self._seconds[place.request.rows] > place.deadline_s]
+        late = [place for place in self._waiting if now_s + self._measured_s[place.request.rows] > place.deadline_s]
         dropped = self._drop(late, "expired")
-        starts = (place.deadline_s - self._seconds[place.request.rows] for place in self._waiting)
+        starts = (place.deadline_s - self._measured_s[place.request.rows] for place in self._waiting)
         self.next_expiry_s = min(starts, default=inf)
         return dropped
 
@@ -252,7 +274,7 @@ class Policy:
             return "too large"
         if not self._end_s:
             return "no instance"
-        return "too urgent" if now_s + self._seconds[request.rows] > request.deadline_s else None
+        return "too urgent" if now_s + self._measured_s[request.rows] > request.deadline_s else None
 
     def _fit(self, place: _Place, without: list[_Place], now_s: float) -> tuple[_Place, _Plan] | Refused:
         """The place with its room, and the plan with it, if the places to displace were gone."""
@@ -262,7 +284,8 @@ class Policy:
         gone = {other.arrival for other in without}
         others = [other for other in self._waiting if other.arrival not in gone] if gone else self._waiting
         position = bisect_left(others, place)
-        ahead, idle = 0, max(1, _idle(free_s, now_s))
+        idle_now = _idle(free_s, now_s)
+        ahead, idle = 0, max(1, idle_now)
         for other in reversed(others[:position]):
             if ahead >= self._max_batch * idle:
                 break
@@ -277,7 +300,9 @@ class Policy:
                 self._plan, _ = self._play(_Plan(free_s, others, -inf))
             plan = self._plan._replace(rest=[*self._plan.rest, place])
         plan, late_s = self._play(plan)
-        return (place, plan) if late_s <= 0 else Refused(reason="overloaded", retry_after_s=late_s)
+        # What an idle instance can begin at once may be in time, and tells whether calls are still slow.
+        at_once = not others and idle_now
+        return (place, plan) if late_s <= 0 or at_once else Refused(reason="overloaded", retry_after_s=late_s)
 
     def _play(self, plan: _Plan) -> tuple[_Plan, float]:
         """Go on with a plan, as ``next_batch`` will if nothing else comes; and how late the latest call is."""

@@ -87,6 +87,11 @@ class Batcher:
         return self._policy.waiting_rows
 
     @property
+    def slowness(self) -> float:
+        """How many times as long as measured calls last now, at least 1."""
+        return self._policy.slowness
+
+    @property
     def instances(self) -> int:
         """How many instances live."""
         return self._policy.instances
@@ -167,7 +172,7 @@ class Batcher:
                 run = self._replace(instance)
             else:
                 with self._lock:
-                    self._policy.finished(instance)
+                    self._policy.finished(instance, ran_s if error is None else None)
 
     def _take(self, instance: int) -> list[_Job]:
         """The instance's next call as soon as there is one; empty when there will be none."""

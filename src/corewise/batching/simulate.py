@@ -145,7 +145,8 @@ class _Run:
         self._idle = list(range(instances))
         for instance in self._idle:
             self._policy.finished(instance)
-        self._ends: list[tuple[float, int, tuple[Request, ...]]] = []
+        self._ends: list[tuple[float, int, float, tuple[Request, ...]]] = []
+        """Of calls: when, on which instance, how long they take, and whose they are."""
         self._arrivals_s: list[float] = []
         self._latencies_s: list[float] = []
         self._lost = self._late = 0
@@ -180,12 +181,12 @@ class _Run:
     def _finish(self, until_s: float) -> None:
         """Let all calls end that end by then, and what waits start in their place."""
         while self._ends and self._ends[0][0] <= until_s:
-            now_s, instance, requests = heappop(self._ends)
+            now_s, instance, took_s, requests = heappop(self._ends)
             self._last_s = now_s
             for request in requests:
                 self._latencies_s.append(now_s - self._arrivals_s[request.id])
                 self._late += now_s > request.deadline_s
-            self._policy.finished(instance)
+            self._policy.finished(instance, took_s)
             self._start(instance, now_s)
 
     def _start(self, instance: int, now_s: float) -> None:
@@ -193,6 +194,6 @@ class _Run:
         self._lost += len(batch.dropped)
         if batch.requests:
             seconds = self._service(len(batch.requests), self._calls)
-            heappush(self._ends, (now_s + seconds, instance, batch.requests))
+            heappush(self._ends, (now_s + seconds, instance, seconds, batch.requests))
         else:
             heappush(self._idle, instance)

@@ -107,6 +107,7 @@ class _Gauges(Collector):
         labels = ["model", "version"]
         ready = GaugeMetricFamily("corewise_ready", "Whether the model answers.", labels=labels)
         waiting = GaugeMetricFamily("corewise_queue_rows", "Rows that wait.", labels=labels)
+        slowness = GaugeMetricFamily("corewise_call_slowness", "Calls' time over the measured one.", labels=labels)
         restarts = GaugeMetricFamily("corewise_engine_restarts", "How often its process died.", labels=labels)
         agreement = GaugeMetricFamily("corewise_shadow_agreement", "Answers with fp32's highest score.", labels=labels)
         drift = GaugeMetricFamily("corewise_shadow_sqnr_db", "Answers against fp32's, on a sample.", labels=labels)
@@ -114,9 +115,10 @@ class _Gauges(Collector):
             key = [served.name, served.version]
             ready.add_metric(key, float(served.ready))
             waiting.add_metric(key, served.waiting_rows)
+            slowness.add_metric(key, served.slowness)
             restarts.add_metric(key, served.remote.restarts)
             if served.shadow is not None and served.shadow.compared:
                 drift.add_metric(key, served.shadow.sqnr_db)
                 if served.shadow.agreement is not None:
                     agreement.add_metric(key, served.shadow.agreement)
-        return (ready, waiting, restarts, drift, agreement)
+        return (ready, waiting, slowness, restarts, drift, agreement)

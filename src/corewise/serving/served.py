@@ -270,6 +270,11 @@ class Served:
         """Rows in the queue."""
         return self._batcher.waiting_rows
 
+    @property
+    def slowness(self) -> float:
+        """How many times as long as measured calls last now, at least 1."""
+        return self._batcher.slowness
+
     def submit(self, inputs: Sequence[np.ndarray], *, timeout_s: float = inf, priority: int = 0) -> "Future[Answer]":
         """Queue a request; see ``Batcher.submit``. More rows than the plan's batch run as several calls."""
         started_s = time.monotonic()

@@ -23,6 +23,8 @@ UP, DOWN = 1.1, 0.85
 LEAP = 2.0
 """The next rate is at most so many times the one that was held, however far away the one is that was missed; and that
 much where the p99 was not half of the SLO."""
+ENOUGH = 0.97
+"""A plan's batch is the smallest one that does so much of the most: a larger one only lets others wait for longer."""
 DONE = 0.95
 """Of what was answered in time at a rate that was too high, the most that is tried next."""
 ATTEMPTS, MOST_LOADS = 6, 16
@@ -184,10 +186,17 @@ def _contenders(trial: Trial, slo_ms: float) -> list[Contender]:
     """The trial's tables that hold a rate in simulation."""
     found = []
     for table in tables([one for one in trial.measurements if not one.rejected]).values():
-        within = [one for one in table if one.p99_ms <= slo_ms]
+        within = worthwhile([one for one in table if one.p99_ms <= slo_ms])
         if within and (rate_per_s := _simulated(within, slo_ms)) > 0:
             found.append(Contender(build=trial.build, table=within, simulated_per_s=rate_per_s))
     return found
+
+
+def worthwhile(table: Sequence[Measurement]) -> Sequence[Measurement]:
+    """The table up to the smallest batch that does nearly the most."""
+    enough_per_s = ENOUGH * max((one.throughput_per_s for one in table), default=0.0)
+    last = next((k for k, one in enumerate(table) if one.throughput_per_s >= enough_per_s), 0)
+    return table[: last + 1]
 
 
 def _simulated(table: Sequence[Measurement], slo_ms: float) -> float:

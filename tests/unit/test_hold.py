@@ -2,30 +2,27 @@
 
 import pytest
 
-from corewise.hold import ATTEMPTS, MOST_LOADS, PROMISED, UP, Contender, climb
+from corewise.hold import ATTEMPTS, ENOUGH, MOST_LOADS, PROMISED, UP, Contender, climb, worthwhile
 from corewise.values import Build, LoadRun, Measurement, Plan
 
 SLO_MS = 100.0
 
 
-def table(threads, instances, call_ms=10.0):
-    plan = Plan(threads_per_instance=threads, instances=instances, batch=8)
-    return [
-        Measurement(
-            plan=plan,
-            latencies_ms=(call_ms,),
-            throughput_per_s=8e3 / call_ms,
-            p50_ms=call_ms,
-            p99_ms=1.2 * call_ms,
-            spread=0.0,
-        )
-    ]
+def measurement(threads, instances, call_ms, batch=8):
+    return Measurement(
+        plan=Plan(threads_per_instance=threads, instances=instances, batch=batch),
+        latencies_ms=(call_ms,),
+        throughput_per_s=batch * 1e3 / call_ms,
+        p50_ms=call_ms,
+        p99_ms=1.2 * call_ms,
+        spread=0.0,
+    )
 
 
 def contender(simulated_per_s, *, engine="a", threads=2, instances=1):
     return Contender(
         build=Build(engine=engine, precision="int8"),
-        table=table(threads, instances),
+        table=[measurement(threads, instances, 10.0)],
         simulated_per_s=simulated_per_s,
     )
 
@@ -131,3 +128,16 @@ def test_what_is_left_of_the_time_is_for_the_promise():
     one = contender(50.0)
     assert machine.climb([one], ended=lambda share: share < 1 and len(machine.loads) >= 1) is one
     assert [run.rate_per_s for _, run in machine.loads] == pytest.approx([45.0, 0.9 * 45.0])
+
+
+def batches_of(*per_s):
+    """What is left of a table whose batches 1, 2, 4, ... do so much."""
+    table = [measurement(2, 1, 2**k * 1e3 / rate, batch=2**k) for k, rate in enumerate(per_s)]
+    return [one.plan.batch for one in worthwhile(table)]
+
+
+def test_a_batch_is_no_larger_than_does_nearly_the_most():
+    assert batches_of(100.0, 190.0, 350.0, 600.0) == [1, 2, 4, 8]
+    assert batches_of(90.6, 99.4, 104.3, 101.7, 105.5, 99.3) == [1, 2, 4]
+    assert batches_of(100.0, 100.0 / ENOUGH) == [1]
+    assert worthwhile([]) == []

@@ -85,9 +85,13 @@ class Instances:
 
         When all have ended, raises what the first of those raised that did.
         """
-        futures = [self._submit(number, work, session) for number, session in enumerate(self._sessions)]
+        futures = self.start_each(lambda number, session: work(session))
         wait(futures)
         return [future.result() for future in futures]
+
+    def start_each(self, work: Callable[[int, Session], T]) -> list["Future[T]"]:
+        """Begin ``work`` with each instance's number and session, in its thread; other calls wait until it ends."""
+        return [self._submit(number, work, number, session) for number, session in enumerate(self._sessions)]
 
     def close(self) -> None:
         """Close all, and end their threads."""

@@ -12,7 +12,6 @@ import os
 import signal
 import socket
 import sys
-import threading
 from collections.abc import Sequence
 from contextlib import suppress
 from functools import partial
@@ -162,11 +161,12 @@ def _run(inputs: Sequence[np.ndarray], session: Session) -> None:
     session.run(inputs)
 
 
-def _answer(instances: Instances, number: int, line: Line, slot: Slot) -> None:
-    """The life of an instance's channel: one call after the other."""
+def _answer(channels: Sequence[tuple[Line, Slot]], number: int, session: Session) -> None:
+    """The rest of an instance's life, in its own thread, for one between costs latency: one call after the other."""
+    line, slot = channels[number]
     while (call := line.receive()) is not None:
         try:
-            outputs = instances.run(number, slot.read(call["inputs"]))
+            outputs = session.run(slot.read(call["inputs"]))
             message: dict[str, Any] = {"outputs": slot.write(outputs, call["inputs"])}
         except Exception as error:  # noqa: BLE001 - the request boundary: what an engine raises is the call's answer
             message = {"error": describe(error)}
@@ -188,13 +188,8 @@ def main(handle: int) -> None:
         with suppress(OSError):
             control.send({"error": str(error) if isinstance(error, CorewiseError) else describe(error)})
         return
-    lines = [(Line(socket.socket(fileno=channel)), Slot(memory)) for channel, memory in request["channels"]]
-    threads = [
-        threading.Thread(target=_answer, args=(instances, number, line, slot), daemon=True)
-        for number, (line, slot) in enumerate(lines)
-    ]
-    for thread in threads:
-        thread.start()
+    channels = [(Line(socket.socket(fileno=channel)), Slot(memory)) for channel, memory in request["channels"]]
+    instances.start_each(partial(_answer, channels))
     with suppress(OSError):
         control.send({"ready": True})
         control.receive()  # until it is closed

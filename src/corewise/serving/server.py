@@ -18,10 +18,11 @@ from starlette.applications import Starlette
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
+from starlette.types import ASGIApp, Receive, Scope, Send
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from corewise.errors import CorewiseError, InputError
-from corewise.serving.app import App, RequestLog
+from corewise.serving.app import OPEN_TO_ALL, App, RequestLog
 from corewise.serving.metrics import Metrics
 from corewise.serving.models import Models
 from corewise.serving.protocol import Limits, ProtocolError
@@ -39,15 +40,14 @@ FIRST_BODY_BYTES = 256 * 1024
 KEEP_ALIVE_S = 75
 BACKLOG = 2048
 MOST_CONNECTIONS, MOST_STREAMS = 4096, 1024
-"""Together, and on one gRPC connection; fewer where the process may not have so many open files."""
+"""On each port, and on one gRPC connection; fewer where the process may not have so many open files."""
+HEALTH_CONNECTIONS, HEALTH_S = 16, 2.0
+"""So many more, each so long, for health checks, which a crowd must not keep out."""
 ADMIN_CONNECTIONS = 16
 OTHER_FILES = 128
 """Of the process, beside connections."""
-TOO_MANY = b'{"error": "there are too many connections; try again later"}'
-FULL = (
-    b"HTTP/1.1 503 Service Unavailable\r\ncontent-type: application/json\r\nretry-after: 1\r\nconnection: close\r\n"
-    b"content-length: %d\r\n\r\n%s" % (len(TOO_MANY), TOO_MANY)
-)
+FULL = {"error": "there are too many connections; try again later"}
+FULL_HEADERS = {"retry-after": "1", "connection": "close"}
 LAST_WORDS_S = 2.0
 """For answers that are on their way when all work is done."""
 
@@ -110,7 +110,7 @@ class _Server:
         """What signals began; kept, for the loop itself holds them only weakly."""
 
     async def run(self) -> bool:
-        most = _allowed_connections()
+        most = _allowed_connections(ports=sum(one is not None for one in (self.options.http, self.options.grpc)))
         loop = asyncio.get_running_loop()
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, self._stop)
@@ -122,7 +122,7 @@ class _Server:
             web.append((_Http(_config(RequestLog(app.asgi), self.options, most)), bound["http"]))
         if "admin" in bound:
             web.append((_Http(_config(self._admin(), Options(), ADMIN_CONNECTIONS)), bound["admin"]))
-        rpc, rpc_port = await self._rpc()
+        rpc, rpc_port = await self._rpc(most)
         tasks = [asyncio.ensure_future(made.serve(sockets=[where])) for made, where in web]
         ports = {name: int(where.getsockname()[1]) for name, where in bound.items()}
         self.tell("listening", Listening(http=ports.get("http"), grpc=rpc_port, admin=ports.get("admin")))
@@ -152,7 +152,7 @@ class _Server:
         given = {"http": self.options.http, "admin": self.options.admin}
         return {name: address for name, address in given.items() if address is not None}
 
-    async def _rpc(self) -> tuple[Any, int | None]:
+    async def _rpc(self, most_connections: int) -> tuple[Any, int | None]:
         if self.options.grpc is None:
             return None, None
         import grpc
@@ -167,6 +167,7 @@ class _Server:
                 ("grpc.so_reuseport", 0),
                 ("grpc.max_metadata_size", HEADERS_BYTES),
                 ("grpc.max_concurrent_streams", MOST_STREAMS),
+                ("grpc.max_allowed_incoming_connections", most_connections),
             ]
         )
         service = Service(self.models, self.metrics, self.options.limits, Tokens(self.options.tokens))
@@ -251,7 +252,7 @@ class _Config(uvicorn.Config):
 class _Patient(HttpToolsProtocol):
     """uvicorn's protocol with an end to its patience: with headers that do not come, and that do not end."""
 
-    _refused = False
+    _refused = _crowded = False
     _waiting: asyncio.TimerHandle | None = None
     _header_bytes = 0
     _fed_bytes = 0
@@ -259,12 +260,19 @@ class _Patient(HttpToolsProtocol):
 
     def connection_made(self, transport: Any) -> None:
         super().connection_made(transport)
-        if isinstance(self.config, _Config) and len(self.connections) > self.config.most_connections:
+        assert isinstance(self.config, _Config)
+        over = len(self.connections) - self.config.most_connections
+        if over > HEALTH_CONNECTIONS:
             self._refused = True
-            transport.write(FULL)
+            answer = JSONResponse(FULL, headers=FULL_HEADERS)
+            lines = [b"HTTP/1.1 503 Service Unavailable", *(b"%s: %s" % pair for pair in answer.raw_headers), b""]
+            transport.write(b"\r\n".join((*lines, bytes(answer.body))))
             transport.close()
             return
-        self._wait()
+        if over > 0:
+            self._crowded = True
+            self.app = _only_health(self.app)
+        self._wait(HEALTH_S if self._crowded else HEADERS_S)
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._come()
@@ -286,7 +294,7 @@ class _Patient(HttpToolsProtocol):
 
     def on_message_begin(self) -> None:
         self._header_bytes = 0
-        self._wait()
+        self._wait(HEADERS_S)
         super().on_message_begin()
 
     def on_url(self, url: bytes) -> None:
@@ -300,15 +308,17 @@ class _Patient(HttpToolsProtocol):
     def on_headers_complete(self) -> None:
         self._come()
         super().on_headers_complete()
+        if self._crowded and self.cycle is not None:
+            self.cycle.keep_alive = False
 
     def _count(self, size: int) -> None:
         self._header_bytes += size
         if self._header_bytes > HEADERS_BYTES:
             raise ValueError("the headers are too long")
 
-    def _wait(self) -> None:
+    def _wait(self, seconds: float) -> None:
         if self._waiting is None:
-            self._waiting = self.loop.call_later(HEADERS_S, self.transport.close)
+            self._waiting = self.loop.call_later(seconds, self.transport.close)
 
     def _come(self) -> None:
         if self._waiting is not None:
@@ -316,14 +326,24 @@ class _Patient(HttpToolsProtocol):
             self._waiting = None
 
 
-def _allowed_connections() -> int:
-    """As many as there are open files for, after the soft limit, which is for programs that use select, was raised."""
+def _only_health(app: Any) -> ASGIApp:
+    """The app for a connection too many."""
+
+    async def answer(scope: Scope, receive: Receive, send: Send) -> None:
+        is_health = scope["path"] in OPEN_TO_ALL
+        await (app if is_health else JSONResponse(FULL, 503, FULL_HEADERS))(scope, receive, send)
+
+    return answer
+
+
+def _allowed_connections(ports: int) -> int:
+    """Each port's share of what open files there are, after the soft limit, which is for select, was raised."""
     soft, hard = getrlimit(RLIMIT_NOFILE)
-    wanted = MOST_CONNECTIONS + OTHER_FILES
+    wanted = ports * MOST_CONNECTIONS + OTHER_FILES
     if soft != RLIM_INFINITY and soft < wanted:
         soft = wanted if hard == RLIM_INFINITY else min(hard, wanted)
         setrlimit(RLIMIT_NOFILE, (soft, hard))
-    allowed = MOST_CONNECTIONS if soft == RLIM_INFINITY else min(MOST_CONNECTIONS, soft - OTHER_FILES)
+    allowed = MOST_CONNECTIONS if soft == RLIM_INFINITY else min(MOST_CONNECTIONS, (soft - OTHER_FILES) // ports)
     if allowed < 1:
         raise InputError(f"the process may have {soft} open files only", f"allow {wanted}, e.g. by ulimit -n")
     return allowed

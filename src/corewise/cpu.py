@@ -10,8 +10,9 @@ Formats: proc(5), and in the Linux kernel's documentation ``admin-guide/cputopol
 
 import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import groupby
 from pathlib import Path, PurePosixPath
 from typing import Literal
 
@@ -127,6 +128,12 @@ def parse_cpu_list(text: str) -> tuple[int, ...]:
             first, _, last = part.partition("-")
             cpus.extend(range(int(first), int(last or first) + 1))
     return tuple(cpus)
+
+
+def cpu_list(cpus: Sequence[int]) -> str:
+    """The kernel's list format of rising numbers: ``(0, 1, 2, 8)`` is ``"0-2,8"``."""
+    runs = [[cpu for _, cpu in run] for _, run in groupby(enumerate(cpus), lambda pair: pair[1] - pair[0])]
+    return ",".join(f"{run[0]}-{run[-1]}" if len(run) > 1 else str(run[0]) for run in runs)
 
 
 def parse_cpuinfo(text: str) -> list[dict[str, str]]:

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from corewise.cpu import (
     CgroupMount,
+    cpu_list,
     inspect,
     parse_cgroup,
     parse_cpu_list,
@@ -278,6 +279,13 @@ class TestParsers:
     @given(st.sets(st.integers(0, 1000)))
     def test_cpu_list_of_single_numbers(self, cpus: set[int]) -> None:
         assert parse_cpu_list(",".join(map(str, sorted(cpus)))) == tuple(sorted(cpus))
+
+    @given(st.sets(st.integers(0, 1000)))
+    def test_cpu_list_is_what_it_was_written_of(self, cpus: set[int]) -> None:
+        assert parse_cpu_list(cpu_list(sorted(cpus))) == tuple(sorted(cpus))
+
+    def test_cpus_beside_each_other_are_written_as_a_range(self) -> None:
+        assert cpu_list((0, 1, 2, 8, 10, 11)) == "0-2,8,10-11"
 
     @pytest.mark.parametrize(
         ("text", "cores"),

@@ -120,7 +120,11 @@ def test_dynamic_quantization_leaves_convolutions(name: str, kernels: dict[str, 
     assert (found.layers, found.int8, found.fell_back) == (4, 1, ())
 
 
-@pytest.mark.parametrize(("name", "layers"), [("openvino", 4), ("onnxruntime", 4), ("torch-int8", 2)])
+OPENVINO_TELLS = 2 if "avx512" in cpu.inspect().isa else 4
+"""With AVX-512 both products are in one kernel with the softmax, which does not tell of them."""
+
+
+@pytest.mark.parametrize(("name", "layers"), [("openvino", OPENVINO_TELLS), ("onnxruntime", 4), ("torch-int8", 2)])
 def test_products_of_activations_count_where_they_are_quantized(name: str, layers: int, tmp_path: Path):
     found = receipt(name, "int8", Attention(), TOKENS, tmp_path)
     assert found is not None

@@ -326,7 +326,8 @@ def _receipt(model: Any, runtime: Any) -> Receipt:
 
     Its operations tell by their runtime information what they are and which kernel they got. A kernel's name ends
     with the precision of its activations (``jit_avx2_I8``, ``brgemm_avx2_f32``); ``runtimePrecision`` does not tell,
-    for it is int8 also where only the weights are and an fp32 kernel unpacks them.
+    for it is int8 also where only the weights are and an fp32 kernel unpacks them. With AVX-512 an attention's two
+    products and its softmax are one kernel, which does not tell of the products: they are not counted there.
     """
     quantized = [op.get_friendly_name() for op in model.get_ops() if op.get_type_name() in LAYERS and _reads_int8(op)]
     ran, fell_back = [], []

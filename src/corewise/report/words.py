@@ -7,6 +7,8 @@ from collections.abc import Iterator, Sequence
 from statistics import median
 from typing import NamedTuple
 
+from corewise.cpu import cpu_list
+from corewise.thread_plan import assign
 from corewise.values import Build, Cpu, Fidelity, Goal, LoadRun, Measurement, Rates, Receipt, Report, State, Trial
 
 SPEED_NOTE = "Speed: each trial's own, at its best plan; the finalists then ran in turns."
@@ -89,6 +91,7 @@ def facts(report: Report) -> Iterator[tuple[str, str]]:
     fidelity = report.winner.fidelity
     yield "winner", clean(report.choice.winner.label)
     yield "plan", report.choice.plan.label
+    yield "threads", _threads(report)
     if report.choice.promise:
         yield "promise", f"{_promise(report.choice.promise)}, seen for {duration(report.choice.promise.duration_s)}"
     yield "why", clean(report.choice.reason)
@@ -264,6 +267,18 @@ def _speed(report: Report) -> str:
     if goal == "latency" and best:
         text += f"; in its trial p50 {three_digits(best.p50_ms)} ms, p99 {three_digits(best.p99_ms)} ms"
     return text
+
+
+def _threads(report: Report) -> str:
+    """Where the plan's instances compute, and what is set in their threads."""
+    plan = report.choice.plan
+    if plan.instances == 1:
+        where = "those of the caller, not pinned"
+    else:
+        given = [cpu_list(cpus) for cpus in assign(report.cpu, plan.threads_per_instance, plan.instances)]
+        more = f" and {len(given) - _NAMED} more" if len(given) > _NAMED else ""
+        where = f"an instance each on CPU {', '.join(given[:_NAMED])}{more}" if all(given) else "not pinned"
+    return f"{where}; denormals as zeros, operators one after the other"
 
 
 def _memory(report: Report) -> str:

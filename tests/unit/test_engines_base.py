@@ -134,6 +134,19 @@ def test_onnxruntime_offers_dynamic_int8_for_linear_models(operators: dict[str, 
     assert [build.label for build in builds] == [f"onnxruntime/{one}" for one in (f"int8/{OURS}", *expected)]
 
 
+@pytest.mark.parametrize(
+    ("isa", "operators", "offered"),
+    [("avx512_vnni", LINEARS, True), ("avx2", LINEARS, False), ("avx512_vnni", CONVOLUTIONS, False)],
+)
+def test_openvino_offers_dynamic_int8_for_linear_models_where_the_cpu_multiplies_it(
+    isa: str, operators: dict[str, int], offered: bool
+) -> None:
+    builds = engine("openvino").candidates(cpu_with(isa), operators)
+    dynamic = Build(engine="openvino", precision="int8-dynamic")
+    assert (dynamic in builds) == offered
+    assert engine("openvino").needs(dynamic) == ("int8_dot",)
+
+
 @pytest.mark.parametrize("name", ["openvino", "onnxruntime"])
 def test_full_range_int8_needs_32_bit_sums(name: str) -> None:
     made = engine(name)

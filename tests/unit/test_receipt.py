@@ -1,5 +1,6 @@
 """The int8 receipt: counts of small nets that are exact, on the runtimes themselves."""
 
+import re
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from corewise.values import Build, Plan, Receipt, from_json, to_json
 
 PLAN = Plan(threads_per_instance=1, batch=4)
 IMAGES = np.random.default_rng(0).standard_normal((16, 3, 12, 12)).astype(np.float32)
+WIDE = np.random.default_rng(0).standard_normal((8, 16, 256)).astype(np.float32)
 TOKENS = np.random.default_rng(0).standard_normal((16, 6, 8)).astype(np.float32)
 
 
@@ -46,6 +48,17 @@ class Attention(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         y = self.project(x)
         return self.output((y @ y.transpose(1, 2) / 4).softmax(-1) @ y)
+
+
+class Wide(nn.Module):
+    """Two linears of several groups of columns."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(256, 512), nn.Linear(512, 64)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down(torch.relu(self.up(x)))
 
 
 class OnlyRelu(nn.Module):
@@ -118,6 +131,14 @@ def test_dynamic_quantization_leaves_convolutions(name: str, kernels: dict[str, 
     assert found is not None
     assert dict(found.kernels) == kernels
     assert (found.layers, found.int8, found.fell_back) == (4, 1, ())
+
+
+@pytest.mark.skipif(not cpu.inspect().int8_dot, reason="OpenVINO then unpacks the weights")
+def test_openvinos_dynamic_int8_is_seen_in_what_onednn_logs(tmp_path: Path):
+    found = receipt("openvino", "int8-dynamic", Wide(), WIDE, tmp_path)
+    assert found is not None
+    assert (found.layers, found.int8, found.fell_back) == (2, 2, ())
+    assert all(re.search("vnni|amx", kernel) for kernel, _ in found.kernels)
 
 
 OPENVINO_TELLS = 2 if "avx512" in cpu.inspect().isa else 4

@@ -4,7 +4,7 @@ import importlib
 import importlib.util
 import re
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol, runtime_checkable
@@ -16,6 +16,8 @@ from corewise.samples import Samples
 from corewise.values import Build, Cpu, Plan, Receipt, TensorSpec
 
 BUILD_RUNS = 3
+LINEAR = r"aten\.(linear|addmm|matmul|mm|bmm)\b"
+CONVOLUTION = r"aten\.\w*conv\w*"
 
 ENGINES = {
     "eager": "corewise.engines.eager:Eager",
@@ -46,6 +48,14 @@ class Material:
     def count(self, pattern: str) -> int:
         """How many operators of the program match the regular expression."""
         return sum(n for name, n in self.operators.items() if re.search(pattern, name))
+
+
+def is_mostly_linear(operators: Mapping[str, int]) -> bool:
+    """Whether a program has linear layers, and at least as many as convolutions."""
+    linears, convolutions = (
+        sum(n for name, n in operators.items() if re.search(pattern, name)) for pattern in (LINEAR, CONVOLUTION)
+    )
+    return linears >= max(1, convolutions)
 
 
 class Session(Protocol):

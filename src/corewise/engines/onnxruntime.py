@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from corewise.engines import denormals, qdq
-from corewise.engines.base import Material, Session, missing
+from corewise.engines.base import Material, Session, is_mostly_linear, missing
 from corewise.engines.quiet import quiet
 from corewise.errors import EngineError
 from corewise.samples import Samples
@@ -20,8 +20,6 @@ from corewise.values import Build, Cpu, Plan, Receipt
 MODEL = "model.onnx"
 PROTOBUF_LIMIT_BYTES = 2**31 - 1
 ERRORS_ONLY = 3
-LINEAR = r"aten\.(linear|addmm|matmul|mm|bmm)\b"
-CONVOLUTION = r"aten\.\w*conv\w*"
 INT8_KERNEL = r"QLinearConv|ConvInteger|QLinearMatMul|QGemm|DynamicQuantizeMatMul|MatMulInteger(ToFloat)?|QAttention"
 FLOAT_KERNEL = r"(Nhwc)?(Fused)?Conv(Transpose)?|(Fused|Transpose)?MatMul|(Fused)?Gemm|Attention"
 DEQUANTIZE = "DequantizeLinear"
@@ -48,11 +46,8 @@ class OnnxRuntime:
         int8 = Build(engine="onnxruntime", precision="int8", options=options)
         dynamic = Build(engine="onnxruntime", precision="int8-dynamic", options=options)
         fp32 = Build(engine="onnxruntime", precision="fp32")
-        linears, convolutions = (
-            sum(n for name, n in operators.items() if re.search(pattern, name)) for pattern in (LINEAR, CONVOLUTION)
-        )
         ours = (qdq.int8("onnxruntime", cpu), *qdq.int8_attention("onnxruntime", cpu, operators))
-        return (*ours, int8, *((dynamic,) if linears >= max(1, convolutions) else ()), fp32)
+        return (*ours, int8, *((dynamic,) if is_mostly_linear(operators) else ()), fp32)
 
     def needs(self, build: Build) -> tuple[str, ...]:
         """32-bit sums of int8 products for int8 in full range."""

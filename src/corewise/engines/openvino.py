@@ -33,7 +33,8 @@ REST = "rest"
 DYNAMIC = -1
 GROUP = 128
 """int8-dynamic rounds each row's activations as they come, so many columns by one scale: at 32 columns MiniLM's outputs
-came a little nearer to fp32's (cosine 0.9985, not 0.9973), and it ran at 0.83 of the speed (Zen 4)."""
+came a little nearer to fp32's (cosine 0.9985, not 0.9973), and it ran at 0.83 of the speed (Zen 4). Layers of fewer
+columns stay in floating point."""
 RAN_LINEAR = re.compile(
     r"primitive,exec,cpu,inner_product,(?P<kernel>[^,]+),.*?wei:(?P<weights>\w+).*,(?P<shape>[^,]+),[^,]+"
 )

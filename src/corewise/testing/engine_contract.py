@@ -223,7 +223,9 @@ class EngineContract:
             assert receipt is None
         if receipt is None:
             return
-        assert 0 < receipt.int8 <= receipt.layers - len(receipt.fell_back)
+        # Layers as small as these may be too small to round activations as they come.
+        assert receipt.int8 > 0 or (case.build.precision == "int8-dynamic" and receipt.fell_back)
+        assert receipt.int8 <= receipt.layers - len(receipt.fell_back)
         assert sum(count for _, count in receipt.kernels) == receipt.layers
         assert from_json(Receipt, to_json(receipt)) == receipt
 

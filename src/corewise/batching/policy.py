@@ -156,11 +156,13 @@ class Policy:
         self.waiting_rows = 0
         self.next_expiry_s = inf
         """``expire`` drops nothing before this time."""
+        self.slowness = 1.0
+        """How many times as long as measured calls are taken to last now; never less than 1."""
         self._max_batch, self._max_waiting = max_batch, max_waiting
         self._measured_s = [0.0, *(curve.latency_ms(rows) / 1e3 for rows in range(1, max_batch + 1))]
         self._seconds = self._measured_s
         """The same as slow as calls are now."""
-        self._slowness = deque([1.0] * REMEMBERED, REMEMBERED)
+        self._times = deque([1.0] * REMEMBERED, REMEMBERED)
         """How many times as long as measured the last calls took."""
         self._waiting: list[_Place] = []
         self._yields: Counter[int] = Counter()
@@ -179,18 +181,13 @@ class Policy:
         """How many instances there are, idle or busy."""
         return len(self._end_s)
 
-    @property
-    def slowness(self) -> float:
-        """How many times as long as measured calls are taken to last now, at least 1."""
-        return max(1.0, nlargest(RARE, self._slowness)[-1])
-
     def finished(self, instance: int, took_s: float | None = None) -> None:
         """An instance's call has ended, after ``took_s`` if it ran to its end; or a new instance has come."""
         rows = self._rows.pop(instance, 0)
         if took_s is not None and rows:
-            self._slowness.append(took_s / self._measured_s[rows])
-            slowness = self.slowness
-            self._seconds = [slowness * seconds for seconds in self._measured_s]
+            self._times.append(took_s / self._measured_s[rows])
+            self.slowness = max(1.0, nlargest(RARE, self._times)[-1])
+            self._seconds = [self.slowness * seconds for seconds in self._measured_s]
         self._end_s[instance] = self._plan = None
 
     def leave(self, instance: int) -> None:

@@ -38,11 +38,17 @@ def test_the_baseline_is_first_though_no_engine_offers_it():
 
 
 def test_what_needs_no_calibration_is_first_then_the_fastest_precision_and_engines_keep_their_order():
-    found = candidates(
-        CPU, {}, {"b": Offering("b", "fp32", "bf16", "int8"), "a": Offering("a", "int8-dynamic", "int8")}
-    )
+    offered = {"b": Offering("b", "fp32", "bf16", "int8"), "a": Offering("a", "int8-dynamic", "int8")}
+    found = candidates(replace(CPU, isa=("avx2",)), {}, offered)
     labels = [build.label for build in found]
     assert labels == ["eager/fp32", "a/int8-dynamic", "b/bf16", "b/fp32", "b/int8", "a/int8"]
+
+
+def test_where_the_cpu_multiplies_int8_that_comes_after_one_build_that_is_sure():
+    offered = {"b": Offering("b", "fp32", "bf16", "int8"), "a": Offering("a", "int8-dynamic", "int8")}
+    found = candidates(CPU, {}, offered)
+    labels = [build.label for build in found]
+    assert labels == ["eager/fp32", "a/int8-dynamic", "b/int8", "a/int8", "b/bf16", "b/fp32"]
 
 
 def test_what_takes_long_to_build_comes_late():

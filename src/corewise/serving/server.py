@@ -359,7 +359,8 @@ def _config(app: Any, options: Options, most_connections: int) -> uvicorn.Config
         ws="none",
         lifespan="off",
         log_config=None,
-        log_level="warning",
+        # Warnings are of requests that are none: who sends them must not fill the log. They are answered with 400.
+        log_level="error",
         access_log=False,
         server_header=False,
         proxy_headers=False,

@@ -35,8 +35,7 @@ def candidates(
         ]
     builds.sort(key=lambda one: (_effort(one), PRECISION_ORDER.index(one.precision), one.engine == "torch-int8"))
     if cpu.int8_dot:
-        first, others = builds[:1], builds[1:]
-        builds = [*first, *sorted(others, key=lambda one: _effort(one) != OWN_INT8)]
+        builds[1:] = sorted(builds[1:], key=lambda one: _effort(one) != OWN_INT8)
     return (BASELINE, *builds)
 
 

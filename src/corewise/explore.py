@@ -100,38 +100,34 @@ def _ranked(found: Found) -> list[Measurement]:
 def _beside(found: Found, shapes: Sequence[Shape], best: Measurement) -> list[Plan]:
     """Plans of other shapes that may be about as fast as the best one.
 
-    Judged by their calls of START_BATCH items. Of those some part is the same for every batch; it is estimated from all
-    calls of the best plan's shape, at its most. It weighs the more, the faster a shape does the rest: at small batches
-    such a shape looks worse than it is at large ones. Half the batch, or as many items in flight, are tried because the
-    items in flight share the caches.
+    Judged by their calls of START_BATCH items, of which some part is the same for every batch. That part weighs the
+    more, the faster a shape does the rest: at small batches such a shape looks worse than it is at large ones. Half the
+    batch, or as many items in flight, are tried because the items in flight share the caches.
     """
-    at_start = {shape: found[_plan(shape, START_BATCH)].p50_ms for shape in shapes}
-    batch, instances = best.plan.batch, best.plan.instances
-    same_shape = (one for one in found.values() if _shape(one) == _shape(best) and isfinite(one.p50_ms))
-    calls_ms = sorted((one.plan.batch, one.p50_ms) for one in same_shape)
-    fixed_ms = max(
-        (
-            (few_ms * many - many_ms * few) / (many - few)
-            for (few, few_ms), (many, many_ms) in combinations(calls_ms, 2)
-        ),
-        default=0.0,
+    fixed_ms = _fixed_ms(found, _shape(best))
+    expected_per_s: dict[Plan, float] = {}
+    for shape in shapes:
+        start_ms = found[_plan(shape, START_BATCH)].p50_ms
+        fixed = min(fixed_ms, start_ms)
+        item_ms = (start_ms - fixed) / START_BATCH
+        for batch in (best.plan.batch // 2, best.plan.batch, best.plan.batch * best.plan.instances // shape[1]):
+            plan = _plan(shape, batch)
+            too_slow = batch > START_BATCH and fixed + item_ms * batch / 2 > SLOW_CALL_MS
+            if batch in BATCHES and plan not in found and not too_slow:
+                expected_per_s[plan] = plan.instances * batch * 1e3 / (fixed + item_ms * batch)
+    near = [plan for plan, per_s in expected_per_s.items() if per_s >= NEAR_SHAPE * best.throughput_per_s]
+    return sorted(near, key=lambda plan: -expected_per_s[plan])[:MOST_NEAR]
+
+
+def _fixed_ms(found: Found, shape: Shape) -> float:
+    """What a call of a shape takes whatever its batch: the most by any two of its measured batches."""
+    calls_ms = sorted((one.plan.batch, one.p50_ms) for one in found.values() if _shape(one) == shape)
+    estimates = (
+        (few_ms * many - many_ms * few) / (many - few)
+        for (few, few_ms), (many, many_ms) in combinations(calls_ms, 2)
+        if isfinite(many_ms) and isfinite(few_ms)
     )
-
-    def expected_ms(shape: Shape, batch: int) -> float:
-        fixed = min(max(fixed_ms, 0.0), at_start[shape])
-        return fixed + (at_start[shape] - fixed) * batch / START_BATCH
-
-    def expected_per_s(plan: Plan) -> float:
-        return plan.instances * plan.batch * 1e3 / expected_ms((plan.threads_per_instance, plan.instances), plan.batch)
-
-    plans = [
-        _plan(other, items)
-        for other in shapes
-        for items in dict.fromkeys((batch // 2, batch, batch * instances // other[1]))
-        if items in BATCHES and (items <= START_BATCH or expected_ms(other, items // 2) <= SLOW_CALL_MS)
-    ]
-    plans = [plan for plan in plans if plan not in found and expected_per_s(plan) >= NEAR_SHAPE * best.throughput_per_s]
-    return sorted(plans, key=expected_per_s, reverse=True)[:MOST_NEAR]
+    return max(0.0, max(estimates, default=0.0))
 
 
 def _climb(found: Found, shape: Shape) -> Generator[Wanted, Measurement, None]:

@@ -47,15 +47,17 @@ class Material:
 
     def count(self, pattern: str) -> int:
         """How many operators of the program match the regular expression."""
-        return sum(n for name, n in self.operators.items() if re.search(pattern, name))
+        return count(self.operators, pattern)
+
+
+def count(operators: Mapping[str, int], pattern: str) -> int:
+    """How many of the operators, each named with its number, match the regular expression."""
+    return sum(n for name, n in operators.items() if re.search(pattern, name))
 
 
 def is_mostly_linear(operators: Mapping[str, int]) -> bool:
     """Whether a program has linear layers, and at least as many as convolutions."""
-    linears, convolutions = (
-        sum(n for name, n in operators.items() if re.search(pattern, name)) for pattern in (LINEAR, CONVOLUTION)
-    )
-    return linears >= max(1, convolutions)
+    return count(operators, LINEAR) >= max(1, count(operators, CONVOLUTION))
 
 
 class Session(Protocol):

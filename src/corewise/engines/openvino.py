@@ -390,9 +390,12 @@ def _logged(folder: Path, build: Build, plan: Plan, inputs: Sequence[np.ndarray]
         about = [json.dumps(to_json(one)) for one in (build, plan)]
         # oneDNN reads the variable when it is loaded.
         command = ["env", "ONEDNN_VERBOSE=1", sys.executable, "-c", code, str(folder), str(given), *about]
-        log = subprocess.run(command, check=False, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True).stdout
+        child = subprocess.run(command, check=False, capture_output=True, text=True)
+    if child.returncode:
+        last = child.stderr.strip().rpartition("\n")[2]
+        raise EngineError(f"the process that logs OpenVINO's kernels ended with {child.returncode}: {last}")
     ran, fell_back = [], []
-    for line in RAN_LINEAR.finditer(log):
+    for line in RAN_LINEAR.finditer(child.stdout):
         compressed = line["weights"] in ("u8", "s8")
         int8 = compressed and re.search("vnni|amx", line["kernel"]) is not None
         ran.append((f"inner_product/{line['kernel']}", int8))

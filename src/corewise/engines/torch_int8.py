@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from corewise.engines.base import Material, Session, fastest_s, missing
+from corewise.engines.base import CONVOLUTION, Material, Session, count, fastest_s, missing
 from corewise.engines.quiet import quiet
 from corewise.errors import EngineError
 from corewise.imports import guard
@@ -30,7 +30,6 @@ WRONG_DB = 10.0
 """A backend so much further from fp32 than another one computes something else: with AVX-512 oneDNN's transposed
 convolutions gave -0.7 dB where the others gave over 20 (torch 2.13)."""
 LINEAR = r"aten\.(linear|addmm|mm)\b"
-CONVOLUTION = r"aten\.\w*conv\w*"
 INT8_KERNEL = r"quantized::(conv|linear)"
 FLOAT_KERNEL = r"aten::(_?conv|linear$|addmm$|mm$|matmul$|bmm$)"
 
@@ -54,9 +53,7 @@ class TorchInt8:
         options = (("reduce_range", True),) if reduce else ()
         int8 = Build(engine="torch-int8", precision="int8", options=options)
         dynamic = Build(engine="torch-int8", precision="int8-dynamic")
-        linears, convolutions = (
-            sum(n for name, n in operators.items() if re.search(pattern, name)) for pattern in (LINEAR, CONVOLUTION)
-        )
+        linears, convolutions = count(operators, LINEAR), count(operators, CONVOLUTION)
         if not linears + convolutions:
             return ()
         return (int8, dynamic) if linears >= convolutions else (int8,)

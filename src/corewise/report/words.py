@@ -272,12 +272,16 @@ def _speed(report: Report) -> str:
 def _threads(report: Report) -> str:
     """Where the plan's instances compute, and what is set in their threads."""
     plan = report.choice.plan
-    if plan.instances == 1:
-        where = "those of the caller, not pinned"
+    given = [cpu_list(cpus) for cpus in assign(report.cpu, plan.threads_per_instance, plan.instances)]
+    if not all(given):
+        where = "not pinned"
+    elif report.choice.winner.engine == "openvino":
+        where = "pinned by OpenVINO"
+    elif plan.instances == 1:
+        where = f"pinned to CPU {given[0]}"
     else:
-        given = [cpu_list(cpus) for cpus in assign(report.cpu, plan.threads_per_instance, plan.instances)]
         more = f" and {len(given) - _NAMED} more" if len(given) > _NAMED else ""
-        where = f"an instance each on CPU {', '.join(given[:_NAMED])}{more}" if all(given) else "not pinned"
+        where = f"an instance each on CPU {', '.join(given[:_NAMED])}{more}"
     return f"{where}; denormals as zeros, operators one after the other"
 
 

@@ -46,8 +46,18 @@ HEALTH_CONNECTIONS, HEALTH_S = 16, 2.0
 ADMIN_CONNECTIONS = 16
 OTHER_FILES = 128
 """Of the process, beside connections."""
-FULL = {"error": "there are too many connections; try again later"}
-FULL_HEADERS = {"retry-after": "1", "connection": "close"}
+FULL = JSONResponse(
+    {"error": "there are too many connections; try again later"}, 503, {"retry-after": "1", "connection": "close"}
+)
+FULL_BYTES = b"\r\n".join(
+    (
+        b"HTTP/1.1 503 Service Unavailable",
+        *(b"%s: %s" % header for header in FULL.raw_headers),
+        b"",
+        bytes(FULL.body),
+    )
+)
+"""As it goes over the wire, for who connects in a flood: uvicorn reads no request of it."""
 LAST_WORDS_S = 2.0
 """For answers that are on their way when all work is done."""
 
@@ -264,9 +274,7 @@ class _Patient(HttpToolsProtocol):
         over = len(self.connections) - self.config.most_connections
         if over > HEALTH_CONNECTIONS:
             self._refused = True
-            answer = JSONResponse(FULL, headers=FULL_HEADERS)
-            lines = [b"HTTP/1.1 503 Service Unavailable", *(b"%s: %s" % pair for pair in answer.raw_headers), b""]
-            transport.write(b"\r\n".join((*lines, bytes(answer.body))))
+            transport.write(FULL_BYTES)
             transport.close()
             return
         if over > 0:
@@ -331,7 +339,7 @@ def _only_health(app: Any) -> ASGIApp:
 
     async def answer(scope: Scope, receive: Receive, send: Send) -> None:
         is_health = scope["path"] in OPEN_TO_ALL
-        await (app if is_health else JSONResponse(FULL, 503, FULL_HEADERS))(scope, receive, send)
+        await (app if is_health else FULL)(scope, receive, send)
 
     return answer
 

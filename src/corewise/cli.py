@@ -162,6 +162,7 @@ def optimize(
     from corewise.samples import read
 
     artifact.check_output(output)
+    _compute_on_usable_cores()
     wanted = _preprocess(resize, crop, mean, std, interpolation)
     names = None if labels is None else arguments.lines(labels)
     if tokenizer is not None and not tokenizer.is_file():
@@ -230,6 +231,7 @@ def explain(
     from corewise.report.terminal import Progress
     from corewise.samples import read
 
+    _compute_on_usable_cores()
     wanted = _preprocess(resize, crop, mean, std, interpolation)
     if plot is not None and (plot.is_dir() or not plot.parent.is_dir()):
         why = "it is a folder" if plot.is_dir() else f"there is no folder {plot.parent}"
@@ -496,6 +498,13 @@ def _resumable(work: Path) -> Iterator[None]:
         if work.is_dir():
             sys.stderr.write(f"corewise: finished trials are kept in {work}; the same command resumes\n")
         raise
+
+
+def _compute_on_usable_cores() -> None:
+    """Have torch, which is imported later, start no more threads: it does not know of a cgroup's quota."""
+    from corewise.cpu import inspect
+
+    os.environ.setdefault("OMP_NUM_THREADS", str(inspect().usable_cores))
 
 
 def _preprocess(resize: int, crop: int, mean: str, std: str, interpolation: Any) -> "Preprocess":

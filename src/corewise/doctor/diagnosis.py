@@ -263,7 +263,9 @@ def _limit_findings(cpu: Cpu) -> Iterator[Finding]:
             severity="warning",
             what=f"the cgroup allows {cpu.quota_cores:g} of {allowed} cores: thread pools sized to the machine are"
             f" stopped most of the time; corewise uses {cpu.usable_cores}",
-            fix="give the container a whole number of cores (docker --cpus, Kubernetes limits.cpu)",
+            fix=f"start other programs with OMP_NUM_THREADS={cpu.usable_cores}"
+            if cpu.quota_cores.is_integer()
+            else "give the container a whole number of cores (docker --cpus, Kubernetes limits.cpu)",
         )
     if cpu.cpus and len(cpu.affinity) < len(cpu.cpus):
         yield Finding(

@@ -123,7 +123,7 @@ def _usable(diagnosis: Diagnosis) -> str:
     why = {
         "machine": "all of them",
         "affinity": f"affinity or cpuset allows {_count(len(cpu.affinity), 'hardware thread')}",
-        "quota": f"the cgroup's quota of {cpu.quota_cores or 0:g} cores decides",
+        "quota": f"the cgroup's quota of {cpu.quota_cores or 0:g} core{'' if cpu.quota_cores == 1 else 's'} decides",
     }
     return f"{_count(diagnosis.usable_cores, 'core')}: {why[diagnosis.limited_by]}"
 

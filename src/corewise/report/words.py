@@ -8,7 +8,7 @@ from statistics import median
 from typing import NamedTuple
 
 from corewise.cpu import cpu_list
-from corewise.thread_plan import assign
+from corewise.thread_plan import assign, limited_by_quota
 from corewise.values import Build, Cpu, Fidelity, Goal, LoadRun, Measurement, Rates, Receipt, Report, State, Trial
 
 SPEED_NOTE = "Speed: each trial's own, at its best plan; the finalists then ran in turns."
@@ -273,7 +273,7 @@ def _threads(report: Report) -> str:
     """Where the plan's instances compute, and what is set in their threads."""
     plan = report.choice.plan
     given = [cpu_list(cpus) for cpus in assign(report.cpu, plan.threads_per_instance, plan.instances)]
-    if not all(given):
+    if limited_by_quota(report.cpu) or not all(given):
         where = "not pinned"
     elif report.choice.winner.engine == "openvino":
         where = "pinned by OpenVINO"

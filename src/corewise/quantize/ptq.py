@@ -42,11 +42,11 @@ from corewise.source import load_program, save_program
 from corewise.values import TensorSpec, from_json, to_json
 
 CALIBRATION_BATCH = 8
-REOBSERVED = 32
+REOBSERVED = 64
 """Calibration samples that ranges are taken from anew after a correction moved channels; the first time it is all."""
 JUDGED = 16
 """Calibration samples, the last ones, that corrections do not learn from: they judge them. At most a quarter."""
-ROUNDING_SAMPLES = 32
+ROUNDING_SAMPLES = 48
 BIAS_SAMPLES = 48
 WORTH_DB = 0.1
 SMOOTHING_WORTH_DB = 1.0

@@ -21,7 +21,7 @@ from corewise.quantize.placement import Placement
 from corewise.quantize.simulate import Batch, Simulation
 
 DAMPING = 0.01
-ROWS_PER_COLUMN = 3
+ROWS_PER_COLUMN = 4
 FEWEST_ROWS = 2048
 BLOCK = 128
 WIDEST = 6144

@@ -42,11 +42,11 @@ from corewise.source import load_program, save_program
 from corewise.values import TensorSpec, from_json, to_json
 
 CALIBRATION_BATCH = 8
-REOBSERVED = 64
-"""Calibration samples that ranges are taken from anew after a correction moved channels; the first time it is all."""
+TRIED = 32
+"""Calibration samples that tell whether a correction that moves channels pays; if it does, ranges come from all."""
 JUDGED = 16
 """Calibration samples, the last ones, that corrections do not learn from: they judge them. At most a quarter."""
-ROUNDING_SAMPLES = 48
+ROUNDING_SAMPLES = 32
 BIAS_SAMPLES = 48
 WORTH_DB = 0.1
 SMOOTHING_WORTH_DB = 1.0
@@ -290,23 +290,25 @@ def _quantize(module: GraphModule, calibration: Samples, recipe: Recipe) -> Quan
     search = _Search(reference, calibration, recipe)
     attempts = search.attempts(module, calibration)
     best = attempts[0]
-    again = calibration.take(range(min(REOBSERVED, len(calibration))))
+    few = calibration.take(range(min(TRIED, len(calibration))))
     notes = [*doubts, *_doubts(module, best.observed), f"{best.sqnr_db:.1f} dB without corrections"]
     smoothed: tuple[str, ...] = ()
     if "equalize" in recipe.corrections:
         changed = copy.deepcopy(best.plain)
         if corrections.equalize(changed, best.placement, best.observed, recipe.weight_bits):
-            tried = search.attempts(changed, again)
+            tried = search.attempts(changed, few)
             notes.append(_told("channel equalization", best, tried[0]))
-            attempts = tried if _is_better(tried[0], best) else attempts
-            best = attempts[0]
+            if _is_better(tried[0], best):
+                attempts = search.attempts(changed, calibration)
+                best = attempts[0]
     if "smooth" in recipe.corrections:
         changed = copy.deepcopy(best.plain)
         if names := corrections.smooth(changed, best.placement, best.observed, recipe.weight_bits):
-            tried = search.attempts(changed, again)
+            tried = search.attempts(changed, few)
             notes.append(_told(f"SmoothQuant on {len(names)} values", best, tried[0], SMOOTHING_WORTH_DB))
             if _is_better(tried[0], best, SMOOTHING_WORTH_DB):
-                attempts, best, smoothed = tried, tried[0], names
+                attempts, smoothed = search.attempts(changed, calibration), names
+                best = attempts[0]
     best = search.refined([attempt for attempt in attempts if attempt.sqnr_db > best.sqnr_db - CLOSE_DB])
     return Quantized(
         module=best.module,

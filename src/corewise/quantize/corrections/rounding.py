@@ -24,6 +24,8 @@ DAMPING = 0.01
 ROWS_PER_COLUMN = 4
 FEWEST_ROWS = 2048
 BLOCK = 128
+WIDE = 512
+"""Columns of a matrix that is symmetric or triangular which are computed at once; by blocks half the work is left."""
 WIDEST = 6144
 """Columns of the widest layer that GPTQ rounds: its moments are as many squared. ResNet-50's has 4,608."""
 
@@ -51,7 +53,7 @@ def round_weights(
         if node.name in wanted and node.target not in TRANSPOSED and weight(module, node)[0].numel() <= WIDEST:
             rounded = simulation.read(node, node.args[0], args[0])
             rows = _rows(node, rounded, weight(module, node), generator, len(batches))
-            moments[node.name] = moments.get(node.name, torch.zeros(())) + rows.transpose(-1, -2) @ rows
+            _add_moments(moments, node.name, rows)
         return simulation.step(node, args, kwargs)
 
     with torch.no_grad():
@@ -64,7 +66,8 @@ def round_weights(
                 own = weight(module, node)
                 scales[node.name] = weight_scales(own, axis, bits)
                 if node.name in moments:
-                    own.copy_(_rounded(own, scales[node.name], moments.pop(node.name), bits))
+                    upper = moments.pop(node.name)
+                    own.copy_(_rounded(own, scales[node.name], upper.triu() + upper.triu(1).mT, bits))
     return scales
 
 
@@ -111,6 +114,16 @@ def _rows(layer: Node, value: Tensor, own: Tensor, generator: torch.Generator, b
     groups = group_count(layer)
     picked = picked.reshape(len(some), groups, columns)
     return picked.transpose(0, 1) if groups > 1 else picked[:, 0]
+
+
+def _add_moments(moments: dict[str, Tensor], name: str, rows: Tensor) -> None:
+    """Add the products of the columns of (..., positions, inputs) with each other: the upper half, block by block."""
+    columns = rows.shape[-1]
+    if name not in moments:
+        moments[name] = rows.new_zeros(*rows.shape[:-2], columns, columns)
+    for start in range(0, columns, WIDE):
+        some = rows[..., start : start + WIDE].transpose(-1, -2)
+        moments[name][..., start : start + WIDE, start:] += some @ rows[..., start:]
 
 
 def _some(count: int, wanted: int, generator: torch.Generator) -> Tensor:
@@ -163,6 +176,20 @@ def _inverse_factor(moments: Tensor) -> Tensor | None:
     lower, failed = torch.linalg.cholesky_ex(moments.flip(-1, -2))
     if int(failed.max()):
         return None
-    identity = torch.eye(moments.shape[-1], dtype=moments.dtype).expand_as(moments)
-    inverse = torch.linalg.solve_triangular(lower, identity, upper=False).flip(-1, -2)
+    inverse = _inverse_of_lower(lower).flip(-1, -2)
     return inverse if bool(inverse.isfinite().all()) else None
+
+
+def _inverse_of_lower(lower: Tensor) -> Tensor:
+    """The inverse of lower triangular matrices, by halves: a third of the time of solving for all columns at once."""
+    columns = lower.shape[-1]
+    if columns <= WIDE:
+        identity = torch.eye(columns, dtype=lower.dtype).expand_as(lower)
+        solved: Tensor = torch.linalg.solve_triangular(lower, identity, upper=False)
+        return solved
+    half = columns // 2
+    first, last = _inverse_of_lower(lower[..., :half, :half]), _inverse_of_lower(lower[..., half:, half:])
+    inverse = torch.zeros_like(lower)
+    inverse[..., :half, :half], inverse[..., half:, half:] = first, last
+    inverse[..., half:, :half] = -last @ (lower[..., half:, :half] @ first)
+    return inverse

@@ -25,6 +25,7 @@ MOST_AGAIN = 6
 
 MOST_LATENCIES = 200
 """Of a measurement."""
+NONE_FITS = "no plan that was tried may be chosen"
 NOT_SEARCHED = "its plans were not searched"
 """How a trial's ``explored`` begins where only the first plan was measured."""
 
@@ -75,7 +76,8 @@ def _throughput(shapes: Sequence[Shape]) -> Strategy:
     again: set[Plan] = set()
     while len(again) < MOST_AGAIN:
         best = _ranked(found)
-        rivals = [one.plan for one in best[:MOST_NEAR] if one.throughput_per_s >= NEAR * best[0].throughput_per_s]
+        near_per_s = NEAR * best[0].throughput_per_s
+        rivals = [one.plan for one in best[:MOST_NEAR] if not one.rejected and one.throughput_per_s >= near_per_s]
         if not set(rivals) - again:
             break
         for plan in rivals:
@@ -84,6 +86,8 @@ def _throughput(shapes: Sequence[Shape]) -> Strategy:
                 yield from _ask(found, plan, "again", anew=True)
         yield from _climb(found, _shape(_ranked(found)[0]))
     fastest = _ranked(found)[0]
+    if fastest.rejected:
+        return NONE_FITS
     return f"{fastest.plan.label} is the fastest of what was tried: {fastest.throughput_per_s:.4g}/s"
 
 
@@ -155,7 +159,10 @@ def _latency(shapes: Sequence[Shape]) -> Strategy:
     for threads in dict.fromkeys(threads for threads, instances in shapes if instances == 1):
         why = "other numbers of threads" if measured else "the first look"
         measured.append((yield Wanted(Plan(threads_per_instance=threads, batch=1), why)))
-    best = min(measured, key=lambda m: m.p50_ms)
+    able = [one for one in measured if not one.rejected]
+    if not able:
+        return NONE_FITS
+    best = min(able, key=lambda m: m.p50_ms)
     return f"{best.plan.label} is the fastest of what was tried: {best.p50_ms:.4g} ms"
 
 
@@ -165,13 +172,13 @@ def _curves(shapes: Sequence[Shape], slo_ms: float) -> Strategy:
     for shape in shapes:
         for batch in BATCHES:
             one = yield Wanted(_plan(shape, batch), "the latency table for the SLO")
-            if one.p99_ms <= slo_ms:
+            if one.p99_ms <= slo_ms and not one.rejected:
                 within.append(one)
             if one.p50_ms > min(slo_ms, SLOW_CALL_MS):  # not by its p99, which one slow call makes
                 break
     if not within:
-        return f"not one call is within {slo_ms:g} ms"
-    best = max(within, key=_per_s)
+        return f"no plan that may be chosen has a call within {slo_ms:g} ms"
+    best = max(within, key=lambda m: m.throughput_per_s)
     return f"{best.plan.label} does most within {slo_ms:g} ms a call: {best.throughput_per_s:.4g}/s"
 
 
@@ -226,7 +233,7 @@ def pooled(first: Measurement, second: Measurement) -> Measurement:
     latencies = first.latencies_ms + second.latencies_ms
     return replace(
         first,
-        latencies_ms=latencies[:: -(-len(latencies) // MOST_LATENCIES)],
+        latencies_ms=latencies[:: max(1, -(-len(latencies) // MOST_LATENCIES))],
         throughput_per_s=(first.throughput_per_s + second.throughput_per_s) / 2,
         p50_ms=(first.p50_ms + second.p50_ms) / 2,
         p99_ms=max(first.p99_ms, second.p99_ms),
@@ -246,7 +253,3 @@ def _plan(shape: Shape, batch: int) -> Plan:
 
 def _shape(one: Measurement) -> Shape:
     return one.plan.threads_per_instance, one.plan.instances
-
-
-def _per_s(measurement: Measurement) -> float:
-    return measurement.throughput_per_s

@@ -109,7 +109,7 @@ Load = Callable[[Contender, float, float], LoadRun | None]
 def hold(trials: Sequence[Trial], setting: Setting, journal: Journal, objective: Objective) -> tuple[Trial, ...]:
     """The trials, with the loads that were put on the most promising plans and, with the time left, on the baseline.
 
-    A trial whose highest held rate is promised has one more load at last, a little lower (``Trial.promise``).
+    The build that held the highest rate has one more load at last, a little lower, which is its ``Trial.promise``.
     """
     assert objective.slo_ms is not None
     slo_ms = objective.slo_ms
@@ -122,7 +122,9 @@ def hold(trials: Sequence[Trial], setting: Setting, journal: Journal, objective:
     ):
         contenders = [one for trial in group for one in _contenders(trial, slo_ms)]
         with bench:
-            climb(contenders, bench.load, lambda table: _simulated(table, slo_ms), setting.budget.ended)
+            best = climb(contenders, bench.load, lambda table: _simulated(table, slo_ms), setting.budget.ended)
+        if best is not None:
+            bench.promise(best.build)
     found = tuple(bench.told(trial) for trial in trials)
     for before, after in zip(trials, found, strict=True):
         if after != before:
@@ -262,6 +264,10 @@ class _Bench:
         setting.tell(TrialStep(one.build, f"{run.rate_per_s:.4g}/s {'held' if run.held else 'missed'}"))
         self._loads.setdefault(one.build, []).append(run)
         return run
+
+    def promise(self, build: Build) -> None:
+        """Note that the build's last load is its promise."""
+        self._loads[build][-1] = replace(self._loads[build][-1], promised=True)
 
     def _worker(self, one: Contender) -> AnyWorker:
         if self._open is None or self._open[0] is not one:

@@ -10,17 +10,18 @@ from datetime import UTC, datetime
 from math import inf
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
+from uuid import uuid4
 
 from corewise import __version__, metrics
 from corewise.candidates import BASELINE, candidates, first_plan, shapes
 from corewise.choose import choose
 from corewise.cpu import inspect
 from corewise.engines import Engine, Material, engine
-from corewise.errors import InputError, MissingExtra, OutputError
+from corewise.errors import EngineError, InputError, MissingExtra, OutputError
 from corewise.events import Listener, StageStarted
 from corewise.hold import hold
 from corewise.journal import Journal
-from corewise.result import Home, Result
+from corewise.result import JOURNAL, Home, Result
 from corewise.samples import Samples, default_calibration, from_python, read, split
 from corewise.search import Judge, explore, finals, give_back, run_trials, with_latency_table
 from corewise.trial import WITH_LOADS, Budget, Setting, Shares
@@ -28,6 +29,8 @@ from corewise.values import Build, Cpu, Goal, Objective, Report, SampleFacts, to
 from corewise.worker import CALIBRATION, HOLDOUT, PROGRAM, peak_memory_bytes, write_material
 
 if TYPE_CHECKING:
+    from torch.export import ExportedProgram
+
     from corewise.source import Exported
 
 DEFAULT_ENGINES = ("torch-int8", "openvino", "onnxruntime", "eager")
@@ -94,8 +97,8 @@ def optimize(
     in_process = None
     if exported.program is None:
         in_process, usable, notes = _only_eager(exported)
-    if ignored:
-        _check_ignored(exported, ignored)
+    elif ignored:
+        _check_ignored(exported.program, ignored)
         notes = (*notes, f"int8 by corewise's quantizer only, without {', '.join(ignored)}")
     builds = candidates(cpu, operators, usable, ignored)
 
@@ -124,7 +127,7 @@ def optimize(
     )
     facts = _facts(data, calibrating, holdout, seed)
     key = _key(exported, facts, goal, builds, _identity(metric), cpu)
-    with _disk_errors(home.folder), Journal(home.folder / "journal.jsonl", key) as journal:
+    with _disk_errors(home.folder), Journal(home.folder / JOURNAL, key) as journal:
         if journal.empty:
             home.clear()
         try:
@@ -208,15 +211,17 @@ def _check(objective: Objective, budget_s: float | None, timeout_s: float) -> No
         raise InputError(f"the budget is {budget_s} s", "give seconds above 0, e.g. 300")
 
 
-def _check_ignored(exported: "Exported", ignored: Sequence[str]) -> None:
-    """Raise ``EngineError`` where one of them matches no layer, before any work."""
+def _check_ignored(program: "ExportedProgram", ignored: Sequence[str]) -> None:
+    """Raise ``InputError`` where one of them matches no layer, before any work."""
     from corewise.quantize.graph import folded
     from corewise.quantize.placement import place
 
     if any(set(name) & set(" \t\n") for name in ignored):
         raise InputError("an ignored layer has a space in its name", r"give a regular expression with \s for it")
-    if exported.program is not None:
-        place(folded(exported.program), "fused", ignored)
+    try:
+        place(folded(program), "fused", ignored)
+    except EngineError as error:
+        raise InputError(error.what, error.fix) from error
 
 
 def _usable(names: Sequence[str]) -> tuple[dict[str, Engine], tuple[str, ...]]:
@@ -238,12 +243,18 @@ def _key(
 
 
 def _identity(metric: str | Callable[[Any, Any], Any] | None) -> str:
-    """What tells one metric from another in the journal: its name and, where it is in a file, that file's content."""
-    if metric is None or isinstance(metric, str):
-        name = metric or ""
-        file = Path(name.rpartition(":")[0])
-        return name + (hashlib.sha256(file.read_bytes()).hexdigest() if file.suffix == ".py" and file.is_file() else "")
-    return f"{getattr(metric, '__module__', '')}:{getattr(metric, '__qualname__', '')}"
+    """What tells one metric from another in the journal: where it stands in its file, and that file's content.
+
+    Not the values that it closes over. What has no file, as an object, cannot be told from others: nothing resumes.
+    """
+    if metric is None or metric in metrics.METRICS:
+        return metric or ""
+    function = metrics.resolve(metric).score
+    code = getattr(function, "__code__", None)
+    file = Path(code.co_filename) if code else Path()
+    if code is None or not file.is_file():
+        return uuid4().hex
+    return hashlib.sha256(file.read_bytes() + f"{code.co_qualname}:{code.co_firstlineno}".encode()).hexdigest()
 
 
 def _versions() -> dict[str, str]:

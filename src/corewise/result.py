@@ -21,17 +21,20 @@ from corewise.trial import read_outputs
 from corewise.values import Report
 
 GOLDEN_ROWS = 8
+JOURNAL = "journal.jsonl"
 PARTS = ("builds", "outputs", "logs", "cache")
 
 
 class Home:
     """The folder a run works in: the user's, which keeps trials, or a temporary one that ends with the result.
 
-    Raises ``OutputError`` where it cannot be made.
+    Raises ``OutputError`` where it cannot be made, or holds what no run left there: the folder is deleted at last.
     """
 
     def __init__(self, work: Path | None) -> None:
         self.folder = work or Path(tempfile.mkdtemp(prefix="corewise-"))
+        if work is not None and work.is_dir() and any(work.iterdir()) and not (work / JOURNAL).is_file():
+            raise OutputError(f"{work} holds files that are not corewise's", "name a new folder to work in")
         if work is None:
             weakref.finalize(self, shutil.rmtree, self.folder, ignore_errors=True)
         try:

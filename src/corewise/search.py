@@ -168,9 +168,10 @@ def explore(trials: Sequence[Trial], setting: Setting, journal: Journal, objecti
     found = {trial.build: trial for trial in trials}
     measured = [trial for trial in trials if trial.measurements]
     ranked = sorted(measured, key=lambda trial: (trial.build != BASELINE, -_first_per_s(trial)))
-    fastest = next((trial for trial in ranked if trial.build != BASELINE), None)
     fit = 0
     for trial in ranked:
+        able = (one for one in ranked if one.build != BASELINE and found[one.build].state == "ok")
+        fastest = next(able, None)
         why = "" if trial.build == BASELINE or fastest is None else _not_promising(trial, fastest, fit)
         found[trial.build] = _explored(trial, why, setting, journal, objective)
         fit += trial.build != BASELINE and found[trial.build].state == "ok"

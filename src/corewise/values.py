@@ -234,6 +234,8 @@ class LoadRun:
     """As ``Measurement.throttled``."""
     sender_late_p99_ms: float = 0.0
     """How late the sender itself was, of 99 % of the requests: a few milliseconds and the load was another one."""
+    promised: bool = False
+    """Whether it was held to confirm a rate, which the build then promises."""
 
     @property
     def goodput_per_s(self) -> float:
@@ -327,12 +329,8 @@ class Trial:
 
     @property
     def promise(self) -> LoadRun | None:
-        """The load that confirmed the rate found: the last one, if it was held, and a higher one before it."""
-        if not self.loads or not self.loads[-1].held:
-            return None
-        last = self.loads[-1]
-        higher = (one for one in self.loads if one.held and (one.rate_per_s or 0.0) > (last.rate_per_s or 0.0))
-        return last if any(higher) else None
+        """The load that confirmed the highest rate that any build held; ``None`` for all other builds."""
+        return next((load for load in self.loads if load.promised), None)
 
 
 @dataclass(frozen=True, kw_only=True)

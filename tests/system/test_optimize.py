@@ -375,6 +375,14 @@ def test_another_model_in_the_same_folder_shares_nothing(tmp_path):
         assert list((work / "cache").iterdir()) == []
 
 
+def test_a_folder_with_files_of_others_is_no_place_to_work(tmp_path):
+    (tmp_path / "thesis.tex").write_text("years")
+    (tmp_path / "cache").mkdir()
+    with pytest.raises(OutputError, match=r"holds files that are not corewise's; name a new folder"):
+        corewise.optimize(Digest(), SAMPLES, engines=("onnxruntime",), work=tmp_path)
+    assert {path.name for path in tmp_path.iterdir()} == {"thesis.tex", "cache"}
+
+
 def test_bad_input_leaves_no_folder(tmp_path):
     def broken(outputs, labels):
         raise ValueError("no score today")

@@ -156,6 +156,27 @@ def test_a_build_whose_memory_is_not_known_is_no_choice_under_a_limit(setting, t
     assert slow.measurements[0].rejected.startswith("its memory is not known: its plans were not searched")
 
 
+HEAVY = """
+from corewise.engines.fake import Fake
+
+BALLAST = b"x" * 400_000_000
+
+class Heavy(Fake):
+    pass
+"""
+
+
+def test_a_build_that_does_not_fit_makes_room_for_a_slower_one_that_does(setting, tmp_path, monkeypatch):
+    (tmp_path / "heavy_engines.py").write_text(HEAVY)
+    monkeypatch.syspath_prepend(tmp_path)
+    heavy = Build(engine="heavy_engines:Heavy", precision="int8", options=(("seconds_per_call", 0.01),))
+    limit = Objective(goal="throughput", memory_limit_bytes=400_000_000)
+    fast, slow = explored(setting_with(tmp_path), heavy, fake(seconds_per_call=0.05), objective=limit)
+    assert fast.state == "rejected"
+    assert slow.state == "ok"
+    assert slow.best("throughput") is not None
+
+
 PICKY = """
 from corewise.engines.fake import Fake
 from corewise.errors import EngineError

@@ -59,7 +59,7 @@ def reasons(choice):
     return {loser.build: loser.reason for loser in choice.losers}
 
 
-def load(rate_per_s, in_time_share=1.0):
+def load(rate_per_s, in_time_share=1.0, *, promised=False):
     offered = 200
     in_time = int(offered * in_time_share)
     return LoadRun(
@@ -76,6 +76,7 @@ def load(rate_per_s, in_time_share=1.0):
         p99_ms=90.0,
         refusal_p99_ms=0.1,
         slo_ms=100.0,
+        promised=promised,
     )
 
 
@@ -86,8 +87,8 @@ def loaded(build, per_s, *loads):
 def test_under_an_slo_the_promised_rate_decides_and_what_each_held_is_told():
     trials = [
         loaded(EAGER, 16),
-        loaded(OV_INT8, 80, load(50), load(45)),
-        loaded(ORT_INT8, 100, load(40), load(60, 0.9), load(36)),
+        loaded(OV_INT8, 80, load(50), load(45, promised=True)),
+        loaded(ORT_INT8, 100, load(40), load(60, 0.9), load(36, promised=True)),
         loaded(OV_BF16, 50, load(30, 0.9)),
     ]
     finals = [rates(EAGER, 16), rates(OV_INT8, 80), rates(ORT_INT8, 100), rates(OV_BF16, 50)]
@@ -99,6 +100,13 @@ def test_under_an_slo_the_promised_rate_decides_and_what_each_held_is_told():
     why = reasons(choice)
     assert why[ORT_INT8].startswith("holds 36.0 requests/s")
     assert why[OV_BF16] == "holds no rate with p99 <= 100 ms"
+
+
+def test_a_lower_rate_that_was_held_later_is_no_promise():
+    trials = [loaded(EAGER, 16), loaded(OV_INT8, 80, load(50), load(48)), loaded(ORT_INT8, 70, load(45, promised=True))]
+    finals = [rates(EAGER, 16), rates(OV_INT8, 80), rates(ORT_INT8, 70)]
+    choice = chosen(trials, finals, goal="slo", slo_ms=100.0)
+    assert (choice.winner, choice.promise.rate_per_s) == (ORT_INT8, 45)
 
 
 def test_an_slo_that_was_held_once_is_no_promise_and_is_told():

@@ -18,6 +18,7 @@ from corewise.explore import (
     START_BATCH,
     Wanted,
     drive,
+    not_run,
     pooled,
     strategy,
     tables,
@@ -231,7 +232,7 @@ def test_tables_for_an_slo_end_where_calls_are_too_slow():
 def test_an_impossible_slo_is_told_after_one_call_a_shape():
     taken, ended = search("slo", Scaling(), slo_ms=1.0)
     assert [one.plan.batch for one in taken] == [1, 1, 1]
-    assert ended == "not one call is within 1 ms"
+    assert ended == "no plan that may be chosen has a call within 1 ms"
 
 
 @pytest.mark.parametrize("after", [0, 1, 3])
@@ -246,3 +247,11 @@ def test_whoever_drives_may_end_it_at_any_plan(after):
         strategy("throughput", SHAPES), [], measure, go_on=lambda: "no time" if len(taken) == after else ""
     )
     assert (len(taken), ended) == (after, "no time")
+
+
+@pytest.mark.parametrize("goal", ["throughput", "latency", "slo"])
+def test_where_no_plan_runs_the_search_ends_and_says_so(goal):
+    steps = strategy(goal, SHAPES, slo_ms=100.0 if goal == "slo" else None)
+    *measured, ended = drive(steps, (), lambda wanted: not_run(wanted.plan, "died"))
+    assert measured
+    assert "no plan" in ended

@@ -675,6 +675,28 @@ def test_inputs_that_are_always_zero_are_rounded_to_nearest():
     assert torch.equal(weight(module, node), round_weight(before, weight_scales(before, 0, 8), 0, 8))
 
 
+def test_a_transposed_convolution_is_rounded_to_nearest():
+    module = graph_of(lambda: nn.ConvTranspose2d(3, 4, 2), 3, 5, 5)
+    (node,) = layers(module)
+    before = weight(module, node).clone()
+    placement, learnt = place(module, "fused"), smooth((3, 5, 5))
+    scales = corrections.round_weights(module, placement, ranged(module, placement, [learnt]), [(learnt,)], 8)
+    assert torch.equal(weight(module, node), round_weight(before, scales[node.name], 1, 8))
+
+
+def test_a_mean_over_everything_is_no_obstacle():
+    class Whole(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv = nn.Conv2d(3, 4, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            y = self.conv(x).relu()
+            return y / y.mean(dim=None)
+
+    assert quantize(program_of(Whole().eval(), *IMAGE), images(), Recipe()).sqnr_db > 20
+
+
 class Chain(nn.Module):
     """Convolutions through a ReLU, a residual add and none, and a linear."""
 

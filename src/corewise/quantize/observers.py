@@ -46,7 +46,7 @@ class Observed:
 
     def see(self, value: Tensor) -> bool:
         """Take in one batch; returns whether all of it is finite."""
-        value = value.float() if value.dim() > 1 else value.float()[:, None]
+        value = value.float() if value.dim() > 1 else value.float().reshape(-1, 1)
         rows = value.reshape(math.prod(value.shape[: self.axis]), value.shape[self.axis], -1)
         lows, highs = rows.amin((0, 2)), rows.amax((0, 2))  # aminmax took 14 times as long, 8 x 256 x 56 x 56
         # Over both dimensions at once it took 14 times as long as over one.

@@ -4,7 +4,7 @@ import copy
 import hashlib
 import json
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -45,7 +45,7 @@ CALIBRATION_BATCH = 8
 TRIED = 32
 """Calibration samples that tell whether a correction that moves channels pays; if it does, ranges come from all."""
 JUDGED = 16
-"""Calibration samples, the last ones, that corrections do not learn from: they judge them. At most a quarter."""
+"""Calibration samples, the last ones, that rounding and biases do not learn from: they judge. At most a quarter."""
 ROUNDING_SAMPLES = 32
 BIAS_SAMPLES = 48
 WORTH_DB = 0.1
@@ -290,25 +290,22 @@ def _quantize(module: GraphModule, calibration: Samples, recipe: Recipe) -> Quan
     search = _Search(reference, calibration, recipe)
     attempts = search.attempts(module, calibration)
     best = attempts[0]
-    few = calibration.take(range(min(TRIED, len(calibration))))
     notes = [*doubts, *_doubts(module, best.observed), f"{best.sqnr_db:.1f} dB without corrections"]
     smoothed: tuple[str, ...] = ()
     if "equalize" in recipe.corrections:
         changed = copy.deepcopy(best.plain)
         if corrections.equalize(changed, best.placement, best.observed, recipe.weight_bits):
-            tried = search.attempts(changed, few)
+            tried = search.changed(changed, calibration, lambda one: _is_better(one, best))
             notes.append(_told("channel equalization", best, tried[0]))
-            if _is_better(tried[0], best):
-                attempts = search.attempts(changed, calibration)
-                best = attempts[0]
+            attempts = tried if _is_better(tried[0], best) else attempts
+            best = attempts[0]
     if "smooth" in recipe.corrections:
         changed = copy.deepcopy(best.plain)
         if names := corrections.smooth(changed, best.placement, best.observed, recipe.weight_bits):
-            tried = search.attempts(changed, few)
+            tried = search.changed(changed, calibration, lambda one: _is_better(one, best, SMOOTHING_WORTH_DB))
             notes.append(_told(f"SmoothQuant on {len(names)} values", best, tried[0], SMOOTHING_WORTH_DB))
             if _is_better(tried[0], best, SMOOTHING_WORTH_DB):
-                attempts, smoothed = search.attempts(changed, calibration), names
-                best = attempts[0]
+                attempts, best, smoothed = tried, tried[0], names
     best = search.refined([attempt for attempt in attempts if attempt.sqnr_db > best.sqnr_db - CLOSE_DB])
     return Quantized(
         module=best.module,
@@ -361,6 +358,11 @@ class _Search:
                 )
             )
         return sorted(found, key=lambda attempt: -attempt.sqnr_db)
+
+    def changed(self, plain: GraphModule, seen: Samples, pays: Callable[[_Attempt], bool]) -> list[_Attempt]:
+        """The ``attempts`` on a graph whose channels were moved: of few samples, and of all of them if that pays."""
+        tried = self.attempts(plain, seen.take(range(min(TRIED, len(seen)))))
+        return self.attempts(plain, seen) if len(seen) > TRIED and pays(tried[0]) else tried
 
     def refined(self, attempts: Sequence[_Attempt]) -> _Attempt:
         """The best of attempts on one graph, the first of them best so far, with rounding and biases corrected.

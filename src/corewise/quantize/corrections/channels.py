@@ -128,7 +128,7 @@ def _per_channel(node: Node) -> bool:
     if node.target is aten.flatten.using_ints:
         return value.dim() == 4 and tuple(value.shape[2:]) == (1, 1) and out.dim() == 2
     if node.target is aten.mean.dim:
-        return value.dim() == 4 and {dim % 4 for dim in arguments(node)["dim"]} == {2, 3}
+        return value.dim() == 4 and {dim % 4 for dim in arguments(node)["dim"] or ()} == {2, 3}
     if node.target in CAPPED and limits(node) != (0.0, 6.0):
         return False
     return value.dim() == 4

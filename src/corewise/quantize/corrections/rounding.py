@@ -13,10 +13,11 @@ from corewise.quantize.graph import (
     execute,
     group_count,
     layers,
+    output_axis,
     sizes_of,
     weight,
 )
-from corewise.quantize.observers import QParams, weight_scales
+from corewise.quantize.observers import QParams, round_weight, weight_scales
 from corewise.quantize.placement import Placement
 from corewise.quantize.simulate import Batch, Simulation
 
@@ -41,8 +42,8 @@ def round_weights(
     """Round each quantized layer's weights so that the errors of its outputs cancel; returns the scales by node.
 
     GPTQ (Frantar et al., 2022, arXiv:2210.17323) column by column, with the second moments of the layer's rounded
-    inputs over a random share of their positions. A layer whose moments cannot be inverted, or that is wider than
-    ``WIDEST``, is rounded to nearest.
+    inputs over a random share of their positions. A layer whose moments cannot be inverted, that is wider than
+    ``WIDEST``, or a transposed convolution is rounded to nearest.
     """
     wanted = {layer.node for layer in placement.layers}
     moments: dict[str, Tensor] = {}
@@ -62,12 +63,13 @@ def round_weights(
         scales = {}
         for node in layers(module):
             if node.name in wanted:
-                axis = 1 if node.target in TRANSPOSED else 0
-                own = weight(module, node)
+                axis, own = output_axis(node), weight(module, node)
                 scales[node.name] = weight_scales(own, axis, bits)
                 if node.name in moments:
                     upper = moments.pop(node.name)
                     own.copy_(_rounded(own, scales[node.name], upper.triu() + upper.triu(1).mT, bits))
+                else:
+                    own.copy_(round_weight(own, scales[node.name], axis, bits))
     return scales
 
 

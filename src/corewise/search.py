@@ -8,7 +8,7 @@ from math import inf, sqrt
 from typing import Any
 
 from corewise import metrics
-from corewise.candidates import BASELINE, returning
+from corewise.candidates import BASELINE, following, returning
 from corewise.engines.qdq import is_ours
 from corewise.errors import CorewiseError, InputError, SourceError
 from corewise.events import Explored, FinalsRound, StageStarted, TrialEnded, TrialStarted, TrialStep
@@ -71,8 +71,11 @@ class Judge:
 def run_trials(builds: Sequence[Build], setting: Setting, journal: Journal, judge: Judge) -> tuple[Trial, ...]:
     """One trial a build, the baseline first; those in the journal are not run again."""
     trials: list[Trial] = []
-    for number, build in enumerate(builds, 1):
-        trial = _trial(build, number, len(builds), trials, setting, journal)
+    left = list(builds)
+    while left:
+        build = following(left, trials)
+        left.remove(build)
+        trial = _trial(build, len(trials) + 1, len(builds), trials, setting, journal)
         if build == BASELINE:
             if trial.state != "ok":
                 if setting.budget.ended():

@@ -4,10 +4,10 @@ from dataclasses import replace
 
 import pytest
 
-from corewise.candidates import BASELINE, PRECISION_ORDER, candidates, first_plan, shapes
+from corewise.candidates import BASELINE, PRECISION_ORDER, candidates, first_plan, following, shapes
 from corewise.engines import engine
 from corewise.thread_plan import thread_plans
-from corewise.values import Build, Cpu, LogicalCpu, Plan
+from corewise.values import Build, Cpu, LogicalCpu, Plan, Trial
 
 CPU = Cpu(
     architecture="x86_64",
@@ -88,3 +88,16 @@ def test_ignored_layers_are_known_to_our_quantizer_only():
         "onnxruntime/fp32",
         "onnxruntime/int8/ignored=head layer.*/quantizer=corewise",
     ]
+
+
+def test_ours_comes_next_where_an_engines_own_int8_was_too_inaccurate():
+    own, other = Build(engine="a", precision="int8"), Build(engine="b", precision="int8")
+    ours, more = (replace(own, options=(*options, ("quantizer", "corewise"))) for options in ((), (("rest", "bf16"),)))
+    rejected = Trial(build=own, state="rejected", reason="top1 drops")
+    left = [other, ours, more]
+    assert following(left, []) == other
+    assert following(left, [replace(rejected, state="failed")]) == other
+    assert following(left, [rejected]) == ours
+    assert following(left, [rejected, Trial(build=other, state="ok", reason="")]) == other
+    assert following([other, more], [rejected, replace(rejected, build=ours)]) == other
+    assert following([other], [rejected]) == other

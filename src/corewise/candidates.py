@@ -42,9 +42,9 @@ def candidates(
 def following(left: Sequence[Build], trials: Sequence[Trial]) -> Build:
     """The next of the builds that are ``left``: the first one, unless an engine's own int8 was too inaccurate.
 
-    Where no int8 has passed the gate yet, our own for such an engine comes next: it keeps more of the accuracy. (In three
-    minutes three engines' own int8 of MobileNetV2 were rejected, and ours, which won when there was time, was not
-    reached; Zen 4.)
+    Where no int8 has passed the gate yet, our own for such an engine comes next: it keeps more of the accuracy. (In
+    three minutes three engines' own int8 of MobileNetV2 were rejected, and ours, which won when there was time, was
+    not reached; Zen 4.)
     """
     int8 = [trial for trial in trials if trial.build.precision == "int8"]
     if any(trial.state == "ok" or is_ours(trial.build) for trial in int8):

@@ -54,7 +54,8 @@ def choose(trials: Sequence[Trial], finals: Sequence[Rates], objective: Objectiv
     Best is the highest median rate in ``finals``, which are the rates of one alternating run (for the latency goal
     1/latency), the baseline's among them; for an SLO it is the highest rate that was held under it, and where none
     was, the shortest p99 of a call, whatever the speed-up. Only builds whose trial is ``ok`` can win. Else faster than
-    the baseline is a higher median and a ratio above 1 in the median round, so that no winner's speed-up is below 1.
+    the baseline is a higher median and a ratio above 1 in the median round, so that no winner's speed-up is below 1,
+    but where only the baseline exceeds the memory limit.
     Finalists as fast as the fastest (``TIE``) give way to the most accurate of them. Every other trial is a loser with
     a reason.
 
@@ -69,8 +70,12 @@ def choose(trials: Sequence[Trial], finals: Sequence[Rates], objective: Objectiv
     goal = objective.goal
     base_score = base.score(goal)
     faster = [f for f in finalists if f.score(goal) > base_score and (goal == "slo" or f.over(base).value > 1)]
+    able = [base]
+    if _exceeds(base.trial, objective):
+        others = [f for f in finalists if f.build != baseline]
+        faster, able = (others, []) if others else (faster, able)
     fastest = max(faster, key=lambda f: (f.score(goal), f.closeness, f.build.label), default=base)
-    tied = [f for f in (*faster, base) if _ties(f, fastest, goal)]
+    tied = [f for f in (*faster, *able) if _ties(f, fastest, goal)]
     winner = max(tied, key=lambda f: (f.closeness, f.score(goal), f.build.label))
     speedup = winner.over(base)
     return Choice(
@@ -90,6 +95,11 @@ def choose(trials: Sequence[Trial], finals: Sequence[Rates], objective: Objectiv
         warnings=tuple(_warnings(winner, base, objective)),
         promise=winner.trial.promise,
     )
+
+
+def _exceeds(trial: Trial, objective: Objective) -> bool:
+    """Whether all plans of a trial need more memory than there may be."""
+    return bool(trial.measurements) and trial.best(objective.goal, objective.slo_ms) is None
 
 
 def _ties(finalist: _Finalist, fastest: _Finalist, goal: Goal) -> bool:
@@ -170,6 +180,8 @@ def _why_not(trial: Trial, finalists: Sequence[_Finalist], winner: _Finalist, ob
         return trial.reason
     best = max((f for f in finalists if f.build == trial.build), key=lambda f: f.median, default=None)
     goal = objective.goal
+    if _exceeds(trial, objective):
+        return trial.measurements[0].rejected
     if best is not None and goal == "slo":
         return _held(best, objective)
     if best is not None:

@@ -47,7 +47,7 @@ SamplesReference = Annotated[
     ),
 ]
 Calibration = Annotated[int | None, typer.Option(help="Samples to calibrate with. [default: 2 of 5, at most 200]")]
-Seed = Annotated[int, typer.Option(help="Seed of the split into calibration and holdout.")]
+Seed = Annotated[int, typer.Option(min=0, help="Seed of the split into calibration and holdout.")]
 Resize = Annotated[int, typer.Option(help="Images: length of the shorter side.")]
 Crop = Annotated[int, typer.Option(help="Images: side of the centred square.")]
 Mean = Annotated[str, typer.Option(help="Images: mean of each channel, pixels in 0..1.")]

@@ -73,6 +73,11 @@ def _throughput(shapes: Sequence[Shape]) -> Strategy:
         why = f"by their calls of {START_BATCH}, these threads and instances may be about as fast"
         for plan in _beside(found, shapes, _ranked(found)[0]):
             yield from _ask(found, plan, why)
+    for shape in shapes:
+        if not _ranked(found)[0].rejected:
+            break
+        if shape not in climbed:  # another one may need less memory
+            yield from _climb(found, shape)
     again: set[Plan] = set()
     while len(again) < MOST_AGAIN:
         best = _ranked(found)

@@ -142,6 +142,8 @@ def climb(
 ) -> Contender | None:
     """Find the contender that holds the highest rate, and put at last what is to be promised on it; ``None`` for none.
 
+    Where that is not held once more, the one that held the next highest rate is asked.
+
     Whoever may hold most is tried next (best first): each load tells how much the rest of its plan is worth, and the
     first one how much slower calls are beside arriving requests than one after the other, for all plans of that
     division of the cores. ``ended(share)`` is true when that share of the time is spent.
@@ -161,17 +163,15 @@ def climb(
             for other in left:
                 if other.shape == one.shape and (other is one or not other.loads):
                     other.simulated_per_s = simulate([_slower(row, factor) for row in other.table])
-    best = max(left, key=lambda contender: contender.held_per_s, default=None)
-    if best is None or not best.held_per_s:
-        return None
-    rate_per_s = PROMISED * best.held_per_s
-    while rate_per_s > PROMISED**6 * best.held_per_s and not ended(1.0):
-        run = load(best, rate_per_s, CONFIRM_S)
-        if run is None:
-            return None
-        if run.held and run.in_time >= CONFIRMED * run.offered:
-            return best
-        rate_per_s *= PROMISED
+    for best in sorted(left, key=lambda contender: -contender.held_per_s):
+        rate_per_s = PROMISED * best.held_per_s
+        while rate_per_s > PROMISED**6 * best.held_per_s and not ended(1.0):
+            run = load(best, rate_per_s, CONFIRM_S)
+            if run is None:
+                break
+            if run.held and run.in_time >= CONFIRMED * run.offered:
+                return best
+            rate_per_s *= PROMISED
     return None
 
 
@@ -249,8 +249,13 @@ class _Bench:
                 plan=to_json(one.table[-1].plan),
                 curve=to_json(Curve.of(one.table)),
                 rate_per_s=rate_per_s,
-                # Half of what is left: the child is ended with the budget, and what it was sent has to be answered.
-                duration_s=min(LONGEST_S, max(least_s, REQUESTS / rate_per_s), max(1.0, setting.budget.left_s() / 2)),
+                # Half of what is left: the child is ended then, and what it was sent has to be answered.
+                duration_s=min(
+                    LONGEST_S,
+                    setting.timeout_s / 2,
+                    max(least_s, REQUESTS / rate_per_s),
+                    max(1.0, setting.budget.left_s() / 2),
+                ),
                 slo_ms=self._slo_ms,
             )
         except InputError:

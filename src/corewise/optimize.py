@@ -1,5 +1,6 @@
 """The order of steps from a model and samples to a verified, faster one."""
 
+import errno
 import hashlib
 import importlib.metadata
 import importlib.util
@@ -270,10 +271,11 @@ def _disk_errors(folder: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise OutputError(
-            f"{error.filename or folder} cannot be written: {error.strerror or error}",
-            f"free space and run the same command: finished trials are kept in {folder}",
-        ) from error
+        what = f"{error.filename or folder} cannot be written: {error.strerror or error}"
+        fix = "free space"
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            what, fix = f"the system refused: {error}", "mend that"
+        raise OutputError(what, f"{fix} and run the same command: finished trials are kept in {folder}") from error
 
 
 def _prepare(folder: Path, exported: "Exported", material: Material, holdout: Samples) -> None:

@@ -271,18 +271,22 @@ def _still_good(kept: Trial, setting: Setting) -> bool:
 
 
 def finals(trials: Sequence[Trial], setting: Setting, objective: Objective) -> tuple[tuple[Trial, ...], Race]:
-    """The fastest accurate trials and the baseline, raced; one that falls there has failed, and the rest race again."""
+    """The fastest accurate trials and the baseline, raced; one that falls there has failed, and the rest race again.
+
+    Where the baseline falls, fewer race: it ran before, and all of them at once need more memory.
+    """
     trials = list(trials)
+    most = FINALISTS
     while True:
         able = [t for t in trials if t.state == "ok" and t.best(objective.goal, objective.slo_ms) is not None]
         ranked = sorted(
             (trial for trial in able if trial.build != trials[0].build), key=lambda trial: _cost(trial, objective)
         )
-        finalists = ranked[:FINALISTS]
+        finalists = ranked[:most]
         contenders = [
             Contender(build=trial.build, plan=plan, payload=setting.payload(trial.build))
             for trial in (trials[0], *finalists)
-            for plan in _best_plans(trial, objective, BEST_PLANS if trial in finalists[:1] else 1)
+            for plan in _best_plans(trial, objective, BEST_PLANS if trial in finalists[:1] and most > 1 else 1)
         ]
         setting.tell(StageStarted(f"racing {len(finalists)} finalists against the baseline"))
         try:
@@ -296,7 +300,10 @@ def finals(trials: Sequence[Trial], setting: Setting, objective: Objective) -> t
             )
         except Fell as fell:
             if fell.build == BASELINE:
-                raise
+                most = min(most, len(finalists)) - 1
+                if most < 1:
+                    raise
+                continue
             trials = [
                 replace(trial, state="failed", reason=str(fell)) if trial.build == fell.build else trial
                 for trial in trials

@@ -329,7 +329,7 @@ class Trial:
 
     @property
     def promise(self) -> LoadRun | None:
-        """The load that confirmed the highest rate that any build held; ``None`` for all other builds."""
+        """The load that confirmed the rate that it held; ``None`` where none did."""
         return next((load for load in self.loads if load.promised), None)
 
 

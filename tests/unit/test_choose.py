@@ -305,3 +305,19 @@ def test_the_order_of_trials_and_finals_does_not_matter(contest):
         back.losers, key=lambda loser: loser.build.label
     )
     assert dataclasses.replace(there, losers=()) == dataclasses.replace(back, losers=())
+
+
+def test_a_baseline_that_exceeds_the_memory_limit_gives_way_to_a_slower_build_that_does_not():
+    rejected = "2 threads x 1, batch 16 needs 500 MB of memory, more than 300 MB"
+    large = trial(EAGER, 100)
+    large = dataclasses.replace(
+        large, measurements=tuple(dataclasses.replace(one, rejected=rejected) for one in large.measurements)
+    )
+    limit = 300_000_000
+    choice = chosen([large, trial(OV_FP32, 95)], [rates(EAGER, 100), rates(OV_FP32, 95)], memory_limit_bytes=limit)
+    assert choice.winner == OV_FP32
+    assert reasons(choice)[EAGER] == rejected
+    assert not any("no build fits" in warning for warning in choice.warnings)
+    alone = chosen([large], [rates(EAGER, 100)], memory_limit_bytes=limit)
+    assert alone.winner == EAGER
+    assert "no build fits into 300 MB" in alone.warnings[0]

@@ -255,3 +255,14 @@ def test_where_no_plan_runs_the_search_ends_and_says_so(goal):
     *measured, ended = drive(steps, (), lambda wanted: not_run(wanted.plan, "died"))
     assert measured
     assert "no plan" in ended
+
+
+def test_under_a_memory_limit_a_shape_that_fits_is_found_though_others_are_faster():
+    def measure(wanted):
+        plan = wanted.plan
+        needs = 300 + 120 * plan.instances + 6 * plan.batch * plan.instances
+        one = Scaling().measurement(plan, wanted.why)
+        return one if needs <= 470 else replace(one, rejected=f"{plan.label} needs {needs} MB")
+
+    *measured, _ = drive(strategy("throughput", [(1, 2), (2, 1), (1, 1)]), (), measure)
+    assert any(not one.rejected for one in measured)

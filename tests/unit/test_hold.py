@@ -2,7 +2,7 @@
 
 import pytest
 
-from corewise.hold import ATTEMPTS, ENOUGH, MOST_LOADS, PROMISED, UP, Contender, climb, worthwhile
+from corewise.hold import ATTEMPTS, CONFIRM_S, ENOUGH, MOST_LOADS, PROMISED, UP, Contender, climb, worthwhile
 from corewise.values import Build, LoadRun, Measurement, Plan
 
 SLO_MS = 100.0
@@ -34,7 +34,7 @@ class Machine:
         self.most_per_s, self.slower, self.dies = most_per_s, slower, dies
         self.loads = []
 
-    def climb(self, contenders, *, simulate=lambda table: 1000.0, ended=lambda share: False):
+    def climb(self, contenders, *, simulate=lambda table: 1000.0, ended=lambda share: False, never_again=()):
         most = {id(one): rate for one, rate in zip(contenders, self.most_per_s, strict=True)}
 
         def load(one, rate_per_s, least_s):
@@ -42,6 +42,8 @@ class Machine:
                 return None
             offered = max(1, round(rate_per_s * least_s))
             answered = min(offered, int(most[id(one)] * least_s))
+            if least_s == CONFIRM_S and one in never_again:
+                answered = 0
             run = LoadRun(
                 plan=one.table[-1].plan,
                 rate_per_s=rate_per_s,
@@ -121,6 +123,16 @@ def test_a_build_that_dies_under_load_is_left_and_the_others_are_tried():
     machine = Machine(100.0, 50.0, dies=("a",))
     both = [contender(110.0), contender(60.0, engine="b")]
     assert machine.climb(both) is both[1]
+
+
+def test_where_the_highest_rate_is_not_held_again_the_next_one_is_promised():
+    both = [contender(110.0), contender(70.0, engine="b")]
+    Machine(60.0).climb(both[1:])
+    machine = Machine(100.0, 60.0)
+    best = machine.climb(both, never_again=both[:1])
+    assert best is both[1]
+    assert machine.loads[-1][0] is both[1]
+    assert machine.loads[-1][1].held
 
 
 def test_what_is_left_of_the_time_is_for_the_promise():

@@ -158,6 +158,8 @@ def split(samples: Samples, *, calibration: int, seed: int) -> tuple[Samples, Sa
     ``SamplesError`` where one of the two would be empty.
     """
     total = len(samples)
+    if seed < 0:
+        raise SamplesError(f"the seed is {seed}", "give 0 or more")
     if total < 2:
         raise SamplesError(f"{samples.source} has 1 sample", "give at least 2: one to calibrate, one to verify with")
     if not 1 <= calibration < total:

@@ -248,7 +248,7 @@ def _identity(metric: str | Callable[[Any, Any], Any] | None) -> str:
 
     Not the values that it closes over. What has no file, as an object, cannot be told from others: nothing resumes.
     """
-    if metric is None or metric in metrics.METRICS:
+    if metric is None or (isinstance(metric, str) and metric in metrics.METRICS):
         return metric or ""
     function = metrics.resolve(metric).score
     code = getattr(function, "__code__", None)

@@ -70,12 +70,11 @@ def choose(trials: Sequence[Trial], finals: Sequence[Rates], objective: Objectiv
     goal = objective.goal
     base_score = base.score(goal)
     faster = [f for f in finalists if f.score(goal) > base_score and (goal == "slo" or f.over(base).value > 1)]
-    able = [base]
-    if _exceeds(base.trial, objective):
-        others = [f for f in finalists if f.build != baseline]
-        faster, able = (others, []) if others else (faster, able)
+    able = [*faster, base]
+    if _exceeds(base.trial, objective) and (others := [f for f in finalists if f.build != baseline]):
+        faster = able = others
     fastest = max(faster, key=lambda f: (f.score(goal), f.closeness, f.build.label), default=base)
-    tied = [f for f in (*faster, *able) if _ties(f, fastest, goal)]
+    tied = [f for f in able if _ties(f, fastest, goal)]
     winner = max(tied, key=lambda f: (f.closeness, f.score(goal), f.build.label))
     speedup = winner.over(base)
     return Choice(

@@ -33,11 +33,11 @@ class Home:
 
     def __init__(self, work: Path | None) -> None:
         self.folder = work or Path(tempfile.mkdtemp(prefix="corewise-"))
-        if work is not None and work.is_dir() and any(work.iterdir()) and not (work / JOURNAL).is_file():
-            raise OutputError(f"{work} holds files that are not corewise's", "name a new folder to work in")
         if work is None:
             weakref.finalize(self, shutil.rmtree, self.folder, ignore_errors=True)
         try:
+            if work is not None and work.is_dir() and any(work.iterdir()) and not (work / JOURNAL).is_file():
+                raise OutputError(f"{work} holds files that are not corewise's", "name a new folder to work in")
             for name in ("", *PARTS):
                 (self.folder / name).mkdir(exist_ok=True)
         except OSError as error:

@@ -15,6 +15,7 @@ import subprocess
 import sys
 import threading
 import time
+from functools import partial
 
 import httpx
 import numpy as np
@@ -24,7 +25,10 @@ import tritonclient.http as triton_http
 from serving_tools import GOLDEN, eventually, fake_artifact, serving
 
 from corewise import artifact
+from corewise.batching import NotServed
 from corewise.cpu import inspect
+from corewise.serving.models import Models
+from corewise.serving.served import Served, Source, Trust
 from corewise.values import Plan
 
 pytestmark = [
@@ -397,6 +401,22 @@ def test_sigterm_loses_nothing_that_was_accepted(slow):
     assert late.status_code == 503
     assert "the server is stopping" in late.json()["error"]
     assert slow.process.wait(20) == 0
+
+
+def test_once_they_refuse_models_accept_nothing_and_finish_what_they_have(tmp_path):
+    folder = fake_artifact(tmp_path / "slow.cw", Plan(threads_per_instance=1, instances=1, batch=1), call_ms=300.0)
+    models = Models([Source.of(str(folder))], partial(Served, trust=Trust()))
+    models.open()
+    try:
+        _, accepted = models.submit("slow", None, [ROWS[:1]], timeout_s=10.0, priority=0)
+        models.refuse()
+        assert not models.ready
+        with pytest.raises(NotServed, match="stopping"):
+            models.submit("slow", None, [ROWS[:1]], timeout_s=10.0, priority=0)
+        assert models.drain(10.0)
+        assert len(accepted.result().outputs) == 1
+    finally:
+        models.close(0.0)
 
 
 def test_a_drain_that_is_too_short_says_so(tmp_path):

@@ -111,9 +111,15 @@ class Models:
             old.close(RELOAD_DRAIN_S)
             return made
 
+    def refuse(self) -> None:
+        """Accept nothing from now on."""
+        self.draining = True
+        for one in self.served:
+            one.draining = True
+
     def drain(self, drain_s: float = inf) -> bool:
         """Refuse what comes and finish what was accepted, for so long at most; whether all was."""
-        self.draining = True
+        self.refuse()
         closing = [_Closing(one, drain_s) for one in self.served]
         for one in closing:
             one.join()

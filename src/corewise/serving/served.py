@@ -300,6 +300,8 @@ class Served:
         rows, size = len(inputs[0]), self.plan.batch
         if rows > self._max_rows:
             raise NotServed("too large")
+        if self.draining:
+            raise NotServed("draining")
         parts: list[Future[Answer]] = []
         try:
             for start in range(0, rows, size):

@@ -2,6 +2,7 @@
 
 import re
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -82,9 +83,11 @@ def material(model: nn.Module, samples: np.ndarray, folder: Path) -> Material:
     )
 
 
-def receipt(name: str, precision: str, model: nn.Module, samples: np.ndarray, folder: Path) -> Receipt | None:
+def receipt(
+    name: str, precision: str, model: nn.Module, samples: np.ndarray, folder: Path, rest: str = ""
+) -> Receipt | None:
     """Of the model, quantized by the engine's own quantizer."""
-    build = Build(engine=name, precision=precision)
+    build = Build(engine=name, precision=precision, options=(("rest", rest),) if rest else ())
     payload = folder / "payload"
     payload.mkdir()
     engine(name).build(material(model, samples, folder), build, payload)
@@ -134,11 +137,29 @@ def test_dynamic_quantization_leaves_convolutions(name: str, kernels: dict[str, 
 
 
 @pytest.mark.skipif(not cpu.inspect().int8_dot, reason="OpenVINO then unpacks the weights")
-def test_openvinos_dynamic_int8_is_seen_in_what_onednn_logs(tmp_path: Path):
-    found = receipt("openvino", "int8-dynamic", Wide(), WIDE, tmp_path)
+@pytest.mark.parametrize(
+    "rest", ["", pytest.param("bf16", marks=pytest.mark.skipif(not cpu.inspect().bf16, reason="no bf16 here"))]
+)
+def test_openvinos_dynamic_int8_is_seen_in_what_onednn_logs(rest: str, tmp_path: Path):
+    found = receipt("openvino", "int8-dynamic", Wide(), WIDE, tmp_path, rest)
     assert found is not None
     assert (found.layers, found.int8, found.fell_back) == (2, 2, ())
     assert all(re.search("vnni|amx", kernel) for kernel, _ in found.kernels)
+
+
+@pytest.mark.skipif(not cpu.inspect().bf16, reason="no bf16 here")
+def test_openvinos_int8_is_made_once_for_both_precisions_of_the_rest(tmp_path: Path):
+    given = material(Images(), IMAGES, tmp_path)
+    for build in (Build(engine="openvino", precision="int8", options=rest) for rest in ((("rest", "bf16"),), ())):
+        payload = tmp_path / build.label.replace("/", "-")
+        payload.mkdir()
+        engine("openvino").build(given, build, payload)
+        assert (payload / "model.bin").read_bytes() == (tmp_path / "nncf" / "model.bin").read_bytes()
+        found = engine("openvino").receipt(payload, build, PLAN, [IMAGES[:4]])
+        assert found is not None
+        assert (found.layers, found.int8, found.fell_back) == (4, 4, ())
+        # NNCF's calibration gives other bytes for other samples, so what is made anew would not be the same.
+        given = replace(given, calibration=from_python(list(2 * IMAGES)))
 
 
 OPENVINO_TELLS = 2 if "avx512" in cpu.inspect().isa else 4

@@ -36,11 +36,11 @@ PROMISED = 0.9
 CONFIRMED = 0.995
 """Of the requests at the rate to promise, so many must be in time. Of 200 that meet a p99 barely, two are late as
 easily as four: a promise on the edge was missed by the next minute."""
-LOAD_S, CONFIRM_S = 5.0, 15.0
+LOAD_S, CONFIRM_S = 5.0, 30.0
 REQUESTS = 200
 """A load lasts at least until so many requests were sent: a p99 of fewer is chance."""
 LONGEST_S = 60.0
-SHARE = 0.85
+SHARE = 0.8
 """Of the budget: when the highest rate is no longer looked for, but the promise made of what was found."""
 
 

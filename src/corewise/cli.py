@@ -350,16 +350,29 @@ def load(
     slo_ms: Annotated[
         float | None, typer.Option(help="Each request must be answered within this time. [default: no limit]")
     ] = None,
+    threads: Annotated[int | None, typer.Option(help="Of each instance. [default: the plan's]")] = None,
+    instances: Annotated[int | None, typer.Option(help="Calls at the same time. [default: the plan's]")] = None,
+    batch: Annotated[int | None, typer.Option(help="Requests in a call at most. [default: the plan's]")] = None,
     as_json: AsJson = False,
 ) -> None:
     """Load an artifact as users would, by --rate or by --clients, and tell what became of their requests.
 
-    Requests of one sample each go through the batcher to the plan's instances, and share calls as they come.
+    Requests of one sample each go through the batcher to the plan's instances, and share calls as they come. With
+    --threads, --instances or --batch the plan is yours: see what it is worth.
     """
     from corewise.loadtest import load_test, words
     from corewise.values import to_json
 
-    found = load_test(artifact_path, rate_per_s=rate, clients=clients, duration_s=duration_s, slo_ms=slo_ms)
+    found = load_test(
+        artifact_path,
+        rate_per_s=rate,
+        clients=clients,
+        duration_s=duration_s,
+        slo_ms=slo_ms,
+        threads_per_instance=threads,
+        instances=instances,
+        batch=batch,
+    )
     if as_json:
         _print_json({**to_json(found), "held": found.run.held, "goodput_per_s": found.run.goodput_per_s})
         return

@@ -26,21 +26,29 @@ from corewise.worker import CALIBRATION, PROGRAM, write_material
 TIMEOUT_S = 600.0
 
 
-def load(folder: str | Path, *, model: Any = None) -> Model:
+def load(
+    folder: str | Path,
+    *,
+    model: Any = None,
+    threads_per_instance: int | None = None,
+    instances: int | None = None,
+    batch: int | None = None,
+) -> Model:
     """Open an artifact.
 
     Hashes and CPU fit are checked before anything is opened; nothing is unpickled or compiled. ``model`` is needed
     only for one that could not be exported: the same ``nn.Module``, which gets the artifact's weights.
 
     It runs the plan that ``retune`` found on this machine, else the one it was made with; on a machine other than that
-    plan's, or one with too few cores for it, a warning says so (``tuned.fit``).
+    plan's, or one with too few cores for it, a warning says so (``tuned.fit``). ``threads_per_instance``, ``instances``
+    and ``batch`` (the rows of a micro-batch) take the place of the plan's own.
 
-    Raises ``ArtifactError`` where it is truncated, altered, foreign or does not fit this CPU, and ``EngineError``
-    where its engine is not installed.
+    Raises ``ArtifactError`` where it is truncated, altered, foreign or does not fit this CPU, ``EngineError`` where its
+    engine is not installed or cannot run such a plan, and ``InputError`` for numbers that are no plan.
     """
     cpu = inspect()
     found = artifact.read(Path(folder), cpu=cpu)
-    fit = tuned.fit(found, cpu)
+    fit = tuned.asked(found, cpu, threads_per_instance=threads_per_instance, instances=instances, batch=batch)
     for warning in fit.warnings:
         warnings.warn(warning, stacklevel=2)
     return Model(

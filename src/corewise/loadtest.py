@@ -31,22 +31,27 @@ def load_test(
     clients: int | None = None,
     duration_s: float = 10.0,
     slo_ms: float | None = None,
+    threads_per_instance: int | None = None,
+    instances: int | None = None,
+    batch: int | None = None,
 ) -> LoadTest:
     """Load an artifact in a process of its own: at a rate (open loop), or by clients (closed loop).
 
-    It runs the plan that ``loading.load`` runs. Requests are the golden inputs, one at a time. With ``slo_ms`` each
-    must be answered within that time, and is refused where measurements say that it would not be.
+    It runs the plan that ``loading.load`` runs, with the same numbers in the place of the plan's own. Requests are the
+    golden inputs, one at a time. With ``slo_ms`` each must be answered within that time, and is refused where
+    measurements say that it would not be.
 
-    Raises ``InputError`` for what is no load, and ``ArtifactError`` or ``EngineError`` where the artifact is not sound,
-    does not fit this CPU, or was not measured under its plan.
+    Raises ``InputError`` for what is no load or no plan, and ``ArtifactError`` or ``EngineError`` where the artifact is
+    not sound or does not fit this CPU, or its engine cannot run such a plan.
     """
     check_load(rate_per_s=rate_per_s, clients=clients, duration_s=duration_s, slo_ms=slo_ms)
     cpu = inspect()
     found = artifact.read(Path(folder), cpu=cpu)
-    fit, build = tuned.fit(found, cpu), found.manifest.build
+    fit = tuned.asked(found, cpu, threads_per_instance=threads_per_instance, instances=instances, batch=batch)
+    build = found.manifest.build
     check_trusted(found, build.engine)
     check_available(build.engine, f"loading {folder}")
-    curve = tuned.latency_table(found, fit)
+    curve, notes = tuned.usable_table(found, fit)
     with tempfile.TemporaryDirectory(prefix="corewise-") as name:
         samples = Path(name) / HOLDOUT
         golden_samples(found).save(samples)
@@ -65,7 +70,7 @@ def load_test(
                 clients=clients,
                 slo_ms=slo_ms,
             )
-    return LoadTest(run=from_json(LoadRun, answer["load"]), call_ms=curve.latency_ms(1), notes=fit.warnings)
+    return LoadTest(run=from_json(LoadRun, answer["load"]), call_ms=curve.latency_ms(1), notes=(*fit.warnings, *notes))
 
 
 def words(found: LoadTest) -> tuple[str, ...]:

@@ -17,7 +17,7 @@ from typing import Any
 
 from corewise.artifact import TUNED, TUNED_NEW, Artifact, digest, identity
 from corewise.batching import Curve
-from corewise.errors import ArtifactError, OutputError
+from corewise.errors import ArtifactError, InputError, OutputError
 from corewise.thread_plan import most_threads, warning
 from corewise.values import Cpu, Goal, Measurement, Plan, from_json, to_json
 
@@ -115,6 +115,33 @@ def fit(found: Artifact, cpu: Cpu) -> Fit:
     return Fit(plan=plan, tuned=None, warnings=tuple(warnings))
 
 
+def asked(
+    found: Artifact,
+    cpu: Cpu,
+    *,
+    threads_per_instance: int | None = None,
+    instances: int | None = None,
+    batch: int | None = None,
+) -> Fit:
+    """``fit``, with what the user asks for in the place of the plan's own; more threads than cores with a warning.
+
+    Raises ``InputError`` for numbers that are no plan.
+    """
+    planned = fit(found, cpu)
+    given = {"threads_per_instance": threads_per_instance, "instances": instances, "batch": batch}
+    wanted = {name: number for name, number in given.items() if number is not None}
+    if not wanted:
+        return planned
+    for name, number in wanted.items():
+        most = MOST_BATCH if name == "batch" else MOST_THREADS
+        if not 1 <= number <= most:
+            words = name.replace("_", " ")
+            raise InputError(f"{words}: {number} is no plan", f"give a whole number from 1 to {most}")
+    plan = replace(planned.plan, **wanted)
+    told = warning(cpu, plan.threads_per_instance, plan.instances)
+    return Fit(plan=plan, tuned=planned.tuned, warnings=(f"{plan.label}, as asked: {told}",) if told else ())
+
+
 def latency_table(found: Artifact, fit: Fit) -> Curve:
     """Milliseconds over the batch (p99), as measured with the threads and instances of the plan that fits here.
 
@@ -130,8 +157,18 @@ def latency_table(found: Artifact, fit: Fit) -> Curve:
     return Curve.of(chosen)
 
 
-def estimated_table(found: Artifact, fit: Fit) -> Curve:
-    """The latency table of the manifest's plan, slower as there are fewer threads: where nothing was measured here."""
+def usable_table(found: Artifact, fit: Fit) -> tuple[Curve, tuple[str, ...]]:
+    """``latency_table``; where nothing was measured an estimate, and a note that says so.
+
+    The estimate is the table of the manifest's plan, slower as there are fewer threads.
+    """
+    try:
+        return latency_table(found, fit), ()
+    except ArtifactError as error:
+        return _estimated_table(found, fit), (f"{error.what}: its latencies are estimated",)
+
+
+def _estimated_table(found: Artifact, fit: Fit) -> Curve:
     plan, here = found.manifest.plan, fit.plan
     alike = (plan.threads_per_instance, plan.instances)
     measured = [m for m in found.report.winner.measurements if (m.plan.threads_per_instance, m.plan.instances) == alike]

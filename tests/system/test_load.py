@@ -16,6 +16,7 @@ from corewise.batching import Curve
 from corewise.cpu import inspect
 from corewise.errors import CorewiseError
 from corewise.samples import from_python
+from corewise.thread_plan import most_threads
 from corewise.trial import Worker
 from corewise.tuned import Machine, Tuned
 from corewise.values import Build, LoadRun, Measurement, Plan, from_json, to_json
@@ -223,6 +224,10 @@ def test_an_slo_that_one_call_misses_is_a_result_in_words(here):
         (("--clients", "0"), "a number of clients of 0"),
         (("--rate", "5", "--slo-ms", "0"), "an SLO of 0 is no load"),
         (("--rate", "5", "--duration-s", "nan"), "a duration of nan"),
+        (("--rate", "5", "--threads", "0"), "threads per instance: 0 is no plan; give a whole number from 1 to 4096"),
+        (("--rate", "5", "--threads", "-3"), "threads per instance: -3 is no plan"),
+        (("--rate", "5", "--instances", "0"), "instances: 0 is no plan"),
+        (("--rate", "5", "--batch", "0"), "batch: 0 is no plan; give a whole number from 1 to 65536"),
     ],
 )
 def test_bad_input_is_one_line(arguments, told):
@@ -234,8 +239,18 @@ def test_bad_input_is_one_line(arguments, told):
 
 
 @x86
-def test_a_plan_that_was_not_measured_says_how_to_get_there(tuned_here):
+def test_a_plan_that_was_not_measured_is_loaded_by_estimates(tuned_here):
     folder = tuned_here()
     found = corewise(folder, "--rate", "5", "--duration-s", "1")
-    assert (found.returncode, found.stdout) == (2, "")
-    assert "has no measurement with 1 threads x 1, batch 16; run corewise retune" in found.stderr
+    assert (found.returncode, found.stderr) == (0, "")
+    assert "note: " + folder + " has no measurement with 1 threads x 1, batch 16: its latencies" in found.stdout
+
+
+@x86
+def test_a_plan_of_the_users_own_runs_with_a_warning_where_threads_are_too_many(here):
+    most = most_threads(CPU)
+    found = corewise(here, "--clients", "2", "--duration-s", "1", "--threads", str(2 * most), "--batch", "4")
+    assert (found.returncode, found.stderr) == (0, "")
+    assert f"on {2 * most} threads x 1, batch 4" in found.stdout
+    assert f"as asked: {2 * most} threads take turns where {most} can compute at once" in found.stdout
+    assert "0 refused, 0 failed" in found.stdout

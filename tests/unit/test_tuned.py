@@ -16,9 +16,10 @@ from test_artifact import write as write_artifact
 
 from corewise import artifact
 from corewise.artifact import TUNED, TUNED_NEW
-from corewise.errors import ArtifactError, OutputError
+from corewise.errors import ArtifactError, InputError, OutputError
 from corewise.loading import load, verify
-from corewise.tuned import MOST_BYTES, Machine, Tuned, fit, read, write
+from corewise.thread_plan import most_threads
+from corewise.tuned import MOST_BYTES, Machine, Tuned, asked, fit, read, write
 from corewise.values import Measurement, Plan
 
 HERE = Machine.of(CPU)
@@ -139,6 +140,29 @@ def test_too_many_threads_on_the_plans_own_machine_are_allowed_and_told(tmp_path
         f"{made} runs 3 threads x 2, batch 1: 6 threads take turns where 2 can compute at once; "
         f"run corewise retune {made}",
     )
+
+
+def test_what_is_asked_for_takes_the_place_of_the_plans_own(made):
+    found = artifact.read(made)
+    assert asked(found, CPU) == fit(found, CPU)
+    assert asked(found, CPU, batch=5).plan == replace(PLAN, batch=5)
+    write(made, entry())
+    assert asked(found, CPU, batch=5).plan == replace(HERES, batch=5)
+    most = most_threads(CPU)
+    crowd = asked(found, CPU, threads_per_instance=most, instances=2)
+    assert crowd.plan == Plan(threads_per_instance=most, instances=2, batch=HERES.batch)
+    assert crowd.warnings == (
+        f"{crowd.plan.label}, as asked: {2 * most} threads take turns where {most} can compute at once",
+    )
+    with load(made, batch=3) as model:
+        assert model._session._batch == 3
+
+
+@pytest.mark.parametrize("name", ["threads_per_instance", "instances", "batch"])
+@pytest.mark.parametrize("number", [0, -1, 10**6])
+def test_what_is_no_plan_is_told(made, name, number):
+    with pytest.raises(InputError, match=f"{name.replace('_', ' ')}: {number} is no plan; give a whole number"):
+        load(made, **{name: number})
 
 
 def test_a_plan_of_more_threads_than_the_machine_has_is_not_taken(tmp_path):

@@ -197,12 +197,7 @@ class Served:
         trust.check(found, identity)
         check_available(build.engine, f"serving {source.folder}")
         fit = tuned.fit(found, cpu)
-        notes = fit.warnings
-        try:
-            curve = tuned.latency_table(found, fit)
-        except ArtifactError as error:
-            curve = tuned.estimated_table(found, fit)
-            notes = (*notes, f"{error}: until then latencies are estimated")
+        curve, notes = tuned.usable_table(found, fit)
         max_rows = max(max_waiting, fit.plan.batch)
         policy = Policy(
             curve,
@@ -211,7 +206,7 @@ class Served:
         )
         self.name, self.version = source.name, source.version
         self.manifest = found.manifest
-        self.plan, self.notes = fit.plan, notes
+        self.plan, self.notes = fit.plan, (*fit.warnings, *notes)
         self.inputs: tuple[TensorSpec, ...] = found.manifest.inputs
         self.outputs: tuple[TensorSpec, ...] = found.manifest.outputs
         self.text = TextInput(found) if artifact.TOKENIZER in found.manifest.files else None

@@ -40,6 +40,8 @@ LOAD_S, CONFIRM_S = 5.0, 30.0
 REQUESTS = 200
 """A load lasts at least until so many requests were sent: a p99 of fewer is chance."""
 LONGEST_S = 60.0
+OF_WHAT_IS_LEFT = 0.75
+"""Of the budget, what one load may take."""
 SHARE = 0.8
 """Of the budget: when the highest rate is no longer looked for, but the promise made of what was found."""
 
@@ -249,12 +251,12 @@ class _Bench:
                 plan=to_json(one.table[-1].plan),
                 curve=to_json(Curve.of(one.table)),
                 rate_per_s=rate_per_s,
-                # Half of what is left: the child is ended then, and what it was sent has to be answered.
+                # Not all of what is left: the child is ended then, and what it was sent has to be answered.
                 duration_s=min(
                     LONGEST_S,
                     setting.timeout_s / 2,
                     max(least_s, REQUESTS / rate_per_s),
-                    max(1.0, setting.budget.left_s() / 2),
+                    max(1.0, OF_WHAT_IS_LEFT * setting.budget.left_s()),
                 ),
                 slo_ms=self._slo_ms,
             )

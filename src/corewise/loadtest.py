@@ -41,8 +41,8 @@ def load_test(
     golden inputs, one at a time. With ``slo_ms`` each must be answered within that time, and is refused where
     measurements say that it would not be.
 
-    Raises ``InputError`` for what is no load or no plan, and ``ArtifactError`` or ``EngineError`` where the artifact is
-    not sound or does not fit this CPU, or its engine cannot run such a plan.
+    Raises ``InputError`` for what is no load or no plan, ``ArtifactError`` or ``EngineError`` where the artifact is not
+    sound or does not fit this CPU, and ``CorewiseError`` where its engine cannot run such a plan.
     """
     check_load(rate_per_s=rate_per_s, clients=clients, duration_s=duration_s, slo_ms=slo_ms)
     cpu = inspect()
@@ -51,7 +51,7 @@ def load_test(
     build = found.manifest.build
     check_trusted(found, build.engine)
     check_available(build.engine, f"loading {folder}")
-    curve, notes = tuned.usable_table(found, fit)
+    curve, notes = tuned.usable_table(found, fit, cpu)
     with tempfile.TemporaryDirectory(prefix="corewise-") as name:
         samples = Path(name) / HOLDOUT
         golden_samples(found).save(samples)

@@ -8,7 +8,7 @@ where a damaged payload is refused.
 import fcntl
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from math import isfinite
@@ -125,7 +125,7 @@ def asked(
 ) -> Fit:
     """``fit``, with what the user asks for in the place of the plan's own; more threads than cores with a warning.
 
-    Raises ``InputError`` for numbers that are no plan.
+    Raises ``InputError`` for what is no plan.
     """
     planned = fit(found, cpu)
     given = {"threads_per_instance": threads_per_instance, "instances": instances, "batch": batch}
@@ -133,13 +133,19 @@ def asked(
     if not wanted:
         return planned
     for name, number in wanted.items():
-        most = MOST_BATCH if name == "batch" else MOST_THREADS
-        if not 1 <= number <= most:
-            words = name.replace("_", " ")
-            raise InputError(f"{words}: {number} is no plan", f"give a whole number from 1 to {most}")
+        if not isinstance(number, int) or isinstance(number, bool) or number < 1:
+            raise InputError(f"{name.replace('_', ' ')}: {number!r} is no plan", "give a whole number, 1 or more")
     plan = replace(planned.plan, **wanted)
+    if not _sane(plan):
+        raise InputError(
+            f"{plan.label} is more than any machine has", f"stay within {MOST_THREADS} threads and batch {MOST_BATCH}"
+        )
+    if wanted.keys() == {"batch"}:
+        return replace(planned, plan=plan)
+    others = tuple(one for one in planned.warnings if one not in _crowded(found, planned.plan, cpu))
     told = warning(cpu, plan.threads_per_instance, plan.instances)
-    return Fit(plan=plan, tuned=planned.tuned, warnings=(f"{plan.label}, as asked: {told}",) if told else ())
+    crowded = (f"{plan.label}, as asked: {told}",) if told else ()
+    return replace(planned, plan=plan, warnings=(*others, *crowded))
 
 
 def latency_table(found: Artifact, fit: Fit) -> Curve:
@@ -147,9 +153,11 @@ def latency_table(found: Artifact, fit: Fit) -> Curve:
 
     Raises ``ArtifactError`` where nothing was.
     """
-    alike = (fit.plan.threads_per_instance, fit.plan.instances)
-    measured = fit.tuned.measurements if fit.tuned else found.report.winner.measurements
-    chosen = [one for one in measured if (one.plan.threads_per_instance, one.plan.instances) == alike]
+    made = found.report.winner.measurements
+    measured = fit.tuned.measurements if fit.tuned else made
+    chosen = _alike(fit.plan, measured)
+    if not chosen and fit.tuned and fit.tuned.machine == Machine.of(found.report.cpu):
+        chosen = _alike(fit.plan, made)
     if not chosen:
         raise ArtifactError(
             f"{found.folder} has no measurement with {fit.plan.label}", f"run corewise retune {found.folder}"
@@ -157,23 +165,34 @@ def latency_table(found: Artifact, fit: Fit) -> Curve:
     return Curve.of(chosen)
 
 
-def usable_table(found: Artifact, fit: Fit) -> tuple[Curve, tuple[str, ...]]:
+def usable_table(found: Artifact, fit: Fit, cpu: Cpu) -> tuple[Curve, tuple[str, ...]]:
     """``latency_table``; where nothing was measured an estimate, and a note that says so.
 
-    The estimate is the table of the manifest's plan, slower as there are fewer threads.
+    The estimate is the table of the plan that was measured here, else of the manifest's: slower as there are fewer
+    threads, and as they take turns. Raises ``ArtifactError`` where there is no table at all.
     """
     try:
         return latency_table(found, fit), ()
     except ArtifactError as error:
-        return _estimated_table(found, fit), (f"{error.what}: its latencies are estimated",)
+        tables = [(found.manifest.plan, found.report.winner.measurements)]
+        if fit.tuned:
+            tables.insert(0, (fit.tuned.plan, fit.tuned.measurements))
+        for plan, measurements in tables:
+            if measured := _alike(plan, measurements):
+                break
+        else:
+            raise
+        here = fit.plan
+        fewer = max(1.0, plan.threads_per_instance / here.threads_per_instance)
+        turns = max(1.0, here.threads_per_instance * here.instances / most_threads(cpu))
+        points = tuple((batch, fewer * turns * ms) for batch, ms in Curve.of(measured).points)
+        return Curve(points=points), (f"{error}: until then latencies are estimated",)
 
 
-def _estimated_table(found: Artifact, fit: Fit) -> Curve:
-    plan, here = found.manifest.plan, fit.plan
-    alike = (plan.threads_per_instance, plan.instances)
-    measured = [m for m in found.report.winner.measurements if (m.plan.threads_per_instance, m.plan.instances) == alike]
-    slower = max(1.0, plan.threads_per_instance / here.threads_per_instance)
-    return Curve(points=tuple((batch, slower * ms) for batch, ms in Curve.of(measured).points))
+def _alike(plan: Plan, measurements: Sequence[Measurement]) -> list[Measurement]:
+    """Those with as many threads and instances."""
+    shape = (plan.threads_per_instance, plan.instances)
+    return [one for one in measurements if (one.plan.threads_per_instance, one.plan.instances) == shape]
 
 
 def read(folder: Path) -> tuple[Tuned, ...]:
@@ -250,13 +269,15 @@ def _check(entry: Tuned) -> None:
     if len(entry.measurements) > MOST_MEASUREMENTS:
         raise ValueError(f"it has more than {MOST_MEASUREMENTS} measurements of a machine")
     for plan in (entry.plan, *(one.plan for one in entry.measurements)):
-        threads = plan.threads_per_instance * plan.instances
-        sane = min(plan.threads_per_instance, plan.instances, plan.batch) > 0
-        if not sane or threads > MOST_THREADS or plan.batch > MOST_BATCH:
+        if not _sane(plan):
             raise ValueError(f"a plan has {plan.label}")
     for one in entry.measurements:
         if not all(isfinite(value) and value > 0 for value in (one.throughput_per_s, one.p50_ms, one.p99_ms)):
             raise ValueError(f"{one.plan.label} was measured with {one.p50_ms} ms a call")
+
+
+def _sane(plan: Plan) -> bool:
+    return plan.threads_per_instance * plan.instances <= MOST_THREADS and plan.batch <= MOST_BATCH
 
 
 def _within(plan: Plan, manifest: Plan, cpu: Cpu) -> bool:

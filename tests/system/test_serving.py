@@ -403,13 +403,13 @@ def test_sigterm_loses_nothing_that_was_accepted(slow):
     assert slow.process.wait(20) == 0
 
 
-def test_once_they_refuse_models_accept_nothing_and_finish_what_they_have(tmp_path):
+def test_from_the_moment_they_drain_models_accept_nothing_and_finish_what_they_have(tmp_path):
     folder = fake_artifact(tmp_path / "slow.cw", Plan(threads_per_instance=1, instances=1, batch=1), call_ms=300.0)
     models = Models([Source.of(str(folder))], partial(Served, trust=Trust()))
     models.open()
     try:
         _, accepted = models.submit("slow", None, [ROWS[:1]], timeout_s=10.0, priority=0)
-        models.refuse()
+        models.draining = True
         assert not models.ready
         with pytest.raises(NotServed, match="stopping"):
             models.submit("slow", None, [ROWS[:1]], timeout_s=10.0, priority=0)

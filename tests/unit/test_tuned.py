@@ -19,7 +19,7 @@ from corewise.artifact import TUNED, TUNED_NEW
 from corewise.errors import ArtifactError, InputError, OutputError
 from corewise.loading import load, verify
 from corewise.thread_plan import most_threads
-from corewise.tuned import MOST_BYTES, Machine, Tuned, asked, fit, read, write
+from corewise.tuned import MOST_BYTES, Fit, Machine, Tuned, asked, fit, read, usable_table, write
 from corewise.values import Measurement, Plan
 
 HERE = Machine.of(CPU)
@@ -159,10 +159,37 @@ def test_what_is_asked_for_takes_the_place_of_the_plans_own(made):
 
 
 @pytest.mark.parametrize("name", ["threads_per_instance", "instances", "batch"])
-@pytest.mark.parametrize("number", [0, -1, 10**6])
+@pytest.mark.parametrize("number", [0, -1, 2.5, "4", True])
 def test_what_is_no_plan_is_told(made, name, number):
-    with pytest.raises(InputError, match=f"{name.replace('_', ' ')}: {number} is no plan; give a whole number"):
+    with pytest.raises(InputError, match=f"{name.replace('_', ' ')}: {number!r} is no plan; give a whole number"):
         load(made, **{name: number})
+
+
+@pytest.mark.parametrize("asks", [{"batch": 10**6}, {"threads_per_instance": 4096, "instances": 64}])
+def test_what_no_machine_has_is_told(made, asks):
+    with pytest.raises(InputError, match="is more than any machine has; stay within 4096 threads and batch 65536"):
+        load(made, **asks)
+
+
+def test_what_is_asked_for_hides_no_other_warning(tmp_path):
+    made = write_artifact(tmp_path / "m.cw", report=replace(STORY, cpu=cores(64)))
+    for asks in ({"batch": 3}, {"instances": 1}):
+        (told,) = asked(artifact.read(made), cores(2), **asks).warnings
+        assert "was planned on" in told
+
+
+def test_latencies_of_a_plan_that_was_not_measured_are_estimated_from_what_was_here(made):
+    found = artifact.read(made)
+    write(made, entry(plan=Plan(threads_per_instance=2), measurements=(measured(Plan(threads_per_instance=2)),)))
+    here = Fit(plan=PLAN, tuned=read(made)[0], warnings=())
+    for plan, ms, estimated in (
+        (Plan(threads_per_instance=2), 1.0, False),
+        (Plan(threads_per_instance=1, instances=4), 2.0 * 2.0, True),
+        (Plan(threads_per_instance=8), 4.0, True),
+    ):
+        table, notes = usable_table(found, replace(here, plan=plan), cores(2))
+        assert table.latency_ms(1) == ms
+        assert [note.endswith("until then latencies are estimated") for note in notes] == [True] * estimated
 
 
 def test_a_plan_of_more_threads_than_the_machine_has_is_not_taken(tmp_path):

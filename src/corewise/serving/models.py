@@ -83,10 +83,13 @@ class Models:
     ) -> "tuple[Served, Future[Answer]]":
         """Queue a request with a model (``Served.submit``), and which one took it.
 
-        Raises ``ProtocolError`` where there is no such model.
+        Raises ``ProtocolError`` where there is no such model, and ``NotServed`` too while ``draining``.
         """
         while True:
             served = self.find(name, version)
+            if self.draining:
+                served.statistics.not_served()
+                raise NotServed("draining")
             try:
                 return served, served.submit(inputs, timeout_s=timeout_s, priority=priority)
             except NotServed as refused:
@@ -111,15 +114,9 @@ class Models:
             old.close(RELOAD_DRAIN_S)
             return made
 
-    def refuse(self) -> None:
-        """Accept nothing from now on."""
-        self.draining = True
-        for one in self.served:
-            one.draining = True
-
     def drain(self, drain_s: float = inf) -> bool:
         """Refuse what comes and finish what was accepted, for so long at most; whether all was."""
-        self.refuse()
+        self.draining = True
         closing = [_Closing(one, drain_s) for one in self.served]
         for one in closing:
             one.join()

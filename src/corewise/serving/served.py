@@ -197,7 +197,7 @@ class Served:
         trust.check(found, identity)
         check_available(build.engine, f"serving {source.folder}")
         fit = tuned.fit(found, cpu)
-        curve, notes = tuned.usable_table(found, fit)
+        curve, notes = tuned.usable_table(found, fit, cpu)
         max_rows = max(max_waiting, fit.plan.batch)
         policy = Policy(
             curve,
@@ -295,8 +295,6 @@ class Served:
         rows, size = len(inputs[0]), self.plan.batch
         if rows > self._max_rows:
             raise NotServed("too large")
-        if self.draining:
-            raise NotServed("draining")
         parts: list[Future[Answer]] = []
         try:
             for start in range(0, rows, size):

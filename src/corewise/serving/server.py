@@ -146,7 +146,6 @@ class _Server:
                 await stopping
             else:
                 await opening
-            self.models.refuse()
             self.tell("draining", None)
             return await asyncio.to_thread(self.models.drain, self.options.drain_s)
         finally:

@@ -1,13 +1,12 @@
 """Which builds are worth trying, in which order, under which plans. Pure."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 
 from corewise.engines import Engine
 from corewise.engines.qdq import is_ours
 from corewise.explore import START_BATCH
 from corewise.thread_plan import thread_plans
-from corewise.values import IGNORED, RETURNED, Build, Cpu, Goal, Plan, Scalar, Trial
+from corewise.values import IGNORED, RETURNED, Build, Cpu, Goal, Plan, Trial
 
 BASELINE = Build(engine="eager", precision="fp32")
 PRECISION_ORDER = ("int8", "int8-dynamic", "bf16", "fp32")
@@ -29,7 +28,7 @@ def candidates(
     builds = [build for name in engines for build in engines[name].candidates(cpu, operators) if build != BASELINE]
     if ignored:
         builds = [
-            _with_option(build, IGNORED, " ".join(ignored)) if is_ours(build) else build
+            build.with_option(IGNORED, " ".join(ignored)) if is_ours(build) else build
             for build in builds
             if is_ours(build) or not build.precision.startswith("int8")
         ]
@@ -79,8 +78,4 @@ def shapes(cpu: Cpu, build: Build) -> tuple[tuple[int, int], ...]:
 
 def returning(build: Build, count: int) -> Build:
     """The build with ``count`` layers in floating point."""
-    return _with_option(build, RETURNED, count)
-
-
-def _with_option(build: Build, name: str, value: Scalar) -> Build:
-    return replace(build, options=tuple(sorted({**dict(build.options), name: value}.items())))
+    return build.with_option(RETURNED, count)

@@ -174,16 +174,12 @@ def usable_table(found: Artifact, fit: Fit, cpu: Cpu) -> tuple[Curve, tuple[str,
     try:
         return latency_table(found, fit), ()
     except ArtifactError as error:
-        tables = [(found.manifest.plan, found.report.winner.measurements)]
-        if fit.tuned:
-            tables.insert(0, (fit.tuned.plan, fit.tuned.measurements))
-        for plan, measurements in tables:
-            if measured := _alike(plan, measurements):
-                break
-        else:
+        measured = _alike(fit.tuned.plan, fit.tuned.measurements) if fit.tuned else []
+        measured = measured or _alike(found.manifest.plan, found.report.winner.measurements)
+        if not measured:
             raise
-        here = fit.plan
-        fewer = max(1.0, plan.threads_per_instance / here.threads_per_instance)
+        there, here = measured[0].plan, fit.plan
+        fewer = max(1.0, there.threads_per_instance / here.threads_per_instance)
         turns = max(1.0, here.threads_per_instance * here.instances / most_threads(cpu))
         points = tuple((batch, fewer * turns * ms) for batch, ms in Curve.of(measured).points)
         return Curve(points=points), (f"{error}: until then latencies are estimated",)

@@ -7,7 +7,7 @@ against the types below, so a damaged journal or manifest is an error and never 
 import dataclasses
 from collections import Counter
 from collections.abc import Hashable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from typing import TYPE_CHECKING, Any, Literal, TypeVar, cast
 
@@ -134,6 +134,10 @@ class Build:
     def option(self, name: str, default: Scalar) -> Scalar:
         """The option's value, or ``default``."""
         return dict(self.options).get(name, default)
+
+    def with_option(self, name: str, value: Scalar) -> "Build":
+        """The build with that option's value."""
+        return replace(self, options=tuple(sorted({**dict(self.options), name: value}.items())))
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -11,7 +11,6 @@ import threading
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -90,14 +89,14 @@ class OpenVino:
         bf16 = Build(engine="openvino", precision="bf16")
         fp32 = Build(engine="openvino", precision="fp32")
         ours = qdq.int8("openvino", cpu)
-        everywhere = replace(ours, options=tuple(sorted((*ours.options, (PLACEMENT, "everywhere")))))
+        everywhere = ours.with_option(PLACEMENT, "everywhere")
         residual = any("conv" in name for name in operators) and "aten.add.Tensor" in operators
         quantized = (ours, everywhere, int8) if residual else (ours, int8)
         dynamic = Build(engine="openvino", precision="int8-dynamic")
         dynamics = (dynamic,) if cpu.int8_dot and is_mostly_linear(operators) else ()
         if not cpu.bf16:
             return (*quantized, *dynamics, fp32)
-        mixed = (_with_rest_in_bf16(one) for one in (ours, int8, *dynamics))
+        mixed = (one.with_option(REST, "bf16") for one in (ours, int8, *dynamics))
         return (*mixed, *quantized, bf16, fp32)
 
     def needs(self, build: Build) -> tuple[str, ...]:
@@ -323,10 +322,6 @@ def layer_ms(model: Path, layers: Iterable[str], inputs: Sequence[np.ndarray], t
 def _in_bf16(build: Build) -> bool:
     """Whether what is not int8 runs in bf16."""
     return build.precision == "bf16" or build.option(REST, "") == "bf16"
-
-
-def _with_rest_in_bf16(build: Build) -> Build:
-    return replace(build, options=tuple(sorted((*build.options, (REST, "bf16")))))
 
 
 def _nncf(material: Material, reduce_range: bool) -> Path:

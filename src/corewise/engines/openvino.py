@@ -9,10 +9,11 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -35,8 +36,8 @@ GROUP = 128
 """int8-dynamic rounds each row's activations as they come, so many columns by one scale: at 32 columns MiniLM's outputs
 came a little nearer to fp32's (cosine 0.9985, not 0.9973), and it ran at 0.83 of the speed (Zen 4). Layers of fewer
 columns stay in floating point."""
-RAN_LINEAR = re.compile(
-    r"primitive,exec,cpu,inner_product,(?P<kernel>[^,\n]+),.*?wei:(?P<weights>\w+)(?P<about>.*)"
+MADE_LINEAR = re.compile(
+    r"primitive,create:\w+,cpu,inner_product,(?P<kernel>[^,\n]+),.*?wei:(?P<weights>\w+)(?P<about>.*)"
     r",(?P<shape>[^,\n]+),[^,\n]+$",
     re.MULTILINE,
 )
@@ -162,8 +163,8 @@ class OpenVinoSession:
     dimensions are dynamic a static batch gained nothing (MiniLM), and one compiled model takes all.
     """
 
-    def __init__(self, model: Path, build: Build, plan: Plan) -> None:
-        self._shared = _Compiled(model, build, plan)
+    def __init__(self, model: Path, build: Build, plan: Plan, config: Mapping[str, Any] = MappingProxyType({})) -> None:
+        self._shared = _Compiled(model, build, plan, config)
         self._sizes = self._shared.sizes
         self._requests: dict[int, Any] = {}
         self._for_batch(plan.batch)
@@ -210,7 +211,7 @@ class _Compiled:
     Denormals: as the opening thread has it.
     """
 
-    def __init__(self, model: Path, build: Build, plan: Plan) -> None:
+    def __init__(self, model: Path, build: Build, plan: Plan, config: Mapping[str, Any]) -> None:
         import openvino as ov
 
         self._core: Any = ov.Core()
@@ -226,6 +227,7 @@ class _Compiled:
             "ENABLE_CPU_PINNING": not limited_by_quota(cpu),
             "ENABLE_HYPER_THREADING": threads > cpu.usable_cores,
             "CPU_DENORMALS_OPTIMIZATION": denormals.flushed(),
+            **config,
         }
         if build.precision == "int8-dynamic":
             self._config["DYNAMIC_QUANTIZATION_GROUP_SIZE"] = GROUP
@@ -405,10 +407,11 @@ def _receipt(model: Any, runtime: Any) -> Receipt:
 
 
 def _logged(folder: Path, build: Build, plan: Plan, inputs: Sequence[np.ndarray]) -> Receipt | None:
-    """Count the linears of one run by the kernels that oneDNN logs; ``None`` where it logs none.
+    """Count the linears of one run by the kernels that oneDNN logs as it makes them; ``None`` where it logs none.
 
-    A kernel that multiplies int8 (VNNI, AMX) and says by what group it rounds activations has done so; any other one
-    has unpacked the weights.
+    A kernel that multiplies int8 (VNNI, AMX) and says by what group it rounds activations does so; any other one
+    unpacks the weights. The log of the kernels as they run would be nearer, but with it 2026.4 stops now and then at
+    "could not execute a primitive" (https://github.com/openvinotoolkit/oneDNN/pull/323).
     """
     with TemporaryDirectory() as name:
         given = Path(name) / "inputs.npz"
@@ -416,13 +419,13 @@ def _logged(folder: Path, build: Build, plan: Plan, inputs: Sequence[np.ndarray]
         code = f"import sys; from {__name__} import run_once; run_once(*sys.argv[1:])"
         about = [json.dumps(to_json(one)) for one in (build, plan)]
         # oneDNN reads the variable when it is loaded.
-        command = ["env", "ONEDNN_VERBOSE=1", sys.executable, "-c", code, str(folder), str(given), *about]
+        command = ["env", "ONEDNN_VERBOSE=profile_create", sys.executable, "-c", code, str(folder), str(given), *about]
         child = subprocess.run(command, check=False, capture_output=True, text=True)
     if child.returncode:
         last = child.stderr.strip().rpartition("\n")[2]
         raise EngineError(f"the process that logs OpenVINO's kernels ended with {child.returncode}: {last}")
     ran, fell_back = [], []
-    for line in RAN_LINEAR.finditer(child.stdout):
+    for line in MADE_LINEAR.finditer(child.stdout):
         compressed = line["weights"] in ("u8", "s8")
         int8 = compressed and bool(re.search("vnni|amx", line["kernel"]) and re.search(ROUNDED, line["about"]))
         ran.append((f"inner_product/{line['kernel']}", int8))
@@ -432,9 +435,13 @@ def _logged(folder: Path, build: Build, plan: Plan, inputs: Sequence[np.ndarray]
 
 
 def run_once(folder: str, inputs: str, build: str, plan: str) -> None:
-    """Run the arrays of an ``.npz`` file on a payload, under a build and a plan in JSON."""
+    """Run the arrays of an ``.npz`` file on a payload, each layer by a kernel of its own; build and plan are JSON."""
     session = OpenVinoSession(
-        Path(folder) / MODEL, from_json(Build, json.loads(build)), from_json(Plan, json.loads(plan))
+        Path(folder) / MODEL,
+        from_json(Build, json.loads(build)),
+        from_json(Plan, json.loads(plan)),
+        # Else layers of one shape share a kernel, which is made and logged once.
+        {"CPU_RUNTIME_CACHE_CAPACITY": 0},
     )
     with np.load(inputs) as arrays:
         session.run([arrays[name] for name in arrays.files])

@@ -122,8 +122,8 @@ def corewise(material: Material, folder: Path, model: str, bits: int) -> Made:
     (folder / "notes.json").write_text(json.dumps(made.notes))
 
     def predict(target: Any) -> Predict:
-        module, placement, _ = made.placed(target)
-        simulation = Simulation(module, placement.edges, made.ranges)
+        module, placement, ranges = made.placed(target)
+        simulation = Simulation(module, placement.edges, ranges)
         return torch_predict(lambda *batch: simulation.run(batch))
 
     return {target: (predict(target), 0) for target in TARGETS}

@@ -2,11 +2,12 @@
 
     python bench/placements.py [--rounds N] [MODEL ...]
 
-For each model three alternating runs, each with fresh processes: OpenVINO and ONNX Runtime, each with our graph, with
-the one of its own quantizer, and with our graph where the batch is dynamic (OpenVINO; our payload compiles a fixed one)
-or fixed (ONNX Runtime; our payload's is dynamic); for nets with residual adds OpenVINO also with our other placement,
-which it is offered too. Same samples, same batch, all usable cores; ratios with 95 % intervals over the rounds, the
-receipts, and the machine's facts go to results/placements.json.
+For each model three alternating runs, each with fresh processes: every int8 build that OpenVINO and ONNX Runtime are
+offered, by our quantizer (in both placements for nets with residual adds, with an attention's products for ONNX
+Runtime) and by the engine's own, where the CPU has bf16 also with the rest in bf16; and our graph where the batch is
+dynamic (OpenVINO; our payload compiles a fixed one) or fixed (ONNX Runtime; our payload's is dynamic). Same samples,
+same batch, all usable cores; each ratio is of two builds with the same rest, with 95 % intervals over the rounds. The
+receipts and the machine's facts go to results/placements.json too.
 """
 
 import argparse
@@ -36,6 +37,7 @@ DEFAULT = ("resnet50", "mobilenet_v2", "minilm")
 BATCH = 16
 RESTARTS = 3
 """Processes of one payload differ by some per cent for as long as they live, by how their memory happens to lie."""
+REST = ", rest in bf16"
 TIMEOUT_S = 1800.0
 RESULTS = HERE / "results" / "placements.json"
 
@@ -76,12 +78,10 @@ def run(model: str, rounds: int) -> dict[str, Any]:
         plan = Plan(threads_per_instance=cpu.usable_cores, batch=BATCH)
         contenders, receipts = {}, {}
         for name in ("openvino", "onnxruntime"):
-            own = next(
-                b for b in engine(name).candidates(cpu, operators) if b.precision == "int8" and not qdq.is_ours(b)
-            )
-            ours = [b for b in engine(name).candidates(cpu, operators) if qdq.is_ours(b)]
-            everywhere = [("ours, everywhere", b) for b in ours if b.option(ov.PLACEMENT, "")]
-            for tag, build in (("ours", qdq.int8(name, cpu)), *everywhere, ("own", own)):
+            for build in engine(name).candidates(cpu, operators):
+                if build.precision != "int8":
+                    continue
+                tag = tag_of(build)
                 payload = work / f"{name}-{tag}"
                 payload.mkdir()
                 arguments = {"build": to_json(build), "folder": str(payload)}
@@ -107,15 +107,26 @@ def run(model: str, rounds: int) -> dict[str, Any]:
             for name, one in zip(contenders, done.rates, strict=True):
                 rates[name] += one.per_s
     pairs = {
-        "openvino: ours / own": ("openvino ours", "openvino own"),
-        "onnxruntime: ours / own": ("onnxruntime ours", "onnxruntime own"),
         "openvino: ours dynamic / fixed": ("openvino ours, dynamic batch", "openvino ours"),
         "onnxruntime: ours dynamic / fixed": ("onnxruntime ours", "onnxruntime ours, fixed batch"),
     }
-    if "openvino ours, everywhere" in rates:
-        pairs["openvino: ours everywhere / own"] = ("openvino ours, everywhere", "openvino own")
+    for name, one in contenders.items():
+        if qdq.is_ours(one.build) and "batch" not in name:
+            engine_name = one.build.engine
+            own_name = f"{engine_name} own{REST if one.build.option(ov.REST, '') else ''}"
+            pairs[f"{engine_name}: {name.removeprefix(engine_name + ' ')} / own"] = (name, own_name)
     ratios = {name: ratio_interval(rates[a], rates[b])._asdict() for name, (a, b) in pairs.items()}
     return {"rates_per_s": to_json(rates), "ratios": ratios, "receipts": receipts, "cpu": to_json(cpu)}
+
+
+def tag_of(build: Build) -> str:
+    """Whose quantizer, and what sets the build apart from the quantizer's others."""
+    options = (
+        (", everywhere", build.option(ov.PLACEMENT, "")),
+        (", attention", build.option(qdq.ATTENTION, False)),
+        (REST, build.option(ov.REST, "")),
+    )
+    return ("ours" if qdq.is_ours(build) else "own") + "".join(tag for tag, is_set in options if is_set)
 
 
 def main() -> None:

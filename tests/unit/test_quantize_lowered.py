@@ -76,8 +76,8 @@ class Case:
         return np.random.default_rng(batch).standard_normal((batch, *self.shape), np.float32)
 
     def simulated(self, target: Target, x: np.ndarray) -> np.ndarray:
-        module, placement, _ = self.quantized.placed(target)
-        found = Simulation(module, placement.edges, self.quantized.ranges).run((torch.from_numpy(x),))
+        module, placement, ranges = self.quantized.placed(target)
+        found = Simulation(module, placement.edges, ranges).run((torch.from_numpy(x),))
         return found[0].numpy()
 
     def build(self, name: str) -> Build:
@@ -158,8 +158,8 @@ def test_calibrating_again_reads_what_the_cache_has(case: Case):
     assert (again.notes, again.ranges, again.sqnr_db) == (made.notes, made.ranges, made.sqnr_db)
     x = case.inputs(3)
     for target in TARGETS:
-        module, placement, _ = again.placed(target)
-        found = Simulation(module, placement.edges, again.ranges).run((torch.from_numpy(x),))[0]
+        module, placement, ranges = again.placed(target)
+        found = Simulation(module, placement.edges, ranges).run((torch.from_numpy(x),))[0]
         assert np.array_equal(found.numpy(), case.simulated(target, x))
 
 

@@ -4,8 +4,9 @@ import copy
 import hashlib
 import json
 import warnings
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from torch.export import ExportedProgram
 from torch.fx import GraphModule, Node
 
 from corewise.errors import EngineError, SamplesError
-from corewise.quantize import corrections
+from corewise.quantize import corrections, streams
 from corewise.quantize.convert import with_qdq
 from corewise.quantize.graph import (
     attentions,
@@ -43,9 +44,10 @@ from corewise.values import TensorSpec, from_json, to_json
 
 CALIBRATION_BATCH = 8
 TRIED = 32
-"""Calibration samples that tell whether a correction that moves channels pays; if it does, ranges come from all."""
+"""Calibration samples that tell whether a correction that moves channels pays; the ranges kept come from all."""
 JUDGED = 16
-"""Calibration samples, the last ones, that rounding and biases do not learn from: they judge. At most a quarter."""
+"""Calibration samples, the last ones, that nothing learns from, for they judge: ranges that have seen them would not
+cut off what they hold, as they do with samples to come. At most a quarter."""
 ROUNDING_SAMPLES = 32
 BIAS_SAMPLES = 48
 WORTH_DB = 0.1
@@ -56,7 +58,7 @@ CLOSE_DB = 2.0
 FEW = 8
 SHARES = QParams(scale=1 / LEVELS, zero_point=0)
 """What a softmax gives."""
-CORRECTIONS = ("equalize", "smooth", "rounding", "bias")
+CORRECTIONS = ("equalize", "smooth", "rounding", "bias", "streams")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,7 +88,7 @@ class Quantized:
     """The same graph with weights that are not rounded, for layers that stay in floating point."""
     reference: GraphModule
     """The graph before any change."""
-    ranges: dict[str, QParams]
+    ranges: dict[Target, dict[str, QParams]]
     scales: dict[str, Tensor]
     """Of the weights, by the layer's node: one for each output channel."""
     smoothed: tuple[str, ...]
@@ -108,7 +110,7 @@ class Quantized:
         module = copy.deepcopy(self.module)
         operands = split_attention(module) if attention else {}
         placement = place(module, target, ignored, attention)
-        ranges = dict(self.ranges)
+        ranges = dict(self.ranges[target])
         for name, same in operands.items():
             if same is None or same in ranges:
                 ranges[name] = SHARES if same is None else ranges[same]
@@ -232,7 +234,7 @@ def load_state(program: ExportedProgram, path: Path, recipe: Recipe) -> Quantize
         module=module,
         plain=plain,
         reference=reference,
-        ranges=from_json(dict[str, QParams], found["ranges"]),
+        ranges=from_json(dict[Target, dict[str, QParams]], found["ranges"]),
         scales=parts["scales"],
         smoothed=tuple(found["smoothed"]),
         recipe=recipe,
@@ -288,57 +290,70 @@ def _quantize(module: GraphModule, calibration: Samples, recipe: Recipe) -> Quan
     doubts = list(_unjudged(module, calibration))
     recipe = replace(recipe, corrections=()) if doubts else recipe
     search = _Search(reference, calibration, recipe)
-    attempts = search.attempts(module, calibration)
-    best = attempts[0]
-    notes = [*doubts, *_doubts(module, best.observed), f"{best.sqnr_db:.1f} dB without corrections"]
+    brief = search.attempts(module, search.few)
+    attempts = search.whole(brief)
+    notes = [*doubts, *_doubts(module, attempts[0].observed), f"{brief[0].sqnr_db:.1f} dB without corrections"]
     smoothed: tuple[str, ...] = ()
     if "equalize" in recipe.corrections:
-        changed = copy.deepcopy(best.plain)
-        if corrections.equalize(changed, best.placement, best.observed, recipe.weight_bits):
-            tried = search.changed(changed, calibration, lambda one: _is_better(one, best))
-            notes.append(_told("channel equalization", best, tried[0]))
-            attempts = tried if _is_better(tried[0], best) else attempts
-            best = attempts[0]
+        changed = copy.deepcopy(module)
+        if corrections.equalize(changed, attempts[0].placement, attempts[0].observed, recipe.weight_bits):
+            tried = search.attempts(changed, search.few)
+            notes.append(_told("channel equalization", brief[0], tried[0]))
+            if _is_better(tried[0], brief[0]):
+                brief, attempts = tried, search.whole(tried)
     if "smooth" in recipe.corrections:
-        changed = copy.deepcopy(best.plain)
-        if names := corrections.smooth(changed, best.placement, best.observed, recipe.weight_bits):
-            tried = search.changed(changed, calibration, lambda one: _is_better(one, best, SMOOTHING_WORTH_DB))
-            notes.append(_told(f"SmoothQuant on {len(names)} values", best, tried[0], SMOOTHING_WORTH_DB))
-            if _is_better(tried[0], best, SMOOTHING_WORTH_DB):
-                attempts, best, smoothed = tried, tried[0], names
+        changed = copy.deepcopy(attempts[0].plain)
+        if names := corrections.smooth(changed, attempts[0].placement, attempts[0].observed, recipe.weight_bits):
+            tried = search.attempts(changed, search.few)
+            notes.append(_told(f"SmoothQuant on {len(names)} values", brief[0], tried[0], SMOOTHING_WORTH_DB))
+            if _is_better(tried[0], brief[0], SMOOTHING_WORTH_DB):
+                attempts, smoothed = search.whole(tried), names
+    best = attempts[0]
     best = search.refined([attempt for attempt in attempts if attempt.sqnr_db > best.sqnr_db - CLOSE_DB])
+    tuned, told = search.tuned(best)
     return Quantized(
         module=best.module,
         plain=best.plain,
         reference=reference,
-        ranges=best.ranges,
+        ranges={target: one.ranges for target, one in tuned.items()},
         scales=best.scales,
         smoothed=smoothed,
         recipe=recipe,
-        sqnr_db=best.sqnr_db,
-        notes=(*notes, f"ranges by {best.observer}", *best.notes),
+        sqnr_db=tuned["fused"].sqnr_db,
+        notes=(*notes, f"ranges by {best.observer}", *best.notes, *told),
     )
 
 
 class _Search:
-    """Attempts of one program, judged by their simulated outputs for the last calibration samples."""
+    """Attempts of one program, judged by their simulated outputs for the last calibration samples.
+
+    Without corrections these calibrate too. Raises ``SamplesError`` where one of them makes a value NaN or infinite.
+    """
 
     def __init__(self, reference: GraphModule, calibration: Samples, recipe: Recipe) -> None:
         count = len(calibration)
         learning = max(1, count - min(JUDGED, max(1, count // 4)))
         self._recipe = recipe
         self._judging = list(batches(calibration.take(range(min(learning, count - 1), count))))
-        self._learning = calibration.take(range(learning))
-        self._expected = [execute(reference, batch, compute) for batch in self._judging]
+        self._learning = calibration.take(range(learning if recipe.corrections else count))
+        self.few = self._learning.take(range(min(TRIED, len(self._learning))))
+        wanted = set(_quantized_values(reference))
+
+        def step(node: Node, args: tuple[object, ...], kwargs: dict[str, object]) -> object:
+            value = compute(node, args, kwargs)
+            if node.name in wanted and isinstance(value, Tensor) and not bool(value.isfinite().all()):
+                raise _not_finite(node)
+            return value
+
+        self._expected = [execute(reference, batch, step) for batch in self._judging]
+
+    def whole(self, brief: list[_Attempt]) -> list[_Attempt]:
+        """The attempts on the graph of ``brief``, which saw ``few`` samples, with all that calibrate."""
+        return brief if len(self.few) == len(self._learning) else self.attempts(brief[0].plain, self._learning)
 
     def attempts(self, plain: GraphModule, seen: Samples) -> list[_Attempt]:
         """Weights rounded to nearest and values by each observer of what ``seen`` makes them; the best first."""
-        placement = place(plain, "fused")
-        # Not the mask of an attention, which may be infinite.
-        operands = (n for node in (*attentions(plain), *products(plain)) for n in node.args[:3])
-        multiplied = (n.name for n in operands if isinstance(n, Node))
-        places = (name for target in TARGETS for name in place(plain, target).tensors)
-        names = tuple(dict.fromkeys((*places, *multiplied)))
+        placement, names = place(plain, "fused"), _quantized_values(plain)
         observed = observe(plain, names, batches(seen))
         module = copy.deepcopy(plain)
         scales = _round_to_nearest(module, placement, self._recipe.weight_bits)
@@ -359,11 +374,6 @@ class _Search:
             )
         return sorted(found, key=lambda attempt: -attempt.sqnr_db)
 
-    def changed(self, plain: GraphModule, seen: Samples, pays: Callable[[_Attempt], bool]) -> list[_Attempt]:
-        """The ``attempts`` on a graph whose channels were moved: of few samples, and of all of them if that pays."""
-        tried = self.attempts(plain, seen.take(range(min(TRIED, len(seen)))))
-        return self.attempts(plain, seen) if len(seen) > TRIED and pays(tried[0]) else tried
-
     def refined(self, attempts: Sequence[_Attempt]) -> _Attempt:
         """The best of attempts on one graph, the first of them best so far, with rounding and biases corrected.
 
@@ -381,6 +391,25 @@ class _Search:
             some = next(iter(batches(self._learning, min(BIAS_SAMPLES, len(self._learning)))))
             attempts = [self._with_biases(one, some) for one in attempts]
         return max(attempts, key=lambda attempt: attempt.sqnr_db)
+
+    def tuned(self, best: _Attempt) -> tuple[dict[Target, streams.Tuned], tuple[str, ...]]:
+        """The ranges for each placement, with those of residual streams changed where that pays, and notes.
+
+        Only ``everywhere`` rounds both operands of an add, so that one scale can gain something.
+        """
+        everywhere = place(best.module, "everywhere")
+        found = streams.streams(best.module, everywhere) if "streams" in self._recipe.corrections else ()
+        placements: dict[Target, Placement] = {"fused": best.placement, "everywhere": everywhere}
+        made, notes = {}, []
+        for target, placement in placements.items():
+            judge = partial(self._judge, best.module, placement)
+            before = best.sqnr_db if target == "fused" else judge(best.ranges)
+            made[target] = streams.tune(best.ranges, found, judge, before, shared=target == "everywhere")
+            if found:
+                gain = f", {made[target].sqnr_db - before:+.1f} dB, kept"
+                words = made[target].words + gain if made[target].words else "as they were"
+                notes.append(f"residual streams ({target}) {words}")
+        return made, tuple(notes)
 
     def _with_biases(self, best: _Attempt, some: Batch) -> _Attempt:
         module = copy.deepcopy(best.module)
@@ -401,6 +430,22 @@ def _is_better(tried: _Attempt, best: _Attempt, by_db: float = WORTH_DB) -> bool
     return tried.sqnr_db > best.sqnr_db + by_db
 
 
+def _quantized_values(module: GraphModule) -> tuple[str, ...]:
+    """The nodes whose values are rounded in one placement or the other."""
+    # Not the mask of an attention, which may be infinite.
+    operands = (n for node in (*attentions(module), *products(module)) for n in node.args[:3])
+    multiplied = (n.name for n in operands if isinstance(n, Node))
+    places = (name for target in TARGETS for name in place(module, target).tensors)
+    return tuple(dict.fromkeys((*places, *multiplied)))
+
+
+def _not_finite(node: Node) -> SamplesError:
+    return SamplesError(
+        f"a calibration sample makes the value of {layer_name(node)} NaN or infinite",
+        "remove such samples, or repair the model",
+    )
+
+
 def observe(module: GraphModule, names: Sequence[str], given: Iterable[Batch]) -> dict[str, Observed]:
     """One pass of the samples through the fp32 graph, watching the values ``names``.
 
@@ -409,19 +454,26 @@ def observe(module: GraphModule, names: Sequence[str], given: Iterable[Batch]) -
     wanted = set(names)
     nodes = {node.name: node for node in module.graph.nodes}
     readers = {name: [user for user in nodes[name].users if user in set(layers(module))] for name in wanted}
+    sums = streams.cut_off(module)
+    operands = {operand for found in sums.values() for operand in found}
     observed: dict[str, Observed] = {}
 
-    def step(node: Node, args: tuple[object, ...], kwargs: dict[str, object]) -> object:
+    def see(node: Node, value: object) -> None:
+        if node.name not in wanted or not isinstance(value, Tensor):
+            return
+        if node.name not in observed:
+            axis = channel_axis(value, readers[node.name][0]) if readers[node.name] else min(1, value.dim() - 1)
+            observed[node.name] = Observed(axis)
+        if not observed[node.name].see(value):
+            raise _not_finite(node)
+
+    def step(node: Node, args: tuple[Any, ...], kwargs: dict[str, object]) -> object:
+        for operand, own, other in zip(node.args[:2], args[:2], args[1::-1], strict=True) if node in sums else ():
+            if isinstance(operand, Node) and operand in sums[node]:
+                see(operand, streams.felt(own, other))
         value = compute(node, args, kwargs)
-        if node.name in wanted and isinstance(value, Tensor):
-            if node.name not in observed:
-                axis = channel_axis(value, readers[node.name][0]) if readers[node.name] else min(1, value.dim() - 1)
-                observed[node.name] = Observed(axis)
-            if not observed[node.name].see(value):
-                raise SamplesError(
-                    f"a calibration sample makes the value of {layer_name(node)} NaN or infinite",
-                    "remove such samples, or repair the model",
-                )
+        if node not in operands:
+            see(node, value)
         return value
 
     with torch.no_grad():

@@ -194,10 +194,12 @@ class _Trial:
     The first run (``base`` is ``None``) fills the store; others compute only what lies behind what they change.
     """
 
-    def __init__(self, quantized: Quantized, placement: Placement, base: "_Trial | None") -> None:
+    def __init__(
+        self, quantized: Quantized, target: Target, placement: Placement, base: "_Trial | None" = None
+    ) -> None:
         module = quantized.module
         self._rounded = {layer.node for layer in placement.layers}
-        self._simulation = Simulation(module, placement.edges, quantized.ranges)
+        self._simulation = Simulation(module, placement.edges, quantized.ranges[target])
         self._plain = _parameters(quantized.plain)
         self._changed: set[Node] | None = None
         if base is not None:
@@ -227,13 +229,13 @@ def _trials(quantized: Quantized, target: Target) -> dict[tuple[str, str], _Tria
     full = place(module, target)
     # Kept layers are in ``full.kept`` for another reason than being ignored; naming them again changes nothing.
     names = list(dict.fromkeys(layer_name(node) for node in layers(module)))
-    nothing = _Trial(quantized, Placement(layers=(), edges=(), kept=()), None)
-    everything = _Trial(quantized, full, None)
+    nothing = _Trial(quantized, target, Placement(layers=(), edges=(), kept=()))
+    everything = _Trial(quantized, target, full)
     trials = {("alone", ""): nothing, ("without", ""): everything}
     for name in _by_name(full):
         others = [re.escape(other) for other in names if other != name]
-        trials["alone", name] = _Trial(quantized, place(module, target, others), nothing)
-        trials["without", name] = _Trial(quantized, place(module, target, [re.escape(name)]), everything)
+        trials["alone", name] = _Trial(quantized, target, place(module, target, others), nothing)
+        trials["without", name] = _Trial(quantized, target, place(module, target, [re.escape(name)]), everything)
     return trials
 
 

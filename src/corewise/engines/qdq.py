@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from corewise.engines.base import Material, missing
+from corewise.engines.onnx_attention import drop_guards
 from corewise.engines.onnx_bias import quantize_biases
 from corewise.engines.quiet import quiet
 from corewise.errors import EngineError
@@ -176,4 +177,5 @@ def export_onnx(program: object, path: Path) -> None:
     with TemporaryDirectory(dir=path.parent) as folder, quiet():
         made = Path(folder) / path.name
         torch.onnx.export(program, f=made, dynamo=True, external_data=False, verbose=False)  # type: ignore[arg-type]
+        drop_guards(made)
         made.replace(path)

@@ -336,7 +336,7 @@ class _Search:
         self._recipe = recipe
         self._judging = list(batches(calibration.take(range(min(learning, count - 1), count))))
         self._learning = calibration.take(range(learning if recipe.corrections else count))
-        self.few = self._learning.take(range(min(TRIED, len(self._learning))))
+        self.few = self._learning.take(range(min(TRIED if recipe.corrections else count, len(self._learning))))
         wanted = set(_quantized_values(reference))
 
         def step(node: Node, args: tuple[object, ...], kwargs: dict[str, object]) -> object:

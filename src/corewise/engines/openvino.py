@@ -83,7 +83,7 @@ class OpenVino:
 
         For nets with residual adds also our other placement: without AVX-512 OpenVINO adds an operand within a
         convolution's kernel only where both are int8 (ResNet-50, Zen 3: its 16 adds alone took 8 % of the time), and
-        with it that placement is faster too (ResNet-50 1.18 times, MobileNetV2 1.08; Zen 4).
+        with it that placement is faster too (ResNet-50 1.16 times, MobileNetV2 1.05; Zen 4).
         """
         options = () if cpu.int8_dot else (("reduce_range", True),)
         int8 = Build(engine="openvino", precision="int8", options=options)

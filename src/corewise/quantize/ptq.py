@@ -21,6 +21,7 @@ from corewise.errors import EngineError, SamplesError
 from corewise.quantize import corrections, streams
 from corewise.quantize.convert import with_qdq
 from corewise.quantize.graph import (
+    Step,
     attentions,
     bias,
     channel_axis,
@@ -292,7 +293,8 @@ def _quantize(module: GraphModule, calibration: Samples, recipe: Recipe) -> Quan
     search = _Search(reference, calibration, recipe)
     brief = search.attempts(module, search.few)
     attempts = search.whole(brief)
-    notes = [*doubts, *_doubts(module, attempts[0].observed), f"{brief[0].sqnr_db:.1f} dB without corrections"]
+    plain_db = f"{brief[0].sqnr_db:.1f} dB without corrections, ranges of {len(search.few)} samples"
+    notes = [*doubts, *_doubts(module, attempts[0].observed), plain_db]
     smoothed: tuple[str, ...] = ()
     if "equalize" in recipe.corrections:
         changed = copy.deepcopy(module)
@@ -324,6 +326,18 @@ def _quantize(module: GraphModule, calibration: Samples, recipe: Recipe) -> Quan
     )
 
 
+class _Judge:
+    """How near simulated outputs for some samples come to those of the fp32 program, in dB."""
+
+    def __init__(self, reference: GraphModule, samples: Samples, step: Step = compute) -> None:
+        self._batches = list(batches(samples))
+        self._expected = [execute(reference, batch, step) for batch in self._batches]
+
+    def __call__(self, module: GraphModule, placement: Placement, ranges: Mapping[str, QParams]) -> float:
+        simulation = Simulation(module, placement.edges, ranges)
+        return sqnr_db(self._expected, [simulation.run(batch) for batch in self._batches])
+
+
 class _Search:
     """Attempts of one program, judged by their simulated outputs for the last calibration samples.
 
@@ -334,9 +348,10 @@ class _Search:
         count = len(calibration)
         learning = max(1, count - min(JUDGED, max(1, count // 4)))
         self._recipe = recipe
-        self._judging = list(batches(calibration.take(range(min(learning, count - 1), count))))
         self._learning = calibration.take(range(learning if recipe.corrections else count))
         self.few = self._learning.take(range(min(TRIED if recipe.corrections else count, len(self._learning))))
+        self._last = self._learning.take(range(max(0, 2 * learning - count), learning))
+        self._reference = reference
         wanted = set(_quantized_values(reference))
 
         def step(node: Node, args: tuple[object, ...], kwargs: dict[str, object]) -> object:
@@ -345,7 +360,7 @@ class _Search:
                 raise _not_finite(node)
             return value
 
-        self._expected = [execute(reference, batch, step) for batch in self._judging]
+        self._judge = _Judge(reference, calibration.take(range(min(learning, count - 1), count)), step)
 
     def whole(self, brief: list[_Attempt]) -> list[_Attempt]:
         """The attempts on the graph of ``brief``, which saw ``few`` samples, with all that calibrate."""
@@ -395,17 +410,20 @@ class _Search:
     def tuned(self, best: _Attempt) -> tuple[dict[Target, streams.Tuned], tuple[str, ...]]:
         """The ranges for each placement, with those of residual streams changed where that pays, and notes.
 
+        The last samples that calibrate choose. They are as many as judge what they chose.
         Only ``everywhere`` rounds both operands of an add, so that one scale can gain something.
         """
         everywhere = place(best.module, "everywhere")
         found = streams.streams(best.module, everywhere) if "streams" in self._recipe.corrections else ()
+        chooser = _Judge(self._reference, self._last) if found else self._judge
         placements: dict[Target, Placement] = {"fused": best.placement, "everywhere": everywhere}
         made, notes = {}, []
         for target, placement in placements.items():
-            judge = partial(self._judge, best.module, placement)
+            choose, judge = (partial(one, best.module, placement) for one in (chooser, self._judge))
             before = best.sqnr_db if target == "fused" else judge(best.ranges)
-            made[target] = streams.tune(best.ranges, found, judge, before, shared=target == "everywhere")
-            if found:
+            rounded = [stream for stream in found if set(stream) & set(placement.tensors)]
+            made[target] = streams.tune(best.ranges, rounded, choose, judge, before, shared=target == "everywhere")
+            if rounded:
                 gain = f", {made[target].sqnr_db - before:+.1f} dB, kept"
                 words = made[target].words + gain if made[target].words else "as they were"
                 notes.append(f"residual streams ({target}) {words}")
@@ -420,10 +438,6 @@ class _Search:
         tried = replace(tried, sqnr_db=self._judge(tried.module, tried.placement, tried.ranges))
         notes = (*best.notes, _told(what, best, tried))
         return replace(tried if _is_better(tried, best) else best, notes=notes)
-
-    def _judge(self, module: GraphModule, placement: Placement, ranges: Mapping[str, QParams]) -> float:
-        simulation = Simulation(module, placement.edges, ranges)
-        return sqnr_db(self._expected, [simulation.run(batch) for batch in self._judging])
 
 
 def _is_better(tried: _Attempt, best: _Attempt, by_db: float = WORTH_DB) -> bool:
@@ -469,7 +483,7 @@ def observe(module: GraphModule, names: Sequence[str], given: Iterable[Batch]) -
 
     def step(node: Node, args: tuple[Any, ...], kwargs: dict[str, object]) -> object:
         for operand, own, other in zip(node.args[:2], args[:2], args[1::-1], strict=True) if node in sums else ():
-            if isinstance(operand, Node) and operand in sums[node]:
+            if isinstance(operand, Node) and operand in sums[node] and operand.name in wanted:
                 see(operand, streams.felt(own, other))
         value = compute(node, args, kwargs)
         if node not in operands:
@@ -514,8 +528,9 @@ def _unjudged(module: GraphModule, calibration: Samples) -> Iterable[str]:
 
 def _doubts(module: GraphModule, observed: Mapping[str, Observed]) -> Iterable[str]:
     nodes = {node.name: node for node in module.graph.nodes}
+    partly_seen = {operand.name for found in streams.cut_off(module).values() for operand in found}
     for name, seen in observed.items():
-        if seen.low == seen.high:
+        if seen.low == seen.high and name not in partly_seen:
             what = f"input {name}" if nodes[name].op == "placeholder" else f"the value of {layer_name(nodes[name])}"
             yield f"warning: calibration saw nothing but {seen.low:g} in {what}: its range is a guess"
 

@@ -1,7 +1,8 @@
 """Residual streams: values that adds tie together, on grids that suit the adds.
 
-Where both operands of an add are rounded and its sum is again, one scale for all three makes the last rounding exact,
-for a sum of multiples is a multiple. And what a ReLU behind the add would cut off anyway needs no place in a range.
+Where both operands of an add are rounded and its sum is again, one scale for all three makes the last rounding exact
+but for what the range cuts off: a sum of multiples is a multiple. And what a ReLU behind the add would cut off anyway
+needs no place in a range.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -11,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule, Node
 
-from corewise.quantize.graph import aten
+from corewise.quantize.graph import aten, is_float
 from corewise.quantize.observers import QParams
 from corewise.quantize.placement import Placement, final, limits, source
 
@@ -37,7 +38,7 @@ class Tuned(NamedTuple):
 def cut_off(module: GraphModule) -> dict[Node, tuple[Node, ...]]:
     """The adds whose sums only an activation reads that cuts off below 0, and the operands that only the add reads."""
     return {
-        node: tuple(operand for operand in node.args[:2] if isinstance(operand, Node) and len(operand.users) == 1)
+        node: tuple(operand for operand in node.all_input_nodes if len(operand.users) == 1)
         for node in module.graph.nodes
         if _is_sum(node) and (limits(final(node)) or (None,))[0] == 0.0
     }
@@ -46,7 +47,7 @@ def cut_off(module: GraphModule) -> dict[Node, tuple[Node, ...]]:
 def felt(value: Tensor, other: Tensor) -> Tensor:
     """``value`` as a ReLU behind ``value + other`` feels it: where the sum is negative, the highest that would do too.
 
-    But for values above 0, which only the upper end of a range could cut off.
+    But never above 0: that end of a range cuts off nothing that the ReLU would not.
     """
     if value.shape != other.shape:
         return value
@@ -91,12 +92,18 @@ def regrid(ranges: Ranges, stream: Sequence[str], shared: bool, share: float) ->
 
 
 def tune(
-    ranges: Ranges, found: Sequence[Sequence[str]], judge: Callable[[Ranges], float], before_db: float, shared: bool
+    ranges: Ranges,
+    found: Sequence[Sequence[str]],
+    choose: Callable[[Ranges], float],
+    judge: Callable[[Ranges], float],
+    before_db: float,
+    shared: bool,
 ) -> Tuned:
-    """The ranges with which ``judge`` gives the most dB; with ``ranges`` themselves it gives ``before_db``.
+    """The ranges with which ``choose`` gives the most dB, if they win ``WORTH_DB`` by ``judge`` too.
 
-    All streams are tried alike first, where ``shared`` also at one scale each. If that wins ``WORTH_DB``, each is then
-    tried a step wider and narrower.
+    Among many choices the best is partly lucky, so that other samples should judge than those that choose; by them
+    ``ranges`` themselves have ``before_db``. All streams are tried alike first, where ``shared`` also at one scale
+    each; if that is better than ``ranges``, each is then tried a step wider and narrower.
     """
 
     def made(choice: Choice) -> dict[str, QParams]:
@@ -108,38 +115,41 @@ def tune(
 
     def score(choice: Choice) -> float:
         if choice not in tried:
-            tried[choice] = judge(made(choice))
+            tried[choice] = choose(made(choice))
         return tried[choice]
 
     def alike(one_scale: bool, share: float) -> Choice:
         return one_scale, (share,) * len(found)
 
-    best = alike(False, 1.0)
-    tried = {best: before_db}
+    tried: dict[Choice, float] = {}
+    best = before = alike(False, 1.0)
     if found and shared:
-        best = max(best, alike(True, 1.0), key=score)
+        best = max(before, alike(True, 1.0), key=score)
     for share in SHARES if found else ():
         narrower = alike(best[0], share)
         if score(narrower) <= score(best):
             break
         best = narrower
-    if score(best) < before_db + WORTH_DB:
+    if best == before:
         return Tuned(dict(ranges), before_db, "")
     for index, share in enumerate(best[1]):
         steps = [round(share + step, 1) for step in (STEP, -STEP)]
         others = ((best[0], (*best[1][:index], one, *best[1][index + 1 :])) for one in steps)
         best = max((best, *(one for one in others if NARROWEST <= one[1][index] <= 1.0)), key=score)
+    if (after_db := judge(made(best))) < before_db + WORTH_DB:
+        return Tuned(dict(ranges), before_db, "")
     words = ["at one scale each"] if best[0] else []
     if (narrowest := min(best[1])) < 1.0:
         words.append(" to ".join(f"{share:g}" for share in sorted({narrowest, max(best[1])})) + " of their ranges")
-    return Tuned(made(best), score(best), ", ".join(words))
+    return Tuned(made(best), after_db, ", ".join(words))
 
 
 def _is_sum(node: Node) -> bool:
-    """Whether the node adds two values that the graph computes."""
+    """Whether the node adds two floating-point tensors, of which one may be a parameter."""
     return (
         node.op == "call_function"
         and node.target is aten.add.Tensor
         and not node.kwargs
         and len(node.all_input_nodes) == 2
+        and all(map(is_float, node.all_input_nodes))
     )

@@ -21,7 +21,6 @@ def drop_guards(path: Path) -> int:
     for node in model.graph.node:
         if node.op_type == "Constant" and node.attribute[0].name == "value" and not any(node.attribute[0].t.dims):
             constants[node.output[0]] = onnx.numpy_helper.to_array(node.attribute[0].t)
-
     returned = {one.name for one in model.graph.output}
 
     def kind(name: str) -> str:
@@ -36,8 +35,9 @@ def drop_guards(path: Path) -> int:
         if node.op_type != "Where" or kind(node.input[0]) != "IsNaN" or kind(node.input[2]) != "Softmax":
             continue
         before = made[node.input[2]].input[0]
-        same = made[node.input[0]].input[0] == node.input[2] and node.output[0] not in returned
-        if same and kind(before) == "Add" and any(map(is_finite_mask, made[before].input)):
+        if made[node.input[0]].input[0] != node.input[2] or node.output[0] in returned:
+            continue
+        if kind(before) == "Add" and any(map(is_finite_mask, made[before].input)):
             dropped[node.output[0]] = node.input[2]
     if not dropped:
         return 0

@@ -3,7 +3,7 @@
 import operator
 import warnings
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +16,7 @@ from torch.fx.node import map_arg
 from corewise.errors import EngineError
 
 aten: Any = torch.ops.aten
+Key = TypeVar("Key")
 
 CONVOLUTIONS = (
     *(aten.conv1d.default, aten.conv1d.padding, aten.conv2d.default, aten.conv2d.padding),
@@ -91,6 +92,13 @@ def folded(program: ExportedProgram) -> GraphModule:
 def layers(module: GraphModule) -> list[Node]:
     """The convolutions and linears with parameters of their own, in the order they run."""
     return [n for n in module.graph.nodes if n.target in LAYERS and parameter(module, n.args[1]) is not None]
+
+
+def root(parents: dict[Key, Key], key: Key) -> Key:
+    """What stands for all that ``parents`` ties to ``key`` (union-find); a new key stands for itself."""
+    while parents.setdefault(key, key) != key:
+        key = parents[key]
+    return key
 
 
 def is_float(node: Node) -> bool:

@@ -38,7 +38,7 @@ from corewise.quantize.graph import (
 from corewise.quantize.graph import output_axis as axis_of
 from corewise.quantize.observers import LEVELS, OBSERVERS, Observed, QParams, qparams, round_weight, weight_scales
 from corewise.quantize.placement import TARGETS, Placement, Target, place, source
-from corewise.quantize.simulate import Batch, Simulation, sqnr_db
+from corewise.quantize.simulate import WORTH_DB, Batch, Simulation, sqnr_db
 from corewise.samples import Samples
 from corewise.source import load_program, save_program
 from corewise.values import TensorSpec, from_json, to_json
@@ -51,7 +51,6 @@ JUDGED = 16
 cut off what they hold, as they do with samples to come. At most a quarter."""
 ROUNDING_SAMPLES = 32
 BIAS_SAMPLES = 48
-WORTH_DB = 0.1
 SMOOTHING_WORTH_DB = 1.0
 """More than of what is free at run time."""
 CLOSE_DB = 2.0
@@ -310,8 +309,8 @@ def _quantize(module: GraphModule, calibration: Samples, recipe: Recipe) -> Quan
             notes.append(_told(f"SmoothQuant on {len(names)} values", brief[0], tried[0], SMOOTHING_WORTH_DB))
             if _is_better(tried[0], brief[0], SMOOTHING_WORTH_DB):
                 attempts, smoothed = search.whole(tried), names
-    best = attempts[0]
-    best = search.refined([attempt for attempt in attempts if attempt.sqnr_db > best.sqnr_db - CLOSE_DB])
+    nearest_db = attempts[0].sqnr_db
+    best = search.refined([attempt for attempt in attempts if attempt.sqnr_db > nearest_db - CLOSE_DB])
     tuned, told = search.tuned(best)
     return Quantized(
         module=best.module,

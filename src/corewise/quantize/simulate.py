@@ -10,6 +10,8 @@ from torch.fx import GraphModule, Node
 from corewise.quantize.graph import compute, execute
 from corewise.quantize.observers import QParams, fake_quantize
 
+WORTH_DB = 0.1
+"""What a correction must win at the simulated outputs to be kept."""
 Batch = tuple[Tensor, ...]
 See = Callable[[Node, Any], Any]
 Edges = Iterable[tuple[str, str]]

@@ -12,16 +12,16 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule, Node
 
-from corewise.quantize.graph import aten, is_float
+from corewise.quantize.graph import aten, is_float, root
 from corewise.quantize.observers import QParams
 from corewise.quantize.placement import Placement, final, limits, source
+from corewise.quantize.simulate import WORTH_DB
 
 Ranges = Mapping[str, QParams]
-SHARES = (0.9, 0.8)
+NARROWER = (0.9, 0.8)
 """Of the ranges found by themselves. Narrower ones cut off more, but what sticks out of a residual stream is often cut
 off by an activation behind it too."""
 STEP, NARROWEST = 0.1, 0.7
-WORTH_DB = 0.1
 Choice = tuple[bool, tuple[float, ...]]
 """Whether each stream has one scale, and which share of its range each has."""
 
@@ -47,7 +47,7 @@ def cut_off(module: GraphModule) -> dict[Node, tuple[Node, ...]]:
 def felt(value: Tensor, other: Tensor) -> Tensor:
     """``value`` as a ReLU behind ``value + other`` feels it: where the sum is negative, the highest that would do too.
 
-    But never above 0: that end of a range cuts off nothing that the ReLU would not.
+    But never above 0, for no range starts higher.
     """
     if value.shape != other.shape:
         return value
@@ -60,22 +60,16 @@ def streams(module: GraphModule, placement: Placement) -> tuple[tuple[str, ...],
     A value behind a max pooling or reshape counts as the one before it.
     """
     parents: dict[str, str] = {}
-
-    def root(name: str) -> str:
-        while parents.setdefault(name, name) != name:
-            name = parents[name]
-        return name
-
     edges = set(placement.edges)
     nodes = {node.name: node for node in module.graph.nodes}
     for node in module.graph.nodes:
         if _is_sum(node) and all((operand.name, node.name) in edges for operand in node.all_input_nodes):
             for operand in node.all_input_nodes:
-                parents[root(source(operand).name)] = root(final(node).name)
+                parents[root(parents, source(operand).name)] = root(parents, final(node).name)
     found: dict[str, list[str]] = {}
     for name in placement.tensors:
         if (origin := source(nodes[name]).name) in parents:
-            found.setdefault(root(origin), []).append(name)
+            found.setdefault(root(parents, origin), []).append(name)
     return tuple(tuple(names) for names in reversed(found.values()))
 
 
@@ -121,11 +115,13 @@ def tune(
     def alike(one_scale: bool, share: float) -> Choice:
         return one_scale, (share,) * len(found)
 
+    if not found:
+        return Tuned(dict(ranges), before_db, "")
     tried: dict[Choice, float] = {}
     best = before = alike(False, 1.0)
-    if found and shared:
+    if shared:
         best = max(before, alike(True, 1.0), key=score)
-    for share in SHARES if found else ():
+    for share in NARROWER:
         narrower = alike(best[0], share)
         if score(narrower) <= score(best):
             break

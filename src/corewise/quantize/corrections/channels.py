@@ -16,6 +16,7 @@ from corewise.quantize.graph import (
     group_count,
     layers,
     parameter,
+    root,
     weight,
 )
 from corewise.quantize.observers import LEVELS, Observed
@@ -63,12 +64,6 @@ class _Group:
 
 def _groups(module: GraphModule, names: set[str]) -> Iterator[_Group]:
     parents: dict[Node, Node] = {}
-
-    def root(node: Node) -> Node:
-        while parents.setdefault(node, node) is not node:
-            node = parents[node]
-        return node
-
     own = set(layers(module))
     fixed: set[Node] = set()
     for node in module.graph.nodes:
@@ -78,10 +73,10 @@ def _groups(module: GraphModule, names: set[str]) -> Iterator[_Group]:
             fixed.update(node.all_input_nodes)
         elif node.op == "call_function" and node not in own:
             if node.target in (*HOMOGENEOUS, *CAPPED) and _per_channel(node):
-                parents[root(node)] = root(node.all_input_nodes[0])
+                parents[root(parents, node)] = root(parents, node.all_input_nodes[0])
             elif node.target is aten.add.Tensor and _same_shape(node):
                 for operand in node.all_input_nodes:
-                    parents[root(operand)] = root(node)
+                    parents[root(parents, operand)] = root(parents, node)
             elif node.target is aten.layer_norm.default and _normalizes_last(module, node):
                 fixed.update(node.all_input_nodes)
             else:
@@ -89,8 +84,8 @@ def _groups(module: GraphModule, names: set[str]) -> Iterator[_Group]:
     members: dict[Node, list[Node]] = {}
     for node in module.graph.nodes:
         if node.op == "call_function":
-            members.setdefault(root(node), []).append(node)
-    stuck = {root(node) for node in fixed}
+            members.setdefault(root(parents, node), []).append(node)
+    stuck = {root(parents, node) for node in fixed}
     for head, nodes in members.items():
         inside = set(nodes)
         makers = [n for n in nodes if n in own or n.target is aten.layer_norm.default]

@@ -51,14 +51,22 @@ sys.path.insert(0, str(HERE))
 from subjects import DATA, ROOT, SUBJECTS  # noqa: E402
 
 from corewise import source  # noqa: E402
-from corewise.cpu import inspect  # noqa: E402
-from corewise.engines import Material, engine  # noqa: E402
+from corewise.common.errors import CorewiseError, EngineError  # noqa: E402
+from corewise.common.references import guard  # noqa: E402
+from corewise.engines import BuildInputs, engine  # noqa: E402
 from corewise.engines.quiet import quiet  # noqa: E402
-from corewise.errors import CorewiseError, EngineError  # noqa: E402
-from corewise.imports import guard  # noqa: E402
+from corewise.machine.inspect import inspect  # noqa: E402
+from corewise.records.build import Build  # noqa: E402
+from corewise.records.jsonable import to_json  # noqa: E402
+from corewise.runtime.worker import (  # noqa: E402
+    CALIBRATION,
+    HOLDOUT,
+    PROGRAM,
+    peak_memory_bytes,
+    read_build_inputs,
+    write_build_inputs,
+)
 from corewise.samples import Samples, split  # noqa: E402
-from corewise.values import Build, to_json  # noqa: E402
-from corewise.worker import CALIBRATION, HOLDOUT, PROGRAM, peak_memory_bytes, read_material, write_material  # noqa: E402
 
 ANSWER, FP32 = "answer.json", "fp32.npy"
 PACKAGES = ("corewise", "torch", "torchao", "openvino", "nncf", "onnxruntime", "onnx", "transformers", "numpy")
@@ -110,7 +118,7 @@ def torch_predict(module: Any) -> Predict:
     return predict
 
 
-def corewise(material: Material, folder: Path, model: str, bits: int) -> Made:
+def corewise(material: BuildInputs, folder: Path, model: str, bits: int) -> Made:
     """Ours; what was decided is in the notes that the row keeps."""
     from corewise.engines.torch_tools import keep_freed_memory
     from corewise.quantize.placement import TARGETS
@@ -129,7 +137,7 @@ def corewise(material: Material, folder: Path, model: str, bits: int) -> Made:
     return {target: (predict(target), 0) for target in TARGETS}
 
 
-def nncf(material: Material, folder: Path, model: str, bits: int) -> Made:
+def nncf(material: BuildInputs, folder: Path, model: str, bits: int) -> Made:
     """The build of the engine, its FakeQuantize operations run in fp32."""
     engine("openvino").build(material, _build("openvino", bits), folder)
     return {"": _emulated_by_openvino(folder / "model.xml")}
@@ -155,7 +163,7 @@ def _emulated_by_openvino(path: Path) -> tuple[Predict, int]:
     return lambda arrays: compiled(list(arrays))[0], sum(name.endswith("_I8") for name in kernels)
 
 
-def onnxruntime(material: Material, folder: Path, model: str, bits: int) -> Made:
+def onnxruntime(material: BuildInputs, folder: Path, model: str, bits: int) -> Made:
     """The build of the engine, its Q and DQ operators run as they stand."""
     engine("onnxruntime").build(material, _build("onnxruntime", bits), folder)
     return {"": _emulated_by_onnxruntime(folder / "model.onnx")}
@@ -177,7 +185,7 @@ def _emulated_by_onnxruntime(path: Path) -> tuple[Predict, int]:
     return lambda arrays: session.run(None, dict(zip(names, arrays, strict=True)))[0], kernels
 
 
-def torchao(material: Material, folder: Path, model: str, bits: int) -> Made:
+def torchao(material: BuildInputs, folder: Path, model: str, bits: int) -> Made:
     """The PT2E flow as its tutorial shows it, exported in strict mode."""
     import torch
     from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e, prepare_pt2e
@@ -197,7 +205,7 @@ def torchao(material: Material, folder: Path, model: str, bits: int) -> Made:
     return {"": (torch_predict(convert_pt2e(prepared)), 0)}
 
 
-def torch_ao(material: Material, folder: Path, model: str, bits: int) -> Made:
+def torch_ao(material: BuildInputs, folder: Path, model: str, bits: int) -> Made:
     """FX graph mode quantization; its reference model computes in fp32 between quantize and dequantize."""
     import torch
     from torch.ao.quantization import get_default_qconfig_mapping
@@ -211,7 +219,7 @@ def torch_ao(material: Material, folder: Path, model: str, bits: int) -> Made:
     return {"": (torch_predict(convert_to_reference_fx(prepared)), 0)}
 
 
-QUANTIZERS: dict[str, Callable[[Material, Path, str], Made]] = {
+QUANTIZERS: dict[str, Callable[[BuildInputs, Path, str], Made]] = {
     f"{name}-{bits}": partial(function, bits=bits)
     for name, function in {
         "corewise": corewise,
@@ -232,7 +240,7 @@ def _module(model: str) -> Any:
     return source.load(SUBJECTS[model].model)
 
 
-def _batches(material: Material, size: int) -> list[tuple[Any, ...]]:
+def _batches(material: BuildInputs, size: int) -> list[tuple[Any, ...]]:
     import torch
 
     return [tuple(map(torch.from_numpy, arrays)) for _, arrays in material.calibration.batches(size)]
@@ -247,7 +255,7 @@ def child(model: str, quantizer: str, work: Path) -> None:
     np.random.seed(SEED)
     folder = work / quantizer
     answer: dict[str, Any] = {"reason": "", "int8_kernels": {}}
-    material = read_material(work)
+    material = read_build_inputs(work)
     try:
         start, start_cpu = time.perf_counter(), time.process_time()
         with quiet(), guard(EngineError, "it raises", ""):
@@ -280,7 +288,7 @@ def prepare(model: str, work: Path, quantizers: Sequence[str]) -> tuple[Samples,
     measured.save(work / HOLDOUT)
     cache = work / "cache"
     cache.mkdir()
-    material = Material(
+    material = BuildInputs(
         program=work / PROGRAM,
         inputs=exported.inputs,
         outputs=exported.outputs,
@@ -289,7 +297,7 @@ def prepare(model: str, work: Path, quantizers: Sequence[str]) -> tuple[Samples,
         cpu=inspect(),
         cache=cache,
     )
-    write_material(work, material)
+    write_build_inputs(work, material)
     torch.set_num_threads(THREADS)
     np.save(work / FP32, answers(torch_predict(exported.module), measured))
     if any(name.startswith("onnxruntime") for name in quantizers):

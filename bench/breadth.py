@@ -28,16 +28,18 @@ sys.path.insert(0, str(HERE))
 from architectures import ARCHITECTURES, Architecture  # noqa: E402
 
 from corewise import source  # noqa: E402
-from corewise.cpu import inspect  # noqa: E402
-from corewise.engines import Material, engine  # noqa: E402
-from corewise.errors import CorewiseError  # noqa: E402
-from corewise.fidelity import Outputs  # noqa: E402
-from corewise.imports import guard  # noqa: E402
-from corewise.metrics import energies  # noqa: E402
+from corewise.accuracy.fidelity import Outputs  # noqa: E402
+from corewise.accuracy.metrics import energies  # noqa: E402
+from corewise.common.errors import CorewiseError  # noqa: E402
+from corewise.common.references import guard  # noqa: E402
+from corewise.engines import BuildInputs, engine  # noqa: E402
+from corewise.machine.inspect import inspect  # noqa: E402
+from corewise.records.build import Build, Plan  # noqa: E402
+from corewise.records.cpu import Cpu  # noqa: E402
+from corewise.records.jsonable import to_json  # noqa: E402
+from corewise.runtime.client import Worker, read_outputs  # noqa: E402
+from corewise.runtime.worker import CALIBRATION, HOLDOUT, PROGRAM, write_build_inputs  # noqa: E402
 from corewise.samples import Samples, from_python  # noqa: E402
-from corewise.trial import Worker, read_outputs  # noqa: E402
-from corewise.values import Build, Cpu, Plan, to_json  # noqa: E402
-from corewise.worker import CALIBRATION, HOLDOUT, PROGRAM, write_material  # noqa: E402
 
 ENGINES = ("openvino", "onnxruntime", "inductor", "torch-int8")
 PACKAGES = ("torch", "torchao", "openvino", "nncf", "onnxruntime", "onnx", "transformers", "numpy")
@@ -111,7 +113,7 @@ def prepare(architecture: Architecture, cpu: Cpu, folder: Path) -> tuple[Outputs
     source.save_program(exported.program, folder / PROGRAM)
     calibration.save(folder / CALIBRATION)
     holdout.save(folder / HOLDOUT)
-    material = Material(
+    material = BuildInputs(
         program=folder / PROGRAM,
         inputs=exported.inputs,
         outputs=exported.outputs,
@@ -120,7 +122,7 @@ def prepare(architecture: Architecture, cpu: Cpu, folder: Path) -> tuple[Outputs
         cpu=cpu,
         cache=folder / "cache",
     )
-    write_material(folder, material)
+    write_build_inputs(folder, material)
     _, arrays = next(holdout.batches(len(holdout)))
     with torch.no_grad(), guard(CorewiseError, "running the model"):
         expected = exported.module(*map(torch.from_numpy, arrays))

@@ -20,10 +20,10 @@ sys.path.insert(0, str(HERE))
 
 from subjects import SUBJECTS, prepare, starter  # noqa: E402
 
-from corewise.cpu import inspect  # noqa: E402
 from corewise.engines import engine, qdq  # noqa: E402
-from corewise.values import to_json  # noqa: E402
-from corewise.worker import CALIBRATION  # noqa: E402
+from corewise.machine.inspect import inspect  # noqa: E402
+from corewise.records.jsonable import to_json  # noqa: E402
+from corewise.runtime.worker import CALIBRATION  # noqa: E402
 
 ENGINES = ("openvino", "onnxruntime")
 RESULTS = HERE / "results" / "build_cost.json"
@@ -44,7 +44,7 @@ def run(model: str, counts: list[int]) -> list[dict[str, Any]]:
                 build
                 for name in ENGINES
                 for build in engine(name).candidates(cpu, material.operators)
-                if qdq.is_ours(build) and build.precision == "int8"
+                if qdq.uses_corewise_quantizer(build) and build.precision == "int8"
             ]
             seconds = {}
             with starter(work)(builds[0]) as worker:

@@ -10,10 +10,10 @@ from pathlib import Path
 
 import numpy as np
 
-from corewise.engines import Material
-from corewise.errors import SourceError
-from corewise.imports import call_reference
-from corewise.values import Build, Plan
+from corewise.common.errors import SourceError
+from corewise.common.references import call_reference
+from corewise.engines import BuildInputs
+from corewise.records.build import Build, Plan
 
 Arrays = Sequence[np.ndarray]
 
@@ -23,7 +23,7 @@ def factory(build: Build):
     return call_reference(str(build.option("model", "")), SourceError, "the model").eval()
 
 
-def example(material: Material, count: int):
+def example(material: BuildInputs, count: int):
     """The first calibration samples as torch tensors."""
     import torch
 
@@ -43,7 +43,7 @@ class Hand:
     def needs(self, build: Build) -> tuple[str, ...]:
         return ()
 
-    def build(self, material: Material, build: Build, folder: Path) -> tuple[str, ...]:
+    def build(self, material: BuildInputs, build: Build, folder: Path) -> tuple[str, ...]:
         return ()
 
     def receipt(self, folder: Path, build: Build, plan: Plan, inputs: Arrays) -> None:
@@ -109,7 +109,7 @@ class TorchCompile(Hand):
 class TorchFx(Hand):
     """FX graph mode quantization with the default qconfig mapping of the default backend (x86)."""
 
-    def build(self, material: Material, build: Build, folder: Path) -> tuple[str, ...]:
+    def build(self, material: BuildInputs, build: Build, folder: Path) -> tuple[str, ...]:
         import torch
         from torch.ao.quantization import get_default_qconfig_mapping
         from torch.ao.quantization.quantize_fx import convert_fx, prepare_fx
@@ -138,12 +138,12 @@ class TorchFx(Hand):
 class OpenVino(Hand):
     """convert_model, and compile_model with the hint LATENCY, which is the default; fp32."""
 
-    def convert(self, material: Material, build: Build):
+    def convert(self, material: BuildInputs, build: Build):
         import openvino
 
         return openvino.convert_model(factory(build), example_input=example(material, 2))
 
-    def build(self, material: Material, build: Build, folder: Path) -> tuple[str, ...]:
+    def build(self, material: BuildInputs, build: Build, folder: Path) -> tuple[str, ...]:
         import openvino
 
         openvino.save_model(self.convert(material, build), folder / "model.xml", compress_to_fp16=False)
@@ -189,7 +189,7 @@ def copy_of(folder: Path, other: type) -> bool:
 class OpenVinoThroughput(OpenVino):
     """The same with the hint THROUGHPUT."""
 
-    def build(self, material: Material, build: Build, folder: Path) -> tuple[str, ...]:
+    def build(self, material: BuildInputs, build: Build, folder: Path) -> tuple[str, ...]:
         return () if copy_of(folder, OpenVino) else super().build(material, build, folder)
 
     def open(self, folder: Path, build: Build, plan: Plan) -> FunctionSession:
@@ -199,7 +199,7 @@ class OpenVinoThroughput(OpenVino):
 class Nncf(OpenVino):
     """nncf.quantize with its defaults on the OpenVINO model."""
 
-    def convert(self, material: Material, build: Build):
+    def convert(self, material: BuildInputs, build: Build):
         import nncf
 
         model = super().convert(material, build)
@@ -210,7 +210,7 @@ class Nncf(OpenVino):
 class NncfThroughput(Nncf):
     """The same with the hint THROUGHPUT."""
 
-    def build(self, material: Material, build: Build, folder: Path) -> tuple[str, ...]:
+    def build(self, material: BuildInputs, build: Build, folder: Path) -> tuple[str, ...]:
         return () if copy_of(folder, Nncf) else super().build(material, build, folder)
 
     def open(self, folder: Path, build: Build, plan: Plan) -> FunctionSession:
@@ -220,7 +220,7 @@ class NncfThroughput(Nncf):
 class Ort(Hand):
     """torch.onnx.export and InferenceSession with their defaults; fp32."""
 
-    def export(self, material: Material, build: Build, path: Path) -> None:
+    def export(self, material: BuildInputs, build: Build, path: Path) -> None:
         import torch
 
         inputs = example(material, 2)
@@ -233,7 +233,7 @@ class Ort(Hand):
             input_names=[spec.name for spec in material.inputs],
         ).save(path)
 
-    def build(self, material: Material, build: Build, folder: Path) -> tuple[str, ...]:
+    def build(self, material: BuildInputs, build: Build, folder: Path) -> tuple[str, ...]:
         self.export(material, build, folder / "model.onnx")
         return ()
 
@@ -248,7 +248,7 @@ class Ort(Hand):
 class OrtQuantized(Ort):
     """quant_pre_process and quantize_static with their defaults."""
 
-    def build(self, material: Material, build: Build, folder: Path) -> tuple[str, ...]:
+    def build(self, material: BuildInputs, build: Build, folder: Path) -> tuple[str, ...]:
         from onnxruntime.quantization import CalibrationDataReader, quantize_static
         from onnxruntime.quantization.shape_inference import quant_pre_process
 

@@ -25,12 +25,13 @@ from hand import CONTENDERS, engine_build  # noqa: E402
 from subjects import FIVE, ROOT, SUBJECTS, prepare, starter  # noqa: E402
 
 from corewise import artifact  # noqa: E402
-from corewise.cpu import inspect  # noqa: E402
-from corewise.errors import CorewiseError  # noqa: E402
-from corewise.race import Contender, Fell, race  # noqa: E402
-from corewise.stats import ratio_interval  # noqa: E402
-from corewise.values import Plan, to_json  # noqa: E402
-from corewise.worker import HOLDOUT  # noqa: E402
+from corewise.common.errors import CorewiseError  # noqa: E402
+from corewise.common.stats import ratio_interval  # noqa: E402
+from corewise.machine.inspect import inspect  # noqa: E402
+from corewise.records.build import Plan  # noqa: E402
+from corewise.records.jsonable import to_json  # noqa: E402
+from corewise.runtime.race import Contender, ContenderFailed, race  # noqa: E402
+from corewise.runtime.worker import HOLDOUT  # noqa: E402
 
 RESULTS = HERE / "results"
 BATCHES = (4, 32)
@@ -94,7 +95,7 @@ def run(model: str, objective: str, budget: str, rounds: int) -> dict[str, Any]:
         contenders["corewise"] = Contender(build=made.manifest.build, plan=plan, payload=output / artifact.PAYLOAD)
         try:
             done = race(tuple(contenders.values()), samples=str(work / HOLDOUT), start=start, rounds=rounds)
-        except Fell as fell:
+        except ContenderFailed as fell:
             sys.exit(f"{fell.build.engine} fell: {fell}")
     rates = dict(zip(contenders, (one.per_s for one in done.rates), strict=True))
     ratios = {name: ratio_interval(rates["corewise"], per_s) for name, per_s in rates.items() if name != "corewise"}

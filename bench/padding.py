@@ -27,8 +27,8 @@ from subjects import DATA, ROOT  # noqa: E402
 from wire import Wire, post  # noqa: E402
 
 from corewise import artifact  # noqa: E402
-from corewise.cpu import inspect  # noqa: E402
-from corewise.values import to_json  # noqa: E402
+from corewise.machine.inspect import inspect  # noqa: E402
+from corewise.records.jsonable import to_json  # noqa: E402
 
 SENTENCES = 1000
 ROUND_S = 6.0

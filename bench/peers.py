@@ -34,8 +34,9 @@ from peer_servers import Model  # noqa: E402
 from wire import Load, Wire, from_base64, from_raw, post, request  # noqa: E402
 
 from corewise import artifact  # noqa: E402
-from corewise.cpu import inspect  # noqa: E402
-from corewise.values import SERVED, to_json  # noqa: E402
+from corewise.machine.inspect import inspect  # noqa: E402
+from corewise.records.jsonable import to_json  # noqa: E402
+from corewise.records.measurement import SERVED  # noqa: E402
 
 CLIENTS = 16
 HALVINGS = 4

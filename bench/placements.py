@@ -23,15 +23,16 @@ sys.path.insert(0, str(HERE))
 
 from subjects import SUBJECTS, prepare, starter  # noqa: E402
 
-from corewise.cpu import inspect  # noqa: E402
+from corewise.common.stats import ratio_interval  # noqa: E402
 from corewise.engines import engine, qdq  # noqa: E402
 from corewise.engines import onnxruntime as ort  # noqa: E402
 from corewise.engines import openvino as ov  # noqa: E402
 from corewise.engines.base import Session  # noqa: E402
-from corewise.race import Contender, race  # noqa: E402
-from corewise.stats import ratio_interval  # noqa: E402
-from corewise.values import Build, Plan, to_json  # noqa: E402
-from corewise.worker import HOLDOUT  # noqa: E402
+from corewise.machine.inspect import inspect  # noqa: E402
+from corewise.records.build import Build, Plan  # noqa: E402
+from corewise.records.jsonable import to_json  # noqa: E402
+from corewise.runtime.race import Contender, race  # noqa: E402
+from corewise.runtime.worker import HOLDOUT  # noqa: E402
 
 DEFAULT = ("resnet50", "mobilenet_v2", "minilm")
 BATCH = 16
@@ -111,7 +112,7 @@ def run(model: str, rounds: int) -> dict[str, Any]:
         "onnxruntime: ours dynamic / fixed": ("onnxruntime ours", "onnxruntime ours, fixed batch"),
     }
     for name, one in contenders.items():
-        if qdq.is_ours(one.build) and "batch" not in name:
+        if qdq.uses_corewise_quantizer(one.build) and "batch" not in name:
             engine_name = one.build.engine
             own_name = f"{engine_name} own{REST if one.build.option(ov.REST, '') else ''}"
             pairs[f"{engine_name}: {name.removeprefix(engine_name + ' ')} / own"] = (name, own_name)
@@ -126,7 +127,7 @@ def tag_of(build: Build) -> str:
         (", attention", build.option(qdq.ATTENTION, False)),
         (REST, build.option(ov.REST, "")),
     )
-    return ("ours" if qdq.is_ours(build) else "own") + "".join(tag for tag, is_set in options if is_set)
+    return ("ours" if qdq.uses_corewise_quantizer(build) else "own") + "".join(tag for tag, is_set in options if is_set)
 
 
 def main() -> None:

@@ -23,15 +23,18 @@ sys.path.insert(0, str(HERE))
 
 from subjects import FIVE, SUBJECTS, TIMEOUT_S, prepare  # noqa: E402
 
-from corewise.candidates import shapes  # noqa: E402
-from corewise.cpu import inspect  # noqa: E402
+from corewise.common.errors import CorewiseError  # noqa: E402
+from corewise.common.stats import ratio_interval  # noqa: E402
 from corewise.engines import qdq  # noqa: E402
-from corewise.errors import CorewiseError  # noqa: E402
-from corewise.explore import BATCHES, Wanted, drive, strategy  # noqa: E402
-from corewise.race import Contender, race  # noqa: E402
-from corewise.stats import ratio_interval  # noqa: E402
-from corewise.trial import Setting, measured  # noqa: E402
-from corewise.values import Cpu, Measurement, Plan, to_json  # noqa: E402
+from corewise.machine.inspect import inspect  # noqa: E402
+from corewise.records.build import Plan  # noqa: E402
+from corewise.records.cpu import Cpu  # noqa: E402
+from corewise.records.jsonable import to_json  # noqa: E402
+from corewise.records.measurement import Measurement  # noqa: E402
+from corewise.runtime.race import Contender, race  # noqa: E402
+from corewise.search.candidates import shapes  # noqa: E402
+from corewise.search.plans import BATCHES, PlanRequest, drive, strategy  # noqa: E402
+from corewise.search.trial import SearchContext, measured  # noqa: E402
 
 ENGINES = {"resnet50": "openvino", "mobilenet_v2": "openvino", "minilm_128": "onnxruntime", "vit_s": "onnxruntime"}
 """Of the build whose plans are searched; else openvino."""
@@ -62,7 +65,7 @@ def run(model: str, rounds: int) -> dict[str, Any]:
         work = Path(folder)
         prepare(work, SUBJECTS[model], cpu)
         (work / "logs").mkdir()
-        setting = Setting(
+        setting = SearchContext(
             folder=work,
             plan=Plan(threads_per_instance=cpu.usable_cores),
             cpu=cpu,
@@ -79,7 +82,7 @@ def run(model: str, rounds: int) -> dict[str, Any]:
         found: list[Measurement] = []  # a plan that was measured twice is there twice, the second time with both
         with setting.worker(build) as worker:
 
-            def measure(wanted: Wanted) -> Measurement:
+            def measure(wanted: PlanRequest) -> Measurement:
                 return measured(build, setting, worker, wanted.plan, wanted.why)
 
             for one in drive(strategy("throughput", shapes(cpu, build)), (), measure):

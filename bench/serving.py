@@ -34,11 +34,12 @@ sys.path.insert(0, str(HERE))
 from subjects import starter  # noqa: E402
 from wire import Wire, request  # noqa: E402
 
-from corewise import artifact, tuned  # noqa: E402
-from corewise.cpu import inspect  # noqa: E402
-from corewise.loading import golden_samples  # noqa: E402
-from corewise.values import to_json  # noqa: E402
-from corewise.worker import HOLDOUT  # noqa: E402
+from corewise import artifact  # noqa: E402
+from corewise.artifact import tuned  # noqa: E402
+from corewise.artifact.open import golden_samples  # noqa: E402
+from corewise.machine.inspect import inspect  # noqa: E402
+from corewise.records.jsonable import to_json  # noqa: E402
+from corewise.runtime.worker import HOLDOUT  # noqa: E402
 
 ROUNDS, ROUND_S = 5, 8.0
 OVERLOAD = 3

@@ -25,9 +25,10 @@ sys.path.insert(0, str(HERE))
 from subjects import ROOT, SUBJECTS  # noqa: E402
 
 from corewise import artifact  # noqa: E402
-from corewise.cpu import inspect  # noqa: E402
-from corewise.loadtest import load_test  # noqa: E402
-from corewise.values import LoadRun, to_json  # noqa: E402
+from corewise.artifact.loadtest import load_test  # noqa: E402
+from corewise.machine.inspect import inspect  # noqa: E402
+from corewise.records.jsonable import to_json  # noqa: E402
+from corewise.records.measurement import LoadRun  # noqa: E402
 
 LOAD_S, CAPACITY_S, OVERLOAD_S = 60.0, 10.0, 15.0
 OVERLOAD, ROUNDS = 3, 4

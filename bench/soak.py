@@ -30,8 +30,8 @@ from serving import Server  # noqa: E402
 from wire import Wire, request  # noqa: E402
 
 from corewise import artifact  # noqa: E402
-from corewise.cpu import inspect  # noqa: E402
-from corewise.values import to_json  # noqa: E402
+from corewise.machine.inspect import inspect  # noqa: E402
+from corewise.records.jsonable import to_json  # noqa: E402
 
 ANSWER_S = 10.0
 EVERY_S = 10.0

@@ -14,12 +14,14 @@ sys.path.insert(0, str(HERE))
 sys.path.insert(0, str(ROOT / "examples"))
 
 from corewise import source  # noqa: E402
-from corewise.cpu import inspect  # noqa: E402
-from corewise.engines import Material  # noqa: E402
+from corewise.engines import BuildInputs  # noqa: E402
+from corewise.machine.inspect import inspect  # noqa: E402
+from corewise.records.build import Build  # noqa: E402
+from corewise.records.cpu import Cpu  # noqa: E402
+from corewise.records.report import Preprocess  # noqa: E402
+from corewise.runtime.client import Worker  # noqa: E402
+from corewise.runtime.worker import CALIBRATION, HOLDOUT, PROGRAM, write_build_inputs  # noqa: E402
 from corewise.samples import Samples, default_calibration, from_python, read, split  # noqa: E402
-from corewise.trial import Worker  # noqa: E402
-from corewise.values import Build, Cpu, Preprocess  # noqa: E402
-from corewise.worker import CALIBRATION, HOLDOUT, PROGRAM, write_material  # noqa: E402
 
 PHOTOS = str(DATA / "imagenet-photos")
 RESNET_MEAN = "0.48501961,0.45795686,0.40760392"
@@ -106,7 +108,7 @@ def sentences() -> Samples:
     return minilm.padded(TOKENS, PAIRS)
 
 
-def prepare(work: Path, subject: Subject, cpu: Cpu) -> Material:
+def prepare(work: Path, subject: Subject, cpu: Cpu) -> BuildInputs:
     """Export the model and write into ``work`` what trial children read."""
     calibrating, holdout = subject.samples()
     exported = source.export(source.load(subject.model), calibrating)
@@ -115,7 +117,7 @@ def prepare(work: Path, subject: Subject, cpu: Cpu) -> Material:
     calibrating.save(work / CALIBRATION)
     holdout.save(work / HOLDOUT)
     (work / "cache").mkdir()
-    material = Material(
+    material = BuildInputs(
         program=work / PROGRAM,
         inputs=exported.inputs,
         outputs=exported.outputs,
@@ -124,7 +126,7 @@ def prepare(work: Path, subject: Subject, cpu: Cpu) -> Material:
         cpu=cpu,
         cache=work / "cache",
     )
-    write_material(work, material)
+    write_build_inputs(work, material)
     return material
 
 

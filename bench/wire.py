@@ -12,8 +12,8 @@ from typing import Any
 
 import numpy as np
 
-from corewise.loadgen import arrivals_s
-from corewise.stats import quantile
+from corewise.common.stats import quantile
+from corewise.runtime.loadgen import arrivals_s
 
 MOST_CONNECTIONS = 512
 

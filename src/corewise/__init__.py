@@ -11,22 +11,22 @@ Importing corewise imports neither torch nor an engine.
 
 from typing import TYPE_CHECKING, Any
 
-from corewise.errors import CorewiseError
+from corewise._version import __version__
+from corewise.common.errors import CorewiseError
 
 if TYPE_CHECKING:
-    from corewise.loading import load
-    from corewise.optimize import optimize
-    from corewise.result import Result
-    from corewise.retune import retune
+    from corewise.artifact.open import load
+    from corewise.search.optimization import optimize
+    from corewise.search.result import Result
+    from corewise.search.retuning import retune
 
-__version__ = "0.1.0"
 __all__ = ["CorewiseError", "Result", "__version__", "load", "optimize", "retune"]
 
 _LAZY = {
-    "Result": "corewise.result",
-    "load": "corewise.loading",
-    "optimize": "corewise.optimize",
-    "retune": "corewise.retune",
+    "Result": "corewise.search.result",
+    "load": "corewise.artifact.open",
+    "optimize": "corewise.search.optimization",
+    "retune": "corewise.search.retuning",
 }
 
 

@@ -3,7 +3,7 @@
 import string
 from pathlib import Path
 
-from corewise.errors import InputError
+from corewise.common.errors import InputError
 
 TIMES = {"": 1, "s": 1, "m": 60, "h": 3600}
 SIZES = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "KB": 10**3, "MB": 10**6, "GB": 10**9}

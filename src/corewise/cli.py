@@ -11,13 +11,14 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from corewise import __version__, arguments
-from corewise.errors import CorewiseError, InputError, MissingExtra, OutputError
+from corewise import arguments
+from corewise._version import __version__
+from corewise.common.errors import CorewiseError, InputError, MissingExtra, OutputError
 
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from corewise.values import Preprocess
+    from corewise.records.report import Preprocess
 
 app = typer.Typer(
     name="corewise",
@@ -88,9 +89,9 @@ def doctor(
     torch: Annotated[bool, typer.Option("--torch", help="Import torch and tell how it was built (slower).")] = False,
 ) -> None:
     """Tell what this CPU can do, what this process may use of it, and which engines are here."""
-    from corewise.cpu import inspect
     from corewise.doctor import diagnose, render
-    from corewise.values import to_json
+    from corewise.machine.inspect import inspect
+    from corewise.records.jsonable import to_json
 
     diagnosis = diagnose(inspect(), torch=torch, environment=os.environ)
     if as_json:
@@ -155,11 +156,11 @@ def optimize(
 ) -> None:
     """Quantize and compile a model several ways, verify each, and save the fastest that is accurate enough."""
     from corewise import artifact
-    from corewise.optimize import DEFAULT_ENGINES
-    from corewise.optimize import optimize as run
     from corewise.report.summary import summary
     from corewise.report.terminal import Progress, render
     from corewise.samples import read
+    from corewise.search.optimization import DEFAULT_ENGINES
+    from corewise.search.optimization import optimize as run
 
     artifact.check_output(output)
     _compute_on_usable_cores()
@@ -226,10 +227,10 @@ def explain(
     Quantizes with corewise's own quantizer and measures at the outputs, on samples that calibration did not see, the
     error of each layer quantized alone and of all but it. Times need OpenVINO.
     """
-    from corewise.explain import explain as run
     from corewise.report.sensitivity import data, render, svg
     from corewise.report.terminal import Progress
     from corewise.samples import read
+    from corewise.search.explanation import explain as run
 
     _compute_on_usable_cores()
     wanted = _preprocess(resize, crop, mean, std, interpolation)
@@ -267,8 +268,9 @@ def show(
     ] = None,
 ) -> None:
     """Tell what an artifact is: plan, accuracy, speed against the baseline, every loser's reason."""
-    from corewise import artifact, tuned
-    from corewise.cpu import inspect
+    from corewise import artifact
+    from corewise.artifact import tuned
+    from corewise.machine.inspect import inspect
     from corewise.report.markdown import render as as_markdown
     from corewise.report.summary import summary
     from corewise.report.terminal import render
@@ -301,8 +303,8 @@ def verify(
     as_json: AsJson = False,
 ) -> None:
     """Check hashes, CPU fit and golden outputs on the machine that will run it."""
-    from corewise.loading import verify as run
-    from corewise.values import to_json
+    from corewise.artifact.open import verify as run
+    from corewise.records.jsonable import to_json
 
     found = run(artifact_path, model=_module(model))
     if as_json:
@@ -324,8 +326,8 @@ def bench(
     """Race an artifact against fp32 in alternating runs; the ratio comes with its 95 % confidence interval."""
     from statistics import median
 
-    from corewise.loading import bench as run
-    from corewise.values import to_json
+    from corewise.artifact.open import bench as run
+    from corewise.records.jsonable import to_json
 
     found = run(artifact_path, against=against)
     if as_json:
@@ -360,8 +362,8 @@ def load(
     Requests of one sample each go through the batcher to the plan's instances, and share calls as they come. With
     --threads, --instances or --batch the plan is yours: see what it is worth.
     """
-    from corewise.loadtest import load_test, words
-    from corewise.values import to_json
+    from corewise.artifact.loadtest import load_test, words
+    from corewise.records.jsonable import to_json
 
     found = load_test(
         artifact_path,
@@ -394,9 +396,9 @@ def retune(
     Measures threads, instances and batches of the build that is there, and races the best against the plan used so
     far. Other machines keep theirs.
     """
+    from corewise.records.jsonable import to_json
     from corewise.report.terminal import Progress
-    from corewise.retune import find, words
-    from corewise.values import to_json
+    from corewise.search.retuning import find, words
 
     console = _console(stderr=True)
     with Progress(console, "live" if console.is_terminal else "quiet") as progress:
@@ -515,13 +517,13 @@ def _resumable(work: Path) -> Iterator[None]:
 
 def _compute_on_usable_cores() -> None:
     """Have torch, which is imported later, start no more threads: it does not know of a cgroup's quota."""
-    from corewise.cpu import inspect
+    from corewise.machine.inspect import inspect
 
     os.environ.setdefault("OMP_NUM_THREADS", str(inspect().usable_cores))
 
 
 def _preprocess(resize: int, crop: int, mean: str, std: str, interpolation: Any) -> "Preprocess":
-    from corewise.values import Preprocess
+    from corewise.records.report import Preprocess
 
     return Preprocess(
         resize=resize,

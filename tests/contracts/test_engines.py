@@ -9,14 +9,14 @@ from pathlib import Path
 import pytest
 
 from corewise.engines import engine
+from corewise.records.jsonable import to_json
 from corewise.testing.engine_contract import PLAN, Case, EngineContract, tiny_material
-from corewise.values import to_json
 
 OPEN = """
 import json, sys
 from pathlib import Path
 from corewise.engines import engine
-from corewise.values import Build, Plan, from_json
+from corewise.records.build import Build, Plan; from corewise.records.jsonable import from_json
 
 build, plan = (from_json(kind, json.loads(text)) for kind, text in zip((Build, Plan), sys.argv[2:]))
 engine(build.engine).open(Path(sys.argv[1]), build, plan).close()

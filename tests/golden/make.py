@@ -6,26 +6,14 @@ from pathlib import Path
 
 from rich.console import Console
 
+from corewise.records.build import Build, Plan, Receipt
+from corewise.records.cpu import Cache, Cpu, LogicalCpu
+from corewise.records.goal import Objective
+from corewise.records.jsonable import to_json
+from corewise.records.measurement import Measurement, Rates
+from corewise.records.report import Choice, LosingTrial, Preprocess, Report, SampleFacts
+from corewise.records.trial import Fidelity, Trial
 from corewise.report import html, markdown, terminal
-from corewise.values import (
-    Build,
-    Cache,
-    Choice,
-    Cpu,
-    Fidelity,
-    LogicalCpu,
-    Loser,
-    Measurement,
-    Objective,
-    Plan,
-    Preprocess,
-    Rates,
-    Receipt,
-    Report,
-    SampleFacts,
-    Trial,
-    to_json,
-)
 
 FOLDER = Path(__file__).parent
 PLAN = Plan(threads_per_instance=2, batch=16)
@@ -159,13 +147,13 @@ CHOICE = Choice(
     reason="openvino/int8/reduce_range=True wins: 55.4/s, "
     "4.24x [4.17, 4.31] the baseline eager/fp32 in 9 alternating rounds",
     losers=(
-        Loser(build=EAGER, state="ok", reason="0.24x [0.23, 0.24] of the winner in the alternating run"),
-        Loser(build=EAGER_BF16, state="pruned", reason=TRIALS[1].reason),
-        Loser(build=OPENVINO, state="ok", reason="not a finalist: 19.8/s in its trial against 55.6/s"),
-        Loser(build=ONEDNN, state="ok", reason="0.75x [0.74, 0.77] of the winner in the alternating run"),
-        Loser(build=X86, state="failed", reason=TRIALS[5].reason),
-        Loser(build=ORT_INT8, state="rejected", reason=TRIALS[6].reason),
-        Loser(build=ORT_DYNAMIC, state="failed", reason=TRIALS[7].reason),
+        LosingTrial(build=EAGER, state="ok", reason="0.24x [0.23, 0.24] of the winner in the alternating run"),
+        LosingTrial(build=EAGER_BF16, state="pruned", reason=TRIALS[1].reason),
+        LosingTrial(build=OPENVINO, state="ok", reason="not a finalist: 19.8/s in its trial against 55.6/s"),
+        LosingTrial(build=ONEDNN, state="ok", reason="0.75x [0.74, 0.77] of the winner in the alternating run"),
+        LosingTrial(build=X86, state="failed", reason=TRIALS[5].reason),
+        LosingTrial(build=ORT_INT8, state="rejected", reason=TRIALS[6].reason),
+        LosingTrial(build=ORT_DYNAMIC, state="failed", reason=TRIALS[7].reason),
     ),
     warnings=("300 samples are too few to tell: the drop of 0.0033 may be as high as 0.0167, above 0.01",),
 )

@@ -15,9 +15,11 @@ from pathlib import Path
 import httpx
 
 from corewise import artifact
-from corewise.cpu import inspect
 from corewise.engines.fake import Fake
-from corewise.values import Build, Measurement, Plan, to_json
+from corewise.machine.inspect import inspect
+from corewise.records.build import Build, Plan
+from corewise.records.jsonable import to_json
+from corewise.records.measurement import Measurement
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "schema-1"
 TIMEOUT_S = 60

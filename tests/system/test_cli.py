@@ -45,7 +45,7 @@ ENGINES = '''
 import os, time
 from pathlib import Path
 from corewise.engines.fake import Fake
-from corewise.values import Build
+from corewise.records.build import Build
 
 class Stepwise(Fake):
     """Two builds; the second waits where there is a file ``hold``."""
@@ -62,7 +62,8 @@ class Stepwise(Fake):
 QUICK = """
 import signal
 signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored where the tests run in the background
-from corewise import race, trial
+from corewise.runtime import race
+from corewise.search import trial
 trial.MEASURE_S = race.WARM_S = 0.1
 race.race.__kwdefaults__["round_s"] = 0.05
 from corewise.cli import main

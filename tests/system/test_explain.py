@@ -14,10 +14,11 @@ import torch
 from rich.console import Console
 from torch import nn
 
-from corewise.errors import CorewiseError, EngineError, InputError, SamplesError, SourceError
-from corewise.explain import explain
+from corewise.common.errors import CorewiseError, EngineError, InputError, SamplesError, SourceError
+from corewise.quantize.explanation import Explanation
 from corewise.quantize.sensitivity import LayerSensitivity
-from corewise.report.sensitivity import Explanation, data, render, svg
+from corewise.report.sensitivity import data, render, svg
+from corewise.search.explanation import explain
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*LeafSpec:FutureWarning")  # torch's own, from copying a graph
 

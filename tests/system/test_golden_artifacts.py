@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 
 from corewise import artifact
-from corewise.cpu import inspect
-from corewise.loading import load, verify
+from corewise.artifact.open import load, verify
+from corewise.machine.inspect import inspect
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 ARTIFACTS = sorted(GOLDEN.glob("schema-*"))

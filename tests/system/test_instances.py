@@ -13,18 +13,20 @@ import numpy as np
 import pytest
 import torch
 
-from corewise.cpu import inspect
-from corewise.engines import Material, engine
+from corewise.common.errors import CorewiseError, EngineError
+from corewise.engines import BuildInputs, engine
 from corewise.engines.base import Sharing
 from corewise.engines.denormals import flushed
-from corewise.errors import CorewiseError, EngineError
-from corewise.instances import Instances, memory_bytes, open_plan
+from corewise.machine.inspect import inspect
+from corewise.machine.layouts import assign, warning
+from corewise.records.build import Build, Plan
+from corewise.records.jsonable import from_json, to_json
+from corewise.records.measurement import Measurement
+from corewise.runtime.client import Worker
+from corewise.runtime.instances import Instances, memory_bytes, open_plan
 from corewise.samples import from_python
 from corewise.source import export, save_program
 from corewise.testing.engine_contract import tiny_material
-from corewise.thread_plan import assign, warning
-from corewise.trial import Worker
-from corewise.values import Build, Measurement, Plan, from_json, to_json
 
 pytestmark = pytest.mark.alone
 
@@ -261,7 +263,7 @@ class Selfish(Eager):
 
 @pytest.fixture(scope="module")
 def wide(tmp_path_factory):
-    """Material of 50 MB of weights and few activations."""
+    """BuildInputs of 50 MB of weights and few activations."""
     folder = tmp_path_factory.mktemp("wide")
     torch.manual_seed(0)
     model = torch.nn.Sequential(*(torch.nn.Linear(WIDE, WIDE) for _ in range(3)))
@@ -273,7 +275,7 @@ def wide(tmp_path_factory):
 
 def material_of(exported, samples, folder):
     save_program(exported.program, folder / "program.pt2")
-    return Material(
+    return BuildInputs(
         program=folder / "program.pt2",
         inputs=exported.inputs,
         outputs=exported.outputs,
@@ -375,7 +377,8 @@ def output_of(*command):
 
 def test_a_process_on_one_core_plans_for_one():
     code = (
-        "from corewise.cpu import inspect; from corewise.thread_plan import assign, thread_plans; cpu = inspect();"
+        "from corewise.machine.inspect import inspect; from corewise.machine.layouts import assign, thread_plans;"
+        "cpu = inspect();"
         "print(thread_plans(cpu), assign(cpu, 1, 1))"
     )
     number = CPU.affinity[-1]
@@ -386,7 +389,7 @@ FAULTS = """
 import resource, sys, threading
 import torch
 from corewise.engines.torch_tools import keep_freed_memory
-from corewise.instances import one_arena
+from corewise.runtime.instances import one_arena
 if sys.argv[1] == "one":
     one_arena()
 def work():

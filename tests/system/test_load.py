@@ -11,16 +11,18 @@ import numpy as np
 import pytest
 from trial_folder import fill
 
-from corewise import tuned
-from corewise.batching import Curve
-from corewise.cpu import inspect
-from corewise.errors import CorewiseError
+from corewise.artifact import tuned
+from corewise.artifact.tuned import Machine, Tuned
+from corewise.batching import LatencyTable
+from corewise.common.errors import CorewiseError
+from corewise.machine.inspect import inspect
+from corewise.machine.layouts import most_threads
+from corewise.records.build import Build, Plan
+from corewise.records.jsonable import from_json, to_json
+from corewise.records.measurement import LoadRun, Measurement
+from corewise.runtime.client import Worker
+from corewise.runtime.worker import HOLDOUT
 from corewise.samples import from_python
-from corewise.thread_plan import most_threads
-from corewise.trial import Worker
-from corewise.tuned import Machine, Tuned
-from corewise.values import Build, LoadRun, Measurement, Plan, from_json, to_json
-from corewise.worker import HOLDOUT
 
 pytestmark = pytest.mark.alone
 
@@ -28,7 +30,7 @@ GOLDEN = Path(__file__).parents[1] / "golden" / "schema-1"
 CPU = inspect()
 SAMPLES = from_python(list(np.random.default_rng(0).standard_normal((40, 6)).astype(np.float32)))
 PLAN = Plan(threads_per_instance=1, instances=2, batch=4)
-CURVE = Curve(points=((1, 6.0), (4, 12.0)))
+CURVE = LatencyTable(points=((1, 6.0), (4, 12.0)))
 
 ENGINES = '''
 import numpy as np
@@ -106,7 +108,9 @@ def test_a_closed_loop_keeps_its_clients_busy(child):
 
 
 def test_more_than_it_can_do_is_refused_at_once_and_the_rest_is_answered(child):
-    run = counted(child(rate_per_s=3000.0, call_ms=20.0, curve=Curve(points=((1, 25.0), (4, 25.0))), slo_ms=200.0))
+    run = counted(
+        child(rate_per_s=3000.0, call_ms=20.0, curve=LatencyTable(points=((1, 25.0), (4, 25.0))), slo_ms=200.0)
+    )
     assert run.refused > run.offered / 3
     assert run.answered > 0
     assert run.failed == 0

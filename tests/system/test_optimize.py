@@ -12,12 +12,12 @@ import torch
 from torch import nn
 
 import corewise
+from corewise.artifact.open import verify
+from corewise.common.errors import EngineError, InputError, MetricError, OutputError
 from corewise.engines.fake import Fake
-from corewise.errors import EngineError, InputError, MetricError, OutputError
-from corewise.events import FinalsRound, StageStarted, TrialEnded, TrialStarted
-from corewise.loading import verify
-from corewise.race import race
-from corewise.values import Build
+from corewise.records.build import Build
+from corewise.records.events import FinalsRound, StageStarted, TrialEnded, TrialStarted
+from corewise.runtime.race import race
 
 
 class Digest(nn.Module):
@@ -80,8 +80,8 @@ BATCH = {
 def quick():
     """Measure for a moment only: how fast anything is is not asked here."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("corewise.trial.MEASURE_S", 0.1)
-        patch.setattr("corewise.race.WARM_S", 0.1)
+        patch.setattr("corewise.search.trial.MEASURE_S", 0.1)
+        patch.setattr("corewise.runtime.race.WARM_S", 0.1)
         patch.setitem(race.__kwdefaults__, "round_s", 0.05)
         yield
 
@@ -338,8 +338,8 @@ def slo(slo_ms):
 
 
 def test_the_rate_that_is_promised_was_held(monkeypatch):
-    monkeypatch.setattr("corewise.hold.CONFIRM_S", 3.0)
-    monkeypatch.setattr("corewise.hold.LOAD_S", 1.0)
+    monkeypatch.setattr("corewise.search.slo.CONFIRM_S", 3.0)
+    monkeypatch.setattr("corewise.search.slo.LOAD_S", 1.0)
     report = slo(200.0)
     promise = report.choice.promise
     assert promise is not None

@@ -14,8 +14,8 @@ from threading import Thread
 
 import pytest
 
+from corewise.records.build import Build
 from corewise.report import html
-from corewise.values import Build
 
 REPORT = runpy.run_path(str(Path(__file__).parents[1] / "golden" / "make.py"))["REPORT"]
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)

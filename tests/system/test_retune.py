@@ -16,27 +16,28 @@ import pytest
 import corewise
 from corewise import artifact
 from corewise.artifact import TUNED
-from corewise.cpu import inspect
-from corewise.errors import ArtifactError, CorewiseError, InputError, OutputError
-from corewise.events import StageStarted
-from corewise.loading import verify
-from corewise.thread_plan import most_threads
-from corewise.tuned import Machine, read, write
-from corewise.values import Build, Objective, Plan
+from corewise.artifact.open import verify
+from corewise.artifact.tuned import Machine, read, write
+from corewise.common.errors import ArtifactError, CorewiseError, InputError, OutputError
+from corewise.machine.inspect import inspect
+from corewise.machine.layouts import most_threads
+from corewise.records.build import Build, Plan
+from corewise.records.events import StageStarted
+from corewise.records.goal import Objective
 
 TESTS = Path(__file__).parents[1]
 MADE = runpy.run_path(str(TESTS / "unit" / "test_artifact.py"))
 GOLDEN = TESTS / "golden" / f"schema-{artifact.SCHEMA}"
-RETUNE = import_module("corewise.retune")
-retune = RETUNE.retune  # "corewise.retune" is the module by now
+RETUNE = import_module("corewise.search.retuning")
+retune = RETUNE.retune  # "corewise.search.retuning" is the module by now
 CPU = inspect()
 ONE_CORE = ("taskset", "-c", str(CPU.affinity[-1]))
 SINGLE = Plan(threads_per_instance=1)
 QUICK = """
 import sys
 from importlib import import_module
-from corewise import race
-import_module("corewise.retune").MEASURE_S = race.WARM_S = 0.05
+from corewise.runtime import race
+import_module("corewise.search.retuning").MEASURE_S = race.WARM_S = 0.05
 from corewise.cli import main
 main()
 """
@@ -45,7 +46,7 @@ import os
 from collections import Counter
 from pathlib import Path
 from corewise.engines.fake import Fake
-from corewise.errors import EngineError
+from corewise.common.errors import EngineError
 
 class Moody(Fake):
     """A fake engine that has trouble with plans of one batch, by its option ``trouble`` (``refuses 16``)."""
@@ -74,7 +75,7 @@ def quick(monkeypatch):
     """Measure for a moment only."""
     for name in ("MEASURE_S", "ROUND_S"):
         monkeypatch.setattr(RETUNE, name, 0.05)
-    monkeypatch.setattr(import_module("corewise.race"), "WARM_S", 0.05)
+    monkeypatch.setattr(import_module("corewise.runtime.race"), "WARM_S", 0.05)
 
 
 def make(folder, *, plan=SINGLE, goal="throughput", engine="fake", golden=None, **options):
@@ -325,7 +326,7 @@ def test_doctor_and_plans_know_of_one_core_only():
     found = json.loads(ok("doctor", "--json", on=ONE_CORE))
     assert found["cpu"]["affinity"] == [CPU.affinity[-1]]
     code = (
-        "from corewise.cpu import inspect; from corewise.thread_plan import most_threads, thread_plans;"
+        "from corewise.machine.inspect import inspect; from corewise.machine.layouts import most_threads, thread_plans;"
         "cpu = inspect(); print(cpu.usable_cores, most_threads(cpu), thread_plans(cpu))"
     )
     found = subprocess.run([*ONE_CORE, sys.executable, "-c", code], capture_output=True, text=True, check=True)

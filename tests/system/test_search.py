@@ -6,13 +6,16 @@ import numpy as np
 import pytest
 from trial_folder import fill, make_setting
 
-from corewise.candidates import returning
-from corewise.explore import NEAR
-from corewise.journal import Journal
+from corewise.records.build import Build, Plan
+from corewise.records.goal import Objective
+from corewise.records.report import Choice
 from corewise.samples import from_python
-from corewise.search import explore, finals, give_back, with_latency_table
-from corewise.trial import Budget, run_trial
-from corewise.values import Build, Choice, Objective, Plan
+from corewise.search.budget import Budget
+from corewise.search.candidates import returning
+from corewise.search.journal import Journal
+from corewise.search.plans import NEAR
+from corewise.search.stages import explore, finals, revert_layers, with_latency_table
+from corewise.search.trial import run_trial
 
 SAMPLES = from_python(list(np.random.default_rng(0).standard_normal((200, 6)).astype(np.float32)))
 LAYERED = "corewise.testing.engines:Layered"
@@ -28,17 +31,17 @@ def ours(noise):
 
 @pytest.fixture
 def setting(tmp_path, monkeypatch):
-    monkeypatch.setattr("corewise.trial.MEASURE_S", 0.05)
+    monkeypatch.setattr("corewise.search.trial.MEASURE_S", 0.05)
     fill(tmp_path, SAMPLES)
     return make_setting(tmp_path, max_drop=0.05)
 
 
 def path_of(setting, *builds):
-    """The builds' trials after a reference in fp32, and those that ``give_back`` added."""
+    """The builds' trials after a reference in fp32, and those that ``revert_layers`` added."""
     with Journal(setting.folder / "journal.jsonl", "key") as journal:
         run_trial(Build(engine=LAYERED, precision="fp32"), setting, is_baseline=True)
         trials = tuple(run_trial(build, setting) for build in builds)
-        return trials, give_back(trials, setting, journal)[len(trials) :]
+        return trials, revert_layers(trials, setting, journal)[len(trials) :]
 
 
 def test_layers_go_back_until_the_gate_passes(setting):
@@ -179,7 +182,7 @@ def test_a_build_that_does_not_fit_makes_room_for_a_slower_one_that_does(setting
 
 PICKY = """
 from corewise.engines.fake import Fake
-from corewise.errors import EngineError
+from corewise.common.errors import EngineError
 
 class Picky(Fake):
     def open(self, folder, build, plan):
@@ -227,8 +230,8 @@ def test_the_winners_latency_table_has_the_small_batches(setting, tmp_path):
 
 
 def test_the_best_build_races_with_its_best_plans(setting, tmp_path, monkeypatch):
-    monkeypatch.setattr("corewise.race.WARM_S", 0.05)
-    monkeypatch.setattr("corewise.search.ROUNDS", 6)
+    monkeypatch.setattr("corewise.runtime.race.WARM_S", 0.05)
+    monkeypatch.setattr("corewise.search.stages.ROUNDS", 6)
     setting = setting_with(tmp_path)
     trials = explored(setting, fake(seconds_per_call=0.02), fake(seconds_per_call=0.01, seconds_per_item=0.0005))
     trials, run = finals(trials, setting, THROUGHPUT)

@@ -26,10 +26,10 @@ from serving_tools import GOLDEN, eventually, fake_artifact, serving
 
 from corewise import artifact
 from corewise.batching import NotServed
-from corewise.cpu import inspect
+from corewise.machine.inspect import inspect
+from corewise.records.build import Plan
 from corewise.serving.models import Models
 from corewise.serving.served import Served, Source, Trust
-from corewise.values import Plan
 
 pytestmark = [
     pytest.mark.skipif(inspect().architecture != "x86_64", reason="the golden artifacts are for x86-64"),

@@ -12,14 +12,16 @@ import numpy as np
 import pytest
 from trial_folder import fill, make_setting
 
-from corewise import trial as module
-from corewise.cpu import inspect
-from corewise.errors import CorewiseError, OutputError
-from corewise.events import TrialStep
-from corewise.race import Contender, Fell, race
+from corewise.common.errors import CorewiseError, OutputError
+from corewise.machine.inspect import inspect
+from corewise.records.build import Build
+from corewise.records.events import TrialStep
+from corewise.runtime.client import Died, Worker, read_outputs
+from corewise.runtime.race import Contender, ContenderFailed, race
 from corewise.samples import from_python
-from corewise.trial import Budget, Died, Worker, read_outputs, run_trial
-from corewise.values import Build
+from corewise.search import trial as module
+from corewise.search.budget import Budget
+from corewise.search.trial import run_trial
 
 SAMPLES = from_python(list(np.random.default_rng(0).standard_normal((40, 6)).astype(np.float32)))
 FAKE = Build(engine="fake", precision="int8")
@@ -140,7 +142,7 @@ def user_engines(tmp_path, monkeypatch):
 
 
 def test_a_trial_is_ended_when_its_share_of_the_budget_is_spent(setting, monkeypatch):
-    monkeypatch.setattr(module, "LEAST_S", 0.2)
+    monkeypatch.setattr("corewise.runtime.client.LEAST_S", 0.2)
     budget = Budget(total_s=20.0)
     found = run_trial(misbehaving("Hang"), make_setting(setting.folder, max_drop=0.2, budget=budget), share=0.3)
     assert (found.state, found.reason) == ("pruned", "the budget of 20 s was spent while it was tried")
@@ -245,7 +247,7 @@ def run_race(setting, contenders, **options):
 
 
 def test_contenders_are_raced_in_alternating_rounds(setting, monkeypatch):
-    monkeypatch.setattr("corewise.race.WARM_S", 0.05)
+    monkeypatch.setattr("corewise.runtime.race.WARM_S", 0.05)
     builds = [Build(engine="fake", precision="int8", options=(("seconds_per_call", s),)) for s in (0.004, 0.012)]
     rounds = []
     told = lambda number, total, rates: rounds.append((number, total, [len(one.per_s) for one in rates]))  # noqa: E731
@@ -257,9 +259,9 @@ def test_contenders_are_raced_in_alternating_rounds(setting, monkeypatch):
 
 
 def test_a_contender_that_fails_in_the_race_is_named(setting, monkeypatch):
-    monkeypatch.setattr("corewise.race.WARM_S", 0.05)
+    monkeypatch.setattr("corewise.runtime.race.WARM_S", 0.05)
     broken = misbehaving("CrashesInRun")
     sound = contender(setting, FAKE)
-    with pytest.raises(Fell, match="in the alternating run: crashed with SIGSEGV while warming up") as fell:
+    with pytest.raises(ContenderFailed, match="in the alternating run: crashed with SIGSEGV while warming up") as fell:
         run_race(setting, [sound, Contender(build=broken, plan=sound.plan, payload=sound.payload)])
     assert fell.value.build == broken

@@ -9,7 +9,7 @@ import pytest
 from serving_tools import GOLDEN, serving
 
 from corewise import artifact
-from corewise.cpu import inspect
+from corewise.machine.inspect import inspect
 
 pytestmark = pytest.mark.skipif(inspect().architecture != "x86_64", reason="the golden artifacts are for x86-64")
 

@@ -1,12 +1,14 @@
 """A folder that trials work in: the material of a model with one input and one output, for engines that make it up."""
 
-from corewise.cpu import inspect
-from corewise.engines import Material
-from corewise.fidelity import compare, gate
-from corewise.metrics import default
-from corewise.trial import Setting
-from corewise.values import Objective, Plan, TensorSpec
-from corewise.worker import CALIBRATION, HOLDOUT, PROGRAM, write_material
+from corewise.accuracy.fidelity import compare
+from corewise.accuracy.gate import judge
+from corewise.accuracy.metrics import default
+from corewise.engines import BuildInputs
+from corewise.machine.inspect import inspect
+from corewise.records.build import Plan, TensorSpec
+from corewise.records.goal import Objective
+from corewise.runtime.worker import CALIBRATION, HOLDOUT, PROGRAM, write_build_inputs
+from corewise.search.trial import SearchContext
 
 PLAN = Plan(threads_per_instance=1, batch=4)
 
@@ -17,7 +19,7 @@ def fill(folder, samples):
         (folder / name).mkdir()
     samples.save(folder / CALIBRATION)
     samples.save(folder / HOLDOUT)
-    material = Material(
+    material = BuildInputs(
         program=folder / PROGRAM,
         inputs=(TensorSpec(name="x", dtype="float32", shape=(None, 6)),),
         outputs=(TensorSpec(name="y", dtype="float32", shape=(None, 5)),),
@@ -26,7 +28,7 @@ def fill(folder, samples):
         cpu=inspect(),
         cache=folder / "cache",
     )
-    write_material(folder, material)
+    write_build_inputs(folder, material)
 
 
 def make_setting(folder, *, max_drop, **options):
@@ -37,7 +39,7 @@ def make_setting(folder, *, max_drop, **options):
         reference.append(outputs)
         metric = default(outputs.leaves[0], None)
         fidelity = compare(reference[0], outputs, metric=metric, labels=None, nest=lambda leaves: leaves[0])
-        return fidelity, gate(fidelity, Objective(max_drop=max_drop))
+        return fidelity, judge(fidelity, Objective(max_drop=max_drop))
 
     wanted = {"plan": PLAN, "cpu": inspect(), "timeout_s": 60.0, "tell": lambda event: None, **options}
-    return Setting(folder=folder, verify=verify, **wanted)
+    return SearchContext(folder=folder, verify=verify, **wanted)

@@ -26,13 +26,14 @@ from corewise.artifact import (
     check_output,
     read,
 )
-from corewise.cpu import inspect
-from corewise.engines import Material, engine
-from corewise.errors import ArtifactError, OutputError
-from corewise.loading import load, verify
-from corewise.nested import flatten
+from corewise.artifact.format import _sqnr_db
+from corewise.artifact.open import load, verify
+from corewise.common.errors import ArtifactError, OutputError
+from corewise.common.nested import flatten
+from corewise.engines import BuildInputs, engine
+from corewise.machine.inspect import inspect
+from corewise.records.build import Build, Plan, TensorSpec
 from corewise.samples import from_python
-from corewise.values import Build, Plan, TensorSpec
 
 STORY = runpy.run_path(str(Path(__file__).parents[1] / "golden" / "make.py"))["REPORT"]
 CPU = inspect()
@@ -48,7 +49,7 @@ def write(folder, *, build=BUILD, golden=None, reference=None, report=STORY, **c
     """An artifact of the fake engine; ``golden`` replaces its golden outputs."""
     payload = folder.parent / f"{folder.name}.payload"
     payload.mkdir(exist_ok=True)
-    material = Material(
+    material = BuildInputs(
         program=folder.parent / "none",
         inputs=INPUTS,
         outputs=OUTPUTS,
@@ -379,7 +380,7 @@ def test_outputs_that_are_nan_here_do_not_pass(tmp_path):
 
 def test_equal_infinities_pass(tmp_path):
     found = [np.array([[1.0, -np.inf]], np.float32)]
-    assert artifact._sqnr_db(found, [found[0].copy()]) == 200
+    assert _sqnr_db(found, [found[0].copy()]) == 200
 
 
 def test_outputs_of_another_shape_do_not_pass(tmp_path):

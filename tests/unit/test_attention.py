@@ -7,16 +7,16 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from corewise import cpu
-from corewise.engines import Material, engine, qdq
-from corewise.errors import EngineError
+from corewise.common.errors import EngineError
+from corewise.engines import BuildInputs, engine, qdq
+from corewise.machine import inspect as cpu
 from corewise.quantize import ptq
 from corewise.quantize.graph import aten, attentions, compute, execute, folded, split_attention
 from corewise.quantize.ptq import Quantized, Recipe
 from corewise.quantize.simulate import Simulation, sqnr_db
+from corewise.records.build import Plan
 from corewise.samples import from_python
 from corewise.source import export, operators, save_program
-from corewise.values import Plan
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*LeafSpec:FutureWarning")  # torch's own, from copying a graph
 
@@ -53,12 +53,12 @@ def samples(count: int) -> np.ndarray:
     return np.random.default_rng(0).standard_normal((count, TOKENS, WIDTH), np.float32)
 
 
-def material(model: nn.Module, folder: Path) -> Material:
+def material(model: nn.Module, folder: Path) -> BuildInputs:
     calibration = from_python(list(samples(32)))
     exported = export(model.eval(), calibration)
     assert exported.program is not None
     save_program(exported.program, folder / "program.pt2")
-    return Material(
+    return BuildInputs(
         program=folder / "program.pt2",
         inputs=exported.inputs,
         outputs=exported.outputs,
@@ -69,7 +69,7 @@ def material(model: nn.Module, folder: Path) -> Material:
     )
 
 
-def made(model: nn.Module, folder: Path) -> tuple[Material, Quantized]:
+def made(model: nn.Module, folder: Path) -> tuple[BuildInputs, Quantized]:
     found = material(model, folder)
     recipe = Recipe(weight_bits=8 if found.cpu.int8_dot else 7)
     return found, ptq.calibrated(found.program, found.calibration, found.cache, recipe)

@@ -17,16 +17,17 @@ from corewise.batching import (
     Accepted,
     Batcher,
     CallFailed,
-    Curve,
     InstanceDied,
+    LatencyTable,
     NotServed,
     Policy,
     Refused,
     Request,
 )
 from corewise.batching.policy import RARE, REMEMBERED
-from corewise.errors import InputError
-from corewise.values import Measurement, Plan
+from corewise.common.errors import InputError
+from corewise.records.build import Plan
+from corewise.records.measurement import Measurement
 
 PATIENCE_S = 30
 """How long a test waits for what must come; a hang fails, a slow machine does not."""
@@ -34,7 +35,7 @@ PATIENCE_S = 30
 
 def curve(call_ms=0, row_ms=125, largest=64):
     """Latencies of 1 to ``largest`` rows; by default in eighths of a second, so that sums are exact."""
-    return Curve(points=tuple((rows, call_ms + row_ms * rows) for rows in range(1, largest + 1)))
+    return LatencyTable(points=tuple((rows, call_ms + row_ms * rows) for rows in range(1, largest + 1)))
 
 
 def policy(instances=1, max_batch=4, max_waiting=16, **latency):
@@ -65,7 +66,7 @@ def measurement(batch, p50_ms, p99_ms, threads=2):
 
 def test_a_curve_goes_through_its_measurements_and_never_falls():
     measured = [measurement(8, 20.0, 26.0), measurement(1, 5.0, 6.0), measurement(2, 4.0, 10.0)]
-    p99, p50 = Curve.of(measured), Curve.of(measured, "p50_ms")
+    p99, p50 = LatencyTable.of(measured), LatencyTable.of(measured, "p50_ms")
     assert [p99.latency_ms(rows) for rows in (1, 2, 8)] == [6, 10, 26]
     assert [p50.latency_ms(rows) for rows in (1, 2, 8)] == [5, 5, 20]
     assert p50.latency_ms(5) == 12.5
@@ -74,7 +75,7 @@ def test_a_curve_goes_through_its_measurements_and_never_falls():
 
 @given(st.dictionaries(st.integers(1, 64), st.floats(0.01, 1e4), min_size=1))
 def test_a_curve_rises_with_the_batch(figures):
-    made = Curve.of([measurement(batch, ms, ms) for batch, ms in figures.items()])
+    made = LatencyTable.of([measurement(batch, ms, ms) for batch, ms in figures.items()])
     latencies = [made.latency_ms(rows) for rows in range(1, 200)]
     assert all(b >= a * (1 - 1e-12) for a, b in pairwise(latencies))
     assert all(made.latency_ms(batch) >= ms for batch, ms in figures.items())
@@ -83,13 +84,13 @@ def test_a_curve_rises_with_the_batch(figures):
 @pytest.mark.parametrize("points", [(), ((0, 1.0),), ((1, 0.0),), ((2, 1.0), (1, 2.0)), ((1, 2.0), (2, 1.0))])
 def test_a_curve_that_falls_is_refused(points):
     with pytest.raises(ValueError, match="latency table"):
-        Curve(points=points)
+        LatencyTable(points=points)
 
 
 def test_a_curve_is_of_one_way_to_run():
     for measured in ([], [measurement(1, 1.0, 1.0), measurement(2, 2.0, 2.0, threads=1)]):
         with pytest.raises(ValueError, match="same threads"):
-            Curve.of(measured)
+            LatencyTable.of(measured)
 
 
 # --- single decisions of the policy ------------------------------------------------------------------------------

@@ -4,10 +4,12 @@ from dataclasses import replace
 
 import pytest
 
-from corewise.candidates import BASELINE, PRECISION_ORDER, candidates, first_plan, following, shapes
 from corewise.engines import engine
-from corewise.thread_plan import thread_plans
-from corewise.values import Build, Cpu, LogicalCpu, Plan, Trial
+from corewise.machine.layouts import thread_plans
+from corewise.records.build import Build, Plan
+from corewise.records.cpu import Cpu, LogicalCpu
+from corewise.records.trial import Trial
+from corewise.search.candidates import BASELINE, PRECISION_ORDER, candidates, first_plan, following, shapes
 
 CPU = Cpu(
     architecture="x86_64",

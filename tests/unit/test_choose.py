@@ -5,9 +5,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from corewise.choose import TIE, choose
-from corewise.stats import ratio_interval
-from corewise.values import Build, Fidelity, LoadRun, Measurement, Objective, Plan, Rates, Trial, from_json, to_json
+from corewise.common.stats import ratio_interval
+from corewise.records.build import Build, Plan
+from corewise.records.goal import Objective
+from corewise.records.jsonable import from_json, to_json
+from corewise.records.measurement import LoadRun, Measurement, Rates
+from corewise.records.trial import Fidelity, Trial
+from corewise.search.choose import TIE, choose
 
 EAGER = Build(engine="eager", precision="fp32")
 OV_FP32 = Build(engine="openvino", precision="fp32")

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from corewise.cpu import (
+from corewise.machine.inspect import (
     CgroupMount,
     cpu_list,
     inspect,
@@ -19,7 +19,8 @@ from corewise.cpu import (
     parse_size,
     throttled_count,
 )
-from corewise.values import Cache, Cpu, LogicalCpu, from_json, to_json
+from corewise.records.cpu import Cache, Cpu, LogicalCpu
+from corewise.records.jsonable import from_json, to_json
 
 DATA = Path(__file__).parent / "data/cpu"
 V2_MOUNT = "31 23 0:28 / /sys/fs/cgroup rw,nosuid shared:4 - cgroup2 cgroup rw,nsdelegate\n"

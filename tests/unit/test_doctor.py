@@ -9,7 +9,6 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from corewise.cpu import inspect, parse_isa
 from corewise.doctor import (
     ENGINE_PACKAGES,
     Diagnosis,
@@ -21,7 +20,9 @@ from corewise.doctor import (
     torch_findings,
 )
 from corewise.engines import engine
-from corewise.values import Cache, Cpu, LogicalCpu, from_json, to_json
+from corewise.machine.inspect import inspect, parse_isa
+from corewise.records.cpu import Cache, Cpu, LogicalCpu
+from corewise.records.jsonable import from_json, to_json
 
 SOURCE = Path(__file__).parents[2] / "src"
 SERVER = Cpu(
@@ -152,8 +153,8 @@ class TestFindings:
 
 class TestEngines:
     DIAGNOSE = (
-        "import json; from corewise.cpu import inspect; from corewise.doctor import diagnose\n"
-        "from corewise.values import to_json; print(json.dumps(to_json(diagnose(inspect(), torch=True))))"
+        "import json; from corewise.machine.inspect import inspect; from corewise.doctor import diagnose\n"
+        "from corewise.records.jsonable import to_json; print(json.dumps(to_json(diagnose(inspect(), torch=True))))"
     )
 
     def found(self, folder: Path) -> Diagnosis:
@@ -199,7 +200,7 @@ class TestEngines:
     def test_answers_at_once_and_imports_no_engine(self) -> None:
         code = (
             "import sys, time; start = time.perf_counter()\n"
-            "from corewise.cpu import inspect; from corewise.doctor import diagnose; diagnose(inspect())\n"
+            "from corewise.machine.inspect import inspect; from corewise.doctor import diagnose; diagnose(inspect())\n"
             "print(time.perf_counter() - start, *sorted({'torch', 'numpy', 'openvino', 'onnxruntime', 'nncf', 'rich',"
             " 'pydantic'} & sys.modules.keys()))"
         )

@@ -14,14 +14,15 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from corewise import cpu
-from corewise.engines import Material, engine
+from corewise.common.errors import EngineError
+from corewise.engines import BuildInputs, engine
 from corewise.engines.base import chunks, missing
 from corewise.engines.fake import Fake
 from corewise.engines.quiet import quiet
-from corewise.errors import EngineError
+from corewise.machine import inspect as cpu
+from corewise.records.build import Build, Plan, TensorSpec
+from corewise.records.cpu import Cpu
 from corewise.samples import from_python
-from corewise.values import Build, Cpu, Plan, TensorSpec
 
 CONVOLUTIONS = {"aten.conv2d.default": 53, "aten.linear.default": 1}
 LINEARS = {"aten.linear.default": 37, "aten.embedding.default": 3}
@@ -33,8 +34,8 @@ def cpu_with(*isa: str) -> Cpu:
 
 
 @pytest.fixture
-def material(tmp_path: Path) -> Material:
-    return Material(
+def material(tmp_path: Path) -> BuildInputs:
+    return BuildInputs(
         program=tmp_path / "no.pt2",
         inputs=(TensorSpec(name="x", dtype="float32", shape=(None, 3, 4)),),
         outputs=(
@@ -48,7 +49,7 @@ def material(tmp_path: Path) -> Material:
     )
 
 
-def run_fake(material: Material, folder: Path, batch: np.ndarray, threads: int = 1, **options: float) -> np.ndarray:
+def run_fake(material: BuildInputs, folder: Path, batch: np.ndarray, threads: int = 1, **options: float) -> np.ndarray:
     build = Build(engine="fake", precision="int8", options=tuple(sorted(options.items())))
     Fake().build(material, build, folder)
     return Fake().open(folder, build, Plan(threads_per_instance=threads)).run([batch])[0]
@@ -72,7 +73,7 @@ def test_missing_names_packages_and_extra() -> None:
     )
 
 
-def test_material_counts_operators(material: Material) -> None:
+def test_material_counts_operators(material: BuildInputs) -> None:
     assert material.count("conv|linear") == 54
     assert material.count("softmax") == 0
 
@@ -156,7 +157,7 @@ def test_full_range_int8_needs_32_bit_sums(name: str) -> None:
     assert made.needs(Build(engine=name, precision="fp32")) == ()
 
 
-def test_onnxruntime_refuses_what_no_onnx_file_holds(material: Material, tmp_path: Path) -> None:
+def test_onnxruntime_refuses_what_no_onnx_file_holds(material: BuildInputs, tmp_path: Path) -> None:
     with material.program.open("wb") as file:
         file.truncate(2**31)  # sparse: takes no space
     with pytest.raises(EngineError, match="over 2 GB"):
@@ -178,7 +179,7 @@ def test_quiet_leaves_logging_as_it_was() -> None:
     assert (logging.getLogger().handlers, logging.root.manager.disable) == (handlers, disabled)
 
 
-def test_fake_depends_on_its_input_row_by_row(material: Material, tmp_path: Path) -> None:
+def test_fake_depends_on_its_input_row_by_row(material: BuildInputs, tmp_path: Path) -> None:
     batch = np.random.default_rng(0).standard_normal((6, 3, 4), np.float32)
     together = run_fake(material, tmp_path, batch)
     assert together.shape == (6, 10)
@@ -187,7 +188,7 @@ def test_fake_depends_on_its_input_row_by_row(material: Material, tmp_path: Path
     assert len(np.unique(together)) == together.size
 
 
-def test_fake_has_the_error_it_declares(material: Material, tmp_path: Path) -> None:
+def test_fake_has_the_error_it_declares(material: BuildInputs, tmp_path: Path) -> None:
     batch = np.random.default_rng(0).standard_normal((200, 3, 4), np.float32)
     exact, noisy = (run_fake(material, tmp_path, batch, noise=noise) for noise in (0.0, 0.1))
     sqnr_db = 10 * np.log10(np.square(exact).sum() / np.square(noisy - exact).sum())
@@ -199,7 +200,7 @@ def test_fake_has_the_error_it_declares(material: Material, tmp_path: Path) -> N
     [(1, 1, 0.5 + 0.2), (1, 4, 0.5 + 0.8), (2, 4, 0.5 + 0.8 * (0.25 + 0.375)), (4, 4, 0.5 + 0.8 * (0.25 + 0.1875))],
 )
 def test_fake_takes_the_time_it_declares(
-    material: Material, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, threads: int, batch: int, expected_s: float
+    material: BuildInputs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, threads: int, batch: int, expected_s: float
 ) -> None:
     slept: list[float] = []
     monkeypatch.setattr(time, "sleep", slept.append)
@@ -212,15 +213,15 @@ CRASH = """
 import sys
 from pathlib import Path
 import numpy as np
-from corewise import cpu
-from corewise.engines import Material, engine
+from corewise.machine import inspect as cpu
+from corewise.engines import BuildInputs, engine
 from corewise.samples import from_python
-from corewise.values import Build, Plan, TensorSpec
+from corewise.records.build import Build, Plan, TensorSpec
 
 folder, name = Path(sys.argv[1]), "corewise.testing.engines:" + sys.argv[2]
 specs = (TensorSpec(name="x", dtype="float32", shape=(None, 2)),)
 samples = from_python([np.zeros(2, np.float32)])
-material = Material(program=folder / "p", inputs=specs, outputs=specs, operators={}, calibration=samples,
+material = BuildInputs(program=folder / "p", inputs=specs, outputs=specs, operators={}, calibration=samples,
                     cpu=cpu.inspect(), cache=folder)
 build = Build(engine=name, precision="int8")
 print("building", flush=True)

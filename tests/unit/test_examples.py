@@ -8,10 +8,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from corewise.imports import find_reference
+from corewise.common.references import find_reference
+from corewise.records.report import Preprocess
 from corewise.samples import Samples, read, split
 from corewise.source import export
-from corewise.values import Preprocess
 
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
 IMAGENET = Preprocess()

@@ -10,21 +10,22 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from corewise.explore import (
+from corewise.machine.layouts import thread_plans
+from corewise.records.build import Plan
+from corewise.records.cpu import Cpu, LogicalCpu
+from corewise.records.measurement import MOST_LATENCIES, Measurement
+from corewise.search.plans import (
     BATCHES,
-    MOST_LATENCIES,
     NEAR,
     SLOW_CALL_MS,
     START_BATCH,
-    Wanted,
+    PlanRequest,
     drive,
     not_run,
     pooled,
     strategy,
     tables,
 )
-from corewise.thread_plan import thread_plans
-from corewise.values import Cpu, LogicalCpu, Measurement, Plan
 
 SHAPES = ((2, 1), (1, 2), (1, 1))
 PROBE_S = 1.5
@@ -239,7 +240,7 @@ def test_an_impossible_slo_is_told_after_one_call_a_shape():
 def test_whoever_drives_may_end_it_at_any_plan(after):
     taken = []
 
-    def measure(wanted: Wanted):
+    def measure(wanted: PlanRequest):
         taken.append(wanted.plan)
         return Scaling().measurement(wanted.plan)
 

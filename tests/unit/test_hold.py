@@ -2,8 +2,9 @@
 
 import pytest
 
-from corewise.hold import ATTEMPTS, CONFIRM_S, ENOUGH, MOST_LOADS, PROMISED, UP, Contender, climb, worthwhile
-from corewise.values import Build, LoadRun, Measurement, Plan
+from corewise.records.build import Build, Plan
+from corewise.records.measurement import LoadRun, Measurement
+from corewise.search.slo import ATTEMPTS, CONFIRM_S, ENOUGH, MOST_LOADS, PROMISED, UP, Contender, climb, worthwhile
 
 SLO_MS = 100.0
 

@@ -12,10 +12,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from corewise.records.build import Build, Plan
+from corewise.records.jsonable import from_json
+from corewise.records.measurement import Measurement, Rates
+from corewise.records.report import LosingTrial, Report, SampleFacts
 from corewise.report import charts, figures, html, words
 from corewise.report.charts import Axis, Bar, Line, Mark
 from corewise.report.figures import Builds
-from corewise.values import Build, Loser, Measurement, Plan, Rates, Report, SampleFacts, from_json
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 REPORT = runpy.run_path(str(GOLDEN / "make.py"))["REPORT"]
@@ -154,7 +157,7 @@ def test_whatever_others_wrote_is_text():
             REPORT.choice,
             winner=build,
             reason=HOSTILE,
-            losers=(Loser(build=other.build, state="failed", reason=HOSTILE),),
+            losers=(LosingTrial(build=other.build, state="failed", reason=HOSTILE),),
             warnings=(HOSTILE,),
         ),
         notes=(HOSTILE,),

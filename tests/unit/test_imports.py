@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 
-from corewise.errors import MetricError, SourceError
-from corewise.imports import call_reference, describe, find_reference, guard
+from corewise.common.errors import MetricError, SourceError
+from corewise.common.references import call_reference, describe, find_reference, guard
 
 
 @pytest.fixture(autouse=True)

@@ -18,14 +18,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from corewise import cpu
-from corewise.engines import Material, Session, qdq
+from corewise.common.errors import EngineError
+from corewise.engines import BuildInputs, Session, qdq
 from corewise.engines.inductor import MANY, ONE, SETTINGS, Inductor, cuts, kernels
-from corewise.errors import EngineError
+from corewise.machine import inspect as cpu
+from corewise.records.build import Build, Plan
+from corewise.records.cpu import Cpu
 from corewise.samples import from_python
 from corewise.source import export, save_program
 from corewise.testing.engine_contract import tiny_material
-from corewise.values import Build, Cpu, Plan
 
 CONVOLUTIONS, LINEARS, NEITHER = {"aten.conv2d.default": 5}, {"aten.linear.default": 3}, {"aten.sin.default": 3}
 CALLED = {
@@ -65,13 +66,13 @@ def rows(count: int, seed: int = 0) -> list[np.ndarray]:
     return [rng.uniform(-1, 1, (count, *shape)).astype(np.float32) for shape in ((3, 12, 12), (5,))]
 
 
-def material(model: nn.Module, folder: Path) -> Material:
+def material(model: nn.Module, folder: Path) -> BuildInputs:
     folder.mkdir()
     calibration = from_python([(arrays, None) for arrays in zip(*rows(32), strict=True)])
     exported = export(model.eval(), calibration)
     assert exported.program is not None, exported.why_not
     save_program(exported.program, folder / "program.pt2")
-    return Material(
+    return BuildInputs(
         program=folder / "program.pt2",
         inputs=exported.inputs,
         outputs=exported.outputs,
@@ -87,7 +88,7 @@ class Built:
     """A payload, and what it was made from."""
 
     model: nn.Module
-    material: Material
+    material: BuildInputs
     build: Build
     payload: Path
     notes: tuple[str, ...]
@@ -102,7 +103,7 @@ class Built:
             return [tensor.numpy() for tensor in self.model(*map(torch.from_numpy, inputs))]
 
 
-def compiled(model: nn.Module, given: Material, build: Build, folder: Path) -> Built:
+def compiled(model: nn.Module, given: BuildInputs, build: Build, folder: Path) -> Built:
     for name in ("payload", "cwd", "tmp"):
         (folder / name).mkdir()
     with pytest.MonkeyPatch.context() as patch:

@@ -9,9 +9,11 @@ from dataclasses import replace
 
 import pytest
 
-from corewise.errors import OutputError
-from corewise.journal import Journal
-from corewise.values import Build, Measurement, Plan, Trial
+from corewise.common.errors import OutputError
+from corewise.records.build import Build, Plan
+from corewise.records.measurement import Measurement
+from corewise.records.trial import Trial
+from corewise.search.journal import Journal
 
 BUILDS = [Build(engine="fake", precision="int8", options=(("n", n),)) for n in range(3)]
 TRIALS = [
@@ -104,7 +106,7 @@ def test_a_damaged_line_ends_the_journal_there(tmp_path):
 
 def test_another_process_at_work_is_told(tmp_path):
     path = tmp_path / "j"
-    code = "import sys\nfrom pathlib import Path\nfrom corewise.journal import Journal\n"
+    code = "import sys\nfrom pathlib import Path\nfrom corewise.search.journal import Journal\n"
     code += "with Journal(Path(sys.argv[1]), 'key'):\n    print('locked', flush=True)\n    input()\n"
     with subprocess.Popen(
         [sys.executable, "-c", code, path], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True

@@ -18,22 +18,17 @@ ROOT = "corewise"
 
 LAYERS = (
     ("cli", "testing"),
-    ("cluster", "doctor"),
-    ("optimize", "explain", "loadtest", "retune", "serving"),
-    ("hold", "loading", "result", "search"),
-    ("race", "report", "choose", "candidates", "journal", "tuned"),
-    ("trial",),
-    ("worker",),
-    ("measure",),
+    ("cluster", "doctor", "serving"),
+    ("search",),
     ("artifact",),
-    ("model", "fidelity", "instances", "loadgen", "batching"),
-    ("engines", "metrics"),
+    ("runtime",),
+    ("report",),
+    ("engines",),
     ("quantize",),
-    ("source",),
-    ("samples", "cpu", "thread_plan", "explore", "stats", "events"),
-    ("arguments", "imports", "nested"),
-    ("values",),
-    ("errors",),
+    ("source", "accuracy"),
+    ("samples", "batching", "machine"),
+    ("arguments",),
+    ("common", "records", "_version"),
 )
 """Rooms, from top to bottom. A room imports from itself and from lower layers; those of one layer are strangers."""
 
@@ -41,7 +36,7 @@ LEVEL = {room: level for level, rooms in enumerate(LAYERS) for room in rooms}
 
 TORCH = {"torch", "torchao", "torchvision", "transformers", "timm"}
 TORCH_ROOMS = {"source", "quantize", "engines", "testing"}
-TORCH_WHEN_ASKED = {"doctor", "model"}
+TORCH_WHEN_ASKED = {"doctor", "artifact"}
 """``doctor --torch``, and ``Model`` when the caller gave it tensors: inside functions only."""
 WEB = {"starlette", "fastapi", "uvicorn", "grpc", "grpclib", "flask", "aiohttp", "ray"}
 ENVIRONMENT = {"environ", "environb", "getenv"}
@@ -172,7 +167,7 @@ def test_the_environment_is_read_by_the_cli_and_handed_to_trial_children() -> No
         [
             f"{module.at(node.lineno)}: {ast.unparse(node)}; take an argument, and let cli.py read the environment"
             for module in modules()
-            if module.room not in ("cli", "trial", "worker")
+            if module.room not in ("cli", "runtime")
             for node in ast.walk(module.tree)
             if (isinstance(node, ast.Attribute) and node.attr in ENVIRONMENT and ast.unparse(node.value) == "os")
             or (isinstance(node, ast.ImportFrom) and node.module == "os" and ENVIRONMENT & {a.name for a in node.names})
@@ -197,7 +192,7 @@ def test_only_trial_children_and_the_server_catch_everything() -> None:
         [
             f"{module.at(node.lineno)}: catches everything; name the exceptions"
             for module in modules()
-            if module.room not in ("worker", "serving", "batching")
+            if module.room not in ("runtime", "serving", "batching")
             for node in ast.walk(module.tree)
             if isinstance(node, ast.ExceptHandler) and _catches_everything(node)
         ]
@@ -220,7 +215,7 @@ def test_every_module_says_what_it_is() -> None:
         "corewise.cli",
         "corewise.doctor",
         "corewise.artifact",
-        "corewise.model",
+        "corewise.artifact.model",
         "corewise.engines.openvino",
         "corewise.engines.onnxruntime",
         "corewise.serving.server",
@@ -236,11 +231,12 @@ def test_torch_waits_until_it_is_needed(name: str) -> None:
 
 def test_the_rules_can_fail() -> None:
     tree = ast.parse(
-        "import torch.nn\nfrom corewise import stats\ndef f():\n    import pickle\nif TYPE_CHECKING:\n    import ray"
+        "import torch.nn\nfrom corewise.common import stats\n"
+        "def f():\n    import pickle\nif TYPE_CHECKING:\n    import ray"
     )
     assert list(imports(tree)) == [
         Import("torch.nn", 1, "at once"),
-        Import("corewise.stats", 2, "at once"),
+        Import("corewise.common", 2, "at once"),
         Import("pickle", 4, "later"),
         Import("ray", 6, "never"),
     ]

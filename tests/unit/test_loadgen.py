@@ -8,9 +8,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from corewise.errors import InputError
-from corewise.loadgen import BACKOFF_S, arrivals_s, closed_loop, open_loop
-from corewise.values import LoadRun, Plan, from_json, to_json
+from corewise.common.errors import InputError
+from corewise.records.build import Plan
+from corewise.records.jsonable import from_json, to_json
+from corewise.records.measurement import LoadRun
+from corewise.runtime.loadgen import BACKOFF_S, arrivals_s, closed_loop, open_loop
 
 PLAN = Plan(threads_per_instance=1)
 

@@ -5,9 +5,11 @@ from itertools import chain, repeat
 import numpy as np
 import pytest
 
-from corewise.measure import batch_of, measure, throughput_per_s, time_calls, warm_up
+from corewise.records.build import Plan
+from corewise.records.jsonable import from_json, to_json
+from corewise.records.measurement import Measurement
+from corewise.runtime.measure import batch_of, measure, throughput_per_s, time_calls, warm_up
 from corewise.samples import from_python
-from corewise.values import Measurement, Plan, from_json, to_json
 
 
 class FakeTime:

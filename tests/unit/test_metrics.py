@@ -6,9 +6,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from corewise import metrics
-from corewise.errors import CorewiseError, MetricError, SamplesError
-from corewise.metrics import METRICS, Metric, default, evaluate, resolve
+from corewise.accuracy import metrics
+from corewise.accuracy.metrics import METRICS, Metric, default, evaluate, resolve
+from corewise.common.errors import CorewiseError, MetricError, SamplesError
 
 SCORES = np.array([[0.1, 0.7, 0.2], [0.9, 0.0, 0.1], [0.3, 0.3, 0.4]], np.float32)
 

@@ -9,13 +9,13 @@ import numpy as np
 import pytest
 import torch
 
-from corewise.cpu import inspect
+from corewise.artifact.model import Model
+from corewise.common.errors import EngineError, InputError
+from corewise.common.nested import flatten
 from corewise.engines.denormals import flushed
-from corewise.errors import EngineError, InputError
-from corewise.instances import open_plan
-from corewise.model import Model
-from corewise.nested import flatten
-from corewise.values import Build, Plan, TensorSpec
+from corewise.machine.inspect import inspect
+from corewise.records.build import Build, Plan, TensorSpec
+from corewise.runtime.instances import open_plan
 
 
 class Doubling:

@@ -11,9 +11,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from corewise import nested
-from corewise.errors import InputError
-from corewise.nested import Record, Structure
+from corewise.common import nested
+from corewise.common.errors import InputError
+from corewise.common.nested import Record, Structure
 
 Point = namedtuple("Point", "x y")
 

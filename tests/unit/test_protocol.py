@@ -8,9 +8,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 
+from corewise.records.build import TensorSpec
 from corewise.serving import protocol
 from corewise.serving.protocol import DATATYPES, MOST_DEPTH, Asked, ProtocolError, depth, parse, render
-from corewise.values import TensorSpec
 
 IMAGE = TensorSpec(name="x", dtype="float32", shape=(None, 3))
 IDS = TensorSpec(name="ids", dtype="int64", shape=(None, None))

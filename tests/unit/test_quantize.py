@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 from torch.fx import GraphModule
 
-from corewise.errors import EngineError, SamplesError
+from corewise.common.errors import EngineError, SamplesError
 from corewise.quantize import corrections, ptq
 from corewise.quantize.graph import bias, compute, execute, folded, layer_name, layers, output_axis, weight
 from corewise.quantize.observers import (
@@ -36,8 +36,8 @@ from corewise.quantize.observers import (
 from corewise.quantize.placement import TARGETS, Placement, Target, place
 from corewise.quantize.ptq import Recipe, quantize
 from corewise.quantize.simulate import Simulation
+from corewise.records.jsonable import from_json, to_json
 from corewise.samples import Samples, from_python
-from corewise.values import from_json, to_json
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*LeafSpec:FutureWarning")  # torch's own, from copying a graph
 

@@ -14,18 +14,18 @@ from hypothesis import strategies as st
 from small_nets import Depthwise, Mlp, Residual
 from torch import Tensor, nn
 
-from corewise import cpu
-from corewise.engines import Material, engine, qdq
+from corewise.common.errors import EngineError
+from corewise.engines import BuildInputs, engine, qdq
 from corewise.engines.onnx_bias import quantize_biases
-from corewise.errors import EngineError
+from corewise.machine import inspect as cpu
 from corewise.quantize import ptq
 from corewise.quantize.observers import round_weight, weight_scales
 from corewise.quantize.placement import TARGETS, Target
 from corewise.quantize.ptq import Quantized, Recipe
 from corewise.quantize.simulate import Simulation
+from corewise.records.build import Build, Plan
 from corewise.samples import from_python
 from corewise.source import export, save_program
-from corewise.values import Build, Plan
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*LeafSpec:FutureWarning")  # torch's own, from copying a graph
 
@@ -58,7 +58,7 @@ class Case:
         assert exported.program is not None
         save_program(exported.program, folder / "program.pt2")
         self.model = model
-        self.material = Material(
+        self.material = BuildInputs(
             program=folder / "program.pt2",
             inputs=exported.inputs,
             outputs=exported.outputs,

@@ -11,12 +11,13 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from corewise import cpu
-from corewise.engines import Material, engine
+from corewise.engines import BuildInputs, engine
 from corewise.engines.quiet import quiet
+from corewise.machine import inspect as cpu
+from corewise.records.build import Build, Plan, Receipt
+from corewise.records.jsonable import from_json, to_json
 from corewise.samples import Samples, from_python
 from corewise.source import export, save_program
-from corewise.values import Build, Plan, Receipt, from_json, to_json
 
 PLAN = Plan(threads_per_instance=1, batch=4)
 IMAGES = np.random.default_rng(0).standard_normal((16, 3, 12, 12)).astype(np.float32)
@@ -67,12 +68,12 @@ class OnlyRelu(nn.Module):
         return torch.relu(x) + 1
 
 
-def material(model: nn.Module, samples: np.ndarray, folder: Path) -> Material:
+def material(model: nn.Module, samples: np.ndarray, folder: Path) -> BuildInputs:
     torch.manual_seed(0)
     calibration: Samples = from_python(list(samples))
     exported = export(model.eval(), calibration)
     save_program(exported.program, folder / "program.pt2")
-    return Material(
+    return BuildInputs(
         program=folder / "program.pt2",
         inputs=exported.inputs,
         outputs=exported.outputs,

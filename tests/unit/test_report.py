@@ -10,11 +10,13 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from corewise.events import FinalsRound, StageStarted, TrialEnded, TrialStarted, TrialStep
+from corewise.records.build import Receipt
+from corewise.records.events import FinalsRound, StageStarted, TrialEnded, TrialStarted, TrialStep
+from corewise.records.jsonable import from_json, to_json
+from corewise.records.report import Report
 from corewise.report import markdown, terminal, words
 from corewise.report.summary import summary
 from corewise.report.terminal import Progress
-from corewise.values import Receipt, Report, from_json, to_json
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 MAKE = runpy.run_path(str(GOLDEN / "make.py"))

@@ -9,12 +9,13 @@ from hypothesis import strategies as st
 from test_thread_plan import machine, machines
 from test_tuned import measured
 
-from corewise.cpu import inspect
-from corewise.explore import BATCHES, SLOW_CALL_MS
-from corewise.race import ROUND_S, ROUNDS
-from corewise.retune import affordable, best, guesses, next_plan
-from corewise.thread_plan import most_threads, thread_plans
-from corewise.values import Objective, Plan
+from corewise.machine.inspect import inspect
+from corewise.machine.layouts import most_threads, thread_plans
+from corewise.records.build import Plan
+from corewise.records.goal import Objective
+from corewise.runtime.race import ROUND_S, ROUNDS
+from corewise.search.plans import BATCHES, SLOW_CALL_MS
+from corewise.search.retuning import affordable, best, guesses, next_plan
 
 THROUGHPUT, LATENCY = Objective(), Objective(goal="latency")
 

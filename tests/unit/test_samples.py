@@ -17,10 +17,10 @@ from PIL import Image
 from safetensors.numpy import load_file, save_file
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 
-from corewise import nested
-from corewise.errors import OutputError, SamplesError
+from corewise.common import nested
+from corewise.common.errors import OutputError, SamplesError
+from corewise.records.report import Preprocess
 from corewise.samples import Samples, default_calibration, from_python, read, split
-from corewise.values import Preprocess
 
 TINY = Preprocess(resize=8, crop=4, mean=(0.5, 0.5, 0.5), std=(0.25, 0.25, 0.25))
 

@@ -13,9 +13,9 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.export import Dim
 
+from corewise.common.errors import EngineError
 from corewise.engines import qdq
 from corewise.engines.openvino import layer_ms
-from corewise.errors import EngineError
 from corewise.quantize.graph import compute, execute
 from corewise.quantize.placement import TARGETS, Target
 from corewise.quantize.ptq import Quantized, Recipe, batches, lower, quantize
@@ -30,8 +30,8 @@ from corewise.quantize.sensitivity import (
     sensitivity,
 )
 from corewise.quantize.simulate import Simulation, sqnr_db
+from corewise.records.build import TensorSpec
 from corewise.samples import Samples, from_python
-from corewise.values import TensorSpec
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*LeafSpec:FutureWarning")  # torch's own, from copying a graph
 

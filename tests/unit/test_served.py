@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from corewise.batching import Answer, NotServed
-from corewise.errors import InputError
+from corewise.common.errors import InputError
 from corewise.serving import oip, pages
 from corewise.serving.models import Models
 from corewise.serving.protocol import DTYPES, ProtocolError

@@ -3,13 +3,14 @@ import math
 import numpy as np
 import pytest
 
-from corewise.batching import Curve
+from corewise.batching import LatencyTable
 from corewise.batching.simulate import capacity_per_s, most_rate, service_of, simulate
-from corewise.values import Measurement, Plan
+from corewise.records.build import Plan
+from corewise.records.measurement import Measurement
 
 
 def curve(call_ms=10.0, row_ms=5.0, largest=16):
-    return Curve(points=tuple((rows, call_ms + row_ms * rows) for rows in range(1, largest + 1)))
+    return LatencyTable(points=tuple((rows, call_ms + row_ms * rows) for rows in range(1, largest + 1)))
 
 
 def exactly(table):
@@ -33,7 +34,7 @@ def most(table, **options):
 @pytest.mark.parametrize("load", [0.3, 0.7])
 def test_calls_of_one_request_and_of_one_length_wait_as_theory_says(load):
     """M/D/1."""
-    table = Curve(points=((1, 10.0),))
+    table = LatencyTable(points=((1, 10.0),))
     found = run(table, max_batch=1, max_waiting=50_000, requests=50_000, rate_per_s=load * 100)
     assert (found.answered, found.refused) == (50_000, 0)
     assert found.p50_ms == pytest.approx(10.0 + 10.0 * md1_quantile(load, 0.5), rel=0.05)
@@ -61,7 +62,7 @@ def md1_quantile(load, q):
 
 def test_exponential_calls_on_two_instances_wait_as_theory_says():
     """M/M/2."""
-    table = Curve(points=((1, 10.0),))
+    table = LatencyTable(points=((1, 10.0),))
     found = run(
         table,
         service=lambda rows, rng: rng.exponential(0.01),

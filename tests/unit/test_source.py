@@ -18,11 +18,11 @@ import torch
 from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 
-from corewise import nested
-from corewise.errors import CorewiseError, OutputError, SamplesError, SourceError
+from corewise.common import nested
+from corewise.common.errors import CorewiseError, OutputError, SamplesError, SourceError
+from corewise.records.build import TensorSpec
 from corewise.samples import Samples, from_python
 from corewise.source import Exported, Flat, digest, export, load, load_module, load_program, save_program
-from corewise.values import TensorSpec
 
 HERE = Path(__file__)
 

@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy import stats as scipy_stats
 
-from corewise import stats
+from corewise.common import stats
 
 rates = st.floats(0.1, 1e4)
 

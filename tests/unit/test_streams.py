@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.export import Dim
 from torch.fx import GraphModule, Node
 
-from corewise.errors import SamplesError
+from corewise.common.errors import SamplesError
 from corewise.quantize import ptq, streams
 from corewise.quantize.graph import bias, compute, execute, folded, layers
 from corewise.quantize.observers import LEVELS, QParams, fake_quantize, qparams

@@ -6,9 +6,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from corewise.cpu import inspect
-from corewise.thread_plan import assign, most_threads, thread_plans, warning
-from corewise.values import Cpu, LogicalCpu
+from corewise.machine.inspect import inspect
+from corewise.machine.layouts import assign, most_threads, thread_plans, warning
+from corewise.records.cpu import Cpu, LogicalCpu
 
 
 def machine(sockets=1, cores=4, threads=1, nodes=1, affinity=None, quota=None):

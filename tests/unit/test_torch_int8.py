@@ -14,16 +14,16 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from corewise import cpu
-from corewise.engines import Material
+from corewise.common.errors import EngineError
+from corewise.engines import BuildInputs
 from corewise.engines.quiet import quiet
 from corewise.engines.torch_int8 import TorchInt8
-from corewise.errors import EngineError
+from corewise.machine import inspect as cpu
 from corewise.quantize import fx
 from corewise.quantize.lift import lift
+from corewise.records.build import Build, Plan
 from corewise.samples import from_python
 from corewise.source import export, save_program
-from corewise.values import Build, Plan
 
 REDUCED = Build(engine="torch-int8", precision="int8", options=(("reduce_range", True),))
 DYNAMIC = Build(engine="torch-int8", precision="int8-dynamic")
@@ -114,14 +114,14 @@ def sequences() -> np.ndarray:
 
 
 @pytest.fixture
-def material(tmp_path: Path) -> Callable[[nn.Module, np.ndarray], Material]:
-    def make(model: nn.Module, rows: np.ndarray) -> Material:
+def material(tmp_path: Path) -> Callable[[nn.Module, np.ndarray], BuildInputs]:
+    def make(model: nn.Module, rows: np.ndarray) -> BuildInputs:
         samples = from_python(list(rows))
         exported = export(model, samples)
         assert exported.program is not None, exported.why_not
         save_program(exported.program, tmp_path / "program.pt2")
         names = [str(node.target) for node in exported.program.graph.nodes if node.op == "call_function"]
-        return Material(
+        return BuildInputs(
             program=tmp_path / "program.pt2",
             inputs=exported.inputs,
             outputs=exported.outputs,
@@ -168,7 +168,7 @@ def test_layers_run_in_int8_and_answer_as_the_model_at_any_batch(
     rows: Callable[[], np.ndarray],
     build: Build,
     told: str,
-    material: Callable[[nn.Module, np.ndarray], Material],
+    material: Callable[[nn.Module, np.ndarray], BuildInputs],
     payload: Path,
 ) -> None:
     before, model = torch.backends.quantized.engine, seeded(make)
@@ -187,7 +187,7 @@ def test_layers_run_in_int8_and_answer_as_the_model_at_any_batch(
 
 
 def test_opening_and_running_print_nothing(
-    material: Callable[[nn.Module, np.ndarray], Material], payload: Path
+    material: Callable[[nn.Module, np.ndarray], BuildInputs], payload: Path
 ) -> None:
     TorchInt8().build(material(seeded(Computed), images()), REDUCED, payload)
     np.save(payload / "images.npy", images())
@@ -195,7 +195,7 @@ def test_opening_and_running_print_nothing(
 import sys, numpy
 from pathlib import Path
 from corewise.engines import engine
-from corewise.values import Build, Plan
+from corewise.records.build import Build, Plan
 
 folder, build = Path(sys.argv[1]), Build(engine="torch-int8", precision="int8")
 session = engine("torch-int8").open(folder, build, Plan(threads_per_instance=1))
@@ -207,7 +207,7 @@ session.run([numpy.load(folder / "images.npy")])
 
 
 def test_without_constant_weights_there_is_nothing_to_quantize(
-    material: Callable[[nn.Module, np.ndarray], Material], payload: Path
+    material: Callable[[nn.Module, np.ndarray], BuildInputs], payload: Path
 ) -> None:
     with pytest.raises(EngineError, match="nothing to quantize"):
         TorchInt8().build(material(seeded(OnlyComputed), images()), REDUCED, payload)

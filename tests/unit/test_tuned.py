@@ -16,11 +16,12 @@ from test_artifact import write as write_artifact
 
 from corewise import artifact
 from corewise.artifact import TUNED, TUNED_NEW
-from corewise.errors import ArtifactError, InputError, OutputError
-from corewise.loading import load, verify
-from corewise.thread_plan import most_threads
-from corewise.tuned import MOST_BYTES, Fit, Machine, Tuned, asked, fit, read, usable_table, write
-from corewise.values import Measurement, Plan
+from corewise.artifact.open import load, verify
+from corewise.artifact.tuned import MOST_BYTES, Fit, Machine, Tuned, asked, fit, read, usable_table, write
+from corewise.common.errors import ArtifactError, InputError, OutputError
+from corewise.machine.layouts import most_threads
+from corewise.records.build import Plan
+from corewise.records.measurement import Measurement
 
 HERE = Machine.of(CPU)
 ELSEWHERE = replace(HERE, model="Another CPU", quota_cores=1.5)

@@ -1,6 +1,6 @@
 """Requests to batches, under deadlines: a pure ``policy`` that decides, a ``runner`` that drives instances by it."""
 
-from corewise.batching.policy import Accepted, Batch, Curve, Dropped, Policy, Reason, Refused, Request
+from corewise.batching.policy import Accepted, Batch, Dropped, LatencyTable, Policy, Reason, Refused, Request
 from corewise.batching.runner import Answer, Batcher, CallFailed, InstanceDied, NotServed, Run
 
 __all__ = [
@@ -9,9 +9,9 @@ __all__ = [
     "Batch",
     "Batcher",
     "CallFailed",
-    "Curve",
     "Dropped",
     "InstanceDied",
+    "LatencyTable",
     "NotServed",
     "Policy",
     "Reason",

@@ -19,7 +19,7 @@ from typing import Literal, NamedTuple, Self
 
 import numpy as np
 
-from corewise.values import Measurement
+from corewise.records.measurement import Measurement
 
 Reason = Literal[
     "too large", "too urgent", "queue full", "overloaded", "no instance", "draining", "expired", "displaced"
@@ -41,7 +41,7 @@ REMEMBERED, RARE = 32, 4
 
 
 @dataclass(frozen=True, kw_only=True)
-class Curve:
+class LatencyTable:
     """Milliseconds of one call over its batch, as (batch, ms): batches rise, and no larger one is faster."""
 
     points: tuple[tuple[int, float], ...]
@@ -148,7 +148,7 @@ class Policy:
     1 <= max_batch <= max_waiting.
     """
 
-    def __init__(self, curve: Curve, *, max_batch: int, max_waiting: int) -> None:
+    def __init__(self, curve: LatencyTable, *, max_batch: int, max_waiting: int) -> None:
         if not 1 <= max_batch <= max_waiting:
             raise ValueError(f"1 <= max_batch <= max_waiting does not hold for {max_batch} and {max_waiting}")
         self.draining = False

@@ -12,7 +12,7 @@ from typing import NamedTuple, Self, TypeVar
 import numpy as np
 
 from corewise.batching.policy import WORDS, Dropped, Policy, Reason, Refused, Request
-from corewise.errors import CorewiseError, EngineError, InputError
+from corewise.common.errors import CorewiseError, EngineError, InputError
 
 T = TypeVar("T")
 Run = Callable[[Sequence[np.ndarray]], Sequence[np.ndarray]]

@@ -13,9 +13,9 @@ from math import ceil, inf, sqrt
 
 import numpy as np
 
-from corewise.batching.policy import Curve, Policy, Refused, Request
-from corewise.stats import quantile
-from corewise.values import SERVED, Measurement
+from corewise.batching.policy import LatencyTable, Policy, Refused, Request
+from corewise.common.stats import quantile
+from corewise.records.measurement import SERVED, Measurement
 
 Service = Callable[[int, np.random.Generator], float]
 """Draws the seconds, above 0, of a call of so many rows."""
@@ -47,7 +47,7 @@ class Simulated:
 
 
 def simulate(
-    curve: Curve,
+    curve: LatencyTable,
     *,
     service: Service,
     instances: int,
@@ -68,7 +68,7 @@ def simulate(
 
 
 def most_rate(
-    curve: Curve,
+    curve: LatencyTable,
     *,
     service: Service,
     instances: int,
@@ -115,9 +115,9 @@ def capacity_per_s(service: Service, *, instances: int, max_batch: int, seed: in
 def service_of(measurements: Sequence[Measurement]) -> Service:
     """Draws a measured call of the nearest measured batch; between batches, scaled along the curve of the medians.
 
-    Raises ``ValueError`` as ``Curve.of`` does.
+    Raises ``ValueError`` as ``LatencyTable.of`` does.
     """
-    curve = Curve.of(measurements, "p50_ms")
+    curve = LatencyTable.of(measurements, "p50_ms")
     measured_s = {m.plan.batch: [ms / 1e3 for ms in m.latencies_ms] for m in measurements}
 
     @cache
@@ -137,7 +137,7 @@ class _Run:
     """One simulation: a policy, and instances that it keeps busy as ``runner.Batcher`` does."""
 
     def __init__(
-        self, curve: Curve, service: Service, instances: int, max_batch: int, max_waiting: int, seed: int
+        self, curve: LatencyTable, service: Service, instances: int, max_batch: int, max_waiting: int, seed: int
     ) -> None:
         self._policy = Policy(curve, max_batch=max_batch, max_waiting=max_waiting)
         self._service = service

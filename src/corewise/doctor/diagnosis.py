@@ -15,7 +15,7 @@ from types import MappingProxyType
 from typing import Literal
 
 import corewise
-from corewise.values import Cpu
+from corewise.records.cpu import Cpu
 
 Severity = Literal["info", "warning", "problem"]
 Limit = Literal["machine", "affinity", "quota"]

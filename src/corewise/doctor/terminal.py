@@ -2,9 +2,9 @@
 
 from typing import TYPE_CHECKING
 
-from corewise.cpu import EXTENSIONS
 from corewise.doctor.diagnosis import Diagnosis, Severity, cores
-from corewise.values import Cpu
+from corewise.machine.inspect import EXTENSIONS
+from corewise.records.cpu import Cpu
 
 if TYPE_CHECKING:
     from rich.console import RenderableType

@@ -11,9 +11,10 @@ from typing import Protocol, runtime_checkable
 
 import numpy as np
 
-from corewise.errors import EngineError
+from corewise.common.errors import EngineError
+from corewise.records.build import Build, Plan, Receipt, TensorSpec
+from corewise.records.cpu import Cpu
 from corewise.samples import Samples
-from corewise.values import Build, Cpu, Plan, Receipt, TensorSpec
 
 BUILD_RUNS = 3
 LINEAR = r"aten\.(linear|addmm|matmul|mm|bmm)\b"
@@ -31,7 +32,7 @@ ENGINES = {
 
 
 @dataclass(frozen=True, kw_only=True)
-class Material:
+class BuildInputs:
     """What a build is made from."""
 
     program: Path
@@ -99,7 +100,7 @@ class Engine(Protocol):
         """ISA extensions (``Cpu.isa`` names, or ``int8_dot``, ``bf16``) the payload must find where it runs."""
         ...
 
-    def build(self, material: Material, build: Build, folder: Path) -> tuple[str, ...]:
+    def build(self, material: BuildInputs, build: Build, folder: Path) -> tuple[str, ...]:
         """Write the payload into the empty ``folder``; returns notes for the report.
 
         Raises ``EngineError`` where the program or the build is beyond the engine.

@@ -10,9 +10,10 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from corewise.engines.base import Material, Session, fastest_s, missing
-from corewise.errors import EngineError
-from corewise.values import Build, Cpu, Plan, Receipt
+from corewise.common.errors import EngineError
+from corewise.engines.base import BuildInputs, Session, fastest_s, missing
+from corewise.records.build import Build, Plan, Receipt
+from corewise.records.cpu import Cpu
 
 if TYPE_CHECKING:
     import torch
@@ -50,7 +51,7 @@ class Eager:
         """bf16 hardware for bf16."""
         return ("bf16",) if build.precision == "bf16" else ()
 
-    def build(self, material: Material, build: Build, folder: Path) -> tuple[str, ...]:
+    def build(self, material: BuildInputs, build: Build, folder: Path) -> tuple[str, ...]:
         """Keep the program (or the weights), and the faster memory format."""
         if self._module is None:
             shutil.copyfile(material.program, folder / PROGRAM)

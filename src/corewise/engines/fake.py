@@ -10,8 +10,10 @@ from pathlib import Path
 
 import numpy as np
 
-from corewise.engines.base import Material, Session
-from corewise.values import Build, Cpu, Plan, Receipt, TensorSpec, from_json, to_json
+from corewise.engines.base import BuildInputs, Session
+from corewise.records.build import Build, Plan, Receipt, TensorSpec
+from corewise.records.cpu import Cpu
+from corewise.records.jsonable import from_json, to_json
 
 MODEL = "fake.json"
 SEED, NOISE_SEED = 0, 1
@@ -40,7 +42,7 @@ class Fake:
         del build
         return ()
 
-    def build(self, material: Material, build: Build, folder: Path) -> tuple[str, ...]:
+    def build(self, material: BuildInputs, build: Build, folder: Path) -> tuple[str, ...]:
         """Write down the outputs' specs."""
         del build
         (folder / MODEL).write_text(json.dumps({"inputs": len(material.inputs), "outputs": to_json(material.outputs)}))

@@ -16,12 +16,14 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from corewise.common.errors import EngineError
+from corewise.common.references import guard
 from corewise.engines import qdq
-from corewise.engines.base import Material, Session, chunks, fastest_s, missing, rows_of, run_cut
+from corewise.engines.base import BuildInputs, Session, chunks, fastest_s, missing, rows_of, run_cut
 from corewise.engines.quiet import quiet
-from corewise.errors import EngineError
-from corewise.imports import guard
-from corewise.values import Build, Cpu, Plan, Receipt, TensorSpec, from_json, to_json
+from corewise.records.build import Build, Plan, Receipt, TensorSpec
+from corewise.records.cpu import Cpu
+from corewise.records.jsonable import from_json, to_json
 
 if TYPE_CHECKING:
     import torch
@@ -90,7 +92,7 @@ class Inductor:
             return (*isa, "int8_dot")
         return (*isa, "bf16") if build.precision == "bf16" else isa
 
-    def build(self, material: Material, build: Build, folder: Path) -> tuple[str, ...]:
+    def build(self, material: BuildInputs, build: Build, folder: Path) -> tuple[str, ...]:
         """Export the program for each batch, compile it, and time the batches.
 
         Raises ``EngineError`` where the program cannot be quantized or compiled, nothing in it became int8, or this CPU
@@ -277,7 +279,7 @@ def _package(folder: Path, size: int | None) -> Path:
     return folder / ("any.pt2" if size is None else f"batch{size}.pt2")
 
 
-def _program(material: Material, build: Build) -> "tuple[ExportedProgram, tuple[str, ...]]":
+def _program(material: BuildInputs, build: Build) -> "tuple[ExportedProgram, tuple[str, ...]]":
     """The program to compile: as it is, or quantized where oneDNN's kernels want it; and notes."""
     if build.precision != "int8":
         from corewise.source import load_program
@@ -354,7 +356,7 @@ def _dynamic(inputs: Sequence[TensorSpec]) -> tuple[dict[int, Any], ...]:
     return tuple({k: Dim.DYNAMIC if k else batch for k, size in enumerate(spec.shape) if not size} for spec in inputs)
 
 
-def _example(material: Material, size: int) -> "tuple[torch.Tensor, ...]":
+def _example(material: BuildInputs, size: int) -> "tuple[torch.Tensor, ...]":
     """``size`` rows of one shape, the last one repeated where there are less."""
     from corewise.engines.torch_tools import from_numpy
 
@@ -377,7 +379,7 @@ def _proof(folder: Path, sizes: Sequence[int], quantized: int) -> tuple[str, ...
     )
 
 
-def _time(engine: Inductor, material: Material, build: Build, folder: Path, size: int) -> float:
+def _time(engine: Inductor, material: BuildInputs, build: Build, folder: Path, size: int) -> float:
     """Seconds of a call with ``size`` rows."""
     session = engine.open(folder, build, Plan(threads_per_instance=material.cpu.usable_cores, batch=size))
     try:

@@ -10,12 +10,13 @@ from typing import Any
 
 import numpy as np
 
+from corewise.common.errors import EngineError
 from corewise.engines import denormals, qdq
-from corewise.engines.base import Material, Session, is_mostly_linear, missing
+from corewise.engines.base import BuildInputs, Session, is_mostly_linear, missing
 from corewise.engines.quiet import quiet
-from corewise.errors import EngineError
+from corewise.records.build import Build, Plan, Receipt
+from corewise.records.cpu import Cpu
 from corewise.samples import Samples
-from corewise.values import Build, Cpu, Plan, Receipt
 
 MODEL = "model.onnx"
 PROTOBUF_LIMIT_BYTES = 2**31 - 1
@@ -53,13 +54,13 @@ class OnnxRuntime:
         """32-bit sums of int8 products for int8 in full range."""
         return () if build.precision == "fp32" or build.option("reduce_range", False) else ("int8_dot",)
 
-    def build(self, material: Material, build: Build, folder: Path) -> tuple[str, ...]:
+    def build(self, material: BuildInputs, build: Build, folder: Path) -> tuple[str, ...]:
         """Export the program, once for all builds, and quantize it.
 
         Raises ``EngineError`` for a model over 2 GB, which one ONNX file cannot hold.
         """
         payload = folder / MODEL
-        if qdq.is_ours(build):
+        if qdq.uses_corewise_quantizer(build):
             quantized, notes = qdq.onnx_model(material, build, "everywhere", int32_biases=True)
             shutil.copyfile(quantized, payload)
             return notes
@@ -202,7 +203,7 @@ def _receipt(graph: Any) -> Receipt:
     return Receipt.tally(ran, fell_back)
 
 
-def _exported(material: Material) -> Path:
+def _exported(material: BuildInputs) -> Path:
     """The program as ONNX in the cache, exported by whichever build comes first."""
     path = material.cache / MODEL
     if path.exists():

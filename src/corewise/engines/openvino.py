@@ -18,13 +18,15 @@ from typing import Any
 
 import numpy as np
 
-from corewise.cpu import inspect
+from corewise.common.errors import EngineError
 from corewise.engines import denormals, qdq
-from corewise.engines.base import Material, Session, chunks, is_mostly_linear, missing, run_cut
+from corewise.engines.base import BuildInputs, Session, chunks, is_mostly_linear, missing, run_cut
 from corewise.engines.quiet import quiet
-from corewise.errors import EngineError
-from corewise.thread_plan import limited_by_quota
-from corewise.values import Build, Cpu, Plan, Receipt, from_json, to_json
+from corewise.machine.inspect import inspect
+from corewise.machine.layouts import limited_by_quota
+from corewise.records.build import Build, Plan, Receipt
+from corewise.records.cpu import Cpu
+from corewise.records.jsonable import from_json, to_json
 
 MODEL = "model.xml"
 PLACEMENT = "placement"
@@ -105,7 +107,7 @@ class OpenVino:
         full_range = build.precision.startswith("int8") and not build.option("reduce_range", False)
         return (*(("int8_dot",) if full_range else ()), *(("bf16",) if _in_bf16(build) else ()))
 
-    def build(self, material: Material, build: Build, folder: Path) -> tuple[str, ...]:
+    def build(self, material: BuildInputs, build: Build, folder: Path) -> tuple[str, ...]:
         """Convert the program and, for int8, quantize it with the calibration samples.
 
         Raises ``EngineError`` where nothing can be quantized.
@@ -114,7 +116,7 @@ class OpenVino:
 
         from corewise.source import load_program
 
-        if qdq.is_ours(build):
+        if qdq.uses_corewise_quantizer(build):
             everywhere = build.option(PLACEMENT, "fused") == "everywhere"
             exported, notes = qdq.onnx_model(material, build, "everywhere" if everywhere else "fused")
             with quiet():
@@ -326,7 +328,7 @@ def _in_bf16(build: Build) -> bool:
     return build.precision == "bf16" or build.option(REST, "") == "bf16"
 
 
-def _nncf(material: Material, reduce_range: bool) -> Path:
+def _nncf(material: BuildInputs, reduce_range: bool) -> Path:
     """The folder of NNCF's int8 in the cache, made by whichever build comes first."""
     import openvino as ov
 
@@ -344,7 +346,7 @@ def _nncf(material: Material, reduce_range: bool) -> Path:
     return folder
 
 
-def _quantized(model: Any, material: Material, reduce_range: bool) -> Any:
+def _quantized(model: Any, material: BuildInputs, reduce_range: bool) -> Any:
     """The model with NNCF's FakeQuantize operations.
 
     Quantized with a batch of one, then with a dynamic one again: with a dynamic batch NNCF leaves depthwise

@@ -10,13 +10,14 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from corewise.engines.base import Material, missing
+from corewise.common.errors import EngineError
+from corewise.engines.base import BuildInputs, missing
 from corewise.engines.onnx_attention import drop_guards
 from corewise.engines.onnx_bias import quantize_biases
 from corewise.engines.quiet import quiet
-from corewise.errors import EngineError
+from corewise.records.build import IGNORED, REVERTED, Build, TensorSpec
+from corewise.records.cpu import Cpu
 from corewise.samples import Samples
-from corewise.values import IGNORED, RETURNED, Build, Cpu, TensorSpec
 
 if TYPE_CHECKING:
     from corewise.quantize.placement import Target
@@ -50,12 +51,12 @@ def int8_attention(engine: str, cpu: Cpu, operators: dict[str, int]) -> tuple[Bu
     return (replace(plain, options=(*plain.options, (ATTENTION, True))),)
 
 
-def is_ours(build: Build) -> bool:
+def uses_corewise_quantizer(build: Build) -> bool:
     """Whether the build asks for our quantizer rather than the engine's own."""
     return OPTION in build.options
 
 
-def quantized(material: Material, build: Build, target: "Target") -> tuple[Path, tuple[str, ...]]:
+def quantized(material: BuildInputs, build: Build, target: "Target") -> tuple[Path, tuple[str, ...]]:
     """The quantized program (``ptq.load_quantized``), and notes; made once for all engines.
 
     The build's option ``ignored`` names layers that stay in floating point, separated by spaces; ``returned`` says how
@@ -70,7 +71,7 @@ def quantized(material: Material, build: Build, target: "Target") -> tuple[Path,
     recipe = Recipe(weight_bits=7 if build.option("reduce_range", False) else 8)
     keep_freed_memory()  # calibration runs in eager PyTorch
     with quiet():
-        returned = _order(material, recipe)[: int(build.option(RETURNED, 0))] if build.option(RETURNED, 0) else ()
+        returned = _order(material, recipe)[: int(build.option(REVERTED, 0))] if build.option(REVERTED, 0) else ()
         ignored = (*str(build.option(IGNORED, "")).split(), *returned)
         path, notes = quantized_program(
             material.program,
@@ -88,7 +89,7 @@ def quantized(material: Material, build: Build, target: "Target") -> tuple[Path,
     return path, (*told, f"back in floating point: {', '.join(returned)}") if returned else told
 
 
-def _order(material: Material, recipe: "Recipe") -> tuple[str, ...]:
+def _order(material: BuildInputs, recipe: "Recipe") -> tuple[str, ...]:
     """The layers in the order in which they go back to floating point; found once for all engines."""
     from corewise.quantize import ptq
     from corewise.quantize.sensitivity import order_of_return, sensitivity
@@ -150,7 +151,7 @@ def timed(
 
 
 def onnx_model(
-    material: Material, build: Build, target: "Target", *, int32_biases: bool = False
+    material: BuildInputs, build: Build, target: "Target", *, int32_biases: bool = False
 ) -> tuple[Path, tuple[str, ...]]:
     """``quantized`` as ONNX with a dynamic batch, made once for all engines."""
     program, notes = quantized(material, build, target)

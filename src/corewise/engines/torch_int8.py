@@ -12,11 +12,12 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from corewise.engines.base import CONVOLUTION, Material, Session, count, fastest_s, missing
+from corewise.common.errors import EngineError
+from corewise.common.references import guard
+from corewise.engines.base import CONVOLUTION, BuildInputs, Session, count, fastest_s, missing
 from corewise.engines.quiet import quiet
-from corewise.errors import EngineError
-from corewise.imports import guard
-from corewise.values import Build, Cpu, Plan, Receipt
+from corewise.records.build import Build, Plan, Receipt
+from corewise.records.cpu import Cpu
 
 if TYPE_CHECKING:
     import torch
@@ -63,7 +64,7 @@ class TorchInt8:
         full = build.precision == "int8" and not build.option("reduce_range", False)
         return ("int8_dot",) if full and platform.machine() == "x86_64" else ()
 
-    def build(self, material: Material, build: Build, folder: Path) -> tuple[str, ...]:
+    def build(self, material: BuildInputs, build: Build, folder: Path) -> tuple[str, ...]:
         """Quantize once, convert for each backend, keep the fastest of those that are right.
 
         Raises ``EngineError`` where nothing can be quantized or no backend runs the result.
@@ -188,7 +189,7 @@ def _is_constant(value: "torch.Value") -> bool:
     return value.node().kind() == "prim::Constant" and value.type().kind() == "TensorType"
 
 
-def _quantizable(material: Material, build: Build) -> "GraphModule":
+def _quantizable(material: BuildInputs, build: Build) -> "GraphModule":
     """The lifted program, calibrated for static int8."""
     from corewise.engines.torch_tools import from_numpy, threads
     from corewise.quantize import fx
@@ -220,7 +221,7 @@ def _tried(
     kernels: tuple[int, int],
     batch: Sequence[np.ndarray],
     expected: "tuple[torch.Tensor, ...]",
-    material: Material,
+    material: BuildInputs,
 ) -> _Result:
     """The backend's seconds per item, each the fastest of a few runs, and how near its outputs are to ``expected``."""
     from corewise.engines.torch_tools import from_numpy
@@ -236,7 +237,7 @@ def _tried(
     )
 
 
-def _outputs(material: Material, batch: Sequence[np.ndarray]) -> "tuple[torch.Tensor, ...]":
+def _outputs(material: BuildInputs, batch: Sequence[np.ndarray]) -> "tuple[torch.Tensor, ...]":
     """The program's outputs in fp32."""
     import torch
 
@@ -255,7 +256,7 @@ def _speeds(best: str, results: dict[str, _Result], size: int) -> str:
     return f"backend {best} ({rates[best]}{f'; {others}' if others else ''} at batch {size})"
 
 
-def _layers(result: _Result, material: Material, build: Build) -> str:
+def _layers(result: _Result, material: BuildInputs, build: Build) -> str:
     """``53 convolutions and 1 linear layers in int8``, and how many of the program's layers are not."""
     convolutions, linears = result.kernels
     found = material.count(LINEAR) + (material.count(CONVOLUTION) if build.precision == "int8" else 0)

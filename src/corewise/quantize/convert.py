@@ -15,7 +15,7 @@ from torch.fx import GraphModule
 from corewise.quantize.graph import output_axis
 from corewise.quantize.observers import LEVELS, QParams
 from corewise.quantize.placement import Placement
-from corewise.values import TensorSpec
+from corewise.records.build import TensorSpec
 
 with redirect_stderr(io.StringIO()):  # it reports CUDA libraries that do not fit; loading it registers the operators
     logging.getLogger("torchao").setLevel(logging.ERROR)

@@ -13,7 +13,7 @@ from torch.fx import GraphModule, Node
 from torch.fx.graph import CodeGen
 from torch.fx.node import map_arg
 
-from corewise.errors import EngineError
+from corewise.common.errors import EngineError
 
 aten: Any = torch.ops.aten
 Key = TypeVar("Key")

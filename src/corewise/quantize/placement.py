@@ -13,7 +13,7 @@ from typing import Literal
 
 from torch.fx import GraphModule, Node
 
-from corewise.errors import EngineError
+from corewise.common.errors import EngineError
 from corewise.quantize.graph import (
     CONVOLUTIONS,
     LAYERS,

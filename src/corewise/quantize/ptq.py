@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.export import ExportedProgram
 from torch.fx import GraphModule, Node
 
-from corewise.errors import EngineError, SamplesError
+from corewise.common.errors import EngineError, SamplesError
 from corewise.quantize import corrections, streams
 from corewise.quantize.convert import with_qdq
 from corewise.quantize.graph import (
@@ -39,9 +39,10 @@ from corewise.quantize.graph import output_axis as axis_of
 from corewise.quantize.observers import LEVELS, OBSERVERS, Observed, QParams, qparams, round_weight, weight_scales
 from corewise.quantize.placement import TARGETS, Placement, Target, place, source
 from corewise.quantize.simulate import WORTH_DB, Batch, Simulation, sqnr_db
+from corewise.records.build import TensorSpec
+from corewise.records.jsonable import from_json, to_json
 from corewise.samples import Samples
 from corewise.source import load_program, save_program
-from corewise.values import TensorSpec, from_json, to_json
 
 CALIBRATION_BATCH = 8
 TRIED = 32
@@ -325,7 +326,7 @@ def _quantize(module: GraphModule, calibration: Samples, recipe: Recipe) -> Quan
     )
 
 
-class _Judge:
+class _OutputError:
     """How near simulated outputs for some samples come to those of the fp32 program, in dB."""
 
     def __init__(self, reference: GraphModule, samples: Samples, step: Step = compute) -> None:
@@ -359,7 +360,7 @@ class _Search:
                 raise _not_finite(node)
             return value
 
-        self._judge = _Judge(reference, calibration.take(range(min(learning, count - 1), count)), step)
+        self._output_error = _OutputError(reference, calibration.take(range(min(learning, count - 1), count)), step)
 
     def whole(self, brief: list[_Attempt]) -> list[_Attempt]:
         """The attempts on the graph of ``brief``, which saw ``few`` samples, with all that calibrate."""
@@ -383,7 +384,7 @@ class _Search:
                     observed=observed,
                     ranges=ranges,
                     observer=observer,
-                    sqnr_db=self._judge(module, placement, ranges),
+                    sqnr_db=self._output_error(module, placement, ranges),
                 )
             )
         return sorted(found, key=lambda attempt: -attempt.sqnr_db)
@@ -414,11 +415,11 @@ class _Search:
         """
         everywhere = place(best.module, "everywhere")
         found = streams.streams(best.module, everywhere) if "streams" in self._recipe.corrections else ()
-        chooser = _Judge(self._reference, self._last) if found else self._judge
+        chooser = _OutputError(self._reference, self._last) if found else self._output_error
         placements: dict[Target, Placement] = {"fused": best.placement, "everywhere": everywhere}
         made, notes = {}, []
         for target, placement in placements.items():
-            choose, judge = (partial(one, best.module, placement) for one in (chooser, self._judge))
+            choose, judge = (partial(one, best.module, placement) for one in (chooser, self._output_error))
             before = best.sqnr_db if target == "fused" else judge(best.ranges)
             rounded = [stream for stream in found if set(stream) & set(placement.tensors)]
             made[target] = streams.tune(best.ranges, rounded, choose, judge, before, shared=target == "everywhere")
@@ -434,7 +435,7 @@ class _Search:
         return self._better("bias correction", best, replace(best, module=module))
 
     def _better(self, what: str, best: _Attempt, tried: _Attempt) -> _Attempt:
-        tried = replace(tried, sqnr_db=self._judge(tried.module, tried.placement, tried.ranges))
+        tried = replace(tried, sqnr_db=self._output_error(tried.module, tried.placement, tried.ranges))
         notes = (*best.notes, _told(what, best, tried))
         return replace(tried if _is_better(tried, best) else best, notes=notes)
 

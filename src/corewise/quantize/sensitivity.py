@@ -27,7 +27,7 @@ from corewise.quantize.graph import (
 from corewise.quantize.placement import Layer, Placement, Target, place
 from corewise.quantize.ptq import Quantized
 from corewise.quantize.simulate import Batch, Simulation, power
-from corewise.values import TensorSpec
+from corewise.records.build import TensorSpec
 
 EQUAL_DB = 200.0
 LEAST_COST = 0.1

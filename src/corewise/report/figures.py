@@ -4,9 +4,12 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from statistics import median
 
+from corewise.records.build import Build, Plan
+from corewise.records.measurement import Measurement
+from corewise.records.report import Report
+from corewise.records.trial import Trial
 from corewise.report import charts, words
 from corewise.report.charts import Axis, Bar, Line, Mark, Role
-from corewise.values import Build, Measurement, Plan, Report, Trial
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -11,9 +11,10 @@ from collections.abc import Iterable, Iterator, Sequence
 from html import escape
 from importlib import resources
 
+from corewise.records.build import Build
+from corewise.records.report import Report
 from corewise.report import figures, words
 from corewise.report.figures import Builds, Figure
-from corewise.values import Build, Report
 
 _WON = ("plan", "why", "speed")
 _COST = ("accuracy", "outputs", "receipt", "cost")

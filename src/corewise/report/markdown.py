@@ -3,8 +3,8 @@
 import re
 from collections.abc import Iterable, Iterator
 
+from corewise.records.report import Report
 from corewise.report import words
-from corewise.values import Report
 
 
 def render(report: Report) -> str:

@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
 from html import escape
 from typing import TYPE_CHECKING, Any
 
@@ -10,6 +9,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from corewise.quantize.explanation import Explanation
 from corewise.report import words
 
 if TYPE_CHECKING:
@@ -19,49 +19,6 @@ SHOWN = 20
 BAR = 10
 EIGHTHS = " ▏▎▍▌▋▊▉"
 FIRST = 5
-
-
-@dataclass(frozen=True, kw_only=True)
-class Explanation:
-    """What each layer of a model costs and saves in int8."""
-
-    model: str
-    samples: str
-    """Where they come from."""
-    calibration: int
-    """How many calibrated."""
-    measured: int
-    """How many others the errors were measured on."""
-    weight_bits: int
-    layers: tuple["LayerSensitivity", ...]
-    """In the order they run; at least one."""
-    returning: tuple[str, ...]
-    """The layers' names in the order in which they should go back to floating point."""
-    kept: tuple[tuple[str, str], ...]
-    """(layer name, why) of those that stay in floating point."""
-    notes: tuple[str, ...]
-    """What the quantizer decided."""
-    timing: str
-    """How ``saves_ms`` was measured, or why not."""
-
-    @property
-    def sqnr_db(self) -> float:
-        """Of the outputs when every layer is quantized."""
-        return self.layers[0].everything_db
-
-    @property
-    def worst_first(self) -> tuple["LayerSensitivity", ...]:
-        """The layers by the error that each adds alone."""
-        return tuple(sorted(self.layers, key=lambda layer: -layer.alone))
-
-    @property
-    def timed(self) -> bool:
-        """Whether any layer's time was measured."""
-        return any(layer.saves_ms is not None for layer in self.layers)
-
-    def share(self, layer: "LayerSensitivity") -> float:
-        """The layer's part of all multiply-adds."""
-        return layer.multiply_adds / max(1, sum(one.multiply_adds for one in self.layers))
 
 
 def data(explanation: Explanation) -> dict[str, Any]:

@@ -2,7 +2,9 @@
 
 from typing import Any
 
-from corewise.values import Report, Trial, to_json
+from corewise.records.jsonable import to_json
+from corewise.records.report import Report
+from corewise.records.trial import Trial
 
 _FIDELITY = ("metric", "baseline_value", "value", "drop", "drop_low", "drop_high", "sqnr_db", "cosine", "agreement")
 

@@ -11,9 +11,11 @@ from rich.segment import Segment
 from rich.table import Table
 from rich.text import Text
 
-from corewise.events import Event, Explored, FinalsRound, StageStarted, TrialEnded, TrialStarted, TrialStep
+from corewise.records.events import Event, Explored, FinalsRound, StageStarted, TrialEnded, TrialStarted, TrialStep
+from corewise.records.goal import Goal
+from corewise.records.report import Report
+from corewise.records.trial import Trial
 from corewise.report import words
-from corewise.values import Goal, Report, Trial
 
 Mode = Literal["live", "plain", "quiet"]
 

@@ -7,9 +7,14 @@ from collections.abc import Iterator, Sequence
 from statistics import median
 from typing import NamedTuple
 
-from corewise.cpu import cpu_list
-from corewise.thread_plan import assign, limited_by_quota
-from corewise.values import Build, Cpu, Fidelity, Goal, LoadRun, Measurement, Rates, Receipt, Report, State, Trial
+from corewise.machine.inspect import cpu_list
+from corewise.machine.layouts import assign, limited_by_quota
+from corewise.records.build import Build, Receipt
+from corewise.records.cpu import Cpu
+from corewise.records.goal import Goal
+from corewise.records.measurement import LoadRun, Measurement, Rates
+from corewise.records.report import Report
+from corewise.records.trial import Fidelity, State, Trial
 
 SPEED_NOTE = "Speed: each trial's own, at its best plan; the finalists then ran in turns."
 

@@ -14,9 +14,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from corewise.errors import OutputError, SamplesError
-from corewise.nested import Structure
-from corewise.values import Preprocess, from_json, to_json
+from corewise.common.errors import OutputError, SamplesError
+from corewise.common.nested import Structure
+from corewise.records.jsonable import from_json, to_json
+from corewise.records.report import Preprocess
 
 Array = NDArray[Any]
 Row = tuple[Array, ...]

@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from corewise.errors import MissingExtra, SamplesError
-from corewise.imports import call_reference, find_reference, guard
+from corewise.common.errors import MissingExtra, SamplesError
+from corewise.common.references import call_reference, find_reference, guard
+from corewise.records.report import Preprocess
 from corewise.samples.data import Array, Samples
 from corewise.samples.python import collect, from_python, unstack
-from corewise.values import Preprocess
 
 if TYPE_CHECKING:
     from PIL.Image import Image

@@ -6,11 +6,11 @@ from typing import Any
 
 import numpy as np
 
-from corewise import nested
-from corewise.errors import InputError, SamplesError
-from corewise.imports import guard
+from corewise.common import nested
+from corewise.common.errors import InputError, SamplesError
+from corewise.common.references import guard
+from corewise.records.report import Preprocess
 from corewise.samples.data import Array, Row, Samples
-from corewise.values import Preprocess
 
 Item = tuple[Any, Any]
 """A sample's inputs and its label (or ``None``)."""

@@ -16,9 +16,9 @@ from starlette.responses import HTMLResponse, JSONResponse, Response
 from starlette.routing import Route
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from corewise import __version__
+from corewise._version import __version__
 from corewise.batching import Answer, NotServed
-from corewise.errors import CorewiseError
+from corewise.common.errors import CorewiseError
 from corewise.serving import pages, protocol
 from corewise.serving.bodies import Bodies
 from corewise.serving.metrics import CONTENT_TYPE, Metrics
@@ -121,7 +121,7 @@ class App:
         return Response(self.metrics.text(), headers={"content-type": CONTENT_TYPE})
 
     async def page(self, request: Request) -> Response:
-        """For people."""
+        """For images."""
         return HTMLResponse(pages.LIVE, headers=pages.SAFE)
 
     async def live_figures(self, request: Request) -> Response:
@@ -157,16 +157,16 @@ class App:
 
     async def classify(self, request: Request) -> Response:
         """Name what is in one image, by the preprocessing that the artifact carries."""
-        from corewise.serving import people
+        from corewise.serving import images
 
         served = self._served(request)
-        top = people.how_many(request.query_params.get("top"))
+        top = images.how_many(request.query_params.get("top"))
 
         def read(body: bytes) -> InferRequest:
-            return people.image(body, served)
+            return images.image(body, served)
 
         served, _, answer = await self._answered(request, served, read)
-        return JSONResponse({"model_name": served.name, "classes": people.classes(answer.outputs[0][0], served, top)})
+        return JSONResponse({"model_name": served.name, "classes": images.classes(answer.outputs[0][0], served, top)})
 
     async def _answered(
         self, request: Request, served: Served, read: Callable[[bytes], InferRequest]

@@ -23,13 +23,14 @@ from typing import Any
 import numpy as np
 
 from corewise import artifact
-from corewise.cpu import inspect
+from corewise.common.errors import ArtifactError, CorewiseError
+from corewise.common.references import describe
 from corewise.engines import Session, engine
-from corewise.errors import ArtifactError, CorewiseError
-from corewise.imports import describe
-from corewise.instances import Instances
-from corewise.thread_plan import assign
-from corewise.values import Plan, from_json
+from corewise.machine.inspect import inspect
+from corewise.machine.layouts import assign
+from corewise.records.build import Plan
+from corewise.records.jsonable import from_json
+from corewise.runtime.instances import Instances
 
 ALIGNED = 64
 

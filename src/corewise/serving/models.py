@@ -8,7 +8,7 @@ from math import inf
 import numpy as np
 
 from corewise.batching import Answer, NotServed
-from corewise.errors import CorewiseError, InputError
+from corewise.common.errors import CorewiseError, InputError
 from corewise.serving.protocol import ProtocolError
 from corewise.serving.served import Served, Source
 

@@ -7,7 +7,7 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-from corewise import __version__
+from corewise._version import __version__
 from corewise.serving import protocol
 from corewise.serving.served import Served
 

@@ -16,8 +16,8 @@ from typing import Any
 
 import numpy as np
 
-from corewise.errors import CorewiseError
-from corewise.values import TensorSpec
+from corewise.common.errors import CorewiseError
+from corewise.records.build import TensorSpec
 
 DATATYPES = {
     "bool": "BOOL",

@@ -19,10 +19,12 @@ from pathlib import Path
 import numpy as np
 
 from corewise.batching import InstanceDied
-from corewise.errors import EngineError
+from corewise.common.errors import EngineError
+from corewise.records.build import Plan
+from corewise.records.cpu import Cpu
+from corewise.records.jsonable import to_json
+from corewise.runtime.client import child_environment
 from corewise.serving.child import Line, Slot
-from corewise.trial import child_environment
-from corewise.values import Cpu, Plan, to_json
 
 OPEN_S = 120.0
 HUNG_S = 60.0

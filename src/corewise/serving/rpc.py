@@ -9,16 +9,16 @@ from typing import Any
 import grpc
 import numpy as np
 
-from corewise import __version__
+from corewise._version import __version__
 from corewise.batching import NotServed
-from corewise.errors import CorewiseError
+from corewise.common.errors import CorewiseError
+from corewise.records.build import TensorSpec
 from corewise.serving import oip, protocol
 from corewise.serving.metrics import Metrics
 from corewise.serving.models import Models
 from corewise.serving.protocol import Asked, InferRequest, Limits, ProtocolError
 from corewise.serving.served import Served
 from corewise.serving.tokens import Tokens
-from corewise.values import TensorSpec
 
 log = logging.getLogger("corewise.serve")
 

@@ -15,18 +15,19 @@ from typing import Any
 
 import numpy as np
 
-from corewise import artifact, tuned
+from corewise import artifact
+from corewise.artifact import tuned
+from corewise.artifact.open import check_available
 from corewise.batching import Answer, Batcher, NotServed, Policy, Run
-from corewise.cpu import inspect
+from corewise.common.errors import ArtifactError
 from corewise.engines import ENGINES
-from corewise.errors import ArtifactError
-from corewise.loading import check_available
+from corewise.machine.inspect import inspect
+from corewise.records.build import TensorSpec
 from corewise.serving import text
 from corewise.serving.protocol import InferRequest
 from corewise.serving.remote import Remote
 from corewise.serving.shadow import Shadow
 from corewise.serving.text import TextInput
-from corewise.values import TensorSpec
 
 log = logging.getLogger("corewise.serve")
 

@@ -21,7 +21,7 @@ from starlette.routing import Route
 from starlette.types import ASGIApp, Receive, Scope, Send
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
-from corewise.errors import CorewiseError, InputError
+from corewise.common.errors import CorewiseError, InputError
 from corewise.serving.app import OPEN_TO_ALL, App, RequestLog
 from corewise.serving.metrics import Metrics
 from corewise.serving.models import Models

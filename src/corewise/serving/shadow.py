@@ -16,13 +16,14 @@ import numpy as np
 
 from corewise import artifact
 from corewise.artifact import Artifact
-from corewise.cpu import inspect
-from corewise.errors import ArtifactError, CorewiseError, EngineError
-from corewise.imports import guard
-from corewise.loading import check_available, golden_samples, write_reference
+from corewise.artifact.open import check_available, golden_samples, write_reference
+from corewise.common.errors import ArtifactError, CorewiseError, EngineError
+from corewise.common.references import guard
+from corewise.machine.inspect import inspect
+from corewise.records.build import Build, Plan
+from corewise.records.jsonable import to_json
+from corewise.runtime.client import Worker, read_outputs
 from corewise.samples import Samples
-from corewise.trial import Worker, read_outputs
-from corewise.values import Build, Plan, to_json
 
 log = logging.getLogger("corewise.serve")
 

@@ -6,10 +6,10 @@ import numpy as np
 
 from corewise import artifact
 from corewise.artifact import Artifact
-from corewise.errors import ArtifactError, MissingExtra
-from corewise.imports import guard
+from corewise.common.errors import ArtifactError, MissingExtra
+from corewise.common.references import guard
+from corewise.records.build import TensorSpec
 from corewise.serving.protocol import ProtocolError
-from corewise.values import TensorSpec
 
 SPEC = TensorSpec(name="text", dtype="object", shape=(None,))
 """What a request may have in place of the model's own inputs."""

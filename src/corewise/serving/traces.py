@@ -7,7 +7,7 @@ import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 
-from corewise.errors import MissingExtra
+from corewise.common.errors import MissingExtra
 
 LAST_SPANS_S = 2.0
 

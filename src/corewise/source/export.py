@@ -20,12 +20,12 @@ from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 from torch.fx import GraphModule
 
-from corewise import nested
-from corewise.errors import CorewiseError, InputError, SamplesError, SourceError
-from corewise.imports import guard, place, where
-from corewise.nested import Structure
+from corewise.common import nested
+from corewise.common.errors import CorewiseError, InputError, SamplesError, SourceError
+from corewise.common.nested import Structure
+from corewise.common.references import guard, place, where
+from corewise.records.build import TensorSpec
 from corewise.samples import Samples
-from corewise.values import TensorSpec
 
 Shapes = tuple[tuple[int, ...], ...]
 SIZE = re.compile(r"L\['tensors'\]\[(\d+)\]\.size\(\)\[(\d+)\]")

@@ -8,8 +8,8 @@ import torch
 from torch import nn
 from torch.export import ExportedProgram
 
-from corewise.errors import SourceError
-from corewise.imports import call_reference, guard
+from corewise.common.errors import SourceError
+from corewise.common.references import call_reference, guard
 from corewise.source.program import load_program
 
 PICKLES = (".pt", ".pth", ".bin", ".pkl", ".pickle", ".ckpt")

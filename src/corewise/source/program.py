@@ -22,8 +22,8 @@ from torch.export import ExportedProgram
 from torch.export.pt2_archive import PT2ArchiveReader
 from torch.export.pt2_archive._package import load_pt2
 
-from corewise.errors import OutputError, SourceError
-from corewise.imports import guard
+from corewise.common.errors import OutputError, SourceError
+from corewise.common.references import guard
 
 MODEL = "models/model.json"
 SAMPLE_INPUTS = "data/sample_inputs/model.pt"

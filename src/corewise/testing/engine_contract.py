@@ -20,10 +20,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pytest
 
-from corewise import cpu
-from corewise.engines.base import Engine, Material, Session, engine
+from corewise.engines.base import BuildInputs, Engine, Session, engine
+from corewise.machine import inspect as cpu
+from corewise.records.build import Build, Plan, Receipt
+from corewise.records.jsonable import from_json, to_json
 from corewise.samples import from_python
-from corewise.values import Build, Plan, Receipt, from_json, to_json
 
 if TYPE_CHECKING:
     from torch import nn
@@ -46,7 +47,7 @@ class Case:
 
     engine: Engine
     build: Build
-    material: Material
+    material: BuildInputs
     exported: "Exported"
     payload: Path
     notes: tuple[str, ...]
@@ -294,7 +295,7 @@ def _row(net: str, rng: np.random.Generator, k: int) -> tuple[np.ndarray, ...]:
 
 
 @cache
-def tiny_material(net: str, folder: Path) -> tuple["Exported", Material]:
+def tiny_material(net: str, folder: Path) -> tuple["Exported", BuildInputs]:
     """The network with 32 calibration samples, exported into ``folder``, once for all engines."""
     import torch
 
@@ -309,7 +310,7 @@ def tiny_material(net: str, folder: Path) -> tuple["Exported", Material]:
     assert exported.program is not None, exported.why_not
     save_program(exported.program, folder / "program.pt2")
     (folder / "program.sha256").write_text(_digest(folder / "program.pt2"))
-    return exported, Material(
+    return exported, BuildInputs(
         program=folder / "program.pt2",
         inputs=exported.inputs,
         outputs=exported.outputs,

@@ -1,0 +1,1 @@
+"""Outputs against fp32: metrics, fidelity and the gate."""

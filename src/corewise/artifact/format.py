@@ -1,0 +1,325 @@
+"""The artifact: a directory with everything that runs and proves one optimized model.
+
+    manifest.json        what it is: build, plan, signature, CPU needs, sha256 and size of every other file
+    payload/             what the engine opens
+    reference/           the fp32 program, for ``bench --against`` and for checking drift
+    tokenizer.json       Hugging Face's, for models of text, where it was given
+    golden.safetensors   a few inputs with this payload's outputs
+    report.json, .md     every trial, and why this one won; report.html, the same with pictures, for a browser
+    tuned.json           plans for other machines, where corewise retune was run: in no manifest (see ``tuned``)
+
+Written to a folder beside it and renamed, so that it is whole or not there. ``read`` checks every hash before
+anything is opened and never unpickles; what runs is the engine's own format.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+import numpy as np
+
+from corewise.common.errors import ArtifactError, OutputError
+from corewise.common.nested import Structure
+from corewise.engines import Session
+from corewise.records.build import Build, Plan, TensorSpec
+from corewise.records.cpu import Cpu
+from corewise.records.jsonable import from_json, to_json
+from corewise.records.report import Preprocess, Report
+
+SCHEMA = 1
+MANIFEST = "manifest.json"
+PAYLOAD = "payload"
+REFERENCE = "reference/program.pt2"
+GOLDEN = "golden.safetensors"
+TOKENIZER = "tokenizer.json"
+REPORT = "report.json"
+REPORT_TEXT = "report.md"
+REPORT_PAGE = "report.html"
+TUNED = "tuned.json"
+TUNED_NEW = "tuned.json.new"
+"""While it is written, and left by a writer that was killed: neither must make an artifact unreadable."""
+MIN_SQNR_DB = {"fp32": 50.0, "bf16": 25.0, "int8": 20.0, "int8-dynamic": 20.0}
+"""How close golden outputs must come on another machine: kernels there may round differently."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class FileFacts:
+    """Hash and size of one file."""
+
+    sha256: str
+    size_bytes: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Manifest:
+    """What ``manifest.json`` holds, apart from its own digest."""
+
+    schema: int
+    model: str
+    created: str
+    versions: dict[str, str]
+    architecture: str
+    needs: tuple[str, ...]
+    build: Build
+    plan: Plan
+    inputs: tuple[TensorSpec, ...]
+    outputs: tuple[TensorSpec, ...]
+    input_structure: dict[str, Any]
+    output_structure: dict[str, Any]
+    preprocess: Preprocess | None
+    files: dict[str, FileFacts]
+    labels: tuple[str, ...] | None = None
+    """Names of the classes, in the order of the scores."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Artifact:
+    """A checked artifact on disk."""
+
+    folder: Path
+    manifest: Manifest
+
+    @property
+    def report(self) -> Report:
+        """The report that was saved with it. Raises ``ArtifactError`` where it does not fit its schema."""
+        try:
+            return from_json(Report, json.loads((self.folder / REPORT).read_text()))
+        except ValueError as error:
+            raise ArtifactError(f"{self.folder / REPORT} cannot be read: {_first_line(error)}", REBUILD) from error
+
+    @property
+    def input_structure(self) -> Structure:
+        """How a call's arguments hold the input tensors."""
+        return Structure.from_data(self.manifest.input_structure)
+
+    @property
+    def output_structure(self) -> Structure:
+        """How the model's result holds the output tensors."""
+        return Structure.from_data(self.manifest.output_structure)
+
+    def golden(self) -> tuple[list[np.ndarray], list[np.ndarray]]:
+        """The golden inputs and outputs, flat."""
+        from safetensors.numpy import load_file
+
+        tensors = load_file(self.folder / GOLDEN)
+        count = len(self.manifest.inputs)
+        inputs = [tensors[f"input.{k}"] for k in range(count)]
+        return inputs, [tensors[f"output.{k}"] for k in range(len(tensors) - count)]
+
+
+REBUILD = "copy the artifact again, or make it again with corewise optimize"
+
+
+def read(folder: Path, *, cpu: Cpu | None = None) -> Artifact:
+    """Check an artifact and return it; nothing of it is opened.
+
+    Raises ``ArtifactError`` where it is missing, foreign, of a newer schema, truncated or altered, and, where
+    ``cpu`` is given, where that CPU lacks what the payload needs.
+    """
+    manifest = _manifest(folder)
+    found = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_symlink() or path.is_file()}
+    extra = sorted(found - set(manifest.files) - {MANIFEST, TUNED, TUNED_NEW})
+    if extra:
+        raise ArtifactError(f"{folder / extra[0]} is not in the manifest", "remove it, or copy the artifact again")
+    for name, facts in manifest.files.items():
+        _check_file(folder, name, facts)
+    if cpu is not None:
+        _check_cpu(folder, manifest, cpu)
+    return Artifact(folder=folder, manifest=manifest)
+
+
+def write(
+    folder: Path,
+    *,
+    manifest: Callable[[dict[str, FileFacts]], Manifest],
+    payload: Path,
+    reference: Path | None,
+    golden: tuple[Sequence[np.ndarray], Sequence[np.ndarray]],
+    tokenizer: Path | None = None,
+    report: Report,
+    report_text: str,
+    report_page: str,
+) -> None:
+    """Write an artifact at ``folder``, whole or not at all.
+
+    Raises ``OutputError`` where ``folder`` exists, cannot be written, or the disk is full.
+    """
+    check_output(folder)
+    try:
+        with tempfile.TemporaryDirectory(prefix=f".{folder.name}.", dir=folder.parent) as name:
+            made = Path(name) / folder.name
+            made.mkdir()
+            shutil.copytree(payload, made / PAYLOAD)
+            if reference is not None:
+                (made / REFERENCE).parent.mkdir()
+                shutil.copyfile(reference, made / REFERENCE)
+            if tokenizer is not None:
+                shutil.copyfile(tokenizer, made / TOKENIZER)
+            _write_golden(made / GOLDEN, *golden)
+            (made / REPORT).write_text(json.dumps(to_json(report), indent=1))
+            (made / REPORT_TEXT).write_text(report_text)
+            (made / REPORT_PAGE).write_text(report_page, encoding="utf-8")
+            files = {
+                path.relative_to(made).as_posix(): FileFacts(sha256=_sha256(path), size_bytes=path.stat().st_size)
+                for path in sorted(made.rglob("*"))
+                if path.is_file()
+            }
+            content = to_json(manifest(files))
+            content["digest"] = digest(content)
+            (made / MANIFEST).write_text(json.dumps(content, indent=1))
+            for path in made.rglob("*"):
+                if path.is_file():
+                    path.chmod(0o644)  # Whoever serves it is often another user; some libraries write 0600.
+                _sync(path)
+            made.rename(folder)
+    except OSError as error:
+        raise OutputError(
+            f"the artifact {folder} cannot be written: {getattr(error, 'strerror', None) or error}",
+            "free space or choose another place, and run the same command: finished trials are kept",
+        ) from error
+
+
+def check_output(folder: Path) -> None:
+    """Raise ``OutputError`` unless an artifact can be written at ``folder``: known before the work starts."""
+    try:
+        if folder.exists() or folder.is_symlink():
+            raise OutputError(f"{folder} exists already", "remove it or give another name with -o")
+        if not folder.parent.is_dir():
+            raise OutputError(f"there is no folder {folder.parent}", "create it or give another place with -o")
+        with tempfile.TemporaryFile(dir=folder.parent):
+            pass
+    except OSError as error:
+        raise OutputError(f"{folder} cannot be written: {error.strerror}", "give another place with -o") from error
+
+
+def check_golden(artifact: Artifact, session: Session) -> float:
+    """Run the golden inputs and return the SQNR (dB) against the golden outputs.
+
+    Raises ``ArtifactError`` where it is lower than the precision's least (``MIN_SQNR_DB``).
+    """
+    inputs, expected = artifact.golden()
+    found = session.run(inputs)
+    if [array.shape for array in found] != [array.shape for array in expected]:
+        raise ArtifactError(f"{artifact.folder} gives outputs of other shapes than when it was made", REBUILD)
+    sqnr_db = _sqnr_db(found, expected)
+    least = MIN_SQNR_DB[artifact.manifest.build.precision]
+    if not sqnr_db >= least:
+        raise ArtifactError(
+            f"the golden outputs of {artifact.folder} differ here by {sqnr_db:.1f} dB, where at least {least:g} is due",
+            "this CPU or these packages compute it differently: make it again here with corewise optimize",
+        )
+    return sqnr_db
+
+
+def _manifest(folder: Path) -> Manifest:
+    path = folder / MANIFEST
+    if not path.is_file():
+        what = "is no artifact: it has no manifest.json" if folder.is_dir() else "does not exist"
+        raise ArtifactError(f"{folder} {what}", "give a folder that corewise optimize wrote")
+    try:
+        content = json.loads(path.read_text())
+        signed = content.pop("digest")
+        schema = content["schema"]
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ArtifactError(f"{path} is no manifest of corewise: {_first_line(error)}", REBUILD) from error
+    if schema != SCHEMA:
+        raise ArtifactError(
+            f"{path} has schema {schema!r}, this corewise reads {SCHEMA}", "use the corewise that wrote it"
+        )
+    if signed != digest(content):
+        raise ArtifactError(f"{path} was altered after it was written", REBUILD)
+    try:
+        manifest = from_json(Manifest, content)
+        for structure in (manifest.input_structure, manifest.output_structure):
+            Structure.from_data(structure)
+    except ValueError as error:
+        raise ArtifactError(f"{path} does not fit its schema: {_first_line(error)}", REBUILD) from error
+    for name in (GOLDEN, REPORT):
+        if name not in manifest.files:
+            raise ArtifactError(f"{path} does not list {name}", REBUILD)
+    return manifest
+
+
+def _check_file(folder: Path, name: str, facts: FileFacts) -> None:
+    parts = PurePosixPath(name)
+    path = folder / parts
+    if "\0" in name or ".." in parts.parts or not path.resolve().is_relative_to(folder.resolve()):
+        raise ArtifactError(f"the manifest of {folder} names {name!r}, which lies outside", REBUILD)
+    if path.is_symlink() or not path.is_file():
+        raise ArtifactError(f"{path} is {'a link' if path.is_symlink() else 'missing'}", REBUILD)
+    size = path.stat().st_size
+    if size != facts.size_bytes:
+        raise ArtifactError(f"{path} is truncated or altered: {size} bytes instead of {facts.size_bytes}", REBUILD)
+    if _sha256(path) != facts.sha256:
+        raise ArtifactError(f"{path} was altered: its sha256 is not the manifest's", REBUILD)
+
+
+def _check_cpu(folder: Path, manifest: Manifest, cpu: Cpu) -> None:
+    again = "make it again on this machine with corewise optimize"
+    if manifest.architecture != cpu.architecture:
+        raise ArtifactError(f"{folder} was made for {manifest.architecture}, this CPU is {cpu.architecture}", again)
+    lacking = [need for need in manifest.needs if not satisfies(cpu, need)]
+    if lacking:
+        raise ArtifactError(f"{folder} needs a CPU with {', '.join(lacking)}, which {cpu.model} lacks", again)
+
+
+def satisfies(cpu: Cpu, need: str) -> bool:
+    """Whether the CPU has what ``Engine.needs`` names."""
+    return {"int8_dot": cpu.int8_dot, "bf16": cpu.bf16}.get(need, cpu.has(need))
+
+
+def _write_golden(path: Path, inputs: Sequence[np.ndarray], outputs: Sequence[np.ndarray]) -> None:
+    from safetensors.numpy import save
+
+    tensors = {f"input.{k}": np.ascontiguousarray(array) for k, array in enumerate(inputs)}
+    tensors.update({f"output.{k}": np.ascontiguousarray(array) for k, array in enumerate(outputs)})
+    # Not save_file, which lets only this user read the file.
+    path.write_bytes(save(tensors))
+
+
+def _sqnr_db(found: Sequence[np.ndarray], expected: Sequence[np.ndarray]) -> float:
+    """Signal over error where ``expected`` is finite, at most 200; NaN where ``found`` has NaN or other infinities."""
+    signal = noise = 0.0
+    for ours, theirs in zip(found, expected, strict=True):
+        finite = np.isfinite(theirs)
+        if not np.array_equal(ours[~finite], theirs[~finite]):
+            return float("nan")
+        exact = theirs[finite].astype(np.float64)
+        signal += float(np.square(exact).sum())
+        noise += float(np.square(ours[finite].astype(np.float64) - exact).sum())
+    if not noise < float("inf"):
+        return float("nan")
+    return 200.0 if noise == 0 else min(200.0, 10 * float(np.log10(max(signal, 1e-300) / noise)))
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def identity(folder: Path) -> str:
+    """What tells an artifact from others: the sha256 of its manifest, which holds those of all its files."""
+    return _sha256(folder / MANIFEST)
+
+
+def digest(content: dict[str, Any]) -> str:
+    """What is kept with JSON data to tell whether it was altered."""
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def _sync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _first_line(error: BaseException) -> str:
+    return " ".join(str(error).split())[:200]

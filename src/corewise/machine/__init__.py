@@ -1,0 +1,1 @@
+"""The CPU: what it can do, and which threads instances get."""

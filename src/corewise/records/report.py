@@ -1,0 +1,90 @@
+"""All that is known about one optimization."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from corewise.records.build import Build, Plan
+from corewise.records.cpu import Cpu
+from corewise.records.goal import Objective
+from corewise.records.measurement import LoadRun, Rates
+from corewise.records.trial import State, Trial
+
+
+@dataclass(frozen=True, kw_only=True)
+class LosingTrial:
+    """A trial that was not chosen, and why."""
+
+    build: Build
+    state: State
+    reason: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Choice:
+    """The winner, how much faster than the baseline it is, and why each other trial lost."""
+
+    winner: Build
+    plan: Plan
+    throughput_per_s: float
+    baseline_throughput_per_s: float
+    speedup: float
+    speedup_low: float
+    speedup_high: float
+    reason: str
+    losers: tuple[LosingTrial, ...]
+    warnings: tuple[str, ...] = ()
+    promise: LoadRun | None = None
+    """For the goal ``slo``: the load that was held. ``None`` also where nothing meets the SLO."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Preprocess:
+    """What turns an RGB image into a model's input: pixels in 0..1, resized, cropped, normalised.
+
+    ``resize`` is the length of the shorter side, ``crop`` of the centred square; NCHW float32 comes out.
+    """
+
+    resize: int = 256
+    crop: int = 224
+    mean: tuple[float, ...] = (0.485, 0.456, 0.406)
+    std: tuple[float, ...] = (0.229, 0.224, 0.225)
+    interpolation: Literal["nearest", "bilinear", "bicubic", "lanczos"] = "bilinear"
+    function: str | None = None
+    """The user's ``module:function`` (PIL image -> array) that does it instead of all the above."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SampleFacts:
+    """Where the samples came from and how they were split."""
+
+    source: str
+    fingerprint: str
+    calibration: int
+    holdout: int
+    seed: int
+    labelled: bool
+    preprocess: Preprocess | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Report:
+    """All that is known about one optimization; what ``show`` prints and the artifact keeps."""
+
+    model: str
+    created: str
+    versions: dict[str, str]
+    cpu: Cpu
+    objective: Objective
+    samples: SampleFacts
+    trials: tuple[Trial, ...]
+    finals: tuple[Rates, ...]
+    choice: Choice
+    wall_s: float
+    peak_memory_bytes: int
+    notes: tuple[str, ...] = ()
+    """Facts about the model that limited the search, e.g. why it could not be exported."""
+
+    @property
+    def winner(self) -> Trial:
+        """The chosen build's trial."""
+        return next(trial for trial in self.trials if trial.build == self.choice.winner)

@@ -1,0 +1,1 @@
+"""Payloads at work: the trial process and its client, instances, measuring, races and loads."""

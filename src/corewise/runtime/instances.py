@@ -1,0 +1,257 @@
+"""A payload run by several instances in one process: a pinned thread for each, and shared weights.
+
+An instance's thread is pinned before it opens its session, so that the engine's own threads (an OpenMP team, a thread
+pool) inherit its hardware threads: in OpenMP the number of threads and the team are the calling thread's. OpenVINO has
+streams for that, which it pins itself.
+
+``open_plan`` is how a model runs its plan: several instances as one session, and one without a thread between.
+"""
+
+import ctypes
+import os
+import threading
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from contextlib import ExitStack, suppress
+from pathlib import Path
+from queue import SimpleQueue
+from types import TracebackType
+from typing import Self, TypeVar
+
+import numpy as np
+
+from corewise.common.errors import EngineError
+from corewise.engines import Engine, Session
+from corewise.engines.base import Sharing, rows_of, run_cut
+from corewise.engines.denormals import flush, flushing
+from corewise.machine.layouts import assign
+from corewise.records.build import Build, Plan
+from corewise.records.cpu import Cpu
+
+T = TypeVar("T")
+
+M_ARENA_MAX = -8
+"""From glibc's malloc.h; see mallopt(3)."""
+
+
+class Instances:
+    """The opened instances of one payload under one plan; a context manager.
+
+    Each has a thread of its own that opens, runs and closes it, on the hardware threads ``cpus`` gives it
+    (``thread_plan.assign``; none: wherever this thread may run), with denormals as zeros. An instance runs one call
+    at a time; calls to different ones run at the same time.
+    """
+
+    def __init__(self, engine: Engine, folder: Path, build: Build, plan: Plan, cpus: Sequence[Sequence[int]]) -> None:
+        """Open ``plan.instances`` of them, one after the other.
+
+        Raises what the engine raises, and ``EngineError`` where a thread may not run on its hardware threads.
+        """
+        one_arena()
+        self.memory_per_instance_bytes = 0
+        """What the second instance added to this process's memory by being opened and, after ``touch``, by running."""
+        self._sessions: list[Session] = []
+        self._threads: list[ThreadPoolExecutor] = []
+        with ExitStack() as undo:
+            undo.callback(self.close)
+            for number in range(plan.instances):
+                self._threads.append(ThreadPoolExecutor(1, f"instance-{number}"))
+                self._submit(number, _settle, cpus[number]).result()
+                before = memory_bytes(trimmed=True)
+                self._sessions.append(self._submit(number, self._open, engine, folder, build, plan).result())
+                self._note(number, memory_bytes(trimmed=True) - before)
+            undo.pop_all()
+
+    def __len__(self) -> int:
+        return len(self._sessions)
+
+    def touch(self, inputs: Sequence[np.ndarray]) -> None:
+        """Run each once, one after the other: what they allocate then belongs to ``memory_per_instance_bytes``."""
+        for number in range(len(self)):
+            # Else it would run in what the one before it allocated and freed, and the two could not run together.
+            before = memory_bytes(trimmed=True)
+            self.run(number, inputs)
+            self._note(number, memory_bytes() - before)
+
+    def run(self, instance: int, inputs: Sequence[np.ndarray]) -> list[np.ndarray]:
+        """Run one batch on the instance of that number, and wait for it."""
+        return self.start(instance, inputs).result()
+
+    def start(self, instance: int, inputs: Sequence[np.ndarray]) -> "Future[list[np.ndarray]]":
+        """Run one batch on the instance of that number, after what it was given before."""
+        return self._submit(instance, self._sessions[instance].run, inputs)
+
+    def each(self, work: Callable[[Session], T]) -> list[T]:
+        """Do ``work`` on all instances at the same time, each in its thread; its results in their order.
+
+        When all have ended, raises what the first of those raised that did.
+        """
+        futures = self.start_each(lambda number, session: work(session))
+        wait(futures)
+        return [future.result() for future in futures]
+
+    def start_each(self, work: Callable[[int, Session], T]) -> list["Future[T]"]:
+        """Begin ``work`` with each instance's number and session, in its thread; other calls wait until it ends."""
+        return [self._submit(number, work, number, session) for number, session in enumerate(self._sessions)]
+
+    def close(self) -> None:
+        """Close all, and end their threads."""
+        with ExitStack() as stack:
+            for thread in self._threads:
+                stack.callback(thread.shutdown)
+            for number, session in enumerate(self._sessions):
+                stack.callback(lambda number, session: self._submit(number, session.close).result(), number, session)
+        self._sessions.clear()
+        self._threads.clear()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _submit(self, instance: int, work: Callable[..., T], *arguments: object) -> "Future[T]":
+        return self._threads[instance].submit(work, *arguments)
+
+    def _open(self, engine: Engine, folder: Path, build: Build, plan: Plan) -> Session:
+        first = self._sessions[0] if self._sessions else None
+        return first.another() if isinstance(first, Sharing) else engine.open(folder, build, plan)
+
+    def _note(self, instance: int, grown_bytes: int) -> None:
+        # The first one's memory is the payload's, and the second's is what each further one costs.
+        if instance == 1:
+            self.memory_per_instance_bytes += max(0, grown_bytes)
+
+
+def open_plan(engine: Engine, folder: Path, build: Build, plan: Plan, cpu: Cpu) -> Session:
+    """A payload under its plan, as one session that any number of threads may call at any time.
+
+    A batch of more rows than the plan's runs in micro-batches of that size, which was measured to be the fastest. The
+    rows of a call to one instance stay together where the plan's batch is 1: that is what a plan for latency has.
+    Raises what the engine raises, and ``EngineError`` where a thread may not run on its hardware threads.
+    """
+    if plan.instances == 1:
+        return Alone(engine, folder, build, plan)
+    cpus = assign(cpu, plan.threads_per_instance, plan.instances)
+    return Pool(Instances(engine, folder, build, plan, cpus), plan.batch)
+
+
+class Alone:
+    """One instance that runs in the thread that calls, one call at a time, for a thread of its own costs latency.
+
+    That thread is the caller's: it is not pinned, and treats denormals as zeros only during calls. What OpenMP team
+    it has started before keeps its own way with them.
+    """
+
+    def __init__(self, engine: Engine, folder: Path, build: Build, plan: Plan) -> None:
+        with flushing():
+            self._session = engine.open(folder, build, plan)
+        self._batch = plan.batch
+        self._lock = threading.Lock()
+
+    def run(self, inputs: Sequence[np.ndarray]) -> list[np.ndarray]:
+        """Run any batch of at least one item."""
+        with self._lock, flushing():
+            if self._batch == 1 or len(inputs[0]) <= self._batch:
+                return self._session.run(inputs)
+            return run_cut(self._session.run, inputs, _micro_batches(len(inputs[0]), self._batch))
+
+    def close(self) -> None:
+        """Close it when the call that runs has ended."""
+        with self._lock:
+            self._session.close()
+
+
+class Pool:
+    """Instances as one session: each micro-batch goes to the one that is free first, whoever called."""
+
+    def __init__(self, instances: Instances, batch: int) -> None:
+        self._instances = instances
+        self._batch = batch
+        self._free: SimpleQueue[int | None] = SimpleQueue()
+        """Numbers of the instances that do nothing; after closing, ``None``."""
+        for number in range(len(instances)):
+            self._free.put(number)
+        self._closing = threading.Lock()
+        self._closed = False
+
+    def run(self, inputs: Sequence[np.ndarray]) -> list[np.ndarray]:
+        """Run any batch of at least one item. Raises what the first micro-batch raises that does, when all have ended.
+
+        Raises ``EngineError`` where it was closed.
+        """
+        cuts = _micro_batches(len(inputs[0]), self._batch)
+        futures = [self._start([rows_of(array, *cut) for array in inputs]) for cut in cuts]
+        wait(futures)
+        parts = [future.result() for future in futures]
+        return parts[0] if len(parts) == 1 else [np.concatenate(outputs) for outputs in zip(*parts, strict=True)]
+
+    def close(self) -> None:
+        """Close all instances when the calls that run have ended."""
+        with self._closing:
+            if self._closed:
+                return
+            self._closed = True
+            for _ in range(len(self._instances)):
+                self._free.get()
+            self._instances.close()
+            self._free.put(None)
+
+    def _start(self, inputs: Sequence[np.ndarray]) -> "Future[list[np.ndarray]]":
+        number = self._free.get()
+        if number is None:
+            self._free.put(None)
+            raise EngineError("the model was closed", "load it again")
+        future = self._instances.start(number, inputs)
+        future.add_done_callback(lambda done: self._free.put(number))
+        return future
+
+
+def _micro_batches(rows: int, size: int) -> list[tuple[int, int, int]]:
+    """As ``engines.base.chunks``, the last one as short as it is."""
+    return [(start, min(start + size, rows), min(size, rows - start)) for start in range(0, rows, size)]
+
+
+def memory_bytes(*, trimmed: bool = False) -> int:
+    """This process's memory, with its share of what it shares (PSS); all of that where the kernel tells no PSS.
+
+    ``trimmed``: after giving back what was freed (malloc_trim(3)).
+    """
+    malloc_trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trimmed and malloc_trim is not None:
+        malloc_trim(0)
+    with suppress(OSError):
+        lines = Path("/proc/self/smaps_rollup").read_text().splitlines()
+        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("Pss:"))
+    with suppress(OSError):
+        return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    return 0
+
+
+def one_arena() -> None:
+    """Have threads that start from now on allocate where the main thread does.
+
+    glibc gives each thread an arena of its own, and its heaps of 64 MB back to the kernel whenever they are empty,
+    whatever its thresholds say: eager MobileNetV2 at batch 16 in a thread met 5,000 to 8,000 page faults an image and
+    took 32 to 50 ms; from the main arena it meets 0 to 100 and takes 24 to 27 (Zen 3). Does nothing where the C
+    library is another one.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is not None:
+        mallopt(M_ARENA_MAX, 1)
+
+
+def _settle(cpus: Sequence[int]) -> None:
+    """Make the calling thread ready to open an instance."""
+    flush()
+    if not cpus:
+        return
+    try:
+        os.sched_setaffinity(0, cpus)
+    except OSError as error:
+        raise EngineError(
+            f"an instance cannot run on the hardware threads {', '.join(map(str, cpus))}: {error.strerror}",
+            "measure again on this machine: this process may use others now",
+        ) from error

@@ -1,0 +1,1 @@
+"""From builds to a choice: trials, plans, the rate under an SLO, the race."""

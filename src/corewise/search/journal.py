@@ -1,0 +1,98 @@
+"""The journal: an append-only file of finished trials, so that an interrupted run resumes."""
+
+import fcntl
+import json
+import os
+from contextlib import suppress
+from pathlib import Path
+from types import TracebackType
+
+from corewise.common.errors import OutputError
+from corewise.records.build import Build
+from corewise.records.jsonable import from_json, to_json
+from corewise.records.trial import Trial
+
+SCHEMA = 1
+
+
+class Journal:
+    """Finished trials of one run; each line is flushed to the disk before the next trial starts.
+
+    The first line holds the run's key: a journal of another model, samples, options or versions is overwritten. A last
+    line that was cut off by a crash is ignored. Raises ``OutputError`` where another process holds the journal or
+    the disk is full.
+    """
+
+    def __init__(self, path: Path, key: str) -> None:
+        self._path = path
+        self._file = path.open("a+b")
+        try:
+            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            self._file.close()
+            raise OutputError(
+                f"another corewise is working in {path.parent}", "wait for it or give another output"
+            ) from error
+        kept = self._read(key)
+        self._trials = kept or {}
+        if kept is None:
+            self._file.truncate(0)
+            self._append({"schema": SCHEMA, "key": key})
+
+    @property
+    def empty(self) -> bool:
+        """Whether no trial is finished."""
+        return not self._trials
+
+    def get(self, build: Build) -> Trial | None:
+        """The finished trial of the build, if there is one."""
+        return self._trials.get(build)
+
+    def add(self, trial: Trial) -> None:
+        """Keep a finished trial."""
+        self._append(to_json(trial))
+        self._trials[trial.build] = trial
+
+    def __enter__(self) -> "Journal":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._file.close()
+
+    def _read(self, key: str) -> dict[Build, Trial] | None:
+        self._file.seek(0)
+        lines = self._file.read().split(b"\n")
+        if len(lines) < 2:
+            return None
+        try:
+            if json.loads(lines[0]) != {"schema": SCHEMA, "key": key}:
+                return None
+        except ValueError:
+            return None
+        trials = {}
+        end = len(lines[0]) + 1
+        for line in lines[1:-1]:
+            try:
+                trial = from_json(Trial, json.loads(line))
+            except ValueError:
+                break
+            trials[trial.build] = trial
+            end += len(line) + 1
+        self._file.truncate(end)
+        return trials
+
+    def _append(self, data: object) -> None:
+        try:
+            self._file.write(json.dumps(data).encode() + b"\n")
+            self._file.flush()
+            os.fsync(self._file.fileno())
+        except OSError as error:
+            # Closing tries to write once more what did not fit.
+            with suppress(OSError):
+                self._file.close()
+            raise OutputError(
+                f"the journal {self._path} cannot be written: {error.strerror}",
+                "free space and run the same command to resume",
+            ) from error

@@ -1,0 +1,139 @@
+"""What ``optimize`` returns: the report, the model ready to call, and the way to an artifact."""
+
+import shutil
+import tempfile
+import weakref
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+
+from corewise import artifact
+from corewise.artifact.model import Model
+from corewise.common.errors import OutputError
+from corewise.common.nested import Structure
+from corewise.engines import BuildInputs, Engine
+from corewise.records.report import Report
+from corewise.runtime.client import read_outputs
+from corewise.runtime.instances import open_plan
+from corewise.samples import Samples
+
+GOLDEN_ROWS = 8
+JOURNAL = "journal.jsonl"
+PARTS = ("builds", "outputs", "logs", "cache")
+
+
+class Workspace:
+    """The folder a run works in: the user's, which keeps trials, or a temporary one that ends with the result.
+
+    Raises ``OutputError`` where it cannot be made, or holds what no run left there: the folder is deleted at last.
+    """
+
+    def __init__(self, work: Path | None) -> None:
+        self.folder = work or Path(tempfile.mkdtemp(prefix="corewise-"))
+        if work is None:
+            weakref.finalize(self, shutil.rmtree, self.folder, ignore_errors=True)
+        try:
+            if work is not None and work.is_dir() and any(work.iterdir()) and not (work / JOURNAL).is_file():
+                raise OutputError(f"{work} holds files that are not corewise's", "name a new folder to work in")
+            for name in ("", *PARTS):
+                (self.folder / name).mkdir(exist_ok=True)
+        except OSError as error:
+            raise OutputError(f"{self.folder} cannot be written: {error.strerror}", "give another place") from error
+
+    def clear(self) -> None:
+        """Forget what builds left: payloads, outputs, logs, and what they share, which is of one model only."""
+        for name in PARTS:
+            shutil.rmtree(self.folder / name)
+            (self.folder / name).mkdir()
+
+    def remove(self) -> None:
+        """Delete the folder: what was worth keeping is in an artifact."""
+        shutil.rmtree(self.folder)
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Result:
+    """The outcome of one optimization."""
+
+    report: Report
+    material: BuildInputs
+    holdout: Samples
+    output_structure: Structure
+    payload: Path
+    outputs: Path
+    """The winner's outputs for the holdout."""
+    opener: Engine
+    """The winner's engine."""
+    home: Workspace
+    """Holds the payload."""
+
+    @cached_property
+    def model(self) -> Model:
+        """The winner, opened in this process; call it as the original."""
+        choice = self.report.choice
+        return Model(
+            open_plan(self.opener, self.payload, choice.winner, choice.plan, self.material.cpu),
+            inputs=self.material.inputs,
+            input_structure=self.holdout.structure,
+            output_structure=self.output_structure,
+        )
+
+    def save(
+        self,
+        folder: str | Path,
+        *,
+        reference: bool = True,
+        labels: Sequence[str] | None = None,
+        tokenizer: Path | None = None,
+    ) -> artifact.Artifact:
+        """Write the artifact; without ``reference`` it leaves out the fp32 program (and is smaller).
+
+        ``labels`` are the classes' names in the order of the scores, ``tokenizer`` a tokenizer.json: a server then
+        names classes and takes text.
+
+        An artifact of a model that cannot be exported holds its weights; loading it needs the module's code.
+
+        Raises ``OutputError`` where ``folder`` exists, cannot be written, or the disk is full.
+        """
+        from corewise.report import html, markdown
+
+        artifact.write(
+            Path(folder),
+            manifest=lambda files: replace(self._manifest(files), labels=None if labels is None else tuple(labels)),
+            tokenizer=tokenizer,
+            payload=self.payload,
+            reference=self.material.program if reference and self.material.program.exists() else None,
+            golden=self._golden(),
+            report=self.report,
+            report_text=markdown.render(self.report),
+            report_page=html.render(self.report),
+        )
+        return artifact.read(Path(folder))
+
+    def _manifest(self, files: dict[str, artifact.FileFacts]) -> artifact.Manifest:
+        choice = self.report.choice
+        return artifact.Manifest(
+            schema=artifact.SCHEMA,
+            model=self.report.model,
+            created=self.report.created,
+            versions=self.report.versions,
+            architecture=self.report.cpu.architecture,
+            needs=self.opener.needs(choice.winner),
+            build=choice.winner,
+            plan=choice.plan,
+            inputs=self.material.inputs,
+            outputs=self.material.outputs,
+            input_structure=self.holdout.structure.to_data(),
+            output_structure=self.output_structure.to_data(),
+            preprocess=self.holdout.preprocess,
+            files=files,
+        )
+
+    def _golden(self) -> tuple[tuple[np.ndarray, ...], list[np.ndarray]]:
+        """The first holdout samples of one shape, and the winner's outputs for them."""
+        rows, inputs = next(self.holdout.batches(GOLDEN_ROWS))
+        leaves = read_outputs(self.outputs).rows(rows).leaves
+        return inputs, [np.stack(list(leaf)) for leaf in leaves]

@@ -156,6 +156,7 @@ def optimize(
 ) -> None:
     """Quantize and compile a model several ways, verify each, and save the fastest that is accurate enough."""
     from corewise import artifact
+    from corewise.records.goal import goal
     from corewise.report.summary import summary
     from corewise.report.terminal import Progress, render
     from corewise.samples import read
@@ -168,21 +169,20 @@ def optimize(
     names = None if labels is None else arguments.lines(labels)
     if tokenizer is not None and not tokenizer.is_file():
         raise InputError(f"there is no file {tokenizer}", "give a tokenizer.json")
-    goal = objective or ("throughput" if slo_ms is None else "slo")
+    sought = goal(objective or ("throughput" if slo_ms is None else "slo"), slo_ms=slo_ms)
     budget_s = None if budget is None else arguments.seconds("--budget", budget)
     memory_limit_bytes = None if memory_limit is None else arguments.size_bytes("--memory-limit", memory_limit)
     console = _console(stderr=as_json)
     mode: Literal["live", "plain", "quiet"] = "quiet" if quiet else "live" if console.is_terminal else "plain"
     work = output.with_name(f"{output.name}.work")
-    with Progress(console, mode, goal=goal) as progress, _resumable(work):
+    with Progress(console, mode, goal=sought) as progress, _resumable(work):
         result = run(
             model,
             lambda: read(samples, wanted, preprocess),
             metric=metric,
             max_drop=max_drop,
             strict=strict,
-            objective=goal,
-            slo_ms=slo_ms,
+            objective=sought,
             budget_s=budget_s,
             memory_limit_bytes=memory_limit_bytes,
             engines=tuple(engine) if engine else DEFAULT_ENGINES,
@@ -191,10 +191,10 @@ def optimize(
             seed=seed,
             timeout_s=timeout_s,
             work=work,
-            tell=progress,
+            on_event=progress,
         )
         result.save(output, labels=names, tokenizer=tokenizer)
-    result.home.remove()
+    result.workspace.remove()
     if as_json:
         _print_json(summary(result.report))
     elif not quiet:
@@ -246,7 +246,7 @@ def explain(
             measured=measured,
             seed=seed,
             weight_bits=bits,
-            tell=progress,
+            on_event=progress,
         )
     if as_json:
         _print_json(data(found))
@@ -362,10 +362,11 @@ def load(
     Requests of one sample each go through the batcher to the plan's instances, and share calls as they come. With
     --threads, --instances or --batch the plan is yours: see what it is worth.
     """
-    from corewise.artifact.loadtest import load_test, words
+    from corewise.artifact.under_load import loadtest as run_load_test
     from corewise.records.jsonable import to_json
+    from corewise.report.lines import load_test_lines
 
-    found = load_test(
+    found = run_load_test(
         artifact_path,
         rate_per_s=rate,
         clients=clients,
@@ -376,9 +377,9 @@ def load(
         batch=batch,
     )
     if as_json:
-        _print_json({**to_json(found), "held": found.run.held, "goodput_per_s": found.run.goodput_per_s})
+        _print_json({**to_json(found), "held": found.run.met, "goodput_per_s": found.run.goodput_per_s})
         return
-    for line in words(found):
+    for line in load_test_lines(found):
         typer.echo(line)
 
 
@@ -396,22 +397,23 @@ def retune(
     Measures threads, instances and batches of the build that is there, and races the best against the plan used so
     far. Other machines keep theirs.
     """
+    from corewise.artifact import TUNED, tuned
     from corewise.records.jsonable import to_json
+    from corewise.report.lines import retuned_lines
     from corewise.report.terminal import Progress
-    from corewise.search.retuning import find, words
+    from corewise.search.retuning import find_plan
 
     console = _console(stderr=True)
     with Progress(console, "live" if console.is_terminal else "quiet") as progress:
-        found = find(artifact_path, budget_s=budget_s, model=_module(model), tell=progress)
+        found = find_plan(artifact_path, budget_s=budget_s, model=_module(model), on_event=progress)
     if as_json:
-        ratio = None if found.ratio is None else found.ratio._asdict()
-        _print_json({**to_json(found), "folder": str(found.folder), "ratio": ratio, "kept": found.kept})
+        _print_json({**to_json(found), "kept": found.kept})
     else:
-        for line in words(found):
+        for line in retuned_lines(found):
             typer.echo(line)
-    saved = found.save()
+    tuned.write(found.folder, found.entry)
     if not as_json:
-        typer.echo(f"saved {saved}")
+        typer.echo(f"saved {found.folder / TUNED}")
 
 
 @app.command()

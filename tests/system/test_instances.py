@@ -377,9 +377,9 @@ def output_of(*command):
 
 def test_a_process_on_one_core_plans_for_one():
     code = (
-        "from corewise.machine.inspect import inspect; from corewise.machine.layouts import assign, thread_plans;"
+        "from corewise.machine.inspect import inspect; from corewise.machine.layouts import assign, thread_layouts;"
         "cpu = inspect();"
-        "print(thread_plans(cpu), assign(cpu, 1, 1))"
+        "print(thread_layouts(cpu), assign(cpu, 1, 1))"
     )
     number = CPU.affinity[-1]
     assert output_of("taskset", "-c", str(number), sys.executable, "-c", code) == f"((1, 1),) (({number},),)"

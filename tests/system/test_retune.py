@@ -326,8 +326,8 @@ def test_doctor_and_plans_know_of_one_core_only():
     found = json.loads(ok("doctor", "--json", on=ONE_CORE))
     assert found["cpu"]["affinity"] == [CPU.affinity[-1]]
     code = (
-        "from corewise.machine.inspect import inspect; from corewise.machine.layouts import most_threads, thread_plans;"
-        "cpu = inspect(); print(cpu.usable_cores, most_threads(cpu), thread_plans(cpu))"
+        "from corewise.machine.inspect import inspect; from corewise.machine.layouts import most_threads, thread_layouts;"
+        "cpu = inspect(); print(cpu.usable_cores, most_threads(cpu), thread_layouts(cpu))"
     )
     found = subprocess.run([*ONE_CORE, sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert found.stdout == "1 1 ((1, 1),)\n"

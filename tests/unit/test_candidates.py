@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 
 from corewise.engines import engine
-from corewise.machine.layouts import thread_plans
+from corewise.machine.layouts import thread_layouts
 from corewise.records.build import Build, Plan
 from corewise.records.cpu import Cpu, LogicalCpu
 from corewise.records.trial import Trial
@@ -80,7 +80,7 @@ def test_the_first_plan_uses_the_usable_cores(cpu, threads):
 
 def test_the_baseline_is_pytorch_as_people_run_it():
     assert shapes(CPU, BASELINE) == ((4, 1),)
-    assert shapes(CPU, Build(engine="openvino", precision="int8")) == thread_plans(CPU)
+    assert shapes(CPU, Build(engine="openvino", precision="int8")) == thread_layouts(CPU)
 
 
 def test_ignored_layers_are_known_to_our_quantizer_only():

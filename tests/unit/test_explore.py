@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from corewise.machine.layouts import thread_plans
+from corewise.machine.layouts import thread_layouts
 from corewise.records.build import Plan
 from corewise.records.cpu import Cpu, LogicalCpu
 from corewise.records.measurement import MOST_LATENCIES, Measurement
@@ -139,7 +139,7 @@ def test_the_best_plan_is_within_three_per_cent_of_an_exhaustive_sweep():
 
 def test_sixty_four_cores_in_two_nodes_take_less_than_a_minute_and_the_optimum_is_found():
     cpu = machine(nodes=2, cores=32, smt=2)
-    shapes = thread_plans(cpu)
+    shapes = thread_layouts(cpu)
     for contention, coherence, shared in product((0.01, 0.05, 0.2), (0.0, 0.002), (0.001, 0.02, 0.1)):
         model = Scaling(item_ms=3, contention=contention, coherence=coherence, shared=shared, cached=2**14)
         taken, _ = search("throughput", model, shapes)
@@ -148,7 +148,7 @@ def test_sixty_four_cores_in_two_nodes_take_less_than_a_minute_and_the_optimum_i
 
 
 def test_a_search_is_a_quarter_of_the_sweep_or_less_where_there_are_many_shapes():
-    shapes = thread_plans(machine(nodes=2, cores=32, smt=2))
+    shapes = thread_layouts(machine(nodes=2, cores=32, smt=2))
     taken, _ = search("throughput", Scaling(item_ms=8), shapes)
     assert len(taken) <= len(shapes) * len(BATCHES) / 4
 

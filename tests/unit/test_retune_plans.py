@@ -10,7 +10,7 @@ from test_thread_plan import machine, machines
 from test_tuned import measured
 
 from corewise.machine.inspect import inspect
-from corewise.machine.layouts import most_threads, thread_plans
+from corewise.machine.layouts import most_threads, thread_layouts
 from corewise.records.build import Plan
 from corewise.records.goal import Objective
 from corewise.runtime.race import ROUND_S, ROUNDS
@@ -36,7 +36,7 @@ def table(cpu):
     """What an exhaustive sweep finds."""
     return [
         simulated(Plan(threads_per_instance=threads, instances=instances, batch=batch), cpu.usable_cores)
-        for threads, instances in thread_plans(cpu)
+        for threads, instances in thread_layouts(cpu)
         for batch in BATCHES
     ]
 
@@ -62,7 +62,7 @@ def test_what_it_finds_is_the_best_of_an_exhaustive_sweep(there, here):
     found = search(cpu, THROUGHPUT, table(machine(cores=there)))
     top = max(one.throughput_per_s for one in everything)
     assert best(found, THROUGHPUT).throughput_per_s >= 0.97 * top
-    assert len(found) <= len(thread_plans(cpu)) + len(BATCHES) + 2
+    assert len(found) <= len(thread_layouts(cpu)) + len(BATCHES) + 2
 
 
 @given(machines())
@@ -167,7 +167,7 @@ def test_a_container_of_one_core_of_many_gets_one_thread(tmp_path):
         path.write_text(f"{text}\n")
     cpu = inspect(tmp_path)
     assert len(cpu.affinity) == 64
-    assert thread_plans(cpu) == ((1, 1),)
+    assert thread_layouts(cpu) == ((1, 1),)
     for objective in (THROUGHPUT, LATENCY):
         plans = [one.plan for one in search(cpu, objective, table(machine(cores=64)))]
         assert plans

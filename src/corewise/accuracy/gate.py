@@ -7,7 +7,8 @@ from corewise.accuracy import metrics
 from corewise.accuracy.fidelity import Outputs, compare
 from corewise.common import stats
 from corewise.common.nested import Structure, unflatten
-from corewise.records.goal import Objective
+from corewise.records.goal import Requirements
+from corewise.records.reason import Reason, ReasonKind
 from corewise.records.trial import Fidelity
 from corewise.samples import Samples
 
@@ -15,13 +16,17 @@ _ROUNDING = 1e-9
 """0.92 - 0.91 is 0.010000000000000009, and may pass for 0.01."""
 
 
+MOST_SAMPLES = 1_000_000
+"""A larger holdout is no advice."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Verdict:
-    """Whether a candidate is accurate enough, why, and what remains uncertain about it (empty: nothing)."""
+    """Whether a candidate is accurate enough, why, and what remains uncertain about it."""
 
     passed: bool
-    reason: str
-    uncertain: str
+    reason: Reason
+    uncertain: Reason | None
 
 
 @dataclass
@@ -31,7 +36,7 @@ class AccuracyGate:
     scorer: metrics.Metric | None
     holdout: Samples
     structure: Structure
-    objective: Objective
+    requirements: Requirements
     seed: int
     reference: Outputs | None = field(default=None)
 
@@ -54,29 +59,39 @@ class AccuracyGate:
             nest=nest,
             seed=self.seed,
         )
-        return fidelity, judge(fidelity, self.objective)
+        return fidelity, judge(fidelity, self.requirements)
 
 
-def judge(fidelity: Fidelity, objective: Objective) -> Verdict:
-    """Whether the drop (strict: the upper end of its interval) is at most ``objective.max_drop``."""
-    limit = objective.max_drop
-    judged = fidelity.drop_high if objective.strict else fidelity.drop
+def judge(fidelity: Fidelity, requirements: Requirements) -> Verdict:
+    """Whether the drop (strict: the upper end of its interval) is at most ``requirements.max_drop``."""
+    limit = requirements.max_drop
+    judged = fidelity.drop_high if requirements.strict else fidelity.drop
     passed = judged <= limit + _ROUNDING
-    figures = (
-        f"{fidelity.metric} {fidelity.value:.4f} against {fidelity.baseline_value:.4f}: "
-        f"drop {fidelity.drop:.4f} [{fidelity.drop_low:.4f}, {fidelity.drop_high:.4f}]"
+    reason = Reason.of(
+        ReasonKind.ACCURATE if passed else ReasonKind.INACCURATE,
+        passed=passed,
+        metric=fidelity.metric,
+        value=fidelity.value,
+        baseline_value=fidelity.baseline_value,
+        drop=fidelity.drop,
+        drop_low=fidelity.drop_low,
+        drop_high=fidelity.drop_high,
+        max_drop=limit,
+        strict=requirements.strict,
     )
-    verdict = "within" if passed else "above"
-    what = " at its upper end" if objective.strict else ""
-    return Verdict(passed=passed, reason=f"{figures} {verdict} {limit:g}{what}", uncertain=_uncertain(fidelity, limit))
+    return Verdict(passed=passed, reason=reason, uncertain=_uncertain(fidelity, limit))
 
 
-def _uncertain(fidelity: Fidelity, limit: float) -> str:
-    """What to say where the drop's interval holds the limit; empty where it does not."""
+def _uncertain(fidelity: Fidelity, limit: float) -> Reason | None:
+    """Set if the drop's interval holds the limit."""
     if not fidelity.drop_low <= limit + _ROUNDING < fidelity.drop_high:
-        return ""
+        return None
     margin = abs(limit - fidelity.drop)
     half = fidelity.drop_high - fidelity.drop if fidelity.drop <= limit else fidelity.drop - fidelity.drop_low
     needed = stats.holdout_needed(fidelity.samples, half, margin) if margin > _ROUNDING else None
-    advice = f"about {needed} would" if needed and needed <= 1_000_000 else "the drop is too near to it for any number"
-    return f"a holdout of {fidelity.samples} is too small to tell whether the drop is within {limit:g}; {advice}"
+    return Reason.of(
+        ReasonKind.DROP_UNCERTAIN,
+        samples=fidelity.samples,
+        max_drop=limit,
+        needed=needed if needed and needed <= MOST_SAMPLES else None,
+    )

@@ -32,7 +32,9 @@ from corewise.records.cpu import Cpu
 from corewise.records.jsonable import from_json, to_json
 from corewise.records.report import Preprocess, Report
 
-SCHEMA = 1
+SCHEMA = 2
+"""Schema 2 has reasons as data; reports of schema 1, which have sentences, are read too."""
+READABLE = (1, SCHEMA)
 MANIFEST = "manifest.json"
 PAYLOAD = "payload"
 REFERENCE = "reference/program.pt2"
@@ -228,9 +230,10 @@ def _manifest(folder: Path) -> Manifest:
         schema = content["schema"]
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ArtifactError(f"{path} is no manifest of corewise: {_first_line(error)}", REBUILD) from error
-    if schema != SCHEMA:
+    if schema not in READABLE:
         raise ArtifactError(
-            f"{path} has schema {schema!r}, this corewise reads {SCHEMA}", "use the corewise that wrote it"
+            f"{path} has schema {schema!r}, this corewise reads {', '.join(map(str, READABLE))}",
+            "use the corewise that wrote it",
         )
     if signed != digest(content):
         raise ArtifactError(f"{path} was altered after it was written", REBUILD)

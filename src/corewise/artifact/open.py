@@ -18,12 +18,11 @@ from corewise.engines import ENGINES, BuildInputs, Engine, Session, engine
 from corewise.machine.inspect import inspect
 from corewise.records.build import Build, Plan
 from corewise.records.cpu import Cpu
-from corewise.records.jsonable import to_json
 from corewise.records.measurement import Rates
 from corewise.runtime.client import Worker
 from corewise.runtime.instances import open_plan
-from corewise.runtime.race import Contender, race
-from corewise.runtime.worker import CALIBRATION, PROGRAM, write_build_inputs
+from corewise.runtime.race import Contender, run_race
+from corewise.runtime.workspace import Workspace
 from corewise.samples import Samples
 
 TIMEOUT_S = 600.0
@@ -124,23 +123,21 @@ def bench(
     plan = tuned.fit(found, cpu).plan
     other = Build(engine=against, precision="fp32")
     with tempfile.TemporaryDirectory(prefix="corewise-") as name:
-        work = Path(name)
-        payload = work / "payload"
-        payload.mkdir()
-        golden = golden_samples(found)
-        write_reference(found, golden, cpu, work)
+        workspace = Workspace(Path(name))
+        payload = workspace.empty_payload(other)
+        write_reference(found, golden_samples(found), cpu, workspace)
 
         def start(build: Build) -> Worker:
-            return Worker(cpu=cpu, log=work / f"{build.engine}.log", timeout_s=TIMEOUT_S)
+            return Worker(cpu=cpu, log=workspace.folder / f"{build.engine}.log", timeout_s=TIMEOUT_S)
 
         with start(other) as worker:
-            worker.call("build", "building", material=str(work), build=to_json(other), folder=str(payload))
-        run = race(
+            worker.build(workspace, other, payload)
+        run = run_race(
             (
                 Contender(build=found.manifest.build, plan=plan, payload=found.folder / artifact.PAYLOAD),
                 Contender(build=other, plan=plan, payload=payload),
             ),
-            samples=str(work / CALIBRATION),
+            samples=workspace.calibration,
             start=start,
             on_round=lambda number, rounds, rates: on_round(number, rounds),
         )
@@ -194,22 +191,19 @@ def golden_samples(found: Artifact) -> Samples:
     return Samples(rows=rows, structure=found.input_structure, source=str(found.folder))
 
 
-def write_reference(found: Artifact, golden: Samples, cpu: Cpu, work: Path) -> None:
-    """The artifact's fp32 program and golden inputs as material for a build."""
+def write_reference(found: Artifact, golden: Samples, cpu: Cpu, workspace: Workspace) -> None:
+    """Write the artifact's fp32 program and golden inputs into a workspace, as inputs of a build."""
     from corewise.source import load_program, operators
 
-    program = work / PROGRAM
-    program.symlink_to((found.folder / artifact.REFERENCE).resolve())
-    golden.save(work / CALIBRATION)
-    write_build_inputs(
-        work,
+    workspace.program.symlink_to((found.folder / artifact.REFERENCE).resolve())
+    workspace.write_build_inputs(
         BuildInputs(
-            program=program,
+            program=workspace.program,
             inputs=found.manifest.inputs,
             outputs=found.manifest.outputs,
-            operators=operators(load_program(program)),
+            operators=operators(load_program(workspace.program)),
             calibration=golden,
             cpu=cpu,
-            cache=work / "cache",
-        ),
+            cache=workspace.cache,
+        )
     )

@@ -1,13 +1,19 @@
 """All that is known about one optimization."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from corewise.records.build import Build, Plan
 from corewise.records.cpu import Cpu
-from corewise.records.goal import Objective
+from corewise.records.goal import Requirements
 from corewise.records.measurement import LoadRun, Rates
+from corewise.records.reason import Reason
 from corewise.records.trial import State, Trial
+
+if TYPE_CHECKING:
+    from pydantic import GetCoreSchemaHandler
+    from pydantic_core import CoreSchema
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -16,7 +22,7 @@ class LosingTrial:
 
     build: Build
     state: State
-    reason: str
+    reason: Reason
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,11 +36,17 @@ class Choice:
     speedup: float
     speedup_low: float
     speedup_high: float
-    reason: str
+    reason: Reason
     losers: tuple[LosingTrial, ...]
-    warnings: tuple[str, ...] = ()
-    promise: LoadRun | None = None
-    """For the goal ``slo``: the load that was held. ``None`` also where nothing meets the SLO."""
+    warnings: tuple[Reason, ...] = ()
+    certified: LoadRun | None = None
+    """For an SLO: the load that confirmed the winner's rate; ``None`` if nothing meets the SLO."""
+
+    @classmethod
+    def __get_pydantic_core_schema__(cls, source: Any, handler: "GetCoreSchemaHandler") -> "CoreSchema":
+        from pydantic_core import core_schema
+
+        return core_schema.no_info_before_validator_function(_renamed("promise", "certified"), handler(source))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,17 +86,34 @@ class Report:
     created: str
     versions: dict[str, str]
     cpu: Cpu
-    objective: Objective
+    requirements: Requirements
     samples: SampleFacts
     trials: tuple[Trial, ...]
     finals: tuple[Rates, ...]
     choice: Choice
     wall_s: float
     peak_memory_bytes: int
-    notes: tuple[str, ...] = ()
+    notes: tuple[Reason, ...] = ()
     """Facts about the model that limited the search, e.g. why it could not be exported."""
 
     @property
     def winner(self) -> Trial:
         """The chosen build's trial."""
         return next(trial for trial in self.trials if trial.build == self.choice.winner)
+
+    @classmethod
+    def __get_pydantic_core_schema__(cls, source: Any, handler: "GetCoreSchemaHandler") -> "CoreSchema":
+        from pydantic_core import core_schema
+
+        return core_schema.no_info_before_validator_function(_renamed("objective", "requirements"), handler(source))
+
+
+def _renamed(old: str, new: str) -> Callable[[Any], Any]:
+    """Schema 1 has the field under its old name."""
+
+    def rename(data: Any) -> Any:
+        if isinstance(data, dict) and old in data:
+            return {new if key == old else key: value for key, value in data.items()}
+        return data
+
+    return rename

@@ -1,13 +1,25 @@
 """The record of one build: its state, accuracy and measurements."""
 
 from dataclasses import dataclass
-from typing import Literal
+from enum import StrEnum
+from typing import TYPE_CHECKING, Any
 
-from corewise.records.build import Build, Receipt
-from corewise.records.goal import Goal
+from corewise.records.build import Build, Plan, Receipt
 from corewise.records.measurement import LoadRun, Measurement
+from corewise.records.reason import Reason, ReasonKind
 
-State = Literal["ok", "failed", "rejected", "pruned"]
+if TYPE_CHECKING:
+    from pydantic import GetCoreSchemaHandler
+    from pydantic_core import CoreSchema
+
+
+class State(StrEnum):
+    """What became of a trial."""
+
+    OK = "ok"
+    FAILED = "failed"
+    REJECTED = "rejected"
+    PRUNED = "pruned"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,55 +40,77 @@ class Fidelity:
     cosine: float
     """Mean over samples of the cosine between fp32's and the candidate's outputs."""
     agreement: float | None
-    """Share of samples with fp32's top-1 answer; ``None`` where outputs are no class scores."""
+    """Share of samples with fp32's top-1 answer; ``None`` if outputs are no class scores."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class FailedPlan:
+    """A plan that a build could not run."""
+
+    plan: Plan
+    reason: Reason
 
 
 @dataclass(frozen=True, kw_only=True)
 class Trial:
-    """The record of one build: what became of it and why."""
+    """What became of one build, and why."""
 
     build: Build
     state: State
-    reason: str
-    """Why it failed, was rejected or pruned; for ``ok`` what it achieved. In words."""
+    reason: Reason
+    """Why it failed, was rejected or pruned; for ``ok`` what it achieved."""
     build_s: float = 0.0
     payload_bytes: int = 0
     peak_memory_bytes: int = 0
     notes: tuple[str, ...] = ()
+    """The engine's remarks about the build."""
     fidelity: Fidelity | None = None
     verified_per_s: float = 0.0
-    """Items per second of the median batch while verifying: a first look at its speed, 0 where it got not so far."""
+    """Items per second of the median batch while verifying: a first look at its speed; 0 if it was not verified."""
     measurements: tuple[Measurement, ...] = ()
     receipt: Receipt | None = None
-    """What really ran in int8; ``None`` for other precisions and where the engine cannot tell."""
-    explored: str = ""
-    """Why the search of plans for this build ended; empty where its plans were not searched."""
+    """What really ran in int8; ``None`` for other precisions and if the engine cannot say."""
+    tuned: Reason | None = None
+    """Why the search of this build's plans ended; ``None`` if its plans were not searched."""
+    failed_plans: tuple[FailedPlan, ...] = ()
     loads: tuple[LoadRun, ...] = ()
-    """Loads that were put on it to find the rate it holds under the SLO, in their order."""
+    """Loads that were put on it to find the rate that meets the SLO, in their order."""
+    load_failure: Reason | None = None
+    """Why loads ended early."""
 
-    def best(self, goal: Goal, slo_ms: float | None = None) -> Measurement | None:
-        """The measurement that serves the goal best; ``None`` where there is none to choose.
-
-        For an SLO of ``slo_ms`` that none was seen to hold, the fastest of those whose calls are within it.
-        """
-        choices = [one for one in self.measurements if not one.rejected]
-        if not choices:
-            return None
-        if goal == "latency":
-            return min(choices, key=lambda m: (m.plan.batch, m.p50_ms))
-        if goal == "slo" and (held := self.promise) is not None:
-            return next(one for one in self.measurements if one.plan == held.plan)
-        if slo_ms is not None:
-            within = [one for one in choices if one.p99_ms <= slo_ms]
-            choices = within or [min(choices, key=lambda m: m.p99_ms)]
-        return max(choices, key=lambda m: m.throughput_per_s)
+    @property
+    def allowed(self) -> tuple[Measurement, ...]:
+        """The measurements of plans that may be chosen."""
+        return tuple(measurement for measurement in self.measurements if measurement.rejected is None)
 
     @property
     def inaccurate(self) -> bool:
-        """Whether the accuracy gate rejected it; what is measured was let through, and rejected for something else."""
-        return self.state == "rejected" and not self.measurements
+        """Whether the accuracy gate rejected it: what is measured had passed, and was rejected for something else."""
+        return self.state == State.REJECTED and not self.measurements
 
     @property
-    def promise(self) -> LoadRun | None:
-        """The load that confirmed the rate that it held; ``None`` where none did."""
-        return next((load for load in self.loads if load.promised), None)
+    def certified(self) -> LoadRun | None:
+        """The load that confirmed the rate it meets under the SLO; ``None`` if none did."""
+        return next((load for load in self.loads if load.certified), None)
+
+    @property
+    def skipped_tuning(self) -> bool:
+        """Whether its plans were not searched because other builds promised more."""
+        return self.tuned is not None and self.tuned.kind in (ReasonKind.MUCH_SLOWER, ReasonKind.OTHERS_FASTER)
+
+    @classmethod
+    def __get_pydantic_core_schema__(cls, source: Any, handler: "GetCoreSchemaHandler") -> "CoreSchema":
+        from pydantic_core import core_schema
+
+        return core_schema.no_info_before_validator_function(_from_schema_1, handler(source))
+
+
+def _from_schema_1(data: Any) -> Any:
+    """Schema 1 says in words why the search of plans ended, under ``explored``."""
+    if isinstance(data, dict) and "explored" in data:
+        data = dict(data)
+        ended = data.pop("explored")
+        not_searched = ended.startswith("its plans were not searched")
+        kind = ReasonKind.MUCH_SLOWER if not_searched else ReasonKind.TEXT
+        data["tuned"] = {"kind": kind, "details": {"text": ended}} if ended else None
+    return data

@@ -11,13 +11,23 @@ from rich.segment import Segment
 from rich.table import Table
 from rich.text import Text
 
-from corewise.records.events import Event, Explored, FinalsRound, StageStarted, TrialEnded, TrialStarted, TrialStep
-from corewise.records.goal import Goal
+from corewise.records.events import (
+    Event,
+    LoadEnded,
+    PlansTuned,
+    RaceRound,
+    StageStarted,
+    TrialEnded,
+    TrialStarted,
+    TrialStep,
+)
+from corewise.records.goal import Goal, Throughput
 from corewise.records.report import Report
 from corewise.records.trial import Trial
-from corewise.report import words
+from corewise.report import numbers, words
 
 Mode = Literal["live", "plain", "quiet"]
+THROUGHPUT = Throughput()
 
 # A mark and a word beside the colour: not everyone and not every terminal tells colours apart.
 _STATES = {
@@ -32,7 +42,7 @@ _STATES = {
 def render(report: Report) -> RenderableType:
     """The report for a terminal of 80 columns or more; give it to ``rich.console.Console.print``."""
     return Group(
-        Text(words.clean(report.model), "bold"),
+        Text(numbers.clean(report.model), "bold"),
         Text(words.headline(report), "bold" if words.won_by_baseline(report) else "bold green"),
         Text(),
         _facts(report),
@@ -79,7 +89,7 @@ class Progress:
         console: Console,
         mode: Mode,
         *,
-        goal: Goal = "throughput",
+        goal: Goal = THROUGHPUT,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._console = console
@@ -123,19 +133,21 @@ class _Board:
     def take(self, event: Event) -> str:
         """Remember the event; the line that tells it where nothing can be redrawn, empty where none is worth it."""
         match event:
-            case StageStarted(text):
-                self._begin(words.clean(text))
+            case StageStarted():
+                self._begin(words.stage(event))
                 return self._now
             case TrialStarted(build):
                 self._started = event
-                self._begin(words.clean(build.label))
-            case TrialStep(build, text):
-                self._now = self._numbered(words.clean(f"{build.label}: {text}"))
+                self._begin(numbers.clean(build.label))
+            case TrialStep():
+                self._now = self._numbered(words.step(event))
+            case LoadEnded(build, load):
+                self._now = f"{build.label}: {words.load(load)}"
             case TrialEnded(trial, resumed):
                 return self._end(trial, resumed)
-            case Explored(trial):
-                return self._explored(trial)
-            case FinalsRound(round, rounds, rates):
+            case PlansTuned(trial):
+                return self._tuned(trial)
+            case RaceRound(round, rounds, rates):
                 self._now = f"alternating run, round {round} of {rounds}: {words.finals(rates, self._goal)}"
                 return self._now if round == rounds else ""
         return ""
@@ -155,10 +167,10 @@ class _Board:
         self._now = ""
         return f"{line} (resumed)" if resumed else line
 
-    def _explored(self, trial: Trial) -> str:
+    def _tuned(self, trial: Trial) -> str:
         self._trials = [trial if one.build == trial.build else one for one in self._trials]
         self._now = ""
-        return words.explored(trial)
+        return words.loaded(trial) if trial.loads else words.tuned(trial)
 
     def _numbered(self, text: str) -> str:
         return f"{self._started.number}/{self._started.total} {text}" if self._started else text
@@ -174,7 +186,7 @@ class _Board:
             yield Segment.line()
 
     def _status(self) -> Text:
-        elapsed = words.duration(int(self._clock() - self._since))
+        elapsed = numbers.duration(int(self._clock() - self._since))
         return Text.assemble(("▸ ", "bold cyan"), (f"{elapsed}  ", "dim"), self._now)
 
     def _table(self) -> Table:
@@ -195,7 +207,7 @@ def _facts(report: Report) -> Table:
 
 
 def _trials(report: Report) -> Table:
-    goal, base = report.objective.goal, words.baseline(report.trials)
+    goal, base = report.requirements.goal, words.baseline(report.trials)
     table = trials_table(goal)
     for trial in report.trials:
         table.add_row(*trial_row(trial, base, goal=goal, chosen=trial.build == report.choice.winner))

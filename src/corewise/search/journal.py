@@ -12,15 +12,17 @@ from corewise.records.build import Build
 from corewise.records.jsonable import from_json, to_json
 from corewise.records.trial import Trial
 
-SCHEMA = 1
+SCHEMA = 2
+"""Schema 2 has reasons as data; lines of schema 1, which have sentences, are read too."""
+READABLE = (1, SCHEMA)
 
 
 class Journal:
     """Finished trials of one run; each line is flushed to the disk before the next trial starts.
 
     The first line holds the run's key: a journal of another model, samples, options or versions is overwritten. A last
-    line that was cut off by a crash is ignored. Raises ``OutputError`` where another process holds the journal or
-    the disk is full.
+    line that was cut off by a crash is ignored. Raises ``OutputError`` if another process holds the journal or the disk
+    is full.
     """
 
     def __init__(self, path: Path, key: str) -> None:
@@ -67,7 +69,8 @@ class Journal:
         if len(lines) < 2:
             return None
         try:
-            if json.loads(lines[0]) != {"schema": SCHEMA, "key": key}:
+            head = json.loads(lines[0])
+            if head not in [{"schema": schema, "key": key} for schema in READABLE]:
                 return None
         except ValueError:
             return None

@@ -65,7 +65,7 @@ signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored where the te
 from corewise.runtime import race
 from corewise.search import trial
 trial.MEASURE_S = race.WARM_S = 0.1
-race.race.__kwdefaults__["round_s"] = 0.05
+race.run_race.__kwdefaults__["round_s"] = 0.05
 from corewise.cli import main
 main()
 """

@@ -20,8 +20,6 @@ from corewise.engines.denormals import flushed
 from corewise.machine.inspect import inspect
 from corewise.machine.layouts import assign, warning
 from corewise.records.build import Build, Plan
-from corewise.records.jsonable import from_json, to_json
-from corewise.records.measurement import Measurement
 from corewise.runtime.client import Worker
 from corewise.runtime.instances import Instances, memory_bytes, open_plan
 from corewise.samples import from_python
@@ -293,16 +291,16 @@ def child(tmp_path, cpus=CPU.usable_cpus):
 
 
 def open_in(worker, build, folder, plan):
-    return worker.call("open", "opening", folder=str(folder), build=to_json(build), plan=to_json(plan))
+    return worker.open(folder, build, plan)
 
 
 def measured(tmp_path, build, folder, samples, plan):
     with child(tmp_path) as worker:
         answer = open_in(worker, build, folder, plan)
-        found = worker.call("measure", "measuring", samples=samples, plan=to_json(plan), budget_s=0.1)
-        worker.call("enter_race", "warming up", samples=samples, batch=plan.batch, budget_s=0.05)
-        per_s = worker.call("round", "racing", budget_s=0.05)["per_s"]
-    return answer, from_json(Measurement, found["measurement"]), per_s
+        measurement = worker.measure(samples, plan, 0.1)
+        worker.warm_up(samples, plan.batch, 0.05)
+        per_s = worker.run_round(0.05).per_s
+    return answer, measurement, per_s
 
 
 @two_cores
@@ -362,10 +360,10 @@ def test_more_threads_than_cores_are_allowed_and_told(tmp_path, wide):
 
 def test_an_instance_that_cannot_open_is_the_trials_reason(tmp_path, wide):
     with child(tmp_path) as worker:
-        with pytest.raises(CorewiseError, match=r"opening: .*"):
+        with pytest.raises(CorewiseError, match=r"opening with .*: .*"):
             open_in(worker, BUILDS["eager"], tmp_path / "nothing", PLAN)
         with pytest.raises(CorewiseError, match="has no open session"):
-            worker.call("round", "racing", budget_s=0.1)
+            worker.run_round(0.1)
 
 
 # --- the process --------------------------------------------------------------------------------------------------

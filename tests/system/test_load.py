@@ -18,10 +18,9 @@ from corewise.common.errors import CorewiseError
 from corewise.machine.inspect import inspect
 from corewise.machine.layouts import most_threads
 from corewise.records.build import Build, Plan
-from corewise.records.jsonable import from_json, to_json
+from corewise.records.jsonable import from_json
 from corewise.records.measurement import LoadRun, Measurement
 from corewise.runtime.client import Worker
-from corewise.runtime.worker import HOLDOUT
 from corewise.samples import from_python
 
 pytestmark = pytest.mark.alone
@@ -30,7 +29,7 @@ GOLDEN = Path(__file__).parents[1] / "golden" / "schema-1"
 CPU = inspect()
 SAMPLES = from_python(list(np.random.default_rng(0).standard_normal((40, 6)).astype(np.float32)))
 PLAN = Plan(threads_per_instance=1, instances=2, batch=4)
-CURVE = LatencyTable(points=((1, 6.0), (4, 12.0)))
+TABLE = LatencyTable(points=((1, 6.0), (4, 12.0)))
 
 ENGINES = '''
 import numpy as np
@@ -69,18 +68,15 @@ class FailsUnderLoad(Fake):
 @pytest.fixture
 def child(tmp_path):
     """Opens the engine in a child, and asks that for loads."""
-    fill(tmp_path, SAMPLES)
-    (tmp_path / "payload").mkdir()
+    workspace = fill(tmp_path, SAMPLES)
     with Worker(cpu=CPU, log=tmp_path / "log", timeout_s=120) as worker:
 
-        def load(engine="fake", call_ms=2.0, curve=CURVE, plan=PLAN, **options):
+        def load(engine="fake", call_ms=2.0, table=TABLE, plan=PLAN, **options):
             build = Build(engine=engine, precision="fp32", options=(("seconds_per_call", call_ms / 1e3),))
-            folder = str(tmp_path / "payload")
-            worker.call("build", "building", material=str(tmp_path), build=to_json(build), folder=folder)
-            worker.call("open", "opening", folder=folder, build=to_json(build), plan=to_json(plan))
-            wanted = {"samples": str(tmp_path / HOLDOUT), "plan": to_json(plan), "curve": to_json(curve)}
-            answer = worker.call("load", "under load", **wanted, **{"duration_s": 1.0, **options})
-            return from_json(LoadRun, answer["load"])
+            payload = workspace.empty_payload(build)
+            worker.build(workspace, build, payload)
+            worker.open(payload, build, plan)
+            return worker.load(workspace.holdout, plan, table, **{"duration_s": 1.0, **options})
 
         yield load
 
@@ -95,7 +91,7 @@ def test_an_open_loop_is_answered(child):
     assert (run.plan, run.rate_per_s, run.clients, run.slo_ms) == (PLAN, 100.0, None, None)
     assert 60 < run.offered < 140
     assert (run.refused, run.failed) == (0, 0)
-    assert run.held
+    assert run.met
     assert 2.0 <= run.p50_ms <= run.p99_ms
 
 
@@ -109,12 +105,12 @@ def test_a_closed_loop_keeps_its_clients_busy(child):
 
 def test_more_than_it_can_do_is_refused_at_once_and_the_rest_is_answered(child):
     run = counted(
-        child(rate_per_s=3000.0, call_ms=20.0, curve=LatencyTable(points=((1, 25.0), (4, 25.0))), slo_ms=200.0)
+        child(rate_per_s=3000.0, call_ms=20.0, table=LatencyTable(points=((1, 25.0), (4, 25.0))), slo_ms=200.0)
     )
     assert run.refused > run.offered / 3
     assert run.answered > 0
     assert run.failed == 0
-    assert not run.held
+    assert not run.met
     assert run.refusal_p99_ms > 0
 
 
@@ -133,7 +129,7 @@ def user_engines(tmp_path, monkeypatch):
 def test_answers_that_belong_to_others_have_failed(user_engines, child):
     run = counted(child("loaded_engines:MixesUp", clients=16, call_ms=5.0))
     assert run.failed > 0
-    assert not run.held
+    assert not run.met
 
 
 def test_calls_that_fail_are_counted(user_engines, child):
@@ -194,7 +190,7 @@ def test_load_tells_what_became_of_the_requests(here):
     assert (found.returncode, found.stderr) == (0, "")
     assert "50 requests/s, arriving at random" in found.stdout
     assert "0 refused, 0 failed" in found.stdout
-    assert "the SLO of 5000 ms (p99) held: the p99 was" in found.stdout
+    assert "the SLO of 5,000 ms (p99) was met: the p99 was" in found.stdout
 
 
 @x86
@@ -214,7 +210,7 @@ def test_an_slo_that_one_call_misses_is_a_result_in_words(here):
     found = corewise(here, "--rate", "50", "--duration-s", "1", "--slo-ms", "1")
     assert (found.returncode, found.stderr) == (0, "")
     assert "0 answered" in found.stdout
-    assert "cannot hold: one call alone takes 2 ms, so every request was too urgent" in found.stdout
+    assert "cannot be met: one call alone takes 2.00 ms, so every request was refused" in found.stdout
 
 
 @pytest.mark.parametrize(

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from builders import requirements
 
 import corewise
 from corewise import artifact
@@ -23,7 +24,7 @@ from corewise.machine.inspect import inspect
 from corewise.machine.layouts import most_threads
 from corewise.records.build import Build, Plan
 from corewise.records.events import StageStarted
-from corewise.records.goal import Objective
+from corewise.report.lines import retuned_lines
 
 TESTS = Path(__file__).parents[1]
 MADE = runpy.run_path(str(TESTS / "unit" / "test_artifact.py"))
@@ -36,6 +37,7 @@ SINGLE = Plan(threads_per_instance=1)
 QUICK = """
 import sys
 from importlib import import_module
+from corewise.report.lines import retuned_lines
 from corewise.runtime import race
 import_module("corewise.search.retuning").MEASURE_S = race.WARM_S = 0.05
 from corewise.cli import main
@@ -82,7 +84,7 @@ def make(folder, *, plan=SINGLE, goal="throughput", engine="fake", golden=None, 
     """An artifact of the fake engine whose calls take time: 20 ms, and 1 ms an item, unless told otherwise."""
     options = {"seconds_per_call": 0.02, "seconds_per_item": 0.001, "serial": 1.0, **options}
     build = Build(engine=engine, precision="int8", options=tuple(sorted(options.items())))
-    report = replace(MADE["STORY"], objective=Objective(goal=goal))
+    report = replace(MADE["STORY"], requirements=requirements(goal=goal))
     made = MADE["write"](folder, build=replace(build, engine="fake"), golden=golden, plan=plan, report=report)
     return made, build
 
@@ -122,13 +124,13 @@ def test_a_faster_plan_is_found_saved_and_loaded(tmp_path):
     folder, _ = make(tmp_path / "m.cw")
     before = artifact.read(folder)
     events = []
-    found = retune(folder, budget_s=15, tell=events.append)
+    found = retune(folder, budget_s=15, on_event=events.append)
     assert found.old == SINGLE
     assert found.best == found.entry.plan != SINGLE
     assert not found.kept
-    assert found.ratio.low > 1
+    assert found.comparison.low > 1
     assert found.best_per_s > found.old_per_s > 0
-    assert found.rounds >= 3
+    assert found.comparison.rounds >= 3
     assert all(isinstance(event, StageStarted) for event in events)
     assert len(events) == len(found.entry.measurements) + 1
     assert read(folder) == (found.entry,)
@@ -213,10 +215,10 @@ def test_the_old_plan_stays_where_the_race_does_not_bear_out_the_search(moody, t
     folder = moody(trouble="tires 1", log=str(tmp_path / "log"), seconds_per_call=0.002)
     found = retune(folder, budget_s=10)
     assert found.best != found.old
-    assert found.ratio.value < 1
+    assert found.comparison.ratio < 1
     assert found.kept
     assert found.entry.plan == SINGLE
-    assert any("the old plan is as good and stays" in line for line in RETUNE.words(found))
+    assert any("the old plan is as good and stays" in line for line in retuned_lines(found))
 
 
 def test_the_package_has_it(tmp_path):
@@ -244,7 +246,7 @@ def test_a_child_that_dies_is_replaced(moody):
 def test_an_old_plan_that_does_not_run_here_is_replaced_without_a_race(moody):
     found = retune(moody(trouble="refuses 7", plan=replace(SINGLE, batch=7)), budget_s=10)
     assert found.old_per_s is None
-    assert found.ratio is None
+    assert found.comparison is None
     assert not found.kept
     assert any("batch 7 does not run here" in note for note in found.notes)
 
@@ -326,8 +328,9 @@ def test_doctor_and_plans_know_of_one_core_only():
     found = json.loads(ok("doctor", "--json", on=ONE_CORE))
     assert found["cpu"]["affinity"] == [CPU.affinity[-1]]
     code = (
-        "from corewise.machine.inspect import inspect; from corewise.machine.layouts import most_threads, thread_layouts;"
-        "cpu = inspect(); print(cpu.usable_cores, most_threads(cpu), thread_layouts(cpu))"
+        "from corewise.machine.inspect import inspect\n"
+        "from corewise.machine.layouts import most_threads, thread_layouts\n"
+        "cpu = inspect()\nprint(cpu.usable_cores, most_threads(cpu), thread_layouts(cpu))"
     )
     found = subprocess.run([*ONE_CORE, sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert found.stdout == "1 1 ((1, 1),)\n"

@@ -277,10 +277,10 @@ def test_a_manifest_that_names_a_file_outside_is_told(made, name):
         read(made)
 
 
-@pytest.mark.parametrize("schema", [0, 2, "1", None])
+@pytest.mark.parametrize("schema", [0, 3, "1", None])
 def test_another_schema_is_told(made, schema):
     rewrite(made, lambda content: content.update(schema=schema))
-    with pytest.raises(ArtifactError, match=r"has schema .*, this corewise reads 1; use the corewise that wrote it"):
+    with pytest.raises(ArtifactError, match=r"has schema .*, this corewise reads 1, 2; use the corewise that wrote it"):
         read(made)
 
 

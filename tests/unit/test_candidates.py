@@ -3,13 +3,14 @@
 from dataclasses import replace
 
 import pytest
+from builders import trial
 
 from corewise.engines import engine
 from corewise.machine.layouts import thread_layouts
 from corewise.records.build import Build, Plan
 from corewise.records.cpu import Cpu, LogicalCpu
-from corewise.records.trial import Trial
-from corewise.search.candidates import BASELINE, PRECISION_ORDER, candidates, first_plan, following, shapes
+from corewise.records.goal import Latency, Slo, Throughput
+from corewise.search.candidates import BASELINE, PRECISION_ORDER, candidates, first_plan, following, layouts
 
 CPU = Cpu(
     architecture="x86_64",
@@ -74,13 +75,17 @@ def test_every_precision_of_a_build_has_a_place():
     ("cpu", "threads"), [(CPU, 4), (replace(CPU, quota_cores=2.5), 2), (replace(CPU, affinity=(6,)), 1)]
 )
 def test_the_first_plan_uses_the_usable_cores(cpu, threads):
-    assert first_plan(cpu, "latency") == Plan(threads_per_instance=threads, batch=1)
-    assert first_plan(cpu, "throughput") == first_plan(cpu, "slo") == Plan(threads_per_instance=threads, batch=16)
+    assert first_plan(cpu, Latency()) == Plan(threads_per_instance=threads, batch=1)
+    assert (
+        first_plan(cpu, Throughput())
+        == first_plan(cpu, Slo(p99_ms=9.0))
+        == Plan(threads_per_instance=threads, batch=16)
+    )
 
 
 def test_the_baseline_is_pytorch_as_people_run_it():
-    assert shapes(CPU, BASELINE) == ((4, 1),)
-    assert shapes(CPU, Build(engine="openvino", precision="int8")) == thread_layouts(CPU)
+    assert layouts(CPU, BASELINE) == ((4, 1),)
+    assert layouts(CPU, Build(engine="openvino", precision="int8")) == thread_layouts(CPU)
 
 
 def test_ignored_layers_are_known_to_our_quantizer_only():
@@ -95,11 +100,11 @@ def test_ignored_layers_are_known_to_our_quantizer_only():
 def test_ours_comes_next_where_an_engines_own_int8_was_too_inaccurate():
     own, other = Build(engine="a", precision="int8"), Build(engine="b", precision="int8")
     ours, more = (replace(own, options=(*options, ("quantizer", "corewise"))) for options in ((), (("rest", "bf16"),)))
-    rejected = Trial(build=own, state="rejected", reason="top1 drops")
+    rejected = trial(own, state="rejected", reason="top1 drops")
     left = [other, ours, more]
     assert following(left, []) == other
     assert following(left, [replace(rejected, state="failed")]) == other
     assert following(left, [rejected]) == ours
-    assert following(left, [rejected, Trial(build=other, state="ok", reason="")]) == other
+    assert following(left, [rejected, trial(other, state="ok", reason="")]) == other
     assert following([other, more], [rejected, replace(rejected, build=ours)]) == other
     assert following([other], [rejected]) == other

@@ -28,7 +28,8 @@ LAYERS = (
     ("source", "accuracy"),
     ("samples", "batching", "machine"),
     ("arguments",),
-    ("common", "records", "_version"),
+    ("records",),
+    ("common", "_version"),
 )
 """Rooms, from top to bottom. A room imports from itself and from lower layers; those of one layer are strangers."""
 

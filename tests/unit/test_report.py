@@ -8,13 +8,17 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from builders import said
+from builders import text as text_of
 from rich.console import Console
 
 from corewise.records.build import Receipt
-from corewise.records.events import FinalsRound, StageStarted, TrialEnded, TrialStarted, TrialStep
+from corewise.records.events import RaceRound, Stage, StageStarted, TrialEnded, TrialStarted, TrialStep
+from corewise.records.goal import Latency, Throughput
 from corewise.records.jsonable import from_json, to_json
+from corewise.records.reason import Step
 from corewise.records.report import Report
-from corewise.report import markdown, terminal, words
+from corewise.report import markdown, numbers, terminal, words
 from corewise.report.summary import summary
 from corewise.report.terminal import Progress
 
@@ -57,7 +61,7 @@ def test_the_summary_is_json_with_the_figures_of_the_choice_and_the_winner():
         "precision": "int8",
         "options": {"reduce_range": True},
         "plan": {"threads_per_instance": 2, "instances": 1, "batch": 16},
-        "objective": to_json(REPORT.objective),
+        "objective": REPORT.requirements.flat(),
         "throughput_per_s": 55.4,
         "baseline_throughput_per_s": 13.07,
         "speedup": 4.24,
@@ -76,8 +80,8 @@ def test_the_summary_is_json_with_the_figures_of_the_choice_and_the_winner():
         "calibration": 200,
         "wall_s": 252.4,
         "peak_memory_bytes": 2_310_811_648,
-        "reason": REPORT.choice.reason,
-        "warnings": list(REPORT.choice.warnings),
+        "reason": said(REPORT.choice.reason),
+        "warnings": [said(warning) for warning in REPORT.choice.warnings],
     }
     assert {name: found[name] for name in expected} == expected
 
@@ -86,9 +90,9 @@ def test_every_trial_is_in_the_summary_with_why_it_lost_or_won():
     trials = {trial["label"]: trial for trial in summary(REPORT)["trials"]}
     assert len(trials) == len(REPORT.trials)
     assert [label for label, trial in trials.items() if trial["chosen"]] == [WINNER.build.label]
-    assert trials[WINNER.build.label]["reason"] == REPORT.choice.reason
+    assert trials[WINNER.build.label]["reason"] == said(REPORT.choice.reason)
     assert {label: trials[label]["reason"] for label in trials if label != WINNER.build.label} == {
-        loser.build.label: loser.reason for loser in REPORT.choice.losers
+        loser.build.label: said(loser.reason) for loser in REPORT.choice.losers
     }
     assert trials["eager/fp32"]["throughput_per_s"] == 13.1
     failed = trials[FAILED.build.label]
@@ -112,7 +116,9 @@ def test_everything_is_shown_in_full_at_every_width(width):
     text = shown(REPORT, width)
     assert max(map(len, text.splitlines())) <= width
     assert "…" not in text
-    for word in re.split(r"\s+", " ".join((REPORT.choice.reason, *(loser.reason for loser in REPORT.choice.losers)))):
+    for word in re.split(
+        r"\s+", " ".join(map(said, (REPORT.choice.reason, *(loser.reason for loser in REPORT.choice.losers))))
+    ):
         assert word in text
     for trial in REPORT.trials:
         assert trial.build.label in text
@@ -134,14 +140,14 @@ def test_a_winning_baseline_is_called_what_it_is():
 
 
 def test_the_latency_goal_is_told_in_milliseconds():
-    latency = replace(REPORT.objective, goal="latency")
-    report = replace(altered(throughput_per_s=50.0, baseline_throughput_per_s=11.2), objective=latency)
+    latency = replace(REPORT.requirements, goal=Latency())
+    report = replace(altered(throughput_per_s=50.0, baseline_throughput_per_s=11.2), requirements=latency)
     for text in (shown(report, 80), markdown.render(report)):
         assert "20.0 ms against 89.3 ms" in text
         assert "p50/p99 ms" in text
         assert "19.9/21.1" in text
         assert "items/s" not in text
-    assert words.speedup(WINNER, EAGER, "latency") == pytest.approx(50.3 / 11.2, rel=1e-3)
+    assert words.speedup(WINNER, EAGER, Latency()) == pytest.approx(50.3 / 11.2, rel=1e-3)
     assert "…" not in shown(report, 80)
 
 
@@ -162,7 +168,7 @@ def test_of_many_layers_that_fell_back_the_first_are_named():
 
 
 def test_text_of_others_is_neither_markup_nor_control_codes():
-    text = shown(replace(REPORT, notes=("install corewise[openvino]\x1b[2J\x07\nnow \u202eback",)), 120)
+    text = shown(replace(REPORT, notes=(text_of("install corewise[openvino]\x1b[2J\x07\nnow \u202eback"),)), 120)
     assert "- install corewise[openvino] [2J now back" in text
     assert "\x1b" not in text
 
@@ -188,7 +194,7 @@ def test_markdown_rows_keep_their_columns_whatever_an_option_holds():
 
 
 def test_markdown_shows_names_as_they_are():
-    report = replace(REPORT, model="my_net.py:__init__", notes=("# <b>5*5</b> [x](y) avx512_vnni",))
+    report = replace(REPORT, model="my_net.py:__init__", notes=(text_of("# <b>5*5</b> [x](y) avx512_vnni"),))
     text = markdown.render(report)
     assert text.startswith("# my_net.py:\\_\\_init\\_\\_\n")
     assert text.endswith("\n- \\# \\<b\\>5\\*5\\</b\\> \\[x](y) avx512_vnni\n" + _notes_of_trials())
@@ -202,7 +208,7 @@ def _notes_of_trials():
 
 
 def test_figures_are_short_and_never_misleading():
-    assert [words.duration(s) for s in (0, 8.44, 31.2, 59.7, 252.4, 3840)] == [
+    assert [numbers.duration(s) for s in (0, 8.44, 31.2, 59.7, 252.4, 3840)] == [
         "0 s",
         "8.4 s",
         "31 s",
@@ -210,13 +216,13 @@ def test_figures_are_short_and_never_misleading():
         "4 min 12 s",
         "1 h 4 min",
     ]
-    assert [words.size(b) for b in (0, 2048, 25_000_000, 2_400_000_000)] == [
+    assert [numbers.size(b) for b in (0, 2048, 25_000_000, 2_400_000_000)] == [
         "0.0 KiB",
         "2.0 KiB",
         "23.8 MiB",
         "2.2 GiB",
     ]
-    assert [words.times(x) for x in (1.041, 9.996, 42.26, 1204.4)] == ["1.04x", "10.0x", "42.3x", "1204x"]
+    assert [numbers.times(x) for x in (1.041, 9.996, 42.26, 1204.4)] == ["1.04x", "10.0x", "42.3x", "1,204x"]
     assert [words.score(x) for x in (-0.00001, 0.91666, -345.25, 1234567.0)] == [
         "0.0000",
         "0.9167",
@@ -238,14 +244,14 @@ class Clock:
 
 
 def events():
-    yield StageStarted("exporting the program")
+    yield StageStarted(Stage.EXPORTING)
     yield TrialEnded(EAGER, resumed=True)
     for number, trial in enumerate(REPORT.trials[1:], 2):
         yield TrialStarted(trial.build, number, 8)
-        yield TrialStep(trial.build, "building")
+        yield TrialStep(trial.build, Step.BUILDING)
         yield TrialEnded(trial)
-    yield FinalsRound(1, 2, tuple(replace(rates, per_s=rates.per_s[:1]) for rates in REPORT.finals))
-    yield FinalsRound(2, 2, tuple(replace(rates, per_s=rates.per_s[:2]) for rates in REPORT.finals))
+    yield RaceRound(1, 2, tuple(replace(rates, per_s=rates.per_s[:1]) for rates in REPORT.finals))
+    yield RaceRound(2, 2, tuple(replace(rates, per_s=rates.per_s[:2]) for rates in REPORT.finals))
 
 
 def console(width=80, height=50, terminal=True):
@@ -259,19 +265,21 @@ def test_plain_progress_is_one_whole_line_per_stage_and_ended_trial():
             progress(event)
     lines = screen.file.getvalue().splitlines()
     assert lines[:3] == [
-        "exporting the program",
+        "exporting the model",
         "eager/fp32: ok, top1 0.9200 (drop 0.0000), 13.1 items/s (1.00x eager) (resumed)",
         "2/8 eager/bf16: pruned: this CPU has no bf16 instructions: it would be slower than fp32",
     ]
     assert lines[3] == "3/8 openvino/fp32: ok, top1 0.9200 (drop 0.0000), 19.8 items/s (1.51x eager)"
-    assert lines[-1].startswith("alternating run, round 2 of 2: openvino/int8/reduce_range=True 56.0 items/s, torch")
+    assert lines[-1].startswith(
+        "alternating run, round 2 of 2: openvino/int8/reduce_range=True (2 threads x 1, batch 16) 56.0 items/s, torch"
+    )
     assert len(lines) == 1 + len(REPORT.trials) + 1
     assert "\x1b" not in screen.file.getvalue()
 
 
 def test_plain_lines_of_the_latency_goal_are_in_milliseconds():
     screen = console(terminal=False)
-    with Progress(screen, "plain", goal="latency") as progress:
+    with Progress(screen, "plain", goal=Latency()) as progress:
         progress(TrialEnded(EAGER))
     assert screen.file.getvalue() == "eager/fp32: ok, top1 0.9200 (drop 0.0000), p50/p99 89.3/94.6 ms (1.00x eager)\n"
 
@@ -296,9 +304,9 @@ def test_live_progress_shows_the_running_step_and_its_seconds_and_the_same_rows_
         progress(TrialEnded(EAGER))
         progress(TrialStarted(WINNER.build, 2, 8))
         clock.now_s = 12.4
-        progress(TrialStep(WINNER.build, "verifying on 300 samples"))
+        progress(TrialStep(WINNER.build, Step.VERIFYING))
         drawn = screen.file.getvalue()
-        assert "▸ 12 s 2/8 openvino/int8/reduce_range=True: verifying on 300 samples" in flat(drawn)
+        assert "▸ 12 s 2/8 openvino/int8/reduce_range=True: verifying" in flat(drawn)
         progress(TrialEnded(FAILED))
     header, eager = shown(REPORT, 80).split("\nengine ")[1].splitlines()[:2]
     for row in (header, eager):
@@ -351,4 +359,4 @@ def test_what_was_made_for_display_changes_no_value():
     markdown.render(REPORT)
     summary(REPORT)["options"]["reduce_range"] = False
     assert to_json(REPORT) == before
-    assert terminal.trial_row(WINNER, EAGER, goal="throughput", chosen=True)[-1].plain == "✓ chosen"
+    assert terminal.trial_row(WINNER, EAGER, goal=Throughput(), chosen=True)[-1].plain == "✓ chosen"

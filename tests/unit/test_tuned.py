@@ -223,7 +223,7 @@ DAMAGE = {
     "a link": link,
     "a folder": folder_in_its_place,
     "altered": lambda folder: (folder / TUNED).write_text((folder / TUNED).read_text().replace("01-02", "01-03")),
-    "schema": lambda folder: rewrite(folder, lambda content: content.update(schema=2)),
+    "schema": lambda folder: rewrite(folder, lambda content: content.update(schema=3)),
     "another artifact": lambda folder: rewrite(folder, lambda content: content.update(manifest="0" * 64)),
     "no machine": lambda folder: rewrite(folder, lambda content: content.update(machines={})),
     "machines": lambda folder: rewrite(folder, lambda content: content.update(machines=content["machines"] * 65)),

@@ -23,9 +23,11 @@ from corewise.records.build import Plan
 from corewise.records.cpu import Cpu
 from corewise.records.jsonable import from_json, to_json
 from corewise.records.measurement import Measurement
+from corewise.records.schema_1 import upgrade_measurement
 from corewise.records.tuned import Machine, Tuned
 
-SCHEMA = 1
+SCHEMA = 2
+READABLE = (1, SCHEMA)
 MOST_BYTES = 8 * 2**20
 MOST_MACHINES = 64
 MOST_MEASUREMENTS = 512
@@ -201,18 +203,30 @@ def _entries(content: Any, folder: Path) -> tuple[Tuned, ...]:
     """Raises ``ValueError`` with what is wrong."""
     if not isinstance(content, dict) or not isinstance(content.get("machines"), list):
         raise ValueError("it is no list of machines")
-    if content.get("schema") != SCHEMA:
-        raise ValueError(f"it has schema {content.get('schema')!r}, this corewise reads {SCHEMA}")
+    if content.get("schema") not in READABLE:
+        known = ", ".join(map(str, READABLE))
+        raise ValueError(f"it has schema {content.get('schema')!r}, this corewise reads {known}")
     if content.pop("digest", None) != digest(content):
         raise ValueError("it was altered after it was written")
     if content.get("manifest") != identity(folder):
         raise ValueError("it was made for another artifact")
     if len(content["machines"]) > MOST_MACHINES:
         raise ValueError(f"it has more than {MOST_MACHINES} machines")
-    entries = from_json(tuple[Tuned, ...], content["machines"])
+    machines = content["machines"]
+    if content["schema"] == 1:
+        machines = [_upgraded(machine) for machine in machines]
+    entries = from_json(tuple[Tuned, ...], machines)
     for entry in entries:
         _check(entry)
     return entries
+
+
+def _upgraded(machine: Any) -> Any:
+    """The entry of a machine in schema 1; what does not fit is left to the validation."""
+    if not isinstance(machine, dict) or not isinstance(machine.get("measurements"), list):
+        return machine
+    upgraded = [upgrade_measurement(one) if isinstance(one, dict) else one for one in machine["measurements"]]
+    return {**machine, "measurements": upgraded}
 
 
 def _check(entry: Tuned) -> None:

@@ -223,15 +223,22 @@ class Requirements:
     to_data = flat
 
     @classmethod
+    def from_data(cls, data: Any) -> "Requirements":
+        """The requirements of plain data. Raises ``ValueError`` if it has none."""
+        if isinstance(data, Requirements):
+            return data
+        if not isinstance(data, dict):
+            raise ValueError(f"{data!r} are no requirements")
+        limit_bytes = data.get("memory_limit_bytes")
+        return cls(
+            goal=Goal.from_data({"name": data.get("goal"), "p99_ms": data.get("slo_ms")}),
+            max_drop=float(data.get("max_drop", 0.01)),
+            strict=bool(data.get("strict", False)),
+            memory_limit_bytes=None if limit_bytes is None else int(limit_bytes),
+        )
+
+    @classmethod
     def __get_pydantic_core_schema__(cls, source: Any, handler: "GetCoreSchemaHandler") -> "CoreSchema":
         from pydantic_core import core_schema
 
-        return core_schema.no_info_before_validator_function(_from_flat, handler(source))
-
-
-def _from_flat(data: Any) -> Any:
-    if not isinstance(data, dict):
-        return data
-    name, slo_ms = data.get("goal"), data.get("slo_ms")
-    rest = {key: value for key, value in data.items() if key not in ("goal", "slo_ms")}
-    return {"goal": {"name": name, "p99_ms": slo_ms}, **rest}
+        return core_schema.no_info_plain_validator_function(cls.from_data)

@@ -1,14 +1,9 @@
 """Speeds: of one build under one plan, under load, and in alternating rounds."""
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
 
 from corewise.records.build import Build, Plan
 from corewise.records.reason import Reason
-
-if TYPE_CHECKING:
-    from pydantic import GetCoreSchemaHandler
-    from pydantic_core import CoreSchema
 
 SERVED = 0.99
 """Share of all requests that must be answered within an SLO."""
@@ -43,19 +38,6 @@ class Measurement:
     """How many measurements it pools."""
     rejected: Reason | None = None
     """Why the plan may not be chosen."""
-
-    @classmethod
-    def __get_pydantic_core_schema__(cls, source: Any, handler: "GetCoreSchemaHandler") -> "CoreSchema":
-        from pydantic_core import core_schema
-
-        return core_schema.no_info_before_validator_function(_measurement_from_schema_1, handler(source))
-
-
-def _measurement_from_schema_1(data: Any) -> Any:
-    """Schema 1 has "" for no reason."""
-    if not isinstance(data, dict):
-        return data
-    return {key: None if key in ("why", "rejected") and value == "" else value for key, value in data.items()}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -107,20 +89,6 @@ class LoadRun:
         """
         needed = self.offered if self.slo_ms is None else SERVED * self.offered
         return self.offered > 0 and self.failed == 0 and self.in_time >= needed
-
-    @classmethod
-    def __get_pydantic_core_schema__(cls, source: Any, handler: "GetCoreSchemaHandler") -> "CoreSchema":
-        from pydantic_core import core_schema
-
-        return core_schema.no_info_before_validator_function(_load_from_schema_1, handler(source))
-
-
-def _load_from_schema_1(data: Any) -> Any:
-    """Schema 1 calls it ``promised``."""
-    if isinstance(data, dict) and "promised" in data:
-        data = {**data, "certified": data["promised"]}
-        del data["promised"]
-    return data
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -2,11 +2,7 @@
 
 from dataclasses import dataclass, field
 from enum import StrEnum
-from typing import TYPE_CHECKING, Any, Self
-
-if TYPE_CHECKING:
-    from pydantic import GetCoreSchemaHandler
-    from pydantic_core import CoreSchema
+from typing import Self
 
 Detail = str | int | float | bool | None | list[str]
 
@@ -114,14 +110,3 @@ class Reason:
     def text(cls, text: str) -> Self:
         """A reason in the words of somebody else."""
         return cls.of(ReasonKind.TEXT, text=text)
-
-    @classmethod
-    def __get_pydantic_core_schema__(cls, source: Any, handler: "GetCoreSchemaHandler") -> "CoreSchema":
-        from pydantic_core import core_schema
-
-        return core_schema.no_info_before_validator_function(_from_text, handler(source))
-
-
-def _from_text(data: Any) -> Any:
-    """Records of schema 1 have sentences."""
-    return {"kind": ReasonKind.TEXT, "details": {"text": data}} if isinstance(data, str) else data

@@ -1,8 +1,7 @@
 """All that is known about one optimization."""
 
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Literal
 
 from corewise.records.build import Build, Plan
 from corewise.records.cpu import Cpu
@@ -10,10 +9,6 @@ from corewise.records.goal import Requirements
 from corewise.records.measurement import LoadRun, Rates
 from corewise.records.reason import Reason
 from corewise.records.trial import State, Trial
-
-if TYPE_CHECKING:
-    from pydantic import GetCoreSchemaHandler
-    from pydantic_core import CoreSchema
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,12 +36,6 @@ class Choice:
     warnings: tuple[Reason, ...] = ()
     certified: LoadRun | None = None
     """For an SLO: the load that confirmed the winner's rate; ``None`` if nothing meets the SLO."""
-
-    @classmethod
-    def __get_pydantic_core_schema__(cls, source: Any, handler: "GetCoreSchemaHandler") -> "CoreSchema":
-        from pydantic_core import core_schema
-
-        return core_schema.no_info_before_validator_function(_renamed("promise", "certified"), handler(source))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -100,20 +89,3 @@ class Report:
     def winner(self) -> Trial:
         """The chosen build's trial."""
         return next(trial for trial in self.trials if trial.build == self.choice.winner)
-
-    @classmethod
-    def __get_pydantic_core_schema__(cls, source: Any, handler: "GetCoreSchemaHandler") -> "CoreSchema":
-        from pydantic_core import core_schema
-
-        return core_schema.no_info_before_validator_function(_renamed("objective", "requirements"), handler(source))
-
-
-def _renamed(old: str, new: str) -> Callable[[Any], Any]:
-    """Schema 1 has the field under its old name."""
-
-    def rename(data: Any) -> Any:
-        if isinstance(data, dict) and old in data:
-            return {new if key == old else key: value for key, value in data.items()}
-        return data
-
-    return rename

@@ -2,15 +2,10 @@
 
 from dataclasses import dataclass
 from enum import StrEnum
-from typing import TYPE_CHECKING, Any
 
 from corewise.records.build import Build, Plan, Receipt
 from corewise.records.measurement import LoadRun, Measurement
 from corewise.records.reason import Reason, ReasonKind
-
-if TYPE_CHECKING:
-    from pydantic import GetCoreSchemaHandler
-    from pydantic_core import CoreSchema
 
 
 class State(StrEnum):
@@ -97,20 +92,3 @@ class Trial:
     def skipped_tuning(self) -> bool:
         """Whether its plans were not searched because other builds promised more."""
         return self.tuned is not None and self.tuned.kind in (ReasonKind.MUCH_SLOWER, ReasonKind.OTHERS_FASTER)
-
-    @classmethod
-    def __get_pydantic_core_schema__(cls, source: Any, handler: "GetCoreSchemaHandler") -> "CoreSchema":
-        from pydantic_core import core_schema
-
-        return core_schema.no_info_before_validator_function(_from_schema_1, handler(source))
-
-
-def _from_schema_1(data: Any) -> Any:
-    """Schema 1 says in words why the search of plans ended, under ``explored``."""
-    if isinstance(data, dict) and "explored" in data:
-        data = dict(data)
-        ended = data.pop("explored")
-        not_searched = ended.startswith("its plans were not searched")
-        kind = ReasonKind.MUCH_SLOWER if not_searched else ReasonKind.TEXT
-        data["tuned"] = {"kind": kind, "details": {"text": ended}} if ended else None
-    return data

@@ -156,7 +156,7 @@ def ended(trial: Trial, baseline: Trial | None, goal: Goal) -> str:
     label = clean(trial.build.label)
     if trial.state != "ok":
         return f"{label}: {trial.state}: {said(trial.reason)}"
-    found: list[str] = [trial.state.value]
+    found: list[str] = [trial.state]
     if trial.fidelity:
         found.append(
             f"{clean(trial.fidelity.metric)} {score(trial.fidelity.value)} (drop {score(trial.fidelity.drop)})"

@@ -10,6 +10,7 @@ from types import TracebackType
 from corewise.common.errors import OutputError
 from corewise.records.build import Build
 from corewise.records.jsonable import from_json, to_json
+from corewise.records.schema_1 import upgrade_trial
 from corewise.records.trial import Trial
 
 SCHEMA = 2
@@ -78,8 +79,9 @@ class Journal:
         end = len(lines[0]) + 1
         for line in lines[1:-1]:
             try:
-                trial = from_json(Trial, json.loads(line))
-            except ValueError:
+                data = json.loads(line)
+                trial = from_json(Trial, upgrade_trial(data) if "explored" in data else data)
+            except (ValueError, KeyError, TypeError, AttributeError):
                 break
             trials[trial.build] = trial
             end += len(line) + 1

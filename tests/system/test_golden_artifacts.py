@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from corewise import artifact
+from corewise import ArtifactError, artifact
 from corewise.artifact.open import load, verify
 from corewise.machine.inspect import inspect
 
@@ -44,5 +44,5 @@ def test_one_changed_byte_is_refused(folder, tmp_path):
     data = bytearray((copy / name).read_bytes())
     data[len(data) // 2] ^= 1
     (copy / name).write_bytes(data)
-    with pytest.raises(artifact.ArtifactError, match="altered"):
+    with pytest.raises(ArtifactError, match="altered"):
         load(copy)

@@ -316,8 +316,8 @@ def test_a_second_instance_shares_the_weights(tmp_path, wide, name):
     plan = Plan(threads_per_instance=1, instances=2, batch=2)
     samples = str(wide.cache / "samples.safetensors")
     answer, found, per_s = measured(tmp_path, build, folder, samples, plan)
-    assert answer["cpus"] == [[number] for number in CPU.usable_cpus[:2]]
-    assert answer["warning"] == ""
+    assert [list(cpus) for cpus in answer.cpus] == [[number] for number in CPU.usable_cpus[:2]]
+    assert answer.warning == ""
     assert found.plan == plan
     assert len(found.latencies_ms) >= 6
     assert per_s > 0
@@ -353,8 +353,8 @@ def test_more_threads_than_cores_are_allowed_and_told(tmp_path, wide):
     plan = Plan(threads_per_instance=2, instances=2, batch=1)
     with child(tmp_path, CPU.usable_cpus[:1]) as worker:
         answer = open_in(worker, BUILDS["eager"], folder, plan)
-    assert answer["cpus"] == [[CPU.usable_cpus[0]]] * 2
-    assert answer["warning"] == "4 threads take turns where 1 can compute at once"
+    assert [list(cpus) for cpus in answer.cpus] == [[CPU.usable_cpus[0]]] * 2
+    assert answer.warning == "4 threads take turns where 1 can compute at once"
     assert warning(CPU, 1, 1) == ""
 
 
@@ -377,7 +377,7 @@ def test_a_process_on_one_core_plans_for_one():
     code = (
         "from corewise.machine.inspect import inspect; from corewise.machine.layouts import assign, thread_layouts;"
         "cpu = inspect();"
-        "print(thread_layouts(cpu), assign(cpu, 1, 1))"
+        "print(tuple(map(tuple, thread_layouts(cpu))), assign(cpu, 1, 1))"
     )
     number = CPU.affinity[-1]
     assert output_of("taskset", "-c", str(number), sys.executable, "-c", code) == f"((1, 1),) (({number},),)"

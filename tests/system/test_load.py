@@ -68,7 +68,7 @@ class FailsUnderLoad(Fake):
 @pytest.fixture
 def child(tmp_path):
     """Opens the engine in a child, and asks that for loads."""
-    workspace = fill(tmp_path, SAMPLES)
+    workspace = fill(tmp_path / "work", SAMPLES)
     with Worker(cpu=CPU, log=tmp_path / "log", timeout_s=120) as worker:
 
         def load(engine="fake", call_ms=2.0, table=TABLE, plan=PLAN, **options):

@@ -1,7 +1,8 @@
-"""A report on a terminal, and the display of a search while it runs."""
+"""A report on a terminal, how a search ends on it, and the display of a search while it runs."""
 
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from statistics import median
 from types import TracebackType
 from typing import Literal, Self
 
@@ -12,10 +13,12 @@ from rich.table import Table
 from rich.text import Text
 
 from corewise.records.events import Event, Explored, FinalsRound, StageStarted, TrialEnded, TrialStarted, TrialStep
-from corewise.records.goal import Goal
+from corewise.records.goal import Goal, Objective
+from corewise.records.measurement import Rates
 from corewise.records.report import Report
-from corewise.records.trial import Trial
+from corewise.records.trial import State, Trial
 from corewise.report import words
+from corewise.report.numbers import format_ms, format_plan, format_rate
 
 Mode = Literal["live", "plain", "quiet"]
 
@@ -28,20 +31,42 @@ _STATES = {
     "pruned": ("-", "dim"),
 }
 
+_LABEL = 40
+"""Most columns of a label where a loser and its reason share one line of a terminal."""
+
 
 def render(report: Report) -> RenderableType:
     """The report for a terminal of 80 columns or more; give it to ``rich.console.Console.print``."""
     return Group(
         Text(words.clean(report.model), "bold"),
-        Text(words.headline(report), "bold" if words.won_by_baseline(report) else "bold green"),
+        Text(words.headline(report), _headline_style(report)),
         Text(),
-        _facts(report),
+        _facts(words.facts(report)),
         Text(),
         _trials(report),
         Text(words.SPEED_NOTE, "dim"),
-        *_section("why the others lost", (_loser(*loser) for loser in words.losers(report))),
+        *_section("why the others lost, the fastest first", (_loser(*loser) for *loser, _ in _ranked_losers(report))),
         *_section("warnings", (_item("!", "bold yellow", Text(text)) for text in words.warnings(report))),
         *_section("notes", (_item("-", "dim", Text(text)) for text in words.notes(report))),
+    )
+
+
+def conclusion(report: Report, *, saved: str, next_command: str, cut: bool) -> RenderableType:
+    """How a search ends on the screen: a line for each loser, the fastest first, and at last a short block of results.
+
+    Args:
+        report: What was found.
+        saved: The folder of the artifact.
+        next_command: What the user may type next.
+        cut: Whether lines of losers end at the edge of the terminal. Those of a file or a pipe stay whole; print them
+            with ``crop=False``.
+    """
+    return Group(
+        *_section("the other builds, the fastest first", _loser_lines(report, cut)),
+        *_section("warnings", (_item("!", "bold yellow", Text(text)) for text in words.warnings(report))),
+        Text(),
+        _facts(_results(report), style=_headline_style(report)),
+        _facts((("saved", saved), ("next", next_command))),
     )
 
 
@@ -135,9 +160,10 @@ class _Board:
                 return self._end(trial, resumed)
             case Explored(trial):
                 return self._explored(trial)
-            case FinalsRound(round, rounds, rates):
-                self._now = f"alternating run, round {round} of {rounds}: {words.finals(rates, self._goal)}"
-                return self._now if round == rounds else ""
+            case FinalsRound(number, rounds, rates):
+                standings = _standings(rates, self._goal)
+                self._now = "\n".join((f"alternating run, round {number} of {rounds}", *standings))
+                return f"alternating run of {rounds} rounds: {'; '.join(standings)}" if number == rounds else ""
         return ""
 
     def finish(self) -> None:
@@ -156,7 +182,7 @@ class _Board:
         return f"{line} (resumed)" if resumed else line
 
     def _explored(self, trial: Trial) -> str:
-        self._trials = [trial if one.build == trial.build else one for one in self._trials]
+        self._trials = [trial if known.build == trial.build else known for known in self._trials]
         self._now = ""
         return words.explored(trial)
 
@@ -185,13 +211,79 @@ class _Board:
         return table
 
 
-def _facts(report: Report) -> Table:
+def _headline_style(report: Report) -> str:
+    return "bold" if words.won_by_baseline(report) else "bold green"
+
+
+def _facts(facts: Iterable[tuple[str, str]], style: str = "") -> Table:
     grid = Table.grid(padding=(0, 2, 0, 0))
-    grid.add_column(no_wrap=True)
+    # As wide as "versions", so that grids below each other align.
+    grid.add_column(no_wrap=True, min_width=8)
     grid.add_column(overflow="fold")
-    for heading, text in words.facts(report):
-        grid.add_row(Text(heading, "bold"), Text(text))
+    for heading, text in facts:
+        grid.add_row(Text(heading, "bold"), Text(text, style))
     return grid
+
+
+def _results(report: Report) -> Iterator[tuple[str, str]]:
+    """The few facts that matter most, each with its heading."""
+    choice, facts = report.choice, dict(words.facts(report))
+    yield "winner", f"{facts['winner']}, {format_plan(choice.plan)}"
+    if words.won_by_baseline(report):
+        yield "speed", words.headline(report)
+    else:
+        speeds = (choice.throughput_per_s, choice.baseline_throughput_per_s)
+        ours, eager = (_speed(per_s, report.objective.goal) for per_s in speeds)
+        ratio = f"{words.times(choice.speedup)} {words.interval(choice.speedup_low, choice.speedup_high)}"
+        yield "speed", f"{ratio} as fast as eager PyTorch: {ours} against {eager}"
+    yield from ((heading, facts[heading]) for heading in ("promise", "accuracy") if heading in facts)
+
+
+def _ranked_losers(report: Report) -> list[tuple[str, State, str, float]]:
+    """Label, state, reason and speed of the losers, the fastest first; a speed of 0 was not measured."""
+    trials = {words.clean(trial.build.label): trial for trial in report.trials}
+    losers = [(*loser, _per_s(trials.get(loser[0]), report.objective)) for loser in words.losers(report)]
+    return sorted(losers, key=lambda loser: -loser[3])
+
+
+def _loser_lines(report: Report, cut: bool) -> Iterator[Text]:
+    goal, losers = report.objective.goal, _ranked_losers(report)
+    speeds = [_speed(per_s, goal) if per_s else "" for *_, per_s in losers]
+    labels = [Text(label) for label, *_ in losers]
+    for label in labels:
+        label.truncate(_LABEL if cut else len(label), overflow="ellipsis")
+    speed_width, label_width = max(map(len, speeds), default=0), max(map(len, labels), default=0)
+    for speed, label, (_, state, reason, _) in zip(speeds, labels, losers, strict=True):
+        mark, style = _STATES[state]
+        label.pad_right(label_width - len(label))
+        why = reason if state == "ok" else f"{state}: {reason}"
+        line = Text.assemble((f"{mark} ", style), f"{speed:>{speed_width}}  ", label, "  ", (why, "dim"))
+        line.no_wrap, line.overflow = True, "ellipsis" if cut else "ignore"
+        yield line
+
+
+def _per_s(trial: Trial | None, objective: Objective) -> float:
+    """A trial's own speed, as ``_speed`` takes it; 0 where it was not measured."""
+    best = trial.best(objective.goal, objective.slo_ms) if trial else None
+    if best is None:
+        return 0.0
+    return 1e3 / best.p50_ms if objective.goal == "latency" else best.throughput_per_s
+
+
+def _standings(rates: Sequence[Rates], goal: Goal) -> list[str]:
+    """The contenders' median speeds so far, each with its build and plan, the fastest first."""
+    raced = sorted(
+        ((median(contender.per_s), contender) for contender in rates if contender.per_s), key=lambda pair: -pair[0]
+    )
+    return [
+        f"{_speed(per_s, goal)} {words.clean(contender.build.label)}, {format_plan(contender.plan)}"
+        for per_s, contender in raced
+    ]
+
+
+def _speed(per_s: float, goal: Goal) -> str:
+    """A rate in words. For the goal latency it is 1/latency, as in the alternating run."""
+    return format_ms(1e3 / per_s) if goal == "latency" else format_rate(per_s)
 
 
 def _trials(report: Report) -> Table:
@@ -203,8 +295,8 @@ def _trials(report: Report) -> Table:
 
 
 def _section(title: str, items: Iterable[RenderableType]) -> tuple[RenderableType, ...]:
-    found = tuple(items)
-    return (Text(), Text(title, "bold"), *found) if found else ()
+    rows = tuple(items)
+    return (Text(), Text(title, "bold"), *rows) if rows else ()
 
 
 def _loser(label: str, state: str, reason: str) -> Table:

@@ -151,6 +151,9 @@ def test_optimize_tells_its_progress_in_plain_lines_when_piped(optimized, place)
     assert lines[0] == "reading the samples"
     assert any(line.startswith("1/") and "eager/fp32" in line for line in lines)
     assert any("onnxruntime/fp32" in line for line in lines)
+    assert "the other builds, the fastest first" in lines
+    assert "notes" not in lines
+    assert [line.split()[0] for line in lines[-5:] if not line.startswith(" ")][-3:] == ["accuracy", "saved", "next"]
     assert lines[-1] in ("next      corewise serve made.cw", "next      corewise show made.cw")
     assert not (place / "made.cw.work").exists()
 

@@ -195,9 +195,8 @@ def test_losers_are_told_the_fastest_first():
 
 def ended(report=REPORT, width=80, cut=True):
     screen = console(width=width)
-    screen.print(
-        terminal.conclusion(report, saved="my net.cw", next_command="corewise serve 'my net.cw'", cut=cut), crop=False
-    )
+    screen.print(terminal.overview(report, cut=cut), crop=False)
+    screen.print(terminal.conclusion(report, saved="my net.cw", next_command="corewise serve 'my net.cw'"))
     return [line.rstrip() for line in screen.file.getvalue().splitlines()]
 
 

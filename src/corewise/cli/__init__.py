@@ -22,7 +22,6 @@ app = typer.Typer(
 for module in (doctor, optimize, explain, show, verify, bench, loadtest, retune, serve):
     add_command(app, module.__name__.rpartition(".")[2], module.command)
 
-FAILED = 2
 INTERRUPTED = 130
 
 
@@ -52,7 +51,7 @@ def _run(typed: list[str]) -> None:
         app(arguments, prog_name="corewise")
     except CorewiseError as error:
         _complain(str(error))
-        sys.exit(FAILED)
+        sys.exit(streams.FAILED)
     except KeyboardInterrupt:
         _complain("interrupted")
         sys.exit(INTERRUPTED)

@@ -200,7 +200,10 @@ def command(
     limits: LimitOptions,
     output: OutputOptions,
 ) -> None:
-    """Quantize and compile a model in several ways, verify each, and save the fastest that is accurate enough."""
+    """Quantize and compile a model in several ways, verify each, and save the fastest that is accurate enough.
+
+    Finished trials are kept in FOLDER.work until the artifact is saved, so that the same command resumes.
+    """
     from corewise.report.terminal import Progress
     from corewise.search.optimization import DEFAULT_ENGINES, optimize
 
@@ -237,21 +240,15 @@ def command(
 def _conclude(report: "Report", output: OutputOptions, screen: "Console") -> None:
     """Print what was found, as the options ask for it."""
     from corewise.report.summary import summary
-    from corewise.report.terminal import conclusion, render
+    from corewise.report.terminal import conclusion, overview, render
 
     if output.as_json:
         print_json(summary(report))
     elif not output.quiet:
-        if output.verbose:
-            screen.print(render(report))
+        screen.print(render(report) if output.verbose else overview(report, cut=screen.is_terminal), crop=False)
         command = "serve" if report.choice.winner.engine in SERVED_BY_ALL else "show"
-        end = conclusion(
-            report,
-            saved=str(output.folder),
-            next_command=f"corewise {command} {shlex.quote(str(output.folder))}",
-            cut=screen.is_terminal,
-        )
-        screen.print(end, crop=False)
+        folder = str(output.folder)
+        screen.print(conclusion(report, saved=folder, next_command=f"corewise {command} {shlex.quote(folder)}"))
 
 
 @contextmanager

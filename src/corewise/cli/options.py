@@ -67,13 +67,11 @@ class Group(TyperGroup):
 
 def _plain(parameters: Any) -> Any:
     """Parameters whose help shows what to type and not Python's types, with ``--help`` in the last panel."""
+    *others, help_option = parameters
+    help_option.metavar, help_option.rich_help_panel = "", others[-1].rich_help_panel
     for parameter in parameters:
         shown = "" if parameter.param_type_name == "argument" else parameter.metavar
         parameter.display_type_rich = lambda ctx, shown=shown: shown
-    *others, help_option = parameters
-    help_option.metavar = ""
-    help_option.display_type_rich = lambda ctx: ""
-    help_option.rich_help_panel = others[-1].rich_help_panel
     return parameters
 
 
@@ -97,17 +95,18 @@ def grouped(command: Callable[..., None]) -> Callable[..., None]:
         }
         command(**given, **values)
 
-    spread = [
-        single
-        for parameter in parameters
-        for single in (map(_parameter, fields(parameter.annotation)) if parameter.name in groups else (parameter,))
-    ]
-    keyword_only = [single.replace(kind=inspect.Parameter.KEYWORD_ONLY) for single in spread]
-    ungrouped.__signature__ = inspect.Signature(keyword_only)  # type: ignore[attr-defined]
+    spread: list[inspect.Parameter] = []
+    for parameter in parameters:
+        if parameter.name in groups:
+            spread.extend(map(_parameter, fields(groups[parameter.name])))
+        else:
+            spread.append(parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY))
+    ungrouped.__signature__ = inspect.Signature(spread)  # type: ignore[attr-defined]
     return ungrouped
 
 
 def _parameter(field: "Field[Any]") -> inspect.Parameter:
+    """The parameter that holds a field's value."""
     default = inspect.Parameter.empty if field.default is MISSING else field.default
     return inspect.Parameter(field.name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=field.type)
 

@@ -13,6 +13,7 @@ PLAIN = {"✓": "+", "✗": "x", "·": ".", "▸": ">", "→": "->", "…": "...
 BROKEN_PIPE = 141
 """The exit code of a program that SIGPIPE ends."""
 FAILED = 2
+"""The exit code for whatever is wrong with the input or the output."""
 
 
 class StreamFailed(SystemExit):

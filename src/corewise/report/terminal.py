@@ -51,19 +51,21 @@ def render(report: Report) -> RenderableType:
     )
 
 
-def conclusion(report: Report, *, saved: str, next_command: str, cut: bool) -> RenderableType:
-    """How a search ends on the screen: a line for each loser, the fastest first, and at last a short block of results.
+def overview(report: Report, *, cut: bool) -> RenderableType:
+    """One line for each loser, the fastest first, and the warnings: what precedes ``conclusion``.
 
-    Args:
-        report: What was found.
-        saved: The folder of the artifact.
-        next_command: What the user may type next.
-        cut: Whether lines of losers end at the edge of the terminal. Those of a file or a pipe stay whole; print them
-            with ``crop=False``.
+    ``cut`` ends the losers' lines at the edge of the terminal. Those of a file or a pipe stay whole; print them with
+    ``crop=False``.
     """
     return Group(
         *_section("the other builds, the fastest first", _loser_lines(report, cut)),
         *_section("warnings", (_item("!", "bold yellow", Text(text)) for text in words.warnings(report))),
+    )
+
+
+def conclusion(report: Report, *, saved: str, next_command: str) -> RenderableType:
+    """The last lines of a search: the winner, its speed and accuracy, where it is saved, and what to type next."""
+    return Group(
         Text(),
         _facts(_results(report), style=_headline_style(report)),
         _facts((("saved", saved), ("next", next_command))),
@@ -71,7 +73,7 @@ def conclusion(report: Report, *, saved: str, next_command: str, cut: bool) -> R
 
 
 def trials_table(goal: Goal) -> Table:
-    """An empty table for the rows of ``trial_row``; 80 columns hold it, for options go to lines of their own."""
+    """An empty table for the rows of ``trial_row``; options go to lines of their own, so that 80 columns hold it."""
     table = Table(box=None, padding=(0, 2, 0, 0), pad_edge=False, header_style="bold", collapse_padding=True)
     for name in words.columns(goal):
         if name == "engine":
@@ -92,11 +94,11 @@ def trial_row(trial: Trial, baseline: Trial | None, *, goal: Goal, chosen: bool 
 
 
 class Progress:
-    """Shows the events of one search on a console; a context manager and a listener.
+    """Shows the events of one search on a console. It is a context manager, and is called with each event.
 
-    ``live`` keeps a table of trials on a terminal with what runs now below it, and removes it when the search ends
-    well, for the report repeats it; when an exception ends the search, the table of what was done stays. ``plain``
-    prints one line, however long, per stage and ended trial, without colours. ``quiet`` prints nothing.
+    ``live`` keeps a table of trials on a terminal, with the running step below it. The table disappears when the
+    search ends well, because the report repeats it, and stays when an exception ends the search. ``plain`` prints one
+    line, however long, for each stage and each ended trial, without colours. ``quiet`` prints nothing.
     """
 
     def __init__(
@@ -135,7 +137,7 @@ class Progress:
 
 
 class _Board:
-    """What is known so far, drawn to fit the terminal: the last trials where not all fit, and what runs now."""
+    """What is known so far, drawn to fit the terminal: as many of the last trials as fit, and the running step."""
 
     def __init__(self, goal: Goal, clock: Callable[[], float]) -> None:
         self._goal = goal
@@ -146,7 +148,7 @@ class _Board:
         self._since = clock()
 
     def take(self, event: Event) -> str:
-        """Remember the event; the line that tells it where nothing can be redrawn, empty where none is worth it."""
+        """Remember the event. Returns its line for the mode ``plain``; empty for an event that gets none."""
         match event:
             case StageStarted(text):
                 self._begin(words.clean(text))
@@ -167,7 +169,7 @@ class _Board:
         return ""
 
     def finish(self) -> None:
-        """Nothing runs any more."""
+        """Remove the running step."""
         self._now = ""
 
     def _begin(self, text: str) -> None:

@@ -147,7 +147,7 @@ def test_what_is_no_load_is_said_by_the_child(child):
 
 
 def corewise(*arguments):
-    command = [sys.executable, "-m", "corewise.cli", "load", *arguments]
+    command = [sys.executable, "-m", "corewise.cli", "loadtest", *arguments]
     return subprocess.run(command, capture_output=True, text=True, timeout=300)
 
 
@@ -186,7 +186,7 @@ def here(tuned_here):
 
 @x86
 def test_load_tells_what_became_of_the_requests(here):
-    found = corewise(here, "--rate", "50", "--duration-s", "1", "--slo-ms", "5000")
+    found = corewise(here, "--rate", "50", "--duration", "1", "--slo-ms", "5000")
     assert (found.returncode, found.stderr) == (0, "")
     assert "50 requests/s, arriving at random" in found.stdout
     assert "0 refused, 0 failed" in found.stdout
@@ -194,8 +194,20 @@ def test_load_tells_what_became_of_the_requests(here):
 
 
 @x86
+def test_the_old_names_work_with_a_warning(here):
+    command = [sys.executable, "-m", "corewise.cli", "load", here, "--rate", "50", "--duration-s", "1"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0
+    assert "50 requests/s, arriving at random" in done.stdout
+    assert [line.split(";")[0] for line in done.stderr.splitlines()] == [
+        "corewise: warning: the command load will be removed in the next version",
+        "corewise: warning: the option --duration-s will be removed in the next version",
+    ]
+
+
+@x86
 def test_load_as_json(here):
-    found = corewise(here, "--clients", "3", "--duration-s", "1", "--json")
+    found = corewise(here, "--clients", "3", "--duration", "1", "--json")
     assert (found.returncode, found.stderr) == (0, "")
     data = json.loads(found.stdout)
     run = from_json(LoadRun, data["run"])
@@ -207,7 +219,7 @@ def test_load_as_json(here):
 
 @x86
 def test_an_slo_that_one_call_misses_is_a_result_in_words(here):
-    found = corewise(here, "--rate", "50", "--duration-s", "1", "--slo-ms", "1")
+    found = corewise(here, "--rate", "50", "--duration", "1", "--slo-ms", "1")
     assert (found.returncode, found.stderr) == (0, "")
     assert "0 answered" in found.stdout
     assert "cannot be met: one call alone takes 2.00 ms, so every request was refused" in found.stdout
@@ -216,18 +228,18 @@ def test_an_slo_that_one_call_misses_is_a_result_in_words(here):
 @pytest.mark.parametrize(
     ("arguments", "told"),
     [
-        ((), "a load has either a rate or clients"),
-        (("--rate", "5", "--clients", "2"), "a load has either a rate or clients"),
-        (("--rate", "0"), "a rate of 0 is no load; give a number above 0"),
-        (("--rate", "-2"), "a rate of -2"),
+        ((), "neither --rate nor --clients is given; give --rate for random arrivals or --clients"),
+        (("--rate", "5", "--clients", "2"), "--rate and --clients are both given"),
+        (("--rate", "0"), "--rate is 0; give a number above 0"),
+        (("--rate", "-2"), "--rate is -2"),
         (("--rate", "1e9"), "more than one sender can send"),
-        (("--clients", "0"), "a number of clients of 0"),
-        (("--rate", "5", "--slo-ms", "0"), "an SLO of 0 is no load"),
-        (("--rate", "5", "--duration-s", "nan"), "a duration of nan"),
-        (("--rate", "5", "--threads", "0"), "threads per instance: 0 is no plan; give a whole number, 1 or more"),
-        (("--rate", "5", "--threads", "-3"), "threads per instance: -3 is no plan"),
-        (("--rate", "5", "--instances", "0"), "instances: 0 is no plan"),
-        (("--rate", "5", "--batch", "0"), "batch: 0 is no plan"),
+        (("--clients", "0"), "--clients is 0; give a whole number, 1 or more"),
+        (("--rate", "5", "--slo-ms", "0"), "--slo-ms is 0; give a number above 0"),
+        (("--rate", "5", "--duration", "nan"), "--duration is nan; give a time above 0"),
+        (("--rate", "5", "--threads", "0"), "--threads is 0; give a whole number, 1 or more"),
+        (("--rate", "5", "--threads", "-3"), "--threads is -3"),
+        (("--rate", "5", "--instances", "0"), "--instances is 0"),
+        (("--rate", "5", "--batch", "0"), "--batch is 0"),
         (("--rate", "5", "--batch", "100000"), "batch 100000 is more than any machine has; stay within 4096 threads"),
     ],
 )
@@ -242,16 +254,16 @@ def test_bad_input_is_one_line(arguments, told):
 @x86
 def test_a_plan_that_was_not_measured_is_loaded_by_estimates(tuned_here):
     folder = tuned_here()
-    found = corewise(folder, "--rate", "5", "--duration-s", "1")
+    found = corewise(folder, "--rate", "5", "--duration", "1")
     assert (found.returncode, found.stderr) == (0, "")
-    assert "note: " + folder + " has no measurement with 1 threads x 1, batch 16" in found.stdout
+    assert "note: " + folder + " has no measurement with 1 thread x 1, batch 16" in found.stdout
     assert "until then latencies are estimated" in found.stdout
 
 
 @x86
 def test_a_plan_of_the_users_own_runs_with_a_warning_where_threads_are_too_many(here):
     most = most_threads(CPU)
-    found = corewise(here, "--clients", "2", "--duration-s", "1", "--threads", str(2 * most), "--batch", "4")
+    found = corewise(here, "--clients", "2", "--duration", "1", "--threads", str(2 * most), "--batch", "4")
     assert (found.returncode, found.stderr) == (0, "")
     assert f"on {2 * most} threads x 1, batch 4" in found.stdout
     assert f"as asked: {2 * most} threads take turns where {most} can compute at once" in found.stdout

@@ -154,7 +154,7 @@ def test_again_it_begins_with_the_tuned_plan(tmp_path):
 def test_a_real_artifact_in_a_container_of_one_core(tmp_path):
     folder = tmp_path / "golden.cw"
     shutil.copytree(GOLDEN, folder)
-    found = json.loads(ok("retune", folder, "--budget-s", "20", "--json", on=ONE_CORE))
+    found = json.loads(ok("retune", folder, "--budget", "20", "--json", on=ONE_CORE))
     machine = found["entry"]["machine"]
     assert (machine["usable_cores"], machine["hardware_threads"]) == (1, 1)
     plans = [one["plan"] for one in found["entry"]["measurements"]]
@@ -173,7 +173,7 @@ def test_a_real_artifact_in_a_container_of_one_core(tmp_path):
 def test_the_words_tell_both_plans_and_where_it_was_saved(tmp_path):
     folder = tmp_path / "golden.cw"
     shutil.copytree(GOLDEN, folder)
-    lines = ok("retune", folder, "--budget-s", "8").splitlines()
+    lines = ok("retune", folder, "--budget", "8").splitlines()
     assert lines[0].startswith("old plan ")
     assert lines[-1] == f"saved {folder / TUNED}"
     assert any(" plans measured in " in line and CPU.model in line for line in lines)
@@ -194,7 +194,7 @@ def test_one_machine_with_other_limits_is_another_machine(tmp_path):
         pytest.skip("needs two hardware threads")
     folder, _ = make(tmp_path / "m.cw")
     whole = retune(folder, budget_s=10).entry
-    ok("retune", folder, "--budget-s", "10", on=ONE_CORE)
+    ok("retune", folder, "--budget", "10", on=ONE_CORE)
     part = next(one for one in read(folder) if one != whole)
     assert set(read(folder)) == {whole, part}
     assert part.machine.usable_cores == 1
@@ -203,7 +203,7 @@ def test_one_machine_with_other_limits_is_another_machine(tmp_path):
 
 def test_the_old_plan_stays_where_no_other_is_tried(tmp_path):
     folder, _ = make(tmp_path / "m.cw", goal="latency")
-    found = ok("retune", folder, "--budget-s", "10", on=ONE_CORE)
+    found = ok("retune", folder, "--budget", "10", on=ONE_CORE)
     assert "no plan that was tried is faster: the old plan stays" in found
     (entry,) = read(folder)
     assert entry.plan == SINGLE
@@ -312,7 +312,7 @@ def read_only(tmp_path):
 
 
 def test_a_read_only_folder_is_told_after_the_plan(read_only):
-    found = command("retune", read_only, "--budget-s", "5", on=ONE_CORE)
+    found = command("retune", read_only, "--budget", "5", on=ONE_CORE)
     assert found.returncode == 2
     assert found.stdout.startswith("old plan ")
     assert found.stderr.startswith(f"corewise: {read_only / TUNED} cannot be written: ")

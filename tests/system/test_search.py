@@ -220,8 +220,8 @@ def test_plans_that_do_not_run_do_not_end_the_search(context, tmp_path, monkeypa
     plans = {one.plan for one in found.measurements}
     assert {(plan.instances, plan.batch) for plan in plans} >= {(1, 16), (1, 32)}
     assert not any(plan.instances > 1 or plan.batch == 8 for plan in plans)
-    assert {one.plan.label for one in found.failed_plans} >= {"1 threads x 2, batch 16"}
-    assert "no 1 threads x 2, batch 16 here" in said(found.failed_plans[0].reason)
+    assert {one.plan.label for one in found.failed_plans} >= {"1 thread x 2, batch 16"}
+    assert "no 1 thread x 2, batch 16 here" in said(found.failed_plans[0].reason)
     assert found.state == "ok"
 
 

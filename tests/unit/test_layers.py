@@ -27,7 +27,6 @@ LAYERS = (
     ("quantize",),
     ("source", "accuracy"),
     ("samples", "batching", "machine"),
-    ("arguments",),
     ("records",),
     ("common", "_version"),
 )
@@ -166,7 +165,7 @@ def test_nothing_is_unpickled() -> None:
 def test_the_environment_is_read_by_the_cli_and_handed_to_trial_children() -> None:
     assert_none(
         [
-            f"{module.at(node.lineno)}: {ast.unparse(node)}; take an argument, and let cli.py read the environment"
+            f"{module.at(node.lineno)}: {ast.unparse(node)}; take an argument, and let the cli read the environment"
             for module in modules()
             if module.room not in ("cli", "runtime")
             for node in ast.walk(module.tree)
@@ -179,7 +178,7 @@ def test_the_environment_is_read_by_the_cli_and_handed_to_trial_children() -> No
 def test_only_the_cli_prints_and_exits() -> None:
     assert_none(
         [
-            f"{module.at(node.lineno)}: {ast.unparse(node.func)}(); return a value or raise, and let cli.py speak"
+            f"{module.at(node.lineno)}: {ast.unparse(node.func)}(); return a value or raise, and let the cli speak"
             for module in modules()
             if module.room != "cli"
             for node in ast.walk(module.tree)

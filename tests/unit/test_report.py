@@ -12,10 +12,11 @@ from builders import said
 from builders import text as text_of
 from rich.console import Console
 
-from corewise.records.build import Receipt
+from corewise.records.build import Plan, Receipt
 from corewise.records.events import RaceRound, Stage, StageStarted, TrialEnded, TrialStarted, TrialStep
 from corewise.records.goal import Latency, Throughput
 from corewise.records.jsonable import from_json, to_json
+from corewise.records.measurement import Rates
 from corewise.records.reason import Step
 from corewise.records.report import Report
 from corewise.report import markdown, numbers, terminal, words
@@ -28,6 +29,8 @@ REPORT, shown = MAKE["REPORT"], MAKE["shown"]
 WINNER = REPORT.winner
 EAGER = REPORT.trials[0]
 FAILED = next(trial for trial in REPORT.trials if trial.state == "failed")
+
+LATENCY = replace(REPORT.requirements, goal=Latency())
 
 
 def altered(**choice):
@@ -140,8 +143,7 @@ def test_a_winning_baseline_is_called_what_it_is():
 
 
 def test_the_latency_goal_is_told_in_milliseconds():
-    latency = replace(REPORT.requirements, goal=Latency())
-    report = replace(altered(throughput_per_s=50.0, baseline_throughput_per_s=11.2), requirements=latency)
+    report = replace(altered(throughput_per_s=50.0, baseline_throughput_per_s=11.2), requirements=LATENCY)
     for text in (shown(report, 80), markdown.render(report)):
         assert "20.0 ms against 89.3 ms" in text
         assert "p50/p99 ms" in text
@@ -178,6 +180,72 @@ def test_an_older_or_foreign_trial_list_without_a_baseline_has_no_speedups():
     assert words.baseline(report.trials) is None
     assert "1.51x" not in shown(report, 80)
     assert "19.8" in shown(report, 80)
+
+
+def test_losers_are_told_the_fastest_first():
+    listed = shown(REPORT, 120).partition("why the others lost, the fastest first")[2]
+    labels = [
+        "torch-int8/int8/backend=onednn",
+        "openvino/fp32",
+        "eager/fp32",
+        "eager/bf16",
+        "torch-int8/int8/backend=x86",
+    ]
+    places = [listed.index(f" {label}") for label in labels]
+    assert places == sorted(places)
+
+
+# --- the end of a search ------------------------------------------------------------------------------------------
+
+
+def ended(report=REPORT, width=80, cut=True):
+    screen = console(width=width)
+    screen.print(terminal.overview(report, cut=cut), crop=False)
+    screen.print(terminal.conclusion(report, saved="my net.cw", next_command="corewise serve 'my net.cw'"))
+    return [line.rstrip() for line in screen.file.getvalue().splitlines()]
+
+
+def test_a_search_ends_with_the_winner_its_speed_its_accuracy_and_the_next_command():
+    assert ended()[-7:] == [
+        "",
+        "winner    openvino/int8/reduce_range=True, 2 threads x 1, batch 16",
+        "speed     4.24x [4.17, 4.31] as fast as eager PyTorch: 55.4/s against 13.1/s",
+        "accuracy  top1 0.9167 against 0.9200: drop 0.0033 [-0.0100, 0.0167] on 300",
+        "          held-out samples",
+        "saved     my net.cw",
+        "next      corewise serve 'my net.cw'",
+    ]
+
+
+@pytest.mark.parametrize("width", [60, 80, 120])
+def test_above_it_each_loser_has_one_line_the_fastest_first_and_no_note_is_shown(width):
+    lines = ended(width=width)
+    assert max(map(len, lines)) <= width
+    first = lines.index("the other builds, the fastest first") + 1
+    losers = lines[first : lines.index("", first)]
+    assert len(losers) == len(REPORT.choice.losers)
+    assert [line.split()[1] for line in losers[:3]] == ["41.9/s", "19.8/s", "13.1/s"]
+    assert any(line.endswith("…") for line in losers)
+    assert "warnings" in lines[first + len(losers) + 1]
+    assert "notes" not in lines
+    assert len(lines) < 24
+
+
+def test_in_a_file_the_lines_of_losers_are_whole():
+    text = "\n".join(ended(cut=False))
+    assert "…" not in text
+    for loser in REPORT.choice.losers:
+        assert loser.build.label in text
+        assert said(loser.reason) in text
+
+
+def test_the_end_of_a_search_for_latency_or_without_a_winner():
+    latency = replace(altered(throughput_per_s=50.0, baseline_throughput_per_s=11.2), requirements=LATENCY)
+    assert "as fast as eager PyTorch: 20.0 ms against 89.3 ms" in "\n".join(ended(latency))
+    assert [line.split()[1] for line in ended(latency)[2:5]] == ["25.8", "52.4", "89.3"]
+    lost = "\n".join(ended(altered(winner=EAGER.build, throughput_per_s=13.07, speedup=1.0)))
+    assert "speed     nothing beat the baseline, eager PyTorch in fp32 at 13.1" in lost
+    assert "as fast as" not in lost
 
 
 # --- Markdown -----------------------------------------------------------------------------------------------------
@@ -231,6 +299,14 @@ def test_figures_are_short_and_never_misleading():
     ]
 
 
+def test_numbers_are_written_the_same_everywhere():
+    assert [numbers.three_digits(value) for value in (0, 0.456, 9.994, 9.996, 87.34, 99.96, 1204.4, 13314.2)] == [
+        *("0.00", "0.46", "9.99", "10.0", "87.3", "100", "1,204", "13,314")
+    ]
+    assert numbers.rate(13310.4) == "13,310/s"
+    assert numbers.milliseconds(0.4167) == "0.42 ms"
+
+
 # --- progress -----------------------------------------------------------------------------------------------------
 
 
@@ -271,7 +347,7 @@ def test_plain_progress_is_one_whole_line_per_stage_and_ended_trial():
     ]
     assert lines[3] == "3/8 openvino/fp32: ok, top1 0.9200 (drop 0.0000), 19.8 items/s (1.51x eager)"
     assert lines[-1].startswith(
-        "alternating run, round 2 of 2: openvino/int8/reduce_range=True (2 threads x 1, batch 16) 56.0 items/s, torch"
+        "alternating run of 2 rounds: 56.0/s openvino/int8/reduce_range=True, 2 threads x 1, batch 16; 42.1 "
     )
     assert len(lines) == 1 + len(REPORT.trials) + 1
     assert "\x1b" not in screen.file.getvalue()
@@ -311,6 +387,22 @@ def test_live_progress_shows_the_running_step_and_its_seconds_and_the_same_rows_
     header, eager = shown(REPORT, 80).split("\nengine ")[1].splitlines()[:2]
     for row in (header, eager):
         assert flat(row) in flat(drawn)
+
+
+def test_the_race_is_shown_a_line_for_each_contender_with_its_plan():
+    plans = [Plan(threads_per_instance=2, batch=16), Plan(threads_per_instance=1, instances=2, batch=8)]
+    speeds = [(13_200.0, 13_310.4, 13_400.0), (14_000.0, 14_276.4, 14_300.0)]
+    rates = tuple(Rates(build=WINNER.build, plan=plan, per_s=per_s) for plan, per_s in zip(plans, speeds, strict=True))
+    screen = console()
+    with Progress(screen, "live") as progress:
+        progress(StageStarted(Stage.RACING, count=2))
+        progress(RaceRound(3, 10, rates))
+        frame = screen.file.getvalue().split("\x1b[2K")[-1]
+    assert [flat(line) for line in frame.splitlines()] == [
+        "▸ 0 s alternating run, round 3 of 10",
+        "14,276/s openvino/int8/reduce_range=True, 1 thread x 2, batch 8",
+        "13,310/s openvino/int8/reduce_range=True, 2 threads x 1, batch 16",
+    ]
 
 
 def test_live_progress_leaves_the_screen_when_it_ends_well():

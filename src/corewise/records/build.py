@@ -68,8 +68,9 @@ class Plan:
 
     @property
     def label(self) -> str:
-        """``2 threads x 1, batch 16``."""
-        return f"{self.threads_per_instance} threads x {self.instances}, batch {self.batch}"
+        """``1 thread x 2, batch 16``: threads of each instance, instances, batch."""
+        threads = "thread" if self.threads_per_instance == 1 else "threads"
+        return f"{self.threads_per_instance} {threads} x {self.instances}, batch {self.batch}"
 
 
 @dataclass(frozen=True, kw_only=True)

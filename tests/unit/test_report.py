@@ -347,7 +347,7 @@ def test_plain_progress_is_one_whole_line_per_stage_and_ended_trial():
     ]
     assert lines[3] == "3/8 openvino/fp32: ok, top1 0.9200 (drop 0.0000), 19.8 items/s (1.51x eager)"
     assert lines[-1].startswith(
-        "alternating run of 2 rounds: 56.0/s openvino/int8/reduce_range=True, 2 threads x 1, batch 16; 42.1 "
+        "alternating run of 2 rounds: 56.0/s openvino/int8/reduce_range=True, 2 threads x 1, batch 16; 42.1/s"
     )
     assert len(lines) == 1 + len(REPORT.trials) + 1
     assert "\x1b" not in screen.file.getvalue()

@@ -54,7 +54,7 @@ from corewise import source  # noqa: E402
 from corewise.common.errors import CorewiseError, EngineError  # noqa: E402
 from corewise.common.references import guard  # noqa: E402
 from corewise.engines import BuildInputs, engine  # noqa: E402
-from corewise.engines.quiet import quiet  # noqa: E402
+from corewise.engines.libraries import quiet  # noqa: E402
 from corewise.machine.inspect import inspect  # noqa: E402
 from corewise.records.build import Build  # noqa: E402
 from corewise.records.jsonable import to_json  # noqa: E402
@@ -146,7 +146,7 @@ def nncf(material: BuildInputs, folder: Path, model: str, bits: int) -> Made:
 def _emulated_by_openvino(path: Path) -> tuple[Predict, int]:
     import openvino
 
-    from corewise.engines.openvino import RUN_LAYERS
+    from corewise.engines.openvino_receipt import RUN_LAYERS
 
     # Not in the list of supported properties, but read by the CPU plugin (src/plugins/intel_cpu/src/config.cpp).
     config = {

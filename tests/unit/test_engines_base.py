@@ -18,7 +18,7 @@ from corewise.common.errors import EngineError
 from corewise.engines import BuildInputs, engine
 from corewise.engines.base import chunks, missing
 from corewise.engines.fake import Fake
-from corewise.engines.quiet import quiet
+from corewise.engines.libraries import quiet
 from corewise.machine import inspect as cpu
 from corewise.records.build import Build, Plan, TensorSpec
 from corewise.records.cpu import Cpu

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from corewise.engines import BuildInputs, engine
-from corewise.engines.quiet import quiet
+from corewise.engines.libraries import quiet
 from corewise.machine import inspect as cpu
 from corewise.records.build import Build, Plan, Receipt
 from corewise.records.jsonable import from_json, to_json

@@ -79,7 +79,7 @@ def blocks() -> GraphModule:
 
 
 def test_values_that_adds_tie_together_are_one_stream(blocks: GraphModule):
-    found = [set(names) for names in streams.streams(blocks, place(blocks, "everywhere"))]
+    found = [set(names) for names in streams.residual_streams(blocks, place(blocks, "everywhere"))]
     # The value behind the pooling is the second block's; the sum of the last block is read by the mean.
     assert found == [
         {"conv2d_3", "conv2d_4", "add_2"},
@@ -88,7 +88,7 @@ def test_values_that_adds_tie_together_are_one_stream(blocks: GraphModule):
 
 
 def test_nothing_is_tied_where_one_operand_is_not_rounded(blocks: GraphModule):
-    assert streams.streams(blocks, place(blocks, "fused")) == ()
+    assert streams.residual_streams(blocks, place(blocks, "fused")) == ()
 
 
 def test_a_relu_hides_what_it_cuts_off_only_from_the_value_that_nothing_else_reads(blocks: GraphModule):
@@ -284,7 +284,7 @@ def test_each_placement_has_ranges_of_its_own(made: ptq.Quantized):
     assert [note.split(")")[0] for note in notes] == ["residual streams (fused", "residual streams (everywhere"]
     assert "at one scale each" in notes[1]
     _, placement, ranges = made.placed("everywhere")
-    (stream,) = streams.streams(made.module, placement)
+    (stream,) = streams.residual_streams(made.module, placement)
     _, _, fused = made.placed("fused")
     assert len(stream) == 9
     assert len({ranges[name].scale for name in stream}) == 1

@@ -20,7 +20,7 @@ from corewise.common.errors import EngineError
 from corewise.common.references import guard
 from corewise.engines import qdq
 from corewise.engines.base import BuildInputs, Session, chunks, fastest_s, missing, rows_of, run_cut
-from corewise.engines.quiet import quiet
+from corewise.engines.libraries import quiet
 from corewise.records.build import Build, Plan, Receipt, TensorSpec
 from corewise.records.cpu import Cpu
 from corewise.records.jsonable import from_json, to_json

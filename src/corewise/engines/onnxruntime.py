@@ -13,7 +13,8 @@ import numpy as np
 from corewise.common.errors import EngineError
 from corewise.engines import denormals, qdq
 from corewise.engines.base import BuildInputs, Session, is_mostly_linear, missing
-from corewise.engines.quiet import quiet
+from corewise.engines.libraries import quiet
+from corewise.engines.onnx_export import export_onnx
 from corewise.records.build import Build, Plan, Receipt
 from corewise.records.cpu import Cpu
 from corewise.samples import Samples
@@ -212,7 +213,7 @@ def _exported(material: BuildInputs) -> Path:
         raise EngineError("the model is over 2 GB, more than one ONNX file can hold", "use another engine")
     from corewise.source import load_program
 
-    qdq.export_onnx(load_program(material.program), path)
+    export_onnx(load_program(material.program), path)
     return path
 
 

@@ -8,21 +8,18 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
 
-import numpy as np
-
 from corewise.common.errors import EngineError
 from corewise.engines.base import BuildInputs, missing
-from corewise.engines.onnx_attention import drop_guards
+from corewise.engines.layer_times import timed
+from corewise.engines.libraries import quiet
 from corewise.engines.onnx_bias import quantize_biases
-from corewise.engines.quiet import quiet
-from corewise.records.build import IGNORED, REVERTED, Build, TensorSpec
+from corewise.engines.onnx_export import export_onnx
+from corewise.records.build import IGNORED, REVERTED, Build
 from corewise.records.cpu import Cpu
-from corewise.samples import Samples
 
 if TYPE_CHECKING:
     from corewise.quantize.placement import Target
-    from corewise.quantize.ptq import Quantized, Recipe
-    from corewise.quantize.sensitivity import LayerSensitivity
+    from corewise.quantize.ptq import Recipe
 
 OPTION = ("quantizer", "corewise")
 ATTENTION = "attention"
@@ -30,7 +27,6 @@ ATTENTION = "attention"
 JUDGED = 8
 """Calibration samples that layers are tried on one by one; ``ROWS`` at a time."""
 ROWS = 4
-TIMED_BATCH = 16
 PACKAGES = ("torch", "torchao", "onnx", "onnxscript")
 
 
@@ -92,7 +88,7 @@ def quantized(material: BuildInputs, build: Build, target: "Target") -> tuple[Pa
 def _order(material: BuildInputs, recipe: "Recipe") -> tuple[str, ...]:
     """The layers in the order in which they go back to floating point; found once for all engines."""
     from corewise.quantize import ptq
-    from corewise.quantize.sensitivity import order_of_return, sensitivity
+    from corewise.quantize.sensitivity import measure_sensitivity, order_of_return
 
     path = material.cache / f"order-{recipe.key}.json"
     if not path.exists():
@@ -100,54 +96,12 @@ def _order(material: BuildInputs, recipe: "Recipe") -> tuple[str, ...]:
         judging = material.calibration.take(
             range(max(0, len(material.calibration) - JUDGED), len(material.calibration))
         )
-        rows = sensitivity(made, ptq.batches(judging, ROWS))
+        rows = measure_sensitivity(made, ptq.batches(judging, ROWS))
         rows, _ = timed(made, rows, material.inputs, material.calibration, material.cpu.usable_cores)
         whole = path.with_suffix(".part")
         whole.write_text(json.dumps(order_of_return(rows)))
         whole.replace(path)
     return tuple(json.loads(path.read_text()))
-
-
-def timed(
-    quantized: "Quantized",
-    layers: "tuple[LayerSensitivity, ...]",
-    inputs: tuple[TensorSpec, ...],
-    samples: Samples,
-    threads: int,
-) -> "tuple[tuple[LayerSensitivity, ...], str]":
-    """The layers with the milliseconds that int8 saves in each, and in words how they were measured or why not.
-
-    By OpenVINO's profile for a batch of 16, the same layers in fp32 and in int8; ``layers`` as they were where it is
-    not installed or cannot run the program.
-    """
-    if why := missing(("openvino",), "openvino") or missing(PACKAGES, "optimize"):
-        return layers, f"not measured: {why}"
-    from corewise.engines.openvino import layer_ms
-    from corewise.quantize.ptq import batches, lower
-    from corewise.quantize.sensitivity import floating, nodes_by_layer, saving
-
-    # torch.export takes a batch of one for a constant.
-    example = next(iter(batches(samples.take([0, 0]))))
-    _, rows = next(samples.batches(TIMED_BATCH))
-    batch = [np.resize(array, (TIMED_BATCH, *array.shape[1:])) for array in rows]
-    times = []
-    try:
-        with TemporaryDirectory() as folder:
-            for program in (floating(quantized, inputs, example), lower(quantized, "fused", inputs, example)):
-                path = Path(folder) / "model.onnx"
-                export_onnx(program, path)
-                names = nodes_by_layer(quantized, program)
-                found: dict[str, float] = {}
-                for node, spent in layer_ms(path, names, batch, threads).items():
-                    found[names[node]] = found.get(names[node], 0.0) + spent
-                times.append(found)
-    except (EngineError, RuntimeError) as error:  # torch's ONNX exporter raises the latter
-        return layers, f"not measured: {' '.join(str(error).split())[:200]}"
-    if not all(times):
-        return layers, "not measured: the layers were not found in OpenVINO's profile"
-    return saving(
-        layers, *times
-    ), f"OpenVINO's profile of fp32 less that of int8, a batch of {TIMED_BATCH}, {threads} threads"
 
 
 def onnx_model(
@@ -169,14 +123,3 @@ def onnx_model(
             quantize_biases(made)
             made.replace(other)
     return other, notes
-
-
-def export_onnx(program: object, path: Path) -> None:
-    """Write a ``torch.export.ExportedProgram`` as one ONNX file, whole or not at all."""
-    import torch
-
-    with TemporaryDirectory(dir=path.parent) as folder, quiet():
-        made = Path(folder) / path.name
-        torch.onnx.export(program, f=made, dynamo=True, external_data=False, verbose=False)  # type: ignore[arg-type]
-        drop_guards(made)
-        made.replace(path)

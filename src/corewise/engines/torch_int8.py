@@ -15,7 +15,7 @@ import numpy as np
 from corewise.common.errors import EngineError
 from corewise.common.references import guard
 from corewise.engines.base import CONVOLUTION, BuildInputs, Session, count, fastest_s, missing
-from corewise.engines.quiet import quiet
+from corewise.engines.libraries import quiet
 from corewise.records.build import Build, Plan, Receipt
 from corewise.records.cpu import Cpu
 
@@ -193,10 +193,10 @@ def _quantizable(material: BuildInputs, build: Build) -> "GraphModule":
     """The lifted program, calibrated for static int8."""
     from corewise.engines.torch_tools import from_numpy, threads
     from corewise.quantize import fx
-    from corewise.quantize.lift import lift
+    from corewise.quantize.lift import lift_program
     from corewise.source import load_program
 
-    module = lift(load_program(material.program))
+    module = lift_program(load_program(material.program))
     if build.precision == "int8-dynamic":
         return module
     batches = (tuple(map(from_numpy, arrays)) for _, arrays in material.calibration.batches(CALIBRATION_BATCH))
@@ -209,7 +209,7 @@ def _convert(module: "GraphModule", backend: str, build: Build, folder: Path) ->
     from corewise.quantize import fx
 
     with fx.backend(backend):
-        converted = fx.convert_dynamic(module) if build.precision == "int8-dynamic" else fx.convert(module)
+        converted = fx.to_dynamic_int8(module) if build.precision == "int8-dynamic" else fx.to_int8(module)
         scripted = fx.script(converted)
         fx.save(scripted, folder / f"{backend}.pt")
     return fx.count_kernels(scripted)

@@ -414,7 +414,7 @@ class _Search:
         Only ``everywhere`` rounds both operands of an add, so that one scale can gain something.
         """
         everywhere = place(best.module, "everywhere")
-        found = streams.streams(best.module, everywhere) if "streams" in self._recipe.corrections else ()
+        found = streams.residual_streams(best.module, everywhere) if "streams" in self._recipe.corrections else ()
         chooser = _OutputError(self._reference, self._last) if found else self._output_error
         placements: dict[Target, Placement] = {"fused": best.placement, "everywhere": everywhere}
         made, notes = {}, []

@@ -82,7 +82,7 @@ def decibels(error: float) -> float:
     return -10 * math.log10(error) if error > 0 else EQUAL_DB
 
 
-def sensitivity(
+def measure_sensitivity(
     quantized: Quantized, batches: Iterable[Batch], target: Target = "fused"
 ) -> tuple[LayerSensitivity, ...]:
     """The errors that each quantized layer, alone and all but it, adds to the outputs of the program before any change.

@@ -6,8 +6,8 @@ from typing import Any
 
 from corewise.common.errors import EngineError, InputError, MissingExtra, SourceError
 from corewise.common.references import guard
-from corewise.engines import qdq
-from corewise.engines.quiet import quiet
+from corewise.engines import layer_times, qdq
+from corewise.engines.libraries import quiet
 from corewise.machine.inspect import inspect
 from corewise.quantize.explanation import Explanation
 from corewise.records.events import OnEvent, StageStarted
@@ -60,7 +60,7 @@ def explain(
         from corewise.engines.torch_tools import keep_freed_memory
         from corewise.quantize.placement import place
         from corewise.quantize.ptq import Recipe, batches, quantize
-        from corewise.quantize.sensitivity import order_of_return, sensitivity
+        from corewise.quantize.sensitivity import measure_sensitivity, order_of_return
 
         keep_freed_memory()
         quantized = quantize(exported.program, calibrating, Recipe(weight_bits=bits))
@@ -68,10 +68,10 @@ def explain(
 
     tell(StageStarted(f"quantizing {len(placement.layers)} layers one by one, {len(used)} samples"))
     with guard(EngineError, "the quantized program cannot be run", "report it, with the model"):
-        rows = sensitivity(quantized, batches(used, qdq.ROWS))
+        rows = measure_sensitivity(quantized, batches(used, qdq.ROWS))
 
     tell(StageStarted("timing the layers"))
-    rows, timing = qdq.timed(quantized, rows, exported.inputs, calibrating, cpu.usable_cores)
+    rows, timing = layer_times.timed(quantized, rows, exported.inputs, calibrating, cpu.usable_cores)
     return Explanation(
         model=model if isinstance(model, str) else type(model).__name__,
         samples=data.source,

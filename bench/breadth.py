@@ -219,9 +219,9 @@ def share(receipt: dict[str, Any]) -> float | None:
 
 def offers(name: str, build: Build, cpu: Cpu, operators: dict[str, int]) -> bool:
     """Whether the engine knows the build's quantizer."""
-    wanted = build.option("quantizer", "")
-    known = [one.option("quantizer", "") for one in engine(name).candidates(cpu, operators)]
-    return not wanted or wanted in known
+    wanted = build.quantization.quantizer
+    known = [one.quantization.quantizer for one in engine(name).candidates(cpu, operators)]
+    return wanted == "engine" or wanted in known
 
 
 def attempt(name: str, expected: Outputs, operators: dict[str, int], bench: Bench, cpu: Cpu, quantizer: str) -> Outcome:

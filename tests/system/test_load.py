@@ -248,7 +248,7 @@ def test_a_plan_that_was_not_measured_is_loaded_by_estimates(tuned_here):
     folder = tuned_here()
     found = corewise(folder, "--rate", "5", "--duration-s", "1")
     assert (found.returncode, found.stderr) == (0, "")
-    assert "note: " + folder + " has no measurement with 1 threads x 1, batch 16" in found.stdout
+    assert "note: " + folder + " has no measurement with 1 thread x 1, batch 16" in found.stdout
     assert "until then latencies are estimated" in found.stdout
 
 

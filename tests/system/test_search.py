@@ -54,7 +54,7 @@ def test_layers_go_back_until_the_gate_passes(setting):
 
 def test_the_path_ends_when_half_of_the_layers_are_back(setting):
     _, added = path_of(setting, ours(1e9))
-    assert [trial.build.option("returned", 0) for trial in added] == [1, 2, 4, 8]
+    assert [trial.build.quantization.reverted_layers for trial in added] == [1, 2, 4, 8]
     assert {trial.state for trial in added} == {"rejected"}
 
 
@@ -200,8 +200,8 @@ def test_plans_that_do_not_run_do_not_end_the_search(setting, tmp_path, monkeypa
     plans = {one.plan for one in found.measurements}
     assert {(plan.instances, plan.batch) for plan in plans} >= {(1, 16), (1, 32)}
     assert not any(plan.instances > 1 or plan.batch == 8 for plan in plans)
-    assert "plans did not run, 1 threads x 2, batch 16: " in found.explored
-    assert "no 1 threads x 2, batch 16 here" in found.explored
+    assert "plans did not run, 1 thread x 2, batch 16: " in found.explored
+    assert "no 1 thread x 2, batch 16 here" in found.explored
     assert found.state == "ok"
 
 

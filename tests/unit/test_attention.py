@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from corewise.common.errors import EngineError
-from corewise.engines import BuildInputs, engine, qdq
+from corewise.engines import BuildInputs, engine
 from corewise.machine import inspect as cpu
 from corewise.quantize import ptq
 from corewise.quantize.graph import aten, attentions, compute, execute, folded, split_attention
@@ -104,7 +104,7 @@ def test_products_run_in_int8_on_onnxruntime(by_hand: bool, tmp_path: Path):
     model = Attention("none" if by_hand else "bool", by_hand=by_hand)
     given, quantized = made(model, tmp_path)
     offered = engine("onnxruntime").candidates(given.cpu, given.operators)
-    build = next(one for one in offered if one.option(qdq.ATTENTION, False))
+    build = next(build for build in offered if build.quantization.attention)
     payload = tmp_path / "payload"
     payload.mkdir()
     engine("onnxruntime").build(given, build, payload)
@@ -210,4 +210,4 @@ def test_it_is_offered_for_models_with_attention_only():
         (("aten.conv2d.default", "aten.matmul.default"), False),
     ):
         builds = engine("onnxruntime").candidates(here, dict.fromkeys(names, 1))
-        assert any(build.option(qdq.ATTENTION, False) for build in builds) == offered
+        assert any(build.quantization.attention for build in builds) == offered

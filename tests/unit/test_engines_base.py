@@ -268,7 +268,7 @@ def test_hanging_engine_hangs(tmp_path: Path) -> None:
 
 def test_int8_with_the_rest_in_bf16_needs_both() -> None:
     offered = engine("openvino").candidates(cpu_with("avx512_vnni", "avx512_bf16"), LINEARS)
-    mixed = [build for build in offered if build.option("rest", "") == "bf16"]
+    mixed = [build for build in offered if build.quantization.rest == "bf16"]
     assert [build.precision for build in mixed] == ["int8", "int8", "int8-dynamic"]
     for build in mixed:
         assert engine("openvino").needs(build) == ("int8_dot", "bf16")

@@ -181,7 +181,7 @@ def test_engines_run_all_layers_in_int8_and_agree(case: Case, tmp_path: Path):
     for name, target in (("onnxruntime", "everywhere"), ("openvino", "fused")):
         build, payload = case.build(name), tmp_path / name
         payload.mkdir()
-        assert build.option("reduce_range", False)
+        assert build.quantization.reduce_range
         assert engine(name).build(case.material, build, payload) == ("; ".join(case.quantized.notes),)
         receipt = engine(name).receipt(payload, build, PLAN, [case.inputs(PLAN.batch)])
         assert receipt is not None

@@ -82,7 +82,7 @@ def test_the_plan_of_this_machine_runs(made):
     assert artifact.read(made) == before
     assert loaded(made) == (HERES.batch, [])
     (note,) = verify(made).notes
-    assert note.startswith("runs 1 threads x 1, batch 2: tuned on this kind of machine")
+    assert note.startswith("runs 1 thread x 1, batch 2: tuned on this kind of machine")
     assert note.endswith("on 2026-01-02")
 
 

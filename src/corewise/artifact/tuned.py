@@ -79,7 +79,7 @@ class Tuned:
 
     @property
     def label(self) -> str:
-        """``runs 1 threads x 2, batch 8: tuned on this kind of machine, AMD EPYC 7763 (...), on 2026-03-14``."""
+        """``runs 1 thread x 2, batch 8: tuned on this kind of machine, AMD EPYC 7763 (...), on 2026-03-14``."""
         return f"runs {self.plan.label}: tuned on this kind of machine, {self.machine.label}, on {self.created[:10]}"
 
 

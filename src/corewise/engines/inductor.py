@@ -88,7 +88,7 @@ class Inductor:
     def needs(self, build: Build) -> tuple[str, ...]:
         """The instruction set; bf16 hardware for bf16, 32-bit sums of int8 products for int8 in full range."""
         isa = _needs(str(build.option("isa", "avx2")))
-        if build.precision == "int8" and not build.option("reduce_range", False):
+        if build.precision == "int8" and not build.quantization.reduce_range:
             return (*isa, "int8_dot")
         return (*isa, "bf16") if build.precision == "bf16" else isa
 

@@ -53,7 +53,7 @@ class OnnxRuntime:
 
     def needs(self, build: Build) -> tuple[str, ...]:
         """32-bit sums of int8 products for int8 in full range."""
-        return () if build.precision == "fp32" or build.option("reduce_range", False) else ("int8_dot",)
+        return () if build.precision == "fp32" or build.quantization.reduce_range else ("int8_dot",)
 
     def build(self, material: BuildInputs, build: Build, folder: Path) -> tuple[str, ...]:
         """Export the program, once for all builds, and quantize it.
@@ -71,9 +71,9 @@ class OnnxRuntime:
             return ()
         with quiet():
             if build.precision == "int8":
-                _quantize_static(exported, payload, material.calibration, bool(build.option("reduce_range", False)))
+                _quantize_static(exported, payload, material.calibration, build.quantization.reduce_range)
             else:
-                _quantize_dynamic(exported, payload, bool(build.option("reduce_range", False)))
+                _quantize_dynamic(exported, payload, build.quantization.reduce_range)
         return ()
 
     def open(self, folder: Path, build: Build, plan: Plan) -> Session:

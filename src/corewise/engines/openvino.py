@@ -2,6 +2,7 @@
 
 import shutil
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -12,12 +13,10 @@ from corewise.engines import qdq
 from corewise.engines.base import BuildInputs, Session, is_mostly_linear, missing
 from corewise.engines.libraries import quiet
 from corewise.engines.openvino_receipt import logged_receipt, runtime_receipt
-from corewise.engines.openvino_session import DYNAMIC, MODEL, REST, OpenVinoSession, in_bf16, reshape_batch
+from corewise.engines.openvino_session import DYNAMIC, MODEL, OpenVinoSession, in_bf16, reshape_batch
 from corewise.records.build import Build, Plan, Receipt
 from corewise.records.cpu import Cpu
 
-PLACEMENT = "placement"
-"""The option that says where our quantizer puts Q/DQ pairs: ``everywhere``; ``fused`` without it."""
 ATTENTION = "scaled_dot_product|softmax"
 
 
@@ -52,19 +51,19 @@ class OpenVino:
         bf16 = Build(engine="openvino", precision="bf16")
         fp32 = Build(engine="openvino", precision="fp32")
         ours = qdq.int8("openvino", cpu)
-        everywhere = ours.with_option(PLACEMENT, "everywhere")
+        everywhere = ours.with_quantization(replace(ours.quantization, placement="everywhere"))
         residual = any("conv" in name for name in operators) and "aten.add.Tensor" in operators
         quantized = (ours, everywhere, int8) if residual else (ours, int8)
         dynamic = Build(engine="openvino", precision="int8-dynamic")
         dynamics = (dynamic,) if cpu.int8_dot and is_mostly_linear(operators) else ()
         if not cpu.bf16:
             return (*quantized, *dynamics, fp32)
-        mixed = (one.with_option(REST, "bf16") for one in (ours, int8, *dynamics))
+        mixed = (build.with_quantization(replace(build.quantization, rest="bf16")) for build in (ours, int8, *dynamics))
         return (*mixed, *quantized, bf16, fp32)
 
     def needs(self, build: Build) -> tuple[str, ...]:
         """bf16 hardware for bf16, 32-bit sums of int8 products for int8 in full range."""
-        full_range = build.precision.startswith("int8") and not build.option("reduce_range", False)
+        full_range = build.precision.startswith("int8") and not build.quantization.reduce_range
         return (*(("int8_dot",) if full_range else ()), *(("bf16",) if in_bf16(build) else ()))
 
     def build(self, material: BuildInputs, build: Build, folder: Path) -> tuple[str, ...]:
@@ -77,13 +76,12 @@ class OpenVino:
         from corewise.source import load_program
 
         if qdq.uses_corewise_quantizer(build):
-            everywhere = build.option(PLACEMENT, "fused") == "everywhere"
-            exported, notes = qdq.onnx_model(material, build, "everywhere" if everywhere else "fused")
+            exported, notes = qdq.onnx_model(material, build, build.quantization.placement)
             with quiet():
                 ov.save_model(ov.convert_model(exported), str(folder / MODEL), compress_to_fp16=False)
             return notes
         if build.precision == "int8":
-            shutil.copytree(_nncf(material, bool(build.option("reduce_range", False))), folder, dirs_exist_ok=True)
+            shutil.copytree(_nncf(material, build.quantization.reduce_range), folder, dirs_exist_ok=True)
             return ()
         with quiet():
             model = ov.convert_model(load_program(material.program))

@@ -19,8 +19,6 @@ from corewise.machine.layouts import limited_by_quota
 from corewise.records.build import Build, Plan
 
 MODEL = "model.xml"
-REST = "rest"
-"""The option that says in which precision an int8 build runs what is not int8."""
 DYNAMIC = -1
 GROUP = 128
 """Columns of a row that share a scale when int8-dynamic rounds activations. With 32 columns MiniLM's outputs came a
@@ -140,7 +138,7 @@ def _on_all_cpus() -> Iterator[None]:
 
 def in_bf16(build: Build) -> bool:
     """Whether what is not int8 runs in bf16."""
-    return build.precision == "bf16" or build.option(REST, "") == "bf16"
+    return build.precision == "bf16" or build.quantization.rest == "bf16"
 
 
 def reshape_batch(model: Any, size: int) -> None:

@@ -14,16 +14,13 @@ from corewise.engines.layer_times import timed
 from corewise.engines.libraries import quiet
 from corewise.engines.onnx_bias import quantize_biases
 from corewise.engines.onnx_export import export_onnx
-from corewise.records.build import IGNORED, REVERTED, Build
+from corewise.records.build import Build, QuantizationOptions
 from corewise.records.cpu import Cpu
 
 if TYPE_CHECKING:
     from corewise.quantize.placement import Target
     from corewise.quantize.ptq import Recipe
 
-OPTION = ("quantizer", "corewise")
-ATTENTION = "attention"
-"""The option of a build whose products of two activations are int8 too."""
 JUDGED = 8
 """Calibration samples that layers are tried on one by one; ``ROWS`` at a time."""
 ROWS = 4
@@ -32,9 +29,8 @@ PACKAGES = ("torch", "torchao", "onnx", "onnxscript")
 
 def int8(engine: str, cpu: Cpu) -> Build:
     """The engine's int8 build of our quantizer; weights in 7 bits where the CPU adds int8 products in 16 bits."""
-    return Build(
-        engine=engine, precision="int8", options=(OPTION, *(() if cpu.int8_dot else (("reduce_range", True),)))
-    )
+    options = QuantizationOptions(quantizer="corewise", reduce_range=not cpu.int8_dot)
+    return Build(engine=engine, precision="int8").with_quantization(options)
 
 
 def int8_attention(engine: str, cpu: Cpu, operators: dict[str, int]) -> tuple[Build, ...]:
@@ -44,12 +40,14 @@ def int8_attention(engine: str, cpu: Cpu, operators: dict[str, int]) -> tuple[Bu
     if not by_hand and "scaled_dot_product_attention" not in names:
         return ()
     plain = int8(engine, cpu)
-    return (replace(plain, options=(*plain.options, (ATTENTION, True))),)
+    attending = plain.with_quantization(replace(plain.quantization, attention=True))
+    # Journals and folders of older versions know this build with its newest option last.
+    return (replace(attending, options=tuple(sorted(attending.options, key=lambda pair: pair not in plain.options))),)
 
 
 def uses_corewise_quantizer(build: Build) -> bool:
     """Whether the build asks for our quantizer rather than the engine's own."""
-    return OPTION in build.options
+    return build.quantization.quantizer == "corewise"
 
 
 def quantized(material: BuildInputs, build: Build, target: "Target") -> tuple[Path, tuple[str, ...]]:
@@ -64,11 +62,11 @@ def quantized(material: BuildInputs, build: Build, target: "Target") -> tuple[Pa
     from corewise.engines.torch_tools import keep_freed_memory
     from corewise.quantize.ptq import Recipe, quantized_program
 
-    recipe = Recipe(weight_bits=7 if build.option("reduce_range", False) else 8)
+    options = build.quantization
+    recipe = Recipe(weight_bits=7 if options.reduce_range else 8)
     keep_freed_memory()  # calibration runs in eager PyTorch
     with quiet():
-        returned = _order(material, recipe)[: int(build.option(REVERTED, 0))] if build.option(REVERTED, 0) else ()
-        ignored = (*str(build.option(IGNORED, "")).split(), *returned)
+        reverted = _order(material, recipe)[: options.reverted_layers] if options.reverted_layers else ()
         path, notes = quantized_program(
             material.program,
             material.calibration,
@@ -76,13 +74,13 @@ def quantized(material: BuildInputs, build: Build, target: "Target") -> tuple[Pa
             material.cache,
             recipe,
             target,
-            ignored,
-            attention=bool(build.option(ATTENTION, False)),
+            (*options.ignored_layers, *reverted),
+            attention=options.attention,
         )
     # What was decided is one line in a report, and the same for all engines.
     decided = "; ".join(note for note in notes if not note.startswith("warning"))
     told = (*(note for note in notes if note.startswith("warning")), decided)
-    return path, (*told, f"back in floating point: {', '.join(returned)}") if returned else told
+    return path, (*told, f"back in floating point: {', '.join(reverted)}") if reverted else told
 
 
 def _order(material: BuildInputs, recipe: "Recipe") -> tuple[str, ...]:

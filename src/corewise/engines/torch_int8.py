@@ -61,7 +61,7 @@ class TorchInt8:
 
     def needs(self, build: Build) -> tuple[str, ...]:
         """On x86, 32-bit sums of int8 products for static int8 in full range."""
-        full = build.precision == "int8" and not build.option("reduce_range", False)
+        full = build.precision == "int8" and not build.quantization.reduce_range
         return ("int8_dot",) if full and platform.machine() == "x86_64" else ()
 
     def build(self, material: BuildInputs, build: Build, folder: Path) -> tuple[str, ...]:
@@ -201,7 +201,7 @@ def _quantizable(material: BuildInputs, build: Build) -> "GraphModule":
         return module
     batches = (tuple(map(from_numpy, arrays)) for _, arrays in material.calibration.batches(CALIBRATION_BATCH))
     with threads(material.cpu.usable_cores):
-        return fx.calibrate(module, batches, bool(build.option("reduce_range", False)))
+        return fx.calibrate(module, batches, build.quantization.reduce_range)
 
 
 def _convert(module: "GraphModule", backend: str, build: Build, folder: Path) -> tuple[int, int]:

@@ -1,11 +1,12 @@
 """Which builds are worth trying, in which order, under which plans. Pure."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 from corewise.engines import Engine
 from corewise.engines.qdq import uses_corewise_quantizer
 from corewise.machine.layouts import thread_plans
-from corewise.records.build import IGNORED, REVERTED, Build, Plan
+from corewise.records.build import Build, Plan
 from corewise.records.cpu import Cpu
 from corewise.records.goal import Goal
 from corewise.records.trial import Trial
@@ -31,7 +32,9 @@ def candidates(
     builds = [build for name in engines for build in engines[name].candidates(cpu, operators) if build != BASELINE]
     if ignored:
         builds = [
-            build.with_option(IGNORED, " ".join(ignored)) if uses_corewise_quantizer(build) else build
+            build.with_quantization(replace(build.quantization, ignored_layers=tuple(ignored)))
+            if uses_corewise_quantizer(build)
+            else build
             for build in builds
             if uses_corewise_quantizer(build) or not build.precision.startswith("int8")
         ]
@@ -81,4 +84,4 @@ def shapes(cpu: Cpu, build: Build) -> tuple[tuple[int, int], ...]:
 
 def returning(build: Build, count: int) -> Build:
     """The build with ``count`` layers in floating point."""
-    return build.with_option(REVERTED, count)
+    return build.with_quantization(replace(build.quantization, reverted_layers=count))

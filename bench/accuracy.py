@@ -122,7 +122,8 @@ def corewise(material: BuildInputs, folder: Path, model: str, bits: int) -> Made
     """Ours; what was decided is in the notes that the row keeps."""
     from corewise.engines.torch_tools import keep_freed_memory
     from corewise.quantize.placement import TARGETS
-    from corewise.quantize.ptq import Recipe, quantize
+    from corewise.quantize.ptq import quantize
+    from corewise.quantize.quantized import Recipe
     from corewise.quantize.simulate import Simulation
 
     keep_freed_memory()

@@ -10,9 +10,9 @@ from torch import Tensor, nn
 from corewise.common.errors import EngineError
 from corewise.engines import BuildInputs, engine
 from corewise.machine import inspect as cpu
-from corewise.quantize import ptq
+from corewise.quantize import state
 from corewise.quantize.graph import aten, attentions, compute, execute, folded, split_attention
-from corewise.quantize.ptq import Quantized, Recipe
+from corewise.quantize.quantized import Quantized, Recipe, lower
 from corewise.quantize.simulate import Simulation, sqnr_db
 from corewise.records.build import Plan
 from corewise.samples import from_python
@@ -72,7 +72,7 @@ def material(model: nn.Module, folder: Path) -> BuildInputs:
 def made(model: nn.Module, folder: Path) -> tuple[BuildInputs, Quantized]:
     found = material(model, folder)
     recipe = Recipe(weight_bits=8 if found.cpu.int8_dot else 7)
-    return found, ptq.calibrated(found.program, found.calibration, found.cache, recipe)
+    return found, state.calibrated(found.program, found.calibration, found.cache, recipe)
 
 
 @pytest.fixture(autouse=True)
@@ -163,7 +163,7 @@ def test_attentions_on_attentions_and_on_parameters(tmp_path: Path):
     with torch.no_grad():
         assert sqnr_db([(model(x),)], [(found,)]) > 15
     example = (torch.from_numpy(samples(2)),)
-    lowered = ptq.lower(quantized, "everywhere", given.inputs, example, attention=True)
+    lowered = lower(quantized, "everywhere", given.inputs, example, attention=True)
     with torch.no_grad():
         assert sqnr_db([(found,)], [lowered.module()(x)]) > 30
 
@@ -185,9 +185,9 @@ class Keys(nn.Module):
 def test_what_cannot_be_taken_apart_is_told_and_else_quantized_as_ever(model: nn.Module, tmp_path: Path):
     given, quantized = made(model, tmp_path)
     example = (torch.from_numpy(samples(2)),)
-    assert ptq.lower(quantized, "fused", given.inputs, example)
+    assert lower(quantized, "fused", given.inputs, example)
     with pytest.raises(EngineError, match="no attention whose products can be int8"):
-        ptq.lower(quantized, "fused", given.inputs, example, attention=True)
+        lower(quantized, "fused", given.inputs, example, attention=True)
 
 
 def test_rows_that_see_nothing_are_no_nan():

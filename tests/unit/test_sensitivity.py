@@ -18,7 +18,8 @@ from corewise.engines.onnx_export import export_onnx
 from corewise.engines.openvino_profile import layer_ms
 from corewise.quantize.graph import compute, execute
 from corewise.quantize.placement import TARGETS, Target
-from corewise.quantize.ptq import Quantized, Recipe, batches, lower, quantize
+from corewise.quantize.ptq import quantize
+from corewise.quantize.quantized import Quantized, Recipe, batches, lower
 from corewise.quantize.sensitivity import (
     EQUAL_DB,
     LayerSensitivity,

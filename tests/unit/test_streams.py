@@ -18,7 +18,8 @@ from corewise.quantize import ptq, streams
 from corewise.quantize.graph import bias, compute, execute, folded, layers
 from corewise.quantize.observers import LEVELS, QParams, fake_quantize, qparams
 from corewise.quantize.placement import place
-from corewise.quantize.ptq import Recipe, quantize
+from corewise.quantize.ptq import quantize
+from corewise.quantize.quantized import Quantized, Recipe
 from corewise.samples import from_python
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*LeafSpec:FutureWarning")  # torch's own, from copying a graph
@@ -272,14 +273,14 @@ def photos(count: int = 48) -> list[np.ndarray]:
 
 
 @pytest.fixture(scope="module")
-def made() -> ptq.Quantized:
+def made() -> Quantized:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         torch.manual_seed(0)
         return quantize(exported(Tied()), from_python(photos(96)), Recipe(corrections=("streams",)))
 
 
-def test_each_placement_has_ranges_of_its_own(made: ptq.Quantized):
+def test_each_placement_has_ranges_of_its_own(made: Quantized):
     notes = [note for note in made.notes if note.startswith("residual streams")]
     assert [note.split(")")[0] for note in notes] == ["residual streams (fused", "residual streams (everywhere"]
     assert "at one scale each" in notes[1]

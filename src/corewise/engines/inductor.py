@@ -286,7 +286,7 @@ def _program(material: BuildInputs, build: Build) -> "tuple[ExportedProgram, tup
 
         return load_program(material.program), ()
     path, notes = qdq.quantized(material, build, "fused")
-    from corewise.quantize.ptq import load_quantized
+    from corewise.quantize.state import load_quantized
 
     return load_quantized(path), notes
 

@@ -14,7 +14,7 @@ from corewise.records.build import TensorSpec
 from corewise.samples import Samples
 
 if TYPE_CHECKING:
-    from corewise.quantize.ptq import Quantized
+    from corewise.quantize.quantized import Quantized
     from corewise.quantize.sensitivity import LayerSensitivity
 
 TIMED_BATCH = 16
@@ -35,7 +35,7 @@ def timed(
     """
     if why := missing(PACKAGES, "optimize,openvino"):
         return layers, f"not measured: {why}"
-    from corewise.quantize.ptq import batches, lower
+    from corewise.quantize.quantized import batches, lower
     from corewise.quantize.sensitivity import floating, nodes_by_layer, saving
 
     # torch.export takes a batch of one as a constant.

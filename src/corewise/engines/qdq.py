@@ -19,7 +19,7 @@ from corewise.records.cpu import Cpu
 
 if TYPE_CHECKING:
     from corewise.quantize.placement import Target
-    from corewise.quantize.ptq import Recipe
+    from corewise.quantize.quantized import Recipe
 
 JUDGED = 8
 """Calibration samples that layers are tried on one by one; ``ROWS`` at a time."""
@@ -50,24 +50,51 @@ def uses_corewise_quantizer(build: Build) -> bool:
     return build.quantization.quantizer == "corewise"
 
 
-def quantized(material: BuildInputs, build: Build, target: "Target") -> tuple[Path, tuple[str, ...]]:
-    """The quantized program (``ptq.load_quantized``), and notes; made once for all engines.
+def first_rung(build: Build) -> Build:
+    """The build by corewise's quantizer at its quickest: ranges of a few samples and nothing corrected.
 
-    The build's option ``ignored`` names layers that stay in floating point, separated by spaces; ``returned`` says how
-    many of them go back by ``sensitivity.order_of_return``; ``attention`` places products of two activations too.
-    Raises ``EngineError`` where a package is missing or nothing can be quantized.
+    Takes about as long as an engine's own int8. ``climbed`` goes on from there.
+    """
+    return build.with_quantization(replace(build.quantization, rung=0))
+
+
+def climbed(build: Build, cache: Path) -> Build | None:
+    """The build that is one correction further than ``build``; ``None`` if it is at the top already.
+
+    ``cache`` is the folder that ``build`` was built with (``BuildInputs.cache``). Rungs that changed nothing are left
+    out, and what was done for ``build`` is not done again.
+    """
+    from corewise.quantize.ptq import TOP
+    from corewise.quantize.state import rung_reached
+
+    options = build.quantization
+    if options.rung is None:
+        return None
+    reached = rung_reached(cache, _recipe(build), options.rung)
+    rung = (options.rung if reached is None else reached) + 1
+    if rung > TOP:
+        return None
+    return build.with_quantization(replace(options, rung=None if rung == TOP else rung))
+
+
+def quantized(material: BuildInputs, build: Build, target: "Target") -> tuple[Path, tuple[str, ...]]:
+    """The quantized program (``state.load_quantized``), and notes; made once for all engines.
+
+    Raises ``EngineError`` if a package is missing or nothing can be quantized.
     """
     if why := missing(PACKAGES, "optimize"):
         raise EngineError(f"corewise's quantizer {why}")
     from corewise.engines.torch_tools import keep_freed_memory
-    from corewise.quantize.ptq import Recipe, quantized_program
+    from corewise.quantize.ptq import TOP
+    from corewise.quantize.state import quantized_program
 
-    options = build.quantization
-    recipe = Recipe(weight_bits=7 if options.reduce_range else 8)
+    options, recipe = build.quantization, _recipe(build)
+    rung = TOP if options.rung is None else options.rung
     keep_freed_memory()  # calibration runs in eager PyTorch
     with quiet():
-        reverted = _order(material, recipe)[: options.reverted_layers] if options.reverted_layers else ()
-        path, notes = quantized_program(
+        order = _reverting_order(material, recipe, rung) if options.reverted_layers else ()
+        reverted = order[: options.reverted_layers]
+        path, decided = quantized_program(
             material.program,
             material.calibration,
             material.inputs,
@@ -76,29 +103,35 @@ def quantized(material: BuildInputs, build: Build, target: "Target") -> tuple[Pa
             target,
             (*options.ignored_layers, *reverted),
             attention=options.attention,
+            rung=rung,
         )
     # What was decided is one line in a report, and the same for all engines.
-    decided = "; ".join(note for note in notes if not note.startswith("warning"))
-    told = (*(note for note in notes if note.startswith("warning")), decided)
-    return path, (*told, f"back in floating point: {', '.join(reverted)}") if reverted else told
+    notes = (*(f"warning: {doubt}" for doubt in decided.warnings), "; ".join(decided.notes))
+    return path, (*notes, f"back in floating point: {', '.join(reverted)}") if reverted else notes
 
 
-def _order(material: BuildInputs, recipe: "Recipe") -> tuple[str, ...]:
+def _recipe(build: Build) -> "Recipe":
+    from corewise.quantize.quantized import Recipe
+
+    return Recipe(weight_bits=7 if build.quantization.reduce_range else 8)
+
+
+def _reverting_order(material: BuildInputs, recipe: "Recipe", rung: int) -> tuple[str, ...]:
     """The layers in the order in which they go back to floating point; found once for all engines."""
-    from corewise.quantize import ptq
+    from corewise.quantize.quantized import batches
     from corewise.quantize.sensitivity import measure_sensitivity, order_of_return
+    from corewise.quantize.state import calibrated
 
-    path = material.cache / f"order-{recipe.key}.json"
+    path = material.cache / f"order-{recipe.key}-{rung}.json"
     if not path.exists():
-        made = ptq.calibrated(material.program, material.calibration, material.cache, recipe)
-        judging = material.calibration.take(
-            range(max(0, len(material.calibration) - JUDGED), len(material.calibration))
-        )
-        rows = measure_sensitivity(made, ptq.batches(judging, ROWS))
+        made = calibrated(material.program, material.calibration, material.cache, recipe, rung)
+        count = len(material.calibration)
+        judging = material.calibration.take(range(max(0, count - JUDGED), count))
+        rows = measure_sensitivity(made, batches(judging, ROWS))
         rows, _ = timed(made, rows, material.inputs, material.calibration, material.cpu.usable_cores)
-        whole = path.with_suffix(".part")
-        whole.write_text(json.dumps(order_of_return(rows)))
-        whole.replace(path)
+        part = path.with_suffix(".part")
+        part.write_text(json.dumps(order_of_return(rows)))
+        part.replace(path)
     return tuple(json.loads(path.read_text()))
 
 
@@ -107,7 +140,7 @@ def onnx_model(
 ) -> tuple[Path, tuple[str, ...]]:
     """``quantized`` as ONNX with a dynamic batch, made once for all engines."""
     program, notes = quantized(material, build, target)
-    from corewise.quantize.ptq import load_quantized
+    from corewise.quantize.state import load_quantized
 
     path = program.with_suffix(".onnx")
     if not path.exists():

@@ -59,7 +59,8 @@ def explain(
     with quiet(), guard(EngineError, "corewise cannot quantize this program", "report it, with the model"):
         from corewise.engines.torch_tools import keep_freed_memory
         from corewise.quantize.placement import place
-        from corewise.quantize.ptq import Recipe, batches, quantize
+        from corewise.quantize.ptq import quantize
+        from corewise.quantize.quantized import Recipe, batches
         from corewise.quantize.sensitivity import measure_sensitivity, order_of_return
 
         keep_freed_memory()
@@ -81,7 +82,7 @@ def explain(
         layers=rows,
         returning=order_of_return(rows),
         kept=placement.kept,
-        notes=quantized.notes,
+        notes=(*(f"warning: {doubt}" for doubt in quantized.warnings), *quantized.notes),
         timing=timing,
     )
 

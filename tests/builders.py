@@ -1,7 +1,6 @@
 """Records for tests, with what a test does not care about filled in."""
 
-from corewise.records.goal import Requirements
-from corewise.records.goal import goal as goal_of
+from corewise.records.goal import Requirements, parse_goal
 from corewise.records.reason import Reason
 from corewise.records.trial import Trial
 from corewise.report.reasons import sentence
@@ -9,7 +8,7 @@ from corewise.report.reasons import sentence
 
 def requirements(goal="throughput", *, slo_ms=None, **limits):
     """What the user asks for, by the names that ``optimize`` takes."""
-    return Requirements(goal=goal_of(goal, slo_ms=slo_ms), **limits)
+    return Requirements(goal=parse_goal(goal, slo_ms=slo_ms), **limits)
 
 
 def said(reason):

@@ -17,7 +17,7 @@ from corewise.common.errors import CorewiseError, EngineError
 from corewise.engines import BuildInputs, engine
 from corewise.engines.base import Sharing
 from corewise.engines.denormals import flushed
-from corewise.machine.inspect import inspect
+from corewise.machine.inspect import inspect_cpu
 from corewise.machine.layouts import assign, warning
 from corewise.records.build import Build, Plan
 from corewise.runtime.client import Worker
@@ -28,7 +28,7 @@ from corewise.testing.engine_contract import tiny_material
 
 pytestmark = pytest.mark.alone
 
-CPU = inspect()
+CPU = inspect_cpu()
 PLAN = Plan(threads_per_instance=1, instances=2, batch=4)
 BUILDS = {
     "eager": Build(engine="eager", precision="fp32"),
@@ -375,8 +375,8 @@ def output_of(*command):
 
 def test_a_process_on_one_core_plans_for_one():
     code = (
-        "from corewise.machine.inspect import inspect; from corewise.machine.layouts import assign, thread_layouts;"
-        "cpu = inspect();"
+        "from corewise.machine.inspect import inspect_cpu; from corewise.machine.layouts import assign, thread_layouts;"
+        "cpu = inspect_cpu();"
         "print(tuple(map(tuple, thread_layouts(cpu))), assign(cpu, 1, 1))"
     )
     number = CPU.affinity[-1]

@@ -15,7 +15,7 @@ from corewise.artifact import tuned
 from corewise.artifact.tuned import Machine, Tuned
 from corewise.batching import LatencyTable
 from corewise.common.errors import CorewiseError
-from corewise.machine.inspect import inspect
+from corewise.machine.inspect import inspect_cpu
 from corewise.machine.layouts import most_threads
 from corewise.records.build import Build, Plan
 from corewise.records.jsonable import from_json
@@ -26,7 +26,7 @@ from corewise.samples import from_python
 pytestmark = pytest.mark.alone
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "schema-1"
-CPU = inspect()
+CPU = inspect_cpu()
 SAMPLES = from_python(list(np.random.default_rng(0).standard_normal((40, 6)).astype(np.float32)))
 PLAN = Plan(threads_per_instance=1, instances=2, batch=4)
 TABLE = LatencyTable(points=((1, 6.0), (4, 12.0)))

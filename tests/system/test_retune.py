@@ -20,7 +20,7 @@ from corewise.artifact import TUNED
 from corewise.artifact.open import verify
 from corewise.artifact.tuned import Machine, read, write
 from corewise.common.errors import ArtifactError, CorewiseError, InputError, OutputError
-from corewise.machine.inspect import inspect
+from corewise.machine.inspect import inspect_cpu
 from corewise.machine.layouts import most_threads
 from corewise.records.build import Build, Plan
 from corewise.records.events import StageStarted
@@ -31,7 +31,7 @@ MADE = runpy.run_path(str(TESTS / "unit" / "test_artifact.py"))
 GOLDEN = TESTS / "golden" / f"schema-{artifact.SCHEMA}"
 RETUNE = import_module("corewise.search.retuning")
 retune = RETUNE.retune  # "corewise.search.retuning" is the module by now
-CPU = inspect()
+CPU = inspect_cpu()
 ONE_CORE = ("taskset", "-c", str(CPU.affinity[-1]))
 SINGLE = Plan(threads_per_instance=1)
 QUICK = """
@@ -328,9 +328,9 @@ def test_doctor_and_plans_know_of_one_core_only():
     found = json.loads(ok("doctor", "--json", on=ONE_CORE))
     assert found["cpu"]["affinity"] == [CPU.affinity[-1]]
     code = (
-        "from corewise.machine.inspect import inspect\n"
+        "from corewise.machine.inspect import inspect_cpu\n"
         "from corewise.machine.layouts import most_threads, thread_layouts\n"
-        "cpu = inspect()\nprint(cpu.usable_cores, most_threads(cpu), tuple(map(tuple, thread_layouts(cpu))))"
+        "cpu = inspect_cpu()\nprint(cpu.usable_cores, most_threads(cpu), tuple(map(tuple, thread_layouts(cpu))))"
     )
     found = subprocess.run([*ONE_CORE, sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert found.stdout == "1 1 ((1, 1),)\n"

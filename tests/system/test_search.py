@@ -66,7 +66,7 @@ def test_layers_go_back_until_the_gate_passes(context):
 
 def test_the_path_ends_when_half_of_the_layers_are_back(context):
     _, added = path_of(context, ours(1e9))
-    assert [trial.build.option("returned", 0) for trial in added] == [1, 2, 4, 8]
+    assert [trial.build.quantization.reverted_layers for trial in added] == [1, 2, 4, 8]
     assert {trial.state for trial in added} == {"rejected"}
 
 

@@ -26,13 +26,13 @@ from serving_tools import GOLDEN, eventually, fake_artifact, serving
 
 from corewise import artifact
 from corewise.batching import NotServed
-from corewise.machine.inspect import inspect
+from corewise.machine.inspect import inspect_cpu
 from corewise.records.build import Plan
 from corewise.serving.models import Models
 from corewise.serving.served import Served, Source, Trust
 
 pytestmark = [
-    pytest.mark.skipif(inspect().architecture != "x86_64", reason="the golden artifacts are for x86-64"),
+    pytest.mark.skipif(inspect_cpu().architecture != "x86_64", reason="the golden artifacts are for x86-64"),
     pytest.mark.alone,
 ]
 

@@ -14,7 +14,7 @@ from builders import said
 from trial_folder import fill, make_context
 
 from corewise.common.errors import CorewiseError, OutputError
-from corewise.machine.inspect import inspect
+from corewise.machine.inspect import inspect_cpu
 from corewise.records.build import Build
 from corewise.records.events import TrialStep
 from corewise.runtime.client import Died, Worker, read_outputs
@@ -225,7 +225,7 @@ def test_an_interrupt_leaves_no_child(context):
 
 
 def test_a_worker_that_is_gone_says_so_each_time(tmp_path):
-    with Worker(cpu=inspect(), log=tmp_path / "log", timeout_s=60) as worker:
+    with Worker(cpu=inspect_cpu(), log=tmp_path / "log", timeout_s=60) as worker:
         with pytest.raises(CorewiseError, match="has no open session"):
             worker.run_round(0.1)
         worker._process.kill()

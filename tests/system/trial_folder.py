@@ -4,7 +4,7 @@ from corewise.accuracy.fidelity import compare
 from corewise.accuracy.gate import judge
 from corewise.accuracy.metrics import default
 from corewise.engines import BuildInputs
-from corewise.machine.inspect import inspect
+from corewise.machine.inspect import inspect_cpu
 from corewise.records.build import Plan, TensorSpec
 from corewise.records.goal import Requirements
 from corewise.runtime.workspace import Workspace
@@ -24,7 +24,7 @@ def fill(folder, samples):
             outputs=(TensorSpec(name="y", dtype="float32", shape=(None, 5)),),
             operators={},
             calibration=samples,
-            cpu=inspect(),
+            cpu=inspect_cpu(),
             cache=workspace.cache,
         )
     )
@@ -41,5 +41,5 @@ def make_context(workspace, *, max_drop, **options):
         fidelity = compare(reference[0], outputs, metric=metric, labels=None, nest=lambda leaves: leaves[0])
         return fidelity, judge(fidelity, Requirements(max_drop=max_drop))
 
-    options = {"plan": PLAN, "cpu": inspect(), "timeout_s": 60.0, "on_event": lambda event: None, **options}
+    options = {"plan": PLAN, "cpu": inspect_cpu(), "timeout_s": 60.0, "on_event": lambda event: None, **options}
     return SearchContext(workspace=workspace, verify=verify, **options)

@@ -10,7 +10,7 @@ from corewise.machine.layouts import thread_layouts
 from corewise.records.build import Build, Plan
 from corewise.records.cpu import Cpu, LogicalCpu
 from corewise.records.goal import Latency, Slo, Throughput
-from corewise.search.candidates import BASELINE, PRECISION_ORDER, candidates, first_plan, following, layouts
+from corewise.search.candidates import BASELINE, PRECISION_ORDER, first_plan, following, layouts, list_candidates
 
 CPU = Cpu(
     architecture="x86_64",
@@ -27,7 +27,7 @@ CPU = Cpu(
 
 
 class Offering:
-    """An engine that offers builds of these precisions; of what an engine has, candidates() sees no more."""
+    """An engine that offers builds of these precisions; of what an engine has, list_candidates() sees no more."""
 
     def __init__(self, name, *precisions):
         self._builds = tuple(Build(engine=name, precision=precision) for precision in precisions)
@@ -37,19 +37,19 @@ class Offering:
 
 
 def test_the_baseline_is_first_though_no_engine_offers_it():
-    assert candidates(CPU, {}, {}) == (BASELINE,)
+    assert list_candidates(CPU, {}, {}) == (BASELINE,)
 
 
 def test_what_needs_no_calibration_is_first_then_the_fastest_precision_and_engines_keep_their_order():
     offered = {"b": Offering("b", "fp32", "bf16", "int8"), "a": Offering("a", "int8-dynamic", "int8")}
-    found = candidates(replace(CPU, isa=("avx2",)), {}, offered)
+    found = list_candidates(replace(CPU, isa=("avx2",)), {}, offered)
     labels = [build.label for build in found]
     assert labels == ["eager/fp32", "a/int8-dynamic", "b/bf16", "b/fp32", "b/int8", "a/int8"]
 
 
 def test_where_the_cpu_multiplies_int8_that_comes_after_one_build_that_is_sure():
     offered = {"b": Offering("b", "fp32", "bf16", "int8"), "a": Offering("a", "int8-dynamic", "int8")}
-    found = candidates(CPU, {}, offered)
+    found = list_candidates(CPU, {}, offered)
     labels = [build.label for build in found]
     assert labels == ["eager/fp32", "a/int8-dynamic", "b/int8", "a/int8", "b/bf16", "b/fp32"]
 
@@ -58,12 +58,12 @@ def test_what_takes_long_to_build_comes_late():
     ours = Build(engine="b", precision="int8", options=(("quantizer", "corewise"),))
     slow, fast = Offering("torch-int8", "int8", "int8-dynamic"), Offering("b", "int8")
     fast._builds += (ours,)
-    found = candidates(CPU, {}, {"torch-int8": slow, "b": fast})
+    found = list_candidates(CPU, {}, {"torch-int8": slow, "b": fast})
     assert found[1:] == (slow._builds[1], fast._builds[0], ours, slow._builds[0])
 
 
 def test_the_baseline_is_there_once_though_eager_offers_it():
-    found = candidates(CPU, {}, {"eager": engine("eager")})
+    found = list_candidates(CPU, {}, {"eager": engine("eager")})
     assert found == (BASELINE, Build(engine="eager", precision="bf16"))
 
 
@@ -89,7 +89,9 @@ def test_the_baseline_is_pytorch_as_people_run_it():
 
 
 def test_ignored_layers_are_known_to_our_quantizer_only():
-    found = candidates(CPU, {"aten.linear.default": 3}, {"onnxruntime": engine("onnxruntime")}, ("head", "layer.*"))
+    found = list_candidates(
+        CPU, {"aten.linear.default": 3}, {"onnxruntime": engine("onnxruntime")}, ("head", "layer.*")
+    )
     assert [build.label for build in found] == [
         "eager/fp32",
         "onnxruntime/fp32",

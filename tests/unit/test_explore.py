@@ -14,8 +14,7 @@ from hypothesis import strategies as st
 from corewise.machine.layouts import ThreadLayout, thread_layouts
 from corewise.records.build import Plan
 from corewise.records.cpu import Cpu, LogicalCpu
-from corewise.records.goal import Throughput
-from corewise.records.goal import goal as goal_of
+from corewise.records.goal import Throughput, parse_goal
 from corewise.records.measurement import MOST_LATENCIES, Measurement
 from corewise.records.reason import Reason, ReasonKind
 from corewise.search.plans import (
@@ -87,7 +86,7 @@ class Scaling:
 def search(goal, model, shapes=SHAPES, known=(), **options):
     """The measurements that a search took, and why it ended."""
     steps = drive(
-        strategy(goal_of(goal, slo_ms=options.pop("slo_ms", None)), tuple(ThreadLayout(*shape) for shape in shapes)),
+        strategy(parse_goal(goal, slo_ms=options.pop("slo_ms", None)), tuple(ThreadLayout(*shape) for shape in shapes)),
         known,
         lambda wanted: model.measurement(wanted.plan, wanted.why),
         **options,
@@ -258,7 +257,7 @@ def test_whoever_drives_may_end_it_at_any_plan(after):
 
 @pytest.mark.parametrize("goal", ["throughput", "latency", "slo"])
 def test_where_no_plan_runs_the_search_ends_and_says_so(goal):
-    steps = strategy(goal_of(goal, slo_ms=100.0 if goal == "slo" else None), SHAPES)
+    steps = strategy(parse_goal(goal, slo_ms=100.0 if goal == "slo" else None), SHAPES)
     *measured, ended = drive(steps, (), lambda wanted: not_run(wanted.plan, text("died")))
     assert measured
     assert said(ended).startswith("no ")

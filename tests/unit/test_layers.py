@@ -48,6 +48,8 @@ class Import(NamedTuple):
     name: str
     line: int
     when: Literal["at once", "later", "never"]
+    members: tuple[str, ...] = ()
+    """What ``from name import ...`` takes of it: attributes or submodules."""
 
 
 class Module(NamedTuple):
@@ -56,6 +58,17 @@ class Module(NamedTuple):
     path: Path
     room: str
     tree: ast.Module
+
+    @property
+    def name(self) -> str:
+        """The name to import it by; a package's ``__init__`` is the package."""
+        parts = self.path.relative_to(SOURCE.parent).with_suffix("").parts
+        return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+    @property
+    def package(self) -> str:
+        """The package whose modules are its siblings."""
+        return ".".join(self.path.relative_to(SOURCE.parent).parts[:-1])
 
     def at(self, line: int) -> str:
         return f"{self.path.relative_to(SOURCE.parent)}:{line}"
@@ -77,9 +90,12 @@ def imports(node: ast.AST, when: Literal["at once", "later", "never"] = "at once
             yield from (Import(alias.name, child.lineno, when) for alias in child.names)
         elif isinstance(child, ast.ImportFrom):
             assert not child.level, f"line {child.lineno}: write the whole name of the module"
+            members = tuple(alias.name for alias in child.names)
             # "from corewise import stats" imports a room, not the package.
-            names = [f"{ROOT}.{alias.name}" for alias in child.names] if child.module == ROOT else [str(child.module)]
-            yield from (Import(name, child.lineno, when) for name in names)
+            if child.module == ROOT:
+                yield from (Import(f"{ROOT}.{member}", child.lineno, when) for member in members)
+            else:
+                yield Import(str(child.module), child.lineno, when, members)
         elif isinstance(child, ast.If) and ast.unparse(child.test) == "TYPE_CHECKING":
             yield from imports(child, "never")
         else:
@@ -117,6 +133,54 @@ def test_imports_go_one_way() -> None:
                 relation = "beside" if LEVEL[module.room] == LEVEL[room] else "below"
                 problems.append(f"{module.at(imported.line)}: {module.room} imports {room}, but stands {relation} it")
     assert_none(problems)
+
+
+def graph() -> dict[str, set[str]]:
+    """The modules that each module imports, also inside functions; imports for type checkers only do not count."""
+    names = {module.name for module in modules()}
+    return {
+        module.name: {
+            target
+            for imported in imports(module.tree)
+            if imported.when != "never"
+            for target in (imported.name, *(f"{imported.name}.{member}" for member in imported.members))
+            if target in names
+        }
+        - {module.name}
+        for module in modules()
+    }
+
+
+def circle(edges: dict[str, set[str]]) -> list[str]:
+    """The nodes of one circle in the order of its edges; empty if there is none."""
+    finished: set[str] = set()
+
+    def walk(node: str, path: list[str]) -> list[str]:
+        if node in path:
+            return [*path[path.index(node) :], node]
+        if node in finished:
+            return []
+        closed = next(filter(None, (walk(target, [*path, node]) for target in sorted(edges[node]))), [])
+        finished.add(node)
+        return closed
+
+    return next(filter(None, (walk(node, []) for node in sorted(edges))), [])
+
+
+def test_no_modules_import_each_other_in_a_circle() -> None:
+    assert not (closed := circle(graph())), " imports ".join(closed)
+
+
+def test_a_function_does_not_have_the_name_of_its_module_or_of_a_sibling() -> None:
+    names = {module.name for module in modules()}
+    shared = {
+        (module.name.removeprefix(f"{ROOT}."), node.name)
+        for module in modules()
+        for node in module.tree.body
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef) and not node.name.startswith("_")
+        if f"{module.package}.{node.name}" in names
+    }
+    assert_none([f"{module}.{function}: rename the function" for module, function in sorted(shared)])
 
 
 def test_torch_is_imported_only_where_torch_is_the_work() -> None:
@@ -236,7 +300,7 @@ def test_the_rules_can_fail() -> None:
     )
     assert list(imports(tree)) == [
         Import("torch.nn", 1, "at once"),
-        Import("corewise.common", 2, "at once"),
+        Import("corewise.common", 2, "at once", ("stats",)),
         Import("pickle", 4, "later"),
         Import("ray", 6, "never"),
     ]
@@ -245,5 +309,7 @@ def test_the_rules_can_fail() -> None:
         ROOT,
         None,
     )
+    assert circle({"a": {"b"}, "b": {"c"}, "c": {"b"}}) == ["b", "c", "b"]
+    assert circle({"a": {"b", "c"}, "b": {"c"}, "c": set()}) == []
     handlers = [node for node in ast.walk(ast.parse("try: 1\nexcept (OSError, Exception): 2")) if hasattr(node, "name")]
     assert [_catches_everything(node) for node in handlers] == [True]

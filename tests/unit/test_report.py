@@ -20,7 +20,7 @@ from corewise.records.measurement import Rates
 from corewise.records.reason import Step
 from corewise.records.report import Report
 from corewise.report import markdown, numbers, terminal, words
-from corewise.report.summary import summary
+from corewise.report.summary import summarize
 from corewise.report.terminal import Progress
 
 GOLDEN = Path(__file__).parents[1] / "golden"
@@ -57,7 +57,7 @@ def test_the_golden_json_is_read_back_as_the_same_report():
 
 
 def test_the_summary_is_json_with_the_figures_of_the_choice_and_the_winner():
-    found = summary(REPORT)
+    found = summarize(REPORT)
     assert json.loads(json.dumps(found, allow_nan=False)) == found
     expected = {
         "engine": "openvino",
@@ -90,7 +90,7 @@ def test_the_summary_is_json_with_the_figures_of_the_choice_and_the_winner():
 
 
 def test_every_trial_is_in_the_summary_with_why_it_lost_or_won():
-    trials = {trial["label"]: trial for trial in summary(REPORT)["trials"]}
+    trials = {trial["label"]: trial for trial in summarize(REPORT)["trials"]}
     assert len(trials) == len(REPORT.trials)
     assert [label for label, trial in trials.items() if trial["chosen"]] == [WINNER.build.label]
     assert trials[WINNER.build.label]["reason"] == said(REPORT.choice.reason)
@@ -105,8 +105,8 @@ def test_every_trial_is_in_the_summary_with_why_it_lost_or_won():
 def test_a_winner_without_fidelity_has_no_accuracy_in_any_format():
     trials = tuple(replace(trial, fidelity=None) for trial in REPORT.trials)
     report = replace(REPORT, trials=trials)
-    assert summary(report)["metric"] is None
-    assert summary(report)["drop"] is None
+    assert summarize(report)["metric"] is None
+    assert summarize(report)["drop"] is None
     for text in (shown(report, 80), markdown.render(report)):
         assert "top1 0." not in text.split("others lost")[0]
 
@@ -159,7 +159,7 @@ def test_what_ran_in_int8_is_told_for_the_winner_and_the_losers():
     for text in (shown(REPORT, 120), markdown.render(REPORT)):
         assert told in text
         assert "int8: 53 of 54 convolutions and linears, 1 fell back (node_linear)" in flat(text.replace("\\", ""))
-    found = summary(REPORT)
+    found = summarize(REPORT)
     assert found["receipt"]["int8"] == 53
     assert found["trials"][0]["receipt"] is None
 
@@ -449,6 +449,6 @@ def test_what_was_made_for_display_changes_no_value():
     before = to_json(REPORT)
     shown(REPORT, 80)
     markdown.render(REPORT)
-    summary(REPORT)["options"]["reduce_range"] = False
+    summarize(REPORT)["options"]["reduce_range"] = False
     assert to_json(REPORT) == before
     assert terminal.trial_row(WINNER, EAGER, goal=Throughput(), chosen=True)[-1].plain == "✓ chosen"

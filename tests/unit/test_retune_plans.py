@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from test_thread_plan import machine, machines
 from test_tuned import measured
 
-from corewise.machine.inspect import inspect
+from corewise.machine.inspect import inspect_cpu
 from corewise.machine.layouts import most_threads, thread_layouts
 from corewise.records.build import Plan
 from corewise.runtime.race import ROUND_S, ROUNDS
@@ -165,7 +165,7 @@ def test_a_container_of_one_core_of_many_gets_one_thread(tmp_path):
     }.items():
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(f"{text}\n")
-    cpu = inspect(tmp_path)
+    cpu = inspect_cpu(tmp_path)
     assert len(cpu.affinity) == 64
     assert thread_layouts(cpu) == ((1, 1),)
     for objective in (THROUGHPUT, LATENCY):

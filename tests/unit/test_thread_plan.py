@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from corewise.machine.inspect import inspect
+from corewise.machine.inspect import inspect_cpu
 from corewise.machine.layouts import assign, most_threads, thread_layouts, warning
 from corewise.records.cpu import Cpu, LogicalCpu
 
@@ -214,6 +214,6 @@ def test_a_container_on_a_large_machine_uses_its_share(tmp_path: Path, files, pl
         path = tmp_path / name
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(f"{text}\n")
-    found = inspect(tmp_path)
+    found = inspect_cpu(tmp_path)
     assert len(found.cpus) == 16
     assert thread_layouts(found) == plans

@@ -15,7 +15,7 @@ from corewise.common.errors import ArtifactError, EngineError, InputError
 from corewise.common.references import guard
 from corewise.common.stats import Ratio, ratio_interval
 from corewise.engines import ENGINES, BuildInputs, Engine, Session, engine
-from corewise.machine.inspect import inspect
+from corewise.machine.inspect import inspect_cpu
 from corewise.records.build import Build, Plan
 from corewise.records.cpu import Cpu
 from corewise.records.measurement import Rates
@@ -48,7 +48,7 @@ def load(
     Raises ``ArtifactError`` where it is truncated, altered, foreign or does not fit this CPU, ``EngineError`` where its
     engine is not installed or cannot run such a plan, and ``InputError`` for numbers that are no plan.
     """
-    cpu = inspect()
+    cpu = inspect_cpu()
     found = artifact.read(Path(folder), cpu=cpu)
     fit = tuned.asked(found, cpu, threads_per_instance=threads_per_instance, instances=instances, batch=batch)
     for warning in fit.warnings:
@@ -77,7 +77,7 @@ def verify(folder: str | Path, *, model: Any = None) -> Verification:
 
     Raises ``ArtifactError`` with the first thing that is wrong.
     """
-    cpu = inspect()
+    cpu = inspect_cpu()
     found = artifact.read(Path(folder), cpu=cpu)
     fit = tuned.fit(found, cpu)
     session = _open(found, fit.plan, cpu, model)
@@ -111,7 +111,7 @@ def bench(
     Raises ``ArtifactError`` where the artifact is not sound or carries no reference, ``EngineError``
     where an engine is unknown or not installed.
     """
-    cpu = inspect()
+    cpu = inspect_cpu()
     found = artifact.read(Path(folder), cpu=cpu)
     if artifact.REFERENCE not in found.manifest.files:
         raise ArtifactError(

@@ -6,7 +6,7 @@ from pathlib import Path
 from corewise import artifact
 from corewise.artifact import tuned
 from corewise.artifact.open import TIMEOUT_S, check_available, check_trusted, golden_samples
-from corewise.machine.inspect import inspect
+from corewise.machine.inspect import inspect_cpu
 from corewise.records.measurement import LoadTest
 from corewise.runtime.client import Worker
 from corewise.runtime.loadgen import check_load
@@ -56,7 +56,7 @@ def loadtest(
         0
     """
     check_load(rate_per_s=rate_per_s, clients=clients, duration_s=duration_s, slo_ms=slo_ms)
-    cpu = inspect()
+    cpu = inspect_cpu()
     sound = artifact.read(Path(folder), cpu=cpu)
     fit = tuned.asked(sound, cpu, threads_per_instance=threads_per_instance, instances=instances, batch=batch)
     build = sound.manifest.build

@@ -15,10 +15,10 @@ def command(
 ) -> None:
     """Show what this CPU can do, what this process may use of it, and which engines are installed."""
     from corewise.doctor import diagnose, render
-    from corewise.machine.inspect import inspect
+    from corewise.machine.inspect import inspect_cpu
     from corewise.records.jsonable import to_json
 
-    diagnosis = diagnose(inspect(), torch=torch, environment=os.environ)
+    diagnosis = diagnose(inspect_cpu(), torch=torch, environment=os.environ)
     if as_json:
         print_json(to_json(diagnosis))
     else:

@@ -13,8 +13,7 @@ from corewise.cli.options import AsJson, ImageOptions, ModelReference, SampleOpt
 from corewise.cli.output import console, print_json
 from corewise.cli.quantities import above_zero, choice, duration, lines, size, zero_or_more
 from corewise.common.errors import InputError
-from corewise.records.goal import GOALS, Goal, GoalName, Slo, Throughput
-from corewise.records.goal import goal as goal_of
+from corewise.records.goal import GOALS, Goal, GoalName, Slo, Throughput, parse_goal
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -89,7 +88,7 @@ class GoalOptions:
             raise InputError("--objective slo has no --slo-ms", "add --slo-ms with a number of milliseconds, e.g. 100")
         if self.objective != "slo" and self.slo_ms is not None:
             raise InputError(f"--slo-ms does not go with --objective {self.objective}", "leave out one of them")
-        return goal_of(self.objective, slo_ms=self.slo_ms)
+        return parse_goal(self.objective, slo_ms=self.slo_ms)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -239,11 +238,11 @@ def command(
 
 def _conclude(report: "Report", output: OutputOptions, screen: "Console") -> None:
     """Print what was found, as the options ask for it."""
-    from corewise.report.summary import summary
+    from corewise.report.summary import summarize
     from corewise.report.terminal import conclusion, overview, render
 
     if output.as_json:
-        print_json(summary(report))
+        print_json(summarize(report))
     elif not output.quiet:
         screen.print(render(report) if output.verbose else overview(report, cut=screen.is_terminal), crop=False)
         command = "serve" if report.choice.winner.engine in SERVED_BY_ALL else "show"

@@ -25,21 +25,21 @@ def command(artifact_path: ArtifactPath, output: OutputOptions) -> None:
     """Show an artifact's report: its plan, accuracy, speed against the baseline, and why each other build lost."""
     from corewise import artifact
     from corewise.artifact import tuned
-    from corewise.machine.inspect import inspect
+    from corewise.machine.inspect import inspect_cpu
     from corewise.report import html, markdown
-    from corewise.report.summary import summary
+    from corewise.report.summary import summarize
     from corewise.report.terminal import render
 
     check_file(output.page)
     opened = artifact.read(artifact_path)
     report = opened.report
     if output.as_json:
-        print_json(summary(report))
+        print_json(summarize(report))
     elif output.markdown:
         print(markdown.render(report))
     elif output.page is None:
         console().print(render(report))
-        fit = tuned.fit(opened, inspect())
+        fit = tuned.fit(opened, inspect_cpu())
         if fit.tuned is not None:
             print(f"\nhere it {fit.tuned.label}")
     if output.page is not None:

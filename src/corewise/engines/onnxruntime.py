@@ -13,7 +13,8 @@ import numpy as np
 from corewise.common.errors import EngineError
 from corewise.engines import denormals, qdq
 from corewise.engines.base import BuildInputs, Session, is_mostly_linear, missing
-from corewise.engines.quiet import quiet
+from corewise.engines.libraries import quiet
+from corewise.engines.onnx_export import export_onnx
 from corewise.records.build import Build, Plan, Receipt
 from corewise.records.cpu import Cpu
 from corewise.samples import Samples
@@ -52,7 +53,7 @@ class OnnxRuntime:
 
     def needs(self, build: Build) -> tuple[str, ...]:
         """32-bit sums of int8 products for int8 in full range."""
-        return () if build.precision == "fp32" or build.option("reduce_range", False) else ("int8_dot",)
+        return () if build.precision == "fp32" or build.quantization.reduce_range else ("int8_dot",)
 
     def build(self, material: BuildInputs, build: Build, folder: Path) -> tuple[str, ...]:
         """Export the program, once for all builds, and quantize it.
@@ -70,9 +71,9 @@ class OnnxRuntime:
             return ()
         with quiet():
             if build.precision == "int8":
-                _quantize_static(exported, payload, material.calibration, bool(build.option("reduce_range", False)))
+                _quantize_static(exported, payload, material.calibration, build.quantization.reduce_range)
             else:
-                _quantize_dynamic(exported, payload, bool(build.option("reduce_range", False)))
+                _quantize_dynamic(exported, payload, build.quantization.reduce_range)
         return ()
 
     def open(self, folder: Path, build: Build, plan: Plan) -> Session:
@@ -212,7 +213,7 @@ def _exported(material: BuildInputs) -> Path:
         raise EngineError("the model is over 2 GB, more than one ONNX file can hold", "use another engine")
     from corewise.source import load_program
 
-    qdq.export_onnx(load_program(material.program), path)
+    export_onnx(load_program(material.program), path)
     return path
 
 

@@ -62,7 +62,7 @@ class Goal(ABC):
         if not isinstance(data, dict):
             raise ValueError(f"{data!r} is no goal")
         try:
-            return goal(data.get("name"), slo_ms=data.get("p99_ms"))
+            return parse_goal(data.get("name"), slo_ms=data.get("p99_ms"))
         except InputError as error:
             raise ValueError(str(error)) from error
 
@@ -165,7 +165,7 @@ class Slo(Goal):
         return 0.0, -min((measurement.p99_ms for measurement in trial.measurements), default=inf)
 
 
-def goal(name: Any, *, slo_ms: float | None = None) -> Goal:
+def parse_goal(name: Any, *, slo_ms: float | None = None) -> Goal:
     """The goal of that name.
 
     Args:
@@ -176,7 +176,7 @@ def goal(name: Any, *, slo_ms: float | None = None) -> Goal:
         InputError: the name is unknown, or ``slo_ms`` does not go with it.
 
     Example:
-        >>> goal("slo", slo_ms=100.0)
+        >>> parse_goal("slo", slo_ms=100.0)
         Slo(p99_ms=100.0)
     """
     if isinstance(name, Goal):

@@ -10,7 +10,7 @@ from corewise.report.reasons import sentence
 _FIDELITY = ("metric", "baseline_value", "value", "drop", "drop_low", "drop_high", "sqnr_db", "cosine", "agreement")
 
 
-def summary(report: Report) -> dict[str, Any]:
+def summarize(report: Report) -> dict[str, Any]:
     """What ``corewise show ART --json`` prints: the winner's figures, and under ``trials`` every trial's.
 
     ``throughput_per_s`` and ``baseline_throughput_per_s`` are items/s in the race (for latency 1/latency), ``promise``

@@ -27,14 +27,14 @@ from corewise.batching import Answer, Batcher, NotServed, Policy
 from corewise.common.errors import CorewiseError
 from corewise.common.references import describe
 from corewise.engines import Engine, Session, engine
-from corewise.machine.inspect import inspect, throttled_count
+from corewise.machine.inspect import inspect_cpu, throttled_count
 from corewise.machine.layouts import assign, warning
 from corewise.records.build import Plan
 from corewise.records.measurement import LoadRun, Measurement
 from corewise.runtime import messages
 from corewise.runtime.instances import Instances, memory_bytes
 from corewise.runtime.loadgen import check_load, closed_loop, open_loop
-from corewise.runtime.measure import batch_of, measure, throughput_per_s, time_calls, warm_up
+from corewise.runtime.measure import batch_of, measure_instances, throughput_per_s, time_calls, warm_up
 from corewise.runtime.messages import Request
 from corewise.runtime.workspace import Workspace
 from corewise.samples import Samples
@@ -93,7 +93,7 @@ class TrialChild:
         return messages.BuiltPayload(notes=tuple(notes))
 
     def _open(self, request: messages.OpenPayload) -> messages.OpenedPayload:
-        plan, cpu = request.plan, inspect()
+        plan, cpu = request.plan, inspect_cpu()
         self._close()
         cpus = assign(cpu, plan.threads_per_instance, plan.instances)
         self._instances = Instances(self.engine(request.build.engine), request.payload, request.build, plan, cpus)
@@ -128,7 +128,7 @@ class TrialChild:
         instances = self._opened()
         inputs = batch_of(Samples.load(request.samples), request.plan.batch)
         instances.touch(inputs)
-        measurement = measure(
+        measurement = measure_instances(
             instances.each,
             inputs,
             request.plan,

@@ -1,11 +1,12 @@
 """Which builds are worth trying, in which order, under which plans. Pure."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 from corewise.engines import Engine
 from corewise.engines.qdq import uses_corewise_quantizer
 from corewise.machine.layouts import ThreadLayout, thread_layouts
-from corewise.records.build import IGNORED, REVERTED, Build, Plan
+from corewise.records.build import Build, Plan
 from corewise.records.cpu import Cpu
 from corewise.records.goal import Goal
 from corewise.records.trial import State, Trial
@@ -18,7 +19,7 @@ OWN_INT8 = 1
 """The effort of int8 by an engine's own quantizer."""
 
 
-def candidates(
+def list_candidates(
     cpu: Cpu, operators: dict[str, int], engines: Mapping[str, Engine], ignored: Sequence[str] = ()
 ) -> tuple[Build, ...]:
     """The baseline, then each available engine's builds: what is made soonest first, and then the fastest precision.
@@ -31,7 +32,9 @@ def candidates(
     builds = [build for name in engines for build in engines[name].candidates(cpu, operators) if build != BASELINE]
     if ignored:
         builds = [
-            build.with_option(IGNORED, " ".join(ignored)) if uses_corewise_quantizer(build) else build
+            build.with_quantization(replace(build.quantization, ignored_layers=tuple(ignored)))
+            if uses_corewise_quantizer(build)
+            else build
             for build in builds
             if uses_corewise_quantizer(build) or not build.precision.startswith("int8")
         ]
@@ -83,4 +86,4 @@ def layouts(cpu: Cpu, build: Build) -> tuple[ThreadLayout, ...]:
 
 def with_reverted_layers(build: Build, count: int) -> Build:
     """The build with ``count`` layers in floating point."""
-    return build.with_option(REVERTED, count)
+    return build.with_quantization(replace(build.quantization, reverted_layers=count))

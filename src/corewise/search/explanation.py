@@ -6,9 +6,9 @@ from typing import Any
 
 from corewise.common.errors import EngineError, InputError, MissingExtra, SourceError
 from corewise.common.references import guard
-from corewise.engines import qdq
-from corewise.engines.quiet import quiet
-from corewise.machine.inspect import inspect
+from corewise.engines import layer_times, qdq
+from corewise.engines.libraries import quiet
+from corewise.machine.inspect import inspect_cpu
 from corewise.quantize.explanation import Explanation
 from corewise.records.events import OnEvent, Stage, StageStarted
 from corewise.samples import Samples, default_calibration, from_python, read, split
@@ -70,15 +70,16 @@ def explain(
         raise SourceError(
             f"the model cannot be exported ({exported.why_not})", "only exported models can be quantized layer by layer"
         )
-    cpu = inspect()
+    cpu = inspect_cpu()
     bits = weight_bits or (8 if cpu.int8_dot else 7)
 
     on_event(StageStarted(Stage.QUANTIZING, samples=len(calibrating)))
     with quiet(), guard(EngineError, "corewise cannot quantize this program", "report it, with the model"):
         from corewise.engines.torch_tools import keep_freed_memory
         from corewise.quantize.placement import place
-        from corewise.quantize.ptq import Recipe, batches, quantize
-        from corewise.quantize.sensitivity import order_of_return, sensitivity
+        from corewise.quantize.ptq import quantize
+        from corewise.quantize.quantized import Recipe, batches
+        from corewise.quantize.sensitivity import measure_sensitivity, order_of_return
 
         keep_freed_memory()
         quantized = quantize(exported.program, calibrating, Recipe(weight_bits=bits))
@@ -86,10 +87,10 @@ def explain(
 
     on_event(StageStarted(Stage.QUANTIZING_LAYERS, count=len(placement.layers), samples=len(used)))
     with guard(EngineError, "the quantized program cannot be run", "report it, with the model"):
-        rows = sensitivity(quantized, batches(used, qdq.ROWS))
+        rows = measure_sensitivity(quantized, batches(used, qdq.ROWS))
 
     on_event(StageStarted(Stage.TIMING_LAYERS))
-    rows, timing = qdq.timed(quantized, rows, exported.inputs, calibrating, cpu.usable_cores)
+    rows, timing = layer_times.timed(quantized, rows, exported.inputs, calibrating, cpu.usable_cores)
     return Explanation(
         model=model if isinstance(model, str) else type(model).__name__,
         samples=data.source,
@@ -99,7 +100,7 @@ def explain(
         layers=rows,
         returning=order_of_return(rows),
         kept=placement.kept,
-        notes=quantized.notes,
+        notes=(*(f"warning: {doubt}" for doubt in quantized.warnings), *quantized.notes),
         timing=timing,
     )
 

@@ -12,7 +12,7 @@ from typing import Any
 from corewise.common.errors import InputError, MissingExtra, OutputError
 from corewise.engines import BuildInputs, engine
 from corewise.records.events import OnEvent
-from corewise.records.goal import Goal, GoalName, Requirements, Slo, goal
+from corewise.records.goal import Goal, GoalName, Requirements, Slo, parse_goal
 from corewise.records.report import Choice, Report
 from corewise.runtime.worker import peak_memory_bytes
 from corewise.runtime.workspace import Workspace
@@ -92,7 +92,10 @@ def optimize(
     if importlib.util.find_spec("torch") is None:
         raise MissingExtra("torch", "optimize", "optimizing a model")
     requirements = Requirements(
-        goal=goal(objective, slo_ms=slo_ms), max_drop=max_drop, strict=strict, memory_limit_bytes=memory_limit_bytes
+        goal=parse_goal(objective, slo_ms=slo_ms),
+        max_drop=max_drop,
+        strict=strict,
+        memory_limit_bytes=memory_limit_bytes,
     )
     _check(requirements, budget_s, timeout_s)
     task = Task.read(

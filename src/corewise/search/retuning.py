@@ -20,7 +20,7 @@ from corewise.artifact import Artifact, tuned
 from corewise.artifact.open import check_available, check_trusted, golden_samples, opener
 from corewise.common.errors import CorewiseError, EngineError, InputError
 from corewise.common.stats import ratio_interval
-from corewise.machine.inspect import inspect
+from corewise.machine.inspect import inspect_cpu
 from corewise.machine.layouts import ThreadLayout, thread_layouts
 from corewise.records.build import Plan
 from corewise.records.cpu import Cpu
@@ -76,7 +76,7 @@ def find_plan(
     started_s = time.monotonic()
     if not 0 < budget_s < inf:
         raise InputError(f"the budget is {budget_s:g} s", "give more than 0, e.g. 30")
-    cpu = inspect()
+    cpu = inspect_cpu()
     sound = artifact.read(Path(folder), cpu=cpu)
     check_trusted(sound, sound.manifest.build.engine)
     check_available(sound.manifest.build.engine, f"retuning {folder}")

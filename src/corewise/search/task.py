@@ -15,7 +15,7 @@ from corewise.accuracy import metrics
 from corewise.accuracy.gate import AccuracyGate
 from corewise.common.errors import EngineError, InputError
 from corewise.engines import BuildInputs, Engine, engine
-from corewise.machine.inspect import inspect
+from corewise.machine.inspect import inspect_cpu
 from corewise.records.build import Build
 from corewise.records.cpu import Cpu
 from corewise.records.events import OnEvent, Stage, StageStarted
@@ -25,7 +25,7 @@ from corewise.records.reason import Reason, ReasonKind
 from corewise.records.report import SampleFacts
 from corewise.runtime.workspace import Workspace
 from corewise.samples import Samples, default_calibration, from_python, read, split
-from corewise.search.candidates import candidates
+from corewise.search.candidates import list_candidates
 
 if TYPE_CHECKING:
     from torch.export import ExportedProgram
@@ -85,7 +85,7 @@ class Task:
         elif ignored:
             _check_ignored(exported.program, ignored)
             notes = (*notes, Reason.of(ReasonKind.COREWISE_INT8_ONLY, layers=", ".join(ignored)))
-        cpu = inspect()
+        cpu = inspect_cpu()
         operators = source.operators(exported.program) if exported.program else {}
         return cls(
             model=model if isinstance(model, str) else type(model).__name__,
@@ -95,7 +95,7 @@ class Task:
             holdout=holdout,
             metric=metric,
             cpu=cpu,
-            builds=candidates(cpu, operators, usable, ignored),
+            builds=list_candidates(cpu, operators, usable, ignored),
             in_process=in_process,
             notes=notes,
             seed=seed,

@@ -19,7 +19,7 @@ from corewise.artifact import Artifact
 from corewise.artifact.open import check_available, golden_samples, write_reference
 from corewise.common.errors import ArtifactError, CorewiseError, EngineError
 from corewise.common.references import guard
-from corewise.machine.inspect import inspect
+from corewise.machine.inspect import inspect_cpu
 from corewise.records.build import Build, Plan
 from corewise.runtime.client import Worker, read_outputs
 from corewise.runtime.workspace import Workspace
@@ -105,7 +105,7 @@ class Shadow:
                 self.error = str(error)
 
     def _compare(self, work: Path) -> None:
-        cpu, workspace = inspect(), Workspace(work)
+        cpu, workspace = inspect_cpu(), Workspace(work)
         payload = workspace.empty_payload(FP32)
         write_reference(self._found, golden_samples(self._found), cpu, workspace)
         with Worker(cpu=cpu, log=work / "log", timeout_s=TIMEOUT_S) as worker:

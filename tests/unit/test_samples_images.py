@@ -8,6 +8,7 @@ import sys
 import zlib
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -22,6 +23,8 @@ from corewise.samples import images as images_module
 from corewise.samples.audio import open_audio
 from corewise.samples.folders import read_folder
 from corewise.samples.images import ImageReader, TooManyPixels, image_array, normalize_image, open_image
+from corewise.serving import images as serving_images
+from corewise.serving.protocol import ProtocolError
 
 TINY = Preprocess(resize=8, crop=4, mean=(0.5, 0.5, 0.5), std=(0.25, 0.25, 0.25))
 PLAIN = Preprocess(resize=8, crop=8, mean=(0, 0, 0), std=(1, 1, 1))
@@ -270,14 +273,14 @@ def test_a_draw_of_a_stream_gives_each_the_same_chance() -> None:
 
 
 MEMORY = """
-import resource, sys
+import sys
 from pathlib import Path
 from corewise.records.report import Preprocess
 from corewise.samples import read
 most = None if sys.argv[2] == "None" else int(sys.argv[2])
 samples = read(sys.argv[1], Preprocess(resize=224, crop=224), max_samples=most, spool=Path(sys.argv[3]))
 samples.fingerprint
-print(len(samples), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+print(len(samples), open("/proc/self/status").read().split("VmHWM:")[1].split()[0])
 """
 
 
@@ -605,3 +608,32 @@ def test_real_photos(data_folder: Path) -> None:
     assert set(labels_of(samples)) <= set(range(1000))
     assert {row[0].shape for row in samples.rows} == {(3, 224, 224)}
     assert abs(np.mean([row[0].mean() for row in samples.rows])) < 0.3
+
+
+# The server
+
+
+def test_the_server_decodes_as_samples_are_decoded(tmp_path: Path) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    files = {
+        "turned.jpg": encoded(random_image(), "JPEG", exif=exif),
+        "deep.png": sixteen("I;16"),
+        "float.tiff": DEEP["float TIFF to 1"](),
+        "animated.gif": encoded(random_image(), "GIF", save_all=True, append_images=[Image.new("RGB", (64, 64))]),
+        "cmyk.jpg": encoded(random_image().convert("CMYK"), "JPEG"),
+        "long.png": encoded(Image.new("RGB", (1, 3000), (9, 8, 7)), "PNG"),
+    }
+    for name, content in files.items():
+        (tmp_path / name).write_bytes(content)
+    samples = read(str(tmp_path), TINY)
+    served: Any = SimpleNamespace(name="m", manifest=SimpleNamespace(preprocess=TINY), outputs=())
+    assert samples.names == sorted(files)
+    for row, name in enumerate(sorted(files)):
+        request = serving_images.image(files[name], served)
+        np.testing.assert_array_equal(request.inputs[0][0], samples.rows[row][0])
+    wide = encoded(Image.new("1", (10_000, 6_000)), "PNG")
+    for content, status in ((b"", 415), (b"<html>", 415), (files["turned.jpg"][:300], 415), (wide, 413)):
+        with pytest.raises(ProtocolError) as caught:
+            serving_images.image(content, served)
+        assert caught.value.status == status

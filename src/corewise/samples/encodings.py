@@ -44,6 +44,18 @@ def arrays(encoding: Mapping[str, Any], where: str) -> dict[str, Any]:
     return made
 
 
+def single(inputs: Any, where: str) -> Any:
+    """One sample's inputs, without a batch dimension where a tokenizer put one around them."""
+    if not is_encoding(inputs):
+        return inputs
+    if not is_several(inputs):
+        return arrays(inputs, where)
+    several = list(rows(inputs, where))
+    if len(several) != 1:
+        raise SamplesError(f"{where} has the tokens of {len(several)} texts", "tokenize one at a time")
+    return arrays(several[0], where)
+
+
 def rows(columns: Mapping[str, Any], source: str) -> Iterator[dict[str, Any]]:
     """The rows of a dict of columns, arrays or lists of one length. Raises ``SamplesError`` for other lengths."""
     counts = {name: len(values) for name, values in columns.items()}

@@ -199,14 +199,12 @@ def _items(singles: Iterable[_Single], source: str) -> Iterator[Item]:
     for number, sample, group in singles:
         number += further
         inputs, label = _pair(sample)
+        where = f"sample {number} of {source}"
+        is_several = encodings.is_encoding(inputs) and encodings.is_several(inputs)
         if isinstance(inputs, Mapping) and label is None:
             inputs, label = encodings.pop_label(inputs)
-        if not encodings.is_encoding(inputs):
-            yield Item(number, inputs, label, group=group)
-            continue
-        where = f"sample {number} of {source}"
-        if not encodings.is_several(inputs):
-            yield Item(number, encodings.arrays(inputs, where), label, group=group)
+        if not is_several:
+            yield Item(number, encodings.single(inputs, where), label, group=group)
             continue
         several = list(encodings.rows(inputs, where))
         labels = label if hasattr(label, "__len__") and len(label) == len(several) else [label] * len(several)
@@ -319,6 +317,8 @@ def _from_batch(batch: Any, source: str) -> Iterator[Any]:
     """The single samples of a loader's batch."""
     inputs, labels = _pair(batch)
     if isinstance(inputs, Mapping) and labels is None:
+        if encodings.is_encoding(inputs):
+            return encodings.rows(inputs, source)
         inputs, labels = encodings.pop_label(inputs)
     # Detectors' loaders collate lists: images of any size, and a dict of boxes and classes for each.
     lists = isinstance(inputs, list | tuple) and isinstance(labels, list | tuple) and len(inputs) == len(labels)

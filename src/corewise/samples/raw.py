@@ -13,6 +13,7 @@ import numpy as np
 
 from corewise.common.errors import SamplesError
 from corewise.records.report import Preprocess
+from corewise.samples import encodings
 from corewise.samples.data import Samples, sample_name
 from corewise.samples.drawing import Draw, draw
 from corewise.samples.labels import digest_bytes, stack_labels
@@ -172,7 +173,8 @@ class RawSamples:
                     continue
                 usable.append(row)
                 number = row if self.numbers is None else int(self.numbers[row])
-                yield Item(number, inputs, name=self.names[row] if self.names else None)
+                single = encodings.single(inputs, f"{self.describe(row)} of {self.source}")
+                yield Item(number, single, name=self.names[row] if self.names else None)
             aside.notes(len(self))
 
         samples = collect(made(), source=self.source, preprocess=preprocess, spool=Spool(spool))

@@ -137,11 +137,13 @@ def _fields(reader: Any, path: Path) -> Iterator[_Record]:
             continue
         if fields is None:
             break
+        if not fields:
+            continue  # an empty line
         if header is None:
             header = [name.strip() for name in fields]
         elif len(fields) == len(header):
             yield _Record(f"line {line}", dict(zip(header, fields, strict=True)))
-        elif fields:
+        else:
             yield _Record(f"line {line}", {}, f"has {len(fields)} fields where the header has {len(header)}")
     if not header:
         raise SamplesError(f"{path} is empty", "give a header and rows")

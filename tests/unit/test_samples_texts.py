@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas
 import pyarrow
 import pytest
 import torch
@@ -347,16 +348,6 @@ def test_rows_can_be_read_as_they_come(tmp_path: Path) -> None:
 # Python objects
 
 
-class Frame:
-    """Looks like a pandas DataFrame."""
-
-    columns = ("text", "label")
-
-    def to_dict(self, orient: str) -> list[dict[str, Any]]:
-        assert orient == "records"
-        return [{"text": "a", "label": 1}, {"text": "b", "label": 0}]
-
-
 def generated() -> Iterator[tuple[str, int]]:
     yield "a", 1
     yield "b", 0
@@ -372,7 +363,7 @@ def generated() -> Iterator[tuple[str, int]]:
         [{"sentence": "a", "labels": 1, "idx": 0}, {"sentence": "b", "labels": 0, "idx": 1}],
         {"text": ["a", "b"], "label": [1, 0]},
         {"inputs": ["a", "b"], "labels": np.array([1, 0])},
-        Frame(),
+        pandas.DataFrame({"text": ["a", "b"], "label": [1, 0]}),
     ],
 )
 def test_texts_with_labels(texts: Any) -> None:
@@ -388,6 +379,8 @@ def test_texts_with_labels(texts: Any) -> None:
         ([["a", "b"], ["c", "d"]], {}, None),
         ([(("a", "b"), 0.5), (("c", "d"), 1.0)], {}, [0.5, 1.0]),
         ([(["a", "b"], 1), (["c", "d"], 2)], {}, [1, 2]),
+        ({"inputs": [("a", "b"), ("c", "d")], "labels": [1, 2]}, {}, [1, 2]),
+        ({"inputs": [("a", "b"), ("c", "d")]}, {}, None),
         (
             [{"q": "a", "p": "b", "s": 1}, {"q": "c", "p": "d", "s": 2}],
             {"text": "q", "pair": "p", "label": "s"},

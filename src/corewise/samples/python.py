@@ -150,7 +150,7 @@ class _Stream(NamedTuple):
 
 
 def _stream(samples: Any, groups: Any, source: str, max_samples: int | None, seed: int) -> _Stream:
-    if hasattr(samples, "to_dict") and hasattr(samples, "columns"):
+    if hasattr(samples, "to_dict") and hasattr(samples, "iloc"):
         samples = samples.to_dict("records")  # a pandas DataFrame
     if isinstance(samples, Mapping):
         groups = samples.get("groups", groups)
@@ -288,10 +288,12 @@ def _from_mapping(samples: Mapping[str, Any], source: str) -> Iterator[Any]:
     rest = {name: values for name, values in samples.items() if name != "groups"}
     if "inputs" in rest and set(rest) <= {"inputs", "labels"}:
         inputs, labels = rest["inputs"], rest.get("labels")
-        if isinstance(inputs, list | tuple) and inputs and _raw_kind(inputs[0], GUESSED) is not None:
-            columns = {"text": inputs} if labels is None else {"text": inputs, "label": labels}
-            return encodings.rows(columns, source)
-        return unstack(inputs, labels, source)
+        kind = _raw_kind(inputs[0], GUESSED) if isinstance(inputs, list | tuple) and inputs else None
+        if kind is None:
+            return unstack(inputs, labels, source)
+        rows = encodings.rows({"text": inputs} if labels is None else {"text": inputs, "label": labels}, source)
+        # A text and a label that is a string would be taken for a pair of texts.
+        return rows if kind == "text" else ((row["text"], row.get("label")) for row in rows)
     if not rest or not all(hasattr(values, "__len__") and not isinstance(values, str) for values in rest.values()):
         raise SamplesError(
             f"the dict from {source} has the keys {', '.join(map(str, samples))}",

@@ -205,12 +205,10 @@ def gather(
     source: str,
     max_samples: int | None = None,
     seed: int = 0,
-    notes: tuple[str, ...] = (),
 ) -> RawSamples:
     """Raw samples of a stream: at most ``max_samples``, drawn with ``seed``; those with a problem are set aside.
 
-    Raises ``SamplesError`` where there are none, where more than a
-    tenth are unusable, or where labels are wrong.
+    Raises ``SamplesError`` where there are none, where more than a tenth are unusable, or where labels are wrong.
     """
     drawing = Draw(max_samples, seed)
     aside = SetAside(NOUNS[kind], source)
@@ -234,7 +232,7 @@ def gather(
         source=source,
         numbers=np.array([item.number for item in kept], np.int64),
         names=[item.name or "" for item in kept] if any(item.name for item in kept) else None,
-        notes=(*notes, *set_aside, *drawing.notes(NOUNS[kind])),
+        notes=(*set_aside, *drawing.notes(NOUNS[kind])),
     )
 
 

@@ -31,6 +31,10 @@ REVERTED = "returned"
 """The option of builds that give so many layers back to floating point, those that cost most accuracy first."""
 
 
+FIXED_BATCH = "fixed_batch"
+"""The option of builds whose program takes exactly that many rows a call (``source.Exported.fixed_batch``)."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Build:
     """What is expensive to make: an engine's payload at one precision with its options."""
@@ -48,6 +52,11 @@ class Build:
     def option(self, name: str, default: Scalar) -> Scalar:
         """The option's value, or ``default``."""
         return dict(self.options).get(name, default)
+
+    @property
+    def fixed_batch(self) -> int | None:
+        """How many rows its program takes a call; ``None`` where any number."""
+        return int(self.option(FIXED_BATCH, 0)) or None
 
     def with_option(self, name: str, value: Scalar) -> "Build":
         """The build with that option's value."""

@@ -35,6 +35,7 @@ def load(
     threads_per_instance: int | None = None,
     instances: int | None = None,
     batch: int | None = None,
+    check_finite: bool = True,
 ) -> Model:
     """Open an artifact.
 
@@ -43,7 +44,10 @@ def load(
 
     It runs the plan that ``retune`` found on this machine, else the one it was made with; on a machine other than that
     plan's, or one with too few cores for it, a warning says so (``tuned.fit``). ``threads_per_instance``, ``instances``
-    and ``batch`` (the rows of a micro-batch) take the place of the plan's own.
+    and ``batch`` (the rows of a micro-batch) take the place of the plan's own. ``check_finite`` refuses calls whose
+    inputs have NaN or infinity; turn it off where infinity is meant, as in an attention mask.
+
+    It works in the process that opened it: a child that is forked later loads it itself.
 
     Raises ``ArtifactError`` where it is truncated, altered, foreign or does not fit this CPU, ``EngineError`` where its
     engine is not installed or cannot run such a plan, and ``InputError`` for numbers that are no plan.
@@ -58,6 +62,7 @@ def load(
         inputs=found.manifest.inputs,
         input_structure=found.input_structure,
         output_structure=found.output_structure,
+        check_finite=check_finite,
     )
 
 

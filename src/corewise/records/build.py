@@ -57,6 +57,10 @@ _PAIR_NAMES = {
 _IGNORED = _PAIR_NAMES["ignored_layers"]
 
 
+FIXED_BATCH = "fixed_batch"
+"""The option of builds whose program takes exactly that many rows a call (``source.Exported.fixed_batch``)."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Build:
     """What is expensive to make: an engine's payload at one precision with its options."""
@@ -92,6 +96,15 @@ class Build:
     def option(self, name: str, default: Scalar) -> Scalar:
         """The value of an engine's own option, or ``default``."""
         return dict(self.options).get(name, default)
+
+    @property
+    def fixed_batch(self) -> int | None:
+        """How many rows its program takes a call; ``None`` for any number."""
+        return int(self.option(FIXED_BATCH, 0)) or None
+
+    def with_fixed_batch(self, rows: int) -> "Build":
+        """The build of a program that takes exactly ``rows`` rows a call."""
+        return replace(self, options=tuple(sorted({**dict(self.options), FIXED_BATCH: rows}.items())))
 
 
 @dataclass(frozen=True, kw_only=True)

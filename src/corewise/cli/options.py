@@ -168,6 +168,17 @@ class SampleOptions:
             help="Seed of the random split into samples that calibrate and samples that judge.",
         ),
     ] = 0
+    max_samples: Annotated[
+        int | None,
+        option(
+            "--max-samples",
+            panel="Samples",
+            metavar="N",
+            parse=whole(2),
+            help="Most samples to read, drawn at random with --seed; the others are not decoded.",
+            default="all",
+        ),
+    ] = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -244,7 +255,9 @@ def reader(samples: SampleOptions, images: ImageOptions) -> "Callable[[], Sample
     from corewise.samples import read
 
     preprocess = images.checked()
-    return lambda: read(samples.samples, preprocess, images.preprocess)
+    return lambda: read(
+        samples.samples, preprocess, images.preprocess, max_samples=samples.max_samples, seed=samples.seed
+    )
 
 
 def load_model(reference: str | None) -> Any:

@@ -33,6 +33,7 @@ class ReasonKind(StrEnum):
     INACCURATE = "inaccurate"
     NOTHING_IN_INT8 = "nothing in int8"
     TOO_SLOW = "too slow"
+    DEPENDS_ON_NEIGHBOURS = "depends on neighbours"
     BUDGET_SPENT = "budget spent"
     BUDGET_SPENT_BEFORE = "budget spent before"
     BUDGET_SPENT_DURING = "budget spent during"
@@ -92,6 +93,9 @@ class ReasonKind(StrEnum):
     ENGINE_UNAVAILABLE = "engine unavailable"
     ONLY_EAGER = "only eager"
     COREWISE_INT8_ONLY = "corewise int8 only"
+    MIXES_BATCH = "mixes batch"
+    FIXED_BATCH = "fixed batch"
+    KEEPS_STATE = "keeps state"
 
 
 @dataclass(frozen=True, kw_only=True)

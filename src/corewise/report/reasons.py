@@ -152,12 +152,28 @@ def _drop_uncertain(details: Details) -> str:
     return f"a holdout of {details['samples']} is too small to show {limit}; {advice}"
 
 
+def _mixes_batch(details: Details) -> str:
+    place = f" in {details['operation']}" if details["operation"] else ""
+    place += f" ({details['where']})" if details["where"] else ""
+    agreement = f"alone, a row's answer agrees to {details['decibels']:.0f} dB only"
+    return f"the model mixes the rows of a batch{place}: {agreement}; so every row runs in a call of its own"
+
+
+def _keeps_state(details: Details) -> str:
+    where = f" ({details['where']})" if details["where"] else ""
+    return f"each call changes {details['name'] or 'something'} in the model{where}; answers do not depend on it"
+
+
 _SENTENCES: dict[ReasonKind, Callable[[Details], str]] = {
     K.BASELINE: _fixed("the baseline"),
     K.ACCURATE: _accuracy,
     K.INACCURATE: _accuracy,
     K.NOTHING_IN_INT8: _nothing_in_int8,
     K.TOO_SLOW: _too_slow,
+    K.DEPENDS_ON_NEIGHBOURS: lambda details: (
+        f"a row's answer depends on its neighbours: alone it agrees to {details['decibels']:.1f} dB, and at least "
+        f"{details['floor_db']:g} are needed"
+    ),
     K.BUDGET_SPENT: _budget,
     K.BUDGET_SPENT_BEFORE: lambda details: f"{_budget(details)} before it was tried",
     K.BUDGET_SPENT_DURING: lambda details: f"{_budget(details)} while it was tried",
@@ -214,5 +230,8 @@ _SENTENCES: dict[ReasonKind, Callable[[Details], str]] = {
     K.NOISY: lambda details: f"{details['build']}: {details['text']}",
     K.ENGINE_UNAVAILABLE: lambda details: f"engine {details['engine']} was not tried: {details['why']}",
     K.ONLY_EAGER: lambda details: f"only eager was tried: the model cannot be exported ({details['why']})",
+    K.MIXES_BATCH: _mixes_batch,
+    K.FIXED_BATCH: lambda details: f"calls have exactly {details['rows']} rows: {details['why']}",
+    K.KEEPS_STATE: _keeps_state,
     K.COREWISE_INT8_ONLY: lambda details: f"int8 by corewise's quantizer only, without {details['layers']}",
 }

@@ -141,9 +141,12 @@ class ObservedInt8:
 
 @dataclass(frozen=True, kw_only=True)
 class RanSamples:
-    """The outputs are written; ``per_s`` is the items per second of the median batch."""
+    """The outputs are written."""
 
     per_s: float
+    """Items per second of the median batch."""
+    alone_db: float
+    """How near the answers of some rows alone are to their answers in a batch (``agreement.worst_row_db``)."""
 
 
 @dataclass(frozen=True, kw_only=True)

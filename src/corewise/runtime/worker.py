@@ -24,6 +24,7 @@ from typing import assert_never
 import numpy as np
 
 from corewise.batching import Answer, Batcher, NotServed, Policy
+from corewise.common.agreement import worst_row_db
 from corewise.common.errors import CorewiseError
 from corewise.common.references import describe
 from corewise.engines import Engine, Session, engine
@@ -40,6 +41,8 @@ from corewise.runtime.workspace import Workspace
 from corewise.samples import Samples
 
 LOAD_SAMPLES = 16
+ALONE_ROWS = 3
+"""Rows whose answers alone are compared with those in a batch."""
 MAX_WAITING = 1024
 """Rows that may wait under a load; deadlines bound the queue first where requests have them."""
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -122,7 +125,16 @@ class TrialChild:
             tensors[f"{number}.rows"] = rows
             tensors.update({f"{number}.{k}": array for k, array in enumerate(results)})
         save_file(tensors, request.outputs)
-        return messages.RanSamples(per_s=median(per_s))
+        return messages.RanSamples(per_s=median(per_s), alone_db=self._alone_db(request))
+
+    def _alone_db(self, request: messages.RunSamples) -> float:
+        """Run some rows of the first batch alone too."""
+        _, arrays = next(Samples.load(request.samples).batches(request.batch))
+        together = self._opened().run(0, arrays)
+        rows = range(min(ALONE_ROWS, len(arrays[0])))
+        alone = [self._opened().run(0, [array[row : row + 1] for array in arrays]) for row in rows]
+        answers = [np.concatenate(outputs) for outputs in zip(*alone, strict=True)]
+        return worst_row_db([output[: len(rows)] for output in together], answers)
 
     def _measure(self, request: messages.Measure) -> Measurement:
         instances = self._opened()

@@ -13,14 +13,24 @@ from corewise.records.trial import State, Trial
 from corewise.search.plans import START_BATCH
 
 BASELINE = Build(engine="eager", precision="fp32")
+
 PRECISION_ORDER = ("int8", "int8-dynamic", "bf16", "fp32")
 """The fastest first, among builds that take about as long to make."""
 OWN_INT8 = 1
 """The effort of int8 by an engine's own quantizer."""
 
 
+def is_baseline(build: Build) -> bool:
+    """Whether it is eager PyTorch in fp32, with whatever batch its program takes."""
+    return (build.engine, build.precision) == (BASELINE.engine, BASELINE.precision)
+
+
 def list_candidates(
-    cpu: Cpu, operators: dict[str, int], engines: Mapping[str, Engine], ignored: Sequence[str] = ()
+    cpu: Cpu,
+    operators: dict[str, int],
+    engines: Mapping[str, Engine],
+    ignored: Sequence[str] = (),
+    fixed_batch: int | None = None,
 ) -> tuple[Build, ...]:
     """The baseline, then each available engine's builds: what is made soonest first, and then the fastest precision.
 
@@ -29,7 +39,7 @@ def list_candidates(
     run at 1.3 and 1.6 times the speed of the choice; Zen 4.) With ``ignored`` layers, int8 is by corewise's quantizer
     only: the engines' own quantizers do not know these names.
     """
-    builds = [build for name in engines for build in engines[name].candidates(cpu, operators) if build != BASELINE]
+    builds = [build for name in engines for build in engines[name].candidates(cpu, operators) if not is_baseline(build)]
     if ignored:
         builds = [
             build.with_quantization(replace(build.quantization, ignored_layers=tuple(ignored)))
@@ -43,7 +53,8 @@ def list_candidates(
     )
     if cpu.int8_dot:
         builds[1:] = sorted(builds[1:], key=lambda build: _effort(build) != OWN_INT8)
-    return (BASELINE, *builds)
+    builds = [BASELINE, *builds]
+    return tuple(builds if fixed_batch is None else (build.with_fixed_batch(fixed_batch) for build in builds))
 
 
 def following(left: Sequence[Build], trials: Sequence[Trial]) -> Build:
@@ -71,9 +82,9 @@ def _effort(build: Build) -> int:
     return 2 if uses_corewise_quantizer(build) or build.engine == "torch-int8" else OWN_INT8
 
 
-def first_plan(cpu: Cpu, goal: Goal) -> Plan:
+def first_plan(cpu: Cpu, goal: Goal, fixed_batch: int | None = None) -> Plan:
     """What every build is first measured under: all usable cores for one instance; single items for latency."""
-    return Plan(threads_per_instance=cpu.usable_cores, batch=1 if goal.single_items else START_BATCH)
+    return Plan(threads_per_instance=cpu.usable_cores, batch=fixed_batch or (1 if goal.single_items else START_BATCH))
 
 
 def layouts(cpu: Cpu, build: Build) -> tuple[ThreadLayout, ...]:
@@ -81,7 +92,7 @@ def layouts(cpu: Cpu, build: Build) -> tuple[ThreadLayout, ...]:
 
     The baseline is PyTorch as people run it: one instance on all usable cores.
     """
-    return (ThreadLayout(cpu.usable_cores, 1),) if build == BASELINE else thread_layouts(cpu)
+    return (ThreadLayout(cpu.usable_cores, 1),) if is_baseline(build) else thread_layouts(cpu)
 
 
 def with_reverted_layers(build: Build, count: int) -> Build:

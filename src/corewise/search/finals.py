@@ -10,7 +10,7 @@ from corewise.records.events import RaceRound, Stage, StageStarted
 from corewise.records.goal import Throughput
 from corewise.records.trial import State, Trial
 from corewise.runtime.race import ROUND_S, ROUNDS, Contender, ContenderFailed, Race, run_race
-from corewise.search.candidates import BASELINE
+from corewise.search.candidates import is_baseline
 from corewise.search.plans import NEAR
 from corewise.search.trial import SearchContext
 
@@ -41,7 +41,7 @@ def race_finalists(trials: Sequence[Trial], context: SearchContext) -> tuple[tup
                 on_round=lambda number, rounds, rates: context.on_event(RaceRound(number, rounds, rates)),
             )
         except ContenderFailed as failure:
-            if failure.build == BASELINE:
+            if is_baseline(failure.build):
                 most = min(most, len(finalists)) - 1
                 if most < 1:
                     raise

@@ -112,7 +112,7 @@ def optimize(
     gate = task.gate(requirements)
     context = SearchContext(
         workspace=workspace,
-        plan=first_plan(task.cpu, requirements.goal),
+        plan=first_plan(task.cpu, requirements.goal, task.exported.fixed_batch),
         layouts=lambda build: layouts(task.cpu, build),
         cpu=task.cpu,
         timeout_s=timeout_s,

@@ -19,7 +19,7 @@ from corewise.report.reasons import sentence
 from corewise.runtime.client import read_outputs
 from corewise.runtime.race import Race
 from corewise.search import slo
-from corewise.search.candidates import BASELINE, following, with_reverted_layers
+from corewise.search.candidates import following, is_baseline, with_reverted_layers
 from corewise.search.choose import choose_winner
 from corewise.search.finals import race_finalists
 from corewise.search.journal import Journal
@@ -72,7 +72,7 @@ class Search:
             build = following(left, self.trials)
             left.remove(build)
             trial = self._try(build, total=len(self.builds))
-            if build == BASELINE:
+            if is_baseline(build):
                 self._check_baseline(trial)
         self._check_candidates()
 
@@ -108,14 +108,14 @@ class Search:
         """
         ranked = sorted(
             (trial for trial in self.trials if trial.measurements),
-            key=lambda trial: (trial.build != BASELINE, -_first_per_s(trial)),
+            key=lambda trial: (not is_baseline(trial.build), -_first_per_s(trial)),
         )
         fit = 0
         for trial in ranked:
             why_not = self._why_not_tuned(trial, ranked, fit)
             tuned = self._tune(trial, why_not)
             self._replace(tuned)
-            fit += trial.build != BASELINE and tuned.state == State.OK
+            fit += not is_baseline(trial.build) and tuned.state == State.OK
 
     def find_slo_rate(self) -> None:
         """For an SLO, load the most promising plans and certify the highest rate that meets it."""
@@ -136,7 +136,7 @@ class Search:
 
     def choose(self) -> Choice:
         """The winner of the race, whose trial then has the latency table that admission needs."""
-        choice = choose_winner(self.trials, self.rates, self.context.requirements, BASELINE)
+        choice = choose_winner(self.trials, self.rates, self.context.requirements, self.trials[0].build)
         self._complete_latency_table(choice)
         return choice
 
@@ -170,14 +170,14 @@ class Search:
             build,
             self.context,
             best_verified_per_s=best_verified_per_s,
-            is_baseline=build == BASELINE,
+            is_baseline=is_baseline(build),
             share=self.context.split.last_trial if self._any_candidate_ok() else 1.0,
         )
 
     def _no_time(self, build: Build) -> Reason | None:
         """Why a build cannot be tried in what is left of the budget."""
         budget, split = self.context.budget, self.context.split
-        if build == BASELINE:
+        if is_baseline(build):
             return None
         if budget.ended(split.trials):
             return budget.reason(ReasonKind.BUDGET_SPENT_BEFORE)
@@ -190,7 +190,7 @@ class Search:
         return None
 
     def _any_candidate_ok(self) -> bool:
-        return any(trial.state == State.OK for trial in self.trials if trial.build != BASELINE)
+        return any(trial.state == State.OK for trial in self.trials if not is_baseline(trial.build))
 
     def _still_good(self, trial: Trial) -> bool:
         """Whether a finished trial counts again: the cause of a failure, and files, may be gone."""
@@ -223,9 +223,9 @@ class Search:
 
     def _why_not_tuned(self, trial: Trial, ranked: Sequence[Trial], fit: int) -> Reason | None:
         """Why its plans are not worth a search after ``fit`` others; ``None`` if they are."""
-        able = (other for other in ranked if other.build != BASELINE and self._of(other.build).state == State.OK)
+        able = (other for other in ranked if not is_baseline(other.build) and self._of(other.build).state == State.OK)
         fastest = next(able, None)
-        if trial.build == BASELINE or fastest is None:
+        if is_baseline(trial.build) or fastest is None:
             return None
         low_per_s, _ = _interval(fastest.measurements[0])
         _, high_per_s = _interval(trial.measurements[0])
@@ -261,7 +261,8 @@ class Search:
         """Measure the smaller batches of the winner's layout; only single items if the budget is spent."""
         winner = self._of(choice.winner)
         known = {measurement.plan for measurement in winner.measurements}
-        smaller = (replace(choice.plan, batch=batch) for batch in BATCHES if batch < choice.plan.batch)
+        batches = BATCHES if choice.winner.fixed_batch is None else ()
+        smaller = (replace(choice.plan, batch=batch) for batch in batches if batch < choice.plan.batch)
         missing = [plan for plan in smaller if plan not in known]
         if not missing:
             return

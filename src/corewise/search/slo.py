@@ -16,7 +16,7 @@ from corewise.records.reason import Reason
 from corewise.records.trial import State, Trial
 from corewise.runtime.client import Client
 from corewise.runtime.worker import MAX_WAITING
-from corewise.search.candidates import BASELINE
+from corewise.search.candidates import is_baseline
 from corewise.search.plans import tables
 from corewise.search.trial import SearchContext, reason_of
 
@@ -120,9 +120,9 @@ def find_rates(trials: Sequence[Trial], context: SearchContext, slo_ms: float) -
     waiting = [trial for trial in trials if trial.state == State.OK and not trial.loads]
     bench = _LoadBench(context, slo_ms)
     for group in (
-        [trial for trial in waiting if trial.build != BASELINE],
+        [trial for trial in waiting if not is_baseline(trial.build)],
         # Baseline last: at its low rate, 200 requests take longest.
-        [trial for trial in waiting if trial.build == BASELINE],
+        [trial for trial in waiting if is_baseline(trial.build)],
     ):
         contenders = [contender for trial in group for contender in _contenders(trial, slo_ms)]
         with bench:

@@ -4,7 +4,7 @@ import hashlib
 import importlib.metadata
 import importlib.util
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
@@ -95,9 +95,9 @@ class Task:
             holdout=holdout,
             metric=metric,
             cpu=cpu,
-            builds=list_candidates(cpu, operators, usable, ignored),
+            builds=list_candidates(cpu, operators, usable, ignored, exported.fixed_batch),
             in_process=in_process,
-            notes=notes,
+            notes=(*map(Reason.text, data.notes), *notes, *_behaviour(exported)),
             seed=seed,
         )
 
@@ -161,6 +161,23 @@ def _only_eager(exported: "Exported") -> tuple[Engine, dict[str, Engine], tuple[
 
     eager = Eager(exported.module)
     return eager, {"eager": eager}, (Reason.of(ReasonKind.ONLY_EAGER, why=exported.why_not),)
+
+
+def _behaviour(exported: "Exported") -> Iterator[Reason]:
+    """What is unusual about the model, and what follows."""
+    if exported.mixing is not None:
+        mixing, origin = exported.mixing, exported.mixing.origin
+        yield Reason.of(
+            ReasonKind.MIXES_BATCH,
+            decibels=mixing.decibels,
+            operation=origin.operation if origin else "",
+            where=origin.where if origin else "",
+        )
+    elif exported.fixed_batch is not None:
+        yield Reason.of(ReasonKind.FIXED_BATCH, rows=exported.fixed_batch, why=exported.why_fixed)
+    if exported.state is not None:
+        origin = exported.state.origin
+        yield Reason.of(ReasonKind.KEEPS_STATE, name=exported.state.name, where=origin.where if origin else "")
 
 
 def _check_ignored(program: "ExportedProgram", ignored: Sequence[str]) -> None:

@@ -19,11 +19,14 @@ from corewise.records.measurement import Measurement
 from corewise.records.reason import Reason, ReasonKind, Step
 from corewise.records.trial import Fidelity, State, Trial
 from corewise.runtime.client import Client, Hung, InProcess, StepFailed, Worker, read_outputs
+from corewise.runtime.messages import RanSamples
 from corewise.runtime.workspace import Workspace
 from corewise.search.budget import Budget, BudgetSplit
 
 VERIFY_BATCH = 16
 MEASURE_S = 1.0
+ALONE_DB = {"fp32": 50.0, "bf16": 25.0, "int8": 20.0, "int8-dynamic": 20.0}
+"""How near a row's answer alone must be to its answer in a batch: kernels for other batches may round differently."""
 HOPELESS = 0.5
 """A candidate that verifies slower than this share of the best so far is not measured."""
 
@@ -118,7 +121,8 @@ def _run(
     record["build_s"] = time.monotonic() - start_s
     record["payload_bytes"] = sum(file.stat().st_size for file in payload.rglob("*") if file.is_file())
     context.on_event(TrialStep(build, Step.VERIFYING))
-    outputs, per_s = _holdout_outputs(build, context, client, payload)
+    outputs, ran = _holdout_outputs(build, context, client, payload)
+    per_s = ran.per_s
     fidelity, verdict = context.verify(outputs)
     record.update(fidelity=fidelity, verified_per_s=per_s)
     receipt = record["receipt"] = _observe_int8(build, context, client, payload)
@@ -128,6 +132,11 @@ def _run(
         return
     if not (verdict.passed or is_baseline):
         record.update(state=State.REJECTED, reason=verdict.reason)
+        return
+    floor_db = ALONE_DB[build.precision]
+    if ran.alone_db < floor_db and not is_baseline:
+        reason = Reason.of(ReasonKind.DEPENDS_ON_NEIGHBOURS, decibels=ran.alone_db, floor_db=floor_db)
+        record.update(state=State.REJECTED, reason=reason)
         return
     if per_s < HOPELESS * best_verified_per_s:
         reason = Reason.of(ReasonKind.TOO_SLOW, per_s=per_s, best_per_s=best_verified_per_s)
@@ -145,13 +154,13 @@ def measure_plan(build: Build, context: SearchContext, client: Client, plan: Pla
     return replace(measurement, why=why, warning=opened.warning)
 
 
-def _holdout_outputs(build: Build, context: SearchContext, client: Client, payload: Path) -> tuple[Outputs, float]:
-    """The payload's outputs for the holdout in its order, and its items per second."""
+def _holdout_outputs(build: Build, context: SearchContext, client: Client, payload: Path) -> tuple[Outputs, RanSamples]:
+    """The payload's outputs for the holdout in its order, and how they were run."""
     plan = Plan(threads_per_instance=context.cpu.usable_cores, batch=VERIFY_BATCH)
     client.open(payload, build, plan)
     path = context.workspace.outputs(build)
     ran = client.run_samples(context.workspace.holdout, plan.batch, path)
-    return read_outputs(path), ran.per_s
+    return read_outputs(path), ran
 
 
 def _observe_int8(build: Build, context: SearchContext, client: Client, payload: Path) -> Receipt | None:

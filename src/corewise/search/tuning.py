@@ -11,8 +11,8 @@ from corewise.records.measurement import Measurement
 from corewise.records.reason import Reason, ReasonKind, Step
 from corewise.records.trial import FailedPlan, State, Trial
 from corewise.runtime.client import Client, Died
-from corewise.search.candidates import BASELINE
-from corewise.search.plans import PlanRequest, drive, not_run, strategy
+from corewise.search.candidates import is_baseline
+from corewise.search.plans import BATCHES, PlanRequest, drive, not_run, strategy
 from corewise.search.trial import SearchContext, measure_plan, reason_of
 
 
@@ -26,7 +26,8 @@ def tune(trial: Trial, context: SearchContext) -> Trial:
     reason: Reason | None = None
     with ExitStack() as stack:
         bench = _Bench(trial.build, context, stack)
-        steps = strategy(requirements.goal, context.layouts(trial.build))
+        batches = BATCHES if trial.build.fixed_batch is None else (trial.build.fixed_batch,)
+        steps = strategy(requirements.goal, context.layouts(trial.build), batches)
         for step in drive(steps, known, bench.measure, ended=lambda: _spent(context)):
             if isinstance(step, Reason):
                 reason = step
@@ -38,7 +39,7 @@ def tune(trial: Trial, context: SearchContext) -> Trial:
         tuned=reason,
         failed_plans=tuple(FailedPlan(plan=plan, reason=why) for plan, why in bench.failed.items()),
     )
-    if trial.build == BASELINE or (measurements and requirements.goal.best(tuned) is not None):
+    if is_baseline(trial.build) or (measurements and requirements.goal.best(tuned) is not None):
         return tuned
     rejections = [measurement.rejected for measurement in measurements.values() if measurement.rejected]
     return replace(tuned, state=State.REJECTED, reason=(*rejections, reason or trial.reason)[0])

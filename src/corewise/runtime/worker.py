@@ -284,7 +284,5 @@ def _answer(handler: Callable[..., dict[str, Any]], request: dict[str, Any]) -> 
 if __name__ == "__main__":
     # A hanging child must not outlive a parent that was killed: prctl(PR_SET_PDEATHSIG, SIGKILL), see prctl(2).
     ctypes.CDLL(None).prctl(1, signal.SIGKILL)
-    # OpenVINO and NNCF send usage data unless told not to; without this package they cannot.
-    sys.modules["openvino_telemetry"] = None  # type: ignore[assignment]
     warnings.simplefilter("ignore")
     serve(socket.socket(fileno=int(sys.argv[1])))

@@ -215,6 +215,18 @@ def test_web_frameworks_and_ray_stay_in_their_rooms() -> None:
     )
 
 
+def test_engines_that_send_usage_data_are_imported_in_one_place() -> None:
+    assert_none(
+        [
+            f"{module.at(imported.line)}: {imported.name}; use engines.libraries, where it sends nothing"
+            for module in modules()
+            for imported in imports(module.tree)
+            if imported.name.partition(".")[0] in ("openvino", "nncf", "onnxruntime", "openvino_telemetry")
+            and module.name != f"{ROOT}.engines.libraries"
+        ]
+    )
+
+
 def test_nothing_is_unpickled() -> None:
     assert_none(
         [

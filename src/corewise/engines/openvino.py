@@ -11,9 +11,17 @@ import numpy as np
 
 from corewise.engines import qdq
 from corewise.engines.base import BuildInputs, Session, is_mostly_linear, missing
-from corewise.engines.libraries import quiet
+from corewise.engines.libraries import import_nncf, import_openvino, quiet
 from corewise.engines.openvino_receipt import logged_receipt, runtime_receipt
-from corewise.engines.openvino_session import DYNAMIC, MODEL, OpenVinoSession, in_bf16, reshape_batch
+from corewise.engines.openvino_session import (
+    DYNAMIC,
+    MODEL,
+    OpenVinoSession,
+    explained,
+    in_bf16,
+    reshape_batch,
+    rest_that_compiles,
+)
 from corewise.records.build import Build, Plan, Receipt
 from corewise.records.cpu import Cpu
 
@@ -69,28 +77,25 @@ class OpenVino:
     def build(self, material: BuildInputs, build: Build, folder: Path) -> tuple[str, ...]:
         """Convert the program and, for int8, quantize it with the calibration samples.
 
-        Raises ``EngineError`` where nothing can be quantized.
+        Raises ``EngineError`` if OpenVINO cannot convert the program, or nothing can be quantized.
         """
-        import openvino as ov
-
         from corewise.source import load_program
 
+        notes: tuple[str, ...] = ()
         if qdq.uses_corewise_quantizer(build):
             exported, notes = qdq.onnx_model(material, build, build.quantization.placement)
-            with quiet():
-                ov.save_model(ov.convert_model(exported), str(folder / MODEL), compress_to_fp16=False)
-            return notes
-        if build.precision == "int8":
+            _save(_converted(exported), folder)
+        elif build.precision == "int8":
             shutil.copytree(_nncf(material, build.quantization.reduce_range), folder, dirs_exist_ok=True)
-            return ()
-        with quiet():
-            model = ov.convert_model(load_program(material.program))
+        else:
+            model = _converted(load_program(material.program))
             if build.precision == "int8-dynamic":
-                import nncf
-
-                model = nncf.compress_weights(model, mode=nncf.CompressWeightsMode.INT8_ASYM)
-            ov.save_model(model, str(folder / MODEL), compress_to_fp16=False)
-        return ()
+                nncf = import_nncf()
+                with quiet():
+                    model = nncf.compress_weights(model, mode=nncf.CompressWeightsMode.INT8_ASYM)
+            _save(model, folder)
+        plan = Plan(threads_per_instance=material.cpu.usable_cores)
+        return (*notes, *rest_that_compiles(folder / MODEL, build, plan))
 
     def open(self, folder: Path, build: Build, plan: Plan) -> Session:
         """Open the IR, compiled for the plan's batch, with a stream for each instance.
@@ -118,20 +123,30 @@ class OpenVino:
 
 def _nncf(material: BuildInputs, reduce_range: bool) -> Path:
     """The folder of NNCF's int8 in the cache, made by whichever build comes first."""
-    import openvino as ov
-
     from corewise.source import load_program
 
     folder = material.cache / ("nncf-7-bits" if reduce_range else "nncf")
     if not folder.exists():
         # What is ended half-way leaves nothing that looks whole.
-        with TemporaryDirectory(dir=material.cache) as name, quiet():
-            model = _quantized(ov.convert_model(load_program(material.program)), material, reduce_range)
-            made = Path(name) / folder.name
-            made.mkdir()
-            ov.save_model(model, str(made / MODEL), compress_to_fp16=False)
-            made.rename(folder)
+        with TemporaryDirectory(dir=material.cache) as name:
+            part = Path(name) / folder.name
+            part.mkdir()
+            with quiet():
+                model = _quantized(_converted(load_program(material.program)), material, reduce_range)
+            _save(model, part)
+            part.rename(folder)
     return folder
+
+
+def _converted(program: Any) -> Any:
+    """OpenVINO's model of an exported program or an ONNX file. Raises ``EngineError`` if it has none."""
+    openvino = import_openvino()
+    with quiet(), explained("convert this program"):
+        return openvino.convert_model(program)
+
+
+def _save(model: Any, folder: Path) -> None:
+    import_openvino().save_model(model, str(folder / MODEL), compress_to_fp16=False)
 
 
 def _quantized(model: Any, material: BuildInputs, reduce_range: bool) -> Any:
@@ -140,9 +155,8 @@ def _quantized(model: Any, material: BuildInputs, reduce_range: bool) -> Any:
     Quantized with a batch of one, then with a dynamic one again: with a dynamic batch NNCF leaves depthwise
     convolutions in fp32.
     """
-    import nncf
-    from nncf.quantization.advanced_parameters import AdvancedQuantizationParameters, OverflowFix
-
+    nncf = import_nncf()
+    advanced = nncf.quantization.advanced_parameters
     reshape_batch(model, 1)
     dataset = nncf.Dataset(material.calibration.rows, lambda row: [array[None] for array in row])
     model = nncf.quantize(
@@ -151,8 +165,8 @@ def _quantized(model: Any, material: BuildInputs, reduce_range: bool) -> Any:
         subset_size=len(material.calibration),
         target_device=nncf.TargetDevice.CPU,
         model_type=nncf.ModelType.TRANSFORMER if material.count(ATTENTION) else None,
-        advanced_parameters=AdvancedQuantizationParameters(
-            overflow_fix=OverflowFix.ENABLE if reduce_range else OverflowFix.DISABLE
+        advanced_parameters=advanced.AdvancedQuantizationParameters(
+            overflow_fix=advanced.OverflowFix.ENABLE if reduce_range else advanced.OverflowFix.DISABLE
         ),
     )
     reshape_batch(model, DYNAMIC)

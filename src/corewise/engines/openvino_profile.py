@@ -7,8 +7,8 @@ from typing import Any
 
 import numpy as np
 
-from corewise.common.errors import EngineError
-from corewise.engines.openvino_session import reshape_batch, runtime_info
+from corewise.engines.libraries import import_openvino
+from corewise.engines.openvino_session import explained, reshape_batch, runtime_info
 
 FEWEST_RUNS, MOST_RUNS = 7, 40
 PROFILED_S = 3.0
@@ -26,8 +26,8 @@ def layer_ms(model: Path, layers: Iterable[str], inputs: Sequence[np.ndarray], t
     Raises ``EngineError`` if OpenVINO cannot run the file.
     """
     import onnx
-    import openvino as ov
 
+    ov = import_openvino()
     # OpenVINO names operations as ONNX names nodes; the exporter gives the names of the program's nodes to values.
     outputs = {node.name: node.output[0] for node in onnx.load(model, load_external_data=False).graph.node}
     config = {
@@ -37,13 +37,11 @@ def layer_ms(model: Path, layers: Iterable[str], inputs: Sequence[np.ndarray], t
         "INFERENCE_PRECISION_HINT": "f32",
     }
     core = ov.Core()
-    try:
+    with explained(f"run {model.name}"):
         read = core.read_model(str(model))
         reshape_batch(read, len(inputs[0]))
         compiled = core.compile_model(read, "CPU", config)
         runs = _profiled(compiled.create_infer_request(), inputs)
-    except RuntimeError as error:
-        raise EngineError(f"OpenVINO cannot run {model.name}: {error}") from error
     return _by_layer(compiled.get_runtime_model(), set(layers), outputs, runs)
 
 

@@ -1,7 +1,9 @@
 """An OpenVINO model opened for a plan: compiled for fixed batches, shared by the plan's instances."""
 
 import copy
+import json
 import os
+import re
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -14,6 +16,7 @@ import numpy as np
 from corewise.common.errors import EngineError
 from corewise.engines import denormals
 from corewise.engines.base import chunks, run_cut
+from corewise.engines.libraries import import_openvino
 from corewise.machine.inspect import inspect_cpu
 from corewise.machine.layouts import limited_by_quota
 from corewise.records.build import Build, Plan
@@ -24,6 +27,13 @@ GROUP = 128
 """Columns of a row that share a scale when int8-dynamic rounds activations. With 32 columns MiniLM's outputs came a
 little nearer to fp32's (cosine 0.9985 instead of 0.9973) and it ran at 0.83 of the speed (Zen 4). Layers with fewer
 columns stay in floating point."""
+
+
+SETTINGS = "openvino.json"
+"""Beside the model: what compiling it here has shown. Payloads of older versions have none."""
+PRECISION_HINTS = {"fp32": "f32", "bf16": "bf16"}
+WHERE = re.compile(r"Exception from \S+:\d+:|Check '.*' failed at \S+:\d+:")
+CAUSE_LENGTH = 300
 
 
 class OpenVinoSession:
@@ -49,7 +59,8 @@ class OpenVinoSession:
         # For a missing input OpenVINO reuses the one of the call before.
         if len(inputs) != len(request.model_inputs):
             raise ValueError(f"{len(inputs)} inputs instead of {len(request.model_inputs)}")
-        outputs = request.infer(inputs, share_inputs=True, share_outputs=False)
+        with explained("run this batch", "give inputs of the shapes that the model was exported with"):
+            outputs = request.infer(inputs, share_inputs=True, share_outputs=False)
         return [outputs[index] for index in range(len(request.model_outputs))]
 
     def _for_batch(self, rows: int) -> Any:
@@ -82,10 +93,9 @@ class _Compiled:
     """
 
     def __init__(self, model: Path, build: Build, plan: Plan, config: Mapping[str, Any]) -> None:
-        import openvino as ov
-
-        self._core: Any = ov.Core()
-        self.model: Any = self._core.read_model(str(model))
+        self._core = import_openvino().Core()
+        with explained(f"read {model.name}"):
+            self.model: Any = self._core.read_model(str(model))
         with _on_all_cpus():
             cpu = inspect_cpu()
         threads = plan.threads_per_instance * plan.instances
@@ -93,7 +103,7 @@ class _Compiled:
         self._config: dict[str, Any] = {
             "INFERENCE_NUM_THREADS": threads,
             "NUM_STREAMS": plan.instances,
-            "INFERENCE_PRECISION_HINT": "bf16" if in_bf16(build) else "f32",
+            "INFERENCE_PRECISION_HINT": PRECISION_HINTS["bf16" if in_bf16(build, model.parent) else "fp32"],
             "ENABLE_CPU_PINNING": not limited_by_quota(cpu),
             "ENABLE_HYPER_THREADING": threads > cpu.usable_cores,
             "CPU_DENORMALS_OPTIMIZATION": denormals.flushed(),
@@ -112,7 +122,8 @@ class _Compiled:
             if size not in self._models:
                 model = self.model.clone()
                 reshape_batch(model, size)
-                self._models[size] = self._core.compile_model(model, "CPU", self._config)
+                with explained("compile this model"):
+                    self._models[size] = self._core.compile_model(model, "CPU", self._config)
                 streams = self._models[size].get_property("NUM_STREAMS")
                 if streams != self._instances:
                     raise EngineError(
@@ -136,9 +147,39 @@ def _on_all_cpus() -> Iterator[None]:
         os.sched_setaffinity(0, before)
 
 
-def in_bf16(build: Build) -> bool:
-    """Whether what is not int8 runs in bf16."""
+def in_bf16(build: Build, payload: Path | None = None) -> bool:
+    """Whether what is not int8 runs in bf16: as the build asks, unless its ``payload`` fell back to fp32."""
+    settings = payload / SETTINGS if payload else None
+    if settings and settings.exists() and json.loads(settings.read_text())["rest"] == "fp32":
+        return False
     return build.precision == "bf16" or build.quantization.rest == "bf16"
+
+
+def rest_that_compiles(model: Path, build: Build, plan: Plan) -> tuple[str, ...]:
+    """Let the payload run its rest in fp32 if OpenVINO does not compile it in bf16; returns notes.
+
+    Its bf16 does not have a kernel for every graph that int8 leaves: on a Zen 4 it refused ESPCN
+    (tanh and pixel shuffle).
+    """
+    if build.quantization.rest != "bf16":
+        return ()
+    try:
+        OpenVinoSession(model, build, plan).close()
+    except EngineError as error:
+        (model.parent / SETTINGS).write_text(json.dumps({"rest": "fp32"}))
+        return (f"warning: what is not int8 runs in fp32 instead of bf16: {error.what}",)
+    return ()
+
+
+@contextmanager
+def explained(doing: str, fix: str = "use another engine or precision") -> Iterator[None]:
+    """Turn OpenVINO's error into an ``EngineError`` with its cause, without the places in OpenVINO's source."""
+    try:
+        yield
+    except RuntimeError as error:
+        lines = [WHERE.sub("", line).strip() for line in str(error).splitlines()]
+        cause = " ".join(filter(None, lines))[:CAUSE_LENGTH].rstrip(". ") or type(error).__name__
+        raise EngineError(f"OpenVINO cannot {doing}: {cause}", fix) from error
 
 
 def reshape_batch(model: Any, size: int) -> None:

@@ -293,7 +293,5 @@ def _disk_full(error: BaseException, request: Request) -> bool:
 if __name__ == "__main__":
     # A hanging child must not outlive a parent that was killed: prctl(PR_SET_PDEATHSIG, SIGKILL), see prctl(2).
     ctypes.CDLL(None).prctl(1, signal.SIGKILL)
-    # OpenVINO and NNCF send usage data unless told not to; without this package they cannot.
-    sys.modules["openvino_telemetry"] = None  # type: ignore[assignment]
     warnings.simplefilter("ignore")
     serve(socket.socket(fileno=int(sys.argv[1])))

@@ -1,18 +1,27 @@
 """The accuracy gate: whether a candidate is close enough to fp32 on the holdout."""
 
-from dataclasses import dataclass, field
-from typing import Any
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal
 
 from corewise.accuracy import metrics
-from corewise.accuracy.fidelity import Outputs, compare
+from corewise.accuracy.classification import is_class_scores
+from corewise.accuracy.fidelity import compare
+from corewise.accuracy.labels import class_labels
+from corewise.accuracy.outputs import Array, Outputs, Rows
 from corewise.common import stats
-from corewise.common.nested import Structure, unflatten
+from corewise.common.nested import Structure, leaf_names, unflatten
+from corewise.records.fidelity import Basis, Fidelity, GroupFidelity
 from corewise.records.goal import Objective
-from corewise.records.trial import Fidelity
 from corewise.samples import Samples
+
+Rule = Literal["passed", "drop", "floor", "shift_drop", "shift_floor"]
+"""What decided: nothing was wrong; the metric drops too much; a group of output channels is below its floor; or one
+of these on samples unlike those that calibrated."""
 
 _ROUNDING = 1e-9
 """0.92 - 0.91 is 0.010000000000000009, and may pass for 0.01."""
+_CLASS_METRICS = ("top1", "top5")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -22,6 +31,7 @@ class Verdict:
     passed: bool
     reason: str
     uncertain: str
+    rule: Rule = "passed"
 
 
 @dataclass
@@ -34,41 +44,112 @@ class AccuracyGate:
     objective: Objective
     seed: int
     reference: Outputs | None = field(default=None)
+    robust: bool = False
+    """Whether the drop under shift decides too."""
+    names: Sequence[str] = ()
+    """The user's own numbers or file names of the holdout's samples, for messages."""
+    _basis: Basis = "named"
+    _labels: Array | None = None
 
     def __call__(self, outputs: Outputs) -> tuple[Fidelity, Verdict]:
         """The outputs against the reference; the first ones ever seen become it."""
-
-        def nest(leaves: list[Any]) -> Any:
-            return unflatten(self.structure, leaves)
-
         if self.reference is None:
             self.reference = outputs
-        if self.scorer is None:
-            self.scorer = metrics.default(nest(list(self.reference.leaves)), self.holdout.labels)
+        fidelity = self._compared(self.reference, outputs, None)
+        return fidelity, judge(fidelity, self.objective, robust=self.robust)
+
+    def under_shift(self, fidelity: Fidelity, outputs: Outputs, rows: Rows) -> tuple[Fidelity, Verdict]:
+        """The same with what a twin of the candidate answers that was calibrated without samples like ``rows``.
+
+        Args:
+            fidelity: The candidate's, from an ordinary call.
+            outputs: The twin's outputs for the whole holdout.
+            rows: The rows of the holdout that are unlike what calibrated the twin: ``shift.ShiftSplit.judged``.
+        """
+        assert self.reference is not None
+        shifted = self._compared(self.reference.rows(rows), outputs.rows(rows), rows)
+        fidelity = replace(fidelity, shift=shifted)
+        return fidelity, judge(fidelity, self.objective, robust=self.robust)
+
+    def _compared(self, reference: Outputs, outputs: Outputs, rows: Rows | None) -> Fidelity:
+        metric = self._metric(reference)
+        names = self.names or range(len(self.holdout))
+        labels, groups = self._labels, self.holdout.groups
+        if rows is not None:
+            names = [names[row] for row in rows]
+            labels, groups = (None if part is None else part[rows] for part in (labels, groups))
         fidelity = compare(
-            self.reference,
+            reference,
             outputs,
-            metric=self.scorer,
-            labels=self.holdout.labels,
-            groups=self.holdout.groups,
-            nest=nest,
+            metric=metric,
+            labels=labels,
+            groups=groups,
+            nest=self._nest,
+            names=[str(name) for name in names] if self.names else [f"holdout sample {name}" for name in names],
+            output_names=leaf_names(self.structure),
             seed=self.seed,
         )
-        return fidelity, judge(fidelity, self.objective)
+        known = metrics.suggested(self._nest(list(reference.leaves))) if self._basis == "outputs" else ()
+        return replace(fidelity, basis=self._basis, suggested_metrics=known)
+
+    def _nest(self, leaves: list[Any]) -> Any:
+        return unflatten(self.structure, leaves)
+
+    def _metric(self, reference: Outputs) -> metrics.Metric:
+        """The metric; where the user named none, chosen by the first reference, and the labels in its form."""
+        chosen = self.scorer
+        if chosen is None:
+            chosen = metrics.default(self._nest(list(reference.leaves)), self.holdout.labels)
+            closeness: Basis = "answers" if chosen.name == "agreement" else "outputs"
+            self._basis = closeness if chosen.against_reference else "labels"
+            self.scorer = chosen
+        if self._labels is None:
+            self._labels = self.holdout.labels
+            scores = reference.leaves[0]
+            if chosen.name in _CLASS_METRICS and is_class_scores(scores):
+                self._labels = class_labels(self._labels, scores, self.names, chosen.name)
+        return chosen
 
 
-def judge(fidelity: Fidelity, objective: Objective) -> Verdict:
-    """Whether the drop (strict: the upper end of its interval) is at most ``objective.max_drop``."""
+def judge(fidelity: Fidelity, objective: Objective, *, robust: bool = False) -> Verdict:
+    """Whether the candidate is close enough to fp32.
+
+    The drop (strict: the upper end of its interval) must be at most ``objective.max_drop``, and every group of output
+    channels must reach its floor. ``robust`` asks both of the comparison under shift too, where there is one.
+    """
+    uncertain = _uncertain(fidelity, objective.max_drop)
+    reason, rule = _decided(fidelity, objective)
+    if rule == "passed" and robust and fidelity.shift is not None:
+        shifted, under = _decided(fidelity.shift, objective)
+        if under != "passed":
+            rule = "shift_drop" if under == "drop" else "shift_floor"
+            reason = f"on samples unlike those that calibrated: {shifted}"
+    return Verdict(passed=rule == "passed", reason=reason, uncertain=uncertain, rule=rule)
+
+
+def _decided(fidelity: Fidelity, objective: Objective) -> tuple[str, Rule]:
     limit = objective.max_drop
     judged = fidelity.drop_high if objective.strict else fidelity.drop
-    passed = judged <= limit + _ROUNDING
     figures = (
         f"{fidelity.metric} {fidelity.value:.4f} against {fidelity.baseline_value:.4f}: "
         f"drop {fidelity.drop:.4f} [{fidelity.drop_low:.4f}, {fidelity.drop_high:.4f}]"
     )
-    verdict = "within" if passed else "above"
     what = " at its upper end" if objective.strict else ""
-    return Verdict(passed=passed, reason=f"{figures} {verdict} {limit:g}{what}", uncertain=_uncertain(fidelity, limit))
+    if judged > limit + _ROUNDING:
+        return f"{figures} above {limit:g}{what}", "drop"
+    if fidelity.below_floor:
+        return f"{_below(fidelity.below_floor[0])}; {figures}", "floor"
+    return f"{figures} within {limit:g}{what}", "passed"
+
+
+def _below(group: GroupFidelity) -> str:
+    """What a group or its worst channel lacks."""
+    if group.sqnr_db < group.floor_db:
+        return f"{group.name} has an SQNR of {group.sqnr_db:.1f} dB, below the floor of {group.floor_db:g} dB"
+    return (
+        f"{group.worst_channel} has an SQNR of {group.worst_channel_db:.1f} dB, "
+        f"below the floor of {group.channel_floor_db:g} dB for a single channel"
+    )
 
 
 def _uncertain(fidelity: Fidelity, limit: float) -> str:

@@ -4,31 +4,13 @@ from dataclasses import dataclass
 from typing import Literal
 
 from corewise.records.build import Build, Receipt
+from corewise.records.fidelity import Fidelity
 from corewise.records.goal import Goal
 from corewise.records.measurement import LoadRun, Measurement
 
+__all__ = ["Fidelity", "State", "Trial"]
+
 State = Literal["ok", "failed", "rejected", "pruned"]
-
-
-@dataclass(frozen=True, kw_only=True)
-class Fidelity:
-    """A candidate against fp32 on the holdout: the metric's paired drop and how close the outputs are."""
-
-    metric: str
-    samples: int
-    baseline_value: float
-    value: float
-    drop: float
-    """baseline_value - value: positive is worse."""
-    drop_low: float
-    drop_high: float
-    """The 95 % confidence interval of the paired drop."""
-    sqnr_db: float
-    """10 log10(signal power / error power) over all floating outputs; capped at 200 for equal ones."""
-    cosine: float
-    """Mean over samples of the cosine between fp32's and the candidate's outputs."""
-    agreement: float | None
-    """Share of samples with fp32's top-1 answer; ``None`` where outputs are no class scores."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,9 +1,9 @@
 """Metrics of detectors: COCO's average precision, on labels or on fp32's own detections."""
 
-import copy
 import io
 from collections.abc import Mapping, Sequence
 from contextlib import redirect_stdout
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -17,6 +17,8 @@ from corewise.common.errors import MetricError, MissingExtra, SamplesError
 CONFIDENT = 0.25
 """fp32's detections of at least this score are what a candidate has to find: the threshold of Ultralytics' predict."""
 MOST_DETECTIONS = 100
+THRESHOLDS = 10
+RECALLS = np.linspace(0, 1, 101)
 
 
 def mean_average_precision(outputs: Any, labels: Any) -> Pooled:
@@ -77,21 +79,56 @@ def average_precision(found: Sequence[Detections], truth: Sequence[Detections], 
         evaluation.params.maxDets = [MOST_DETECTIONS]
         evaluation.evaluate()
     images = len(truth)
-    matches = [evaluation.evalImgs[k * images : (k + 1) * images] for k in range(len(classes))]
+    curves = [_Curve.of(evaluation.evalImgs[k * images : (k + 1) * images]) for k in range(len(classes))]
 
     def of_rows(rows: Rows) -> float:
-        chosen = copy.copy(evaluation)
-        chosen.params = copy.copy(evaluation.params)
-        chosen.params.imgIds = list(range(len(rows)))
-        chosen._paramsEval = chosen.params
-        chosen.evalImgs = [of_class[row] for of_class in matches for row in rows]
-        with redirect_stdout(io.StringIO()):
-            chosen.accumulate()
-        precision = chosen.eval["precision"]
-        known = precision[precision > -1]
-        return float(known.mean()) if known.size else float("nan")
+        times = np.bincount(rows, minlength=images)
+        found = [one for curve in curves if (one := curve.average_precision(times)) is not None]
+        return float(np.mean(found)) if found else float("nan")
 
     return Pooled(of_rows, images)
+
+
+@dataclass(frozen=True, eq=False)
+class _Curve:
+    """The detections of one class in all images, the surest first, and the objects that there are to be found."""
+
+    right: NDArray[np.bool_]
+    """Whether a detection finds an object, at each threshold of overlap: (thresholds, detections)."""
+    images: NDArray[np.intp]
+    """The image of each detection."""
+    objects: NDArray[np.intp]
+    """The number of objects in each image."""
+
+    @classmethod
+    def of(cls, matches: Sequence[dict[str, Any] | None]) -> "_Curve":
+        """From what COCOeval found for each image; ``None`` where one has neither objects nor detections."""
+        known = [(image, match) for image, match in enumerate(matches) if match is not None]
+        scores = np.concatenate([np.zeros(0), *(match["dtScores"] for _, match in known)])
+        order = np.argsort(-scores, kind="stable")
+        right = np.concatenate(
+            [np.zeros((THRESHOLDS, 0), bool), *(match["dtMatches"] > 0 for _, match in known)], axis=1
+        )
+        images = np.repeat([image for image, _ in known], [len(match["dtScores"]) for _, match in known])
+        objects = np.zeros(len(matches), np.intp)
+        for image, match in known:
+            objects[image] = len(match["gtIds"])
+        return cls(right[:, order], images[order].astype(np.intp), objects)
+
+    def average_precision(self, times: NDArray[np.intp]) -> float | None:
+        """COCO's, at 101 recalls, if every image were there so many times; ``None`` where no object is left."""
+        whole = int((self.objects * times).sum())
+        if not whole:
+            return None
+        weights = times[self.images]
+        hits = np.cumsum(self.right * weights, axis=1)
+        precision = hits / np.maximum(np.cumsum(weights), 1)
+        best = np.maximum.accumulate(precision[:, ::-1], axis=1)[:, ::-1]
+        found = []
+        for recalls, heights in zip(hits / whole, best, strict=True):
+            places = np.searchsorted(recalls, RECALLS, side="left")
+            found.append(np.append(heights, 0.0)[places].mean())
+        return float(np.mean(found))
 
 
 def _dataset(found: Sequence[Detections], classes: Sequence[int], *, with_scores: bool) -> dict[str, Any]:

@@ -63,6 +63,7 @@ def compare(
         raise SamplesError(f"there are {len(labels)} labels for {len(reference)} samples", "give one label per sample")
     score = Score(reference, metric, labels, nest)
     baseline, value, (low, high) = paired_scores(score, candidate, members, clock=clock, seed=seed)
+    drop = value - baseline if metric.lower_is_better else baseline - value
     judged = layouts(reference.leaves, output_names)
     sums = [layout.energies(*pair) for layout, *pair in zip(judged, reference.leaves, candidate.leaves, strict=True)]
     floating = [one for one, layout in zip(sums, judged, strict=True) if layout.mean is not None] or sums
@@ -73,9 +74,9 @@ def compare(
         samples=len(reference),
         baseline_value=baseline,
         value=value,
-        drop=value - baseline if metric.lower_is_better else baseline - value,
-        drop_low=low,
-        drop_high=high,
+        drop=drop,
+        drop_low=min(low, drop),
+        drop_high=max(high, drop),
         lower_is_better=metric.lower_is_better,
         sqnr_db=decibels(
             sum(float(one.raw.sum()) for one in floating), sum(float(one.error.sum()) for one in floating)

@@ -8,7 +8,6 @@ constant part cannot hide an error in what varies.
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 from math import log10, prod
 
 import numpy as np
@@ -18,8 +17,6 @@ from corewise.accuracy.outputs import Array, kind
 
 GAP = 8.0
 """Channels belong to different groups where no channel's scale lies between two scales of this ratio."""
-MOST_GROUPS = 4
-"""The most groups of one output."""
 FEWEST_CHANNELS = 0.05
 """A group of small scale with a smaller share of the channels is no quantity of its own but channels that are seldom
 used, and joins the next larger group."""
@@ -198,40 +195,46 @@ def _mean(output: Array, axis: int | None) -> Array:
 
 
 def _grouped(layout: Layout, output: Array) -> tuple[tuple[Channels, ...], float, float]:
-    """The groups along the layout's axis, the widest gap between their scales, and how much scales differ in all."""
-    power = layout.energies(output, output).power()
-    scales = np.sqrt(power)
-    used = np.flatnonzero(scales > 0)
-    everything = np.arange(len(scales))
+    """The groups along the layout's axis, the widest gap between scales that parts them, and how much scales differ.
+
+    Channels are parted by their magnitude and then by how much they vary: what stands beside boxes in pixels may be as
+    large as these vary, and what varies little may be as large as what varies much.
+    """
+    energies = layout.energies(output, output)
+    magnitudes, variations = np.sqrt(energies.raw.sum(axis=0)), np.sqrt(energies.power())
+    in_unit = _within_unit(output, layout.axis)
+    parted, gap = _parted(np.arange(len(magnitudes)), magnitudes, in_unit)
+    groups = []
+    for channels in parted:
+        parts, wider = _parted(channels, variations, in_unit)
+        groups += parts
+        gap = max(gap, wider)
+    deviations = (np.std(np.log10(scales[scales > 0])) for scales in (magnitudes, variations) if scales.any())
+    deviation = float(max(deviations, default=0.0))
+    return tuple(np.sort(channels) for channels in groups), gap, deviation
+
+
+def _parted(
+    channels: Channels, scales: NDArray[np.float64], in_unit: NDArray[np.bool_]
+) -> tuple[list[Channels], float]:
+    """The channels in groups from large to small scale, and the widest gap between two groups, as a logarithm."""
+    used = channels[scales[channels] > 0]
     if len(used) < 2:
-        return (everything,), 0.0, 0.0
+        return [channels], 0.0
     order = used[np.argsort(-scales[used], kind="stable")]
-    logs = np.log10(scales[order])
-    steps = -np.diff(logs)
-    cuts = np.flatnonzero(steps >= log10(GAP))
-    cuts = np.sort(cuts[np.argsort(-steps[cuts], kind="stable")[: MOST_GROUPS - 1]])
-    clusters = _merged(np.split(order, cuts + 1), _within_unit(output, layout.axis), len(scales))
-    silent = np.setdiff1d(everything, used)
-    clusters[-1] = np.concatenate([clusters[-1], silent])
-    gap = max((_gap(scales, a, b) for a, b in pairwise(clusters)), default=0.0)
-    return tuple(np.sort(cluster) for cluster in clusters), gap, float(np.std(logs))
-
-
-def _merged(clusters: list[Channels], in_unit: NDArray[np.bool_], count: int) -> list[Channels]:
-    """The clusters, from large to small scale, joined where they are one quantity."""
-    kept = [clusters[0]]
-    for cluster in clusters[1:]:
-        both_shares = in_unit[kept[-1]].all() and in_unit[cluster].all()
-        if both_shares or len(cluster) < FEWEST_CHANNELS * count:
-            kept[-1] = np.concatenate([kept[-1], cluster])
+    cuts = np.flatnonzero(-np.diff(np.log10(scales[order])) >= log10(GAP)) + 1
+    first, *others = np.split(order, cuts)
+    groups, gap = [first], 0.0
+    for group in others:
+        both_are_shares = in_unit[groups[-1]].all() and in_unit[group].all()
+        if both_are_shares or len(group) < FEWEST_CHANNELS * len(scales):
+            groups[-1] = np.concatenate([groups[-1], group])
         else:
-            kept.append(cluster)
-    return kept
-
-
-def _gap(scales: NDArray[np.float64], larger: Channels, smaller: Channels) -> float:
-    below = scales[smaller][scales[smaller] > 0]
-    return log10(scales[larger].min() / below.max()) if below.size and scales[larger].min() > 0 else 0.0
+            gap = max(gap, log10(scales[groups[-1]].min() / scales[group[0]]))
+            groups.append(group)
+    silent = channels[scales[channels] == 0]
+    groups[-1] = np.concatenate([groups[-1], silent])
+    return groups, gap
 
 
 def _within_unit(output: Array, axis: int | None) -> NDArray[np.bool_]:

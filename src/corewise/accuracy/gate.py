@@ -99,7 +99,7 @@ class AccuracyGate:
         """The metric; where the user named none, chosen by the first reference, and the labels in its form."""
         chosen = self.scorer
         if chosen is None:
-            chosen = metrics.default(self._nest(list(reference.leaves)), self.holdout.labels)
+            chosen = metrics.default(self._nest(list(reference.leaves)), self.holdout.labels, self.names)
             closeness: Basis = "answers" if chosen.name == "agreement" else "outputs"
             self._basis = closeness if chosen.against_reference else "labels"
             self.scorer = chosen

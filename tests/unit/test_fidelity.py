@@ -299,7 +299,8 @@ def test_the_metric_sees_nested_outputs_and_the_labels(classified):
         return outputs["logits"].argmax(axis=1) == truth
 
     nested = fidelity_of(reference, candidate, metric, labels, nest=lambda leaves: {"logits": leaves[0]})
-    assert dataclasses.replace(nested, metric="top1") == fidelity_of(reference, candidate, "top1", labels)
+    named = fidelity_of(reference, candidate, "top1", labels)
+    assert dataclasses.replace(named, metric="metric", chance=None, chance_limit=None) == nested
 
 
 def figures(drop, low, high, samples=300):

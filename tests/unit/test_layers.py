@@ -138,14 +138,14 @@ def test_imports_go_one_way() -> None:
 def graph() -> dict[str, set[str]]:
     """The modules that each module imports, also inside functions; imports for type checkers only do not count."""
     names = {module.name for module in modules()}
+
+    def targets(imported: Import) -> set[str]:
+        submodules = {f"{imported.name}.{member}" for member in imported.members} & names
+        # A package that gives its submodules only is no part of a circle.
+        return submodules if len(submodules) == len(imported.members) > 0 else {imported.name, *submodules} & names
+
     return {
-        module.name: {
-            target
-            for imported in imports(module.tree)
-            if imported.when != "never"
-            for target in (imported.name, *(f"{imported.name}.{member}" for member in imported.members))
-            if target in names
-        }
+        module.name: set().union(*(targets(imported) for imported in imports(module.tree) if imported.when != "never"))
         - {module.name}
         for module in modules()
     }

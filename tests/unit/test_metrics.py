@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from corewise.accuracy import metrics
+from corewise.accuracy.classification import agreement
 from corewise.accuracy.metrics import METRICS, Metric, default, evaluate, resolve
 from corewise.common.errors import CorewiseError, MetricError, SamplesError
 
@@ -19,7 +19,17 @@ def run(metric, outputs=SCORES, labels=None, samples=3):
 
 def test_every_metric_of_the_table_is_there_under_its_name():
     assert [resolve(name).name for name in METRICS] == list(METRICS)
-    assert [name for name in METRICS if resolve(name).against_reference] == ["agreement", "cosine"]
+    assert [name for name in METRICS if resolve(name).against_reference] == [
+        *("agreement", "detections", "recall@10", "cosine", "concordance")
+    ]
+    assert [name for name in METRICS if resolve(name).lower_is_better] == ["mae", "rmse", "wer", "cer"]
+
+
+def test_rankings_take_any_number():
+    assert (resolve("recall@3").name, resolve("recall@3").against_reference) == ("recall@3", True)
+    assert resolve("ndcg@5").name == "ndcg@5"
+    with pytest.raises(MetricError, match="no metric is named 'recall@0'; use recall@10"):
+        resolve("recall@0")
 
 
 def test_top1_scores_each_sample():
@@ -74,14 +84,52 @@ def test_the_default_metric_follows_outputs_and_labels():
     labels = np.array([0, 1, 2])
     assert default(SCORES, labels).name == "top1"
     assert default(SCORES, None).name == "agreement"
-    assert default(SCORES, labels.astype(float)).name == "agreement"
-    assert default(SCORES[:, :1], labels).name == "cosine"
-    assert default(SCORES.argmax(axis=1), labels).name == "cosine"
-    assert default(SCORES[:, None], None).name == "cosine"
+    assert default(SCORES[:, :1], None).name == "concordance"
+    assert default(SCORES[:, :1], labels).name == "pearson"
+    assert default(SCORES[:, :1], labels > 0).name == "auc"
+    assert default(SCORES.argmax(axis=1), labels).name == "top1"
+    assert default(SCORES[:, None], None).name == "concordance"
+    assert default(SCORES - SCORES.mean(axis=1, keepdims=True), None).name == "agreement"
+
+
+@pytest.mark.parametrize(
+    ("outputs", "labels", "expected"),
+    [
+        (np.ones((3, 4, 5, 5), np.float32), np.zeros((3, 5, 5), np.int64), "miou"),
+        (np.ones((3, 5, 5, 4), np.float32), np.zeros((3, 5, 5), np.int64), "miou"),
+        (np.ones((3, 7, 4), np.float32), np.zeros((3, 7), np.int64), "top1"),
+        (np.ones((3, 4), np.float32), np.array([[0, 1, 1, 0]] * 3), "f1"),
+        (np.ones((3, 4), np.float32), np.array([[0, 1, 0, 0]] * 3), "top1"),
+    ],
+)
+def test_the_default_metric_takes_labels_as_they_are(outputs, labels, expected):
+    assert default(outputs, labels).name == expected
+
+
+@pytest.mark.parametrize(
+    ("outputs", "labels", "message"),
+    [
+        (SCORES, np.array([0.2, 1.5, 3.0]), r"the labels are float64 of shape \(3,\)"),
+        (SCORES, SCORES, r"the labels are float32 of shape \(3, 3\), which does not name one class"),
+        (SCORES[:, :1], np.ones((3, 2)), r"no default metric takes labels float64 of shape \(3, 2\)"),
+        (np.ones((3, 4, 5, 5), np.float32), np.ones((3, 4, 5, 5)), r"name a metric \(miou, psnr, ssim, mae, or a"),
+    ],
+)
+def test_labels_that_no_metric_takes_are_refused_and_never_unused(outputs, labels, message):
+    with pytest.raises(SamplesError, match=message):
+        default(outputs, labels)
+
+
+def test_embeddings_and_constant_answers_are_no_class_scores():
+    vectors = np.random.default_rng(0).normal(size=(30, 16))
+    assert default(vectors, None).name == "agreement"
+    assert default(vectors / np.linalg.norm(vectors, axis=1, keepdims=True), None).name == "cosine"
+    # The first of four box sides is always the largest: an agreement of 100 % would say nothing.
+    assert default(np.abs(vectors[:, :4]) + np.array([9, 0, 0, 0]), None).name == "concordance"
 
 
 def test_a_function_is_its_own_metric():
-    metric = resolve(metrics.agreement)
+    metric = resolve(agreement)
     assert (metric.name, metric.against_reference) == ("agreement", True)
     assert resolve(lambda outputs, labels: 1.0).name == "<lambda>"
     with pytest.raises(MetricError, match="the metric is a float"):
@@ -100,7 +148,7 @@ def test_a_reference_is_found_in_a_module_or_file(tmp_path):
     ("reference", "message"),
     [
         ("top_1", "no metric is named 'top_1'; use top1"),
-        ("accuracy", "use top1, top5, agreement, cosine, module:function or file.py:function"),
+        ("accuracy", "use top1, top5, .*concordance, module:function or file.py:function"),
         ("no_such_module:f", "no_such_module"),
         ("numpy:no_such_function", "no_such_function"),
         ("missing.py:f", "missing.py"),
@@ -114,11 +162,11 @@ def test_what_is_no_metric_is_refused(reference, message):
 @pytest.mark.parametrize(
     ("labels", "message"),
     [
-        (None, "top1 needs labels and the samples have none; label them, or use the metric agreement"),
+        (None, "top1 needs labels and the samples have none; add labels, or use the metric agreement"),
         (np.array([0, 3, 1]), "holdout sample 1 has label 3, the model's classes are 0..2"),
         (np.array([0, 1, -1]), "holdout sample 2 has label -1"),
-        (np.array([0, 1]), r"not int64 of shape \(2,\); give integers of shape \(3,\)"),
-        (np.array([0.5, 1, 2]), "not float64"),
+        (np.array([0, 1]), r"labels are int64 of shape \(2,\), .*; give integers of shape \(3,\)"),
+        (np.array([0.5, 1, 2]), "labels are float64"),
     ],
 )
 def test_labels_that_do_not_fit_are_refused(labels, message):

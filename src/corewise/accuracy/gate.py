@@ -1,19 +1,28 @@
 """The accuracy gate: whether a candidate is close enough to fp32 on the holdout."""
 
-from dataclasses import dataclass, field
-from typing import Any
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal
 
 from corewise.accuracy import metrics
-from corewise.accuracy.fidelity import Outputs, compare
+from corewise.accuracy.classification import is_class_scores
+from corewise.accuracy.fidelity import compare
+from corewise.accuracy.labels import class_labels
+from corewise.accuracy.outputs import Array, Outputs, Rows
 from corewise.common import stats
-from corewise.common.nested import Structure, unflatten
+from corewise.common.nested import Structure, leaf_names, unflatten
+from corewise.records.fidelity import Basis, Fidelity, GroupFidelity
 from corewise.records.goal import Requirements
-from corewise.records.reason import Reason, ReasonKind
-from corewise.records.trial import Fidelity
+from corewise.records.reason import Detail, Reason, ReasonKind
 from corewise.samples import Samples
+
+Rule = Literal["passed", "drop", "floor", "shift_drop", "shift_floor"]
+"""What decided: nothing was wrong; the metric drops too much; a group of output channels is below its floor; or one
+of these on samples unlike those that calibrated."""
 
 _ROUNDING = 1e-9
 """0.92 - 0.91 is 0.010000000000000009, and may pass for 0.01."""
+_CLASS_METRICS = ("top1", "top5")
 
 
 MOST_SAMPLES = 1_000_000
@@ -27,6 +36,7 @@ class Verdict:
     passed: bool
     reason: Reason
     uncertain: Reason | None
+    rule: Rule = "passed"
 
 
 @dataclass
@@ -39,47 +49,120 @@ class AccuracyGate:
     requirements: Requirements
     seed: int
     reference: Outputs | None = field(default=None)
+    robust: bool = False
+    """Whether the drop under shift decides too."""
+    names: Sequence[str] = ()
+    """The user's own numbers or file names of the holdout's samples, for messages."""
+    _basis: Basis = "named"
+    _labels: Array | None = None
 
     def __call__(self, outputs: Outputs) -> tuple[Fidelity, Verdict]:
         """The outputs against the reference; the first ones ever seen become it."""
-
-        def nest(leaves: list[Any]) -> Any:
-            return unflatten(self.structure, leaves)
-
         if self.reference is None:
             self.reference = outputs
-        if self.scorer is None:
-            self.scorer = metrics.default(nest(list(self.reference.leaves)), self.holdout.labels)
+        fidelity = self._compared(self.reference, outputs, None)
+        return fidelity, judge(fidelity, self.requirements, robust=self.robust)
+
+    def under_shift(self, fidelity: Fidelity, outputs: Outputs, rows: Rows) -> tuple[Fidelity, Verdict]:
+        """The same with what a twin of the candidate answers that was calibrated without samples like ``rows``.
+
+        Args:
+            fidelity: The candidate's, from an ordinary call.
+            outputs: The twin's outputs for the whole holdout.
+            rows: The rows of the holdout that are unlike what calibrated the twin: ``shift.ShiftSplit.judged``.
+        """
+        assert self.reference is not None
+        shifted = self._compared(self.reference.rows(rows), outputs.rows(rows), rows)
+        fidelity = replace(fidelity, shift=shifted)
+        return fidelity, judge(fidelity, self.requirements, robust=self.robust)
+
+    def _compared(self, reference: Outputs, outputs: Outputs, rows: Rows | None) -> Fidelity:
+        metric = self._metric(reference)
+        names = self.names or range(len(self.holdout))
+        labels, groups = self._labels, self.holdout.groups
+        if rows is not None:
+            names = [names[row] for row in rows]
+            labels, groups = (None if part is None else part[rows] for part in (labels, groups))
         fidelity = compare(
-            self.reference,
+            reference,
             outputs,
-            metric=self.scorer,
-            labels=self.holdout.labels,
-            groups=self.holdout.groups,
-            nest=nest,
+            metric=metric,
+            labels=labels,
+            groups=groups,
+            nest=self._nest,
+            names=[str(name) for name in names] if self.names else [f"holdout sample {name}" for name in names],
+            output_names=leaf_names(self.structure),
             seed=self.seed,
         )
-        return fidelity, judge(fidelity, self.requirements)
+        known = metrics.suggested(self._nest(list(reference.leaves))) if self._basis == "outputs" else ()
+        return replace(fidelity, basis=self._basis, suggested_metrics=known)
+
+    def _nest(self, leaves: list[Any]) -> Any:
+        return unflatten(self.structure, leaves)
+
+    def _metric(self, reference: Outputs) -> metrics.Metric:
+        """The metric; without one from the user, it is chosen by the first reference, with labels in its form."""
+        chosen = self.scorer
+        if chosen is None:
+            chosen = metrics.default(self._nest(list(reference.leaves)), self.holdout.labels, self.names)
+            closeness: Basis = "answers" if chosen.name == "agreement" else "outputs"
+            self._basis = closeness if chosen.against_reference else "labels"
+            self.scorer = chosen
+        if self._labels is None:
+            self._labels = self.holdout.labels
+            scores = reference.leaves[0]
+            if chosen.name in _CLASS_METRICS and is_class_scores(scores):
+                self._labels = class_labels(self._labels, scores, self.names, chosen.name)
+        return chosen
 
 
-def judge(fidelity: Fidelity, requirements: Requirements) -> Verdict:
-    """Whether the drop (strict: the upper end of its interval) is at most ``requirements.max_drop``."""
+def judge(fidelity: Fidelity, requirements: Requirements, *, robust: bool = False) -> Verdict:
+    """Whether the candidate is close enough to fp32.
+
+    The drop (strict: the upper end of its interval) must be at most ``requirements.max_drop``, and every group of
+    output channels must reach its floor. ``robust`` asks both of the comparison under shift too, if there is one.
+    """
+    uncertain = _uncertain(fidelity, requirements.max_drop)
+    reason, rule = _decided(fidelity, requirements)
+    if rule == "passed" and robust and fidelity.shift is not None:
+        shifted, under = _decided(fidelity.shift, requirements)
+        if under != "passed":
+            rule = "shift_drop" if under == "drop" else "shift_floor"
+            reason = Reason(kind=shifted.kind, details={**shifted.details, "shifted": True})
+    return Verdict(passed=rule == "passed", reason=reason, uncertain=uncertain, rule=rule)
+
+
+def _decided(fidelity: Fidelity, requirements: Requirements) -> tuple[Reason, Rule]:
     limit = requirements.max_drop
     judged = fidelity.drop_high if requirements.strict else fidelity.drop
-    passed = judged <= limit + _ROUNDING
-    reason = Reason.of(
-        ReasonKind.ACCURATE if passed else ReasonKind.INACCURATE,
-        passed=passed,
-        metric=fidelity.metric,
-        value=fidelity.value,
-        baseline_value=fidelity.baseline_value,
-        drop=fidelity.drop,
-        drop_low=fidelity.drop_low,
-        drop_high=fidelity.drop_high,
-        max_drop=limit,
-        strict=requirements.strict,
-    )
-    return Verdict(passed=passed, reason=reason, uncertain=_uncertain(fidelity, limit))
+    within = judged <= limit + _ROUNDING
+    details: dict[str, Detail] = {
+        "passed": within,
+        "metric": fidelity.metric,
+        "value": fidelity.value,
+        "baseline_value": fidelity.baseline_value,
+        "drop": fidelity.drop,
+        "drop_low": fidelity.drop_low,
+        "drop_high": fidelity.drop_high,
+        "max_drop": limit,
+        "strict": requirements.strict,
+    }
+    if not within:
+        return Reason(kind=ReasonKind.INACCURATE, details=details), "drop"
+    if fidelity.below_floor:
+        return Reason(kind=ReasonKind.BELOW_FLOOR, details={**details, **_below(fidelity.below_floor[0])}), "floor"
+    return Reason(kind=ReasonKind.ACCURATE, details=details), "passed"
+
+
+def _below(group: GroupFidelity) -> dict[str, Detail]:
+    """What a group or its worst channel lacks."""
+    if group.sqnr_db < group.floor_db:
+        return {"channels": group.name, "sqnr_db": group.sqnr_db, "floor_db": group.floor_db}
+    return {
+        "channels": group.worst_channel,
+        "sqnr_db": group.worst_channel_db,
+        "floor_db": group.channel_floor_db,
+    }
 
 
 def _uncertain(fidelity: Fidelity, limit: float) -> Reason | None:

@@ -2,46 +2,60 @@
 
 A metric is ``metric(outputs, labels)``. ``outputs`` is what the model returns (its nested structure,
 numpy arrays batched on dimension 0; an output whose size varies by sample is an object array (N,) of
-arrays), ``labels`` is whatever array (N, ...) the samples came with, or ``None``. It returns one score
-per sample, shape (N,), which makes paired statistics exact, or one number. Higher is better.
+arrays), ``labels`` is whatever array (N, ...) the samples came with, an object array (N,) where they vary in
+size or are dicts, or ``None``. It returns one score per sample, shape (N,), which makes paired statistics exact,
+or one number. A user's metric is higher for better outputs; of the built-in ones, errors are lower.
 """
 
 import difflib
-from collections.abc import Callable, Sequence
+import re
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from math import prod
-from typing import Any, NamedTuple
+from functools import partial
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from corewise.accuracy.boxes import decoder
+from corewise.accuracy.classification import first, is_answers, is_class_scores
+from corewise.accuracy.labels import answer_labels, class_axis, class_labels, is_multi_hot
+from corewise.accuracy.outputs import Array
+from corewise.accuracy.pooled import Pooled
 from corewise.common.errors import MetricError, SamplesError
-from corewise.common.nested import flatten
 from corewise.common.references import find_reference, guard
 
 METRICS = {
-    "top1": "corewise.accuracy.metrics:top1",
-    "top5": "corewise.accuracy.metrics:top5",
-    "agreement": "corewise.accuracy.metrics:agreement",
-    "cosine": "corewise.accuracy.metrics:cosine",
+    "top1": "corewise.accuracy.classification:top1",
+    "top5": "corewise.accuracy.classification:top5",
+    "f1": "corewise.accuracy.classification:f1",
+    "auc": "corewise.accuracy.classification:auc",
+    "map": "corewise.accuracy.detection:mean_average_precision",
+    "miou": "corewise.accuracy.images:miou",
+    "psnr": "corewise.accuracy.images:psnr",
+    "ssim": "corewise.accuracy.images:ssim",
+    "mae": "corewise.accuracy.regression:mae",
+    "rmse": "corewise.accuracy.regression:rmse",
+    "pearson": "corewise.accuracy.regression:pearson",
+    "spearman": "corewise.accuracy.regression:spearman",
+    "ndcg@10": "corewise.accuracy.ranking:ndcg",
+    "wer": "corewise.accuracy.transcripts:wer",
+    "cer": "corewise.accuracy.transcripts:cer",
+    "agreement": "corewise.accuracy.classification:agreement",
+    "detections": "corewise.accuracy.detection:detections",
+    "recall@10": "corewise.accuracy.ranking:recall",
+    "cosine": "corewise.accuracy.closeness:cosine",
+    "concordance": "corewise.accuracy.closeness:concordance",
 }
-"""Name to ``module:function``. Any other metric is named by its own ``module:function`` or ``file.py:function``."""
+"""Name to ``module:function``. Any other metric is named by its own ``module:function`` or ``file.py:function``.
+``ndcg`` and ``recall`` take any other number behind the ``@`` too."""
+AGAINST_REFERENCE = frozenset({"agreement", "detections", "recall", "cosine", "concordance"})
+LOWER_IS_BETTER = frozenset({"mae", "rmse", "wer", "cer"})
 
-
-class Energies(NamedTuple):
-    """Sums of squares and products over all outputs of each sample: float64 arrays (N,)."""
-
-    signal: NDArray[np.float64]
-    error: NDArray[np.float64]
-    candidate: NDArray[np.float64]
-    product: NDArray[np.float64]
-
-    @property
-    def cosine(self) -> NDArray[np.float64]:
-        """Each sample's cosine, (N,); 1 where both are all zero, 0 where only one is."""
-        norm = np.sqrt(self.signal * self.candidate)
-        alike = (self.signal == self.candidate).astype(np.float64)
-        return np.asarray(np.clip(np.divide(self.product, norm, out=alike, where=norm > 0), -1, 1))
+ONE_ANSWER = 0.9
+"""Where fp32 gives one answer for this share of samples, the outputs are hardly class scores."""
+UNIT = 1e-3
+"""How far the norm of an embedding may be from 1."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,6 +65,8 @@ class Metric:
     name: str
     score: Callable[[Any, Any], Any]
     against_reference: bool = False
+    lower_is_better: bool = False
+    """Whether it is an error: the drop is then how much it grows."""
 
 
 def resolve(metric: str | Callable[[Any, Any], Any]) -> Metric:
@@ -59,37 +75,113 @@ def resolve(metric: str | Callable[[Any, Any], Any]) -> Metric:
     Raises ``MetricError`` where there is none.
     """
     if not isinstance(metric, str):
-        function, name = metric, getattr(metric, "__name__", type(metric).__name__)
-        if not callable(function):
+        name = getattr(metric, "__name__", type(metric).__name__)
+        if not callable(metric):
             raise MetricError(f"the metric is a {name}", "give a name or a function (outputs, labels) -> score")
-    elif metric in METRICS or ":" in metric:
-        function, name = find_reference(METRICS.get(metric, metric), MetricError, "metric"), metric.rpartition(":")[2]
-    else:
-        near = difflib.get_close_matches(metric, METRICS) or METRICS
-        raise MetricError(
-            f"no metric is named {metric!r}", f"use {', '.join(near)}, module:function or file.py:function"
-        )
-    return Metric(name=name, score=function, against_reference=function in (agreement, cosine))
+        return next((one for one in map(_built_in, METRICS) if one.score is metric), Metric(name=name, score=metric))
+    if metric in METRICS or re.fullmatch(r"(ndcg|recall)@[1-9]\d*", metric):
+        return _built_in(metric)
+    if ":" in metric:
+        return Metric(name=metric.rpartition(":")[2], score=find_reference(metric, MetricError, "metric"))
+    near = difflib.get_close_matches(metric, METRICS) or METRICS
+    raise MetricError(f"no metric is named {metric!r}", f"use {', '.join(near)}, module:function or file.py:function")
 
 
-def default(outputs: Any, labels: NDArray[Any] | None) -> Metric:
+def _built_in(name: str) -> Metric:
+    base, _, k = name.partition("@")
+    function = find_reference(METRICS[name if name in METRICS else f"{base}@10"], MetricError, "metric")
+    return Metric(
+        name=name,
+        score=partial(function, k=int(k)) if k else function,
+        against_reference=base in AGAINST_REFERENCE,
+        lower_is_better=base in LOWER_IS_BETTER,
+    )
+
+
+def default(outputs: Any, labels: Array | None, names: Sequence[str] = ()) -> Metric:
     """The metric where the user names none, from what fp32 returned.
 
-    Class scores with integer labels, one per sample: ``top1``; class scores: ``agreement``; else ``cosine``.
+    With labels, the one that fits them: classes ``top1``, several classes for a sample ``f1``, maps of classes
+    ``miou``, targets of a detector ``map``, one number for each sample ``pearson`` or, where it is 0 or 1, ``auc``.
+    Without, class scores ``agreement``, embeddings of norm 1 ``cosine``, all else ``concordance``.
+
+    ``names`` are the samples' own names, for messages. Raises ``SamplesError`` where no metric fits the labels: they
+    are never left unused.
     """
-    if not is_class_scores(flatten(outputs)[0][0]):
+    if labels is not None:
+        return resolve(_fitting_labels(outputs, labels, names))
+    scores = first(outputs)
+    if not is_class_scores(scores):
+        return resolve("concordance")
+    if is_embeddings(scores):
         return resolve("cosine")
-    labelled = labels is not None and labels.ndim == 1 and labels.dtype.kind in "iu"
-    return resolve("top1" if labelled else "agreement")
+    answers = np.bincount(scores.argmax(axis=1))
+    return resolve("agreement" if answers.max() < ONE_ANSWER * len(scores) or len(scores) < 10 else "concordance")
 
 
-def evaluate(metric: Metric, outputs: Any, labels: Any, samples: int) -> NDArray[np.float64]:
-    """The metric's scores, float64, of shape (samples,) or (): the mean is its value.
+def is_embeddings(output: Array) -> bool:
+    """Whether the output can be embeddings of norm 1: (N, D), some numbers negative."""
+    if not is_class_scores(output) or not (output < 0).any():
+        return False
+    return bool((np.abs(np.linalg.norm(output.astype(np.float64), axis=1) - 1) < UNIT).all())
+
+
+def suggested(outputs: Any) -> tuple[str, ...]:
+    """Built-in metrics that fit such outputs, those that need no labels first."""
+    scores = first(outputs)
+    if decoder(outputs) is not None:
+        return ("detections", "map")
+    if is_embeddings(scores):
+        return ("recall@10", "spearman", "ndcg@10")
+    if is_class_scores(scores):
+        return ("agreement", "top1", "f1", "auc")
+    if scores.dtype != object and scores.size == len(scores):
+        return ("pearson", "spearman", "mae", "rmse", "auc", "ndcg@10")
+    if scores.dtype != object and scores.ndim == 4:
+        return ("miou", "psnr", "ssim", "mae")
+    return ("top1", "f1", "cer", "wer", "mae", "rmse")
+
+
+def _fitting_labels(outputs: Any, labels: Array, names: Sequence[str]) -> str:
+    """The name of the metric that takes such labels with such outputs. Raises ``SamplesError``."""
+    scores = first(outputs)
+    if labels.dtype == object and all(isinstance(label, Mapping) for label in labels):
+        if decoder(outputs) is not None and all("boxes" in label for label in labels):
+            return "map"
+        raise _unfit(scores, labels, outputs)
+    if is_class_scores(scores):
+        if labels.shape == scores.shape and is_multi_hot(labels) and (labels.sum(axis=1) != 1).any():
+            return "f1"
+        class_labels(labels, scores, names)
+        return "top1"
+    if is_answers(scores):
+        answer_labels(labels, len(scores), "top1")
+        return "top1"
+    if scores.dtype != object and scores.size == len(scores):
+        if labels.dtype != object and labels.size == len(labels):
+            return "auc" if np.isin(labels, (0, 1)).all() else "pearson"
+        raise _unfit(scores, labels, outputs)
+    one, label = np.asarray(scores[0]), np.asarray(labels[0])
+    if label.dtype.kind in "iub" and class_axis(one.shape, label.shape) is not None:
+        return "miou" if label.ndim == 2 else "top1"
+    raise _unfit(scores, labels, outputs)
+
+
+def _unfit(scores: Array, labels: Array, outputs: Any) -> SamplesError:
+    kind = "of varying size" if labels.dtype == object else f"{labels.dtype} of shape {labels.shape}"
+    what = f"no default metric takes labels {kind} with outputs {scores.dtype} of shape {scores.shape}"
+    fix = f"name a metric ({', '.join(suggested(outputs))}, or a function of yours), or leave the labels out"
+    return SamplesError(what, fix)
+
+
+def evaluate(metric: Metric, outputs: Any, labels: Any, samples: int) -> NDArray[np.float64] | Pooled:
+    """The metric's scores, float64, of shape (samples,) or (), or pooled: the mean is its value.
 
     Raises ``MetricError`` where it raises or returns something else, ``SamplesError`` where labels do not fit.
     """
-    with guard(MetricError, f"the metric {metric.name!r} failed", "mend it, or name another metric"):
-        scores = np.asarray(metric.score(outputs, labels))
+    with guard(MetricError, f"the metric {metric.name!r} failed", "correct it, or name another metric"):
+        returned = metric.score(outputs, labels)
+        scores = np.asarray(returned.value if isinstance(returned, Pooled) else returned)
     if scores.dtype.kind not in "biuf":
         what = f"the metric {metric.name!r} returns no numbers (dtype {scores.dtype})"
         raise MetricError(what, "return a float, or one per sample")
@@ -98,85 +190,4 @@ def evaluate(metric: Metric, outputs: Any, labels: Any, samples: int) -> NDArray
         raise MetricError(what, f"return a float, or one per sample: shape ({samples},)")
     if not np.isfinite(scores).all():
         raise MetricError(f"the metric {metric.name!r} returns NaN or infinity", "return finite scores")
-    return scores.astype(np.float64)
-
-
-def top1(outputs: Any, labels: NDArray[np.integer]) -> NDArray[np.bool_]:
-    """Whether the label is the class with the highest score: outputs' first array (N, C), labels (N,) integer."""
-    scores, labels = _labelled("top1", outputs, labels)
-    return np.asarray(scores.argmax(axis=1) == labels)
-
-
-def top5(outputs: Any, labels: NDArray[np.integer]) -> NDArray[np.bool_]:
-    """Whether the label is among the five highest of C > 5 scores: outputs' first array (N, C), labels (N,) integer."""
-    scores, labels = _labelled("top5", outputs, labels)
-    if scores.shape[1] <= 5:
-        raise MetricError(f"top5 of {scores.shape[1]} classes is always right", "use top1")
-    return np.asarray((np.argpartition(-scores, 4, axis=1)[:, :5] == labels[:, None]).any(axis=1))
-
-
-def agreement(outputs: Any, reference: Any) -> NDArray[np.bool_]:
-    """Whether both give the same top-1 answer: first arrays (N, C)."""
-    return np.asarray(_scores("agreement", outputs).argmax(axis=1) == _scores("agreement", reference).argmax(axis=1))
-
-
-def cosine(outputs: Any, reference: Any) -> NDArray[np.float64]:
-    """The cosine of each sample's outputs to the reference's, all arrays taken as one vector: (N,)."""
-    return energies(flatten(reference)[0], flatten(outputs)[0]).cosine
-
-
-def energies(reference: Sequence[NDArray[Any]], candidate: Sequence[NDArray[Any]]) -> Energies:
-    """Over all floating outputs (over all, where none is floating) of equal shapes, where the reference is finite."""
-    pairs = list(zip(reference, candidate, strict=True))
-    floating = [pair for pair in pairs if _kind(pair[0]) == "f"]
-    signal, error, of_candidate, product = np.sum([_energies(*pair) for pair in floating or pairs], axis=0)
-    return Energies(signal, error, of_candidate, product)
-
-
-def _kind(output: NDArray[Any]) -> str:
-    return output[0].dtype.kind if output.dtype == object else output.dtype.kind
-
-
-def _energies(reference: NDArray[Any], candidate: NDArray[Any]) -> NDArray[np.float64]:
-    """The four rows of ``Energies`` of one output."""
-    if reference.dtype == object:
-        return np.concatenate([_energies(r[None], c[None]) for r, c in zip(reference, candidate, strict=True)], axis=1)
-    wide = np.promote_types(reference.dtype, np.float32)
-    r, c = (
-        array.reshape(len(array), prod(array.shape[1:])).astype(wide, copy=False) for array in (reference, candidate)
-    )
-    if not (known := np.isfinite(r)).all():
-        r, c = np.where(known, r, 0), np.where(known, c, 0)
-    pairs = ((r, r), (c - r, c - r), (c, c), (r, c))
-    return np.stack([np.einsum("nk,nk->n", a, b, dtype=np.float64) for a, b in pairs])
-
-
-def is_class_scores(output: NDArray[Any]) -> bool:
-    """Whether the array can be class scores: floating, of shape (N, C) with C of at least 2."""
-    return output.dtype.kind == "f" and output.ndim == 2 and output.shape[1] >= 2
-
-
-def _scores(metric: str, outputs: Any) -> NDArray[Any]:
-    first: NDArray[Any] = flatten(outputs)[0][0]
-    if not is_class_scores(first):
-        what = f"{metric} needs class scores (N, C) as first output, not {first.dtype} of shape {first.shape}"
-        raise MetricError(what, "name another metric: cosine, module:function or file.py:function")
-    return first
-
-
-def _labelled(metric: str, outputs: Any, labels: Any) -> tuple[NDArray[Any], NDArray[np.integer]]:
-    """Scores (N, C) and labels (N,), each in 0..C-1."""
-    scores = _scores(metric, outputs)
-    if labels is None:
-        raise SamplesError(
-            f"{metric} needs labels and the samples have none", "label them, or use the metric agreement"
-        )
-    if labels.dtype.kind not in "iu" or labels.shape != scores.shape[:1]:
-        what = f"{metric} needs one integer label per sample, not {labels.dtype} of shape {labels.shape}"
-        raise SamplesError(what, f"give integers of shape ({len(scores)},)")
-    classes = scores.shape[1]
-    outside = np.flatnonzero((labels < 0) | (labels >= classes))
-    if outside.size:
-        what = f"holdout sample {outside[0]} has label {labels[outside[0]]}, the model's classes are 0..{classes - 1}"
-        raise SamplesError(what, "give the labels the model was trained on")
-    return scores, labels
+    return returned if isinstance(returned, Pooled) else scores.astype(np.float64)

@@ -19,6 +19,7 @@ from torch.fx import GraphModule, Node
 
 from corewise.common.errors import EngineError, SamplesError
 from corewise.quantize import corrections, streams
+from corewise.quantize.balance import Balance
 from corewise.quantize.graph import (
     Step,
     attentions,
@@ -122,16 +123,18 @@ def quantize(program: ExportedProgram, calibration: Samples, recipe: Recipe) -> 
 
 
 class OutputError:
-    """How near simulated outputs for some samples come to those of the fp32 program, in dB."""
+    """How near simulated outputs for some samples come to those of the fp32 program, in dB, every group alike."""
 
     def __init__(self, reference: GraphModule, samples: Samples, step: Step = compute) -> None:
         self._batches = list(batches(samples))
-        self._expected = [execute(reference, batch, step) for batch in self._batches]
+        expected = [execute(reference, batch, step) for batch in self._batches]
+        self._balance = Balance(expected)
+        self._expected = [self._balance(outputs) for outputs in expected]
 
     def __call__(self, module: GraphModule, placement: Placement, ranges: Mapping[str, QParams]) -> float:
         """The SQNR of the module's outputs."""
         simulation = Simulation(module, placement.edges, ranges)
-        return sqnr_db(self._expected, [simulation.run(batch) for batch in self._batches])
+        return sqnr_db(self._expected, [self._balance(simulation.run(batch)) for batch in self._batches])
 
 
 class Ladder:

@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.export import ExportedProgram
 from torch.fx import GraphModule, Node
 
+from corewise.quantize.balance import Balance
 from corewise.quantize.convert import with_qdq
 from corewise.quantize.graph import (
     LAYERS,
@@ -38,8 +39,8 @@ LEAST_COST = 0.1
 class LayerSensitivity:
     """What one quantized layer costs and saves.
 
-    Errors are error power over signal power, summed over all floating-point outputs; ``*_db`` is the same as signal
-    over error in decibels.
+    Errors are error power over signal power, summed over all floating-point outputs, of which every group of channels
+    counts alike (``balance.Balance``); ``*_db`` is the same as signal over error in decibels.
     """
 
     name: str
@@ -101,13 +102,15 @@ def measure_sensitivity(
     counts: dict[str, int] = {}
     items = 0
     with torch.no_grad():
-        for batch in batches:
+        given = list(batches)
+        balance = Balance([execute(quantized.reference, batch, compute) for batch in given])
+        for batch in given:
             items += len(batch[0])
-            expected = execute(quantized.reference, batch, compute)
+            expected = balance(execute(quantized.reference, batch, compute))
             signal += _power(expected)
             stored: dict[str, dict[Node, Any]] = {"alone": {}, "without": {}}
             for key, trial in trials.items():
-                outputs = trial.run(batch, stored[key[0]])
+                outputs = balance(trial.run(batch, stored[key[0]]))
                 errors[key] = errors.get(key, 0.0) + _power(expected, outputs)
             for name, count in _multiply_adds(quantized.module, stored["without"]).items():
                 counts[name] = counts.get(name, 0) + count

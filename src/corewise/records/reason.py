@@ -31,6 +31,7 @@ class ReasonKind(StrEnum):
     BASELINE = "baseline"
     ACCURATE = "accurate"
     INACCURATE = "inaccurate"
+    BELOW_FLOOR = "below floor"
     NOTHING_IN_INT8 = "nothing in int8"
     TOO_SLOW = "too slow"
     DEPENDS_ON_NEIGHBOURS = "depends on neighbours"
@@ -87,6 +88,7 @@ class ReasonKind(StrEnum):
     FEW_ROUNDS = "few rounds"
     SPEEDUP_UNCERTAIN = "speedup uncertain"
     DROP_UNCERTAIN = "drop uncertain"
+    NEAR_CHANCE = "near chance"
     NOISY = "noisy"
 
     # What limited the search.

@@ -4,8 +4,11 @@ from dataclasses import dataclass
 from enum import StrEnum
 
 from corewise.records.build import Build, Plan, Receipt
+from corewise.records.fidelity import Fidelity
 from corewise.records.measurement import LoadRun, Measurement
 from corewise.records.reason import Reason, ReasonKind
+
+__all__ = ["FailedPlan", "Fidelity", "State", "Trial"]
 
 
 class State(StrEnum):
@@ -15,27 +18,6 @@ class State(StrEnum):
     FAILED = "failed"
     REJECTED = "rejected"
     PRUNED = "pruned"
-
-
-@dataclass(frozen=True, kw_only=True)
-class Fidelity:
-    """A candidate against fp32 on the holdout: the metric's paired drop and how close the outputs are."""
-
-    metric: str
-    samples: int
-    baseline_value: float
-    value: float
-    drop: float
-    """baseline_value - value: positive is worse."""
-    drop_low: float
-    drop_high: float
-    """The 95 % confidence interval of the paired drop."""
-    sqnr_db: float
-    """10 log10(signal power / error power) over all floating outputs; capped at 200 for equal ones."""
-    cosine: float
-    """Mean over samples of the cosine between fp32's and the candidate's outputs."""
-    agreement: float | None
-    """Share of samples with fp32's top-1 answer; ``None`` if outputs are no class scores."""
 
 
 @dataclass(frozen=True, kw_only=True)

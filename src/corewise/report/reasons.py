@@ -32,6 +32,20 @@ def _accuracy(details: Details) -> str:
     )
 
 
+def _shifted(details: Details) -> str:
+    return "on samples unlike those that calibrated: " if details.get("shifted") else ""
+
+
+def _below_floor(details: Details) -> str:
+    sqnr = f"{details['channels']} has an SQNR of {details['sqnr_db']:.1f} dB"
+    return f"{_shifted(details)}{sqnr}, below its floor of {details['floor_db']:g} dB; {_accuracy(details)}"
+
+
+def _near_chance(details: Details) -> str:
+    scores = f"fp32 itself scores {details['metric']} {details['value']:.4f}, and guessing {details['chance']:.4f}"
+    return f"{scores}: check the labels and the preprocessing"
+
+
 def _nothing_in_int8(details: Details) -> str:
     layers = details["layers"]
     if not layers:
@@ -167,7 +181,8 @@ def _keeps_state(details: Details) -> str:
 _SENTENCES: dict[ReasonKind, Callable[[Details], str]] = {
     K.BASELINE: _fixed("the baseline"),
     K.ACCURATE: _accuracy,
-    K.INACCURATE: _accuracy,
+    K.INACCURATE: lambda details: f"{_shifted(details)}{_accuracy(details)}",
+    K.BELOW_FLOOR: _below_floor,
     K.NOTHING_IN_INT8: _nothing_in_int8,
     K.TOO_SLOW: _too_slow,
     K.DEPENDS_ON_NEIGHBOURS: lambda details: (
@@ -227,6 +242,7 @@ _SENTENCES: dict[ReasonKind, Callable[[Details], str]] = {
     ),
     K.SPEEDUP_UNCERTAIN: _fixed("the interval of the speed-up holds 1: the winner may be no faster than the baseline"),
     K.DROP_UNCERTAIN: _drop_uncertain,
+    K.NEAR_CHANCE: _near_chance,
     K.NOISY: lambda details: f"{details['build']}: {details['text']}",
     K.ENGINE_UNAVAILABLE: lambda details: f"engine {details['engine']} was not tried: {details['why']}",
     K.ONLY_EAGER: lambda details: f"only eager was tried: the model cannot be exported ({details['why']})",

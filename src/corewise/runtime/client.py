@@ -15,7 +15,7 @@ from typing import Self, TypeVar
 
 import numpy as np
 
-from corewise.accuracy.fidelity import Outputs
+from corewise.accuracy.outputs import Outputs
 from corewise.batching import LatencyTable
 from corewise.common.errors import CorewiseError, OutputError
 from corewise.common.references import guard

@@ -235,6 +235,11 @@ def _doubts(outcome: _Outcome) -> Iterator[Reason]:
             winner=winner.build.label,
             needs_bytes=least,
         )
+    fidelity = base.trial.fidelity
+    if fidelity is not None and fidelity.near_chance:
+        yield Reason.of(
+            ReasonKind.NEAR_CHANCE, metric=fidelity.metric, value=fidelity.baseline_value, chance=fidelity.chance
+        )
     if winner is not base and winner.trial.fidelity is not None:
         uncertain = judge(winner.trial.fidelity, requirements).uncertain
         if uncertain is not None:

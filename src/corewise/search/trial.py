@@ -6,8 +6,8 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from corewise.accuracy.fidelity import Outputs
 from corewise.accuracy.gate import Verdict
+from corewise.accuracy.outputs import Outputs
 from corewise.common.errors import CorewiseError, InputError
 from corewise.engines import Engine
 from corewise.machine.layouts import ThreadLayout

@@ -1,0 +1,247 @@
+"""The groups of output channels that are judged each on its own, found from fp32's outputs.
+
+One array may hold quantities of different scale: a detector's boxes in pixels beside scores in 0..1, a few large
+channels of a transformer beside hundreds of small ones. One figure for all of them says nothing about the small ones.
+Channels are therefore grouped by their scale, and each group is centred on fp32's mean over samples, so that a large
+constant part cannot hide an error in what varies.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from math import log10, prod
+
+import numpy as np
+from numpy.typing import NDArray
+
+from corewise.accuracy.outputs import Array, kind
+
+GAP = 8.0
+"""Channels belong to different groups where no channel's scale lies between two scales of this ratio."""
+FEWEST_CHANNELS = 0.05
+"""A group of small scale with a smaller share of the channels is no quantity of its own but channels that are seldom
+used, and joins the next larger group."""
+CONSTANT = 0.01
+"""Variation below this share of a channel's magnitude is no signal: rounding to bf16 alone makes an error of 0.2 %."""
+NEGLIGIBLE = 0.01
+"""A channel with a smaller share of its group's mean power is not judged alone."""
+FEWEST_OBSERVATIONS = 50
+"""Channels with fewer values (samples times positions) are not judged alone: their SQNR would be chance."""
+BLOCK_ELEMENTS = 2**22
+SCANNED_ELEMENTS = 2**24
+"""The layout of a larger output is found from some of its rows."""
+
+Channels = NDArray[np.intp]
+
+
+@dataclass(frozen=True, eq=False)
+class Energies:
+    """Sums of squares over all positions of each sample and channel: float64 arrays (N, K).
+
+    For integer outputs ``signal`` counts values and ``error`` those that differ.
+    """
+
+    signal: NDArray[np.float64]
+    """Of fp32, centred on its mean over samples."""
+    candidate: NDArray[np.float64]
+    """Of the candidate, centred on fp32's mean over samples."""
+    error: NDArray[np.float64]
+    raw: NDArray[np.float64]
+    """Of fp32, not centred."""
+    raw_candidate: NDArray[np.float64]
+
+    def of(self, channels: Channels) -> "Energies":
+        """The sums over some channels: (N, 1) each."""
+        parts = (self.signal, self.candidate, self.error, self.raw, self.raw_candidate)
+        return Energies(*(part[:, channels].sum(axis=1, keepdims=True) for part in parts))
+
+    def power(self) -> NDArray[np.float64]:
+        """The signal of each channel over all samples, at least ``CONSTANT`` of its magnitude: (K,)."""
+        samples = len(self.signal)
+        signal = self.signal.sum(axis=0) * (samples / (samples - 1) if samples > 1 else 1.0)
+        return np.asarray(np.maximum(signal, CONSTANT**2 * self.raw.sum(axis=0)))
+
+
+@dataclass(frozen=True, eq=False)
+class Layout:
+    """How one output is judged: which axis counts its channels, and which channels belong together."""
+
+    name: str
+    axis: int | None
+    """The axis of the output (N, ...) that counts channels; ``None`` where the output is taken as a whole."""
+    mean: Array | None
+    """fp32's mean over samples, in the shape of a block (1, before, K, after); ``None`` for integer outputs."""
+    groups: tuple[Channels, ...]
+    dimensions: int
+    """Of the output, samples included."""
+
+    def named(self, channels: Channels) -> str:
+        """The channels in Python's notation, for example ``logits[:, 4:84]``."""
+        count = sum(len(group) for group in self.groups)
+        if self.axis is None or len(channels) == count:
+            return self.name
+        runs = np.split(channels, np.flatnonzero(np.diff(channels) > 1) + 1)
+        words = [str(run[0]) if len(run) == 1 else f"{run[0]}:{run[-1] + 1}" for run in runs]
+        shown = ", ".join(words[:3]) + (f", and {len(words) - 3} more" if len(words) > 3 else "")
+        return f"{self.name}[..., {shown}]" if self.axis > 1 else f"{self.name}[:, {shown}]"
+
+    def energies(self, reference: Array, candidate: Array) -> Energies:
+        """The sums of squares of each sample and channel."""
+        parts = [self._of_block(r, c) for r, c in _pairs(reference, candidate)]
+        return Energies(*(np.concatenate(column) for column in zip(*parts, strict=True)))
+
+    def _of_block(self, reference: Array, candidate: Array) -> tuple[NDArray[np.float64], ...]:
+        if self.mean is None:
+            size = np.full((len(reference), 1), float(prod(reference.shape[1:])))
+            differing = (reference != candidate).reshape(len(reference), -1).sum(axis=1, dtype=np.float64)[:, None]
+            nothing = np.zeros_like(size)
+            return size, nothing, differing, nothing, nothing
+        known = np.isfinite(real(reference))
+        r, c = (np.where(known, real(array), 0) for array in (reference, candidate))
+        mean = self.mean.astype(r.dtype)
+        r, c = block(r, self.axis), block(c, self.axis)
+        known = block(known, self.axis)
+        centred, found = (np.where(known, array - mean, 0) for array in (r, c))
+        return tuple(_squares(part) for part in (centred, found, c - r, r, c))
+
+
+def layouts(reference: Sequence[Array], names: Sequence[str] = ()) -> tuple[Layout, ...]:
+    """The layout of each output, from fp32's values for N samples; outputs without any value are left out."""
+    names = names or [f"output_{index}" for index in range(len(reference))]
+    return tuple(_layout(output, name) for output, name in zip(reference, names, strict=True))
+
+
+def decibels(signal: float, error: float) -> float:
+    """10 log10(signal / error), within -200..200; 200 where there is no error."""
+    return min(200.0, max(-200.0, 10 * log10((signal or 1e-300) / error))) if error else 200.0
+
+
+def real(array: Array) -> Array:
+    """The array in at least single precision; complex numbers as pairs on the last axis."""
+    if array.dtype.kind == "c":
+        array = np.ascontiguousarray(array)
+        array = array.view(array.real.dtype).reshape(*array.shape, 2)
+    return array.astype(np.promote_types(array.dtype, np.float32), copy=False)
+
+
+def block(array: Array, axis: int | None) -> Array:
+    """The array (N, ...) as (N, before, K, after) around its channel axis, or (N, all, 1, 1) without one."""
+    if axis is None:
+        return array.reshape(len(array), prod(array.shape[1:]), 1, 1)
+    return array.reshape(len(array), prod(array.shape[1:axis]), array.shape[axis], prod(array.shape[axis + 1 :]))
+
+
+def _squares(array: Array) -> NDArray[np.float64]:
+    """Sums of squares of a block by sample and channel: (N, K)."""
+    return np.asarray(np.einsum("nakb,nakb->nk", array, array, dtype=np.float64))
+
+
+def _pairs(reference: Array, candidate: Array) -> Iterator[tuple[Array, Array]]:
+    """Blocks of rows of both, each of one shape and of moderate size."""
+    if reference.dtype == object:
+        yield from ((np.asarray(r)[None], np.asarray(c)[None]) for r, c in zip(reference, candidate, strict=True))
+        return
+    rows = max(1, BLOCK_ELEMENTS // max(1, prod(reference.shape[1:])))
+    for start in range(0, len(reference), rows):
+        yield reference[start : start + rows], candidate[start : start + rows]
+
+
+def _layout(output: Array, name: str) -> Layout:
+    first = np.asarray(output[0])
+    dimensions = first.ndim + 1
+    whole = (np.arange(1),)
+    if kind(output) not in "fc":
+        return Layout(name, None, None, whole, dimensions)
+    size = max(1, first.size)
+    scanned = output[:: max(1, len(output) * size // SCANNED_ELEMENTS)]
+    best, spread = Layout(name, None, _mean(output, None), whole, dimensions), (0.0, 0.0)
+    for axis in _channel_axes(output):
+        layout = Layout(name, axis, _mean(output, axis), (np.arange(_length(output, axis)),), dimensions)
+        groups, gap, deviation = _grouped(layout, scanned)
+        if (gap, deviation) > spread or best.axis is None:
+            best, spread = Layout(name, axis, layout.mean, groups, dimensions), (gap, deviation)
+    return best
+
+
+def _channel_axes(output: Array) -> list[int]:
+    """The axes that may count channels: the first or the last behind the samples, of one length in all samples."""
+    first = np.asarray(output[0])
+    if first.dtype.kind == "c":
+        return []
+    axes = sorted({1, first.ndim} - {0}) if first.ndim else []
+    if output.dtype == object:
+        axes = [axis for axis in axes if len({np.asarray(row).shape[axis - 1] for row in output}) == 1]
+    return axes
+
+
+def _length(output: Array, axis: int) -> int:
+    return int(np.asarray(output[0]).shape[axis - 1])
+
+
+def _mean(output: Array, axis: int | None) -> Array:
+    """The mean over samples as (1, before, K, after); over positions too where their number varies."""
+    if output.dtype == object:
+        blocks = [block(real(np.asarray(row)[None]), axis) for row in output]
+        count = sum(np.isfinite(one).sum(axis=(0, 1, 3), keepdims=True) for one in blocks)
+        total = sum(np.where(np.isfinite(one), one, 0).sum(axis=(0, 1, 3), keepdims=True) for one in blocks)
+        return np.asarray(total / np.maximum(count, 1))
+    total, count = np.zeros(1), np.zeros(1)
+    for rows, _ in _pairs(output, output):
+        part = block(real(rows), axis)
+        known = np.isfinite(part)
+        total = total + np.where(known, part, 0).sum(axis=0, keepdims=True, dtype=np.float64)
+        count = count + known.sum(axis=0, keepdims=True)
+    # A single sample is its own mean, and nothing would be left of it.
+    return total / np.maximum(count, 1) if len(output) > 1 else np.zeros_like(total)
+
+
+def _grouped(layout: Layout, output: Array) -> tuple[tuple[Channels, ...], float, float]:
+    """The groups along the layout's axis, the widest gap between scales that parts them, and how much scales differ.
+
+    Channels are parted by their magnitude and then by how much they vary: what stands beside boxes in pixels may be as
+    large as these vary, and what varies little may be as large as what varies much.
+    """
+    energies = layout.energies(output, output)
+    magnitudes, variations = np.sqrt(energies.raw.sum(axis=0)), np.sqrt(energies.power())
+    in_unit = _within_unit(output, layout.axis)
+    parted, gap = _parted(np.arange(len(magnitudes)), magnitudes, in_unit)
+    groups = []
+    for channels in parted:
+        parts, wider = _parted(channels, variations, in_unit)
+        groups += parts
+        gap = max(gap, wider)
+    deviations = (np.std(np.log10(scales[scales > 0])) for scales in (magnitudes, variations) if scales.any())
+    deviation = float(max(deviations, default=0.0))
+    return tuple(np.sort(channels) for channels in groups), gap, deviation
+
+
+def _parted(
+    channels: Channels, scales: NDArray[np.float64], in_unit: NDArray[np.bool_]
+) -> tuple[list[Channels], float]:
+    """The channels in groups from large to small scale, and the widest gap between two groups, as a logarithm."""
+    used = channels[scales[channels] > 0]
+    if len(used) < 2:
+        return [channels], 0.0
+    order = used[np.argsort(-scales[used], kind="stable")]
+    cuts = np.flatnonzero(-np.diff(np.log10(scales[order])) >= log10(GAP)) + 1
+    first, *others = np.split(order, cuts)
+    groups, gap = [first], 0.0
+    for group in others:
+        both_are_shares = in_unit[groups[-1]].all() and in_unit[group].all()
+        if both_are_shares or len(group) < FEWEST_CHANNELS * len(scales):
+            groups[-1] = np.concatenate([groups[-1], group])
+        else:
+            gap = max(gap, log10(scales[groups[-1]].min() / scales[group[0]]))
+            groups.append(group)
+    silent = channels[scales[channels] == 0]
+    groups[-1] = np.concatenate([groups[-1], silent])
+    return groups, gap
+
+
+def _within_unit(output: Array, axis: int | None) -> NDArray[np.bool_]:
+    """Whether each channel has no value outside 0..1, as scores have: (K,)."""
+    inside = None
+    for rows, _ in _pairs(output, output):
+        part = block(real(rows), axis)
+        found = ((part >= 0) & (part <= 1)).all(axis=(0, 1, 3))
+        inside = found if inside is None else inside & found
+    return np.asarray(inside)

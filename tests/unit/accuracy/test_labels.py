@@ -1,0 +1,108 @@
+"""Labels in the forms in which people have them, and models that do no better than guessing."""
+
+import numpy as np
+import pytest
+
+from corewise.accuracy.gate import AccuracyGate
+from corewise.accuracy.labels import class_labels
+from corewise.accuracy.outputs import Outputs, ragged
+from corewise.common.errors import SamplesError
+from corewise.common.nested import flatten
+from corewise.records.goal import Requirements
+from corewise.samples import from_python
+
+SCORES = np.eye(4, dtype=np.float32)[np.arange(12) % 4]
+WRONG = (np.arange(12) + 1) % 4
+FORMS = {
+    "integers": WRONG,
+    "a column": WRONG[:, None],
+    "floats": WRONG.astype(np.float32),
+    "a column of floats": WRONG[:, None].astype(np.float64),
+    "one-hot": np.eye(4)[WRONG],
+    "one-hot booleans": np.eye(4)[WRONG].astype(bool),
+    "objects": ragged([np.array([label]) for label in WRONG]),
+}
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_class_labels_are_understood_in_every_form(form):
+    assert class_labels(FORMS[form], SCORES).tolist() == WRONG.tolist()
+
+
+@pytest.mark.parametrize(
+    ("labels", "message"),
+    [
+        (WRONG + 0.5, r"the labels are float64 of shape \(12,\), which does not name one class for each of 12"),
+        (np.ones((12, 4)), r"float64 of shape \(12, 4\)"),
+        (np.full((12, 4), 0.25), r"float64 of shape \(12, 4\)"),
+        (WRONG[:11], r"int64 of shape \(11,\)"),
+        (ragged([np.zeros(1 + row % 2) for row in range(12)]), "the labels are of varying size"),
+        (ragged([{"boxes": np.zeros((1, 4))}] * 12), "the labels are of varying size"),
+        (WRONG + 1, r"photo_02\.jpg has label 4, the model's classes are 0\.\.3"),
+    ],
+)
+def test_other_labels_are_refused(labels, message):
+    with pytest.raises(SamplesError, match=message):
+        class_labels(labels, SCORES, [f"photo_{row:02}.jpg" for row in range(12)])
+
+
+def fidelity_of(outputs, labels, names=(), metric=None):
+    leaves, structure = flatten(outputs)
+    samples = from_python([np.zeros(1, np.float32)] * len(leaves[0]))
+    samples = type(samples)(rows=samples.rows, structure=samples.structure, labels=labels)
+    gate = AccuracyGate(metric, samples, structure, Requirements(), 0, names=names)
+    return gate(Outputs(tuple(leaves)))[0]
+
+
+@pytest.mark.parametrize("form", [form for form in FORMS if form != "objects"])
+def test_labels_decide_in_every_form(form):
+    fidelity = fidelity_of(SCORES, FORMS[form])
+    assert (fidelity.metric, fidelity.basis, fidelity.baseline_value) == ("top1", "labels", 0)
+    assert fidelity.near_chance
+    assert fidelity.chance == 0.25
+
+
+def test_messages_name_the_users_own_samples():
+    names = [f"cats/{row}.png" for row in range(12)]
+    with pytest.raises(SamplesError, match=r"cats/2\.png has label 4"):
+        fidelity_of(SCORES, WRONG + 1, names)
+    assert fidelity_of(SCORES, WRONG, names).worst_sample in names
+
+
+@pytest.mark.parametrize(
+    ("right", "count", "classes", "near"),
+    [
+        (0, 100, 1000, True),
+        (1, 100, 10, True),
+        (18, 100, 10, True),
+        (30, 100, 10, False),
+        (85, 100, 1000, False),
+        (55, 100, 2, True),
+        (70, 100, 2, False),
+        (45, 100, 3, True),
+        (60, 100, 3, False),
+        (1, 100, 1000, False),
+    ],
+)
+def test_a_model_near_chance_is_told(right, count, classes, near):
+    answers = np.arange(count) % classes
+    labels = np.where(np.arange(count) < right, answers, (answers + 1) % classes)
+    assert fidelity_of(np.eye(classes)[answers], labels).near_chance == near
+
+
+def test_correlations_and_areas_have_a_chance_level_too():
+    truth = np.random.default_rng(0).normal(size=100)
+    assert not fidelity_of(truth[:, None] + 0.1, truth).near_chance
+    assert fidelity_of(np.random.default_rng(1).normal(size=(100, 1)), truth).near_chance
+    assert fidelity_of(-truth[:, None], truth).near_chance
+    assert fidelity_of(-truth[:, None], (truth > 0).astype(int)).near_chance
+    assert not fidelity_of(truth[:, None], (truth > 0).astype(int)).near_chance
+
+
+def test_what_was_judged_stands_in_the_record():
+    maps = np.random.default_rng(0).normal(size=(12, 3, 8, 8))
+    by_outputs = fidelity_of(maps, None)
+    assert (by_outputs.metric, by_outputs.basis) == ("concordance", "outputs")
+    assert by_outputs.suggested_metrics == ("miou", "psnr", "ssim", "mae")
+    assert fidelity_of(SCORES, None).basis == "answers"
+    assert fidelity_of(SCORES, None).suggested_metrics == ()

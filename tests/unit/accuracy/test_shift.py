@@ -1,0 +1,116 @@
+"""The samples that are left out because they are unlike the rest, and what the gate makes of a drop on them."""
+
+import numpy as np
+import pytest
+
+from corewise.accuracy.gate import AccuracyGate, judge
+from corewise.accuracy.outputs import Outputs, ragged
+from corewise.accuracy.shift import FEWEST_JUDGED, k_means, robust_by_default, shift_split
+from corewise.common.nested import flatten
+from corewise.records.fidelity import Fidelity
+from corewise.records.goal import Requirements
+from corewise.records.jsonable import from_json, to_json
+from corewise.samples import from_python
+
+
+def rng(seed=0):
+    return np.random.default_rng(seed)
+
+
+def topics(count, seed=0):
+    """Embeddings of texts on five topics; the last is far from the others. Also the topic of each."""
+    centers = np.concatenate([rng(100).normal(size=(4, 16)), np.full((1, 16), 3.0)])
+    members = rng(seed).integers(5, size=count)
+    return Outputs((centers[members] + 0.3 * rng(seed + 1).normal(size=(count, 16)),)), members
+
+
+def test_k_means_finds_clusters_that_are_there():
+    outputs, members = topics(200)
+    found = k_means(outputs.leaves[0], 5, seed=0)
+    assert all(len(np.unique(members[found == cluster])) == 1 for cluster in range(5))
+    assert np.array_equal(found, k_means(outputs.leaves[0], 5, seed=0))
+    assert (k_means(np.zeros((10, 3)), 4, seed=0) == 0).all()
+
+
+def test_the_cluster_most_unlike_the_rest_is_left_out():
+    (calibration, ours), (holdout, theirs) = topics(100), topics(100, seed=7)
+    split = shift_split(calibration, holdout, seed=0)
+    assert set(theirs[split.judged]) == {4}
+    assert 4 not in ours[split.calibrating]
+    assert len(split.calibrating) == (ours != 4).sum()
+
+
+def test_boxes_do_not_outweigh_scores():
+    """Scores that part the samples decide beside boxes of another scale that do not."""
+    (calibration, ours), (holdout, theirs) = topics(100), topics(100, seed=7)
+
+    def detector(outputs, seed):
+        boxes = 300 + 50 * rng(seed).normal(size=(100, 4, 16))
+        return Outputs((np.concatenate([boxes, 0.01 * outputs.leaves[0][:, None]], axis=1),))
+
+    split = shift_split(detector(calibration, 3), detector(holdout, 4), seed=0)
+    assert split is None or set(theirs[split.judged]) != set(range(5))
+    assert ours is not None
+
+
+def test_outputs_of_varying_length_are_compared_by_their_channels():
+    (calibration, _), (holdout, theirs) = topics(100), topics(100, seed=7)
+
+    def varying(outputs):
+        return Outputs((ragged([row[None].repeat(3 + k % 4, axis=0) for k, row in enumerate(outputs.leaves[0])]),))
+
+    assert set(theirs[shift_split(varying(calibration), varying(holdout), seed=0).judged]) == {4}
+
+
+@pytest.mark.parametrize(("calibrating", "held_out"), [(3, 100), (100, FEWEST_JUDGED - 1)])
+def test_too_few_samples_are_not_split(calibrating, held_out):
+    assert shift_split(topics(calibrating)[0], topics(held_out)[0], seed=0) is None
+
+
+def test_integers_alone_cannot_be_clustered():
+    ids = Outputs((rng().integers(9, size=(50, 4)),))
+    assert shift_split(ids, ids, seed=0) is None
+
+
+def gate_of(outputs, **options):
+    leaves, structure = flatten(outputs.leaves[0])
+    gate = AccuracyGate(
+        None, from_python([np.zeros(1, np.float32)] * len(leaves[0])), structure, Requirements(), 0, **options
+    )
+    gate(outputs)
+    return gate
+
+
+@pytest.mark.parametrize("robust", [False, True])
+def test_a_drop_under_shift_decides_only_where_it_is_asked_for(robust):
+    holdout, members = topics(200, seed=7)
+    gate = gate_of(holdout, robust=robust)
+    good = Outputs((holdout.leaves[0] * 1.001,))
+    fidelity, verdict = gate(good)
+    assert verdict.passed
+    twin = Outputs((np.where((members == 4)[:, None], rng(5).normal(size=(200, 16)), good.leaves[0]),))
+    rows = np.flatnonzero(members == 4)
+    fidelity, verdict = gate.under_shift(fidelity, twin, rows)
+    assert fidelity.drop < 0.01 < fidelity.shift_drop
+    assert fidelity.shift.samples == len(rows)
+    assert verdict.passed == (not robust)
+    assert verdict.rule == ("shift_drop" if robust else "passed")
+    assert from_json(Fidelity, to_json(fidelity)) == fidelity
+
+
+def test_a_floor_under_shift_decides_too():
+    holdout, members = topics(200, seed=7)
+    gate = gate_of(holdout, robust=True)
+    fidelity, _ = gate(holdout)
+    twin = Outputs((holdout.leaves[0] * np.where(np.arange(16) == 3, 0, 1),))
+    fidelity, _ = gate.under_shift(fidelity, twin, np.flatnonzero(members == 4))
+    lenient = judge(fidelity, Requirements(max_drop=2.0), robust=True)
+    assert (lenient.passed, lenient.rule) == (False, "shift_floor")
+
+
+def test_texts_and_embeddings_are_robust_by_default():
+    vectors = rng().normal(size=(20, 8))
+    unit = Outputs((vectors / np.linalg.norm(vectors, axis=1, keepdims=True),))
+    assert robust_by_default(unit, integer_inputs=False)
+    assert robust_by_default(Outputs((vectors,)), integer_inputs=True)
+    assert not robust_by_default(Outputs((vectors,)), integer_inputs=False)

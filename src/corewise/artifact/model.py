@@ -6,10 +6,12 @@ from typing import Any
 
 import numpy as np
 
+from corewise.artifact.checks import InputChecks
 from corewise.common.errors import InputError
 from corewise.common.nested import Structure, match_call, unflatten
 from corewise.engines import Session
 from corewise.records.build import TensorSpec
+from corewise.records.ranges import InputRange
 
 
 class Model:
@@ -28,12 +30,18 @@ class Model:
         inputs: Sequence[TensorSpec],
         input_structure: Structure,
         output_structure: Structure,
+        ranges: Sequence[InputRange] | None = None,
+        check_finite: bool = False,
     ) -> None:
-        """``session`` takes calls from several threads at the same time."""
+        """``session`` takes calls from several threads at the same time.
+
+        ``ranges`` are what each input may hold, and ``check_finite`` refuses NaN and infinities (``InputChecks``).
+        """
         self._session = session
         self._inputs = tuple(inputs)
         self._input_structure = input_structure
         self._output_structure = output_structure
+        self._checks = InputChecks(self._inputs, ranges, check_finite=check_finite)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """The model's outputs for one batch (dimension 0 of every input)."""
@@ -42,6 +50,7 @@ class Model:
         if len({len(array) for array in arrays}) > 1 or not len(arrays[0]):
             counts = [len(array) for array in arrays]
             raise InputError(f"the inputs have {counts} items", "give as many of each, at least 1")
+        self._checks.check(arrays)
         outputs: list[Any] = self._session.run(arrays)
         if not isinstance(leaves[0], np.ndarray):
             outputs = [_tensor(array) for array in outputs]

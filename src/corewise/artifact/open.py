@@ -10,6 +10,7 @@ from typing import Any
 
 from corewise import artifact
 from corewise.artifact import Artifact, tuned
+from corewise.artifact.checks import input_ranges
 from corewise.artifact.model import Model
 from corewise.common.errors import ArtifactError, EngineError, InputError
 from corewise.common.references import guard
@@ -36,6 +37,7 @@ def load(
     threads_per_instance: int | None = None,
     instances: int | None = None,
     batch: int | None = None,
+    check_finite: bool = False,
 ) -> Model:
     """Open an artifact.
 
@@ -45,6 +47,10 @@ def load(
     It runs the plan that ``retune`` found on this machine, else the one it was made with; on a machine other than that
     plan's, or one with too few cores for it, a warning says so (``tuned.fit``). ``threads_per_instance``, ``instances``
     and ``batch`` (the rows of a micro-batch) take the place of the plan's own.
+
+    A call whose integers index outside of the model's tables (token ids, positions) raises ``InputError`` before
+    anything runs, where the artifact says how large they are (``checks.input_ranges``). With ``check_finite`` a call
+    with NaN or infinities does too.
 
     Raises ``ArtifactError`` where it is truncated, altered, foreign or does not fit this CPU, ``EngineError`` where its
     engine is not installed or cannot run such a plan, and ``InputError`` for numbers that are no plan.
@@ -59,6 +65,8 @@ def load(
         inputs=found.manifest.inputs,
         input_structure=found.input_structure,
         output_structure=found.output_structure,
+        ranges=input_ranges(found),
+        check_finite=check_finite,
     )
 
 

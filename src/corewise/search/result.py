@@ -11,10 +11,12 @@ from pathlib import Path
 import numpy as np
 
 from corewise import artifact
+from corewise.artifact.checks import program_ranges
 from corewise.artifact.model import Model
 from corewise.common.errors import OutputError
 from corewise.common.nested import Structure
 from corewise.engines import BuildInputs, Engine
+from corewise.records.ranges import InputRange
 from corewise.records.report import Report
 from corewise.runtime.client import read_outputs
 from corewise.runtime.instances import open_plan
@@ -79,6 +81,7 @@ class Result:
             inputs=self.material.inputs,
             input_structure=self.holdout.structure,
             output_structure=self.output_structure,
+            ranges=self._ranges,
         )
 
     def save(
@@ -130,7 +133,13 @@ class Result:
             output_structure=self.output_structure.to_data(),
             preprocess=self.holdout.preprocess,
             files=files,
+            input_ranges=self._ranges,
         )
+
+    @cached_property
+    def _ranges(self) -> tuple[InputRange, ...] | None:
+        """What each input may hold; not known of a model that cannot be exported."""
+        return program_ranges(self.material.program)
 
     def _golden(self) -> tuple[tuple[np.ndarray, ...], list[np.ndarray]]:
         """The first holdout samples of one shape, and the winner's outputs for them."""

@@ -426,7 +426,10 @@ def serve(
         str | None, typer.Option(metavar="HOST:PORT", help="Where gRPC listens. [default: nowhere]")
     ] = None,
     admin: Annotated[
-        str | None, typer.Option(metavar="HOST:PORT", help="Where models can be reloaded. [default: nowhere]")
+        str | None, typer.Option(metavar="HOST:PORT", help="Where models are loaded and unloaded. [default: nowhere]")
+    ] = None,
+    admin_grpc: Annotated[
+        str | None, typer.Option(metavar="HOST:PORT", help="The same over gRPC. [default: nowhere]")
     ] = None,
     timeout_ms: Annotated[float, typer.Option(min=1, help="Time for requests that name none.")] = 60_000.0,
     queue: Annotated[int, typer.Option(min=1, help="Most rows that wait, for each model.")] = 1024,
@@ -441,6 +444,9 @@ def serve(
     shadow: Annotated[
         float, typer.Option(min=0, max=1, help="Share of the requests that fp32 answers too, to watch for drift.")
     ] = 0.0,
+    check_finite: Annotated[
+        bool, typer.Option("--check-finite", help="Refuse inputs with NaN or infinities (400).")
+    ] = False,
     drain_s: Annotated[float, typer.Option(min=0, help="On SIGTERM, time to finish what was accepted.")] = 30.0,
     log_level: Annotated[
         Literal["debug", "info", "warning", "error"], typer.Option(help="debug has a line for every request.")
@@ -457,7 +463,8 @@ def serve(
     """
     import importlib.util
 
-    if any(importlib.util.find_spec(name) is None for name in ("starlette", "uvicorn", "httptools", "grpc")):
+    packages = ("starlette", "uvicorn", "httptools", "grpc", "grpc_health", "grpc_reflection")
+    if any(importlib.util.find_spec(name) is None for name in packages):
         raise MissingExtra("starlette", "serve", "serving")
     from corewise.serving.logs import to_stderr
     from corewise.serving.protocol import Limits
@@ -476,6 +483,7 @@ def serve(
         http=None if http == "none" else arguments.address("--http", http),
         grpc=None if grpc is None else arguments.address("--grpc", grpc),
         admin=None if admin is None else arguments.address("--admin", admin),
+        admin_grpc=None if admin_grpc is None else arguments.address("--admin-grpc", admin_grpc),
         limits=Limits(timeout_s=timeout_ms / 1e3, body_bytes=arguments.size_bytes("--max-body", max_body)),
         max_waiting=queue,
         tokens=tokens,
@@ -485,6 +493,7 @@ def serve(
         shadow=shadow,
         drain_s=drain_s,
         traces=traces,
+        check_finite=check_finite,
     )
     if not run([Source.of(text) for text in artifacts], options, _tell_server):
         raise CorewiseError(f"not all that was accepted was answered in {drain_s:g} s", "give a longer --drain-s")
@@ -492,7 +501,7 @@ def serve(
 
 def _tell_server(what: str, value: Any) -> None:
     if what == "listening":
-        ports = {"http": value.http, "grpc": value.grpc, "admin": value.admin}
+        ports = {"http": value.http, "grpc": value.grpc, "admin": value.admin, "admin-grpc": value.admin_grpc}
         typer.echo("listening: " + ", ".join(f"{name} on port {port}" for name, port in ports.items() if port))
     elif what == "ready":
         for one in value.served:

@@ -307,7 +307,7 @@ def test_an_overload_is_refused_at_once_and_says_when_to_come_again(slow):
     refused = next(one for one in answers if one.status_code == 503)
     assert int(refused.headers["retry-after"]) >= 1
     text = slow.get("/metrics").text
-    assert 'outcome="overloaded"' in text or 'outcome="queue full"' in text
+    assert 'outcome="overloaded"' in text or 'outcome="queue_full"' in text
     figures = slow.get("/live.json").json()["models"][0]
     assert figures["refused_per_s"] > 0
     assert figures["batch_rows"]["2"] > 0
@@ -648,7 +648,7 @@ def test_the_live_page_lives(server, tmp_path):
     command = [browser, "--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={tmp_path}"]
     command += ["--virtual-time-budget=3000", "--dump-dom", server.url]
     found = subprocess.run(command, capture_output=True, text=True, timeout=120).stdout
-    assert 'class="state good"' in found
+    assert 'class="pill good"' in found
     assert "net" in found
     assert "onnxruntime int8-dynamic" in found
     assert "answered" in found

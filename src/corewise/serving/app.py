@@ -154,7 +154,7 @@ class App:
 
         served, asked, answer = await self._answered(request, served, read)
         named = {spec.name: array for spec, array in zip(served.outputs, answer.outputs, strict=True)}
-        named = triton.classified(asked.outputs, named, served.manifest.labels)
+        named = triton.classified(asked.class_counts, named, served.manifest.labels)
         version = request.path_params.get("version")
         parts, json_length = protocol.render(served.name, version or served.version, asked, named)
         if json_length is None:

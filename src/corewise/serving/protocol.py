@@ -87,6 +87,11 @@ class InferRequest:
     timeout_s: float | None = None
     priority: int = 0
 
+    @property
+    def class_counts(self) -> dict[str, int]:
+        """How many classes are wanted of each output that is wanted as classes."""
+        return {output.name: output.classes for output in self.outputs if output.classes}
+
 
 def parse(
     body: bytes,

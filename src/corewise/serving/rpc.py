@@ -130,7 +130,7 @@ class Service:
             )
             answer = note(await wrap_future(future))
         named = {spec.name: array for spec, array in zip(served.outputs, answer.outputs, strict=True)}
-        return render(served, asked, triton.classified(asked.outputs, named, served.manifest.labels))
+        return render(served, asked, triton.classified(asked.class_counts, named, served.manifest.labels))
 
     def _served(self, name: str, version: str) -> Served:
         return self.models.find(name, version or None)

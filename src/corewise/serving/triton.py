@@ -10,7 +10,7 @@ import numpy as np
 
 from corewise.records.build import TensorSpec
 from corewise.serving import protocol
-from corewise.serving.protocol import Asked, ProtocolError
+from corewise.serving.protocol import ProtocolError
 from corewise.serving.served import Served
 
 
@@ -35,18 +35,15 @@ def config(served: Served) -> dict[str, Any]:
 
 
 def classified(
-    asked: Sequence[Asked], outputs: Mapping[str, np.ndarray], labels: Sequence[str] | None
+    counts: Mapping[str, int], outputs: Mapping[str, np.ndarray], labels: Sequence[str] | None
 ) -> dict[str, np.ndarray]:
-    """The outputs, with the highest values of those that were asked for as classes.
+    """The outputs, of which those in ``counts`` become so many classes: their highest values.
 
     A class is ``score:index``, or ``score:index:label`` where the model's labels name it. Raises ``ProtocolError`` for
     outputs that are no numbers.
     """
-    found = dict(outputs)
-    for each in asked:
-        if each.classes:
-            found[each.name] = _classes(each, outputs[each.name], labels or ())
-    return found
+    classes = {name: _classes(name, count, outputs[name], labels or ()) for name, count in counts.items() if count}
+    return {**outputs, **classes}
 
 
 def _tensor(spec: TensorSpec) -> dict[str, Any]:
@@ -55,11 +52,11 @@ def _tensor(spec: TensorSpec) -> dict[str, Any]:
     return {"name": spec.name, "data_type": f"TYPE_{'STRING' if datatype == 'BYTES' else datatype}", "dims": dims}
 
 
-def _classes(asked: Asked, scores: np.ndarray, labels: Sequence[str]) -> np.ndarray:
+def _classes(name: str, count: int, scores: np.ndarray, labels: Sequence[str]) -> np.ndarray:
     if scores.dtype.kind not in "fiu":
-        raise ProtocolError(f"the output {asked.name} is no number, and so has no classes")
+        raise ProtocolError(f"the output {name} has no numbers, and so no classes")
     rows = scores.reshape(len(scores), -1)
-    best = np.argsort(-rows.astype(np.float64), axis=1, kind="stable")[:, : asked.classes]
+    best = np.argsort(-rows.astype(np.float64), axis=1, kind="stable")[:, :count]
     words = [
         _class(rows[row, index].item(), index, labels) for row, indices in enumerate(best.tolist()) for index in indices
     ]

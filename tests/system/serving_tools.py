@@ -70,7 +70,7 @@ def fake_artifact(folder, plan=None, *, call_ms=2.0, **options):
 
 
 def token_artifact(folder, *, vocabulary=99, positions=40, labels=None):
-    """An artifact of OpenVINO that embeds rows of tokens: the mean of their vectors in a table, and of their places'."""
+    """An artifact of OpenVINO that embeds rows of tokens: the mean of what two tables have for tokens and places."""
     import openvino as ov
     from openvino import opset13 as ops
 

@@ -3,6 +3,7 @@
 import asyncio
 import json
 import queue
+import re
 import shutil
 import subprocess
 
@@ -249,7 +250,7 @@ def test_the_repository_is_at_no_other_port(server):
     assert server.post("/v2/repository/models/toy/unload").status_code == 404
     with triton_grpc.InferenceServerClient(server.grpc) as client:
         for call in (client.get_model_repository_index, lambda: client.unload_model("toy")):
-            with pytest.raises(triton_grpc.InferenceServerException, match="UNIMPLEMENTED.*--admin-grpc"):
+            with pytest.raises(triton_grpc.InferenceServerException, match=r"UNIMPLEMENTED.*--admin-grpc"):
                 call()
 
 
@@ -257,19 +258,9 @@ def test_perf_analyzer_runs(server):
     found = shutil.which("perf_analyzer")
     if found is None:
         pytest.skip("no perf_analyzer: the one in the wheel of tritonclient 2.50.0 was tried")
-    for more in (["-i", "http", "-u", server.url], ["-i", "grpc", "--streaming", "-a", "-u", server.grpc]):
-        command = [
-            found,
-            "-m",
-            "toy",
-            "-p",
-            "500",
-            "-r",
-            "3",
-            "-s",
-            "99",
-            *(part.removeprefix("http://") for part in more),
-        ]
+    http = server.url.removeprefix("http://")
+    for more in (["-i", "http", "-u", http], ["-i", "grpc", "--streaming", "-a", "-u", server.grpc]):
+        command = [found, "-m", "toy", "-p", "500", "-r", "3", "-s", "99", *more]
         done = subprocess.run(command, capture_output=True, text=True, timeout=100)
         assert done.returncode in (0, 1), done.stderr  # 1: the load was not steady
         assert "Throughput:" in done.stdout, done.stderr
@@ -410,4 +401,4 @@ def test_the_page_knows_what_was_before_it(server, tmp_path):
     for words in ("Requests/s", "Latency, ms", "now</text>", "min ago</text>", "openvino fp32", 'class="line one"'):
         assert words in page
     assert "Requests/s over the last 300 s" in page
-    assert "http" not in page.partition("<script>")[0].replace("http://www.w3.org", "").partition("<body>")[2]
+    assert not re.search(r"""(src|href|url)\s*[=(]\s*["']?(https?:)?//""", page)

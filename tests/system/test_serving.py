@@ -655,7 +655,7 @@ def test_the_live_page_lives(server, tmp_path):
 
 
 def test_schemathesis_finds_no_server_error(server, tmp_path):
-    command = [sys.executable, "-m", "schemathesis.cli", "run", f"{server.url}/openapi.json", "--max-examples", "30"]
+    command = [sys.executable, "-m", "schemathesis.cli", "run", f"{server.url}/openapi.json", "--max-examples", "15"]
     command += ["--checks", "not_a_server_error", "--seed", "0", "--no-color", "--request-timeout", "20"]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stdout[-3000:]
@@ -759,4 +759,15 @@ def test_text_is_taken_as_it_is_and_padded_to_few_lengths(tmp_path, data_folder)
             for name in names
         ]
         tokens[1]["data"] = [1, 1, 1, 0, 0, 0, 0, 0]
-        assert server.post("/v2/models/minilm/infer", json={"inputs": tokens}).status_code == 200
+        before = server.post("/v2/models/minilm/infer", json={"inputs": tokens})
+        assert before.status_code == 200
+        # What is no word has no vector, and no part of another request in its place.
+        outside = [{**tokens[0], "data": [101, 10_000_000, *tokens[0]["data"][2:]]}, tokens[1]]
+        refused = server.post("/v2/models/minilm/infer", json={"inputs": outside})
+        assert refused.status_code == 400
+        assert "the value 10000000 in row 0; give values from 0 to 30521" in refused.json()["error"]
+        long = [{**each, "shape": [1, 520], "data": [1] * 520} for each in tokens]
+        assert "give at most 512" in server.post("/v2/models/minilm/infer", json={"inputs": long}).json()["error"]
+        assert (
+            output(server.post("/v2/models/minilm/infer", json={"inputs": tokens})).tolist() == output(before).tolist()
+        )

@@ -69,10 +69,13 @@ def fake_artifact(folder, plan=None, *, call_ms=2.0, **options):
     return folder
 
 
-def token_artifact(folder, *, vocabulary=99, positions=40, labels=None):
+def token_artifact(folder, *, vocabulary=99, positions=41, labels=None):
     """An artifact of OpenVINO that embeds rows of tokens: the mean of what two tables have for tokens and places."""
     import openvino as ov
     from openvino import opset13 as ops
+    from tokenizers import Tokenizer
+    from tokenizers.models import WordLevel
+    from tokenizers.pre_tokenizers import WhitespaceSplit
 
     random = np.random.default_rng(0)
     ids = ops.parameter([-1, -1], np.int64, name="tokens")
@@ -96,6 +99,9 @@ def token_artifact(folder, *, vocabulary=99, positions=40, labels=None):
         for trial in found.report.trials
     )
     choice = replace(found.report.choice, winner=build, plan=plan)
+    tokenizer = Tokenizer(WordLevel({f"w{k}": k for k in range(vocabulary)}, unk_token="w0"))
+    tokenizer.pre_tokenizer = WhitespaceSplit()
+    tokenizer.save(str(folder.with_name(f"{folder.name}.json")))
     ranges = InputRange(values=(ValueRange(low=0, high=vocabulary - 1),), longest=(None, positions))
     artifact.write(
         folder,
@@ -113,6 +119,7 @@ def token_artifact(folder, *, vocabulary=99, positions=40, labels=None):
         payload=payload,
         reference=None,
         golden=golden,
+        tokenizer=folder.with_name(f"{folder.name}.json"),
         report=replace(found.report, cpu=inspect(), trials=trials, choice=choice),
         report_text="",
         report_page="",

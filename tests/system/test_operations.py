@@ -74,7 +74,7 @@ def token_input(client, ids):
 WRONG = [
     ([[1, 2, 10_000_000]], "input 'tokens' has the value 10000000 in row 0; give values from 0 to 98"),
     ([[1, 2, 3], [1, -1, 3]], "input 'tokens' has the value -1 in row 1; give values from 0 to 98"),
-    ([[0] * 41], "input 'tokens' has 41 in dimension 1; give at most 40"),
+    ([[0] * 42], "input 'tokens' has 42 in dimension 1; give at most 41"),
 ]
 
 
@@ -94,6 +94,17 @@ def test_a_value_without_a_place_in_the_model_is_refused_and_others_get_their_ow
     assert ask(server, good).json()["outputs"][0]["data"] == expected
 
 
+def test_texts_are_as_long_as_the_model_has_positions(server):
+    def embed(words):
+        text = {"name": "text", "datatype": "BYTES", "shape": [1], "data": [" ".join(["w5"] * words)]}
+        return server.post("/v2/models/tokens/infer", json={"inputs": [text]})
+
+    assert embed(41).status_code == 200  # with padding to a multiple of 8 it would be too long
+    refused = embed(42)
+    assert refused.status_code == 400
+    assert "a text has 42 tokens, the model takes 41" in refused.json()["error"]
+
+
 def test_a_loaded_model_refuses_them_too(folders):
     with corewise.load(folders[1]) as model:
         good = np.array([[5, 6, 7], [8, 9, 98]])
@@ -106,7 +117,7 @@ def test_a_loaded_model_refuses_them_too(folders):
 
 
 def test_metadata_says_which_values_a_model_takes(server):
-    parameters = {"minimum": 0, "maximum": 98, "maximum_size_1": 40}
+    parameters = {"minimum": 0, "maximum": 98, "maximum_size_1": 41}
     assert server.get("/v2/models/tokens").json()["inputs"][0]["parameters"] == parameters
     assert "parameters" not in server.get("/v2/models/toy").json()["inputs"][0]
     assert "maximum 98" in server.get("/docs").text

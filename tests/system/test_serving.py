@@ -6,6 +6,7 @@ import http.server
 import json
 import os
 import queue
+import re
 import select
 import shutil
 import signal
@@ -551,6 +552,9 @@ def test_too_many_connections_are_told_and_the_others_are_answered(tmp_path):
             one.close()
         assert eventually(lambda: server.get("/v2/health/ready").status_code == 200, 5)
         assert infer(server, ROWS[:1]).status_code == 200
+        text = server.get("/metrics").text
+        (count,) = re.findall(r'^corewise_refused_connections_total{protocol="http"} (.+)$', text, re.MULTILINE)
+        assert float(count) >= len(answers)
 
 
 def test_requests_are_spans_of_their_clients_traces(tmp_path):
@@ -574,7 +578,7 @@ def test_requests_are_spans_of_their_clients_traces(tmp_path):
         threading.Thread(target=collector.serve_forever, daemon=True).start()
         where = {"OTEL_EXPORTER_OTLP_ENDPOINT": f"http://127.0.0.1:{collector.server_port}"}
         with serving(fake_artifact(tmp_path / "toy.cw"), "--traces", environment=where) as server:
-            headers = {"traceparent": f"00-{trace}-00f067aa0ba902b7-01"}
+            headers = {"traceparent": f"00-{trace}-00f067aa0ba902b7-01", "x-request-id": "seven"}
             assert infer(server, ROWS[:1], headers=headers).status_code == 200
             assert infer(server, ROWS[:1, :1], headers=headers).status_code == 400
             assert server.stop() == 0
@@ -591,6 +595,7 @@ def test_requests_are_spans_of_their_clients_traces(tmp_path):
     found = [{one.key: one.value for one in span.attributes} for span in spans]
     assert [one["corewise.outcome"].string_value for one in found] == ["ok", "invalid"]
     assert found[0]["corewise.call_rows"].int_value == 1
+    assert [one["corewise.request_id"].string_value for one in found] == ["seven"] * 2
 
 
 def test_wrong_arguments_are_one_line(tmp_path):

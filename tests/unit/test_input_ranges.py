@@ -116,16 +116,19 @@ def test_a_file_that_cannot_be_read_is_told_and_checks_nothing(tmp_path):
         (name,) = (name for name in archive.namelist() if name.endswith("models/model.json"))
         model = json.loads(archive.read(name))
     model["graph_module"]["graph"]["nodes"][0]["inputs"] = [7]
+    assert program_ranges(good, SPECS[:1], [[np.array([[1, 9]])]]) is not None
+    # The model took this: whatever says that it cannot is wrong.
+    assert program_ranges(good, SPECS[:1], [[np.array([[1, 9]])], [np.array([[1, 10]])]]) is None
     for content in (json.dumps(model), "{", "[" * 100_000, json.dumps({"graph_module": 1})):
         bad = tmp_path / "bad.pt2"
         with zipfile.ZipFile(bad, "w") as archive:
             archive.writestr(name, content)
         with pytest.raises(ArtifactError, match="cannot be read"):
             derive(bad)
-        assert program_ranges(bad) is None
+        assert program_ranges(bad, SPECS[:1], []) is None
     (tmp_path / "bad.pt2").write_bytes(b"no archive")
-    assert program_ranges(tmp_path / "bad.pt2") is None
-    assert program_ranges(tmp_path / "none.pt2") is None
+    assert program_ranges(tmp_path / "bad.pt2", SPECS[:1], []) is None
+    assert program_ranges(tmp_path / "none.pt2", SPECS[:1], []) is None
 
 
 SPECS = [

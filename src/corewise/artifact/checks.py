@@ -1,6 +1,6 @@
 """Whether the values of a call's inputs are ones that the model has a place for."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -19,17 +19,29 @@ def input_ranges(found: Artifact) -> tuple[InputRange, ...] | None:
     """
     if found.manifest.input_ranges is not None:
         return found.manifest.input_ranges
-    return program_ranges(found.folder / REFERENCE) if REFERENCE in found.manifest.files else None
+    if REFERENCE not in found.manifest.files:
+        return None
+    golden, _ = found.golden()
+    return program_ranges(found.folder / REFERENCE, found.manifest.inputs, [golden])
 
 
-def program_ranges(program: Path) -> tuple[InputRange, ...] | None:
-    """The ranges of the inputs of a ``.pt2`` file (``derive``); ``None`` where it is missing or cannot be read."""
+def program_ranges(
+    program: Path, inputs: Sequence[TensorSpec], batches: Iterable[Sequence[np.ndarray]]
+) -> tuple[InputRange, ...] | None:
+    """The ranges of the inputs of the program in a ``.pt2`` file (``derive``), which took the ``batches`` before.
+
+    ``None`` where the file is missing or cannot be read, and where it would refuse a batch: then a range is wrong.
+    """
     if not program.exists():
         return None
     try:
-        return derive(program)
-    except ArtifactError:
+        ranges = derive(program)
+        checks = InputChecks(inputs, ranges)
+        for batch in batches:
+            checks.check(batch)
+    except (ArtifactError, InputError):
         return None
+    return ranges
 
 
 class InputChecks:

@@ -139,7 +139,9 @@ class Result:
     @cached_property
     def _ranges(self) -> tuple[InputRange, ...] | None:
         """What each input may hold; not known of a model that cannot be exported."""
-        return program_ranges(self.material.program)
+        samples = (self.material.calibration, self.holdout)
+        batches = (inputs for part in samples for _, inputs in part.batches(GOLDEN_ROWS))
+        return program_ranges(self.material.program, self.material.inputs, batches)
 
     def _golden(self) -> tuple[tuple[np.ndarray, ...], list[np.ndarray]]:
         """The first holdout samples of one shape, and the winner's outputs for them."""

@@ -3,11 +3,15 @@
 import json
 import logging
 import re
+from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
 
+from corewise import artifact
 from corewise.batching import Answer
+from corewise.records.build import TensorSpec
 from corewise.serving.logs import RefusalLog
 from corewise.serving.metrics import Metrics
 from corewise.serving.models import Models
@@ -15,7 +19,9 @@ from corewise.serving.protocol import ProtocolError
 from corewise.serving.statistics import COLUMNS, HISTORY_S, Statistics
 from corewise.serving.traces import Traces
 from corewise.serving.triton import classified
+from corewise.serving.values import Values
 
+GOLDEN = Path(__file__).parents[1] / "golden" / "schema-1"
 WITHIN = 0.03
 """What the buckets of latencies leave open."""
 
@@ -180,5 +186,17 @@ def test_the_highest_values_become_classes_with_their_labels():
     assert found["others"] is SCORES
     assert classified({}, {"scores": SCORES}, None)["scores"] is SCORES
     assert classified({"n": 9}, {"n": np.array([[3, 8]])}, None)["n"].tolist() == [[b"8:1", b"3:0"]]
-    with pytest.raises(ProtocolError, match="no numbers"):
+    with pytest.raises(ProtocolError, match="does not hold numbers"):
         classified({"flags": 1}, {"flags": np.array([[True]])}, None)
+
+
+def test_what_is_not_known_is_not_checked_and_told():
+    found = artifact.read(GOLDEN)
+    assert Values(found).notes == ()
+    tokens = TensorSpec(name="tokens", dtype="int64", shape=(None, None))
+    files = {name: facts for name, facts in found.manifest.files.items() if name != artifact.REFERENCE}
+    older = replace(found, manifest=replace(found.manifest, inputs=(tokens,), files=files))
+    (note,) = Values(older).notes
+    assert "the ranges of the integer inputs tokens are not known" in note
+    Values(older).check([np.array([[-1, 10_000_000]])])
+    assert Values(older).described() == [{"name": "tokens", "datatype": "INT64", "shape": [-1, -1]}]

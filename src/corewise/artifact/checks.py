@@ -1,4 +1,4 @@
-"""Whether the values of a call's inputs are ones that the model has a place for."""
+"""Checks a call's inputs against the values and sizes that the model can take."""
 
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -15,7 +15,7 @@ from corewise.records.ranges import InputRange, ValueRange
 def input_ranges(found: Artifact) -> tuple[InputRange, ...] | None:
     """The ranges of an artifact's inputs: those of its manifest, else those of the fp32 program that it carries.
 
-    ``None`` where neither says: the artifact was made before there were ranges, or its model cannot be exported.
+    ``None`` if neither has them: the artifact is older than ranges, or its model cannot be exported.
     """
     if found.manifest.input_ranges is not None:
         return found.manifest.input_ranges
@@ -28,9 +28,11 @@ def input_ranges(found: Artifact) -> tuple[InputRange, ...] | None:
 def program_ranges(
     program: Path, inputs: Sequence[TensorSpec], batches: Iterable[Sequence[np.ndarray]]
 ) -> tuple[InputRange, ...] | None:
-    """The ranges of the inputs of the program in a ``.pt2`` file (``derive``), which took the ``batches`` before.
+    """The ranges of the inputs of the program in a ``.pt2`` file (``derive``).
 
-    ``None`` where the file is missing or cannot be read, and where it would refuse a batch: then a range is wrong.
+    ``batches`` are inputs that the program is known to take.
+
+    ``None`` if the file is missing or cannot be read, or if a range would refuse one of the batches and so is wrong.
     """
     if not program.exists():
         return None
@@ -54,7 +56,7 @@ class InputChecks:
         *,
         check_finite: bool = False,
     ) -> None:
-        """Without ``ranges`` no value is checked but, with ``check_finite``, for NaN and infinities."""
+        """Without ``ranges`` integers are not checked. ``check_finite`` refuses NaN and infinities."""
         ranges = ranges or [InputRange()] * len(inputs)
         self._values = [
             (k, spec.name, allowed)
@@ -72,9 +74,9 @@ class InputChecks:
         ]
 
     def check(self, arrays: Sequence[np.ndarray]) -> None:
-        """Raise ``InputError`` with the input's name and the number where one is out of range.
+        """Raise ``InputError`` with the input's name and the number if one is out of range.
 
-        ``arrays`` have the model's dtypes and numbers of dimensions.
+        ``arrays`` must have the model's dtypes and numbers of dimensions.
         """
         for k, name, axis, most in self._sizes:
             if arrays[k].shape[axis] > most:
@@ -109,7 +111,7 @@ def _words(allowed: ValueRange) -> str:
 
 def _check_finite(array: np.ndarray, name: str) -> None:
     with np.errstate(over="ignore", invalid="ignore"):
-        # NaN and infinities survive a sum, which is quicker than a look at each number.
+        # A sum keeps NaN and infinities, and takes less time than a test of each number.
         if np.isfinite(np.add.reduce(array, axis=None)):
             return
     places = np.argwhere(~np.isfinite(array))

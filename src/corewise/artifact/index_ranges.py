@@ -1,4 +1,4 @@
-"""Which values and sizes a program's inputs may have, because they index its tables.
+"""Derives which values and sizes a program's inputs may have from the tables that they index.
 
 An engine that gets an index outside of a table may read whatever lies behind it in memory, for example a part of
 another request. So the ranges are derived from the exported program: the values of each integer tensor are followed
@@ -46,13 +46,13 @@ UNREADABLE = (
     RecursionError,
     MemoryError,
 )
-"""What reading a file raises that is damaged or of another torch."""
+"""Raised for files that are damaged or were written by another torch."""
 
 
 def derive(program: Path) -> tuple[InputRange, ...]:
     """The range of each input of the program in a ``.pt2`` file.
 
-    Raises ``ArtifactError`` where this corewise cannot read the file.
+    Raises ``ArtifactError`` if this corewise cannot read the file.
     """
     try:
         with zipfile.ZipFile(program) as archive:
@@ -88,7 +88,7 @@ class _Graph:
     nodes: Sequence[Mapping[str, Any]]
     tensors: Mapping[str, Any]
     numbers: Mapping[str, Any]
-    """What is computed from sizes."""
+    """Numbers that are computed from sizes."""
     constants: Mapping[str, _Values]
     inputs: Sequence[str]
     size_limits: Mapping[str, Any]
@@ -138,7 +138,7 @@ class _Graph:
                 )
                 for region in sorted(regions, key=lambda region: (region.axis or 0, region.start, region.stop or 0))
             ),
-            # The batch comes first, and is cut into calls.
+            # Dimension 0 is the batch, which is cut into calls of any size.
             longest=(None, *(self._longest(size, limits) for size in self.shape(name)[1:])),
         )
 
@@ -152,7 +152,7 @@ class _Graph:
         return [self.number(size) for size in self.tensors[tensor]["sizes"]]
 
     def number(self, argument: Mapping[str, Any]) -> Linear:
-        """A size, or a number that is computed from sizes. Raises ``ValueError`` where it is not linear."""
+        """A size, or a number that is computed from sizes. Raises ``ValueError`` if it is not linear."""
         ((kind, value),) = argument.items()
         if kind == "as_sym_int":
             return self.number(value)
@@ -166,7 +166,7 @@ class _Graph:
 
 
 class _Call:
-    """One node of the graph, with what is known of its arguments."""
+    """One node of the graph, with the known values of its arguments."""
 
     def __init__(self, graph: _Graph, node: Mapping[str, Any], values: Mapping[str, _Values | None]) -> None:
         self._graph, self._values, self._outputs = graph, values, node["outputs"]
@@ -174,7 +174,7 @@ class _Call:
         self._operator = node["target"].removeprefix("torch.ops.aten.").partition(".")[0]
 
     def lookups(self) -> Iterator[tuple[_Values, Linear, Linear]]:
-        """What is looked up in this call: the index, the least one allowed, and the size of the table."""
+        """The lookups of this call: the index, the lowest allowed index, and the size of the table."""
         operator, name = self._operator, LOOKUPS.get(self._operator)
         if operator in ("index", "index_put", "index_put_"):
             yield from self._indexed()
@@ -186,7 +186,7 @@ class _Call:
                 yield index, Linear(0), table[axis]
 
     def _indexed(self) -> Iterator[tuple[_Values, Linear, Linear]]:
-        """``table[i, j]``: here negative numbers count from the end."""
+        """``table[i, j]``, which also takes negative numbers: they count from the end."""
         table = self._shape("self")
         (indices,) = self._arguments["indices"].values()
         names = [index["name"] if "name" in index else _tensor_name(index) for index in indices]
@@ -197,7 +197,7 @@ class _Call:
                 yield index, size.times(-1), size
 
     def results(self) -> Iterator[tuple[str, _Values | None]]:
-        """What is known of the tensors that the call gives."""
+        """The known values of the tensors that the call returns."""
         rule = RULES.get(self._operator)
         try:
             values = None if rule is None else rule(self)
@@ -282,7 +282,7 @@ class _Call:
         return _Values(tuple(interval for part in parts if part is not None for interval in part.intervals))
 
     def looked_up(self) -> _Values | None:
-        """Numbers of a table, whichever they are."""
+        """Any numbers of a table."""
         table = self._tensor("weight" if self._operator == "embedding" else "self")
         return None if table is None or table.follows_input else table
 
@@ -359,7 +359,7 @@ class _Call:
         return _Values((Interval(start, self._number("end", 0).plus(Linear(-1))),))
 
     def filled(self) -> _Values | None:
-        """``full``, ``zeros``, ``ones`` and their kin."""
+        """``full``, ``zeros``, ``ones`` and similar."""
         kind = self._operator.removeprefix("new_").removesuffix("_like")
         value = {"zeros": Linear(0), "ones": Linear(1)}.get(kind)
         if value is None:
@@ -411,7 +411,7 @@ RULES: Mapping[str, Rule] = {
     **dict.fromkeys(("where", "masked_fill"), _Call.chosen),
     "remainder": _Call.remainder,
 }
-"""How the numbers of an operator's result follow from those of its arguments; of all others nothing is known."""
+"""How the values of an operator's result follow from its arguments; results of all other operators are unknown."""
 
 
 def _tensor_name(argument: Any) -> str | None:
@@ -421,7 +421,7 @@ def _tensor_name(argument: Any) -> str | None:
 
 
 def _alone(size: Linear) -> Hashable | None:
-    """The symbol that a size is, and nothing more."""
+    """The symbol, if a size is nothing but one."""
     if size.constant or len(size.terms) != 1:
         return None
     ((symbol, factor),) = size.terms
@@ -429,7 +429,7 @@ def _alone(size: Linear) -> Hashable | None:
 
 
 def _linear(expression: ast.expr) -> Linear:
-    """A size as sympy's ``srepr`` writes it. Raises ``ValueError`` where it is not linear."""
+    """A size as sympy's ``srepr`` writes it. Raises ``ValueError`` if it is not linear."""
     match expression:
         case ast.Call(func=ast.Name(id="Symbol"), args=[ast.Constant(value=str(name))]):
             return Linear.of(name)

@@ -47,7 +47,7 @@ class Linear(NamedTuple):
 
 
 class Interval(NamedTuple):
-    """The numbers from ``low`` to ``high``; ``None`` is no known end."""
+    """The numbers from ``low`` to ``high``; ``None`` is an unknown end."""
 
     low: Linear | None
     high: Linear | None
@@ -90,7 +90,7 @@ class Limits:
                 self._require_natural(high.plus(interval.high.times(-1)))
 
     def _require_natural(self, number: Linear) -> None:
-        """Only what bounds a single symbol is kept: no range could express the rest."""
+        """Only bounds of a single symbol are kept: a range cannot express others."""
         if len(number.terms) != 1:
             return
         ((symbol, factor),) = number.terms

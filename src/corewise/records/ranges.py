@@ -5,9 +5,9 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, kw_only=True)
 class ValueRange:
-    """The integers from ``low`` to ``high``, both included; ``None`` is no bound on that side.
+    """The integers from ``low`` to ``high``, both included; ``None`` means no bound on that side.
 
-    It is the range of the whole input, or, with ``axis``, of ``start`` to ``stop`` of that dimension (as a slice).
+    It holds for the whole input or, with ``axis``, for the slice ``start:stop`` of that dimension.
     """
 
     low: int | None
@@ -19,8 +19,8 @@ class ValueRange:
 
 @dataclass(frozen=True, kw_only=True)
 class InputRange:
-    """What one input may hold, by the tables that the model looks its values up in."""
+    """The values and sizes that one input may have."""
 
     values: tuple[ValueRange, ...] = ()
     longest: tuple[int | None, ...] = ()
-    """The largest size of each dimension; ``None`` is any."""
+    """The largest size of each dimension; ``None`` means any."""

@@ -1,4 +1,4 @@
-"""The admin ports: which models are served, over HTTP and gRPC, by Triton's extension ``model_repository``.
+"""The admin ports: load and unload models over HTTP and gRPC, with Triton's extension ``model_repository``.
 
 https://github.com/triton-inference-server/server/blob/main/docs/protocol/extension_model_repository.md. A model is
 loaded from the folder that the server was started with, and from no other.
@@ -30,7 +30,7 @@ class Repository:
         self._models = models
 
     def index(self, *, ready_only: bool = False) -> list[dict[str, str]]:
-        """Name, version, state and, unless it is ready, why."""
+        """Name, version and state of each model, with the reason if it is not ready."""
         served = {(each.name, each.version): each for each in self._models.served}
         listed = []
         for name, version in self._models.names:
@@ -44,9 +44,9 @@ class Repository:
         return listed
 
     async def load(self, name: str, version: str | None = None) -> str:
-        """Open a model's folder again, in all versions unless one is named; why that failed, or nothing.
+        """Open a model's folder again, in all versions unless one is named; returns why that failed, or nothing.
 
-        Where it failed what was in service stays. Raises ``ProtocolError`` for a name or version that is none.
+        If it fails, what was in service stays. Raises ``ProtocolError`` for an unknown name or version.
         """
         for each in [version] if version else self._models.versions(name):
             try:
@@ -60,7 +60,7 @@ class Repository:
         return ""
 
     async def unload(self, name: str, version: str | None = None) -> None:
-        """Take a model out of service when it has finished what it accepted. Raises as ``load``."""
+        """Take a model out of service, after it has finished what it accepted. Raises as ``load``."""
         for each in [version] if version else self._models.versions(name):
             await asyncio.to_thread(self._models.unload, name, each)
             log.info("%s, version %s, was unloaded", name, each)
@@ -123,7 +123,7 @@ async def _json(request: Request) -> dict[str, Any]:
 
 
 async def start_rpc(address: tuple[str, int], repository: Repository, models: Models) -> tuple[Any, int]:
-    """The gRPC side, listening; the server and its port. Raises ``InputError`` where the address is taken."""
+    """The gRPC side, listening; the server and its port. Raises ``InputError`` if the address is taken."""
     import grpc
 
     host, port = address

@@ -1,6 +1,6 @@
-"""``grpc.health.v1``: what Kubernetes' gRPC probes, service meshes and load balancers ask.
+"""``grpc.health.v1``, for Kubernetes' gRPC probes, service meshes and load balancers.
 
-https://github.com/grpc/grpc/blob/master/doc/health-checking.md. As the HTTP side's health checks it needs no token.
+https://github.com/grpc/grpc/blob/master/doc/health-checking.md. Like the HTTP health checks it needs no token.
 """
 
 import asyncio
@@ -15,19 +15,19 @@ from corewise.serving.models import Models
 
 SERVICE = "grpc.health.v1.Health"
 LIVENESS = "liveness"
-"""The name under which only the process is asked for, and not its models: for liveness probes."""
+"""The service name for liveness probes: the process answers, whatever its models do."""
 READINESS = ("", oip.SERVICE, "readiness")
 WATCH_S = 0.25
-"""How often a watched status is looked at."""
+"""Seconds between two looks at a watched status."""
 
 Status = health_pb2.HealthCheckResponse
 
 
 def handler(models: Models) -> Any:
-    """The service, for ``add_generic_rpc_handlers``."""
+    """The service's handler, for ``add_generic_rpc_handlers``."""
 
     def status(name: str) -> int | None:
-        """``None`` for a name that is no service."""
+        """The status of a service; ``None`` for an unknown name."""
         if name == LIVENESS:
             return int(Status.SERVING)
         if name in READINESS:

@@ -1,4 +1,4 @@
-"""The server's log: one JSON object a line, and one line a second at most for what was refused."""
+"""The server's log: one JSON object a line, and at most one line a second for refusals."""
 
 import json
 import logging
@@ -10,7 +10,7 @@ log = logging.getLogger("corewise.serve")
 
 
 class JsonLines(logging.Formatter):
-    """Time, level, what was said; the traceback where there is one. A message that is JSON already keeps its fields."""
+    """Time, level and message, with the traceback if there is one. A message that is a JSON object keeps its fields."""
 
     def format(self, record: logging.LogRecord) -> str:
         """The record as one line."""
@@ -30,7 +30,7 @@ class JsonLines(logging.Formatter):
 
 
 class RefusalLog:
-    """Collects refusals for a second and logs them in one line, with how many there were of each. Thread-safe."""
+    """Collects refusals for a second and logs them in one line, with a count for each reason. Thread-safe."""
 
     def __init__(self, period_s: float = 1.0) -> None:
         self._period_s = period_s
@@ -71,7 +71,7 @@ class RefusalLog:
 
 
 def to_stderr(level: str) -> None:
-    """Log from this level on, all libraries too."""
+    """Log to standard error from this level on, including all libraries."""
     handler = logging.StreamHandler()
     handler.setFormatter(JsonLines())
     logging.basicConfig(level=level.upper(), handlers=[handler], force=True)

@@ -1,4 +1,4 @@
-"""What is seen of requests from outside: figures for Prometheus at ``/metrics``, spans, and refusals in the log.
+"""Requests as operators see them: figures for Prometheus at ``/metrics``, spans, and refusals in the log.
 
 Names and labels follow https://prometheus.io/docs/practices/naming/: base units, counters that end in ``_total``,
 label values without spaces and from a small set.
@@ -27,6 +27,8 @@ from corewise.serving.traces import Note, Traces
 
 SECONDS = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 20.0, 30.0, 60.0)
 ROWS = (1, 2, 4, 8, 16, 32, 64, 128)
+MOST_ID = 256
+"""Characters of a request's id that are kept."""
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 
 TurnedAway = Literal["unauthenticated", "unknown path", "unknown method", "unknown model"]
@@ -65,7 +67,7 @@ class Metrics:
         )
         self._rows = self._histogram("corewise_call_rows", "Rows of the call that a request ran in.", ROWS)
         self._calls: dict[tuple[str, str], tuple[Histogram, Histogram, Histogram]] = {}
-        """The three histograms of each model, which are slower to find by their labels."""
+        """Each model's three histograms: finding them by their labels takes longer."""
         about = {"version": __version__, "python": platform.python_version()}
         Info("corewise_build", "The version of this server.", registry=self._registry).info(about)
         ProcessCollector(registry=self._registry)
@@ -78,8 +80,9 @@ class Metrics:
     def request(
         self, served: Served, protocol: str, headers: Mapping[str, str], request_id: str = ""
     ) -> Iterator[Callable[[Answer], Answer]]:
-        """Count a request by what becomes of it in the body, which passes its answer through what it is given."""
+        """Count a request by its outcome; the body of the ``with`` passes its answer through the given function."""
         labels = (served.name, served.version)
+        request_id = request_id[:MOST_ID]
         started_s, outcome = time.monotonic(), "failed"
         with self._traces.span(f"infer {served.name}", headers) as note:
 
@@ -143,7 +146,7 @@ def _note_call(note: Note, answer: Answer) -> None:
 
 
 class _Models(Collector):
-    """What is so now, of each model."""
+    """The current state of each model."""
 
     def __init__(self, models: Models) -> None:
         self._models = models

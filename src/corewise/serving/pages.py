@@ -1,4 +1,4 @@
-"""What people see in a browser: the live page, and how to call the server."""
+"""Pages for browsers: the live page, and how to call the server."""
 
 import json
 import time
@@ -22,7 +22,7 @@ SAFE = {
     "referrer-policy": "no-referrer",
 }
 NOW_S = 5
-"""What the page calls now is the mean of these last seconds."""
+"""The page's current rates are means over these last seconds."""
 STYLE = (
     ":root{color-scheme:light dark}body{font:15px/1.55 system-ui,sans-serif;max-width:52rem;margin:0 auto}"
     "body{padding:1.25rem}code{font-size:.92em}"
@@ -32,7 +32,7 @@ STYLE = (
 
 
 def live(models: Models, since: str = "") -> dict[str, Any]:
-    """What the live page shows: figures of each model, and its history after ``since`` (Unix time; all by default)."""
+    """What the live page shows: figures of each model, and its history after ``since`` (Unix time; default: all)."""
     start = int(since) if since.isascii() and since.isdecimal() and len(since) < 15 else 0
     shown = [{**_figures(served), "history": served.statistics.history(start)} for served in models.served]
     return {
@@ -67,7 +67,7 @@ def _figures(served: Served) -> dict[str, Any]:
 
 
 def docs(models: Sequence[Served]) -> str:
-    """How to call the server and each of its models, with commands in which only HOST is to be replaced."""
+    """The page that says how to call the server and its models; in its commands HOST stands for the server."""
     parts = [
         "<!doctype html><html lang=en><meta charset=utf-8>"
         "<meta name=viewport content='width=device-width, initial-scale=1'>"

@@ -1,4 +1,4 @@
-"""What the gRPC side has beside the protocol's own calls: Triton's extensions, and server reflection."""
+"""gRPC calls beside the protocol's own: Triton's extensions, health checks and server reflection."""
 
 import asyncio
 import logging
@@ -20,8 +20,8 @@ from corewise.serving.tokens import Tokens
 
 log = logging.getLogger("corewise.serve")
 
-MOST_IN_STREAM = 64
-"""Requests of one stream that are in work: no more are read until the first is answered."""
+MOST_IN_STREAM = 16
+"""Requests of one stream in progress; the next is read when the first of them is answered."""
 REFLECTION = ("grpc.reflection.v1alpha.ServerReflection", "grpc.reflection.v1.ServerReflection")
 """Both have the same messages."""
 
@@ -30,7 +30,7 @@ Infer = Callable[[Any, Any], Awaitable[Any]]
 
 
 def handlers(models: Models, metrics: Metrics, tokens: Tokens, infer: Infer) -> Sequence[Any]:
-    """The services, for ``add_generic_rpc_handlers``: the last counts calls that there are none of."""
+    """The services' handlers, for ``add_generic_rpc_handlers``. The last one counts calls of unknown methods."""
     guarded = _Guard(metrics, tokens)
     return (
         health.handler(models),
@@ -56,13 +56,13 @@ class _Guard:
 
 
 class _Unknown(grpc.GenericRpcHandler):  # type: ignore[misc]
-    """Counts calls of methods that no service has; gRPC answers them with UNIMPLEMENTED."""
+    """Counts calls of unknown methods, which gRPC answers with UNIMPLEMENTED."""
 
     def __init__(self, metrics: Metrics) -> None:
         self._metrics = metrics
 
     def service(self, details: Any) -> None:
-        """None handles it."""
+        """Handles nothing."""
         self._metrics.turned_away("grpc", "unknown method")
 
 
@@ -98,7 +98,7 @@ def _messages(name: str) -> dict[str, Any]:
 
 
 async def stream(requests: AsyncIterator[Any], context: Any, infer: Infer) -> AsyncIterator[Any]:
-    """Answer a stream's requests in their order, some of them at the same time; an error ends no stream."""
+    """Answer a stream's requests in their order, several at a time. An error is the answer to one request only."""
     answers: asyncio.Queue[asyncio.Task[Any] | None] = asyncio.Queue(MOST_IN_STREAM)
 
     async def read() -> None:

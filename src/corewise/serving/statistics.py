@@ -1,4 +1,4 @@
-"""What became of a model's requests: since the start, of late, and second by second for some minutes."""
+"""Counts and latencies of a model's requests: since the start, in the last minute, and second by second."""
 
 import math
 import threading
@@ -16,11 +16,11 @@ HISTORY_S = 900
 MINUTE_S = 60
 COLUMNS = ("at", "answered", "refused", "failed", "p50_ms", "p99_ms", "queue_ms")
 STEP = 1.05
-"""Latencies are counted in buckets whose bounds grow by this factor, so that percentiles are right within 2.5 %."""
+"""Latencies are counted in buckets that grow by this factor: percentiles are exact to 2.5 %."""
 
 
 class Spent(NamedTuple):
-    """How often something was done, and the seconds that it took in all."""
+    """How often something was done, and its total seconds."""
 
     times: int = 0
     seconds: float = 0.0
@@ -52,7 +52,7 @@ class _Second:
 
     @cached_property
     def figures(self) -> tuple[float, ...]:
-        """What ``Statistics.history`` says of a second that is over, in the order of ``COLUMNS``."""
+        """The figures of a second that is over, in the order of ``COLUMNS``."""
         p50_ms, p99_ms = (_quantile_ms(self.latencies, share) for share in (0.5, 0.99))
         queue_ms = 1e3 * self.waited_s / max(1, self.answered)
         shown = (round(figure, 3) for figure in (p50_ms, p99_ms, queue_ms))
@@ -61,7 +61,7 @@ class _Second:
 
 @dataclass(frozen=True, kw_only=True)
 class Recent:
-    """The mean rates and the latencies of the last seconds, for people."""
+    """Mean rates and latencies over some seconds."""
 
     rate_per_s: float
     rows_per_s: float
@@ -76,7 +76,7 @@ class Recent:
 
 
 class Statistics:
-    """What became of the requests of one model. Thread-safe."""
+    """Counts and latencies of one model's requests. Thread-safe."""
 
     def __init__(self, clock: Callable[[], float] = time.time) -> None:
         self._clock = clock
@@ -119,7 +119,7 @@ class Statistics:
             self._second().failed += 1
 
     def recent(self, window_s: int = MINUTE_S) -> Recent:
-        """The last whole seconds, or all since the start where that is less; the second that runs is left out."""
+        """The last ``window_s`` whole seconds, or all since the start. The second in progress is left out."""
         with self._lock:
             now = int(self._clock())
             seconds = [each for each in self._seconds if now - window_s <= each.at < now]
@@ -138,7 +138,7 @@ class Statistics:
         )
 
     def history(self, since: int = 0) -> dict[str, list[float]]:
-        """Columns of the whole seconds after ``since`` (Unix time) in which anything happened, the oldest first."""
+        """The seconds after ``since`` (Unix time) in which anything happened, as columns, the oldest first."""
         with self._lock:
             now = int(self._clock())
             seconds = [each for each in self._seconds if max(since, now - HISTORY_S - 1) < each.at < now]
@@ -146,9 +146,9 @@ class Statistics:
         return {name: [row[k] for row in rows] for k, name in enumerate(COLUMNS)}
 
     def described(self) -> dict[str, Any]:
-        """As Triton's extension ``statistics`` has them: nanoseconds, and milliseconds since 1970.
+        """The fields of Triton's extension ``statistics``: nanoseconds, and milliseconds since 1970.
 
-        What a request's reading and its answer's writing cost is not told apart from the rest, and stands as 0.
+        Reading requests and writing answers is not measured on its own: its time is 0.
         """
         with self._lock:
             nothing = Spent(times=self.success.times)
@@ -193,7 +193,7 @@ def _sum(counters: Iterable[Counter[int]]) -> Counter[int]:
 
 
 def _quantile_ms(latencies: Mapping[int, int], share: float) -> float:
-    """The latency below or at which so large a share lies; 0 where there is none."""
+    """The quantile of counted latencies; 0 if there are none."""
     left = math.ceil(share * sum(latencies.values()))
     for bucket in sorted(latencies):
         left -= latencies[bucket]

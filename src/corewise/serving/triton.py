@@ -1,4 +1,4 @@
-"""What Triton's extensions of the protocol add to a model: its configuration, and outputs as classes.
+"""Triton's extensions of the protocol for a model: its configuration, and outputs as classes.
 
 https://github.com/triton-inference-server/server/tree/main/docs/protocol (model configuration, classification)
 """
@@ -15,7 +15,7 @@ from corewise.serving.served import Served
 
 
 def config(served: Served) -> dict[str, Any]:
-    """A model's configuration, by the names of Triton's ``ModelConfig``. The batch is not among the dimensions."""
+    """A model's configuration, with the names of Triton's ``ModelConfig``; its dimensions leave out the batch."""
     build, plan = served.manifest.build, served.plan
     return {
         "name": served.name,
@@ -37,9 +37,9 @@ def config(served: Served) -> dict[str, Any]:
 def classified(
     counts: Mapping[str, int], outputs: Mapping[str, np.ndarray], labels: Sequence[str] | None
 ) -> dict[str, np.ndarray]:
-    """The outputs, of which those in ``counts`` become so many classes: their highest values.
+    """The outputs, with each one that ``counts`` names replaced by its highest values, as that many classes.
 
-    A class is ``score:index``, or ``score:index:label`` where the model's labels name it. Raises ``ProtocolError`` for
+    A class is ``score:index``, or ``score:index:label`` if the model has a label for it. Raises ``ProtocolError`` for
     outputs that are no numbers.
     """
     classes = {name: _classes(name, count, outputs[name], labels or ()) for name, count in counts.items() if count}
@@ -54,7 +54,7 @@ def _tensor(spec: TensorSpec) -> dict[str, Any]:
 
 def _classes(name: str, count: int, scores: np.ndarray, labels: Sequence[str]) -> np.ndarray:
     if scores.dtype.kind not in "fiu":
-        raise ProtocolError(f"the output {name} has no numbers, and so no classes")
+        raise ProtocolError(f"the output {name} does not hold numbers, so it has no classes")
     rows = scores.reshape(len(scores), -1)
     best = np.argsort(-rows.astype(np.float64), axis=1, kind="stable")[:, :count]
     words = [

@@ -1,4 +1,4 @@
-"""The values of a served model's inputs: what they may be, as requests and metadata see it."""
+"""The ranges of a served model's inputs: checked in requests, listed in metadata."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -15,27 +15,27 @@ from corewise.serving.protocol import ProtocolError
 
 
 class Values:
-    """Checks a request's values, and describes which the model takes. Thread-safe."""
+    """Checks the values of requests and describes the allowed ones. Thread-safe."""
 
     def __init__(self, found: Artifact, *, check_finite: bool = False) -> None:
-        """With ``check_finite`` NaN and infinities are refused."""
+        """``check_finite`` refuses NaN and infinities."""
         self._inputs: tuple[TensorSpec, ...] = found.manifest.inputs
         self._ranges = input_ranges(found)
         self._checks = InputChecks(self._inputs, self._ranges, check_finite=check_finite)
 
     @property
     def notes(self) -> tuple[str, ...]:
-        """What an operator should know."""
+        """A warning if integers are not checked."""
         integers = [spec.name for spec in self._inputs if "int" in spec.dtype]
         if self._ranges is not None or not integers:
             return ()
         return (
-            f"nothing says which values the model takes for {', '.join(integers)}: they are not checked; "
-            "make the artifact again to have them checked",
+            f"the ranges of the integer inputs {', '.join(integers)} are not known, so their values are not checked; "
+            "make the artifact again with corewise optimize",
         )
 
     def check(self, inputs: Sequence[np.ndarray]) -> None:
-        """Raise ``ProtocolError`` where a value has no place in the model's tables, or is not finite."""
+        """Raise ``ProtocolError`` if a value lies outside of the model's tables, or is not finite."""
         try:
             self._checks.check(inputs)
         except InputError as error:

@@ -15,8 +15,11 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
 from corewise.common.errors import CorewiseError, InputError
+from corewise.serving.methods import Method, Unary
+from corewise.serving.metrics import Metrics
 from corewise.serving.models import Models
 from corewise.serving.protocol import ProtocolError
+from corewise.serving.tokens import Tokens
 
 log = logging.getLogger("corewise.serve")
 
@@ -122,26 +125,8 @@ async def _json(request: Request) -> dict[str, Any]:
     return found
 
 
-async def start_rpc(address: tuple[str, int], repository: Repository, models: Models) -> tuple[Any, int]:
-    """The gRPC side, listening; the server and its port. Raises ``InputError`` if the address is taken."""
-    import grpc
-
-    host, port = address
-    target = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
-    server = grpc.aio.server(options=[("grpc.max_receive_message_length", MOST_BODY_BYTES), ("grpc.so_reuseport", 0)])
-    server.add_generic_rpc_handlers((rpc_handler(repository, models),))
-    try:
-        got = server.add_insecure_port(target)
-    except (RuntimeError, OSError) as error:
-        raise InputError(f"gRPC cannot listen on {target}: {error}", "give another --admin-grpc HOST:PORT") from error
-    await server.start()
-    return server, int(got)
-
-
-def rpc_handler(repository: Repository, models: Models) -> Any:
-    """The gRPC side, for ``add_generic_rpc_handlers``."""
-    import grpc
-
+def methods(repository: Repository, models: Models) -> list[Method]:
+    """The gRPC side."""
     from corewise.serving import oip
 
     async def server_live(request: Any, context: Any) -> Any:
@@ -155,23 +140,16 @@ def rpc_handler(repository: Repository, models: Models) -> Any:
 
     async def load(request: Any, context: Any) -> Any:
         if request.parameters:
-            await context.abort(grpc.StatusCode.INVALID_ARGUMENT, "a model is loaded as it lies in its folder")
-        try:
-            why = await repository.load(request.model_name)
-        except ProtocolError as error:
-            await context.abort(grpc.StatusCode.NOT_FOUND, str(error))
-        if why:
-            await context.abort(grpc.StatusCode.INTERNAL, why)
+            raise ProtocolError("a model is loaded as it lies in its folder", "send no parameters")
+        if why := await repository.load(request.model_name):
+            raise ProtocolError(why, status=500)
         return oip.message("RepositoryModelLoadResponse")()
 
     async def unload(request: Any, context: Any) -> Any:
-        try:
-            await repository.unload(request.model_name)
-        except ProtocolError as error:
-            await context.abort(grpc.StatusCode.NOT_FOUND, str(error))
+        await repository.unload(request.model_name)
         return oip.message("RepositoryModelUnloadResponse")()
 
-    calls = {
+    calls: dict[str, Unary] = {
         "ServerLive": server_live,
         "ServerReady": server_ready,
         "RepositoryIndex": index,
@@ -179,14 +157,27 @@ def rpc_handler(repository: Repository, models: Models) -> Any:
         "RepositoryModelUnload": unload,
     }
     classes = {**oip.METHODS, **oip.EXTENSIONS}
-    return grpc.method_handlers_generic_handler(
-        oip.SERVICE,
-        {
-            name: grpc.unary_unary_rpc_method_handler(
-                call,
-                request_deserializer=classes[name][0].FromString,
-                response_serializer=classes[name][1].SerializeToString,
-            )
-            for name, call in calls.items()
-        },
-    )
+    return [
+        Method(path=f"/{oip.SERVICE}/{name}", request=classes[name][0], response=classes[name][1], unary=unary)
+        for name, unary in calls.items()
+    ]
+
+
+async def start_rpc(
+    address: tuple[str, int], repository: Repository, models: Models, metrics: Metrics
+) -> tuple[Any, int]:
+    """The gRPC side, listening; the server and its port. Raises ``InputError`` if the address is taken."""
+    import grpc
+
+    from corewise.serving.rpc_extensions import Handlers
+
+    host, port = address
+    target = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+    server = grpc.aio.server(options=[("grpc.max_receive_message_length", MOST_BODY_BYTES), ("grpc.so_reuseport", 0)])
+    server.add_generic_rpc_handlers((Handlers(methods(repository, models), metrics, Tokens(())),))
+    try:
+        got = server.add_insecure_port(target)
+    except (RuntimeError, OSError) as error:
+        raise InputError(f"gRPC cannot listen on {target}: {error}", "give another --admin-grpc HOST:PORT") from error
+    await server.start()
+    return server, int(got)

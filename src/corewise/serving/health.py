@@ -7,11 +7,12 @@ import asyncio
 from collections.abc import AsyncIterator
 from typing import Any
 
-import grpc
 from grpc_health.v1 import health_pb2
 
 from corewise.serving import oip
+from corewise.serving.methods import Method
 from corewise.serving.models import Models
+from corewise.serving.protocol import ProtocolError
 
 SERVICE = "grpc.health.v1.Health"
 LIVENESS = "liveness"
@@ -23,41 +24,33 @@ WATCH_S = 0.25
 Status = health_pb2.HealthCheckResponse
 
 
-def handler(models: Models) -> Any:
-    """The service's handler, for ``add_generic_rpc_handlers``."""
+def methods(models: Models) -> list[Method]:
+    """The service's methods."""
 
-    def status(name: str) -> int | None:
-        """The status of a service; ``None`` for an unknown name."""
+    def status(name: str) -> int:
         if name == LIVENESS:
             return int(Status.SERVING)
         if name in READINESS:
             return int(Status.SERVING if models.ready else Status.NOT_SERVING)
-        return None
+        return int(Status.SERVICE_UNKNOWN)
 
     async def check(request: Any, context: Any) -> Any:
         found = status(request.service)
-        if found is None:
-            await context.abort(grpc.StatusCode.NOT_FOUND, f"there is no service {request.service[:80]!a}")
+        if found == Status.SERVICE_UNKNOWN:
+            raise ProtocolError(f"there is no service {request.service[:80]!a}", status=404)
         return Status(status=found)
 
-    async def watch(request: Any, context: Any) -> AsyncIterator[Any]:
-        told = None
+    async def watch(requests: AsyncIterator[Any], context: Any) -> AsyncIterator[Any]:
+        request, sent = await anext(requests), None
         while True:
             found = status(request.service)
-            found = int(Status.SERVICE_UNKNOWN) if found is None else found
-            if found != told:
-                told = found
+            if found != sent:
+                sent = found
                 yield Status(status=found)
             await asyncio.sleep(WATCH_S)
 
-    message = {
-        "request_deserializer": health_pb2.HealthCheckRequest.FromString,
-        "response_serializer": Status.SerializeToString,
-    }
-    return grpc.method_handlers_generic_handler(
-        SERVICE,
-        {
-            "Check": grpc.unary_unary_rpc_method_handler(check, **message),
-            "Watch": grpc.unary_stream_rpc_method_handler(watch, **message),
-        },
-    )
+    messages = {"request": health_pb2.HealthCheckRequest, "response": Status, "is_open_to_all": True}
+    return [
+        Method(path=f"/{SERVICE}/Check", unary=check, **messages),
+        Method(path=f"/{SERVICE}/Watch", streaming=watch, **messages),
+    ]

@@ -149,7 +149,9 @@ class _Server:
         rpc, rpc_port = await self._rpc(most)
         admin_rpc, admin_rpc_port = None, None
         if self.options.admin_grpc is not None:
-            admin_rpc, admin_rpc_port = await admin.start_rpc(self.options.admin_grpc, self.repository, self.models)
+            admin_rpc, admin_rpc_port = await admin.start_rpc(
+                self.options.admin_grpc, self.repository, self.models, self.metrics
+            )
         tasks = [asyncio.ensure_future(made.serve(sockets=[where])) for made, where in web]
         ports = {name: int(where.getsockname()[1]) for name, where in bound.items()}
         web_ports = {"http": ports.get("http"), "admin": ports.get("admin")}
@@ -203,8 +205,9 @@ class _Server:
         )
         tokens = Tokens(self.options.tokens)
         service = Service(self.models, self.metrics, self.options.limits, tokens)
-        extensions = rpc_extensions.handlers(self.models, self.metrics, tokens, service.model_infer)
-        server.add_generic_rpc_handlers((service.handler, *extensions))
+        methods = rpc_extensions.methods(self.models, service.model_infer)
+        extensions = rpc_extensions.Handlers(methods, self.metrics, tokens)
+        server.add_generic_rpc_handlers((service.handler, extensions))
         target = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
         try:
             if self.options.certificate is not None and self.options.key is not None:

@@ -13,13 +13,16 @@ from dataclasses import replace
 from pathlib import Path
 
 import httpx
+import numpy as np
 
 from corewise import artifact
 from corewise.engines.fake import Fake
+from corewise.engines.openvino import OpenVino
 from corewise.machine.inspect import inspect_cpu
-from corewise.records.build import Build, Plan
+from corewise.records.build import Build, Plan, TensorSpec
 from corewise.records.jsonable import to_json
 from corewise.records.measurement import Measurement
+from corewise.records.ranges import InputRange, ValueRange
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "schema-1"
 TIMEOUT_S = 60
@@ -66,12 +69,70 @@ def fake_artifact(folder, plan=None, *, call_ms=2.0, **options):
     return folder
 
 
+def token_artifact(folder, *, vocabulary=99, positions=41, labels=None):
+    """An artifact of OpenVINO that embeds rows of tokens: the mean of what two tables have for tokens and places."""
+    import openvino as ov
+    from openvino import opset13 as ops
+    from tokenizers import Tokenizer
+    from tokenizers.models import WordLevel
+    from tokenizers.pre_tokenizers import WhitespaceSplit
+
+    random = np.random.default_rng(0)
+    ids = ops.parameter([-1, -1], np.int64, name="tokens")
+    words = ops.gather(random.standard_normal((vocabulary, 8)).astype(np.float32), ids, np.int64(0))
+    length = ops.gather(ops.shape_of(ids), np.int64(1), np.int64(0))
+    numbers = ops.range(np.int64(0), length, np.int64(1), "i64")
+    places = ops.gather(random.standard_normal((positions, 8)).astype(np.float32), numbers, np.int64(0))
+    mean = ops.reduce_mean(ops.add(words, places), np.array([1]), keep_dims=False)
+    payload = folder.with_name(folder.name + ".payload")
+    payload.mkdir()
+    ov.save_model(ov.Model([mean], [ids]), str(payload / "model.xml"), compress_to_fp16=False)
+    build, plan = Build(engine="openvino", precision="fp32"), Plan(threads_per_instance=1, instances=1, batch=4)
+    inputs = [np.arange(12).reshape(2, 6) % vocabulary]
+    session = OpenVino().open(payload, build, plan)
+    golden = (inputs, session.run(inputs))
+    session.close()
+    found = artifact.read(GOLDEN)
+    measured = (Measurement(plan=plan, latencies_ms=(1.0,), throughput_per_s=4e3, p50_ms=1.0, p99_ms=1.2, spread=0.0),)
+    trials = tuple(
+        replace(trial, build=build, measurements=measured) if trial.build == found.report.choice.winner else trial
+        for trial in found.report.trials
+    )
+    choice = replace(found.report.choice, winner=build, plan=plan)
+    tokenizer = Tokenizer(WordLevel({f"w{k}": k for k in range(vocabulary)}, unk_token="w0"))
+    tokenizer.pre_tokenizer = WhitespaceSplit()
+    tokenizer.save(str(folder.with_name(f"{folder.name}.json")))
+    ranges = InputRange(values=(ValueRange(low=0, high=vocabulary - 1),), longest=(None, positions))
+    artifact.write(
+        folder,
+        manifest=lambda files: replace(
+            found.manifest,
+            build=build,
+            plan=plan,
+            needs=(),
+            files=files,
+            labels=labels,
+            inputs=(TensorSpec(name="tokens", dtype="int64", shape=(None, None)),),
+            outputs=(TensorSpec(name="scores", dtype="float32", shape=(None, 8)),),
+            input_ranges=(ranges,),
+        ),
+        payload=payload,
+        reference=None,
+        golden=golden,
+        tokenizer=folder.with_name(f"{folder.name}.json"),
+        report=replace(found.report, cpu=inspect_cpu(), trials=trials, choice=choice),
+        report_text="",
+        report_page="",
+    )
+    return folder
+
+
 class Server:
     """A running ``corewise serve``; what it prints is kept."""
 
     def __init__(self, *arguments, python=sys.executable, environment=None, most_files=None):
         command = [python, "-m", "corewise.cli", "serve", *map(str, arguments), "--http", "127.0.0.1:0"]
-        command += ["--grpc", "127.0.0.1:0", "--admin", "127.0.0.1:0"]
+        command += ["--grpc", "127.0.0.1:0", "--admin", "127.0.0.1:0", "--admin-grpc", "127.0.0.1:0"]
         if most_files is not None:
             command = ["prlimit", f"--nofile={most_files}", *command]
         self.process = subprocess.Popen(

@@ -13,7 +13,7 @@ from corewise.common.errors import InputError
 from corewise.serving import oip, pages
 from corewise.serving.models import Models
 from corewise.serving.protocol import DTYPES, ProtocolError
-from corewise.serving.served import Source, Statistics, _together
+from corewise.serving.served import Source, _together
 from corewise.serving.tokens import Tokens
 
 
@@ -33,29 +33,6 @@ def test_artifacts_are_named_by_their_folder_or_by_whoever_serves(text, name, ve
 
 def answer(rows=1, waited_s=0.1, ran_s=0.2, batch=4):
     return Answer(outputs=[np.ones((rows, 2))], waited_s=waited_s, ran_s=ran_s, batch_rows=batch)
-
-
-def test_statistics_are_of_all_time_and_of_the_last_minute():
-    now = [1000.0]
-    kept = Statistics(clock=lambda: now[0])
-    for k in range(100):
-        now[0] = 1000.0 + k
-        kept.answered(answer(), rows=2, took_s=0.010 if k < 99 else 0.110)
-        kept.not_served()
-    kept.failed(0.5)
-    now[0] += 0.5
-    recent = kept.recent()
-    assert recent.rate_per_s == pytest.approx(1.0)
-    assert recent.refused_per_s == pytest.approx(1.0)
-    assert recent.now_per_s == 1.0
-    assert recent.failed_per_s == pytest.approx(1 / 60)
-    assert (recent.p50_ms, recent.batch_rows) == (pytest.approx(10.0), {4: 60})
-    assert recent.p99_ms > 20
-    assert (kept.success.count, kept.rows, kept.calls) == (100, 200, 50.0)
-    assert kept.queue.seconds == pytest.approx(10.0)
-    now[0] += 120
-    assert kept.recent().rate_per_s == 0.0
-    assert kept.recent().p99_ms == 0.0
 
 
 def test_parts_are_one_answer_in_their_order():

@@ -30,6 +30,7 @@ from corewise.engines import Session
 from corewise.records.build import Build, Plan, TensorSpec
 from corewise.records.cpu import Cpu
 from corewise.records.jsonable import from_json, to_json
+from corewise.records.ranges import InputRange
 from corewise.records.report import Preprocess, Report
 from corewise.records.schema_1 import upgrade_report
 
@@ -79,6 +80,8 @@ class Manifest:
     files: dict[str, FileFacts]
     labels: tuple[str, ...] | None = None
     """Names of the classes, in the order of the scores."""
+    input_ranges: tuple[InputRange, ...] | None = None
+    """Of each input; ``None`` in artifacts that were made before there were ranges."""
 
 
 @dataclass(frozen=True, kw_only=True)

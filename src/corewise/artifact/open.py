@@ -10,6 +10,7 @@ from typing import Any
 
 from corewise import artifact
 from corewise.artifact import Artifact, tuned
+from corewise.artifact.checks import input_ranges
 from corewise.artifact.model import Model
 from corewise.common.errors import ArtifactError, EngineError, InputError
 from corewise.common.references import guard
@@ -49,6 +50,10 @@ def load(
 
     It works in the process that opened it: a child that is forked later loads it itself.
 
+    A call whose integers index outside of the model's tables (token ids, positions) raises ``InputError`` before
+    anything runs, where the artifact says how large they are (``checks.input_ranges``). With ``check_finite`` a call
+    with NaN or infinities does too.
+
     Raises ``ArtifactError`` where it is truncated, altered, foreign or does not fit this CPU, ``EngineError`` where its
     engine is not installed or cannot run such a plan, and ``InputError`` for numbers that are no plan.
     """
@@ -62,6 +67,7 @@ def load(
         inputs=found.manifest.inputs,
         input_structure=found.input_structure,
         output_structure=found.output_structure,
+        ranges=input_ranges(found),
         check_finite=check_finite,
     )
 

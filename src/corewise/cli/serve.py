@@ -16,6 +16,9 @@ if TYPE_CHECKING:
 
 LogLevel = Literal["debug", "info", "warning", "error"]
 
+PACKAGES = ("starlette", "uvicorn", "httptools", "grpc", "grpc_health", "grpc_reflection")
+"""What the extra serve installs."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class PortOptions:
@@ -35,9 +38,13 @@ class PortOptions:
             "--admin",
             panel="Ports",
             metavar="HOST:PORT",
-            help="Where models can be reloaded, by whoever reaches it.",
+            help="Where models are loaded and unloaded over HTTP, by anyone who reaches it.",
             default="nowhere",
         ),
+    ] = None
+    admin_grpc: Annotated[
+        str | None,
+        option("--admin-grpc", panel="Ports", metavar="HOST:PORT", help="The same over gRPC.", default="nowhere"),
     ] = None
 
 
@@ -84,6 +91,9 @@ class RequestOptions:
             default="0",
         ),
     ] = 0.0
+    check_finite: Annotated[
+        bool, flag("--check-finite", panel="Requests", help="Refuse inputs with NaN or infinities (400).")
+    ] = False
     drain_s: Annotated[
         float,
         option(
@@ -182,7 +192,7 @@ def command(
     Requests are batched dynamically; one that is predicted to miss its deadline is rejected at once (503). SIGTERM
     finishes the accepted requests and ends. SIGHUP opens the artifacts again and replaces each that is sound.
     """
-    if any(find_spec(name) is None for name in ("starlette", "uvicorn", "httptools", "grpc")):
+    if any(find_spec(name) is None for name in PACKAGES):
         raise MissingExtra("starlette", "serve", "serving")
     from corewise.serving.logs import to_stderr
     from corewise.serving.served import Source
@@ -209,6 +219,7 @@ def _server_options(
         http=None if ports.http == "none" else address("--http", ports.http),
         grpc=None if ports.grpc is None else address("--grpc", ports.grpc),
         admin=None if ports.admin is None else address("--admin", ports.admin),
+        admin_grpc=None if ports.admin_grpc is None else address("--admin-grpc", ports.admin_grpc),
         limits=Limits(timeout_s=requests.timeout_s, body_bytes=requests.max_body_bytes),
         max_waiting=requests.queue,
         tokens=security.tokens(),
@@ -218,6 +229,7 @@ def _server_options(
         shadow=requests.shadow,
         drain_s=requests.drain_s,
         traces=logs.traces,
+        check_finite=requests.check_finite,
     )
 
 
@@ -239,7 +251,7 @@ class _Announcer:
 
     def _print_ready(self, served: Any) -> None:
 
-        ports = {name: getattr(self._listening, name) for name in ("http", "grpc", "admin")}
+        ports = {name: getattr(self._listening, name) for name in ("http", "grpc", "admin", "admin_grpc")}
         print("listening: " + ", ".join(f"{name} on port {port}" for name, port in ports.items() if port))
         for model in served:
             for note in model.notes:

@@ -8,9 +8,11 @@ from pathlib import Path
 import numpy as np
 
 from corewise import artifact
+from corewise.artifact.checks import program_ranges
 from corewise.artifact.model import Model
 from corewise.common.nested import Structure
 from corewise.engines import BuildInputs, Engine
+from corewise.records.ranges import InputRange
 from corewise.records.report import Report
 from corewise.runtime.client import read_outputs
 from corewise.runtime.instances import open_plan
@@ -45,6 +47,7 @@ class Result:
             inputs=self.build_inputs.inputs,
             input_structure=self.holdout.structure,
             output_structure=self.output_structure,
+            ranges=self._ranges,
         )
 
     def save(
@@ -96,7 +99,15 @@ class Result:
             output_structure=self.output_structure.to_data(),
             preprocess=self.holdout.preprocess,
             files=files,
+            input_ranges=self._ranges,
         )
+
+    @cached_property
+    def _ranges(self) -> tuple[InputRange, ...] | None:
+        """What each input may hold; not known of a model that cannot be exported."""
+        samples = (self.build_inputs.calibration, self.holdout)
+        batches = (inputs for part in samples for _, inputs in part.batches(GOLDEN_ROWS))
+        return program_ranges(self.build_inputs.program, self.build_inputs.inputs, batches)
 
     def _golden(self) -> tuple[tuple[np.ndarray, ...], list[np.ndarray]]:
         """The first holdout samples of one shape, and the winner's outputs for them."""

@@ -19,7 +19,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from corewise._version import __version__
 from corewise.batching import Answer, NotServed
 from corewise.common.errors import CorewiseError
-from corewise.serving import pages, protocol
+from corewise.serving import pages, protocol, triton
 from corewise.serving.bodies import Bodies
 from corewise.serving.metrics import CONTENT_TYPE, Metrics
 from corewise.serving.models import Models
@@ -62,6 +62,7 @@ class App:
                 Route(prefix, self.model),
                 Route(f"{prefix}/ready", self.model_ready),
                 Route(f"{prefix}/stats", self.model_statistics),
+                Route(f"{prefix}/config", self.model_config),
                 Route(f"{prefix}/infer", self.infer, methods=["POST"]),
                 Route(f"{prefix}/classify", self.classify, methods=["POST"]),
             ]
@@ -73,7 +74,7 @@ class App:
             Exception: self._broken,
         }
         app: ASGIApp = Starlette(routes=routes, exception_handlers=handlers)
-        self.asgi = _Guard(app, tokens)
+        self.asgi = _Guard(app, tokens, metrics)
 
     # --- health and descriptions --------------------------------------------------------------------------------
 
@@ -98,7 +99,7 @@ class App:
                 "name": served.name,
                 "versions": self.models.versions(served.name),
                 "platform": f"corewise_{served.manifest.build.engine}",
-                "inputs": protocol.described(served.inputs),
+                "inputs": served.values.described(),
                 "outputs": protocol.described(served.outputs),
             }
         )
@@ -111,6 +112,10 @@ class App:
     async def model_statistics(self, request: Request) -> Response:
         """What became of a model's requests."""
         return JSONResponse({"model_stats": [self._served(request).described_statistics()]})
+
+    async def model_config(self, request: Request) -> Response:
+        """A model's configuration, as Triton has it."""
+        return JSONResponse(triton.config(self._served(request)))
 
     async def all_statistics(self, request: Request) -> Response:
         """The same of all models."""
@@ -126,7 +131,8 @@ class App:
 
     async def live_figures(self, request: Request) -> Response:
         """What the page shows."""
-        return JSONResponse({"ready": self.models.ready, "models": [pages.figures(one) for one in self.models.served]})
+        since = request.query_params.get("since", "")
+        return JSONResponse(await asyncio.to_thread(pages.live, self.models, since))
 
     async def docs(self, request: Request) -> Response:
         """How to call it."""
@@ -148,6 +154,7 @@ class App:
 
         served, asked, answer = await self._answered(request, served, read)
         named = {spec.name: array for spec, array in zip(served.outputs, answer.outputs, strict=True)}
+        named = triton.classified(asked.class_counts, named, served.manifest.labels)
         version = request.path_params.get("version")
         parts, json_length = protocol.render(served.name, version or served.version, asked, named)
         if json_length is None:
@@ -172,7 +179,7 @@ class App:
         self, request: Request, served: Served, read: Callable[[bytes], InferRequest]
     ) -> tuple[Served, InferRequest, Answer]:
         """Read a request and wait for its answer, unless the client goes before."""
-        with self.metrics.request(served, "http", request.headers) as note:
+        with self.metrics.request(served, "http", request.headers, request.scope.get("request_id", "")) as note:
             started_s = time.monotonic()
             header_s = _timeout_s(request.headers)
             body = await self._bodies.read(request)
@@ -199,6 +206,8 @@ class App:
 
     async def _told(self, request: Request, error: CorewiseError) -> Response:
         if isinstance(error, ProtocolError):
+            if error.status == 404:
+                self.metrics.turned_away("http", "unknown model")
             return JSONResponse({"error": str(error)}, error.status)
         if isinstance(error, NotServed):
             status = 400 if error.reason == "too large" else NOT_NOW
@@ -211,6 +220,7 @@ class App:
         return Response(status_code=CLOSED_REQUEST)
 
     async def _absent(self, request: Request, error: Any) -> Response:
+        self.metrics.turned_away("http", "unknown path" if error.status_code == 404 else "unknown method")
         what = "there is nothing at this path" if error.status_code == 404 else "this path has another method"
         return JSONResponse({"error": f"{what}; see /docs"}, error.status_code, headers=error.headers)
 
@@ -225,8 +235,8 @@ class App:
 class _Guard:
     """Lets in who has a token, and everybody to the health checks."""
 
-    def __init__(self, app: ASGIApp, tokens: Tokens) -> None:
-        self._app, self._tokens = app, tokens
+    def __init__(self, app: ASGIApp, tokens: Tokens, metrics: Metrics) -> None:
+        self._app, self._tokens, self._metrics = app, tokens, metrics
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """As ASGI has it."""
@@ -234,6 +244,7 @@ class _Guard:
         if scope["path"] in OPEN_TO_ALL or self._tokens.admit(given):
             await self._app(scope, receive, send)
             return
+        self._metrics.turned_away("http", "unauthenticated")
         response = JSONResponse(
             {"error": "a token is missing or wrong; send Authorization: Bearer TOKEN"},
             401,

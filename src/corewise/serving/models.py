@@ -34,6 +34,8 @@ class Models:
         self._start = start
         self._served: dict[tuple[str, str], Served] = {}
         self._reloading = threading.Lock()
+        self.unloaded: set[tuple[str, str]] = set()
+        """Those that were taken out of service."""
         self.draining = False
 
     @property
@@ -49,7 +51,8 @@ class Models:
     @property
     def ready(self) -> bool:
         """Whether every model answers."""
-        return not self.draining and len(self._served) == len(self._sources) and all(one.ready for one in self.served)
+        wanted = len(self._sources) - len(self.unloaded)
+        return not self.draining and len(self._served) == wanted and all(one.ready for one in self.served)
 
     def open(self) -> None:
         """Open all. Raises what the first that cannot be opened raises; those opened so far are closed."""
@@ -73,7 +76,10 @@ class Models:
         versions = self.versions(name)
         if version and version not in versions:
             raise ProtocolError(f"the model {name[:80]} has no version {version[:20]!r}", status=404)
-        served = self._served.get((name, version or versions[-1]))
+        loaded = [each for each in versions if (name, each) not in self.unloaded] or versions
+        served = self._served.get((name, version or loaded[-1]))
+        if served is None and (name, version or loaded[-1]) in self.unloaded:
+            raise ProtocolError(f"the model {name} was unloaded", status=404)
         if served is None:
             raise ProtocolError(f"the model {name} is not open yet", "try again later", 503)
         return served
@@ -105,14 +111,24 @@ class Models:
         """
         with self._reloading:
             key = (name, version or self.versions(name)[-1])
-            old = self.find(*key)
+            old = None if key in self.unloaded else self.find(*key)
             made = self._start(self._sources[key])
             if self.draining:
                 made.close(0.0)
                 raise ProtocolError("the server is stopping", status=503)
             self._served[key] = made
-            old.close(RELOAD_DRAIN_S)
+            self.unloaded.discard(key)
+            if old is not None:
+                old.close(RELOAD_DRAIN_S)
             return made
+
+    def unload(self, name: str, version: str) -> None:
+        """Take a model out of service, when it has finished what it accepted. Raises ``ProtocolError``."""
+        with self._reloading:
+            served = self.find(name, version)
+            self.unloaded.add((name, version))
+            del self._served[name, version]
+            served.close(RELOAD_DRAIN_S)
 
     def drain(self, drain_s: float = inf) -> bool:
         """Refuse what comes and finish what was accepted, for so long at most; whether all was."""

@@ -1,6 +1,7 @@
-"""What people see in a browser: the live page, and how to call the server."""
+"""Pages for browsers: the live page, and how to call the server."""
 
 import json
+import time
 from collections.abc import Sequence
 from dataclasses import asdict
 from html import escape
@@ -9,7 +10,9 @@ from typing import Any
 
 from corewise._version import __version__
 from corewise.serving import protocol
+from corewise.serving.models import Models
 from corewise.serving.served import Served
+from corewise.serving.statistics import HISTORY_S
 
 LIVE, OPENAPI = (Path(__file__).with_name(name).read_text(encoding="utf-8") for name in ("live.html", "openapi.json"))
 SAFE = {
@@ -18,6 +21,8 @@ SAFE = {
     "x-content-type-options": "nosniff",
     "referrer-policy": "no-referrer",
 }
+NOW_S = 5
+"""The page's current rates are means over these last seconds."""
 STYLE = (
     ":root{color-scheme:light dark}body{font:15px/1.55 system-ui,sans-serif;max-width:52rem;margin:0 auto}"
     "body{padding:1.25rem}code{font-size:.92em}"
@@ -26,8 +31,21 @@ STYLE = (
 )
 
 
-def figures(served: Served) -> dict[str, Any]:
-    """What the live page shows of a model."""
+def live(models: Models, since: str = "") -> dict[str, Any]:
+    """What the live page shows: figures of each model, and its history after ``since`` (Unix time; default: all)."""
+    start = int(since) if since.isascii() and since.isdecimal() and len(since) < 15 else 0
+    shown = [{**_figures(served), "history": served.statistics.history(start)} for served in models.served]
+    return {
+        "ready": models.ready,
+        "draining": models.draining,
+        "now": int(time.time()),
+        "history_s": HISTORY_S,
+        "version": __version__,
+        "models": shown,
+    }
+
+
+def _figures(served: Served) -> dict[str, Any]:
     shadow = served.shadow
     return {
         "name": served.name,
@@ -37,55 +55,72 @@ def figures(served: Served) -> dict[str, Any]:
         "precision": served.manifest.build.precision,
         "plan": served.plan.label,
         "waiting_rows": served.waiting_rows,
+        "slowness": served.slowness,
         "restarts": served.remote.restarts,
+        "started": int(served.statistics.started_s),
         "shadow": {"compared": shadow.compared, "sqnr_db": shadow.sqnr_db, "agreement": shadow.agreement}
         if shadow and shadow.compared
         else None,
+        "now": asdict(served.statistics.recent(NOW_S)),
         **asdict(served.statistics.recent()),
     }
 
 
 def docs(models: Sequence[Served]) -> str:
-    """How to call each model, with commands that work as they stand."""
+    """The page that says how to call the server and its models; in its commands HOST stands for the server."""
     parts = [
-        "<!doctype html><html lang=en><meta charset=utf-8><meta name=viewport content='width=device-width'>",
-        f"<title>corewise: how to call it</title><style>{STYLE}</style><h1>How to call this server</h1>",
-        "<p>It speaks the <a href='https://github.com/kserve/open-inference-protocol'>Open Inference Protocol v2</a> "
-        "over HTTP and gRPC, with binary tensors (<code>Inference-Header-Content-Length</code>): clients of Triton and "
-        "KServe work unchanged. The same as data: <a href='/openapi.json'>/openapi.json</a>.</p>",
+        "<!doctype html><html lang=en><meta charset=utf-8>"
+        "<meta name=viewport content='width=device-width, initial-scale=1'>"
+        f"<title>corewise: how to call it</title><style>{STYLE}</style><h1>How to call this server</h1>{INTRODUCTION}",
         "<table>",
+        *(f"<tr><td><code>{escape(path)}</code><td>{escape(what)}" for path, what in PATHS),
+        "</table>",
+        *map(_model, models),
+        "</html>",
     ]
-    for path, what in PATHS:
-        parts.append(f"<tr><td><code>{escape(path)}</code><td>{escape(what)}")
-    parts.append("</table>")
-    for served in models:
-        parts.append(f"<h2>{escape(served.name)}, version {escape(served.version)}</h2><table>")
-        for kind, specs in (("takes", served.inputs), ("gives", served.outputs)):
-            for one in protocol.described(specs):
-                shape = ", ".join("any" if size < 0 else str(size) for size in one["shape"])
-                parts.append(f"<tr><td>{kind}<td><code>{escape(one['name'])}</code><td>{one['datatype']} ({shape})")
-        parts.append("</table>")
-        if served.manifest.preprocess is not None:
-            command = f"curl --data-binary @cat.jpg http://HOST/v2/models/{served.name}/classify"
-            parts.append(f"<pre>{escape(command)}</pre>")
-        parts.append(f"<pre>{escape(_example(served))}</pre>")
-    parts.append(
-        "<p>A request may say how long it has: <code>X-Request-Timeout-Ms</code>, the parameter <code>timeout</code> "
-        "(microseconds), or gRPC's deadline. Where measurements say that it cannot be answered in time it is refused "
-        "at once, with 503 and <code>Retry-After</code> (gRPC: RESOURCE_EXHAUSTED). <code>priority</code>, a parameter "
-        "too (the higher, the more urgent), decides who yields.</p></html>"
-    )
     return "".join(parts)
 
 
+INTRODUCTION = """<p>It speaks the <a href='https://github.com/kserve/open-inference-protocol'>Open Inference Protocol
+v2</a> over HTTP and gRPC, with Triton's extensions for binary tensors, classification, model configuration, statistics
+and streams: clients of Triton and KServe and perf_analyzer work unchanged. gRPC has server reflection and
+<code>grpc.health.v1</code>. The same as data: <a href='/openapi.json'>/openapi.json</a>.
+<p>A request may say how long it has: <code>X-Request-Timeout-Ms</code>, the parameter <code>timeout</code>
+(microseconds), or gRPC's deadline. Where measurements say that it cannot be answered in time it is refused at once,
+with 503 and <code>Retry-After</code> (gRPC: RESOURCE_EXHAUSTED). The higher its parameter <code>priority</code>, the
+later it yields to others.
+<p>In JSON a number that is NaN or infinite is <code>null</code>; binary outputs hold it as it is."""
+
 PATHS = (
     ("GET /v2/health/live, /v2/health/ready", "whether the process answers; whether every model does"),
-    ("GET /v2/models/M", "inputs and outputs"),
+    ("GET /v2/models/M", "inputs, with the ranges of their values, and outputs"),
+    ("GET /v2/models/M/config", "its configuration, as Triton has it"),
     ("POST /v2/models/M/infer", "run it on tensors"),
     ("POST /v2/models/M/classify", "run it on a JPEG, PNG or WebP image"),
     ("GET /v2/models/M/stats", "what became of its requests"),
     ("GET /metrics", "for Prometheus"),
 )
+
+
+def _model(served: Served) -> str:
+    """The part of the page for one model."""
+    parts = [f"<h2>{escape(served.name)}, version {escape(served.version)}</h2><table>"]
+    for kind, tensors in (("takes", served.values.described()), ("gives", protocol.described(served.outputs))):
+        for tensor in tensors:
+            shape = ", ".join("any" if size < 0 else str(size) for size in tensor["shape"])
+            ranges = ", ".join(
+                f"{name.replace('_', ' ')} {number}" for name, number in tensor.get("parameters", {}).items()
+            )
+            parts.append(
+                f"<tr><td>{kind}<td><code>{escape(tensor['name'])}</code><td>{tensor['datatype']} ({shape})"
+                f"<td>{escape(ranges)}"
+            )
+    parts.append("</table>")
+    if served.manifest.preprocess is not None:
+        command = f"curl --data-binary @cat.jpg http://HOST/v2/models/{served.name}/classify"
+        parts.append(f"<pre>{escape(command)}</pre>")
+    parts.append(f"<pre>{escape(_example(served))}</pre>")
+    return "".join(parts)
 
 
 def _example(served: Served) -> str:
@@ -110,5 +145,5 @@ def openapi(models: Sequence[Served]) -> dict[str, Any]:
     if names := sorted({one.name for one in models}):
         found["components"]["parameters"]["name"]["schema"]["enum"] = names
     if not any(one.manifest.preprocess for one in models):
-        del found["paths"]["/v2/models/{name}/classify"]
+        found["paths"] = {path: calls for path, calls in found["paths"].items() if not path.endswith("/classify")}
     return found

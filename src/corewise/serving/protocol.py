@@ -30,7 +30,15 @@ DATATYPES = {
 """The protocol's name of each numpy dtype; arrays of objects hold ``bytes``."""
 DTYPES = {datatype: dtype for dtype, datatype in DATATYPES.items()}
 
-EXTENSIONS = ("binary_tensor_data", "parameters", "statistics", "classify")
+EXTENSIONS = (
+    "binary_tensor_data",
+    "classification",
+    "classify",
+    "model_configuration",
+    "parameters",
+    "schedule_policy",
+    "statistics",
+)
 MOST_DEPTH = 32
 MOST_TENSORS = 64
 MOST_ID = 256
@@ -64,6 +72,8 @@ class Asked:
 
     name: str
     binary: bool = False
+    classes: int = 0
+    """How many of its highest values are wanted, as classes; 0 for the output itself."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,6 +86,11 @@ class InferRequest:
     id: str | None = None
     timeout_s: float | None = None
     priority: int = 0
+
+    @property
+    def class_counts(self) -> dict[str, int]:
+        """How many classes are wanted of each output that is wanted as classes."""
+        return {output.name: output.classes for output in self.outputs if output.classes}
 
 
 def parse(
@@ -133,16 +148,24 @@ def render(
         elif found.dtype == object:
             one["data"] = [item.decode("utf-8", "replace") for item in found.reshape(-1)]
         else:
-            one["data"] = found.reshape(-1).tolist()
+            one["data"] = _numbers(found)
         described.append(one)
     answer: dict[str, Any] = {"model_name": model, "outputs": described}
     if version is not None:
         answer["model_version"] = version
     if request.id is not None:
         answer["id"] = request.id
-    # NaN and Infinity as Triton writes them, though JSON has no word for them.
-    head = json.dumps(answer).encode()
+    head = json.dumps(answer, allow_nan=False).encode()
     return [head, *tails], len(head) if tails else None
+
+
+def _numbers(array: np.ndarray) -> list[Any]:
+    """A tensor's numbers for JSON, which has no word for NaN and infinities: they are null (binary keeps them)."""
+    numbers: list[Any] = array.reshape(-1).tolist()
+    finite = np.isfinite(array).reshape(-1) if array.dtype.kind == "f" else np.ones(0, bool)
+    if finite.all():
+        return numbers
+    return [number if is_finite else None for number, is_finite in zip(numbers, finite.tolist(), strict=True)]
 
 
 def described(specs: Sequence[TensorSpec]) -> list[dict[str, Any]]:
@@ -225,6 +248,13 @@ def priority(value: Any) -> int:
     """A parameter ``priority``: the higher, the more urgent. Raises ``ProtocolError``."""
     if isinstance(value, bool) or not isinstance(value, int) or abs(value) > MOST_PRIORITY:
         raise ProtocolError(f"the parameter priority is no whole number from -{MOST_PRIORITY} to {MOST_PRIORITY}")
+    return value
+
+
+def class_count(value: Any) -> int:
+    """An output's parameter ``classification``. Raises ``ProtocolError``."""
+    if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value < 2**31:
+        raise ProtocolError("the parameter classification is no whole number of classes")
     return value
 
 
@@ -316,9 +346,8 @@ def _outputs(described: Any, specs: Sequence[TensorSpec], binary: Any) -> tuple[
         wanted = _parameters(one, "an output").get("binary_data", binary)
         if not isinstance(one.get("name"), str) or not isinstance(wanted, bool):
             raise ProtocolError("an output has no name, or binary_data that is no bool")
-        if _parameters(one, "an output").get("classification"):
-            raise ProtocolError("classification is not supported here", "post the image to .../classify", 501)
-        asked.append(Asked(name=one["name"], binary=wanted))
+        classes = class_count(_parameters(one, "an output").get("classification", 0))
+        asked.append(Asked(name=one["name"], binary=wanted, classes=classes))
     asked_outputs([one.name for one in asked], specs)
     return tuple(asked)
 

@@ -13,7 +13,7 @@ from corewise._version import __version__
 from corewise.batching import NotServed
 from corewise.common.errors import CorewiseError
 from corewise.records.build import TensorSpec
-from corewise.serving import oip, protocol
+from corewise.serving import oip, protocol, triton
 from corewise.serving.metrics import Metrics
 from corewise.serving.models import Models
 from corewise.serving.protocol import Asked, InferRequest, Limits, ProtocolError
@@ -104,7 +104,7 @@ class Service:
             name=served.name,
             versions=self.models.versions(served.name),
             platform=f"corewise_{served.manifest.build.engine}",
-            inputs=protocol.described(served.inputs),
+            inputs=[_with_parameters(described) for described in served.values.described()],
             outputs=protocol.described(served.outputs),
         )
 
@@ -117,7 +117,7 @@ class Service:
         """Run a model on tensors."""
         served = self._served(request.model_name, request.model_version)
         headers = {key: value for key, value in context.invocation_metadata() if isinstance(value, str)}
-        with self.metrics.request(served, "grpc", headers) as note:
+        with self.metrics.request(served, "grpc", headers, headers.get("x-request-id", request.id)) as note:
             asked = served.prepared(parse(request, served.inputs, served.outputs, served.instead))
             left_s = context.time_remaining()
             given_s = min(inf if left_s is None else left_s, asked.timeout_s or inf)
@@ -130,7 +130,7 @@ class Service:
             )
             answer = note(await wrap_future(future))
         named = {spec.name: array for spec, array in zip(served.outputs, answer.outputs, strict=True)}
-        return render(served, asked, named)
+        return render(served, asked, triton.classified(asked.class_counts, named, served.manifest.labels))
 
     def _served(self, name: str, version: str) -> Served:
         return self.models.find(name, version or None)
@@ -142,10 +142,13 @@ class Service:
             given = dict(context.invocation_metadata()).get("authorization", "")
             token = given if isinstance(given, bytes) else given.encode("latin-1", "replace")
             if name not in OPEN_TO_ALL and not self._tokens.admit(token):
+                self.metrics.turned_away("grpc", "unauthenticated")
                 await context.abort(grpc.StatusCode.UNAUTHENTICATED, "a token is missing or wrong; send authorization")
             try:
                 return await call(request, context)
             except ProtocolError as error:
+                if error.status == 404:
+                    self.metrics.turned_away("grpc", "unknown model")
                 await context.abort(CODES.get(error.status, grpc.StatusCode.INVALID_ARGUMENT), str(error))
             except NotServed as error:
                 if error.retry_after_s is not None:
@@ -186,18 +189,30 @@ def parse(
             found[spec.name] = _typed(one.contents, spec, shape)
     names = [one.name for one in request.outputs] or [spec.name for spec in outputs]
     protocol.asked_outputs(names, outputs)
-    parameters = {
-        key: getattr(value, value.WhichOneof("parameter_choice") or "", None)
-        for key, value in request.parameters.items()
-    }
+    parameters = _parameters(request)
+    classes = {one.name: protocol.class_count(_parameters(one).get("classification", 0)) for one in request.outputs}
     timeout = parameters.get("timeout")
     return InferRequest(
         inputs=protocol.ordered(found, inputs),
-        outputs=tuple(Asked(name=name, binary=True) for name in names),
+        outputs=tuple(Asked(name=name, binary=True, classes=classes.get(name, 0)) for name in names),
         id=request.id or None,
         timeout_s=None if timeout is None else protocol.microseconds(timeout),
         priority=protocol.priority(parameters.get("priority", 0)),
     )
+
+
+def _parameters(holder: Any) -> dict[str, Any]:
+    """The parameters of a request or of one of its outputs."""
+    return {
+        key: getattr(value, value.WhichOneof("parameter_choice") or "", None)
+        for key, value in holder.parameters.items()
+    }
+
+
+def _with_parameters(described: Mapping[str, Any]) -> dict[str, Any]:
+    """An input's description with its parameters, which are whole numbers, as protobuf has them."""
+    numbers = described.get("parameters", {})
+    return {**described, "parameters": {name: {"int64_param": number} for name, number in numbers.items()}}
 
 
 def render(served: Served, request: InferRequest, outputs: Mapping[str, np.ndarray]) -> Any:

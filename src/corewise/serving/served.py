@@ -3,11 +3,10 @@
 import logging
 import threading
 import time
-from collections import Counter, deque
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import Future, InvalidStateError
 from contextlib import ExitStack, suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from math import inf
 from pathlib import Path
@@ -27,13 +26,13 @@ from corewise.serving import text
 from corewise.serving.protocol import InferRequest
 from corewise.serving.remote import Remote
 from corewise.serving.shadow import Shadow
+from corewise.serving.statistics import Statistics
 from corewise.serving.text import TextInput
+from corewise.serving.values import Values
 
 log = logging.getLogger("corewise.serve")
 
 MAX_WAITING = 1024
-WINDOW_S = 60
-KEPT_LATENCIES = 512
 NATIVE = ("inductor", "torch-int8")
 """Engines whose payloads are code: whoever made one can do what the server may."""
 
@@ -73,116 +72,18 @@ class Trust:
             )
 
 
-@dataclass(frozen=True, kw_only=True)
-class Spent:
-    """A count and the seconds that they took together."""
-
-    count: int = 0
-    seconds: float = 0.0
-
-    def plus(self, seconds: float) -> "Spent":
-        """With one more."""
-        return Spent(count=self.count + 1, seconds=self.seconds + seconds)
-
-
-@dataclass
-class _Second:
-    """What happened in one second."""
-
-    at: int
-    answered: int = 0
-    refused: int = 0
-    failed: int = 0
-    batches: Counter[int] = field(default_factory=Counter)
-    latencies_s: list[float] = field(default_factory=list)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Recent:
-    """The last minute, for people."""
-
-    rate_per_s: float
-    now_per_s: float
-    """Of the last whole second."""
-    p50_ms: float
-    p99_ms: float
-    refused_per_s: float
-    failed_per_s: float
-    batch_rows: dict[int, int]
-    """How many requests ran in calls of so many rows."""
-
-
-class Statistics:
-    """What became of the requests, since the start and of late. Thread-safe."""
-
-    def __init__(self, clock: Callable[[], float] = time.time) -> None:
-        self._clock = clock
-        self._started_s = clock()
-        self._lock = threading.Lock()
-        self._seconds: deque[_Second] = deque(maxlen=WINDOW_S + 1)
-        self.success = self.fail = self.queue = self.infer = Spent()
-        self.rows = 0
-        self.calls = 0.0
-        self.last_s = 0.0
-
-    def answered(self, answer: Answer, rows: int, took_s: float) -> None:
-        """A request was answered."""
-        with self._lock:
-            self.success = self.success.plus(took_s)
-            self.queue = self.queue.plus(answer.waited_s)
-            self.infer = self.infer.plus(answer.ran_s)
-            self.rows += rows
-            self.calls += rows / answer.batch_rows
-            self.last_s = self._clock()
-            second = self._second()
-            second.answered += 1
-            second.batches[answer.batch_rows] += 1
-            if len(second.latencies_s) < KEPT_LATENCIES:
-                second.latencies_s.append(took_s)
-
-    def not_served(self) -> None:
-        """A request was refused or dropped."""
-        with self._lock:
-            self._second().refused += 1
-
-    def failed(self, took_s: float) -> None:
-        """A request's call failed."""
-        with self._lock:
-            self.fail = self.fail.plus(took_s)
-            self._second().failed += 1
-
-    def recent(self) -> Recent:
-        """The last minute, or all since the start."""
-        with self._lock:
-            now_s = self._clock()
-            seconds = [one for one in self._seconds if one.at > now_s - WINDOW_S]
-        span_s = max(1.0, min(float(WINDOW_S), now_s - self._started_s))
-        latencies = [latency for one in seconds for latency in one.latencies_s]
-        p50, p99 = np.quantile(latencies, (0.5, 0.99)) * 1e3 if latencies else (0.0, 0.0)
-        batches: Counter[int] = Counter()
-        for one in seconds:
-            batches.update(one.batches)
-        return Recent(
-            rate_per_s=sum(one.answered for one in seconds) / span_s,
-            now_per_s=float(sum(one.answered for one in seconds if one.at == int(now_s) - 1)),
-            p50_ms=float(p50),
-            p99_ms=float(p99),
-            refused_per_s=sum(one.refused for one in seconds) / span_s,
-            failed_per_s=sum(one.failed for one in seconds) / span_s,
-            batch_rows=dict(sorted(batches.items())),
-        )
-
-    def _second(self) -> _Second:
-        now = int(self._clock())
-        if not self._seconds or self._seconds[-1].at != now:
-            self._seconds.append(_Second(now))
-        return self._seconds[-1]
-
-
 class Served:
     """An artifact that answers requests. Thread-safe."""
 
-    def __init__(self, source: Source, *, trust: Trust, max_waiting: int = MAX_WAITING, shadow: float = 0.0) -> None:
+    def __init__(
+        self,
+        source: Source,
+        *,
+        trust: Trust,
+        max_waiting: int = MAX_WAITING,
+        shadow: float = 0.0,
+        check_finite: bool = False,
+    ) -> None:
         """Check, open, prove and warm it. ``shadow`` is the share of requests that fp32 answers too (``Shadow``).
 
         Raises ``ArtifactError`` and ``EngineError`` with why it cannot serve.
@@ -207,7 +108,8 @@ class Served:
         )
         self.name, self.version = source.name, source.version
         self.manifest = found.manifest
-        self.plan, self.notes = fit.plan, (*fit.warnings, *notes)
+        self.values = Values(found, check_finite=check_finite)
+        self.plan, self.notes = fit.plan, (*fit.warnings, *notes, *self.values.notes)
         self.inputs: tuple[TensorSpec, ...] = found.manifest.inputs
         self.outputs: tuple[TensorSpec, ...] = found.manifest.outputs
         self.text = TextInput(found) if artifact.TOKENIZER in found.manifest.files else None
@@ -235,31 +137,15 @@ class Served:
         return None if self.text is None else text.SPEC
 
     def prepared(self, request: InferRequest) -> InferRequest:
-        """With texts as the model takes them. Raises ``ProtocolError``."""
-        if self.text is None or request.inputs[0].dtype != object:
-            return request
-        return replace(request, inputs=self.text.arrays(request.inputs[0].tolist()))
+        """With texts as the model takes them, and values that it has a place for. Raises ``ProtocolError``."""
+        if self.text is not None and request.inputs[0].dtype == object:
+            request = replace(request, inputs=self.text.arrays(request.inputs[0].tolist()))
+        self.values.check(request.inputs)
+        return request
 
     def described_statistics(self) -> dict[str, Any]:
-        """As Triton's extension ``statistics`` has them: nanoseconds, and milliseconds since 1970."""
-        kept = self.statistics
-
-        def spent(one: Spent) -> dict[str, int]:
-            return {"count": one.count, "ns": int(one.seconds * 1e9)}
-
-        return {
-            "name": self.name,
-            "version": self.version,
-            "last_inference": int(kept.last_s * 1e3),
-            "inference_count": kept.rows,
-            "execution_count": round(kept.calls),
-            "inference_stats": {
-                "success": spent(kept.success),
-                "fail": spent(kept.fail),
-                "queue": spent(kept.queue),
-                "compute_infer": spent(kept.infer),
-            },
-        }
+        """As Triton's extension ``statistics`` has them."""
+        return {"name": self.name, "version": self.version, **self.statistics.described()}
 
     @property
     def waiting_rows(self) -> int:

@@ -14,18 +14,17 @@ from resource import RLIM_INFINITY, RLIMIT_NOFILE, getrlimit, setrlimit
 from typing import Any
 
 import uvicorn
-from starlette.applications import Starlette
-from starlette.requests import Request
-from starlette.responses import JSONResponse, Response
-from starlette.routing import Route
+from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Receive, Scope, Send
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
-from corewise.common.errors import CorewiseError, InputError
+from corewise.common.errors import InputError
+from corewise.serving import admin
+from corewise.serving.admin import Repository
 from corewise.serving.app import OPEN_TO_ALL, App, RequestLog
 from corewise.serving.metrics import Metrics
 from corewise.serving.models import Models
-from corewise.serving.protocol import Limits, ProtocolError
+from corewise.serving.protocol import Limits
 from corewise.serving.served import Served, Source, Trust
 from corewise.serving.tokens import Tokens
 from corewise.serving.traces import OpenTelemetry, Traces
@@ -71,7 +70,9 @@ class Options:
     http: Address | None = ("127.0.0.1", 8000)
     grpc: Address | None = None
     admin: Address | None = None
-    """Reloads models for whoever can reach it: keep it on loopback."""
+    """Loads and unloads models for whoever can reach it: keep it on loopback."""
+    admin_grpc: Address | None = None
+    """The same over gRPC."""
     limits: Limits = field(default_factory=Limits)
     max_waiting: int = 1024
     tokens: tuple[str, ...] = ()
@@ -81,6 +82,7 @@ class Options:
     shadow: float = 0.0
     drain_s: float = 30.0
     traces: bool = False
+    check_finite: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,6 +92,7 @@ class Listening:
     http: int | None
     grpc: int | None
     admin: int | None
+    admin_grpc: int | None = None
 
 
 def serve(
@@ -111,8 +114,15 @@ class _Server:
         if (options.certificate is None) != (options.key is None):
             raise InputError("TLS needs a certificate and its key", "give both or neither")
         self.options, self.tell = options, tell
-        start = partial(Served, trust=options.trust, max_waiting=options.max_waiting, shadow=options.shadow)
+        start = partial(
+            Served,
+            trust=options.trust,
+            max_waiting=options.max_waiting,
+            shadow=options.shadow,
+            check_finite=options.check_finite,
+        )
         self.models = Models(sources, start)
+        self.repository = Repository(self.models)
         self.traces = OpenTelemetry() if options.traces else Traces()
         self.metrics = Metrics(self.models, self.traces)
         self.stopping = asyncio.Event()
@@ -124,18 +134,28 @@ class _Server:
         loop = asyncio.get_running_loop()
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, self._stop)
-        loop.add_signal_handler(signal.SIGHUP, lambda: self._later.append(asyncio.ensure_future(self._reload_all())))
+        loop.add_signal_handler(
+            signal.SIGHUP, lambda: self._later.append(asyncio.ensure_future(self.repository.reload_all()))
+        )
         app = App(self.models, self.metrics, self.options.limits, Tokens(self.options.tokens))
         bound = {name: _bound(address) for name, address in self._web_addresses.items()}
         web = []
         if "http" in bound:
-            web.append((_Http(_config(RequestLog(app.asgi), self.options, most)), bound["http"]))
+            config = _config(RequestLog(app.asgi), self.options, most)
+            config.on_refused = partial(self.metrics.connection_refused, "http")
+            web.append((_Http(config), bound["http"]))
         if "admin" in bound:
-            web.append((_Http(_config(self._admin(), Options(), ADMIN_CONNECTIONS)), bound["admin"]))
+            web.append((_Http(_config(admin.web(self.repository), Options(), ADMIN_CONNECTIONS)), bound["admin"]))
         rpc, rpc_port = await self._rpc(most)
+        admin_rpc, admin_rpc_port = None, None
+        if self.options.admin_grpc is not None:
+            admin_rpc, admin_rpc_port = await admin.start_rpc(
+                self.options.admin_grpc, self.repository, self.models, self.metrics
+            )
         tasks = [asyncio.ensure_future(made.serve(sockets=[where])) for made, where in web]
         ports = {name: int(where.getsockname()[1]) for name, where in bound.items()}
-        self.tell("listening", Listening(http=ports.get("http"), grpc=rpc_port, admin=ports.get("admin")))
+        web_ports = {"http": ports.get("http"), "admin": ports.get("admin")}
+        self.tell("listening", Listening(**web_ports, grpc=rpc_port, admin_grpc=admin_rpc_port))
         try:
             opening = asyncio.ensure_future(asyncio.to_thread(self.models.open))
             stopping = asyncio.ensure_future(self.stopping.wait())
@@ -151,11 +171,13 @@ class _Server:
         finally:
             for made, _ in web:
                 made.should_exit = True
-            if rpc is not None:
-                await rpc.stop(LAST_WORDS_S)
+            for each in (rpc, admin_rpc):
+                if each is not None:
+                    await each.stop(LAST_WORDS_S)
             await asyncio.gather(*tasks, return_exceptions=True)
             self.models.close(0.0)
             await asyncio.to_thread(self.traces.close)
+            self.metrics.close()
 
     @property
     def _web_addresses(self) -> dict[str, Address]:
@@ -167,6 +189,7 @@ class _Server:
             return None, None
         import grpc
 
+        from corewise.serving import rpc_extensions
         from corewise.serving.rpc import Service
 
         host, port = self.options.grpc
@@ -180,8 +203,11 @@ class _Server:
                 ("grpc.max_allowed_incoming_connections", most_connections),
             ]
         )
-        service = Service(self.models, self.metrics, self.options.limits, Tokens(self.options.tokens))
-        server.add_generic_rpc_handlers((service.handler,))
+        tokens = Tokens(self.options.tokens)
+        service = Service(self.models, self.metrics, self.options.limits, tokens)
+        methods = rpc_extensions.list_methods(self.models, service.model_infer)
+        extensions = rpc_extensions.Handlers(methods, self.metrics, tokens)
+        server.add_generic_rpc_handlers((service.handler, extensions))
         target = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
         try:
             if self.options.certificate is not None and self.options.key is not None:
@@ -202,48 +228,6 @@ class _Server:
         self.stopping.set()
         self.models.draining = True
 
-    async def _reload_all(self) -> None:
-        for name, version in self.models.names:
-            try:
-                await self._reload(name, version)
-            except ProtocolError as error:  # it is not open yet
-                log.error("%s was not reloaded: %s", name, error)
-
-    async def _reload(self, name: str, version: str | None) -> str:
-        """Why the old one stays; empty where a new one serves."""
-        try:
-            await asyncio.to_thread(self.models.reload, name, version)
-        except ProtocolError:
-            raise
-        except (CorewiseError, OSError) as error:
-            log.error("%s was not reloaded, the old one serves on: %s", name, error)
-            return str(error)
-        log.info("%s was reloaded", name)
-        return ""
-
-    def _admin(self) -> Starlette:
-        async def index(request: Request) -> Response:
-            return JSONResponse(
-                [
-                    {"name": one.name, "version": one.version, "state": "READY" if one.ready else "UNAVAILABLE"}
-                    for one in self.models.served
-                ]
-            )
-
-        async def load(request: Request) -> Response:
-            try:
-                why = await self._reload(request.path_params["name"], request.query_params.get("version"))
-            except ProtocolError as error:
-                return JSONResponse({"error": str(error)}, error.status)
-            return JSONResponse({"error": why}, 500) if why else JSONResponse({})
-
-        return Starlette(
-            routes=[
-                Route("/v2/repository/index", index, methods=["POST"]),
-                Route("/v2/repository/models/{name}/load", load, methods=["POST"]),
-            ]
-        )
-
 
 class _Http(uvicorn.Server):
     """uvicorn, whose signals are the server's to handle."""
@@ -257,6 +241,7 @@ class _Config(uvicorn.Config):
     """uvicorn's, with how many connections there may be."""
 
     most_connections = MOST_CONNECTIONS
+    on_refused: Callable[[], None] = staticmethod(lambda: None)
 
 
 class _Patient(HttpToolsProtocol):
@@ -274,6 +259,7 @@ class _Patient(HttpToolsProtocol):
         over = len(self.connections) - self.config.most_connections
         if over > HEALTH_CONNECTIONS:
             self._refused = True
+            self.config.on_refused()
             transport.write(FULL_BYTES)
             transport.close()
             return
@@ -357,7 +343,7 @@ def _allowed_connections(ports: int) -> int:
     return allowed
 
 
-def _config(app: Any, options: Options, most_connections: int) -> uvicorn.Config:
+def _config(app: Any, options: Options, most_connections: int) -> _Config:
     secure: dict[str, Any] = {}
     if options.certificate is not None and options.key is not None:
         secure = {"ssl_certfile": str(options.certificate), "ssl_keyfile": str(options.key)}

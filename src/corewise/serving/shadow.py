@@ -1,4 +1,4 @@
-"""fp32 beside what serves, on a sample of the requests: whether their answers drift apart on real traffic."""
+"""Runs fp32 on a sample of the requests, to see whether the served model's answers drift on real traffic."""
 
 import logging
 import os
@@ -37,10 +37,10 @@ PLAN = Plan(threads_per_instance=1)
 
 
 class Shadow:
-    """Compares a share of the requests with the artifact's fp32 program, in a process that yields to all others."""
+    """Compares a share of the answers with the artifact's fp32 program, in a process of the lowest priority."""
 
     def __init__(self, found: Artifact, share: float, seed: int = 0) -> None:
-        """Raises ``ArtifactError`` where it carries no fp32 program, ``EngineError`` where torch is not installed."""
+        """Raises ``ArtifactError`` if it carries no fp32 program, ``EngineError`` if torch is not installed."""
         if artifact.REFERENCE not in found.manifest.files:
             raise ArtifactError(f"{found.folder} carries no fp32 program to compare with", "serve it without --shadow")
         check_available(FP32.engine, f"the shadow of {found.folder}")
@@ -50,14 +50,14 @@ class Shadow:
         self._kept: deque[tuple[float, float, int, int]] = deque(maxlen=KEPT)
         self.compared = 0
         self.error = ""
-        """Why it compares no more."""
+        """Why it stopped comparing; empty while it runs."""
         self._worker: Worker | None = None
         self._thread = threading.Thread(target=self._live, name="shadow", daemon=True)
         self._thread.start()
 
     @property
     def sqnr_db(self) -> float:
-        """Of the last thousand answers: fp32's power over that of the difference; at most 200."""
+        """The signal-to-noise ratio of the last 1,000 answers against fp32's, at most 200 dB."""
         power, error, *_ = self._sums()
         if not np.isfinite(error):
             return 0.0
@@ -65,24 +65,24 @@ class Shadow:
 
     @property
     def agreement(self) -> float | None:
-        """How many of them have fp32's highest score at the same place; ``None`` where answers are no scores."""
+        """The share of them whose highest score is fp32's; ``None`` if answers are not scores."""
         *_, agreeing, rows = self._sums()
         return agreeing / rows if rows else None
 
     def offer(self, inputs: Sequence[np.ndarray], outputs: Sequence[np.ndarray]) -> None:
-        """Compare this request, if it is drawn and there is time."""
+        """Compare this request, if it is drawn and the queue has room."""
         if self.error or self._random.random() >= self._share:
             return
         with suppress(queue.Full):
             self._waiting.put_nowait(([array.copy() for array in inputs], outputs))
 
     def close(self) -> None:
-        """End it, whatever it does."""
+        """End it, even during a comparison."""
         self.error = self.error or "closed"
         worker = self._worker
         if worker is not None:
             with suppress(ProcessLookupError):
-                os.killpg(worker.pid, signal.SIGKILL)  # whatever it waits for ends
+                os.killpg(worker.pid, signal.SIGKILL)  # its pending call ends with it
         with suppress(queue.Empty):
             while True:
                 self._waiting.get_nowait()
@@ -91,7 +91,7 @@ class Shadow:
         self._thread.join(CLOSING_S)
 
     def _sums(self) -> tuple[float, float, int, int]:
-        kept = list(self._kept)  # at once, for the thread goes on
+        kept = list(self._kept)  # a copy: the thread appends to it meanwhile
         powers, errors, agreeing, rows = zip(*kept, strict=True) if kept else ((), (), (), ())
         return sum(powers), sum(errors), sum(agreeing), sum(rows)
 
@@ -101,7 +101,7 @@ class Shadow:
                 self._compare(Path(name))
         except CorewiseError as error:
             if not self.error:
-                log.error("fp32 compares no more: %s", error)
+                log.error("the shadow stopped comparing: %s", error)
                 self.error = str(error)
 
     def _compare(self, work: Path) -> None:
@@ -125,7 +125,7 @@ class Shadow:
 
 
 def _difference(expected: Sequence[np.ndarray], found: Sequence[np.ndarray]) -> tuple[float, float, int, int]:
-    """Power, error, rows whose highest score is at the same place, and rows of scores."""
+    """Power of the signal and of the error, rows with the same highest score, and rows of scores."""
     power = error = 0.0
     for ours, theirs in zip(found, expected, strict=True):
         exact = theirs.astype(np.float64)

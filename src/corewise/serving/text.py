@@ -6,6 +6,7 @@ import numpy as np
 
 from corewise import artifact
 from corewise.artifact import Artifact
+from corewise.artifact.checks import input_ranges
 from corewise.common.errors import ArtifactError, MissingExtra
 from corewise.common.references import guard
 from corewise.records.build import TensorSpec
@@ -38,7 +39,9 @@ class TextInput:
             raise ArtifactError(f"{found.folder} has a tokenizer and inputs that are no tokens", artifact.REBUILD)
         fixed = [spec.shape[1] for spec in self._specs if spec.shape[1] is not None]
         self._fixed = fixed[0] if fixed else None
-        self._most = self._fixed or int(truncation.get("max_length", MOST_TOKENS))
+        # More than the model has positions for would be refused, padding included.
+        longest = [each.longest[1] or MOST_TOKENS for each in input_ranges(found) or () if len(each.longest) == 2]
+        self._most = self._fixed or min([int(truncation.get("max_length", MOST_TOKENS)), *longest])
         self._tokenizer.no_padding()
         self._tokenizer.no_truncation()
 

@@ -1,4 +1,4 @@
-"""A span for each request, for OpenTelemetry: where it goes, and of how many requests, its environment variables say.
+"""A span for each request, for OpenTelemetry, whose environment variables say where spans go and which are sampled.
 
 https://opentelemetry.io/docs/specs/otel/configuration/sdk-environment-variables/
 """
@@ -12,23 +12,23 @@ from corewise.common.errors import MissingExtra
 LAST_SPANS_S = 2.0
 
 Note = Callable[[str, str | float], None]
-"""Notes an attribute of the span."""
+"""Sets an attribute of the span."""
 
 
 class Traces:
-    """Keeps none."""
+    """Records nothing."""
 
     @contextmanager
     def span(self, name: str, headers: Mapping[str, str]) -> Iterator[Note]:
-        """A span of what the body does, in the trace that the request's ``headers`` name."""
+        """A span around the body of the ``with``, in the trace that the request's ``headers`` name."""
         yield lambda attribute, value: None
 
     def close(self) -> None:
-        """Send what is left."""
+        """Send the remaining spans."""
 
 
 class OpenTelemetry(Traces):
-    """Sends them by OTLP over HTTP in a thread of its own."""
+    """Sends spans by OTLP over HTTP, in a thread of its own."""
 
     def __init__(self) -> None:
         """Raises ``MissingExtra``."""
@@ -41,7 +41,7 @@ class OpenTelemetry(Traces):
             from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
         except ImportError as error:
             raise MissingExtra(error.name or "opentelemetry-sdk", "traces", "serving with --traces") from error
-        # What the environment says comes before the name given here.
+        # The environment takes precedence over the name given here.
         resource = Resource.create({SERVICE_NAME: "corewise"}).merge(OTELResourceDetector().detect())
         self._provider = TracerProvider(resource=resource, shutdown_on_exit=False)
         self._provider.add_span_processor(BatchSpanProcessor(OTLPSpanExporter()))
@@ -51,15 +51,15 @@ class OpenTelemetry(Traces):
 
     @contextmanager
     def span(self, name: str, headers: Mapping[str, str]) -> Iterator[Note]:
-        """A span of what the body does, in the trace that the request's ``headers`` name."""
+        """A span around the body of the ``with``, in the trace that the request's ``headers`` name."""
         parent = self._extract(headers)
-        # Refusals raise too: a trace of the stack for each would cost time when there is least.
+        # Refusals raise as well: recording each stack would cost time when it is scarce.
         quiet = {"record_exception": False, "set_status_on_exception": False}
         with self._tracer.start_as_current_span(name, parent, kind=self._kind, **quiet) as span:
             yield span.set_attribute
 
     def close(self) -> None:
-        """Send what is left, for so long as ``LAST_SPANS_S``: a collector that is gone keeps no server."""
+        """Send the remaining spans, within ``LAST_SPANS_S``: a dead collector must not keep the server alive."""
         sending = threading.Thread(target=self._provider.shutdown, daemon=True)
         sending.start()
         sending.join(LAST_SPANS_S)

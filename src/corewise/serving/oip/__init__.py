@@ -22,8 +22,20 @@ def message(name: str) -> Any:
     return message_factory.GetMessageClass(_pool.FindMessageTypeByName(f"inference.{name}"))
 
 
-METHODS = {
+_methods = {
     method.name: (message(method.input_type.name), message(method.output_type.name))
     for method in _pool.FindServiceByName(SERVICE).methods
 }
-"""Of the service: each method's request and response."""
+REPOSITORY = ("RepositoryIndex", "RepositoryModelLoad", "RepositoryModelUnload")
+"""Triton's calls that change what is served: for the admin port."""
+EXTENSIONS = {
+    name: classes for name, classes in _methods.items() if name in ("ModelConfig", "ModelStreamInfer", *REPOSITORY)
+}
+"""Triton's calls beside the protocol's own: each one's request and response."""
+METHODS = {name: classes for name, classes in _methods.items() if name not in EXTENSIONS}
+"""The protocol's calls, and statistics: each one's request and response."""
+
+
+def files() -> list[bytes]:
+    """The serialized descriptions, for a server that tells them to its clients."""
+    return [file.SerializeToString() for file in _files.file]

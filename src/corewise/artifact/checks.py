@@ -1,0 +1,120 @@
+"""Checks a call's inputs against the values and sizes that the model can take."""
+
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from corewise.artifact.format import REFERENCE, Artifact
+from corewise.artifact.index_ranges import derive
+from corewise.common.errors import ArtifactError, InputError
+from corewise.records.build import TensorSpec
+from corewise.records.ranges import InputRange, ValueRange
+
+
+def input_ranges(found: Artifact) -> tuple[InputRange, ...] | None:
+    """The ranges of an artifact's inputs: those of its manifest, else those of the fp32 program that it carries.
+
+    ``None`` if neither has them: the artifact is older than ranges, or its model cannot be exported.
+    """
+    if found.manifest.input_ranges is not None:
+        return found.manifest.input_ranges
+    if REFERENCE not in found.manifest.files:
+        return None
+    golden, _ = found.golden()
+    return program_ranges(found.folder / REFERENCE, found.manifest.inputs, [golden])
+
+
+def program_ranges(
+    program: Path, inputs: Sequence[TensorSpec], batches: Iterable[Sequence[np.ndarray]]
+) -> tuple[InputRange, ...] | None:
+    """The ranges of the inputs of the program in a ``.pt2`` file (``derive``).
+
+    ``batches`` are inputs that the program is known to take.
+
+    ``None`` if the file is missing or cannot be read, or if a range would refuse one of the batches and so is wrong.
+    """
+    if not program.exists():
+        return None
+    try:
+        ranges = derive(program)
+        checks = InputChecks(inputs, ranges)
+        for batch in batches:
+            checks.check(batch)
+    except (ArtifactError, InputError):
+        return None
+    return ranges
+
+
+class InputChecks:
+    """Checks the inputs of each call against the ranges of a model's inputs."""
+
+    def __init__(
+        self,
+        inputs: Sequence[TensorSpec],
+        ranges: Sequence[InputRange] | None,
+        *,
+        check_finite: bool = False,
+    ) -> None:
+        """Without ``ranges`` integers are not checked. ``check_finite`` refuses NaN and infinities."""
+        ranges = ranges or [InputRange()] * len(inputs)
+        self._values = [
+            (k, spec.name, allowed)
+            for k, (spec, each) in enumerate(zip(inputs, ranges, strict=True))
+            for allowed in each.values
+        ]
+        self._sizes = [
+            (k, spec.name, axis, most)
+            for k, (spec, each) in enumerate(zip(inputs, ranges, strict=True))
+            for axis, most in enumerate(each.longest)
+            if most is not None
+        ]
+        self._floats = [
+            (k, spec.name) for k, spec in enumerate(inputs) if check_finite and spec.dtype.startswith("float")
+        ]
+
+    def check(self, arrays: Sequence[np.ndarray]) -> None:
+        """Raise ``InputError`` with the input's name and the number if one is out of range.
+
+        ``arrays`` must have the model's dtypes and numbers of dimensions.
+        """
+        for k, name, axis, most in self._sizes:
+            if arrays[k].shape[axis] > most:
+                raise InputError(
+                    f"input {name!r} has {arrays[k].shape[axis]} in dimension {axis}",
+                    f"give at most {most}: the model has no more positions",
+                )
+        for k, name, allowed in self._values:
+            _check_range(arrays[k], name, allowed)
+        for k, name in self._floats:
+            _check_finite(arrays[k], name)
+
+
+def _check_range(array: np.ndarray, name: str, allowed: ValueRange) -> None:
+    part = array
+    if allowed.axis is not None:
+        part = array[(slice(None),) * allowed.axis + (slice(allowed.start, allowed.stop),)]
+    if not part.size:
+        return
+    low, high = part.min(), part.max()
+    wrong = high if allowed.high is not None and high > allowed.high else low
+    if (allowed.high is not None and high > allowed.high) or (allowed.low is not None and low < allowed.low):
+        row = int(np.argwhere(part == wrong)[0][0])
+        raise InputError(f"input {name!r} has the value {wrong} in row {row}", f"give values {_words(allowed)}")
+
+
+def _words(allowed: ValueRange) -> str:
+    if allowed.low is None:
+        return f"of at most {allowed.high}"
+    return f"of at least {allowed.low}" if allowed.high is None else f"from {allowed.low} to {allowed.high}"
+
+
+def _check_finite(array: np.ndarray, name: str) -> None:
+    with np.errstate(over="ignore", invalid="ignore"):
+        # A sum keeps NaN and infinities, and takes less time than a test of each number.
+        if np.isfinite(np.add.reduce(array, axis=None)):
+            return
+    places = np.argwhere(~np.isfinite(array))
+    if len(places):
+        wrong = array[tuple(places[0])]
+        raise InputError(f"input {name!r} has the value {wrong} in row {places[0][0]}", "give finite numbers")

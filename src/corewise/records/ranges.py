@@ -1,0 +1,26 @@
+"""Which values and sizes the inputs of a model may have."""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, kw_only=True)
+class ValueRange:
+    """The integers from ``low`` to ``high``, both included; ``None`` means no bound on that side.
+
+    It holds for the whole input or, with ``axis``, for the slice ``start:stop`` of that dimension.
+    """
+
+    low: int | None
+    high: int | None
+    axis: int | None = None
+    start: int = 0
+    stop: int | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class InputRange:
+    """The values and sizes that one input may have."""
+
+    values: tuple[ValueRange, ...] = ()
+    longest: tuple[int | None, ...] = ()
+    """The largest size of each dimension; ``None`` means any."""

@@ -1,0 +1,86 @@
+"""Runs what the documentation shows, in one process, so that torch is imported once for all pages.
+
+Started by ``docs_pages.Pages``; reads a JSON request a line from stdin and answers each with a line on stdout:
+``{"folder": ..., "code": ...}`` runs Python in the page's namespace, ``{"folder": ..., "command": [...]}`` a ``corewise``
+command. Searches are cut short: one candidate beside the baseline, and moments to measure.
+"""
+
+import contextlib
+import importlib
+import io
+import json
+import os
+import sys
+import traceback
+from pathlib import Path
+from typing import Any
+
+from corewise.cli import main as corewise
+from corewise.engines.onnxruntime import OnnxRuntime
+from corewise.runtime import race
+from corewise.search import optimization, trial
+
+ENGINES = ("onnxruntime",)
+
+
+def shorten() -> None:
+    """Measure for moments, and try a single candidate of one engine."""
+    trial.MEASURE_S = race.WARM_S = 0.1
+    race.race.__kwdefaults__["round_s"] = 0.05
+    optimization.DEFAULT_ENGINES = ENGINES
+    optimization.optimize.__kwdefaults__["engines"] = ENGINES
+    candidates = OnnxRuntime.candidates
+
+    def first_int8(self: Any, cpu: Any, operators: Any) -> Any:
+        offered = candidates(self, cpu, operators)
+        return tuple(build for build in offered if build.precision == "int8" and not build.option("quantizer", ""))[:1]
+
+    OnnxRuntime.candidates = first_int8  # type: ignore[method-assign]
+
+
+def enter(folder: str) -> None:
+    """Work in the page's folder, and import from it as ``python`` does; forget the modules of other pages."""
+    if sys.path[0] == folder:
+        return
+    for name, module in list(sys.modules.items()):
+        file = getattr(module, "__file__", None) or ""
+        if file.startswith(str(Path(folder).parent) + os.sep):
+            del sys.modules[name]
+    sys.path[0] = folder
+    os.chdir(folder)
+    importlib.invalidate_caches()
+
+
+def run(request: dict[str, Any], names: dict[str, Any]) -> str:
+    """What went wrong, empty where nothing did."""
+    output = io.StringIO()
+    with contextlib.redirect_stdout(output), contextlib.redirect_stderr(output):
+        try:
+            if "code" in request:
+                exec(compile(request["code"], request["page"], "exec"), names)
+            else:
+                sys.argv = request["command"]
+                corewise()
+        except SystemExit as exit:
+            return f"exit code {exit.code}\n{output.getvalue()}" if exit.code else ""
+        except Exception:
+            return f"{output.getvalue()}\n{traceback.format_exc()}"
+    return ""
+
+
+def main() -> None:
+    """Answer requests until stdin ends."""
+    # Libraries may print to descriptor 1; answers have one of their own.
+    answers = os.fdopen(os.dup(1), "w", buffering=1)
+    os.dup2(2, 1)
+    shorten()
+    names: dict[str, dict[str, Any]] = {}
+    for line in sys.stdin:
+        request = json.loads(line)
+        enter(request["folder"])
+        error = run(request, names.setdefault(request["folder"], {"__name__": "__main__"}))
+        answers.write(json.dumps({"error": error}) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -3,8 +3,8 @@
     python bench/readme_picture.py
 
 Writes docs/images/speed-light.svg and speed-dark.svg. Each column is a contender's items per second over eager
-PyTorch's, both from the same alternating run, with the 95 % interval of that ratio. ONNX Runtime's is the faster of fp32
-and its static int8, OpenVINO's the faster of its two performance hints.
+PyTorch's, both from the same alternating run, with the 95 % interval of that ratio. ONNX Runtime's is the faster of
+fp32 and its static int8, OpenVINO's the faster of its two performance hints.
 """
 
 import json

@@ -1,6 +1,6 @@
 """Call a server over gRPC with Triton's client, unchanged: ``pip install tritonclient[grpc]``.
 
-    python examples/client_grpc.py 127.0.0.1:8001 digits
+python examples/client_grpc.py 127.0.0.1:8001 digits
 """
 
 import sys

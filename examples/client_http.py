@@ -1,6 +1,6 @@
 """Call a server over HTTP with nothing but the standard library and NumPy: the Open Inference Protocol, binary tensors.
 
-    python examples/client_http.py http://127.0.0.1:8000 digits
+python examples/client_http.py http://127.0.0.1:8000 digits
 """
 
 import json

@@ -1,6 +1,7 @@
 """An engine of one's own: small multilayer perceptrons in NumPy, without PyTorch where they run.
 
-    PYTHONPATH=examples corewise optimize model.py:build --samples data.py:samples --engine custom_engine:NumpyMlp -o m.cw
+    PYTHONPATH=examples corewise optimize model.py:build --samples data.py:samples \
+        --engine custom_engine:NumpyMlp -o mlp.cw
 
 corewise finds the class by ``module:class``, so its module must be on Python's path.
 """

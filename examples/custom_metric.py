@@ -3,7 +3,8 @@
     corewise optimize examples/digits.py:build --samples examples/digits.py:samples \
         --metric examples/custom_metric.py:macro_recall --max-drop 0.01 -o digits-recall.cw
 
-``outputs`` is what the model returns, as numpy arrays for all held-out samples; ``labels`` is what the samples came with.
+``outputs`` is what the model returns, as NumPy arrays for all held-out samples; ``labels`` is what the samples came
+with.
 """
 
 from typing import Any

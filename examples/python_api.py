@@ -1,6 +1,6 @@
 """The Python API from a model to an artifact and back, on a network that is made here.
 
-    python examples/python_api.py
+python examples/python_api.py
 """
 
 import tempfile

@@ -1,8 +1,8 @@
 """Runs what the documentation shows, in one process, so that torch is imported once for all pages.
 
-Started by ``docs_pages.Pages``; reads a JSON request a line from stdin and answers each with a line on stdout:
-``{"folder": ..., "code": ...}`` runs Python in the page's namespace, ``{"folder": ..., "command": [...]}`` a ``corewise``
-command. Searches are cut short: one candidate beside the baseline, and moments to measure.
+Reads a JSON request a line from stdin and answers each with a line on stdout. A request has the page's ``folder`` and
+``code`` (Python, in the page's namespace), ``script`` (a Python file and its arguments) or ``command`` (of corewise).
+Searches are cut short: one candidate beside the baseline, and moments to measure.
 """
 
 import contextlib
@@ -10,6 +10,7 @@ import importlib
 import io
 import json
 import os
+import runpy
 import sys
 import traceback
 from pathlib import Path
@@ -58,12 +59,15 @@ def run(request: dict[str, Any], names: dict[str, Any]) -> str:
         try:
             if "code" in request:
                 exec(compile(request["code"], request["page"], "exec"), names)
+            elif "script" in request:
+                sys.argv = request["script"]
+                runpy.run_path(sys.argv[0], run_name="__main__")
             else:
                 sys.argv = request["command"]
                 corewise()
         except SystemExit as exit:
             return f"exit code {exit.code}\n{output.getvalue()}" if exit.code else ""
-        except Exception:
+        except Exception:  # noqa: BLE001 - a page may raise anything, and the test says what
             return f"{output.getvalue()}\n{traceback.format_exc()}"
     return ""
 

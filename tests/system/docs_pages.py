@@ -14,7 +14,7 @@ import signal
 import socket
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Self
@@ -46,9 +46,10 @@ def blocks(page: str) -> Iterator[Block]:
 
 
 def commands(text: str) -> list[str]:
-    """The commands of a ``bash`` block: continued lines joined, comments and empty lines left out."""
-    lines = text.replace("\\\n", " ").splitlines()
-    return [line for line in lines if line.strip() and not line.lstrip().startswith("#")]
+    """The commands of a ``bash`` block: continued lines joined; comments, empty lines and spare spaces left out."""
+    lines = re.sub(r" *\\\n *", " ", text).splitlines()
+    bare = (re.sub(r"\s+#.*$", "", line).strip() for line in lines)
+    return [line for line in bare if line and not line.startswith("#")]
 
 
 class Driver:
@@ -82,9 +83,11 @@ class Driver:
 class Reader:
     """Does in a folder what a page says, from top to bottom."""
 
-    def __init__(self, driver: Driver, folder: Path) -> None:
+    def __init__(self, driver: Driver, folder: Path, done: Container[str] = ()) -> None:
+        """Commands that are ``done`` already are left out: what they make is in the folder."""
         self._driver = driver
         self._folder = folder
+        self._done = done
         self._ports: dict[str, str] = {}
         self._servers: list[subprocess.Popen[str]] = []
         (folder / ".curlrc").write_text(CURLRC)
@@ -108,21 +111,26 @@ class Reader:
             self._driver.run(folder=str(self._folder), code=code, page=page)
         elif block.language == "bash":
             for command in commands(text):
-                self._command(command)
+                self.command(command)
 
-    def _command(self, command: str) -> None:
-        words = shlex.split(command, comments=True)
+    def command(self, command: str) -> None:
+        """Run one line of a shell; ``corewise`` and ``python FILE`` in the driver, with assignments before them."""
+        if command in self._done:
+            return
+        words = shlex.split(command)
+        folder = str(self._folder)
         if words[:2] == ["corewise", "serve"]:
             self._serve(words[1:])
         elif words[0] == "corewise":
-            self._driver.run(folder=str(self._folder), command=words)
+            self._driver.run(folder=folder, command=words)
+        elif words[0] == "python" and words[1].endswith(".py"):
+            self._driver.run(folder=folder, script=words[1:])
         else:
-            environment = {**os.environ, "CURL_HOME": str(self._folder)}
-            python = Path(sys.executable).parent
-            environment["PATH"] = f"{python}{os.pathsep}{environment['PATH']}"
+            environment = {**os.environ, "CURL_HOME": folder}
+            environment["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{environment['PATH']}"
             done = subprocess.run(
                 ["bash", "-euo", "pipefail", "-c", command],
-                cwd=self._folder,
+                cwd=folder,
                 env=environment,
                 capture_output=True,
                 text=True,
@@ -132,17 +140,19 @@ class Reader:
             assert done.returncode == 0, f"{command}\n{done.stdout}{done.stderr}"
 
     def _serve(self, arguments: list[str]) -> None:
-        server = subprocess.Popen(
-            [sys.executable, "-m", "corewise.cli", *arguments],
-            cwd=self._folder,
-            stdout=subprocess.PIPE,
-            stderr=(self._folder / "serve.log").open("w"),
-            text=True,
-        )
+        log = self._folder / "serve.log"
+        with log.open("w") as errors:
+            server = subprocess.Popen(
+                [sys.executable, "-m", "corewise.cli", *arguments],
+                cwd=self._folder,
+                stdout=subprocess.PIPE,
+                stderr=errors,
+                text=True,
+            )
         self._servers.append(server)
         assert server.stdout is not None
         started = iter(server.stdout.readline, "")
-        assert any(line.startswith("ready:") for line in started), (self._folder / "serve.log").read_text()
+        assert any(line.startswith("ready:") for line in started), log.read_text()
 
     def _port(self, shown: str) -> str:
         """A free port in the place of the one that the page shows, the same one throughout the page."""

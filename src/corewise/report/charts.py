@@ -1,8 +1,8 @@
 """Charts as inline SVG, drawn by hand: points and lines between two axes, bars, and groups of columns.
 
-An SVG of the first two kinds is 360 units wide, which is a phone's width, so that its text is readable there and large on a desk. It holds
-figures and the keys of builds (``1``, ``2``), never names: those stand in HTML beside it, where they can wrap. Colours
-are the page's, by the class of each mark's role; each role has a shape of its own too.
+An SVG of the first two kinds is 360 units wide, which is a phone's width, so that its text is readable there and large
+on a desk. It holds figures and the keys of builds (``1``, ``2``), never names: those stand in HTML beside it, where
+they can wrap. Colours are the page's, by the class of each mark's role; each role has a shape of its own too.
 """
 
 import math
@@ -216,9 +216,7 @@ def columns(name: str, title: str, description: str, groups: Sequence[tuple[str,
     return _svg(name, title, description, _COLUMNS_HEIGHT, parts, width)
 
 
-def _svg(
-    name: str, title: str, description: str, height: float, parts: Iterable[str], width: float = _WIDTH
-) -> str:
+def _svg(name: str, title: str, description: str, height: float, parts: Iterable[str], width: float = _WIDTH) -> str:
     return (
         f'<svg viewBox="0 0 {width:g} {height:g}" role="img" aria-labelledby="{name}-title {name}-desc">'
         f'<title id="{name}-title">{escape(title)}</title><desc id="{name}-desc">{escape(description)}</desc>'

@@ -12,7 +12,7 @@ import sys
 import tomllib
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, get_args, get_origin, get_type_hints
+from typing import Any, Literal, NamedTuple, get_args, get_origin
 
 import typer.models
 
@@ -78,21 +78,22 @@ class Parameter(NamedTuple):
 
 def parameters(callback: Any) -> Iterator[Parameter]:
     """A command's arguments and options, from the annotations of its function."""
-    hints = get_type_hints(callback, include_extras=True)
     for name, parameter in inspect.signature(callback).parameters.items():
-        kind, info = get_args(hints[name])[:2]
+        kind, info = get_args(parameter.annotation)[:2]
         if info.hidden:
             continue
         is_argument = isinstance(info, typer.models.ArgumentInfo)
-        typed = info.metavar or "|".join(map(str, get_args(kind))) * (get_origin(kind) is Literal) or name.upper()
+        choices = "|".join(map(str, get_args(kind))) if get_origin(kind) is Literal else ""
+        typed = "" if kind is bool else info.metavar or choices or name.upper()
         if is_argument:
             shown = typed
         else:
             given = (info.default, *(info.param_decls or ()))
             named = [word for word in given if isinstance(word, str) and word.startswith("-")]
             shown = ", ".join(named or (f"--{name.replace('_', '-')}",))
-            shown += "" if kind is bool else f" {typed}"
-        text = " ".join((info.help or "").split())
+            shown += f" {typed}" if typed else ""
+        # rich's markup has a backslash before a bracket that is none of its own.
+        text = " ".join((info.help or "").split()).replace("\\[", "[")
         default = parameter.default
         if default is inspect.Parameter.empty:
             text += "" if is_argument else " Required."

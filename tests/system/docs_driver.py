@@ -2,7 +2,7 @@
 
 Reads a JSON request a line from stdin and answers each with a line on stdout. A request has the page's ``folder`` and
 ``code`` (Python, in the page's namespace), ``script`` (a Python file and its arguments) or ``command`` (of corewise).
-Searches are cut short: one candidate beside the baseline, and moments to measure.
+Searches are cut short: moments to measure, and no candidate beside the baseline, or a single one if it is ``thorough``.
 """
 
 import contextlib
@@ -19,24 +19,31 @@ from typing import Any
 from corewise.cli import main as corewise
 from corewise.engines.onnxruntime import OnnxRuntime
 from corewise.runtime import race
-from corewise.search import optimization, trial
+from corewise.search import optimization, plans, slo, trial
 
 ENGINES = ("onnxruntime",)
 
 
-def shorten() -> None:
-    """Measure for moments, and try a single candidate of one engine."""
-    trial.MEASURE_S = race.WARM_S = 0.1
-    race.race.__kwdefaults__["round_s"] = 0.05
-    optimization.DEFAULT_ENGINES = ENGINES
-    optimization.optimize.__kwdefaults__["engines"] = ENGINES
-    candidates = OnnxRuntime.candidates
+class Quick:
+    """Searches that take seconds: ONNX Runtime's own int8 if ``thorough``, else eager PyTorch alone."""
 
-    def first_int8(self: Any, cpu: Any, operators: Any) -> Any:
-        offered = candidates(self, cpu, operators)
-        return tuple(build for build in offered if build.precision == "int8" and not build.option("quantizer", ""))[:1]
+    thorough = False
 
-    OnnxRuntime.candidates = first_int8  # type: ignore[method-assign]
+    def __init__(self) -> None:
+        trial.MEASURE_S = race.WARM_S = 0.1
+        race.race.__kwdefaults__.update(round_s=0.05, rounds=3)
+        plans.BATCHES = (1, 16)
+        slo.LOAD_S = slo.CONFIRM_S = 0.5
+        slo.REQUESTS, slo.MOST_LOADS = 20, 2
+        optimization.DEFAULT_ENGINES = ENGINES
+        optimization.optimize.__kwdefaults__["engines"] = ENGINES
+        offered = OnnxRuntime.candidates
+
+        def candidates(engine: Any, cpu: Any, operators: Any) -> Any:
+            builds = offered(engine, cpu, operators) if self.thorough else ()
+            return tuple(build for build in builds if build.precision == "int8" and not build.option("quantizer", ""))
+
+        OnnxRuntime.candidates = candidates  # type: ignore[method-assign]
 
 
 def enter(folder: str) -> None:
@@ -77,11 +84,12 @@ def main() -> None:
     # Libraries may print to descriptor 1; answers have one of their own.
     answers = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(2, 1)
-    shorten()
+    quick = Quick()
     names: dict[str, dict[str, Any]] = {}
     for line in sys.stdin:
         request = json.loads(line)
         enter(request["folder"])
+        quick.thorough = request["thorough"]
         error = run(request, names.setdefault(request["folder"], {"__name__": "__main__"}))
         answers.write(json.dumps({"error": error}) + "\n")
 

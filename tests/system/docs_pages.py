@@ -14,7 +14,7 @@ import signal
 import socket
 import subprocess
 import sys
-from collections.abc import Container, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Self
@@ -22,6 +22,8 @@ from typing import Self
 DRIVER = Path(__file__).with_name("docs_driver.py")
 FENCE = re.compile(r'^```(\w+)(?: title="([^"]+)")?\n(.*?)^```$', re.MULTILINE | re.DOTALL)
 PORT = re.compile(r"\b800[012]\b")
+LOOKING = ("bench", "doctor", "loadtest", "show", "verify")
+"""Commands that change nothing: on the artifact that all pages share they are run once."""
 NOT_RUN = "# Not run by the tests: "
 LONGEST_S = 240
 CURLRC = "silent\nfail-with-body\nmax-time = 60\n"
@@ -83,11 +85,12 @@ class Driver:
 class Reader:
     """Does in a folder what a page says, from top to bottom."""
 
-    def __init__(self, driver: Driver, folder: Path, done: Container[str] = ()) -> None:
-        """Commands that are ``done`` already are left out: what they make is in the folder."""
+    def __init__(self, driver: Driver, folder: Path, done: set[str], *, thorough: bool = False) -> None:
+        """Commands that are ``done`` are left out: what they make is in the folder, or they only look at it."""
         self._driver = driver
         self._folder = folder
         self._done = done
+        self._thorough = thorough
         self._ports: dict[str, str] = {}
         self._servers: list[subprocess.Popen[str]] = []
         (folder / ".curlrc").write_text(CURLRC)
@@ -108,7 +111,7 @@ class Reader:
         elif block.language == "python":
             # Empty lines above keep the page's line numbers in a traceback.
             code = "\n" * (block.line - 1) + text
-            self._driver.run(folder=str(self._folder), code=code, page=page)
+            self._drive(code=code, page=page)
         elif block.language == "bash":
             for command in commands(text):
                 self.command(command)
@@ -118,19 +121,20 @@ class Reader:
         if command in self._done:
             return
         words = shlex.split(command)
-        folder = str(self._folder)
         if words[:2] == ["corewise", "serve"]:
             self._serve(words[1:])
         elif words[0] == "corewise":
-            self._driver.run(folder=folder, command=words)
+            self._drive(command=words)
+            if words[1] in LOOKING:
+                self._done.add(command)
         elif words[0] == "python" and words[1].endswith(".py"):
-            self._driver.run(folder=folder, script=words[1:])
+            self._drive(script=words[1:])
         else:
-            environment = {**os.environ, "CURL_HOME": folder}
+            environment = {**os.environ, "CURL_HOME": str(self._folder)}
             environment["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{environment['PATH']}"
             done = subprocess.run(
                 ["bash", "-euo", "pipefail", "-c", command],
-                cwd=folder,
+                cwd=self._folder,
                 env=environment,
                 capture_output=True,
                 text=True,
@@ -138,6 +142,9 @@ class Reader:
                 check=False,
             )
             assert done.returncode == 0, f"{command}\n{done.stdout}{done.stderr}"
+
+    def _drive(self, **request: object) -> None:
+        self._driver.run(folder=str(self._folder), thorough=self._thorough, **request)
 
     def _serve(self, arguments: list[str]) -> None:
         log = self._folder / "serve.log"

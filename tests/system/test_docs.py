@@ -52,17 +52,23 @@ def digits(driver: Driver, tmp_path_factory: pytest.TempPathFactory) -> Path:
         text, count = re.subn(rf"^{re.escape(line.partition(' =')[0])} = .*$", line, text, flags=re.MULTILINE)
         assert count == 1, line
     source.write_text(text)
-    with Reader(driver, folder) as reader:
+    with Reader(driver, folder, set(), thorough=True) as reader:
         reader.command(MAKES_DIGITS)
     return folder
 
 
+@pytest.fixture(scope="module")
+def done() -> set[str]:
+    """Commands that need not be run again."""
+    return {MAKES_DIGITS}
+
+
 @pytest.mark.parametrize("page", RUN)
-def test_what_a_page_shows_works(page: str, driver: Driver, digits: Path, tmp_path: Path) -> None:
+def test_what_a_page_shows_works(page: str, driver: Driver, digits: Path, done: set[str], tmp_path: Path) -> None:
     folder = tmp_path / "page"
     shutil.copytree(digits, folder)
     GIVEN.get(page, lambda folder: None)(folder)
-    with Reader(driver, folder, done={MAKES_DIGITS}) as reader:
+    with Reader(driver, folder, done) as reader:
         for block in SHOWN[page]:
             reader.follow(block, page)
 

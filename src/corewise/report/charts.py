@@ -1,8 +1,8 @@
-"""Charts as inline SVG, drawn by hand: points and lines between two axes, and bars.
+"""Charts as inline SVG, drawn by hand: points and lines between two axes, bars, and groups of columns.
 
-An SVG is 360 units wide, which is a phone's width, so that its text is readable there and large on a desk. It holds
-figures and the keys of builds (``1``, ``2``), never names: those stand in HTML beside it, where they can wrap. Colours
-are the page's, by the class of each mark's role; each role has a shape of its own too.
+An SVG of the first two kinds is 360 units wide, which is a phone's width, so that its text is readable there and large
+on a desk. It holds figures and the keys of builds (``1``, ``2``), never names: those stand in HTML beside it, where
+they can wrap. Colours are the page's, by the class of each mark's role; each role has a shape of its own too.
 """
 
 import math
@@ -17,6 +17,7 @@ _WIDTH, _HEIGHT = 360, 258
 _LEFT, _RIGHT, _TOP, _FOOT = 44, 334, 14, 230
 _CHARACTER, _LINE = 7.8, 13.0
 _BAR = 36
+_COLUMN, _GAP, _COLUMNS_HEIGHT = 29, 22, 230
 _GRIDS = ((1, 1.5, 2, 3, 4, 5, 7), (1, 2, 5), (1, 3), (1,))
 _MOST_TICKS = 7
 
@@ -177,9 +178,47 @@ def bars(name: str, title: str, description: str, rows: Sequence[Bar]) -> str:
     return _svg(name, title, description, _BAR * len(rows), parts)
 
 
-def _svg(name: str, title: str, description: str, height: float, parts: Iterable[str]) -> str:
+@dataclass(frozen=True, kw_only=True)
+class Column:
+    """One upright bar of a group: its height, the ends of its interval, its figure, and the class that colours it."""
+
+    value: float
+    interval: tuple[float, float] | None
+    text: str
+    series: str
+    tip: str
+
+
+def columns(name: str, title: str, description: str, groups: Sequence[tuple[str, Sequence[Column]]]) -> str:
+    """Groups of columns side by side, each with its name below; all stand on one scale from zero."""
+    tops = [end for _, group in groups for column in group for end in (column.value, *(column.interval or ()))]
+    highest = max(tops, default=0.0) or 1.0
+    floor, room = _COLUMNS_HEIGHT - 26, _COLUMNS_HEIGHT - 26 - 20
+    width = sum(len(group) for _, group in groups) * _COLUMN + (len(groups) - 1) * _GAP
+    parts, left = [], 0.0
+    for label, group in groups:
+        for k, column in enumerate(group):
+            x, height = left + k * _COLUMN, room * column.value / highest
+            middle, top = x + _COLUMN / 2, floor - height
+            parts.append(f'<g class="{column.series}"><title>{escape(column.tip)}</title>')
+            parts.append(
+                f'<rect class="bar" x="{x + 2:.1f}" y="{top:.1f}" width="{_COLUMN - 4}" height="{height:.1f}" rx="2"/>'
+            )
+            if column.interval:
+                low, high = (floor - room * end / highest for end in column.interval)
+                parts.append(f'<path class="interval" d="M{middle:.1f} {low:.1f}V{high:.1f}"/>')
+                top = min(top, high)
+            parts.append(f"{_text(middle, top - 5, column.text, 'middle', 'figure')}</g>")
+        wide = len(group) * _COLUMN
+        parts.append(f'<line class="axis" x1="{left:.1f}" y1="{floor}" x2="{left + wide:.1f}" y2="{floor}"/>')
+        parts.append(_text(left + wide / 2, floor + 19, label, "middle", "group"))
+        left += wide + _GAP
+    return _svg(name, title, description, _COLUMNS_HEIGHT, parts, width)
+
+
+def _svg(name: str, title: str, description: str, height: float, parts: Iterable[str], width: float = _WIDTH) -> str:
     return (
-        f'<svg viewBox="0 0 {_WIDTH} {height:g}" role="img" aria-labelledby="{name}-title {name}-desc">'
+        f'<svg viewBox="0 0 {width:g} {height:g}" role="img" aria-labelledby="{name}-title {name}-desc">'
         f'<title id="{name}-title">{escape(title)}</title><desc id="{name}-desc">{escape(description)}</desc>'
         f"{''.join(parts)}</svg>"
     )

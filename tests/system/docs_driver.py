@@ -1,0 +1,98 @@
+"""Runs what the documentation shows, in one process, so that torch is imported once for all pages.
+
+Reads a JSON request a line from stdin and answers each with a line on stdout. A request has the page's ``folder`` and
+``code`` (Python, in the page's namespace), ``script`` (a Python file and its arguments) or ``command`` (of corewise).
+Searches are cut short: moments to measure, and no candidate beside the baseline, or a single one if it is ``thorough``.
+"""
+
+import contextlib
+import importlib
+import io
+import json
+import os
+import runpy
+import sys
+import traceback
+from pathlib import Path
+from typing import Any
+
+from corewise.cli import main as corewise
+from corewise.engines.onnxruntime import OnnxRuntime
+from corewise.runtime import race
+from corewise.search import optimization, plans, slo, trial
+
+ENGINES = ("onnxruntime",)
+
+
+class Quick:
+    """Searches that take seconds: ONNX Runtime's own int8 if ``thorough``, else eager PyTorch alone."""
+
+    thorough = False
+
+    def __init__(self) -> None:
+        trial.MEASURE_S = race.WARM_S = 0.1
+        race.race.__kwdefaults__.update(round_s=0.05, rounds=3)
+        plans.BATCHES = (1, 16)
+        slo.LOAD_S = slo.CONFIRM_S = 0.5
+        slo.REQUESTS, slo.MOST_LOADS = 20, 2
+        optimization.DEFAULT_ENGINES = ENGINES
+        optimization.optimize.__kwdefaults__["engines"] = ENGINES
+        offered = OnnxRuntime.candidates
+
+        def candidates(engine: Any, cpu: Any, operators: Any) -> Any:
+            builds = offered(engine, cpu, operators) if self.thorough else ()
+            return tuple(build for build in builds if build.precision == "int8" and not build.option("quantizer", ""))
+
+        OnnxRuntime.candidates = candidates  # type: ignore[method-assign]
+
+
+def enter(folder: str) -> None:
+    """Work in the page's folder, and import from it as ``python`` does; forget the modules of other pages."""
+    if sys.path[0] == folder:
+        return
+    for name, module in list(sys.modules.items()):
+        file = getattr(module, "__file__", None) or ""
+        if file.startswith(str(Path(folder).parent) + os.sep):
+            del sys.modules[name]
+    sys.path[0] = folder
+    os.chdir(folder)
+    importlib.invalidate_caches()
+
+
+def run(request: dict[str, Any], names: dict[str, Any]) -> str:
+    """What went wrong, empty where nothing did."""
+    output = io.StringIO()
+    with contextlib.redirect_stdout(output), contextlib.redirect_stderr(output):
+        try:
+            if "code" in request:
+                exec(compile(request["code"], request["page"], "exec"), names)
+            elif "script" in request:
+                sys.argv = request["script"]
+                runpy.run_path(sys.argv[0], run_name="__main__")
+            else:
+                sys.argv = request["command"]
+                corewise()
+        except SystemExit as exit:
+            return f"exit code {exit.code}\n{output.getvalue()}" if exit.code else ""
+        except Exception:  # noqa: BLE001 - a page may raise anything, and the test says what
+            return f"{output.getvalue()}\n{traceback.format_exc()}"
+    return ""
+
+
+def main() -> None:
+    """Answer requests until stdin ends."""
+    # Libraries may print to descriptor 1; answers have one of their own.
+    answers = os.fdopen(os.dup(1), "w", buffering=1)
+    os.dup2(2, 1)
+    quick = Quick()
+    names: dict[str, dict[str, Any]] = {}
+    for line in sys.stdin:
+        request = json.loads(line)
+        enter(request["folder"])
+        quick.thorough = request["thorough"]
+        error = run(request, names.setdefault(request["folder"], {"__name__": "__main__"}))
+        answers.write(json.dumps({"error": error}) + "\n")
+
+
+if __name__ == "__main__":
+    main()

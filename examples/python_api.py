@@ -40,10 +40,9 @@ def main() -> None:
 
     # Without labels, a build passes when its outputs stay close to fp32's.
     result = corewise.optimize(model, samples, metric="cosine", max_drop=0.01)
-    choice = result.report.choice
-    print(f"{choice.winner.label} under {choice.plan.label}: {choice.reason}")
-    for loser in choice.losers:
-        print(f"  {loser.build.label}: {loser.reason}")
+    print(result.headline)
+    for label, reason in result.reasons.items():
+        print(f"  {label}: {reason}")
 
     with tempfile.TemporaryDirectory() as folder:
         result.save(Path(folder) / "blend.cw")

@@ -14,6 +14,7 @@ from corewise.common.nested import Structure
 from corewise.engines import BuildInputs, Engine
 from corewise.records.ranges import InputRange
 from corewise.records.report import Report
+from corewise.report import words
 from corewise.runtime.client import read_outputs
 from corewise.runtime.instances import open_plan
 from corewise.runtime.workspace import Workspace
@@ -37,6 +38,18 @@ class Result:
     """The winner's engine."""
     workspace: Workspace
     """Holds the payload."""
+
+    @property
+    def headline(self) -> str:
+        """The whole result in one sentence."""
+        return words.headline(self.report)
+
+    @property
+    def reasons(self) -> dict[str, str]:
+        """Why each build won, lost or failed: a sentence by the build's label, the winner first."""
+        choice = self.report.choice
+        losers = {loser.build.label: words.said(loser.reason) for loser in choice.losers}
+        return {choice.winner.label: words.said(choice.reason), **losers}
 
     @cached_property
     def model(self) -> Model:

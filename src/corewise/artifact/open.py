@@ -38,24 +38,36 @@ def load(
     batch: int | None = None,
     check_finite: bool = True,
 ) -> Model:
-    """Open an artifact.
+    """Open an artifact as a model that is called as the original was.
 
-    Hashes and CPU fit are checked before anything is opened; nothing is unpickled or compiled. ``model`` is needed
-    only for one that could not be exported: the same ``nn.Module``, which gets the artifact's weights.
+    Every hash and the CPU are checked before anything is opened; nothing is unpickled or compiled. It runs the plan
+    that ``retune`` found on this machine, or else the one it was made with, and warns if that plan was measured on
+    another machine. It works in the process that opened it: a child that is forked later loads it itself.
 
-    It runs the plan that ``retune`` found on this machine, else the one it was made with; on a machine other than that
-    plan's, or one with too few cores for it, a warning says so (``tuned.fit``). ``threads_per_instance``, ``instances``
-    and ``batch`` (the rows of a micro-batch) take the place of the plan's own. ``check_finite`` refuses calls whose
-    inputs have NaN or infinity; turn it off where infinity is meant, as in an attention mask.
+    Args:
+        folder: the artifact.
+        model: the same ``nn.Module``, only for a model that could not be exported; it gets the artifact's weights.
+        threads_per_instance: threads of each instance. Default: the plan's.
+        instances: calls that run at the same time. Default: the plan's.
+        batch: rows of one call to the engine. Default: the plan's.
+        check_finite: refuse calls whose inputs have NaN or infinity. Turn it off if infinity is meant, as in an
+            attention mask.
 
-    It works in the process that opened it: a child that is forked later loads it itself.
+    Returns:
+        A thread-safe model. PyTorch tensors give tensors, NumPy arrays give arrays; dtypes and shapes are those of the
+        original's inputs, with the batch as dimension 0. It is a context manager; ``close`` frees threads and memory.
 
-    A call whose integers index outside of the model's tables (token ids, positions) raises ``InputError`` before
-    anything runs, where the artifact says how large they are (``checks.input_ranges``). With ``check_finite`` a call
-    with NaN or infinities does too.
+    Raises:
+        ArtifactError: it is truncated, altered, foreign or does not fit this CPU.
+        EngineError: its engine is not installed or cannot run such a plan.
+        InputError: the numbers are no plan. A call raises it too, if integers index outside of the model's tables
+            (token ids, positions), as far as the artifact says how large they are.
 
-    Raises ``ArtifactError`` where it is truncated, altered, foreign or does not fit this CPU, ``EngineError`` where its
-    engine is not installed or cannot run such a plan, and ``InputError`` for numbers that are no plan.
+    Example:
+        >>> import numpy as np, corewise
+        >>> with corewise.load("model.cw") as fast:
+        ...     fast(np.zeros((2, 3, 12, 12), np.float32)).shape
+        (2, 4)
     """
     cpu = inspect_cpu()
     found = artifact.read(Path(folder), cpu=cpu)
@@ -84,9 +96,24 @@ class Verification:
 
 
 def verify(folder: str | Path, *, model: Any = None) -> Verification:
-    """Check hashes, CPU fit and golden outputs on this machine, under the plan that ``load`` runs.
+    """Check an artifact on this machine: hashes, CPU, and golden outputs under the plan that ``load`` runs.
 
-    Raises ``ArtifactError`` with the first thing that is wrong.
+    Args:
+        folder: the artifact.
+        model: as for ``load``.
+
+    Returns:
+        The number and size of the files, and how near the golden outputs come: signal over error in decibels, at most
+        200.
+
+    Raises:
+        ArtifactError: with the first thing that is wrong.
+        EngineError: its engine is not installed.
+
+    Example:
+        >>> import corewise
+        >>> corewise.verify("model.cw").sqnr_db > 20
+        True
     """
     cpu = inspect_cpu()
     found = artifact.read(Path(folder), cpu=cpu)
@@ -117,10 +144,25 @@ class Bench:
 def bench(
     folder: str | Path, *, against: str = "eager", on_round: Callable[[int, int], None] = lambda number, rounds: None
 ) -> Bench:
-    """Race an artifact against the fp32 program that it carries, run by the engine ``against`` at the same batch.
+    """Race an artifact against its own fp32 program in alternating rounds.
 
-    Raises ``ArtifactError`` where the artifact is not sound or carries no reference, ``EngineError``
-    where an engine is unknown or not installed.
+    Args:
+        folder: the artifact; it must carry its fp32 program.
+        against: the engine that runs the fp32 program, at the artifact's threads, instances and batch. Default: eager.
+        on_round: called after each round with its number and the number of rounds.
+
+    Returns:
+        Both rates in items per second, round by round, and their ratio with its 95 % confidence interval.
+
+    Raises:
+        ArtifactError: it is not sound or carries no fp32 program.
+        EngineError: an engine is unknown or not installed.
+
+    Example:
+        >>> import corewise
+        >>> race = corewise.bench("model.cw")
+        >>> race.ratio.low <= race.ratio.value <= race.ratio.high
+        True
     """
     cpu = inspect_cpu()
     found = artifact.read(Path(folder), cpu=cpu)

@@ -51,7 +51,7 @@ def loadtest(
 
     Example:
         >>> import corewise
-        >>> test = corewise.loadtest(getfixture("digits_artifact"), clients=1, duration_s=0.2)
+        >>> test = corewise.loadtest("model.cw", clients=1, duration_s=0.2)
         >>> test.run.failed
         0
     """

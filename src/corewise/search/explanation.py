@@ -86,11 +86,12 @@ def explain(
     placement = place(quantized.module, "fused")
 
     on_event(StageStarted(Stage.QUANTIZING_LAYERS, count=len(placement.layers), samples=len(used)))
-    with guard(EngineError, "the quantized program cannot be run", "report it, with the model"):
+    with quiet(), guard(EngineError, "the quantized program cannot be run", "report it, with the model"):
         rows = measure_sensitivity(quantized, batches(used, qdq.ROWS))
 
     on_event(StageStarted(Stage.TIMING_LAYERS))
-    rows, timing = layer_times.timed(quantized, rows, exported.inputs, calibrating, cpu.usable_cores)
+    with quiet():
+        rows, timing = layer_times.timed(quantized, rows, exported.inputs, calibrating, cpu.usable_cores)
     return Explanation(
         model=model if isinstance(model, str) else type(model).__name__,
         samples=data.source,

@@ -61,7 +61,7 @@ def retune(
 
     Example:
         >>> import corewise
-        >>> corewise.retune(getfixture("digits_artifact"), budget_s=1.0).tried > 0
+        >>> corewise.retune("model.cw", budget_s=1.0).tried > 0
         True
     """
     retuned = find_plan(folder, budget_s=budget_s, model=model, on_event=on_event)

@@ -1,0 +1,58 @@
+"""The public API: what ``__all__`` lists is there, has the docstring that users read, and its examples run."""
+
+import doctest
+import inspect
+import shutil
+from pathlib import Path
+
+import pytest
+
+import corewise
+from corewise.runtime import race
+from corewise.search import retuning, trial
+
+GOLDEN = Path(__file__).parents[1] / "golden" / "schema-2"
+FUNCTIONS = sorted(name for name in corewise.__all__ if inspect.isfunction(getattr(corewise, name)))
+
+
+@pytest.fixture
+def quick(monkeypatch):
+    """Measure for moments only."""
+    monkeypatch.setattr(trial, "MEASURE_S", 0.05)
+    monkeypatch.setattr(retuning, "MEASURE_S", 0.05)
+    monkeypatch.setattr(race, "WARM_S", 0.05)
+    monkeypatch.setitem(race.run_race.__kwdefaults__, "round_s", 0.02)
+
+
+def test_every_exported_name_is_there_and_no_other():
+    assert corewise.__all__ == sorted(corewise.__all__)
+    assert set(dir(corewise)) == set(corewise.__all__)
+    for name in corewise.__all__:
+        assert getattr(corewise, name) is not None
+    with pytest.raises(AttributeError, match="no attribute 'optimise'"):
+        _ = corewise.optimise
+
+
+def test_the_functions_are_those_of_the_command_line():
+    assert FUNCTIONS == ["bench", "explain", "load", "loadtest", "optimize", "retune", "verify"]
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_every_argument_is_documented(name):
+    function = getattr(corewise, name)
+    text = inspect.getdoc(function)
+    for section in ("Args:", "Returns:", "Raises:", "Example:"):
+        assert section in text
+    arguments = text.partition("Args:")[2].partition("Returns:")[0]
+    for parameter in inspect.signature(function).parameters:
+        assert f"    {parameter}: " in arguments
+
+
+@pytest.mark.parametrize("name", [*FUNCTIONS, "Latency", "Slo", "Throughput"])
+def test_examples_run(name, quick, tmp_path, monkeypatch):
+    shutil.copytree(GOLDEN, tmp_path / "model.cw")
+    monkeypatch.chdir(tmp_path)
+    example = doctest.DocTestFinder(recurse=False).find(getattr(corewise, name), name)[0]
+    assert example.examples
+    failed, _ = doctest.DocTestRunner(optionflags=doctest.NORMALIZE_WHITESPACE).run(example)
+    assert failed == 0

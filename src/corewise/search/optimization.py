@@ -9,6 +9,7 @@ from math import inf
 from pathlib import Path
 from typing import Any
 
+from corewise.accuracy.gate import AccuracyGate
 from corewise.common.errors import InputError, MissingExtra, OutputError
 from corewise.engines import BuildInputs, engine
 from corewise.records.events import OnEvent
@@ -110,19 +111,7 @@ def optimize(
     )
     workspace = Workspace.create(work)
     gate = task.gate(requirements)
-    context = SearchContext(
-        workspace=workspace,
-        plan=first_plan(task.cpu, requirements.goal, task.exported.fixed_batch),
-        layouts=lambda build: layouts(task.cpu, build),
-        cpu=task.cpu,
-        timeout_s=timeout_s,
-        verify=gate,
-        on_event=on_event,
-        requirements=requirements,
-        budget=budget,
-        split=WITH_LOADS if isinstance(requirements.goal, Slo) else BudgetSplit(),
-        in_process=task.in_process,
-    )
+    context = _context(task, workspace, gate, requirements, budget, timeout_s, on_event)
     with _working(workspace), Journal(workspace.journal, task.key(requirements)) as journal:
         if journal.empty:
             workspace.clear()
@@ -139,6 +128,30 @@ def optimize(
             if journal.empty:  # it ended before anything worth keeping
                 workspace.remove()
     return _result(task, search, choice, build_inputs)
+
+
+def _context(
+    task: Task,
+    workspace: Workspace,
+    gate: AccuracyGate,
+    requirements: Requirements,
+    budget: Budget,
+    timeout_s: float,
+    on_event: OnEvent,
+) -> SearchContext:
+    return SearchContext(
+        workspace=workspace,
+        plan=first_plan(task.cpu, requirements.goal, task.exported.fixed_batch),
+        layouts=lambda build: layouts(task.cpu, build),
+        cpu=task.cpu,
+        timeout_s=timeout_s,
+        verify=gate,
+        on_event=on_event,
+        requirements=requirements,
+        budget=budget,
+        split=WITH_LOADS if isinstance(requirements.goal, Slo) else BudgetSplit(),
+        in_process=task.in_process,
+    )
 
 
 def _result(task: Task, search: Search, choice: Choice, build_inputs: BuildInputs) -> Result:

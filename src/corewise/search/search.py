@@ -102,13 +102,13 @@ class Search:
                 count *= 2
 
     def tune_plans(self) -> None:
-        """Search the plans of the baseline and of the most promising builds.
+        """Search the plans of the most promising builds, and of the baseline at last.
 
         The fastest build comes first, because time may end; one that exceeds the memory limit makes room for the next.
         """
         ranked = sorted(
             (trial for trial in self.trials if trial.measurements),
-            key=lambda trial: (not is_baseline(trial.build), -_first_per_s(trial)),
+            key=lambda trial: (is_baseline(trial.build), -_first_per_s(trial)),
         )
         fit = 0
         for trial in ranked:

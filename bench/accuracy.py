@@ -1,6 +1,6 @@
 """How accurate int8 is by corewise's quantizer and by those that users know, against fp32 on the same samples.
 
-    python bench/accuracy.py [--model resnet50 ...] [--quantizer 'corewise-*' ...] [--again] [--out FILE.json]
+    python -m bench accuracy [--model resnet50 ...] [--quantizer 'corewise-*' ...] [--again]
 
 Each quantizer works in a child process of its own on one thread; its model then answers the samples that are measured.
 What it answers is the arithmetic of int8 but not this CPU's: values are rounded to their grids and computed on in fp32,
@@ -33,43 +33,40 @@ import json
 import os
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from datetime import UTC, datetime
 from fnmatch import fnmatch
 from functools import partial
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-HERE = Path(__file__).resolve().parent
-sys.path.insert(0, str(HERE))
-
-from subjects import DATA, ROOT, SUBJECTS  # noqa: E402
-
-from corewise import source  # noqa: E402
-from corewise.common.errors import CorewiseError, EngineError  # noqa: E402
-from corewise.common.references import guard  # noqa: E402
-from corewise.engines import BuildInputs, engine  # noqa: E402
-from corewise.engines.libraries import quiet  # noqa: E402
-from corewise.machine.inspect import inspect_cpu  # noqa: E402
-from corewise.records.build import Build  # noqa: E402
-from corewise.records.jsonable import to_json  # noqa: E402
-from corewise.runtime.worker import (  # noqa: E402
-    CALIBRATION,
-    HOLDOUT,
-    PROGRAM,
-    peak_memory_bytes,
-    read_build_inputs,
-    write_build_inputs,
+from bench.harness import (
+    DATA,
+    ROOT,
+    example,
+    export_into,
+    machine_facts,
+    read_results,
+    say,
+    temporary_workspace,
+    write_results,
 )
-from corewise.samples import Samples, split  # noqa: E402
+from bench.subjects import SUBJECTS
+from corewise import source
+from corewise.common.errors import CorewiseError, EngineError
+from corewise.common.references import guard
+from corewise.engines import BuildInputs, engine
+from corewise.engines.libraries import quiet
+from corewise.machine.inspect import inspect_cpu
+from corewise.records.build import Build
+from corewise.runtime.worker import peak_memory_bytes
+from corewise.runtime.workspace import Workspace
+from corewise.samples import Samples, split
 
-ANSWER, FP32 = "answer.json", "fp32.npy"
-PACKAGES = ("corewise", "torch", "torchao", "openvino", "nncf", "onnxruntime", "onnx", "transformers", "numpy")
+ANSWER = "answer.json"
 CALIBRATE = {"resnet50": 200, "mobilenet_v2": 200, "resnet20": 500, "minilm": 200}
 MEASURED_LAST = {"resnet50": 300, "mobilenet_v2": 300, "resnet20": 2500}
 BATCH = 10
@@ -81,8 +78,8 @@ REASON = 500
 Arrays = Sequence[np.ndarray]
 Predict = Callable[[Arrays], np.ndarray]
 """A batch of the model's inputs to its one output."""
-Made = dict[str, tuple[Predict, int]]
-"""By placement (empty where there is one only): how to answer, and how many int8 kernels that runs."""
+Quantized = dict[str, tuple[Predict, int]]
+"""By placement (empty if there is only one): how to answer, and how many int8 kernels that runs."""
 
 
 def samples_of(model: str) -> tuple[Samples, Samples, np.ndarray]:
@@ -101,9 +98,8 @@ def samples_of(model: str) -> tuple[Samples, Samples, np.ndarray]:
 def answers(predict: Predict, samples: Samples) -> np.ndarray:
     """The model's output for each sample, in their order."""
     parts = [(indices, predict(arrays)) for indices, arrays in samples.batches(BATCH)]
-    found = np.concatenate([output for _, output in parts])
     order = np.argsort(np.concatenate([indices for indices, _ in parts]))
-    return np.asarray(found[order])
+    return np.asarray(np.concatenate([output for _, output in parts])[order])
 
 
 def torch_predict(module: Any) -> Predict:
@@ -118,27 +114,26 @@ def torch_predict(module: Any) -> Predict:
     return predict
 
 
-def corewise(material: BuildInputs, folder: Path, model: str, bits: int) -> Made:
+def corewise(material: BuildInputs, folder: Path, model: str, bits: int) -> Quantized:
     """Ours; what was decided is in the notes that the row keeps."""
     from corewise.engines.torch_tools import keep_freed_memory
     from corewise.quantize.placement import TARGETS
-    from corewise.quantize.ptq import quantize
-    from corewise.quantize.quantized import Recipe
+    from corewise.quantize.ptq import Recipe, quantize
     from corewise.quantize.simulate import Simulation
 
     keep_freed_memory()
-    made = quantize(source.load_program(material.program), material.calibration, Recipe(weight_bits=bits))
-    (folder / "notes.json").write_text(json.dumps(made.notes))
+    quantized = quantize(source.load_program(material.program), material.calibration, Recipe(weight_bits=bits))
+    (folder / "notes.json").write_text(json.dumps(quantized.notes))
 
     def predict(target: Any) -> Predict:
-        module, placement, ranges = made.placed(target)
+        module, placement, ranges = quantized.placed(target)
         simulation = Simulation(module, placement.edges, ranges)
         return torch_predict(lambda *batch: simulation.run(batch))
 
     return {target: (predict(target), 0) for target in TARGETS}
 
 
-def nncf(material: BuildInputs, folder: Path, model: str, bits: int) -> Made:
+def nncf(material: BuildInputs, folder: Path, model: str, bits: int) -> Quantized:
     """The build of the engine, its FakeQuantize operations run in fp32."""
     engine("openvino").build(material, _build("openvino", bits), folder)
     return {"": _emulated_by_openvino(folder / "model.xml")}
@@ -147,7 +142,7 @@ def nncf(material: BuildInputs, folder: Path, model: str, bits: int) -> Made:
 def _emulated_by_openvino(path: Path) -> tuple[Predict, int]:
     import openvino
 
-    from corewise.engines.openvino_receipt import RUN_LAYERS
+    from corewise.engines.openvino import RUN_LAYERS
 
     # Not in the list of supported properties, but read by the CPU plugin (src/plugins/intel_cpu/src/config.cpp).
     config = {
@@ -158,13 +153,13 @@ def _emulated_by_openvino(path: Path) -> tuple[Predict, int]:
         "NUM_STREAMS": 1,
     }
     compiled = openvino.Core().compile_model(str(path), "CPU", config)
-    about = [op.get_rt_info() for op in compiled.get_runtime_model().get_ordered_ops()]
-    # Layers only: their weights may be kept in int8 and converted.
-    kernels = [one["primitiveType"].astype(str) for one in about if one["layerType"].astype(str) in RUN_LAYERS]
+    layers = [op.get_rt_info() for op in compiled.get_runtime_model().get_ordered_ops()]
+    # Other operations may keep weights in int8 and convert them.
+    kernels = [layer["primitiveType"].astype(str) for layer in layers if layer["layerType"].astype(str) in RUN_LAYERS]
     return lambda arrays: compiled(list(arrays))[0], sum(name.endswith("_I8") for name in kernels)
 
 
-def onnxruntime(material: BuildInputs, folder: Path, model: str, bits: int) -> Made:
+def onnxruntime(material: BuildInputs, folder: Path, model: str, bits: int) -> Quantized:
     """The build of the engine, its Q and DQ operators run as they stand."""
     engine("onnxruntime").build(material, _build("onnxruntime", bits), folder)
     return {"": _emulated_by_onnxruntime(folder / "model.onnx")}
@@ -186,7 +181,7 @@ def _emulated_by_onnxruntime(path: Path) -> tuple[Predict, int]:
     return lambda arrays: session.run(None, dict(zip(names, arrays, strict=True)))[0], kernels
 
 
-def torchao(material: BuildInputs, folder: Path, model: str, bits: int) -> Made:
+def torchao(material: BuildInputs, folder: Path, model: str, bits: int) -> Quantized:
     """The PT2E flow as its tutorial shows it, exported in strict mode."""
     import torch
     from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e, prepare_pt2e
@@ -206,7 +201,7 @@ def torchao(material: BuildInputs, folder: Path, model: str, bits: int) -> Made:
     return {"": (torch_predict(convert_pt2e(prepared)), 0)}
 
 
-def torch_ao(material: BuildInputs, folder: Path, model: str, bits: int) -> Made:
+def torch_ao(material: BuildInputs, folder: Path, model: str, bits: int) -> Quantized:
     """FX graph mode quantization; its reference model computes in fp32 between quantize and dequantize."""
     import torch
     from torch.ao.quantization import get_default_qconfig_mapping
@@ -220,7 +215,7 @@ def torch_ao(material: BuildInputs, folder: Path, model: str, bits: int) -> Made
     return {"": (torch_predict(convert_to_reference_fx(prepared)), 0)}
 
 
-QUANTIZERS: dict[str, Callable[[BuildInputs, Path, str], Made]] = {
+QUANTIZERS: dict[str, Callable[[BuildInputs, Path, str], Quantized]] = {
     f"{name}-{bits}": partial(function, bits=bits)
     for name, function in {
         "corewise": corewise,
@@ -247,25 +242,25 @@ def _batches(material: BuildInputs, size: int) -> list[tuple[Any, ...]]:
     return [tuple(map(torch.from_numpy, arrays)) for _, arrays in material.calibration.batches(size)]
 
 
-def child(model: str, quantizer: str, work: Path) -> None:
-    """Quantize and answer; leaves ``answer.json`` and each placement's outputs in the folder ``work/quantizer``."""
+def answer_in_child(model: str, quantizer: str, workspace: Workspace) -> None:
+    """Quantize and answer; leaves ``answer.json`` and each placement's outputs in the quantizer's folder."""
     import torch
 
     torch.set_num_threads(THREADS)
     torch.manual_seed(SEED)
     np.random.seed(SEED)
-    folder = work / quantizer
+    folder = folder_of(workspace, quantizer)
     answer: dict[str, Any] = {"reason": "", "int8_kernels": {}}
-    material = read_build_inputs(work)
+    material = workspace.read_build_inputs()
     try:
-        start, start_cpu = time.perf_counter(), time.process_time()
+        start_s, start_cpu_s = time.perf_counter(), time.process_time()
         with quiet(), guard(EngineError, "it raises", ""):
-            made = QUANTIZERS[quantizer](material, folder, model)
-        answer["quantize_s"] = time.perf_counter() - start
-        answer["quantize_cpu_s"] = time.process_time() - start_cpu
+            quantized = QUANTIZERS[quantizer](material, folder, model)
+        answer["quantize_s"] = time.perf_counter() - start_s
+        answer["quantize_cpu_s"] = time.process_time() - start_cpu_s
         answer["peak_memory_bytes"] = peak_memory_bytes()
-        measured = Samples.load(work / HOLDOUT)
-        for placement, (predict, kernels) in made.items():
+        measured = Samples.load(workspace.holdout)
+        for placement, (predict, kernels) in quantized.items():
             with quiet(), guard(EngineError, "its model raises", ""):
                 np.save(folder / f"{placement}.npy", answers(predict, measured))
             answer["int8_kernels"][placement] = kernels
@@ -276,59 +271,47 @@ def child(model: str, quantizer: str, work: Path) -> None:
     (folder / ANSWER).write_text(json.dumps(answer))
 
 
-def prepare(model: str, work: Path, quantizers: Sequence[str]) -> tuple[Samples, np.ndarray]:
-    """Write what the children need, fp32's outputs among it; returns what is measured, and which part was held out."""
+def folder_of(workspace: Workspace, quantizer: str) -> Path:
+    """Where the process of a quantizer leaves its files."""
+    return workspace.folder / "quantizers" / quantizer
+
+
+def prepare(model: str, workspace: Workspace, quantizers: Sequence[str]) -> tuple[Samples, np.ndarray, np.ndarray]:
+    """Write what the processes need; returns what is measured, which part was held out, and fp32's outputs."""
     import torch
 
-    calibrating, measured, held_out = samples_of(model)
-    exported = source.export(_module(model), calibrating)
-    if exported.program is None:
-        raise CorewiseError(exported.why_not)
-    source.save_program(exported.program, work / PROGRAM)
-    calibrating.save(work / CALIBRATION)
-    measured.save(work / HOLDOUT)
-    cache = work / "cache"
-    cache.mkdir()
-    material = BuildInputs(
-        program=work / PROGRAM,
-        inputs=exported.inputs,
-        outputs=exported.outputs,
-        operators=source.operators(exported.program),
-        calibration=calibrating,
-        cpu=inspect_cpu(),
-        cache=cache,
-    )
-    write_build_inputs(work, material)
+    calibration, measured, held_out = samples_of(model)
+    exported, material = export_into(workspace, _module(model), calibration, measured, inspect_cpu())
     torch.set_num_threads(THREADS)
-    np.save(work / FP32, answers(torch_predict(exported.module), measured))
+    expected = answers(torch_predict(exported.module), measured)
     if any(name.startswith("onnxruntime") for name in quantizers):
-        # The ONNX export, which stays in the cache: no part of quantizing.
-        (work / "onnx").mkdir()
-        engine("onnxruntime").build(material, Build(engine="onnxruntime", precision="fp32"), work / "onnx")
-    return measured, held_out
+        # The ONNX export stays in the cache, because it is not part of quantizing.
+        fp32 = Build(engine="onnxruntime", precision="fp32")
+        engine("onnxruntime").build(material, fp32, workspace.empty_payload(fp32))
+    return measured, held_out, expected
 
 
 def judge(
-    model: str, measured: Samples, held_out: np.ndarray, expected: np.ndarray, found: np.ndarray
+    model: str, measured: Samples, held_out: np.ndarray, expected: np.ndarray, outputs: np.ndarray
 ) -> dict[str, Any]:
-    """The figures of one row. Raises ``EngineError`` where outputs are NaN or infinite."""
+    """The figures of one row. Raises ``EngineError`` if outputs are NaN or infinite."""
     import torch
 
     from corewise.quantize.simulate import sqnr_db
 
-    if lost := int((~np.isfinite(found)).any(axis=1).sum()):
-        raise EngineError(f"{lost} of {len(found)} outputs are NaN or infinite")
+    if lost := int((~np.isfinite(outputs)).any(axis=1).sum()):
+        raise EngineError(f"{lost} of {len(outputs)} outputs are NaN or infinite")
     figures: dict[str, Any] = {
-        "sqnr_db": sqnr_db([(torch.from_numpy(expected),)], [(torch.from_numpy(found),)]),
+        "sqnr_db": sqnr_db([(torch.from_numpy(expected),)], [(torch.from_numpy(outputs),)]),
     }
     assert measured.labels is not None
     if model == "minilm":
         return (
             figures
-            | _of_sentences(expected, found, measured.labels)
-            | {"held_out": _of_sentences(expected[held_out], found[held_out], measured.labels[held_out])}
+            | _of_sentences(expected, outputs, measured.labels)
+            | {"held_out": _of_sentences(expected[held_out], outputs[held_out], measured.labels[held_out])}
         )
-    ours, right = found.argmax(1), expected.argmax(1)
+    ours, right = outputs.argmax(1), expected.argmax(1)
     return figures | {
         "differing": int((ours != right).sum()),
         "differing_share": float((ours != right).mean()),
@@ -337,12 +320,11 @@ def judge(
     }
 
 
-def _of_sentences(expected: np.ndarray, found: np.ndarray, labels: np.ndarray) -> dict[str, float]:
-    from minilm import spearman  # type: ignore[import-not-found]
-
-    cosines = (expected * found).sum(1) / (np.linalg.norm(expected, axis=1) * np.linalg.norm(found, axis=1))
+def _of_sentences(expected: np.ndarray, outputs: np.ndarray, labels: np.ndarray) -> dict[str, float]:
+    spearman = example("minilm", "spearman")
+    cosines = (expected * outputs).sum(1) / (np.linalg.norm(expected, axis=1) * np.linalg.norm(outputs, axis=1))
     return {
-        "spearman": spearman(found, labels),
+        "spearman": spearman(outputs, labels),
         "spearman_fp32": spearman(expected, labels),
         "cosine": float(cosines.mean()),
         "cosine_lowest": float(cosines.min()),
@@ -351,24 +333,23 @@ def _of_sentences(expected: np.ndarray, found: np.ndarray, labels: np.ndarray) -
 
 def measure(model: str, quantizers: Sequence[str], add: Callable[[list[dict[str, Any]]], None]) -> None:
     """Every quantizer on one model; the rows of each go to ``add`` when they are known."""
-    with tempfile.TemporaryDirectory(prefix="corewise-accuracy-") as name:
-        work = Path(name)
-        print(f"{model}: preparing", flush=True)
-        measured, held_out = prepare(model, work, quantizers)
-        expected = np.load(work / FP32)
+    with temporary_workspace() as workspace:
+        say(f"{model}: preparing")
+        measured, held_out, expected = prepare(model, workspace, quantizers)
 
         def judged(folder: Path, placement: str) -> dict[str, Any]:
-            found = np.load(folder / f"{placement}.npy")
-            return {"measured_on": len(found)} | judge(model, measured, held_out, expected, found)
+            outputs = np.load(folder / f"{placement}.npy")
+            return {"measured_on": len(outputs)} | judge(model, measured, held_out, expected, outputs)
 
         for quantizer in quantizers:
-            add(list(_rows(model, quantizer, _ask(model, quantizer, work), partial(judged, work / quantizer))))
+            answer = _ask(model, quantizer, workspace)
+            add(list(_rows(model, quantizer, answer, partial(judged, folder_of(workspace, quantizer)))))
 
 
 def _rows(
     model: str, quantizer: str, answer: Mapping[str, Any], judged: Callable[[str], dict[str, Any]]
 ) -> Iterator[dict[str, Any]]:
-    """What becomes of a child's answer: a row for each placement, or one with the reason."""
+    """The rows of a process's answer: one for each placement, or one with the reason."""
     about: dict[str, Any] = {
         "model": model,
         "quantizer": quantizer,
@@ -377,8 +358,8 @@ def _rows(
         "measured_at": datetime.now(UTC).isoformat(timespec="seconds"),
         "calibrated_on": CALIBRATE[model],
     }
-    told = ("quantize_s", "quantize_cpu_s", "peak_memory_bytes", "notes")
-    about |= {key: answer[key] for key in told if key in answer}
+    keys = ("quantize_s", "quantize_cpu_s", "peak_memory_bytes", "notes")
+    about |= {key: answer[key] for key in keys if key in answer}
     if answer["reason"]:
         yield about
         return
@@ -392,13 +373,14 @@ def _rows(
             yield row | {"reason": str(error)}
 
 
-def _ask(model: str, quantizer: str, work: Path) -> dict[str, Any]:
-    """What a child for the quantizer leaves; a reason where it left nothing."""
-    (work / quantizer).mkdir()
-    command = [sys.executable, str(HERE / "accuracy.py"), "--child", str(work)]
+def _ask(model: str, quantizer: str, workspace: Workspace) -> dict[str, Any]:
+    """What a process for the quantizer leaves; a reason if it left nothing."""
+    folder = folder_of(workspace, quantizer)
+    folder.mkdir(parents=True)
+    command = [sys.executable, "-m", "bench", "accuracy", "--child", str(workspace.folder)]
     command += ["--model", model, "--quantizer", quantizer]
     environment = os.environ | {"OMP_NUM_THREADS": str(THREADS), "COREWISE_DATA": str(DATA)}
-    log = work / quantizer / "log"
+    log = folder / "log"
     with log.open("w") as output:
         try:
             code = subprocess.run(
@@ -406,10 +388,10 @@ def _ask(model: str, quantizer: str, work: Path) -> dict[str, Any]:
             ).returncode
         except subprocess.TimeoutExpired:
             return {"reason": f"not finished after {TIMEOUT_S:.0f} s"}
-    path = work / quantizer / ANSWER
+    path = folder / ANSWER
     if path.exists():
         return dict(json.loads(path.read_text()))
-    return {"reason": f"the child ended with {code}: {log.read_text().strip()[-REASON:]}"}
+    return {"reason": f"the process ended with {code}: {log.read_text().strip()[-REASON:]}"}
 
 
 def table(rows: Sequence[Mapping[str, Any]]) -> str:
@@ -434,56 +416,61 @@ def table(rows: Sequence[Mapping[str, Any]]) -> str:
             ("cosine", "{:.5f}", 8),
             ("quantize_s", "{:.0f}", 5),
         )
-        told = " ".join(figure(row, *column) for column in columns)
+        figures = " ".join(figure(row, *column) for column in columns)
         memory = f"{row['peak_memory_bytes'] / 2**20:.0f}" if "peak_memory_bytes" in row else "-"
-        lines.append(f"{row['model']:13s} {name:26s} {told} {memory:>5s}  {row['reason'][:100]}".rstrip())
+        lines.append(f"{row['model']:13s} {name:26s} {figures} {memory:>5s}  {row['reason'][:100]}".rstrip())
     return "\n".join(lines)
 
 
-def main() -> None:
-    """Measure what the command line asks for and the file has not."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", action="append", choices=CALIBRATE, help="may be repeated; all by default")
+class Rows:
+    """The rows of ``accuracy.json``, sorted; another run may add to the file at the same time."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._facts = machine_facts() | {"threads": THREADS}
+
+    def read(self) -> list[dict[str, Any]]:
+        """Every row."""
+        return list(read_results(self._path).get("rows", []))
+
+    def add(self, added: list[dict[str, Any]]) -> None:
+        """Put the rows of one quantizer and model in place of those that the file has."""
+        replaced = {(row["model"], row["quantizer"]) for row in added}
+        rows = [row for row in self.read() if (row["model"], row["quantizer"]) not in replaced] + added
+        order = {name: place for place, name in enumerate((*CALIBRATE, *QUANTIZERS))}
+        rows.sort(key=lambda row: (order[row["model"]], order[row["quantizer"]], row["placement"]))
+        write_results(self._path, {**self._facts, "rows": rows})
+        say("\n".join(table(added).splitlines()[1:]))
+
+
+def matching(patterns: Sequence[str]) -> list[str]:
+    """The quantizers that the patterns name. Ends the program if one of them names none."""
+    if unmatched := [pattern for pattern in patterns if not any(fnmatch(name, pattern) for name in QUANTIZERS)]:
+        sys.exit(f"no quantizer is named {', '.join(unmatched)}; there are {', '.join(QUANTIZERS)}")
+    return [name for name in QUANTIZERS if any(fnmatch(name, pattern) for pattern in patterns)]
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """What the command line takes."""
+    parser.add_argument("--model", action="append", choices=CALIBRATE, help="may be repeated (default: all)")
     parser.add_argument(
         "--quantizer", action="append", help=f"a name or pattern, may be repeated: {', '.join(QUANTIZERS)}"
     )
     parser.add_argument("--again", action="store_true", help="measure also what the file has")
-    parser.add_argument("--out", type=Path, default=HERE / "results" / "accuracy.json")
     parser.add_argument("--child", type=Path, help=argparse.SUPPRESS)
-    options = parser.parse_args()
-    models = options.model or list(CALIBRATE)
-    patterns = options.quantizer or ["*"]
-    wanted = [name for name in QUANTIZERS if any(fnmatch(name, pattern) for pattern in patterns)]
+
+
+def main(options: argparse.Namespace) -> None:
+    """Measure what the command line asks for and the file does not have."""
+    models, quantizers = options.model or list(CALIBRATE), matching(options.quantizer or ["*"])
     if options.child:
-        return child(models[0], wanted[0], options.child)
-    if unmatched := [pattern for pattern in patterns if not any(fnmatch(name, pattern) for name in QUANTIZERS)]:
-        parser.error(f"no quantizer is named {', '.join(unmatched)}; there are {', '.join(QUANTIZERS)}")
-    about = {"cpu": to_json(inspect_cpu()), "versions": {name: version(name) for name in PACKAGES}, "threads": THREADS}
+        answer_in_child(models[0], quantizers[0], Workspace(options.child))
+        return
+    rows = Rows(options.results / "accuracy.json")
     # Libraries start a thread for each CPU that they may use.
     os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[-THREADS:])
-
-    def read_rows() -> list[dict[str, Any]]:
-        return list(json.loads(options.out.read_text())["rows"]) if options.out.exists() else []
-
-    def add(made: list[dict[str, Any]]) -> None:
-        # Read anew: another run may have added to the file.
-        done = {(row["model"], row["quantizer"]) for row in made}
-        rows = [row for row in read_rows() if (row["model"], row["quantizer"]) not in done] + made
-        order = {name: place for place, name in enumerate((*CALIBRATE, *QUANTIZERS))}
-        rows.sort(key=lambda row: (order[row["model"]], order[row["quantizer"]], row["placement"]))
-        options.out.parent.mkdir(parents=True, exist_ok=True)
-        written = options.out.with_suffix(".part")
-        written.write_text(json.dumps({**about, "rows": rows}, indent=1) + "\n")
-        written.replace(options.out)
-        print("\n".join(table(made).splitlines()[1:]), flush=True)
-
     for model in models:
-        known = set() if options.again else {row["quantizer"] for row in read_rows() if row["model"] == model}
-        if missing := [name for name in wanted if name not in known]:
-            measure(model, missing, add)
-    print(f"\n{table(read_rows())}\nin {options.out}")
-    return None
-
-
-if __name__ == "__main__":
-    main()
+        known = set() if options.again else {row["quantizer"] for row in rows.read() if row["model"] == model}
+        if missing := [name for name in quantizers if name not in known]:
+            measure(model, missing, rows.add)
+    say(f"\n{table(rows.read())}")

@@ -7,11 +7,9 @@ are small where the architecture permits, and vocabularies (embeddings are no pa
 widths and depths are the published ones.
 """
 
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
@@ -20,7 +18,7 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "examples"))
+from bench.harness import example
 
 Kind = Literal["cnn", "transformer", "recurrent"]
 Arrays = tuple[NDArray[Any], ...]
@@ -123,11 +121,11 @@ class Tokens(OneTensor):
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
         """int64 (N, tokens), twice -> (N, values)."""
-        found = getattr(self.model(input_ids=input_ids, attention_mask=attention_mask), self.output)
+        output = getattr(self.model(input_ids=input_ids, attention_mask=attention_mask), self.output)
         if not self.mean:
-            return found
-        mask = attention_mask.unsqueeze(-1).to(found.dtype)
-        return F.normalize((found * mask).sum(1) / mask.sum(1), dim=-1)
+            return output
+        mask = attention_mask.unsqueeze(-1).to(output.dtype)
+        return F.normalize((output * mask).sum(1) / mask.sum(1), dim=-1)
 
 
 def conv_bn(
@@ -325,10 +323,10 @@ class DenseBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(N, inputs, H, W) -> (N, inputs + 32 depth, H, W)."""
-        found = [x]
+        features = [x]
         for layer in self.layers:
-            found.append(layer(torch.cat(found, 1)))
-        return torch.cat(found, 1)
+            features.append(layer(torch.cat(features, 1)))
+        return torch.cat(features, 1)
 
 
 def densenet121() -> nn.Module:
@@ -390,9 +388,7 @@ class Tagger(nn.Module):
 
 def mobilenet_v2() -> nn.Module:
     """MobileNetV2, the class of ``examples``."""
-    from mobilenet_v2 import MobileNetV2
-
-    return MobileNetV2()
+    return example("mobilenet_v2", "MobileNetV2")()
 
 
 def resnet(layer: str, depths: tuple[int, ...], widths: tuple[int, ...]) -> nn.Module:

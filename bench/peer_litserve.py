@@ -1,17 +1,17 @@
 """LitServe's server for ``peers.py``, a file of its own because its workers import it.
 
-    python bench/peer_litserve.py --port P [--artifact ART]
+    python -m bench.peer_litserve --port P [--artifact ART]
 
 Its requests are JSON, so the tensors come and go in base64.
 """
 
-import argparse
 import base64
 
 import litserve as ls
 import numpy as np
 from fastapi import Request
-from peer_servers import BATCH, WAIT_S, Model, from_body
+
+from bench.peer_servers import BATCH, WAIT_S, Model, from_body, parser_of
 
 
 class Api(ls.LitAPI):  # type: ignore[misc]
@@ -40,10 +40,7 @@ class Api(ls.LitAPI):  # type: ignore[misc]
 
 def main() -> None:
     """Serve until killed."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--port", type=int, required=True)
-    parser.add_argument("--artifact")
-    options = parser.parse_args()
+    options = parser_of(__doc__).parse_args()
     api = Api(max_batch_size=BATCH, batch_timeout=WAIT_S)
     api.artifact = options.artifact
     server = ls.LitServer(api, accelerator="cpu", workers_per_device=1)

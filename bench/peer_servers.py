@@ -1,6 +1,6 @@
 """The other servers that ``peers.py`` loads, each as its own documentation has it: eager PyTorch or an artifact in it.
 
-    python bench/peer_servers.py fastapi|ray --port P [--artifact ART]
+    python -m bench.peer_servers fastapi|ray --port P [--artifact ART]
 
 ``fastapi`` is what people write first: no batching. Ray Serve batches up to 8 requests, waiting 10 ms for more, and so
 does LitServe (``peer_litserve.py``).
@@ -8,14 +8,11 @@ does LitServe (``peer_litserve.py``).
 
 import argparse
 import os
-import sys
 import threading
-from pathlib import Path
 
 import numpy as np
 
-HERE = Path(__file__).resolve().parent
-sys.path.insert(0, str(HERE.parent / "examples"))
+from bench.harness import example
 
 BATCH, WAIT_S = 8, 0.01
 SHAPE = (3, 224, 224)
@@ -31,10 +28,9 @@ class Model:
             loaded = corewise.load(artifact)
             self._run = lambda x: np.asarray(loaded(x))
         else:
-            import resnet50
             import torch
 
-            model = resnet50.build().eval()
+            model = example("resnet50", "build")().eval()
 
             def eager(x: np.ndarray) -> np.ndarray:
                 with torch.inference_mode():
@@ -63,7 +59,7 @@ def fastapi(port: int, artifact: str | None) -> None:
     model, app, one_by_one = Model(artifact), FastAPI(), threading.Lock()
 
     def run(row: np.ndarray) -> np.ndarray:
-        with one_by_one:  # side by side each call would have all threads, and all would be slower
+        with one_by_one:  # at the same time each call would have all threads, and all would be slower
             return model.run(row[None].copy())
 
     @app.post("/predict")
@@ -107,13 +103,19 @@ def ray(port: int, artifact: str | None) -> None:
         time.sleep(1)
 
 
-def main() -> None:
-    """Serve until killed."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    servers = {"fastapi": fastapi, "ray": ray}
-    parser.add_argument("server", choices=tuple(servers))
+def parser_of(description: str | None) -> argparse.ArgumentParser:
+    """The options of every server."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--port", type=int, required=True)
     parser.add_argument("--artifact")
+    return parser
+
+
+def main() -> None:
+    """Serve until killed."""
+    parser = parser_of(__doc__)
+    servers = {"fastapi": fastapi, "ray": ray}
+    parser.add_argument("server", choices=tuple(servers))
     options = parser.parse_args()
     servers[options.server](options.port, options.artifact)
 

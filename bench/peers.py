@@ -1,12 +1,12 @@
 """Requests per second at one p99: corewise beside FastAPI, LitServe and Ray Serve, on one machine in one run.
 
-    python bench/peers.py ARTIFACT [--slo-ms 500] [--seconds 15]
+    python -m bench peers ARTIFACT [--slo-ms 500] [--seconds 15]
 
 ARTIFACT is ResNet-50. Each server is loaded in turn by the same client on the same cores: a closed loop of 16 for its
 capacity, then requests at random times (a Poisson process) at rates in steps of a sixteenth of that (bisection), for
 the highest at which all answers were right and at least 99 % of the requests were answered within ``--slo-ms``.
 LitServe and Ray Serve run eager PyTorch, and once more the artifact. Servers that are not installed (``pip install
-litserve 'ray[serve]'``) are left out with the reason. Writes bench/results/peers.json.
+litserve 'ray[serve]'``) are left out with the reason. Writes peers.json.
 """
 
 import argparse
@@ -21,29 +21,22 @@ import sys
 import time
 from collections.abc import Callable
 from contextlib import closing, suppress
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-HERE = Path(__file__).resolve().parent
-sys.path.insert(0, str(HERE))
-
-from peer_servers import Model  # noqa: E402
-from wire import Load, Wire, from_base64, from_raw, post, request  # noqa: E402
-
-from corewise import artifact  # noqa: E402
-from corewise.machine.inspect import inspect_cpu  # noqa: E402
-from corewise.records.jsonable import to_json  # noqa: E402
-from corewise.records.measurement import SERVED  # noqa: E402
+from bench.harness import ROOT, machine_facts, say, versions, write_results
+from bench.peer_servers import Model
+from bench.servers import START_S, descendants, golden_rows, serve_command
+from bench.wire import Load, Wire, from_base64, from_raw, post, request
+from corewise import artifact
+from corewise.records.measurement import SERVED
 
 CLIENTS = 16
 HALVINGS = 4
 REQUESTS, LONGEST_S = 200, 40.0
-"""A load has at least so many requests, or is so long: a p99 of fewer is chance."""
-START_S = 120.0
-PACKAGES = {"fastapi": "fastapi", "litserve": "litserve", "ray": "ray"}
+"""A load has at least ``REQUESTS``, or lasts ``LONGEST_S``: a p99 of fewer is chance."""
 SERVERS = (
     ("corewise", None, True),
     ("FastAPI, eager PyTorch", "fastapi", False),
@@ -52,24 +45,25 @@ SERVERS = (
     ("LitServe, the artifact", "litserve", True),
     ("Ray Serve, the artifact", "ray", True),
 )
-"""As it is called, the module's name, whether it runs the artifact."""
+"""Name, package (``None`` for corewise itself), and whether it runs the artifact."""
 
 
-class Server:
-    """One of them in processes of its own."""
+class Peer:
+    """One of the servers, in processes of its own."""
 
-    def __init__(self, peer: str | None, folder: Path | None) -> None:
+    def __init__(self, package: str | None, folder: Path | None) -> None:
         self.port = _free_port()
-        if peer is None:
-            command = ["-m", "corewise.cli", "serve", f"bench={folder}", "--http", f"127.0.0.1:{self.port}", "--trust"]
+        if package is None:
+            assert folder is not None
+            command = serve_command(folder, self.port)
         else:
-            script = ["peer_litserve.py"] if peer == "litserve" else ["peer_servers.py", peer]
-            command = [str(HERE / script[0]), *script[1:], "--port", str(self.port)]
+            module = ["bench.peer_litserve"] if package == "litserve" else ["bench.peer_servers", package]
+            command = [sys.executable, "-m", *module, "--port", str(self.port)]
             command += [] if folder is None else ["--artifact", str(folder)]
-        # Ray's workers find the model by it.
-        paths = [str(HERE.parent / "examples"), str(HERE), *filter(None, [os.environ.get("PYTHONPATH")])]
+        # Ray's workers and LitServe's import this package by it.
+        paths = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
         self._process = subprocess.Popen(
-            [sys.executable, *command],
+            command,
             stdout=subprocess.DEVNULL,
             start_new_session=True,
             env={**os.environ, "PYTHONPATH": os.pathsep.join(paths)},
@@ -91,7 +85,7 @@ class Server:
 
     def stop(self) -> None:
         """End it with all its processes."""
-        family = _descendants(self._process.pid)
+        family = descendants(self._process.pid)
         self._process.send_signal(signal.SIGINT)
         with suppress(subprocess.TimeoutExpired):
             self._process.wait(15)
@@ -102,101 +96,91 @@ class Server:
         time.sleep(3)
 
 
-def held(wire: Wire, capacity_per_s: float, seconds: float) -> tuple[float, list[dict[str, Any]]]:
+def find_held_rate(wire: Wire, capacity_per_s: float, seconds: float) -> tuple[float, list[dict[str, Any]]]:
     """The highest rate of those tried at which enough was right in time, and each load."""
     low, high, loads = 0.0, capacity_per_s, []
     for _ in range(HALVINGS):
         rate = (low + high) / 2
-        found = wire.open(rate, min(LONGEST_S, max(seconds, REQUESTS / rate)))
-        good = not found.wrong and found.in_time >= SERVED * found.offered
-        loads.append({"rate_per_s": rate, "good": good, **found.facts()})
+        load = wire.open(rate, min(LONGEST_S, max(seconds, REQUESTS / rate)))
+        good = not load.wrong and load.in_time >= SERVED * load.offered
+        loads.append({"rate_per_s": rate, "good": good, **load.facts()})
         low, high = (rate, high) if good else (low, rate)
     return low, loads
 
 
+def requests_for(package: str | None, name: str, rows: list[np.ndarray], slo_ms: float) -> tuple[list[bytes], ...]:
+    """The rows as requests of that server, without a deadline and, for corewise, with one."""
+    if package is None:
+        return [request(name, row) for row in rows], [request(name, row, slo_ms) for row in rows]
+    if package == "litserve":
+        bodies = [json.dumps({"tensor": base64.b64encode(row.tobytes()).decode()}).encode() for row in rows]
+        sent = [post("/predict", body, "content-type: application/json\r\n") for body in bodies]
+    else:
+        sent = [post("/predict", row.tobytes()) for row in rows]
+    return sent, sent
+
+
 def measure(
-    peer: str | None, folder: Path | None, rows: list[np.ndarray], expected: list[np.ndarray], options: Any
+    package: str | None,
+    folder: Path | None,
+    requests: tuple[list[bytes], ...],
+    expected: list[np.ndarray],
+    options: argparse.Namespace,
 ) -> dict[str, Any]:
     """One server under all its loads."""
-    server = Server(peer, folder)
+    plain, urgent = requests
+    read = from_base64 if package == "litserve" else from_raw
+    server = Peer(package, folder)
+
+    def load(run: Callable[[Wire], Load]) -> Load:
+        with closing(Wire(server.port, plain, expected, None, read)) as wire:
+            return run(wire)
+
     try:
-        if peer is None:
-            name = artifact.read(options.artifact).manifest.inputs[0].name
-            limit_ms = options.slo_ms
-            sent = [request("bench", name, row, limit_ms) for row in rows]
-            plain = [request("bench", name, row) for row in rows]
-        elif peer == "litserve":
-            bodies = [json.dumps({"tensor": base64.b64encode(row.tobytes()).decode()}).encode() for row in rows]
-            plain = sent = [post("/predict", body, "content-type: application/json\r\n") for body in bodies]
-        else:
-            plain = sent = [post("/predict", row.tobytes()) for row in rows]
-        read = from_base64 if peer == "litserve" else from_raw
-
-        def load(requests: list[bytes], run: Callable[[Wire], Load]) -> Load:
-            with closing(Wire(server.port, requests, expected, None, read)) as wire:
-                return run(wire)
-
-        ready_s = server.wait(lambda: load(plain, lambda wire: wire.closed(1, 0.2)).answered > 0)
-        load(plain, lambda wire: wire.closed(CLIENTS, 3.0))
-        capacity = load(plain, lambda wire: wire.closed(CLIENTS, options.seconds))
-        with closing(Wire(server.port, sent, expected, options.slo_ms, read)) as wire:
-            rate, loads = held(wire, capacity.answered / capacity.seconds, options.seconds)
+        ready_s = server.wait(lambda: load(lambda wire: wire.closed(1, 0.2)).answered > 0)
+        load(lambda wire: wire.closed(CLIENTS, 3.0))
+        capacity = load(lambda wire: wire.closed(CLIENTS, options.seconds))
+        with closing(Wire(server.port, urgent, expected, options.slo_ms, read)) as wire:
+            rate_per_s, loads = find_held_rate(wire, capacity.answered / capacity.seconds, options.seconds)
     finally:
         server.stop()
-    return {"ready_s": ready_s, "closed_loop": capacity.facts(), "held_per_s": rate, "loads": loads}
-
-
-def _descendants(pid: int) -> list[int]:
-    """The process and all that came from it and live."""
-    parents = {}
-    for path in Path("/proc").glob("[0-9]*/stat"):
-        with suppress(OSError):
-            parents[int(path.parent.name)] = int(path.read_text().rsplit(")", 1)[1].split()[1])
-    found = [pid]
-    for one in found:
-        found += [child for child, parent in parents.items() if parent == one]
-    return found
+    return {"ready_s": ready_s, "closed_loop": capacity.facts(), "held_per_s": rate_per_s, "loads": loads}
 
 
 def _free_port() -> int:
-    with socket.socket() as one:
-        one.bind(("127.0.0.1", 0))
-        return int(one.getsockname()[1])
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return int(listener.getsockname()[1])
 
 
-def main() -> None:
-    """Load each server."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("artifact", type=Path)
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """What the command line takes."""
+    parser.add_argument("artifact", type=Path, metavar="ARTIFACT", help="ResNet-50")
     parser.add_argument("--slo-ms", type=float, default=500.0)
-    parser.add_argument("--seconds", type=float, default=15.0)
-    options = parser.parse_args()
-    inputs, outputs = artifact.read(options.artifact).golden()
-    rows = [np.ascontiguousarray(row)[None] for row in inputs[0]]
+    parser.add_argument("--seconds", type=float, default=15.0, help="of each load, at least")
+
+
+def main(options: argparse.Namespace) -> None:
+    """Load each server."""
+    name, rows, golden = golden_rows(artifact.read(options.artifact))
     eager = Model(None)
-    own = {True: [row.reshape(-1) for row in outputs[0]], False: [eager.run(row).reshape(-1) for row in rows]}
-    result: dict[str, Any] = {"slo_ms": options.slo_ms, "cpu": to_json(inspect_cpu()), "versions": {}, "servers": {}}
-    path = HERE / "results" / "peers.json"
-    print(f"{'':28s} {'closed loop':>12s} {f'at p99 {options.slo_ms:g} ms':>16s}")
-    for name, peer, packed in SERVERS:
-        if peer is not None and importlib.util.find_spec(PACKAGES[peer]) is None:
-            result["servers"][name] = {"left_out": f"{PACKAGES[peer]} is not installed"}
-            print(f"{name:28s} not installed")
-            continue
-        if peer is not None:
-            result["versions"][peer] = version(PACKAGES[peer])
+    expected = {True: golden, False: [eager.run(row).reshape(-1) for row in rows]}
+    servers: dict[str, Any] = {}
+    facts = machine_facts()
+    facts["versions"] |= versions(sorted({package for _, package, _ in SERVERS if package}))
+    say(f"{'':28s} {'closed loop':>12s} {f'at p99 {options.slo_ms:g} ms':>16s}")
+    for label, package, packed in SERVERS:
         folder = options.artifact.resolve() if packed else None
+        requests = requests_for(package, name, rows, options.slo_ms)
         try:
-            found = measure(peer, folder, rows, own[packed], options)
+            if package is not None and importlib.util.find_spec(package) is None:
+                raise RuntimeError(f"{package} is not installed")
+            record = measure(package, folder, requests, expected[packed], options)
         except (RuntimeError, OSError, ValueError) as error:
-            result["servers"][name] = {"left_out": str(error)}
-            print(f"{name:28s} {error}")
-            continue
-        result["servers"][name] = found
-        print(f"{name:28s} {found['closed_loop']['answered_per_s']:10.1f}/s {found['held_per_s']:14.1f}/s", flush=True)
-        path.write_text(json.dumps(result, indent=1) + "\n")
-    print(f"written to {path}")
-
-
-if __name__ == "__main__":
-    main()
+            servers[label] = {"left_out": str(error)}
+            say(f"{label:28s} {error}")
+        else:
+            servers[label] = record
+            capacity_per_s = record["closed_loop"]["answered_per_s"]
+            say(f"{label:28s} {capacity_per_s:10.1f}/s {record['held_per_s']:14.1f}/s")
+        write_results(options.results / "peers.json", {"slo_ms": options.slo_ms, **facts, "servers": servers})

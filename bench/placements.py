@@ -1,46 +1,40 @@
 """How fast our Q/DQ graph is beside the engine's own quantizer's, and with a dynamic batch beside a fixed one.
 
-    python bench/placements.py [--rounds N] [MODEL ...]
+    python -m bench placements [MODEL ...] [--rounds N]
 
-For each model three alternating runs, each with fresh processes: every int8 build that OpenVINO and ONNX Runtime are
-offered, by our quantizer (in both placements for nets with residual adds, with an attention's products for ONNX
-Runtime) and by the engine's own, where the CPU has bf16 also with the rest in bf16; and our graph where the batch is
-dynamic (OpenVINO; our payload compiles a fixed one) or fixed (ONNX Runtime; our payload's is dynamic). Same samples,
-same batch, all usable cores; each ratio is of two builds with the same rest, with 95 % intervals over the rounds. The
-receipts and the machine's facts go to results/placements.json too.
+Each model gets three alternating runs with new processes. The contenders are all int8 builds that OpenVINO and ONNX
+Runtime offer: by our quantizer (in both placements for nets with residual adds, with int8 attention for ONNX Runtime)
+and by the engine's own, also with the rest in bf16 if the CPU has it; and our graph with a dynamic batch (OpenVINO,
+whose payload compiles a fixed one) or a fixed batch (ONNX Runtime, whose payload is dynamic). All run the same samples
+at the same batch on all usable cores. Each ratio compares two builds with the same rest, with 95 % intervals over the
+rounds. Writes placements.json, with the receipts.
 """
 
 import argparse
-import json
-import sys
-import tempfile
 from pathlib import Path
 from statistics import median
 from typing import Any
 
-HERE = Path(__file__).resolve().parent
-sys.path.insert(0, str(HERE))
+from bench.harness import add_results, ratio_data, ratio_words, say, starter, temporary_workspace
+from bench.subjects import SUBJECTS, add_models, prepare
+from corewise.common.stats import ratio_interval
+from corewise.engines import engine, qdq
+from corewise.engines import onnxruntime as ort
+from corewise.engines import openvino as ov
+from corewise.engines.base import Session
+from corewise.machine.inspect import inspect_cpu
+from corewise.records.build import Build, Plan
+from corewise.records.cpu import Cpu
+from corewise.records.jsonable import to_json
+from corewise.runtime.race import Contender, run_race
+from corewise.runtime.workspace import Workspace
 
-from subjects import SUBJECTS, prepare, starter  # noqa: E402
-
-from corewise.common.stats import ratio_interval  # noqa: E402
-from corewise.engines import engine, qdq  # noqa: E402
-from corewise.engines import onnxruntime as ort  # noqa: E402
-from corewise.engines import openvino as ov  # noqa: E402
-from corewise.engines.base import Session  # noqa: E402
-from corewise.machine.inspect import inspect_cpu  # noqa: E402
-from corewise.records.build import Build, Plan  # noqa: E402
-from corewise.records.jsonable import to_json  # noqa: E402
-from corewise.runtime.race import Contender, race  # noqa: E402
-from corewise.runtime.worker import HOLDOUT  # noqa: E402
-
-DEFAULT = ("resnet50", "mobilenet_v2", "minilm")
 BATCH = 16
 RESTARTS = 3
-"""Processes of one payload differ by some per cent for as long as they live, by how their memory happens to lie."""
+"""Processes of one payload differ by some percent for as long as they live, by where their memory happens to lie."""
 REST = ", rest in bf16"
 TIMEOUT_S = 1800.0
-RESULTS = HERE / "results" / "placements.json"
+DYNAMIC, FIXED = "ours, dynamic batch", "ours, fixed batch"
 
 
 class DynamicOpenVino(ov.OpenVino):
@@ -69,55 +63,30 @@ class FixedOnnxRuntime(ort.OnnxRuntime):
         return ort.OnnxRuntimeSession(fixed, plan.threads_per_instance)
 
 
-def run(model: str, rounds: int) -> dict[str, Any]:
-    """Build the two engines' payloads both ways, and race them."""
-    cpu = inspect_cpu()
-    with tempfile.TemporaryDirectory(prefix="corewise-placements-") as folder:
-        work = Path(folder)
-        operators = prepare(work, SUBJECTS[model], cpu).operators
-        start = starter(work, TIMEOUT_S)
-        plan = Plan(threads_per_instance=cpu.usable_cores, batch=BATCH)
-        contenders, receipts = {}, {}
-        for name in ("openvino", "onnxruntime"):
-            for build in engine(name).candidates(cpu, operators):
-                if build.precision != "int8":
-                    continue
-                tag = tag_of(build)
-                payload = work / f"{name}-{tag}"
-                payload.mkdir()
-                arguments = {"build": to_json(build), "folder": str(payload)}
-                with start(build) as worker:
-                    worker.call("build", "building", material=str(work), **arguments)
-                    answer = worker.call(
-                        "receipt", "counting", plan=to_json(plan), samples=str(work / HOLDOUT), **arguments
-                    )
-                receipts[f"{name} {tag}"] = answer["receipt"]
-                contenders[f"{name} {tag}"] = Contender(build=build, plan=plan, payload=payload)
-        for name, kind, tag in (
-            ("openvino", "DynamicOpenVino", "ours, dynamic batch"),
-            ("onnxruntime", "FixedOnnxRuntime", "ours, fixed batch"),
-        ):
-            one = contenders[f"{name} ours"]
-            build = Build(engine=f"placements:{kind}", precision="int8", options=one.build.options)
-            contenders[f"{name} {tag}"] = Contender(build=build, plan=plan, payload=one.payload)
-        rates: dict[str, list[float]] = {name: [] for name in contenders}
-        for _ in range(RESTARTS):
-            done = race(
-                tuple(contenders.values()), samples=str(work / HOLDOUT), start=start, rounds=rounds, round_s=1.0
-            )
-            for name, one in zip(contenders, done.rates, strict=True):
-                rates[name] += one.per_s
-    pairs = {
-        "openvino: ours dynamic / fixed": ("openvino ours, dynamic batch", "openvino ours"),
-        "onnxruntime: ours dynamic / fixed": ("onnxruntime ours", "onnxruntime ours, fixed batch"),
-    }
-    for name, one in contenders.items():
-        if qdq.uses_corewise_quantizer(one.build) and "batch" not in name:
-            engine_name = one.build.engine
-            own_name = f"{engine_name} own{REST if one.build.quantization.rest == 'bf16' else ''}"
-            pairs[f"{engine_name}: {name.removeprefix(engine_name + ' ')} / own"] = (name, own_name)
-    ratios = {name: ratio_interval(rates[a], rates[b])._asdict() for name, (a, b) in pairs.items()}
-    return {"rates_per_s": to_json(rates), "ratios": ratios, "receipts": receipts, "cpu": to_json(cpu)}
+def build_contenders(
+    workspace: Workspace, operators: dict[str, int], cpu: Cpu
+) -> tuple[dict[str, Contender], dict[str, Any]]:
+    """All int8 builds by their names here, and the receipt of each."""
+    start = starter(workspace, cpu, TIMEOUT_S)
+    plan = Plan(threads_per_instance=cpu.usable_cores, batch=BATCH)
+    contenders, receipts = {}, {}
+    for engine_name in ("openvino", "onnxruntime"):
+        for build in engine(engine_name).candidates(cpu, operators):
+            if build.precision != "int8":
+                continue
+            name, payload = f"{engine_name} {tag_of(build)}", workspace.empty_payload(build)
+            with start(build) as worker:
+                worker.build(workspace, build, payload)
+                receipts[name] = to_json(worker.observe_int8(payload, build, plan, workspace.holdout))
+            contenders[name] = Contender(build=build, plan=plan, payload=payload)
+    for engine_name, variant, tag in (
+        ("openvino", DynamicOpenVino, DYNAMIC),
+        ("onnxruntime", FixedOnnxRuntime, FIXED),
+    ):
+        ours = contenders[f"{engine_name} ours"]
+        build = Build(engine=f"{variant.__module__}:{variant.__name__}", precision="int8", options=ours.build.options)
+        contenders[f"{engine_name} {tag}"] = Contender(build=build, plan=plan, payload=ours.payload)
+    return contenders, receipts
 
 
 def tag_of(build: Build) -> str:
@@ -130,22 +99,57 @@ def tag_of(build: Build) -> str:
     return ("ours" if qdq.uses_corewise_quantizer(build) else "own") + "".join(tag for tag, is_set in options if is_set)
 
 
-def main() -> None:
-    """Run the models named on the command line; rows of others in the file stay."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("models", nargs="*", default=list(DEFAULT))
+def pairs_of(contenders: dict[str, Contender]) -> dict[str, tuple[str, str]]:
+    """Which contenders are compared, by the name of the ratio."""
+    pairs = {
+        "openvino: ours dynamic / fixed": (f"openvino {DYNAMIC}", "openvino ours"),
+        "onnxruntime: ours dynamic / fixed": ("onnxruntime ours", f"onnxruntime {FIXED}"),
+    }
+    for name, contender in contenders.items():
+        if qdq.uses_corewise_quantizer(contender.build) and "batch" not in name:
+            engine_name = contender.build.engine
+            own_name = f"{engine_name} own{REST if contender.build.quantization.rest == 'bf16' else ''}"
+            pairs[f"{engine_name}: {name.removeprefix(engine_name + ' ')} / own"] = (name, own_name)
+    return pairs
+
+
+def measure(model: str, rounds: int) -> dict[str, Any]:
+    """Build the payloads of both engines, and race them."""
+    cpu = inspect_cpu()
+    with temporary_workspace() as workspace:
+        operators = prepare(workspace, SUBJECTS[model], cpu).operators
+        contenders, receipts = build_contenders(workspace, operators, cpu)
+        rates: dict[str, list[float]] = {name: [] for name in contenders}
+        for _ in range(RESTARTS):
+            race = run_race(
+                tuple(contenders.values()),
+                samples=workspace.holdout,
+                start=starter(workspace, cpu, TIMEOUT_S),
+                rounds=rounds,
+                round_s=1.0,
+            )
+            for per_s, contender_rates in zip(rates.values(), race.rates, strict=True):
+                per_s += contender_rates.per_s
+    ratios = {
+        name: ratio_data(ratio_interval(rates[ours], rates[theirs]))
+        for name, (ours, theirs) in pairs_of(contenders).items()
+    }
+    return {"rates_per_s": rates, "ratios": ratios, "receipts": receipts}
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """What the command line takes."""
+    add_models(parser, ("resnet50", "mobilenet_v2", "minilm"))
     parser.add_argument("--rounds", type=int, default=8, help="of each run")
-    options = parser.parse_args()
-    found = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
+
+
+def main(options: argparse.Namespace) -> None:
+    """Measure the models; the results of others in the file stay."""
     for model in options.models:
-        found[model] = run(model, options.rounds)
-        RESULTS.write_text(json.dumps(found, indent=1) + "\n")
-        print(f"\n{model}, batch {BATCH}")
-        for name, per_s in found[model]["rates_per_s"].items():
-            print(f"  {name:36s} {median(per_s):8.1f}/s")
-        for name, ratio in found[model]["ratios"].items():
-            print(f"  {name:36s} {ratio['value']:.3f} [{ratio['low']:.3f}, {ratio['high']:.3f}]", flush=True)
-
-
-if __name__ == "__main__":
-    main()
+        record = measure(model, options.rounds)
+        add_results(options.results / "placements.json", model, record)
+        say(f"\n{model}, batch {BATCH}")
+        for name, per_s in record["rates_per_s"].items():
+            say(f"  {name:36s} {median(per_s):8.1f}/s")
+        for name, ratio in record["ratios"].items():
+            say(f"  {name:36s} {ratio_words(ratio)}")

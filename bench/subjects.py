@@ -1,32 +1,21 @@
-"""The models that the benchmarks run, their samples, and how both get to trial children."""
+"""The models that the benchmarks run, with their samples."""
 
-import os
-import sys
-from collections.abc import Callable
+import argparse
+from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
-HERE = Path(__file__).resolve().parent
-ROOT = HERE.parent
-DATA = Path(os.environ.get("COREWISE_DATA", ROOT.parent / "shared" / "data"))
-sys.path.insert(0, str(HERE))
-sys.path.insert(0, str(ROOT / "examples"))
-
-from corewise import source  # noqa: E402
-from corewise.engines import BuildInputs  # noqa: E402
-from corewise.machine.inspect import inspect_cpu  # noqa: E402
-from corewise.records.build import Build  # noqa: E402
-from corewise.records.cpu import Cpu  # noqa: E402
-from corewise.records.report import Preprocess  # noqa: E402
-from corewise.runtime.client import Worker  # noqa: E402
-from corewise.runtime.worker import CALIBRATION, HOLDOUT, PROGRAM, write_build_inputs  # noqa: E402
-from corewise.samples import Samples, default_calibration, from_python, read, split  # noqa: E402
+from bench.harness import DATA, ROOT, example, export_into
+from corewise import source
+from corewise.engines import BuildInputs
+from corewise.records.cpu import Cpu
+from corewise.records.report import Preprocess
+from corewise.runtime.workspace import Workspace
+from corewise.samples import Samples, default_calibration, from_python, read, split
 
 PHOTOS = str(DATA / "imagenet-photos")
 RESNET_MEAN = "0.48501961,0.45795686,0.40760392"
 RESNET_STD = "0.00392157,0.00392157,0.00392157"
-TIMEOUT_S = 900.0
 IMAGES = 200
 PAIRS, TOKENS = 300, 128
 
@@ -70,24 +59,46 @@ SUBJECTS = {
     ),
     "minilm_128": Subject(
         f"{ROOT}/examples/minilm.py:build",
-        ("--samples", f"{HERE}/subjects.py:sentences", "--metric", f"{ROOT}/examples/minilm.py:spearman"),
+        ("--samples", "bench.subjects:sentences", "--metric", f"{ROOT}/examples/minilm.py:spearman"),
     ),
-    # Random weights: what it answers means nothing, so the gate lets all pass.
-    "vit_s": Subject(f"{HERE}/subjects.py:vit_s", ("--samples", f"{HERE}/subjects.py:images", "--max-drop", "1")),
+    # The weights are random, so its outputs mean nothing and the gate lets every build pass.
+    "vit_s": Subject("bench.subjects:vit_s", ("--samples", "bench.subjects:images", "--max-drop", "1")),
     "resnet20": Subject(
         f"{ROOT}/examples/resnet20.py:build",
         ("--samples", str(DATA / "cifar10.npz"), "--metric", "top1", "--resize", "32", "--crop", "32"),
     ),
+    "digits": Subject(
+        f"{ROOT}/examples/digits.py:build", ("--samples", f"{ROOT}/examples/digits.py:samples", "--metric", "top1")
+    ),
 }
 FIVE = ("resnet50", "mobilenet_v2", "minilm_128", "vit_s", "resnet20")
-"""What the search of plans is measured on."""
+"""The models of the main job."""
+
+
+def add_models(parser: argparse.ArgumentParser, default: Sequence[str]) -> None:
+    """The positional arguments that name subjects."""
+
+    def subject_name(name: str) -> str:
+        if name not in SUBJECTS:
+            raise argparse.ArgumentTypeError(f"there is no model {name!r}; there are {', '.join(SUBJECTS)}")
+        return name
+
+    parser.add_argument(
+        "models",
+        nargs="*",
+        type=subject_name,
+        default=list(default),
+        metavar="MODEL",
+        help=f"any of {', '.join(SUBJECTS)} (default: {' '.join(default)})",
+    )
 
 
 def vit_s() -> Any:
     """ViT-S/16 at 224 x 224 with random weights."""
     import torch
-    from architectures import SMALL, OneTensor
     from transformers import ViTConfig, ViTForImageClassification
+
+    from bench.architectures import SMALL, OneTensor
 
     torch.manual_seed(0)
     config = ViTConfig(**SMALL, num_labels=1000, attn_implementation="sdpa")
@@ -96,41 +107,23 @@ def vit_s() -> Any:
 
 def images() -> Samples:
     """Photo-like noise, float32 (3, 224, 224), without labels."""
-    from architectures import images as noise
+    from bench.architectures import images as noise
 
     return from_python(list(noise(IMAGES, 0, size=224)[0]), source="noise")
 
 
 def sentences() -> Samples:
     """The first pairs of STS-B, padded to 128 tokens."""
-    import minilm
-
-    return minilm.padded(TOKENS, PAIRS)
+    return example("minilm", "padded")(TOKENS, PAIRS)
 
 
-def prepare(work: Path, subject: Subject, cpu: Cpu) -> BuildInputs:
-    """Export the model and write into ``work`` what trial children read."""
-    calibrating, holdout = subject.samples()
-    exported = source.export(source.load(subject.model), calibrating)
-    assert exported.program is not None, exported.why_not
-    source.save_program(exported.program, work / PROGRAM)
-    calibrating.save(work / CALIBRATION)
-    holdout.save(work / HOLDOUT)
-    (work / "cache").mkdir()
-    material = BuildInputs(
-        program=work / PROGRAM,
-        inputs=exported.inputs,
-        outputs=exported.outputs,
-        operators=source.operators(exported.program),
-        calibration=calibrating,
-        cpu=cpu,
-        cache=work / "cache",
-    )
-    write_build_inputs(work, material)
-    return material
+def sentences_ragged() -> Samples:
+    """The first 150 pairs of STS-B, each sentence with its own length."""
+    return example("minilm", "samples_ragged")(150)
 
 
-def starter(work: Path, timeout_s: float = TIMEOUT_S) -> Callable[[Build], Worker]:
-    """What starts a trial child for a build."""
-    cpu = inspect_cpu()
-    return lambda build: Worker(cpu=cpu, log=work / "log", timeout_s=timeout_s)
+def prepare(workspace: Workspace, subject: Subject, cpu: Cpu) -> BuildInputs:
+    """Export the subject's model and write what trial processes read."""
+    calibration, holdout = subject.samples()
+    _, inputs = export_into(workspace, source.load(subject.model), calibration, holdout, cpu)
+    return inputs

@@ -1,4 +1,4 @@
-"""A client that costs little: one thread, prepared requests, many connections. HTTP/1.1 with binary tensors."""
+"""A client that costs little: connection thread, prepared requests, many connections. HTTP/1.1 with binary tensors."""
 
 import base64
 import json
@@ -6,7 +6,7 @@ import selectors
 import socket
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,29 +15,31 @@ import numpy as np
 from corewise.common.stats import quantile
 from corewise.runtime.loadgen import arrivals_s
 
+MODEL = "bench"
+"""What a server calls the artifact."""
+INFER = f"/v2/models/{MODEL}/infer"
 MOST_CONNECTIONS = 512
 
 
-def request(model: str, name: str, row: np.ndarray, timeout_ms: float | None = None) -> bytes:
-    """An infer request with one row, whole."""
-    described = {
-        "inputs": [
-            {
-                "name": name,
-                "datatype": "FP32",
-                "shape": list(row.shape),
-                "parameters": {"binary_data_size": row.nbytes},
-            }
-        ],
-        "parameters": {"binary_data_output": True},
-    }
-    text = json.dumps(described).encode()
+def request(name: str, row: np.ndarray, timeout_ms: float | None = None) -> bytes:
+    """A complete infer request with one float32 row."""
+    return infer([(name, "FP32", row)], timeout_ms)
+
+
+def infer(tensors: Sequence[tuple[str, str, np.ndarray]], timeout_ms: float | None = None) -> bytes:
+    """An infer request with (name, datatype, array) tensors: texts in JSON, numbers in binary."""
+    described, tail = [], b""
+    for name, datatype, array in tensors:
+        tensor: dict[str, Any] = {"name": name, "datatype": datatype, "shape": list(array.shape)}
+        if datatype == "BYTES":
+            tensor["data"] = array.tolist()
+        else:
+            tensor["parameters"] = {"binary_data_size": array.nbytes}
+            tail += array.tobytes()
+        described.append(tensor)
+    text = json.dumps({"inputs": described, "parameters": {"binary_data_output": True}}).encode()
     limit = f"x-request-timeout-ms: {timeout_ms:g}\r\n" if timeout_ms else ""
-    return post(
-        f"/v2/models/{model}/infer",
-        text + row.tobytes(),
-        f"{limit}inference-header-content-length: {len(text)}\r\n",
-    )
+    return post(INFER, text + tail, f"{limit}inference-header-content-length: {len(text)}\r\n")
 
 
 def post(path: str, body: bytes, headers: str = "") -> bytes:
@@ -100,21 +102,21 @@ class _Connection:
         self.socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         self.socket.setblocking(False)
         self.out = memoryview(b"")
-        self.found = b""
+        self.received = b""
         self.k = 0
         self.due_s = 0.0
 
     def answer(self) -> tuple[int, bytes] | None:
-        """Status and body, when they are whole."""
-        end = self.found.find(b"\r\n\r\n")
+        """Status and body, once they are complete."""
+        end = self.received.find(b"\r\n\r\n")
         if end < 0:
             return None
-        head = self.found[:end].lower()
+        head = self.received[:end].lower()
         name = b"\r\ncontent-length:"  # not that of the JSON part
         size = int(head[head.index(name) + len(name) :].split(b"\r\n", 1)[0])
-        if len(self.found) < end + 4 + size:
+        if len(self.received) < end + 4 + size:
             return None
-        body, self.found = self.found[end + 4 : end + 4 + size], b""
+        body, self.received = self.received[end + 4 : end + 4 + size], b""
         return int(head[9:12]), body
 
 
@@ -135,18 +137,18 @@ class Wire:
         self._free: deque[_Connection] = deque()
         self._busy = 0
         self._sent = 0
-        """Of all loads: each goes on where the one before ended."""
+        """Of all loads: each goes on where the connection before ended."""
         self._load = Load()
 
     def close(self) -> None:
         """Close the connections that are free."""
-        for one in self._free:
-            one.socket.close()
+        for connection in self._free:
+            connection.socket.close()
         self._free.clear()
         self._select.close()
 
     def closed(self, clients: int, seconds: float) -> Load:
-        """So many senders, each with its next request when it has its answer."""
+        """``clients`` senders, each with its next request when it has its answer."""
         self._load = Load()
         start_s = time.monotonic()
         for _ in range(clients):
@@ -183,58 +185,58 @@ class Wire:
                 self._load.failed += 1
                 return
             self._free.append(_Connection(self._port))
-        one = self._free.popleft()
-        one.k, one.due_s = k, due_s
-        one.out = memoryview(self._requests[k % len(self._requests)])
+        connection = self._free.popleft()
+        connection.k, connection.due_s = k, due_s
+        connection.out = memoryview(self._requests[k % len(self._requests)])
         self._busy += 1
-        self._select.register(one.socket, selectors.EVENT_READ | selectors.EVENT_WRITE, one)
-        self._push(one)
+        self._select.register(connection.socket, selectors.EVENT_READ | selectors.EVENT_WRITE, connection)
+        self._push(connection)
 
-    def _push(self, one: _Connection) -> None:
-        while one.out:
+    def _push(self, connection: _Connection) -> None:
+        while connection.out:
             try:
-                one.out = one.out[one.socket.send(one.out) :]
+                connection.out = connection.out[connection.socket.send(connection.out) :]
             except BlockingIOError:
                 return
-            except OSError:  # told when it is read from
+            except OSError:  # seen when it is read from
                 break
-        self._select.modify(one.socket, selectors.EVENT_READ, one)
+        self._select.modify(connection.socket, selectors.EVENT_READ, connection)
 
     def _step(self, wait_s: float) -> int:
         ended = 0
         for key, events in self._select.select(wait_s):
-            one: _Connection = key.data
+            connection: _Connection = key.data
             if events & selectors.EVENT_WRITE:
-                self._push(one)
+                self._push(connection)
             if events & selectors.EVENT_READ:
                 try:
-                    found = one.socket.recv(1 << 18)
+                    received = connection.socket.recv(1 << 18)
                 except OSError:
-                    found = b""
-                one.found += found
-                whole = one.answer() if found else (0, b"")
-                if whole is not None:
-                    self._select.unregister(one.socket)
+                    received = b""
+                connection.received += received
+                answer = connection.answer() if received else (0, b"")
+                if answer is not None:
+                    self._select.unregister(connection.socket)
                     self._busy -= 1
                     ended += 1
-                    self._count(one, *whole)
-                    if found:
-                        self._free.append(one)
+                    self._count(connection, *answer)
+                    if received:
+                        self._free.append(connection)
                     else:
-                        one.socket.close()
+                        connection.socket.close()
         return ended
 
-    def _count(self, one: _Connection, status: int, body: bytes) -> None:
-        took_ms = (time.monotonic() - one.due_s) * 1e3
+    def _count(self, connection: _Connection, status: int, body: bytes) -> None:
+        took_ms = (time.monotonic() - connection.due_s) * 1e3
         load = self._load
         if status == 200:
             load.answered += 1
             load.latencies_ms.append(took_ms)
             load.in_time += self._slo_ms is None or took_ms <= self._slo_ms
-            expected = self._expected[one.k % len(self._expected)]
-            found = self._read(body, expected.nbytes)
-            # Calls of other sizes round differently; another's answer is far away.
-            load.wrong += bool(np.linalg.norm(found - expected) > 0.1 * np.linalg.norm(expected))
+            expected = self._expected[connection.k % len(self._expected)]
+            output = self._read(body, expected.nbytes)
+            # Calls of other sizes round differently; another request's answer is far away.
+            load.wrong += bool(np.linalg.norm(output - expected) > 0.1 * np.linalg.norm(expected))
         elif status == 503 and b"it waited" in body:
             load.dropped += 1
         elif status == 503:

@@ -9,7 +9,7 @@ import pytest
 from docs_pages import NOT_RUN, Driver, Reader, blocks, commands
 from docs_samples import write_photos, write_texts
 
-from corewise.machine.inspect import inspect
+from corewise.machine.inspect import inspect_cpu
 
 ROOT = Path(__file__).parents[2]
 PAGES = sorted(str(path.relative_to(ROOT)) for path in (ROOT / "README.md", *ROOT.glob("docs/**/*.md")))
@@ -31,7 +31,7 @@ HEADING = re.compile(r"^#+ (.+)$", re.MULTILINE)
 
 pytestmark = [
     pytest.mark.alone,
-    pytest.mark.skipif(inspect().architecture != "x86_64", reason="the pages' artifacts are for x86-64"),
+    pytest.mark.skipif(inspect_cpu().architecture != "x86_64", reason="the pages' artifacts are for x86-64"),
 ]
 
 

@@ -1,7 +1,7 @@
 """The engines as their own documentation shows them: what a user without corewise would write.
 
-Engines by corewise's protocol, so that ``race`` alternates them with corewise's artifact, but nothing in here uses
-corewise's builds: every option is the tool's default, and calibration sees the same samples.
+They are engines by corewise's protocol, so that ``run_race`` alternates them with corewise's artifact, but they use
+nothing of corewise's builds: every option is the tool's default. Calibration sees the same samples.
 """
 
 import shutil
@@ -31,7 +31,7 @@ def example(material: BuildInputs, count: int):
     return tuple(torch.from_numpy(np.array(array)) for array in arrays)
 
 
-class Hand:
+class ByHand:
     """What the classes below share."""
 
     def unavailable(self, opening: bool = False) -> str:
@@ -63,7 +63,7 @@ class FunctionSession:
         del self._function
 
 
-class Eager(Hand):
+class Eager(ByHand):
     """``model(x)`` under inference_mode, the memory format as it is."""
 
     channels_last = False
@@ -91,7 +91,7 @@ class EagerChannelsLast(Eager):
     channels_last = True
 
 
-class TorchCompile(Hand):
+class TorchCompile(ByHand):
     """``torch.compile(model)`` with its defaults, under inference_mode."""
 
     def open(self, folder: Path, build: Build, plan: Plan) -> FunctionSession:
@@ -106,7 +106,7 @@ class TorchCompile(Hand):
         return FunctionSession(run)
 
 
-class TorchFx(Hand):
+class TorchFx(ByHand):
     """FX graph mode quantization with the default qconfig mapping of the default backend (x86)."""
 
     def build(self, material: BuildInputs, build: Build, folder: Path) -> tuple[str, ...]:
@@ -114,13 +114,13 @@ class TorchFx(Hand):
         from torch.ao.quantization import get_default_qconfig_mapping
         from torch.ao.quantization.quantize_fx import convert_fx, prepare_fx
 
-        one = example(material, 1)
-        prepared = prepare_fx(factory(build), get_default_qconfig_mapping("x86"), one)
+        inputs = example(material, 1)
+        prepared = prepare_fx(factory(build), get_default_qconfig_mapping("x86"), inputs)
         with torch.no_grad():
             for _, arrays in material.calibration.batches(16):
                 prepared(*(torch.from_numpy(np.array(array)) for array in arrays))
             quantized = convert_fx(prepared)
-            torch.jit.save(torch.jit.freeze(torch.jit.trace(quantized, one)), folder / "model.pt")
+            torch.jit.save(torch.jit.freeze(torch.jit.trace(quantized, inputs)), folder / "model.pt")
         return ()
 
     def open(self, folder: Path, build: Build, plan: Plan) -> FunctionSession:
@@ -135,7 +135,7 @@ class TorchFx(Hand):
         return FunctionSession(run)
 
 
-class OpenVino(Hand):
+class OpenVino(ByHand):
     """convert_model, and compile_model with the hint LATENCY, which is the default; fp32."""
 
     def convert(self, material: BuildInputs, build: Build):
@@ -144,9 +144,14 @@ class OpenVino(Hand):
         return openvino.convert_model(factory(build), example_input=example(material, 2))
 
     def build(self, material: BuildInputs, build: Build, folder: Path) -> tuple[str, ...]:
+        """Both hints run the same model, which is converted once."""
         import openvino
 
-        openvino.save_model(self.convert(material, build), folder / "model.xml", compress_to_fp16=False)
+        converted = material.cache / f"by-hand-{build.precision}.xml"
+        if not converted.exists():
+            openvino.save_model(self.convert(material, build), converted, compress_to_fp16=False)
+        for suffix in (".xml", ".bin"):
+            shutil.copyfile(converted.with_suffix(suffix), folder / f"model{suffix}")
         return ()
 
     def open(self, folder: Path, build: Build, plan: Plan) -> FunctionSession:
@@ -178,19 +183,8 @@ def throughput_session(folder: Path) -> FunctionSession:
     return FunctionSession(run)
 
 
-def copy_of(folder: Path, other: type) -> bool:
-    """Take the payload that another contender built with the same options; whether it had one."""
-    there = folder.with_name(f"hand_{other.__name__}")
-    if there.is_dir():
-        shutil.copytree(there, folder, dirs_exist_ok=True)
-    return there.is_dir()
-
-
 class OpenVinoThroughput(OpenVino):
     """The same with the hint THROUGHPUT."""
-
-    def build(self, material: BuildInputs, build: Build, folder: Path) -> tuple[str, ...]:
-        return () if copy_of(folder, OpenVino) else super().build(material, build, folder)
 
     def open(self, folder: Path, build: Build, plan: Plan) -> FunctionSession:
         return throughput_session(folder)
@@ -210,14 +204,11 @@ class Nncf(OpenVino):
 class NncfThroughput(Nncf):
     """The same with the hint THROUGHPUT."""
 
-    def build(self, material: BuildInputs, build: Build, folder: Path) -> tuple[str, ...]:
-        return () if copy_of(folder, Nncf) else super().build(material, build, folder)
-
     def open(self, folder: Path, build: Build, plan: Plan) -> FunctionSession:
         return throughput_session(folder)
 
 
-class Ort(Hand):
+class Ort(ByHand):
     """torch.onnx.export and InferenceSession with their defaults; fp32."""
 
     def export(self, material: BuildInputs, build: Build, path: Path) -> None:
@@ -241,7 +232,7 @@ class Ort(Hand):
         import onnxruntime
 
         session = onnxruntime.InferenceSession(folder / "model.onnx", providers=["CPUExecutionProvider"])
-        names = [one.name for one in session.get_inputs()]
+        names = [value.name for value in session.get_inputs()]
         return FunctionSession(lambda inputs: session.run(None, dict(zip(names, inputs, strict=True))))
 
 
@@ -260,7 +251,7 @@ class OrtQuantized(Ort):
                 item = next(self.items, None)
                 return item and {spec.name: array for spec, array in zip(material.inputs, item[1], strict=True)}
 
-        fp32, prepared = material.cache / "hand.onnx", material.cache / "hand-prepared.onnx"
+        fp32, prepared = material.cache / "by-hand.onnx", material.cache / "by-hand-prepared.onnx"
         self.export(material, build, fp32)
         quant_pre_process(fp32, prepared, skip_symbolic_shape=True)
         quantize_static(prepared, folder / "model.onnx", Reader())
@@ -268,16 +259,16 @@ class OrtQuantized(Ort):
 
 
 CONTENDERS = {
-    "eager": "hand:Eager",
-    "eager channels_last": "hand:EagerChannelsLast",
-    "torch.compile": "hand:TorchCompile",
-    "torch FX int8 (x86)": "hand:TorchFx",
-    "OpenVINO fp32, LATENCY": "hand:OpenVino",
-    "OpenVINO fp32, THROUGHPUT": "hand:OpenVinoThroughput",
-    "OpenVINO int8 (NNCF), LATENCY": "hand:Nncf",
-    "OpenVINO int8 (NNCF), THROUGHPUT": "hand:NncfThroughput",
-    "ONNX Runtime fp32": "hand:Ort",
-    "ONNX Runtime int8 (quantize_static)": "hand:OrtQuantized",
+    "eager": "bench.by_hand:Eager",
+    "eager channels_last": "bench.by_hand:EagerChannelsLast",
+    "torch.compile": "bench.by_hand:TorchCompile",
+    "torch FX int8 (x86)": "bench.by_hand:TorchFx",
+    "OpenVINO fp32, LATENCY": "bench.by_hand:OpenVino",
+    "OpenVINO fp32, THROUGHPUT": "bench.by_hand:OpenVinoThroughput",
+    "OpenVINO int8 (NNCF), LATENCY": "bench.by_hand:Nncf",
+    "OpenVINO int8 (NNCF), THROUGHPUT": "bench.by_hand:NncfThroughput",
+    "ONNX Runtime fp32": "bench.by_hand:Ort",
+    "ONNX Runtime int8 (quantize_static)": "bench.by_hand:OrtQuantized",
 }
 """Name to engine; each is raced against corewise's artifact."""
 

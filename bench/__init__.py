@@ -1,0 +1,1 @@
+"""corewise's benchmarks: ``python -m bench --list``. Each writes JSON into ``bench/results``."""

@@ -1,0 +1,83 @@
+"""``corewise serve`` in a process of its own, and the requests that an artifact's golden samples make."""
+
+import queue
+import subprocess
+import sys
+import threading
+import time
+from contextlib import suppress
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+import numpy as np
+
+from bench.wire import MODEL
+from corewise.artifact import Artifact
+
+START_S = 120.0
+
+
+def serve_command(folder: Path, port: int) -> list[str]:
+    """What serves the artifact; port 0 is any free one."""
+    address = f"127.0.0.1:{port}"
+    return [sys.executable, "-m", "corewise.cli", "serve", f"{MODEL}={folder}", "--http", address, "--trust"]
+
+
+def descendants(pid: int) -> list[int]:
+    """The process and everything that came from it and is alive."""
+    parents = {}
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        with suppress(OSError):
+            parents[int(path.parent.name)] = int(path.read_text().rsplit(")", 1)[1].split()[1])
+    family = [pid]
+    for member in family:
+        family += [child for child, parent in parents.items() if parent == member]
+    return family
+
+
+def golden_rows(artifact: Artifact) -> tuple[str, list[np.ndarray], list[np.ndarray]]:
+    """The name of the first input, its golden rows of shape (1, ...), and the flat output of each."""
+    inputs, outputs = artifact.golden()
+    rows = [np.ascontiguousarray(row)[None] for row in inputs[0]]
+    return artifact.manifest.inputs[0].name, rows, [row.reshape(-1) for row in outputs[0]]
+
+
+class Server:
+    """``corewise serve``, ready; a context manager that ends it."""
+
+    def __init__(self, folder: Path) -> None:
+        start_s = time.monotonic()
+        self.process = subprocess.Popen(serve_command(folder.resolve(), 0), stdout=subprocess.PIPE, text=True)
+        try:
+            self.port = self._wait()
+        except queue.Empty:
+            self.process.kill()
+            self.process.wait()
+            raise TimeoutError(f"the server of {folder} was not ready within {START_S:g} s") from None
+        self.ready_s = time.monotonic() - start_s
+
+    def _wait(self) -> int:
+        """The port, once the server says that the model is ready."""
+        lines: queue.Queue[str] = queue.Queue()
+        stream = self.process.stdout
+        assert stream is not None
+        threading.Thread(target=lambda: [lines.put(line) for line in stream], daemon=True).start()
+        port = int(lines.get(timeout=START_S).rsplit(" ", 1)[1])
+        while not lines.get(timeout=START_S).startswith("ready:"):
+            pass
+        return port
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.process.terminate()
+        self.process.wait(60)
+
+    def memory_bytes(self) -> int:
+        """Resident, of the server and its engine process."""
+        sizes = [Path(f"/proc/{pid}/smaps_rollup").read_text() for pid in descendants(self.process.pid)]
+        return sum(int(size.split("Pss:")[1].split()[0]) * 1024 for size in sizes)

@@ -106,14 +106,14 @@ def _listed(folder: Path, allow_empty: bool) -> _Listing:
 def _below(folder: Path) -> Iterator[str]:
     """The files below a class folder, in torchvision's order; links are followed, hidden ones and circles are not."""
     seen: set[str] = set()
-    found: list[tuple[str, list[str]]] = []
+    levels: list[tuple[str, list[str]]] = []
     for parent, folders, files in os.walk(folder, followlinks=True):
         real = os.path.realpath(parent)
         folders[:] = [] if real in seen else [name for name in folders if not name.startswith(".")]
         if real not in seen:
-            found.append((parent, files))
+            levels.append((parent, files))
         seen.add(real)
-    for parent, files in sorted(found):
+    for parent, files in sorted(levels):
         for name in sorted(files):
             if not name.startswith("."):
                 yield os.path.relpath(os.path.join(parent, name), folder)

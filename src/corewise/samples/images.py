@@ -34,7 +34,7 @@ UNSAFE_FORMATS = ("BUFR", "EPS", "GRIB", "HDF5", "MPEG", "WMF")
 ORIENTATION = 0x0112
 """The EXIF tag; 1 is upright, 2 to 8 are mirrored or turned."""
 LONGEST = 16
-"""A side of more than so many times the other one is cut before resizing: the crop shows its middle alone."""
+"""Ratio of the sides beyond which an image is cut before it is resized: the crop shows its middle alone."""
 DIM = 4095
 """A 16-bit image whose values all fit into 12 bits becomes almost black; it is marked in its ``info``."""
 DIM_KEY = "corewise.dim"
@@ -159,9 +159,11 @@ class ImageReader:
         if function is None:
             _check(preprocess)
             return
-        found = find_reference(function, SamplesError, "preprocess function") if isinstance(function, str) else function
+        chosen = (
+            find_reference(function, SamplesError, "preprocess function") if isinstance(function, str) else function
+        )
         name = function if isinstance(function, str) else f"{function.__module__}:{function.__qualname__}"
-        self._function = found
+        self._function = chosen
         self.preprocess = Preprocess(function=name)
 
     def __call__(self, item: Any) -> Any:

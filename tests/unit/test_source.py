@@ -234,7 +234,6 @@ def test_an_exported_program_is_wrapped_again() -> None:
     ("model", "line", "what"),
     [
         (BranchOnData(), "# a branch on data", "Could not guard on data-dependent expression"),
-        (BranchOnBatch(), "# a branch on the batch", "torch.export failed: batch became the constant 2 ("),
     ],
 )
 def test_why_not_names_the_operation_and_the_line(model: nn.Module, line: str, what: str, capfd: Any) -> None:
@@ -249,19 +248,34 @@ def test_why_not_names_the_operation_and_the_line(model: nn.Module, line: str, w
     assert result.outputs[0].shape == (None, 2)
 
 
-def test_why_not_names_the_users_line_even_where_an_operation_fixes_a_dimension() -> None:
+def test_recurrent_layers_take_sequences_of_any_length() -> None:
     class Recurrent(nn.Module):
         def __init__(self) -> None:
             super().__init__()
             self.lstm = nn.LSTM(4, 3, batch_first=True)
 
         def forward(self, x: Tensor) -> Any:
-            return self.lstm(x)[0]  # unrolled
+            return self.lstm(x)[0]
 
-    result = export(Recurrent(), from_python([np.ones((n, 4)) for n in (2, 5, 3)]))
-    assert result.program is None
-    assert f"dimension 1 of input 0 became the constant 5 ({line_of('# unrolled')}): return" in result.why_not
+    model = Recurrent()
+    result = export(model, from_python([np.ones((n, 4)) for n in (2, 5, 3)]))
+    assert result.program is not None
     assert result.outputs[0].shape == (None, None, 3)
+    x = torch.randn(2, 7, 4)
+    torch.testing.assert_close(result.program.module()(x)[0], model(x), atol=1e-5, rtol=1e-4)
+
+
+def test_a_batch_that_cannot_be_dynamic_is_fixed_at_one_and_says_why() -> None:
+    result = export(BranchOnBatch(), from_python(rows()))
+    assert result.program is not None
+    assert result.fixed_batch == 1
+    assert line_of("# a branch on the batch") in result.why_fixed
+
+
+def test_a_model_that_takes_one_row_only_runs_row_by_row() -> None:
+    result = export(OneAtATime(), from_python(rows()))
+    assert result.fixed_batch == 1
+    assert "the model takes one sample but no batch of two" in result.why_fixed
 
 
 def test_a_program_that_answers_differently_is_not_used() -> None:
@@ -285,7 +299,6 @@ def error_of(error: type[CorewiseError], function: Any, *args: Any) -> str:
 @pytest.mark.parametrize(
     ("model", "line", "what"),
     [
-        (OneAtATime(), "# one row only", "the model takes one sample but no batch of two"),
         (TwoAtATime(), "# two rows only", "the model takes a batch of two but not of three"),
     ],
 )
@@ -332,12 +345,16 @@ def test_samples_that_the_model_does_not_take(samples: Any, what: str) -> None:
     [
         ("resnet50", "the model is a str"),
         (Linear().half(), "linear.weight is torch.float16; call model.float() first"),
-        (Linear().to("meta"), "linear.weight is on meta; call model.cpu() first"),
-        (torch.export.export(Linear(), (torch.ones(2, 4),)), "the batch of input x is fixed: its shape is (2, 4)"),
+        (Linear().to("meta"), "linear.weight has no values: it is on the device meta"),
     ],
 )
 def test_unusable_models(model: Any, what: str) -> None:
     assert what in error_of(SourceError, export, model, from_python(rows()))
+
+
+def test_an_exported_program_with_a_fixed_batch_keeps_it() -> None:
+    result = export(torch.export.export(Linear(), (torch.ones(2, 4),)), from_python(rows(4, 4)))
+    assert result.fixed_batch == 2
 
 
 # Loading

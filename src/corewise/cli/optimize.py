@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 from corewise.cli.environment import compute_on_usable_cores
 from corewise.cli.options import AsJson, ImageOptions, ModelReference, SampleOptions, flag, grouped, option, reader
 from corewise.cli.output import console, print_json
-from corewise.cli.quantities import above_zero, choice, duration, lines, size, zero_or_more
+from corewise.cli.quantities import above_zero, choice, duration, size, zero_or_more
 from corewise.common.errors import InputError
 from corewise.records.goal import GOALS, Goal, GoalName, Slo, Throughput, parse_goal
 
@@ -182,6 +182,12 @@ class OutputOptions:
     quiet: Annotated[bool, flag("--quiet", panel="Output", help="Print nothing but errors.")] = False
     as_json: AsJson = False
 
+    def class_names(self) -> tuple[str, ...] | None:
+        """The names in ``--labels``. Raises ``SamplesError`` if they cannot be read."""
+        from corewise.samples import read_class_names
+
+        return None if self.labels is None else read_class_names(self.labels)
+
     def check(self) -> None:
         """Raise ``InputError`` for what could not be saved, before any work is done."""
         from corewise import artifact
@@ -208,7 +214,7 @@ def command(
     from corewise.search.optimization import DEFAULT_ENGINES, optimize
 
     output.check()
-    objective, read, labels = goal.chosen(), reader(samples, images), lines(output.labels)
+    objective, read, labels = goal.chosen(), reader(samples, images), output.class_names()
     compute_on_usable_cores()
     screen = console(stderr=output.as_json)
     mode: Literal["live", "plain", "quiet"] = "live" if screen.is_terminal else "plain"
@@ -227,11 +233,12 @@ def command(
             ignored=tuple(limits.ignored or ()),
             calibration=samples.calibration,
             seed=samples.seed,
+            class_names=labels,
             timeout_s=limits.timeout_s,
             work=work,
             on_event=progress,
         )
-        result.save(output.folder, labels=labels if output.labels else None, tokenizer=output.tokenizer)
+        result.save(output.folder, tokenizer=output.tokenizer)
     result.workspace.remove()
     _conclude(result.report, output, screen)
 

@@ -43,6 +43,7 @@ def optimize(
     ignored: Sequence[str] = (),
     calibration: int | None = None,
     seed: int = 0,
+    class_names: Sequence[str] | None = None,
     budget_s: float | None = None,
     timeout_s: float = TIMEOUT_S,
     work: Path | None = None,
@@ -69,6 +70,7 @@ def optimize(
         calibration: samples to calibrate with, drawn with ``seed``; all others are the holdout that decides. Default:
             two of five, at most 200.
         seed: of the split into calibration and holdout.
+        class_names: names of the classes in the order of the scores, which the artifact keeps.
         budget_s: seconds for the whole search. Default: as long as it takes.
         timeout_s: seconds for each step of a trial.
         work: a folder that keeps finished trials, so that the same call resumes. Default: a temporary folder.
@@ -107,6 +109,7 @@ def optimize(
         ignored=ignored,
         calibration=calibration,
         seed=seed,
+        class_names=class_names,
         on_event=on_event,
     )
     workspace = Workspace.create(work)
@@ -127,7 +130,7 @@ def optimize(
         finally:
             if journal.empty:  # it ended before anything worth keeping
                 workspace.remove()
-    return _result(task, search, choice, build_inputs)
+    return _result(task, search, choice, build_inputs, class_names)
 
 
 def _context(
@@ -154,7 +157,9 @@ def _context(
     )
 
 
-def _result(task: Task, search: Search, choice: Choice, build_inputs: BuildInputs) -> Result:
+def _result(
+    task: Task, search: Search, choice: Choice, build_inputs: BuildInputs, class_names: Sequence[str] | None
+) -> Result:
     context = search.context
     report = Report(
         model=task.model,
@@ -179,6 +184,7 @@ def _result(task: Task, search: Search, choice: Choice, build_inputs: BuildInput
         outputs=context.workspace.outputs(choice.winner),
         opener=task.in_process or engine(choice.winner.engine),
         workspace=context.workspace,
+        class_names=None if class_names is None else tuple(class_names),
     )
 
 

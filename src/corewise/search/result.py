@@ -38,6 +38,7 @@ class Result:
     """The winner's engine."""
     workspace: Workspace
     """Holds the payload."""
+    class_names: tuple[str, ...] | None = None
 
     @property
     def headline(self) -> str:
@@ -71,20 +72,29 @@ class Result:
         labels: Sequence[str] | None = None,
         tokenizer: Path | None = None,
     ) -> artifact.Artifact:
-        """Write the artifact; without ``reference`` it leaves out the fp32 program (and is smaller).
-
-        ``labels`` are the classes' names in the order of the scores, ``tokenizer`` a tokenizer.json: a server then
-        names classes and takes text.
+        """Write the artifact, whole or not at all.
 
         An artifact of a model that cannot be exported holds its weights; loading it needs the module's code.
 
-        Raises ``OutputError`` where ``folder`` exists, cannot be written, or the disk is full.
+        Args:
+            folder: where it goes; must not exist.
+            reference: keep the fp32 program, which ``bench`` and the server's shadow need.
+            labels: names of the classes in the order of the scores, for the server. Default: the ``class_names`` given
+                to ``optimize``.
+            tokenizer: a ``tokenizer.json``, with which the server takes text.
+
+        Returns:
+            The artifact as it was read back.
+
+        Raises:
+            OutputError: ``folder`` exists or cannot be written, or the disk is full.
         """
         from corewise.report import html, markdown
 
+        names = self.class_names if labels is None else tuple(labels)
         artifact.write(
             Path(folder),
-            manifest=lambda files: replace(self._manifest(files), labels=None if labels is None else tuple(labels)),
+            manifest=lambda files: replace(self._manifest(files), labels=names),
             tokenizer=tokenizer,
             payload=self.payload,
             reference=self.build_inputs.program if reference and self.build_inputs.program.exists() else None,

@@ -24,7 +24,7 @@ from corewise.records.jsonable import to_json
 from corewise.records.reason import Reason, ReasonKind
 from corewise.records.report import SampleFacts
 from corewise.runtime.workspace import Workspace
-from corewise.samples import Samples, default_calibration, from_python, read, split
+from corewise.samples import Samples, check_class_names, default_calibration, from_python, read, split
 from corewise.search.candidates import list_candidates
 
 if TYPE_CHECKING:
@@ -65,6 +65,7 @@ class Task:
         ignored: Sequence[str],
         calibration: int | None,
         seed: int,
+        class_names: Sequence[str] | None,
         on_event: OnEvent,
     ) -> Self:
         """Read the samples, export the model and list its builds. Raises ``InputError`` for what is wrong with them."""
@@ -79,6 +80,8 @@ class Task:
         calibrating, holdout = split(data, calibration=count, seed=seed)
         on_event(StageStarted(Stage.EXPORTING))
         exported = source.export(source.load(model) if isinstance(model, str) else model, data)
+        if class_names is not None:
+            check_class_names(class_names, exported.outputs[0].shape[-1] or 0, "the list of class names")
         in_process = None
         if exported.program is None:
             in_process, usable, notes = _only_eager(exported)
@@ -117,7 +120,9 @@ class Task:
     def gate(self, requirements: Requirements) -> AccuracyGate:
         """What compares outputs for the holdout with fp32's."""
         scorer = None if self.metric is None else metrics.resolve(self.metric)
-        return AccuracyGate(scorer, self.holdout, self.exported.output_structure, requirements, self.seed)
+        names = [self.holdout.describe(row) for row in range(len(self.holdout))]
+        structure = self.exported.output_structure
+        return AccuracyGate(scorer, self.holdout, structure, requirements, self.seed, names=names)
 
     def write(self, workspace: Workspace) -> BuildInputs:
         """Write what the trial processes read into the workspace."""

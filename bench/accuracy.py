@@ -54,8 +54,8 @@ from corewise import source  # noqa: E402
 from corewise.common.errors import CorewiseError, EngineError  # noqa: E402
 from corewise.common.references import guard  # noqa: E402
 from corewise.engines import BuildInputs, engine  # noqa: E402
-from corewise.engines.quiet import quiet  # noqa: E402
-from corewise.machine.inspect import inspect  # noqa: E402
+from corewise.engines.libraries import quiet  # noqa: E402
+from corewise.machine.inspect import inspect_cpu  # noqa: E402
 from corewise.records.build import Build  # noqa: E402
 from corewise.records.jsonable import to_json  # noqa: E402
 from corewise.runtime.worker import (  # noqa: E402
@@ -122,7 +122,8 @@ def corewise(material: BuildInputs, folder: Path, model: str, bits: int) -> Made
     """Ours; what was decided is in the notes that the row keeps."""
     from corewise.engines.torch_tools import keep_freed_memory
     from corewise.quantize.placement import TARGETS
-    from corewise.quantize.ptq import Recipe, quantize
+    from corewise.quantize.ptq import quantize
+    from corewise.quantize.quantized import Recipe
     from corewise.quantize.simulate import Simulation
 
     keep_freed_memory()
@@ -146,7 +147,7 @@ def nncf(material: BuildInputs, folder: Path, model: str, bits: int) -> Made:
 def _emulated_by_openvino(path: Path) -> tuple[Predict, int]:
     import openvino
 
-    from corewise.engines.openvino import RUN_LAYERS
+    from corewise.engines.openvino_receipt import RUN_LAYERS
 
     # Not in the list of supported properties, but read by the CPU plugin (src/plugins/intel_cpu/src/config.cpp).
     config = {
@@ -294,7 +295,7 @@ def prepare(model: str, work: Path, quantizers: Sequence[str]) -> tuple[Samples,
         outputs=exported.outputs,
         operators=source.operators(exported.program),
         calibration=calibrating,
-        cpu=inspect(),
+        cpu=inspect_cpu(),
         cache=cache,
     )
     write_build_inputs(work, material)
@@ -457,7 +458,7 @@ def main() -> None:
         return child(models[0], wanted[0], options.child)
     if unmatched := [pattern for pattern in patterns if not any(fnmatch(name, pattern) for name in QUANTIZERS)]:
         parser.error(f"no quantizer is named {', '.join(unmatched)}; there are {', '.join(QUANTIZERS)}")
-    about = {"cpu": to_json(inspect()), "versions": {name: version(name) for name in PACKAGES}, "threads": THREADS}
+    about = {"cpu": to_json(inspect_cpu()), "versions": {name: version(name) for name in PACKAGES}, "threads": THREADS}
     # Libraries start a thread for each CPU that they may use.
     os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[-THREADS:])
 

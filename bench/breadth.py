@@ -33,7 +33,7 @@ from corewise.accuracy.closeness import energies  # noqa: E402
 from corewise.common.errors import CorewiseError  # noqa: E402
 from corewise.common.references import guard  # noqa: E402
 from corewise.engines import BuildInputs, engine  # noqa: E402
-from corewise.machine.inspect import inspect  # noqa: E402
+from corewise.machine.inspect import inspect_cpu  # noqa: E402
 from corewise.records.build import Build, Plan  # noqa: E402
 from corewise.records.cpu import Cpu  # noqa: E402
 from corewise.records.jsonable import to_json  # noqa: E402
@@ -219,9 +219,9 @@ def share(receipt: dict[str, Any]) -> float | None:
 
 def offers(name: str, build: Build, cpu: Cpu, operators: dict[str, int]) -> bool:
     """Whether the engine knows the build's quantizer."""
-    wanted = build.option("quantizer", "")
-    known = [one.option("quantizer", "") for one in engine(name).candidates(cpu, operators)]
-    return not wanted or wanted in known
+    wanted = build.quantization.quantizer
+    known = [one.quantization.quantizer for one in engine(name).candidates(cpu, operators)]
+    return wanted == "engine" or wanted in known
 
 
 def attempt(name: str, expected: Outputs, operators: dict[str, int], bench: Bench, cpu: Cpu, quantizer: str) -> Outcome:
@@ -360,7 +360,7 @@ def main() -> None:
     parser.add_argument("--quantizer", choices=("corewise", "engine"), default="corewise")
     parser.add_argument("--output", type=Path, default=HERE / "results" / "breadth.json")
     options = parser.parse_args()
-    cpu = inspect()
+    cpu = inspect_cpu()
     records: list[dict[str, Any]] = []
     start = time.monotonic()
     for name in options.only:

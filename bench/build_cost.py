@@ -21,7 +21,7 @@ sys.path.insert(0, str(HERE))
 from subjects import SUBJECTS, prepare, starter  # noqa: E402
 
 from corewise.engines import engine, qdq  # noqa: E402
-from corewise.machine.inspect import inspect  # noqa: E402
+from corewise.machine.inspect import inspect_cpu  # noqa: E402
 from corewise.records.jsonable import to_json  # noqa: E402
 from corewise.runtime.worker import CALIBRATION  # noqa: E402
 
@@ -31,7 +31,7 @@ RESULTS = HERE / "results" / "build_cost.json"
 
 def run(model: str, counts: list[int]) -> list[dict[str, Any]]:
     """A row for each number of calibration samples."""
-    cpu = inspect()
+    cpu = inspect_cpu()
     rows = []
     for count in counts:
         with tempfile.TemporaryDirectory(prefix="corewise-cost-") as name:
@@ -71,7 +71,7 @@ def main() -> None:
     found = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
     for model in options.models:
         counts = [int(part) for part in options.samples.split(",")]
-        found[model] = {"cpu": to_json(inspect()), "rows": run(model, counts)}
+        found[model] = {"cpu": to_json(inspect_cpu()), "rows": run(model, counts)}
         RESULTS.write_text(json.dumps(found, indent=1) + "\n")
 
 

@@ -27,7 +27,7 @@ from subjects import FIVE, ROOT, SUBJECTS, prepare, starter  # noqa: E402
 from corewise import artifact  # noqa: E402
 from corewise.common.errors import CorewiseError  # noqa: E402
 from corewise.common.stats import ratio_interval  # noqa: E402
-from corewise.machine.inspect import inspect  # noqa: E402
+from corewise.machine.inspect import inspect_cpu  # noqa: E402
 from corewise.records.build import Plan  # noqa: E402
 from corewise.records.jsonable import to_json  # noqa: E402
 from corewise.runtime.race import Contender, ContenderFailed, race  # noqa: E402
@@ -81,7 +81,7 @@ def by_hand(
 
 def run(model: str, objective: str, budget: str, rounds: int) -> dict[str, Any]:
     """Optimize one model and race the result."""
-    cpu = inspect()
+    cpu = inspect_cpu()
     with tempfile.TemporaryDirectory(prefix="corewise-bench-") as name:
         work = Path(name)
         output = work / f"{model}.cw"

@@ -27,7 +27,7 @@ from subjects import DATA, ROOT  # noqa: E402
 from wire import Wire, post  # noqa: E402
 
 from corewise import artifact  # noqa: E402
-from corewise.machine.inspect import inspect  # noqa: E402
+from corewise.machine.inspect import inspect_cpu  # noqa: E402
 from corewise.records.jsonable import to_json  # noqa: E402
 
 SENTENCES = 1000
@@ -126,7 +126,7 @@ def main() -> None:
         "plan": found.manifest.plan.label,
         "clients": options.clients,
         "longest_tokens": longest,
-        "cpu": to_json(inspect()),
+        "cpu": to_json(inspect_cpu()),
         "loads": loads,
         "answered_per_s": rates,
         "gain": rates["text, by length"] / rates["padded to the longest"],

@@ -34,7 +34,7 @@ from peer_servers import Model  # noqa: E402
 from wire import Load, Wire, from_base64, from_raw, post, request  # noqa: E402
 
 from corewise import artifact  # noqa: E402
-from corewise.machine.inspect import inspect  # noqa: E402
+from corewise.machine.inspect import inspect_cpu  # noqa: E402
 from corewise.records.jsonable import to_json  # noqa: E402
 from corewise.records.measurement import SERVED  # noqa: E402
 
@@ -175,7 +175,7 @@ def main() -> None:
     rows = [np.ascontiguousarray(row)[None] for row in inputs[0]]
     eager = Model(None)
     own = {True: [row.reshape(-1) for row in outputs[0]], False: [eager.run(row).reshape(-1) for row in rows]}
-    result: dict[str, Any] = {"slo_ms": options.slo_ms, "cpu": to_json(inspect()), "versions": {}, "servers": {}}
+    result: dict[str, Any] = {"slo_ms": options.slo_ms, "cpu": to_json(inspect_cpu()), "versions": {}, "servers": {}}
     path = HERE / "results" / "peers.json"
     print(f"{'':28s} {'closed loop':>12s} {f'at p99 {options.slo_ms:g} ms':>16s}")
     for name, peer, packed in SERVERS:

@@ -28,7 +28,7 @@ from corewise.engines import engine, qdq  # noqa: E402
 from corewise.engines import onnxruntime as ort  # noqa: E402
 from corewise.engines import openvino as ov  # noqa: E402
 from corewise.engines.base import Session  # noqa: E402
-from corewise.machine.inspect import inspect  # noqa: E402
+from corewise.machine.inspect import inspect_cpu  # noqa: E402
 from corewise.records.build import Build, Plan  # noqa: E402
 from corewise.records.jsonable import to_json  # noqa: E402
 from corewise.runtime.race import Contender, race  # noqa: E402
@@ -71,7 +71,7 @@ class FixedOnnxRuntime(ort.OnnxRuntime):
 
 def run(model: str, rounds: int) -> dict[str, Any]:
     """Build the two engines' payloads both ways, and race them."""
-    cpu = inspect()
+    cpu = inspect_cpu()
     with tempfile.TemporaryDirectory(prefix="corewise-placements-") as folder:
         work = Path(folder)
         operators = prepare(work, SUBJECTS[model], cpu).operators
@@ -114,7 +114,7 @@ def run(model: str, rounds: int) -> dict[str, Any]:
     for name, one in contenders.items():
         if qdq.uses_corewise_quantizer(one.build) and "batch" not in name:
             engine_name = one.build.engine
-            own_name = f"{engine_name} own{REST if one.build.option(ov.REST, '') else ''}"
+            own_name = f"{engine_name} own{REST if one.build.quantization.rest == 'bf16' else ''}"
             pairs[f"{engine_name}: {name.removeprefix(engine_name + ' ')} / own"] = (name, own_name)
     ratios = {name: ratio_interval(rates[a], rates[b])._asdict() for name, (a, b) in pairs.items()}
     return {"rates_per_s": to_json(rates), "ratios": ratios, "receipts": receipts, "cpu": to_json(cpu)}
@@ -123,9 +123,9 @@ def run(model: str, rounds: int) -> dict[str, Any]:
 def tag_of(build: Build) -> str:
     """Whose quantizer, and what sets the build apart from the quantizer's others."""
     options = (
-        (", everywhere", build.option(ov.PLACEMENT, "")),
-        (", attention", build.option(qdq.ATTENTION, False)),
-        (REST, build.option(ov.REST, "")),
+        (", everywhere", build.quantization.placement == "everywhere"),
+        (", attention", build.quantization.attention),
+        (REST, build.quantization.rest == "bf16"),
     )
     return ("ours" if qdq.uses_corewise_quantizer(build) else "own") + "".join(tag for tag, is_set in options if is_set)
 

@@ -26,7 +26,7 @@ from subjects import FIVE, SUBJECTS, TIMEOUT_S, prepare  # noqa: E402
 from corewise.common.errors import CorewiseError  # noqa: E402
 from corewise.common.stats import ratio_interval  # noqa: E402
 from corewise.engines import qdq  # noqa: E402
-from corewise.machine.inspect import inspect  # noqa: E402
+from corewise.machine.inspect import inspect_cpu  # noqa: E402
 from corewise.records.build import Plan  # noqa: E402
 from corewise.records.cpu import Cpu  # noqa: E402
 from corewise.records.jsonable import to_json  # noqa: E402
@@ -58,7 +58,7 @@ def row(one: Measurement) -> dict[str, Any]:
 
 def run(model: str, rounds: int) -> dict[str, Any]:
     """Both ways on one build, and the race of what they found."""
-    cpu = inspect()
+    cpu = inspect_cpu()
     name = ENGINES.get(model, "openvino")
     build = qdq.int8(name, cpu)
     with tempfile.TemporaryDirectory(prefix="corewise-plans-") as folder:

@@ -37,7 +37,7 @@ from wire import Wire, request  # noqa: E402
 from corewise import artifact  # noqa: E402
 from corewise.artifact import tuned  # noqa: E402
 from corewise.artifact.open import golden_samples  # noqa: E402
-from corewise.machine.inspect import inspect  # noqa: E402
+from corewise.machine.inspect import inspect_cpu  # noqa: E402
 from corewise.records.jsonable import to_json  # noqa: E402
 from corewise.runtime.worker import HOLDOUT  # noqa: E402
 
@@ -76,7 +76,7 @@ class Server:
 
 def run(folder: Path, rate_per_s: float, slo_ms: float, seconds: float) -> dict[str, Any]:
     """All of it."""
-    cpu = inspect()
+    cpu = inspect_cpu()
     found = artifact.read(folder, cpu=cpu)
     plan, build = tuned.fit(found, cpu).plan, found.manifest.build
     inputs, outputs = found.golden()

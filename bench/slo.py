@@ -26,7 +26,7 @@ from subjects import ROOT, SUBJECTS  # noqa: E402
 
 from corewise import artifact  # noqa: E402
 from corewise.artifact.loadtest import load_test  # noqa: E402
-from corewise.machine.inspect import inspect  # noqa: E402
+from corewise.machine.inspect import inspect_cpu  # noqa: E402
 from corewise.records.jsonable import to_json  # noqa: E402
 from corewise.records.measurement import LoadRun  # noqa: E402
 
@@ -76,7 +76,7 @@ def run(model: str, slo_ms: float, budget: str, keep: Path | None) -> dict[str, 
     return {
         "model": model,
         "slo_ms": slo_ms,
-        "cpu": to_json(inspect()),
+        "cpu": to_json(inspect_cpu()),
         "summary": json.loads(done.stdout),
         "plan": plan.label,
         "promised_per_s": promise.rate_per_s,

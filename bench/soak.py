@@ -30,7 +30,7 @@ from serving import Server  # noqa: E402
 from wire import Wire, request  # noqa: E402
 
 from corewise import artifact  # noqa: E402
-from corewise.machine.inspect import inspect  # noqa: E402
+from corewise.machine.inspect import inspect_cpu  # noqa: E402
 from corewise.records.jsonable import to_json  # noqa: E402
 
 ANSWER_S = 10.0
@@ -222,7 +222,7 @@ def main() -> None:
     name = found.manifest.inputs[0].name
     server = Server(options.artifact.resolve())
     try:
-        result = {"artifact": found.manifest.model, "cpu": to_json(inspect())}
+        result = {"artifact": found.manifest.model, "cpu": to_json(inspect_cpu())}
         result["malformed"] = malformed(server, name, rows, expected, options.malformed)
         print(json.dumps(result["malformed"], indent=1), flush=True)
         wire = Wire(server.port, [request("bench", name, row) for row in rows], expected, None)

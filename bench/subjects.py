@@ -15,7 +15,7 @@ sys.path.insert(0, str(ROOT / "examples"))
 
 from corewise import source  # noqa: E402
 from corewise.engines import BuildInputs  # noqa: E402
-from corewise.machine.inspect import inspect  # noqa: E402
+from corewise.machine.inspect import inspect_cpu  # noqa: E402
 from corewise.records.build import Build  # noqa: E402
 from corewise.records.cpu import Cpu  # noqa: E402
 from corewise.records.report import Preprocess  # noqa: E402
@@ -132,5 +132,5 @@ def prepare(work: Path, subject: Subject, cpu: Cpu) -> BuildInputs:
 
 def starter(work: Path, timeout_s: float = TIMEOUT_S) -> Callable[[Build], Worker]:
     """What starts a trial child for a build."""
-    cpu = inspect()
+    cpu = inspect_cpu()
     return lambda build: Worker(cpu=cpu, log=work / "log", timeout_s=timeout_s)

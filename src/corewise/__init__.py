@@ -9,32 +9,131 @@
 Importing corewise imports neither torch nor an engine.
 """
 
+from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from corewise._version import __version__
-from corewise.common.errors import CorewiseError
+from corewise.common.errors import (
+    ArtifactError,
+    CorewiseError,
+    EngineError,
+    InputError,
+    MetricError,
+    MissingExtra,
+    OutputError,
+    SamplesError,
+    SourceError,
+)
 
 if TYPE_CHECKING:
-    from corewise.artifact.open import load
+    from corewise.artifact.model import Model
+    from corewise.artifact.open import Bench, Verification, bench, load, verify
+    from corewise.artifact.under_load import loadtest
+    from corewise.quantize.explanation import Explanation
+    from corewise.records.events import (
+        Event,
+        LoadEnded,
+        PlansTuned,
+        RaceRound,
+        StageStarted,
+        TrialEnded,
+        TrialStarted,
+        TrialStep,
+    )
+    from corewise.records.goal import Goal, Latency, Requirements, Slo, Throughput
+    from corewise.records.measurement import LoadTest
+    from corewise.records.report import Report
+    from corewise.records.tuned import Retuned
+    from corewise.search.explanation import explain
     from corewise.search.optimization import optimize
     from corewise.search.result import Result
     from corewise.search.retuning import retune
 
-__all__ = ["CorewiseError", "Result", "__version__", "load", "optimize", "retune"]
+__all__ = [
+    "ArtifactError",
+    "Bench",
+    "CorewiseError",
+    "EngineError",
+    "Event",
+    "Explanation",
+    "Goal",
+    "InputError",
+    "Latency",
+    "LoadEnded",
+    "LoadTest",
+    "MetricError",
+    "MissingExtra",
+    "Model",
+    "OutputError",
+    "PlansTuned",
+    "RaceRound",
+    "Report",
+    "Requirements",
+    "Result",
+    "Retuned",
+    "SamplesError",
+    "Slo",
+    "SourceError",
+    "StageStarted",
+    "Throughput",
+    "TrialEnded",
+    "TrialStarted",
+    "TrialStep",
+    "Verification",
+    "__version__",
+    "bench",
+    "explain",
+    "load",
+    "loadtest",
+    "optimize",
+    "retune",
+    "verify",
+]
 
 _LAZY = {
-    "Result": "corewise.search.result",
-    "load": "corewise.artifact.open",
-    "optimize": "corewise.search.optimization",
-    "retune": "corewise.search.retuning",
+    "corewise.artifact.model": ("Model",),
+    "corewise.artifact.open": (
+        "Bench",
+        "Verification",
+        "bench",
+        "load",
+        "verify",
+    ),
+    "corewise.artifact.under_load": ("loadtest",),
+    "corewise.quantize.explanation": ("Explanation",),
+    "corewise.records.events": (
+        "Event",
+        "LoadEnded",
+        "PlansTuned",
+        "RaceRound",
+        "StageStarted",
+        "TrialEnded",
+        "TrialStarted",
+        "TrialStep",
+    ),
+    "corewise.records.goal": (
+        "Goal",
+        "Latency",
+        "Requirements",
+        "Slo",
+        "Throughput",
+    ),
+    "corewise.records.measurement": ("LoadTest",),
+    "corewise.records.report": ("Report",),
+    "corewise.records.tuned": ("Retuned",),
+    "corewise.search.explanation": ("explain",),
+    "corewise.search.optimization": ("optimize",),
+    "corewise.search.result": ("Result",),
+    "corewise.search.retuning": ("retune",),
 }
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _LAZY:
-        raise AttributeError(f"module 'corewise' has no attribute {name!r}")
-    from importlib import import_module
+    for module, names in _LAZY.items():
+        if name in names:
+            return getattr(import_module(module), name)
+    raise AttributeError(f"module 'corewise' has no attribute {name!r}")
 
-    # Kept, for importing the submodule "optimize" or "retune" has put the module in the function's place.
-    globals()[name] = getattr(import_module(_LAZY[name]), name)
-    return globals()[name]
+
+def __dir__() -> list[str]:
+    return __all__

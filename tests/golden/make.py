@@ -4,11 +4,11 @@ import io
 import json
 from pathlib import Path
 
+from builders import requirements, text
 from rich.console import Console
 
 from corewise.records.build import Build, Plan, Receipt
 from corewise.records.cpu import Cache, Cpu, LogicalCpu
-from corewise.records.goal import Objective
 from corewise.records.jsonable import to_json
 from corewise.records.measurement import Measurement, Rates
 from corewise.records.report import Choice, LosingTrial, Preprocess, Report, SampleFacts
@@ -68,7 +68,7 @@ TRIALS = (
     Trial(
         build=EAGER,
         state="ok",
-        reason="the baseline: 13.1 items/s",
+        reason=text("the baseline: 13.1 items/s"),
         build_s=1.9,
         payload_bytes=102_503_112,
         peak_memory_bytes=1_402_003_456,
@@ -76,11 +76,13 @@ TRIALS = (
         verified_per_s=12.6,
         measurements=(measured(11.2, 1), measured(13.1, 16)),
     ),
-    Trial(build=EAGER_BF16, state="pruned", reason="this CPU has no bf16 instructions: it would be slower than fp32"),
+    Trial(
+        build=EAGER_BF16, state="pruned", reason=text("this CPU has no bf16 instructions: it would be slower than fp32")
+    ),
     Trial(
         build=OPENVINO,
         state="ok",
-        reason="top1 0.9200 against 0.9200; 19.8 items/s",
+        reason=text("top1 0.9200 against 0.9200; 19.8 items/s"),
         build_s=6.2,
         payload_bytes=102_288_904,
         peak_memory_bytes=1_120_337_920,
@@ -90,7 +92,7 @@ TRIALS = (
     Trial(
         build=OPENVINO_INT8,
         state="ok",
-        reason="top1 0.9167 against 0.9200; 55.6 items/s",
+        reason=text("top1 0.9167 against 0.9200; 55.6 items/s"),
         build_s=48.7,
         payload_bytes=26_341_376,
         peak_memory_bytes=2_310_811_648,
@@ -104,7 +106,7 @@ TRIALS = (
     Trial(
         build=ONEDNN,
         state="ok",
-        reason="top1 0.9133 against 0.9200; 41.9 items/s",
+        reason=text("top1 0.9133 against 0.9200; 41.9 items/s"),
         build_s=31.4,
         payload_bytes=25_906_120,
         peak_memory_bytes=1_988_100_096,
@@ -114,14 +116,14 @@ TRIALS = (
     Trial(
         build=X86,
         state="failed",
-        reason="killed by signal 11 (SIGSEGV) while verifying after 3.1 s",
+        reason=text("killed by signal 11 (SIGSEGV) while verifying after 3.1 s"),
         build_s=30.2,
         peak_memory_bytes=1_954_545_664,
     ),
     Trial(
         build=ORT_INT8,
         state="rejected",
-        reason="top1 0.8900 against 0.9200: drop 0.0300 [0.0100, 0.0500] is above 0.01",
+        reason=text("top1 0.8900 against 0.9200: drop 0.0300 [0.0100, 0.0500] is above 0.01"),
         build_s=22.8,
         payload_bytes=25_724_391,
         peak_memory_bytes=1_733_296_128,
@@ -132,7 +134,7 @@ TRIALS = (
     Trial(
         build=ORT_DYNAMIC,
         state="failed",
-        reason="the package 'onnxscript' is missing; pip install 'corewise[onnxruntime]'",
+        reason=text("the package 'onnxscript' is missing; pip install 'corewise[onnxruntime]'"),
     ),
 )
 
@@ -144,18 +146,20 @@ CHOICE = Choice(
     speedup=4.24,
     speedup_low=4.17,
     speedup_high=4.31,
-    reason="openvino/int8/reduce_range=True wins: 55.4/s, "
-    "4.24x [4.17, 4.31] the baseline eager/fp32 in 9 alternating rounds",
+    reason=text(
+        "openvino/int8/reduce_range=True wins: 55.4/s, "
+        "4.24x [4.17, 4.31] the baseline eager/fp32 in 9 alternating rounds"
+    ),
     losers=(
-        LosingTrial(build=EAGER, state="ok", reason="0.24x [0.23, 0.24] of the winner in the alternating run"),
+        LosingTrial(build=EAGER, state="ok", reason=text("0.24x [0.23, 0.24] of the winner in the alternating run")),
         LosingTrial(build=EAGER_BF16, state="pruned", reason=TRIALS[1].reason),
-        LosingTrial(build=OPENVINO, state="ok", reason="not a finalist: 19.8/s in its trial against 55.6/s"),
-        LosingTrial(build=ONEDNN, state="ok", reason="0.75x [0.74, 0.77] of the winner in the alternating run"),
+        LosingTrial(build=OPENVINO, state="ok", reason=text("not a finalist: 19.8/s in its trial against 55.6/s")),
+        LosingTrial(build=ONEDNN, state="ok", reason=text("0.75x [0.74, 0.77] of the winner in the alternating run")),
         LosingTrial(build=X86, state="failed", reason=TRIALS[5].reason),
         LosingTrial(build=ORT_INT8, state="rejected", reason=TRIALS[6].reason),
         LosingTrial(build=ORT_DYNAMIC, state="failed", reason=TRIALS[7].reason),
     ),
-    warnings=("300 samples are too few to tell: the drop of 0.0033 may be as high as 0.0167, above 0.01",),
+    warnings=(text("300 samples are too few to tell: the drop of 0.0033 may be as high as 0.0167, above 0.01"),),
 )
 
 REPORT = Report(
@@ -180,7 +184,7 @@ REPORT = Report(
         memory_bytes=25_276_063_744,
         memory_limit_bytes=None,
     ),
-    objective=Objective(goal="throughput", max_drop=0.01),
+    requirements=requirements("throughput", max_drop=0.01),
     samples=SampleFacts(
         source="photos/",
         fingerprint="5f0c1d0e3a7b4c2f",
@@ -195,7 +199,7 @@ REPORT = Report(
     choice=CHOICE,
     wall_s=252.4,
     peak_memory_bytes=2_310_811_648,
-    notes=("the batch dimension is dynamic; height and width are fixed at 224",),
+    notes=(text("the batch dimension is dynamic; height and width are fixed at 224"),),
 )
 
 
@@ -217,5 +221,5 @@ def files() -> dict[str, str]:
 
 
 if __name__ == "__main__":
-    for name, text in files().items():
-        (FOLDER / name).write_text(text)
+    for name, content in files().items():
+        (FOLDER / name).write_text(content)

@@ -16,7 +16,7 @@ import httpx
 
 from corewise import artifact
 from corewise.engines.fake import Fake
-from corewise.machine.inspect import inspect
+from corewise.machine.inspect import inspect_cpu
 from corewise.records.build import Build, Plan
 from corewise.records.jsonable import to_json
 from corewise.records.measurement import Measurement
@@ -52,7 +52,7 @@ def fake_artifact(folder, plan=None, *, call_ms=2.0, **options):
         replace(trial, build=build, measurements=measured) if trial.build == report.choice.winner else trial
         for trial in report.trials
     )
-    report = replace(report, cpu=inspect(), trials=trials, choice=replace(report.choice, winner=build, plan=plan))
+    report = replace(report, cpu=inspect_cpu(), trials=trials, choice=replace(report.choice, winner=build, plan=plan))
     artifact.write(
         folder,
         manifest=lambda files: replace(found.manifest, build=build, plan=plan, files=files),

@@ -59,13 +59,18 @@ class Stepwise(Fake):
         return super().build(material, build, folder)
 '''
 
+STEPWISE = (
+    *("optimize", "models.py:build", "--samples", "good.npz", "--engine", "engines:Stepwise"),
+    *("--max-drop", "1", "--objective", "latency"),
+)
+
 QUICK = """
 import signal
 signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored where the tests run in the background
 from corewise.runtime import race
 from corewise.search import trial
 trial.MEASURE_S = race.WARM_S = 0.1
-race.race.__kwdefaults__["round_s"] = 0.05
+race.run_race.__kwdefaults__["round_s"] = 0.05
 from corewise.cli import main
 main()
 """
@@ -146,7 +151,10 @@ def test_optimize_tells_its_progress_in_plain_lines_when_piped(optimized, place)
     assert lines[0] == "reading the samples"
     assert any(line.startswith("1/") and "eager/fp32" in line for line in lines)
     assert any("onnxruntime/fp32" in line for line in lines)
-    assert lines[-1].startswith("saved made.cw")
+    assert "the other builds, the fastest first" in lines
+    assert "notes" not in lines
+    assert [line.split()[0] for line in lines[-5:] if not line.startswith(" ")][-3:] == ["accuracy", "saved", "next"]
+    assert lines[-1] in ("next      corewise serve made.cw", "next      corewise show made.cw")
     assert not (place / "made.cw.work").exists()
 
 
@@ -209,9 +217,32 @@ REFUSED = {
     "fewer labels": ({"samples": "fewer.npz"}, "labels"),
     "metric raises": ({"metric": "models.py:broken_metric"}, "the metric 'broken_metric' failed: AttributeError"),
     "unknown metric": ({"metric": "top2"}, "no metric is named 'top2'; use top5, top1"),
-    "unknown engine": ({"engine": "tvm"}, "no engine is named 'tvm'; use one of eager"),
-    "negative drop": ({"max-drop": "-1"}, "max_drop is -1.0; give 0 or more"),
-    "no number": ({"mean": "a,b"}, "--mean is 'a,b'; give numbers with commas"),
+    "unknown engine": (
+        {"engine": "tvm"},
+        "no engine is named 'tvm'; use one of eager, torch-int8, openvino, inductor, onnxruntime or module:class\n",
+    ),
+    "negative drop": (
+        {"max-drop": "-1"},
+        "corewise: --max-drop is -1; give 0 or more, e.g. 0.01 for one point of top-1",
+    ),
+    "no drop": ({"max-drop": "1%"}, "--max-drop is 1%; give 0 or more"),
+    "no number": ({"mean": "a,b"}, "--mean is a,b; give numbers with commas"),
+    "std of 0": ({"std": "1,0,1"}, "--std 1,0,1 do not fit together; give 3 numbers each"),
+    "crop too large": ({"crop": "300"}, "--crop 300 is more than --resize 256; give a smaller --crop"),
+    "no time": ({"budget": "5x"}, "--budget is 5x; give a time above 0: 90s, 5m or 1h"),
+    "no timeout": ({"timeout": "0"}, "--timeout is 0; give a time above 0"),
+    "no size": ({"memory-limit": "-2G"}, "--memory-limit is -2G; give a size: 500M, 2G or 64MiB"),
+    "no limit": ({"slo-ms": "0"}, "--slo-ms is 0; give a number above 0, e.g. 100"),
+    "unknown objective": ({"objective": "speed"}, "--objective is speed; give throughput, latency or slo"),
+    "slo without a limit": ({"objective": "slo"}, "--objective slo has no --slo-ms; add --slo-ms"),
+    "limit without slo": (
+        {"objective": "latency", "slo-ms": "9"},
+        "--slo-ms does not go with --objective latency; leave out one of them",
+    ),
+    "no seed": ({"seed": "-1"}, "--seed is -1; give a whole number, 0 or more"),
+    "no calibration": ({"calibration": "0"}, "--calibration is 0; give a whole number, 1 or more"),
+    "no tokenizer": ({"tokenizer": "none.json"}, "there is no file none.json; give a tokenizer.json"),
+    "no labels": ({"labels": "none.txt"}, "none.txt cannot be read: No such file or directory; give a text file"),
     "too much calibration": ({"calibration": "60"}, "60 of 60 samples cannot be for calibration"),
     "output exists": ({"output": "models.py"}, "models.py exists already; remove it or give another name with -o"),
     "no folder": ({"output": "none/m.cw"}, "there is no folder none; create it"),
@@ -290,18 +321,69 @@ def test_what_is_no_artifact_is_refused(optimized, place):
 
 
 def test_wrong_usage_exits_with_2(place):
-    for args in (("optimize",), ("show",), ("optimise",), ("optimize", "m", "--objective", "speed")):
+    for args in (("optimize",), ("show",), ("optimise",), ("show", "a.cw", "--jsn")):
         found = corewise(*args, cwd=place)
         assert found.returncode == 2
         assert "Traceback" not in found.stderr
 
 
-# --- interruptions ------------------------------------------------------------------------------------------------
+# --- streams ------------------------------------------------------------------------------------------------------
 
-STEPWISE = (
-    *("optimize", "models.py:build", "--samples", "good.npz", "--engine", "engines:Stepwise"),
-    *("--max-drop", "1", "--objective", "latency"),
-)
+GOLDEN = Path(__file__).parents[1] / "golden" / "schema-1"
+SHOWS = (("show", GOLDEN), ("show", GOLDEN, "--json"), ("doctor",), ("optimize", "--help"))
+
+
+@pytest.mark.parametrize("args", SHOWS, ids=str)
+def test_a_device_without_space_ends_it_with_one_line(args):
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(command(*args, quick=False), stdout=full, stderr=subprocess.PIPE, text=True, timeout=60)
+    assert done.returncode == 2
+    assert done.stderr == "corewise: standard output cannot be written: No space left on device\n"
+
+
+@pytest.mark.parametrize("args", SHOWS, ids=str)
+def test_a_reader_that_is_gone_ends_it_without_a_word(args):
+    reading, writing = os.pipe()
+    os.close(reading)
+    with os.fdopen(writing, "w") as pipe:
+        done = subprocess.run(command(*args, quick=False), stdout=pipe, stderr=subprocess.PIPE, text=True, timeout=60)
+    assert (done.returncode, done.stderr) == (141, "")
+
+
+@pytest.mark.parametrize("args", SHOWS, ids=str)
+def test_signs_that_the_terminal_lacks_are_replaced(args):
+    environment = {**os.environ, "PYTHONIOENCODING": "ascii"}
+    done = subprocess.run(command(*args, quick=False), capture_output=True, timeout=60, env=environment)
+    assert (done.returncode, done.stderr) == (0, b"")
+    shown = done.stdout.decode("ascii")
+    if args == ("show", GOLDEN):
+        assert "+ chosen" in shown
+    if "--help" in args:
+        assert "+- Goal ---" in shown
+
+
+def test_errors_are_told_where_standard_output_is_closed():
+    closed = subprocess.run(
+        ["sh", "-c", 'exec "$@" >&-', "sh", *command("show", "none.cw", quick=False)],
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert (closed.returncode, closed.stderr.count("\n")) == (2, 1)
+    assert "none.cw does not exist" in closed.stderr
+
+
+def test_progress_that_cannot_be_written_ends_the_search(place):
+    """And is not taken for a failed trial or for a full disk, which is what an ``OSError`` in a search usually is."""
+    with open("/dev/full", "w") as full:
+        wanted = command(*STEPWISE, "-o", "unseen.cw")
+        done = subprocess.run(wanted, cwd=place, stdout=full, stderr=subprocess.PIPE, text=True, timeout=120)
+    assert done.returncode == 2
+    assert done.stderr == "corewise: standard output cannot be written: No space left on device\n"
+    assert not (place / "unseen.cw").exists()
+
+
+# --- interruptions ------------------------------------------------------------------------------------------------
 
 
 def test_ctrl_c_keeps_what_was_done_and_the_same_command_resumes(place):

@@ -91,7 +91,7 @@ class Branches(nn.Module):
 def test_the_steps_from_python() -> None:
     torch.manual_seed(0)
     told: list[Any] = []
-    found = explain(Branches(), list(images()), calibration=9, measured=100, weight_bits=8, tell=told.append)
+    found = explain(Branches(), list(images()), calibration=9, measured=100, weight_bits=8, on_event=told.append)
     assert [layer.name for layer in found.layers] == ["conv", "linear"]
     assert (found.model, found.calibration, found.measured, found.weight_bits) == ("Branches", 9, 3, 8)
     assert sorted(found.returning) == ["conv", "linear"]

@@ -6,15 +6,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from corewise import artifact
+from corewise import ArtifactError, artifact
 from corewise.artifact.open import load, verify
-from corewise.machine.inspect import inspect
+from corewise.machine.inspect import inspect_cpu
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 ARTIFACTS = sorted(GOLDEN.glob("schema-*"))
 
 pytestmark = [
-    pytest.mark.skipif(inspect().architecture != "x86_64", reason="the golden artifacts are for x86-64"),
+    pytest.mark.skipif(inspect_cpu().architecture != "x86_64", reason="the golden artifacts are for x86-64"),
     pytest.mark.filterwarnings("ignore:.* was planned on .*, this is .*"),
 ]
 
@@ -26,7 +26,7 @@ def test_the_current_schema_has_one():
 @pytest.mark.parametrize("folder", ARTIFACTS, ids=lambda path: path.name)
 def test_it_opens_and_computes_what_it_did(folder):
     assert verify(folder).sqnr_db > 20
-    found = artifact.read(folder, cpu=inspect())
+    found = artifact.read(folder, cpu=inspect_cpu())
     (inputs,), (expected,) = found.golden()
     with load(folder) as model:
         np.testing.assert_allclose(model(inputs), expected, atol=0.05 * np.abs(expected).max())
@@ -44,5 +44,5 @@ def test_one_changed_byte_is_refused(folder, tmp_path):
     data = bytearray((copy / name).read_bytes())
     data[len(data) // 2] ^= 1
     (copy / name).write_bytes(data)
-    with pytest.raises(artifact.ArtifactError, match="altered"):
+    with pytest.raises(ArtifactError, match="altered"):
         load(copy)

@@ -17,11 +17,9 @@ from corewise.common.errors import CorewiseError, EngineError
 from corewise.engines import BuildInputs, engine
 from corewise.engines.base import Sharing
 from corewise.engines.denormals import flushed
-from corewise.machine.inspect import inspect
+from corewise.machine.inspect import inspect_cpu
 from corewise.machine.layouts import assign, warning
 from corewise.records.build import Build, Plan
-from corewise.records.jsonable import from_json, to_json
-from corewise.records.measurement import Measurement
 from corewise.runtime.client import Worker
 from corewise.runtime.instances import Instances, memory_bytes, open_plan
 from corewise.samples import from_python
@@ -30,7 +28,7 @@ from corewise.testing.engine_contract import tiny_material
 
 pytestmark = pytest.mark.alone
 
-CPU = inspect()
+CPU = inspect_cpu()
 PLAN = Plan(threads_per_instance=1, instances=2, batch=4)
 BUILDS = {
     "eager": Build(engine="eager", precision="fp32"),
@@ -293,16 +291,16 @@ def child(tmp_path, cpus=CPU.usable_cpus):
 
 
 def open_in(worker, build, folder, plan):
-    return worker.call("open", "opening", folder=str(folder), build=to_json(build), plan=to_json(plan))
+    return worker.open(folder, build, plan)
 
 
 def measured(tmp_path, build, folder, samples, plan):
     with child(tmp_path) as worker:
         answer = open_in(worker, build, folder, plan)
-        found = worker.call("measure", "measuring", samples=samples, plan=to_json(plan), budget_s=0.1)
-        worker.call("enter_race", "warming up", samples=samples, batch=plan.batch, budget_s=0.05)
-        per_s = worker.call("round", "racing", budget_s=0.05)["per_s"]
-    return answer, from_json(Measurement, found["measurement"]), per_s
+        measurement = worker.measure(samples, plan, 0.1)
+        worker.warm_up(samples, plan.batch, 0.05)
+        per_s = worker.run_round(0.05).per_s
+    return answer, measurement, per_s
 
 
 @two_cores
@@ -318,8 +316,8 @@ def test_a_second_instance_shares_the_weights(tmp_path, wide, name):
     plan = Plan(threads_per_instance=1, instances=2, batch=2)
     samples = str(wide.cache / "samples.safetensors")
     answer, found, per_s = measured(tmp_path, build, folder, samples, plan)
-    assert answer["cpus"] == [[number] for number in CPU.usable_cpus[:2]]
-    assert answer["warning"] == ""
+    assert [list(cpus) for cpus in answer.cpus] == [[number] for number in CPU.usable_cpus[:2]]
+    assert answer.warning == ""
     assert found.plan == plan
     assert len(found.latencies_ms) >= 6
     assert per_s > 0
@@ -355,17 +353,17 @@ def test_more_threads_than_cores_are_allowed_and_told(tmp_path, wide):
     plan = Plan(threads_per_instance=2, instances=2, batch=1)
     with child(tmp_path, CPU.usable_cpus[:1]) as worker:
         answer = open_in(worker, BUILDS["eager"], folder, plan)
-    assert answer["cpus"] == [[CPU.usable_cpus[0]]] * 2
-    assert answer["warning"] == "4 threads take turns where 1 can compute at once"
+    assert [list(cpus) for cpus in answer.cpus] == [[CPU.usable_cpus[0]]] * 2
+    assert answer.warning == "4 threads take turns where 1 can compute at once"
     assert warning(CPU, 1, 1) == ""
 
 
 def test_an_instance_that_cannot_open_is_the_trials_reason(tmp_path, wide):
     with child(tmp_path) as worker:
-        with pytest.raises(CorewiseError, match=r"opening: .*"):
+        with pytest.raises(CorewiseError, match=r"opening with .*: .*"):
             open_in(worker, BUILDS["eager"], tmp_path / "nothing", PLAN)
         with pytest.raises(CorewiseError, match="has no open session"):
-            worker.call("round", "racing", budget_s=0.1)
+            worker.run_round(0.1)
 
 
 # --- the process --------------------------------------------------------------------------------------------------
@@ -377,9 +375,9 @@ def output_of(*command):
 
 def test_a_process_on_one_core_plans_for_one():
     code = (
-        "from corewise.machine.inspect import inspect; from corewise.machine.layouts import assign, thread_plans;"
-        "cpu = inspect();"
-        "print(thread_plans(cpu), assign(cpu, 1, 1))"
+        "from corewise.machine.inspect import inspect_cpu; from corewise.machine.layouts import assign, thread_layouts;"
+        "cpu = inspect_cpu();"
+        "print(tuple(map(tuple, thread_layouts(cpu))), assign(cpu, 1, 1))"
     )
     number = CPU.affinity[-1]
     assert output_of("taskset", "-c", str(number), sys.executable, "-c", code) == f"((1, 1),) (({number},),)"

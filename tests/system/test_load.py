@@ -15,22 +15,21 @@ from corewise.artifact import tuned
 from corewise.artifact.tuned import Machine, Tuned
 from corewise.batching import LatencyTable
 from corewise.common.errors import CorewiseError
-from corewise.machine.inspect import inspect
+from corewise.machine.inspect import inspect_cpu
 from corewise.machine.layouts import most_threads
 from corewise.records.build import Build, Plan
-from corewise.records.jsonable import from_json, to_json
+from corewise.records.jsonable import from_json
 from corewise.records.measurement import LoadRun, Measurement
 from corewise.runtime.client import Worker
-from corewise.runtime.worker import HOLDOUT
 from corewise.samples import from_python
 
 pytestmark = pytest.mark.alone
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "schema-1"
-CPU = inspect()
+CPU = inspect_cpu()
 SAMPLES = from_python(list(np.random.default_rng(0).standard_normal((40, 6)).astype(np.float32)))
 PLAN = Plan(threads_per_instance=1, instances=2, batch=4)
-CURVE = LatencyTable(points=((1, 6.0), (4, 12.0)))
+TABLE = LatencyTable(points=((1, 6.0), (4, 12.0)))
 
 ENGINES = '''
 import numpy as np
@@ -69,18 +68,15 @@ class FailsUnderLoad(Fake):
 @pytest.fixture
 def child(tmp_path):
     """Opens the engine in a child, and asks that for loads."""
-    fill(tmp_path, SAMPLES)
-    (tmp_path / "payload").mkdir()
+    workspace = fill(tmp_path / "work", SAMPLES)
     with Worker(cpu=CPU, log=tmp_path / "log", timeout_s=120) as worker:
 
-        def load(engine="fake", call_ms=2.0, curve=CURVE, plan=PLAN, **options):
+        def load(engine="fake", call_ms=2.0, table=TABLE, plan=PLAN, **options):
             build = Build(engine=engine, precision="fp32", options=(("seconds_per_call", call_ms / 1e3),))
-            folder = str(tmp_path / "payload")
-            worker.call("build", "building", material=str(tmp_path), build=to_json(build), folder=folder)
-            worker.call("open", "opening", folder=folder, build=to_json(build), plan=to_json(plan))
-            wanted = {"samples": str(tmp_path / HOLDOUT), "plan": to_json(plan), "curve": to_json(curve)}
-            answer = worker.call("load", "under load", **wanted, **{"duration_s": 1.0, **options})
-            return from_json(LoadRun, answer["load"])
+            payload = workspace.empty_payload(build)
+            worker.build(workspace, build, payload)
+            worker.open(payload, build, plan)
+            return worker.load(workspace.holdout, plan, table, **{"duration_s": 1.0, **options})
 
         yield load
 
@@ -95,7 +91,7 @@ def test_an_open_loop_is_answered(child):
     assert (run.plan, run.rate_per_s, run.clients, run.slo_ms) == (PLAN, 100.0, None, None)
     assert 60 < run.offered < 140
     assert (run.refused, run.failed) == (0, 0)
-    assert run.held
+    assert run.met
     assert 2.0 <= run.p50_ms <= run.p99_ms
 
 
@@ -109,12 +105,12 @@ def test_a_closed_loop_keeps_its_clients_busy(child):
 
 def test_more_than_it_can_do_is_refused_at_once_and_the_rest_is_answered(child):
     run = counted(
-        child(rate_per_s=3000.0, call_ms=20.0, curve=LatencyTable(points=((1, 25.0), (4, 25.0))), slo_ms=200.0)
+        child(rate_per_s=3000.0, call_ms=20.0, table=LatencyTable(points=((1, 25.0), (4, 25.0))), slo_ms=200.0)
     )
     assert run.refused > run.offered / 3
     assert run.answered > 0
     assert run.failed == 0
-    assert not run.held
+    assert not run.met
     assert run.refusal_p99_ms > 0
 
 
@@ -133,7 +129,7 @@ def user_engines(tmp_path, monkeypatch):
 def test_answers_that_belong_to_others_have_failed(user_engines, child):
     run = counted(child("loaded_engines:MixesUp", clients=16, call_ms=5.0))
     assert run.failed > 0
-    assert not run.held
+    assert not run.met
 
 
 def test_calls_that_fail_are_counted(user_engines, child):
@@ -151,7 +147,7 @@ def test_what_is_no_load_is_said_by_the_child(child):
 
 
 def corewise(*arguments):
-    command = [sys.executable, "-m", "corewise.cli", "load", *arguments]
+    command = [sys.executable, "-m", "corewise.cli", "loadtest", *arguments]
     return subprocess.run(command, capture_output=True, text=True, timeout=300)
 
 
@@ -190,16 +186,28 @@ def here(tuned_here):
 
 @x86
 def test_load_tells_what_became_of_the_requests(here):
-    found = corewise(here, "--rate", "50", "--duration-s", "1", "--slo-ms", "5000")
+    found = corewise(here, "--rate", "50", "--duration", "1", "--slo-ms", "5000")
     assert (found.returncode, found.stderr) == (0, "")
     assert "50 requests/s, arriving at random" in found.stdout
     assert "0 refused, 0 failed" in found.stdout
-    assert "the SLO of 5000 ms (p99) held: the p99 was" in found.stdout
+    assert "the SLO of 5,000 ms (p99) was met: the p99 was" in found.stdout
+
+
+@x86
+def test_the_old_names_work_with_a_warning(here):
+    command = [sys.executable, "-m", "corewise.cli", "load", here, "--rate", "50", "--duration-s", "1"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0
+    assert "50 requests/s, arriving at random" in done.stdout
+    assert [line.split(";")[0] for line in done.stderr.splitlines()] == [
+        "corewise: warning: the command load will be removed in the next version",
+        "corewise: warning: the option --duration-s will be removed in the next version",
+    ]
 
 
 @x86
 def test_load_as_json(here):
-    found = corewise(here, "--clients", "3", "--duration-s", "1", "--json")
+    found = corewise(here, "--clients", "3", "--duration", "1", "--json")
     assert (found.returncode, found.stderr) == (0, "")
     data = json.loads(found.stdout)
     run = from_json(LoadRun, data["run"])
@@ -211,27 +219,27 @@ def test_load_as_json(here):
 
 @x86
 def test_an_slo_that_one_call_misses_is_a_result_in_words(here):
-    found = corewise(here, "--rate", "50", "--duration-s", "1", "--slo-ms", "1")
+    found = corewise(here, "--rate", "50", "--duration", "1", "--slo-ms", "1")
     assert (found.returncode, found.stderr) == (0, "")
     assert "0 answered" in found.stdout
-    assert "cannot hold: one call alone takes 2 ms, so every request was too urgent" in found.stdout
+    assert "cannot be met: one call alone takes 2.00 ms, so every request was refused" in found.stdout
 
 
 @pytest.mark.parametrize(
     ("arguments", "told"),
     [
-        ((), "a load has either a rate or clients"),
-        (("--rate", "5", "--clients", "2"), "a load has either a rate or clients"),
-        (("--rate", "0"), "a rate of 0 is no load; give a number above 0"),
-        (("--rate", "-2"), "a rate of -2"),
+        ((), "neither --rate nor --clients is given; give --rate for random arrivals or --clients"),
+        (("--rate", "5", "--clients", "2"), "--rate and --clients are both given"),
+        (("--rate", "0"), "--rate is 0; give a number above 0"),
+        (("--rate", "-2"), "--rate is -2"),
         (("--rate", "1e9"), "more than one sender can send"),
-        (("--clients", "0"), "a number of clients of 0"),
-        (("--rate", "5", "--slo-ms", "0"), "an SLO of 0 is no load"),
-        (("--rate", "5", "--duration-s", "nan"), "a duration of nan"),
-        (("--rate", "5", "--threads", "0"), "threads per instance: 0 is no plan; give a whole number, 1 or more"),
-        (("--rate", "5", "--threads", "-3"), "threads per instance: -3 is no plan"),
-        (("--rate", "5", "--instances", "0"), "instances: 0 is no plan"),
-        (("--rate", "5", "--batch", "0"), "batch: 0 is no plan"),
+        (("--clients", "0"), "--clients is 0; give a whole number, 1 or more"),
+        (("--rate", "5", "--slo-ms", "0"), "--slo-ms is 0; give a number above 0"),
+        (("--rate", "5", "--duration", "nan"), "--duration is nan; give a time above 0"),
+        (("--rate", "5", "--threads", "0"), "--threads is 0; give a whole number, 1 or more"),
+        (("--rate", "5", "--threads", "-3"), "--threads is -3"),
+        (("--rate", "5", "--instances", "0"), "--instances is 0"),
+        (("--rate", "5", "--batch", "0"), "--batch is 0"),
         (("--rate", "5", "--batch", "100000"), "batch 100000 is more than any machine has; stay within 4096 threads"),
     ],
 )
@@ -246,16 +254,16 @@ def test_bad_input_is_one_line(arguments, told):
 @x86
 def test_a_plan_that_was_not_measured_is_loaded_by_estimates(tuned_here):
     folder = tuned_here()
-    found = corewise(folder, "--rate", "5", "--duration-s", "1")
+    found = corewise(folder, "--rate", "5", "--duration", "1")
     assert (found.returncode, found.stderr) == (0, "")
-    assert "note: " + folder + " has no measurement with 1 threads x 1, batch 16" in found.stdout
+    assert "note: " + folder + " has no measurement with 1 thread x 1, batch 16" in found.stdout
     assert "until then latencies are estimated" in found.stdout
 
 
 @x86
 def test_a_plan_of_the_users_own_runs_with_a_warning_where_threads_are_too_many(here):
     most = most_threads(CPU)
-    found = corewise(here, "--clients", "2", "--duration-s", "1", "--threads", str(2 * most), "--batch", "4")
+    found = corewise(here, "--clients", "2", "--duration", "1", "--threads", str(2 * most), "--batch", "4")
     assert (found.returncode, found.stderr) == (0, "")
     assert f"on {2 * most} threads x 1, batch 4" in found.stdout
     assert f"as asked: {2 * most} threads take turns where {most} can compute at once" in found.stdout

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from builders import requirements
 
 import corewise
 from corewise import artifact
@@ -19,23 +20,24 @@ from corewise.artifact import TUNED
 from corewise.artifact.open import verify
 from corewise.artifact.tuned import Machine, read, write
 from corewise.common.errors import ArtifactError, CorewiseError, InputError, OutputError
-from corewise.machine.inspect import inspect
+from corewise.machine.inspect import inspect_cpu
 from corewise.machine.layouts import most_threads
 from corewise.records.build import Build, Plan
 from corewise.records.events import StageStarted
-from corewise.records.goal import Objective
+from corewise.report.lines import retuned_lines
 
 TESTS = Path(__file__).parents[1]
 MADE = runpy.run_path(str(TESTS / "unit" / "test_artifact.py"))
 GOLDEN = TESTS / "golden" / f"schema-{artifact.SCHEMA}"
 RETUNE = import_module("corewise.search.retuning")
 retune = RETUNE.retune  # "corewise.search.retuning" is the module by now
-CPU = inspect()
+CPU = inspect_cpu()
 ONE_CORE = ("taskset", "-c", str(CPU.affinity[-1]))
 SINGLE = Plan(threads_per_instance=1)
 QUICK = """
 import sys
 from importlib import import_module
+from corewise.report.lines import retuned_lines
 from corewise.runtime import race
 import_module("corewise.search.retuning").MEASURE_S = race.WARM_S = 0.05
 from corewise.cli import main
@@ -82,7 +84,7 @@ def make(folder, *, plan=SINGLE, goal="throughput", engine="fake", golden=None, 
     """An artifact of the fake engine whose calls take time: 20 ms, and 1 ms an item, unless told otherwise."""
     options = {"seconds_per_call": 0.02, "seconds_per_item": 0.001, "serial": 1.0, **options}
     build = Build(engine=engine, precision="int8", options=tuple(sorted(options.items())))
-    report = replace(MADE["STORY"], objective=Objective(goal=goal))
+    report = replace(MADE["STORY"], requirements=requirements(goal=goal))
     made = MADE["write"](folder, build=replace(build, engine="fake"), golden=golden, plan=plan, report=report)
     return made, build
 
@@ -122,13 +124,13 @@ def test_a_faster_plan_is_found_saved_and_loaded(tmp_path):
     folder, _ = make(tmp_path / "m.cw")
     before = artifact.read(folder)
     events = []
-    found = retune(folder, budget_s=15, tell=events.append)
+    found = retune(folder, budget_s=15, on_event=events.append)
     assert found.old == SINGLE
     assert found.best == found.entry.plan != SINGLE
     assert not found.kept
-    assert found.ratio.low > 1
+    assert found.comparison.low > 1
     assert found.best_per_s > found.old_per_s > 0
-    assert found.rounds >= 3
+    assert found.comparison.rounds >= 3
     assert all(isinstance(event, StageStarted) for event in events)
     assert len(events) == len(found.entry.measurements) + 1
     assert read(folder) == (found.entry,)
@@ -152,7 +154,7 @@ def test_again_it_begins_with_the_tuned_plan(tmp_path):
 def test_a_real_artifact_in_a_container_of_one_core(tmp_path):
     folder = tmp_path / "golden.cw"
     shutil.copytree(GOLDEN, folder)
-    found = json.loads(ok("retune", folder, "--budget-s", "20", "--json", on=ONE_CORE))
+    found = json.loads(ok("retune", folder, "--budget", "20", "--json", on=ONE_CORE))
     machine = found["entry"]["machine"]
     assert (machine["usable_cores"], machine["hardware_threads"]) == (1, 1)
     plans = [one["plan"] for one in found["entry"]["measurements"]]
@@ -171,7 +173,7 @@ def test_a_real_artifact_in_a_container_of_one_core(tmp_path):
 def test_the_words_tell_both_plans_and_where_it_was_saved(tmp_path):
     folder = tmp_path / "golden.cw"
     shutil.copytree(GOLDEN, folder)
-    lines = ok("retune", folder, "--budget-s", "8").splitlines()
+    lines = ok("retune", folder, "--budget", "8").splitlines()
     assert lines[0].startswith("old plan ")
     assert lines[-1] == f"saved {folder / TUNED}"
     assert any(" plans measured in " in line and CPU.model in line for line in lines)
@@ -192,7 +194,7 @@ def test_one_machine_with_other_limits_is_another_machine(tmp_path):
         pytest.skip("needs two hardware threads")
     folder, _ = make(tmp_path / "m.cw")
     whole = retune(folder, budget_s=10).entry
-    ok("retune", folder, "--budget-s", "10", on=ONE_CORE)
+    ok("retune", folder, "--budget", "10", on=ONE_CORE)
     part = next(one for one in read(folder) if one != whole)
     assert set(read(folder)) == {whole, part}
     assert part.machine.usable_cores == 1
@@ -201,8 +203,8 @@ def test_one_machine_with_other_limits_is_another_machine(tmp_path):
 
 def test_the_old_plan_stays_where_no_other_is_tried(tmp_path):
     folder, _ = make(tmp_path / "m.cw", goal="latency")
-    found = ok("retune", folder, "--budget-s", "10", on=ONE_CORE)
-    assert "no plan that was tried is faster: the old one stays" in found
+    found = ok("retune", folder, "--budget", "10", on=ONE_CORE)
+    assert "no plan that was tried is faster: the old plan stays" in found
     (entry,) = read(folder)
     assert entry.plan == SINGLE
     assert [one.plan for one in entry.measurements] == [SINGLE]
@@ -213,10 +215,10 @@ def test_the_old_plan_stays_where_the_race_does_not_bear_out_the_search(moody, t
     folder = moody(trouble="tires 1", log=str(tmp_path / "log"), seconds_per_call=0.002)
     found = retune(folder, budget_s=10)
     assert found.best != found.old
-    assert found.ratio.value < 1
+    assert found.comparison.ratio < 1
     assert found.kept
     assert found.entry.plan == SINGLE
-    assert any("the old plan is as good and stays" in line for line in RETUNE.words(found))
+    assert any("the old plan is as good and stays" in line for line in retuned_lines(found))
 
 
 def test_the_package_has_it(tmp_path):
@@ -244,7 +246,7 @@ def test_a_child_that_dies_is_replaced(moody):
 def test_an_old_plan_that_does_not_run_here_is_replaced_without_a_race(moody):
     found = retune(moody(trouble="refuses 7", plan=replace(SINGLE, batch=7)), budget_s=10)
     assert found.old_per_s is None
-    assert found.ratio is None
+    assert found.comparison is None
     assert not found.kept
     assert any("batch 7 does not run here" in note for note in found.notes)
 
@@ -310,7 +312,7 @@ def read_only(tmp_path):
 
 
 def test_a_read_only_folder_is_told_after_the_plan(read_only):
-    found = command("retune", read_only, "--budget-s", "5", on=ONE_CORE)
+    found = command("retune", read_only, "--budget", "5", on=ONE_CORE)
     assert found.returncode == 2
     assert found.stdout.startswith("old plan ")
     assert found.stderr.startswith(f"corewise: {read_only / TUNED} cannot be written: ")
@@ -326,8 +328,9 @@ def test_doctor_and_plans_know_of_one_core_only():
     found = json.loads(ok("doctor", "--json", on=ONE_CORE))
     assert found["cpu"]["affinity"] == [CPU.affinity[-1]]
     code = (
-        "from corewise.machine.inspect import inspect; from corewise.machine.layouts import most_threads, thread_plans;"
-        "cpu = inspect(); print(cpu.usable_cores, most_threads(cpu), thread_plans(cpu))"
+        "from corewise.machine.inspect import inspect_cpu\n"
+        "from corewise.machine.layouts import most_threads, thread_layouts\n"
+        "cpu = inspect_cpu()\nprint(cpu.usable_cores, most_threads(cpu), tuple(map(tuple, thread_layouts(cpu))))"
     )
     found = subprocess.run([*ONE_CORE, sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert found.stdout == "1 1 ((1, 1),)\n"

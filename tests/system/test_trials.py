@@ -10,14 +10,15 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from trial_folder import fill, make_setting
+from builders import said
+from trial_folder import fill, make_context
 
 from corewise.common.errors import CorewiseError, OutputError
-from corewise.machine.inspect import inspect
+from corewise.machine.inspect import inspect_cpu
 from corewise.records.build import Build
 from corewise.records.events import TrialStep
 from corewise.runtime.client import Died, Worker, read_outputs
-from corewise.runtime.race import Contender, ContenderFailed, race
+from corewise.runtime.race import Contender, ContenderFailed, run_race
 from corewise.samples import from_python
 from corewise.search import trial as module
 from corewise.search.budget import Budget
@@ -60,9 +61,8 @@ def quick(monkeypatch):
 
 
 @pytest.fixture
-def setting(tmp_path):
-    fill(tmp_path, SAMPLES)
-    return make_setting(tmp_path, max_drop=0.2)
+def context(tmp_path):
+    return make_context(fill(tmp_path, SAMPLES), max_drop=0.2)
 
 
 def children():
@@ -81,32 +81,32 @@ def no_orphans():
     assert children() <= before
 
 
-def test_a_sound_build_is_verified_and_measured(setting):
+def test_a_sound_build_is_verified_and_measured(context):
     steps = []
-    setting = make_setting(setting.folder, max_drop=0.2, tell=steps.append)
-    found = run_trial(FAKE, setting, is_baseline=True)
-    assert (found.state, found.reason) == ("ok", "the baseline")
+    context = make_context(context.workspace, max_drop=0.2, on_event=steps.append)
+    found = run_trial(FAKE, context, is_baseline=True)
+    assert (found.state, said(found.reason)) == ("ok", "the baseline")
     assert found.fidelity.agreement == 1.0
-    assert found.payload_bytes == (setting.payload(FAKE) / "fake.json").stat().st_size
-    assert found.measurements[0].plan == setting.plan
+    assert found.payload_bytes == (context.workspace.payload(FAKE) / "fake.json").stat().st_size
+    assert found.measurements[0].plan == context.plan
     assert found.peak_memory_bytes > 10e6
-    assert [step.text.partition(",")[0] for step in steps if isinstance(step, TrialStep)] == [
+    assert [step.step for step in steps if isinstance(step, TrialStep)] == [
         "building",
         "verifying",
         "measuring",
     ]
 
 
-def test_outputs_come_in_the_order_of_the_samples(setting):
-    run_trial(FAKE, setting)
-    (found,) = read_outputs(setting.outputs(FAKE)).leaves
+def test_outputs_come_in_the_order_of_the_samples(context):
+    run_trial(FAKE, context)
+    (found,) = read_outputs(context.workspace.outputs(FAKE)).leaves
     weights = np.random.default_rng(0).standard_normal((6, 5)) / np.sqrt(6)
     np.testing.assert_allclose(found, np.stack([row[0] for row in SAMPLES.rows]) @ weights, rtol=1e-4, atol=1e-5)
 
 
 MISBEHAVING = {
     "Segfault": "crashed with SIGSEGV while building",
-    "KilledForMemory": r"killed \(SIGKILL, most likely by the kernel for want of memory\) while building",
+    "KilledForMemory": r"killed \(SIGKILL, most likely by the kernel for lack of memory\) while building",
     "RaisesInBuild": "building: RuntimeError: no kernel for aten.frobnicate",
     "CrashesInRun": "crashed with SIGSEGV while verifying",
     "NanOutputs": "NaN or infinity where fp32's has none",
@@ -114,22 +114,22 @@ MISBEHAVING = {
 }
 
 
-def test_a_misbehaving_engine_fails_its_own_trial_only(setting):
-    assert run_trial(FAKE, setting, is_baseline=True).state == "ok"
+def test_a_misbehaving_engine_fails_its_own_trial_only(context):
+    assert run_trial(FAKE, context, is_baseline=True).state == "ok"
     for name, told in MISBEHAVING.items():
-        found = run_trial(misbehaving(name), setting)
+        found = run_trial(misbehaving(name), context)
         assert found.state == "failed", name
-        assert re.search(told, found.reason)
-        assert "\n" not in found.reason
+        assert re.search(told, said(found.reason))
+        assert "\n" not in said(found.reason)
         assert found.measurements == ()
-    assert run_trial(FAKE, setting).state == "ok"
+    assert run_trial(FAKE, context).state == "ok"
 
 
-def test_a_hanging_engine_is_ended(setting):
+def test_a_hanging_engine_is_ended(context):
     start = time.monotonic()
-    found = run_trial(misbehaving("Hang"), make_setting(setting.folder, max_drop=0.2, timeout_s=5))
+    found = run_trial(misbehaving("Hang"), make_context(context.workspace, max_drop=0.2, timeout_s=5))
     assert found.state == "failed"
-    assert found.reason == "hung while building: no answer in 5 s, so it was ended"
+    assert said(found.reason) == "hung while building: no answer in 5 s, so it was ended"
     assert time.monotonic() - start < 20
 
 
@@ -141,23 +141,23 @@ def user_engines(tmp_path, monkeypatch):
     sys.modules.pop("user_engines", None)
 
 
-def test_a_trial_is_ended_when_its_share_of_the_budget_is_spent(setting, monkeypatch):
+def test_a_trial_is_ended_when_its_share_of_the_budget_is_spent(context, monkeypatch):
     monkeypatch.setattr("corewise.runtime.client.LEAST_S", 0.2)
     budget = Budget(total_s=20.0)
-    found = run_trial(misbehaving("Hang"), make_setting(setting.folder, max_drop=0.2, budget=budget), share=0.3)
-    assert (found.state, found.reason) == ("pruned", "the budget of 20 s was spent while it was tried")
+    found = run_trial(misbehaving("Hang"), make_context(context.workspace, max_drop=0.2, budget=budget), share=0.3)
+    assert (found.state, said(found.reason)) == ("pruned", "the budget of 20 s was spent while it was tried")
     assert budget.left_s() > 5
 
 
-def test_a_crash_is_told_though_the_budget_is_spent(setting):
+def test_a_crash_is_told_though_the_budget_is_spent(context):
     spent = Budget(total_s=1e-3)  # each step has its least time all the same
-    found = run_trial(misbehaving("Segfault"), make_setting(setting.folder, max_drop=0.2, budget=spent))
-    assert (found.state, "SIGSEGV" in found.reason) == ("failed", True)
+    found = run_trial(misbehaving("Segfault"), make_context(context.workspace, max_drop=0.2, budget=spent))
+    assert (found.state, "SIGSEGV" in said(found.reason)) == ("failed", True)
 
 
-def test_what_a_hanging_engine_started_is_ended_with_it(setting, user_engines):
-    run_trial(user_engines("Parent"), make_setting(setting.folder, max_drop=0.2, timeout_s=5))
-    helper = int((setting.folder / "builds" / "helper").read_text())
+def test_what_a_hanging_engine_started_is_ended_with_it(context, user_engines):
+    run_trial(user_engines("Parent"), make_context(context.workspace, max_drop=0.2, timeout_s=5))
+    helper = int((context.workspace.folder / "builds" / "helper").read_text())
     deadline = time.monotonic() + 10
     while running(helper) and time.monotonic() < deadline:
         time.sleep(0.05)
@@ -172,96 +172,98 @@ def running(pid):
     return state != "Z"
 
 
-def test_the_last_words_of_a_child_are_told(setting, user_engines):
-    found = run_trial(user_engines("Leaving"), setting)
+def test_the_last_words_of_a_child_are_told(context, user_engines):
+    found = run_trial(user_engines("Leaving"), context)
     assert found.state == "failed"
-    assert found.reason.startswith("exited with code 7 while building")
+    assert said(found.reason).startswith("exited with code 7 while building")
 
 
-def test_a_full_disk_ends_the_run_not_the_trial(setting, user_engines):
+def test_a_full_disk_ends_the_run_not_the_trial(context, user_engines):
     with pytest.raises(
         OutputError, match=r"the disk is full: .*No space left on device.*; free space and run the same"
     ):
-        run_trial(user_engines("Full"), setting)
+        run_trial(user_engines("Full"), context)
 
 
-def test_an_inaccurate_build_is_rejected_before_it_is_measured(setting):
-    run_trial(FAKE, setting, is_baseline=True)
+def test_an_inaccurate_build_is_rejected_before_it_is_measured(context):
+    run_trial(FAKE, context, is_baseline=True)
     noisy = Build(engine="fake", precision="int8", options=(("noise", 3.0),))
-    found = run_trial(noisy, setting)
+    found = run_trial(noisy, context)
     assert found.state == "rejected"
     assert found.fidelity.agreement < 0.8
     assert found.measurements == ()
 
 
-def test_a_build_that_silently_runs_in_fp32_has_failed(setting):
-    found = run_trial(misbehaving("SilentFp32"), setting)
+def test_a_build_that_silently_runs_in_fp32_has_failed(context):
+    found = run_trial(misbehaving("SilentFp32"), context)
     assert found.state == "failed"
-    assert found.reason == "all 54 layers silently ran in fp32"
+    assert said(found.reason) == "all 54 layers silently ran in fp32"
     assert found.receipt.words == "int8: 0 of 54 convolutions and linears, 54 fell back"
     assert found.measurements == ()
 
 
-def test_a_build_in_fp32_is_not_asked_for_a_receipt(setting):
-    found = run_trial(replace(misbehaving("SilentFp32"), precision="fp32"), setting)
+def test_a_build_in_fp32_is_not_asked_for_a_receipt(context):
+    found = run_trial(replace(misbehaving("SilentFp32"), precision="fp32"), context)
     assert found.state == "ok"
     assert found.receipt is None
 
 
-def test_a_hopelessly_slow_build_is_pruned(setting):
-    run_trial(FAKE, setting, is_baseline=True)
+def test_a_hopelessly_slow_build_is_pruned(context):
+    run_trial(FAKE, context, is_baseline=True)
     slow = Build(engine="fake", precision="int8", options=(("seconds_per_call", 0.05),))
-    found = run_trial(slow, setting, best_verified_per_s=1e6)
+    found = run_trial(slow, context, best_verified_per_s=1e6)
     assert found.state == "pruned"
-    assert found.reason.startswith("too slow to measure: ")
+    assert said(found.reason).startswith("too slow to measure: ")
 
 
-def test_an_interrupt_leaves_no_child(setting):
+def test_an_interrupt_leaves_no_child(context):
     def interrupt(event):
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        run_trial(FAKE, make_setting(setting.folder, max_drop=0.2, tell=interrupt))
+        run_trial(FAKE, make_context(context.workspace, max_drop=0.2, on_event=interrupt))
 
 
 def test_a_worker_that_is_gone_says_so_each_time(tmp_path):
-    with Worker(cpu=inspect(), log=tmp_path / "log", timeout_s=60) as worker:
+    with Worker(cpu=inspect_cpu(), log=tmp_path / "log", timeout_s=60) as worker:
         with pytest.raises(CorewiseError, match="has no open session"):
-            worker.call("round", "racing", budget_s=0.1)
+            worker.run_round(0.1)
         worker._process.kill()
         for _ in range(2):
             with pytest.raises(Died, match="killed"):
-                worker.call("round", "racing", budget_s=0.1)
+                worker.run_round(0.1)
 
 
 # --- the race -----------------------------------------------------------------------------------------------------
 
 
-def contender(setting, build):
-    run_trial(build, setting, is_baseline=True)
-    return Contender(build=build, plan=setting.plan, payload=setting.payload(build))
+def contender(context, build):
+    run_trial(build, context, is_baseline=True)
+    return Contender(build=build, plan=context.plan, payload=context.workspace.payload(build))
 
 
-def run_race(setting, contenders, **options):
-    return race(contenders, samples=setting.holdout, start=setting.worker, rounds=4, round_s=0.05, **options)
+def raced(context, contenders, **options):
+    return run_race(
+        contenders, samples=context.workspace.holdout, start=context.client, rounds=4, round_s=0.05, **options
+    )
 
 
-def test_contenders_are_raced_in_alternating_rounds(setting, monkeypatch):
+def test_contenders_are_raced_in_alternating_rounds(context, monkeypatch):
     monkeypatch.setattr("corewise.runtime.race.WARM_S", 0.05)
     builds = [Build(engine="fake", precision="int8", options=(("seconds_per_call", s),)) for s in (0.004, 0.012)]
     rounds = []
     told = lambda number, total, rates: rounds.append((number, total, [len(one.per_s) for one in rates]))  # noqa: E731
-    found = run_race(setting, [contender(setting, build) for build in builds], on_round=told)
+    found = raced(context, [contender(context, build) for build in builds], on_round=told)
     assert rounds == [(n, 4, [n, n]) for n in (1, 2, 3, 4)]
     fast, slow = found.rates
     assert np.median(fast.per_s) > 1.5 * np.median(slow.per_s)
     assert found.peak_memory_bytes > 20e6
 
 
-def test_a_contender_that_fails_in_the_race_is_named(setting, monkeypatch):
+def test_a_contender_that_fails_in_the_race_is_named(context, monkeypatch):
     monkeypatch.setattr("corewise.runtime.race.WARM_S", 0.05)
     broken = misbehaving("CrashesInRun")
-    sound = contender(setting, FAKE)
-    with pytest.raises(ContenderFailed, match="in the alternating run: crashed with SIGSEGV while warming up") as fell:
-        run_race(setting, [sound, Contender(build=broken, plan=sound.plan, payload=sound.payload)])
+    sound = contender(context, FAKE)
+    with pytest.raises(ContenderFailed, match="crashed with SIGSEGV while warming up for the race") as fell:
+        raced(context, [sound, Contender(build=broken, plan=sound.plan, payload=sound.payload)])
     assert fell.value.build == broken

@@ -9,9 +9,9 @@ import pytest
 from serving_tools import GOLDEN, serving
 
 from corewise import artifact
-from corewise.machine.inspect import inspect
+from corewise.machine.inspect import inspect_cpu
 
-pytestmark = pytest.mark.skipif(inspect().architecture != "x86_64", reason="the golden artifacts are for x86-64")
+pytestmark = pytest.mark.skipif(inspect_cpu().architecture != "x86_64", reason="the golden artifacts are for x86-64")
 
 PROJECT = GOLDEN.parents[2]
 MOST_MEMORY_BYTES = 400e6

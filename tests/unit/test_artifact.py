@@ -31,12 +31,12 @@ from corewise.artifact.open import load, verify
 from corewise.common.errors import ArtifactError, OutputError
 from corewise.common.nested import flatten
 from corewise.engines import BuildInputs, engine
-from corewise.machine.inspect import inspect
+from corewise.machine.inspect import inspect_cpu
 from corewise.records.build import Build, Plan, TensorSpec
 from corewise.samples import from_python
 
 STORY = runpy.run_path(str(Path(__file__).parents[1] / "golden" / "make.py"))["REPORT"]
-CPU = inspect()
+CPU = inspect_cpu()
 STORY = replace(STORY, cpu=CPU)  # made here: loading warns of other machines
 BUILD = Build(engine="fake", precision="int8")
 PLAN = Plan(threads_per_instance=1, batch=4)
@@ -277,10 +277,10 @@ def test_a_manifest_that_names_a_file_outside_is_told(made, name):
         read(made)
 
 
-@pytest.mark.parametrize("schema", [0, 2, "1", None])
+@pytest.mark.parametrize("schema", [0, 3, "1", None])
 def test_another_schema_is_told(made, schema):
     rewrite(made, lambda content: content.update(schema=schema))
-    with pytest.raises(ArtifactError, match=r"has schema .*, this corewise reads 1; use the corewise that wrote it"):
+    with pytest.raises(ArtifactError, match=r"has schema .*, this corewise reads 1, 2; use the corewise that wrote it"):
         read(made)
 
 

@@ -8,11 +8,11 @@ import torch
 from torch import Tensor, nn
 
 from corewise.common.errors import EngineError
-from corewise.engines import BuildInputs, engine, qdq
+from corewise.engines import BuildInputs, engine
 from corewise.machine import inspect as cpu
-from corewise.quantize import ptq
+from corewise.quantize import state
 from corewise.quantize.graph import aten, attentions, compute, execute, folded, split_attention
-from corewise.quantize.ptq import Quantized, Recipe
+from corewise.quantize.quantized import Quantized, Recipe, lower
 from corewise.quantize.simulate import Simulation, sqnr_db
 from corewise.records.build import Plan
 from corewise.samples import from_python
@@ -64,7 +64,7 @@ def material(model: nn.Module, folder: Path) -> BuildInputs:
         outputs=exported.outputs,
         operators=operators(exported.program),
         calibration=calibration,
-        cpu=cpu.inspect(),
+        cpu=cpu.inspect_cpu(),
         cache=folder,
     )
 
@@ -72,7 +72,7 @@ def material(model: nn.Module, folder: Path) -> BuildInputs:
 def made(model: nn.Module, folder: Path) -> tuple[BuildInputs, Quantized]:
     found = material(model, folder)
     recipe = Recipe(weight_bits=8 if found.cpu.int8_dot else 7)
-    return found, ptq.calibrated(found.program, found.calibration, found.cache, recipe)
+    return found, state.calibrated(found.program, found.calibration, found.cache, recipe)
 
 
 @pytest.fixture(autouse=True)
@@ -104,7 +104,7 @@ def test_products_run_in_int8_on_onnxruntime(by_hand: bool, tmp_path: Path):
     model = Attention("none" if by_hand else "bool", by_hand=by_hand)
     given, quantized = made(model, tmp_path)
     offered = engine("onnxruntime").candidates(given.cpu, given.operators)
-    build = next(one for one in offered if one.option(qdq.ATTENTION, False))
+    build = next(build for build in offered if build.quantization.attention)
     payload = tmp_path / "payload"
     payload.mkdir()
     engine("onnxruntime").build(given, build, payload)
@@ -163,7 +163,7 @@ def test_attentions_on_attentions_and_on_parameters(tmp_path: Path):
     with torch.no_grad():
         assert sqnr_db([(model(x),)], [(found,)]) > 15
     example = (torch.from_numpy(samples(2)),)
-    lowered = ptq.lower(quantized, "everywhere", given.inputs, example, attention=True)
+    lowered = lower(quantized, "everywhere", given.inputs, example, attention=True)
     with torch.no_grad():
         assert sqnr_db([(found,)], [lowered.module()(x)]) > 30
 
@@ -185,9 +185,9 @@ class Keys(nn.Module):
 def test_what_cannot_be_taken_apart_is_told_and_else_quantized_as_ever(model: nn.Module, tmp_path: Path):
     given, quantized = made(model, tmp_path)
     example = (torch.from_numpy(samples(2)),)
-    assert ptq.lower(quantized, "fused", given.inputs, example)
+    assert lower(quantized, "fused", given.inputs, example)
     with pytest.raises(EngineError, match="no attention whose products can be int8"):
-        ptq.lower(quantized, "fused", given.inputs, example, attention=True)
+        lower(quantized, "fused", given.inputs, example, attention=True)
 
 
 def test_rows_that_see_nothing_are_no_nan():
@@ -202,7 +202,7 @@ def test_rows_that_see_nothing_are_no_nan():
 
 
 def test_it_is_offered_for_models_with_attention_only():
-    here = cpu.inspect()
+    here = cpu.inspect_cpu()
     for names, offered in (
         (("aten.linear.default", "aten.scaled_dot_product_attention.default"), True),
         (("aten.linear.default", "aten.matmul.default", "aten.softmax.int"), True),
@@ -210,4 +210,4 @@ def test_it_is_offered_for_models_with_attention_only():
         (("aten.conv2d.default", "aten.matmul.default"), False),
     ):
         builds = engine("onnxruntime").candidates(here, dict.fromkeys(names, 1))
-        assert any(build.option(qdq.ATTENTION, False) for build in builds) == offered
+        assert any(build.quantization.attention for build in builds) == offered

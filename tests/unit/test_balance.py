@@ -6,7 +6,7 @@ from torch import nn
 
 from corewise.quantize.balance import Balance
 from corewise.quantize.ptq import Recipe, batches, quantize
-from corewise.quantize.sensitivity import order_of_return, sensitivity
+from corewise.quantize.sensitivity import order_of_return
 from corewise.quantize.simulate import sqnr_db
 from corewise.samples import from_python
 from corewise.source import export
@@ -58,7 +58,7 @@ def test_outputs_of_one_scale_stay_as_they_are():
 
 def test_layers_of_the_branch_that_lost_most_go_back_first(detector):
     quantized, given = detector
-    rows = sensitivity(quantized, given)
+    rows = measure_sensitivity(quantized, given)
     assert {row.name for row in rows} == {"stem", "boxes", "scores.0", "scores.2"}
     worst = max(rows, key=lambda row: row.won_back)
     assert worst.name in ("stem", "scores.0", "scores.2")

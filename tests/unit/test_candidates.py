@@ -3,13 +3,14 @@
 from dataclasses import replace
 
 import pytest
+from builders import trial
 
 from corewise.engines import engine
-from corewise.machine.layouts import thread_plans
+from corewise.machine.layouts import thread_layouts
 from corewise.records.build import Build, Plan
 from corewise.records.cpu import Cpu, LogicalCpu
-from corewise.records.trial import Trial
-from corewise.search.candidates import BASELINE, PRECISION_ORDER, candidates, first_plan, following, shapes
+from corewise.records.goal import Latency, Slo, Throughput
+from corewise.search.candidates import BASELINE, PRECISION_ORDER, first_plan, following, layouts, list_candidates
 
 CPU = Cpu(
     architecture="x86_64",
@@ -26,7 +27,7 @@ CPU = Cpu(
 
 
 class Offering:
-    """An engine that offers builds of these precisions; of what an engine has, candidates() sees no more."""
+    """An engine that offers builds of these precisions; of what an engine has, list_candidates() sees no more."""
 
     def __init__(self, name, *precisions):
         self._builds = tuple(Build(engine=name, precision=precision) for precision in precisions)
@@ -36,19 +37,19 @@ class Offering:
 
 
 def test_the_baseline_is_first_though_no_engine_offers_it():
-    assert candidates(CPU, {}, {}) == (BASELINE,)
+    assert list_candidates(CPU, {}, {}) == (BASELINE,)
 
 
 def test_what_needs_no_calibration_is_first_then_the_fastest_precision_and_engines_keep_their_order():
     offered = {"b": Offering("b", "fp32", "bf16", "int8"), "a": Offering("a", "int8-dynamic", "int8")}
-    found = candidates(replace(CPU, isa=("avx2",)), {}, offered)
+    found = list_candidates(replace(CPU, isa=("avx2",)), {}, offered)
     labels = [build.label for build in found]
     assert labels == ["eager/fp32", "a/int8-dynamic", "b/bf16", "b/fp32", "b/int8", "a/int8"]
 
 
 def test_where_the_cpu_multiplies_int8_that_comes_after_one_build_that_is_sure():
     offered = {"b": Offering("b", "fp32", "bf16", "int8"), "a": Offering("a", "int8-dynamic", "int8")}
-    found = candidates(CPU, {}, offered)
+    found = list_candidates(CPU, {}, offered)
     labels = [build.label for build in found]
     assert labels == ["eager/fp32", "a/int8-dynamic", "b/int8", "a/int8", "b/bf16", "b/fp32"]
 
@@ -57,12 +58,12 @@ def test_what_takes_long_to_build_comes_late():
     ours = Build(engine="b", precision="int8", options=(("quantizer", "corewise"),))
     slow, fast = Offering("torch-int8", "int8", "int8-dynamic"), Offering("b", "int8")
     fast._builds += (ours,)
-    found = candidates(CPU, {}, {"torch-int8": slow, "b": fast})
+    found = list_candidates(CPU, {}, {"torch-int8": slow, "b": fast})
     assert found[1:] == (slow._builds[1], fast._builds[0], ours, slow._builds[0])
 
 
 def test_the_baseline_is_there_once_though_eager_offers_it():
-    found = candidates(CPU, {}, {"eager": engine("eager")})
+    found = list_candidates(CPU, {}, {"eager": engine("eager")})
     assert found == (BASELINE, Build(engine="eager", precision="bf16"))
 
 
@@ -74,17 +75,23 @@ def test_every_precision_of_a_build_has_a_place():
     ("cpu", "threads"), [(CPU, 4), (replace(CPU, quota_cores=2.5), 2), (replace(CPU, affinity=(6,)), 1)]
 )
 def test_the_first_plan_uses_the_usable_cores(cpu, threads):
-    assert first_plan(cpu, "latency") == Plan(threads_per_instance=threads, batch=1)
-    assert first_plan(cpu, "throughput") == first_plan(cpu, "slo") == Plan(threads_per_instance=threads, batch=16)
+    assert first_plan(cpu, Latency()) == Plan(threads_per_instance=threads, batch=1)
+    assert (
+        first_plan(cpu, Throughput())
+        == first_plan(cpu, Slo(p99_ms=9.0))
+        == Plan(threads_per_instance=threads, batch=16)
+    )
 
 
 def test_the_baseline_is_pytorch_as_people_run_it():
-    assert shapes(CPU, BASELINE) == ((4, 1),)
-    assert shapes(CPU, Build(engine="openvino", precision="int8")) == thread_plans(CPU)
+    assert layouts(CPU, BASELINE) == ((4, 1),)
+    assert layouts(CPU, Build(engine="openvino", precision="int8")) == thread_layouts(CPU)
 
 
 def test_ignored_layers_are_known_to_our_quantizer_only():
-    found = candidates(CPU, {"aten.linear.default": 3}, {"onnxruntime": engine("onnxruntime")}, ("head", "layer.*"))
+    found = list_candidates(
+        CPU, {"aten.linear.default": 3}, {"onnxruntime": engine("onnxruntime")}, ("head", "layer.*")
+    )
     assert [build.label for build in found] == [
         "eager/fp32",
         "onnxruntime/fp32",
@@ -95,11 +102,11 @@ def test_ignored_layers_are_known_to_our_quantizer_only():
 def test_ours_comes_next_where_an_engines_own_int8_was_too_inaccurate():
     own, other = Build(engine="a", precision="int8"), Build(engine="b", precision="int8")
     ours, more = (replace(own, options=(*options, ("quantizer", "corewise"))) for options in ((), (("rest", "bf16"),)))
-    rejected = Trial(build=own, state="rejected", reason="top1 drops")
+    rejected = trial(own, state="rejected", reason="top1 drops")
     left = [other, ours, more]
     assert following(left, []) == other
     assert following(left, [replace(rejected, state="failed")]) == other
     assert following(left, [rejected]) == ours
-    assert following(left, [rejected, Trial(build=other, state="ok", reason="")]) == other
+    assert following(left, [rejected, trial(other, state="ok", reason="")]) == other
     assert following([other, more], [rejected, replace(rejected, build=ours)]) == other
     assert following([other], [rejected]) == other

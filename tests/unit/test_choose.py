@@ -2,16 +2,16 @@ import dataclasses
 from statistics import median
 
 import pytest
+from builders import requirements, said, text
 from hypothesis import given
 from hypothesis import strategies as st
 
 from corewise.common.stats import ratio_interval
 from corewise.records.build import Build, Plan
-from corewise.records.goal import Objective
 from corewise.records.jsonable import from_json, to_json
 from corewise.records.measurement import LoadRun, Measurement, Rates
 from corewise.records.trial import Fidelity, Trial
-from corewise.search.choose import TIE, choose
+from corewise.search.choose import TIE, choose_winner
 
 EAGER = Build(engine="eager", precision="fp32")
 OV_FP32 = Build(engine="openvino", precision="fp32")
@@ -48,7 +48,7 @@ def trial(build, per_s=None, state="ok", reason="", throttled=0, **changes):
         throttled=throttled,
     )
     measurements = (measured,) if per_s else ()
-    return Trial(build=build, state=state, reason=reason, fidelity=fidelity(**changes), measurements=measurements)
+    return Trial(build=build, state=state, reason=text(reason), fidelity=fidelity(**changes), measurements=measurements)
 
 
 def rates(build, per_s, jitter=(0, 0.4, -0.3, 0.1, -0.2, 0.3, -0.1, 0.2, 0)):
@@ -56,14 +56,14 @@ def rates(build, per_s, jitter=(0, 0.4, -0.3, 0.1, -0.2, 0.3, -0.1, 0.2, 0)):
 
 
 def chosen(trials, finals, **objective):
-    return choose(trials, finals, Objective(**objective), EAGER)
+    return choose_winner(trials, finals, requirements(**objective), EAGER)
 
 
 def reasons(choice):
-    return {loser.build: loser.reason for loser in choice.losers}
+    return {loser.build: said(loser.reason) for loser in choice.losers}
 
 
-def load(rate_per_s, in_time_share=1.0, *, promised=False):
+def load(rate_per_s, in_time_share=1.0, *, certified=False):
     offered = 200
     in_time = int(offered * in_time_share)
     return LoadRun(
@@ -80,7 +80,7 @@ def load(rate_per_s, in_time_share=1.0, *, promised=False):
         p99_ms=90.0,
         refusal_p99_ms=0.1,
         slo_ms=100.0,
-        promised=promised,
+        certified=certified,
     )
 
 
@@ -91,36 +91,40 @@ def loaded(build, per_s, *loads):
 def test_under_an_slo_the_promised_rate_decides_and_what_each_held_is_told():
     trials = [
         loaded(EAGER, 16),
-        loaded(OV_INT8, 80, load(50), load(45, promised=True)),
-        loaded(ORT_INT8, 100, load(40), load(60, 0.9), load(36, promised=True)),
+        loaded(OV_INT8, 80, load(50), load(45, certified=True)),
+        loaded(ORT_INT8, 100, load(40), load(60, 0.9), load(36, certified=True)),
         loaded(OV_BF16, 50, load(30, 0.9)),
     ]
     finals = [rates(EAGER, 16), rates(OV_INT8, 80), rates(ORT_INT8, 100), rates(OV_BF16, 50)]
     choice = chosen(trials, finals, goal="slo", slo_ms=100.0)
     assert choice.winner == OV_INT8
-    assert choice.promise.rate_per_s == 45
-    assert "holds 45.0 requests/s with p99 <= 100 ms" in choice.reason
-    assert choice.reason.endswith("the baseline was not put under load, so holds no known rate with p99 <= 100 ms")
+    assert choice.certified.rate_per_s == 45
+    assert "meets 45.0 requests/s with p99 <= 100 ms" in said(choice.reason)
+    assert said(choice.reason).endswith("the baseline was not put under load, so no rate with p99 <= 100 ms is known")
     why = reasons(choice)
-    assert why[ORT_INT8].startswith("holds 36.0 requests/s")
-    assert why[OV_BF16] == "holds no rate with p99 <= 100 ms"
+    assert why[ORT_INT8].startswith("meets 36.0 requests/s")
+    assert why[OV_BF16] == "meets no rate with p99 <= 100 ms"
 
 
 def test_a_lower_rate_that_was_held_later_is_no_promise():
-    trials = [loaded(EAGER, 16), loaded(OV_INT8, 80, load(50), load(48)), loaded(ORT_INT8, 70, load(45, promised=True))]
+    trials = [
+        loaded(EAGER, 16),
+        loaded(OV_INT8, 80, load(50), load(48)),
+        loaded(ORT_INT8, 70, load(45, certified=True)),
+    ]
     finals = [rates(EAGER, 16), rates(OV_INT8, 80), rates(ORT_INT8, 70)]
     choice = chosen(trials, finals, goal="slo", slo_ms=100.0)
-    assert (choice.winner, choice.promise.rate_per_s) == (ORT_INT8, 45)
+    assert (choice.winner, choice.certified.rate_per_s) == (ORT_INT8, 45)
 
 
 def test_an_slo_that_was_held_once_is_no_promise_and_is_told():
     trials = [loaded(EAGER, 16), loaded(OV_INT8, 80, load(50), load(45, 0.9))]
     choice = chosen(trials, [rates(EAGER, 16), rates(OV_INT8, 80)], goal="slo", slo_ms=100.0)
-    assert choice.promise is None
-    assert "held 50.0 requests/s, and nothing a little below it once more" in choice.warnings[0]
+    assert choice.certified is None
+    assert "met 50.0 requests/s once, and nothing a little below it again" in said(choice.warnings[0])
     trials = [loaded(EAGER, 16), loaded(OV_INT8, 80, load(50, 0.5), load(30, 0.9))]
     choice = chosen(trials, [rates(EAGER, 16), rates(OV_INT8, 80)], goal="slo", slo_ms=100.0)
-    assert "answered 90% of 30.0 requests/s in time" in choice.warnings[0]
+    assert "answered 90% of 30.0 requests/s in time" in said(choice.warnings[0])
 
 
 def test_the_fastest_finalist_wins_and_each_other_trial_has_a_reason():
@@ -137,14 +141,14 @@ def test_the_fastest_finalist_wins_and_each_other_trial_has_a_reason():
     assert (choice.winner, choice.plan) == (OV_INT8, PLAN)
     assert choice.throughput_per_s == pytest.approx(100)
     assert choice.speedup == pytest.approx(100 / 16) == choice.speedup_low == choice.speedup_high
-    assert choice.reason == (
-        "openvino/int8 wins: 100.0/s, 6.25x [6.25, 6.25] the baseline eager/fp32 in 9 alternating rounds"
+    assert said(choice.reason) == (
+        "openvino/int8 wins: 100 items/s, 6.25x [6.25, 6.25] the baseline eager/fp32 in 9 alternating rounds"
     )
     assert choice.warnings == ()
     why = reasons(choice)
-    assert why[ORT_INT8] == "0.80x [0.80, 0.80] of the winner in the alternating run"
-    assert why[EAGER] == "0.16x [0.16, 0.16] of the winner in the alternating run"
-    assert why[OV_BF16] == "not a finalist: 50.0/s in its trial against 100.0/s"
+    assert why[ORT_INT8] == "0.80x [0.80, 0.80] of the winner in the race"
+    assert why[EAGER] == "0.16x [0.16, 0.16] of the winner in the race"
+    assert why[OV_BF16] == "not a finalist: 50.0 items/s in its trial against 100 items/s"
     assert why[ORT_DYNAMIC] == "killed: out of memory"
     assert choice.losers[-1].state == "pruned"
     assert from_json(type(choice), to_json(choice)) == choice
@@ -154,7 +158,7 @@ def test_no_faster_finalist_leaves_the_baseline():
     choice = chosen([trial(EAGER, 16), trial(OV_INT8, 12)], [rates(EAGER, 16), rates(OV_INT8, 12)])
     assert choice.winner == EAGER
     assert (choice.speedup, choice.speedup_low, choice.speedup_high) == (1, 1, 1)
-    assert choice.reason == "eager/fp32 wins: 16.0/s, and no finalist was faster"
+    assert said(choice.reason) == "eager/fp32 wins: 16.0 items/s, and no finalist was faster"
     assert reasons(choice)[OV_INT8].startswith("0.75x")
 
 
@@ -166,14 +170,17 @@ def test_inaccurate_candidates_are_told_in_the_reason():
         trial(OV_BF16, 50),
     ]
     choice = chosen(trials, [rates(EAGER, 16), rates(OV_BF16, 50)])
-    assert choice.reason.startswith("no int8 candidate was accurate enough; openvino/bf16 wins: 50.0/s, 3.12x")
+    assert said(choice.reason).startswith(
+        "no int8 candidate was accurate enough; openvino/bf16 wins: 50.0 items/s, 3.12x"
+    )
     trials[3] = trial(OV_BF16, state="rejected", reason="drop 0.02 above 0.01")
     choice = chosen(trials, [rates(EAGER, 16)])
-    assert choice.reason == (
-        "no int8 or bf16 candidate was accurate enough; eager/fp32 wins: 16.0/s, the only finalist"
+    assert said(choice.reason) == (
+        "no int8 or bf16 candidate was accurate enough; eager/fp32 wins: 16.0 items/s, the only finalist"
     )
     trials[2] = trial(ORT_DYNAMIC, 60)
-    assert chosen(trials, [rates(EAGER, 16), rates(ORT_DYNAMIC, 60)]).reason.startswith("no bf16 candidate")
+    choice = chosen(trials, [rates(EAGER, 16), rates(ORT_DYNAMIC, 60)])
+    assert said(choice.reason).startswith("no bf16 candidate")
 
 
 def test_a_tie_goes_to_the_more_accurate():
@@ -181,9 +188,9 @@ def test_a_tie_goes_to_the_more_accurate():
     trials = [trial(EAGER, 16), trial(OV_BF16, 50), trial(OV_INT8, 51), trial(ORT_INT8, 51, sqnr_db=30.0)]
     choice = chosen(trials, [rates(EAGER, 16), rates(OV_INT8, 50.3, up), rates(OV_BF16, 50, down)])
     assert choice.winner == OV_BF16
-    assert "; as fast as openvino/int8 (0.99x [0.9" in choice.reason
-    assert choice.reason.endswith("of it) and more accurate")
-    assert reasons(choice)[OV_INT8].endswith("of the winner in the alternating run: as fast, but less accurate")
+    assert "; as fast as openvino/int8 (0.99x [0.9" in said(choice.reason)
+    assert said(choice.reason).endswith("of it) and more accurate")
+    assert reasons(choice)[OV_INT8].endswith("of the winner in the race: as fast, but less accurate")
     by_noise = chosen(trials, [rates(EAGER, 16), rates(OV_INT8, 50.3, up), rates(ORT_INT8, 50, down)])
     assert by_noise.winner == ORT_INT8
 
@@ -204,7 +211,7 @@ def test_a_tie_with_the_baseline_keeps_the_baseline():
     up, down = (1.5, -1, 0.5, -1.5, 1, 0, -0.5, 0.8, -0.8), (-1.5, 1, -0.5, 1.5, -1, 0, 0.5, -0.8, 0.8)
     choice = chosen([trial(EAGER), trial(OV_INT8)], [rates(EAGER, 16, up), rates(OV_INT8, 16.1, down)])
     assert (choice.winner, choice.speedup) == (EAGER, 1)
-    assert "the baseline; as fast as openvino/int8 (0.99x [" in choice.reason
+    assert "the baseline; as fast as openvino/int8 (0.99x [" in said(choice.reason)
 
 
 def test_what_did_not_pass_cannot_win_even_from_the_finals():
@@ -224,16 +231,16 @@ def test_the_best_plan_of_a_build_counts():
 def test_latency_is_told_in_milliseconds():
     trials = [trial(EAGER, 16), trial(OV_INT8, 100), trial(OV_BF16, 50)]
     choice = chosen(trials, [rates(EAGER, 16), rates(OV_INT8, 100)], goal="latency")
-    assert choice.reason.startswith("openvino/int8 wins: 10.00 ms, 6.25x")
-    assert reasons(choice)[OV_BF16] == "not a finalist: 20.00 ms in its trial against 10.00 ms"
+    assert said(choice.reason).startswith("openvino/int8 wins: 10.0 ms, 6.25x")
+    assert reasons(choice)[OV_BF16] == "not a finalist: 20.0 ms in its trial against 10.0 ms"
 
 
 def test_doubts_become_warnings():
     trials = [trial(EAGER, 16, throttled=2), trial(OV_INT8, 17, drop_high=0.03), trial(OV_BF16)]
     finals = [rates(EAGER, 16, (0,) * 5), rates(OV_INT8, 17, (0, 30, -25, 4, -20))]
-    uncertain, rounds, speedup, noisy, throttled = chosen(trials, finals).warnings
-    assert uncertain.startswith("a holdout of 300 is too small to tell whether the drop is within 0.01; about ")
-    assert rounds == "only 5 alternating rounds: 6 are needed for a 95 % interval of the speed-up"
+    uncertain, rounds, speedup, noisy, throttled = map(said, chosen(trials, finals).warnings)
+    assert uncertain.startswith("a holdout of 300 is too small to show whether the drop is within 0.01; about ")
+    assert rounds == "only 5 alternating rounds: a 95 % interval of the speed-up needs 6"
     assert speedup == "the interval of the speed-up holds 1: the winner may be no faster than the baseline"
     assert noisy.startswith("openvino/int8: noisy")
     assert throttled.startswith("eager/fp32: throttled 2 times")
@@ -270,7 +277,7 @@ def contests(draw):
 @given(contests(), st.sampled_from(["throughput", "latency"]))
 def test_the_choice_is_sound_whatever_happened(contest, goal):
     trials, finals = contest
-    choice = choose(trials, finals, Objective(goal=goal), EAGER)
+    choice = choose_winner(trials, finals, requirements(goal=goal), EAGER)
     state = {t.build: t.state for t in trials}
     per_s = {r.build: r.per_s for r in finals}
 
@@ -285,7 +292,7 @@ def test_the_choice_is_sound_whatever_happened(contest, goal):
     fastest = max(faster, key=lambda build: median(per_s[build]), default=EAGER)
     if median(per_s[fastest]) > choice.throughput_per_s:
         assert ratio_interval(per_s[choice.winner], per_s[fastest]).value >= TIE
-        assert choice.reason.endswith("and more accurate")
+        assert said(choice.reason).endswith("and more accurate")
 
     assert sorted(loser.build.label for loser in choice.losers) == sorted(
         {b.label for b in BUILDS} - {choice.winner.label}
@@ -294,17 +301,17 @@ def test_the_choice_is_sound_whatever_happened(contest, goal):
         assert loser.state == state[loser.build]
         assert loser.reason
         if loser.state != "ok":
-            assert loser.reason == f"{loser.state}: as it was"
+            assert said(loser.reason) == f"{loser.state}: as it was"
         elif loser.build in per_s:
             ratio = ratio_interval(per_s[loser.build], per_s[choice.winner])
-            assert loser.reason.startswith(f"{ratio.value:.2f}x [{ratio.low:.2f}, {ratio.high:.2f}] of the winner")
+            assert loser.reason.details == {"ratio": ratio.value, "low": ratio.low, "high": ratio.high}
 
 
 @given(contests())
 def test_the_order_of_trials_and_finals_does_not_matter(contest):
     trials, finals = contest
-    there = choose(trials, finals, Objective(), EAGER)
-    back = choose(trials[::-1], finals[::-1], Objective(), EAGER)
+    there = choose_winner(trials, finals, requirements(), EAGER)
+    back = choose_winner(trials[::-1], finals[::-1], requirements(), EAGER)
     assert sorted(there.losers, key=lambda loser: loser.build.label) == sorted(
         back.losers, key=lambda loser: loser.build.label
     )
@@ -315,13 +322,13 @@ def test_a_baseline_that_exceeds_the_memory_limit_gives_way_to_a_slower_build_th
     rejected = "2 threads x 1, batch 16 needs 500 MB of memory, more than 300 MB"
     large = trial(EAGER, 100)
     large = dataclasses.replace(
-        large, measurements=tuple(dataclasses.replace(one, rejected=rejected) for one in large.measurements)
+        large, measurements=tuple(dataclasses.replace(one, rejected=text(rejected)) for one in large.measurements)
     )
     limit = 300_000_000
     choice = chosen([large, trial(OV_FP32, 95)], [rates(EAGER, 100), rates(OV_FP32, 95)], memory_limit_bytes=limit)
     assert choice.winner == OV_FP32
     assert reasons(choice)[EAGER] == rejected
-    assert not any("no build fits" in warning for warning in choice.warnings)
+    assert not any("no build fits" in said(warning) for warning in choice.warnings)
     alone = chosen([large], [rates(EAGER, 100)], memory_limit_bytes=limit)
     assert alone.winner == EAGER
-    assert "no build fits into 300 MB" in alone.warnings[0]
+    assert "no build fits into 300 MB" in said(alone.warnings[0])

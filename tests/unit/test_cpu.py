@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from corewise.machine.inspect import (
     CgroupMount,
     cpu_list,
-    inspect,
+    inspect_cpu,
     parse_cgroup,
     parse_cpu_list,
     parse_isa,
@@ -69,7 +69,7 @@ class TestMachines:
     def test_intel_with_amx_two_sockets_and_smt(self, tmp_path: Path) -> None:
         topology(tmp_path, sockets=2, cores=4, threads=2)
         write(tmp_path, {"proc/cpuinfo": cpuinfo("sapphire-rapids"), "proc/meminfo": "MemTotal:       1024 kB"})
-        cpu = inspect(tmp_path)
+        cpu = inspect_cpu(tmp_path)
         assert (cpu.architecture, cpu.vendor) == ("x86_64", "GenuineIntel")
         assert cpu.model == "Intel(R) Xeon(R) Platinum 8488C"
         assert " ".join(cpu.isa) == (
@@ -93,7 +93,7 @@ class TestMachines:
             | cache(2, 2, "Unified", "512K", "0")
             | cache(3, 3, "Unified", "32M", "0-1"),
         )
-        cpu = inspect(tmp_path)
+        cpu = inspect_cpu(tmp_path)
         assert (cpu.vendor, cpu.model) == ("AuthenticAMD", "AMD EPYC")
         assert cpu.isa == ("avx2", "fma", "f16c")
         assert not cpu.int8_dot
@@ -107,7 +107,7 @@ class TestMachines:
         )
 
     def test_neoverse(self, tmp_path: Path) -> None:
-        cpu = inspect(write(topology(tmp_path, cores=2), {"proc/cpuinfo": cpuinfo("neoverse-v1")}))
+        cpu = inspect_cpu(write(topology(tmp_path, cores=2), {"proc/cpuinfo": cpuinfo("neoverse-v1")}))
         assert (cpu.architecture, cpu.vendor, cpu.model) == ("aarch64", "ARM", "Neoverse-V1")
         assert cpu.isa == ("neon", "dotprod", "i8mm", "bf16", "sve")
         assert cpu.int8_dot
@@ -115,7 +115,7 @@ class TestMachines:
 
     def test_unknown_arm_part_is_named_by_its_number(self, tmp_path: Path) -> None:
         info = cpuinfo("neoverse-v1").replace("0xd40", "0xfff").replace("0x41", "0x99")
-        cpu = inspect(write(tmp_path, {"proc/cpuinfo": info}))
+        cpu = inspect_cpu(write(tmp_path, {"proc/cpuinfo": info}))
         assert (cpu.vendor, cpu.model) == ("implementer 0x99", "part 0xfff")
 
     def test_clusters_that_repeat_core_ids_are_told_apart(self, tmp_path: Path) -> None:
@@ -123,7 +123,7 @@ class TestMachines:
         topology(tmp_path, cores=4)
         for cpu in range(4):
             write(tmp_path, {f"sys/devices/system/cpu/cpu{cpu}/topology/core_id": str(cpu % 2)})
-        assert inspect(tmp_path).usable_cores == 4
+        assert inspect_cpu(tmp_path).usable_cores == 4
 
     def test_sandbox_without_sysfs_is_read_from_cpuinfo(self, tmp_path: Path) -> None:
         block = cpuinfo("sapphire-rapids").strip()
@@ -131,21 +131,21 @@ class TestMachines:
             block.replace("processor\t: 0", f"processor\t: {cpu}").replace("core id\t\t: 0", f"core id\t\t: {cpu % 2}")
             for cpu in range(4)
         ]
-        cpu = inspect(write(tmp_path, {"proc/cpuinfo": "\n\n".join(blocks)}))
+        cpu = inspect_cpu(write(tmp_path, {"proc/cpuinfo": "\n\n".join(blocks)}))
         assert [logical.core for logical in cpu.cpus] == [0, 1, 0, 1]
         assert cpu.usable_cpus == (0, 1)
         assert cpu.caches == ()
         assert cpu.quota_cores is None
 
     def test_empty_root_is_a_machine_of_one_core(self, tmp_path: Path) -> None:
-        cpu = inspect(tmp_path)
+        cpu = inspect_cpu(tmp_path)
         assert (cpu.vendor, cpu.model, cpu.isa, cpu.cpus, cpu.affinity) == ("unknown", "unknown", (), (), ())
         assert (cpu.memory_bytes, cpu.memory_limit_bytes) == (0, None)
         assert cpu.usable_cores == 1
         assert throttled_count(tmp_path) == 0
 
     def test_this_machine(self) -> None:
-        cpu = inspect()
+        cpu = inspect_cpu()
         assert set(cpu.affinity) == os.sched_getaffinity(0)
         assert {logical.cpu for logical in cpu.cpus} >= set(cpu.affinity)
         assert cpu.memory_bytes == os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
@@ -160,11 +160,11 @@ class TestLimits:
 
     def test_affinity_of_the_process(self, root: Path) -> None:
         write(root, {"proc/self/status": "Name:\tpython\nCpus_allowed:\tc\nCpus_allowed_list:\t2-3,500"})
-        assert inspect(root).affinity == (2, 3)
+        assert inspect_cpu(root).affinity == (2, 3)
 
     def test_smt_siblings_count_once_and_the_lower_one_works(self, tmp_path: Path) -> None:
         topology(tmp_path, cores=4, threads=2)
-        cpu = inspect(write(tmp_path, {"proc/self/status": "Cpus_allowed_list:\t1,5,6"}))
+        cpu = inspect_cpu(write(tmp_path, {"proc/self/status": "Cpus_allowed_list:\t1,5,6"}))
         assert cpu.affinity == (1, 5, 6)
         assert cpu.usable_cpus == (1, 6)
 
@@ -172,7 +172,7 @@ class TestLimits:
         write(root, {"proc/self/cgroup": "0::/", "proc/self/mountinfo": V2_MOUNT})
         write(root, {"sys/fs/cgroup/cpu.max": "150000 100000", "sys/fs/cgroup/memory.max": str(2**30)})
         write(root, {"sys/fs/cgroup/cpu.stat": "usage_usec 7\nnr_periods 9\nnr_throttled 4\nthrottled_usec 5"})
-        cpu = inspect(root)
+        cpu = inspect_cpu(root)
         assert cpu.quota_cores == 1.5
         assert cpu.usable_cpus == (0,)
         assert cpu.memory_limit_bytes == 2**30
@@ -185,7 +185,7 @@ class TestLimits:
         write(root, {f"{own}/memory.max": "max", f"{slice_}/memory.max": str(2**31)})
         write(root, {f"{slice_}/cpu.stat": "nr_throttled 3", f"{own}/cpu.stat": "nr_throttled 2"})
         write(root, {"sys/fs/cgroup/elsewhere/cpu.max": "1000 100000"})
-        cpu = inspect(root)
+        cpu = inspect_cpu(root)
         assert cpu.quota_cores == 4
         assert cpu.memory_limit_bytes == 2**31
         assert throttled_count(root) == 5
@@ -193,7 +193,7 @@ class TestLimits:
     def test_v2_cpuset_is_the_nearest_one(self, root: Path) -> None:
         write(root, {"proc/self/cgroup": "0::/pod/app", "proc/self/mountinfo": V2_MOUNT})
         write(root, {"sys/fs/cgroup/cpuset.cpus.effective": "0-63", "sys/fs/cgroup/pod/cpuset.cpus.effective": "8-9"})
-        cpu = inspect(root)
+        cpu = inspect_cpu(root)
         assert cpu.affinity == cpu.usable_cpus == (8, 9)
 
     @pytest.mark.parametrize("group", ["/docker/0a1b", "/docker/0a1b/worker"])
@@ -209,7 +209,7 @@ class TestLimits:
         write(root, {f"{own}/cpu.stat": "nr_periods 1\nnr_throttled 6\nthrottled_time 0"})
         write(root, {"sys/fs/cgroup/cpuset/cpuset.cpus": "4-7"})
         write(root, {"sys/fs/cgroup/memory/memory.limit_in_bytes": str(2**30)})
-        cpu = inspect(root)
+        cpu = inspect_cpu(root)
         assert cpu.quota_cores == 2.5
         assert cpu.affinity == (4, 5, 6, 7)
         assert cpu.usable_cpus == (4, 5)
@@ -224,7 +224,7 @@ class TestLimits:
         write(root, {"proc/self/mountinfo": mounts, "proc/self/cgroup": "2:memory:/\n1:cpu:/\n0::/"})
         write(root, {"sys/fs/cgroup/cpu/cpu.cfs_quota_us": "-1", "sys/fs/cgroup/cpu/cpu.cfs_period_us": "100000"})
         write(root, {"m/memory.limit_in_bytes": "9223372036854771712"})
-        cpu = inspect(root)
+        cpu = inspect_cpu(root)
         assert cpu.quota_cores is None
         assert cpu.memory_limit_bytes is None
         assert cpu.usable_cores == 64
@@ -233,16 +233,16 @@ class TestLimits:
         """A path of ``/../..`` must not lead out of the mounted hierarchy."""
         write(root, {"proc/self/cgroup": "0::/../../other", "proc/self/mountinfo": V2_MOUNT})
         write(root, {"sys/fs/cgroup/cpu.max": "300000 100000", "sys/other/cpu.max": "100000 100000"})
-        assert inspect(root).quota_cores == 3
+        assert inspect_cpu(root).quota_cores == 3
 
     def test_quota_below_one_core_still_gives_one(self, root: Path) -> None:
         write(root, {"proc/self/cgroup": "0::/", "proc/self/mountinfo": V2_MOUNT})
-        cpu = inspect(write(root, {"sys/fs/cgroup/cpu.max": "50000 100000"}))
+        cpu = inspect_cpu(write(root, {"sys/fs/cgroup/cpu.max": "50000 100000"}))
         assert (cpu.quota_cores, cpu.usable_cores) == (0.5, 1)
 
     def test_cpuset_that_numbers_cpus_otherwise_is_ignored(self, root: Path) -> None:
         write(root, {"proc/self/cgroup": "0::/", "proc/self/mountinfo": V2_MOUNT})
-        cpu = inspect(write(root, {"sys/fs/cgroup/cpuset.cpus.effective": "100-101"}))
+        cpu = inspect_cpu(write(root, {"sys/fs/cgroup/cpuset.cpus.effective": "100-101"}))
         assert len(cpu.affinity) == 64
 
     @given(data=st.data())

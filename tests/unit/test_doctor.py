@@ -20,7 +20,7 @@ from corewise.doctor import (
     torch_findings,
 )
 from corewise.engines import engine
-from corewise.machine.inspect import inspect, parse_isa
+from corewise.machine.inspect import inspect_cpu, parse_isa
 from corewise.records.cpu import Cache, Cpu, LogicalCpu
 from corewise.records.jsonable import from_json, to_json
 
@@ -153,8 +153,8 @@ class TestFindings:
 
 class TestEngines:
     DIAGNOSE = (
-        "import json; from corewise.machine.inspect import inspect; from corewise.doctor import diagnose\n"
-        "from corewise.records.jsonable import to_json; print(json.dumps(to_json(diagnose(inspect(), torch=True))))"
+        "import json; from corewise.machine.inspect import inspect_cpu; from corewise.doctor import diagnose\n"
+        "from corewise.records.jsonable import to_json; print(json.dumps(to_json(diagnose(inspect_cpu(), torch=True))))"
     )
 
     def found(self, folder: Path) -> Diagnosis:
@@ -200,7 +200,8 @@ class TestEngines:
     def test_answers_at_once_and_imports_no_engine(self) -> None:
         code = (
             "import sys, time; start = time.perf_counter()\n"
-            "from corewise.machine.inspect import inspect; from corewise.doctor import diagnose; diagnose(inspect())\n"
+            "from corewise.machine.inspect import inspect_cpu; from corewise.doctor import diagnose\n"
+            "diagnose(inspect_cpu())\n"
             "print(time.perf_counter() - start, *sorted({'torch', 'numpy', 'openvino', 'onnxruntime', 'nncf', 'rich',"
             " 'pydantic'} & sys.modules.keys()))"
         )
@@ -216,7 +217,7 @@ class TestTorch:
     def test_this_machine_as_torch_sees_it(self) -> None:
         import torch
 
-        cpu = inspect()
+        cpu = inspect_cpu()
         diagnosis = diagnose(cpu, torch=True)
         facts = diagnosis.torch
         assert facts is not None
@@ -233,7 +234,7 @@ class TestTorch:
 
         seen = torch.cpu.get_capabilities()
         theirs = {"fma": "fma3", "neon": "neon", "dotprod": "dot", "avx512": "avx512_f"}
-        cpu = inspect()
+        cpu = inspect_cpu()
         known = ("avx2", "fma", "f16c", "avx512", "avx512_vnni", "avx_vnni", "avx512_bf16", "amx_int8", "amx_bf16")
         arm = ("neon", "dotprod", "i8mm", "bf16", "sve", "sve2")
         names = arm if cpu.architecture == "aarch64" else known
@@ -293,7 +294,7 @@ class TestRender:
         assert reason in text
 
     def test_a_machine_that_tells_nothing(self, tmp_path: Path) -> None:
-        text = shown(diagnose(inspect(tmp_path)))
+        text = shown(diagnose(inspect_cpu(tmp_path)))
         assert "unknown (unknown" in text
         assert "1 core: all of them" in text
 
@@ -304,6 +305,6 @@ def test_the_doctor_and_the_engine_ask_for_the_same_packages(name, absent, monke
     """The doctor keeps its own table, since asking the engines would cost it the import of numpy."""
     find = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda package: None if package == absent else find(package))
-    status = next(engine for engine in diagnose(inspect()).engines if engine.name == name)
+    status = next(engine for engine in diagnose(inspect_cpu()).engines if engine.name == name)
     assert status.available == (not engine(name).unavailable())
     assert absent not in ENGINE_PACKAGES[name][1] or absent in status.reason

@@ -18,7 +18,7 @@ from corewise.common.errors import EngineError
 from corewise.engines import BuildInputs, engine
 from corewise.engines.base import chunks, missing
 from corewise.engines.fake import Fake
-from corewise.engines.quiet import quiet
+from corewise.engines.libraries import quiet
 from corewise.machine import inspect as cpu
 from corewise.records.build import Build, Plan, TensorSpec
 from corewise.records.cpu import Cpu
@@ -30,7 +30,7 @@ OURS = "quantizer=corewise"
 
 
 def cpu_with(*isa: str) -> Cpu:
-    return dataclasses.replace(cpu.inspect(), isa=isa)
+    return dataclasses.replace(cpu.inspect_cpu(), isa=isa)
 
 
 @pytest.fixture
@@ -44,7 +44,7 @@ def material(tmp_path: Path) -> BuildInputs:
         ),
         operators=CONVOLUTIONS,
         calibration=from_python([np.zeros((3, 4), np.float32)] * 2),
-        cpu=cpu.inspect(),
+        cpu=cpu.inspect_cpu(),
         cache=tmp_path,
     )
 
@@ -222,7 +222,7 @@ folder, name = Path(sys.argv[1]), "corewise.testing.engines:" + sys.argv[2]
 specs = (TensorSpec(name="x", dtype="float32", shape=(None, 2)),)
 samples = from_python([np.zeros(2, np.float32)])
 material = BuildInputs(program=folder / "p", inputs=specs, outputs=specs, operators={}, calibration=samples,
-                    cpu=cpu.inspect(), cache=folder)
+                    cpu=cpu.inspect_cpu(), cache=folder)
 build = Build(engine=name, precision="int8")
 print("building", flush=True)
 engine(name).build(material, build, folder)
@@ -268,7 +268,7 @@ def test_hanging_engine_hangs(tmp_path: Path) -> None:
 
 def test_int8_with_the_rest_in_bf16_needs_both() -> None:
     offered = engine("openvino").candidates(cpu_with("avx512_vnni", "avx512_bf16"), LINEARS)
-    mixed = [build for build in offered if build.option("rest", "") == "bf16"]
+    mixed = [build for build in offered if build.quantization.rest == "bf16"]
     assert [build.precision for build in mixed] == ["int8", "int8", "int8-dynamic"]
     for build in mixed:
         assert engine("openvino").needs(build) == ("int8_dot", "bf16")

@@ -7,13 +7,16 @@ from random import Random
 from statistics import mean
 
 import pytest
+from builders import said, text
 from hypothesis import given
 from hypothesis import strategies as st
 
-from corewise.machine.layouts import thread_plans
+from corewise.machine.layouts import ThreadLayout, thread_layouts
 from corewise.records.build import Plan
 from corewise.records.cpu import Cpu, LogicalCpu
+from corewise.records.goal import Throughput, parse_goal
 from corewise.records.measurement import MOST_LATENCIES, Measurement
+from corewise.records.reason import Reason, ReasonKind
 from corewise.search.plans import (
     BATCHES,
     NEAR,
@@ -27,7 +30,7 @@ from corewise.search.plans import (
     tables,
 )
 
-SHAPES = ((2, 1), (1, 2), (1, 1))
+SHAPES = (ThreadLayout(2, 1), ThreadLayout(1, 2), ThreadLayout(1, 1))
 PROBE_S = 1.5
 """A second of timed calls, and half of one to warm up."""
 
@@ -63,7 +66,7 @@ class Scaling:
         self.fixed_ms, self.item_ms, self.cached = fixed_ms, item_ms, cached
         self.contention, self.coherence, self.shared = contention, coherence, shared
 
-    def measurement(self, plan, why=""):
+    def measurement(self, plan, why=None):
         threads, instances = plan.threads_per_instance, plan.instances
         speedup = threads / (1 + self.contention * (threads - 1) + self.coherence * threads * (threads - 1))
         slowdown = 1 + self.shared * (instances - 1)
@@ -76,20 +79,20 @@ class Scaling:
             p50_ms=ms,
             p99_ms=1.1 * ms,
             spread=0.0,
-            why=why,
+            why=why and Reason.of(why),
         )
 
 
 def search(goal, model, shapes=SHAPES, known=(), **options):
     """The measurements that a search took, and why it ended."""
     steps = drive(
-        strategy(goal, shapes, slo_ms=options.pop("slo_ms", None)),
+        strategy(parse_goal(goal, slo_ms=options.pop("slo_ms", None)), tuple(ThreadLayout(*shape) for shape in shapes)),
         known,
         lambda wanted: model.measurement(wanted.plan, wanted.why),
         **options,
     )
     *taken, ended = steps
-    return taken, ended
+    return taken, said(ended)
 
 
 def sweep(model, shapes=SHAPES):
@@ -139,7 +142,7 @@ def test_the_best_plan_is_within_three_per_cent_of_an_exhaustive_sweep():
 
 def test_sixty_four_cores_in_two_nodes_take_less_than_a_minute_and_the_optimum_is_found():
     cpu = machine(nodes=2, cores=32, smt=2)
-    shapes = thread_plans(cpu)
+    shapes = thread_layouts(cpu)
     for contention, coherence, shared in product((0.01, 0.05, 0.2), (0.0, 0.002), (0.001, 0.02, 0.1)):
         model = Scaling(item_ms=3, contention=contention, coherence=coherence, shared=shared, cached=2**14)
         taken, _ = search("throughput", model, shapes)
@@ -148,7 +151,7 @@ def test_sixty_four_cores_in_two_nodes_take_less_than_a_minute_and_the_optimum_i
 
 
 def test_a_search_is_a_quarter_of_the_sweep_or_less_where_there_are_many_shapes():
-    shapes = thread_plans(machine(nodes=2, cores=32, smt=2))
+    shapes = thread_layouts(machine(nodes=2, cores=32, smt=2))
     taken, _ = search("throughput", Scaling(item_ms=8), shapes)
     assert len(taken) <= len(shapes) * len(BATCHES) / 4
 
@@ -161,7 +164,7 @@ def test_every_measurement_has_a_reason_and_only_the_fastest_are_taken_twice():
     assert set(times.values()) == {1, 2}
     best = max(taken, key=per_s)
     assert best.plan in twice
-    assert {one.plan for one in taken if one.why.endswith("; measured twice")} == twice
+    assert {one.plan for one in taken if one.times == 2} == twice
     assert all(per_s(one) >= NEAR * per_s(best) for one in taken if one.plan in twice)
     assert "is the fastest of what was tried" in ended
 
@@ -176,9 +179,9 @@ def test_luck_in_one_measurement_does_not_choose():
             one = model.measurement(wanted.plan, wanted.why)
             return replace(one, throughput_per_s=per_s(one) * random.gauss(1, 0.08))
 
-        *taken, _ = drive(strategy("throughput", SHAPES), [], measure)
+        *taken, _ = drive(strategy(Throughput(), SHAPES), [], measure)
         last = {one.plan: one for one in taken}
-        once = [one for one in taken if not one.why.endswith("; measured twice")]
+        once = [one for one in taken if one.times != 2]
         regrets.append(1 - true[max(last.values(), key=per_s).plan] / max(true.values()))
         alone.append(1 - true[max(once, key=per_s).plan] / max(true.values()))
     assert mean(regrets) < 0.85 * mean(alone)
@@ -187,11 +190,13 @@ def test_luck_in_one_measurement_does_not_choose():
 
 def test_two_measurements_of_a_plan_are_one():
     plan = Plan(threads_per_instance=2, batch=4)
-    first, second = (replace(Scaling(item_ms=ms).measurement(plan, "x"), throttled=1) for ms in (10, 20))
+    first, second = (
+        replace(Scaling(item_ms=ms).measurement(plan, ReasonKind.FIRST_LOOK), throttled=1) for ms in (10, 20)
+    )
     both = pooled(first, replace(second, latencies_ms=(1.0,) * MOST_LATENCIES))
     assert per_s(both) == (per_s(first) + per_s(second)) / 2
     assert (both.p50_ms, both.p99_ms) == ((first.p50_ms + second.p50_ms) / 2, second.p99_ms)
-    assert (both.throttled, both.why) == (2, "x; measured twice")
+    assert (both.throttled, both.times, both.why) == (2, 2, first.why)
     assert len(both.latencies_ms) <= MOST_LATENCIES
 
 
@@ -227,13 +232,13 @@ def test_tables_for_an_slo_end_where_calls_are_too_slow():
     for table in tables(taken).values():
         assert [one.plan.batch for one in table] == list(BATCHES[: len(table)])
         assert all(one.p99_ms <= 100 for one in table[:-1])
-    assert "within 100 ms a call" in ended
+    assert "calls within 100 ms" in ended
 
 
 def test_an_impossible_slo_is_told_after_one_call_a_shape():
     taken, ended = search("slo", Scaling(), slo_ms=1.0)
     assert [one.plan.batch for one in taken] == [1, 1, 1]
-    assert ended == "no plan that may be chosen has a call within 1 ms"
+    assert ended == "no allowed plan has a call within 1 ms"
 
 
 @pytest.mark.parametrize("after", [0, 1, 3])
@@ -245,17 +250,17 @@ def test_whoever_drives_may_end_it_at_any_plan(after):
         return Scaling().measurement(wanted.plan)
 
     *_, ended = drive(
-        strategy("throughput", SHAPES), [], measure, go_on=lambda: "no time" if len(taken) == after else ""
+        strategy(Throughput(), SHAPES), [], measure, ended=lambda: text("no time") if len(taken) == after else None
     )
-    assert (len(taken), ended) == (after, "no time")
+    assert (len(taken), said(ended)) == (after, "no time")
 
 
 @pytest.mark.parametrize("goal", ["throughput", "latency", "slo"])
 def test_where_no_plan_runs_the_search_ends_and_says_so(goal):
-    steps = strategy(goal, SHAPES, slo_ms=100.0 if goal == "slo" else None)
-    *measured, ended = drive(steps, (), lambda wanted: not_run(wanted.plan, "died"))
+    steps = strategy(parse_goal(goal, slo_ms=100.0 if goal == "slo" else None), SHAPES)
+    *measured, ended = drive(steps, (), lambda wanted: not_run(wanted.plan, text("died")))
     assert measured
-    assert "no plan" in ended
+    assert said(ended).startswith("no ")
 
 
 def test_under_a_memory_limit_a_shape_that_fits_is_found_though_others_are_faster():
@@ -263,7 +268,9 @@ def test_under_a_memory_limit_a_shape_that_fits_is_found_though_others_are_faste
         plan = wanted.plan
         needs = 300 + 120 * plan.instances + 6 * plan.batch * plan.instances
         one = Scaling().measurement(plan, wanted.why)
-        return one if needs <= 470 else replace(one, rejected=f"{plan.label} needs {needs} MB")
+        return one if needs <= 470 else replace(one, rejected=text(f"{plan.label} needs {needs} MB"))
 
-    *measured, _ = drive(strategy("throughput", [(1, 2), (2, 1), (1, 1)]), (), measure)
+    *measured, _ = drive(
+        strategy(Throughput(), [ThreadLayout(1, 2), ThreadLayout(2, 1), ThreadLayout(1, 1)]), (), measure
+    )
     assert any(not one.rejected for one in measured)

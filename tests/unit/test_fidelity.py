@@ -3,6 +3,7 @@ from functools import partial
 
 import numpy as np
 import pytest
+from builders import requirements, said
 from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
@@ -12,7 +13,6 @@ from corewise.accuracy.fidelity import Outputs, compare
 from corewise.accuracy.gate import judge
 from corewise.accuracy.metrics import resolve
 from corewise.common.errors import EngineError, MetricError, SamplesError, SourceError
-from corewise.records.goal import Objective
 
 
 def first(leaves):
@@ -319,12 +319,12 @@ def figures(drop, low, high, samples=300):
 
 
 def test_the_gate_speaks_in_figures():
-    verdict = judge(figures(0.92 - 0.91667, -0.008, 0.015), Objective(max_drop=0.01))
+    verdict = judge(figures(0.92 - 0.91667, -0.008, 0.015), requirements(max_drop=0.01))
     assert verdict.passed
-    assert verdict.reason == "top1 0.9167 against 0.9200: drop 0.0033 [-0.0080, 0.0150] within 0.01"
+    assert said(verdict.reason) == "top1 0.9167 against 0.9200: drop 0.0033 [-0.0080, 0.0150] within 0.01"
     # 300 * ((0.0150 - 0.0033) / (0.01 - 0.0033))^2, rounded up
-    assert verdict.uncertain == (
-        "a holdout of 300 is too small to tell whether the drop is within 0.01; about 920 would"
+    assert said(verdict.uncertain) == (
+        "a holdout of 300 is too small to show whether the drop is within 0.01; about 920 would"
     )
 
 
@@ -341,14 +341,15 @@ def test_the_gate_speaks_in_figures():
     ],
 )
 def test_the_gate_passes_the_estimate_or_strictly_the_upper_end(drop, low, high, strict, passed, certain):
-    verdict = judge(figures(drop, low, high), Objective(max_drop=0.01, strict=strict))
+    verdict = judge(figures(drop, low, high), requirements(max_drop=0.01, strict=strict))
     assert (verdict.passed, not verdict.uncertain) == (passed, certain)
-    assert ("at its upper end" in verdict.reason) == strict
+    assert ("at its upper end" in said(verdict.reason)) == strict
 
 
 def test_a_drop_at_the_limit_is_told_by_no_holdout():
     for drop in (0.01, 0.0100001):
-        assert "too near to it for any number" in judge(figures(drop, 0.0, 0.02), Objective(max_drop=0.01)).uncertain
+        verdict = judge(figures(drop, 0.0, 0.02), requirements(max_drop=0.01))
+        assert "too near to it for any number" in said(verdict.uncertain)
 
 
 @given(
@@ -360,8 +361,8 @@ def test_a_drop_at_the_limit_is_told_by_no_holdout():
 )
 def test_strict_is_stricter_and_what_is_certain_is_certain_for_both(drop, below, above, max_drop, samples):
     fidelity = figures(drop, drop - below, drop + above, samples)
-    lenient = judge(fidelity, Objective(max_drop=max_drop))
-    strict = judge(fidelity, Objective(max_drop=max_drop, strict=True))
+    lenient = judge(fidelity, requirements(max_drop=max_drop))
+    strict = judge(fidelity, requirements(max_drop=max_drop, strict=True))
     assert lenient.passed or not strict.passed
     assert lenient.uncertain == strict.uncertain
     assert lenient.uncertain or lenient.passed == strict.passed
@@ -375,8 +376,8 @@ def test_the_advised_holdout_would_tell():
         correct = np.eye(2)[np.zeros(samples, int)]
         candidate = np.where(wrong[:samples, None] < 0.015, correct[:, ::-1], correct)
         labels = np.zeros(samples, int)
-        return judge(fidelity_of(outputs(correct), outputs(candidate), "top1", labels), Objective(max_drop=0.02))
+        return judge(fidelity_of(outputs(correct), outputs(candidate), "top1", labels), requirements(max_drop=0.02))
 
-    advised = int(drop(400).uncertain.split("about ")[1].split(" ")[0])
+    advised = int(said(drop(400).uncertain).split("about ")[1].split(" ")[0])
     assert 400 < advised < 100_000
     assert not drop(2 * advised).uncertain

@@ -4,7 +4,7 @@ import pytest
 
 from corewise.records.build import Build, Plan
 from corewise.records.measurement import LoadRun, Measurement
-from corewise.search.slo import ATTEMPTS, CONFIRM_S, ENOUGH, MOST_LOADS, PROMISED, UP, Contender, climb, worthwhile
+from corewise.search.slo import ATTEMPTS, CERTIFIED, CONFIRM_S, ENOUGH, MOST_LOADS, UP, Contender, climb, worthwhile
 
 SLO_MS = 100.0
 
@@ -73,8 +73,8 @@ def test_the_promise_is_near_the_most_that_is_held(simulated_per_s):
     assert machine.climb([one]) is one
     runs = [run for _, run in machine.loads]
     assert len(runs) <= ATTEMPTS + 1
-    assert runs[-1].held
-    assert PROMISED / UP * 98.0 <= runs[-1].rate_per_s <= PROMISED * 102.0
+    assert runs[-1].met
+    assert CERTIFIED / UP * 98.0 <= runs[-1].rate_per_s <= CERTIFIED * 102.0
     assert runs[-1].duration_s >= runs[0].duration_s
 
 
@@ -83,7 +83,7 @@ def test_what_holds_nothing_promises_nothing():
     assert machine.climb([contender(1000.0)]) is None
     runs = [run for _, run in machine.loads]
     assert len(runs) == ATTEMPTS
-    assert not any(run.held for run in runs)
+    assert not any(run.met for run in runs)
     rates = [run.rate_per_s for run in runs]
     assert rates == sorted(rates, reverse=True)
 
@@ -96,8 +96,8 @@ def test_the_plan_that_holds_most_is_found_though_the_simulation_preferred_anoth
     assert best is both[most.index(max(most))]
     last, run = machine.loads[-1]
     assert last is best
-    assert run.held
-    assert PROMISED / UP * 0.95 * max(most) <= run.rate_per_s <= max(most)
+    assert run.met
+    assert CERTIFIED / UP * 0.95 * max(most) <= run.rate_per_s <= max(most)
     assert len(machine.loads) <= MOST_LOADS + 1
 
 
@@ -133,7 +133,7 @@ def test_where_the_highest_rate_is_not_held_again_the_next_one_is_promised():
     best = machine.climb(both, never_again=both[:1])
     assert best is both[1]
     assert machine.loads[-1][0] is both[1]
-    assert machine.loads[-1][1].held
+    assert machine.loads[-1][1].met
 
 
 def test_what_is_left_of_the_time_is_for_the_promise():

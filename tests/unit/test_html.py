@@ -9,13 +9,16 @@ from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
+from builders import text as text_of
 from hypothesis import given
 from hypothesis import strategies as st
 
 from corewise.records.build import Build, Plan
+from corewise.records.goal import Latency, Throughput
 from corewise.records.jsonable import from_json
 from corewise.records.measurement import Measurement, Rates
 from corewise.records.report import LosingTrial, Report, SampleFacts
+from corewise.records.schema_1 import upgrade_report
 from corewise.report import charts, figures, html, words
 from corewise.report.charts import Axis, Bar, Line, Mark
 from corewise.report.figures import Builds
@@ -91,7 +94,7 @@ def searched():
         replace(trial, measurements=plans(trial.measurements[0].throughput_per_s)) if trial.measurements else trial
         for trial in REPORT.trials
     )
-    best = next(trial for trial in trials if trial.build == WINNER.build).best("throughput")
+    best = Throughput().best(next(trial for trial in trials if trial.build == WINNER.build))
     return replace(REPORT, trials=trials, choice=replace(REPORT.choice, plan=best.plan))
 
 
@@ -142,8 +145,8 @@ def test_nothing_outside_is_asked_for_and_nothing_can_run():
 def test_whatever_others_wrote_is_text():
     build = Build(engine=HOSTILE, precision="int8", options=((HOSTILE, HOSTILE),))
     fidelity = replace(WINNER.fidelity, metric=HOSTILE)
-    trial = replace(WINNER, build=build, reason=HOSTILE, notes=(HOSTILE,), fidelity=fidelity)
-    other = replace(REPORT.trials[5], build=replace(build, precision="fp32"), reason=HOSTILE, state="failed")
+    trial = replace(WINNER, build=build, reason=text_of(HOSTILE), notes=(HOSTILE,), fidelity=fidelity)
+    other = replace(REPORT.trials[5], build=replace(build, precision="fp32"), reason=text_of(HOSTILE), state="failed")
     report = replace(
         REPORT,
         model=HOSTILE,
@@ -156,11 +159,11 @@ def test_whatever_others_wrote_is_text():
         choice=replace(
             REPORT.choice,
             winner=build,
-            reason=HOSTILE,
-            losers=(LosingTrial(build=other.build, state="failed", reason=HOSTILE),),
-            warnings=(HOSTILE,),
+            reason=text_of(HOSTILE),
+            losers=(LosingTrial(build=other.build, state="failed", reason=text_of(HOSTILE)),),
+            warnings=(text_of(HOSTILE),),
         ),
-        notes=(HOSTILE,),
+        notes=(text_of(HOSTILE),),
     )
     page = Page(html.render(report))
     assert page.text.count("<script>alert(1)</script>") >= 10
@@ -192,13 +195,14 @@ def test_each_chart_has_a_title_a_description_and_its_figures_in_a_table():
 
 def test_the_golden_artifact_and_the_golden_report_have_a_page():
     for path in (GOLDEN / "report.json", GOLDEN / "schema-1" / "report.json"):
-        report = from_json(Report, json.loads(path.read_text()))
+        data = json.loads(path.read_text())
+        report = from_json(Report, upgrade_report(data) if "objective" in data else data)
         assert words.headline(report) in Page(html.render(report)).text
 
 
 def test_a_baseline_that_nothing_beat_has_a_page():
     choice = replace(REPORT.choice, winner=EAGER.build, losers=REPORT.choice.losers[1:], speedup=1.0)
-    report = replace(REPORT, choice=choice, objective=replace(REPORT.objective, goal="latency"))
+    report = replace(REPORT, choice=choice, requirements=replace(REPORT.requirements, goal=Latency()))
     page = Page(html.render(report))
     assert "nothing beat the baseline" in page.text
     assert page.all("span", **{"class": "build chosen"})
@@ -280,7 +284,7 @@ def test_a_rejected_build_stands_below_the_gate_at_its_speed_while_verifying():
 
 
 def test_for_latency_the_race_is_in_milliseconds_and_the_shortest_comes_first():
-    found = figure(replace(REPORT, objective=replace(REPORT.objective, goal="latency")), "The alternating run")
+    found = figure(replace(REPORT, requirements=replace(REPORT.requirements, goal=Latency())), "The alternating run")
     assert found.columns[2] == "median, ms"
     assert found.rows[0][0] == WINNER.build
     medians = [float(cells[1]) for _, cells in found.rows]

@@ -78,7 +78,7 @@ def material(model: nn.Module, folder: Path) -> BuildInputs:
         outputs=exported.outputs,
         operators=dict(Counter(str(n.target) for n in exported.program.graph.nodes if n.op == "call_function")),
         calibration=calibration,
-        cpu=cpu.inspect(),
+        cpu=cpu.inspect_cpu(),
         cache=folder,
     )
 
@@ -117,7 +117,7 @@ def compiled(model: nn.Module, given: BuildInputs, build: Build, folder: Path) -
 
 def build(precision: str) -> Build:
     """Of that precision for this CPU; skips where inductor cannot be used."""
-    if (reason := Inductor().unavailable()) or not (offered := Inductor().candidates(cpu.inspect(), LINEARS)):
+    if (reason := Inductor().unavailable()) or not (offered := Inductor().candidates(cpu.inspect_cpu(), LINEARS)):
         pytest.skip(reason or "inductor offers nothing on this CPU")
     return replace(offered[0 if precision == "int8" else -1], precision=precision)
 
@@ -309,7 +309,7 @@ AMX = (*V4, "avx512_vnni", "avx512_bf16", "amx_int8", "amx_bf16")
 
 
 def cpu_with(*isa: str, architecture: str = "x86_64") -> Cpu:
-    return replace(cpu.inspect(), architecture=architecture, isa=isa)
+    return replace(cpu.inspect_cpu(), architecture=architecture, isa=isa)
 
 
 @pytest.mark.parametrize(

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 
 import pytest
+from builders import text
 
 from corewise.common.errors import OutputError
 from corewise.records.build import Build, Plan
@@ -20,7 +21,7 @@ TRIALS = [
     Trial(
         build=build,
         state="ok",
-        reason="fine",
+        reason=text("fine"),
         notes=("ümlaut\nand a line",),
         measurements=(
             Measurement(
@@ -61,7 +62,7 @@ def test_an_added_trial_is_there_at_once(tmp_path):
 
 
 def test_the_last_record_of_a_build_counts(tmp_path):
-    later = replace(TRIALS[0], state="failed", reason="later")
+    later = replace(TRIALS[0], state="failed", reason=text("later"))
     write(tmp_path / "j", trials=[*TRIALS, later])
     assert kept(tmp_path / "j") == [later, *TRIALS[1:]]
 

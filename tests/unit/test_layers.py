@@ -27,8 +27,8 @@ LAYERS = (
     ("quantize",),
     ("source", "accuracy"),
     ("samples", "batching", "machine"),
-    ("arguments",),
-    ("common", "records", "_version"),
+    ("records",),
+    ("common", "_version"),
 )
 """Rooms, from top to bottom. A room imports from itself and from lower layers; those of one layer are strangers."""
 
@@ -48,6 +48,8 @@ class Import(NamedTuple):
     name: str
     line: int
     when: Literal["at once", "later", "never"]
+    members: tuple[str, ...] = ()
+    """What ``from name import ...`` takes of it: attributes or submodules."""
 
 
 class Module(NamedTuple):
@@ -56,6 +58,17 @@ class Module(NamedTuple):
     path: Path
     room: str
     tree: ast.Module
+
+    @property
+    def name(self) -> str:
+        """The name to import it by; a package's ``__init__`` is the package."""
+        parts = self.path.relative_to(SOURCE.parent).with_suffix("").parts
+        return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+    @property
+    def package(self) -> str:
+        """The package whose modules are its siblings."""
+        return ".".join(self.path.relative_to(SOURCE.parent).parts[:-1])
 
     def at(self, line: int) -> str:
         return f"{self.path.relative_to(SOURCE.parent)}:{line}"
@@ -77,9 +90,12 @@ def imports(node: ast.AST, when: Literal["at once", "later", "never"] = "at once
             yield from (Import(alias.name, child.lineno, when) for alias in child.names)
         elif isinstance(child, ast.ImportFrom):
             assert not child.level, f"line {child.lineno}: write the whole name of the module"
+            members = tuple(alias.name for alias in child.names)
             # "from corewise import stats" imports a room, not the package.
-            names = [f"{ROOT}.{alias.name}" for alias in child.names] if child.module == ROOT else [str(child.module)]
-            yield from (Import(name, child.lineno, when) for name in names)
+            if child.module == ROOT:
+                yield from (Import(f"{ROOT}.{member}", child.lineno, when) for member in members)
+            else:
+                yield Import(str(child.module), child.lineno, when, members)
         elif isinstance(child, ast.If) and ast.unparse(child.test) == "TYPE_CHECKING":
             yield from imports(child, "never")
         else:
@@ -119,6 +135,54 @@ def test_imports_go_one_way() -> None:
     assert_none(problems)
 
 
+def graph() -> dict[str, set[str]]:
+    """The modules that each module imports, also inside functions; imports for type checkers only do not count."""
+    names = {module.name for module in modules()}
+
+    def targets(imported: Import) -> set[str]:
+        submodules = {f"{imported.name}.{member}" for member in imported.members} & names
+        # A package that gives its submodules only is no part of a circle.
+        return submodules if len(submodules) == len(imported.members) > 0 else {imported.name, *submodules} & names
+
+    return {
+        module.name: set().union(*(targets(imported) for imported in imports(module.tree) if imported.when != "never"))
+        - {module.name}
+        for module in modules()
+    }
+
+
+def circle(edges: dict[str, set[str]]) -> list[str]:
+    """The nodes of one circle in the order of its edges; empty if there is none."""
+    finished: set[str] = set()
+
+    def walk(node: str, path: list[str]) -> list[str]:
+        if node in path:
+            return [*path[path.index(node) :], node]
+        if node in finished:
+            return []
+        closed = next(filter(None, (walk(target, [*path, node]) for target in sorted(edges[node]))), [])
+        finished.add(node)
+        return closed
+
+    return next(filter(None, (walk(node, []) for node in sorted(edges))), [])
+
+
+def test_no_modules_import_each_other_in_a_circle() -> None:
+    assert not (closed := circle(graph())), " imports ".join(closed)
+
+
+def test_a_function_does_not_have_the_name_of_its_module_or_of_a_sibling() -> None:
+    names = {module.name for module in modules()}
+    shared = {
+        (module.name.removeprefix(f"{ROOT}."), node.name)
+        for module in modules()
+        for node in module.tree.body
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef) and not node.name.startswith("_")
+        if f"{module.package}.{node.name}" in names
+    }
+    assert_none([f"{module}.{function}: rename the function" for module, function in sorted(shared)])
+
+
 def test_torch_is_imported_only_where_torch_is_the_work() -> None:
     assert_none(
         [
@@ -151,6 +215,18 @@ def test_web_frameworks_and_ray_stay_in_their_rooms() -> None:
     )
 
 
+def test_engines_that_send_usage_data_are_imported_in_one_place() -> None:
+    assert_none(
+        [
+            f"{module.at(imported.line)}: {imported.name}; use engines.libraries, where it sends nothing"
+            for module in modules()
+            for imported in imports(module.tree)
+            if imported.name.partition(".")[0] in ("openvino", "nncf", "onnxruntime", "openvino_telemetry")
+            and module.name != f"{ROOT}.engines.libraries"
+        ]
+    )
+
+
 def test_nothing_is_unpickled() -> None:
     assert_none(
         [
@@ -165,7 +241,7 @@ def test_nothing_is_unpickled() -> None:
 def test_the_environment_is_read_by_the_cli_and_handed_to_trial_children() -> None:
     assert_none(
         [
-            f"{module.at(node.lineno)}: {ast.unparse(node)}; take an argument, and let cli.py read the environment"
+            f"{module.at(node.lineno)}: {ast.unparse(node)}; take an argument, and let the cli read the environment"
             for module in modules()
             if module.room not in ("cli", "runtime")
             for node in ast.walk(module.tree)
@@ -178,7 +254,7 @@ def test_the_environment_is_read_by_the_cli_and_handed_to_trial_children() -> No
 def test_only_the_cli_prints_and_exits() -> None:
     assert_none(
         [
-            f"{module.at(node.lineno)}: {ast.unparse(node.func)}(); return a value or raise, and let cli.py speak"
+            f"{module.at(node.lineno)}: {ast.unparse(node.func)}(); return a value or raise, and let the cli speak"
             for module in modules()
             if module.room != "cli"
             for node in ast.walk(module.tree)
@@ -236,7 +312,7 @@ def test_the_rules_can_fail() -> None:
     )
     assert list(imports(tree)) == [
         Import("torch.nn", 1, "at once"),
-        Import("corewise.common", 2, "at once"),
+        Import("corewise.common", 2, "at once", ("stats",)),
         Import("pickle", 4, "later"),
         Import("ray", 6, "never"),
     ]
@@ -245,5 +321,7 @@ def test_the_rules_can_fail() -> None:
         ROOT,
         None,
     )
+    assert circle({"a": {"b"}, "b": {"c"}, "c": {"b"}}) == ["b", "c", "b"]
+    assert circle({"a": {"b", "c"}, "b": {"c"}, "c": set()}) == []
     handlers = [node for node in ast.walk(ast.parse("try: 1\nexcept (OSError, Exception): 2")) if hasattr(node, "name")]
     assert [_catches_everything(node) for node in handlers] == [True]

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 from torch.fx import GraphModule
 
-from corewise.quantize.lift import lift
+from corewise.quantize.lift import lift_program
 
 IMAGE = (3, 8, 8)
 
@@ -152,7 +152,7 @@ def test_the_module_computes_what_the_program_does(
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             program = program.run_decompositions()
-    module = lift(program)
+    module = lift_program(program)
     if not decomposed:
         assert kinds(module) == layers
         assert left(module) >= operators

@@ -140,7 +140,7 @@ def test_requests_go_out_when_they_are_due_and_latencies_are_theirs():
     assert run.sender_late_p99_ms == pytest.approx(0.0, abs=1e-6)
     assert (run.p50_ms, run.p99_ms) == (pytest.approx(40, abs=20.1), pytest.approx(40))
     assert run.in_time == run.offered // 2
-    assert not run.held
+    assert not run.met
     assert run.duration_s == pytest.approx(4.0, abs=0.05)
     assert run.goodput_per_s == run.in_time / run.duration_s
 
@@ -181,7 +181,7 @@ def test_refusals_tell_how_long_they_took():
         free_s = max(free_s, due_s) + 0.002
         waits_ms.append((free_s - due_s) * 1e3)
     assert run.refusal_p99_ms == pytest.approx(np.quantile(waits_ms, 0.99))
-    assert not run.held
+    assert not run.met
 
 
 def test_what_submit_raises_is_raised():
@@ -233,7 +233,7 @@ def test_each_client_sends_again_when_it_has_its_answer(clients):
     assert run.offered == run.answered == pytest.approx(100 + clients - 1, abs=1)
     assert server.most == clients
     assert run.p50_ms == pytest.approx(10.0 * clients)
-    assert run.held
+    assert run.met
 
 
 def test_a_refused_client_backs_off():

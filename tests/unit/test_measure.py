@@ -8,7 +8,7 @@ import pytest
 from corewise.records.build import Plan
 from corewise.records.jsonable import from_json, to_json
 from corewise.records.measurement import Measurement
-from corewise.runtime.measure import batch_of, measure, throughput_per_s, time_calls, warm_up
+from corewise.runtime.measure import batch_of, measure_instances, throughput_per_s, time_calls, warm_up
 from corewise.samples import from_python
 
 
@@ -74,7 +74,9 @@ def test_a_measurement_is_of_the_calls_after_the_warm_up():
     time = FakeTime(5.0, 0.125)
     throttled = iter([7, 9])
     plan = Plan(threads_per_instance=1, batch=2)
-    found = measure(alone(time), INPUTS, plan, budget_s=1.0, clock=time.clock, throttled=lambda: next(throttled))
+    found = measure_instances(
+        alone(time), INPUTS, plan, budget_s=1.0, clock=time.clock, throttled=lambda: next(throttled)
+    )
     # The first call spends the warm-up's budget of 0.5 s.
     assert found.latencies_ms == (125.0,) * 8
     assert found.throughput_per_s == 2 / 0.125
@@ -85,7 +87,7 @@ def test_a_measurement_is_of_the_calls_after_the_warm_up():
 def test_throughput_is_by_the_median_call_and_the_tail_is_seen():
     time = FakeTime(*[0.125] * 14, 1.0)
     plan = Plan(threads_per_instance=1, batch=2)
-    found = measure(alone(time), INPUTS, plan, budget_s=2.0, clock=time.clock, throttled=lambda: 0)
+    found = measure_instances(alone(time), INPUTS, plan, budget_s=2.0, clock=time.clock, throttled=lambda: 0)
     # Six warm-up calls, eight of 0.125 s, and the one that fills the budget.
     assert found.latencies_ms == (*[125.0] * 8, 1000.0)
     assert found.throughput_per_s == 16
@@ -111,7 +113,9 @@ def test_several_instances_are_measured_together():
     now = lambda: fast.now + slow.now  # noqa: E731 - one after the other: the clock of either is that of both
     each = lambda work: [work(fast), work(slow)]  # noqa: E731
     plan = Plan(threads_per_instance=1, instances=2, batch=2)
-    found = measure(each, INPUTS, plan, budget_s=2.0, clock=now, throttled=lambda: 0, memory_per_instance_bytes=5)
+    found = measure_instances(
+        each, INPUTS, plan, budget_s=2.0, clock=now, throttled=lambda: 0, memory_per_instance_bytes=5
+    )
     assert found.latencies_ms == (*[125.0] * 16, *[500.0] * 4)
     assert found.throughput_per_s == 2 / 0.125 + 2 / 0.5
     assert found.p50_ms == 125
@@ -126,7 +130,9 @@ def test_the_throughput_of_several_instances_is_over_all_their_calls():
 
 def test_measurements_from_before_there_were_instances_still_load():
     time = FakeTime(1.0)
-    found = measure(alone(time), INPUTS, Plan(threads_per_instance=1, batch=2), budget_s=1.0, clock=time.clock)
+    found = measure_instances(
+        alone(time), INPUTS, Plan(threads_per_instance=1, batch=2), budget_s=1.0, clock=time.clock
+    )
     old = to_json(found)
     del old["memory_per_instance_bytes"]
     assert from_json(Measurement, old) == found

@@ -13,7 +13,7 @@ from corewise.artifact.model import Model
 from corewise.common.errors import EngineError, InputError
 from corewise.common.nested import flatten
 from corewise.engines.denormals import flushed
-from corewise.machine.inspect import inspect
+from corewise.machine.inspect import inspect_cpu
 from corewise.records.build import Build, Plan, TensorSpec
 from corewise.runtime.instances import open_plan
 
@@ -62,7 +62,7 @@ class Doublings:
 
 
 BUILD = Build(engine="fake", precision="fp32")
-CPU = inspect()
+CPU = inspect_cpu()
 ONE = Plan(threads_per_instance=1, batch=1)
 FOURS = Plan(threads_per_instance=1, batch=4)
 SEVERAL = Plan(threads_per_instance=1, instances=3, batch=4)

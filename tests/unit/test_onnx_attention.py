@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.export import Dim
 
 from corewise.engines.onnx_attention import drop_guards
-from corewise.engines.qdq import export_onnx
+from corewise.engines.onnx_export import export_onnx
 
 TOKENS, WIDTH = 6, 8
 

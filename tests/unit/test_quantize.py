@@ -22,6 +22,7 @@ from corewise.quantize import corrections, ptq
 from corewise.quantize.graph import bias, compute, execute, folded, layer_name, layers, output_axis, weight
 from corewise.quantize.observers import (
     OBSERVERS,
+    Channels,
     Observed,
     QParams,
     fake_quantize,
@@ -34,7 +35,8 @@ from corewise.quantize.observers import (
     weight_scales,
 )
 from corewise.quantize.placement import TARGETS, Placement, Target, place
-from corewise.quantize.ptq import Recipe, quantize
+from corewise.quantize.ptq import quantize
+from corewise.quantize.quantized import CORRECTIONS, Quantized, Recipe
 from corewise.quantize.simulate import Simulation
 from corewise.records.jsonable import from_json, to_json
 from corewise.samples import Samples, from_python
@@ -326,7 +328,7 @@ def test_the_order_of_batches_moves_no_range_by_more_than_a_bin(order: tuple[int
     ascending, seen = observed(*batches), observed(*(batches[k] for k in order))
     assert minmax(seen) == minmax(ascending)
     assert float(seen.histogram.sum()) == float(ascending.histogram.sum()) == 4 * 500 * 4
-    torch.testing.assert_close(seen.mean_square, ascending.mean_square)
+    torch.testing.assert_close(seen.channels.mean_square, ascending.channels.mean_square)
     assert seen.bound >= max(-seen.low, seen.high)
     assert seen.bound < 2 * max(-seen.low, seen.high)
     bin_width = 2 * max(seen.bound, ascending.bound) / len(seen.histogram)
@@ -411,7 +413,7 @@ def test_channels_are_counted_along_their_axis():
         seen = observed(values, -values, axis=axis)
         assert torch.equal(seen.channel_high, values.amax(dims))
         assert torch.equal(seen.channel_low, -values.amax(dims))
-        torch.testing.assert_close(seen.mean_square, values.square().mean(dims))
+        torch.testing.assert_close(seen.channels.mean_square, values.square().mean(dims))
 
 
 # --- placements ---------------------------------------------------------------------------------------------------
@@ -557,7 +559,7 @@ def test_a_value_that_becomes_infinite_is_named(bad: float, name: str):
 
 def test_too_few_samples_and_constant_ones_are_noted(program: ExportedProgram):
     def warned(samples: Samples) -> list[str]:
-        return [n for n in quantize(program, samples, Recipe(corrections=())).notes if n.startswith("warning")]
+        return list(quantize(program, samples, Recipe(corrections=())).warnings)
 
     assert warned(images()) == []
     few = warned(images(3))
@@ -569,20 +571,20 @@ def test_too_few_samples_and_constant_ones_are_noted(program: ExportedProgram):
 
 
 @pytest.fixture(scope="module", params=[Residual, Depthwise], ids=lambda make: make.__name__)
-def pair(request: pytest.FixtureRequest) -> tuple[ptq.Quantized, ptq.Quantized, ExportedProgram]:
+def pair(request: pytest.FixtureRequest) -> tuple[Quantized, Quantized, ExportedProgram]:
     """Without corrections and with all of them, in 7 bits; and the program."""
     program = program_of(trained(request.param), *IMAGE)
-    plain, full = (quantize(program, images(40), Recipe(weight_bits=7, corrections=c)) for c in ((), ptq.CORRECTIONS))
+    plain, full = (quantize(program, images(40), Recipe(weight_bits=7, corrections=c)) for c in ((), CORRECTIONS))
     return plain, full, program
 
 
-def test_corrections_are_kept_only_where_they_pay(pair: tuple[ptq.Quantized, ptq.Quantized, ExportedProgram]):
+def test_corrections_are_kept_only_where_they_pay(pair: tuple[Quantized, Quantized, ExportedProgram]):
     plain, full, _ = pair
     assert 15 < plain.sqnr_db <= full.sqnr_db < 60
     assert len(full.notes) > len(plain.notes)
 
 
-def test_weights_are_on_their_grids(pair: tuple[ptq.Quantized, ptq.Quantized, ExportedProgram]):
+def test_weights_are_on_their_grids(pair: tuple[Quantized, Quantized, ExportedProgram]):
     for made in pair[:2]:
         assert set(made.scales) == {layer.node for layer in made.placed("fused")[1].layers}
         for node in layers(made.module):
@@ -591,7 +593,7 @@ def test_weights_are_on_their_grids(pair: tuple[ptq.Quantized, ptq.Quantized, Ex
             assert -64.01 < float(steps.min()) <= float(steps.max()) < 63.01
 
 
-def test_the_reference_stays_what_the_program_computes(pair: tuple[ptq.Quantized, ptq.Quantized, ExportedProgram]):
+def test_the_reference_stays_what_the_program_computes(pair: tuple[Quantized, Quantized, ExportedProgram]):
     x = torch.randn(5, *IMAGE)
     expected = pair[2].module()(x)
     for made in pair[:2]:
@@ -619,6 +621,10 @@ def test_a_recipe_has_a_key_of_its_own():
 def ranged(module: GraphModule, placement: Placement, batches: list[Tensor]) -> dict[str, QParams]:
     seen = ptq.observe(module, placement.tensors, [(batch,) for batch in batches])
     return {name: qparams(*minmax(one)) for name, one in seen.items()}
+
+
+def channels_of(module: GraphModule, placement: Placement, x: Tensor) -> dict[str, Channels]:
+    return {name: one.channels for name, one in ptq.observe(module, placement.tensors, [(x,)]).items()}
 
 
 def smooth(shape: tuple[int, ...], rows: int = 64, seed: int = 0) -> Tensor:
@@ -774,12 +780,12 @@ def test_equalizing_evens_ranges_and_keeps_the_function(make: Make, layer: str, 
     x = torch.randn(64, *shape, generator=torch.Generator().manual_seed(0))
     before = run(module, x)[0]
 
-    def seen() -> dict[str, Observed]:
-        return ptq.observe(module, placement.tensors, [(x,)])
+    def seen() -> dict[str, Channels]:
+        return channels_of(module, placement, x)
 
     def spread() -> float:
         found = seen()[value]
-        largest = torch.maximum(found.channel_high, -found.channel_low)
+        largest = torch.maximum(found.high, -found.low)
         return float(largest.max() / largest.min())
 
     apart = spread()
@@ -855,5 +861,5 @@ def test_equalizing_leaves_alone_what_it_cannot_rescale(make: Make, shape: tuple
     x = torch.randn(64, *shape, generator=torch.Generator().manual_seed(0))
     before = run(module, x)[0]
     with torch.no_grad():
-        corrections.equalize(module, placement, ptq.observe(module, placement.tensors, [(x,)]), 8)
+        corrections.equalize(module, placement, channels_of(module, placement, x), 8)
     torch.testing.assert_close(run(module, x)[0], before, rtol=1e-3, atol=1e-4)

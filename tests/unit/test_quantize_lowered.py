@@ -1,5 +1,6 @@
 """Quantization behind corrections: Q/DQ programs against their simulation and on engines, int32 biases, saturation."""
 
+import re
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -18,10 +19,11 @@ from corewise.common.errors import EngineError
 from corewise.engines import BuildInputs, engine, qdq
 from corewise.engines.onnx_bias import quantize_biases
 from corewise.machine import inspect as cpu
-from corewise.quantize import ptq
+from corewise.quantize import state
 from corewise.quantize.observers import round_weight, weight_scales
 from corewise.quantize.placement import TARGETS, Target
-from corewise.quantize.ptq import Quantized, Recipe
+from corewise.quantize.ptq import RUNGS, TOP
+from corewise.quantize.quantized import Quantized, Recipe, lower
 from corewise.quantize.simulate import Simulation
 from corewise.records.build import Build, Plan
 from corewise.samples import from_python
@@ -64,11 +66,11 @@ class Case:
             outputs=exported.outputs,
             operators=dict(Counter(str(n.target) for n in exported.program.graph.nodes if n.op == "call_function")),
             calibration=calibration,
-            cpu=replace(cpu.inspect(), isa=()),  # one without VNNI: 7 bits
+            cpu=replace(cpu.inspect_cpu(), isa=()),  # one without VNNI: 7 bits
             cache=folder,
         )
         # As an engine asks for it, so that engines and these tests share it.
-        self.quantized: Quantized = ptq.calibrated(
+        self.quantized: Quantized = state.calibrated(
             self.material.program, calibration, self.material.cache, Recipe(weight_bits=7)
         )
 
@@ -111,7 +113,7 @@ def assert_close(found: np.ndarray, expected: np.ndarray, share: float) -> None:
 
 @pytest.mark.parametrize("target", TARGETS)
 def test_the_lowered_program_is_what_was_simulated(case: Case, target: Target):
-    path, notes = ptq.quantized_program(
+    path, decided = state.quantized_program(
         case.material.program,
         case.material.calibration,
         case.material.inputs,
@@ -119,8 +121,8 @@ def test_the_lowered_program_is_what_was_simulated(case: Case, target: Target):
         case.quantized.recipe,
         target,
     )
-    assert notes == case.quantized.notes
-    program = ptq.load_quantized(path)
+    assert (decided.warnings, decided.notes) == (case.quantized.warnings, case.quantized.notes)
+    program = state.load_quantized(path)
     names = Counter(str(node.target) for node in program.graph.nodes)
     _, placement, _ = case.quantized.placed(target)
     assert sum(n for name, n in names.items() if "dequantize_per_channel" in name) == case.layers
@@ -135,7 +137,7 @@ def test_the_lowered_program_is_what_was_simulated(case: Case, target: Target):
 
 
 def test_weights_of_the_program_are_int8_on_seven_bits(case: Case):
-    path = ptq.quantized_program(
+    path = state.quantized_program(
         case.material.program,
         case.material.calibration,
         case.material.inputs,
@@ -143,7 +145,7 @@ def test_weights_of_the_program_are_int8_on_seven_bits(case: Case):
         case.quantized.recipe,
         "fused",
     )[0]
-    weights = [t for t in ptq.load_quantized(path).state_dict.values() if t.dtype == torch.int8]
+    weights = [t for t in state.load_quantized(path).state_dict.values() if t.dtype == torch.int8]
     assert len(weights) == case.layers
     for tensor in weights:
         assert -64 <= int(tensor.min()) <= int(tensor.max()) <= 63
@@ -152,7 +154,9 @@ def test_weights_of_the_program_are_int8_on_seven_bits(case: Case):
 
 def test_calibrating_again_reads_what_the_cache_has(case: Case):
     before = {path: path.stat().st_mtime_ns for path in case.material.cache.iterdir()}
-    again = ptq.calibrated(case.material.program, case.material.calibration, case.material.cache, Recipe(weight_bits=7))
+    again = state.calibrated(
+        case.material.program, case.material.calibration, case.material.cache, Recipe(weight_bits=7)
+    )
     assert {path: path.stat().st_mtime_ns for path in case.material.cache.iterdir()} == before
     made = case.quantized
     assert (again.notes, again.ranges, again.sqnr_db) == (made.notes, made.ranges, made.sqnr_db)
@@ -163,14 +167,68 @@ def test_calibrating_again_reads_what_the_cache_has(case: Case):
         assert np.array_equal(found.numpy(), case.simulated(target, x))
 
 
+def tensors(quantized: Quantized) -> dict[str, Tensor]:
+    plain = {f"plain {name}": tensor for name, tensor in quantized.plain.state_dict().items()}
+    return {**quantized.module.state_dict(), **plain, **{f"scales {k}": v for k, v in quantized.scales.items()}}
+
+
+def test_climbing_rung_by_rung_from_disk_ends_where_one_run_does(case: Case, tmp_path: Path):
+    given, reached = case.material, []
+    build: Build | None = qdq.first_rung(case.build("openvino"))
+    while build is not None:
+        rung = TOP if build.quantization.rung is None else build.quantization.rung
+        quantized = state.calibrated(given.program, given.calibration, tmp_path, Recipe(weight_bits=7), rung)
+        reached.append(state.rung_reached(tmp_path, Recipe(weight_bits=7), rung))
+        assert reached[-1] is not None
+        assert reached[-1] >= rung
+        build = qdq.climbed(build, tmp_path)
+    assert (reached[:2], reached[-1]) == ([0, 1], TOP)
+    assert reached == sorted(set(reached))
+    whole = case.quantized
+    assert (quantized.notes, quantized.ranges, quantized.sqnr_db) == (whole.notes, whole.ranges, whole.sqnr_db)
+    climbed, expected = tensors(quantized), tensors(whole)
+    assert climbed.keys() == expected.keys()
+    assert all(torch.equal(climbed[name], expected[name]) for name in expected)
+
+
+def test_a_rung_that_changes_nothing_is_passed_by(case: Case, tmp_path: Path):
+    given, recipe = case.material, Recipe(weight_bits=7, corrections=("rounding",))
+    state.calibrated(given.program, given.calibration, tmp_path, recipe, 2)
+    files = {path.stem.rpartition("-")[2] for path in tmp_path.iterdir()}
+    assert files == {"1", str(RUNGS.index("rounding"))}
+    assert state.rung_reached(tmp_path, recipe, 2) == RUNGS.index("rounding")
+    assert state.rung_reached(tmp_path, recipe, TOP) is None
+
+
+def test_the_first_rung_serves_both_placements_from_one_pass(case: Case, tmp_path: Path):
+    given = replace(case.material, cache=tmp_path)
+    for name in ("openvino", "onnxruntime"):
+        build, payload = qdq.first_rung(case.build(name)), tmp_path / f"payload-{name}"
+        payload.mkdir()
+        (note,) = engine(name).build(given, build, payload)
+        assert re.match(r"\d+\.\d dB, ranges of 16 samples, judged by 4; ranges by", note)
+        session = engine(name).open(payload, build, PLAN)
+        answer = session.run([case.inputs(5)])[0]
+        session.close()
+        with torch.no_grad():
+            assert_close(answer, case.model(torch.from_numpy(case.inputs(5))).numpy(), 0.15)
+    assert [path.name for path in tmp_path.glob("stage-*")] == [f"stage-{Recipe(weight_bits=7).key}-0.safetensors"]
+
+
+def test_the_top_has_no_rung_above_it(case: Case, tmp_path: Path):
+    assert qdq.climbed(case.build("openvino"), tmp_path) is None
+    last = case.build("openvino").with_quantization(replace(case.build("openvino").quantization, rung=TOP - 1))
+    assert qdq.climbed(last, tmp_path) == case.build("openvino")
+
+
 def test_ignored_layers_have_their_own_weights_in_the_program(case: Case):
     example = (torch.from_numpy(case.inputs(2)),)
-    lowered = ptq.lower(case.quantized, "fused", case.material.inputs, example, ("head",))
+    lowered = lower(case.quantized, "fused", case.material.inputs, example, ("head",))
     assert sum(t.dtype == torch.int8 for t in lowered.state_dict.values()) == case.layers - 1
     with pytest.raises(EngineError, match="ignored"):
-        ptq.lower(case.quantized, "fused", case.material.inputs, example, (".*",))
+        lower(case.quantized, "fused", case.material.inputs, example, (".*",))
     with pytest.raises(EngineError, match="'haed' matches no layer"):
-        ptq.lower(case.quantized, "fused", case.material.inputs, example, ("haed",))
+        lower(case.quantized, "fused", case.material.inputs, example, ("haed",))
 
 
 # --- on engines ---------------------------------------------------------------------------------------------------
@@ -181,7 +239,7 @@ def test_engines_run_all_layers_in_int8_and_agree(case: Case, tmp_path: Path):
     for name, target in (("onnxruntime", "everywhere"), ("openvino", "fused")):
         build, payload = case.build(name), tmp_path / name
         payload.mkdir()
-        assert build.option("reduce_range", False)
+        assert build.quantization.reduce_range
         assert engine(name).build(case.material, build, payload) == ("; ".join(case.quantized.notes),)
         receipt = engine(name).receipt(payload, build, PLAN, [case.inputs(PLAN.batch)])
         assert receipt is not None

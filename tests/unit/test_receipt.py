@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from corewise.engines import BuildInputs, engine
-from corewise.engines.quiet import quiet
+from corewise.engines.libraries import quiet
 from corewise.machine import inspect as cpu
 from corewise.records.build import Build, Plan, Receipt
 from corewise.records.jsonable import from_json, to_json
@@ -79,7 +79,7 @@ def material(model: nn.Module, samples: np.ndarray, folder: Path) -> BuildInputs
         outputs=exported.outputs,
         operators=dict(Counter(str(n.target) for n in exported.program.graph.nodes if n.op == "call_function")),
         calibration=calibration,
-        cpu=cpu.inspect(),
+        cpu=cpu.inspect_cpu(),
         cache=folder,
     )
 
@@ -137,9 +137,9 @@ def test_dynamic_quantization_leaves_convolutions(name: str, kernels: dict[str, 
     assert (found.layers, found.int8, found.fell_back) == (4, 1, ())
 
 
-@pytest.mark.skipif(not cpu.inspect().int8_dot, reason="OpenVINO then unpacks the weights")
+@pytest.mark.skipif(not cpu.inspect_cpu().int8_dot, reason="OpenVINO then unpacks the weights")
 @pytest.mark.parametrize(
-    "rest", ["", pytest.param("bf16", marks=pytest.mark.skipif(not cpu.inspect().bf16, reason="no bf16 here"))]
+    "rest", ["", pytest.param("bf16", marks=pytest.mark.skipif(not cpu.inspect_cpu().bf16, reason="no bf16 here"))]
 )
 def test_openvinos_dynamic_int8_is_seen_in_what_onednn_logs(rest: str, tmp_path: Path):
     found = receipt("openvino", "int8-dynamic", Wide(), WIDE, tmp_path, rest)
@@ -150,7 +150,7 @@ def test_openvinos_dynamic_int8_is_seen_in_what_onednn_logs(rest: str, tmp_path:
 
 def test_openvinos_int8_is_made_once_for_both_precisions_of_the_rest(tmp_path: Path):
     given, made = material(Images(), IMAGES, tmp_path), []
-    for number, options in enumerate(((("rest", "bf16"),) if cpu.inspect().bf16 else (), ())):
+    for number, options in enumerate(((("rest", "bf16"),) if cpu.inspect_cpu().bf16 else (), ())):
         build, payload = Build(engine="openvino", precision="int8", options=options), tmp_path / f"payload-{number}"
         payload.mkdir()
         engine("openvino").build(given, build, payload)
@@ -163,7 +163,7 @@ def test_openvinos_int8_is_made_once_for_both_precisions_of_the_rest(tmp_path: P
     assert made[0] == made[1]
 
 
-OPENVINO_TELLS = 2 if "avx512" in cpu.inspect().isa else 4
+OPENVINO_TELLS = 2 if "avx512" in cpu.inspect_cpu().isa else 4
 """With AVX-512 both products are in one kernel with the softmax, which does not tell of them."""
 
 

@@ -8,14 +8,19 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from builders import said
+from builders import text as text_of
 from rich.console import Console
 
-from corewise.records.build import Receipt
-from corewise.records.events import FinalsRound, StageStarted, TrialEnded, TrialStarted, TrialStep
+from corewise.records.build import Plan, Receipt
+from corewise.records.events import RaceRound, Stage, StageStarted, TrialEnded, TrialStarted, TrialStep
+from corewise.records.goal import Latency, Throughput
 from corewise.records.jsonable import from_json, to_json
+from corewise.records.measurement import Rates
+from corewise.records.reason import Step
 from corewise.records.report import Report
-from corewise.report import markdown, terminal, words
-from corewise.report.summary import summary
+from corewise.report import markdown, numbers, terminal, words
+from corewise.report.summary import summarize
 from corewise.report.terminal import Progress
 
 GOLDEN = Path(__file__).parents[1] / "golden"
@@ -24,6 +29,8 @@ REPORT, shown = MAKE["REPORT"], MAKE["shown"]
 WINNER = REPORT.winner
 EAGER = REPORT.trials[0]
 FAILED = next(trial for trial in REPORT.trials if trial.state == "failed")
+
+LATENCY = replace(REPORT.requirements, goal=Latency())
 
 
 def altered(**choice):
@@ -50,14 +57,14 @@ def test_the_golden_json_is_read_back_as_the_same_report():
 
 
 def test_the_summary_is_json_with_the_figures_of_the_choice_and_the_winner():
-    found = summary(REPORT)
+    found = summarize(REPORT)
     assert json.loads(json.dumps(found, allow_nan=False)) == found
     expected = {
         "engine": "openvino",
         "precision": "int8",
         "options": {"reduce_range": True},
         "plan": {"threads_per_instance": 2, "instances": 1, "batch": 16},
-        "objective": to_json(REPORT.objective),
+        "objective": REPORT.requirements.flat(),
         "throughput_per_s": 55.4,
         "baseline_throughput_per_s": 13.07,
         "speedup": 4.24,
@@ -76,19 +83,19 @@ def test_the_summary_is_json_with_the_figures_of_the_choice_and_the_winner():
         "calibration": 200,
         "wall_s": 252.4,
         "peak_memory_bytes": 2_310_811_648,
-        "reason": REPORT.choice.reason,
-        "warnings": list(REPORT.choice.warnings),
+        "reason": said(REPORT.choice.reason),
+        "warnings": [said(warning) for warning in REPORT.choice.warnings],
     }
     assert {name: found[name] for name in expected} == expected
 
 
 def test_every_trial_is_in_the_summary_with_why_it_lost_or_won():
-    trials = {trial["label"]: trial for trial in summary(REPORT)["trials"]}
+    trials = {trial["label"]: trial for trial in summarize(REPORT)["trials"]}
     assert len(trials) == len(REPORT.trials)
     assert [label for label, trial in trials.items() if trial["chosen"]] == [WINNER.build.label]
-    assert trials[WINNER.build.label]["reason"] == REPORT.choice.reason
+    assert trials[WINNER.build.label]["reason"] == said(REPORT.choice.reason)
     assert {label: trials[label]["reason"] for label in trials if label != WINNER.build.label} == {
-        loser.build.label: loser.reason for loser in REPORT.choice.losers
+        loser.build.label: said(loser.reason) for loser in REPORT.choice.losers
     }
     assert trials["eager/fp32"]["throughput_per_s"] == 13.1
     failed = trials[FAILED.build.label]
@@ -98,8 +105,8 @@ def test_every_trial_is_in_the_summary_with_why_it_lost_or_won():
 def test_a_winner_without_fidelity_has_no_accuracy_in_any_format():
     trials = tuple(replace(trial, fidelity=None) for trial in REPORT.trials)
     report = replace(REPORT, trials=trials)
-    assert summary(report)["metric"] is None
-    assert summary(report)["drop"] is None
+    assert summarize(report)["metric"] is None
+    assert summarize(report)["drop"] is None
     for text in (shown(report, 80), markdown.render(report)):
         assert "top1 0." not in text.split("others lost")[0]
 
@@ -112,7 +119,9 @@ def test_everything_is_shown_in_full_at_every_width(width):
     text = shown(REPORT, width)
     assert max(map(len, text.splitlines())) <= width
     assert "…" not in text
-    for word in re.split(r"\s+", " ".join((REPORT.choice.reason, *(loser.reason for loser in REPORT.choice.losers)))):
+    for word in re.split(
+        r"\s+", " ".join(map(said, (REPORT.choice.reason, *(loser.reason for loser in REPORT.choice.losers))))
+    ):
         assert word in text
     for trial in REPORT.trials:
         assert trial.build.label in text
@@ -134,14 +143,13 @@ def test_a_winning_baseline_is_called_what_it_is():
 
 
 def test_the_latency_goal_is_told_in_milliseconds():
-    latency = replace(REPORT.objective, goal="latency")
-    report = replace(altered(throughput_per_s=50.0, baseline_throughput_per_s=11.2), objective=latency)
+    report = replace(altered(throughput_per_s=50.0, baseline_throughput_per_s=11.2), requirements=LATENCY)
     for text in (shown(report, 80), markdown.render(report)):
         assert "20.0 ms against 89.3 ms" in text
         assert "p50/p99 ms" in text
         assert "19.9/21.1" in text
         assert "items/s" not in text
-    assert words.speedup(WINNER, EAGER, "latency") == pytest.approx(50.3 / 11.2, rel=1e-3)
+    assert words.speedup(WINNER, EAGER, Latency()) == pytest.approx(50.3 / 11.2, rel=1e-3)
     assert "…" not in shown(report, 80)
 
 
@@ -151,7 +159,7 @@ def test_what_ran_in_int8_is_told_for_the_winner_and_the_losers():
     for text in (shown(REPORT, 120), markdown.render(REPORT)):
         assert told in text
         assert "int8: 53 of 54 convolutions and linears, 1 fell back (node_linear)" in flat(text.replace("\\", ""))
-    found = summary(REPORT)
+    found = summarize(REPORT)
     assert found["receipt"]["int8"] == 53
     assert found["trials"][0]["receipt"] is None
 
@@ -162,7 +170,7 @@ def test_of_many_layers_that_fell_back_the_first_are_named():
 
 
 def test_text_of_others_is_neither_markup_nor_control_codes():
-    text = shown(replace(REPORT, notes=("install corewise[openvino]\x1b[2J\x07\nnow \u202eback",)), 120)
+    text = shown(replace(REPORT, notes=(text_of("install corewise[openvino]\x1b[2J\x07\nnow \u202eback"),)), 120)
     assert "- install corewise[openvino] [2J now back" in text
     assert "\x1b" not in text
 
@@ -172,6 +180,72 @@ def test_an_older_or_foreign_trial_list_without_a_baseline_has_no_speedups():
     assert words.baseline(report.trials) is None
     assert "1.51x" not in shown(report, 80)
     assert "19.8" in shown(report, 80)
+
+
+def test_losers_are_told_the_fastest_first():
+    listed = shown(REPORT, 120).partition("why the others lost, the fastest first")[2]
+    labels = [
+        "torch-int8/int8/backend=onednn",
+        "openvino/fp32",
+        "eager/fp32",
+        "eager/bf16",
+        "torch-int8/int8/backend=x86",
+    ]
+    places = [listed.index(f" {label}") for label in labels]
+    assert places == sorted(places)
+
+
+# --- the end of a search ------------------------------------------------------------------------------------------
+
+
+def ended(report=REPORT, width=80, cut=True):
+    screen = console(width=width)
+    screen.print(terminal.overview(report, cut=cut), crop=False)
+    screen.print(terminal.conclusion(report, saved="my net.cw", next_command="corewise serve 'my net.cw'"))
+    return [line.rstrip() for line in screen.file.getvalue().splitlines()]
+
+
+def test_a_search_ends_with_the_winner_its_speed_its_accuracy_and_the_next_command():
+    assert ended()[-7:] == [
+        "",
+        "winner    openvino/int8/reduce_range=True, 2 threads x 1, batch 16",
+        "speed     4.24x [4.17, 4.31] as fast as eager PyTorch: 55.4/s against 13.1/s",
+        "accuracy  top1 0.9167 against 0.9200: drop 0.0033 [-0.0100, 0.0167] on 300",
+        "          held-out samples",
+        "saved     my net.cw",
+        "next      corewise serve 'my net.cw'",
+    ]
+
+
+@pytest.mark.parametrize("width", [60, 80, 120])
+def test_above_it_each_loser_has_one_line_the_fastest_first_and_no_note_is_shown(width):
+    lines = ended(width=width)
+    assert max(map(len, lines)) <= width
+    first = lines.index("the other builds, the fastest first") + 1
+    losers = lines[first : lines.index("", first)]
+    assert len(losers) == len(REPORT.choice.losers)
+    assert [line.split()[1] for line in losers[:3]] == ["41.9/s", "19.8/s", "13.1/s"]
+    assert any(line.endswith("…") for line in losers)
+    assert "warnings" in lines[first + len(losers) + 1]
+    assert "notes" not in lines
+    assert len(lines) < 24
+
+
+def test_in_a_file_the_lines_of_losers_are_whole():
+    text = "\n".join(ended(cut=False))
+    assert "…" not in text
+    for loser in REPORT.choice.losers:
+        assert loser.build.label in text
+        assert said(loser.reason) in text
+
+
+def test_the_end_of_a_search_for_latency_or_without_a_winner():
+    latency = replace(altered(throughput_per_s=50.0, baseline_throughput_per_s=11.2), requirements=LATENCY)
+    assert "as fast as eager PyTorch: 20.0 ms against 89.3 ms" in "\n".join(ended(latency))
+    assert [line.split()[1] for line in ended(latency)[2:5]] == ["25.8", "52.4", "89.3"]
+    lost = "\n".join(ended(altered(winner=EAGER.build, throughput_per_s=13.07, speedup=1.0)))
+    assert "speed     nothing beat the baseline, eager PyTorch in fp32 at 13.1" in lost
+    assert "as fast as" not in lost
 
 
 # --- Markdown -----------------------------------------------------------------------------------------------------
@@ -188,7 +262,7 @@ def test_markdown_rows_keep_their_columns_whatever_an_option_holds():
 
 
 def test_markdown_shows_names_as_they_are():
-    report = replace(REPORT, model="my_net.py:__init__", notes=("# <b>5*5</b> [x](y) avx512_vnni",))
+    report = replace(REPORT, model="my_net.py:__init__", notes=(text_of("# <b>5*5</b> [x](y) avx512_vnni"),))
     text = markdown.render(report)
     assert text.startswith("# my_net.py:\\_\\_init\\_\\_\n")
     assert text.endswith("\n- \\# \\<b\\>5\\*5\\</b\\> \\[x](y) avx512_vnni\n" + _notes_of_trials())
@@ -202,7 +276,7 @@ def _notes_of_trials():
 
 
 def test_figures_are_short_and_never_misleading():
-    assert [words.duration(s) for s in (0, 8.44, 31.2, 59.7, 252.4, 3840)] == [
+    assert [numbers.duration(s) for s in (0, 8.44, 31.2, 59.7, 252.4, 3840)] == [
         "0 s",
         "8.4 s",
         "31 s",
@@ -210,19 +284,27 @@ def test_figures_are_short_and_never_misleading():
         "4 min 12 s",
         "1 h 4 min",
     ]
-    assert [words.size(b) for b in (0, 2048, 25_000_000, 2_400_000_000)] == [
+    assert [numbers.size(b) for b in (0, 2048, 25_000_000, 2_400_000_000)] == [
         "0.0 KiB",
         "2.0 KiB",
         "23.8 MiB",
         "2.2 GiB",
     ]
-    assert [words.times(x) for x in (1.041, 9.996, 42.26, 1204.4)] == ["1.04x", "10.0x", "42.3x", "1204x"]
+    assert [numbers.times(x) for x in (1.041, 9.996, 42.26, 1204.4)] == ["1.04x", "10.0x", "42.3x", "1,204x"]
     assert [words.score(x) for x in (-0.00001, 0.91666, -345.25, 1234567.0)] == [
         "0.0000",
         "0.9167",
         "-345.2500",
         "1.23457e+06",
     ]
+
+
+def test_numbers_are_written_the_same_everywhere():
+    assert [numbers.three_digits(value) for value in (0, 0.456, 9.994, 9.996, 87.34, 99.96, 1204.4, 13314.2)] == [
+        *("0.00", "0.46", "9.99", "10.0", "87.3", "100", "1,204", "13,314")
+    ]
+    assert numbers.rate(13310.4) == "13,310/s"
+    assert numbers.milliseconds(0.4167) == "0.42 ms"
 
 
 # --- progress -----------------------------------------------------------------------------------------------------
@@ -238,14 +320,14 @@ class Clock:
 
 
 def events():
-    yield StageStarted("exporting the program")
+    yield StageStarted(Stage.EXPORTING)
     yield TrialEnded(EAGER, resumed=True)
     for number, trial in enumerate(REPORT.trials[1:], 2):
         yield TrialStarted(trial.build, number, 8)
-        yield TrialStep(trial.build, "building")
+        yield TrialStep(trial.build, Step.BUILDING)
         yield TrialEnded(trial)
-    yield FinalsRound(1, 2, tuple(replace(rates, per_s=rates.per_s[:1]) for rates in REPORT.finals))
-    yield FinalsRound(2, 2, tuple(replace(rates, per_s=rates.per_s[:2]) for rates in REPORT.finals))
+    yield RaceRound(1, 2, tuple(replace(rates, per_s=rates.per_s[:1]) for rates in REPORT.finals))
+    yield RaceRound(2, 2, tuple(replace(rates, per_s=rates.per_s[:2]) for rates in REPORT.finals))
 
 
 def console(width=80, height=50, terminal=True):
@@ -259,19 +341,21 @@ def test_plain_progress_is_one_whole_line_per_stage_and_ended_trial():
             progress(event)
     lines = screen.file.getvalue().splitlines()
     assert lines[:3] == [
-        "exporting the program",
+        "exporting the model",
         "eager/fp32: ok, top1 0.9200 (drop 0.0000), 13.1 items/s (1.00x eager) (resumed)",
         "2/8 eager/bf16: pruned: this CPU has no bf16 instructions: it would be slower than fp32",
     ]
     assert lines[3] == "3/8 openvino/fp32: ok, top1 0.9200 (drop 0.0000), 19.8 items/s (1.51x eager)"
-    assert lines[-1].startswith("alternating run, round 2 of 2: openvino/int8/reduce_range=True 56.0 items/s, torch")
+    assert lines[-1].startswith(
+        "alternating run of 2 rounds: 56.0/s openvino/int8/reduce_range=True, 2 threads x 1, batch 16; 42.1/s"
+    )
     assert len(lines) == 1 + len(REPORT.trials) + 1
     assert "\x1b" not in screen.file.getvalue()
 
 
 def test_plain_lines_of_the_latency_goal_are_in_milliseconds():
     screen = console(terminal=False)
-    with Progress(screen, "plain", goal="latency") as progress:
+    with Progress(screen, "plain", goal=Latency()) as progress:
         progress(TrialEnded(EAGER))
     assert screen.file.getvalue() == "eager/fp32: ok, top1 0.9200 (drop 0.0000), p50/p99 89.3/94.6 ms (1.00x eager)\n"
 
@@ -296,13 +380,29 @@ def test_live_progress_shows_the_running_step_and_its_seconds_and_the_same_rows_
         progress(TrialEnded(EAGER))
         progress(TrialStarted(WINNER.build, 2, 8))
         clock.now_s = 12.4
-        progress(TrialStep(WINNER.build, "verifying on 300 samples"))
+        progress(TrialStep(WINNER.build, Step.VERIFYING))
         drawn = screen.file.getvalue()
-        assert "▸ 12 s 2/8 openvino/int8/reduce_range=True: verifying on 300 samples" in flat(drawn)
+        assert "▸ 12 s 2/8 openvino/int8/reduce_range=True: verifying" in flat(drawn)
         progress(TrialEnded(FAILED))
     header, eager = shown(REPORT, 80).split("\nengine ")[1].splitlines()[:2]
     for row in (header, eager):
         assert flat(row) in flat(drawn)
+
+
+def test_the_race_is_shown_a_line_for_each_contender_with_its_plan():
+    plans = [Plan(threads_per_instance=2, batch=16), Plan(threads_per_instance=1, instances=2, batch=8)]
+    speeds = [(13_200.0, 13_310.4, 13_400.0), (14_000.0, 14_276.4, 14_300.0)]
+    rates = tuple(Rates(build=WINNER.build, plan=plan, per_s=per_s) for plan, per_s in zip(plans, speeds, strict=True))
+    screen = console()
+    with Progress(screen, "live") as progress:
+        progress(StageStarted(Stage.RACING, count=2))
+        progress(RaceRound(3, 10, rates))
+        frame = screen.file.getvalue().split("\x1b[2K")[-1]
+    assert [flat(line) for line in frame.splitlines()] == [
+        "▸ 0 s alternating run, round 3 of 10",
+        "14,276/s openvino/int8/reduce_range=True, 1 thread x 2, batch 8",
+        "13,310/s openvino/int8/reduce_range=True, 2 threads x 1, batch 16",
+    ]
 
 
 def test_live_progress_leaves_the_screen_when_it_ends_well():
@@ -349,6 +449,6 @@ def test_what_was_made_for_display_changes_no_value():
     before = to_json(REPORT)
     shown(REPORT, 80)
     markdown.render(REPORT)
-    summary(REPORT)["options"]["reduce_range"] = False
+    summarize(REPORT)["options"]["reduce_range"] = False
     assert to_json(REPORT) == before
-    assert terminal.trial_row(WINNER, EAGER, goal="throughput", chosen=True)[-1].plain == "✓ chosen"
+    assert terminal.trial_row(WINNER, EAGER, goal=Throughput(), chosen=True)[-1].plain == "✓ chosen"

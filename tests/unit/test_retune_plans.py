@@ -4,20 +4,20 @@ from dataclasses import replace
 from itertools import count
 
 import pytest
+from builders import requirements
 from hypothesis import given
 from hypothesis import strategies as st
 from test_thread_plan import machine, machines
 from test_tuned import measured
 
-from corewise.machine.inspect import inspect
-from corewise.machine.layouts import most_threads, thread_plans
+from corewise.machine.inspect import inspect_cpu
+from corewise.machine.layouts import most_threads, thread_layouts
 from corewise.records.build import Plan
-from corewise.records.goal import Objective
 from corewise.runtime.race import ROUND_S, ROUNDS
 from corewise.search.plans import BATCHES, SLOW_CALL_MS
-from corewise.search.retuning import affordable, best, guesses, next_plan
+from corewise.search.retuning import affordable, best_measurement, guesses, next_plan
 
-THROUGHPUT, LATENCY = Objective(), Objective(goal="latency")
+THROUGHPUT, LATENCY = requirements(), requirements("latency")
 
 
 def call_ms(plan, cores):
@@ -36,7 +36,7 @@ def table(cpu):
     """What an exhaustive sweep finds."""
     return [
         simulated(Plan(threads_per_instance=threads, instances=instances, batch=batch), cpu.usable_cores)
-        for threads, instances in thread_plans(cpu)
+        for threads, instances in thread_layouts(cpu)
         for batch in BATCHES
     ]
 
@@ -61,8 +61,8 @@ def test_what_it_finds_is_the_best_of_an_exhaustive_sweep(there, here):
     everything = table(cpu)
     found = search(cpu, THROUGHPUT, table(machine(cores=there)))
     top = max(one.throughput_per_s for one in everything)
-    assert best(found, THROUGHPUT).throughput_per_s >= 0.97 * top
-    assert len(found) <= len(thread_plans(cpu)) + len(BATCHES) + 2
+    assert best_measurement(found, THROUGHPUT).throughput_per_s >= 0.97 * top
+    assert len(found) <= len(thread_layouts(cpu)) + len(BATCHES) + 2
 
 
 @given(machines())
@@ -102,13 +102,13 @@ def test_latency_is_single_items_on_one_instance_with_all_numbers_of_threads():
     cpu = machine(cores=4, threads=2)
     found = search(cpu, LATENCY, table(machine(cores=2)))
     assert [one.plan for one in found] == [Plan(threads_per_instance=n) for n in (4, 8, 2, 1)]
-    assert best(found, LATENCY).plan.threads_per_instance == 4
+    assert best_measurement(found, LATENCY).plan.threads_per_instance == 4
 
 
 def test_the_latency_table_is_filled_below_the_best_batch():
     cpu = machine(cores=2)
     found = search(cpu, THROUGHPUT, [measured(Plan(threads_per_instance=2, batch=16))])
-    top = best(found, THROUGHPUT).plan
+    top = best_measurement(found, THROUGHPUT).plan
     assert {one.plan.batch for one in found if replace(one.plan, batch=top.batch) == top} >= {
         size for size in BATCHES if size <= top.batch
     }
@@ -127,19 +127,19 @@ def test_a_plan_that_fails_is_not_asked_for_again_and_larger_batches_of_slow_cal
 
 
 def test_an_slo_takes_the_fastest_whose_calls_leave_room_to_wait_for_another():
-    slo = Objective(goal="slo", slo_ms=100)
+    slo = requirements("slo", slo_ms=100)
     one, eight, sixteen = (
         measured(Plan(threads_per_instance=1, batch=b), ms) for b, ms in ((1, 10), (8, 50), (16, 80))
     )
-    assert best([one, eight, sixteen], slo) == eight
-    assert best([one, eight, sixteen], replace(slo, slo_ms=5)) == one
+    assert best_measurement([one, eight, sixteen], slo) == eight
+    assert best_measurement([one, eight, sixteen], requirements("slo", slo_ms=5)) == one
 
 
 def test_plans_beyond_the_memory_limit_are_no_choice():
-    limit = Objective(memory_limit_bytes=1000)
+    limit = requirements(memory_limit_bytes=1000)
     small, large = (replace(measured(Plan(threads_per_instance=1, batch=b)), memory_bytes=100 * b) for b in (8, 16))
-    assert best([small, large], limit) == small
-    assert best([large], limit) is None
+    assert best_measurement([small, large], limit) == small
+    assert best_measurement([large], limit) is None
 
 
 @given(st.floats(-100, 1000), st.floats(0.001, 100))
@@ -165,9 +165,9 @@ def test_a_container_of_one_core_of_many_gets_one_thread(tmp_path):
     }.items():
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(f"{text}\n")
-    cpu = inspect(tmp_path)
+    cpu = inspect_cpu(tmp_path)
     assert len(cpu.affinity) == 64
-    assert thread_plans(cpu) == ((1, 1),)
+    assert thread_layouts(cpu) == ((1, 1),)
     for objective in (THROUGHPUT, LATENCY):
         plans = [one.plan for one in search(cpu, objective, table(machine(cores=64)))]
         assert plans

@@ -1,6 +1,5 @@
 """samples: from folders, files, functions and Python objects; split, stored and loaded."""
 
-import os
 import subprocess
 import sys
 from collections import OrderedDict
@@ -20,7 +19,16 @@ from torch.utils.data import DataLoader, Dataset, TensorDataset
 from corewise.common import nested
 from corewise.common.errors import OutputError, SamplesError
 from corewise.records.report import Preprocess
-from corewise.samples import Samples, default_calibration, from_python, read, split
+from corewise.samples import (
+    Samples,
+    check_class_names,
+    check_finite,
+    default_calibration,
+    from_python,
+    read,
+    read_class_names,
+    split,
+)
 
 TINY = Preprocess(resize=8, crop=4, mean=(0.5, 0.5, 0.5), std=(0.25, 0.25, 0.25))
 
@@ -32,11 +40,6 @@ def numbers(count: int, width: int = 3) -> np.ndarray:
 def call(samples: Samples, index: int) -> Any:
     """The (args, kwargs) of one sample."""
     return nested.unflatten(samples.structure, samples.rows[index])
-
-
-def write_image(path: Path, colour: tuple[int, int, int] = (255, 0, 0), size: tuple[int, int] = (10, 8)) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    Image.new("RGB", size, colour).save(path)
 
 
 def error_of(function: Any, *args: Any, **kwargs: Any) -> str:
@@ -143,7 +146,10 @@ class Unreadable:
         (Unreadable(), "sample 0 of python cannot be made: OSError: disk on fire"),
         ("photos", "python gives str"),
         (None, "python gives NoneType"),
-        ({"x": np.zeros((2, 2))}, "the dict from python has the keys x; give inputs"),
+        ({"x": 3}, "the dict from python has the keys x; give inputs"),
+        ({}, "the dict from python has the keys ; give inputs"),
+        ({"x": np.zeros((2, 2)), "y": np.zeros((3, 2))}, "the columns of python have different lengths: x 2, y 3"),
+        ({"input_ids": [101, 7, 102]}, "the column 'input_ids' of python has one number for each sample; give arrays"),
         ({"inputs": np.zeros((3, 2)), "labels": [1, 2]}, "python has 2 labels for 3 samples"),
         ({"inputs": np.zeros((3, 2)), "groups": [1, 2]}, "python has 2 groups for 3 samples"),
         ({"inputs": (np.zeros((3, 2)), np.zeros((2, 2)))}, "the stacked inputs of python have 2 and 3 rows"),
@@ -159,18 +165,293 @@ class Unreadable:
         ([3.0], "sample 0 of python: there is no array"),
         ([{1: np.zeros(2)}, {2: np.zeros(2)}], r"sample 1 of python: inputs\[2\] is not expected"),
         ([{"a": np.zeros(2)}, {"b": np.zeros(2)}], r'sample 1 of python: inputs\["b"\] is not expected; give a'),
-        ([np.zeros(2), np.zeros((2, 2))], r"sample 1 of python: input_0 has shape \(2, 2\), in sample 0 it has \(2,\)"),
-        ([np.zeros(2), np.zeros(2, np.int64)], "sample 1 of python: input_0 is int64, in sample 0 it is float32"),
+        ([np.zeros(2), np.zeros((2, 2))], r"sample 1 .* has shape \(2, 2\), in the first sample it has \(2,\)"),
+        ([np.zeros(2), np.zeros(2, np.int64)], "sample 1 of python: input_0 is int64, in the first sample it is float"),
         ([(np.zeros(2), 1), (np.zeros(2), None)], "sample 1 of python has no label"),
-        ([(np.zeros(2), "cat")], "the label of sample 0 of python has dtype <U3"),
+        ([(np.zeros(2), "cat"), (np.zeros(2), 3)], "the label of sample 1 of python is no string, the first one is"),
+        ([(np.zeros(2), 3), (np.zeros(2), "cat")], "the label of sample 1 of python has dtype <U3"),
         ([(np.zeros(2), float("nan"))], "the label of sample 0 of python is NaN"),
-        ([(np.zeros(2), np.zeros(2)), (np.zeros(2), np.zeros(3))], "the label of sample 1 .* has shape"),
+        ([(np.zeros(2), np.zeros(2)), (np.zeros(2), np.zeros((2, 2)))], "the label of sample 1 .* has shape"),
+        ([(np.zeros(2), {"boxes": np.zeros(4)}), (np.zeros(2), 3)], "the label of sample 1 of python is no dict"),
+        ([(np.zeros(2), {"a": 1}), (np.zeros(2), {"b": 1})], "the label of sample 1 .* the keys b, the first one a"),
+        ([(np.zeros(2), {"a": "x"})], "'a' of the label of sample 0 of python has dtype <U1"),
+        ([(np.zeros(2), {"a": np.array([np.nan])})], "'a' of the label of sample 0 of python is NaN"),
+        (["a text", "another"], "python gives texts; give a model that brings its tokenizer"),
+        ([("a", "b"), ("c", "d")], "python gives pairs of texts"),
+        ([Image.new("RGB", (4, 4))] * 2, "python gives images; give arrays"),
     ],
 )
 def test_bad_samples_are_named(given: Any, message: str) -> None:
     with pytest.raises(SamplesError, match=message) as caught:
         from_python(given)
     assert "\n" not in str(caught.value)
+
+
+# Fingerprints are part of the journal: those of plain samples stay what they were in version 0.1.
+
+
+@pytest.mark.parametrize(
+    ("given", "fingerprint"),
+    [
+        (
+            [(np.arange(4, dtype=np.float32) + i, i % 2) for i in range(5)],
+            "0159700ac5d7a17d17873afd0ab9a4147d03046cc72ef5280f08956307e5c676",
+        ),
+        (
+            {"inputs": np.arange(12.0).reshape(4, 3), "labels": np.array([0.5, 1, 2, 3]), "groups": [1, 1, 2, 2]},
+            "19f59756c5f409dae94d5250be071d0705dd150b96541903cfdea0b002b7dbfb",
+        ),
+        (
+            [{"ids": np.arange(n), "mask": np.ones(n, np.int64)} for n in (3, 5, 2)],
+            "3420a3f66c557a41965fde662da25c06709af1f978249d727e4e0f12a90fcccf",
+        ),
+    ],
+)
+def test_plain_samples_keep_their_fingerprints(given: Any, fingerprint: str) -> None:
+    assert from_python(given).fingerprint == fingerprint
+
+
+def test_photos_keep_their_fingerprint(data_folder: Path) -> None:
+    photos = read(str(data_folder / "cifar10.npz"), Preprocess(resize=32, crop=32))
+    assert photos.fingerprint == "fc27b2eb0de38c9fa2c0097c16e57113a30994be9c62a181e76d756329f798a8"
+
+
+# Labels
+
+
+ONE_HOT = np.eye(4)[[0, 1, 2, 3, 0]]
+
+
+@pytest.mark.parametrize(
+    ("labels", "expected", "dtype"),
+    [
+        ([0, 1, 2, 3, 0], [0, 1, 2, 3, 0], np.int64),
+        (np.array([0, 1, 2, 3, 0])[:, None], [[0], [1], [2], [3], [0]], np.int64),
+        (np.array([0, 1, 2, 3, 0], np.float32), [0.0, 1.0, 2.0, 3.0, 0.0], np.float64),
+        (ONE_HOT, ONE_HOT.tolist(), np.float64),
+        (ONE_HOT.astype(np.int32), ONE_HOT.astype(int).tolist(), np.int64),
+        (np.array([True, False, True, True, False]), [1, 0, 1, 1, 0], np.int64),
+        ([torch.tensor(k) for k in range(5)], [0, 1, 2, 3, 4], np.int64),
+        ([0, 1.5, 2, 3, 0], [0, 1.5, 2, 3, 0], np.float64),
+    ],
+)
+def test_labels_are_handed_on_as_they_are(labels: Any, expected: Any, dtype: Any) -> None:
+    inputs = numbers(5)
+    forms = [{"inputs": inputs, "labels": labels}, list(zip(inputs, labels, strict=True))]
+    for samples in map(from_python, forms):
+        assert samples.labels is not None
+        assert samples.labels.dtype == dtype
+        assert samples.labels.tolist() == expected
+
+
+def boxes(count: int) -> dict[str, Any]:
+    """A target as torchvision's detectors take them."""
+    return {
+        "boxes": torch.arange(4.0 * count).reshape(count, 4),
+        "labels": torch.arange(count),
+        "image_id": torch.tensor(count),
+        "iscrowd": [0] * count,
+    }
+
+
+OBJECTS: dict[str, Any] = {
+    "a class for each token": [np.arange(n) for n in (5, 6, 7, 5)],
+    "a number for each token": [np.arange(n) / 2 for n in (5, 6, 7, 5)],
+    "boxes": [boxes(n) for n in (2, 0, 1, 2)],
+    "transcripts": ["one", "two, three", "", "fünf"],
+}
+
+
+@pytest.mark.parametrize("kind", OBJECTS)
+def test_labels_of_varying_size_stay_one_by_one(tmp_path: Path, kind: str) -> None:
+    given = OBJECTS[kind]
+    samples = from_python([(row, label) for row, label in zip(numbers(4), given, strict=True)])
+    assert samples.labels is not None
+    assert samples.labels.dtype == object
+    assert samples.labels.shape == (4,)
+    for label, expected in zip(samples.labels, given, strict=True):
+        if isinstance(expected, dict):
+            assert list(label) == list(expected)
+            for key in expected:
+                np.testing.assert_array_equal(label[key], np.asarray(expected[key]))
+        else:
+            assert label == expected if isinstance(label, str) else (label == expected).all()
+    samples.save(tmp_path / "s.safetensors")
+    loaded = Samples.load(tmp_path / "s.safetensors")
+    assert loaded.fingerprint == samples.fingerprint
+    assert loaded.take([2]).labels is not None
+    repeated = from_python([(row, given[0]) for row in numbers(4)])
+    assert repeated.fingerprint != samples.fingerprint
+    calibration, holdout = split(samples, calibration=2, seed=0)
+    assert calibration.labels is not None
+    assert holdout.labels is not None
+    assert len(calibration.labels) == len(holdout.labels) == 2
+
+
+def test_an_image_without_boxes_has_none_of_the_same_form() -> None:
+    empty = {"boxes": [], "labels": []}
+    full = {"boxes": [[0.0, 0, 4, 4]], "labels": [3]}
+    samples = from_python([(row, label) for row, label in zip(numbers(2), (empty, full), strict=True)])
+    assert samples.labels is not None
+    assert [label["boxes"].shape for label in samples.labels] == [(0, 4), (1, 4)]
+    assert [label["labels"].dtype for label in samples.labels] == [np.int64, np.int64]
+
+
+def test_a_loader_of_detections_is_taken_apart() -> None:
+    images = [torch.zeros(3, n, 8) for n in (4, 6, 8)]
+    dataset: Any = list(zip(images, map(boxes, range(3)), strict=True))
+    loader = DataLoader(dataset, batch_size=2, collate_fn=lambda batch: tuple(zip(*batch, strict=True)))
+    samples = from_python(loader)
+    assert [row[0].shape for row in samples.rows] == [(3, 4, 8), (3, 6, 8), (3, 8, 8)]
+    assert samples.labels is not None
+    assert [len(label["boxes"]) for label in samples.labels] == [0, 1, 2]
+
+
+def test_class_names_are_counted_and_read(tmp_path: Path) -> None:
+    path = tmp_path / "names.txt"
+    path.write_text("tench\ncrane\n\u9ce5\ncrane\n\n", encoding="utf-8")
+    names = read_class_names(path)
+    assert names == ("tench", "crane", "\u9ce5", "crane")
+    check_class_names(names, 4, str(path))
+    assert "has 4 class names, the model has 10 classes" in error_of(check_class_names, names, 10, str(path))
+    path.write_text("tench\n\ncrane\n")
+    assert "names.txt line 2 is empty" in error_of(read_class_names, path)
+    path.write_bytes(b"caf\xe9")
+    assert "cannot be read" in error_of(read_class_names, path)
+    assert "cannot be read" in error_of(read_class_names, tmp_path / "missing.txt")
+
+
+# NaN
+
+
+def test_nan_is_named_with_the_row_and_its_name() -> None:
+    array = np.zeros((4, 3), np.float32)
+    check_finite([array, np.zeros((4, 1), np.int64)], ["x", "ids"])
+    array[2, 1] = np.nan
+    ids = np.zeros((4, 1), np.int64)
+    assert error_of(check_finite, [ids, array], ["ids", "x"]).startswith("row 2: x has NaN or infinite values")
+    names = [f"sample {number} (cat/{number}.jpg)" for number in range(4)]
+    assert error_of(check_finite, [array], ["x"], names).startswith("sample 2 (cat/2.jpg): x has NaN")
+    array[2, 1] = np.inf
+    assert "row 2" in error_of(check_finite, [array.astype(np.float16)], ["x"])
+
+
+def test_nan_in_a_folder_is_named_by_its_file(tmp_path: Path) -> None:
+    for number in range(3):
+        Image.new("RGB", (8, 8), (number, 0, 0)).save(tmp_path / f"{number}.png")
+
+    def broken(image: Any) -> np.ndarray:
+        return np.full(2, np.nan if image.getpixel((0, 0))[0] == 2 else 1)
+
+    assert "sample 2 (2.png)" in error_of(read, str(tmp_path), TINY, broken)
+
+
+# Names and numbers
+
+
+def test_the_users_numbers_travel_through_draws_and_splits(tmp_path: Path) -> None:
+    samples = from_python([(np.array([i]), i) for i in range(50)], max_samples=20, seed=1)
+    calibration, holdout = split(samples, calibration=8, seed=2)
+    for part in (samples, calibration, holdout, holdout.take([3, 1])):
+        assert part.labels is not None
+        assert [part.describe(row) for row in range(len(part))] == [f"sample {label}" for label in part.labels]
+    holdout.save(tmp_path / "h.safetensors")
+    assert Samples.load(tmp_path / "h.safetensors").describe(0) == holdout.describe(0)
+
+
+def test_file_names_travel_through_the_file(tmp_path: Path) -> None:
+    for name in ("naïve 写真 (1).png", "b.png", "c.png", "d.png"):
+        Image.new("RGB", (8, 8)).save(tmp_path / name)
+    samples = read(str(tmp_path), TINY)
+    assert samples.describe(3) == "sample 3 (naïve 写真 (1).png)"
+    samples.take([3, 0]).save(tmp_path / "s.safetensors")
+    loaded = Samples.load(tmp_path / "s.safetensors")
+    assert [loaded.describe(row) for row in range(2)] == ["sample 3 (naïve 写真 (1).png)", "sample 0 (b.png)"]
+    assert loaded.notes == samples.notes
+
+
+# Draws
+
+
+class Counted(Dataset[Any]):
+    """Says which of its items were asked for."""
+
+    def __init__(self) -> None:
+        self.asked: list[int] = []
+
+    def __len__(self) -> int:
+        return 1000
+
+    def __getitem__(self, index: int) -> tuple[torch.Tensor, int]:
+        self.asked.append(index)
+        return torch.full((2,), float(index)), index
+
+
+def test_only_the_drawn_items_of_a_dataset_are_asked_for() -> None:
+    dataset = Counted()
+    samples = from_python(dataset, max_samples=30, seed=5)
+    assert len(dataset.asked) == len(samples) == 30
+    assert samples.labels is not None
+    assert samples.labels.tolist() == dataset.asked == sorted(dataset.asked)
+    assert samples.notes == ("30 of 1,000 samples were drawn with seed 5",)
+
+
+def test_every_form_draws_the_same_samples() -> None:
+    rows = [(np.full(2, i, np.float32), i) for i in range(60)]
+    forms: list[Any] = [
+        rows,
+        iter(rows),
+        DataLoader(rows, batch_size=7),  # type: ignore[arg-type]
+        {"inputs": np.stack([row for row, _ in rows]), "labels": np.arange(60)},
+        from_python(rows),
+    ]
+    drawn = [from_python(form, max_samples=9, seed=4) for form in forms]
+    assert len({samples.fingerprint for samples in drawn}) == 1
+    assert {len(samples) for samples in drawn} == {9}
+    assert len({samples.describe(3) for samples in drawn}) == 1
+    assert all(samples.notes == ("9 of 60 samples were drawn with seed 4",) for samples in drawn)
+
+
+def test_a_draw_keeps_groups() -> None:
+    rows = [np.array([i]) for i in range(40)]
+    grouped = from_python(rows, groups=np.arange(40) // 4)
+    drawn = grouped.draw(10, seed=0)
+    assert drawn.numbers is not None
+    assert len(drawn) == 8
+    assert all(count == 4 for count in np.bincount(drawn.numbers // 4) if count)
+    assert len(grouped.draw(2, seed=0)) == 8, "a split needs two groups"
+    for form in (rows, iter(rows), {"inputs": np.stack(rows)}):
+        assert from_python(form, groups=np.arange(40) // 4, max_samples=10, seed=0).fingerprint == drawn.fingerprint
+    assert "give at least 2" in error_of(grouped.draw, 1, 0)
+
+
+@pytest.mark.parametrize("count", [2, 4])
+@pytest.mark.parametrize("lazily", [False, True])
+def test_another_number_of_groups_is_refused(count: int, lazily: bool) -> None:
+    rows = list(numbers(3))
+    message = error_of(from_python, iter(rows) if lazily else rows, groups=np.arange(count))
+    assert f"python has {count} groups for 3 samples" in message
+    assert f"{count} groups for 3" in error_of(from_python, rows, groups=np.arange(count), max_samples=2)
+
+
+# Rows that wait in a file
+
+
+def test_rows_of_an_iterable_move_to_a_file_and_stay_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = [({"x": np.arange(n * 3.0).reshape(n, 3), "y": np.array(n)}, n) for n in (1, 5, 2, 9, 4)]
+    in_memory = from_python(rows)
+    monkeypatch.setattr("corewise.samples.stored.MOST_IN_MEMORY_BYTES", 100)
+    spooled = from_python(iter(rows), spool=tmp_path)
+    assert not isinstance(spooled.rows, list)
+    assert list(tmp_path.iterdir()) == [], "the file has no name, and goes with the samples"
+    assert spooled.fingerprint == in_memory.fingerprint
+    assert list(spooled.shapes) == list(in_memory.shapes)
+    assert spooled.take([4, 0]).shapes == [in_memory.shapes[4], in_memory.shapes[0]]
+    assert isinstance(from_python(rows, spool=tmp_path).rows, list), "what the user holds is not written"
+    drawn = from_python(iter(rows), max_samples=3, spool=tmp_path)
+    assert drawn.fingerprint == from_python(rows, max_samples=3).fingerprint
+    with pytest.raises(OutputError, match="the samples cannot be kept in"):
+        from_python(iter(rows), spool=tmp_path / "missing")
 
 
 # As a value
@@ -216,8 +497,8 @@ def test_saved_samples_load_equal(tmp_path_factory: Any, rows: list[Any], labell
 
 
 def test_loaded_samples_keep_where_they_came_from_and_can_be_taken(tmp_path: Path) -> None:
-    write_image(tmp_path / "a.png")
-    write_image(tmp_path / "b.png", (0, 255, 0))
+    for name, colour in (("a.png", (255, 0, 0)), ("b.png", (0, 255, 0))):
+        Image.new("RGB", (10, 8), colour).save(tmp_path / name)
     samples = read(str(tmp_path), TINY)
     samples.save(tmp_path / "s.safetensors")
     loaded = Samples.load(tmp_path / "s.safetensors")
@@ -234,16 +515,15 @@ def test_loading_reads_only_the_rows_that_are_asked_for(tmp_path: Path) -> None:
     path = tmp_path / "big.safetensors"
     from_python({"inputs": np.ones((100, 500_000), np.float32)}).save(path)
     code = f"""
-import resource
 from pathlib import Path
 from corewise.samples import Samples
-before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-rows = Samples.load(Path({str(path)!r})).rows
-assert rows[99][0].sum() == 500_000
-print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
+samples = Samples.load(Path({str(path)!r}))
+assert samples.rows[99][0].sum() == 500_000
+samples.fingerprint
+print(open("/proc/self/status").read().split("VmHWM:")[1].split()[0])
 """
-    grown_kib = int(subprocess.check_output([sys.executable, "-c", code]))
-    assert grown_kib < 100_000, "200 MB must not be read for one row of 2 MB"
+    peak_kib = int(subprocess.check_output([sys.executable, "-c", code]))
+    assert peak_kib < 100_000, "200 MB must not be in memory for one row of 2 MB, nor after all were read"
 
 
 @pytest.mark.parametrize("damage", ["missing", "empty", "foreign", "cut", "metadata"])
@@ -288,7 +568,7 @@ def test_the_fingerprint_knows_data_labels_groups_structure_and_order() -> None:
 
 
 @pytest.mark.parametrize("name", ["labels", "groups"])
-def test_labels_and_groups_are_numbers(name: str) -> None:
+def test_labels_and_groups_are_numbers_or_objects(name: str) -> None:
     samples = from_python([np.zeros(1)])
     fields: dict[str, Any] = {name: np.array(["cat"])}
     assert f"the {name} of python are <U3" in error_of(
@@ -342,121 +622,6 @@ def test_too_few_samples_to_split(count: int, calibration: int, message: str) ->
     assert message in error_of(split, from_python([np.zeros(1)] * count), calibration=calibration, seed=0)
 
 
-# Folders of images
-
-
-def test_labels_csv(tmp_path: Path) -> None:
-    write_image(tmp_path / "images" / "red.jpg")
-    write_image(tmp_path / "green.png", (0, 255, 0))
-    (tmp_path / "labels.csv").write_text("author,file,label\nme,images/red.jpg,7\nyou,green.png, 2\n")
-    samples = read(str(tmp_path), TINY)
-    assert samples.labels is not None
-    assert samples.labels.tolist() == [7, 2]
-    assert samples.rows[0][0].shape == (3, 4, 4)
-    assert samples.rows[1][0][:, 0, 0].tolist() == [-2, 2, -2]
-    assert samples.preprocess == TINY
-
-
-def test_class_folders_are_numbered_in_sorted_order(tmp_path: Path) -> None:
-    for name in ("dog/1.png", "cat/2.png", "cat/1.JPG", "cat/notes.txt", "empty/notes.txt"):
-        path = tmp_path / name
-        path.parent.mkdir(exist_ok=True)
-        if path.suffix == ".txt":
-            path.write_text("no image")
-        else:
-            write_image(path)
-    samples = read(str(tmp_path), TINY)
-    assert samples.labels is not None
-    assert samples.labels.tolist() == [0, 0, 1]
-
-
-def test_a_flat_folder_has_no_labels(tmp_path: Path) -> None:
-    for name in ("b.png", "a.png", ".hidden.png", "readme.txt"):
-        write_image(tmp_path / name) if name.endswith("png") else (tmp_path / name).write_text("")
-    samples = read(str(tmp_path), TINY)
-    assert len(samples) == 2
-    assert samples.labels is None
-
-
-def test_grey_modes_and_sizes_are_handled(tmp_path: Path) -> None:
-    Image.new("L", (5, 20), 255).save(tmp_path / "grey.png")
-    Image.new("RGBA", (20, 5), (255, 255, 255, 0)).save(tmp_path / "transparent.png")
-    Image.new("P", (4, 4)).save(tmp_path / "palette.png")
-    assert {row[0].shape for row in read(str(tmp_path), TINY).rows} == {(3, 4, 4)}
-    grey = read(str(tmp_path), Preprocess(resize=6, crop=6, mean=(0,), std=(1,)))
-    assert {row[0].shape for row in grey.rows} == {(1, 6, 6)}
-    assert grey.rows[0][0].max() == 1
-
-
-def test_images_are_resized_cropped_and_normalised_as_the_formulas_say(tmp_path: Path) -> None:
-    pixels = np.random.default_rng(0).integers(0, 256, (30, 50, 3), np.uint8)
-    Image.fromarray(pixels).save(tmp_path / "noise.png")
-    preprocess = Preprocess(resize=20, crop=10, mean=(0.1, 0.2, 0.3), std=(0.5, 0.6, 0.7), interpolation="bicubic")
-    found = read(str(tmp_path), preprocess).rows[0][0]
-    resized = np.asarray(Image.fromarray(pixels).resize((33, 20), Image.Resampling.BICUBIC))
-    cropped = resized[5:15, 12:22] / 255  # round(11.5) is 12
-    np.testing.assert_allclose(found, ((cropped - preprocess.mean) / preprocess.std).transpose(2, 0, 1), atol=1e-5)
-    assert found.dtype == np.float32
-
-
-def darker(image: Any) -> torch.Tensor:
-    return torch.tensor(np.asarray(image.resize((2, 2))), dtype=torch.float32).permute(2, 0, 1) / 510
-
-
-def test_a_preprocess_function_takes_the_image(tmp_path: Path) -> None:
-    write_image(tmp_path / "images" / "a.png", (255, 0, 51))
-    samples = read(str(tmp_path / "images"), TINY, darker)
-    assert samples.rows[0][0][:, 0, 0].tolist() == pytest.approx([0.5, 0, 0.1])
-    assert samples.preprocess == Preprocess(function=f"{__name__}:darker")
-    (tmp_path / "own.py").write_text("def bad(image):\n    raise ValueError(f'mode {image.mode}')\n")
-    message = error_of(read, str(tmp_path / "images"), TINY, f"{tmp_path}/own.py:bad")
-    assert "preprocess function failed on" in message
-    assert f"a.png: ValueError: mode RGB ({tmp_path}/own.py:2)" in message
-
-
-@pytest.mark.parametrize(
-    ("files", "table", "message"),
-    [
-        ([], None, "there are no images in"),
-        (["a.txt"], None, "there are no images in"),
-        (["images/a.png"], None, "has the single class folder images; give"),
-        (["a.png", "cat/a.png"], None, "has images beside the folder cat"),
-        (["a.png"], "file,label\nb.png,1\n", "labels.csv line 2: there is no file 'b.png'"),
-        (["a.png"], "file,label\na.png,cat\n", "labels.csv line 2: the label 'cat' is no integer"),
-        (["a.png"], "file,label\na.png,-1\n", "the label '-1' is no integer"),
-        (["a.png"], "file,label\na.png,1\na.png\n", "labels.csv line 3: the label '' is no integer"),
-        (["a.png"], "name,class\na.png,1\n", "labels.csv has the columns name, class; name two of them"),
-        (["a.png"], "file,label\n", "there are no samples in"),
-        (["a.png"], "file,label\n\xff\xfe,1\n", "labels.csv cannot be read"),
-    ],
-)
-def test_bad_folders_are_named(tmp_path: Path, files: list[str], table: str | None, message: str) -> None:
-    for name in files:
-        write_image(tmp_path / name) if name.endswith("png") else (tmp_path / name).write_text("")
-    if table is not None:
-        (tmp_path / "labels.csv").write_bytes(table.encode("latin-1"))
-    assert message in error_of(read, str(tmp_path), TINY)
-
-
-@pytest.mark.parametrize("content", [b"", b"no image at all", "cut"])
-def test_undecodable_images_are_named(tmp_path: Path, content: Any) -> None:
-    path = tmp_path / "broken.png"
-    if content == "cut":
-        Image.fromarray(np.random.default_rng(0).integers(0, 255, (64, 64, 3), np.uint8)).save(path)
-        content = path.read_bytes()[:500]
-    path.write_bytes(content)
-    assert f"the image {path} cannot be decoded" in error_of(read, str(tmp_path), TINY)
-
-
-@pytest.mark.parametrize(
-    "preprocess",
-    [Preprocess(resize=4, crop=8), Preprocess(crop=0), Preprocess(mean=(0.5, 0.5)), Preprocess(std=(0.0, 1.0, 1.0))],
-)
-def test_a_senseless_preprocess_is_refused(tmp_path: Path, preprocess: Preprocess) -> None:
-    write_image(tmp_path / "a.png")
-    assert "fit" in error_of(read, str(tmp_path), preprocess)
-
-
 # Array files
 
 
@@ -484,7 +649,8 @@ def test_array_files(tmp_path: Path, save: Any, suffix: str) -> None:
     assert samples.preprocess == TINY
     save(path, {"images": np.full((3, 9, 9, 1), 255, np.uint8)})
     assert read(str(path), TINY).rows[0][0].max() == 2
-    assert read(str(path), TINY, darker).rows[0][0].shape == (3, 2, 2)
+    own = read(str(path), TINY, lambda image: np.asarray(image.resize((2, 2)), np.float32))
+    assert own.rows[0][0].shape == (2, 2, 3)
 
 
 @pytest.mark.parametrize(
@@ -538,16 +704,3 @@ def test_generator_functions_are_read_lazily_and_their_errors_are_named(tmp_path
     )
     message = error_of(read, f"{tmp_path}/lazy.py:made")
     assert f"sample 1 of {tmp_path}/lazy.py:made cannot be made: RuntimeError: gone ({tmp_path}/lazy.py:4)" in message
-
-
-# Real data
-
-
-@pytest.mark.skipif(not os.path.isdir("../shared/data/imagenet-photos"), reason="needs ../shared/data")
-def test_real_photos() -> None:
-    samples = read("../shared/data/imagenet-photos")
-    assert len(samples) == 500
-    assert samples.labels is not None
-    assert 0 <= samples.labels.min() < samples.labels.max() < 1000
-    assert {row[0].shape for row in samples.rows} == {(3, 224, 224)}
-    assert abs(np.mean([row[0].mean() for row in samples.rows])) < 0.3

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from corewise.batching import LatencyTable
-from corewise.batching.simulate import capacity_per_s, most_rate, service_of, simulate
+from corewise.batching.simulate import capacity_per_s, most_rate, service_of, simulate_load
 from corewise.records.build import Plan
 from corewise.records.measurement import Measurement
 
@@ -20,7 +20,7 @@ def exactly(table):
 
 def run(table, **options):
     wanted = {"service": exactly(table), "instances": 1, "max_batch": 16, "max_waiting": 4096}
-    return simulate(table, **wanted | options)
+    return simulate_load(table, **wanted | options)
 
 
 def most(table, **options):

@@ -18,7 +18,8 @@ from corewise.quantize import ptq, streams
 from corewise.quantize.graph import bias, compute, execute, folded, layers
 from corewise.quantize.observers import LEVELS, QParams, fake_quantize, qparams
 from corewise.quantize.placement import place
-from corewise.quantize.ptq import Recipe, quantize
+from corewise.quantize.ptq import quantize
+from corewise.quantize.quantized import Quantized, Recipe
 from corewise.samples import from_python
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*LeafSpec:FutureWarning")  # torch's own, from copying a graph
@@ -79,7 +80,7 @@ def blocks() -> GraphModule:
 
 
 def test_values_that_adds_tie_together_are_one_stream(blocks: GraphModule):
-    found = [set(names) for names in streams.streams(blocks, place(blocks, "everywhere"))]
+    found = [set(names) for names in streams.residual_streams(blocks, place(blocks, "everywhere"))]
     # The value behind the pooling is the second block's; the sum of the last block is read by the mean.
     assert found == [
         {"conv2d_3", "conv2d_4", "add_2"},
@@ -88,7 +89,7 @@ def test_values_that_adds_tie_together_are_one_stream(blocks: GraphModule):
 
 
 def test_nothing_is_tied_where_one_operand_is_not_rounded(blocks: GraphModule):
-    assert streams.streams(blocks, place(blocks, "fused")) == ()
+    assert streams.residual_streams(blocks, place(blocks, "fused")) == ()
 
 
 def test_a_relu_hides_what_it_cuts_off_only_from_the_value_that_nothing_else_reads(blocks: GraphModule):
@@ -272,19 +273,19 @@ def photos(count: int = 48) -> list[np.ndarray]:
 
 
 @pytest.fixture(scope="module")
-def made() -> ptq.Quantized:
+def made() -> Quantized:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         torch.manual_seed(0)
         return quantize(exported(Tied()), from_python(photos(96)), Recipe(corrections=("streams",)))
 
 
-def test_each_placement_has_ranges_of_its_own(made: ptq.Quantized):
+def test_each_placement_has_ranges_of_its_own(made: Quantized):
     notes = [note for note in made.notes if note.startswith("residual streams")]
     assert [note.split(")")[0] for note in notes] == ["residual streams (fused", "residual streams (everywhere"]
     assert "at one scale each" in notes[1]
     _, placement, ranges = made.placed("everywhere")
-    (stream,) = streams.streams(made.module, placement)
+    (stream,) = streams.residual_streams(made.module, placement)
     _, _, fused = made.placed("fused")
     assert len(stream) == 9
     assert len({ranges[name].scale for name in stream}) == 1

@@ -6,8 +6,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from corewise.machine.inspect import inspect
-from corewise.machine.layouts import assign, most_threads, thread_plans, warning
+from corewise.machine.inspect import inspect_cpu
+from corewise.machine.layouts import assign, most_threads, thread_layouts, warning
 from corewise.records.cpu import Cpu, LogicalCpu
 
 
@@ -105,7 +105,7 @@ def test_one_instance_stays_within_a_node_where_it_fits(cpu, data):
 
 @given(machines())
 def test_plans_stay_within_cores_and_quota(cpu):
-    plans = thread_plans(cpu)
+    plans = thread_layouts(cpu)
     assert len(set(plans)) == len(plans) > 0
     assert (cpu.usable_cores, 1) in plans
     for threads, instances in plans:
@@ -129,7 +129,7 @@ def test_cores_then_siblings():
     assert assign(cpu, 3, 1) == ((0, 1, 2),)
     assert assign(cpu, 1, 6) == ((0,), (2,), (1,), (3,), (0,), (2,))
     assert warning(cpu, 1, 6) == "6 threads take turns where 4 can compute at once"
-    assert thread_plans(cpu) == ((2, 1), (1, 2), (4, 1), (2, 2), (1, 4), (1, 1))
+    assert thread_layouts(cpu) == ((2, 1), (1, 2), (4, 1), (2, 2), (1, 4), (1, 1))
 
 
 @pytest.mark.parametrize(
@@ -137,7 +137,7 @@ def test_cores_then_siblings():
     [(3, ((3, 1), (1, 3), (2, 1), (1, 1))), (7, ((7, 1), (1, 7), (2, 3), (4, 1), (2, 1), (1, 1)))],
 )
 def test_a_number_of_cores_that_does_not_divide_leaves_some_over(cores, plans):
-    assert thread_plans(machine(sockets=1, cores=cores)) == plans
+    assert thread_layouts(machine(sockets=1, cores=cores)) == plans
 
 
 def test_nodes_are_kept_apart():
@@ -147,11 +147,11 @@ def test_nodes_are_kept_apart():
     assert assign(cpu, 8, 1) == (tuple(range(8)),)
     # Of three pairs of cores in nodes of three one would lie in both.
     odd = machine(sockets=2, cores=3)
-    assert thread_plans(odd) == ((6, 1), (3, 2), (1, 6), (4, 1), (3, 1), (2, 1), (1, 1))
+    assert thread_layouts(odd) == ((6, 1), (3, 2), (1, 6), (4, 1), (3, 1), (2, 1), (1, 1))
 
 
 def test_sixty_four_cores_in_two_nodes_have_few_plans():
-    plans = thread_plans(machine(sockets=2, cores=32, threads=2))
+    plans = thread_layouts(machine(sockets=2, cores=32, threads=2))
     assert plans[:2] == ((64, 1), (32, 2))
     assert {(1, 64), (2, 64), (128, 1)} <= set(plans)
     assert len(plans) < 30
@@ -159,7 +159,7 @@ def test_sixty_four_cores_in_two_nodes_have_few_plans():
 
 def test_a_quota_says_how_much_and_not_where():
     cpu = machine(cores=64, threads=2, quota=1.5)
-    assert thread_plans(cpu) == ((1, 1),)
+    assert thread_layouts(cpu) == ((1, 1),)
     assert assign(cpu, 1, 1) == (tuple(range(128)),)
     assert (
         warning(cpu, 2, 1) == "2 threads take turns where 1 can compute at once under the cgroup's quota of 1.5 cores"
@@ -181,7 +181,7 @@ def test_a_sandbox_that_tells_no_topology():
     assert assign(cpu, 1, 2) == ((3,), (5,))
     unknown = machine(cores=1, affinity=())
     assert assign(unknown, 1, 2) == ((), ())
-    assert thread_plans(unknown) == ((1, 1),)
+    assert thread_layouts(unknown) == ((1, 1),)
 
 
 V2 = "31 23 0:28 / /sys/fs/cgroup rw,nosuid shared:4 - cgroup2 cgroup rw,nsdelegate\n"
@@ -214,6 +214,6 @@ def test_a_container_on_a_large_machine_uses_its_share(tmp_path: Path, files, pl
         path = tmp_path / name
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(f"{text}\n")
-    found = inspect(tmp_path)
+    found = inspect_cpu(tmp_path)
     assert len(found.cpus) == 16
-    assert thread_plans(found) == plans
+    assert thread_layouts(found) == plans

@@ -16,11 +16,11 @@ from torch import Tensor, nn
 
 from corewise.common.errors import EngineError
 from corewise.engines import BuildInputs
-from corewise.engines.quiet import quiet
+from corewise.engines.libraries import quiet
 from corewise.engines.torch_int8 import TorchInt8
 from corewise.machine import inspect as cpu
 from corewise.quantize import fx
-from corewise.quantize.lift import lift
+from corewise.quantize.lift import lift_program
 from corewise.records.build import Build, Plan
 from corewise.samples import from_python
 from corewise.source import export, save_program
@@ -127,7 +127,7 @@ def material(tmp_path: Path) -> Callable[[nn.Module, np.ndarray], BuildInputs]:
             outputs=exported.outputs,
             operators=dict(Counter(names)),
             calibration=samples,
-            cpu=cpu.inspect(),
+            cpu=cpu.inspect_cpu(),
             cache=tmp_path,
         )
 
@@ -220,7 +220,7 @@ def test_a_backend_that_is_not_there_is_told(tmp_path: Path) -> None:
 
 
 def test_what_is_offered_depends_on_layers_and_cpu() -> None:
-    here = cpu.inspect()
+    here = cpu.inspect_cpu()
     old = dataclasses.replace(here, architecture="x86_64", isa=("avx2",))
     new = dataclasses.replace(old, isa=("avx2", "avx_vnni"))
     arm = dataclasses.replace(old, architecture="aarch64", isa=("neon",))
@@ -240,7 +240,7 @@ def converted(model: nn.Module, rows: np.ndarray, reduce_range: bool) -> Any:
     x = torch.from_numpy(rows)
     program = torch.export.export(model.eval(), (x,), strict=False)
     with quiet(), fx.backend(fx.backends()[0]):
-        return fx.convert(fx.calibrate(lift(program), [(x,)], reduce_range))
+        return fx.to_int8(fx.calibrate(lift_program(program), [(x,)], reduce_range))
 
 
 @pytest.mark.parametrize(("reduce_range", "largest"), [(True, 64), (False, 128)])

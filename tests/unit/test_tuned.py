@@ -82,7 +82,7 @@ def test_the_plan_of_this_machine_runs(made):
     assert artifact.read(made) == before
     assert loaded(made) == (HERES.batch, [])
     (note,) = verify(made).notes
-    assert note.startswith("runs 1 threads x 1, batch 2: tuned on this kind of machine")
+    assert note.startswith("runs 1 thread x 1, batch 2: tuned on this kind of machine")
     assert note.endswith("on 2026-01-02")
 
 
@@ -223,7 +223,7 @@ DAMAGE = {
     "a link": link,
     "a folder": folder_in_its_place,
     "altered": lambda folder: (folder / TUNED).write_text((folder / TUNED).read_text().replace("01-02", "01-03")),
-    "schema": lambda folder: rewrite(folder, lambda content: content.update(schema=2)),
+    "schema": lambda folder: rewrite(folder, lambda content: content.update(schema=3)),
     "another artifact": lambda folder: rewrite(folder, lambda content: content.update(manifest="0" * 64)),
     "no machine": lambda folder: rewrite(folder, lambda content: content.update(machines={})),
     "machines": lambda folder: rewrite(folder, lambda content: content.update(machines=content["machines"] * 65)),

@@ -12,7 +12,8 @@ from corewise.accuracy.outputs import Array, Outputs, Rows
 from corewise.common import stats
 from corewise.common.nested import Structure, leaf_names, unflatten
 from corewise.records.fidelity import Basis, Fidelity, GroupFidelity
-from corewise.records.goal import Objective
+from corewise.records.goal import Requirements
+from corewise.records.reason import Detail, Reason, ReasonKind
 from corewise.samples import Samples
 
 Rule = Literal["passed", "drop", "floor", "shift_drop", "shift_floor"]
@@ -24,13 +25,17 @@ _ROUNDING = 1e-9
 _CLASS_METRICS = ("top1", "top5")
 
 
+MOST_SAMPLES = 1_000_000
+"""A larger holdout is no advice."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Verdict:
-    """Whether a candidate is accurate enough, why, and what remains uncertain about it (empty: nothing)."""
+    """Whether a candidate is accurate enough, why, and what remains uncertain about it."""
 
     passed: bool
-    reason: str
-    uncertain: str
+    reason: Reason
+    uncertain: Reason | None
     rule: Rule = "passed"
 
 
@@ -41,7 +46,7 @@ class AccuracyGate:
     scorer: metrics.Metric | None
     holdout: Samples
     structure: Structure
-    objective: Objective
+    requirements: Requirements
     seed: int
     reference: Outputs | None = field(default=None)
     robust: bool = False
@@ -56,7 +61,7 @@ class AccuracyGate:
         if self.reference is None:
             self.reference = outputs
         fidelity = self._compared(self.reference, outputs, None)
-        return fidelity, judge(fidelity, self.objective, robust=self.robust)
+        return fidelity, judge(fidelity, self.requirements, robust=self.robust)
 
     def under_shift(self, fidelity: Fidelity, outputs: Outputs, rows: Rows) -> tuple[Fidelity, Verdict]:
         """The same with what a twin of the candidate answers that was calibrated without samples like ``rows``.
@@ -69,7 +74,7 @@ class AccuracyGate:
         assert self.reference is not None
         shifted = self._compared(self.reference.rows(rows), outputs.rows(rows), rows)
         fidelity = replace(fidelity, shift=shifted)
-        return fidelity, judge(fidelity, self.objective, robust=self.robust)
+        return fidelity, judge(fidelity, self.requirements, robust=self.robust)
 
     def _compared(self, reference: Outputs, outputs: Outputs, rows: Rows | None) -> Fidelity:
         metric = self._metric(reference)
@@ -96,7 +101,7 @@ class AccuracyGate:
         return unflatten(self.structure, leaves)
 
     def _metric(self, reference: Outputs) -> metrics.Metric:
-        """The metric; where the user named none, chosen by the first reference, and the labels in its form."""
+        """The metric; without one from the user, it is chosen by the first reference, with labels in its form."""
         chosen = self.scorer
         if chosen is None:
             chosen = metrics.default(self._nest(list(reference.leaves)), self.holdout.labels, self.names)
@@ -111,53 +116,65 @@ class AccuracyGate:
         return chosen
 
 
-def judge(fidelity: Fidelity, objective: Objective, *, robust: bool = False) -> Verdict:
+def judge(fidelity: Fidelity, requirements: Requirements, *, robust: bool = False) -> Verdict:
     """Whether the candidate is close enough to fp32.
 
-    The drop (strict: the upper end of its interval) must be at most ``objective.max_drop``, and every group of output
-    channels must reach its floor. ``robust`` asks both of the comparison under shift too, where there is one.
+    The drop (strict: the upper end of its interval) must be at most ``requirements.max_drop``, and every group of
+    output channels must reach its floor. ``robust`` asks both of the comparison under shift too, if there is one.
     """
-    uncertain = _uncertain(fidelity, objective.max_drop)
-    reason, rule = _decided(fidelity, objective)
+    uncertain = _uncertain(fidelity, requirements.max_drop)
+    reason, rule = _decided(fidelity, requirements)
     if rule == "passed" and robust and fidelity.shift is not None:
-        shifted, under = _decided(fidelity.shift, objective)
+        shifted, under = _decided(fidelity.shift, requirements)
         if under != "passed":
             rule = "shift_drop" if under == "drop" else "shift_floor"
-            reason = f"on samples unlike those that calibrated: {shifted}"
+            reason = Reason(kind=shifted.kind, details={**shifted.details, "shifted": True})
     return Verdict(passed=rule == "passed", reason=reason, uncertain=uncertain, rule=rule)
 
 
-def _decided(fidelity: Fidelity, objective: Objective) -> tuple[str, Rule]:
-    limit = objective.max_drop
-    judged = fidelity.drop_high if objective.strict else fidelity.drop
-    figures = (
-        f"{fidelity.metric} {fidelity.value:.4f} against {fidelity.baseline_value:.4f}: "
-        f"drop {fidelity.drop:.4f} [{fidelity.drop_low:.4f}, {fidelity.drop_high:.4f}]"
-    )
-    what = " at its upper end" if objective.strict else ""
-    if judged > limit + _ROUNDING:
-        return f"{figures} above {limit:g}{what}", "drop"
+def _decided(fidelity: Fidelity, requirements: Requirements) -> tuple[Reason, Rule]:
+    limit = requirements.max_drop
+    judged = fidelity.drop_high if requirements.strict else fidelity.drop
+    within = judged <= limit + _ROUNDING
+    details: dict[str, Detail] = {
+        "passed": within,
+        "metric": fidelity.metric,
+        "value": fidelity.value,
+        "baseline_value": fidelity.baseline_value,
+        "drop": fidelity.drop,
+        "drop_low": fidelity.drop_low,
+        "drop_high": fidelity.drop_high,
+        "max_drop": limit,
+        "strict": requirements.strict,
+    }
+    if not within:
+        return Reason(kind=ReasonKind.INACCURATE, details=details), "drop"
     if fidelity.below_floor:
-        return f"{_below(fidelity.below_floor[0])}; {figures}", "floor"
-    return f"{figures} within {limit:g}{what}", "passed"
+        return Reason(kind=ReasonKind.BELOW_FLOOR, details={**details, **_below(fidelity.below_floor[0])}), "floor"
+    return Reason(kind=ReasonKind.ACCURATE, details=details), "passed"
 
 
-def _below(group: GroupFidelity) -> str:
+def _below(group: GroupFidelity) -> dict[str, Detail]:
     """What a group or its worst channel lacks."""
     if group.sqnr_db < group.floor_db:
-        return f"{group.name} has an SQNR of {group.sqnr_db:.1f} dB, below the floor of {group.floor_db:g} dB"
-    return (
-        f"{group.worst_channel} has an SQNR of {group.worst_channel_db:.1f} dB, "
-        f"below the floor of {group.channel_floor_db:g} dB for a single channel"
-    )
+        return {"channels": group.name, "sqnr_db": group.sqnr_db, "floor_db": group.floor_db}
+    return {
+        "channels": group.worst_channel,
+        "sqnr_db": group.worst_channel_db,
+        "floor_db": group.channel_floor_db,
+    }
 
 
-def _uncertain(fidelity: Fidelity, limit: float) -> str:
-    """What to say where the drop's interval holds the limit; empty where it does not."""
+def _uncertain(fidelity: Fidelity, limit: float) -> Reason | None:
+    """Set if the drop's interval holds the limit."""
     if not fidelity.drop_low <= limit + _ROUNDING < fidelity.drop_high:
-        return ""
+        return None
     margin = abs(limit - fidelity.drop)
     half = fidelity.drop_high - fidelity.drop if fidelity.drop <= limit else fidelity.drop - fidelity.drop_low
     needed = stats.holdout_needed(fidelity.samples, half, margin) if margin > _ROUNDING else None
-    advice = f"about {needed} would" if needed and needed <= 1_000_000 else "the drop is too near to it for any number"
-    return f"a holdout of {fidelity.samples} is too small to tell whether the drop is within {limit:g}; {advice}"
+    return Reason.of(
+        ReasonKind.DROP_UNCERTAIN,
+        samples=fidelity.samples,
+        max_drop=limit,
+        needed=needed if needed and needed <= MOST_SAMPLES else None,
+    )

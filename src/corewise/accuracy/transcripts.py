@@ -20,7 +20,7 @@ def cer(outputs: Any, labels: Any) -> Pooled:
         labels: Token ids of each sample, integers of varying length; negative ones do not count. A dict's ``ids``.
     """
     truth = [_ids(label) for label in _given("cer", labels)]
-    return _error_rate("cer", transcripts(first(outputs), truth), truth)
+    return _error_rate("cer", decode_transcripts(first(outputs), truth), truth)
 
 
 def wer(outputs: Any, labels: Any) -> Pooled:
@@ -36,12 +36,12 @@ def wer(outputs: Any, labels: Any) -> Pooled:
         raise SamplesError("wer needs to know which token stands between words", fix)
     truth = [_ids(label) for label in given]
     separators = [int(label["separator"]) for label in given]
-    found = transcripts(first(outputs), truth)
+    found = decode_transcripts(first(outputs), truth)
     split = [[_words(ids, s) for ids, s in zip(texts, separators, strict=True)] for texts in (found, truth)]
     return _error_rate("wer", *split)
 
 
-def transcripts(tokens: Array, truth: Sequence[Sequence[int]]) -> list[list[int]]:
+def decode_transcripts(tokens: Array, truth: Sequence[Sequence[int]]) -> list[list[int]]:
     """The token ids of each sample, without the blanks and repeats of CTC and without padding at the end."""
     known = {token for ids in truth for token in ids}
     rows = [np.asarray(row) for row in tokens]

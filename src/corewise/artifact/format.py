@@ -31,8 +31,11 @@ from corewise.records.build import Build, Plan, TensorSpec
 from corewise.records.cpu import Cpu
 from corewise.records.jsonable import from_json, to_json
 from corewise.records.report import Preprocess, Report
+from corewise.records.schema_1 import upgrade_report
 
-SCHEMA = 1
+SCHEMA = 2
+"""Schema 2 has reasons as data; reports of schema 1, which have sentences, are read too."""
+READABLE = (1, SCHEMA)
 MANIFEST = "manifest.json"
 PAYLOAD = "payload"
 REFERENCE = "reference/program.pt2"
@@ -89,8 +92,9 @@ class Artifact:
     def report(self) -> Report:
         """The report that was saved with it. Raises ``ArtifactError`` where it does not fit its schema."""
         try:
-            return from_json(Report, json.loads((self.folder / REPORT).read_text()))
-        except ValueError as error:
+            data = json.loads((self.folder / REPORT).read_text())
+            return from_json(Report, upgrade_report(data) if self.manifest.schema == 1 else data)
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise ArtifactError(f"{self.folder / REPORT} cannot be read: {_first_line(error)}", REBUILD) from error
 
     @property
@@ -228,9 +232,10 @@ def _manifest(folder: Path) -> Manifest:
         schema = content["schema"]
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ArtifactError(f"{path} is no manifest of corewise: {_first_line(error)}", REBUILD) from error
-    if schema != SCHEMA:
+    if schema not in READABLE:
         raise ArtifactError(
-            f"{path} has schema {schema!r}, this corewise reads {SCHEMA}", "use the corewise that wrote it"
+            f"{path} has schema {schema!r}, this corewise reads {', '.join(map(str, READABLE))}",
+            "use the corewise that wrote it",
         )
     if signed != digest(content):
         raise ArtifactError(f"{path} was altered after it was written", REBUILD)

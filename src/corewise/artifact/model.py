@@ -28,12 +28,17 @@ class Model:
         inputs: Sequence[TensorSpec],
         input_structure: Structure,
         output_structure: Structure,
+        check_finite: bool = True,
     ) -> None:
-        """``session`` takes calls from several threads at the same time."""
+        """``session`` takes calls from several threads at the same time.
+
+        With ``check_finite`` a call whose inputs have NaN or infinity is refused: int8 would answer finite numbers.
+        """
         self._session = session
         self._inputs = tuple(inputs)
         self._input_structure = input_structure
         self._output_structure = output_structure
+        self._check_finite = check_finite
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """The model's outputs for one batch (dimension 0 of every input)."""
@@ -42,6 +47,9 @@ class Model:
         if len({len(array) for array in arrays}) > 1 or not len(arrays[0]):
             counts = [len(array) for array in arrays]
             raise InputError(f"the inputs have {counts} items", "give as many of each, at least 1")
+        if self._check_finite:
+            for array, spec in zip(arrays, self._inputs, strict=True):
+                _refuse_not_finite(array, spec)
         outputs: list[Any] = self._session.run(arrays)
         if not isinstance(leaves[0], np.ndarray):
             outputs = [_tensor(array) for array in outputs]
@@ -73,6 +81,17 @@ def _array(leaf: Any, spec: TensorSpec) -> np.ndarray:
         wanted = ", ".join("any" if size is None else str(size) for size in spec.shape)
         raise InputError(f"input {spec.name!r} has shape {tuple(array.shape)}", f"give ({wanted})")
     return array
+
+
+def _refuse_not_finite(array: np.ndarray, spec: TensorSpec) -> None:
+    if array.dtype.kind != "f" or np.isfinite(array).all():
+        return
+    row = int(np.argwhere(~np.isfinite(array))[0, 0])
+    value = "NaN" if np.isnan(array[row]).any() else "infinity"
+    raise InputError(
+        f"input {spec.name!r} has {value} in row {row}",
+        "give finite numbers, or open the model with check_finite=False where they are meant",
+    )
 
 
 def _tensor(array: np.ndarray) -> Any:

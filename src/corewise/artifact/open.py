@@ -15,15 +15,14 @@ from corewise.common.errors import ArtifactError, EngineError, InputError
 from corewise.common.references import guard
 from corewise.common.stats import Ratio, ratio_interval
 from corewise.engines import ENGINES, BuildInputs, Engine, Session, engine
-from corewise.machine.inspect import inspect
+from corewise.machine.inspect import inspect_cpu
 from corewise.records.build import Build, Plan
 from corewise.records.cpu import Cpu
-from corewise.records.jsonable import to_json
 from corewise.records.measurement import Rates
 from corewise.runtime.client import Worker
 from corewise.runtime.instances import open_plan
-from corewise.runtime.race import Contender, race
-from corewise.runtime.worker import CALIBRATION, PROGRAM, write_build_inputs
+from corewise.runtime.race import Contender, run_race
+from corewise.runtime.workspace import Workspace
 from corewise.samples import Samples
 
 TIMEOUT_S = 600.0
@@ -36,6 +35,7 @@ def load(
     threads_per_instance: int | None = None,
     instances: int | None = None,
     batch: int | None = None,
+    check_finite: bool = True,
 ) -> Model:
     """Open an artifact.
 
@@ -44,12 +44,15 @@ def load(
 
     It runs the plan that ``retune`` found on this machine, else the one it was made with; on a machine other than that
     plan's, or one with too few cores for it, a warning says so (``tuned.fit``). ``threads_per_instance``, ``instances``
-    and ``batch`` (the rows of a micro-batch) take the place of the plan's own.
+    and ``batch`` (the rows of a micro-batch) take the place of the plan's own. ``check_finite`` refuses calls whose
+    inputs have NaN or infinity; turn it off where infinity is meant, as in an attention mask.
+
+    It works in the process that opened it: a child that is forked later loads it itself.
 
     Raises ``ArtifactError`` where it is truncated, altered, foreign or does not fit this CPU, ``EngineError`` where its
     engine is not installed or cannot run such a plan, and ``InputError`` for numbers that are no plan.
     """
-    cpu = inspect()
+    cpu = inspect_cpu()
     found = artifact.read(Path(folder), cpu=cpu)
     fit = tuned.asked(found, cpu, threads_per_instance=threads_per_instance, instances=instances, batch=batch)
     for warning in fit.warnings:
@@ -59,6 +62,7 @@ def load(
         inputs=found.manifest.inputs,
         input_structure=found.input_structure,
         output_structure=found.output_structure,
+        check_finite=check_finite,
     )
 
 
@@ -78,7 +82,7 @@ def verify(folder: str | Path, *, model: Any = None) -> Verification:
 
     Raises ``ArtifactError`` with the first thing that is wrong.
     """
-    cpu = inspect()
+    cpu = inspect_cpu()
     found = artifact.read(Path(folder), cpu=cpu)
     fit = tuned.fit(found, cpu)
     session = _open(found, fit.plan, cpu, model)
@@ -112,7 +116,7 @@ def bench(
     Raises ``ArtifactError`` where the artifact is not sound or carries no reference, ``EngineError``
     where an engine is unknown or not installed.
     """
-    cpu = inspect()
+    cpu = inspect_cpu()
     found = artifact.read(Path(folder), cpu=cpu)
     if artifact.REFERENCE not in found.manifest.files:
         raise ArtifactError(
@@ -124,23 +128,21 @@ def bench(
     plan = tuned.fit(found, cpu).plan
     other = Build(engine=against, precision="fp32")
     with tempfile.TemporaryDirectory(prefix="corewise-") as name:
-        work = Path(name)
-        payload = work / "payload"
-        payload.mkdir()
-        golden = golden_samples(found)
-        write_reference(found, golden, cpu, work)
+        workspace = Workspace(Path(name))
+        payload = workspace.empty_payload(other)
+        write_reference(found, golden_samples(found), cpu, workspace)
 
         def start(build: Build) -> Worker:
-            return Worker(cpu=cpu, log=work / f"{build.engine}.log", timeout_s=TIMEOUT_S)
+            return Worker(cpu=cpu, log=workspace.folder / f"{build.engine}.log", timeout_s=TIMEOUT_S)
 
         with start(other) as worker:
-            worker.call("build", "building", material=str(work), build=to_json(other), folder=str(payload))
-        run = race(
+            worker.build(workspace, other, payload)
+        run = run_race(
             (
                 Contender(build=found.manifest.build, plan=plan, payload=found.folder / artifact.PAYLOAD),
                 Contender(build=other, plan=plan, payload=payload),
             ),
-            samples=str(work / CALIBRATION),
+            samples=workspace.calibration,
             start=start,
             on_round=lambda number, rounds, rates: on_round(number, rounds),
         )
@@ -194,22 +196,19 @@ def golden_samples(found: Artifact) -> Samples:
     return Samples(rows=rows, structure=found.input_structure, source=str(found.folder))
 
 
-def write_reference(found: Artifact, golden: Samples, cpu: Cpu, work: Path) -> None:
-    """The artifact's fp32 program and golden inputs as material for a build."""
+def write_reference(found: Artifact, golden: Samples, cpu: Cpu, workspace: Workspace) -> None:
+    """Write the artifact's fp32 program and golden inputs into a workspace, as inputs of a build."""
     from corewise.source import load_program, operators
 
-    program = work / PROGRAM
-    program.symlink_to((found.folder / artifact.REFERENCE).resolve())
-    golden.save(work / CALIBRATION)
-    write_build_inputs(
-        work,
+    workspace.program.symlink_to((found.folder / artifact.REFERENCE).resolve())
+    workspace.write_build_inputs(
         BuildInputs(
-            program=program,
+            program=workspace.program,
             inputs=found.manifest.inputs,
             outputs=found.manifest.outputs,
-            operators=operators(load_program(program)),
+            operators=operators(load_program(workspace.program)),
             calibration=golden,
             cpu=cpu,
-            cache=work / "cache",
-        ),
+            cache=workspace.cache,
+        )
     )

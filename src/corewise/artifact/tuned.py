@@ -21,66 +21,18 @@ from corewise.common.errors import ArtifactError, InputError, OutputError
 from corewise.machine.layouts import most_threads, warning
 from corewise.records.build import Plan
 from corewise.records.cpu import Cpu
-from corewise.records.goal import Goal
 from corewise.records.jsonable import from_json, to_json
 from corewise.records.measurement import Measurement
+from corewise.records.schema_1 import upgrade_measurement
+from corewise.records.tuned import Machine, Tuned
 
-SCHEMA = 1
+SCHEMA = 2
+READABLE = (1, SCHEMA)
 MOST_BYTES = 8 * 2**20
 MOST_MACHINES = 64
 MOST_MEASUREMENTS = 512
 MOST_THREADS = 4096
 MOST_BATCH = 65536
-
-
-@dataclass(frozen=True, kw_only=True)
-class Machine:
-    """What a plan depends on: the CPU, and what this process may use of it."""
-
-    model: str
-    isa: tuple[str, ...]
-    usable_cores: int
-    hardware_threads: int
-    quota_cores: float | None
-
-    @classmethod
-    def of(cls, cpu: Cpu) -> "Machine":
-        """The machine with that CPU, under those limits."""
-        return cls(
-            model=cpu.model,
-            isa=cpu.isa,
-            usable_cores=cpu.usable_cores,
-            hardware_threads=len(cpu.affinity),
-            quota_cores=cpu.quota_cores,
-        )
-
-    @property
-    def label(self) -> str:
-        """``AMD EPYC 7763 (2 cores, 4 hardware threads, a quota of 1.5)``."""
-        quota = "" if self.quota_cores is None else f", a quota of {self.quota_cores:g}"
-        return f"{self.model} ({self.usable_cores} cores, {self.hardware_threads} hardware threads{quota})"
-
-    def against(self, other: "Machine") -> tuple[str, str]:
-        """The labels of this one and the other, with the instruction sets where nothing else tells them apart."""
-        if self.label != other.label:
-            return self.label, other.label
-        return f"{self.label} with {' '.join(self.isa)}", f"{other.label} with {' '.join(other.isa)}"
-
-
-@dataclass(frozen=True, kw_only=True)
-class Tuned:
-    """The plan for one machine, and the latency table that it was chosen from."""
-
-    machine: Machine
-    created: str
-    goal: Goal
-    plan: Plan
-    measurements: tuple[Measurement, ...]
-
-    @property
-    def label(self) -> str:
-        """``runs 1 threads x 2, batch 8: tuned on this kind of machine, AMD EPYC 7763 (...), on 2026-03-14``."""
-        return f"runs {self.plan.label}: tuned on this kind of machine, {self.machine.label}, on {self.created[:10]}"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -147,8 +99,8 @@ def asked(
     if wanted.keys() == {"batch"}:
         return replace(planned, plan=plan)
     others = tuple(one for one in planned.warnings if one not in _crowded(found, planned.plan, cpu))
-    told = warning(cpu, plan.threads_per_instance, plan.instances)
-    crowded = (f"{plan.label}, as asked: {told}",) if told else ()
+    crowding = warning(cpu, plan.threads_per_instance, plan.instances)
+    crowded = (f"{plan.label}, as asked: {crowding}",) if crowding else ()
     return replace(planned, plan=plan, warnings=(*others, *crowded))
 
 
@@ -251,18 +203,30 @@ def _entries(content: Any, folder: Path) -> tuple[Tuned, ...]:
     """Raises ``ValueError`` with what is wrong."""
     if not isinstance(content, dict) or not isinstance(content.get("machines"), list):
         raise ValueError("it is no list of machines")
-    if content.get("schema") != SCHEMA:
-        raise ValueError(f"it has schema {content.get('schema')!r}, this corewise reads {SCHEMA}")
+    if content.get("schema") not in READABLE:
+        known = ", ".join(map(str, READABLE))
+        raise ValueError(f"it has schema {content.get('schema')!r}, this corewise reads {known}")
     if content.pop("digest", None) != digest(content):
         raise ValueError("it was altered after it was written")
     if content.get("manifest") != identity(folder):
         raise ValueError("it was made for another artifact")
     if len(content["machines"]) > MOST_MACHINES:
         raise ValueError(f"it has more than {MOST_MACHINES} machines")
-    entries = from_json(tuple[Tuned, ...], content["machines"])
+    machines = content["machines"]
+    if content["schema"] == 1:
+        machines = [_upgraded(machine) for machine in machines]
+    entries = from_json(tuple[Tuned, ...], machines)
     for entry in entries:
         _check(entry)
     return entries
+
+
+def _upgraded(machine: Any) -> Any:
+    """The entry of a machine in schema 1; what does not fit is left to the validation."""
+    if not isinstance(machine, dict) or not isinstance(machine.get("measurements"), list):
+        return machine
+    upgraded = [upgrade_measurement(one) if isinstance(one, dict) else one for one in machine["measurements"]]
+    return {**machine, "measurements": upgraded}
 
 
 def _check(entry: Tuned) -> None:
@@ -293,8 +257,8 @@ def _cut_down(plan: Plan, cpu: Cpu) -> Plan:
 
 
 def _crowded(found: Artifact, plan: Plan, cpu: Cpu) -> tuple[str, ...]:
-    told = warning(cpu, plan.threads_per_instance, plan.instances)
-    return (f"{found.folder} runs {plan.label}: {told}; run corewise retune {found.folder}",) if told else ()
+    crowding = warning(cpu, plan.threads_per_instance, plan.instances)
+    return (f"{found.folder} runs {plan.label}: {crowding}; run corewise retune {found.folder}",) if crowding else ()
 
 
 @contextmanager

@@ -46,7 +46,7 @@ class Simulated:
     """Answers in time per second, until the last one."""
 
 
-def simulate(
+def simulate_load(
     curve: LatencyTable,
     *,
     service: Service,

@@ -145,9 +145,37 @@ def match(structure: Structure, value: Any, name: str = "inputs") -> list[Any]:
 
 
 def match_call(structure: Structure, args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[Any]:
-    """``match`` for the arguments of a call, whose structure is that of the pair (args, kwargs)."""
+    """``match`` for the arguments of a call, whose structure is that of the pair (args, kwargs).
+
+    Where the samples were dicts, the call may also be ``fast(a_dict)``, or ``fast(ids, mask)``: values without a name
+    take those of the samples' keys, in the samples' order. Constants of the samples may be left out.
+    """
     positional, keyword = structure.children
+    if keyword.keys and not positional.keys:
+        args, kwargs = (), _named(keyword, args, kwargs)
     return match(positional, tuple(args), "inputs") + match(keyword, dict(kwargs), "inputs")
+
+
+def _named(keyword: Structure, args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[Any, Any]:
+    """All arguments of a call by their names in the samples, which were dicts."""
+    expected = dict(zip(keyword.keys, keyword.children, strict=True))
+    names = [name for name, child in expected.items() if child.kind != "constant"]
+    first = args[0] if len(args) == 1 else None
+    if isinstance(first, Mapping) and not _is_first_value(expected, names, first):
+        args, kwargs = (), {**first, **kwargs}
+    if len(args) > len(names):
+        raise InputError(f"there are {len(args)} inputs without a name", f"give {_listing(tuple(names))}")
+    given = dict(zip(names, args, strict=False))
+    for name in given:
+        if name in kwargs:
+            raise InputError(f"{_below('inputs', name)} is given twice, by position and by name", "give it once")
+    constants = {name: child.value for name, child in expected.items() if child.kind == "constant"}
+    return {**constants, **given, **kwargs}
+
+
+def _is_first_value(expected: Mapping[Key, Structure], names: Sequence[Key], given: Mapping[Any, Any]) -> bool:
+    """Whether a dict is the value of the first name, which is a dict itself, and not a dict of all names."""
+    return bool(names) and expected[names[0]].kind == "dict" and not given.keys() <= expected.keys()
 
 
 def leaf_names(structure: Structure, default: str = "output") -> tuple[str, ...]:

@@ -20,6 +20,7 @@ from corewise.common.errors import CorewiseError
 
 OURS = (str(Path(__file__).parents[1]), "<")
 INSTALLED = tuple(sysconfig.get_path(kind) for kind in ("stdlib", "purelib", "platlib"))
+TORCH = tuple(str(Path(folder) / "torch") for folder in INSTALLED)
 
 
 class guard:
@@ -56,10 +57,17 @@ def where(error: BaseException) -> str:
 
 
 def place(frames: Iterable[traceback.FrameSummary]) -> str:
-    """``file:line`` of the innermost frame in the user's own code, else of the innermost outside corewise."""
+    """``file:line`` of ``own_frame``; empty where there is none."""
+    frame = own_frame(frames)
+    return f"{frame.filename}:{frame.lineno}" if frame else ""
+
+
+def own_frame(frames: Iterable[traceback.FrameSummary]) -> traceback.FrameSummary | None:
+    """The innermost frame in the user's own code, else in a library of models, else the innermost outside corewise."""
     foreign = [frame for frame in frames if not frame.filename.startswith(OURS)]
-    chosen = [frame for frame in foreign if not frame.filename.startswith(INSTALLED)] or foreign
-    return f"{chosen[-1].filename}:{chosen[-1].lineno}" if chosen else ""
+    own = [frame for frame in foreign if not frame.filename.startswith(INSTALLED)]
+    library = [frame for frame in foreign if not frame.filename.startswith(TORCH)]
+    return next(reversed(own or library or foreign), None)
 
 
 def call_reference(reference: str, error: type[CorewiseError], purpose: str) -> Any:

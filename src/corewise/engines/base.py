@@ -30,6 +30,9 @@ ENGINES = {
 }
 """Name to ``module:class``. Any other engine is named by its own ``module:class``."""
 
+SUGGESTED = tuple(name for name in ENGINES if name != "fake")
+"""Engines that a message may name; ``fake`` is for tests."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class BuildInputs:
@@ -128,7 +131,7 @@ def engine(name: str) -> Engine:
     reference = ENGINES.get(name, name)
     module, _, attribute = reference.partition(":")
     if not attribute:
-        raise EngineError(f"no engine is named {name!r}", f"use one of {', '.join(ENGINES)} or module:class")
+        raise EngineError(f"no engine is named {name!r}", f"use one of {', '.join(SUGGESTED)} or module:class")
     try:
         made: Engine = getattr(importlib.import_module(module), attribute)()
     except (ImportError, AttributeError) as error:

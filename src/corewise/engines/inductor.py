@@ -20,7 +20,7 @@ from corewise.common.errors import EngineError
 from corewise.common.references import guard
 from corewise.engines import qdq
 from corewise.engines.base import BuildInputs, Session, chunks, fastest_s, missing, rows_of, run_cut
-from corewise.engines.quiet import quiet
+from corewise.engines.libraries import quiet
 from corewise.records.build import Build, Plan, Receipt, TensorSpec
 from corewise.records.cpu import Cpu
 from corewise.records.jsonable import from_json, to_json
@@ -88,7 +88,7 @@ class Inductor:
     def needs(self, build: Build) -> tuple[str, ...]:
         """The instruction set; bf16 hardware for bf16, 32-bit sums of int8 products for int8 in full range."""
         isa = _needs(str(build.option("isa", "avx2")))
-        if build.precision == "int8" and not build.option("reduce_range", False):
+        if build.precision == "int8" and not build.quantization.reduce_range:
             return (*isa, "int8_dot")
         return (*isa, "bf16") if build.precision == "bf16" else isa
 
@@ -286,7 +286,7 @@ def _program(material: BuildInputs, build: Build) -> "tuple[ExportedProgram, tup
 
         return load_program(material.program), ()
     path, notes = qdq.quantized(material, build, "fused")
-    from corewise.quantize.ptq import load_quantized
+    from corewise.quantize.state import load_quantized
 
     return load_quantized(path), notes
 

@@ -13,7 +13,8 @@ import numpy as np
 from corewise.common.errors import EngineError
 from corewise.engines import denormals, qdq
 from corewise.engines.base import BuildInputs, Session, is_mostly_linear, missing
-from corewise.engines.quiet import quiet
+from corewise.engines.libraries import import_onnxruntime, import_onnxruntime_quantization, quiet
+from corewise.engines.onnx_export import export_onnx
 from corewise.records.build import Build, Plan, Receipt
 from corewise.records.cpu import Cpu
 from corewise.samples import Samples
@@ -52,7 +53,7 @@ class OnnxRuntime:
 
     def needs(self, build: Build) -> tuple[str, ...]:
         """32-bit sums of int8 products for int8 in full range."""
-        return () if build.precision == "fp32" or build.option("reduce_range", False) else ("int8_dot",)
+        return () if build.precision == "fp32" or build.quantization.reduce_range else ("int8_dot",)
 
     def build(self, material: BuildInputs, build: Build, folder: Path) -> tuple[str, ...]:
         """Export the program, once for all builds, and quantize it.
@@ -70,9 +71,9 @@ class OnnxRuntime:
             return ()
         with quiet():
             if build.precision == "int8":
-                _quantize_static(exported, payload, material.calibration, bool(build.option("reduce_range", False)))
+                _quantize_static(exported, payload, material.calibration, build.quantization.reduce_range)
             else:
-                _quantize_dynamic(exported, payload, bool(build.option("reduce_range", False)))
+                _quantize_dynamic(exported, payload, build.quantization.reduce_range)
         return ()
 
     def open(self, folder: Path, build: Build, plan: Plan) -> Session:
@@ -105,8 +106,7 @@ class OnnxRuntimeSession:
     def __init__(
         self, model: Path, threads: int, optimized: Path | None = None, weights: str = "", as_it_is: bool = False
     ) -> None:
-        import onnxruntime as ort
-
+        ort = import_onnxruntime()
         options = ort.SessionOptions()
         options.intra_op_num_threads = threads
         options.inter_op_num_threads = 1
@@ -212,51 +212,48 @@ def _exported(material: BuildInputs) -> Path:
         raise EngineError("the model is over 2 GB, more than one ONNX file can hold", "use another engine")
     from corewise.source import load_program
 
-    qdq.export_onnx(load_program(material.program), path)
+    export_onnx(load_program(material.program), path)
     return path
 
 
 def _quantize_static(exported: Path, payload: Path, calibration: Samples, reduce_range: bool) -> None:
-    from onnxruntime.quantization import CalibrationMethod, QuantFormat, QuantType, quantize_static
-    from onnxruntime.quantization.shape_inference import quant_pre_process
-
+    tools = import_onnxruntime_quantization()
     with TemporaryDirectory() as folder:
         prepared = Path(folder) / MODEL
-        quant_pre_process(exported, prepared, skip_symbolic_shape=True)
-        quantize_static(
+        tools.quant_pre_process(exported, prepared, skip_symbolic_shape=True)
+        tools.quantize_static(
             prepared,
             payload,
             _reader(prepared, calibration),
-            quant_format=QuantFormat.QDQ,
+            quant_format=tools.QuantFormat.QDQ,
             per_channel=True,
             reduce_range=reduce_range,
-            activation_type=QuantType.QUInt8,
-            weight_type=QuantType.QInt8,
-            calibrate_method=CalibrationMethod.MinMax,
+            activation_type=tools.QuantType.QUInt8,
+            weight_type=tools.QuantType.QInt8,
+            calibrate_method=tools.CalibrationMethod.MinMax,
         )
 
 
 def _quantize_dynamic(exported: Path, payload: Path, reduce_range: bool) -> None:
-    from onnxruntime.quantization import QuantType, quantize_dynamic
-
-    quantize_dynamic(
+    tools = import_onnxruntime_quantization()
+    tools.quantize_dynamic(
         exported,
         payload,
         op_types_to_quantize=["MatMul", "Gemm"],
         per_channel=True,
         reduce_range=reduce_range,
-        weight_type=QuantType.QInt8,
+        weight_type=tools.QuantType.QInt8,
     )
 
 
 def _reader(model: Path, calibration: Samples) -> Any:
     """The calibration samples one by one, as ONNX Runtime's quantizer asks for them."""
     import onnx
-    from onnxruntime.quantization import CalibrationDataReader
 
+    base = import_onnxruntime_quantization().CalibrationDataReader
     names = [value.name for value in onnx.load(model).graph.input]
 
-    class Reader(CalibrationDataReader):  # type: ignore[misc]
+    class Reader(base):  # type: ignore[misc, valid-type]
         def __init__(self) -> None:
             self._feeds: Iterator[dict[str, np.ndarray]] = (
                 {name: array[None] for name, array in zip(names, row, strict=True)} for row in calibration.rows

@@ -8,37 +8,29 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
 
-import numpy as np
-
 from corewise.common.errors import EngineError
 from corewise.engines.base import BuildInputs, missing
-from corewise.engines.onnx_attention import drop_guards
+from corewise.engines.layer_times import timed
+from corewise.engines.libraries import quiet
 from corewise.engines.onnx_bias import quantize_biases
-from corewise.engines.quiet import quiet
-from corewise.records.build import IGNORED, REVERTED, Build, TensorSpec
+from corewise.engines.onnx_export import export_onnx
+from corewise.records.build import Build, QuantizationOptions
 from corewise.records.cpu import Cpu
-from corewise.samples import Samples
 
 if TYPE_CHECKING:
     from corewise.quantize.placement import Target
-    from corewise.quantize.ptq import Quantized, Recipe
-    from corewise.quantize.sensitivity import LayerSensitivity
+    from corewise.quantize.quantized import Recipe
 
-OPTION = ("quantizer", "corewise")
-ATTENTION = "attention"
-"""The option of a build whose products of two activations are int8 too."""
 JUDGED = 8
 """Calibration samples that layers are tried on one by one; ``ROWS`` at a time."""
 ROWS = 4
-TIMED_BATCH = 16
 PACKAGES = ("torch", "torchao", "onnx", "onnxscript")
 
 
 def int8(engine: str, cpu: Cpu) -> Build:
     """The engine's int8 build of our quantizer; weights in 7 bits where the CPU adds int8 products in 16 bits."""
-    return Build(
-        engine=engine, precision="int8", options=(OPTION, *(() if cpu.int8_dot else (("reduce_range", True),)))
-    )
+    options = QuantizationOptions(quantizer="corewise", reduce_range=not cpu.int8_dot)
+    return Build(engine=engine, precision="int8").with_quantization(options)
 
 
 def int8_attention(engine: str, cpu: Cpu, operators: dict[str, int]) -> tuple[Build, ...]:
@@ -48,106 +40,99 @@ def int8_attention(engine: str, cpu: Cpu, operators: dict[str, int]) -> tuple[Bu
     if not by_hand and "scaled_dot_product_attention" not in names:
         return ()
     plain = int8(engine, cpu)
-    return (replace(plain, options=(*plain.options, (ATTENTION, True))),)
+    attending = plain.with_quantization(replace(plain.quantization, attention=True))
+    # Journals and folders of older versions know this build with its newest option last.
+    return (replace(attending, options=tuple(sorted(attending.options, key=lambda pair: pair not in plain.options))),)
 
 
 def uses_corewise_quantizer(build: Build) -> bool:
     """Whether the build asks for our quantizer rather than the engine's own."""
-    return OPTION in build.options
+    return build.quantization.quantizer == "corewise"
+
+
+def first_rung(build: Build) -> Build:
+    """The build by corewise's quantizer at its quickest: ranges of a few samples and nothing corrected.
+
+    Takes about as long as an engine's own int8. ``climbed`` goes on from there.
+    """
+    return build.with_quantization(replace(build.quantization, rung=0))
+
+
+def climbed(build: Build, cache: Path) -> Build | None:
+    """The build that is one correction further than ``build``; ``None`` if it is at the top already.
+
+    ``cache`` is the folder that ``build`` was built with (``BuildInputs.cache``). Rungs that changed nothing are left
+    out, and what was done for ``build`` is not done again.
+    """
+    from corewise.quantize.ptq import TOP
+    from corewise.quantize.state import rung_reached
+
+    options = build.quantization
+    if options.rung is None:
+        return None
+    reached = rung_reached(cache, _recipe(build), options.rung)
+    rung = (options.rung if reached is None else reached) + 1
+    if rung > TOP:
+        return None
+    return build.with_quantization(replace(options, rung=None if rung == TOP else rung))
 
 
 def quantized(material: BuildInputs, build: Build, target: "Target") -> tuple[Path, tuple[str, ...]]:
-    """The quantized program (``ptq.load_quantized``), and notes; made once for all engines.
+    """The quantized program (``state.load_quantized``), and notes; made once for all engines.
 
-    The build's option ``ignored`` names layers that stay in floating point, separated by spaces; ``returned`` says how
-    many of them go back by ``sensitivity.order_of_return``; ``attention`` places products of two activations too.
-    Raises ``EngineError`` where a package is missing or nothing can be quantized.
+    Raises ``EngineError`` if a package is missing or nothing can be quantized.
     """
     if why := missing(PACKAGES, "optimize"):
         raise EngineError(f"corewise's quantizer {why}")
     from corewise.engines.torch_tools import keep_freed_memory
-    from corewise.quantize.ptq import Recipe, quantized_program
+    from corewise.quantize.ptq import TOP
+    from corewise.quantize.state import quantized_program
 
-    recipe = Recipe(weight_bits=7 if build.option("reduce_range", False) else 8)
+    options, recipe = build.quantization, _recipe(build)
+    rung = TOP if options.rung is None else options.rung
     keep_freed_memory()  # calibration runs in eager PyTorch
     with quiet():
-        returned = _order(material, recipe)[: int(build.option(REVERTED, 0))] if build.option(REVERTED, 0) else ()
-        ignored = (*str(build.option(IGNORED, "")).split(), *returned)
-        path, notes = quantized_program(
+        order = _reverting_order(material, recipe, rung) if options.reverted_layers else ()
+        reverted = order[: options.reverted_layers]
+        path, decided = quantized_program(
             material.program,
             material.calibration,
             material.inputs,
             material.cache,
             recipe,
             target,
-            ignored,
-            attention=bool(build.option(ATTENTION, False)),
+            (*options.ignored_layers, *reverted),
+            attention=options.attention,
+            rung=rung,
         )
     # What was decided is one line in a report, and the same for all engines.
-    decided = "; ".join(note for note in notes if not note.startswith("warning"))
-    told = (*(note for note in notes if note.startswith("warning")), decided)
-    return path, (*told, f"back in floating point: {', '.join(returned)}") if returned else told
+    notes = (*(f"warning: {doubt}" for doubt in decided.warnings), "; ".join(decided.notes))
+    return path, (*notes, f"back in floating point: {', '.join(reverted)}") if reverted else notes
 
 
-def _order(material: BuildInputs, recipe: "Recipe") -> tuple[str, ...]:
+def _recipe(build: Build) -> "Recipe":
+    from corewise.quantize.quantized import Recipe
+
+    return Recipe(weight_bits=7 if build.quantization.reduce_range else 8)
+
+
+def _reverting_order(material: BuildInputs, recipe: "Recipe", rung: int) -> tuple[str, ...]:
     """The layers in the order in which they go back to floating point; found once for all engines."""
-    from corewise.quantize import ptq
-    from corewise.quantize.sensitivity import order_of_return, sensitivity
+    from corewise.quantize.quantized import batches
+    from corewise.quantize.sensitivity import measure_sensitivity, order_of_return
+    from corewise.quantize.state import calibrated
 
-    path = material.cache / f"order-{recipe.key}.json"
+    path = material.cache / f"order-{recipe.key}-{rung}.json"
     if not path.exists():
-        made = ptq.calibrated(material.program, material.calibration, material.cache, recipe)
-        judging = material.calibration.take(
-            range(max(0, len(material.calibration) - JUDGED), len(material.calibration))
-        )
-        rows = sensitivity(made, ptq.batches(judging, ROWS))
+        made = calibrated(material.program, material.calibration, material.cache, recipe, rung)
+        count = len(material.calibration)
+        judging = material.calibration.take(range(max(0, count - JUDGED), count))
+        rows = measure_sensitivity(made, batches(judging, ROWS))
         rows, _ = timed(made, rows, material.inputs, material.calibration, material.cpu.usable_cores)
-        whole = path.with_suffix(".part")
-        whole.write_text(json.dumps(order_of_return(rows)))
-        whole.replace(path)
+        part = path.with_suffix(".part")
+        part.write_text(json.dumps(order_of_return(rows)))
+        part.replace(path)
     return tuple(json.loads(path.read_text()))
-
-
-def timed(
-    quantized: "Quantized",
-    layers: "tuple[LayerSensitivity, ...]",
-    inputs: tuple[TensorSpec, ...],
-    samples: Samples,
-    threads: int,
-) -> "tuple[tuple[LayerSensitivity, ...], str]":
-    """The layers with the milliseconds that int8 saves in each, and in words how they were measured or why not.
-
-    By OpenVINO's profile for a batch of 16, the same layers in fp32 and in int8; ``layers`` as they were where it is
-    not installed or cannot run the program.
-    """
-    if why := missing(("openvino",), "openvino") or missing(PACKAGES, "optimize"):
-        return layers, f"not measured: {why}"
-    from corewise.engines.openvino import layer_ms
-    from corewise.quantize.ptq import batches, lower
-    from corewise.quantize.sensitivity import floating, nodes_by_layer, saving
-
-    # torch.export takes a batch of one for a constant.
-    example = next(iter(batches(samples.take([0, 0]))))
-    _, rows = next(samples.batches(TIMED_BATCH))
-    batch = [np.resize(array, (TIMED_BATCH, *array.shape[1:])) for array in rows]
-    times = []
-    try:
-        with TemporaryDirectory() as folder:
-            for program in (floating(quantized, inputs, example), lower(quantized, "fused", inputs, example)):
-                path = Path(folder) / "model.onnx"
-                export_onnx(program, path)
-                names = nodes_by_layer(quantized, program)
-                found: dict[str, float] = {}
-                for node, spent in layer_ms(path, names, batch, threads).items():
-                    found[names[node]] = found.get(names[node], 0.0) + spent
-                times.append(found)
-    except (EngineError, RuntimeError) as error:  # torch's ONNX exporter raises the latter
-        return layers, f"not measured: {' '.join(str(error).split())[:200]}"
-    if not all(times):
-        return layers, "not measured: the layers were not found in OpenVINO's profile"
-    return saving(
-        layers, *times
-    ), f"OpenVINO's profile of fp32 less that of int8, a batch of {TIMED_BATCH}, {threads} threads"
 
 
 def onnx_model(
@@ -155,7 +140,7 @@ def onnx_model(
 ) -> tuple[Path, tuple[str, ...]]:
     """``quantized`` as ONNX with a dynamic batch, made once for all engines."""
     program, notes = quantized(material, build, target)
-    from corewise.quantize.ptq import load_quantized
+    from corewise.quantize.state import load_quantized
 
     path = program.with_suffix(".onnx")
     if not path.exists():
@@ -169,14 +154,3 @@ def onnx_model(
             quantize_biases(made)
             made.replace(other)
     return other, notes
-
-
-def export_onnx(program: object, path: Path) -> None:
-    """Write a ``torch.export.ExportedProgram`` as one ONNX file, whole or not at all."""
-    import torch
-
-    with TemporaryDirectory(dir=path.parent) as folder, quiet():
-        made = Path(folder) / path.name
-        torch.onnx.export(program, f=made, dynamo=True, external_data=False, verbose=False)  # type: ignore[arg-type]
-        drop_guards(made)
-        made.replace(path)

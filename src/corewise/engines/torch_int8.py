@@ -15,7 +15,7 @@ import numpy as np
 from corewise.common.errors import EngineError
 from corewise.common.references import guard
 from corewise.engines.base import CONVOLUTION, BuildInputs, Session, count, fastest_s, missing
-from corewise.engines.quiet import quiet
+from corewise.engines.libraries import quiet
 from corewise.records.build import Build, Plan, Receipt
 from corewise.records.cpu import Cpu
 
@@ -61,7 +61,7 @@ class TorchInt8:
 
     def needs(self, build: Build) -> tuple[str, ...]:
         """On x86, 32-bit sums of int8 products for static int8 in full range."""
-        full = build.precision == "int8" and not build.option("reduce_range", False)
+        full = build.precision == "int8" and not build.quantization.reduce_range
         return ("int8_dot",) if full and platform.machine() == "x86_64" else ()
 
     def build(self, material: BuildInputs, build: Build, folder: Path) -> tuple[str, ...]:
@@ -193,15 +193,15 @@ def _quantizable(material: BuildInputs, build: Build) -> "GraphModule":
     """The lifted program, calibrated for static int8."""
     from corewise.engines.torch_tools import from_numpy, threads
     from corewise.quantize import fx
-    from corewise.quantize.lift import lift
+    from corewise.quantize.lift import lift_program
     from corewise.source import load_program
 
-    module = lift(load_program(material.program))
+    module = lift_program(load_program(material.program))
     if build.precision == "int8-dynamic":
         return module
     batches = (tuple(map(from_numpy, arrays)) for _, arrays in material.calibration.batches(CALIBRATION_BATCH))
     with threads(material.cpu.usable_cores):
-        return fx.calibrate(module, batches, bool(build.option("reduce_range", False)))
+        return fx.calibrate(module, batches, build.quantization.reduce_range)
 
 
 def _convert(module: "GraphModule", backend: str, build: Build, folder: Path) -> tuple[int, int]:
@@ -209,7 +209,7 @@ def _convert(module: "GraphModule", backend: str, build: Build, folder: Path) ->
     from corewise.quantize import fx
 
     with fx.backend(backend):
-        converted = fx.convert_dynamic(module) if build.precision == "int8-dynamic" else fx.convert(module)
+        converted = fx.to_dynamic_int8(module) if build.precision == "int8-dynamic" else fx.to_int8(module)
         scripted = fx.script(converted)
         fx.save(scripted, folder / f"{backend}.pt")
     return fx.count_kernels(scripted)

@@ -85,7 +85,7 @@ class CgroupMount:
     point: PurePosixPath
 
 
-def inspect(root: Path = ROOT) -> Cpu:
+def inspect_cpu(root: Path = ROOT) -> Cpu:
     """The CPU, the limits on this process and the memory, as the file system below ``root`` tells them.
 
     The limits of every cgroup from this process's own up to the hierarchy's root count, and the tightest

@@ -1,124 +1,143 @@
 """Which hardware threads each instance of a plan computes on, and which plans are worth trying. Pure.
 
-Physical cores come before their SMT siblings, for two threads on one core share its arithmetic units; an instance
-stays within a NUMA node where it fits, for the memory of other nodes is slower (Linux kernel's documentation,
+Physical cores come before their SMT siblings, because two threads on one core share its arithmetic units. An instance
+stays within a NUMA node if it fits, because the memory of other nodes is slower (Linux kernel's documentation,
 ``admin-guide/mm/numaperf.rst``).
 """
 
 from collections import Counter, defaultdict
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import NamedTuple
 
+from corewise.records.build import Plan
 from corewise.records.cpu import Cpu, LogicalCpu
 
 SIBLINGS = 2
-"""So many threads a physical core are tried at most."""
+"""Most threads per physical core that are tried."""
+
+
+class ThreadLayout(NamedTuple):
+    """How a plan divides the cores: threads of each instance, and how many instances."""
+
+    threads: int
+    instances: int
+
+    @classmethod
+    def of(cls, plan: Plan) -> "ThreadLayout":
+        """The plan's layout."""
+        return cls(plan.threads_per_instance, plan.instances)
+
+    def plan(self, batch: int) -> Plan:
+        """The layout with calls of ``batch`` items."""
+        return Plan(threads_per_instance=self.threads, instances=self.instances, batch=batch)
 
 
 def assign(cpu: Cpu, threads_per_instance: int, instances: int) -> tuple[tuple[int, ...], ...]:
     """The hardware threads of each instance, by their numbers; rising.
 
-    Physical cores first, SMT siblings when those are used up; instances spread over the NUMA nodes, each within one
-    where it fits. They share hardware threads only where there are more threads than ``most_threads`` (``warning``
-    tells). Under a quota of less than the cores, instances get all hardware threads of their node: a quota says how
-    much time there is and not where, and all containers of a machine would choose the same cores. An instance gets
-    none, and should not be pinned, where the affinity is unknown.
+    Physical cores come first, then SMT siblings; instances spread over the NUMA nodes, each within one node if it fits.
+    They share hardware threads only if there are more threads than ``most_threads`` (see ``warning``). Under a CPU
+    quota below the number of cores, instances get all hardware threads of their node: a quota limits time, not
+    placement, and all containers of a machine would choose the same cores. If the affinity is unknown, an instance gets
+    no hardware threads and should not be pinned.
     """
     ranked = _ranked(cpu)
-    slots, wanted = ranked[: most_threads(cpu)], threads_per_instance * instances
+    slots, needed = ranked[: most_threads(cpu)], threads_per_instance * instances
     if not slots:
         return ((),) * instances
-    if wanted > len(slots):
+    if needed > len(slots):
         # By node and core, so that each instance's are near each other, and round and round.
         near = sorted(slots, key=_place)
-        starts = range(0, wanted, threads_per_instance)
+        starts = range(0, needed, threads_per_instance)
         given = [[near[k % len(near)] for k in range(start, start + threads_per_instance)] for start in starts]
     else:
-        given = _packed(slots[: max(cpu.usable_cores, wanted)], threads_per_instance, instances)
+        given = _packed(slots[: max(cpu.usable_cores, needed)], threads_per_instance, instances)
     if limited_by_quota(cpu):
         given = [_nodes_of(chosen, ranked) for chosen in given]
-    return tuple(tuple(sorted({one.cpu for one in chosen})) for chosen in given)
+    return tuple(tuple(sorted({logical.cpu for logical in chosen})) for chosen in given)
 
 
-def thread_plans(cpu: Cpu) -> tuple[tuple[int, int], ...]:
-    """(threads per instance, instances) worth trying, those that use all physical cores first.
+def thread_layouts(cpu: Cpu) -> tuple[ThreadLayout, ...]:
+    """The layouts worth trying, those that use all physical cores first.
 
-    Then those that use the SMT siblings too, nearly all cores, and one instance on part of them. Never more threads
-    than the affinity and the quota allow, nor two instances where one of them would straddle NUMA nodes without need.
+    Layouts that also use the SMT siblings follow, then nearly all cores, then one instance on part of them. No layout
+    has more threads than the affinity and the quota allow, or an instance that straddles NUMA nodes without need.
     """
     cores, most = cpu.usable_cores, most_threads(cpu)
     full = [(threads, total // threads) for total in (cores, most) for threads in reversed(_divisors(total))]
     # Of 7 cores, 6 as three times two: some are left over.
     nearly = [(threads, cores // threads) for threads in _powers(cores) if cores // threads > 1]
     alone = [(threads, 1) for threads in sorted({*_divisors(cores), *_powers(cores)}, reverse=True)]
-    return tuple(plan for plan in dict.fromkeys(full + nearly + alone) if not _straddles(cpu, *plan))
+    layouts = (ThreadLayout(threads, instances) for threads, instances in dict.fromkeys(full + nearly + alone))
+    return tuple(layout for layout in layouts if not _straddles(cpu, layout))
 
 
 def most_threads(cpu: Cpu) -> int:
-    """How many threads may compute at once: hardware threads, two a physical core at most, within the quota."""
+    """How many threads may compute at once: hardware threads, at most two per physical core, within the quota."""
     most = min(len(_ranked(cpu)), SIBLINGS * cpu.usable_cores)
     return max(1, most if cpu.quota_cores is None else min(most, int(cpu.quota_cores)))
 
 
 def limited_by_quota(cpu: Cpu) -> bool:
-    """Whether the quota allows less than the cores that this process may run on, and so pinning is no good."""
+    """Whether the quota allows less than the cores that this process may run on, so that pinning does not help."""
     return cpu.quota_cores is not None and cpu.usable_cores < replace(cpu, quota_cores=None).usable_cores
 
 
 def warning(cpu: Cpu, threads_per_instance: int, instances: int) -> str:
-    """That a plan has more threads than can compute at once, in words; empty where it has not."""
-    wanted, most = threads_per_instance * instances, most_threads(cpu)
-    if wanted <= most:
+    """A warning if a plan has more threads than can compute at once; otherwise empty."""
+    needed, most = threads_per_instance * instances, most_threads(cpu)
+    if needed <= most:
         return ""
     quota = f" under the cgroup's quota of {cpu.quota_cores:g} cores" if limited_by_quota(cpu) else ""
-    return f"{wanted} threads take turns where {most} can compute at once{quota}"
+    return f"{needed} threads take turns where {most} can compute at once{quota}"
 
 
 def _ranked(cpu: Cpu) -> list[LogicalCpu]:
     """The allowed hardware threads: one of each physical core, then a second of each, ...; each time node by node."""
     allowed = set(cpu.affinity)
-    known = sorted((one for one in cpu.cpus if one.cpu in allowed), key=lambda one: one.cpu)
+    known = sorted((logical for logical in cpu.cpus if logical.cpu in allowed), key=lambda logical: logical.cpu)
     # A sandbox may tell what is allowed and not what that is.
     known = known or [LogicalCpu(cpu=number, core=number, socket=0, node=0) for number in sorted(allowed)]
     seen: Counter[tuple[int, int]] = Counter()
     ranks = {}
-    for one in known:
-        ranks[one.cpu] = seen[one.socket, one.core]
-        seen[one.socket, one.core] += 1
-    return sorted(known, key=lambda one: (ranks[one.cpu], one.node, one.cpu))
+    for logical in known:
+        ranks[logical.cpu] = seen[logical.socket, logical.core]
+        seen[logical.socket, logical.core] += 1
+    return sorted(known, key=lambda logical: (ranks[logical.cpu], logical.node, logical.cpu))
 
 
 def _packed(slots: Sequence[LogicalCpu], threads: int, instances: int) -> list[list[LogicalCpu]]:
     """Each instance in the node with most room where that is enough, siblings side by side."""
     free: dict[int, list[LogicalCpu]] = defaultdict(list)
-    for one in sorted(slots, key=_place):
-        free[one.node].append(one)
+    for logical in sorted(slots, key=_place):
+        free[logical.node].append(logical)
     given = []
     for _ in range(instances):
         roomiest = max(free, key=lambda node: (len(free[node]), -node))
         nodes = [roomiest] if len(free[roomiest]) >= threads else sorted(free)
-        chosen = [one for node in nodes for one in free[node]][:threads]
-        for one in chosen:
-            free[one.node].remove(one)
+        chosen = [logical for node in nodes for logical in free[node]][:threads]
+        for logical in chosen:
+            free[logical.node].remove(logical)
         given.append(chosen)
     return given
 
 
 def _nodes_of(chosen: Sequence[LogicalCpu], ranked: Sequence[LogicalCpu]) -> list[LogicalCpu]:
-    nodes = {one.node for one in chosen}
-    return [one for one in ranked if one.node in nodes]
+    nodes = {logical.node for logical in chosen}
+    return [logical for logical in ranked if logical.node in nodes]
 
 
-def _place(one: LogicalCpu) -> tuple[int, int, int, int]:
-    return one.node, one.socket, one.core, one.cpu
+def _place(logical: LogicalCpu) -> tuple[int, int, int, int]:
+    return logical.node, logical.socket, logical.core, logical.cpu
 
 
-def _straddles(cpu: Cpu, threads: int, instances: int) -> bool:
+def _straddles(cpu: Cpu, layout: ThreadLayout) -> bool:
     """Whether an instance that would fit into each node got parts of several."""
-    nodes = {one.cpu: one.node for one in cpu.cpus}
+    nodes = {logical.cpu: logical.node for logical in cpu.cpus}
     rooms = Counter(nodes[number] for number in cpu.affinity if number in nodes)
-    spans = (len({nodes.get(number) for number in given}) for given in assign(cpu, threads, instances))
-    return instances > 1 and bool(rooms) and threads <= min(rooms.values()) and max(spans) > 1
+    spans = (len({nodes.get(number) for number in given}) for given in assign(cpu, *layout))
+    return layout.instances > 1 and bool(rooms) and layout.threads <= min(rooms.values()) and max(spans) > 1
 
 
 def _powers(number: int) -> list[int]:

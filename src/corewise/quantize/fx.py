@@ -112,12 +112,12 @@ def _clip_to_6(module: nn.Module, inputs: tuple[Tensor]) -> tuple[Tensor]:
     return (inputs[0].clamp(0, 6),)
 
 
-def convert(prepared: GraphModule) -> GraphModule:
+def to_int8(prepared: GraphModule) -> GraphModule:
     """The calibrated module in int8, for the current ``backend``."""
     return quantize_fx.convert_fx(copy.deepcopy(prepared))
 
 
-def convert_dynamic(module: GraphModule) -> GraphModule:
+def to_dynamic_int8(module: GraphModule) -> GraphModule:
     """The lifted module with linear layers in int8 whose inputs are quantized as they come (in 7 bits)."""
     swap: Any = quantize_dynamic
     converted: GraphModule = swap(module, {nn.Linear: per_channel_dynamic_qconfig})

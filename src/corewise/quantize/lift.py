@@ -1,7 +1,7 @@
 """From an exported program back to modules.
 
 ``torch.export`` turns ``nn.Conv2d`` and its like into calls of ATen operators. PyTorch's FX quantization looks for
-modules and for functions of ``torch`` instead; ``lift`` puts them back.
+modules and for functions of ``torch`` instead; ``lift_program`` puts them back.
 """
 
 import operator
@@ -54,7 +54,7 @@ FUNCTIONS: dict[Any, Any] = {
 METHODS = {aten.view.default: "reshape", aten.reshape.default: "reshape", aten.permute.default: "permute"}
 
 
-def lift(program: ExportedProgram) -> GraphModule:
+def lift_program(program: ExportedProgram) -> GraphModule:
     """The program as a module of ``nn`` layers and ``torch`` functions: flat tensors in, a tuple of tensors out.
 
     Convolutions, dense layers and batch norms over parameters become modules. What follows them (activations,

@@ -28,6 +28,15 @@ class QParams:
     zero_point: int
 
 
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Channels:
+    """What calibration saw of each channel of one value."""
+
+    low: Tensor
+    high: Tensor
+    mean_square: Tensor
+
+
 class Observed:
     """What calibration saw of one value."""
 
@@ -84,9 +93,10 @@ class Observed:
             self.histogram += step * torch.histc(values[::step], BINS, -self.bound, self.bound)
 
     @property
-    def mean_square(self) -> Tensor:
-        """Mean of the squares of each channel."""
-        return self.channel_square / max(1, self.per_channel)
+    def channels(self) -> Channels:
+        """Extremes and mean squares of the channels."""
+        mean_square = self.channel_square / max(1, self.per_channel)
+        return Channels(low=self.channel_low, high=self.channel_high, mean_square=mean_square)
 
 
 Range = tuple[float, float]

@@ -26,7 +26,7 @@ from corewise.quantize.graph import (
     weight,
 )
 from corewise.quantize.placement import Layer, Placement, Target, place
-from corewise.quantize.ptq import Quantized
+from corewise.quantize.quantized import Quantized
 from corewise.quantize.simulate import Batch, Simulation, power
 from corewise.records.build import TensorSpec
 
@@ -83,7 +83,7 @@ def decibels(error: float) -> float:
     return -10 * math.log10(error) if error > 0 else EQUAL_DB
 
 
-def sensitivity(
+def measure_sensitivity(
     quantized: Quantized, batches: Iterable[Batch], target: Target = "fused"
 ) -> tuple[LayerSensitivity, ...]:
     """The errors that each quantized layer, alone and all but it, adds to the outputs of the program before any change.
@@ -170,7 +170,7 @@ def order_of_return(rows: Sequence[LayerSensitivity]) -> tuple[str, ...]:
 
 
 def floating(quantized: Quantized, inputs: Sequence[TensorSpec], example: Batch) -> ExportedProgram:
-    """The program before any change, exported as ``ptq.lower`` exports the quantized one: for comparing their times."""
+    """The program before any change, exported as ``lower`` exports the quantized one, to compare their times."""
     nothing = Placement(layers=(), edges=(), kept=())
     return with_qdq(copy.deepcopy(quantized.reference), nothing, {}, {}, quantized.recipe.weight_bits, inputs, example)
 
@@ -178,7 +178,7 @@ def floating(quantized: Quantized, inputs: Sequence[TensorSpec], example: Batch)
 def nodes_by_layer(quantized: Quantized, program: ExportedProgram) -> dict[str, str]:
     """The user's names of the layers by the names that the ONNX export of ``program`` gives their outputs.
 
-    ``program`` is an export of ``quantized`` (``floating``, ``ptq.lower``). Empty where a layer was lost on the way.
+    ``program`` is an export of ``quantized`` (``floating``, ``lower``). Empty where a layer was lost on the way.
     Exporting numbers nodes anew and keeps their order. The ONNX exporter keeps their names, but for transposed
     convolutions, which it decomposes to ``convolution``, ``convolution_1`` and so on.
     """

@@ -54,7 +54,7 @@ def felt(value: Tensor, other: Tensor) -> Tensor:
     return torch.maximum(value, other.clamp(min=0).neg_())
 
 
-def streams(module: GraphModule, placement: Placement) -> tuple[tuple[str, ...], ...]:
+def residual_streams(module: GraphModule, placement: Placement) -> tuple[tuple[str, ...], ...]:
     """The quantized values that adds tie together, the last stream of the graph first.
 
     A value behind a max pooling or reshape counts as the one before it.

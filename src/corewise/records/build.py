@@ -3,11 +3,9 @@
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Any, Literal
 
 Scalar = str | int | float | bool
-
-
 Precision = Literal["fp32", "bf16", "int8", "int8-dynamic"]
 
 
@@ -23,12 +21,44 @@ class TensorSpec:
     shape: tuple[int | None, ...]
 
 
-IGNORED = "ignored"
-"""The option of builds that names layers to stay in floating point, separated by spaces (``quantize.placement``)."""
+@dataclass(frozen=True, kw_only=True)
+class QuantizationOptions:
+    """How a build in int8 is quantized, and in which precision the rest of it runs."""
+
+    quantizer: Literal["engine", "corewise"] = "engine"
+    """Whose quantizer chooses ranges and rounds weights."""
+    reduce_range: bool = False
+    """Weights in 7 bits, for CPUs that add int8 products in 16 bits (``Cpu.int8_dot``)."""
+    rung: int | None = None
+    """How many rungs of corewise's quantizer are climbed (``quantize.ptq.RUNGS``); ``None``: all of them."""
+    placement: Literal["fused", "everywhere"] = "fused"
+    """Where corewise's quantizer puts Q/DQ pairs, for engines that run both placements."""
+    attention: bool = False
+    """Whether products of two activations are in int8 too."""
+    ignored_layers: tuple[str, ...] = ()
+    """Layers that stay in floating point: names, or regular expressions (``quantize.placement``)."""
+    reverted_layers: int = 0
+    """How many layers go back to floating point, those that cost most accuracy for their time first."""
+    rest: Literal["fp32", "bf16"] = "fp32"
+    """The precision of what is not in int8."""
 
 
-REVERTED = "returned"
-"""The option of builds that give so many layers back to floating point, those that cost most accuracy first."""
+_PAIR_NAMES = {
+    "quantizer": "quantizer",
+    "reduce_range": "reduce_range",
+    "rung": "rung",
+    "placement": "placement",
+    "attention": "attention",
+    "ignored_layers": "ignored",
+    "reverted_layers": "returned",
+    "rest": "rest",
+}
+"""The name in ``Build.options`` of each field of ``QuantizationOptions``, as artifacts and journals have it."""
+_IGNORED = _PAIR_NAMES["ignored_layers"]
+
+
+FIXED_BATCH = "fixed_batch"
+"""The option of builds whose program takes exactly that many rows a call (``source.Exported.fixed_batch``)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,20 +68,43 @@ class Build:
     engine: str
     precision: Precision
     options: tuple[tuple[str, Scalar], ...] = ()
-    """Sorted (name, value) pairs, e.g. ``(("backend", "onednn"), ("reduce_range", True))``."""
+    """(name, value) pairs, e.g. ``(("backend", "onednn"), ("reduce_range", True))``; sorted, except that int8
+    attention comes last."""
 
     @property
     def label(self) -> str:
-        """One word for people and folders: ``torch-int8/int8/backend=onednn``."""
+        """The build in one word, for people and for names of folders: ``torch-int8/int8/backend=onednn``."""
         return "/".join((self.engine, self.precision, *(f"{name}={value}" for name, value in self.options)))
 
+    @property
+    def quantization(self) -> QuantizationOptions:
+        """The options that say how it is quantized."""
+        pairs: dict[str, Any] = dict(self.options)
+        if _IGNORED in pairs:
+            pairs[_IGNORED] = tuple(str(pairs[_IGNORED]).split())
+        return QuantizationOptions(**{field: pairs[name] for field, name in _PAIR_NAMES.items() if name in pairs})
+
+    def with_quantization(self, options: QuantizationOptions) -> "Build":
+        """The build quantized by ``options`` instead of its own; engines' options stay."""
+        pairs = {name: value for name, value in self.options if name not in _PAIR_NAMES.values()}
+        for field, name in _PAIR_NAMES.items():
+            value = getattr(options, field)
+            if value != getattr(QuantizationOptions(), field):
+                pairs[name] = " ".join(value) if name == _IGNORED else value
+        return replace(self, options=tuple(sorted(pairs.items())))
+
     def option(self, name: str, default: Scalar) -> Scalar:
-        """The option's value, or ``default``."""
+        """The value of an engine's own option, or ``default``."""
         return dict(self.options).get(name, default)
 
-    def with_option(self, name: str, value: Scalar) -> "Build":
-        """The build with that option's value."""
-        return replace(self, options=tuple(sorted({**dict(self.options), name: value}.items())))
+    @property
+    def fixed_batch(self) -> int | None:
+        """How many rows its program takes a call; ``None`` for any number."""
+        return int(self.option(FIXED_BATCH, 0)) or None
+
+    def with_fixed_batch(self, rows: int) -> "Build":
+        """The build of a program that takes exactly ``rows`` rows a call."""
+        return replace(self, options=tuple(sorted({**dict(self.options), FIXED_BATCH: rows}.items())))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,8 +121,9 @@ class Plan:
 
     @property
     def label(self) -> str:
-        """``2 threads x 1, batch 16``."""
-        return f"{self.threads_per_instance} threads x {self.instances}, batch {self.batch}"
+        """``2 threads x 1, batch 16``; ``1 thread x 2, batch 8``."""
+        threads = "1 thread" if self.threads_per_instance == 1 else f"{self.threads_per_instance} threads"
+        return f"{threads} x {self.instances}, batch {self.batch}"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,7 +137,7 @@ class Receipt:
     kernels: tuple[tuple[str, int], ...]
     """How often each kernel runs a layer, by the runtime's names, e.g. ``(("Convolution/u8", 53),)``; sorted."""
     fell_back: tuple[str, ...] = ()
-    """Layers that the payload quantizes and that ran in fp32 all the same, as far as the runtime tells."""
+    """Layers that the payload quantizes and that ran in fp32 all the same, as far as the runtime says."""
 
     @classmethod
     def tally(cls, ran: Sequence[tuple[str, bool]], fell_back: Sequence[str] = ()) -> "Receipt":

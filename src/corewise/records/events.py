@@ -1,18 +1,39 @@
-"""What happens while optimizing, as it happens: the search reports it, a display shows it."""
+"""What happens during a search, as it happens: the search reports it, a display shows it."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from enum import StrEnum
 
-from corewise.records.build import Build
-from corewise.records.measurement import Rates
+from corewise.records.build import Build, Plan
+from corewise.records.measurement import LoadRun, Rates
+from corewise.records.reason import Step
 from corewise.records.trial import Trial
+
+
+class Stage(StrEnum):
+    """A step outside the trials."""
+
+    READING_SAMPLES = "reading the samples"
+    EXPORTING = "exporting the model"
+    TUNING_PLANS = "searching plans"
+    LOADING = "putting under load"
+    MEASURING_PLAN = "measuring a plan"
+    RACING = "racing"
+    QUANTIZING = "quantizing"
+    QUANTIZING_LAYERS = "quantizing layers"
+    TIMING_LAYERS = "timing layers"
 
 
 @dataclass(frozen=True)
 class StageStarted:
-    """A step outside the trials began, e.g. "exporting the program"."""
+    """A step outside the trials began, and what it is about."""
 
-    text: str
+    stage: Stage
+    build: Build | None = None
+    plan: Plan | None = None
+    count: int = 0
+    """Of builds, plans or layers."""
+    samples: int = 0
 
 
 @dataclass(frozen=True)
@@ -26,10 +47,11 @@ class TrialStarted:
 
 @dataclass(frozen=True)
 class TrialStep:
-    """The running trial went on to its next step, e.g. "verifying on 300 samples"."""
+    """The running trial went on to its next step."""
 
     build: Build
-    text: str
+    step: Step
+    plan: Plan | None = None
 
 
 @dataclass(frozen=True)
@@ -41,20 +63,28 @@ class TrialEnded:
 
 
 @dataclass(frozen=True)
-class Explored:
-    """The search of a trial's plans ended."""
+class LoadEnded:
+    """A load on a build is over."""
+
+    build: Build
+    load: LoadRun
+
+
+@dataclass(frozen=True)
+class PlansTuned:
+    """The search of a trial's plans, or the loads on it, ended."""
 
     trial: Trial
 
 
 @dataclass(frozen=True)
-class FinalsRound:
-    """Round ``round`` (from 1) of the alternating run is measured; ``rates`` are those of all rounds so far."""
+class RaceRound:
+    """Round ``round`` (from 1) of the race is measured; ``rates`` are those of all rounds so far."""
 
     round: int
     rounds: int
     rates: tuple[Rates, ...]
 
 
-Event = StageStarted | TrialStarted | TrialStep | TrialEnded | Explored | FinalsRound
+Event = StageStarted | TrialStarted | TrialStep | TrialEnded | LoadEnded | PlansTuned | RaceRound
 OnEvent = Callable[[Event], None]

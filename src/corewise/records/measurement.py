@@ -3,23 +3,21 @@
 from dataclasses import dataclass
 
 from corewise.records.build import Build, Plan
+from corewise.records.reason import Reason
 
 SERVED = 0.99
-"""So many of all requests are answered within an SLO that holds."""
-
-
+"""Share of all requests that must be answered within an SLO."""
 MOST_LATENCIES = 200
 """Latencies that a measurement keeps."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Measurement:
-    """Speed of one build under one plan: all its instances at work, each starting a call when its last one is done."""
+    """Speed of one build under one plan: all instances at work, each starting a call when its last one is done."""
 
     plan: Plan
     latencies_ms: tuple[float, ...]
-    """Wall time of the timed calls in the order taken, instance by instance; of more than 200, every second, third, ...
-    one."""
+    """Wall time of the timed calls in the order taken, instance by instance, thinned out to ``MOST_LATENCIES``."""
     throughput_per_s: float
     """Items per second at the median call; of several instances together, over all calls."""
     p50_ms: float
@@ -31,19 +29,23 @@ class Measurement:
     memory_per_instance_bytes: int = 0
     """What the second instance added to the process's memory, running; 0 for one instance."""
     memory_bytes: int = 0
-    """The process's memory with all instances open, after the calls; 0 where the kernel does not tell."""
-    why: str = ""
-    """What made the search measure this plan, in words."""
-    rejected: str = ""
-    """Why the plan is no choice, e.g. for its memory; empty where it is one."""
+    """The process's memory with all instances open, after the calls; 0 if the kernel does not say."""
+    why: Reason | None = None
+    """What made the search measure this plan."""
+    warning: str = ""
+    """Set if the plan has more threads than can compute at once."""
+    times: int = 1
+    """How many measurements it pools."""
+    rejected: Reason | None = None
+    """Why the plan may not be chosen."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class LoadRun:
     """What became of requests that were sent to one build under one plan through the batcher.
 
-    Latencies count from when a request was due to be sent, so that a sender that is held up hides nothing
-    (coordinated omission).
+    Latencies count from when a request was due to be sent, so a sender that is held up hides nothing (coordinated
+    omission).
     """
 
     plan: Plan
@@ -59,20 +61,20 @@ class LoadRun:
     failed: int
     """Answered with an error."""
     in_time: int
-    """Answered within the deadline, of those answered; all of them where there was none."""
+    """Answered within the deadline; without a deadline, all that were answered."""
     p50_ms: float
     p99_ms: float
-    """Of the answered ones; 0 where none was."""
+    """Of the answered requests; 0 if none was answered."""
     refusal_p99_ms: float
-    """How long those refused at once waited to hear of it; 0 where none was."""
+    """Time until a refused request was told so; 0 if none was refused at once."""
     slo_ms: float | None = None
-    """The deadline that each request had; ``None`` for none."""
+    """The deadline of each request; ``None`` for none."""
     throttled: int = 0
     """As ``Measurement.throttled``."""
     sender_late_p99_ms: float = 0.0
-    """How late the sender itself was, of 99 % of the requests: a few milliseconds and the load was another one."""
-    promised: bool = False
-    """Whether it was held to confirm a rate, which the build then promises."""
+    """How late the sender itself was for 99 % of the requests; a few milliseconds make it another load."""
+    certified: bool = False
+    """Whether this load confirmed the rate that the build is certified for."""
 
     @property
     def goodput_per_s(self) -> float:
@@ -80,21 +82,32 @@ class LoadRun:
         return self.in_time / self.duration_s
 
     @property
-    def held(self) -> bool:
+    def met(self) -> bool:
         """Whether none failed and 99 % of all were answered in time; without an SLO, all.
 
-        Who is refused is not served in time either: a p99 of the answered ones alone could be held by refusing most.
+        A refused request counts as late: refusing most requests would keep the p99 of the answered ones low.
         """
-        wanted = self.offered if self.slo_ms is None else SERVED * self.offered
-        return self.offered > 0 and self.failed == 0 and self.in_time >= wanted
+        needed = self.offered if self.slo_ms is None else SERVED * self.offered
+        return self.offered > 0 and self.failed == 0 and self.in_time >= needed
 
 
 @dataclass(frozen=True, kw_only=True)
 class Rates:
-    """One contender's items per second in each round of an alternating run."""
+    """One contender's items per second in each round of an alternating race."""
 
     build: Build
     plan: Plan
     per_s: tuple[float, ...]
     throttled: int = 0
     """As ``Measurement.throttled``, over all rounds."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoadTest:
+    """A load on an artifact's plan, and what admission went by."""
+
+    run: LoadRun
+    call_ms: float
+    """How long a call of one request takes by the artifact's latency table (p99)."""
+    notes: tuple[str, ...] = ()
+    """Facts about the plan on this machine."""

@@ -5,8 +5,9 @@ from typing import Literal
 
 from corewise.records.build import Build, Plan
 from corewise.records.cpu import Cpu
-from corewise.records.goal import Objective
+from corewise.records.goal import Requirements
 from corewise.records.measurement import LoadRun, Rates
+from corewise.records.reason import Reason
 from corewise.records.trial import State, Trial
 
 
@@ -16,7 +17,7 @@ class LosingTrial:
 
     build: Build
     state: State
-    reason: str
+    reason: Reason
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,11 +31,11 @@ class Choice:
     speedup: float
     speedup_low: float
     speedup_high: float
-    reason: str
+    reason: Reason
     losers: tuple[LosingTrial, ...]
-    warnings: tuple[str, ...] = ()
-    promise: LoadRun | None = None
-    """For the goal ``slo``: the load that was held. ``None`` also where nothing meets the SLO."""
+    warnings: tuple[Reason, ...] = ()
+    certified: LoadRun | None = None
+    """For an SLO: the load that confirmed the winner's rate; ``None`` if nothing meets the SLO."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,14 +75,14 @@ class Report:
     created: str
     versions: dict[str, str]
     cpu: Cpu
-    objective: Objective
+    requirements: Requirements
     samples: SampleFacts
     trials: tuple[Trial, ...]
     finals: tuple[Rates, ...]
     choice: Choice
     wall_s: float
     peak_memory_bytes: int
-    notes: tuple[str, ...] = ()
+    notes: tuple[Reason, ...] = ()
     """Facts about the model that limited the search, e.g. why it could not be exported."""
 
     @property

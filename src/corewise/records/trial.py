@@ -1,64 +1,76 @@
 """The record of one build: its state, accuracy and measurements."""
 
 from dataclasses import dataclass
-from typing import Literal
+from enum import StrEnum
 
-from corewise.records.build import Build, Receipt
+from corewise.records.build import Build, Plan, Receipt
 from corewise.records.fidelity import Fidelity
-from corewise.records.goal import Goal
 from corewise.records.measurement import LoadRun, Measurement
+from corewise.records.reason import Reason, ReasonKind
 
-__all__ = ["Fidelity", "State", "Trial"]
+__all__ = ["FailedPlan", "Fidelity", "State", "Trial"]
 
-State = Literal["ok", "failed", "rejected", "pruned"]
+
+class State(StrEnum):
+    """What became of a trial."""
+
+    OK = "ok"
+    FAILED = "failed"
+    REJECTED = "rejected"
+    PRUNED = "pruned"
+
+
+@dataclass(frozen=True, kw_only=True)
+class FailedPlan:
+    """A plan that a build could not run."""
+
+    plan: Plan
+    reason: Reason
 
 
 @dataclass(frozen=True, kw_only=True)
 class Trial:
-    """The record of one build: what became of it and why."""
+    """What became of one build, and why."""
 
     build: Build
     state: State
-    reason: str
-    """Why it failed, was rejected or pruned; for ``ok`` what it achieved. In words."""
+    reason: Reason
+    """Why it failed, was rejected or pruned; for ``ok`` what it achieved."""
     build_s: float = 0.0
     payload_bytes: int = 0
     peak_memory_bytes: int = 0
     notes: tuple[str, ...] = ()
+    """The engine's remarks about the build."""
     fidelity: Fidelity | None = None
     verified_per_s: float = 0.0
-    """Items per second of the median batch while verifying: a first look at its speed, 0 where it got not so far."""
+    """Items per second of the median batch while verifying: a first look at its speed; 0 if it was not verified."""
     measurements: tuple[Measurement, ...] = ()
     receipt: Receipt | None = None
-    """What really ran in int8; ``None`` for other precisions and where the engine cannot tell."""
-    explored: str = ""
-    """Why the search of plans for this build ended; empty where its plans were not searched."""
+    """What really ran in int8; ``None`` for other precisions and if the engine cannot say."""
+    tuned: Reason | None = None
+    """Why the search of this build's plans ended; ``None`` if its plans were not searched."""
+    failed_plans: tuple[FailedPlan, ...] = ()
     loads: tuple[LoadRun, ...] = ()
-    """Loads that were put on it to find the rate it holds under the SLO, in their order."""
+    """Loads that were put on it to find the rate that meets the SLO, in their order."""
+    load_failure: Reason | None = None
+    """Why loads ended early."""
 
-    def best(self, goal: Goal, slo_ms: float | None = None) -> Measurement | None:
-        """The measurement that serves the goal best; ``None`` where there is none to choose.
-
-        For an SLO of ``slo_ms`` that none was seen to hold, the fastest of those whose calls are within it.
-        """
-        choices = [one for one in self.measurements if not one.rejected]
-        if not choices:
-            return None
-        if goal == "latency":
-            return min(choices, key=lambda m: (m.plan.batch, m.p50_ms))
-        if goal == "slo" and (held := self.promise) is not None:
-            return next(one for one in self.measurements if one.plan == held.plan)
-        if slo_ms is not None:
-            within = [one for one in choices if one.p99_ms <= slo_ms]
-            choices = within or [min(choices, key=lambda m: m.p99_ms)]
-        return max(choices, key=lambda m: m.throughput_per_s)
+    @property
+    def allowed(self) -> tuple[Measurement, ...]:
+        """The measurements of plans that may be chosen."""
+        return tuple(measurement for measurement in self.measurements if measurement.rejected is None)
 
     @property
     def inaccurate(self) -> bool:
-        """Whether the accuracy gate rejected it; what is measured was let through, and rejected for something else."""
-        return self.state == "rejected" and not self.measurements
+        """Whether the accuracy gate rejected it: what is measured had passed, and was rejected for something else."""
+        return self.state == State.REJECTED and not self.measurements
 
     @property
-    def promise(self) -> LoadRun | None:
-        """The load that confirmed the rate that it held; ``None`` where none did."""
-        return next((load for load in self.loads if load.promised), None)
+    def certified(self) -> LoadRun | None:
+        """The load that confirmed the rate it meets under the SLO; ``None`` if none did."""
+        return next((load for load in self.loads if load.certified), None)
+
+    @property
+    def skipped_tuning(self) -> bool:
+        """Whether its plans were not searched because other builds promised more."""
+        return self.tuned is not None and self.tuned.kind in (ReasonKind.MUCH_SLOWER, ReasonKind.OTHERS_FASTER)

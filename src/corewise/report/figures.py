@@ -8,7 +8,7 @@ from corewise.records.build import Build, Plan
 from corewise.records.measurement import Measurement
 from corewise.records.report import Report
 from corewise.records.trial import Trial
-from corewise.report import charts, words
+from corewise.report import charts, numbers, words
 from corewise.report.charts import Axis, Bar, Line, Mark, Role
 
 
@@ -79,7 +79,7 @@ def won(builds: Builds) -> Iterator[Figure]:
 
 def cost(builds: Builds) -> Iterator[Figure]:
     """What it cost: accuracy over speed, with the gate."""
-    goal, fidelity = builds.report.objective.goal, builds.report.winner.fidelity
+    goal, fidelity = builds.report.requirements.goal, builds.report.winner.fidelity
     marks, rows = [], []
     for build, trial in builds.trials.items():
         ratio = words.speedup(trial, builds.baseline, goal) or _verified(trial, builds.baseline)
@@ -92,21 +92,21 @@ def cost(builds: Builds) -> Iterator[Figure]:
             trial.fidelity.baseline_value - trial.fidelity.drop_low,
         )
         score = f"{words.score(value)} [{words.score(ends[0])}, {words.score(ends[1])}]"
-        rows.append((build, (words.times(ratio), score, words.score(trial.fidelity.drop))))
+        rows.append((build, (numbers.times(ratio), score, words.score(trial.fidelity.drop))))
         marks.append(
             Mark(
                 x=ratio,
                 y=value,
                 role=builds.role(build),
                 key=builds.key(build),
-                tip=f"{words.clean(build.label)}: {score} at {words.times(ratio)}",
+                tip=f"{numbers.clean(build.label)}: {score} at {numbers.times(ratio)}",
                 ringed=build == builds.report.choice.winner,
                 interval=ends,
             )
         )
     if fidelity is None or not marks:
         return
-    metric, least = words.clean(fidelity.metric), fidelity.baseline_value - builds.report.objective.max_drop
+    metric, least = numbers.clean(fidelity.metric), fidelity.baseline_value - builds.report.requirements.max_drop
     title = "Accuracy over speed"
     yield Figure(
         title=title,
@@ -128,18 +128,18 @@ def cost(builds: Builds) -> Iterator[Figure]:
 
 
 def _finals(builds: Builds) -> Iterator[Figure]:
-    goal = builds.report.objective.goal
-    unit, better = ("ms", "shorter") if goal == "latency" else ("items/s", "longer")
+    goal = builds.report.requirements.goal
+    unit, better = goal.unit, "shorter" if goal.single_items else "longer"
     finals = [rates for rates in builds.report.finals if rates.per_s and min(rates.per_s) > 0]
     finals.sort(key=lambda rates: -median(rates.per_s))
     bars, rows = [], []
     for rates in finals:
-        text = words.rate(median(rates.per_s), goal)
-        values = tuple(1000 / per_s if goal == "latency" else per_s for per_s in rates.per_s)
+        text = words.race_figure(median(rates.per_s), goal)
+        values = tuple(goal.figure(per_s) for per_s in rates.per_s)
         role, key = builds.role(rates.build), builds.key(rates.build)
         bars.append(Bar(value=median(values), values=values, role=role, key=key, text=text))
-        rounds = f"{words.three_digits(min(values))} to {words.three_digits(max(values))}"
-        rows.append((rates.build, (rates.plan.label, words.three_digits(median(values)), rounds)))
+        rounds = f"{numbers.three_digits(min(values))} to {numbers.three_digits(max(values))}"
+        rows.append((rates.build, (rates.plan.label, numbers.three_digits(median(values)), rounds)))
     title = "The alternating run"
     if bars:
         yield Figure(
@@ -164,7 +164,7 @@ def _frontier(builds: Builds) -> Iterator[Figure]:
     marks = []
     for build, one in measured:
         on_it = (build, one) in best
-        told = on_it or one == builds.trials[build].best(builds.report.objective.goal)
+        told = on_it or one == builds.report.requirements.goal.best(builds.trials[build])
         mark = builds.mark(build, one, one.p50_ms, one.throughput_per_s)
         marks.append(replace(mark, labelled=told, faint=not on_it))
     throttled = any(one.throttled for _, one in measured)
@@ -188,7 +188,7 @@ def _frontier(builds: Builds) -> Iterator[Figure]:
                 build,
                 (
                     f"{one.plan.label}{' (chosen)' if builds.is_plan(build, one.plan) else ''}",
-                    *map(words.three_digits, (one.throughput_per_s, one.p50_ms, one.p99_ms)),
+                    *map(numbers.three_digits, (one.throughput_per_s, one.p50_ms, one.p99_ms)),
                     f"{one.spread:.1%}",
                     *((f"{one.throttled} times",) if throttled else ()),
                 ),
@@ -230,7 +230,9 @@ def _batches(builds: Builds) -> Iterator[Figure]:
         ),
         axes=("ms for a call", "items in a call"),
         columns=("p50 / p99, ms", *(f"batch {batch}" for batch in batches)),
-        rows=_pivot(found, batches, lambda one: f"{words.three_digits(one.p50_ms)} / {words.three_digits(one.p99_ms)}"),
+        rows=_pivot(
+            found, batches, lambda one: f"{numbers.three_digits(one.p50_ms)} / {numbers.three_digits(one.p99_ms)}"
+        ),
     )
 
 
@@ -273,7 +275,7 @@ def _threads(builds: Builds) -> Iterator[Figure]:
         ),
         axes=("items/s", "threads"),
         columns=("items/s", *(f"{threads} threads" for threads in counts)),
-        rows=_pivot(found, counts, lambda one: words.three_digits(one.throughput_per_s)),
+        rows=_pivot(found, counts, lambda one: numbers.three_digits(one.throughput_per_s)),
     )
 
 
@@ -306,6 +308,6 @@ def _verified(trial: Trial, baseline: Trial | None) -> float | None:
 
 def _told(build: Build, one: Measurement) -> str:
     return (
-        f"{words.clean(build.label)}, {one.plan.label}: {words.three_digits(one.throughput_per_s)} items/s, "
-        f"p50 {words.three_digits(one.p50_ms)} ms, p99 {words.three_digits(one.p99_ms)} ms"
+        f"{numbers.clean(build.label)}, {one.plan.label}: {numbers.three_digits(one.throughput_per_s)} items/s, "
+        f"p50 {numbers.three_digits(one.p50_ms)} ms, p99 {numbers.three_digits(one.p99_ms)} ms"
     )

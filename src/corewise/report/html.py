@@ -13,7 +13,7 @@ from importlib import resources
 
 from corewise.records.build import Build
 from corewise.records.report import Report
-from corewise.report import figures, words
+from corewise.report import figures, numbers, words
 from corewise.report.figures import Builds, Figure
 
 _WON = ("plan", "why", "speed")
@@ -27,7 +27,7 @@ _MARKS = {"chosen": "✓", "ok": "·", "rejected": "✗", "failed": "!", "pruned
 def render(report: Report) -> str:
     """The page as text, ending with a newline. Whatever a user or an engine wrote is escaped."""
     page = _Page(report)
-    model, headline = escape(words.clean(report.model)), escape(words.headline(report))
+    model, headline = escape(numbers.clean(report.model)), escape(words.headline(report))
     style = resources.files("corewise.report").joinpath("html.css").read_text(encoding="utf-8")
     return f"""<!doctype html>
 <html lang="en">
@@ -92,15 +92,17 @@ class _Page:
 
     def _tiles(self) -> Iterator[tuple[str, str, str]]:
         report, winner, base = self.report, self.report.winner, self.builds.baseline
-        won, goal = not words.won_by_baseline(report), report.objective.goal
-        against = f"against {words.rate(report.choice.baseline_throughput_per_s, goal)}" if won else "the baseline"
-        yield "speed", words.rate(report.choice.throughput_per_s, goal), against
+        won, goal = not words.won_by_baseline(report), report.requirements.goal
+        against = (
+            f"against {words.race_figure(report.choice.baseline_throughput_per_s, goal)}" if won else "the baseline"
+        )
+        yield "speed", words.race_figure(report.choice.throughput_per_s, goal), against
         if fidelity := winner.fidelity:
-            yield words.clean(fidelity.metric), words.score(fidelity.value), f"drop {words.score(fidelity.drop)}"
+            yield numbers.clean(fidelity.metric), words.score(fidelity.value), f"drop {words.score(fidelity.drop)}"
         if winner.payload_bytes:
-            theirs = f"against {words.size(base.payload_bytes)}" if won and base and base.payload_bytes else ""
-            yield "payload", words.size(winner.payload_bytes), theirs
-        yield "found in", words.duration(report.wall_s), f"{len(report.trials)} trials"
+            theirs = f"against {numbers.size(base.payload_bytes)}" if won and base and base.payload_bytes else ""
+            yield "payload", numbers.size(winner.payload_bytes), theirs
+        yield "found in", numbers.duration(report.wall_s), f"{len(report.trials)} trials"
 
     def _facts(self, headings: Iterable[str]) -> str:
         items = "".join(
@@ -120,7 +122,7 @@ class _Page:
         return f'<ul class="losers">\n{items}</ul>\n' if items else ""
 
     def _trials(self) -> str:
-        goal, rows = self.report.objective.goal, []
+        goal, rows = self.report.requirements.goal, []
         for trial in self.report.trials:
             row = words.row(trial, self.builds.baseline, goal, chosen=trial.build == self.report.choice.winner)
             figures = (row.precision, row.value, row.drop, row.speed, row.speedup)
@@ -172,7 +174,7 @@ class _Page:
         """Key, engine and precision; options only where another build would have the same name."""
         twins = self.names[build.engine, build.precision] > 1
         return self._name(
-            build, words.clean(f"{build.engine} {build.precision}"), words.options(build) if twins else ""
+            build, numbers.clean(f"{build.engine} {build.precision}"), words.options(build) if twins else ""
         )
 
     def _name(self, build: Build, name: str, options: str) -> str:

@@ -4,7 +4,7 @@ import re
 from collections.abc import Iterable, Iterator
 
 from corewise.records.report import Report
-from corewise.report import words
+from corewise.report import numbers, words
 
 
 def render(report: Report) -> str:
@@ -13,7 +13,7 @@ def render(report: Report) -> str:
 
 
 def _lines(report: Report) -> Iterator[str]:
-    yield f"# {_escape(words.clean(report.model))}"
+    yield f"# {_escape(numbers.clean(report.model))}"
     yield from ("", f"**{_escape(words.headline(report))}**", "")
     yield from (f"- {heading}: {_escape(text)}" for heading, text in words.facts(report))
     yield from ("", "## Trials", "", *_table(report))
@@ -25,7 +25,7 @@ def _lines(report: Report) -> Iterator[str]:
 
 
 def _table(report: Report) -> Iterator[str]:
-    goal, base = report.objective.goal, words.baseline(report.trials)
+    goal, base = report.requirements.goal, words.baseline(report.trials)
     yield _row(words.columns(goal))
     yield "|---|---|--:|--:|--:|--:|---|"
     for trial in report.trials:

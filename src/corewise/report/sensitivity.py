@@ -10,7 +10,7 @@ from rich.table import Table
 from rich.text import Text
 
 from corewise.quantize.explanation import Explanation
-from corewise.report import words
+from corewise.report import numbers
 
 if TYPE_CHECKING:
     from corewise.quantize.sensitivity import LayerSensitivity
@@ -61,7 +61,7 @@ def render(explanation: Explanation, *, everything: bool = False) -> RenderableT
     rows = explanation.worst_first if everything else explanation.worst_first[:SHOWN]
     hidden = len(explanation.layers) - len(rows)
     return Group(
-        Text(words.clean(explanation.model), "bold"),
+        Text(numbers.clean(explanation.model), "bold"),
         Text(_headline(explanation), "bold"),
         Text(),
         _facts(explanation),
@@ -71,7 +71,7 @@ def render(explanation: Explanation, *, everything: bool = False) -> RenderableT
         Text("alone: only this layer in int8; all but it: every other one. More dB is less error.", "dim"),
         Text(),
         Text.assemble(("first to return to floating point: ", "bold"), _named(explanation.returning)),
-        *_section("stay in floating point", (f"{words.clean(name)}: {why}" for name, why in explanation.kept)),
+        *_section("stay in floating point", (f"{numbers.clean(name)}: {why}" for name, why in explanation.kept)),
     )
 
 
@@ -91,7 +91,7 @@ def _facts(explanation: Explanation) -> Table:
         ("corrections", "; ".join(explanation.notes)),
         ("time", explanation.timing),
     ):
-        grid.add_row(Text(heading, "bold"), Text(words.clean(text)))
+        grid.add_row(Text(heading, "bold"), Text(numbers.clean(text)))
     return grid
 
 
@@ -109,7 +109,7 @@ def _table(explanation: Explanation, rows: Sequence["LayerSensitivity"]) -> Tabl
     for layer in rows:
         times = [_ms(layer.saves_ms)] if explanation.timed else []
         table.add_row(
-            Text(words.clean(layer.name)),
+            Text(numbers.clean(layer.name)),
             Text("conv" if layer.kind == "convolution" else layer.kind),
             Text(f"{layer.alone_db:.1f}"),
             Text(f"{layer.without_db:.1f}"),
@@ -131,7 +131,7 @@ def _bar(part: float) -> str:
 
 
 def _named(names: Sequence[str]) -> str:
-    listed = ", ".join(map(words.clean, names[:FIRST]))
+    listed = ", ".join(map(numbers.clean, names[:FIRST]))
     return f"{listed}, ..." if len(names) > FIRST else listed
 
 
@@ -162,14 +162,14 @@ def svg(explanation: Explanation) -> str:
     right the time it saves or, where none was measured, its multiply-adds.
     """
     rows = explanation.worst_first
-    names = [_shortened(words.clean(layer.name)) for layer in rows]
+    names = [_shortened(numbers.clean(layer.name)) for layer in rows]
     left = 24 + round(_CHARACTER * max(map(len, names)))
     decibels = [value for layer in rows for value in (layer.alone_db, layer.without_db)] + [explanation.sqnr_db]
     sound = [value for value in decibels if value < 200] or [0.0]
     db = _Axis(min(sound), max(sound), left, _PANEL)
     costs = [_cost(explanation, layer) for layer in rows]
     side = _Axis(min(0.0, *costs), max(0.0, *costs), left + _PANEL + _GAP, _SIDE)
-    title = f"{words.clean(explanation.model)}: {_headline(explanation)}"
+    title = f"{numbers.clean(explanation.model)}: {_headline(explanation)}"
     width, height = max(left + _PANEL + _GAP + _SIDE, round(8.3 * len(title))) + 24, _TOP + _LINE * len(rows) + _BOTTOM
     foot = _TOP + _LINE * len(rows)
     cost = "ms that int8 saves for a batch" if explanation.timed else "multiply-adds, millions an item"
@@ -196,7 +196,7 @@ def svg(explanation: Explanation) -> str:
         about += f"{layer.multiply_adds:,} multiply-adds"
         about += f", saves {layer.saves_ms:.3f} ms" if layer.saves_ms is not None else ""
         parts += [
-            f"<g><title>{escape(words.clean(about))}</title>",
+            f"<g><title>{escape(numbers.clean(about))}</title>",
             _text(left - 12, y + 4, name, 'text-anchor="end" font-family="ui-monospace, monospace" font-size="11"'),
             f'<line x1="{min(a, b)}" y1="{y}" x2="{max(a, b)}" y2="{y}" stroke="#bbbbbb"/>',
             f'<circle cx="{a}" cy="{y}" r="4.5" fill="{_ALONE}"/>',

@@ -5,17 +5,18 @@ from typing import Any
 from corewise.records.jsonable import to_json
 from corewise.records.report import Report
 from corewise.records.trial import Trial
+from corewise.report.reasons import sentence
 
 _FIDELITY = ("metric", "baseline_value", "value", "drop", "drop_low", "drop_high", "sqnr_db", "cosine", "agreement")
 
 
-def summary(report: Report) -> dict[str, Any]:
+def summarize(report: Report) -> dict[str, Any]:
     """What ``corewise show ART --json`` prints: the winner's figures, and under ``trials`` every trial's.
 
-    ``throughput_per_s`` and ``baseline_throughput_per_s`` are items/s in the alternating run (for the latency goal
-    1/latency), ``promise`` is the load that was held under the SLO, ``receipt`` tells what the winner ran in int8. A
-    trial's ``throughput_per_s``, ``p50_ms`` and ``p99_ms`` are the best that its own trial measured, its ``reason``
-    says why it lost or won. What is not known is ``None``.
+    ``throughput_per_s`` and ``baseline_throughput_per_s`` are items/s in the race (for latency 1/latency), ``promise``
+    is the load that confirmed the winner's rate under the SLO, ``receipt`` says what the winner ran in int8. A trial's
+    ``throughput_per_s``, ``p50_ms`` and ``p99_ms`` are the best that its own trial measured, its ``reason`` says why it
+    lost or won. Unknown values are ``None``.
     """
     choice = report.choice
     return {
@@ -25,7 +26,7 @@ def summary(report: Report) -> dict[str, Any]:
         "precision": choice.winner.precision,
         "options": dict(choice.winner.options),
         "plan": to_json(choice.plan),
-        "objective": to_json(report.objective),
+        "objective": report.requirements.flat(),
         "throughput_per_s": choice.throughput_per_s,
         "baseline_throughput_per_s": choice.baseline_throughput_per_s,
         "speedup": choice.speedup,
@@ -37,16 +38,16 @@ def summary(report: Report) -> dict[str, Any]:
         "calibration": report.samples.calibration,
         "wall_s": report.wall_s,
         "peak_memory_bytes": report.peak_memory_bytes,
-        "promise": to_json(choice.promise),
-        "reason": choice.reason,
-        "warnings": list(choice.warnings),
-        "notes": list(report.notes),
+        "promise": to_json(choice.certified),
+        "reason": sentence(choice.reason),
+        "warnings": [sentence(warning) for warning in choice.warnings],
+        "notes": [sentence(note) for note in report.notes],
         "trials": [_trial(trial, report) for trial in report.trials],
     }
 
 
 def _trial(trial: Trial, report: Report) -> dict[str, Any]:
-    choice, build, best = report.choice, trial.build, trial.best(report.objective.goal, report.objective.slo_ms)
+    choice, build, best = report.choice, trial.build, report.requirements.goal.best(trial)
     reasons = {loser.build: loser.reason for loser in choice.losers} | {choice.winner: choice.reason}
     return {
         "label": build.label,
@@ -55,7 +56,7 @@ def _trial(trial: Trial, report: Report) -> dict[str, Any]:
         "options": dict(build.options),
         "chosen": build == choice.winner,
         "state": trial.state,
-        "reason": reasons.get(build, trial.reason),
+        "reason": sentence(reasons.get(build, trial.reason)),
         "value": trial.fidelity.value if trial.fidelity else None,
         "drop": trial.fidelity.drop if trial.fidelity else None,
         "receipt": to_json(trial.receipt),

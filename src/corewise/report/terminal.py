@@ -1,7 +1,8 @@
-"""A report on a terminal, and the display of a search while it runs."""
+"""A report on a terminal, how a search ends on it, and the display of a search while it runs."""
 
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from statistics import median
 from types import TracebackType
 from typing import Literal, Self
 
@@ -11,13 +12,25 @@ from rich.segment import Segment
 from rich.table import Table
 from rich.text import Text
 
-from corewise.records.events import Event, Explored, FinalsRound, StageStarted, TrialEnded, TrialStarted, TrialStep
-from corewise.records.goal import Goal
+from corewise.records.events import (
+    Event,
+    LoadEnded,
+    PlansTuned,
+    RaceRound,
+    StageStarted,
+    TrialEnded,
+    TrialStarted,
+    TrialStep,
+)
+from corewise.records.goal import Goal, Throughput
+from corewise.records.measurement import Rates
 from corewise.records.report import Report
-from corewise.records.trial import Trial
+from corewise.records.trial import State, Trial
 from corewise.report import words
+from corewise.report.numbers import clean, duration, interval, milliseconds, rate, times
 
 Mode = Literal["live", "plain", "quiet"]
+THROUGHPUT = Throughput()
 
 # A mark and a word beside the colour: not everyone and not every terminal tells colours apart.
 _STATES = {
@@ -28,25 +41,49 @@ _STATES = {
     "pruned": ("-", "dim"),
 }
 
+_LABEL = 40
+"""Most columns of a label where a loser and its reason share one line of a terminal."""
+
 
 def render(report: Report) -> RenderableType:
     """The report for a terminal of 80 columns or more; give it to ``rich.console.Console.print``."""
     return Group(
-        Text(words.clean(report.model), "bold"),
-        Text(words.headline(report), "bold" if words.won_by_baseline(report) else "bold green"),
+        Text(clean(report.model), "bold"),
+        Text(words.headline(report), _headline_style(report)),
         Text(),
-        _facts(report),
+        _facts(words.facts(report)),
         Text(),
         _trials(report),
         Text(words.SPEED_NOTE, "dim"),
-        *_section("why the others lost", (_loser(*loser) for loser in words.losers(report))),
+        *_section("why the others lost, the fastest first", (_loser(*loser) for *loser, _ in _ranked_losers(report))),
         *_section("warnings", (_item("!", "bold yellow", Text(text)) for text in words.warnings(report))),
         *_section("notes", (_item("-", "dim", Text(text)) for text in words.notes(report))),
     )
 
 
+def overview(report: Report, *, cut: bool) -> RenderableType:
+    """One line for each loser, the fastest first, and the warnings: what precedes ``conclusion``.
+
+    ``cut`` ends the losers' lines at the edge of the terminal. Those of a file or a pipe stay whole; print them with
+    ``crop=False``.
+    """
+    return Group(
+        *_section("the other builds, the fastest first", _loser_lines(report, cut)),
+        *_section("warnings", (_item("!", "bold yellow", Text(text)) for text in words.warnings(report))),
+    )
+
+
+def conclusion(report: Report, *, saved: str, next_command: str) -> RenderableType:
+    """The last lines of a search: the winner, its speed and accuracy, where it is saved, and what to type next."""
+    return Group(
+        Text(),
+        _facts(_results(report), style=_headline_style(report)),
+        _facts((("saved", saved), ("next", next_command))),
+    )
+
+
 def trials_table(goal: Goal) -> Table:
-    """An empty table for the rows of ``trial_row``; 80 columns hold it, for options go to lines of their own."""
+    """An empty table for the rows of ``trial_row``; options go to lines of their own, so that 80 columns hold it."""
     table = Table(box=None, padding=(0, 2, 0, 0), pad_edge=False, header_style="bold", collapse_padding=True)
     for name in words.columns(goal):
         if name == "engine":
@@ -67,11 +104,11 @@ def trial_row(trial: Trial, baseline: Trial | None, *, goal: Goal, chosen: bool 
 
 
 class Progress:
-    """Shows the events of one search on a console; a context manager and a listener.
+    """Shows the events of one search on a console. It is a context manager, and is called with each event.
 
-    ``live`` keeps a table of trials on a terminal with what runs now below it, and removes it when the search ends
-    well, for the report repeats it; when an exception ends the search, the table of what was done stays. ``plain``
-    prints one line, however long, per stage and ended trial, without colours. ``quiet`` prints nothing.
+    ``live`` keeps a table of trials on a terminal, with the running step below it. The table disappears when the
+    search ends well, because the report repeats it, and stays when an exception ends the search. ``plain`` prints one
+    line, however long, for each stage and each ended trial, without colours. ``quiet`` prints nothing.
     """
 
     def __init__(
@@ -79,7 +116,7 @@ class Progress:
         console: Console,
         mode: Mode,
         *,
-        goal: Goal = "throughput",
+        goal: Goal = THROUGHPUT,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._console = console
@@ -110,7 +147,7 @@ class Progress:
 
 
 class _Board:
-    """What is known so far, drawn to fit the terminal: the last trials where not all fit, and what runs now."""
+    """What is known so far, drawn to fit the terminal: as many of the last trials as fit, and the running step."""
 
     def __init__(self, goal: Goal, clock: Callable[[], float]) -> None:
         self._goal = goal
@@ -121,27 +158,30 @@ class _Board:
         self._since = clock()
 
     def take(self, event: Event) -> str:
-        """Remember the event; the line that tells it where nothing can be redrawn, empty where none is worth it."""
+        """Remember the event. Returns its line for the mode ``plain``; empty for an event that gets none."""
         match event:
-            case StageStarted(text):
-                self._begin(words.clean(text))
+            case StageStarted():
+                self._begin(words.stage(event))
                 return self._now
             case TrialStarted(build):
                 self._started = event
-                self._begin(words.clean(build.label))
-            case TrialStep(build, text):
-                self._now = self._numbered(words.clean(f"{build.label}: {text}"))
+                self._begin(clean(build.label))
+            case TrialStep():
+                self._now = self._numbered(words.step(event))
+            case LoadEnded(build, load):
+                self._now = clean(f"{build.label}: {words.load(load)}")
             case TrialEnded(trial, resumed):
                 return self._end(trial, resumed)
-            case Explored(trial):
-                return self._explored(trial)
-            case FinalsRound(round, rounds, rates):
-                self._now = f"alternating run, round {round} of {rounds}: {words.finals(rates, self._goal)}"
-                return self._now if round == rounds else ""
+            case PlansTuned(trial):
+                return self._tuned(trial)
+            case RaceRound(number, rounds, rates):
+                standings = _standings(rates, self._goal)
+                self._now = "\n".join((f"alternating run, round {number} of {rounds}", *standings))
+                return f"alternating run of {rounds} rounds: {'; '.join(standings)}" if number == rounds else ""
         return ""
 
     def finish(self) -> None:
-        """Nothing runs any more."""
+        """Remove the running step."""
         self._now = ""
 
     def _begin(self, text: str) -> None:
@@ -155,10 +195,10 @@ class _Board:
         self._now = ""
         return f"{line} (resumed)" if resumed else line
 
-    def _explored(self, trial: Trial) -> str:
-        self._trials = [trial if one.build == trial.build else one for one in self._trials]
+    def _tuned(self, trial: Trial) -> str:
+        self._trials = [trial if known.build == trial.build else known for known in self._trials]
         self._now = ""
-        return words.explored(trial)
+        return words.loaded(trial) if trial.loads else words.tuned(trial)
 
     def _numbered(self, text: str) -> str:
         return f"{self._started.number}/{self._started.total} {text}" if self._started else text
@@ -174,7 +214,7 @@ class _Board:
             yield Segment.line()
 
     def _status(self) -> Text:
-        elapsed = words.duration(int(self._clock() - self._since))
+        elapsed = duration(int(self._clock() - self._since))
         return Text.assemble(("▸ ", "bold cyan"), (f"{elapsed}  ", "dim"), self._now)
 
     def _table(self) -> Table:
@@ -185,17 +225,82 @@ class _Board:
         return table
 
 
-def _facts(report: Report) -> Table:
+def _headline_style(report: Report) -> str:
+    return "bold" if words.won_by_baseline(report) else "bold green"
+
+
+def _facts(facts: Iterable[tuple[str, str]], style: str = "") -> Table:
     grid = Table.grid(padding=(0, 2, 0, 0))
-    grid.add_column(no_wrap=True)
+    # As wide as "versions", so that grids below each other align.
+    grid.add_column(no_wrap=True, min_width=8)
     grid.add_column(overflow="fold")
-    for heading, text in words.facts(report):
-        grid.add_row(Text(heading, "bold"), Text(text))
+    for heading, text in facts:
+        grid.add_row(Text(heading, "bold"), Text(text, style))
     return grid
 
 
+def _results(report: Report) -> Iterator[tuple[str, str]]:
+    """The few facts that matter most, each with its heading."""
+    choice, facts = report.choice, dict(words.facts(report))
+    yield "winner", f"{facts['winner']}, {choice.plan.label}"
+    if words.won_by_baseline(report):
+        yield "speed", words.headline(report)
+    else:
+        speeds = (choice.throughput_per_s, choice.baseline_throughput_per_s)
+        ours, eager = (_speed(per_s, report.requirements.goal) for per_s in speeds)
+        ratio = f"{times(choice.speedup)} {interval(choice.speedup_low, choice.speedup_high)}"
+        yield "speed", f"{ratio} as fast as eager PyTorch: {ours} against {eager}"
+    yield from ((heading, facts[heading]) for heading in ("certified", "accuracy") if heading in facts)
+
+
+def _ranked_losers(report: Report) -> list[tuple[str, State, str, float]]:
+    """Label, state, reason and speed of the losers, the fastest first; a speed of 0 was not measured."""
+    trials = {clean(trial.build.label): trial for trial in report.trials}
+    losers = [(*loser, _per_s(trials.get(loser[0]), report.requirements.goal)) for loser in words.losers(report)]
+    return sorted(losers, key=lambda loser: -loser[3])
+
+
+def _loser_lines(report: Report, cut: bool) -> Iterator[Text]:
+    goal, losers = report.requirements.goal, _ranked_losers(report)
+    speeds = [_speed(per_s, goal) if per_s else "" for *_, per_s in losers]
+    labels = [Text(label) for label, *_ in losers]
+    for label in labels:
+        label.truncate(_LABEL if cut else len(label), overflow="ellipsis")
+    speed_width, label_width = max(map(len, speeds), default=0), max(map(len, labels), default=0)
+    for speed, label, (_, state, reason, _) in zip(speeds, labels, losers, strict=True):
+        mark, style = _STATES[state]
+        label.pad_right(label_width - len(label))
+        why = reason if state == "ok" else f"{state}: {reason}"
+        line = Text.assemble((f"{mark} ", style), f"{speed:>{speed_width}}  ", label, "  ", (why, "dim"))
+        line.no_wrap, line.overflow = True, "ellipsis" if cut else "ignore"
+        yield line
+
+
+def _per_s(trial: Trial | None, goal: Goal) -> float:
+    """A trial's own speed, as ``_speed`` takes it; 0 if it was not measured."""
+    best = goal.best(trial) if trial else None
+    if best is None:
+        return 0.0
+    return 1e3 / best.p50_ms if goal.single_items else best.throughput_per_s
+
+
+def _standings(rates: Sequence[Rates], goal: Goal) -> list[str]:
+    """The contenders' median speeds so far, each with its build and plan, the fastest first."""
+    raced = sorted(
+        ((median(contender.per_s), contender) for contender in rates if contender.per_s), key=lambda pair: -pair[0]
+    )
+    return [
+        f"{_speed(per_s, goal)} {clean(contender.build.label)}, {contender.plan.label}" for per_s, contender in raced
+    ]
+
+
+def _speed(per_s: float, goal: Goal) -> str:
+    """A rate in words; for latency it is 1/latency, as in the race."""
+    return milliseconds(goal.figure(per_s)) if goal.single_items else rate(per_s)
+
+
 def _trials(report: Report) -> Table:
-    goal, base = report.objective.goal, words.baseline(report.trials)
+    goal, base = report.requirements.goal, words.baseline(report.trials)
     table = trials_table(goal)
     for trial in report.trials:
         table.add_row(*trial_row(trial, base, goal=goal, chosen=trial.build == report.choice.winner))
@@ -203,8 +308,8 @@ def _trials(report: Report) -> Table:
 
 
 def _section(title: str, items: Iterable[RenderableType]) -> tuple[RenderableType, ...]:
-    found = tuple(items)
-    return (Text(), Text(title, "bold"), *found) if found else ()
+    rows = tuple(items)
+    return (Text(), Text(title, "bold"), *rows) if rows else ()
 
 
 def _loser(label: str, state: str, reason: str) -> Table:

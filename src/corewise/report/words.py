@@ -11,10 +11,14 @@ from corewise.machine.inspect import cpu_list
 from corewise.machine.layouts import assign, limited_by_quota
 from corewise.records.build import Build, Receipt
 from corewise.records.cpu import Cpu
-from corewise.records.goal import Goal
+from corewise.records.events import Stage, StageStarted, TrialStep
+from corewise.records.goal import Goal, Slo
 from corewise.records.measurement import LoadRun, Measurement, Rates
+from corewise.records.reason import Reason
 from corewise.records.report import Report
 from corewise.records.trial import Fidelity, State, Trial
+from corewise.report.numbers import clean, duration, figure, interval, milliseconds, rate, size, three_digits, times
+from corewise.report.reasons import sentence
 
 SPEED_NOTE = "Speed: each trial's own, at its best plan; the finalists then ran in turns."
 
@@ -38,13 +42,13 @@ class Row(NamedTuple):
 
 def columns(goal: Goal) -> tuple[str, ...]:
     """The headings over a ``Row`` whose options stand below the engine."""
-    speed = "p50/p99 ms" if goal == "latency" else "items/s"
+    speed = "p50/p99 ms" if goal.single_items else goal.unit
     return ("engine", "precision", "accuracy", "drop", speed, "speedup", "state")
 
 
 def row(trial: Trial, baseline: Trial | None, goal: Goal, *, chosen: bool = False) -> Row:
     """A trial's figures: accuracy on the holdout, its best speed in its own trial, and that over the baseline's."""
-    fidelity, best = trial.fidelity, trial.best(goal)
+    fidelity, best = trial.fidelity, goal.best(trial)
     ratio = speedup(trial, baseline, goal)
     return Row(
         engine=clean(trial.build.engine),
@@ -65,10 +69,10 @@ def baseline(trials: Sequence[Trial]) -> Trial | None:
 
 def speedup(trial: Trial, baseline: Trial | None, goal: Goal) -> float | None:
     """How many times the baseline's speed, each as measured in its own trial; ``None`` where either was not."""
-    ours, theirs = trial.best(goal), baseline.best(goal) if baseline else None
+    ours, theirs = goal.best(trial), goal.best(baseline) if baseline else None
     if ours is None or theirs is None:
         return None
-    if goal == "latency":
+    if goal.single_items:
         return theirs.p50_ms / ours.p50_ms
     return ours.throughput_per_s / theirs.throughput_per_s
 
@@ -77,11 +81,11 @@ def headline(report: Report) -> str:
     """The whole result in one sentence."""
     choice, fidelity = report.choice, report.winner.fidelity
     if won_by_baseline(report):
-        speed = rate(choice.throughput_per_s, report.objective.goal)
+        speed = race_figure(choice.throughput_per_s, report.requirements.goal)
         return f"nothing beat the baseline, eager PyTorch in fp32 at {speed}"
     text = f"{times(choice.speedup)} faster than eager PyTorch {interval(choice.speedup_low, choice.speedup_high)}"
-    if choice.promise:
-        text = f"{_promise(choice.promise)}; {text}"
+    if choice.certified:
+        text = f"{_certified(choice.certified)}; {text}"
     return f"{text}, {_against(fidelity)}" if fidelity else text
 
 
@@ -97,9 +101,9 @@ def facts(report: Report) -> Iterator[tuple[str, str]]:
     yield "winner", clean(report.choice.winner.label)
     yield "plan", report.choice.plan.label
     yield "threads", _threads(report)
-    if report.choice.promise:
-        yield "promise", f"{_promise(report.choice.promise)}, seen for {duration(report.choice.promise.duration_s)}"
-    yield "why", clean(report.choice.reason)
+    if certified := report.choice.certified:
+        yield "certified", f"{_certified(certified)}, seen for {duration(certified.duration_s)}"
+    yield "why", said(report.choice.reason)
     yield "speed", _speed(report)
     if fidelity:
         yield "accuracy", _accuracy(fidelity)
@@ -119,26 +123,26 @@ def facts(report: Report) -> Iterator[tuple[str, str]]:
 def losers(report: Report) -> Iterator[tuple[str, State, str]]:
     """Label, state and reason of each trial that was not chosen."""
     for loser in report.choice.losers:
-        yield clean(loser.build.label), loser.state, clean(loser.reason)
+        yield clean(loser.build.label), loser.state, said(loser.reason)
 
 
 def warnings(report: Report) -> tuple[str, ...]:
     """Doubts about the choice."""
-    return tuple(map(clean, report.choice.warnings))
+    return tuple(map(said, report.choice.warnings))
 
 
 def notes(report: Report) -> Iterator[str]:
     """What limited the search, what the engines had to say about their builds, and the losers' int8 receipts."""
-    yield from map(clean, report.notes)
+    yield from map(said, report.notes)
     for trial in report.trials:
         if trial.receipt and trial.build != report.choice.winner:
             yield clean(f"{trial.build.label}: {receipt(trial.receipt)}")
         for note in trial.notes:
             yield clean(f"{trial.build.label}: {note}")
         if trial.loads:
-            yield explored(trial)
-        if trial.explored:
-            yield clean(f"{trial.build.label}: {len(trial.measurements)} plans measured; {trial.explored}")
+            yield loaded(trial)
+        if trial.tuned:
+            yield tuned(trial)
 
 
 def receipt(found: Receipt) -> str:
@@ -151,49 +155,89 @@ def ended(trial: Trial, baseline: Trial | None, goal: Goal) -> str:
     """One line about a trial that has just ended."""
     label = clean(trial.build.label)
     if trial.state != "ok":
-        return f"{label}: {trial.state}: {clean(trial.reason)}"
+        return f"{label}: {trial.state}: {said(trial.reason)}"
     found: list[str] = [trial.state]
     if trial.fidelity:
         found.append(
             f"{clean(trial.fidelity.metric)} {score(trial.fidelity.value)} (drop {score(trial.fidelity.drop)})"
         )
-    if best := trial.best(goal):
+    if best := goal.best(trial):
         ratio = speedup(trial, baseline, goal)
         figures = _speed_figures(best, goal)
-        speed = f"p50/p99 {figures} ms" if goal == "latency" else f"{figures} items/s"
+        speed = f"p50/p99 {figures} ms" if goal.single_items else f"{figures} items/s"
         found.append(f"{speed} ({times(ratio)} eager)" if ratio else speed)
     return f"{label}: {', '.join(found)}"
 
 
-def explored(trial: Trial) -> str:
-    """One line about a trial whose plans were searched, or that was put under load."""
-    if trial.loads:
-        return clean(f"{trial.build.label}: under load: {', '.join(load(one) for one in trial.loads)}")
-    return clean(f"{trial.build.label}: {len(trial.measurements)} plans measured; {trial.explored}")
+def tuned(trial: Trial) -> str:
+    """One line about a trial whose plans were searched."""
+    assert trial.tuned is not None
+    line = f"{trial.build.label}: {len(trial.measurements)} plans measured; {sentence(trial.tuned)}"
+    if trial.failed_plans:
+        first = trial.failed_plans[0]
+        line += f"; {len(trial.failed_plans)} plans did not run, {first.plan.label}: {sentence(first.reason)}"
+    return clean(line)
+
+
+def loaded(trial: Trial) -> str:
+    """One line about a trial that was put under load."""
+    line = f"{trial.build.label}: under load: {', '.join(map(load, trial.loads))}"
+    return clean(f"{line}; it ended early: {sentence(trial.load_failure)}" if trial.load_failure else line)
+
+
+def said(reason: Reason) -> str:
+    """The reason's sentence, safe to show."""
+    return clean(sentence(reason))
+
+
+def stage(event: StageStarted) -> str:
+    """``searching the plans of openvino/int8``."""
+    build, plan = event.build.label if event.build else "", event.plan.label if event.plan else ""
+    match event.stage:
+        case Stage.TUNING_PLANS:
+            return clean(f"searching the plans of {build}")
+        case Stage.LOADING:
+            return clean(f"putting {build} under load, {plan}")
+        case Stage.MEASURING_PLAN:
+            return f"measuring {plan}"
+        case Stage.RACING:
+            contenders = "contender" if event.count == 1 else "contenders"
+            return (
+                f"racing {plan or f'{event.count} {contenders}'} against {'the old plan' if plan else 'the baseline'}"
+            )
+        case Stage.QUANTIZING:
+            return f"quantizing with {event.samples} samples"
+        case Stage.QUANTIZING_LAYERS:
+            return f"quantizing {event.count} layers one by one, {event.samples} samples"
+        case _:
+            return event.stage.value
+
+
+def step(event: TrialStep) -> str:
+    """``openvino/int8: measuring, 2 threads x 1, batch 16``."""
+    plan = f", {event.plan.label}" if event.plan else ""
+    return clean(f"{event.build.label}: {event.step.value}{plan}")
 
 
 def load(run: LoadRun) -> str:
-    """``55/s held, p99 81 ms``, or what was lost."""
-    offered = f"{run.rate_per_s:.4g}/s" if run.rate_per_s is not None else f"{run.clients} clients"
+    """``55/s met, p99 81 ms``, or what was lost."""
+    offered = rate(run.rate_per_s) if run.rate_per_s is not None else f"{run.clients} clients"
     counts = {"refused": run.refused, "failed": run.failed}
     lost = "".join(f", {count} {what}" for what, count in counts.items() if count)
-    return f"{offered} {'held' if run.held else 'missed'}, p99 {run.p99_ms:.4g} ms{lost}"
+    return f"{offered} {'met' if run.met else 'missed'}, p99 {milliseconds(run.p99_ms)}{lost}"
 
 
 def finals(rates: Sequence[Rates], goal: Goal) -> str:
     """The finalists' median rates so far, the fastest first."""
-    ranked = sorted(((median(r.per_s), clean(r.build.label)) for r in rates if r.per_s), reverse=True)
-    return ", ".join(f"{label} {rate(per_s, goal)}" for per_s, label in ranked)
+    ranked = sorted(
+        ((median(r.per_s), clean(f"{r.build.label} ({r.plan.label})")) for r in rates if r.per_s), reverse=True
+    )
+    return ", ".join(f"{label} {race_figure(per_s, goal)}" for per_s, label in ranked)
 
 
 def options(build: Build) -> str:
     """``backend=onednn, reduce_range``: an option that is just switched on needs no value."""
     return clean(", ".join(name if value is True else f"{name}={value}" for name, value in build.options))
-
-
-def clean(text: str) -> str:
-    """One line that cannot steer a terminal: control characters and line ends become single spaces."""
-    return " ".join("".join(c if c.isprintable() else " " for c in text).split())
 
 
 def score(value: float) -> str:
@@ -202,46 +246,13 @@ def score(value: float) -> str:
     return f"{round(value, 4) + 0.0:.4f}" if abs(value) < 1000 else f"{value:.6g}"
 
 
-def times(ratio: float) -> str:
-    """``4.24x``, ``12.3x``."""
-    return f"{three_digits(ratio)}x"
-
-
-def interval(low: float, high: float) -> str:
-    """``[4.02, 4.41]``."""
-    return f"[{three_digits(low)}, {three_digits(high)}]"
-
-
-def rate(per_s: float, goal: Goal) -> str:
-    """A rate of the alternating run: ``87.3 items/s``; for the latency goal, whose rates are 1/latency, ``11.5 ms``."""
-    return f"{three_digits(1000 / per_s)} ms" if goal == "latency" else f"{three_digits(per_s)} items/s"
-
-
-def duration(seconds: float) -> str:
-    """``8.4 s``, ``31 s``, ``4 min 12 s``, ``1 h 4 min``."""
-    if seconds < 9.95:
-        return f"{round(seconds, 1):g} s"
-    minutes, rest = divmod(round(seconds), 60)
-    if minutes >= 60:
-        return f"{minutes // 60} h {minutes % 60} min"
-    return f"{minutes} min {rest} s" if minutes else f"{rest} s"
-
-
-def size(size_bytes: int) -> str:
-    """``25.1 MiB``."""
-    for unit, scale in (("GiB", 2**30), ("MiB", 2**20)):
-        if size_bytes >= scale:
-            return f"{size_bytes / scale:.1f} {unit}"
-    return f"{size_bytes / 2**10:.1f} KiB"
-
-
-def three_digits(value: float) -> str:
-    """``1.04``, ``87.3``, ``1204``: three digits, or the whole number where it has more."""
-    return f"{value:.2f}" if abs(value) < 9.995 else f"{value:.1f}" if abs(value) < 99.95 else f"{value:.0f}"
+def race_figure(per_s: float, goal: Goal) -> str:
+    """A rate of the race: ``87.3 items/s``; for latency, whose rates are 1/latency, ``11.5 ms``."""
+    return figure(goal.figure(per_s), goal.unit)
 
 
 def _speed_figures(best: Measurement, goal: Goal) -> str:
-    if goal == "latency":
+    if goal.single_items:
         return f"{three_digits(best.p50_ms)}/{three_digits(best.p99_ms)}"
     return three_digits(best.throughput_per_s)
 
@@ -261,15 +272,15 @@ def _closeness(fidelity: Fidelity) -> str:
 
 
 def _speed(report: Report) -> str:
-    choice, goal = report.choice, report.objective.goal
-    best = report.winner.best(goal, report.objective.slo_ms)
-    text = rate(choice.throughput_per_s, goal)
+    choice, goal = report.choice, report.requirements.goal
+    best = goal.best(report.winner)
+    text = race_figure(choice.throughput_per_s, goal)
     if not won_by_baseline(report):
-        text += f" against {rate(choice.baseline_throughput_per_s, goal)}"
+        text += f" against {race_figure(choice.baseline_throughput_per_s, goal)}"
     if report.finals:
         rounds = len(report.finals[0].per_s)
         text += f", {len(report.finals)} finalists in {rounds} alternating rounds"
-    if goal == "latency" and best:
+    if goal.single_items and best:
         text += f"; in its trial p50 {three_digits(best.p50_ms)} ms, p99 {three_digits(best.p99_ms)} ms"
     return text
 
@@ -302,20 +313,20 @@ def _memory(report: Report) -> str:
     return text
 
 
-def _promise(load: LoadRun) -> str:
-    return f"{three_digits(load.rate_per_s or 0.0)} requests/s with p99 {three_digits(load.p99_ms)} ms"
+def _certified(load: LoadRun) -> str:
+    return f"{rate(load.rate_per_s or 0.0, 'requests')} with p99 {milliseconds(load.p99_ms)}"
 
 
 def _goal(report: Report) -> str:
-    objective, fidelity = report.objective, report.winner.fidelity
+    requirements, fidelity = report.requirements, report.winner.fidelity
     metric = clean(fidelity.metric) if fidelity else "accuracy"
-    goal: str = objective.goal
-    if objective.slo_ms is not None:
-        goal = f"most requests per second with p99 <= {objective.slo_ms:g} ms"
-    if objective.memory_limit_bytes is not None:
-        goal += f" in {size(objective.memory_limit_bytes)} of memory"
-    text = f"{goal}; {metric} may drop by {objective.max_drop:g} at most"
-    return f"{text}, and so may the upper end of the drop's interval" if objective.strict else text
+    goal: str = requirements.goal.name
+    if isinstance(requirements.goal, Slo):
+        goal = f"most requests per second with p99 <= {requirements.goal.p99_ms:g} ms"
+    if requirements.memory_limit_bytes is not None:
+        goal += f" in {size(requirements.memory_limit_bytes)} of memory"
+    text = f"{goal}; {metric} may drop by {requirements.max_drop:g} at most"
+    return f"{text}, and so may the upper end of the drop's interval" if requirements.strict else text
 
 
 def _cost(report: Report) -> str:

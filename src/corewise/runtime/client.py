@@ -1,53 +1,45 @@
 """The parent's side of a trial process: what it can be asked, and what its crashes, hangs and kills become."""
 
-import json
 import os
 import signal
 import socket
 import subprocess
 import sys
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from contextlib import ExitStack, suppress
 from math import inf
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Protocol, Self
+from typing import Self, TypeVar
 
 import numpy as np
 
-from corewise.accuracy.fidelity import Outputs
+from corewise.accuracy.outputs import Outputs
+from corewise.batching import LatencyTable
 from corewise.common.errors import CorewiseError, OutputError
 from corewise.common.references import guard
 from corewise.engines import Engine
+from corewise.records.build import Build, Plan, Receipt
 from corewise.records.cpu import Cpu
-from corewise.runtime.worker import Child
+from corewise.records.measurement import LoadRun, Measurement
+from corewise.records.reason import Reason, ReasonKind, Step
+from corewise.report.reasons import sentence
+from corewise.runtime import messages
+from corewise.runtime.messages import Request
+from corewise.runtime.worker import TrialChild
+from corewise.runtime.workspace import Workspace
+
+A = TypeVar("A")
 
 LEAST_S = 10.0
-"""A child is given so much for each step though the budget has less left."""
-
+"""Each request may take this long, even if less of the budget is left."""
 LOG_TAIL = 300
-
 DYING_S = 10.0
 
 
-class AnyWorker(Protocol):
-    """Who does what ``worker.Child`` can, wherever that runs."""
-
-    peak_memory_bytes: int
-
-    def call(self, op: str, doing: str, **arguments: Any) -> dict[str, Any]:
-        """Ask for ``op`` and wait. Raises ``CorewiseError`` with what went wrong while ``doing``."""
-        ...
-
-    def __enter__(self) -> Self: ...
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None: ...
-
-
 def child_environment(cpu: Cpu) -> dict[str, str]:
-    """The environment of a process that runs instances: a thread for each core where no plan says how many."""
+    """The environment of a process that runs instances: a thread for each core unless a plan says how many."""
     return {
         **os.environ,
         "OMP_NUM_THREADS": str(cpu.usable_cores),
@@ -57,23 +49,114 @@ def child_environment(cpu: Cpu) -> dict[str, str]:
     }
 
 
-class Died(CorewiseError):
-    """A trial child ended or hung before it answered."""
+class StepFailed(CorewiseError):
+    """What a trial process was asked for failed there; ``reason`` says why."""
+
+    def __init__(self, reason: Reason) -> None:
+        super().__init__(sentence(reason))
+        self.reason = reason
+
+
+class Died(StepFailed):
+    """A trial process ended or hung before it answered."""
 
 
 class Hung(Died):
     """It did not answer in time."""
 
 
-class Worker:
-    """The parent's end of a trial child (``worker.Child``); a context manager that leaves no process behind."""
+class Client(ABC):
+    """Asks a ``TrialChild``, wherever it runs; a context manager that leaves no process behind.
+
+    Every method raises ``StepFailed`` with the child's reason, ``Died`` if the process is gone, and ``OutputError`` if
+    the disk is full.
+    """
+
+    peak_memory_bytes: int = 0
+
+    def build(self, workspace: Workspace, build: Build, payload: Path) -> messages.BuiltPayload:
+        """Write the payload of ``build`` into the empty folder ``payload``."""
+        request = messages.BuildPayload(workspace=workspace.folder, build=build, payload=payload)
+        return self._ask(request, messages.BuiltPayload, Step.BUILDING)
+
+    def open(self, payload: Path, build: Build, plan: Plan) -> messages.OpenedPayload:
+        """Open the instances of ``plan`` in place of those that are open."""
+        request = messages.OpenPayload(payload=payload, build=build, plan=plan)
+        return self._ask(request, messages.OpenedPayload, Step.OPENING, plan)
+
+    def observe_int8(self, payload: Path, build: Build, plan: Plan, samples: Path) -> Receipt | None:
+        """What the payload runs in int8; closes what is open."""
+        request = messages.ObserveInt8(payload=payload, build=build, plan=plan, samples=samples)
+        return self._ask(request, messages.ObservedInt8, Step.OBSERVING_INT8).receipt
+
+    def run_samples(self, samples: Path, batch: int, outputs: Path) -> messages.RanSamples:
+        """Run all samples on one instance and write their outputs, which ``read_outputs`` reads."""
+        request = messages.RunSamples(samples=samples, batch=batch, outputs=outputs)
+        return self._ask(request, messages.RanSamples, Step.VERIFYING)
+
+    def measure(self, samples: Path, plan: Plan, budget_s: float) -> Measurement:
+        """Time the open instances under ``plan``."""
+        request = messages.Measure(samples=samples, plan=plan, budget_s=budget_s)
+        return self._ask(request, Measurement, Step.MEASURING, plan)
+
+    def warm_up(self, samples: Path, batch: int, budget_s: float) -> messages.Warm:
+        """Warm the open instances up for ``run_round``."""
+        request = messages.WarmUp(samples=samples, batch=batch, budget_s=budget_s)
+        return self._ask(request, messages.Warm, Step.WARMING_UP)
+
+    def run_round(self, budget_s: float) -> messages.RoundRate:
+        """One round of an alternating race."""
+        return self._ask(messages.RunRound(budget_s=budget_s), messages.RoundRate, Step.RACING)
+
+    def load(
+        self,
+        samples: Path,
+        plan: Plan,
+        table: LatencyTable,
+        *,
+        duration_s: float,
+        rate_per_s: float | None = None,
+        clients: int | None = None,
+        slo_ms: float | None = None,
+        seed: int = 0,
+    ) -> LoadRun:
+        """Put load on the open instances: at a rate, or by a number of clients."""
+        request = messages.RunLoad(
+            samples=samples,
+            plan=plan,
+            table=table,
+            duration_s=duration_s,
+            rate_per_s=rate_per_s,
+            clients=clients,
+            slo_ms=slo_ms,
+            seed=seed,
+        )
+        return self._ask(request, LoadRun, Step.UNDER_LOAD)
+
+    @abstractmethod
+    def _ask(self, request: Request, kind: type[A], step: Step, plan: Plan | None = None) -> A:
+        """The answer to ``request``, a ``kind``."""
+
+    def close(self) -> None:  # noqa: B027 - in process, nothing has to end
+        """End what runs."""
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+class Worker(Client):
+    """A trial process of its own (``python -m corewise.runtime.worker``)."""
 
     def __init__(self, *, cpu: Cpu, log: Path, timeout_s: float, left_s: Callable[[], float] = lambda: inf) -> None:
-        """Start a child on all of ``cpu`` that this process may use; what it prints goes to ``log``.
+        """Start a process on all of ``cpu`` that this process may use; what it prints goes to ``log``.
 
-        On all, not only what a plan will use: plans pin their instances themselves. Where no plan says how many threads
-        to use, there is one for each usable core. Each call may last ``timeout_s``, and no longer than what is
-        ``left_s`` then, but always ``LEAST_S``.
+        It gets all of the CPU because plans pin their instances themselves. A request may last ``timeout_s`` and no
+        longer than ``left_s`` returns then, but always ``LEAST_S``.
         """
         self._timeout_s, self._left_s = timeout_s, left_s
         self._log = log
@@ -86,78 +169,72 @@ class Worker:
                 stdout=output,
                 stderr=output,
                 env=child_environment(cpu),
-                # Its own group: Ctrl-C reaches the parent alone, which then ends the child.
+                # A process group of its own: Ctrl-C reaches the parent alone, which then ends the child.
                 start_new_session=True,
             )
         self._answers = self._channel.makefile("r", encoding="utf-8")
-        self.peak_memory_bytes = 0
         with ExitStack() as undo:
             undo.callback(self.close)
-            self.call("prepare", "starting", cpus=list(cpu.affinity), path=sys.path)
+            request = messages.Prepare(cpus=tuple(cpu.affinity), path=tuple(sys.path))
+            self._ask(request, messages.Prepared, Step.STARTING)
             undo.pop_all()
 
-    def call(self, op: str, doing: str, **arguments: Any) -> dict[str, Any]:
-        """Ask for ``op`` and wait. Raises ``CorewiseError`` with the child's reason, ``Died`` where it is gone."""
+    def _ask(self, request: Request, kind: type[A], step: Step, plan: Plan | None = None) -> A:
         timeout_s = min(self._timeout_s, max(LEAST_S, self._left_s()))
         self._channel.settimeout(timeout_s)
         try:
-            self._channel.sendall(json.dumps({"op": op, **arguments}).encode() + b"\n")
+            self._channel.sendall(messages.encode_request(request))
             line = self._answers.readline()
         except TimeoutError as error:
             self.close()
-            raise Hung(f"hung while {doing}: no answer in {timeout_s:.0f} s, so it was ended") from error
+            raise Hung(_at(step, plan, ReasonKind.HUNG, timeout_s=timeout_s)) from error
         except OSError:
             line = ""
         if not line.endswith("\n"):
-            raise Died(f"{self._epitaph()} while {doing}{self._last_words()}")
-        answer: dict[str, Any] = json.loads(line)
-        self.peak_memory_bytes = max(self.peak_memory_bytes, answer["peak_memory_bytes"])
-        if answer.get("disk_full"):
-            raise OutputError(f"the disk is full: {answer['error']}", "free space and run the same command to resume")
-        if "error" in answer:
-            raise CorewiseError(f"{doing}: {answer['error']}")
-        return answer
+            raise Died(self._ending(step, plan))
+        reply = messages.decode_reply(line)
+        self.peak_memory_bytes = max(self.peak_memory_bytes, reply.peak_memory_bytes)
+        if reply.failure is None:
+            return reply.read(kind)
+        if reply.failure.disk_full:
+            raise OutputError(
+                f"the disk is full: {reply.failure.text}", "free space and run the same command to resume"
+            )
+        raise StepFailed(_at(step, plan, ReasonKind.STEP_FAILED, text=reply.failure.text))
 
     @property
     def pid(self) -> int:
-        """Of the child."""
+        """The process's id."""
         return self._process.pid
 
     def close(self) -> None:
-        """End the child and what it started, whatever they are doing."""
+        """End the process and what it started, whatever they are doing."""
         self._answers.close()
         self._channel.close()
         with suppress(ProcessLookupError):
             os.killpg(self._process.pid, signal.SIGKILL)
         self._process.wait()
 
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
-
-    def _epitaph(self) -> str:
+    def _ending(self, step: Step, plan: Plan | None) -> Reason:
+        """How the process ended."""
         try:
             code = self._process.wait(DYING_S)
         except subprocess.TimeoutExpired:
             self.close()
-            return "closed its channel and did not end"
-        if code == -signal.SIGKILL:
-            return "killed (SIGKILL, most likely by the kernel for want of memory)"
-        return f"crashed with {signal.Signals(-code).name}" if code < 0 else f"exited with code {code}"
-
-    def _last_words(self) -> str:
+            return _at(step, plan, ReasonKind.UNRESPONSIVE)
         lines = self._log.read_text(errors="replace").strip().splitlines()
-        return f": {lines[-1][-LOG_TAIL:]}" if lines else ""
+        last_words = lines[-1][-LOG_TAIL:] if lines else ""
+        if code == -signal.SIGKILL:
+            return _at(step, plan, ReasonKind.KILLED, last_words=last_words)
+        if code < 0:
+            return _at(step, plan, ReasonKind.CRASHED, signal=signal.Signals(-code).name, last_words=last_words)
+        return _at(step, plan, ReasonKind.EXITED, code=code, last_words=last_words)
 
 
-class InProcess:
-    """A worker without a process, for a model that cannot be exported and so cannot travel to a child."""
+class InProcess(Client):
+    """No process: the child runs here, for a model that cannot be exported and so cannot travel to a process."""
 
-    class _Child(Child):
+    class _Child(TrialChild):
         def __init__(self, eager: Engine) -> None:
             super().__init__()
             self._eager = eager
@@ -167,25 +244,26 @@ class InProcess:
 
     def __init__(self, eager: Engine) -> None:
         self._child = self._Child(eager)
-        self.peak_memory_bytes = 0
 
-    def call(self, op: str, doing: str, **arguments: Any) -> dict[str, Any]:
-        """Do ``op`` here. Raises ``CorewiseError`` with what the model raised."""
-        with guard(CorewiseError, doing, ""):
-            answer: dict[str, Any] = getattr(self._child, op)(**arguments)
+    def _ask(self, request: Request, kind: type[A], step: Step, plan: Plan | None = None) -> A:
+        try:
+            with guard(CorewiseError, step.value, ""):
+                answer = self._child.answer(request)
+        except OutputError:
+            raise
+        except CorewiseError as error:
+            raise StepFailed(_at(step, plan, ReasonKind.STEP_FAILED, text=str(error))) from error
+        assert isinstance(answer, kind)
         return answer
 
-    def __enter__(self) -> Self:
-        return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        """Nothing to end."""
+def _at(step: Step, plan: Plan | None, kind: ReasonKind, **details: str | int | float) -> Reason:
+    place = {"step": step.value} if plan is None else {"step": step.value, "plan": plan.label}
+    return Reason(kind=kind, details={**place, **details})
 
 
 def read_outputs(path: Path) -> Outputs:
-    """The outputs that ``worker.Child.outputs`` wrote, in the order of the samples."""
+    """The outputs that ``Client.run_samples`` wrote, in the order of the samples."""
     from safetensors.numpy import load_file
 
     tensors = load_file(path)

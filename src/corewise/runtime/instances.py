@@ -9,10 +9,12 @@ streams for that, which it pins itself.
 
 import ctypes
 import os
+import sys
 import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import ExitStack, suppress
+from dataclasses import replace
 from pathlib import Path
 from queue import SimpleQueue
 from types import TracebackType
@@ -22,7 +24,7 @@ import numpy as np
 
 from corewise.common.errors import EngineError
 from corewise.engines import Engine, Session
-from corewise.engines.base import Sharing, rows_of, run_cut
+from corewise.engines.base import Sharing, chunks, rows_of, run_cut
 from corewise.engines.denormals import flush, flushing
 from corewise.machine.layouts import assign
 from corewise.records.build import Build, Plan
@@ -32,6 +34,8 @@ T = TypeVar("T")
 
 M_ARENA_MAX = -8
 """From glibc's malloc.h; see mallopt(3)."""
+IMPORTED_BY = os.getpid()
+"""The process that imported this module; a child that was forked from it has another number."""
 
 
 class Instances:
@@ -51,6 +55,7 @@ class Instances:
         self.memory_per_instance_bytes = 0
         """What the second instance added to this process's memory by being opened and, after ``touch``, by running."""
         self._sessions: list[Session] = []
+        self._first: Session | None = None
         self._threads: list[ThreadPoolExecutor] = []
         with ExitStack() as undo:
             undo.callback(self.close)
@@ -103,6 +108,7 @@ class Instances:
                 stack.callback(lambda number, session: self._submit(number, session.close).result(), number, session)
         self._sessions.clear()
         self._threads.clear()
+        self._first = None
 
     def __enter__(self) -> Self:
         return self
@@ -116,8 +122,12 @@ class Instances:
         return self._threads[instance].submit(work, *arguments)
 
     def _open(self, engine: Engine, folder: Path, build: Build, plan: Plan) -> Session:
-        first = self._sessions[0] if self._sessions else None
-        return first.another() if isinstance(first, Sharing) else engine.open(folder, build, plan)
+        if isinstance(self._first, Sharing):
+            session: Session = self._first.another()
+        else:
+            session = engine.open(folder, build, plan_to_open(build, plan))
+        self._first = self._first or session
+        return in_calls_of(build.fixed_batch, session)
 
     def _note(self, instance: int, grown_bytes: int) -> None:
         # The first one's memory is the payload's, and the second's is what each further one costs.
@@ -125,41 +135,97 @@ class Instances:
             self.memory_per_instance_bytes += max(0, grown_bytes)
 
 
+class FixedBatch:
+    """A session whose program takes exactly ``rows`` rows a call: batches are cut, and the last call is padded."""
+
+    def __init__(self, session: Session, rows: int) -> None:
+        self._session = session
+        self._rows = rows
+
+    def run(self, inputs: Sequence[np.ndarray]) -> list[np.ndarray]:
+        """Run any batch of at least one item."""
+        return run_cut(self._session.run, inputs, chunks(len(inputs[0]), (self._rows,)))
+
+    def close(self) -> None:
+        """Close the session."""
+        self._session.close()
+
+
+def in_calls_of(rows: int | None, session: Session) -> Session:
+    """The session as one that takes any batch, where its program takes only ``rows`` rows a call."""
+    return session if rows is None else FixedBatch(session, rows)
+
+
+def plan_to_open(build: Build, plan: Plan) -> Plan:
+    """The plan that an engine opens for ``plan``: its batch is the program's where that is fixed."""
+    return plan if build.fixed_batch is None else replace(plan, batch=build.fixed_batch)
+
+
 def open_plan(engine: Engine, folder: Path, build: Build, plan: Plan, cpu: Cpu) -> Session:
     """A payload under its plan, as one session that any number of threads may call at any time.
 
     A batch of more rows than the plan's runs in micro-batches of that size, which was measured to be the fastest. The
     rows of a call to one instance stay together where the plan's batch is 1: that is what a plan for latency has.
+    It works in the process that opened it only: no thread lives on in a child that is forked. In such a child even
+    one instance gets a thread of its own, because OpenMP hangs in a thread whose team stayed with the parent.
     Raises what the engine raises, and ``EngineError`` where a thread may not run on its hardware threads.
     """
-    if plan.instances == 1:
-        return Alone(engine, folder, build, plan)
-    cpus = assign(cpu, plan.threads_per_instance, plan.instances)
-    return Pool(Instances(engine, folder, build, plan, cpus), plan.batch)
+    if plan.instances > 1:
+        cpus = assign(cpu, plan.threads_per_instance, plan.instances)
+        return Pool(Instances(engine, folder, build, plan, cpus), plan.batch)
+    if os.getpid() != IMPORTED_BY:
+        return Pool(Instances(engine, folder, build, plan, [()]), plan.batch if plan.batch > 1 else sys.maxsize)
+    return Alone(engine, folder, build, plan)
+
+
+class _Process:
+    """The process that opened a session. Threads and OpenMP's teams do not follow into a child that is forked."""
+
+    def __init__(self) -> None:
+        self._pid = os.getpid()
+
+    @property
+    def is_other(self) -> bool:
+        """Whether this is a child that was forked after the session was opened."""
+        return os.getpid() != self._pid
+
+    def check(self) -> None:
+        """Raise ``EngineError`` in such a child, where a call would wait for ever."""
+        if self.is_other:
+            raise EngineError(
+                f"the model was opened by process {self._pid}, and this is process {os.getpid()}, forked from it",
+                "load it in each process after the fork (gunicorn: without --preload, or in the post_fork hook; "
+                "multiprocessing: in the worker's function or initializer)",
+            )
 
 
 class Alone:
-    """One instance that runs in the thread that calls, one call at a time, for a thread of its own costs latency.
+    """One instance that runs in the thread that calls, one call at a time, because a thread of its own costs latency.
 
     That thread is the caller's: it is not pinned, and treats denormals as zeros only during calls. What OpenMP team
     it has started before keeps its own way with them.
     """
 
     def __init__(self, engine: Engine, folder: Path, build: Build, plan: Plan) -> None:
+        self._process = _Process()
         with flushing():
-            self._session = engine.open(folder, build, plan)
+            session = engine.open(folder, build, plan_to_open(build, plan))
+        self._session = in_calls_of(build.fixed_batch, session)
         self._batch = plan.batch
         self._lock = threading.Lock()
 
     def run(self, inputs: Sequence[np.ndarray]) -> list[np.ndarray]:
         """Run any batch of at least one item."""
+        self._process.check()
         with self._lock, flushing():
             if self._batch == 1 or len(inputs[0]) <= self._batch:
                 return self._session.run(inputs)
             return run_cut(self._session.run, inputs, _micro_batches(len(inputs[0]), self._batch))
 
     def close(self) -> None:
-        """Close it when the call that runs has ended."""
+        """Close it when the call that runs has ended; in a forked child, leave it to the parent."""
+        if self._process.is_other:
+            return
         with self._lock:
             self._session.close()
 
@@ -168,6 +234,7 @@ class Pool:
     """Instances as one session: each micro-batch goes to the one that is free first, whoever called."""
 
     def __init__(self, instances: Instances, batch: int) -> None:
+        self._process = _Process()
         self._instances = instances
         self._batch = batch
         self._free: SimpleQueue[int | None] = SimpleQueue()
@@ -180,8 +247,9 @@ class Pool:
     def run(self, inputs: Sequence[np.ndarray]) -> list[np.ndarray]:
         """Run any batch of at least one item. Raises what the first micro-batch raises that does, when all have ended.
 
-        Raises ``EngineError`` where it was closed.
+        Raises ``EngineError`` where it was closed, and in a process that was forked after it was opened.
         """
+        self._process.check()
         cuts = _micro_batches(len(inputs[0]), self._batch)
         futures = [self._start([rows_of(array, *cut) for array in inputs]) for cut in cuts]
         wait(futures)
@@ -189,7 +257,9 @@ class Pool:
         return parts[0] if len(parts) == 1 else [np.concatenate(outputs) for outputs in zip(*parts, strict=True)]
 
     def close(self) -> None:
-        """Close all instances when the calls that run have ended."""
+        """Close all instances when the calls that run have ended; in a forked child, leave them to the parent."""
+        if self._process.is_other:
+            return
         with self._closing:
             if self._closed:
                 return

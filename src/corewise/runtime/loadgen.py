@@ -33,8 +33,6 @@ PATIENCE_S = 30.0
 """How long answers are waited for when all is sent."""
 BACKOFF_S = 0.01
 """How long a client of a closed loop that was refused waits before it sends again."""
-LATE_MS = 5.0
-"""A sender that is later than this with one request in a hundred is no longer a Poisson process."""
 OVERRUN = 2.0
 """A sender that cannot keep up stops after so many times the duration, and leaves the rest unsent."""
 MOST_REQUESTS = 10_000_000

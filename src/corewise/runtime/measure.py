@@ -74,7 +74,7 @@ def time_calls(
     return seconds
 
 
-def measure(
+def measure_instances(
     each: Each,
     inputs: Sequence[np.ndarray],
     plan: Plan,

@@ -7,9 +7,9 @@ from pathlib import Path
 
 from corewise.common.errors import CorewiseError, InputError
 from corewise.records.build import Build, Plan
-from corewise.records.jsonable import to_json
 from corewise.records.measurement import Rates
-from corewise.runtime.client import AnyWorker
+from corewise.records.reason import Reason
+from corewise.runtime.client import Client, StepFailed
 
 ROUNDS = 10
 ROUND_S = 0.6
@@ -28,68 +28,69 @@ class Contender:
 class ContenderFailed(CorewiseError):
     """A contender failed in the race."""
 
-    def __init__(self, build: Build, reason: str) -> None:
-        super().__init__(f"in the alternating run: {reason}")
+    def __init__(self, build: Build, error: CorewiseError) -> None:
+        super().__init__(f"{build.label}: {error}")
         self.build = build
+        self.reason = error.reason if isinstance(error, StepFailed) else Reason.text(str(error))
 
 
 @dataclass(frozen=True, kw_only=True)
 class Race:
-    """The rates of all contenders, and the memory that their processes had together at most."""
+    """The rates of all contenders, and the peak memory of their processes together."""
 
     rates: tuple[Rates, ...]
     peak_memory_bytes: int
 
 
-def race(
+def run_race(
     contenders: Sequence[Contender],
     *,
-    samples: str,
-    start: Callable[[Build], AnyWorker],
+    samples: Path,
+    start: Callable[[Build], Client],
     rounds: int = ROUNDS,
     round_s: float = ROUND_S,
     on_round: Callable[[int, int, tuple[Rates, ...]], None] = lambda number, rounds, rates: None,
 ) -> Race:
-    """``start`` a worker for every contender, open them all, then time each in turn, round after round.
+    """``start`` a client for every contender, open them all, then time each in turn, round after round.
 
-    Every second round runs backwards. Alternation makes drift of the machine (clock, neighbours, temperature) fall
-    on all alike (Kalibera and Jones 2013, section 5). Raises ``ContenderFailed`` where a contender fails.
-    ``on_round`` is called after each round.
+    Every second round runs backwards. Alternation spreads the machine's drift (clock, neighbours, temperature) over all
+    contenders alike (Kalibera and Jones 2013, section 5). ``on_round`` is called after each round. Raises
+    ``ContenderFailed`` if a contender fails.
     """
     with ExitStack() as stack:
-        workers: list[AnyWorker] = []
+        clients: list[Client] = []
         rates: list[list[float]] = [[] for _ in contenders]
         throttled = [0] * len(contenders)
 
         def so_far() -> tuple[Rates, ...]:
             return tuple(
-                Rates(build=one.build, plan=one.plan, per_s=tuple(per_s), throttled=stopped)
-                for one, per_s, stopped in zip(contenders, rates, throttled, strict=True)
+                Rates(build=contender.build, plan=contender.plan, per_s=tuple(per_s), throttled=count)
+                for contender, per_s, count in zip(contenders, rates, throttled, strict=True)
             )
 
-        for one in contenders:
-            with _falling(one):
-                worker = stack.enter_context(start(one.build))
-                build, plan = to_json(one.build), to_json(one.plan)
-                worker.call("open", "opening", folder=str(one.payload), build=build, plan=plan)
-                worker.call("enter_race", "warming up", samples=samples, batch=one.plan.batch, budget_s=WARM_S)
-            workers.append(worker)
+        for contender in contenders:
+            with _naming(contender):
+                client = stack.enter_context(start(contender.build))
+                client.open(contender.payload, contender.build, contender.plan)
+                client.warm_up(samples, contender.plan.batch, WARM_S)
+            clients.append(client)
         for number in range(rounds):
-            order = list(range(len(workers)))
+            order = list(range(len(clients)))
             for i in reversed(order) if number % 2 else order:
-                with _falling(contenders[i]):
-                    answer = workers[i].call("round", "racing", budget_s=round_s)
-                    rates[i].append(answer["per_s"])
-                    throttled[i] += answer["throttled"]
+                with _naming(contenders[i]):
+                    round_rate = clients[i].run_round(round_s)
+                rates[i].append(round_rate.per_s)
+                throttled[i] += round_rate.throttled
             on_round(number + 1, rounds, so_far())
-        return Race(rates=so_far(), peak_memory_bytes=sum(worker.peak_memory_bytes for worker in workers))
+        return Race(rates=so_far(), peak_memory_bytes=sum(client.peak_memory_bytes for client in clients))
 
 
 @contextmanager
-def _falling(one: Contender) -> Iterator[None]:
+def _naming(contender: Contender) -> Iterator[None]:
+    """Say whose failure it is."""
     try:
         yield
     except InputError:
         raise
     except CorewiseError as error:
-        raise ContenderFailed(one.build, str(error)) from error
+        raise ContenderFailed(contender.build, error) from error

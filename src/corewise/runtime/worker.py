@@ -5,210 +5,211 @@ socket. What it does can crash, hang or exhaust the memory without harming the r
 """
 
 import ctypes
-import json
+import errno
 import os
+import shutil
 import signal
 import socket
 import sys
 import time
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 from math import inf
 from pathlib import Path
 from statistics import median
-from typing import Any
+from typing import assert_never
 
 import numpy as np
 
-from corewise.batching import Answer, Batcher, LatencyTable, NotServed, Policy
+from corewise.batching import Answer, Batcher, NotServed, Policy
+from corewise.common.agreement import worst_row_db
 from corewise.common.errors import CorewiseError
 from corewise.common.references import describe
-from corewise.engines import BuildInputs, Engine, Session, engine
-from corewise.machine.inspect import inspect, throttled_count
+from corewise.engines import Engine, Session, engine
+from corewise.machine.inspect import inspect_cpu, throttled_count
 from corewise.machine.layouts import assign, warning
-from corewise.records.build import Build, Plan, TensorSpec
-from corewise.records.cpu import Cpu
-from corewise.records.jsonable import from_json, to_json
+from corewise.records.build import Plan
+from corewise.records.measurement import LoadRun, Measurement
+from corewise.runtime import messages
 from corewise.runtime.instances import Instances, memory_bytes
 from corewise.runtime.loadgen import check_load, closed_loop, open_loop
-from corewise.runtime.measure import batch_of, measure, throughput_per_s, time_calls, warm_up
+from corewise.runtime.measure import batch_of, measure_instances, throughput_per_s, time_calls, warm_up
+from corewise.runtime.messages import Request
+from corewise.runtime.workspace import Workspace
 from corewise.samples import Samples
 
-MATERIAL = "material.json"
-PROGRAM = "program.pt2"
-CALIBRATION = "calibration.safetensors"
-HOLDOUT = "holdout.safetensors"
 LOAD_SAMPLES = 16
+ALONE_ROWS = 3
+"""Rows whose answers alone are compared with those in a batch."""
 MAX_WAITING = 1024
-"""Rows that may wait under a load; where requests have deadlines, those bound the queue first."""
+"""Rows that may wait under a load; deadlines bound the queue first where requests have them."""
+DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+LEAST_FREE_BYTES = 2**20
+"""A library may report a full disk in words of its own; less free space than this confirms it."""
 
 
-def write_build_inputs(folder: Path, material: BuildInputs) -> None:
-    """Describe ``material``, whose program and samples lie in ``folder`` already, for ``read_build_inputs``."""
-    about = {
-        "inputs": material.inputs,
-        "outputs": material.outputs,
-        "operators": material.operators,
-        "cpu": material.cpu,
-    }
-    (folder / MATERIAL).write_text(json.dumps(to_json(about)))
-
-
-def read_build_inputs(folder: Path) -> BuildInputs:
-    """The material that a folder holds; samples are read from their file when asked for."""
-    about = json.loads((folder / MATERIAL).read_text())
-    cache = folder / "cache"
-    cache.mkdir(exist_ok=True)
-    return BuildInputs(
-        program=folder / PROGRAM,
-        inputs=from_json(tuple[TensorSpec, ...], about["inputs"]),
-        outputs=from_json(tuple[TensorSpec, ...], about["outputs"]),
-        operators=about["operators"],
-        calibration=Samples.load(folder / CALIBRATION),
-        cpu=from_json(Cpu, about["cpu"]),
-        cache=cache,
-    )
-
-
-class Child:
-    """What the parent can ask for; each public method is one request."""
+class TrialChild:
+    """Answers requests about one payload at a time."""
 
     def __init__(self) -> None:
         self._instances: Instances | None = None
+        self._inputs: tuple[np.ndarray, ...] = ()
 
     def engine(self, name: str) -> Engine:
         """The engine that builds and opens."""
         return engine(name)
 
-    def prepare(self, cpus: list[int], path: list[str]) -> dict[str, Any]:
-        """Run on these hardware threads only, and import user code from ``path``."""
-        os.sched_setaffinity(0, cpus)
-        sys.path[:] = path
-        return {}
+    def answer(self, request: Request) -> messages.Answer:
+        """Do what is asked. Raises whatever the engine raises."""
+        match request:
+            case messages.Prepare():
+                return self._prepare(request)
+            case messages.BuildPayload():
+                return self._build(request)
+            case messages.OpenPayload():
+                return self._open(request)
+            case messages.ObserveInt8():
+                return self._observe_int8(request)
+            case messages.RunSamples():
+                return self._run_samples(request)
+            case messages.Measure():
+                return self._measure(request)
+            case messages.WarmUp():
+                return self._warm_up(request)
+            case messages.RunRound():
+                return self._run_round(request)
+            case messages.RunLoad():
+                return self._run_load(request)
+            case _:
+                assert_never(request)
 
-    def build(self, material: str, build: Any, folder: str) -> dict[str, Any]:
-        """Write the payload of ``build`` into ``folder``."""
-        wanted = from_json(Build, build)
-        notes = self.engine(wanted.engine).build(read_build_inputs(Path(material)), wanted, Path(folder))
-        return {"notes": list(notes)}
+    def _prepare(self, request: messages.Prepare) -> messages.Prepared:
+        os.sched_setaffinity(0, request.cpus)
+        sys.path[:] = request.path
+        return messages.Prepared()
 
-    def open(self, folder: str, build: Any, plan: Any) -> dict[str, Any]:
-        """Open the plan's instances of a payload in place of those open now, on what this process may use.
+    def _build(self, request: messages.BuildPayload) -> messages.BuiltPayload:
+        inputs = Workspace(request.workspace).read_build_inputs()
+        notes = self.engine(request.build.engine).build(inputs, request.build, request.payload)
+        return messages.BuiltPayload(notes=tuple(notes))
 
-        Answers the hardware threads of each, the memory that the second one took to open, and a warning where there
-        are more threads than can compute at once.
-        """
-        wanted, how, cpu = from_json(Build, build), from_json(Plan, plan), inspect()
+    def _open(self, request: messages.OpenPayload) -> messages.OpenedPayload:
+        plan, cpu = request.plan, inspect_cpu()
         self._close()
-        cpus = assign(cpu, how.threads_per_instance, how.instances)
-        self._instances = Instances(self.engine(wanted.engine), Path(folder), wanted, how, cpus)
-        return {
-            "cpus": [list(one) for one in cpus],
-            "memory_per_instance_bytes": self._instances.memory_per_instance_bytes,
-            "warning": warning(cpu, how.threads_per_instance, how.instances),
-        }
+        cpus = assign(cpu, plan.threads_per_instance, plan.instances)
+        self._instances = Instances(self.engine(request.build.engine), request.payload, request.build, plan, cpus)
+        return messages.OpenedPayload(
+            cpus=tuple(tuple(threads) for threads in cpus),
+            memory_per_instance_bytes=self._instances.memory_per_instance_bytes,
+            warning=warning(cpu, plan.threads_per_instance, plan.instances),
+        )
 
-    def receipt(self, folder: str, build: Any, plan: Any, samples: str) -> dict[str, Any]:
-        """Observe what a payload runs in int8; closes what is open, for memory need not hold the model twice."""
-        wanted, how = from_json(Build, build), from_json(Plan, plan)
-        self._close()
-        inputs = batch_of(Samples.load(Path(samples)), how.batch)
-        return {"receipt": to_json(self.engine(wanted.engine).receipt(Path(folder), wanted, how, inputs))}
+    def _observe_int8(self, request: messages.ObserveInt8) -> messages.ObservedInt8:
+        self._close()  # The memory need not hold the model twice.
+        inputs = batch_of(Samples.load(request.samples), request.plan.batch)
+        build_engine = self.engine(request.build.engine)
+        return messages.ObservedInt8(receipt=build_engine.receipt(request.payload, request.build, request.plan, inputs))
 
-    def outputs(self, samples: str, batch: int, path: str) -> dict[str, Any]:
-        """Run all samples on one instance and write the outputs: ``B.rows`` and ``B.K`` for batch B and output K.
-
-        Answers the items per second of the median batch: the first ones are slow, being cold.
-        """
+    def _run_samples(self, request: messages.RunSamples) -> messages.RanSamples:
+        """Writes ``B.rows`` and ``B.K`` for batch B and output K. The median batch leaves the cold first ones out."""
         from safetensors.numpy import save_file
 
         tensors = {}
         per_s = []
-        for number, (rows, arrays) in enumerate(Samples.load(Path(samples)).batches(batch)):
+        for number, (rows, arrays) in enumerate(Samples.load(request.samples).batches(request.batch)):
             start = time.perf_counter()
             results = self._opened().run(0, arrays)
             per_s.append(len(rows) / (time.perf_counter() - start))
             tensors[f"{number}.rows"] = rows
             tensors.update({f"{number}.{k}": array for k, array in enumerate(results)})
-        save_file(tensors, path)
-        return {"per_s": median(per_s)}
+        save_file(tensors, request.outputs)
+        return messages.RanSamples(per_s=median(per_s), alone_db=self._alone_db(request))
 
-    def measure(self, samples: str, plan: Any, budget_s: float) -> dict[str, Any]:
-        """Measure the open instances, all at work, under ``plan``."""
-        wanted, instances = from_json(Plan, plan), self._opened()
-        inputs = batch_of(Samples.load(Path(samples)), wanted.batch)
+    def _alone_db(self, request: messages.RunSamples) -> float:
+        """Run some rows of the first batch alone too."""
+        _, arrays = next(Samples.load(request.samples).batches(request.batch))
+        together = self._opened().run(0, arrays)
+        rows = range(min(ALONE_ROWS, len(arrays[0])))
+        alone = [self._opened().run(0, [array[row : row + 1] for array in arrays]) for row in rows]
+        answers = [np.concatenate(outputs) for outputs in zip(*alone, strict=True)]
+        return worst_row_db([output[: len(rows)] for output in together], answers)
+
+    def _measure(self, request: messages.Measure) -> Measurement:
+        instances = self._opened()
+        inputs = batch_of(Samples.load(request.samples), request.plan.batch)
         instances.touch(inputs)
-        measured = measure(
+        measurement = measure_instances(
             instances.each,
             inputs,
-            wanted,
-            budget_s=budget_s,
+            request.plan,
+            budget_s=request.budget_s,
             memory_per_instance_bytes=instances.memory_per_instance_bytes,
         )
-        return {"measurement": to_json(replace(measured, memory_bytes=memory_bytes()))}
+        return replace(measurement, memory_bytes=memory_bytes())
 
-    def enter_race(self, samples: str, batch: int, budget_s: float) -> dict[str, Any]:
-        """Warm up for ``round``."""
-        self._inputs = batch_of(Samples.load(Path(samples)), batch)
-        calls = self._opened().each(lambda session: warm_up(session, self._inputs, budget_s=budget_s))
-        return {"calls": sum(calls)}
+    def _warm_up(self, request: messages.WarmUp) -> messages.Warm:
+        self._inputs = batch_of(Samples.load(request.samples), request.batch)
+        calls = self._opened().each(lambda session: warm_up(session, self._inputs, budget_s=request.budget_s))
+        return messages.Warm(calls=sum(calls))
 
-    def round(self, budget_s: float) -> dict[str, Any]:
-        """Items per second over one round of an alternating run: whole calls, each instance's first one untimed."""
+    def _run_round(self, request: messages.RunRound) -> messages.RoundRate:
+        """Whole calls; each instance's first call is not timed."""
         instances = self._opened()
 
         def calls(session: Session) -> list[float]:
             session.run(self._inputs)
-            return time_calls(session, self._inputs, budget_s=budget_s, min_calls=1)
+            return time_calls(session, self._inputs, budget_s=request.budget_s, min_calls=1)
 
         before = throttled_count()
         per_s = throughput_per_s(len(self._inputs[0]), instances.each(calls))
-        return {"per_s": per_s, "throttled": throttled_count() - before}
+        return messages.RoundRate(per_s=per_s, throttled=throttled_count() - before)
 
-    def load(
-        self,
-        samples: str,
-        plan: Any,
-        curve: Any,
-        duration_s: float,
-        rate_per_s: float | None = None,
-        clients: int | None = None,
-        slo_ms: float | None = None,
-        seed: int = 0,
-    ) -> dict[str, Any]:
-        """Load the open instances through a batcher, which admits by ``curve``: at a rate, else by so many clients.
+    def _run_load(self, request: messages.RunLoad) -> LoadRun:
+        """Load the open instances through a batcher with requests of one row, some samples of one shape in turn.
 
-        Requests are of one row, some samples of one shape in turn. Some of the answers are checked to be their own
-        request's (``_Own``); others count as failed.
+        Some answers are checked to be their own request's (``_OwnAnswer``); others' answers count as failed.
         """
-        check_load(rate_per_s=rate_per_s, clients=clients, duration_s=duration_s, slo_ms=slo_ms)
-        wanted, instances = from_json(Plan, plan), self._opened()
-        held = Samples.load(Path(samples))
-        _, arrays = next(held.batches(LOAD_SAMPLES))
-        rows = [tuple(array[i : i + 1] for array in arrays) for i in range(len(arrays[0]))]
-        # Engines compile for a size when they first meet it: 1, 2, 4, ... and the plan's.
-        for size in sorted({*(2**k for k in range(wanted.batch.bit_length())), wanted.batch}):
-            for number in range(len(instances)):
-                instances.run(number, batch_of(held, size))
-        own = _Own([instances.run(0, row) for row in rows])
-        max_waiting = max(MAX_WAITING, wanted.batch, clients or 0)
-        policy = Policy(from_json(LatencyTable, curve), max_batch=wanted.batch, max_waiting=max_waiting)
-        timeout_s = inf if slo_ms is None else slo_ms / 1e3
+        check_load(
+            rate_per_s=request.rate_per_s,
+            clients=request.clients,
+            duration_s=request.duration_s,
+            slo_ms=request.slo_ms,
+        )
+        plan, instances = request.plan, self._opened()
+        samples = Samples.load(request.samples)
+        rows = self._load_rows(samples, plan)
+        own_answer = _OwnAnswer([instances.run(0, row) for row in rows])
+        policy = Policy(
+            request.table, max_batch=plan.batch, max_waiting=max(MAX_WAITING, plan.batch, request.clients or 0)
+        )
+        timeout_s = inf if request.slo_ms is None else request.slo_ms / 1e3
         before = throttled_count()
         with Batcher([partial(instances.run, number) for number in range(len(instances))], policy) as batcher:
             load = partial(
-                open_loop if clients is None else closed_loop,
+                open_loop if request.clients is None else closed_loop,
                 lambda k: batcher.submit(rows[k % len(rows)], timeout_s=timeout_s),
-                plan=wanted,
-                duration_s=duration_s,
-                slo_ms=slo_ms,
+                plan=plan,
+                duration_s=request.duration_s,
+                slo_ms=request.slo_ms,
                 refusal=NotServed,
-                check=own,
+                check=own_answer,
             )
-            run = load(rate_per_s=rate_per_s, seed=seed) if clients is None else load(clients=clients)
-        return {"load": to_json(replace(run, throttled=throttled_count() - before))}
+            if request.clients is None:
+                run = load(rate_per_s=request.rate_per_s, seed=request.seed)
+            else:
+                run = load(clients=request.clients)
+        return replace(run, throttled=throttled_count() - before)
+
+    def _load_rows(self, samples: Samples, plan: Plan) -> list[tuple[np.ndarray, ...]]:
+        """Requests of one row, after calls of all sizes: engines compile for a size when they first meet it."""
+        instances = self._opened()
+        _, arrays = next(samples.batches(LOAD_SAMPLES))
+        for size in sorted({*(2**k for k in range(plan.batch.bit_length())), plan.batch}):
+            for number in range(len(instances)):
+                instances.run(number, batch_of(samples, size))
+        return [tuple(array[i : i + 1] for array in arrays) for i in range(len(arrays[0]))]
 
     def _opened(self) -> Instances:
         if self._instances is None:
@@ -221,11 +222,11 @@ class Child:
         self._instances = None
 
 
-class _Own:
-    """Whether an answer is its request's own: none of the samples gave, alone, outputs that are nearer to it.
+class _OwnAnswer:
+    """Whether an answer is its request's own: no other sample alone has outputs that are nearer to it.
 
-    Equal it need not be, for calls of other sizes round differently. It looks at some answers and at some of their
-    values only, for it takes the time of an instance.
+    The outputs need not be equal, because calls of other sizes round differently. Some answers and some of their values
+    are checked, because checking takes time from the instances.
     """
 
     EVERY = 7
@@ -262,29 +263,35 @@ def peak_memory_bytes() -> int:
 
 def serve(channel: socket.socket) -> None:
     """Answer requests until the parent closes the channel."""
-    child = Child()
+    child = TrialChild()
     with channel.makefile("r", encoding="utf-8") as requests:
         for line in requests:
-            request = json.loads(line)
-            handler: Callable[..., dict[str, Any]] = getattr(child, request.pop("op"))
-            answer = _answer(handler, request)
-            answer["peak_memory_bytes"] = peak_memory_bytes()
-            channel.sendall(json.dumps(answer).encode() + b"\n")
+            result = _answer(child, messages.decode_request(line))
+            channel.sendall(messages.encode_reply(result, peak_memory_bytes()))
 
 
-def _answer(handler: Callable[..., dict[str, Any]], request: dict[str, Any]) -> dict[str, Any]:
+def _answer(child: TrialChild, request: Request) -> messages.Answer | messages.Failure:
     try:
-        return handler(**request)
+        return child.answer(request)
     except CorewiseError as error:
-        return {"error": str(error)}
+        return messages.Failure(text=str(error))
     except Exception as error:  # noqa: BLE001 - the trial boundary: whatever an engine raises is the trial's reason
-        return {"error": describe(error), "disk_full": "No space left" in str(error)}
+        return messages.Failure(text=describe(error), disk_full=_disk_full(error, request))
+
+
+def _disk_full(error: BaseException, request: Request) -> bool:
+    """Whether an error comes from a full disk, which ends the run and not the trial."""
+    chain: BaseException | None = error
+    while chain is not None:
+        if isinstance(chain, OSError) and chain.errno in DISK_FULL:
+            return True
+        chain = chain.__cause__ or chain.__context__
+    folder = getattr(request, "payload", None)
+    return folder is not None and folder.exists() and shutil.disk_usage(folder).free < LEAST_FREE_BYTES
 
 
 if __name__ == "__main__":
     # A hanging child must not outlive a parent that was killed: prctl(PR_SET_PDEATHSIG, SIGKILL), see prctl(2).
     ctypes.CDLL(None).prctl(1, signal.SIGKILL)
-    # OpenVINO and NNCF send usage data unless told not to; without this package they cannot.
-    sys.modules["openvino_telemetry"] = None  # type: ignore[assignment]
     warnings.simplefilter("ignore")
     serve(socket.socket(fileno=int(sys.argv[1])))

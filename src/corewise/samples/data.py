@@ -1,15 +1,12 @@
-"""The samples as a value: rows, labels and groups, their file, and the split."""
+"""The samples as a value: rows, labels and groups, what they are called, and the split."""
 
 import json
-from abc import abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from hashlib import sha256
-from math import prod
-from operator import itemgetter
+from itertools import chain
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,21 +15,20 @@ from corewise.common.errors import OutputError, SamplesError
 from corewise.common.nested import Structure
 from corewise.records.jsonable import from_json, to_json
 from corewise.records.report import Preprocess
-
-Array = NDArray[Any]
-Row = tuple[Array, ...]
-
-SAFETENSORS_DTYPES = {
-    "bool": "BOOL",
-    "uint8": "U8",
-    "int8": "I8",
-    "int16": "I16",
-    "int32": "I32",
-    "int64": "I64",
-    "float16": "F16",
-    "float32": "F32",
-    "float64": "F64",
-}
+from corewise.samples.drawing import draw
+from corewise.samples.labels import digest_bytes, label_tensors, stored_labels
+from corewise.samples.stored import (
+    Array,
+    FileRows,
+    LazyRows,
+    Row,
+    Shapes,
+    StoredFile,
+    Tensor,
+    row_tensors,
+    text_tensor,
+    write,
+)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -42,7 +38,15 @@ class Samples:
     ``rows`` holds each sample's input arrays without batch dimension, flat in the order of ``structure``, which is
     that of the call's (args, kwargs). Arrays may differ in shape between samples, not in rank or dtype. Samples
     with the same number in ``groups`` belong together (the two sentences of a pair) and are never split apart.
-    Raises ``SamplesError`` where there are none, or labels or groups of another length.
+
+    ``labels`` is an array (N, ...) of int64 or float64, or an object array (N,): of arrays where their sizes differ
+    (a label for each token), of dicts of arrays (boxes and classes of a detector), or of strings (transcripts).
+
+    ``numbers`` (N,) holds the user's own sample numbers and ``names`` file names or lines, where there are any:
+    ``describe`` says which sample a row is, also after a split. ``notes`` are sentences for the report: what was
+    skipped, set aside or drawn.
+
+    Raises ``SamplesError`` where there are no samples, or labels, groups, numbers or names of another length.
     """
 
     rows: Sequence[Row]
@@ -51,40 +55,65 @@ class Samples:
     groups: Array | None = None
     source: str = "python"
     preprocess: Preprocess | None = None
+    numbers: Array | None = None
+    names: Sequence[str] | None = None
+    notes: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         if not len(self.rows):
             raise SamplesError(f"there are no samples in {self.source}", "give at least 2; a few hundred are better")
-        for name, values in (("labels", self.labels), ("groups", self.groups)):
+        for field in ("labels", "groups", "numbers", "names"):
+            values = getattr(self, field)
             if values is not None and len(values) != len(self.rows):
                 raise SamplesError(
-                    f"{self.source} has {len(values)} {name} for {len(self.rows)} samples",
-                    f"give one of the {name} for each sample",
+                    f"{self.source} has {len(values)} {field} for {len(self.rows)} samples",
+                    f"give one of the {field} for each sample",
                 )
-            if values is not None and values.dtype.name not in SAFETENSORS_DTYPES:
-                raise SamplesError(f"the {name} of {self.source} are {values.dtype}", "give int64 or float64")
+        for field, values, kinds in (("labels", self.labels, "biufO"), ("groups", self.groups, "iu")):
+            if values is not None and values.dtype.kind not in kinds:
+                raise SamplesError(f"the {field} of {self.source} are {values.dtype}", "give int64 or float64")
 
     def __len__(self) -> int:
         return len(self.rows)
 
+    def describe(self, row: int) -> str:
+        """Which of the user's samples a row is: ``sample 40 (cat/3.jpg)``."""
+        number = row if self.numbers is None else int(self.numbers[row])
+        return sample_name(number, None if self.names is None else self.names[row])
+
+    @cached_property
+    def shapes(self) -> Sequence[Shapes]:
+        """The shapes of each sample's arrays; rows that lie in a file are not read for it."""
+        if isinstance(self.rows, LazyRows):
+            return self.rows.shapes
+        return [tuple(array.shape for array in row) for row in self.rows]
+
     def take(self, indices: Iterable[int] | Array) -> "Samples":
         """The samples at ``indices``, in that order."""
         chosen = np.asarray(list(indices), np.int64)
-        return Samples(
-            rows=_View(self.rows, chosen),
-            structure=self.structure,
+        return replace(
+            self,
+            rows=_View(self.rows, chosen, self),
             labels=None if self.labels is None else self.labels[chosen],
             groups=None if self.groups is None else self.groups[chosen],
-            source=self.source,
-            preprocess=self.preprocess,
+            numbers=chosen if self.numbers is None else self.numbers[chosen],
+            names=None if self.names is None else [self.names[index] for index in chosen],
         )
+
+    def draw(self, most: int | None, seed: int) -> "Samples":
+        """At most ``most`` samples, drawn with ``seed``, in the order they had; groups stay whole.
+
+        ``None`` takes all. Raises ``SamplesError`` where ``most`` is below 2.
+        """
+        chosen, notes = draw(len(self), most, seed, self.groups)
+        return replace(self.take(chosen), notes=(*self.notes, *notes)) if notes else self
 
     def batches(self, size: int) -> Iterator[tuple[NDArray[np.int64], Row]]:
         """Stacked inputs of at most ``size`` samples, with the samples' indices.
 
         Samples of different shapes never share a batch; those of one shape keep their order.
         """
-        waiting: dict[tuple[tuple[int, ...], ...], list[tuple[int, Row]]] = {}
+        waiting: dict[Shapes, list[tuple[int, Row]]] = {}
         for index, row in enumerate(self.rows):
             shapes = tuple(array.shape for array in row)
             members = waiting.setdefault(shapes, [])
@@ -98,28 +127,27 @@ class Samples:
     def fingerprint(self) -> str:
         """sha256 (hex) over the structure and every sample's inputs, label and group."""
         digest = sha256(json.dumps(self.structure.to_data()).encode())
-        for array in (*(array for row in self.rows for array in row), self.labels, self.groups):
-            digest.update(b"none" if array is None else f"{array.dtype.str}{array.shape}".encode() + array.tobytes())
+        for array in chain(chain.from_iterable(self.rows), (self.labels, self.groups)):
+            for part in digest_bytes(array):
+                digest.update(part)
         return digest.hexdigest()
 
     def save(self, path: Path) -> None:
-        """Write one ``.safetensors`` file that ``load`` reads row by row.
-
-        Input k of all samples is one flat tensor ``data.k`` with the samples' shapes, int64 (N, rank), in
-        ``shape.k``; the rest is JSON in the file's metadata. Raises ``OutputError``.
-        """
-        tensors: list[_Tensor] = []
-        for k, first in enumerate(self.rows[0]):
-            shapes = np.array([row[k].shape for row in self.rows], np.int64)
-            tensors.append(_Tensor(f"shape.{k}", shapes.dtype, shapes.shape, [shapes]))
-            size = int(shapes.prod(axis=1).sum())
-            tensors.append(_Tensor(f"data.{k}", first.dtype, (size,), map(itemgetter(k), self.rows)))
-        for name, values in (("labels", self.labels), ("groups", self.groups)):
+        """Write one ``.safetensors`` file that ``load`` reads row by row. Raises ``OutputError``."""
+        tensors = [*row_tensors(self.rows, self.shapes), *label_tensors(self.labels)]
+        for name, values in (("groups", self.groups), ("numbers", self.numbers)):
             if values is not None:
-                tensors.append(_Tensor(name, values.dtype, values.shape, [values]))
-        about = {"structure": self.structure.to_data(), "source": self.source, "preprocess": to_json(self.preprocess)}
+                tensors.append(Tensor.whole(name, values))
+        if self.names is not None:
+            tensors.append(text_tensor("names", self.names))
+        about = {
+            "structure": self.structure.to_data(),
+            "source": self.source,
+            "preprocess": to_json(self.preprocess),
+            "notes": list(self.notes),
+        }
         try:
-            _write_safetensors(path, tensors, {"corewise.samples": json.dumps(about)})
+            write(path, tensors, {"corewise.samples": json.dumps(about)})
         except OSError as error:
             raise OutputError(f"the samples cannot be written to {path}: {error.strerror}", "free space") from error
 
@@ -129,22 +157,29 @@ class Samples:
 
         Raises ``SamplesError`` where the file is missing, damaged or another one.
         """
-        from safetensors import SafetensorError, safe_open
+        from safetensors import SafetensorError
 
         try:
-            file: Any = safe_open(path, framework="numpy")
-            names = file.keys()
-            about = json.loads(file.metadata()["corewise.samples"])
+            file = StoredFile(path)
+            about = json.loads(file.metadata["corewise.samples"])
             return cls(
-                rows=_StoredRows(file),
+                rows=FileRows.stored(file),
                 structure=Structure.from_data(about["structure"]),
-                labels=file.get_tensor("labels") if "labels" in names else None,
-                groups=file.get_tensor("groups") if "groups" in names else None,
+                labels=stored_labels(file),
+                groups=file.array("groups") if "groups" in file.names else None,
+                numbers=file.array("numbers") if "numbers" in file.names else None,
+                names=file.texts("names") if "names" in file.names else None,
                 source=about["source"],
                 preprocess=from_json(Preprocess, about["preprocess"]) if about["preprocess"] else None,
+                notes=tuple(about.get("notes", ())),
             )
         except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
             raise SamplesError(f"{path} holds no samples of corewise: {error}", "write it with Samples.save") from error
+
+
+def sample_name(number: int, name: str | None = None) -> str:
+    """What messages call a sample: ``sample 40``, or ``sample 40 (cat/3.jpg)``."""
+    return f"sample {number} ({name})" if name else f"sample {number}"
 
 
 def default_calibration(count: int) -> int:
@@ -180,84 +215,27 @@ def split(samples: Samples, *, calibration: int, seed: int) -> tuple[Samples, Sa
     return samples.take(np.flatnonzero(calibrates)), samples.take(np.flatnonzero(~calibrates))
 
 
-class _Rows(Sequence[Row]):
-    """Rows that are made when they are asked for, by ``_row``."""
-
-    def __getitem__(self, index: Any) -> Any:
-        if isinstance(index, slice):
-            return [self._row(i) for i in range(*index.indices(len(self)))]
-        return self._row(range(len(self))[index])
-
-    @abstractmethod
-    def _row(self, index: int) -> Row: ...
-
-
-class _View(_Rows):
+class _View(LazyRows):
     """Some of the rows, in another order."""
 
-    def __init__(self, rows: Sequence[Row], indices: NDArray[np.int64]) -> None:
+    def __init__(self, rows: Sequence[Row], indices: NDArray[np.int64], of: Samples) -> None:
         self._rows = rows
         self._indices = indices
+        self._of = of
 
     def __len__(self) -> int:
         return len(self._indices)
+
+    @property
+    def shapes(self) -> Sequence[Shapes]:
+        """The shapes of those rows."""
+        shapes = self._of.shapes
+        return [shapes[index] for index in self._indices]
 
     def _row(self, index: int) -> Row:
         return self._rows[int(self._indices[index])]
 
 
-class _StoredRows(_Rows):
-    """The rows of a file that ``Samples.save`` wrote; reading one touches only its own bytes of the file."""
-
-    def __init__(self, file: Any) -> None:
-        inputs = sum(name.startswith("shape.") for name in file.keys())  # noqa: SIM118
-        self._shapes = [file.get_tensor(f"shape.{k}") for k in range(inputs)]
-        self._data = [file.get_slice(f"data.{k}") for k in range(inputs)]
-        self._ends = [np.cumsum(shapes.prod(axis=1)) for shapes in self._shapes]
-
-    def __len__(self) -> int:
-        return len(self._shapes[0])
-
-    def _row(self, index: int) -> Row:
-        row = []
-        for shapes, data, ends in zip(self._shapes, self._data, self._ends, strict=True):
-            shape, end = tuple(shapes[index]), int(ends[index])
-            row.append(data[end - prod(shape) : end].reshape(shape))
-        return tuple(row)
-
-
-@dataclass(frozen=True)
-class _Tensor:
-    """A tensor to be written, in pieces."""
-
-    name: str
-    dtype: "np.dtype[Any]"
-    shape: tuple[int, ...]
-    pieces: Iterable[Array]
-
-
 def _stack(members: list[tuple[int, Row]]) -> tuple[NDArray[np.int64], Row]:
     indices, rows = zip(*members, strict=True)
     return np.array(indices, np.int64), tuple(np.stack(column) for column in zip(*rows, strict=True))
-
-
-def _write_safetensors(path: Path, tensors: list[_Tensor], metadata: dict[str, str]) -> None:
-    """The format of https://github.com/huggingface/safetensors: header size, JSON header, data.
-
-    Written piece by piece, so that no second copy of the data is in memory.
-    """
-    header: dict[str, Any] = {"__metadata__": metadata}
-    end = 0
-    for tensor in tensors:
-        start, end = end, end + prod(tensor.shape) * tensor.dtype.itemsize
-        header[tensor.name] = {
-            "dtype": SAFETENSORS_DTYPES[tensor.dtype.name],
-            "shape": list(tensor.shape),
-            "data_offsets": [start, end],
-        }
-    text = json.dumps(header).encode()
-    with path.open("wb") as file:
-        file.write(len(text).to_bytes(8, "little") + text)
-        for tensor in tensors:
-            for piece in tensor.pieces:
-                file.write(piece.tobytes())

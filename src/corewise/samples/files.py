@@ -1,178 +1,145 @@
-"""Samples from image folders, array files and users' functions."""
+"""Samples from what a reference names: a folder, a file, or a user's function."""
 
-import csv
+import os
+import warnings
 import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
-from corewise.common.errors import MissingExtra, SamplesError
-from corewise.common.references import call_reference, find_reference, guard
+from corewise.common.errors import SamplesError
+from corewise.common.references import call_reference
 from corewise.records.report import Preprocess
-from corewise.samples.data import Array, Samples
-from corewise.samples.python import collect, from_python, unstack
-
-if TYPE_CHECKING:
-    from PIL.Image import Image
-
-Preprocessor = Callable[["Image"], Any]
-Transform = Callable[["Image", str], Any]
-"""An image and its name, for messages, to the model's input."""
+from corewise.samples.data import Samples, sample_name
+from corewise.samples.drawing import MAX_SAMPLES
+from corewise.samples.folders import read_folder
+from corewise.samples.images import ImageReader, Preprocessor, is_image
+from corewise.samples.labels import stack_labels
+from corewise.samples.python import RAW_FIXES, raw_from_python, unstack
+from corewise.samples.raw import NOUNS, RawSamples
+from corewise.samples.stored import Array
+from corewise.samples.tables import READERS, read_table
+from corewise.samples.tensors import Item, collect, number_groups
+from corewise.samples.texts import Columns
 
 LABEL_KEYS = ("labels", "label", "y")
-IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".ppm", ".pgm")
 
 
 def read(
-    reference: str, preprocess: Preprocess | None = None, preprocess_function: str | Preprocessor | None = None
+    reference: str,
+    preprocess: Preprocess | None = None,
+    preprocess_function: str | Preprocessor | None = None,
+    *,
+    tensorize: Callable[[Any], Any] | None = None,
+    text: str | None = None,
+    pair: str | None = None,
+    label: str | None = None,
+    max_samples: int | None = None,
+    seed: int = 0,
+    allow_empty: bool = False,
+    spool: Path | None = None,
 ) -> Samples:
-    """The samples that ``reference`` names. Raises ``SamplesError``.
+    """The samples that ``reference`` names, as tensors.
 
-    - a folder of images: with ``labels.csv`` (columns ``file`` and ``label``, files relative to the folder), or with
-      one folder for each class (sorted names are classes 0, 1, ...), or images alone, which have no labels;
-    - ``.npz`` or ``.safetensors``: ``labels`` (``label``, ``y``) and ``groups`` are what they say, a single other array
-      is the model's positional input, several are keyword inputs; uint8 arrays (N, H, W, 3 or 1) are images;
-    - ``module:function`` or ``file.py:function``: what the function returns goes through ``from_python``.
+    Args:
+        reference: As ``read_raw`` takes it.
+        preprocess: How images become inputs: float32 (C, crop, crop); ImageNet's usual way by default.
+        preprocess_function: Does it instead: itself or its reference. Takes an RGB PIL image, returns one input.
+        tensorize: Makes one sample's inputs of a text, a pair of texts or a recording's path (see
+            ``RawSamples.tensors``); without it such samples are an error.
+        text: As ``read_raw`` takes it, as are the other arguments.
 
-    An image becomes the input by ``preprocess``, or by ``preprocess_function`` (itself or its reference), which takes
-    an RGB PIL image and returns the input, without batch dimension.
+    Raises:
+        SamplesError: Naming what is wrong and where.
+        OutputError: Where the temporary file cannot be written.
+        MissingExtra: Where Pillow, pyarrow or soundfile is needed and not installed.
+    """
+    reader = ImageReader(preprocess or Preprocess(), preprocess_function)
+    gathered = read_raw(
+        reference,
+        text=text,
+        pair=pair,
+        label=label,
+        max_samples=max_samples,
+        seed=seed,
+        allow_empty=allow_empty,
+        spool=spool,
+    )
+    if isinstance(gathered, Samples):
+        return gathered
+    if tensorize is not None:
+        return gathered.tensors(tensorize, spool=spool)
+    if gathered.kind != "image":
+        raise SamplesError(f"there are {NOUNS[gathered.kind]} in {reference}", RAW_FIXES[gathered.kind])
+    threads = len(os.sched_getaffinity(0)) if reader.threads_allowed else 1
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", module=r"PIL\.")  # damaged EXIF data and the like
+        samples = gathered.tensors(reader, preprocess=reader.preprocess, spool=spool, threads=threads)
+    return replace(samples, notes=(*samples.notes, *reader.notes()))
+
+
+def read_raw(
+    reference: str,
+    *,
+    text: str | None = None,
+    pair: str | None = None,
+    label: str | None = None,
+    max_samples: int | None = None,
+    seed: int = 0,
+    allow_empty: bool = False,
+    spool: Path | None = None,
+) -> Samples | RawSamples:
+    """The samples that ``reference`` names, raw where they are raw.
+
+    Args:
+        reference: One of
+
+            - a folder of images or recordings (see ``read_folder``);
+            - a file of texts: ``.txt``, ``.csv``, ``.tsv``, ``.jsonl`` or ``.parquet`` (see ``read_table``);
+            - ``.npz`` or ``.safetensors``: ``labels`` (``label``, ``y``) and ``groups`` are what they say, a single
+              other array is the model's positional input, several are keyword inputs; uint8 arrays (N, H, W, 3 or 1)
+              are images;
+            - ``module:function`` or ``file.py:function``: what the function returns goes through ``raw_from_python``.
+        text: The column of a table, or key of a dict, that is the text.
+        pair: The one that is the second text of a pair.
+        label: The one that is the label.
+        max_samples: Draw at most this many; by default 2,000 of what a folder or file of texts holds, else all.
+        seed: Seed of the draw.
+        allow_empty: Let an empty class folder keep its number.
+        spool: Folder for a temporary file that keeps what is large; the system's by default.
+
+    Raises:
+        SamplesError: Naming what is wrong and where.
+        MissingExtra: Where Pillow or pyarrow is needed and not installed.
     """
     path = Path(reference)
-    preprocess = preprocess or Preprocess()
-    if path.is_dir():
-        transform, used = _transform(preprocess, preprocess_function)
-        items = ((transform(_open_image(file), str(file)), label) for file, label in _list_images(path))
-        return collect(items, source=reference, preprocess=used)
-    if path.suffix in (".npz", ".safetensors"):
-        if not path.is_file():
-            raise SamplesError(f"there is no file {reference}", "check the path")
-        arrays = _read_npz(path) if path.suffix == ".npz" else _read_safetensors(path)
-        return _from_arrays(arrays, reference, *_transform(preprocess, preprocess_function))
-    if ":" in reference:
-        return from_python(call_reference(reference, SamplesError, "samples function"), source=reference)
-    raise SamplesError(
-        f"there are no samples at {reference}",
-        "give a folder of images, an .npz or .safetensors file, or module:function",
-    )
-
-
-def _list_images(folder: Path) -> list[tuple[Path, int | None]]:
-    """The folder's image files with their labels."""
-    if (folder / "labels.csv").is_file():
-        return list(_list_labelled(folder))
-    images = _images_in(folder)
-    classes = [(child, files) for child in sorted(folder.iterdir()) if child.is_dir() and (files := _images_in(child))]
-    if images and classes:
-        raise SamplesError(
-            f"{folder} has images beside the folder {classes[0][0].name}", "use either class folders or a flat folder"
-        )
-    if len(classes) == 1:
-        raise SamplesError(
-            f"{folder} has the single class folder {classes[0][0].name}",
-            f"give {classes[0][0]} for images without labels, or write {folder / 'labels.csv'}",
-        )
-    if not images and not classes:
-        raise SamplesError(
-            f"there are no images in {folder}", f"give images ({' '.join(IMAGE_SUFFIXES)}), class folders or labels.csv"
-        )
-    return [(file, None) for file in images] + [(file, n) for n, (_, files) in enumerate(classes) for file in files]
-
-
-def _images_in(folder: Path) -> list[Path]:
-    return sorted(f for f in folder.iterdir() if f.suffix.lower() in IMAGE_SUFFIXES and not f.name.startswith("."))
-
-
-def _list_labelled(folder: Path) -> Iterator[tuple[Path, int]]:
-    table = folder / "labels.csv"
-    try:
-        with table.open(encoding="utf-8-sig", newline="") as lines:
-            rows = list(csv.DictReader(lines))
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise SamplesError(f"{table} cannot be read: {error}", "save it as CSV in UTF-8") from error
-    if rows and not {"file", "label"} <= set(rows[0]):
-        raise SamplesError(f"{table} has the columns {', '.join(map(str, rows[0]))}", "name two of them file and label")
-    for line, row in enumerate(rows, start=2):
-        label = (row["label"] or "").strip()
-        if not label.isdecimal():
-            raise SamplesError(f"{table} line {line}: the label {label!r} is no integer", "number the classes from 0")
-        file = folder / (row["file"] or "")
-        if not file.is_file():
+    columns = Columns(text, pair, label)
+    suffix = path.suffix.lower()
+    if not path.is_dir() and suffix not in (*READERS, ".npz", ".safetensors"):
+        if ":" not in reference:
             raise SamplesError(
-                f"{table} line {line}: there is no file {row['file']!r}", f"name files relative to {folder}"
+                f"there are no samples at {reference}",
+                f"give a folder of images or recordings, a file ({', '.join(READERS)}, .npz, .safetensors), "
+                "or module:function",
             )
-        yield file, int(label)
-
-
-def _pil() -> Any:
-    try:
-        from PIL import Image
-    except ImportError:
-        raise MissingExtra("pillow", "optimize", "reading images") from None
-    return Image
-
-
-def _open_image(file: Path) -> "Image":
-    pil = _pil()
-    try:
-        image: Image = pil.open(file)
-        with image:
-            image.load()
-        return image
-    except (OSError, SyntaxError, ValueError, pil.DecompressionBombError) as error:
-        raise SamplesError(f"the image {file} cannot be decoded: {error}", "replace or remove it") from error
-
-
-def _transform(preprocess: Preprocess, function: str | Preprocessor | None) -> tuple[Transform, Preprocess]:
-    """What makes an image a model's input, and the ``Preprocess`` that says so."""
-    if function is not None:
-        chosen = (
-            find_reference(function, SamplesError, "preprocess function") if isinstance(function, str) else function
+        made = call_reference(reference, SamplesError, "samples function")
+        return raw_from_python(
+            made, text=text, pair=pair, label=label, source=reference, max_samples=max_samples, seed=seed, spool=spool
         )
-
-        def call(image: "Image", name: str) -> Any:
-            with guard(SamplesError, f"the preprocess function failed on {name}"):
-                return chosen(image.convert("RGB"))
-
-        name = function if isinstance(function, str) else f"{function.__module__}:{function.__qualname__}"
-        return call, Preprocess(function=name)
-    channels = len(preprocess.mean)
-    if channels not in (1, 3) or len(preprocess.std) != channels or 0 in preprocess.std:
-        raise SamplesError(
-            f"mean {preprocess.mean} and std {preprocess.std} do not fit",
-            "give 3 numbers each for RGB or 1 for grey, std not 0",
-        )
-    if not 1 <= preprocess.crop <= preprocess.resize:
-        raise SamplesError(
-            f"crop {preprocess.crop} does not fit into resize {preprocess.resize}", "choose crop between 1 and resize"
-        )
-    return lambda image, name: _normalised(image, preprocess), preprocess
-
-
-def image_array(image: "Image", preprocess: Preprocess) -> NDArray[np.float32]:
-    """One image as a model's input, float32 (3, crop, crop), as ``read`` makes it.
-
-    Raises ``SamplesError`` where ``preprocess`` is a function of the user's, which is not run for strangers' images.
-    """
-    if preprocess.function is not None:
-        raise SamplesError(f"images are prepared by {preprocess.function}, which is not here", "send tensors")
-    return _normalised(image, preprocess)
-
-
-def _normalised(image: "Image", preprocess: Preprocess) -> NDArray[np.float32]:
-    """(C, crop, crop) as torchvision's Resize, CenterCrop, ToTensor, Normalize make it of a PIL image."""
-    image = image.convert("L" if len(preprocess.mean) == 1 else "RGB")
-    short, crop = min(image.size), preprocess.crop
-    if short != preprocess.resize:
-        size = [preprocess.resize * side // short for side in image.size]
-        image = image.resize((size[0], size[1]), _pil().Resampling[preprocess.interpolation.upper()])
-    left, top = (round((side - crop) / 2) for side in image.size)
-    pixels = np.asarray(image.crop((left, top, left + crop, top + crop)), np.float32).reshape(crop, crop, -1)
-    mean, std = np.array(preprocess.mean, np.float32), np.array(preprocess.std, np.float32)
-    scaled = (pixels / np.float32(255) - mean) / std
-    return np.ascontiguousarray(scaled.transpose(2, 0, 1))
+    if any(columns) and (path.is_dir() or suffix not in READERS):
+        raise SamplesError(f"{reference} has no columns of texts", "leave out text, pair and label")
+    if path.is_dir():
+        folder = read_folder(path, max_samples=max_samples or MAX_SAMPLES, seed=seed, allow_empty=allow_empty)
+        return replace(folder, source=reference)
+    if not path.is_file():
+        raise SamplesError(f"there is no file {reference}", "check the path")
+    if suffix in READERS:
+        return replace(read_table(path, columns, max_samples=max_samples or MAX_SAMPLES, seed=seed), source=reference)
+    arrays = _read_npz(path) if suffix == ".npz" else _read_safetensors(path)
+    return _from_arrays(arrays, reference).draw(max_samples, seed)
 
 
 def _read_npz(path: Path) -> dict[str, Array]:
@@ -198,24 +165,25 @@ def _read_safetensors(path: Path) -> dict[str, Array]:
         raise SamplesError(f"{path} cannot be read: {error}", "write it with safetensors.numpy.save_file") from error
 
 
-def _from_arrays(arrays: dict[str, Array], source: str, transform: Transform, preprocess: Preprocess) -> Samples:
+def _from_arrays(arrays: dict[str, Array], source: str) -> Samples | RawSamples:
     labels = next((arrays.pop(key) for key in LABEL_KEYS if key in arrays), None)
     groups = arrays.pop("groups", None)
     if not arrays:
         raise SamplesError(f"{source} has no inputs", "add an array beside labels and groups")
-    has_images = any(_is_image(array[0]) for array in arrays.values() if array.ndim and len(array))
-
-    def prepared(inputs: Any, name: str) -> Any:
-        if isinstance(inputs, dict):
-            return {key: prepared(value, f"{key} of {name}") for key, value in inputs.items()}
-        if not _is_image(inputs):
-            return inputs
-        return transform(_pil().fromarray(inputs.squeeze(-1) if inputs.shape[2] == 1 else inputs), name)
-
-    stacked = unstack(arrays if len(arrays) > 1 else next(iter(arrays.values())), labels, source)
-    items = ((prepared(inputs, f"sample {number}"), label) for number, (inputs, label) in enumerate(stacked))
-    return collect(items, groups=groups, source=source, preprocess=preprocess if has_images else None)
-
-
-def _is_image(array: Array) -> bool:
-    return array.dtype == np.uint8 and array.ndim == 3 and array.shape[2] in (1, 3)
+    pairs = list(unstack(arrays if len(arrays) > 1 else next(iter(arrays.values())), labels, source))
+    if groups is not None and len(groups) != len(pairs):
+        raise SamplesError(f"{source} has {len(groups)} groups for {len(pairs)} samples", "give one for each sample")
+    if not any(array.ndim and len(array) and is_image(array[0]) for array in arrays.values()):
+        belongs = [None] * len(pairs) if groups is None else groups
+        items = (
+            Item(number, inputs, label, group=group)
+            for number, ((inputs, label), group) in enumerate(zip(pairs, belongs, strict=True))
+        )
+        return collect(items, source=source)
+    return RawSamples(
+        kind="image",
+        items=[inputs for inputs, _ in pairs],
+        labels=stack_labels([label for _, label in pairs], sample_name, source),
+        groups=None if groups is None else number_groups(list(groups)),
+        source=source,
+    )

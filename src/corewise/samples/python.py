@@ -1,190 +1,350 @@
-"""Samples from Python objects: lists, datasets, loaders, stacked arrays."""
+"""Samples from Python objects: lists, datasets, loaders, stacked arrays, what tokenizers give, and raw items."""
 
 from collections.abc import Iterable, Iterator, Mapping
-from itertools import count
-from typing import Any
+from dataclasses import replace
+from itertools import chain, count
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from corewise.common import nested
 from corewise.common.errors import InputError, SamplesError
 from corewise.common.references import guard
-from corewise.records.report import Preprocess
-from corewise.samples.data import Array, Row, Samples
+from corewise.samples import encodings
+from corewise.samples.data import Samples
+from corewise.samples.drawing import draw
+from corewise.samples.images import is_pil
+from corewise.samples.raw import NOUNS, RawItem, RawKind, RawSamples, gather
+from corewise.samples.stored import Array, Spool, to_array
+from corewise.samples.tensors import Item, collect
+from corewise.samples.texts import GUESSED, TEXT_COLUMNS, Columns, text_problem
 
-Item = tuple[Any, Any]
+RAW_FIXES: dict[RawKind, str] = {
+    "text": "give a model that brings its tokenizer, or tokenize them: a dict of input_ids and attention_mask each",
+    "pair": "give a model that brings its tokenizer, or tokenize them: a dict of input_ids and attention_mask each",
+    "image": "give arrays, or a folder of images with a preprocess function",
+    "audio": "give arrays",
+}
+
+Pair = tuple[Any, Any]
 """A sample's inputs and its label (or ``None``)."""
 
-INPUT_DTYPES = ("bool", "uint8", "int8", "int16", "int32", "int64", "float16", "float32")
 
+def from_python(
+    samples: Any,
+    *,
+    groups: Any = None,
+    source: str = "python",
+    max_samples: int | None = None,
+    seed: int = 0,
+    spool: Path | None = None,
+) -> Samples:
+    """Samples of tensors from Python objects.
 
-def from_python(samples: Any, *, groups: Any = None, source: str = "python") -> Samples:
-    """Samples from Python objects: ``Samples`` (as they are), or one of
+    ``Samples`` are taken as they are; else ``samples`` is one of
 
     - a torch ``DataLoader`` (anything with ``batch_size`` and ``dataset``): yields batches, which are taken apart;
     - a dict of stacked values ``{"inputs": ..., "labels": ..., "groups": ...}``, the last two optional;
+    - a dict of columns, as a tokenizer returns for several texts: keyword inputs, ``labels`` and ``groups`` aside;
     - a list, dataset or other iterable of single samples without batch dimension.
 
     A sample or batch that is a list or tuple of two is (inputs, label), where the label may be ``None``; anything
-    else is inputs. Inputs that are a tuple or list call ``model(*inputs)``, a dict ``model(**inputs)``, anything else
-    ``model(inputs)``. Arrays are numpy arrays or torch tensors; float64 becomes float32. ``groups`` numbers the
-    samples that belong together. Raises ``SamplesError`` naming the sample.
+    else is inputs. Inputs that are a tuple or list call ``model(*inputs)``, a dict ``model(**inputs)`` without its
+    ``labels``, which are the label; anything else ``model(inputs)``. A tokenizer's output for one text may be lists,
+    and may have a batch dimension of 1.
+
+    Args:
+        samples: Numpy arrays or torch tensors in one of these forms; float64 becomes float32.
+        groups: Numbers of the samples that belong together, one for each sample.
+        source: What messages and the report call them.
+        max_samples: Draw at most this many; of what has a length, only those are asked for.
+        seed: Seed of the draw.
+        spool: Folder for a temporary file, for what an iterable makes beyond 64 MiB; the system's by default.
+
+    Raises:
+        SamplesError: Naming the sample, and where the samples are raw (``raw_from_python`` takes those).
+        OutputError: Where the temporary file cannot be written.
+
+    Example:
+        >>> samples = from_python([(np.zeros(3, np.float32), 0), (np.ones(3, np.float32), 1)])
+        >>> len(samples), samples.labels
+        (2, array([0, 1]))
     """
-    if isinstance(samples, Samples):
-        return samples
+    gathered = raw_from_python(samples, groups=groups, source=source, max_samples=max_samples, seed=seed, spool=spool)
+    if isinstance(gathered, RawSamples):
+        raise SamplesError(f"{source} gives {NOUNS[gathered.kind]}", RAW_FIXES[gathered.kind])
+    return gathered
+
+
+def raw_from_python(
+    samples: Any,
+    *,
+    text: str | None = None,
+    pair: str | None = None,
+    label: str | None = None,
+    groups: Any = None,
+    source: str = "python",
+    max_samples: int | None = None,
+    seed: int = 0,
+    spool: Path | None = None,
+) -> Samples | RawSamples:
+    """Samples from Python objects, raw where they are raw.
+
+    Beside what ``from_python`` takes: strings, pairs of strings, PIL images, paths and content (``bytes``) of images,
+    each alone or as (item, label); dicts, or a pandas ``DataFrame``, with the columns ``text``, ``pair`` and ``label``.
+
+    Args:
+        samples: What holds them.
+        text: Which key of a dict is the text; ``text`` or ``sentence`` by default.
+        pair: Which key is the second text of a pair.
+        label: Which key is the label; ``label`` or ``labels`` by default.
+        groups: As in ``from_python``, as are ``source``, ``max_samples``, ``seed`` and ``spool``.
+
+    Raises:
+        SamplesError: Naming the sample.
+        OutputError: Where the temporary file cannot be written.
+
+    Example:
+        >>> raw_from_python(["a text", "another one"]).kind
+        'text'
+    """
+    if isinstance(samples, Samples | RawSamples):
+        return samples.draw(max_samples, seed)
+    stream = _stream(samples, groups, source, max_samples, seed)
+    first = next(stream.singles, None)
+    if first is None:
+        raise SamplesError(f"there are no samples in {source}", "give at least 2; a few hundred are better")
+    singles = chain([first], stream.singles)
+    columns = Columns(text, pair, label)
+    kind = _raw_kind(first.sample, columns)
+    options: dict[str, Any] = {"source": source, "max_samples": stream.max_samples, "seed": seed}
+    made: Samples | RawSamples
+    if kind is None:
+        made = collect(_items(singles, source), spool=Spool(spool) if stream.is_made else None, **options)
+    else:
+        made = gather(_raw_items(singles, kind, columns, source), kind, **options)
+    made = replace(made, notes=(*made.notes, *stream.notes))
+    return made if made.groups is None else made.draw(max_samples, seed)
+
+
+class _Single(NamedTuple):
+    """A sample as the user has it, with the user's number for it."""
+
+    number: int
+    sample: Any
+    group: int | None = None
+
+
+class _Stream(NamedTuple):
+    """Samples one after the other.
+
+    ``max_samples`` of them are to be drawn as they come: not where that is done, or where they are in groups, which
+    are drawn as a whole. ``is_made``: the samples come into being now, so that the user does not hold them.
+    """
+
+    singles: Iterator[_Single]
+    max_samples: int | None = None
+    is_made: bool = False
+    notes: tuple[str, ...] = ()
+
+
+def _stream(samples: Any, groups: Any, source: str, max_samples: int | None, seed: int) -> _Stream:
+    if hasattr(samples, "to_dict") and hasattr(samples, "iloc"):
+        samples = samples.to_dict("records")  # a pandas DataFrame
     if isinstance(samples, Mapping):
-        if "inputs" not in samples or not set(samples) <= {"inputs", "labels", "groups"}:
-            raise SamplesError(
-                f"the dict from {source} has the keys {', '.join(map(str, samples))}",
-                "give inputs and, where there are any, labels and groups",
-            )
-        items = unstack(samples["inputs"], samples.get("labels"), source)
-        return collect(items, groups=samples.get("groups", groups), source=source)
+        groups = samples.get("groups", groups)
+        return _grouped(enumerate(_from_mapping(samples, source)), groups, source, max_samples, is_made=False)
     if isinstance(samples, str | bytes) or not (hasattr(samples, "__iter__") or hasattr(samples, "__getitem__")):
         raise SamplesError(f"{source} gives {type(samples).__name__}", "give a list, a dict or a DataLoader of samples")
     if hasattr(samples, "dataset") and (
         getattr(samples, "batch_size", None) is not None or getattr(samples, "batch_sampler", None) is not None
     ):
-        batches = (_pair(batch) for batch in _guarded(samples, f"batch {{}} of {source}"))
-        items = (item for inputs, labels in batches for item in unstack(inputs, labels, source))
-    else:
-        # A dataset without __iter__ need not end with IndexError, as Python's iteration expects.
-        single = samples if hasattr(samples, "__iter__") else (samples[i] for i in range(len(samples)))
-        items = (_pair(sample) for sample in _guarded(single, f"sample {{}} of {source}"))
-    return collect(items, groups=groups, source=source)
+        batches = _guarded(samples, f"batch {{}} of {source}", count())
+        singles = (single for _, batch in batches for single in _from_batch(batch, source))
+        return _grouped(enumerate(singles), groups, source, max_samples, is_made=True)
+    place = f"sample {{}} of {source}"
+    is_made = not isinstance(samples, list | tuple)
+    if groups is None and max_samples is not None and hasattr(samples, "__len__") and hasattr(samples, "__getitem__"):
+        chosen, notes = draw(len(samples), max_samples, seed)
+        drawn = _guarded((samples[number] for number in chosen), place, iter(chosen))
+        return _Stream((_Single(number, sample) for number, sample in drawn), None, is_made, notes)
+    # A dataset without __iter__ need not end with IndexError, as Python's iteration expects.
+    everything = samples if hasattr(samples, "__iter__") else (samples[number] for number in range(len(samples)))
+    return _grouped(_guarded(everything, place, count()), groups, source, max_samples, is_made)
 
 
-def collect(items: Iterable[Item], *, source: str, groups: Any = None, preprocess: Preprocess | None = None) -> Samples:
-    """Check every sample and bring it to one form."""
-    rows: list[Row] = []
-    labels: list[Any] = []
-    structure = None
-    names: tuple[str, ...] = ()
-    for number, (inputs, label) in enumerate(items):
-        args, kwargs = _call(inputs)
-        try:
-            if structure is None:
-                leaves, structure = nested.flatten((args, kwargs), "inputs")
-                names = nested.input_names(structure)
-                if not names:
-                    raise InputError("there is no array", "give numpy arrays or torch tensors")
-            else:
-                leaves = nested.match_call(structure, args, kwargs)
-        except InputError as error:
-            raise SamplesError(f"sample {number} of {source}: {error.what}", error.fix) from error
-        where = [f"sample {number} of {source}: {name}" for name in names]
-        row = tuple(map(_input, leaves, where))
-        _check_like(row, rows[0] if rows else row, where)
-        rows.append(row)
-        labels.append(label)
-    if structure is None:
-        raise SamplesError(f"there are no samples in {source}", "give at least 2; a few hundred are better")
-    return Samples(
-        rows=rows,
-        structure=structure,
-        labels=_labels(labels, source),
-        groups=None if groups is None else np.unique(_array(groups, f"groups of {source}"), return_inverse=True)[1],
-        source=source,
-        preprocess=preprocess,
-    )
+def _grouped(
+    samples: Iterable[tuple[int, Any]], groups: Any, source: str, max_samples: int | None, is_made: bool
+) -> _Stream:
+    """A stream of numbered samples with their groups, where there are any."""
+    if groups is None:
+        return _Stream((_Single(number, sample) for number, sample in samples), max_samples, is_made)
+    return _Stream(_with_groups(samples, to_array(groups, f"groups of {source}"), source), None, is_made)
 
 
-def _guarded(items: Iterable[Any], what: str) -> Iterator[Any]:
-    """``items``, whose code is the user's and may raise anything; ``what`` has a place for the number."""
+def _with_groups(samples: Iterable[tuple[int, Any]], groups: Array, source: str) -> Iterator[_Single]:
+    seen = 0
+    for number, sample in samples:
+        seen += 1
+        if number < len(groups):
+            yield _Single(number, sample, groups[number])
+    if len(groups) != seen:
+        raise SamplesError(f"{source} has {len(groups)} groups for {seen} samples", "give one for each sample")
+
+
+def _items(singles: Iterable[_Single], source: str) -> Iterator[Item]:
+    """Samples as items; what a tokenizer gave for several texts becomes several, each with a number of its own."""
+    further = 0
+    for number, sample, group in singles:
+        number += further
+        inputs, label = _pair(sample)
+        where = f"sample {number} of {source}"
+        is_several = encodings.is_encoding(inputs) and encodings.is_several(inputs)
+        if isinstance(inputs, Mapping) and label is None:
+            inputs, label = encodings.pop_label(inputs)
+        if not is_several:
+            yield Item(number, encodings.single(inputs, where), label, group=group)
+            continue
+        several = list(encodings.rows(inputs, where))
+        labels = label if hasattr(label, "__len__") and len(label) == len(several) else [label] * len(several)
+        for place, (row, its_label) in enumerate(zip(several, labels, strict=True)):
+            yield Item(number + place, encodings.arrays(row, where), its_label, group=group)
+        further += len(several) - 1
+
+
+def _raw_kind(sample: Any, columns: Columns) -> RawKind | None:
+    """What raw samples are, by the first one; ``None`` for tensors."""
+    if isinstance(sample, Mapping):
+        name = columns.text or next((name for name in TEXT_COLUMNS if name in sample), "")
+        if encodings.is_encoding(sample) or not isinstance(sample.get(name), str):
+            return None
+        return "pair" if columns.pair else "text"
+    value, _ = _raw_pair(sample)
+    if isinstance(value, str):
+        return "text"
+    if isinstance(value, Path | bytes) or is_pil(value):
+        return "image"
+    return "pair" if _is_text_pair(value) else None
+
+
+def _raw_items(singles: Iterable[_Single], kind: RawKind, columns: Columns, source: str) -> Iterator[RawItem]:
+    resolved: Columns | None = None
+    for number, sample, group in singles:
+        if isinstance(sample, Mapping):
+            resolved = resolved or columns.resolve(list(sample), source)
+            value, label, problem = resolved.item(sample)
+        else:
+            value, label = _raw_pair(sample)
+            problem = _raw_problem(value, kind)
+        yield RawItem(number, value, label, problem=problem, group=group)
+
+
+def _raw_pair(sample: Any) -> Pair:
+    """A raw item and its label. Two strings are a pair of texts."""
+    if isinstance(sample, list | tuple) and len(sample) == 2 and not _is_text_pair(sample):
+        value, label = sample
+        if isinstance(value, str | bytes | Path) or is_pil(value) or _is_text_pair(value):
+            return tuple(value) if isinstance(value, list) else value, label
+    return tuple(sample) if isinstance(sample, list) else sample, None
+
+
+def _is_text_pair(value: Any) -> bool:
+    return isinstance(value, list | tuple) and len(value) == 2 and all(isinstance(text, str) for text in value)
+
+
+def _raw_problem(value: Any, kind: RawKind) -> str:
+    """What is wrong with an item where the first one was of this kind."""
+    if kind == "text":
+        return text_problem(value)
+    if kind == "image":
+        return "" if isinstance(value, Path | bytes) or is_pil(value) else f"is a {type(value).__name__}, no image"
+    if not _is_text_pair(value):
+        return f"is {value!r:.40}, no pair of texts"
+    return next((f"has a text that {problem}" for text in value if (problem := text_problem(text))), "")
+
+
+def _guarded(items: Iterable[Any], what: str, numbers: Iterator[int]) -> Iterator[tuple[int, Any]]:
+    """``items``, whose code is the user's and may raise anything, numbered; ``what`` has a place for the number."""
     with guard(SamplesError, f"{what.format(0)} cannot be made"):
         iterator = iter(items)
-    for number in count():
+    for number in numbers:
         with guard(SamplesError, f"{what.format(number)} cannot be made"):
             try:
                 item = next(iterator)
             except StopIteration:
                 return
-        yield item
+        yield number, item
 
 
-def _pair(item: Any) -> Item:
+def _pair(item: Any) -> Pair:
     if isinstance(item, list | tuple) and not hasattr(item, "_fields") and len(item) == 2:
         return item[0], item[1]
     return item, None
 
 
-def _call(inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    if isinstance(inputs, Mapping):
-        return (), dict(inputs)
-    if isinstance(inputs, list | tuple):
-        return tuple(inputs), {}
-    return (inputs,), {}
+def _from_mapping(samples: Mapping[str, Any], source: str) -> Iterator[Any]:
+    """The single samples of a dict of stacked values or columns."""
+    rest = {name: values for name, values in samples.items() if name != "groups"}
+    if "inputs" in rest and set(rest) <= {"inputs", "labels"}:
+        inputs, labels = rest["inputs"], rest.get("labels")
+        kind = _raw_kind(inputs[0], GUESSED) if isinstance(inputs, list | tuple) and inputs else None
+        if kind is None:
+            return unstack(inputs, labels, source)
+        rows = encodings.rows({"text": inputs} if labels is None else {"text": inputs, "label": labels}, source)
+        # A text and a label that is a string would be taken for a pair of texts.
+        return rows if kind == "text" else ((row["text"], row.get("label")) for row in rows)
+    if not rest or not all(hasattr(values, "__len__") and not isinstance(values, str) for values in rest.values()):
+        raise SamplesError(
+            f"the dict from {source} has the keys {', '.join(map(str, samples))}",
+            "give inputs and, where there are any, labels and groups; or a column of arrays for each input",
+        )
+    return _from_columns(rest, source)
 
 
-def unstack(inputs: Any, labels: Any, source: str) -> Iterator[Item]:
+def _from_columns(columns: Mapping[str, Any], source: str) -> Iterator[dict[str, Any]]:
+    for row in encodings.rows(columns, source):
+        for name, value in row.items():
+            if isinstance(value, list) and not (value and isinstance(value[0], str)):
+                row[name] = to_array(value, f"{name} of {source}")
+            if name not in encodings.LABEL_KEYS and not isinstance(value, str) and np.ndim(row[name]) == 0:
+                raise SamplesError(
+                    f"the column {name!r} of {source} has one number for each sample",
+                    "give arrays; tokens of one text are one sample: put them into a list",
+                )
+        yield row
+
+
+def _from_batch(batch: Any, source: str) -> Iterator[Any]:
+    """The single samples of a loader's batch."""
+    inputs, labels = _pair(batch)
+    if isinstance(inputs, Mapping) and labels is None:
+        if encodings.is_encoding(inputs):
+            return encodings.rows(inputs, source)
+        inputs, labels = encodings.pop_label(inputs)
+    # Detectors' loaders collate lists: images of any size, and a dict of boxes and classes for each.
+    lists = isinstance(inputs, list | tuple) and isinstance(labels, list | tuple) and len(inputs) == len(labels)
+    if lists and all(isinstance(label, Mapping) for label in labels):
+        return zip(inputs, labels, strict=True)
+    return unstack(inputs, labels, source)
+
+
+def unstack(inputs: Any, labels: Any, source: str) -> Iterator[Pair]:
     """The single samples of a batch."""
     try:
         leaves, structure = nested.flatten(inputs, "inputs")
     except InputError as error:
         raise SamplesError(f"{source}: {error.what}", error.fix) from error
-    arrays = [_array(leaf, f"inputs of {source}") for leaf in leaves]
+    arrays = [to_array(leaf, f"inputs of {source}") for leaf in leaves]
     counts = sorted({len(array) if array.ndim else -1 for array in arrays})
     if len(counts) != 1 or counts[0] < 0:
-        found = " and ".join(str(count) for count in counts if count >= 0) or "no"
-        raise SamplesError(f"the stacked inputs of {source} have {found} rows", "give one row for each sample")
+        lengths = " and ".join(str(count) for count in counts if count >= 0) or "no"
+        raise SamplesError(f"the stacked inputs of {source} have {lengths} rows", "give one row for each sample")
     total = counts[0]
     if labels is not None:
-        labels = np.atleast_1d(_array(labels, f"labels of {source}"))
+        labels = labels if isinstance(labels, list | tuple) else np.atleast_1d(to_array(labels, f"labels of {source}"))
         if len(labels) != total:
             raise SamplesError(f"{source} has {len(labels)} labels for {total} samples", "give a label for each sample")
     for i in range(total):
         row = nested.unflatten(structure, [array[i, ...] for array in arrays])
         yield row, None if labels is None else labels[i]
-
-
-def _array(value: Any, where: str) -> Array:
-    """An array or torch tensor as a numpy array of numbers."""
-    try:
-        array = np.asarray(value.detach().cpu().numpy() if hasattr(value, "detach") else value)
-    except (TypeError, ValueError, RuntimeError) as error:
-        raise SamplesError(f"{where} is no numpy array: {error}", "give numbers, e.g. float32") from error
-    if array.dtype.kind not in "biuf":
-        raise SamplesError(f"{where} has dtype {array.dtype}", "give numbers")
-    return array
-
-
-def _input(value: Any, where: str) -> Array:
-    array = _array(value, where)
-    if array.dtype == np.float64:
-        array = array.astype(np.float32)
-    if array.dtype.name not in INPUT_DTYPES:
-        raise SamplesError(f"{where} has dtype {array.dtype}", f"give one of {', '.join(INPUT_DTYPES)}")
-    if not array.size:
-        raise SamplesError(f"{where} is empty: its shape is {array.shape}", "remove that sample")
-    if not np.isfinite(array).all():
-        raise SamplesError(f"{where} has NaN or infinite values", "remove or repair that sample")
-    return array
-
-
-def _check_like(row: Row, first: Row, where: list[str]) -> None:
-    for array, model, place in zip(row, first, where, strict=True):
-        if array.dtype != model.dtype:
-            raise SamplesError(f"{place} is {array.dtype}, in sample 0 it is {model.dtype}", "use one dtype")
-        if array.ndim != model.ndim:
-            raise SamplesError(
-                f"{place} has shape {array.shape}, in sample 0 it has {model.shape}", "use one number of dimensions"
-            )
-
-
-def _labels(labels: list[Any], source: str) -> Array | None:
-    missing = [number for number, label in enumerate(labels) if label is None]
-    if len(missing) == len(labels):
-        return None
-    if missing:
-        raise SamplesError(f"sample {missing[0]} of {source} has no label", "give a label for each sample or for none")
-    arrays = [_array(label, f"the label of sample {number} of {source}") for number, label in enumerate(labels)]
-    for number, array in enumerate(arrays):
-        if array.shape != arrays[0].shape:
-            raise SamplesError(
-                f"the label of sample {number} of {source} has shape {array.shape}, that of sample 0 {arrays[0].shape}",
-                "use one shape; a sample that is a pair is (inputs, label): give ((a, b), None) for two inputs",
-            )
-        if not np.isfinite(array).all():
-            raise SamplesError(f"the label of sample {number} of {source} is NaN or infinite", "repair that label")
-    stacked = np.stack(arrays)
-    return stacked.astype(np.float64 if stacked.dtype.kind == "f" else np.int64)

@@ -5,6 +5,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from math import inf
 
+from corewise.records.reason import Reason, ReasonKind
+
 
 @dataclass(frozen=True, kw_only=True)
 class Budget:
@@ -23,27 +25,27 @@ class Budget:
         """What is left of a share of the whole; ``inf`` without a limit."""
         return inf if self.total_s is None else share * self.total_s - self.elapsed_s
 
-    def ended(self, share: float = 1.0) -> str:
-        """Why nothing more may be begun; empty where it may."""
-        return self.spent if self.left_s(share) <= 0 else ""
+    def ended(self, share: float = 1.0) -> bool:
+        """Whether that share is spent, so that nothing more may begin in it."""
+        return self.left_s(share) <= 0
 
-    @property
-    def spent(self) -> str:
-        """``the budget of 300 s was spent``."""
-        return f"the budget of {self.total_s:g} s was spent"
+    def reason(self, kind: ReasonKind, **details: float) -> Reason:
+        """A reason of that kind, with the budget's seconds."""
+        assert self.total_s is not None  # without a limit the budget is no reason
+        return Reason.of(kind, budget_s=self.total_s, **details)
 
 
 @dataclass(frozen=True, kw_only=True)
 class BudgetSplit:
-    """Of the budget: when a stage makes room for the next one."""
+    """Shares of the budget at which a stage gives way to the next one."""
 
     trials: float = 0.6
-    """No further trial is begun."""
+    """No further trial begins."""
     last_trial: float = 0.7
-    """A trial is ended that is not done, if another candidate is: the plans of one are worth more than one more."""
+    """An unfinished trial is ended if another candidate is finished: the plans of one are worth more than one more."""
     plans: float = 0.85
-    """No further plan is begun."""
+    """No further plan is measured."""
 
 
 WITH_LOADS = BudgetSplit(trials=0.45, last_trial=0.55, plans=0.65)
-"""Where loads follow, which need a minute or two."""
+"""For an SLO, whose loads need a minute or two."""

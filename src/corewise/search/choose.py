@@ -7,24 +7,25 @@ from math import inf
 from corewise.accuracy.gate import judge
 from corewise.common import stats
 from corewise.records.build import Build
-from corewise.records.goal import Goal, Objective
-from corewise.records.measurement import Measurement, Rates
+from corewise.records.goal import Goal, Requirements, Slo
+from corewise.records.measurement import Rates
+from corewise.records.reason import Detail, Reason, ReasonKind
 from corewise.records.report import Choice, LosingTrial
-from corewise.records.trial import Trial
-from corewise.search.plans import NOT_SEARCHED
+from corewise.records.trial import State, Trial
 
 TIE = 0.98
-"""A finalist this near to the fastest, by an interval that holds 1, is as fast."""
+"""A finalist that reaches this share of the fastest, by an interval that holds 1, is as fast."""
 
 _PRECISION_RANK = {"fp32": 3, "bf16": 2, "int8": 1, "int8-dynamic": 0}
 
 
 @dataclass(frozen=True)
 class _Finalist:
-    """A build in the alternating run, with its trial's accuracy."""
+    """A build in the race, with its trial's accuracy."""
 
     rates: Rates
     trial: Trial
+    goal: Goal
 
     @property
     def build(self) -> Build:
@@ -34,13 +35,10 @@ class _Finalist:
     def median(self) -> float:
         return stats.quantile(self.rates.per_s, 0.5)
 
-    def score(self, goal: Goal) -> tuple[float, float]:
-        """Orders by what the goal asks for: the rate, or the promised rate and then how near to the SLO it comes."""
-        if goal != "slo":
-            return self.median, 0.0
-        promise = self.trial.promise
-        p99_ms = min((one.p99_ms for one in self.trial.measurements), default=inf)
-        return (promise.rate_per_s or 0.0, 0.0) if promise else (0.0, -p99_ms)
+    @property
+    def score(self) -> tuple[float, float]:
+        """Orders by what the goal asks for."""
+        return self.goal.score(self.median, self.trial)
 
     @property
     def closeness(self) -> tuple[int, float]:
@@ -51,35 +49,46 @@ class _Finalist:
     def over(self, other: "_Finalist") -> stats.Ratio:
         return stats.ratio_interval(self.rates.per_s, other.rates.per_s)
 
+    def beats(self, baseline: "_Finalist") -> bool:
+        """Whether it serves the goal better. A race asks for a higher median and a ratio above 1 in the median round,
+        so that no winner's speed-up is below 1."""
+        return self.score > baseline.score and (not self.goal.decided_by_race or self.over(baseline).value > 1)
 
-def choose(trials: Sequence[Trial], finals: Sequence[Rates], objective: Objective, baseline: Build) -> Choice:
+    def ties(self, fastest: "_Finalist") -> bool:
+        """Whether it is as fast as the fastest, as far as the run shows."""
+        if not self.goal.decided_by_race:
+            (ours, near), (theirs, nearest) = self.score, fastest.score
+            return ours >= TIE * theirs and near >= nearest
+        ratio = self.over(fastest)
+        return ratio.value >= TIE and ratio.high >= 1
+
+
+@dataclass(frozen=True)
+class _Outcome:
+    """The finalists, and which of them won."""
+
+    finalists: tuple[_Finalist, ...]
+    baseline: _Finalist
+    fastest: _Finalist
+    winner: _Finalist
+    requirements: Requirements
+
+
+def choose_winner(
+    trials: Sequence[Trial], finals: Sequence[Rates], requirements: Requirements, baseline: Build
+) -> Choice:
     """The finalist that serves the goal best, unless none serves it better than the baseline: then the baseline.
 
-    Best is the highest median rate in ``finals``, which are the rates of one alternating run (for the latency goal
-    1/latency), the baseline's among them; for an SLO it is the highest rate that was held under it, and where none
-    was, the shortest p99 of a call, whatever the speed-up. Only builds whose trial is ``ok`` can win. Else faster than
-    the baseline is a higher median and a ratio above 1 in the median round, so that no winner's speed-up is below 1,
-    but where only the baseline exceeds the memory limit.
-    Finalists as fast as the fastest (``TIE``) give way to the most accurate of them. Every other trial is a loser with
-    a reason.
+    Best is the highest median rate in ``finals``, the rates of one alternating race (for latency 1/latency) with the
+    baseline among them; for an SLO it is the highest certified rate and, if there is none, the shortest p99 of a call.
+    Only builds whose trial is ``ok`` can win. If only the baseline exceeds the memory limit, the best of the others
+    wins whatever its speed. Finalists as fast as the fastest (``TIE``) give way to the most accurate of them. Every
+    other trial is a loser with a reason.
 
-    Raises ``ValueError`` where the baseline has no trial or no rates.
+    Raises ``ValueError`` if the baseline has no trial or no rates.
     """
-    by_build = {trial.build: trial for trial in trials}
-    finalists = [_Finalist(rates, by_build[rates.build]) for rates in finals if rates.build in by_build]
-    finalists = [f for f in finalists if f.trial.state == "ok" or f.build == baseline]
-    base = max((f for f in finalists if f.build == baseline), key=lambda f: f.median, default=None)
-    if base is None:
-        raise ValueError(f"the baseline {baseline.label} is not among the finals")
-    goal = objective.goal
-    base_score = base.score(goal)
-    faster = [f for f in finalists if f.score(goal) > base_score and (goal == "slo" or f.over(base).value > 1)]
-    able = [*faster, base]
-    if _exceeds(base.trial, objective) and (others := [f for f in finalists if f.build != baseline]):
-        faster = able = others
-    fastest = max(faster, key=lambda f: (f.score(goal), f.closeness, f.build.label), default=base)
-    tied = [f for f in able if _ties(f, fastest, goal)]
-    winner = max(tied, key=lambda f: (f.closeness, f.score(goal), f.build.label))
+    outcome = _decide(trials, finals, requirements, baseline)
+    winner, base = outcome.winner, outcome.baseline
     speedup = winner.over(base)
     return Choice(
         winner=winner.build,
@@ -89,151 +98,169 @@ def choose(trials: Sequence[Trial], finals: Sequence[Rates], objective: Objectiv
         speedup=speedup.value,
         speedup_low=speedup.low,
         speedup_high=speedup.high,
-        reason=_reason(trials, finalists, winner, fastest, base, objective),
+        reason=_why_won(trials, outcome),
         losers=tuple(
-            LosingTrial(build=trial.build, state=trial.state, reason=_why_not(trial, finalists, winner, objective))
+            LosingTrial(build=trial.build, state=trial.state, reason=_why_lost(trial, outcome))
             for trial in trials
             if trial.build != winner.build
         ),
-        warnings=tuple(_warnings(winner, base, objective)),
-        promise=winner.trial.promise,
+        warnings=tuple(_doubts(outcome)),
+        certified=winner.trial.certified,
     )
 
 
-def _exceeds(trial: Trial, objective: Objective) -> bool:
-    """Whether all plans of a trial need more memory than there may be."""
-    return bool(trial.measurements) and trial.best(objective.goal, objective.slo_ms) is None
-
-
-def _ties(finalist: _Finalist, fastest: _Finalist, goal: Goal) -> bool:
-    """Whether it is as fast as the fastest, as far as the run can tell."""
-    if goal == "slo":
-        (ours, near), (theirs, nearest) = finalist.score(goal), fastest.score(goal)
-        return ours >= TIE * theirs and near >= nearest
-    ratio = finalist.over(fastest)
-    return ratio.value >= TIE and ratio.high >= 1
-
-
-def _reason(
-    trials: Sequence[Trial],
-    finalists: Sequence[_Finalist],
-    winner: _Finalist,
-    fastest: _Finalist,
-    base: _Finalist,
-    objective: Objective,
-) -> str:
-    """Why the winner won, in words with figures."""
-    rate = _rate(winner.median, objective.goal)
-    if objective.goal == "slo":
-        why = f"{_held(winner, objective)}, where the baseline {_held(base, objective)}" if winner is not base else ""
-        why = why or f"{_held(winner, objective)}, and no finalist did better"
-    elif winner is not base:
-        speedup = winner.over(base)
-        why = f"{rate}, {_times(speedup)} the baseline {base.build.label} in {len(base.rates.per_s)} alternating rounds"
-    elif fastest is base:
-        others = any(f is not base for f in finalists)
-        why = f"{rate}, and no finalist was faster" if others else f"{rate}, the only finalist"
-    else:
-        why = f"{rate}, the baseline"
-    if winner is not fastest and objective.goal != "slo":
-        why += f"; as fast as {fastest.build.label} ({_times(winner.over(fastest))} of it) and more accurate"
-    inaccurate = [family for family in ("int8", "bf16") if _all_rejected(trials, family)]
-    if inaccurate:
-        return f"no {' or '.join(inaccurate)} candidate was accurate enough; {winner.build.label} wins: {why}"
-    return f"{winner.build.label} wins: {why}"
-
-
-def _held(finalist: _Finalist, objective: Objective) -> str:
-    """What it was seen to hold under the SLO."""
-    promise = finalist.trial.promise
-    if promise is None:
-        within = f"with p99 <= {objective.slo_ms:g} ms"
-        assert objective.slo_ms is not None
-        if not finalist.trial.loads and any(one.p99_ms <= objective.slo_ms for one in finalist.trial.measurements):
-            return f"was not put under load, so holds no known rate {within}"
-        return f"holds no rate {within}"
-    return (
-        f"holds {promise.rate_per_s:.1f} requests/s with p99 <= {objective.slo_ms:g} ms "
-        f"(p99 {promise.p99_ms:.1f} ms over {promise.duration_s:.0f} s)"
+def _decide(trials: Sequence[Trial], finals: Sequence[Rates], requirements: Requirements, baseline: Build) -> _Outcome:
+    by_build = {trial.build: trial for trial in trials}
+    finalists = [
+        _Finalist(rates, by_build[rates.build], requirements.goal)
+        for rates in finals
+        if rates.build in by_build and (by_build[rates.build].state == State.OK or rates.build == baseline)
+    ]
+    base = max(
+        (finalist for finalist in finalists if finalist.build == baseline),
+        key=lambda finalist: finalist.median,
+        default=None,
     )
+    if base is None:
+        raise ValueError(f"the baseline {baseline.label} is not among the finals")
+    faster = [finalist for finalist in finalists if finalist.beats(base)]
+    able = [*faster, base]
+    others = [finalist for finalist in finalists if finalist.build != baseline]
+    if others and _exceeds_memory(base.trial):
+        faster = able = others
+    fastest = max(faster, key=lambda finalist: (finalist.score, finalist.closeness, finalist.build.label), default=base)
+    tied = [finalist for finalist in able if finalist.ties(fastest)]
+    winner = max(tied, key=lambda finalist: (finalist.closeness, finalist.score, finalist.build.label))
+    return _Outcome(tuple(finalists), base, fastest, winner, requirements)
 
 
-def _nearest(finalist: _Finalist) -> str:
-    """How near one that promises nothing came to the SLO."""
+def _exceeds_memory(trial: Trial) -> bool:
+    """Whether all plans of a trial need more memory than they may."""
+    return bool(trial.measurements) and not trial.allowed
+
+
+def _why_won(trials: Sequence[Trial], outcome: _Outcome) -> Reason:
+    winner, base, fastest, goal = outcome.winner, outcome.baseline, outcome.fastest, outcome.requirements.goal
+    details: dict[str, Detail] = {
+        "winner": winner.build.label,
+        "baseline": base.build.label,
+        "figure": goal.figure(winner.median),
+        "unit": goal.unit,
+        "inaccurate": [family for family in ("int8", "bf16") if _all_inaccurate(trials, family)],
+    }
+    if isinstance(goal, Slo):
+        details |= _under_load(winner, goal)
+        if winner is not base:
+            details |= {f"baseline_{name}": value for name, value in _under_load(base, goal).items()}
+        return Reason(kind=ReasonKind.HIGHEST_RATE, details=details)
+    if winner is not fastest:
+        details |= {"tied_with": fastest.build.label, **_ratio(winner.over(fastest), "tied_")}
+    if winner is not base:
+        details |= {"rounds": len(base.rates.per_s), **_ratio(winner.over(base))}
+        return Reason(kind=ReasonKind.FASTER_THAN_BASELINE, details=details)
+    if fastest is not base:
+        return Reason(kind=ReasonKind.STAYS_BASELINE, details=details)
+    alone = all(finalist is base for finalist in outcome.finalists)
+    return Reason(kind=ReasonKind.ONLY_FINALIST if alone else ReasonKind.NO_FINALIST_FASTER, details=details)
+
+
+def _all_inaccurate(trials: Sequence[Trial], family: str) -> bool:
+    """Whether candidates of a precision (int8 with int8-dynamic) reached the gate and none passed it."""
+    members = [trial for trial in trials if trial.build.precision.split("-")[0] == family]
+    return any(trial.inaccurate for trial in members) and not any(trial.state == State.OK for trial in members)
+
+
+def _under_load(finalist: _Finalist, goal: Slo) -> dict[str, Detail]:
+    """What a finalist was seen to do under the SLO."""
+    certified, trial = finalist.trial.certified, finalist.trial
+    if certified is None:
+        loadable = any(measurement.p99_ms <= goal.p99_ms for measurement in trial.measurements)
+        return {"slo_ms": goal.p99_ms, "rate_per_s": None, "loaded": bool(trial.loads) or not loadable}
+    return {
+        "slo_ms": goal.p99_ms,
+        "rate_per_s": certified.rate_per_s,
+        "p99_ms": certified.p99_ms,
+        "duration_s": certified.duration_s,
+    }
+
+
+def _nearest(finalist: _Finalist) -> dict[str, Detail]:
+    """How near a finalist without a certified rate came to the SLO."""
     loads = finalist.trial.loads
     if not loads:
-        return f"is the closest, a single call of which takes p99 {-finalist.score('slo')[1]:.1f} ms"
-    if held := [one.rate_per_s or 0.0 for one in loads if one.held]:
-        return f"held {max(held):.1f} requests/s, and nothing a little below it once more"
-    lowest = min(loads, key=lambda one: one.rate_per_s or inf)
-    return (
-        f"answered {lowest.in_time / max(1, lowest.offered):.0%} of {lowest.rate_per_s or 0.0:.1f} requests/s in time"
-    )
+        return {"call_p99_ms": min((measurement.p99_ms for measurement in finalist.trial.measurements), default=inf)}
+    if met := [load.rate_per_s or 0.0 for load in loads if load.met]:
+        return {"met_per_s": max(met)}
+    lowest = min(loads, key=lambda load: load.rate_per_s or inf)
+    return {"in_time": lowest.in_time / max(1, lowest.offered), "lowest_per_s": lowest.rate_per_s or 0.0}
 
 
-def _all_rejected(trials: Sequence[Trial], family: str) -> bool:
-    """Whether candidates of a precision (int8 with int8-dynamic) reached the gate and none passed it."""
-    members = [trial for trial in trials if trial.build.precision.startswith(family)]
-    return any(one.inaccurate for one in members) and not any(one.state == "ok" for one in members)
-
-
-def _why_not(trial: Trial, finalists: Sequence[_Finalist], winner: _Finalist, objective: Objective) -> str:
+def _why_lost(trial: Trial, outcome: _Outcome) -> Reason:
     """Why a trial other than the winner's lost."""
-    if trial.state != "ok":
+    if trial.state != State.OK:
         return trial.reason
-    best = max((f for f in finalists if f.build == trial.build), key=lambda f: f.median, default=None)
-    goal = objective.goal
-    if _exceeds(trial, objective):
+    winner, goal = outcome.winner, outcome.requirements.goal
+    if _exceeds_memory(trial) and trial.measurements[0].rejected:
         return trial.measurements[0].rejected
-    if best is not None and goal == "slo":
-        return _held(best, objective)
-    if best is not None:
+    raced = [finalist for finalist in outcome.finalists if finalist.build == trial.build]
+    if raced:
+        best = max(raced, key=lambda finalist: finalist.median)
+        if isinstance(goal, Slo):
+            return Reason(kind=ReasonKind.LOWER_RATE, details=_under_load(best, goal))
         ratio = best.over(winner)
-        why = f"{_times(ratio)} of the winner in the alternating run"
-        return f"{why}: as fast, but less accurate" if ratio.value > 1 else why
-    if not trial.loads and trial.explored.startswith(NOT_SEARCHED):
-        return f"not a finalist: {trial.explored}"
-    theirs, ours = (one.best(goal, objective.slo_ms) for one in (trial, winner.trial))
+        kind = ReasonKind.LESS_ACCURATE if ratio.value > 1 else ReasonKind.SLOWER_THAN_WINNER
+        return Reason(kind=kind, details=_ratio(ratio))
+    if not trial.loads and trial.skipped_tuning:
+        assert trial.tuned is not None
+        return trial.tuned
+    theirs, ours = goal.best(trial), goal.best(winner.trial)
     if theirs is None:
-        return "not a finalist: its speed was not measured"
-    against = _measured(ours, goal) if ours else _rate(winner.median, goal)
-    return f"not a finalist: {_measured(theirs, goal)} in its trial against {against}"
+        return Reason.of(ReasonKind.NOT_MEASURED)
+    against = goal.measured_figure(ours) if ours else goal.figure(winner.median)
+    return Reason.of(ReasonKind.NOT_A_FINALIST, figure=goal.measured_figure(theirs), against=against, unit=goal.unit)
 
 
-def _warnings(winner: _Finalist, base: _Finalist, objective: Objective) -> Iterator[str]:
+def _doubts(outcome: _Outcome) -> Iterator[Reason]:
     """Doubts about the choice."""
-    if objective.goal == "slo" and winner.trial.promise is None:
-        yield f"nothing meets p99 <= {objective.slo_ms:g} ms for certain: {winner.build.label} {_nearest(winner)}"
-    if objective.memory_limit_bytes is not None and winner.trial.best(objective.goal, objective.slo_ms) is None:
-        least = min(one.memory_bytes for one in winner.trial.measurements)
-        yield (
-            f"no build fits into {objective.memory_limit_bytes / 1e6:.0f} MB of memory; "
-            f"{winner.build.label} needs at least {least / 1e6:.0f} MB"
+    winner, base, requirements = outcome.winner, outcome.baseline, outcome.requirements
+    goal = requirements.goal
+    if isinstance(goal, Slo) and winner.trial.certified is None:
+        details = {"slo_ms": goal.p99_ms, "winner": winner.build.label, **_nearest(winner)}
+        yield Reason(kind=ReasonKind.SLO_UNCERTAIN, details=details)
+    if requirements.memory_limit_bytes is not None and goal.best(winner.trial) is None:
+        least = min(measurement.memory_bytes for measurement in winner.trial.measurements)
+        yield Reason.of(
+            ReasonKind.NOTHING_FITS_MEMORY,
+            limit_bytes=requirements.memory_limit_bytes,
+            winner=winner.build.label,
+            needs_bytes=least,
+        )
+    fidelity = base.trial.fidelity
+    if fidelity is not None and fidelity.near_chance:
+        yield Reason.of(
+            ReasonKind.NEAR_CHANCE, metric=fidelity.metric, value=fidelity.baseline_value, chance=fidelity.chance
         )
     if winner is not base and winner.trial.fidelity is not None:
-        uncertain = judge(winner.trial.fidelity, objective).uncertain
-        if uncertain:
+        uncertain = judge(winner.trial.fidelity, requirements).uncertain
+        if uncertain is not None:
             yield uncertain
+    yield from _doubts_about_rates(outcome)
+
+
+def _doubts_about_rates(outcome: _Outcome) -> Iterator[Reason]:
+    winner, base, goal = outcome.winner, outcome.baseline, outcome.requirements.goal
     rounds = len(base.rates.per_s)
     if rounds < stats.MIN_ROUNDS:
-        yield f"only {rounds} alternating rounds: {stats.MIN_ROUNDS} are needed for a 95 % interval of the speed-up"
-    if objective.goal != "slo" and winner is not base and winner.over(base).low <= 1:
-        yield "the interval of the speed-up holds 1: the winner may be no faster than the baseline"
+        yield Reason.of(ReasonKind.FEW_ROUNDS, rounds=rounds, needed=stats.MIN_ROUNDS)
+    if goal.decided_by_race and winner is not base and winner.over(base).low <= 1:
+        yield Reason.of(ReasonKind.SPEEDUP_UNCERTAIN)
     for finalist in (winner,) if winner is base else (winner, base):
-        measured = finalist.trial.best(objective.goal, objective.slo_ms)
-        throttled = (measured.throttled if measured else 0) + finalist.rates.throttled
-        throttled += promise.throttled if (promise := finalist.trial.promise) else 0
+        measurement, certified = goal.best(finalist.trial), finalist.trial.certified
+        throttled = (measurement.throttled if measurement else 0) + finalist.rates.throttled
+        throttled += certified.throttled if certified else 0
         for warning in stats.noise_warnings(finalist.rates.per_s, throttled):
-            yield f"{finalist.build.label}: {warning}"
+            yield Reason.of(ReasonKind.NOISY, build=finalist.build.label, text=warning)
 
 
-def _times(ratio: stats.Ratio) -> str:
-    return f"{ratio.value:.2f}x [{ratio.low:.2f}, {ratio.high:.2f}]"
-
-
-def _rate(per_s: float, goal: Goal) -> str:
-    return f"{1000 / per_s:.2f} ms" if goal == "latency" else f"{per_s:.1f}/s"
-
-
-def _measured(measurement: Measurement, goal: Goal) -> str:
-    return f"{measurement.p50_ms:.2f} ms" if goal == "latency" else f"{measurement.throughput_per_s:.1f}/s"
+def _ratio(ratio: stats.Ratio, prefix: str = "") -> dict[str, Detail]:
+    return {f"{prefix}ratio": ratio.value, f"{prefix}low": ratio.low, f"{prefix}high": ratio.high}

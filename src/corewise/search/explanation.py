@@ -6,11 +6,11 @@ from typing import Any
 
 from corewise.common.errors import EngineError, InputError, MissingExtra, SourceError
 from corewise.common.references import guard
-from corewise.engines import qdq
-from corewise.engines.quiet import quiet
-from corewise.machine.inspect import inspect
+from corewise.engines import layer_times, qdq
+from corewise.engines.libraries import quiet
+from corewise.machine.inspect import inspect_cpu
 from corewise.quantize.explanation import Explanation
-from corewise.records.events import OnEvent, StageStarted
+from corewise.records.events import OnEvent, Stage, StageStarted
 from corewise.samples import Samples, default_calibration, from_python, read, split
 
 MEASURED = 16
@@ -25,53 +25,72 @@ def explain(
     measured: int = MEASURED,
     seed: int = 0,
     weight_bits: int | None = None,
-    tell: OnEvent = lambda event: None,
+    on_event: OnEvent = lambda event: None,
 ) -> Explanation:
-    """Quantize ``model`` with corewise's own quantizer and tell what each layer costs and saves.
+    """Quantize a model with corewise's own quantizer and show what each layer costs and saves.
 
-    ``model``, ``samples``, ``calibration`` and ``seed`` are as ``optimize.optimize`` takes them. Errors are measured on
-    the first ``measured`` samples that did not calibrate, placed for engines with fused kernels; ``weight_bits`` is
-    8, or 7 where the CPU adds int8 products in 16 bits, unless given. Times are OpenVINO's, where it is installed. The
-    work grows with layers times ``measured``. Runs in this process.
+    Runs in this process. The work grows with the number of layers times ``measured``.
 
-    Raises ``InputError`` for what is wrong with the arguments, a model that cannot be exported among them,
-    ``MissingExtra`` where torch is not installed, and ``EngineError`` where the model has nothing to quantize.
+    Args:
+        model: as for ``optimize``; it must be exportable.
+        samples: as for ``optimize``.
+        calibration: samples to calibrate with, drawn with ``seed``. Default: two of five, at most 200.
+        measured: how many of the other samples the errors are measured on, placed for engines with fused kernels.
+        seed: of the split.
+        weight_bits: 7 or 8. Default: 8, or 7 if the CPU adds int8 products in 16 bits.
+        on_event: called with each event of ``corewise.records.events`` as it happens.
+
+    Returns:
+        The error (dB) and the time (ms, OpenVINO's if it is installed) of each layer.
+
+    Raises:
+        InputError: something is wrong with an argument, or the model cannot be exported.
+        MissingExtra: torch is not installed.
+        EngineError: the model has nothing to quantize.
+
+    Example:
+        >>> import numpy as np, torch, corewise
+        >>> model = torch.nn.Sequential(torch.nn.Linear(8, 4), torch.nn.ReLU()).eval()
+        >>> samples = list(np.random.default_rng(0).standard_normal((40, 8)).astype(np.float32))
+        >>> len(corewise.explain(model, samples).layers)
+        1
     """
     _check(measured, weight_bits)
     from corewise import source
 
-    tell(StageStarted("reading the samples"))
+    on_event(StageStarted(Stage.READING_SAMPLES))
     data = _read(samples)
-    wanted = default_calibration(len(data)) if calibration is None else calibration
-    calibrating, others = split(data, calibration=wanted, seed=seed)
+    count = default_calibration(len(data)) if calibration is None else calibration
+    calibrating, others = split(data, calibration=count, seed=seed)
     used = others.take(range(min(measured, len(others))))
 
-    tell(StageStarted("exporting the model"))
+    on_event(StageStarted(Stage.EXPORTING))
     exported = source.export(source.load(model) if isinstance(model, str) else model, data)
     if exported.program is None:
         raise SourceError(
             f"the model cannot be exported ({exported.why_not})", "only exported models can be quantized layer by layer"
         )
-    cpu = inspect()
+    cpu = inspect_cpu()
     bits = weight_bits or (8 if cpu.int8_dot else 7)
 
-    tell(StageStarted(f"quantizing with {len(calibrating)} samples"))
+    on_event(StageStarted(Stage.QUANTIZING, samples=len(calibrating)))
     with quiet(), guard(EngineError, "corewise cannot quantize this program", "report it, with the model"):
         from corewise.engines.torch_tools import keep_freed_memory
         from corewise.quantize.placement import place
-        from corewise.quantize.ptq import Recipe, batches, quantize
-        from corewise.quantize.sensitivity import order_of_return, sensitivity
+        from corewise.quantize.ptq import quantize
+        from corewise.quantize.quantized import Recipe, batches
+        from corewise.quantize.sensitivity import measure_sensitivity, order_of_return
 
         keep_freed_memory()
         quantized = quantize(exported.program, calibrating, Recipe(weight_bits=bits))
     placement = place(quantized.module, "fused")
 
-    tell(StageStarted(f"quantizing {len(placement.layers)} layers one by one, {len(used)} samples"))
+    on_event(StageStarted(Stage.QUANTIZING_LAYERS, count=len(placement.layers), samples=len(used)))
     with guard(EngineError, "the quantized program cannot be run", "report it, with the model"):
-        rows = sensitivity(quantized, batches(used, qdq.ROWS))
+        rows = measure_sensitivity(quantized, batches(used, qdq.ROWS))
 
-    tell(StageStarted("timing the layers"))
-    rows, timing = qdq.timed(quantized, rows, exported.inputs, calibrating, cpu.usable_cores)
+    on_event(StageStarted(Stage.TIMING_LAYERS))
+    rows, timing = layer_times.timed(quantized, rows, exported.inputs, calibrating, cpu.usable_cores)
     return Explanation(
         model=model if isinstance(model, str) else type(model).__name__,
         samples=data.source,
@@ -81,7 +100,7 @@ def explain(
         layers=rows,
         returning=order_of_return(rows),
         kept=placement.kept,
-        notes=quantized.notes,
+        notes=(*(f"warning: {doubt}" for doubt in quantized.warnings), *quantized.notes),
         timing=timing,
     )
 

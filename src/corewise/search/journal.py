@@ -10,17 +10,20 @@ from types import TracebackType
 from corewise.common.errors import OutputError
 from corewise.records.build import Build
 from corewise.records.jsonable import from_json, to_json
+from corewise.records.schema_1 import upgrade_trial
 from corewise.records.trial import Trial
 
-SCHEMA = 1
+SCHEMA = 2
+"""Schema 2 has reasons as data; lines of schema 1, which have sentences, are read too."""
+READABLE = (1, SCHEMA)
 
 
 class Journal:
     """Finished trials of one run; each line is flushed to the disk before the next trial starts.
 
     The first line holds the run's key: a journal of another model, samples, options or versions is overwritten. A last
-    line that was cut off by a crash is ignored. Raises ``OutputError`` where another process holds the journal or
-    the disk is full.
+    line that was cut off by a crash is ignored. Raises ``OutputError`` if another process holds the journal or the disk
+    is full.
     """
 
     def __init__(self, path: Path, key: str) -> None:
@@ -67,7 +70,8 @@ class Journal:
         if len(lines) < 2:
             return None
         try:
-            if json.loads(lines[0]) != {"schema": SCHEMA, "key": key}:
+            head = json.loads(lines[0])
+            if head not in [{"schema": schema, "key": key} for schema in READABLE]:
                 return None
         except ValueError:
             return None
@@ -75,8 +79,9 @@ class Journal:
         end = len(lines[0]) + 1
         for line in lines[1:-1]:
             try:
-                trial = from_json(Trial, json.loads(line))
-            except ValueError:
+                data = json.loads(line)
+                trial = from_json(Trial, upgrade_trial(data) if "explored" in data else data)
+            except (ValueError, KeyError, TypeError, AttributeError):
                 break
             trials[trial.build] = trial
             end += len(line) + 1

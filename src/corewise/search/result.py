@@ -1,8 +1,5 @@
 """What ``optimize`` returns: the report, the model ready to call, and the way to an artifact."""
 
-import shutil
-import tempfile
-import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -12,46 +9,15 @@ import numpy as np
 
 from corewise import artifact
 from corewise.artifact.model import Model
-from corewise.common.errors import OutputError
 from corewise.common.nested import Structure
 from corewise.engines import BuildInputs, Engine
 from corewise.records.report import Report
 from corewise.runtime.client import read_outputs
 from corewise.runtime.instances import open_plan
+from corewise.runtime.workspace import Workspace
 from corewise.samples import Samples
 
 GOLDEN_ROWS = 8
-JOURNAL = "journal.jsonl"
-PARTS = ("builds", "outputs", "logs", "cache")
-
-
-class Workspace:
-    """The folder a run works in: the user's, which keeps trials, or a temporary one that ends with the result.
-
-    Raises ``OutputError`` where it cannot be made, or holds what no run left there: the folder is deleted at last.
-    """
-
-    def __init__(self, work: Path | None) -> None:
-        self.folder = work or Path(tempfile.mkdtemp(prefix="corewise-"))
-        if work is None:
-            weakref.finalize(self, shutil.rmtree, self.folder, ignore_errors=True)
-        try:
-            if work is not None and work.is_dir() and any(work.iterdir()) and not (work / JOURNAL).is_file():
-                raise OutputError(f"{work} holds files that are not corewise's", "name a new folder to work in")
-            for name in ("", *PARTS):
-                (self.folder / name).mkdir(exist_ok=True)
-        except OSError as error:
-            raise OutputError(f"{self.folder} cannot be written: {error.strerror}", "give another place") from error
-
-    def clear(self) -> None:
-        """Forget what builds left: payloads, outputs, logs, and what they share, which is of one model only."""
-        for name in PARTS:
-            shutil.rmtree(self.folder / name)
-            (self.folder / name).mkdir()
-
-    def remove(self) -> None:
-        """Delete the folder: what was worth keeping is in an artifact."""
-        shutil.rmtree(self.folder)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -59,7 +25,7 @@ class Result:
     """The outcome of one optimization."""
 
     report: Report
-    material: BuildInputs
+    build_inputs: BuildInputs
     holdout: Samples
     output_structure: Structure
     payload: Path
@@ -67,7 +33,7 @@ class Result:
     """The winner's outputs for the holdout."""
     opener: Engine
     """The winner's engine."""
-    home: Workspace
+    workspace: Workspace
     """Holds the payload."""
 
     @cached_property
@@ -75,8 +41,8 @@ class Result:
         """The winner, opened in this process; call it as the original."""
         choice = self.report.choice
         return Model(
-            open_plan(self.opener, self.payload, choice.winner, choice.plan, self.material.cpu),
-            inputs=self.material.inputs,
+            open_plan(self.opener, self.payload, choice.winner, choice.plan, self.build_inputs.cpu),
+            inputs=self.build_inputs.inputs,
             input_structure=self.holdout.structure,
             output_structure=self.output_structure,
         )
@@ -105,7 +71,7 @@ class Result:
             manifest=lambda files: replace(self._manifest(files), labels=None if labels is None else tuple(labels)),
             tokenizer=tokenizer,
             payload=self.payload,
-            reference=self.material.program if reference and self.material.program.exists() else None,
+            reference=self.build_inputs.program if reference and self.build_inputs.program.exists() else None,
             golden=self._golden(),
             report=self.report,
             report_text=markdown.render(self.report),
@@ -124,8 +90,8 @@ class Result:
             needs=self.opener.needs(choice.winner),
             build=choice.winner,
             plan=choice.plan,
-            inputs=self.material.inputs,
-            outputs=self.material.outputs,
+            inputs=self.build_inputs.inputs,
+            outputs=self.build_inputs.outputs,
             input_structure=self.holdout.structure.to_data(),
             output_structure=self.output_structure.to_data(),
             preprocess=self.holdout.preprocess,

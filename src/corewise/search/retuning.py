@@ -18,20 +18,19 @@ from typing import Any
 from corewise import artifact
 from corewise.artifact import Artifact, tuned
 from corewise.artifact.open import check_available, check_trusted, golden_samples, opener
-from corewise.artifact.tuned import Machine, Tuned
 from corewise.common.errors import CorewiseError, EngineError, InputError
-from corewise.common.stats import Ratio, ratio_interval
-from corewise.machine.inspect import inspect
-from corewise.machine.layouts import thread_plans
+from corewise.common.stats import ratio_interval
+from corewise.machine.inspect import inspect_cpu
+from corewise.machine.layouts import ThreadLayout, thread_layouts
 from corewise.records.build import Plan
 from corewise.records.cpu import Cpu
-from corewise.records.events import OnEvent, StageStarted
-from corewise.records.goal import Objective
-from corewise.records.jsonable import from_json, to_json
+from corewise.records.events import OnEvent, Stage, StageStarted
+from corewise.records.goal import Requirements, Slo
 from corewise.records.measurement import Measurement
-from corewise.runtime.client import AnyWorker, Died, InProcess, Worker
-from corewise.runtime.race import ROUND_S, ROUNDS, WARM_S, Contender, ContenderFailed, race
-from corewise.runtime.worker import CALIBRATION
+from corewise.records.tuned import Comparison, Machine, Retuned, Tuned
+from corewise.runtime.client import Client, Died, InProcess, Worker
+from corewise.runtime.race import ROUND_S, ROUNDS, WARM_S, Contender, ContenderFailed, run_race
+from corewise.runtime.workspace import Workspace
 from corewise.search.plans import BATCHES, SLOW_CALL_MS, START_BATCH, tables
 
 BUDGET_S = 30.0
@@ -42,85 +41,71 @@ FEWEST_ROUNDS = 3
 LEAST_TIMEOUT_S = 60.0
 
 
-@dataclass(frozen=True, kw_only=True)
-class Retuned:
-    """What was found: the plan for this machine, and how it compares with the one used so far."""
-
-    folder: Path
-    entry: Tuned
-    old: Plan
-    best: Plan
-    """The fastest one measured; it is the entry's unless the race could not tell it from the old one."""
-    old_per_s: float | None
-    """Items per second in the race, or as measured where there was none; ``None`` where it does not run here."""
-    best_per_s: float
-    ratio: Ratio | None
-    """The best plan's rate over the old one's, alternating; ``None`` where there was no race."""
-    rounds: int
-    tried: int
-    """How many plans were measured."""
-    notes: tuple[str, ...]
-    wall_s: float
-
-    @property
-    def kept(self) -> bool:
-        """Whether the old plan stays."""
-        return self.entry.plan == self.old
-
-    def save(self) -> Path:
-        """Write it beside the manifest; returns the file. Raises ``OutputError`` where the folder is read-only."""
-        tuned.write(self.folder, self.entry)
-        return self.folder / artifact.TUNED
-
-
 def retune(
-    folder: str | Path, *, budget_s: float = BUDGET_S, model: Any = None, tell: OnEvent = lambda event: None
+    folder: str | Path, *, budget_s: float = BUDGET_S, model: Any = None, on_event: OnEvent = lambda event: None
 ) -> Retuned:
     """Find the best plan of an artifact on this machine, and save it in the artifact's folder for ``load``.
 
-    ``model`` is needed only for one that could not be exported (see ``load``). ``budget_s`` is for all of it; the plan
-    used so far is measured and raced whatever that takes. Raises ``OutputError`` where the folder cannot be written,
-    and what ``load`` raises.
+    Args:
+        folder: the artifact.
+        budget_s: seconds for all of it; the plan used so far is measured and raced even if that takes longer.
+        model: the ``nn.Module``, needed only for a model that could not be exported (see ``load``).
+        on_event: called with each event of ``corewise.records.events`` as it happens.
+
+    Returns:
+        Both plans and how they compare.
+
+    Raises:
+        OutputError: the folder cannot be written.
+        InputError, ArtifactError, EngineError: as ``load``.
+
+    Example:
+        >>> import corewise
+        >>> corewise.retune(getfixture("digits_artifact"), budget_s=1.0).tried > 0
+        True
     """
-    found = find(folder, budget_s=budget_s, model=model, tell=tell)
-    found.save()
-    return found
+    retuned = find_plan(folder, budget_s=budget_s, model=model, on_event=on_event)
+    tuned.write(retuned.folder, retuned.entry)
+    return retuned
 
 
-def find(
-    folder: str | Path, *, budget_s: float = BUDGET_S, model: Any = None, tell: OnEvent = lambda event: None
+def find_plan(
+    folder: str | Path, *, budget_s: float = BUDGET_S, model: Any = None, on_event: OnEvent = lambda event: None
 ) -> Retuned:
     """``retune`` without saving."""
     started_s = time.monotonic()
     if not 0 < budget_s < inf:
         raise InputError(f"the budget is {budget_s:g} s", "give more than 0, e.g. 30")
-    cpu = inspect()
-    found = artifact.read(Path(folder), cpu=cpu)
-    check_trusted(found, found.manifest.build.engine)
-    check_available(found.manifest.build.engine, f"retuning {folder}")
+    cpu = inspect_cpu()
+    sound = artifact.read(Path(folder), cpu=cpu)
+    check_trusted(sound, sound.manifest.build.engine)
+    check_available(sound.manifest.build.engine, f"retuning {folder}")
     with tempfile.TemporaryDirectory(prefix="corewise-") as name:
-        work = Path(name)
-        golden_samples(found).save(work / CALIBRATION)
-        bench = _Bench(found, cpu, work, max(LEAST_TIMEOUT_S, budget_s), model, tell)
-        return _find(bench, started_s, budget_s)
+        workspace = Workspace(Path(name))
+        golden_samples(sound).save(workspace.calibration)
+        bench = _Bench(sound, cpu, workspace, max(LEAST_TIMEOUT_S, budget_s), model, on_event)
+        return _retune(bench, started_s, budget_s)
 
 
 class _Bench:
-    """Where plans of one artifact are measured: in a child, a new one after each that died."""
+    """Where plans of one artifact are measured: in a trial process, a new one after each that died."""
 
-    def __init__(self, found: Artifact, cpu: Cpu, work: Path, timeout_s: float, model: Any, tell: OnEvent) -> None:
-        self.found = found
+    def __init__(
+        self, sound: Artifact, cpu: Cpu, workspace: Workspace, timeout_s: float, model: Any, on_event: OnEvent
+    ) -> None:
+        self.artifact = sound
         self.cpu = cpu
-        self.tell = tell
-        self.samples = str(work / CALIBRATION)
-        self.payload = found.folder / artifact.PAYLOAD
+        self.on_event = on_event
+        self.samples = workspace.calibration
+        self.build = sound.manifest.build
+        self.payload = sound.folder / artifact.PAYLOAD
         self.opening_s = 0.0
-        """What starting a child and opening the first plan took."""
-        self._log = work / "retune.log"
+        """What starting a process and opening the first plan took."""
+        self._log = workspace.folder / "retune.log"
         self._timeout_s = timeout_s
-        self._in_process = None if model is None else opener(found, model)
+        self._in_process = None if model is None else opener(sound, model)
 
-    def start(self, *_: Any) -> AnyWorker:
+    def start(self, *_: Any) -> Client:
         if self._in_process is not None:
             return InProcess(self._in_process)
         return Worker(cpu=self.cpu, log=self._log, timeout_s=self._timeout_s)
@@ -128,154 +113,134 @@ class _Bench:
     def search(
         self, first: Plan, then: Callable[[Sequence[Measurement], Sequence[Plan]], Plan | None], until_s: float
     ) -> tuple[list[Measurement], dict[Plan, str]]:
-        """Measurements of ``first`` and what ``then`` names, and why other plans could not be measured."""
-        measured: list[Measurement] = []
+        """Measurements of ``first`` and of the plans that ``then`` names, and why other plans could not be measured."""
+        measurements: list[Measurement] = []
         failed: dict[Plan, str] = {}
-        wanted: Plan | None = first
+        plan: Plan | None = first
         started_s = time.monotonic()
         with ExitStack() as stack:
-            worker: AnyWorker | None = None
-            while wanted is not None and (wanted == first or time.monotonic() < until_s):
-                self.tell(StageStarted(f"measuring {wanted.label}"))
-                worker = worker or stack.enter_context(self.start())
+            client: Client | None = None
+            while plan is not None and (plan == first or time.monotonic() < until_s):
+                self.on_event(StageStarted(Stage.MEASURING_PLAN, plan=plan))
+                client = client or stack.enter_context(self.start())
                 try:
-                    warning = self._open(worker, wanted)
+                    opened = client.open(self.payload, self.build, plan)
                     self.opening_s = self.opening_s or time.monotonic() - started_s
-                    measured.append(self._measure(worker, wanted, warning))
+                    measurement = client.measure(self.samples, plan, MEASURE_S)
+                    measurements.append(replace(measurement, warning=opened.warning))
                 except InputError:
                     raise
                 except CorewiseError as error:
-                    failed[wanted] = str(error)
-                    worker = None if isinstance(error, Died) else worker
-                wanted = then(measured, list(failed))
-        return measured, failed
+                    failed[plan] = str(error)
+                    client = None if isinstance(error, Died) else client
+                plan = then(measurements, list(failed))
+        return measurements, failed
 
     def race(self, old: Plan, best: Plan, rounds: int, round_s: float) -> tuple[tuple[float, ...], tuple[float, ...]]:
         """Items per second of each in each round."""
-        self.tell(StageStarted(f"racing {best.label} against {old.label}"))
-        build = self.found.manifest.build
-        run = race(
-            [Contender(build=build, plan=plan, payload=self.payload) for plan in (old, best)],
+        self.on_event(StageStarted(Stage.RACING, plan=best, count=1))
+        race = run_race(
+            [Contender(build=self.build, plan=plan, payload=self.payload) for plan in (old, best)],
             samples=self.samples,
             start=self.start,
             rounds=rounds,
             round_s=round_s,
         )
-        first, second = run.rates
+        first, second = race.rates
         return first.per_s, second.per_s
 
-    def _open(self, worker: AnyWorker, plan: Plan) -> str:
-        build, how = to_json(self.found.manifest.build), to_json(plan)
-        opened = worker.call("open", f"opening {plan.label}", folder=str(self.payload), build=build, plan=how)
-        return str(opened["warning"])
 
-    def _measure(self, worker: AnyWorker, plan: Plan, warning: str) -> Measurement:
-        doing, how = f"measuring {plan.label}", to_json(plan)
-        answer = worker.call("measure", doing, samples=self.samples, plan=how, budget_s=MEASURE_S)
-        return replace(from_json(Measurement, answer["measurement"]), why=warning)
+@dataclass(frozen=True, kw_only=True)
+class _Duel:
+    """The old plan against the best one that was measured."""
+
+    old_per_s: float | None
+    best_per_s: float
+    comparison: Comparison | None = None
+    notes: tuple[str, ...] = ()
 
 
-def _find(bench: _Bench, started_s: float, budget_s: float) -> Retuned:
+def _retune(bench: _Bench, started_s: float, budget_s: float) -> Retuned:
     """Search, race, and decide."""
-    report, fit = bench.found.report, tuned.fit(bench.found, bench.cpu)
-    objective, old = report.objective, fit.plan
+    report, fit = bench.artifact.report, tuned.fit(bench.artifact, bench.cpu)
+    requirements, old = report.requirements, fit.plan
     stored = fit.tuned.measurements if fit.tuned else report.winner.measurements
-    first = guesses(bench.cpu, objective, stored)
-    measured, failed = bench.search(
-        old, lambda so_far, lost: next_plan(first, so_far, lost, objective), started_s + SEARCH_SHARE * budget_s
+    first = guesses(bench.cpu, requirements, stored)
+    measurements, failed = bench.search(
+        old,
+        lambda so_far, lost: next_plan(first, so_far, lost, requirements),
+        started_s + SEARCH_SHARE * budget_s,
     )
-    if not measured:
-        raise EngineError(f"{bench.found.folder} runs under no plan here: {next(iter(failed.values()))}")
-    by_plan = {one.plan: one for one in measured}
-    found = best(measured, objective) or measured[0]
+    if not measurements:
+        raise EngineError(f"{bench.artifact.folder} runs under no plan here: {next(iter(failed.values()))}")
     notes = [f"{plan.label} does not run here: {why}" for plan, why in failed.items()]
-    if any(one.throttled for one in measured):
+    if any(measurement.throttled for measurement in measurements):
         notes.append("the CPU quota throttled some measurements: their figures are too low")
-    ratio, rounds, wins = None, 0, True
-    old_per_s = by_plan[old].throughput_per_s if old in by_plan else None
-    best_per_s = found.throughput_per_s
-    if found.plan != old and old in by_plan:
-        left_s = budget_s - (time.monotonic() - started_s) - 2 * (bench.opening_s + WARM_S)
-        calls_s = (by_plan[old].p50_ms + found.p50_ms) / 1e3
-        try:
-            rates = bench.race(old, found.plan, *affordable(left_s, calls_s))
-        except ContenderFailed as fell:  # two at a time may be too much for the memory here
-            notes.append(f"{fell}; so each was only measured alone")
-        else:
-            ratio, rounds = ratio_interval(rates[1], rates[0]), len(rates[0])
-            old_per_s, best_per_s = map(median, rates)
-        wins = ratio is None or ratio.low > 1
-        if not wins and allowed(found, objective) and not allowed(by_plan[old], objective):
-            wins = True
-            notes.append(f"{old.label} breaks the {_limits(objective)} here, and so does not stay")
-    plan, kept = found.plan if wins else old, []
+    by_plan = {measurement.plan: measurement for measurement in measurements}
+    best = best_measurement(measurements, requirements) or measurements[0]
+    duel = _duel(bench, by_plan.get(old), best, budget_s - (time.monotonic() - started_s))
+    wins = duel.comparison is None or duel.comparison.low > 1
+    if not wins and allowed(best, requirements) and not allowed(by_plan[old], requirements):
+        wins = True
+        notes.append(f"{old.label} breaks the {_limits(requirements)} here, and so does not stay")
+    plan, kept = best.plan if wins else old, []
     if fit.tuned or Machine.of(report.cpu) == Machine.of(bench.cpu):
-        # Admission needs the small batches of the plan's shape, which the search visits for the best one only.
-        shape = replace(plan, batch=1)
-        kept = [one for one in stored if replace(one.plan, batch=1) == shape and one.plan not in by_plan]
+        # Admission needs the small batches of the plan's layout, which the search visits for the best one only.
+        layout = ThreadLayout.of(plan)
+        kept = [one for one in stored if ThreadLayout.of(one.plan) == layout and one.plan not in by_plan]
+    entry = Tuned(
+        machine=Machine.of(bench.cpu),
+        created=datetime.now(UTC).isoformat(timespec="seconds"),
+        goal=requirements.goal.name,
+        plan=plan,
+        measurements=(*measurements, *kept),
+    )
     return Retuned(
-        folder=bench.found.folder,
-        entry=Tuned(
-            machine=Machine.of(bench.cpu),
-            created=datetime.now(UTC).isoformat(timespec="seconds"),
-            goal=objective.goal,
-            plan=plan,
-            measurements=(*measured, *kept),
-        ),
+        folder=bench.artifact.folder,
+        entry=entry,
         old=old,
-        best=found.plan,
-        old_per_s=old_per_s,
-        best_per_s=best_per_s,
-        ratio=ratio,
-        rounds=rounds,
-        tried=len(measured),
-        notes=tuple(notes),
+        best=best.plan,
+        old_per_s=duel.old_per_s,
+        best_per_s=duel.best_per_s,
+        comparison=duel.comparison,
+        tried=len(measurements),
+        notes=(*notes, *duel.notes),
         wall_s=time.monotonic() - started_s,
     )
 
 
-def words(found: Retuned) -> list[str]:
-    """What was found, line by line: both plans and speeds, what the race says, and doubts."""
-
-    def speed(per_s: float | None) -> str:
-        if per_s is None:
-            return "does not run here"
-        return f"{1e3 / per_s:.2f} ms" if found.entry.goal == "latency" else f"{per_s:.1f}/s"
-
-    lines = [f"old plan  {found.old.label:32s} {speed(found.old_per_s)}"]
-    if found.best != found.old:
-        lines.append(f"new plan  {found.best.label:32s} {speed(found.best_per_s)}")
-    if found.ratio is not None:
-        ratio = f"{found.ratio.value:.2f}x [{found.ratio.low:.2f}, {found.ratio.high:.2f}]"
-        if found.kept:
-            verdict = "the old plan is as good and stays"
-        else:
-            verdict = "the new plan is faster" if found.ratio.low > 1 else "the new plan keeps the limits"
-        lines.append(f"{ratio} over {found.rounds} alternating rounds: {verdict}")
-    elif found.kept:
-        lines.append("no plan that was tried is faster: the old one stays")
-    lines.append(f"{found.tried} plans measured in {found.wall_s:.0f} s on {found.entry.machine.label}")
-    return [*lines, *(f"note: {note}" for note in found.notes)]
+def _duel(bench: _Bench, old: Measurement | None, best: Measurement, left_s: float) -> _Duel:
+    """Race the best plan against the old one, if there are two that run here."""
+    measured = _Duel(old_per_s=old.throughput_per_s if old else None, best_per_s=best.throughput_per_s)
+    if old is None or best.plan == old.plan:
+        return measured
+    left_s -= 2 * (bench.opening_s + WARM_S)
+    try:
+        old_rates, best_rates = bench.race(old.plan, best.plan, *affordable(left_s, (old.p50_ms + best.p50_ms) / 1e3))
+    except ContenderFailed as failure:  # two processes at a time may be too much for the memory here
+        return replace(measured, notes=(f"{failure}; so each plan was only measured alone",))
+    ratio = ratio_interval(best_rates, old_rates)
+    comparison = Comparison(ratio=ratio.value, low=ratio.low, high=ratio.high, rounds=len(old_rates))
+    return _Duel(old_per_s=median(old_rates), best_per_s=median(best_rates), comparison=comparison)
 
 
-def guesses(cpu: Cpu, objective: Objective, stored: Sequence[Measurement]) -> tuple[Plan, ...]:
+def guesses(cpu: Cpu, requirements: Requirements, stored: Sequence[Measurement]) -> tuple[Plan, ...]:
     """One plan for each shape worth trying here, the most promising first. Pure.
 
-    For latency single items on one instance. Else the batch that was best for the nearest number of threads in the
-    stored table, scaled so that each thread has as much to do; the order is by that table's items per second and
-    thread.
+    For latency, single items on one instance. Otherwise the batch that was best for the nearest number of threads in
+    the stored table, scaled so that each thread has as much to do, ordered by that table's items per second and thread.
     """
-    shapes = thread_plans(cpu)
-    if objective.goal == "latency":
+    shapes = thread_layouts(cpu)
+    if requirements.goal.single_items:
         return tuple(
             Plan(threads_per_instance=n) for n in dict.fromkeys(n for n, instances in shapes if instances == 1)
         )
-    tops = [max(table, key=lambda one: one.throughput_per_s) for table in tables(stored).values()]
+    tops = [max(table, key=lambda measurement: measurement.throughput_per_s) for table in tables(stored).values()]
     if not tops:
         return tuple(Plan(threads_per_instance=n, instances=m, batch=START_BATCH) for n, m in shapes)
     ranked = {}
     for threads, instances in shapes:
-        like = min(tops, key=lambda one: (_distance(one, threads), -one.throughput_per_s))
+        like = min(tops, key=lambda measurement: (_distance(measurement, threads), -measurement.throughput_per_s))
         wanted = like.plan.batch * threads / like.plan.threads_per_instance
         batch = min(BATCHES, key=lambda size: abs(log2(size / wanted)))
         per_thread = like.throughput_per_s / (like.plan.threads_per_instance * like.plan.instances)
@@ -286,19 +251,19 @@ def guesses(cpu: Cpu, objective: Objective, stored: Sequence[Measurement]) -> tu
 
 
 def next_plan(
-    first: Sequence[Plan], measured: Sequence[Measurement], failed: Sequence[Plan], objective: Objective
+    first: Sequence[Plan], measured: Sequence[Measurement], failed: Sequence[Plan], requirements: Requirements
 ) -> Plan | None:
     """What to measure next; ``None`` when nothing is worth it. Pure.
 
     All the ``first`` ones, then larger and smaller batches beside the best so far until both are slower, then what
     is missing below it in its latency table, which admission control needs.
     """
-    done = {*(one.plan for one in measured), *failed}
+    done = {*(measurement.plan for measurement in measured), *failed}
     for plan in first:
         if plan not in done and not _too_slow(plan, measured):
             return plan
-    top = best(measured, objective)
-    if top is None or objective.goal == "latency":
+    top = best_measurement(measured, requirements)
+    if top is None or requirements.goal.single_items:
         return None
     larger = [size for size in BATCHES if size > top.plan.batch][:1]
     smaller = [size for size in BATCHES if size < top.plan.batch]
@@ -309,55 +274,58 @@ def next_plan(
     return None
 
 
-def best(measured: Sequence[Measurement], objective: Objective) -> Measurement | None:
-    """The one that serves the objective best; ``None`` where all need more memory than allowed. Pure.
+def best_measurement(measured: Sequence[Measurement], requirements: Requirements) -> Measurement | None:
+    """The measurement that serves the requirements best; ``None`` where all need more memory than allowed. Pure.
 
     For an SLO the most items per second of those that ``allowed`` lets through, else the shortest p99.
     """
-    limit = objective.memory_limit_bytes or inf
-    choices = [one for one in measured if one.memory_bytes <= limit]
-    if objective.goal == "latency":
-        return min(choices, key=lambda one: (one.plan.batch, one.p50_ms), default=None)
-    within = [one for one in choices if allowed(one, objective)]
+    choices = [measurement for measurement in measured if requirements.within_memory(measurement.memory_bytes)]
+    if requirements.goal.single_items:
+        return min(choices, key=lambda measurement: (measurement.plan.batch, measurement.p50_ms), default=None)
+    within = [measurement for measurement in choices if allowed(measurement, requirements)]
     if not within:
-        return min(choices, key=lambda one: one.p99_ms, default=None)
-    return max(within, key=lambda one: one.throughput_per_s)
+        return min(choices, key=lambda measurement: measurement.p99_ms, default=None)
+    return max(within, key=lambda measurement: measurement.throughput_per_s)
 
 
-def allowed(one: Measurement, objective: Objective) -> bool:
+def allowed(measurement: Measurement, requirements: Requirements) -> bool:
     """Whether it keeps the limits: of memory, and for an SLO its slowest calls take half the time. Pure.
 
     A request may come just after a call has begun, and has to wait for that and then for its own.
     """
-    if one.memory_bytes > (objective.memory_limit_bytes or inf):
+    if not requirements.within_memory(measurement.memory_bytes):
         return False
-    return objective.slo_ms is None or 2 * one.p99_ms <= objective.slo_ms
+    goal = requirements.goal
+    return not isinstance(goal, Slo) or 2 * measurement.p99_ms <= goal.p99_ms
 
 
-def _limits(objective: Objective) -> str:
-    slo = "" if objective.slo_ms is None else f"SLO of {objective.slo_ms:g} ms"
-    memory = "" if objective.memory_limit_bytes is None else "memory limit"
+def _limits(requirements: Requirements) -> str:
+    goal = requirements.goal
+    slo = f"SLO of {goal.p99_ms:g} ms" if isinstance(goal, Slo) else ""
+    memory = "" if requirements.memory_limit_bytes is None else "memory limit"
     return " or the ".join(filter(None, (slo, memory)))
 
 
 def affordable(left_s: float, calls_s: float) -> tuple[int, float]:
     """Rounds of a race of two and the seconds of a round for each, in the time that is left. Pure.
 
-    ``calls_s`` is what one call of each takes together; each makes an untimed one and at least one more a round.
+    ``calls_s`` is the time of one call of each together; each makes an untimed call and at least one more a round.
     """
     least_s = 2 * calls_s + 0.1
     rounds = min(ROUNDS, max(FEWEST_ROUNDS, int(left_s / least_s)))
     return rounds, min(ROUND_S, max(0.05, (left_s / rounds - 2 * calls_s) / 2))
 
 
-def _distance(one: Measurement, threads: int) -> float:
+def _distance(measurement: Measurement, threads: int) -> float:
     """Between its number of threads an instance and another, in doublings."""
-    return abs(log2(one.plan.threads_per_instance / threads))
+    return abs(log2(measurement.plan.threads_per_instance / threads))
 
 
 def _too_slow(plan: Plan, measured: Sequence[Measurement]) -> bool:
     """Whether a smaller batch of the shape takes long already."""
     return any(
-        replace(one.plan, batch=plan.batch) == plan and one.plan.batch < plan.batch and one.p50_ms > SLOW_CALL_MS
-        for one in measured
+        replace(measurement.plan, batch=plan.batch) == plan
+        and measurement.plan.batch < plan.batch
+        and measurement.p50_ms > SLOW_CALL_MS
+        for measurement in measured
     )

@@ -26,7 +26,7 @@ from corewise import artifact
 from corewise.common.errors import ArtifactError, CorewiseError
 from corewise.common.references import describe
 from corewise.engines import Session, engine
-from corewise.machine.inspect import inspect
+from corewise.machine.inspect import inspect_cpu
 from corewise.machine.layouts import assign
 from corewise.records.build import Plan
 from corewise.records.jsonable import from_json
@@ -143,7 +143,7 @@ def _open(request: dict[str, Any]) -> Instances:
     found = artifact.read(folder)
     if artifact.identity(folder) != request["identity"]:
         raise ArtifactError(f"{folder} is another artifact now than when the server opened it", "reload the model")
-    plan, cpu, build = from_json(Plan, request["plan"]), inspect(), found.manifest.build
+    plan, cpu, build = from_json(Plan, request["plan"]), inspect_cpu(), found.manifest.build
     cpus = assign(cpu, plan.threads_per_instance, plan.instances)
     opener = engine(build.engine)
     instances = Instances(opener, found.folder / artifact.PAYLOAD, build, plan, cpus)

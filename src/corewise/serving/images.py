@@ -1,32 +1,17 @@
 """Requests as people make them: an image as it is, and answers with names."""
 
-import io
-import struct
-import zlib
 from math import isfinite
 from typing import Any
 
 import numpy as np
 
-from corewise.common.errors import CorewiseError
+from corewise.common.errors import SamplesError
+from corewise.samples.images import TooManyPixels, image_array, open_image
 from corewise.serving.protocol import Asked, InferRequest, ProtocolError
 from corewise.serving.served import Served
 
 TOP, MOST = 5, 100
 MOST_PIXELS = 50_000_000
-KINDS = ("JPEG", "PNG", "WEBP")
-BROKEN = (
-    OSError,
-    ValueError,
-    SyntaxError,
-    OverflowError,
-    MemoryError,
-    EOFError,
-    struct.error,
-    zlib.error,
-    CorewiseError,
-)
-"""What Pillow raises for bytes that are no whole image."""
 
 
 def how_many(text: str | None) -> int:
@@ -40,25 +25,15 @@ def how_many(text: str | None) -> int:
 
 def image(body: bytes, served: Served) -> InferRequest:
     """One image as the model takes it. Raises ``ProtocolError`` where it is none, or the model takes no images."""
-    from PIL import Image
-
-    from corewise.samples.files import image_array
-
     preprocess = served.manifest.preprocess
     if preprocess is None:
         raise ProtocolError(f"the model {served.name} was not made from images", "send tensors to .../infer", 501)
     try:
-        # Only the header is read here: what it claims is checked before a pixel is decoded.
-        with Image.open(io.BytesIO(body), formats=KINDS) as picture:
-            shorter = max(1, min(picture.size))
-            resized = [preprocess.resize * side // shorter for side in picture.size]
-            if max(picture.width * picture.height, resized[0] * resized[1]) > MOST_PIXELS:
-                raise ProtocolError(f"the image has more than {MOST_PIXELS} pixels", "send a smaller one", 413)
-            array = image_array(picture, preprocess)
-    except (*BROKEN, Image.DecompressionBombError) as error:
-        if isinstance(error, ProtocolError):
-            raise
-        raise ProtocolError(f"the body is no whole image of {', '.join(KINDS)}", status=415) from error
+        array = image_array(open_image(body, "the body", max_pixels=MOST_PIXELS), preprocess)
+    except TooManyPixels as error:
+        raise ProtocolError(error.what, "send a smaller one", 413) from error
+    except SamplesError as error:
+        raise ProtocolError(error.what, error.fix, 415) from error
     asked = tuple(Asked(name=spec.name) for spec in served.outputs)
     return InferRequest(inputs=(np.ascontiguousarray(array[None]),), outputs=asked)
 

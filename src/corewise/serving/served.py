@@ -21,7 +21,7 @@ from corewise.artifact.open import check_available
 from corewise.batching import Answer, Batcher, NotServed, Policy, Run
 from corewise.common.errors import ArtifactError
 from corewise.engines import ENGINES
-from corewise.machine.inspect import inspect
+from corewise.machine.inspect import inspect_cpu
 from corewise.records.build import TensorSpec
 from corewise.serving import text
 from corewise.serving.protocol import InferRequest
@@ -187,7 +187,7 @@ class Served:
 
         Raises ``ArtifactError`` and ``EngineError`` with why it cannot serve.
         """
-        cpu = inspect()
+        cpu = inspect_cpu()
         identity = artifact.identity(source.folder) if source.folder.is_dir() else ""
         found = artifact.read(source.folder, cpu=cpu)
         build = found.manifest.build

@@ -19,10 +19,10 @@ from corewise.artifact import Artifact
 from corewise.artifact.open import check_available, golden_samples, write_reference
 from corewise.common.errors import ArtifactError, CorewiseError, EngineError
 from corewise.common.references import guard
-from corewise.machine.inspect import inspect
+from corewise.machine.inspect import inspect_cpu
 from corewise.records.build import Build, Plan
-from corewise.records.jsonable import to_json
 from corewise.runtime.client import Worker, read_outputs
+from corewise.runtime.workspace import Workspace
 from corewise.samples import Samples
 
 log = logging.getLogger("corewise.serve")
@@ -105,22 +105,20 @@ class Shadow:
                 self.error = str(error)
 
     def _compare(self, work: Path) -> None:
-        cpu = inspect()
-        payload = work / "payload"
-        payload.mkdir()
-        write_reference(self._found, golden_samples(self._found), cpu, work)
-        about = {"folder": str(payload), "build": to_json(FP32)}
+        cpu, workspace = inspect_cpu(), Workspace(work)
+        payload = workspace.empty_payload(FP32)
+        write_reference(self._found, golden_samples(self._found), cpu, workspace)
         with Worker(cpu=cpu, log=work / "log", timeout_s=TIMEOUT_S) as worker:
             self._worker = worker
             os.setpriority(os.PRIO_PROCESS, worker.pid, NICE)  # before it has any other thread
-            worker.call("build", "building the shadow", material=str(work), **about)
-            worker.call("open", "opening the shadow", plan=to_json(PLAN), **about)
+            worker.build(workspace, FP32, payload)
+            worker.open(payload, FP32, PLAN)
             while (taken := self._waiting.get()) is not None:
                 inputs, outputs = taken
                 rows = [tuple(array[k] for array in inputs) for k in range(len(inputs[0]))]
                 samples, path = work / "samples.safetensors", work / "outputs.safetensors"
                 Samples(rows=rows, structure=self._found.input_structure, source="traffic").save(samples)
-                worker.call("outputs", "comparing", samples=str(samples), batch=1, path=str(path))
+                worker.run_samples(samples, 1, path)
                 expected = [np.stack(list(leaf)) for leaf in read_outputs(path).leaves]
                 self._kept.append(_difference(expected, outputs))
                 self.compared += 1

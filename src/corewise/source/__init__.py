@@ -1,7 +1,23 @@
-"""The user's model: loaded, run once, and exported to one program that every engine starts from."""
+"""The user's model: loaded, run a few times, and exported to one program that every engine starts from."""
 
-from corewise.source.export import Exported, Flat, digest, export
+from corewise.source.behaviour import NotRepeatable
+from corewise.source.exported import Exported, Flat, digest
+from corewise.source.exporting import export
 from corewise.source.models import load
 from corewise.source.program import load_module, load_program, operators, save_program
+from corewise.source.recurrence import has_recurrent_layers, recurrent_layers_kept
 
-__all__ = ["Exported", "Flat", "digest", "export", "load", "load_module", "load_program", "operators", "save_program"]
+__all__ = [
+    "Exported",
+    "Flat",
+    "NotRepeatable",
+    "digest",
+    "export",
+    "has_recurrent_layers",
+    "load",
+    "load_module",
+    "load_program",
+    "operators",
+    "recurrent_layers_kept",
+    "save_program",
+]

@@ -84,7 +84,7 @@ class EngineContract:
         if reason := made.unavailable():
             params = [pytest.param(None, marks=pytest.mark.skip(reason=reason), id="unavailable")]
         else:
-            here = cpu.inspect()
+            here = cpu.inspect_cpu()
             params = [
                 pytest.param((net, build), id=f"{net}-{build.label}")
                 for net, operators in NETS.items()
@@ -134,14 +134,14 @@ class EngineContract:
         """Builds of this engine, each with its own label; what they need is told in words."""
         made = engine(self.engine_name)
         for operators in NETS.values():
-            builds = made.candidates(cpu.inspect(), operators)
+            builds = made.candidates(cpu.inspect_cpu(), operators)
             assert {build.engine for build in builds} <= {self.engine_name}
             assert len({build.label for build in builds}) == len(builds)
             assert all(isinstance(name, str) for build in builds for name in made.needs(build))
 
     def test_candidates_suit_this_cpu(self) -> None:
         """Nothing is offered that this CPU lacks."""
-        made, here = engine(self.engine_name), cpu.inspect()
+        made, here = engine(self.engine_name), cpu.inspect_cpu()
         special = {"int8_dot": here.int8_dot, "bf16": here.bf16}
         for operators in NETS.values():
             for build in made.candidates(here, operators):
@@ -318,7 +318,7 @@ def tiny_material(net: str, folder: Path) -> tuple["Exported", BuildInputs]:
             Counter(str(node.target) for node in exported.program.graph.nodes if node.op == "call_function")
         ),
         calibration=calibration,
-        cpu=cpu.inspect(),
+        cpu=cpu.inspect_cpu(),
         cache=folder,
     )
 

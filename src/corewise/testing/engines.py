@@ -79,16 +79,16 @@ class SilentFp32(Fake):
 
 
 class Layered(Fake):
-    """Has 16 layers, all in int8 but those that the option ``returned`` counts; they divide its noise by four each."""
+    """Has 16 layers, all in int8 but those that ``reverted_layers`` counts; they divide its noise by four each."""
 
     def open(self, folder: Path, build: Build, plan: Plan) -> Session:
         """Open a session with the noise that is left."""
-        noise = float(build.option("noise", 0.0)) / 4 ** int(build.option("returned", 0))
+        noise = float(build.option("noise", 0.0)) / 4**build.quantization.reverted_layers
         return super().open(folder, replace(build, options=(("noise", noise),)), plan)
 
     def receipt(self, folder: Path, build: Build, plan: Plan, inputs: Sequence[np.ndarray]) -> Receipt | None:
         """So many layers in int8."""
-        returned = int(build.option("returned", 0))
+        returned = build.quantization.reverted_layers
         return Receipt.tally([("Convolution/u8", number >= returned) for number in range(16)])
 
 

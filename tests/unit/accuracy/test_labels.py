@@ -8,7 +8,7 @@ from corewise.accuracy.labels import class_labels
 from corewise.accuracy.outputs import Outputs, ragged
 from corewise.common.errors import SamplesError
 from corewise.common.nested import flatten
-from corewise.records.goal import Objective
+from corewise.records.goal import Requirements
 from corewise.samples import from_python
 
 SCORES = np.eye(4, dtype=np.float32)[np.arange(12) % 4]
@@ -50,7 +50,7 @@ def fidelity_of(outputs, labels, names=(), metric=None):
     leaves, structure = flatten(outputs)
     samples = from_python([np.zeros(1, np.float32)] * len(leaves[0]))
     samples = type(samples)(rows=samples.rows, structure=samples.structure, labels=labels)
-    gate = AccuracyGate(metric, samples, structure, Objective(), 0, names=names)
+    gate = AccuracyGate(metric, samples, structure, Requirements(), 0, names=names)
     return gate(Outputs(tuple(leaves)))[0]
 
 

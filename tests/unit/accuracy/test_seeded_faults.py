@@ -14,7 +14,7 @@ from corewise.accuracy.gate import AccuracyGate, judge
 from corewise.accuracy.outputs import Outputs
 from corewise.common.errors import EngineError
 from corewise.common.nested import flatten
-from corewise.records.goal import Objective
+from corewise.records.goal import Requirements
 from corewise.samples import from_python
 
 N = 300
@@ -101,7 +101,7 @@ def judged(kind, candidate):
     reference = KINDS[kind]()
     leaves, structure = flatten(reference)
     holdout = from_python([np.zeros(1, np.float32)] * len(leaves[0]))
-    gate = AccuracyGate(None, holdout, structure, Objective(), 0)
+    gate = AccuracyGate(None, holdout, structure, Requirements(), 0)
     gate(Outputs(tuple(leaves)))
     return gate(Outputs(tuple(flatten(candidate)[0])))
 
@@ -276,7 +276,7 @@ def test_damage_is_refused_whatever_the_metric_says(fault):
     assert verdict.rule in ("drop", "floor")
     # Whoever allows the metric to drop still gets no outputs that are lost.
     if fault.name not in ("six rows of 300 belong to other samples", "noise of 8 dB"):
-        assert judge(fidelity, Objective(max_drop=2.0)).rule == "floor"
+        assert judge(fidelity, Requirements(max_drop=2.0)).rule == "floor"
 
 
 @pytest.mark.parametrize("fault", TOLERATED, ids=str)

@@ -8,7 +8,7 @@ from corewise.accuracy.outputs import Outputs, ragged
 from corewise.accuracy.shift import FEWEST_JUDGED, k_means, robust_by_default, shift_split
 from corewise.common.nested import flatten
 from corewise.records.fidelity import Fidelity
-from corewise.records.goal import Objective
+from corewise.records.goal import Requirements
 from corewise.records.jsonable import from_json, to_json
 from corewise.samples import from_python
 
@@ -75,7 +75,7 @@ def test_integers_alone_cannot_be_clustered():
 def gate_of(outputs, **options):
     leaves, structure = flatten(outputs.leaves[0])
     gate = AccuracyGate(
-        None, from_python([np.zeros(1, np.float32)] * len(leaves[0])), structure, Objective(), 0, **options
+        None, from_python([np.zeros(1, np.float32)] * len(leaves[0])), structure, Requirements(), 0, **options
     )
     gate(outputs)
     return gate
@@ -104,7 +104,7 @@ def test_a_floor_under_shift_decides_too():
     fidelity, _ = gate(holdout)
     twin = Outputs((holdout.leaves[0] * np.where(np.arange(16) == 3, 0, 1),))
     fidelity, _ = gate.under_shift(fidelity, twin, np.flatnonzero(members == 4))
-    lenient = judge(fidelity, Objective(max_drop=2.0), robust=True)
+    lenient = judge(fidelity, Requirements(max_drop=2.0), robust=True)
     assert (lenient.passed, lenient.rule) == (False, "shift_floor")
 
 

@@ -19,7 +19,7 @@ from corewise.quantize.graph import (
     root,
     weight,
 )
-from corewise.quantize.observers import LEVELS, Observed
+from corewise.quantize.observers import LEVELS, Channels
 from corewise.quantize.placement import Placement, limits
 
 STRENGTHS = (0.0, 0.25, 0.5, 0.75, 1.0)
@@ -33,7 +33,7 @@ HOMOGENEOUS = (
 CAPPED = (aten.hardtanh.default, aten.relu6.default)
 
 
-def equalize(module: GraphModule, placement: Placement, observed: Mapping[str, Observed], bits: int) -> int:
+def equalize(module: GraphModule, placement: Placement, observed: Mapping[str, Channels], bits: int) -> int:
     """Give the channels of quantized values similar ranges; returns how many groups of layers were rescaled.
 
     A channel is divided by a factor in the layers that make it and multiplied back in those that read it: cross-layer
@@ -148,14 +148,14 @@ def _normalizes_last(module: GraphModule, node: Node) -> bool:
 
 
 def _factors(
-    module: GraphModule, group: _Group, observed: Mapping[str, Observed], bits: int, worth: float = EQUALIZING_WORTH
+    module: GraphModule, group: _Group, observed: Mapping[str, Channels], bits: int, worth: float = EQUALIZING_WORTH
 ) -> Tensor | None:
     """The factors of least expected error; ``None`` where they win less than the share ``worth`` of it."""
     seen = [observed[node.name] for node in group.values if node.name in observed]
-    widths = {len(one.channel_high) for one in seen}
+    widths = {len(channels.high) for channels in seen}
     if len(widths) != 1 or not widths.pop() > 1:
         return None
-    largest = torch.stack([torch.maximum(one.channel_high, -one.channel_low) for one in seen]).amax(0)
+    largest = torch.stack([torch.maximum(channels.high, -channels.low) for channels in seen]).amax(0)
     if not float(largest.max()) > 0:
         return None
     largest = largest.clamp(min=1e-4 * float(largest.max()))
@@ -192,7 +192,7 @@ def _columns(module: GraphModule, reader: Node) -> Tensor:
 
 
 def _expected_error(
-    module: GraphModule, reader: Node, observed: Mapping[str, Observed], factors: Tensor, bits: int
+    module: GraphModule, reader: Node, observed: Mapping[str, Channels], factors: Tensor, bits: int
 ) -> float:
     """The reader's expected output error over its output power, for uniform rounding noise of step / sqrt(12)."""
     assert isinstance(reader.args[0], Node)
@@ -200,10 +200,7 @@ def _expected_error(
     if seen is None:
         return 0.0
     top = 2 ** (bits - 1) - 1
-    step = (
-        float((seen.channel_high / factors).max().clamp(min=0) - (seen.channel_low / factors).min().clamp(max=0))
-        / LEVELS
-    )
+    step = float((seen.high / factors).max().clamp(min=0) - (seen.low / factors).min().clamp(max=0)) / LEVELS
     power = seen.mean_square / factors.square()
     own = weight(module, reader).flatten(2) if weight(module, reader).dim() > 2 else weight(module, reader).unsqueeze(2)
     if group_count(reader) > 1:
@@ -219,7 +216,7 @@ def _expected_error(
     return float(noise / (scaled.square().sum((0, 2)) @ power).clamp(min=1e-30))
 
 
-def smooth(module: GraphModule, placement: Placement, observed: Mapping[str, Observed], bits: int) -> tuple[str, ...]:
+def smooth(module: GraphModule, placement: Placement, observed: Mapping[str, Channels], bits: int) -> tuple[str, ...]:
     """Divide outlier channels where nothing can absorb the factor; returns the names of the values that were divided.
 
     SmoothQuant (Xiao et al. 2022, arXiv:2211.10438) for linears whose input also goes elsewhere or comes from a GELU:

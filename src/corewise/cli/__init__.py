@@ -1,0 +1,63 @@
+"""The command line: one file a command, and the only room that prints, exits or reads the environment."""
+
+import sys
+from typing import Annotated
+
+import typer
+
+from corewise._version import __version__
+from corewise.cli import bench, doctor, explain, loadtest, optimize, renames, retune, serve, show, streams, verify
+from corewise.cli.options import Group, add_command, flag
+from corewise.common.errors import CorewiseError
+
+app = typer.Typer(
+    name="corewise",
+    cls=Group,
+    help="Make a PyTorch model run as fast on this CPU as the CPU allows, and prove it.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+)
+for module in (doctor, optimize, explain, show, verify, bench, loadtest, retune, serve):
+    add_command(app, module.__name__.rpartition(".")[2], module.command)
+
+INTERRUPTED = 130
+
+
+@app.callback(invoke_without_command=True)
+def _root(version: Annotated[bool, flag("--version", panel="Options", help="Print the version.")] = False) -> None:
+    if version:
+        print(f"corewise {__version__}")
+        raise typer.Exit
+
+
+def main() -> None:
+    """Run the command line. What is wrong becomes one line on standard error and an exit code that is not 0."""
+    streams.protect()
+    try:
+        _run(sys.argv[1:])
+    except streams.StreamFailed as failure:
+        if failure.message:
+            _complain(failure.message)
+        sys.exit(failure.code)
+
+
+def _run(typed: list[str]) -> None:
+    arguments, warnings = renames.translate(typed)
+    for warning in warnings:
+        _complain(warning)
+    try:
+        app(arguments, prog_name="corewise")
+    except CorewiseError as error:
+        _complain(str(error))
+        sys.exit(streams.FAILED)
+    except KeyboardInterrupt:
+        _complain("interrupted")
+        sys.exit(INTERRUPTED)
+    finally:
+        sys.stdout.flush()
+
+
+def _complain(text: str) -> None:
+    sys.stderr.write(f"corewise: {text}\n")

@@ -1,0 +1,5 @@
+"""``python -m corewise.cli``."""
+
+from corewise.cli import main
+
+main()

@@ -1,0 +1,269 @@
+"""How options are declared, and those that several commands share.
+
+A command takes its options as frozen dataclasses, one for each panel of its help; ``grouped`` makes one option of each
+field, for typer, and puts them together again.
+"""
+
+import inspect
+from collections.abc import Callable
+from dataclasses import MISSING, Field, dataclass, fields, is_dataclass
+from functools import wraps
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args
+
+import typer
+from typer.core import TyperCommand, TyperGroup
+
+from corewise.cli.quantities import Parse, choice, numbers, whole
+from corewise.common.errors import InputError
+
+if TYPE_CHECKING:
+    from corewise.records.report import Preprocess
+    from corewise.samples import Samples
+
+Interpolation = Literal["nearest", "bilinear", "bicubic", "lanczos"]
+
+
+def option(*names: str, panel: str, metavar: str, help: str, parse: Parse[Any] | None = None, default: str = "") -> Any:
+    """An option in a panel of the help. ``parse`` makes its value from its name and the typed text.
+
+    ``default`` says in the help what happens without the option, where the value alone would not.
+    """
+    return typer.Option(
+        *names,
+        rich_help_panel=panel,
+        metavar=metavar,
+        help=rf"{help} \[default: {default}]" if default else help,
+        show_default=not default,
+        parser=None if parse is None else lambda value: parse(names[-1], str(value)),
+    )
+
+
+def flag(name: str, *, panel: str, help: str) -> Any:
+    """An option without a value."""
+    return option(name, panel=panel, metavar="", help=help)
+
+
+def argument(metavar: str, *, panel: str, help: str) -> Any:
+    """An argument without a flag."""
+    return typer.Argument(metavar=metavar, rich_help_panel=panel, help=help)
+
+
+class Command(TyperCommand):
+    """A command with plain help."""
+
+    def get_params(self, ctx: Any) -> Any:
+        """The parameters, the last of which is ``--help``."""
+        return _plain(super().get_params(ctx))
+
+
+class Group(TyperGroup):
+    """The group of all commands, with plain help."""
+
+    def get_params(self, ctx: Any) -> Any:
+        """The parameters, the last of which is ``--help``."""
+        return _plain(super().get_params(ctx))
+
+
+def _plain(parameters: Any) -> Any:
+    """Parameters whose help shows what to type and not Python's types, with ``--help`` in the last panel."""
+    *others, help_option = parameters
+    help_option.metavar, help_option.rich_help_panel = "", others[-1].rich_help_panel
+    for parameter in parameters:
+        shown = "" if parameter.param_type_name == "argument" else parameter.metavar
+        parameter.display_type_rich = lambda ctx, shown=shown: shown
+    return parameters
+
+
+def add_command(app: typer.Typer, name: str, command: Callable[..., None]) -> None:
+    """Give the program a command. Its docstring is the help, of which typer would keep each line's end."""
+    paragraphs = (command.__doc__ or "").split("\n\n")
+    app.command(name, cls=Command, help="\n\n".join(" ".join(text.split()) for text in paragraphs))(command)
+
+
+def grouped(command: Callable[..., None]) -> Callable[..., None]:
+    """The command with the fields of its parameters that are dataclasses as parameters of their own."""
+    parameters = inspect.signature(command).parameters.values()
+    annotations = {parameter.name: parameter.annotation for parameter in parameters}
+    groups = {name: group for name, group in annotations.items() if isinstance(group, type) and is_dataclass(group)}
+
+    @wraps(command)
+    def ungrouped(**given: Any) -> None:
+        values = {
+            name: group(**{field.name: given.pop(field.name) for field in fields(group)})
+            for name, group in groups.items()
+        }
+        command(**given, **values)
+
+    spread: list[inspect.Parameter] = []
+    for parameter in parameters:
+        if parameter.name in groups:
+            spread.extend(map(_parameter, fields(groups[parameter.name])))
+        else:
+            spread.append(parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY))
+    ungrouped.__signature__ = inspect.Signature(spread)  # type: ignore[attr-defined]
+    return ungrouped
+
+
+def _parameter(field: "Field[Any]") -> inspect.Parameter:
+    """The parameter that holds a field's value."""
+    default = inspect.Parameter.empty if field.default is MISSING else field.default
+    return inspect.Parameter(field.name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=field.type)
+
+
+ModelReference = Annotated[
+    str,
+    argument(
+        "MODEL",
+        panel="Model",
+        help="FILE.py:FUNCTION or MODULE:FUNCTION that returns the model, a torch.export .pt2 file, or a name after "
+        "timm:, torchvision: or hf:.",
+    ),
+]
+ArtifactPath = Annotated[Path, argument("ARTIFACT", panel="Artifact", help="A folder that corewise optimize wrote.")]
+AsJson = Annotated[bool, flag("--json", panel="Output", help="Print JSON and nothing else.")]
+ModelOfArtifact = Annotated[
+    str | None,
+    option(
+        "--model",
+        panel="Model",
+        metavar="FILE.py:FUNCTION",
+        help="Returns the model, for an artifact of one that could not be exported; others need none.",
+    ),
+]
+
+
+@dataclass(frozen=True, kw_only=True)
+class SampleOptions:
+    """Which samples, and how they are split."""
+
+    samples: Annotated[
+        str,
+        option(
+            "--samples",
+            panel="Samples",
+            metavar="PATH",
+            help="A folder of images (with class folders or labels.csv), an .npz or .safetensors file, or "
+            "FILE.py:FUNCTION.",
+        ),
+    ]
+    calibration: Annotated[
+        int | None,
+        option(
+            "--calibration",
+            panel="Samples",
+            metavar="N",
+            parse=whole(1),
+            help="How many samples to calibrate int8 with. Accuracy is judged on the others.",
+            default="2 of 5, at most 200",
+        ),
+    ] = None
+    seed: Annotated[
+        int,
+        option(
+            "--seed",
+            panel="Samples",
+            metavar="N",
+            parse=whole(0),
+            help="Seed of the random split into samples that calibrate and samples that judge.",
+        ),
+    ] = 0
+    max_samples: Annotated[
+        int | None,
+        option(
+            "--max-samples",
+            panel="Samples",
+            metavar="N",
+            parse=whole(2),
+            help="Most samples to read, drawn at random with --seed; the others are not decoded.",
+            default="all",
+        ),
+    ] = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImageOptions:
+    """How an image becomes an input."""
+
+    resize: Annotated[
+        int,
+        option(
+            "--resize", panel="Images", metavar="PIXELS", parse=whole(1), help="Length of the shorter side, resized."
+        ),
+    ] = 256
+    crop: Annotated[
+        int,
+        option(
+            "--crop",
+            panel="Images",
+            metavar="PIXELS",
+            parse=whole(1),
+            help="Side of the square in the middle that is cut out.",
+        ),
+    ] = 224
+    mean: Annotated[
+        str,
+        option("--mean", panel="Images", metavar="R,G,B", help="Mean of each channel, for pixels from 0 to 1."),
+    ] = ".485,.456,.406"
+    std: Annotated[
+        str,
+        option("--std", panel="Images", metavar="R,G,B", help="Standard deviation of each channel."),
+    ] = ".229,.224,.225"
+    interpolation: Annotated[
+        Interpolation,
+        option(
+            "--interpolation",
+            panel="Images",
+            metavar="METHOD",
+            parse=choice(*get_args(Interpolation)),
+            help="How to resize: nearest, bilinear, bicubic or lanczos.",
+        ),
+    ] = "bilinear"
+    preprocess: Annotated[
+        str | None,
+        option(
+            "--preprocess",
+            panel="Images",
+            metavar="FILE.py:FUNCTION",
+            help="A function from a PIL image to an array, used instead of the five options above.",
+        ),
+    ] = None
+
+    def checked(self) -> "Preprocess":
+        """The options as one value. Raises ``InputError`` where they do not fit together."""
+        from corewise.records.report import Preprocess
+
+        mean, std = numbers("--mean", self.mean), numbers("--std", self.std)
+        if len(mean) not in (1, 3) or len(std) != len(mean) or 0 in std:
+            raise InputError(
+                f"--mean {self.mean} and --std {self.std} do not fit together",
+                "give 3 numbers each for RGB or 1 each for grey, and no 0 for --std",
+            )
+        if self.crop > self.resize:
+            raise InputError(f"--crop {self.crop} is more than --resize {self.resize}", "give a smaller --crop")
+        return Preprocess(
+            resize=self.resize,
+            crop=self.crop,
+            mean=mean,
+            std=std,
+            interpolation=self.interpolation,
+        )
+
+
+def reader(samples: SampleOptions, images: ImageOptions) -> "Callable[[], Samples]":
+    """Reads the samples when it is called. Raises ``InputError`` at once for options that are wrong."""
+    from corewise.samples import read
+
+    preprocess = images.checked()
+    return lambda: read(
+        samples.samples, preprocess, images.preprocess, max_samples=samples.max_samples, seed=samples.seed
+    )
+
+
+def load_model(reference: str | None) -> Any:
+    """The model that ``--model`` names; ``None`` without one."""
+    if reference is None:
+        return None
+    from corewise.source import load
+
+    return load(reference)

@@ -1,0 +1,250 @@
+"""``corewise serve``."""
+
+from contextlib import suppress
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args
+
+from corewise.cli.options import argument, flag, grouped, option
+from corewise.cli.quantities import address, choice, duration, duration_or_zero, lines, share, size, whole
+from corewise.cli.streams import StreamFailed
+from corewise.common.errors import CorewiseError, InputError, MissingExtra
+
+if TYPE_CHECKING:
+    from corewise.serving.server import Listening, Options
+
+LogLevel = Literal["debug", "info", "warning", "error"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class PortOptions:
+    """Where the server listens."""
+
+    http: Annotated[
+        str,
+        option("--http", panel="Ports", metavar="HOST:PORT", help="Where HTTP listens, or none for no HTTP."),
+    ] = "127.0.0.1:8000"
+    grpc: Annotated[
+        str | None,
+        option("--grpc", panel="Ports", metavar="HOST:PORT", help="Where gRPC listens.", default="no gRPC"),
+    ] = None
+    admin: Annotated[
+        str | None,
+        option(
+            "--admin",
+            panel="Ports",
+            metavar="HOST:PORT",
+            help="Where models can be reloaded, by whoever reaches it.",
+            default="nowhere",
+        ),
+    ] = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class RequestOptions:
+    """What a request may take."""
+
+    timeout_s: Annotated[
+        float,
+        option(
+            "--timeout",
+            panel="Requests",
+            metavar="TIME",
+            parse=duration,
+            help="Time limit of requests that set none themselves, e.g. 500ms or 1m.",
+            default="60s",
+        ),
+    ] = 60.0
+    queue: Annotated[
+        int,
+        option(
+            "--queue", panel="Requests", metavar="ROWS", parse=whole(1), help="Most rows that may wait for each model."
+        ),
+    ] = 1024
+    max_body_bytes: Annotated[
+        int,
+        option(
+            "--max-body",
+            panel="Requests",
+            metavar="SIZE",
+            parse=size,
+            help="Largest body of a request, unpacked, e.g. 64MiB.",
+            default="64MiB",
+        ),
+    ] = 64 * 2**20
+    shadow: Annotated[
+        float,
+        option(
+            "--shadow",
+            panel="Requests",
+            metavar="SHARE",
+            parse=share("0.01"),
+            help="Share of the requests, from 0 to 1, that fp32 answers too, to watch for drift.",
+            default="0",
+        ),
+    ] = 0.0
+    drain_s: Annotated[
+        float,
+        option(
+            "--drain",
+            panel="Requests",
+            metavar="TIME",
+            parse=duration_or_zero,
+            help="On SIGTERM, how long accepted requests may take to finish.",
+            default="30s",
+        ),
+    ] = 30.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class SecurityOptions:
+    """Who may call, and which artifacts may be opened."""
+
+    token_file: Annotated[
+        Path | None,
+        option(
+            "--token-file",
+            panel="Security",
+            metavar="FILE",
+            help="Bearer tokens, one a line. Requests without one of them are rejected.",
+        ),
+    ] = None
+    tls_cert: Annotated[
+        Path | None,
+        option("--tls-cert", panel="Security", metavar="FILE", help="PEM certificate chain for HTTP and gRPC."),
+    ] = None
+    tls_key: Annotated[
+        Path | None, option("--tls-key", panel="Security", metavar="FILE", help="PEM key of --tls-cert.")
+    ] = None
+    trust: Annotated[
+        bool, flag("--trust", panel="Security", help="Open artifacts whose payload is code (inductor, torch-int8).")
+    ] = False
+    trust_file: Annotated[
+        Path | None,
+        option(
+            "--trust-file",
+            panel="Security",
+            metavar="FILE",
+            help="Open such artifacts only if this file holds the sha256 of their manifest, one a line.",
+        ),
+    ] = None
+
+    def tokens(self) -> tuple[str, ...]:
+        """The accepted tokens; empty where none is needed. Raises ``InputError`` for a file without any."""
+        tokens = tuple(lines(self.token_file))
+        if self.token_file is not None and not tokens:
+            raise InputError(f"--token-file {self.token_file} holds no token", "write one a line")
+        return tokens
+
+
+@dataclass(frozen=True, kw_only=True)
+class LogOptions:
+    """What the server records."""
+
+    log_level: Annotated[
+        LogLevel,
+        option(
+            "--log-level",
+            panel="Logs",
+            metavar="LEVEL",
+            parse=choice(*get_args(LogLevel)),
+            help="debug, info, warning or error; debug logs every request.",
+        ),
+    ] = "info"
+    traces: Annotated[
+        bool,
+        flag(
+            "--traces",
+            panel="Logs",
+            help="Send a span of each request to OpenTelemetry, at OTEL_EXPORTER_OTLP_ENDPOINT.",
+        ),
+    ] = False
+
+
+@grouped
+def command(
+    artifacts: Annotated[
+        list[str],
+        argument(
+            "ARTIFACT",
+            panel="Artifacts",
+            help="Folders that corewise optimize wrote, or NAME=FOLDER or NAME@VERSION=FOLDER.",
+        ),
+    ],
+    ports: PortOptions,
+    requests: RequestOptions,
+    security: SecurityOptions,
+    logs: LogOptions,
+) -> None:
+    """Serve artifacts over HTTP and gRPC with the Open Inference Protocol v2, under the plans that were measured.
+
+    Requests are batched dynamically; one that is predicted to miss its deadline is rejected at once (503). SIGTERM
+    finishes the accepted requests and ends. SIGHUP opens the artifacts again and replaces each that is sound.
+    """
+    if any(find_spec(name) is None for name in ("starlette", "uvicorn", "httptools", "grpc")):
+        raise MissingExtra("starlette", "serve", "serving")
+    from corewise.serving.logs import to_stderr
+    from corewise.serving.served import Source
+    from corewise.serving.server import serve
+
+    options = _server_options(ports, requests, security, logs)
+    to_stderr(logs.log_level)
+    if not serve([Source.of(text) for text in artifacts], options, _Announcer()):
+        raise CorewiseError(
+            f"not every accepted request was answered in {requests.drain_s:g} s", "give a longer --drain"
+        )
+
+
+def _server_options(
+    ports: PortOptions, requests: RequestOptions, security: SecurityOptions, logs: LogOptions
+) -> "Options":
+    from corewise.serving.protocol import Limits
+    from corewise.serving.served import Trust
+    from corewise.serving.server import Options
+
+    if (security.tls_cert is None) != (security.tls_key is None):
+        raise InputError("--tls-cert and --tls-key go together", "give both or neither")
+    return Options(
+        http=None if ports.http == "none" else address("--http", ports.http),
+        grpc=None if ports.grpc is None else address("--grpc", ports.grpc),
+        admin=None if ports.admin is None else address("--admin", ports.admin),
+        limits=Limits(timeout_s=requests.timeout_s, body_bytes=requests.max_body_bytes),
+        max_waiting=requests.queue,
+        tokens=security.tokens(),
+        certificate=security.tls_cert,
+        key=security.tls_key,
+        trust=Trust(everything=security.trust, digests=frozenset(lines(security.trust_file))),
+        shadow=requests.shadow,
+        drain_s=requests.drain_s,
+        traces=logs.traces,
+    )
+
+
+class _Announcer:
+    """Prints what the server reports. The ports are printed when all artifacts are open, because one may be refused."""
+
+    def __init__(self) -> None:
+        self._listening: Listening | None = None
+
+    def __call__(self, what: str, value: Any) -> None:
+        # The server goes on where nobody reads this any more.
+        with suppress(StreamFailed):
+            if what == "listening":
+                self._listening = value
+            elif what == "ready":
+                self._print_ready(value.served)
+            else:
+                print("draining: accepted requests are finished, new ones are rejected", flush=True)
+
+    def _print_ready(self, served: Any) -> None:
+
+        ports = {name: getattr(self._listening, name) for name in ("http", "grpc", "admin")}
+        print("listening: " + ", ".join(f"{name} on port {port}" for name, port in ports.items() if port))
+        for model in served:
+            for note in model.notes:
+                print(f"note: {note}")
+            build = model.manifest.build
+            plan = model.plan.label
+            print(f"ready: {model.name}, version {model.version}: {build.engine} {build.precision}, {plan}")
+        print(end="", flush=True)

@@ -1,0 +1,95 @@
+"""Plans that were measured on the machines that run an artifact."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from corewise.records.build import Plan
+from corewise.records.cpu import Cpu
+from corewise.records.goal import GoalName
+from corewise.records.measurement import Measurement
+
+
+@dataclass(frozen=True, kw_only=True)
+class Machine:
+    """What a plan depends on: the CPU, and what this process may use of it."""
+
+    model: str
+    isa: tuple[str, ...]
+    usable_cores: int
+    hardware_threads: int
+    quota_cores: float | None
+
+    @classmethod
+    def of(cls, cpu: Cpu) -> "Machine":
+        """The machine with that CPU, under those limits."""
+        return cls(
+            model=cpu.model,
+            isa=cpu.isa,
+            usable_cores=cpu.usable_cores,
+            hardware_threads=len(cpu.affinity),
+            quota_cores=cpu.quota_cores,
+        )
+
+    @property
+    def label(self) -> str:
+        """``AMD EPYC 7763 (2 cores, 4 hardware threads, a quota of 1.5)``."""
+        quota = "" if self.quota_cores is None else f", a quota of {self.quota_cores:g}"
+        return f"{self.model} ({self.usable_cores} cores, {self.hardware_threads} hardware threads{quota})"
+
+    def against(self, other: "Machine") -> tuple[str, str]:
+        """The labels of this one and the other, with the instruction sets where nothing else tells them apart."""
+        if self.label != other.label:
+            return self.label, other.label
+        return f"{self.label} with {' '.join(self.isa)}", f"{other.label} with {' '.join(other.isa)}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Tuned:
+    """The plan for one machine, and the latency table that it was chosen from."""
+
+    machine: Machine
+    created: str
+    goal: GoalName
+    plan: Plan
+    measurements: tuple[Measurement, ...]
+
+    @property
+    def label(self) -> str:
+        """``runs 1 thread x 2, batch 8: tuned on this kind of machine, AMD EPYC 7763 (...), on 2026-03-14``."""
+        return f"runs {self.plan.label}: tuned on this kind of machine, {self.machine.label}, on {self.created[:10]}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Comparison:
+    """How many times the old plan's rate the new plan has, in an alternating race."""
+
+    ratio: float
+    low: float
+    high: float
+    """The 95 % confidence interval."""
+    rounds: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Retuned:
+    """The plan found for this machine, and how it compares with the one used so far."""
+
+    folder: Path
+    entry: Tuned
+    old: Plan
+    best: Plan
+    """The fastest plan measured; the entry's unless the race did not show that it is faster than the old one."""
+    old_per_s: float | None
+    """Items per second in the race, or as measured if there was none; ``None`` if it does not run here."""
+    best_per_s: float
+    comparison: Comparison | None
+    """``None`` if there was no race."""
+    tried: int
+    """Plans measured."""
+    notes: tuple[str, ...]
+    wall_s: float
+
+    @property
+    def kept(self) -> bool:
+        """Whether the old plan stays."""
+        return self.entry.plan == self.old

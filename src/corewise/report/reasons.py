@@ -1,0 +1,253 @@
+"""The sentence of each reason. Pure; one-line strings without a final full stop."""
+
+from collections.abc import Callable
+from typing import Any
+
+from corewise.records.reason import Reason, ReasonKind
+from corewise.report import numbers
+
+Details = dict[str, Any]
+K = ReasonKind
+
+
+def sentence(reason: Reason) -> str:
+    """The reason in words; the words themselves if the record of an older version brings them."""
+    details = reason.details
+    if set(details) == {"text"}:
+        return str(details["text"])
+    return _SENTENCES[reason.kind](details)
+
+
+def _fixed(text: str) -> Callable[[Details], str]:
+    return lambda details: text
+
+
+def _accuracy(details: Details) -> str:
+    d = details
+    verdict = "within" if d["passed"] else "above"
+    upper = " at its upper end" if d["strict"] else ""
+    return (
+        f"{d['metric']} {d['value']:.4f} against {d['baseline_value']:.4f}: drop {d['drop']:.4f} "
+        f"[{d['drop_low']:.4f}, {d['drop_high']:.4f}] {verdict} {d['max_drop']:g}{upper}"
+    )
+
+
+def _shifted(details: Details) -> str:
+    return "on samples unlike those that calibrated: " if details.get("shifted") else ""
+
+
+def _below_floor(details: Details) -> str:
+    sqnr = f"{details['channels']} has an SQNR of {details['sqnr_db']:.1f} dB"
+    return f"{_shifted(details)}{sqnr}, below its floor of {details['floor_db']:g} dB; {_accuracy(details)}"
+
+
+def _near_chance(details: Details) -> str:
+    scores = f"fp32 itself scores {details['metric']} {details['value']:.4f}, and guessing {details['chance']:.4f}"
+    return f"{scores}: check the labels and the preprocessing"
+
+
+def _nothing_in_int8(details: Details) -> str:
+    layers = details["layers"]
+    if not layers:
+        return "it has no layer that runs in int8"
+    which = "its only layer" if layers == 1 else f"all {layers} layers"
+    return f"{which} silently ran in fp32"
+
+
+def _too_slow(details: Details) -> str:
+    per_s, best_per_s = numbers.rate(details["per_s"]), numbers.rate(details["best_per_s"])
+    return f"too slow to measure: {per_s} while verifying; the best so far did {best_per_s}"
+
+
+def _budget(details: Details) -> str:
+    return f"the budget of {details['budget_s']:g} s was spent"
+
+
+def _budget_too_short(details: Details) -> str:
+    return (
+        f"{details['left_s']:.0f} s of the budget of {details['budget_s']:g} s were left, and it needs about "
+        f"{details['needed_s']:.0f} s"
+    )
+
+
+def _while(details: Details) -> str:
+    return f"{details['step']} with {details['plan']}" if "plan" in details else str(details["step"])
+
+
+def _last_words(details: Details) -> str:
+    return f": {details['last_words']}" if details.get("last_words") else ""
+
+
+def _hung(details: Details) -> str:
+    return f"hung while {_while(details)}: no answer in {details['timeout_s']:.0f} s, so it was ended"
+
+
+def _killed(details: Details) -> str:
+    killer = "killed (SIGKILL, most likely by the kernel for lack of memory)"
+    return f"{killer} while {_while(details)}{_last_words(details)}"
+
+
+def _over_memory(details: Details) -> str:
+    needs, limit = numbers.megabytes(details["needs_bytes"]), numbers.megabytes(details["limit_bytes"])
+    return f"{details['plan']} needs {needs} of memory, more than {limit}"
+
+
+def _not_tuned(details: Details) -> str:
+    per_s, best_per_s = numbers.rate(details["per_s"]), numbers.rate(details["best_per_s"])
+    return f"its plans were not searched: {per_s} under {details['plan']} against {best_per_s}"
+
+
+def _ratio(details: Details, prefix: str = "") -> str:
+    ratio, low, high = (details[f"{prefix}{name}"] for name in ("ratio", "low", "high"))
+    return f"{numbers.times(ratio)} {numbers.interval(low, high)}"
+
+
+def _won(details: Details) -> str:
+    """The winner's label, after what its win says about the other precisions."""
+    inaccurate = details["inaccurate"]
+    start = f"no {' or '.join(inaccurate)} candidate was accurate enough; " if inaccurate else ""
+    return f"{start}{details['winner']} wins"
+
+
+def _figure(details: Details) -> str:
+    return numbers.figure(details["figure"], details["unit"])
+
+
+def _tie(details: Details) -> str:
+    if "tied_with" not in details:
+        return ""
+    return f"; as fast as {details['tied_with']} ({_ratio(details, 'tied_')} of it) and more accurate"
+
+
+def _faster(details: Details) -> str:
+    against = f"{_ratio(details)} the baseline {details['baseline']} in {details['rounds']} alternating rounds"
+    return f"{_won(details)}: {_figure(details)}, {against}{_tie(details)}"
+
+
+def _rate_under_slo(details: Details, prefix: str = "") -> str:
+    rate_per_s, slo_ms = details[f"{prefix}rate_per_s"], details[f"{prefix}slo_ms"]
+    within = f"with p99 <= {slo_ms:g} ms"
+    if rate_per_s is None:
+        if details[f"{prefix}loaded"]:
+            return f"meets no rate {within}"
+        return f"was not put under load, so no rate {within} is known"
+    p99_ms, duration_s = details[f"{prefix}p99_ms"], details[f"{prefix}duration_s"]
+    seen = f"(p99 {numbers.milliseconds(p99_ms)} over {duration_s:.0f} s)"
+    return f"meets {numbers.rate(rate_per_s, 'requests')} {within} {seen}"
+
+
+def _highest_rate(details: Details) -> str:
+    text = f"{_won(details)}: it {_rate_under_slo(details)}"
+    if "baseline_slo_ms" in details:
+        return f"{text}; the baseline {_rate_under_slo(details, 'baseline_')}"
+    return f"{text}, and no finalist did better"
+
+
+def _slo_uncertain(details: Details) -> str:
+    nothing = f"nothing is certain to meet p99 <= {details['slo_ms']:g} ms: {details['winner']}"
+    if "call_p99_ms" in details:
+        return f"{nothing} is the closest; a single call takes p99 {numbers.milliseconds(details['call_p99_ms'])}"
+    if "met_per_s" in details:
+        rate = numbers.rate(details["met_per_s"], "requests")
+        return f"{nothing} met {rate} once, and nothing a little below it again"
+    rate = numbers.rate(details["lowest_per_s"], "requests")
+    return f"{nothing} answered {details['in_time']:.0%} of {rate} in time"
+
+
+def _nothing_fits(details: Details) -> str:
+    limit, needs = numbers.megabytes(details["limit_bytes"]), numbers.megabytes(details["needs_bytes"])
+    return f"no build fits into {limit} of memory; {details['winner']} needs at least {needs}"
+
+
+def _drop_uncertain(details: Details) -> str:
+    needed = details["needed"]
+    advice = f"about {needed} would" if needed else "the drop is too near to it for any number"
+    limit = f"whether the drop is within {details['max_drop']:g}"
+    return f"a holdout of {details['samples']} is too small to show {limit}; {advice}"
+
+
+def _mixes_batch(details: Details) -> str:
+    place = f" in {details['operation']}" if details["operation"] else ""
+    place += f" ({details['where']})" if details["where"] else ""
+    agreement = f"alone, a row's answer agrees to {details['decibels']:.0f} dB only"
+    return f"the model mixes the rows of a batch{place}: {agreement}; so every row runs in a call of its own"
+
+
+def _keeps_state(details: Details) -> str:
+    where = f" ({details['where']})" if details["where"] else ""
+    return f"each call changes {details['name'] or 'something'} in the model{where}; answers do not depend on it"
+
+
+_SENTENCES: dict[ReasonKind, Callable[[Details], str]] = {
+    K.BASELINE: _fixed("the baseline"),
+    K.ACCURATE: _accuracy,
+    K.INACCURATE: lambda details: f"{_shifted(details)}{_accuracy(details)}",
+    K.BELOW_FLOOR: _below_floor,
+    K.NOTHING_IN_INT8: _nothing_in_int8,
+    K.TOO_SLOW: _too_slow,
+    K.DEPENDS_ON_NEIGHBOURS: lambda details: (
+        f"a row's answer depends on its neighbours: alone it agrees to {details['decibels']:.1f} dB, and at least "
+        f"{details['floor_db']:g} are needed"
+    ),
+    K.BUDGET_SPENT: _budget,
+    K.BUDGET_SPENT_BEFORE: lambda details: f"{_budget(details)} before it was tried",
+    K.BUDGET_SPENT_DURING: lambda details: f"{_budget(details)} while it was tried",
+    K.BUDGET_TOO_SHORT: _budget_too_short,
+    K.STEP_FAILED: lambda details: f"{_while(details)}: {details['text']}",
+    K.HUNG: _hung,
+    K.KILLED: _killed,
+    K.CRASHED: lambda details: f"crashed with {details['signal']} while {_while(details)}{_last_words(details)}",
+    K.EXITED: lambda details: f"exited with code {details['code']} while {_while(details)}{_last_words(details)}",
+    K.UNRESPONSIVE: lambda details: f"closed its channel and did not end while {_while(details)}",
+    K.FIRST_LOOK: _fixed("the first look"),
+    K.OTHER_LAYOUT: _fixed("other threads and instances"),
+    K.OTHER_THREADS: _fixed("other numbers of threads"),
+    K.SMALLER_BATCH: _fixed("a smaller batch may be faster"),
+    K.LARGER_BATCH: _fixed("a larger batch may be faster"),
+    K.SIMILAR_SPEED: _fixed("by their first calls, these threads and instances may be about as fast"),
+    K.MEASURED_AGAIN: _fixed("among the fastest, so measured again"),
+    K.LATENCY_TABLE: _fixed("the latency table"),
+    K.SLO_TABLE: _fixed("the latency table for the SLO"),
+    K.OVER_MEMORY: _over_memory,
+    K.MEMORY_UNKNOWN: lambda details: f"its memory is not known: {_not_tuned(details)}",
+    K.FASTEST_PLAN: lambda details: (
+        f"{details['plan']} is the fastest of what was tried: {numbers.rate(details['per_s'])}"
+    ),
+    K.FASTEST_CALL: lambda details: (
+        f"{details['plan']} is the fastest of what was tried: {numbers.milliseconds(details['p50_ms'])}"
+    ),
+    K.MOST_WITHIN_SLO: lambda details: (
+        f"{details['plan']} does most with calls within {details['slo_ms']:g} ms: {numbers.rate(details['per_s'])}"
+    ),
+    K.NONE_WITHIN_SLO: lambda details: f"no allowed plan has a call within {details['slo_ms']:g} ms",
+    K.NO_PLAN_ALLOWED: _fixed("no plan that was tried may be chosen"),
+    K.MUCH_SLOWER: _not_tuned,
+    K.OTHERS_FASTER: lambda details: f"{_not_tuned(details)}, and {details['count']} others were faster",
+    K.FASTER_THAN_BASELINE: _faster,
+    K.NO_FINALIST_FASTER: lambda details: f"{_won(details)}: {_figure(details)}, and no finalist was faster",
+    K.ONLY_FINALIST: lambda details: f"{_won(details)}: {_figure(details)}, the only finalist",
+    K.STAYS_BASELINE: lambda details: f"{_won(details)}: {_figure(details)}, the baseline{_tie(details)}",
+    K.HIGHEST_RATE: _highest_rate,
+    K.SLOWER_THAN_WINNER: lambda details: f"{_ratio(details)} of the winner in the race",
+    K.LESS_ACCURATE: lambda details: f"{_ratio(details)} of the winner in the race: as fast, but less accurate",
+    K.LOWER_RATE: _rate_under_slo,
+    K.NOT_A_FINALIST: lambda details: (
+        f"not a finalist: {_figure(details)} in its trial against {numbers.figure(details['against'], details['unit'])}"
+    ),
+    K.NOT_MEASURED: _fixed("not a finalist: its speed was not measured"),
+    K.SLO_UNCERTAIN: _slo_uncertain,
+    K.NOTHING_FITS_MEMORY: _nothing_fits,
+    K.FEW_ROUNDS: lambda details: (
+        f"only {details['rounds']} alternating rounds: a 95 % interval of the speed-up needs {details['needed']}"
+    ),
+    K.SPEEDUP_UNCERTAIN: _fixed("the interval of the speed-up holds 1: the winner may be no faster than the baseline"),
+    K.DROP_UNCERTAIN: _drop_uncertain,
+    K.NEAR_CHANCE: _near_chance,
+    K.NOISY: lambda details: f"{details['build']}: {details['text']}",
+    K.ENGINE_UNAVAILABLE: lambda details: f"engine {details['engine']} was not tried: {details['why']}",
+    K.ONLY_EAGER: lambda details: f"only eager was tried: the model cannot be exported ({details['why']})",
+    K.MIXES_BATCH: _mixes_batch,
+    K.FIXED_BATCH: lambda details: f"calls have exactly {details['rows']} rows: {details['why']}",
+    K.KEEPS_STATE: _keeps_state,
+    K.COREWISE_INT8_ONLY: lambda details: f"int8 by corewise's quantizer only, without {details['layers']}",
+}

@@ -1,0 +1,175 @@
+"""Folders of images or recordings: which files are samples, in which order, with which labels."""
+
+import csv
+import os
+from collections import Counter
+from collections.abc import Iterator
+from math import isfinite
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from corewise.common.errors import SamplesError
+from corewise.samples.audio import AUDIO_SUFFIXES
+from corewise.samples.drawing import draw
+from corewise.samples.images import image_suffixes
+from corewise.samples.labels import stack_labels
+from corewise.samples.raw import NOUNS, RawKind, RawSamples
+from corewise.samples.texts import number_or_text
+
+LABELS_FILE = "labels.csv"
+HEIC_SUFFIXES = (".heic", ".heif", ".hif")
+
+
+class _Listing(NamedTuple):
+    """A folder's samples as paths below it, with a label each or none at all, and what other files there are."""
+
+    paths: list[str]
+    labels: list[int | float] | None
+    others: Counter[str]
+
+
+def read_folder(
+    folder: Path, *, max_samples: int | None = None, seed: int = 0, allow_empty: bool = False
+) -> RawSamples:
+    """The images or recordings of a folder; none is opened.
+
+    Where the folder has a ``labels.csv`` (columns ``file`` and ``label``, files relative to the folder), its files.
+    Else class folders are read as torchvision's ``ImageFolder`` reads them: their sorted names are the classes 0, 1,
+    ..., and all files below them count. Else the folder's own files, without labels. Hidden files and folders never
+    count.
+
+    Args:
+        folder: The folder.
+        max_samples: Draw at most this many.
+        seed: Seed of the draw.
+        allow_empty: Let a class folder without files keep its number; otherwise it is an error.
+
+    Raises:
+        SamplesError: Naming what is wrong with the folder or its ``labels.csv``.
+    """
+    try:
+        listing = _labelled(folder) if (folder / LABELS_FILE).is_file() else _listed(folder, allow_empty)
+    except OSError as error:
+        raise SamplesError(f"{error.filename or folder} cannot be read: {error.strerror}", "check the path") from error
+    kinds: set[RawKind] = {"audio" if _suffix(path) in AUDIO_SUFFIXES else "image" for path in listing.paths}
+    if len(kinds) != 1:
+        what = "both images and recordings" if kinds else "no samples"
+        raise SamplesError(f"there are {what} in {folder}", "give a folder of images or one of recordings")
+    kind = kinds.pop()
+    chosen, drawn = draw(len(listing.paths), max_samples, seed, noun=NOUNS[kind])
+    names = [listing.paths[index] for index in chosen]
+    labels = None if listing.labels is None else [listing.labels[index] for index in chosen]
+    return RawSamples(
+        kind=kind,
+        items=[folder / name for name in names],
+        labels=None if labels is None else stack_labels(labels, names.__getitem__, str(folder)),
+        source=str(folder),
+        numbers=np.array(chosen, np.int64),
+        names=names,
+        notes=(*_skipped(listing.others, kind), *drawn),
+    )
+
+
+def _listed(folder: Path, allow_empty: bool) -> _Listing:
+    others: Counter[str] = Counter()
+    children = sorted(child for child in folder.iterdir() if not child.name.startswith("."))
+    own = _usable([child.name for child in children if not child.is_dir()], others)
+    classes = {child.name: _usable(_below(child), others) for child in children if child.is_dir()}
+    filled = [name for name, paths in classes.items() if paths]
+    if own and filled:
+        raise SamplesError(
+            f"{folder} has images beside the folder {filled[0]}", "use either class folders or a flat folder"
+        )
+    if not own and not filled:
+        raise SamplesError(
+            f"there are no images in {folder}{_holding(others)}", "give images, recordings, class folders or labels.csv"
+        )
+    if own:
+        return _Listing(own, None, others)
+    if len(classes) == 1:
+        raise SamplesError(
+            f"{folder} has the single class folder {filled[0]}",
+            f"give {folder / filled[0]} for images without labels, or write {folder / LABELS_FILE}",
+        )
+    empty = [name for name in classes if name not in filled]
+    if empty and not allow_empty:
+        raise SamplesError(
+            f"the class folder {folder / empty[0]} is empty",
+            "remove it, or allow empty classes (allow_empty), whose numbers are kept",
+        )
+    paths = [f"{name}/{path}" for name in classes for path in classes[name]]
+    return _Listing(paths, [number for number, name in enumerate(classes) for _ in classes[name]], others)
+
+
+def _below(folder: Path) -> Iterator[str]:
+    """The files below a class folder, in torchvision's order; links are followed, hidden ones and circles are not."""
+    seen: set[str] = set()
+    found: list[tuple[str, list[str]]] = []
+    for parent, folders, files in os.walk(folder, followlinks=True):
+        real = os.path.realpath(parent)
+        folders[:] = [] if real in seen else [name for name in folders if not name.startswith(".")]
+        if real not in seen:
+            found.append((parent, files))
+        seen.add(real)
+    for parent, files in sorted(found):
+        for name in sorted(files):
+            if not name.startswith("."):
+                yield os.path.relpath(os.path.join(parent, name), folder)
+
+
+def _usable(paths: Iterator[str] | list[str], others: Counter[str]) -> list[str]:
+    """Images and recordings; the suffixes of the rest are counted."""
+    usable = []
+    for path in paths:
+        suffix = _suffix(path)
+        if suffix in AUDIO_SUFFIXES or suffix in image_suffixes():
+            usable.append(path)
+        else:
+            others[suffix or "without a suffix"] += 1
+    return usable
+
+
+def _suffix(path: str) -> str:
+    return os.path.splitext(path)[1].lower()
+
+
+def _holding(others: Counter[str]) -> str:
+    """What a folder holds instead of images: ``: it holds 3 .heic, 1 .txt``."""
+    return ": it holds " + ", ".join(f"{count} {suffix}" for suffix, count in others.most_common()) if others else ""
+
+
+def _skipped(others: Counter[str], kind: RawKind) -> tuple[str, ...]:
+    """A sentence for the report about the files that are no samples."""
+    if not others:
+        return ()
+    named = ", ".join(f"{count} {suffix}" for suffix, count in others.most_common())
+    advice = "; pip install 'corewise[heic]' reads .heic" if any(suffix in others for suffix in HEIC_SUFFIXES) else ""
+    return (f"{sum(others.values())} files are no {NOUNS[kind]} that can be read here: {named}{advice}",)
+
+
+def _labelled(folder: Path) -> _Listing:
+    table = folder / LABELS_FILE
+    try:
+        with table.open(encoding="utf-8-sig", newline="") as lines:
+            rows = list(csv.DictReader(lines))
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise SamplesError(f"{table} cannot be read: {error}", "save it as CSV in UTF-8") from error
+    if not rows:
+        raise SamplesError(f"there are no samples in {table}", "give a line for each file")
+    if not {"file", "label"} <= set(rows[0]):
+        raise SamplesError(f"{table} has the columns {', '.join(map(str, rows[0]))}", "name two of them file and label")
+    paths: list[str] = []
+    labels: list[int | float] = []
+    for line, row in enumerate(rows, start=2):
+        cell = (row["label"] or "").strip()
+        label = number_or_text(cell)
+        if isinstance(label, str) or not isfinite(label):
+            raise SamplesError(f"{table} line {line}: the label {cell!r} is no number", "number the classes from 0")
+        path = row["file"] or ""
+        if not (folder / path).is_file():
+            raise SamplesError(f"{table} line {line}: there is no file {path!r}", f"name files relative to {folder}")
+        paths.append(path)
+        labels.append(label)
+    return _Listing(paths, labels, Counter())

@@ -1,0 +1,304 @@
+"""Images as a model takes them: the one place that decodes, for samples, ``predict`` and the server alike.
+
+Every image becomes upright (EXIF orientation is applied), 8 bits deep, and RGB or grey; of an animation it is the first
+frame. Transparency is dropped, as torchvision does. Values that are not 8 bits deep are scaled:
+
+- 16-bit integers by 65535;
+- 32-bit integers and floats by the smallest of 1 (floats only), 255 and 65535 that holds all values; where none does,
+  or one is negative, the image's own lowest value becomes black and its highest white.
+"""
+
+import io
+import struct
+import zlib
+from collections.abc import Callable, Sequence
+from functools import cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from corewise.common.errors import MissingExtra, SamplesError
+from corewise.common.references import find_reference, guard
+from corewise.records.report import Preprocess
+from corewise.samples.raw import UnreadableItem
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+Preprocessor = Callable[["Image"], Any]
+
+UNSAFE_FORMATS = ("BUFR", "EPS", "GRIB", "HDF5", "MPEG", "WMF")
+"""Known to Pillow, but read by other programs (Ghostscript) or not at all."""
+ORIENTATION = 0x0112
+"""The EXIF tag; 1 is upright, 2 to 8 are mirrored or turned."""
+LONGEST = 16
+"""A side of more than so many times the other one is cut before resizing: the crop shows its middle alone."""
+DIM = 4095
+"""A 16-bit image whose values all fit into 12 bits becomes almost black; it is marked in its ``info``."""
+DIM_KEY = "corewise.dim"
+
+BROKEN = (
+    OSError,
+    ValueError,
+    SyntaxError,
+    RuntimeError,
+    TypeError,
+    AttributeError,
+    AssertionError,
+    LookupError,
+    ArithmeticError,
+    MemoryError,
+    EOFError,
+    struct.error,
+    zlib.error,
+)
+"""What Pillow raises for bytes that are no whole image."""
+
+
+class TooManyPixels(UnreadableItem):
+    """The image is larger than the caller takes."""
+
+
+def open_image(source: Path | bytes, name: str = "", *, max_pixels: int | None = None) -> "Image":
+    """Decode one image.
+
+    Args:
+        source: A file, or its content.
+        name: What messages call it; the file's path by default.
+        max_pixels: Refuse more before they are decoded; Pillow's own limit (about 179 million) holds in any case.
+
+    Returns:
+        The first frame, upright, of mode ``RGB`` or ``L``.
+
+    Raises:
+        UnreadableItem: Saying what is wrong with it: empty, cut off, no image; ``TooManyPixels`` where it is too large.
+        MissingExtra: Where Pillow is not installed.
+    """
+    pil = _pil()
+    name = name or ("the image" if isinstance(source, bytes) else f"the image {source}")
+    try:
+        file = io.BytesIO(source) if isinstance(source, bytes) else source
+        with pil.open(file, formats=_formats()) as image:
+            if max_pixels is not None and image.width * image.height > max_pixels:
+                raise TooManyPixels(name, f"has {image.width}x{image.height} pixels, the most are {max_pixels:,}")
+            image.load()
+            return normalize_image(image, name)
+    except (pil.DecompressionBombError, pil.DecompressionBombWarning) as error:
+        raise TooManyPixels(name, "has too many pixels") from error
+    except BROKEN as error:
+        raise UnreadableItem(name, _reason(source, error)) from error
+
+
+def normalize_image(image: "Image", name: str = "the image") -> "Image":
+    """The image upright, of mode ``RGB`` or ``L``, 8 bits deep; the given one stays as it is."""
+    image = _upright(image)
+    if image.mode in ("I", "F") or image.mode.startswith("I;16"):
+        return _scaled(image, name)
+    # Pillow converts these by way of another mode with transparency only.
+    if image.mode == "La":
+        image = image.convert("LA")
+    elif image.mode == "P" and "transparency" in image.info:
+        image = image.convert("RGBA")
+    return _convert(image, "L" if image.mode in ("1", "L", "LA") else "RGB")
+
+
+def image_array(image: "Image", preprocess: Preprocess) -> NDArray[np.float32]:
+    """One image as a model's input.
+
+    As torchvision's Resize, CenterCrop, ToTensor and Normalize make it of a PIL image.
+
+    Args:
+        image: What ``open_image`` returned, or another PIL image.
+        preprocess: How it is resized, cropped and normalised.
+
+    Returns:
+        float32 (C, crop, crop) of as many channels as ``preprocess.mean`` has.
+
+    Raises:
+        SamplesError: Where ``preprocess`` is a function of the user's, which is not run for strangers' images.
+    """
+    if preprocess.function is not None:
+        raise SamplesError(f"images are prepared by {preprocess.function}, which is not here", "send tensors")
+    image = _without_far_ends(_convert(image, "L" if len(preprocess.mean) == 1 else "RGB"))
+    short, crop = min(image.size), preprocess.crop
+    if short != preprocess.resize:
+        size = [preprocess.resize * side // short for side in image.size]
+        image = image.resize((size[0], size[1]), _pil().Resampling[preprocess.interpolation.upper()])
+    pixels = np.asarray(_centre(image, crop, crop), np.float32).reshape(crop, crop, -1)
+    mean, std = np.array(preprocess.mean, np.float32), np.array(preprocess.std, np.float32)
+    scaled = (pixels / np.float32(255) - mean) / std
+    return np.ascontiguousarray(scaled.transpose(2, 0, 1))
+
+
+@cache
+def image_suffixes() -> frozenset[str]:
+    """The lower-case suffixes of the files that Pillow reads here; of HEIC files where its plug-in is installed."""
+    formats = _formats()
+    return frozenset(suffix for suffix, kind in _pil().registered_extensions().items() if kind in formats)
+
+
+def is_image(value: Any) -> bool:
+    """Whether an array is an image: uint8 (H, W, 1) or (H, W, 3)."""
+    return isinstance(value, np.ndarray) and value.dtype == np.uint8 and value.ndim == 3 and value.shape[2] in (1, 3)
+
+
+class ImageReader:
+    """Makes inputs of images: paths, bytes, PIL images, uint8 arrays, and dicts of inputs with such arrays.
+
+    ``function`` is the user's own: it, or a reference to it, takes an RGB PIL image and returns the input. ``dim``
+    names images that came out almost black.
+    """
+
+    def __init__(self, preprocess: Preprocess, function: str | Preprocessor | None = None) -> None:
+        """Raises ``SamplesError`` where the numbers do not fit each other, or there is no such function."""
+        self.dim: list[str] = []
+        self.preprocess = preprocess
+        self._function: Preprocessor | None = None
+        if function is None:
+            _check(preprocess)
+            return
+        found = find_reference(function, SamplesError, "preprocess function") if isinstance(function, str) else function
+        name = function if isinstance(function, str) else f"{function.__module__}:{function.__qualname__}"
+        self._function = found
+        self.preprocess = Preprocess(function=name)
+
+    def __call__(self, item: Any) -> Any:
+        """One sample's inputs."""
+        if isinstance(item, dict):
+            return {name: self(value) for name, value in item.items()}
+        if isinstance(item, Path | bytes):
+            return self._input(open_image(item), f"{item}" if isinstance(item, Path) else "an image")
+        if is_image(item):
+            return self._input(_pil().fromarray(item.squeeze(-1) if item.shape[2] == 1 else item), "an image")
+        return self._input(normalize_image(item), "an image") if is_pil(item) else item
+
+    def _input(self, image: "Image", name: str) -> Any:
+        if image.info.get(DIM_KEY):
+            self.dim.append(name)
+        if self._function is None:
+            return image_array(image, self.preprocess)
+        with guard(SamplesError, f"the preprocess function failed on {name}"):
+            return self._function(image.convert("RGB"))
+
+    @property
+    def threads_allowed(self) -> bool:
+        """Whether several threads may call it: a user's function need not stand that."""
+        return self._function is None
+
+    def notes(self) -> tuple[str, ...]:
+        """A sentence for the report about images that come out almost black."""
+        if not self.dim:
+            return ()
+        return (
+            f"{len(self.dim):,} images of 16 bits use 12 of them at most and become almost black: scale them in a "
+            "preprocess function",
+        )
+
+
+def is_pil(value: Any) -> bool:
+    """Whether it is a PIL image; Pillow is not imported for it."""
+    return any(kind.__module__ == "PIL.Image" and kind.__name__ == "Image" for kind in type(value).__mro__)
+
+
+def _pil() -> Any:
+    try:
+        from PIL import Image
+    except ImportError:
+        raise MissingExtra("pillow", "optimize", "reading images") from None
+    return Image
+
+
+@cache
+def _formats() -> Sequence[str]:
+    """The formats that are opened: what Pillow decodes by itself or by an installed plug-in."""
+    pil = _pil()
+    try:
+        from pillow_heif import register_heif_opener
+    except ImportError:
+        pass
+    else:
+        register_heif_opener()
+    pil.init()
+    return tuple(kind for kind in pil.ID if kind not in UNSAFE_FORMATS)
+
+
+def _reason(source: Path | bytes, error: BaseException) -> str:
+    """What is wrong with an image that Pillow does not decode, as the end of a sentence."""
+    try:
+        head = source[:512] if isinstance(source, bytes) else _head(source)
+    except OSError as missing:
+        return f"cannot be opened: {missing.strerror}"
+    if not head:
+        return "is empty"
+    if head.lstrip().lower().startswith((b"<html", b"<!doctype html")):
+        return "is an HTML page"
+    if type(error).__name__ == "UnidentifiedImageError":
+        return "is no image that Pillow opens"
+    if "truncated" in str(error).lower() or isinstance(error, EOFError):
+        return "is cut off"
+    return f"cannot be decoded: {str(error).strip() or type(error).__name__}"
+
+
+def _head(path: Path) -> bytes:
+    with path.open("rb") as file:
+        return file.read(512)
+
+
+def _upright(image: "Image") -> "Image":
+    try:
+        if image.getexif().get(ORIENTATION, 1) not in range(2, 9):
+            return image
+        from PIL import ImageOps
+
+        return ImageOps.exif_transpose(image)
+    except (*BROKEN, UserWarning):
+        return image  # broken EXIF data says nothing about the orientation
+
+
+def _convert(image: "Image", mode: str) -> "Image":
+    """The image in another mode; without a copy where it has that mode."""
+    return image if image.mode == mode else image.convert(mode)
+
+
+def _scaled(image: "Image", name: str) -> "Image":
+    """Values of another depth in 8 bits; see the module's docstring for the rule."""
+    pixels = np.asarray(image, np.float64)
+    if not np.isfinite(pixels).all():
+        raise UnreadableItem(name, "has NaN or infinite pixels")
+    low, high = float(pixels.min()), float(pixels.max())
+    if image.mode.startswith("I;16"):
+        black, white = 0.0, 65535.0
+    else:
+        holding = [limit for limit in (1, 255, 65535) if high <= limit and (limit > 1 or image.mode == "F")]
+        black, white = (0.0, float(holding[0])) if low >= 0 and holding else (low, high)
+    eight = np.rint((pixels - black) / max(white - black, np.finfo(np.float64).tiny) * 255)
+    scaled: Image = _pil().fromarray(eight.astype(np.uint8))
+    scaled.info[DIM_KEY] = white == 65535 and 0 < high <= DIM
+    return scaled
+
+
+def _without_far_ends(image: "Image") -> "Image":
+    """The middle of a very long image; resized as a whole it would be millions of pixels long."""
+    most = LONGEST * min(image.size)
+    return image if max(image.size) <= most else _centre(image, min(image.width, most), min(image.height, most))
+
+
+def _centre(image: "Image", width: int, height: int) -> "Image":
+    """The middle of an image, rounded as torchvision does."""
+    left, top = round((image.width - width) / 2), round((image.height - height) / 2)
+    return image.crop((left, top, left + width, top + height))
+
+
+def _check(preprocess: Preprocess) -> None:
+    channels = len(preprocess.mean)
+    if channels not in (1, 3) or len(preprocess.std) != channels or 0 in preprocess.std:
+        raise SamplesError(
+            f"mean {preprocess.mean} and std {preprocess.std} do not fit",
+            "give 3 numbers each for RGB or 1 for grey, std not 0",
+        )
+    if not 1 <= preprocess.crop <= preprocess.resize:
+        raise SamplesError(
+            f"crop {preprocess.crop} does not fit into resize {preprocess.resize}", "choose crop between 1 and resize"
+        )

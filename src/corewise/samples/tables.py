@@ -1,0 +1,193 @@
+"""Files of texts: a line each (.txt), or columns for text, pair and label (.csv, .tsv, .jsonl, .parquet)."""
+
+import csv
+import json
+from collections.abc import Callable, Iterator, Mapping
+from math import isfinite
+from pathlib import Path
+from typing import Any, NamedTuple, TextIO
+
+from corewise.common.errors import MissingExtra, SamplesError
+from corewise.samples.raw import RawItem, RawKind, RawSamples, gather
+from corewise.samples.texts import GUESSED, MOST_CHARACTERS, Columns, number_or_text, text_problem
+
+PARQUET_ROWS = 1024
+"""Rows read at a time."""
+
+
+class _Record(NamedTuple):
+    """One line or row: its values by column, or what is wrong with it."""
+
+    name: str
+    values: Mapping[str, Any]
+    problem: str = ""
+
+
+def read_table(path: Path, columns: Columns = GUESSED, *, max_samples: int | None = None, seed: int = 0) -> RawSamples:
+    """The texts of a file, or its pairs of texts where ``columns.pair`` is given.
+
+    - ``.txt``: each line is a text; empty lines are left out.
+    - ``.csv``: with a header, quoted as in RFC 4180; with semicolons where the header has no comma.
+    - ``.tsv``: with a header; quotes are part of the text.
+    - ``.jsonl``: each line is an object or a string.
+    - ``.parquet``: needs pyarrow.
+
+    Args:
+        path: The file, in UTF-8. It is read once, and no more than ``max_samples`` texts are held.
+        columns: Which columns hold the text, the second text of a pair, and the label.
+        max_samples: Draw at most this many.
+        seed: Seed of the draw.
+
+    Raises:
+        SamplesError: Naming the column that is not there, or the rows that cannot be used where more than a tenth are;
+            fewer of them are set aside, and ``notes`` says so.
+        MissingExtra: Where pyarrow is not installed.
+    """
+    kind: RawKind = "pair" if columns.pair else "text"
+    return gather(iterate_table(path, columns), kind, source=str(path), max_samples=max_samples, seed=seed)
+
+
+def iterate_table(path: Path, columns: Columns = GUESSED) -> Iterator[RawItem]:
+    """The texts or pairs of a file as they are read, with what is wrong with those that cannot be used."""
+    read = READERS[path.suffix.lower()]
+    try:
+        resolved: Columns | None = None
+        label_kind = ""
+        for number, record in enumerate(read(path, columns)):
+            if record.problem:
+                yield RawItem(number, None, name=record.name, problem=record.problem)
+                continue
+            resolved = resolved or columns.resolve(list(record.values), str(path))
+            value, label, problem = resolved.item(record.values)
+            label = number_or_text(label) if isinstance(label, str) else label
+            label_kind = label_kind or _label_kind(label)
+            if not problem and _label_kind(label) != label_kind:
+                problem = f"has the label {label!r:.40}, which is no {label_kind}"
+            yield RawItem(number, value, label, record.name, problem)
+    except OSError as error:
+        raise SamplesError(f"{path} cannot be read: {error.strerror or error}", "check the path") from error
+
+
+def _label_kind(label: Any) -> str:
+    if isinstance(label, int | float):
+        return "number" if isfinite(label) else "NaN"
+    return "text" if isinstance(label, str) else "list" if isinstance(label, list) else type(label).__name__
+
+
+def _open(path: Path, newline: str = "\n") -> TextIO:
+    """A text file whose bytes that are no UTF-8 become lone surrogates, for ``text_problem`` to find."""
+    with path.open("rb") as file:
+        if file.read(2) in (b"\xff\xfe", b"\xfe\xff"):
+            raise SamplesError(f"{path} is UTF-16", "save it as UTF-8")
+    return path.open(encoding="utf-8-sig", errors="surrogateescape", newline=newline)
+
+
+def _lines(path: Path) -> Iterator[tuple[str, str]]:
+    """The lines that are not empty, each with its name."""
+    with _open(path) as file:
+        for number, line in enumerate(file, start=1):
+            if line.strip():
+                yield f"line {number}", line.rstrip("\r\n")
+
+
+def _txt(path: Path, columns: Columns) -> Iterator[_Record]:
+    if any(columns):
+        raise SamplesError(f"{path} has lines and no columns", "give a .csv, .tsv, .jsonl or .parquet file")
+    for name, line in _lines(path):
+        yield _Record(name, {"text": line}, text_problem(line))
+
+
+def _jsonl(path: Path, columns: Columns) -> Iterator[_Record]:
+    for name, line in _lines(path):
+        try:
+            line.encode()
+            value = json.loads(line)
+        except UnicodeEncodeError as error:
+            yield _Record(name, {}, f"is no UTF-8 at character {error.start}")
+        except (ValueError, RecursionError) as error:
+            yield _Record(name, {}, f"is no JSON: {error}")
+        else:
+            record = {"text": value} if isinstance(value, str) else value
+            yield _Record(name, record) if isinstance(record, dict) else _Record(name, {}, "is no JSON object")
+
+
+def _csv(path: Path, columns: Columns) -> Iterator[_Record]:
+    with _open(path, newline="") as file:
+        header = file.readline()
+        file.seek(0)
+        delimiter = ";" if ";" in header and "," not in header else ","
+        yield from _fields(csv.reader(file, delimiter=delimiter, strict=True), path)
+
+
+def _tsv(path: Path, columns: Columns) -> Iterator[_Record]:
+    with _open(path, newline="") as file:
+        yield from _fields(csv.reader(file, delimiter="\t", quoting=csv.QUOTE_NONE), path)
+
+
+def _fields(reader: Any, path: Path) -> Iterator[_Record]:
+    """The rows below the header; a row that is broken is a problem of each line that it took."""
+    header: list[str] | None = None
+    while True:
+        line = reader.line_num + 1
+        try:
+            fields = _next(reader)
+        except csv.Error as error:
+            for broken in range(line, reader.line_num + 1):
+                yield _Record(f"line {broken}", {}, f"is no CSV: {error}")
+            continue
+        if fields is None:
+            break
+        if not fields:
+            continue  # an empty line
+        if header is None:
+            header = [name.strip() for name in fields]
+        elif len(fields) == len(header):
+            yield _Record(f"line {line}", dict(zip(header, fields, strict=True)))
+        else:
+            yield _Record(f"line {line}", {}, f"has {len(fields)} fields where the header has {len(header)}")
+    if not header:
+        raise SamplesError(f"{path} is empty", "give a header and rows")
+
+
+def _next(reader: Any) -> list[str] | None:
+    """The next row, however long its fields; the limit on these is the process's, and is left as it was."""
+    limit = csv.field_size_limit(4 * MOST_CHARACTERS)
+    try:
+        return next(reader, None)
+    finally:
+        csv.field_size_limit(limit)
+
+
+def _parquet(path: Path, columns: Columns) -> Iterator[_Record]:
+    try:
+        import pyarrow
+        from pyarrow import parquet
+    except ImportError:
+        raise MissingExtra("pyarrow", "parquet", f"reading {path}") from None
+    try:
+        with parquet.ParquetFile(path) as file:
+            names = [name for name in columns.resolve(file.schema_arrow.names, str(path)) if name is not None]
+            row = 0
+            for batch in file.iter_batches(PARQUET_ROWS, columns=names):
+                for cells in zip(*(batch.column(name) for name in names), strict=True):
+                    yield _cells(f"row {row}", names, cells)
+                    row += 1
+    except pyarrow.ArrowException as error:
+        raise SamplesError(f"{path} is no Parquet file: {error}", "write it with pyarrow or pandas") from error
+
+
+def _cells(row: str, names: list[str], cells: tuple[Any, ...]) -> _Record:
+    try:
+        return _Record(row, dict(zip(names, (cell.as_py() for cell in cells), strict=True)))
+    except UnicodeDecodeError as error:
+        return _Record(row, {}, f"is no UTF-8 at byte {error.start}")
+
+
+READERS: dict[str, Callable[[Path, Columns], Iterator[_Record]]] = {
+    ".txt": _txt,
+    ".csv": _csv,
+    ".tsv": _tsv,
+    ".jsonl": _jsonl,
+    ".parquet": _parquet,
+}
+"""By the file's suffix."""

@@ -1,0 +1,87 @@
+"""Texts as people store them: which columns hold them, and what no tokenizer should be given."""
+
+from collections.abc import Collection, Mapping
+from difflib import get_close_matches
+from typing import Any, NamedTuple
+
+from corewise.common.errors import SamplesError
+
+MOST_CHARACTERS = 1_000_000
+TEXT_COLUMNS = ("text", "sentence")
+LABEL_COLUMNS = ("label", "labels")
+
+Text = str | tuple[str, str]
+
+
+def text_problem(value: Any) -> str:
+    """Why a value is no text that a model can be given, as the end of a sentence; nothing where it is one."""
+    if not isinstance(value, str):
+        return f"is {value!r:.40}, which is no text"
+    if not value.strip():
+        return "is empty"
+    if len(value) > MOST_CHARACTERS:
+        return f"has {len(value):,} characters, the most are {MOST_CHARACTERS:,}"
+    if "\0" in value:
+        return f"has a null byte at character {value.index(chr(0))}"
+    try:
+        value.encode()
+    except UnicodeEncodeError as error:
+        # Files are read with "surrogateescape": U+DC80 to U+DCFF stand for bytes that are no UTF-8.
+        kind = "is no UTF-8" if "\udc80" <= value[error.start] <= "\udcff" else "has half of a surrogate pair"
+        return f"{kind} at character {error.start}"
+    return ""
+
+
+class Columns(NamedTuple):
+    """The columns of a table that hold the text, the second text of a pair, and the label.
+
+    What is ``None`` is looked for in ``resolve``.
+    """
+
+    text: str | None = None
+    pair: str | None = None
+    label: str | None = None
+
+    def resolve(self, header: Collection[str], source: str) -> "Columns":
+        """With the names of ``header``. Raises ``SamplesError`` where a column is not there, or no text is found."""
+        for name in (self.text, self.pair, self.label):
+            if name is not None and name not in header:
+                near = get_close_matches(name, header, n=1)
+                raise SamplesError(
+                    f"{source} has no column {name!r}; it has {', '.join(header)}",
+                    f"did you mean {near[0]!r}?" if near else "name one of these",
+                )
+        text = self.text or next((name for name in TEXT_COLUMNS if name in header), None)
+        label = self.label or next((name for name in LABEL_COLUMNS if name in header), None)
+        others = [name for name in header if name not in (label, self.pair)]
+        if text is None and len(others) == 1:
+            text = others[0]
+        if text is None:
+            raise SamplesError(
+                f"{source} has the columns {', '.join(header)}",
+                f"say which is the text, e.g. --text {others[0]}" if others else "add a column of texts",
+            )
+        return Columns(text, self.pair, label)
+
+    def item(self, record: Mapping[str, Any]) -> tuple[Text, Any, str]:
+        """A record's text or pair, its label, and what is wrong with it (empty: nothing)."""
+        texts: list[tuple[str, Any]] = [(name, record.get(name)) for name in (self.text, self.pair) if name is not None]
+        problems = [f"has a {name} that {problem}" for name, text in texts if (problem := text_problem(text))]
+        label = None if self.label is None else record.get(self.label)
+        if self.label is not None and (label is None or label == ""):
+            problems.append(f"has no {self.label}")
+        value = texts[0][1] if self.pair is None else (texts[0][1], texts[1][1])
+        return value, label, problems[0] if problems else ""
+
+
+GUESSED = Columns()
+
+
+def number_or_text(text: str) -> int | float | str:
+    """A cell of a table as the number that it says, else as it is."""
+    for kind in (int, float):
+        try:
+            return kind(text)
+        except ValueError:
+            continue
+    return text

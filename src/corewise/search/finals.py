@@ -1,0 +1,102 @@
+"""The race at the end: the fastest accurate builds and the baseline, in alternating rounds."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from math import inf
+
+from corewise.common.stats import MIN_ROUNDS
+from corewise.records.build import Plan
+from corewise.records.events import RaceRound, Stage, StageStarted
+from corewise.records.goal import Throughput
+from corewise.records.trial import State, Trial
+from corewise.runtime.race import ROUND_S, ROUNDS, Contender, ContenderFailed, Race, run_race
+from corewise.search.candidates import is_baseline
+from corewise.search.plans import NEAR
+from corewise.search.trial import SearchContext
+
+FINALISTS = 3
+BEST_PLANS = 3
+"""Plans of the best finalist that race, if they are near each other."""
+
+
+def race_finalists(trials: Sequence[Trial], context: SearchContext) -> tuple[tuple[Trial, ...], Race]:
+    """The trials and the race of the best of them against the baseline, which is the first trial.
+
+    A finalist that fails in the race has failed, and the others race again. If the baseline fails, fewer finalists
+    race: it ran before, and all of them together need more memory.
+    """
+    trials = list(trials)
+    most = FINALISTS
+    while True:
+        finalists = _finalists(trials, context)[:most]
+        contenders = _contenders(trials[0], finalists, context, one_plan_each=most == 1)
+        context.on_event(StageStarted(Stage.RACING, count=len(contenders) - 1))
+        try:
+            race = run_race(
+                contenders,
+                samples=context.workspace.holdout,
+                # The race has an end of its own; a slow call at the end of the budget must not lose what is done.
+                start=lambda build: context.client(build, share=inf),
+                rounds=_rounds(context, contenders, trials),
+                on_round=lambda number, rounds, rates: context.on_event(RaceRound(number, rounds, rates)),
+            )
+        except ContenderFailed as failure:
+            if is_baseline(failure.build):
+                most = min(most, len(finalists)) - 1
+                if most < 1:
+                    raise
+                continue
+            trials = [
+                replace(trial, state=State.FAILED, reason=failure.reason) if trial.build == failure.build else trial
+                for trial in trials
+            ]
+        else:
+            return tuple(trials), race
+
+
+def _finalists(trials: Sequence[Trial], context: SearchContext) -> list[Trial]:
+    """The builds other than the baseline that may win, the best first."""
+    goal = context.requirements.goal
+    able = [trial for trial in trials[1:] if trial.state == State.OK and goal.best(trial) is not None]
+    return sorted(able, key=goal.cost)
+
+
+def _contenders(
+    baseline: Trial, finalists: Sequence[Trial], context: SearchContext, *, one_plan_each: bool
+) -> list[Contender]:
+    return [
+        Contender(build=trial.build, plan=plan, payload=context.workspace.payload(trial.build))
+        for trial in (baseline, *finalists)
+        for plan in _best_plans(trial, context, BEST_PLANS if trial in finalists[:1] and not one_plan_each else 1)
+    ]
+
+
+def _best_plans(trial: Trial, context: SearchContext, count: int) -> list[Plan]:
+    """The best plan, and others that are near it: where noise decides between them, the race decides better."""
+    goal = context.requirements.goal
+    best = goal.best(trial)
+    if best is None:  # the baseline over the memory limit races all the same
+        best = max(trial.measurements, key=lambda measurement: measurement.throughput_per_s)
+    near = [
+        measurement
+        for measurement in trial.allowed
+        if measurement.plan != best.plan and measurement.throughput_per_s > NEAR * best.throughput_per_s
+    ]
+    near.sort(key=lambda measurement: -measurement.throughput_per_s)
+    others = near[: count - 1] if isinstance(goal, Throughput) else []
+    return [best.plan, *(measurement.plan for measurement in others)]
+
+
+def _rounds(context: SearchContext, contenders: Sequence[Contender], trials: Sequence[Trial]) -> int:
+    """As many rounds as the budget has time for, but enough for an interval."""
+    calls_s = {
+        (trial.build, measurement.plan): measurement.p50_ms / 1e3
+        for trial in trials
+        for measurement in trial.measurements
+    }
+    # An untimed call, and timed calls for a round, or one call.
+    round_s = sum(
+        calls_s[contender.build, contender.plan] + max(ROUND_S, calls_s[contender.build, contender.plan])
+        for contender in contenders
+    )
+    return max(MIN_ROUNDS, int(min(ROUNDS, context.budget.left_s() / round_s)))

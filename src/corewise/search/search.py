@@ -1,0 +1,289 @@
+"""One search: its builds, trials, journal and workspace, and the stages that lead from builds to a choice."""
+
+import shutil
+from collections.abc import Sequence
+from dataclasses import replace
+from math import inf, sqrt
+
+from corewise.accuracy.gate import AccuracyGate
+from corewise.common.errors import CorewiseError, InputError, SourceError
+from corewise.engines.qdq import uses_corewise_quantizer
+from corewise.records.build import Build
+from corewise.records.events import PlansTuned, TrialEnded, TrialStarted
+from corewise.records.goal import Slo
+from corewise.records.measurement import Measurement, Rates
+from corewise.records.reason import Reason, ReasonKind
+from corewise.records.report import Choice
+from corewise.records.trial import State, Trial
+from corewise.report.reasons import sentence
+from corewise.runtime.client import read_outputs
+from corewise.runtime.race import Race
+from corewise.search import slo
+from corewise.search.candidates import following, is_baseline, with_reverted_layers
+from corewise.search.choose import choose_winner
+from corewise.search.finals import race_finalists
+from corewise.search.journal import Journal
+from corewise.search.plans import BATCHES
+from corewise.search.trial import SearchContext, measure_plan, run_trial
+from corewise.search.tuning import not_tuned, tune
+
+TUNED = 3
+"""Builds beside the baseline whose plans are searched."""
+PROMISING = 0.7
+"""Builds slower than this share of the fastest under the first plan are not searched: other threads and batches change
+the order of builds, but seldom by more (MobileNetV2 as two instances of one thread ran 25 to 35 % faster)."""
+CALIBRATING = 2.5
+"""The first build of corewise's quantizer takes about this many times as long as the slowest build before it (ResNet-50
+on two cores: 140 s against 50); a build that is ended by the budget wins nothing."""
+OUT_OF_TIME = (
+    ReasonKind.BUDGET_SPENT_BEFORE,
+    ReasonKind.BUDGET_SPENT_DURING,
+    ReasonKind.BUDGET_TOO_SHORT,
+)
+
+
+class Search:
+    """Runs the stages in the order in which its methods stand here."""
+
+    def __init__(self, builds: Sequence[Build], gate: AccuracyGate, context: SearchContext, journal: Journal) -> None:
+        self.builds = tuple(builds)
+        self.gate = gate
+        self.context = context
+        self.journal = journal
+        self.trials: list[Trial] = []
+        self.race_result: Race | None = None
+
+    @property
+    def rates(self) -> tuple[Rates, ...]:
+        """Of the race."""
+        assert self.race_result is not None  # race() comes first
+        return self.race_result.rates
+
+    @property
+    def peak_memory_bytes(self) -> int:
+        """Of all processes that ran at the same time."""
+        race_bytes = self.race_result.peak_memory_bytes if self.race_result else 0
+        return max(race_bytes, *(trial.peak_memory_bytes for trial in self.trials))
+
+    def try_builds(self) -> None:
+        """One trial a build, the baseline first; a trial in the journal is not run again."""
+        left = list(self.builds)
+        while left:
+            build = following(left, self.trials)
+            left.remove(build)
+            trial = self._try(build, total=len(self.builds))
+            if is_baseline(build):
+                self._check_baseline(trial)
+        self._check_candidates()
+
+    def revert_layers(self) -> None:
+        """More trials for engines whose int8 builds were all rejected by the gate.
+
+        Layers of corewise's int8 build go back to floating point, first those that win most accuracy for the time they
+        cost (``quantize.sensitivity``): one, two, four, ... layers, until the gate passes or half of them are back.
+        """
+        passed = {
+            trial.build.engine
+            for trial in self.trials
+            if trial.build.precision == "int8" and trial.state in (State.OK, State.PRUNED)
+        }
+        for rejected in list(self.trials):
+            build = rejected.build
+            repairable = uses_corewise_quantizer(build) and rejected.inaccurate and rejected.receipt is not None
+            if not repairable or build.engine in passed:
+                continue
+            assert rejected.receipt is not None
+            count = 1
+            while count <= rejected.receipt.int8 // 2:
+                trial = self._try(with_reverted_layers(build, count), total=len(self.trials) + 1)
+                if trial.state != State.REJECTED:
+                    passed.add(build.engine)
+                    break
+                count *= 2
+
+    def tune_plans(self) -> None:
+        """Search the plans of the baseline and of the most promising builds.
+
+        The fastest build comes first, because time may end; one that exceeds the memory limit makes room for the next.
+        """
+        ranked = sorted(
+            (trial for trial in self.trials if trial.measurements),
+            key=lambda trial: (not is_baseline(trial.build), -_first_per_s(trial)),
+        )
+        fit = 0
+        for trial in ranked:
+            why_not = self._why_not_tuned(trial, ranked, fit)
+            tuned = self._tune(trial, why_not)
+            self._replace(tuned)
+            fit += not is_baseline(trial.build) and tuned.state == State.OK
+
+    def find_slo_rate(self) -> None:
+        """For an SLO, load the most promising plans and certify the highest rate that meets it."""
+        goal = self.context.requirements.goal
+        if not isinstance(goal, Slo):
+            return
+        for trial in slo.find_rates(self.trials, self.context, goal.p99_ms):
+            if trial != self._of(trial.build):
+                if not self.context.budget.ended():  # otherwise another run, with more time, loads it again
+                    self.journal.add(trial)
+                self._replace(trial)
+                self.context.on_event(PlansTuned(trial))
+
+    def race(self) -> None:
+        """Race the best builds against the baseline."""
+        trials, self.race_result = race_finalists(self.trials, self.context)
+        self.trials = list(trials)
+
+    def choose(self) -> Choice:
+        """The winner of the race, whose trial then has the latency table that admission needs."""
+        choice = choose_winner(self.trials, self.rates, self.context.requirements, self.trials[0].build)
+        self._complete_latency_table(choice)
+        return choice
+
+    def _of(self, build: Build) -> Trial:
+        return next(trial for trial in self.trials if trial.build == build)
+
+    def _replace(self, trial: Trial) -> None:
+        self.trials = [trial if other.build == trial.build else other for other in self.trials]
+
+    def _try(self, build: Build, *, total: int) -> Trial:
+        """The build's trial: from the journal, or run now."""
+        context = self.context
+        trial = self.journal.get(build)
+        resumed = trial is not None and self._still_good(trial)
+        if trial is None or not resumed:
+            context.on_event(TrialStarted(build, len(self.trials) + 1, total))
+            no_time = self._no_time(build)
+            trial = Trial(build=build, state=State.PRUNED, reason=no_time) if no_time else self._run(build)
+            # What ended for lack of time is tried again by another run with more of it.
+            if trial.reason.kind not in OUT_OF_TIME:
+                self.journal.add(trial)
+        context.on_event(TrialEnded(trial, resumed=resumed))
+        if trial.state != State.OK:
+            shutil.rmtree(context.workspace.payload(build), ignore_errors=True)
+        self.trials.append(trial)
+        return trial
+
+    def _run(self, build: Build) -> Trial:
+        best_verified_per_s = max((trial.verified_per_s for trial in self.trials if trial.state == State.OK), default=0)
+        return run_trial(
+            build,
+            self.context,
+            best_verified_per_s=best_verified_per_s,
+            is_baseline=is_baseline(build),
+            share=self.context.split.last_trial if self._any_candidate_ok() else 1.0,
+        )
+
+    def _no_time(self, build: Build) -> Reason | None:
+        """Why a build cannot be tried in what is left of the budget."""
+        budget, split = self.context.budget, self.context.split
+        if is_baseline(build):
+            return None
+        if budget.ended(split.trials):
+            return budget.reason(ReasonKind.BUDGET_SPENT_BEFORE)
+        calibrated = any(uses_corewise_quantizer(trial.build) and trial.build_s > 0 for trial in self.trials)
+        if uses_corewise_quantizer(build) and not calibrated and self._any_candidate_ok():
+            needed_s = CALIBRATING * max(trial.build_s for trial in self.trials)
+            left_s = budget.left_s(split.last_trial)
+            if left_s < needed_s:
+                return budget.reason(ReasonKind.BUDGET_TOO_SHORT, left_s=left_s, needed_s=needed_s)
+        return None
+
+    def _any_candidate_ok(self) -> bool:
+        return any(trial.state == State.OK for trial in self.trials if not is_baseline(trial.build))
+
+    def _still_good(self, trial: Trial) -> bool:
+        """Whether a finished trial counts again: the cause of a failure, and files, may be gone."""
+        if trial.state == State.OK:
+            workspace = self.context.workspace
+            return workspace.payload(trial.build).is_dir() and workspace.outputs(trial.build).is_file()
+        return trial.state != State.FAILED
+
+    def _check_baseline(self, trial: Trial) -> None:
+        if trial.state != State.OK:
+            budget = self.context.budget
+            if budget.ended():
+                raise InputError(
+                    f"the budget of {budget.total_s:g} s was spent before the baseline was measured", "give more time"
+                )
+            raise SourceError(f"the model does not run as it is: {sentence(trial.reason)}", "make it run in PyTorch")
+        outputs = read_outputs(self.context.workspace.outputs(trial.build))
+        self.gate.reference = self.gate.reference or outputs
+
+    def _check_candidates(self) -> None:
+        """Raise ``InputError`` if the budget ended before any candidate was tried."""
+        candidates = self.trials[1:]
+        if candidates and all(trial.reason.kind in OUT_OF_TIME for trial in candidates):
+            budget = self.context.budget
+            raise InputError(
+                f"the budget of {budget.total_s:g} s was spent before one candidate was tried: the baseline alone took "
+                f"{budget.elapsed_s:.0f} s",
+                "give more time; what is finished is kept",
+            )
+
+    def _why_not_tuned(self, trial: Trial, ranked: Sequence[Trial], fit: int) -> Reason | None:
+        """Why its plans are not worth a search after ``fit`` others; ``None`` if they are."""
+        able = (other for other in ranked if not is_baseline(other.build) and self._of(other.build).state == State.OK)
+        fastest = next(able, None)
+        if is_baseline(trial.build) or fastest is None:
+            return None
+        low_per_s, _ = _interval(fastest.measurements[0])
+        _, high_per_s = _interval(trial.measurements[0])
+        kind = None
+        if high_per_s < PROMISING * low_per_s:
+            kind = ReasonKind.MUCH_SLOWER
+        elif fit >= TUNED:
+            kind = ReasonKind.OTHERS_FASTER
+        if kind is None:
+            return None
+        return Reason.of(
+            kind,
+            per_s=_first_per_s(trial),
+            plan=trial.measurements[0].plan.label,
+            best_per_s=_first_per_s(fastest),
+            count=fit,
+        )
+
+    def _tune(self, trial: Trial, why_not: Reason | None) -> Trial:
+        if trial.tuned is not None:
+            return trial
+        if why_not is not None:
+            left_out = not_tuned(trial, why_not, self.context.requirements)
+            self.journal.add(left_out)
+            return left_out
+        tuned = tune(trial, self.context)
+        if not self.context.budget.ended(self.context.split.plans):
+            self.journal.add(tuned)
+        self.context.on_event(PlansTuned(tuned))
+        return tuned
+
+    def _complete_latency_table(self, choice: Choice) -> None:
+        """Measure the smaller batches of the winner's layout; only single items if the budget is spent."""
+        winner = self._of(choice.winner)
+        known = {measurement.plan for measurement in winner.measurements}
+        batches = BATCHES if choice.winner.fixed_batch is None else ()
+        smaller = (replace(choice.plan, batch=batch) for batch in batches if batch < choice.plan.batch)
+        missing = [plan for plan in smaller if plan not in known]
+        if not missing:
+            return
+        measurements: list[Measurement] = []
+        why = Reason.of(ReasonKind.LATENCY_TABLE)
+        try:
+            with self.context.client(winner.build, share=inf) as client:
+                for plan in missing[:1] if self.context.budget.ended() else missing:
+                    measurements.append(measure_plan(winner.build, self.context, client, plan, why))
+        except InputError:
+            raise
+        except CorewiseError:
+            pass  # The table stays as it is; admission estimates the rest.
+        self._replace(replace(winner, measurements=(*winner.measurements, *measurements)))
+
+
+def _interval(measurement: Measurement) -> tuple[float, float]:
+    """An interval of the rate: the notch of a box plot (McGill, Tukey and Larsen 1978), about 95 % for the median."""
+    half = 1.57 * measurement.spread / sqrt(max(1, len(measurement.latencies_ms)))
+    return measurement.throughput_per_s * (1 - half), measurement.throughput_per_s * (1 + half)
+
+
+def _first_per_s(trial: Trial) -> float:
+    return trial.measurements[0].throughput_per_s

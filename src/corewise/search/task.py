@@ -1,0 +1,228 @@
+"""The task of a search: the model as one exported program, the samples, and the builds worth trying."""
+
+import hashlib
+import importlib.metadata
+import importlib.util
+import json
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Self
+from uuid import uuid4
+
+from corewise._version import __version__
+from corewise.accuracy import metrics
+from corewise.accuracy.gate import AccuracyGate
+from corewise.common.errors import EngineError, InputError
+from corewise.engines import BuildInputs, Engine, engine
+from corewise.machine.inspect import inspect_cpu
+from corewise.records.build import Build
+from corewise.records.cpu import Cpu
+from corewise.records.events import OnEvent, Stage, StageStarted
+from corewise.records.goal import Requirements
+from corewise.records.jsonable import to_json
+from corewise.records.reason import Reason, ReasonKind
+from corewise.records.report import SampleFacts
+from corewise.runtime.workspace import Workspace
+from corewise.samples import Samples, default_calibration, from_python, read, split
+from corewise.search.candidates import list_candidates
+
+if TYPE_CHECKING:
+    from torch.export import ExportedProgram
+
+    from corewise.source import Exported
+
+PACKAGES = ("torch", "openvino", "nncf", "onnxruntime", "onnx", "numpy")
+
+MetricLike = str | Callable[[Any, Any], Any] | None
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Task:
+    """What a search starts from."""
+
+    model: str
+    exported: "Exported"
+    samples: Samples
+    calibration: Samples
+    holdout: Samples
+    metric: MetricLike
+    cpu: Cpu
+    builds: tuple[Build, ...]
+    in_process: Engine | None
+    """Runs the builds of a model that cannot be exported."""
+    notes: tuple[Reason, ...]
+    seed: int
+
+    @classmethod
+    def read(
+        cls,
+        model: Any,
+        samples: Any,
+        *,
+        metric: MetricLike,
+        engines: Sequence[str],
+        ignored: Sequence[str],
+        calibration: int | None,
+        seed: int,
+        on_event: OnEvent,
+    ) -> Self:
+        """Read the samples, export the model and list its builds. Raises ``InputError`` for what is wrong with them."""
+        from corewise import source
+
+        if metric is not None:
+            metrics.resolve(metric)
+        usable, notes = _usable(engines)
+        on_event(StageStarted(Stage.READING_SAMPLES))
+        data = read(samples) if isinstance(samples, str) else from_python(samples() if callable(samples) else samples)
+        count = default_calibration(len(data)) if calibration is None else calibration
+        calibrating, holdout = split(data, calibration=count, seed=seed)
+        on_event(StageStarted(Stage.EXPORTING))
+        exported = source.export(source.load(model) if isinstance(model, str) else model, data)
+        in_process = None
+        if exported.program is None:
+            in_process, usable, notes = _only_eager(exported)
+        elif ignored:
+            _check_ignored(exported.program, ignored)
+            notes = (*notes, Reason.of(ReasonKind.COREWISE_INT8_ONLY, layers=", ".join(ignored)))
+        cpu = inspect_cpu()
+        operators = source.operators(exported.program) if exported.program else {}
+        return cls(
+            model=model if isinstance(model, str) else type(model).__name__,
+            exported=exported,
+            samples=data,
+            calibration=calibrating,
+            holdout=holdout,
+            metric=metric,
+            cpu=cpu,
+            builds=list_candidates(cpu, operators, usable, ignored, exported.fixed_batch),
+            in_process=in_process,
+            notes=(*map(Reason.text, data.notes), *notes, *_behaviour(exported)),
+            seed=seed,
+        )
+
+    @property
+    def facts(self) -> SampleFacts:
+        """Where the samples came from and how they were split."""
+        return SampleFacts(
+            source=self.samples.source,
+            fingerprint=self.samples.fingerprint,
+            calibration=len(self.calibration),
+            holdout=len(self.holdout),
+            seed=self.seed,
+            labelled=self.samples.labels is not None,
+            preprocess=self.samples.preprocess,
+        )
+
+    def gate(self, requirements: Requirements) -> AccuracyGate:
+        """What compares outputs for the holdout with fp32's."""
+        scorer = None if self.metric is None else metrics.resolve(self.metric)
+        return AccuracyGate(scorer, self.holdout, self.exported.output_structure, requirements, self.seed)
+
+    def write(self, workspace: Workspace) -> BuildInputs:
+        """Write what the trial processes read into the workspace."""
+        from corewise import source
+
+        program = self.exported.program
+        if program is not None:
+            source.save_program(program, workspace.program)
+        self.holdout.save(workspace.holdout)
+        inputs = BuildInputs(
+            program=workspace.program,
+            inputs=self.exported.inputs,
+            outputs=self.exported.outputs,
+            operators=source.operators(program) if program else {},
+            calibration=self.calibration,
+            cpu=self.cpu,
+            cache=workspace.cache,
+        )
+        workspace.write_build_inputs(inputs)
+        return inputs
+
+    def key(self, requirements: Requirements) -> str:
+        """What must be equal for finished trials to count in another run."""
+        from corewise import source
+
+        parts = (
+            source.digest(self.exported),
+            self.facts,
+            requirements.flat(),
+            self.builds,
+            _identity(self.metric),
+            self.cpu,
+            package_versions(),
+        )
+        return hashlib.sha256(json.dumps(to_json(parts)).encode()).hexdigest()
+
+
+def _only_eager(exported: "Exported") -> tuple[Engine, dict[str, Engine], tuple[Reason, ...]]:
+    """For a model that cannot be exported: only this process has the module, and only eager can run it."""
+    from corewise.engines.eager import Eager
+
+    eager = Eager(exported.module)
+    return eager, {"eager": eager}, (Reason.of(ReasonKind.ONLY_EAGER, why=exported.why_not),)
+
+
+def _behaviour(exported: "Exported") -> Iterator[Reason]:
+    """What is unusual about the model, and what follows."""
+    if exported.mixing is not None:
+        mixing, origin = exported.mixing, exported.mixing.origin
+        yield Reason.of(
+            ReasonKind.MIXES_BATCH,
+            decibels=mixing.decibels,
+            operation=origin.operation if origin else "",
+            where=origin.where if origin else "",
+        )
+    elif exported.fixed_batch is not None:
+        yield Reason.of(ReasonKind.FIXED_BATCH, rows=exported.fixed_batch, why=exported.why_fixed)
+    if exported.state is not None:
+        origin = exported.state.origin
+        yield Reason.of(ReasonKind.KEEPS_STATE, name=exported.state.name, where=origin.where if origin else "")
+
+
+def _check_ignored(program: "ExportedProgram", ignored: Sequence[str]) -> None:
+    """Raise ``InputError`` if one of them matches no layer, before any work."""
+    from corewise.quantize.graph import folded
+    from corewise.quantize.placement import place
+
+    if any(set(name) & set(" \t\n") for name in ignored):
+        raise InputError("an ignored layer has a space in its name", r"give a regular expression with \s for it")
+    try:
+        place(folded(program), "fused", ignored)
+    except EngineError as error:
+        raise InputError(error.what, error.fix) from error
+
+
+def _usable(names: Sequence[str]) -> tuple[dict[str, Engine], tuple[Reason, ...]]:
+    """The engines that can run here, and why each other one cannot."""
+    engines = {name: engine(name) for name in names}
+    reasons = {name: named_engine.unavailable() for name, named_engine in engines.items()}
+    notes = tuple(
+        Reason.of(ReasonKind.ENGINE_UNAVAILABLE, engine=name, why=why) for name, why in reasons.items() if why
+    )
+    return {name: named_engine for name, named_engine in engines.items() if not reasons[name]}, notes
+
+
+def _identity(metric: MetricLike) -> str:
+    """What distinguishes one metric from another in the journal: its place in its file, and that file's content.
+
+    The values that it closes over do not count. A metric without a file, such as an object, cannot be distinguished
+    from others, so nothing resumes.
+    """
+    if metric is None or (isinstance(metric, str) and metric in metrics.METRICS):
+        return metric or ""
+    function = metrics.resolve(metric).score
+    code = getattr(function, "__code__", None)
+    file = Path(code.co_filename) if code else Path()
+    if code is None or not file.is_file():
+        return uuid4().hex
+    return hashlib.sha256(file.read_bytes() + f"{code.co_qualname}:{code.co_firstlineno}".encode()).hexdigest()
+
+
+def package_versions() -> dict[str, str]:
+    """The versions of corewise and of the packages that compute."""
+    versions = {"corewise": __version__}
+    for package in PACKAGES:
+        if importlib.util.find_spec(package) is not None:
+            versions[package] = importlib.metadata.version(package)
+    return versions

@@ -1,0 +1,85 @@
+"""Recurrent layers as one operation each, for sequences of any length.
+
+torch.export takes ``nn.LSTM``, ``nn.GRU`` and ``nn.RNN`` apart into one cell a step, which makes the length of the
+example a constant. Told the shapes of their outputs, it leaves ``aten.lstm`` as it is, and runtimes have that operation
+too (ONNX: LSTM and GRU; OpenVINO: LSTMSequence).
+"""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._C import DispatchKey
+
+DECOMPOSED = (DispatchKey.CompositeImplicitAutograd, DispatchKey.Autograd)
+"""Where torch keeps the way to take these operations apart (``torch._decomp.decompositions``)."""
+
+
+@contextmanager
+def recurrent_layers_kept() -> Iterator[None]:
+    """While it lasts, ``torch.export`` and ``run_decompositions`` leave recurrent layers as they are."""
+    with ExitStack() as undo:
+        for operation, shapes in _shapes().items():
+            undo.enter_context(_described(operation, shapes))
+        yield
+
+
+def has_recurrent_layers(operators: Mapping[str, int]) -> bool:
+    """Whether a program, described by its operators (``source.operators``), has such a layer."""
+    return any(str(operation) in operators for operation in _shapes())
+
+
+def _shapes() -> dict[Any, Callable[..., Any]]:
+    aten: Any = torch.ops.aten
+    states = (aten.gru.input, aten.rnn_tanh.input, aten.rnn_relu.input)
+    return {aten.lstm.input: _lstm, **dict.fromkeys(states, _one_state)}
+
+
+@contextmanager
+def _described(operation: Any, shapes: Callable[..., Any]) -> Iterator[None]:
+    kernels = dict(operation.py_kernels)
+    operation.py_kernels.update(dict.fromkeys(DECOMPOSED, shapes))
+    operation._dispatch_cache.clear()
+    try:
+        yield
+    finally:
+        operation.py_kernels.clear()
+        operation.py_kernels.update(kernels)
+        operation._dispatch_cache.clear()
+
+
+def _lstm(
+    given: Tensor,
+    states: Sequence[Tensor],
+    weights: Sequence[Tensor],
+    has_biases: bool,
+    layers: int,
+    dropout: float,
+    train: bool,
+    bidirectional: bool,
+    batch_first: bool,
+) -> tuple[Tensor, ...]:
+    """The outputs' shapes of ``aten.lstm.input``."""
+    # With proj_size the hidden state is narrower than the cell state, and so is the output.
+    return _outputs(given, states[0], bidirectional), torch.empty_like(states[0]), torch.empty_like(states[1])
+
+
+def _one_state(
+    given: Tensor,
+    state: Tensor,
+    weights: Sequence[Tensor],
+    has_biases: bool,
+    layers: int,
+    dropout: float,
+    train: bool,
+    bidirectional: bool,
+    batch_first: bool,
+) -> tuple[Tensor, ...]:
+    """The outputs' shapes of ``aten.gru.input``, ``aten.rnn_tanh.input`` and ``aten.rnn_relu.input``."""
+    return _outputs(given, state, bidirectional), torch.empty_like(state)
+
+
+def _outputs(given: Tensor, state: Tensor, bidirectional: bool) -> Tensor:
+    return given.new_empty(*given.shape[:2], state.shape[-1] * (2 if bidirectional else 1))

@@ -1,0 +1,26 @@
+"""Records for tests, with what a test does not care about filled in."""
+
+from corewise.records.goal import Requirements, parse_goal
+from corewise.records.reason import Reason
+from corewise.records.trial import Trial
+from corewise.report.reasons import sentence
+
+
+def requirements(goal="throughput", *, slo_ms=None, **limits):
+    """What the user asks for, by the names that ``optimize`` takes."""
+    return Requirements(goal=parse_goal(goal, slo_ms=slo_ms), **limits)
+
+
+def said(reason):
+    """The sentence of a reason, "" for none."""
+    return "" if reason is None else sentence(reason)
+
+
+def text(words=""):
+    """A reason in words."""
+    return Reason.text(words)
+
+
+def trial(build, state="ok", reason="", **fields):
+    """A trial whose reason is in words."""
+    return Trial(build=build, state=state, reason=text(reason), **fields)

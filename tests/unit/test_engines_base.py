@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from corewise.common.errors import EngineError
 from corewise.engines import BuildInputs, engine
-from corewise.engines.base import chunks, missing
+from corewise.engines.base import chunks, missing, mixes_rows
 from corewise.engines.fake import Fake
 from corewise.engines.libraries import quiet
 from corewise.machine import inspect as cpu
@@ -272,3 +272,11 @@ def test_int8_with_the_rest_in_bf16_needs_both() -> None:
     assert [build.precision for build in mixed] == ["int8", "int8", "int8-dynamic"]
     for build in mixed:
         assert engine("openvino").needs(build) == ("int8_dot", "bf16")
+
+
+@pytest.mark.parametrize(
+    ("name", "mixing"), [("onnxruntime", True), ("torch-int8", True), ("openvino", False), ("fake", False)]
+)
+def test_only_dynamic_int8_with_one_scale_for_a_batch_mixes_rows(name: str, mixing: bool) -> None:
+    assert mixes_rows(Build(engine=name, precision="int8-dynamic")) == mixing
+    assert not mixes_rows(Build(engine=name, precision="int8"))

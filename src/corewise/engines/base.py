@@ -17,6 +17,8 @@ from corewise.records.cpu import Cpu
 from corewise.samples import Samples
 
 BUILD_RUNS = 3
+MIXED_ROWS = "a row's answer depends on the rows beside it: one scale rounds the activations of a whole batch"
+"""The note of builds with ``mixes_rows``."""
 LINEAR = r"aten\.(linear|addmm|matmul|mm|bmm)\b"
 CONVOLUTION = r"aten\.\w*conv\w*"
 
@@ -137,6 +139,15 @@ def engine(name: str) -> Engine:
     except (ImportError, AttributeError) as error:
         raise EngineError(f"engine {name!r} cannot be loaded: {error}", "check its module:class") from error
     return made
+
+
+def mixes_rows(build: Build) -> bool:
+    """Whether a row's answer depends on the rows beside it in a batch, so that serving must not batch strangers.
+
+    An engine lists the precisions of which that is so in its attribute ``MIXING``, if there are any: those that round
+    the activations of a whole batch by one scale, which they find as the batch comes.
+    """
+    return build.precision in getattr(engine(build.engine), "MIXING", ())
 
 
 def missing(packages: Sequence[str], extra: str) -> str:

@@ -12,7 +12,7 @@ import numpy as np
 
 from corewise.common.errors import EngineError
 from corewise.engines import denormals, qdq
-from corewise.engines.base import BuildInputs, Session, is_mostly_linear, missing
+from corewise.engines.base import MIXED_ROWS, BuildInputs, Session, is_mostly_linear, missing
 from corewise.engines.libraries import import_onnxruntime, import_onnxruntime_quantization, quiet
 from corewise.engines.onnx_export import export_onnx
 from corewise.records.build import Build, Plan, Receipt
@@ -37,6 +37,10 @@ class OnnxRuntime:
     bits, for CPUs that add int8 products in 16 bits
     (https://onnxruntime.ai/docs/performance/model-optimizations/quantization.html).
     """
+
+    MIXING = ("int8-dynamic",)
+    """ONNX Runtime's dynamic quantization has one scale for all rows (DynamicQuantizeLinear). Its MatMulNBits with 8
+    bits rounds each row by itself, but MiniLM then ran slower than in fp32 (Zen 3, 1.32)."""
 
     def unavailable(self, opening: bool = False) -> str:
         """Needs onnxruntime and, to build, onnx and onnxscript."""
@@ -74,7 +78,7 @@ class OnnxRuntime:
                 _quantize_static(exported, payload, material.calibration, build.quantization.reduce_range)
             else:
                 _quantize_dynamic(exported, payload, build.quantization.reduce_range)
-        return ()
+        return (MIXED_ROWS,) if build.precision in self.MIXING else ()
 
     def open(self, folder: Path, build: Build, plan: Plan) -> Session:
         """Open the model; for several instances, what ONNX Runtime makes of it, from a file whose weights they map."""

@@ -14,7 +14,7 @@ import numpy as np
 
 from corewise.common.errors import EngineError
 from corewise.common.references import guard
-from corewise.engines.base import CONVOLUTION, BuildInputs, Session, count, fastest_s, missing
+from corewise.engines.base import CONVOLUTION, MIXED_ROWS, BuildInputs, Session, count, fastest_s, missing
 from corewise.engines.libraries import quiet
 from corewise.records.build import Build, Plan, Receipt
 from corewise.records.cpu import Cpu
@@ -43,6 +43,9 @@ class TorchInt8:
     that was fastest while building. The option ``reduce_range`` quantizes weights to 7 bits, for CPUs that add int8
     products in 16 bits.
     """
+
+    MIXING = ("int8-dynamic",)
+    """``quantized::linear_dynamic`` has one scale for all rows, and no other way."""
 
     def unavailable(self, opening: bool = False) -> str:
         """Needs torch."""
@@ -97,7 +100,12 @@ class TorchInt8:
         for name in fx.backends():
             (folder / f"{name}.pt").unlink(missing_ok=True)
         (folder / SETTINGS).write_text(json.dumps({"backend": best}))
-        return (f"{_speeds(best, results, len(batch[0]))}, {_layers(results[best], material, build)}", *failures)
+        mixed = (MIXED_ROWS,) if build.precision in self.MIXING else ()
+        return (
+            f"{_speeds(best, results, len(batch[0]))}, {_layers(results[best], material, build)}",
+            *mixed,
+            *failures,
+        )
 
     def open(self, folder: Path, build: Build, plan: Plan) -> Session:
         """Load the TorchScript. Raises ``EngineError`` where this torch lacks the backend."""

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pytest
 
-from corewise.engines.base import BuildInputs, Engine, Session, engine
+from corewise.engines.base import BuildInputs, Engine, Session, engine, mixes_rows
 from corewise.machine import inspect as cpu
 from corewise.records.build import Build, Plan, Receipt
 from corewise.records.jsonable import from_json, to_json
@@ -36,6 +36,8 @@ NETS = {"images": {"aten.conv2d.default": 3, "aten.linear.default": 1}, "text": 
 """The networks, and which of their operators decide about candidates."""
 CONSISTENT_DB = {"fp32": 80.0, "bf16": 30.0, "int8": 30.0, "int8-dynamic": 20.0}
 """SQNR of a batch against its rows alone: the order of sums and dynamic ranges depend on the batch."""
+UNMIXED_DB = {"fp32": 80.0, "bf16": 30.0, "int8": 30.0, "int8-dynamic": 30.0}
+"""SQNR of a row beside others against the row alone."""
 ACCURATE_DB = {"fp32": 80.0, "bf16": 30.0, "int8": 15.0, "int8-dynamic": 15.0}
 """SQNR against the network in fp32; 80 dB is a relative error of 1e-4."""
 TORCHSCRIPT_PICKLES = {"data.pkl", "constants.pkl"}
@@ -173,6 +175,18 @@ class EngineContract:
         alone = [session.run([array[row : row + 1] for array in inputs]) for row in range(batch)]
         rows = [np.concatenate(outputs) for outputs in zip(*alone, strict=True)]
         _assert_close(together, rows, CONSISTENT_DB[case.build.precision])
+
+    def test_a_row_does_not_depend_on_its_neighbours(self, case: Case, session: Session) -> None:
+        """A row beside one that is a hundred times as large has its own answer, unless the engine says ``mixes_rows``."""
+        if mixes_rows(case.build):
+            pytest.skip("the engine says that the rows of such builds depend on each other")
+        inputs = case.inputs(2)
+        alone = session.run([array[:1] for array in inputs])
+        for array in inputs:
+            if array.dtype.kind == "f":
+                array[1] *= 100
+        beside = [output[:1] for output in session.run(inputs)]
+        _assert_close(beside, alone, UNMIXED_DB[case.build.precision])
 
     def test_answers_are_the_networks(self, case: Case, session: Session) -> None:
         """Number, shapes and dtypes of the outputs are the specs', values are close to fp32's."""

@@ -39,7 +39,13 @@ def list_candidates(
     run at 1.3 and 1.6 times the speed of the choice; Zen 4.) With ``ignored`` layers, int8 is by corewise's quantizer
     only: the engines' own quantizers do not know these names.
     """
-    builds = [build for name in engines for build in engines[name].candidates(cpu, operators) if not is_baseline(build)]
+    builds = [
+        build
+        for name in engines
+        for build in engines[name].candidates(cpu, operators)
+        # A row's answer must not depend on a stranger's row beside it.
+        if not is_baseline(build) and build.precision not in getattr(engines[name], "MIXING", ())
+    ]
     if ignored:
         builds = [
             build.with_quantization(replace(build.quantization, ignored_layers=tuple(ignored)))

@@ -13,6 +13,7 @@ import time
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from statistics import median
 from typing import Any
 
@@ -149,9 +150,11 @@ class Trials:
         """Items per second of each process's open payload: medians of alternating rounds."""
         for worker in workers.values():
             worker.warm_up(self._workspace.holdout, BATCH, WARM_S)
-        rates = alternate(
-            ROUNDS, {name: lambda worker=worker: worker.run_round(ROUND_S).per_s for name, worker in workers.items()}
-        )
+
+        def round_of(worker: Worker) -> float:
+            return worker.run_round(ROUND_S).per_s
+
+        rates = alternate(ROUNDS, {name: partial(round_of, worker) for name, worker in workers.items()})
         return {name: median(per_s) for name, per_s in rates.items()}
 
 

@@ -275,5 +275,4 @@ CONTENDERS = {
 
 def engine_build(name: str, model: str) -> Build:
     """The build of a contender for the model reference."""
-    precision = "int8" if "int8" in name else "fp32"
-    return Build(engine=CONTENDERS[name], precision=precision, options=(("model", model),))
+    return Build(engine=CONTENDERS[name], precision="int8" if "int8" in name else "fp32", options=(("model", model),))

@@ -11,6 +11,7 @@ import argparse
 import csv
 import http.client
 import random
+from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -86,7 +87,7 @@ def load(folder: Path, sent: Requests, clients: int, rounds: int) -> dict[str, l
         # The right answer is what the model says of a sentence alone, without padding.
         expected = answers(server.port, sent[UNPADDED])
         wires = {way: Wire(server.port, requests, expected, None) for way, requests in sent.items()}
-        return alternate(rounds, {way: lambda wire=wire: round_of(wire) for way, wire in wires.items()})
+        return alternate(rounds, {way: partial(round_of, wire) for way, wire in wires.items()})
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:

@@ -62,7 +62,12 @@ class Server:
         lines: queue.Queue[str] = queue.Queue()
         stream = self.process.stdout
         assert stream is not None
-        threading.Thread(target=lambda: [lines.put(line) for line in stream], daemon=True).start()
+
+        def read() -> None:
+            for line in stream:
+                lines.put(line)
+
+        threading.Thread(target=read, daemon=True).start()
         port = int(lines.get(timeout=START_S).rsplit(" ", 1)[1])
         while not lines.get(timeout=START_S).startswith("ready:"):
             pass

@@ -135,15 +135,15 @@ def one_cpu() -> Iterator[None]:
 def test_breadth_measures_a_tiny_net(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     tiny = architectures.Architecture(kind="cnn", make=tiny_cnn, inputs=partial(architectures.images, size=16))
     monkeypatch.setitem(architectures.ARCHITECTURES, "tiny", tiny)
-    arguments = ["breadth", "--only", "tiny", "--engines", "onnxruntime", "--quantizer", "engine"]
+    arguments = ["breadth", "--only", "tiny", "--engines", "torch-int8"]
     __main__.main([*arguments, "--results", str(tmp_path)])
     results = json.loads((tmp_path / "breadth.json").read_text())
     committed = json.loads((harness.RESULTS / "breadth.json").read_text())
     assert set(committed) <= set(results)
     (record,) = results["architectures"]
-    outcome = record["engines"]["onnxruntime"]
+    outcome = record["engines"]["torch-int8"]
     assert outcome["reason"] == ""
     assert outcome["works"]
     assert outcome["int8_share"] == 1
     assert min(outcome["int8_per_s"], outcome["fp32_per_s"]) > 0
-    assert set(committed["architectures"][0]["engines"]["onnxruntime"]) == set(outcome)
+    assert set(committed["architectures"][0]["engines"]["torch-int8"]) == set(outcome)

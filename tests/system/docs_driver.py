@@ -31,7 +31,7 @@ class Quick:
 
     def __init__(self) -> None:
         trial.MEASURE_S = race.WARM_S = 0.1
-        race.race.__kwdefaults__.update(round_s=0.05, rounds=3)
+        race.run_race.__kwdefaults__.update(round_s=0.05, rounds=3)
         plans.BATCHES = (1, 16)
         slo.LOAD_S = slo.CONFIRM_S = 0.5
         slo.REQUESTS, slo.MOST_LOADS = 20, 2

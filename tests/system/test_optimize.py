@@ -15,6 +15,7 @@ from torch import nn
 import corewise
 from corewise.artifact.open import verify
 from corewise.common.errors import EngineError, InputError, MetricError, OutputError
+from corewise.engines.eager import Eager
 from corewise.engines.fake import Fake
 from corewise.records.build import Build
 from corewise.records.events import RaceRound, StageStarted, TrialEnded, TrialStarted
@@ -230,11 +231,22 @@ def test_the_baseline_wins_where_no_candidate_is_accurate_enough(strict):
     torch.testing.assert_close(strict.model(x), Tiny()(x).detach())
 
 
-class Slow(Optimist):
-    """Offers a build that takes its time."""
+class Slow(Eager):
+    """Offers a build that is right and takes its time."""
 
     def candidates(self, cpu, operators):
-        return (Build(engine=f"{__name__}:Slow", precision="int8", options=(("seconds_per_call", 0.02),)),)
+        return (Build(engine=f"{__name__}:Slow", precision="fp32"),)
+
+    def open(self, folder, build, plan):
+        session = super().open(folder, build, plan)
+        run = session.run
+
+        def slowly(inputs):
+            time.sleep(0.02)
+            return run(inputs)
+
+        session.run = slowly
+        return session
 
 
 def test_a_slower_candidate_does_not_win(tmp_path, monkeypatch):
@@ -310,7 +322,7 @@ def test_wrong_arguments_are_told_before_any_work():
         ({"max_drop": float("nan")}, InputError, "max_drop is nan"),
         ({"engines": ("torchscript",)}, EngineError, "no engine is named 'torchscript'; use one of eager"),
         ({"objective": "speed"}, InputError, "objective 'speed' is unknown; give throughput, latency, slo"),
-        ({"metric": "f1"}, MetricError, "no metric is named 'f1'"),
+        ({"metric": "f7"}, MetricError, "no metric is named 'f7'"),
         ({"objective": "slo"}, InputError, "the objective slo and slo_ms go together"),
         ({"slo_ms": 10.0}, InputError, "the objective slo and slo_ms go together"),
         ({"objective": "slo", "slo_ms": -1.0}, InputError, "an SLO of -1 ms is none; give milliseconds above 0"),

@@ -13,6 +13,7 @@ from pathlib import Path
 from threading import Thread
 
 import pytest
+from builders import text
 
 from corewise.records.build import Build
 from corewise.report import html
@@ -74,7 +75,7 @@ NAMED_AT_LENGTH = replace(
     model="a/path/of/many/parts/" + "and_a_name_that_never_ends_" * 6 + ".py:build",
     trials=tuple(replace(one, build=LONG) if one is REPORT.winner else one for one in REPORT.trials),
     finals=tuple(replace(one, build=LONG) if one.build == REPORT.winner.build else one for one in REPORT.finals),
-    choice=replace(REPORT.choice, winner=LONG, reason=f"{LONG.label} wins", warnings=("w" * 400,)),
+    choice=replace(REPORT.choice, winner=LONG, reason=text(f"{LONG.label} wins"), warnings=(text("w" * 400),)),
     notes=("n" * 400,),
 )
 

@@ -9,6 +9,8 @@ import kubernetes_validate
 import pytest
 import yaml
 
+from corewise.cli.quantities import duration
+
 from corewise.batching.policy import WORDS
 from corewise.serving import health
 from corewise.serving.metrics import Metrics
@@ -71,7 +73,7 @@ def test_probes_ask_for_services_that_there_are(deployment):
 
 def test_a_pod_has_the_time_to_finish_what_it_accepted(deployment):
     (container,) = deployment["containers"]
-    drain_s = float(container["args"][container["args"].index("--drain-s") + 1])
+    drain_s = duration("--drain", container["args"][container["args"].index("--drain") + 1])
     (_, before_s) = container["lifecycle"]["preStop"]["exec"]["command"]
     assert deployment["terminationGracePeriodSeconds"] >= float(before_s) + drain_s + 10
     assert container["resources"]["requests"] == container["resources"]["limits"]

@@ -45,8 +45,9 @@ def _load(data: Data) -> Data:
     return _renamed(data, "promised", "certified")
 
 
-def _reason(sentence: str | None) -> Data | None:
-    return _words(sentence) if sentence else None
+def _reason(sentence: Any) -> Data | None:
+    """A reason that is data already stays as it is."""
+    return _words(sentence) if isinstance(sentence, str) and sentence else sentence or None
 
 
 def _words(sentence: str) -> Data:

@@ -76,7 +76,7 @@ NAMED_AT_LENGTH = replace(
     trials=tuple(replace(one, build=LONG) if one is REPORT.winner else one for one in REPORT.trials),
     finals=tuple(replace(one, build=LONG) if one.build == REPORT.winner.build else one for one in REPORT.finals),
     choice=replace(REPORT.choice, winner=LONG, reason=text(f"{LONG.label} wins"), warnings=(text("w" * 400),)),
-    notes=("n" * 400,),
+    notes=(text("n" * 400),),
 )
 
 

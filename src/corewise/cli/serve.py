@@ -252,7 +252,8 @@ class _Announcer:
     def _print_ready(self, served: Any) -> None:
 
         ports = {name: getattr(self._listening, name) for name in ("http", "grpc", "admin", "admin_grpc")}
-        print("listening: " + ", ".join(f"{name} on port {port}" for name, port in ports.items() if port))
+        named = (f"{name.replace('_', '-')} on port {port}" for name, port in ports.items() if port)
+        print("listening: " + ", ".join(named))
         for model in served:
             for note in model.notes:
                 print(f"note: {note}")

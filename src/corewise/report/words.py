@@ -108,6 +108,10 @@ def facts(report: Report) -> Iterator[tuple[str, str]]:
     if fidelity:
         yield "accuracy", _accuracy(fidelity)
         yield "outputs", _closeness(fidelity)
+        if fidelity.worst_group:
+            yield "groups", _groups(fidelity)
+        if fidelity.basis == "outputs":
+            yield "judged by", _judged_by(fidelity)
     if memory := _memory(report):
         yield "memory", memory
     if report.winner.receipt:
@@ -269,6 +273,21 @@ def _accuracy(fidelity: Fidelity) -> str:
 def _closeness(fidelity: Fidelity) -> str:
     text = f"SQNR {fidelity.sqnr_db:.1f} dB, cosine {fidelity.cosine:.4f}"
     return text if fidelity.agreement is None else f"{text}, {fidelity.agreement:.1%} of the top-1 answers are fp32's"
+
+
+def _groups(fidelity: Fidelity) -> str:
+    """How near the groups of output channels come to their floors."""
+    group = fidelity.worst_group
+    assert group is not None
+    count = f"{len(fidelity.groups)} group{'s' if len(fidelity.groups) > 1 else ''} of channels"
+    return clean(f"{count}; nearest to its floor: {group.name}, {group.sqnr_db:.1f} dB of at least {group.floor_db:g}")
+
+
+def _judged_by(fidelity: Fidelity) -> str:
+    """What decided without a metric from the user, and how to name one."""
+    known = ", ".join(fidelity.suggested_metrics)
+    fitting = f"{known} fit such outputs, and so does one of your own" if known else "name one of your own"
+    return clean(f"closeness to fp32's outputs, because no metric was named; {fitting} (--metric)")
 
 
 def _speed(report: Report) -> str:

@@ -28,8 +28,8 @@ sys.path.insert(0, str(HERE))
 from architectures import ARCHITECTURES, Architecture  # noqa: E402
 
 from corewise import source  # noqa: E402
-from corewise.accuracy.fidelity import Outputs  # noqa: E402
 from corewise.accuracy.closeness import energies  # noqa: E402
+from corewise.accuracy.fidelity import Outputs  # noqa: E402
 from corewise.common.errors import CorewiseError  # noqa: E402
 from corewise.common.references import guard  # noqa: E402
 from corewise.engines import BuildInputs, engine  # noqa: E402

@@ -6,7 +6,7 @@ from torch import nn
 
 from corewise.quantize.balance import Balance
 from corewise.quantize.ptq import Recipe, batches, quantize
-from corewise.quantize.sensitivity import order_of_return
+from corewise.quantize.sensitivity import measure_sensitivity, order_of_return
 from corewise.quantize.simulate import sqnr_db
 from corewise.samples import from_python
 from corewise.source import export

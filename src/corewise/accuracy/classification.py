@@ -5,7 +5,15 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from corewise.accuracy.labels import answer_labels, class_labels, counted, dense_labels, is_multi_hot
+from corewise.accuracy.labels import (
+    UnfitLabel,
+    answer_labels,
+    class_labels,
+    counted,
+    dense_labels,
+    is_multi_hot,
+    sample_name,
+)
 from corewise.accuracy.outputs import Array
 from corewise.accuracy.pooled import Pooled, Rows, mean_share_of
 from corewise.common.errors import MetricError, MissingExtra, SamplesError
@@ -29,7 +37,7 @@ def top1(outputs: Any, labels: Any) -> NDArray[Any]:
     for row, (dense, label) in enumerate(dense_labels(labels, _dense(scores, "top1"), "top1")):
         valid = counted(label, dense.shape[-1])
         if not valid.any():
-            raise SamplesError(f"no position of holdout sample {row} has a class", "label at least one position")
+            raise UnfitLabel(row, f"no position of {sample_name(row)} has a class", "label at least one position")
         shares.append((dense.argmax(axis=-1) == label)[valid].mean())
     return np.asarray(shares)
 

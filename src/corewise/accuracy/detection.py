@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from corewise.accuracy.boxes import Detections, corners, decoded, decoder
-from corewise.accuracy.labels import sample_name
+from corewise.accuracy.labels import UnfitLabel, sample_name
 from corewise.accuracy.pooled import Pooled, Rows
 from corewise.common.errors import MetricError, MissingExtra, SamplesError
 
@@ -158,12 +158,13 @@ def _dataset(found: Sequence[Detections], classes: Sequence[int], *, with_scores
 def _target(label: Any, row: int) -> Detections:
     fix = "give a dict with boxes (k, 4) and labels (k,) for each image"
     if not isinstance(label, Mapping) or "boxes" not in label or not {"labels", "class_labels"} & set(label):
-        raise SamplesError(f"the label of {sample_name(row)} has no boxes and labels", fix)
+        raise UnfitLabel(row, f"the label of {sample_name(row)} has no boxes and labels", fix)
     relative = "class_labels" in label
     classes = np.ravel(np.asarray(label["class_labels" if relative else "labels"]))
     boxes = np.asarray(label["boxes"], np.float64).reshape(-1, 4)
     if len(boxes) != len(classes):
-        raise SamplesError(f"the label of {sample_name(row)} has {len(boxes)} boxes and {len(classes)} classes", fix)
+        what = f"the label of {sample_name(row)} has {len(boxes)} boxes and {len(classes)} classes"
+        raise UnfitLabel(row, what, fix)
     return Detections(corners(boxes) if relative else boxes, np.ones(len(boxes)), _integers(classes))
 
 

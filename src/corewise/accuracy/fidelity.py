@@ -14,7 +14,7 @@ from numpy.typing import ArrayLike, NDArray
 from corewise.accuracy.classification import is_class_scores
 from corewise.accuracy.floors import group_fidelities, worst_sample
 from corewise.accuracy.groups import Energies, decibels, layouts
-from corewise.accuracy.labels import chance, sample_name
+from corewise.accuracy.labels import chance, naming, sample_name
 from corewise.accuracy.metrics import Metric
 from corewise.accuracy.outputs import Array, Outputs, Rows
 from corewise.accuracy.paired import Nest, Score, paired_scores
@@ -43,9 +43,9 @@ def compare(
         reference: fp32's outputs.
         candidate: The candidate's, of the same shapes.
         metric: What decides.
-        labels: (N, ...), or an object array (N,); goes to the metric with the outputs that ``nest`` has made.
+        labels: (N, ...), or an object array (N,), for the metric.
         groups: (N,) names the group of rows that belong together: intervals draw them together.
-        nest: Makes of flat outputs what the model returns.
+        nest: Makes what the model returns out of flat outputs.
         names: The user's own sample numbers or file names, for messages. Default: ``holdout sample 0`` and so on.
         output_names: The outputs' names, for the groups'. Default: ``output_0`` and so on.
         clock: Seconds, to bound how long intervals are resampled.
@@ -57,18 +57,17 @@ def compare(
         MetricError: The metric fails.
         SamplesError: Labels or groups do not fit.
     """
-    _check(reference, candidate, names)
+    _check(reference, candidate, labels, names)
     members = _members(groups, len(reference))
-    if labels is not None and len(labels) != len(reference):
-        raise SamplesError(f"there are {len(labels)} labels for {len(reference)} samples", "give one label per sample")
     score = Score(reference, metric, labels, nest)
-    baseline, value, (low, high) = paired_scores(score, candidate, members, clock=clock, seed=seed)
+    with naming(names):
+        baseline, value, (low, high) = paired_scores(score, candidate, members, clock=clock, seed=seed)
     drop = value - baseline if metric.lower_is_better else baseline - value
     judged = layouts(reference.leaves, output_names)
     sums = [layout.energies(*pair) for layout, *pair in zip(judged, reference.leaves, candidate.leaves, strict=True)]
-    floating = [one for one, layout in zip(sums, judged, strict=True) if layout.mean is not None] or sums
+    numbers = [one for one, layout in zip(sums, judged, strict=True) if layout.mean is not None] or sums
     farthest, farthest_db = worst_sample(sums)
-    guessing = chance(metric.name, reference.leaves[0], len(reference))
+    guess, guess_limit = chance(metric.name, reference.leaves[0], len(reference)) or (None, None)
     return Fidelity(
         metric=metric.name,
         samples=len(reference),
@@ -78,21 +77,21 @@ def compare(
         drop_low=min(low, drop),
         drop_high=max(high, drop),
         lower_is_better=metric.lower_is_better,
-        sqnr_db=decibels(
-            sum(float(one.raw.sum()) for one in floating), sum(float(one.error.sum()) for one in floating)
-        ),
-        cosine=_cosine(floating),
+        sqnr_db=decibels(sum(float(one.raw.sum()) for one in numbers), sum(float(one.error.sum()) for one in numbers)),
+        cosine=_cosine(numbers),
         agreement=_agreement(reference.leaves[0], candidate.leaves[0]),
         groups=group_fidelities(judged, sums),
         worst_sample=sample_name(farthest, names),
         worst_sample_db=farthest_db,
-        chance=guessing[0] if guessing else None,
-        chance_limit=guessing[1] if guessing else None,
+        chance=guess,
+        chance_limit=guess_limit,
     )
 
 
-def _check(reference: Outputs, candidate: Outputs, names: Sequence[str]) -> None:
-    """Refuse outputs that cannot be compared."""
+def _check(reference: Outputs, candidate: Outputs, labels: Array | None, names: Sequence[str]) -> None:
+    """Refuse outputs that cannot be compared, and labels of another number."""
+    if labels is not None and len(labels) != len(reference):
+        raise SamplesError(f"there are {len(labels)} labels for {len(reference)} samples", "give one label per sample")
     if len(reference.leaves) != len(candidate.leaves) or len(reference) != len(candidate):
         raise EngineError(
             f"the candidate returns {len(candidate.leaves)} outputs for {len(candidate)} samples, "

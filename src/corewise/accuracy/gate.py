@@ -5,10 +5,9 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from corewise.accuracy import metrics
-from corewise.accuracy.classification import is_class_scores
 from corewise.accuracy.fidelity import compare
-from corewise.accuracy.labels import class_labels
-from corewise.accuracy.outputs import Array, Outputs, Rows
+from corewise.accuracy.labels import naming
+from corewise.accuracy.outputs import Outputs, Rows
 from corewise.common import stats
 from corewise.common.nested import Structure, leaf_names, unflatten
 from corewise.records.fidelity import Basis, Fidelity, GroupFidelity
@@ -22,7 +21,6 @@ of these on samples unlike those that calibrated."""
 
 _ROUNDING = 1e-9
 """0.92 - 0.91 is 0.010000000000000009, and may pass for 0.01."""
-_CLASS_METRICS = ("top1", "top5")
 
 
 MOST_SAMPLES = 1_000_000
@@ -51,10 +49,7 @@ class AccuracyGate:
     reference: Outputs | None = field(default=None)
     robust: bool = False
     """Whether the drop under shift decides too."""
-    names: Sequence[str] = ()
-    """The user's own numbers or file names of the holdout's samples, for messages."""
     _basis: Basis = "named"
-    _labels: Array | None = None
 
     def __call__(self, outputs: Outputs) -> tuple[Fidelity, Verdict]:
         """The outputs against the reference; the first ones ever seen become it."""
@@ -78,8 +73,7 @@ class AccuracyGate:
 
     def _compared(self, reference: Outputs, outputs: Outputs, rows: Rows | None) -> Fidelity:
         metric = self._metric(reference)
-        names = self.names or range(len(self.holdout))
-        labels, groups = self._labels, self.holdout.groups
+        names, labels, groups = self._names, self.holdout.labels, self.holdout.groups
         if rows is not None:
             names = [names[row] for row in rows]
             labels, groups = (None if part is None else part[rows] for part in (labels, groups))
@@ -90,30 +84,29 @@ class AccuracyGate:
             labels=labels,
             groups=groups,
             nest=self._nest,
-            names=[str(name) for name in names] if self.names else [f"holdout sample {name}" for name in names],
+            names=names,
             output_names=leaf_names(self.structure),
             seed=self.seed,
         )
         known = metrics.suggested(self._nest(list(reference.leaves))) if self._basis == "outputs" else ()
         return replace(fidelity, basis=self._basis, suggested_metrics=known)
 
+    @property
+    def _names(self) -> Sequence[str]:
+        """The user's own numbers or file names of the samples, for messages."""
+        return [self.holdout.describe(row) for row in range(len(self.holdout))]
+
     def _nest(self, leaves: list[Any]) -> Any:
         return unflatten(self.structure, leaves)
 
     def _metric(self, reference: Outputs) -> metrics.Metric:
-        """The metric; without one from the user, it is chosen by the first reference, with labels in its form."""
-        chosen = self.scorer
-        if chosen is None:
-            chosen = metrics.default(self._nest(list(reference.leaves)), self.holdout.labels, self.names)
-            closeness: Basis = "answers" if chosen.name == "agreement" else "outputs"
-            self._basis = closeness if chosen.against_reference else "labels"
-            self.scorer = chosen
-        if self._labels is None:
-            self._labels = self.holdout.labels
-            scores = reference.leaves[0]
-            if chosen.name in _CLASS_METRICS and is_class_scores(scores):
-                self._labels = class_labels(self._labels, scores, self.names, chosen.name)
-        return chosen
+        """The metric; without one from the user, the one that fits the first reference and the labels."""
+        if self.scorer is None:
+            with naming(self._names):
+                self.scorer = metrics.default(self._nest(list(reference.leaves)), self.holdout.labels)
+            closeness: Basis = "answers" if self.scorer.name == "agreement" else "outputs"
+            self._basis = closeness if self.scorer.against_reference else "labels"
+        return self.scorer
 
 
 def judge(fidelity: Fidelity, requirements: Requirements, *, robust: bool = False) -> Verdict:

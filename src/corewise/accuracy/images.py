@@ -6,7 +6,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from corewise.accuracy.classification import first, probability_threshold
-from corewise.accuracy.labels import class_axis, counted, sample_name
+from corewise.accuracy.labels import UnfitLabel, class_axis, counted, sample_name
 from corewise.accuracy.outputs import Array
 from corewise.accuracy.pooled import Pooled, mean_share_of
 from corewise.common.errors import MetricError, MissingExtra, SamplesError
@@ -97,7 +97,7 @@ def _images(metric: str, outputs: Any, labels: Any) -> list[tuple[Array, Array]]
         image, label = np.asarray(image, np.float64), np.asarray(label, np.float64)
         if image.size != label.size or image.ndim < 2:
             what = f"the label of {sample_name(row)} has shape {label.shape}, the output {image.shape}"
-            raise SamplesError(what, f"give {metric} images, and labels in the shape of the output")
+            raise UnfitLabel(row, what, f"give {metric} images, and labels in the shape of the output")
         pairs.append((image, label.reshape(image.shape)))
     return pairs
 
@@ -127,7 +127,7 @@ def _classes(scores: Array, label: Array, row: int) -> NDArray[np.int64]:
     factors = [target // size for target, size in zip(label.shape, found.shape, strict=True)]
     if any(size * factor != target for size, factor, target in zip(found.shape, factors, label.shape, strict=True)):
         what = f"the map of {sample_name(row)} is {found.shape}, its label {label.shape}"
-        raise SamplesError(what, "give labels in the size of the output, or a whole multiple of it")
+        raise UnfitLabel(row, what, "give labels in the size of the output, or a whole multiple of it")
     return np.asarray(found.repeat(factors[0], 0).repeat(factors[1], 1), np.int64)
 
 

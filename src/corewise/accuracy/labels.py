@@ -1,6 +1,7 @@
 """What labels mean: classes in the forms in which people have them, and what guessing them scores."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from math import sqrt
 from typing import Any
 
@@ -17,7 +18,29 @@ NO_CORRELATION = 2.0
 NO_DETECTION = 0.01
 
 
-def class_labels(labels: Array | None, scores: Array, names: Sequence[str] = (), metric: str = "top1") -> NDArray[Any]:
+class UnfitLabel(SamplesError):
+    """The label of one row of the holdout does not fit."""
+
+    def __init__(self, row: int, what: str, fix: str) -> None:
+        """``what`` names the sample as ``sample_name`` does."""
+        super().__init__(what, fix)
+        self.row = row
+
+    def named(self, names: Sequence[str]) -> SamplesError:
+        """The same error, with the user's own name of the sample."""
+        return SamplesError(self.what.replace(sample_name(self.row), sample_name(self.row, names)), self.fix)
+
+
+@contextmanager
+def naming(names: Sequence[str]) -> Iterator[None]:
+    """Errors about a row's label name the user's own sample."""
+    try:
+        yield
+    except UnfitLabel as error:
+        raise error.named(names) from error
+
+
+def class_labels(labels: Array | None, scores: Array, metric: str = "top1") -> NDArray[Any]:
     """The class of each sample, int64 (N,), from the forms in which labels come.
 
     This is the one place that decides what class labels are. Understood are integers (N,) and (N, 1), floats and
@@ -26,7 +49,6 @@ def class_labels(labels: Array | None, scores: Array, names: Sequence[str] = (),
     Args:
         labels: Whatever the samples came with, N of them.
         scores: fp32's class scores (N, classes).
-        names: The samples' numbers or file names, for messages.
         metric: The metric that asks, for messages.
 
     Raises:
@@ -37,8 +59,8 @@ def class_labels(labels: Array | None, scores: Array, names: Sequence[str] = (),
     outside = np.flatnonzero((numbers < 0) | (numbers >= classes))
     if outside.size:
         row = int(outside[0])
-        what = f"{sample_name(row, names)} has label {numbers[row]}, the model's classes are 0..{classes - 1}"
-        raise SamplesError(what, "give the labels the model was trained on")
+        what = f"{sample_name(row)} has label {numbers[row]}, the model's classes are 0..{classes - 1}"
+        raise UnfitLabel(row, what, "give the labels the model was trained on")
     return numbers
 
 
@@ -93,11 +115,11 @@ def dense_labels(labels: Array | None, scores: Array, metric: str) -> list[tuple
         axis = class_axis(score.shape, label.shape)
         if axis is None or label.dtype.kind not in "iub":
             what = f"the label of {sample_name(row)} is {label.dtype} of shape {label.shape} for scores {score.shape}"
-            raise SamplesError(what, "give one integer class for each position of the scores")
+            raise UnfitLabel(row, what, "give one integer class for each position of the scores")
         classes = score.shape[axis]
         if (highest := int(label[counted(label, classes)].max(initial=0))) >= classes:
             what = f"the label of {sample_name(row)} has class {highest}, the model's classes are 0..{classes - 1}"
-            raise SamplesError(what, "give the labels the model was trained on")
+            raise UnfitLabel(row, what, "give the labels the model was trained on")
         pairs.append((np.moveaxis(score, axis, -1), label))
     return pairs
 

@@ -9,7 +9,7 @@ or one number. A user's metric is higher for better outputs; of the built-in one
 
 import difflib
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -98,18 +98,17 @@ def _built_in(name: str) -> Metric:
     )
 
 
-def default(outputs: Any, labels: Array | None, names: Sequence[str] = ()) -> Metric:
+def default(outputs: Any, labels: Array | None) -> Metric:
     """The metric where the user names none, from what fp32 returned.
 
     With labels, the one that fits them: classes ``top1``, several classes for a sample ``f1``, maps of classes
     ``miou``, targets of a detector ``map``, one number for each sample ``pearson`` or, where it is 0 or 1, ``auc``.
     Without, class scores ``agreement``, embeddings of norm 1 ``cosine``, all else ``concordance``.
 
-    ``names`` are the samples' own names, for messages. Raises ``SamplesError`` where no metric fits the labels: they
-    are never left unused.
+    Raises ``SamplesError`` where no metric fits the labels: they are never left unused.
     """
     if labels is not None:
-        return resolve(_fitting_labels(outputs, labels, names))
+        return resolve(_fitting_labels(outputs, labels))
     scores = first(outputs)
     if not is_class_scores(scores):
         return resolve("concordance")
@@ -142,7 +141,7 @@ def suggested(outputs: Any) -> tuple[str, ...]:
     return ("top1", "f1", "cer", "wer", "mae", "rmse")
 
 
-def _fitting_labels(outputs: Any, labels: Array, names: Sequence[str]) -> str:
+def _fitting_labels(outputs: Any, labels: Array) -> str:
     """The name of the metric that takes such labels with such outputs. Raises ``SamplesError``."""
     scores = first(outputs)
     if labels.dtype == object and all(isinstance(label, Mapping) for label in labels):
@@ -152,7 +151,7 @@ def _fitting_labels(outputs: Any, labels: Array, names: Sequence[str]) -> str:
     if is_class_scores(scores):
         if labels.shape == scores.shape and is_multi_hot(labels) and (labels.sum(axis=1) != 1).any():
             return "f1"
-        class_labels(labels, scores, names)
+        class_labels(labels, scores)
         return "top1"
     if is_answers(scores):
         answer_labels(labels, len(scores), "top1")

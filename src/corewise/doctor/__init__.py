@@ -8,6 +8,7 @@ from corewise.doctor.diagnosis import (
     TorchFacts,
     diagnose,
     limited_by,
+    moved_parts,
     parse_torch_build,
     torch_findings,
 )
@@ -21,6 +22,7 @@ __all__ = [
     "TorchFacts",
     "diagnose",
     "limited_by",
+    "moved_parts",
     "parse_torch_build",
     "render",
     "torch_findings",

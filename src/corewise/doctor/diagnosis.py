@@ -15,6 +15,7 @@ from types import MappingProxyType
 from typing import Literal
 
 import corewise
+from corewise.machine.torch_features import has_fx_quantization, int8_passes
 from corewise.records.cpu import Cpu
 
 Severity = Literal["info", "warning", "problem"]
@@ -116,6 +117,8 @@ def diagnose(cpu: Cpu, *, torch: bool = False, environment: Mapping[str, str] = 
     engines = tuple(_engine_status(name, packages) for name in ENGINE_PACKAGES)
     compiler = _compiler(environment)
     findings = [*_cpu_findings(cpu), *_limit_findings(cpu), *_software_findings(engines, compiler, environment)]
+    if "torch" in packages:
+        findings += moved_parts(packages["torch"], int8_passes(), has_fx_quantization())
     facts = None
     if torch and "torch" in packages:
         try:
@@ -183,6 +186,31 @@ def torch_findings(cpu: Cpu, facts: TorchFacts) -> Iterator[Finding]:
             severity="warning",
             what="torch was built without oneDNN: convolutions are slow and most int8 backends are missing",
             fix="install torch from https://download.pytorch.org/whl/cpu",
+        )
+
+
+def moved_parts(version: str, int8_passes_in: str, fx_quantization: bool) -> Iterator[Finding]:
+    """What this torch has no longer, or has elsewhere.
+
+    ``int8_passes_in`` is the package that has inductor's int8 fusions, empty if none has.
+    """
+    if not int8_passes_in:
+        yield Finding(
+            severity="info",
+            what=f"int8 of inductor is skipped: torch {version} has no int8 fusions, and no torchao has them instead",
+            fix=_pip("optimize"),
+        )
+    elif int8_passes_in != "torch":
+        yield Finding(
+            severity="info",
+            what=f"torch {version} leaves inductor's int8 fusions to {int8_passes_in}, which has them",
+            fix=f"nothing to do, as long as {int8_passes_in} stays installed",
+        )
+    if not fx_quantization:
+        yield Finding(
+            severity="info",
+            what=f"torch-int8 is skipped: torch {version} no longer has FX quantization",
+            fix="pip install 'torch<2.16' if its int8 is wanted; the other engines' int8 does not need it",
         )
 
 

@@ -21,6 +21,7 @@ from corewise.common.references import guard
 from corewise.engines import qdq
 from corewise.engines.base import BuildInputs, Session, chunks, fastest_s, missing, rows_of, run_cut
 from corewise.engines.libraries import quiet
+from corewise.machine.torch_features import INT8_PASSES, int8_passes
 from corewise.records.build import Build, Plan, Receipt, TensorSpec
 from corewise.records.cpu import Cpu
 from corewise.records.jsonable import from_json, to_json
@@ -74,7 +75,7 @@ class Inductor:
         return "" if shutil.which(COMPILER) else f"needs the C++ compiler {COMPILER}: apt-get install {COMPILER}"
 
     def candidates(self, cpu: Cpu, operators: dict[str, int]) -> tuple[Build, ...]:
-        """int8 where the program has convolutions or linears, bf16 where the CPU multiplies it, fp32; on x86 only."""
+        """On x86 only: int8 for convolutions and linears if torch or torchao fuses it, bf16 if the CPU has it, fp32."""
         if not (isas := _isas(cpu)):
             return ()
         options = (("isa", isas[-1]),)
@@ -82,8 +83,8 @@ class Inductor:
         int8 = replace(ours, options=options + ours.options)
         bf16 = Build(engine="inductor", precision="bf16", options=options)
         fp32 = Build(engine="inductor", precision="fp32", options=options)
-        weighted = any(re.search(WEIGHTED, name) for name in operators)
-        return (*((int8,) if weighted else ()), *((bf16,) if cpu.bf16 else ()), fp32)
+        quantizable = any(re.search(WEIGHTED, name) for name in operators) and int8_passes()
+        return (*((int8,) if quantizable else ()), *((bf16,) if cpu.bf16 else ()), fp32)
 
     def needs(self, build: Build) -> tuple[str, ...]:
         """The instruction set; bf16 hardware for bf16, 32-bit sums of int8 products for int8 in full range."""
@@ -317,6 +318,7 @@ def _compile(module: "nn.Module", example: "tuple[torch.Tensor, ...]", dims: Any
     import torch
     from torch._inductor import aoti_compile_and_package
 
+    _register_int8_passes()
     with torch.no_grad(), _cache(package.parent):
         program = torch.export.export(module, example, dynamic_shapes=dims, strict=False)
         aoti_compile_and_package(
@@ -337,6 +339,14 @@ def _compile(module: "nn.Module", example: "tuple[torch.Tensor, ...]", dims: Any
                 "compile_threads": 1,
             },
         )
+
+
+def _register_int8_passes() -> None:
+    """Let inductor fuse int8 layers, as it does by itself up to torch 2.13."""
+    if int8_passes() == "torchao":
+        from torchao.quantization.pt2e.inductor_passes import x86
+
+        getattr(x86, INT8_PASSES)()
 
 
 @contextmanager

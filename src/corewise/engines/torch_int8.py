@@ -16,6 +16,7 @@ from corewise.common.errors import EngineError
 from corewise.common.references import guard
 from corewise.engines.base import CONVOLUTION, MIXED_ROWS, BuildInputs, Session, count, fastest_s, missing
 from corewise.engines.libraries import quiet
+from corewise.machine.torch_features import has_fx_quantization
 from corewise.records.build import Build, Plan, Receipt
 from corewise.records.cpu import Cpu
 
@@ -48,8 +49,10 @@ class TorchInt8:
     """``quantized::linear_dynamic`` has one scale for all rows, and no other way."""
 
     def unavailable(self, opening: bool = False) -> str:
-        """Needs torch."""
-        return missing(("torch",), "optimize")
+        """Needs torch and, to build, its FX quantization."""
+        if (reason := missing(("torch",), "optimize")) or opening or has_fx_quantization():
+            return reason
+        return "needs FX quantization, which this torch no longer has: pip install 'torch<2.16'"
 
     def candidates(self, cpu: Cpu, operators: dict[str, int]) -> tuple[Build, ...]:
         """int8, and int8-dynamic for models of linear layers rather than convolutions."""

@@ -177,7 +177,7 @@ class EngineContract:
         _assert_close(together, rows, CONSISTENT_DB[case.build.precision])
 
     def test_a_row_does_not_depend_on_its_neighbours(self, case: Case, session: Session) -> None:
-        """A row beside one a hundred times as large has its own answer, unless the engine says ``mixes_rows``."""
+        """A row beside one that is a hundred times as large has its own answer, unless the build ``mixes_rows``."""
         if mixes_rows(case.build):
             pytest.skip("the engine says that the rows of such builds depend on each other")
         inputs = case.inputs(2)

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 import bench
-from bench import __main__, architectures, harness, subjects, wire
+from bench import __main__, architectures, breadth, harness, subjects, wire
 
 MODULES = sorted(path for path in Path(bench.__file__).parent.glob("*.py"))
 
@@ -135,6 +135,8 @@ def one_cpu() -> Iterator[None]:
 def test_breadth_measures_a_tiny_net(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     tiny = architectures.Architecture(kind="cnn", make=tiny_cnn, inputs=partial(architectures.images, size=16))
     monkeypatch.setitem(architectures.ARCHITECTURES, "tiny", tiny)
+    for seconds in ("WARM_S", "ROUND_S"):
+        monkeypatch.setattr(breadth, seconds, 0.02)
     arguments = ["breadth", "--only", "tiny", "--engines", "torch-int8"]
     __main__.main([*arguments, "--results", str(tmp_path)])
     results = json.loads((tmp_path / "breadth.json").read_text())

@@ -15,8 +15,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from corewise import artifact
-from corewise.artifact import Artifact, tuned
+from corewise.artifact import PAYLOAD, Artifact, read, tuned
 from corewise.artifact.open import check_available, check_trusted, golden_samples, opener
 from corewise.common.errors import CorewiseError, EngineError, InputError
 from corewise.common.stats import ratio_interval
@@ -77,13 +76,13 @@ def find_plan(
     if not 0 < budget_s < inf:
         raise InputError(f"the budget is {budget_s:g} s", "give more than 0, e.g. 30")
     cpu = inspect_cpu()
-    sound = artifact.read(Path(folder), cpu=cpu)
-    check_trusted(sound, sound.manifest.build.engine)
-    check_available(sound.manifest.build.engine, f"retuning {folder}")
+    artifact = read(Path(folder), cpu=cpu)
+    check_trusted(artifact, artifact.manifest.build.engine)
+    check_available(artifact.manifest.build.engine, f"retuning {folder}")
     with tempfile.TemporaryDirectory(prefix="corewise-") as name:
         workspace = Workspace(Path(name))
-        golden_samples(sound).save(workspace.calibration)
-        bench = _Bench(sound, cpu, workspace, max(LEAST_TIMEOUT_S, budget_s), model, on_event)
+        golden_samples(artifact).save(workspace.calibration)
+        bench = _Bench(artifact, cpu, workspace, max(LEAST_TIMEOUT_S, budget_s), model, on_event)
         return _retune(bench, started_s, budget_s)
 
 
@@ -91,19 +90,19 @@ class _Bench:
     """Where plans of one artifact are measured: in a trial process, a new one after each that died."""
 
     def __init__(
-        self, sound: Artifact, cpu: Cpu, workspace: Workspace, timeout_s: float, model: Any, on_event: OnEvent
+        self, artifact: Artifact, cpu: Cpu, workspace: Workspace, timeout_s: float, model: Any, on_event: OnEvent
     ) -> None:
-        self.artifact = sound
+        self.artifact = artifact
         self.cpu = cpu
         self.on_event = on_event
         self.samples = workspace.calibration
-        self.build = sound.manifest.build
-        self.payload = sound.folder / artifact.PAYLOAD
+        self.build = artifact.manifest.build
+        self.payload = artifact.folder / PAYLOAD
         self.opening_s = 0.0
         """What starting a process and opening the first plan took."""
         self._log = workspace.folder / "retune.log"
         self._timeout_s = timeout_s
-        self._in_process = None if model is None else opener(sound, model)
+        self._in_process = None if model is None else opener(artifact, model)
 
     def start(self, *_: Any) -> Client:
         if self._in_process is not None:

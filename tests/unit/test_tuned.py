@@ -138,7 +138,7 @@ def test_too_many_threads_on_the_plans_own_machine_are_allowed_and_told(tmp_path
     found = fit(artifact.read(made), cores(2))
     assert found.plan == crowd
     assert found.warnings == (
-        f"{made} runs 3 threads x 2, batch 1: 6 threads take turns where 2 can compute at once; "
+        f"{made} runs 3 threads x 2, batch 1: 6 threads take turns because only 2 can compute at once; "
         f"run corewise retune {made}",
     )
 
@@ -153,7 +153,7 @@ def test_what_is_asked_for_takes_the_place_of_the_plans_own(made):
     crowd = asked(found, CPU, threads_per_instance=most, instances=2)
     assert crowd.plan == Plan(threads_per_instance=most, instances=2, batch=HERES.batch)
     assert crowd.warnings == (
-        f"{crowd.plan.label}, as requested: {2 * most} threads take turns where {most} can compute at once",
+        f"{crowd.plan.label}, as requested: {2 * most} threads take turns because only {most} can compute at once",
     )
     with load(made, batch=3) as model:
         assert model._session._batch == 3

@@ -325,7 +325,6 @@ def _verified(trial: Trial, baseline: Trial | None) -> float | None:
 
 
 def _tip(build: Build, measurement: Measurement) -> str:
-    return (
-        f"{numbers.clean(build.label)}, {measurement.plan.label}: "
-        f"{numbers.rate(measurement.throughput_per_s, 'items')}, p50 {numbers.milliseconds(measurement.p50_ms)}, p99 {numbers.milliseconds(measurement.p99_ms)}"
-    )
+    rate = numbers.rate(measurement.throughput_per_s, "items")
+    p50, p99 = numbers.milliseconds(measurement.p50_ms), numbers.milliseconds(measurement.p99_ms)
+    return f"{numbers.clean(build.label)}, {measurement.plan.label}: {rate}, p50 {p50}, p99 {p99}"

@@ -166,7 +166,7 @@ def test_the_table_has_the_worst_first() -> None:
     assert "saves" not in text
     whole = printed(MANY, everything=True)
     assert [line.split()[0] for line in whole.splitlines() if " conv " in line][-2:] == ["layer0", "still"]
-    assert "more that add less" not in whole
+    assert "more with smaller errors" not in whole
     lengths = [line.count("█") for line in whole.splitlines() if " conv " in line]
     assert lengths == sorted(lengths, reverse=True)
     assert lengths[0] == 10

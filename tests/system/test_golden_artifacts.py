@@ -15,7 +15,7 @@ ARTIFACTS = sorted(GOLDEN.glob("schema-*"))
 
 pytestmark = [
     pytest.mark.skipif(inspect_cpu().architecture != "x86_64", reason="the golden artifacts are for x86-64"),
-    pytest.mark.filterwarnings("ignore:.* was planned on .*, this is .*"),
+    pytest.mark.filterwarnings("ignore:.* was tuned on .*, this is .*"),
 ]
 
 

@@ -354,7 +354,7 @@ def test_more_threads_than_cores_are_allowed_and_told(tmp_path, wide):
     with child(tmp_path, CPU.usable_cpus[:1]) as worker:
         answer = open_in(worker, BUILDS["eager"], folder, plan)
     assert [list(cpus) for cpus in answer.cpus] == [[CPU.usable_cpus[0]]] * 2
-    assert answer.warning == "4 threads take turns where 1 can compute at once"
+    assert answer.warning == "4 threads take turns because only 1 can compute at once"
     assert warning(CPU, 1, 1) == ""
 
 

@@ -266,5 +266,5 @@ def test_a_plan_of_the_users_own_runs_with_a_warning_where_threads_are_too_many(
     found = corewise(here, "--clients", "2", "--duration", "1", "--threads", str(2 * most), "--batch", "4")
     assert (found.returncode, found.stderr) == (0, "")
     assert f"on {2 * most} threads x 1, batch 4" in found.stdout
-    assert f"as asked: {2 * most} threads take turns where {most} can compute at once" in found.stdout
+    assert f"as requested: {2 * most} threads take turns because only {most} can compute at once" in found.stdout
     assert "0 refused, 0 failed" in found.stdout

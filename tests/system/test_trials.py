@@ -106,7 +106,7 @@ def test_outputs_come_in_the_order_of_the_samples(context):
 
 MISBEHAVING = {
     "Segfault": "crashed with SIGSEGV while building",
-    "KilledForMemory": r"killed \(SIGKILL, most likely by the kernel for lack of memory\) while building",
+    "KilledForMemory": r"killed \(SIGKILL, most likely by the kernel because memory ran out\) while building",
     "RaisesInBuild": "building: RuntimeError: no kernel for aten.frobnicate",
     "CrashesInRun": "crashed with SIGSEGV while verifying",
     "NanOutputs": "NaN or infinity where fp32's has none",

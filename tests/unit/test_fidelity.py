@@ -349,7 +349,7 @@ def test_the_gate_passes_the_estimate_or_strictly_the_upper_end(drop, low, high,
 def test_a_drop_at_the_limit_is_told_by_no_holdout():
     for drop in (0.01, 0.0100001):
         verdict = judge(figures(drop, 0.0, 0.02), requirements(max_drop=0.01))
-        assert "too near to it for any number" in said(verdict.uncertain)
+        assert "too near the limit for any number" in said(verdict.uncertain)
 
 
 @given(

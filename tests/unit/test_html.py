@@ -280,7 +280,7 @@ def test_a_rejected_build_stands_below_the_gate_at_its_speed_while_verifying():
     found = figure(REPORT, "Accuracy over speed")
     assert dict(found.rows)[rejected.build] == (words.times(36.4 / 12.6), "0.8900 [0.8700, 0.9100]", "0.0300")
     assert 'class="floor"' in found.svg
-    assert "least top1 allowed is 0.9100" in found.svg
+    assert "lowest top1 allowed is 0.9100" in found.svg
 
 
 def test_for_latency_the_race_is_in_milliseconds_and_the_shortest_comes_first():

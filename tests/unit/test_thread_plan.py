@@ -128,7 +128,7 @@ def test_cores_then_siblings():
     assert assign(cpu, 2, 2) == ((0, 2), (1, 3))
     assert assign(cpu, 3, 1) == ((0, 1, 2),)
     assert assign(cpu, 1, 6) == ((0,), (2,), (1,), (3,), (0,), (2,))
-    assert warning(cpu, 1, 6) == "6 threads take turns where 4 can compute at once"
+    assert warning(cpu, 1, 6) == "6 threads take turns because only 4 can compute at once"
     assert thread_layouts(cpu) == ((2, 1), (1, 2), (4, 1), (2, 2), (1, 4), (1, 1))
 
 
@@ -162,7 +162,8 @@ def test_a_quota_says_how_much_and_not_where():
     assert thread_layouts(cpu) == ((1, 1),)
     assert assign(cpu, 1, 1) == (tuple(range(128)),)
     assert (
-        warning(cpu, 2, 1) == "2 threads take turns where 1 can compute at once under the cgroup's quota of 1.5 cores"
+        warning(cpu, 2, 1)
+        == "2 threads take turns because only 1 can compute at once under the cgroup's quota of 1.5 cores"
     )
     two_sockets = machine(sockets=2, cores=4, quota=2)
     assert assign(two_sockets, 1, 2) == ((0, 1, 2, 3),) * 2

@@ -105,9 +105,9 @@ def test_a_machine_other_than_the_artifacts_is_told_how_to_retune(tmp_path, monk
     made = write_artifact(tmp_path / "m.cw", report=replace(STORY, cpu=replace(CPU, **change)))
     batch, (told,) = loaded(made)
     assert batch == PLAN.batch
-    assert f"{made} was planned on " in told
+    assert f"{made} was tuned on " in told
     assert told.endswith(f"; run corewise retune {made}")
-    before, now = told.partition("was planned on ")[2].partition(", this is ")[::2]
+    before, now = told.partition("was tuned on ")[2].partition(", this is ")[::2]
     assert before != now.partition(":")[0]
     assert verify(made).notes == (told,)
     write(made, entry())
@@ -129,7 +129,7 @@ def test_elsewhere_a_plan_is_cut_down_to_the_cores_there_are(tmp_path, count, qu
     made = write_artifact(tmp_path / "m.cw", plan=large, report=replace(STORY, cpu=cores(64)))
     found = fit(artifact.read(made), cores(count, quota, "its own"))
     assert found.plan == Plan(threads_per_instance=plan[0], instances=plan[1], batch=8)
-    assert ("was cut down to" in found.warnings[0]) == (found.plan != large)
+    assert ("was reduced to" in found.warnings[0]) == (found.plan != large)
 
 
 def test_too_many_threads_on_the_plans_own_machine_are_allowed_and_told(tmp_path):
@@ -138,7 +138,7 @@ def test_too_many_threads_on_the_plans_own_machine_are_allowed_and_told(tmp_path
     found = fit(artifact.read(made), cores(2))
     assert found.plan == crowd
     assert found.warnings == (
-        f"{made} runs 3 threads x 2, batch 1: 6 threads take turns where 2 can compute at once; "
+        f"{made} runs 3 threads x 2, batch 1: 6 threads take turns because only 2 can compute at once; "
         f"run corewise retune {made}",
     )
 
@@ -153,7 +153,7 @@ def test_what_is_asked_for_takes_the_place_of_the_plans_own(made):
     crowd = asked(found, CPU, threads_per_instance=most, instances=2)
     assert crowd.plan == Plan(threads_per_instance=most, instances=2, batch=HERES.batch)
     assert crowd.warnings == (
-        f"{crowd.plan.label}, as asked: {2 * most} threads take turns where {most} can compute at once",
+        f"{crowd.plan.label}, as requested: {2 * most} threads take turns because only {most} can compute at once",
     )
     with load(made, batch=3) as model:
         assert model._session._batch == 3
@@ -162,7 +162,7 @@ def test_what_is_asked_for_takes_the_place_of_the_plans_own(made):
 @pytest.mark.parametrize("name", ["threads_per_instance", "instances", "batch"])
 @pytest.mark.parametrize("number", [0, -1, 2.5, "4", True])
 def test_what_is_no_plan_is_told(made, name, number):
-    with pytest.raises(InputError, match=f"{name.replace('_', ' ')}: {number!r} is no plan; give a whole number"):
+    with pytest.raises(InputError, match=f"{name.replace('_', ' ')} is {number!r}; give a whole number"):
         load(made, **{name: number})
 
 
@@ -176,7 +176,7 @@ def test_what_is_asked_for_hides_no_other_warning(tmp_path):
     made = write_artifact(tmp_path / "m.cw", report=replace(STORY, cpu=cores(64)))
     for asks in ({"batch": 3}, {"instances": 1}):
         (told,) = asked(artifact.read(made), cores(2), **asks).warnings
-        assert "was planned on" in told
+        assert "was tuned on" in told
 
 
 def test_latencies_of_a_plan_that_was_not_measured_are_estimated_from_what_was_here(made):
@@ -255,7 +255,7 @@ def test_a_damaged_file_is_told_and_the_artifact_serves_all_the_same(made, name)
     batch, (told,) = loaded(made)
     assert batch == PLAN.batch
     assert told.startswith(f"{made / TUNED} is damaged (")
-    assert "no plan of it is used; run corewise retune" in told
+    assert "its plans are not used; run corewise retune" in told
     assert verify(made).notes == (told,)
 
 

@@ -1,4 +1,4 @@
-"""Checks a call's inputs against the values and sizes that the model can take."""
+"""Checks a call's inputs against the values and sizes that the model accepts."""
 
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -12,17 +12,17 @@ from corewise.records.build import TensorSpec
 from corewise.records.ranges import InputRange, ValueRange
 
 
-def input_ranges(found: Artifact) -> tuple[InputRange, ...] | None:
+def input_ranges(artifact: Artifact) -> tuple[InputRange, ...] | None:
     """The ranges of an artifact's inputs: those of its manifest, else those of the fp32 program that it carries.
 
     ``None`` if neither has them: the artifact is older than ranges, or its model cannot be exported.
     """
-    if found.manifest.input_ranges is not None:
-        return found.manifest.input_ranges
-    if REFERENCE not in found.manifest.files:
+    if artifact.manifest.input_ranges is not None:
+        return artifact.manifest.input_ranges
+    if REFERENCE not in artifact.manifest.files:
         return None
-    golden, _ = found.golden()
-    return program_ranges(found.folder / REFERENCE, found.manifest.inputs, [golden])
+    golden, _ = artifact.golden()
+    return program_ranges(artifact.folder / REFERENCE, artifact.manifest.inputs, [golden])
 
 
 def program_ranges(
@@ -30,9 +30,8 @@ def program_ranges(
 ) -> tuple[InputRange, ...] | None:
     """The ranges of the inputs of the program in a ``.pt2`` file (``derive``).
 
-    ``batches`` are inputs that the program is known to take.
-
-    ``None`` if the file is missing or cannot be read, or if a range would refuse one of the batches and so is wrong.
+    ``batches`` are inputs that the program accepts. Returns ``None`` if the file is missing or cannot be read, or if a
+    range refuses one of the batches and so is wrong.
     """
     if not program.exists():
         return None
@@ -60,13 +59,13 @@ class InputChecks:
         ranges = ranges or [InputRange()] * len(inputs)
         self._values = [
             (k, spec.name, allowed)
-            for k, (spec, each) in enumerate(zip(inputs, ranges, strict=True))
-            for allowed in each.values
+            for k, (spec, input_range) in enumerate(zip(inputs, ranges, strict=True))
+            for allowed in input_range.values
         ]
         self._sizes = [
             (k, spec.name, axis, most)
-            for k, (spec, each) in enumerate(zip(inputs, ranges, strict=True))
-            for axis, most in enumerate(each.longest)
+            for k, (spec, input_range) in enumerate(zip(inputs, ranges, strict=True))
+            for axis, most in enumerate(input_range.longest)
             if most is not None
         ]
         self._floats = [
@@ -111,7 +110,7 @@ def _words(allowed: ValueRange) -> str:
 
 def _check_finite(array: np.ndarray, name: str) -> None:
     with np.errstate(over="ignore", invalid="ignore"):
-        # A sum keeps NaN and infinities, and takes less time than a test of each number.
+        # A sum keeps NaN and infinities, and is faster than a test of each number.
         if np.isfinite(np.add.reduce(array, axis=None)):
             return
     places = np.argwhere(~np.isfinite(array))

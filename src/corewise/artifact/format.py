@@ -1,15 +1,15 @@
-"""The artifact: a directory with everything that runs and proves one optimized model.
+"""The artifact: a directory with everything needed to run and check one optimized model.
 
-    manifest.json        what it is: build, plan, signature, CPU needs, sha256 and size of every other file
-    payload/             what the engine opens
+    manifest.json        build, plan, signature, required CPU features, sha256 and size of every other file
+    payload/             the engine's own files
     reference/           the fp32 program, for ``bench --against`` and for checking drift
-    tokenizer.json       Hugging Face's, for models of text, where it was given
+    tokenizer.json       a Hugging Face tokenizer, if one was given
     golden.safetensors   a few inputs with this payload's outputs
-    report.json, .md     every trial, and why this one won; report.html, the same with pictures, for a browser
-    tuned.json           plans for other machines, where corewise retune was run: in no manifest (see ``tuned``)
+    report.json, .md     every trial, and why this one won; report.html is the same with charts
+    tuned.json           plans that corewise retune found for other machines; not in the manifest (see ``tuned``)
 
-Written to a folder beside it and renamed, so that it is whole or not there. ``read`` checks every hash before
-anything is opened and never unpickles; what runs is the engine's own format.
+An artifact is written to a temporary folder and renamed, so it is complete or absent. ``read`` checks every hash before
+anything is opened and never unpickles.
 """
 
 import hashlib
@@ -35,7 +35,7 @@ from corewise.records.report import Preprocess, Report
 from corewise.records.schema_1 import upgrade_report
 
 SCHEMA = 2
-"""Schema 2 has reasons as data; reports of schema 1, which have sentences, are read too."""
+"""Schema 2 stores reasons as data. Reports of schema 1, which stores sentences, can be read too."""
 READABLE = (1, SCHEMA)
 MANIFEST = "manifest.json"
 PAYLOAD = "payload"
@@ -47,9 +47,9 @@ REPORT_TEXT = "report.md"
 REPORT_PAGE = "report.html"
 TUNED = "tuned.json"
 TUNED_NEW = "tuned.json.new"
-"""While it is written, and left by a writer that was killed: neither must make an artifact unreadable."""
+"""``TUNED`` while it is written. A killed writer leaves it behind, so ``read`` ignores it."""
 MIN_SQNR_DB = {"fp32": 50.0, "bf16": 25.0, "int8": 20.0, "int8-dynamic": 20.0}
-"""How close golden outputs must come on another machine: kernels there may round differently."""
+"""The least SQNR of golden outputs on another machine, whose kernels may round differently."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,7 +62,7 @@ class FileFacts:
 
 @dataclass(frozen=True, kw_only=True)
 class Manifest:
-    """What ``manifest.json`` holds, apart from its own digest."""
+    """The content of ``manifest.json`` without its digest."""
 
     schema: int
     model: str
@@ -81,7 +81,7 @@ class Manifest:
     labels: tuple[str, ...] | None = None
     """Names of the classes, in the order of the scores."""
     input_ranges: tuple[InputRange, ...] | None = None
-    """Of each input; ``None`` in artifacts that were made before there were ranges."""
+    """The range of each input; ``None`` in artifacts of versions without ranges."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,7 +93,7 @@ class Artifact:
 
     @property
     def report(self) -> Report:
-        """The report that was saved with it. Raises ``ArtifactError`` where it does not fit its schema."""
+        """The report that was saved with it. Raises ``ArtifactError`` if it does not fit its schema."""
         try:
             data = json.loads((self.folder / REPORT).read_text())
             return from_json(Report, upgrade_report(data) if self.manifest.schema == 1 else data)
@@ -124,14 +124,14 @@ REBUILD = "copy the artifact again, or make it again with corewise optimize"
 
 
 def read(folder: Path, *, cpu: Cpu | None = None) -> Artifact:
-    """Check an artifact and return it; nothing of it is opened.
+    """Check an artifact and return it without opening its payload.
 
-    Raises ``ArtifactError`` where it is missing, foreign, of a newer schema, truncated or altered, and, where
-    ``cpu`` is given, where that CPU lacks what the payload needs.
+    Raises ``ArtifactError`` if it is missing, foreign, of a newer schema, truncated or altered, or if ``cpu`` is given
+    and lacks a feature that the payload needs.
     """
     manifest = _manifest(folder)
-    found = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_symlink() or path.is_file()}
-    extra = sorted(found - set(manifest.files) - {MANIFEST, TUNED, TUNED_NEW})
+    present = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_symlink() or path.is_file()}
+    extra = sorted(present - set(manifest.files) - {MANIFEST, TUNED, TUNED_NEW})
     if extra:
         raise ArtifactError(f"{folder / extra[0]} is not in the manifest", "remove it, or copy the artifact again")
     for name, facts in manifest.files.items():
@@ -153,9 +153,9 @@ def write(
     report_text: str,
     report_page: str,
 ) -> None:
-    """Write an artifact at ``folder``, whole or not at all.
+    """Write an artifact at ``folder``, complete or not at all.
 
-    Raises ``OutputError`` where ``folder`` exists, cannot be written, or the disk is full.
+    Raises ``OutputError`` if ``folder`` exists or cannot be written, or if the disk is full.
     """
     check_output(folder)
     try:
@@ -182,7 +182,7 @@ def write(
             (made / MANIFEST).write_text(json.dumps(content, indent=1))
             for path in made.rglob("*"):
                 if path.is_file():
-                    path.chmod(0o644)  # Whoever serves it is often another user; some libraries write 0600.
+                    path.chmod(0o644)  # Often another user serves it, and some libraries write 0600.
                 _sync(path)
             made.rename(folder)
     except OSError as error:
@@ -193,7 +193,7 @@ def write(
 
 
 def check_output(folder: Path) -> None:
-    """Raise ``OutputError`` unless an artifact can be written at ``folder``: known before the work starts."""
+    """Raise ``OutputError`` unless an artifact can be written at ``folder``; called before the work starts."""
     try:
         if folder.exists() or folder.is_symlink():
             raise OutputError(f"{folder} exists already", "remove it or give another name with -o")
@@ -208,18 +208,19 @@ def check_output(folder: Path) -> None:
 def check_golden(artifact: Artifact, session: Session) -> float:
     """Run the golden inputs and return the SQNR (dB) against the golden outputs.
 
-    Raises ``ArtifactError`` where it is lower than the precision's least (``MIN_SQNR_DB``).
+    Raises ``ArtifactError`` if it is below ``MIN_SQNR_DB`` of the precision.
     """
     inputs, expected = artifact.golden()
-    found = session.run(inputs)
-    if [array.shape for array in found] != [array.shape for array in expected]:
+    outputs = session.run(inputs)
+    if [array.shape for array in outputs] != [array.shape for array in expected]:
         raise ArtifactError(f"{artifact.folder} gives outputs of other shapes than when it was made", REBUILD)
-    sqnr_db = _sqnr_db(found, expected)
-    least = MIN_SQNR_DB[artifact.manifest.build.precision]
-    if not sqnr_db >= least:
+    sqnr_db = _sqnr_db(outputs, expected)
+    least_db = MIN_SQNR_DB[artifact.manifest.build.precision]
+    if not sqnr_db >= least_db:
         raise ArtifactError(
-            f"the golden outputs of {artifact.folder} differ here by {sqnr_db:.1f} dB, where at least {least:g} is due",
-            "this CPU or these packages compute it differently: make it again here with corewise optimize",
+            f"the golden outputs of {artifact.folder} have an SQNR of {sqnr_db:.1f} dB here, below the required "
+            f"{least_db:g} dB",
+            "this CPU or these packages compute differently: make it again here with corewise optimize",
         )
     return sqnr_db
 
@@ -278,7 +279,7 @@ def _check_cpu(folder: Path, manifest: Manifest, cpu: Cpu) -> None:
 
 
 def satisfies(cpu: Cpu, need: str) -> bool:
-    """Whether the CPU has what ``Engine.needs`` names."""
+    """Whether the CPU has the feature, by its name in ``Engine.needs``."""
     return {"int8_dot": cpu.int8_dot, "bf16": cpu.bf16}.get(need, cpu.has(need))
 
 
@@ -291,10 +292,10 @@ def _write_golden(path: Path, inputs: Sequence[np.ndarray], outputs: Sequence[np
     path.write_bytes(save(tensors))
 
 
-def _sqnr_db(found: Sequence[np.ndarray], expected: Sequence[np.ndarray]) -> float:
-    """Signal over error where ``expected`` is finite, at most 200; NaN where ``found`` has NaN or other infinities."""
+def _sqnr_db(outputs: Sequence[np.ndarray], expected: Sequence[np.ndarray]) -> float:
+    """Signal over error of the finite values of ``expected``, at most 200; NaN if the other values differ."""
     signal = noise = 0.0
-    for ours, theirs in zip(found, expected, strict=True):
+    for ours, theirs in zip(outputs, expected, strict=True):
         finite = np.isfinite(theirs)
         if not np.array_equal(ours[~finite], theirs[~finite]):
             return float("nan")
@@ -312,12 +313,12 @@ def _sha256(path: Path) -> str:
 
 
 def identity(folder: Path) -> str:
-    """What tells an artifact from others: the sha256 of its manifest, which holds those of all its files."""
+    """The sha256 of the artifact's manifest, which holds the sha256 of each of its files."""
     return _sha256(folder / MANIFEST)
 
 
 def digest(content: dict[str, Any]) -> str:
-    """What is kept with JSON data to tell whether it was altered."""
+    """The sha256 of JSON data, stored beside it to detect changes."""
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 

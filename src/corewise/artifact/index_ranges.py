@@ -1,12 +1,11 @@
 """Derives which values and sizes a program's inputs may have from the tables that they index.
 
-An engine that gets an index outside of a table may read whatever lies behind it in memory, for example a part of
-another request. So the ranges are derived from the exported program: the values of each integer tensor are followed
-through the graph as intervals, and wherever a tensor is an index (``embedding``, ``gather``, ...) both ends must lie
-in the table.
+An engine that gets an index outside of a table may read memory behind it, for example a part of another request. The
+ranges are therefore derived from the exported program: the values of each integer tensor are followed through the
+graph as intervals, and wherever a tensor is an index (``embedding``, ``gather``, ...) both ends must lie in the table.
 
-A value that is replaced on some condition (``where``, ``masked_fill``, a product with a mask) is followed no further,
-because the condition may be what makes it valid. Such inputs stay unchecked.
+A value that depends on a condition (``where``, ``masked_fill``, a product with a mask) is not followed further, because
+the condition may make it valid. Such inputs are not checked.
 
 This reads the JSON in a ``.pt2`` file, without torch. The names are those of torch's ``_export/serde/schema.py``.
 """
@@ -26,7 +25,7 @@ from corewise.common.errors import ArtifactError
 from corewise.records.ranges import InputRange, ValueRange
 
 MOST_CONSTANTS = 1 << 20
-"""The values of larger tensors of integers are not read."""
+"""The values of integer tensors with more elements are not read."""
 MOST_INTERVALS = 32
 TO_THE_END = 1 << 62
 """A slice that stops here or later stops with its dimension."""
@@ -46,7 +45,7 @@ UNREADABLE = (
     RecursionError,
     MemoryError,
 )
-"""Raised for files that are damaged or were written by another torch."""
+"""Errors raised for files that are damaged or were written by another version of torch."""
 
 
 def derive(program: Path) -> tuple[InputRange, ...]:
@@ -170,7 +169,7 @@ class _Call:
 
     def __init__(self, graph: _Graph, node: Mapping[str, Any], values: Mapping[str, _Values | None]) -> None:
         self._graph, self._values, self._outputs = graph, values, node["outputs"]
-        self._arguments: dict[str, Any] = {each["name"]: each["arg"] for each in node["inputs"]}
+        self._arguments: dict[str, Any] = {argument["name"]: argument["arg"] for argument in node["inputs"]}
         self._operator = node["target"].removeprefix("torch.ops.aten.").partition(".")[0]
 
     def lookups(self) -> Iterator[tuple[_Values, Linear, Linear]]:
@@ -301,7 +300,7 @@ class _Call:
         return _Values(tuple(sums))
 
     def multiplied(self) -> _Values | None:
-        """``mul`` with a number, or of what does not follow an input."""
+        """``mul`` with a number, or of two tensors that do not follow an input."""
         left, right = self._tensor("self"), self._tensor("other")
         if left is None:
             return None
@@ -335,8 +334,8 @@ class _Call:
             return _Values((Interval(low, high),))
         return _Values(
             tuple(
-                Interval(each.low if low is None else low, each.high if high is None else high)
-                for each in values.intervals
+                Interval(interval.low if low is None else low, interval.high if high is None else high)
+                for interval in values.intervals
             )
         )
 
@@ -367,7 +366,7 @@ class _Call:
         return _Values((Interval(value, value),))
 
     def chosen(self) -> _Values | None:
-        """``where`` and ``masked_fill``, of what does not follow an input."""
+        """``where`` and ``masked_fill`` of values that do not follow an input."""
         if self._operator == "where":
             parts = [self._tensor("self"), self._tensor("other")]
         else:
@@ -390,7 +389,7 @@ LOOKUPS = {
     **dict.fromkeys(("scatter", "scatter_add", "scatter_reduce"), "index"),
     "one_hot": "self",
 }
-"""Operators that look something up, and the argument that says where."""
+"""The operators that look up values in a table, and their index argument."""
 RULES: Mapping[str, Rule] = {
     **dict.fromkeys(
         ("to", "_to_copy", "type_as", "clone", "contiguous", "alias", "detach", "lift_fresh_copy"), _Call.same
@@ -411,7 +410,7 @@ RULES: Mapping[str, Rule] = {
     **dict.fromkeys(("where", "masked_fill"), _Call.chosen),
     "remainder": _Call.remainder,
 }
-"""How the values of an operator's result follow from its arguments; results of all other operators are unknown."""
+"""How the values of an operator's result follow from its arguments; the results of other operators are unknown."""
 
 
 def _tensor_name(argument: Any) -> str | None:

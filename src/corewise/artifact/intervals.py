@@ -1,4 +1,4 @@
-"""Intervals of whole numbers whose ends are linear in a model's inputs and sizes: pure."""
+"""Intervals of whole numbers whose ends are linear in a model's inputs and sizes. Pure."""
 
 from collections.abc import Hashable, Iterable
 from typing import NamedTuple
@@ -82,7 +82,7 @@ class Limits:
         self.highs: dict[Hashable, int] = {}
 
     def require(self, index: Iterable[Interval], low: Linear, high: Linear) -> None:
-        """Let all intervals lie between ``low`` and ``high``."""
+        """Require all intervals to lie between ``low`` and ``high``."""
         for interval in index:
             if interval.low is not None:
                 self._require_natural(interval.low.plus(low.times(-1)))

@@ -17,10 +17,9 @@ from corewise.records.ranges import InputRange
 class Model:
     """An opened model. Call it as the original: torch tensors give torch tensors, numpy arrays give numpy arrays.
 
-    Thread-safe. It runs the plan that was measured (``instances.open_plan``): calls with many rows in micro-batches, on
-    all instances; calls of fewer rows from several threads at the same time, one on each instance. A single call of
-    no more than the plan's batch keeps one instance busy. Raises ``InputError`` where arguments are not as when it was
-    made.
+    Thread-safe. It runs the plan that was measured (``instances.open_plan``): a call with more rows than the plan's
+    batch is cut into micro-batches for all instances; a smaller call uses one instance. Raises ``InputError`` if the
+    arguments do not have the structure, dtypes and shapes of the samples.
     """
 
     def __init__(
@@ -33,9 +32,10 @@ class Model:
         ranges: Sequence[InputRange] | None = None,
         check_finite: bool = True,
     ) -> None:
-        """``session`` takes calls from several threads at the same time.
+        """``session`` must accept calls from several threads at the same time.
 
-        ``ranges`` are what each input may hold, and ``check_finite`` refuses NaN and infinities (``InputChecks``).
+        ``ranges`` are the allowed values of each input, and ``check_finite`` refuses NaN and infinities
+        (``InputChecks``).
         """
         self._session = session
         self._inputs = tuple(inputs)
@@ -57,7 +57,7 @@ class Model:
         return unflatten(self._output_structure, outputs)
 
     def close(self) -> None:
-        """Give back memory and threads, when the calls that run have ended."""
+        """Free memory and threads after the running calls have ended."""
         self._session.close()
 
     def __enter__(self) -> "Model":
@@ -70,22 +70,22 @@ class Model:
 
 
 def _array(leaf: Any, spec: TensorSpec) -> np.ndarray:
-    # Told before numpy sees it, which has no bfloat16.
+    # Checked before the conversion to numpy, which has no bfloat16.
     dtype = str(leaf.dtype).removeprefix("torch.")
     if dtype != spec.dtype:
         raise InputError(f"input {spec.name!r} is {dtype}", f"give {spec.dtype}")
     array: np.ndarray = leaf if isinstance(leaf, np.ndarray) else leaf.detach().cpu().numpy()
     fits = len(array.shape) == len(spec.shape) and all(
-        wanted is None or size == wanted for size, wanted in zip(array.shape, spec.shape, strict=True)
+        expected is None or size == expected for size, expected in zip(array.shape, spec.shape, strict=True)
     )
     if not fits:
-        wanted = ", ".join("any" if size is None else str(size) for size in spec.shape)
-        raise InputError(f"input {spec.name!r} has shape {tuple(array.shape)}", f"give ({wanted})")
+        expected_shape = ", ".join("any" if size is None else str(size) for size in spec.shape)
+        raise InputError(f"input {spec.name!r} has shape {tuple(array.shape)}", f"give ({expected_shape})")
     return array
 
 
 def _tensor(array: np.ndarray) -> Any:
-    # Torch is here already: the caller gave tensors.
+    # The caller gave tensors, so torch is imported already.
     import torch
 
     return torch.from_numpy(array)

@@ -8,8 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from corewise import artifact
-from corewise.artifact import Artifact, tuned
+from corewise.artifact import PAYLOAD, REBUILD, REFERENCE, Artifact, check_golden, read, tuned
 from corewise.artifact.checks import input_ranges
 from corewise.artifact.model import Model
 from corewise.common.errors import ArtifactError, EngineError, InputError
@@ -41,7 +40,7 @@ def load(
     """Open an artifact as a model that is called as the original was.
 
     Every hash and the CPU are checked before anything is opened; nothing is unpickled or compiled. It runs the plan
-    that ``retune`` found on this machine, or else the one it was made with, and warns if that plan was measured on
+    that ``retune`` artifact on this machine, or else the one it was made with, and warns if that plan was measured on
     another machine. It works in the process that opened it: a child that is forked later loads it itself.
 
     Args:
@@ -70,23 +69,23 @@ def load(
         (2, 4)
     """
     cpu = inspect_cpu()
-    found = artifact.read(Path(folder), cpu=cpu)
-    fit = tuned.asked(found, cpu, threads_per_instance=threads_per_instance, instances=instances, batch=batch)
+    artifact = read(Path(folder), cpu=cpu)
+    fit = tuned.asked(artifact, cpu, threads_per_instance=threads_per_instance, instances=instances, batch=batch)
     for warning in fit.warnings:
         warnings.warn(warning, stacklevel=2)
     return Model(
-        _open(found, fit.plan, cpu, model),
-        inputs=found.manifest.inputs,
-        input_structure=found.input_structure,
-        output_structure=found.output_structure,
-        ranges=input_ranges(found),
+        _open(artifact, fit.plan, cpu, model),
+        inputs=artifact.manifest.inputs,
+        input_structure=artifact.input_structure,
+        output_structure=artifact.output_structure,
+        ranges=input_ranges(artifact),
         check_finite=check_finite,
     )
 
 
 @dataclass(frozen=True, kw_only=True)
 class Verification:
-    """What ``verify`` found: everything fits, and how close the golden outputs came."""
+    """The result of ``verify``: everything fits, and the golden outputs come this close."""
 
     files: int
     size_bytes: int
@@ -116,17 +115,17 @@ def verify(folder: str | Path, *, model: Any = None) -> Verification:
         True
     """
     cpu = inspect_cpu()
-    found = artifact.read(Path(folder), cpu=cpu)
-    fit = tuned.fit(found, cpu)
-    session = _open(found, fit.plan, cpu, model)
+    artifact = read(Path(folder), cpu=cpu)
+    fit = tuned.fit(artifact, cpu)
+    session = _open(artifact, fit.plan, cpu, model)
     try:
-        sqnr_db = artifact.check_golden(found, session)
+        sqnr_db = check_golden(artifact, session)
     finally:
         session.close()
     return Verification(
-        files=len(found.manifest.files),
-        size_bytes=sum(facts.size_bytes for facts in found.manifest.files.values()),
-        golden_samples=len(found.golden()[0][0]),
+        files=len(artifact.manifest.files),
+        size_bytes=sum(facts.size_bytes for facts in artifact.manifest.files.values()),
+        golden_samples=len(artifact.golden()[0][0]),
         sqnr_db=sqnr_db,
         notes=(*fit.warnings, *((fit.tuned.label,) if fit.tuned else ())),
     )
@@ -155,7 +154,7 @@ def bench(
         Both rates in items per second, round by round, and their ratio with its 95 % confidence interval.
 
     Raises:
-        ArtifactError: it is not sound or carries no fp32 program.
+        ArtifactError: it is damaged or carries no fp32 program.
         EngineError: an engine is unknown or not installed.
 
     Example:
@@ -165,20 +164,20 @@ def bench(
         True
     """
     cpu = inspect_cpu()
-    found = artifact.read(Path(folder), cpu=cpu)
-    if artifact.REFERENCE not in found.manifest.files:
+    artifact = read(Path(folder), cpu=cpu)
+    if REFERENCE not in artifact.manifest.files:
         raise ArtifactError(
             f"{folder} carries no fp32 program", "save it with reference=True, of a model that can be exported"
         )
-    check_trusted(found, found.manifest.build.engine)
-    for name in ("eager", against, found.manifest.build.engine):
+    check_trusted(artifact, artifact.manifest.build.engine)
+    for name in ("eager", against, artifact.manifest.build.engine):
         check_available(name, f"racing {folder}")
-    plan = tuned.fit(found, cpu).plan
+    plan = tuned.fit(artifact, cpu).plan
     other = Build(engine=against, precision="fp32")
     with tempfile.TemporaryDirectory(prefix="corewise-") as name:
         workspace = Workspace(Path(name))
         payload = workspace.empty_payload(other)
-        write_reference(found, golden_samples(found), cpu, workspace)
+        write_reference(artifact, golden_samples(artifact), cpu, workspace)
 
         def start(build: Build) -> Worker:
             return Worker(cpu=cpu, log=workspace.folder / f"{build.engine}.log", timeout_s=TIMEOUT_S)
@@ -187,7 +186,7 @@ def bench(
             worker.build(workspace, other, payload)
         run = run_race(
             (
-                Contender(build=found.manifest.build, plan=plan, payload=found.folder / artifact.PAYLOAD),
+                Contender(build=artifact.manifest.build, plan=plan, payload=artifact.folder / PAYLOAD),
                 Contender(build=other, plan=plan, payload=payload),
             ),
             samples=workspace.calibration,
@@ -198,62 +197,66 @@ def bench(
     return Bench(rates=(ours, theirs), ratio=ratio_interval(ours.per_s, theirs.per_s))
 
 
-def _open(found: Artifact, plan: Plan, cpu: Cpu, model: Any) -> Session:
-    build = found.manifest.build
-    check_trusted(found, build.engine)
-    check_available(build.engine, f"opening {found.folder}")
-    with guard(ArtifactError, f"{found.folder} cannot be opened here", artifact.REBUILD):
-        return open_plan(opener(found, model), found.folder / artifact.PAYLOAD, build, plan, cpu)
+def _open(artifact: Artifact, plan: Plan, cpu: Cpu, model: Any) -> Session:
+    build = artifact.manifest.build
+    check_trusted(artifact, build.engine)
+    check_available(build.engine, f"opening {artifact.folder}")
+    with guard(ArtifactError, f"{artifact.folder} cannot be opened here", REBUILD):
+        return open_plan(opener(artifact, model), artifact.folder / PAYLOAD, build, plan, cpu)
 
 
-def opener(found: Artifact, model: Any) -> Engine:
-    """The artifact's engine; around ``model``, with the artifact's weights, where it could not be exported.
+def opener(artifact: Artifact, model: Any) -> Engine:
+    """The artifact's engine; with ``model``, eager around that module with the artifact's weights.
 
-    Raises ``InputError`` for a ``model`` that an artifact does not need.
+    Raises ``InputError`` if ``model`` is given and the artifact does not need it.
     """
     if model is None:
-        return engine(found.manifest.build.engine)
+        return engine(artifact.manifest.build.engine)
     from corewise.engines.eager import WEIGHTS, Eager
     from corewise.source import Flat
 
-    if f"{artifact.PAYLOAD}/{WEIGHTS}" not in found.manifest.files:
-        raise InputError(f"{found.folder} is complete without its model's code", "load it without model")
-    return Eager(Flat(model.eval(), found.input_structure))
+    if f"{PAYLOAD}/{WEIGHTS}" not in artifact.manifest.files:
+        raise InputError(f"{artifact.folder} is complete without its model's code", "load it without model")
+    return Eager(Flat(model.eval(), artifact.input_structure))
 
 
-def check_trusted(found: Artifact, name: str) -> None:
-    """An artifact must never cause an import or a call: another's engine is a class that the caller imported."""
+def check_trusted(artifact: Artifact, name: str) -> None:
+    """Raise ``ArtifactError`` unless the engine is corewise's, or a class whose module the caller has imported.
+
+    An artifact must never cause an import.
+    """
     module, _, attribute = name.partition(":")
     if name not in ENGINES and not isinstance(vars(sys.modules.get(module, object)).get(attribute), type):
         raise ArtifactError(
-            f"{found.folder} wants the engine {name}, which is not corewise's", f"import {module} first if you trust it"
+            f"{artifact.folder} wants the engine {name}, which is not corewise's",
+            f"import {module} first if you trust it",
         )
 
 
 def check_available(name: str, purpose: str) -> None:
-    """Raise ``EngineError`` where the engine cannot open payloads here."""
+    """Raise ``EngineError`` if the engine cannot open payloads here."""
     why = engine(name).unavailable(opening=True)
     if why:
         raise EngineError(f"{purpose}: the engine {name} {why}")
 
 
-def golden_samples(found: Artifact) -> Samples:
+def golden_samples(artifact: Artifact) -> Samples:
     """The artifact's golden inputs as samples, without labels."""
-    inputs, _ = found.golden()
+    inputs, _ = artifact.golden()
     rows = [tuple(array[i] for array in inputs) for i in range(len(inputs[0]))]
-    return Samples(rows=rows, structure=found.input_structure, source=str(found.folder))
+    return Samples(rows=rows, structure=artifact.input_structure, source=str(artifact.folder))
 
 
-def write_reference(found: Artifact, golden: Samples, cpu: Cpu, workspace: Workspace) -> None:
+def write_reference(artifact: Artifact, golden: Samples, cpu: Cpu, workspace: Workspace) -> None:
     """Write the artifact's fp32 program and golden inputs into a workspace, as inputs of a build."""
     from corewise.source import load_program, operators
 
-    workspace.program.symlink_to((found.folder / artifact.REFERENCE).resolve())
+    workspace.program.symlink_to((artifact.folder / REFERENCE).resolve())
     workspace.write_build_inputs(
         BuildInputs(
             program=workspace.program,
-            inputs=found.manifest.inputs,
-            outputs=found.manifest.outputs,
+            inputs=artifact.manifest.inputs,
+            outputs=artifact.manifest.outputs,
             operators=operators(load_program(workspace.program)),
             calibration=golden,
             cpu=cpu,

@@ -1,8 +1,7 @@
 """Plans that were measured on the machines that run an artifact: ``tuned.json`` beside its manifest.
 
-One entry for each machine, so that one folder on a shared disk serves several. The manifest and its hashes stay as
-they were made. A wrong plan costs speed and never correctness, so a file that is damaged is told of and not used,
-where a damaged payload is refused.
+The file has one entry for each machine, so that several machines can share one folder. The manifest and its hashes do
+not change. A wrong plan costs only speed, so a damaged file is ignored with a warning; a damaged payload is an error.
 """
 
 import fcntl
@@ -18,7 +17,7 @@ from typing import Any
 from corewise.artifact import TUNED, TUNED_NEW, Artifact, digest, identity
 from corewise.batching import LatencyTable
 from corewise.common.errors import ArtifactError, InputError, OutputError
-from corewise.machine.layouts import most_threads, warning
+from corewise.machine.layouts import ThreadLayout, most_threads, warning
 from corewise.records.build import Plan
 from corewise.records.cpu import Cpu
 from corewise.records.jsonable import from_json, to_json
@@ -37,128 +36,128 @@ MOST_BATCH = 65536
 
 @dataclass(frozen=True, kw_only=True)
 class Fit:
-    """The plan that an artifact runs under here, and what to know about it."""
+    """The plan that an artifact runs under on this machine, and warnings about it."""
 
     plan: Plan
     tuned: Tuned | None
-    """The entry it comes from; ``None`` for the manifest's."""
+    """The entry that the plan comes from; ``None`` if it is the manifest's."""
     warnings: tuple[str, ...]
 
 
-def fit(found: Artifact, cpu: Cpu) -> Fit:
+def fit(artifact: Artifact, cpu: Cpu) -> Fit:
     """The plan for this machine: the one tuned on it, else the manifest's.
 
-    On a machine other than the one it was measured on, the manifest's plan is cut down to the threads that may compute
-    at once there; on its own machine it runs as it is, with a warning where that is too many.
+    On other machines than the one it was measured on, the manifest's plan is reduced to the threads that can compute
+    at once. On that machine it is used as it is, with a warning if it has more threads than that.
     """
-    here, there, manifest = Machine.of(cpu), Machine.of(found.report.cpu), found.manifest.plan
+    here, there, manifest = Machine.of(cpu), Machine.of(artifact.report.cpu), artifact.manifest.plan
     warnings = []
     try:
-        for entry in read(found.folder):
+        for entry in read(artifact.folder):
             if entry.machine == here and _within(entry.plan, manifest, cpu):
-                return Fit(plan=entry.plan, tuned=entry, warnings=_crowded(found, entry.plan, cpu))
+                return Fit(plan=entry.plan, tuned=entry, warnings=_crowded(artifact, entry.plan, cpu))
     except ArtifactError as error:
-        warnings.append(f"{error.what}, and so no plan of it is used; {error.fix}")
+        warnings.append(f"{error.what}, so its plans are not used; {error.fix}")
     if here == there:
-        return Fit(plan=manifest, tuned=None, warnings=(*warnings, *_crowded(found, manifest, cpu)))
+        return Fit(plan=manifest, tuned=None, warnings=(*warnings, *_crowded(artifact, manifest, cpu)))
     plan = _cut_down(manifest, cpu)
     before, now = there.against(here)
-    until = "" if plan == manifest else f" and its plan was cut down to {plan.label}"
+    reduced = "" if plan == manifest else f", and its plan was reduced to {plan.label}"
     warnings.append(
-        f"{found.folder} was planned on {before}, this is {now}: its speed here is another{until}; "
-        f"run corewise retune {found.folder}"
+        f"{artifact.folder} was tuned on {before}, this is {now}: its speed here is not known{reduced}; "
+        f"run corewise retune {artifact.folder}"
     )
     return Fit(plan=plan, tuned=None, warnings=tuple(warnings))
 
 
 def asked(
-    found: Artifact,
+    artifact: Artifact,
     cpu: Cpu,
     *,
     threads_per_instance: int | None = None,
     instances: int | None = None,
     batch: int | None = None,
 ) -> Fit:
-    """``fit``, with what the user asks for in the place of the plan's own; more threads than cores with a warning.
+    """``fit`` with the given numbers instead of the plan's own, and a warning if there are more threads than cores.
 
-    Raises ``InputError`` for what is no plan.
+    Raises ``InputError`` if the numbers are no plan.
     """
-    planned = fit(found, cpu)
+    planned = fit(artifact, cpu)
     given = {"threads_per_instance": threads_per_instance, "instances": instances, "batch": batch}
-    wanted = {name: number for name, number in given.items() if number is not None}
-    if not wanted:
+    requested = {name: number for name, number in given.items() if number is not None}
+    if not requested:
         return planned
-    for name, number in wanted.items():
+    for name, number in requested.items():
         if not isinstance(number, int) or isinstance(number, bool) or number < 1:
-            raise InputError(f"{name.replace('_', ' ')}: {number!r} is no plan", "give a whole number, 1 or more")
-    plan = replace(planned.plan, **wanted)
+            raise InputError(f"{name.replace('_', ' ')} is {number!r}", "give a whole number, 1 or more")
+    plan = replace(planned.plan, **requested)
     if not _sane(plan):
         raise InputError(
             f"{plan.label} is more than any machine has", f"stay within {MOST_THREADS} threads and batch {MOST_BATCH}"
         )
-    if wanted.keys() == {"batch"}:
+    if requested.keys() == {"batch"}:
         return replace(planned, plan=plan)
-    others = tuple(one for one in planned.warnings if one not in _crowded(found, planned.plan, cpu))
+    others = tuple(text for text in planned.warnings if text not in _crowded(artifact, planned.plan, cpu))
     crowding = warning(cpu, plan.threads_per_instance, plan.instances)
-    crowded = (f"{plan.label}, as asked: {crowding}",) if crowding else ()
+    crowded = (f"{plan.label}, as requested: {crowding}",) if crowding else ()
     return replace(planned, plan=plan, warnings=(*others, *crowded))
 
 
-def latency_table(found: Artifact, fit: Fit) -> LatencyTable:
-    """Milliseconds over the batch (p99), as measured with the threads and instances of the plan that fits here.
+def latency_table(artifact: Artifact, fit: Fit) -> LatencyTable:
+    """Milliseconds (p99) over the batch, as measured with the threads and instances of the plan that fits here.
 
-    Raises ``ArtifactError`` where nothing was.
+    Raises ``ArtifactError`` if nothing was measured with them.
     """
-    made = found.report.winner.measurements
+    made = artifact.report.winner.measurements
     measured = fit.tuned.measurements if fit.tuned else made
     chosen = _alike(fit.plan, measured)
-    if not chosen and fit.tuned and fit.tuned.machine == Machine.of(found.report.cpu):
+    if not chosen and fit.tuned and fit.tuned.machine == Machine.of(artifact.report.cpu):
         chosen = _alike(fit.plan, made)
     if not chosen:
         raise ArtifactError(
-            f"{found.folder} has no measurement with {fit.plan.label}", f"run corewise retune {found.folder}"
+            f"{artifact.folder} has no measurement with {fit.plan.label}", f"run corewise retune {artifact.folder}"
         )
     return LatencyTable.of(chosen)
 
 
-def usable_table(found: Artifact, fit: Fit, cpu: Cpu) -> tuple[LatencyTable, tuple[str, ...]]:
-    """``latency_table``; where nothing was measured an estimate, and a note that says so.
+def usable_table(artifact: Artifact, fit: Fit, cpu: Cpu) -> tuple[LatencyTable, tuple[str, ...]]:
+    """``latency_table``; if nothing was measured, an estimate and a note that says so.
 
-    The estimate is the table of the plan that was measured here, else of the manifest's: slower as there are fewer
-    threads, and as they take turns. Raises ``ArtifactError`` where there is no table at all.
+    The estimate scales the table of the plan tuned here, or else of the manifest's plan: in proportion to the missing
+    threads, and to the threads beyond those that can compute at once. Raises ``ArtifactError`` if there is no table.
     """
     try:
-        return latency_table(found, fit), ()
+        return latency_table(artifact, fit), ()
     except ArtifactError as error:
         measured = _alike(fit.tuned.plan, fit.tuned.measurements) if fit.tuned else []
-        measured = measured or _alike(found.manifest.plan, found.report.winner.measurements)
+        measured = measured or _alike(artifact.manifest.plan, artifact.report.winner.measurements)
         if not measured:
             raise
         there, here = measured[0].plan, fit.plan
         fewer = max(1.0, there.threads_per_instance / here.threads_per_instance)
         turns = max(1.0, here.threads_per_instance * here.instances / most_threads(cpu))
         points = tuple((batch, fewer * turns * ms) for batch, ms in LatencyTable.of(measured).points)
-        return LatencyTable(points=points), (f"{error}: until then latencies are estimated",)
+        return LatencyTable(points=points), (f"{error}; until then latencies are estimated",)
 
 
 def _alike(plan: Plan, measurements: Sequence[Measurement]) -> list[Measurement]:
-    """Those with as many threads and instances."""
-    shape = (plan.threads_per_instance, plan.instances)
-    return [one for one in measurements if (one.plan.threads_per_instance, one.plan.instances) == shape]
+    """The measurements with the plan's thread layout."""
+    layout = ThreadLayout.of(plan)
+    return [measurement for measurement in measurements if ThreadLayout.of(measurement.plan) == layout]
 
 
 def read(folder: Path) -> tuple[Tuned, ...]:
-    """The entries of an artifact's ``tuned.json``, the newest first; none where there is no such file.
+    """The entries of an artifact's ``tuned.json``, the newest first; empty if there is no such file.
 
-    Raises ``ArtifactError`` where it is damaged, of another schema or another artifact, or holds no sane plan.
+    Raises ``ArtifactError`` if it is damaged, of another schema or artifact, or holds a plan that no machine can run.
     """
     path = folder / TUNED
     if not path.exists() and not path.is_symlink():
         return ()
-    again = f"run corewise retune {folder} to make it anew, or remove it"
+    again = f"run corewise retune {folder} to replace it, or remove it"
     try:
         if path.is_symlink() or not path.is_file():
-            raise ValueError("it is no file")
+            raise ValueError("it is not a file")
         with path.open("rb") as file:
             text = file.read(MOST_BYTES + 1)
         if len(text) > MOST_BYTES:
@@ -170,9 +169,9 @@ def read(folder: Path) -> tuple[Tuned, ...]:
 
 
 def write(folder: Path, entry: Tuned) -> None:
-    """Put the entry in the place of its machine's in ``tuned.json``, whole or not at all.
+    """Replace the machine's entry in ``tuned.json``, completely or not at all.
 
-    Entries of other machines stay, unless the file was damaged. Raises ``OutputError`` where it cannot be written.
+    Entries of other machines stay, unless the file was damaged. Raises ``OutputError`` if it cannot be written.
     """
     new = folder / TUNED_NEW
     try:
@@ -200,9 +199,9 @@ def write(folder: Path, entry: Tuned) -> None:
 
 
 def _entries(content: Any, folder: Path) -> tuple[Tuned, ...]:
-    """Raises ``ValueError`` with what is wrong."""
+    """The entries in parsed JSON. Raises ``ValueError`` if they are not valid."""
     if not isinstance(content, dict) or not isinstance(content.get("machines"), list):
-        raise ValueError("it is no list of machines")
+        raise ValueError("it has no list of machines")
     if content.get("schema") not in READABLE:
         known = ", ".join(map(str, READABLE))
         raise ValueError(f"it has schema {content.get('schema')!r}, this corewise reads {known}")
@@ -222,22 +221,23 @@ def _entries(content: Any, folder: Path) -> tuple[Tuned, ...]:
 
 
 def _upgraded(machine: Any) -> Any:
-    """The entry of a machine in schema 1; what does not fit is left to the validation."""
+    """A schema 1 entry as schema 2; the validation refuses anything of another form."""
     if not isinstance(machine, dict) or not isinstance(machine.get("measurements"), list):
         return machine
-    upgraded = [upgrade_measurement(one) if isinstance(one, dict) else one for one in machine["measurements"]]
+    upgraded = [upgrade_measurement(data) if isinstance(data, dict) else data for data in machine["measurements"]]
     return {**machine, "measurements": upgraded}
 
 
 def _check(entry: Tuned) -> None:
     if len(entry.measurements) > MOST_MEASUREMENTS:
         raise ValueError(f"it has more than {MOST_MEASUREMENTS} measurements of a machine")
-    for plan in (entry.plan, *(one.plan for one in entry.measurements)):
+    for plan in (entry.plan, *(measurement.plan for measurement in entry.measurements)):
         if not _sane(plan):
             raise ValueError(f"a plan has {plan.label}")
-    for one in entry.measurements:
-        if not all(isfinite(value) and value > 0 for value in (one.throughput_per_s, one.p50_ms, one.p99_ms)):
-            raise ValueError(f"{one.plan.label} was measured with {one.p50_ms} ms a call")
+    for measurement in entry.measurements:
+        speeds = (measurement.throughput_per_s, measurement.p50_ms, measurement.p99_ms)
+        if not all(isfinite(value) and value > 0 for value in speeds):
+            raise ValueError(f"{measurement.plan.label} was measured with {measurement.p50_ms} ms a call")
 
 
 def _sane(plan: Plan) -> bool:
@@ -245,7 +245,7 @@ def _sane(plan: Plan) -> bool:
 
 
 def _within(plan: Plan, manifest: Plan, cpu: Cpu) -> bool:
-    """Whether it has no more threads than can compute at once, or than the manifest's, which was allowed to."""
+    """Whether the plan has at most the threads that can compute at once, or that the manifest's plan has."""
     most = max(most_threads(cpu), manifest.threads_per_instance * manifest.instances)
     return plan.threads_per_instance * plan.instances <= most
 
@@ -256,14 +256,16 @@ def _cut_down(plan: Plan, cpu: Cpu) -> Plan:
     return replace(plan, threads_per_instance=threads, instances=max(1, min(plan.instances, most // threads)))
 
 
-def _crowded(found: Artifact, plan: Plan, cpu: Cpu) -> tuple[str, ...]:
+def _crowded(artifact: Artifact, plan: Plan, cpu: Cpu) -> tuple[str, ...]:
     crowding = warning(cpu, plan.threads_per_instance, plan.instances)
-    return (f"{found.folder} runs {plan.label}: {crowding}; run corewise retune {found.folder}",) if crowding else ()
+    return (
+        (f"{artifact.folder} runs {plan.label}: {crowding}; run corewise retune {artifact.folder}",) if crowding else ()
+    )
 
 
 @contextmanager
 def _one_writer(folder: Path) -> Iterator[None]:
-    """Others wait. Not every shared disk has locks: there the last of two writers at the same moment wins."""
+    """A lock on the folder. On disks without locks, the last of two simultaneous writers wins."""
     handle = os.open(folder, os.O_RDONLY)
     try:
         with suppress(OSError):

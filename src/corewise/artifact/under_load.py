@@ -1,10 +1,9 @@
-"""Load an artifact as its users would, through the batcher."""
+"""Load tests of an artifact, through the batcher."""
 
 import tempfile
 from pathlib import Path
 
-from corewise import artifact
-from corewise.artifact import tuned
+from corewise.artifact import PAYLOAD, read, tuned
 from corewise.artifact.open import TIMEOUT_S, check_available, check_trusted, golden_samples
 from corewise.machine.inspect import inspect_cpu
 from corewise.records.measurement import LoadTest
@@ -24,28 +23,28 @@ def loadtest(
     instances: int | None = None,
     batch: int | None = None,
 ) -> LoadTest:
-    """Load an artifact in a process of its own: at a rate (open loop), or by clients (closed loop).
+    """Load-test an artifact in a process of its own: at a rate (open loop) or with clients (closed loop).
 
-    Requests are the golden inputs, one at a time.
+    Each request is one row of the golden inputs.
 
     Args:
         folder: the artifact.
-        rate_per_s: requests per second that arrive at random, whatever becomes of them.
-        clients: how many senders there are, each of which waits for its answer before it sends again; give this or
+        rate_per_s: requests per second, sent at random times without waiting for answers.
+        clients: number of senders, each of which waits for its answer before it sends again; give this or
             ``rate_per_s``.
         duration_s: seconds to send for.
-        slo_ms: milliseconds within which each request must be answered; one that is predicted to be late is refused.
-            Default: no limit.
-        threads_per_instance: threads of each instance. Default: as the plan that ``load`` runs has them.
-        instances: calls at the same time. Default: the plan's.
+        slo_ms: milliseconds within which each request must be answered; a request that is predicted to be late is
+            refused. Default: no limit.
+        threads_per_instance: threads of each instance. Default: those of the plan that ``load`` runs.
+        instances: calls that run at the same time. Default: the plan's.
         batch: most requests in a call. Default: the plan's.
 
     Returns:
-        What became of the requests.
+        How many requests were answered, refused and failed, and their latencies.
 
     Raises:
-        InputError: the numbers are no load or no plan.
-        ArtifactError: the artifact is not sound or does not fit this CPU.
+        InputError: a number is out of range, or both ``rate_per_s`` and ``clients`` are given, or neither.
+        ArtifactError: the artifact is damaged or does not fit this CPU.
         EngineError: its engine is not installed.
         CorewiseError: its engine cannot run such a plan.
 
@@ -57,17 +56,17 @@ def loadtest(
     """
     check_load(rate_per_s=rate_per_s, clients=clients, duration_s=duration_s, slo_ms=slo_ms)
     cpu = inspect_cpu()
-    sound = artifact.read(Path(folder), cpu=cpu)
-    fit = tuned.asked(sound, cpu, threads_per_instance=threads_per_instance, instances=instances, batch=batch)
-    build = sound.manifest.build
-    check_trusted(sound, build.engine)
+    artifact = read(Path(folder), cpu=cpu)
+    fit = tuned.asked(artifact, cpu, threads_per_instance=threads_per_instance, instances=instances, batch=batch)
+    build = artifact.manifest.build
+    check_trusted(artifact, build.engine)
     check_available(build.engine, f"loading {folder}")
-    table, notes = tuned.usable_table(sound, fit, cpu)
+    table, notes = tuned.usable_table(artifact, fit, cpu)
     with tempfile.TemporaryDirectory(prefix="corewise-") as name:
         workspace = Workspace(Path(name))
-        golden_samples(sound).save(workspace.holdout)
+        golden_samples(artifact).save(workspace.holdout)
         with Worker(cpu=cpu, log=workspace.folder / "log", timeout_s=TIMEOUT_S + 2 * duration_s) as worker:
-            worker.open((sound.folder / artifact.PAYLOAD).resolve(), build, fit.plan)
+            worker.open((artifact.folder / PAYLOAD).resolve(), build, fit.plan)
             run = worker.load(
                 workspace.holdout,
                 fit.plan,

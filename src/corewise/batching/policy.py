@@ -1,11 +1,10 @@
-"""Which requests run together and when, and which are refused: pure.
+"""Which requests run together and when, and which are refused. Pure.
 
-The policy knows no threads and no clock: time is an argument, so the search simulates with the same decisions that
-the server makes. Deadlines say when, priorities say who yields when there is not time for all (RED, robust earliest
-deadline first: Buttazzo and Stankovic 1993). Admission plays the schedule through with the measured latencies: what is
-accepted makes its deadline as long as calls take no longer than measured, nobody cancels, no instance dies and nothing
-of higher priority comes. Where calls take longer than measured, for something else wants the cores too, the last of
-them say by how much, and admission counts on that.
+The policy uses no threads and no clock: time is an argument, so a simulation makes the same decisions as the server.
+Requests run by deadline, and under overload those of lower priority are dropped first (RED, robust earliest deadline
+first: Buttazzo and Stankovic 1993). Admission plays the schedule through with the measured latencies: an accepted
+request meets its deadline if calls take no longer than measured, no instance dies and no request of higher priority
+arrives. If other programs slow calls down, admission scales the latencies by the slowdown of the last calls.
 """
 
 from bisect import bisect_left, bisect_right, insort
@@ -34,10 +33,10 @@ WORDS: dict[Reason, str] = {
     "expired": "it waited until it could no longer make its deadline; try again later",
     "displaced": "one of higher priority took its time; try again later",
 }
-"""Why a request is not served. ``expired`` and ``displaced`` befall only accepted ones; no instance, draining both."""
+"""Why a request is not served. ``expired`` and ``displaced`` apply only to accepted requests."""
 
 REMEMBERED, RARE = 32, 4
-"""Calls that tell how slow calls are now, and the rank from the slowest that does: fewer are taken for chance."""
+"""The slowdown of calls is the fourth largest of the last 32: fewer slow calls may be chance."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,9 +54,9 @@ class LatencyTable:
     def of(cls, measurements: Sequence[Measurement], figure: Literal["p50_ms", "p99_ms"] = "p99_ms") -> Self:
         """The table of measurements of one build that differ only in the batch.
 
-        By p99 nearly all that is admitted is in time; by p50 more is admitted, and the last ones are often late. What
-        noise made faster than a smaller batch counts as slow as that. Raises ``ValueError`` where there is none, or
-        threads or instances differ.
+        With p99 nearly all admitted requests are in time; with p50 more are admitted, and the last ones are often late.
+        A batch measured faster than a smaller one counts as slow as that one. Raises ``ValueError`` if there is no
+        measurement, or if threads or instances differ.
         """
         if len({(m.plan.threads_per_instance, m.plan.instances) for m in measurements}) != 1:
             raise ValueError("a latency table needs measurements with the same threads and instances")
@@ -66,20 +65,20 @@ class LatencyTable:
         return cls(points=tuple({batch: ms for (batch, _), ms in zip(ordered, slowest, strict=True)}.items()))
 
     def latency_ms(self, rows: int) -> float:
-        """Of a call with ``rows`` items, interpolated; below the table its first, above in proportion to its last."""
+        """Latency of a call with ``rows`` items: interpolated; above the table, in proportion to the last point."""
         batches, ms = zip(*self.points, strict=True)
         return float(np.interp(rows, batches, ms)) * max(1.0, rows / float(batches[-1]))
 
 
 @dataclass(frozen=True, kw_only=True)
 class Request:
-    """What the policy knows of a request. Only requests of equal ``group`` share a batch."""
+    """A request as the policy sees it. Only requests of equal ``group`` share a batch."""
 
     id: int
     deadline_s: float
-    """When its answer must be there, on the clock of ``now_s``; ``inf`` where that does not matter."""
+    """When the answer is due, on the clock of ``now_s``; ``inf`` for no deadline."""
     priority: int = 0
-    """The higher one displaces the lower one where there is not time or room for both."""
+    """A request displaces those of lower priority if there is not time or room for both."""
     group: Hashable = None
     rows: int = 1
 
@@ -101,7 +100,7 @@ class Accepted:
 
 @dataclass(frozen=True, kw_only=True)
 class Refused:
-    """The request may not wait. It might after ``retry_after_s`` if nothing else came; ``None``: that will not help."""
+    """The request is not queued; it may be after ``retry_after_s``, or never if that is ``None``."""
 
     reason: Reason
     retry_after_s: float | None = None
@@ -110,7 +109,7 @@ class Refused:
 
 @dataclass(frozen=True, kw_only=True)
 class Batch:
-    """What an instance runs now, the most urgent first, and when that should end; no requests where none waits."""
+    """The requests that an instance runs now, the most urgent first, and the predicted end; empty if none waits."""
 
     requests: tuple[Request, ...]
     end_s: float
@@ -125,10 +124,10 @@ class _Place(NamedTuple):
     arrival: int
     request: Request
     room_s: float = 0.0
-    """The call it needs time for: one with those of its group ahead of it, shared among the idle instances.
+    """Time of the call that it is expected to run in, with the requests of its group ahead of it.
 
-    If admission asked only for the smallest call that is in time, an overloaded queue would fill up with requests that
-    leave time for nothing but small, wasteful calls: goodput fell to 58 % of capacity.
+    If admission required only the smallest call to be in time, an overloaded queue would fill up with requests that
+    leave time only for small, inefficient calls: goodput fell to 58 % of capacity.
     """
 
 
@@ -138,7 +137,7 @@ class _Plan(NamedTuple):
     free_s: list[float]
     rest: list[_Place]
     late_s: float
-    """By how much the calls so far are late at most; below 0 where all are early."""
+    """The most that a call so far is late; below 0 if all are early."""
 
 
 class Policy:
@@ -157,23 +156,23 @@ class Policy:
         self.next_expiry_s = inf
         """``expire`` drops nothing before this time."""
         self.slowness = 1.0
-        """How many times as long as measured calls are taken to last now; never less than 1."""
+        """Predicted duration of calls over their measured duration; at least 1."""
         self._max_batch, self._max_waiting = max_batch, max_waiting
         self._measured_s = [0.0, *(curve.latency_ms(rows) / 1e3 for rows in range(1, max_batch + 1))]
         self._seconds = self._measured_s
-        """The same as slow as calls are now."""
+        """``_measured_s`` times ``slowness``."""
         self._times = deque([1.0] * REMEMBERED, REMEMBERED)
-        """How many times as long as measured the last calls took."""
+        """Duration of the last calls over their measured duration."""
         self._waiting: list[_Place] = []
         self._yields: Counter[int] = Counter()
-        """How many of each priority wait: most often all have one, and nobody can be displaced."""
+        """Number of waiting requests by negated priority."""
         self._arrivals = count()
         self._end_s: dict[int, float | None] = {}
         """When each instance's call should end; ``None`` while it is idle."""
         self._rows: dict[int, int] = {}
-        """Of each instance's call."""
+        """Rows in each instance's current call."""
         self._plan: _Plan | None = None
-        """Of what waits, good until ``_plan_until_s`` or any change; most requests come to the end of the queue."""
+        """The schedule of the queue, valid until ``_plan_until_s`` or a change; most requests extend its end."""
         self._plan_until_s = -inf
 
     @property
@@ -182,7 +181,7 @@ class Policy:
         return len(self._end_s)
 
     def finished(self, instance: int, took_s: float | None = None) -> None:
-        """An instance's call has ended, after ``took_s`` if it ran to its end; or a new instance has come."""
+        """An instance's call has ended, after ``took_s`` if it succeeded; or a new instance is ready."""
         rows = self._rows.pop(instance, 0)
         if took_s is not None and rows:
             self._times.append(took_s / self._measured_s[rows])
@@ -191,13 +190,13 @@ class Policy:
         self._end_s[instance] = self._plan = None
 
     def leave(self, instance: int) -> None:
-        """An instance is gone, and whatever it was running with it."""
+        """An instance is gone, with its current call."""
         del self._end_s[instance]
         self._rows.pop(instance, None)
         self._plan = None
 
     def offer(self, request: Request, now_s: float) -> Accepted | Refused:
-        """Let the request wait if it and all others that do, but for lower priorities, should make their deadlines."""
+        """Queue the request if it and all waiting requests of its priority or higher should meet their deadlines."""
         expired = self.expire(now_s)
         if (never := self._never(request, now_s)) is not None:
             return Refused(reason=never, dropped=expired)
@@ -228,10 +227,10 @@ class Policy:
         return Accepted(dropped=dropped)
 
     def next_batch(self, instance: int, now_s: float) -> Batch:
-        """What the idle instance runs now: the most urgent request and those of its group that follow it.
+        """The next call of an idle instance: the most urgent request and those of its group that follow it.
 
-        Never empty while one waits that can make its deadline: nothing waits for company. As many as a call may have,
-        but no more than let the most urgent one be in time, nor than its share where other instances are idle too.
+        No request waits for others to join it. A call has at most ``max_batch`` rows, fewer if the most urgent request
+        would be late otherwise, and only a share of the queue if other instances are idle too.
         """
         dropped = self.expire(now_s)
         if not self._waiting:
@@ -250,7 +249,7 @@ class Policy:
         self._drop([place for place in self._waiting if place.request.id == request_id], "expired")
 
     def expire(self, now_s: float) -> tuple[Dropped, ...]:
-        """Drop what would be late even if it ran alone and now, as fast as measured."""
+        """Drop requests that would be late even if they ran now, alone and as fast as measured."""
         if now_s < self.next_expiry_s:
             return ()
         late = [place for place in self._waiting if now_s + self._measured_s[place.request.rows] > place.deadline_s]
@@ -264,7 +263,7 @@ class Policy:
         return self._drop(self._waiting, reason)
 
     def _never(self, request: Request, now_s: float) -> Reason | None:
-        """Why it is refused whatever waits."""
+        """Why the request is refused even if the queue is empty; ``None`` if it is not."""
         if self.draining:
             return "draining"
         if request.rows > self._max_batch:
@@ -297,12 +296,12 @@ class Policy:
                 self._plan, _ = self._play(_Plan(free_s, others, -inf))
             plan = self._plan._replace(rest=[*self._plan.rest, place])
         plan, late_s = self._play(plan)
-        # What an idle instance can begin at once may be in time, and tells whether calls are still slow.
+        # A request that an idle instance starts at once may be in time, and its duration updates ``slowness``.
         at_once = not others and idle_now
         return (place, plan) if late_s <= 0 or at_once else Refused(reason="overloaded", retry_after_s=late_s)
 
     def _play(self, plan: _Plan) -> tuple[_Plan, float]:
-        """Go on with a plan, as ``next_batch`` will if nothing else comes; and how late the latest call is."""
+        """Play a plan to its end as ``next_batch`` will if no request comes, and how late the latest call is."""
         free_s, rest, late_s = plan
         free_s = list(free_s)
         heapify(free_s)
@@ -321,7 +320,7 @@ class Policy:
     def _split(
         self, waiting: list[_Place], now_s: float, free_s: list[float]
     ) -> tuple[list[_Place], list[_Place], bool]:
-        """What an instance takes of a queue that is not empty; what is left; whether more at its end change nothing."""
+        """Split a queue that is not empty: the next call, the rest, and whether the call stays if the queue grows."""
         head = waiting[0]
         most = bisect_right(self._seconds, head.deadline_s, key=lambda seconds: now_s + seconds) - 1
         if (idle := _idle(free_s, now_s)) > 1:
@@ -332,7 +331,7 @@ class Policy:
         for i, place in enumerate(waiting):
             if place.request.group != head.request.group:
                 left.append(place)
-            elif taken and rows + place.request.rows > most:  # and nobody of its group overtakes it
+            elif taken and rows + place.request.rows > most:  # no later request of its group overtakes it
                 return taken, left + waiting[i:], idle <= 1
             else:
                 taken.append(place)
@@ -340,7 +339,7 @@ class Policy:
         return taken, left, idle <= 1 and rows >= most
 
     def _free_s(self, now_s: float) -> list[float]:
-        """When each instance will be free. A call that is overdue is taken to need as long again as it is overdue."""
+        """When each instance will be free. An overdue call is expected to need as long again as it is overdue."""
         return [now_s if end_s is None else max(end_s, 2 * now_s - end_s) for end_s in self._end_s.values()]
 
     def _drop(self, places: list[_Place], reason: Reason) -> tuple[Dropped, ...]:

@@ -1,4 +1,4 @@
-"""Real instances driven as the policy decides, with a thread for each."""
+"""Runs real instances as the policy decides, with a thread for each."""
 
 import threading
 from collections.abc import Callable, Sequence
@@ -55,8 +55,8 @@ class _Job(NamedTuple):
 class Batcher:
     """Runs requests on instances as a fresh policy decides, with one thread for each instance.
 
-    ``reopen(i)`` makes instance ``i`` anew, in its thread, after it raised ``InstanceDied``; without it, or where it
-    raises, the others go on alone. Done callbacks of futures run in these threads: they must be short.
+    ``reopen(i)`` opens instance ``i`` again, in its thread, after it raised ``InstanceDied``; if it returns ``None`` or
+    raises, the other instances go on alone. Done callbacks of futures run in these threads and must be short.
     """
 
     def __init__(
@@ -68,17 +68,17 @@ class Batcher:
         self._work = threading.Condition(self._lock)
         self._losses = threading.Condition(self._lock)
         self._jobs: dict[int, _Job] = {}
-        """Those that wait, by request."""
+        """The waiting jobs by request id."""
         self._lost: list[tuple[_Job, Reason]] = []
-        """Those that were dropped and have not been told."""
+        """The dropped jobs whose futures have no result yet."""
         self._wake_s = inf
         self._closed = False
         self._ids = count()
         for i in range(len(instances)):
             policy.finished(i)
         self._threads = [threading.Thread(target=self._serve, args=item, daemon=True) for item in enumerate(instances)]
-        self._teller = threading.Thread(target=self._tell, daemon=True)
-        for thread in (*self._threads, self._teller):
+        self._dropper = threading.Thread(target=self._fail_dropped, daemon=True)
+        for thread in (*self._threads, self._dropper):
             thread.start()
 
     @property
@@ -88,7 +88,7 @@ class Batcher:
 
     @property
     def slowness(self) -> float:
-        """How many times as long as measured calls last now, at least 1."""
+        """Predicted duration of calls over their measured duration; at least 1."""
         return self._policy.slowness
 
     @property
@@ -97,11 +97,11 @@ class Batcher:
         return self._policy.instances
 
     def submit(self, inputs: Sequence[np.ndarray], *, timeout_s: float = inf, priority: int = 0) -> "Future[Answer]":
-        """Queue one request: arrays of as many rows each (dimension 0), at least 1, which must not change any more.
+        """Queue one request: arrays with the same number of rows (dimension 0), at least 1, that no longer change.
 
-        Calls are shared by requests of the same dtypes and other dimensions. Cancelling the future frees its place.
-        The future raises ``NotServed`` where the request was dropped, ``CallFailed`` where its call failed. Raises
-        ``NotServed`` at once where it is refused, and ``InputError`` for inputs that are no batch.
+        Requests with the same dtypes and other dimensions share calls. Cancelling the future frees its place in the
+        queue. The future raises ``NotServed`` if the request is dropped and ``CallFailed`` if its call fails. Raises
+        ``NotServed`` if the request is refused, and ``InputError`` if the inputs are no batch.
         """
         rows = {array.shape[:1] for array in inputs}
         if len(rows) != 1 or rows & {(), (0,)} or isnan(timeout_s):
@@ -131,9 +131,9 @@ class Batcher:
         return future
 
     def close(self, drain_s: float = inf) -> bool:
-        """Refuse what comes, finish for ``drain_s`` at most what was accepted, and drop what waits then.
+        """Refuse new requests, finish accepted ones for at most ``drain_s``, then drop those that still wait.
 
-        Whether all was finished: where not, calls that still run are left to end by themselves.
+        Returns whether all accepted requests were finished; calls that still run are not interrupted.
         """
         until_s = monotonic() + drain_s
         with self._lock:
@@ -145,7 +145,7 @@ class Batcher:
             dropped = self._policy.drop_all("draining")
             self._closed = True
             self._lose(dropped)
-        self._teller.join()
+        self._dropper.join()
         return not dropped and not any(thread.is_alive() for thread in self._threads)
 
     def __enter__(self) -> Self:
@@ -191,7 +191,7 @@ class Batcher:
                     self._work.wait()
 
     def _replace(self, instance: int) -> Run | None:
-        """The dead instance's successor. Until there is one, admission counts on the others only."""
+        """The instance opened again. Meanwhile admission counts only on the others."""
         with self._lock:
             self._policy.leave(instance)
         run, _ = _caught(self._reopen, instance)
@@ -203,18 +203,18 @@ class Batcher:
         return run
 
     def _left(self, request_id: int) -> None:
-        """Its future was cancelled."""
+        """Remove the request whose future was cancelled."""
         with self._lock:
             self._policy.cancel(request_id)
             self._jobs.pop(request_id, None)
 
     def _lose(self, dropped: Sequence[Dropped]) -> None:
-        self._lost += [(self._jobs.pop(one.request.id), one.reason) for one in dropped]
+        self._lost += [(self._jobs.pop(drop.request.id), drop.reason) for drop in dropped]
         if self._lost or self._closed:
             self._losses.notify()
 
-    def _tell(self) -> None:
-        """The life of the thread that drops requests in time, and tells all that were dropped."""
+    def _fail_dropped(self) -> None:
+        """The life of the thread that drops expired requests and fails the futures of all dropped ones."""
         done = False
         while not done:
             with self._lock:
@@ -224,13 +224,13 @@ class Batcher:
                 self._lose(self._policy.expire(monotonic()))
                 lost, self._lost = self._lost, []
                 done = self._closed
-            for job, reason in lost:  # without the lock, for it runs the futures' callbacks
+            for job, reason in lost:  # without the lock, because this runs the futures' callbacks
                 if job.future.set_running_or_notify_cancel():
                     job.future.set_exception(NotServed(reason))
 
 
 def _call(run: Run, jobs: list[_Job]) -> list[list[np.ndarray]]:
-    """Run the jobs as one batch: each one's rows of every output."""
+    """Run the jobs as one batch and return each job's rows of every output."""
     columns = zip(*(job.inputs for job in jobs), strict=True)
     outputs = run(jobs[0].inputs if len(jobs) == 1 else [np.concatenate(column) for column in columns])
     ends = [0, *accumulate(len(job.inputs[0]) for job in jobs)]
@@ -240,7 +240,7 @@ def _call(run: Run, jobs: list[_Job]) -> list[list[np.ndarray]]:
 
 
 def _caught(call: Callable[..., T], *args: object) -> tuple[T | None, BaseException | None]:
-    """What a call returned and what it raised; SystemExit too, for nobody may be left without an answer."""
+    """The result of a call and its error; SystemExit counts as an error, so that every request gets an answer."""
     try:
         return call(*args), None
     except (Exception, SystemExit) as error:  # noqa: BLE001 - the request boundary: what an instance raises is the answer

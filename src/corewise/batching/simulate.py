@@ -1,8 +1,8 @@
-"""What a build would hold under load, in virtual time: the policy's own decisions, with arrivals and calls drawn.
+"""Simulates a build under load in virtual time: the real policy, with random arrivals and measured call times.
 
-A discrete-event simulation (Law, Simulation Modeling and Analysis, 2015, chapter 1): Poisson arrivals, and calls that
-last as long as measured ones did. Nothing of the policy is modelled, so that what holds here fails on the machine only
-by what the measurements did not see: the runner's own time, and calls that get slower beside each other.
+A discrete-event simulation (Law, Simulation Modeling and Analysis, 2015, chapter 1) with Poisson arrivals. It differs
+from a real load only in what the measurements do not contain: the runner's own time, and calls that slow each other
+down.
 """
 
 from collections.abc import Callable, Sequence
@@ -18,32 +18,32 @@ from corewise.common.stats import quantile
 from corewise.records.measurement import SERVED, Measurement
 
 Service = Callable[[int, np.random.Generator], float]
-"""Draws the seconds, above 0, of a call of so many rows."""
+"""Draws the seconds, above 0, of a call with the given number of rows."""
 
 REQUESTS = 2000
-"""The 99th percentile of so many is the 20th slowest one."""
+"""Requests of a simulation; their 99th percentile is the 20th slowest one."""
 TRICKLE = 1e-3
-"""The lowest rate that counts as one, of the capacity."""
+"""The lowest rate that counts, as a share of the capacity."""
 PRECISION = 0.005
 _SPANS = 10
-"""So many SLOs a simulation should last, else a queue that grows for ever might end before it is noticed."""
+"""Least duration of a simulation in multiples of the SLO; in a shorter one, an ever-growing queue could be missed."""
 _MOST_REQUESTS = 4000
 _CAPACITY_DRAWS = 100
 
 
 @dataclass(frozen=True, kw_only=True)
 class Simulated:
-    """What became of the requests of one simulation."""
+    """Counts and latencies of the requests of one simulation."""
 
     rate_per_s: float
     p50_ms: float
     p99_ms: float
-    """From arrival to answer, of the answered ones; 0 where none was."""
+    """From arrival to answer, of the answered requests; 0 if none was answered."""
     answered: int
     refused: int
     """Refused at once, or dropped before they ran."""
     goodput_per_s: float
-    """Answers in time per second, until the last one."""
+    """Answers in time per second, until the last answer."""
 
 
 def simulate_load(
@@ -58,9 +58,9 @@ def simulate_load(
     max_waiting: int,
     seed: int = 0,
 ) -> Simulated:
-    """Offer requests of one row, each with the deadline ``slo_ms`` after it came, to a policy with that curve.
+    """Offer requests of one row, each due ``slo_ms`` after its arrival, to a policy with that latency table.
 
-    Two rates under one seed see the same arrivals, closer together or further apart.
+    Two rates with the same seed have the same arrivals, closer together or further apart.
     """
     run = _Run(curve, service, instances, max_batch, max_waiting, seed)
     run.play(rate_per_s, requests, slo_ms / 1e3)
@@ -80,9 +80,8 @@ def most_rate(
 ) -> float:
     """The highest rate, to half a percent, at which 99 % of all requests are answered within ``slo_ms``.
 
-    Never more than ``capacity_per_s``; 0 where even of a trickle more is refused or late.
-    Bisection on the logarithm of the rate, from above, where runs end early; more ``requests`` are simulated, up to
-    4000, where so few last no 10 SLOs.
+    At most ``capacity_per_s``; 0 if even the rate ``TRICKLE`` misses the SLO. Bisection on the logarithm of the rate,
+    from above, because missed runs end early. Up to 4000 requests are simulated if fewer would last less than 10 SLOs.
     """
     most_per_s = capacity_per_s(service, instances=instances, max_batch=max_batch, seed=seed)
     if slo_ms < inf:
@@ -104,7 +103,7 @@ def most_rate(
 
 
 def capacity_per_s(service: Service, *, instances: int, max_batch: int, seed: int = 0) -> float:
-    """Rows per second when all instances run the batch that gets most done, one call after the other."""
+    """Rows per second if all instances run the batch with the highest rate, one call after the other."""
     rng = np.random.default_rng(seed)
     mean_s = [
         sum(service(rows, rng) for _ in range(_CAPACITY_DRAWS)) / _CAPACITY_DRAWS for rows in range(1, max_batch + 1)
@@ -146,14 +145,14 @@ class _Run:
         for instance in self._idle:
             self._policy.finished(instance)
         self._ends: list[tuple[float, int, float, tuple[Request, ...]]] = []
-        """Of calls: when, on which instance, how long they take, and whose they are."""
+        """End, instance, duration and requests of each running call."""
         self._arrivals_s: list[float] = []
         self._latencies_s: list[float] = []
         self._lost = self._late = 0
         self._last_s = 0.0
 
     def play(self, rate_per_s: float, requests: int, slo_s: float, *, may_miss: float = inf) -> bool:
-        """Until all is answered, or more than may be was lost or late; whether it came to the end."""
+        """Run until all requests are answered, or more than ``may_miss`` are lost or late; whether it was the first."""
         self._arrivals_s = (np.cumsum(self._gaps.exponential(size=requests)) / rate_per_s).tolist()
         for number, now_s in enumerate(self._arrivals_s):
             self._finish(now_s)
@@ -167,7 +166,7 @@ class _Run:
         return self._lost + self._late <= may_miss
 
     def simulated(self, rate_per_s: float) -> Simulated:
-        """What became of them."""
+        """The result."""
         latencies_s = self._latencies_s
         return Simulated(
             rate_per_s=rate_per_s,
@@ -179,7 +178,7 @@ class _Run:
         )
 
     def _finish(self, until_s: float) -> None:
-        """Let all calls end that end by then, and what waits start in their place."""
+        """End all calls due by then, and start waiting requests in their place."""
         while self._ends and self._ends[0][0] <= until_s:
             now_s, instance, took_s, requests = heappop(self._ends)
             self._last_s = now_s

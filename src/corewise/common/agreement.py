@@ -6,7 +6,7 @@ from math import log10
 import numpy as np
 
 EQUAL_DB = 200.0
-"""What stands for "no difference"; less difference than that cannot be told from none."""
+"""Stands for "no difference", and caps smaller differences."""
 
 
 def worst_row_db(expected: Sequence[np.ndarray], answers: Sequence[np.ndarray]) -> float:

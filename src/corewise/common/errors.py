@@ -1,4 +1,4 @@
-"""What can go wrong, as a tree.
+"""The errors that corewise raises, as a tree.
 
     CorewiseError            caught by the CLI: one line, exit code 2, no traceback
     ├── InputError           what the user handed over is wrong

@@ -62,7 +62,7 @@ class Structure:
 
     @classmethod
     def from_data(cls, data: Any) -> "Structure":
-        """The structure that ``to_data`` gave; raises ``ValueError`` where the data is not one."""
+        """The structure in data from ``to_data``; raises ``ValueError`` if the data is not one."""
         if not isinstance(data, dict) or set(data) != {field.name for field in dataclasses.fields(cls)}:
             raise ValueError("a structure is an object with kind, type, keys, children and value")
         keys, children = data["keys"], data["children"]
@@ -78,8 +78,8 @@ class Structure:
 def flatten(value: Any, name: str = "value") -> tuple[list[Any], Structure]:
     """The arrays of ``value``, depth first, and the structure around them.
 
-    Raises ``InputError`` at what is neither an array, a constant nor a known container; ``name`` is what the
-    message calls ``value``.
+    Raises ``InputError`` for anything that is not an array, a constant or a known container; its message calls
+    ``value`` by ``name``.
     """
     if _is_leaf(value):
         return [value], Structure("leaf")
@@ -233,18 +233,18 @@ def _build(structure: Structure, leaves: Iterator[Any]) -> Any:
     items: dict[Any, Any] = dict(zip(structure.keys, values, strict=True))
     if not structure.type:
         return items
-    found = _imported_class(structure.type)
-    if found is OrderedDict:
+    class_ = _imported_class(structure.type)
+    if class_ is OrderedDict:
         return OrderedDict(items)
-    if found is not None and set(structure.keys) <= _init_fields(found):
-        return found(**items)
+    if class_ is not None and set(structure.keys) <= _init_fields(class_):
+        return class_(**items)
     return Record(items)
 
 
 def _namedtuple(structure: Structure) -> Any:
-    found: Any = _imported_class(structure.type)
-    if found is not None and issubclass(found, tuple) and getattr(found, "_fields", None) == structure.keys:
-        return found
+    class_: Any = _imported_class(structure.type)
+    if class_ is not None and issubclass(class_, tuple) and getattr(class_, "_fields", None) == structure.keys:
+        return class_
     return _new_namedtuple(structure.type, structure.keys)
 
 
@@ -265,11 +265,11 @@ def _imported_class(name: str) -> type | None:
     return found if isinstance(found, type) else None
 
 
-def _init_fields(found: type) -> set[str]:
+def _init_fields(class_: type) -> set[str]:
     # Only dataclasses are called: a name in an artifact must not be able to call any other class.
-    if not dataclasses.is_dataclass(found):
+    if not dataclasses.is_dataclass(class_):
         return set()
-    return {field.name for field in dataclasses.fields(found) if field.init}
+    return {field.name for field in dataclasses.fields(class_) if field.init}
 
 
 def _class_name(value: Any) -> str:

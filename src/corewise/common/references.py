@@ -1,7 +1,4 @@
-"""Running what the user wrote: ``module:name`` references, and whatever they raise.
-
-A user's function may raise anything; ``guard`` turns all of it into one line that names the place.
-"""
+"""Runs the user's functions by ``module:name`` reference, and turns what they raise into one line with its place."""
 
 import importlib
 import importlib.util
@@ -24,7 +21,7 @@ TORCH = tuple(str(Path(folder) / "torch") for folder in INSTALLED)
 
 
 class guard:
-    """Whatever its body raises becomes ``error``: "<what>: <type>: <first line> (<file>:<line>)".
+    """Turn any exception of its body into ``error``: "<what>: <type>: <first line> (<file>:<line>)".
 
     Corewise's own errors pass through. ``SystemExit`` is caught as well: a script that exits when it is imported
     must not end us.
@@ -57,7 +54,7 @@ def where(error: BaseException) -> str:
 
 
 def place(frames: Iterable[traceback.FrameSummary]) -> str:
-    """``file:line`` of ``own_frame``; empty where there is none."""
+    """``file:line`` of ``own_frame``; empty if there is none."""
     frame = own_frame(frames)
     return f"{frame.filename}:{frame.lineno}" if frame else ""
 

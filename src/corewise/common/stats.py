@@ -153,10 +153,10 @@ def holdout_needed(samples: int, half_width: float, margin: float) -> int:
     """About how many samples would narrow an interval to ``margin`` that reaches ``half_width`` with ``samples``.
 
     Widths shrink with the square root of the number of samples. Rounded up to two digits.
-    Raises ``ValueError`` for a margin of 0 or less, which no number of samples can tell.
+    Raises ``ValueError`` for a margin of 0 or less, which no number of samples reaches.
     """
     if margin <= 0:
-        raise ValueError("no number of samples tells a margin of 0")
+        raise ValueError("no number of samples reaches a margin of 0")
     needed = ceil(samples * (half_width / margin) ** 2)
     unit = int(10 ** max(0, len(str(needed)) - 2))
     return ceil(needed / unit) * unit

@@ -1,7 +1,6 @@
 """What corewise finds on this machine: the CPU, its limits, the engines, and each pitfall with its fix.
 
-``diagnose`` looks without importing a single engine, so it answers at once; torch is imported only when its facts
-are asked for.
+``diagnose`` imports no engine, so it is fast; torch is imported only if its facts are requested.
 """
 
 import importlib.util
@@ -17,6 +16,7 @@ from typing import Literal
 import corewise
 from corewise.machine.torch_features import has_fx_quantization, int8_passes
 from corewise.records.cpu import Cpu
+from corewise.report.numbers import size
 
 Severity = Literal["info", "warning", "problem"]
 Limit = Literal["machine", "affinity", "quota"]
@@ -35,11 +35,11 @@ LOW_MEMORY_BYTES = 2 * 2**30
 _THREADS: tuple[Severity, str] = ("info", "corewise sets the threads of every plan itself, so nothing needs to change")
 _PINNING: tuple[Severity, str] = (
     "warning",
-    "unset it: corewise pins the instances of a plan itself, and this pins them on top of that",
+    "unset it: corewise pins the instances of a plan itself, and this setting conflicts with that",
 )
 _ISA_CAP: tuple[Severity, str] = (
     "warning",
-    "unset it unless it is a test: it may keep kernels from extensions that this CPU has",
+    "unset it unless this is a test: it may stop kernels from using extensions of this CPU",
 )
 ENVIRONMENT_PITFALLS: Mapping[str, tuple[Severity, str]] = {
     "OMP_NUM_THREADS": _THREADS,
@@ -50,7 +50,7 @@ ENVIRONMENT_PITFALLS: Mapping[str, tuple[Severity, str]] = {
     "ATEN_CPU_CAPABILITY": _ISA_CAP,
     "ONEDNN_MAX_CPU_ISA": _ISA_CAP,
 }
-"""By environment variable: how bad it is that it is set, and what to do."""
+"""The severity of each environment variable if it is set, and its fix."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,7 +65,7 @@ class EngineStatus:
 
 @dataclass(frozen=True, kw_only=True)
 class TorchFacts:
-    """How the installed torch was built and what it makes of this CPU; a library's version is ``None`` without it."""
+    """How the installed torch was built and what it uses of this CPU; ``None`` for a library that it lacks."""
 
     version: str
     mkl: str | None
@@ -75,7 +75,7 @@ class TorchFacts:
     """The instruction set of torch's own kernels: ``DEFAULT``, ``AVX2``, ``AVX512``, ``SVE256``."""
     quantized_backends: tuple[str, ...]
     threads: int
-    """Threads that one operation uses unless told otherwise."""
+    """Threads that one operation uses by default."""
     amx: bool
     """Whether the kernel granted this process the AMX tile registers."""
 
@@ -96,9 +96,9 @@ class Diagnosis:
     cpu: Cpu
     usable_cores: int
     limited_by: Limit
-    """What decides ``usable_cores``; ``affinity`` includes the cpuset."""
+    """The limit that determines ``usable_cores``; ``affinity`` includes the cpuset."""
     compiler: str | None
-    """Path of the C++ compiler; ``None`` where PATH has none."""
+    """Path of the C++ compiler; ``None`` if there is none on PATH."""
     engines: tuple[EngineStatus, ...]
     packages: dict[str, str]
     """Versions of Python, of corewise and of the engines' packages that are installed."""
@@ -148,7 +148,7 @@ def diagnose(cpu: Cpu, *, torch: bool = False, environment: Mapping[str, str] = 
 
 
 def limited_by(cpu: Cpu) -> Limit:
-    """Which limit decides ``cpu.usable_cores``: the quota, the affinity (or cpuset), or only the machine's size."""
+    """The limit that determines ``cpu.usable_cores``: the quota, the affinity (or cpuset), or the machine's size."""
     allowed = _allowed_cores(cpu)
     if cpu.quota_cores is not None and cpu.quota_cores < allowed:
         return "quota"
@@ -162,12 +162,12 @@ def parse_torch_build(text: str) -> dict[str, str]:
         "onednn": r"MKL-DNN v(\S+)",
         "parallel_backend": r"ATen parallel backend: (.+)",
     }
-    found = {name: re.search(pattern, text) for name, pattern in patterns.items()}
-    return {name: match[1] for name, match in found.items() if match}
+    matches = {name: re.search(pattern, text) for name, pattern in patterns.items()}
+    return {name: match[1] for name, match in matches.items() if match}
 
 
 def torch_findings(cpu: Cpu, facts: TorchFacts) -> Iterator[Finding]:
-    """What torch makes too little of on this CPU."""
+    """The features of this CPU that torch does not use."""
     best = "AVX512" if cpu.has("avx512") else "AVX2" if cpu.has("avx2") else None
     if best and facts.cpu_capability != best:
         yield Finding(
@@ -318,7 +318,7 @@ def _limit_findings(cpu: Cpu) -> Iterator[Finding]:
     if 0 < (memory := cpu.memory_limit_bytes or cpu.memory_bytes) < LOW_MEMORY_BYTES:
         yield Finding(
             severity="warning",
-            what=f"only {memory / 2**30:.1f} GiB of memory: candidates may be killed while they are built",
+            what=f"only {size(memory)} of memory: candidates may be killed while they are built",
             fix="raise the limit (docker --memory, Kubernetes limits.memory) to 2 GiB or more",
         )
 
@@ -345,8 +345,8 @@ def _software_findings(
     if compiler is None:
         yield Finding(
             severity="info",
-            what="no C++ compiler on PATH: inductor will not work; the other engines do",
-            fix="install g++ (apt-get install g++) if torch.compile is wanted",
+            what="no C++ compiler on PATH: inductor does not work; the other engines do",
+            fix="install g++ (apt-get install g++) to use torch.compile",
         )
     for variable, (severity, fix) in ENVIRONMENT_PITFALLS.items():
         if value := environment.get(variable):

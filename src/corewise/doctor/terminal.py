@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING
 from corewise.doctor.diagnosis import Diagnosis, Severity, cores
 from corewise.machine.inspect import EXTENSIONS
 from corewise.records.cpu import Cpu
+from corewise.report.numbers import size
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -111,7 +112,7 @@ def _topology(cpu: Cpu) -> str:
 def _caches(cpu: Cpu) -> str:
     letter = {"data": "d", "instruction": "i", "unified": ""}
     caches = [
-        f"L{cache.level}{letter[cache.kind]} {_bytes(cache.size_bytes)}"
+        f"L{cache.level}{letter[cache.kind]} {size(cache.size_bytes)}"
         + (f" shared by {cache.shared_by} threads" if cache.shared_by > 1 else "")
         for cache in cpu.caches
     ]
@@ -123,21 +124,14 @@ def _usable(diagnosis: Diagnosis) -> str:
     why = {
         "machine": "all of them",
         "affinity": f"affinity or cpuset allows {_count(len(cpu.affinity), 'hardware thread')}",
-        "quota": f"the cgroup's quota of {cpu.quota_cores or 0:g} core{'' if cpu.quota_cores == 1 else 's'} decides",
+        "quota": f"limited by the cgroup's quota of {cpu.quota_cores or 0:g} core{'' if cpu.quota_cores == 1 else 's'}",
     }
     return f"{_count(diagnosis.usable_cores, 'core')}: {why[diagnosis.limited_by]}"
 
 
 def _memory(cpu: Cpu) -> str:
-    limit = "no limit" if cpu.memory_limit_bytes is None else f"{_bytes(cpu.memory_limit_bytes)} allowed by the cgroup"
-    return f"{_bytes(cpu.memory_bytes) if cpu.memory_bytes else 'unknown'}, {limit}"
-
-
-def _bytes(size: int) -> str:
-    for unit, scale in (("GiB", 2**30), ("MiB", 2**20)):
-        if size >= scale:
-            return f"{round(size / scale, 1):g} {unit}"
-    return f"{size // 2**10} KiB"
+    limit = "no limit" if cpu.memory_limit_bytes is None else f"{size(cpu.memory_limit_bytes)} allowed by the cgroup"
+    return f"{size(cpu.memory_bytes) if cpu.memory_bytes else 'unknown'}, {limit}"
 
 
 def _count(number: int, noun: str) -> str:

@@ -1,7 +1,7 @@
 """What this CPU can do and what this process may use of it, read from /proc and /sys.
 
 ``inspect`` reads a file system root, so that any machine can be described by a folder; the ``parse_*`` functions are
-pure. What is unreadable is left out and never an error: a sandbox shows little more than ``/proc/cpuinfo``.
+pure. Unreadable files are left out and never an error: a sandbox shows little more than ``/proc/cpuinfo``.
 
 Formats: proc(5), and in the Linux kernel's documentation ``admin-guide/cputopology.rst``,
 ``ABI/testing/sysfs-devices-system-cpu``, ``admin-guide/cgroup-v2.rst``, ``admin-guide/cgroup-v1``,
@@ -86,7 +86,7 @@ class CgroupMount:
 
 
 def inspect_cpu(root: Path = ROOT) -> Cpu:
-    """The CPU, the limits on this process and the memory, as the file system below ``root`` tells them.
+    """The CPU, the limits on this process and the memory, read from the file system below ``root``.
 
     The limits of every cgroup from this process's own up to the hierarchy's root count, and the tightest
     wins. Unknown facts are ``"unknown"``, empty, 0 or ``None``.
@@ -152,13 +152,13 @@ def parse_isa(architecture: str, flags: str) -> tuple[str, ...]:
 
 
 def parse_size(text: str) -> int:
-    """A cache size as sysfs prints it, in bytes: ``"512K"`` is 524288; 0 where it is no size."""
+    """A cache size as sysfs prints it, in bytes: ``"512K"`` is 524288; 0 if it is no size."""
     number, unit = text.strip()[:-1], text.strip()[-1:]
     return int(number) * {"K": 2**10, "M": 2**20}.get(unit, 0) if number.isdigit() else 0
 
 
 def parse_meminfo(text: str) -> int:
-    """The machine's memory in bytes by /proc/meminfo; 0 where it is not told."""
+    """The machine's memory in bytes by /proc/meminfo; 0 if it is not listed."""
     return next((int(line.split()[1]) * 1024 for line in text.splitlines() if line.startswith("MemTotal:")), 0)
 
 
@@ -264,7 +264,7 @@ def _affinity(root: Path, cpus: tuple[LogicalCpu, ...]) -> tuple[int, ...]:
         status = _read(root / "proc/self/status").splitlines()
         lists = (line.partition(":")[2] for line in status if line.startswith("Cpus_allowed_list:"))
         allowed = set(parse_cpu_list(next(lists, ""))) or online
-    # A list that shares nothing with the affinity numbers its CPUs in another way (lxcfs): it tells nothing.
+    # A list without any CPU of the affinity numbers CPUs in another way (lxcfs), so it is ignored.
     for limit in (online, _cpuset(root)):
         allowed = allowed & limit or allowed
     return tuple(sorted(allowed))
@@ -288,7 +288,7 @@ def _quota_cores(root: Path) -> float | None:
 
 
 def _memory_limit_bytes(root: Path, memory_bytes: int) -> int | None:
-    """The tightest limit; one that is no less than the machine's memory is none (v1's unlimited is 2^63)."""
+    """The tightest limit; ``None`` unless it is below the machine's memory (v1's unlimited is 2^63)."""
     limits = [
         limit
         for directory in _cgroups(root, "memory")

@@ -47,7 +47,7 @@ def assign(cpu: Cpu, threads_per_instance: int, instances: int) -> tuple[tuple[i
     if not slots:
         return ((),) * instances
     if needed > len(slots):
-        # By node and core, so that each instance's are near each other, and round and round.
+        # By node and core, so that the threads of an instance are near each other; reused when all are taken.
         near = sorted(slots, key=_place)
         starts = range(0, needed, threads_per_instance)
         given = [[near[k % len(near)] for k in range(start, start + threads_per_instance)] for start in starts]
@@ -66,7 +66,7 @@ def thread_layouts(cpu: Cpu) -> tuple[ThreadLayout, ...]:
     """
     cores, most = cpu.usable_cores, most_threads(cpu)
     full = [(threads, total // threads) for total in (cores, most) for threads in reversed(_divisors(total))]
-    # Of 7 cores, 6 as three times two: some are left over.
+    # For example 3 instances of 2 threads on 7 cores, which leave one core idle.
     nearly = [(threads, cores // threads) for threads in _powers(cores) if cores // threads > 1]
     alone = [(threads, 1) for threads in sorted({*_divisors(cores), *_powers(cores)}, reverse=True)]
     layouts = (ThreadLayout(threads, instances) for threads, instances in dict.fromkeys(full + nearly + alone))
@@ -90,14 +90,14 @@ def warning(cpu: Cpu, threads_per_instance: int, instances: int) -> str:
     if needed <= most:
         return ""
     quota = f" under the cgroup's quota of {cpu.quota_cores:g} cores" if limited_by_quota(cpu) else ""
-    return f"{needed} threads take turns where {most} can compute at once{quota}"
+    return f"{needed} threads take turns because only {most} can compute at once{quota}"
 
 
 def _ranked(cpu: Cpu) -> list[LogicalCpu]:
     """The allowed hardware threads: one of each physical core, then a second of each, ...; each time node by node."""
     allowed = set(cpu.affinity)
     known = sorted((logical for logical in cpu.cpus if logical.cpu in allowed), key=lambda logical: logical.cpu)
-    # A sandbox may tell what is allowed and not what that is.
+    # A sandbox may show the affinity and hide the topology.
     known = known or [LogicalCpu(cpu=number, core=number, socket=0, node=0) for number in sorted(allowed)]
     seen: Counter[tuple[int, int]] = Counter()
     ranks = {}
@@ -108,7 +108,7 @@ def _ranked(cpu: Cpu) -> list[LogicalCpu]:
 
 
 def _packed(slots: Sequence[LogicalCpu], threads: int, instances: int) -> list[list[LogicalCpu]]:
-    """Each instance in the node with most room where that is enough, siblings side by side."""
+    """Each instance in the node with the most free threads if it fits there, siblings side by side."""
     free: dict[int, list[LogicalCpu]] = defaultdict(list)
     for logical in sorted(slots, key=_place):
         free[logical.node].append(logical)

@@ -1,4 +1,4 @@
-"""What running a model a few times shows: answers that depend on neighbours, on earlier calls, or on chance."""
+"""Findings from running a model a few times: answers that depend on neighbours, on earlier calls, or on chance."""
 
 from dataclasses import dataclass
 from typing import Literal
@@ -6,12 +6,12 @@ from typing import Literal
 
 @dataclass(frozen=True, kw_only=True)
 class Origin:
-    """The operation that is to blame, and the line of the user's code that calls it."""
+    """The operation that causes a finding, and the line of the user's code that calls it."""
 
     operation: str
-    """The operation's name, e.g. ``aten.max``; empty where only the line is known."""
+    """The operation's name, e.g. ``aten.max``; empty if only the line is known."""
     where: str
-    """``file:line``; empty where no line of the user's own code is known."""
+    """``file:line``; empty if no line of the user's own code is known."""
     code: str
     """The text of that line."""
 
@@ -25,7 +25,7 @@ class BatchMixing:
     decibels: float
     """Signal-to-noise ratio of the row that changes most, between alone and in a batch (``agreement.worst_row_db``)."""
     origin: Origin | None
-    """The first operation whose value for a row changes; ``None`` where the model has no graph to look at."""
+    """The first operation whose value for a row changes; ``None`` if the model cannot be exported."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,11 +33,11 @@ class StateChange:
     """A call changes something that the model keeps."""
 
     name: str
-    """The buffer or attribute, e.g. ``encoder.cache``; empty where none was seen to change."""
+    """The buffer or attribute, e.g. ``encoder.cache``; empty if none was seen to change."""
     changes_answers: bool
     """Whether the same input is answered differently by the next call."""
     decibels: float
-    """Signal-to-noise ratio between the answers of two calls with the same input; 200 where they are equal."""
+    """Signal-to-noise ratio between the answers of two calls with the same input; 200 if they are equal."""
     origin: Origin | None
 
 

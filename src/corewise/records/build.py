@@ -1,4 +1,4 @@
-"""What is made (a build), how it is run (a plan), and what was seen to run in int8."""
+"""Builds, the plans that run them, and receipts of what runs in int8."""
 
 from collections import Counter
 from collections.abc import Sequence
@@ -30,7 +30,7 @@ class QuantizationOptions:
     reduce_range: bool = False
     """Weights in 7 bits, for CPUs that add int8 products in 16 bits (``Cpu.int8_dot``)."""
     rung: int | None = None
-    """How many rungs of corewise's quantizer are climbed (``quantize.ptq.RUNGS``); ``None``: all of them."""
+    """How many rungs of corewise's quantizer are used (``quantize.ptq.RUNGS``); ``None`` for all."""
     placement: Literal["fused", "everywhere"] = "fused"
     """Where corewise's quantizer puts Q/DQ pairs, for engines that run both placements."""
     attention: bool = False
@@ -58,12 +58,12 @@ _IGNORED = _PAIR_NAMES["ignored_layers"]
 
 
 FIXED_BATCH = "fixed_batch"
-"""The option of builds whose program takes exactly that many rows a call (``source.Exported.fixed_batch``)."""
+"""The option that holds the number of rows of each call (``source.Exported.fixed_batch``)."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Build:
-    """What is expensive to make: an engine's payload at one precision with its options."""
+    """An engine's payload at one precision with its options; expensive to make."""
 
     engine: str
     precision: Precision
@@ -128,7 +128,7 @@ class Plan:
 
 @dataclass(frozen=True, kw_only=True)
 class Receipt:
-    """What an opened int8 payload was seen to run: proof that it did not silently stay in fp32."""
+    """What an opened int8 payload runs: proof that it did not silently stay in fp32."""
 
     layers: int
     """Convolutions and linears in the program, and those products of two activations that were quantized."""
@@ -137,7 +137,7 @@ class Receipt:
     kernels: tuple[tuple[str, int], ...]
     """How often each kernel runs a layer, by the runtime's names, e.g. ``(("Convolution/u8", 53),)``; sorted."""
     fell_back: tuple[str, ...] = ()
-    """Layers that the payload quantizes and that ran in fp32 all the same, as far as the runtime says."""
+    """Layers that the payload quantizes but that ran in fp32, as far as the runtime reports it."""
 
     @classmethod
     def tally(cls, ran: Sequence[tuple[str, bool]], fell_back: Sequence[str] = ()) -> "Receipt":

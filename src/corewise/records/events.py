@@ -1,4 +1,4 @@
-"""What happens during a search, as it happens: the search reports it, a display shows it."""
+"""Events of a search, which a display shows as they happen."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -26,13 +26,13 @@ class Stage(StrEnum):
 
 @dataclass(frozen=True)
 class StageStarted:
-    """A step outside the trials began, and what it is about."""
+    """A step outside the trials began; the other fields are its subject."""
 
     stage: Stage
     build: Build | None = None
     plan: Plan | None = None
     count: int = 0
-    """Of builds, plans or layers."""
+    """Number of builds, plans or layers."""
     samples: int = 0
 
 

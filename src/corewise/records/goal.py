@@ -22,7 +22,7 @@ class Goal(ABC):
 
     name: ClassVar[GoalName]
     unit: ClassVar[str]
-    """Of ``figure``."""
+    """Unit of ``figure``."""
     single_items: ClassVar[bool] = False
     """Whether a plan runs one item a call on one instance."""
     decided_by_race: ClassVar[bool] = True
@@ -202,7 +202,7 @@ class Requirements:
     goal: Goal = Throughput()
     max_drop: float = 0.01
     strict: bool = False
-    """Ask the upper end of the drop's confidence interval to pass, and not the estimate."""
+    """Require the upper end of the drop's confidence interval to pass, not only the estimate."""
     memory_limit_bytes: int | None = None
     """Plans whose process needs more memory are not chosen."""
 

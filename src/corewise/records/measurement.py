@@ -42,7 +42,7 @@ class Measurement:
 
 @dataclass(frozen=True, kw_only=True)
 class LoadRun:
-    """What became of requests that were sent to one build under one plan through the batcher.
+    """The outcome of requests sent to one build under one plan through the batcher.
 
     Latencies count from when a request was due to be sent, so a sender that is held up hides nothing (coordinated
     omission).
@@ -64,15 +64,15 @@ class LoadRun:
     """Answered within the deadline; without a deadline, all that were answered."""
     p50_ms: float
     p99_ms: float
-    """Of the answered requests; 0 if none was answered."""
+    """Latency of the answered requests; 0 if none was answered."""
     refusal_p99_ms: float
-    """Time until a refused request was told so; 0 if none was refused at once."""
+    """Time until the refusal of a request; 0 if none was refused at once."""
     slo_ms: float | None = None
     """The deadline of each request; ``None`` for none."""
     throttled: int = 0
     """As ``Measurement.throttled``."""
     sender_late_p99_ms: float = 0.0
-    """How late the sender itself was for 99 % of the requests; a few milliseconds make it another load."""
+    """p99 of the delay of the sender itself; with more than a few milliseconds the load differs from the request."""
     certified: bool = False
     """Whether this load confirmed the rate that the build is certified for."""
 
@@ -104,7 +104,7 @@ class Rates:
 
 @dataclass(frozen=True, kw_only=True)
 class LoadTest:
-    """A load on an artifact's plan, and what admission went by."""
+    """A load on an artifact's plan, and the call time that admission used."""
 
     run: LoadRun
     call_ms: float

@@ -114,5 +114,5 @@ class Reason:
 
     @classmethod
     def text(cls, text: str) -> Self:
-        """A reason in the words of somebody else."""
+        """A reason in the words of an engine or an older version."""
         return cls.of(ReasonKind.TEXT, text=text)

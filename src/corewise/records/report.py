@@ -40,9 +40,9 @@ class Choice:
 
 @dataclass(frozen=True, kw_only=True)
 class Preprocess:
-    """What turns an RGB image into a model's input: pixels in 0..1, resized, cropped, normalised.
+    """How an RGB image becomes a model's input (NCHW float32): pixels in 0..1, resized, cropped, normalised.
 
-    ``resize`` is the length of the shorter side, ``crop`` of the centred square; NCHW float32 comes out.
+    ``resize`` is the length of the shorter side, ``crop`` that of the centred square.
     """
 
     resize: int = 256
@@ -69,7 +69,7 @@ class SampleFacts:
 
 @dataclass(frozen=True, kw_only=True)
 class Report:
-    """All that is known about one optimization; what ``show`` prints and the artifact keeps."""
+    """All that is known about one optimization; ``show`` prints it and the artifact keeps it."""
 
     model: str
     created: str

@@ -12,7 +12,7 @@ __all__ = ["FailedPlan", "Fidelity", "State", "Trial"]
 
 
 class State(StrEnum):
-    """What became of a trial."""
+    """The outcome of a trial."""
 
     OK = "ok"
     FAILED = "failed"
@@ -30,12 +30,12 @@ class FailedPlan:
 
 @dataclass(frozen=True, kw_only=True)
 class Trial:
-    """What became of one build, and why."""
+    """The outcome of one build, and why."""
 
     build: Build
     state: State
     reason: Reason
-    """Why it failed, was rejected or pruned; for ``ok`` what it achieved."""
+    """Why it failed or was rejected or pruned; if it is ok, its accuracy."""
     build_s: float = 0.0
     payload_bytes: int = 0
     peak_memory_bytes: int = 0
@@ -62,7 +62,7 @@ class Trial:
 
     @property
     def inaccurate(self) -> bool:
-        """Whether the accuracy gate rejected it: what is measured had passed, and was rejected for something else."""
+        """Whether the accuracy gate rejected it: a rejected trial with measurements passed the gate."""
         return self.state == State.REJECTED and not self.measurements
 
     @property

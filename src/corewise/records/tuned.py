@@ -11,7 +11,7 @@ from corewise.records.measurement import Measurement
 
 @dataclass(frozen=True, kw_only=True)
 class Machine:
-    """What a plan depends on: the CPU, and what this process may use of it."""
+    """The machine as far as plans depend on it: the CPU, and what this process may use of it."""
 
     model: str
     isa: tuple[str, ...]
@@ -37,7 +37,7 @@ class Machine:
         return f"{self.model} ({self.usable_cores} cores, {self.hardware_threads} hardware threads{quota})"
 
     def against(self, other: "Machine") -> tuple[str, str]:
-        """The labels of this one and the other, with the instruction sets where nothing else tells them apart."""
+        """The labels of this machine and the other, with the instruction sets if the labels are equal otherwise."""
         if self.label != other.label:
             return self.label, other.label
         return f"{self.label} with {' '.join(self.isa)}", f"{other.label} with {' '.join(other.isa)}"
@@ -61,7 +61,7 @@ class Tuned:
 
 @dataclass(frozen=True, kw_only=True)
 class Comparison:
-    """How many times the old plan's rate the new plan has, in an alternating race."""
+    """The new plan's rate over the old plan's, in an alternating race."""
 
     ratio: float
     low: float

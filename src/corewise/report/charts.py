@@ -1,8 +1,8 @@
 """Charts as inline SVG, drawn by hand: points and lines between two axes, bars, and groups of columns.
 
-An SVG of the first two kinds is 360 units wide, which is a phone's width, so that its text is readable there and large
-on a desk. It holds figures and the keys of builds (``1``, ``2``), never names: those stand in HTML beside it, where
-they can wrap. Colours are the page's, by the class of each mark's role; each role has a shape of its own too.
+An SVG of the first two kinds is 360 units wide, a phone's width, so that its text is readable there. It holds figures
+and the keys of builds (``1``, ``2``), never names: names are in the HTML beside it, where they can wrap. The page sets
+the colours by the class of each mark's role; each role also has its own shape.
 """
 
 import math
@@ -34,19 +34,19 @@ class Axis:
     @classmethod
     def linear(cls, values: Iterable[float]) -> Self:
         """From a round value at or below the least of the values to one at or above the greatest."""
-        found = [value for value in values if math.isfinite(value)] or [0.0]
-        span = max(max(found) - min(found), 1e-9, abs(max(found)) * 1e-6)
+        finite = [value for value in values if math.isfinite(value)] or [0.0]
+        span = max(max(finite) - min(finite), 1e-9, abs(max(finite)) * 1e-6)
         step = 10.0 ** math.floor(math.log10(span / 3))
         step *= next(factor for factor in (1, 2, 5, 10) if span / (step * factor) <= _MOST_TICKS - 2)
-        first, last = math.floor(min(found) / step + 1e-9), math.ceil(max(found) / step - 1e-9)
+        first, last = math.floor(min(finite) / step + 1e-9), math.ceil(max(finite) / step - 1e-9)
         ticks = tuple(round(step * k, 12) for k in range(first, max(last, first + 1) + 1))
         return cls(low=ticks[0], high=ticks[-1], ticks=ticks, log=False)
 
     @classmethod
     def logarithmic(cls, values: Iterable[float]) -> Self:
         """A logarithmic scale a little beyond the values; those of zero and below are left out."""
-        found = [value for value in values if math.isfinite(value) and value > 0] or [1.0]
-        low, high = min(found) / 1.12, max(found) * 1.12
+        positive = [value for value in values if math.isfinite(value) and value > 0] or [1.0]
+        low, high = min(positive) / 1.12, max(positive) * 1.12
         if high / low < 5:
             ticks = tuple(tick for tick in cls.linear((low, high)).ticks if low <= tick <= high)
             return cls(low=low, high=high, ticks=ticks, log=True)
@@ -78,7 +78,7 @@ class Axis:
 
 @dataclass(frozen=True, kw_only=True)
 class Mark:
-    """A point: the build's role and key, what it is in words, and, upright through it, the ends of an interval."""
+    """A point: the build's role and key, its tooltip, and the ends of a vertical interval through it."""
 
     x: float
     y: float
@@ -154,9 +154,9 @@ def plot(
 
 
 def bars(name: str, title: str, description: str, rows: Sequence[Bar]) -> str:
-    """A row each: the key, a bar from zero to ``value``, a dot for each of ``values``, and the figure."""
-    sound = [value for row in rows for value in (row.value, *row.values) if math.isfinite(value)]
-    longest = max(sound, default=0.0) or 1.0
+    """One line for each row: the key, a bar from zero to ``value``, a dot for each of ``values``, and the figure."""
+    finite = [value for row in rows for value in (row.value, *row.values) if math.isfinite(value)]
+    longest = max(finite, default=0.0) or 1.0
     left, room = 28, _WIDTH - 28 - 8 - _CHARACTER * max((len(row.text) for row in rows), default=0)
 
     def at(value: float) -> float:
@@ -268,8 +268,8 @@ def _labels(marks: Sequence[tuple[Mark, tuple[float, float]]]) -> Iterator[str]:
         yield f'<g class="{mark.role}">{_text(box[0], box[1] + _LINE - 2, mark.key, "start", "tag")}</g>'
 
 
-def _overlap(one: tuple[float, ...], other: tuple[float, ...]) -> bool:
-    return one[0] < other[2] and other[0] < one[2] and one[1] < other[3] and other[1] < one[3]
+def _overlap(box: tuple[float, ...], other: tuple[float, ...]) -> bool:
+    return box[0] < other[2] and other[0] < box[2] and box[1] < other[3] and other[1] < box[3]
 
 
 def _text(x: float, y: float, text: str, anchor: str = "start", kind: str = "value") -> str:

@@ -1,4 +1,4 @@
-"""The pictures of a report: charts with captions and their figures as tables. Pure; all text but the SVG is plain."""
+"""The charts of a report, with captions and tables. Pure; all text except the SVG is plain."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -25,7 +25,7 @@ class Figure:
 
 
 class Builds:
-    """The builds of a report in the order tried: what each is called and which part it plays."""
+    """The builds of a report in the order tried, with the key and role of each."""
 
     def __init__(self, report: Report) -> None:
         self.report = report
@@ -36,7 +36,7 @@ class Builds:
         self._keys = {build: str(number) for number, build in enumerate(self.trials, 1)}
 
     def role(self, build: Build) -> Role:
-        """The chosen one, the baseline, one that was accurate and ran, or one that was not accepted."""
+        """``rejected`` for every build whose trial is not ok."""
         if build == self.report.choice.winner:
             return "chosen"
         if self.baseline and build == self.baseline.build:
@@ -45,27 +45,31 @@ class Builds:
         return "other" if trial and trial.state == "ok" else "rejected"
 
     def key(self, build: Build) -> str:
-        """Its number in the order tried; ``?`` where the report has no trial of it."""
+        """The build's number in the order tried; ``?`` if the report has no trial of it."""
         return self._keys.get(build, "?")
 
     def measured(self) -> Iterator[tuple[Build, Measurement]]:
         """Every measurement that can be drawn, with its build."""
         for build, trial in self.trials.items():
-            yield from ((build, one) for one in trial.measurements if one.p50_ms > 0 and one.throughput_per_s > 0)
+            yield from (
+                (build, measurement)
+                for measurement in trial.measurements
+                if measurement.p50_ms > 0 and measurement.throughput_per_s > 0
+            )
 
     def is_plan(self, build: Build, plan: Plan) -> bool:
         """Whether this is the chosen build under the chosen plan."""
         return build == self.report.choice.winner and plan == self.report.choice.plan
 
-    def mark(self, build: Build, one: Measurement, x: float, y: float) -> Mark:
+    def mark(self, build: Build, measurement: Measurement, x: float, y: float) -> Mark:
         """A measurement as a point."""
         return Mark(
             x=x,
             y=y,
             role=self.role(build),
             key=self.key(build),
-            tip=_told(build, one),
-            ringed=self.is_plan(build, one.plan),
+            tip=_tip(build, measurement),
+            ringed=self.is_plan(build, measurement.plan),
         )
 
 
@@ -110,12 +114,12 @@ def cost(builds: Builds) -> Iterator[Figure]:
     title = "Accuracy over speed"
     yield Figure(
         title=title,
-        caption="Strokes are the drop's 95 % interval; in the shaded part more is lost than allowed. "
-        "A cross was not accepted; its speed is that of verifying.",
+        caption="Vertical lines are the drop's 95 % interval; builds in the shaded area lose more than allowed. "
+        "A cross is a rejected build; its speed was measured while verifying.",
         svg=charts.plot(
             "accuracy",
             title,
-            f"The least {metric} allowed is {words.score(least)}; the figures are in the table.",
+            f"The lowest {metric} allowed is {words.score(least)}; the figures are in the table.",
             x=Axis.logarithmic(mark.x for mark in marks),
             y=Axis.linear([least, *(value for mark in marks for value in (mark.y, *(mark.interval or ())))]),
             marks=marks,
@@ -157,29 +161,35 @@ def _frontier(builds: Builds) -> Iterator[Figure]:
     if not measured:
         return
     best: list[tuple[Build, Measurement]] = []
-    for build, one in sorted(measured, key=lambda run: (run[1].p50_ms, -run[1].throughput_per_s)):
+    for build, measurement in sorted(measured, key=lambda run: (run[1].p50_ms, -run[1].throughput_per_s)):
         accurate = builds.trials[build].state == "ok"
-        if accurate and (not best or one.throughput_per_s > best[-1][1].throughput_per_s):
-            best.append((build, one))
+        if accurate and (not best or measurement.throughput_per_s > best[-1][1].throughput_per_s):
+            best.append((build, measurement))
     marks = []
-    for build, one in measured:
-        on_it = (build, one) in best
-        told = on_it or one == builds.report.requirements.goal.best(builds.trials[build])
-        mark = builds.mark(build, one, one.p50_ms, one.throughput_per_s)
-        marks.append(replace(mark, labelled=told, faint=not on_it))
-    throttled = any(one.throttled for _, one in measured)
+    for build, measurement in measured:
+        on_it = (build, measurement) in best
+        labelled = on_it or measurement == builds.report.requirements.goal.best(builds.trials[build])
+        mark = builds.mark(build, measurement, measurement.p50_ms, measurement.throughput_per_s)
+        marks.append(replace(mark, labelled=labelled, faint=not on_it))
+    throttled = any(measurement.throttled for _, measurement in measured)
     title = "Throughput over latency"
     yield Figure(
         title=title,
-        caption="Every measured plan; further up and left is better. The line joins those that none beats in both.",
+        caption="Every measured plan; further up and left is better. The line joins the plans that no other plan beats "
+        "in both.",
         svg=charts.plot(
             "frontier",
             title,
-            "None beats " + "; ".join(_told(build, one) for build, one in best),
+            "None beats " + "; ".join(_tip(build, measurement) for build, measurement in best),
             x=Axis.logarithmic(mark.x for mark in marks),
             y=Axis.logarithmic(mark.y for mark in marks),
             marks=marks,
-            lines=[Line(points=tuple((one.p50_ms, one.throughput_per_s) for _, one in best), style="guide")],
+            lines=[
+                Line(
+                    points=tuple((measurement.p50_ms, measurement.throughput_per_s) for _, measurement in best),
+                    style="guide",
+                )
+            ],
         ),
         axes=("items/s", "ms for a call at the median"),
         columns=("build", "plan", "items/s", "p50 ms", "p99 ms", "spread", *(("throttled",) if throttled else ())),
@@ -187,35 +197,35 @@ def _frontier(builds: Builds) -> Iterator[Figure]:
             (
                 build,
                 (
-                    f"{one.plan.label}{' (chosen)' if builds.is_plan(build, one.plan) else ''}",
-                    *map(numbers.three_digits, (one.throughput_per_s, one.p50_ms, one.p99_ms)),
-                    f"{one.spread:.1%}",
-                    *((f"{one.throttled} times",) if throttled else ()),
+                    f"{measurement.plan.label}{' (chosen)' if builds.is_plan(build, measurement.plan) else ''}",
+                    *map(numbers.three_digits, (measurement.throughput_per_s, measurement.p50_ms, measurement.p99_ms)),
+                    f"{measurement.spread:.1%}",
+                    *((f"{measurement.throttled} times",) if throttled else ()),
                 ),
             )
-            for build, one in measured
+            for build, measurement in measured
         ),
     )
 
 
 def _batches(builds: Builds) -> Iterator[Figure]:
-    found = _best_by(builds, lambda plan: plan.batch, lambda one: one.p50_ms)
-    batches = sorted({batch for fastest in found.values() for batch in fastest})
+    by_build = _best_by(builds, lambda plan: plan.batch, lambda measurement: measurement.p50_ms)
+    batches = sorted({batch for fastest in by_build.values() for batch in fastest})
     if len(batches) < 2:
         return
     marks = [
         replace(
-            builds.mark(build, one, batch, one.p50_ms),
+            builds.mark(build, measurement, batch, measurement.p50_ms),
             labelled=batch == max(fastest),
-            interval=(one.p50_ms, max(one.p50_ms, one.p99_ms)),
+            interval=(measurement.p50_ms, max(measurement.p50_ms, measurement.p99_ms)),
         )
-        for build, fastest in found.items()
-        for batch, one in fastest.items()
+        for build, fastest in by_build.items()
+        for batch, measurement in fastest.items()
     ]
     title = "Latency over batch"
     yield Figure(
         title=title,
-        caption="A call's time at the median, with a stroke up to p99, in the fastest plan for each batch.",
+        caption="The median time of a call, with a line up to p99, for the fastest plan of each batch.",
         svg=charts.plot(
             "latency",
             title,
@@ -224,37 +234,45 @@ def _batches(builds: Builds) -> Iterator[Figure]:
             y=Axis.logarithmic(end for mark in marks for end in mark.interval or ()),
             marks=marks,
             lines=[
-                Line(points=tuple((batch, one.p50_ms) for batch, one in fastest.items()), style=builds.role(build))
-                for build, fastest in found.items()
+                Line(
+                    points=tuple((batch, measurement.p50_ms) for batch, measurement in fastest.items()),
+                    style=builds.role(build),
+                )
+                for build, fastest in by_build.items()
             ],
         ),
         axes=("ms for a call", "items in a call"),
         columns=("p50 / p99, ms", *(f"batch {batch}" for batch in batches)),
         rows=_pivot(
-            found, batches, lambda one: f"{numbers.three_digits(one.p50_ms)} / {numbers.three_digits(one.p99_ms)}"
+            by_build,
+            batches,
+            lambda measurement: " / ".join(map(numbers.three_digits, (measurement.p50_ms, measurement.p99_ms))),
         ),
     )
 
 
 def _threads(builds: Builds) -> Iterator[Figure]:
-    found = _best_by(builds, lambda plan: plan.threads_per_instance * plan.instances, lambda one: -one.throughput_per_s)
-    found = {build: best for build, best in found.items() if len(best) > 1}
-    counts = sorted({threads for best in found.values() for threads in best})
-    if not found:
+    by_build = _best_by(
+        builds,
+        lambda plan: plan.threads_per_instance * plan.instances,
+        lambda measurement: -measurement.throughput_per_s,
+    )
+    by_build = {build: best for build, best in by_build.items() if len(best) > 1}
+    counts = sorted({threads for best in by_build.values() for threads in best})
+    if not by_build:
         return
     marks = [
-        replace(builds.mark(build, one, threads, one.throughput_per_s), labelled=threads == max(best))
-        for build, best in found.items()
-        for threads, one in best.items()
+        replace(builds.mark(build, measurement, threads, measurement.throughput_per_s), labelled=threads == max(best))
+        for build, best in by_build.items()
+        for threads, measurement in best.items()
     ]
-    leader = found.get(builds.report.choice.winner) or next(iter(found.values()))
+    leader = by_build.get(builds.report.choice.winner) or next(iter(by_build.values()))
     fewest, first = next(iter(leader.items()))
     ideal = tuple((threads, first.throughput_per_s * threads / fewest) for threads in leader)
     title = "Throughput over threads"
     yield Figure(
         title=title,
-        caption="The best plan for each number of threads in all instances; "
-        "dashed: if each thread brought as much as the first.",
+        caption="The best plan for each number of threads in all instances; the dashed line is perfect scaling.",
         svg=charts.plot(
             "threads",
             title,
@@ -266,16 +284,16 @@ def _threads(builds: Builds) -> Iterator[Figure]:
                 Line(points=ideal, style="guide"),
                 *(
                     Line(
-                        points=tuple((threads, one.throughput_per_s) for threads, one in best.items()),
+                        points=tuple((threads, measurement.throughput_per_s) for threads, measurement in best.items()),
                         style=builds.role(build),
                     )
-                    for build, best in found.items()
+                    for build, best in by_build.items()
                 ),
             ],
         ),
         axes=("items/s", "threads"),
         columns=("items/s", *(f"{threads} threads" for threads in counts)),
-        rows=_pivot(found, counts, lambda one: numbers.three_digits(one.throughput_per_s)),
+        rows=_pivot(by_build, counts, lambda measurement: numbers.three_digits(measurement.throughput_per_s)),
     )
 
 
@@ -283,31 +301,30 @@ _Pivot = Mapping[Build, Mapping[int, Measurement]]
 
 
 def _best_by(builds: Builds, group: Callable[[Plan], int], cost: Callable[[Measurement], float]) -> _Pivot:
-    """Of each build's measurements in one group that of the least cost; groups ascend."""
-    found: dict[Build, dict[int, Measurement]] = {}
-    for build, one in builds.measured():
-        kept = found.setdefault(build, {}).setdefault(group(one.plan), one)
-        if cost(one) < cost(kept):
-            found[build][group(one.plan)] = one
-    return {build: dict(sorted(groups.items())) for build, groups in found.items()}
+    """The measurement of least cost of each build in each group; groups ascend."""
+    by_build: dict[Build, dict[int, Measurement]] = {}
+    for build, measurement in builds.measured():
+        kept = by_build.setdefault(build, {}).setdefault(group(measurement.plan), measurement)
+        if cost(measurement) < cost(kept):
+            by_build[build][group(measurement.plan)] = measurement
+    return {build: dict(sorted(groups.items())) for build, groups in by_build.items()}
 
 
 def _pivot(
-    found: _Pivot, groups: Sequence[int], figure: Callable[[Measurement], str]
+    by_build: _Pivot, groups: Sequence[int], figure: Callable[[Measurement], str]
 ) -> tuple[tuple[Build, tuple[str, ...]], ...]:
     return tuple(
         (build, tuple(figure(best[group]) if group in best else "" for group in groups))
-        for build, best in found.items()
+        for build, best in by_build.items()
     )
 
 
 def _verified(trial: Trial, baseline: Trial | None) -> float | None:
-    """Times the baseline's speed while verifying, for a trial that did not come to be measured."""
+    """The ratio to the baseline's speed while verifying, for a trial that was not measured."""
     return trial.verified_per_s / baseline.verified_per_s if baseline and baseline.verified_per_s else None
 
 
-def _told(build: Build, one: Measurement) -> str:
-    return (
-        f"{numbers.clean(build.label)}, {one.plan.label}: {numbers.three_digits(one.throughput_per_s)} items/s, "
-        f"p50 {numbers.three_digits(one.p50_ms)} ms, p99 {numbers.three_digits(one.p99_ms)} ms"
-    )
+def _tip(build: Build, measurement: Measurement) -> str:
+    rate = numbers.rate(measurement.throughput_per_s, "items")
+    p50, p99 = numbers.milliseconds(measurement.p50_ms), numbers.milliseconds(measurement.p99_ms)
+    return f"{numbers.clean(build.label)}, {measurement.plan.label}: {rate}, p50 {p50}, p99 {p99}"

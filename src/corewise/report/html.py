@@ -1,8 +1,8 @@
 """A report as one HTML page that needs nothing else: the ``report.html`` of an artifact.
 
-It tells the story from the top down: what was won, what it cost, why the others lost, how it was measured. No script,
-no font, no network (its content security policy forbids them); charts are inline SVG with their figures in tables.
-Each build has its number, the order in which it was tried, and the chosen one is marked the same way everywhere.
+Its sections are the gain, the cost, why the others lost, and how it was measured. It has no script, no font and no
+network access (its content security policy forbids them); charts are inline SVG with their figures in tables. Each
+build is numbered in the order tried.
 """
 
 import re
@@ -25,7 +25,7 @@ _MARKS = {"chosen": "✓", "ok": "·", "rejected": "✗", "failed": "!", "pruned
 
 
 def render(report: Report) -> str:
-    """The page as text, ending with a newline. Whatever a user or an engine wrote is escaped."""
+    """The page as text, ending with a newline. Text from users and engines is escaped."""
     page = _Page(report)
     model, headline = escape(numbers.clean(report.model)), escape(words.headline(report))
     style = resources.files("corewise.report").joinpath("html.css").read_text(encoding="utf-8")
@@ -73,10 +73,10 @@ class _Page:
         return f'<p class="winner">{winner}</p>\n<dl class="tiles">{tiles}</dl>'
 
     def sections(self) -> str:
-        """The story from the top down."""
+        """All sections of the page that have content."""
         report = self.report
         rest = [heading for heading in self.facts if heading not in (*_TOP, *_WON, *_COST)]
-        found = (
+        sections = (
             ("Warnings", "warnings", _list(words.warnings(report))),
             ("What was won", "beside", self._facts(_WON) + self._figures(figures.won(self.builds))),
             ("What it cost", "beside", self._facts(_COST) + self._figures(figures.cost(self.builds))),
@@ -86,7 +86,7 @@ class _Page:
         )
         return "".join(
             f'<section class="{kind}">\n<h2>{title}</h2>\n{content}</section>\n'
-            for title, kind, content in found
+            for title, kind, content in sections
             if content
         )
 
@@ -113,11 +113,11 @@ class _Page:
         return f'<dl class="facts">{items}</dl>\n'
 
     def _losers(self) -> str:
-        told = zip(self.report.choice.losers, words.losers(self.report), strict=True)
+        losers = zip(self.report.choice.losers, words.losers(self.report), strict=True)
         items = "".join(
             f"<li>{self._key(loser.build)}"
             f"<div><b>{_label(label)}</b> {_state(state)}<p>{escape(reason)}</p></div></li>\n"
-            for loser, (label, state, reason) in told
+            for loser, (label, state, reason) in losers
         )
         return f'<ul class="losers">\n{items}</ul>\n' if items else ""
 
@@ -131,11 +131,11 @@ class _Page:
         table = self._table(words.columns(goal), rows)
         return f'<h3>All trials</h3>\n{table}<p class="aside">{escape(words.SPEED_NOTE)}</p>\n'
 
-    def _figures(self, found: Iterable[Figure]) -> str:
-        return "".join(map(self._figure, found))
+    def _figures(self, charts: Iterable[Figure]) -> str:
+        return "".join(map(self._figure, charts))
 
     def _figure(self, figure: Figure) -> str:
-        """The chart between its title and the names of its builds, which open its table."""
+        """The chart with its title, legend and table."""
         drawn = {build for build, _ in figure.rows}
         legend = "".join(f"<li>{self._short(build)}</li>" for build in self.builds.trials if build in drawn)
         rows = [(build, self._short(build), tuple(map(escape, cells))) for build, cells in figure.rows]
@@ -171,7 +171,7 @@ class _Page:
         )
 
     def _short(self, build: Build) -> str:
-        """Key, engine and precision; options only where another build would have the same name."""
+        """Key, engine and precision; options only if another build has the same name."""
         twins = self.names[build.engine, build.precision] > 1
         return self._name(
             build, numbers.clean(f"{build.engine} {build.precision}"), words.options(build) if twins else ""

@@ -1,12 +1,12 @@
-"""The few lines that ``loadtest`` and ``retune`` print. Pure."""
+"""The lines that ``loadtest`` and ``retune`` print. Pure."""
 
 from corewise.records.goal import GOALS
 from corewise.records.measurement import LoadTest
 from corewise.records.tuned import Retuned
-from corewise.report.numbers import figure, interval, milliseconds, rate, times
+from corewise.report.numbers import duration, figure, interval, milliseconds, rate, times
 
 LATE_MS = 5.0
-"""A sender later than this for one request in a hundred is no Poisson process any more."""
+"""If the sender's p99 delay is above this, the requests no longer arrive as a Poisson process."""
 
 
 def load_test_lines(test: LoadTest) -> tuple[str, ...]:
@@ -15,20 +15,20 @@ def load_test_lines(test: LoadTest) -> tuple[str, ...]:
     if run.rate_per_s is not None:
         sent = f"{run.rate_per_s:g} requests/s, arriving at random"
     else:
-        sent = f"{run.clients} client{'s' if run.clients != 1 else ''}, each sending when it has its answer"
+        sent = f"{run.clients} client{'s' if run.clients != 1 else ''}, each waiting for its answer before it sends"
     lines = [
         f"load      {sent}, for {run.duration_s:.1f} s on {run.plan.label}",
         f"requests  {run.offered} offered: {run.answered} answered, {run.refused} refused, {run.failed} failed",
     ]
     if run.answered:
-        goodput = f", {run.goodput_per_s:.1f}/s of them in time" if run.slo_ms is not None else ""
+        goodput = f", {rate(run.goodput_per_s)} in time" if run.slo_ms is not None else ""
         latencies = f"p50 {milliseconds(run.p50_ms)}, p99 {milliseconds(run.p99_ms)}"
-        lines.append(f"answers   {run.answered / run.duration_s:.1f}/s{goodput}; {latencies}")
+        lines.append(f"answers   {rate(run.answered / run.duration_s)}{goodput}; {latencies}")
     if run.refusal_p99_ms:
         lines.append(f"refusals  answered within {milliseconds(run.refusal_p99_ms)} (p99)")
     lines.append(_verdict(test))
     if run.throttled:
-        lines.append(f"note: the CPU quota stopped the process {run.throttled} times: the latencies are the quota's")
+        lines.append(f"note: the CPU quota stopped the process {run.throttled} times, which makes latencies longer")
     if run.sender_late_p99_ms > LATE_MS:
         lines.append(
             f"note: the sender was late by {milliseconds(run.sender_late_p99_ms)} (p99): it shares the cores that "
@@ -41,7 +41,7 @@ def _verdict(test: LoadTest) -> str:
     run = test.run
     lost = [f"{count} {what}" for count, what in ((run.refused, "refused"), (run.failed, "failed")) if count]
     if not run.offered:
-        return "no request came in that time: give it longer or a higher rate"
+        return "no request was sent in that time: give a longer duration or a higher rate"
     if run.slo_ms is None:
         return "every request was answered" if run.met else f"not every request was answered: {', '.join(lost)}"
     slo = f"the SLO of {milliseconds(run.slo_ms)} (p99)"
@@ -55,7 +55,7 @@ def _verdict(test: LoadTest) -> str:
 
 
 def retuned_lines(retuned: Retuned) -> tuple[str, ...]:
-    """Both plans and speeds, what the race says, and doubts."""
+    """Both plans and speeds, the outcome of the race, and notes."""
     lines = [f"old plan  {retuned.old.label:32s} {_speed(retuned, retuned.old_per_s)}"]
     if retuned.best != retuned.old:
         lines.append(f"new plan  {retuned.best.label:32s} {_speed(retuned, retuned.best_per_s)}")
@@ -68,8 +68,8 @@ def retuned_lines(retuned: Retuned) -> tuple[str, ...]:
             verdict = "the new plan is faster" if comparison.low > 1 else "the new plan keeps the limits"
         lines.append(f"{ratio} over {comparison.rounds} alternating rounds: {verdict}")
     elif retuned.kept:
-        lines.append("no plan that was tried is faster: the old plan stays")
-    lines.append(f"{retuned.tried} plans measured in {retuned.wall_s:.0f} s on {retuned.entry.machine.label}")
+        lines.append("no other plan tried is faster: the old plan stays")
+    lines.append(f"{retuned.tried} plans measured in {duration(retuned.wall_s)} on {retuned.entry.machine.label}")
     return (*lines, *(f"note: {note}" for note in retuned.notes))
 
 

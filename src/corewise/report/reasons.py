@@ -11,7 +11,7 @@ K = ReasonKind
 
 
 def sentence(reason: Reason) -> str:
-    """The reason in words; the words themselves if the record of an older version brings them."""
+    """The reason in words. Records of older versions hold the sentence itself."""
     details = reason.details
     if set(details) == {"text"}:
         return str(details["text"])
@@ -33,7 +33,7 @@ def _accuracy(details: Details) -> str:
 
 
 def _shifted(details: Details) -> str:
-    return "on samples unlike those that calibrated: " if details.get("shifted") else ""
+    return "on samples unlike the calibration samples: " if details.get("shifted") else ""
 
 
 def _below_floor(details: Details) -> str:
@@ -42,7 +42,7 @@ def _below_floor(details: Details) -> str:
 
 
 def _near_chance(details: Details) -> str:
-    scores = f"fp32 itself scores {details['metric']} {details['value']:.4f}, and guessing {details['chance']:.4f}"
+    scores = f"fp32 itself scores {details['metric']} {details['value']:.4f}, guessing {details['chance']:.4f}"
     return f"{scores}: check the labels and the preprocessing"
 
 
@@ -65,8 +65,8 @@ def _budget(details: Details) -> str:
 
 def _budget_too_short(details: Details) -> str:
     return (
-        f"{details['left_s']:.0f} s of the budget of {details['budget_s']:g} s were left, and it needs about "
-        f"{details['needed_s']:.0f} s"
+        f"{numbers.duration(details['left_s'])} of the budget of {details['budget_s']:g} s were left, and the trial "
+        f"needs about {numbers.duration(details['needed_s'])}"
     )
 
 
@@ -83,7 +83,7 @@ def _hung(details: Details) -> str:
 
 
 def _killed(details: Details) -> str:
-    killer = "killed (SIGKILL, most likely by the kernel for lack of memory)"
+    killer = "killed (SIGKILL, most likely by the kernel because memory ran out)"
     return f"{killer} while {_while(details)}{_last_words(details)}"
 
 
@@ -156,12 +156,12 @@ def _slo_uncertain(details: Details) -> str:
 
 def _nothing_fits(details: Details) -> str:
     limit, needs = numbers.megabytes(details["limit_bytes"]), numbers.megabytes(details["needs_bytes"])
-    return f"no build fits into {limit} of memory; {details['winner']} needs at least {needs}"
+    return f"no build fits in {limit} of memory; {details['winner']} needs at least {needs}"
 
 
 def _drop_uncertain(details: Details) -> str:
     needed = details["needed"]
-    advice = f"about {needed} would" if needed else "the drop is too near to it for any number"
+    advice = f"about {needed} samples would show it" if needed else "the drop is too near the limit for any number"
     limit = f"whether the drop is within {details['max_drop']:g}"
     return f"a holdout of {details['samples']} is too small to show {limit}; {advice}"
 
@@ -169,13 +169,13 @@ def _drop_uncertain(details: Details) -> str:
 def _mixes_batch(details: Details) -> str:
     place = f" in {details['operation']}" if details["operation"] else ""
     place += f" ({details['where']})" if details["where"] else ""
-    agreement = f"alone, a row's answer agrees to {details['decibels']:.0f} dB only"
-    return f"the model mixes the rows of a batch{place}: {agreement}; so every row runs in a call of its own"
+    agreement = f"a row's answer alone agrees with its answer in a batch to only {details['decibels']:.0f} dB"
+    return f"the model mixes the rows of a batch{place}: {agreement}; each row runs in a call of its own"
 
 
 def _keeps_state(details: Details) -> str:
     where = f" ({details['where']})" if details["where"] else ""
-    return f"each call changes {details['name'] or 'something'} in the model{where}; answers do not depend on it"
+    return f"each call changes {details['name'] or 'a value'} in the model{where}; answers do not depend on it"
 
 
 _SENTENCES: dict[ReasonKind, Callable[[Details], str]] = {
@@ -205,19 +205,18 @@ _SENTENCES: dict[ReasonKind, Callable[[Details], str]] = {
     K.SMALLER_BATCH: _fixed("a smaller batch may be faster"),
     K.LARGER_BATCH: _fixed("a larger batch may be faster"),
     K.SIMILAR_SPEED: _fixed("by their first calls, these threads and instances may be about as fast"),
-    K.MEASURED_AGAIN: _fixed("among the fastest, so measured again"),
+    K.MEASURED_AGAIN: _fixed("it is among the fastest, so it was measured again"),
     K.LATENCY_TABLE: _fixed("the latency table"),
     K.SLO_TABLE: _fixed("the latency table for the SLO"),
     K.OVER_MEMORY: _over_memory,
     K.MEMORY_UNKNOWN: lambda details: f"its memory is not known: {_not_tuned(details)}",
-    K.FASTEST_PLAN: lambda details: (
-        f"{details['plan']} is the fastest of what was tried: {numbers.rate(details['per_s'])}"
-    ),
+    K.FASTEST_PLAN: lambda details: f"{details['plan']} is the fastest plan tried: {numbers.rate(details['per_s'])}",
     K.FASTEST_CALL: lambda details: (
-        f"{details['plan']} is the fastest of what was tried: {numbers.milliseconds(details['p50_ms'])}"
+        f"{details['plan']} is the fastest plan tried: {numbers.milliseconds(details['p50_ms'])}"
     ),
     K.MOST_WITHIN_SLO: lambda details: (
-        f"{details['plan']} does most with calls within {details['slo_ms']:g} ms: {numbers.rate(details['per_s'])}"
+        f"{details['plan']} has the highest rate with calls within {details['slo_ms']:g} ms: "
+        f"{numbers.rate(details['per_s'])}"
     ),
     K.NONE_WITHIN_SLO: lambda details: f"no allowed plan has a call within {details['slo_ms']:g} ms",
     K.NO_PLAN_ALLOWED: _fixed("no plan that was tried may be chosen"),
@@ -240,7 +239,9 @@ _SENTENCES: dict[ReasonKind, Callable[[Details], str]] = {
     K.FEW_ROUNDS: lambda details: (
         f"only {details['rounds']} alternating rounds: a 95 % interval of the speed-up needs {details['needed']}"
     ),
-    K.SPEEDUP_UNCERTAIN: _fixed("the interval of the speed-up holds 1: the winner may be no faster than the baseline"),
+    K.SPEEDUP_UNCERTAIN: _fixed(
+        "the interval of the speed-up contains 1: the winner may be no faster than the baseline"
+    ),
     K.DROP_UNCERTAIN: _drop_uncertain,
     K.NEAR_CHANCE: _near_chance,
     K.NOISY: lambda details: f"{details['build']}: {details['text']}",
@@ -249,5 +250,5 @@ _SENTENCES: dict[ReasonKind, Callable[[Details], str]] = {
     K.MIXES_BATCH: _mixes_batch,
     K.FIXED_BATCH: lambda details: f"calls have exactly {details['rows']} rows: {details['why']}",
     K.KEEPS_STATE: _keeps_state,
-    K.COREWISE_INT8_ONLY: lambda details: f"int8 by corewise's quantizer only, without {details['layers']}",
+    K.COREWISE_INT8_ONLY: lambda details: f"only corewise's quantizer makes int8 builds, without {details['layers']}",
 }

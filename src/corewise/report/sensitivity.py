@@ -1,4 +1,4 @@
-"""What ``corewise explain`` says, as a terminal table, JSON, and a self-contained SVG."""
+"""The output of ``corewise explain`` as a terminal table, JSON, and a self-contained SVG."""
 
 import math
 from collections.abc import Iterable, Iterator, Sequence
@@ -22,10 +22,10 @@ FIRST = 5
 
 
 def data(explanation: Explanation) -> dict[str, Any]:
-    """What ``corewise explain --json`` prints.
+    """The object that ``corewise explain --json`` prints.
 
-    ``layers`` come in the order they run. Errors are error power over signal power at the outputs, ``*_db`` the same
-    as signal over error in dB; ``saves_ms`` is ``None`` where it was not measured.
+    ``layers`` are in the order in which they run. Errors are error power over signal power at the outputs, ``*_db`` the
+    same as signal over error in dB; ``saves_ms`` is ``None`` if it was not measured.
     """
     return {
         "model": explanation.model,
@@ -67,7 +67,7 @@ def render(explanation: Explanation, *, everything: bool = False) -> RenderableT
         _facts(explanation),
         Text(),
         _table(explanation, rows),
-        *([Text(f"and {hidden} more that add less: --all shows them", "dim")] if hidden else []),
+        *([Text(f"and {hidden} more with smaller errors: --all shows them", "dim")] if hidden else []),
         Text("alone: only this layer in int8; all but it: every other one. More dB is less error.", "dim"),
         Text(),
         Text.assemble(("first to return to floating point: ", "bold"), _named(explanation.returning)),
@@ -125,7 +125,7 @@ def _ms(value: float | None) -> str:
 
 
 def _bar(part: float) -> str:
-    """A bar of ``part`` of the full width; something even for very little."""
+    """A bar of ``part`` of the full width; at least one eighth of a character."""
     eighths = max(1, round(part * BAR * 8))
     return "█" * (eighths // 8) + EIGHTHS[eighths % 8].strip()
 
@@ -156,17 +156,17 @@ _ALONE, _WITHOUT, _TIME, _LOSS, _INK, _GRID = "#c8374a", "#1b6ca8", "#4c956c", "
 
 
 def svg(explanation: Explanation) -> str:
-    """The explanation as one SVG image without any reference outside: each layer a line, the worst on top.
+    """The explanation as one self-contained SVG image with a line for each layer, the worst on top.
 
-    On the left signal over error with the layer alone in int8 and with all but it, against everything in int8; on the
-    right the time it saves or, where none was measured, its multiply-adds.
+    The left panel shows signal over error with only that layer in int8 and with all others in int8, against all layers
+    in int8. The right panel shows the time the layer saves or, if it was not measured, its multiply-adds.
     """
     rows = explanation.worst_first
     names = [_shortened(numbers.clean(layer.name)) for layer in rows]
     left = 24 + round(_CHARACTER * max(map(len, names)))
     decibels = [value for layer in rows for value in (layer.alone_db, layer.without_db)] + [explanation.sqnr_db]
-    sound = [value for value in decibels if value < 200] or [0.0]
-    db = _Axis(min(sound), max(sound), left, _PANEL)
+    finite = [value for value in decibels if value < 200] or [0.0]
+    db = _Axis(min(finite), max(finite), left, _PANEL)
     costs = [_cost(explanation, layer) for layer in rows]
     side = _Axis(min(0.0, *costs), max(0.0, *costs), left + _PANEL + _GAP, _SIDE)
     title = f"{numbers.clean(explanation.model)}: {_headline(explanation)}"

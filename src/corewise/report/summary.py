@@ -11,7 +11,7 @@ _FIDELITY = ("metric", "baseline_value", "value", "drop", "drop_low", "drop_high
 
 
 def summarize(report: Report) -> dict[str, Any]:
-    """What ``corewise show ART --json`` prints: the winner's figures, and under ``trials`` every trial's.
+    """The object that ``corewise show ART --json`` prints: the winner's figures, and every trial's under ``trials``.
 
     ``throughput_per_s`` and ``baseline_throughput_per_s`` are items/s in the race (for latency 1/latency), ``promise``
     is the load that confirmed the winner's rate under the SLO, ``receipt`` says what the winner ran in int8. A trial's

@@ -1,6 +1,6 @@
 """The sentences and figures of a report, for every format that people read. Pure; plain one-line strings.
 
-Text that is not ours (paths, options, an engine's error) goes through ``clean`` before it is shown.
+Text from outside (paths, options, an engine's error) goes through ``clean`` before it is shown.
 """
 
 from collections.abc import Iterator, Sequence
@@ -17,10 +17,21 @@ from corewise.records.measurement import LoadRun, Measurement, Rates
 from corewise.records.reason import Reason
 from corewise.records.report import Report
 from corewise.records.trial import Fidelity, State, Trial
-from corewise.report.numbers import clean, duration, figure, interval, milliseconds, rate, size, three_digits, times
+from corewise.report.numbers import (
+    clean,
+    duration,
+    figure,
+    interval,
+    megabytes,
+    milliseconds,
+    rate,
+    size,
+    three_digits,
+    times,
+)
 from corewise.report.reasons import sentence
 
-SPEED_NOTE = "Speed: each trial's own, at its best plan; the finalists then ran in turns."
+SPEED_NOTE = "Speeds are from each trial's best plan; afterwards the finalists ran in turns."
 
 _NOTHING = ""
 _NAMED = 3
@@ -41,7 +52,7 @@ class Row(NamedTuple):
 
 
 def columns(goal: Goal) -> tuple[str, ...]:
-    """The headings over a ``Row`` whose options stand below the engine."""
+    """The headings of a ``Row`` whose options are below the engine."""
     speed = "p50/p99 ms" if goal.single_items else goal.unit
     return ("engine", "precision", "accuracy", "drop", speed, "speedup", "state")
 
@@ -63,12 +74,12 @@ def row(trial: Trial, baseline: Trial | None, goal: Goal, *, chosen: bool = Fals
 
 
 def baseline(trials: Sequence[Trial]) -> Trial | None:
-    """The trial that all others are compared with: the first of eager PyTorch in fp32."""
+    """The trial that all others are compared with: the first one of eager PyTorch in fp32."""
     return next((t for t in trials if (t.build.engine, t.build.precision) == ("eager", "fp32")), None)
 
 
 def speedup(trial: Trial, baseline: Trial | None, goal: Goal) -> float | None:
-    """How many times the baseline's speed, each as measured in its own trial; ``None`` where either was not."""
+    """The ratio to the baseline's speed, each measured in its own trial; ``None`` if either was not measured."""
     ours, theirs = goal.best(trial), goal.best(baseline) if baseline else None
     if ours is None or theirs is None:
         return None
@@ -136,7 +147,7 @@ def warnings(report: Report) -> tuple[str, ...]:
 
 
 def notes(report: Report) -> Iterator[str]:
-    """What limited the search, what the engines had to say about their builds, and the losers' int8 receipts."""
+    """What limited the search, the engines' remarks about their builds, and the losers' int8 receipts."""
     yield from map(said, report.notes)
     for trial in report.trials:
         if trial.receipt and trial.build != report.choice.winner:
@@ -149,10 +160,10 @@ def notes(report: Report) -> Iterator[str]:
             yield tuned(trial)
 
 
-def receipt(found: Receipt) -> str:
-    """``int8: 51 of 54 convolutions and linears, 1 fell back (conv1)``; of many names the first few."""
-    named, more = ", ".join(found.fell_back[:_NAMED]), len(found.fell_back) - _NAMED
-    return clean(f"{found.words} ({named}{f' and {more} more' if more > 0 else ''})" if named else found.words)
+def receipt(record: Receipt) -> str:
+    """``int8: 51 of 54 convolutions and linears, 1 fell back (conv1)``; at most three names."""
+    named, more = ", ".join(record.fell_back[:_NAMED]), len(record.fell_back) - _NAMED
+    return clean(f"{record.words} ({named}{f' and {more} more' if more > 0 else ''})" if named else record.words)
 
 
 def ended(trial: Trial, baseline: Trial | None, goal: Goal) -> str:
@@ -160,17 +171,17 @@ def ended(trial: Trial, baseline: Trial | None, goal: Goal) -> str:
     label = clean(trial.build.label)
     if trial.state != "ok":
         return f"{label}: {trial.state}: {said(trial.reason)}"
-    found: list[str] = [trial.state]
+    parts: list[str] = [trial.state]
     if trial.fidelity:
-        found.append(
+        parts.append(
             f"{clean(trial.fidelity.metric)} {score(trial.fidelity.value)} (drop {score(trial.fidelity.drop)})"
         )
     if best := goal.best(trial):
         ratio = speedup(trial, baseline, goal)
         figures = _speed_figures(best, goal)
         speed = f"p50/p99 {figures} ms" if goal.single_items else f"{figures} items/s"
-        found.append(f"{speed} ({times(ratio)} eager)" if ratio else speed)
-    return f"{label}: {', '.join(found)}"
+        parts.append(f"{speed} ({times(ratio)} eager)" if ratio else speed)
+    return f"{label}: {', '.join(parts)}"
 
 
 def tuned(trial: Trial) -> str:
@@ -224,7 +235,7 @@ def step(event: TrialStep) -> str:
 
 
 def load(run: LoadRun) -> str:
-    """``55/s met, p99 81 ms``, or what was lost."""
+    """``55/s met, p99 81 ms``, with the numbers of refused and failed requests if there are any."""
     offered = rate(run.rate_per_s) if run.rate_per_s is not None else f"{run.clients} clients"
     counts = {"refused": run.refused, "failed": run.failed}
     lost = "".join(f", {count} {what}" for what, count in counts.items() if count)
@@ -240,12 +251,12 @@ def finals(rates: Sequence[Rates], goal: Goal) -> str:
 
 
 def options(build: Build) -> str:
-    """``backend=onednn, reduce_range``: an option that is just switched on needs no value."""
+    """``backend=onednn, reduce_range``: the value ``True`` is left out."""
     return clean(", ".join(name if value is True else f"{name}={value}" for name, value in build.options))
 
 
 def score(value: float) -> str:
-    """A metric's value: four decimals, as the gate's reasons have."""
+    """A metric's value with four decimals, as in the gate's reasons."""
     # Adding zero turns the -0.0 of a tiny negative drop into 0.0.
     return f"{round(value, 4) + 0.0:.4f}" if abs(value) < 1000 else f"{value:.6g}"
 
@@ -305,30 +316,30 @@ def _speed(report: Report) -> str:
 
 
 def _threads(report: Report) -> str:
-    """Where the plan's instances compute, and what is set in their threads."""
+    """The hardware threads of the plan's instances, and the settings of their threads."""
     plan = report.choice.plan
     given = [cpu_list(cpus) for cpus in assign(report.cpu, plan.threads_per_instance, plan.instances)]
     if limited_by_quota(report.cpu) or not all(given):
-        where = "not pinned"
+        placement = "not pinned"
     elif report.choice.winner.engine == "openvino":
-        where = "pinned by OpenVINO"
+        placement = "pinned by OpenVINO"
     elif plan.instances == 1:
-        where = f"pinned to CPU {given[0]}"
+        placement = f"pinned to CPU {given[0]}"
     else:
         more = f" and {len(given) - _NAMED} more" if len(given) > _NAMED else ""
-        where = f"an instance each on CPU {', '.join(given[:_NAMED])}{more}"
-    return f"{where}; denormals as zeros, operators one after the other"
+        placement = f"one instance each on CPU {', '.join(given[:_NAMED])}{more}"
+    return f"{placement}; denormals are zeros, operators run one after the other"
 
 
 def _memory(report: Report) -> str:
-    """What the process of the chosen plan needs; empty where that was not measured."""
+    """The memory of the chosen plan's process; empty if it was not measured."""
     choice = report.choice
-    best = next((one for one in report.winner.measurements if one.plan == choice.plan), None)
+    best = next((measurement for measurement in report.winner.measurements if measurement.plan == choice.plan), None)
     if best is None or not best.memory_bytes:
         return ""
-    text = f"{best.memory_bytes / 1e6:.0f} MB for the process that runs it"
+    text = f"{megabytes(best.memory_bytes)} for the process that runs it"
     if choice.plan.instances > 1:
-        text += f", {best.memory_per_instance_bytes / 1e6:.1f} MB of them for each instance after the first"
+        text += f", of which {megabytes(best.memory_per_instance_bytes)} for each instance after the first"
     return text
 
 

@@ -1,4 +1,4 @@
-"""The parent's side of a trial process: what it can be asked, and what its crashes, hangs and kills become."""
+"""The parent's side of a trial process: its requests, and the errors for crashes, hangs and kills."""
 
 import os
 import signal
@@ -50,7 +50,7 @@ def child_environment(cpu: Cpu) -> dict[str, str]:
 
 
 class StepFailed(CorewiseError):
-    """What a trial process was asked for failed there; ``reason`` says why."""
+    """A request to a trial process failed; ``reason`` says why."""
 
     def __init__(self, reason: Reason) -> None:
         super().__init__(sentence(reason))
@@ -62,11 +62,11 @@ class Died(StepFailed):
 
 
 class Hung(Died):
-    """It did not answer in time."""
+    """A trial process did not answer in time."""
 
 
 class Client(ABC):
-    """Asks a ``TrialChild``, wherever it runs; a context manager that leaves no process behind.
+    """Sends requests to a ``TrialChild`` in this or another process; a context manager that leaves no process behind.
 
     Every method raises ``StepFailed`` with the child's reason, ``Died`` if the process is gone, and ``OutputError`` if
     the disk is full.
@@ -232,7 +232,7 @@ class Worker(Client):
 
 
 class InProcess(Client):
-    """No process: the child runs here, for a model that cannot be exported and so cannot travel to a process."""
+    """Runs the child in this process, for a model that cannot be exported and so cannot be sent to another one."""
 
     class _Child(TrialChild):
         def __init__(self, eager: Engine) -> None:

@@ -1,10 +1,10 @@
 """A payload run by several instances in one process: a pinned thread for each, and shared weights.
 
 An instance's thread is pinned before it opens its session, so that the engine's own threads (an OpenMP team, a thread
-pool) inherit its hardware threads: in OpenMP the number of threads and the team are the calling thread's. OpenVINO has
-streams for that, which it pins itself.
+pool) inherit its hardware threads: in OpenMP the number of threads and the team belong to the calling thread. OpenVINO
+uses streams instead, which it pins itself.
 
-``open_plan`` is how a model runs its plan: several instances as one session, and one without a thread between.
+``open_plan`` opens a payload under its plan: several instances as one session, or one instance in the caller's thread.
 """
 
 import ctypes
@@ -42,8 +42,8 @@ class Instances:
     """The opened instances of one payload under one plan; a context manager.
 
     Each has a thread of its own that opens, runs and closes it, on the hardware threads ``cpus`` gives it
-    (``thread_plan.assign``; none: wherever this thread may run), with denormals as zeros. An instance runs one call
-    at a time; calls to different ones run at the same time.
+    (``layouts.assign``; if empty, it is not pinned), with denormals as zeros. An instance runs one call at a time;
+    calls to different instances run at the same time.
     """
 
     def __init__(self, engine: Engine, folder: Path, build: Build, plan: Plan, cpus: Sequence[Sequence[int]]) -> None:
@@ -73,7 +73,7 @@ class Instances:
     def touch(self, inputs: Sequence[np.ndarray]) -> None:
         """Run each once, one after the other: what they allocate then belongs to ``memory_per_instance_bytes``."""
         for number in range(len(self)):
-            # Else it would run in what the one before it allocated and freed, and the two could not run together.
+            # Trimmed, because it would otherwise reuse memory that the instance before it allocated and freed.
             before = memory_bytes(trimmed=True)
             self.run(number, inputs)
             self._note(number, memory_bytes() - before)
@@ -83,13 +83,13 @@ class Instances:
         return self.start(instance, inputs).result()
 
     def start(self, instance: int, inputs: Sequence[np.ndarray]) -> "Future[list[np.ndarray]]":
-        """Run one batch on the instance of that number, after what it was given before."""
+        """Run one batch on the instance of that number, after its earlier work."""
         return self._submit(instance, self._sessions[instance].run, inputs)
 
     def each(self, work: Callable[[Session], T]) -> list[T]:
         """Do ``work`` on all instances at the same time, each in its thread; its results in their order.
 
-        When all have ended, raises what the first of those raised that did.
+        When all have ended, raises the error of the first instance that failed.
         """
         futures = self.start_each(lambda number, session: work(session))
         wait(futures)
@@ -190,7 +190,7 @@ class _Process:
         return os.getpid() != self._pid
 
     def check(self) -> None:
-        """Raise ``EngineError`` in such a child, where a call would wait for ever."""
+        """Raise ``EngineError`` in a forked child, in which a call would wait forever."""
         if self.is_other:
             raise EngineError(
                 f"the model was opened by process {self._pid}, and this is process {os.getpid()}, forked from it",
@@ -200,10 +200,10 @@ class _Process:
 
 
 class Alone:
-    """One instance that runs in the thread that calls, one call at a time, because a thread of its own costs latency.
+    """One instance that runs in the calling thread, one call at a time, because a thread of its own costs latency.
 
-    That thread is the caller's: it is not pinned, and treats denormals as zeros only during calls. What OpenMP team
-    it has started before keeps its own way with them.
+    The calling thread is not pinned, and treats denormals as zeros only during calls. An OpenMP team that it started
+    before keeps its own setting.
     """
 
     def __init__(self, engine: Engine, folder: Path, build: Build, plan: Plan) -> None:
@@ -231,7 +231,7 @@ class Alone:
 
 
 class Pool:
-    """Instances as one session: each micro-batch goes to the one that is free first, whoever called."""
+    """Instances as one session: each micro-batch goes to the first free instance."""
 
     def __init__(self, instances: Instances, batch: int) -> None:
         self._process = _Process()
@@ -245,9 +245,9 @@ class Pool:
         self._closed = False
 
     def run(self, inputs: Sequence[np.ndarray]) -> list[np.ndarray]:
-        """Run any batch of at least one item. Raises what the first micro-batch raises that does, when all have ended.
+        """Run any batch of at least one item. When all micro-batches have ended, raises the first one's error, if any.
 
-        Raises ``EngineError`` where it was closed, and in a process that was forked after it was opened.
+        Raises ``EngineError`` if it was closed, and in a process that was forked after it was opened.
         """
         self._process.check()
         cuts = _micro_batches(len(inputs[0]), self._batch)
@@ -285,9 +285,9 @@ def _micro_batches(rows: int, size: int) -> list[tuple[int, int, int]]:
 
 
 def memory_bytes(*, trimmed: bool = False) -> int:
-    """This process's memory, with its share of what it shares (PSS); all of that where the kernel tells no PSS.
+    """This process's memory with its share of shared pages (PSS), or its resident memory if the kernel has no PSS.
 
-    ``trimmed``: after giving back what was freed (malloc_trim(3)).
+    ``trimmed`` returns freed memory to the kernel first (malloc_trim(3)).
     """
     malloc_trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
     if trimmed and malloc_trim is not None:

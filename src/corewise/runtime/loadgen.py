@@ -1,9 +1,9 @@
-"""Loads on anything that takes requests, and what became of each of them: open loops and closed loops.
+"""Load generators, open loop and closed loop, for anything that takes requests.
 
-It knows no model and no batcher: ``submit(k)`` sends request k = 0, 1, ... and returns its future. An open loop sends
-at times drawn beforehand, whatever becomes of the requests before; a closed loop waits for answers and so slows down
-with what it loads (Schroeder, Wierman and Harchol-Balter, NSDI 2006). Latencies count from when a request was due, not
-from when the sender came to send it: a sender that is held up hides nothing (coordinated omission; Tene, 2013).
+``submit(k)`` sends request k = 0, 1, ... and returns its future. An open loop sends at times drawn beforehand, without
+waiting for answers; a closed loop waits for answers and so slows down with the system under load (Schroeder, Wierman
+and Harchol-Balter, NSDI 2006). Latencies count from the time a request was due, not from the time it was sent, so
+delays of the sender are included (coordinated omission; Tene, 2013).
 """
 
 import time
@@ -30,11 +30,11 @@ Check = Callable[[int, Any], bool]
 """Whether the result of request k is right. It runs in the thread that answers: it must be short and never raise."""
 
 PATIENCE_S = 30.0
-"""How long answers are waited for when all is sent."""
+"""How long to wait for answers after the last request."""
 BACKOFF_S = 0.01
-"""How long a client of a closed loop that was refused waits before it sends again."""
+"""How long a client of a closed loop waits after a refusal before it sends again."""
 OVERRUN = 2.0
-"""A sender that cannot keep up stops after so many times the duration, and leaves the rest unsent."""
+"""A sender that cannot keep up stops after this multiple of the duration and leaves the rest unsent."""
 MOST_REQUESTS = 10_000_000
 _POLL_S = 0.002
 
@@ -116,7 +116,7 @@ def closed_loop(
 
 
 def arrivals_s(rate_per_s: float, duration_s: float, seed: int) -> np.ndarray:
-    """The times of a Poisson process within ``duration_s``, in their order (N,): so many, each anywhere."""
+    """The times of a Poisson process within ``duration_s``, sorted (N,)."""
     rng = np.random.default_rng(seed)
     return np.sort(rng.uniform(0.0, duration_s, rng.poisson(rate_per_s * duration_s)))
 
@@ -145,7 +145,7 @@ def check_load(
 
 
 class _Ledger:
-    """What became of each request, entered once: under a lock, for futures end in other threads."""
+    """The outcome of each request, recorded once; under a lock, because futures end in other threads."""
 
     def __init__(
         self,
@@ -158,10 +158,10 @@ class _Ledger:
     ) -> None:
         self._submit, self._refusal, self._check, self._clock = submit, refusal, check, clock
         self._ready = ready
-        """Told when whoever sent a request may send the next one."""
+        """Called with the time at which the client of an ended request may send again."""
         self._lock = Lock()
         self._due_s: dict[int, float] = {}
-        """When those that have not ended were due."""
+        """When the unfinished requests were due."""
         self._latencies_ms: list[float] = []
         self._refusals_ms: list[float] = []
         self._late_ms: list[float] = []
@@ -170,7 +170,7 @@ class _Ledger:
 
     @property
     def waiting(self) -> int:
-        """How many requests have not ended; whoever sent the others has been told."""
+        """How many requests have not ended."""
         with self._lock:
             return len(self._due_s)
 
@@ -189,7 +189,7 @@ class _Ledger:
         future.add_done_callback(partial(self._ended, k))
 
     def settle(self, patience_s: float, sleep: Callable[[float], None]) -> None:
-        """Wait for what has not ended; what does not end in time has failed, whatever comes later."""
+        """Wait for unfinished requests; those that do not end in time have failed."""
         until_s = self._clock() + patience_s
         while self.waiting and self._clock() < until_s:
             sleep(_POLL_S)
@@ -200,7 +200,7 @@ class _Ledger:
     def run(
         self, *, plan: Plan, rate_per_s: float | None, clients: int | None, duration_s: float, slo_ms: float | None
     ) -> LoadRun:
-        """All of it. It lasted until the last answer, so that work done after the sending counts with its time."""
+        """The whole load. Its duration includes the time until the last answer."""
         latencies_ms = self._latencies_ms
         return LoadRun(
             plan=plan,

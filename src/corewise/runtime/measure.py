@@ -32,7 +32,7 @@ MIN_CALLS = 3
 
 
 def batch_of(samples: Samples, size: int) -> tuple[np.ndarray, ...]:
-    """Inputs for one call of ``size`` items of one shape, repeating samples where there are too few."""
+    """Inputs for one call of ``size`` items of one shape, repeating samples if there are too few."""
     _, arrays = next(samples.batches(size))
     repeat = np.resize(np.arange(len(arrays[0])), size)
     return tuple(np.ascontiguousarray(array[repeat]) for array in arrays)
@@ -84,12 +84,11 @@ def measure_instances(
     throttled: Callable[[], int] = throttled_count,
     memory_per_instance_bytes: int = 0,
 ) -> Measurement:
-    """Warm up for at most half the budget, then time calls of ``plan.batch`` items for all of it.
+    """Warm all instances up for at most half the budget, then time calls of ``plan.batch`` items for all of it.
 
-    Of all instances that ``each`` (``instances.Instances.each``) has work at the same time.
-
-    Throughput is the sum of the instances' own: of one at its median call, which a neighbour's short visit does not
-    change; of several over all of their calls, for they are each other's neighbours.
+    ``each`` (``instances.Instances.each``) runs work on all instances at the same time. The throughput of one instance
+    is that of its median call, which is robust to short disturbances. The throughput of several is the sum over all of
+    their calls, because they disturb each other.
     """
     each(lambda session: warm_up(session, inputs, budget_s=budget_s / 2, clock=clock))
     before = throttled()

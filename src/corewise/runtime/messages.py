@@ -1,4 +1,4 @@
-"""What a trial process is asked and what it answers: one frozen record each, serialized here alone.
+"""The requests to a trial process and its answers: one frozen record each, serialized only here.
 
 A request is one line of JSON with the name of its record under ``request``; an answer is one line with the record
 under ``answer`` or a ``Failure`` under ``failure``, and the process's peak memory beside it.
@@ -185,7 +185,7 @@ class Reply:
     peak_memory_bytes: int
 
     def read(self, kind: type[A]) -> A:
-        """The answer as the record that was asked for."""
+        """The answer as a record of that kind."""
         return from_json(kind, self.answer)
 
 

@@ -87,7 +87,7 @@ def run_race(
 
 @contextmanager
 def _naming(contender: Contender) -> Iterator[None]:
-    """Say whose failure it is."""
+    """Raise failures as the contender's."""
     try:
         yield
     except InputError:

@@ -1,7 +1,7 @@
-"""The trial child: one process that builds, opens, runs and times one payload when told to.
+"""The trial child: a process that builds, opens, runs and times one payload on request.
 
-Started as ``python -m corewise.runtime.worker FD``; requests and answers are JSON lines on that
-socket. What it does can crash, hang or exhaust the memory without harming the run (``client.Worker`` is the other end).
+Started as ``python -m corewise.runtime.worker FD``; requests and answers are JSON lines on that socket. It can crash,
+hang or exhaust the memory without harming the run (``client.Worker`` is the other end).
 """
 
 import ctypes
@@ -44,7 +44,7 @@ LOAD_SAMPLES = 16
 ALONE_ROWS = 3
 """Rows whose answers alone are compared with those in a batch."""
 MAX_WAITING = 1024
-"""Rows that may wait under a load; deadlines bound the queue first where requests have them."""
+"""Rows that may wait under a load; deadlines, if requests have them, bound the queue first."""
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 LEAST_FREE_BYTES = 2**20
 """A library may report a full disk in words of its own; less free space than this confirms it."""
@@ -62,7 +62,7 @@ class TrialChild:
         return engine(name)
 
     def answer(self, request: Request) -> messages.Answer:
-        """Do what is asked. Raises whatever the engine raises."""
+        """Do the request. Raises whatever the engine raises."""
         match request:
             case messages.Prepare():
                 return self._prepare(request)
@@ -240,10 +240,10 @@ class _OwnAnswer:
     def __call__(self, k: int, answer: Answer) -> bool:
         if k % self.EVERY:
             return True
-        found = self._flat(answer.outputs)
-        if found.shape != self._alone[0].shape:
+        outputs = self._flat(answer.outputs)
+        if outputs.shape != self._alone[0].shape:
             return False
-        errors = np.linalg.norm(self._alone - found, axis=1)
+        errors = np.linalg.norm(self._alone - outputs, axis=1)
         sample = k % len(self._alone)
         return bool(errors[sample] <= max(errors.min(), self.ROUNDING * np.linalg.norm(self._alone[sample])))
 
@@ -253,7 +253,7 @@ class _OwnAnswer:
 
 
 def peak_memory_bytes() -> int:
-    """The most memory this process ever had resident (VmHWM); 0 where the kernel does not tell."""
+    """The peak resident memory of this process (VmHWM); 0 if the kernel does not report it."""
     try:
         lines = Path("/proc/self/status").read_text().splitlines()
     except OSError:

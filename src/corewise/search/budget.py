@@ -10,7 +10,7 @@ from corewise.records.reason import Reason, ReasonKind
 
 @dataclass(frozen=True, kw_only=True)
 class Budget:
-    """The time a search may take; ``None`` for as long as it takes."""
+    """The time a search may take; ``None`` for no limit."""
 
     total_s: float | None = None
     clock: Callable[[], float] = time.monotonic
@@ -18,7 +18,7 @@ class Budget:
 
     @property
     def elapsed_s(self) -> float:
-        """Since the search began."""
+        """Seconds since the search began."""
         return self.clock() - self.started_s
 
     def left_s(self, share: float = 1.0) -> float:

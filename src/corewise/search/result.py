@@ -127,7 +127,7 @@ class Result:
 
     @cached_property
     def _ranges(self) -> tuple[InputRange, ...] | None:
-        """What each input may hold; not known of a model that cannot be exported."""
+        """The range of each input; ``None`` for a model that cannot be exported."""
         samples = (self.build_inputs.calibration, self.holdout)
         batches = (inputs for part in samples for _, inputs in part.batches(GOLDEN_ROWS))
         return program_ranges(self.build_inputs.program, self.build_inputs.inputs, batches)

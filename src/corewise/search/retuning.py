@@ -1,7 +1,7 @@
 """The order of steps of ``corewise retune``: the plans of an artifact's build, measured on the machine that runs it.
 
-The latency table that the artifact keeps says where to begin: what was the best batch for so many threads there is near
-the best one here. What is found is raced against the plan used so far before it takes its place.
+The search starts from the artifact's latency table, because the best batch for a number of threads is similar on both
+machines. The best plan replaces the plan used so far only if it wins a race against it.
 """
 
 import tempfile
@@ -15,8 +15,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from corewise import artifact
-from corewise.artifact import Artifact, tuned
+from corewise.artifact import PAYLOAD, Artifact, read, tuned
 from corewise.artifact.open import check_available, check_trusted, golden_samples, opener
 from corewise.common.errors import CorewiseError, EngineError, InputError
 from corewise.common.stats import ratio_interval
@@ -35,7 +34,7 @@ from corewise.search.plans import BATCHES, SLOW_CALL_MS, START_BATCH, tables
 
 BUDGET_S = 30.0
 SEARCH_SHARE = 0.5
-"""Of the budget; the rest is for the race, which opens both plans again."""
+"""Share of the budget for the search; the rest is for the race, which opens both plans again."""
 MEASURE_S = 0.4
 FEWEST_ROUNDS = 3
 LEAST_TIMEOUT_S = 60.0
@@ -77,33 +76,33 @@ def find_plan(
     if not 0 < budget_s < inf:
         raise InputError(f"the budget is {budget_s:g} s", "give more than 0, e.g. 30")
     cpu = inspect_cpu()
-    sound = artifact.read(Path(folder), cpu=cpu)
-    check_trusted(sound, sound.manifest.build.engine)
-    check_available(sound.manifest.build.engine, f"retuning {folder}")
+    artifact = read(Path(folder), cpu=cpu)
+    check_trusted(artifact, artifact.manifest.build.engine)
+    check_available(artifact.manifest.build.engine, f"retuning {folder}")
     with tempfile.TemporaryDirectory(prefix="corewise-") as name:
         workspace = Workspace(Path(name))
-        golden_samples(sound).save(workspace.calibration)
-        bench = _Bench(sound, cpu, workspace, max(LEAST_TIMEOUT_S, budget_s), model, on_event)
+        golden_samples(artifact).save(workspace.calibration)
+        bench = _Bench(artifact, cpu, workspace, max(LEAST_TIMEOUT_S, budget_s), model, on_event)
         return _retune(bench, started_s, budget_s)
 
 
 class _Bench:
-    """Where plans of one artifact are measured: in a trial process, a new one after each that died."""
+    """Measures plans of one artifact in a trial process; a process that died is replaced by a new one."""
 
     def __init__(
-        self, sound: Artifact, cpu: Cpu, workspace: Workspace, timeout_s: float, model: Any, on_event: OnEvent
+        self, artifact: Artifact, cpu: Cpu, workspace: Workspace, timeout_s: float, model: Any, on_event: OnEvent
     ) -> None:
-        self.artifact = sound
+        self.artifact = artifact
         self.cpu = cpu
         self.on_event = on_event
         self.samples = workspace.calibration
-        self.build = sound.manifest.build
-        self.payload = sound.folder / artifact.PAYLOAD
+        self.build = artifact.manifest.build
+        self.payload = artifact.folder / PAYLOAD
         self.opening_s = 0.0
-        """What starting a process and opening the first plan took."""
+        """Seconds to start a process and open the first plan."""
         self._log = workspace.folder / "retune.log"
         self._timeout_s = timeout_s
-        self._in_process = None if model is None else opener(sound, model)
+        self._in_process = None if model is None else opener(artifact, model)
 
     def start(self, *_: Any) -> Client:
         if self._in_process is not None:
@@ -187,7 +186,11 @@ def _retune(bench: _Bench, started_s: float, budget_s: float) -> Retuned:
     if fit.tuned or Machine.of(report.cpu) == Machine.of(bench.cpu):
         # Admission needs the small batches of the plan's layout, which the search visits for the best one only.
         layout = ThreadLayout.of(plan)
-        kept = [one for one in stored if ThreadLayout.of(one.plan) == layout and one.plan not in by_plan]
+        kept = [
+            measurement
+            for measurement in stored
+            if ThreadLayout.of(measurement.plan) == layout and measurement.plan not in by_plan
+        ]
     entry = Tuned(
         machine=Machine.of(bench.cpu),
         created=datetime.now(UTC).isoformat(timespec="seconds"),
@@ -241,8 +244,8 @@ def guesses(cpu: Cpu, requirements: Requirements, stored: Sequence[Measurement])
     ranked = {}
     for threads, instances in shapes:
         like = min(tops, key=lambda measurement: (_distance(measurement, threads), -measurement.throughput_per_s))
-        wanted = like.plan.batch * threads / like.plan.threads_per_instance
-        batch = min(BATCHES, key=lambda size: abs(log2(size / wanted)))
+        scaled = like.plan.batch * threads / like.plan.threads_per_instance
+        batch = min(BATCHES, key=lambda size: abs(log2(size / scaled)))
         per_thread = like.throughput_per_s / (like.plan.threads_per_instance * like.plan.instances)
         expected = per_thread * min(threads * instances, cpu.usable_cores)
         plan = Plan(threads_per_instance=threads, instances=instances, batch=batch)
@@ -275,7 +278,7 @@ def next_plan(
 
 
 def best_measurement(measured: Sequence[Measurement], requirements: Requirements) -> Measurement | None:
-    """The measurement that serves the requirements best; ``None`` where all need more memory than allowed. Pure.
+    """The measurement that serves the requirements best; ``None`` if all need more memory than allowed. Pure.
 
     For an SLO the most items per second of those that ``allowed`` lets through, else the shortest p99.
     """

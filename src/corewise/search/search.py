@@ -55,13 +55,13 @@ class Search:
 
     @property
     def rates(self) -> tuple[Rates, ...]:
-        """Of the race."""
+        """The rates of the race."""
         assert self.race_result is not None  # race() comes first
         return self.race_result.rates
 
     @property
     def peak_memory_bytes(self) -> int:
-        """Of all processes that ran at the same time."""
+        """The peak memory of all processes that ran at the same time."""
         race_bytes = self.race_result.peak_memory_bytes if self.race_result else 0
         return max(race_bytes, *(trial.peak_memory_bytes for trial in self.trials))
 

@@ -57,13 +57,13 @@ class Contender:
 
     build: Build
     table: Sequence[Measurement]
-    """Of one layout, by rising batch, all within the SLO; the last one's plan is loaded."""
+    """Measurements of one layout by rising batch, all within the SLO; the last one's plan is loaded."""
     simulated_per_s: float
     loads: list[LoadRun] = field(default_factory=list)
 
     @property
     def layout(self) -> ThreadLayout:
-        """Of its plans."""
+        """The thread layout of its plans."""
         return ThreadLayout.of(self.table[-1].plan)
 
     @property
@@ -109,7 +109,7 @@ def _rate(load: LoadRun) -> float:
 
 
 Load = Callable[[Contender, float, float], LoadRun | None]
-"""Puts a rate on a contender, for at least so many seconds; ``None`` if its build cannot be loaded."""
+"""Puts a rate on a contender for at least that many seconds; ``None`` if its build cannot be loaded."""
 
 
 def find_rates(trials: Sequence[Trial], context: SearchContext, slo_ms: float) -> tuple[Trial, ...]:

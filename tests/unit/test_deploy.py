@@ -9,9 +9,8 @@ import kubernetes_validate
 import pytest
 import yaml
 
-from corewise.cli.quantities import duration
-
 from corewise.batching.policy import WORDS
+from corewise.cli.quantities import duration
 from corewise.serving import health
 from corewise.serving.metrics import Metrics
 from corewise.serving.models import Models

@@ -197,20 +197,16 @@ class TestEngines:
         assert diagnosis.packages["onnx"] == "unknown", "importable, but not installed by an installer"
         assert any("candidates of onnxruntime are skipped" in finding.what for finding in diagnosis.findings)
 
-    def test_answers_at_once_and_imports_no_engine(self) -> None:
+    def test_imports_no_engine(self) -> None:
         code = (
-            "import sys, time; start = time.perf_counter()\n"
+            "import sys\n"
             "from corewise.machine.inspect import inspect_cpu; from corewise.doctor import diagnose\n"
             "diagnose(inspect_cpu())\n"
-            "print(time.perf_counter() - start, *sorted({'torch', 'numpy', 'openvino', 'onnxruntime', 'nncf', 'rich',"
+            "print(*sorted({'torch', 'numpy', 'openvino', 'onnxruntime', 'nncf', 'rich',"
             " 'pydantic'} & sys.modules.keys()))"
         )
-        runs = [
-            subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout.split()
-            for _ in range(3)
-        ]
-        assert runs[0][1:] == []
-        assert min(float(run[0]) for run in runs) < 0.3
+        imported = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout
+        assert imported.split() == []
 
 
 class TestTorch:

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from command_line import command
 
 pytestmark = pytest.mark.alone
 
@@ -64,22 +65,6 @@ STEPWISE = (
     *("--max-drop", "1", "--objective", "latency"),
 )
 
-QUICK = """
-import signal
-signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored where the tests run in the background
-from corewise.runtime import race
-from corewise.search import trial
-trial.MEASURE_S = race.WARM_S = 0.1
-race.run_race.__kwdefaults__["round_s"] = 0.05
-from corewise.cli import main
-main()
-"""
-
-
-def command(*args, quick=True):
-    """The command line; ``quick`` measures for moments only."""
-    return [sys.executable, *(("-c", QUICK) if quick else ("-m", "corewise.cli")), *map(str, args)]
-
 
 def corewise(*args, cwd, **options):
     return subprocess.run(command(*args, **options), cwd=cwd, capture_output=True, text=True, timeout=300)
@@ -132,9 +117,7 @@ def optimized(place):
 
 
 def test_doctor_tells_about_this_machine(place):
-    start = time.monotonic()
     found = json.loads(ok("doctor", "--json", cwd=place, quick=False))
-    assert time.monotonic() - start < 5
     assert found["cpu"]["cpus"]
     assert "\x1b" not in ok("doctor", cwd=place, quick=False)
 

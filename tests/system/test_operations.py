@@ -378,7 +378,7 @@ def test_who_is_turned_away_is_counted_and_logged(strict):
         lines = [json.loads(line) for line in strict.logged if '"refused"' in line]
         return sum(line["reasons"].get("unauthenticated", 0) for line in lines)
 
-    assert eventually(lambda: logged() >= 30, 10)
+    assert eventually(lambda: logged() >= 30, 60)
     assert sum('"refused"' in line for line in strict.logged) < 20
 
 

@@ -315,8 +315,11 @@ def test_a_metric_that_raises_at_last_keeps_the_trials(tmp_path):
 # --- wrong arguments ----------------------------------------------------------------------------------------------
 
 
+def no_trial(event):
+    assert not isinstance(event, TrialStarted)
+
+
 def test_wrong_arguments_are_told_before_any_work():
-    start = time.monotonic()
     for options, error, told in (
         ({"max_drop": -0.1}, InputError, "max_drop is -0.1; give 0 or more"),
         ({"max_drop": float("nan")}, InputError, "max_drop is nan"),
@@ -337,13 +340,19 @@ def test_wrong_arguments_are_told_before_any_work():
         ({"work": Path("/proc/nowhere")}, OutputError, "/proc/nowhere cannot be written"),
     ):
         with pytest.raises(error, match=told):
-            run(Tiny(), only_images(), **options)
-    assert time.monotonic() - start < 30
+            run(Tiny(), only_images(), on_event=no_trial, **options)
 
 
 def test_a_budget_too_short_for_one_candidate_says_so():
     with pytest.raises(InputError, match="s was spent before one candidate was tried: the baseline"):
         run(Tiny(), only_images(), budget_s=0.1)
+
+
+@pytest.fixture
+def short_loads(monkeypatch):
+    monkeypatch.setattr("corewise.search.slo.LOAD_S", 0.2)
+    monkeypatch.setattr("corewise.search.slo.CONFIRM_S", 0.5)
+    monkeypatch.setattr("corewise.search.slo.REQUESTS", 20)
 
 
 def slo(slo_ms):
@@ -352,9 +361,8 @@ def slo(slo_ms):
     return result.report
 
 
-def test_the_rate_that_is_promised_was_held(monkeypatch):
-    monkeypatch.setattr("corewise.search.slo.CONFIRM_S", 3.0)
-    monkeypatch.setattr("corewise.search.slo.LOAD_S", 1.0)
+@pytest.mark.usefixtures("short_loads")
+def test_the_rate_that_is_promised_was_held():
     report = slo(200.0)
     certified = report.choice.certified
     if certified is None:  # a machine that is busy beside the test meets no rate
@@ -366,6 +374,7 @@ def test_the_rate_that_is_promised_was_held(monkeypatch):
     assert "with p99 <= 200 ms" in said(report.choice.reason)
 
 
+@pytest.mark.usefixtures("short_loads")
 def test_an_slo_that_nothing_meets_is_told_with_how_close_the_best_came():
     report = slo(0.001)
     assert report.choice.certified is None

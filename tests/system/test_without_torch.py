@@ -17,15 +17,19 @@ PROJECT = GOLDEN.parents[2]
 MOST_MEMORY_BYTES = 400e6
 
 
+def pip(interpreter, *args):
+    command = [sys.executable, "-m", "pip", "--disable-pip-version-check", "--python", interpreter, *args]
+    return subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
+
+
 @pytest.fixture(scope="module")
 def python(tmp_path_factory):
     """The interpreter of a fresh environment with ``corewise[serve-onnxruntime]``."""
     folder = tmp_path_factory.mktemp("environment")
-    subprocess.run([sys.executable, "-m", "venv", folder], check=True)
-    found = folder / "bin" / "python"
-    install = [found, "-m", "pip", "--disable-pip-version-check", "install", "--quiet"]
-    subprocess.run([*install, f"{PROJECT}[serve-onnxruntime]"], check=True)
-    return found
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", folder], check=True)
+    interpreter = folder / "bin" / "python"
+    pip(interpreter, "install", "--quiet", "--no-compile", f"{PROJECT}[serve-onnxruntime]")
+    return interpreter
 
 
 def resident_bytes(pid):
@@ -34,7 +38,7 @@ def resident_bytes(pid):
 
 
 def test_an_artifact_is_served_without_torch(python, tmp_path):
-    packages = subprocess.run([python, "-m", "pip", "list"], capture_output=True, text=True, check=True).stdout
+    packages = pip(python, "list")
     assert not {"torch", "onnx", "onnxscript", "torchao"} & {line.split()[0] for line in packages.splitlines()}
     shutil.copytree(GOLDEN, tmp_path / "net.cw")
     inputs, outputs = artifact.read(GOLDEN).golden()

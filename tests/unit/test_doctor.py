@@ -198,6 +198,7 @@ class TestEngines:
         assert diagnosis.packages["onnx"] == "unknown", "importable, but not installed by an installer"
         assert any("candidates of onnxruntime are skipped" in finding.what for finding in diagnosis.findings)
 
+<<<<<<< HEAD
     def test_imports_nothing_that_takes_time(self) -> None:
         code = (
             "import sys; from corewise.machine.inspect import inspect_cpu; from corewise.doctor import diagnose\n"
@@ -206,6 +207,18 @@ class TestEngines:
         )
         done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
         assert done.stdout.strip() == ""
+=======
+    def test_imports_no_engine(self) -> None:
+        code = (
+            "import sys\n"
+            "from corewise.machine.inspect import inspect_cpu; from corewise.doctor import diagnose\n"
+            "diagnose(inspect_cpu())\n"
+            "print(*sorted({'torch', 'numpy', 'openvino', 'onnxruntime', 'nncf', 'rich',"
+            " 'pydantic'} & sys.modules.keys()))"
+        )
+        imported = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout
+        assert imported.split() == []
+>>>>>>> h-tests
 
 
 class TestTorch:

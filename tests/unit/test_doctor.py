@@ -198,16 +198,6 @@ class TestEngines:
         assert diagnosis.packages["onnx"] == "unknown", "importable, but not installed by an installer"
         assert any("candidates of onnxruntime are skipped" in finding.what for finding in diagnosis.findings)
 
-<<<<<<< HEAD
-    def test_imports_nothing_that_takes_time(self) -> None:
-        code = (
-            "import sys; from corewise.machine.inspect import inspect_cpu; from corewise.doctor import diagnose\n"
-            "diagnose(inspect_cpu()); print(*sorted({'torch', 'numpy', 'openvino', 'onnxruntime', 'nncf', 'rich',"
-            " 'pydantic'} & sys.modules.keys()))"
-        )
-        done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
-        assert done.stdout.strip() == ""
-=======
     def test_imports_no_engine(self) -> None:
         code = (
             "import sys\n"
@@ -218,7 +208,6 @@ class TestEngines:
         )
         imported = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout
         assert imported.split() == []
->>>>>>> h-tests
 
 
 class TestTorch:

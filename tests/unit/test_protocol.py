@@ -10,7 +10,8 @@ from hypothesis.extra import numpy as arrays
 
 from corewise.records.build import TensorSpec
 from corewise.serving import protocol
-from corewise.serving.protocol import DATATYPES, MOST_DEPTH, Asked, ProtocolError, depth, parse, render
+from corewise.serving.json_body import parse, render
+from corewise.serving.protocol import DATATYPES, Asked, ProtocolError
 
 IMAGE = TensorSpec(name="x", dtype="float32", shape=(None, 3))
 IDS = TensorSpec(name="ids", dtype="int64", shape=(None, None))
@@ -34,7 +35,12 @@ def assert_told(body, length=None, inputs=(IMAGE,), outputs=(SCORES, OTHERS), ma
     return caught.value
 
 
-@given(st.sampled_from(NUMBERS).flatmap(lambda name: arrays.arrays(name, arrays.array_shapes(min_dims=1, max_dims=3))))
+def finite(name):
+    elements = arrays.from_dtype(np.dtype(name), allow_nan=False, allow_infinity=False)
+    return arrays.arrays(name, arrays.array_shapes(min_dims=1, max_dims=3), elements=elements)
+
+
+@given(st.sampled_from(NUMBERS).flatmap(finite))
 def test_a_tensor_goes_through_bytes_and_json(value):
     spec = TensorSpec(name="x", dtype=value.dtype.name, shape=(None,) * value.ndim)
     described = tensor(shape=value.shape, datatype=DATATYPES[value.dtype.name])
@@ -62,7 +68,7 @@ def test_strings_come_as_json():
     spec = TensorSpec(name="x", dtype="object", shape=(None,))
     (found,) = parse(request(tensor(shape=[2], datatype="BYTES", data=["a", "ü"])), None, [spec], [SCORES]).inputs
     assert found.tolist() == [b"a", "ü".encode()]
-    assert_told(request(tensor(shape=[1], datatype="BYTES", data=[1])), inputs=[spec], match="are no BYTES")
+    assert_told(request(tensor(shape=[1], datatype="BYTES", data=[1])), inputs=[spec], match="are not BYTES")
 
 
 def test_inputs_come_in_the_models_order():
@@ -91,7 +97,7 @@ def test_a_raw_body_is_the_one_input():
     found = parse(value.tobytes(), 0, [IMAGE], [SCORES])
     np.testing.assert_array_equal(found.inputs[0], value)
     assert found.outputs == (Asked(name="scores", binary=True),)
-    assert_told(value.tobytes()[:-1], 0, match="has 23 bytes, where its shape asks for 12")
+    assert_told(value.tobytes()[:-1], 0, match="has 23 bytes, but its shape needs 12")
     assert_told(b"", 0, match="has 0 bytes")
     assert_told(value.tobytes(), 0, inputs=[IDS], match="without JSON needs a model of one input of known shape")
 
@@ -104,71 +110,71 @@ def test_an_answer_is_json_or_json_and_bytes():
     assert length is None
     assert (found["model_name"], found["model_version"], found["id"]) == ("m", "1", "b")
     assert found["outputs"][1] == {"name": "others", "datatype": "INT64", "shape": [1], "data": [7]}
-    assert found["outputs"][0]["data"][0] == 0.5
+    assert found["outputs"][0]["data"] == [0.5, None]
     body = request(tensor(data=[1, 2, 3]), outputs=[{"name": "scores", "parameters": {"binary_data": True}}])
     parts, length = render("m", None, parse(body, None, [IMAGE], [SCORES, OTHERS]), outputs)
-    head = json.loads(parts[0])
-    assert length == len(parts[0])
+    text, data = b"".join(parts)[:length], b"".join(parts)[length:]
+    head = json.loads(text)
     assert "model_version" not in head
     assert "id" not in head
     assert head["outputs"][0]["parameters"] == {"binary_data_size": 8}
-    np.testing.assert_array_equal(np.frombuffer(parts[1], np.float32), outputs["scores"][0])
+    np.testing.assert_array_equal(np.frombuffer(data, np.float32), outputs["scores"][0])
 
 
 @pytest.mark.parametrize(
     ("body", "match"),
     [
-        (b"", "is no JSON"),
-        (b"[]", "is no JSON object"),
-        (b"\xff\xfe", "is no JSON"),
-        (b'{"inputs": 1}', "the inputs are no list"),
-        (b'{"inputs": [1]}', "the inputs are no list"),
+        (b"", "cannot be read"),
+        (b"[]", "cannot be read: Expected `object`"),
+        (b"\xff\xfe", "cannot be read"),
+        (b'{"inputs": 1}', "cannot be read: Expected"),
+        (b'{"inputs": [1]}', "cannot be read: Expected"),
         (request(), "the input x is missing"),
         (request(tensor("y")), "there is no input 'y'; the model has x"),
-        (request({"shape": [1, 3]}), "there is no input 'None'"),
+        (request({"shape": [1, 3]}), "missing required field `name`"),
         (request(tensor(data=[1, 2, 3]), tensor(data=[1, 2, 3])), "is there twice"),
         (request(tensor(shape=[3], data=[1, 2, 3])), r"has the shape \[3\], the model takes \[-1, 3\]"),
         (request(tensor(shape=[0, 3], data=[])), "has the shape"),
         (request(tensor(shape=[-1, 3], data=[1, 2, 3])), "has the shape"),
-        (request(tensor(shape=[1, True], data=[1])), "is no list of whole numbers"),
-        (request(tensor(shape=[1, 3.0], data=[1])), "is no list of whole numbers"),
-        (request(tensor(shape=[2**39, 3], data=[1])), "has 1 values"),
+        (request(tensor(shape=[1, True], data=[1])), "Expected `int`, got `bool`"),
+        (request(tensor(shape=[1, 3.0], data=[1])), "Expected `int`, got `float`"),
+        (request(tensor(shape=[2**39, 3], data=[1])), "do not have the shape"),
         (request(tensor(shape=[2**62, 3], data=[1])), "has another shape, the model takes"),
         (
             b'{"inputs": [{"name": "x", "datatype": "FP32", "shape": [9e4000, 3], "data": [1]}]}',
-            "no list of whole numbers",
+            "Number out of range",
         ),
         (request(tensor(shape=[10**4000, 3], data=[1])), "has another shape, the model takes"),
-        (request(tensor("\ud800")), "there is no input '.ud800'"),
-        (request(tensor(datatype="\ud800", data=[1, 2, 3])), r"is .ud800, the model takes FP32"),
-        (b'"' + b'\\"' * 2_000_000, "is no JSON"),
+        (request(tensor("\ud800")), "cannot be read"),
+        (request(tensor(datatype="\ud800", data=[1, 2, 3])), "cannot be read"),
+        (b'"' + b'\\"' * 2_000_000, "a string of the request does not end"),
         (request(tensor(datatype="FP64", data=[1, 2, 3])), "is FP64, the model takes FP32"),
-        (request(tensor(datatype=None, data=[1, 2, 3])), "is None, the model takes FP32"),
-        (request(tensor(data=["1", "2", "3"])), "are no FP32"),
-        (request(tensor(data=["9" * 10**6, "2", "3"])), "are no FP32"),
-        (request(tensor(data=[[1, 2], [3]])), "do not nest as its shape says"),
-        (request(tensor(data=[None, 2, 3])), "are no FP32"),
-        (request(tensor(data=[10**400, 2, 3])), "are no FP32"),
+        (request(tensor(datatype=None, data=[1, 2, 3])), "Expected `str`, got `null`"),
+        (request(tensor(data=["1", "2", "3"])), "are not FP32"),
+        (request(tensor(data=["9" * 10**6, "2", "3"])), "are not FP32|is too long"),
+        (request(tensor(data=[[1, 2], [3]])), "do not have the shape"),
+        (request(tensor(data=[None, 2, 3])), "are not FP32"),
+        (request(tensor(data=[10**400, 2, 3])), "are not FP32"),
         (request(tensor()), "has no data"),
-        (request(tensor(data=[1, 2])), "has 2 values, where its shape asks for 3"),
-        (request(tensor(parameters=3)), "are no object"),
+        (request(tensor(data=[1, 2])), "do not have the shape"),
+        (request(tensor(parameters=3)), "Expected `object`, got `int`"),
         (request(tensor(parameters={"binary_data_size": 12})), "claims more bytes than there are"),
         (request(tensor(parameters={"binary_data_size": -1})), "claims more bytes"),
         (request(tensor(data=[1, 2, 3], parameters={"binary_data_size": 0})), "has both"),
-        (request(tensor(data=[1, 2, 3]), id=5), "the id is no string"),
-        (request(tensor(data=[1, 2, 3]), id="x" * 300), "the id is no string"),
-        (request(tensor(data=[1, 2, 3]), parameters=[]), "are no object"),
+        (request(tensor(data=[1, 2, 3]), id=5), "Expected `str | null`, got `int`"),
+        (request(tensor(data=[1, 2, 3]), id="x" * 300), "length <= 256"),
+        (request(tensor(data=[1, 2, 3]), parameters=[]), "Expected `object`, got `array`"),
         (request(tensor(data=[1, 2, 3]), parameters={"timeout": 0}), "timeout is no number"),
-        (request(tensor(data=[1, 2, 3]), parameters={"timeout": float("inf")}), "timeout is no number"),
+        (request(tensor(data=[1, 2, 3]), parameters={"timeout": float("inf")}), "cannot be read"),
         (request(tensor(data=[1, 2, 3]), parameters={"priority": 1.5}), "priority is no whole number"),
         (request(tensor(data=[1, 2, 3]), parameters={"priority": 10**30}), "priority is no whole number"),
-        (request(tensor(data=[1, 2, 3]), parameters={"binary_data_output": 1}), "binary_data_output is no bool"),
+        (request(tensor(data=[1, 2, 3]), parameters={"binary_data_output": 1}), "binary_data_output is not a bool"),
         (request(tensor(data=[1, 2, 3]), outputs=[{"name": "z"}]), "there is no output 'z'; the model has scores"),
         (request(tensor(data=[1, 2, 3]), outputs=[{"name": "scores"}] * 2), "is asked for twice"),
-        (request(tensor(data=[1, 2, 3]), outputs=[{}]), "an output has no name"),
-        (request(*[tensor(data=[1, 2, 3])] * 65), "at most 64"),
-        (b'{"inputs": ' + b"[" * 100_000, f"deeper than {MOST_DEPTH}"),
-        (b'{"a":' * 10_000, f"deeper than {MOST_DEPTH}"),
+        (request(tensor(data=[1, 2, 3]), outputs=[{}]), "missing required field `name`"),
+        (request(*[tensor(data=[1, 2, 3])] * 65), "length <= 64"),
+        (b'{"inputs": ' + b"[" * 100_000, "Expected `object`, got `array`"),
+        (b'{"a":' * 10_000, "nests too deeply"),
     ],
 )
 def test_what_is_no_request_is_told(body, match):
@@ -181,21 +187,21 @@ def test_binary_requests_are_compared_with_their_claims():
     assert_told(head + data, len(head) + 20, match="Inference-Header-Content-Length is")
     assert_told(head + data + b"1", len(head), match="1 bytes belong to no input")
     short = request(tensor(shape=(2, 3), parameters={"binary_data_size": 12}))
-    assert_told(short + data, len(short), match="has 12 bytes, where its shape asks for 24")
+    assert_told(short + data, len(short), match="has 12 bytes, but its shape needs 24")
     huge = request(tensor(shape=(2**39, 3), parameters={"binary_data_size": 12}))
-    assert_told(huge + data, len(huge), match="where its shape asks for")
+    assert_told(huge + data, len(huge), match="but its shape needs")
     spec = TensorSpec(name="x", dtype="object", shape=(None,))
     for broken in (b"\xff\xff\xff\xff", b"\x01\x00", b"\x02\x00\x00\x00a"):
         head = request(tensor(shape=[1], datatype="BYTES", parameters={"binary_data_size": len(broken)}))
-        assert_told(head + broken, len(head), inputs=[spec], match="ends after the data do")
+        assert_told(head + broken, len(head), inputs=[spec], match="ends after its data")
 
 
 def test_integers_must_fit():
     small = TensorSpec(name="x", dtype="uint8", shape=(None,))
-    assert_told(request(tensor(shape=[1], datatype="UINT8", data=[256])), inputs=[small], match="not from 0 to 255")
-    assert_told(request(tensor(shape=[1], datatype="UINT8", data=[-1])), inputs=[small], match="are no UINT8")
-    assert_told(request(tensor(shape=[1], datatype="UINT8", data=[1.5])), inputs=[small], match="are no UINT8")
-    assert_told(request(tensor("mask", (1, 1), "BOOL", data=[1])), inputs=[MASK], match="they are no bools")
+    assert_told(request(tensor(shape=[1], datatype="UINT8", data=[256])), inputs=[small], match="from 0 to 255")
+    assert_told(request(tensor(shape=[1], datatype="UINT8", data=[-1])), inputs=[small], match="are not UINT8")
+    assert_told(request(tensor(shape=[1], datatype="UINT8", data=[1.5])), inputs=[small], match="are not UINT8")
+    assert_told(request(tensor("mask", (1, 1), "BOOL", data=[1])), inputs=[MASK], match="Expected `bool`")
 
 
 def test_any_byte_but_zero_is_true():
@@ -208,14 +214,6 @@ def test_any_byte_but_zero_is_true():
 def test_rows_must_be_as_many():
     body = request(tensor("ids", (2, 1), "INT64", data=[1, 2]), tensor("mask", (1, 1), "BOOL", data=[True]))
     assert_told(body, inputs=[IDS, MASK], match="the inputs have 2, 1 rows")
-
-
-@pytest.mark.parametrize(
-    ("text", "deep"),
-    [(b"", 0), (b"[]", 1), (b'{"a": [[1]]}', 3), (b'["[[[[", "\\"[["]', 1), (b'["]]]]", [[', 3), (b"]]]][", -3 + 3)],
-)
-def test_depth_is_counted_outside_of_strings(text, deep):
-    assert depth(text) == deep
 
 
 def status_of(body, length=None):

@@ -11,7 +11,8 @@ frame. Transparency is dropped, as torchvision does. Values that are not 8 bits 
 import io
 import struct
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -76,15 +77,28 @@ def open_image(source: Path | bytes, name: str = "", *, max_pixels: int | None =
         UnreadableItem: Saying what is wrong with it: empty, cut off, no image; ``TooManyPixels`` where it is too large.
         MissingExtra: Where Pillow is not installed.
     """
-    pil = _pil()
     name = name or ("the image" if isinstance(source, bytes) else f"the image {source}")
+    with _opened(source, name, max_pixels) as image:
+        image.load()
+        return normalize_image(image, name)
+
+
+def image_size(source: bytes, name: str, *, max_pixels: int) -> tuple[int, int]:
+    """Width and height by the image's header, with nothing decoded. Raises as ``open_image`` does."""
+    with _opened(source, name, max_pixels) as image:
+        return image.width, image.height
+
+
+@contextmanager
+def _opened(source: Path | bytes, name: str, max_pixels: int | None) -> "Iterator[Image]":
+    """The image, not decoded yet. Raises ``UnreadableItem``, also for what Pillow raises in the ``with``."""
+    pil = _pil()
     try:
         file = io.BytesIO(source) if isinstance(source, bytes) else source
         with pil.open(file, formats=_formats()) as image:
             if max_pixels is not None and image.width * image.height > max_pixels:
                 raise TooManyPixels(name, f"has {image.width}x{image.height} pixels, the most are {max_pixels:,}")
-            image.load()
-            return normalize_image(image, name)
+            yield image
     except (pil.DecompressionBombError, pil.DecompressionBombWarning) as error:
         raise TooManyPixels(name, "has too many pixels") from error
     except BROKEN as error:

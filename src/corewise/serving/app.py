@@ -5,7 +5,7 @@ import json
 import logging
 import time
 import uuid
-from collections.abc import Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping
 from concurrent.futures import Future
 from math import ceil, inf, isfinite
 from typing import Any
@@ -19,8 +19,8 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from corewise._version import __version__
 from corewise.batching import Answer, NotServed
 from corewise.common.errors import CorewiseError
-from corewise.serving import pages, protocol, triton
-from corewise.serving.bodies import Bodies
+from corewise.serving import bodies, json_body, pages, protocol, triton
+from corewise.serving.front import Front
 from corewise.serving.metrics import CONTENT_TYPE, Metrics
 from corewise.serving.models import Models
 from corewise.serving.protocol import InferRequest, Limits, ProtocolError
@@ -35,7 +35,10 @@ REQUEST_ID = "x-request-id"
 OPEN_TO_ALL = ("/v2/health/live", "/v2/health/ready")
 """A prober has no token."""
 NOT_NOW = 503
-LARGE_BYTES = 256 * 2**10
+ARRIVED = "corewise.arrived_s"
+"""Where a request's scope has when its first byte arrived, on the monotonic clock."""
+VALUE_BYTES = 8
+"""About what a number takes in JSON."""
 CLOSED_REQUEST = 499
 """As nginx says that the client is gone; nobody reads it but the log."""
 
@@ -43,9 +46,9 @@ CLOSED_REQUEST = 499
 class App:
     """The routes of one server."""
 
-    def __init__(self, models: Models, metrics: Metrics, limits: Limits, tokens: Tokens) -> None:
+    def __init__(self, models: Models, metrics: Metrics, limits: Limits, tokens: Tokens, front: Front) -> None:
         self.models, self.metrics = models, metrics
-        self._limits, self._bodies = limits, Bodies(limits)
+        self._limits, self._front = limits, front
         routes = [
             Route("/", self.page),
             Route("/live.json", self.live_figures),
@@ -147,18 +150,28 @@ class App:
     async def infer(self, request: Request) -> Response:
         """Run a model on tensors."""
         served = self._served(request)
+        length = _length(request)
 
-        def read(body: bytes) -> InferRequest:
-            asked = protocol.parse(body, _length(request), served.inputs, served.outputs, served.instead)
-            return served.prepared(asked)
+        async def read(body: bytes, deadline_s: float) -> InferRequest:
+            text_bytes = len(body) if length is None else min(length, len(body))
+            asked = await self._front.read(
+                lambda: json_body.parse(body, length, served.inputs, served.outputs, served.instead),
+                text_bytes,
+                len(body) - text_bytes,
+                deadline_s=deadline_s,
+            )
+            return await self._front.prepare(asked, served, deadline_s=deadline_s)
 
         served, asked, answer = await self._answered(request, served, read)
         named = {spec.name: array for spec, array in zip(served.outputs, answer.outputs, strict=True)}
         named = triton.classified(asked.class_counts, named, served.manifest.labels)
         version = request.path_params.get("version")
-        parts, json_length = protocol.render(served.name, version or served.version, asked, named)
+        values = sum(named[output.name].size for output in asked.outputs if not output.binary)
+        parts, json_length = await self._front.read(
+            lambda: json_body.render(served.name, version or served.version, asked, named), VALUE_BYTES * values
+        )
         if json_length is None:
-            return Response(parts[0], media_type="application/json")
+            return Response(b"".join(parts), media_type="application/json")
         headers = {"Inference-Header-Content-Length": str(json_length)}
         return Response(b"".join(parts), media_type="application/octet-stream", headers=headers)
 
@@ -169,31 +182,34 @@ class App:
         served = self._served(request)
         top = images.how_many(request.query_params.get("top"))
 
-        def read(body: bytes) -> InferRequest:
-            return images.image(body, served)
+        async def read(body: bytes, deadline_s: float) -> InferRequest:
+            return await self._front.image(body, served, deadline_s=deadline_s)
 
         served, _, answer = await self._answered(request, served, read)
         return JSONResponse({"model_name": served.name, "classes": images.classes(answer.outputs[0][0], served, top)})
 
     async def _answered(
-        self, request: Request, served: Served, read: Callable[[bytes], InferRequest]
+        self, request: Request, served: Served, read: Callable[[bytes, float], Awaitable[InferRequest]]
     ) -> tuple[Served, InferRequest, Answer]:
-        """Read a request and wait for its answer, unless the client goes before."""
-        with self.metrics.request(served, "http", request.headers, request.scope.get("request_id", "")) as note:
-            started_s = time.monotonic()
+        """Read a request and wait for its answer, unless the client goes before. Its time counts from its arrival."""
+        client = request.client.host if request.client is not None else ""
+        with (
+            self.metrics.request(served, "http", request.headers, request.scope.get("request_id", "")) as note,
+            self._front.booking(client) as booking,
+        ):
+            arrived_s = request.scope.get(ARRIVED, time.monotonic())
             header_s = _timeout_s(request.headers)
-            body = await self._bodies.read(request)
-            told = _length(request)
-            # What takes long to parse not in the loop, where all others would wait; binary tensors do not.
-            is_large = (len(body) if told is None else told) >= LARGE_BYTES
-            asked = await asyncio.to_thread(read, body) if is_large else read(body)
-            given_s = min(header_s, asked.timeout_s or inf)
-            timeout_s = self._limits.timeout_s if given_s == inf else given_s
+            with self._front.place(client):
+                deadline_s = arrived_s + (self._limits.timeout_s if header_s == inf else header_s)
+                body = await bodies.read(request, self._limits, booking)
+                asked = await read(body, deadline_s)
+            if asked.timeout_s is not None:
+                deadline_s = arrived_s + min(header_s, asked.timeout_s)
             served, future = self.models.submit(
                 served.name,
                 served.version,
                 asked.inputs,
-                timeout_s=timeout_s - (time.monotonic() - started_s),
+                timeout_s=deadline_s - time.monotonic(),
                 priority=asked.priority,
             )
             answer = note(await _unless_gone(request, future))
@@ -254,10 +270,13 @@ class _Guard:
 
 
 class RequestLog:
-    """Gives each request an id, or keeps its own, and writes a line when it has its answer."""
+    """Gives each request an id, or keeps its own, and writes a line when it has its answer.
 
-    def __init__(self, app: ASGIApp) -> None:
-        self._app = app
+    While the server stops, each answer ends its connection: the client's next request goes elsewhere.
+    """
+
+    def __init__(self, app: ASGIApp, models: Models) -> None:
+        self._app, self._models = app, models
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """As ASGI has it."""
@@ -271,6 +290,8 @@ class RequestLog:
             if message["type"] == "http.response.start":
                 status = message["status"]
                 message["headers"] = [*message.get("headers", ()), (REQUEST_ID.encode(), name.encode("latin-1"))]
+                if self._models.stopping:
+                    message["headers"].append((b"connection", b"close"))
             await send(message)
 
         try:

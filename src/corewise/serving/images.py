@@ -1,12 +1,15 @@
 """Requests as people make them: an image as it is, and answers with names."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from math import isfinite
 from typing import Any
 
 import numpy as np
 
 from corewise.common.errors import SamplesError
-from corewise.samples.images import TooManyPixels, image_array, open_image
+from corewise.records.report import Preprocess
+from corewise.samples.images import LONGEST, TooManyPixels, image_array, image_size, open_image
 from corewise.serving.protocol import Asked, InferRequest, ProtocolError
 from corewise.serving.served import Served
 
@@ -23,19 +26,47 @@ def how_many(text: str | None) -> int:
     return int(text)
 
 
+def pixels(body: bytes, served: Served) -> int:
+    """How many pixels an image has by its header, with those that it is resized to.
+
+    Raises ``ProtocolError`` where it is not an image, has too many pixels, or the model takes no images.
+    """
+    preprocess = _preprocess(served)
+    with _told():
+        width, height = image_size(body, "the body", max_pixels=MOST_PIXELS)
+    shorter = min(width, height)
+    resized = [min(preprocess.resize * side // shorter, LONGEST * preprocess.resize) for side in (width, height)]
+    count = max(width * height, resized[0] * resized[1])
+    if count > MOST_PIXELS:
+        raise ProtocolError(f"the image has {count} pixels when it is resized", "send one of another shape", 413)
+    return count
+
+
 def image(body: bytes, served: Served) -> InferRequest:
-    """One image as the model takes it. Raises ``ProtocolError`` where it is none, or the model takes no images."""
+    """One image as the model takes it. Raises ``ProtocolError`` as ``pixels`` does."""
+    preprocess = _preprocess(served)
+    with _told():
+        array = image_array(open_image(body, "the body", max_pixels=MOST_PIXELS), preprocess)
+    asked = tuple(Asked(name=spec.name) for spec in served.outputs)
+    return InferRequest(inputs=(np.ascontiguousarray(array[None]),), outputs=asked)
+
+
+def _preprocess(served: Served) -> Preprocess:
     preprocess = served.manifest.preprocess
     if preprocess is None:
         raise ProtocolError(f"the model {served.name} was not made from images", "send tensors to .../infer", 501)
+    return preprocess
+
+
+@contextmanager
+def _told() -> Iterator[None]:
+    """Errors of reading an image as errors of the request."""
     try:
-        array = image_array(open_image(body, "the body", max_pixels=MOST_PIXELS), preprocess)
+        yield
     except TooManyPixels as error:
         raise ProtocolError(error.what, "send a smaller one", 413) from error
     except SamplesError as error:
         raise ProtocolError(error.what, error.fix, 415) from error
-    asked = tuple(Asked(name=spec.name) for spec in served.outputs)
-    return InferRequest(inputs=(np.ascontiguousarray(array[None]),), outputs=asked)
 
 
 def classes(scores: np.ndarray, served: Served, top: int) -> list[dict[str, Any]]:

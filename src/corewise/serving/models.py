@@ -36,6 +36,8 @@ class Models:
         self._reloading = threading.Lock()
         self.unloaded: set[tuple[str, str]] = set()
         """Those that were taken out of service."""
+        self.stopping = False
+        """Whether the server is about to drain: it is not ready any more, and still serves what comes."""
         self.draining = False
 
     @property
@@ -52,7 +54,11 @@ class Models:
     def ready(self) -> bool:
         """Whether every model answers."""
         wanted = len(self._sources) - len(self.unloaded)
-        return not self.draining and len(self._served) == wanted and all(one.ready for one in self.served)
+        return (
+            not (self.stopping or self.draining)
+            and len(self._served) == wanted
+            and all(one.ready for one in self.served)
+        )
 
     def open(self) -> None:
         """Open all. Raises what the first that cannot be opened raises; those opened so far are closed."""

@@ -1,8 +1,9 @@
 """The server's gRPC side: the same protocol in protobuf, raw tensors or typed ones."""
 
 import logging
+import time
 from asyncio import wrap_future
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from math import inf, prod
 from typing import Any
 
@@ -13,10 +14,12 @@ from corewise._version import __version__
 from corewise.batching import NotServed
 from corewise.common.errors import CorewiseError
 from corewise.records.build import TensorSpec
-from corewise.serving import oip, protocol, triton
+from corewise.serving import messages, oip, protocol, triton
+from corewise.serving.front import Front
+from corewise.serving.messages import Receiver
 from corewise.serving.metrics import Metrics
 from corewise.serving.models import Models
-from corewise.serving.protocol import Asked, InferRequest, Limits, ProtocolError
+from corewise.serving.protocol import Asked, InferRequest, Limits, NoRoom, ProtocolError
 from corewise.serving.served import Served
 from corewise.serving.tokens import Tokens
 
@@ -47,6 +50,10 @@ REASONS = {
     "draining": grpc.StatusCode.UNAVAILABLE,
 }
 """All other refusals are RESOURCE_EXHAUSTED."""
+PIECE = 2**14
+"""Typed values that are converted at once, before other threads run."""
+DECODED_BYTES = 16
+"""How many bytes of protobuf are decoded in the time that one of JSON takes, or more."""
 OPEN_TO_ALL = ("ServerLive", "ServerReady")
 
 Call = Callable[[Any, Any], Awaitable[Any]]
@@ -55,9 +62,10 @@ Call = Callable[[Any, Any], Awaitable[Any]]
 class Service:
     """The calls of ``GRPCInferenceService``."""
 
-    def __init__(self, models: Models, metrics: Metrics, limits: Limits, tokens: Tokens) -> None:
+    def __init__(self, models: Models, metrics: Metrics, limits: Limits, tokens: Tokens, front: Front) -> None:
         self.models, self.metrics = models, metrics
-        self._limits, self._tokens = limits, tokens
+        self._limits, self._tokens, self._front = limits, tokens, front
+        self._receiver = Receiver(limits)
         calls: dict[str, Call] = {
             "ServerLive": self.server_live,
             "ServerReady": self.server_ready,
@@ -70,10 +78,9 @@ class Service:
         self.handler = grpc.method_handlers_generic_handler(
             oip.SERVICE,
             {
-                name: grpc.unary_unary_rpc_method_handler(
-                    self._guarded(name, calls[name]),
-                    request_deserializer=asked.FromString,
-                    response_serializer=answered.SerializeToString,
+                # To gRPC a stream of requests, of which one is read: what is refused before that is never received.
+                name: grpc.stream_unary_rpc_method_handler(
+                    self._guarded(name, asked, calls[name]), response_serializer=answered.SerializeToString
                 )
                 for name, (asked, answered) in oip.METHODS.items()
             },
@@ -114,18 +121,29 @@ class Service:
         return oip.message("ModelStatisticsResponse")(model_stats=[served.described_statistics() for served in chosen])
 
     async def model_infer(self, request: Any, context: Any) -> Any:
-        """Run a model on tensors."""
+        """Run a model on tensors. The time counts from the call's start by gRPC's deadline, or from its message."""
+        received_s = time.monotonic()
         served = self._served(request.model_name, request.model_version)
         headers = {key: value for key, value in context.invocation_metadata() if isinstance(value, str)}
         with self.metrics.request(served, "grpc", headers, headers.get("x-request-id", request.id)) as note:
-            asked = served.prepared(parse(request, served.inputs, served.outputs, served.instead))
             left_s = context.time_remaining()
-            given_s = min(inf if left_s is None else left_s, asked.timeout_s or inf)
+            deadline_s = received_s + (self._limits.timeout_s if left_s is None else left_s)
+            with self._front.place(messages.client_of(context)):
+                typed_bytes, raw_bytes = messages.sizes(request)
+                asked = await self._front.read(
+                    lambda: parse(request, served.inputs, served.outputs, served.instead),
+                    typed_bytes,
+                    raw_bytes,
+                    deadline_s=deadline_s,
+                )
+                asked = await self._front.prepare(asked, served, deadline_s=deadline_s)
+            if asked.timeout_s is not None:
+                deadline_s = received_s + min(inf if left_s is None else left_s, asked.timeout_s)
             served, future = self.models.submit(
                 served.name,
                 served.version,
                 asked.inputs,
-                timeout_s=self._limits.timeout_s if given_s == inf else given_s,
+                timeout_s=deadline_s - time.monotonic(),
                 priority=asked.priority,
             )
             answer = note(await wrap_future(future))
@@ -135,17 +153,25 @@ class Service:
     def _served(self, name: str, version: str) -> Served:
         return self.models.find(name, version or None)
 
-    def _guarded(self, name: str, call: Call) -> Call:
+    def _guarded(self, name: str, message: Any, call: Call) -> Call:
         """The call, for those who may, with errors as gRPC tells them."""
 
-        async def guarded(request: Any, context: Any) -> Any:
-            given = dict(context.invocation_metadata()).get("authorization", "")
-            token = given if isinstance(given, bytes) else given.encode("latin-1", "replace")
-            if name not in OPEN_TO_ALL and not self._tokens.admit(token):
+        async def guarded(requests: AsyncIterator[bytes], context: Any) -> Any:
+            if name not in OPEN_TO_ALL and not self._tokens.admit(
+                messages.authorization(context.invocation_metadata())
+            ):
                 self.metrics.turned_away("grpc", "unauthenticated")
                 await context.abort(grpc.StatusCode.UNAUTHENTICATED, "a token is missing or wrong; send authorization")
             try:
-                return await call(request, context)
+                with self._front.booking(messages.client_of(context)) as booking:
+                    data = await self._receiver.receive(requests)
+                    booking.add(len(data))
+                    request = await self._front.read(
+                        lambda: messages.decoded(data, message), len(data) // DECODED_BYTES
+                    )
+                    return await call(request, context)
+            except NoRoom as error:
+                await context.abort(grpc.StatusCode.RESOURCE_EXHAUSTED, str(error))
             except ProtocolError as error:
                 if error.status == 404:
                     self.metrics.turned_away("grpc", "unknown model")
@@ -239,8 +265,12 @@ def _typed(contents: Any, spec: TensorSpec, shape: Sequence[int]) -> np.ndarray:
         raise ProtocolError(f"the input {spec.name} has {len(values)} values, where its shape asks for {prod(shape)}")
     if spec.dtype == "object":
         return protocol.objects(list(values), shape)
-    numbers = np.array(values)
     dtype = np.dtype(spec.dtype)
+    numbers: np.ndarray = np.empty(
+        len(values), {"f": np.float64, "b": np.bool_, "u": np.uint64}.get(dtype.kind, np.int64)
+    )
+    for start in range(0, len(values), PIECE):
+        numbers[start : start + PIECE] = values[start : start + PIECE]
     if dtype.kind in "iu" and len(numbers):
         limits = np.iinfo(dtype)
         if numbers.min() < limits.min or numbers.max() > limits.max:

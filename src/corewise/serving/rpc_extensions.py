@@ -12,7 +12,7 @@ from grpc_reflection.v1alpha import reflection, reflection_pb2
 
 from corewise.batching import NotServed
 from corewise.common.errors import CorewiseError
-from corewise.serving import health, oip, triton
+from corewise.serving import health, messages, oip, triton
 from corewise.serving.methods import Method
 from corewise.serving.metrics import Metrics
 from corewise.serving.models import Models
@@ -115,6 +115,11 @@ def _reflection() -> list[Method]:
     ]
 
 
+async def _decoded(requests: AsyncIterator[bytes], message: Any) -> AsyncIterator[Any]:
+    async for data in requests:
+        yield messages.decoded(data, message)
+
+
 class Handlers(grpc.GenericRpcHandler):  # type: ignore[misc]
     """Methods as handlers for ``add_generic_rpc_handlers``, the last one there: it counts unknown methods."""
 
@@ -130,37 +135,35 @@ class Handlers(grpc.GenericRpcHandler):  # type: ignore[misc]
         return found
 
     def _handler(self, method: Method) -> Any:
-        messages = {
-            "request_deserializer": method.request.FromString,
-            "response_serializer": method.response.SerializeToString,
-        }
         unary, streaming = method.unary, method.streaming
 
-        async def call(request: Any, context: Any) -> Any:
+        async def call(requests: AsyncIterator[bytes], context: Any) -> Any:
             assert unary is not None
             await self._check(method, context)
             try:
-                return await unary(request, context)
+                return await unary(messages.decoded(await anext(requests), method.request), context)
             except ProtocolError as error:
                 await context.abort(CODES.get(error.status, grpc.StatusCode.INVALID_ARGUMENT), str(error))
             except Exception:  # the request boundary: gRPC would tell the client what was raised
                 log.exception("a gRPC call of %s failed", method.path)
                 await context.abort(grpc.StatusCode.INTERNAL, "the server failed; its log says why")
 
-        async def stream_call(requests: AsyncIterator[Any], context: Any) -> AsyncIterator[Any]:
+        async def stream_call(requests: AsyncIterator[bytes], context: Any) -> AsyncIterator[Any]:
             assert streaming is not None
             await self._check(method, context)
-            async for response in streaming(requests, context):
-                yield response
+            try:
+                async for response in streaming(_decoded(requests, method.request), context):
+                    yield response
+            except ProtocolError as error:
+                await context.abort(CODES.get(error.status, grpc.StatusCode.INVALID_ARGUMENT), str(error))
 
+        serializer = method.response.SerializeToString
         if unary is not None:
-            return grpc.unary_unary_rpc_method_handler(call, **messages)
-        return grpc.stream_stream_rpc_method_handler(stream_call, **messages)
+            return grpc.stream_unary_rpc_method_handler(call, response_serializer=serializer)
+        return grpc.stream_stream_rpc_method_handler(stream_call, response_serializer=serializer)
 
     async def _check(self, method: Method, context: Any) -> None:
         """Abort a call without a token."""
-        given = dict(context.invocation_metadata()).get("authorization", "")
-        token = given if isinstance(given, bytes) else given.encode("latin-1", "replace")
-        if not method.is_open_to_all and not self._tokens.admit(token):
+        if not method.is_open_to_all and not self._tokens.admit(messages.authorization(context.invocation_metadata())):
             self._metrics.turned_away("grpc", "unauthenticated")
             await context.abort(grpc.StatusCode.UNAUTHENTICATED, "a token is missing or wrong; send authorization")

@@ -143,6 +143,17 @@ class Served:
         self.values.check(request.inputs)
         return request
 
+    def text_bytes(self, request: InferRequest) -> int:
+        """How much text a request has to be tokenized; 0 where it has none.
+
+        Raises ``NotServed`` for more texts than may wait.
+        """
+        if self.text is None or request.inputs[0].dtype != object:
+            return 0
+        if len(request.inputs[0]) > self._max_rows:
+            raise NotServed("too large")
+        return sum(map(len, request.inputs[0]))
+
     def described_statistics(self) -> dict[str, Any]:
         """As Triton's extension ``statistics`` has them."""
         return {"name": self.name, "version": self.version, **self.statistics.described()}

@@ -5,6 +5,7 @@ import logging
 import signal
 import socket
 import ssl
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -19,9 +20,10 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from corewise.common.errors import InputError
-from corewise.serving import admin
+from corewise.serving import admin, memory
 from corewise.serving.admin import Repository
-from corewise.serving.app import OPEN_TO_ALL, App, RequestLog
+from corewise.serving.app import ARRIVED, OPEN_TO_ALL, App, RequestLog
+from corewise.serving.front import Front
 from corewise.serving.metrics import Metrics
 from corewise.serving.models import Models
 from corewise.serving.protocol import Limits
@@ -57,6 +59,10 @@ FULL_BYTES = b"\r\n".join(
     )
 )
 """As it goes over the wire, for who connects in a flood: uvicorn reads no request of it."""
+GRACE_S = 1.0
+"""From the end of readiness to the first refusal: connections in use end with their next answer, and none is cut."""
+LINGER_S = 0.2
+"""From the last new connection to the end of those without a request."""
 LAST_WORDS_S = 2.0
 """For answers that are on their way when all work is done."""
 
@@ -104,6 +110,7 @@ def serve(
     models. Raises what opening the models raises, and ``InputError`` for an address that is taken or options that do
     not fit together.
     """
+    memory.tune()
     return asyncio.run(_Server(sources, options, tell).run())
 
 
@@ -125,7 +132,9 @@ class _Server:
         self.repository = Repository(self.models)
         self.traces = OpenTelemetry() if options.traces else Traces()
         self.metrics = Metrics(self.models, self.traces)
+        self.front = Front(options.limits, options.max_waiting)
         self.stopping = asyncio.Event()
+        self._is_open = False
         self._later: list[asyncio.Future[None]] = []
         """What signals began; kept, for the loop itself holds them only weakly."""
 
@@ -137,11 +146,12 @@ class _Server:
         loop.add_signal_handler(
             signal.SIGHUP, lambda: self._later.append(asyncio.ensure_future(self.repository.reload_all()))
         )
-        app = App(self.models, self.metrics, self.options.limits, Tokens(self.options.tokens))
+        tokens, limits = Tokens(self.options.tokens), self.options.limits
+        app = App(self.models, self.metrics, limits, tokens, self.front)
         bound = {name: _bound(address) for name, address in self._web_addresses.items()}
         web = []
         if "http" in bound:
-            config = _config(RequestLog(app.asgi), self.options, most)
+            config = _config(RequestLog(app.asgi, self.models), self.options, most)
             config.on_refused = partial(self.metrics.connection_refused, "http")
             web.append((_Http(config), bound["http"]))
         if "admin" in bound:
@@ -162,8 +172,11 @@ class _Server:
             await asyncio.wait((opening, stopping), return_when=asyncio.FIRST_COMPLETED)
             if opening.done():
                 opening.result()
+                self._is_open = True
                 self.tell("ready", self.models)
                 await stopping
+                await asyncio.sleep(GRACE_S)
+                self.models.draining = True
             else:
                 await opening
             self.tell("draining", None)
@@ -176,6 +189,7 @@ class _Server:
                     await each.stop(LAST_WORDS_S)
             await asyncio.gather(*tasks, return_exceptions=True)
             self.models.close(0.0)
+            self.front.close()
             await asyncio.to_thread(self.traces.close)
             self.metrics.close()
 
@@ -204,7 +218,7 @@ class _Server:
             ]
         )
         tokens = Tokens(self.options.tokens)
-        service = Service(self.models, self.metrics, self.options.limits, tokens)
+        service = Service(self.models, self.metrics, self.options.limits, tokens, self.front)
         methods = rpc_extensions.list_methods(self.models, service.model_infer)
         extensions = rpc_extensions.Handlers(methods, self.metrics, tokens)
         server.add_generic_rpc_handlers((service.handler, extensions))
@@ -226,7 +240,9 @@ class _Server:
             for served in self.models.served:
                 self._later.append(asyncio.ensure_future(asyncio.to_thread(served.remote.close)))
         self.stopping.set()
-        self.models.draining = True
+        self.models.stopping = True
+        if not self._is_open:
+            self.models.draining = True
 
 
 class _Http(uvicorn.Server):
@@ -235,6 +251,13 @@ class _Http(uvicorn.Server):
     @contextmanager
     def capture_signals(self) -> Iterator[None]:
         yield
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        """End, but let requests arrive first whose connections are new."""
+        for server in self.servers:
+            server.close()
+        await asyncio.sleep(LINGER_S)
+        await super().shutdown(sockets)
 
 
 class _Config(uvicorn.Config):
@@ -290,6 +313,7 @@ class _Patient(HttpToolsProtocol):
         self._header_bytes = 0
         self._wait(HEADERS_S)
         super().on_message_begin()
+        self.scope[ARRIVED] = time.monotonic()  # type: ignore[literal-required]
 
     def on_url(self, url: bytes) -> None:
         self._count(len(url))

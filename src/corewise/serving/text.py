@@ -18,6 +18,8 @@ BUCKET = 8
 """Texts are padded to a multiple of so many tokens: those of about one length share calls, with little padding."""
 MOST_TOKENS = 512
 """Where neither the model nor the tokenizer says."""
+TOKEN_BYTES = 32
+"""Bytes of text that are read for each token that the model takes: more than any language needs."""
 
 
 class TextInput:
@@ -42,13 +44,21 @@ class TextInput:
         # More than the model has positions for would be refused, padding included.
         longest = [each.longest[1] or MOST_TOKENS for each in input_ranges(found) or () if len(each.longest) == 2]
         self._most = self._fixed or min([int(truncation.get("max_length", MOST_TOKENS)), *longest])
+        self._most_bytes = TOKEN_BYTES * self._most
         self._tokenizer.no_padding()
         self._tokenizer.no_truncation()
 
     def arrays(self, texts: Sequence[bytes]) -> tuple[np.ndarray, ...]:
         """The model's inputs for these texts. Raises ``ProtocolError`` for one that is no UTF-8 or too long."""
+        if (longest_bytes := max(map(len, texts))) > self._most_bytes:
+            raise ProtocolError(
+                f"a text has {longest_bytes} bytes; at most {self._most_bytes} are read for the {self._most} tokens "
+                "that the model takes",
+                "send it in parts",
+            )
         try:
-            encoded = self._tokenizer.encode_batch([text.decode() for text in texts])
+            # One at a time: other threads run between two calls.
+            encoded = [self._tokenizer.encode_batch([text.decode()])[0] for text in texts]
         except UnicodeDecodeError as error:
             raise ProtocolError(f"a text is no UTF-8: {error.reason}") from error
         longest = max(len(one.ids) for one in encoded)

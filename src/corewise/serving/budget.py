@@ -1,0 +1,61 @@
+"""The bytes that requests of all protocols hold together, and each client's share of them."""
+
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from corewise.serving.protocol import Limits, NoRoom
+
+
+class Budget:
+    """Books bytes when they have arrived, never because a request claims them. Thread-safe."""
+
+    def __init__(self, limits: Limits) -> None:
+        self._total_bytes = limits.bodies_bytes
+        self._client_bytes = int(limits.bodies_bytes * limits.client_share)
+        self._used_bytes = 0
+        self._by_client: dict[str, int] = {}
+        self._lock = threading.Lock()
+
+    @contextmanager
+    def booking(self, client: str) -> "Iterator[Booking]":
+        """What one request of the client at that address holds, until the ``with`` ends."""
+        booking = Booking(self, client)
+        try:
+            yield booking
+        finally:
+            self.release(client, booking.size_bytes)
+
+    def book(self, client: str, size_bytes: int) -> None:
+        """Book bytes. Raises ``NoRoom`` where there is no room for them."""
+        with self._lock:
+            held_bytes = self._by_client.get(client, 0) + size_bytes
+            if held_bytes > self._client_bytes:
+                raise NoRoom("your address has too many bytes in requests already")
+            if self._used_bytes + size_bytes > self._total_bytes:
+                raise NoRoom("the server has too many bytes in requests already")
+            self._used_bytes += size_bytes
+            self._by_client[client] = held_bytes
+
+    def release(self, client: str, size_bytes: int) -> None:
+        """Give bytes back."""
+        with self._lock:
+            self._used_bytes -= size_bytes
+            held_bytes = self._by_client.get(client, 0) - size_bytes
+            if held_bytes:
+                self._by_client[client] = held_bytes
+            else:
+                self._by_client.pop(client, None)
+
+
+class Booking:
+    """What one request holds."""
+
+    def __init__(self, budget: Budget, client: str) -> None:
+        self._budget, self._client = budget, client
+        self.size_bytes = 0
+
+    def add(self, size_bytes: int) -> None:
+        """Book more bytes. Raises ``NoRoom`` where there is no room for them."""
+        self._budget.book(self._client, size_bytes)
+        self.size_bytes += size_bytes

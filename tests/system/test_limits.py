@@ -215,7 +215,7 @@ def test_the_end_cuts_no_request(tmp_path):
 
         with concurrent.futures.ThreadPoolExecutor(8) as pool:
             asking = [pool.submit(ask) for _ in range(8)]
-            assert eventually(lambda: len(found) > 40)
+            assert eventually(lambda: len(found) > 16)
             server.process.send_signal(signal.SIGTERM)
             for each in asking:
                 each.result(30)

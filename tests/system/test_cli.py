@@ -391,10 +391,10 @@ def test_ctrl_c_keeps_what_was_done_and_the_same_command_resumes(place):
     assert found.returncode == 0
     resumed = [line.partition(": ")[0] for line in found.stderr.splitlines() if line.endswith("(resumed)")]
     assert resumed == ["eager/fp32", "engines:Stepwise/int8/n=0"]
-    # A busy machine may make one look too slow to measure.
+    # The engine answers with anything: the gate may reject its builds, and a busy machine make one look too slow.
     states = [trial["state"] for trial in json.loads(found.stdout)["trials"]]
     assert len(states) == 3
-    assert set(states) <= {"ok", "pruned"}
+    assert set(states) <= {"ok", "pruned", "rejected"}
     assert not (place / "stepwise.cw.work").exists()
 
 

@@ -708,7 +708,7 @@ def test_an_image_is_named_by_a_model_made_from_images(tmp_path, data_folder):
         for content, status in ((b"no image", 415), ((tmp_path / "0.png").read_bytes()[:200], 415), (b"", 415)):
             assert server.post("/v2/models/resnet20/classify", content=content).status_code == status
         assert server.post("/v2/models/resnet20/classify?top=0", content=b"").status_code == 400
-        assert eventually(lambda: server.get("/live.json").json()["models"][0]["shadow"])
+        assert eventually(lambda: server.get("/live.json").json()["models"][0]["shadow"], 60)
         assert server.get("/live.json").json()["models"][0]["shadow"]["sqnr_db"] > 15
         assert "corewise_shadow_sqnr_db" in server.get("/metrics").text
 

@@ -54,7 +54,8 @@ def read_class_names(path: Path) -> tuple[str, ...]:
     try:
         lines = [line.strip() for line in path.read_text(encoding="utf-8-sig").rstrip().split("\n")]
     except (OSError, UnicodeDecodeError) as error:
-        raise SamplesError(f"{path} cannot be read: {error}", "give a text file in UTF-8, one name a line") from error
+        why = getattr(error, "strerror", None) or error  # without the path again
+        raise SamplesError(f"{path} cannot be read: {why}", "give a text file in UTF-8, one name a line") from error
     if "" in lines:
         raise SamplesError(f"{path} line {lines.index('') + 1} is empty", "give one class name a line")
     return tuple(lines)

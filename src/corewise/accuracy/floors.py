@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from corewise.accuracy.groups import FEWEST_OBSERVATIONS, NEGLIGIBLE, Channels, Energies, Layout, decibels
+from corewise.accuracy.groups import FEWEST_SAMPLES, NEGLIGIBLE, Channels, Energies, Layout, decibels
 from corewise.records.fidelity import GroupFidelity
 
 FLOOR_DB = 10.0
@@ -54,12 +54,11 @@ def _group(layout: Layout, energies: Energies, channels: Channels) -> GroupFidel
 
 def _worst_channel(layout: Layout, energies: Energies, channels: Channels) -> tuple[str, float]:
     """The name and SQNR of the channel of lowest SQNR among those that carry a signal; empty where none is judged."""
-    assert layout.mean is not None
-    observations = len(energies.signal) * layout.mean.shape[1] * layout.mean.shape[3]
-    if len(channels) < 2 or observations < FEWEST_OBSERVATIONS:
+    if len(channels) < 2:
         return "", 200.0
     power, error = energies.power()[channels], energies.error.sum(axis=0)[channels]
-    carrying = np.flatnonzero(power >= max(NEGLIGIBLE * power.mean(), 1e-300))
+    enough = energies.carrying_samples()[channels] >= FEWEST_SAMPLES
+    carrying = np.flatnonzero((power >= max(NEGLIGIBLE * power.mean(), 1e-300)) & enough)
     if not carrying.size:
         return "", 200.0
     ratios = error[carrying] / power[carrying]

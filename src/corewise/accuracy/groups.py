@@ -24,8 +24,9 @@ CONSTANT = 0.01
 """Variation below this share of a channel's magnitude is no signal: rounding to bf16 alone makes an error of 0.2 %."""
 NEGLIGIBLE = 0.01
 """A channel with a smaller share of its group's mean power is not judged alone."""
-FEWEST_OBSERVATIONS = 50
-"""Channels with fewer values (samples times positions) are not judged alone: their SQNR would be chance."""
+FEWEST_SAMPLES = 20.0
+"""A channel whose signal comes from fewer samples, such as the probability of a class that the holdout shows once, is
+not judged alone: a single answer would decide."""
 BLOCK_ELEMENTS = 2**22
 SCANNED_ELEMENTS = 2**24
 """The layout of a larger output is found from some of its rows."""
@@ -53,6 +54,11 @@ class Energies:
         """The sums over some channels: (N, 1) each."""
         parts = (self.signal, self.candidate, self.error, self.raw, self.raw_candidate)
         return Energies(*(part[:, channels].sum(axis=1, keepdims=True) for part in parts))
+
+    def carrying_samples(self) -> NDArray[np.float64]:
+        """From how many samples each channel's signal comes, (K,): (sum of energies)^2 / sum of their squares."""
+        squares = np.square(self.signal).sum(axis=0)
+        return np.asarray(np.square(self.signal.sum(axis=0)) / np.where(squares > 0, squares, 1.0))
 
     def power(self) -> NDArray[np.float64]:
         """The signal of each channel over all samples, at least ``CONSTANT`` of its magnitude: (K,)."""

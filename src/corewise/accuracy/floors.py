@@ -20,13 +20,13 @@ INTEGER_FLOOR_DB = 7.0
 
 def group_fidelities(layouts: Sequence[Layout], sums: Sequence[Energies]) -> tuple[GroupFidelity, ...]:
     """Every group of every output beside its floor, the nearest to it or farthest below it first."""
-    found = [
+    fidelities = [
         _group(layout, energies, channels)
         for layout, energies in zip(layouts, sums, strict=True)
         if energies.signal.size
         for channels in layout.groups
     ]
-    return tuple(sorted(found, key=_margin_db))
+    return tuple(sorted(fidelities, key=_margin_db))
 
 
 def _margin_db(group: GroupFidelity) -> float:
@@ -79,8 +79,8 @@ def worst_sample(sums: Sequence[Energies]) -> tuple[int, float]:
     """The row whose outputs are farthest from fp32's, and its error in dB below the mean signal of a sample."""
     samples = len(sums[0].signal)
     ratios = np.zeros(samples)
-    for one in sums:
-        signal = float(one.power().sum()) / samples
-        ratios = np.maximum(ratios, one.error.sum(axis=1) / max(signal, 1e-300))
+    for energies in sums:
+        signal = float(energies.power().sum()) / samples
+        ratios = np.maximum(ratios, energies.error.sum(axis=1) / max(signal, 1e-300))
     row = int(ratios.argmax())
     return row, decibels(1.0, float(ratios[row]))

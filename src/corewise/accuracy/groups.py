@@ -106,8 +106,8 @@ class Layout:
         mean = self.mean.astype(r.dtype)
         r, c = block(r, self.axis), block(c, self.axis)
         known = block(known, self.axis)
-        centred, found = (np.where(known, array - mean, 0) for array in (r, c))
-        return tuple(_squares(part) for part in (centred, found, c - r, r, c))
+        centred, candidate_centred = (np.where(known, array - mean, 0) for array in (r, c))
+        return tuple(_squares(part) for part in (centred, candidate_centred, c - r, r, c))
 
 
 def layouts(reference: Sequence[Array], names: Sequence[str] = ()) -> tuple[Layout, ...]:
@@ -187,8 +187,8 @@ def _mean(output: Array, axis: int | None) -> Array:
     """The mean over samples as (1, before, K, after); over positions too where their number varies."""
     if output.dtype == object:
         blocks = [block(real(np.asarray(row)[None]), axis) for row in output]
-        count = sum(np.isfinite(one).sum(axis=(0, 1, 3), keepdims=True) for one in blocks)
-        total = sum(np.where(np.isfinite(one), one, 0).sum(axis=(0, 1, 3), keepdims=True) for one in blocks)
+        count = sum(np.isfinite(part).sum(axis=(0, 1, 3), keepdims=True) for part in blocks)
+        total = sum(np.where(np.isfinite(part), part, 0).sum(axis=(0, 1, 3), keepdims=True) for part in blocks)
         return np.asarray(total / np.maximum(count, 1))
     total, count = np.zeros(1), np.zeros(1)
     for rows, _ in _pairs(output, output):
@@ -248,6 +248,6 @@ def _within_unit(output: Array, axis: int | None) -> NDArray[np.bool_]:
     inside = None
     for rows, _ in _pairs(output, output):
         part = block(real(rows), axis)
-        found = ((part >= 0) & (part <= 1)).all(axis=(0, 1, 3))
-        inside = found if inside is None else inside & found
+        part_inside = ((part >= 0) & (part <= 1)).all(axis=(0, 1, 3))
+        inside = part_inside if inside is None else inside & part_inside
     return np.asarray(inside)

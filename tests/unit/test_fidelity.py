@@ -324,7 +324,7 @@ def test_the_gate_speaks_in_figures():
     assert said(verdict.reason) == "top1 0.9167 against 0.9200: drop 0.0033 [-0.0080, 0.0150] within 0.01"
     # 300 * ((0.0150 - 0.0033) / (0.01 - 0.0033))^2, rounded up
     assert said(verdict.uncertain) == (
-        "a holdout of 300 is too small to show whether the drop is within 0.01; about 920 would"
+        "a holdout of 300 is too small to show whether the drop is within 0.01; about 920 samples would show it"
     )
 
 

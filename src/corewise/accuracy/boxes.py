@@ -92,11 +92,11 @@ def corners(boxes: NDArray[np.float64]) -> NDArray[np.float64]:
     return np.concatenate([center - half, center + half], axis=1)
 
 
-def suppressed(found: Detections) -> Detections:
+def suppressed(detections: Detections) -> Detections:
     """Of boxes of one class that overlap, the best: greedy non-maximum suppression."""
-    order = np.argsort(-found.scores, kind="stable")[:MOST_CANDIDATES]
-    order = order[found.scores[order] > LEAST_SCORE]
-    boxes, classes = found.boxes[order], found.classes[order]
+    order = np.argsort(-detections.scores, kind="stable")[:MOST_CANDIDATES]
+    order = order[detections.scores[order] > LEAST_SCORE]
+    boxes, classes = detections.boxes[order], detections.classes[order]
     areas = np.prod(np.maximum(boxes[:, 2:] - boxes[:, :2], 0), axis=1)
     left = np.arange(len(order))
     kept: list[int] = []
@@ -108,7 +108,7 @@ def suppressed(found: Detections) -> Detections:
         both = np.prod(np.maximum(high - low, 0), axis=1)
         overlap = both / np.maximum(areas[best] + areas[rest] - both, 1e-12)
         left = rest[(overlap <= OVERLAP) | (classes[rest] != classes[best])]
-    return Detections(found.boxes[kept], found.scores[kept], found.classes[kept])
+    return Detections(detections.boxes[kept], detections.scores[kept], detections.classes[kept])
 
 
 def _named(outputs: Any) -> Decode | None:
@@ -140,7 +140,7 @@ def _torchvision(outputs: Any) -> list[Detections]:
 
 def _transformers(outputs: Any, softmax: bool) -> list[Detections]:
     fields = _fields(outputs)
-    found = []
+    detections = []
     for logits, boxes in zip(fields["logits"], fields["pred_boxes"], strict=True):
         wide = logits.astype(np.float64)
         if softmax:
@@ -150,8 +150,8 @@ def _transformers(outputs: Any, softmax: bool) -> list[Detections]:
             scores = _sigmoid(wide)
         classes = scores.argmax(axis=1)
         best = scores[np.arange(len(scores)), classes]
-        found.append(Detections(corners(boxes.astype(np.float64)), best, classes.astype(np.int64)))
-    return found
+        detections.append(Detections(corners(boxes.astype(np.float64)), best, classes.astype(np.int64)))
+    return detections
 
 
 def _separate(leaves: list[Array]) -> Decode | None:
@@ -168,8 +168,8 @@ def _separate(leaves: list[Array]) -> Decode | None:
     raw = _Raw(True, _in_order(leaves[boxes]), _are_logits(leaves[scores]))
 
     def decode(outputs: Any) -> list[Detections]:
-        found = flatten(outputs)[0]
-        return raw(np.concatenate([found[boxes], found[scores]], axis=2))
+        leaves = flatten(outputs)[0]
+        return raw(np.concatenate([leaves[boxes], leaves[scores]], axis=2))
 
     return decode
 

@@ -137,8 +137,8 @@ def auc(outputs: Any, labels: Any) -> Pooled:
 
 def first(outputs: Any) -> Array:
     """The first array of the outputs."""
-    found: Array = flatten(outputs)[0][0]
-    return found
+    array: Array = flatten(outputs)[0][0]
+    return array
 
 
 def is_class_scores(output: Array) -> bool:
@@ -167,8 +167,8 @@ def scipy_stats(metric: str) -> Any:
 
 def _dense(scores: Array, metric: str) -> Array:
     """The scores, if they can be those of classes at positions."""
-    one = np.asarray(scores[0])
-    if one.ndim < 2 or one.dtype.kind != "f":
+    sample = np.asarray(scores[0])
+    if sample.ndim < 2 or sample.dtype.kind != "f":
         _refuse(metric, scores)
     return scores
 

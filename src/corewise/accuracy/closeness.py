@@ -41,9 +41,9 @@ def concordance(outputs: Any, reference: Any) -> Pooled:
     a correlation that also falls where values are shifted or scaled. 1 for equal outputs, about 0 for unrelated ones
     (Lin, Biometrics 45, 1989). Integer outputs count by the share of equal values.
     """
-    leaves, found = flatten(reference)[0], flatten(outputs)[0]
+    leaves, candidate_leaves = flatten(reference)[0], flatten(outputs)[0]
     columns = []
-    for layout, ours, theirs in zip(layouts(leaves), leaves, found, strict=True):
+    for layout, ours, theirs in zip(layouts(leaves), leaves, candidate_leaves, strict=True):
         sums = layout.energies(ours, theirs)
         parts = np.stack([sums.signal, sums.candidate, sums.error, sums.raw])
         columns += [parts[:, :, channels].sum(axis=2) for channels in layout.groups]

@@ -46,16 +46,16 @@ def detections(outputs: Any, reference: Any) -> Pooled:
     """
     decode = decoder(reference)
     truth = []
-    for found in decoded(decode, reference, "detections"):
-        confident = found.scores >= CONFIDENT
-        truth.append(Detections(found.boxes[confident], found.scores[confident], found.classes[confident]))
-    if not any(len(found.boxes) for found in truth):
+    for detected in decoded(decode, reference, "detections"):
+        confident = detected.scores >= CONFIDENT
+        truth.append(Detections(detected.boxes[confident], detected.scores[confident], detected.classes[confident]))
+    if not any(len(detected.boxes) for detected in truth):
         what = f"fp32 detects nothing with a score of {CONFIDENT} or more in the holdout"
         raise MetricError(what, "give samples that show what the model detects, or use concordance")
     return average_precision(decoded(decode, outputs, "detections"), truth, "detections")
 
 
-def average_precision(found: Sequence[Detections], truth: Sequence[Detections], metric: str) -> Pooled:
+def average_precision(answers: Sequence[Detections], truth: Sequence[Detections], metric: str) -> Pooled:
     """COCO's AP@[.5:.95], by pycocotools; its matches are found once, and any selection of images is scored again.
 
     Raises ``MissingExtra`` where pycocotools is not installed, ``SamplesError`` where there is no box to be found.
@@ -65,16 +65,16 @@ def average_precision(found: Sequence[Detections], truth: Sequence[Detections], 
         from pycocotools.cocoeval import COCOeval
     except ImportError:
         raise MissingExtra("pycocotools", "metrics", f"the metric {metric}") from None
-    if not any(len(one.boxes) for one in truth):
+    if not any(len(target.boxes) for target in truth):
         raise SamplesError("no image of the holdout has a box", "give images with labelled boxes")
-    classes = sorted({int(name) for one in truth for name in one.classes})
+    classes = sorted({int(name) for target in truth for name in target.classes})
     with redirect_stdout(io.StringIO()):
-        right, answers = COCO(), COCO()
-        right.dataset = _dataset(truth, classes, with_scores=False)
-        answers.dataset = _dataset(found, classes, with_scores=True)
-        right.createIndex()
-        answers.createIndex()
-        evaluation = COCOeval(right, answers, "bbox")
+        expected, detected = COCO(), COCO()
+        expected.dataset = _dataset(truth, classes, with_scores=False)
+        detected.dataset = _dataset(answers, classes, with_scores=True)
+        expected.createIndex()
+        detected.createIndex()
+        evaluation = COCOeval(expected, detected, "bbox")
         evaluation.params.areaRng, evaluation.params.areaRngLbl = [[0, 1e10]], ["all"]
         evaluation.params.maxDets = [MOST_DETECTIONS]
         evaluation.evaluate()
@@ -83,8 +83,9 @@ def average_precision(found: Sequence[Detections], truth: Sequence[Detections], 
 
     def of_rows(rows: Rows) -> float:
         times = np.bincount(rows, minlength=images)
-        found = [one for curve in curves if (one := curve.average_precision(times)) is not None]
-        return float(np.mean(found)) if found else float("nan")
+        precisions = [curve.average_precision(times) for curve in curves]
+        known = [precision for precision in precisions if precision is not None]
+        return float(np.mean(known)) if known else float("nan")
 
     return Pooled(of_rows, images)
 
@@ -124,19 +125,19 @@ class _Curve:
         hits = np.cumsum(self.right * weights, axis=1)
         precision = hits / np.maximum(np.cumsum(weights), 1)
         best = np.maximum.accumulate(precision[:, ::-1], axis=1)[:, ::-1]
-        found = []
+        means = []
         for recalls, heights in zip(hits / whole, best, strict=True):
             places = np.searchsorted(recalls, RECALLS, side="left")
-            found.append(np.append(heights, 0.0)[places].mean())
-        return float(np.mean(found))
+            means.append(np.append(heights, 0.0)[places].mean())
+        return float(np.mean(means))
 
 
-def _dataset(found: Sequence[Detections], classes: Sequence[int], *, with_scores: bool) -> dict[str, Any]:
+def _dataset(images: Sequence[Detections], classes: Sequence[int], *, with_scores: bool) -> dict[str, Any]:
     """COCO's annotations of boxes: x, y, width, height."""
     annotations: list[dict[str, Any]] = []
     known = set(classes)
-    for image, one in enumerate(found):
-        for box, score, name in zip(one.boxes, one.scores, one.classes, strict=True):
+    for image, detected in enumerate(images):
+        for box, score, name in zip(detected.boxes, detected.scores, detected.classes, strict=True):
             if int(name) not in known:
                 continue
             width, height = max(0.0, float(box[2] - box[0])), max(0.0, float(box[3] - box[1]))
@@ -149,7 +150,7 @@ def _dataset(found: Sequence[Detections], classes: Sequence[int], *, with_scores
             annotation |= {"bbox": [float(box[0]), float(box[1]), width, height], "area": width * height}
             annotations.append(annotation | ({"score": float(score)} if with_scores else {}))
     return {
-        "images": [{"id": image} for image in range(len(found))],
+        "images": [{"id": image} for image in range(len(images))],
         "categories": [{"id": name} for name in classes],
         "annotations": annotations,
     }

@@ -65,7 +65,7 @@ def compare(
     drop = value - baseline if metric.lower_is_better else baseline - value
     judged = layouts(reference.leaves, output_names)
     sums = [layout.energies(*pair) for layout, *pair in zip(judged, reference.leaves, candidate.leaves, strict=True)]
-    numbers = [one for one, layout in zip(sums, judged, strict=True) if layout.mean is not None] or sums
+    numbers = [energies for energies, layout in zip(sums, judged, strict=True) if layout.mean is not None] or sums
     farthest, farthest_db = worst_sample(sums)
     guess, guess_limit = chance(metric.name, reference.leaves[0], len(reference)) or (None, None)
     return Fidelity(
@@ -77,7 +77,7 @@ def compare(
         drop_low=min(low, drop),
         drop_high=max(high, drop),
         lower_is_better=metric.lower_is_better,
-        sqnr_db=decibels(sum(float(one.raw.sum()) for one in numbers), sum(float(one.error.sum()) for one in numbers)),
+        sqnr_db=decibels(_total(numbers, "raw"), _total(numbers, "error")),
         cosine=_cosine(numbers),
         agreement=_agreement(reference.leaves[0], candidate.leaves[0]),
         groups=group_fidelities(judged, sums),
@@ -153,10 +153,16 @@ def _agreement(reference: Array, candidate: Array) -> float | None:
     return float((reference.argmax(axis=1) == candidate.argmax(axis=1)).mean())
 
 
+def _total(sums: Sequence[Energies], part: str) -> float:
+    """One of the sums over all samples, channels and outputs."""
+    return sum(float(getattr(energies, part).sum()) for energies in sums)
+
+
 def _cosine(sums: Sequence[Energies]) -> float:
     """The mean over samples of the cosine of all outputs as one vector; 1 where both are zero, 0 where only one is."""
     ours, theirs, error = (
-        np.sum([getattr(one, name).sum(axis=1) for one in sums], axis=0) for name in ("raw", "raw_candidate", "error")
+        np.sum([getattr(energies, part).sum(axis=1) for energies in sums], axis=0)
+        for part in ("raw", "raw_candidate", "error")
     )
     norm = np.sqrt(ours * theirs)
     alike = (ours == theirs).astype(np.float64)

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from corewise.accuracy.groups import FEWEST_OBSERVATIONS, NEGLIGIBLE, Channels, Energies, Layout, decibels
+from corewise.accuracy.groups import FEWEST_SAMPLES, NEGLIGIBLE, Channels, Energies, Layout, decibels
 from corewise.records.fidelity import GroupFidelity
 
 FLOOR_DB = 10.0
@@ -20,13 +20,13 @@ INTEGER_FLOOR_DB = 7.0
 
 def group_fidelities(layouts: Sequence[Layout], sums: Sequence[Energies]) -> tuple[GroupFidelity, ...]:
     """Every group of every output beside its floor, the nearest to it or farthest below it first."""
-    found = [
+    fidelities = [
         _group(layout, energies, channels)
         for layout, energies in zip(layouts, sums, strict=True)
         if energies.signal.size
         for channels in layout.groups
     ]
-    return tuple(sorted(found, key=_margin_db))
+    return tuple(sorted(fidelities, key=_margin_db))
 
 
 def _margin_db(group: GroupFidelity) -> float:
@@ -54,12 +54,11 @@ def _group(layout: Layout, energies: Energies, channels: Channels) -> GroupFidel
 
 def _worst_channel(layout: Layout, energies: Energies, channels: Channels) -> tuple[str, float]:
     """The name and SQNR of the channel of lowest SQNR among those that carry a signal; empty where none is judged."""
-    assert layout.mean is not None
-    observations = len(energies.signal) * layout.mean.shape[1] * layout.mean.shape[3]
-    if len(channels) < 2 or observations < FEWEST_OBSERVATIONS:
+    if len(channels) < 2:
         return "", 200.0
     power, error = energies.power()[channels], energies.error.sum(axis=0)[channels]
-    carrying = np.flatnonzero(power >= max(NEGLIGIBLE * power.mean(), 1e-300))
+    enough = energies.carrying_samples()[channels] >= FEWEST_SAMPLES
+    carrying = np.flatnonzero((power >= max(NEGLIGIBLE * power.mean(), 1e-300)) & enough)
     if not carrying.size:
         return "", 200.0
     ratios = error[carrying] / power[carrying]
@@ -80,8 +79,8 @@ def worst_sample(sums: Sequence[Energies]) -> tuple[int, float]:
     """The row whose outputs are farthest from fp32's, and its error in dB below the mean signal of a sample."""
     samples = len(sums[0].signal)
     ratios = np.zeros(samples)
-    for one in sums:
-        signal = float(one.power().sum()) / samples
-        ratios = np.maximum(ratios, one.error.sum(axis=1) / max(signal, 1e-300))
+    for energies in sums:
+        signal = float(energies.power().sum()) / samples
+        ratios = np.maximum(ratios, energies.error.sum(axis=1) / max(signal, 1e-300))
     row = int(ratios.argmax())
     return row, decibels(1.0, float(ratios[row]))

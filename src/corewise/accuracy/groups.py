@@ -24,8 +24,9 @@ CONSTANT = 0.01
 """Variation below this share of a channel's magnitude is no signal: rounding to bf16 alone makes an error of 0.2 %."""
 NEGLIGIBLE = 0.01
 """A channel with a smaller share of its group's mean power is not judged alone."""
-FEWEST_OBSERVATIONS = 50
-"""Channels with fewer values (samples times positions) are not judged alone: their SQNR would be chance."""
+FEWEST_SAMPLES = 20.0
+"""A channel whose signal comes from fewer samples, such as the probability of a class that the holdout shows once, is
+not judged alone: a single answer would decide."""
 BLOCK_ELEMENTS = 2**22
 SCANNED_ELEMENTS = 2**24
 """The layout of a larger output is found from some of its rows."""
@@ -53,6 +54,11 @@ class Energies:
         """The sums over some channels: (N, 1) each."""
         parts = (self.signal, self.candidate, self.error, self.raw, self.raw_candidate)
         return Energies(*(part[:, channels].sum(axis=1, keepdims=True) for part in parts))
+
+    def carrying_samples(self) -> NDArray[np.float64]:
+        """From how many samples each channel's signal comes, (K,): (sum of energies)^2 / sum of their squares."""
+        squares = np.square(self.signal).sum(axis=0)
+        return np.asarray(np.square(self.signal.sum(axis=0)) / np.where(squares > 0, squares, 1.0))
 
     def power(self) -> NDArray[np.float64]:
         """The signal of each channel over all samples, at least ``CONSTANT`` of its magnitude: (K,)."""
@@ -100,8 +106,8 @@ class Layout:
         mean = self.mean.astype(r.dtype)
         r, c = block(r, self.axis), block(c, self.axis)
         known = block(known, self.axis)
-        centred, found = (np.where(known, array - mean, 0) for array in (r, c))
-        return tuple(_squares(part) for part in (centred, found, c - r, r, c))
+        centred, candidate_centred = (np.where(known, array - mean, 0) for array in (r, c))
+        return tuple(_squares(part) for part in (centred, candidate_centred, c - r, r, c))
 
 
 def layouts(reference: Sequence[Array], names: Sequence[str] = ()) -> tuple[Layout, ...]:
@@ -181,8 +187,8 @@ def _mean(output: Array, axis: int | None) -> Array:
     """The mean over samples as (1, before, K, after); over positions too where their number varies."""
     if output.dtype == object:
         blocks = [block(real(np.asarray(row)[None]), axis) for row in output]
-        count = sum(np.isfinite(one).sum(axis=(0, 1, 3), keepdims=True) for one in blocks)
-        total = sum(np.where(np.isfinite(one), one, 0).sum(axis=(0, 1, 3), keepdims=True) for one in blocks)
+        count = sum(np.isfinite(part).sum(axis=(0, 1, 3), keepdims=True) for part in blocks)
+        total = sum(np.where(np.isfinite(part), part, 0).sum(axis=(0, 1, 3), keepdims=True) for part in blocks)
         return np.asarray(total / np.maximum(count, 1))
     total, count = np.zeros(1), np.zeros(1)
     for rows, _ in _pairs(output, output):
@@ -242,6 +248,6 @@ def _within_unit(output: Array, axis: int | None) -> NDArray[np.bool_]:
     inside = None
     for rows, _ in _pairs(output, output):
         part = block(real(rows), axis)
-        found = ((part >= 0) & (part <= 1)).all(axis=(0, 1, 3))
-        inside = found if inside is None else inside & found
+        part_inside = ((part >= 0) & (part <= 1)).all(axis=(0, 1, 3))
+        inside = part_inside if inside is None else inside & part_inside
     return np.asarray(inside)

@@ -29,12 +29,14 @@ def miou(outputs: Any, labels: Any) -> Pooled:
     if labels is None:
         raise SamplesError("miou needs labels and the samples have none", "add a map of classes for each sample")
     truth = [np.asarray(label).squeeze() for label in labels]
-    found = [
+    predicted = [
         _classes(np.asarray(row), label, index) for index, (row, label) in enumerate(zip(maps, truth, strict=True))
     ]
-    pairs = list(zip(found, truth, strict=True))
-    count = 1 + max(max(int(found.max()), int(label[counted(label, 0)].max(initial=0))) for found, label in pairs)
-    sums = [_overlap(found, label, count) for found, label in pairs]
+    pairs = list(zip(predicted, truth, strict=True))
+    count = 1 + max(
+        max(int(predicted.max()), int(label[counted(label, 0)].max(initial=0))) for predicted, label in pairs
+    )
+    sums = [_overlap(predicted, label, count) for predicted, label in pairs]
     return mean_share_of(np.stack([both for both, _ in sums]), np.stack([either for _, either in sums]))
 
 
@@ -115,26 +117,31 @@ def _classes(scores: Array, label: Array, row: int) -> NDArray[np.int64]:
         if axis is None:
             axis = 0 if scores.shape[0] < scores.shape[-1] else scores.ndim - 1
         if scores.shape[axis] == 1:
-            found = scores.squeeze(axis) > probability_threshold(scores)
+            classes = scores.squeeze(axis) > probability_threshold(scores)
         else:
-            found = scores.argmax(axis=axis)
+            classes = scores.argmax(axis=axis)
     else:
-        found = scores
-    found = np.asarray(found)
-    if found.ndim != label.ndim or found.ndim != 2 or label.dtype.kind not in "iub" or found.dtype.kind not in "iub":
+        classes = scores
+    classes = np.asarray(classes)
+    if (
+        classes.ndim != label.ndim
+        or classes.ndim != 2
+        or label.dtype.kind not in "iub"
+        or classes.dtype.kind not in "iub"
+    ):
         what = f"miou needs maps of classes; {sample_name(row)} has {scores.dtype} {scores.shape} for {label.shape}"
         raise MetricError(what, "return class scores (N, C, H, W), and give labels (N, H, W), integers")
-    factors = [target // size for target, size in zip(label.shape, found.shape, strict=True)]
-    if any(size * factor != target for size, factor, target in zip(found.shape, factors, label.shape, strict=True)):
-        what = f"the map of {sample_name(row)} is {found.shape}, its label {label.shape}"
+    factors = [target // size for target, size in zip(label.shape, classes.shape, strict=True)]
+    if any(size * factor != target for size, factor, target in zip(classes.shape, factors, label.shape, strict=True)):
+        what = f"the map of {sample_name(row)} is {classes.shape}, its label {label.shape}"
         raise UnfitLabel(row, what, "give labels in the size of the output, or a whole multiple of it")
-    return np.asarray(found.repeat(factors[0], 0).repeat(factors[1], 1), np.int64)
+    return np.asarray(classes.repeat(factors[0], 0).repeat(factors[1], 1), np.int64)
 
 
-def _overlap(found: Array, label: Array, classes: int) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+def _overlap(predicted: Array, label: Array, classes: int) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
     """Pixels in both and in either of the two maps, for each class."""
     valid = counted(label, classes)
-    found, label = found[valid], label[valid].astype(np.int64)
-    both = np.bincount(label[found == label], minlength=classes)
-    either = np.bincount(label, minlength=classes) + np.bincount(found, minlength=classes) - both
+    predicted, label = predicted[valid], label[valid].astype(np.int64)
+    both = np.bincount(label[predicted == label], minlength=classes)
+    either = np.bincount(label, minlength=classes) + np.bincount(predicted, minlength=classes) - both
     return both.astype(np.float64), either.astype(np.float64)

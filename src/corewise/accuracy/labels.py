@@ -82,7 +82,7 @@ def answer_labels(labels: Array | None, count: int, metric: str, classes: int = 
 def _class_numbers(labels: Array, count: int, classes: int) -> NDArray[np.int64] | None:
     """The labels as integers (N,); ``None`` where they do not name one class for each sample."""
     if labels.dtype == object:
-        sizes = {np.size(label) for label in labels} if not any(isinstance(one, Mapping) for one in labels) else {0}
+        sizes = {np.size(label) for label in labels} if not any(isinstance(label, Mapping) for label in labels) else {0}
         if sizes != {1}:
             return None
         labels = np.array([np.asarray(label).item() for label in labels])

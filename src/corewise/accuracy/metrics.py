@@ -78,7 +78,8 @@ def resolve(metric: str | Callable[[Any, Any], Any]) -> Metric:
         name = getattr(metric, "__name__", type(metric).__name__)
         if not callable(metric):
             raise MetricError(f"the metric is a {name}", "give a name or a function (outputs, labels) -> score")
-        return next((one for one in map(_built_in, METRICS) if one.score is metric), Metric(name=name, score=metric))
+        built_in = (known for known in map(_built_in, METRICS) if known.score is metric)
+        return next(built_in, Metric(name=name, score=metric))
     if metric in METRICS or re.fullmatch(r"(ndcg|recall)@[1-9]\d*", metric):
         return _built_in(metric)
     if ":" in metric:
@@ -160,8 +161,8 @@ def _fitting_labels(outputs: Any, labels: Array) -> str:
         if labels.dtype != object and labels.size == len(labels):
             return "auc" if np.isin(labels, (0, 1)).all() else "pearson"
         raise _unfit(scores, labels, outputs)
-    one, label = np.asarray(scores[0]), np.asarray(labels[0])
-    if label.dtype.kind in "iub" and class_axis(one.shape, label.shape) is not None:
+    score, label = np.asarray(scores[0]), np.asarray(labels[0])
+    if label.dtype.kind in "iub" and class_axis(score.shape, label.shape) is not None:
         return "miou" if label.ndim == 2 else "top1"
     raise _unfit(scores, labels, outputs)
 

@@ -54,7 +54,7 @@ def paired_scores(
             interval = _by_pooled(score, baseline, scores, members, **options)
             baseline, scores = np.asarray(baseline.value), np.asarray(scores.value)
         elif isinstance(baseline, Pooled) or isinstance(scores, Pooled) or baseline.shape != scores.shape:
-            shapes = ["pooled" if isinstance(one, Pooled) else one.shape for one in (baseline, scores)]
+            shapes = ["pooled" if isinstance(part, Pooled) else part.shape for part in (baseline, scores)]
             what = f"the metric {name!r} returns shape {shapes[0]} for fp32, {shapes[1]} for a candidate"
             raise MetricError(what, "return one kind of score")
         elif scores.ndim:
@@ -102,8 +102,8 @@ def _by_resampling(score: Score, candidate: Outputs, members: Rows | None, **opt
     units, draw = _units(members, len(candidate))
 
     def of_rows(outputs: Outputs, rows: Rows | None = None) -> float:
-        found = score(outputs, rows)
-        return found.value if isinstance(found, Pooled) else float(found)
+        scores = score(outputs, rows)
+        return scores.value if isinstance(scores, Pooled) else float(scores)
 
     whole = of_rows(score.reference)
     shuffled = of_rows(score.reference, draw(np.random.default_rng(0).permutation(units)))
@@ -114,10 +114,10 @@ def _by_resampling(score: Score, candidate: Outputs, members: Rows | None, **opt
     def drop(drawn: Rows) -> float:
         rows = draw(drawn)
         try:
-            fp32, found = of_rows(score.reference, rows), of_rows(candidate, rows)
+            baseline, value = of_rows(score.reference, rows), of_rows(candidate, rows)
         except MetricError:  # Undefined on this resample, e.g. a correlation with a constant.
             return float("nan")
-        return float(score.drop(np.asarray(fp32), np.asarray(found)))
+        return float(score.drop(np.asarray(baseline), np.asarray(value)))
 
     return stats.bootstrap_interval(drop, units, **options)
 

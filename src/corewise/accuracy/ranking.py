@@ -51,20 +51,20 @@ def recall(outputs: Any, reference: Any, *, k: int = 10) -> NDArray[np.float64]:
         raise MetricError(f"recall@{k} needs embeddings (N, D), not {ours.shape}", "use concordance")
     if len(ours) <= k:
         raise MetricError(f"{len(ours)} samples have no {k} neighbours", f"give more samples or use a k below {k}")
-    expected, found = _neighbours(ours, k), _neighbours(theirs, k)
-    return np.array([np.isin(f, e).mean() for e, f in zip(expected, found, strict=True)])
+    pairs = zip(_neighbours(ours, k), _neighbours(theirs, k), strict=True)
+    return np.array([np.isin(answer, expected).mean() for expected, answer in pairs])
 
 
 def _neighbours(embeddings: Array, k: int) -> NDArray[np.intp]:
     """Each row's ``k`` nearest other rows by cosine: (N, k)."""
     unit = _unit(embeddings)
-    found = []
+    nearest = []
     for start in range(0, len(unit), BLOCK):
         near = unit[start : start + BLOCK] @ unit.T
         rows = np.arange(len(near))
         near[rows, start + rows] = -np.inf
-        found.append(np.argpartition(-near, k - 1, axis=1)[:, :k])
-    return np.concatenate(found)
+        nearest.append(np.argpartition(-near, k - 1, axis=1)[:, :k])
+    return np.concatenate(nearest)
 
 
 def _unit(embeddings: Array) -> NDArray[np.float64]:

@@ -53,14 +53,14 @@ def _differences(metric: str, outputs: Any, labels: Any) -> list[NDArray[np.floa
     predicted = first(outputs)
     if labels is None:
         raise SamplesError(f"{metric} needs labels and the samples have none", "add the right numbers as labels")
-    found = []
+    differences = []
     for row, (ours, theirs) in enumerate(zip(predicted, labels, strict=True)):
         ours, theirs = np.asarray(ours, np.float64), np.asarray(theirs)
         if theirs.size != ours.size or theirs.dtype.kind not in "biuf":
             what = f"the label of {sample_name(row)} has shape {theirs.shape}, the output {ours.shape}"
             raise UnfitLabel(row, what, "give labels in the shape of the output")
-        found.append(ours - theirs.reshape(ours.shape))
-    return found
+        differences.append(ours - theirs.reshape(ours.shape))
+    return differences
 
 
 def _correlation(metric: str, outputs: Any, labels: Any, of: Callable[[Array, Array], float]) -> Pooled:

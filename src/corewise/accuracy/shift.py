@@ -96,7 +96,7 @@ def k_means(features: Features, clusters: int, seed: int) -> NDArray[np.intp]:
                 break
             members = nearest
             present = np.unique(members)
-            centers[present] = [features[members == one].mean(axis=0) for one in present]
+            centers[present] = [features[members == cluster].mean(axis=0) for cluster in present]
         inertia = float(_distances(features, centers).min(axis=1).sum())
         if inertia < least:
             best, least = members, inertia

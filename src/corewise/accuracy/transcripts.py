@@ -36,8 +36,8 @@ def wer(outputs: Any, labels: Any) -> Pooled:
         raise SamplesError("wer needs to know which token stands between words", fix)
     truth = [_ids(label) for label in given]
     separators = [int(label["separator"]) for label in given]
-    found = decode_transcripts(first(outputs), truth)
-    split = [[_words(ids, s) for ids, s in zip(texts, separators, strict=True)] for texts in (found, truth)]
+    answers = decode_transcripts(first(outputs), truth)
+    split = [[_words(ids, s) for ids, s in zip(texts, separators, strict=True)] for texts in (answers, truth)]
     return _error_rate("wer", *split)
 
 
@@ -73,7 +73,9 @@ def _given(metric: str, labels: Any) -> Any:
 def _ids(label: Any) -> list[int]:
     ids = np.ravel(label["ids"] if isinstance(label, Mapping) else label)
     if ids.dtype.kind not in "iu":
-        raise SamplesError(f"a transcript is {ids.dtype}", "give token ids: integers")
+        raise SamplesError(
+            f"a transcript is {ids.dtype}", "give token ids: integers, or a metric of yours that decodes"
+        )
     return [int(token) for token in ids if token >= 0]
 
 
@@ -87,10 +89,10 @@ def _words(ids: Sequence[int], separator: int) -> list[tuple[int, ...]]:
     return [tuple(word) for word in words if word]
 
 
-def _error_rate(metric: str, found: Sequence[Any], truth: Sequence[Any]) -> Pooled:
+def _error_rate(metric: str, answers: Sequence[Any], truth: Sequence[Any]) -> Pooled:
     try:
         from rapidfuzz.distance import Levenshtein
     except ImportError:
         raise MissingExtra("rapidfuzz", "metrics", f"the metric {metric}") from None
-    edits = [Levenshtein.distance(ours, theirs) for ours, theirs in zip(found, truth, strict=True)]
+    edits = [Levenshtein.distance(ours, theirs) for ours, theirs in zip(answers, truth, strict=True)]
     return share_of(np.array(edits, np.float64), np.array([len(text) for text in truth], np.float64))

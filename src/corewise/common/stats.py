@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 MIN_ROUNDS = 6
-"""The fewest rounds of an alternating run from which a 95 % interval of the median ratio can be had."""
+"""The fewest rounds of an alternating run that give a 95 % interval of the median ratio."""
 
 NOISY_SPREAD = 0.1
 DRIFT = 0.05
@@ -57,11 +57,11 @@ def ratio_interval(a: Sequence[float], b: Sequence[float], *, confidence: float 
     machine. With fewer than ``MIN_ROUNDS`` rounds it is their whole range, which holds the true ratio
     in 1 - 2^(1-n) of all cases: 93.75 % with 5 rounds, 75 % with 3.
 
-    Raises ``ValueError`` where the rounds differ in number, are none, or a rate is not positive.
+    Raises ``ValueError`` if the rounds differ in number, there are none, or a rate is not positive.
     """
     first, second = np.asarray(a, dtype=np.float64), np.asarray(b, dtype=np.float64)
     if first.shape != second.shape or not first.size or min(first.min(), second.min()) <= 0:
-        raise ValueError("a ratio needs as many rates of the one as of the other, all above 0")
+        raise ValueError("a ratio needs as many rates of one contender as of the other, all above 0")
     logs = np.sort(np.log(first / second))
     median = quantile(logs, 0.5)
     low, high = _median_low(logs, confidence), -_median_low(-logs[::-1], confidence)
@@ -91,8 +91,8 @@ def paired_proportion_interval(first_only: int, second_only: int, n: int, *, con
 
     ``first_only`` counts the samples that only the first has right, ``second_only`` those that only the
     second has. The adjusted Wald interval of Bonett and Price (Journal of Educational and Behavioral
-    Statistics 37(4), 2012): one sample is added to each count, so that without any differing sample
-    the interval still has the width that ``n`` deserves.
+    Statistics 37(4), 2012): one sample is added to each count, so that the interval keeps the width that
+    ``n`` samples deserve even if none differs.
     """
     p1, p2 = (first_only + 1) / (n + 2), (second_only + 1) / (n + 2)
     half = _normal(confidence) * sqrt((p1 + p2 - (p1 - p2) ** 2) / (n + 2))
@@ -111,13 +111,13 @@ def bootstrap_interval(
 ) -> Interval:
     """The interval of a statistic of ``units`` exchangeable units (samples, or groups of samples).
 
-    ``statistic`` is given the drawn units' numbers, shape (units,), with repetitions; a resample for
-    which it is NaN is left out. The percentile bootstrap, expanded for few units (Hesterberg, The
-    American Statistician 69(4), 2015). Where ``budget_s`` allows fewer than 200 resamples
-    their percentiles are too coarse and the interval is estimate +- t * standard error, for which 25
-    to 200 do (Efron and Tibshirani, An Introduction to the Bootstrap, 1993, section 6.4).
+    ``statistic`` is given the drawn units' numbers, shape (units,), with repetitions; resamples that give NaN are left
+    out. This is the percentile bootstrap, expanded for few units (Hesterberg, The American Statistician 69(4), 2015).
+    If ``budget_s`` allows fewer than 200 resamples, percentiles are too coarse, and the interval is estimate +- t *
+    standard error, for which 25 to 200 are enough (Efron and Tibshirani, An Introduction to the Bootstrap, 1993,
+    section 6.4).
 
-    Raises ``ValueError`` for fewer than 2 units, or where most resamples are NaN.
+    Raises ``ValueError`` for fewer than 2 units, or if most resamples are NaN.
     """
     if units < 2:
         raise ValueError("it needs at least 2 samples or groups")
@@ -150,7 +150,7 @@ def bootstrap_mean_interval(values: ArrayLike, groups: NDArray[np.intp] | None =
 
 
 def holdout_needed(samples: int, half_width: float, margin: float) -> int:
-    """About how many samples would narrow an interval to ``margin`` that reaches ``half_width`` with ``samples``.
+    """About how many samples would narrow an interval of ``half_width``, from ``samples``, to ``margin``.
 
     Widths shrink with the square root of the number of samples. Rounded up to two digits.
     Raises ``ValueError`` for a margin of 0 or less, which no number of samples reaches.

@@ -25,9 +25,9 @@ class Balance:
         if not floating:
             return
         outputs = Outputs.gather([[batch[index].numpy() for index in floating] for batch in references])
-        found = layouts(outputs.leaves)
-        if sum(len(layout.groups) for layout in found) > 1:
-            for index, layout, output in zip(floating, found, outputs.leaves, strict=True):
+        of_outputs = layouts(outputs.leaves)
+        if sum(len(layout.groups) for layout in of_outputs) > 1:
+            for index, layout, output in zip(floating, of_outputs, outputs.leaves, strict=True):
                 self._weights[index] = _weights(layout, output)
 
     def __call__(self, outputs: Sequence[Any]) -> tuple[Any, ...]:

@@ -103,13 +103,26 @@ def test_what_does_not_vary_is_judged_by_its_magnitude():
 
 
 def test_the_worst_group_comes_first_and_a_lost_channel_is_named():
-    reference = SEVERAL["boxes beside scores"][0]
+    reference = np.concatenate([boxes(40, 4, 50), scores(40, 80, 50)], 1)
     candidate = reference.copy()
     candidate[:, 17] = 0
     worst, best = fidelities(reference, candidate)
     assert (worst.name, worst.worst_channel, worst.passed) == ("output_0[:, 4:84]", "output_0[:, 17]", False)
     assert worst.sqnr_db > worst.floor_db  # one class of 80 is a small part of the group
     assert (best.name, best.sqnr_db, best.passed) == ("output_0[:, 0:4]", 200, True)
+
+
+def test_a_channel_that_few_samples_use_is_not_judged_alone():
+    """Of a thousand probabilities, most belong to classes that the holdout shows once: one wrong answer loses them."""
+    answers = rng().permutation(500)
+    reference = np.full((200, 500), 1e-3)
+    reference[np.arange(200), answers[:200]] = 0.9
+    candidate = reference.copy()
+    candidate[0] = reference[1]
+    (group,) = fidelities(reference, candidate)
+    assert (group.worst_channel, group.passed) == ("", True)
+    often = rng(1).normal(size=(200, 10))
+    assert fidelities(often, often * (np.arange(10) != 3))[0].worst_channel == "output_0[:, 3]"
 
 
 def test_integers_count_by_the_share_that_differs():

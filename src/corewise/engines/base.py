@@ -102,7 +102,7 @@ class Engine(Protocol):
         """ISA extensions (``Cpu.isa`` names, or ``int8_dot``, ``bf16``) the payload must find where it runs."""
         ...
 
-    def build(self, material: BuildInputs, build: Build, folder: Path) -> tuple[str, ...]:
+    def build(self, build_inputs: BuildInputs, build: Build, folder: Path) -> tuple[str, ...]:
         """Write the payload into the empty ``folder``; returns notes for the report.
 
         Raises ``EngineError`` where the program or the build is beyond the engine.

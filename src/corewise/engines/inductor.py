@@ -93,7 +93,7 @@ class Inductor:
             return (*isa, "int8_dot")
         return (*isa, "bf16") if build.precision == "bf16" else isa
 
-    def build(self, material: BuildInputs, build: Build, folder: Path) -> tuple[str, ...]:
+    def build(self, build_inputs: BuildInputs, build: Build, folder: Path) -> tuple[str, ...]:
         """Export the program for each batch, compile it, and time the batches.
 
         Raises ``EngineError`` where the program cannot be quantized or compiled, nothing in it became int8, or this CPU
@@ -102,37 +102,37 @@ class Inductor:
         from corewise.engines.torch_tools import threads
 
         isa = str(build.option("isa", "avx2"))
-        if isa not in (isas := _isas(material.cpu)):
+        if isa not in (isas := _isas(build_inputs.cpu)):
             raise EngineError(
                 f"inductor cannot compile for isa {isa!r} on this CPU",
                 f"use {' or '.join(isas)}" if isas else "use another engine",
             )
-        free = any(size is None for spec in material.inputs for size in spec.shape[1:])
+        free = any(size is None for spec in build_inputs.inputs for size in spec.shape[1:])
         sizes = () if free else (ONE, MANY)
-        with quiet(), threads(material.cpu.usable_cores):
-            program, notes = _program(material, build)
+        with quiet(), threads(build_inputs.cpu.usable_cores):
+            program, notes = _program(build_inputs, build)
             module: nn.Module = program.module()
-            dims: Any = _dynamic(material.inputs) if free else None
+            dims: Any = _dynamic(build_inputs.inputs) if free else None
             if build.precision == "bf16":
                 # torch.export wants the shapes of ``*inputs`` as one argument's.
                 module, dims = _in_bf16(module), (dims,) if free else None
             for size in sizes or (None,):
                 with guard(EngineError, "inductor cannot compile this program", "use another engine"):
-                    _compile(module, _example(material, size or 2), dims, isa, _package(folder, size))
+                    _compile(module, _example(build_inputs, size or 2), dims, isa, _package(folder, size))
         quantized = 0
         if build.precision == "int8":
             quantized = sum("dequantize_per_channel" in str(node.target) for node in program.graph.nodes)
             notes = (*notes, *_proof(folder, sizes, quantized))
         settings = {
-            "inputs": to_json(material.inputs),
+            "inputs": to_json(build_inputs.inputs),
             "sizes": sizes,
             "one_by_one": 0,
-            "layers": material.count(WEIGHTED),
+            "layers": build_inputs.count(WEIGHTED),
             "quantized": quantized,
         }
         (folder / SETTINGS).write_text(json.dumps(settings))
         if sizes:
-            times = {size: _time(self, material, build, folder, size) for size in sizes}
+            times = {size: _time(self, build_inputs, build, folder, size) for size in sizes}
             # At least one, whatever a noisy machine says: a padded sixteen is no faster than a call of one.
             settings["one_by_one"] = max(1, int(times[MANY] / times[ONE]))
             (folder / SETTINGS).write_text(json.dumps(settings))
@@ -280,13 +280,13 @@ def _package(folder: Path, size: int | None) -> Path:
     return folder / ("any.pt2" if size is None else f"batch{size}.pt2")
 
 
-def _program(material: BuildInputs, build: Build) -> "tuple[ExportedProgram, tuple[str, ...]]":
+def _program(build_inputs: BuildInputs, build: Build) -> "tuple[ExportedProgram, tuple[str, ...]]":
     """The program to compile: as it is, or quantized where oneDNN's kernels want it; and notes."""
     if build.precision != "int8":
         from corewise.source import load_program
 
-        return load_program(material.program), ()
-    path, notes = qdq.quantized(material, build, "fused")
+        return load_program(build_inputs.program), ()
+    path, notes = qdq.quantized(build_inputs, build, "fused")
     from corewise.quantize.state import load_quantized
 
     return load_quantized(path), notes
@@ -366,11 +366,11 @@ def _dynamic(inputs: Sequence[TensorSpec]) -> tuple[dict[int, Any], ...]:
     return tuple({k: Dim.DYNAMIC if k else batch for k, size in enumerate(spec.shape) if not size} for spec in inputs)
 
 
-def _example(material: BuildInputs, size: int) -> "tuple[torch.Tensor, ...]":
+def _example(build_inputs: BuildInputs, size: int) -> "tuple[torch.Tensor, ...]":
     """``size`` rows of one shape, the last one repeated where there are less."""
     from corewise.engines.torch_tools import from_numpy
 
-    _, arrays = next(material.calibration.batches(size))
+    _, arrays = next(build_inputs.calibration.batches(size))
     return tuple(from_numpy(rows_of(array, 0, len(array), size)) for array in arrays)
 
 
@@ -389,11 +389,11 @@ def _proof(folder: Path, sizes: Sequence[int], quantized: int) -> tuple[str, ...
     )
 
 
-def _time(engine: Inductor, material: BuildInputs, build: Build, folder: Path, size: int) -> float:
+def _time(engine: Inductor, build_inputs: BuildInputs, build: Build, folder: Path, size: int) -> float:
     """Seconds of a call with ``size`` rows."""
-    session = engine.open(folder, build, Plan(threads_per_instance=material.cpu.usable_cores, batch=size))
+    session = engine.open(folder, build, Plan(threads_per_instance=build_inputs.cpu.usable_cores, batch=size))
     try:
-        return fastest_s(session, [tensor.numpy() for tensor in _example(material, size)])
+        return fastest_s(session, [tensor.numpy() for tensor in _example(build_inputs, size)])
     finally:
         session.close()
 

@@ -74,7 +74,7 @@ class OpenVino:
         full_range = build.precision.startswith("int8") and not build.quantization.reduce_range
         return (*(("int8_dot",) if full_range else ()), *(("bf16",) if in_bf16(build) else ()))
 
-    def build(self, material: BuildInputs, build: Build, folder: Path) -> tuple[str, ...]:
+    def build(self, build_inputs: BuildInputs, build: Build, folder: Path) -> tuple[str, ...]:
         """Convert the program and, for int8, quantize it with the calibration samples.
 
         Raises ``EngineError`` if OpenVINO cannot convert the program, or nothing can be quantized.
@@ -83,18 +83,18 @@ class OpenVino:
 
         notes: tuple[str, ...] = ()
         if qdq.uses_corewise_quantizer(build):
-            exported, notes = qdq.onnx_model(material, build, build.quantization.placement)
+            exported, notes = qdq.onnx_model(build_inputs, build, build.quantization.placement)
             _save(_converted(exported), folder)
         elif build.precision == "int8":
-            shutil.copytree(_nncf(material, build.quantization.reduce_range), folder, dirs_exist_ok=True)
+            shutil.copytree(_nncf(build_inputs, build.quantization.reduce_range), folder, dirs_exist_ok=True)
         else:
-            model = _converted(load_program(material.program))
+            model = _converted(load_program(build_inputs.program))
             if build.precision == "int8-dynamic":
                 nncf = import_nncf()
                 with quiet():
                     model = nncf.compress_weights(model, mode=nncf.CompressWeightsMode.INT8_ASYM)
             _save(model, folder)
-        plan = Plan(threads_per_instance=material.cpu.usable_cores)
+        plan = Plan(threads_per_instance=build_inputs.cpu.usable_cores)
         return (*notes, *rest_that_compiles(folder / MODEL, build, plan))
 
     def open(self, folder: Path, build: Build, plan: Plan) -> Session:
@@ -121,18 +121,18 @@ class OpenVino:
             session.close()
 
 
-def _nncf(material: BuildInputs, reduce_range: bool) -> Path:
+def _nncf(build_inputs: BuildInputs, reduce_range: bool) -> Path:
     """The folder of NNCF's int8 in the cache, made by whichever build comes first."""
     from corewise.source import load_program
 
-    folder = material.cache / ("nncf-7-bits" if reduce_range else "nncf")
+    folder = build_inputs.cache / ("nncf-7-bits" if reduce_range else "nncf")
     if not folder.exists():
         # What is ended half-way leaves nothing that looks whole.
-        with TemporaryDirectory(dir=material.cache) as name:
+        with TemporaryDirectory(dir=build_inputs.cache) as name:
             part = Path(name) / folder.name
             part.mkdir()
             with quiet():
-                model = _quantized(_converted(load_program(material.program)), material, reduce_range)
+                model = _quantized(_converted(load_program(build_inputs.program)), build_inputs, reduce_range)
             _save(model, part)
             part.rename(folder)
     return folder
@@ -149,7 +149,7 @@ def _save(model: Any, folder: Path) -> None:
     import_openvino().save_model(model, str(folder / MODEL), compress_to_fp16=False)
 
 
-def _quantized(model: Any, material: BuildInputs, reduce_range: bool) -> Any:
+def _quantized(model: Any, build_inputs: BuildInputs, reduce_range: bool) -> Any:
     """The model with NNCF's FakeQuantize operations.
 
     Quantized with a batch of one, then with a dynamic one again: with a dynamic batch NNCF leaves depthwise
@@ -158,13 +158,13 @@ def _quantized(model: Any, material: BuildInputs, reduce_range: bool) -> Any:
     nncf = import_nncf()
     advanced = nncf.quantization.advanced_parameters
     reshape_batch(model, 1)
-    dataset = nncf.Dataset(material.calibration.rows, lambda row: [array[None] for array in row])
+    dataset = nncf.Dataset(build_inputs.calibration.rows, lambda row: [array[None] for array in row])
     model = nncf.quantize(
         model,
         dataset,
-        subset_size=len(material.calibration),
+        subset_size=len(build_inputs.calibration),
         target_device=nncf.TargetDevice.CPU,
-        model_type=nncf.ModelType.TRANSFORMER if material.count(ATTENTION) else None,
+        model_type=nncf.ModelType.TRANSFORMER if build_inputs.count(ATTENTION) else None,
         advanced_parameters=advanced.AdvancedQuantizationParameters(
             overflow_fix=advanced.OverflowFix.ENABLE if reduce_range else advanced.OverflowFix.DISABLE
         ),

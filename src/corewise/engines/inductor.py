@@ -161,7 +161,7 @@ class Inductor:
 class InductorSession:
     """Packages for batches of 1 and 16, each loaded when it is first needed; or one for any batch.
 
-    A package of oneDNN's kernels for any batch packs the weights anew at every call whose batch is not its example's.
+    A package of oneDNN's kernels for any batch packs the weights again at every call whose batch is not its example's.
     What remains of a batch after the sixteens runs one by one or as one padded sixteen, whichever took less time while
     building. PyTorch's binding holds Python's lock while a package runs (2.13): instances take turns, so that one with
     all threads serves best.
@@ -194,8 +194,8 @@ class InductorSession:
     def _call(self, inputs: list[np.ndarray]) -> list[np.ndarray]:
         from corewise.engines.torch_tools import from_numpy, to_numpy
 
-        found = self._for_batch(len(inputs[0]))(*map(from_numpy, inputs))
-        return to_numpy(found if isinstance(found, (tuple, list)) else [found])
+        outputs = self._for_batch(len(inputs[0]))(*map(from_numpy, inputs))
+        return to_numpy(outputs if isinstance(outputs, (tuple, list)) else [outputs])
 
     def _for_batch(self, rows: int) -> Any:
         return self._packages.loaded(rows if self._static else None)
@@ -207,8 +207,8 @@ class InductorSession:
     def close(self) -> None:
         """Unload the packages, unless other instances run them.
 
-        Their files are gone then; threads that ran them keep the machine code mapped till they end, for it registers
-        destructors of thread_local values (dlclose(3)).
+        Their files are gone then; threads that ran them keep the machine code mapped until they end, because it
+        registers destructors of thread_local values (dlclose(3)).
         """
         self.__dict__.pop("_packages", None)
 
@@ -272,8 +272,8 @@ def _needs(isa: str) -> tuple[str, ...]:
 
 def _isas(cpu: Cpu) -> tuple[str, ...]:
     """What can be compiled for on this CPU, the best last."""
-    found = [name for name, needs in ISAS.items() if all(map(cpu.has, needs))]
-    return tuple(dict.fromkeys((*found[:1], *found[-1:])))
+    names = [name for name, needs in ISAS.items() if all(map(cpu.has, needs))]
+    return tuple(dict.fromkeys((*names[:1], *names[-1:])))
 
 
 def _package(folder: Path, size: int | None) -> Path:
@@ -404,9 +404,9 @@ def _check(inputs: Sequence[np.ndarray], specs: Sequence[TensorSpec]) -> None:
         raise ValueError(f"{len(inputs)} inputs instead of {len(specs)}")
     for array, spec in zip(inputs, specs, strict=True):
         sizes = zip(array.shape[1:], spec.shape[1:], strict=False)
-        fits = array.ndim == len(spec.shape) and all(wanted in (None, size) for size, wanted in sizes)
+        fits = array.ndim == len(spec.shape) and all(expected in (None, size) for size, expected in sizes)
         if array.dtype.name != spec.dtype or not fits or len(array) != len(inputs[0]):
-            found = f"{array.dtype.name} of shape {array.shape}"
-            raise ValueError(f"input {spec.name} is {found} instead of {spec.dtype} of {spec.shape}")
+            given = f"{array.dtype.name} of shape {array.shape}"
+            raise ValueError(f"input {spec.name} is {given} instead of {spec.dtype} of {spec.shape}")
     if not len(inputs[0]):
         raise ValueError("a batch needs at least one row")

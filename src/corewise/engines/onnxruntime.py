@@ -116,7 +116,7 @@ class OnnxRuntimeSession:
         options.inter_op_num_threads = 1
         options.execution_mode = ort.ExecutionMode.ORT_SEQUENTIAL
         options.log_severity_level = ERRORS_ONLY
-        # Told nothing, it would have its threads, and the opening one if it is the first, keep denormals.
+        # By default ONNX Runtime's threads keep denormals, and so does the thread that opens its first session.
         options.add_session_config_entry("session.set_denormal_as_zero", "1" if denormals.flushed() else "0")
         if optimized is not None:
             options.optimized_model_filepath = str(optimized)
@@ -191,8 +191,8 @@ def _receipt(graph: Any) -> Receipt:
         return name
 
     def dequantized(name: str) -> bool:
-        found = source(name, MOVES)
-        return found in made and made[found].op_type == DEQUANTIZE
+        origin = source(name, MOVES)
+        return origin in made and made[origin].op_type == DEQUANTIZE
 
     ran, fell_back = [], []
     for node in graph.node:

@@ -47,8 +47,8 @@ class OpenVino:
         """int8 by our quantizer and by NNCF, fp32; where the CPU has bf16 also that, and int8 with the rest in it.
 
         The rest in bf16 is what OpenVINO takes by itself there, and worth it: 1.1 and 1.2 times the speed of NNCF's
-        int8 and of int8-dynamic on ViT-S (Zen 4). int8-dynamic is for linear layers, where the CPU multiplies int8:
-        else OpenVINO only unpacks the weights.
+        int8 and of int8-dynamic on ViT-S (Zen 4). int8-dynamic is for linear layers on CPUs that multiply int8:
+        on others OpenVINO only unpacks the weights.
 
         For nets with residual adds also our other placement: without AVX-512 OpenVINO adds an operand within a
         convolution's kernel only where both are int8 (ResNet-50, Zen 3: its 16 adds alone took 8 % of the time), and
@@ -100,14 +100,14 @@ class OpenVino:
     def open(self, folder: Path, build: Build, plan: Plan) -> Session:
         """Open the IR, compiled for the plan's batch, with a stream for each instance.
 
-        Raises ``EngineError`` where OpenVINO makes fewer streams: it has no more than cores.
+        Raises ``EngineError`` if OpenVINO makes fewer streams: it has at most one for each core.
         """
         return OpenVinoSession(folder / MODEL, build, plan)
 
     def receipt(self, folder: Path, build: Build, plan: Plan, inputs: Sequence[np.ndarray]) -> Receipt | None:
         """From the runtime model: what was compiled for the plan's batch, after all fusions, with its precisions.
 
-        Of int8-dynamic, of which that tells nothing, from oneDNN's log of one run.
+        For int8-dynamic the runtime model does not say it, and oneDNN's log of one run does.
         """
         if build.precision == "int8-dynamic":
             return logged_receipt(folder, build, plan, inputs)
@@ -127,7 +127,7 @@ def _nncf(build_inputs: BuildInputs, reduce_range: bool) -> Path:
 
     folder = build_inputs.cache / ("nncf-7-bits" if reduce_range else "nncf")
     if not folder.exists():
-        # What is ended half-way leaves nothing that looks whole.
+        # If this is interrupted, nothing is left that looks whole.
         with TemporaryDirectory(dir=build_inputs.cache) as name:
             part = Path(name) / folder.name
             part.mkdir()

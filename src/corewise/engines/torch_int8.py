@@ -241,10 +241,10 @@ def _tried(
     plan = Plan(threads_per_instance=build_inputs.cpu.usable_cores, batch=len(batch[0]))
     session = TorchInt8Session(folder / f"{backend}.pt", backend, plan)
     alone, together = (fastest_s(session, [array[:size] for array in batch]) for size in (1, plan.batch))
-    found = tuple(map(from_numpy, session.run(batch)))
+    outputs = tuple(map(from_numpy, session.run(batch)))
     session.close()
     return _Result(
-        kernels=kernels, seconds_per_item=(alone, together / plan.batch), sqnr_db=sqnr_db([expected], [found])
+        kernels=kernels, seconds_per_item=(alone, together / plan.batch), sqnr_db=sqnr_db([expected], [outputs])
     )
 
 
@@ -256,8 +256,8 @@ def _outputs(build_inputs: BuildInputs, batch: Sequence[np.ndarray]) -> "tuple[t
     from corewise.source import load_program
 
     with torch.no_grad(), threads(build_inputs.cpu.usable_cores):
-        found = load_program(build_inputs.program).module()(*map(from_numpy, batch))
-    return tuple(found) if isinstance(found, tuple | list) else (found,)
+        outputs = load_program(build_inputs.program).module()(*map(from_numpy, batch))
+    return tuple(outputs) if isinstance(outputs, tuple | list) else (outputs,)
 
 
 def _speeds(best: str, results: dict[str, _Result], size: int) -> str:
@@ -270,11 +270,11 @@ def _speeds(best: str, results: dict[str, _Result], size: int) -> str:
 def _layers(result: _Result, build_inputs: BuildInputs, build: Build) -> str:
     """``53 convolutions and 1 linear layers in int8``, and how many of the program's layers are not."""
     convolutions, linears = result.kernels
-    found = build_inputs.count(LINEAR) + (build_inputs.count(CONVOLUTION) if build.precision == "int8" else 0)
-    left = found - convolutions - linears
+    layers = build_inputs.count(LINEAR) + (build_inputs.count(CONVOLUTION) if build.precision == "int8" else 0)
+    left = layers - convolutions - linears
     told = (
         f"{linears} linear layers in int8"
         if build.precision == "int8-dynamic"
         else (f"{convolutions} convolutions and {linears} linear layers in int8")
     )
-    return f"{told}, {left} of {found} layers stay in fp32" if left > 0 else told
+    return f"{told}, {left} of {layers} layers stay in fp32" if left > 0 else told

@@ -22,7 +22,7 @@ from corewise.records.build import TensorSpec
 def _unheard() -> Iterator[None]:
     """Without warnings and without log messages below an error."""
     disabled = logging.root.manager.disable
-    logging.disable(logging.WARNING)
+    logging.disable(max(disabled, logging.WARNING))
     try:
         with warnings.catch_warnings(), redirect_stderr(io.StringIO()):
             warnings.simplefilter("ignore")
@@ -31,7 +31,7 @@ def _unheard() -> Iterator[None]:
         logging.disable(disabled)
 
 
-# torchao reports CUDA libraries that do not fit, and torch reports what torchao does. Loading it registers the operators.
+# torchao reports CUDA libraries that do not fit, and torch what torchao does. Importing it registers its operators.
 logging.getLogger("torchao").setLevel(logging.ERROR)
 with _unheard():
     from torchao.quantization.pt2e import PerChannelMinMaxObserver

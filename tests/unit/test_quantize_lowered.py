@@ -1,6 +1,8 @@
 """Quantization behind corrections: Q/DQ programs against their simulation and on engines, int32 biases, saturation."""
 
 import re
+import subprocess
+import sys
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -444,3 +446,9 @@ def test_a_layer_with_weights_of_eight_bits_is_wrong_in_sixteen():
     assert saturates(u, levels(weights, 8))
     assert int(pairs(u, levels(weights, 7)).sum()) == 255 * int(levels(weights, 7).astype(int).sum())
     assert int(pairs(u, levels(weights, 8)).sum()) != 255 * int(levels(weights, 8).astype(int).sum())
+
+
+def test_importing_the_quantizer_prints_nothing() -> None:
+    command = [sys.executable, "-c", "import corewise.quantize.state"]
+    done = subprocess.run(command, check=True, capture_output=True, text=True)
+    assert (done.stdout, done.stderr) == ("", "")

@@ -94,7 +94,7 @@ class Engine(Protocol):
     """One way to run a model. Construction is free; heavy imports wait for ``build`` and ``open``."""
 
     def unavailable(self, opening: bool = False) -> str:
-        """Why it cannot be used here, in words with the fix; empty where it can. ``opening`` a payload needs less."""
+        """Why it cannot be used here, in words with the fix; empty if it can. ``opening`` a payload needs less."""
         ...
 
     def candidates(self, cpu: Cpu, operators: dict[str, int]) -> tuple[Build, ...]:
@@ -105,10 +105,10 @@ class Engine(Protocol):
         """ISA extensions (``Cpu.isa`` names, or ``int8_dot``, ``bf16``) the payload must find where it runs."""
         ...
 
-    def build(self, material: BuildInputs, build: Build, folder: Path) -> tuple[str, ...]:
+    def build(self, build_inputs: BuildInputs, build: Build, folder: Path) -> tuple[str, ...]:
         """Write the payload into the empty ``folder``; returns notes for the report.
 
-        Raises ``EngineError`` where the program or the build is beyond the engine.
+        Raises ``EngineError`` if the engine cannot build this program or this build.
         """
         ...
 
@@ -123,7 +123,7 @@ class Engine(Protocol):
     def receipt(self, folder: Path, build: Build, plan: Plan, inputs: Sequence[np.ndarray]) -> Receipt | None:
         """What a payload really runs in int8, observed as it is opened under ``plan`` and run on ``inputs``.
 
-        ``None`` for builds in fp32 or bf16, and for engines that cannot tell. The payload stays as it is.
+        ``None`` for builds in fp32 or bf16, and for engines that cannot say it. The payload stays as it is.
         """
         ...
 
@@ -151,7 +151,7 @@ def mixes_rows(build: Build) -> bool:
 
 
 def missing(packages: Sequence[str], extra: str) -> str:
-    """Why an engine with these packages is unavailable, in words; empty where all are installed."""
+    """Why an engine with these packages is unavailable, in words; empty if all are installed."""
     absent = [name for name in packages if importlib.util.find_spec(name) is None]
     return f"needs {', '.join(absent)}: pip install 'corewise[{extra}]'" if absent else ""
 

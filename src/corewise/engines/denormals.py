@@ -27,7 +27,7 @@ def flush() -> bool:
 def flushing() -> Iterator[None]:
     """Have the calling thread treat denormals as zeros for a while, and those that it starts meanwhile for good.
 
-    It takes a few microseconds, for it stands around every call of a model.
+    It stands around every call of a model, and takes a few microseconds.
     """
     before = _flush()
     try:

@@ -51,19 +51,19 @@ class Eager:
         """bf16 hardware for bf16."""
         return ("bf16",) if build.precision == "bf16" else ()
 
-    def build(self, material: BuildInputs, build: Build, folder: Path) -> tuple[str, ...]:
+    def build(self, build_inputs: BuildInputs, build: Build, folder: Path) -> tuple[str, ...]:
         """Keep the program (or the weights), and the faster memory format."""
         if self._module is None:
-            shutil.copyfile(material.program, folder / PROGRAM)
+            shutil.copyfile(build_inputs.program, folder / PROGRAM)
         else:
             from safetensors.torch import save_model
 
             save_model(self._module, str(folder / WEIGHTS))
-        if not any(len(spec.shape) == 4 for spec in material.inputs):
+        if not any(len(spec.shape) == 4 for spec in build_inputs.inputs):
             _write_format(folder, "contiguous")
             return ()
-        _, batch = next(material.calibration.batches(TRIAL_BATCH))
-        plan = Plan(threads_per_instance=material.cpu.usable_cores, batch=TRIAL_BATCH)
+        _, batch = next(build_inputs.calibration.batches(TRIAL_BATCH))
+        plan = Plan(threads_per_instance=build_inputs.cpu.usable_cores, batch=TRIAL_BATCH)
         times: dict[str, float] = {}
         for memory_format in FORMATS:
             _write_format(folder, memory_format)

@@ -42,10 +42,12 @@ class Fake:
         del build
         return ()
 
-    def build(self, material: BuildInputs, build: Build, folder: Path) -> tuple[str, ...]:
+    def build(self, build_inputs: BuildInputs, build: Build, folder: Path) -> tuple[str, ...]:
         """Write down the outputs' specs."""
         del build
-        (folder / MODEL).write_text(json.dumps({"inputs": len(material.inputs), "outputs": to_json(material.outputs)}))
+        (folder / MODEL).write_text(
+            json.dumps({"inputs": len(build_inputs.inputs), "outputs": to_json(build_inputs.outputs)})
+        )
         return ()
 
     def open(self, folder: Path, build: Build, plan: Plan) -> Session:

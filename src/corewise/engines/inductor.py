@@ -93,7 +93,7 @@ class Inductor:
             return (*isa, "int8_dot")
         return (*isa, "bf16") if build.precision == "bf16" else isa
 
-    def build(self, material: BuildInputs, build: Build, folder: Path) -> tuple[str, ...]:
+    def build(self, build_inputs: BuildInputs, build: Build, folder: Path) -> tuple[str, ...]:
         """Export the program for each batch, compile it, and time the batches.
 
         Raises ``EngineError`` where the program cannot be quantized or compiled, nothing in it became int8, or this CPU
@@ -102,37 +102,37 @@ class Inductor:
         from corewise.engines.torch_tools import threads
 
         isa = str(build.option("isa", "avx2"))
-        if isa not in (isas := _isas(material.cpu)):
+        if isa not in (isas := _isas(build_inputs.cpu)):
             raise EngineError(
                 f"inductor cannot compile for isa {isa!r} on this CPU",
                 f"use {' or '.join(isas)}" if isas else "use another engine",
             )
-        free = any(size is None for spec in material.inputs for size in spec.shape[1:])
+        free = any(size is None for spec in build_inputs.inputs for size in spec.shape[1:])
         sizes = () if free else (ONE, MANY)
-        with quiet(), threads(material.cpu.usable_cores):
-            program, notes = _program(material, build)
+        with quiet(), threads(build_inputs.cpu.usable_cores):
+            program, notes = _program(build_inputs, build)
             module: nn.Module = program.module()
-            dims: Any = _dynamic(material.inputs) if free else None
+            dims: Any = _dynamic(build_inputs.inputs) if free else None
             if build.precision == "bf16":
                 # torch.export wants the shapes of ``*inputs`` as one argument's.
                 module, dims = _in_bf16(module), (dims,) if free else None
             for size in sizes or (None,):
                 with guard(EngineError, "inductor cannot compile this program", "use another engine"):
-                    _compile(module, _example(material, size or 2), dims, isa, _package(folder, size))
+                    _compile(module, _example(build_inputs, size or 2), dims, isa, _package(folder, size))
         quantized = 0
         if build.precision == "int8":
             quantized = sum("dequantize_per_channel" in str(node.target) for node in program.graph.nodes)
             notes = (*notes, *_proof(folder, sizes, quantized))
         settings = {
-            "inputs": to_json(material.inputs),
+            "inputs": to_json(build_inputs.inputs),
             "sizes": sizes,
             "one_by_one": 0,
-            "layers": material.count(WEIGHTED),
+            "layers": build_inputs.count(WEIGHTED),
             "quantized": quantized,
         }
         (folder / SETTINGS).write_text(json.dumps(settings))
         if sizes:
-            times = {size: _time(self, material, build, folder, size) for size in sizes}
+            times = {size: _time(self, build_inputs, build, folder, size) for size in sizes}
             # At least one, whatever a noisy machine says: a padded sixteen is no faster than a call of one.
             settings["one_by_one"] = max(1, int(times[MANY] / times[ONE]))
             (folder / SETTINGS).write_text(json.dumps(settings))
@@ -161,7 +161,7 @@ class Inductor:
 class InductorSession:
     """Packages for batches of 1 and 16, each loaded when it is first needed; or one for any batch.
 
-    A package of oneDNN's kernels for any batch packs the weights anew at every call whose batch is not its example's.
+    A package of oneDNN's kernels for any batch packs the weights again at every call whose batch is not its example's.
     What remains of a batch after the sixteens runs one by one or as one padded sixteen, whichever took less time while
     building. PyTorch's binding holds Python's lock while a package runs (2.13): instances take turns, so that one with
     all threads serves best.
@@ -194,8 +194,8 @@ class InductorSession:
     def _call(self, inputs: list[np.ndarray]) -> list[np.ndarray]:
         from corewise.engines.torch_tools import from_numpy, to_numpy
 
-        found = self._for_batch(len(inputs[0]))(*map(from_numpy, inputs))
-        return to_numpy(found if isinstance(found, (tuple, list)) else [found])
+        outputs = self._for_batch(len(inputs[0]))(*map(from_numpy, inputs))
+        return to_numpy(outputs if isinstance(outputs, (tuple, list)) else [outputs])
 
     def _for_batch(self, rows: int) -> Any:
         return self._packages.loaded(rows if self._static else None)
@@ -207,8 +207,8 @@ class InductorSession:
     def close(self) -> None:
         """Unload the packages, unless other instances run them.
 
-        Their files are gone then; threads that ran them keep the machine code mapped till they end, for it registers
-        destructors of thread_local values (dlclose(3)).
+        Their files are gone then; threads that ran them keep the machine code mapped until they end, because it
+        registers destructors of thread_local values (dlclose(3)).
         """
         self.__dict__.pop("_packages", None)
 
@@ -272,21 +272,21 @@ def _needs(isa: str) -> tuple[str, ...]:
 
 def _isas(cpu: Cpu) -> tuple[str, ...]:
     """What can be compiled for on this CPU, the best last."""
-    found = [name for name, needs in ISAS.items() if all(map(cpu.has, needs))]
-    return tuple(dict.fromkeys((*found[:1], *found[-1:])))
+    names = [name for name, needs in ISAS.items() if all(map(cpu.has, needs))]
+    return tuple(dict.fromkeys((*names[:1], *names[-1:])))
 
 
 def _package(folder: Path, size: int | None) -> Path:
     return folder / ("any.pt2" if size is None else f"batch{size}.pt2")
 
 
-def _program(material: BuildInputs, build: Build) -> "tuple[ExportedProgram, tuple[str, ...]]":
+def _program(build_inputs: BuildInputs, build: Build) -> "tuple[ExportedProgram, tuple[str, ...]]":
     """The program to compile: as it is, or quantized where oneDNN's kernels want it; and notes."""
     if build.precision != "int8":
         from corewise.source import load_program
 
-        return load_program(material.program), ()
-    path, notes = qdq.quantized(material, build, "fused")
+        return load_program(build_inputs.program), ()
+    path, notes = qdq.quantized(build_inputs, build, "fused")
     from corewise.quantize.state import load_quantized
 
     return load_quantized(path), notes
@@ -366,11 +366,11 @@ def _dynamic(inputs: Sequence[TensorSpec]) -> tuple[dict[int, Any], ...]:
     return tuple({k: Dim.DYNAMIC if k else batch for k, size in enumerate(spec.shape) if not size} for spec in inputs)
 
 
-def _example(material: BuildInputs, size: int) -> "tuple[torch.Tensor, ...]":
+def _example(build_inputs: BuildInputs, size: int) -> "tuple[torch.Tensor, ...]":
     """``size`` rows of one shape, the last one repeated where there are less."""
     from corewise.engines.torch_tools import from_numpy
 
-    _, arrays = next(material.calibration.batches(size))
+    _, arrays = next(build_inputs.calibration.batches(size))
     return tuple(from_numpy(rows_of(array, 0, len(array), size)) for array in arrays)
 
 
@@ -389,11 +389,11 @@ def _proof(folder: Path, sizes: Sequence[int], quantized: int) -> tuple[str, ...
     )
 
 
-def _time(engine: Inductor, material: BuildInputs, build: Build, folder: Path, size: int) -> float:
+def _time(engine: Inductor, build_inputs: BuildInputs, build: Build, folder: Path, size: int) -> float:
     """Seconds of a call with ``size`` rows."""
-    session = engine.open(folder, build, Plan(threads_per_instance=material.cpu.usable_cores, batch=size))
+    session = engine.open(folder, build, Plan(threads_per_instance=build_inputs.cpu.usable_cores, batch=size))
     try:
-        return fastest_s(session, [tensor.numpy() for tensor in _example(material, size)])
+        return fastest_s(session, [tensor.numpy() for tensor in _example(build_inputs, size)])
     finally:
         session.close()
 
@@ -404,9 +404,9 @@ def _check(inputs: Sequence[np.ndarray], specs: Sequence[TensorSpec]) -> None:
         raise ValueError(f"{len(inputs)} inputs instead of {len(specs)}")
     for array, spec in zip(inputs, specs, strict=True):
         sizes = zip(array.shape[1:], spec.shape[1:], strict=False)
-        fits = array.ndim == len(spec.shape) and all(wanted in (None, size) for size, wanted in sizes)
+        fits = array.ndim == len(spec.shape) and all(expected in (None, size) for size, expected in sizes)
         if array.dtype.name != spec.dtype or not fits or len(array) != len(inputs[0]):
-            found = f"{array.dtype.name} of shape {array.shape}"
-            raise ValueError(f"input {spec.name} is {found} instead of {spec.dtype} of {spec.shape}")
+            given = f"{array.dtype.name} of shape {array.shape}"
+            raise ValueError(f"input {spec.name} is {given} instead of {spec.dtype} of {spec.shape}")
     if not len(inputs[0]):
         raise ValueError("a batch needs at least one row")

@@ -22,16 +22,16 @@ def quantize_biases(path: Path) -> int:
     model = onnx.load(path)
     graph = model.graph
     made = {name: node for node in graph.node for name in node.output}
-    tensors = {one.name: one for one in graph.initializer}
+    tensors = {tensor.name: tensor for tensor in graph.initializer}
 
     def scale(name: str) -> Any:
         node = made.get(name)
-        found = tensors.get(node.input[1]) if node is not None and node.op_type == "DequantizeLinear" else None
-        return None if found is None else onnx.numpy_helper.to_array(found)
+        tensor = tensors.get(node.input[1]) if node is not None and node.op_type == "DequantizeLinear" else None
+        return None if tensor is None else onnx.numpy_helper.to_array(tensor)
 
     def widen(name: str, x_scale: Any, values: Any) -> None:
         """Give channels whose bias would not fit a coarser grid; next to that bias their weights are nothing."""
-        quantized, scales = (tensors[one] for one in made[name].input[:2])
+        quantized, scales = (tensors[tensor] for tensor in made[name].input[:2])
         steps, old = onnx.numpy_helper.to_array(quantized), onnx.numpy_helper.to_array(scales)
         new = np.maximum(old, (np.abs(values) / x_scale / BIAS_MAX).astype(np.float32))
         if old.ndim == 1 and len(old) == len(values) == len(steps) and (new > old).any():
@@ -42,7 +42,7 @@ def quantize_biases(path: Path) -> int:
     nodes, count = [], 0
     for node in graph.node:
         bias = tensors.get(node.input[2]) if node.op_type in LAYERS and len(node.input) > 2 else None
-        scales = [one for name in node.input[:2] if bias is not None and (one := scale(name)) is not None]
+        scales = [step for name in node.input[:2] if bias is not None and (step := scale(name)) is not None]
         if bias is not None and bias.data_type == onnx.TensorProto.FLOAT and len(scales) == 2:
             widen(node.input[1], scales[0], onnx.numpy_helper.to_array(bias))
             scales[1] = scale(node.input[1])
@@ -61,7 +61,7 @@ def quantize_biases(path: Path) -> int:
     del graph.node[:]
     graph.node.extend(nodes)
     used = {name for node in graph.node for name in node.input}
-    kept = [one for one in graph.initializer if one.name in used]
+    kept = [tensor for tensor in graph.initializer if tensor.name in used]
     del graph.initializer[:]
     graph.initializer.extend(kept)
     onnx.save(model, path)

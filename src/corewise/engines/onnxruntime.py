@@ -59,23 +59,23 @@ class OnnxRuntime:
         """32-bit sums of int8 products for int8 in full range."""
         return () if build.precision == "fp32" or build.quantization.reduce_range else ("int8_dot",)
 
-    def build(self, material: BuildInputs, build: Build, folder: Path) -> tuple[str, ...]:
+    def build(self, build_inputs: BuildInputs, build: Build, folder: Path) -> tuple[str, ...]:
         """Export the program, once for all builds, and quantize it.
 
         Raises ``EngineError`` for a model over 2 GB, which one ONNX file cannot hold.
         """
         payload = folder / MODEL
         if qdq.uses_corewise_quantizer(build):
-            quantized, notes = qdq.onnx_model(material, build, "everywhere", int32_biases=True)
+            quantized, notes = qdq.onnx_model(build_inputs, build, "everywhere", int32_biases=True)
             shutil.copyfile(quantized, payload)
             return notes
-        exported = _exported(material)
+        exported = _exported(build_inputs)
         if build.precision == "fp32":
             shutil.copyfile(exported, payload)
             return ()
         with quiet():
             if build.precision == "int8":
-                _quantize_static(exported, payload, material.calibration, build.quantization.reduce_range)
+                _quantize_static(exported, payload, build_inputs.calibration, build.quantization.reduce_range)
             else:
                 _quantize_dynamic(exported, payload, build.quantization.reduce_range)
         return (MIXED_ROWS,) if build.precision in self.MIXING else ()
@@ -116,7 +116,7 @@ class OnnxRuntimeSession:
         options.inter_op_num_threads = 1
         options.execution_mode = ort.ExecutionMode.ORT_SEQUENTIAL
         options.log_severity_level = ERRORS_ONLY
-        # Told nothing, it would have its threads, and the opening one if it is the first, keep denormals.
+        # By default ONNX Runtime's threads keep denormals, and so does the thread that opens its first session.
         options.add_session_config_entry("session.set_denormal_as_zero", "1" if denormals.flushed() else "0")
         if optimized is not None:
             options.optimized_model_filepath = str(optimized)
@@ -191,8 +191,8 @@ def _receipt(graph: Any) -> Receipt:
         return name
 
     def dequantized(name: str) -> bool:
-        found = source(name, MOVES)
-        return found in made and made[found].op_type == DEQUANTIZE
+        origin = source(name, MOVES)
+        return origin in made and made[origin].op_type == DEQUANTIZE
 
     ran, fell_back = [], []
     for node in graph.node:
@@ -207,16 +207,16 @@ def _receipt(graph: Any) -> Receipt:
     return Receipt.tally(ran, fell_back)
 
 
-def _exported(material: BuildInputs) -> Path:
+def _exported(build_inputs: BuildInputs) -> Path:
     """The program as ONNX in the cache, exported by whichever build comes first."""
-    path = material.cache / MODEL
+    path = build_inputs.cache / MODEL
     if path.exists():
         return path
-    if material.program.stat().st_size > PROTOBUF_LIMIT_BYTES:
+    if build_inputs.program.stat().st_size > PROTOBUF_LIMIT_BYTES:
         raise EngineError("the model is over 2 GB, more than one ONNX file can hold", "use another engine")
     from corewise.source import load_program
 
-    export_onnx(load_program(material.program), path)
+    export_onnx(load_program(build_inputs.program), path)
     return path
 
 

@@ -47,8 +47,8 @@ class OpenVino:
         """int8 by our quantizer and by NNCF, fp32; where the CPU has bf16 also that, and int8 with the rest in it.
 
         The rest in bf16 is what OpenVINO takes by itself there, and worth it: 1.1 and 1.2 times the speed of NNCF's
-        int8 and of int8-dynamic on ViT-S (Zen 4). int8-dynamic is for linear layers, where the CPU multiplies int8:
-        else OpenVINO only unpacks the weights.
+        int8 and of int8-dynamic on ViT-S (Zen 4). int8-dynamic is for linear layers on CPUs that multiply int8:
+        on others OpenVINO only unpacks the weights.
 
         For nets with residual adds also our other placement: without AVX-512 OpenVINO adds an operand within a
         convolution's kernel only where both are int8 (ResNet-50, Zen 3: its 16 adds alone took 8 % of the time), and
@@ -74,7 +74,7 @@ class OpenVino:
         full_range = build.precision.startswith("int8") and not build.quantization.reduce_range
         return (*(("int8_dot",) if full_range else ()), *(("bf16",) if in_bf16(build) else ()))
 
-    def build(self, material: BuildInputs, build: Build, folder: Path) -> tuple[str, ...]:
+    def build(self, build_inputs: BuildInputs, build: Build, folder: Path) -> tuple[str, ...]:
         """Convert the program and, for int8, quantize it with the calibration samples.
 
         Raises ``EngineError`` if OpenVINO cannot convert the program, or nothing can be quantized.
@@ -83,31 +83,31 @@ class OpenVino:
 
         notes: tuple[str, ...] = ()
         if qdq.uses_corewise_quantizer(build):
-            exported, notes = qdq.onnx_model(material, build, build.quantization.placement)
+            exported, notes = qdq.onnx_model(build_inputs, build, build.quantization.placement)
             _save(_converted(exported), folder)
         elif build.precision == "int8":
-            shutil.copytree(_nncf(material, build.quantization.reduce_range), folder, dirs_exist_ok=True)
+            shutil.copytree(_nncf(build_inputs, build.quantization.reduce_range), folder, dirs_exist_ok=True)
         else:
-            model = _converted(load_program(material.program))
+            model = _converted(load_program(build_inputs.program))
             if build.precision == "int8-dynamic":
                 nncf = import_nncf()
                 with quiet():
                     model = nncf.compress_weights(model, mode=nncf.CompressWeightsMode.INT8_ASYM)
             _save(model, folder)
-        plan = Plan(threads_per_instance=material.cpu.usable_cores)
+        plan = Plan(threads_per_instance=build_inputs.cpu.usable_cores)
         return (*notes, *rest_that_compiles(folder / MODEL, build, plan))
 
     def open(self, folder: Path, build: Build, plan: Plan) -> Session:
         """Open the IR, compiled for the plan's batch, with a stream for each instance.
 
-        Raises ``EngineError`` where OpenVINO makes fewer streams: it has no more than cores.
+        Raises ``EngineError`` if OpenVINO makes fewer streams: it has at most one for each core.
         """
         return OpenVinoSession(folder / MODEL, build, plan)
 
     def receipt(self, folder: Path, build: Build, plan: Plan, inputs: Sequence[np.ndarray]) -> Receipt | None:
         """From the runtime model: what was compiled for the plan's batch, after all fusions, with its precisions.
 
-        Of int8-dynamic, of which that tells nothing, from oneDNN's log of one run.
+        For int8-dynamic the runtime model does not say it, and oneDNN's log of one run does.
         """
         if build.precision == "int8-dynamic":
             return logged_receipt(folder, build, plan, inputs)
@@ -121,18 +121,18 @@ class OpenVino:
             session.close()
 
 
-def _nncf(material: BuildInputs, reduce_range: bool) -> Path:
+def _nncf(build_inputs: BuildInputs, reduce_range: bool) -> Path:
     """The folder of NNCF's int8 in the cache, made by whichever build comes first."""
     from corewise.source import load_program
 
-    folder = material.cache / ("nncf-7-bits" if reduce_range else "nncf")
+    folder = build_inputs.cache / ("nncf-7-bits" if reduce_range else "nncf")
     if not folder.exists():
-        # What is ended half-way leaves nothing that looks whole.
-        with TemporaryDirectory(dir=material.cache) as name:
+        # If this is interrupted, nothing is left that looks whole.
+        with TemporaryDirectory(dir=build_inputs.cache) as name:
             part = Path(name) / folder.name
             part.mkdir()
             with quiet():
-                model = _quantized(_converted(load_program(material.program)), material, reduce_range)
+                model = _quantized(_converted(load_program(build_inputs.program)), build_inputs, reduce_range)
             _save(model, part)
             part.rename(folder)
     return folder
@@ -149,7 +149,7 @@ def _save(model: Any, folder: Path) -> None:
     import_openvino().save_model(model, str(folder / MODEL), compress_to_fp16=False)
 
 
-def _quantized(model: Any, material: BuildInputs, reduce_range: bool) -> Any:
+def _quantized(model: Any, build_inputs: BuildInputs, reduce_range: bool) -> Any:
     """The model with NNCF's FakeQuantize operations.
 
     Quantized with a batch of one, then with a dynamic one again: with a dynamic batch NNCF leaves depthwise
@@ -158,13 +158,13 @@ def _quantized(model: Any, material: BuildInputs, reduce_range: bool) -> Any:
     nncf = import_nncf()
     advanced = nncf.quantization.advanced_parameters
     reshape_batch(model, 1)
-    dataset = nncf.Dataset(material.calibration.rows, lambda row: [array[None] for array in row])
+    dataset = nncf.Dataset(build_inputs.calibration.rows, lambda row: [array[None] for array in row])
     model = nncf.quantize(
         model,
         dataset,
-        subset_size=len(material.calibration),
+        subset_size=len(build_inputs.calibration),
         target_device=nncf.TargetDevice.CPU,
-        model_type=nncf.ModelType.TRANSFORMER if material.count(ATTENTION) else None,
+        model_type=nncf.ModelType.TRANSFORMER if build_inputs.count(ATTENTION) else None,
         advanced_parameters=advanced.AdvancedQuantizationParameters(
             overflow_fix=advanced.OverflowFix.ENABLE if reduce_range else advanced.OverflowFix.DISABLE
         ),

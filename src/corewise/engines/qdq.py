@@ -77,7 +77,7 @@ def climbed(build: Build, cache: Path) -> Build | None:
     return build.with_quantization(replace(options, rung=None if rung == TOP else rung))
 
 
-def quantized(material: BuildInputs, build: Build, target: "Target") -> tuple[Path, tuple[str, ...]]:
+def quantized(build_inputs: BuildInputs, build: Build, target: "Target") -> tuple[Path, tuple[str, ...]]:
     """The quantized program (``state.load_quantized``), and notes; made once for all engines.
 
     Raises ``EngineError`` if a package is missing or nothing can be quantized.
@@ -92,13 +92,13 @@ def quantized(material: BuildInputs, build: Build, target: "Target") -> tuple[Pa
     rung = TOP if options.rung is None else options.rung
     keep_freed_memory()  # calibration runs in eager PyTorch
     with quiet():
-        order = _reverting_order(material, recipe, rung) if options.reverted_layers else ()
+        order = _reverting_order(build_inputs, recipe, rung) if options.reverted_layers else ()
         reverted = order[: options.reverted_layers]
         path, decided = quantized_program(
-            material.program,
-            material.calibration,
-            material.inputs,
-            material.cache,
+            build_inputs.program,
+            build_inputs.calibration,
+            build_inputs.inputs,
+            build_inputs.cache,
             recipe,
             target,
             (*options.ignored_layers, *reverted),
@@ -116,19 +116,19 @@ def _recipe(build: Build) -> "Recipe":
     return Recipe(weight_bits=7 if build.quantization.reduce_range else 8)
 
 
-def _reverting_order(material: BuildInputs, recipe: "Recipe", rung: int) -> tuple[str, ...]:
+def _reverting_order(build_inputs: BuildInputs, recipe: "Recipe", rung: int) -> tuple[str, ...]:
     """The layers in the order in which they go back to floating point; found once for all engines."""
     from corewise.quantize.quantized import batches
     from corewise.quantize.sensitivity import measure_sensitivity, order_of_return
     from corewise.quantize.state import calibrated
 
-    path = material.cache / f"order-{recipe.key}-{rung}.json"
+    path = build_inputs.cache / f"order-{recipe.key}-{rung}.json"
     if not path.exists():
-        made = calibrated(material.program, material.calibration, material.cache, recipe, rung)
-        count = len(material.calibration)
-        judging = material.calibration.take(range(max(0, count - JUDGED), count))
+        made = calibrated(build_inputs.program, build_inputs.calibration, build_inputs.cache, recipe, rung)
+        count = len(build_inputs.calibration)
+        judging = build_inputs.calibration.take(range(max(0, count - JUDGED), count))
         rows = measure_sensitivity(made, batches(judging, ROWS))
-        rows, _ = timed(made, rows, material.inputs, material.calibration, material.cpu.usable_cores)
+        rows, _ = timed(made, rows, build_inputs.inputs, build_inputs.calibration, build_inputs.cpu.usable_cores)
         part = path.with_suffix(".part")
         part.write_text(json.dumps(order_of_return(rows)))
         part.replace(path)
@@ -136,10 +136,10 @@ def _reverting_order(material: BuildInputs, recipe: "Recipe", rung: int) -> tupl
 
 
 def onnx_model(
-    material: BuildInputs, build: Build, target: "Target", *, int32_biases: bool = False
+    build_inputs: BuildInputs, build: Build, target: "Target", *, int32_biases: bool = False
 ) -> tuple[Path, tuple[str, ...]]:
     """``quantized`` as ONNX with a dynamic batch, made once for all engines."""
-    program, notes = quantized(material, build, target)
+    program, notes = quantized(build_inputs, build, target)
     from corewise.quantize.state import load_quantized
 
     path = program.with_suffix(".onnx")
@@ -149,7 +149,7 @@ def onnx_model(
         return path, notes
     other = program.with_suffix(".int32-biases.onnx")
     if not other.exists():
-        with TemporaryDirectory(dir=material.cache) as folder:
+        with TemporaryDirectory(dir=build_inputs.cache) as folder:
             made = Path(shutil.copy(path, folder))
             quantize_biases(made)
             made.replace(other)

@@ -70,7 +70,7 @@ class TorchInt8:
         full = build.precision == "int8" and not build.quantization.reduce_range
         return ("int8_dot",) if full and platform.machine() == "x86_64" else ()
 
-    def build(self, material: BuildInputs, build: Build, folder: Path) -> tuple[str, ...]:
+    def build(self, build_inputs: BuildInputs, build: Build, folder: Path) -> tuple[str, ...]:
         """Quantize once, convert for each backend, keep the fastest of those that are right.
 
         Raises ``EngineError`` where nothing can be quantized or no backend runs the result.
@@ -78,16 +78,16 @@ class TorchInt8:
         from corewise.quantize import fx
 
         with quiet(), guard(EngineError, "PyTorch cannot quantize this program", "use another engine"):
-            module = _quantizable(material, build)
-        _, batch = next(material.calibration.batches(TRIAL_BATCH))
-        expected = _outputs(material, batch)
+            module = _quantizable(build_inputs, build)
+        _, batch = next(build_inputs.calibration.batches(TRIAL_BATCH))
+        expected = _outputs(build_inputs, batch)
         results: dict[str, _Result] = {}
         failures: list[str] = []
         for name in fx.backends():
             try:
                 with quiet(), guard(EngineError, f"backend {name}", "use another engine"):
                     kernels = _convert(module, name, build, folder)
-                    results[name] = _tried(folder, name, kernels, batch, expected, material)
+                    results[name] = _tried(folder, name, kernels, batch, expected, build_inputs)
             except EngineError as error:
                 failures.append(error.what)
         if not results:
@@ -105,7 +105,7 @@ class TorchInt8:
         (folder / SETTINGS).write_text(json.dumps({"backend": best}))
         mixed = (MIXED_ROWS,) if build.precision in self.MIXING else ()
         return (
-            f"{_speeds(best, results, len(batch[0]))}, {_layers(results[best], material, build)}",
+            f"{_speeds(best, results, len(batch[0]))}, {_layers(results[best], build_inputs, build)}",
             *mixed,
             *failures,
         )
@@ -200,18 +200,18 @@ def _is_constant(value: "torch.Value") -> bool:
     return value.node().kind() == "prim::Constant" and value.type().kind() == "TensorType"
 
 
-def _quantizable(material: BuildInputs, build: Build) -> "GraphModule":
+def _quantizable(build_inputs: BuildInputs, build: Build) -> "GraphModule":
     """The lifted program, calibrated for static int8."""
     from corewise.engines.torch_tools import from_numpy, threads
     from corewise.quantize import fx
     from corewise.quantize.lift import lift_program
     from corewise.source import load_program
 
-    module = lift_program(load_program(material.program))
+    module = lift_program(load_program(build_inputs.program))
     if build.precision == "int8-dynamic":
         return module
-    batches = (tuple(map(from_numpy, arrays)) for _, arrays in material.calibration.batches(CALIBRATION_BATCH))
-    with threads(material.cpu.usable_cores):
+    batches = (tuple(map(from_numpy, arrays)) for _, arrays in build_inputs.calibration.batches(CALIBRATION_BATCH))
+    with threads(build_inputs.cpu.usable_cores):
         return fx.calibrate(module, batches, build.quantization.reduce_range)
 
 
@@ -232,32 +232,32 @@ def _tried(
     kernels: tuple[int, int],
     batch: Sequence[np.ndarray],
     expected: "tuple[torch.Tensor, ...]",
-    material: BuildInputs,
+    build_inputs: BuildInputs,
 ) -> _Result:
     """The backend's seconds per item, each the fastest of a few runs, and how near its outputs are to ``expected``."""
     from corewise.engines.torch_tools import from_numpy
     from corewise.quantize.simulate import sqnr_db
 
-    plan = Plan(threads_per_instance=material.cpu.usable_cores, batch=len(batch[0]))
+    plan = Plan(threads_per_instance=build_inputs.cpu.usable_cores, batch=len(batch[0]))
     session = TorchInt8Session(folder / f"{backend}.pt", backend, plan)
     alone, together = (fastest_s(session, [array[:size] for array in batch]) for size in (1, plan.batch))
-    found = tuple(map(from_numpy, session.run(batch)))
+    outputs = tuple(map(from_numpy, session.run(batch)))
     session.close()
     return _Result(
-        kernels=kernels, seconds_per_item=(alone, together / plan.batch), sqnr_db=sqnr_db([expected], [found])
+        kernels=kernels, seconds_per_item=(alone, together / plan.batch), sqnr_db=sqnr_db([expected], [outputs])
     )
 
 
-def _outputs(material: BuildInputs, batch: Sequence[np.ndarray]) -> "tuple[torch.Tensor, ...]":
+def _outputs(build_inputs: BuildInputs, batch: Sequence[np.ndarray]) -> "tuple[torch.Tensor, ...]":
     """The program's outputs in fp32."""
     import torch
 
     from corewise.engines.torch_tools import from_numpy, threads
     from corewise.source import load_program
 
-    with torch.no_grad(), threads(material.cpu.usable_cores):
-        found = load_program(material.program).module()(*map(from_numpy, batch))
-    return tuple(found) if isinstance(found, tuple | list) else (found,)
+    with torch.no_grad(), threads(build_inputs.cpu.usable_cores):
+        outputs = load_program(build_inputs.program).module()(*map(from_numpy, batch))
+    return tuple(outputs) if isinstance(outputs, tuple | list) else (outputs,)
 
 
 def _speeds(best: str, results: dict[str, _Result], size: int) -> str:
@@ -267,14 +267,14 @@ def _speeds(best: str, results: dict[str, _Result], size: int) -> str:
     return f"backend {best} ({rates[best]}{f'; {others}' if others else ''} at batch {size})"
 
 
-def _layers(result: _Result, material: BuildInputs, build: Build) -> str:
+def _layers(result: _Result, build_inputs: BuildInputs, build: Build) -> str:
     """``53 convolutions and 1 linear layers in int8``, and how many of the program's layers are not."""
     convolutions, linears = result.kernels
-    found = material.count(LINEAR) + (material.count(CONVOLUTION) if build.precision == "int8" else 0)
-    left = found - convolutions - linears
+    layers = build_inputs.count(LINEAR) + (build_inputs.count(CONVOLUTION) if build.precision == "int8" else 0)
+    left = layers - convolutions - linears
     told = (
         f"{linears} linear layers in int8"
         if build.precision == "int8-dynamic"
         else (f"{convolutions} convolutions and {linears} linear layers in int8")
     )
-    return f"{told}, {left} of {found} layers stay in fp32" if left > 0 else told
+    return f"{told}, {left} of {layers} layers stay in fp32" if left > 0 else told

@@ -17,8 +17,23 @@ from corewise.quantize.observers import LEVELS, QParams
 from corewise.quantize.placement import Placement
 from corewise.records.build import TensorSpec
 
-with redirect_stderr(io.StringIO()):  # it reports CUDA libraries that do not fit; loading it registers the operators
-    logging.getLogger("torchao").setLevel(logging.ERROR)
+
+@contextmanager
+def _unheard() -> Iterator[None]:
+    """Without warnings and without log messages below an error."""
+    disabled = logging.root.manager.disable
+    logging.disable(max(disabled, logging.WARNING))
+    try:
+        with warnings.catch_warnings(), redirect_stderr(io.StringIO()):
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(disabled)
+
+
+# torchao reports CUDA libraries that do not fit, and torch what torchao does. Importing it registers its operators.
+logging.getLogger("torchao").setLevel(logging.ERROR)
+with _unheard():
     from torchao.quantization.pt2e import PerChannelMinMaxObserver
     from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e, prepare_pt2e
     from torchao.quantization.pt2e.quantizer import (
@@ -97,7 +112,7 @@ def with_qdq(
     example: Sequence[Tensor],
 ) -> ExportedProgram:
     """The module as a program with Q/DQ pairs and int8 weights; the dimensions that ``inputs`` leaves open stay so."""
-    with _quiet(), torch.no_grad():
+    with _unheard(), torch.no_grad():
         prepared = prepare_pt2e(module, PlacementQuantizer(placement, ranges, scales, bits))
         converted = convert_pt2e(prepared)
         batch = Dim("batch", min=1)
@@ -107,10 +122,3 @@ def with_qdq(
         program = torch.export.export(converted, tuple(example), dynamic_shapes=dims, strict=False)
     program.example_inputs = None
     return program
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        yield

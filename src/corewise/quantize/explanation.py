@@ -47,4 +47,4 @@ class Explanation:
 
     def share(self, layer: "LayerSensitivity") -> float:
         """The layer's part of all multiply-adds."""
-        return layer.multiply_adds / max(1, sum(one.multiply_adds for one in self.layers))
+        return layer.multiply_adds / max(1, sum(other.multiply_adds for other in self.layers))

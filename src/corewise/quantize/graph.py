@@ -109,8 +109,8 @@ def is_float(node: Node) -> bool:
 
 def products(module: GraphModule) -> list[Node]:
     """The products of two computed matrices, as attention has them."""
-    found = (node for node in module.graph.nodes if node.target in MATRIX_PRODUCTS)
-    return [n for n in found if all(a.op != "get_attr" and is_float(a) for a in n.args[:2])]
+    multiplying = (node for node in module.graph.nodes if node.target in MATRIX_PRODUCTS)
+    return [n for n in multiplying if all(a.op != "get_attr" and is_float(a) for a in n.args[:2])]
 
 
 def attentions(module: GraphModule) -> list[Node]:
@@ -118,8 +118,8 @@ def attentions(module: GraphModule) -> list[Node]:
 
     All operands are computed, and neither is the mask a flag nor are heads shared.
     """
-    found = (node for node in module.graph.nodes if node.target in ATTENTION)
-    plain = (n for n in found if not arguments(n)["is_causal"] and not arguments(n)["enable_gqa"])
+    attending = (node for node in module.graph.nodes if node.target in ATTENTION)
+    plain = (n for n in attending if not arguments(n)["is_causal"] and not arguments(n)["enable_gqa"])
     return [n for n in plain if all(isinstance(a, Node) and a.op != "get_attr" for a in n.args[:3])]
 
 
@@ -144,7 +144,8 @@ def _split(module: GraphModule, node: Node) -> dict[str, str | None]:
     def call(name: str, target: Any, *given: Any) -> Node:
         with module.graph.inserting_before(node):
             made = module.graph.create_node("call_function", target, given, name=f"{node.name}_{name}")
-        made.meta = {**node.meta, "val": target(*map_arg(given, lambda one: one.meta["val"])), PART_OF: node.name}
+        value = target(*map_arg(given, lambda argument: argument.meta["val"]))
+        made.meta = {**node.meta, "val": value, PART_OF: node.name}
         return made
 
     keys = call("keys", aten.transpose.int, key, -2, -1)
@@ -164,16 +165,16 @@ def _split(module: GraphModule, node: Node) -> dict[str, str | None]:
 
 def weight(module: GraphModule, layer: Node) -> Tensor:
     """The layer's weight."""
-    found = parameter(module, layer.args[1])
-    assert found is not None
-    return found
+    own = parameter(module, layer.args[1])
+    assert own is not None
+    return own
 
 
 def bias(module: GraphModule, layer: Node) -> Tensor:
     """The layer's bias; zeros are added to the graph where there was none."""
-    found = parameter(module, arguments(layer)["bias"])
-    if found is not None:
-        return found
+    own = parameter(module, arguments(layer)["bias"])
+    if own is not None:
+        return own
     w = weight(module, layer)
     added = torch.zeros(w.shape[output_axis(layer)] * (group_count(layer) if layer.target in TRANSPOSED else 1))
     _set_bias(module, layer, added)

@@ -81,19 +81,19 @@ def place(module: GraphModule, target: Target, ignored: Sequence[str] = (), atte
     ``ignored`` keeps layers in floating point: names as ``layer_name`` gives them, else regular expressions that match
     a whole name. Raises ``EngineError`` for one that matches nothing or is no expression.
     """
-    found = layers(module)
+    weighted = layers(module)
     multiplied = products(module)
-    left_out = _matching({layer_name(node) for node in (*found, *multiplied, *attentions(module))}, ignored)
+    left_out = _matching({layer_name(node) for node in (*weighted, *multiplied, *attentions(module))}, ignored)
     kept: dict[str, str] = {}
     chosen: list[Node] = []
-    for node in found:
+    for node in weighted:
         why = "ignored" if layer_name(node) in left_out else _unquantizable(node)
         if why:
             kept[layer_name(node)] = why
         else:
             chosen.append(node)
     for node in module.graph.nodes:
-        if node.op == "call_function" and node.target in LAYERS and node not in found:
+        if node.op == "call_function" and node.target in LAYERS and node not in weighted:
             kept[layer_name(node)] = "its weight is computed, not a parameter"
     edges: dict[tuple[Node, Node], None] = {}
     for node in chosen:
@@ -132,17 +132,17 @@ def _matching(names: set[str], patterns: Iterable[str]) -> set[str]:
     matched = set()
     for pattern in patterns:
         try:
-            found = {pattern} & names or {name for name in names if re.fullmatch(pattern, name)}
+            named = {pattern} & names or {name for name in names if re.fullmatch(pattern, name)}
         except re.error as error:
             raise EngineError(
                 f"ignored layer {pattern!r} is no regular expression: {error}", "escape it, or name the layer"
             ) from error
-        if not found:
+        if not named:
             raise EngineError(
                 f"ignored layer {pattern!r} matches no layer",
                 f"use names as corewise explain lists them, e.g. {', '.join(sorted(names)[:3])}",
             )
-        matched |= found
+        matched |= named
     return matched
 
 

@@ -141,13 +141,13 @@ def saving(
         if not groups or (layer.name in before and layer.name in after):
             groups.append([])
         groups[-1].append(layer)
-    found = []
+    timed = []
     for group in groups:
         saved = sum(before.get(layer.name, 0.0) - after.get(layer.name, 0.0) for layer in group)
         known = any(layer.name in before and layer.name in after for layer in group)
         whole = max(1, sum(layer.multiply_adds for layer in group))
-        found += [replace(layer, saves_ms=saved * layer.multiply_adds / whole if known else None) for layer in group]
-    return tuple(found)
+        timed += [replace(layer, saves_ms=saved * layer.multiply_adds / whole if known else None) for layer in group]
+    return tuple(timed)
 
 
 def order_of_return(rows: Sequence[LayerSensitivity]) -> tuple[str, ...]:
@@ -243,10 +243,10 @@ def _trials(quantized: Quantized, target: Target) -> dict[tuple[str, str], _Tria
 
 
 def _by_name(placement: Placement) -> dict[str, list[Layer]]:
-    found: dict[str, list[Layer]] = {}
+    members: dict[str, list[Layer]] = {}
     for layer in placement.layers:
-        found.setdefault(layer.name, []).append(layer)
-    return found
+        members.setdefault(layer.name, []).append(layer)
+    return members
 
 
 def _parameters(module: GraphModule) -> dict[str, tuple[Tensor, Tensor | None]]:
@@ -256,19 +256,19 @@ def _parameters(module: GraphModule) -> dict[str, tuple[Tensor, Tensor | None]]:
 
 def _behind(module: GraphModule, seeds: set[str]) -> set[Node]:
     """The nodes named in ``seeds`` and all whose values depend on theirs."""
-    found: set[Node] = set()
+    behind: set[Node] = set()
     for node in module.graph.nodes:
-        if node.name in seeds or not found.isdisjoint(node.all_input_nodes):
-            found.add(node)
-    return found
+        if node.name in seeds or not behind.isdisjoint(node.all_input_nodes):
+            behind.add(node)
+    return behind
 
 
-def _power(expected: Sequence[Any], found: Sequence[Any] | None = None) -> float:
+def _power(expected: Sequence[Any], outputs: Sequence[Any] | None = None) -> float:
     """The sum of squares of the floating-point outputs, or of their differences."""
     total = 0.0
     for index, value in enumerate(expected):
         if isinstance(value, Tensor) and value.is_floating_point():
-            total += power(value, value if found is None else value - found[index])
+            total += power(value, value if outputs is None else value - outputs[index])
     return total
 
 

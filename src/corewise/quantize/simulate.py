@@ -26,7 +26,7 @@ class Simulation:
         self.edges = set(edges)
 
     def run(self, inputs: Batch, see: See = lambda node, value: value) -> tuple[Any, ...]:
-        """The outputs for one batch; ``see(node, value)`` hears of each value and returns what takes its place."""
+        """The outputs for one batch; ``see(node, value)`` gets each value and returns what takes its place."""
         with torch.no_grad():
             return execute(self.module, inputs, lambda *call: see(call[0], self.step(*call)))
 
@@ -45,13 +45,13 @@ class Simulation:
         return value
 
 
-def sqnr_db(references: Sequence[tuple[Any, ...]], found: Sequence[tuple[Any, ...]]) -> float:
+def sqnr_db(references: Sequence[tuple[Any, ...]], outputs: Sequence[tuple[Any, ...]]) -> float:
     """10 log10(signal power / error power) over all floating outputs of all batches; 200 for equal ones.
 
-    Counted where the reference is finite (masked scores are -inf); -200 where it is and what was found is not.
+    Counted where the reference is finite (masked scores are -inf); -200 where it is and what was outputs is not.
     """
     signal = error = 0.0
-    for expected, got in zip(references, found, strict=True):
+    for expected, got in zip(references, outputs, strict=True):
         for a, b in zip(expected, got, strict=True):
             if isinstance(a, Tensor) and a.is_floating_point():
                 signal += power(a, a)

@@ -47,7 +47,7 @@ def cut_off(module: GraphModule) -> dict[Node, tuple[Node, ...]]:
 def felt(value: Tensor, other: Tensor) -> Tensor:
     """``value`` as a ReLU behind ``value + other`` feels it: where the sum is negative, the highest that would do too.
 
-    But never above 0, for no range starts higher.
+    Never above 0, because no range starts higher.
     """
     if value.shape != other.shape:
         return value
@@ -66,11 +66,11 @@ def residual_streams(module: GraphModule, placement: Placement) -> tuple[tuple[s
         if _is_sum(node) and all((operand.name, node.name) in edges for operand in node.all_input_nodes):
             for operand in node.all_input_nodes:
                 parents[root(parents, source(operand).name)] = root(parents, final(node).name)
-    found: dict[str, list[str]] = {}
+    tied: dict[str, list[str]] = {}
     for name in placement.tensors:
         if (origin := source(nodes[name]).name) in parents:
-            found.setdefault(root(parents, origin), []).append(name)
-    return tuple(tuple(names) for names in reversed(found.values()))
+            tied.setdefault(root(parents, origin), []).append(name)
+    return tuple(tuple(names) for names in reversed(tied.values()))
 
 
 def regrid(ranges: Ranges, stream: Sequence[str], shared: bool, share: float) -> dict[str, QParams]:
@@ -87,7 +87,7 @@ def regrid(ranges: Ranges, stream: Sequence[str], shared: bool, share: float) ->
 
 def tune(
     ranges: Ranges,
-    found: Sequence[Sequence[str]],
+    tied: Sequence[Sequence[str]],
     choose: Callable[[Ranges], float],
     judge: Callable[[Ranges], float],
     before_db: float,
@@ -103,7 +103,7 @@ def tune(
     def made(choice: Choice) -> dict[str, QParams]:
         one_scale, shares = choice
         changed = dict(ranges)
-        for stream, share in zip(found, shares, strict=True):
+        for stream, share in zip(tied, shares, strict=True):
             changed |= regrid(ranges, stream, one_scale, share)
         return changed
 
@@ -113,9 +113,9 @@ def tune(
         return tried[choice]
 
     def alike(one_scale: bool, share: float) -> Choice:
-        return one_scale, (share,) * len(found)
+        return one_scale, (share,) * len(tied)
 
-    if not found:
+    if not tied:
         return Tuned(dict(ranges), before_db, "")
     tried: dict[Choice, float] = {}
     best = before = alike(False, 1.0)
@@ -130,8 +130,8 @@ def tune(
         return Tuned(dict(ranges), before_db, "")
     for index, share in enumerate(best[1]):
         steps = [round(share + step, 1) for step in (STEP, -STEP)]
-        others = ((best[0], (*best[1][:index], one, *best[1][index + 1 :])) for one in steps)
-        best = max((best, *(one for one in others if NARROWEST <= one[1][index] <= 1.0)), key=score)
+        others = ((best[0], (*best[1][:index], step, *best[1][index + 1 :])) for step in steps)
+        best = max((best, *(other for other in others if NARROWEST <= other[1][index] <= 1.0)), key=score)
     if (after_db := judge(made(best))) < before_db + WORTH_DB:
         return Tuned(dict(ranges), before_db, "")
     words = ["at one scale each"] if best[0] else []

@@ -21,25 +21,25 @@ from corewise.records.build import Build, Plan, Receipt
 class Segfault(Fake):
     """Reads address 0 while building."""
 
-    def build(self, material: BuildInputs, build: Build, folder: Path) -> tuple[str, ...]:
+    def build(self, build_inputs: BuildInputs, build: Build, folder: Path) -> tuple[str, ...]:
         """End the process by SIGSEGV."""
         ctypes.string_at(0)
-        return super().build(material, build, folder)
+        return super().build(build_inputs, build, folder)
 
 
 class KilledForMemory(Fake):
     """Ends as the kernel's OOM killer ends a process."""
 
-    def build(self, material: BuildInputs, build: Build, folder: Path) -> tuple[str, ...]:
+    def build(self, build_inputs: BuildInputs, build: Build, folder: Path) -> tuple[str, ...]:
         """End the process by SIGKILL."""
         os.kill(os.getpid(), signal.SIGKILL)
-        return super().build(material, build, folder)
+        return super().build(build_inputs, build, folder)
 
 
 class Hang(Fake):
     """Never finishes building."""
 
-    def build(self, material: BuildInputs, build: Build, folder: Path) -> tuple[str, ...]:
+    def build(self, build_inputs: BuildInputs, build: Build, folder: Path) -> tuple[str, ...]:
         """Sleep for ever."""
         while True:
             time.sleep(3600)
@@ -48,7 +48,7 @@ class Hang(Fake):
 class RaisesInBuild(Fake):
     """Raises what no engine should."""
 
-    def build(self, material: BuildInputs, build: Build, folder: Path) -> tuple[str, ...]:
+    def build(self, build_inputs: BuildInputs, build: Build, folder: Path) -> tuple[str, ...]:
         """Raise ``RuntimeError``."""
         raise RuntimeError("no kernel for aten.frobnicate")
 

@@ -37,7 +37,7 @@ def correct_bias(
     graph in fp32. Only places where the activation that follows lets the value through are counted, and outliers are
     cut: the plain mean is moved by rare places of great error that a ReLU hides (ResNet-50: 26 dB became 11).
     """
-    wanted = {layer.node for layer in placement.layers}
+    placed = {layer.node for layer in placement.layers}
     simulation = Simulation(module, placement.edges, ranges)
     twins = {node.name: node for node in reference.graph.nodes}
     pending: dict[str, Node] = {}
@@ -57,17 +57,17 @@ def correct_bias(
             shaped = along(change, seconds[0], channel_axis(seconds[0], layer))
             seconds = (seconds[0] + shaped, *seconds[1:])
             shifted += 1
-        found = simulation.step(node, seconds, dict(zip(kwargs, others, strict=True)))
-        if node.name in wanted:
+        simulated = simulation.step(node, seconds, dict(zip(kwargs, others, strict=True)))
+        if node.name in placed:
             gate = _gate(node)
             if gate is None:
-                change = _shift(expected, found, node, None)
+                change = _shift(expected, simulated, node, None)
                 bias(module, node).add_(change)
-                found = found + along(change, found, channel_axis(found, node))
+                simulated = simulated + along(change, simulated, channel_axis(simulated, node))
                 shifted += 1
             else:
                 pending[gate.name] = node
-        return _Pair(expected, found)
+        return _Pair(expected, simulated)
 
     with torch.no_grad():
         execute(module, batch, step)
@@ -122,11 +122,11 @@ def _gate(layer: Node) -> Node | None:
     return None
 
 
-def _shift(expected: Tensor, found: Tensor, layer: Node, activated: object) -> Tensor:
-    """How much each channel of ``found`` is too low, over the places that the activation lets through."""
-    axis = channel_axis(found, layer)
-    some = _some_places(found, axis)
-    error = (expected - found).movedim(axis, 0).flatten(1)[:, some]
+def _shift(expected: Tensor, simulated: Tensor, layer: Node, activated: object) -> Tensor:
+    """How much each channel of ``simulated`` is too low, over the places that the activation lets through."""
+    axis = channel_axis(simulated, layer)
+    some = _some_places(simulated, axis)
+    error = (expected - simulated).movedim(axis, 0).flatten(1)[:, some]
     if isinstance(activated, Tensor):
         gate = _gate(layer)
         low, high = (limits(gate) if gate is not None else None) or (-float("inf"), float("inf"))

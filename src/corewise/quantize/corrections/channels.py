@@ -139,11 +139,11 @@ def _normalizes_last(module: GraphModule, node: Node) -> bool:
     args = arguments(node)
     own = [args["weight"], args["bias"]]
     return all(
-        (found := parameter(module, one)) is not None
-        and found.dim() == 1
-        and sum(str(other.target) == str(one.target) for other in module.graph.nodes if other.op == "get_attr") == 1
-        and len(one.users) == 1
-        for one in own
+        (tensor := parameter(module, read)) is not None
+        and tensor.dim() == 1
+        and sum(str(other.target) == str(read.target) for other in module.graph.nodes if other.op == "get_attr") == 1
+        and len(read.users) == 1
+        for read in own
     )
 
 
@@ -261,9 +261,9 @@ def _linear_readers(module: GraphModule, value: Node) -> list[Node]:
 def _scale_outputs(module: GraphModule, node: Node, factors: Tensor) -> None:
     if node.target is aten.layer_norm.default:
         for name in ("weight", "bias"):
-            found = parameter(module, arguments(node)[name])
-            assert found is not None
-            found.mul_(factors)
+            own = parameter(module, arguments(node)[name])
+            assert own is not None
+            own.mul_(factors)
         return
     own = weight(module, node)
     own.mul_(along(factors, own, 0))

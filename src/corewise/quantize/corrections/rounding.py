@@ -45,13 +45,13 @@ def round_weights(
     inputs over a random share of their positions. A layer whose moments cannot be inverted, that is wider than
     ``WIDEST``, or a transposed convolution is rounded to nearest.
     """
-    wanted = {layer.node for layer in placement.layers}
+    placed = {layer.node for layer in placement.layers}
     moments: dict[str, Tensor] = {}
     generator = torch.Generator().manual_seed(seed)
     simulation = Simulation(module, placement.edges, ranges)
 
     def step(node: Node, args: tuple[object, ...], kwargs: dict[str, object]) -> object:
-        if node.name in wanted and node.target not in TRANSPOSED and weight(module, node)[0].numel() <= WIDEST:
+        if node.name in placed and node.target not in TRANSPOSED and weight(module, node)[0].numel() <= WIDEST:
             rounded = simulation.read(node, node.args[0], args[0])
             rows = _rows(node, rounded, weight(module, node), generator, len(batches))
             _add_moments(moments, node.name, rows)
@@ -62,7 +62,7 @@ def round_weights(
             execute(module, batch, step)
         scales = {}
         for node in layers(module):
-            if node.name in wanted:
+            if node.name in placed:
                 axis, own = output_axis(node), weight(module, node)
                 scales[node.name] = weight_scales(own, axis, bits)
                 if node.name in moments:
@@ -79,10 +79,10 @@ def _rows(layer: Node, value: Tensor, own: Tensor, generator: torch.Generator, b
     A random share of the positions: of all ``batches`` together about ``ROWS_PER_COLUMN`` for each column.
     """
     columns = own[0].numel()
-    wanted = -(-max(FEWEST_ROWS, ROWS_PER_COLUMN * columns) // batches)
+    enough = -(-max(FEWEST_ROWS, ROWS_PER_COLUMN * columns) // batches)
     if layer.target in LINEARS:
         flat = value.reshape(-1, value.shape[-1])
-        return flat[_some(len(flat), wanted, generator)]
+        return flat[_some(len(flat), enough, generator)]
     args = arguments(layer)
     rank = own.dim() - 2
     kernel, stride = own.shape[2:], sizes_of(args["stride"], rank)
@@ -110,7 +110,7 @@ def _rows(layer: Node, value: Tensor, own: Tensor, generator: torch.Generator, b
     count = len(value)
     for size in sizes:
         count *= size
-    some = _some(count, wanted, generator)
+    some = _some(count, enough, generator)
     places = torch.unravel_index(some, (len(value), *sizes))
     picked = windows[places]
     groups = group_count(layer)
@@ -128,8 +128,8 @@ def _add_moments(moments: dict[str, Tensor], name: str, rows: Tensor) -> None:
         moments[name][..., start : start + WIDE, start:] += some @ rows[..., start:]
 
 
-def _some(count: int, wanted: int, generator: torch.Generator) -> Tensor:
-    return torch.arange(count) if count <= wanted else torch.randint(count, (wanted,), generator=generator)
+def _some(count: int, enough: int, generator: torch.Generator) -> Tensor:
+    return torch.arange(count) if count <= enough else torch.randint(count, (enough,), generator=generator)
 
 
 def _rounded(own: Tensor, scales: Tensor, moments: Tensor, bits: int) -> Tensor:
@@ -155,19 +155,19 @@ def _rounded(own: Tensor, scales: Tensor, moments: Tensor, bits: int) -> Tensor:
 
     if inverse is None:
         return nearest(left, grid.unsqueeze(1))[:, back].transpose(1, 2).reshape(own.shape)
-    found = torch.empty_like(left)
+    rounded = torch.empty_like(left)
     columns = left.shape[1]
     for start in range(0, columns, BLOCK):
         stop = min(columns, start + BLOCK)
         errors = torch.empty_like(left[:, start:stop])
         for column in range(start, stop):
-            found[:, column] = nearest(left[:, column], grid)
-            error = (left[:, column] - found[:, column]).div_(inverse[:, column, column].unsqueeze(1))
+            rounded[:, column] = nearest(left[:, column], grid)
+            error = (left[:, column] - rounded[:, column]).div_(inverse[:, column, column].unsqueeze(1))
             errors[:, column - start] = error
             after = inverse[:, column, column + 1 : stop]
             left[:, column + 1 : stop].baddbmm_(after.unsqueeze(2), error.unsqueeze(1), alpha=-1)
         left[:, stop:].baddbmm_(inverse[:, start:stop, stop:].transpose(1, 2), errors, alpha=-1)
-    return found[:, back].transpose(1, 2).reshape(own.shape)
+    return rounded[:, back].transpose(1, 2).reshape(own.shape)
 
 
 def _inverse_factor(moments: Tensor) -> Tensor | None:

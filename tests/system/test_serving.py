@@ -231,11 +231,11 @@ def test_wrong_bodies_are_told(server):
     length = "inference-header-content-length"
     bomb = gzip.compress(b"[" * (80 * 2**20))
     for status, match, options in (
-        (400, "is no JSON", {"content": b"{"}),
+        (400, "cannot be read", {"content": b"{"}),
         (413, "more than 67108864 bytes", {"content": b" " * (65 * 2**20)}),
-        (413, "more than 67108864 bytes", {"content": bomb, "headers": {"content-encoding": "gzip"}}),
-        (400, "the body is no gzip", {"content": b"nothing", "headers": {"content-encoding": "gzip"}}),
-        (400, "no whole gzip", {"content": bomb[:100], "headers": {"content-encoding": "gzip"}}),
+        (413, "100 times", {"content": bomb, "headers": {"content-encoding": "gzip"}}),
+        (400, "the body is not gzip", {"content": b"nothing", "headers": {"content-encoding": "gzip"}}),
+        (400, "not a whole gzip", {"content": bomb[:100], "headers": {"content-encoding": "gzip"}}),
         (415, "content encoding 'br'", {"content": b"{}", "headers": {"content-encoding": "br"}}),
         (
             400,
@@ -248,7 +248,7 @@ def test_wrong_bodies_are_told(server):
             {"content": b"{}", "headers": {length: "9" * 50}},
         ),
         (400, "x-request-timeout-ms", {"content": b"{}", "headers": {"x-request-timeout-ms": "soon"}}),
-        (400, "nests deeper", {"content": b'{"inputs":' + b"[" * 10**6}),
+        (400, "does not end", {"content": b'{"inputs":' + b"[" * 10**6}),
     ):
         found = server.post(path, **options)
         assert (found.status_code, match in found.json()["error"]) == (status, True), found.text[:300]
@@ -659,6 +659,8 @@ def test_the_live_page_lives(server, tmp_path):
 def test_schemathesis_finds_no_server_error(server, tmp_path):
     command = [sys.executable, "-m", "schemathesis.cli", "run", f"{server.url}/openapi.json", "--max-examples", "15"]
     command += ["--checks", "not_a_server_error", "--seed", "0", "--no-color", "--request-timeout", "20"]
+    # A deadline of less than a millisecond is answered with 503, rightly.
+    command += ["-H", "X-Request-Timeout-Ms: 60000"]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stdout[-3000:]
     assert server.get("/v2/health/ready").status_code == 200
@@ -708,7 +710,7 @@ def test_an_image_is_named_by_a_model_made_from_images(tmp_path, data_folder):
         for content, status in ((b"no image", 415), ((tmp_path / "0.png").read_bytes()[:200], 415), (b"", 415)):
             assert server.post("/v2/models/resnet20/classify", content=content).status_code == status
         assert server.post("/v2/models/resnet20/classify?top=0", content=b"").status_code == 400
-        assert eventually(lambda: server.get("/live.json").json()["models"][0]["shadow"], 60)
+        assert eventually(lambda: server.get("/live.json").json()["models"][0]["shadow"], 240)
         assert server.get("/live.json").json()["models"][0]["shadow"]["sqnr_db"] > 15
         assert "corewise_shadow_sqnr_db" in server.get("/metrics").text
 
@@ -753,7 +755,8 @@ def test_text_is_taken_as_it_is_and_padded_to_few_lengths(tmp_path, data_folder)
             given.set_data_from_numpy(np.array([sentences[0].encode()], object))
             found = client.infer("minilm", [given]).as_numpy("output_0")
         np.testing.assert_allclose(found[0], together[0], atol=1e-4)
-        assert "tokens, the model takes" in embed(["word " * 2000], 400)
+        assert "tokens, the model takes" in embed(["word " * 400], 400)
+        assert "send it in parts" in embed(["word " * 2000], 400)
         assert "there is no input 'text'" not in embed(["x"], 400, datatype="FP32")
         names = [one["name"] for one in server.get("/v2/models/minilm").json()["inputs"]]
         tokens = [

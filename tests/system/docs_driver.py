@@ -2,7 +2,8 @@
 
 Reads a JSON request a line from stdin and answers each with a line on stdout. A request has the page's ``folder`` and
 ``code`` (Python, in the page's namespace), ``script`` (a Python file and its arguments) or ``command`` (of corewise).
-Searches are cut short: moments to measure, and no candidate beside the baseline, or a single one if it is ``thorough``.
+Searches are cut short: they measure for moments, run in this process, and try the baseline alone; a ``thorough`` one
+also tries a candidate of an engine.
 """
 
 import contextlib
@@ -17,33 +18,44 @@ from pathlib import Path
 from typing import Any
 
 from corewise.cli import main as corewise
+from corewise.common import stats
+from corewise.engines import engine
 from corewise.engines.onnxruntime import OnnxRuntime
+from corewise.records.build import Build
 from corewise.runtime import race
-from corewise.search import optimization, plans, slo, trial
+from corewise.runtime.client import Client, InProcess
+from corewise.search import finals, optimization, plans, slo, trial
+from corewise.search.trial import SearchContext
 
 ENGINES = ("onnxruntime",)
 
 
 class Quick:
-    """Searches that take seconds: ONNX Runtime's own int8 if ``thorough``, else eager PyTorch alone."""
+    """Searches that take seconds."""
 
     thorough = False
 
     def __init__(self) -> None:
         trial.MEASURE_S = race.WARM_S = 0.1
-        race.run_race.__kwdefaults__.update(round_s=0.05, rounds=3)
-        plans.BATCHES = (1, 16)
+        race.run_race.__kwdefaults__["round_s"] = 0.05
+        finals.ROUNDS = stats.MIN_ROUNDS
+        plans.BATCHES = (1, 8, 16)
         slo.LOAD_S = slo.CONFIRM_S = 0.5
         slo.REQUESTS, slo.MOST_LOADS = 20, 2
         optimization.DEFAULT_ENGINES = ENGINES
         optimization.optimize.__kwdefaults__["engines"] = ENGINES
         offered = OnnxRuntime.candidates
 
-        def candidates(engine: Any, cpu: Any, operators: Any) -> Any:
-            builds = offered(engine, cpu, operators) if self.thorough else ()
+        def candidates(onnxruntime: Any, cpu: Any, operators: Any) -> Any:
+            builds = offered(onnxruntime, cpu, operators) if self.thorough else ()
             return tuple(build for build in builds if build.precision == "int8" and not build.option("quantizer", ""))
 
         OnnxRuntime.candidates = candidates  # type: ignore[method-assign]
+
+        def client(context: SearchContext, build: Build, share: float = 1.0) -> Client:
+            return InProcess(engine(build.engine))
+
+        SearchContext.client = client  # type: ignore[method-assign]
 
 
 def enter(folder: str) -> None:

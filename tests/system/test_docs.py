@@ -24,7 +24,7 @@ MAKES_DIGITS = next(
 """Run once for all pages."""
 GIVEN: dict[str, Callable[[Path], None]] = {"docs/guides/photos.md": write_photos, "docs/guides/text.md": write_texts}
 """What a page says that its reader has."""
-SMALL = ("CHANNELS = ((1, 4, 2), (4, 8, 2))", "EPOCHS, BATCH, PEAK_RATE = 1, 50, 0.01")
+SMALL = ("CHANNELS = ((1, 16, 2), (16, 32, 2), (32, 64, 2))", "EPOCHS, BATCH, PEAK_RATE = 4, 50, 0.01")
 """The digits' network, small: searching it takes seconds."""
 LINK = re.compile(r"\]\(([^)\s]+)\)")
 HEADING = re.compile(r"^#+ (.+)$", re.MULTILINE)

@@ -164,6 +164,22 @@ def test_what_ran_in_int8_is_told_for_the_winner_and_the_losers():
     assert found["trials"][0]["receipt"] is None
 
 
+def test_what_a_repair_cost_is_told_beside_the_build_that_was_rejected():
+    assert "repair" not in dict(words.facts(REPORT))
+    options = replace(WINNER.build.quantization, quantizer="corewise")
+    broken, repaired = (WINNER.build.with_quantization(replace(options, reverted_layers=count)) for count in (0, 4))
+    trials = (
+        EAGER,
+        replace(WINNER, build=broken, state="rejected", verified_per_s=60.0),
+        replace(WINNER, build=repaired, verified_per_s=52.5),
+    )
+    report = replace(altered(winner=repaired), trials=trials)
+    told = dict(words.facts(report))["repair"]
+    assert told.startswith("4 layers are back in floating point, because all in int8 was rejected")
+    assert told.endswith("52.5 items/s against 60.0 items/s of that one")
+    assert told in flat(shown(report, 300))
+
+
 def test_of_many_layers_that_fell_back_the_first_are_named():
     many = Receipt.tally([("Conv", False)] * 5, ["a\x1b[2J", "b", "c", "d", "e"])
     assert words.receipt(many) == ("int8: 0 of 5 convolutions and linears, 5 fell back (a [2J, b, c and 2 more)")

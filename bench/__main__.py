@@ -20,6 +20,7 @@ BENCHMARKS = (
     "slo",
     "accuracy",
     "breadth",
+    "tasks",
     "serving",
     "peers",
     "soak",

@@ -124,6 +124,7 @@ def optimize(
             search.try_builds()
             search.revert_layers()
             search.tune_plans()
+            search.climb_rungs()
             search.find_slo_rate()
             search.race()
             choice = search.choose()

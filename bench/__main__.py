@@ -23,6 +23,7 @@ BENCHMARKS = (
     "serving",
     "peers",
     "soak",
+    "attacks",
     "padding",
 )
 """Modules of this package. Each has a docstring for its help, ``add_options(parser)`` and ``main(options)``."""

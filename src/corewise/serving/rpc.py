@@ -65,7 +65,7 @@ class Service:
     def __init__(self, models: Models, metrics: Metrics, limits: Limits, tokens: Tokens, front: Front) -> None:
         self.models, self.metrics = models, metrics
         self._limits, self._tokens, self._front = limits, tokens, front
-        self._receiver = Receiver(limits)
+        self.receiver = Receiver(limits)
         calls: dict[str, Call] = {
             "ServerLive": self.server_live,
             "ServerReady": self.server_ready,
@@ -125,10 +125,14 @@ class Service:
         received_s = time.monotonic()
         served = self._served(request.model_name, request.model_version)
         headers = {key: value for key, value in context.invocation_metadata() if isinstance(value, str)}
-        with self.metrics.request(served, "grpc", headers, headers.get("x-request-id", request.id)) as note:
+        client = messages.client_of(context)
+        with (
+            self.metrics.request(served, "grpc", headers, headers.get("x-request-id", request.id)) as note,
+            self._front.booking(client) as booking,
+        ):
             left_s = context.time_remaining()
             deadline_s = received_s + (self._limits.timeout_s if left_s is None else left_s)
-            with self._front.place(messages.client_of(context)):
+            with self._front.place(client):
                 typed_bytes, raw_bytes = messages.sizes(request)
                 asked = await self._front.read(
                     lambda: parse(request, served.inputs, served.outputs, served.instead),
@@ -137,6 +141,7 @@ class Service:
                     deadline_s=deadline_s,
                 )
                 asked = await self._front.prepare(asked, served, deadline_s=deadline_s)
+            booking.add(max(0, sum(array.nbytes for array in asked.inputs) - typed_bytes - raw_bytes))
             if asked.timeout_s is not None:
                 deadline_s = received_s + min(inf if left_s is None else left_s, asked.timeout_s)
             served, future = self.models.submit(
@@ -157,15 +162,20 @@ class Service:
         """The call, for those who may, with errors as gRPC tells them."""
 
         async def guarded(requests: AsyncIterator[bytes], context: Any) -> Any:
-            if name not in OPEN_TO_ALL and not self._tokens.admit(
-                messages.authorization(context.invocation_metadata())
-            ):
+            if name in OPEN_TO_ALL:  # nothing is read of whoever asks
+                return await call(None, context)
+            if not self._tokens.admit(messages.authorization(context.invocation_metadata())):
                 self.metrics.turned_away("grpc", "unauthenticated")
                 await context.abort(grpc.StatusCode.UNAUTHENTICATED, "a token is missing or wrong; send authorization")
             try:
-                with self._front.booking(messages.client_of(context)) as booking:
-                    data = await self._receiver.receive(requests)
+                client = messages.client_of(context)
+                with self._front.booking(client) as booking:
+                    data = await self.receiver.receive(requests, client)
                     booking.add(len(data))
+                    if name == "ModelInfer":
+                        messages.check_infer(data, self._limits)
+                    else:
+                        messages.check_small(data)
                     request = await self._front.read(
                         lambda: messages.decoded(data, message), len(data) // DECODED_BYTES
                     )

@@ -1,6 +1,7 @@
 """The C library's memory: given back to the system after large requests."""
 
 import ctypes
+import gc
 from contextlib import suppress
 
 MMAP_BYTES = 2**20
@@ -17,6 +18,17 @@ def tune() -> None:
         libc = ctypes.CDLL(None)
         libc.mallopt(M_MMAP_THRESHOLD, MMAP_BYTES)
         libc.mallopt(M_ARENA_MAX, ARENAS)
+
+
+def settle() -> None:
+    """Take all that is there for what stays, so that ``collect`` has less to look through."""
+    gc.collect()
+    gc.freeze()
+
+
+def collect() -> None:
+    """Free what holds itself, as errors do that hold the frames they passed, with bodies and arrays."""
+    gc.collect()
 
 
 def trim() -> None:

@@ -32,7 +32,9 @@ STEP_BYTES = 4 * 2**20
 """So much is booked between two looks at the memory."""
 PERIOD_S = 0.5
 GROWN_BYTES = 16 * 2**20
-"""Memory is given back when the processes have so much more than after the last time."""
+"""Memory is given back while the processes have so much more than without requests."""
+PASSES = 4
+"""So many periods in a row: what is in use at the first may be free at the last."""
 
 
 def fit(limits: Limits, limit_bytes: int) -> Limits:
@@ -94,13 +96,12 @@ class Guard:
         """``engines`` are the ids of the engine processes."""
         self._limits, self._limit_bytes, self._budget, self._engines = limits, limit_bytes, budget, engines
         self._idle_bytes = 0
-        self._trimmed_bytes = 0
-        self._trimmed_booked_bytes = 0
         self._keeper: asyncio.Task[None] | None = None
 
     def start(self) -> None:
         """Begin, when all models are open and no request has come yet."""
-        self._idle_bytes = self._trimmed_bytes = resident_bytes(self._engines())
+        memory.settle()
+        self._idle_bytes = resident_bytes(self._engines())
         self._budget.watch(self._room, STEP_BYTES)
         self._keeper = asyncio.ensure_future(self._keep())
 
@@ -125,14 +126,16 @@ class Guard:
         )
 
     async def _keep(self) -> None:
+        """Give memory back while much is used, and some times afterwards."""
+        seen_bytes, quiet = 0, PASSES
         while True:
             await asyncio.sleep(PERIOD_S)
-            booked_bytes = self._budget.total_booked_bytes
-            has_grown = resident_bytes(self._engines()) > self._trimmed_bytes + GROWN_BYTES
-            if has_grown or booked_bytes > self._trimmed_booked_bytes + STEP_BYTES:
+            if self._budget.total_booked_bytes > seen_bytes + STEP_BYTES:
+                seen_bytes, quiet = self._budget.total_booked_bytes, 0
+            if quiet < PASSES and resident_bytes(self._engines()) > self._idle_bytes + GROWN_BYTES:
+                memory.collect()
                 await asyncio.to_thread(memory.trim)
-                self._trimmed_booked_bytes = booked_bytes
-                self._trimmed_bytes = resident_bytes(self._engines())
+            quiet += 1
             self._budget.look()
 
 

@@ -168,36 +168,45 @@ class Service:
                 self.metrics.turned_away("grpc", "unauthenticated")
                 await context.abort(grpc.StatusCode.UNAUTHENTICATED, "a token is missing or wrong; send authorization")
             try:
-                client = messages.client_of(context)
-                with self._front.booking(client) as booking:
-                    data = await self.receiver.receive(requests, client)
-                    booking.add(len(data))
-                    if name == "ModelInfer":
-                        messages.check_infer(data, self._limits)
-                    else:
-                        messages.check_small(data)
-                    request = await self._front.read(
-                        lambda: messages.decoded(data, message), len(data) // DECODED_BYTES
-                    )
-                    return await call(request, context)
-            except NoRoom as error:
-                await context.abort(grpc.StatusCode.RESOURCE_EXHAUSTED, str(error))
-            except ProtocolError as error:
-                if error.status == 404:
-                    self.metrics.turned_away("grpc", "unknown model")
-                await context.abort(CODES.get(error.status, grpc.StatusCode.INVALID_ARGUMENT), str(error))
-            except NotServed as error:
-                if error.retry_after_s is not None:
-                    context.set_trailing_metadata((("retry-after-s", f"{error.retry_after_s:.3f}"),))
-                await context.abort(REASONS.get(error.reason, grpc.StatusCode.RESOURCE_EXHAUSTED), str(error))
-            except CorewiseError as error:
-                log.error("a gRPC call of %s failed: %r", name, error)
-                await context.abort(grpc.StatusCode.INTERNAL, "the call failed; the server's log says why")
-            except Exception:  # the request boundary: gRPC would tell the client what was raised
-                log.exception("a gRPC call of %s failed", name)
-                await context.abort(grpc.StatusCode.INTERNAL, "the server failed; its log says why")
+                return await self._answered(name, message, call, requests, context)
+            except Exception as error:  # noqa: BLE001 - the request boundary: gRPC would tell the client what was raised
+                code, why = self._told(name, error, context)
+            # Only now: what aborting raises stays with gRPC for a while, and would keep the error, with all of the
+            # request.
+            return await context.abort(code, why)
 
         return guarded
+
+    async def _answered(self, name: str, message: Any, call: Call, requests: AsyncIterator[bytes], context: Any) -> Any:
+        """Receive a call's message and answer it."""
+        client = messages.client_of(context)
+        with self._front.booking(client) as booking:
+            data = await self.receiver.receive(requests, client)
+            booking.add(len(data))
+            if name == "ModelInfer":
+                messages.check_infer(data, self._limits)
+            else:
+                messages.check_small(data)
+            request = await self._front.read(lambda: messages.decoded(data, message), len(data) // DECODED_BYTES)
+            return await call(request, context)
+
+    def _told(self, name: str, error: Exception, context: Any) -> tuple[Any, str]:
+        """How gRPC tells of an error."""
+        if isinstance(error, NoRoom):
+            return grpc.StatusCode.RESOURCE_EXHAUSTED, str(error)
+        if isinstance(error, ProtocolError):
+            if error.status == 404:
+                self.metrics.turned_away("grpc", "unknown model")
+            return CODES.get(error.status, grpc.StatusCode.INVALID_ARGUMENT), str(error)
+        if isinstance(error, NotServed):
+            if error.retry_after_s is not None:
+                context.set_trailing_metadata((("retry-after-s", f"{error.retry_after_s:.3f}"),))
+            return REASONS.get(error.reason, grpc.StatusCode.RESOURCE_EXHAUSTED), str(error)
+        if isinstance(error, CorewiseError):
+            log.error("a gRPC call of %s failed: %r", name, error)
+            return grpc.StatusCode.INTERNAL, "the call failed; the server's log says why"
+        log.error("a gRPC call of %s failed", name, exc_info=error)
+        return grpc.StatusCode.INTERNAL, "the server failed; its log says why"
 
 
 def parse(

@@ -143,6 +143,16 @@ async def _decoded(requests: AsyncIterator[bytes], message: Any) -> AsyncIterato
         yield messages.decoded(data, message)
 
 
+def _told(method: Method, error: Exception) -> tuple[Any, str]:
+    """How gRPC tells of an error."""
+    if isinstance(error, NoRoom):
+        return grpc.StatusCode.RESOURCE_EXHAUSTED, str(error)
+    if isinstance(error, ProtocolError):
+        return CODES.get(error.status, grpc.StatusCode.INVALID_ARGUMENT), str(error)
+    log.error("a gRPC call of %s failed", method.path, exc_info=error)
+    return grpc.StatusCode.INTERNAL, "the server failed; its log says why"
+
+
 async def _one(data: bytes) -> AsyncIterator[bytes]:
     yield data
 
@@ -173,13 +183,9 @@ class Handlers(grpc.GenericRpcHandler):  # type: ignore[misc]
                 data = await self._receiver.receive(requests, messages.client_of(context))
                 messages.check_small(data)
                 return await unary(messages.decoded(data, method.request), context)
-            except NoRoom as error:
-                await context.abort(grpc.StatusCode.RESOURCE_EXHAUSTED, str(error))
-            except ProtocolError as error:
-                await context.abort(CODES.get(error.status, grpc.StatusCode.INVALID_ARGUMENT), str(error))
-            except Exception:  # the request boundary: gRPC would tell the client what was raised
-                log.exception("a gRPC call of %s failed", method.path)
-                await context.abort(grpc.StatusCode.INTERNAL, "the server failed; its log says why")
+            except Exception as error:  # noqa: BLE001 - the request boundary: gRPC would tell the client what was raised
+                code, why = _told(method, error)
+            return await context.abort(code, why)
 
         async def stream_call(requests: AsyncIterator[bytes], context: Any) -> AsyncIterator[Any]:
             assert streaming is not None
@@ -193,10 +199,10 @@ class Handlers(grpc.GenericRpcHandler):  # type: ignore[misc]
                 with places.place(client):
                     async for response in streaming(given, context):
                         yield response
-            except NoRoom as error:
-                await context.abort(grpc.StatusCode.RESOURCE_EXHAUSTED, str(error))
-            except ProtocolError as error:
-                await context.abort(CODES.get(error.status, grpc.StatusCode.INVALID_ARGUMENT), str(error))
+                return
+            except Exception as error:  # noqa: BLE001 - the request boundary: gRPC would tell the client what was raised
+                code, why = _told(method, error)
+            await context.abort(code, why)
 
         serializer = method.response.SerializeToString
         if unary is not None:

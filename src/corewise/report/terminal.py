@@ -251,6 +251,8 @@ def _results(report: Report) -> Iterator[tuple[str, str]]:
         ratio = f"{times(choice.speedup)} {interval(choice.speedup_low, choice.speedup_high)}"
         yield "speed", f"{ratio} as fast as eager PyTorch: {ours} against {eager}"
     yield from ((heading, facts[heading]) for heading in _accuracy_facts(report) if heading in facts)
+    if (preprocess := report.samples.preprocess) and preprocess.origin:
+        yield "images", facts["images"]
 
 
 def _accuracy_facts(report: Report) -> tuple[str, ...]:

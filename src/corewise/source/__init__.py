@@ -6,6 +6,7 @@ from corewise.source.exporting import export
 from corewise.source.models import load
 from corewise.source.program import load_module, load_program, operators, save_program
 from corewise.source.recurrence import has_recurrent_layers, recurrent_layers_kept
+from corewise.source.timing import row_seconds
 
 __all__ = [
     "Exported",
@@ -19,5 +20,6 @@ __all__ = [
     "load_program",
     "operators",
     "recurrent_layers_kept",
+    "row_seconds",
     "save_program",
 ]

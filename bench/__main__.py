@@ -24,6 +24,7 @@ BENCHMARKS = (
     "peers",
     "soak",
     "padding",
+    "shift",
 )
 """Modules of this package. Each has a docstring for its help, ``add_options(parser)`` and ``main(options)``."""
 

@@ -80,6 +80,7 @@ def load(
         output_structure=artifact.output_structure,
         ranges=input_ranges(artifact),
         check_finite=check_finite,
+        seen_ranges=artifact.manifest.seen_ranges,
     )
 
 

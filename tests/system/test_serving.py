@@ -712,7 +712,10 @@ def test_an_image_is_named_by_a_model_made_from_images(tmp_path, data_folder):
         assert server.post("/v2/models/resnet20/classify?top=0", content=b"").status_code == 400
         assert eventually(lambda: server.get("/live.json").json()["models"][0]["shadow"], 240)
         assert server.get("/live.json").json()["models"][0]["shadow"]["sqnr_db"] > 15
-        assert "corewise_shadow_sqnr_db" in server.get("/metrics").text
+        figures = server.get("/metrics").text
+        assert "corewise_shadow_sqnr_db" in figures
+        assert "corewise_range_checks_total" in figures
+        assert server.get("/live.json").json()["models"][0]["outside"]["checks"] > 0
 
 
 TEXTS = """

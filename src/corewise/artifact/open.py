@@ -83,6 +83,7 @@ def load(
         ranges=input_ranges(artifact),
         check_finite=check_finite,
         texts=open_texts(artifact, session.run, fit.plan),
+        seen_ranges=artifact.manifest.seen_ranges,
     )
 
 

@@ -199,6 +199,9 @@ _SENTENCES: dict[ReasonKind, Callable[[Details], str]] = {
     K.ACCURATE: _accuracy,
     K.INACCURATE: lambda details: f"{_shifted(details)}{_accuracy(details)}",
     K.BELOW_FLOOR: _below_floor,
+    K.NOT_JUDGED_UNDER_SHIFT: lambda details: (
+        f"it could not be judged on samples unlike the calibration samples: {details['why']}"
+    ),
     K.NOTHING_IN_INT8: _nothing_in_int8,
     K.TOO_SLOW: _too_slow,
     K.DEPENDS_ON_NEIGHBOURS: lambda details: (
@@ -267,6 +270,7 @@ _SENTENCES: dict[ReasonKind, Callable[[Details], str]] = {
         "the interval of the speed-up contains 1: the winner may be no faster than the baseline"
     ),
     K.DROP_UNCERTAIN: _drop_uncertain,
+    K.LOSES_UNDER_SHIFT: lambda details: f"{details['why']}; --robust keeps such builds out",
     K.NEAR_CHANCE: _near_chance,
     K.NOISY: lambda details: f"{details['build']}: {details['text']}",
     K.ENGINE_UNAVAILABLE: lambda details: f"engine {details['engine']} was not tried: {details['why']}",

@@ -23,6 +23,7 @@ from corewise.search.candidates import first_plan, layouts
 from corewise.search.journal import Journal
 from corewise.search.result import Result
 from corewise.search.search import Search
+from corewise.search.shifting import ShiftGuard
 from corewise.search.task import MetricLike, Task, package_versions
 from corewise.search.trial import SearchContext
 
@@ -40,6 +41,7 @@ def optimize(
     slo_ms: float | None = None,
     memory_limit_bytes: int | None = None,
     strict: bool = False,
+    robust: bool | None = None,
     engines: Sequence[str] = DEFAULT_ENGINES,
     ignored: Sequence[str] = (),
     calibration: int | None = None,
@@ -66,6 +68,7 @@ def optimize(
         slo_ms: for "slo", milliseconds.
         memory_limit_bytes: most memory for the process that runs the winner. Default: no limit.
         strict: ask the upper end of the drop's 95 % confidence interval to be within ``max_drop``.
+        robust: ask that int8 holds on samples unlike those that calibrated it too. Default: for texts and embeddings.
         engines: the engines to try; eager PyTorch is always the baseline.
         ignored: layers that never run in int8: names as ``explain`` lists them, or regular expressions for whole names.
         calibration: samples to calibrate with, drawn with ``seed``; all others are the holdout that decides. Default:
@@ -100,6 +103,7 @@ def optimize(
         max_drop=max_drop,
         strict=strict,
         memory_limit_bytes=memory_limit_bytes,
+        robust=robust,
     )
     _check(requirements, budget_s, timeout_s)
     task = Task.read(
@@ -122,9 +126,11 @@ def optimize(
             workspace.clear()
         try:
             build_inputs = task.write(workspace)
-            search = Search(task.builds, gate, context, journal)
+            shift = ShiftGuard(gate, context, build_inputs, task.builds[0])
+            search = Search(task.builds, gate, context, journal, shift)
             search.try_builds()
             search.revert_layers()
+            search.judge_under_shift()
             search.tune_plans()
             search.climb_rungs()
             search.find_slo_rate()
@@ -174,7 +180,7 @@ def _result(
         created=datetime.now(UTC).isoformat(timespec="seconds"),
         versions=package_versions(),
         cpu=task.cpu,
-        requirements=context.requirements,
+        requirements=replace(context.requirements, robust=search.gate.is_robust),
         samples=task.facts,
         trials=tuple(search.trials),
         finals=search.rates,

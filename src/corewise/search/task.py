@@ -135,7 +135,15 @@ class Task:
     def gate(self, requirements: Requirements) -> AccuracyGate:
         """What compares outputs for the holdout with fp32's."""
         scorer = None if self.metric is None else metrics.resolve(self.metric)
-        return AccuracyGate(scorer, self.holdout, self.exported.output_structure, requirements, self.seed)
+        return AccuracyGate(
+            scorer,
+            self.holdout,
+            self.exported.output_structure,
+            requirements,
+            self.seed,
+            robust=requirements.robust,
+            integer_inputs=any("int" in spec.dtype for spec in self.exported.inputs),
+        )
 
     def write(self, workspace: Workspace) -> BuildInputs:
         """Write what the trial processes read into the workspace."""
@@ -244,7 +252,7 @@ def _identity(metric: MetricLike) -> str:
     The values that it closes over do not count. A metric without a file, such as an object, cannot be distinguished
     from others, so nothing resumes.
     """
-    if metric is None or (isinstance(metric, str) and metric in metrics.METRICS):
+    if metric is None or (isinstance(metric, str) and ":" not in metric):  # built in, such as recall@5
         return metric or ""
     function = metrics.resolve(metric).score
     code = getattr(function, "__code__", None)

@@ -46,7 +46,7 @@ def live(models: Models, since: str = "") -> dict[str, Any]:
 
 
 def _figures(served: Served) -> dict[str, Any]:
-    shadow = served.shadow
+    shadow, outside = served.shadow, served.ranges.outside
     return {
         "name": served.name,
         "version": served.version,
@@ -61,6 +61,7 @@ def _figures(served: Served) -> dict[str, Any]:
         "shadow": {"compared": shadow.compared, "sqnr_db": shadow.sqnr_db, "agreement": shadow.agreement}
         if shadow and shadow.compared
         else None,
+        "outside": None if outside is None else asdict(outside),
         "now": asdict(served.statistics.recent(NOW_S)),
         **asdict(served.statistics.recent()),
     }

@@ -17,6 +17,7 @@ import numpy as np
 from corewise import artifact
 from corewise.artifact import tuned
 from corewise.artifact.open import check_available
+from corewise.artifact.watch import RangeWatch
 from corewise.batching import Answer, Batcher, NotServed, Policy, Run
 from corewise.common.errors import ArtifactError
 from corewise.engines import ENGINES
@@ -114,6 +115,8 @@ class Served:
         self.outputs: tuple[TensorSpec, ...] = found.manifest.outputs
         self.text = TextInput(found) if artifact.TOKENIZER in found.manifest.files else None
         self.statistics = Statistics()
+        self.ranges = RangeWatch(found.manifest.seen_ranges)
+        self._told_ranges = False
         self.draining = False
         self._max_rows = max_rows
         self.shadow = Shadow(found, shadow) if shadow > 0 else None
@@ -210,12 +213,20 @@ class Served:
             return
         if (error := ended.exception()) is None:
             self.statistics.answered(ended.result(), len(inputs[0]), took_s)
+            self._watch(inputs, ended.result().outputs)
             if self.shadow is not None:
                 self.shadow.offer(inputs, ended.result().outputs)
         elif isinstance(error, NotServed):
             self.statistics.not_served()
         else:
             self.statistics.failed(took_s)
+
+    def _watch(self, inputs: Sequence[np.ndarray], outputs: Sequence[np.ndarray]) -> None:
+        """Count what leaves the ranges of the search, and say once that it is too much."""
+        looked = self.ranges.see(inputs, outputs)
+        if looked and not self._told_ranges and (outside := self.ranges.outside) is not None and outside.many:
+            self._told_ranges = True
+            log.warning("%s, version %s: %s", self.name, self.version, outside.words)
 
     def _died(self, why: str) -> None:
         log.error("the engine process of %s, version %s: %s", self.name, self.version, why)

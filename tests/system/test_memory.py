@@ -55,7 +55,7 @@ def after(server, before):
 
 
 def test_the_limit_is_told(server):
-    assert "note: the memory limit leaves 32 MiB for a body over HTTP and 8 MiB over gRPC" in server.printed
+    assert "note: the memory limit leaves 21.3 MiB for a body over HTTP and 8 MiB over gRPC" in server.printed
 
 
 def photo(side):

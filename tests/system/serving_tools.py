@@ -3,6 +3,7 @@
 import json
 import os
 import queue
+import shutil
 import signal
 import subprocess
 import sys
@@ -23,6 +24,7 @@ from corewise.records.build import Build, Plan, TensorSpec
 from corewise.records.jsonable import to_json
 from corewise.records.measurement import Measurement
 from corewise.records.ranges import InputRange, ValueRange
+from corewise.records.report import Preprocess
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "schema-1"
 TIMEOUT_S = 60
@@ -246,3 +248,21 @@ def eventually(condition, seconds=30.0):
             return True
         time.sleep(0.05)
     return False
+
+
+def image_artifact(folder):
+    """The golden artifact, as if it had been made from images of 12 x 12 pixels."""
+    found = artifact.read(GOLDEN)
+    payload = folder.with_name(folder.name + ".payload")
+    shutil.copytree(GOLDEN / "payload", payload)
+    artifact.write(
+        folder,
+        manifest=lambda files: replace(found.manifest, files=files, preprocess=Preprocess(resize=12, crop=12)),
+        payload=payload,
+        reference=None,
+        golden=found.golden(),
+        report=found.report,
+        report_text="",
+        report_page="",
+    )
+    return folder

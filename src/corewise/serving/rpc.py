@@ -171,8 +171,9 @@ class Service:
                 return await self._answered(name, message, call, requests, context)
             except Exception as error:  # noqa: BLE001 - the request boundary: gRPC would tell the client what was raised
                 code, why = self._told(name, error, context)
-            # Only now: what aborting raises stays with gRPC for a while, and would keep the error, with all of the
-            # request.
+            # What aborting raises stays for a while, with this frame: the error holds all of the request, and the
+            # iterator its last message.
+            del requests
             return await context.abort(code, why)
 
         return guarded

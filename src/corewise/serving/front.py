@@ -75,9 +75,11 @@ class Front:
         if not text_bytes:
             array_bytes = sum(array.nbytes for array in asked.inputs)
             return await self.read(lambda: served.prepared(asked), 0, array_bytes, deadline_s=deadline_s)
-        return await self._decoders.run(
-            lambda: served.prepared(asked), kind="characters", size=text_bytes, deadline_s=deadline_s
-        )
+        return await self.tokenize(lambda: served.prepared(asked), text_bytes, deadline_s=deadline_s)
+
+    async def tokenize(self, work: Callable[[], T], characters: int, *, deadline_s: float) -> T:
+        """Tokenize texts of so many characters together."""
+        return await self._decoders.run(work, kind="characters", size=characters, deadline_s=deadline_s)
 
     async def image(self, body: bytes, served: Served, *, deadline_s: float) -> InferRequest:
         """One image as the model takes it. Raises ``ProtocolError``."""

@@ -25,7 +25,7 @@ from corewise.serving.metrics import CONTENT_TYPE, Metrics
 from corewise.serving.models import Models
 from corewise.serving.protocol import InferRequest, Limits, ProtocolError
 from corewise.serving.served import Served
-from corewise.serving.text_routes import TextRoutes
+from corewise.serving.text_routes import TextRoutes, error_body
 from corewise.serving.tokens import Tokens
 
 log = logging.getLogger("corewise.serve")
@@ -279,7 +279,7 @@ class _Guard:
             return
         self._metrics.turned_away("http", "unauthenticated")
         response = JSONResponse(
-            {"error": "a token is missing or wrong; send Authorization: Bearer TOKEN"},
+            error_body(scope["path"], "a token is missing or wrong; send Authorization: Bearer TOKEN", 401),
             401,
             headers={"WWW-Authenticate": "Bearer"},
         )

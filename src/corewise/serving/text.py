@@ -58,8 +58,6 @@ class TextInput:
             return [self._given(ids, start + k) for k, ids in enumerate(asked.ids)]
         noun = self.pipeline.noun
         for k, item in enumerate(asked.items, start):
-            if problem := self.encoder.problem(item):
-                raise ProtocolError(f"{noun} {k} {problem}")
             characters = len(item) if isinstance(item, str) else sum(map(len, item))
             if asked.truncate is None and characters > self._most_characters:
                 raise ProtocolError(
@@ -67,13 +65,12 @@ class TextInput:
                     f"{self.pipeline.max_length} tokens that the model takes",
                     "send it in parts, or ask for truncation",
                 )
+            if problem := self.encoder.problem(item):
+                raise ProtocolError(f"{noun} {k} {problem}")
         try:
-            made = self.encoder.encode(asked.items, prompt=asked.prompt, truncate=asked.truncate or False)
+            return self.encoder.encode(asked.items, prompt=asked.prompt, truncate=asked.truncate or False, first=start)
         except InputError as error:
             raise ProtocolError(error.what, error.fix) from error
-        for k, each in enumerate(made, start):
-            self._check_length(len(each), k)
-        return made
 
     def inputs(self, tokens: Sequence[Tokens], longest: int) -> tuple[NDArray[Any], ...]:
         """The model's inputs for one call, (N, tokens) each, padded to a multiple of ``BUCKET``."""
@@ -110,12 +107,8 @@ class TextInput:
     def _given(self, ids: Sequence[int], number: int) -> Tokens:
         if self.pipeline.pairs:
             raise ProtocolError("the model takes pairs of texts, which token ids cannot say", "send texts")
-        self._check_length(len(ids), number)
-        return Tokens(np.array(ids, np.int32), np.zeros(len(ids), np.int32))
-
-    def _check_length(self, count: int, number: int) -> None:
-        if count > self.pipeline.max_length:
+        if len(ids) > self.pipeline.max_length:
             raise ProtocolError(
-                f"{self.pipeline.noun} {number} has {count} tokens, the model takes {self.pipeline.max_length}",
-                "send it in parts, or ask for truncation",
+                f"row {number} has {len(ids)} tokens, the model takes {self.pipeline.max_length}", "send it in parts"
             )
+        return Tokens(np.array(ids, np.int32), np.zeros(len(ids), np.int32))

@@ -39,7 +39,7 @@ WORDS: dict[TextTask, str] = {
     "tokens": "finds entities",
 }
 """What a model of each task does, for messages."""
-CLASSIFY: tuple[TextTask, ...] = ("classes", "scores", "tokens")
+CLASSIFY: tuple[TextTask, ...] = ("classes", "tokens")
 ANY: tuple[TextTask, ...] = tuple(WORDS)
 
 T = TypeVar("T")
@@ -206,7 +206,7 @@ class TextRoutes:
         )
 
     async def predict(self, request: Request) -> Response:
-        """Texts to classes, scores or entities."""
+        """Texts to classes or entities."""
 
         def parse(body: bytes) -> tei.PredictRequest:
             return tei.predict(body, pairs=lambda model: self._pairs(model, *CLASSIFY))
@@ -232,6 +232,7 @@ class TextRoutes:
             lambda: tei.render_tokens(text.described(asked.items, asked.add_special_tokens, asked.prompt)),
             len(body),
             deadline_s=self._deadline_s(request),
+            kind="pieces",
         )
         return Response(content, media_type="application/json")
 
@@ -243,7 +244,10 @@ class TextRoutes:
         assert served.text is not None
         text = served.text
         found = await self._front.tokenize(
-            lambda: text.decoded(asked.ids, asked.skip_special_tokens), len(body), deadline_s=self._deadline_s(request)
+            lambda: text.decoded(asked.ids, asked.skip_special_tokens),
+            len(body),
+            deadline_s=self._deadline_s(request),
+            kind="pieces",
         )
         return JSONResponse(found)
 
@@ -278,8 +282,9 @@ class TextRoutes:
     ) -> tuple[Served, A, TextAnswer]:
         """Read a request and wait for its answer, unless the client goes before."""
         deadline_s = self._deadline_s(request)
-        client = request.client.host if request.client is not None else ""
+        client = _client(request)
         with self._front.booking(client) as booking:
+            # Which model is asked is in the body, so the place is none of a certain model.
             with self._front.place(client):
                 body = await bodies.read(request, self._limits, booking)
                 asked = await self._front.read(lambda: parse(body), len(body), deadline_s=deadline_s)
@@ -293,7 +298,7 @@ class TextRoutes:
         return served, asked, answer
 
     async def _body(self, request: Request, most_bytes: int) -> bytes:
-        client = request.client.host if request.client is not None else ""
+        client = _client(request)
         limits = replace(self._limits, body_bytes=min(self._limits.body_bytes, most_bytes))
         with self._front.booking(client) as booking, self._front.place(client):
             return await bodies.read(request, limits, booking)
@@ -357,6 +362,16 @@ class TextRoutes:
                 return JSONResponse(shape(message, told.status_code, field), told.status_code, headers)
 
         return shaped
+
+
+def error_body(path: str, message: str, status: int) -> dict[str, Any]:
+    """An error's body as the API of that path has it, for errors that come before its handler."""
+    return openai.error(message, status) if path.startswith("/v1/") else {"error": message}
+
+
+def _client(request: Request) -> str:
+    """The client's address; nothing for a unix socket."""
+    return request.client.host if request.client is not None else ""
 
 
 async def _unless_gone(request: Request, work: Coroutine[Any, Any, T]) -> T:

@@ -8,7 +8,7 @@ from corewise.pipeline.answers import ClassAnswer, Span, decode
 from corewise.pipeline.calls import Call, CallCost, CallLimits, CostTable, fill
 from corewise.pipeline.inferred import infer
 from corewise.pipeline.runner import Rejected, TextRunner, stacked
-from corewise.pipeline.tokens import TextEncoder, Tokens
+from corewise.pipeline.tokens import TextEncoder, TokenPiece, Tokens
 
 __all__ = [
     "Call",
@@ -20,6 +20,7 @@ __all__ = [
     "Span",
     "TextEncoder",
     "TextRunner",
+    "TokenPiece",
     "Tokens",
     "decode",
     "fill",

@@ -99,6 +99,10 @@ class ReasonKind(StrEnum):
     FIXED_BATCH = "fixed batch"
     KEEPS_STATE = "keeps state"
 
+    # How photos are decoded.
+    SCALED_DECODING = "scaled decoding"
+    FULL_DECODING = "full decoding"
+
 
 @dataclass(frozen=True, kw_only=True)
 class Reason:

@@ -421,3 +421,32 @@ def test_bad_input_leaves_no_folder(tmp_path):
     with pytest.raises(MetricError, match="no score today"):
         corewise.optimize(Digest(), SAMPLES, metric=broken, engines=("onnxruntime",), work=tmp_path / "w")
     assert not (tmp_path / "w").exists()
+
+
+class GoesThroughNumPy(nn.Module):
+    """Cannot be exported."""
+
+    def forward(self, x):
+        return torch.from_numpy(x.numpy() * 2)
+
+
+class Absent(Fake):
+    def unavailable(self, opening=False):
+        return "needs absent: pip install absent"
+
+
+@pytest.mark.parametrize(
+    ("model", "engine", "words"),
+    [
+        (GoesThroughNumPy(), "onnxruntime", "onnxruntime cannot be tried, because the model cannot be exported: "),
+        (
+            nn.Linear(4, 2),
+            f"{__name__}:Absent",
+            "cannot run here: it needs absent: pip install absent; or leave it out",
+        ),
+    ],
+    ids=["no program", "not installed"],
+)
+def test_an_engine_that_was_asked_for_and_cannot_be_tried_is_an_error(model, engine, words):
+    with pytest.raises(InputError, match=words):
+        corewise.optimize(model.eval(), list(np.ones((40, 4), np.float32)), engines=(engine,))

@@ -168,6 +168,11 @@ def test_a_winning_baseline_is_called_what_it_is():
         assert "against 13.1" not in text
 
 
+def test_a_baseline_that_stood_alone_beat_nothing():
+    report = replace(altered(winner=EAGER.build, throughput_per_s=13.07, speedup=1.0, losers=()), trials=(EAGER,))
+    assert words.headline(report) == "nothing but the baseline was tried: eager PyTorch in fp32 at 13.1 items/s"
+
+
 def test_the_latency_goal_is_told_in_milliseconds():
     report = replace(altered(throughput_per_s=50.0, baseline_throughput_per_s=11.2), requirements=LATENCY)
     for text in (shown(report, 80), markdown.render(report)):

@@ -94,6 +94,8 @@ def headline(report: Report) -> str:
     choice, fidelity = report.choice, report.winner.fidelity
     if won_by_baseline(report):
         speed = race_figure(choice.throughput_per_s, report.requirements.goal)
+        if len(report.trials) == 1:
+            return f"nothing but the baseline was tried: eager PyTorch in fp32 at {speed}"
         return f"nothing beat the baseline, eager PyTorch in fp32 at {speed}"
     text = f"{times(choice.speedup)} faster than eager PyTorch {interval(choice.speedup_low, choice.speedup_high)}"
     if choice.certified:

@@ -70,7 +70,7 @@ def optimize(
         memory_limit_bytes: most memory for the process that runs the winner. Default: no limit.
         strict: ask the upper end of the drop's 95 % confidence interval to be within ``max_drop``.
         robust: ask that int8 holds on samples unlike those that calibrated it too. Default: for texts and embeddings.
-        engines: the engines to try; eager PyTorch is always the baseline.
+        engines: the engines to try; eager PyTorch is always the baseline. One that cannot be tried is an error.
         ignored: layers that never run in int8: names as ``explain`` lists them, or regular expressions for whole names.
         calibration: samples to calibrate with, drawn with ``seed``; all others are the holdout that decides. Default:
             two of five, at most 200.
@@ -118,6 +118,7 @@ def optimize(
         class_names=class_names,
         on_event=on_event,
         budget_s=budget_s,
+        asked=() if engines is DEFAULT_ENGINES else engines,
     )
     workspace = Workspace.create(work)
     gate = task.gate(requirements)

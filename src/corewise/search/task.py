@@ -72,13 +72,17 @@ class Task:
         class_names: Sequence[str] | None,
         on_event: OnEvent,
         budget_s: float | None = None,
+        asked: Sequence[str] = (),
     ) -> Self:
-        """Read the samples, export the model and list its builds. Raises ``InputError`` for what is wrong with them."""
+        """Read the samples, export the model and list its builds. Raises ``InputError`` for what is wrong with them.
+
+        Engines that are ``asked`` for have to be tried: an error says where one cannot be.
+        """
         from corewise import source
 
         if metric is not None:
             metrics.resolve(metric)
-        usable, notes = _usable(engines)
+        usable, notes = _usable(engines, asked)
         on_event(StageStarted(Stage.READING_SAMPLES))
         data = read_samples(model, samples)
         count = default_calibration(len(data)) if calibration is None else calibration
@@ -104,6 +108,8 @@ class Task:
             notes = (*notes, Reason.of(ReasonKind.COREWISE_INT8_ONLY, layers=", ".join(ignored)))
         cpu = inspect_cpu()
         operators = source.operators(exported.program) if exported.program else {}
+        builds = list_candidates(cpu, operators, usable, ignored, exported.fixed_batch)
+        _check_asked(asked, builds, exported.why_not)
         return cls(
             model=model if isinstance(model, str) else type(model).__name__,
             exported=exported,
@@ -112,7 +118,7 @@ class Task:
             holdout=holdout,
             metric=metric,
             cpu=cpu,
-            builds=list_candidates(cpu, operators, usable, ignored, exported.fixed_batch),
+            builds=builds,
             in_process=in_process,
             notes=(*map(Reason.text, data.notes), *notes, *_behaviour(exported)),
             seed=seed,
@@ -236,10 +242,25 @@ def _check_ignored(program: "ExportedProgram", ignored: Sequence[str]) -> None:
         raise InputError(error.what, error.fix) from error
 
 
-def _usable(names: Sequence[str]) -> tuple[dict[str, Engine], tuple[Reason, ...]]:
-    """The engines that can run here, and why each other one cannot."""
+def _check_asked(asked: Sequence[str], builds: Sequence[Build], why_not: str) -> None:
+    """Raise ``InputError`` if an engine that the user asked for has nothing to try."""
+    missing = [name for name in asked if not any(build.engine == name for build in builds)]
+    if missing and why_not:
+        raise InputError(
+            f"{missing[0]} cannot be tried, because the model cannot be exported: {why_not}",
+            "change the model there, or name no engine to have what eager PyTorch does",
+        )
+    if missing:
+        raise InputError(f"{missing[0]} has no build for this model on this CPU", "name another engine, or none")
+
+
+def _usable(names: Sequence[str], asked: Sequence[str]) -> tuple[dict[str, Engine], tuple[Reason, ...]]:
+    """The engines that can run here, and why each other one cannot; that is an error for those ``asked`` for."""
     engines = {name: engine(name) for name in names}
     reasons = {name: named_engine.unavailable() for name, named_engine in engines.items()}
+    for name in asked:
+        if reasons[name]:
+            raise InputError(f"the engine {name} cannot run here: it {reasons[name]}", "or leave it out")
     notes = tuple(
         Reason.of(ReasonKind.ENGINE_UNAVAILABLE, engine=name, why=why) for name, why in reasons.items() if why
     )

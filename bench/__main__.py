@@ -17,6 +17,7 @@ BENCHMARKS = (
     "build_cost",
     "plans",
     "main_job",
+    "small_budget",
     "slo",
     "accuracy",
     "breadth",

@@ -88,6 +88,7 @@ class ReasonKind(StrEnum):
     # Doubts about the choice.
     SLO_UNCERTAIN = "SLO uncertain"
     NOTHING_FITS_MEMORY = "nothing fits memory"
+    RACE_CONTRADICTS = "race contradicts"
     FEW_ROUNDS = "few rounds"
     SPEEDUP_UNCERTAIN = "speedup uncertain"
     DROP_UNCERTAIN = "drop uncertain"

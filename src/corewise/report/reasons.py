@@ -260,6 +260,10 @@ _SENTENCES: dict[ReasonKind, Callable[[Details], str]] = {
     K.NOT_MEASURED: _fixed("not a finalist: its speed was not measured"),
     K.SLO_UNCERTAIN: _slo_uncertain,
     K.NOTHING_FITS_MEMORY: _nothing_fits,
+    K.RACE_CONTRADICTS: lambda details: (
+        f"the race and the trials contradict each other, and so did a second race: {_ratio(details)} the baseline in "
+        f"the race, {_ratio(details, 'alone_')} in trials; other work may have run beside, so run it again"
+    ),
     K.FEW_ROUNDS: lambda details: (
         f"only {details['rounds']} alternating rounds: a 95 % interval of the speed-up needs {details['needed']}"
     ),

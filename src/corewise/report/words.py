@@ -14,7 +14,7 @@ from corewise.records.cpu import Cpu
 from corewise.records.events import Stage, StageStarted, TrialStep
 from corewise.records.goal import Goal, Slo
 from corewise.records.measurement import LoadRun, Measurement, Rates
-from corewise.records.reason import Reason
+from corewise.records.reason import Reason, ReasonKind
 from corewise.records.report import Report
 from corewise.records.trial import Fidelity, State, Trial
 from corewise.report.numbers import (
@@ -95,6 +95,9 @@ def headline(report: Report) -> str:
         speed = race_figure(choice.throughput_per_s, report.requirements.goal)
         return f"nothing beat the baseline, eager PyTorch in fp32 at {speed}"
     text = f"{times(choice.speedup)} faster than eager PyTorch {interval(choice.speedup_low, choice.speedup_high)}"
+    for reason in choice.warnings:
+        if reason.kind == ReasonKind.RACE_CONTRADICTS:
+            text += f" in the race but {times(float(str(reason.details['alone_ratio'])))} in trials"
     if choice.certified:
         text = f"{_certified(choice.certified)}; {text}"
     return f"{text}, {_against(fidelity)}" if fidelity else text

@@ -66,7 +66,8 @@ def optimize(
         slo_ms: for "slo", milliseconds.
         memory_limit_bytes: most memory for the process that runs the winner. Default: no limit.
         strict: ask the upper end of the drop's 95 % confidence interval to be within ``max_drop``.
-        engines: the engines to try; eager PyTorch is always the baseline.
+        engines: the engines to try; eager PyTorch is always the baseline. One that cannot be tried at all is an error,
+            unless the engines are the default ones.
         ignored: layers that never run in int8: names as ``explain`` lists them, or regular expressions for whole names.
         calibration: samples to calibrate with, drawn with ``seed``; all others are the holdout that decides. Default:
             two of five, at most 200.
@@ -83,6 +84,7 @@ def optimize(
     Raises:
         InputError: something is wrong with an argument, or the budget is too short for a single candidate.
         MissingExtra: torch is not installed.
+        EngineError: an engine in ``engines`` cannot be tried: it is not installed, or has no build for this model.
 
     Example:
         >>> import numpy as np, torch, corewise
@@ -113,6 +115,7 @@ def optimize(
         class_names=class_names,
         on_event=on_event,
         budget_s=budget_s,
+        required=tuple(engines) != DEFAULT_ENGINES,
     )
     workspace = Workspace.create(work)
     gate = task.gate(requirements)

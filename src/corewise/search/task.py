@@ -4,7 +4,7 @@ import hashlib
 import importlib.metadata
 import importlib.util
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
@@ -27,7 +27,7 @@ from corewise.runtime.workspace import Workspace
 from corewise.samples import Samples, check_class_names, default_calibration, from_python, read, split
 from corewise.samples.drawing import draw
 from corewise.search.budget import sample_limits
-from corewise.search.candidates import list_candidates
+from corewise.search.candidates import BASELINE, list_candidates
 
 if TYPE_CHECKING:
     from torch.export import ExportedProgram
@@ -72,13 +72,20 @@ class Task:
         class_names: Sequence[str] | None,
         on_event: OnEvent,
         budget_s: float | None = None,
+        required: bool = False,
     ) -> Self:
-        """Read the samples, export the model and list its builds. Raises ``InputError`` for what is wrong with them."""
+        """Read the samples, export the model and list its builds.
+
+        Raises ``InputError`` for what is wrong with them, and ``EngineError`` if an engine that is ``required`` cannot
+        be tried at all.
+        """
         from corewise import source
 
         if metric is not None:
             metrics.resolve(metric)
         usable, notes = _usable(engines)
+        if required:
+            _check_tried({str(note.details["engine"]): str(note.details["why"]) for note in notes})
         on_event(StageStarted(Stage.READING_SAMPLES))
         data = read(samples) if isinstance(samples, str) else from_python(samples() if callable(samples) else samples)
         count = default_calibration(len(data)) if calibration is None else calibration
@@ -97,6 +104,9 @@ class Task:
         if class_names is not None:
             check_class_names(class_names, exported.outputs[0].shape[-1] or 0, "the list of class names")
         in_process = None
+        if required and exported.program is None:
+            why = f"the model cannot be exported ({exported.why_not})"
+            _check_tried(dict.fromkeys((name for name in engines if name != BASELINE.engine), why))
         if exported.program is None:
             in_process, usable, notes = _only_eager(exported)
         elif ignored:
@@ -104,6 +114,10 @@ class Task:
             notes = (*notes, Reason.of(ReasonKind.COREWISE_INT8_ONLY, layers=", ".join(ignored)))
         cpu = inspect_cpu()
         operators = source.operators(exported.program) if exported.program else {}
+        builds = list_candidates(cpu, operators, usable, ignored, exported.fixed_batch)
+        if required:
+            without = set(usable) - {build.engine for build in builds} - {BASELINE.engine}
+            _check_tried(dict.fromkeys(without, "it has no build for this model on this CPU"))
         return cls(
             model=model if isinstance(model, str) else type(model).__name__,
             exported=exported,
@@ -112,7 +126,7 @@ class Task:
             holdout=holdout,
             metric=metric,
             cpu=cpu,
-            builds=list_candidates(cpu, operators, usable, ignored, exported.fixed_batch),
+            builds=builds,
             in_process=in_process,
             notes=(*map(Reason.text, data.notes), *notes, *_behaviour(exported)),
             seed=seed,
@@ -227,6 +241,12 @@ def _usable(names: Sequence[str]) -> tuple[dict[str, Engine], tuple[Reason, ...]
         Reason.of(ReasonKind.ENGINE_UNAVAILABLE, engine=name, why=why) for name, why in reasons.items() if why
     )
     return {name: named_engine for name, named_engine in engines.items() if not reasons[name]}, notes
+
+
+def _check_tried(unable: Mapping[str, str]) -> None:
+    """Raise ``EngineError`` for the first engine that was asked for and is ``unable``, with the reason."""
+    for name, why in unable.items():
+        raise EngineError(f"engine {name} cannot be tried: {why}", "leave it out")
 
 
 def _identity(metric: MetricLike) -> str:

@@ -32,6 +32,7 @@ class ReasonKind(StrEnum):
     ACCURATE = "accurate"
     INACCURATE = "inaccurate"
     BELOW_FLOOR = "below floor"
+    NOT_JUDGED_UNDER_SHIFT = "not judged under shift"
     NOTHING_IN_INT8 = "nothing in int8"
     TOO_SLOW = "too slow"
     DEPENDS_ON_NEIGHBOURS = "depends on neighbours"
@@ -92,6 +93,7 @@ class ReasonKind(StrEnum):
     FEW_ROUNDS = "few rounds"
     SPEEDUP_UNCERTAIN = "speedup uncertain"
     DROP_UNCERTAIN = "drop uncertain"
+    LOSES_UNDER_SHIFT = "loses under shift"
     NEAR_CHANCE = "near chance"
     NOISY = "noisy"
 
@@ -104,6 +106,10 @@ class ReasonKind(StrEnum):
     MIXES_BATCH = "mixes batch"
     FIXED_BATCH = "fixed batch"
     KEEPS_STATE = "keeps state"
+
+    # How photos are decoded.
+    SCALED_DECODING = "scaled decoding"
+    FULL_DECODING = "full decoding"
 
 
 NOT_TRIED = (ReasonKind.BUDGET_SPENT_BEFORE, ReasonKind.BUDGET_TOO_SHORT, ReasonKind.BUDGET_BETTER_SPENT)

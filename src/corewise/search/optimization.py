@@ -20,9 +20,11 @@ from corewise.runtime.worker import peak_memory_bytes
 from corewise.runtime.workspace import Workspace
 from corewise.search.budget import WITH_LOADS, Budget, BudgetSplit, baseline_batch
 from corewise.search.candidates import first_plan, layouts
+from corewise.search.decoding import Decoding, choose_decoding
 from corewise.search.journal import Journal
 from corewise.search.result import Result
 from corewise.search.search import Search
+from corewise.search.shifting import ShiftGuard
 from corewise.search.task import MetricLike, Task, package_versions
 from corewise.search.trial import SearchContext
 
@@ -40,6 +42,7 @@ def optimize(
     slo_ms: float | None = None,
     memory_limit_bytes: int | None = None,
     strict: bool = False,
+    robust: bool | None = None,
     engines: Sequence[str] = DEFAULT_ENGINES,
     ignored: Sequence[str] = (),
     calibration: int | None = None,
@@ -58,14 +61,15 @@ def optimize(
         model: an ``nn.Module``, an ``ExportedProgram``, or a reference such as "file.py:factory" or "timm:NAME".
         samples: arrays or tensors without a batch dimension, or dicts or tuples of them, with labels if there are any;
             a function that returns them; or a reference such as a folder of images or "file.py:function".
-        metric: the name of a built-in metric, "file.py:function", or a callable (outputs, labels) -> score; higher is
-            better. Default: top-1 if there are class labels, agreement with fp32 otherwise.
+        metric: the name of a built-in metric, "file.py:function", or a callable (outputs, labels) -> score, the higher
+            the better. Default: the one that fits the labels, without labels how close the outputs are to fp32's.
         max_drop: how much of the metric may be lost, in the metric's unit.
         objective: "throughput" (items/s), "latency" (of single items), "slo" (the most requests/s of which 99 % are
             answered within ``slo_ms``), or a goal object such as ``Slo(p99_ms=50)``.
         slo_ms: for "slo", milliseconds.
         memory_limit_bytes: most memory for the process that runs the winner. Default: no limit.
         strict: ask the upper end of the drop's 95 % confidence interval to be within ``max_drop``.
+        robust: ask that int8 holds on samples unlike those that calibrated it too. Default: for texts and embeddings.
         engines: the engines to try; eager PyTorch is always the baseline. One that cannot be tried at all is an error,
             unless the engines are the default ones.
         ignored: layers that never run in int8: names as ``explain`` lists them, or regular expressions for whole names.
@@ -102,6 +106,7 @@ def optimize(
         max_drop=max_drop,
         strict=strict,
         memory_limit_bytes=memory_limit_bytes,
+        robust=robust,
     )
     _check(requirements, budget_s, timeout_s)
     task = Task.read(
@@ -125,18 +130,21 @@ def optimize(
             workspace.clear()
         try:
             build_inputs = task.write(workspace)
-            search = Search(task.builds, gate, context, journal)
+            shift = ShiftGuard(gate, context, build_inputs, task.builds[0])
+            search = Search(task.builds, gate, context, journal, shift)
             search.try_builds()
             search.revert_layers()
+            search.judge_under_shift()
             search.tune_plans()
             search.climb_rungs()
             search.find_slo_rate()
             search.race()
             choice = search.choose()
+            decoding = choose_decoding(task.holdout, choice, gate, context)
         finally:
             if journal.empty:  # it ended before anything worth keeping
                 workspace.remove()
-    return _result(task, search, choice, build_inputs, class_names)
+    return _result(task, search, choice, build_inputs, class_names, decoding)
 
 
 def _context(
@@ -169,7 +177,12 @@ def _context(
 
 
 def _result(
-    task: Task, search: Search, choice: Choice, build_inputs: BuildInputs, class_names: Sequence[str] | None
+    task: Task,
+    search: Search,
+    choice: Choice,
+    build_inputs: BuildInputs,
+    class_names: Sequence[str] | None,
+    decoding: Decoding,
 ) -> Result:
     context = search.context
     report = Report(
@@ -177,19 +190,19 @@ def _result(
         created=datetime.now(UTC).isoformat(timespec="seconds"),
         versions=package_versions(),
         cpu=task.cpu,
-        requirements=context.requirements,
-        samples=task.facts,
+        requirements=replace(context.requirements, robust=search.gate.is_robust),
+        samples=replace(task.facts, preprocess=decoding.preprocess),
         trials=tuple(search.trials),
         finals=search.rates,
         choice=choice,
         wall_s=context.budget.elapsed_s,
         peak_memory_bytes=peak_memory_bytes() + search.peak_memory_bytes,
-        notes=(*task.notes, *search.notes),
+        notes=(*task.notes, *search.notes, *((decoding.reason,) if decoding.reason else ())),
     )
     return Result(
         report=report,
         build_inputs=build_inputs,
-        holdout=task.holdout,
+        holdout=replace(task.holdout, preprocess=decoding.preprocess),
         output_structure=task.exported.output_structure,
         payload=context.workspace.payload(choice.winner),
         outputs=context.workspace.outputs(choice.winner),

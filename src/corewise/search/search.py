@@ -33,6 +33,7 @@ from corewise.search.finals import race_finalists
 from corewise.search.forecast import PROMISING, Forecast, following, is_better_left, learned_plan
 from corewise.search.journal import Journal
 from corewise.search.plans import BATCHES, rate_interval
+from corewise.search.shifting import ShiftGuard
 from corewise.search.trial import SearchContext, measure_plan, run_trial
 from corewise.search.tuning import not_tuned, tune
 
@@ -46,11 +47,19 @@ OUT_OF_TIME = (*NOT_TRIED, ReasonKind.BUDGET_SPENT_DURING)
 class Search:
     """Runs the stages in the order in which its methods stand here."""
 
-    def __init__(self, builds: Sequence[Build], gate: AccuracyGate, context: SearchContext, journal: Journal) -> None:
+    def __init__(
+        self,
+        builds: Sequence[Build],
+        gate: AccuracyGate,
+        context: SearchContext,
+        journal: Journal,
+        shift: ShiftGuard | None = None,
+    ) -> None:
         self.builds = tuple(builds)
         self.gate = gate
         self.context = context
         self.journal = journal
+        self.shift = shift
         self.trials: list[Trial] = []
         self.notes: list[Reason] = []
         """What limited the search."""
@@ -116,6 +125,24 @@ class Search:
                     break
                 count *= 2
 
+    def judge_under_shift(self) -> None:
+        """In a robust search, judge the builds whose plans are worth a search on samples unlike those that calibrated.
+
+        The fastest come first, until enough of them hold.
+        """
+        held = 0
+        for trial in sorted(self.trials, key=lambda trial: -_first_per_s(trial) if trial.measurements else 0.0):
+            if is_baseline(trial.build) or trial.state != State.OK or held == TUNED:
+                continue
+            judged = self._judged_under_shift(trial)
+            if judged is not trial:
+                if judged.reason.kind not in OUT_OF_TIME:
+                    self.journal.add(judged)
+                self._replace(judged)
+                if judged.state != State.OK:
+                    self.context.on_event(TrialEnded(judged, resumed=False))
+            held += judged.state == State.OK
+
     def tune_plans(self) -> None:
         """Search the plans of the most promising builds, and of the baseline at last.
 
@@ -147,7 +174,8 @@ class Search:
                 return
             trial = self._try(further, total=len(self.trials) + 1, share=self.context.split.plans)
             if trial.state == State.OK:
-                self._replace(self._tune(trial, None))
+                trial = self._judged_under_shift(trial)
+                self._replace(self._tune(trial, None) if trial.state == State.OK else trial)
             left_s = self.context.budget.left_s(self.context.split.plans)
 
     def find_slo_rate(self) -> None:
@@ -175,7 +203,7 @@ class Search:
         """The winner of the race, whose trial then has the latency table that admission needs."""
         choice = choose_winner(self.trials, self.rates, self.context.requirements, self.trials[0].build)
         self._complete_latency_table(choice)
-        return choice
+        return self._with_doubt_under_shift(choice)
 
     def _climbed(self, build: Build) -> Build | None:
         """The build with one more of corewise's corrections that was not tried; ``None`` if there is none."""
@@ -211,6 +239,8 @@ class Search:
         if trial is None or not resumed:
             context.on_event(TrialStarted(build, len(self.trials) + 1, total))
             trial = Trial(build=build, state=State.PRUNED, reason=why_not) if why_not else self._run(build, share)
+            if trial.state == State.OK and self._leads(trial):
+                trial = self._judged_under_shift(trial)
             # What ended for lack of time is tried again by another run with more of it.
             if trial.reason.kind not in OUT_OF_TIME:
                 self.journal.add(trial)
@@ -236,6 +266,27 @@ class Search:
             self.baseline_s = self.context.budget.elapsed_s - started_s
         return trial
 
+    def _leads(self, trial: Trial) -> bool:
+        """Whether it is faster than all candidates before it, so that others need not be tried if it holds."""
+        before = (other for other in self.trials if other.state == State.OK and not is_baseline(other.build))
+        fastest = max((_first_per_s(other) for other in before), default=0.0)
+        return not is_baseline(trial.build) and _first_per_s(trial) > fastest
+
+    def _judged_under_shift(self, trial: Trial) -> Trial:
+        if self.shift is None or not self.gate.is_robust:
+            return trial
+        return self.shift.judged(trial, share=self.context.split.last_trial)
+
+    def _with_doubt_under_shift(self, choice: Choice) -> Choice:
+        """Where the drop under shift decides nothing, the winner's is found out all the same if there is time."""
+        winner = self._of(choice.winner)
+        if self.shift is None or self.gate.is_robust or winner.build.precision != "int8":
+            return choice
+        judged = self.shift.judged(winner, share=1.0)
+        self._replace(judged)
+        doubt = self.shift.doubt(judged)
+        return choice if doubt is None else replace(choice, warnings=(*choice.warnings, doubt))
+
     def _why_not_tried(self, build: Build, left: Sequence[Build]) -> Reason | None:
         """Why a build of those ``left`` is not tried in what is left of the budget."""
         budget, split = self.context.budget, self.context.split
@@ -254,7 +305,7 @@ class Search:
 
     def _tell_untried(self) -> None:
         """Say at once what the budget leaves untried."""
-        untried = [trial.build.label for trial in self.trials if trial.reason.kind in NOT_TRIED]
+        untried = [trial.build.label for trial in self.trials if trial.untried]
         if untried:
             named = untried[:NAMED]
             reason = self.context.budget.reason(ReasonKind.LEFT_UNTRIED, builds=named, count=len(untried))

@@ -24,7 +24,7 @@ from corewise.records.jsonable import to_json
 from corewise.records.reason import Reason, ReasonKind
 from corewise.records.report import SampleFacts
 from corewise.runtime.workspace import Workspace
-from corewise.samples import Samples, check_class_names, default_calibration, from_python, read, split
+from corewise.samples import Samples, check_class_names, default_calibration, from_python, split
 from corewise.samples.drawing import draw
 from corewise.search.budget import sample_limits
 from corewise.search.candidates import BASELINE, list_candidates
@@ -87,7 +87,7 @@ class Task:
         if required:
             _check_tried({str(note.details["engine"]): str(note.details["why"]) for note in notes})
         on_event(StageStarted(Stage.READING_SAMPLES))
-        data = read(samples) if isinstance(samples, str) else from_python(samples() if callable(samples) else samples)
+        data = read_samples(model, samples)
         count = default_calibration(len(data)) if calibration is None else calibration
         calibrating, holdout = split(data, calibration=count, seed=seed)
         on_event(StageStarted(Stage.EXPORTING))
@@ -97,17 +97,16 @@ class Task:
             row_s = source.row_seconds(exported, data)
             limits = sample_limits(budget_s, row_s)
             holdout, fewer = _at_most(holdout, limits.holdout, seed, "held-out")
-            notes = (*notes, *fewer)
-            if calibration is None:
-                calibrating, fewer = _at_most(calibrating, limits.calibration, seed, "calibration")
-                notes = (*notes, *fewer)
+            most = limits.calibration if calibration is None else None
+            calibrating, fewer_too = _at_most(calibrating, most, seed, "calibration")
+            notes = (*notes, *fewer, *fewer_too)
         if class_names is not None:
             check_class_names(class_names, exported.outputs[0].shape[-1] or 0, "the list of class names")
         in_process = None
-        if required and exported.program is None:
-            why = f"the model cannot be exported ({exported.why_not})"
-            _check_tried(dict.fromkeys((name for name in engines if name != BASELINE.engine), why))
         if exported.program is None:
+            if required:
+                others = [name for name in engines if name != BASELINE.engine]
+                _check_tried(dict.fromkeys(others, f"the model cannot be exported ({exported.why_not})"))
             in_process, usable, notes = _only_eager(exported)
         elif ignored:
             _check_ignored(exported.program, ignored)
@@ -149,7 +148,15 @@ class Task:
     def gate(self, requirements: Requirements) -> AccuracyGate:
         """What compares outputs for the holdout with fp32's."""
         scorer = None if self.metric is None else metrics.resolve(self.metric)
-        return AccuracyGate(scorer, self.holdout, self.exported.output_structure, requirements, self.seed)
+        return AccuracyGate(
+            scorer,
+            self.holdout,
+            self.exported.output_structure,
+            requirements,
+            self.seed,
+            robust=requirements.robust,
+            integer_inputs=any("int" in spec.dtype for spec in self.exported.inputs),
+        )
 
     def write(self, workspace: Workspace) -> BuildInputs:
         """Write what the trial processes read into the workspace."""
@@ -187,7 +194,16 @@ class Task:
         return hashlib.sha256(json.dumps(to_json(parts)).encode()).hexdigest()
 
 
-def _at_most(samples: Samples, most: int, seed: int, role: str) -> tuple[Samples, tuple[Reason, ...]]:
+def read_samples(model: Any, samples: Any) -> Samples:
+    """The samples in the forms that ``optimize`` takes; images as the model's own preprocessing makes them."""
+    if isinstance(samples, str):
+        from corewise import source
+
+        return source.read_for(model, samples)
+    return from_python(samples() if callable(samples) else samples)
+
+
+def _at_most(samples: Samples, most: int | None, seed: int, role: str) -> tuple[Samples, tuple[Reason, ...]]:
     """As many of the samples as the budget has time for, and a note where some are left out."""
     chosen, drawn = draw(len(samples), most, seed, samples.groups)
     if not drawn:
@@ -255,7 +271,7 @@ def _identity(metric: MetricLike) -> str:
     The values that it closes over do not count. A metric without a file, such as an object, cannot be distinguished
     from others, so nothing resumes.
     """
-    if metric is None or (isinstance(metric, str) and metric in metrics.METRICS):
+    if metric is None or (isinstance(metric, str) and ":" not in metric):  # built in, such as recall@5
         return metric or ""
     function = metrics.resolve(metric).score
     code = getattr(function, "__code__", None)

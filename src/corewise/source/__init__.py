@@ -4,6 +4,7 @@ from corewise.source.behaviour import NotRepeatable
 from corewise.source.exported import Exported, Flat, digest
 from corewise.source.exporting import export
 from corewise.source.models import load
+from corewise.source.preprocessing import OwnPreprocess, own_preprocess, read_for
 from corewise.source.program import load_module, load_program, operators, save_program
 from corewise.source.recurrence import has_recurrent_layers, recurrent_layers_kept
 from corewise.source.timing import row_seconds
@@ -12,6 +13,7 @@ __all__ = [
     "Exported",
     "Flat",
     "NotRepeatable",
+    "OwnPreprocess",
     "digest",
     "export",
     "has_recurrent_layers",
@@ -19,6 +21,8 @@ __all__ = [
     "load_module",
     "load_program",
     "operators",
+    "own_preprocess",
+    "read_for",
     "recurrent_layers_kept",
     "row_seconds",
     "save_program",

@@ -58,8 +58,10 @@ class SampleLimits:
     calibration: int
 
 
-def sample_limits(budget_s: float, row_s: float) -> SampleLimits:
+def sample_limits(budget_s: float, row_s: float, calibration: int | None = None) -> SampleLimits:
     """The most samples to judge and to calibrate with, if a row takes ``row_s`` in eager PyTorch.
+
+    If the user said how many calibrate, so many do.
 
     The baseline answers the holdout within its share. Both are rounded down to steps of a third or half, so that the
     same command nearly always finds the same samples again.
@@ -69,7 +71,7 @@ def sample_limits(budget_s: float, row_s: float) -> SampleLimits:
     holdout = baseline_s / row_s - BASELINE_ROWS - BASELINE_CALLS * batch
     return SampleLimits(
         holdout=_step_below(holdout, FEWEST_HOLDOUT),
-        calibration=_step_below(CALIBRATION_SHARE * budget_s / row_s, FEWEST_CALIBRATION),
+        calibration=calibration or _step_below(CALIBRATION_SHARE * budget_s / row_s, FEWEST_CALIBRATION),
     )
 
 

@@ -26,7 +26,7 @@ from corewise.records.report import SampleFacts
 from corewise.runtime.workspace import Workspace
 from corewise.samples import Samples, check_class_names, default_calibration, from_python, split
 from corewise.samples.drawing import draw
-from corewise.search.budget import sample_limits
+from corewise.search.budget import SampleLimits, sample_limits
 from corewise.search.candidates import BASELINE, list_candidates
 
 if TYPE_CHECKING:
@@ -92,22 +92,16 @@ class Task:
         calibrating, holdout = split(data, calibration=count, seed=seed)
         on_event(StageStarted(Stage.EXPORTING))
         exported = source.export(source.load(model) if isinstance(model, str) else model, data)
-        row_s = None
-        if budget_s is not None:
-            row_s = source.row_seconds(exported, data)
-            limits = sample_limits(budget_s, row_s)
-            holdout, fewer = _at_most(holdout, limits.holdout, seed, "held-out")
-            most = limits.calibration if calibration is None else None
-            calibrating, fewer_too = _at_most(calibrating, most, seed, "calibration")
-            notes = (*notes, *fewer, *fewer_too)
+        row_s = None if budget_s is None else source.row_seconds(exported, data)
+        if budget_s is not None and row_s is not None:
+            limits = sample_limits(budget_s, row_s, None if calibration is None else len(calibrating))
+            calibrating, holdout, fewer = _affordable(calibrating, holdout, limits, seed)
+            notes = (*notes, *fewer)
         if class_names is not None:
             check_class_names(class_names, exported.outputs[0].shape[-1] or 0, "the list of class names")
         in_process = None
         if exported.program is None:
-            if required:
-                others = [name for name in engines if name != BASELINE.engine]
-                _check_tried(dict.fromkeys(others, f"the model cannot be exported ({exported.why_not})"))
-            in_process, usable, notes = _only_eager(exported)
+            in_process, usable, notes = _only_eager(exported, engines if required else ())
         elif ignored:
             _check_ignored(exported.program, ignored)
             notes = (*notes, Reason.of(ReasonKind.COREWISE_INT8_ONLY, layers=", ".join(ignored)))
@@ -115,7 +109,7 @@ class Task:
         operators = source.operators(exported.program) if exported.program else {}
         builds = list_candidates(cpu, operators, usable, ignored, exported.fixed_batch)
         if required:
-            without = set(usable) - {build.engine for build in builds} - {BASELINE.engine}
+            without = set(usable) - {BASELINE.engine, *(build.engine for build in builds)}
             _check_tried(dict.fromkeys(without, "it has no build for this model on this CPU"))
         return cls(
             model=model if isinstance(model, str) else type(model).__name__,
@@ -203,17 +197,31 @@ def read_samples(model: Any, samples: Any) -> Samples:
     return from_python(samples() if callable(samples) else samples)
 
 
-def _at_most(samples: Samples, most: int | None, seed: int, role: str) -> tuple[Samples, tuple[Reason, ...]]:
-    """As many of the samples as the budget has time for, and a note where some are left out."""
-    chosen, drawn = draw(len(samples), most, seed, samples.groups)
-    if not drawn:
-        return samples, ()
-    return samples.take(chosen), (Reason.of(ReasonKind.FEWER_SAMPLES, used=len(chosen), of=len(samples), role=role),)
+def _affordable(
+    calibrating: Samples, holdout: Samples, limits: SampleLimits, seed: int
+) -> tuple[Samples, Samples, tuple[Reason, ...]]:
+    """As many samples of both parts as the budget has time for, and a note for each part that has fewer."""
+    parts, notes = [], []
+    for samples, most, role in (
+        (calibrating, limits.calibration, "calibration"),
+        (holdout, limits.holdout, "held-out"),
+    ):
+        chosen, drawn = draw(len(samples), most, seed, samples.groups)
+        parts.append(samples.take(chosen) if drawn else samples)
+        if drawn:
+            notes.append(Reason.of(ReasonKind.FEWER_SAMPLES, used=len(chosen), of=len(samples), role=role))
+    return parts[0], parts[1], tuple(notes)
 
 
-def _only_eager(exported: "Exported") -> tuple[Engine, dict[str, Engine], tuple[Reason, ...]]:
-    """For a model that cannot be exported: only this process has the module, and only eager can run it."""
+def _only_eager(exported: "Exported", required: Sequence[str]) -> tuple[Engine, dict[str, Engine], tuple[Reason, ...]]:
+    """For a model that cannot be exported: only this process has the module, and only eager can run it.
+
+    Raises ``EngineError`` if another engine is ``required``.
+    """
     from corewise.engines.eager import Eager
+
+    others = [name for name in required if name != BASELINE.engine]
+    _check_tried(dict.fromkeys(others, f"the model cannot be exported ({exported.why_not})"))
 
     eager = Eager(exported.module)
     return eager, {"eager": eager}, (Reason.of(ReasonKind.ONLY_EAGER, why=exported.why_not),)

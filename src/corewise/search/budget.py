@@ -39,7 +39,7 @@ BASELINE_SHARE = 0.2
 """Most of the budget that the baseline takes."""
 BASELINE_START_S = 4.0
 """Seconds until the baseline's process runs the first row (two cores of a Zen 4)."""
-BASELINE_ROWS = 40
+BASELINE_ROWS = 28
 """Rows that the baseline runs to choose its memory format and to warm up."""
 BASELINE_CALLS = 6
 """Calls that measure its first plan."""

@@ -39,6 +39,8 @@ from corewise.search.tuning import not_tuned, tune
 
 TUNED = 3
 """Builds beside the baseline whose plans are searched."""
+OVERTIME = 1.5
+"""Of the budget, what trials may take while nothing but the baseline has passed: a late result is better than none."""
 NAMED = 3
 """Builds that are named where more were not tried."""
 OUT_OF_TIME = (*NOT_TRIED, ReasonKind.BUDGET_SPENT_DURING)
@@ -226,10 +228,7 @@ class Search:
 
     def _left_s(self) -> float:
         """Seconds for trials; while no candidate has passed, all that is left of the budget."""
-        return self.context.budget.left_s(self._trial_share())
-
-    def _trial_share(self) -> float:
-        return self.context.split.last_trial if self._any_candidate_ok() else 1.0
+        return self.context.budget.left_s(self.context.split.last_trial if self._any_candidate_ok() else 1.0)
 
     def _try(self, build: Build, *, total: int, why_not: Reason | None = None, share: float | None = None) -> Trial:
         """The build's trial: from the journal, or run now until ``share`` of the budget is spent; or ``why_not``."""
@@ -255,12 +254,14 @@ class Search:
         started_s = self.context.budget.elapsed_s
         if is_baseline(build):
             share = inf  # nothing can be judged without its answers
+        elif share is None:
+            share = self.context.split.last_trial if self._any_candidate_ok() else OVERTIME
         trial = run_trial(
             build,
             self.context,
             best_verified_per_s=best_verified_per_s,
             is_baseline=is_baseline(build),
-            share=self._trial_share() if share is None else share,
+            share=share,
         )
         if is_baseline(build):
             self.baseline_s = self.context.budget.elapsed_s - started_s
@@ -291,7 +292,7 @@ class Search:
         """Why a build of those ``left`` is not tried in what is left of the budget."""
         budget, split = self.context.budget, self.context.split
         passed = self._any_candidate_ok()
-        if budget.ended(split.trials if passed else 1.0):
+        if budget.ended(split.trials if passed else OVERTIME):
             return budget.reason(ReasonKind.BUDGET_SPENT_BEFORE)
         if budget.total_s is None or not passed:
             return None

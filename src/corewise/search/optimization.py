@@ -77,7 +77,7 @@ def optimize(
             two of five, at most 200.
         seed: of the split into calibration and holdout.
         class_names: names of the classes in the order of the scores, which the artifact keeps.
-        budget_s: seconds for the whole search. Default: as long as it takes.
+        budget_s: seconds for the whole search; a short one judges with fewer samples. Default: as long as it takes.
         timeout_s: seconds for each step of a trial.
         work: a folder that keeps finished trials, so that the same call resumes. Default: a temporary folder.
         on_event: called with each event of ``corewise.records.events`` as it happens.

@@ -100,6 +100,7 @@ class ReasonKind(StrEnum):
     MIXES_BATCH = "mixes batch"
     FIXED_BATCH = "fixed batch"
     KEEPS_STATE = "keeps state"
+    NOT_SPLIT = "not split"
 
 
 @dataclass(frozen=True, kw_only=True)

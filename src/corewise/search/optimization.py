@@ -180,7 +180,7 @@ def _result(
         choice=choice,
         wall_s=context.budget.elapsed_s,
         peak_memory_bytes=peak_memory_bytes() + search.peak_memory_bytes,
-        notes=task.notes,
+        notes=(*task.notes, *search.notes),
     )
     return Result(
         report=report,

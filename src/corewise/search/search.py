@@ -69,6 +69,12 @@ class Search:
         return self.race_result.rates
 
     @property
+    def notes(self) -> tuple[Reason, ...]:
+        """What limited the search and was not known before it."""
+        unsplit = self.shift is not None and self.gate.is_robust and self.shift.unsplit
+        return (Reason.of(ReasonKind.NOT_SPLIT),) if unsplit else ()
+
+    @property
     def peak_memory_bytes(self) -> int:
         """The peak memory of all processes that ran at the same time."""
         race_bytes = self.race_result.peak_memory_bytes if self.race_result else 0

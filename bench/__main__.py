@@ -23,6 +23,9 @@ BENCHMARKS = (
     "serving",
     "peers",
     "soak",
+    "attacks",
+    "fuzz",
+    "kills",
     "padding",
     "shift",
 )

@@ -225,7 +225,7 @@ def command(
     from corewise.search.optimization import DEFAULT_ENGINES, optimize
 
     output.check()
-    objective, read, labels = goal.chosen(), reader(samples, images), output.class_names()
+    objective, read, labels = goal.chosen(), reader(model, samples, images), output.class_names()
     compute_on_usable_cores()
     screen = console(stderr=output.as_json)
     mode: Literal["live", "plain", "quiet"] = "live" if screen.is_terminal else "plain"

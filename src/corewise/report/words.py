@@ -15,7 +15,7 @@ from corewise.records.events import Stage, StageStarted, TrialStep
 from corewise.records.goal import Goal, Slo
 from corewise.records.measurement import LoadRun, Measurement, Rates
 from corewise.records.reason import Reason
-from corewise.records.report import Report
+from corewise.records.report import Preprocess, Report
 from corewise.records.trial import Fidelity, State, Trial
 from corewise.report.numbers import (
     clean,
@@ -130,6 +130,8 @@ def facts(report: Report) -> Iterator[tuple[str, str]]:
     yield "goal", _goal(report)
     yield "cost", _cost(report)
     yield "samples", _samples(report)
+    if report.samples.preprocess:
+        yield "images", images(report.samples.preprocess)
     yield "machine", _machine(report.cpu)
     yield "versions", clean(", ".join(f"{name} {version}" for name, version in report.versions.items()))
     yield "created", clean(report.created)
@@ -397,6 +399,25 @@ def _samples(report: Report) -> str:
     labels = "with labels" if samples.labelled else "without labels"
     counts = f"{samples.calibration} to calibrate, {samples.holdout} held out"
     return f"{clean(samples.source)} {labels}: {counts}, seed {samples.seed}"
+
+
+def images(preprocess: Preprocess) -> str:
+    """How images become inputs."""
+    if preprocess.function is not None:
+        return clean(f"prepared by {preprocess.function}")
+    crop, resize, how = preprocess.crop, preprocess.resize, preprocess.interpolation
+    fit = {
+        "crop": f"the shorter side resized to {resize} ({how}), the middle {crop} x {crop} cut out",
+        "squash": f"resized to {resize} x {resize} ({how}), the middle {crop} x {crop} cut out",
+        "letterbox": f"the longer side resized to {crop} ({how}), the rest of {crop} x {crop} filled with grey",
+    }[preprocess.fit]
+    if preprocess.fit == "squash" and crop == resize:
+        fit = f"resized to {resize} x {resize} ({how})"
+    mean, std = (", ".join(f"{value:.4g}" for value in values) for values in (preprocess.mean, preprocess.std))
+    order = ", blue first" if preprocess.bgr else ""
+    origin = f", as {preprocess.origin} says" if preprocess.origin else ""
+    decoded = "; large JPEGs are decoded at a smaller scale" if preprocess.decode == "scaled" else ""
+    return clean(f"{fit}, mean {mean}, std {std}{order}{origin}{decoded}")
 
 
 def _machine(cpu: Cpu) -> str:

@@ -18,7 +18,7 @@ from corewise.records.goal import Goal, GoalName, Requirements, Slo, parse_goal
 from corewise.records.report import Choice, Report
 from corewise.runtime.worker import peak_memory_bytes
 from corewise.runtime.workspace import Workspace
-from corewise.search.budget import WITH_LOADS, Budget, BudgetSplit
+from corewise.search.budget import WITH_LOADS, Budget, BudgetSplit, baseline_batch
 from corewise.search.candidates import first_plan, layouts
 from corewise.search.journal import Journal
 from corewise.search.result import Result
@@ -116,6 +116,7 @@ def optimize(
         seed=seed,
         class_names=class_names,
         on_event=on_event,
+        budget_s=budget_s,
     )
     workspace = Workspace.create(work)
     gate = task.gate(requirements)
@@ -131,6 +132,7 @@ def optimize(
             search.revert_layers()
             search.judge_under_shift()
             search.tune_plans()
+            search.climb_rungs()
             search.find_slo_rate()
             search.race()
             choice = search.choose()
@@ -149,9 +151,14 @@ def _context(
     timeout_s: float,
     on_event: OnEvent,
 ) -> SearchContext:
+    plan = first_plan(task.cpu, requirements.goal, task.exported.fixed_batch)
+    shorter = task.row_s is not None and task.exported.fixed_batch is None
     return SearchContext(
         workspace=workspace,
-        plan=first_plan(task.cpu, requirements.goal, task.exported.fixed_batch),
+        plan=plan,
+        baseline_plan=replace(plan, batch=baseline_batch(task.row_s or 0.0, plan.batch)) if shorter else plan,
+        calibration=len(task.calibration),
+        holdout=len(task.holdout),
         layouts=lambda build: layouts(task.cpu, build),
         cpu=task.cpu,
         timeout_s=timeout_s,

@@ -47,6 +47,12 @@ class SearchContext:
     """The thread layouts to try for a build."""
     budget: Budget = field(default_factory=Budget)
     split: BudgetSplit = field(default_factory=BudgetSplit)
+    calibration: int = 0
+    """Samples that calibrate."""
+    holdout: int = 0
+    """Samples that each build answers to be judged."""
+    baseline_plan: Plan | None = None
+    """What the baseline is first measured under instead of ``plan``."""
     in_process: Engine | None = None
     """Runs every build in this process instead of in trial processes."""
 
@@ -142,8 +148,9 @@ def _run(
         reason = Reason.of(ReasonKind.TOO_SLOW, per_s=per_s, best_per_s=best_verified_per_s)
         record.update(state=State.PRUNED, reason=reason)
         return
-    context.on_event(TrialStep(build, Step.MEASURING, context.plan))
-    record["measurements"] = (measure_plan(build, context, client, context.plan, Reason.of(ReasonKind.FIRST_LOOK)),)
+    plan = context.baseline_plan or context.plan if is_baseline else context.plan
+    context.on_event(TrialStep(build, Step.MEASURING, plan))
+    record["measurements"] = (measure_plan(build, context, client, plan, Reason.of(ReasonKind.FIRST_LOOK)),)
     record.update(state=State.OK, reason=Reason.of(ReasonKind.BASELINE) if is_baseline else verdict.reason)
 
 

@@ -73,12 +73,6 @@ class Search:
         return self.race_result.rates
 
     @property
-    def notes(self) -> tuple[Reason, ...]:
-        """What limited the search and was not known before it."""
-        unsplit = self.shift is not None and self.gate.is_robust and self.shift.unsplit
-        return (Reason.of(ReasonKind.NOT_SPLIT),) if unsplit else ()
-
-    @property
     def peak_memory_bytes(self) -> int:
         """The peak memory of all processes that ran at the same time."""
         race_bytes = self.race_result.peak_memory_bytes if self.race_result else 0
@@ -264,7 +258,11 @@ class Search:
     def _judged_under_shift(self, trial: Trial) -> Trial:
         if self.shift is None or not self.gate.is_robust:
             return trial
-        return self.shift.judged(trial, share=self.context.split.last_trial)
+        judged = self.shift.judged(trial, share=self._trial_share())
+        unsplit = Reason.of(ReasonKind.NOT_SPLIT)
+        if self.shift.unsplit and unsplit not in self.notes:
+            self.notes.append(unsplit)
+        return judged
 
     def _with_doubt_under_shift(self, choice: Choice) -> Choice:
         """Where the drop under shift decides nothing, the winner's is found out all the same if there is time."""

@@ -106,6 +106,7 @@ class ReasonKind(StrEnum):
     MIXES_BATCH = "mixes batch"
     FIXED_BATCH = "fixed batch"
     KEEPS_STATE = "keeps state"
+    NOT_SPLIT = "not split"
 
     # How photos are decoded.
     SCALED_DECODING = "scaled decoding"

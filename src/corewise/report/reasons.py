@@ -294,5 +294,6 @@ _SENTENCES: dict[ReasonKind, Callable[[Details], str]] = {
     K.KEEPS_STATE: _keeps_state,
     K.SCALED_DECODING: lambda details: _decoding(details, "and stay accurate: they are decoded so"),
     K.FULL_DECODING: lambda details: _decoding(details, "which is too much: photos are decoded in full"),
+    K.NOT_SPLIT: _fixed("samples are too few or too alike to judge int8 on some that are unlike the others"),
     K.COREWISE_INT8_ONLY: lambda details: f"only corewise's quantizer makes int8 builds, without {details['layers']}",
 }

@@ -220,6 +220,8 @@ def stage(event: StageStarted) -> str:
     match event.stage:
         case Stage.TUNING_PLANS:
             return clean(f"searching the plans of {build}")
+        case Stage.UNDER_SHIFT:
+            return clean(f"{event.stage.value}: {build}")
         case Stage.LOADING:
             return clean(f"putting {build} under load, {plan}")
         case Stage.MEASURING_PLAN:

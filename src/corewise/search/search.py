@@ -276,7 +276,11 @@ class Search:
     def _judged_under_shift(self, trial: Trial) -> Trial:
         if self.shift is None or not self.gate.is_robust:
             return trial
-        return self.shift.judged(trial, share=self.context.split.last_trial)
+        judged = self.shift.judged(trial, share=self._trial_share())
+        unsplit = Reason.of(ReasonKind.NOT_SPLIT)
+        if self.shift.unsplit and unsplit not in self.notes:
+            self.notes.append(unsplit)
+        return judged
 
     def _with_doubt_under_shift(self, choice: Choice) -> Choice:
         """Where the drop under shift decides nothing, the winner's is found out all the same if there is time."""

@@ -1,6 +1,6 @@
 """What ``optimize`` returns: the report, the model ready to call, and the way to an artifact."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -10,9 +10,12 @@ import numpy as np
 from corewise import artifact
 from corewise.artifact.checks import program_ranges
 from corewise.artifact.model import Model
+from corewise.artifact.watch import seen_range
 from corewise.common.nested import Structure
 from corewise.engines import BuildInputs, Engine
-from corewise.records.ranges import InputRange
+from corewise.pipeline import TextEncoder, infer
+from corewise.records.pipeline import TextPipeline
+from corewise.records.ranges import InputRange, SeenRanges
 from corewise.records.report import Report
 from corewise.report import words
 from corewise.runtime.client import read_outputs
@@ -62,6 +65,7 @@ class Result:
             input_structure=self.holdout.structure,
             output_structure=self.output_structure,
             ranges=self._ranges,
+            seen_ranges=self._seen_ranges,
         )
 
     def save(
@@ -88,13 +92,15 @@ class Result:
 
         Raises:
             OutputError: ``folder`` exists or cannot be written, or the disk is full.
+            InputError: The tokenizer is none, or does not fit the model's inputs.
         """
         from corewise.report import html, markdown
 
         names = self.class_names if labels is None else tuple(labels)
+        pipeline = None if tokenizer is None else self._inferred(tokenizer, names or ())
         artifact.write(
             Path(folder),
-            manifest=lambda files: replace(self._manifest(files), labels=names),
+            manifest=lambda files: replace(self._manifest(files), labels=names, pipeline=pipeline),
             tokenizer=tokenizer,
             payload=self.payload,
             reference=self.build_inputs.program if reference and self.build_inputs.program.exists() else None,
@@ -123,7 +129,15 @@ class Result:
             preprocess=self.holdout.preprocess,
             files=files,
             input_ranges=self._ranges,
+            seen_ranges=self._seen_ranges,
         )
+
+    def _inferred(self, tokenizer: Path, labels: Sequence[str]) -> TextPipeline:
+        """The pipeline of a model of which only the tokenizer is known, tried on a text."""
+        inputs = self.build_inputs
+        made = infer(tokenizer, inputs.inputs, inputs.outputs, ranges=self._ranges, labels=labels)
+        TextEncoder(made, tokenizer).encode(["a text"])
+        return made
 
     @cached_property
     def _ranges(self) -> tuple[InputRange, ...] | None:
@@ -131,6 +145,19 @@ class Result:
         samples = (self.build_inputs.calibration, self.holdout)
         batches = (inputs for part in samples for _, inputs in part.batches(GOLDEN_ROWS))
         return program_ranges(self.build_inputs.program, self.build_inputs.inputs, batches)
+
+    @cached_property
+    def _seen_ranges(self) -> SeenRanges:
+        """What the calibration samples and the winner's outputs for the holdout were like."""
+        specs, leaves = self.build_inputs, read_outputs(self.outputs).leaves
+
+        def column(k: int) -> Iterator[np.ndarray]:
+            return (inputs[k] for _, inputs in specs.calibration.batches(GOLDEN_ROWS))
+
+        return SeenRanges(
+            inputs=tuple(seen_range(spec, column(k)) for k, spec in enumerate(specs.inputs)),
+            outputs=tuple(seen_range(spec, [leaf]) for spec, leaf in zip(specs.outputs, leaves, strict=True)),
+        )
 
     def _golden(self) -> tuple[tuple[np.ndarray, ...], list[np.ndarray]]:
         """The first holdout samples of one shape, and the winner's outputs for them."""

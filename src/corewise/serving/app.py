@@ -25,6 +25,7 @@ from corewise.serving.metrics import CONTENT_TYPE, Metrics
 from corewise.serving.models import Models
 from corewise.serving.protocol import InferRequest, Limits, ProtocolError
 from corewise.serving.served import Served
+from corewise.serving.text_routes import TextRoutes, error_body
 from corewise.serving.tokens import Tokens
 
 log = logging.getLogger("corewise.serve")
@@ -32,7 +33,7 @@ log = logging.getLogger("corewise.serve")
 HEADER_LENGTH = "inference-header-content-length"
 TIMEOUT = "x-request-timeout-ms"
 REQUEST_ID = "x-request-id"
-OPEN_TO_ALL = ("/v2/health/live", "/v2/health/ready")
+OPEN_TO_ALL = ("/v2/health/live", "/v2/health/ready", "/health")
 """A prober has no token."""
 NOT_NOW = 503
 ARRIVED = "corewise.arrived_s"
@@ -69,6 +70,8 @@ class App:
                 Route(f"{prefix}/infer", self.infer, methods=["POST"]),
                 Route(f"{prefix}/classify", self.classify, methods=["POST"]),
             ]
+        texts = TextRoutes(models, metrics, limits, front, told=self._told, deadline_s=self._deadline_s)
+        routes += texts.routes
         handlers = {
             CorewiseError: self._told,
             ClientDisconnect: self._left,
@@ -103,7 +106,7 @@ class App:
                 "name": served.name,
                 "versions": self.models.versions(served.name),
                 "platform": f"corewise_{served.manifest.build.engine}",
-                "inputs": served.values.described(),
+                "inputs": served.described_inputs(),
                 "outputs": protocol.described(served.outputs),
             }
         )
@@ -219,6 +222,12 @@ class App:
             answer = note(await _unless_gone(request, future))
         return served, asked, answer
 
+    def _deadline_s(self, request: Request) -> float:
+        """When a request's answer is due by its header, or by the server's own limit."""
+        header_s = _timeout_s(request.headers)
+        arrived_s: float = request.scope.get(ARRIVED, time.monotonic())
+        return arrived_s + (self._limits.timeout_s if header_s == inf else header_s)
+
     def _served(self, request: Request) -> Served:
         return self.models.find(request.path_params["name"], request.path_params.get("version"))
 
@@ -270,7 +279,7 @@ class _Guard:
             return
         self._metrics.turned_away("http", "unauthenticated")
         response = JSONResponse(
-            {"error": "a token is missing or wrong; send Authorization: Bearer TOKEN"},
+            error_body(scope["path"], "a token is missing or wrong; send Authorization: Bearer TOKEN", 401),
             401,
             headers={"WWW-Authenticate": "Bearer"},
         )

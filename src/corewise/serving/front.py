@@ -73,9 +73,13 @@ class Front:
         if not text_bytes:
             array_bytes = sum(array.nbytes for array in asked.inputs)
             return await self.read(lambda: served.prepared(asked), 0, array_bytes, deadline_s=deadline_s)
-        return await self._decoders.run(
-            lambda: served.prepared(asked), kind="characters", size=text_bytes, deadline_s=deadline_s
-        )
+        return await self.tokenize(lambda: served.prepared(asked), text_bytes, deadline_s=deadline_s)
+
+    async def tokenize(
+        self, work: Callable[[], T], characters: int, *, deadline_s: float, kind: str = "characters"
+    ) -> T:
+        """Tokenize texts of so many characters together; work of other ``kind`` has costs of its own."""
+        return await self._decoders.run(work, kind=kind, size=characters, deadline_s=deadline_s)
 
     async def image(self, body: bytes, served: Served, *, client: str, deadline_s: float) -> InferRequest:
         """One image as the model takes it; its pixels are booked while it is decoded. Raises ``ProtocolError``."""

@@ -154,6 +154,32 @@ def test_too_many_calls_that_send_nothing_are_refused_at_once(monkeypatch):
     asyncio.run(run())
 
 
+def test_a_place_that_is_just_given_up_is_not_asked_for_again(monkeypatch):
+    monkeypatch.setattr(messages, "SLOW_S", 0.01)
+
+    async def run():
+        receiver = Receiver(Limits(receiving=1))
+        found = await asyncio.gather(*(receiver.receive(Call(), str(k)) for k in range(20)), return_exceptions=True)
+        assert {type(each) for each in found} == {NoRoom}
+
+    asyncio.run(asyncio.wait_for(run(), 30))
+
+
+def test_a_call_that_times_out_while_another_comes_is_no_error():
+    async def run():
+        receiver = Receiver(Limits(receiving=1, body_s=0.05))
+        first = asyncio.ensure_future(receiver.receive(Call(), "a"))
+        await asyncio.sleep(0)
+        (limit,) = receiver._receiving
+        # The loop has called its end, and the task has not run yet.
+        limit._on_timeout()
+        second = asyncio.ensure_future(receiver.receive(Call(), "b"))
+        found = await asyncio.gather(first, second, return_exceptions=True)
+        assert [type(each) for each in found] == [NoRoom, NoRoom]
+
+    asyncio.run(run())
+
+
 def test_streams_are_counted_by_address():
     streams = Streams(4)
     with streams.place("a"), streams.place("a"):

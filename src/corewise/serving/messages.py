@@ -67,7 +67,8 @@ class Receiver:
             if is_crowded:
                 now_s = asyncio.get_running_loop().time()
                 for other, slow_s in self._receiving.items():
-                    other.reschedule(max(now_s, slow_s))
+                    if not other.expired():  # it may be about to end
+                        other.reschedule(max(now_s, slow_s))
             async with share, self._places:
                 yield is_crowded
         finally:

@@ -18,7 +18,7 @@ MIB, GIB = 2**20, 2**30
 def test_all_that_may_come_at_once_stays_below_the_limit(limit_bytes):
     limits = fit(Limits(), limit_bytes)
     received = (limits.receiving + limits.streams + PROBES) * limits.message_bytes
-    connections = limits.connections * memory_limit.CONNECTION_BYTES
+    connections = 2 * limits.connections * memory_limit.CONNECTION_BYTES
     assert COPIES * limits.bodies_bytes + received + connections <= 0.75 * limit_bytes
     assert limits.message_bytes <= limits.body_bytes <= limits.bodies_bytes * limits.client_share
     # One image of one client can be decoded.

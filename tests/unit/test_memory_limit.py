@@ -140,7 +140,7 @@ def test_too_many_calls_that_send_nothing_are_refused_at_once(monkeypatch):
 
     async def run():
         receiver = Receiver(Limits(receiving=2))
-        waiting = [asyncio.ensure_future(receiver.receive(Call(), "a")) for _ in range(3)]
+        waiting = [asyncio.ensure_future(receiver.receive(Call(), "a")) for _ in range(1 + 3)]
         await asyncio.sleep(0)
         with pytest.raises(NoRoom, match="have not sent their message"):
             await receiver.receive(Call(), "a")

@@ -21,6 +21,7 @@ BENCHMARKS = (
     "slo",
     "accuracy",
     "breadth",
+    "tasks",
     "serving",
     "peers",
     "soak",

@@ -177,6 +177,11 @@ def test_a_winning_baseline_is_called_what_it_is():
         assert "against 13.1" not in text
 
 
+def test_a_baseline_that_stood_alone_beat_nothing():
+    report = replace(altered(winner=EAGER.build, throughput_per_s=13.07, speedup=1.0, losers=()), trials=(EAGER,))
+    assert words.headline(report) == "nothing but the baseline was tried: eager PyTorch in fp32 at 13.1 items/s"
+
+
 def test_the_latency_goal_is_told_in_milliseconds():
     report = replace(altered(throughput_per_s=50.0, baseline_throughput_per_s=11.2), requirements=LATENCY)
     for text in (shown(report, 80), markdown.render(report)):
@@ -197,6 +202,22 @@ def test_what_ran_in_int8_is_told_for_the_winner_and_the_losers():
     found = summarize(REPORT)
     assert found["receipt"]["int8"] == 53
     assert found["trials"][0]["receipt"] is None
+
+
+def test_what_a_repair_cost_is_told_beside_the_build_that_was_rejected():
+    assert "repair" not in dict(words.facts(REPORT))
+    options = replace(WINNER.build.quantization, quantizer="corewise")
+    broken, repaired = (WINNER.build.with_quantization(replace(options, reverted_layers=count)) for count in (0, 4))
+    trials = (
+        EAGER,
+        replace(WINNER, build=broken, state="rejected", verified_per_s=60.0),
+        replace(WINNER, build=repaired, verified_per_s=52.5),
+    )
+    report = replace(altered(winner=repaired), trials=trials)
+    told = dict(words.facts(report))["repair"]
+    assert told.startswith("4 layers are back in floating point, because all in int8 was rejected")
+    assert told.endswith("52.5 items/s against 60.0 items/s of that one")
+    assert told in flat(shown(report, 300))
 
 
 def test_of_many_layers_that_fell_back_the_first_are_named():

@@ -255,7 +255,7 @@ class Search:
         if is_baseline(build):
             share = inf  # nothing can be judged without its answers
         elif share is None:
-            share = self.context.split.last_trial if self._any_candidate_ok() else OVERTIME
+            share = self._trial_share()
         trial = run_trial(
             build,
             self.context,
@@ -266,6 +266,10 @@ class Search:
         if is_baseline(build):
             self.baseline_s = self.context.budget.elapsed_s - started_s
         return trial
+
+    def _trial_share(self) -> float:
+        """Of the budget, when a candidate's trial has to be finished."""
+        return self.context.split.last_trial if self._any_candidate_ok() else OVERTIME
 
     def _leads(self, trial: Trial) -> bool:
         """Whether it is faster than all candidates before it, so that others need not be tried if it holds."""

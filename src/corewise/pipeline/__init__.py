@@ -6,8 +6,9 @@ samples and for the server. No torch.
 
 from corewise.pipeline.answers import ClassAnswer, Span, decode
 from corewise.pipeline.calls import Call, CallCost, CallLimits, CostTable, fill
-from corewise.pipeline.inferred import infer
+from corewise.pipeline.inferred import fit, infer
 from corewise.pipeline.runner import Rejected, TextRunner, stacked
+from corewise.pipeline.samples import text_samples
 from corewise.pipeline.tokens import TextEncoder, Tokens
 
 __all__ = [
@@ -23,6 +24,8 @@ __all__ = [
     "Tokens",
     "decode",
     "fill",
+    "fit",
     "infer",
     "stacked",
+    "text_samples",
 ]

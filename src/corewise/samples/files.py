@@ -74,6 +74,30 @@ def read(
         return gathered.tensors(tensorize, spool=spool)
     if gathered.kind != "image":
         raise SamplesError(f"there are {NOUNS[gathered.kind]} in {reference}", RAW_FIXES[gathered.kind])
+    return _decoded(gathered, reader, spool)
+
+
+def read_leaving_texts(
+    reference: str,
+    preprocess: Preprocess | None = None,
+    preprocess_function: str | Preprocessor | None = None,
+    *,
+    text: str | None = None,
+    pair: str | None = None,
+    label: str | None = None,
+    max_samples: int | None = None,
+    seed: int = 0,
+) -> Samples | RawSamples:
+    """As ``read``; texts, pairs of texts and recordings stay as they are, for the model's pipeline."""
+    reader = ImageReader(preprocess or Preprocess(), preprocess_function)
+    gathered = read_raw(reference, text=text, pair=pair, label=label, max_samples=max_samples, seed=seed)
+    if isinstance(gathered, Samples) or gathered.kind != "image":
+        return gathered
+    return _decoded(gathered, reader, None)
+
+
+def _decoded(gathered: RawSamples, reader: ImageReader, spool: Path | None) -> Samples:
+    """Images as tensors."""
     threads = len(os.sched_getaffinity(0)) if reader.threads_allowed else 1
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", module=r"PIL\.")  # damaged EXIF data and the like

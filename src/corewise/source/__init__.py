@@ -3,13 +3,15 @@
 from corewise.source.behaviour import NotRepeatable
 from corewise.source.exported import Exported, Flat, digest
 from corewise.source.exporting import export
-from corewise.source.models import load
+from corewise.source.loaded import Loaded
+from corewise.source.models import load, load_with_texts
 from corewise.source.program import load_module, load_program, operators, save_program
 from corewise.source.recurrence import has_recurrent_layers, recurrent_layers_kept
 
 __all__ = [
     "Exported",
     "Flat",
+    "Loaded",
     "NotRepeatable",
     "digest",
     "export",
@@ -17,6 +19,7 @@ __all__ = [
     "load",
     "load_module",
     "load_program",
+    "load_with_texts",
     "operators",
     "recurrent_layers_kept",
     "save_program",

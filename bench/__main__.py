@@ -23,7 +23,11 @@ BENCHMARKS = (
     "serving",
     "peers",
     "soak",
+    "attacks",
+    "fuzz",
+    "kills",
     "padding",
+    "shift",
 )
 """Modules of this package. Each has a docstring for its help, ``add_options(parser)`` and ``main(options)``."""
 

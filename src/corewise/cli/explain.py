@@ -77,7 +77,7 @@ def command(
     from corewise.search.explanation import explain
 
     compute_on_usable_cores()
-    read = reader(samples, images)
+    read = reader(model, samples, images)
     check_file(output.plot)
     texts.check()
     screen = console(stderr=output.as_json)

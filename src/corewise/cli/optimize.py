@@ -44,9 +44,10 @@ class GoalOptions:
             "--metric",
             panel="Goal",
             metavar="METRIC",
-            help="top1, top5, agreement, cosine, or FILE.py:FUNCTION(outputs, labels) that returns a score; higher is "
-            "better.",
-            default="top1 with class labels, else agreement or cosine with fp32",
+            help="top1, top5, f1, auc, map, miou, psnr, ssim, mae, rmse, pearson, spearman, ndcg@10, wer or cer "
+            "against labels; agreement, detections, recall@10, cosine or concordance with fp32; or "
+            "FILE.py:FUNCTION(outputs, labels) that returns a score, the higher the better.",
+            default="the one that fits the labels, else closeness to fp32",
         ),
     ] = None
     max_drop: Annotated[
@@ -67,6 +68,16 @@ class GoalOptions:
             help="Compare --max-drop with the upper end of the drop's 95 % interval, not with its estimate.",
         ),
     ] = False
+    robust: Annotated[
+        bool | None,
+        option(
+            "--robust/--no-robust",
+            panel="Goal",
+            metavar="",
+            help="Judge int8 also on samples unlike those that calibrated it, by a twin calibrated without them.",
+            default="for texts and embeddings",
+        ),
+    ] = None
     objective: Annotated[
         GoalName | None,
         option(
@@ -215,7 +226,7 @@ def command(
 
     output.check()
     texts.check()
-    objective, read, labels = goal.chosen(), reader(samples, images), output.class_names()
+    objective, read, labels = goal.chosen(), reader(model, samples, images), output.class_names()
     compute_on_usable_cores()
     screen = console(stderr=output.as_json)
     mode: Literal["live", "plain", "quiet"] = "live" if screen.is_terminal else "plain"
@@ -227,6 +238,7 @@ def command(
             metric=goal.metric,
             max_drop=goal.max_drop,
             strict=goal.strict,
+            robust=goal.robust,
             objective=objective,
             budget_s=limits.budget_s,
             memory_limit_bytes=limits.memory_limit_bytes,

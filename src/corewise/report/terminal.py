@@ -13,6 +13,7 @@ from rich.table import Table
 from rich.text import Text
 
 from corewise.records.events import (
+    BuildsLeftUntried,
     Event,
     LoadEnded,
     PlansTuned,
@@ -24,6 +25,7 @@ from corewise.records.events import (
 )
 from corewise.records.goal import Goal, Throughput
 from corewise.records.measurement import Rates
+from corewise.records.reason import NOT_TRIED
 from corewise.records.report import Report
 from corewise.records.trial import State, Trial
 from corewise.report import words
@@ -172,6 +174,8 @@ class _Board:
                 self._now = clean(f"{build.label}: {words.load(load)}")
             case TrialEnded(trial, resumed):
                 return self._end(trial, resumed)
+            case BuildsLeftUntried(reason):
+                return words.said(reason)
             case PlansTuned(trial):
                 return self._tuned(trial)
             case RaceRound(number, rounds, rates):
@@ -189,10 +193,13 @@ class _Board:
         self._since = self._clock()
 
     def _end(self, trial: Trial, resumed: bool) -> str:
-        self._trials.append(trial)
+        # A trial that was ok ends once more where it fails under shift.
+        self._trials = [*(known for known in self._trials if known.build != trial.build), trial]
         line = self._numbered(words.ended(trial, words.baseline(self._trials), self._goal))
         self._started = None
         self._now = ""
+        if trial.reason.kind in NOT_TRIED:  # one line names them all
+            return ""
         return f"{line} (resumed)" if resumed else line
 
     def _tuned(self, trial: Trial) -> str:
@@ -250,7 +257,16 @@ def _results(report: Report) -> Iterator[tuple[str, str]]:
         ours, eager = (_speed(per_s, report.requirements.goal) for per_s in speeds)
         ratio = f"{times(choice.speedup)} {interval(choice.speedup_low, choice.speedup_high)}"
         yield "speed", f"{ratio} as fast as eager PyTorch: {ours} against {eager}"
-    yield from ((heading, facts[heading]) for heading in ("certified", "accuracy") if heading in facts)
+    yield from ((heading, facts[heading]) for heading in _accuracy_facts(report) if heading in facts)
+    if (preprocess := report.samples.preprocess) and preprocess.origin:
+        yield "images", facts["images"]
+
+
+def _accuracy_facts(report: Report) -> tuple[str, ...]:
+    """The headings of what is known about its accuracy: in detail where no metric and no labels decided."""
+    fidelity = report.winner.fidelity
+    closeness = fidelity is not None and fidelity.basis == "outputs" and not words.won_by_baseline(report)
+    return ("certified", "accuracy", *(("groups", "judged") if closeness else ()))
 
 
 def _ranked_losers(report: Report) -> list[tuple[str, State, str, float]]:

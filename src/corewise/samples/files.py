@@ -74,7 +74,7 @@ def read(
         return gathered.tensors(tensorize, spool=spool)
     if gathered.kind != "image":
         raise SamplesError(f"there are {NOUNS[gathered.kind]} in {reference}", RAW_FIXES[gathered.kind])
-    return _decoded(gathered, reader, spool)
+    return image_samples(gathered, reader, spool=spool)
 
 
 def read_leaving_texts(
@@ -93,15 +93,15 @@ def read_leaving_texts(
     gathered = read_raw(reference, text=text, pair=pair, label=label, max_samples=max_samples, seed=seed)
     if isinstance(gathered, Samples) or gathered.kind != "image":
         return gathered
-    return _decoded(gathered, reader, None)
+    return image_samples(gathered, reader)
 
 
-def _decoded(gathered: RawSamples, reader: ImageReader, spool: Path | None) -> Samples:
-    """Images as tensors."""
+def image_samples(images: RawSamples, reader: ImageReader, *, spool: Path | None = None) -> Samples:
+    """Samples of what ``reader`` makes of images; several threads decode where it allows them."""
     threads = len(os.sched_getaffinity(0)) if reader.threads_allowed else 1
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", module=r"PIL\.")  # damaged EXIF data and the like
-        samples = gathered.tensors(reader, preprocess=reader.preprocess, spool=spool, threads=threads)
+        samples = images.tensors(reader, preprocess=reader.preprocess, spool=spool, threads=threads)
     return replace(samples, notes=(*samples.notes, *reader.notes()))
 
 

@@ -64,7 +64,7 @@ def explain(
     from corewise import source
 
     on_event(StageStarted(Stage.READING_SAMPLES))
-    gathered = read_samples(samples)
+    gathered = read_samples(model, samples)
     on_event(StageStarted(Stage.EXPORTING))
     loaded, data = tokenized(source.load_with_texts(model, tokenizer=tokenizer, pooling=pooling), gathered)
     count = default_calibration(len(data)) if calibration is None else calibration

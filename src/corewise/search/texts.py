@@ -9,7 +9,7 @@ import numpy as np
 from corewise.common.errors import SamplesError
 from corewise.pipeline import TextEncoder, text_samples
 from corewise.records.pipeline import TextPipeline
-from corewise.samples import RawSamples, Samples, raw_from_python, read_leaving_texts
+from corewise.samples import RawSamples, Samples, raw_from_python
 from corewise.samples.python import RAW_FIXES
 from corewise.samples.raw import NOUNS
 
@@ -17,10 +17,15 @@ if TYPE_CHECKING:
     from corewise.source import Loaded
 
 
-def read_samples(samples: Any) -> Samples | RawSamples:
-    """The samples that ``optimize`` is given, texts as they are. Raises ``SamplesError``."""
+def read_samples(model: Any, samples: Any) -> Samples | RawSamples:
+    """The samples in the forms that ``optimize`` takes, texts as they are, images by the model's own preprocessing.
+
+    Raises ``SamplesError``.
+    """
     if isinstance(samples, str):
-        return read_leaving_texts(samples)
+        from corewise import source
+
+        return source.read_for(model, samples)
     return raw_from_python(samples() if callable(samples) else samples)
 
 

@@ -12,7 +12,7 @@ from typing import Any
 
 from starlette.applications import Starlette
 from starlette.requests import ClientDisconnect, Request
-from starlette.responses import HTMLResponse, JSONResponse, Response
+from starlette.responses import HTMLResponse, JSONResponse, RedirectResponse, Response
 from starlette.routing import Route
 from starlette.types import ASGIApp, Receive, Scope, Send
 
@@ -25,6 +25,7 @@ from corewise.serving.metrics import CONTENT_TYPE, Metrics
 from corewise.serving.models import Models
 from corewise.serving.protocol import InferRequest, Limits, ProtocolError
 from corewise.serving.served import Served
+from corewise.serving.text_routes import TextRoutes, error_body
 from corewise.serving.tokens import Tokens
 
 log = logging.getLogger("corewise.serve")
@@ -32,7 +33,7 @@ log = logging.getLogger("corewise.serve")
 HEADER_LENGTH = "inference-header-content-length"
 TIMEOUT = "x-request-timeout-ms"
 REQUEST_ID = "x-request-id"
-OPEN_TO_ALL = ("/v2/health/live", "/v2/health/ready")
+OPEN_TO_ALL = ("/v2/health/live", "/v2/health/ready", "/health")
 """A prober has no token."""
 NOT_NOW = 503
 ARRIVED = "corewise.arrived_s"
@@ -69,6 +70,8 @@ class App:
                 Route(f"{prefix}/infer", self.infer, methods=["POST"]),
                 Route(f"{prefix}/classify", self.classify, methods=["POST"]),
             ]
+        texts = TextRoutes(models, metrics, limits, front, told=self._told, deadline_s=self._deadline_s)
+        routes += texts.routes
         handlers = {
             CorewiseError: self._told,
             ClientDisconnect: self._left,
@@ -76,7 +79,8 @@ class App:
             405: self._absent,
             Exception: self._broken,
         }
-        app: ASGIApp = Starlette(routes=routes, exception_handlers=handlers)
+        app = Starlette(routes=routes, exception_handlers=handlers)
+        app.router.redirect_slashes = False  # its redirects go to whatever the header Host says
         self.asgi = _Guard(app, tokens, metrics)
 
     # --- health and descriptions --------------------------------------------------------------------------------
@@ -102,7 +106,7 @@ class App:
                 "name": served.name,
                 "versions": self.models.versions(served.name),
                 "platform": f"corewise_{served.manifest.build.engine}",
-                "inputs": served.values.described(),
+                "inputs": served.described_inputs(),
                 "outputs": protocol.described(served.outputs),
             }
         )
@@ -182,8 +186,10 @@ class App:
         served = self._served(request)
         top = images.how_many(request.query_params.get("top"))
 
+        client = _client(request)
+
         async def read(body: bytes, deadline_s: float) -> InferRequest:
-            return await self._front.image(body, served, deadline_s=deadline_s)
+            return await self._front.image(body, served, client=client, deadline_s=deadline_s)
 
         served, _, answer = await self._answered(request, served, read)
         return JSONResponse({"model_name": served.name, "classes": images.classes(answer.outputs[0][0], served, top)})
@@ -192,7 +198,7 @@ class App:
         self, request: Request, served: Served, read: Callable[[bytes, float], Awaitable[InferRequest]]
     ) -> tuple[Served, InferRequest, Answer]:
         """Read a request and wait for its answer, unless the client goes before. Its time counts from its arrival."""
-        client = request.client.host if request.client is not None else ""
+        client = _client(request)
         with (
             self.metrics.request(served, "http", request.headers, request.scope.get("request_id", "")) as note,
             self._front.booking(client) as booking,
@@ -203,6 +209,7 @@ class App:
                 deadline_s = arrived_s + (self._limits.timeout_s if header_s == inf else header_s)
                 body = await bodies.read(request, self._limits, booking)
                 asked = await read(body, deadline_s)
+            booking.cover(asked.inputs)
             if asked.timeout_s is not None:
                 deadline_s = arrived_s + min(header_s, asked.timeout_s)
             served, future = self.models.submit(
@@ -214,6 +221,12 @@ class App:
             )
             answer = note(await _unless_gone(request, future))
         return served, asked, answer
+
+    def _deadline_s(self, request: Request) -> float:
+        """When a request's answer is due by its header, or by the server's own limit."""
+        header_s = _timeout_s(request.headers)
+        arrived_s: float = request.scope.get(ARRIVED, time.monotonic())
+        return arrived_s + (self._limits.timeout_s if header_s == inf else header_s)
 
     def _served(self, request: Request) -> Served:
         return self.models.find(request.path_params["name"], request.path_params.get("version"))
@@ -236,6 +249,10 @@ class App:
         return Response(status_code=CLOSED_REQUEST)
 
     async def _absent(self, request: Request, error: Any) -> Response:
+        path = request.scope["path"]
+        if error.status_code == 404 and path.startswith("/v2") and path.endswith("/"):
+            query = request.scope["query_string"].decode("latin-1")
+            return RedirectResponse(path.rstrip("/") + (f"?{query}" if query else ""))
         self.metrics.turned_away("http", "unknown path" if error.status_code == 404 else "unknown method")
         what = "there is nothing at this path" if error.status_code == 404 else "this path has another method"
         return JSONResponse({"error": f"{what}; see /docs"}, error.status_code, headers=error.headers)
@@ -262,7 +279,7 @@ class _Guard:
             return
         self._metrics.turned_away("http", "unauthenticated")
         response = JSONResponse(
-            {"error": "a token is missing or wrong; send Authorization: Bearer TOKEN"},
+            error_body(scope["path"], "a token is missing or wrong; send Authorization: Bearer TOKEN", 401),
             401,
             headers={"WWW-Authenticate": "Bearer"},
         )
@@ -284,6 +301,10 @@ class RequestLog:
         name = given if 0 < len(given) <= protocol.MOST_ID and given.isprintable() else uuid.uuid4().hex
         scope["request_id"] = name
         started_s, status = time.monotonic(), 0
+        # Clients of HTTP/1.0 want to hear that what they asked for is done.
+        is_kept = (
+            scope["http_version"] == "1.0" and b"keep-alive" in dict(scope["headers"]).get(b"connection", b"").lower()
+        )
 
         async def told(message: Any) -> None:
             nonlocal status
@@ -292,6 +313,8 @@ class RequestLog:
                 message["headers"] = [*message.get("headers", ()), (REQUEST_ID.encode(), name.encode("latin-1"))]
                 if self._models.stopping:
                     message["headers"].append((b"connection", b"close"))
+                elif is_kept:
+                    message["headers"].append((b"connection", b"keep-alive"))
             await send(message)
 
         try:
@@ -321,6 +344,11 @@ async def _unless_gone(request: Request, future: "Future[Answer]") -> Answer:
 async def _gone(request: Request) -> None:
     while (await request.receive())["type"] != "http.disconnect":
         pass
+
+
+def _client(request: Request) -> str:
+    """The client's address; nothing for a unix socket."""
+    return request.client.host if request.client is not None else ""
 
 
 def _length(request: Request) -> int | None:

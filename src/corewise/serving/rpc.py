@@ -65,7 +65,7 @@ class Service:
     def __init__(self, models: Models, metrics: Metrics, limits: Limits, tokens: Tokens, front: Front) -> None:
         self.models, self.metrics = models, metrics
         self._limits, self._tokens, self._front = limits, tokens, front
-        self._receiver = Receiver(limits)
+        self.receiver = Receiver(limits)
         calls: dict[str, Call] = {
             "ServerLive": self.server_live,
             "ServerReady": self.server_ready,
@@ -111,7 +111,7 @@ class Service:
             name=served.name,
             versions=self.models.versions(served.name),
             platform=f"corewise_{served.manifest.build.engine}",
-            inputs=[_with_parameters(described) for described in served.values.described()],
+            inputs=[_with_parameters(described) for described in served.described_inputs()],
             outputs=protocol.described(served.outputs),
         )
 
@@ -125,10 +125,14 @@ class Service:
         received_s = time.monotonic()
         served = self._served(request.model_name, request.model_version)
         headers = {key: value for key, value in context.invocation_metadata() if isinstance(value, str)}
-        with self.metrics.request(served, "grpc", headers, headers.get("x-request-id", request.id)) as note:
+        client = messages.client_of(context)
+        with (
+            self.metrics.request(served, "grpc", headers, headers.get("x-request-id", request.id)) as note,
+            self._front.booking(client) as booking,
+        ):
             left_s = context.time_remaining()
             deadline_s = received_s + (self._limits.timeout_s if left_s is None else left_s)
-            with self._front.place(messages.client_of(context)):
+            with self._front.place(client):
                 typed_bytes, raw_bytes = messages.sizes(request)
                 asked = await self._front.read(
                     lambda: parse(request, served.inputs, served.outputs, served.instead),
@@ -137,6 +141,7 @@ class Service:
                     deadline_s=deadline_s,
                 )
                 asked = await self._front.prepare(asked, served, deadline_s=deadline_s)
+            booking.add(max(0, sum(array.nbytes for array in asked.inputs) - typed_bytes - raw_bytes))
             if asked.timeout_s is not None:
                 deadline_s = received_s + min(inf if left_s is None else left_s, asked.timeout_s)
             served, future = self.models.submit(
@@ -157,45 +162,60 @@ class Service:
         """The call, for those who may, with errors as gRPC tells them."""
 
         async def guarded(requests: AsyncIterator[bytes], context: Any) -> Any:
-            if name not in OPEN_TO_ALL and not self._tokens.admit(
-                messages.authorization(context.invocation_metadata())
-            ):
+            if name in OPEN_TO_ALL:  # nothing is read of whoever asks
+                return await call(None, context)
+            if not self._tokens.admit(messages.authorization(context.invocation_metadata())):
                 self.metrics.turned_away("grpc", "unauthenticated")
                 await context.abort(grpc.StatusCode.UNAUTHENTICATED, "a token is missing or wrong; send authorization")
             try:
-                with self._front.booking(messages.client_of(context)) as booking:
-                    data = await self._receiver.receive(requests)
-                    booking.add(len(data))
-                    request = await self._front.read(
-                        lambda: messages.decoded(data, message), len(data) // DECODED_BYTES
-                    )
-                    return await call(request, context)
-            except NoRoom as error:
-                await context.abort(grpc.StatusCode.RESOURCE_EXHAUSTED, str(error))
-            except ProtocolError as error:
-                if error.status == 404:
-                    self.metrics.turned_away("grpc", "unknown model")
-                await context.abort(CODES.get(error.status, grpc.StatusCode.INVALID_ARGUMENT), str(error))
-            except NotServed as error:
-                if error.retry_after_s is not None:
-                    context.set_trailing_metadata((("retry-after-s", f"{error.retry_after_s:.3f}"),))
-                await context.abort(REASONS.get(error.reason, grpc.StatusCode.RESOURCE_EXHAUSTED), str(error))
-            except CorewiseError as error:
-                log.error("a gRPC call of %s failed: %r", name, error)
-                await context.abort(grpc.StatusCode.INTERNAL, "the call failed; the server's log says why")
-            except Exception:  # the request boundary: gRPC would tell the client what was raised
-                log.exception("a gRPC call of %s failed", name)
-                await context.abort(grpc.StatusCode.INTERNAL, "the server failed; its log says why")
+                return await self._answered(name, message, call, requests, context)
+            except Exception as error:  # noqa: BLE001 - the request boundary: gRPC would tell the client what was raised
+                code, why = self._told(name, error, context)
+            # What aborting raises stays for a while, with this frame: the error holds all of the request, and the
+            # iterator its last message.
+            del requests
+            return await context.abort(code, why)
 
         return guarded
 
+    async def _answered(self, name: str, message: Any, call: Call, requests: AsyncIterator[bytes], context: Any) -> Any:
+        """Receive a call's message and answer it."""
+        client = messages.client_of(context)
+        with self._front.booking(client) as booking:
+            data = await self.receiver.receive(requests, client)
+            booking.add(len(data))
+            if name == "ModelInfer":
+                messages.check_infer(data, self._limits)
+            else:
+                messages.check_small(data)
+            request = await self._front.read(lambda: messages.decoded(data, message), len(data) // DECODED_BYTES)
+            return await call(request, context)
+
+    def _told(self, name: str, error: Exception, context: Any) -> tuple[Any, str]:
+        """How gRPC tells of an error."""
+        if isinstance(error, NoRoom):
+            return grpc.StatusCode.RESOURCE_EXHAUSTED, str(error)
+        if isinstance(error, ProtocolError):
+            if error.status == 404:
+                self.metrics.turned_away("grpc", "unknown model")
+            return CODES.get(error.status, grpc.StatusCode.INVALID_ARGUMENT), str(error)
+        if isinstance(error, NotServed):
+            if error.retry_after_s is not None:
+                context.set_trailing_metadata((("retry-after-s", f"{error.retry_after_s:.3f}"),))
+            return REASONS.get(error.reason, grpc.StatusCode.RESOURCE_EXHAUSTED), str(error)
+        if isinstance(error, CorewiseError):
+            log.error("a gRPC call of %s failed: %r", name, error)
+            return grpc.StatusCode.INTERNAL, "the call failed; the server's log says why"
+        log.error("a gRPC call of %s failed", name, exc_info=error)
+        return grpc.StatusCode.INTERNAL, "the server failed; its log says why"
+
 
 def parse(
-    request: Any, inputs: Sequence[TensorSpec], outputs: Sequence[TensorSpec], instead: TensorSpec | None = None
+    request: Any, inputs: Sequence[TensorSpec], outputs: Sequence[TensorSpec], instead: Sequence[TensorSpec] = ()
 ) -> InferRequest:
     """A ``ModelInferRequest`` as the model takes it (``protocol.parse``). Raises ``ProtocolError``."""
-    if instead is not None and [one.name for one in request.inputs] == [instead.name]:
-        inputs = (instead,)
+    if request.inputs and {one.name for one in request.inputs} <= {spec.name for spec in instead}:
+        inputs = instead
     raw = request.raw_input_contents
     if raw and len(raw) != len(request.inputs):
         raise ProtocolError(f"there are {len(raw)} raw contents for {len(request.inputs)} inputs", "give one for each")
@@ -236,9 +256,12 @@ def _parameters(holder: Any) -> dict[str, Any]:
 
 
 def _with_parameters(described: Mapping[str, Any]) -> dict[str, Any]:
-    """An input's description with its parameters, which are whole numbers, as protobuf has them."""
-    numbers = described.get("parameters", {})
-    return {**described, "parameters": {name: {"int64_param": number} for name, number in numbers.items()}}
+    """An input's description with its parameters, which are whole numbers or bools, as protobuf has them."""
+    parameters = {
+        name: {"bool_param" if isinstance(value, bool) else "int64_param": value}
+        for name, value in described.get("parameters", {}).items()
+    }
+    return {**described, "parameters": parameters}
 
 
 def render(served: Served, request: InferRequest, outputs: Mapping[str, np.ndarray]) -> Any:

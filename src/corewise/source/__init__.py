@@ -5,14 +5,17 @@ from corewise.source.exported import Exported, Flat, digest
 from corewise.source.exporting import export
 from corewise.source.loaded import Loaded
 from corewise.source.models import load, load_with_texts
+from corewise.source.preprocessing import OwnPreprocess, own_preprocess, read_for
 from corewise.source.program import load_module, load_program, operators, save_program
 from corewise.source.recurrence import has_recurrent_layers, recurrent_layers_kept
+from corewise.source.timing import row_seconds
 
 __all__ = [
     "Exported",
     "Flat",
     "Loaded",
     "NotRepeatable",
+    "OwnPreprocess",
     "digest",
     "export",
     "has_recurrent_layers",
@@ -21,6 +24,9 @@ __all__ = [
     "load_program",
     "load_with_texts",
     "operators",
+    "own_preprocess",
+    "read_for",
     "recurrent_layers_kept",
+    "row_seconds",
     "save_program",
 ]

@@ -17,6 +17,9 @@ from corewise.engines.base import BuildInputs, Session
 from corewise.engines.fake import Fake
 from corewise.records.build import Build, Plan, Receipt
 
+RUNGS = 6
+RANGE = "range.txt"
+
 
 class Segfault(Fake):
     """Reads address 0 while building."""
@@ -79,17 +82,50 @@ class SilentFp32(Fake):
 
 
 class Layered(Fake):
-    """Has 16 layers, all in int8 but those that ``reverted_layers`` counts; they divide its noise by four each."""
+    """Has 16 layers, all in int8 but those that ``reverted_layers`` counts; they divide its noise by four each.
+
+    Each rung that is missing of corewise's quantizer doubles it.
+    """
 
     def open(self, folder: Path, build: Build, plan: Plan) -> Session:
         """Open a session with the noise that is left."""
-        noise = float(build.option("noise", 0.0)) / 4**build.quantization.reverted_layers
+        options = build.quantization
+        missing = 0 if options.rung is None else RUNGS - options.rung
+        noise = float(build.option("noise", 0.0)) * 2**missing / 4**options.reverted_layers
         return super().open(folder, replace(build, options=(("noise", noise),)), plan)
 
     def receipt(self, folder: Path, build: Build, plan: Plan, inputs: Sequence[np.ndarray]) -> Receipt | None:
         """So many layers in int8."""
         returned = build.quantization.reverted_layers
         return Receipt.tally([("Convolution/u8", number >= returned) for number in range(16)])
+
+
+class Narrow(Fake):
+    """Cuts its inputs off where the calibration samples ended, as int8 with narrow ranges does."""
+
+    def build(self, build_inputs: BuildInputs, build: Build, folder: Path) -> tuple[str, ...]:
+        """Write down the extremes of the samples' first input too."""
+        seen = np.concatenate([row[0].ravel() for row in build_inputs.calibration.rows])
+        (folder / RANGE).write_text(f"{seen.min()} {seen.max()}")
+        return super().build(build_inputs, build, folder)
+
+    def open(self, folder: Path, build: Build, plan: Plan) -> Session:
+        """Open a session that cuts off what is outside; fp32 cuts off nothing."""
+        session = super().open(folder, build, plan)
+        low, high = map(float, (folder / RANGE).read_text().split())
+        return _CutSession(session, low, high) if build.precision == "int8" else session
+
+
+class _CutSession:
+    def __init__(self, session: Session, low: float, high: float) -> None:
+        self._session, self._low, self._high = session, low, high
+
+    def run(self, inputs: Sequence[np.ndarray]) -> list[np.ndarray]:
+        first, *others = inputs
+        return self._session.run([np.clip(first, self._low, self._high), *others])
+
+    def close(self) -> None:
+        self._session.close()
 
 
 class _NanSession:

@@ -23,6 +23,9 @@ BENCHMARKS = (
     "serving",
     "peers",
     "soak",
+    "attacks",
+    "fuzz",
+    "kills",
     "padding",
 )
 """Modules of this package. Each has a docstring for its help, ``add_options(parser)`` and ``main(options)``."""

@@ -20,8 +20,8 @@ class Model:
     """An opened model. Call it as the original: torch tensors give torch tensors, numpy arrays give numpy arrays.
 
     Thread-safe. It runs the plan that was measured (``instances.open_plan``): a call with more rows than the plan's
-    batch is cut into micro-batches for all instances; a smaller call uses one instance. Raises ``InputError`` if the
-    arguments do not have the structure, dtypes and shapes of the samples.
+    batch is cut into micro-batches for all instances; a smaller call is divided among those that are idle. Raises
+    ``InputError`` if the arguments do not have the structure, dtypes and shapes of the samples.
     """
 
     def __init__(

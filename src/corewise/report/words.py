@@ -121,8 +121,8 @@ def facts(report: Report) -> Iterator[tuple[str, str]]:
         yield "outputs", _closeness(fidelity)
         if fidelity.worst_group:
             yield "groups", _groups(fidelity)
-        if fidelity.basis == "outputs":
-            yield "judged by", _judged_by(fidelity)
+        if fidelity.basis != "named":
+            yield "judged", _judged(fidelity)
     if memory := _memory(report):
         yield "memory", memory
     if report.winner.receipt:
@@ -175,9 +175,7 @@ def ended(trial: Trial, baseline: Trial | None, goal: Goal) -> str:
         return f"{label}: {trial.state}: {said(trial.reason)}"
     parts: list[str] = [trial.state]
     if trial.fidelity:
-        parts.append(
-            f"{clean(trial.fidelity.metric)} {score(trial.fidelity.value)} (drop {score(trial.fidelity.drop)})"
-        )
+        parts.append(f"{clean(trial.fidelity.metric)} {score(trial.fidelity.value)} (drop {drops(trial.fidelity)})")
     if best := goal.best(trial):
         ratio = speedup(trial, baseline, goal)
         figures = _speed_figures(best, goal)
@@ -263,6 +261,12 @@ def score(value: float) -> str:
     return f"{round(value, 4) + 0.0:.4f}" if abs(value) < 1000 else f"{value:.6g}"
 
 
+def drops(fidelity: Fidelity) -> str:
+    """``0.0033``, or ``0.0033, 0.0210 under shift``: the drop, and that on samples unlike those that calibrated."""
+    drop = score(fidelity.drop)
+    return drop if fidelity.shift_drop is None else f"{drop}, {score(fidelity.shift_drop)} under shift"
+
+
 def race_figure(per_s: float, goal: Goal) -> str:
     """A rate of the race: ``87.3 items/s``; for latency, whose rates are 1/latency, ``11.5 ms``."""
     return figure(goal.figure(per_s), goal.unit)
@@ -279,8 +283,14 @@ def _against(fidelity: Fidelity) -> str:
 
 
 def _accuracy(fidelity: Fidelity) -> str:
-    drop = f"drop {score(fidelity.drop)} [{score(fidelity.drop_low)}, {score(fidelity.drop_high)}]"
-    return f"{_against(fidelity)}: {drop} on {fidelity.samples} held-out samples"
+    text = f"{_against(fidelity)}: drop {_drop(fidelity)} on {fidelity.samples} held-out samples"
+    if fidelity.shift is None:
+        return text
+    return f"{text}, {_drop(fidelity.shift)} under shift ({fidelity.shift.samples} samples)"
+
+
+def _drop(fidelity: Fidelity) -> str:
+    return f"{score(fidelity.drop)} [{score(fidelity.drop_low)}, {score(fidelity.drop_high)}]"
 
 
 def _closeness(fidelity: Fidelity) -> str:
@@ -289,18 +299,29 @@ def _closeness(fidelity: Fidelity) -> str:
 
 
 def _groups(fidelity: Fidelity) -> str:
-    """How near the groups of output channels come to their floors."""
+    """How near the groups of output channels come to their floors, under shift too."""
+    count = f"{len(fidelity.groups)} group{'s' if len(fidelity.groups) > 1 else ''} of channels"
+    text = f"{count}; nearest to its floor: {_worst_group(fidelity)}"
+    if fidelity.shift is not None and fidelity.shift.worst_group is not None:
+        text += f"; under shift {_worst_group(fidelity.shift)}"
+    return clean(text)
+
+
+def _worst_group(fidelity: Fidelity) -> str:
     group = fidelity.worst_group
     assert group is not None
-    count = f"{len(fidelity.groups)} group{'s' if len(fidelity.groups) > 1 else ''} of channels"
-    return clean(f"{count}; nearest to its floor: {group.name}, {group.sqnr_db:.1f} dB of at least {group.floor_db:g}")
+    return f"{group.name}, {group.sqnr_db:.1f} dB of at least {group.floor_db:g}"
 
 
-def _judged_by(fidelity: Fidelity) -> str:
-    """What decided without a metric from the user, and how to name one."""
+def _judged(fidelity: Fidelity) -> str:
+    """What decided where the user named no metric, and how to name one."""
+    if fidelity.basis == "labels":
+        return clean(f"by {fidelity.metric}, which fits the labels; another metric is named with --metric")
+    if fidelity.basis == "answers":
+        return "by whether top-1 answers are fp32's, because there are no labels and no metric was named (--metric)"
     known = ", ".join(fidelity.suggested_metrics)
     fitting = f"{known} fit such outputs, and so does one of your own" if known else "name one of your own"
-    return clean(f"closeness to fp32's outputs, because no metric was named; {fitting} (--metric)")
+    return clean(f"by how close outputs are to fp32's, because no metric was named; {fitting} (--metric)")
 
 
 def _speed(report: Report) -> str:

@@ -12,7 +12,7 @@ from typing import Any
 
 from starlette.applications import Starlette
 from starlette.requests import ClientDisconnect, Request
-from starlette.responses import HTMLResponse, JSONResponse, Response
+from starlette.responses import HTMLResponse, JSONResponse, RedirectResponse, Response
 from starlette.routing import Route
 from starlette.types import ASGIApp, Receive, Scope, Send
 
@@ -76,7 +76,8 @@ class App:
             405: self._absent,
             Exception: self._broken,
         }
-        app: ASGIApp = Starlette(routes=routes, exception_handlers=handlers)
+        app = Starlette(routes=routes, exception_handlers=handlers)
+        app.router.redirect_slashes = False  # its redirects go to whatever the header Host says
         self.asgi = _Guard(app, tokens, metrics)
 
     # --- health and descriptions --------------------------------------------------------------------------------
@@ -182,8 +183,10 @@ class App:
         served = self._served(request)
         top = images.how_many(request.query_params.get("top"))
 
+        client = _client(request)
+
         async def read(body: bytes, deadline_s: float) -> InferRequest:
-            return await self._front.image(body, served, deadline_s=deadline_s)
+            return await self._front.image(body, served, client=client, deadline_s=deadline_s)
 
         served, _, answer = await self._answered(request, served, read)
         return JSONResponse({"model_name": served.name, "classes": images.classes(answer.outputs[0][0], served, top)})
@@ -192,7 +195,7 @@ class App:
         self, request: Request, served: Served, read: Callable[[bytes, float], Awaitable[InferRequest]]
     ) -> tuple[Served, InferRequest, Answer]:
         """Read a request and wait for its answer, unless the client goes before. Its time counts from its arrival."""
-        client = request.client.host if request.client is not None else ""
+        client = _client(request)
         with (
             self.metrics.request(served, "http", request.headers, request.scope.get("request_id", "")) as note,
             self._front.booking(client) as booking,
@@ -203,6 +206,7 @@ class App:
                 deadline_s = arrived_s + (self._limits.timeout_s if header_s == inf else header_s)
                 body = await bodies.read(request, self._limits, booking)
                 asked = await read(body, deadline_s)
+            booking.cover(asked.inputs)
             if asked.timeout_s is not None:
                 deadline_s = arrived_s + min(header_s, asked.timeout_s)
             served, future = self.models.submit(
@@ -236,6 +240,10 @@ class App:
         return Response(status_code=CLOSED_REQUEST)
 
     async def _absent(self, request: Request, error: Any) -> Response:
+        path = request.scope["path"]
+        if error.status_code == 404 and path.startswith("/v2") and path.endswith("/"):
+            query = request.scope["query_string"].decode("latin-1")
+            return RedirectResponse(path.rstrip("/") + (f"?{query}" if query else ""))
         self.metrics.turned_away("http", "unknown path" if error.status_code == 404 else "unknown method")
         what = "there is nothing at this path" if error.status_code == 404 else "this path has another method"
         return JSONResponse({"error": f"{what}; see /docs"}, error.status_code, headers=error.headers)
@@ -284,6 +292,10 @@ class RequestLog:
         name = given if 0 < len(given) <= protocol.MOST_ID and given.isprintable() else uuid.uuid4().hex
         scope["request_id"] = name
         started_s, status = time.monotonic(), 0
+        # Clients of HTTP/1.0 want to hear that what they asked for is done.
+        is_kept = (
+            scope["http_version"] == "1.0" and b"keep-alive" in dict(scope["headers"]).get(b"connection", b"").lower()
+        )
 
         async def told(message: Any) -> None:
             nonlocal status
@@ -292,6 +304,8 @@ class RequestLog:
                 message["headers"] = [*message.get("headers", ()), (REQUEST_ID.encode(), name.encode("latin-1"))]
                 if self._models.stopping:
                     message["headers"].append((b"connection", b"close"))
+                elif is_kept:
+                    message["headers"].append((b"connection", b"keep-alive"))
             await send(message)
 
         try:
@@ -321,6 +335,11 @@ async def _unless_gone(request: Request, future: "Future[Answer]") -> Answer:
 async def _gone(request: Request) -> None:
     while (await request.receive())["type"] != "http.disconnect":
         pass
+
+
+def _client(request: Request) -> str:
+    """The client's address; nothing for a unix socket."""
+    return request.client.host if request.client is not None else ""
 
 
 def _length(request: Request) -> int | None:

@@ -10,7 +10,7 @@ from typing import TypeVar
 from corewise.batching import NotServed
 from corewise.serving import images
 from corewise.serving.budget import Booking, Budget
-from corewise.serving.memory import Trimmer
+from corewise.serving.memory_limit import COPIES, PIXEL_BYTES
 from corewise.serving.pool import Pool
 from corewise.serving.protocol import InferRequest, Limits
 from corewise.serving.served import Served
@@ -33,18 +33,17 @@ class Front:
 
     def __init__(self, limits: Limits, max_requests: int) -> None:
         """``max_requests`` may be between their first byte and a model's queue."""
-        self._budget = Budget(limits)
+        self.budget, self._limits = Budget(limits), limits
         self._max_requests = max(LEAST_PLACES, max_requests)
         self._max_of_client = int(self._max_requests * limits.client_share)
         self._of_clients: Counter[str] = Counter()
         threads = min(MOST_THREADS, max(2, len(os.sched_getaffinity(0))))
         self._readers, self._decoders = Pool("read", 2), Pool("decode", threads)
         self._large_decoder = Pool("decode-large", 1)
-        self._trimmer = Trimmer()
 
     def booking(self, client: str) -> AbstractContextManager[Booking]:
         """The bytes that a request of the client at that address holds until its answer."""
-        return self._budget.booking(client)
+        return self.budget.booking(client)
 
     @contextmanager
     def place(self, client: str) -> Iterator[None]:
@@ -63,7 +62,6 @@ class Front:
         self, work: Callable[[], T], text_bytes: int, tensor_bytes: int = 0, *, deadline_s: float = inf
     ) -> T:
         """Read or write a body of that much text, or protobuf, and that much binary data."""
-        self._trimmer.note(text_bytes + tensor_bytes)
         if text_bytes <= SMALL_BYTES and tensor_bytes <= SMALL_TENSOR_BYTES:
             return work()
         size = text_bytes + tensor_bytes / 100
@@ -79,17 +77,19 @@ class Front:
             lambda: served.prepared(asked), kind="characters", size=text_bytes, deadline_s=deadline_s
         )
 
-    async def image(self, body: bytes, served: Served, *, deadline_s: float) -> InferRequest:
-        """One image as the model takes it. Raises ``ProtocolError``."""
+    async def image(self, body: bytes, served: Served, *, client: str, deadline_s: float) -> InferRequest:
+        """One image as the model takes it; its pixels are booked while it is decoded. Raises ``ProtocolError``."""
         pixels = await self._readers.run(
-            lambda: images.pixels(body, served), kind="headers", size=1, deadline_s=deadline_s
+            lambda: images.pixels(body, served, self._limits.pixels), kind="headers", size=1, deadline_s=deadline_s
         )
-        self._trimmer.note(4 * pixels)
         decoder = self._large_decoder if pixels > LARGE_PIXELS else self._decoders
-        return await decoder.run(lambda: images.image(body, served), kind="pixels", size=pixels, deadline_s=deadline_s)
+        with self.booking(client) as booking:
+            booking.add(pixels * PIXEL_BYTES // COPIES)
+            return await decoder.run(
+                lambda: images.image(body, served), kind="pixels", size=pixels, deadline_s=deadline_s
+            )
 
     def close(self) -> None:
         """End the threads."""
         for pool in (self._readers, self._decoders, self._large_decoder):
             pool.close()
-        self._trimmer.close()

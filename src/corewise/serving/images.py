@@ -26,18 +26,18 @@ def how_many(text: str | None) -> int:
     return int(text)
 
 
-def pixels(body: bytes, served: Served) -> int:
+def pixels(body: bytes, served: Served, most: int = MOST_PIXELS) -> int:
     """How many pixels of an image are decoded, by its header, with those that it is resized to.
 
     Raises ``ProtocolError`` where it is not an image, has too many pixels, or the model takes no images.
     """
     preprocess = _preprocess(served)
     with _told():
-        width, height = image_size(body, "the body", max_pixels=MOST_PIXELS, preprocess=preprocess)
+        width, height = image_size(body, "the body", max_pixels=most, preprocess=preprocess)
     shorter, resize = min(width, height), max(preprocess.resize, preprocess.crop)
     resized = [min(resize * side // shorter, LONGEST * resize) for side in (width, height)]
     count = max(width * height, resized[0] * resized[1])
-    if count > MOST_PIXELS:
+    if count > most:
         raise ProtocolError(f"the image has {count} pixels when it is resized", "send one of another shape", 413)
     return count
 

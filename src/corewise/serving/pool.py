@@ -56,6 +56,7 @@ class Pool:
         try:
             result, took_s = await asyncio.wrap_future(job)
         finally:
+            del job  # it holds what was raised, which holds this frame, and so the request's data
             self._waiting -= 1
             self._waiting_s = max(0.0, self._waiting_s - expected_s) if self._waiting else 0.0
         old_s = self._unit_s.get(kind, took_s / max(size, 1))

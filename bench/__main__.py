@@ -27,6 +27,7 @@ BENCHMARKS = (
     "fuzz",
     "kills",
     "padding",
+    "photos",
 )
 """Modules of this package. Each has a docstring for its help, ``add_options(parser)`` and ``main(options)``."""
 

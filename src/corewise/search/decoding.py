@@ -6,7 +6,7 @@ from time import perf_counter
 from corewise.accuracy.gate import AccuracyGate
 from corewise.common.errors import CorewiseError, InputError
 from corewise.records.build import Plan
-from corewise.records.reason import Reason, ReasonKind
+from corewise.records.reason import Detail, Reason, ReasonKind
 from corewise.records.report import Choice, Preprocess
 from corewise.runtime.client import read_outputs
 from corewise.samples import Samples
@@ -59,7 +59,7 @@ def choose_decoding(holdout: Samples, choice: Choice, gate: AccuracyGate, contex
         raise
     except CorewiseError:
         return as_it_is  # The winner is what it was; only this choice was not made.
-    details = {
+    details: dict[str, Detail] = {
         "photos": gaining,
         "metric": fidelity.metric,
         "value": fidelity.value,

@@ -17,6 +17,7 @@ import numpy as np
 from corewise import artifact
 from corewise.artifact import tuned
 from corewise.artifact.open import check_available
+from corewise.artifact.photos import images_of
 from corewise.batching import Answer, Batcher, NotServed, Policy, Run
 from corewise.common.errors import ArtifactError
 from corewise.engines import ENGINES
@@ -112,6 +113,10 @@ class Served:
         self.plan, self.notes = fit.plan, (*fit.warnings, *notes, *self.values.notes)
         self.inputs: tuple[TensorSpec, ...] = found.manifest.inputs
         self.outputs: tuple[TensorSpec, ...] = found.manifest.outputs
+        self.photos = images_of(found)
+        if self.photos is not None and self.photos.preprocess.function is not None:
+            why = f"its images are prepared by {self.photos.preprocess.function}, which is code and not in the artifact"
+            self.notes = (*self.notes, f"it takes no images but tensors: {why}")
         self.text = TextInput(found) if artifact.TOKENIZER in found.manifest.files else None
         self.statistics = Statistics()
         self.draining = False
@@ -134,7 +139,16 @@ class Served:
     @property
     def instead(self) -> TensorSpec | None:
         """The input that a request may have in place of the model's own."""
+        if self.takes_images:
+            taken = {spec.name for spec in self.inputs}
+            name = next(name for name in ("image", "images", "photos") if name not in taken)
+            return TensorSpec(name=name, dtype="object", shape=(None,))
         return None if self.text is None else text.SPEC
+
+    @property
+    def takes_images(self) -> bool:
+        """Whether a request may have images, as BYTES, in place of tensors."""
+        return self.photos is not None and self.photos.preprocess.function is None
 
     def prepared(self, request: InferRequest) -> InferRequest:
         """With texts as the model takes them, and values that it has a place for. Raises ``ProtocolError``."""

@@ -29,6 +29,7 @@ BENCHMARKS = (
     "fuzz",
     "kills",
     "padding",
+    "photos",
     "shift",
 )
 """Modules of this package. Each has a docstring for its help, ``add_options(parser)`` and ``main(options)``."""

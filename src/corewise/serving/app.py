@@ -164,7 +164,7 @@ class App:
                 len(body) - text_bytes,
                 deadline_s=deadline_s,
             )
-            return await self._front.prepare(asked, served, deadline_s=deadline_s)
+            return await self._front.prepare(asked, served, client=_client(request), deadline_s=deadline_s)
 
         served, asked, answer = await self._answered(request, served, read)
         named = {spec.name: array for spec, array in zip(served.outputs, answer.outputs, strict=True)}
@@ -185,10 +185,12 @@ class App:
 
         served = self._served(request)
         top = images.how_many(request.query_params.get("top"))
-
+        kind = request.headers.get("content-type", "")
         client = _client(request)
 
         async def read(body: bytes, deadline_s: float) -> InferRequest:
+            if images.wrapped(body, kind):
+                body = await self._front.read(lambda: images.content(body, kind), len(body), deadline_s=deadline_s)
             return await self._front.image(body, served, client=client, deadline_s=deadline_s)
 
         served, _, answer = await self._answered(request, served, read)

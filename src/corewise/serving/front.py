@@ -2,10 +2,13 @@
 
 import os
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
+from dataclasses import replace
 from math import inf
 from typing import TypeVar
+
+import numpy as np
 
 from corewise.batching import NotServed
 from corewise.serving import images
@@ -67,8 +70,13 @@ class Front:
         size = text_bytes + tensor_bytes / 100
         return await self._readers.run(work, kind="bytes", size=size, deadline_s=deadline_s)
 
-    async def prepare(self, asked: InferRequest, served: Served, *, deadline_s: float) -> InferRequest:
+    async def prepare(
+        self, asked: InferRequest, served: Served, *, client: str = "", deadline_s: float
+    ) -> InferRequest:
         """The request as its model takes it. Raises ``ProtocolError``."""
+        if photos := images.contents(asked, served):
+            batch = await self._decoded(photos, served, client, deadline_s)
+            return replace(asked, inputs=(batch,))
         text_bytes = served.text_bytes(asked)
         if not text_bytes:
             array_bytes = sum(array.nbytes for array in asked.inputs)
@@ -82,15 +90,24 @@ class Front:
         return await self._decoders.run(work, kind=kind, size=characters, deadline_s=deadline_s)
 
     async def image(self, body: bytes, served: Served, *, client: str, deadline_s: float) -> InferRequest:
-        """One image as the model takes it; its pixels are booked while it is decoded. Raises ``ProtocolError``."""
-        pixels = await self._readers.run(
-            lambda: images.pixels(body, served, self._limits.pixels), kind="headers", size=1, deadline_s=deadline_s
-        )
-        decoder = self._large_decoder if pixels > LARGE_PIXELS else self._decoders
+        """One image as the model takes it. Raises ``ProtocolError``."""
+        return images.request(await self._decoded([body], served, client, deadline_s), served)
+
+    async def _decoded(self, photos: Sequence[bytes], served: Served, client: str, deadline_s: float) -> np.ndarray:
+        """Images as the model takes them; their pixels are booked while they are decoded."""
+        most = self._limits.pixels
+
+        def look() -> tuple[list[bytes], list[int]]:
+            found = [images.unpacked(photo) for photo in photos]
+            return found, [images.pixels(one, served, most) for one in found]
+
+        unpacked, pixels = await self._readers.run(look, kind="headers", size=len(photos), deadline_s=deadline_s)
+        decoder = self._large_decoder if max(pixels) > LARGE_PIXELS else self._decoders
         with self.booking(client) as booking:
-            booking.add(pixels * PIXEL_BYTES // COPIES)
+            # One after the other: the largest, and what each becomes.
+            booking.add(max(pixels) * PIXEL_BYTES // COPIES)
             return await decoder.run(
-                lambda: images.image(body, served), kind="pixels", size=pixels, deadline_s=deadline_s
+                lambda: images.batch(unpacked, served), kind="pixels", size=sum(pixels), deadline_s=deadline_s
             )
 
     def close(self) -> None:

@@ -17,6 +17,7 @@ import numpy as np
 from corewise import artifact
 from corewise.artifact import tuned
 from corewise.artifact.open import check_available
+from corewise.artifact.photos import images_of
 from corewise.artifact.texts import text_pipeline
 from corewise.artifact.watch import RangeWatch
 from corewise.batching import Answer, Batcher, NotServed, Policy, Run
@@ -115,6 +116,10 @@ class Served:
         self.outputs: tuple[TensorSpec, ...] = found.manifest.outputs
         pipeline = text_pipeline(found)
         self.text = None if pipeline is None else TextInput(found, pipeline)
+        self.photos = images_of(found)
+        if self.photos is not None and self.photos.preprocess.function is not None:
+            why = f"its images are prepared by {self.photos.preprocess.function}, which is code and not in the artifact"
+            self.notes = (*self.notes, f"it takes no images but tensors: {why}")
         self.statistics = Statistics()
         self.ranges = RangeWatch(found.manifest.seen_ranges)
         self._told_ranges = False
@@ -138,7 +143,16 @@ class Served:
     @property
     def instead(self) -> tuple[TensorSpec, ...]:
         """The inputs that a request may have in place of the model's own."""
+        if self.takes_images:
+            taken = {spec.name for spec in self.inputs}
+            name = next(name for name in ("image", "images", "photos") if name not in taken)
+            return (TensorSpec(name=name, dtype="object", shape=(None,)),)
         return () if self.text is None else self.text.specs
+
+    @property
+    def takes_images(self) -> bool:
+        """Whether a request may have images, as BYTES, in place of tensors."""
+        return self.photos is not None and self.photos.preprocess.function is None
 
     def prepared(self, request: InferRequest) -> InferRequest:
         """With texts as the model takes them, and values that it has a place for. Raises ``ProtocolError``."""

@@ -4,9 +4,11 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from corewise.records.build import TensorSpec
+from corewise.records.report import Preprocess
 
 TextTask = Literal["vectors", "classes", "tokens", "scores"]
-Pooling = Literal["mean", "cls", "last", "max", "none"]
+Pooling = Literal["mean", "cls", "last", "max", "own", "none"]
+"""What makes one vector of a text's token vectors; ``own``: the model does it in a way that is not known."""
 TokenRole = Literal["ids", "mask", "types", "positions"]
 Activation = Literal["softmax", "sigmoid", "none"]
 
@@ -72,6 +74,27 @@ class TextPipeline:
     """What makes probabilities or scores of the model's outputs."""
 
     @property
+    def pads(self) -> bool:
+        """Whether texts may be padded: only a model that takes an attention mask answers them as if they were not."""
+        return any(each.role == "mask" for each in self.inputs)
+
+    @property
     def noun(self) -> str:
         """What an item is, in words."""
         return "pair of texts" if self.pairs else "text"
+
+
+ImageTask = Literal["classes", "vectors"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImagePipeline:
+    """How images become a model's input, and its output answers. An artifact's manifest and golden outputs say it."""
+
+    task: ImageTask
+    """``classes`` (N, classes), else ``vectors``: the output as it is."""
+    preprocess: Preprocess
+    labels: tuple[str, ...] = ()
+    """Names of the classes, in the order of the outputs."""
+    activation: Activation = "none"
+    """What makes probabilities of the model's outputs."""

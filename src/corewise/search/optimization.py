@@ -15,11 +15,13 @@ from corewise.common.errors import InputError, MissingExtra, OutputError
 from corewise.engines import BuildInputs, engine
 from corewise.records.events import OnEvent
 from corewise.records.goal import Goal, GoalName, Requirements, Slo, parse_goal
+from corewise.records.pipeline import Pooling
 from corewise.records.report import Choice, Report
 from corewise.runtime.worker import peak_memory_bytes
 from corewise.runtime.workspace import Workspace
 from corewise.search.budget import WITH_LOADS, Budget, BudgetSplit, baseline_batch
 from corewise.search.candidates import first_plan, layouts
+from corewise.search.decoding import Decoding, choose_decoding
 from corewise.search.journal import Journal
 from corewise.search.result import Result
 from corewise.search.search import Search
@@ -47,6 +49,8 @@ def optimize(
     calibration: int | None = None,
     seed: int = 0,
     class_names: Sequence[str] | None = None,
+    tokenizer: Path | None = None,
+    pooling: Pooling | None = None,
     budget_s: float | None = None,
     timeout_s: float = TIMEOUT_S,
     work: Path | None = None,
@@ -57,9 +61,11 @@ def optimize(
     A candidate that fails is no error; if none is good enough, the result is the baseline.
 
     Args:
-        model: an ``nn.Module``, an ``ExportedProgram``, or a reference such as "file.py:factory" or "timm:NAME".
+        model: an ``nn.Module``, an ``ExportedProgram``, a ``SentenceTransformer`` or ``CrossEncoder``, or a reference
+            such as "file.py:factory", "st:FOLDER" or "timm:NAME".
         samples: arrays or tensors without a batch dimension, or dicts or tuples of them, with labels if there are any;
-            a function that returns them; or a reference such as a folder of images or "file.py:function".
+            texts or pairs of texts, for a model with a tokenizer; a function that returns them; or a reference such as
+            a folder of images, a file of texts or "file.py:function".
         metric: the name of a built-in metric, "file.py:function", or a callable (outputs, labels) -> score, the higher
             the better. Default: the one that fits the labels, without labels how close the outputs are to fp32's.
         max_drop: how much of the metric may be lost, in the metric's unit.
@@ -75,6 +81,9 @@ def optimize(
             two of five, at most 200.
         seed: of the split into calibration and holdout.
         class_names: names of the classes in the order of the scores, which the artifact keeps.
+        tokenizer: a ``tokenizer.json``, for a model that takes token ids and brings none: samples may then be texts.
+        pooling: make one vector of each text: "mean", "cls", "max" or "last" of its token vectors; for "hf:" models and
+            models with ``tokenizer``.
         budget_s: seconds for the whole search. Default: as long as it takes.
         timeout_s: seconds for each step of a trial.
         work: a folder that keeps finished trials, so that the same call resumes. Default: a temporary folder.
@@ -115,6 +124,8 @@ def optimize(
         calibration=calibration,
         seed=seed,
         class_names=class_names,
+        tokenizer=tokenizer,
+        pooling=pooling,
         on_event=on_event,
         budget_s=budget_s,
     )
@@ -136,10 +147,11 @@ def optimize(
             search.find_slo_rate()
             search.race()
             choice = search.choose()
+            decoding = choose_decoding(task.holdout, choice, gate, context)
         finally:
             if journal.empty:  # it ended before anything worth keeping
                 workspace.remove()
-    return _result(task, search, choice, build_inputs, class_names)
+    return _result(task, search, choice, build_inputs, class_names, decoding)
 
 
 def _context(
@@ -172,7 +184,12 @@ def _context(
 
 
 def _result(
-    task: Task, search: Search, choice: Choice, build_inputs: BuildInputs, class_names: Sequence[str] | None
+    task: Task,
+    search: Search,
+    choice: Choice,
+    build_inputs: BuildInputs,
+    class_names: Sequence[str] | None,
+    decoding: Decoding,
 ) -> Result:
     context = search.context
     report = Report(
@@ -181,24 +198,26 @@ def _result(
         versions=package_versions(),
         cpu=task.cpu,
         requirements=replace(context.requirements, robust=search.gate.is_robust),
-        samples=task.facts,
+        samples=replace(task.facts, preprocess=decoding.preprocess),
         trials=tuple(search.trials),
         finals=search.rates,
         choice=choice,
         wall_s=context.budget.elapsed_s,
         peak_memory_bytes=peak_memory_bytes() + search.peak_memory_bytes,
-        notes=(*task.notes, *search.notes),
+        notes=(*task.notes, *search.notes, *((decoding.reason,) if decoding.reason else ())),
     )
     return Result(
         report=report,
         build_inputs=build_inputs,
-        holdout=task.holdout,
+        holdout=replace(task.holdout, preprocess=decoding.preprocess),
         output_structure=task.exported.output_structure,
         payload=context.workspace.payload(choice.winner),
         outputs=context.workspace.outputs(choice.winner),
         opener=task.in_process or engine(choice.winner.engine),
         workspace=context.workspace,
         class_names=None if class_names is None else tuple(class_names),
+        pipeline=task.pipeline,
+        tokenizer=task.tokenizer,
     )
 
 

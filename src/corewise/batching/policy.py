@@ -70,8 +70,7 @@ class LatencyTable:
         return float(np.interp(rows, batches, ms)) * max(1.0, rows / float(batches[-1]))
 
 
-@dataclass(frozen=True, kw_only=True)
-class Request:
+class Request(NamedTuple):
     """A request as the policy sees it. Only requests of equal ``group`` share a batch."""
 
     id: int
@@ -155,6 +154,8 @@ class Policy:
         self.waiting_rows = 0
         self.next_expiry_s = inf
         """``expire`` drops nothing before this time."""
+        self.margin_s = 0.0
+        """So long before their deadlines answers should be there when requests are admitted."""
         self.slowness = 1.0
         """Predicted duration of calls over their measured duration; at least 1."""
         self._max_batch, self._max_waiting = max_batch, max_waiting
@@ -226,6 +227,15 @@ class Policy:
         self.next_expiry_s = min(self.next_expiry_s, request.deadline_s - self._measured_s[request.rows])
         return Accepted(dropped=dropped)
 
+    def expected_s(self, now_s: float, ahead_rows: int = 0) -> float:
+        """About how long a row that came now would take, behind all that wait and so many rows more."""
+        free_s = self._free_s(now_s)
+        if not free_s:
+            return 0.0
+        calls, rest = divmod(self.waiting_rows + ahead_rows, self._max_batch)
+        busy_s = sum(max(0.0, free - now_s) for free in free_s) + calls * self._seconds[self._max_batch]
+        return busy_s / len(free_s) + self._seconds[rest + 1]
+
     def next_batch(self, instance: int, now_s: float) -> Batch:
         """The next call of an idle instance: the most urgent request and those of its group that follow it.
 
@@ -275,27 +285,32 @@ class Policy:
     def _fit(self, place: _Place, without: list[_Place], now_s: float) -> tuple[_Place, _Plan] | Refused:
         """The place with its room, and the plan with it, if the places to displace were gone."""
         free_s = self._free_s(now_s)
-        if self.waiting_rows - _rows(without) + place.request.rows > self._max_waiting:
+        request = place.request
+        if self.waiting_rows - _rows(without) + request.rows > self._max_waiting:
             return Refused(reason="queue full", retry_after_s=max(min(free_s) - now_s, self._seconds[1]))
         gone = {other.arrival for other in without}
         others = [other for other in self._waiting if other.arrival not in gone] if gone else self._waiting
         position = bisect_left(others, place)
         idle_now = _idle(free_s, now_s)
         ahead, idle = 0, max(1, idle_now)
-        for other in reversed(others[:position]):
-            if ahead >= self._max_batch * idle:
-                break
-            ahead += other.request.rows * (other.request.group == place.request.group)
-        rows = max(place.request.rows, ceil((ahead + place.request.rows) / idle))
-        place = place._replace(room_s=self._seconds[min(rows, self._max_batch)])
+        k = position
+        while k > 0 and ahead < self._max_batch * idle:
+            k -= 1
+            other = others[k].request
+            if other.group == request.group:
+                ahead += other.rows
+        rows = max(request.rows, -(-(ahead + request.rows) // idle))
+        room_s = self._seconds[min(rows, self._max_batch)]
+        place = _Place(place.deadline_s, place.yields, place.arrival, request, room_s)
         if gone or position < len(others):
             plan = _Plan(free_s, [*others[:position], place, *others[position:]], -inf)
         else:
             if self._plan is None or now_s > self._plan_until_s:
                 self._plan_until_s = min(free_s)
                 self._plan, _ = self._play(_Plan(free_s, others, -inf))
-            plan = self._plan._replace(rest=[*self._plan.rest, place])
+            plan = _Plan(self._plan.free_s, [*self._plan.rest, place], self._plan.late_s)
         plan, late_s = self._play(plan)
+        late_s += self.margin_s
         # A request that an idle instance starts at once may be in time, and its duration updates ``slowness``.
         at_once = not others and idle_now
         return (place, plan) if late_s <= 0 or at_once else Refused(reason="overloaded", retry_after_s=late_s)
@@ -360,8 +375,8 @@ class Policy:
 
 
 def _rows(places: list[_Place]) -> int:
-    return sum(place.request.rows for place in places)
+    return sum([place.request.rows for place in places])
 
 
 def _idle(free_s: list[float], now_s: float) -> int:
-    return sum(free <= now_s for free in free_s)
+    return len([free for free in free_s if free <= now_s])

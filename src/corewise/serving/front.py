@@ -1,16 +1,25 @@
-"""What requests go through on their way to a model, over HTTP and gRPC alike: room, a place, and threads."""
+"""What requests go through on their way to a model, over HTTP and gRPC alike: room, a place, threads, and admission.
 
+The model's batcher knows how long its own queue takes. Here is known, from the last requests, what comes before it
+(decoding, tokenizing) and after it (rendering, and the wait for the event loop), so that a request that would be late
+is refused before anything is done for it.
+"""
+
+import asyncio
 import os
-from collections import Counter
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from math import inf
-from typing import TypeVar
+from time import monotonic
+from typing import Any, TypeVar
 
-from corewise.batching import NotServed
+from corewise.batching import Answer, NotServed
 from corewise.serving import images
 from corewise.serving.budget import Booking, Budget
+from corewise.serving.costs import Costs, Tail
+from corewise.serving.deliveries import Deliveries
 from corewise.serving.memory import Trimmer
+from corewise.serving.models import Models
 from corewise.serving.pool import Pool
 from corewise.serving.protocol import InferRequest, Limits
 from corewise.serving.served import Served
@@ -26,6 +35,8 @@ LARGE_PIXELS = 8_000_000
 MOST_THREADS = 8
 LEAST_PLACES = 16
 """However few requests may wait for a model."""
+LAG_TICK_S = 0.02
+"""How often is looked how late the event loop is."""
 
 
 class Front:
@@ -36,28 +47,110 @@ class Front:
         self._budget = Budget(limits)
         self._max_requests = max(LEAST_PLACES, max_requests)
         self._max_of_client = int(self._max_requests * limits.client_share)
-        self._of_clients: Counter[str] = Counter()
+        self._of_clients: dict[Any, int] = {}
         threads = min(MOST_THREADS, max(2, len(os.sched_getaffinity(0))))
         self._readers, self._decoders = Pool("read", 2), Pool("decode", threads)
         self._large_decoder = Pool("decode-large", 1)
         self._trimmer = Trimmer()
+        self._places = 0
+        self._on_way: dict[Any, int] = {}
+        """Requests that have a place, by their model."""
+        self._costs = Costs()
+        self._tail = Tail()
+        """From the end of a call to the answer on the wire."""
+        self._deliveries = Deliveries()
+        self.lag_s = 0.0
+        """How late the event loop is: so long bytes may have lain in their socket before they were read."""
+        self._arrived_s = 0.0
+        self._ticker: asyncio.TimerHandle | None = None
+
+    def watch_loop(self) -> None:
+        """Keep ``lag_s`` up to date. Called in the event loop."""
+        loop = asyncio.get_running_loop()
+        due_s = loop.time() + LAG_TICK_S
+
+        def tick() -> None:
+            self.lag_s = max(0.0, loop.time() - due_s)
+            self.watch_loop()
+
+        self._ticker = loop.call_at(due_s, tick)
+
+    def arrived_s(self) -> float:
+        """When bytes that are read now came, at the earliest, on the monotonic clock; never earlier than before."""
+        self._arrived_s = max(self._arrived_s, monotonic() - self.lag_s)
+        return self._arrived_s
 
     def booking(self, client: str) -> AbstractContextManager[Booking]:
         """The bytes that a request of the client at that address holds until its answer."""
         return self._budget.booking(client)
 
-    @contextmanager
-    def place(self, client: str) -> Iterator[None]:
-        """A place among the requests that are on their way to a model. Raises ``NotServed`` where all are taken."""
-        if self._of_clients[client] >= self._max_of_client or self._of_clients.total() >= self._max_requests:
+    def place(self, client: str, served: Served) -> "Place":
+        """A place among the requests on their way to a model, as a context manager.
+
+        Raises ``NotServed`` where all are taken.
+        """
+        return Place(self, client, served)
+
+    def enter(self, client: str, served: Served) -> None:
+        """Take a place."""
+        of_client = self._of_clients.get(client, 0)
+        if of_client >= self._max_of_client or self._places >= self._max_requests:
             raise NotServed("queue full", 1.0)
-        self._of_clients[client] += 1
+        self._places += 1
+        self._of_clients[client] = of_client + 1
+        self._on_way[served] = self._on_way.get(served, 0) + 1
+
+    def leave(self, client: str, served: Served) -> None:
+        """Give it back."""
+        self._places -= 1
+        for counts, key in ((self._of_clients, client), (self._on_way, served)):
+            left = counts[key] - 1
+            if left:
+                counts[key] = left
+            else:
+                del counts[key]
+
+    def check_image(self, size_bytes: int, served: Served, deadline_s: float) -> None:
+        """Raise ``NotServed`` where an image of so many bytes, of which none was read, would be answered too late.
+
+        It is decoded behind the images that are due before it; then it waits for the model, and so do they.
+        """
+        if not (self._decoders.is_busy or served.waiting_rows):
+            return
+        now_s = monotonic()
+        decode_s = self._decoders.wait_s(deadline_s) + self._costs.expected_s("image", size_bytes)
+        model_s = max(decode_s + served.expected_s(), served.expected_s(self._on_way.get(served, 0)))
+        late_s = now_s + model_s + self._tail.seconds(now_s) - deadline_s
+        if late_s > 0:
+            raise NotServed("overloaded", late_s)
+
+    async def ask(
+        self, models: Models, served: Served, asked: InferRequest, deadline_s: float, gone: set[Any] | None = None
+    ) -> tuple[Served, Answer]:
+        """The model's answer in time, and which model it was: another may have taken the place of ``served``.
+
+        The request gives up its place when it is cancelled, or when whoever holds ``gone``, which has its future
+        meanwhile, sets an exception. Raises ``NotServed`` where it would be late, with what comes after the call.
+        """
+        now_s = monotonic()
+        served.keep_margin(self._tail.seconds(now_s))
+        served, future = models.submit(
+            served.name, served.version, asked.inputs, timeout_s=deadline_s - now_s, priority=asked.priority
+        )
+        waiter = self._deliveries.wait(future)
+        if gone is not None:
+            gone.add(waiter)
         try:
-            yield
+            return served, await waiter
         finally:
-            self._of_clients[client] -= 1
-            if not self._of_clients[client]:
-                del self._of_clients[client]
+            if gone is not None:
+                gone.discard(waiter)
+            future.cancel()
+
+    def note_sent(self, answer: Answer, asked_s: float) -> None:
+        """An answer is on the wire, to a request that joined the model's queue at that time."""
+        now_s = monotonic()
+        self._tail.note(max(0.0, now_s - asked_s - answer.waited_s - answer.ran_s), now_s)
 
     async def read(
         self, work: Callable[[], T], text_bytes: int, tensor_bytes: int = 0, *, deadline_s: float = inf
@@ -76,7 +169,11 @@ class Front:
             array_bytes = sum(array.nbytes for array in asked.inputs)
             return await self.read(lambda: served.prepared(asked), 0, array_bytes, deadline_s=deadline_s)
         return await self._decoders.run(
-            lambda: served.prepared(asked), kind="characters", size=text_bytes, deadline_s=deadline_s
+            lambda: served.prepared(asked),
+            kind="characters",
+            size=text_bytes,
+            deadline_s=deadline_s,
+            later_s=self._later_s(served),
         )
 
     async def image(self, body: bytes, served: Served, *, deadline_s: float) -> InferRequest:
@@ -86,10 +183,44 @@ class Front:
         )
         self._trimmer.note(4 * pixels)
         decoder = self._large_decoder if pixels > LARGE_PIXELS else self._decoders
-        return await decoder.run(lambda: images.image(body, served), kind="pixels", size=pixels, deadline_s=deadline_s)
+        took_s = 0.0
+
+        def decode() -> InferRequest:
+            nonlocal took_s
+            started_s = monotonic()
+            found = images.image(body, served)
+            took_s = monotonic() - started_s
+            return found
+
+        found = await decoder.run(
+            decode, kind="pixels", size=pixels, deadline_s=deadline_s, later_s=self._later_s(served)
+        )
+        self._costs.note("image", len(body), took_s)
+        return found
+
+    def _later_s(self, served: Served) -> float:
+        """What comes after the work on a request that is on its way: its call, and the rest."""
+        return served.expected_s() + self._tail.seconds(monotonic())
 
     def close(self) -> None:
         """End the threads."""
         for pool in (self._readers, self._decoders, self._large_decoder):
             pool.close()
+        if self._ticker is not None:
+            self._ticker.cancel()
         self._trimmer.close()
+
+
+class Place:
+    """A place that is taken while a ``with`` lasts."""
+
+    __slots__ = ("_client", "_front", "_served")
+
+    def __init__(self, front: Front, client: str, served: Served) -> None:
+        self._front, self._client, self._served = front, client, served
+
+    def __enter__(self) -> None:
+        self._front.enter(self._client, self._served)
+
+    def __exit__(self, *error: object) -> None:
+        self._front.leave(self._client, self._served)

@@ -2,7 +2,6 @@
 
 import logging
 import time
-from asyncio import wrap_future
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from math import inf, prod
 from typing import Any
@@ -128,7 +127,7 @@ class Service:
         with self.metrics.request(served, "grpc", headers, headers.get("x-request-id", request.id)) as note:
             left_s = context.time_remaining()
             deadline_s = received_s + (self._limits.timeout_s if left_s is None else left_s)
-            with self._front.place(messages.client_of(context)):
+            with self._front.place(messages.client_of(context), served):
                 typed_bytes, raw_bytes = messages.sizes(request)
                 asked = await self._front.read(
                     lambda: parse(request, served.inputs, served.outputs, served.instead),
@@ -139,14 +138,8 @@ class Service:
                 asked = await self._front.prepare(asked, served, deadline_s=deadline_s)
             if asked.timeout_s is not None:
                 deadline_s = received_s + min(inf if left_s is None else left_s, asked.timeout_s)
-            served, future = self.models.submit(
-                served.name,
-                served.version,
-                asked.inputs,
-                timeout_s=deadline_s - time.monotonic(),
-                priority=asked.priority,
-            )
-            answer = note(await wrap_future(future))
+            served, answer = await self._front.ask(self.models, served, asked, deadline_s)
+            note(answer)
         named = {spec.name: array for spec, array in zip(served.outputs, answer.outputs, strict=True)}
         return render(served, asked, triton.classified(asked.class_counts, named, served.manifest.labels))
 

@@ -23,6 +23,7 @@ from corewise.engines import ENGINES
 from corewise.machine.inspect import inspect_cpu
 from corewise.records.build import TensorSpec
 from corewise.serving import text
+from corewise.serving.frames import Frames
 from corewise.serving.protocol import InferRequest
 from corewise.serving.remote import Remote
 from corewise.serving.shadow import Shadow
@@ -113,6 +114,7 @@ class Served:
         self.inputs: tuple[TensorSpec, ...] = found.manifest.inputs
         self.outputs: tuple[TensorSpec, ...] = found.manifest.outputs
         self.text = TextInput(found) if artifact.TOKENIZER in found.manifest.files else None
+        self.frames = Frames(self.inputs, self.outputs)
         self.statistics = Statistics()
         self.draining = False
         self._max_rows = max_rows
@@ -167,6 +169,14 @@ class Served:
     def slowness(self) -> float:
         """How many times as long as measured calls last now, at least 1."""
         return self._batcher.slowness
+
+    def expected_s(self, ahead_rows: int = 0) -> float:
+        """About how long a row that came now would take, behind all that wait and so many rows more."""
+        return self._batcher.expected_s(ahead_rows)
+
+    def keep_margin(self, margin_s: float) -> None:
+        """Admit only requests whose answers should be there so long before their deadlines."""
+        self._batcher.keep_margin(margin_s)
 
     def submit(self, inputs: Sequence[np.ndarray], *, timeout_s: float = inf, priority: int = 0) -> "Future[Answer]":
         """Queue a request; see ``Batcher.submit``. More rows than the plan's batch run as several calls."""

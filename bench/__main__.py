@@ -22,6 +22,7 @@ BENCHMARKS = (
     "breadth",
     "serving",
     "peers",
+    "overload",
     "soak",
     "padding",
 )

@@ -24,6 +24,9 @@ BENCHMARKS = (
     "peers",
     "overload",
     "soak",
+    "attacks",
+    "fuzz",
+    "kills",
     "padding",
 )
 """Modules of this package. Each has a docstring for its help, ``add_options(parser)`` and ``main(options)``."""

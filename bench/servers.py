@@ -46,9 +46,14 @@ def golden_rows(artifact: Artifact) -> tuple[str, list[np.ndarray], list[np.ndar
 class Server:
     """``corewise serve``, ready; a context manager that ends it."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, *more: str, cgroup: Path | None = None) -> None:
+        """``more`` are further options of the command line; the server runs in ``cgroup``."""
         start_s = time.monotonic()
-        self.process = subprocess.Popen(serve_command(folder.resolve(), 0), stdout=subprocess.PIPE, text=True)
+        command = [*serve_command(folder.resolve(), 0), *more]
+        if cgroup is not None:
+            command = ["sh", "-c", 'echo $$ > "$0/cgroup.procs"; exec "$@"', str(cgroup), *command]
+        self.process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+        self.ports: dict[str, int] = {}
         try:
             self.port = self._wait()
         except queue.Empty:
@@ -68,10 +73,12 @@ class Server:
                 lines.put(line)
 
         threading.Thread(target=read, daemon=True).start()
-        port = int(lines.get(timeout=START_S).rsplit(" ", 1)[1])
+        for part in lines.get(timeout=START_S).removeprefix("listening: ").split(", "):
+            name, _, number = part.partition(" on port ")
+            self.ports[name] = int(number)
         while not lines.get(timeout=START_S).startswith("ready:"):
             pass
-        return port
+        return self.ports["http"]
 
     def __enter__(self) -> Self:
         return self

@@ -130,28 +130,43 @@ def token_artifact(folder, *, vocabulary=99, positions=41, labels=None):
 class Server:
     """A running ``corewise serve``; what it prints is kept."""
 
-    def __init__(self, *arguments, python=sys.executable, environment=None, most_files=None):
-        command = [python, "-m", "corewise.cli", "serve", *map(str, arguments), "--http", "127.0.0.1:0"]
-        command += ["--grpc", "127.0.0.1:0", "--admin", "127.0.0.1:0", "--admin-grpc", "127.0.0.1:0"]
+    def __init__(
+        self,
+        *arguments,
+        python=sys.executable,
+        environment=None,
+        most_files=None,
+        http="127.0.0.1:0",
+        grpc="127.0.0.1:0",
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    ):
+        command = [python, "-m", "corewise.cli", "serve", *map(str, arguments), "--http", http]
+        command += ["--grpc", grpc, "--admin", "127.0.0.1:0", "--admin-grpc", "127.0.0.1:0"]
         if most_files is not None:
             command = ["prlimit", f"--nofile={most_files}", *command]
         self.process = subprocess.Popen(
             command,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
+            stdout=stdout,
+            stderr=stderr,
             text=True,
             env={**os.environ, **(environment or {})},
         )
         self.printed, self.logged = [], []
         self._lines = queue.Queue()
         for stream, kept in ((self.process.stdout, self.printed), (self.process.stderr, self.logged)):
+            if stream is None:
+                continue
             threading.Thread(target=self._read, args=(stream, kept), daemon=True).start()
         self.ports = {}
         self.client = httpx.Client(limits=httpx.Limits(max_connections=None), timeout=TIMEOUT_S)
+        if stdout is not subprocess.PIPE:
+            return
         line = self.until("listening:")
         for part in line.removeprefix("listening: ").split(", "):
             name, _, port = part.partition(" on port ")
-            self.ports[name] = int(port)
+            if port:
+                self.ports[name] = int(port)
 
     def _read(self, stream, kept):
         with stream:

@@ -7,6 +7,7 @@ import pytest
 from builders import requirements, said, text
 from trial_folder import fill, make_context
 
+from corewise.engines.qdq import first_rung
 from corewise.machine.layouts import ThreadLayout
 from corewise.records.build import Build, Plan
 from corewise.records.goal import Throughput
@@ -62,6 +63,21 @@ def test_layers_go_back_until_the_gate_passes(context):
     assert [trial.build for trial in added] == [with_reverted_layers(ours(8.0), count) for count in (1, 2, 4)]
     assert [trial.state for trial in added] == ["rejected", "rejected", "ok"]
     assert added[-1].receipt.words == "int8: 12 of 16 convolutions and linears, 0 fell back"
+
+
+def test_rungs_are_climbed_while_the_gate_rejects(context):
+    reference, first = Build(engine=LAYERED, precision="fp32"), first_rung(ours(0.002))
+    twin = first_rung(layered(0.002, ("quantizer", "corewise"), ("rest", "bf16")))
+    with Journal(context.workspace.journal, "key") as journal:
+        search = Search([reference, first, twin], None, context, journal)
+        search.try_builds()
+        search.revert_layers()
+    _, *tried = search.trials
+    rungs = [trial.build.quantization.rung for trial in tried if trial.build.quantization.rest == "fp32"]
+    assert rungs == list(range(len(rungs)))
+    assert len(rungs) > 1
+    assert [trial.state for trial in tried] == [*["rejected"] * (len(rungs) - 1), "ok", "ok"]
+    assert tried[-1].build.quantization.rung == rungs[-1]
 
 
 def test_the_path_ends_when_half_of_the_layers_are_back(context):

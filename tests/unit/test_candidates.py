@@ -3,14 +3,28 @@
 from dataclasses import replace
 
 import pytest
-from builders import trial
+from builders import requirements, trial
 
 from corewise.engines import engine
+from corewise.engines.qdq import first_rung
 from corewise.machine.layouts import thread_layouts
-from corewise.records.build import Build, Plan
+from corewise.records.build import Build, Plan, QuantizationOptions
 from corewise.records.cpu import Cpu, LogicalCpu
+from corewise.records.fidelity import Fidelity, GroupFidelity
 from corewise.records.goal import Latency, Slo, Throughput
-from corewise.search.candidates import BASELINE, PRECISION_ORDER, first_plan, following, layouts, list_candidates
+from corewise.records.measurement import Measurement
+from corewise.search.candidates import (
+    BASELINE,
+    PRECISION_ORDER,
+    at_learned_rung,
+    first_plan,
+    following,
+    highest_rungs,
+    layouts,
+    list_candidates,
+    with_reverted_layers,
+    worth_climbing,
+)
 
 CPU = Cpu(
     architecture="x86_64",
@@ -59,7 +73,7 @@ def test_what_takes_long_to_build_comes_late():
     slow, fast = Offering("torch-int8", "int8", "int8-dynamic"), Offering("b", "int8")
     fast._builds += (ours,)
     found = list_candidates(CPU, {}, {"torch-int8": slow, "b": fast})
-    assert found[1:] == (slow._builds[1], fast._builds[0], ours, slow._builds[0])
+    assert found[1:] == (slow._builds[1], fast._builds[0], first_rung(ours), slow._builds[0])
 
 
 def test_the_baseline_is_there_once_though_eager_offers_it():
@@ -95,7 +109,7 @@ def test_ignored_layers_are_known_to_our_quantizer_only():
     assert [build.label for build in found] == [
         "eager/fp32",
         "onnxruntime/fp32",
-        "onnxruntime/int8/ignored=head layer.*/quantizer=corewise",
+        "onnxruntime/int8/ignored=head layer.*/quantizer=corewise/rung=0",
     ]
 
 
@@ -110,3 +124,67 @@ def test_ours_comes_next_where_an_engines_own_int8_was_too_inaccurate():
     assert following(left, [rejected, trial(other, state="ok", reason="")]) == other
     assert following([other, more], [rejected, replace(rejected, build=ours)]) == other
     assert following([other], [rejected]) == other
+
+
+# --- rungs --------------------------------------------------------------------------------------------------------
+
+
+def ours_at(rung, engine="a", **options):
+    build = Build(engine=engine, precision="int8")
+    return build.with_quantization(QuantizationOptions(quantizer="corewise", rung=rung, **options))
+
+
+def judged(build, *, state="ok", per_s=100.0, drop_high=0.005, floor_db=10.0):
+    """A trial that reached the gate; its drop is 0 and its only group of channels has 20 dB."""
+    fidelity = Fidelity(
+        metric="top1",
+        samples=100,
+        baseline_value=0.9,
+        value=0.9,
+        drop=0.0,
+        drop_low=-0.005,
+        drop_high=drop_high,
+        sqnr_db=20.0,
+        cosine=1.0,
+        agreement=1.0,
+        groups=(GroupFidelity(name="output_0", sqnr_db=20.0, floor_db=floor_db),),
+    )
+    measured = Measurement(
+        plan=Plan(threads_per_instance=2, batch=16),
+        latencies_ms=(1.0,),
+        throughput_per_s=per_s,
+        p50_ms=1e3 / per_s,
+        p99_ms=1e3 / per_s,
+        spread=0.0,
+    )
+    return trial(build, state=state, fidelity=fidelity, measurements=(measured,) if state == "ok" else ())
+
+
+def test_a_rung_that_was_rejected_is_not_tried_with_another_engine():
+    assert at_learned_rung(ours_at(0, "b"), []) == ours_at(0, "b")
+    climbing = [judged(ours_at(rung), state="rejected") for rung in (0, 2)]
+    assert at_learned_rung(ours_at(0, "b", placement="everywhere"), climbing) == ours_at(2, "b", placement="everywhere")
+    assert at_learned_rung(ours_at(3, "b"), climbing) == ours_at(3, "b")
+    assert at_learned_rung(ours_at(0, "b"), [*climbing, judged(ours_at(None))]) == ours_at(None, "b")
+    assert at_learned_rung(ours_at(0, "b"), [trial(ours_at(4), state="failed")]) == ours_at(0, "b")
+    own = Build(engine="b", precision="int8")
+    assert at_learned_rung(own, climbing) == own
+
+
+def test_of_each_family_the_highest_rung_counts():
+    low, high, other = (judged(build) for build in (ours_at(1), ours_at(None), ours_at(3, "b")))
+    reverted = judged(with_reverted_layers(ours_at(0), 4))
+    assert highest_rungs([low, high, other, reverted]) == (high, other)
+
+
+def test_a_build_that_passed_is_corrected_further_only_close_to_a_limit():
+    limits = requirements(max_drop=0.01)
+    sure, unsure = judged(ours_at(0)), judged(ours_at(0), drop_high=0.02)
+    assert worth_climbing([], limits) is None
+    assert worth_climbing([sure], limits) is None
+    assert worth_climbing([unsure], limits) == unsure
+    near_floor = judged(ours_at(0), floor_db=18.0)
+    assert worth_climbing([near_floor], limits) == near_floor
+    fastest = judged(Build(engine="a", precision="int8"), per_s=200.0)
+    assert worth_climbing([unsure, fastest], limits) is None
+    assert worth_climbing([replace(unsure, state="rejected", measurements=())], limits) is None

@@ -10,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from typer.testing import CliRunner
 
+from corewise.accuracy.metrics import METRICS
 from corewise.cli import app, quantities
 from corewise.cli.options import add_command, grouped, option
 from corewise.cli.renames import COMMANDS, OPTIONS, translate
@@ -101,6 +102,12 @@ def test_the_help_shows_no_types_of_python(name, width):
     assert shown.exit_code == 0
     assert not re.search(r"<\w|list\[", shown.output)
     assert max(map(len, shown.output.splitlines())) <= int(width)
+
+
+def test_the_help_of_metric_lists_every_built_in_one():
+    (param,) = (param for name, param in OPTIONS_OF if name == "optimize" and "--metric" in param.opts)
+    listed = set(re.split(r"[\s,;]+", param.help))
+    assert set(METRICS) <= listed
 
 
 def test_defaults_that_the_help_spells_out_are_the_defaults():

@@ -278,9 +278,32 @@ def test_tables_hold_every_measurement_and_the_best_of_each_group():
 def test_a_rejected_build_stands_below_the_gate_at_its_speed_while_verifying():
     rejected = next(trial for trial in REPORT.trials if trial.state == "rejected")
     found = figure(REPORT, "Accuracy over speed")
-    assert dict(found.rows)[rejected.build] == (words.times(36.4 / 12.6), "0.8900 [0.8700, 0.9100]", "0.0300")
+    assert dict(found.rows)[rejected.build] == (words.times(36.4 / 12.6), "0.8900 [0.8700, 0.9100]", "0.0300", "")
     assert 'class="floor"' in found.svg
     assert "lowest top1 allowed is 0.9100" in found.svg
+
+
+def test_the_drop_under_shift_stands_beside_the_drop():
+    found = figure(REPORT, "Accuracy over speed")
+    assert found.columns[-2:] == ("drop", "drop under shift")
+    assert dict(found.rows)[WINNER.build][-2:] == ("0.0033", "0.0244")
+    without = replace(WINNER, fidelity=replace(WINNER.fidelity, shift=None))
+    report = replace(REPORT, trials=tuple(without if trial is WINNER else trial for trial in REPORT.trials))
+    assert figure(report, "Accuracy over speed").columns[-1] == "drop"
+
+
+def test_where_the_metric_is_an_error_what_is_above_the_limit_is_shaded():
+    trials = tuple(
+        replace(trial, fidelity=trial.fidelity and replace(trial.fidelity, metric="mae", lower_is_better=True))
+        for trial in REPORT.trials
+    )
+    found = figure(replace(REPORT, trials=trials), "Error over speed")
+    assert "highest mae allowed is 0.9300" in found.svg
+    # The drop's interval [-0.01, 0.0167] hangs from 0.92 upwards.
+    assert dict(found.rows)[WINNER.build][1] == "0.9167 [0.9100, 0.9367]"
+    shade = re.search(r'class="shade" x="[^"]*" y="([^"]*)" width="[^"]*" height="([^"]*)"', found.svg)
+    line = re.search(r'class="floor" x1="[^"]*" y1="([^"]*)"', found.svg)
+    assert float(shade[1]) + float(shade[2]) == pytest.approx(float(line[1]), abs=0.11)
 
 
 def test_for_latency_the_race_is_in_milliseconds_and_the_shortest_comes_first():

@@ -25,7 +25,7 @@ LAYERS = (
     ("report",),
     ("engines",),
     ("quantize",),
-    ("source", "accuracy"),
+    ("source", "accuracy", "pipeline"),
     ("samples", "batching", "machine"),
     ("records",),
     ("common", "_version"),

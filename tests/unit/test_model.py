@@ -241,6 +241,14 @@ def test_micro_batches_of_one_call_run_on_all_instances_at_the_same_time():
     assert len(set().union(*(session.threads for session in engine.sessions))) == 3
 
 
+def test_a_call_that_is_alone_is_divided_among_all_instances():
+    together = threading.Barrier(3)
+    engine = Doublings(lambda inputs: together.wait(60))
+    with made(engine, SEVERAL) as model:
+        np.testing.assert_array_equal(model(images(5)), 2 * images(5))
+    assert sorted(size for session in engine.sessions for size in session.sizes) == [1, 2, 2]
+
+
 def test_calls_of_several_threads_run_on_several_instances_at_the_same_time():
     together = threading.Barrier(3)
     with made(Doublings(lambda inputs: together.wait(60)), SEVERAL) as model, ThreadPoolExecutor(6) as pool:

@@ -19,7 +19,7 @@ from corewise.records.jsonable import from_json, to_json
 from corewise.records.measurement import Rates
 from corewise.records.reason import Step
 from corewise.records.report import Report
-from corewise.report import markdown, numbers, terminal, words
+from corewise.report import html, markdown, numbers, terminal, words
 from corewise.report.summary import summarize
 from corewise.report.terminal import Progress
 
@@ -79,6 +79,10 @@ def test_the_summary_is_json_with_the_figures_of_the_choice_and_the_winner():
         "sqnr_db": 22.9,
         "cosine": 0.9976,
         "agreement": 293 / 300,
+        "lower_is_better": False,
+        "basis": "labels",
+        "suggested_metrics": [],
+        "shift_drop": 0.0244,
         "holdout": 300,
         "calibration": 200,
         "wall_s": 252.4,
@@ -87,6 +91,11 @@ def test_the_summary_is_json_with_the_figures_of_the_choice_and_the_winner():
         "warnings": [said(warning) for warning in REPORT.choice.warnings],
     }
     assert {name: found[name] for name in expected} == expected
+    assert {name: found["worst_group"][name] for name in ("name", "sqnr_db", "floor_db")} == {
+        "name": "output_0",
+        "sqnr_db": 20.8,
+        "floor_db": 5.0,
+    }
 
 
 def test_every_trial_is_in_the_summary_with_why_it_lost_or_won():
@@ -100,6 +109,23 @@ def test_every_trial_is_in_the_summary_with_why_it_lost_or_won():
     assert trials["eager/fp32"]["throughput_per_s"] == 13.1
     failed = trials[FAILED.build.label]
     assert (failed["value"], failed["drop"], failed["throughput_per_s"], failed["p50_ms"]) == (None,) * 4
+    assert (failed["shift_drop"], failed["worst_group"]) == (None, None)
+    assert trials[WINNER.build.label]["shift_drop"] == 0.0244
+
+
+def test_where_no_metric_was_named_every_format_says_what_was_judged_and_how_to_name_one():
+    fidelity = replace(
+        WINNER.fidelity, metric="concordance", basis="outputs", suggested_metrics=("detections", "map"), shift=None
+    )
+    trials = tuple(replace(trial, fidelity=fidelity) if trial is WINNER else trial for trial in REPORT.trials)
+    report = replace(REPORT, trials=trials)
+    assert summarize(report)["suggested_metrics"] == ["detections", "map"]
+    found = Console(file=io.StringIO(), width=200)
+    found.print(terminal.conclusion(report, saved="a.cw", next_command="next"))
+    for text in (shown(report, 200), found.file.getvalue(), markdown.render(report), html.render(report)):
+        assert "output_0, 20.8 dB of at least 5" in text
+        assert "because no metric was named; detections, map fit such outputs" in text
+        assert "(--metric)" in text
 
 
 def test_a_winner_without_fidelity_has_no_accuracy_in_any_format():
@@ -211,7 +237,7 @@ def test_a_search_ends_with_the_winner_its_speed_its_accuracy_and_the_next_comma
         "winner    openvino/int8/reduce_range=True, 2 threads x 1, batch 16",
         "speed     4.24x [4.17, 4.31] as fast as eager PyTorch: 55.4/s against 13.1/s",
         "accuracy  top1 0.9167 against 0.9200: drop 0.0033 [-0.0100, 0.0167] on 300",
-        "          held-out samples",
+        "          held-out samples, 0.0244 [-0.0302, 0.0901] under shift (41 samples)",
         "saved     my net.cw",
         "next      corewise serve 'my net.cw'",
     ]

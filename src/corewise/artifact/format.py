@@ -30,6 +30,7 @@ from corewise.engines import Session
 from corewise.records.build import Build, Plan, TensorSpec
 from corewise.records.cpu import Cpu
 from corewise.records.jsonable import from_json, to_json
+from corewise.records.pipeline import TextPipeline
 from corewise.records.ranges import InputRange
 from corewise.records.report import Preprocess, Report
 from corewise.records.schema_1 import upgrade_report
@@ -82,6 +83,8 @@ class Manifest:
     """Names of the classes, in the order of the scores."""
     input_ranges: tuple[InputRange, ...] | None = None
     """The range of each input; ``None`` in artifacts of versions without ranges."""
+    pipeline: TextPipeline | None = None
+    """How texts become inputs and outputs answers; ``None`` if the model takes tensors only, and in older artifacts."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -10,6 +10,7 @@ from corewise.artifact.checks import InputChecks
 from corewise.common.errors import InputError
 from corewise.common.nested import Structure, match_call, unflatten
 from corewise.engines import Session
+from corewise.pipeline import TextRunner
 from corewise.records.build import TensorSpec
 from corewise.records.ranges import InputRange
 
@@ -18,8 +19,8 @@ class Model:
     """An opened model. Call it as the original: torch tensors give torch tensors, numpy arrays give numpy arrays.
 
     Thread-safe. It runs the plan that was measured (``instances.open_plan``): a call with more rows than the plan's
-    batch is cut into micro-batches for all instances; a smaller call uses one instance. Raises ``InputError`` if the
-    arguments do not have the structure, dtypes and shapes of the samples.
+    batch is cut into micro-batches for all instances; a smaller call is divided among those that are idle. Raises
+    ``InputError`` if the arguments do not have the structure, dtypes and shapes of the samples.
     """
 
     def __init__(
@@ -31,17 +32,19 @@ class Model:
         output_structure: Structure,
         ranges: Sequence[InputRange] | None = None,
         check_finite: bool = True,
+        texts: TextRunner | None = None,
     ) -> None:
         """``session`` must accept calls from several threads at the same time.
 
         ``ranges`` are the allowed values of each input, and ``check_finite`` refuses NaN and infinities
-        (``InputChecks``).
+        (``InputChecks``). ``texts`` answers texts, if the artifact carries a pipeline.
         """
         self._session = session
         self._inputs = tuple(inputs)
         self._input_structure = input_structure
         self._output_structure = output_structure
         self._checks = InputChecks(self._inputs, ranges, check_finite=check_finite)
+        self.texts = texts
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """The model's outputs for one batch (dimension 0 of every input)."""
@@ -55,6 +58,29 @@ class Model:
         if not isinstance(leaves[0], np.ndarray):
             outputs = [_tensor(array) for array in outputs]
         return unflatten(self._output_structure, outputs)
+
+    def predict(self, items: Any, *, prompt: str | None = None) -> Any:
+        """The answers to raw items, tokenized, batched by length and run on all instances.
+
+        Args:
+            items: A list of texts, or of pairs of texts for a model of pairs; or an iterator of them, which is read as
+                the answers are taken, so that memory stays bounded for millions.
+            prompt: The name of the prompt that goes before each text, for a model that has prompts.
+
+        Returns:
+            In the order of the items: an array of vectors, float32 (N, D), or of scores (N,); a list of ``ClassAnswer``
+            (label, probability, probabilities); or a list of lists of ``Span`` (label, probability, start, end, text).
+            For an iterator, an iterator of the single answers.
+
+        Raises:
+            InputError: The artifact carries no pipeline, an item cannot be answered, or the prompt is unknown.
+        """
+        if self.texts is None:
+            raise InputError(
+                "the artifact has no pipeline for raw items",
+                "call it with tensors, or make it again from st:FOLDER or hf:FOLDER, or with --tokenizer",
+            )
+        return self.texts.predict(items, prompt=prompt)
 
     def close(self) -> None:
         """Free memory and threads after the running calls have ended."""

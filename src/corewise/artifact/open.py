@@ -11,6 +11,7 @@ from typing import Any
 from corewise.artifact import PAYLOAD, REBUILD, REFERENCE, Artifact, check_golden, read, tuned
 from corewise.artifact.checks import input_ranges
 from corewise.artifact.model import Model
+from corewise.artifact.texts import open_texts
 from corewise.common.errors import ArtifactError, EngineError, InputError
 from corewise.common.references import guard
 from corewise.common.stats import Ratio, ratio_interval
@@ -73,13 +74,15 @@ def load(
     fit = tuned.asked(artifact, cpu, threads_per_instance=threads_per_instance, instances=instances, batch=batch)
     for warning in fit.warnings:
         warnings.warn(warning, stacklevel=2)
+    session = _open(artifact, fit.plan, cpu, model)
     return Model(
-        _open(artifact, fit.plan, cpu, model),
+        session,
         inputs=artifact.manifest.inputs,
         input_structure=artifact.input_structure,
         output_structure=artifact.output_structure,
         ranges=input_ranges(artifact),
         check_finite=check_finite,
+        texts=open_texts(artifact, session.run, fit.plan),
     )
 
 

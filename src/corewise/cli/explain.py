@@ -62,7 +62,7 @@ def command(
     from corewise.search.explanation import explain
 
     compute_on_usable_cores()
-    read = reader(samples, images)
+    read = reader(model, samples, images)
     check_file(output.plot)
     screen = console(stderr=output.as_json)
     with Progress(screen, "live" if screen.is_terminal else "plain") as progress:

@@ -34,9 +34,10 @@ class GoalOptions:
             "--metric",
             panel="Goal",
             metavar="METRIC",
-            help="top1, top5, agreement, cosine, or FILE.py:FUNCTION(outputs, labels) that returns a score; higher is "
-            "better.",
-            default="top1 with class labels, else agreement or cosine with fp32",
+            help="top1, top5, f1, auc, map, miou, psnr, ssim, mae, rmse, pearson, spearman, ndcg@10, wer or cer "
+            "against labels; agreement, detections, recall@10, cosine or concordance with fp32; or "
+            "FILE.py:FUNCTION(outputs, labels) that returns a score, the higher the better.",
+            default="the one that fits the labels, else closeness to fp32",
         ),
     ] = None
     max_drop: Annotated[
@@ -214,7 +215,7 @@ def command(
     from corewise.search.optimization import DEFAULT_ENGINES, optimize
 
     output.check()
-    objective, read, labels = goal.chosen(), reader(samples, images), output.class_names()
+    objective, read, labels = goal.chosen(), reader(model, samples, images), output.class_names()
     compute_on_usable_cores()
     screen = console(stderr=output.as_json)
     mode: Literal["live", "plain", "quiet"] = "live" if screen.is_terminal else "plain"

@@ -18,10 +18,12 @@ from corewise.cli.quantities import Parse, choice, numbers, whole
 from corewise.common.errors import InputError
 
 if TYPE_CHECKING:
-    from corewise.records.report import Preprocess
     from corewise.samples import Samples
 
 Interpolation = Literal["nearest", "bilinear", "bicubic", "lanczos"]
+Fit = Literal["crop", "squash", "letterbox"]
+OWN = "the model's own, else "
+"""Before the default of what models bring."""
 
 
 def option(*names: str, panel: str, metavar: str, help: str, parse: Parse[Any] | None = None, default: str = "") -> Any:
@@ -183,81 +185,128 @@ class SampleOptions:
 
 @dataclass(frozen=True, kw_only=True)
 class ImageOptions:
-    """How an image becomes an input."""
+    """How an image becomes an input, where the model does not say so or the user knows better."""
 
     resize: Annotated[
-        int,
+        int | None,
         option(
-            "--resize", panel="Images", metavar="PIXELS", parse=whole(1), help="Length of the shorter side, resized."
+            "--resize",
+            panel="Images",
+            metavar="PIXELS",
+            parse=whole(1),
+            help="Length of the shorter side, resized.",
+            default=f"{OWN}256",
         ),
-    ] = 256
+    ] = None
     crop: Annotated[
-        int,
+        int | None,
         option(
             "--crop",
             panel="Images",
             metavar="PIXELS",
             parse=whole(1),
             help="Side of the square in the middle that is cut out.",
+            default=f"{OWN}224",
         ),
-    ] = 224
+    ] = None
     mean: Annotated[
-        str,
-        option("--mean", panel="Images", metavar="R,G,B", help="Mean of each channel, for pixels from 0 to 1."),
-    ] = ".485,.456,.406"
+        str | None,
+        option(
+            "--mean",
+            panel="Images",
+            metavar="R,G,B",
+            help="Mean of each channel, for pixels from 0 to 1.",
+            default=f"{OWN}.485,.456,.406",
+        ),
+    ] = None
     std: Annotated[
-        str,
-        option("--std", panel="Images", metavar="R,G,B", help="Standard deviation of each channel."),
-    ] = ".229,.224,.225"
+        str | None,
+        option(
+            "--std",
+            panel="Images",
+            metavar="R,G,B",
+            help="Standard deviation of each channel.",
+            default=f"{OWN}.229,.224,.225",
+        ),
+    ] = None
     interpolation: Annotated[
-        Interpolation,
+        Interpolation | None,
         option(
             "--interpolation",
             panel="Images",
             metavar="METHOD",
             parse=choice(*get_args(Interpolation)),
             help="How to resize: nearest, bilinear, bicubic or lanczos.",
+            default=f"{OWN}bilinear",
         ),
-    ] = "bilinear"
+    ] = None
+    fit: Annotated[
+        Fit | None,
+        option(
+            "--fit",
+            panel="Images",
+            metavar="HOW",
+            parse=choice(*get_args(Fit)),
+            help="How an image becomes a square: crop resizes the shorter side, squash both, letterbox the longer one "
+            "and fills the rest with grey.",
+            default=f"{OWN}crop",
+        ),
+    ] = None
     preprocess: Annotated[
         str | None,
         option(
             "--preprocess",
             panel="Images",
             metavar="FILE.py:FUNCTION",
-            help="A function from a PIL image to an array, used instead of the five options above.",
+            help="A function from a PIL image to an array, used instead of the six options above.",
         ),
     ] = None
 
-    def checked(self) -> "Preprocess":
-        """The options as one value. Raises ``InputError`` where they do not fit together."""
-        from corewise.records.report import Preprocess
-
-        mean, std = numbers("--mean", self.mean), numbers("--std", self.std)
-        if len(mean) not in (1, 3) or len(std) != len(mean) or 0 in std:
+    def checked(self) -> dict[str, Any]:
+        """The given options as fields of ``Preprocess``. Raises ``InputError`` where they do not fit together."""
+        mean = None if self.mean is None else numbers("--mean", self.mean)
+        std = None if self.std is None else numbers("--std", self.std)
+        for name, values in (("--mean", mean), ("--std", std)):
+            if values is not None and (len(values) not in (1, 3) or (name == "--std" and 0 in values)):
+                raise InputError(
+                    f"{name} {getattr(self, name[2:])} does not fit",
+                    "give 3 numbers for RGB or 1 for grey, and no 0 for --std",
+                )
+        if mean is not None and std is not None and len(mean) != len(std):
             raise InputError(
                 f"--mean {self.mean} and --std {self.std} do not fit together",
-                "give 3 numbers each for RGB or 1 each for grey, and no 0 for --std",
+                "give 3 numbers each for RGB or 1 each for grey",
             )
-        if self.crop > self.resize:
+        if self.crop is not None and self.resize is not None and self.crop > self.resize and self.fit != "letterbox":
             raise InputError(f"--crop {self.crop} is more than --resize {self.resize}", "give a smaller --crop")
-        return Preprocess(
-            resize=self.resize,
-            crop=self.crop,
-            mean=mean,
-            std=std,
-            interpolation=self.interpolation,
+        given = {
+            "resize": self.resize,
+            "crop": self.crop,
+            "mean": mean,
+            "std": std,
+            "interpolation": self.interpolation,
+            "fit": self.fit,
+        }
+        return {name: value for name, value in given.items() if value is not None}
+
+
+def reader(model: str, samples: SampleOptions, images: ImageOptions) -> "Callable[[], Samples]":
+    """Reads the samples when it is called. Raises ``InputError`` at once for options that are wrong."""
+    given = images.checked()
+
+    def read() -> "Samples":
+        from corewise.source import read_for
+
+        return read_for(
+            model,
+            samples.samples,
+            given=given,
+            function=images.preprocess,
+            max_samples=samples.max_samples,
+            seed=samples.seed,
         )
 
-
-def reader(samples: SampleOptions, images: ImageOptions) -> "Callable[[], Samples]":
-    """Reads the samples when it is called. Raises ``InputError`` at once for options that are wrong."""
-    from corewise.samples import read
-
-    preprocess = images.checked()
-    return lambda: read(
-        samples.samples, preprocess, images.preprocess, max_samples=samples.max_samples, seed=samples.seed
-    )
+    return read
 
 
 def load_model(reference: str | None) -> Any:

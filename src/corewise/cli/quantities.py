@@ -86,6 +86,14 @@ def address(option: str, text: str) -> tuple[str, int]:
     return host.strip("[]"), int(port)
 
 
+def origin(option: str, text: str) -> str:
+    """A page's origin, ``https://example.org:8443``, or ``*``."""
+    scheme, _, rest = text.partition("://")
+    if text != "*" and (scheme not in ("http", "https") or not rest or set("/?#@ ") & set(rest)):
+        raise _wrong(option, text, "an origin without a path, e.g. https://example.org, or *")
+    return text
+
+
 def lines(path: Path | None) -> list[str]:
     """The lines of a text file that are not empty; none without a file."""
     if path is None:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args
 
 from corewise.cli.options import argument, flag, grouped, option
-from corewise.cli.quantities import address, choice, duration, duration_or_zero, lines, share, size, whole
+from corewise.cli.quantities import address, choice, duration, duration_or_zero, lines, origin, share, size, whole
 from corewise.cli.streams import StreamFailed
 from corewise.common.errors import CorewiseError, InputError, MissingExtra
 
@@ -26,25 +26,25 @@ class PortOptions:
 
     http: Annotated[
         str,
-        option("--http", panel="Ports", metavar="HOST:PORT", help="Where HTTP listens, or none for no HTTP."),
+        option("--http", panel="Ports", metavar="ADDRESS", help="Where HTTP listens: HOST:PORT, unix:PATH, or none."),
     ] = "127.0.0.1:8000"
     grpc: Annotated[
         str | None,
-        option("--grpc", panel="Ports", metavar="HOST:PORT", help="Where gRPC listens.", default="no gRPC"),
+        option("--grpc", panel="Ports", metavar="ADDRESS", help="Where gRPC listens, likewise.", default="no gRPC"),
     ] = None
     admin: Annotated[
         str | None,
         option(
             "--admin",
             panel="Ports",
-            metavar="HOST:PORT",
+            metavar="ADDRESS",
             help="Where models are loaded and unloaded over HTTP, by anyone who reaches it.",
             default="nowhere",
         ),
     ] = None
     admin_grpc: Annotated[
         str | None,
-        option("--admin-grpc", panel="Ports", metavar="HOST:PORT", help="The same over gRPC.", default="nowhere"),
+        option("--admin-grpc", panel="Ports", metavar="ADDRESS", help="The same over gRPC.", default="nowhere"),
     ] = None
 
 
@@ -80,6 +80,17 @@ class RequestOptions:
             default="64MiB",
         ),
     ] = 64 * 2**20
+    memory_bytes: Annotated[
+        int | None,
+        option(
+            "--memory-limit",
+            panel="Requests",
+            metavar="SIZE",
+            parse=size,
+            help="Memory of the server and its engines together, e.g. 1GiB: requests get what the models leave.",
+            default="the cgroup's limit, or the machine's memory",
+        ),
+    ] = None
     shadow: Annotated[
         float,
         option(
@@ -94,6 +105,17 @@ class RequestOptions:
     check_finite: Annotated[
         bool, flag("--check-finite", panel="Requests", help="Refuse inputs with NaN or infinities (400).")
     ] = False
+    grace_s: Annotated[
+        float,
+        option(
+            "--grace",
+            panel="Requests",
+            metavar="TIME",
+            parse=duration_or_zero,
+            help="On SIGTERM, how long new requests are still answered, by a server that is not ready any more.",
+            default="1s",
+        ),
+    ] = 1.0
     drain_s: Annotated[
         float,
         option(
@@ -101,7 +123,7 @@ class RequestOptions:
             panel="Requests",
             metavar="TIME",
             parse=duration_or_zero,
-            help="On SIGTERM, how long accepted requests may take to finish.",
+            help="After that, how long accepted requests may take to finish.",
             default="30s",
         ),
     ] = 30.0
@@ -137,6 +159,17 @@ class SecurityOptions:
             panel="Security",
             metavar="FILE",
             help="Open such artifacts only if this file holds the sha256 of their manifest, one a line.",
+        ),
+    ] = None
+
+    cors_origins: Annotated[
+        list[str] | None,
+        option(
+            "--cors-origin",
+            panel="Security",
+            metavar="ORIGIN",
+            help="Let pages of this origin, e.g. https://example.org, call the server; * for any. May be repeated.",
+            default="none",
         ),
     ] = None
 
@@ -216,10 +249,10 @@ def _server_options(
     if (security.tls_cert is None) != (security.tls_key is None):
         raise InputError("--tls-cert and --tls-key go together", "give both or neither")
     return Options(
-        http=None if ports.http == "none" else address("--http", ports.http),
-        grpc=None if ports.grpc is None else address("--grpc", ports.grpc),
-        admin=None if ports.admin is None else address("--admin", ports.admin),
-        admin_grpc=None if ports.admin_grpc is None else address("--admin-grpc", ports.admin_grpc),
+        http=None if ports.http == "none" else _address("--http", ports.http),
+        grpc=None if ports.grpc is None else _address("--grpc", ports.grpc),
+        admin=None if ports.admin is None else _address("--admin", ports.admin),
+        admin_grpc=None if ports.admin_grpc is None else _address("--admin-grpc", ports.admin_grpc),
         limits=Limits(timeout_s=requests.timeout_s, body_bytes=requests.max_body_bytes),
         max_waiting=requests.queue,
         tokens=security.tokens(),
@@ -227,10 +260,18 @@ def _server_options(
         key=security.tls_key,
         trust=Trust(everything=security.trust, digests=frozenset(lines(security.trust_file))),
         shadow=requests.shadow,
+        grace_s=requests.grace_s,
         drain_s=requests.drain_s,
+        memory_bytes=requests.memory_bytes,
+        cors_origins=tuple(origin("--cors-origin", text) for text in security.cors_origins or ()),
         traces=logs.traces,
         check_finite=requests.check_finite,
     )
+
+
+def _address(option: str, text: str) -> tuple[str, int] | Path:
+    path = text.removeprefix("unix:")
+    return address(option, text) if path == text else Path(path).absolute()
 
 
 class _Announcer:
@@ -252,8 +293,14 @@ class _Announcer:
     def _print_ready(self, served: Any) -> None:
 
         ports = {name: getattr(self._listening, name) for name in ("http", "grpc", "admin", "admin_grpc")}
-        named = (f"{name.replace('_', '-')} on port {port}" for name, port in ports.items() if port)
+        named = (
+            f"{name.replace('_', '-')} " + (f"at unix:{place}" if isinstance(place, Path) else f"on port {place}")
+            for name, place in ports.items()
+            if place
+        )
         print("listening: " + ", ".join(named))
+        for note in getattr(self._listening, "notes", ()):
+            print(f"note: {note}")
         for model in served:
             for note in model.notes:
                 print(f"note: {note}")

@@ -42,7 +42,9 @@ class Choice:
 class Preprocess:
     """How an RGB image becomes a model's input (NCHW float32): pixels in 0..1, resized, cropped, normalised.
 
-    ``resize`` is the length of the shorter side, ``crop`` that of the centred square.
+    ``fit`` says how it becomes a square of ``crop`` pixels: ``crop`` resizes the shorter side to ``resize`` and cuts
+    out the middle, ``squash`` resizes both sides to ``resize`` and cuts out the middle, ``letterbox`` resizes the
+    longer side to ``crop`` and fills the rest with the grey level ``fill``.
     """
 
     resize: int = 256
@@ -50,6 +52,14 @@ class Preprocess:
     mean: tuple[float, ...] = (0.485, 0.456, 0.406)
     std: tuple[float, ...] = (0.229, 0.224, 0.225)
     interpolation: Literal["nearest", "bilinear", "bicubic", "lanczos"] = "bilinear"
+    fit: Literal["crop", "squash", "letterbox"] = "crop"
+    fill: int = 114
+    bgr: bool = False
+    """Whether the model takes blue first; ``mean`` and ``std`` are in the model's order."""
+    decode: Literal["full", "scaled"] = "full"
+    """``scaled``: a JPEG of twice the size needed or more is decoded at a half, a quarter or an eighth of its size."""
+    origin: str | None = None
+    """Whose preprocessing it is, such as ``timm's pretrained_cfg``, where the model brought it."""
     function: str | None = None
     """The user's ``module:function`` (PIL image -> array) that does it instead of all the above."""
 

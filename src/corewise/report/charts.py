@@ -120,10 +120,12 @@ def plot(
     marks: Sequence[Mark],
     lines: Sequence[Line] = (),
     floor: float | None = None,
+    ceiling: float | None = None,
 ) -> str:
-    """Marks and lines in a frame; what is below ``floor`` is shaded. ``name`` makes ids unique in the page.
+    """Marks and lines in a frame; what is below ``floor`` or above ``ceiling`` is shaded.
 
-    Marks and lines with values that their axis cannot hold are left out. Those of the chosen build are on top.
+    ``name`` makes ids unique in the page. Marks and lines with values that their axis cannot hold are left out. Those
+    of the chosen build are on top.
     """
 
     def at(point: tuple[float, float]) -> tuple[float, float]:
@@ -132,12 +134,14 @@ def plot(
     seen = [mark for mark in marks if x.held(mark.x) and y.held(mark.y)]
     seen.sort(key=lambda mark: (not mark.faint, mark.role == "chosen", mark.ringed))
     parts = [*_frame(x, y)]
-    if floor is not None and y.held(floor):
-        top = at((x.low, floor))[1]
-        parts.append(
-            f'<rect class="shade" x="{_LEFT}" y="{top:.1f}" width="{_RIGHT - _LEFT}" height="{_FOOT - top:.1f}"/>'
-            f'<line class="floor" x1="{_LEFT}" y1="{top:.1f}" x2="{_RIGHT}" y2="{top:.1f}"/>'
-        )
+    for limit in (floor, ceiling):
+        if limit is not None and y.held(limit):
+            edge = at((x.low, limit))[1]
+            top, foot = (edge, _FOOT) if limit is floor else (_TOP, edge)
+            parts.append(
+                f'<rect class="shade" x="{_LEFT}" y="{top:.1f}" width="{_RIGHT - _LEFT}" height="{foot - top:.1f}"/>'
+                f'<line class="floor" x1="{_LEFT}" y1="{edge:.1f}" x2="{_RIGHT}" y2="{edge:.1f}"/>'
+            )
     for line in sorted(lines, key=lambda line: line.style == "chosen"):
         points = [at(point) for point in line.points if x.held(point[0]) and y.held(point[1])]
         if len(points) > 1:

@@ -5,6 +5,7 @@ from dataclasses import dataclass, replace
 from statistics import median
 
 from corewise.records.build import Build, Plan
+from corewise.records.fidelity import Fidelity
 from corewise.records.measurement import Measurement
 from corewise.records.report import Report
 from corewise.records.trial import Trial
@@ -91,12 +92,11 @@ def cost(builds: Builds) -> Iterator[Figure]:
             continue
         value = trial.fidelity.value
         # The interval is the paired drop's, so it hangs from the baseline's value.
-        ends = (
-            trial.fidelity.baseline_value - trial.fidelity.drop_high,
-            trial.fidelity.baseline_value - trial.fidelity.drop_low,
-        )
-        score = f"{words.score(value)} [{words.score(ends[0])}, {words.score(ends[1])}]"
-        rows.append((build, (numbers.times(ratio), score, words.score(trial.fidelity.drop))))
+        ends = _after(trial.fidelity, trial.fidelity.drop_high), _after(trial.fidelity, trial.fidelity.drop_low)
+        low, high = min(ends), max(ends)
+        score = f"{words.score(value)} [{words.score(low)}, {words.score(high)}]"
+        shift = "" if trial.fidelity.shift_drop is None else words.score(trial.fidelity.shift_drop)
+        rows.append((build, (numbers.times(ratio), score, words.score(trial.fidelity.drop), shift)))
         marks.append(
             Mark(
                 x=ratio,
@@ -105,13 +105,15 @@ def cost(builds: Builds) -> Iterator[Figure]:
                 key=builds.key(build),
                 tip=f"{numbers.clean(build.label)}: {score} at {numbers.times(ratio)}",
                 ringed=build == builds.report.choice.winner,
-                interval=ends,
+                interval=(low, high),
             )
         )
     if fidelity is None or not marks:
         return
-    metric, least = numbers.clean(fidelity.metric), fidelity.baseline_value - builds.report.requirements.max_drop
-    title = "Accuracy over speed"
+    metric, limit = numbers.clean(fidelity.metric), _after(fidelity, builds.report.requirements.max_drop)
+    error = fidelity.lower_is_better
+    title = "Error over speed" if error else "Accuracy over speed"
+    shifted = any(cells[-1] for _, cells in rows)
     yield Figure(
         title=title,
         caption="Vertical lines are the drop's 95 % interval; builds in the shaded area lose more than allowed. "
@@ -119,16 +121,23 @@ def cost(builds: Builds) -> Iterator[Figure]:
         svg=charts.plot(
             "accuracy",
             title,
-            f"The lowest {metric} allowed is {words.score(least)}; the figures are in the table.",
+            f"The {'highest' if error else 'lowest'} {metric} allowed is {words.score(limit)}; the figures are in the "
+            "table.",
             x=Axis.logarithmic(mark.x for mark in marks),
-            y=Axis.linear([least, *(value for mark in marks for value in (mark.y, *(mark.interval or ())))]),
+            y=Axis.linear([limit, *(value for mark in marks for value in (mark.y, *(mark.interval or ())))]),
             marks=marks,
-            floor=least,
+            floor=None if error else limit,
+            ceiling=limit if error else None,
         ),
         axes=(metric, "times the baseline's speed"),
-        columns=("build", "speedup", metric, "drop"),
-        rows=tuple(rows),
+        columns=("build", "speedup", metric, "drop", *(("drop under shift",) if shifted else ())),
+        rows=tuple((build, cells if shifted else cells[:-1]) for build, cells in rows),
     )
+
+
+def _after(fidelity: Fidelity, drop: float) -> float:
+    """The metric's value after such a drop: of an error, above fp32's."""
+    return fidelity.baseline_value + (drop if fidelity.lower_is_better else -drop)
 
 
 def _finals(builds: Builds) -> Iterator[Figure]:

@@ -17,7 +17,7 @@ from corewise.report import figures, numbers, words
 from corewise.report.figures import Builds, Figure
 
 _WON = ("plan", "why", "speed")
-_COST = ("accuracy", "outputs", "groups", "judged by", "receipt", "cost")
+_COST = ("accuracy", "outputs", "groups", "judged", "receipt", "cost")
 _TOP = ("winner",)
 """The headings of ``words.facts`` by the section that shows them; all others are about how it was measured."""
 

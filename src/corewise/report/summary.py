@@ -7,7 +7,21 @@ from corewise.records.report import Report
 from corewise.records.trial import Trial
 from corewise.report.reasons import sentence
 
-_FIDELITY = ("metric", "baseline_value", "value", "drop", "drop_low", "drop_high", "sqnr_db", "cosine", "agreement")
+_FIDELITY = (
+    "metric",
+    "lower_is_better",
+    "basis",
+    "suggested_metrics",
+    "baseline_value",
+    "value",
+    "drop",
+    "drop_low",
+    "drop_high",
+    "shift_drop",
+    "sqnr_db",
+    "cosine",
+    "agreement",
+)
 
 
 def summarize(report: Report) -> dict[str, Any]:
@@ -18,7 +32,7 @@ def summarize(report: Report) -> dict[str, Any]:
     ``throughput_per_s``, ``p50_ms`` and ``p99_ms`` are the best that its own trial measured, its ``reason`` says why it
     lost or won. Unknown values are ``None``.
     """
-    choice = report.choice
+    choice, fidelity = report.choice, report.winner.fidelity
     return {
         "model": report.model,
         "created": report.created,
@@ -32,7 +46,8 @@ def summarize(report: Report) -> dict[str, Any]:
         "speedup": choice.speedup,
         "speedup_low": choice.speedup_low,
         "speedup_high": choice.speedup_high,
-        **{name: getattr(report.winner.fidelity, name, None) for name in _FIDELITY},
+        **{name: to_json(getattr(fidelity, name, None)) for name in _FIDELITY},
+        "worst_group": to_json(fidelity.worst_group) if fidelity else None,
         "receipt": to_json(report.winner.receipt),
         "holdout": report.samples.holdout,
         "calibration": report.samples.calibration,
@@ -59,6 +74,8 @@ def _trial(trial: Trial, report: Report) -> dict[str, Any]:
         "reason": sentence(reasons.get(build, trial.reason)),
         "value": trial.fidelity.value if trial.fidelity else None,
         "drop": trial.fidelity.drop if trial.fidelity else None,
+        "shift_drop": trial.fidelity.shift_drop if trial.fidelity else None,
+        "worst_group": to_json(trial.fidelity.worst_group) if trial.fidelity else None,
         "receipt": to_json(trial.receipt),
         "throughput_per_s": best.throughput_per_s if best else None,
         "p50_ms": best.p50_ms if best else None,

@@ -250,7 +250,16 @@ def _results(report: Report) -> Iterator[tuple[str, str]]:
         ours, eager = (_speed(per_s, report.requirements.goal) for per_s in speeds)
         ratio = f"{times(choice.speedup)} {interval(choice.speedup_low, choice.speedup_high)}"
         yield "speed", f"{ratio} as fast as eager PyTorch: {ours} against {eager}"
-    yield from ((heading, facts[heading]) for heading in ("certified", "accuracy") if heading in facts)
+    yield from ((heading, facts[heading]) for heading in _accuracy_facts(report) if heading in facts)
+    if (preprocess := report.samples.preprocess) and preprocess.origin:
+        yield "images", facts["images"]
+
+
+def _accuracy_facts(report: Report) -> tuple[str, ...]:
+    """The headings of what is known about its accuracy: in detail where no metric and no labels decided."""
+    fidelity = report.winner.fidelity
+    closeness = fidelity is not None and fidelity.basis == "outputs" and not words.won_by_baseline(report)
+    return ("certified", "accuracy", *(("groups", "judged") if closeness else ()))
 
 
 def _ranked_losers(report: Report) -> list[tuple[str, State, str, float]]:

@@ -15,7 +15,7 @@ from corewise.records.events import Stage, StageStarted, TrialStep
 from corewise.records.goal import Goal, Slo
 from corewise.records.measurement import LoadRun, Measurement, Rates
 from corewise.records.reason import Reason
-from corewise.records.report import Report
+from corewise.records.report import Preprocess, Report
 from corewise.records.trial import Fidelity, State, Trial
 from corewise.report.numbers import (
     clean,
@@ -121,8 +121,8 @@ def facts(report: Report) -> Iterator[tuple[str, str]]:
         yield "outputs", _closeness(fidelity)
         if fidelity.worst_group:
             yield "groups", _groups(fidelity)
-        if fidelity.basis == "outputs":
-            yield "judged by", _judged_by(fidelity)
+        if fidelity.basis != "named":
+            yield "judged", _judged(fidelity)
     if memory := _memory(report):
         yield "memory", memory
     if report.winner.receipt:
@@ -130,6 +130,8 @@ def facts(report: Report) -> Iterator[tuple[str, str]]:
     yield "goal", _goal(report)
     yield "cost", _cost(report)
     yield "samples", _samples(report)
+    if report.samples.preprocess:
+        yield "images", images(report.samples.preprocess)
     yield "machine", _machine(report.cpu)
     yield "versions", clean(", ".join(f"{name} {version}" for name, version in report.versions.items()))
     yield "created", clean(report.created)
@@ -173,9 +175,7 @@ def ended(trial: Trial, baseline: Trial | None, goal: Goal) -> str:
         return f"{label}: {trial.state}: {said(trial.reason)}"
     parts: list[str] = [trial.state]
     if trial.fidelity:
-        parts.append(
-            f"{clean(trial.fidelity.metric)} {score(trial.fidelity.value)} (drop {score(trial.fidelity.drop)})"
-        )
+        parts.append(f"{clean(trial.fidelity.metric)} {score(trial.fidelity.value)} (drop {drops(trial.fidelity)})")
     if best := goal.best(trial):
         ratio = speedup(trial, baseline, goal)
         figures = _speed_figures(best, goal)
@@ -261,6 +261,12 @@ def score(value: float) -> str:
     return f"{round(value, 4) + 0.0:.4f}" if abs(value) < 1000 else f"{value:.6g}"
 
 
+def drops(fidelity: Fidelity) -> str:
+    """``0.0033``, or ``0.0033, 0.0210 under shift``: the drop, and that on samples unlike those that calibrated."""
+    drop = score(fidelity.drop)
+    return drop if fidelity.shift_drop is None else f"{drop}, {score(fidelity.shift_drop)} under shift"
+
+
 def race_figure(per_s: float, goal: Goal) -> str:
     """A rate of the race: ``87.3 items/s``; for latency, whose rates are 1/latency, ``11.5 ms``."""
     return figure(goal.figure(per_s), goal.unit)
@@ -277,8 +283,14 @@ def _against(fidelity: Fidelity) -> str:
 
 
 def _accuracy(fidelity: Fidelity) -> str:
-    drop = f"drop {score(fidelity.drop)} [{score(fidelity.drop_low)}, {score(fidelity.drop_high)}]"
-    return f"{_against(fidelity)}: {drop} on {fidelity.samples} held-out samples"
+    text = f"{_against(fidelity)}: drop {_drop(fidelity)} on {fidelity.samples} held-out samples"
+    if fidelity.shift is None:
+        return text
+    return f"{text}, {_drop(fidelity.shift)} under shift ({fidelity.shift.samples} samples)"
+
+
+def _drop(fidelity: Fidelity) -> str:
+    return f"{score(fidelity.drop)} [{score(fidelity.drop_low)}, {score(fidelity.drop_high)}]"
 
 
 def _closeness(fidelity: Fidelity) -> str:
@@ -287,18 +299,29 @@ def _closeness(fidelity: Fidelity) -> str:
 
 
 def _groups(fidelity: Fidelity) -> str:
-    """How near the groups of output channels come to their floors."""
+    """How near the groups of output channels come to their floors, under shift too."""
+    count = f"{len(fidelity.groups)} group{'s' if len(fidelity.groups) > 1 else ''} of channels"
+    text = f"{count}; nearest to its floor: {_worst_group(fidelity)}"
+    if fidelity.shift is not None and fidelity.shift.worst_group is not None:
+        text += f"; under shift {_worst_group(fidelity.shift)}"
+    return clean(text)
+
+
+def _worst_group(fidelity: Fidelity) -> str:
     group = fidelity.worst_group
     assert group is not None
-    count = f"{len(fidelity.groups)} group{'s' if len(fidelity.groups) > 1 else ''} of channels"
-    return clean(f"{count}; nearest to its floor: {group.name}, {group.sqnr_db:.1f} dB of at least {group.floor_db:g}")
+    return f"{group.name}, {group.sqnr_db:.1f} dB of at least {group.floor_db:g}"
 
 
-def _judged_by(fidelity: Fidelity) -> str:
-    """What decided without a metric from the user, and how to name one."""
+def _judged(fidelity: Fidelity) -> str:
+    """What decided where the user named no metric, and how to name one."""
+    if fidelity.basis == "labels":
+        return clean(f"by {fidelity.metric}, which fits the labels; another metric is named with --metric")
+    if fidelity.basis == "answers":
+        return "by whether top-1 answers are fp32's, because there are no labels and no metric was named (--metric)"
     known = ", ".join(fidelity.suggested_metrics)
     fitting = f"{known} fit such outputs, and so does one of your own" if known else "name one of your own"
-    return clean(f"closeness to fp32's outputs, because no metric was named; {fitting} (--metric)")
+    return clean(f"by how close outputs are to fp32's, because no metric was named; {fitting} (--metric)")
 
 
 def _speed(report: Report) -> str:
@@ -372,6 +395,25 @@ def _samples(report: Report) -> str:
     labels = "with labels" if samples.labelled else "without labels"
     counts = f"{samples.calibration} to calibrate, {samples.holdout} held out"
     return f"{clean(samples.source)} {labels}: {counts}, seed {samples.seed}"
+
+
+def images(preprocess: Preprocess) -> str:
+    """How images become inputs."""
+    if preprocess.function is not None:
+        return clean(f"prepared by {preprocess.function}")
+    crop, resize, how = preprocess.crop, preprocess.resize, preprocess.interpolation
+    fit = {
+        "crop": f"the shorter side resized to {resize} ({how}), the middle {crop} x {crop} cut out",
+        "squash": f"resized to {resize} x {resize} ({how}), the middle {crop} x {crop} cut out",
+        "letterbox": f"the longer side resized to {crop} ({how}), the rest of {crop} x {crop} filled with grey",
+    }[preprocess.fit]
+    if preprocess.fit == "squash" and crop == resize:
+        fit = f"resized to {resize} x {resize} ({how})"
+    mean, std = (", ".join(f"{value:.4g}" for value in values) for values in (preprocess.mean, preprocess.std))
+    order = ", blue first" if preprocess.bgr else ""
+    origin = f", as {preprocess.origin} says" if preprocess.origin else ""
+    decoded = "; large JPEGs are decoded at a smaller scale" if preprocess.decode == "scaled" else ""
+    return clean(f"{fit}, mean {mean}, std {std}{order}{origin}{decoded}")
 
 
 def _machine(cpu: Cpu) -> str:

@@ -15,6 +15,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import ExitStack, suppress
 from dataclasses import replace
+from math import ceil
 from pathlib import Path
 from queue import SimpleQueue
 from types import TracebackType
@@ -164,8 +165,9 @@ def plan_to_open(build: Build, plan: Plan) -> Plan:
 def open_plan(engine: Engine, folder: Path, build: Build, plan: Plan, cpu: Cpu) -> Session:
     """A payload under its plan, as one session that any number of threads may call at any time.
 
-    A batch of more rows than the plan's runs in micro-batches of that size, which was measured to be the fastest. The
-    rows of a call to one instance stay together where the plan's batch is 1: that is what a plan for latency has.
+    A batch of more rows than the plan's runs in micro-batches of that size, which was measured to be the fastest. A
+    smaller one is divided among the instances that are idle. The rows of a call to one instance stay together where
+    the plan's batch is 1: that is what a plan for latency has.
     It works in the process that opened it only: no thread lives on in a child that is forked. In such a child even
     one instance gets a thread of its own, because OpenMP hangs in a thread whose team stayed with the parent.
     Raises what the engine raises, and ``EngineError`` where a thread may not run on its hardware threads.
@@ -231,7 +233,7 @@ class Alone:
 
 
 class Pool:
-    """Instances as one session: each micro-batch goes to the first free instance."""
+    """Instances as one session: a call's rows go to all instances that are idle, each part to the first free one."""
 
     def __init__(self, instances: Instances, batch: int) -> None:
         self._process = _Process()
@@ -250,7 +252,9 @@ class Pool:
         Raises ``EngineError`` if it was closed, and in a process that was forked after it was opened.
         """
         self._process.check()
-        cuts = _micro_batches(len(inputs[0]), self._batch)
+        rows, idle = len(inputs[0]), max(1, self._free.qsize())
+        # A call that is alone would otherwise leave all instances but one idle.
+        cuts = _micro_batches(rows, min(self._batch, ceil(rows / idle)))
         futures = [self._start([rows_of(array, *cut) for array in inputs]) for cut in cuts]
         wait(futures)
         parts = [future.result() for future in futures]

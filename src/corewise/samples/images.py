@@ -36,6 +36,8 @@ ORIENTATION = 0x0112
 """The EXIF tag; 1 is upright, 2 to 8 are mirrored or turned."""
 LONGEST = 16
 """Ratio of the sides beyond which an image is cut before it is resized: the crop shows its middle alone."""
+SHARP = 2
+"""Pixels for each pixel of the resized image that scaled decoding leaves: the resizing still averages them."""
 DIM = 4095
 """A 16-bit image whose values all fit into 12 bits becomes almost black; it is marked in its ``info``."""
 DIM_KEY = "corewise.dim"
@@ -62,13 +64,16 @@ class TooManyPixels(UnreadableItem):
     """The image is larger than the caller takes."""
 
 
-def open_image(source: Path | bytes, name: str = "", *, max_pixels: int | None = None) -> "Image":
+def open_image(
+    source: Path | bytes, name: str = "", *, max_pixels: int | None = None, preprocess: Preprocess | None = None
+) -> "Image":
     """Decode one image.
 
     Args:
         source: A file, or its content.
         name: What messages call it; the file's path by default.
         max_pixels: Refuse more before they are decoded; Pillow's own limit (about 179 million) holds in any case.
+        preprocess: What it is decoded for: where that says so, a large JPEG is decoded at a smaller scale.
 
     Returns:
         The first frame, upright, of mode ``RGB`` or ``L``.
@@ -79,14 +84,26 @@ def open_image(source: Path | bytes, name: str = "", *, max_pixels: int | None =
     """
     name = name or ("the image" if isinstance(source, bytes) else f"the image {source}")
     with _opened(source, name, max_pixels) as image:
+        _scale_down(image, preprocess)
         image.load()
         return normalize_image(image, name)
 
 
-def image_size(source: bytes, name: str, *, max_pixels: int) -> tuple[int, int]:
-    """Width and height by the image's header, with nothing decoded. Raises as ``open_image`` does."""
+def image_size(
+    source: Path | bytes, name: str, *, max_pixels: int | None = None, preprocess: Preprocess | None = None
+) -> tuple[int, int]:
+    """Width and height as ``open_image`` decodes them, by the header alone. Raises as it does."""
     with _opened(source, name, max_pixels) as image:
+        _scale_down(image, preprocess)
         return image.width, image.height
+
+
+def _scale_down(image: "Image", preprocess: Preprocess | None) -> None:
+    """Have a JPEG decoded at a half, a quarter or an eighth of its size, but at ``SHARP`` times what is needed."""
+    if preprocess is None or preprocess.decode == "full":
+        return
+    width, height = (max(1, SHARP * side) for side in _resized(image.size, preprocess))
+    image.draft(None, (width, height))
 
 
 @contextmanager
@@ -135,15 +152,53 @@ def image_array(image: "Image", preprocess: Preprocess) -> NDArray[np.float32]:
     """
     if preprocess.function is not None:
         raise SamplesError(f"images are prepared by {preprocess.function}, which is not here", "send tensors")
-    image = _without_far_ends(_convert(image, "L" if len(preprocess.mean) == 1 else "RGB"))
-    short, crop = min(image.size), preprocess.crop
-    if short != preprocess.resize:
-        size = [preprocess.resize * side // short for side in image.size]
-        image = image.resize((size[0], size[1]), _pil().Resampling[preprocess.interpolation.upper()])
-    pixels = np.asarray(_centre(image, crop, crop), np.float32).reshape(crop, crop, -1)
-    mean, std = np.array(preprocess.mean, np.float32), np.array(preprocess.std, np.float32)
-    scaled = (pixels / np.float32(255) - mean) / std
-    return np.ascontiguousarray(scaled.transpose(2, 0, 1))
+    image, crop = _convert(image, "L" if len(preprocess.mean) == 1 else "RGB"), preprocess.crop
+    if preprocess.fit == "crop":
+        image = _without_far_ends(image)
+    image = _boxed(image, preprocess) if preprocess.fit == "letterbox" else _resized_middle(image, preprocess)
+    pixels = np.asarray(image).reshape(crop, crop, -1)
+    if preprocess.bgr:
+        pixels = pixels[..., ::-1]
+    mean, std = (np.array(values, np.float32)[:, None, None] for values in (preprocess.mean, preprocess.std))
+    planes = np.ascontiguousarray(pixels.transpose(2, 0, 1)).astype(np.float32)
+    planes /= np.float32(255)
+    planes -= mean
+    planes /= std
+    return planes
+
+
+def _resized(size: tuple[int, int], preprocess: Preprocess) -> tuple[int, int]:
+    """Width and height of the whole image after it is resized; the part that is cut out may be smaller."""
+    if preprocess.fit == "squash":
+        return preprocess.resize, preprocess.resize
+    short, long = min(size), max(size)
+    if preprocess.fit == "letterbox":
+        return max(1, round(preprocess.crop * size[0] / long)), max(1, round(preprocess.crop * size[1] / long))
+    return preprocess.resize * size[0] // short, preprocess.resize * size[1] // short
+
+
+def _resized_middle(image: "Image", preprocess: Preprocess) -> "Image":
+    """The middle of the resized image; only what it shows is computed, which some values round differently."""
+    crop, (width, height) = preprocess.crop, _resized(image.size, preprocess)
+    method = _pil().Resampling[preprocess.interpolation.upper()]
+    if (width, height) == image.size:
+        return _centre(image, crop, crop)
+    if preprocess.interpolation == "nearest":  # rounding would choose other pixels
+        return _centre(image.resize((width, height), method), crop, crop)
+    left, top = round((width - crop) / 2), round((height - crop) / 2)
+    across, down = image.width / width, image.height / height
+    box = (left * across, top * down, (left + crop) * across, (top + crop) * down)
+    inside = (*box[:2], min(box[2], image.width), min(box[3], image.height))
+    return image.resize((crop, crop), method, inside)
+
+
+def _boxed(image: "Image", preprocess: Preprocess) -> "Image":
+    """The whole image in the middle of a grey square."""
+    width, height = _resized(image.size, preprocess)
+    square = _pil().new(image.mode, (preprocess.crop, preprocess.crop), (preprocess.fill,) * len(image.getbands()))
+    small = image.resize((width, height), _pil().Resampling[preprocess.interpolation.upper()])
+    square.paste(small, ((preprocess.crop - width) // 2, (preprocess.crop - height) // 2))
+    return square  # type: ignore[no-any-return]
 
 
 @cache
@@ -185,7 +240,8 @@ class ImageReader:
         if isinstance(item, dict):
             return {name: self(value) for name, value in item.items()}
         if isinstance(item, Path | bytes):
-            return self._input(open_image(item), f"{item}" if isinstance(item, Path) else "an image")
+            opened = open_image(item, preprocess=self.preprocess)
+            return self._input(opened, f"{item}" if isinstance(item, Path) else "an image")
         if is_image(item):
             return self._input(_pil().fromarray(item.squeeze(-1) if item.shape[2] == 1 else item), "an image")
         return self._input(normalize_image(item), "an image") if is_pil(item) else item
@@ -314,7 +370,7 @@ def _check(preprocess: Preprocess) -> None:
             f"mean {preprocess.mean} and std {preprocess.std} do not fit",
             "give 3 numbers each for RGB or 1 for grey, std not 0",
         )
-    if not 1 <= preprocess.crop <= preprocess.resize:
+    if preprocess.crop < 1 or (preprocess.crop > preprocess.resize and preprocess.fit != "letterbox"):
         raise SamplesError(
             f"crop {preprocess.crop} does not fit into resize {preprocess.resize}", "choose crop between 1 and resize"
         )

@@ -2,15 +2,17 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from math import inf
 
+from corewise.accuracy.gate import judge
 from corewise.engines import Engine
-from corewise.engines.qdq import uses_corewise_quantizer
+from corewise.engines.qdq import first_rung, uses_corewise_quantizer
 from corewise.machine.layouts import ThreadLayout, thread_layouts
 from corewise.records.build import Build, Plan
 from corewise.records.cpu import Cpu
-from corewise.records.goal import Goal
+from corewise.records.goal import Goal, Requirements
 from corewise.records.trial import State, Trial
-from corewise.search.plans import START_BATCH
+from corewise.search.plans import NEAR, START_BATCH
 
 BASELINE = Build(engine="eager", precision="fp32")
 
@@ -18,6 +20,8 @@ PRECISION_ORDER = ("int8", "int8-dynamic", "bf16", "fp32")
 """The fastest first, among builds that take about as long to make."""
 OWN_INT8 = 1
 """The effort of int8 by an engine's own quantizer."""
+NEAR_FLOOR_DB = 3.0
+"""A group of channels whose error power is within a factor of two of its floor is close to it."""
 
 
 def is_baseline(build: Build) -> bool:
@@ -36,8 +40,8 @@ def list_candidates(
 
     If the CPU multiplies int8, the engines' own quantizers come second, after one build that is sure to work: they make
     nearly always the fastest build there. (In three minutes they were not reached on MiniLM and ViT-S, and would have
-    run at 1.3 and 1.6 times the speed of the choice; Zen 4.) With ``ignored`` layers, int8 is by corewise's quantizer
-    only: the engines' own quantizers do not know these names.
+    run at 1.3 and 1.6 times the speed of the choice; Zen 4.) corewise's quantizer starts at its first rung. With
+    ``ignored`` layers, int8 is by corewise's quantizer only: the engines' own quantizers do not know these names.
     """
     builds = [
         build
@@ -54,6 +58,7 @@ def list_candidates(
             for build in builds
             if uses_corewise_quantizer(build) or not build.precision.startswith("int8")
         ]
+    builds = [first_rung(build) if uses_corewise_quantizer(build) else build for build in builds]
     builds.sort(
         key=lambda build: (_effort(build), PRECISION_ORDER.index(build.precision), build.engine == "torch-int8")
     )
@@ -86,6 +91,74 @@ def _effort(build: Build) -> int:
     if build.precision != "int8":
         return 0
     return 2 if uses_corewise_quantizer(build) or build.engine == "torch-int8" else OWN_INT8
+
+
+def family(build: Build) -> Build:
+    """The build at the top rung with no layer reverted: what all rungs of it have in common."""
+    return build.with_quantization(replace(build.quantization, rung=None, reverted_layers=0))
+
+
+def at_learned_rung(build: Build, trials: Sequence[Trial]) -> Build:
+    """A build of corewise's quantizer at the rung that its builds turned out to need so far.
+
+    All engines run the same ranges and weights, so a rung that the gate rejected once is not tried again elsewhere.
+    """
+    if not uses_corewise_quantizer(build):
+        return build
+    judged = [trial for trial in trials if uses_corewise_quantizer(trial.build) and trial.fidelity is not None]
+    highest = max((trial.build for trial in judged), key=rung_height, default=build)
+    if rung_height(highest) <= rung_height(build):
+        return build
+    return build.with_quantization(replace(build.quantization, rung=highest.quantization.rung))
+
+
+def rung_height(build: Build) -> float:
+    """Orders builds of corewise's quantizer by their corrections."""
+    return inf if build.quantization.rung is None else build.quantization.rung
+
+
+def highest_rungs(trials: Sequence[Trial]) -> tuple[Trial, ...]:
+    """Of each family of builds the trial with the most corrections."""
+    highest: dict[Build, Trial] = {}
+    for trial in trials:
+        known = highest.get(family(trial.build))
+        if known is None or rung_height(trial.build) > rung_height(known.build):
+            highest[family(trial.build)] = trial
+    return tuple(highest.values())
+
+
+def worth_climbing(trials: Sequence[Trial], requirements: Requirements) -> Trial | None:
+    """The trial whose build deserves a further correction although it passed; ``None`` if none does.
+
+    It is the fastest build of corewise's quantizer, if it is about as fast as the winner so far and close to a limit:
+    the interval of its drop holds ``max_drop``, or a group of output channels is less than ``NEAR_FLOOR_DB`` above its
+    floor.
+    """
+    goal = requirements.goal
+    able = [trial for trial in trials if trial.state == State.OK and goal.best(trial) is not None]
+    ours = [trial for trial in highest_rungs(able) if uses_corewise_quantizer(trial.build)]
+    if not ours:
+        return None
+    fastest, best = (min(group, key=goal.cost) for group in (ours, able))
+    if _throughput_per_s(fastest, goal) < NEAR * _throughput_per_s(best, goal) or not _close_to_limit(
+        fastest, requirements
+    ):
+        return None
+    return fastest
+
+
+def _throughput_per_s(trial: Trial, goal: Goal) -> float:
+    best = goal.best(trial)
+    return best.throughput_per_s if best else 0.0
+
+
+def _close_to_limit(trial: Trial, requirements: Requirements) -> bool:
+    fidelity = trial.fidelity
+    if fidelity is None:
+        return False
+    group = fidelity.worst_group
+    near_floor = group is not None and group.sqnr_db < group.floor_db + NEAR_FLOOR_DB
+    return near_floor or judge(fidelity, requirements).uncertain is not None
 
 
 def first_plan(cpu: Cpu, goal: Goal, fixed_batch: int | None = None) -> Plan:

@@ -1,7 +1,6 @@
 """The order of steps from a model and samples to what each of its layers costs and saves in int8."""
 
 import importlib.util
-from collections.abc import Callable
 from typing import Any
 
 from corewise.common.errors import EngineError, InputError, MissingExtra, SourceError
@@ -11,7 +10,8 @@ from corewise.engines.libraries import quiet
 from corewise.machine.inspect import inspect_cpu
 from corewise.quantize.explanation import Explanation
 from corewise.records.events import OnEvent, Stage, StageStarted
-from corewise.samples import Samples, default_calibration, from_python, read, split
+from corewise.samples import default_calibration, split
+from corewise.search.task import read_samples
 
 MEASURED = 16
 """Samples that errors are measured on."""
@@ -59,7 +59,7 @@ def explain(
     from corewise import source
 
     on_event(StageStarted(Stage.READING_SAMPLES))
-    data = _read(samples)
+    data = read_samples(model, samples)
     count = default_calibration(len(data)) if calibration is None else calibration
     calibrating, others = split(data, calibration=count, seed=seed)
     used = others.take(range(min(measured, len(others))))
@@ -114,7 +114,3 @@ def _check(measured: int, weight_bits: int | None) -> None:
         raise InputError(f"{measured} samples cannot measure anything", "give 1 or more")
     if weight_bits not in (None, 7, 8):
         raise InputError(f"weights in {weight_bits} bits are unknown", "give 7 or 8")
-
-
-def _read(samples: Any | Callable[[], Any]) -> Samples:
-    return read(samples) if isinstance(samples, str) else from_python(samples() if callable(samples) else samples)

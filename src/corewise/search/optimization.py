@@ -57,8 +57,8 @@ def optimize(
         model: an ``nn.Module``, an ``ExportedProgram``, or a reference such as "file.py:factory" or "timm:NAME".
         samples: arrays or tensors without a batch dimension, or dicts or tuples of them, with labels if there are any;
             a function that returns them; or a reference such as a folder of images or "file.py:function".
-        metric: the name of a built-in metric, "file.py:function", or a callable (outputs, labels) -> score; higher is
-            better. Default: top-1 if there are class labels, agreement with fp32 otherwise.
+        metric: the name of a built-in metric, "file.py:function", or a callable (outputs, labels) -> score, the higher
+            the better. Default: the one that fits the labels, without labels how close the outputs are to fp32's.
         max_drop: how much of the metric may be lost, in the metric's unit.
         objective: "throughput" (items/s), "latency" (of single items), "slo" (the most requests/s of which 99 % are
             answered within ``slo_ms``), or a goal object such as ``Slo(p99_ms=50)``.
@@ -124,6 +124,7 @@ def optimize(
             search.try_builds()
             search.revert_layers()
             search.tune_plans()
+            search.climb_rungs()
             search.find_slo_rate()
             search.race()
             choice = search.choose()

@@ -12,6 +12,8 @@ from corewise.artifact.checks import program_ranges
 from corewise.artifact.model import Model
 from corewise.common.nested import Structure
 from corewise.engines import BuildInputs, Engine
+from corewise.pipeline import TextEncoder, infer
+from corewise.records.pipeline import TextPipeline
 from corewise.records.ranges import InputRange
 from corewise.records.report import Report
 from corewise.report import words
@@ -88,13 +90,15 @@ class Result:
 
         Raises:
             OutputError: ``folder`` exists or cannot be written, or the disk is full.
+            InputError: The tokenizer is none, or does not fit the model's inputs.
         """
         from corewise.report import html, markdown
 
         names = self.class_names if labels is None else tuple(labels)
+        pipeline = None if tokenizer is None else self._inferred(tokenizer, names or ())
         artifact.write(
             Path(folder),
-            manifest=lambda files: replace(self._manifest(files), labels=names),
+            manifest=lambda files: replace(self._manifest(files), labels=names, pipeline=pipeline),
             tokenizer=tokenizer,
             payload=self.payload,
             reference=self.build_inputs.program if reference and self.build_inputs.program.exists() else None,
@@ -124,6 +128,13 @@ class Result:
             files=files,
             input_ranges=self._ranges,
         )
+
+    def _inferred(self, tokenizer: Path, labels: Sequence[str]) -> TextPipeline:
+        """The pipeline of a model of which only the tokenizer is known, tried on a text."""
+        inputs = self.build_inputs
+        made = infer(tokenizer, inputs.inputs, inputs.outputs, ranges=self._ranges, labels=labels)
+        TextEncoder(made, tokenizer).encode(["a text"])
+        return made
 
     @cached_property
     def _ranges(self) -> tuple[InputRange, ...] | None:

@@ -7,7 +7,7 @@ from math import inf, sqrt
 
 from corewise.accuracy.gate import AccuracyGate
 from corewise.common.errors import CorewiseError, InputError, SourceError
-from corewise.engines.qdq import uses_corewise_quantizer
+from corewise.engines.qdq import climbed, uses_corewise_quantizer
 from corewise.records.build import Build
 from corewise.records.events import PlansTuned, TrialEnded, TrialStarted
 from corewise.records.goal import Slo
@@ -19,7 +19,14 @@ from corewise.report.reasons import sentence
 from corewise.runtime.client import read_outputs
 from corewise.runtime.race import Race
 from corewise.search import slo
-from corewise.search.candidates import following, is_baseline, with_reverted_layers
+from corewise.search.candidates import (
+    at_learned_rung,
+    following,
+    highest_rungs,
+    is_baseline,
+    with_reverted_layers,
+    worth_climbing,
+)
 from corewise.search.choose import choose_winner
 from corewise.search.finals import race_finalists
 from corewise.search.journal import Journal
@@ -71,9 +78,11 @@ class Search:
         while left:
             build = following(left, self.trials)
             left.remove(build)
-            trial = self._try(build, total=len(self.builds))
+            trial = self._try(at_learned_rung(build, self.trials), total=len(self.trials) + len(left) + 1)
             if is_baseline(build):
                 self._check_baseline(trial)
+            if trial.inaccurate and (further := self._climbed(trial.build)):
+                left.insert(0, further)
         self._check_candidates()
 
     def revert_layers(self) -> None:
@@ -87,7 +96,7 @@ class Search:
             for trial in self.trials
             if trial.build.precision == "int8" and trial.state in (State.OK, State.PRUNED)
         }
-        for rejected in list(self.trials):
+        for rejected in highest_rungs([trial for trial in self.trials if trial.inaccurate]):
             build = rejected.build
             repairable = uses_corewise_quantizer(build) and rejected.inaccurate and rejected.receipt is not None
             if not repairable or build.engine in passed:
@@ -117,6 +126,17 @@ class Search:
             self._replace(tuned)
             fit += not is_baseline(trial.build) and tuned.state == State.OK
 
+    def climb_rungs(self) -> None:
+        """Correct the fastest build of corewise's quantizer further while it is close to a limit and time is left."""
+        while not self.context.budget.ended(self.context.split.plans):
+            worth = worth_climbing(self.trials, self.context.requirements)
+            further = self._climbed(worth.build) if worth else None
+            if further is None:
+                return
+            trial = self._try(further, total=len(self.trials) + 1)
+            if trial.state == State.OK:
+                self._replace(self._tune(trial, None))
+
     def find_slo_rate(self) -> None:
         """For an SLO, load the most promising plans and certify the highest rate that meets it."""
         goal = self.context.requirements.goal
@@ -139,6 +159,13 @@ class Search:
         choice = choose_winner(self.trials, self.rates, self.context.requirements, self.trials[0].build)
         self._complete_latency_table(choice)
         return choice
+
+    def _climbed(self, build: Build) -> Build | None:
+        """The build with one more of corewise's corrections that was not tried; ``None`` if there is none."""
+        if not uses_corewise_quantizer(build):
+            return None
+        further = climbed(build, self.context.workspace.cache)
+        return None if any(trial.build == further for trial in self.trials) else further
 
     def _of(self, build: Build) -> Trial:
         return next(trial for trial in self.trials if trial.build == build)

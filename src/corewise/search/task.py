@@ -24,7 +24,7 @@ from corewise.records.jsonable import to_json
 from corewise.records.reason import Reason, ReasonKind
 from corewise.records.report import SampleFacts
 from corewise.runtime.workspace import Workspace
-from corewise.samples import Samples, check_class_names, default_calibration, from_python, read, split
+from corewise.samples import Samples, check_class_names, default_calibration, from_python, split
 from corewise.search.candidates import list_candidates
 
 if TYPE_CHECKING:
@@ -75,7 +75,7 @@ class Task:
             metrics.resolve(metric)
         usable, notes = _usable(engines)
         on_event(StageStarted(Stage.READING_SAMPLES))
-        data = read(samples) if isinstance(samples, str) else from_python(samples() if callable(samples) else samples)
+        data = read_samples(model, samples)
         count = default_calibration(len(data)) if calibration is None else calibration
         calibrating, holdout = split(data, calibration=count, seed=seed)
         on_event(StageStarted(Stage.EXPORTING))
@@ -156,6 +156,15 @@ class Task:
             package_versions(),
         )
         return hashlib.sha256(json.dumps(to_json(parts)).encode()).hexdigest()
+
+
+def read_samples(model: Any, samples: Any) -> Samples:
+    """The samples in the forms that ``optimize`` takes; images as the model's own preprocessing makes them."""
+    if isinstance(samples, str):
+        from corewise import source
+
+        return source.read_for(model, samples)
+    return from_python(samples() if callable(samples) else samples)
 
 
 def _only_eager(exported: "Exported") -> tuple[Engine, dict[str, Engine], tuple[Reason, ...]]:

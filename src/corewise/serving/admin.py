@@ -7,6 +7,7 @@ loaded from the folder that the server was started with, and from no other.
 import asyncio
 import json
 import logging
+from pathlib import Path
 from typing import Any
 
 from starlette.applications import Starlette
@@ -15,10 +16,12 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
 from corewise.common.errors import CorewiseError, InputError
+from corewise.serving import addresses
+from corewise.serving.addresses import Address
 from corewise.serving.methods import Method, Unary
 from corewise.serving.metrics import Metrics
 from corewise.serving.models import Models
-from corewise.serving.protocol import ProtocolError
+from corewise.serving.protocol import Limits, ProtocolError
 from corewise.serving.tokens import Tokens
 
 log = logging.getLogger("corewise.serve")
@@ -164,20 +167,21 @@ def list_methods(repository: Repository, models: Models) -> list[Method]:
 
 
 async def start_rpc(
-    address: tuple[str, int], repository: Repository, models: Models, metrics: Metrics
-) -> tuple[Any, int]:
+    address: Address, repository: Repository, models: Models, metrics: Metrics
+) -> tuple[Any, int | Path]:
     """The gRPC side, listening; the server and its port. Raises ``InputError`` if the address is taken."""
     import grpc
 
     from corewise.serving.rpc_extensions import Handlers
 
-    host, port = address
-    target = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+    if isinstance(address, Path):
+        addresses.remove_stale(address)
+    target = addresses.shown(address)
     server = grpc.aio.server(options=[("grpc.max_receive_message_length", MOST_BODY_BYTES), ("grpc.so_reuseport", 0)])
-    server.add_generic_rpc_handlers((Handlers(list_methods(repository, models), metrics, Tokens(())),))
+    server.add_generic_rpc_handlers((Handlers(list_methods(repository, models), metrics, Tokens(()), Limits()),))
     try:
         got = server.add_insecure_port(target)
     except (RuntimeError, OSError) as error:
         raise InputError(f"gRPC cannot listen on {target}: {error}", "give another --admin-grpc HOST:PORT") from error
     await server.start()
-    return server, int(got)
+    return server, address if isinstance(address, Path) else int(got)

@@ -12,7 +12,7 @@ from typing import Any
 
 from starlette.applications import Starlette
 from starlette.requests import ClientDisconnect, Request
-from starlette.responses import HTMLResponse, JSONResponse, Response
+from starlette.responses import HTMLResponse, JSONResponse, RedirectResponse, Response
 from starlette.routing import Route
 from starlette.types import ASGIApp, Receive, Scope, Send
 
@@ -70,7 +70,8 @@ class App:
             405: self._absent,
             Exception: self._broken,
         }
-        app: ASGIApp = Starlette(routes=routes, exception_handlers=handlers)
+        app = Starlette(routes=routes, exception_handlers=handlers)
+        app.router.redirect_slashes = False  # its redirects go to whatever the header Host says
         self.asgi = _Guard(app, infer, tokens, metrics)
 
     # --- health and descriptions --------------------------------------------------------------------------------
@@ -148,11 +149,13 @@ class App:
         served = self._served(request)
         top = images.how_many(request.query_params.get("top"))
 
+        client = _client(request)
+
         def check(size_bytes: int, deadline_s: float) -> None:
             self._front.check_image(size_bytes, served, deadline_s)
 
         async def read(body: bytes, deadline_s: float) -> InferRequest:
-            return await self._front.image(body, served, deadline_s=deadline_s)
+            return await self._front.image(body, served, client=client, deadline_s=deadline_s)
 
         served, _, answer = await self._answered(request, served, read, check)
         return JSONResponse({"model_name": served.name, "classes": images.classes(answer.outputs[0][0], served, top)})
@@ -168,7 +171,7 @@ class App:
 
         ``check`` may refuse it by its size, before its body is read.
         """
-        client = request.client.host if request.client is not None else ""
+        client = _client(request)
         with (
             self.metrics.request(served, "http", request.headers, request.scope.get("request_id", "")) as note,
             self._front.booking(client) as booking,
@@ -180,6 +183,7 @@ class App:
                 check(_body_bytes(request), deadline_s)
                 body = await bodies.read(request, self._limits, booking)
                 asked = await read(body, deadline_s)
+            booking.cover(asked.inputs)
             if asked.timeout_s is not None:
                 deadline_s = arrived_s + min(header_s, asked.timeout_s)
             asked_s = time.monotonic()
@@ -202,6 +206,10 @@ class App:
         return Response(status_code=CLOSED_REQUEST)
 
     async def _absent(self, request: Request, error: Any) -> Response:
+        path = request.scope["path"]
+        if error.status_code == 404 and path.startswith("/v2") and path.endswith("/"):
+            query = request.scope["query_string"].decode("latin-1")
+            return RedirectResponse(path.rstrip("/") + (f"?{query}" if query else ""))
         self.metrics.turned_away("http", "unknown path" if error.status_code == 404 else "unknown method")
         what = "there is nothing at this path" if error.status_code == 404 else "this path has another method"
         return JSONResponse({"error": f"{what}; see /docs"}, error.status_code, headers=error.headers)
@@ -265,6 +273,10 @@ class RequestLog:
             name = f"{self._prefix}{next(self._numbers):016x}"
         scope["request_id"] = name
         started_s, status = time.monotonic(), 0
+        # Clients of HTTP/1.0 want to hear that what they asked for is done.
+        is_kept = (
+            scope["http_version"] == "1.0" and b"keep-alive" in dict(scope["headers"]).get(b"connection", b"").lower()
+        )
 
         async def told(message: Any) -> None:
             nonlocal status
@@ -273,6 +285,8 @@ class RequestLog:
                 message["headers"] = [*message.get("headers", ()), (REQUEST_ID, name.encode("latin-1"))]
                 if self._models.stopping:
                     message["headers"].append((b"connection", b"close"))
+                elif is_kept:
+                    message["headers"].append((b"connection", b"keep-alive"))
             await send(message)
 
         try:
@@ -282,6 +296,11 @@ class RequestLog:
                 took_ms = round((time.monotonic() - started_s) * 1e3, 3)
                 line = {"id": name, "method": scope["method"], "path": scope["path"], "status": status, "ms": took_ms}
                 log.debug("%s", json.dumps(line))
+
+
+def _client(request: Request) -> str:
+    """The client's address; nothing for a unix socket."""
+    return request.client.host if request.client is not None else ""
 
 
 def _body_bytes(request: Request) -> int:

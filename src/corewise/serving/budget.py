@@ -1,8 +1,10 @@
 """The bytes that requests of all protocols hold together, and each client's share of them."""
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+
+import numpy as np
 
 from corewise.serving.protocol import Limits, NoRoom
 
@@ -12,10 +14,24 @@ class Budget:
 
     def __init__(self, limits: Limits) -> None:
         self._total_bytes = limits.bodies_bytes
-        self._client_bytes = int(limits.bodies_bytes * limits.client_share)
+        self._client_share = limits.client_share
         self._used_bytes = 0
         self._by_client: dict[str, int] = {}
         self._lock = threading.Lock()
+        self._room: Callable[[int], int] | None = None
+        self._step_bytes = self._looked_bytes = 0
+        self.total_booked_bytes = 0
+        """Since the start."""
+
+    def watch(self, room: Callable[[int], int], step_bytes: int) -> None:
+        """Ask ``room`` how much may be booked in all, given what is booked, whenever ``step_bytes`` more were."""
+        self._room, self._step_bytes = room, step_bytes
+        self.look()
+
+    def look(self) -> None:
+        """Ask now."""
+        with self._lock:
+            self._look()
 
     @contextmanager
     def booking(self, client: str) -> "Iterator[Booking]":
@@ -29,12 +45,15 @@ class Budget:
     def book(self, client: str, size_bytes: int) -> None:
         """Book bytes. Raises ``NoRoom`` where there is no room for them."""
         with self._lock:
+            if self.total_booked_bytes + size_bytes > self._looked_bytes + self._step_bytes:
+                self._look()
             held_bytes = self._by_client.get(client, 0) + size_bytes
-            if held_bytes > self._client_bytes:
+            if held_bytes > self._total_bytes * self._client_share:
                 raise NoRoom("your address has too many bytes in requests already")
             if self._used_bytes + size_bytes > self._total_bytes:
                 raise NoRoom("the server has too many bytes in requests already")
             self._used_bytes += size_bytes
+            self.total_booked_bytes += size_bytes
             self._by_client[client] = held_bytes
 
     def release(self, client: str, size_bytes: int) -> None:
@@ -46,6 +65,11 @@ class Budget:
                 self._by_client[client] = held_bytes
             else:
                 self._by_client.pop(client, None)
+
+    def _look(self) -> None:
+        if self._room is not None:
+            self._looked_bytes = self.total_booked_bytes
+            self._total_bytes = self._room(self._used_bytes)
 
 
 class Booking:
@@ -59,3 +83,9 @@ class Booking:
         """Book more bytes. Raises ``NoRoom`` where there is no room for them."""
         self._budget.book(self._client, size_bytes)
         self.size_bytes += size_bytes
+
+    def cover(self, arrays: Iterable[np.ndarray]) -> None:
+        """Book what arrays need beyond what is booked: numbers in JSON are shorter than in memory, photos much more."""
+        more_bytes = sum(array.nbytes for array in arrays) - self.size_bytes
+        if more_bytes > 0:
+            self.add(more_bytes)

@@ -18,7 +18,7 @@ from corewise.serving import images
 from corewise.serving.budget import Booking, Budget
 from corewise.serving.costs import Costs, Tail
 from corewise.serving.deliveries import Deliveries
-from corewise.serving.memory import Trimmer
+from corewise.serving.memory_limit import COPIES, PIXEL_BYTES
 from corewise.serving.models import Models
 from corewise.serving.pool import Pool
 from corewise.serving.protocol import InferRequest, Limits
@@ -44,14 +44,13 @@ class Front:
 
     def __init__(self, limits: Limits, max_requests: int) -> None:
         """``max_requests`` may be between their first byte and a model's queue."""
-        self._budget = Budget(limits)
+        self.budget, self._limits = Budget(limits), limits
         self._max_requests = max(LEAST_PLACES, max_requests)
         self._max_of_client = int(self._max_requests * limits.client_share)
         self._of_clients: dict[Any, int] = {}
         threads = min(MOST_THREADS, max(2, len(os.sched_getaffinity(0))))
         self._readers, self._decoders = Pool("read", 2), Pool("decode", threads)
         self._large_decoder = Pool("decode-large", 1)
-        self._trimmer = Trimmer()
         self._places = 0
         self._on_way: dict[Any, int] = {}
         """Requests that have a place, by their model."""
@@ -82,7 +81,7 @@ class Front:
 
     def booking(self, client: str) -> AbstractContextManager[Booking]:
         """The bytes that a request of the client at that address holds until its answer."""
-        return self._budget.booking(client)
+        return self.budget.booking(client)
 
     def place(self, client: str, served: Served) -> "Place":
         """A place among the requests on their way to a model, as a context manager.
@@ -146,6 +145,7 @@ class Front:
             if gone is not None:
                 gone.discard(waiter)
             future.cancel()
+            del future, waiter  # they hold what was raised, which holds this frame, and so the request's data
 
     def note_sent(self, answer: Answer, asked_s: float) -> None:
         """An answer is on the wire, to a request that joined the model's queue at that time."""
@@ -156,7 +156,6 @@ class Front:
         self, work: Callable[[], T], text_bytes: int, tensor_bytes: int = 0, *, deadline_s: float = inf
     ) -> T:
         """Read or write a body of that much text, or protobuf, and that much binary data."""
-        self._trimmer.note(text_bytes + tensor_bytes)
         if text_bytes <= SMALL_BYTES and tensor_bytes <= SMALL_TENSOR_BYTES:
             return work()
         size = text_bytes + tensor_bytes / 100
@@ -176,12 +175,11 @@ class Front:
             later_s=self._later_s(served),
         )
 
-    async def image(self, body: bytes, served: Served, *, deadline_s: float) -> InferRequest:
-        """One image as the model takes it. Raises ``ProtocolError``."""
+    async def image(self, body: bytes, served: Served, *, client: str, deadline_s: float) -> InferRequest:
+        """One image as the model takes it; its pixels are booked while it is decoded. Raises ``ProtocolError``."""
         pixels = await self._readers.run(
-            lambda: images.pixels(body, served), kind="headers", size=1, deadline_s=deadline_s
+            lambda: images.pixels(body, served, self._limits.pixels), kind="headers", size=1, deadline_s=deadline_s
         )
-        self._trimmer.note(4 * pixels)
         decoder = self._large_decoder if pixels > LARGE_PIXELS else self._decoders
         took_s = 0.0
 
@@ -192,9 +190,11 @@ class Front:
             took_s = monotonic() - started_s
             return found
 
-        found = await decoder.run(
-            decode, kind="pixels", size=pixels, deadline_s=deadline_s, later_s=self._later_s(served)
-        )
+        with self.booking(client) as booking:
+            booking.add(pixels * PIXEL_BYTES // COPIES)
+            found = await decoder.run(
+                decode, kind="pixels", size=pixels, deadline_s=deadline_s, later_s=self._later_s(served)
+            )
         self._costs.note("image", len(body), took_s)
         return found
 
@@ -208,7 +208,6 @@ class Front:
             pool.close()
         if self._ticker is not None:
             self._ticker.cancel()
-        self._trimmer.close()
 
 
 class Place:

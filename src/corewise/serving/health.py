@@ -52,5 +52,5 @@ def list_methods(models: Models) -> list[Method]:
     messages = {"request": health_pb2.HealthCheckRequest, "response": Status, "is_open_to_all": True}
     return [
         Method(path=f"/{SERVICE}/Check", unary=check, **messages),
-        Method(path=f"/{SERVICE}/Watch", streaming=watch, **messages),
+        Method(path=f"/{SERVICE}/Watch", streaming=watch, takes="one", **messages),
     ]

@@ -26,18 +26,18 @@ def how_many(text: str | None) -> int:
     return int(text)
 
 
-def pixels(body: bytes, served: Served) -> int:
-    """How many pixels an image has by its header, with those that it is resized to.
+def pixels(body: bytes, served: Served, most: int = MOST_PIXELS) -> int:
+    """How many pixels of an image are decoded, by its header, with those that it is resized to.
 
     Raises ``ProtocolError`` where it is not an image, has too many pixels, or the model takes no images.
     """
     preprocess = _preprocess(served)
     with _told():
-        width, height = image_size(body, "the body", max_pixels=MOST_PIXELS)
-    shorter = min(width, height)
-    resized = [min(preprocess.resize * side // shorter, LONGEST * preprocess.resize) for side in (width, height)]
+        width, height = image_size(body, "the body", max_pixels=most, preprocess=preprocess)
+    shorter, resize = min(width, height), max(preprocess.resize, preprocess.crop)
+    resized = [min(resize * side // shorter, LONGEST * resize) for side in (width, height)]
     count = max(width * height, resized[0] * resized[1])
-    if count > MOST_PIXELS:
+    if count > most:
         raise ProtocolError(f"the image has {count} pixels when it is resized", "send one of another shape", 413)
     return count
 
@@ -46,7 +46,7 @@ def image(body: bytes, served: Served) -> InferRequest:
     """One image as the model takes it. Raises ``ProtocolError`` as ``pixels`` does."""
     preprocess = _preprocess(served)
     with _told():
-        array = image_array(open_image(body, "the body", max_pixels=MOST_PIXELS), preprocess)
+        array = image_array(open_image(body, "the body", max_pixels=MOST_PIXELS, preprocess=preprocess), preprocess)
     asked = tuple(Asked(name=spec.name) for spec in served.outputs)
     return InferRequest(inputs=(np.ascontiguousarray(array[None]),), outputs=asked)
 

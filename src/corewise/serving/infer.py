@@ -95,6 +95,7 @@ class Infer:
                 if asked is None:
                     asked = await self._parsed(body, length, served, deadline_s)
                 asked = await front.prepare(asked, served, deadline_s=deadline_s)
+            booking.cover(asked.inputs)
             if asked.timeout_s is not None:
                 deadline_s = arrived_s + min(header_s, asked.timeout_s)
             asked_s = monotonic()

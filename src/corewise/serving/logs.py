@@ -4,6 +4,7 @@ import json
 import logging
 import threading
 from collections import Counter
+from contextlib import suppress
 from datetime import UTC, datetime
 
 log = logging.getLogger("corewise.serve")
@@ -70,8 +71,16 @@ class RefusalLog:
             log.info("%s", json.dumps(line | ({"last_id": last_id} if last_id else {})))
 
 
+class _Handler(logging.StreamHandler):  # type: ignore[type-arg]
+    """Writes to standard error, and goes on if that is full or closed: a log that nobody can read ends no server."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        with suppress(SystemExit):  # how the command line ends where a standard stream cannot be written
+            super().emit(record)
+
+
 def to_stderr(level: str) -> None:
     """Log to standard error from this level on, including all libraries."""
-    handler = logging.StreamHandler()
+    handler = _Handler()
     handler.setFormatter(JsonLines())
     logging.basicConfig(level=level.upper(), handlers=[handler], force=True)

@@ -1,7 +1,9 @@
 """The messages of gRPC requests, within limits: how many are received at a time, and that they can be read."""
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections import Counter
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager, contextmanager
 from typing import Any
 from urllib.parse import unquote
 
@@ -11,27 +13,36 @@ from corewise.serving.protocol import Limits, NoRoom, ProtocolError
 
 SLOW_S = 2.0
 """How long a message may take to arrive while others wait for its place."""
-MOST_TYPED_BYTES = 16 * 2**20
-"""Typed contents take many times their bytes; tensors that are larger are sent raw."""
+MOST_OF_CLIENT, MOST = 1024, 4096
+"""Calls that wait for a place."""
+PROBES = 2
+"""Messages of calls without tensors that are received at a time, apart from the others: a crowd must not keep probes
+out."""
+FREE_BYTES = 64 * 1024
+"""Messages up to this size are decoded as they are; those of calls without tensors are no longer."""
+RAW_CONTENTS = 7
+"""The number of the field ``raw_input_contents`` of a ``ModelInferRequest``."""
+MOST_FIELDS = 4096
 
 
 class Receiver:
-    """Receives messages, no more at a time than there is room for: nobody knows how long one is before it is there."""
+    """Receives messages, no more at a time than there is room for: nobody knows how long one is before it is there.
 
-    def __init__(self, limits: Limits) -> None:
+    One address has half of the places at most. Used from one event loop.
+    """
+
+    def __init__(self, limits: Limits, places: int | None = None) -> None:
         self._body_s = limits.body_s
-        self._places = asyncio.Semaphore(max(2, limits.bodies_bytes // limits.body_bytes))
+        self._size = places or limits.receiving
+        self._places = asyncio.Semaphore(self._size)
         self._receiving: dict[asyncio.Timeout, float] = {}
         """When each of them may end at the earliest to give its place to another."""
+        self._of_clients: dict[str, asyncio.Semaphore] = {}
+        self._waiting: Counter[str] = Counter()
 
-    async def receive(self, messages: AsyncIterator[bytes]) -> bytes:
+    async def receive(self, messages: AsyncIterator[bytes], client: str = "") -> bytes:
         """The next message. Raises ``ProtocolError`` where none arrives in time."""
-        now_s = asyncio.get_running_loop().time()
-        is_crowded = self._places.locked()
-        if is_crowded:
-            for other, slow_s in self._receiving.items():
-                other.reschedule(max(now_s, slow_s))
-        async with self._places:
+        async with self._place(client) as is_crowded:
             try:
                 async with asyncio.timeout(SLOW_S if is_crowded else self._body_s) as limit:
                     self._receiving[limit] = asyncio.get_running_loop().time() + SLOW_S
@@ -44,6 +55,47 @@ class Receiver:
             except StopAsyncIteration as error:
                 raise ProtocolError("the call has no message") from error
 
+    @asynccontextmanager
+    async def _place(self, client: str) -> AsyncIterator[bool]:
+        """A place; whether others waited for one."""
+        if self._waiting[client] >= MOST_OF_CLIENT or self._waiting.total() >= MOST:
+            raise NoRoom("too many calls have not sent their message yet")
+        self._waiting[client] += 1
+        share = self._of_clients.setdefault(client, asyncio.Semaphore(max(1, self._size // 2)))
+        try:
+            is_crowded = self._places.locked() or share.locked()
+            if is_crowded:
+                now_s = asyncio.get_running_loop().time()
+                for other, slow_s in self._receiving.items():
+                    other.reschedule(max(now_s, slow_s))
+            async with share, self._places:
+                yield is_crowded
+        finally:
+            self._waiting[client] -= 1
+            if not self._waiting[client]:
+                del self._waiting[client], self._of_clients[client]
+
+
+class Streams:
+    """Calls that send one message after the other: each may have one on its way at any time."""
+
+    def __init__(self, most: int) -> None:
+        self._most = most
+        self._of_clients: Counter[str] = Counter()
+
+    @contextmanager
+    def place(self, client: str) -> Iterator[None]:
+        """A place for one of them. Raises ``NoRoom`` where all are taken, or half of them by one address."""
+        if self._of_clients[client] >= max(1, self._most // 2) or self._of_clients.total() >= self._most:
+            raise NoRoom(f"there are {self._most} streams already, or half as many of your address")
+        self._of_clients[client] += 1
+        try:
+            yield
+        finally:
+            self._of_clients[client] -= 1
+            if not self._of_clients[client]:
+                del self._of_clients[client]
+
 
 def decoded(data: bytes, message: Any) -> Any:
     """The message in those bytes. Raises ``ProtocolError``."""
@@ -53,19 +105,60 @@ def decoded(data: bytes, message: Any) -> Any:
         raise ProtocolError("the message is not a valid protobuf message of this call") from error
 
 
-def sizes(request: Any) -> tuple[int, int]:
-    """Bytes of a ``ModelInferRequest`` without its raw tensors, and of these. Raises ``ProtocolError``."""
-    raw_bytes = sum(map(len, request.raw_input_contents))
-    typed_bytes = request.ByteSize() - raw_bytes
-    if typed_bytes > MOST_TYPED_BYTES:
+def check_small(data: bytes) -> None:
+    """Raise ``ProtocolError`` for a message of a call without tensors that is too long."""
+    if len(data) > FREE_BYTES:
+        raise ProtocolError(f"the message of this call has more than {FREE_BYTES} bytes", "send names only", 413)
+
+
+def check_infer(data: bytes, limits: Limits) -> None:
+    """Raise ``ProtocolError`` for a ``ModelInferRequest`` that would take many times its bytes when it is decoded.
+
+    Raw tensors stay as they are. All else may be lists of tiny messages or numbers, each of which becomes 8 to 100
+    bytes.
+    """
+    if len(data) > FREE_BYTES and len(data) - _raw_bytes(data) > limits.typed_bytes:
         raise ProtocolError(
-            f"the request has more than {MOST_TYPED_BYTES} bytes beside its raw tensors", "send tensors raw"
+            f"the request has more than {limits.typed_bytes} bytes beside its raw tensors", "send tensors raw", 413
         )
-    return typed_bytes, raw_bytes
+
+
+def _raw_bytes(data: bytes) -> int:
+    """The bytes of raw tensors, by the message's outermost fields (https://protobuf.dev/programming-guides/encoding).
+
+    Stops where it is no longer a message, or has too many fields: what follows is not counted.
+    """
+    raw = start = 0
+    for _ in range(MOST_FIELDS):
+        tag, start = _varint(data, start)
+        size, start = _varint(data, start)
+        if tag & 7 != 2 or start + size > len(data):  # all fields of the message are length-delimited
+            break
+        raw += size if tag >> 3 == RAW_CONTENTS else 0
+        start += size
+        if start == len(data):
+            break
+    return raw
+
+
+def _varint(data: bytes, start: int) -> tuple[int, int]:
+    """The number that begins there, and where it ends."""
+    value = 0
+    for k, byte in enumerate(data[start : start + 10]):
+        value |= (byte & 0x7F) << 7 * k
+        if byte < 0x80:
+            return value, start + k + 1
+    return 0, len(data)
+
+
+def sizes(request: Any) -> tuple[int, int]:
+    """Bytes of a ``ModelInferRequest`` without its raw tensors, and of these."""
+    raw_bytes = sum(map(len, request.raw_input_contents))
+    return request.ByteSize() - raw_bytes, raw_bytes
 
 
 def client_of(context: Any) -> str:
-    """The client's address, as HTTP has it."""
+    """The client's address, as HTTP has it; nothing for a unix socket."""
     address = unquote(context.peer()).partition(":")[2].rpartition(":")[0]
     return address.strip("[]")
 

@@ -2,7 +2,7 @@
 
 from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 Unary = Callable[[Any, Any], Awaitable[Any]]
 """Takes a message and the call's context, and returns a message; raises ``ProtocolError``."""
@@ -21,5 +21,7 @@ class Method:
     """The classes of its messages."""
     unary: Unary | None = None
     streaming: Streaming | None = None
+    takes: Literal["messages", "bytes", "one"] = "messages"
+    """What a streaming method is given: messages as they arrive, these as bytes, or the first message only."""
     is_open_to_all: bool = False
     """Whether it needs no token."""

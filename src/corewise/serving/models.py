@@ -52,6 +52,10 @@ class Models:
         """Those that are open."""
         return list(self._served.values())
 
+    def engine_pids(self) -> list[int]:
+        """The ids of their engine processes."""
+        return [pid for one in self.served if (pid := one.remote.pid) is not None]
+
     @property
     def ready(self) -> bool:
         """Whether every model answers."""

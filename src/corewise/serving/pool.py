@@ -93,7 +93,10 @@ class Pool:
         with self._lock:
             heappush(self._waiting, job)
         self._executor.submit(self._run_most_urgent)
-        result, took_s = await asyncio.wrap_future(job.ended)
+        try:
+            result, took_s = await asyncio.wrap_future(job.ended)
+        finally:
+            del job  # it holds what was raised, which holds this frame, and so the request's data
         self._costs.note(kind, size, took_s)
         return result  # type: ignore[no-any-return]
 
@@ -109,18 +112,13 @@ class Pool:
         if is_late:
             job.ended.set_exception(NotServed("expired"))
             return
-        try:
-            result = job.work()
-        except BaseException as error:  # noqa: BLE001 - the request boundary: whatever it is, the request waits for it
-            self._end(job)
-            job.ended.set_exception(error)
-        else:
-            self._end(job)
-            job.ended.set_result((result, monotonic() - started_s))
-
-    def _end(self, job: _Job) -> None:
+        result, error = _caught(job.work)
         with self._lock:
             del self._running_s[job.arrival]
+        if error is None:
+            job.ended.set_result((result, monotonic() - started_s))
+        else:
+            job.ended.set_exception(error)
 
     def close(self) -> None:
         """Drop what waits."""
@@ -128,3 +126,11 @@ class Pool:
         with self._lock:
             for job in self._waiting:
                 job.ended.cancel()
+
+
+def _caught(work: Callable[[], T]) -> tuple[T | None, BaseException | None]:
+    """The result of work and its error, whose traceback ends here, so that it does not hold itself."""
+    try:
+        return work(), None
+    except BaseException as error:  # noqa: BLE001 - the request boundary: whatever it is, a request waits for it
+        return None, error

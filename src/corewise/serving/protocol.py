@@ -48,6 +48,18 @@ class Limits:
     body_bytes: int = 64 * 2**20
     bodies_bytes: int = 512 * 2**20
     """Of all requests together, over HTTP and gRPC: what arrived and was unpacked, until its answer."""
+    message_bytes: int = 64 * 2**20
+    """Of one gRPC message: nobody knows how long one is before all of it is there."""
+    receiving: int = 8
+    """So many gRPC messages are received at a time."""
+    streams: int = 32
+    """So many gRPC calls may send one message after the other, each of which is received at any time."""
+    typed_bytes: int = 16 * 2**20
+    """Of a gRPC message beside its raw tensors: decoded, they take many times their bytes."""
+    pixels: int = 50_000_000
+    """Of an image."""
+    connections: int = 4096
+    """On each port; fewer where the process may not have so many open files."""
     client_share: float = 0.5
     """Of that, and of the places for requests, what one address may have."""
     body_s: float = 30.0

@@ -29,6 +29,8 @@ from corewise.serving.child import Line, Slot
 OPEN_S = 120.0
 HUNG_S = 60.0
 """A call that takes so long never ends: its process is replaced."""
+STOPPED_S = 1.0
+"""A process that was stopped for so long is replaced."""
 DYING_S = 5.0
 SETTLED_S = 10.0
 """A process that lived so long did not die of being started."""
@@ -92,6 +94,21 @@ class _Process:
             raise EngineError(answer["error"])
         return [array.copy() for array in slot.read(answer["outputs"])]
 
+    def wait(self) -> str:
+        """Wait until it ends, by itself or because it was stopped (SIGSTOP) and does not go on; how it ended."""
+        pid = self.process.pid
+        while (told := os.waitid(os.P_PID, pid, os.WEXITED | os.WSTOPPED | os.WNOWAIT)) is not None:
+            if told.si_code not in (os.CLD_STOPPED, os.CLD_TRAPPED):
+                break
+            os.waitid(os.P_PID, pid, os.WSTOPPED | os.WNOHANG)
+            time.sleep(STOPPED_S)
+            if _is_stopped(pid):
+                self.kill()
+                self.process.wait()
+                return f"was stopped for {STOPPED_S:g} s, so it was ended"
+        self.process.wait()
+        return _epitaph(self.process)
+
     def kill(self) -> None:
         """End it whatever it does; whoever waits for it is told."""
         with suppress(ProcessLookupError):
@@ -134,6 +151,12 @@ class Remote:
         self.restarts = 0
         self._keeper = threading.Thread(target=self._keep, name="engine-keeper", daemon=True)
         self._keeper.start()
+
+    @property
+    def pid(self) -> int | None:
+        """The process's id, if there is one now."""
+        process = self._process
+        return None if process is None else process.process.pid
 
     @property
     def alive(self) -> bool:
@@ -183,8 +206,7 @@ class Remote:
         while not self._closed:
             process, started_s = self._process, time.monotonic()
             if process is not None:
-                process.process.wait()
-                epitaph = _epitaph(process.process)
+                epitaph = process.wait()
                 with self._changed:
                     if self._closed:
                         return
@@ -210,6 +232,14 @@ class Remote:
                 self._changed.notify_all()
             if made is not None:
                 made.close()
+
+
+def _is_stopped(pid: int) -> bool:
+    """Whether the process stands still, by its state in /proc/PID/stat, see proc(5)."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] in ("T", "t")
+    except OSError:
+        return False
 
 
 def _epitaph(process: "subprocess.Popen[bytes]") -> str:

@@ -64,7 +64,7 @@ class Service:
     def __init__(self, models: Models, metrics: Metrics, limits: Limits, tokens: Tokens, front: Front) -> None:
         self.models, self.metrics = models, metrics
         self._limits, self._tokens, self._front = limits, tokens, front
-        self._receiver = Receiver(limits)
+        self.receiver = Receiver(limits)
         calls: dict[str, Call] = {
             "ServerLive": self.server_live,
             "ServerReady": self.server_ready,
@@ -124,10 +124,14 @@ class Service:
         received_s = time.monotonic()
         served = self._served(request.model_name, request.model_version)
         headers = {key: value for key, value in context.invocation_metadata() if isinstance(value, str)}
-        with self.metrics.request(served, "grpc", headers, headers.get("x-request-id", request.id)) as note:
+        client = messages.client_of(context)
+        with (
+            self.metrics.request(served, "grpc", headers, headers.get("x-request-id", request.id)) as note,
+            self._front.booking(client) as booking,
+        ):
             left_s = context.time_remaining()
             deadline_s = received_s + (self._limits.timeout_s if left_s is None else left_s)
-            with self._front.place(messages.client_of(context), served):
+            with self._front.place(client, served):
                 typed_bytes, raw_bytes = messages.sizes(request)
                 asked = await self._front.read(
                     lambda: parse(request, served.inputs, served.outputs, served.instead),
@@ -136,6 +140,7 @@ class Service:
                     deadline_s=deadline_s,
                 )
                 asked = await self._front.prepare(asked, served, deadline_s=deadline_s)
+            booking.add(max(0, sum(array.nbytes for array in asked.inputs) - typed_bytes - raw_bytes))
             if asked.timeout_s is not None:
                 deadline_s = received_s + min(inf if left_s is None else left_s, asked.timeout_s)
             served, answer = await self._front.ask(self.models, served, asked, deadline_s)
@@ -150,37 +155,51 @@ class Service:
         """The call, for those who may, with errors as gRPC tells them."""
 
         async def guarded(requests: AsyncIterator[bytes], context: Any) -> Any:
-            if name not in OPEN_TO_ALL and not self._tokens.admit(
-                messages.authorization(context.invocation_metadata())
-            ):
+            if name in OPEN_TO_ALL:  # nothing is read of whoever asks
+                return await call(None, context)
+            if not self._tokens.admit(messages.authorization(context.invocation_metadata())):
                 self.metrics.turned_away("grpc", "unauthenticated")
                 await context.abort(grpc.StatusCode.UNAUTHENTICATED, "a token is missing or wrong; send authorization")
             try:
-                with self._front.booking(messages.client_of(context)) as booking:
-                    data = await self._receiver.receive(requests)
-                    booking.add(len(data))
-                    request = await self._front.read(
-                        lambda: messages.decoded(data, message), len(data) // DECODED_BYTES
-                    )
-                    return await call(request, context)
-            except NoRoom as error:
-                await context.abort(grpc.StatusCode.RESOURCE_EXHAUSTED, str(error))
-            except ProtocolError as error:
-                if error.status == 404:
-                    self.metrics.turned_away("grpc", "unknown model")
-                await context.abort(CODES.get(error.status, grpc.StatusCode.INVALID_ARGUMENT), str(error))
-            except NotServed as error:
-                if error.retry_after_s is not None:
-                    context.set_trailing_metadata((("retry-after-s", f"{error.retry_after_s:.3f}"),))
-                await context.abort(REASONS.get(error.reason, grpc.StatusCode.RESOURCE_EXHAUSTED), str(error))
-            except CorewiseError as error:
-                log.error("a gRPC call of %s failed: %r", name, error)
-                await context.abort(grpc.StatusCode.INTERNAL, "the call failed; the server's log says why")
-            except Exception:  # the request boundary: gRPC would tell the client what was raised
-                log.exception("a gRPC call of %s failed", name)
-                await context.abort(grpc.StatusCode.INTERNAL, "the server failed; its log says why")
+                return await self._answered(name, message, call, requests, context)
+            except Exception as error:  # noqa: BLE001 - the request boundary: gRPC would tell the client what was raised
+                code, why = self._told(name, error, context)
+            # Only now: what aborting raises stays with gRPC for a while, and would keep the error, with all of the
+            # request.
+            return await context.abort(code, why)
 
         return guarded
+
+    async def _answered(self, name: str, message: Any, call: Call, requests: AsyncIterator[bytes], context: Any) -> Any:
+        """Receive a call's message and answer it."""
+        client = messages.client_of(context)
+        with self._front.booking(client) as booking:
+            data = await self.receiver.receive(requests, client)
+            booking.add(len(data))
+            if name == "ModelInfer":
+                messages.check_infer(data, self._limits)
+            else:
+                messages.check_small(data)
+            request = await self._front.read(lambda: messages.decoded(data, message), len(data) // DECODED_BYTES)
+            return await call(request, context)
+
+    def _told(self, name: str, error: Exception, context: Any) -> tuple[Any, str]:
+        """How gRPC tells of an error."""
+        if isinstance(error, NoRoom):
+            return grpc.StatusCode.RESOURCE_EXHAUSTED, str(error)
+        if isinstance(error, ProtocolError):
+            if error.status == 404:
+                self.metrics.turned_away("grpc", "unknown model")
+            return CODES.get(error.status, grpc.StatusCode.INVALID_ARGUMENT), str(error)
+        if isinstance(error, NotServed):
+            if error.retry_after_s is not None:
+                context.set_trailing_metadata((("retry-after-s", f"{error.retry_after_s:.3f}"),))
+            return REASONS.get(error.reason, grpc.StatusCode.RESOURCE_EXHAUSTED), str(error)
+        if isinstance(error, CorewiseError):
+            log.error("a gRPC call of %s failed: %r", name, error)
+            return grpc.StatusCode.INTERNAL, "the call failed; the server's log says why"
+        log.error("a gRPC call of %s failed", name, exc_info=error)
+        return grpc.StatusCode.INTERNAL, "the server failed; its log says why"
 
 
 def parse(

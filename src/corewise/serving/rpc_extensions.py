@@ -13,16 +13,22 @@ from grpc_reflection.v1alpha import reflection, reflection_pb2
 from corewise.batching import NotServed
 from corewise.common.errors import CorewiseError
 from corewise.serving import health, messages, oip, triton
+from corewise.serving.front import Front
+from corewise.serving.messages import Receiver, Streams
 from corewise.serving.methods import Method
 from corewise.serving.metrics import Metrics
 from corewise.serving.models import Models
-from corewise.serving.protocol import ProtocolError
+from corewise.serving.protocol import Limits, NoRoom, ProtocolError
 from corewise.serving.tokens import Tokens
 
 log = logging.getLogger("corewise.serve")
 
 MOST_IN_STREAM = 16
 """Requests of one stream in progress; the next is read when the first of them is answered."""
+MOST_WATCHES = 1024
+"""Calls that receive one message and send many."""
+DECODED_BYTES = 16
+"""How many bytes of protobuf are decoded in the time that one of JSON takes, or more."""
 REFLECTION = ("grpc.reflection.v1alpha.ServerReflection", "grpc.reflection.v1.ServerReflection")
 """Both have the same messages."""
 CODES = {
@@ -36,12 +42,12 @@ Infer = Callable[[Any, Any], Awaitable[Any]]
 """Answers a ``ModelInferRequest``, given the call's context; raises ``CorewiseError``."""
 
 
-def list_methods(models: Models, infer: Infer) -> list[Method]:
+def list_methods(models: Models, infer: Infer, front: Front, limits: Limits) -> list[Method]:
     """All methods that are here."""
-    return [*health.list_methods(models), *_extensions(models, infer), *_reflection()]
+    return [*health.list_methods(models), *_extensions(models, infer, front, limits), *_reflection()]
 
 
-def _extensions(models: Models, infer: Infer) -> list[Method]:
+def _extensions(models: Models, infer: Infer, front: Front, limits: Limits) -> list[Method]:
     async def model_config(request: Any, context: Any) -> Any:
         served = models.find(request.name, request.version or None)
         return oip.message("ModelConfigResponse")(config=triton.config(served))
@@ -49,12 +55,12 @@ def _extensions(models: Models, infer: Infer) -> list[Method]:
     async def repository(request: Any, context: Any) -> Any:
         raise ProtocolError("the model repository is at the server's --admin-grpc", status=501)
 
-    def model_stream_infer(requests: AsyncIterator[Any], context: Any) -> AsyncIterator[Any]:
-        return stream(requests, context, infer)
+    def model_stream_infer(requests: AsyncIterator[bytes], context: Any) -> AsyncIterator[Any]:
+        return Stream(infer, front, limits, context).answers(requests)
 
     calls: dict[str, Any] = {
         "ModelConfig": {"unary": model_config},
-        "ModelStreamInfer": {"streaming": model_stream_infer},
+        "ModelStreamInfer": {"streaming": model_stream_infer, "takes": "bytes"},
         **{name: {"unary": repository} for name in oip.REPOSITORY},
     }
     return [
@@ -63,39 +69,55 @@ def _extensions(models: Models, infer: Infer) -> list[Method]:
     ]
 
 
-async def stream(requests: AsyncIterator[Any], context: Any, infer: Infer) -> AsyncIterator[Any]:
-    """Answer a stream's requests in their order, several at a time. An error is the answer to one request only."""
-    answers: asyncio.Queue[asyncio.Task[Any] | None] = asyncio.Queue(MOST_IN_STREAM)
+class Stream:
+    """One stream's requests, answered in their order, several at a time. An error is the answer to one request only."""
 
-    async def read() -> None:
-        async for request in requests:
-            await answers.put(asyncio.ensure_future(_streamed(request, context, infer)))
-        await answers.put(None)
+    def __init__(self, infer: Infer, front: Front, limits: Limits, context: Any) -> None:
+        self._infer, self._front, self._limits, self._context = infer, front, limits, context
+        self._client = messages.client_of(context)
+        self._answers: asyncio.Queue[asyncio.Task[Any] | None] = asyncio.Queue(MOST_IN_STREAM)
 
-    reader = asyncio.ensure_future(read())
-    try:
-        while (answer := await answers.get()) is not None:
-            yield await answer
-    finally:
-        reader.cancel()
-        while not answers.empty():
-            if (left := answers.get_nowait()) is not None:
-                left.cancel()
+    async def answers(self, requests: AsyncIterator[bytes]) -> AsyncIterator[Any]:
+        """A ``ModelStreamInferResponse`` for each message."""
+        reader = asyncio.ensure_future(self._read(requests))
+        try:
+            while (answer := await self._answers.get()) is not None:
+                yield await answer
+        finally:
+            reader.cancel()
+            while not self._answers.empty():
+                if (left := self._answers.get_nowait()) is not None:
+                    left.cancel()
 
+    async def _read(self, requests: AsyncIterator[bytes]) -> None:
+        try:
+            async for data in requests:
+                await self._answers.put(asyncio.ensure_future(self._answer(data)))
+        finally:
+            await self._answers.put(None)
 
-async def _streamed(request: Any, context: Any, infer: Infer) -> Any:
-    try:
-        return oip.message("ModelStreamInferResponse")(infer_response=await infer(request, context))
-    except (ProtocolError, NotServed) as error:
-        why = str(error)
-    except CorewiseError as error:
-        log.error("a request of a gRPC stream failed: %r", error)
-        why = "the call failed; the server's log says why"
-    except Exception:  # the request boundary: the other requests of the stream go on
-        log.exception("a request of a gRPC stream failed")
-        why = "the server failed; its log says why"
-    about = {"model_name": request.model_name, "model_version": request.model_version, "id": request.id}
-    return oip.message("ModelStreamInferResponse")(error_message=why, infer_response=about)
+    async def _answer(self, data: bytes) -> Any:
+        """The answer to one message, whose bytes are booked until then."""
+        request, about = None, {}
+        try:
+            with self._front.booking(self._client) as booking:
+                booking.add(len(data))
+                messages.check_infer(data, self._limits)
+                request = await self._front.read(
+                    lambda: messages.decoded(data, oip.message("ModelInferRequest")), len(data) // DECODED_BYTES
+                )
+                about = {"model_name": request.model_name, "model_version": request.model_version, "id": request.id}
+                answer = await self._infer(request, self._context)
+                return oip.message("ModelStreamInferResponse")(infer_response=answer)
+        except (ProtocolError, NotServed) as error:
+            why = str(error)
+        except CorewiseError as error:
+            log.error("a request of a gRPC stream failed: %r", error)
+            why = "the call failed; the server's log says why"
+        except Exception:  # the request boundary: the other requests of the stream go on
+            log.exception("a request of a gRPC stream failed")
+            why = "the server failed; its log says why"
+        return oip.message("ModelStreamInferResponse")(error_message=why, infer_response=about)
 
 
 def _reflection() -> list[Method]:
@@ -117,14 +139,31 @@ def _reflection() -> list[Method]:
 
 async def _decoded(requests: AsyncIterator[bytes], message: Any) -> AsyncIterator[Any]:
     async for data in requests:
+        messages.check_small(data)
         yield messages.decoded(data, message)
+
+
+def _told(method: Method, error: Exception) -> tuple[Any, str]:
+    """How gRPC tells of an error."""
+    if isinstance(error, NoRoom):
+        return grpc.StatusCode.RESOURCE_EXHAUSTED, str(error)
+    if isinstance(error, ProtocolError):
+        return CODES.get(error.status, grpc.StatusCode.INVALID_ARGUMENT), str(error)
+    log.error("a gRPC call of %s failed", method.path, exc_info=error)
+    return grpc.StatusCode.INTERNAL, "the server failed; its log says why"
+
+
+async def _one(data: bytes) -> AsyncIterator[bytes]:
+    yield data
 
 
 class Handlers(grpc.GenericRpcHandler):  # type: ignore[misc]
     """Methods as handlers for ``add_generic_rpc_handlers``, the last one there: it counts unknown methods."""
 
-    def __init__(self, methods: Sequence[Method], metrics: Metrics, tokens: Tokens) -> None:
+    def __init__(self, methods: Sequence[Method], metrics: Metrics, tokens: Tokens, limits: Limits) -> None:
         self._metrics, self._tokens = metrics, tokens
+        self._receiver, self._streams = Receiver(limits, messages.PROBES), Streams(limits.streams)
+        self._watches = Streams(MOST_WATCHES)
         self._handlers = {method.path: self._handler(method) for method in methods}
 
     def service(self, details: Any) -> Any:
@@ -141,21 +180,29 @@ class Handlers(grpc.GenericRpcHandler):  # type: ignore[misc]
             assert unary is not None
             await self._check(method, context)
             try:
-                return await unary(messages.decoded(await anext(requests), method.request), context)
-            except ProtocolError as error:
-                await context.abort(CODES.get(error.status, grpc.StatusCode.INVALID_ARGUMENT), str(error))
-            except Exception:  # the request boundary: gRPC would tell the client what was raised
-                log.exception("a gRPC call of %s failed", method.path)
-                await context.abort(grpc.StatusCode.INTERNAL, "the server failed; its log says why")
+                data = await self._receiver.receive(requests, messages.client_of(context))
+                messages.check_small(data)
+                return await unary(messages.decoded(data, method.request), context)
+            except Exception as error:  # noqa: BLE001 - the request boundary: gRPC would tell the client what was raised
+                code, why = _told(method, error)
+            return await context.abort(code, why)
 
         async def stream_call(requests: AsyncIterator[bytes], context: Any) -> AsyncIterator[Any]:
             assert streaming is not None
             await self._check(method, context)
             try:
-                async for response in streaming(_decoded(requests, method.request), context):
-                    yield response
-            except ProtocolError as error:
-                await context.abort(CODES.get(error.status, grpc.StatusCode.INVALID_ARGUMENT), str(error))
+                client = messages.client_of(context)
+                given = requests if method.takes == "bytes" else _decoded(requests, method.request)
+                if method.takes == "one":
+                    given = _decoded(_one(await self._receiver.receive(requests, client)), method.request)
+                places = self._watches if method.takes == "one" else self._streams
+                with places.place(client):
+                    async for response in streaming(given, context):
+                        yield response
+                return
+            except Exception as error:  # noqa: BLE001 - the request boundary: gRPC would tell the client what was raised
+                code, why = _told(method, error)
+            await context.abort(code, why)
 
         serializer = method.response.SerializeToString
         if unary is not None:

@@ -16,17 +16,21 @@ from resource import RLIM_INFINITY, RLIMIT_NOFILE, getrlimit, setrlimit
 from typing import Any
 
 import uvicorn
+from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import ClientDisconnect
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Receive, Scope, Send
-from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from corewise.common.errors import InputError
-from corewise.serving import admin, memory
+from corewise.machine.inspect import inspect_cpu
+from corewise.serving import addresses, admin, memory, memory_limit
+from corewise.serving.addresses import Address
 from corewise.serving.admin import Repository
 from corewise.serving.app import OPEN_TO_ALL, App, RequestLog
+from corewise.serving.connections import Connection
 from corewise.serving.front import Front
 from corewise.serving.infer import ARRIVED, GONE, WHOLE
+from corewise.serving.memory_limit import Guard
 from corewise.serving.metrics import Metrics
 from corewise.serving.models import Models
 from corewise.serving.protocol import Limits
@@ -42,9 +46,8 @@ HEADERS_BYTES = 64 * 1024
 FIRST_BODY_BYTES = 256 * 1024
 """What may come in one piece with the end of the headers."""
 KEEP_ALIVE_S = 75
-BACKLOG = 2048
-MOST_CONNECTIONS, MOST_STREAMS = 4096, 1024
-"""On each port, and on one gRPC connection; fewer where the process may not have so many open files."""
+MOST_STREAMS = 1024
+"""On one gRPC connection."""
 HEALTH_CONNECTIONS, HEALTH_S = 16, 2.0
 """So many more, each so long, for health checks, which a crowd must not keep out."""
 ADMIN_CONNECTIONS = 16
@@ -62,8 +65,8 @@ FULL_BYTES = b"\r\n".join(
     )
 )
 """As it goes over the wire, for who connects in a flood: uvicorn reads no request of it."""
-GRACE_S = 1.0
-"""From the end of readiness to the first refusal: connections in use end with their next answer, and none is cut."""
+EXPOSED_HEADERS = ("x-request-id", "retry-after", "inference-header-content-length")
+"""Which pages of other origins may read, where --cors-origin allows them."""
 LINGER_S = 0.2
 """From the last new connection to the end of those without a request."""
 SWITCH_S = 0.0005
@@ -71,12 +74,10 @@ SWITCH_S = 0.0005
 LAST_WORDS_S = 2.0
 """For answers that are on their way when all work is done."""
 
-Address = tuple[str, int]
-
 
 @dataclass(frozen=True, kw_only=True)
 class Options:
-    """What a server is told; addresses are (host, port), port 0 for any that is free."""
+    """What a server is told."""
 
     http: Address | None = ("127.0.0.1", 8000)
     grpc: Address | None = None
@@ -91,19 +92,26 @@ class Options:
     key: Path | None = None
     trust: Trust = field(default_factory=Trust)
     shadow: float = 0.0
+    grace_s: float = 1.0
+    """From the end of readiness to the first refusal: connections in use end with their next answer, none is cut."""
     drain_s: float = 30.0
+    memory_bytes: int | None = None
+    """Of the server and its engines together; by default the cgroup's limit, or the machine's memory."""
+    cors_origins: tuple[str, ...] = ()
+    """Origins whose pages may call the server; ``*`` for all."""
     traces: bool = False
     check_finite: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
 class Listening:
-    """The ports that it got."""
+    """The ports that it got, or the unix sockets."""
 
-    http: int | None
-    grpc: int | None
-    admin: int | None
-    admin_grpc: int | None = None
+    http: int | Path | None
+    grpc: int | Path | None
+    admin: int | Path | None
+    admin_grpc: int | Path | None = None
+    notes: tuple[str, ...] = ()
 
 
 def serve(
@@ -149,14 +157,19 @@ class _Server:
         self.repository = Repository(self.models)
         self.traces = OpenTelemetry() if options.traces else Traces()
         self.metrics = Metrics(self.models, self.traces)
-        self.front = Front(options.limits, options.max_waiting)
+        cpu = inspect_cpu()
+        memory_bytes = options.memory_bytes or memory_limit.machine_bytes(cpu.memory_limit_bytes, cpu.memory_bytes)
+        self.limits = memory_limit.fit(options.limits, memory_bytes)
+        self.front = Front(self.limits, options.max_waiting)
+        self.guard = Guard(self.limits, memory_bytes, self.front.budget, self.models.engine_pids)
         self.stopping = asyncio.Event()
         self._is_open = False
         self._later: list[asyncio.Future[None]] = []
         """What signals began; kept, for the loop itself holds them only weakly."""
 
     async def run(self) -> bool:
-        most = _allowed_connections(ports=sum(one is not None for one in (self.options.http, self.options.grpc)))
+        ports = sum(one is not None for one in (self.options.http, self.options.grpc))
+        most = _allowed_connections(ports, self.limits.connections)
         loop = asyncio.get_running_loop()
         self.front.watch_loop()
         for number in (signal.SIGTERM, signal.SIGINT):
@@ -164,12 +177,11 @@ class _Server:
         loop.add_signal_handler(
             signal.SIGHUP, lambda: self._later.append(asyncio.ensure_future(self.repository.reload_all()))
         )
-        tokens, limits = Tokens(self.options.tokens), self.options.limits
-        app = App(self.models, self.metrics, limits, tokens, self.front)
-        bound = {name: _bound(address) for name, address in self._web_addresses.items()}
+        app = App(self.models, self.metrics, self.limits, Tokens(self.options.tokens), self.front)
+        bound = {name: addresses.bound(address) for name, address in self._web_addresses.items()}
         web = []
         if "http" in bound:
-            config = _config(RequestLog(app.asgi, self.models), self.options, most)
+            config = _config(_for_pages(RequestLog(app.asgi, self.models), self.options), self.options, most)
             config.on_refused = partial(self.metrics.connection_refused, "http")
             config.arrived_s = self.front.arrived_s
             web.append((_Http(config), bound["http"]))
@@ -182,9 +194,17 @@ class _Server:
                 self.options.admin_grpc, self.repository, self.models, self.metrics
             )
         tasks = [asyncio.ensure_future(made.serve(sockets=[where])) for made, where in web]
-        ports = {name: int(where.getsockname()[1]) for name, where in bound.items()}
-        web_ports = {"http": ports.get("http"), "admin": ports.get("admin")}
-        self.tell("listening", Listening(**web_ports, grpc=rpc_port, admin_grpc=admin_rpc_port))
+        places = {name: self._place(name, where) for name, where in bound.items()}
+        self.tell(
+            "listening",
+            Listening(
+                http=places.get("http"),
+                admin=places.get("admin"),
+                grpc=rpc_port,
+                admin_grpc=admin_rpc_port,
+                notes=memory_limit.notes(self.options.limits, self.limits),
+            ),
+        )
         try:
             opening = asyncio.ensure_future(asyncio.to_thread(self.models.open))
             stopping = asyncio.ensure_future(self.stopping.wait())
@@ -192,9 +212,14 @@ class _Server:
             if opening.done():
                 opening.result()
                 self._is_open = True
+                self.guard.start()
                 self.tell("ready", self.models)
                 await stopping
-                await asyncio.sleep(GRACE_S)
+                await asyncio.sleep(self.options.grace_s)
+                if rpc is not None:
+                    # GOAWAY: calls that came are answered, and clients make their next ones elsewhere.
+                    self._later.append(asyncio.ensure_future(rpc.stop(self.options.drain_s)))
+                    await asyncio.sleep(LINGER_S)
                 self.models.draining = True
             else:
                 await opening
@@ -208,6 +233,7 @@ class _Server:
                     await each.stop(LAST_WORDS_S)
             await asyncio.gather(*tasks, return_exceptions=True)
             self.models.close(0.0)
+            self.guard.close()
             self.front.close()
             await asyncio.to_thread(self.traces.close)
             self.metrics.close()
@@ -217,7 +243,11 @@ class _Server:
         given = {"http": self.options.http, "admin": self.options.admin}
         return {name: address for name, address in given.items() if address is not None}
 
-    async def _rpc(self, most_connections: int) -> tuple[Any, int | None]:
+    def _place(self, name: str, where: socket.socket) -> int | Path:
+        address = self._web_addresses[name]
+        return address if isinstance(address, Path) else int(where.getsockname()[1])
+
+    async def _rpc(self, most_connections: int) -> tuple[Any, int | Path | None]:
         if self.options.grpc is None:
             return None, None
         import grpc
@@ -225,10 +255,9 @@ class _Server:
         from corewise.serving import rpc_extensions
         from corewise.serving.rpc import Service
 
-        host, port = self.options.grpc
         server = grpc.aio.server(
             options=[
-                ("grpc.max_receive_message_length", self.options.limits.body_bytes),
+                ("grpc.max_receive_message_length", self.limits.message_bytes),
                 ("grpc.max_send_message_length", -1),
                 ("grpc.so_reuseport", 0),
                 ("grpc.max_metadata_size", HEADERS_BYTES),
@@ -237,11 +266,13 @@ class _Server:
             ]
         )
         tokens = Tokens(self.options.tokens)
-        service = Service(self.models, self.metrics, self.options.limits, tokens, self.front)
-        methods = rpc_extensions.list_methods(self.models, service.model_infer)
-        extensions = rpc_extensions.Handlers(methods, self.metrics, tokens)
+        service = Service(self.models, self.metrics, self.limits, tokens, self.front)
+        methods = rpc_extensions.list_methods(self.models, service.model_infer, self.front, self.limits)
+        extensions = rpc_extensions.Handlers(methods, self.metrics, tokens, self.limits)
         server.add_generic_rpc_handlers((service.handler, extensions))
-        target = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+        if isinstance(self.options.grpc, Path):
+            addresses.remove_stale(self.options.grpc)
+        target = addresses.shown(self.options.grpc)
         try:
             if self.options.certificate is not None and self.options.key is not None:
                 pair = (self.options.key.read_bytes(), self.options.certificate.read_bytes())
@@ -251,7 +282,7 @@ class _Server:
         except (RuntimeError, OSError) as error:
             raise InputError(f"gRPC cannot listen on {target}: {error}", "give another --grpc HOST:PORT") from error
         await server.start()
-        return server, got
+        return server, self.options.grpc if isinstance(self.options.grpc, Path) else int(got)
 
     def _stop(self) -> None:
         if self.stopping.is_set():
@@ -282,13 +313,13 @@ class _Http(uvicorn.Server):
 class _Config(uvicorn.Config):
     """uvicorn's, with how many connections there may be."""
 
-    most_connections = MOST_CONNECTIONS
+    most_connections = Limits.connections
     on_refused: Callable[[], None] = staticmethod(lambda: None)
     arrived_s: Callable[[], float] = staticmethod(time.monotonic)
     """When bytes that are read now came, on the monotonic clock."""
 
 
-class _Patient(HttpToolsProtocol):
+class _Patient(Connection):
     """uvicorn's protocol with an end to its patience: with headers that do not come, and that do not end."""
 
     _refused = _crowded = False
@@ -390,14 +421,14 @@ def _only_health(app: Any) -> ASGIApp:
     return answer
 
 
-def _allowed_connections(ports: int) -> int:
+def _allowed_connections(ports: int, most: int) -> int:
     """Each port's share of what open files there are, after the soft limit, which is for select, was raised."""
     soft, hard = getrlimit(RLIMIT_NOFILE)
-    wanted = ports * MOST_CONNECTIONS + OTHER_FILES
+    wanted = ports * most + OTHER_FILES
     if soft != RLIM_INFINITY and soft < wanted:
         soft = wanted if hard == RLIM_INFINITY else min(hard, wanted)
         setrlimit(RLIMIT_NOFILE, (soft, hard))
-    allowed = MOST_CONNECTIONS if soft == RLIM_INFINITY else min(MOST_CONNECTIONS, (soft - OTHER_FILES) // ports)
+    allowed = most if soft == RLIM_INFINITY else min(most, (soft - OTHER_FILES) // ports)
     if allowed < 1:
         raise InputError(f"the process may have {soft} open files only", f"allow {wanted}, e.g. by ulimit -n")
     return allowed
@@ -432,16 +463,17 @@ def _config(app: Any, options: Options, most_connections: int) -> _Config:
     return config
 
 
-def _bound(address: Address) -> socket.socket:
-    host, port = address
-    try:
-        family, *_ = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
-        # asyncio sets TCP_NODELAY on connections of sockets that name TCP only; without it each answer waits 40 ms for
-        # the acknowledgement of its own headers.
-        made = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
-        made.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        made.bind((host, port))
-        made.listen(BACKLOG)
-    except OSError as error:
-        raise InputError(f"nothing can listen on {host}:{port}: {error.strerror}", "give another HOST:PORT") from error
-    return made
+def _for_pages(app: ASGIApp, options: Options) -> ASGIApp:
+    """The app with CORS for pages of the origins that may call it (https://fetch.spec.whatwg.org/#http-cors-protocol).
+
+    Preflights are answered without a token, as browsers send none.
+    """
+    if not options.cors_origins:
+        return app
+    return CORSMiddleware(
+        app,
+        allow_origins=options.cors_origins,
+        allow_methods=("GET", "POST"),
+        allow_headers=("*",),
+        expose_headers=EXPOSED_HEADERS,
+    )

@@ -4,6 +4,7 @@ from corewise.source.behaviour import NotRepeatable
 from corewise.source.exported import Exported, Flat, digest
 from corewise.source.exporting import export
 from corewise.source.models import load
+from corewise.source.preprocessing import OwnPreprocess, own_preprocess, read_for
 from corewise.source.program import load_module, load_program, operators, save_program
 from corewise.source.recurrence import has_recurrent_layers, recurrent_layers_kept
 
@@ -11,6 +12,7 @@ __all__ = [
     "Exported",
     "Flat",
     "NotRepeatable",
+    "OwnPreprocess",
     "digest",
     "export",
     "has_recurrent_layers",
@@ -18,6 +20,8 @@ __all__ = [
     "load_module",
     "load_program",
     "operators",
+    "own_preprocess",
+    "read_for",
     "recurrent_layers_kept",
     "save_program",
 ]

@@ -23,9 +23,9 @@ def load(reference: str) -> nn.Module | ExportedProgram:
     - ``timm:NAME``, ``torchvision:NAME``: that package's model with its pretrained weights;
     - ``hf:NAME`` or ``hf:FOLDER``: a transformers model of the hub or of a local folder, in fp32.
     """
-    prefix, _, name = reference.partition(":")
+    prefix, name = split_reference(reference)
     path = Path(reference)
-    if prefix in HUBS and name:
+    if prefix:
         model = HUBS[prefix](name)
     elif path.suffix == ".pt2":
         return load_program(path)
@@ -53,7 +53,14 @@ def _named(value: Any) -> str:
     return "None" if value is None else f"a {type(value).__name__}"
 
 
-def _package(name: str, prefix: str) -> Any:
+def split_reference(reference: str) -> tuple[str, str]:
+    """The library of a reference, such as ``timm``, and the name there; both empty for others."""
+    prefix, _, name = reference.partition(":")
+    return (prefix, name) if prefix in HUBS and name else ("", "")
+
+
+def import_package(name: str, prefix: str) -> Any:
+    """A library of models. Raises ``SourceError`` where it is missing or does not fit."""
     try:
         return importlib.import_module(name)
     except ModuleNotFoundError as error:
@@ -67,13 +74,13 @@ def _package(name: str, prefix: str) -> Any:
 
 
 def _timm(name: str) -> Any:
-    timm = _package("timm", "timm")
+    timm = import_package("timm", "timm")
     with guard(SourceError, f"timm:{name} cannot be loaded", "check its name with timm.list_models(pretrained=True)"):
         return timm.create_model(name, pretrained=True)
 
 
 def _torchvision(name: str) -> Any:
-    models = _package("torchvision.models", "torchvision")
+    models = import_package("torchvision.models", "torchvision")
     with guard(
         SourceError, f"torchvision:{name} cannot be loaded", "check its name with torchvision.models.list_models()"
     ):
@@ -81,7 +88,7 @@ def _torchvision(name: str) -> Any:
 
 
 def _transformers(name: str) -> Any:
-    transformers = _package("transformers", "hf")
+    transformers = import_package("transformers", "hf")
     with guard(SourceError, f"hf:{name} cannot be loaded", "check the name, the network, or give a local folder"):
         config = transformers.AutoConfig.from_pretrained(name)
         architecture = (config.architectures or [""])[0]

@@ -17,6 +17,8 @@ from corewise.engines.base import BuildInputs, Session
 from corewise.engines.fake import Fake
 from corewise.records.build import Build, Plan, Receipt
 
+RUNGS = 6
+
 
 class Segfault(Fake):
     """Reads address 0 while building."""
@@ -79,11 +81,16 @@ class SilentFp32(Fake):
 
 
 class Layered(Fake):
-    """Has 16 layers, all in int8 but those that ``reverted_layers`` counts; they divide its noise by four each."""
+    """Has 16 layers, all in int8 but those that ``reverted_layers`` counts; they divide its noise by four each.
+
+    Each rung that is missing of corewise's quantizer doubles it.
+    """
 
     def open(self, folder: Path, build: Build, plan: Plan) -> Session:
         """Open a session with the noise that is left."""
-        noise = float(build.option("noise", 0.0)) / 4**build.quantization.reverted_layers
+        options = build.quantization
+        missing = 0 if options.rung is None else RUNGS - options.rung
+        noise = float(build.option("noise", 0.0)) * 2**missing / 4**options.reverted_layers
         return super().open(folder, replace(build, options=(("noise", noise),)), plan)
 
     def receipt(self, folder: Path, build: Build, plan: Plan, inputs: Sequence[np.ndarray]) -> Receipt | None:

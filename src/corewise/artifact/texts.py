@@ -1,0 +1,59 @@
+"""The text pipeline of an artifact, opened to run."""
+
+from corewise.artifact.checks import input_ranges
+from corewise.artifact.format import REBUILD, TOKENIZER, Artifact
+from corewise.common.errors import ArtifactError, InputError
+from corewise.pipeline import CallLimits, TextEncoder, TextRunner, infer
+from corewise.pipeline.runner import Run
+from corewise.records.build import Plan
+from corewise.records.pipeline import TextPipeline
+
+ROWS_ALONE = 32
+"""Rows of a call to a single instance whose plan is for single items: all its threads work on one call."""
+
+
+def text_pipeline(artifact: Artifact) -> TextPipeline | None:
+    """How the artifact's texts become inputs and its outputs answers; ``None`` if it takes tensors only.
+
+    For an artifact of a version without pipelines that carries a tokenizer, it is inferred from the model's inputs.
+
+    Raises:
+        ArtifactError: The tokenizer is not the pipeline's, or does not fit the model's inputs.
+    """
+    manifest = artifact.manifest
+    if manifest.pipeline is not None:
+        facts = manifest.files.get(manifest.pipeline.tokenizer)
+        if facts is None or facts.sha256 != manifest.pipeline.tokenizer_sha256:
+            raise ArtifactError(f"{artifact.folder} lacks the tokenizer of its pipeline", REBUILD)
+        return manifest.pipeline
+    if TOKENIZER not in manifest.files:
+        return None
+    try:
+        return infer(
+            artifact.folder / TOKENIZER,
+            manifest.inputs,
+            manifest.outputs,
+            ranges=input_ranges(artifact),
+            labels=manifest.labels or (),
+        )
+    except InputError as error:
+        raise ArtifactError(f"{artifact.folder}: {error.what}", REBUILD) from error
+
+
+def open_texts(artifact: Artifact, run: Run, plan: Plan) -> TextRunner | None:
+    """What answers the artifact's texts by calls of ``run``, or ``None`` if it takes tensors only.
+
+    Raises:
+        ArtifactError: The tokenizer does not fit.
+        MissingExtra: The package ``tokenizers`` is not installed.
+    """
+    pipeline = text_pipeline(artifact)
+    if pipeline is None:
+        return None
+    return text_runner(TextEncoder(pipeline, artifact.folder / pipeline.tokenizer), run, plan)
+
+
+def text_runner(encoder: TextEncoder, run: Run, plan: Plan) -> TextRunner:
+    """Runs texts as ``plan`` runs batches: its calls have at most the plan's rows."""
+    rows = plan.batch if plan.batch > 1 or plan.instances > 1 else ROWS_ALONE
+    return TextRunner(encoder, run, instances=plan.instances, limits=CallLimits(rows=rows))

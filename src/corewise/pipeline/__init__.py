@@ -1,0 +1,28 @@
+"""Raw items in, answers out: tokenizing, filling calls, running them on all instances, and decoding the outputs.
+
+A pipeline is data (``records.pipeline``) that the artifact carries; what it does is here, the same for ``predict``, for
+samples and for the server. No torch.
+"""
+
+from corewise.pipeline.answers import ClassAnswer, Span, decode
+from corewise.pipeline.calls import Call, CallCost, CallLimits, CostTable, fill
+from corewise.pipeline.inferred import infer
+from corewise.pipeline.runner import Rejected, TextRunner, stacked
+from corewise.pipeline.tokens import TextEncoder, Tokens
+
+__all__ = [
+    "Call",
+    "CallCost",
+    "CallLimits",
+    "ClassAnswer",
+    "CostTable",
+    "Rejected",
+    "Span",
+    "TextEncoder",
+    "TextRunner",
+    "Tokens",
+    "decode",
+    "fill",
+    "infer",
+    "stacked",
+]

@@ -1,0 +1,107 @@
+"""Which texts run together: calls filled from length-sorted neighbours, so that padding costs less than it saves. Pure.
+
+In a call all texts are padded to the longest one. Many short calls pay each call's overhead; few long ones pay for
+padding. ``fill`` weighs the two with the cost of calls: among all ways to cut the length-sorted texts into calls it
+takes the cheapest (dynamic programming over the cuts), so it is never worse than one call for each text.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+CallCost = Callable[[NDArray[np.int64], int], NDArray[np.float64]]
+"""The cost of calls with these numbers of rows (R,), all padded to one number of tokens: (R,), in any unit."""
+
+OVERHEAD_TOKENS = 16
+"""What a call costs beside its tokens, in tokens, where nothing was measured."""
+
+
+class Call(NamedTuple):
+    """The texts of one call by their places in the input, the longest first, and the tokens that each is padded to."""
+
+    places: tuple[int, ...]
+    tokens: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class CallLimits:
+    """The most that one call may have."""
+
+    rows: int
+    tokens: int = 4096
+    """Rows times padded tokens, which bounds the memory of a call. A single text may have more."""
+
+
+def by_tokens(rows: NDArray[np.int64], tokens: int) -> NDArray[np.float64]:
+    """The cost where nothing was measured: the padded tokens, and ``OVERHEAD_TOKENS`` for the call."""
+    return np.asarray(rows * tokens + OVERHEAD_TOKENS, np.float64)
+
+
+@dataclass(frozen=True, kw_only=True)
+class CostTable:
+    """Measured milliseconds of calls over their rows and padded tokens, interpolated between the points.
+
+    ``ms[i][j]`` is a call of ``rows[i]`` rows of ``tokens[j]`` tokens. Beyond the table, time grows in proportion to
+    the last point. Raises ``ValueError`` if rows or tokens do not rise, or a time is not above 0.
+    """
+
+    rows: tuple[int, ...]
+    tokens: tuple[int, ...]
+    ms: tuple[tuple[float, ...], ...]
+
+    def __post_init__(self) -> None:
+        rising = all(a < b for axis in (self.rows, self.tokens) for a, b in pairwise(axis))
+        whole = len(self.ms) == len(self.rows) > 0 and all(len(row) == len(self.tokens) > 0 for row in self.ms)
+        if not rising or not whole or min(self.rows[0], self.tokens[0]) < 1 or min(map(min, self.ms)) <= 0:
+            raise ValueError("a cost table has rising rows and tokens of 1 or more, and times above 0")
+
+    def __call__(self, rows: NDArray[np.int64], tokens: int) -> NDArray[np.float64]:
+        """Milliseconds of calls with these numbers of rows."""
+        beyond = max(1.0, tokens / self.tokens[-1])
+        column = [float(np.interp(tokens, self.tokens, row)) * beyond for row in self.ms]
+        return np.interp(rows, self.rows, column) * np.maximum(1.0, rows / self.rows[-1])
+
+
+def fill(
+    lengths: Sequence[int], *, limits: CallLimits, cost: CallCost = by_tokens, instances: int = 1, multiple: int = 1
+) -> list[Call]:
+    """Put texts into calls at the least total cost, the longest texts first.
+
+    Args:
+        lengths: The tokens of each text, (N,), 1 or more.
+        limits: The most that one call may have.
+        cost: What a call costs.
+        instances: How many calls run at the same time: none gets more than its share of the texts.
+        multiple: Texts are padded to a multiple of so many tokens, so that fewer shapes occur.
+
+    Returns:
+        The calls, each text in exactly one.
+
+    Example:
+        >>> [call.places for call in fill([3, 40, 4, 3], limits=CallLimits(rows=8))]
+        [(1,), (2, 0, 3)]
+    """
+    order = np.argsort(-np.asarray(lengths, np.int64), kind="stable")
+    padded = [-(-int(lengths[place]) // multiple) * multiple for place in order]
+    most_rows = max(1, min(limits.rows, -(-len(padded) // instances)))
+    counts = np.arange(1, most_rows + 1)
+    costs = {tokens: cost(counts, tokens) for tokens in set(padded)}
+    total = np.zeros(len(padded) + 1)
+    """The least cost of the texts from each place on."""
+    best = [0] * len(padded)
+    for start in range(len(padded) - 1, -1, -1):
+        tokens = padded[start]
+        most = max(1, min(most_rows, len(padded) - start, limits.tokens // tokens))
+        options = costs[tokens][:most] + total[start + 1 : start + 1 + most]
+        best[start] = int(np.argmin(options)) + 1
+        total[start] = options[best[start] - 1]
+    calls, start = [], 0
+    while start < len(padded):
+        stop = start + best[start]
+        calls.append(Call(tuple(int(place) for place in order[start:stop]), padded[start]))
+        start = stop
+    return calls

@@ -1,0 +1,168 @@
+"""Raw texts in, answers out, in the order of the input: tokenized, put into calls, and run on all instances."""
+
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from corewise.common.errors import InputError
+from corewise.pipeline.answers import decode
+from corewise.pipeline.calls import Call, CallCost, CallLimits, by_tokens, fill
+from corewise.pipeline.tokens import TextEncoder, Tokens
+from corewise.samples.texts import Text
+
+Run = Callable[[Sequence[NDArray[Any]]], list[NDArray[Any]]]
+"""One call of the model. Several threads call it at the same time, one for each instance."""
+
+WINDOW_ITEMS = 1024
+"""Items that are sorted by length together. The next window is tokenized while this one runs."""
+WINDOW_CHARACTERS = 4_000_000
+"""A window of long texts ends earlier, so that memory stays bounded."""
+MULTIPLE = 4
+"""Texts are padded to a multiple of so many tokens, because engines prepare each new shape once."""
+
+
+@dataclass(frozen=True)
+class Rejected:
+    """The answer to an item that cannot be answered: why, as the end of a sentence that begins with the item."""
+
+    reason: str
+
+
+class _Window(NamedTuple):
+    """Items in work: the answers that are known, and the calls that run for the others."""
+
+    answers: list[Any]
+    places: list[int]
+    """The places in ``answers`` of the items that are in calls."""
+    items: list[Text]
+    tokens: list[Tokens]
+    running: list[tuple[Call, "Future[list[NDArray[Any]]]"]]
+
+
+class TextRunner:
+    """Runs texts through a model's instances. Thread-safe."""
+
+    def __init__(
+        self,
+        encoder: TextEncoder,
+        run: Run,
+        *,
+        instances: int,
+        limits: CallLimits,
+        cost: CallCost = by_tokens,
+    ) -> None:
+        """``run`` takes calls from ``instances`` threads at the same time; ``cost`` says which calls are cheap."""
+        self.encoder = encoder
+        self._run = run
+        self._instances = instances
+        self._limits = limits
+        self._cost = cost
+
+    def answers(self, items: Iterable[Any], *, prompt: str | None = None) -> Iterator[Any]:
+        """The answer to each item, in order, as ``answers.decode`` gives it; ``Rejected`` for one that has a problem.
+
+        Items are taken as they are needed, at most two windows ahead of the answers, so that memory is bounded.
+
+        Args:
+            items: Texts, or pairs of texts where the pipeline says so; any number, also without an end.
+            prompt: The name of the prompt that goes before each text.
+
+        Raises:
+            InputError: The prompt is unknown.
+            EngineError: The engine fails.
+        """
+        windows = _windows(items)
+        ahead: deque[_Window] = deque()
+        pool = ThreadPoolExecutor(self._instances, "corewise-text")
+        try:
+            for window in windows:
+                ahead.append(self._start(window, prompt, pool))
+                while len(ahead) > 1:
+                    yield from self._finish(ahead.popleft())
+            while ahead:
+                yield from self._finish(ahead.popleft())
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+    def predict(self, items: Any, *, prompt: str | None = None) -> Any:
+        """The answers to a list of items, together (``stacked``); to an iterator, as an iterator; to a string, alone.
+
+        Args:
+            items: As in ``answers``, as is ``prompt``.
+
+        Raises:
+            InputError: An item has a problem, with its number.
+        """
+        if isinstance(items, str):
+            return next(self._checked([items], prompt))
+        answers = self._checked(items, prompt)
+        return answers if isinstance(items, Iterator) else stacked(answers)
+
+    def _checked(self, items: Iterable[Any], prompt: str | None) -> Iterator[Any]:
+        noun = self.encoder.pipeline.noun
+        for number, answer in enumerate(self.answers(items, prompt=prompt)):
+            if isinstance(answer, Rejected):
+                raise InputError(f"{noun} {number} {answer.reason}", f"correct or remove this {noun}")
+            yield answer
+
+    def calls(self, lengths: Sequence[int]) -> list[Call]:
+        """How texts of these lengths, in tokens, are put into calls."""
+        return fill(lengths, limits=self._limits, cost=self._cost, instances=self._instances, multiple=MULTIPLE)
+
+    def _start(self, window: Sequence[Any], prompt: str | None, pool: ThreadPoolExecutor) -> _Window:
+        """Tokenize a window, and begin its calls."""
+        problems = [self.encoder.problem(item) for item in window]
+        places = [place for place, problem in enumerate(problems) if not problem]
+        items = [window[place] for place in places]
+        tokens = self.encoder.encode(items, prompt=prompt) if items else []
+        running = [
+            (call, pool.submit(self._call, [tokens[place] for place in call.places], call.tokens))
+            for call in self.calls([len(one) for one in tokens])
+        ]
+        answers: list[Any] = [Rejected(problem) if problem else None for problem in problems]
+        return _Window(answers, places, items, tokens, running)
+
+    def _call(self, tokens: Sequence[Tokens], padded: int) -> list[NDArray[Any]]:
+        most = self.encoder.pipeline.max_length
+        return self._run(self.encoder.collate(tokens, min(padded, most)))
+
+    def _finish(self, window: _Window) -> Iterator[Any]:
+        """The answers of a window, when its calls have ended."""
+        for call, future in window.running:
+            items, tokens = (
+                [window.items[place] for place in call.places],
+                [window.tokens[place] for place in call.places],
+            )
+            decoded = decode(self.encoder.pipeline, future.result(), items, tokens)
+            for place, answer in zip(call.places, decoded, strict=True):
+                window.answers[window.places[place]] = answer
+        yield from window.answers
+
+
+def _windows(items: Iterable[Any]) -> Iterator[list[Any]]:
+    window: list[Any] = []
+    characters = 0
+    for item in items:
+        window.append(item)
+        texts = item if isinstance(item, list | tuple) else (item,)
+        characters += sum(len(text) for text in texts if isinstance(text, str))
+        if len(window) >= WINDOW_ITEMS or characters >= WINDOW_CHARACTERS:
+            yield window
+            window, characters = [], 0
+    if window:
+        yield window
+
+
+def stacked(answers: Iterable[Any]) -> NDArray[np.float32] | list[Any]:
+    """Vectors of one length as an array (N, D), scores as an array (N,); other answers as a list."""
+    made = list(answers)
+    if made and all(isinstance(answer, float) for answer in made):
+        return np.array(made, np.float32)
+    if made and all(isinstance(answer, np.ndarray) and answer.ndim == 1 for answer in made):
+        return np.stack(made)
+    return made

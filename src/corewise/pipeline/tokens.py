@@ -1,0 +1,148 @@
+"""Texts to token arrays, with the tokenizer of an artifact."""
+
+from collections.abc import Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from corewise.common.errors import ArtifactError, InputError, MissingExtra
+from corewise.common.references import guard
+from corewise.records.pipeline import TextPipeline, TokenRole
+from corewise.samples.texts import Text, text_problem
+
+CHARACTERS_PER_TOKEN = 128
+"""Characters of a text that are read for each token that the model takes: more than any language needs, so that a text
+of megabytes costs no more than one of the model's length."""
+REBUILD = "make the artifact again with the tokenizer of its model"
+
+
+class Tokens(NamedTuple):
+    """One tokenized item, without padding: ids and type ids, int32 (tokens,)."""
+
+    ids: NDArray[np.int32]
+    types: NDArray[np.int32]
+    offsets: Sequence[tuple[int, int]] = ()
+    """For the task ``tokens``: each token's first character and the one after its last; (0, 0) for special tokens."""
+    words: Sequence[int | None] = ()
+    """For the task ``tokens``: each token's word."""
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+
+class TextEncoder:
+    """Tokenizes texts as a pipeline says, and stacks them as the model's inputs. Thread-safe.
+
+    Tokenizing uses threads of its own (Hugging Face's ``tokenizers``) and lets other Python threads run.
+    """
+
+    def __init__(self, pipeline: TextPipeline, tokenizer: Path) -> None:
+        """Open the file ``tokenizer``. Raises ``ArtifactError`` if it is no tokenizer, and ``MissingExtra``."""
+        try:
+            from tokenizers import Tokenizer
+        except ImportError as error:
+            raise MissingExtra("tokenizers", "text", f"tokenizing with {tokenizer}") from error
+        self.pipeline = pipeline
+        with guard(ArtifactError, f"{tokenizer} is no tokenizer", REBUILD):
+            self._untruncated = Tokenizer.from_file(str(tokenizer))
+        self._untruncated.no_padding()
+        self._untruncated.no_truncation()
+        self._most_characters = CHARACTERS_PER_TOKEN * pipeline.max_length
+
+    @cached_property
+    def _truncated(self) -> Any:
+        from tokenizers import Tokenizer
+
+        made = Tokenizer.from_str(self._untruncated.to_str())
+        made.enable_truncation(self.pipeline.max_length, direction=self.pipeline.truncation)
+        return made
+
+    def problem(self, item: Any) -> str:
+        """Why an item cannot be answered, as the end of a sentence; empty if it can."""
+        texts = item if self.pipeline.pairs else (item,)
+        if self.pipeline.pairs and not (isinstance(item, list | tuple) and len(item) == 2):
+            return f"is {item!r:.40}, where the model takes pairs of texts"
+        if not self.pipeline.pairs and isinstance(item, list | tuple):
+            return f"is {item!r:.40}, where the model takes single texts"
+        return next((problem for text in texts if (problem := text_problem(text))), "")
+
+    def encode(self, items: Sequence[Text], *, prompt: str | None = None, truncate: bool = True) -> list[Tokens]:
+        """Tokenize items.
+
+        Args:
+            items: Texts, or pairs of them, without a ``problem``.
+            prompt: The name of the prompt that goes before each text; the pipeline's default otherwise.
+            truncate: Cut what is longer than the model takes, instead of raising.
+
+        Returns:
+            The tokens of each item, special tokens included.
+
+        Raises:
+            InputError: The prompt is unknown, or an item is too long and ``truncate`` is false.
+        """
+        prefix = self._prefix(prompt)
+        tokenizer = self._truncated if truncate else self._untruncated
+        texts = [self._cut(item, prefix) for item in items] if truncate or prefix else list(items)
+        if self.pipeline.task == "tokens":
+            encoded = tokenizer.encode_batch(texts)
+            made = [
+                Tokens(np.array(one.ids, np.int32), np.array(one.type_ids, np.int32), one.offsets, one.word_ids)
+                for one in encoded
+            ]
+        else:
+            encoded = tokenizer.encode_batch_fast(texts)
+            made = [Tokens(np.array(one.ids, np.int32), np.array(one.type_ids, np.int32)) for one in encoded]
+        most = self.pipeline.max_length
+        for number, tokens in enumerate(made):
+            if len(tokens) > most:
+                raise InputError(
+                    f"{self.pipeline.noun} {number} has {len(tokens)} tokens, the model takes {most}",
+                    "send it in parts, or ask for truncation",
+                )
+        return made
+
+    def collate(self, rows: Sequence[Tokens], tokens: int | None = None) -> tuple[NDArray[Any], ...]:
+        """The model's inputs, (N, tokens) each, padded to ``tokens`` (default: the longest row's, or the fixed length).
+
+        Rows are padded on the right: ids with the pipeline's ``pad_id``, all else with 0.
+        """
+        length = self.pipeline.fixed_length or max(tokens or 0, *map(len, rows), 1)
+        made = []
+        for each in self.pipeline.inputs:
+            array = np.full((len(rows), length), self.pipeline.pad_id if each.role == "ids" else 0, each.dtype)
+            for row, one in zip(array, rows, strict=True):
+                row[: len(one)] = _values(one, each.role)
+            made.append(array)
+        return tuple(made)
+
+    def _prefix(self, prompt: str | None) -> str:
+        name = self.pipeline.default_prompt if prompt is None else prompt
+        if name is None:
+            return ""
+        if name not in self.pipeline.prompts:
+            known = ", ".join(self.pipeline.prompts) or "none"
+            raise InputError(f"the model has no prompt {name!r}", f"its prompts are: {known}")
+        return self.pipeline.prompts[name]
+
+    def _cut(self, item: Text, prefix: str) -> Text:
+        """The item with its prompt, without characters that no model of this length reads."""
+        if isinstance(item, str):
+            return self._shorten(prefix + item)
+        first, second = item
+        return self._shorten(prefix + first), self._shorten(second)
+
+    def _shorten(self, text: str) -> str:
+        if len(text) <= self._most_characters:
+            return text
+        return text[: self._most_characters] if self.pipeline.truncation == "right" else text[-self._most_characters :]
+
+
+def _values(tokens: Tokens, role: TokenRole) -> NDArray[np.int32] | int:
+    if role == "mask":
+        return 1
+    if role == "positions":
+        return np.arange(len(tokens), dtype=np.int32)
+    return tokens.types if role == "types" else tokens.ids

@@ -1,0 +1,77 @@
+"""How raw items become a model's inputs and its outputs become answers: data in the artifact, never code."""
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from corewise.records.build import TensorSpec
+
+TextTask = Literal["vectors", "classes", "tokens", "scores"]
+Pooling = Literal["mean", "cls", "last", "max", "none"]
+TokenRole = Literal["ids", "mask", "types", "positions"]
+Activation = Literal["softmax", "sigmoid", "none"]
+
+STRICT = {"extra": "forbid"}
+"""pydantic's configuration: a field that this corewise does not know is an error, because it would change answers."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TokenInput:
+    """One input of the model, (N, tokens), and what of a tokenized text it takes."""
+
+    __pydantic_config__ = STRICT
+
+    name: str
+    dtype: str
+    role: TokenRole
+
+    @classmethod
+    def of(cls, spec: TensorSpec) -> "TokenInput":
+        """The input with the role that its name tells: ``attention_mask``, ``token_type_ids``, ``position_ids``."""
+        name = spec.name.lower()
+        words: dict[str, TokenRole] = {"mask": "mask", "type": "types", "segment": "types", "position": "positions"}
+        role: TokenRole = next((role for word, role in words.items() if word in name), "ids")
+        return cls(name=spec.name, dtype=spec.dtype, role=role)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TextPipeline:
+    """How texts become a model's inputs, and its outputs answers.
+
+    The model's program includes pooling and normalization, so that every engine runs them: ``pooling`` and
+    ``normalize`` say what its vectors are. What the answers need beyond that is the activation and the labels.
+    """
+
+    __pydantic_config__ = STRICT
+
+    kind: Literal["text"] = "text"
+    task: TextTask
+    """``vectors`` (N, D), or one (tokens, D) for each text without pooling; ``classes`` and ``scores`` of texts or
+    pairs; ``tokens``: spans with labels."""
+    pairs: bool = False
+    """Items are pairs of texts, else single texts."""
+    tokenizer: str = "tokenizer.json"
+    """A file of the artifact, in the format of Hugging Face's tokenizers."""
+    tokenizer_sha256: str
+    inputs: tuple[TokenInput, ...]
+    """In the order of the model's inputs."""
+    max_length: int
+    """The most tokens of an item, special ones included; longer items are cut at the side ``truncation``."""
+    fixed_length: int | None = None
+    """The tokens of every call, if the program takes only one length."""
+    truncation: Literal["right", "left"] = "right"
+    pad_id: int = 0
+    pooling: Pooling = "none"
+    normalize: bool = False
+    prompts: dict[str, str] = field(default_factory=dict)
+    """Texts that go before each text, by name, such as ``query`` and ``passage``."""
+    default_prompt: str | None = None
+    """The name of the prompt that is used when none is named."""
+    labels: tuple[str, ...] = ()
+    """Names of the classes, in the order of the outputs."""
+    activation: Activation = "none"
+    """What makes probabilities or scores of the model's outputs."""
+
+    @property
+    def noun(self) -> str:
+        """What an item is, in words."""
+        return "pair of texts" if self.pairs else "text"

@@ -1,0 +1,144 @@
+"""What requests may take under a limit of the server's memory, so that it stays below whatever comes.
+
+Half of the limit is for what is booked in the budget: a byte of a body may need ``COPIES`` bytes until its answer. An
+eighth is for gRPC messages that are being received, which cannot be booked yet, and a sixteenth for connections. While
+the server runs, ``Guard`` compares that with the memory that its processes really have.
+"""
+
+import asyncio
+import os
+from collections.abc import Callable, Iterable
+from contextlib import suppress
+from dataclasses import replace
+from pathlib import Path
+
+from corewise.serving import memory
+from corewise.serving.budget import Budget
+from corewise.serving.messages import PROBES
+from corewise.serving.protocol import Limits
+
+COPIES = 4
+"""A body is joined from its parts, decoded, copied into an array, and from there into the engine's shared memory."""
+PIXEL_BYTES = 8
+"""An image as it was stored and as RGB, of which Pillow keeps four bytes each."""
+RECEIVED_SHARE, CONNECTIONS_SHARE = 1 / 8, 1 / 16
+CONNECTION_BYTES = 48 * 1024
+"""With what may have arrived of its headers."""
+USABLE_SHARE = 0.92
+"""Of the limit; the rest is for the kernel's own, which a cgroup counts too."""
+LEAST_BYTES = 4 * 2**20
+"""For requests, however little is left."""
+STEP_BYTES = 4 * 2**20
+"""So much is booked between two looks at the memory."""
+PERIOD_S = 0.5
+GROWN_BYTES = 16 * 2**20
+"""Memory is given back while the processes have so much more than without requests."""
+PASSES = 4
+"""So many periods in a row: what is in use at the first may be free at the last."""
+
+
+def fit(limits: Limits, limit_bytes: int) -> Limits:
+    """The limits with nothing larger than a server may permit that has so much memory."""
+    bodies_bytes = min(limits.bodies_bytes, limit_bytes // 8)
+    body_bytes = min(limits.body_bytes, bodies_bytes // 4)
+    received_bytes = int(limit_bytes * RECEIVED_SHARE)
+    message_bytes = min(body_bytes, received_bytes // (2 * limits.receiving))
+    return replace(
+        limits,
+        bodies_bytes=bodies_bytes,
+        body_bytes=body_bytes,
+        message_bytes=message_bytes,
+        streams=max(2, min(limits.streams, received_bytes // 2 // message_bytes)),
+        typed_bytes=min(limits.typed_bytes, max(2**20, message_bytes // 4)),
+        pixels=min(limits.pixels, int(bodies_bytes * limits.client_share) * COPIES // PIXEL_BYTES),
+        connections=max(16, min(limits.connections, int(limit_bytes * CONNECTIONS_SHARE) // CONNECTION_BYTES)),
+    )
+
+
+def notes(wanted: Limits, limits: Limits) -> tuple[str, ...]:
+    """What the operator should know of limits that are lower than wanted."""
+    if limits.body_bytes == wanted.body_bytes and limits.message_bytes == wanted.message_bytes:
+        return ()
+    body_mib, message_mib = (size / 2**20 for size in (limits.body_bytes, limits.message_bytes))
+    return (f"the memory limit leaves {body_mib:.3g} MiB for a body over HTTP and {message_mib:.3g} MiB over gRPC",)
+
+
+def room_bytes(limits: Limits, limit_bytes: int, *, idle_bytes: int, resident_bytes: int, booked_bytes: int) -> int:
+    """What may be booked in all, when the processes have ``resident_bytes`` and had ``idle_bytes`` without requests.
+
+    Memory that no booking explains is taken from it.
+    """
+    received_bytes = (limits.receiving + limits.streams + PROBES) * limits.message_bytes
+    others_bytes = max(idle_bytes, resident_bytes - COPIES * booked_bytes)
+    left_bytes = int(USABLE_SHARE * limit_bytes) - received_bytes - others_bytes
+    return max(LEAST_BYTES, min(limits.bodies_bytes, left_bytes // COPIES))
+
+
+def resident_bytes(engines: Iterable[int]) -> int:
+    """Memory of this process and of engine processes by their ids, without what files hold; shared memory once."""
+    found = _status_bytes("self", ("RssAnon", "RssShmem"))
+    return found + sum(_status_bytes(str(pid), ("RssAnon",)) for pid in engines)
+
+
+def _status_bytes(pid: str, names: tuple[str, ...]) -> int:
+    """The sum of these lines of /proc/PID/status, see proc(5); 0 for a process that ended."""
+    with suppress(OSError, ValueError):
+        lines = Path(f"/proc/{pid}/status").read_text().splitlines()
+        fields = dict(line.split(":", 1) for line in lines if line.startswith(names))
+        return sum(int(value.split()[0]) * 1024 for value in fields.values())
+    return 0
+
+
+class Guard:
+    """Keeps a budget as large as the memory allows, and gives memory back. Used from one event loop."""
+
+    def __init__(self, limits: Limits, limit_bytes: int, budget: Budget, engines: Callable[[], Iterable[int]]) -> None:
+        """``engines`` are the ids of the engine processes."""
+        self._limits, self._limit_bytes, self._budget, self._engines = limits, limit_bytes, budget, engines
+        self._idle_bytes = 0
+        self._keeper: asyncio.Task[None] | None = None
+
+    def start(self) -> None:
+        """Begin, when all models are open and no request has come yet."""
+        memory.settle()
+        self._idle_bytes = resident_bytes(self._engines())
+        self._budget.watch(self._room, STEP_BYTES)
+        self._keeper = asyncio.ensure_future(self._keep())
+
+    @property
+    def room_bytes(self) -> int:
+        """What may be booked now."""
+        return self._room(0)
+
+    def close(self) -> None:
+        """End."""
+        if self._keeper is not None:
+            self._keeper.cancel()
+
+    def _room(self, booked_bytes: int) -> int:
+        resident = resident_bytes(self._engines())
+        return room_bytes(
+            self._limits,
+            self._limit_bytes,
+            idle_bytes=self._idle_bytes,
+            resident_bytes=resident,
+            booked_bytes=booked_bytes,
+        )
+
+    async def _keep(self) -> None:
+        """Give memory back while much is used, and some times afterwards."""
+        seen_bytes, quiet = 0, PASSES
+        while True:
+            await asyncio.sleep(PERIOD_S)
+            if self._budget.total_booked_bytes > seen_bytes + STEP_BYTES:
+                seen_bytes, quiet = self._budget.total_booked_bytes, 0
+            if quiet < PASSES and resident_bytes(self._engines()) > self._idle_bytes + GROWN_BYTES:
+                memory.collect()
+                await asyncio.to_thread(memory.trim)
+            quiet += 1
+            self._budget.look()
+
+
+def machine_bytes(limit_bytes: int | None, memory_bytes: int) -> int:
+    """The limit where none is named: the cgroup's, or else the machine's memory."""
+    return limit_bytes or memory_bytes or os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")

@@ -1,0 +1,302 @@
+"""pipeline: texts to calls and outputs to answers, with a small tokenizer and a model that is arithmetic."""
+
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tokenizers import Tokenizer, processors
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import Whitespace
+
+from corewise.common.errors import ArtifactError, InputError
+from corewise.pipeline import (
+    CallLimits,
+    ClassAnswer,
+    CostTable,
+    Rejected,
+    Span,
+    TextEncoder,
+    TextRunner,
+    decode,
+    fill,
+    infer,
+)
+from corewise.pipeline.calls import by_tokens
+from corewise.pipeline.runner import WINDOW_ITEMS
+from corewise.records.build import TensorSpec
+from corewise.records.jsonable import from_json, to_json
+from corewise.records.pipeline import TextPipeline, TokenInput
+
+WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "red", "blue", "green", "house", "tree", "query", ":"]
+NAMES = ("input_ids", "attention_mask", "token_type_ids")
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    made = Tokenizer(WordLevel({word: number for number, word in enumerate(WORDS)}, unk_token="[UNK]"))
+    made.pre_tokenizer = Whitespace()
+    special = [("[CLS]", 2), ("[SEP]", 3)]
+    made.post_processor = processors.TemplateProcessing(
+        single="[CLS] $A [SEP]", pair="[CLS] $A [SEP] $B:1 [SEP]:1", special_tokens=special
+    )
+    # Settings of the file that must not count: the pipeline's do.
+    made.enable_truncation(5)
+    made.enable_padding(length=7)
+    path = tmp_path_factory.mktemp("tokenizer") / "tokenizer.json"
+    made.save(str(path))
+    return path
+
+
+def pipeline_of(**changes: Any) -> TextPipeline:
+    inputs = tuple(TokenInput.of(TensorSpec(name=name, dtype="int64", shape=(None, None))) for name in NAMES)
+    values: dict[str, Any] = {"task": "vectors", "tokenizer_sha256": "", "inputs": inputs, "max_length": 12}
+    return TextPipeline(**{**values, **changes})
+
+
+def means(inputs: Sequence[np.ndarray]) -> list[np.ndarray]:
+    """A model: the mean id, the number of tokens and the mean type, of the tokens that are no padding."""
+    ids, mask, types = inputs
+    counts = mask.sum(1)
+    return [np.stack([(ids * mask).sum(1) / counts, counts, (types * mask).sum(1) / counts], 1).astype(np.float32)]
+
+
+def runner_of(tokenizer: Path, run: Any = means, *, instances: int = 2, rows: int = 8, **changes: Any) -> TextRunner:
+    encoder = TextEncoder(pipeline_of(**changes), tokenizer)
+    return TextRunner(encoder, run, instances=instances, limits=CallLimits(rows=rows))
+
+
+def texts_of(count: int) -> list[str]:
+    generator = np.random.default_rng(0)
+    return [" ".join(generator.choice(WORDS[4:9], generator.integers(1, 30))) for _ in range(count)]
+
+
+# Filling calls
+
+
+LENGTHS = st.lists(st.integers(1, 60), min_size=1, max_size=40)
+
+
+@settings(max_examples=60, deadline=None)
+@given(LENGTHS, st.integers(1, 9), st.integers(1, 400), st.integers(1, 3), st.sampled_from([1, 4, 8]))
+def test_each_text_is_in_one_call_within_the_limits(
+    lengths: list[int], rows: int, tokens: int, instances: int, multiple: int
+) -> None:
+    calls = fill(lengths, limits=CallLimits(rows=rows, tokens=tokens), instances=instances, multiple=multiple)
+    assert sorted(place for call in calls for place in call.places) == list(range(len(lengths)))
+    for call in calls:
+        longest = max(lengths[place] for place in call.places)
+        assert longest <= call.tokens < longest + multiple
+        assert len(call.places) <= min(rows, -(-len(lengths) // instances))
+        assert len(call.places) == 1 or len(call.places) * call.tokens <= tokens
+
+
+TABLE = CostTable(rows=(1, 8, 32), tokens=(8, 64), ms=((1.0, 3.0), (2.5, 20.0), (8.0, 90.0)))
+
+
+@pytest.mark.parametrize("cost", [by_tokens, TABLE])
+@settings(max_examples=60, deadline=None)
+@given(LENGTHS, st.integers(1, 9))
+def test_no_cut_of_the_sorted_texts_is_cheaper(cost: Any, lengths: list[int], rows: int) -> None:
+    def price(calls: Sequence[Sequence[int]]) -> float:
+        return sum(float(cost(np.array([len(call)]), max(call))[0]) for call in calls)
+
+    taken = price(
+        [[lengths[place] for place in call.places] for call in fill(lengths, limits=CallLimits(rows=rows), cost=cost)]
+    )
+    ordered = sorted(lengths, reverse=True)
+    alone = price([[length] for length in lengths])
+    fixed = [price([ordered[k : k + size] for k in range(0, len(ordered), size)]) for size in range(1, rows + 1)]
+    assert taken <= min([alone, *fixed]) + 1e-6
+
+
+def test_a_cost_table_meets_its_points_and_grows_beyond_them() -> None:
+    assert TABLE(np.array([1, 8, 32]), 8).tolist() == [1.0, 2.5, 8.0]
+    assert TABLE(np.array([8]), 36)[0] == pytest.approx(11.25)
+    assert TABLE(np.array([64]), 128)[0] == pytest.approx(4 * 90.0)
+    with pytest.raises(ValueError, match="rising"):
+        CostTable(rows=(8, 1), tokens=(8,), ms=((1.0,), (1.0,)))
+
+
+# Texts to answers
+
+
+def test_answers_are_those_of_each_text_alone_in_order(tokenizer: Path) -> None:
+    texts = texts_of(300)
+    runner = runner_of(tokenizer)
+    together = runner.predict(texts)
+    assert together.dtype == np.float32
+    np.testing.assert_allclose(together, np.stack([runner.predict(text) for text in texts]), rtol=1e-6)
+    # Cut to 12 tokens by the pipeline and not to 5 by the file.
+    assert together[:, 1].max() == 12
+    np.testing.assert_array_equal(list(runner.predict(iter(texts))), together)
+
+
+def test_all_instances_are_busy(tokenizer: Path) -> None:
+    """Each call waits until another one runs: with one call at a time none would end."""
+    meeting = threading.Barrier(2, timeout=10)
+
+    def run(inputs: Sequence[np.ndarray]) -> list[np.ndarray]:
+        meeting.wait()
+        return means(inputs)
+
+    assert len(runner_of(tokenizer, run, rows=4).predict(["red house"] * 16)) == 16
+
+
+def test_a_stream_is_read_as_its_answers_are_taken(tokenizer: Path) -> None:
+    taken = 0
+
+    def stream() -> Iterator[str]:
+        nonlocal taken
+        while True:
+            taken += 1
+            yield "red house"
+
+    answers = runner_of(tokenizer, rows=64).predict(stream())
+    assert len(list(islice(answers, 10))) == 10
+    assert taken <= 2 * WINDOW_ITEMS
+    answers.close()
+    assert threading.active_count() < 10
+
+
+def test_abandoned_answers_end_their_threads(tokenizer: Path) -> None:
+    def run(inputs: Sequence[np.ndarray]) -> list[np.ndarray]:
+        time.sleep(0.01)
+        return means(inputs)
+
+    answers = runner_of(tokenizer, run).answers(iter(["red"] * 4000))
+    next(answers)
+    answers.close()
+    assert not [thread for thread in threading.enumerate() if thread.name.startswith("corewise-text")]
+
+
+def test_items_with_a_problem(tokenizer: Path) -> None:
+    bad = ["", " \n", "a\0b", "\ud800", "x" * 10_000_000, 3, ("a", "b")]
+    reasons = [answer.reason for answer in runner_of(tokenizer).answers(bad) if isinstance(answer, Rejected)]
+    assert reasons[:4] == [
+        "is empty",
+        "is empty",
+        "has a null byte at character 1",
+        "has half of a surrogate pair at character 0",
+    ]
+    assert reasons[4].startswith("has 10,000,000 characters")
+    assert reasons[5:] == ["is 3, which is no text", "is ('a', 'b'), where the model takes single texts"]
+    mixed = list(runner_of(tokenizer).answers(["red", "", "blue"]))
+    assert [isinstance(answer, Rejected) for answer in mixed] == [False, True, False]
+    with pytest.raises(InputError, match="text 1 is empty"):
+        runner_of(tokenizer).predict(["red", ""])
+    assert runner_of(tokenizer).predict([]) == []
+
+
+def test_pairs(tokenizer: Path) -> None:
+    runner = runner_of(tokenizer, task="scores", pairs=True, activation="sigmoid")
+    scores = runner.predict([("red house", "tree"), ("red", "blue tree house")])
+    assert scores.shape == (2,)
+    encoded = runner.encoder.encode([("red house", "tree")])[0]
+    assert encoded.ids.tolist() == [2, 4, 7, 3, 8, 3]
+    assert encoded.types.tolist() == [0, 0, 0, 0, 1, 1]
+    with pytest.raises(InputError, match="pair of texts 0 is 'red', where the model takes pairs of texts"):
+        runner.predict(["red"])
+
+
+def test_inputs_are_padded_and_typed_as_the_model_has_them(tokenizer: Path) -> None:
+    specs = [("mask", "int32"), ("position_ids", "int64"), ("ids", "int64")]
+    inputs = tuple(TokenInput.of(TensorSpec(name=name, dtype=dtype, shape=(None, None))) for name, dtype in specs)
+    encoder = TextEncoder(pipeline_of(inputs=inputs, pad_id=9), tokenizer)
+    mask, positions, ids = encoder.collate(encoder.encode(["red", "red blue"]))
+    assert (mask.dtype, ids.dtype) == (np.int32, np.int64)
+    assert mask.tolist() == [[1, 1, 1, 0], [1, 1, 1, 1]]
+    assert positions.tolist() == [[0, 1, 2, 0], [0, 1, 2, 3]]
+    assert ids.tolist() == [[2, 4, 3, 9], [2, 4, 5, 3]]
+    fixed = TextEncoder(pipeline_of(fixed_length=6), tokenizer)
+    assert fixed.collate(fixed.encode(["red"]))[0].shape == (1, 6)
+
+
+def test_truncation(tokenizer: Path) -> None:
+    text = "red " * 20 + "tree"
+    right, left = (TextEncoder(pipeline_of(truncation=side), tokenizer) for side in ("right", "left"))
+    assert right.encode([text])[0].ids.tolist() == [2, *[4] * 10, 3]
+    assert left.encode([text])[0].ids.tolist() == [2, *[4] * 9, 8, 3]
+    with pytest.raises(InputError, match="text 1 has 23 tokens, the model takes 12"):
+        right.encode(["red", text], truncate=False)
+
+
+def test_prompts(tokenizer: Path) -> None:
+    prompts = {"query": "query: ", "document": ""}
+    encoder = TextEncoder(pipeline_of(prompts=prompts, default_prompt="query"), tokenizer)
+    assert encoder.encode(["red"])[0].ids.tolist() == [2, 9, 10, 4, 3]
+    assert encoder.encode(["red"], prompt="document")[0].ids.tolist() == [2, 4, 3]
+    with pytest.raises(InputError, match="no prompt 'passage'; its prompts are: query, document"):
+        encoder.encode(["red"], prompt="passage")
+
+
+def test_classes(tokenizer: Path) -> None:
+    logits = np.array([[1.0, 3.0], [2.0, 2.0]], np.float32)
+    made = pipeline_of(task="classes", labels=("bad", "good"), activation="softmax")
+    first, _ = decode(made, [logits], ["a", "b"], [])
+    assert isinstance(first, ClassAnswer)
+    assert first.label == "good"
+    assert first.probability == pytest.approx(1 / (1 + np.exp(-2)))
+    assert sum(first.probabilities.values()) == pytest.approx(1)
+    several = decode(pipeline_of(task="classes", activation="sigmoid"), [logits], ["a", "b"], [])[0]
+    assert several.probabilities == pytest.approx({"LABEL_0": 0.7310586, "LABEL_1": 0.9525741})
+
+
+def test_spans(tokenizer: Path) -> None:
+    labels = ("O", "B-COLOUR", "I-COLOUR", "B-PLACE")
+    encoder = TextEncoder(pipeline_of(task="tokens", labels=labels, activation="softmax"), tokenizer)
+    text = "red blue  house tree green"
+    tokens = encoder.encode([text])
+    wanted = [0, 1, 2, 3, 0, 1, 0]
+    logits = np.eye(4, dtype=np.float32)[wanted][None] * 9
+    (spans,) = decode(encoder.pipeline, [np.pad(logits, ((0, 0), (0, 3), (0, 0)))], [text], tokens)
+    assert [(span.label, span.start, span.end, span.text) for span in spans] == [
+        ("COLOUR", 0, 8, "red blue"),
+        ("PLACE", 10, 15, "house"),
+        ("COLOUR", 21, 26, "green"),
+    ]
+    assert all(isinstance(span, Span) and 0.99 < span.probability < 1 for span in spans)
+
+
+def test_vectors_of_tokens_without_their_padding(tokenizer: Path) -> None:
+    runner = runner_of(tokenizer, lambda inputs: [inputs[0][..., None].astype(np.float32)])
+    short, long = runner.predict(["red", "red blue green"])
+    assert (short.shape, long.shape) == ((3, 1), (5, 1))
+
+
+# The record
+
+
+def test_the_record_survives_json_and_refuses_what_it_does_not_know() -> None:
+    made = pipeline_of(prompts={"query": "query: "}, labels=("a",), fixed_length=4)
+    assert from_json(TextPipeline, to_json(made)) == made
+    with pytest.raises(ValueError, match="stemming"):
+        from_json(TextPipeline, {**to_json(made), "stemming": True})
+    with pytest.raises(ValueError, match="task"):
+        from_json(TextPipeline, {**to_json(made), "task": "poems"})
+
+
+def test_inferring(tokenizer: Path, tmp_path: Path) -> None:
+    inputs = [TensorSpec(name=name, dtype="int64", shape=(None, None)) for name in NAMES]
+    scores = [TensorSpec(name="logits", dtype="float32", shape=(None, 2))]
+    made = infer(tokenizer, inputs, scores, labels=("a", "b"))
+    assert (made.task, made.max_length, made.activation) == ("classes", 512, "softmax")
+    assert [each.role for each in made.inputs] == ["ids", "mask", "types"]
+    fixed = infer(tokenizer, [TensorSpec(name="ids", dtype="int32", shape=(None, 64))], scores)
+    assert (fixed.task, fixed.max_length, fixed.fixed_length) == ("vectors", 64, 64)
+    with pytest.raises(InputError, match="the model takes no tokens but x float32"):
+        infer(tokenizer, [TensorSpec(name="x", dtype="float32", shape=(None, 8))], scores)
+    words = tmp_path / "vocab.txt"
+    words.write_text("[PAD]\n[UNK]\n")
+    with pytest.raises(InputError, match=r"vocab\.txt is no tokenizer"):
+        infer(words, inputs, scores)
+    other = tmp_path / "tokenizer.json"
+    other.write_text('{"model": {"type": "Poems"}}')
+    with pytest.raises(ArtifactError, match="is no tokenizer"):
+        TextEncoder(pipeline_of(), other)

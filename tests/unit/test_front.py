@@ -3,6 +3,7 @@
 import asyncio
 import json
 import threading
+import time
 from concurrent.futures import Future
 
 import numpy as np
@@ -10,7 +11,7 @@ import pytest
 
 from corewise.batching import Accepted, LatencyTable, NotServed, Policy, Refused, Request
 from corewise.records.build import TensorSpec
-from corewise.serving import json_body
+from corewise.serving import json_body, oip, rpc
 from corewise.serving.costs import HALF_S, Costs, Tail
 from corewise.serving.deliveries import Deliveries
 from corewise.serving.frames import LONGEST_BYTES, MOST_FRAMES, Frames
@@ -19,6 +20,7 @@ from corewise.serving.infer import target
 from corewise.serving.pool import Pool
 from corewise.serving.protocol import Limits
 from corewise.serving.refusals import told
+from corewise.serving.rpc_frames import RpcFrames
 from corewise.serving.tallies import Histogram, Tally
 
 INPUTS = (
@@ -88,8 +90,6 @@ class Gate:
 
 
 def later(seconds):
-    import time
-
     return time.monotonic() + seconds
 
 
@@ -194,6 +194,23 @@ def test_an_image_is_refused_by_its_size_before_it_is_read():
     asyncio.run(main())
 
 
+def test_bytes_that_lay_in_their_socket_while_the_loop_was_held_up_came_before_that():
+    async def main():
+        front = Front(Limits(), 16)
+        assert front.arrived_s() == pytest.approx(time.monotonic(), abs=0.05)
+        front.watch_loop()
+        await asyncio.sleep(0.1)
+        before_s = front.arrived_s()
+        time.sleep(0.3)
+        assert time.monotonic() - front.arrived_s() > 0.2
+        assert front.arrived_s() >= before_s
+        await asyncio.sleep(0.1)
+        assert time.monotonic() - front.arrived_s() < 0.1
+        front.close()
+
+    asyncio.run(main())
+
+
 # --- wake-ups -----------------------------------------------------------------------------------------------------
 
 
@@ -287,6 +304,40 @@ def test_answers_are_rendered_as_without_memory():
     text, _ = body_of(A, B, parameters={})
     in_json = json_body.parse(text, len(text) - A.nbytes - B.nbytes, INPUTS, OUTPUTS)
     assert frames.render("net", "1", in_json, [A]) is None
+
+
+def test_a_grpc_message_seen_before_is_the_request_that_it_was_and_answers_are_the_same_bytes():
+    class Served:
+        name, version, inputs, outputs, frames = "net", "1", INPUTS, OUTPUTS, object()
+
+    def message(a, b, **more):
+        described = [
+            {"name": "b", "datatype": "INT64", "shape": b.shape},
+            {"name": "a", "datatype": "FP32", "shape": a.shape},
+        ]
+        made = oip.message("ModelInferRequest")(
+            model_name="net", inputs=described, raw_input_contents=[b.tobytes(), a.tobytes()], **more
+        )
+        return made, made.SerializeToString()
+
+    frames = RpcFrames()
+    request, data = message(A, B)
+    assert frames.known(data) is None
+    parsed = rpc.parse(request, INPUTS, OUTPUTS)
+    frames.remember(data, request, Served, parsed)
+    _, other = message(A + 1, B + 5)
+    name, version, of, asked = frames.known(other)
+    assert (name, version, of, asked.outputs) == ("net", "", Served.frames, parsed.outputs)
+    np.testing.assert_array_equal(asked.inputs[0], A + 1)
+    np.testing.assert_array_equal(asked.inputs[1], B + 5)
+    for different in (message(A[:2], B[:2]), message(A, B, model_version="2"), message(A, B, id="seven")):
+        assert frames.known(different[1]) is None
+    request, data = message(A, B, id="seven")
+    frames.remember(data, request, Served, rpc.parse(request, INPUTS, OUTPUTS))
+    assert frames.known(data) is None
+    for y in (A, A + 1, np.zeros((100, 2), np.float32)):
+        answer = oip.message("ModelInferResponse").FromString(frames.render(Served, parsed, [y]))
+        assert answer == rpc.render(Served, parsed, {"y": y})
 
 
 # --- what is told and counted -------------------------------------------------------------------------------------

@@ -35,8 +35,10 @@ LARGE_PIXELS = 8_000_000
 MOST_THREADS = 8
 LEAST_PLACES = 16
 """However few requests may wait for a model."""
-LAG_TICK_S = 0.02
-"""How often is looked how late the event loop is."""
+TICK_S = 0.02
+"""How often the event loop shows that it is not held up."""
+SLACK_S = 0.005
+"""How late that may be, as timers are."""
 
 
 class Front:
@@ -58,25 +60,30 @@ class Front:
         self._tail = Tail()
         """From the end of a call to the answer on the wire."""
         self._deliveries = Deliveries()
-        self.lag_s = 0.0
-        """How late the event loop is: so long bytes may have lain in their socket before they were read."""
-        self._arrived_s = 0.0
+        self._alive_s = inf
+        """When the event loop was last seen not to be held up."""
+        self._lag_s = self._arrived_s = 0.0
         self._ticker: asyncio.TimerHandle | None = None
 
     def watch_loop(self) -> None:
-        """Keep ``lag_s`` up to date. Called in the event loop."""
+        """Note now and then that the event loop runs, so that ``arrived_s`` knows when it did not."""
         loop = asyncio.get_running_loop()
-        due_s = loop.time() + LAG_TICK_S
 
-        def tick() -> None:
-            self.lag_s = max(0.0, loop.time() - due_s)
-            self.watch_loop()
+        def note() -> None:
+            self._alive_s = monotonic()
 
-        self._ticker = loop.call_at(due_s, tick)
+        # Two rounds later: what lay in sockets while the loop was held up is read first, and is to know.
+        loop.call_soon(loop.call_soon, note)
+        self._ticker = loop.call_later(TICK_S, self.watch_loop)
 
     def arrived_s(self) -> float:
-        """When bytes that are read now came, at the earliest, on the monotonic clock; never earlier than before."""
-        self._arrived_s = max(self._arrived_s, monotonic() - self.lag_s)
+        """When bytes that are read now came, at the earliest, on the monotonic clock; never earlier than before.
+
+        While the event loop is held up they lie in their sockets, and nobody sees since when.
+        """
+        now_s = monotonic()
+        self._lag_s = max(0.0, now_s - self._alive_s - TICK_S - SLACK_S)
+        self._arrived_s = max(self._arrived_s, now_s - self._lag_s)
         return self._arrived_s
 
     def booking(self, client: str) -> AbstractContextManager[Booking]:
@@ -133,9 +140,14 @@ class Front:
         """
         now_s = monotonic()
         served.keep_margin(self._tail.seconds(now_s))
-        served, future = models.submit(
-            served.name, served.version, asked.inputs, timeout_s=deadline_s - now_s, priority=asked.priority
-        )
+        try:
+            served, future = models.submit(
+                served.name, served.version, asked.inputs, timeout_s=deadline_s - now_s, priority=asked.priority
+            )
+        except NotServed as refused:
+            if refused.reason == "too urgent" and self._lag_s > 0:  # its time is over because others are many
+                raise NotServed("overloaded", self._lag_s) from None
+            raise
         waiter = self._deliveries.wait(future)
         if gone is not None:
             gone.add(waiter)

@@ -5,11 +5,13 @@ import json
 import threading
 import time
 from concurrent.futures import Future
+from math import inf
 
 import numpy as np
 import pytest
 
 from corewise.batching import Accepted, LatencyTable, NotServed, Policy, Refused, Request
+from corewise.batching.policy import _Place, _Plan
 from corewise.records.build import TensorSpec
 from corewise.serving import json_body, oip, rpc
 from corewise.serving.costs import HALF_S, Costs, Tail
@@ -69,6 +71,21 @@ def test_a_queue_tells_how_long_it_takes_and_keeps_a_margin():
     policy.margin_s = 0.02
     assert isinstance(policy.offer(Request(id=2, deadline_s=0.03), 0.0), Refused)
     assert isinstance(policy.offer(Request(id=3, deadline_s=0.05), 0.0), Accepted)
+
+
+def test_requests_that_are_alike_are_played_call_by_call_as_one_by_one():
+    random = np.random.default_rng(0)
+    for _ in range(200):
+        policy = Policy(LatencyTable(points=((1, 10.0), (6, 30.0))), max_batch=6, max_waiting=64)
+        instances = int(random.integers(1, 4))
+        for k in range(instances):
+            policy.finished(k)
+        deadlines = np.sort(random.uniform(0.0, 0.4, random.integers(1, 40)))
+        places = [
+            _Place(due_s, 0, k, Request(id=k, deadline_s=due_s), 0.01) for k, due_s in enumerate(deadlines.tolist())
+        ]
+        plan = _Plan(random.uniform(-0.02, 0.05, instances).tolist(), places, -inf)
+        assert policy._play_alike(plan) == policy._play(plan)
 
 
 # --- pools --------------------------------------------------------------------------------------------------------

@@ -160,6 +160,8 @@ class Policy:
         """Predicted duration of calls over their measured duration; at least 1."""
         self._max_batch, self._max_waiting = max_batch, max_waiting
         self._measured_s = [0.0, *(curve.latency_ms(rows) / 1e3 for rows in range(1, max_batch + 1))]
+        self._row_s = min(seconds / rows for rows, seconds in enumerate(self._measured_s) if rows)
+        """Of a row in the most efficient call, as measured."""
         self._seconds = self._measured_s
         """``_measured_s`` times ``slowness``."""
         self._times = deque([1.0] * REMEMBERED, REMEMBERED)
@@ -167,6 +169,8 @@ class Policy:
         self._waiting: list[_Place] = []
         self._yields: Counter[int] = Counter()
         """Number of waiting requests by negated priority."""
+        self._kinds: Counter[tuple[Hashable, int]] = Counter()
+        """Number of waiting requests by group and rows."""
         self._arrivals = count()
         self._end_s: dict[int, float | None] = {}
         """When each instance's call should end; ``None`` while it is idle."""
@@ -223,6 +227,7 @@ class Policy:
         self._plan_until_s = min(self._free_s(now_s))
         insort(self._waiting, place)
         self._yields[place.yields] += 1
+        self._kinds[request.group, request.rows] += 1
         self.waiting_rows += request.rows
         self.next_expiry_s = min(self.next_expiry_s, request.deadline_s - self._measured_s[request.rows])
         return Accepted(dropped=dropped)
@@ -290,6 +295,9 @@ class Policy:
             return Refused(reason="queue full", retry_after_s=max(min(free_s) - now_s, self._seconds[1]))
         gone = {other.arrival for other in without}
         others = [other for other in self._waiting if other.arrival not in gone] if gone else self._waiting
+        rows = self.waiting_rows - _rows(without) + request.rows
+        if others and (late_s := self._least_late_s(place, others, rows, free_s, now_s)) > 0:
+            return Refused(reason="overloaded", retry_after_s=late_s)
         position = bisect_left(others, place)
         idle_now = _idle(free_s, now_s)
         ahead, idle = 0, max(1, idle_now)
@@ -302,18 +310,49 @@ class Policy:
         rows = max(request.rows, -(-(ahead + request.rows) // idle))
         room_s = self._seconds[min(rows, self._max_batch)]
         place = _Place(place.deadline_s, place.yields, place.arrival, request, room_s)
+        play = self._play_alike if request.rows == 1 and not self._kinds.keys() - {(request.group, 1)} else self._play
         if gone or position < len(others):
             plan = _Plan(free_s, [*others[:position], place, *others[position:]], -inf)
         else:
             if self._plan is None or now_s > self._plan_until_s:
                 self._plan_until_s = min(free_s)
-                self._plan, _ = self._play(_Plan(free_s, others, -inf))
+                self._plan, _ = play(_Plan(free_s, others, -inf))
             plan = _Plan(self._plan.free_s, [*self._plan.rest, place], self._plan.late_s)
-        plan, late_s = self._play(plan)
+        plan, late_s = play(plan)
         late_s += self.margin_s
         # A request that an idle instance starts at once may be in time, and its duration updates ``slowness``.
         at_once = not others and idle_now
         return (place, plan) if late_s <= 0 or at_once else Refused(reason="overloaded", retry_after_s=late_s)
+
+    def _least_late_s(self, place: _Place, others: list[_Place], rows: int, free_s: list[float], now_s: float) -> float:
+        """The least by which the last call would be late if every call of all rows were as efficient as can be."""
+        least_s = rows * self._row_s * self.slowness
+        end_s = (sum([max(now_s, free) for free in free_s]) + least_s) / len(free_s)
+        return end_s + self.margin_s - max(place.deadline_s, others[-1].deadline_s)
+
+    def _play_alike(self, plan: _Plan) -> tuple[_Plan, float]:
+        """``_play`` for requests of one row and one group, call by call instead of request by request."""
+        free_s, rest, late_s = plan
+        free_s = list(free_s)
+        heapify(free_s)
+        settled = None
+        start, end = 0, len(rest)
+        full_s = self._seconds[self._max_batch]
+        while start < end:
+            start_s, head = free_s[0], rest[start]
+            most = self._max_batch
+            if start_s + full_s > head.deadline_s:
+                most = bisect_right(self._seconds, head.deadline_s, key=lambda seconds: start_s + seconds) - 1
+            if (idle := _idle(free_s, start_s)) > 1:
+                most = min(most, ceil((end - start) / idle))
+            rows = max(1, min(most, end - start))
+            if settled is None and (idle > 1 or (rows == end - start and rows < most)):
+                settled = _Plan(list(free_s), rest[start:], late_s)
+            needs_s = self._seconds[rows]
+            late_s = max(late_s, start_s + max(needs_s, head.room_s) - head.deadline_s)
+            heapreplace(free_s, start_s + needs_s)
+            start += rows
+        return settled or _Plan(free_s, [], late_s), late_s
 
     def _play(self, plan: _Plan) -> tuple[_Plan, float]:
         """Play a plan to its end as ``next_batch`` will if no request comes, and how late the latest call is."""
@@ -369,9 +408,13 @@ class Policy:
 
     def _forget(self, places: list[_Place]) -> None:
         for place in places:
+            kind = (place.request.group, place.request.rows)
             self._yields[place.yields] -= 1
+            self._kinds[kind] -= 1
             if not self._yields[place.yields]:
                 del self._yields[place.yields]
+            if not self._kinds[kind]:
+                del self._kinds[kind]
 
 
 def _rows(places: list[_Place]) -> int:

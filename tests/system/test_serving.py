@@ -140,6 +140,11 @@ def test_tritons_grpc_client_gets_the_golden_outputs(server):
         found = client.infer("net", [given], request_id="seven")
         np.testing.assert_allclose(found.as_numpy("output_0"), OUTPUTS[0], atol=CLOSE)
         assert found.get_response().id == "seven"
+        for order in (1, -1, 1):  # the message is known but for its tensor
+            given.set_data_from_numpy(np.ascontiguousarray(ROWS[::order]))
+            np.testing.assert_allclose(
+                client.infer("net", [given]).as_numpy("output_0"), OUTPUTS[0][::order], atol=CLOSE
+            )
         assert client.get_inference_statistics("net").model_stats[0].inference_count >= len(ROWS)
         with pytest.raises(triton_grpc.InferenceServerException, match="NOT_FOUND"):
             client.infer("nothing", [given])

@@ -17,12 +17,13 @@ from corewise.serving import json_body, oip, rpc
 from corewise.serving.costs import HALF_S, Costs, Tail
 from corewise.serving.deliveries import Deliveries
 from corewise.serving.frames import LONGEST_BYTES, MOST_FRAMES, Frames
-from corewise.serving.front import Front
+from corewise.serving.front import LOOK_EACH, Front
 from corewise.serving.infer import target
 from corewise.serving.pool import Pool
 from corewise.serving.protocol import Limits
 from corewise.serving.refusals import told
 from corewise.serving.rpc_frames import RpcFrames
+from corewise.serving.statistics import Statistics
 from corewise.serving.tallies import Histogram, Tally
 
 INPUTS = (
@@ -186,7 +187,7 @@ def test_what_can_no_longer_be_in_time_is_not_begun_and_errors_are_the_requests(
 
 def test_an_image_is_refused_by_its_size_before_it_is_read():
     class Served:
-        waiting_rows = 0
+        waiting_rows, statistics = 0, Statistics()
 
         def expected_s(self, ahead_rows=0):
             return 0.1
@@ -206,6 +207,36 @@ def test_an_image_is_refused_by_its_size_before_it_is_read():
         assert refused.value.reason == "overloaded"
         gate.opened.set()
         await asyncio.gather(*running)
+        front.close()
+
+    asyncio.run(main())
+
+
+def test_a_large_request_is_refused_unread_but_for_some_and_not_where_priorities_count():
+    class Counted:
+        refused = 0
+
+        def not_served(self):
+            self.refused += 1
+
+    class Served:
+        waiting_rows, has_priorities, statistics = 8, False, Counted()
+
+        def expected_s(self, ahead_rows=0):
+            return 0.5
+
+    async def main():
+        front, served, refused = Front(Limits(), 16), Served(), 0
+        front.check_queue(served, later(2.0))
+        for _ in range(2 * LOOK_EACH):
+            try:
+                front.check_queue(served, later(0.1))
+            except NotServed:
+                refused += 1
+        assert refused == served.statistics.refused == 2 * (LOOK_EACH - 1)
+        served.has_priorities = True
+        for _ in range(LOOK_EACH):
+            front.check_queue(served, later(0.1))
         front.close()
 
     asyncio.run(main())

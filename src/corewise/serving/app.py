@@ -21,7 +21,17 @@ from corewise.batching import Answer
 from corewise.common.errors import CorewiseError
 from corewise.serving import bodies, pages, protocol, refusals, triton
 from corewise.serving.front import Front
-from corewise.serving.infer import ARRIVED, CLOSED_REQUEST, GONE, TIMEOUT, Infer, broken, target, timeout_s
+from corewise.serving.infer import (
+    ARRIVED,
+    CLOSED_REQUEST,
+    GONE,
+    TIMEOUT,
+    Infer,
+    broken,
+    content_bytes,
+    target,
+    timeout_s,
+)
 from corewise.serving.metrics import CONTENT_TYPE, Metrics
 from corewise.serving.models import Models
 from corewise.serving.protocol import InferRequest, Limits, ProtocolError
@@ -180,7 +190,7 @@ class App:
             header_s = timeout_s(dict(request.scope["headers"]).get(TIMEOUT))
             with self._front.place(client, served):
                 deadline_s = arrived_s + (self._limits.timeout_s if header_s == inf else header_s)
-                check(_body_bytes(request), deadline_s)
+                check(content_bytes(dict(request.scope["headers"])), deadline_s)
                 body = await bodies.read(request, self._limits, booking)
                 asked = await read(body, deadline_s)
             booking.cover(asked.inputs)
@@ -301,9 +311,3 @@ class RequestLog:
 def _client(request: Request) -> str:
     """The client's address; nothing for a unix socket."""
     return request.client.host if request.client is not None else ""
-
-
-def _body_bytes(request: Request) -> int:
-    """How many bytes the body has, as its sender says; 0 where that is not said."""
-    told = request.headers.get("content-length", "")
-    return int(told) if told.isascii() and told.isdecimal() and len(told) < 16 else 0

@@ -9,6 +9,7 @@ import asyncio
 import os
 from collections.abc import Callable
 from contextlib import AbstractContextManager
+from itertools import count
 from math import inf
 from time import monotonic
 from typing import Any, TypeVar
@@ -35,6 +36,8 @@ LARGE_PIXELS = 8_000_000
 MOST_THREADS = 8
 LEAST_PLACES = 16
 """However few requests may wait for a model."""
+LOOK_EACH = 8
+"""Of so many requests that would be refused unread, one is read."""
 TICK_S = 0.02
 """How often the event loop shows that it is not held up."""
 SLACK_S = 0.005
@@ -60,6 +63,7 @@ class Front:
         self._tail = Tail()
         """From the end of a call to the answer on the wire."""
         self._deliveries = Deliveries()
+        self._looks = count()
         self._alive_s = inf
         """When the event loop was last seen not to be held up."""
         self._lag_s = self._arrived_s = 0.0
@@ -128,6 +132,21 @@ class Front:
         model_s = max(decode_s + served.expected_s(), served.expected_s(self._on_way.get(served, 0)))
         late_s = now_s + model_s + self._tail.seconds(now_s) - deadline_s
         if late_s > 0:
+            served.statistics.not_served()
+            raise NotServed("overloaded", late_s)
+
+    def check_queue(self, served: Served, deadline_s: float) -> None:
+        """Raise ``NotServed`` where a request of which the body was not read would wait too long for the model.
+
+        Whether it is more urgent than those that wait stands in its body: a model that has had requests of different
+        priorities reads them all, and the others one in ``LOOK_EACH``.
+        """
+        if not served.waiting_rows or served.has_priorities:
+            return
+        now_s = monotonic()
+        late_s = now_s + served.expected_s(self._on_way.get(served, 0)) + self._tail.seconds(now_s) - deadline_s
+        if late_s > 0 and next(self._looks) % LOOK_EACH:
+            served.statistics.not_served()
             raise NotServed("overloaded", late_s)
 
     async def ask(

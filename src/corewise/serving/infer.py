@@ -30,6 +30,8 @@ TIMEOUT = b"x-request-timeout-ms"
 PATH = "/v2/models/"
 CLOSED_REQUEST = 499
 """As nginx says that the client is gone; nobody reads it but the log."""
+LARGE_BYTES = 2**16
+"""From this size on a body costs something to read."""
 VALUE_BYTES = 8
 """About what a number takes in JSON."""
 ARRIVED, WHOLE, GONE = "corewise.arrived_s", "corewise.whole", "corewise.gone"
@@ -90,6 +92,8 @@ class Infer:
             deadline_s = arrived_s + (self._limits.timeout_s if header_s == inf else header_s)
             length = head_bytes(given.get(HEADER_LENGTH))
             with front.place(client, served):
+                if not scope.get(WHOLE) and content_bytes(given) > LARGE_BYTES:
+                    front.check_queue(served, deadline_s)
                 body = await self._body(scope, receive, given, booking)
                 asked = served.frames.known(body, length)
                 if asked is None:
@@ -161,6 +165,12 @@ def broken(error: Exception, scope: Scope) -> tuple[int, Headers, bytes]:
     log.error("request %s failed: %r", name, error)
     what = "the call failed" if isinstance(error, CorewiseError) else "the server failed"
     return refusals.plain(500, f"{what}; its log says why, at request {name}")
+
+
+def content_bytes(headers: Mapping[bytes, bytes]) -> int:
+    """How many bytes the body has, as its sender says; 0 where that is not said."""
+    told = headers.get(b"content-length", b"")
+    return int(told) if told.isdigit() and len(told) < 16 else 0
 
 
 def head_bytes(told: bytes | None) -> int | None:

@@ -116,7 +116,7 @@ class Served:
         self.text = TextInput(found) if artifact.TOKENIZER in found.manifest.files else None
         self.frames = Frames(self.inputs, self.outputs)
         self.statistics = Statistics()
-        self.draining = False
+        self.draining = self.has_priorities = False
         self._max_rows = max_rows
         self.shadow = Shadow(found, shadow) if shadow > 0 else None
         with ExitStack() as undo:
@@ -181,6 +181,7 @@ class Served:
     def submit(self, inputs: Sequence[np.ndarray], *, timeout_s: float = inf, priority: int = 0) -> "Future[Answer]":
         """Queue a request; see ``Batcher.submit``. More rows than the plan's batch run as several calls."""
         started_s = time.monotonic()
+        self.has_priorities |= priority != 0
         try:
             parts = self._submitted(inputs, timeout_s, priority)
         except NotServed:

@@ -28,6 +28,7 @@ BENCHMARKS = (
     "fuzz",
     "kills",
     "padding",
+    "shift",
 )
 """Modules of this package. Each has a docstring for its help, ``add_options(parser)`` and ``main(options)``."""
 

@@ -1,8 +1,10 @@
 """Artifacts that take the time they are told to, and a server in a process of its own."""
 
+import hashlib
 import json
 import os
 import queue
+import shutil
 import signal
 import subprocess
 import sys
@@ -22,7 +24,9 @@ from corewise.machine.inspect import inspect_cpu
 from corewise.records.build import Build, Plan, TensorSpec
 from corewise.records.jsonable import to_json
 from corewise.records.measurement import Measurement
+from corewise.records.pipeline import TextPipeline, TokenInput
 from corewise.records.ranges import InputRange, ValueRange
+from corewise.records.report import Preprocess
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "schema-1"
 TIMEOUT_S = 60
@@ -69,8 +73,11 @@ def fake_artifact(folder, plan=None, *, call_ms=2.0, **options):
     return folder
 
 
-def token_artifact(folder, *, vocabulary=99, positions=41, labels=None):
-    """An artifact of OpenVINO that embeds rows of tokens: the mean of what two tables have for tokens and places."""
+def token_artifact(folder, *, vocabulary=99, positions=41, labels=None, **pipeline):
+    """An artifact of OpenVINO that embeds rows of tokens: the mean of what two tables have for tokens and places.
+
+    ``pipeline`` are fields of its ``TextPipeline``; without any it is left to be inferred.
+    """
     import openvino as ov
     from openvino import opset13 as ops
     from tokenizers import Tokenizer
@@ -102,6 +109,12 @@ def token_artifact(folder, *, vocabulary=99, positions=41, labels=None):
     tokenizer = Tokenizer(WordLevel({f"w{k}": k for k in range(vocabulary)}, unk_token="w0"))
     tokenizer.pre_tokenizer = WhitespaceSplit()
     tokenizer.save(str(folder.with_name(f"{folder.name}.json")))
+    if pipeline:
+        digest = hashlib.sha256(folder.with_name(f"{folder.name}.json").read_bytes()).hexdigest()
+        token = TokenInput(name="tokens", dtype="int64", role="ids")
+        pipeline = TextPipeline(
+            tokenizer_sha256=digest, inputs=(token,), max_length=positions, labels=labels or (), **pipeline
+        )
     ranges = InputRange(values=(ValueRange(low=0, high=vocabulary - 1),), longest=(None, positions))
     artifact.write(
         folder,
@@ -112,6 +125,7 @@ def token_artifact(folder, *, vocabulary=99, positions=41, labels=None):
             needs=(),
             files=files,
             labels=labels,
+            pipeline=pipeline or None,
             inputs=(TensorSpec(name="tokens", dtype="int64", shape=(None, None)),),
             outputs=(TensorSpec(name="scores", dtype="float32", shape=(None, 8)),),
             input_ranges=(ranges,),
@@ -246,3 +260,21 @@ def eventually(condition, seconds=30.0):
             return True
         time.sleep(0.05)
     return False
+
+
+def image_artifact(folder):
+    """The golden artifact, as if it had been made from images of 12 x 12 pixels."""
+    found = artifact.read(GOLDEN)
+    payload = folder.with_name(folder.name + ".payload")
+    shutil.copytree(GOLDEN / "payload", payload)
+    artifact.write(
+        folder,
+        manifest=lambda files: replace(found.manifest, files=files, preprocess=Preprocess(resize=12, crop=12)),
+        payload=payload,
+        reference=None,
+        golden=found.golden(),
+        report=found.report,
+        report_text="",
+        report_page="",
+    )
+    return folder

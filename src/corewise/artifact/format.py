@@ -31,7 +31,7 @@ from corewise.records.build import Build, Plan, TensorSpec
 from corewise.records.cpu import Cpu
 from corewise.records.jsonable import from_json, to_json
 from corewise.records.pipeline import TextPipeline
-from corewise.records.ranges import InputRange
+from corewise.records.ranges import InputRange, SeenRanges
 from corewise.records.report import Preprocess, Report
 from corewise.records.schema_1 import upgrade_report
 
@@ -85,6 +85,8 @@ class Manifest:
     """The range of each input; ``None`` in artifacts of versions without ranges."""
     pipeline: TextPipeline | None = None
     """How texts become inputs and outputs answers; ``None`` if the model takes tensors only, and in older artifacts."""
+    seen_ranges: SeenRanges | None = None
+    """What inputs and outputs were like in the search (``watch``); ``None`` in artifacts of versions without it."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -58,6 +58,16 @@ class GoalOptions:
             help="Compare --max-drop with the upper end of the drop's 95 % interval, not with its estimate.",
         ),
     ] = False
+    robust: Annotated[
+        bool | None,
+        option(
+            "--robust/--no-robust",
+            panel="Goal",
+            metavar="",
+            help="Judge int8 also on samples unlike those that calibrated it, by a twin calibrated without them.",
+            default="for texts and embeddings",
+        ),
+    ] = None
     objective: Annotated[
         GoalName | None,
         option(
@@ -227,6 +237,7 @@ def command(
             metric=goal.metric,
             max_drop=goal.max_drop,
             strict=goal.strict,
+            robust=goal.robust,
             objective=objective,
             budget_s=limits.budget_s,
             memory_limit_bytes=limits.memory_limit_bytes,

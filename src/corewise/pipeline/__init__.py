@@ -7,8 +7,9 @@ samples and for the server. No torch.
 from corewise.pipeline.answers import ClassAnswer, Span, decode
 from corewise.pipeline.calls import Call, CallCost, CallLimits, CostTable, fill
 from corewise.pipeline.inferred import infer
+from corewise.pipeline.photos import ImageRunner, image_pipeline, top_classes
 from corewise.pipeline.runner import Rejected, TextRunner, stacked
-from corewise.pipeline.tokens import TextEncoder, Tokens
+from corewise.pipeline.tokens import TextEncoder, TokenPiece, Tokens
 
 __all__ = [
     "Call",
@@ -16,13 +17,17 @@ __all__ = [
     "CallLimits",
     "ClassAnswer",
     "CostTable",
+    "ImageRunner",
     "Rejected",
     "Span",
     "TextEncoder",
     "TextRunner",
+    "TokenPiece",
     "Tokens",
     "decode",
     "fill",
+    "image_pipeline",
     "infer",
     "stacked",
+    "top_classes",
 ]

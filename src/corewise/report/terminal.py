@@ -13,6 +13,7 @@ from rich.table import Table
 from rich.text import Text
 
 from corewise.records.events import (
+    BuildsLeftUntried,
     Event,
     LoadEnded,
     PlansTuned,
@@ -24,6 +25,7 @@ from corewise.records.events import (
 )
 from corewise.records.goal import Goal, Throughput
 from corewise.records.measurement import Rates
+from corewise.records.reason import NOT_TRIED
 from corewise.records.report import Report
 from corewise.records.trial import State, Trial
 from corewise.report import words
@@ -172,6 +174,8 @@ class _Board:
                 self._now = clean(f"{build.label}: {words.load(load)}")
             case TrialEnded(trial, resumed):
                 return self._end(trial, resumed)
+            case BuildsLeftUntried(reason):
+                return words.said(reason)
             case PlansTuned(trial):
                 return self._tuned(trial)
             case RaceRound(number, rounds, rates):
@@ -189,10 +193,13 @@ class _Board:
         self._since = self._clock()
 
     def _end(self, trial: Trial, resumed: bool) -> str:
-        self._trials.append(trial)
+        # A trial that was ok ends once more where it fails under shift.
+        self._trials = [*(known for known in self._trials if known.build != trial.build), trial]
         line = self._numbered(words.ended(trial, words.baseline(self._trials), self._goal))
         self._started = None
         self._now = ""
+        if trial.reason.kind in NOT_TRIED:  # one line names them all
+            return ""
         return f"{line} (resumed)" if resumed else line
 
     def _tuned(self, trial: Trial) -> str:

@@ -379,7 +379,9 @@ def _goal(report: Report) -> str:
     if requirements.memory_limit_bytes is not None:
         goal += f" in {size(requirements.memory_limit_bytes)} of memory"
     text = f"{goal}; {metric} may drop by {requirements.max_drop:g} at most"
-    return f"{text}, and so may the upper end of the drop's interval" if requirements.strict else text
+    if requirements.strict:
+        text += ", and so may the upper end of the drop's interval"
+    return f"{text}, also on samples unlike those that calibrated" if requirements.robust else text
 
 
 def _cost(report: Report) -> str:

@@ -4,6 +4,7 @@ import errno
 import importlib.util
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from datetime import UTC, datetime
 from math import inf
 from pathlib import Path
@@ -17,11 +18,13 @@ from corewise.records.goal import Goal, GoalName, Requirements, Slo, parse_goal
 from corewise.records.report import Choice, Report
 from corewise.runtime.worker import peak_memory_bytes
 from corewise.runtime.workspace import Workspace
-from corewise.search.budget import WITH_LOADS, Budget, BudgetSplit
+from corewise.search.budget import WITH_LOADS, Budget, BudgetSplit, baseline_batch
 from corewise.search.candidates import first_plan, layouts
+from corewise.search.decoding import Decoding, choose_decoding
 from corewise.search.journal import Journal
 from corewise.search.result import Result
 from corewise.search.search import Search
+from corewise.search.shifting import ShiftGuard
 from corewise.search.task import MetricLike, Task, package_versions
 from corewise.search.trial import SearchContext
 
@@ -39,6 +42,7 @@ def optimize(
     slo_ms: float | None = None,
     memory_limit_bytes: int | None = None,
     strict: bool = False,
+    robust: bool | None = None,
     engines: Sequence[str] = DEFAULT_ENGINES,
     ignored: Sequence[str] = (),
     calibration: int | None = None,
@@ -65,6 +69,7 @@ def optimize(
         slo_ms: for "slo", milliseconds.
         memory_limit_bytes: most memory for the process that runs the winner. Default: no limit.
         strict: ask the upper end of the drop's 95 % confidence interval to be within ``max_drop``.
+        robust: ask that int8 holds on samples unlike those that calibrated it too. Default: for texts and embeddings.
         engines: the engines to try; eager PyTorch is always the baseline.
         ignored: layers that never run in int8: names as ``explain`` lists them, or regular expressions for whole names.
         calibration: samples to calibrate with, drawn with ``seed``; all others are the holdout that decides. Default:
@@ -99,6 +104,7 @@ def optimize(
         max_drop=max_drop,
         strict=strict,
         memory_limit_bytes=memory_limit_bytes,
+        robust=robust,
     )
     _check(requirements, budget_s, timeout_s)
     task = Task.read(
@@ -111,6 +117,7 @@ def optimize(
         seed=seed,
         class_names=class_names,
         on_event=on_event,
+        budget_s=budget_s,
     )
     workspace = Workspace.create(work)
     gate = task.gate(requirements)
@@ -120,18 +127,21 @@ def optimize(
             workspace.clear()
         try:
             build_inputs = task.write(workspace)
-            search = Search(task.builds, gate, context, journal)
+            shift = ShiftGuard(gate, context, build_inputs, task.builds[0])
+            search = Search(task.builds, gate, context, journal, shift)
             search.try_builds()
             search.revert_layers()
+            search.judge_under_shift()
             search.tune_plans()
             search.climb_rungs()
             search.find_slo_rate()
             search.race()
             choice = search.choose()
+            decoding = choose_decoding(task.holdout, choice, gate, context)
         finally:
             if journal.empty:  # it ended before anything worth keeping
                 workspace.remove()
-    return _result(task, search, choice, build_inputs, class_names)
+    return _result(task, search, choice, build_inputs, class_names, decoding)
 
 
 def _context(
@@ -143,9 +153,14 @@ def _context(
     timeout_s: float,
     on_event: OnEvent,
 ) -> SearchContext:
+    plan = first_plan(task.cpu, requirements.goal, task.exported.fixed_batch)
+    shorter = task.row_s is not None and task.exported.fixed_batch is None
     return SearchContext(
         workspace=workspace,
-        plan=first_plan(task.cpu, requirements.goal, task.exported.fixed_batch),
+        plan=plan,
+        baseline_plan=replace(plan, batch=baseline_batch(task.row_s or 0.0, plan.batch)) if shorter else plan,
+        calibration=len(task.calibration),
+        holdout=len(task.holdout),
         layouts=lambda build: layouts(task.cpu, build),
         cpu=task.cpu,
         timeout_s=timeout_s,
@@ -159,7 +174,12 @@ def _context(
 
 
 def _result(
-    task: Task, search: Search, choice: Choice, build_inputs: BuildInputs, class_names: Sequence[str] | None
+    task: Task,
+    search: Search,
+    choice: Choice,
+    build_inputs: BuildInputs,
+    class_names: Sequence[str] | None,
+    decoding: Decoding,
 ) -> Result:
     context = search.context
     report = Report(
@@ -167,19 +187,19 @@ def _result(
         created=datetime.now(UTC).isoformat(timespec="seconds"),
         versions=package_versions(),
         cpu=task.cpu,
-        requirements=context.requirements,
-        samples=task.facts,
+        requirements=replace(context.requirements, robust=search.gate.is_robust),
+        samples=replace(task.facts, preprocess=decoding.preprocess),
         trials=tuple(search.trials),
         finals=search.rates,
         choice=choice,
         wall_s=context.budget.elapsed_s,
         peak_memory_bytes=peak_memory_bytes() + search.peak_memory_bytes,
-        notes=task.notes,
+        notes=(*task.notes, *search.notes, *((decoding.reason,) if decoding.reason else ())),
     )
     return Result(
         report=report,
         build_inputs=build_inputs,
-        holdout=task.holdout,
+        holdout=replace(task.holdout, preprocess=decoding.preprocess),
         output_structure=task.exported.output_structure,
         payload=context.workspace.payload(choice.winner),
         outputs=context.workspace.outputs(choice.winner),

@@ -25,6 +25,8 @@ from corewise.records.reason import Reason, ReasonKind
 from corewise.records.report import SampleFacts
 from corewise.runtime.workspace import Workspace
 from corewise.samples import Samples, check_class_names, default_calibration, from_python, split
+from corewise.samples.drawing import draw
+from corewise.search.budget import sample_limits
 from corewise.search.candidates import list_candidates
 
 if TYPE_CHECKING:
@@ -53,6 +55,8 @@ class Task:
     """Runs the builds of a model that cannot be exported."""
     notes: tuple[Reason, ...]
     seed: int
+    row_s: float | None = None
+    """Seconds of one row in eager PyTorch; timed under a budget only."""
 
     @classmethod
     def read(
@@ -67,6 +71,7 @@ class Task:
         seed: int,
         class_names: Sequence[str] | None,
         on_event: OnEvent,
+        budget_s: float | None = None,
     ) -> Self:
         """Read the samples, export the model and list its builds. Raises ``InputError`` for what is wrong with them."""
         from corewise import source
@@ -80,6 +85,15 @@ class Task:
         calibrating, holdout = split(data, calibration=count, seed=seed)
         on_event(StageStarted(Stage.EXPORTING))
         exported = source.export(source.load(model) if isinstance(model, str) else model, data)
+        row_s = None
+        if budget_s is not None:
+            row_s = source.row_seconds(exported, data)
+            limits = sample_limits(budget_s, row_s)
+            holdout, fewer = _at_most(holdout, limits.holdout, seed, "held-out")
+            notes = (*notes, *fewer)
+            if calibration is None:
+                calibrating, fewer = _at_most(calibrating, limits.calibration, seed, "calibration")
+                notes = (*notes, *fewer)
         if class_names is not None:
             check_class_names(class_names, exported.outputs[0].shape[-1] or 0, "the list of class names")
         in_process = None
@@ -102,6 +116,7 @@ class Task:
             in_process=in_process,
             notes=(*map(Reason.text, data.notes), *notes, *_behaviour(exported)),
             seed=seed,
+            row_s=row_s,
         )
 
     @property
@@ -120,7 +135,15 @@ class Task:
     def gate(self, requirements: Requirements) -> AccuracyGate:
         """What compares outputs for the holdout with fp32's."""
         scorer = None if self.metric is None else metrics.resolve(self.metric)
-        return AccuracyGate(scorer, self.holdout, self.exported.output_structure, requirements, self.seed)
+        return AccuracyGate(
+            scorer,
+            self.holdout,
+            self.exported.output_structure,
+            requirements,
+            self.seed,
+            robust=requirements.robust,
+            integer_inputs=any("int" in spec.dtype for spec in self.exported.inputs),
+        )
 
     def write(self, workspace: Workspace) -> BuildInputs:
         """Write what the trial processes read into the workspace."""
@@ -165,6 +188,14 @@ def read_samples(model: Any, samples: Any) -> Samples:
 
         return source.read_for(model, samples)
     return from_python(samples() if callable(samples) else samples)
+
+
+def _at_most(samples: Samples, most: int, seed: int, role: str) -> tuple[Samples, tuple[Reason, ...]]:
+    """As many of the samples as the budget has time for, and a note where some are left out."""
+    chosen, drawn = draw(len(samples), most, seed, samples.groups)
+    if not drawn:
+        return samples, ()
+    return samples.take(chosen), (Reason.of(ReasonKind.FEWER_SAMPLES, used=len(chosen), of=len(samples), role=role),)
 
 
 def _only_eager(exported: "Exported") -> tuple[Engine, dict[str, Engine], tuple[Reason, ...]]:
@@ -221,7 +252,7 @@ def _identity(metric: MetricLike) -> str:
     The values that it closes over do not count. A metric without a file, such as an object, cannot be distinguished
     from others, so nothing resumes.
     """
-    if metric is None or (isinstance(metric, str) and metric in metrics.METRICS):
+    if metric is None or (isinstance(metric, str) and ":" not in metric):  # built in, such as recall@5
         return metric or ""
     function = metrics.resolve(metric).score
     code = getattr(function, "__code__", None)

@@ -36,12 +36,13 @@ from corewise.serving.metrics import CONTENT_TYPE, Metrics
 from corewise.serving.models import Models
 from corewise.serving.protocol import InferRequest, Limits, ProtocolError
 from corewise.serving.served import Served
+from corewise.serving.text_routes import TextRoutes, error_body
 from corewise.serving.tokens import Tokens
 
 log = logging.getLogger("corewise.serve")
 
 REQUEST_ID = b"x-request-id"
-OPEN_TO_ALL = ("/v2/health/live", "/v2/health/ready")
+OPEN_TO_ALL = ("/v2/health/live", "/v2/health/ready", "/health")
 """A prober has no token."""
 NOT_NOW = refusals.NOT_NOW
 
@@ -73,6 +74,8 @@ class App:
                 Route(f"{prefix}/infer", infer, methods=["POST"]),
                 Route(f"{prefix}/classify", self.classify, methods=["POST"]),
             ]
+        texts = TextRoutes(models, metrics, limits, front, told=self._told, deadline_s=self._deadline_s)
+        routes += texts.routes
         handlers = {
             CorewiseError: self._told,
             ClientDisconnect: self._left,
@@ -107,7 +110,7 @@ class App:
                 "name": served.name,
                 "versions": self.models.versions(served.name),
                 "platform": f"corewise_{served.manifest.build.engine}",
-                "inputs": served.values.described(),
+                "inputs": served.described_inputs(),
                 "outputs": protocol.described(served.outputs),
             }
         )
@@ -201,6 +204,12 @@ class App:
             self._front.note_sent(note(answer), asked_s)
         return served, asked, answer
 
+    def _deadline_s(self, request: Request) -> float:
+        """When a request's answer is due by its header, or by the server's own limit."""
+        header_s = timeout_s(dict(request.scope["headers"]).get(TIMEOUT))
+        arrived_s: float = request.scope.get(ARRIVED) or time.monotonic()
+        return arrived_s + (self._limits.timeout_s if header_s == inf else header_s)
+
     def _served(self, request: Request) -> Served:
         return self.models.find(request.path_params["name"], request.path_params.get("version"))
 
@@ -258,7 +267,7 @@ class _Guard:
     async def _turn_away(self, scope: Scope, receive: Receive, send: Send) -> None:
         self._metrics.turned_away("http", "unauthenticated")
         response = JSONResponse(
-            {"error": "a token is missing or wrong; send Authorization: Bearer TOKEN"},
+            error_body(scope["path"], "a token is missing or wrong; send Authorization: Bearer TOKEN", 401),
             401,
             headers={"WWW-Authenticate": "Bearer"},
         )

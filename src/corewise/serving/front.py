@@ -94,14 +94,14 @@ class Front:
         """The bytes that a request of the client at that address holds until its answer."""
         return self.budget.booking(client)
 
-    def place(self, client: str, served: Served) -> "Place":
+    def place(self, client: str, served: Served | None = None) -> "Place":
         """A place among the requests on their way to a model, as a context manager.
 
         Raises ``NotServed`` where all are taken.
         """
         return Place(self, client, served)
 
-    def enter(self, client: str, served: Served) -> None:
+    def enter(self, client: str, served: Served | None) -> None:
         """Take a place."""
         of_client = self._of_clients.get(client, 0)
         if of_client >= self._max_of_client or self._places >= self._max_requests:
@@ -110,7 +110,7 @@ class Front:
         self._of_clients[client] = of_client + 1
         self._on_way[served] = self._on_way.get(served, 0) + 1
 
-    def leave(self, client: str, served: Served) -> None:
+    def leave(self, client: str, served: Served | None) -> None:
         """Give it back."""
         self._places -= 1
         for counts, key in ((self._of_clients, client), (self._on_way, served)):
@@ -198,13 +198,21 @@ class Front:
         if not text_bytes:
             array_bytes = sum(array.nbytes for array in asked.inputs)
             return await self.read(lambda: served.prepared(asked), 0, array_bytes, deadline_s=deadline_s)
-        return await self._decoders.run(
-            lambda: served.prepared(asked),
-            kind="characters",
-            size=text_bytes,
-            deadline_s=deadline_s,
-            later_s=self._later_s(served),
+        return await self.tokenize(
+            lambda: served.prepared(asked), text_bytes, deadline_s=deadline_s, later_s=self._later_s(served)
         )
+
+    async def tokenize(
+        self,
+        work: Callable[[], T],
+        characters: int,
+        *,
+        deadline_s: float,
+        kind: str = "characters",
+        later_s: float = 0.0,
+    ) -> T:
+        """Tokenize texts of so many characters together; work of other ``kind`` has costs of its own."""
+        return await self._decoders.run(work, kind=kind, size=characters, deadline_s=deadline_s, later_s=later_s)
 
     async def image(self, body: bytes, served: Served, *, client: str, deadline_s: float) -> InferRequest:
         """One image as the model takes it; its pixels are booked while it is decoded. Raises ``ProtocolError``."""
@@ -246,7 +254,7 @@ class Place:
 
     __slots__ = ("_client", "_front", "_served")
 
-    def __init__(self, front: Front, client: str, served: Served) -> None:
+    def __init__(self, front: Front, client: str, served: Served | None) -> None:
         self._front, self._client, self._served = front, client, served
 
     def __enter__(self) -> None:

@@ -17,8 +17,9 @@ from corewise.serving.budget import Budget
 from corewise.serving.messages import PROBES
 from corewise.serving.protocol import Limits
 
-COPIES = 4
-"""A body is joined from its parts, decoded, copied into an array, and from there into the engine's shared memory."""
+COPIES = 6
+"""A body lies in the network's buffers, is joined from its parts, decoded, copied into an array, and from there into
+the engine's shared memory; some of that is only free when it is collected."""
 PIXEL_BYTES = 8
 """An image as it was stored and as RGB, of which Pillow keeps four bytes each."""
 RECEIVED_SHARE, CONNECTIONS_SHARE = 1 / 8, 1 / 16
@@ -39,7 +40,7 @@ PASSES = 4
 
 def fit(limits: Limits, limit_bytes: int) -> Limits:
     """The limits with nothing larger than a server may permit that has so much memory."""
-    bodies_bytes = min(limits.bodies_bytes, limit_bytes // 8)
+    bodies_bytes = min(limits.bodies_bytes, limit_bytes // (2 * COPIES))
     body_bytes = min(limits.body_bytes, bodies_bytes // 4)
     received_bytes = int(limit_bytes * RECEIVED_SHARE)
     message_bytes = min(body_bytes, received_bytes // (2 * limits.receiving))

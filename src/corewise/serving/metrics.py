@@ -198,14 +198,25 @@ class _Models(Collector):
         restarts = CounterMetricFamily("corewise_engine_restarts", "How often its process was replaced.", labels=labels)
         agreement = GaugeMetricFamily("corewise_shadow_agreement", "Answers with fp32's highest score.", labels=labels)
         drift = GaugeMetricFamily("corewise_shadow_sqnr_db", "Answers against fp32's, on a sample.", labels=labels)
+        checks = CounterMetricFamily(
+            "corewise_range_checks", "Extremes of rows compared with the ranges of the search.", labels=labels
+        )
+        outside = CounterMetricFamily("corewise_range_misses", "Extremes outside of these ranges.", labels=labels)
+        expected = GaugeMetricFamily(
+            "corewise_range_misses_expected_ratio", "Their share for samples like the search's.", labels=labels
+        )
         for served in self._models.served:
             key = [served.name, served.version]
             ready.add_metric(key, float(served.ready))
             waiting.add_metric(key, served.waiting_rows)
             slowness.add_metric(key, served.slowness)
             restarts.add_metric(key, served.remote.restarts)
+            if (found := served.ranges.outside) is not None:
+                checks.add_metric(key, found.checks)
+                outside.add_metric(key, found.outside)
+                expected.add_metric(key, found.expected_share)
             if served.shadow is not None and served.shadow.compared:
                 drift.add_metric(key, served.shadow.sqnr_db)
                 if served.shadow.agreement is not None:
                     agreement.add_metric(key, served.shadow.agreement)
-        return (ready, waiting, slowness, restarts, drift, agreement)
+        return (ready, waiting, slowness, restarts, drift, agreement, checks, outside, expected)

@@ -112,7 +112,7 @@ class Service:
             name=served.name,
             versions=self.models.versions(served.name),
             platform=f"corewise_{served.manifest.build.engine}",
-            inputs=[_with_parameters(described) for described in served.values.described()],
+            inputs=[_with_parameters(described) for described in served.described_inputs()],
             outputs=protocol.described(served.outputs),
         )
 
@@ -195,8 +195,9 @@ class Service:
                 return await self._answered(name, message, call, requests, context)
             except Exception as error:  # noqa: BLE001 - the request boundary: gRPC would tell the client what was raised
                 code, why = self._told(name, error, context)
-            # Only now: what aborting raises stays with gRPC for a while, and would keep the error, with all of the
-            # request.
+            # What aborting raises stays for a while, with this frame: the error holds all of the request, and the
+            # iterator its last message.
+            del requests
             return await context.abort(code, why)
 
         return guarded
@@ -242,11 +243,11 @@ def _serializer(message: Any) -> Callable[[Any], bytes]:
 
 
 def parse(
-    request: Any, inputs: Sequence[TensorSpec], outputs: Sequence[TensorSpec], instead: TensorSpec | None = None
+    request: Any, inputs: Sequence[TensorSpec], outputs: Sequence[TensorSpec], instead: Sequence[TensorSpec] = ()
 ) -> InferRequest:
     """A ``ModelInferRequest`` as the model takes it (``protocol.parse``). Raises ``ProtocolError``."""
-    if instead is not None and [one.name for one in request.inputs] == [instead.name]:
-        inputs = (instead,)
+    if request.inputs and {one.name for one in request.inputs} <= {spec.name for spec in instead}:
+        inputs = instead
     raw = request.raw_input_contents
     if raw and len(raw) != len(request.inputs):
         raise ProtocolError(f"there are {len(raw)} raw contents for {len(request.inputs)} inputs", "give one for each")
@@ -287,9 +288,12 @@ def _parameters(holder: Any) -> dict[str, Any]:
 
 
 def _with_parameters(described: Mapping[str, Any]) -> dict[str, Any]:
-    """An input's description with its parameters, which are whole numbers, as protobuf has them."""
-    numbers = described.get("parameters", {})
-    return {**described, "parameters": {name: {"int64_param": number} for name, number in numbers.items()}}
+    """An input's description with its parameters, which are whole numbers or bools, as protobuf has them."""
+    parameters = {
+        name: {"bool_param" if isinstance(value, bool) else "int64_param": value}
+        for name, value in described.get("parameters", {}).items()
+    }
+    return {**described, "parameters": parameters}
 
 
 def render(served: Served, request: InferRequest, outputs: Mapping[str, np.ndarray]) -> Any:

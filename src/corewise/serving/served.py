@@ -17,12 +17,13 @@ import numpy as np
 from corewise import artifact
 from corewise.artifact import tuned
 from corewise.artifact.open import check_available
+from corewise.artifact.texts import text_pipeline
+from corewise.artifact.watch import RangeWatch
 from corewise.batching import Answer, Batcher, NotServed, Policy, Run
 from corewise.common.errors import ArtifactError
 from corewise.engines import ENGINES
 from corewise.machine.inspect import inspect_cpu
 from corewise.records.build import TensorSpec
-from corewise.serving import text
 from corewise.serving.frames import Frames
 from corewise.serving.protocol import InferRequest
 from corewise.serving.remote import Remote
@@ -113,9 +114,12 @@ class Served:
         self.plan, self.notes = fit.plan, (*fit.warnings, *notes, *self.values.notes)
         self.inputs: tuple[TensorSpec, ...] = found.manifest.inputs
         self.outputs: tuple[TensorSpec, ...] = found.manifest.outputs
-        self.text = TextInput(found) if artifact.TOKENIZER in found.manifest.files else None
+        pipeline = text_pipeline(found)
+        self.text = None if pipeline is None else TextInput(found, pipeline)
         self.frames = Frames(self.inputs, self.outputs)
         self.statistics = Statistics()
+        self.ranges = RangeWatch(found.manifest.seen_ranges)
+        self._told_ranges = False
         self.draining = self.has_priorities = False
         self._max_rows = max_rows
         self.shadow = Shadow(found, shadow) if shadow > 0 else None
@@ -134,14 +138,14 @@ class Served:
         return self.remote.alive and not self.draining
 
     @property
-    def instead(self) -> TensorSpec | None:
-        """The input that a request may have in place of the model's own."""
-        return None if self.text is None else text.SPEC
+    def instead(self) -> tuple[TensorSpec, ...]:
+        """The inputs that a request may have in place of the model's own."""
+        return () if self.text is None else self.text.specs
 
     def prepared(self, request: InferRequest) -> InferRequest:
         """With texts as the model takes them, and values that it has a place for. Raises ``ProtocolError``."""
         if self.text is not None and request.inputs[0].dtype == object:
-            request = replace(request, inputs=self.text.arrays(request.inputs[0].tolist()))
+            request = replace(request, inputs=self.text.arrays(request.inputs))
         self.values.check(request.inputs)
         return request
 
@@ -154,7 +158,11 @@ class Served:
             return 0
         if len(request.inputs[0]) > self._max_rows:
             raise NotServed("too large")
-        return sum(map(len, request.inputs[0]))
+        return sum(len(item) for column in request.inputs for item in column)
+
+    def described_inputs(self) -> list[dict[str, Any]]:
+        """The inputs as the model's metadata lists them."""
+        return self.values.described(self.instead)
 
     def described_statistics(self) -> dict[str, Any]:
         """As Triton's extension ``statistics`` has them."""
@@ -221,12 +229,20 @@ class Served:
             return
         if (error := ended.exception()) is None:
             self.statistics.answered(ended.result(), len(inputs[0]), took_s)
+            self._watch(inputs, ended.result().outputs)
             if self.shadow is not None:
                 self.shadow.offer(inputs, ended.result().outputs)
         elif isinstance(error, NotServed):
             self.statistics.not_served()
         else:
             self.statistics.failed(took_s)
+
+    def _watch(self, inputs: Sequence[np.ndarray], outputs: Sequence[np.ndarray]) -> None:
+        """Count what leaves the ranges of the search, and say once that it is too much."""
+        looked = self.ranges.see(inputs, outputs)
+        if looked and not self._told_ranges and (outside := self.ranges.outside) is not None and outside.many:
+            self._told_ranges = True
+            log.warning("%s, version %s: %s", self.name, self.version, outside.words)
 
     def _died(self, why: str) -> None:
         log.error("the engine process of %s, version %s: %s", self.name, self.version, why)

@@ -39,6 +39,10 @@ REMEMBERED, RARE = 32, 4
 """The slowdown of calls is the fourth largest of the last 32: fewer slow calls may be chance."""
 
 
+LONG = 64
+"""A queue of so many requests is not played through for one that no schedule could answer in time."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class LatencyTable:
     """Milliseconds of one call over its batch, as (batch, ms): batches rise, and no larger one is faster."""
@@ -95,6 +99,10 @@ class Accepted:
     """The request waits; ``dropped`` no longer do."""
 
     dropped: tuple[Dropped, ...] = ()
+
+
+ACCEPTED = Accepted()
+"""As nearly all are."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -230,7 +238,7 @@ class Policy:
         self._kinds[request.group, request.rows] += 1
         self.waiting_rows += request.rows
         self.next_expiry_s = min(self.next_expiry_s, request.deadline_s - self._measured_s[request.rows])
-        return Accepted(dropped=dropped)
+        return Accepted(dropped=dropped) if dropped else ACCEPTED
 
     def expected_s(self, now_s: float, ahead_rows: int = 0) -> float:
         """About how long a row that came now would take, behind all that wait and so many rows more."""
@@ -296,7 +304,7 @@ class Policy:
         gone = {other.arrival for other in without}
         others = [other for other in self._waiting if other.arrival not in gone] if gone else self._waiting
         rows = self.waiting_rows - _rows(without) + request.rows
-        if others and (late_s := self._least_late_s(place, others, rows, free_s, now_s)) > 0:
+        if len(others) >= LONG and (late_s := self._least_late_s(place, others, rows, free_s, now_s)) > 0:
             return Refused(reason="overloaded", retry_after_s=late_s)
         position = bisect_left(others, place)
         idle_now = _idle(free_s, now_s)
@@ -310,7 +318,10 @@ class Policy:
         rows = max(request.rows, -(-(ahead + request.rows) // idle))
         room_s = self._seconds[min(rows, self._max_batch)]
         place = _Place(place.deadline_s, place.yields, place.arrival, request, room_s)
-        play = self._play_alike if request.rows == 1 and not self._kinds.keys() - {(request.group, 1)} else self._play
+        is_alike = request.rows == 1 and (
+            not self._kinds or (len(self._kinds) == 1 and (request.group, 1) in self._kinds)
+        )
+        play = self._play_alike if is_alike else self._play
         if gone or position < len(others):
             plan = _Plan(free_s, [*others[:position], place, *others[position:]], -inf)
         else:

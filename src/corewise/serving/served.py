@@ -212,6 +212,8 @@ class Served:
         rows, size = len(inputs[0]), self.plan.batch
         if rows > self._max_rows:
             raise NotServed("too large")
+        if rows <= size:
+            return [self._batcher.submit(inputs, timeout_s=timeout_s, priority=priority)]
         parts: list[Future[Answer]] = []
         try:
             for start in range(0, rows, size):

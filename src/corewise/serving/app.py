@@ -28,9 +28,9 @@ from corewise.serving.infer import (
     TIMEOUT,
     Infer,
     broken,
-    content_bytes,
     target,
     timeout_s,
+    unread_bytes,
 )
 from corewise.serving.metrics import CONTENT_TYPE, Metrics
 from corewise.serving.models import Models
@@ -193,7 +193,8 @@ class App:
             header_s = timeout_s(dict(request.scope["headers"]).get(TIMEOUT))
             with self._front.place(client, served):
                 deadline_s = arrived_s + (self._limits.timeout_s if header_s == inf else header_s)
-                check(content_bytes(dict(request.scope["headers"])), deadline_s)
+                if size_bytes := unread_bytes(dict(request.scope["headers"])):
+                    check(size_bytes, deadline_s)
                 body = await bodies.read(request, self._limits, booking)
                 asked = await read(body, deadline_s)
             booking.cover(asked.inputs)

@@ -92,7 +92,7 @@ class Infer:
             deadline_s = arrived_s + (self._limits.timeout_s if header_s == inf else header_s)
             length = head_bytes(given.get(HEADER_LENGTH))
             with front.place(client, served):
-                if not scope.get(WHOLE) and content_bytes(given) > LARGE_BYTES:
+                if not scope.get(WHOLE) and unread_bytes(given) > LARGE_BYTES:
                     front.check_queue(served, deadline_s)
                 body = await self._body(scope, receive, given, booking)
                 asked = served.frames.known(body, length)
@@ -167,10 +167,13 @@ def broken(error: Exception, scope: Scope) -> tuple[int, Headers, bytes]:
     return refusals.plain(500, f"{what}; its log says why, at request {name}")
 
 
-def content_bytes(headers: Mapping[bytes, bytes]) -> int:
-    """How many bytes the body has, as its sender says; 0 where that is not said."""
+def unread_bytes(headers: Mapping[bytes, bytes]) -> int:
+    """How many bytes of body a refusal would save to read; 0 where that is not known.
+
+    Whoever expects to be asked for the body first is: after a refusal nobody knows whether it still comes.
+    """
     told = headers.get(b"content-length", b"")
-    return int(told) if told.isdigit() and len(told) < 16 else 0
+    return int(told) if told.isdigit() and len(told) < 16 and b"expect" not in headers else 0
 
 
 def head_bytes(told: bytes | None) -> int | None:

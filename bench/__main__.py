@@ -24,6 +24,7 @@ BENCHMARKS = (
     "tasks",
     "serving",
     "peers",
+    "overload",
     "soak",
     "attacks",
     "fuzz",

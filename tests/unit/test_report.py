@@ -12,13 +12,22 @@ from builders import said
 from builders import text as text_of
 from rich.console import Console
 
-from corewise.records.build import Plan, Receipt
-from corewise.records.events import RaceRound, Stage, StageStarted, TrialEnded, TrialStarted, TrialStep
+from corewise.records.build import Build, Plan, Receipt
+from corewise.records.events import (
+    BuildsLeftUntried,
+    RaceRound,
+    Stage,
+    StageStarted,
+    TrialEnded,
+    TrialStarted,
+    TrialStep,
+)
 from corewise.records.goal import Latency, Throughput
 from corewise.records.jsonable import from_json, to_json
 from corewise.records.measurement import Rates
-from corewise.records.reason import Step
+from corewise.records.reason import Reason, ReasonKind, Step
 from corewise.records.report import Report
+from corewise.records.trial import Trial
 from corewise.report import html, markdown, numbers, terminal, words
 from corewise.report.summary import summarize
 from corewise.report.terminal import Progress
@@ -398,6 +407,27 @@ def test_plain_progress_is_one_whole_line_per_stage_and_ended_trial():
     )
     assert len(lines) == 1 + len(REPORT.trials) + 1
     assert "\x1b" not in screen.file.getvalue()
+
+
+def test_what_the_budget_leaves_untried_is_told_once_and_at_once():
+    screen, builds = console(terminal=False), [f"engine/{n}" for n in range(3)]
+    details = {"budget_s": 60.0, "elapsed_s": 36.4}
+    with Progress(screen, "plain") as progress:
+        for n in range(4):
+            reason = Reason.of(ReasonKind.BUDGET_SPENT_BEFORE, **details)
+            build = Build(engine="openvino", precision="int8", options=(("n", n),))
+            progress(TrialEnded(Trial(build=build, state="pruned", reason=reason)))
+        progress(BuildsLeftUntried(Reason.of(ReasonKind.LEFT_UNTRIED, builds=builds, count=4, **details)))
+    assert screen.file.getvalue() == (
+        "36 s of the budget of 60 s were spent, and the rest is for plans and the race; "
+        "left untried: engine/0, engine/1, engine/2 and 1 more\n"
+    )
+
+
+def test_a_speedup_that_the_trials_deny_is_told_in_the_headline():
+    ratios = {"ratio": 50.0, "low": 48.0, "high": 52.0, "alone_ratio": 3.62, "alone_low": 3.5, "alone_high": 3.7}
+    doubt = Reason(kind=ReasonKind.RACE_CONTRADICTS, details=ratios)
+    assert "[4.17, 4.31] in the race but 3.62x in trials, top1" in words.headline(altered(warnings=(doubt,)))
 
 
 def test_plain_lines_of_the_latency_goal_are_in_milliseconds():

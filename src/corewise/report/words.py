@@ -15,7 +15,7 @@ from corewise.records.cpu import Cpu
 from corewise.records.events import Stage, StageStarted, TrialStep
 from corewise.records.goal import Goal, Slo
 from corewise.records.measurement import LoadRun, Measurement, Rates
-from corewise.records.reason import Reason
+from corewise.records.reason import Reason, ReasonKind
 from corewise.records.report import Preprocess, Report
 from corewise.records.trial import Fidelity, State, Trial
 from corewise.report.numbers import (
@@ -98,9 +98,18 @@ def headline(report: Report) -> str:
             return f"nothing but the baseline was tried: eager PyTorch in fp32 at {speed}"
         return f"nothing beat the baseline, eager PyTorch in fp32 at {speed}"
     text = f"{times(choice.speedup)} faster than eager PyTorch {interval(choice.speedup_low, choice.speedup_high)}"
+    text += contradiction(report)
     if choice.certified:
         text = f"{_certified(choice.certified)}; {text}"
     return f"{text}, {_against(fidelity)}" if fidelity else text
+
+
+def contradiction(report: Report) -> str:
+    """`` in the race but 3.62x in trials`` for a speed-up that trials deny; else empty."""
+    for reason in report.choice.warnings:
+        if reason.kind == ReasonKind.RACE_CONTRADICTS:
+            return f" in the race but {times(float(str(reason.details['alone_ratio'])))} in trials"
+    return ""
 
 
 def won_by_baseline(report: Report) -> bool:
@@ -229,6 +238,8 @@ def stage(event: StageStarted) -> str:
     match event.stage:
         case Stage.TUNING_PLANS:
             return clean(f"searching the plans of {build}")
+        case Stage.UNDER_SHIFT:
+            return clean(f"{event.stage.value}: {build}")
         case Stage.LOADING:
             return clean(f"putting {build} under load, {plan}")
         case Stage.MEASURING_PLAN:

@@ -603,6 +603,7 @@ def test_wrong_arguments_are_one_line(tmp_path):
     (tmp_path / "empty").write_text("\n")
     for arguments, match in (
         ([tmp_path / "none.cw", "--http", "127.0.0.1:0"], "none.cw does not exist"),
+        ([tmp_path, "--http", "127.0.0.1:0"], "give a folder that corewise optimize wrote"),
         ([toy, toy], "two models are named toy, version 1"),
         ([toy, "--http", f"127.0.0.1:{port}"], "nothing can listen on 127.0.0.1"),
         ([toy, "--http", "8000"], "--http is 8000; give HOST:PORT"),

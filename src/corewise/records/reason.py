@@ -89,6 +89,7 @@ class ReasonKind(StrEnum):
     # Doubts about the choice.
     SLO_UNCERTAIN = "SLO uncertain"
     NOTHING_FITS_MEMORY = "nothing fits memory"
+    RACE_CONTRADICTS = "race contradicts"
     FEW_ROUNDS = "few rounds"
     SPEEDUP_UNCERTAIN = "speedup uncertain"
     DROP_UNCERTAIN = "drop uncertain"
@@ -106,6 +107,10 @@ class ReasonKind(StrEnum):
     FIXED_BATCH = "fixed batch"
     KEEPS_STATE = "keeps state"
     NOT_SPLIT = "not split"
+
+    # How photos are decoded.
+    SCALED_DECODING = "scaled decoding"
+    FULL_DECODING = "full decoding"
 
 
 NOT_TRIED = (ReasonKind.BUDGET_SPENT_BEFORE, ReasonKind.BUDGET_TOO_SHORT, ReasonKind.BUDGET_BETTER_SPENT)

@@ -189,6 +189,12 @@ def _mixes_batch(details: Details) -> str:
     return f"the model mixes the rows of a batch{place}: {agreement}; each row runs in a call of its own"
 
 
+def _decoding(details: Details, so: str) -> str:
+    """What decoding large JPEGs at a smaller scale does to the winner's answers."""
+    score = f"{details['metric']} {details['value']:.4g}, {details['drop']:.4g} below fp32's in full"
+    return f"with {details['photos']} photos decoded at a smaller scale the answers have {score}, {so}"
+
+
 def _keeps_state(details: Details) -> str:
     where = f" ({details['where']})" if details["where"] else ""
     return f"each call changes {details['name'] or 'a value'} in the model{where}; answers do not depend on it"
@@ -263,6 +269,10 @@ _SENTENCES: dict[ReasonKind, Callable[[Details], str]] = {
     K.NOT_MEASURED: _fixed("not a finalist: its speed was not measured"),
     K.SLO_UNCERTAIN: _slo_uncertain,
     K.NOTHING_FITS_MEMORY: _nothing_fits,
+    K.RACE_CONTRADICTS: lambda details: (
+        f"the race and the trials contradict each other, and so did a second race: {_ratio(details)} the baseline in "
+        f"the race, {_ratio(details, 'alone_')} in trials; other work may have run beside, so run it again"
+    ),
     K.FEW_ROUNDS: lambda details: (
         f"only {details['rounds']} alternating rounds: a 95 % interval of the speed-up needs {details['needed']}"
     ),
@@ -282,6 +292,8 @@ _SENTENCES: dict[ReasonKind, Callable[[Details], str]] = {
     K.MIXES_BATCH: _mixes_batch,
     K.FIXED_BATCH: lambda details: f"calls have exactly {details['rows']} rows: {details['why']}",
     K.KEEPS_STATE: _keeps_state,
+    K.SCALED_DECODING: lambda details: _decoding(details, "and stay accurate: they are decoded so"),
+    K.FULL_DECODING: lambda details: _decoding(details, "which is too much: photos are decoded in full"),
     K.NOT_SPLIT: _fixed("samples are too few or too alike to judge int8 on some that are unlike the others"),
     K.COREWISE_INT8_ONLY: lambda details: f"only corewise's quantizer makes int8 builds, without {details['layers']}",
 }

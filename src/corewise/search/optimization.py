@@ -20,6 +20,7 @@ from corewise.runtime.worker import peak_memory_bytes
 from corewise.runtime.workspace import Workspace
 from corewise.search.budget import WITH_LOADS, Budget, BudgetSplit, baseline_batch
 from corewise.search.candidates import first_plan, layouts
+from corewise.search.decoding import Decoding, choose_decoding
 from corewise.search.journal import Journal
 from corewise.search.result import Result
 from corewise.search.search import Search
@@ -69,13 +70,14 @@ def optimize(
         memory_limit_bytes: most memory for the process that runs the winner. Default: no limit.
         strict: ask the upper end of the drop's 95 % confidence interval to be within ``max_drop``.
         robust: ask that int8 holds on samples unlike those that calibrated it too. Default: for texts and embeddings.
-        engines: the engines to try; eager PyTorch is always the baseline.
+        engines: the engines to try; eager PyTorch is always the baseline. One that cannot be tried at all is an error,
+            unless the engines are the default ones.
         ignored: layers that never run in int8: names as ``explain`` lists them, or regular expressions for whole names.
         calibration: samples to calibrate with, drawn with ``seed``; all others are the holdout that decides. Default:
             two of five, at most 200.
         seed: of the split into calibration and holdout.
         class_names: names of the classes in the order of the scores, which the artifact keeps.
-        budget_s: seconds for the whole search. Default: as long as it takes.
+        budget_s: seconds for the whole search; a short one judges with fewer samples. Default: as long as it takes.
         timeout_s: seconds for each step of a trial.
         work: a folder that keeps finished trials, so that the same call resumes. Default: a temporary folder.
         on_event: called with each event of ``corewise.records.events`` as it happens.
@@ -86,6 +88,7 @@ def optimize(
     Raises:
         InputError: something is wrong with an argument, or the budget is too short for a single candidate.
         MissingExtra: torch is not installed.
+        EngineError: an engine in ``engines`` cannot be tried: it is not installed, or has no build for this model.
 
     Example:
         >>> import numpy as np, torch, corewise
@@ -117,6 +120,7 @@ def optimize(
         class_names=class_names,
         on_event=on_event,
         budget_s=budget_s,
+        required=tuple(engines) != DEFAULT_ENGINES,
     )
     workspace = Workspace.create(work)
     gate = task.gate(requirements)
@@ -136,10 +140,11 @@ def optimize(
             search.find_slo_rate()
             search.race()
             choice = search.choose()
+            decoding = choose_decoding(task.holdout, choice, gate, context)
         finally:
             if journal.empty:  # it ended before anything worth keeping
                 workspace.remove()
-    return _result(task, search, choice, build_inputs, class_names)
+    return _result(task, search, choice, build_inputs, class_names, decoding)
 
 
 def _context(
@@ -172,7 +177,12 @@ def _context(
 
 
 def _result(
-    task: Task, search: Search, choice: Choice, build_inputs: BuildInputs, class_names: Sequence[str] | None
+    task: Task,
+    search: Search,
+    choice: Choice,
+    build_inputs: BuildInputs,
+    class_names: Sequence[str] | None,
+    decoding: Decoding,
 ) -> Result:
     context = search.context
     report = Report(
@@ -181,18 +191,18 @@ def _result(
         versions=package_versions(),
         cpu=task.cpu,
         requirements=replace(context.requirements, robust=search.gate.is_robust),
-        samples=task.facts,
+        samples=replace(task.facts, preprocess=decoding.preprocess),
         trials=tuple(search.trials),
         finals=search.rates,
         choice=choice,
         wall_s=context.budget.elapsed_s,
         peak_memory_bytes=peak_memory_bytes() + search.peak_memory_bytes,
-        notes=(*task.notes, *search.notes),
+        notes=(*task.notes, *search.notes, *((decoding.reason,) if decoding.reason else ())),
     )
     return Result(
         report=report,
         build_inputs=build_inputs,
-        holdout=task.holdout,
+        holdout=replace(task.holdout, preprocess=decoding.preprocess),
         output_structure=task.exported.output_structure,
         payload=context.workspace.payload(choice.winner),
         outputs=context.workspace.outputs(choice.winner),

@@ -250,7 +250,7 @@ class App:
 
     async def _absent(self, request: Request, error: Any) -> Response:
         path = request.scope["path"]
-        if error.status_code == 404 and path.startswith("/v2") and path.endswith("/"):
+        if error.status_code == 404 and path.endswith("/") and not path.startswith(("//", "/\\")):
             query = request.scope["query_string"].decode("latin-1")
             return RedirectResponse(path.rstrip("/") + (f"?{query}" if query else ""))
         self.metrics.turned_away("http", "unknown path" if error.status_code == 404 else "unknown method")

@@ -90,7 +90,7 @@ class Served:
         Raises ``ArtifactError`` and ``EngineError`` with why it cannot serve.
         """
         cpu = inspect_cpu()
-        identity = artifact.identity(source.folder) if source.folder.is_dir() else ""
+        identity = artifact.identity(source.folder) if (source.folder / artifact.MANIFEST).is_file() else ""
         found = artifact.read(source.folder, cpu=cpu)
         build = found.manifest.build
         if build.engine not in ENGINES:

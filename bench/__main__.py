@@ -24,11 +24,13 @@ BENCHMARKS = (
     "tasks",
     "serving",
     "peers",
+    "overload",
     "soak",
     "attacks",
     "fuzz",
     "kills",
     "padding",
+    "photos",
     "shift",
 )
 """Modules of this package. Each has a docstring for its help, ``add_options(parser)`` and ``main(options)``."""

@@ -21,7 +21,7 @@ from corewise.records.report import Preprocess
 from corewise.samples import RawSamples, Samples, UnreadableItem, read, read_raw
 from corewise.samples import images as images_module
 from corewise.samples.audio import open_audio
-from corewise.samples.folders import read_folder
+from corewise.samples.folders import list_images, read_folder
 from corewise.samples.images import ImageReader, TooManyPixels, image_array, normalize_image, open_image
 from corewise.serving import images as serving_images
 from corewise.serving.protocol import ProtocolError
@@ -97,6 +97,20 @@ def test_folders_are_read_as_torchvision_does(tmp_path: Path, names: list[str], 
     labels = [None] * len(samples) if samples.labels is None else samples.labels.tolist()
     assert list(zip(samples.names or (), labels, strict=True)) == expected
     assert samples.labels is None or samples.labels.dtype == np.int64
+
+
+def test_images_are_listed_by_file_folder_and_pattern(tmp_path: Path) -> None:
+    make(tmp_path, ["b/2.png", "b/1.png", "b/c/3.png", "b/notes.txt", "b/.hidden.png", "a.png"])
+
+    def listed(*places: str) -> list[str]:
+        return [str(path.relative_to(tmp_path)) for path in list_images([tmp_path / place for place in places])]
+
+    assert listed("b", "a.png") == ["b/1.png", "b/2.png", "b/c/3.png", "a.png"]
+    assert listed("b/*.png") == ["b/1.png", "b/2.png"]
+    assert listed("b/**/*.png") == ["b/1.png", "b/2.png", "b/c/3.png"]
+    (tmp_path / "empty").mkdir()
+    assert "there are no images in" in error_of(list_images, [tmp_path / "empty"])
+    assert "there is no file" in error_of(list_images, [tmp_path / "*.jpg"])
 
 
 def test_an_empty_class_is_an_error_or_keeps_its_number(tmp_path: Path) -> None:
@@ -652,10 +666,9 @@ def test_the_server_decodes_as_samples_are_decoded(tmp_path: Path) -> None:
     served: Any = SimpleNamespace(name="m", manifest=SimpleNamespace(preprocess=TINY), outputs=())
     assert samples.names == sorted(files)
     for row, name in enumerate(sorted(files)):
-        request = serving_images.image(files[name], served)
-        np.testing.assert_array_equal(request.inputs[0][0], samples.rows[row][0])
+        np.testing.assert_array_equal(serving_images.batch([files[name]], served)[0], samples.rows[row][0])
     wide = encoded(Image.new("1", (10_000, 6_000)), "PNG")
     for content, status in ((b"", 415), (b"<html>", 415), (files["turned.jpg"][:300], 415), (wide, 413)):
         with pytest.raises(ProtocolError) as caught:
-            serving_images.image(content, served)
+            serving_images.batch([content], served)
         assert caught.value.status == status

@@ -3,7 +3,8 @@
 import csv
 import os
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from glob import glob
 from math import isfinite
 from pathlib import Path
 from typing import NamedTuple
@@ -24,6 +25,32 @@ HIDDEN = (".", "__MACOSX")
 """Names that begin so are no samples: what file managers and archives add."""
 SPLITS = frozenset(("train", "training", "val", "valid", "validation", "dev", "test", "testing", "eval"))
 """Names of folders that hold class folders and are none themselves."""
+
+
+def list_images(places: Iterable[str | Path]) -> list[Path]:
+    """The image files that places name, in that order: files, all images below folders, and patterns.
+
+    Args:
+        places: Paths, or patterns such as ``photos/*.jpg``, in which ``**`` stands for folders below. Hidden files of
+            folders do not count.
+
+    Raises:
+        SamplesError: A place has none.
+    """
+    found: list[Path] = []
+    for place in map(str, places):
+        path = Path(place)
+        if path.is_dir():
+            files = [path / name for name in _below(path) if _suffix(name) in image_suffixes()]
+            if not files:
+                raise SamplesError(f"there are no images in {place}", "give a folder of images")
+        else:
+            names = [place] if path.is_file() else sorted(glob(place, recursive=True))
+            files = [Path(name) for name in names if os.path.isfile(name)]
+            if not files:
+                raise SamplesError(f"there is no file {place}", "check the path or the pattern")
+        found += files
+    return found
 
 
 class _Listing(NamedTuple):

@@ -12,7 +12,8 @@ from corewise.artifact.watch import Outside, RangeWatch
 from corewise.common.errors import InputError
 from corewise.common.nested import Structure, match_call, unflatten
 from corewise.engines import Session
-from corewise.pipeline import TextRunner
+from corewise.pipeline import ImageRunner, TextRunner
+from corewise.pipeline.photos import TOP
 from corewise.records.build import TensorSpec
 from corewise.records.ranges import InputRange, SeenRanges
 
@@ -34,23 +35,24 @@ class Model:
         output_structure: Structure,
         ranges: Sequence[InputRange] | None = None,
         check_finite: bool = True,
-        texts: TextRunner | None = None,
         seen_ranges: SeenRanges | None = None,
+        texts: TextRunner | None = None,
+        images: ImageRunner | None = None,
     ) -> None:
         """``session`` must accept calls from several threads at the same time.
 
         ``ranges`` are the allowed values of each input, and ``check_finite`` refuses NaN and infinities
-        (``InputChecks``). ``texts`` answers texts, if the artifact carries a pipeline. ``seen_ranges`` are what inputs
-        and outputs were like in the search (``RangeWatch``).
+        (``InputChecks``). ``seen_ranges`` are what inputs and outputs were like in the search (``RangeWatch``).
+        ``texts`` answers texts and ``images`` images, if the artifact carries such a pipeline.
         """
         self._session = session
         self._inputs = tuple(inputs)
         self._input_structure = input_structure
         self._output_structure = output_structure
         self._checks = InputChecks(self._inputs, ranges, check_finite=check_finite)
-        self.texts = texts
         self._watch = RangeWatch(seen_ranges)
         self._warned = False
+        self.texts, self.images = texts, images
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """The model's outputs for one batch (dimension 0 of every input)."""
@@ -69,13 +71,15 @@ class Model:
             outputs = [_tensor(array) for array in outputs]
         return unflatten(self._output_structure, outputs)
 
-    def predict(self, items: Any, *, prompt: str | None = None) -> Any:
-        """The answers to raw items, tokenized, batched by length and run on all instances.
+    def predict(self, items: Any, *, prompt: str | None = None, top: int = TOP) -> Any:
+        """The answers to raw items: texts are tokenized and batched by length, images are decoded; all instances run.
 
         Args:
-            items: A list of texts, or of pairs of texts for a model of pairs; or an iterator of them, which is read as
-                the answers are taken, so that memory stays bounded for millions.
+            items: A list of texts, of pairs of texts for a model of pairs, or of images: paths, contents (``bytes``),
+                PIL images or uint8 arrays (H, W, 3); or an iterator of them, which is read as the answers are taken, so
+                that memory stays bounded for millions; or a single one.
             prompt: The name of the prompt that goes before each text, for a model that has prompts.
+            top: Of an image, how many classes the probabilities are given of, the most probable first.
 
         Returns:
             In the order of the items: an array of vectors, float32 (N, D), or of scores (N,); a list of ``ClassAnswer``
@@ -85,10 +89,13 @@ class Model:
         Raises:
             InputError: The artifact carries no pipeline, an item cannot be answered, or the prompt is unknown.
         """
+        if self.images is not None and self.texts is None:
+            return self.images.predict(items, top=top)
         if self.texts is None:
             raise InputError(
                 "the artifact has no pipeline for raw items",
-                "call it with tensors, or make it again from st:FOLDER or hf:FOLDER, or with --tokenizer",
+                "call it with tensors, or make it again from st:FOLDER or hf:FOLDER, or with --tokenizer, or from a "
+                "folder of images; if a function prepared the images, give it: load(..., preprocess=function)",
             )
         return self.texts.predict(items, prompt=prompt)
 

@@ -11,6 +11,7 @@ from typing import Any
 from corewise.artifact import PAYLOAD, REBUILD, REFERENCE, Artifact, check_golden, read, tuned
 from corewise.artifact.checks import input_ranges
 from corewise.artifact.model import Model
+from corewise.artifact.photos import open_images
 from corewise.artifact.texts import open_texts
 from corewise.common.errors import ArtifactError, EngineError, InputError
 from corewise.common.references import guard
@@ -37,6 +38,7 @@ def load(
     instances: int | None = None,
     batch: int | None = None,
     check_finite: bool = True,
+    preprocess: str | Callable[[Any], Any] | None = None,
 ) -> Model:
     """Open an artifact as a model that is called as the original was.
 
@@ -52,6 +54,8 @@ def load(
         batch: rows of one call to the engine. Default: the plan's.
         check_finite: refuse calls whose inputs have NaN or infinity. Turn it off if infinity is meant, as in an
             attention mask.
+        preprocess: the function, or its reference, that ``--preprocess`` named when the artifact was made; ``predict``
+            needs it, because an artifact never runs code of its own.
 
     Returns:
         A thread-safe model. PyTorch tensors give tensors, NumPy arrays give arrays; dtypes and shapes are those of the
@@ -84,6 +88,7 @@ def load(
         check_finite=check_finite,
         texts=open_texts(artifact, session.run, fit.plan),
         seen_ranges=artifact.manifest.seen_ranges,
+        images=open_images(artifact, session.run, fit.plan, preprocess),
     )
 
 

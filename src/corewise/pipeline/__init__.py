@@ -7,6 +7,7 @@ samples and for the server. No torch.
 from corewise.pipeline.answers import ClassAnswer, Span, decode
 from corewise.pipeline.calls import Call, CallCost, CallLimits, CostTable, fill
 from corewise.pipeline.inferred import infer
+from corewise.pipeline.photos import ImageRunner, image_pipeline, top_classes
 from corewise.pipeline.runner import Rejected, TextRunner, stacked
 from corewise.pipeline.tokens import TextEncoder, TokenPiece, Tokens
 
@@ -16,6 +17,7 @@ __all__ = [
     "CallLimits",
     "ClassAnswer",
     "CostTable",
+    "ImageRunner",
     "Rejected",
     "Span",
     "TextEncoder",
@@ -24,6 +26,8 @@ __all__ = [
     "Tokens",
     "decode",
     "fill",
+    "image_pipeline",
     "infer",
     "stacked",
+    "top_classes",
 ]

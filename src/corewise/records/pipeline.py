@@ -4,6 +4,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from corewise.records.build import TensorSpec
+from corewise.records.report import Preprocess
 
 TextTask = Literal["vectors", "classes", "tokens", "scores"]
 Pooling = Literal["mean", "cls", "last", "max", "none"]
@@ -75,3 +76,19 @@ class TextPipeline:
     def noun(self) -> str:
         """What an item is, in words."""
         return "pair of texts" if self.pairs else "text"
+
+
+ImageTask = Literal["classes", "vectors"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImagePipeline:
+    """How images become a model's input, and its output answers. An artifact's manifest and golden outputs say it."""
+
+    task: ImageTask
+    """``classes`` (N, classes), else ``vectors``: the output as it is."""
+    preprocess: Preprocess
+    labels: tuple[str, ...] = ()
+    """Names of the classes, in the order of the outputs."""
+    activation: Activation = "none"
+    """What makes probabilities of the model's outputs."""

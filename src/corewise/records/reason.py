@@ -106,6 +106,10 @@ class ReasonKind(StrEnum):
     FIXED_BATCH = "fixed batch"
     KEEPS_STATE = "keeps state"
 
+    # How photos are decoded.
+    SCALED_DECODING = "scaled decoding"
+    FULL_DECODING = "full decoding"
+
 
 NOT_TRIED = (ReasonKind.BUDGET_SPENT_BEFORE, ReasonKind.BUDGET_TOO_SHORT, ReasonKind.BUDGET_BETTER_SPENT)
 """Why a build has a trial although it was not tried."""

@@ -189,6 +189,12 @@ def _mixes_batch(details: Details) -> str:
     return f"the model mixes the rows of a batch{place}: {agreement}; each row runs in a call of its own"
 
 
+def _decoding(details: Details, so: str) -> str:
+    """What decoding large JPEGs at a smaller scale does to the winner's answers."""
+    score = f"{details['metric']} {details['value']:.4g}, {details['drop']:.4g} below fp32's in full"
+    return f"with {details['photos']} photos decoded at a smaller scale the answers have {score}, {so}"
+
+
 def _keeps_state(details: Details) -> str:
     where = f" ({details['where']})" if details["where"] else ""
     return f"each call changes {details['name'] or 'a value'} in the model{where}; answers do not depend on it"
@@ -282,5 +288,7 @@ _SENTENCES: dict[ReasonKind, Callable[[Details], str]] = {
     K.MIXES_BATCH: _mixes_batch,
     K.FIXED_BATCH: lambda details: f"calls have exactly {details['rows']} rows: {details['why']}",
     K.KEEPS_STATE: _keeps_state,
+    K.SCALED_DECODING: lambda details: _decoding(details, "and stay accurate: they are decoded so"),
+    K.FULL_DECODING: lambda details: _decoding(details, "which is too much: photos are decoded in full"),
     K.COREWISE_INT8_ONLY: lambda details: f"only corewise's quantizer makes int8 builds, without {details['layers']}",
 }

@@ -7,6 +7,7 @@ from functools import cached_property
 from hashlib import sha256
 from itertools import chain
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
@@ -29,6 +30,9 @@ from corewise.samples.stored import (
     text_tensor,
     write,
 )
+
+if TYPE_CHECKING:
+    from corewise.samples.raw import RawSamples
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -58,6 +62,8 @@ class Samples:
     numbers: Array | None = None
     names: Sequence[str] | None = None
     notes: tuple[str, ...] = ()
+    originals: "RawSamples | None" = None
+    """The images that the rows were made of, to be decoded in another way; ``save`` leaves them out."""
 
     def __post_init__(self) -> None:
         if not len(self.rows):
@@ -98,6 +104,7 @@ class Samples:
             groups=None if self.groups is None else self.groups[chosen],
             numbers=chosen if self.numbers is None else self.numbers[chosen],
             names=None if self.names is None else [self.names[index] for index in chosen],
+            originals=None if self.originals is None else self.originals.take(chosen),
         )
 
     def draw(self, most: int | None, seed: int) -> "Samples":

@@ -74,10 +74,15 @@ def read(
         return gathered.tensors(tensorize, spool=spool)
     if gathered.kind != "image":
         raise SamplesError(f"there are {NOUNS[gathered.kind]} in {reference}", RAW_FIXES[gathered.kind])
+    return image_samples(gathered, reader, spool=spool)
+
+
+def image_samples(images: RawSamples, reader: ImageReader, *, spool: Path | None = None) -> Samples:
+    """Samples of what ``reader`` makes of images; several threads decode where it allows them."""
     threads = len(os.sched_getaffinity(0)) if reader.threads_allowed else 1
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", module=r"PIL\.")  # damaged EXIF data and the like
-        samples = gathered.tensors(reader, preprocess=reader.preprocess, spool=spool, threads=threads)
+        samples = images.tensors(reader, preprocess=reader.preprocess, spool=spool, threads=threads)
     return replace(samples, notes=(*samples.notes, *reader.notes()))
 
 

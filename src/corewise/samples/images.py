@@ -98,6 +98,16 @@ def image_size(
         return image.width, image.height
 
 
+def gains_by_scale(item: Any, preprocess: Preprocess) -> bool:
+    """Whether ``preprocess`` has the image decoded at a smaller scale; not for what is decoded already."""
+    if not isinstance(item, Path | bytes):
+        return False
+    with _opened(item, "the image", None) as image:
+        size = image.size
+        _scale_down(image, preprocess)
+        return image.size != size
+
+
 def _scale_down(image: "Image", preprocess: Preprocess | None) -> None:
     """Have a JPEG decoded at a half, a quarter or an eighth of its size, but at ``SHARP`` times what is needed."""
     if preprocess is None or preprocess.decode == "full":

@@ -183,6 +183,7 @@ class RawSamples:
             labels=None if self.labels is None else self.labels[usable],
             groups=None if self.groups is None else self.groups[usable],
             notes=(*self.notes, *aside.notes(len(self))),
+            originals=self.take(usable) if self.kind == "image" else None,
         )
 
     @cached_property

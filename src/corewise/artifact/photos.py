@@ -1,0 +1,39 @@
+"""The image pipeline of an artifact, opened to run."""
+
+from collections.abc import Callable
+from typing import Any
+
+from corewise.artifact.format import Artifact
+from corewise.pipeline import ImageRunner, image_pipeline
+from corewise.pipeline.runner import Run
+from corewise.records.build import Plan
+from corewise.records.pipeline import ImagePipeline
+from corewise.samples.images import ImageReader
+
+ROWS_ALONE = 8
+"""Images of a call to a single instance whose plan is for single items."""
+
+
+def images_of(artifact: Artifact) -> ImagePipeline | None:
+    """How the artifact's images become inputs and its outputs answers; ``None`` if it was not made from images."""
+    manifest = artifact.manifest
+    if manifest.preprocess is None or len(manifest.inputs) != 1:
+        return None
+    _, outputs = artifact.golden()
+    return image_pipeline(manifest.preprocess, outputs, manifest.labels or ())
+
+
+def open_images(
+    artifact: Artifact, run: Run, plan: Plan, function: str | Callable[[Any], Any] | None
+) -> ImageRunner | None:
+    """What answers images by calls of ``run``.
+
+    ``None`` if the artifact was not made from images, or by a function of the user's that is not given: an artifact
+    never causes an import. Raises ``SamplesError`` if there is no such function.
+    """
+    pipeline = images_of(artifact)
+    if pipeline is None or (pipeline.preprocess.function is not None and function is None):
+        return None
+    reader = None if function is None else ImageReader(pipeline.preprocess, function)
+    rows = plan.batch if plan.batch > 1 or plan.instances > 1 else ROWS_ALONE
+    return ImageRunner(pipeline, run, instances=plan.instances, rows=rows, reader=reader)

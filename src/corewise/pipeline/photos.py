@@ -1,0 +1,173 @@
+"""Images in, answers out, in the order of the input: decoded by threads, put into calls, and run on all instances."""
+
+import os
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from itertools import islice
+from math import ceil
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from corewise.common.errors import InputError
+from corewise.pipeline.answers import ClassAnswer, activate
+from corewise.pipeline.runner import Rejected, Run
+from corewise.records.pipeline import Activation, ImagePipeline
+from corewise.records.report import Preprocess
+from corewise.samples.images import ImageReader, is_image, is_pil
+from corewise.samples.raw import UnreadableItem
+
+TOP = 5
+"""Classes that an answer names, unless it is asked for more."""
+SUM_ERROR = 1e-2
+"""How far the sum of probabilities may be from 1 for int8 and bf16."""
+
+
+class _Call(NamedTuple):
+    """Images in work: the input of each, and the outputs of those that can be read, in their order."""
+
+    decoded: "list[Future[NDArray[np.float32] | Rejected]]"
+    outputs: "Future[list[NDArray[Any]]]"
+
+
+def image_pipeline(preprocess: Preprocess, golden: Sequence[NDArray[Any]], labels: Sequence[str] = ()) -> ImagePipeline:
+    """The pipeline of a model of images, by a few of its outputs.
+
+    Rows of one number for each class are classes, and probabilities where they are none below 0 and sum to 1;
+    otherwise softmax makes probabilities of them.
+    """
+    first = golden[0]
+    task: Any = "classes" if first.ndim == 2 and first.shape[1] > 1 else "vectors"
+    activation: Activation = "none"
+    if task == "classes" and not (first.min() >= 0 and np.allclose(first.sum(1), 1, atol=SUM_ERROR)):
+        activation = "softmax"
+    return ImagePipeline(task=task, preprocess=preprocess, labels=tuple(labels), activation=activation)
+
+
+def top_classes(pipeline: ImagePipeline, row: NDArray[Any], top: int) -> list[tuple[int, str, float]]:
+    """The most probable classes of one row (classes,): number, name (the number, where it has none), probability."""
+    probabilities = activate(row, pipeline.activation)
+    best = np.argpartition(-probabilities, min(top, len(row)) - 1)[:top]
+    best = best[np.argsort(-probabilities[best], kind="stable")]
+    return [(int(k), pipeline.labels[k] if k < len(pipeline.labels) else str(k), float(probabilities[k])) for k in best]
+
+
+class ImageRunner:
+    """Runs images through a model's instances. Thread-safe."""
+
+    def __init__(
+        self,
+        pipeline: ImagePipeline,
+        run: Run,
+        *,
+        instances: int,
+        rows: int,
+        reader: Callable[[Any], NDArray[np.float32]] | None = None,
+        decoders: int | None = None,
+    ) -> None:
+        """Make a runner.
+
+        Args:
+            pipeline: What images and outputs are.
+            run: Takes calls from ``instances`` threads at the same time.
+            instances: How many calls run at once.
+            rows: The images of a call.
+            reader: Makes the input of an image, where a function of the user's does that.
+            decoders: Threads that decode. Default: one for each core; they and the instances share the cores.
+        """
+        self.pipeline = pipeline
+        self._run = run
+        self._instances = instances
+        self._rows = rows
+        self._read = reader or ImageReader(pipeline.preprocess)
+        self._decoders = (decoders or len(os.sched_getaffinity(0))) if reader is None else 1
+
+    def answers(self, items: Iterable[Any], *, top: int = TOP) -> Iterator[Any]:
+        """The answer to each image, in order; ``Rejected`` for one that cannot be read.
+
+        Images are taken as they are needed, a few calls ahead of the answers, so that memory is bounded.
+
+        Args:
+            items: Paths, contents (``bytes``), PIL images, or uint8 arrays (H, W, 3) or (H, W, 1).
+            top: How many classes an answer names.
+
+        Returns:
+            A ``ClassAnswer`` each, whose probabilities are those of the ``top`` classes; or the output's row.
+
+        Raises:
+            EngineError: The engine fails.
+        """
+        ahead: deque[_Call] = deque()
+        decoders = ThreadPoolExecutor(self._decoders, "corewise-decode")
+        callers = ThreadPoolExecutor(self._instances, "corewise-call")
+        most_ahead = self._instances + ceil(self._decoders / self._rows)
+        try:
+            rest = iter(items)
+            while chunk := list(islice(rest, self._rows)):
+                ahead.append(self._start(chunk, decoders, callers))
+                while len(ahead) > most_ahead:
+                    yield from self._finish(ahead.popleft(), top)
+            while ahead:
+                yield from self._finish(ahead.popleft(), top)
+        finally:
+            decoders.shutdown(cancel_futures=True)
+            callers.shutdown(cancel_futures=True)
+
+    def predict(self, items: Any, *, top: int = TOP) -> Any:
+        """The answers to a list of images, together; to an iterator, as an iterator; to a single image, alone.
+
+        Raises ``InputError`` for an image that cannot be read, with its number.
+        """
+        if isinstance(items, str | Path | bytes) or is_pil(items) or is_image(items):
+            return next(self._checked([items], top))
+        answers = self._checked(items, top)
+        if isinstance(items, Iterator):
+            return answers
+        made = list(answers)
+        return made if self.pipeline.task == "classes" or not made else np.stack(made)
+
+    def _checked(self, items: Iterable[Any], top: int) -> Iterator[Any]:
+        for number, answer in enumerate(self.answers(items, top=top)):
+            if isinstance(answer, Rejected):
+                raise InputError(f"image {number} {answer.reason}", "replace or remove it")
+            yield answer
+
+    def _start(self, items: Sequence[Any], decoders: ThreadPoolExecutor, callers: ThreadPoolExecutor) -> _Call:
+        """Begin to decode images, and the call that waits for them."""
+        decoded = [decoders.submit(self._decode, item) for item in items]
+
+        def call() -> list[NDArray[Any]]:
+            inputs = [one for one in (future.result() for future in decoded) if not isinstance(one, Rejected)]
+            return self._run([np.stack(inputs)]) if inputs else []
+
+        return _Call(decoded, callers.submit(call))
+
+    def _decode(self, item: Any) -> NDArray[np.float32] | Rejected:
+        if isinstance(item, str):
+            item = Path(item)
+        if not (isinstance(item, Path | bytes) or is_pil(item) or is_image(item)):
+            return Rejected(f"is a {type(item).__name__}, no path, bytes, PIL image or uint8 array (H, W, 3)")
+        try:
+            return np.asarray(self._read(item))
+        except UnreadableItem as error:
+            return Rejected(error.reason)
+
+    def _finish(self, call: _Call, top: int) -> Iterator[Any]:
+        """The answers of a call, when it has ended."""
+        outputs = call.outputs.result()
+        rows = iter(outputs[0] if outputs else ())
+        for future in call.decoded:
+            decoded = future.result()
+            yield decoded if isinstance(decoded, Rejected) else self._answer(next(rows), top)
+
+    def _answer(self, row: NDArray[Any], top: int) -> Any:
+        if self.pipeline.task == "vectors":
+            return row
+        best = top_classes(self.pipeline, row, top)
+        # Of two classes of one name, the more probable one counts.
+        probabilities = {label: probability for _, label, probability in reversed(best)}
+        probabilities = {label: probabilities[label] for _, label, _ in best}
+        return ClassAnswer(label=best[0][1], probability=best[0][2], probabilities=probabilities)

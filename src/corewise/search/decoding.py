@@ -1,0 +1,71 @@
+"""Whether the winner may have large JPEGs decoded at a smaller scale: the holdout's photos, decoded so, decide."""
+
+from dataclasses import dataclass, replace
+from time import perf_counter
+
+from corewise.accuracy.gate import AccuracyGate
+from corewise.common.errors import CorewiseError, InputError
+from corewise.records.build import Plan
+from corewise.records.reason import Detail, Reason, ReasonKind
+from corewise.records.report import Choice, Preprocess
+from corewise.runtime.client import read_outputs
+from corewise.samples import Samples
+from corewise.samples.files import image_samples
+from corewise.samples.images import ImageReader, gains_by_scale
+from corewise.search.trial import VERIFY_BATCH, SearchContext
+
+LEAST_PHOTOS = 16
+"""Photos of the holdout that are decoded at another scale; fewer prove nothing."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Decoding:
+    """How the artifact's images are prepared, and why, if there was a choice."""
+
+    preprocess: Preprocess | None
+    reason: Reason | None = None
+
+
+def choose_decoding(holdout: Samples, choice: Choice, gate: AccuracyGate, context: SearchContext) -> Decoding:
+    """Scaled decoding, if the winner's answers to the holdout decoded so pass the gate as any build does.
+
+    They are compared with those of fp32 to photos decoded in full, so that both losses count together.
+    """
+    as_it_is = Decoding(preprocess=holdout.preprocess)
+    preprocess, photos = holdout.preprocess, holdout.originals
+    if preprocess is None or preprocess.function is not None or photos is None or context.budget.ended():
+        return as_it_is
+    scaled = replace(preprocess, decode="scaled")
+    gaining = sum(gains_by_scale(item, scaled) for item in photos.items)
+    if gaining < LEAST_PHOTOS:
+        return as_it_is
+    started_s = perf_counter()
+    samples = image_samples(photos, ImageReader(scaled))
+    decode_s = (perf_counter() - started_s) / len(photos)
+    if len(samples) != len(holdout):
+        return as_it_is
+    build, workspace = choice.winner, context.workspace
+    path = workspace.folder / "scaled.safetensors"
+    samples.save(path)
+    try:
+        with context.client(build) as client:
+            client.open(
+                workspace.payload(build), build, Plan(threads_per_instance=context.cpu.usable_cores, batch=VERIFY_BATCH)
+            )
+            outputs = path.with_name("scaled-outputs.safetensors")
+            client.run_samples(path, VERIFY_BATCH, outputs)
+        fidelity, verdict = gate(read_outputs(outputs))
+    except InputError:
+        raise
+    except CorewiseError:
+        return as_it_is  # The winner is what it was; only this choice was not made.
+    details: dict[str, Detail] = {
+        "photos": gaining,
+        "metric": fidelity.metric,
+        "value": fidelity.value,
+        "drop": fidelity.drop,
+        "decode_ms": decode_s * 1e3,
+    }
+    if verdict.passed:
+        return Decoding(preprocess=scaled, reason=Reason.of(ReasonKind.SCALED_DECODING, **details))
+    return Decoding(preprocess=preprocess, reason=Reason.of(ReasonKind.FULL_DECODING, **details))

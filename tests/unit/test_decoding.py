@@ -1,0 +1,101 @@
+"""search: whether photos may be decoded at a smaller scale, judged by the gate itself."""
+
+import io
+from collections.abc import Callable
+from contextlib import nullcontext
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+from builders import requirements, said
+from numpy.typing import NDArray
+from PIL import Image
+from safetensors.numpy import save_file
+
+from corewise.accuracy.gate import AccuracyGate
+from corewise.accuracy.outputs import Outputs
+from corewise.common.nested import flatten
+from corewise.records.build import Build
+from corewise.records.report import Preprocess
+from corewise.samples import RawSamples, Samples
+from corewise.samples.files import image_samples
+from corewise.samples.images import ImageReader
+from corewise.search.decoding import choose_decoding
+
+SMALL = Preprocess(resize=36, crop=32)
+Net = Callable[[NDArray[np.float32]], NDArray[np.float32]]
+
+
+def photos(count: int, size: tuple[int, int]) -> RawSamples:
+    """JPEGs of noise on grounds of different brightness."""
+    rng = np.random.default_rng(0)
+    items = []
+    for number in range(count):
+        pixels = rng.normal(40 + 170 * (number % 2), 40, (size[1], size[0], 3))
+        buffer = io.BytesIO()
+        Image.fromarray(pixels.clip(0, 255).astype(np.uint8)).save(buffer, "JPEG", quality=95)
+        items.append(buffer.getvalue())
+    return RawSamples(kind="image", items=items)
+
+
+def brightness(x: NDArray[np.float32]) -> NDArray[np.float32]:
+    mean = x.mean((1, 2, 3))
+    return np.stack((mean, -mean), 1)
+
+
+def grain(x: NDArray[np.float32]) -> NDArray[np.float32]:
+    """What scaled decoding changes."""
+    fine = np.diff(x, axis=3)[:, :, :8, :3].mean(1).reshape(len(x), -1)
+    return 100 * np.asarray(fine)
+
+
+class Client:
+    """Runs a net in place of a trial process."""
+
+    def __init__(self, net: Net) -> None:
+        self._net = net
+
+    def open(self, *arguments: Any) -> None: ...
+
+    def run_samples(self, path: Path, batch: int, outputs: Path) -> None:
+        rows, (inputs,) = next(Samples.load(path).batches(1000))
+        save_file({"0.rows": rows, "0.0": self._net(inputs)}, outputs)
+
+
+def decided(images: RawSamples, net: Net, tmp_path: Path) -> tuple[Preprocess | None, str]:
+    """What is decided for a winner that answers as fp32 does."""
+    holdout = image_samples(images, ImageReader(SMALL))
+    _, (inputs,) = next(holdout.batches(1000))
+    outputs = net(inputs)
+    _, structure = flatten(outputs, "outputs")
+    gate = AccuracyGate(None, holdout, structure, requirements(max_drop=0.01), seed=0)
+    gate(Outputs((outputs,)))
+    context: Any = SimpleNamespace(
+        workspace=SimpleNamespace(folder=tmp_path, payload=lambda build: tmp_path),
+        budget=SimpleNamespace(ended=lambda: False),
+        cpu=SimpleNamespace(usable_cores=1),
+        client=lambda build: nullcontext(Client(net)),
+    )
+    choice: Any = SimpleNamespace(winner=Build(engine="eager", precision="fp32"))
+    decoding = choose_decoding(holdout, choice, gate, context)
+    return decoding.preprocess, said(decoding.reason)
+
+
+def test_it_is_taken_where_the_answers_hold(tmp_path: Path) -> None:
+    preprocess, why = decided(photos(20, (320, 240)), brightness, tmp_path)
+    assert preprocess == Preprocess(resize=36, crop=32, decode="scaled")
+    assert why.startswith("with 20 photos decoded at a smaller scale")
+    assert why.endswith("they are decoded so")
+
+
+def test_it_is_not_taken_where_they_move(tmp_path: Path) -> None:
+    preprocess, why = decided(photos(20, (320, 240)), grain, tmp_path)
+    assert preprocess == SMALL
+    assert why.endswith("photos are decoded in full")
+
+
+@pytest.mark.parametrize(("count", "size"), [(20, (80, 60)), (12, (320, 240))])
+def test_too_few_or_too_small_photos_prove_nothing(tmp_path: Path, count: int, size: tuple[int, int]) -> None:
+    assert decided(photos(count, size), brightness, tmp_path) == (SMALL, "")

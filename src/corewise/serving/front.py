@@ -86,12 +86,14 @@ class Front:
         pixels = await self._readers.run(
             lambda: images.pixels(body, served, self._limits.pixels), kind="headers", size=1, deadline_s=deadline_s
         )
+
+        def decode() -> InferRequest:
+            with self.booking(client) as booking:
+                booking.add(pixels * PIXEL_BYTES // COPIES)
+                return images.image(body, served)
+
         decoder = self._large_decoder if pixels > LARGE_PIXELS else self._decoders
-        with self.booking(client) as booking:
-            booking.add(pixels * PIXEL_BYTES // COPIES)
-            return await decoder.run(
-                lambda: images.image(body, served), kind="pixels", size=pixels, deadline_s=deadline_s
-            )
+        return await decoder.run(decode, kind="pixels", size=pixels, deadline_s=deadline_s)
 
     def close(self) -> None:
         """End the threads."""

@@ -15,6 +15,7 @@ from corewise.common.errors import InputError, MissingExtra, OutputError
 from corewise.engines import BuildInputs, engine
 from corewise.records.events import OnEvent
 from corewise.records.goal import Goal, GoalName, Requirements, Slo, parse_goal
+from corewise.records.pipeline import Pooling
 from corewise.records.report import Choice, Report
 from corewise.runtime.worker import peak_memory_bytes
 from corewise.runtime.workspace import Workspace
@@ -48,6 +49,8 @@ def optimize(
     calibration: int | None = None,
     seed: int = 0,
     class_names: Sequence[str] | None = None,
+    tokenizer: Path | None = None,
+    pooling: Pooling | None = None,
     budget_s: float | None = None,
     timeout_s: float = TIMEOUT_S,
     work: Path | None = None,
@@ -58,9 +61,11 @@ def optimize(
     A candidate that fails is no error; if none is good enough, the result is the baseline.
 
     Args:
-        model: an ``nn.Module``, an ``ExportedProgram``, or a reference such as "file.py:factory" or "timm:NAME".
+        model: an ``nn.Module``, an ``ExportedProgram``, a ``SentenceTransformer`` or ``CrossEncoder``, or a reference
+            such as "file.py:factory", "st:FOLDER" or "timm:NAME".
         samples: arrays or tensors without a batch dimension, or dicts or tuples of them, with labels if there are any;
-            a function that returns them; or a reference such as a folder of images or "file.py:function".
+            texts or pairs of texts, for a model with a tokenizer; a function that returns them; or a reference such as
+            a folder of images, a file of texts or "file.py:function".
         metric: the name of a built-in metric, "file.py:function", or a callable (outputs, labels) -> score, the higher
             the better. Default: the one that fits the labels, without labels how close the outputs are to fp32's.
         max_drop: how much of the metric may be lost, in the metric's unit.
@@ -70,13 +75,17 @@ def optimize(
         memory_limit_bytes: most memory for the process that runs the winner. Default: no limit.
         strict: ask the upper end of the drop's 95 % confidence interval to be within ``max_drop``.
         robust: ask that int8 holds on samples unlike those that calibrated it too. Default: for texts and embeddings.
-        engines: the engines to try; eager PyTorch is always the baseline.
+        engines: the engines to try; eager PyTorch is always the baseline. One that cannot be tried at all is an error,
+            unless the engines are the default ones.
         ignored: layers that never run in int8: names as ``explain`` lists them, or regular expressions for whole names.
         calibration: samples to calibrate with, drawn with ``seed``; all others are the holdout that decides. Default:
             two of five, at most 200.
         seed: of the split into calibration and holdout.
         class_names: names of the classes in the order of the scores, which the artifact keeps.
-        budget_s: seconds for the whole search. Default: as long as it takes.
+        tokenizer: a ``tokenizer.json``, for a model that takes token ids and brings none: samples may then be texts.
+        pooling: make one vector of each text: "mean", "cls", "max" or "last" of its token vectors; for "hf:" models and
+            models with ``tokenizer``.
+        budget_s: seconds for the whole search; a short one judges with fewer samples. Default: as long as it takes.
         timeout_s: seconds for each step of a trial.
         work: a folder that keeps finished trials, so that the same call resumes. Default: a temporary folder.
         on_event: called with each event of ``corewise.records.events`` as it happens.
@@ -87,6 +96,7 @@ def optimize(
     Raises:
         InputError: something is wrong with an argument, or the budget is too short for a single candidate.
         MissingExtra: torch is not installed.
+        EngineError: an engine in ``engines`` cannot be tried: it is not installed, or has no build for this model.
 
     Example:
         >>> import numpy as np, torch, corewise
@@ -116,8 +126,11 @@ def optimize(
         calibration=calibration,
         seed=seed,
         class_names=class_names,
+        tokenizer=tokenizer,
+        pooling=pooling,
         on_event=on_event,
         budget_s=budget_s,
+        required=tuple(engines) != DEFAULT_ENGINES,
     )
     workspace = Workspace.create(work)
     gate = task.gate(requirements)
@@ -206,6 +219,8 @@ def _result(
         opener=task.in_process or engine(choice.winner.engine),
         workspace=context.workspace,
         class_names=None if class_names is None else tuple(class_names),
+        pipeline=task.pipeline,
+        tokenizer=task.tokenizer,
     )
 
 

@@ -157,21 +157,27 @@ def check_infer(data: bytes, limits: Limits) -> None:
 
 
 def _raw_bytes(data: bytes) -> int:
-    """The bytes of raw tensors, by the message's outermost fields (https://protobuf.dev/programming-guides/encoding).
+    """The bytes of raw tensors, as far as it is a message and has not too many fields: what follows is not counted."""
+    return sum(size for _, size in raw_places(data))
 
-    Stops where it is no longer a message, or has too many fields: what follows is not counted.
+
+def raw_places(data: bytes) -> list[tuple[int, int]]:
+    """Start and size of each raw tensor of a ``ModelInferRequest``, by the message's outermost fields.
+
+    Stops where it is no longer a message, or has too many fields (https://protobuf.dev/programming-guides/encoding).
     """
-    raw = start = 0
+    places, start = [], 0
     for _ in range(MOST_FIELDS):
         tag, start = _varint(data, start)
         size, start = _varint(data, start)
         if tag & 7 != 2 or start + size > len(data):  # all fields of the message are length-delimited
             break
-        raw += size if tag >> 3 == RAW_CONTENTS else 0
+        if tag >> 3 == RAW_CONTENTS:
+            places.append((start, size))
         start += size
         if start == len(data):
             break
-    return raw
+    return places
 
 
 def _varint(data: bytes, start: int) -> tuple[int, int]:

@@ -13,9 +13,10 @@ from corewise.common.errors import SamplesError, SourceError
 from corewise.common.references import guard
 from corewise.records.jsonable import from_json
 from corewise.records.report import Preprocess
-from corewise.samples import Samples, read
+from corewise.samples import RawSamples, Samples, read_leaving_texts
 from corewise.samples.images import image_array
-from corewise.source.models import HUBS, import_package, split_reference
+from corewise.source.models import HUBS, split_reference
+from corewise.source.packages import import_package
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -50,26 +51,27 @@ def read_for(
     given: Mapping[str, Any] | None = None,
     function: str | None = None,
     **options: Any,
-) -> Samples:
-    """The samples that ``reference`` names, with images as the model's own preprocessing makes them.
+) -> Samples | RawSamples:
+    """The samples that ``reference`` names, texts as they are, and images as the model's own preprocessing makes them.
 
     Args:
         model: A model or its reference, as ``optimize`` takes it.
-        reference: As ``samples.read`` takes it.
+        reference: As ``samples.read_leaving_texts`` takes it.
         given: Fields of ``Preprocess`` that the user gives instead of the model's.
         function: The user's function that does all of it.
-        options: As ``samples.read`` takes them.
+        options: As ``samples.read_leaving_texts`` takes them.
 
     Raises:
-        SamplesError: As ``samples.read``, and where ``given`` changes a part of what is known only as a whole.
+        SamplesError: As ``samples.read_leaving_texts``, and where ``given`` changes a part of what is known only as a
+            whole.
         SourceError: Where the model's package cannot be imported.
     """
     given = dict(given or {})
     own = None if function is not None else own_preprocess(model)
     if own is None:
-        return read(reference, replace(Preprocess(), **given), function, **options)
+        return read_leaving_texts(reference, replace(Preprocess(), **given), function, **options)
     if own.preprocess is not None:
-        return read(reference, replace(own.preprocess, **given), **options)
+        return read_leaving_texts(reference, replace(own.preprocess, **given), **options)
     if given:
         missing = [name for name in STEPS if name not in given]
         if missing:
@@ -78,8 +80,8 @@ def read_for(
                 f"{', '.join(given)} cannot be changed alone",
                 f"leave that out, or give {', '.join(missing)} as well",
             )
-        return read(reference, replace(Preprocess(), **given), **options)
-    return read(reference, None, own.function, **options)
+        return read_leaving_texts(reference, replace(Preprocess(), **given), **options)
+    return read_leaving_texts(reference, None, own.function, **options)
 
 
 def own_preprocess(model: Any) -> OwnPreprocess | None:

@@ -459,12 +459,12 @@ TASKS: dict[str, dict[str, Architecture]] = {
     },
     "depth": {
         "dpt": _of(
-            vision("DPTForDepthEstimation", "predicted_depth", **SMALL, **DPT, backbone_out_indices=[0, 1, 2, 2],
-                   is_hybrid=False),
+            vision("DPTForDepthEstimation", "predicted_depth", **{**SMALL, "num_hidden_layers": 4}, **DPT,
+                   backbone_out_indices=[0, 1, 2, 3], is_hybrid=False),
             partial(images, size=64),
         ),
         "glpn": _of(
-            vision("GLPNForDepthEstimation", "predicted_depth", hidden_sizes=[16, 32, 64, 96], depths=[1, 1, 1, 1]),
+            vision("GLPNForDepthEstimation", "predicted_depth", hidden_sizes=[16, 32, 80, 96], depths=[1, 1, 1, 1]),
             partial(images, size=64),
         ),
     },

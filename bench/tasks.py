@@ -2,10 +2,11 @@
 
     python -m bench tasks [--only yolo_v8 ...] [--engines openvino,onnxruntime] [--append]
 
-Each model of ``bench.task_models`` is exported. Int8 is built by each engine's own quantizer and by corewise's, with
-layers going back to floating point where that is rejected, until a build passes the gate without a named metric: that
-would be shipped. Every build is recorded with its verdict and the SQNR of its worst group of outputs. Timings are left
-out, because such small models say nothing about them. Writes tasks.json after each model, and prints a table.
+Each model of ``bench.task_models`` is exported. Int8 is built by each engine's own quantizer and by the first rung of
+corewise's, then by all of corewise's, with layers going back to floating point where that is rejected, until a build
+passes the gate without a named metric: that would be shipped. Every build is recorded with its verdict and the SQNR of
+its worst group of outputs. Timings are left out, because such small models say nothing about them. Writes tasks.json
+after each model, and prints a table.
 """
 
 import argparse
@@ -116,19 +117,21 @@ def _in_order(holdout: Samples, run: Any, batch: int) -> list[np.ndarray]:
 
 
 def attempts(judged: Judged, engines: Sequence[str], cpu: Cpu) -> Iterator[Verdict]:
-    """Each engine's own int8 and corewise's, and corewise's with layers back, until one passes."""
-    for name in engines:
-        offered = engine(name).candidates(cpu, judged.inputs.operators)
-        for build in (build for build in offered if build.precision == "int8" and not build.quantization.attention):
-            verdict = judged.verdict(build)
+    """Int8 by each engine's quantizer and corewise's, what is made soonest first, until a build passes."""
+    offered = [build for name in engines for build in engine(name).candidates(cpu, judged.inputs.operators)]
+    int8 = [build for build in offered if build.precision == "int8" and not build.quantization.attention]
+    ours = [build for build in int8 if qdq.uses_corewise_quantizer(build)]
+    quick = [build if build not in ours else qdq.first_rung(build) for build in int8]
+    for build in (*quick, *ours):
+        verdict = judged.verdict(build)
+        yield verdict
+        count = 1
+        while build in ours and not verdict.passed and count <= MOST_REVERTED:
+            verdict = judged.verdict(with_reverted_layers(build, count))
             yield verdict
-            count = 1
-            while qdq.uses_corewise_quantizer(build) and not verdict.passed and count <= MOST_REVERTED:
-                verdict = judged.verdict(with_reverted_layers(build, count))
-                yield verdict
-                count *= 2
-            if verdict.passed:
-                return
+            count *= 2
+        if verdict.passed:
+            return
 
 
 def measure(name: str, engines: Sequence[str], cpu: Cpu) -> dict[str, Any]:

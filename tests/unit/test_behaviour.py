@@ -239,6 +239,17 @@ def test_a_model_that_changes_its_weights_is_refused_with_their_name():
         export(LearnsOn(), SAMPLES)
 
 
+class RefusesLargeValues(Net):
+    def forward(self, x):
+        if not torch.compiler.is_exporting() and x.abs().max() > 4:
+            raise ValueError("too large")
+        return self.linear(x)
+
+
+def test_inputs_that_no_sample_looks_like_may_be_refused():
+    assert export(RefusesLargeValues(), SAMPLES).program is not None
+
+
 class LogsCalls(Net):
     def __init__(self) -> None:
         super().__init__()

@@ -10,6 +10,7 @@ import re
 import time
 import traceback
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import replace
 from typing import Any, Literal
 
@@ -72,7 +73,8 @@ def state_change(flat: Flat, batch: Batch, other: Batch) -> StateChange | None:
         first = _answers(flat, batch, seed=0)
         with _RandomCalls() as random:
             again = _answers(flat, batch, seed=0)
-        _answers(flat, other, seed=0)
+        with suppress(SourceError):  # a model may refuse what no sample looks like
+            _answers(flat, other, seed=0)
         changed = changed_names(kept, kept_state(flat.model))
         last = _answers(flat, batch, seed=0)
         decibels = min(worst_row_db(first, again), worst_row_db(first, last))

@@ -94,18 +94,6 @@ def token_artifact(folder, *, vocabulary=99, positions=41, labels=None, **pipeli
     payload = folder.with_name(folder.name + ".payload")
     payload.mkdir()
     ov.save_model(ov.Model([mean], [ids]), str(payload / "model.xml"), compress_to_fp16=False)
-    build, plan = Build(engine="openvino", precision="fp32"), Plan(threads_per_instance=1, instances=1, batch=4)
-    inputs = [np.arange(12).reshape(2, 6) % vocabulary]
-    session = OpenVino().open(payload, build, plan)
-    golden = (inputs, session.run(inputs))
-    session.close()
-    found = artifact.read(GOLDEN)
-    measured = (Measurement(plan=plan, latencies_ms=(1.0,), throughput_per_s=4e3, p50_ms=1.0, p99_ms=1.2, spread=0.0),)
-    trials = tuple(
-        replace(trial, build=build, measurements=measured) if trial.build == found.report.choice.winner else trial
-        for trial in found.report.trials
-    )
-    choice = replace(found.report.choice, winner=build, plan=plan)
     tokenizer = Tokenizer(WordLevel({f"w{k}": k for k in range(vocabulary)}, unk_token="w0"))
     tokenizer.pre_tokenizer = WhitespaceSplit()
     tokenizer.save(str(folder.with_name(f"{folder.name}.json")))
@@ -116,24 +104,46 @@ def token_artifact(folder, *, vocabulary=99, positions=41, labels=None, **pipeli
             tokenizer_sha256=digest, inputs=(token,), max_length=positions, labels=labels or (), **pipeline
         )
     ranges = InputRange(values=(ValueRange(low=0, high=vocabulary - 1),), longest=(None, positions))
+    return openvino_artifact(
+        folder,
+        payload,
+        [np.arange(12).reshape(2, 6) % vocabulary],
+        inputs=(TensorSpec(name="tokens", dtype="int64", shape=(None, None)),),
+        outputs=(TensorSpec(name="scores", dtype="float32", shape=(None, 8)),),
+        input_ranges=(ranges,),
+        tokenizer=folder.with_name(f"{folder.name}.json"),
+        labels=labels,
+        pipeline=pipeline or None,
+    )
+
+
+def openvino_artifact(folder, payload, golden_inputs, *, tokenizer, batch=4, call_ms=1.0, **manifest):
+    """An artifact of an OpenVINO payload that nothing was searched for; ``manifest`` are fields of its manifest."""
+    build, plan = Build(engine="openvino", precision="fp32"), Plan(threads_per_instance=1, instances=1, batch=batch)
+    session = OpenVino().open(payload, build, plan)
+    golden = (golden_inputs, session.run(golden_inputs))
+    session.close()
+    found = artifact.read(GOLDEN)
+    measured = Measurement(
+        plan=plan,
+        latencies_ms=(call_ms,),
+        throughput_per_s=1e3 * batch / call_ms,
+        p50_ms=call_ms,
+        p99_ms=1.2 * call_ms,
+        spread=0.0,
+    )
+    trials = tuple(
+        replace(trial, build=build, measurements=(measured,)) if trial.build == found.report.choice.winner else trial
+        for trial in found.report.trials
+    )
+    choice = replace(found.report.choice, winner=build, plan=plan)
     artifact.write(
         folder,
-        manifest=lambda files: replace(
-            found.manifest,
-            build=build,
-            plan=plan,
-            needs=(),
-            files=files,
-            labels=labels,
-            pipeline=pipeline or None,
-            inputs=(TensorSpec(name="tokens", dtype="int64", shape=(None, None)),),
-            outputs=(TensorSpec(name="scores", dtype="float32", shape=(None, 8)),),
-            input_ranges=(ranges,),
-        ),
+        manifest=lambda files: replace(found.manifest, build=build, plan=plan, needs=(), files=files, **manifest),
         payload=payload,
         reference=None,
         golden=golden,
-        tokenizer=folder.with_name(f"{folder.name}.json"),
+        tokenizer=tokenizer,
         report=replace(found.report, cpu=inspect_cpu(), trials=trials, choice=choice),
         report_text="",
         report_page="",

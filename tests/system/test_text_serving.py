@@ -1,5 +1,6 @@
 """Texts served live, asked for by the clients that people have: OpenAI's, Hugging Face's, Triton's, and plain HTTP."""
 
+import os
 import subprocess
 import sys
 import threading
@@ -25,14 +26,6 @@ PROJECT = Path(__file__).parents[2]
 TOKEN = "sesame"
 SENTENCES = ["A man plays the guitar.", "Somebody plays an instrument.", "The stock market fell today."]
 CLASSES = tuple("abcdefgh")
-TEXTS = """
-import sys
-sys.path.insert(0, "examples")
-import minilm
-
-def ragged():
-    return minilm.samples_ragged(20)
-"""
 
 
 @pytest.fixture(scope="module")
@@ -40,18 +33,15 @@ def server(tmp_path_factory, data_folder):
     """all-MiniLM-L6-v2 with its real weights, and small models that rank pairs and classify, with a token."""
     pytest.importorskip("openvino")
     folder = tmp_path_factory.mktemp("texts")
-    (folder / "texts.py").write_text(TEXTS)
     (folder / "tokens").write_text(TOKEN)
-    tokenizer = data_folder / "weights" / "all-MiniLM-L6-v2" / "tokenizer.json"
-    command = ["optimize", "examples/minilm.py:build", "--samples", f"{folder / 'texts.py'}:ragged"]
-    command += ["--metric", "cosine", "--engine", "eager", "--objective", "latency", "--tokenizer", str(tokenizer)]
-    command += ["--budget", "10s"]
+    script = Path(__file__).with_name("minilm_artifact.py")
+    places = (PROJECT / "src", PROJECT, script.parent)
     done = subprocess.run(
-        [sys.executable, "-m", "corewise.cli", *command, "-o", str(folder / "minilm.cw")],
+        [sys.executable, script, folder / "minilm.cw"],
         capture_output=True,
         text=True,
         timeout=300,
-        cwd=PROJECT,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(map(str, places)), "COREWISE_DATA": str(data_folder)},
     )
     assert done.returncode == 0, done.stderr
     ranker = token_artifact(folder / "ranker.cw", task="scores", pairs=True)

@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -16,8 +17,9 @@ from torch import Tensor, nn
 
 from corewise.common.errors import InputError, SamplesError, SourceError
 from corewise.pipeline import TextEncoder
+from corewise.records.build import TensorSpec
 from corewise.samples import raw_from_python
-from corewise.search.texts import tokenized
+from corewise.search.texts import fitted, tokenized
 from corewise.source import Loaded, load_with_texts
 from corewise.source.pooling import pool
 
@@ -371,6 +373,18 @@ def test_labels_by_name(tmp_path: Path) -> None:
     assert samples.labels.tolist() == [1, 0]
     with pytest.raises(SamplesError, match=r"has the label 'fair'; the model's classes are bad, good"):
         tokenized(loaded, raw_from_python({"text": ["red", "blue"], "label": ["fair", "bad"]}))
+
+
+def test_a_tokenizer_beside_inputs_that_are_no_tokens_is_left_out_unless_it_was_asked_for(tmp_path: Path) -> None:
+    """As CLIP's, given photos."""
+    save_bert(tmp_path)
+    loaded = load_with_texts(f"hf:{tmp_path}")
+    photos = TensorSpec(name="pixel_values", dtype="float32", shape=(None, 3, 8, 8))
+    exported: Any = SimpleNamespace(inputs=(photos,), outputs=(photos,))
+    left = fitted(loaded, exported, asked=False)
+    assert (left.pipeline, left.tokenizer) == (None, b"")
+    with pytest.raises(InputError, match="the model takes no tokens but pixel_values float32"):
+        fitted(loaded, exported, asked=True)
 
 
 def test_texts_for_a_model_without_a_tokenizer_and_texts_for_one_of_pairs(tmp_path: Path) -> None:

@@ -1,17 +1,27 @@
-"""Photos in, answers out: one artifact made from large JPEGs, and what it says about files."""
+"""Photos in, answers out: one artifact for large JPEGs, and what it says about files, in Python and served."""
 
+import base64
 from collections.abc import Iterator
+from contextlib import closing
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image, ImageFilter
+from serving_tools import GOLDEN, Server, serving
 from torch import nn
 
 import corewise
-from corewise.artifact.format import Artifact
+from corewise import artifact as corewise_artifact
+from corewise.common.nested import flatten
+from corewise.engines.openvino import OpenVino
+from corewise.machine.inspect import inspect_cpu
 from corewise.pipeline import ClassAnswer
+from corewise.records.build import Build, Plan, TensorSpec
+from corewise.records.measurement import Measurement
 from corewise.records.reason import ReasonKind
 from corewise.records.report import Preprocess
 from corewise.samples import read
@@ -49,36 +59,80 @@ def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.fixture(scope="module")
-def result(photos: Path) -> corewise.Result:
-    return corewise.optimize(
-        Shades().eval(),
-        lambda: read(str(photos), SMALL),
-        engines=["eager"],
-        calibration=12,
-        class_names=NAMES,
-        budget_s=20,
+def write_artifact(folder: Path, preprocess: Preprocess) -> Path:
+    """An artifact of ``Shades`` for OpenVINO, as if it had been made from such photos."""
+    import openvino as ov
+
+    model = ov.convert_model(Shades().eval(), example_input=torch.zeros(1, 3, 32, 32), input=[-1, 3, 32, 32])
+    model.inputs[0].set_names({"x"})
+    model.outputs[0].set_names({"scores"})
+    payload = folder.with_name("payload")
+    payload.mkdir()
+    ov.save_model(model, str(payload / "model.xml"), compress_to_fp16=False)
+    build, plan = Build(engine="openvino", precision="fp32"), Plan(threads_per_instance=1, instances=2, batch=4)
+    inputs = [np.random.default_rng(0).standard_normal((4, 3, 32, 32)).astype(np.float32)]
+    with closing(OpenVino().open(payload, build, plan)) as session:
+        golden = (inputs, session.run(inputs))
+    found = corewise_artifact.read(GOLDEN)
+    measured = (Measurement(plan=plan, latencies_ms=(1.0,), throughput_per_s=4e3, p50_ms=1.0, p99_ms=1.2, spread=0.0),)
+    trials = tuple(
+        replace(trial, build=build, measurements=measured) if trial.build == found.report.choice.winner else trial
+        for trial in found.report.trials
     )
+    corewise_artifact.write(
+        folder,
+        manifest=lambda files: replace(
+            found.manifest,
+            build=build,
+            plan=plan,
+            needs=(),
+            files=files,
+            labels=NAMES,
+            preprocess=preprocess,
+            inputs=(TensorSpec(name="x", dtype="float32", shape=(None, 3, 32, 32)),),
+            outputs=(TensorSpec(name="scores", dtype="float32", shape=(None, 3)),),
+            input_structure=flatten(((inputs[0],), {}), "x")[1].to_data(),
+            output_structure=flatten(inputs[0], "x")[1].to_data(),
+            input_ranges=None,
+        ),
+        payload=payload,
+        reference=None,
+        golden=golden,
+        report=replace(
+            found.report, cpu=inspect_cpu(), trials=trials, choice=replace(found.report.choice, winner=build, plan=plan)
+        ),
+        report_text="",
+        report_page="",
+    )
+    return folder
 
 
 @pytest.fixture(scope="module")
-def artifact(result: corewise.Result, tmp_path_factory: pytest.TempPathFactory) -> Artifact:
-    return result.save(tmp_path_factory.mktemp("artifact") / "shades.cw")
+def artifact(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_artifact(tmp_path_factory.mktemp("artifact") / "shades.cw", replace(SMALL, decode="scaled"))
 
 
 @pytest.fixture(scope="module")
-def fast(artifact: Artifact) -> Iterator[corewise.Model]:
-    with corewise.load(artifact.folder) as model:
+def fast(artifact: Path) -> Iterator[corewise.Model]:
+    with corewise.load(artifact) as model:
         yield model
 
 
-def test_scaled_decoding_is_taken_where_the_answers_hold(result: corewise.Result, artifact: Artifact) -> None:
+@pytest.fixture(scope="module")
+def server(artifact: Path) -> Iterator[Server]:
+    with serving(artifact) as running:
+        yield running
+
+
+def test_the_search_takes_scaled_decoding_where_the_answers_hold(photos: Path, tmp_path: Path) -> None:
+    result = corewise.optimize(
+        Shades().eval(), lambda: read(str(photos), SMALL), engines=["eager"], calibration=12, class_names=NAMES
+    )
     (reason,) = [note for note in result.report.notes if note.kind == ReasonKind.SCALED_DECODING]
     assert reason.details["photos"] == 24
     assert abs(float(str(reason.details["drop"]))) < 0.01
-    assert artifact.manifest.preprocess == artifact.report.samples.preprocess
-    assert artifact.manifest.preprocess is not None
-    assert artifact.manifest.preprocess.decode == "scaled"
+    saved = result.save(tmp_path / "shades.cw")
+    assert saved.manifest.preprocess == saved.report.samples.preprocess == replace(SMALL, decode="scaled")
 
 
 def test_predict_answers_paths_bytes_pictures_and_arrays(fast: corewise.Model, photos: Path) -> None:
@@ -92,6 +146,7 @@ def test_predict_answers_paths_bytes_pictures_and_arrays(fast: corewise.Model, p
     assert fast.predict([str(path) for path in paths]) == answers
     assert fast.predict([path.read_bytes() for path in paths]) == answers
     assert fast.predict(paths[1]) == answers[1]
+    assert fast.predict(photos)[:7] == answers
     pictures = [Image.open(path) for path in paths]
     arrays = [np.asarray(picture) for picture in pictures]
     for form in (pictures, arrays):  # decoded already, so in full
@@ -140,3 +195,86 @@ def test_only_large_jpegs_gain_by_scale_and_never_below_twice_the_target(photos:
     assert not gains_by_scale(tmp_path / "photo.png", scaled)
     full, small = (ImageReader(how)(jpeg) for how in (SMALL, scaled))
     assert 0 < np.abs(full - small).max() < 0.1
+
+
+def expected(model: corewise.Model, path: Path) -> list[dict[str, Any]]:
+    """What the server says about a photo, by what ``predict`` says."""
+    answer = model.predict(path)
+    return [
+        {"class": NAMES.index(label), "label": label, "probability": pytest.approx(probability, abs=1e-4)}
+        for label, probability in answer.probabilities.items()
+    ]
+
+
+def test_the_server_answers_a_photo_in_every_form_as_predict_does(
+    server: Server, fast: corewise.Model, photos: Path
+) -> None:
+    path = sorted(photos.glob("*.jpg"))[4]
+    content = path.read_bytes()
+    text = base64.b64encode(content).decode()
+    url = "/v2/models/shades/classify"
+    forms = [
+        server.post(url, content=content),
+        server.post(url, files={"image": ("photo.jpg", content, "image/jpeg")}, data={"note": "a part without a file"}),
+        server.post(url, json={"image": text}),
+        server.post(url, json={"image": f"data:image/jpeg;base64,{text}"}),
+    ]
+    for answer in forms:
+        assert answer.status_code == 200, answer.text
+        found = answer.json()["classes"]
+        assert all(one.pop("score") is not None for one in found)
+        assert found == expected(fast, path)
+    two = {"a": ("a.jpg", content), "b": ("b.jpg", content)}
+    for answer, status in (
+        (server.post(url, files=two), 400),
+        (server.post(url, content=b"--x", headers={"content-type": "multipart/form-data; boundary=x"}), 400),
+        (server.post(url, content=content, headers={"content-type": "multipart/form-data"}), 400),
+        (server.post(url, json={"image": "no base64!"}), 400),
+        (server.post(url, json={"picture": text}), 400),
+        (server.post(url, json={"image": ""}), 415),
+    ):
+        assert answer.status_code == status, answer.text
+
+
+def test_images_go_through_the_open_inference_protocol_as_bytes(
+    server: Server, fast: corewise.Model, photos: Path
+) -> None:
+    import tritonclient.grpc as grpc_client
+    import tritonclient.http as http_client
+
+    paths = sorted(photos.glob("*.jpg"))[:3]
+    contents = np.array([path.read_bytes() for path in paths], object)
+    scores = []
+    for client, module in (
+        (http_client.InferenceServerClient(server.url.removeprefix("http://")), http_client),
+        (grpc_client.InferenceServerClient(server.grpc), grpc_client),
+    ):
+        tensor = module.InferInput("image", [3], "BYTES")
+        tensor.set_data_from_numpy(contents)
+        scores.append(client.infer("shades", [tensor]).as_numpy("scores"))
+        client.close()
+    coded = [base64.b64encode(content).decode() for content in contents]
+    body = {"inputs": [{"name": "image", "datatype": "BYTES", "shape": [3], "data": coded}]}
+    scores.append(np.reshape(server.post("/v2/models/shades/infer", json=body).json()["outputs"][0]["data"], (3, 3)))
+    for found in scores:
+        np.testing.assert_allclose(found, scores[0], rtol=1e-5)
+        assert [NAMES[k] for k in found.argmax(1)] == [answer.label for answer in fast.predict(paths)]
+    body["inputs"][0]["data"] = [coded[0], "bm8gaW1hZ2U=", coded[2]]
+    assert server.post("/v2/models/shades/infer", json=body).status_code == 415
+    many = {"inputs": [{"name": "image", "datatype": "BYTES", "shape": [65], "data": ["x"] * 65}]}
+    assert server.post("/v2/models/shades/infer", json=many).status_code == 413
+    zeros = {"inputs": [{"name": "x", "datatype": "FP32", "shape": [1, 3, 32, 32], "data": [0.0] * 3072}]}
+    assert server.post("/v2/models/shades/infer", json=zeros).status_code == 200
+
+
+def prepare(image: Image.Image) -> Any:
+    return ImageReader(SMALL)(image)
+
+
+def test_images_of_a_users_function_need_that_function(tmp_path: Path, photos: Path) -> None:
+    folder = write_artifact(tmp_path / "own.cw", Preprocess(function="own.py:prepare"))
+    path = next(photos.glob("*.jpg"))
+    with corewise.load(folder) as model, pytest.raises(corewise.InputError, match=r"load\(\.\.\., preprocess=function"):
+        model.predict(path)
+    with corewise.load(folder, preprocess=prepare) as model:
+        assert model.predict(path).label in NAMES

@@ -21,7 +21,7 @@ from corewise.records.report import Preprocess
 from corewise.samples import RawSamples, Samples, UnreadableItem, read, read_raw
 from corewise.samples import images as images_module
 from corewise.samples.audio import open_audio
-from corewise.samples.folders import read_folder
+from corewise.samples.folders import list_images, read_folder
 from corewise.samples.images import ImageReader, TooManyPixels, image_array, normalize_image, open_image
 from corewise.serving import images as serving_images
 from corewise.serving.protocol import ProtocolError
@@ -81,6 +81,7 @@ def make(folder: Path, names: list[str]) -> Path:
         (["cat/1.png", "cat/2.png", "dog/1.png"], [("cat/1.png", 0), ("cat/2.png", 0), ("dog/1.png", 1)]),
         (["10/a.png", "2/a.png", "1/a.png"], [("1/a.png", 0), ("10/a.png", 1), ("2/a.png", 2)]),
         ([".ipynb_checkpoints/a.png", "cat/a.png", "dog/a.png"], [("cat/a.png", 0), ("dog/a.png", 1)]),
+        (["__MACOSX/._a.png", "cat/a.png", "dog/a.png"], [("cat/a.png", 0), ("dog/a.png", 1)]),
         (["cat/.hidden.png", "cat/a.png", "dog/.git/a.png", "dog/a.png"], [("cat/a.png", 0), ("dog/a.png", 1)]),
         (["cat/2024/may/a.png", "cat/z.png", "dog/2024/a.png"],
          [("cat/z.png", 0), ("cat/2024/may/a.png", 0), ("dog/2024/a.png", 1)]),
@@ -98,11 +99,46 @@ def test_folders_are_read_as_torchvision_does(tmp_path: Path, names: list[str], 
     assert samples.labels is None or samples.labels.dtype == np.int64
 
 
+def test_images_are_listed_by_file_folder_and_pattern(tmp_path: Path) -> None:
+    make(tmp_path, ["b/2.png", "b/1.png", "b/c/3.png", "b/notes.txt", "b/.hidden.png", "a.png"])
+
+    def listed(*places: str) -> list[str]:
+        return [str(path.relative_to(tmp_path)) for path in list_images([tmp_path / place for place in places])]
+
+    assert listed("b", "a.png") == ["b/1.png", "b/2.png", "b/c/3.png", "a.png"]
+    assert listed("b/*.png") == ["b/1.png", "b/2.png"]
+    assert listed("b/**/*.png") == ["b/1.png", "b/2.png", "b/c/3.png"]
+    (tmp_path / "empty").mkdir()
+    assert "there are no images in" in error_of(list_images, [tmp_path / "empty"])
+    assert "there is no file" in error_of(list_images, [tmp_path / "*.jpg"])
+
+
 def test_an_empty_class_is_an_error_or_keeps_its_number(tmp_path: Path) -> None:
     make(tmp_path, ["0/a.png", "1/", "2/notes.txt", "3/a.png"])
     assert "the class folder" in error_of(read, str(tmp_path))
     assert f"{tmp_path / '1'} is empty" in error_of(read, str(tmp_path))
     assert labels_of(read(str(tmp_path), TINY, allow_empty=True)) == [0, 3]
+
+
+def test_class_folders_whose_numbers_are_not_their_classes_are_told(tmp_path: Path) -> None:
+    samples = read(str(make(tmp_path, [f"{number}/a.png" for number in range(11)])), TINY)
+    assert "10 is class 2" in samples.notes[0]
+    assert labels_of(samples) == list(range(11))
+    assert read(str(make(tmp_path / "few", [f"{number}/a.png" for number in range(4)])), TINY).notes == ()
+
+
+def test_the_parts_of_a_data_set_are_no_classes(tmp_path: Path) -> None:
+    make(tmp_path, ["train/cat/a.png", "train/dog/a.png", "val/cat/b.png", "val/dog/b.png"])
+    assert "look like parts of a data set" in error_of(read, str(tmp_path))
+    assert labels_of(read(str(tmp_path / "val"), TINY)) == [0, 1]
+
+
+def test_a_named_pipe_is_set_aside_and_not_waited_for(tmp_path: Path) -> None:
+    make(tmp_path, [f"{number}.png" for number in range(20)])
+    os.mkfifo(tmp_path / "pipe.png")
+    samples = read(str(tmp_path), TINY)
+    assert len(samples) == 20
+    assert "pipe.png is no regular file" in samples.notes[0]
 
 
 def test_circular_links_end(tmp_path: Path) -> None:
@@ -630,10 +666,9 @@ def test_the_server_decodes_as_samples_are_decoded(tmp_path: Path) -> None:
     served: Any = SimpleNamespace(name="m", manifest=SimpleNamespace(preprocess=TINY), outputs=())
     assert samples.names == sorted(files)
     for row, name in enumerate(sorted(files)):
-        request = serving_images.image(files[name], served)
-        np.testing.assert_array_equal(request.inputs[0][0], samples.rows[row][0])
+        np.testing.assert_array_equal(serving_images.batch([files[name]], served)[0], samples.rows[row][0])
     wide = encoded(Image.new("1", (10_000, 6_000)), "PNG")
     for content, status in ((b"", 415), (b"<html>", 415), (files["turned.jpg"][:300], 415), (wide, 413)):
         with pytest.raises(ProtocolError) as caught:
-            serving_images.image(content, served)
+            serving_images.batch([content], served)
         assert caught.value.status == status

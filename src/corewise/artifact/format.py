@@ -233,7 +233,8 @@ def check_golden(artifact: Artifact, session: Session) -> float:
 def _manifest(folder: Path) -> Manifest:
     path = folder / MANIFEST
     if not path.is_file():
-        what = "is no artifact: it has no manifest.json" if folder.is_dir() else "does not exist"
+        missing = "is a file, not an artifact" if folder.exists() else "does not exist"
+        what = "is no artifact: it has no manifest.json" if folder.is_dir() else missing
         raise ArtifactError(f"{folder} {what}", "give a folder that corewise optimize wrote")
     try:
         content = json.loads(path.read_text())

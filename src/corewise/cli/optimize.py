@@ -123,7 +123,8 @@ class LimitOptions:
             panel="Limits",
             metavar="TIME",
             parse=duration,
-            help="Time for the search, e.g. 90s, 5m or 1h. The race at its end may take half a minute more.",
+            help="Time for the search, e.g. 90s, 5m or 1h. A short one judges with fewer samples. The race at its end "
+            "may take half a minute more.",
             default="no limit",
         ),
     ] = None
@@ -155,7 +156,8 @@ class LimitOptions:
             "--engine",
             panel="Limits",
             metavar="ENGINE",
-            help="Try only this engine beside eager, which is the baseline. Repeat it for several.",
+            help="Try only this engine beside eager, which is the baseline; it is an error if it cannot be tried. "
+            "Repeat it for several.",
             default="torch-int8, openvino and onnxruntime",
         ),
     ] = None

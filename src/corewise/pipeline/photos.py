@@ -17,6 +17,7 @@ from corewise.pipeline.answers import ClassAnswer, activate
 from corewise.pipeline.runner import Rejected, Run
 from corewise.records.pipeline import Activation, ImagePipeline
 from corewise.records.report import Preprocess
+from corewise.samples.folders import list_images
 from corewise.samples.images import ImageReader, is_image, is_pil
 from corewise.samples.raw import UnreadableItem
 
@@ -119,8 +120,12 @@ class ImageRunner:
     def predict(self, items: Any, *, top: int = TOP) -> Any:
         """The answers to a list of images, together; to an iterator, as an iterator; to a single image, alone.
 
+        A folder stands for all images below it, in the order of ``list_images``.
+
         Raises ``InputError`` for an image that cannot be read, with its number.
         """
+        if isinstance(items, str | Path) and Path(items).is_dir():
+            items = list_images([items])
         if isinstance(items, str | Path | bytes) or is_pil(items) or is_image(items):
             return next(self._checked([items], top))
         answers = self._checked(items, top)

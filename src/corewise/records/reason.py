@@ -89,6 +89,7 @@ class ReasonKind(StrEnum):
     # Doubts about the choice.
     SLO_UNCERTAIN = "SLO uncertain"
     NOTHING_FITS_MEMORY = "nothing fits memory"
+    RACE_CONTRADICTS = "race contradicts"
     FEW_ROUNDS = "few rounds"
     SPEEDUP_UNCERTAIN = "speedup uncertain"
     DROP_UNCERTAIN = "drop uncertain"
@@ -105,6 +106,7 @@ class ReasonKind(StrEnum):
     MIXES_BATCH = "mixes batch"
     FIXED_BATCH = "fixed batch"
     KEEPS_STATE = "keeps state"
+    NOT_SPLIT = "not split"
 
     # How photos are decoded.
     SCALED_DECODING = "scaled decoding"

@@ -269,6 +269,10 @@ _SENTENCES: dict[ReasonKind, Callable[[Details], str]] = {
     K.NOT_MEASURED: _fixed("not a finalist: its speed was not measured"),
     K.SLO_UNCERTAIN: _slo_uncertain,
     K.NOTHING_FITS_MEMORY: _nothing_fits,
+    K.RACE_CONTRADICTS: lambda details: (
+        f"the race and the trials contradict each other, and so did a second race: {_ratio(details)} the baseline in "
+        f"the race, {_ratio(details, 'alone_')} in trials; other work may have run beside, so run it again"
+    ),
     K.FEW_ROUNDS: lambda details: (
         f"only {details['rounds']} alternating rounds: a 95 % interval of the speed-up needs {details['needed']}"
     ),
@@ -290,5 +294,6 @@ _SENTENCES: dict[ReasonKind, Callable[[Details], str]] = {
     K.KEEPS_STATE: _keeps_state,
     K.SCALED_DECODING: lambda details: _decoding(details, "and stay accurate: they are decoded so"),
     K.FULL_DECODING: lambda details: _decoding(details, "which is too much: photos are decoded in full"),
+    K.NOT_SPLIT: _fixed("samples are too few or too alike to judge int8 on some that are unlike the others"),
     K.COREWISE_INT8_ONLY: lambda details: f"only corewise's quantizer makes int8 builds, without {details['layers']}",
 }

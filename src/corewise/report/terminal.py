@@ -25,7 +25,6 @@ from corewise.records.events import (
 )
 from corewise.records.goal import Goal, Throughput
 from corewise.records.measurement import Rates
-from corewise.records.reason import NOT_TRIED
 from corewise.records.report import Report
 from corewise.records.trial import State, Trial
 from corewise.report import words
@@ -144,7 +143,8 @@ class Progress:
         line = self._board.take(event)
         if self._mode == "live":
             self._live.refresh()
-        elif self._mode == "plain" and line:
+        stays = self._mode == "plain" or (self._mode == "live" and isinstance(event, BuildsLeftUntried))
+        if stays and line:
             self._console.print(Text(line), soft_wrap=True)
 
 
@@ -198,7 +198,7 @@ class _Board:
         line = self._numbered(words.ended(trial, words.baseline(self._trials), self._goal))
         self._started = None
         self._now = ""
-        if trial.reason.kind in NOT_TRIED:  # one line names them all
+        if trial.untried:  # one line names them all
             return ""
         return f"{line} (resumed)" if resumed else line
 
@@ -256,7 +256,8 @@ def _results(report: Report) -> Iterator[tuple[str, str]]:
         speeds = (choice.throughput_per_s, choice.baseline_throughput_per_s)
         ours, eager = (_speed(per_s, report.requirements.goal) for per_s in speeds)
         ratio = f"{times(choice.speedup)} {interval(choice.speedup_low, choice.speedup_high)}"
-        yield "speed", f"{ratio} as fast as eager PyTorch: {ours} against {eager}"
+        doubt = words.contradiction(report)
+        yield "speed", f"{ratio} as fast as eager PyTorch{doubt}: {ours} against {eager}"
     yield from ((heading, facts[heading]) for heading in _accuracy_facts(report) if heading in facts)
     if (preprocess := report.samples.preprocess) and preprocess.origin:
         yield "images", facts["images"]

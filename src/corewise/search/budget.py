@@ -39,7 +39,7 @@ BASELINE_SHARE = 0.2
 """Most of the budget that the baseline takes."""
 BASELINE_START_S = 4.0
 """Seconds until the baseline's process runs the first row (two cores of a Zen 4)."""
-BASELINE_ROWS = 40
+BASELINE_ROWS = 28
 """Rows that the baseline runs to choose its memory format and to warm up."""
 BASELINE_CALLS = 6
 """Calls that measure its first plan."""
@@ -58,8 +58,10 @@ class SampleLimits:
     calibration: int
 
 
-def sample_limits(budget_s: float, row_s: float) -> SampleLimits:
+def sample_limits(budget_s: float, row_s: float, calibration: int | None = None) -> SampleLimits:
     """The most samples to judge and to calibrate with, if a row takes ``row_s`` in eager PyTorch.
+
+    If the user said how many calibrate, so many do.
 
     The baseline answers the holdout within its share. Both are rounded down to steps of a third or half, so that the
     same command nearly always finds the same samples again.
@@ -69,7 +71,7 @@ def sample_limits(budget_s: float, row_s: float) -> SampleLimits:
     holdout = baseline_s / row_s - BASELINE_ROWS - BASELINE_CALLS * batch
     return SampleLimits(
         holdout=_step_below(holdout, FEWEST_HOLDOUT),
-        calibration=_step_below(CALIBRATION_SHARE * budget_s / row_s, FEWEST_CALIBRATION),
+        calibration=calibration or _step_below(CALIBRATION_SHARE * budget_s / row_s, FEWEST_CALIBRATION),
     )
 
 

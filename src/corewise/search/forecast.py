@@ -22,6 +22,8 @@ ENGINE_FACTORS = {"onnxruntime": 0.8, "torch-int8": 0.85, "inductor": 0.85, "eag
 BF16_REST = 1.05
 PASSES: dict[Precision, float] = {"int8": 0.8, "int8-dynamic": 0.8, "bf16": 0.95, "fp32": 0.98}
 """How often a build can be made and passes the gate."""
+PASSES_UNCORRECTED = 0.6
+"""On the first rung of corewise's quantizer, which corrects nothing."""
 PASSES_LIKE_ONE = 0.95
 """After the same precision of another engine passed, or the same layers in int8 did."""
 PASSES_UNLIKE_ONE = 0.4
@@ -37,6 +39,8 @@ MEASURE_S = 3.0
 """Seconds to count int8 layers and to measure the first plan."""
 EXTRA_ROWS = 40
 """Rows that a trial runs beside the holdout."""
+LOWERING_S = 8.0
+"""Seconds to make corewise's graph an ONNX model (ResNet-50)."""
 FIRST_RUNG_ROWS = 60
 """Calls of one row, in eager PyTorch's time, that the first rung of corewise's quantizer takes."""
 BACKEND_ROWS = 100
@@ -92,7 +96,9 @@ class Forecast:
         if rejected:
             as_corrected = ours and any(rung_height(trial.build) >= rung_height(build) for trial in rejected)
             return PASSES_AS_REJECTED if as_corrected else PASSES_UNLIKE_ONE
-        return PASSES_LIKE_ONE if any(trial.state == State.OK for trial in others) else PASSES[build.precision]
+        if any(trial.state == State.OK for trial in others):
+            return PASSES_LIKE_ONE
+        return PASSES_UNCORRECTED if build.quantization.rung == 0 else PASSES[build.precision]
 
     def seconds(self, build: Build) -> float:
         """How long its trial takes."""
@@ -126,7 +132,7 @@ class Forecast:
             return 0.0  # what was calibrated is kept
         if ours:
             rows = FIRST_RUNG_ROWS if rung == 0 else self.calibration * (2 if rung is None else 1)
-            return rows * self._row_s
+            return LOWERING_S + rows * self._row_s
         return (self.calibration + (BACKEND_ROWS if build.engine == "torch-int8" else 0)) * self._row_s
 
 

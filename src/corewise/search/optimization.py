@@ -75,7 +75,8 @@ def optimize(
         memory_limit_bytes: most memory for the process that runs the winner. Default: no limit.
         strict: ask the upper end of the drop's 95 % confidence interval to be within ``max_drop``.
         robust: ask that int8 holds on samples unlike those that calibrated it too. Default: for texts and embeddings.
-        engines: the engines to try; eager PyTorch is always the baseline.
+        engines: the engines to try; eager PyTorch is always the baseline. One that cannot be tried at all is an error,
+            unless the engines are the default ones.
         ignored: layers that never run in int8: names as ``explain`` lists them, or regular expressions for whole names.
         calibration: samples to calibrate with, drawn with ``seed``; all others are the holdout that decides. Default:
             two of five, at most 200.
@@ -84,7 +85,7 @@ def optimize(
         tokenizer: a ``tokenizer.json``, for a model that takes token ids and brings none: samples may then be texts.
         pooling: make one vector of each text: "mean", "cls", "max" or "last" of its token vectors; for "hf:" models and
             models with ``tokenizer``.
-        budget_s: seconds for the whole search. Default: as long as it takes.
+        budget_s: seconds for the whole search; a short one judges with fewer samples. Default: as long as it takes.
         timeout_s: seconds for each step of a trial.
         work: a folder that keeps finished trials, so that the same call resumes. Default: a temporary folder.
         on_event: called with each event of ``corewise.records.events`` as it happens.
@@ -95,6 +96,7 @@ def optimize(
     Raises:
         InputError: something is wrong with an argument, or the budget is too short for a single candidate.
         MissingExtra: torch is not installed.
+        EngineError: an engine in ``engines`` cannot be tried: it is not installed, or has no build for this model.
 
     Example:
         >>> import numpy as np, torch, corewise
@@ -128,6 +130,7 @@ def optimize(
         pooling=pooling,
         on_event=on_event,
         budget_s=budget_s,
+        required=tuple(engines) != DEFAULT_ENGINES,
     )
     workspace = Workspace.create(work)
     gate = task.gate(requirements)

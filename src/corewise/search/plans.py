@@ -7,7 +7,7 @@ Its driver keeps the time and may end it at any plan: all measurements so far co
 from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import combinations
-from math import inf, isfinite
+from math import inf, isfinite, sqrt
 
 from corewise.machine.layouts import ThreadLayout
 from corewise.records.build import Plan
@@ -290,6 +290,12 @@ def pooled(first: Measurement, second: Measurement) -> Measurement:
         times=first.times + second.times,
         rejected=first.rejected or second.rejected,
     )
+
+
+def rate_interval(measurement: Measurement) -> tuple[float, float]:
+    """An interval of the rate: the notch of a box plot (McGill, Tukey and Larsen 1978), about 95 % for the median."""
+    half = 1.57 * measurement.spread / sqrt(max(1, len(measurement.latencies_ms)))
+    return measurement.throughput_per_s * (1 - half), measurement.throughput_per_s * (1 + half)
 
 
 def _layout(measurement: Measurement) -> ThreadLayout:

@@ -3,7 +3,7 @@
 import shutil
 from collections.abc import Sequence
 from dataclasses import replace
-from math import inf, sqrt
+from math import inf
 
 from corewise.accuracy.gate import AccuracyGate
 from corewise.common.errors import CorewiseError, InputError, SourceError
@@ -22,22 +22,25 @@ from corewise.search import slo
 from corewise.search.budget import BASELINE_SHARE
 from corewise.search.candidates import (
     at_learned_rung,
+    family,
     highest_rungs,
     is_baseline,
     with_reverted_layers,
     worth_climbing,
 )
-from corewise.search.choose import choose_winner
+from corewise.search.choose import choose_winner, find_contradiction
 from corewise.search.finals import race_finalists
 from corewise.search.forecast import PROMISING, Forecast, following, is_better_left, learned_plan
 from corewise.search.journal import Journal
-from corewise.search.plans import BATCHES
+from corewise.search.plans import BATCHES, rate_interval
 from corewise.search.shifting import ShiftGuard
 from corewise.search.trial import SearchContext, measure_plan, run_trial
 from corewise.search.tuning import not_tuned, tune
 
 TUNED = 3
 """Builds beside the baseline whose plans are searched."""
+OVERTIME = 1.5
+"""Of the budget, what trials may take while nothing but the baseline has passed: a late result is better than none."""
 NAMED = 3
 """Builds that are named where more were not tried."""
 OUT_OF_TIME = (*NOT_TRIED, ReasonKind.BUDGET_SPENT_DURING)
@@ -104,7 +107,9 @@ class Search:
         passed = {
             trial.build.engine
             for trial in self.trials
-            if trial.build.precision == "int8" and trial.state in (State.OK, State.PRUNED)
+            if trial.build.precision == "int8"
+            and trial.state in (State.OK, State.PRUNED)
+            and trial.reason.kind not in OUT_OF_TIME
         }
         for rejected in highest_rungs([trial for trial in self.trials if trial.inaccurate]):
             build = rejected.build
@@ -157,15 +162,23 @@ class Search:
             fit += not is_baseline(trial.build) and tuned.state == State.OK
 
     def climb_rungs(self) -> None:
-        """Correct the fastest build of corewise's quantizer further while it is close to a limit and time is left."""
-        budget, share = self.context.budget, self.context.split.plans
+        """Correct the fastest build of corewise's quantizer further if it is close to a limit and time is left.
+
+        All corrections are made at once if there is time for them, else one after the other.
+        """
+        left_s = self.context.budget.left_s(self.context.split.plans)
         while worth := worth_climbing(self.trials, self.context.requirements):
-            further = self._climbed(worth.build)
-            if further is None or budget.left_s(share) < self._forecast().seconds(further):
+            forecast, top = self._forecast(), family(worth.build)
+            if any(trial.build == top for trial in self.trials):
                 return
-            trial = self._try(further, total=len(self.trials) + 1, share=share)
+            further = top if forecast.seconds(top) <= left_s else self._climbed(worth.build)
+            if further is None or forecast.seconds(further) > left_s:
+                return
+            trial = self._try(further, total=len(self.trials) + 1, share=self.context.split.plans)
             if trial.state == State.OK:
-                self._replace(self._tune(trial, None))
+                trial = self._judged_under_shift(trial)
+                self._replace(self._tune(trial, None) if trial.state == State.OK else trial)
+            left_s = self.context.budget.left_s(self.context.split.plans)
 
     def find_slo_rate(self) -> None:
         """For an SLO, load the most promising plans and certify the highest rate that meets it."""
@@ -180,9 +193,13 @@ class Search:
                 self.context.on_event(PlansTuned(trial))
 
     def race(self) -> None:
-        """Race the best builds against the baseline."""
-        trials, self.race_result = race_finalists(self.trials, self.context)
-        self.trials = list(trials)
+        """Race the best builds against the baseline, once more if the race contradicts the trials."""
+        requirements, baseline = self.context.requirements, self.trials[0].build
+        for _ in range(2):
+            trials, self.race_result = race_finalists(self.trials, self.context)
+            self.trials = list(trials)
+            if find_contradiction(self.trials, self.rates, requirements, baseline) is None:
+                return
 
     def choose(self) -> Choice:
         """The winner of the race, whose trial then has the latency table that admission needs."""
@@ -211,10 +228,7 @@ class Search:
 
     def _left_s(self) -> float:
         """Seconds for trials; while no candidate has passed, all that is left of the budget."""
-        return self.context.budget.left_s(self._trial_share())
-
-    def _trial_share(self) -> float:
-        return self.context.split.last_trial if self._any_candidate_ok() else 1.0
+        return self.context.budget.left_s(self.context.split.last_trial if self._any_candidate_ok() else 1.0)
 
     def _try(self, build: Build, *, total: int, why_not: Reason | None = None, share: float | None = None) -> Trial:
         """The build's trial: from the journal, or run now until ``share`` of the budget is spent; or ``why_not``."""
@@ -238,16 +252,24 @@ class Search:
     def _run(self, build: Build, share: float | None) -> Trial:
         best_verified_per_s = max((trial.verified_per_s for trial in self.trials if trial.state == State.OK), default=0)
         started_s = self.context.budget.elapsed_s
+        if is_baseline(build):
+            share = inf  # nothing can be judged without its answers
+        elif share is None:
+            share = self._trial_share()
         trial = run_trial(
             build,
             self.context,
             best_verified_per_s=best_verified_per_s,
             is_baseline=is_baseline(build),
-            share=self._trial_share() if share is None else share,
+            share=share,
         )
         if is_baseline(build):
             self.baseline_s = self.context.budget.elapsed_s - started_s
         return trial
+
+    def _trial_share(self) -> float:
+        """Of the budget, when a candidate's trial has to be finished."""
+        return self.context.split.last_trial if self._any_candidate_ok() else OVERTIME
 
     def _leads(self, trial: Trial) -> bool:
         """Whether it is faster than all candidates before it, so that others need not be tried if it holds."""
@@ -258,7 +280,11 @@ class Search:
     def _judged_under_shift(self, trial: Trial) -> Trial:
         if self.shift is None or not self.gate.is_robust:
             return trial
-        return self.shift.judged(trial, share=self.context.split.last_trial)
+        judged = self.shift.judged(trial, share=self._trial_share())
+        unsplit = Reason.of(ReasonKind.NOT_SPLIT)
+        if self.shift.unsplit and unsplit not in self.notes:
+            self.notes.append(unsplit)
+        return judged
 
     def _with_doubt_under_shift(self, choice: Choice) -> Choice:
         """Where the drop under shift decides nothing, the winner's is found out all the same if there is time."""
@@ -274,7 +300,7 @@ class Search:
         """Why a build of those ``left`` is not tried in what is left of the budget."""
         budget, split = self.context.budget, self.context.split
         passed = self._any_candidate_ok()
-        if budget.ended(split.trials if passed else 1.0):
+        if budget.ended(split.trials if passed else OVERTIME):
             return budget.reason(ReasonKind.BUDGET_SPENT_BEFORE)
         if budget.total_s is None or not passed:
             return None
@@ -288,7 +314,7 @@ class Search:
 
     def _tell_untried(self) -> None:
         """Say at once what the budget leaves untried."""
-        untried = [trial.build.label for trial in self.trials if trial.reason.kind in NOT_TRIED]
+        untried = [trial.build.label for trial in self.trials if trial.untried]
         if untried:
             named = untried[:NAMED]
             reason = self.context.budget.reason(ReasonKind.LEFT_UNTRIED, builds=named, count=len(untried))
@@ -307,11 +333,6 @@ class Search:
 
     def _check_baseline(self, trial: Trial) -> None:
         if trial.state != State.OK:
-            budget = self.context.budget
-            if budget.ended():
-                raise InputError(
-                    f"the budget of {budget.total_s:g} s was spent before the baseline was measured", "give more time"
-                )
             raise SourceError(f"the model does not run as it is: {sentence(trial.reason)}", "make it run in PyTorch")
         outputs = read_outputs(self.context.workspace.outputs(trial.build))
         self.gate.reference = self.gate.reference or outputs
@@ -333,8 +354,8 @@ class Search:
         fastest = next(able, None)
         if is_baseline(trial.build) or fastest is None:
             return None
-        low_per_s, _ = _interval(fastest.measurements[0])
-        _, high_per_s = _interval(trial.measurements[0])
+        low_per_s, _ = rate_interval(fastest.measurements[0])
+        _, high_per_s = rate_interval(trial.measurements[0])
         kind = None
         if high_per_s < PROMISING * low_per_s:
             kind = ReasonKind.MUCH_SLOWER
@@ -387,12 +408,6 @@ class Search:
         except CorewiseError:
             pass  # The table stays as it is; admission estimates the rest.
         self._replace(replace(winner, measurements=(*winner.measurements, *measurements)))
-
-
-def _interval(measurement: Measurement) -> tuple[float, float]:
-    """An interval of the rate: the notch of a box plot (McGill, Tukey and Larsen 1978), about 95 % for the median."""
-    half = 1.57 * measurement.spread / sqrt(max(1, len(measurement.latencies_ms)))
-    return measurement.throughput_per_s * (1 - half), measurement.throughput_per_s * (1 + half)
 
 
 def _first_per_s(trial: Trial) -> float:

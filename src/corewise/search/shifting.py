@@ -10,6 +10,7 @@ from corewise.accuracy.shift import ShiftSplit, enough, shift_split
 from corewise.common.errors import CorewiseError, InputError
 from corewise.engines import BuildInputs
 from corewise.records.build import Build, Plan
+from corewise.records.events import Stage, StageStarted
 from corewise.records.reason import Reason, ReasonKind
 from corewise.records.trial import State, Trial
 from corewise.report.reasons import sentence
@@ -47,7 +48,9 @@ class ShiftGuard:
         if trial.fidelity is None or trial.fidelity.shift is not None or self._split == "none":
             return trial
         if not enough(len(self.inputs.calibration), len(self.gate.holdout)):
+            self._split = "none"
             return trial
+        self.context.on_event(StageStarted(Stage.UNDER_SHIFT, build=trial.build))
         try:
             if no_time := self._no_time(trial, share):
                 return self._unjudged(trial, no_time)
@@ -63,6 +66,11 @@ class ShiftGuard:
         if verdict.passed:
             return replace(trial, fidelity=fidelity)
         return replace(trial, fidelity=fidelity, state=State.REJECTED, reason=verdict.reason, measurements=())
+
+    @property
+    def unsplit(self) -> bool:
+        """Whether it was seen that samples are too few or too alike."""
+        return self._split == "none"
 
     def doubt(self, trial: Trial) -> Reason | None:
         """What a robust gate would have said against it."""

@@ -127,7 +127,7 @@ def _run(
     record["build_s"] = time.monotonic() - start_s
     record["payload_bytes"] = sum(file.stat().st_size for file in payload.rglob("*") if file.is_file())
     context.on_event(TrialStep(build, Step.VERIFYING))
-    outputs, ran = holdout_outputs(build, context, client, payload)
+    outputs, ran = holdout_outputs(build, context, client, payload, alone=not is_baseline)
     per_s = ran.per_s
     fidelity, verdict = context.verify(outputs)
     record.update(fidelity=fidelity, verified_per_s=per_s)
@@ -161,12 +161,14 @@ def measure_plan(build: Build, context: SearchContext, client: Client, plan: Pla
     return replace(measurement, why=why, warning=opened.warning)
 
 
-def holdout_outputs(build: Build, context: SearchContext, client: Client, payload: Path) -> tuple[Outputs, RanSamples]:
-    """The payload's outputs for the holdout in its order, and how they were run."""
+def holdout_outputs(
+    build: Build, context: SearchContext, client: Client, payload: Path, *, alone: bool = True
+) -> tuple[Outputs, RanSamples]:
+    """The payload's outputs for the holdout in its order, and how they were run; some rows ``alone`` too."""
     plan = Plan(threads_per_instance=context.cpu.usable_cores, batch=VERIFY_BATCH)
     client.open(payload, build, plan)
     path = context.workspace.outputs(build)
-    ran = client.run_samples(context.workspace.holdout, plan.batch, path)
+    ran = client.run_samples(context.workspace.holdout, plan.batch, path, alone=alone)
     return read_outputs(path), ran
 
 

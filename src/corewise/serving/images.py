@@ -1,13 +1,17 @@
 """Requests as people make them: an image as it is, and answers with names."""
 
-from collections.abc import Iterator
+import base64
+import binascii
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from math import isfinite
 from typing import Any
 
+import msgspec
 import numpy as np
 
 from corewise.common.errors import SamplesError
+from corewise.pipeline.answers import activate
 from corewise.records.report import Preprocess
 from corewise.samples.images import LONGEST, TooManyPixels, image_array, image_size, open_image
 from corewise.serving.protocol import Asked, InferRequest, ProtocolError
@@ -15,6 +19,8 @@ from corewise.serving.served import Served
 
 TOP, MOST = 5, 100
 MOST_PIXELS = 50_000_000
+MOST_IMAGES = 64
+"""In one request."""
 
 
 def how_many(text: str | None) -> int:
@@ -26,6 +32,84 @@ def how_many(text: str | None) -> int:
     return int(text)
 
 
+def wrapped(body: bytes, content_type: str) -> bool:
+    """Whether the body is no image itself but holds one (``content``)."""
+    kind = content_type.partition(";")[0].strip().lower()
+    return kind == "multipart/form-data" or (kind == "application/json" and body[:1].isascii())
+
+
+def content(body: bytes, content_type: str) -> bytes:
+    """The image in a body that is ``wrapped``: the file of a form, or base64 in JSON.
+
+    A form (multipart/form-data, RFC 7578) has it in its first part with a file name, or in its only part; JSON in the
+    key ``image``. Raises ``ProtocolError``.
+    """
+    if content_type.lower().lstrip().startswith("multipart"):
+        return _file_of_form(body, content_type)
+    try:
+        found = msgspec.json.decode(body, type=dict[str, Any]).get("image")
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+        raise ProtocolError(f"the body is no JSON object: {error}") from error
+    if not isinstance(found, str):
+        raise ProtocolError("the body has no image", 'send {"image": "<base64>"}')
+    decoded = _from_base64(found.encode("utf-8", "replace"))
+    if decoded is None:
+        raise ProtocolError("the image is no base64", 'send {"image": "<base64>"}')
+    return decoded
+
+
+def _from_base64(text: bytes) -> bytes | None:
+    """What base64, or a data URL of it, stands for; ``None`` for other bytes."""
+    if text[:5] == b"data:":
+        text = text.partition(b",")[2]
+    try:
+        return base64.b64decode(text, validate=True)
+    except binascii.Error:
+        return None
+
+
+def _file_of_form(body: bytes, content_type: str) -> bytes:
+    from python_multipart.exceptions import MultipartParseError
+    from python_multipart.multipart import MultipartParser, parse_options_header
+
+    boundary = parse_options_header(content_type)[1].get(b"boundary")
+    if not boundary:
+        raise ProtocolError("the form has no boundary", "send it as curl -F image=@photo.jpg does")
+    parts: list[tuple[list[bytes], list[memoryview]]] = []
+    callbacks = {
+        "on_part_begin": lambda: parts.append(([], [])),
+        "on_header_value": lambda data, start, end: parts[-1][0].append(bytes(data[start:end])),
+        "on_part_data": lambda data, start, end: parts[-1][1].append(memoryview(data)[start:end]),
+    }
+    try:
+        parser = MultipartParser(boundary, callbacks)  # type: ignore[arg-type]
+        parser.write(body)
+        parser.finalize()
+    except MultipartParseError as error:
+        raise ProtocolError(f"the form cannot be read: {error}") from error
+    files = [data for headers, data in parts if b"filename" in b"".join(headers).lower()]
+    chosen = files or [data for _, data in parts]
+    if len(files) != 1 and len(parts) != 1:
+        raise ProtocolError(f"the form has {len(files)} files", "send one image a request")
+    return b"".join(chosen[0])
+
+
+def contents(asked: InferRequest, served: Served) -> list[bytes]:
+    """The images that a request has in place of tensors; none in others. Raises ``ProtocolError`` for too many."""
+    if not served.takes_images or asked.inputs[0].dtype != object:
+        return []
+    found: list[bytes] = asked.inputs[0].tolist()
+    if len(found) > MOST_IMAGES:
+        raise ProtocolError(f"the request has {len(found)} images", f"send at most {MOST_IMAGES} a request", 413)
+    return found
+
+
+def unpacked(body: bytes) -> bytes:
+    """The image itself, where a client of JSON sent it as base64."""
+    decoded = _from_base64(body)
+    return body if decoded is None else decoded
+
+
 def pixels(body: bytes, served: Served, most: int = MOST_PIXELS) -> int:
     """How many pixels of an image are decoded, by its header, with those that it is resized to.
 
@@ -33,7 +117,7 @@ def pixels(body: bytes, served: Served, most: int = MOST_PIXELS) -> int:
     """
     preprocess = _preprocess(served)
     with _told():
-        width, height = image_size(body, "the body", max_pixels=most, preprocess=preprocess)
+        width, height = image_size(body, "the image", max_pixels=most, preprocess=preprocess)
     shorter, resize = min(width, height), max(preprocess.resize, preprocess.crop)
     resized = [min(resize * side // shorter, LONGEST * resize) for side in (width, height)]
     count = max(width * height, resized[0] * resized[1])
@@ -42,19 +126,29 @@ def pixels(body: bytes, served: Served, most: int = MOST_PIXELS) -> int:
     return count
 
 
-def image(body: bytes, served: Served) -> InferRequest:
-    """One image as the model takes it. Raises ``ProtocolError`` as ``pixels`` does."""
+def request(inputs: np.ndarray, served: Served) -> InferRequest:
+    """A request for all outputs."""
+    return InferRequest(inputs=(inputs,), outputs=tuple(Asked(name=spec.name) for spec in served.outputs))
+
+
+def batch(bodies: Sequence[bytes], served: Served) -> np.ndarray:
+    """Images as the model takes them, float32 (N, C, H, W). Raises ``ProtocolError`` as ``pixels`` does."""
     preprocess = _preprocess(served)
     with _told():
-        array = image_array(open_image(body, "the body", max_pixels=MOST_PIXELS, preprocess=preprocess), preprocess)
-    asked = tuple(Asked(name=spec.name) for spec in served.outputs)
-    return InferRequest(inputs=(np.ascontiguousarray(array[None]),), outputs=asked)
+        opened = (open_image(one, "the image", max_pixels=MOST_PIXELS, preprocess=preprocess) for one in bodies)
+        return np.stack([image_array(one, preprocess) for one in opened])
 
 
 def _preprocess(served: Served) -> Preprocess:
     preprocess = served.manifest.preprocess
     if preprocess is None:
         raise ProtocolError(f"the model {served.name} was not made from images", "send tensors to .../infer", 501)
+    if preprocess.function is not None:
+        raise ProtocolError(
+            f"the images of the model {served.name} are prepared by {preprocess.function}, which is code and not here",
+            "send tensors to .../infer",
+            501,
+        )
     return preprocess
 
 
@@ -74,10 +168,13 @@ def classes(scores: np.ndarray, served: Served, top: int) -> list[dict[str, Any]
     if scores.ndim != 1:
         raise ProtocolError(f"the model {served.name} gives no scores of classes", "send tensors to .../infer", 501)
     labels = served.manifest.labels or ()
+    probabilities = activate(scores, served.photos.activation) if served.photos is not None else scores
     found: list[dict[str, Any]] = []
     for k in np.argsort(-scores, kind="stable")[:top].tolist():
         score = float(scores[k])
         found.append({"class": k, "score": score if isfinite(score) else None})
+        if served.photos is not None and isfinite(probability := float(probabilities[k])):
+            found[-1]["probability"] = probability
         if k < len(labels):
             found[-1]["label"] = labels[k]
     return found

@@ -84,7 +84,7 @@ def parse(
     regions: large_json.Regions = {}
     if len(text) > PIECE_BYTES:
         text, regions = large_json.frame(view[:header_length], PIECE_BYTES)
-    request = _frame(text)
+    request = frame(text)
     if request.inputs and {one.name for one in request.inputs} <= {spec.name for spec in instead}:
         inputs = instead
     binary = view[header_length:] if header_length is not None else view[:0]
@@ -143,7 +143,8 @@ def _rendered(values: np.ndarray) -> Iterator[bytes]:
             yield msgspec.json.encode(piece.tolist())[1:-1]
 
 
-def _frame(text: memoryview | bytes) -> _Request:
+def frame(text: memoryview | bytes) -> _Request:
+    """A request's JSON, without what its ``data`` hold. Raises ``ProtocolError``."""
     try:
         return _decode_request(text)
     except RecursionError as error:

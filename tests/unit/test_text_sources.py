@@ -56,7 +56,7 @@ def save_bert(folder: Path, kind: str = "BertModel", **config: Any) -> Path:
 @pytest.fixture(scope="module")
 def sentence_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An encoder of sentences: the first token, a dense layer, norm 1; with prompts, lower case and 16 tokens."""
-    folder = save_bert(tmp_path_factory.mktemp("sentences"))
+    folder = save_bert(tmp_path_factory.mktemp("sentences"), matryoshka_dimensions=[2])
     kinds = {"": "Transformer", "1_Pooling": "Pooling", "2_Dense": "Dense", "3_Normalize": "Normalize"}
     modules = [{"path": path, "type": f"sentence_transformers.models.{kind}"} for path, kind in kinds.items()]
     for path in kinds:
@@ -133,6 +133,7 @@ def test_a_folder_of_sentence_transformers(sentence_folder: Path) -> None:
     assert made is not None
     assert (made.task, made.pooling, made.normalize, made.max_length) == ("vectors", "cls", True, 16)
     assert (made.prompts, made.default_prompt) == ({"query": "red: ", "document": ""}, "query")
+    assert made.dimensions == (2,)
     bert = transformers.BertModel.from_pretrained(sentence_folder).eval()
     dense = nn.Linear(8, 4)
     from safetensors.torch import load_file

@@ -97,6 +97,16 @@ def test_each_text_is_in_one_call_within_the_limits(
         assert len(call.places) == 1 or len(call.places) * call.tokens <= tokens
 
 
+@settings(max_examples=40, deadline=None)
+@given(LENGTHS, st.integers(1, 9))
+def test_without_padding_a_call_has_texts_of_one_length(lengths: list[int], rows: int) -> None:
+    calls = fill(lengths, limits=CallLimits(rows=rows), multiple=4, pads=False)
+    assert sorted(place for call in calls for place in call.places) == list(range(len(lengths)))
+    assert all({lengths[place] for place in call.places} == {call.tokens} for call in calls)
+    # As few as there can be: each length's texts in full calls.
+    assert len(calls) == sum(-(-lengths.count(length) // rows) for length in set(lengths))
+
+
 TABLE = CostTable(rows=(1, 8, 32), tokens=(8, 64), ms=((1.0, 3.0), (2.5, 20.0), (8.0, 90.0)))
 
 
@@ -289,7 +299,7 @@ def test_inferring(tokenizer: Path, tmp_path: Path) -> None:
     assert (made.task, made.max_length, made.activation) == ("classes", 512, "softmax")
     assert [each.role for each in made.inputs] == ["ids", "mask", "types"]
     fixed = infer(tokenizer, [TensorSpec(name="ids", dtype="int32", shape=(None, 64))], scores)
-    assert (fixed.task, fixed.max_length, fixed.fixed_length) == ("vectors", 64, 64)
+    assert (fixed.task, fixed.pooling, fixed.max_length, fixed.fixed_length) == ("vectors", "own", 64, 64)
     with pytest.raises(InputError, match="the model takes no tokens but x float32"):
         infer(tokenizer, [TensorSpec(name="x", dtype="float32", shape=(None, 8))], scores)
     words = tmp_path / "vocab.txt"

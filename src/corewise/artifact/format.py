@@ -151,7 +151,7 @@ def write(
     payload: Path,
     reference: Path | None,
     golden: tuple[Sequence[np.ndarray], Sequence[np.ndarray]],
-    tokenizer: Path | None = None,
+    tokenizer: Path | bytes | None = None,
     report: Report,
     report_text: str,
     report_page: str,
@@ -170,7 +170,7 @@ def write(
                 (made / REFERENCE).parent.mkdir()
                 shutil.copyfile(reference, made / REFERENCE)
             if tokenizer is not None:
-                shutil.copyfile(tokenizer, made / TOKENIZER)
+                (made / TOKENIZER).write_bytes(tokenizer if isinstance(tokenizer, bytes) else tokenizer.read_bytes())
             _write_golden(made / GOLDEN, *golden)
             (made / REPORT).write_text(json.dumps(to_json(report), indent=1))
             (made / REPORT_TEXT).write_text(report_text)

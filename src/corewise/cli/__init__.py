@@ -6,7 +6,20 @@ from typing import Annotated
 import typer
 
 from corewise._version import __version__
-from corewise.cli import bench, doctor, explain, loadtest, optimize, renames, retune, serve, show, streams, verify
+from corewise.cli import (
+    bench,
+    doctor,
+    explain,
+    loadtest,
+    optimize,
+    predict,
+    renames,
+    retune,
+    serve,
+    show,
+    streams,
+    verify,
+)
 from corewise.cli.options import Group, add_command, flag
 from corewise.common.errors import CorewiseError
 
@@ -19,7 +32,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode="rich",
 )
-for module in (doctor, optimize, explain, show, verify, bench, loadtest, retune, serve):
+for module in (doctor, optimize, explain, show, verify, bench, predict, loadtest, retune, serve):
     add_command(app, module.__name__.rpartition(".")[2], module.command)
 
 INTERRUPTED = 130

@@ -5,7 +5,17 @@ from pathlib import Path
 from typing import Annotated
 
 from corewise.cli.environment import compute_on_usable_cores
-from corewise.cli.options import AsJson, ImageOptions, ModelReference, SampleOptions, flag, grouped, option, reader
+from corewise.cli.options import (
+    AsJson,
+    ImageOptions,
+    ModelReference,
+    SampleOptions,
+    TextOptions,
+    flag,
+    grouped,
+    option,
+    reader,
+)
 from corewise.cli.output import check_file, console, print_json, write_file
 from corewise.cli.quantities import choice, whole
 
@@ -50,7 +60,12 @@ class OutputOptions:
 
 @grouped
 def command(
-    model: ModelReference, samples: SampleOptions, images: ImageOptions, errors: ErrorOptions, output: OutputOptions
+    model: ModelReference,
+    samples: SampleOptions,
+    images: ImageOptions,
+    texts: TextOptions,
+    errors: ErrorOptions,
+    output: OutputOptions,
 ) -> None:
     """Show layer by layer what int8 costs in accuracy and saves in time, the worst layer first.
 
@@ -64,6 +79,7 @@ def command(
     compute_on_usable_cores()
     read = reader(model, samples, images)
     check_file(output.plot)
+    texts.check()
     screen = console(stderr=output.as_json)
     with Progress(screen, "live" if screen.is_terminal else "plain") as progress:
         explanation = explain(
@@ -72,6 +88,8 @@ def command(
             calibration=samples.calibration,
             measured=errors.measured,
             seed=samples.seed,
+            tokenizer=texts.tokenizer,
+            pooling=texts.pooling,
             weight_bits=None if errors.bits is None else int(errors.bits),
             on_event=progress,
         )

@@ -9,7 +9,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
 from corewise.cli.environment import compute_on_usable_cores
-from corewise.cli.options import AsJson, ImageOptions, ModelReference, SampleOptions, flag, grouped, option, reader
+from corewise.cli.options import (
+    AsJson,
+    ImageOptions,
+    ModelReference,
+    SampleOptions,
+    TextOptions,
+    flag,
+    grouped,
+    option,
+    reader,
+)
 from corewise.cli.output import console, print_json
 from corewise.cli.quantities import above_zero, choice, duration, size, zero_or_more
 from corewise.common.errors import InputError
@@ -168,15 +178,6 @@ class OutputOptions:
             help="Names of the classes, one a line, for the artifact to name them when it is served.",
         ),
     ] = None
-    tokenizer: Annotated[
-        Path | None,
-        option(
-            "--tokenizer",
-            panel="Output",
-            metavar="tokenizer.json",
-            help="The model's tokenizer, for the artifact to take text when it is served.",
-        ),
-    ] = None
     verbose: Annotated[
         bool, flag("--verbose", panel="Output", help="Print the whole report, with every trial and all notes.")
     ] = False
@@ -194,8 +195,6 @@ class OutputOptions:
         from corewise import artifact
 
         artifact.check_output(self.folder)
-        if self.tokenizer is not None and not self.tokenizer.is_file():
-            raise InputError(f"there is no file {self.tokenizer}", "give a tokenizer.json")
 
 
 @grouped
@@ -203,6 +202,7 @@ def command(
     model: ModelReference,
     samples: SampleOptions,
     images: ImageOptions,
+    texts: TextOptions,
     goal: GoalOptions,
     limits: LimitOptions,
     output: OutputOptions,
@@ -215,6 +215,7 @@ def command(
     from corewise.search.optimization import DEFAULT_ENGINES, optimize
 
     output.check()
+    texts.check()
     objective, read, labels = goal.chosen(), reader(model, samples, images), output.class_names()
     compute_on_usable_cores()
     screen = console(stderr=output.as_json)
@@ -235,11 +236,13 @@ def command(
             calibration=samples.calibration,
             seed=samples.seed,
             class_names=labels,
+            tokenizer=texts.tokenizer,
+            pooling=texts.pooling,
             timeout_s=limits.timeout_s,
             work=work,
             on_event=progress,
         )
-        result.save(output.folder, tokenizer=output.tokenizer)
+        result.save(output.folder)
     result.workspace.remove()
     _conclude(result.report, output, screen)
 

@@ -18,7 +18,7 @@ from corewise.cli.quantities import Parse, choice, numbers, whole
 from corewise.common.errors import InputError
 
 if TYPE_CHECKING:
-    from corewise.samples import Samples
+    from corewise.samples import RawSamples, Samples
 
 Interpolation = Literal["nearest", "bilinear", "bicubic", "lanczos"]
 Fit = Literal["crop", "squash", "letterbox"]
@@ -119,9 +119,43 @@ ModelReference = Annotated[
         "MODEL",
         panel="Model",
         help="FILE.py:FUNCTION or MODULE:FUNCTION that returns the model, a torch.export .pt2 file, or a name after "
-        "timm:, torchvision: or hf:.",
+        "st: (sentence-transformers), hf:, timm: or torchvision:.",
     ),
 ]
+Pooling = Literal["mean", "cls", "max", "last", "none"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class TextOptions:
+    """How texts become inputs."""
+
+    tokenizer: Annotated[
+        Path | None,
+        option(
+            "--tokenizer",
+            panel="Texts",
+            metavar="tokenizer.json",
+            help="The model's tokenizer, for a model that takes token ids and brings none; st: and hf: bring theirs.",
+        ),
+    ] = None
+    pooling: Annotated[
+        Pooling | None,
+        option(
+            "--pooling",
+            panel="Texts",
+            metavar="METHOD",
+            parse=choice(*get_args(Pooling)),
+            help="Make one vector of each text: mean, cls, max or last of its token vectors, or none. For hf: and "
+            "models with --tokenizer; st: says it itself.",
+        ),
+    ] = None
+
+    def check(self) -> None:
+        """Raise ``InputError`` for a file that is not there, before any work is done."""
+        if self.tokenizer is not None and not self.tokenizer.is_file():
+            raise InputError(f"there is no file {self.tokenizer}", "give a tokenizer.json")
+
+
 ArtifactPath = Annotated[Path, argument("ARTIFACT", panel="Artifact", help="A folder that corewise optimize wrote.")]
 AsJson = Annotated[bool, flag("--json", panel="Output", help="Print JSON and nothing else.")]
 ModelOfArtifact = Annotated[
@@ -145,8 +179,8 @@ class SampleOptions:
             "--samples",
             panel="Samples",
             metavar="PATH",
-            help="A folder of images (with class folders or labels.csv), an .npz or .safetensors file, or "
-            "FILE.py:FUNCTION.",
+            help="A folder of images (with class folders or labels.csv), a file of texts (.txt, .csv, .tsv, .jsonl, "
+            ".parquet), an .npz or .safetensors file, or FILE.py:FUNCTION.",
         ),
     ]
     calibration: Annotated[
@@ -178,7 +212,31 @@ class SampleOptions:
             metavar="N",
             parse=whole(2),
             help="Most samples to read, drawn at random with --seed; the others are not decoded.",
-            default="all",
+            default="all; 2,000 of a folder or of a file of texts",
+        ),
+    ] = None
+    text: Annotated[
+        str | None,
+        option(
+            "--text",
+            panel="Samples",
+            metavar="COLUMN",
+            help="The column of a .csv, .tsv, .jsonl or .parquet file that is the text.",
+            default="text or sentence",
+        ),
+    ] = None
+    pair: Annotated[
+        str | None,
+        option("--pair", panel="Samples", metavar="COLUMN", help="The column that is the second text of a pair."),
+    ] = None
+    label: Annotated[
+        str | None,
+        option(
+            "--label",
+            panel="Samples",
+            metavar="COLUMN",
+            help="The column that is the label.",
+            default="label or labels, if there is one",
         ),
     ] = None
 
@@ -290,11 +348,11 @@ class ImageOptions:
         return {name: value for name, value in given.items() if value is not None}
 
 
-def reader(model: str, samples: SampleOptions, images: ImageOptions) -> "Callable[[], Samples]":
+def reader(model: str, samples: SampleOptions, images: ImageOptions) -> "Callable[[], Samples | RawSamples]":
     """Reads the samples when it is called. Raises ``InputError`` at once for options that are wrong."""
     given = images.checked()
 
-    def read() -> "Samples":
+    def read() -> "Samples | RawSamples":
         from corewise.source import read_for
 
         return read_for(
@@ -302,6 +360,9 @@ def reader(model: str, samples: SampleOptions, images: ImageOptions) -> "Callabl
             samples.samples,
             given=given,
             function=images.preprocess,
+            text=samples.text,
+            pair=samples.pair,
+            label=samples.label,
             max_samples=samples.max_samples,
             seed=samples.seed,
         )

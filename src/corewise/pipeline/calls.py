@@ -67,7 +67,13 @@ class CostTable:
 
 
 def fill(
-    lengths: Sequence[int], *, limits: CallLimits, cost: CallCost = by_tokens, instances: int = 1, multiple: int = 1
+    lengths: Sequence[int],
+    *,
+    limits: CallLimits,
+    cost: CallCost = by_tokens,
+    instances: int = 1,
+    multiple: int = 1,
+    pads: bool = True,
 ) -> list[Call]:
     """Put texts into calls at the least total cost, the longest texts first.
 
@@ -77,6 +83,7 @@ def fill(
         cost: What a call costs.
         instances: How many calls run at the same time: none gets more than its share of the texts.
         multiple: Texts are padded to a multiple of so many tokens, so that fewer shapes occur.
+        pads: Whether texts may be padded at all; else those of one length share calls.
 
     Returns:
         The calls, each text in exactly one.
@@ -86,16 +93,20 @@ def fill(
         [(1,), (2, 0, 3)]
     """
     order = np.argsort(-np.asarray(lengths, np.int64), kind="stable")
-    padded = [-(-int(lengths[place]) // multiple) * multiple for place in order]
+    step = multiple if pads else 1
+    padded = [-(-int(lengths[place]) // step) * step for place in order]
     most_rows = max(1, min(limits.rows, -(-len(padded) // instances)))
     counts = np.arange(1, most_rows + 1)
     costs = {tokens: cost(counts, tokens) for tokens in set(padded)}
     total = np.zeros(len(padded) + 1)
     """The least cost of the texts from each place on."""
     best = [0] * len(padded)
+    equal = 0
+    """How many texts from a place on have its length."""
     for start in range(len(padded) - 1, -1, -1):
         tokens = padded[start]
-        most = max(1, min(most_rows, len(padded) - start, limits.tokens // tokens))
+        equal = equal + 1 if padded[start : start + 2] == [tokens] * 2 else 1
+        most = max(1, min(most_rows, len(padded) - start if pads else equal, limits.tokens // tokens))
         options = costs[tokens][:most] + total[start + 1 : start + 1 + most]
         best[start] = int(np.argmin(options)) + 1
         total[start] = options[best[start] - 1]

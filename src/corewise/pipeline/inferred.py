@@ -1,19 +1,15 @@
 """The pipeline of a model of which only its inputs, its outputs and a tokenizer are known."""
 
 import hashlib
-import json
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 from corewise.common.errors import InputError
+from corewise.common.tokenizers import MOST_TOKENS, read_tokenizer
 from corewise.records.build import TensorSpec
 from corewise.records.pipeline import TextPipeline, TextTask, TokenInput
 from corewise.records.ranges import InputRange
-
-MOST_TOKENS = 512
-"""Tokens of an item if the model has no positions that say how many it takes."""
-TOKENIZER = "give the model's own tokenizer.json"
 
 
 def infer(
@@ -36,34 +32,45 @@ def infer(
     Raises:
         InputError: The inputs are no tokens, or the file is no tokenizer.
     """
+    content, pad_id = read_tokenizer(tokenizer)
+    task: TextTask = "classes" if labels and len(outputs[0].shape) == 2 else "vectors"
+    base = TextPipeline(
+        task=task,
+        tokenizer_sha256=hashlib.sha256(content).hexdigest(),
+        inputs=(),
+        max_length=_longest(ranges) or MOST_TOKENS,
+        pad_id=pad_id,
+        labels=tuple(labels),
+        activation="softmax" if task == "classes" else "none",
+    )
+    return fit(base, inputs, outputs, ranges)
+
+
+def fit(
+    pipeline: TextPipeline,
+    inputs: Sequence[TensorSpec],
+    outputs: Sequence[TensorSpec],
+    ranges: Sequence[InputRange] | None = None,
+) -> TextPipeline:
+    """The pipeline for a program: its inputs' names, order and dtypes, the most tokens, and whether it pools itself.
+
+    Raises ``InputError`` if the inputs are no tokens.
+    """
     if not all(len(spec.shape) == 2 and spec.dtype in ("int32", "int64") for spec in inputs):
         named = ", ".join(f"{spec.name} {spec.dtype} {spec.shape}" for spec in inputs)
         raise InputError(f"there is a tokenizer, and the model takes no tokens but {named}", "leave out the tokenizer")
     fixed = next((spec.shape[1] for spec in inputs if spec.shape[1] is not None), None)
-    longest = [each.longest[1] for each in ranges or () if len(each.longest) == 2 and each.longest[1] is not None]
-    task: TextTask = "classes" if labels and len(outputs[0].shape) == 2 else "vectors"
-    content, data = read_tokenizer(tokenizer)
-    return TextPipeline(
-        task=task,
-        tokenizer_sha256=hashlib.sha256(content).hexdigest(),
-        inputs=tuple(TokenInput.of(spec) for spec in inputs),
-        max_length=fixed or min(longest, default=MOST_TOKENS),
+    most = [limit for limit in (pipeline.max_length, fixed, _longest(ranges)) if limit is not None]
+    pools = pipeline.task == "vectors" and pipeline.pooling == "none" and len(outputs[0].shape) == 2
+    return replace(
+        pipeline,
+        inputs=tuple(map(TokenInput.of, inputs)),
+        max_length=fixed or min(most),
         fixed_length=fixed,
-        pad_id=int((data.get("padding") or {}).get("pad_id", 0)),
-        labels=tuple(labels),
-        activation="softmax" if task == "classes" else "none",
+        pooling="own" if pools else pipeline.pooling,
     )
 
 
-def read_tokenizer(path: Path) -> tuple[bytes, dict[str, Any]]:
-    """A ``tokenizer.json``, as bytes and as data. Raises ``InputError`` if it is another file."""
-    try:
-        content = path.read_bytes()
-        data = json.loads(content)
-    except OSError as error:
-        raise InputError(f"{path} cannot be read: {error.strerror or error}", "check the path") from error
-    except ValueError as error:
-        raise InputError(f"{path} is no tokenizer: {error}", TOKENIZER) from error
-    if not isinstance(data, dict) or "model" not in data:
-        raise InputError(f"{path} is no tokenizer: it has no model", TOKENIZER)
-    return content, data
+def _longest(ranges: Sequence[InputRange] | None) -> int | None:
+    longest = [each.longest[1] for each in ranges or () if len(each.longest) == 2]
+    return min((size for size in longest if size is not None), default=None)

@@ -112,7 +112,14 @@ class TextRunner:
 
     def calls(self, lengths: Sequence[int]) -> list[Call]:
         """How texts of these lengths, in tokens, are put into calls."""
-        return fill(lengths, limits=self._limits, cost=self._cost, instances=self._instances, multiple=MULTIPLE)
+        return fill(
+            lengths,
+            limits=self._limits,
+            cost=self._cost,
+            instances=self._instances,
+            multiple=MULTIPLE,
+            pads=self.encoder.pipeline.pads,
+        )
 
     def _start(self, window: Sequence[Any], prompt: str | None, pool: ThreadPoolExecutor) -> _Window:
         """Tokenize a window, and begin its calls."""

@@ -39,15 +39,20 @@ class TextEncoder:
     Tokenizing uses threads of its own (Hugging Face's ``tokenizers``) and lets other Python threads run.
     """
 
-    def __init__(self, pipeline: TextPipeline, tokenizer: Path) -> None:
-        """Open the file ``tokenizer``. Raises ``ArtifactError`` if it is no tokenizer, and ``MissingExtra``."""
+    def __init__(self, pipeline: TextPipeline, tokenizer: Path | bytes) -> None:
+        """Open the file ``tokenizer``, or take its content.
+
+        Raises ``ArtifactError`` if it is no tokenizer, and ``MissingExtra`` without the package ``tokenizers``.
+        """
         try:
             from tokenizers import Tokenizer
         except ImportError as error:
-            raise MissingExtra("tokenizers", "text", f"tokenizing with {tokenizer}") from error
+            raise MissingExtra("tokenizers", "text", "tokenizing texts") from error
         self.pipeline = pipeline
-        with guard(ArtifactError, f"{tokenizer} is no tokenizer", REBUILD):
-            self._untruncated = Tokenizer.from_file(str(tokenizer))
+        name = tokenizer if isinstance(tokenizer, Path) else pipeline.tokenizer
+        with guard(ArtifactError, f"{name} is no tokenizer", REBUILD):
+            content = tokenizer if isinstance(tokenizer, bytes) else tokenizer.read_bytes()
+            self._untruncated = Tokenizer.from_buffer(content)
         self._untruncated.no_padding()
         self._untruncated.no_truncation()
         self._most_characters = CHARACTERS_PER_TOKEN * pipeline.max_length

@@ -7,7 +7,8 @@ from corewise.records.build import TensorSpec
 from corewise.records.report import Preprocess
 
 TextTask = Literal["vectors", "classes", "tokens", "scores"]
-Pooling = Literal["mean", "cls", "last", "max", "none"]
+Pooling = Literal["mean", "cls", "last", "max", "own", "none"]
+"""What makes one vector of a text's token vectors; ``own``: the model does it in a way that is not known."""
 TokenRole = Literal["ids", "mask", "types", "positions"]
 Activation = Literal["softmax", "sigmoid", "none"]
 
@@ -71,6 +72,11 @@ class TextPipeline:
     """Names of the classes, in the order of the outputs."""
     activation: Activation = "none"
     """What makes probabilities or scores of the model's outputs."""
+
+    @property
+    def pads(self) -> bool:
+        """Whether texts may be padded: only a model that takes an attention mask answers them as if they were not."""
+        return any(each.role == "mask" for each in self.inputs)
 
     @property
     def noun(self) -> str:

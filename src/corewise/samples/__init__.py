@@ -9,7 +9,7 @@ methods.
 
 from corewise.samples.checks import check_finite
 from corewise.samples.data import Samples, default_calibration, split
-from corewise.samples.files import read, read_raw
+from corewise.samples.files import read, read_leaving_texts, read_raw
 from corewise.samples.labels import check_class_names, read_class_names
 from corewise.samples.python import from_python, raw_from_python
 from corewise.samples.raw import RawSamples, UnreadableItem
@@ -25,6 +25,7 @@ __all__ = [
     "raw_from_python",
     "read",
     "read_class_names",
+    "read_leaving_texts",
     "read_raw",
     "split",
 ]

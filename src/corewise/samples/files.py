@@ -77,6 +77,25 @@ def read(
     return image_samples(gathered, reader, spool=spool)
 
 
+def read_leaving_texts(
+    reference: str,
+    preprocess: Preprocess | None = None,
+    preprocess_function: str | Preprocessor | None = None,
+    *,
+    text: str | None = None,
+    pair: str | None = None,
+    label: str | None = None,
+    max_samples: int | None = None,
+    seed: int = 0,
+) -> Samples | RawSamples:
+    """As ``read``; texts, pairs of texts and recordings stay as they are, for the model's pipeline."""
+    reader = ImageReader(preprocess or Preprocess(), preprocess_function)
+    gathered = read_raw(reference, text=text, pair=pair, label=label, max_samples=max_samples, seed=seed)
+    if isinstance(gathered, Samples) or gathered.kind != "image":
+        return gathered
+    return image_samples(gathered, reader)
+
+
 def image_samples(images: RawSamples, reader: ImageReader, *, spool: Path | None = None) -> Samples:
     """Samples of what ``reader`` makes of images; several threads decode where it allows them."""
     threads = len(os.sched_getaffinity(0)) if reader.threads_allowed else 1

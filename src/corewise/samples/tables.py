@@ -47,8 +47,11 @@ def read_table(path: Path, columns: Columns = GUESSED, *, max_samples: int | Non
     return gather(iterate_table(path, columns), kind, source=str(path), max_samples=max_samples, seed=seed)
 
 
-def iterate_table(path: Path, columns: Columns = GUESSED) -> Iterator[RawItem]:
-    """The texts or pairs of a file as they are read, with what is wrong with those that cannot be used."""
+def iterate_table(path: Path, columns: Columns = GUESSED, *, labelled: bool = True) -> Iterator[RawItem]:
+    """The texts or pairs of a file as they are read, with what is wrong with those that cannot be used.
+
+    Without ``labelled`` no column is taken for the label.
+    """
     read = READERS[path.suffix.lower()]
     try:
         resolved: Columns | None = None
@@ -57,7 +60,7 @@ def iterate_table(path: Path, columns: Columns = GUESSED) -> Iterator[RawItem]:
             if record.problem:
                 yield RawItem(number, None, name=record.name, problem=record.problem)
                 continue
-            resolved = resolved or columns.resolve(list(record.values), str(path))
+            resolved = resolved or _resolved(columns, list(record.values), str(path), labelled)
             value, label, problem = resolved.item(record.values)
             label = number_or_text(label) if isinstance(label, str) else label
             label_kind = label_kind or _label_kind(label)
@@ -66,6 +69,11 @@ def iterate_table(path: Path, columns: Columns = GUESSED) -> Iterator[RawItem]:
             yield RawItem(number, value, label, record.name, problem)
     except OSError as error:
         raise SamplesError(f"{path} cannot be read: {error.strerror or error}", "check the path") from error
+
+
+def _resolved(columns: Columns, header: list[str], source: str, labelled: bool) -> Columns:
+    resolved = columns.resolve(header, source)
+    return resolved if labelled else resolved._replace(label=None)
 
 
 def _label_kind(label: Any) -> str:

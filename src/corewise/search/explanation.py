@@ -1,6 +1,7 @@
 """The order of steps from a model and samples to what each of its layers costs and saves in int8."""
 
 import importlib.util
+from pathlib import Path
 from typing import Any
 
 from corewise.common.errors import EngineError, InputError, MissingExtra, SourceError
@@ -10,8 +11,9 @@ from corewise.engines.libraries import quiet
 from corewise.machine.inspect import inspect_cpu
 from corewise.quantize.explanation import Explanation
 from corewise.records.events import OnEvent, Stage, StageStarted
+from corewise.records.pipeline import Pooling
 from corewise.samples import default_calibration, split
-from corewise.search.task import read_samples
+from corewise.search.texts import read_samples, tokenized
 
 MEASURED = 16
 """Samples that errors are measured on."""
@@ -25,6 +27,8 @@ def explain(
     measured: int = MEASURED,
     seed: int = 0,
     weight_bits: int | None = None,
+    tokenizer: Path | None = None,
+    pooling: Pooling | None = None,
     on_event: OnEvent = lambda event: None,
 ) -> Explanation:
     """Quantize a model with corewise's own quantizer and show what each layer costs and saves.
@@ -38,6 +42,7 @@ def explain(
         measured: how many of the other samples the errors are measured on, placed for engines with fused kernels.
         seed: of the split.
         weight_bits: 7 or 8. Default: 8, or 7 if the CPU adds int8 products in 16 bits.
+        tokenizer: as for ``optimize``, as is ``pooling``.
         on_event: called with each event of ``corewise.records.events`` as it happens.
 
     Returns:
@@ -59,13 +64,14 @@ def explain(
     from corewise import source
 
     on_event(StageStarted(Stage.READING_SAMPLES))
-    data = read_samples(model, samples)
+    gathered = read_samples(model, samples)
+    on_event(StageStarted(Stage.EXPORTING))
+    loaded, data = tokenized(source.load_with_texts(model, tokenizer=tokenizer, pooling=pooling), gathered)
     count = default_calibration(len(data)) if calibration is None else calibration
     calibrating, others = split(data, calibration=count, seed=seed)
     used = others.take(range(min(measured, len(others))))
 
-    on_event(StageStarted(Stage.EXPORTING))
-    exported = source.export(source.load(model) if isinstance(model, str) else model, data)
+    exported = source.export(loaded.model, data)
     if exported.program is None:
         raise SourceError(
             f"the model cannot be exported ({exported.why_not})", "only exported models can be quantized layer by layer"

@@ -15,6 +15,7 @@ from corewise.common.errors import InputError, MissingExtra, OutputError
 from corewise.engines import BuildInputs, engine
 from corewise.records.events import OnEvent
 from corewise.records.goal import Goal, GoalName, Requirements, Slo, parse_goal
+from corewise.records.pipeline import Pooling
 from corewise.records.report import Choice, Report
 from corewise.runtime.worker import peak_memory_bytes
 from corewise.runtime.workspace import Workspace
@@ -46,6 +47,8 @@ def optimize(
     calibration: int | None = None,
     seed: int = 0,
     class_names: Sequence[str] | None = None,
+    tokenizer: Path | None = None,
+    pooling: Pooling | None = None,
     budget_s: float | None = None,
     timeout_s: float = TIMEOUT_S,
     work: Path | None = None,
@@ -56,9 +59,11 @@ def optimize(
     A candidate that fails is no error; if none is good enough, the result is the baseline.
 
     Args:
-        model: an ``nn.Module``, an ``ExportedProgram``, or a reference such as "file.py:factory" or "timm:NAME".
+        model: an ``nn.Module``, an ``ExportedProgram``, a ``SentenceTransformer`` or ``CrossEncoder``, or a reference
+            such as "file.py:factory", "st:FOLDER" or "timm:NAME".
         samples: arrays or tensors without a batch dimension, or dicts or tuples of them, with labels if there are any;
-            a function that returns them; or a reference such as a folder of images or "file.py:function".
+            texts or pairs of texts, for a model with a tokenizer; a function that returns them; or a reference such as
+            a folder of images, a file of texts or "file.py:function".
         metric: the name of a built-in metric, "file.py:function", or a callable (outputs, labels) -> score, the higher
             the better. Default: the one that fits the labels, without labels how close the outputs are to fp32's.
         max_drop: how much of the metric may be lost, in the metric's unit.
@@ -73,6 +78,9 @@ def optimize(
             two of five, at most 200.
         seed: of the split into calibration and holdout.
         class_names: names of the classes in the order of the scores, which the artifact keeps.
+        tokenizer: a ``tokenizer.json``, for a model that takes token ids and brings none: samples may then be texts.
+        pooling: make one vector of each text: "mean", "cls", "max" or "last" of its token vectors; for "hf:" models and
+            models with ``tokenizer``.
         budget_s: seconds for the whole search. Default: as long as it takes.
         timeout_s: seconds for each step of a trial.
         work: a folder that keeps finished trials, so that the same call resumes. Default: a temporary folder.
@@ -112,6 +120,8 @@ def optimize(
         calibration=calibration,
         seed=seed,
         class_names=class_names,
+        tokenizer=tokenizer,
+        pooling=pooling,
         on_event=on_event,
     )
     workspace = Workspace.create(work)
@@ -194,6 +204,8 @@ def _result(
         opener=task.in_process or engine(choice.winner.engine),
         workspace=context.workspace,
         class_names=None if class_names is None else tuple(class_names),
+        pipeline=task.pipeline,
+        tokenizer=task.tokenizer,
     )
 
 

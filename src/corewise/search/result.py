@@ -10,10 +10,12 @@ import numpy as np
 from corewise import artifact
 from corewise.artifact.checks import program_ranges
 from corewise.artifact.model import Model
+from corewise.artifact.photos import image_runner
+from corewise.artifact.texts import text_runner
 from corewise.common.nested import Structure
 from corewise.engines import BuildInputs, Engine
-from corewise.pipeline import TextEncoder, infer
-from corewise.records.pipeline import TextPipeline
+from corewise.pipeline import TextEncoder, fit, image_pipeline, infer
+from corewise.records.pipeline import ImagePipeline, TextPipeline
 from corewise.records.ranges import InputRange
 from corewise.records.report import Report
 from corewise.report import words
@@ -41,6 +43,9 @@ class Result:
     workspace: Workspace
     """Holds the payload."""
     class_names: tuple[str, ...] | None = None
+    pipeline: TextPipeline | None = None
+    """How texts become inputs and outputs answers, if they do."""
+    tokenizer: bytes = b""
 
     @property
     def headline(self) -> str:
@@ -58,12 +63,18 @@ class Result:
     def model(self) -> Model:
         """The winner, opened in this process; call it as the original."""
         choice = self.report.choice
+        session = open_plan(self.opener, self.payload, choice.winner, choice.plan, self.build_inputs.cpu)
+        pipeline = self._fitted
+        images = self._images
+        encoder = None if pipeline is None else TextEncoder(pipeline, self.tokenizer)
         return Model(
-            open_plan(self.opener, self.payload, choice.winner, choice.plan, self.build_inputs.cpu),
+            session,
             inputs=self.build_inputs.inputs,
             input_structure=self.holdout.structure,
             output_structure=self.output_structure,
             ranges=self._ranges,
+            texts=None if encoder is None else text_runner(encoder, session.run, choice.plan),
+            images=None if images is None else image_runner(images, session.run, choice.plan),
         )
 
     def save(
@@ -83,7 +94,7 @@ class Result:
             reference: keep the fp32 program, which ``bench`` and the server's shadow need.
             labels: names of the classes in the order of the scores, for the server. Default: the ``class_names`` given
                 to ``optimize``.
-            tokenizer: a ``tokenizer.json``, with which the server takes text.
+            tokenizer: a ``tokenizer.json`` that makes the artifact take texts, for a model optimized without one.
 
         Returns:
             The artifact as it was read back.
@@ -95,11 +106,13 @@ class Result:
         from corewise.report import html, markdown
 
         names = self.class_names if labels is None else tuple(labels)
-        pipeline = None if tokenizer is None else self._inferred(tokenizer, names or ())
+        pipeline, content = self._fitted, self.tokenizer
+        if tokenizer is not None:
+            pipeline, content = self._inferred(tokenizer, names or ())
         artifact.write(
             Path(folder),
             manifest=lambda files: replace(self._manifest(files), labels=names, pipeline=pipeline),
-            tokenizer=tokenizer,
+            tokenizer=content or None,
             payload=self.payload,
             reference=self.build_inputs.program if reference and self.build_inputs.program.exists() else None,
             golden=self._golden(),
@@ -129,12 +142,25 @@ class Result:
             input_ranges=self._ranges,
         )
 
-    def _inferred(self, tokenizer: Path, labels: Sequence[str]) -> TextPipeline:
-        """The pipeline of a model of which only the tokenizer is known, tried on a text."""
+    def _inferred(self, tokenizer: Path, labels: Sequence[str]) -> tuple[TextPipeline, bytes]:
+        """The pipeline of a model of which only the tokenizer is known, tried on a text, and the file's content."""
         inputs = self.build_inputs
         made = infer(tokenizer, inputs.inputs, inputs.outputs, ranges=self._ranges, labels=labels)
         TextEncoder(made, tokenizer).encode(["a text"])
-        return made
+        return made, tokenizer.read_bytes()
+
+    @property
+    def _images(self) -> ImagePipeline | None:
+        """How images become inputs and outputs answers, if the samples were images."""
+        if self.holdout.preprocess is None or len(self.build_inputs.inputs) != 1:
+            return None
+        _, outputs = self._golden()
+        return image_pipeline(self.holdout.preprocess, outputs, self.class_names or ())
+
+    @cached_property
+    def _fitted(self) -> TextPipeline | None:
+        """The pipeline with the most tokens that the program takes."""
+        return self.pipeline and fit(self.pipeline, self.build_inputs.inputs, self.build_inputs.outputs, self._ranges)
 
     @cached_property
     def _ranges(self) -> tuple[InputRange, ...] | None:

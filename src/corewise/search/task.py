@@ -16,16 +16,19 @@ from corewise.accuracy.gate import AccuracyGate
 from corewise.common.errors import EngineError, InputError
 from corewise.engines import BuildInputs, Engine, engine
 from corewise.machine.inspect import inspect_cpu
+from corewise.pipeline import fit
 from corewise.records.build import Build
 from corewise.records.cpu import Cpu
 from corewise.records.events import OnEvent, Stage, StageStarted
 from corewise.records.goal import Requirements
 from corewise.records.jsonable import to_json
+from corewise.records.pipeline import Pooling, TextPipeline
 from corewise.records.reason import Reason, ReasonKind
 from corewise.records.report import SampleFacts
 from corewise.runtime.workspace import Workspace
-from corewise.samples import Samples, check_class_names, default_calibration, from_python, split
+from corewise.samples import Samples, check_class_names, default_calibration, split
 from corewise.search.candidates import list_candidates
+from corewise.search.texts import read_samples, tokenized
 
 if TYPE_CHECKING:
     from torch.export import ExportedProgram
@@ -53,6 +56,9 @@ class Task:
     """Runs the builds of a model that cannot be exported."""
     notes: tuple[Reason, ...]
     seed: int
+    pipeline: TextPipeline | None = None
+    """How texts become the model's inputs, if they do."""
+    tokenizer: bytes = b""
 
     @classmethod
     def read(
@@ -66,6 +72,8 @@ class Task:
         calibration: int | None,
         seed: int,
         class_names: Sequence[str] | None,
+        tokenizer: Path | None,
+        pooling: Pooling | None,
         on_event: OnEvent,
     ) -> Self:
         """Read the samples, export the model and list its builds. Raises ``InputError`` for what is wrong with them."""
@@ -75,11 +83,13 @@ class Task:
             metrics.resolve(metric)
         usable, notes = _usable(engines)
         on_event(StageStarted(Stage.READING_SAMPLES))
-        data = read_samples(model, samples)
+        gathered = read_samples(model, samples)
+        on_event(StageStarted(Stage.EXPORTING))
+        loaded = source.load_with_texts(model, tokenizer=tokenizer, pooling=pooling)
+        loaded, data = tokenized(loaded, gathered, class_names)
         count = default_calibration(len(data)) if calibration is None else calibration
         calibrating, holdout = split(data, calibration=count, seed=seed)
-        on_event(StageStarted(Stage.EXPORTING))
-        exported = source.export(source.load(model) if isinstance(model, str) else model, data)
+        exported = source.export(loaded.model, data)
         if class_names is not None:
             check_class_names(class_names, exported.outputs[0].shape[-1] or 0, "the list of class names")
         in_process = None
@@ -100,6 +110,8 @@ class Task:
             cpu=cpu,
             builds=list_candidates(cpu, operators, usable, ignored, exported.fixed_batch),
             in_process=in_process,
+            pipeline=None if loaded.pipeline is None else fit(loaded.pipeline, exported.inputs, exported.outputs),
+            tokenizer=loaded.tokenizer,
             notes=(*map(Reason.text, data.notes), *notes, *_behaviour(exported)),
             seed=seed,
         )
@@ -156,15 +168,6 @@ class Task:
             package_versions(),
         )
         return hashlib.sha256(json.dumps(to_json(parts)).encode()).hexdigest()
-
-
-def read_samples(model: Any, samples: Any) -> Samples:
-    """The samples in the forms that ``optimize`` takes; images as the model's own preprocessing makes them."""
-    if isinstance(samples, str):
-        from corewise import source
-
-        return source.read_for(model, samples)
-    return from_python(samples() if callable(samples) else samples)
 
 
 def _only_eager(exported: "Exported") -> tuple[Engine, dict[str, Engine], tuple[Reason, ...]]:

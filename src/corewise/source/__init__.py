@@ -3,7 +3,8 @@
 from corewise.source.behaviour import NotRepeatable
 from corewise.source.exported import Exported, Flat, digest
 from corewise.source.exporting import export
-from corewise.source.models import load
+from corewise.source.loaded import Loaded
+from corewise.source.models import load, load_with_texts
 from corewise.source.preprocessing import OwnPreprocess, own_preprocess, read_for
 from corewise.source.program import load_module, load_program, operators, save_program
 from corewise.source.recurrence import has_recurrent_layers, recurrent_layers_kept
@@ -11,6 +12,7 @@ from corewise.source.recurrence import has_recurrent_layers, recurrent_layers_ke
 __all__ = [
     "Exported",
     "Flat",
+    "Loaded",
     "NotRepeatable",
     "OwnPreprocess",
     "digest",
@@ -19,6 +21,7 @@ __all__ = [
     "load",
     "load_module",
     "load_program",
+    "load_with_texts",
     "operators",
     "own_preprocess",
     "read_for",

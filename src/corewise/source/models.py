@@ -1,16 +1,18 @@
 """Loading the user's model by a reference."""
 
-import importlib
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import nn
 from torch.export import ExportedProgram
 
 from corewise.common.errors import SourceError
 from corewise.common.references import call_reference, guard
+from corewise.records.pipeline import Pooling
+from corewise.source.loaded import Loaded, with_tokenizer
+from corewise.source.packages import package
 from corewise.source.program import load_program
+from corewise.source.sentence_models import from_sentence_model, is_sentence_model
 
 PICKLES = (".pt", ".pth", ".bin", ".pkl", ".pickle", ".ckpt")
 
@@ -21,11 +23,45 @@ def load(reference: str) -> nn.Module | ExportedProgram:
     - ``module:factory`` or ``path/to/file.py:factory``: what the function returns without arguments;
     - ``path/to/model.pt2``: a program saved with ``torch.export.save`` (see ``load_program``);
     - ``timm:NAME``, ``torchvision:NAME``: that package's model with its pretrained weights;
-    - ``hf:NAME`` or ``hf:FOLDER``: a transformers model of the hub or of a local folder, in fp32.
+    - ``hf:NAME`` or ``hf:FOLDER``: a transformers model of the hub or of a local folder, in fp32;
+    - ``st:NAME`` or ``st:FOLDER``: the same of sentence-transformers.
     """
-    prefix, name = split_reference(reference)
+    return load_with_texts(reference).model
+
+
+def load_with_texts(model: Any, *, tokenizer: Path | None = None, pooling: Pooling | None = None) -> Loaded:
+    """A model and, if it takes texts, its pipeline and tokenizer.
+
+    Args:
+        model: A reference as ``load`` takes it, a module, a program, or a ``SentenceTransformer`` or ``CrossEncoder``.
+        tokenizer: A ``tokenizer.json``, for a model that brings none, or instead of its own.
+        pooling: What makes one vector of a text's token vectors, for a model without a head.
+
+    Raises:
+        SourceError: The model cannot be loaded, or the tokenizer or pooling does not fit.
+    """
+    if isinstance(model, str):
+        prefix, _, name = model.partition(":")
+        loaded = TEXT_HUBS[prefix](name, pooling) if prefix in TEXT_HUBS and name else _from_object(_load(model))
+    else:
+        loaded = _from_object(model)
+    if loaded.pipeline is not None and tokenizer is None:
+        return loaded
+    if tokenizer is None:
+        if pooling is not None:
+            raise SourceError("--pooling needs a tokenizer, and the model brings none", "give --tokenizer too")
+        return loaded
+    return with_tokenizer(loaded, tokenizer, pooling)
+
+
+def _from_object(model: Any) -> Loaded:
+    return from_sentence_model(model) if is_sentence_model(model) else Loaded(model=model)
+
+
+def _load(reference: str) -> nn.Module | ExportedProgram:
+    prefix, _, name = reference.partition(":")
     path = Path(reference)
-    if prefix:
+    if prefix in HUBS and name:
         model = HUBS[prefix](name)
     elif path.suffix == ".pt2":
         return load_program(path)
@@ -40,7 +76,7 @@ def load(reference: str) -> nn.Module | ExportedProgram:
     else:
         raise SourceError(
             f"{reference!r} names no model",
-            "give module:factory, file.py:factory, a .pt2 file, or hf:, timm:, torchvision:",
+            "give module:factory, file.py:factory, a .pt2 file, or hf:, st:, timm:, torchvision:",
         )
     if not isinstance(model, nn.Module | ExportedProgram):
         raise SourceError(f"{reference} returned {_named(model)}, not a torch.nn.Module", "return the model itself")
@@ -53,47 +89,33 @@ def _named(value: Any) -> str:
     return "None" if value is None else f"a {type(value).__name__}"
 
 
-def split_reference(reference: str) -> tuple[str, str]:
-    """The library of a reference, such as ``timm``, and the name there; both empty for others."""
-    prefix, _, name = reference.partition(":")
-    return (prefix, name) if prefix in HUBS and name else ("", "")
-
-
-def import_package(name: str, prefix: str) -> Any:
-    """A library of models. Raises ``SourceError`` where it is missing or does not fit."""
-    try:
-        return importlib.import_module(name)
-    except ModuleNotFoundError as error:
-        raise SourceError(f"{prefix}: models need the package {error.name}", f"pip install {error.name}") from error
-    except (ImportError, RuntimeError) as error:
-        # torchvision registers operators that must have been compiled for the torch that is installed.
-        raise SourceError(
-            f"{name} does not fit torch {torch.__version__}: {str(error).partition(chr(10))[0]}",
-            f"install the {name} that was built for this torch, from the same package index",
-        ) from error
-
-
 def _timm(name: str) -> Any:
-    timm = import_package("timm", "timm")
+    timm = package("timm", "timm")
     with guard(SourceError, f"timm:{name} cannot be loaded", "check its name with timm.list_models(pretrained=True)"):
         return timm.create_model(name, pretrained=True)
 
 
 def _torchvision(name: str) -> Any:
-    models = import_package("torchvision.models", "torchvision")
+    models = package("torchvision.models", "torchvision")
     with guard(
         SourceError, f"torchvision:{name} cannot be loaded", "check its name with torchvision.models.list_models()"
     ):
         return models.get_model(name, weights="DEFAULT")
 
 
-def _transformers(name: str) -> Any:
-    transformers = import_package("transformers", "hf")
-    with guard(SourceError, f"hf:{name} cannot be loaded", "check the name, the network, or give a local folder"):
-        config = transformers.AutoConfig.from_pretrained(name)
-        architecture = (config.architectures or [""])[0]
-        model_class = getattr(transformers, architecture, transformers.AutoModel)
-        return model_class.from_pretrained(name, dtype=torch.float32)
+def _transformers(name: str, pooling: Pooling | None) -> Loaded:
+    from corewise.source.transformers_models import load_transformers
+
+    return load_transformers(name, pooling)
 
 
-HUBS = {"timm": _timm, "torchvision": _torchvision, "hf": _transformers}
+def _sentence_transformers(name: str, pooling: Pooling | None) -> Loaded:
+    from corewise.source.sentence_models import load_sentence_model
+
+    if pooling is not None:
+        raise SourceError(f"st:{name} says itself how it pools", "leave out --pooling, or give hf: instead of st:")
+    return load_sentence_model(name)
+
+
+HUBS = {"timm": _timm, "torchvision": _torchvision}
+TEXT_HUBS = {"hf": _transformers, "st": _sentence_transformers}

@@ -13,9 +13,9 @@ from corewise.common.errors import SamplesError, SourceError
 from corewise.common.references import guard
 from corewise.records.jsonable import from_json
 from corewise.records.report import Preprocess
-from corewise.samples import Samples, read
+from corewise.samples import RawSamples, Samples, read_leaving_texts
 from corewise.samples.images import image_array
-from corewise.source.models import HUBS, import_package, split_reference
+from corewise.source.packages import package
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 CLOSE_DB = 34.0
 """The least SQNR of our input for one picture against the library's. The rounding of pixels leaves 40 and more; a wrong
 mean, size, crop or order of colours leaves 29 and less."""
+LIBRARIES = ("timm", "torchvision", "hf")
 STEPS = ("resize", "crop", "mean", "std", "interpolation")
 """What says all about the usual way."""
 PILLOW = {0: "nearest", 1: "lanczos", 2: "bilinear", 3: "bicubic"}
@@ -50,15 +51,15 @@ def read_for(
     given: Mapping[str, Any] | None = None,
     function: str | None = None,
     **options: Any,
-) -> Samples:
-    """The samples that ``reference`` names, with images as the model's own preprocessing makes them.
+) -> Samples | RawSamples:
+    """The samples that ``reference`` names: texts as they are, images as the model's own preprocessing makes them.
 
     Args:
         model: A model or its reference, as ``optimize`` takes it.
-        reference: As ``samples.read`` takes it.
+        reference: As ``samples.read_leaving_texts`` takes it.
         given: Fields of ``Preprocess`` that the user gives instead of the model's.
         function: The user's function that does all of it.
-        options: As ``samples.read`` takes them.
+        options: As ``samples.read_leaving_texts`` takes them.
 
     Raises:
         SamplesError: As ``samples.read``, and where ``given`` changes a part of what is known only as a whole.
@@ -67,9 +68,9 @@ def read_for(
     given = dict(given or {})
     own = None if function is not None else own_preprocess(model)
     if own is None:
-        return read(reference, replace(Preprocess(), **given), function, **options)
+        return read_leaving_texts(reference, replace(Preprocess(), **given), function, **options)
     if own.preprocess is not None:
-        return read(reference, replace(own.preprocess, **given), **options)
+        return read_leaving_texts(reference, replace(own.preprocess, **given), **options)
     if given:
         missing = [name for name in STEPS if name not in given]
         if missing:
@@ -78,8 +79,8 @@ def read_for(
                 f"{', '.join(given)} cannot be changed alone",
                 f"leave that out, or give {', '.join(missing)} as well",
             )
-        return read(reference, replace(Preprocess(), **given), **options)
-    return read(reference, None, own.function, **options)
+        return read_leaving_texts(reference, replace(Preprocess(), **given), **options)
+    return read_leaving_texts(reference, None, own.function, **options)
 
 
 def own_preprocess(model: Any) -> OwnPreprocess | None:
@@ -92,9 +93,11 @@ def own_preprocess(model: Any) -> OwnPreprocess | None:
     if not isinstance(model, str):
         config = getattr(model, "pretrained_cfg", None)
         return _timm(config, "model") if isinstance(config, Mapping) and "input_size" in config else None
-    prefix, name = split_reference(model)
+    prefix, _, name = model.partition(":")
+    if not name:
+        return None
     if prefix == "timm":
-        timm = import_package("timm", "timm")
+        timm = package("timm", "timm")
         config = timm.get_pretrained_cfg(name)
         return None if config is None else _timm(config.to_dict(), name)
     if prefix == "torchvision":
@@ -103,7 +106,7 @@ def own_preprocess(model: Any) -> OwnPreprocess | None:
 
 
 def _timm(config: Mapping[str, Any], name: str) -> OwnPreprocess | None:
-    data = import_package("timm.data", "timm")
+    data = package("timm.data", "timm")
     with guard(SourceError, f"the preprocessing of timm:{name} cannot be read", "give --preprocess FILE.py:FUNCTION"):
         chosen = data.resolve_data_config(pretrained_cfg=dict(config))
         transform = data.create_transform(**chosen, is_training=False)
@@ -127,7 +130,7 @@ def timm_preprocess(config: Mapping[str, Any]) -> Preprocess | None:
 
 
 def _torchvision(name: str) -> OwnPreprocess | None:
-    models = import_package("torchvision.models", "torchvision")
+    models = package("torchvision.models", "torchvision")
     with guard(SourceError, f"the preprocessing of torchvision:{name} cannot be read", "check its name"):
         transform = models.get_model_weights(name).DEFAULT.transforms()
     if not hasattr(transform, "mean"):
@@ -155,7 +158,7 @@ def torchvision_preprocess(transform: Any) -> Preprocess | None:
 
 
 def _transformers(name: str) -> OwnPreprocess | None:
-    transformers = import_package("transformers", "hf")
+    transformers = package("transformers", "hf")
     if not _has_image_processor(name):
         return None
     with guard(SourceError, f"the image processor of hf:{name} cannot be loaded", "give --preprocess FILE.py:FUNCTION"):
@@ -175,7 +178,7 @@ def _has_image_processor(name: str) -> bool:
         return any(
             "image" in (Path(name) / file).read_text() for file in PROCESSOR_FILES if (Path(name) / file).is_file()
         )
-    hub = import_package("transformers.utils", "hf")
+    hub = package("transformers.utils", "hf")
     with guard(SourceError, f"hf:{name} cannot be loaded", "check the name, the network, or give a local folder"):
         found = hub.cached_file(name, PROCESSOR_FILES[0], _raise_exceptions_for_missing_entries=False)
     return found is not None and "image" in Path(found).read_text()
@@ -240,7 +243,7 @@ def _proven(
     origin: str, preprocess: Preprocess | None, function: Callable[["Image"], NDArray[np.float32]], name: str
 ) -> OwnPreprocess:
     """``preprocess`` where it gives the input that the library's function gives for a picture, else without it."""
-    prefix = next((prefix for prefix in HUBS if origin.startswith(prefix)), "hf")
+    prefix = next((prefix for prefix in LIBRARIES if origin.startswith(prefix)), "hf")
     function.__module__, function.__qualname__ = prefix, name  # what the report calls it
     if preprocess is not None:
         picture = _picture(preprocess)

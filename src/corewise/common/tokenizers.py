@@ -1,0 +1,28 @@
+"""Files in the format of Hugging Face's tokenizers, as data."""
+
+import json
+from pathlib import Path
+
+from corewise.common.errors import InputError
+
+MOST_TOKENS = 512
+"""Tokens of a text if neither the model nor its files say how many it takes."""
+TOKENIZER = "give the model's own tokenizer.json"
+
+
+def read_tokenizer(path: Path) -> tuple[bytes, int]:
+    """The content of a ``tokenizer.json``, and the id of its padding token (0 where it has none).
+
+    Raises ``InputError`` if it is another file.
+    """
+    try:
+        content = path.read_bytes()
+        data = json.loads(content)
+    except OSError as error:
+        raise InputError(f"{path} cannot be read: {error.strerror or error}", "check the path") from error
+    except ValueError as error:
+        raise InputError(f"{path} is no tokenizer: {error}", TOKENIZER) from error
+    if not isinstance(data, dict) or "model" not in data:
+        raise InputError(f"{path} is no tokenizer: it has no model", TOKENIZER)
+    padding = data.get("padding")
+    return content, int(padding.get("pad_id", 0)) if isinstance(padding, dict) else 0

@@ -1,0 +1,168 @@
+"""Answers in files: the parts of a job, each written whole or not at all, and the file that they make together."""
+
+import json
+import os
+from abc import abstractmethod
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, is_dataclass
+from pathlib import Path
+from typing import Any, BinaryIO, Protocol
+
+import numpy as np
+
+from corewise.common.errors import InputError, MissingExtra
+from corewise.records.pipeline import ImagePipeline, TextPipeline
+
+
+@dataclass(frozen=True, kw_only=True)
+class AnswerRow:
+    """One answered row of a job: its number over all inputs from 0, its file if there are several, its answer."""
+
+    row: int
+    input: str | None
+    answer: Any
+
+
+class Format(Protocol):
+    """How answers are stored."""
+
+    @abstractmethod
+    def write(self, path: Path, rows: Sequence[AnswerRow], first: int, count: int) -> None:
+        """Write a part: the answers to ``count`` rows from number ``first`` on, of which some may have none."""
+
+    @abstractmethod
+    def join(self, parts: Sequence[Path], path: Path) -> None:
+        """Write all parts as one file."""
+
+
+def format_of(path: Path, pipeline: TextPipeline | ImagePipeline) -> Format:
+    """The format that the name of the output says.
+
+    Raises:
+        InputError: The name says none, or the format cannot hold such answers.
+        MissingExtra: pyarrow is not installed and the format is Parquet.
+    """
+    suffix = path.suffix.lower()
+    if suffix == ".jsonl":
+        return _JsonLines(_field(pipeline))
+    if suffix == ".parquet":
+        return _Parquet(_field(pipeline))
+    if suffix != ".npy":
+        raise InputError(f"{path} says no format", "name it .parquet, .jsonl or .npy")
+    ragged = isinstance(pipeline, TextPipeline) and pipeline.task == "vectors" and pipeline.pooling == "none"
+    if pipeline.task not in ("vectors", "scores") or ragged:
+        raise InputError(f"{path} cannot hold {_field(pipeline)} of several sizes", "name it .parquet or .jsonl")
+    return _Npy()
+
+
+def plain(answer: Any) -> Any:
+    """An answer as JSON data."""
+    if is_dataclass(answer) and not isinstance(answer, type):
+        return asdict(answer)
+    if isinstance(answer, list):
+        return [plain(part) for part in answer]
+    return answer.tolist() if isinstance(answer, np.ndarray) else answer
+
+
+def _field(pipeline: TextPipeline | ImagePipeline) -> str:
+    if isinstance(pipeline, ImagePipeline):
+        return {"vectors": "vector", "classes": "top"}[pipeline.task]
+    return {"vectors": "vector", "scores": "score", "classes": "answer", "tokens": "spans"}[pipeline.task]
+
+
+def _record(row: AnswerRow, field: str) -> dict[str, Any]:
+    """A row's columns: the fields of a class answer are columns of their own."""
+    where = {"row": row.row} if row.input is None else {"row": row.row, "input": row.input}
+    answer = plain(row.answer)
+    if field == "top":  # a list: of many classes, each row names others
+        top = [{"label": label, "probability": value} for label, value in answer["probabilities"].items()]
+        return {**where, "label": answer["label"], "probability": answer["probability"], "top": top}
+    return {**where, **(answer if field == "answer" else {field: answer})}
+
+
+class _JsonLines:
+    def __init__(self, field: str) -> None:
+        self._field = field
+
+    def write(self, path: Path, rows: Sequence[AnswerRow], first: int, count: int) -> None:
+        with path.open("w", encoding="utf-8") as file:
+            for row in rows:
+                file.write(json.dumps(_record(row, self._field), ensure_ascii=False) + "\n")
+
+    def join(self, parts: Sequence[Path], path: Path) -> None:
+        join_lines(parts, path)
+
+
+class _Parquet:
+    def __init__(self, field: str) -> None:
+        try:
+            import pyarrow  # noqa: F401
+        except ImportError:
+            raise MissingExtra("pyarrow", "parquet", "writing Parquet") from None
+        self._field = field
+
+    def write(self, path: Path, rows: Sequence[AnswerRow], first: int, count: int) -> None:
+        import pyarrow
+        from pyarrow import parquet
+
+        if rows and isinstance(rows[0].answer, np.ndarray) and rows[0].answer.ndim == 1:
+            vectors = np.stack([row.answer for row in rows]).astype(np.float32, copy=False)
+            flat = pyarrow.array(vectors.reshape(-1))
+            columns = {"row": pyarrow.array([row.row for row in rows], pyarrow.int64())}
+            if rows[0].input is not None:
+                columns["input"] = pyarrow.array([row.input for row in rows])
+            columns["vector"] = pyarrow.FixedSizeListArray.from_arrays(flat, vectors.shape[1])
+            table = pyarrow.table(columns)
+        else:
+            table = pyarrow.Table.from_pylist([_record(row, self._field) for row in rows])
+        parquet.write_table(table, path)
+
+    def join(self, parts: Sequence[Path], path: Path) -> None:
+        from pyarrow import parquet
+
+        filled = [part for part in parts if parquet.read_metadata(part).num_rows] or list(parts[:1])
+        schema = parquet.read_schema(filled[0])
+        with parquet.ParquetWriter(path, schema) as whole:
+            for part in filled:
+                whole.write_table(parquet.read_table(part).cast(schema))
+
+
+class _Npy:
+    """An array with a row for each row of the inputs; those that were set aside are NaN."""
+
+    def write(self, path: Path, rows: Sequence[AnswerRow], first: int, count: int) -> None:
+        size = np.shape(rows[0].answer) if rows else (0,)
+        made = np.full((count, *size), np.nan, np.float32)
+        for row in rows:
+            made[row.row - first] = row.answer
+        np.save(path, made)
+
+    def join(self, parts: Sequence[Path], path: Path) -> None:
+        arrays = [np.load(part, mmap_mode="r") for part in parts]
+        size = next((array.shape[1:] for array in arrays if array.shape[1:] != (0,)), ())
+        shape = (sum(map(len, arrays)), *size)
+        with path.open("wb") as file:
+            header = {"descr": "<f4", "fortran_order": False, "shape": shape}
+            np.lib.format.write_array_header_1_0(file, header)
+            for array in arrays:
+                empty = array.shape[1:] == (0,)
+                file.write((np.full((len(array), *size), np.nan, np.float32) if empty else np.asarray(array)).tobytes())
+
+
+def _copy(part: Path, whole: BinaryIO) -> None:
+    with part.open("rb") as file:
+        while block := file.read(1 << 20):
+            whole.write(block)
+
+
+def join_lines(parts: Sequence[Path], path: Path) -> None:
+    """Write text files one after the other."""
+    with path.open("wb") as whole:
+        for part in parts:
+            _copy(part, whole)
+
+
+def sync(path: Path) -> None:
+    """Have a file's content on disk before it gets its name."""
+    with path.open("rb") as file:
+        os.fsync(file.fileno())

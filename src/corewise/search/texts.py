@@ -1,0 +1,83 @@
+"""Samples for a model: tensors as they are, texts through the model's pipeline."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from corewise.common.errors import SamplesError
+from corewise.pipeline import TextEncoder, text_samples
+from corewise.records.pipeline import TextPipeline
+from corewise.samples import RawSamples, Samples, raw_from_python
+from corewise.samples.python import RAW_FIXES
+from corewise.samples.raw import NOUNS
+
+if TYPE_CHECKING:
+    from corewise.source import Loaded
+
+
+def read_samples(model: Any, samples: Any) -> Samples | RawSamples:
+    """The samples that ``optimize`` is given: texts as they are, images as the model's own preprocessing makes them.
+
+    Raises ``SamplesError``.
+    """
+    if isinstance(samples, str):
+        from corewise import source
+
+        return source.read_for(model, samples)
+    return raw_from_python(samples() if callable(samples) else samples)
+
+
+def tokenized(
+    loaded: "Loaded", samples: Samples | RawSamples, class_names: Sequence[str] | None = None
+) -> tuple["Loaded", Samples]:
+    """The model and its samples as tensors, the pipeline with what the samples say: pairs, and names of classes.
+
+    Pairs of texts are single texts to a model of single ones, neighbours with one label.
+
+    Raises:
+        SamplesError: The samples are raw and the model has no pipeline for them, or they do not fit it.
+        InputError: The tokenizer is none.
+    """
+    pipeline = loaded.pipeline
+    if pipeline is not None and class_names is not None:
+        pipeline = _with_classes(pipeline, tuple(class_names))
+    if isinstance(samples, Samples):
+        return replace(loaded, pipeline=pipeline), samples
+    if pipeline is None or samples.kind not in ("text", "pair"):
+        raise SamplesError(f"there are {NOUNS[samples.kind]} in {samples.source}", RAW_FIXES[samples.kind])
+    if pipeline.pairs and samples.kind == "text":
+        raise SamplesError(
+            f"there are single texts in {samples.source}, and the model takes pairs", "say which column is the --pair"
+        )
+    if samples.kind == "pair" and pipeline.task in ("classes", "scores"):
+        pipeline = replace(pipeline, pairs=True)
+    elif samples.kind == "pair":
+        samples = samples.singles()
+    if pipeline.task == "classes":
+        samples = _with_numbers(samples, pipeline.labels)
+    by_name = hasattr(loaded.model, "forward")
+    return replace(loaded, pipeline=pipeline), text_samples(TextEncoder(pipeline, loaded.tokenizer), samples, by_name)
+
+
+def _with_classes(pipeline: TextPipeline, names: tuple[str, ...]) -> TextPipeline:
+    """The pipeline with the user's names of classes; a factory's model of which no task is known has classes."""
+    if pipeline.task == "vectors":
+        return replace(pipeline, task="classes", labels=names, activation="softmax")
+    return replace(pipeline, labels=names)
+
+
+def _with_numbers(samples: RawSamples, names: Sequence[str]) -> RawSamples:
+    """Labels that are names of classes as their numbers."""
+    labels = samples.labels
+    if labels is None or labels.dtype != object or not all(isinstance(label, str) for label in labels):
+        return samples
+    numbers = {name: number for number, name in enumerate(names)}
+    for row, label in enumerate(labels):
+        if label not in numbers:
+            raise SamplesError(
+                f"{samples.describe(row)} of {samples.source} has the label {label!r:.40}",
+                f"the model's classes are {', '.join(names)[:200]}",
+            )
+    return replace(samples, labels=np.array([numbers[label] for label in labels], np.int64))

@@ -1,0 +1,98 @@
+"""What a source gives: the model and, if it takes texts, its pipeline and tokenizer."""
+
+import hashlib
+import inspect
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+from torch.export import ExportedProgram
+
+from corewise.common.errors import SourceError
+from corewise.common.tokenizers import MOST_TOKENS, read_tokenizer
+from corewise.records.build import TensorSpec
+from corewise.records.pipeline import Pooling, TextPipeline, TokenInput
+from corewise.source.pooling import PooledOutput
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Loaded:
+    """A model, and how texts become its inputs."""
+
+    model: nn.Module | ExportedProgram
+    pipeline: TextPipeline | None = None
+    tokenizer: bytes = b""
+    """The content of ``tokenizer.json``."""
+
+
+def text_pipeline(tokenizer: bytes, names: tuple[str, ...], **facts: Any) -> TextPipeline:
+    """A pipeline for a model that takes these tokens by keyword, int64 (N, tokens) each."""
+    specs = (TensorSpec(name=name, dtype="int64", shape=(None, None)) for name in names)
+    digest = hashlib.sha256(tokenizer).hexdigest()
+    return TextPipeline(tokenizer_sha256=digest, inputs=tuple(map(TokenInput.of, specs)), **facts)
+
+
+def fast_tokenizer(tokenizer: Any, *, lower: bool = False) -> bytes:
+    """The ``tokenizer.json`` of a transformers tokenizer; a slow one is converted by transformers.
+
+    ``lower`` has it lower-case texts first. Raises ``SourceError`` where there is no conversion.
+    """
+    from tokenizers import Tokenizer, normalizers
+
+    fast = getattr(tokenizer, "backend_tokenizer", None)
+    if fast is None:
+        from transformers.convert_slow_tokenizer import convert_slow_tokenizer
+
+        try:
+            fast = convert_slow_tokenizer(tokenizer)
+        except (ValueError, KeyError, AttributeError, ImportError) as error:
+            raise SourceError(
+                f"the tokenizer {type(tokenizer).__name__} has no fast form: {error}",
+                "give samples that are tokenized, or --tokenizer with a tokenizer.json",
+            ) from error
+    made = Tokenizer.from_str(fast.to_str())
+    if lower:
+        parts = [normalizers.Lowercase(), *([made.normalizer] if made.normalizer is not None else [])]
+        made.normalizer = normalizers.Sequence(parts)
+    made.no_padding()
+    made.no_truncation()
+    return str(made.to_str()).encode()
+
+
+def with_tokenizer(loaded: Loaded, path: Path, pooling: Pooling | None) -> Loaded:
+    """The model with the tokenizer in a file, and with ``pooling`` after it.
+
+    Without a pipeline of its own, the model gets the tokens that its ``forward`` asks for, by name.
+
+    Raises:
+        SourceError: The file is no tokenizer, or the model cannot be pooled.
+    """
+    content, pad_id = read_tokenizer(path)
+    if loaded.pipeline is not None:
+        digest = hashlib.sha256(content).hexdigest()
+        changed = replace(loaded.pipeline, tokenizer_sha256=digest, pad_id=pad_id)
+        return replace(loaded, pipeline=changed, tokenizer=content)
+    names = _token_names(loaded.model)
+    pipeline = text_pipeline(
+        content, names, task="vectors", max_length=MOST_TOKENS, pad_id=pad_id, pooling=pooling or "none"
+    )
+    if pooling is None or pooling == "none":
+        return replace(loaded, pipeline=pipeline, tokenizer=content)
+    mask = next((each.name for each in pipeline.inputs if each.role == "mask"), None)
+    if mask is None or not isinstance(loaded.model, nn.Module):
+        raise SourceError("--pooling needs a module that takes an attention mask", "pool in the model itself")
+    return Loaded(model=PooledOutput(loaded.model, pooling, mask), pipeline=pipeline, tokenizer=content)
+
+
+def _token_names(model: nn.Module | ExportedProgram) -> tuple[str, ...]:
+    """The inputs that a model needs, and the attention mask where it takes one."""
+    if isinstance(model, ExportedProgram):
+        return tuple(str(name) for name in model.graph_signature.user_inputs)
+    parameters = inspect.signature(model.forward).parameters.values()
+    kinds = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
+    return tuple(
+        parameter.name
+        for parameter in parameters
+        if parameter.kind in kinds and (parameter.default is parameter.empty or "attention_mask" in parameter.name)
+    )

@@ -1,0 +1,76 @@
+"""From a language model's token vectors to one vector for each text, inside the program that every engine runs."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from corewise.records.pipeline import Pooling
+
+
+def pool(hidden: Tensor, mask: Tensor, pooling: Pooling) -> Tensor:
+    """Token vectors (N, tokens, D) and their mask (N, tokens) -> (N, D), or as they are for ``none``.
+
+    As in sentence-transformers: ``mean`` over the mask, ``max`` over the mask, the first token (``cls``), or the last
+    one that the mask has (``last``).
+    """
+    if pooling == "none":
+        return hidden
+    if pooling == "cls":
+        return hidden[:, 0]
+    if pooling == "last":
+        # The last 1 of each row: padding may be on either side.
+        positions = torch.arange(1, mask.shape[1] + 1, dtype=mask.dtype, device=mask.device)
+        last = (mask * positions).argmax(1)
+        return hidden.gather(1, last[:, None, None].expand(-1, 1, hidden.shape[-1])).squeeze(1)
+    weights = mask.unsqueeze(-1).to(hidden.dtype)
+    if pooling == "max":
+        return hidden.masked_fill(weights == 0, -1e9).amax(1)
+    return (hidden * weights).sum(1) / weights.sum(1).clamp(min=1e-9)
+
+
+class Normalized(nn.Module):
+    """Vectors (N, D) divided by their L2 norm."""
+
+    def forward(self, vectors: Tensor) -> Tensor:
+        """The vectors with norm 1."""
+        return nn.functional.normalize(vectors, dim=-1)
+
+
+class TextVectors(nn.Module):
+    """A transformers model, the pooling of its last hidden state, and what comes after: one vector for each text."""
+
+    def __init__(self, encoder: nn.Module, pooling: Pooling, after: Sequence[nn.Module] = ()) -> None:
+        super().__init__()
+        self.encoder = encoder
+        self.pooling: Pooling = pooling
+        self.after = nn.Sequential(*after)
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        """Int64 (N, tokens) twice -> vectors (N, D), or (N, tokens, D) without pooling."""
+        hidden = self.encoder(input_ids=input_ids, attention_mask=attention_mask)[0]
+        vectors: Tensor = self.after(pool(hidden, attention_mask, self.pooling))
+        return vectors
+
+
+class PooledOutput(nn.Module):
+    """The user's own module with pooling after it: the first tensor of its output is (N, tokens, D)."""
+
+    def __init__(self, model: nn.Module, pooling: Pooling, mask: str) -> None:
+        super().__init__()
+        self.model = model
+        self.pooling: Pooling = pooling
+        self.mask = mask
+        """The name of the input that is the attention mask."""
+
+    def forward(self, **inputs: Tensor) -> Tensor:
+        """What the module takes, by name -> vectors (N, D)."""
+        return pool(_first(self.model(**inputs)), inputs[self.mask], self.pooling)
+
+
+def _first(output: Any) -> Tensor:
+    """The first tensor of an output: itself, or of a tuple, a dict or a transformers output."""
+    while not isinstance(output, Tensor):
+        output = next(iter(output.values())) if hasattr(output, "values") else output[0]
+    return output

@@ -1,0 +1,82 @@
+"""corewise predict: texts in files to answers in files, on the command line, also through kills."""
+
+import json
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from command_line import command
+from serving_tools import token_artifact
+
+import corewise
+
+ROWS = 30_000
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model of tokens, and a file of texts of which one has a null byte."""
+    made = tmp_path_factory.mktemp("predict")
+    token_artifact(made / "words.cw")
+    generator = np.random.default_rng(0)
+    lines = [" ".join(f"w{k}" for k in generator.integers(0, 99, 1 + number % 20)) for number in range(ROWS)]
+    lines[7] = "w1 \0"
+    (made / "texts.txt").write_text("\n".join(lines) + "\n")
+    return made
+
+
+def run(folder: Path, *args: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(command("predict", *args, quick=False), capture_output=True, text=True, cwd=folder)
+
+
+def test_a_job_that_is_killed_loses_no_row_and_does_none_twice(folder: Path) -> None:
+    args = ("words.cw", "texts.txt", "-o", "out.npy")
+    parts = folder / "out.npy.parts"
+    for least, how in ((1, signal.SIGKILL), (3, signal.SIGINT)):
+        process = subprocess.Popen(
+            command("predict", *args, quick=True), cwd=folder, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        )
+        until = time.monotonic() + 60
+        while len(list(parts.glob("*.done"))) < least and process.poll() is None and time.monotonic() < until:
+            time.sleep(0.005)
+        process.send_signal(how)
+        _, errors = process.communicate(timeout=60)
+    assert errors.splitlines()[0] == "corewise: finished parts are kept in out.npy.parts; the same command resumes"
+    done = run(folder, *args)
+    assert done.returncode == 0, done.stderr
+    assert f"{ROWS:,} rows to out.npy in" in done.stdout
+    assert "were done before; 1 set aside in out.failed.jsonl" in done.stdout
+    made = np.load(folder / "out.npy")
+    texts = (folder / "texts.txt").read_text().splitlines()
+    assert np.flatnonzero(np.isnan(made[:, 0])).tolist() == [7]
+    with corewise.load(folder / "words.cw") as model:
+        few = [*range(7), *range(8, 40), *range(ROWS - 40, ROWS)]
+        np.testing.assert_allclose(made[few], model.predict([texts[row] for row in few]), atol=1e-6)
+        assert model.predict(iter(texts[:3])).__next__().shape == (8,)
+    assert not parts.exists()
+    failed = json.loads((folder / "out.failed.jsonl").read_text())
+    assert (failed["row"], failed["where"]) == (7, "line 8")
+
+
+def test_what_is_wrong_is_one_line(folder: Path) -> None:
+    (folder / "table.csv").write_text("body\nw1\n")
+    cases = {
+        (
+            "words.cw",
+            "table.csv",
+            "--text",
+            "bodi",
+            "-o",
+            "a.jsonl",
+        ): "has no column 'bodi'; it has body; did you mean 'body'?",
+        ("words.cw", "none.csv", "-o", "a.jsonl"): "there is no file none.csv; check the path",
+        ("words.cw", "table.csv", "--prompt", "query", "-o", "b.jsonl"): "the model has no prompt 'query'",
+    }
+    for args, what in cases.items():
+        done = run(folder, *args)
+        assert done.returncode == 2
+        (line,) = done.stderr.splitlines()
+        assert what in line

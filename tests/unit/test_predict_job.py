@@ -1,0 +1,202 @@
+"""pipeline.job: files of texts to a file of answers, resumed where they were."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from pyarrow import parquet
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import Whitespace
+
+from corewise.common.errors import InputError, OutputError, SamplesError
+from corewise.pipeline import CallLimits, TextEncoder, TextRunner
+from corewise.pipeline import job as jobs
+from corewise.pipeline.job import Done, Job, count_rows, run_job
+from corewise.records.pipeline import TextPipeline, TokenInput
+from corewise.samples.texts import GUESSED, Columns
+
+WORDS = {word: number for number, word in enumerate(["[UNK]", "red", "blue", "house", "tree"])}
+
+
+def sums(inputs: Sequence[np.ndarray]) -> list[np.ndarray]:
+    """A model: the number of tokens, and the sum of their ids."""
+    ids, mask = inputs
+    return [np.stack([mask.sum(1), (ids * mask).sum(1)], 1).astype(np.float32)]
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> bytes:
+    made = Tokenizer(WordLevel(WORDS, unk_token="[UNK]"))
+    made.pre_tokenizer = Whitespace()
+    return str(made.to_str()).encode()
+
+
+@pytest.fixture(autouse=True)
+def small_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(jobs, "PART_ROWS", 10)
+
+
+def runner_of(tokenizer: bytes, run: Any = sums, **changes: Any) -> TextRunner:
+    inputs = tuple(TokenInput(name=role, dtype="int64", role=role) for role in ("ids", "mask"))
+    values: dict[str, Any] = {"task": "vectors", "pooling": "mean", "tokenizer_sha256": "", "inputs": inputs}
+    pipeline = TextPipeline(**{**values, "max_length": 8, **changes})
+    return TextRunner(TextEncoder(pipeline, tokenizer), run, instances=1, limits=CallLimits(rows=4))
+
+
+def job_of(output: Path, *inputs: Path, columns: Columns = GUESSED, **changes: Any) -> Job:
+    return Job(**{"inputs": inputs, "output": output, "columns": columns, "prompt": None, "artifact": "a", **changes})
+
+
+def texts(folder: Path, count: int, bad: Sequence[int] = ()) -> Path:
+    path = folder / "texts.txt"
+    lines = ["null \0 byte" if number in bad else " ".join(["red"] * (1 + number % 5)) for number in range(count)]
+    path.write_text("\n".join(lines) + "\n")
+    return path
+
+
+def lines_of(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def test_json_lines_with_rows_set_aside(tokenizer: bytes, tmp_path: Path) -> None:
+    output = tmp_path / "out.jsonl"
+    done: list[int] = []
+    result = run_job(job_of(output, texts(tmp_path, 25, bad=[3, 24])), runner_of(tokenizer), on_rows=done.append)
+    assert (result, done) == (Done(25, 0, 2), [0, 10, 20, 25])
+    rows = lines_of(output)
+    assert [row["row"] for row in rows] == [row for row in range(25) if row not in (3, 24)]
+    assert all(row["vector"] == [1 + row["row"] % 5] * 2 for row in rows)
+    failed = lines_of(tmp_path / "out.failed.jsonl")
+    assert [(row["row"], row["where"], row["reason"]) for row in failed] == [
+        (3, "line 4", "has a null byte at character 5"),
+        (24, "line 25", "has a null byte at character 5"),
+    ]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out.failed.jsonl", "out.jsonl", "texts.txt"]
+
+
+@pytest.mark.parametrize("suffix", [".jsonl", ".parquet", ".npy"])
+def test_an_interrupted_job_resumes_without_doing_a_finished_row_again(
+    tokenizer: bytes, tmp_path: Path, suffix: str
+) -> None:
+    source, output = texts(tmp_path, 65, bad=[0, 30]), tmp_path / f"out{suffix}"
+    answered: list[int] = []
+
+    def watched(inputs: Sequence[np.ndarray]) -> list[np.ndarray]:
+        answered.append(len(inputs[0]))
+        return sums(inputs)
+
+    for most in (25, 45):
+
+        def stop(rows: int, most: int = most) -> None:
+            if rows > most:
+                raise KeyboardInterrupt
+
+        with pytest.raises(KeyboardInterrupt):
+            run_job(job_of(output, source), runner_of(tokenizer, watched), on_rows=stop)
+        assert not output.exists()
+    answered.clear()
+    result = run_job(job_of(output, source), runner_of(tokenizer, watched))
+    assert result == Done(65, 50, 2)
+    assert sum(answered) == 15
+    expected = [[1 + row % 5] * 2 for row in range(65)]
+    if suffix == ".npy":
+        made = np.load(output)
+        assert made.shape == (65, 2)
+        assert np.flatnonzero(np.isnan(made[:, 0])).tolist() == [0, 30]
+        assert made[[1, 31, 64]].tolist() == [expected[row] for row in (1, 31, 64)]
+        return
+    rows = lines_of(output) if suffix == ".jsonl" else parquet.read_table(output).to_pylist()
+    good = [row for row in range(65) if row not in (0, 30)]
+    assert [(row["row"], row["vector"]) for row in rows] == [(row, expected[row]) for row in good]
+
+
+def test_a_job_that_was_killed_while_it_joined_is_finished(
+    tokenizer: bytes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job = job_of(tmp_path / "out.jsonl", texts(tmp_path, 25))
+    monkeypatch.setattr(jobs.shutil, "rmtree", lambda path: (_ for _ in ()).throw(KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        run_job(job, runner_of(tokenizer))
+    monkeypatch.undo()
+    monkeypatch.setattr(jobs, "PART_ROWS", 10)
+    assert run_job(job, runner_of(tokenizer)) == Done(25, 25, 0)
+    assert len(lines_of(job.output)) == 25
+
+
+def test_parts_of_another_job_are_no_parts_of_this_one(tokenizer: bytes, tmp_path: Path) -> None:
+    source, output = texts(tmp_path, 25), tmp_path / "out.jsonl"
+
+    def stop(rows: int) -> None:
+        if rows:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run_job(job_of(output, source), runner_of(tokenizer), on_rows=stop)
+    with pytest.raises(OutputError, match=r"out\.jsonl\.parts holds the parts of another job"):
+        run_job(job_of(output, source, artifact="b"), runner_of(tokenizer))
+    source.write_text("red\n")
+    with pytest.raises(OutputError, match="its inputs or artifact have changed"):
+        run_job(job_of(output, source), runner_of(tokenizer))
+
+
+def test_several_inputs_and_columns(tokenizer: bytes, tmp_path: Path) -> None:
+    table, lines = tmp_path / "a.csv", tmp_path / "b.jsonl"
+    table.write_text('name,body\nx,red tree\ny,"broken\nz\n')
+    lines.write_text('{"body": "blue"}\n{"body": 3}\n')
+    output = tmp_path / "out.parquet"
+    result = run_job(job_of(output, table, lines, columns=Columns("body")), runner_of(tokenizer))
+    assert result.rows == 5
+    assert [(row["row"], row["input"], row["vector"]) for row in parquet.read_table(output).to_pylist()] == [
+        (0, str(table), [2.0, 5.0]),
+        (3, str(lines), [1.0, 2.0]),
+    ]
+    reasons = [(row["row"], row["reason"]) for row in lines_of(tmp_path / "out.failed.jsonl")]
+    assert reasons == [
+        (1, "is no CSV: unexpected end of data"),
+        (2, "is no CSV: unexpected end of data"),
+        (4, "has a body that is 3, which is no text"),
+    ]
+    with pytest.raises(SamplesError, match="has no column 'bodi'"):
+        run_job(job_of(tmp_path / "c.jsonl", table, columns=Columns("bodi")), runner_of(tokenizer))
+
+
+def test_classes_and_pairs(tokenizer: bytes, tmp_path: Path) -> None:
+    table, output = tmp_path / "pairs.csv", tmp_path / "out.parquet"
+    table.write_text("question,answer,label\nred,blue,\ntree,house,\n")
+    facts = {"task": "classes", "labels": ("few", "many"), "activation": "softmax", "pairs": True}
+    run_job(job_of(output, table, columns=Columns("question", "answer")), runner_of(tokenizer, **facts))
+    first = parquet.read_table(output).to_pylist()[0]
+    assert (first["row"], first["label"]) == (0, "many")
+    assert first["probabilities"]["many"] == pytest.approx(1 / (1 + np.exp(-1)))
+    with pytest.raises(InputError, match=r"out\.npy cannot hold answer of several sizes"):
+        run_job(job_of(tmp_path / "out.npy", table), runner_of(tokenizer, **facts))
+
+
+@pytest.mark.parametrize(
+    ("output", "source", "what"),
+    [
+        ("out.csv", "texts.txt", r"out\.csv says no format; name it \.parquet, \.jsonl or \.npy"),
+        ("none/out.jsonl", "texts.txt", "there is no folder"),
+        ("old.jsonl", "texts.txt", r"old\.jsonl exists already"),
+        ("out.jsonl", "none.txt", r"there is no file .*none\.txt"),
+        ("out.jsonl", "photo.jpg", r"photo\.jpg is no file of texts; give one of \.txt, \.csv"),
+        ("out.jsonl", "empty.txt", r"there are no rows in .*empty\.txt"),
+    ],
+)
+def test_wrong_jobs(tokenizer: bytes, tmp_path: Path, output: str, source: str, what: str) -> None:
+    texts(tmp_path, 3)
+    for name in ("old.jsonl", "photo.jpg", "empty.txt"):
+        (tmp_path / name).touch()
+    with pytest.raises(InputError, match=what):
+        run_job(job_of(tmp_path / output, tmp_path / source), runner_of(tokenizer))
+    assert not (tmp_path / f"{output}.parts").exists()
+
+
+def test_rows_are_counted_for_the_progress_bar(tmp_path: Path) -> None:
+    table = tmp_path / "a.csv"
+    table.write_text("text\nred\nblue\n")
+    assert count_rows([texts(tmp_path, 7), table]) == 9

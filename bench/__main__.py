@@ -17,17 +17,21 @@ BENCHMARKS = (
     "build_cost",
     "plans",
     "main_job",
+    "small_budget",
     "slo",
     "accuracy",
     "breadth",
+    "tasks",
     "serving",
     "peers",
+    "overload",
     "soak",
     "attacks",
     "fuzz",
     "kills",
     "padding",
     "photos",
+    "shift",
 )
 """Modules of this package. Each has a docstring for its help, ``add_options(parser)`` and ``main(options)``."""
 

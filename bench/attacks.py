@@ -74,6 +74,8 @@ class Target:
                 self.note("OK")
             except grpc.RpcError as error:
                 self.note(error.code().name)
+                if error.code().name in ("INTERNAL", "UNKNOWN"):
+                    print(error, flush=True)
 
 
 def at_once(work: Callable[[], None], times: int, most: int = 32) -> None:

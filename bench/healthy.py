@@ -73,7 +73,12 @@ def main(port: int, folder: Path) -> None:
     took_ms: list[float] = []
     wire = Wire(port, [request(name, row) for row in rows], expected, None)
     while not over.is_set():
-        load = wire.open(50, 0.4)
+        try:
+            load = wire.open(50, 0.4)
+        except OSError:  # nobody listens any more
+            failed += 1
+            time.sleep(PAUSE_S)
+            continue
         answered, refused, wrong = answered + load.answered, refused + load.refused, wrong + load.wrong
         failed += load.failed + load.dropped
         took_ms += load.latencies_ms

@@ -23,7 +23,7 @@ from bench.servers import Server, descendants, golden_rows
 from bench.wire import Load, Wire, request
 from corewise import artifact
 
-BEFORE_S, RECOVERED_S = (0.3, 1.0), 60.0
+BEFORE_S, RECOVERED_S, LEFT_S = (0.3, 1.0), 60.0, 5.0
 
 
 def is_ready(port: int) -> bool:
@@ -78,9 +78,18 @@ def kill_server(server: Server, wire: Wire, pause_s: float, clients: int) -> dic
     except OSError:  # nobody listens any more
         pass
     server.process.wait()
-    time.sleep(0.5)
-    left = [pid for pid in family if Path(f"/proc/{pid}").exists()]
-    return {"answered": answered, "wrong": wrong, "left": len(left)}
+    start_s = time.monotonic()
+    while (left := sum(map(runs, family))) and time.monotonic() < start_s + LEFT_S:
+        time.sleep(0.02)
+    return {"answered": answered, "wrong": wrong, "left": left, "left_s": time.monotonic() - start_s}
+
+
+def runs(pid: int) -> bool:
+    """Whether the process is there and is more than an entry that nobody has read."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:

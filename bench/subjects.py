@@ -1,8 +1,9 @@
 """The models that the benchmarks run, with their samples."""
 
 import argparse
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from bench.harness import DATA, ROOT, example, export_into
@@ -61,8 +62,13 @@ SUBJECTS = {
         f"{ROOT}/examples/minilm.py:build",
         ("--samples", "bench.subjects:sentences", "--metric", f"{ROOT}/examples/minilm.py:spearman"),
     ),
-    # The weights are random, so its outputs mean nothing and the gate lets every build pass.
+    # The weights of these four are random, so that their answers mean nothing; only the floors of the gate hold.
     "vit_s": Subject("bench.subjects:vit_s", ("--samples", "bench.subjects:images", "--max-drop", "1")),
+    "distilbert": Subject("bench.subjects:distilbert", ("--samples", "bench.subjects:token_rows", "--max-drop", "1")),
+    "efficientnet_lite0": Subject(
+        "bench.subjects:efficientnet_lite0", ("--samples", "bench.subjects:images", "--max-drop", "1")
+    ),
+    "unet": Subject("bench.subjects:unet", ("--samples", "bench.subjects:small_images", "--max-drop", "1")),
     "resnet20": Subject(
         f"{ROOT}/examples/resnet20.py:build",
         ("--samples", str(DATA / "cifar10.npz"), "--metric", "top1", "--resize", "32", "--crop", "32"),
@@ -103,6 +109,89 @@ def vit_s() -> Any:
     torch.manual_seed(0)
     config = ViTConfig(**SMALL, num_labels=1000, attn_implementation="sdpa")
     return OneTensor(ViTForImageClassification(config)).eval()
+
+
+def distilbert() -> Any:
+    """DistilBERT with random weights, of 64 tokens and their mask."""
+    from bench.architectures import ARCHITECTURES
+
+    return ARCHITECTURES["distilbert"].build()
+
+
+def token_rows() -> Samples:
+    """Random token ids and masks of 64 tokens."""
+    from bench.architectures import tokens
+
+    return from_python(list(zip(*tokens(IMAGES, 0, masked=True), strict=True)), source="tokens")
+
+
+def efficientnet_lite0() -> Any:
+    """EfficientNet-Lite0 at 224 x 224 with random weights: EfficientNet-B0 with ReLU6 and without squeeze-excite."""
+    from torch import nn
+
+    from bench.architectures import EFFICIENTNET_B0, MobileBlock, conv_bn
+
+    layers: list[nn.Module] = [conv_bn(3, 32, 3, 2, activation=nn.ReLU6)]
+    inputs = 32
+    for expansion, kernel, outputs, repeats, first in EFFICIENTNET_B0:
+        for i in range(repeats):
+            stride = 1 if i else first
+            layers.append(MobileBlock(inputs, inputs * expansion, outputs, kernel, stride, nn.ReLU6, None))
+            inputs = outputs
+    last = conv_bn(inputs, 1280, 1, activation=nn.ReLU6)
+    head = (nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Dropout(0.2), nn.Linear(1280, 1000))
+    return _settled(lambda: nn.Sequential(*layers, last, *head), 224)
+
+
+def unet() -> Any:
+    """A U-Net of four levels at 128 x 128, 32 to 256 channels, with random weights (Ronneberger et al. 2015)."""
+    import torch
+    from torch import nn
+
+    from bench.architectures import conv_bn
+
+    def double(inputs: int, outputs: int) -> nn.Sequential:
+        return nn.Sequential(
+            conv_bn(inputs, outputs, 3, activation=nn.ReLU), conv_bn(outputs, outputs, 3, activation=nn.ReLU)
+        )
+
+    class UNet(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            widths = (32, 64, 128, 256)
+            self.down = nn.ModuleList(double(*pair) for pair in zip((3, *widths), widths, strict=False))
+            pairs = list(zip(widths[:0:-1], widths[-2::-1], strict=True))
+            self.grow = nn.ModuleList(nn.ConvTranspose2d(*pair, 2, 2) for pair in pairs)
+            self.up = nn.ModuleList(double(*pair) for pair in pairs)
+            self.head = nn.Conv2d(widths[0], 2, 1)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            """(N, 3, H, W) -> (N, 2, H, W)."""
+            skipped = []
+            for block in self.down:
+                x = block(x)
+                skipped.append(x)
+                x = nn.functional.max_pool2d(x, 2) if block is not self.down[-1] else x
+            for grow, up, skip in zip(self.grow, self.up, skipped[-2::-1], strict=True):
+                x = up(torch.cat((grow(x), skip), 1))
+            return self.head(x)
+
+    return _settled(UNet, 128)
+
+
+def _settled(make: Callable[[], Any], size: int) -> Any:
+    """A network with the batch norms of ``bench.architectures``."""
+    from bench.architectures import Architecture
+    from bench.architectures import images as noise
+
+    return Architecture(kind="cnn", make=make, inputs=partial(noise, size=size)).build()
+
+
+def small_images() -> Samples:
+    """Photo-like noise, float32 (3, 128, 128), without labels."""
+    from bench.architectures import images as noise
+
+    return from_python(list(noise(IMAGES, 0, size=128)[0]), source="noise")
 
 
 def images() -> Samples:

@@ -1,8 +1,10 @@
 """Artifacts that take the time they are told to, and a server in a process of its own."""
 
+import hashlib
 import json
 import os
 import queue
+import shutil
 import signal
 import subprocess
 import sys
@@ -22,7 +24,9 @@ from corewise.machine.inspect import inspect_cpu
 from corewise.records.build import Build, Plan, TensorSpec
 from corewise.records.jsonable import to_json
 from corewise.records.measurement import Measurement
+from corewise.records.pipeline import TextPipeline, TokenInput
 from corewise.records.ranges import InputRange, ValueRange
+from corewise.records.report import Preprocess
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "schema-1"
 TIMEOUT_S = 60
@@ -69,8 +73,11 @@ def fake_artifact(folder, plan=None, *, call_ms=2.0, **options):
     return folder
 
 
-def token_artifact(folder, *, vocabulary=99, positions=41, labels=None):
-    """An artifact of OpenVINO that embeds rows of tokens: the mean of what two tables have for tokens and places."""
+def token_artifact(folder, *, vocabulary=99, positions=41, labels=None, **pipeline):
+    """An artifact of OpenVINO that embeds rows of tokens: the mean of what two tables have for tokens and places.
+
+    ``pipeline`` are fields of its ``TextPipeline``; without any it is left to be inferred.
+    """
     import openvino as ov
     from openvino import opset13 as ops
     from tokenizers import Tokenizer
@@ -87,39 +94,56 @@ def token_artifact(folder, *, vocabulary=99, positions=41, labels=None):
     payload = folder.with_name(folder.name + ".payload")
     payload.mkdir()
     ov.save_model(ov.Model([mean], [ids]), str(payload / "model.xml"), compress_to_fp16=False)
-    build, plan = Build(engine="openvino", precision="fp32"), Plan(threads_per_instance=1, instances=1, batch=4)
-    inputs = [np.arange(12).reshape(2, 6) % vocabulary]
-    session = OpenVino().open(payload, build, plan)
-    golden = (inputs, session.run(inputs))
-    session.close()
-    found = artifact.read(GOLDEN)
-    measured = (Measurement(plan=plan, latencies_ms=(1.0,), throughput_per_s=4e3, p50_ms=1.0, p99_ms=1.2, spread=0.0),)
-    trials = tuple(
-        replace(trial, build=build, measurements=measured) if trial.build == found.report.choice.winner else trial
-        for trial in found.report.trials
-    )
-    choice = replace(found.report.choice, winner=build, plan=plan)
     tokenizer = Tokenizer(WordLevel({f"w{k}": k for k in range(vocabulary)}, unk_token="w0"))
     tokenizer.pre_tokenizer = WhitespaceSplit()
     tokenizer.save(str(folder.with_name(f"{folder.name}.json")))
+    if pipeline:
+        digest = hashlib.sha256(folder.with_name(f"{folder.name}.json").read_bytes()).hexdigest()
+        token = TokenInput(name="tokens", dtype="int64", role="ids")
+        pipeline = TextPipeline(
+            tokenizer_sha256=digest, inputs=(token,), max_length=positions, labels=labels or (), **pipeline
+        )
     ranges = InputRange(values=(ValueRange(low=0, high=vocabulary - 1),), longest=(None, positions))
+    return openvino_artifact(
+        folder,
+        payload,
+        [np.arange(12).reshape(2, 6) % vocabulary],
+        inputs=(TensorSpec(name="tokens", dtype="int64", shape=(None, None)),),
+        outputs=(TensorSpec(name="scores", dtype="float32", shape=(None, 8)),),
+        input_ranges=(ranges,),
+        tokenizer=folder.with_name(f"{folder.name}.json"),
+        labels=labels,
+        pipeline=pipeline or None,
+    )
+
+
+def openvino_artifact(folder, payload, golden_inputs, *, tokenizer, batch=4, call_ms=1.0, **manifest):
+    """An artifact of an OpenVINO payload that nothing was searched for; ``manifest`` are fields of its manifest."""
+    build, plan = Build(engine="openvino", precision="fp32"), Plan(threads_per_instance=1, instances=1, batch=batch)
+    session = OpenVino().open(payload, build, plan)
+    golden = (golden_inputs, session.run(golden_inputs))
+    session.close()
+    found = artifact.read(GOLDEN)
+    measured = Measurement(
+        plan=plan,
+        latencies_ms=(call_ms,),
+        throughput_per_s=1e3 * batch / call_ms,
+        p50_ms=call_ms,
+        p99_ms=1.2 * call_ms,
+        spread=0.0,
+    )
+    trials = tuple(
+        replace(trial, build=build, measurements=(measured,)) if trial.build == found.report.choice.winner else trial
+        for trial in found.report.trials
+    )
+    choice = replace(found.report.choice, winner=build, plan=plan)
     artifact.write(
         folder,
-        manifest=lambda files: replace(
-            found.manifest,
-            build=build,
-            plan=plan,
-            needs=(),
-            files=files,
-            labels=labels,
-            inputs=(TensorSpec(name="tokens", dtype="int64", shape=(None, None)),),
-            outputs=(TensorSpec(name="scores", dtype="float32", shape=(None, 8)),),
-            input_ranges=(ranges,),
-        ),
+        manifest=lambda files: replace(found.manifest, build=build, plan=plan, needs=(), files=files, **manifest),
         payload=payload,
         reference=None,
         golden=golden,
-        tokenizer=folder.with_name(f"{folder.name}.json"),
+        tokenizer=tokenizer,
         report=replace(found.report, cpu=inspect_cpu(), trials=trials, choice=choice),
         report_text="",
         report_page="",
@@ -246,3 +270,21 @@ def eventually(condition, seconds=30.0):
             return True
         time.sleep(0.05)
     return False
+
+
+def image_artifact(folder):
+    """The golden artifact, as if it had been made from images of 12 x 12 pixels."""
+    found = artifact.read(GOLDEN)
+    payload = folder.with_name(folder.name + ".payload")
+    shutil.copytree(GOLDEN / "payload", payload)
+    artifact.write(
+        folder,
+        manifest=lambda files: replace(found.manifest, files=files, preprocess=Preprocess(resize=12, crop=12)),
+        payload=payload,
+        reference=None,
+        golden=found.golden(),
+        report=found.report,
+        report_text="",
+        report_page="",
+    )
+    return folder

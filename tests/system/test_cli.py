@@ -228,6 +228,7 @@ REFUSED = {
     "no labels": ({"labels": "none.txt"}, "none.txt cannot be read: No such file or directory; give a text file"),
     "too much calibration": ({"calibration": "60"}, "60 of 60 samples cannot be for calibration"),
     "output exists": ({"output": "models.py"}, "models.py exists already; remove it or give another name with -o"),
+    "no plain name": ({"output": "no\nfolder\x1b[31m/m.cw"}, "there is no folder no folder [31m; create it"),
     "no folder": ({"output": "none/m.cw"}, "there is no folder none; create it"),
     "unwritable": ({"output": "/proc/m.cw"}, "/proc/m.cw cannot be written"),
 }

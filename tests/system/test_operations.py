@@ -102,7 +102,7 @@ def test_texts_are_as_long_as_the_model_has_positions(server):
     assert embed(41).status_code == 200  # with padding to a multiple of 8 it would be too long
     refused = embed(42)
     assert refused.status_code == 400
-    assert "a text has 42 tokens, the model takes 41" in refused.json()["error"]
+    assert "has 42 tokens, the model takes 41" in refused.json()["error"]
 
 
 def test_a_loaded_model_refuses_them_too(folders):

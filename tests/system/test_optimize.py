@@ -51,7 +51,15 @@ class Optimist(Fake):
         return tuple(Build(engine=OPTIMIST, precision="int8", options=(("n", n),)) for n in range(2))
 
 
+class Absent(Fake):
+    """Is not installed."""
+
+    def unavailable(self, opening=False):
+        return "needs absent: pip install absent"
+
+
 OPTIMIST = f"{__name__}:Optimist"
+ABSENT = f"{__name__}:Absent"
 
 
 def make_samples(count=60):
@@ -336,11 +344,32 @@ def test_wrong_arguments_are_told_before_any_work():
             InputError,
             "ignored layer 'nope' matches no layer; use names as corewise",
         ),
+        (
+            {"engines": ("fake",)},
+            EngineError,
+            "engine fake cannot be tried: it has no build for this model",
+        ),
+        (
+            {"engines": (ABSENT,)},
+            EngineError,
+            "Absent cannot be tried: needs absent: pip install absent",
+        ),
         ({"calibration": 40}, InputError, "40 of 40 samples cannot be for calibration"),
         ({"work": Path("/proc/nowhere")}, OutputError, "/proc/nowhere cannot be written"),
     ):
         with pytest.raises(error, match=told):
             run(Tiny(), only_images(), on_event=no_trial, **options)
+
+
+def test_an_engine_that_was_asked_for_and_cannot_be_tried_is_an_error():
+    class Branches(Tiny):
+        def forward(self, x):
+            return super().forward(x) if float(x.sum()) > 0 else -super().forward(x)
+
+    with pytest.raises(
+        EngineError, match=r"engine openvino cannot be tried: the model cannot be exported \(.*leave it"
+    ):
+        corewise.optimize(Branches(), only_images(), engines=("openvino",), on_event=no_trial)
 
 
 def test_a_budget_too_short_for_one_candidate_says_so():

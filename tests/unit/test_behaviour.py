@@ -9,6 +9,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from corewise.common.agreement import EQUAL_DB, worst_row_db
+from corewise.common.errors import SourceError
 from corewise.samples import from_python
 from corewise.source import NotRepeatable, export
 
@@ -62,6 +63,102 @@ class Remembers(Net):
         return answer
 
 
+class RemembersTheLastInput(Net):
+    """The same input twice in a row is answered equally."""
+
+    def forward(self, x):
+        hidden = self.linear(x)
+        answer = hidden - self.cache
+        self.cache = hidden.detach().mean(0)  # keeps the last
+        return answer
+
+
+class ScalesByTheLargest(Net):
+    """Answers change only once a larger input came."""
+
+    def forward(self, x):
+        self.cache.copy_(torch.maximum(self.cache, x.abs().max()))  # keeps the largest
+        return self.linear(x / self.cache[0])
+
+
+class KeepsAListOfTensors(Net):
+    def __init__(self) -> None:
+        super().__init__()
+        self._past = [torch.zeros(4)]
+
+    def forward(self, x):
+        hidden = self.linear(x) + self._past[-1]
+        self._past[-1] = 0.5 * hidden.detach().mean(0)  # fills a list
+        return hidden
+
+
+class KeepsAnObject(Net):
+    def __init__(self) -> None:
+        super().__init__()
+        self.session = Session()
+
+    def forward(self, x):
+        self.session.calls += 1  # counts elsewhere
+        return self.linear(x) * self.session.calls
+
+
+class Session:
+    calls = 0
+
+
+class LearnsOn(Net):
+    def forward(self, x):
+        with torch.no_grad():
+            self.linear.bias.add_(0.1)
+        return self.linear(x)
+
+
+class EverySeventhCall(Net):
+    def __init__(self) -> None:
+        super().__init__()
+        self.number = 0
+
+    def forward(self, x):
+        self.number += 1  # numbers its calls
+        return self.linear(x) * (2 if self.number % 7 == 0 else 1)
+
+
+class CountsRows(Net):
+    def forward(self, x):
+        hidden = self.linear(x)
+        return hidden.cumsum(0)  # adds up
+
+
+class NormalizesTheBatch(Net):
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.norm = nn.Conv1d(1, 4, 3), nn.BatchNorm1d(4)
+
+    def forward(self, x):
+        self.norm.train()
+        return self.norm(self.conv(x[:, None])).relu().sum(2)  # normalizes
+
+
+class LeavesOut(Net):
+    def forward(self, x):
+        hidden = self.linear(x)
+        return hidden if torch.rand(()) < 0.6 else 2 * hidden  # leaves out
+
+
+class DrawsByNumPy(Net):
+    def forward(self, x):
+        return self.linear(x) + float(np.random.rand())  # asks numpy
+
+
+class DrawsByItsOwnGenerator(Net):
+    def __init__(self) -> None:
+        super().__init__()
+        self.generator = torch.Generator()
+
+    def forward(self, x):
+        return self.linear(x) + torch.randn(4, generator=self.generator)  # own generator
+
+
 class DropsOut(Net):
     def forward(self, x):
         hidden = self.linear(x)
@@ -82,7 +179,13 @@ def line_of(model: nn.Module, comment: str) -> str:
 
 @pytest.mark.parametrize(
     ("model", "comment"),
-    [(CentresTheBatch(), "# mixes"), (SortsTheBatch(), "# sorts"), (LooksAtThePreviousRow(), "# rolls")],
+    [
+        (CentresTheBatch(), "# mixes"),
+        (SortsTheBatch(), "# sorts"),
+        (LooksAtThePreviousRow(), "# rolls"),
+        (CountsRows(), "# adds up"),
+        (NormalizesTheBatch(), "# normalizes"),
+    ],
     ids=lambda value: type(value).__name__,
 )
 def test_a_model_that_mixes_its_batch_is_exported_row_by_row(model, comment):
@@ -110,6 +213,14 @@ def test_a_counter_is_state_that_answers_do_not_depend_on():
     ("model", "comment", "words"),
     [
         (Remembers(), "# remembers", "cache changes with each call"),
+        (RemembersTheLastInput(), "# keeps the last", "cache changes with each call"),
+        (ScalesByTheLargest(), "# keeps the largest", "cache changes with each call"),
+        (KeepsAListOfTensors(), "# fills a list", "_past changes with each call"),
+        (KeepsAnObject(), "# counts elsewhere", "session changes with each call"),
+        (EverySeventhCall(), "# numbers its calls", "number changes with each call"),
+        (LeavesOut(), "# leaves out", "rand draws numbers"),
+        (DrawsByNumPy(), "# asks numpy", "np.random.rand draws numbers"),
+        (DrawsByItsOwnGenerator(), "# own generator", "randn draws numbers"),
         (DropsOut(), "# drops", "dropout draws numbers"),
         (AddsNoise(), "# draws", "draws numbers"),
     ],
@@ -121,6 +232,56 @@ def test_a_model_that_does_not_repeat_itself_is_refused_with_the_line(model, com
     assert words in str(caught.value)
     assert line_of(model, comment) in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+def test_a_model_that_changes_its_weights_is_refused_with_their_name():
+    with pytest.raises(NotRepeatable, match=r"linear\.bias changes with each call"):
+        export(LearnsOn(), SAMPLES)
+
+
+class LogsCalls(Net):
+    def __init__(self) -> None:
+        super().__init__()
+        self.log = ["made"]
+
+    def forward(self, x):
+        self.log.append("called")
+        return self.linear(x)
+
+
+def test_a_log_is_state_that_answers_do_not_depend_on():
+    model = LogsCalls()
+    exported = export(model, SAMPLES)
+    assert (exported.state.name, exported.state.changes_answers) == ("log", False)
+    assert exported.program is not None
+
+
+class ComparesPairs(Net):
+    def forward(self, x):
+        rows = self.linear(x)
+        return rows @ torch.cat([rows, -rows]).T
+
+
+class NormalizesFeatures(Net):
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = nn.BatchNorm1d(4, track_running_stats=False)
+
+    def forward(self, x):
+        return self.norm(self.linear(x))
+
+
+@pytest.mark.parametrize(
+    ("model", "words"),
+    [
+        (ComparesPairs(), r"compares the rows of a batch with each other: its shape is \(2, 4\) for two rows"),
+        (NormalizesFeatures(), r"the batch norm norm takes mean and variance from the rows of each call"),
+    ],
+    ids=lambda value: type(value).__name__,
+)
+def test_a_model_without_an_answer_for_a_row_alone_is_refused(model, words):
+    with pytest.raises(SourceError, match=words):
+        export(model, SAMPLES)
 
 
 def test_agreement_is_that_of_the_row_that_differs_most():

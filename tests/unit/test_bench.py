@@ -1,6 +1,7 @@
 """The benchmarks: each has its command line, and those that fit into a test run from end to end."""
 
 import ast
+import io
 import json
 import os
 from collections.abc import Iterator
@@ -11,10 +12,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from torch import nn
 
 import bench
-from bench import __main__, architectures, breadth, harness, subjects, wire
+from bench import __main__, architectures, breadth, harness, overload, subjects, wire
 
 MODULES = sorted(path for path in Path(bench.__file__).parent.glob("*.py"))
 
@@ -149,3 +151,20 @@ def test_breadth_measures_a_tiny_net(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert outcome["int8_share"] == 1
     assert min(outcome["int8_per_s"], outcome["fp32_per_s"]) > 0
     assert set(committed["architectures"][0]["engines"]["torch-int8"]) == set(outcome)
+
+
+def test_an_overload_is_over_when_answers_are_in_time_again() -> None:
+    late = [[float(k), "infer", 200, 900.0] for k in range(3)]
+    refused = [[float(k), "infer", 503, 1.0] for k in range(3, 5)]
+    good = [[float(k), "infer", 200, 20.0] for k in range(5, 5 + overload.CALM)]
+    health = [[4.5, "health", 200, 1.0]]
+    assert overload.recovered_s(late + refused + good + health, 2.5, 500.0) == 2.5
+    assert overload.recovered_s(late + good, 5.0, 500.0) == 0.0
+    assert overload.recovered_s(late + refused, 0.0, 500.0) is None
+
+
+def test_pictures_of_the_overload_are_jpegs_of_their_size() -> None:
+    pictures = {side: overload.jpeg(side, 0) for side in (64, 256)}
+    for side, data in pictures.items():
+        assert Image.open(io.BytesIO(data)).size == (side, side * 3 // 4)
+    assert len(pictures[256]) > 2 * len(pictures[64])

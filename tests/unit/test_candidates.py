@@ -18,7 +18,6 @@ from corewise.search.candidates import (
     PRECISION_ORDER,
     at_learned_rung,
     first_plan,
-    following,
     highest_rungs,
     layouts,
     list_candidates,
@@ -111,19 +110,6 @@ def test_ignored_layers_are_known_to_our_quantizer_only():
         "onnxruntime/fp32",
         "onnxruntime/int8/ignored=head layer.*/quantizer=corewise/rung=0",
     ]
-
-
-def test_ours_comes_next_where_an_engines_own_int8_was_too_inaccurate():
-    own, other = Build(engine="a", precision="int8"), Build(engine="b", precision="int8")
-    ours, more = (replace(own, options=(*options, ("quantizer", "corewise"))) for options in ((), (("rest", "bf16"),)))
-    rejected = trial(own, state="rejected", reason="top1 drops")
-    left = [other, ours, more]
-    assert following(left, []) == other
-    assert following(left, [replace(rejected, state="failed")]) == other
-    assert following(left, [rejected]) == ours
-    assert following(left, [rejected, trial(other, state="ok", reason="")]) == other
-    assert following([other, more], [rejected, replace(rejected, build=ours)]) == other
-    assert following([other], [rejected]) == other
 
 
 # --- rungs --------------------------------------------------------------------------------------------------------

@@ -10,8 +10,9 @@ from corewise.common.stats import ratio_interval
 from corewise.records.build import Build, Plan
 from corewise.records.jsonable import from_json, to_json
 from corewise.records.measurement import LoadRun, Measurement, Rates
+from corewise.records.reason import ReasonKind
 from corewise.records.trial import Fidelity, Trial
-from corewise.search.choose import TIE, choose_winner
+from corewise.search.choose import TIE, choose_winner, find_contradiction
 
 EAGER = Build(engine="eager", precision="fp32")
 OV_FP32 = Build(engine="openvino", precision="fp32")
@@ -244,6 +245,27 @@ def test_doubts_become_warnings():
     assert speedup == "the interval of the speed-up contains 1: the winner may be no faster than the baseline"
     assert noisy.startswith("openvino/int8: noisy")
     assert throttled.startswith("eager/fp32: throttled 2 times")
+
+
+def test_a_race_that_contradicts_the_trials_is_told():
+    trials = [trial(EAGER, 16), trial(OV_INT8, 58)]
+    agreeing, denied = (
+        find_contradiction(trials, [rates(EAGER, 16), rates(OV_INT8, per_s)], requirements(), EAGER)
+        for per_s in (70, 800)
+    )
+    assert agreeing is None
+    assert denied.kind == ReasonKind.RACE_CONTRADICTS
+    assert denied in chosen(trials, [rates(EAGER, 16), rates(OV_INT8, 800)]).warnings
+    assert "50.0x [" in said(denied)
+    assert "3.62x [" in said(denied)
+    noisy = [trial(EAGER, 16), dataclasses.replace(trials[1], measurements=(spread(trials[1].measurements[0], 2.0),))]
+    assert find_contradiction(noisy, [rates(EAGER, 16), rates(OV_INT8, 100)], requirements(), EAGER) is None
+    assert find_contradiction(trials[:1], [rates(EAGER, 16)], requirements(), EAGER) is None
+
+
+def spread(measurement, value):
+    """A measurement on a noisy machine."""
+    return dataclasses.replace(measurement, spread=value)
 
 
 def test_an_ok_trial_that_was_never_measured_says_so():

@@ -274,3 +274,28 @@ def test_under_a_memory_limit_a_shape_that_fits_is_found_though_others_are_faste
         strategy(Throughput(), [ThreadLayout(1, 2), ThreadLayout(2, 1), ThreadLayout(1, 1)]), (), measure
     )
     assert any(not one.rejected for one in measured)
+
+
+def test_a_twin_starts_at_its_siblings_best_plan():
+    model = Scaling()
+    whole, _ = search("throughput", model)
+    best = max(whole, key=per_s).plan
+    *near, _ = drive(
+        strategy(Throughput(), SHAPES, like=best), (), lambda wanted: model.measurement(wanted.plan, wanted.why)
+    )
+    assert near[0].plan == best
+    assert near[0].why.kind == ReasonKind.TWINS_BEST
+    assert max(near, key=per_s).plan == best
+    assert {ThreadLayout.of(one.plan) for one in near} == {ThreadLayout.of(best)}
+    assert len(near) < len(whole)
+
+
+def test_a_siblings_best_plan_that_may_not_be_chosen_ends_in_a_whole_search():
+    model, rejected = Scaling(), Plan(threads_per_instance=1, instances=2, batch=16)
+
+    def measure(wanted):
+        measured = model.measurement(wanted.plan, wanted.why)
+        return replace(measured, rejected=text("too large")) if wanted.plan == rejected else measured
+
+    *measured, _ = drive(strategy(Throughput(), SHAPES, like=rejected), (), measure)
+    assert {ThreadLayout.of(one.plan) for one in measured} == set(SHAPES)

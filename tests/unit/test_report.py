@@ -12,13 +12,22 @@ from builders import said
 from builders import text as text_of
 from rich.console import Console
 
-from corewise.records.build import Plan, Receipt
-from corewise.records.events import RaceRound, Stage, StageStarted, TrialEnded, TrialStarted, TrialStep
+from corewise.records.build import Build, Plan, Receipt
+from corewise.records.events import (
+    BuildsLeftUntried,
+    RaceRound,
+    Stage,
+    StageStarted,
+    TrialEnded,
+    TrialStarted,
+    TrialStep,
+)
 from corewise.records.goal import Latency, Throughput
 from corewise.records.jsonable import from_json, to_json
 from corewise.records.measurement import Rates
-from corewise.records.reason import Step
+from corewise.records.reason import Reason, ReasonKind, Step
 from corewise.records.report import Report
+from corewise.records.trial import Trial
 from corewise.report import html, markdown, numbers, terminal, words
 from corewise.report.summary import summarize
 from corewise.report.terminal import Progress
@@ -168,6 +177,11 @@ def test_a_winning_baseline_is_called_what_it_is():
         assert "against 13.1" not in text
 
 
+def test_a_baseline_that_stood_alone_beat_nothing():
+    report = replace(altered(winner=EAGER.build, throughput_per_s=13.07, speedup=1.0, losers=()), trials=(EAGER,))
+    assert words.headline(report) == "nothing but the baseline was tried: eager PyTorch in fp32 at 13.1 items/s"
+
+
 def test_the_latency_goal_is_told_in_milliseconds():
     report = replace(altered(throughput_per_s=50.0, baseline_throughput_per_s=11.2), requirements=LATENCY)
     for text in (shown(report, 80), markdown.render(report)):
@@ -188,6 +202,22 @@ def test_what_ran_in_int8_is_told_for_the_winner_and_the_losers():
     found = summarize(REPORT)
     assert found["receipt"]["int8"] == 53
     assert found["trials"][0]["receipt"] is None
+
+
+def test_what_a_repair_cost_is_told_beside_the_build_that_was_rejected():
+    assert "repair" not in dict(words.facts(REPORT))
+    options = replace(WINNER.build.quantization, quantizer="corewise")
+    broken, repaired = (WINNER.build.with_quantization(replace(options, reverted_layers=count)) for count in (0, 4))
+    trials = (
+        EAGER,
+        replace(WINNER, build=broken, state="rejected", verified_per_s=60.0),
+        replace(WINNER, build=repaired, verified_per_s=52.5),
+    )
+    report = replace(altered(winner=repaired), trials=trials)
+    told = dict(words.facts(report))["repair"]
+    assert told.startswith("4 layers are back in floating point, because all in int8 was rejected")
+    assert told.endswith("52.5 items/s against 60.0 items/s of that one")
+    assert told in flat(shown(report, 300))
 
 
 def test_of_many_layers_that_fell_back_the_first_are_named():
@@ -377,6 +407,27 @@ def test_plain_progress_is_one_whole_line_per_stage_and_ended_trial():
     )
     assert len(lines) == 1 + len(REPORT.trials) + 1
     assert "\x1b" not in screen.file.getvalue()
+
+
+def test_what_the_budget_leaves_untried_is_told_once_and_at_once():
+    screen, builds = console(terminal=False), [f"engine/{n}" for n in range(3)]
+    details = {"budget_s": 60.0, "elapsed_s": 36.4}
+    with Progress(screen, "plain") as progress:
+        for n in range(4):
+            reason = Reason.of(ReasonKind.BUDGET_SPENT_BEFORE, **details)
+            build = Build(engine="openvino", precision="int8", options=(("n", n),))
+            progress(TrialEnded(Trial(build=build, state="pruned", reason=reason)))
+        progress(BuildsLeftUntried(Reason.of(ReasonKind.LEFT_UNTRIED, builds=builds, count=4, **details)))
+    assert screen.file.getvalue() == (
+        "36 s of the budget of 60 s were spent, and the rest is for plans and the race; "
+        "left untried: engine/0, engine/1, engine/2 and 1 more\n"
+    )
+
+
+def test_a_speedup_that_the_trials_deny_is_told_in_the_headline():
+    ratios = {"ratio": 50.0, "low": 48.0, "high": 52.0, "alone_ratio": 3.62, "alone_low": 3.5, "alone_high": 3.7}
+    doubt = Reason(kind=ReasonKind.RACE_CONTRADICTS, details=ratios)
+    assert "[4.17, 4.31] in the race but 3.62x in trials, top1" in words.headline(altered(warnings=(doubt,)))
 
 
 def test_plain_lines_of_the_latency_goal_are_in_milliseconds():

@@ -81,6 +81,7 @@ def make(folder: Path, names: list[str]) -> Path:
         (["cat/1.png", "cat/2.png", "dog/1.png"], [("cat/1.png", 0), ("cat/2.png", 0), ("dog/1.png", 1)]),
         (["10/a.png", "2/a.png", "1/a.png"], [("1/a.png", 0), ("10/a.png", 1), ("2/a.png", 2)]),
         ([".ipynb_checkpoints/a.png", "cat/a.png", "dog/a.png"], [("cat/a.png", 0), ("dog/a.png", 1)]),
+        (["__MACOSX/._a.png", "cat/a.png", "dog/a.png"], [("cat/a.png", 0), ("dog/a.png", 1)]),
         (["cat/.hidden.png", "cat/a.png", "dog/.git/a.png", "dog/a.png"], [("cat/a.png", 0), ("dog/a.png", 1)]),
         (["cat/2024/may/a.png", "cat/z.png", "dog/2024/a.png"],
          [("cat/z.png", 0), ("cat/2024/may/a.png", 0), ("dog/2024/a.png", 1)]),
@@ -117,6 +118,27 @@ def test_an_empty_class_is_an_error_or_keeps_its_number(tmp_path: Path) -> None:
     assert "the class folder" in error_of(read, str(tmp_path))
     assert f"{tmp_path / '1'} is empty" in error_of(read, str(tmp_path))
     assert labels_of(read(str(tmp_path), TINY, allow_empty=True)) == [0, 3]
+
+
+def test_class_folders_whose_numbers_are_not_their_classes_are_told(tmp_path: Path) -> None:
+    samples = read(str(make(tmp_path, [f"{number}/a.png" for number in range(11)])), TINY)
+    assert "10 is class 2" in samples.notes[0]
+    assert labels_of(samples) == list(range(11))
+    assert read(str(make(tmp_path / "few", [f"{number}/a.png" for number in range(4)])), TINY).notes == ()
+
+
+def test_the_parts_of_a_data_set_are_no_classes(tmp_path: Path) -> None:
+    make(tmp_path, ["train/cat/a.png", "train/dog/a.png", "val/cat/b.png", "val/dog/b.png"])
+    assert "look like parts of a data set" in error_of(read, str(tmp_path))
+    assert labels_of(read(str(tmp_path / "val"), TINY)) == [0, 1]
+
+
+def test_a_named_pipe_is_set_aside_and_not_waited_for(tmp_path: Path) -> None:
+    make(tmp_path, [f"{number}.png" for number in range(20)])
+    os.mkfifo(tmp_path / "pipe.png")
+    samples = read(str(tmp_path), TINY)
+    assert len(samples) == 20
+    assert "pipe.png is no regular file" in samples.notes[0]
 
 
 def test_circular_links_end(tmp_path: Path) -> None:

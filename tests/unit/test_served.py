@@ -90,7 +90,9 @@ def test_the_messages_are_those_of_the_proto_file(tmp_path):
 def test_openapi_knows_the_protocols_datatypes():
     described = pages.openapi([])["components"]["schemas"]["tensor"]["properties"]["datatype"]["enum"]
     assert described == list(DTYPES)
-    assert "/v2/models/{name}/classify" not in pages.openapi([])["paths"]
+    paths = pages.openapi([])["paths"]
+    assert not {"/v2/models/{name}/classify", *pages.TEXT_PATHS} & set(paths)
+    assert "/v1/models" in paths
 
 
 @pytest.mark.parametrize(

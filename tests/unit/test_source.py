@@ -318,6 +318,7 @@ def test_a_fixed_batch_is_named_with_its_line(model: nn.Module, line: str, what:
         (lambda x: x.numpy(), "the model returns ndarray without tensors"),
         (lambda x: {"cache": object(), "x": x}, 'the model\'s output["cache"] is an object, which is no tensor'),
         (lambda x: x.bfloat16(), "the model's output_0 is torch.bfloat16"),
+        (lambda x: x.mul_(2), "the model changes its input x in place"),
         (lambda x: {"logits": (x - x) / (x - x)}, "the model's logits has NaN"),
     ],
 )

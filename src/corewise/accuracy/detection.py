@@ -42,12 +42,13 @@ def detections(outputs: Any, reference: Any) -> Pooled:
 
     Args:
         outputs: What ``boxes`` understands.
-        reference: fp32's outputs. Those with a score of at least 0.25 have to be found; fp32 itself scores 1.
+        reference: fp32's outputs. Those with a score of at least 0.25 have to be found, of each class the 100 surest of
+            an image; fp32 itself scores 1.
     """
     decode = decoder(reference)
     truth = []
     for detected in decoded(decode, reference, "detections"):
-        confident = detected.scores >= CONFIDENT
+        confident = (detected.scores >= CONFIDENT) & (_ranks(detected) < MOST_DETECTIONS)
         truth.append(Detections(detected.boxes[confident], detected.scores[confident], detected.classes[confident]))
     if not any(len(detected.boxes) for detected in truth):
         what = f"fp32 detects nothing with a score of {CONFIDENT} or more in the holdout"
@@ -130,6 +131,15 @@ class _Curve:
             places = np.searchsorted(recalls, RECALLS, side="left")
             means.append(np.append(heights, 0.0)[places].mean())
         return float(np.mean(means))
+
+
+def _ranks(detected: Detections) -> NDArray[np.intp]:
+    """How many detections of the same class are surer, for each: (k,)."""
+    order = np.lexsort((-detected.scores, detected.classes))
+    classes = detected.classes[order]
+    ranks = np.empty(len(order), np.intp)
+    ranks[order] = np.arange(len(order)) - np.searchsorted(classes, classes)
+    return ranks
 
 
 def _dataset(images: Sequence[Detections], classes: Sequence[int], *, with_scores: bool) -> dict[str, Any]:

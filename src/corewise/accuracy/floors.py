@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from corewise.accuracy.groups import FEWEST_SAMPLES, NEGLIGIBLE, Channels, Energies, Layout, decibels
+from corewise.accuracy.groups import FEWEST_LOST, FEWEST_SAMPLES, NEGLIGIBLE, Channels, Energies, Layout, decibels
 from corewise.records.fidelity import GroupFidelity
 
 FLOOR_DB = 10.0
@@ -14,6 +14,8 @@ half as large have 0 to 6 dB (docs/adr/0007)."""
 CHANNEL_FLOOR_DB = 3.0
 """The same for a single channel. Of 1,000 classes of a rounded MobileNetV2 the worst has 8 dB; a channel that is zero
 has 0 dB, and two that are exchanged have -3 dB."""
+LOST = 0.9
+"""An error of this share of a channel's signal leaves nothing of it: 0.5 dB."""
 INTEGER_FLOOR_DB = 7.0
 """The same for integer outputs: at least four values of five are fp32's."""
 
@@ -57,7 +59,8 @@ def _worst_channel(layout: Layout, energies: Energies, channels: Channels) -> tu
     if len(channels) < 2:
         return "", 200.0
     power, error = energies.power()[channels], energies.error.sum(axis=0)[channels]
-    enough = energies.carrying_samples()[channels] >= FEWEST_SAMPLES
+    samples = energies.carrying_samples()[channels]
+    enough = (samples >= FEWEST_SAMPLES) | ((samples >= FEWEST_LOST) & (error >= LOST * power))
     carrying = np.flatnonzero((power >= max(NEGLIGIBLE * power.mean(), 1e-300)) & enough)
     if not carrying.size:
         return "", 200.0

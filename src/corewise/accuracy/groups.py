@@ -27,6 +27,8 @@ NEGLIGIBLE = 0.01
 FEWEST_SAMPLES = 20.0
 """A channel whose signal comes from fewer samples, such as the probability of a class that the holdout shows once, is
 not judged alone: a single answer would decide."""
+FEWEST_LOST = 5.0
+"""A channel whose signal comes from at least so many samples is judged alone where it is lost in all of them."""
 BLOCK_ELEMENTS = 2**22
 SCANNED_ELEMENTS = 2**24
 """The layout of a larger output is found from some of its rows."""
@@ -88,7 +90,8 @@ class Layout:
         runs = np.split(channels, np.flatnonzero(np.diff(channels) > 1) + 1)
         words = [str(run[0]) if len(run) == 1 else f"{run[0]}:{run[-1] + 1}" for run in runs]
         shown = ", ".join(words[:3]) + (f", and {len(words) - 3} more" if len(words) > 3 else "")
-        return f"{self.name}[..., {shown}]" if self.axis > 1 else f"{self.name}[:, {shown}]"
+        before = "..., " if 1 < self.axis == self.dimensions - 1 else ":, " * self.axis
+        return f"{self.name}[{before}{shown}]"
 
     def energies(self, reference: Array, candidate: Array) -> Energies:
         """The sums of squares of each sample and channel."""
@@ -169,11 +172,14 @@ def _layout(output: Array, name: str) -> Layout:
 
 
 def _channel_axes(output: Array) -> list[int]:
-    """The axes that may count channels: the first or the last behind the samples, of one length in all samples."""
+    """The axes that may count channels: the first or the last behind the samples, of one length in all samples.
+
+    Also the second of (N, anchors, channels, height, width), as YOLO's layers return it.
+    """
     first = np.asarray(output[0])
     if first.dtype.kind == "c":
         return []
-    axes = sorted({1, first.ndim} - {0}) if first.ndim else []
+    axes = sorted({1, first.ndim, 2 if first.ndim == 4 else 1} - {0}) if first.ndim else []
     if output.dtype == object:
         axes = [axis for axis in axes if len({np.asarray(row).shape[axis - 1] for row in output}) == 1]
     return axes

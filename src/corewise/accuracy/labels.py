@@ -60,7 +60,9 @@ def class_labels(labels: Array | None, scores: Array, metric: str = "top1") -> N
     if outside.size:
         row = int(outside[0])
         what = f"{sample_name(row)} has label {numbers[row]}, the model's classes are 0..{classes - 1}"
-        raise UnfitLabel(row, what, "give the labels the model was trained on")
+        counts_from_one = numbers.min() >= 1 and numbers.max() == classes
+        fix = "subtract 1: these labels count from 1" if counts_from_one else "give the labels the model was trained on"
+        raise UnfitLabel(row, what, fix)
     return numbers
 
 
@@ -72,7 +74,9 @@ def answer_labels(labels: Array | None, count: int, metric: str, classes: int = 
         )
     numbers = _class_numbers(labels, count, classes)
     if numbers is None:
-        kind = "of varying size" if labels.dtype == object else f"{labels.dtype} of shape {labels.shape}"
+        kind = f"{labels.dtype} of shape {labels.shape}"
+        if labels.dtype == object:
+            kind = "strings" if isinstance(labels[0], str) else "of varying size"
         what = f"the labels are {kind}, which does not name one class for each of {count} samples"
         fix = f"give integers of shape ({count},), name a metric that takes these labels, or leave labels out"
         raise SamplesError(what, fix)

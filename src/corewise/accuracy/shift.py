@@ -44,7 +44,9 @@ class ShiftSplit:
     """Rows of the holdout that are unlike them."""
 
 
-def shift_split(calibration: Outputs, holdout: Outputs, seed: int) -> ShiftSplit | None:
+def shift_split(
+    calibration: Outputs, holdout: Outputs, seed: int, groups: tuple[Rows, Rows] | None = None
+) -> ShiftSplit | None:
     """The cluster of samples that is most unlike the rest, left out of calibration and kept to judge.
 
     Samples are clustered by what fp32 answers for them (k-means). ``None`` where samples are too few, or so alike that
@@ -54,11 +56,21 @@ def shift_split(calibration: Outputs, holdout: Outputs, seed: int) -> ShiftSplit
         calibration: fp32's outputs for the calibration samples.
         holdout: fp32's outputs for the holdout, of the same kinds.
         seed: Of the clusters' first centers.
+        groups: The numbers of the groups of both, (N,) each: samples of one group stay together, by their mean.
     """
-    features = _features(calibration, holdout)
-    if features is None or len(calibration) < CLUSTERS or len(holdout) < FEWEST_JUDGED:
+    if not enough(len(calibration), len(holdout)):
         return None
-    members = k_means(features, CLUSTERS, seed)
+    features = _features(calibration, holdout)
+    if features is None:
+        return None
+    if groups is None:
+        members = k_means(features, CLUSTERS, seed)
+    else:
+        # A group is in one of the two only, so its number stands for the same samples in both.
+        _, units = np.unique(np.concatenate(groups), return_inverse=True)
+        sums = np.zeros((units.max() + 1, features.shape[1]))
+        np.add.at(sums, units, features)
+        members = k_means(sums / np.bincount(units)[:, None], CLUSTERS, seed)[units]
     ours, theirs = members[: len(calibration)], members[len(calibration) :]
     best, widest = None, 0.0
     for cluster in range(CLUSTERS):
@@ -70,6 +82,11 @@ def shift_split(calibration: Outputs, holdout: Outputs, seed: int) -> ShiftSplit
         if distance > widest:
             best, widest = ShiftSplit(calibrating, judged), distance
     return best
+
+
+def enough(calibration: int, holdout: int) -> bool:
+    """Whether so many samples can be split at all."""
+    return calibration >= CLUSTERS and holdout >= FEWEST_JUDGED
 
 
 def robust_by_default(reference: Outputs, *, integer_inputs: bool) -> bool:

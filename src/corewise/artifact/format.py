@@ -31,7 +31,7 @@ from corewise.records.build import Build, Plan, TensorSpec
 from corewise.records.cpu import Cpu
 from corewise.records.jsonable import from_json, to_json
 from corewise.records.pipeline import TextPipeline
-from corewise.records.ranges import InputRange
+from corewise.records.ranges import InputRange, SeenRanges
 from corewise.records.report import Preprocess, Report
 from corewise.records.schema_1 import upgrade_report
 
@@ -85,6 +85,8 @@ class Manifest:
     """The range of each input; ``None`` in artifacts of versions without ranges."""
     pipeline: TextPipeline | None = None
     """How texts become inputs and outputs answers; ``None`` if the model takes tensors only, and in older artifacts."""
+    seen_ranges: SeenRanges | None = None
+    """What inputs and outputs were like in the search (``watch``); ``None`` in artifacts of versions without it."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -231,7 +233,8 @@ def check_golden(artifact: Artifact, session: Session) -> float:
 def _manifest(folder: Path) -> Manifest:
     path = folder / MANIFEST
     if not path.is_file():
-        what = "is no artifact: it has no manifest.json" if folder.is_dir() else "does not exist"
+        missing = "is a file, not an artifact" if folder.exists() else "does not exist"
+        what = "is no artifact: it has no manifest.json" if folder.is_dir() else missing
         raise ArtifactError(f"{folder} {what}", "give a folder that corewise optimize wrote")
     try:
         content = json.loads(path.read_text())

@@ -1,5 +1,6 @@
 """The model that the user calls: nested tensors in and out, whatever engine runs them."""
 
+import warnings
 from collections.abc import Sequence
 from types import TracebackType
 from typing import Any
@@ -7,13 +8,14 @@ from typing import Any
 import numpy as np
 
 from corewise.artifact.checks import InputChecks
+from corewise.artifact.watch import Outside, RangeWatch
 from corewise.common.errors import InputError
 from corewise.common.nested import Structure, match_call, unflatten
 from corewise.engines import Session
 from corewise.pipeline import ImageRunner, TextRunner
 from corewise.pipeline.photos import TOP
 from corewise.records.build import TensorSpec
-from corewise.records.ranges import InputRange
+from corewise.records.ranges import InputRange, SeenRanges
 
 
 class Model:
@@ -33,19 +35,23 @@ class Model:
         output_structure: Structure,
         ranges: Sequence[InputRange] | None = None,
         check_finite: bool = True,
+        seen_ranges: SeenRanges | None = None,
         texts: TextRunner | None = None,
         images: ImageRunner | None = None,
     ) -> None:
         """``session`` must accept calls from several threads at the same time.
 
         ``ranges`` are the allowed values of each input, and ``check_finite`` refuses NaN and infinities
-        (``InputChecks``). ``texts`` answers texts and ``images`` images, if the artifact carries such a pipeline.
+        (``InputChecks``). ``seen_ranges`` are what inputs and outputs were like in the search (``RangeWatch``).
+        ``texts`` answers texts and ``images`` images, if the artifact carries such a pipeline.
         """
         self._session = session
         self._inputs = tuple(inputs)
         self._input_structure = input_structure
         self._output_structure = output_structure
         self._checks = InputChecks(self._inputs, ranges, check_finite=check_finite)
+        self._watch = RangeWatch(seen_ranges)
+        self._warned = False
         self.texts, self.images = texts, images
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -57,6 +63,10 @@ class Model:
             raise InputError(f"the inputs have {counts} items", "give as many of each, at least 1")
         self._checks.check(arrays)
         outputs: list[Any] = self._session.run(arrays)
+        looked = self._watch.see(arrays, outputs)
+        if looked and not self._warned and (outside := self._watch.outside) is not None and outside.many:
+            self._warned = True
+            warnings.warn(outside.words, stacklevel=2)
         if not isinstance(leaves[0], np.ndarray):
             outputs = [_tensor(array) for array in outputs]
         return unflatten(self._output_structure, outputs)
@@ -88,6 +98,14 @@ class Model:
                 "folder of images; if a function prepared the images, give it: load(..., preprocess=function)",
             )
         return self.texts.predict(items, prompt=prompt)
+
+    @property
+    def outside(self) -> Outside | None:
+        """How often inputs and outputs left the ranges of the search; ``None`` where nothing was watched.
+
+        Once it is far more often than for samples like those of the search, a call warns.
+        """
+        return self._watch.outside
 
     def close(self) -> None:
         """Free memory and threads after the running calls have ended."""

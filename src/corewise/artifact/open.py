@@ -87,6 +87,7 @@ def load(
         ranges=input_ranges(artifact),
         check_finite=check_finite,
         texts=open_texts(artifact, session.run, fit.plan),
+        seen_ranges=artifact.manifest.seen_ranges,
         images=open_images(artifact, session.run, fit.plan, preprocess),
     )
 

@@ -39,6 +39,10 @@ REMEMBERED, RARE = 32, 4
 """The slowdown of calls is the fourth largest of the last 32: fewer slow calls may be chance."""
 
 
+LONG = 64
+"""A queue of so many requests is not played through for one that no schedule could answer in time."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class LatencyTable:
     """Milliseconds of one call over its batch, as (batch, ms): batches rise, and no larger one is faster."""
@@ -70,8 +74,7 @@ class LatencyTable:
         return float(np.interp(rows, batches, ms)) * max(1.0, rows / float(batches[-1]))
 
 
-@dataclass(frozen=True, kw_only=True)
-class Request:
+class Request(NamedTuple):
     """A request as the policy sees it. Only requests of equal ``group`` share a batch."""
 
     id: int
@@ -96,6 +99,10 @@ class Accepted:
     """The request waits; ``dropped`` no longer do."""
 
     dropped: tuple[Dropped, ...] = ()
+
+
+ACCEPTED = Accepted()
+"""As nearly all are."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -155,10 +162,14 @@ class Policy:
         self.waiting_rows = 0
         self.next_expiry_s = inf
         """``expire`` drops nothing before this time."""
+        self.margin_s = 0.0
+        """So long before their deadlines answers should be there when requests are admitted."""
         self.slowness = 1.0
         """Predicted duration of calls over their measured duration; at least 1."""
         self._max_batch, self._max_waiting = max_batch, max_waiting
         self._measured_s = [0.0, *(curve.latency_ms(rows) / 1e3 for rows in range(1, max_batch + 1))]
+        self._row_s = min(seconds / rows for rows, seconds in enumerate(self._measured_s) if rows)
+        """Of a row in the most efficient call, as measured."""
         self._seconds = self._measured_s
         """``_measured_s`` times ``slowness``."""
         self._times = deque([1.0] * REMEMBERED, REMEMBERED)
@@ -166,6 +177,8 @@ class Policy:
         self._waiting: list[_Place] = []
         self._yields: Counter[int] = Counter()
         """Number of waiting requests by negated priority."""
+        self._kinds: Counter[tuple[Hashable, int]] = Counter()
+        """Number of waiting requests by group and rows."""
         self._arrivals = count()
         self._end_s: dict[int, float | None] = {}
         """When each instance's call should end; ``None`` while it is idle."""
@@ -222,9 +235,19 @@ class Policy:
         self._plan_until_s = min(self._free_s(now_s))
         insort(self._waiting, place)
         self._yields[place.yields] += 1
+        self._kinds[request.group, request.rows] += 1
         self.waiting_rows += request.rows
         self.next_expiry_s = min(self.next_expiry_s, request.deadline_s - self._measured_s[request.rows])
-        return Accepted(dropped=dropped)
+        return Accepted(dropped=dropped) if dropped else ACCEPTED
+
+    def expected_s(self, now_s: float, ahead_rows: int = 0) -> float:
+        """About how long a row that came now would take, behind all that wait and so many rows more."""
+        free_s = self._free_s(now_s)
+        if not free_s:
+            return 0.0
+        calls, rest = divmod(self.waiting_rows + ahead_rows, self._max_batch)
+        busy_s = sum(max(0.0, free - now_s) for free in free_s) + calls * self._seconds[self._max_batch]
+        return busy_s / len(free_s) + self._seconds[rest + 1]
 
     def next_batch(self, instance: int, now_s: float) -> Batch:
         """The next call of an idle instance: the most urgent request and those of its group that follow it.
@@ -275,30 +298,72 @@ class Policy:
     def _fit(self, place: _Place, without: list[_Place], now_s: float) -> tuple[_Place, _Plan] | Refused:
         """The place with its room, and the plan with it, if the places to displace were gone."""
         free_s = self._free_s(now_s)
-        if self.waiting_rows - _rows(without) + place.request.rows > self._max_waiting:
+        request = place.request
+        if self.waiting_rows - _rows(without) + request.rows > self._max_waiting:
             return Refused(reason="queue full", retry_after_s=max(min(free_s) - now_s, self._seconds[1]))
         gone = {other.arrival for other in without}
         others = [other for other in self._waiting if other.arrival not in gone] if gone else self._waiting
+        rows = self.waiting_rows - _rows(without) + request.rows
+        if len(others) >= LONG and (late_s := self._least_late_s(place, others, rows, free_s, now_s)) > 0:
+            return Refused(reason="overloaded", retry_after_s=late_s)
         position = bisect_left(others, place)
         idle_now = _idle(free_s, now_s)
         ahead, idle = 0, max(1, idle_now)
-        for other in reversed(others[:position]):
-            if ahead >= self._max_batch * idle:
-                break
-            ahead += other.request.rows * (other.request.group == place.request.group)
-        rows = max(place.request.rows, ceil((ahead + place.request.rows) / idle))
-        place = place._replace(room_s=self._seconds[min(rows, self._max_batch)])
+        k = position
+        while k > 0 and ahead < self._max_batch * idle:
+            k -= 1
+            other = others[k].request
+            if other.group == request.group:
+                ahead += other.rows
+        rows = max(request.rows, -(-(ahead + request.rows) // idle))
+        room_s = self._seconds[min(rows, self._max_batch)]
+        place = _Place(place.deadline_s, place.yields, place.arrival, request, room_s)
+        is_alike = request.rows == 1 and (
+            not self._kinds or (len(self._kinds) == 1 and (request.group, 1) in self._kinds)
+        )
+        play = self._play_alike if is_alike else self._play
         if gone or position < len(others):
             plan = _Plan(free_s, [*others[:position], place, *others[position:]], -inf)
         else:
             if self._plan is None or now_s > self._plan_until_s:
                 self._plan_until_s = min(free_s)
-                self._plan, _ = self._play(_Plan(free_s, others, -inf))
-            plan = self._plan._replace(rest=[*self._plan.rest, place])
-        plan, late_s = self._play(plan)
+                self._plan, _ = play(_Plan(free_s, others, -inf))
+            plan = _Plan(self._plan.free_s, [*self._plan.rest, place], self._plan.late_s)
+        plan, late_s = play(plan)
+        late_s += self.margin_s
         # A request that an idle instance starts at once may be in time, and its duration updates ``slowness``.
         at_once = not others and idle_now
         return (place, plan) if late_s <= 0 or at_once else Refused(reason="overloaded", retry_after_s=late_s)
+
+    def _least_late_s(self, place: _Place, others: list[_Place], rows: int, free_s: list[float], now_s: float) -> float:
+        """The least by which the last call would be late if every call of all rows were as efficient as can be."""
+        least_s = rows * self._row_s * self.slowness
+        end_s = (sum([max(now_s, free) for free in free_s]) + least_s) / len(free_s)
+        return end_s + self.margin_s - max(place.deadline_s, others[-1].deadline_s)
+
+    def _play_alike(self, plan: _Plan) -> tuple[_Plan, float]:
+        """``_play`` for requests of one row and one group, call by call instead of request by request."""
+        free_s, rest, late_s = plan
+        free_s = list(free_s)
+        heapify(free_s)
+        settled = None
+        start, end = 0, len(rest)
+        full_s = self._seconds[self._max_batch]
+        while start < end:
+            start_s, head = free_s[0], rest[start]
+            most = self._max_batch
+            if start_s + full_s > head.deadline_s:
+                most = bisect_right(self._seconds, head.deadline_s, key=lambda seconds: start_s + seconds) - 1
+            if (idle := _idle(free_s, start_s)) > 1:
+                most = min(most, ceil((end - start) / idle))
+            rows = max(1, min(most, end - start))
+            if settled is None and (idle > 1 or (rows == end - start and rows < most)):
+                settled = _Plan(list(free_s), rest[start:], late_s)
+            needs_s = self._seconds[rows]
+            late_s = max(late_s, start_s + max(needs_s, head.room_s) - head.deadline_s)
+            heapreplace(free_s, start_s + needs_s)
+            start += rows
+        return settled or _Plan(free_s, [], late_s), late_s
 
     def _play(self, plan: _Plan) -> tuple[_Plan, float]:
         """Play a plan to its end as ``next_batch`` will if no request comes, and how late the latest call is."""
@@ -354,14 +419,18 @@ class Policy:
 
     def _forget(self, places: list[_Place]) -> None:
         for place in places:
+            kind = (place.request.group, place.request.rows)
             self._yields[place.yields] -= 1
+            self._kinds[kind] -= 1
             if not self._yields[place.yields]:
                 del self._yields[place.yields]
+            if not self._kinds[kind]:
+                del self._kinds[kind]
 
 
 def _rows(places: list[_Place]) -> int:
-    return sum(place.request.rows for place in places)
+    return sum([place.request.rows for place in places])
 
 
 def _idle(free_s: list[float], now_s: float) -> int:
-    return sum(free <= now_s for free in free_s)
+    return len([free for free in free_s if free <= now_s])

@@ -71,6 +71,8 @@ class Batcher:
         """The waiting jobs by request id."""
         self._lost: list[tuple[_Job, Reason]] = []
         """The dropped jobs whose futures have no result yet."""
+        self._idle = 0
+        """Threads that wait for work."""
         self._wake_s = inf
         self._closed = False
         self._ids = count()
@@ -91,10 +93,19 @@ class Batcher:
         """Predicted duration of calls over their measured duration; at least 1."""
         return self._policy.slowness
 
+    def keep_margin(self, margin_s: float) -> None:
+        """Admit only requests whose answers should be there so long before their deadlines."""
+        self._policy.margin_s = margin_s
+
     @property
     def instances(self) -> int:
         """How many instances live."""
         return self._policy.instances
+
+    def expected_s(self, ahead_rows: int = 0) -> float:
+        """About how long a row that came now would take, behind all that wait and so many rows more."""
+        with self._lock:
+            return self._policy.expected_s(monotonic(), ahead_rows)
 
     def submit(self, inputs: Sequence[np.ndarray], *, timeout_s: float = inf, priority: int = 0) -> "Future[Answer]":
         """Queue one request: arrays with the same number of rows (dimension 0), at least 1, that no longer change.
@@ -104,7 +115,7 @@ class Batcher:
         ``NotServed`` if the request is refused, and ``InputError`` if the inputs are no batch.
         """
         rows = {array.shape[:1] for array in inputs}
-        if len(rows) != 1 or rows & {(), (0,)} or isnan(timeout_s):
+        if len(rows) != 1 or () in rows or (0,) in rows or isnan(timeout_s):
             raise InputError(
                 f"inputs of shapes {[array.shape for array in inputs]} within {timeout_s} s are no request",
                 "give every input the same first dimension of at least 1, and a time",
@@ -115,7 +126,7 @@ class Batcher:
                 id=next(self._ids),
                 deadline_s=now_s + timeout_s,
                 priority=priority,
-                group=tuple((array.dtype.str, array.shape[1:]) for array in inputs),
+                group=tuple([(array.dtype.str, array.shape[1:]) for array in inputs]),
                 rows=len(inputs[0]),
             )
             decision = self._policy.offer(request, now_s)
@@ -124,7 +135,8 @@ class Batcher:
                 raise NotServed(decision.reason, decision.retry_after_s)
             future: Future[Answer] = Future()
             self._jobs[request.id] = _Job(inputs, now_s, future)
-            self._work.notify()
+            if self._idle:
+                self._work.notify()
             if self._policy.next_expiry_s < self._wake_s:
                 self._losses.notify()
         future.add_done_callback(lambda done: self._left(request.id) if done.cancelled() else None)
@@ -188,7 +200,9 @@ class Batcher:
                 elif self._policy.draining:
                     return []
                 else:
+                    self._idle += 1
                     self._work.wait()
+                    self._idle -= 1
 
     def _replace(self, instance: int) -> Run | None:
         """The instance opened again. Meanwhile admission counts only on the others."""

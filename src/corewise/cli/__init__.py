@@ -73,4 +73,7 @@ def _run(typed: list[str]) -> None:
 
 
 def _complain(text: str) -> None:
-    sys.stderr.write(f"corewise: {text}\n")
+    """One line, whatever names of files it holds."""
+    from corewise.report.numbers import clean
+
+    sys.stderr.write(f"corewise: {clean(text)}\n")

@@ -68,6 +68,16 @@ class GoalOptions:
             help="Compare --max-drop with the upper end of the drop's 95 % interval, not with its estimate.",
         ),
     ] = False
+    robust: Annotated[
+        bool | None,
+        option(
+            "--robust/--no-robust",
+            panel="Goal",
+            metavar="",
+            help="Judge int8 also on samples unlike those that calibrated it, by a twin calibrated without them.",
+            default="for texts and embeddings",
+        ),
+    ] = None
     objective: Annotated[
         GoalName | None,
         option(
@@ -113,7 +123,8 @@ class LimitOptions:
             panel="Limits",
             metavar="TIME",
             parse=duration,
-            help="Time for the search, e.g. 90s, 5m or 1h. The race at its end may take half a minute more.",
+            help="Time for the search, e.g. 90s, 5m or 1h. A short one judges with fewer samples. The race at its end "
+            "may take half a minute more.",
             default="no limit",
         ),
     ] = None
@@ -145,7 +156,8 @@ class LimitOptions:
             "--engine",
             panel="Limits",
             metavar="ENGINE",
-            help="Try only this engine beside eager, which is the baseline. Repeat it for several.",
+            help="Try only this engine beside eager, which is the baseline; it is an error if it cannot be tried. "
+            "Repeat it for several.",
             default="torch-int8, openvino and onnxruntime",
         ),
     ] = None
@@ -228,6 +240,7 @@ def command(
             metric=goal.metric,
             max_drop=goal.max_drop,
             strict=goal.strict,
+            robust=goal.robust,
             objective=objective,
             budget_s=limits.budget_s,
             memory_limit_bytes=limits.memory_limit_bytes,

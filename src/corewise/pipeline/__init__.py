@@ -10,7 +10,7 @@ from corewise.pipeline.inferred import fit, infer
 from corewise.pipeline.photos import TOP, ImageRunner, image_pipeline, top_classes
 from corewise.pipeline.runner import Rejected, TextRunner, stacked
 from corewise.pipeline.samples import text_samples
-from corewise.pipeline.tokens import TextEncoder, Tokens
+from corewise.pipeline.tokens import TextEncoder, TokenPiece, Tokens
 
 __all__ = [
     "TOP",
@@ -24,6 +24,7 @@ __all__ = [
     "Span",
     "TextEncoder",
     "TextRunner",
+    "TokenPiece",
     "Tokens",
     "decode",
     "fill",

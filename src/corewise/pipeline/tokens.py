@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,6 +16,8 @@ from corewise.samples.texts import Text, text_problem
 CHARACTERS_PER_TOKEN = 128
 """Characters of a text that are read for each token that the model takes: more than any language needs, so that a text
 of megabytes costs no more than one of the model's length."""
+Side = Literal["right", "left"]
+SIDES: tuple[Side, ...] = ("right", "left")
 REBUILD = "make the artifact again with the tokenizer of its model"
 
 
@@ -31,6 +33,16 @@ class Tokens(NamedTuple):
 
     def __len__(self) -> int:
         return len(self.ids)
+
+
+class TokenPiece(NamedTuple):
+    """One token as people see it: its number, its text, and its first character and the one after its last."""
+
+    id: int
+    text: str
+    is_special: bool
+    start: int
+    end: int
 
 
 class TextEncoder:
@@ -58,11 +70,14 @@ class TextEncoder:
         self._most_characters = CHARACTERS_PER_TOKEN * pipeline.max_length
 
     @cached_property
-    def _truncated(self) -> Any:
+    def _truncating(self) -> dict[Side, Any]:
+        """Tokenizers that cut, by the side."""
         from tokenizers import Tokenizer
 
-        made = Tokenizer.from_str(self._untruncated.to_str())
-        made.enable_truncation(self.pipeline.max_length, direction=self.pipeline.truncation)
+        made: dict[Side, Any] = {}
+        for side in SIDES:
+            made[side] = Tokenizer.from_str(self._untruncated.to_str())
+            made[side].enable_truncation(self.pipeline.max_length, direction=side)
         return made
 
     def problem(self, item: Any) -> str:
@@ -74,13 +89,16 @@ class TextEncoder:
             return f"is {item!r:.40}, where the model takes single texts"
         return next((problem for text in texts if (problem := text_problem(text))), "")
 
-    def encode(self, items: Sequence[Text], *, prompt: str | None = None, truncate: bool = True) -> list[Tokens]:
+    def encode(
+        self, items: Sequence[Text], *, prompt: str | None = None, truncate: bool | Side = True, first: int = 0
+    ) -> list[Tokens]:
         """Tokenize items.
 
         Args:
             items: Texts, or pairs of them, without a ``problem``.
             prompt: The name of the prompt that goes before each text; the pipeline's default otherwise.
-            truncate: Cut what is longer than the model takes, instead of raising.
+            truncate: Cut what is longer than the model takes, instead of raising; at this side, or the pipeline's.
+            first: The number of the first item, in errors.
 
         Returns:
             The tokens of each item, special tokens included.
@@ -89,8 +107,9 @@ class TextEncoder:
             InputError: The prompt is unknown, or an item is too long and ``truncate`` is false.
         """
         prefix = self._prefix(prompt)
-        tokenizer = self._truncated if truncate else self._untruncated
-        texts = [self._cut(item, prefix) for item in items] if truncate or prefix else list(items)
+        side = self.pipeline.truncation if truncate is True else truncate or None
+        tokenizer = self._untruncated if side is None else self._truncating[side]
+        texts = [self._cut(item, prefix, side) for item in items] if side or prefix else list(items)
         if self.pipeline.task == "tokens":
             encoded = tokenizer.encode_batch(texts)
             made = [
@@ -101,13 +120,29 @@ class TextEncoder:
             encoded = tokenizer.encode_batch_fast(texts)
             made = [Tokens(np.array(one.ids, np.int32), np.array(one.type_ids, np.int32)) for one in encoded]
         most = self.pipeline.max_length
-        for number, tokens in enumerate(made):
+        for number, tokens in enumerate(made, first):
             if len(tokens) > most:
                 raise InputError(
                     f"{self.pipeline.noun} {number} has {len(tokens)} tokens, the model takes {most}",
                     "send it in parts, or ask for truncation",
                 )
         return made
+
+    def pieces(self, text: str, *, special: bool = True, prompt: str | None = None) -> list[TokenPiece]:
+        """The tokens of one text of any length, with or without special ones. Raises ``InputError`` as ``encode``."""
+        whole = self._prefix(prompt) + text
+        found = self._untruncated.encode(whole, add_special_tokens=special)
+        return [
+            TokenPiece(number, token if is_special else whole[start:end], bool(is_special), start, end)
+            for number, token, is_special, (start, end) in zip(
+                found.ids, found.tokens, found.special_tokens_mask, found.offsets, strict=True
+            )
+        ]
+
+    def text(self, ids: Sequence[int], *, skip_special: bool = True) -> str:
+        """The text of token ids."""
+        decoded: str = self._untruncated.decode(list(ids), skip_special_tokens=skip_special)
+        return decoded
 
     def collate(self, rows: Sequence[Tokens], tokens: int | None = None) -> tuple[NDArray[Any], ...]:
         """The model's inputs, (N, tokens) each, padded to ``tokens`` (default: the longest row's, or the fixed length).
@@ -132,17 +167,17 @@ class TextEncoder:
             raise InputError(f"the model has no prompt {name!r}", f"its prompts are: {known}")
         return self.pipeline.prompts[name]
 
-    def _cut(self, item: Text, prefix: str) -> Text:
-        """The item with its prompt, without characters that no model of this length reads."""
+    def _cut(self, item: Text, prefix: str, side: Side | None) -> Text:
+        """The item with its prompt, without characters that no model of this length reads if it is cut at a side."""
         if isinstance(item, str):
-            return self._shorten(prefix + item)
+            return self._shorten(prefix + item, side)
         first, second = item
-        return self._shorten(prefix + first), self._shorten(second)
+        return self._shorten(prefix + first, side), self._shorten(second, side)
 
-    def _shorten(self, text: str) -> str:
-        if len(text) <= self._most_characters:
+    def _shorten(self, text: str, side: Side | None) -> str:
+        if side is None or len(text) <= self._most_characters:
             return text
-        return text[: self._most_characters] if self.pipeline.truncation == "right" else text[-self._most_characters :]
+        return text[: self._most_characters] if side == "right" else text[-self._most_characters :]
 
 
 def _values(tokens: Tokens, role: TokenRole) -> NDArray[np.int32] | int:

@@ -6,7 +6,7 @@ from enum import StrEnum
 
 from corewise.records.build import Build, Plan
 from corewise.records.measurement import LoadRun, Rates
-from corewise.records.reason import Step
+from corewise.records.reason import Reason, Step
 from corewise.records.trial import Trial
 
 
@@ -19,6 +19,7 @@ class Stage(StrEnum):
     LOADING = "putting under load"
     MEASURING_PLAN = "measuring a plan"
     RACING = "racing"
+    UNDER_SHIFT = "judging on samples unlike those that calibrated"
     QUANTIZING = "quantizing"
     QUANTIZING_LAYERS = "quantizing layers"
     TIMING_LAYERS = "timing layers"
@@ -63,6 +64,13 @@ class TrialEnded:
 
 
 @dataclass(frozen=True)
+class BuildsLeftUntried:
+    """The budget has no time for further builds; ``reason`` names them."""
+
+    reason: Reason
+
+
+@dataclass(frozen=True)
 class LoadEnded:
     """A load on a build is over."""
 
@@ -86,5 +94,5 @@ class RaceRound:
     rates: tuple[Rates, ...]
 
 
-Event = StageStarted | TrialStarted | TrialStep | TrialEnded | LoadEnded | PlansTuned | RaceRound
+Event = StageStarted | TrialStarted | TrialStep | TrialEnded | BuildsLeftUntried | LoadEnded | PlansTuned | RaceRound
 OnEvent = Callable[[Event], None]

@@ -205,6 +205,8 @@ class Requirements:
     """Require the upper end of the drop's confidence interval to pass, not only the estimate."""
     memory_limit_bytes: int | None = None
     """Plans whose process needs more memory are not chosen."""
+    robust: bool | None = None
+    """Ask the same on samples unlike those that calibrated; ``None``: of models of texts and embeddings."""
 
     def within_memory(self, memory_bytes: int) -> bool:
         """Whether a process of that size is allowed."""
@@ -218,6 +220,7 @@ class Requirements:
             "strict": self.strict,
             "slo_ms": self.goal.p99_ms if isinstance(self.goal, Slo) else None,
             "memory_limit_bytes": self.memory_limit_bytes,
+            "robust": self.robust,
         }
 
     to_data = flat
@@ -229,12 +232,13 @@ class Requirements:
             return data
         if not isinstance(data, dict):
             raise ValueError(f"{data!r} are no requirements")
-        limit_bytes = data.get("memory_limit_bytes")
+        limit_bytes, robust = data.get("memory_limit_bytes"), data.get("robust")
         return cls(
             goal=Goal.from_data({"name": data.get("goal"), "p99_ms": data.get("slo_ms")}),
             max_drop=float(data.get("max_drop", 0.01)),
             strict=bool(data.get("strict", False)),
             memory_limit_bytes=None if limit_bytes is None else int(limit_bytes),
+            robust=None if robust is None else bool(robust),
         )
 
     @classmethod

@@ -24,3 +24,25 @@ class InputRange:
     values: tuple[ValueRange, ...] = ()
     longest: tuple[int | None, ...] = ()
     """The largest size of each dimension; ``None`` means any."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SeenRange:
+    """The extremes that one input or output had in the samples of the search."""
+
+    name: str
+    samples: int
+    low: tuple[float, ...]
+    high: tuple[float, ...]
+    """Of each channel, or one for all."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SeenRanges:
+    """The ranges of the calibration samples' inputs, and of the winner's outputs for the holdout.
+
+    ``None`` stands for integers, which have no ranges.
+    """
+
+    inputs: tuple[SeenRange | None, ...]
+    outputs: tuple[SeenRange | None, ...]

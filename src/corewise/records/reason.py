@@ -32,6 +32,7 @@ class ReasonKind(StrEnum):
     ACCURATE = "accurate"
     INACCURATE = "inaccurate"
     BELOW_FLOOR = "below floor"
+    NOT_JUDGED_UNDER_SHIFT = "not judged under shift"
     NOTHING_IN_INT8 = "nothing in int8"
     TOO_SLOW = "too slow"
     DEPENDS_ON_NEIGHBOURS = "depends on neighbours"
@@ -39,6 +40,7 @@ class ReasonKind(StrEnum):
     BUDGET_SPENT_BEFORE = "budget spent before"
     BUDGET_SPENT_DURING = "budget spent during"
     BUDGET_TOO_SHORT = "budget too short"
+    BUDGET_BETTER_SPENT = "budget better spent"
     STEP_FAILED = "step failed"
     HUNG = "hung"
     KILLED = "killed"
@@ -53,6 +55,7 @@ class ReasonKind(StrEnum):
     SMALLER_BATCH = "smaller batch"
     LARGER_BATCH = "larger batch"
     SIMILAR_SPEED = "similar speed"
+    TWINS_BEST = "twin's best"
     MEASURED_AGAIN = "measured again"
     LATENCY_TABLE = "latency table"
     SLO_TABLE = "SLO table"
@@ -69,6 +72,7 @@ class ReasonKind(StrEnum):
     NO_PLAN_ALLOWED = "no plan allowed"
     MUCH_SLOWER = "much slower"
     OTHERS_FASTER = "others faster"
+    BASELINE_SHARE_SPENT = "baseline share spent"
 
     # Why a build won or lost.
     FASTER_THAN_BASELINE = "faster than baseline"
@@ -85,23 +89,32 @@ class ReasonKind(StrEnum):
     # Doubts about the choice.
     SLO_UNCERTAIN = "SLO uncertain"
     NOTHING_FITS_MEMORY = "nothing fits memory"
+    RACE_CONTRADICTS = "race contradicts"
     FEW_ROUNDS = "few rounds"
     SPEEDUP_UNCERTAIN = "speedup uncertain"
     DROP_UNCERTAIN = "drop uncertain"
+    LOSES_UNDER_SHIFT = "loses under shift"
     NEAR_CHANCE = "near chance"
     NOISY = "noisy"
 
     # What limited the search.
     ENGINE_UNAVAILABLE = "engine unavailable"
     ONLY_EAGER = "only eager"
+    FEWER_SAMPLES = "fewer samples"
+    LEFT_UNTRIED = "left untried"
     COREWISE_INT8_ONLY = "corewise int8 only"
     MIXES_BATCH = "mixes batch"
     FIXED_BATCH = "fixed batch"
     KEEPS_STATE = "keeps state"
+    NOT_SPLIT = "not split"
 
     # How photos are decoded.
     SCALED_DECODING = "scaled decoding"
     FULL_DECODING = "full decoding"
+
+
+NOT_TRIED = (ReasonKind.BUDGET_SPENT_BEFORE, ReasonKind.BUDGET_TOO_SHORT, ReasonKind.BUDGET_BETTER_SPENT)
+"""Why a build has a trial although it was not tried."""
 
 
 @dataclass(frozen=True, kw_only=True)

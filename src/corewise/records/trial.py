@@ -6,7 +6,7 @@ from enum import StrEnum
 from corewise.records.build import Build, Plan, Receipt
 from corewise.records.fidelity import Fidelity
 from corewise.records.measurement import LoadRun, Measurement
-from corewise.records.reason import Reason, ReasonKind
+from corewise.records.reason import NOT_TRIED, Reason, ReasonKind
 
 __all__ = ["FailedPlan", "Fidelity", "State", "Trial"]
 
@@ -69,6 +69,11 @@ class Trial:
     def certified(self) -> LoadRun | None:
         """The load that confirmed the rate it meets under the SLO; ``None`` if none did."""
         return next((load for load in self.loads if load.certified), None)
+
+    @property
+    def untried(self) -> bool:
+        """Whether it was not even begun, because the budget has no time for it."""
+        return not self.build_s and self.reason.kind in NOT_TRIED
 
     @property
     def skipped_tuning(self) -> bool:

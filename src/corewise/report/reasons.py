@@ -63,11 +63,27 @@ def _budget(details: Details) -> str:
     return f"the budget of {details['budget_s']:g} s was spent"
 
 
+def _budget_so_far(details: Details, rest: str = "plans and the race") -> str:
+    """What was spent of the budget, and what the rest is for; records of older versions do not say how much."""
+    budget_s = details["budget_s"]
+    elapsed_s = details.get("elapsed_s", budget_s)
+    if elapsed_s >= budget_s:
+        return _budget(details)
+    return f"{elapsed_s:.0f} s of the budget of {budget_s:g} s were spent, and the rest is for {rest}"
+
+
 def _budget_too_short(details: Details) -> str:
     return (
         f"{numbers.duration(details['left_s'])} of the budget of {details['budget_s']:g} s were left, and the trial "
         f"needs about {numbers.duration(details['needed_s'])}"
     )
+
+
+def _left_untried(details: Details) -> str:
+    names = ", ".join(details["builds"])
+    more = details["count"] - len(details["builds"])
+    untried = f"{names} and {more} more" if more else names
+    return f"{_budget_so_far(details)}; left untried: {untried}"
 
 
 def _while(details: Details) -> str:
@@ -189,16 +205,23 @@ _SENTENCES: dict[ReasonKind, Callable[[Details], str]] = {
     K.ACCURATE: _accuracy,
     K.INACCURATE: lambda details: f"{_shifted(details)}{_accuracy(details)}",
     K.BELOW_FLOOR: _below_floor,
+    K.NOT_JUDGED_UNDER_SHIFT: lambda details: (
+        f"it could not be judged on samples unlike the calibration samples: {details['why']}"
+    ),
     K.NOTHING_IN_INT8: _nothing_in_int8,
     K.TOO_SLOW: _too_slow,
     K.DEPENDS_ON_NEIGHBOURS: lambda details: (
         f"a row's answer depends on its neighbours: alone it agrees to {details['decibels']:.1f} dB, and at least "
         f"{details['floor_db']:g} are needed"
     ),
-    K.BUDGET_SPENT: _budget,
-    K.BUDGET_SPENT_BEFORE: lambda details: f"{_budget(details)} before it was tried",
-    K.BUDGET_SPENT_DURING: lambda details: f"{_budget(details)} while it was tried",
+    K.BUDGET_SPENT: lambda details: _budget_so_far(details, "the race"),
+    K.BUDGET_SPENT_BEFORE: lambda details: f"not tried: {_budget_so_far(details)}",
+    K.BUDGET_SPENT_DURING: lambda details: f"ended while it was tried: {_budget_so_far(details)}",
     K.BUDGET_TOO_SHORT: _budget_too_short,
+    K.BUDGET_BETTER_SPENT: lambda details: (
+        f"not tried: about {numbers.times(details['expected'])} eager's speed is expected of it and "
+        f"{numbers.times(details['best'])} was seen, so the time goes to faster builds"
+    ),
     K.STEP_FAILED: lambda details: f"{_while(details)}: {details['text']}",
     K.HUNG: _hung,
     K.KILLED: _killed,
@@ -211,6 +234,7 @@ _SENTENCES: dict[ReasonKind, Callable[[Details], str]] = {
     K.SMALLER_BATCH: _fixed("a smaller batch may be faster"),
     K.LARGER_BATCH: _fixed("a larger batch may be faster"),
     K.SIMILAR_SPEED: _fixed("by their first calls, these threads and instances may be about as fast"),
+    K.TWINS_BEST: _fixed("the best plan of a build that differs only in how it is quantized"),
     K.MEASURED_AGAIN: _fixed("it is among the fastest, so it was measured again"),
     K.LATENCY_TABLE: _fixed("the latency table"),
     K.SLO_TABLE: _fixed("the latency table for the SLO"),
@@ -228,6 +252,9 @@ _SENTENCES: dict[ReasonKind, Callable[[Details], str]] = {
     K.NO_PLAN_ALLOWED: _fixed("no plan that was tried may be chosen"),
     K.MUCH_SLOWER: _not_tuned,
     K.OTHERS_FASTER: lambda details: f"{_not_tuned(details)}, and {details['count']} others were faster",
+    K.BASELINE_SHARE_SPENT: lambda details: (
+        f"the baseline gets {details['share']:.0%} of the budget of {details['budget_s']:g} s, which was spent"
+    ),
     K.FASTER_THAN_BASELINE: _faster,
     K.NO_FINALIST_FASTER: lambda details: f"{_won(details)}: {_figure(details)}, and no finalist was faster",
     K.ONLY_FINALIST: lambda details: f"{_won(details)}: {_figure(details)}, the only finalist",
@@ -242,6 +269,10 @@ _SENTENCES: dict[ReasonKind, Callable[[Details], str]] = {
     K.NOT_MEASURED: _fixed("not a finalist: its speed was not measured"),
     K.SLO_UNCERTAIN: _slo_uncertain,
     K.NOTHING_FITS_MEMORY: _nothing_fits,
+    K.RACE_CONTRADICTS: lambda details: (
+        f"the race and the trials contradict each other, and so did a second race: {_ratio(details)} the baseline in "
+        f"the race, {_ratio(details, 'alone_')} in trials; other work may have run beside, so run it again"
+    ),
     K.FEW_ROUNDS: lambda details: (
         f"only {details['rounds']} alternating rounds: a 95 % interval of the speed-up needs {details['needed']}"
     ),
@@ -249,14 +280,20 @@ _SENTENCES: dict[ReasonKind, Callable[[Details], str]] = {
         "the interval of the speed-up contains 1: the winner may be no faster than the baseline"
     ),
     K.DROP_UNCERTAIN: _drop_uncertain,
+    K.LOSES_UNDER_SHIFT: lambda details: f"{details['why']}; --robust keeps such builds out",
     K.NEAR_CHANCE: _near_chance,
     K.NOISY: lambda details: f"{details['build']}: {details['text']}",
     K.ENGINE_UNAVAILABLE: lambda details: f"engine {details['engine']} was not tried: {details['why']}",
     K.ONLY_EAGER: lambda details: f"only eager was tried: the model cannot be exported ({details['why']})",
+    K.FEWER_SAMPLES: lambda details: (
+        f"{details['used']} of {details['of']} {details['role']} samples were used: the budget has no time for more"
+    ),
+    K.LEFT_UNTRIED: _left_untried,
     K.MIXES_BATCH: _mixes_batch,
     K.FIXED_BATCH: lambda details: f"calls have exactly {details['rows']} rows: {details['why']}",
     K.KEEPS_STATE: _keeps_state,
     K.SCALED_DECODING: lambda details: _decoding(details, "and stay accurate: they are decoded so"),
     K.FULL_DECODING: lambda details: _decoding(details, "which is too much: photos are decoded in full"),
+    K.NOT_SPLIT: _fixed("samples are too few or too alike to judge int8 on some that are unlike the others"),
     K.COREWISE_INT8_ONLY: lambda details: f"only corewise's quantizer makes int8 builds, without {details['layers']}",
 }

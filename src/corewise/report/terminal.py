@@ -13,6 +13,7 @@ from rich.table import Table
 from rich.text import Text
 
 from corewise.records.events import (
+    BuildsLeftUntried,
     Event,
     LoadEnded,
     PlansTuned,
@@ -142,7 +143,8 @@ class Progress:
         line = self._board.take(event)
         if self._mode == "live":
             self._live.refresh()
-        elif self._mode == "plain" and line:
+        stays = self._mode == "plain" or (self._mode == "live" and isinstance(event, BuildsLeftUntried))
+        if stays and line:
             self._console.print(Text(line), soft_wrap=True)
 
 
@@ -172,6 +174,8 @@ class _Board:
                 self._now = clean(f"{build.label}: {words.load(load)}")
             case TrialEnded(trial, resumed):
                 return self._end(trial, resumed)
+            case BuildsLeftUntried(reason):
+                return words.said(reason)
             case PlansTuned(trial):
                 return self._tuned(trial)
             case RaceRound(number, rounds, rates):
@@ -189,10 +193,13 @@ class _Board:
         self._since = self._clock()
 
     def _end(self, trial: Trial, resumed: bool) -> str:
-        self._trials.append(trial)
+        # A trial that was ok ends once more where it fails under shift.
+        self._trials = [*(known for known in self._trials if known.build != trial.build), trial]
         line = self._numbered(words.ended(trial, words.baseline(self._trials), self._goal))
         self._started = None
         self._now = ""
+        if trial.untried:  # one line names them all
+            return ""
         return f"{line} (resumed)" if resumed else line
 
     def _tuned(self, trial: Trial) -> str:
@@ -249,7 +256,8 @@ def _results(report: Report) -> Iterator[tuple[str, str]]:
         speeds = (choice.throughput_per_s, choice.baseline_throughput_per_s)
         ours, eager = (_speed(per_s, report.requirements.goal) for per_s in speeds)
         ratio = f"{times(choice.speedup)} {interval(choice.speedup_low, choice.speedup_high)}"
-        yield "speed", f"{ratio} as fast as eager PyTorch: {ours} against {eager}"
+        doubt = words.contradiction(report)
+        yield "speed", f"{ratio} as fast as eager PyTorch{doubt}: {ours} against {eager}"
     yield from ((heading, facts[heading]) for heading in _accuracy_facts(report) if heading in facts)
     if (preprocess := report.samples.preprocess) and preprocess.origin:
         yield "images", facts["images"]

@@ -4,6 +4,7 @@ Text from outside (paths, options, an engine's error) goes through ``clean`` bef
 """
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from statistics import median
 from typing import NamedTuple
 
@@ -14,7 +15,7 @@ from corewise.records.cpu import Cpu
 from corewise.records.events import Stage, StageStarted, TrialStep
 from corewise.records.goal import Goal, Slo
 from corewise.records.measurement import LoadRun, Measurement, Rates
-from corewise.records.reason import Reason
+from corewise.records.reason import Reason, ReasonKind
 from corewise.records.report import Preprocess, Report
 from corewise.records.trial import Fidelity, State, Trial
 from corewise.report.numbers import (
@@ -93,11 +94,22 @@ def headline(report: Report) -> str:
     choice, fidelity = report.choice, report.winner.fidelity
     if won_by_baseline(report):
         speed = race_figure(choice.throughput_per_s, report.requirements.goal)
+        if len(report.trials) == 1:
+            return f"nothing but the baseline was tried: eager PyTorch in fp32 at {speed}"
         return f"nothing beat the baseline, eager PyTorch in fp32 at {speed}"
     text = f"{times(choice.speedup)} faster than eager PyTorch {interval(choice.speedup_low, choice.speedup_high)}"
+    text += contradiction(report)
     if choice.certified:
         text = f"{_certified(choice.certified)}; {text}"
     return f"{text}, {_against(fidelity)}" if fidelity else text
+
+
+def contradiction(report: Report) -> str:
+    """`` in the race but 3.62x in trials`` for a speed-up that trials deny; else empty."""
+    for reason in report.choice.warnings:
+        if reason.kind == ReasonKind.RACE_CONTRADICTS:
+            return f" in the race but {times(float(str(reason.details['alone_ratio'])))} in trials"
+    return ""
 
 
 def won_by_baseline(report: Report) -> bool:
@@ -123,6 +135,8 @@ def facts(report: Report) -> Iterator[tuple[str, str]]:
             yield "groups", _groups(fidelity)
         if fidelity.basis != "named":
             yield "judged", _judged(fidelity)
+    if repair := _repair(report):
+        yield "repair", repair
     if memory := _memory(report):
         yield "memory", memory
     if report.winner.receipt:
@@ -135,6 +149,19 @@ def facts(report: Report) -> Iterator[tuple[str, str]]:
     yield "machine", _machine(report.cpu)
     yield "versions", clean(", ".join(f"{name} {version}" for name, version in report.versions.items()))
     yield "created", clean(report.created)
+
+
+def _repair(report: Report) -> str:
+    """What it cost to put layers back that were too inaccurate in int8; empty where the winner has none."""
+    trial = report.winner
+    options = trial.build.quantization
+    broken_build = trial.build.with_quantization(replace(options, reverted_layers=0))
+    broken = next((other for other in report.trials if other.build == broken_build), None)
+    if not options.reverted_layers or broken is None or not broken.verified_per_s:
+        return ""
+    layers = "1 layer is" if options.reverted_layers == 1 else f"{options.reverted_layers} layers are"
+    speeds = f"{rate(trial.verified_per_s, 'items')} against {rate(broken.verified_per_s, 'items')} of that one"
+    return f"{layers} back in floating point, because all in int8 was rejected; while verifying it ran at {speeds}"
 
 
 def losers(report: Report) -> Iterator[tuple[str, State, str]]:
@@ -211,6 +238,8 @@ def stage(event: StageStarted) -> str:
     match event.stage:
         case Stage.TUNING_PLANS:
             return clean(f"searching the plans of {build}")
+        case Stage.UNDER_SHIFT:
+            return clean(f"{event.stage.value}: {build}")
         case Stage.LOADING:
             return clean(f"putting {build} under load, {plan}")
         case Stage.MEASURING_PLAN:
@@ -379,7 +408,9 @@ def _goal(report: Report) -> str:
     if requirements.memory_limit_bytes is not None:
         goal += f" in {size(requirements.memory_limit_bytes)} of memory"
     text = f"{goal}; {metric} may drop by {requirements.max_drop:g} at most"
-    return f"{text}, and so may the upper end of the drop's interval" if requirements.strict else text
+    if requirements.strict:
+        text += ", and so may the upper end of the drop's interval"
+    return f"{text}, also on samples unlike those that calibrated" if requirements.robust else text
 
 
 def _cost(report: Report) -> str:

@@ -89,9 +89,9 @@ class Client(ABC):
         request = messages.ObserveInt8(payload=payload, build=build, plan=plan, samples=samples)
         return self._ask(request, messages.ObservedInt8, Step.OBSERVING_INT8).receipt
 
-    def run_samples(self, samples: Path, batch: int, outputs: Path) -> messages.RanSamples:
+    def run_samples(self, samples: Path, batch: int, outputs: Path, *, alone: bool = True) -> messages.RanSamples:
         """Run all samples on one instance and write their outputs, which ``read_outputs`` reads."""
-        request = messages.RunSamples(samples=samples, batch=batch, outputs=outputs)
+        request = messages.RunSamples(samples=samples, batch=batch, outputs=outputs, alone=alone)
         return self._ask(request, messages.RanSamples, Step.VERIFYING)
 
     def measure(self, samples: Path, plan: Plan, budget_s: float) -> Measurement:

@@ -60,6 +60,8 @@ class RunSamples:
     samples: Path
     batch: int
     outputs: Path
+    alone: bool = True
+    """Whether some rows are run alone too, to compare their answers."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -41,6 +41,7 @@ from corewise.runtime.workspace import Workspace
 from corewise.samples import Samples
 
 LOAD_SAMPLES = 16
+EQUAL_DB = 200.0
 ALONE_ROWS = 3
 """Rows whose answers alone are compared with those in a batch."""
 MAX_WAITING = 1024
@@ -125,7 +126,8 @@ class TrialChild:
             tensors[f"{number}.rows"] = rows
             tensors.update({f"{number}.{k}": array for k, array in enumerate(results)})
         save_file(tensors, request.outputs)
-        return messages.RanSamples(per_s=median(per_s), alone_db=self._alone_db(request))
+        alone_db = self._alone_db(request) if request.alone else EQUAL_DB
+        return messages.RanSamples(per_s=median(per_s), alone_db=alone_db)
 
     def _alone_db(self, request: messages.RunSamples) -> float:
         """Run some rows of the first batch alone too."""

@@ -4,7 +4,7 @@ import json
 import shutil
 import tempfile
 import weakref
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from hashlib import sha256
 from pathlib import Path
 from typing import Any, Self
@@ -84,6 +84,17 @@ class Workspace:
     def log(self, build: Build) -> Path:
         """What the build's trial processes print."""
         return self.folder / "logs" / f"{_file_name(build)}.log"
+
+    def twin(self, inputs: BuildInputs, calibration: Samples) -> Self:
+        """An empty workspace within this one for builds with other calibration samples; all else is the same."""
+        twin = type(self)(self.folder / "twin")
+        shutil.rmtree(twin.folder, ignore_errors=True)
+        for part in (twin.folder, *twin._parts):
+            part.mkdir()
+        twin.program.symlink_to(self.program.resolve())
+        twin.holdout.symlink_to(self.holdout.resolve())
+        twin.write_build_inputs(replace(inputs, calibration=calibration))
+        return twin
 
     def empty_payload(self, build: Build) -> Path:
         """The build's payload folder, made new and empty."""

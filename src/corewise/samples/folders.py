@@ -21,6 +21,10 @@ from corewise.samples.texts import number_or_text
 
 LABELS_FILE = "labels.csv"
 HEIC_SUFFIXES = (".heic", ".heif", ".hif")
+HIDDEN = (".", "__MACOSX")
+"""Names that begin so are no samples: what file managers and archives add."""
+SPLITS = frozenset(("train", "training", "val", "valid", "validation", "dev", "test", "testing", "eval"))
+"""Names of folders that hold class folders and are none themselves."""
 
 
 def list_images(places: Iterable[str | Path]) -> list[Path]:
@@ -55,6 +59,8 @@ class _Listing(NamedTuple):
     paths: list[str]
     labels: list[int | float] | None
     others: Counter[str]
+    classes: tuple[str, ...] = ()
+    """The names of class folders, in the order of their numbers."""
 
 
 def read_folder(
@@ -95,13 +101,13 @@ def read_folder(
         source=str(folder),
         numbers=np.array(chosen, np.int64),
         names=names,
-        notes=(*_skipped(listing.others, kind), *drawn),
+        notes=(*_skipped(listing.others, kind), *_order(listing.classes), *drawn),
     )
 
 
 def _listed(folder: Path, allow_empty: bool) -> _Listing:
     others: Counter[str] = Counter()
-    children = sorted(child for child in folder.iterdir() if not child.name.startswith("."))
+    children = sorted(child for child in folder.iterdir() if not child.name.startswith(HIDDEN))
     own = _usable([child.name for child in children if not child.is_dir()], others)
     classes = {child.name: _usable(_below(child), others) for child in children if child.is_dir()}
     filled = [name for name, paths in classes.items() if paths]
@@ -120,6 +126,11 @@ def _listed(folder: Path, allow_empty: bool) -> _Listing:
             f"{folder} has the single class folder {filled[0]}",
             f"give {folder / filled[0]} for images without labels, or write {folder / LABELS_FILE}",
         )
+    if all(name.lower() in SPLITS for name in filled):
+        raise SamplesError(
+            f"the folders {', '.join(filled)} of {folder} look like parts of a data set, not like classes",
+            f"give one of them, e.g. {folder / filled[-1]}, or name the classes in {folder / LABELS_FILE}",
+        )
     empty = [name for name in classes if name not in filled]
     if empty and not allow_empty:
         raise SamplesError(
@@ -127,7 +138,8 @@ def _listed(folder: Path, allow_empty: bool) -> _Listing:
             "remove it, or allow empty classes (allow_empty), whose numbers are kept",
         )
     paths = [f"{name}/{path}" for name in classes for path in classes[name]]
-    return _Listing(paths, [number for number, name in enumerate(classes) for _ in classes[name]], others)
+    labels: list[int | float] = [number for number, name in enumerate(classes) for _ in classes[name]]
+    return _Listing(paths, labels, others, tuple(classes))
 
 
 def _below(folder: Path) -> Iterator[str]:
@@ -136,7 +148,7 @@ def _below(folder: Path) -> Iterator[str]:
     levels: list[tuple[str, list[str]]] = []
     for parent, folders, files in os.walk(folder, followlinks=True):
         real = os.path.realpath(parent)
-        folders[:] = [] if real in seen else [name for name in folders if not name.startswith(".")]
+        folders[:] = [] if real in seen else [name for name in folders if not name.startswith(HIDDEN)]
         if real not in seen:
             levels.append((parent, files))
         seen.add(real)
@@ -174,6 +186,19 @@ def _skipped(others: Counter[str], kind: RawKind) -> tuple[str, ...]:
     named = ", ".join(f"{count} {suffix}" for suffix, count in others.most_common())
     advice = "; pip install 'corewise[heic]' reads .heic" if any(suffix in others for suffix in HEIC_SUFFIXES) else ""
     return (f"{sum(others.values())} files are no {NOUNS[kind]} that can be read here: {named}{advice}",)
+
+
+def _order(classes: tuple[str, ...]) -> tuple[str, ...]:
+    """A sentence for the report where class folders are numbers and their order as text, torchvision's, is another."""
+    if not classes or not all(name.isdecimal() for name in classes):
+        return ()
+    moved = next((number for number, name in enumerate(classes) if int(name) != number), None)
+    if moved is None:
+        return ()
+    return (
+        f"class folders are numbered in the order of their names as text, as torchvision does: {classes[moved]} is "
+        f"class {moved}",
+    )
 
 
 def _labelled(folder: Path) -> _Listing:

@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
+from stat import S_ISREG
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -122,6 +123,8 @@ def _opened(source: Path | bytes, name: str, max_pixels: int | None) -> "Iterato
     pil = _pil()
     try:
         file = io.BytesIO(source) if isinstance(source, bytes) else source
+        if isinstance(source, Path) and not S_ISREG(source.stat().st_mode):
+            raise UnreadableItem(name, "is no regular file")  # to open a named pipe would wait for ever
         with pil.open(file, formats=_formats()) as image:
             if max_pixels is not None and image.width * image.height > max_pixels:
                 raise TooManyPixels(name, f"has {image.width}x{image.height} pixels, the most are {max_pixels:,}")

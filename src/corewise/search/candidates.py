@@ -68,20 +68,6 @@ def list_candidates(
     return tuple(builds if fixed_batch is None else (build.with_fixed_batch(fixed_batch) for build in builds))
 
 
-def following(left: Sequence[Build], trials: Sequence[Trial]) -> Build:
-    """The next of the builds that are ``left``: the first one, unless an engine's own int8 was too inaccurate.
-
-    If no int8 has passed the gate yet, corewise's quantizer for such an engine comes next: it keeps more of the
-    accuracy. (In three minutes three engines' own int8 of MobileNetV2 were rejected, and corewise's, which won when
-    there was time, was not reached; Zen 4.)
-    """
-    int8 = [trial for trial in trials if trial.build.precision == "int8"]
-    if any(trial.state == State.OK or uses_corewise_quantizer(trial.build) for trial in int8):
-        return left[0]
-    rejected = {trial.build.engine for trial in int8 if trial.inaccurate}
-    return next((build for build in left if uses_corewise_quantizer(build) and build.engine in rejected), left[0])
-
-
 def _effort(build: Build) -> int:
     """How long it takes to make: 0 without calibration, 2 for the slowest (corewise's quantizer, and PyTorch's).
 

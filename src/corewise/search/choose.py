@@ -8,13 +8,16 @@ from corewise.accuracy.gate import judge
 from corewise.common import stats
 from corewise.records.build import Build
 from corewise.records.goal import Goal, Requirements, Slo
-from corewise.records.measurement import Rates
+from corewise.records.measurement import Measurement, Rates
 from corewise.records.reason import Detail, Reason, ReasonKind
 from corewise.records.report import Choice, LosingTrial
 from corewise.records.trial import State, Trial
+from corewise.search.plans import rate_interval
 
 TIE = 0.98
 """A finalist that reaches this share of the fastest, by an interval that holds 1, is as fast."""
+DRIFT = 1.5
+"""A speed-up may differ by this factor between the trials and the race without a contradiction."""
 
 _PRECISION_RANK = {"fp32": 3, "bf16": 2, "int8": 1, "int8-dynamic": 0}
 
@@ -107,6 +110,38 @@ def choose_winner(
         warnings=tuple(_doubts(outcome)),
         certified=winner.trial.certified,
     )
+
+
+def find_contradiction(
+    trials: Sequence[Trial], finals: Sequence[Rates], requirements: Requirements, baseline: Build
+) -> Reason | None:
+    """What the race says of the winner's speed-up and its trials deny; ``None`` if they agree.
+
+    Both have intervals. Those of the trials hold one second of calls, and the machine drifts from minute to minute, so
+    they contradict each other when not even a factor of ``DRIFT`` makes them meet.
+    """
+    return _contradiction(_decide(trials, finals, requirements, baseline))
+
+
+def _contradiction(outcome: _Outcome) -> Reason | None:
+    winner, base = outcome.winner, outcome.baseline
+    ours, theirs = _in_trial(winner), _in_trial(base)
+    if winner is base or ours is None or theirs is None:
+        return None
+    (our_low, our_high), (their_low, their_high) = rate_interval(ours), rate_interval(theirs)
+    if min(our_low, their_low) <= 0:
+        return None
+    alone = stats.Ratio(ours.throughput_per_s / theirs.throughput_per_s, our_low / their_high, our_high / their_low)
+    raced = winner.over(base)
+    if raced.low <= DRIFT * alone.high and alone.low <= DRIFT * raced.high:
+        return None
+    return Reason(kind=ReasonKind.RACE_CONTRADICTS, details={**_ratio(raced), **_ratio(alone, "alone_")})
+
+
+def _in_trial(finalist: _Finalist) -> Measurement | None:
+    """What the trial measured of the plan that raced."""
+    measured = (one for one in finalist.trial.measurements if one.plan == finalist.rates.plan)
+    return next(measured, None)
 
 
 def _decide(trials: Sequence[Trial], finals: Sequence[Rates], requirements: Requirements, baseline: Build) -> _Outcome:
@@ -249,6 +284,9 @@ def _doubts(outcome: _Outcome) -> Iterator[Reason]:
 
 def _doubts_about_rates(outcome: _Outcome) -> Iterator[Reason]:
     winner, base, goal = outcome.winner, outcome.baseline, outcome.requirements.goal
+    contradiction = _contradiction(outcome)
+    if contradiction is not None:
+        yield contradiction
     rounds = len(base.rates.per_s)
     if rounds < stats.MIN_ROUNDS:
         yield Reason.of(ReasonKind.FEW_ROUNDS, rounds=rounds, needed=stats.MIN_ROUNDS)

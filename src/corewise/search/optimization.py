@@ -19,12 +19,13 @@ from corewise.records.pipeline import Pooling
 from corewise.records.report import Choice, Report
 from corewise.runtime.worker import peak_memory_bytes
 from corewise.runtime.workspace import Workspace
-from corewise.search.budget import WITH_LOADS, Budget, BudgetSplit
+from corewise.search.budget import WITH_LOADS, Budget, BudgetSplit, baseline_batch
 from corewise.search.candidates import first_plan, layouts
 from corewise.search.decoding import Decoding, choose_decoding
 from corewise.search.journal import Journal
 from corewise.search.result import Result
 from corewise.search.search import Search
+from corewise.search.shifting import ShiftGuard
 from corewise.search.task import MetricLike, Task, package_versions
 from corewise.search.trial import SearchContext
 
@@ -42,6 +43,7 @@ def optimize(
     slo_ms: float | None = None,
     memory_limit_bytes: int | None = None,
     strict: bool = False,
+    robust: bool | None = None,
     engines: Sequence[str] = DEFAULT_ENGINES,
     ignored: Sequence[str] = (),
     calibration: int | None = None,
@@ -72,7 +74,9 @@ def optimize(
         slo_ms: for "slo", milliseconds.
         memory_limit_bytes: most memory for the process that runs the winner. Default: no limit.
         strict: ask the upper end of the drop's 95 % confidence interval to be within ``max_drop``.
-        engines: the engines to try; eager PyTorch is always the baseline.
+        robust: ask that int8 holds on samples unlike those that calibrated it too. Default: for texts and embeddings.
+        engines: the engines to try; eager PyTorch is always the baseline. One that cannot be tried at all is an error,
+            unless the engines are the default ones.
         ignored: layers that never run in int8: names as ``explain`` lists them, or regular expressions for whole names.
         calibration: samples to calibrate with, drawn with ``seed``; all others are the holdout that decides. Default:
             two of five, at most 200.
@@ -81,7 +85,7 @@ def optimize(
         tokenizer: a ``tokenizer.json``, for a model that takes token ids and brings none: samples may then be texts.
         pooling: make one vector of each text: "mean", "cls", "max" or "last" of its token vectors; for "hf:" models and
             models with ``tokenizer``.
-        budget_s: seconds for the whole search. Default: as long as it takes.
+        budget_s: seconds for the whole search; a short one judges with fewer samples. Default: as long as it takes.
         timeout_s: seconds for each step of a trial.
         work: a folder that keeps finished trials, so that the same call resumes. Default: a temporary folder.
         on_event: called with each event of ``corewise.records.events`` as it happens.
@@ -92,6 +96,7 @@ def optimize(
     Raises:
         InputError: something is wrong with an argument, or the budget is too short for a single candidate.
         MissingExtra: torch is not installed.
+        EngineError: an engine in ``engines`` cannot be tried: it is not installed, or has no build for this model.
 
     Example:
         >>> import numpy as np, torch, corewise
@@ -109,6 +114,7 @@ def optimize(
         max_drop=max_drop,
         strict=strict,
         memory_limit_bytes=memory_limit_bytes,
+        robust=robust,
     )
     _check(requirements, budget_s, timeout_s)
     task = Task.read(
@@ -123,6 +129,8 @@ def optimize(
         tokenizer=tokenizer,
         pooling=pooling,
         on_event=on_event,
+        budget_s=budget_s,
+        required=tuple(engines) != DEFAULT_ENGINES,
     )
     workspace = Workspace.create(work)
     gate = task.gate(requirements)
@@ -132,9 +140,11 @@ def optimize(
             workspace.clear()
         try:
             build_inputs = task.write(workspace)
-            search = Search(task.builds, gate, context, journal)
+            shift = ShiftGuard(gate, context, build_inputs, task.builds[0])
+            search = Search(task.builds, gate, context, journal, shift)
             search.try_builds()
             search.revert_layers()
+            search.judge_under_shift()
             search.tune_plans()
             search.climb_rungs()
             search.find_slo_rate()
@@ -156,9 +166,14 @@ def _context(
     timeout_s: float,
     on_event: OnEvent,
 ) -> SearchContext:
+    plan = first_plan(task.cpu, requirements.goal, task.exported.fixed_batch)
+    shorter = task.row_s is not None and task.exported.fixed_batch is None
     return SearchContext(
         workspace=workspace,
-        plan=first_plan(task.cpu, requirements.goal, task.exported.fixed_batch),
+        plan=plan,
+        baseline_plan=replace(plan, batch=baseline_batch(task.row_s or 0.0, plan.batch)) if shorter else plan,
+        calibration=len(task.calibration),
+        holdout=len(task.holdout),
         layouts=lambda build: layouts(task.cpu, build),
         cpu=task.cpu,
         timeout_s=timeout_s,
@@ -185,14 +200,14 @@ def _result(
         created=datetime.now(UTC).isoformat(timespec="seconds"),
         versions=package_versions(),
         cpu=task.cpu,
-        requirements=context.requirements,
+        requirements=replace(context.requirements, robust=search.gate.is_robust),
         samples=replace(task.facts, preprocess=decoding.preprocess),
         trials=tuple(search.trials),
         finals=search.rates,
         choice=choice,
         wall_s=context.budget.elapsed_s,
         peak_memory_bytes=peak_memory_bytes() + search.peak_memory_bytes,
-        notes=(*task.notes, *((decoding.reason,) if decoding.reason else ())),
+        notes=(*task.notes, *search.notes, *((decoding.reason,) if decoding.reason else ())),
     )
     return Result(
         report=report,

@@ -7,7 +7,7 @@ Its driver keeps the time and may end it at any plan: all measurements so far co
 from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import combinations
-from math import inf, isfinite
+from math import inf, isfinite, sqrt
 
 from corewise.machine.layouts import ThreadLayout
 from corewise.records.build import Plan
@@ -42,15 +42,20 @@ Strategy = Generator[PlanRequest, Measurement, Reason]
 Measured = dict[Plan, Measurement]
 
 
-def strategy(goal: Goal, layouts: Sequence[ThreadLayout], batches: Sequence[int] = BATCHES) -> Strategy:
-    """How to search the plans of one build for a goal; ``layouts`` in the order worth trying."""
+def strategy(
+    goal: Goal, layouts: Sequence[ThreadLayout], batches: Sequence[int] = BATCHES, like: Plan | None = None
+) -> Strategy:
+    """How to search the plans of one build for a goal; ``layouts`` in the order worth trying.
+
+    For throughput the search starts from the plan ``like``, which was the best of a similar build.
+    """
     match goal:
         case Latency():
             return _latency(layouts)
         case Slo(p99_ms=p99_ms):
             return _latency_tables(layouts, p99_ms, batches)
         case _:
-            return _throughput(layouts, batches)
+            return _throughput(layouts, batches) if like is None else _near(like, layouts, batches)
 
 
 def _throughput(layouts: Sequence[ThreadLayout], batches: Sequence[int]) -> Strategy:
@@ -76,6 +81,21 @@ def _throughput(layouts: Sequence[ThreadLayout], batches: Sequence[int]) -> Stra
         if layout not in climbed:  # another layout may need less memory
             yield from _climb(measured, layout, batches)
     yield from _measure_again(measured, batches)
+    return _fastest(measured)
+
+
+def _near(like: Plan, layouts: Sequence[ThreadLayout], batches: Sequence[int]) -> Strategy:
+    """The plan that was the best of a similar build, and the batches around it; all plans if it may not be chosen."""
+    measured: Measured = {}
+    yield from _ask(measured, like, ReasonKind.TWINS_BEST)
+    if measured[like].rejected is not None:
+        return (yield from _throughput(layouts, batches))
+    yield from _climb(measured, ThreadLayout.of(like), batches)
+    yield from _measure_again(measured, batches)
+    return _fastest(measured)
+
+
+def _fastest(measured: Measured) -> Reason:
     fastest = _ranked(measured)[0]
     if fastest.rejected is not None:
         return Reason.of(ReasonKind.NO_PLAN_ALLOWED)
@@ -270,6 +290,12 @@ def pooled(first: Measurement, second: Measurement) -> Measurement:
         times=first.times + second.times,
         rejected=first.rejected or second.rejected,
     )
+
+
+def rate_interval(measurement: Measurement) -> tuple[float, float]:
+    """An interval of the rate: the notch of a box plot (McGill, Tukey and Larsen 1978), about 95 % for the median."""
+    half = 1.57 * measurement.spread / sqrt(max(1, len(measurement.latencies_ms)))
+    return measurement.throughput_per_s * (1 - half), measurement.throughput_per_s * (1 + half)
 
 
 def _layout(measurement: Measurement) -> ThreadLayout:

@@ -1,6 +1,6 @@
 """What ``optimize`` returns: the report, the model ready to call, and the way to an artifact."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -12,11 +12,12 @@ from corewise.artifact.checks import program_ranges
 from corewise.artifact.model import Model
 from corewise.artifact.photos import image_runner
 from corewise.artifact.texts import text_runner
+from corewise.artifact.watch import seen_range
 from corewise.common.nested import Structure
 from corewise.engines import BuildInputs, Engine
 from corewise.pipeline import TextEncoder, fit, image_pipeline, infer
 from corewise.records.pipeline import ImagePipeline, TextPipeline
-from corewise.records.ranges import InputRange
+from corewise.records.ranges import InputRange, SeenRanges
 from corewise.records.report import Report
 from corewise.report import words
 from corewise.runtime.client import read_outputs
@@ -73,6 +74,7 @@ class Result:
             input_structure=self.holdout.structure,
             output_structure=self.output_structure,
             ranges=self._ranges,
+            seen_ranges=self._seen_ranges,
             texts=None if encoder is None else text_runner(encoder, session.run, choice.plan),
             images=None if images is None else image_runner(images, session.run, choice.plan),
         )
@@ -140,6 +142,7 @@ class Result:
             preprocess=self.holdout.preprocess,
             files=files,
             input_ranges=self._ranges,
+            seen_ranges=self._seen_ranges,
         )
 
     def _inferred(self, tokenizer: Path, labels: Sequence[str]) -> tuple[TextPipeline, bytes]:
@@ -168,6 +171,19 @@ class Result:
         samples = (self.build_inputs.calibration, self.holdout)
         batches = (inputs for part in samples for _, inputs in part.batches(GOLDEN_ROWS))
         return program_ranges(self.build_inputs.program, self.build_inputs.inputs, batches)
+
+    @cached_property
+    def _seen_ranges(self) -> SeenRanges:
+        """What the calibration samples and the winner's outputs for the holdout were like."""
+        specs, leaves = self.build_inputs, read_outputs(self.outputs).leaves
+
+        def column(k: int) -> Iterator[np.ndarray]:
+            return (inputs[k] for _, inputs in specs.calibration.batches(GOLDEN_ROWS))
+
+        return SeenRanges(
+            inputs=tuple(seen_range(spec, column(k)) for k, spec in enumerate(specs.inputs)),
+            outputs=tuple(seen_range(spec, [leaf]) for spec, leaf in zip(specs.outputs, leaves, strict=True)),
+        )
 
     def _golden(self) -> tuple[tuple[np.ndarray, ...], list[np.ndarray]]:
         """The first holdout samples of one shape, and the winner's outputs for them."""

@@ -3,61 +3,70 @@
 import shutil
 from collections.abc import Sequence
 from dataclasses import replace
-from math import inf, sqrt
+from math import inf
 
 from corewise.accuracy.gate import AccuracyGate
 from corewise.common.errors import CorewiseError, InputError, SourceError
 from corewise.engines.qdq import climbed, uses_corewise_quantizer
 from corewise.records.build import Build
-from corewise.records.events import PlansTuned, TrialEnded, TrialStarted
+from corewise.records.events import BuildsLeftUntried, PlansTuned, TrialEnded, TrialStarted
 from corewise.records.goal import Slo
 from corewise.records.measurement import Measurement, Rates
-from corewise.records.reason import Reason, ReasonKind
+from corewise.records.reason import NOT_TRIED, Reason, ReasonKind
 from corewise.records.report import Choice
 from corewise.records.trial import State, Trial
 from corewise.report.reasons import sentence
 from corewise.runtime.client import read_outputs
 from corewise.runtime.race import Race
 from corewise.search import slo
+from corewise.search.budget import BASELINE_SHARE
 from corewise.search.candidates import (
     at_learned_rung,
-    following,
+    family,
     highest_rungs,
     is_baseline,
     with_reverted_layers,
     worth_climbing,
 )
-from corewise.search.choose import choose_winner
+from corewise.search.choose import choose_winner, find_contradiction
 from corewise.search.finals import race_finalists
+from corewise.search.forecast import PROMISING, Forecast, following, is_better_left, learned_plan
 from corewise.search.journal import Journal
-from corewise.search.plans import BATCHES
+from corewise.search.plans import BATCHES, rate_interval
+from corewise.search.shifting import ShiftGuard
 from corewise.search.trial import SearchContext, measure_plan, run_trial
 from corewise.search.tuning import not_tuned, tune
 
 TUNED = 3
 """Builds beside the baseline whose plans are searched."""
-PROMISING = 0.7
-"""Builds slower than this share of the fastest under the first plan are not searched: other threads and batches change
-the order of builds, but seldom by more (MobileNetV2 as two instances of one thread ran 25 to 35 % faster)."""
-CALIBRATING = 2.5
-"""The first build of corewise's quantizer takes about this many times as long as the slowest build before it (ResNet-50
-on two cores: 140 s against 50); a build that is ended by the budget wins nothing."""
-OUT_OF_TIME = (
-    ReasonKind.BUDGET_SPENT_BEFORE,
-    ReasonKind.BUDGET_SPENT_DURING,
-    ReasonKind.BUDGET_TOO_SHORT,
-)
+OVERTIME = 1.5
+"""Of the budget, what trials may take while nothing but the baseline has passed: a late result is better than none."""
+NAMED = 3
+"""Builds that are named where more were not tried."""
+OUT_OF_TIME = (*NOT_TRIED, ReasonKind.BUDGET_SPENT_DURING)
 
 
 class Search:
     """Runs the stages in the order in which its methods stand here."""
 
-    def __init__(self, builds: Sequence[Build], gate: AccuracyGate, context: SearchContext, journal: Journal) -> None:
+    def __init__(
+        self,
+        builds: Sequence[Build],
+        gate: AccuracyGate,
+        context: SearchContext,
+        journal: Journal,
+        shift: ShiftGuard | None = None,
+    ) -> None:
         self.builds = tuple(builds)
         self.gate = gate
         self.context = context
         self.journal = journal
+        self.shift = shift
         self.trials: list[Trial] = []
+        self.notes: list[Reason] = []
+        """What limited the search."""
+        self.baseline_s = 0.0
+        """Seconds that the baseline's trial took."""
         self.race_result: Race | None = None
 
     @property
@@ -74,16 +83,20 @@ class Search:
 
     def try_builds(self) -> None:
         """One trial a build, the baseline first; a trial in the journal is not run again."""
-        left = list(self.builds)
+        baseline, *left = self.builds
+        trial = self._try(baseline, total=len(self.builds))
+        if is_baseline(baseline):
+            self._check_baseline(trial)
         while left:
-            build = following(left, self.trials)
+            left = [at_learned_rung(build, self.trials) for build in left]
+            build = following(left, self._forecast(), self._left_s(), sure_first=not self._any_candidate_ok())
+            why_not = self._why_not_tried(build, left)
             left.remove(build)
-            trial = self._try(at_learned_rung(build, self.trials), total=len(self.trials) + len(left) + 1)
-            if is_baseline(build):
-                self._check_baseline(trial)
+            trial = self._try(build, total=len(self.trials) + len(left) + 1, why_not=why_not)
             if trial.inaccurate and (further := self._climbed(trial.build)):
                 left.insert(0, further)
         self._check_candidates()
+        self._tell_untried()
 
     def revert_layers(self) -> None:
         """More trials for engines whose int8 builds were all rejected by the gate.
@@ -94,7 +107,9 @@ class Search:
         passed = {
             trial.build.engine
             for trial in self.trials
-            if trial.build.precision == "int8" and trial.state in (State.OK, State.PRUNED)
+            if trial.build.precision == "int8"
+            and trial.state in (State.OK, State.PRUNED)
+            and trial.reason.kind not in OUT_OF_TIME
         }
         for rejected in highest_rungs([trial for trial in self.trials if trial.inaccurate]):
             build = rejected.build
@@ -104,11 +119,31 @@ class Search:
             assert rejected.receipt is not None
             count = 1
             while count <= rejected.receipt.int8 // 2:
-                trial = self._try(with_reverted_layers(build, count), total=len(self.trials) + 1)
+                repaired = with_reverted_layers(build, count)
+                why_not = self._why_not_tried(repaired, (repaired,))
+                trial = self._try(repaired, total=len(self.trials) + 1, why_not=why_not)
                 if trial.state != State.REJECTED:
                     passed.add(build.engine)
                     break
                 count *= 2
+
+    def judge_under_shift(self) -> None:
+        """In a robust search, judge the builds whose plans are worth a search on samples unlike those that calibrated.
+
+        The fastest come first, until enough of them hold.
+        """
+        held = 0
+        for trial in sorted(self.trials, key=lambda trial: -_first_per_s(trial) if trial.measurements else 0.0):
+            if is_baseline(trial.build) or trial.state != State.OK or held == TUNED:
+                continue
+            judged = self._judged_under_shift(trial)
+            if judged is not trial:
+                if judged.reason.kind not in OUT_OF_TIME:
+                    self.journal.add(judged)
+                self._replace(judged)
+                if judged.state != State.OK:
+                    self.context.on_event(TrialEnded(judged, resumed=False))
+            held += judged.state == State.OK
 
     def tune_plans(self) -> None:
         """Search the plans of the most promising builds, and of the baseline at last.
@@ -127,15 +162,23 @@ class Search:
             fit += not is_baseline(trial.build) and tuned.state == State.OK
 
     def climb_rungs(self) -> None:
-        """Correct the fastest build of corewise's quantizer further while it is close to a limit and time is left."""
-        while not self.context.budget.ended(self.context.split.plans):
-            worth = worth_climbing(self.trials, self.context.requirements)
-            further = self._climbed(worth.build) if worth else None
-            if further is None:
+        """Correct the fastest build of corewise's quantizer further if it is close to a limit and time is left.
+
+        All corrections are made at once if there is time for them, else one after the other.
+        """
+        left_s = self.context.budget.left_s(self.context.split.plans)
+        while worth := worth_climbing(self.trials, self.context.requirements):
+            forecast, top = self._forecast(), family(worth.build)
+            if any(trial.build == top for trial in self.trials):
                 return
-            trial = self._try(further, total=len(self.trials) + 1)
+            further = top if forecast.seconds(top) <= left_s else self._climbed(worth.build)
+            if further is None or forecast.seconds(further) > left_s:
+                return
+            trial = self._try(further, total=len(self.trials) + 1, share=self.context.split.plans)
             if trial.state == State.OK:
-                self._replace(self._tune(trial, None))
+                trial = self._judged_under_shift(trial)
+                self._replace(self._tune(trial, None) if trial.state == State.OK else trial)
+            left_s = self.context.budget.left_s(self.context.split.plans)
 
     def find_slo_rate(self) -> None:
         """For an SLO, load the most promising plans and certify the highest rate that meets it."""
@@ -150,15 +193,19 @@ class Search:
                 self.context.on_event(PlansTuned(trial))
 
     def race(self) -> None:
-        """Race the best builds against the baseline."""
-        trials, self.race_result = race_finalists(self.trials, self.context)
-        self.trials = list(trials)
+        """Race the best builds against the baseline, once more if the race contradicts the trials."""
+        requirements, baseline = self.context.requirements, self.trials[0].build
+        for _ in range(2):
+            trials, self.race_result = race_finalists(self.trials, self.context)
+            self.trials = list(trials)
+            if find_contradiction(self.trials, self.rates, requirements, baseline) is None:
+                return
 
     def choose(self) -> Choice:
         """The winner of the race, whose trial then has the latency table that admission needs."""
         choice = choose_winner(self.trials, self.rates, self.context.requirements, self.trials[0].build)
         self._complete_latency_table(choice)
-        return choice
+        return self._with_doubt_under_shift(choice)
 
     def _climbed(self, build: Build) -> Build | None:
         """The build with one more of corewise's corrections that was not tried; ``None`` if there is none."""
@@ -173,15 +220,26 @@ class Search:
     def _replace(self, trial: Trial) -> None:
         self.trials = [trial if other.build == trial.build else other for other in self.trials]
 
-    def _try(self, build: Build, *, total: int) -> Trial:
-        """The build's trial: from the journal, or run now."""
+    def _forecast(self) -> Forecast:
+        context = self.context
+        return Forecast(
+            cpu=context.cpu, calibration=context.calibration, holdout=context.holdout, trials=tuple(self.trials)
+        )
+
+    def _left_s(self) -> float:
+        """Seconds for trials; while no candidate has passed, all that is left of the budget."""
+        return self.context.budget.left_s(self.context.split.last_trial if self._any_candidate_ok() else 1.0)
+
+    def _try(self, build: Build, *, total: int, why_not: Reason | None = None, share: float | None = None) -> Trial:
+        """The build's trial: from the journal, or run now until ``share`` of the budget is spent; or ``why_not``."""
         context = self.context
         trial = self.journal.get(build)
         resumed = trial is not None and self._still_good(trial)
         if trial is None or not resumed:
             context.on_event(TrialStarted(build, len(self.trials) + 1, total))
-            no_time = self._no_time(build)
-            trial = Trial(build=build, state=State.PRUNED, reason=no_time) if no_time else self._run(build)
+            trial = Trial(build=build, state=State.PRUNED, reason=why_not) if why_not else self._run(build, share)
+            if trial.state == State.OK and self._leads(trial):
+                trial = self._judged_under_shift(trial)
             # What ended for lack of time is tried again by another run with more of it.
             if trial.reason.kind not in OUT_OF_TIME:
                 self.journal.add(trial)
@@ -191,30 +249,77 @@ class Search:
         self.trials.append(trial)
         return trial
 
-    def _run(self, build: Build) -> Trial:
+    def _run(self, build: Build, share: float | None) -> Trial:
         best_verified_per_s = max((trial.verified_per_s for trial in self.trials if trial.state == State.OK), default=0)
-        return run_trial(
+        started_s = self.context.budget.elapsed_s
+        if is_baseline(build):
+            share = inf  # nothing can be judged without its answers
+        elif share is None:
+            share = self._trial_share()
+        trial = run_trial(
             build,
             self.context,
             best_verified_per_s=best_verified_per_s,
             is_baseline=is_baseline(build),
-            share=self.context.split.last_trial if self._any_candidate_ok() else 1.0,
+            share=share,
         )
-
-    def _no_time(self, build: Build) -> Reason | None:
-        """Why a build cannot be tried in what is left of the budget."""
-        budget, split = self.context.budget, self.context.split
         if is_baseline(build):
-            return None
-        if budget.ended(split.trials):
+            self.baseline_s = self.context.budget.elapsed_s - started_s
+        return trial
+
+    def _trial_share(self) -> float:
+        """Of the budget, when a candidate's trial has to be finished."""
+        return self.context.split.last_trial if self._any_candidate_ok() else OVERTIME
+
+    def _leads(self, trial: Trial) -> bool:
+        """Whether it is faster than all candidates before it, so that others need not be tried if it holds."""
+        before = (other for other in self.trials if other.state == State.OK and not is_baseline(other.build))
+        fastest = max((_first_per_s(other) for other in before), default=0.0)
+        return not is_baseline(trial.build) and _first_per_s(trial) > fastest
+
+    def _judged_under_shift(self, trial: Trial) -> Trial:
+        if self.shift is None or not self.gate.is_robust:
+            return trial
+        judged = self.shift.judged(trial, share=self._trial_share())
+        unsplit = Reason.of(ReasonKind.NOT_SPLIT)
+        if self.shift.unsplit and unsplit not in self.notes:
+            self.notes.append(unsplit)
+        return judged
+
+    def _with_doubt_under_shift(self, choice: Choice) -> Choice:
+        """Where the drop under shift decides nothing, the winner's is found out all the same if there is time."""
+        winner = self._of(choice.winner)
+        if self.shift is None or self.gate.is_robust or winner.build.precision != "int8":
+            return choice
+        judged = self.shift.judged(winner, share=1.0)
+        self._replace(judged)
+        doubt = self.shift.doubt(judged)
+        return choice if doubt is None else replace(choice, warnings=(*choice.warnings, doubt))
+
+    def _why_not_tried(self, build: Build, left: Sequence[Build]) -> Reason | None:
+        """Why a build of those ``left`` is not tried in what is left of the budget."""
+        budget, split = self.context.budget, self.context.split
+        passed = self._any_candidate_ok()
+        if budget.ended(split.trials if passed else OVERTIME):
             return budget.reason(ReasonKind.BUDGET_SPENT_BEFORE)
-        calibrated = any(uses_corewise_quantizer(trial.build) and trial.build_s > 0 for trial in self.trials)
-        if uses_corewise_quantizer(build) and not calibrated and self._any_candidate_ok():
-            needed_s = CALIBRATING * max(trial.build_s for trial in self.trials)
-            left_s = budget.left_s(split.last_trial)
-            if left_s < needed_s:
-                return budget.reason(ReasonKind.BUDGET_TOO_SHORT, left_s=left_s, needed_s=needed_s)
+        if budget.total_s is None or not passed:
+            return None
+        forecast, left_s = self._forecast(), self._left_s()
+        if left_s < (needed_s := forecast.seconds(build)):
+            return budget.reason(ReasonKind.BUDGET_TOO_SHORT, left_s=left_s, needed_s=needed_s)
+        if is_better_left(build, left, forecast, left_s):
+            expected = forecast.speed(build)
+            return budget.reason(ReasonKind.BUDGET_BETTER_SPENT, expected=expected, best=forecast.best)
         return None
+
+    def _tell_untried(self) -> None:
+        """Say at once what the budget leaves untried."""
+        untried = [trial.build.label for trial in self.trials if trial.untried]
+        if untried:
+            named = untried[:NAMED]
+            reason = self.context.budget.reason(ReasonKind.LEFT_UNTRIED, builds=named, count=len(untried))
+            self.notes.append(reason)
+            self.context.on_event(BuildsLeftUntried(reason))
 
     def _any_candidate_ok(self) -> bool:
         return any(trial.state == State.OK for trial in self.trials if not is_baseline(trial.build))
@@ -228,11 +333,6 @@ class Search:
 
     def _check_baseline(self, trial: Trial) -> None:
         if trial.state != State.OK:
-            budget = self.context.budget
-            if budget.ended():
-                raise InputError(
-                    f"the budget of {budget.total_s:g} s was spent before the baseline was measured", "give more time"
-                )
             raise SourceError(f"the model does not run as it is: {sentence(trial.reason)}", "make it run in PyTorch")
         outputs = read_outputs(self.context.workspace.outputs(trial.build))
         self.gate.reference = self.gate.reference or outputs
@@ -244,8 +344,8 @@ class Search:
             budget = self.context.budget
             raise InputError(
                 f"the budget of {budget.total_s:g} s was spent before one candidate was tried: the baseline alone took "
-                f"{budget.elapsed_s:.0f} s",
-                "give more time; what is finished is kept",
+                f"{self.baseline_s:.0f} s",
+                "give more time",
             )
 
     def _why_not_tuned(self, trial: Trial, ranked: Sequence[Trial], fit: int) -> Reason | None:
@@ -254,8 +354,8 @@ class Search:
         fastest = next(able, None)
         if is_baseline(trial.build) or fastest is None:
             return None
-        low_per_s, _ = _interval(fastest.measurements[0])
-        _, high_per_s = _interval(trial.measurements[0])
+        low_per_s, _ = rate_interval(fastest.measurements[0])
+        _, high_per_s = rate_interval(trial.measurements[0])
         kind = None
         if high_per_s < PROMISING * low_per_s:
             kind = ReasonKind.MUCH_SLOWER
@@ -278,7 +378,11 @@ class Search:
             left_out = not_tuned(trial, why_not, self.context.requirements)
             self.journal.add(left_out)
             return left_out
-        tuned = tune(trial, self.context)
+        goal, budget = self.context.requirements.goal, self.context.budget
+        most_s = inf
+        if is_baseline(trial.build) and budget.total_s is not None:
+            most_s = BASELINE_SHARE * budget.total_s - self.baseline_s
+        tuned = tune(trial, self.context, like=learned_plan(trial.build, self.trials, goal), most_s=most_s)
         if not self.context.budget.ended(self.context.split.plans):
             self.journal.add(tuned)
         self.context.on_event(PlansTuned(tuned))
@@ -304,12 +408,6 @@ class Search:
         except CorewiseError:
             pass  # The table stays as it is; admission estimates the rest.
         self._replace(replace(winner, measurements=(*winner.measurements, *measurements)))
-
-
-def _interval(measurement: Measurement) -> tuple[float, float]:
-    """An interval of the rate: the notch of a box plot (McGill, Tukey and Larsen 1978), about 95 % for the median."""
-    half = 1.57 * measurement.spread / sqrt(max(1, len(measurement.latencies_ms)))
-    return measurement.throughput_per_s * (1 - half), measurement.throughput_per_s * (1 + half)
 
 
 def _first_per_s(trial: Trial) -> float:

@@ -4,7 +4,7 @@ import hashlib
 import importlib.metadata
 import importlib.util
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
@@ -27,7 +27,9 @@ from corewise.records.reason import Reason, ReasonKind
 from corewise.records.report import SampleFacts
 from corewise.runtime.workspace import Workspace
 from corewise.samples import Samples, check_class_names, default_calibration, split
-from corewise.search.candidates import list_candidates
+from corewise.samples.drawing import draw
+from corewise.search.budget import SampleLimits, sample_limits
+from corewise.search.candidates import BASELINE, list_candidates
 from corewise.search.texts import read_samples, tokenized
 
 if TYPE_CHECKING:
@@ -59,6 +61,8 @@ class Task:
     pipeline: TextPipeline | None = None
     """How texts become the model's inputs, if they do."""
     tokenizer: bytes = b""
+    row_s: float | None = None
+    """Seconds of one row in eager PyTorch; timed under a budget only."""
 
     @classmethod
     def read(
@@ -75,13 +79,21 @@ class Task:
         tokenizer: Path | None,
         pooling: Pooling | None,
         on_event: OnEvent,
+        budget_s: float | None = None,
+        required: bool = False,
     ) -> Self:
-        """Read the samples, export the model and list its builds. Raises ``InputError`` for what is wrong with them."""
+        """Read the samples, export the model and list its builds.
+
+        Raises ``InputError`` for what is wrong with them, and ``EngineError`` if an engine that is ``required`` cannot
+        be tried at all.
+        """
         from corewise import source
 
         if metric is not None:
             metrics.resolve(metric)
         usable, notes = _usable(engines)
+        if required:
+            _check_tried({str(note.details["engine"]): str(note.details["why"]) for note in notes})
         on_event(StageStarted(Stage.READING_SAMPLES))
         gathered = read_samples(model, samples)
         on_event(StageStarted(Stage.EXPORTING))
@@ -90,16 +102,25 @@ class Task:
         count = default_calibration(len(data)) if calibration is None else calibration
         calibrating, holdout = split(data, calibration=count, seed=seed)
         exported = source.export(loaded.model, data)
+        row_s = None if budget_s is None else source.row_seconds(exported, data)
+        if budget_s is not None and row_s is not None:
+            limits = sample_limits(budget_s, row_s, None if calibration is None else len(calibrating))
+            calibrating, holdout, fewer = _affordable(calibrating, holdout, limits, seed)
+            notes = (*notes, *fewer)
         if class_names is not None:
             check_class_names(class_names, exported.outputs[0].shape[-1] or 0, "the list of class names")
         in_process = None
         if exported.program is None:
-            in_process, usable, notes = _only_eager(exported)
+            in_process, usable, notes = _only_eager(exported, engines if required else ())
         elif ignored:
             _check_ignored(exported.program, ignored)
             notes = (*notes, Reason.of(ReasonKind.COREWISE_INT8_ONLY, layers=", ".join(ignored)))
         cpu = inspect_cpu()
         operators = source.operators(exported.program) if exported.program else {}
+        builds = list_candidates(cpu, operators, usable, ignored, exported.fixed_batch)
+        if required:
+            without = set(usable) - {BASELINE.engine, *(build.engine for build in builds)}
+            _check_tried(dict.fromkeys(without, "it has no build for this model on this CPU"))
         return cls(
             model=model if isinstance(model, str) else type(model).__name__,
             exported=exported,
@@ -108,12 +129,13 @@ class Task:
             holdout=holdout,
             metric=metric,
             cpu=cpu,
-            builds=list_candidates(cpu, operators, usable, ignored, exported.fixed_batch),
+            builds=builds,
             in_process=in_process,
             pipeline=None if loaded.pipeline is None else fit(loaded.pipeline, exported.inputs, exported.outputs),
             tokenizer=loaded.tokenizer,
             notes=(*map(Reason.text, data.notes), *notes, *_behaviour(exported)),
             seed=seed,
+            row_s=row_s,
         )
 
     @property
@@ -132,7 +154,15 @@ class Task:
     def gate(self, requirements: Requirements) -> AccuracyGate:
         """What compares outputs for the holdout with fp32's."""
         scorer = None if self.metric is None else metrics.resolve(self.metric)
-        return AccuracyGate(scorer, self.holdout, self.exported.output_structure, requirements, self.seed)
+        return AccuracyGate(
+            scorer,
+            self.holdout,
+            self.exported.output_structure,
+            requirements,
+            self.seed,
+            robust=requirements.robust,
+            integer_inputs=any("int" in spec.dtype for spec in self.exported.inputs),
+        )
 
     def write(self, workspace: Workspace) -> BuildInputs:
         """Write what the trial processes read into the workspace."""
@@ -170,9 +200,31 @@ class Task:
         return hashlib.sha256(json.dumps(to_json(parts)).encode()).hexdigest()
 
 
-def _only_eager(exported: "Exported") -> tuple[Engine, dict[str, Engine], tuple[Reason, ...]]:
-    """For a model that cannot be exported: only this process has the module, and only eager can run it."""
+def _affordable(
+    calibrating: Samples, holdout: Samples, limits: SampleLimits, seed: int
+) -> tuple[Samples, Samples, tuple[Reason, ...]]:
+    """As many samples of both parts as the budget has time for, and a note for each part that has fewer."""
+    parts, notes = [], []
+    for samples, most, role in (
+        (calibrating, limits.calibration, "calibration"),
+        (holdout, limits.holdout, "held-out"),
+    ):
+        chosen, drawn = draw(len(samples), most, seed, samples.groups)
+        parts.append(samples.take(chosen) if drawn else samples)
+        if drawn:
+            notes.append(Reason.of(ReasonKind.FEWER_SAMPLES, used=len(chosen), of=len(samples), role=role))
+    return parts[0], parts[1], tuple(notes)
+
+
+def _only_eager(exported: "Exported", required: Sequence[str]) -> tuple[Engine, dict[str, Engine], tuple[Reason, ...]]:
+    """For a model that cannot be exported: only this process has the module, and only eager can run it.
+
+    Raises ``EngineError`` if another engine is ``required``.
+    """
     from corewise.engines.eager import Eager
+
+    others = [name for name in required if name != BASELINE.engine]
+    _check_tried(dict.fromkeys(others, f"the model cannot be exported ({exported.why_not})"))
 
     eager = Eager(exported.module)
     return eager, {"eager": eager}, (Reason.of(ReasonKind.ONLY_EAGER, why=exported.why_not),)
@@ -218,13 +270,19 @@ def _usable(names: Sequence[str]) -> tuple[dict[str, Engine], tuple[Reason, ...]
     return {name: named_engine for name, named_engine in engines.items() if not reasons[name]}, notes
 
 
+def _check_tried(unable: Mapping[str, str]) -> None:
+    """Raise ``EngineError`` for the first engine that was asked for and is ``unable``, with the reason."""
+    for name, why in unable.items():
+        raise EngineError(f"engine {name} cannot be tried: {why}", "leave it out")
+
+
 def _identity(metric: MetricLike) -> str:
     """What distinguishes one metric from another in the journal: its place in its file, and that file's content.
 
     The values that it closes over do not count. A metric without a file, such as an object, cannot be distinguished
     from others, so nothing resumes.
     """
-    if metric is None or (isinstance(metric, str) and metric in metrics.METRICS):
+    if metric is None or (isinstance(metric, str) and ":" not in metric):  # built in, such as recall@5
         return metric or ""
     function = metrics.resolve(metric).score
     code = getattr(function, "__code__", None)

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 def read_samples(model: Any, samples: Any) -> Samples | RawSamples:
-    """The samples that ``optimize`` is given: texts as they are, images as the model's own preprocessing makes them.
+    """The samples in the forms that ``optimize`` takes, texts as they are, images by the model's own preprocessing.
 
     Raises ``SamplesError``.
     """

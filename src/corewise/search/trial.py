@@ -47,6 +47,12 @@ class SearchContext:
     """The thread layouts to try for a build."""
     budget: Budget = field(default_factory=Budget)
     split: BudgetSplit = field(default_factory=BudgetSplit)
+    calibration: int = 0
+    """Samples that calibrate."""
+    holdout: int = 0
+    """Samples that each build answers to be judged."""
+    baseline_plan: Plan | None = None
+    """What the baseline is first measured under instead of ``plan``."""
     in_process: Engine | None = None
     """Runs every build in this process instead of in trial processes."""
 
@@ -121,7 +127,7 @@ def _run(
     record["build_s"] = time.monotonic() - start_s
     record["payload_bytes"] = sum(file.stat().st_size for file in payload.rglob("*") if file.is_file())
     context.on_event(TrialStep(build, Step.VERIFYING))
-    outputs, ran = _holdout_outputs(build, context, client, payload)
+    outputs, ran = holdout_outputs(build, context, client, payload, alone=not is_baseline)
     per_s = ran.per_s
     fidelity, verdict = context.verify(outputs)
     record.update(fidelity=fidelity, verified_per_s=per_s)
@@ -142,8 +148,9 @@ def _run(
         reason = Reason.of(ReasonKind.TOO_SLOW, per_s=per_s, best_per_s=best_verified_per_s)
         record.update(state=State.PRUNED, reason=reason)
         return
-    context.on_event(TrialStep(build, Step.MEASURING, context.plan))
-    record["measurements"] = (measure_plan(build, context, client, context.plan, Reason.of(ReasonKind.FIRST_LOOK)),)
+    plan = context.baseline_plan or context.plan if is_baseline else context.plan
+    context.on_event(TrialStep(build, Step.MEASURING, plan))
+    record["measurements"] = (measure_plan(build, context, client, plan, Reason.of(ReasonKind.FIRST_LOOK)),)
     record.update(state=State.OK, reason=Reason.of(ReasonKind.BASELINE) if is_baseline else verdict.reason)
 
 
@@ -154,12 +161,14 @@ def measure_plan(build: Build, context: SearchContext, client: Client, plan: Pla
     return replace(measurement, why=why, warning=opened.warning)
 
 
-def _holdout_outputs(build: Build, context: SearchContext, client: Client, payload: Path) -> tuple[Outputs, RanSamples]:
-    """The payload's outputs for the holdout in its order, and how they were run."""
+def holdout_outputs(
+    build: Build, context: SearchContext, client: Client, payload: Path, *, alone: bool = True
+) -> tuple[Outputs, RanSamples]:
+    """The payload's outputs for the holdout in its order, and how they were run; some rows ``alone`` too."""
     plan = Plan(threads_per_instance=context.cpu.usable_cores, batch=VERIFY_BATCH)
     client.open(payload, build, plan)
     path = context.workspace.outputs(build)
-    ran = client.run_samples(context.workspace.holdout, plan.batch, path)
+    ran = client.run_samples(context.workspace.holdout, plan.batch, path, alone=alone)
     return read_outputs(path), ran
 
 

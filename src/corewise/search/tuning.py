@@ -2,6 +2,7 @@
 
 from contextlib import ExitStack
 from dataclasses import replace
+from math import inf
 
 from corewise.common.errors import CorewiseError, InputError
 from corewise.records.build import Build, Plan
@@ -11,13 +12,18 @@ from corewise.records.measurement import Measurement
 from corewise.records.reason import Reason, ReasonKind, Step
 from corewise.records.trial import FailedPlan, State, Trial
 from corewise.runtime.client import Client, Died
+from corewise.search.budget import BASELINE_SHARE
 from corewise.search.candidates import is_baseline
 from corewise.search.plans import BATCHES, PlanRequest, drive, not_run, strategy
 from corewise.search.trial import SearchContext, measure_plan, reason_of
 
 
-def tune(trial: Trial, context: SearchContext) -> Trial:
-    """The trial with the plans of its build measured; rejected if none of them is allowed."""
+def tune(trial: Trial, context: SearchContext, *, like: Plan | None = None, most_s: float = inf) -> Trial:
+    """The trial with the plans of its build measured; rejected if none of them is allowed.
+
+    The search starts from the plan ``like``, the best of a twin, and lasts ``most_s`` at most.
+    """
+    started_s = context.budget.elapsed_s
     context.on_event(StageStarted(Stage.TUNING_PLANS, build=trial.build))
     requirements = context.requirements
     # The process of the trial keeps what building left there, so its memory says nothing.
@@ -27,8 +33,8 @@ def tune(trial: Trial, context: SearchContext) -> Trial:
     with ExitStack() as stack:
         bench = _Bench(trial.build, context, stack)
         batches = BATCHES if trial.build.fixed_batch is None else (trial.build.fixed_batch,)
-        steps = strategy(requirements.goal, context.layouts(trial.build), batches)
-        for step in drive(steps, known, bench.measure, ended=lambda: _spent(context)):
+        steps = strategy(requirements.goal, context.layouts(trial.build), batches, like)
+        for step in drive(steps, known, bench.measure, ended=lambda: _spent(context, started_s, most_s)):
             if isinstance(step, Reason):
                 reason = step
             elif step.plan not in bench.failed:
@@ -92,7 +98,10 @@ def _within_memory(measurement: Measurement, requirements: Requirements) -> Meas
     return replace(measurement, rejected=reason)
 
 
-def _spent(context: SearchContext) -> Reason | None:
-    if context.budget.ended(context.split.plans):
-        return context.budget.reason(ReasonKind.BUDGET_SPENT)
+def _spent(context: SearchContext, started_s: float, most_s: float) -> Reason | None:
+    budget = context.budget
+    if budget.ended(context.split.plans):
+        return budget.reason(ReasonKind.BUDGET_SPENT)
+    if budget.elapsed_s - started_s >= most_s:
+        return budget.reason(ReasonKind.BASELINE_SHARE_SPENT, share=BASELINE_SHARE)
     return None

@@ -3,11 +3,11 @@
 import asyncio
 import json
 import logging
+import os
 import time
-import uuid
-from collections.abc import Awaitable, Callable, Mapping
-from concurrent.futures import Future
-from math import ceil, inf, isfinite
+from collections.abc import Awaitable, Callable
+from itertools import count
+from math import inf
 from typing import Any
 
 from starlette.applications import Starlette
@@ -17,30 +17,34 @@ from starlette.routing import Route
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from corewise._version import __version__
-from corewise.batching import Answer, NotServed
+from corewise.batching import Answer
 from corewise.common.errors import CorewiseError
-from corewise.serving import bodies, json_body, pages, protocol, triton
+from corewise.serving import bodies, pages, protocol, refusals, triton
 from corewise.serving.front import Front
+from corewise.serving.infer import (
+    ARRIVED,
+    CLOSED_REQUEST,
+    GONE,
+    TIMEOUT,
+    Infer,
+    broken,
+    target,
+    timeout_s,
+    unread_bytes,
+)
 from corewise.serving.metrics import CONTENT_TYPE, Metrics
 from corewise.serving.models import Models
 from corewise.serving.protocol import InferRequest, Limits, ProtocolError
 from corewise.serving.served import Served
+from corewise.serving.text_routes import TextRoutes, error_body
 from corewise.serving.tokens import Tokens
 
 log = logging.getLogger("corewise.serve")
 
-HEADER_LENGTH = "inference-header-content-length"
-TIMEOUT = "x-request-timeout-ms"
-REQUEST_ID = "x-request-id"
-OPEN_TO_ALL = ("/v2/health/live", "/v2/health/ready")
+REQUEST_ID = b"x-request-id"
+OPEN_TO_ALL = ("/v2/health/live", "/v2/health/ready", "/health")
 """A prober has no token."""
-NOT_NOW = 503
-ARRIVED = "corewise.arrived_s"
-"""Where a request's scope has when its first byte arrived, on the monotonic clock."""
-VALUE_BYTES = 8
-"""About what a number takes in JSON."""
-CLOSED_REQUEST = 499
-"""As nginx says that the client is gone; nobody reads it but the log."""
+NOT_NOW = refusals.NOT_NOW
 
 
 class App:
@@ -49,6 +53,7 @@ class App:
     def __init__(self, models: Models, metrics: Metrics, limits: Limits, tokens: Tokens, front: Front) -> None:
         self.models, self.metrics = models, metrics
         self._limits, self._front = limits, front
+        infer = Infer(models, metrics, limits, front)
         routes = [
             Route("/", self.page),
             Route("/live.json", self.live_figures),
@@ -66,9 +71,11 @@ class App:
                 Route(f"{prefix}/ready", self.model_ready),
                 Route(f"{prefix}/stats", self.model_statistics),
                 Route(f"{prefix}/config", self.model_config),
-                Route(f"{prefix}/infer", self.infer, methods=["POST"]),
+                Route(f"{prefix}/infer", infer, methods=["POST"]),
                 Route(f"{prefix}/classify", self.classify, methods=["POST"]),
             ]
+        texts = TextRoutes(models, metrics, limits, front, told=self._told, deadline_s=self._deadline_s)
+        routes += texts.routes
         handlers = {
             CorewiseError: self._told,
             ClientDisconnect: self._left,
@@ -78,7 +85,7 @@ class App:
         }
         app = Starlette(routes=routes, exception_handlers=handlers)
         app.router.redirect_slashes = False  # its redirects go to whatever the header Host says
-        self.asgi = _Guard(app, tokens, metrics)
+        self.asgi = _Guard(app, infer, tokens, metrics)
 
     # --- health and descriptions --------------------------------------------------------------------------------
 
@@ -103,7 +110,7 @@ class App:
                 "name": served.name,
                 "versions": self.models.versions(served.name),
                 "platform": f"corewise_{served.manifest.build.engine}",
-                "inputs": served.values.described(),
+                "inputs": served.described_inputs(),
                 "outputs": protocol.described(served.outputs),
             }
         )
@@ -148,34 +155,6 @@ class App:
 
     # --- inference ----------------------------------------------------------------------------------------------
 
-    async def infer(self, request: Request) -> Response:
-        """Run a model on tensors."""
-        served = self._served(request)
-        length = _length(request)
-
-        async def read(body: bytes, deadline_s: float) -> InferRequest:
-            text_bytes = len(body) if length is None else min(length, len(body))
-            asked = await self._front.read(
-                lambda: json_body.parse(body, length, served.inputs, served.outputs, served.instead),
-                text_bytes,
-                len(body) - text_bytes,
-                deadline_s=deadline_s,
-            )
-            return await self._front.prepare(asked, served, client=_client(request), deadline_s=deadline_s)
-
-        served, asked, answer = await self._answered(request, served, read)
-        named = {spec.name: array for spec, array in zip(served.outputs, answer.outputs, strict=True)}
-        named = triton.classified(asked.class_counts, named, served.manifest.labels)
-        version = request.path_params.get("version")
-        values = sum(named[output.name].size for output in asked.outputs if not output.binary)
-        parts, json_length = await self._front.read(
-            lambda: json_body.render(served.name, version or served.version, asked, named), VALUE_BYTES * values
-        )
-        if json_length is None:
-            return Response(b"".join(parts), media_type="application/json")
-        headers = {"Inference-Header-Content-Length": str(json_length)}
-        return Response(b"".join(parts), media_type="application/octet-stream", headers=headers)
-
     async def classify(self, request: Request) -> Response:
         """Name what is in one image, by the preprocessing that the artifact carries."""
         from corewise.serving import images
@@ -185,41 +164,54 @@ class App:
         kind = request.headers.get("content-type", "")
         client = _client(request)
 
+        def check(size_bytes: int, deadline_s: float) -> None:
+            self._front.check_image(size_bytes, served, deadline_s)
+
         async def read(body: bytes, deadline_s: float) -> InferRequest:
             if images.wrapped(body, kind):
                 body = await self._front.read(lambda: images.content(body, kind), len(body), deadline_s=deadline_s)
             return await self._front.image(body, served, client=client, deadline_s=deadline_s)
 
-        served, _, answer = await self._answered(request, served, read)
+        served, _, answer = await self._answered(request, served, read, check)
         return JSONResponse({"model_name": served.name, "classes": images.classes(answer.outputs[0][0], served, top)})
 
     async def _answered(
-        self, request: Request, served: Served, read: Callable[[bytes, float], Awaitable[InferRequest]]
+        self,
+        request: Request,
+        served: Served,
+        read: Callable[[bytes, float], Awaitable[InferRequest]],
+        check: Callable[[int, float], None] = lambda size_bytes, deadline_s: None,
     ) -> tuple[Served, InferRequest, Answer]:
-        """Read a request and wait for its answer, unless the client goes before. Its time counts from its arrival."""
+        """Read a request and wait for its answer, unless the client goes before. Its time counts from its arrival.
+
+        ``check`` may refuse it by its size, before its body is read.
+        """
         client = _client(request)
         with (
             self.metrics.request(served, "http", request.headers, request.scope.get("request_id", "")) as note,
             self._front.booking(client) as booking,
         ):
-            arrived_s = request.scope.get(ARRIVED, time.monotonic())
-            header_s = _timeout_s(request.headers)
-            with self._front.place(client):
+            arrived_s = request.scope.get(ARRIVED) or time.monotonic()
+            header_s = timeout_s(dict(request.scope["headers"]).get(TIMEOUT))
+            with self._front.place(client, served):
                 deadline_s = arrived_s + (self._limits.timeout_s if header_s == inf else header_s)
+                if size_bytes := unread_bytes(dict(request.scope["headers"])):
+                    check(size_bytes, deadline_s)
                 body = await bodies.read(request, self._limits, booking)
                 asked = await read(body, deadline_s)
             booking.cover(asked.inputs)
             if asked.timeout_s is not None:
                 deadline_s = arrived_s + min(header_s, asked.timeout_s)
-            served, future = self.models.submit(
-                served.name,
-                served.version,
-                asked.inputs,
-                timeout_s=deadline_s - time.monotonic(),
-                priority=asked.priority,
-            )
-            answer = note(await _unless_gone(request, future))
+            asked_s = time.monotonic()
+            served, answer = await self._front.ask(self.models, served, asked, deadline_s, request.scope.get(GONE))
+            self._front.note_sent(note(answer), asked_s)
         return served, asked, answer
+
+    def _deadline_s(self, request: Request) -> float:
+        """When a request's answer is due by its header, or by the server's own limit."""
+        header_s = timeout_s(dict(request.scope["headers"]).get(TIMEOUT))
+        arrived_s: float = request.scope.get(ARRIVED) or time.monotonic()
+        return arrived_s + (self._limits.timeout_s if header_s == inf else header_s)
 
     def _served(self, request: Request) -> Served:
         return self.models.find(request.path_params["name"], request.path_params.get("version"))
@@ -227,23 +219,17 @@ class App:
     # --- errors -------------------------------------------------------------------------------------------------
 
     async def _told(self, request: Request, error: CorewiseError) -> Response:
-        if isinstance(error, ProtocolError):
-            if error.status == 404:
-                self.metrics.turned_away("http", "unknown model")
-            return JSONResponse({"error": str(error)}, error.status)
-        if isinstance(error, NotServed):
-            status = 400 if error.reason == "too large" else NOT_NOW
-            never = error.reason in ("too large", "too urgent")
-            again = {} if never else {"Retry-After": str(max(1, ceil(error.retry_after_s or 0)))}
-            return JSONResponse({"error": str(error)}, status, headers=again)
-        return await self._broken(request, error)
+        if isinstance(error, ProtocolError) and error.status == 404:
+            self.metrics.turned_away("http", "unknown model")
+        told = refusals.told(error)
+        return await self._broken(request, error) if told is None else _Plain(*told)
 
     async def _left(self, request: Request, error: Exception) -> Response:
         return Response(status_code=CLOSED_REQUEST)
 
     async def _absent(self, request: Request, error: Any) -> Response:
         path = request.scope["path"]
-        if error.status_code == 404 and path.startswith("/v2") and path.endswith("/"):
+        if error.status_code == 404 and path.endswith("/") and not path.startswith(("//", "/\\")):
             query = request.scope["query_string"].decode("latin-1")
             return RedirectResponse(path.rstrip("/") + (f"?{query}" if query else ""))
         self.metrics.turned_away("http", "unknown path" if error.status_code == 404 else "unknown method")
@@ -251,28 +237,40 @@ class App:
         return JSONResponse({"error": f"{what}; see /docs"}, error.status_code, headers=error.headers)
 
     async def _broken(self, request: Request, error: Exception) -> Response:
-        """What was not foreseen: the log says what it was, the answer only where to look."""
-        name = str(request.scope.get("request_id", "?"))
-        log.error("request %s failed: %r", name, error)
-        what = "the call failed" if isinstance(error, CorewiseError) else "the server failed"
-        return JSONResponse({"error": f"{what}; its log says why, at request {name}"}, 500)
+        return _Plain(*broken(error, request.scope))
+
+
+class _Plain(Response):
+    """A response as it is."""
+
+    def __init__(self, status: int, headers: refusals.Headers, body: bytes) -> None:
+        super().__init__(body, status)
+        self.raw_headers = list(headers)
 
 
 class _Guard:
-    """Lets in who has a token, and everybody to the health checks."""
+    """Lets in who has a token, and everybody to the health checks. Requests for inference go past the router."""
 
-    def __init__(self, app: ASGIApp, tokens: Tokens, metrics: Metrics) -> None:
-        self._app, self._tokens, self._metrics = app, tokens, metrics
+    def __init__(self, app: ASGIApp, infer: ASGIApp, tokens: Tokens, metrics: Metrics) -> None:
+        self._app, self._infer, self._tokens, self._metrics = app, infer, tokens, metrics
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """As ASGI has it."""
-        given = dict(scope["headers"]).get(b"authorization", b"")
-        if scope["path"] in OPEN_TO_ALL or self._tokens.admit(given):
+        if self._tokens.are_needed and scope["path"] not in OPEN_TO_ALL:
+            given = dict(scope["headers"]).get(b"authorization", b"")
+            if not self._tokens.admit(given):
+                await self._turn_away(scope, receive, send)
+                return
+        if (model := target(scope)) is None:
             await self._app(scope, receive, send)
             return
+        scope["path_params"] = model
+        await self._infer(scope, receive, send)
+
+    async def _turn_away(self, scope: Scope, receive: Receive, send: Send) -> None:
         self._metrics.turned_away("http", "unauthenticated")
         response = JSONResponse(
-            {"error": "a token is missing or wrong; send Authorization: Bearer TOKEN"},
+            error_body(scope["path"], "a token is missing or wrong; send Authorization: Bearer TOKEN", 401),
             401,
             headers={"WWW-Authenticate": "Bearer"},
         )
@@ -287,11 +285,14 @@ class RequestLog:
 
     def __init__(self, app: ASGIApp, models: Models) -> None:
         self._app, self._models = app, models
+        self._prefix = os.urandom(8).hex()
+        self._numbers = count()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """As ASGI has it."""
-        given = dict(scope["headers"]).get(REQUEST_ID.encode(), b"").decode("latin-1")
-        name = given if 0 < len(given) <= protocol.MOST_ID and given.isprintable() else uuid.uuid4().hex
+        name = next((value for key, value in scope["headers"] if key == REQUEST_ID), b"").decode("latin-1")
+        if not (0 < len(name) <= protocol.MOST_ID and name.isprintable()):
+            name = f"{self._prefix}{next(self._numbers):016x}"
         scope["request_id"] = name
         started_s, status = time.monotonic(), 0
         # Clients of HTTP/1.0 want to hear that what they asked for is done.
@@ -303,7 +304,7 @@ class RequestLog:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
-                message["headers"] = [*message.get("headers", ()), (REQUEST_ID.encode(), name.encode("latin-1"))]
+                message["headers"] = [*message.get("headers", ()), (REQUEST_ID, name.encode("latin-1"))]
                 if self._models.stopping:
                     message["headers"].append((b"connection", b"close"))
                 elif is_kept:
@@ -319,48 +320,6 @@ class RequestLog:
                 log.debug("%s", json.dumps(line))
 
 
-async def _unless_gone(request: Request, future: "Future[Answer]") -> Answer:
-    """The future's answer; where the client goes before, the request gives up its place."""
-    answer = asyncio.wrap_future(future)
-    gone = asyncio.ensure_future(_gone(request))
-    gone.add_done_callback(lambda _: answer.cancel())
-    try:
-        return await answer
-    except asyncio.CancelledError:
-        if gone.done() and not gone.cancelled():
-            raise ClientDisconnect from None
-        raise
-    finally:
-        gone.cancel()
-
-
-async def _gone(request: Request) -> None:
-    while (await request.receive())["type"] != "http.disconnect":
-        pass
-
-
 def _client(request: Request) -> str:
     """The client's address; nothing for a unix socket."""
     return request.client.host if request.client is not None else ""
-
-
-def _length(request: Request) -> int | None:
-    told = request.headers.get(HEADER_LENGTH)
-    if told is None:
-        return None
-    if not (told.isascii() and told.isdecimal()) or len(told) > 12:
-        raise ProtocolError("Inference-Header-Content-Length is no whole number")
-    return int(told)
-
-
-def _timeout_s(headers: Mapping[str, str]) -> float:
-    told = headers.get(TIMEOUT)
-    if told is None:
-        return inf
-    try:
-        timeout_s = float(told) / 1e3
-    except ValueError:
-        timeout_s = 0.0
-    if not isfinite(timeout_s) or timeout_s <= 0:
-        raise ProtocolError(f"{TIMEOUT} is no number of milliseconds above 0")
-    return timeout_s

@@ -25,7 +25,7 @@ async def read(request: Request, limits: Limits, booking: Booking) -> bytes:
     """
     length = request.headers.get("content-length", "")
     if length.isascii() and length.isdecimal() and (len(length) > 20 or int(length) > limits.body_bytes):
-        raise _too_large(limits)
+        raise too_large(limits)
     packing = request.headers.get("content-encoding", "identity").strip().lower()
     unpacker = None if packing == "identity" else _Unpacker(packing, limits)
     parts: list[bytes] = []
@@ -36,7 +36,7 @@ async def read(request: Request, limits: Limits, booking: Booking) -> bytes:
                 for part in (arrived,) if unpacker is None else unpacker.parts(arrived):
                     size += len(part)
                     if size > limits.body_bytes:
-                        raise _too_large(limits)
+                        raise too_large(limits)
                     booking.add(len(part))
                     parts.append(part)
                     if unpacker is not None:
@@ -81,5 +81,6 @@ class _Unpacker:
             raise ProtocolError(f"the body is not a whole {self._packing}")
 
 
-def _too_large(limits: Limits) -> ProtocolError:
+def too_large(limits: Limits) -> ProtocolError:
+    """The error of a body that has more bytes than it may."""
     return ProtocolError(f"the body has more than {limits.body_bytes} bytes", "send less at a time", 413)

@@ -1,19 +1,29 @@
-"""What requests go through on their way to a model, over HTTP and gRPC alike: room, a place, and threads."""
+"""What requests go through on their way to a model, over HTTP and gRPC alike: room, a place, threads, and admission.
 
+The model's batcher knows how long its own queue takes. Here is known, from the last requests, what comes before it
+(decoding, tokenizing) and after it (rendering, and the wait for the event loop), so that a request that would be late
+is refused before anything is done for it.
+"""
+
+import asyncio
 import os
-from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import replace
+from itertools import count
 from math import inf
-from typing import TypeVar
+from time import monotonic
+from typing import Any, TypeVar
 
 import numpy as np
 
-from corewise.batching import NotServed
+from corewise.batching import Answer, NotServed
 from corewise.serving import images
 from corewise.serving.budget import Booking, Budget
+from corewise.serving.costs import Costs, Tail
+from corewise.serving.deliveries import Deliveries
 from corewise.serving.memory_limit import COPIES, PIXEL_BYTES
+from corewise.serving.models import Models
 from corewise.serving.pool import Pool
 from corewise.serving.protocol import InferRequest, Limits
 from corewise.serving.served import Served
@@ -29,6 +39,12 @@ LARGE_PIXELS = 8_000_000
 MOST_THREADS = 8
 LEAST_PLACES = 16
 """However few requests may wait for a model."""
+LOOK_EACH = 8
+"""Of so many requests that would be refused unread, one is read."""
+TICK_S = 0.02
+"""How often the event loop shows that it is not held up."""
+SLACK_S = 0.005
+"""How late that may be, as timers are."""
 
 
 class Front:
@@ -39,27 +55,136 @@ class Front:
         self.budget, self._limits = Budget(limits), limits
         self._max_requests = max(LEAST_PLACES, max_requests)
         self._max_of_client = int(self._max_requests * limits.client_share)
-        self._of_clients: Counter[str] = Counter()
+        self._of_clients: dict[Any, int] = {}
         threads = min(MOST_THREADS, max(2, len(os.sched_getaffinity(0))))
         self._readers, self._decoders = Pool("read", 2), Pool("decode", threads)
         self._large_decoder = Pool("decode-large", 1)
+        self._places = 0
+        self._on_way: dict[Any, int] = {}
+        """Requests that have a place, by their model."""
+        self._costs = Costs()
+        self._tail = Tail()
+        """From the end of a call to the answer on the wire."""
+        self._deliveries = Deliveries()
+        self._looks = count()
+        self._alive_s = inf
+        """When the event loop was last seen not to be held up."""
+        self._lag_s = self._arrived_s = 0.0
+        self._ticker: asyncio.TimerHandle | None = None
+
+    def watch_loop(self) -> None:
+        """Note now and then that the event loop runs, so that ``arrived_s`` knows when it did not."""
+        loop = asyncio.get_running_loop()
+
+        def note() -> None:
+            self._alive_s = monotonic()
+
+        # Two rounds later: what lay in sockets while the loop was held up is read first, and is to know.
+        loop.call_soon(loop.call_soon, note)
+        self._ticker = loop.call_later(TICK_S, self.watch_loop)
+
+    def arrived_s(self) -> float:
+        """When bytes that are read now came, at the earliest, on the monotonic clock; never earlier than before.
+
+        While the event loop is held up they lie in their sockets, and nobody sees since when.
+        """
+        now_s = monotonic()
+        self._lag_s = max(0.0, now_s - self._alive_s - TICK_S - SLACK_S)
+        self._arrived_s = max(self._arrived_s, now_s - self._lag_s)
+        return self._arrived_s
 
     def booking(self, client: str) -> AbstractContextManager[Booking]:
         """The bytes that a request of the client at that address holds until its answer."""
         return self.budget.booking(client)
 
-    @contextmanager
-    def place(self, client: str) -> Iterator[None]:
-        """A place among the requests that are on their way to a model. Raises ``NotServed`` where all are taken."""
-        if self._of_clients[client] >= self._max_of_client or self._of_clients.total() >= self._max_requests:
+    def place(self, client: str, served: Served | None = None) -> "Place":
+        """A place among the requests on their way to a model, as a context manager.
+
+        Raises ``NotServed`` where all are taken.
+        """
+        return Place(self, client, served)
+
+    def enter(self, client: str, served: Served | None) -> None:
+        """Take a place."""
+        of_client = self._of_clients.get(client, 0)
+        if of_client >= self._max_of_client or self._places >= self._max_requests:
             raise NotServed("queue full", 1.0)
-        self._of_clients[client] += 1
+        self._places += 1
+        self._of_clients[client] = of_client + 1
+        self._on_way[served] = self._on_way.get(served, 0) + 1
+
+    def leave(self, client: str, served: Served | None) -> None:
+        """Give it back."""
+        self._places -= 1
+        for counts, key in ((self._of_clients, client), (self._on_way, served)):
+            left = counts[key] - 1
+            if left:
+                counts[key] = left
+            else:
+                del counts[key]
+
+    def check_image(self, size_bytes: int, served: Served, deadline_s: float) -> None:
+        """Raise ``NotServed`` where an image of so many bytes, of which none was read, would be answered too late.
+
+        It is decoded behind the images that are due before it; then it waits for the model, and so do they.
+        """
+        if not (self._decoders.is_busy or served.waiting_rows):
+            return
+        now_s = monotonic()
+        decode_s = self._decoders.wait_s(deadline_s) + self._costs.expected_s("image", size_bytes)
+        model_s = max(decode_s + served.expected_s(), served.expected_s(self._on_way.get(served, 0)))
+        late_s = now_s + model_s + self._tail.seconds(now_s) - deadline_s
+        if late_s > 0:
+            served.statistics.not_served()
+            raise NotServed("overloaded", late_s)
+
+    def check_queue(self, served: Served, deadline_s: float) -> None:
+        """Raise ``NotServed`` where a request of which the body was not read would wait too long for the model.
+
+        Whether it is more urgent than those that wait stands in its body: a model that has had requests of different
+        priorities reads them all, and the others one in ``LOOK_EACH``.
+        """
+        if not served.waiting_rows or served.has_priorities:
+            return
+        now_s = monotonic()
+        late_s = now_s + served.expected_s(self._on_way.get(served, 0)) + self._tail.seconds(now_s) - deadline_s
+        if late_s > 0 and next(self._looks) % LOOK_EACH:
+            served.statistics.not_served()
+            raise NotServed("overloaded", late_s)
+
+    async def ask(
+        self, models: Models, served: Served, asked: InferRequest, deadline_s: float, gone: set[Any] | None = None
+    ) -> tuple[Served, Answer]:
+        """The model's answer in time, and which model it was: another may have taken the place of ``served``.
+
+        The request gives up its place when it is cancelled, or when whoever holds ``gone``, which has its future
+        meanwhile, sets an exception. Raises ``NotServed`` where it would be late, with what comes after the call.
+        """
+        now_s = monotonic()
+        served.keep_margin(self._tail.seconds(now_s))
         try:
-            yield
+            served, future = models.submit(
+                served.name, served.version, asked.inputs, timeout_s=deadline_s - now_s, priority=asked.priority
+            )
+        except NotServed as refused:
+            if refused.reason == "too urgent" and self._lag_s > 0:  # its time is over because others are many
+                raise NotServed("overloaded", self._lag_s) from None
+            raise
+        waiter = self._deliveries.wait(future)
+        if gone is not None:
+            gone.add(waiter)
+        try:
+            return served, await waiter
         finally:
-            self._of_clients[client] -= 1
-            if not self._of_clients[client]:
-                del self._of_clients[client]
+            if gone is not None:
+                gone.discard(waiter)
+            future.cancel()
+            del future, waiter  # they hold what was raised, which holds this frame, and so the request's data
+
+    def note_sent(self, answer: Answer, asked_s: float) -> None:
+        """An answer is on the wire, to a request that joined the model's queue at that time."""
+        now_s = monotonic()
+        self._tail.note(max(0.0, now_s - asked_s - answer.waited_s - answer.ran_s), now_s)
 
     async def read(
         self, work: Callable[[], T], text_bytes: int, tensor_bytes: int = 0, *, deadline_s: float = inf
@@ -81,9 +206,21 @@ class Front:
         if not text_bytes:
             array_bytes = sum(array.nbytes for array in asked.inputs)
             return await self.read(lambda: served.prepared(asked), 0, array_bytes, deadline_s=deadline_s)
-        return await self._decoders.run(
-            lambda: served.prepared(asked), kind="characters", size=text_bytes, deadline_s=deadline_s
+        return await self.tokenize(
+            lambda: served.prepared(asked), text_bytes, deadline_s=deadline_s, later_s=self._later_s(served)
         )
+
+    async def tokenize(
+        self,
+        work: Callable[[], T],
+        characters: int,
+        *,
+        deadline_s: float,
+        kind: str = "characters",
+        later_s: float = 0.0,
+    ) -> T:
+        """Tokenize texts of so many characters together; work of other ``kind`` has costs of its own."""
+        return await self._decoders.run(work, kind=kind, size=characters, deadline_s=deadline_s, later_s=later_s)
 
     async def image(self, body: bytes, served: Served, *, client: str, deadline_s: float) -> InferRequest:
         """One image as the model takes it. Raises ``ProtocolError``."""
@@ -99,14 +236,46 @@ class Front:
 
         unpacked, pixels = await self._readers.run(look, kind="headers", size=len(photos), deadline_s=deadline_s)
         decoder = self._large_decoder if max(pixels) > LARGE_PIXELS else self._decoders
+        took_s = 0.0
+
+        def decode() -> np.ndarray:
+            nonlocal took_s
+            started_s = monotonic()
+            batch = images.batch(unpacked, served)
+            took_s = monotonic() - started_s
+            return batch
+
         with self.booking(client) as booking:
             # One after the other: the largest, and what each becomes.
             booking.add(max(pixels) * PIXEL_BYTES // COPIES)
-            return await decoder.run(
-                lambda: images.batch(unpacked, served), kind="pixels", size=sum(pixels), deadline_s=deadline_s
+            batch = await decoder.run(
+                decode, kind="pixels", size=sum(pixels), deadline_s=deadline_s, later_s=self._later_s(served)
             )
+        self._costs.note("image", sum(map(len, unpacked)) // len(unpacked), took_s / len(unpacked))
+        return batch
+
+    def _later_s(self, served: Served) -> float:
+        """What comes after the work on a request that is on its way: its call, and the rest."""
+        return served.expected_s() + self._tail.seconds(monotonic())
 
     def close(self) -> None:
         """End the threads."""
         for pool in (self._readers, self._decoders, self._large_decoder):
             pool.close()
+        if self._ticker is not None:
+            self._ticker.cancel()
+
+
+class Place:
+    """A place that is taken while a ``with`` lasts."""
+
+    __slots__ = ("_client", "_front", "_served")
+
+    def __init__(self, front: Front, client: str, served: Served | None) -> None:
+        self._front, self._client, self._served = front, client, served
+
+    def __enter__(self) -> None:
+        self._front.enter(self._client, self._served)
+
+    def __exit__(self, *error: object) -> None:
+        self._front.leave(self._client, self._served)

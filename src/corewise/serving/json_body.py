@@ -62,11 +62,11 @@ def parse(
     header_length: int | None,
     inputs: Sequence[TensorSpec],
     outputs: Sequence[TensorSpec],
-    instead: TensorSpec | None = None,
+    instead: Sequence[TensorSpec] = (),
 ) -> InferRequest:
     """The request in a body; its first ``header_length`` bytes are JSON, the rest binary tensors.
 
-    It may have the one input ``instead`` in place of the model's own. A length of 0 is Triton's raw request: the body
+    It may have the inputs ``instead`` in place of the model's own. A length of 0 is Triton's raw request: the body
     is the data of the only input. Raises ``ProtocolError``.
     """
     if header_length == 0:
@@ -84,9 +84,9 @@ def parse(
     regions: large_json.Regions = {}
     if len(text) > PIECE_BYTES:
         text, regions = large_json.frame(view[:header_length], PIECE_BYTES)
-    request = _frame(text)
-    if instead is not None and len(request.inputs) == 1 and request.inputs[0].name == instead.name:
-        inputs = (instead,)
+    request = frame(text)
+    if request.inputs and {one.name for one in request.inputs} <= {spec.name for spec in instead}:
+        inputs = instead
     binary = view[header_length:] if header_length is not None else view[:0]
     arrays = _inputs(request.inputs, binary, inputs, regions)
     parameters = request.parameters
@@ -143,7 +143,8 @@ def _rendered(values: np.ndarray) -> Iterator[bytes]:
             yield msgspec.json.encode(piece.tolist())[1:-1]
 
 
-def _frame(text: memoryview | bytes) -> _Request:
+def frame(text: memoryview | bytes) -> _Request:
+    """A request's JSON, without what its ``data`` hold. Raises ``ProtocolError``."""
     try:
         return _decode_request(text)
     except RecursionError as error:

@@ -17,13 +17,14 @@ from corewise.serving.budget import Budget
 from corewise.serving.messages import PROBES
 from corewise.serving.protocol import Limits
 
-COPIES = 4
-"""A body is joined from its parts, decoded, copied into an array, and from there into the engine's shared memory."""
+COPIES = 6
+"""A body lies in the network's buffers, is joined from its parts, decoded, copied into an array, and from there into
+the engine's shared memory; some of that is only free when it is collected."""
 PIXEL_BYTES = 8
 """An image as it was stored and as RGB, of which Pillow keeps four bytes each."""
 RECEIVED_SHARE, CONNECTIONS_SHARE = 1 / 8, 1 / 16
 CONNECTION_BYTES = 48 * 1024
-"""With what may have arrived of its headers."""
+"""With what may have arrived of its headers; there are two ports."""
 USABLE_SHARE = 0.92
 """Of the limit; the rest is for the kernel's own, which a cgroup counts too."""
 LEAST_BYTES = 4 * 2**20
@@ -39,7 +40,7 @@ PASSES = 4
 
 def fit(limits: Limits, limit_bytes: int) -> Limits:
     """The limits with nothing larger than a server may permit that has so much memory."""
-    bodies_bytes = min(limits.bodies_bytes, limit_bytes // 8)
+    bodies_bytes = min(limits.bodies_bytes, limit_bytes // (2 * COPIES))
     body_bytes = min(limits.body_bytes, bodies_bytes // 4)
     received_bytes = int(limit_bytes * RECEIVED_SHARE)
     message_bytes = min(body_bytes, received_bytes // (2 * limits.receiving))
@@ -51,7 +52,7 @@ def fit(limits: Limits, limit_bytes: int) -> Limits:
         streams=max(2, min(limits.streams, received_bytes // 2 // message_bytes)),
         typed_bytes=min(limits.typed_bytes, max(2**20, message_bytes // 4)),
         pixels=min(limits.pixels, int(bodies_bytes * limits.client_share) * COPIES // PIXEL_BYTES),
-        connections=max(16, min(limits.connections, int(limit_bytes * CONNECTIONS_SHARE) // CONNECTION_BYTES)),
+        connections=max(16, min(limits.connections, int(limit_bytes * CONNECTIONS_SHARE) // (2 * CONNECTION_BYTES))),
     )
 
 

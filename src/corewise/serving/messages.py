@@ -1,9 +1,9 @@
 """The messages of gRPC requests, within limits: how many are received at a time, and that they can be read."""
 
 import asyncio
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import AsyncIterator, Iterator
-from contextlib import asynccontextmanager, contextmanager
+from contextlib import contextmanager
 from typing import Any
 from urllib.parse import unquote
 
@@ -34,46 +34,79 @@ class Receiver:
     def __init__(self, limits: Limits, places: int | None = None) -> None:
         self._body_s = limits.body_s
         self._size = places or limits.receiving
-        self._places = asyncio.Semaphore(self._size)
+        self._share = max(1, self._size // 2)
+        self._taken = 0
+        self._of_clients: Counter[str] = Counter()
+        """Places that each address has."""
+        self._waiting: dict[str, deque[asyncio.Future[None]]] = {}
+        """Calls that wait for a place, by address."""
+        self._waiting_count = 0
         self._receiving: dict[asyncio.Timeout, float] = {}
         """When each of them may end at the earliest to give its place to another."""
-        self._of_clients: dict[str, asyncio.Semaphore] = {}
-        self._waiting: Counter[str] = Counter()
 
     async def receive(self, messages: AsyncIterator[bytes], client: str = "") -> bytes:
         """The next message. Raises ``ProtocolError`` where none arrives in time."""
-        async with self._place(client) as is_crowded:
-            try:
-                async with asyncio.timeout(SLOW_S if is_crowded else self._body_s) as limit:
-                    self._receiving[limit] = asyncio.get_running_loop().time() + SLOW_S
-                    try:
-                        return await anext(messages)
-                    finally:
-                        del self._receiving[limit]
-            except TimeoutError as error:
-                raise NoRoom("the message did not arrive in time, and others wait") from error
-            except StopAsyncIteration as error:
-                raise ProtocolError("the call has no message") from error
-
-    @asynccontextmanager
-    async def _place(self, client: str) -> AsyncIterator[bool]:
-        """A place; whether others waited for one."""
-        if self._waiting[client] >= MOST_OF_CLIENT or self._waiting.total() >= MOST:
-            raise NoRoom("too many calls have not sent their message yet")
-        self._waiting[client] += 1
-        share = self._of_clients.setdefault(client, asyncio.Semaphore(max(1, self._size // 2)))
+        is_crowded = not self._is_free(client)
+        if is_crowded:
+            await self._turn(client)
+        else:
+            self._take(client)
         try:
-            is_crowded = self._places.locked() or share.locked()
-            if is_crowded:
-                now_s = asyncio.get_running_loop().time()
-                for other, slow_s in self._receiving.items():
-                    other.reschedule(max(now_s, slow_s))
-            async with share, self._places:
-                yield is_crowded
+            async with asyncio.timeout(SLOW_S if is_crowded else self._body_s) as limit:
+                self._receiving[limit] = asyncio.get_running_loop().time() + SLOW_S
+                try:
+                    return await anext(messages)
+                finally:
+                    del self._receiving[limit]
+        except TimeoutError as error:
+            raise NoRoom("the message did not arrive in time, and others wait") from error
+        except StopAsyncIteration as error:
+            raise ProtocolError("the call has no message") from error
         finally:
-            self._waiting[client] -= 1
-            if not self._waiting[client]:
-                del self._waiting[client], self._of_clients[client]
+            self._give_back(client)
+
+    def _is_free(self, client: str) -> bool:
+        return self._taken < self._size and self._of_clients[client] < self._share
+
+    def _take(self, client: str) -> None:
+        self._taken += 1
+        self._of_clients[client] += 1
+
+    def _give_back(self, client: str) -> None:
+        """Give a place to the next call that may have it; addresses take turns."""
+        self._taken -= 1
+        self._of_clients[client] -= 1
+        if not self._of_clients[client]:
+            del self._of_clients[client]
+        for other, queue in list(self._waiting.items()):
+            while queue and self._is_free(other):
+                turn = queue.popleft()
+                self._waiting_count -= 1
+                if not turn.done():
+                    self._take(other)
+                    turn.set_result(None)
+            del self._waiting[other]
+            if queue:
+                self._waiting[other] = queue
+
+    async def _turn(self, client: str) -> None:
+        """Wait for a place, and have those end soon that have one and send nothing."""
+        queue = self._waiting.setdefault(client, deque())
+        if len(queue) >= MOST_OF_CLIENT or self._waiting_count >= MOST:
+            raise NoRoom("too many calls have not sent their message yet")
+        now_s = asyncio.get_running_loop().time()
+        for other, slow_s in self._receiving.items():
+            if not other.expired():  # it may be about to end
+                other.reschedule(max(now_s, slow_s))
+        turn: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        queue.append(turn)
+        self._waiting_count += 1
+        try:
+            await turn
+        except asyncio.CancelledError:
+            if turn.done() and not turn.cancelled():  # it had got the place
+                self._give_back(client)
+            raise
 
 
 class Streams:
@@ -124,21 +157,27 @@ def check_infer(data: bytes, limits: Limits) -> None:
 
 
 def _raw_bytes(data: bytes) -> int:
-    """The bytes of raw tensors, by the message's outermost fields (https://protobuf.dev/programming-guides/encoding).
+    """The bytes of raw tensors, as far as it is a message and has not too many fields: what follows is not counted."""
+    return sum(size for _, size in raw_places(data))
 
-    Stops where it is no longer a message, or has too many fields: what follows is not counted.
+
+def raw_places(data: bytes) -> list[tuple[int, int]]:
+    """Start and size of each raw tensor of a ``ModelInferRequest``, by the message's outermost fields.
+
+    Stops where it is no longer a message, or has too many fields (https://protobuf.dev/programming-guides/encoding).
     """
-    raw = start = 0
+    places, start = [], 0
     for _ in range(MOST_FIELDS):
         tag, start = _varint(data, start)
         size, start = _varint(data, start)
         if tag & 7 != 2 or start + size > len(data):  # all fields of the message are length-delimited
             break
-        raw += size if tag >> 3 == RAW_CONTENTS else 0
+        if tag >> 3 == RAW_CONTENTS:
+            places.append((start, size))
         start += size
         if start == len(data):
             break
-    return raw
+    return places
 
 
 def _varint(data: bytes, start: int) -> tuple[int, int]:

@@ -7,11 +7,12 @@ label values without spaces and from a small set.
 import platform
 import time
 from asyncio import CancelledError
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping
+from contextlib import AbstractContextManager
+from types import TracebackType
 from typing import Literal
 
-from prometheus_client import CollectorRegistry, Counter, Histogram, Info, generate_latest
+from prometheus_client import CollectorRegistry, Counter, Info, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.process_collector import ProcessCollector
 from prometheus_client.registry import Collector
@@ -23,6 +24,7 @@ from corewise.serving.logs import RefusalLog
 from corewise.serving.models import Models
 from corewise.serving.protocol import ProtocolError
 from corewise.serving.served import Served
+from corewise.serving.tallies import Count, Histogram, Tally
 from corewise.serving.traces import Note, Traces
 
 SECONDS = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 20.0, 30.0, 60.0)
@@ -43,12 +45,10 @@ class Metrics:
         self._refusals = RefusalLog()
         self._registry = CollectorRegistry()
         labels = ["model", "version"]
-        self._requests = Counter(
-            "corewise_requests",
-            "Requests by what became of them.",
-            [*labels, "protocol", "outcome"],
-            registry=self._registry,
+        self._requests = Count(
+            "corewise_requests", "Requests by what became of them.", [*labels, "protocol", "outcome"]
         )
+        self._registry.register(self._requests)
         self._turned_away = Counter(
             "corewise_turned_away_requests",
             "Requests that reached no model: without a token, or for a path, method or model that there is not.",
@@ -66,59 +66,51 @@ class Metrics:
             "corewise_queue_seconds", "From a request's arrival to the start of its call.", SECONDS
         )
         self._rows = self._histogram("corewise_call_rows", "Rows of the call that a request ran in.", ROWS)
-        self._calls: dict[tuple[str, str], tuple[Histogram, Histogram, Histogram]] = {}
-        """Each model's three histograms: finding them by their labels takes longer."""
+        self._calls: dict[tuple[str, str], tuple[Tally, Tally, Tally]] = {}
+        """Each model's three."""
         about = {"version": __version__, "python": platform.python_version()}
         Info("corewise_build", "The version of this server.", registry=self._registry).info(about)
         ProcessCollector(registry=self._registry)
         self._registry.register(_Models(models))
 
     def _histogram(self, name: str, about: str, buckets: tuple[float, ...]) -> Histogram:
-        return Histogram(name, about, ["model", "version"], buckets=buckets, registry=self._registry)
+        made = Histogram(name, about, ["model", "version"], buckets)
+        self._registry.register(made)
+        return made
 
-    @contextmanager
-    def request(
-        self, served: Served, protocol: str, headers: Mapping[str, str], request_id: str = ""
-    ) -> Iterator[Callable[[Answer], Answer]]:
-        """Count a request by its outcome; the body of the ``with`` passes its answer through the given function."""
+    @property
+    def is_traced(self) -> bool:
+        """Whether requests become spans, which need their headers."""
+        return self._traces.is_on
+
+    def request(self, served: Served, protocol: str, headers: Mapping[str, str], request_id: str = "") -> "Observed":
+        """Count a request by its outcome; the body of the ``with`` passes its answer through the given function.
+
+        ``headers`` are looked at only if requests are traced.
+        """
+        return Observed(self, served, protocol, headers, request_id[:MOST_ID])
+
+    def count(self, served: Served, protocol: str, outcome: str, request_id: str) -> None:
+        """A request ended so."""
+        if outcome not in ("ok", "failed", "cancelled"):
+            self._refusals.add(outcome, request_id)
+            outcome = outcome.replace(" ", "_")
+        self._requests.counts[served.name, served.version, protocol, outcome] += 1
+
+    def observe(self, served: Served, answer: Answer, took_s: float) -> None:
+        """A request was answered."""
         labels = (served.name, served.version)
-        request_id = request_id[:MOST_ID]
-        started_s, outcome = time.monotonic(), "failed"
-        with self._traces.span(f"infer {served.name}", headers) as note:
+        tallies = self._calls.get(labels)
+        if tallies is None:
+            tallies = self._calls[labels] = (self._took.of(labels), self._waited.of(labels), self._rows.of(labels))
+        took, waited, rows = tallies
+        took.add(took_s)
+        waited.add(answer.waited_s)
+        rows.add(answer.batch_rows)
 
-            def answered(answer: Answer) -> Answer:
-                self._observe(labels, answer, time.monotonic() - started_s)
-                _note_call(note, answer)
-                return answer
-
-            try:
-                yield answered
-                outcome = "ok"
-            except ProtocolError:
-                outcome = "invalid"
-                raise
-            except NotServed as refused:
-                outcome = refused.reason
-                raise
-            except (ClientDisconnect, CancelledError):
-                outcome = "cancelled"
-                raise
-            finally:
-                if outcome not in ("ok", "failed", "cancelled"):
-                    self._refusals.add(outcome, request_id)
-                self._requests.labels(*labels, protocol, outcome.replace(" ", "_")).inc()
-                note("corewise.model_version", served.version)
-                note("corewise.outcome", outcome)
-                if request_id:
-                    note("corewise.request_id", request_id)
-
-    def _observe(self, labels: tuple[str, str], answer: Answer, took_s: float) -> None:
-        histograms = self._calls.get(labels)
-        if histograms is None:
-            histograms = self._took.labels(*labels), self._waited.labels(*labels), self._rows.labels(*labels)
-            self._calls[labels] = histograms
-        for histogram, value in zip(histograms, (took_s, answer.waited_s, answer.batch_rows), strict=True):
-            histogram.observe(value)
+    def span(self, name: str, headers: Mapping[str, str]) -> AbstractContextManager[Note]:
+        """A span around the body of the ``with``."""
+        return self._traces.span(name, headers)
 
     def turned_away(self, protocol: str, reason: TurnedAway, request_id: str = "") -> None:
         """Count a request that reached no model."""
@@ -139,10 +131,57 @@ class Metrics:
         self._refusals.close()
 
 
-def _note_call(note: Note, answer: Answer) -> None:
-    note("corewise.queue_ms", answer.waited_s * 1e3)
-    note("corewise.call_ms", answer.ran_s * 1e3)
-    note("corewise.call_rows", answer.batch_rows)
+class Observed:
+    """A request on its way, as a context manager: what became of it is counted, and its span ended."""
+
+    __slots__ = ("_headers", "_metrics", "_note", "_protocol", "_request_id", "_served", "_span", "_started_s")
+
+    def __init__(
+        self, metrics: Metrics, served: Served, protocol: str, headers: Mapping[str, str], request_id: str
+    ) -> None:
+        self._metrics, self._served, self._protocol = metrics, served, protocol
+        self._headers, self._request_id = headers, request_id
+        self._span: AbstractContextManager[Note] | None = None
+        self._note: Note | None = None
+        self._started_s = 0.0
+
+    def __enter__(self) -> "Observed":
+        self._started_s = time.monotonic()
+        if self._metrics.is_traced:
+            self._span = self._metrics.span(f"infer {self._served.name}", self._headers)
+            self._note = self._span.__enter__()
+        return self
+
+    def __call__(self, answer: Answer) -> Answer:
+        """Its answer, noted."""
+        self._metrics.observe(self._served, answer, time.monotonic() - self._started_s)
+        if self._note is not None:
+            self._note("corewise.queue_ms", answer.waited_s * 1e3)
+            self._note("corewise.call_ms", answer.ran_s * 1e3)
+            self._note("corewise.call_rows", answer.batch_rows)
+        return answer
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        outcome = "ok" if error is None else _outcome(error)
+        self._metrics.count(self._served, self._protocol, outcome, self._request_id)
+        if self._note is None or self._span is None:
+            return
+        self._note("corewise.model_version", self._served.version)
+        self._note("corewise.outcome", outcome)
+        if self._request_id:
+            self._note("corewise.request_id", self._request_id)
+        self._span.__exit__(kind, error, trace)
+
+
+def _outcome(error: BaseException) -> str:
+    """What became of a request that ended with an error."""
+    if isinstance(error, ProtocolError):
+        return "invalid"
+    if isinstance(error, NotServed):
+        return error.reason
+    return "cancelled" if isinstance(error, ClientDisconnect | CancelledError) else "failed"
 
 
 class _Models(Collector):
@@ -159,14 +198,25 @@ class _Models(Collector):
         restarts = CounterMetricFamily("corewise_engine_restarts", "How often its process was replaced.", labels=labels)
         agreement = GaugeMetricFamily("corewise_shadow_agreement", "Answers with fp32's highest score.", labels=labels)
         drift = GaugeMetricFamily("corewise_shadow_sqnr_db", "Answers against fp32's, on a sample.", labels=labels)
+        checks = CounterMetricFamily(
+            "corewise_range_checks", "Extremes of rows compared with the ranges of the search.", labels=labels
+        )
+        outside = CounterMetricFamily("corewise_range_misses", "Extremes outside of these ranges.", labels=labels)
+        expected = GaugeMetricFamily(
+            "corewise_range_misses_expected_ratio", "Their share for samples like the search's.", labels=labels
+        )
         for served in self._models.served:
             key = [served.name, served.version]
             ready.add_metric(key, float(served.ready))
             waiting.add_metric(key, served.waiting_rows)
             slowness.add_metric(key, served.slowness)
             restarts.add_metric(key, served.remote.restarts)
+            if (found := served.ranges.outside) is not None:
+                checks.add_metric(key, found.checks)
+                outside.add_metric(key, found.outside)
+                expected.add_metric(key, found.expected_share)
             if served.shadow is not None and served.shadow.compared:
                 drift.add_metric(key, served.shadow.sqnr_db)
                 if served.shadow.agreement is not None:
                     agreement.add_metric(key, served.shadow.agreement)
-        return (ready, waiting, slowness, restarts, drift, agreement)
+        return (ready, waiting, slowness, restarts, drift, agreement, checks, outside, expected)

@@ -33,6 +33,8 @@ class Models:
         self._sources = {(source.name, source.version): source for source in sources}
         self._start = start
         self._served: dict[tuple[str, str], Served] = {}
+        self._found: dict[tuple[str, str | None], Served] = {}
+        """What ``find`` found; another dictionary after every change, so that no thread adds to it what was before."""
         self._reloading = threading.Lock()
         self.unloaded: set[tuple[str, str]] = set()
         """Those that were taken out of service."""
@@ -70,6 +72,7 @@ class Models:
             for key, source in self._sources.items():
                 if not self.draining:
                     self._served[key] = self._start(source)
+                    self._found = {}
         except CorewiseError:
             self.close(0.0)
             raise
@@ -83,6 +86,13 @@ class Models:
 
     def find(self, name: str, version: str | None = None) -> Served:
         """A model; its newest version where none is named. Raises ``ProtocolError``."""
+        known = self._found
+        served = known.get((name, version))
+        if served is None:
+            served = known[name, version] = self._find(name, version)
+        return served
+
+    def _find(self, name: str, version: str | None) -> Served:
         versions = self.versions(name)
         if version and version not in versions:
             raise ProtocolError(f"the model {name[:80]} has no version {version[:20]!r}", status=404)
@@ -128,6 +138,7 @@ class Models:
                 raise ProtocolError("the server is stopping", status=503)
             self._served[key] = made
             self.unloaded.discard(key)
+            self._found = {}
             if old is not None:
                 old.close(RELOAD_DRAIN_S)
             return made
@@ -138,6 +149,7 @@ class Models:
             served = self.find(name, version)
             self.unloaded.add((name, version))
             del self._served[name, version]
+            self._found = {}
             served.close(RELOAD_DRAIN_S)
 
     def drain(self, drain_s: float = inf) -> bool:
@@ -152,6 +164,7 @@ class Models:
         """``drain``, and forget them."""
         finished = self.drain(drain_s)
         self._served.clear()
+        self._found = {}
         return finished
 
 

@@ -21,6 +21,8 @@ SAFE = {
     "x-content-type-options": "nosniff",
     "referrer-policy": "no-referrer",
 }
+TEXT_PATHS = ("/v1/embeddings", "/v1/rerank", "/embed", "/similarity", "/rerank", "/predict", "/tokenize")
+"""Described if a model takes texts."""
 NOW_S = 5
 """The page's current rates are means over these last seconds."""
 STYLE = (
@@ -46,7 +48,7 @@ def live(models: Models, since: str = "") -> dict[str, Any]:
 
 
 def _figures(served: Served) -> dict[str, Any]:
-    shadow = served.shadow
+    shadow, outside = served.shadow, served.ranges.outside
     return {
         "name": served.name,
         "version": served.version,
@@ -61,6 +63,7 @@ def _figures(served: Served) -> dict[str, Any]:
         "shadow": {"compared": shadow.compared, "sqnr_db": shadow.sqnr_db, "agreement": shadow.agreement}
         if shadow and shadow.compared
         else None,
+        "outside": None if outside is None else asdict(outside),
         "now": asdict(served.statistics.recent(NOW_S)),
         **asdict(served.statistics.recent()),
     }
@@ -97,6 +100,12 @@ PATHS = (
     ("GET /v2/models/M/config", "its configuration, as Triton has it"),
     ("POST /v2/models/M/infer", "run it on tensors"),
     ("POST /v2/models/M/classify", "run it on a JPEG, PNG or WebP image"),
+    (
+        "POST /v1/embeddings, /v1/rerank",
+        "texts to vectors as OpenAI has it; documents ranked as Cohere and Jina have it",
+    ),
+    ("POST /embed, /similarity, /rerank, /predict, /tokenize", "texts, as Text Embeddings Inference has it"),
+    ("GET /v1/models", "all models, as OpenAI lists them"),
     ("GET /v2/models/M/stats", "what became of its requests"),
     ("GET /metrics", "for Prometheus"),
 )
@@ -105,7 +114,7 @@ PATHS = (
 def _model(served: Served) -> str:
     """The part of the page for one model."""
     parts = [f"<h2>{escape(served.name)}, version {escape(served.version)}</h2><table>"]
-    for kind, tensors in (("takes", served.values.described()), ("gives", protocol.described(served.outputs))):
+    for kind, tensors in (("takes", served.described_inputs()), ("gives", protocol.described(served.outputs))):
         for tensor in tensors:
             shape = ", ".join("any" if size < 0 else str(size) for size in tensor["shape"])
             ranges = ", ".join(
@@ -118,6 +127,10 @@ def _model(served: Served) -> str:
     parts.append("</table>")
     if served.manifest.preprocess is not None:
         command = f"curl --data-binary @cat.jpg http://HOST/v2/models/{served.name}/classify"
+        parts.append(f"<pre>{escape(command)}</pre>")
+    if served.text is not None and served.text.pipeline.task == "vectors":
+        embedded = json.dumps({"model": served.name, "input": ["a text"]})
+        command = f"curl -H 'Content-Type: application/json' -d '{embedded}' http://HOST/v1/embeddings"
         parts.append(f"<pre>{escape(command)}</pre>")
     parts.append(f"<pre>{escape(_example(served))}</pre>")
     return "".join(parts)
@@ -146,4 +159,6 @@ def openapi(models: Sequence[Served]) -> dict[str, Any]:
         found["components"]["parameters"]["name"]["schema"]["enum"] = names
     if not any(one.manifest.preprocess for one in models):
         found["paths"] = {path: calls for path, calls in found["paths"].items() if not path.endswith("/classify")}
+    if not any(one.text for one in models):
+        found["paths"] = {path: calls for path, calls in found["paths"].items() if path not in TEXT_PATHS}
     return found

@@ -1,68 +1,136 @@
 """Threads for what takes long to read or to write: images, texts, large bodies.
 
 None of that runs in the event loop, where all other requests would wait for it. A pool knows what each kind of work has
-cost lately, and refuses at once what it could not finish in time.
+cost lately, does the most urgent first, and refuses at once what could not be answered in time.
 """
 
 import asyncio
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+from heapq import heappop, heappush
+from itertools import count
 from math import inf
+from threading import Lock
 from time import monotonic
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from corewise.batching import NotServed
+from corewise.serving.costs import Costs
 
 T = TypeVar("T")
 
 MOST_WAITING = 1024
-NEW_SHARE = 0.2
-"""How much the last work tells of the next, against what came before it."""
+
+
+@dataclass(order=True)
+class _Job:
+    """Work that waits; jobs sort by deadline and arrival."""
+
+    deadline_s: float
+    arrival: int
+    expected_s: float = field(compare=False)
+    later_s: float = field(compare=False)
+    work: Callable[[], Any] = field(compare=False)
+    ended: "Future[tuple[Any, float]]" = field(compare=False, default_factory=Future)
 
 
 class Pool:
-    """A fixed number of threads, first come first served. Used from one event loop."""
+    """A fixed number of threads, which do what is due first. Used from one event loop."""
 
     def __init__(self, name: str, threads: int) -> None:
         self._executor = ThreadPoolExecutor(threads, thread_name_prefix=name)
         self._threads = threads
-        self._unit_s: dict[str, float] = {}
-        """Seconds for each unit of a kind of work."""
-        self._waiting = 0
-        self._waiting_s = 0.0
-        """What was given to the pool and has not ended should take together."""
+        self._costs = Costs()
+        self._lock = Lock()
+        self._waiting: list[_Job] = []
+        """A heap."""
+        self._arrivals = count()
+        self._running_s: dict[int, float] = {}
+        """When each running job should end, by its arrival."""
 
-    async def run(self, work: Callable[[], T], *, kind: str, size: float, deadline_s: float = inf) -> T:
-        """Run work of a size, in units of its kind, by a deadline on the monotonic clock.
+    @property
+    def is_busy(self) -> bool:
+        """Whether new work would wait."""
+        return len(self._waiting) + len(self._running_s) >= self._threads
+
+    def wait_s(self, deadline_s: float = inf) -> float:
+        """How long work with that deadline should wait for a thread, behind what is due before it."""
+        if not self.is_busy:
+            return 0.0
+        now_s = monotonic()
+        with self._lock:
+            ahead_s = sum(job.expected_s for job in self._waiting if job.deadline_s <= deadline_s)
+            ahead_s += sum(max(0.0, end_s - now_s) for end_s in self._running_s.values())
+        return ahead_s / self._threads
+
+    def expected_s(self, kind: str, size: float) -> float:
+        """What work of a kind and size has cost lately."""
+        return self._costs.expected_s(kind, size)
+
+    def check(self, expected_s: float, deadline_s: float, later_s: float = 0.0) -> None:
+        """Raise ``NotServed`` where work that takes so long, and what comes ``later_s`` after it, would end too late.
+
+        If a thread is free, an estimate alone refuses nothing: the work shows how long it takes now.
+        """
+        is_busy = self.is_busy
+        late_s = monotonic() + (self.wait_s(deadline_s) + expected_s + later_s if is_busy else 0.0) - deadline_s
+        if late_s > 0:
+            raise NotServed("overloaded" if is_busy else "too urgent", late_s)
+
+    async def run(
+        self, work: Callable[[], T], *, kind: str, size: float, deadline_s: float = inf, later_s: float = 0.0
+    ) -> T:
+        """Run work of a size, in units of its kind, ``later_s`` before a deadline on the monotonic clock.
 
         Raises ``NotServed`` where it would come too late, and what the work raises.
         """
-        expected_s = self._unit_s.get(kind, 0.0) * size
-        if self._waiting >= MOST_WAITING:
-            raise NotServed("queue full", self._waiting_s / self._threads)
-        late_s = monotonic() + self._waiting_s / self._threads + expected_s - deadline_s
-        if late_s > 0:
-            raise NotServed("overloaded" if self._waiting else "too urgent", late_s)
-
-        def timed() -> tuple[T, float]:
-            started_s = monotonic()
-            if started_s > deadline_s:
-                raise NotServed("expired")
-            return work(), monotonic() - started_s
-
-        self._waiting += 1
-        self._waiting_s += expected_s
-        job = self._executor.submit(timed)
+        expected_s = self.expected_s(kind, size)
+        if len(self._waiting) >= MOST_WAITING:
+            raise NotServed("queue full", self.wait_s())
+        self.check(expected_s, deadline_s, later_s)
+        job = _Job(deadline_s, next(self._arrivals), expected_s, later_s, work)
+        with self._lock:
+            heappush(self._waiting, job)
+        self._executor.submit(self._run_most_urgent)
         try:
-            result, took_s = await asyncio.wrap_future(job)
+            result, took_s = await asyncio.wrap_future(job.ended)
         finally:
             del job  # it holds what was raised, which holds this frame, and so the request's data
-            self._waiting -= 1
-            self._waiting_s = max(0.0, self._waiting_s - expected_s) if self._waiting else 0.0
-        old_s = self._unit_s.get(kind, took_s / max(size, 1))
-        self._unit_s[kind] = (1 - NEW_SHARE) * old_s + NEW_SHARE * took_s / max(size, 1)
-        return result
+        self._costs.note(kind, size, took_s)
+        return result  # type: ignore[no-any-return]
+
+    def _run_most_urgent(self) -> None:
+        with self._lock:
+            job = heappop(self._waiting)
+            started_s = monotonic()
+            is_late = started_s + (job.later_s + job.expected_s if self._waiting else 0.0) > job.deadline_s
+            if not job.ended.set_running_or_notify_cancel():
+                return
+            if not is_late:
+                self._running_s[job.arrival] = started_s + job.expected_s
+        if is_late:
+            job.ended.set_exception(NotServed("expired"))
+            return
+        result, error = _caught(job.work)
+        with self._lock:
+            del self._running_s[job.arrival]
+        if error is None:
+            job.ended.set_result((result, monotonic() - started_s))
+        else:
+            job.ended.set_exception(error)
 
     def close(self) -> None:
         """Drop what waits."""
         self._executor.shutdown(wait=False, cancel_futures=True)
+        with self._lock:
+            for job in self._waiting:
+                job.ended.cancel()
+
+
+def _caught(work: Callable[[], T]) -> tuple[T | None, BaseException | None]:
+    """The result of work and its error, whose traceback ends here, so that it does not hold itself."""
+    try:
+        return work(), None
+    except BaseException as error:  # noqa: BLE001 - the request boundary: whatever it is, a request waits for it
+        return None, error

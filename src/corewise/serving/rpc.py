@@ -2,7 +2,6 @@
 
 import logging
 import time
-from asyncio import wrap_future
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from math import inf, prod
 from typing import Any
@@ -11,7 +10,7 @@ import grpc
 import numpy as np
 
 from corewise._version import __version__
-from corewise.batching import NotServed
+from corewise.batching import Answer, NotServed
 from corewise.common.errors import CorewiseError
 from corewise.records.build import TensorSpec
 from corewise.serving import messages, oip, protocol, triton
@@ -20,6 +19,7 @@ from corewise.serving.messages import Receiver
 from corewise.serving.metrics import Metrics
 from corewise.serving.models import Models
 from corewise.serving.protocol import Asked, InferRequest, Limits, NoRoom, ProtocolError
+from corewise.serving.rpc_frames import RpcFrames
 from corewise.serving.served import Served
 from corewise.serving.tokens import Tokens
 
@@ -66,6 +66,7 @@ class Service:
         self.models, self.metrics = models, metrics
         self._limits, self._tokens, self._front = limits, tokens, front
         self.receiver = Receiver(limits)
+        self._frames = RpcFrames()
         calls: dict[str, Call] = {
             "ServerLive": self.server_live,
             "ServerReady": self.server_ready,
@@ -80,7 +81,7 @@ class Service:
             {
                 # To gRPC a stream of requests, of which one is read: what is refused before that is never received.
                 name: grpc.stream_unary_rpc_method_handler(
-                    self._guarded(name, asked, calls[name]), response_serializer=answered.SerializeToString
+                    self._guarded(name, asked, calls[name]), response_serializer=_serializer(answered)
                 )
                 for name, (asked, answered) in oip.METHODS.items()
             },
@@ -111,7 +112,7 @@ class Service:
             name=served.name,
             versions=self.models.versions(served.name),
             platform=f"corewise_{served.manifest.build.engine}",
-            inputs=[_with_parameters(described) for described in served.values.described()],
+            inputs=[_with_parameters(described) for described in served.described_inputs()],
             outputs=protocol.described(served.outputs),
         )
 
@@ -122,38 +123,61 @@ class Service:
 
     async def model_infer(self, request: Any, context: Any) -> Any:
         """Run a model on tensors. The time counts from the call's start by gRPC's deadline, or from its message."""
-        received_s = time.monotonic()
         served = self._served(request.model_name, request.model_version)
-        headers = {key: value for key, value in context.invocation_metadata() if isinstance(value, str)}
-        client = messages.client_of(context)
-        with (
-            self.metrics.request(served, "grpc", headers, headers.get("x-request-id", request.id)) as note,
-            self._front.booking(client) as booking,
-        ):
-            left_s = context.time_remaining()
-            deadline_s = received_s + (self._limits.timeout_s if left_s is None else left_s)
-            with self._front.place(client):
-                typed_bytes, raw_bytes = messages.sizes(request)
-                asked = await self._front.read(
-                    lambda: parse(request, served.inputs, served.outputs, served.instead),
-                    typed_bytes,
-                    raw_bytes,
-                    deadline_s=deadline_s,
-                )
-                asked = await self._front.prepare(asked, served, deadline_s=deadline_s)
-            booking.add(max(0, sum(array.nbytes for array in asked.inputs) - typed_bytes - raw_bytes))
-            if asked.timeout_s is not None:
-                deadline_s = received_s + min(inf if left_s is None else left_s, asked.timeout_s)
-            served, future = self.models.submit(
-                served.name,
-                served.version,
-                asked.inputs,
-                timeout_s=deadline_s - time.monotonic(),
-                priority=asked.priority,
-            )
-            answer = note(await wrap_future(future))
+        _, served, asked, answer = await self._run(served, request, None, context)
+        return self._rendered(served, asked, answer)
+
+    async def _infer(self, data: bytes, context: Any) -> Any:
+        """The same, from a message's bytes to the answer's, which are neither decoded nor encoded if they are known."""
+        known = self._frames.known(data)
+        if known is not None:
+            served = self._served(known.name, known.version)
+            if served.frames is known.of:
+                _, served, asked, answer = await self._run(served, None, known.asked, context)
+                return self._frames.render(served, asked, answer.outputs) or self._rendered(served, asked, answer)
+        messages.check_infer(data, self._limits)
+        message = oip.message("ModelInferRequest")
+        request = await self._front.read(lambda: messages.decoded(data, message), len(data) // DECODED_BYTES)
+        served = self._served(request.model_name, request.model_version)
+        parsed_for, served, asked, answer = await self._run(served, request, None, context)
+        self._frames.remember(data, request, parsed_for, asked)
+        return self._rendered(served, asked, answer)
+
+    def _rendered(self, served: Served, asked: InferRequest, answer: Answer) -> Any:
         named = {spec.name: array for spec, array in zip(served.outputs, answer.outputs, strict=True)}
         return render(served, asked, triton.classified(asked.class_counts, named, served.manifest.labels))
+
+    async def _run(
+        self, served: Served, request: Any, asked: InferRequest | None, context: Any
+    ) -> tuple[Served, Served, InferRequest, Answer]:
+        """The answer to a request, which is parsed if it is not: the model that it was meant for, and that ran it."""
+        received_s = time.monotonic()
+        meant, client = served, messages.client_of(context)
+        headers = {key: value for key, value in context.invocation_metadata() if isinstance(value, str)}
+        request_id = headers.get("x-request-id", request.id if request is not None else "")
+        with self.metrics.request(served, "grpc", headers, request_id) as note, self._front.booking(client) as booking:
+            left_s = context.time_remaining()
+            deadline_s = received_s + (self._limits.timeout_s if left_s is None else left_s)
+            with self._front.place(client, served):
+                booked_bytes = 0
+                if asked is None:
+                    typed_bytes, raw_bytes = messages.sizes(request)
+                    booked_bytes = typed_bytes + raw_bytes
+                    asked = await self._front.read(
+                        lambda: parse(request, served.inputs, served.outputs, served.instead),
+                        typed_bytes,
+                        raw_bytes,
+                        deadline_s=deadline_s,
+                    )
+                prepared = await self._front.prepare(asked, served, client=client, deadline_s=deadline_s)
+            if booked_bytes:
+                booking.add(max(0, sum(array.nbytes for array in prepared.inputs) - booked_bytes))
+            if asked.timeout_s is not None:
+                deadline_s = received_s + min(inf if left_s is None else left_s, asked.timeout_s)
+            asked_s = time.monotonic()
+            ran, answer = await self._front.ask(self.models, served, prepared, deadline_s)
+            self._front.note_sent(note(answer), asked_s)
+        return meant, ran, asked, answer
 
     def _served(self, name: str, version: str) -> Served:
         return self.models.find(name, version or None)
@@ -171,8 +195,9 @@ class Service:
                 return await self._answered(name, message, call, requests, context)
             except Exception as error:  # noqa: BLE001 - the request boundary: gRPC would tell the client what was raised
                 code, why = self._told(name, error, context)
-            # Only now: what aborting raises stays with gRPC for a while, and would keep the error, with all of the
-            # request.
+            # What aborting raises stays for a while, with this frame: the error holds all of the request, and the
+            # iterator its last message.
+            del requests
             return await context.abort(code, why)
 
         return guarded
@@ -184,9 +209,8 @@ class Service:
             data = await self.receiver.receive(requests, client)
             booking.add(len(data))
             if name == "ModelInfer":
-                messages.check_infer(data, self._limits)
-            else:
-                messages.check_small(data)
+                return await self._infer(data, context)
+            messages.check_small(data)
             request = await self._front.read(lambda: messages.decoded(data, message), len(data) // DECODED_BYTES)
             return await call(request, context)
 
@@ -209,12 +233,21 @@ class Service:
         return grpc.StatusCode.INTERNAL, "the server failed; its log says why"
 
 
+def _serializer(message: Any) -> Callable[[Any], bytes]:
+    """What makes bytes of answers, some of which are bytes already."""
+
+    def serialize(answer: Any) -> bytes:
+        return answer if isinstance(answer, bytes) else message.SerializeToString(answer)
+
+    return serialize
+
+
 def parse(
-    request: Any, inputs: Sequence[TensorSpec], outputs: Sequence[TensorSpec], instead: TensorSpec | None = None
+    request: Any, inputs: Sequence[TensorSpec], outputs: Sequence[TensorSpec], instead: Sequence[TensorSpec] = ()
 ) -> InferRequest:
     """A ``ModelInferRequest`` as the model takes it (``protocol.parse``). Raises ``ProtocolError``."""
-    if instead is not None and [one.name for one in request.inputs] == [instead.name]:
-        inputs = (instead,)
+    if request.inputs and {one.name for one in request.inputs} <= {spec.name for spec in instead}:
+        inputs = instead
     raw = request.raw_input_contents
     if raw and len(raw) != len(request.inputs):
         raise ProtocolError(f"there are {len(raw)} raw contents for {len(request.inputs)} inputs", "give one for each")
@@ -255,9 +288,12 @@ def _parameters(holder: Any) -> dict[str, Any]:
 
 
 def _with_parameters(described: Mapping[str, Any]) -> dict[str, Any]:
-    """An input's description with its parameters, which are whole numbers, as protobuf has them."""
-    numbers = described.get("parameters", {})
-    return {**described, "parameters": {name: {"int64_param": number} for name, number in numbers.items()}}
+    """An input's description with its parameters, which are whole numbers or bools, as protobuf has them."""
+    parameters = {
+        name: {"bool_param" if isinstance(value, bool) else "int64_param": value}
+        for name, value in described.get("parameters", {}).items()
+    }
+    return {**described, "parameters": parameters}
 
 
 def render(served: Served, request: InferRequest, outputs: Mapping[str, np.ndarray]) -> Any:

@@ -185,11 +185,13 @@ class Handlers(grpc.GenericRpcHandler):  # type: ignore[misc]
                 return await unary(messages.decoded(data, method.request), context)
             except Exception as error:  # noqa: BLE001 - the request boundary: gRPC would tell the client what was raised
                 code, why = _told(method, error)
+            del requests  # it holds the last message, and what aborting raises holds this frame
             return await context.abort(code, why)
 
         async def stream_call(requests: AsyncIterator[bytes], context: Any) -> AsyncIterator[Any]:
             assert streaming is not None
             await self._check(method, context)
+            given = requests
             try:
                 client = messages.client_of(context)
                 given = requests if method.takes == "bytes" else _decoded(requests, method.request)
@@ -202,6 +204,7 @@ class Handlers(grpc.GenericRpcHandler):  # type: ignore[misc]
                 return
             except Exception as error:  # noqa: BLE001 - the request boundary: gRPC would tell the client what was raised
                 code, why = _told(method, error)
+            del requests, given
             await context.abort(code, why)
 
         serializer = method.response.SerializeToString

@@ -18,12 +18,14 @@ from corewise import artifact
 from corewise.artifact import tuned
 from corewise.artifact.open import check_available
 from corewise.artifact.photos import images_of
+from corewise.artifact.texts import text_pipeline
+from corewise.artifact.watch import RangeWatch
 from corewise.batching import Answer, Batcher, NotServed, Policy, Run
 from corewise.common.errors import ArtifactError
 from corewise.engines import ENGINES
 from corewise.machine.inspect import inspect_cpu
 from corewise.records.build import TensorSpec
-from corewise.serving import text
+from corewise.serving.frames import Frames
 from corewise.serving.protocol import InferRequest
 from corewise.serving.remote import Remote
 from corewise.serving.shadow import Shadow
@@ -90,7 +92,7 @@ class Served:
         Raises ``ArtifactError`` and ``EngineError`` with why it cannot serve.
         """
         cpu = inspect_cpu()
-        identity = artifact.identity(source.folder) if source.folder.is_dir() else ""
+        identity = artifact.identity(source.folder) if (source.folder / artifact.MANIFEST).is_file() else ""
         found = artifact.read(source.folder, cpu=cpu)
         build = found.manifest.build
         if build.engine not in ENGINES:
@@ -113,13 +115,17 @@ class Served:
         self.plan, self.notes = fit.plan, (*fit.warnings, *notes, *self.values.notes)
         self.inputs: tuple[TensorSpec, ...] = found.manifest.inputs
         self.outputs: tuple[TensorSpec, ...] = found.manifest.outputs
+        pipeline = text_pipeline(found)
+        self.text = None if pipeline is None else TextInput(found, pipeline)
         self.photos = images_of(found)
         if self.photos is not None and self.photos.preprocess.function is not None:
             why = f"its images are prepared by {self.photos.preprocess.function}, which is code and not in the artifact"
             self.notes = (*self.notes, f"it takes no images but tensors: {why}")
-        self.text = TextInput(found) if artifact.TOKENIZER in found.manifest.files else None
+        self.frames = Frames(self.inputs, self.outputs)
         self.statistics = Statistics()
-        self.draining = False
+        self.ranges = RangeWatch(found.manifest.seen_ranges)
+        self._told_ranges = False
+        self.draining = self.has_priorities = False
         self._max_rows = max_rows
         self.shadow = Shadow(found, shadow) if shadow > 0 else None
         with ExitStack() as undo:
@@ -137,13 +143,13 @@ class Served:
         return self.remote.alive and not self.draining
 
     @property
-    def instead(self) -> TensorSpec | None:
-        """The input that a request may have in place of the model's own."""
+    def instead(self) -> tuple[TensorSpec, ...]:
+        """The inputs that a request may have in place of the model's own."""
         if self.takes_images:
             taken = {spec.name for spec in self.inputs}
             name = next(name for name in ("image", "images", "photos") if name not in taken)
-            return TensorSpec(name=name, dtype="object", shape=(None,))
-        return None if self.text is None else text.SPEC
+            return (TensorSpec(name=name, dtype="object", shape=(None,)),)
+        return () if self.text is None else self.text.specs
 
     @property
     def takes_images(self) -> bool:
@@ -153,7 +159,7 @@ class Served:
     def prepared(self, request: InferRequest) -> InferRequest:
         """With texts as the model takes them, and values that it has a place for. Raises ``ProtocolError``."""
         if self.text is not None and request.inputs[0].dtype == object:
-            request = replace(request, inputs=self.text.arrays(request.inputs[0].tolist()))
+            request = replace(request, inputs=self.text.arrays(request.inputs))
         self.values.check(request.inputs)
         return request
 
@@ -166,7 +172,11 @@ class Served:
             return 0
         if len(request.inputs[0]) > self._max_rows:
             raise NotServed("too large")
-        return sum(map(len, request.inputs[0]))
+        return sum(len(item) for column in request.inputs for item in column)
+
+    def described_inputs(self) -> list[dict[str, Any]]:
+        """The inputs as the model's metadata lists them."""
+        return self.values.described(self.instead)
 
     def described_statistics(self) -> dict[str, Any]:
         """As Triton's extension ``statistics`` has them."""
@@ -182,9 +192,18 @@ class Served:
         """How many times as long as measured calls last now, at least 1."""
         return self._batcher.slowness
 
+    def expected_s(self, ahead_rows: int = 0) -> float:
+        """About how long a row that came now would take, behind all that wait and so many rows more."""
+        return self._batcher.expected_s(ahead_rows)
+
+    def keep_margin(self, margin_s: float) -> None:
+        """Admit only requests whose answers should be there so long before their deadlines."""
+        self._batcher.keep_margin(margin_s)
+
     def submit(self, inputs: Sequence[np.ndarray], *, timeout_s: float = inf, priority: int = 0) -> "Future[Answer]":
         """Queue a request; see ``Batcher.submit``. More rows than the plan's batch run as several calls."""
         started_s = time.monotonic()
+        self.has_priorities |= priority != 0
         try:
             parts = self._submitted(inputs, timeout_s, priority)
         except NotServed:
@@ -207,6 +226,8 @@ class Served:
         rows, size = len(inputs[0]), self.plan.batch
         if rows > self._max_rows:
             raise NotServed("too large")
+        if rows <= size:
+            return [self._batcher.submit(inputs, timeout_s=timeout_s, priority=priority)]
         parts: list[Future[Answer]] = []
         try:
             for start in range(0, rows, size):
@@ -224,12 +245,20 @@ class Served:
             return
         if (error := ended.exception()) is None:
             self.statistics.answered(ended.result(), len(inputs[0]), took_s)
+            self._watch(inputs, ended.result().outputs)
             if self.shadow is not None:
                 self.shadow.offer(inputs, ended.result().outputs)
         elif isinstance(error, NotServed):
             self.statistics.not_served()
         else:
             self.statistics.failed(took_s)
+
+    def _watch(self, inputs: Sequence[np.ndarray], outputs: Sequence[np.ndarray]) -> None:
+        """Count what leaves the ranges of the search, and say once that it is too much."""
+        looked = self.ranges.see(inputs, outputs)
+        if looked and not self._told_ranges and (outside := self.ranges.outside) is not None and outside.many:
+            self._told_ranges = True
+            log.warning("%s, version %s: %s", self.name, self.version, outside.words)
 
     def _died(self, why: str) -> None:
         log.error("the engine process of %s, version %s: %s", self.name, self.version, why)

@@ -5,6 +5,7 @@ import logging
 import signal
 import socket
 import ssl
+import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -16,6 +17,7 @@ from typing import Any
 
 import uvicorn
 from starlette.middleware.cors import CORSMiddleware
+from starlette.requests import ClientDisconnect
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Receive, Scope, Send
 
@@ -24,9 +26,10 @@ from corewise.machine.inspect import inspect_cpu
 from corewise.serving import addresses, admin, memory, memory_limit
 from corewise.serving.addresses import Address
 from corewise.serving.admin import Repository
-from corewise.serving.app import ARRIVED, OPEN_TO_ALL, App, RequestLog
+from corewise.serving.app import OPEN_TO_ALL, App, RequestLog
 from corewise.serving.connections import Connection
 from corewise.serving.front import Front
+from corewise.serving.infer import ARRIVED, GONE, WHOLE
 from corewise.serving.memory_limit import Guard
 from corewise.serving.metrics import Metrics
 from corewise.serving.models import Models
@@ -66,6 +69,8 @@ EXPOSED_HEADERS = ("x-request-id", "retry-after", "inference-header-content-leng
 """Which pages of other origins may read, where --cors-origin allows them."""
 LINGER_S = 0.2
 """From the last new connection to the end of those without a request."""
+SWITCH_S = 0.0005
+"""After so long a thread lets others run: Python's 5 ms would be added to what an engine or an event loop waits for."""
 LAST_WORDS_S = 2.0
 """For answers that are on their way when all work is done."""
 
@@ -119,7 +124,19 @@ def serve(
     not fit together.
     """
     memory.tune()
-    return asyncio.run(_Server(sources, options, tell).run())
+    sys.setswitchinterval(SWITCH_S)
+    with asyncio.Runner(loop_factory=_fastest_loop) as runner:
+        return runner.run(_Server(sources, options, tell).run())
+
+
+def _fastest_loop() -> asyncio.AbstractEventLoop:
+    """uvloop's where it is installed."""
+    try:
+        import uvloop
+    except ImportError:
+        return asyncio.new_event_loop()
+    loop: asyncio.AbstractEventLoop = uvloop.new_event_loop()
+    return loop
 
 
 class _Server:
@@ -154,6 +171,7 @@ class _Server:
         ports = sum(one is not None for one in (self.options.http, self.options.grpc))
         most = _allowed_connections(ports, self.limits.connections)
         loop = asyncio.get_running_loop()
+        self.front.watch_loop()
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, self._stop)
         loop.add_signal_handler(
@@ -165,6 +183,7 @@ class _Server:
         if "http" in bound:
             config = _config(_for_pages(RequestLog(app.asgi, self.models), self.options), self.options, most)
             config.on_refused = partial(self.metrics.connection_refused, "http")
+            config.arrived_s = self.front.arrived_s
             web.append((_Http(config), bound["http"]))
         if "admin" in bound:
             web.append((_Http(_config(admin.web(self.repository), Options(), ADMIN_CONNECTIONS)), bound["admin"]))
@@ -296,12 +315,16 @@ class _Config(uvicorn.Config):
 
     most_connections = Limits.connections
     on_refused: Callable[[], None] = staticmethod(lambda: None)
+    arrived_s: Callable[[], float] = staticmethod(time.monotonic)
+    """When bytes that are read now came, on the monotonic clock."""
 
 
 class _Patient(Connection):
     """uvicorn's protocol with an end to its patience: with headers that do not come, and that do not end."""
 
     _refused = _crowded = False
+    _is_begun = False
+    """Whether headers have begun that have not ended."""
     _waiting: asyncio.TimerHandle | None = None
     _header_bytes = 0
     _fed_bytes = 0
@@ -310,6 +333,8 @@ class _Patient(Connection):
     def connection_made(self, transport: Any) -> None:
         super().connection_made(transport)
         assert isinstance(self.config, _Config)
+        self._arrived_s = self.config.arrived_s
+        self._gone: set[asyncio.Future[Any]] = set()
         over = len(self.connections) - self.config.most_connections
         if over > HEALTH_CONNECTIONS:
             self._refused = True
@@ -325,11 +350,16 @@ class _Patient(Connection):
     def connection_lost(self, exc: Exception | None) -> None:
         self._come()
         super().connection_lost(exc)
+        for waiter in self._gone:
+            if not waiter.done():
+                waiter.set_exception(ClientDisconnect())
 
     def data_received(self, data: bytes) -> None:
         if self._refused:  # what came with the end of TLS' handshake
             return
         super().data_received(data)
+        if self._is_begun:
+            self._wait(HEADERS_S)
         self._fed_bytes = 0 if self._waiting is None else self._fed_bytes + len(data)
         if self._fed_bytes > HEADERS_BYTES + FIRST_BODY_BYTES and not self.transport.is_closing():
             self.send_400_response("the headers are too long")
@@ -342,9 +372,10 @@ class _Patient(Connection):
 
     def on_message_begin(self) -> None:
         self._header_bytes = 0
-        self._wait(HEADERS_S)
+        self._is_begun = True
         super().on_message_begin()
-        self.scope[ARRIVED] = time.monotonic()  # type: ignore[literal-required]
+        scope: dict[str, Any] = self.scope  # type: ignore[assignment]
+        scope[ARRIVED], scope[GONE] = self._arrived_s(), self._gone
 
     def on_url(self, url: bytes) -> None:
         self._count(len(url))
@@ -355,10 +386,15 @@ class _Patient(Connection):
         super().on_header(name, value)
 
     def on_headers_complete(self) -> None:
+        self._is_begun = False
         self._come()
         super().on_headers_complete()
         if self._crowded and self.cycle is not None:
             self.cycle.keep_alive = False
+
+    def on_message_complete(self) -> None:
+        super().on_message_complete()
+        self.scope[WHOLE] = True  # type: ignore[literal-required]
 
     def _count(self, size: int) -> None:
         self._header_bytes += size

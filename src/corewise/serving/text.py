@@ -1,77 +1,114 @@
-"""Text as people write it, for models whose artifact carries a tokenizer."""
+"""Texts for models whose artifact carries a tokenizer: tokens, the model's inputs, and answers."""
 
 from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
-from corewise import artifact
 from corewise.artifact import Artifact
-from corewise.artifact.checks import input_ranges
-from corewise.common.errors import ArtifactError, MissingExtra
-from corewise.common.references import guard
+from corewise.common.errors import InputError
+from corewise.pipeline import TextEncoder, TokenPiece, Tokens, decode
 from corewise.records.build import TensorSpec
+from corewise.records.pipeline import Activation, TextPipeline
+from corewise.samples.texts import Text
 from corewise.serving.protocol import ProtocolError
+from corewise.serving.texts import TextRequest
 
-SPEC = TensorSpec(name="text", dtype="object", shape=(None,))
-"""What a request may have in place of the model's own inputs."""
+TEXT, PAIR = (TensorSpec(name=name, dtype="object", shape=(None,)) for name in ("text", "text_pair"))
+"""What a request of the Open Inference Protocol may have in place of the model's own inputs."""
 BUCKET = 8
 """Texts are padded to a multiple of so many tokens: those of about one length share calls, with little padding."""
-MOST_TOKENS = 512
-"""Where neither the model nor the tokenizer says."""
-TOKEN_BYTES = 32
-"""Bytes of text that are read for each token that the model takes: more than any language needs."""
+TOKEN_CHARACTERS = 32
+"""Characters of a text that are read for each token that the model takes, where it may not be cut: more than any
+language needs."""
 
 
 class TextInput:
-    """Texts to the model's inputs. Thread-safe."""
+    """One artifact's texts. Thread-safe."""
 
-    def __init__(self, found: Artifact) -> None:
-        """Raises ``ArtifactError`` where the tokenizer does not fit the model, and ``MissingExtra``."""
-        try:
-            from tokenizers import Tokenizer
-        except ImportError as error:
-            raise MissingExtra("tokenizers", "serve", f"serving {found.folder}") from error
-        path = found.folder / artifact.TOKENIZER
-        with guard(ArtifactError, f"{path} is no tokenizer", artifact.REBUILD):
-            self._tokenizer = Tokenizer.from_file(str(path))
-        padding, truncation = self._tokenizer.padding or {}, self._tokenizer.truncation or {}
-        self._pad_id = int(padding.get("pad_id", 0))
-        self._specs = found.manifest.inputs
-        if not all(len(spec.shape) == 2 and spec.dtype in ("int32", "int64") for spec in self._specs):
-            raise ArtifactError(f"{found.folder} has a tokenizer and inputs that are no tokens", artifact.REBUILD)
-        fixed = [spec.shape[1] for spec in self._specs if spec.shape[1] is not None]
-        self._fixed = fixed[0] if fixed else None
-        # More than the model has positions for would be refused, padding included.
-        longest = [each.longest[1] or MOST_TOKENS for each in input_ranges(found) or () if len(each.longest) == 2]
-        self._most = self._fixed or min([int(truncation.get("max_length", MOST_TOKENS)), *longest])
-        self._most_bytes = TOKEN_BYTES * self._most
-        self._tokenizer.no_padding()
-        self._tokenizer.no_truncation()
+    def __init__(self, found: Artifact, pipeline: TextPipeline) -> None:
+        """Raises ``ArtifactError`` where the tokenizer is none, and ``MissingExtra``."""
+        self.pipeline = pipeline
+        self.encoder = TextEncoder(pipeline, found.folder / pipeline.tokenizer)
+        self._most_characters = TOKEN_CHARACTERS * pipeline.max_length
 
-    def arrays(self, texts: Sequence[bytes]) -> tuple[np.ndarray, ...]:
-        """The model's inputs for these texts. Raises ``ProtocolError`` for one that is no UTF-8 or too long."""
-        if (longest_bytes := max(map(len, texts))) > self._most_bytes:
-            raise ProtocolError(
-                f"a text has {longest_bytes} bytes; at most {self._most_bytes} are read for the {self._most} tokens "
-                "that the model takes",
-                "send it in parts",
-            )
+    @property
+    def specs(self) -> tuple[TensorSpec, ...]:
+        """The inputs of a request of texts."""
+        return (TEXT, PAIR) if self.pipeline.pairs else (TEXT,)
+
+    def arrays(self, texts: Sequence[NDArray[Any]]) -> tuple[NDArray[Any], ...]:
+        """The model's inputs for arrays of UTF-8 bytes (N,), as many as ``specs``.
+
+        Raises ``ProtocolError`` for a text that is no UTF-8, or too long.
+        """
         try:
-            # One at a time: other threads run between two calls.
-            encoded = [self._tokenizer.encode_batch([text.decode()])[0] for text in texts]
+            decoded = [[item.decode() for item in column.tolist()] for column in texts]
         except UnicodeDecodeError as error:
             raise ProtocolError(f"a text is no UTF-8: {error.reason}") from error
-        longest = max(len(one.ids) for one in encoded)
-        if longest > self._most:
-            raise ProtocolError(f"a text has {longest} tokens, the model takes {self._most}", "send it in parts")
-        length = self._fixed or min(self._most, -(-longest // BUCKET) * BUCKET)
-        parts = {"ids": [one.ids for one in encoded], "type": [one.type_ids for one in encoded]}
-        parts["mask"] = [one.attention_mask for one in encoded]
-        made = []
-        for spec in self._specs:
-            role = next((role for role in ("mask", "type") if role in spec.name.lower()), "ids")
-            rows = np.full((len(encoded), length), self._pad_id if role == "ids" else 0, spec.dtype)
-            for row, values in zip(rows, parts[role], strict=True):
-                row[: len(values)] = values
-            made.append(rows)
-        return tuple(made)
+        items: list[Text] = list(zip(*decoded, strict=True)) if self.pipeline.pairs else decoded[0]
+        tokens = self.tokens(TextRequest(items=items))
+        return self.inputs(tokens, max(map(len, tokens)))
+
+    def tokens(self, asked: TextRequest, start: int = 0) -> list[Tokens]:
+        """The tokens of each text of a request; errors count its texts from ``start``. Raises ``ProtocolError``."""
+        if asked.ids:
+            return [self._given(ids, start + k) for k, ids in enumerate(asked.ids)]
+        noun = self.pipeline.noun
+        for k, item in enumerate(asked.items, start):
+            characters = len(item) if isinstance(item, str) else sum(map(len, item))
+            if asked.truncate is None and characters > self._most_characters:
+                raise ProtocolError(
+                    f"{noun} {k} has {characters} characters; at most {self._most_characters} are read for the "
+                    f"{self.pipeline.max_length} tokens that the model takes",
+                    "send it in parts, or ask for truncation",
+                )
+            if problem := self.encoder.problem(item):
+                raise ProtocolError(f"{noun} {k} {problem}")
+        try:
+            return self.encoder.encode(asked.items, prompt=asked.prompt, truncate=asked.truncate or False, first=start)
+        except InputError as error:
+            raise ProtocolError(error.what, error.fix) from error
+
+    def inputs(self, tokens: Sequence[Tokens], longest: int) -> tuple[NDArray[Any], ...]:
+        """The model's inputs for one call, (N, tokens) each, padded to a multiple of ``BUCKET``."""
+        length = min(self.pipeline.max_length, -(-longest // BUCKET) * BUCKET)
+        return self.encoder.collate(tokens, length)
+
+    def answers(
+        self,
+        outputs: Sequence[NDArray[Any]],
+        items: Sequence[Text],
+        tokens: Sequence[Tokens],
+        activation: Activation | None = None,
+    ) -> list[Any]:
+        """One call's answers (``pipeline.decode``); ``activation`` in place of the pipeline's own."""
+        pipeline = self.pipeline if activation is None else replace(self.pipeline, activation=activation)
+        return decode(pipeline, outputs, items, tokens)
+
+    def described(self, items: Sequence[str], special: bool, prompt: str | None) -> list[list[TokenPiece]]:
+        """The tokens of each text, with or without special ones. Raises ``ProtocolError``."""
+        for k, item in enumerate(items):
+            if not item or len(item) > self._most_characters:
+                raise ProtocolError(
+                    f"text {k} has {len(item)} characters, and is read from 1 to {self._most_characters}"
+                )
+        try:
+            return [self.encoder.pieces(item, special=special, prompt=prompt) for item in items]
+        except InputError as error:
+            raise ProtocolError(error.what, error.fix) from error
+
+    def decoded(self, rows: Sequence[Sequence[int]], skip_special: bool) -> list[str]:
+        """The text of each row of token ids."""
+        return [self.encoder.text(ids, skip_special=skip_special) for ids in rows]
+
+    def _given(self, ids: Sequence[int], number: int) -> Tokens:
+        if self.pipeline.pairs:
+            raise ProtocolError("the model takes pairs of texts, which token ids cannot say", "send texts")
+        if len(ids) > self.pipeline.max_length:
+            raise ProtocolError(
+                f"row {number} has {len(ids)} tokens, the model takes {self.pipeline.max_length}", "send it in parts"
+            )
+        return Tokens(np.array(ids, np.int32), np.zeros(len(ids), np.int32))

@@ -11,6 +11,11 @@ class Tokens:
     def __init__(self, tokens: Sequence[str]) -> None:
         self._digests = [hashlib.sha256(token.encode()).digest() for token in tokens]
 
+    @property
+    def are_needed(self) -> bool:
+        """Whether not everybody may."""
+        return bool(self._digests)
+
     def admit(self, authorization: bytes) -> bool:
         """Whether the header ``authorization`` has one of them; the time that takes tells nothing of them."""
         kind, _, token = authorization.partition(b" ")

@@ -18,6 +18,8 @@ Note = Callable[[str, str | float], None]
 class Traces:
     """Records nothing."""
 
+    is_on = False
+
     @contextmanager
     def span(self, name: str, headers: Mapping[str, str]) -> Iterator[Note]:
         """A span around the body of the ``with``, in the trace that the request's ``headers`` name."""
@@ -29,6 +31,8 @@ class Traces:
 
 class OpenTelemetry(Traces):
     """Sends spans by OTLP over HTTP, in a thread of its own."""
+
+    is_on = True
 
     def __init__(self) -> None:
         """Raises ``MissingExtra``."""

@@ -41,14 +41,18 @@ class Values:
         except InputError as error:
             raise ProtocolError(error.what, error.fix) from error
 
-    def described(self) -> list[dict[str, Any]]:
-        """The inputs as the model's metadata lists them, with their ranges as ``parameters``."""
+    def described(self, texts: Sequence[TensorSpec] = ()) -> list[dict[str, Any]]:
+        """The inputs as the model's metadata lists them, with their ranges as ``parameters``.
+
+        ``texts`` are what a request may have in place of all of them.
+        """
         ranges = self._ranges or [InputRange()] * len(self._inputs)
         listed = protocol.described(self._inputs)
         for description, each in zip(listed, ranges, strict=True):
             if parameters := _parameters(each):
                 description["parameters"] = parameters
-        return listed
+        instead = {"parameters": {"replaces_other_inputs": True}}
+        return listed + [{**description, **instead} for description in protocol.described(texts)]
 
 
 def _parameters(allowed: InputRange) -> dict[str, int]:

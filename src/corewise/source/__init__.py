@@ -8,6 +8,7 @@ from corewise.source.models import load, load_with_texts
 from corewise.source.preprocessing import OwnPreprocess, own_preprocess, read_for
 from corewise.source.program import load_module, load_program, operators, save_program
 from corewise.source.recurrence import has_recurrent_layers, recurrent_layers_kept
+from corewise.source.timing import row_seconds
 
 __all__ = [
     "Exported",
@@ -26,5 +27,6 @@ __all__ = [
     "own_preprocess",
     "read_for",
     "recurrent_layers_kept",
+    "row_seconds",
     "save_program",
 ]

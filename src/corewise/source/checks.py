@@ -1,5 +1,6 @@
 """The user's model before anything runs: whether it is one, and whether its weights are usable."""
 
+from inspect import getattr_static
 from typing import Any
 
 import torch
@@ -63,7 +64,7 @@ def _unwrapped(model: Any) -> nn.Module:
     if not isinstance(model, nn.Module):
         raise SourceError(f"the model is a {type(model).__name__}", inner_model(model) or MODEL_ITSELF)
     # Such a wrapper (ultralytics' YOLO) may also understand ``eval`` as something else.
-    if type(model).forward is nn.Module.forward and inner_model(model):
+    if getattr_static(type(model), "forward", None) is nn.Module.forward and inner_model(model):
         raise SourceError(f"the model is a {type(model).__name__}, which has no forward", inner_model(model))
     return model
 

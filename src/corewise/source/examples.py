@@ -67,8 +67,14 @@ class Examples:
                     tensor[row] = _changed(tensor[row], row)
         return Batch(tensors=tuple(tensors), samples=batch.samples)
 
-    def _batch(self, shapes: Shapes, rows: int) -> Batch:
-        fitting = [number for number, other in enumerate(self._shapes) if other == shapes][:rows]
+    def other(self, rows: int) -> Batch:
+        """A batch of the shape of ``largest``, of other values: the last samples of that shape, scaled or reversed."""
+        batch = self._batch(max(self._shapes, key=_size), rows, last=True)
+        return Batch(tensors=tuple(_changed(tensor, 2) for tensor in batch.tensors), samples=batch.samples)
+
+    def _batch(self, shapes: Shapes, rows: int, *, last: bool = False) -> Batch:
+        fitting = [number for number, other in enumerate(self._shapes) if other == shapes]
+        fitting = fitting[-rows:] if last else fitting[:rows]
         numbers = [fitting[row % len(fitting)] for row in range(rows)]
         stacked = zip(*(self._samples.rows[number] for number in numbers), strict=True)
         return Batch(tensors=tuple(torch.from_numpy(np.stack(arrays)) for arrays in stacked), samples=tuple(numbers))

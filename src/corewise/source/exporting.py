@@ -47,7 +47,7 @@ def export(model: nn.Module | ExportedProgram, samples: Samples, *, fixed_batch:
         structure, outputs, why_fixed = run_batches(flat, examples)
         rows = 1 if why_fixed else None
     _, smallest = run(flat, examples.smallest(rows or 1), examples.inputs)
-    state = state_change(flat, examples.largest(rows or 1))
+    state = state_change(flat, examples.largest(rows or 1), examples.other(rows or 1))
     known = _with_fixed_batch(flat, examples, rows, why_fixed) if rows else _with_any_batch(flat, examples)
     if state and known.program:
         without_updates(known.program)

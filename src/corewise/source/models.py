@@ -10,7 +10,7 @@ from corewise.common.errors import SourceError
 from corewise.common.references import call_reference, guard
 from corewise.records.pipeline import Pooling
 from corewise.source.loaded import Loaded, with_tokenizer
-from corewise.source.packages import package
+from corewise.source.packages import import_package
 from corewise.source.program import load_program
 from corewise.source.sentence_models import from_sentence_model, is_sentence_model
 
@@ -41,8 +41,8 @@ def load_with_texts(model: Any, *, tokenizer: Path | None = None, pooling: Pooli
         SourceError: The model cannot be loaded, or the tokenizer or pooling does not fit.
     """
     if isinstance(model, str):
-        prefix, _, name = model.partition(":")
-        loaded = TEXT_HUBS[prefix](name, pooling) if prefix in TEXT_HUBS and name else _from_object(_load(model))
+        prefix, name = split_reference(model)
+        loaded = TEXT_HUBS[prefix](name, pooling) if prefix in TEXT_HUBS else _from_object(_load(model))
     else:
         loaded = _from_object(model)
     if loaded.pipeline is not None and tokenizer is None:
@@ -59,9 +59,9 @@ def _from_object(model: Any) -> Loaded:
 
 
 def _load(reference: str) -> nn.Module | ExportedProgram:
-    prefix, _, name = reference.partition(":")
+    prefix, name = split_reference(reference)
     path = Path(reference)
-    if prefix in HUBS and name:
+    if prefix in HUBS:
         model = HUBS[prefix](name)
     elif path.suffix == ".pt2":
         return load_program(path)
@@ -89,14 +89,20 @@ def _named(value: Any) -> str:
     return "None" if value is None else f"a {type(value).__name__}"
 
 
+def split_reference(reference: str) -> tuple[str, str]:
+    """The library of a reference, such as ``timm``, and the name there; both empty for others."""
+    prefix, _, name = reference.partition(":")
+    return (prefix, name) if (prefix in HUBS or prefix in TEXT_HUBS) and name else ("", "")
+
+
 def _timm(name: str) -> Any:
-    timm = package("timm", "timm")
+    timm = import_package("timm", "timm")
     with guard(SourceError, f"timm:{name} cannot be loaded", "check its name with timm.list_models(pretrained=True)"):
         return timm.create_model(name, pretrained=True)
 
 
 def _torchvision(name: str) -> Any:
-    models = package("torchvision.models", "torchvision")
+    models = import_package("torchvision.models", "torchvision")
     with guard(
         SourceError, f"torchvision:{name} cannot be loaded", "check its name with torchvision.models.list_models()"
     ):

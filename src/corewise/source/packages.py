@@ -8,7 +8,7 @@ import torch
 from corewise.common.errors import SourceError
 
 
-def package(name: str, prefix: str) -> Any:
+def import_package(name: str, prefix: str) -> Any:
     """The package ``name``, for references with ``prefix``. Raises ``SourceError`` if it is missing or does not fit."""
     try:
         return importlib.import_module(name)

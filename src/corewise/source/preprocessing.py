@@ -15,7 +15,8 @@ from corewise.records.jsonable import from_json
 from corewise.records.report import Preprocess
 from corewise.samples import RawSamples, Samples, read_leaving_texts
 from corewise.samples.images import image_array
-from corewise.source.packages import package
+from corewise.source.models import HUBS, split_reference
+from corewise.source.packages import import_package
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -23,7 +24,6 @@ if TYPE_CHECKING:
 CLOSE_DB = 34.0
 """The least SQNR of our input for one picture against the library's. The rounding of pixels leaves 40 and more; a wrong
 mean, size, crop or order of colours leaves 29 and less."""
-LIBRARIES = ("timm", "torchvision", "hf")
 STEPS = ("resize", "crop", "mean", "std", "interpolation")
 """What says all about the usual way."""
 PILLOW = {0: "nearest", 1: "lanczos", 2: "bilinear", 3: "bicubic"}
@@ -52,7 +52,7 @@ def read_for(
     function: str | None = None,
     **options: Any,
 ) -> Samples | RawSamples:
-    """The samples that ``reference`` names: texts as they are, images as the model's own preprocessing makes them.
+    """The samples that ``reference`` names, texts as they are, and images as the model's own preprocessing makes them.
 
     Args:
         model: A model or its reference, as ``optimize`` takes it.
@@ -62,7 +62,8 @@ def read_for(
         options: As ``samples.read_leaving_texts`` takes them.
 
     Raises:
-        SamplesError: As ``samples.read``, and where ``given`` changes a part of what is known only as a whole.
+        SamplesError: As ``samples.read_leaving_texts``, and where ``given`` changes a part of what is known only as a
+            whole.
         SourceError: Where the model's package cannot be imported.
     """
     given = dict(given or {})
@@ -93,11 +94,9 @@ def own_preprocess(model: Any) -> OwnPreprocess | None:
     if not isinstance(model, str):
         config = getattr(model, "pretrained_cfg", None)
         return _timm(config, "model") if isinstance(config, Mapping) and "input_size" in config else None
-    prefix, _, name = model.partition(":")
-    if not name:
-        return None
+    prefix, name = split_reference(model)
     if prefix == "timm":
-        timm = package("timm", "timm")
+        timm = import_package("timm", "timm")
         config = timm.get_pretrained_cfg(name)
         return None if config is None else _timm(config.to_dict(), name)
     if prefix == "torchvision":
@@ -106,7 +105,7 @@ def own_preprocess(model: Any) -> OwnPreprocess | None:
 
 
 def _timm(config: Mapping[str, Any], name: str) -> OwnPreprocess | None:
-    data = package("timm.data", "timm")
+    data = import_package("timm.data", "timm")
     with guard(SourceError, f"the preprocessing of timm:{name} cannot be read", "give --preprocess FILE.py:FUNCTION"):
         chosen = data.resolve_data_config(pretrained_cfg=dict(config))
         transform = data.create_transform(**chosen, is_training=False)
@@ -130,7 +129,7 @@ def timm_preprocess(config: Mapping[str, Any]) -> Preprocess | None:
 
 
 def _torchvision(name: str) -> OwnPreprocess | None:
-    models = package("torchvision.models", "torchvision")
+    models = import_package("torchvision.models", "torchvision")
     with guard(SourceError, f"the preprocessing of torchvision:{name} cannot be read", "check its name"):
         transform = models.get_model_weights(name).DEFAULT.transforms()
     if not hasattr(transform, "mean"):
@@ -158,7 +157,7 @@ def torchvision_preprocess(transform: Any) -> Preprocess | None:
 
 
 def _transformers(name: str) -> OwnPreprocess | None:
-    transformers = package("transformers", "hf")
+    transformers = import_package("transformers", "hf")
     if not _has_image_processor(name):
         return None
     with guard(SourceError, f"the image processor of hf:{name} cannot be loaded", "give --preprocess FILE.py:FUNCTION"):
@@ -178,7 +177,7 @@ def _has_image_processor(name: str) -> bool:
         return any(
             "image" in (Path(name) / file).read_text() for file in PROCESSOR_FILES if (Path(name) / file).is_file()
         )
-    hub = package("transformers.utils", "hf")
+    hub = import_package("transformers.utils", "hf")
     with guard(SourceError, f"hf:{name} cannot be loaded", "check the name, the network, or give a local folder"):
         found = hub.cached_file(name, PROCESSOR_FILES[0], _raise_exceptions_for_missing_entries=False)
     return found is not None and "image" in Path(found).read_text()
@@ -243,7 +242,7 @@ def _proven(
     origin: str, preprocess: Preprocess | None, function: Callable[["Image"], NDArray[np.float32]], name: str
 ) -> OwnPreprocess:
     """``preprocess`` where it gives the input that the library's function gives for a picture, else without it."""
-    prefix = next((prefix for prefix in LIBRARIES if origin.startswith(prefix)), "hf")
+    prefix = next((prefix for prefix in HUBS if origin.startswith(prefix)), "hf")
     function.__module__, function.__qualname__ = prefix, name  # what the report calls it
     if preprocess is not None:
         picture = _picture(preprocess)

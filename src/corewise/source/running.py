@@ -4,6 +4,7 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from corewise.common import nested
 from corewise.common.errors import InputError, SamplesError, SourceError
@@ -14,21 +15,30 @@ from corewise.source.checks import inner_model
 from corewise.source.examples import Batch, Examples, free
 from corewise.source.exported import Flat
 
+ONE_VALUE = "Expected more than 1 value per channel when training"
+"""What torch says of a batch norm that is given one row."""
 OUTPUT_DTYPES = ("bool", "uint8", "int8", "int16", "int32", "int64", "float16", "float32", "float64")
 
 
 def run(flat: Flat, batch: Batch, inputs: Sequence[TensorSpec]) -> tuple[Structure, list[Tensor]]:
     """The structure and tensors of the output for one batch.
 
-    Raises ``SamplesError`` where the model does not take the samples, and ``SourceError`` where its outputs are no
-    tensors with the batch as first dimension, or have NaN.
+    Raises ``SamplesError`` where the model does not take the samples, and ``SourceError`` where it changes them, or its
+    outputs are no tensors with the batch as first dimension, or have NaN.
     """
     given = ", ".join(
         f"{spec.name} {spec.dtype} {tuple(tensor.shape)}" for spec, tensor in zip(inputs, batch.tensors, strict=True)
     )
     what = f"the model does not take the samples, in a batch {given}"
+    versions = [tensor._version for tensor in batch.tensors]
     with guard(SamplesError, what, _samples_fix(flat, inputs)), torch.no_grad():
         value = flat.call_model(*batch.tensors)
+    for spec, tensor, version in zip(inputs, batch.tensors, versions, strict=True):
+        if tensor._version != version:
+            raise SourceError(
+                f"the model changes its input {spec.name} in place, so that a second call answers otherwise",
+                f"compute a new tensor: {spec.name} = {spec.name} * 2 in place of {spec.name} *= 2",
+            )
     try:
         leaves, structure = nested.flatten(value, "output")
     except InputError as error:
@@ -63,12 +73,29 @@ def run_batches(flat: Flat, examples: Examples) -> tuple[Structure, list[Tensor]
         except SamplesError as error:
             if batch is one and _takes(flat, two.rows([0]), inputs):  # so it is the sample and not the batch
                 raise
+            if ONE_VALUE in error.what:
+                raise SourceError(*_batch_statistics(flat)) from error
             raise SourceError(f"the model takes a batch of two but not of {count}: {error.what}", fix) from error
         if again != structure:
             raise SourceError("the model's output has constants that depend on its input", "return them as tensors")
         if batch is three:
             _check_rows(nested.leaf_names(structure), outputs, more)
     return structure, outputs, ""
+
+
+def _batch_statistics(flat: Flat) -> tuple[str, str]:
+    """What to say and to advise about a batch norm that normalises by the rows of each call."""
+    names = [
+        name.removeprefix("model.")
+        for name, part in flat.named_modules()
+        if isinstance(part, _BatchNorm) and (part.training or part.running_mean is None)
+    ]
+    which = f"the batch norm {names[0]}" if names else "a batch norm"
+    return (
+        f"{which} takes mean and variance from the rows of each call, so that answers depend on the neighbours and a "
+        "single row has none",
+        "use the statistics of training: eval mode, and track_running_stats=True while training",
+    )
 
 
 def output_specs(structure: Structure, outputs: list[Tensor], smallest: list[Tensor]) -> tuple[TensorSpec, ...]:
@@ -110,7 +137,7 @@ def _check_output(name: str, leaf: Tensor, batch: Batch) -> None:
 def _check_rows(names: Sequence[str], two: Sequence[Tensor], three: Sequence[Tensor]) -> None:
     """Raise ``SourceError`` for an output as CLIP's ``logits_per_image``: each row has a value for each other row."""
     grows = [
-        any(sizes == (2, 3) for sizes in zip(of_two.shape[1:], of_three.shape[1:], strict=False))
+        any(2 * more == 3 * fewer != 0 for fewer, more in zip(of_two.shape[1:], of_three.shape[1:], strict=False))
         for of_two, of_three in zip(two, three, strict=True)
     ]
     if not any(grows):

@@ -16,7 +16,7 @@ from corewise.common.errors import SourceError
 from corewise.common.references import guard
 from corewise.records.pipeline import Activation, Pooling
 from corewise.source.loaded import Loaded
-from corewise.source.packages import package
+from corewise.source.packages import import_package
 from corewise.source.pooling import Normalized
 from corewise.source.transformers_models import activation_of, longest, quiet, vectors, with_head
 
@@ -37,7 +37,7 @@ def load_sentence_model(name: str) -> Loaded:
 
     Raises ``SourceError`` for a folder of another kind and for modules that are not supported.
     """
-    transformers = package("transformers", "st")
+    transformers = import_package("transformers", "st")
     folder = Path(name) if Path(name).is_dir() else _downloaded(name)
     with quiet(), guard(SourceError, f"st:{name} cannot be loaded", "check that all its files are there"):
         if not (folder / MODULES).is_file():
@@ -112,7 +112,7 @@ def _kinds(model: Any) -> set[str]:
 
 
 def _downloaded(name: str) -> Path:
-    hub = package("huggingface_hub", "st")
+    hub = import_package("huggingface_hub", "st")
     repository = name if "/" in name else f"sentence-transformers/{name}"
     files = ["*.json", "*.safetensors", "*.txt", "*.model"]
     with guard(SourceError, f"st:{name} cannot be loaded", "check the name, the network, or give a local folder"):

@@ -12,7 +12,7 @@ from corewise.common.references import guard
 from corewise.common.tokenizers import MOST_TOKENS
 from corewise.records.pipeline import Activation, Pooling, TextTask
 from corewise.source.loaded import Loaded, fast_tokenizer, text_pipeline
-from corewise.source.packages import package
+from corewise.source.packages import import_package
 from corewise.source.pooling import TextVectors
 
 TOKEN_INPUTS = ("input_ids", "attention_mask", "token_type_ids")
@@ -38,7 +38,7 @@ def load_transformers(name: str, pooling: Pooling | None = None) -> Loaded:
     With ``pooling`` it is the bare model and makes one vector of each text; else it has the head that the
     configuration names. Raises ``SourceError``.
     """
-    transformers = package("transformers", "hf")
+    transformers = import_package("transformers", "hf")
     with guard(SourceError, f"hf:{name} cannot be loaded", "check the name, the network, or give a local folder"):
         config = transformers.AutoConfig.from_pretrained(name)
     architecture = (config.architectures or [""])[0]

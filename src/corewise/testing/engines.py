@@ -18,6 +18,7 @@ from corewise.engines.fake import Fake
 from corewise.records.build import Build, Plan, Receipt
 
 RUNGS = 6
+RANGE = "range.txt"
 
 
 class Segfault(Fake):
@@ -97,6 +98,34 @@ class Layered(Fake):
         """So many layers in int8."""
         returned = build.quantization.reverted_layers
         return Receipt.tally([("Convolution/u8", number >= returned) for number in range(16)])
+
+
+class Narrow(Fake):
+    """Cuts its inputs off where the calibration samples ended, as int8 with narrow ranges does."""
+
+    def build(self, build_inputs: BuildInputs, build: Build, folder: Path) -> tuple[str, ...]:
+        """Write down the extremes of the samples' first input too."""
+        seen = np.concatenate([row[0].ravel() for row in build_inputs.calibration.rows])
+        (folder / RANGE).write_text(f"{seen.min()} {seen.max()}")
+        return super().build(build_inputs, build, folder)
+
+    def open(self, folder: Path, build: Build, plan: Plan) -> Session:
+        """Open a session that cuts off what is outside; fp32 cuts off nothing."""
+        session = super().open(folder, build, plan)
+        low, high = map(float, (folder / RANGE).read_text().split())
+        return _CutSession(session, low, high) if build.precision == "int8" else session
+
+
+class _CutSession:
+    def __init__(self, session: Session, low: float, high: float) -> None:
+        self._session, self._low, self._high = session, low, high
+
+    def run(self, inputs: Sequence[np.ndarray]) -> list[np.ndarray]:
+        first, *others = inputs
+        return self._session.run([np.clip(first, self._low, self._high), *others])
+
+    def close(self) -> None:
+        self._session.close()
 
 
 class _NanSession:

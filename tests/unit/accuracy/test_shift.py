@@ -1,9 +1,12 @@
 """The samples that are left out because they are unlike the rest, and what the gate makes of a drop on them."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
 from corewise.accuracy.gate import AccuracyGate, judge
+from corewise.accuracy.metrics import resolve
 from corewise.accuracy.outputs import Outputs, ragged
 from corewise.accuracy.shift import FEWEST_JUDGED, k_means, robust_by_default, shift_split
 from corewise.common.nested import flatten
@@ -114,3 +117,39 @@ def test_texts_and_embeddings_are_robust_by_default():
     assert robust_by_default(unit, integer_inputs=False)
     assert robust_by_default(Outputs((vectors,)), integer_inputs=True)
     assert not robust_by_default(Outputs((vectors,)), integer_inputs=False)
+
+
+def test_under_shift_a_drop_has_to_be_certain_unless_strict():
+    def judged(low, **limits):
+        plain = gate_of(topics(200, seed=7)[0])(topics(200, seed=7)[0])[0]
+        plain = replace(plain, drop_low=0.0, drop_high=0.0)
+        shift = replace(plain, drop=0.05, drop_low=low, drop_high=0.15)
+        return judge(replace(plain, shift=shift), Requirements(**limits), robust=True)
+
+    assert judged(low=-0.05).passed
+    assert judged(low=0.01).rule == "shift_drop"
+    assert judged(low=-0.05, strict=True).rule == "shift_drop"
+
+
+def test_samples_of_one_group_stay_together():
+    calibration, _ = topics(100, seed=3)
+    holdout, _ = topics(200, seed=4)
+    groups = np.repeat(np.arange(50), 2), 50 + np.repeat(np.arange(100), 2)
+    split = shift_split(calibration, holdout, 0, groups)
+    assert split is not None
+    for rows, members in zip((split.calibrating, split.judged), groups, strict=True):
+        _, counts = np.unique(members[rows], return_counts=True)
+        assert set(counts) == {2}
+
+
+def test_a_metric_that_a_part_of_the_holdout_does_not_define_gives_way_to_closeness():
+    scores = np.linspace(0, 1, 200)[:, None].astype(np.float32)
+    labels = (np.arange(200) >= 100).astype(np.int64)
+    leaves, structure = flatten(scores)
+    samples = from_python([(np.zeros(1, np.float32), int(label)) for label in labels])
+    gate = AccuracyGate(resolve("auc"), samples, structure, Requirements(), 0, robust=True)
+    outputs = Outputs(tuple(leaves))
+    fidelity, _ = gate(outputs)
+    fidelity, verdict = gate.under_shift(fidelity, outputs, np.arange(150, 200))  # labels of one class
+    assert (fidelity.metric, fidelity.shift.metric, fidelity.shift_drop) == ("auc", "concordance", 0)
+    assert verdict.passed

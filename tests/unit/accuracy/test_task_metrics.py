@@ -311,6 +311,12 @@ def raw_detector(seed=0, images=20):
     return outputs
 
 
+def test_fp32_scores_1_by_detections_however_many_it_has():
+    crowded = np.concatenate([rng(6).uniform(0, 640, (4, 2, 400)), np.full((4, 2, 400), 20.0)], axis=1)
+    crowded = np.concatenate([crowded, rng(7).uniform(0.3, 0.9, (4, 1, 400)), np.zeros((4, 1, 400))], axis=1)
+    assert value("detections", crowded.astype(np.float32), crowded.astype(np.float32)) == pytest.approx(1)
+
+
 def test_detections_need_no_labels():
     reference = raw_detector()
     assert value("detections", reference, reference) == pytest.approx(1)

@@ -1,0 +1,204 @@
+"""What builds that were not tried yet are expected to win and to cost, from what was seen so far. Pure."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from math import inf
+from statistics import median
+
+from corewise.engines.qdq import uses_corewise_quantizer
+from corewise.records.build import Build, Plan, Precision, QuantizationOptions
+from corewise.records.cpu import Cpu
+from corewise.records.goal import Goal
+from corewise.records.trial import State, Trial
+from corewise.search.candidates import rung_height
+
+VNNI_SPEEDS: dict[Precision, float] = {"int8": 5.5, "int8-dynamic": 4.0, "bf16": 3.0, "fp32": 1.5}
+"""Speeds over eager PyTorch in fp32 where the CPU multiplies int8: about the middle of what was seen on six models
+(Zen 4). What a search has seen itself replaces them."""
+OTHER_SPEEDS: dict[Precision, float] = {"int8": 2.5, "int8-dynamic": 1.8, "bf16": 3.0, "fp32": 1.5}
+"""Without such instructions (Zen 3)."""
+ENGINE_FACTORS = {"onnxruntime": 0.8, "torch-int8": 0.85, "inductor": 0.85, "eager": 0.6}
+"""An engine's speed over OpenVINO's in the same precision (the same models)."""
+BF16_REST = 1.05
+PASSES: dict[Precision, float] = {"int8": 0.8, "int8-dynamic": 0.8, "bf16": 0.95, "fp32": 0.98}
+"""How often a build can be made and passes the gate."""
+PASSES_UNCORRECTED = 0.6
+"""On the first rung of corewise's quantizer, which corrects nothing."""
+PASSES_LIKE_ONE = 0.95
+"""After the same precision of another engine passed, or the same layers in int8 did."""
+PASSES_UNLIKE_ONE = 0.4
+"""After the gate rejected int8 of an engine's own quantizer: others', and corewise's next rung."""
+PASSES_AS_REJECTED = 0.1
+"""After the gate rejected the same layers in int8."""
+PROMISING = 0.7
+"""A build slower than this share of the fastest under the first plan will hardly win: other threads and batches change
+the order of builds, but seldom by more (MobileNetV2 as two instances of one thread ran 25 to 35 % faster)."""
+START_S = 4.0
+"""Seconds to start a process, import an engine, and convert and open a program (two cores of a Zen 4)."""
+MEASURE_S = 3.0
+"""Seconds to count int8 layers and to measure the first plan."""
+EXTRA_ROWS = 40
+"""Rows that a trial runs beside the holdout."""
+LOWERING_S = 8.0
+"""Seconds to make corewise's graph an ONNX model (ResNet-50)."""
+FIRST_RUNG_ROWS = 60
+"""Calls of one row, in eager PyTorch's time, that the first rung of corewise's quantizer takes."""
+BACKEND_ROWS = 100
+"""The same for trying PyTorch's quantized backends."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Forecast:
+    """Expectations about builds that were not tried. Speeds are multiples of the baseline's."""
+
+    cpu: Cpu
+    calibration: int
+    holdout: int
+    trials: Sequence[Trial] = ()
+
+    def worth(self, build: Build, price_per_s: float) -> float:
+        """The speed that a build must not have been beaten by to be worth its time: what comes next has the highest.
+
+        If trying build i takes the seconds c_i and gives the speed s_i with probability p_i, the best order of trials,
+        of which the fastest counts, is by the z_i that solves p_i (s_i - z_i) = price * c_i (Weitzman, Optimal Search
+        for the Best Alternative, Econometrica 47, 1979). A build that wins much comes before cheap ones that win
+        little, unless it takes most of the time that is left.
+        """
+        return self.speed(build) - price_per_s * self.seconds(build) / self.passes(build)
+
+    @property
+    def best(self) -> float:
+        """The highest speed of a build that passed; 1 for the baseline's."""
+        return max((self._ratio(trial) for trial in self._verified if trial.state == State.OK), default=1.0)
+
+    def speed(self, build: Build) -> float:
+        """The expected speed: that of a twin; the usual one, corrected by others of its precision; or the usual one."""
+        for trial in reversed(self._verified):
+            if are_twins(trial.build, build):
+                return self._ratio(trial)
+        seen = [
+            self._ratio(trial) / self._usual_speed(trial.build)
+            for trial in self._verified
+            if trial.build.precision == build.precision
+        ]
+        return self._usual_speed(build) * (median(seen) if seen else 1.0)
+
+    def passes(self, build: Build) -> float:
+        """How likely it can be made and passes the gate."""
+        if not build.precision.startswith("int8"):
+            return PASSES[build.precision]
+        same = [trial for trial in self._verified if same_int8_layers(trial.build, build)]
+        if same:
+            return PASSES_AS_REJECTED if same[-1].inaccurate else PASSES_LIKE_ONE
+        others = [trial for trial in self._verified if trial.build.precision == build.precision]
+        ours = uses_corewise_quantizer(build)
+        rejected = [trial for trial in others if trial.inaccurate and uses_corewise_quantizer(trial.build) >= ours]
+        if rejected:
+            as_corrected = ours and any(rung_height(trial.build) >= rung_height(build) for trial in rejected)
+            return PASSES_AS_REJECTED if as_corrected else PASSES_UNLIKE_ONE
+        if any(trial.state == State.OK for trial in others):
+            return PASSES_LIKE_ONE
+        return PASSES_UNCORRECTED if build.quantization.rung == 0 else PASSES[build.precision]
+
+    def seconds(self, build: Build) -> float:
+        """How long its trial takes."""
+        run_s = (self.holdout + EXTRA_ROWS) * self._row_s / self.speed(build)
+        return START_S + self._making_s(build) + run_s + MEASURE_S
+
+    @property
+    def _verified(self) -> list[Trial]:
+        return [trial for trial in self.trials[1:] if trial.verified_per_s > 0] if self._row_s else []
+
+    @property
+    def _row_s(self) -> float:
+        """Seconds of one row in eager PyTorch, as the baseline was seen to run; 0 before."""
+        return 1 / self.trials[0].verified_per_s if self.trials and self.trials[0].verified_per_s > 0 else 0.0
+
+    def _ratio(self, trial: Trial) -> float:
+        return trial.verified_per_s * self._row_s
+
+    def _usual_speed(self, build: Build) -> float:
+        speeds = VNNI_SPEEDS if self.cpu.int8_dot else OTHER_SPEEDS
+        rest = BF16_REST if build.quantization.rest == "bf16" else 1.0
+        return speeds[build.precision] * ENGINE_FACTORS.get(build.engine, 1.0) * rest
+
+    def _making_s(self, build: Build) -> float:
+        """Seconds to make it, beyond converting the program."""
+        if build.precision != "int8":
+            return 0.0
+        made = [trial for trial in self.trials if trial.build_s > 0 and _same_quantizer(trial.build, build)]
+        ours, rung = uses_corewise_quantizer(build), build.quantization.rung
+        if any(trial.build.quantization.rung == rung if ours else are_twins(trial.build, build) for trial in made):
+            return 0.0  # what was calibrated is kept
+        if ours:
+            rows = FIRST_RUNG_ROWS if rung == 0 else self.calibration * (2 if rung is None else 1)
+            return LOWERING_S + rows * self._row_s
+        return (self.calibration + (BACKEND_ROWS if build.engine == "torch-int8" else 0)) * self._row_s
+
+
+def following(left: Sequence[Build], forecast: Forecast, left_s: float = inf, sure_first: bool = False) -> Build:
+    """The next of the builds that are ``left`` with ``left_s`` seconds.
+
+    By expected gain for the time (``Forecast.worth``), of those that fit into what is left; if none fits, the quickest.
+    A second is worth what the fastest build could win, divided among the seconds that are left. While nothing but the
+    baseline has passed (``sure_first``), time for the quickest build in floating point is kept.
+    """
+    fastest = max(forecast.speed(build) for build in left)
+    price_per_s = max(0.0, fastest - 1) / max(left_s, 1e-9)
+    quickest = min((build for build in left if is_sure(build)), key=forecast.seconds, default=None)
+    kept_s = forecast.seconds(quickest) if quickest and sure_first else 0.0
+
+    def fits(build: Build) -> bool:
+        return forecast.seconds(build) + (0.0 if is_sure(build) else kept_s) <= left_s
+
+    fitting = [build for build in left if fits(build)]
+    if not fitting:
+        return min(left, key=forecast.seconds)
+    return max(fitting, key=lambda build: forecast.worth(build, price_per_s))
+
+
+def is_better_left(build: Build, left: Sequence[Build], forecast: Forecast, left_s: float) -> bool:
+    """Whether it is expected to be much slower than what passed, and there is no time for all that are ``left``."""
+    scarce = sum(map(forecast.seconds, left)) > left_s
+    return scarce and forecast.speed(build) < PROMISING * forecast.best
+
+
+def learned_plan(build: Build, trials: Sequence[Trial], goal: Goal) -> Plan | None:
+    """The best plan of the fastest twin whose plans were searched; ``None`` if there is none."""
+    searched = [
+        trial
+        for trial in trials
+        if trial.build != build and are_twins(trial.build, build) and trial.tuned and not trial.skipped_tuning
+    ]
+    able = [trial for trial in searched if trial.state == State.OK and goal.best(trial) is not None]
+    best = goal.best(min(able, key=goal.cost)) if able else None
+    return best.plan if best else None
+
+
+def is_sure(build: Build) -> bool:
+    """Whether it is nearly certain to pass the gate."""
+    return build.precision in ("fp32", "bf16")
+
+
+def are_twins(first: Build, second: Build) -> bool:
+    """Whether two builds differ in how they are quantized at most, so that their speeds and best plans are similar."""
+    return _unquantized(first) == _unquantized(second)
+
+
+def same_int8_layers(first: Build, second: Build) -> bool:
+    """Whether the same graph runs in int8, whatever the precision of the rest."""
+    return _with_fp32_rest(first) == _with_fp32_rest(second)
+
+
+def _unquantized(build: Build) -> Build:
+    return build.with_quantization(QuantizationOptions(reduce_range=build.quantization.reduce_range))
+
+
+def _with_fp32_rest(build: Build) -> Build:
+    return build.with_quantization(replace(build.quantization, rest="fp32"))
+
+
+def _same_quantizer(first: Build, second: Build) -> bool:
+    """Whether two builds are quantized by the same package."""
+    ours = uses_corewise_quantizer(first)
+    return ours == uses_corewise_quantizer(second) and (ours or first.engine == second.engine)

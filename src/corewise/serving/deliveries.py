@@ -1,0 +1,50 @@
+"""Ends of futures handed to an event loop, with one wake-up for all that end together."""
+
+import asyncio
+from collections import deque
+from concurrent.futures import Future
+from contextlib import suppress
+from functools import partial
+from typing import Any
+
+
+class Deliveries:
+    """Hands the ends of threads' futures to one event loop.
+
+    ``asyncio.wrap_future`` wakes the loop once for each future, a system call each; the requests of a batch end
+    together. ``wait`` is called in the loop.
+    """
+
+    def __init__(self) -> None:
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._ended: deque[tuple[asyncio.Future[Any], Future[Any]]] = deque()
+        self._is_called = False
+
+    def wait(self, future: "Future[Any]") -> "asyncio.Future[Any]":
+        """A future of the loop that ends as the given one does."""
+        if self._loop is None:
+            self._loop = asyncio.get_running_loop()
+        waiter: asyncio.Future[Any] = self._loop.create_future()
+        future.add_done_callback(partial(self._note, waiter))
+        return waiter
+
+    def _note(self, waiter: "asyncio.Future[Any]", future: "Future[Any]") -> None:
+        self._ended.append((waiter, future))
+        if not self._is_called and self._loop is not None:
+            self._is_called = True
+            with suppress(RuntimeError):  # the loop is closed, and nobody waits
+                self._loop.call_soon_threadsafe(self._deliver)
+
+    def _deliver(self) -> None:
+        self._is_called = False  # first: whoever comes from now on calls again
+        ended = self._ended
+        while ended:
+            waiter, future = ended.popleft()
+            if waiter.done():
+                continue
+            if future.cancelled():
+                waiter.cancel()
+            elif (error := future.exception()) is not None:
+                waiter.set_exception(error)
+            else:
+                waiter.set_result(future.result())

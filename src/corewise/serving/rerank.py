@@ -1,0 +1,79 @@
+"""``/v1/rerank`` as Cohere and Jina have it: documents in the order in which they answer a query. Pure.
+
+https://docs.cohere.com/reference/rerank and https://jina.ai/reranker: both take the same fields, and ignore each
+other's. Long documents are cut at their end, as both do, unless ``truncate`` says otherwise.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Annotated, Any
+
+import msgspec
+import numpy as np
+from numpy.typing import NDArray
+
+from corewise.serving import texts
+from corewise.serving.texts import TextRequest, Truncate
+
+
+class _Document(msgspec.Struct):
+    text: str
+
+
+class _Body(msgspec.Struct):
+    query: str
+    documents: list[str | _Document]
+    model: str | None = None
+    top_n: Annotated[int, msgspec.Meta(ge=1)] | None = None
+    return_documents: bool = False
+    truncate: Truncate = True
+
+
+_decode_body = msgspec.json.Decoder(_Body).decode
+
+
+@dataclass(frozen=True, kw_only=True)
+class RerankRequest:
+    """Documents to rank."""
+
+    model: str | None
+    texts: TextRequest
+    """Pairs of the query and each document."""
+    top: int | None = None
+    """How many are returned; ``None``: all."""
+    return_documents: bool = False
+
+
+def parse(body: bytes) -> RerankRequest:
+    """The request in a body. Raises ``FieldError``, and ``ProtocolError`` for what is no JSON."""
+    read = texts.decode(body, _decode_body)
+    texts.check_count(len(read.documents), "documents")
+    documents = [each if isinstance(each, str) else each.text for each in read.documents]
+    return RerankRequest(
+        model=read.model,
+        texts=TextRequest(items=[(read.query, each) for each in documents], truncate=texts.side(read.truncate)),
+        top=read.top_n,
+        return_documents=read.return_documents,
+    )
+
+
+def render(asked: RerankRequest, model: str, name: str, scores: NDArray[np.float64], tokens: int) -> bytes:
+    """The answer's body: scores (N,) between 0 and 1, the highest first; ``name`` is the request's id."""
+    results: list[dict[str, Any]] = []
+    for k in ranked(scores)[: asked.top]:
+        results.append({"index": k, "relevance_score": float(scores[k])})
+        if asked.return_documents:
+            results[-1]["document"] = {"text": asked.texts.items[k][1]}
+    usage = {"prompt_tokens": tokens, "total_tokens": tokens}
+    return msgspec.json.encode({"id": name, "model": model, "results": results, "usage": usage})
+
+
+def ranked(scores: NDArray[np.float64]) -> Sequence[int]:
+    """The places of scores (N,), the highest first; equal ones in their order."""
+    order: list[int] = np.argsort(-scores, kind="stable").tolist()
+    return order
+
+
+def error(message: str) -> dict[str, Any]:
+    """An error's body: Cohere's clients read ``message``, Jina's ``detail``."""
+    return {"message": message, "detail": message}

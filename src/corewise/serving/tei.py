@@ -1,0 +1,314 @@
+"""Text Embeddings Inference's API: ``/embed``, ``/similarity``, ``/rerank``, ``/predict``, ``/tokenize``. Pure.
+
+The API is https://huggingface.github.io/text-embeddings-inference; ``POST /`` is what fits the model, as Hugging Face's
+endpoints have it. Beside its fields a request may have ``model``, where a server has several that fit.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Annotated, Any
+
+import msgspec
+import numpy as np
+from numpy.typing import NDArray
+
+from corewise.pipeline import ClassAnswer, Span, TokenPiece
+from corewise.records.pipeline import TextPipeline
+from corewise.samples.texts import Text
+from corewise.serving import texts
+from corewise.serving.rerank import ranked
+from corewise.serving.texts import FieldError, TextRequest, Truncate
+
+
+class _Cut(msgspec.Struct):
+    """What requests say of texts that are too long, and of prompts."""
+
+    truncate: Truncate = None
+    truncation_direction: str | None = None
+    prompt_name: str | None = None
+    model: str | None = None
+
+
+class _Embed(_Cut, kw_only=True):
+    inputs: msgspec.Raw
+    normalize: bool = True
+    dimensions: int | None = None
+
+
+class _Sentences(msgspec.Struct):
+    source_sentence: str
+    sentences: list[str]
+
+
+class _Similarity(msgspec.Struct):
+    inputs: _Sentences
+    parameters: _Cut | None = None
+
+
+class _Parameters(msgspec.Struct):
+    top_k: Annotated[int, msgspec.Meta(ge=1)] | None = None
+
+
+class _Predict(_Cut, kw_only=True):
+    inputs: str | list[str | list[str]]
+    raw_scores: bool = False
+    parameters: _Parameters | None = None
+
+
+class _Rerank(_Cut, kw_only=True):
+    query: str
+    texts: list[str]
+    raw_scores: bool = False
+    return_text: bool = False
+
+
+class _Tokenize(_Cut, kw_only=True):
+    inputs: str | list[str]
+    add_special_tokens: bool = True
+
+
+class _Decode(msgspec.Struct):
+    ids: msgspec.Raw
+    skip_special_tokens: bool = True
+    model: str | None = None
+
+
+_decode_embed = msgspec.json.Decoder(_Embed).decode
+_decode_similarity = msgspec.json.Decoder(_Similarity).decode
+_decode_predict = msgspec.json.Decoder(_Predict).decode
+_decode_rerank = msgspec.json.Decoder(_Rerank).decode
+_decode_tokenize = msgspec.json.Decoder(_Tokenize).decode
+_decode_ids = msgspec.json.Decoder(_Decode).decode
+
+
+@dataclass(frozen=True, kw_only=True)
+class EmbedRequest:
+    """Texts to embed."""
+
+    model: str | None
+    texts: TextRequest
+    normalize: bool = True
+    dimensions: int | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class PredictRequest:
+    """Texts to classify, or to find entities in."""
+
+    model: str | None
+    texts: TextRequest
+    is_batch: bool
+    """Whether the answer is a list with an answer for each text."""
+    is_pipeline: bool = False
+    """Whether it comes from Hugging Face's client, which takes the first answer's classes of a list."""
+    raw_scores: bool = False
+    """Whether scores are wanted as the model gives them, before softmax or sigmoid."""
+    top: int | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class RankRequest:
+    """Texts to rank by how well they answer a query: pairs of the query and each text."""
+
+    model: str | None
+    texts: TextRequest
+    raw_scores: bool = False
+    return_text: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class TokenizeRequest:
+    """Texts to tokenize."""
+
+    model: str | None
+    items: Sequence[str]
+    add_special_tokens: bool = True
+    prompt: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class DecodeRequest:
+    """Rows of token ids to make texts of."""
+
+    model: str | None
+    ids: Sequence[Sequence[int]]
+    skip_special_tokens: bool = True
+
+
+def embed(body: bytes) -> EmbedRequest:
+    """The request of ``/embed`` in a body. As all here it raises ``FieldError``, and ``ProtocolError`` for no JSON."""
+    read = texts.decode(body, _decode_embed)
+    items, ids = texts.strings_or_ids(read.inputs, "inputs")
+    return EmbedRequest(
+        model=read.model, texts=_request(read, items, ids), normalize=read.normalize, dimensions=read.dimensions
+    )
+
+
+def similarity(body: bytes) -> EmbedRequest:
+    """The request of ``/similarity``: the source sentence is the first text."""
+    read = texts.decode(body, _decode_similarity)
+    texts.check_count(len(read.inputs.sentences), "inputs.sentences")
+    cut = read.parameters or _Cut()
+    return EmbedRequest(model=cut.model, texts=_request(cut, [read.inputs.source_sentence, *read.inputs.sentences]))
+
+
+def predict(body: bytes, *, pairs: Callable[[str | None], bool]) -> PredictRequest:
+    """The request of ``/predict``; ``pairs`` says whether the model that it names takes pairs.
+
+    ``inputs`` is a text, a pair as a list of two texts, or a list of lists of one or two texts each. A list of texts is
+    a pair for a model of pairs, and a batch for others.
+    """
+    read = texts.decode(body, _decode_predict)
+    given = [read.inputs] if isinstance(read.inputs, str) else read.inputs
+    is_list = not isinstance(read.inputs, str)
+    is_batch = is_list and not (all(isinstance(each, str) for each in given) and pairs(read.model))
+    items = [_item(each) for each in given] if is_batch else [_item(given)]
+    texts.check_count(len(items), "inputs")
+    return PredictRequest(
+        model=read.model,
+        texts=_request(read, items),
+        is_batch=is_batch,
+        is_pipeline=read.parameters is not None,
+        raw_scores=read.raw_scores,
+        top=None if read.parameters is None else read.parameters.top_k,
+    )
+
+
+def rank(body: bytes) -> RankRequest:
+    """The request of ``/rerank``."""
+    read = texts.decode(body, _decode_rerank)
+    texts.check_count(len(read.texts), "texts")
+    items = [(read.query, each) for each in read.texts]
+    return RankRequest(
+        model=read.model, texts=_request(read, items), raw_scores=read.raw_scores, return_text=read.return_text
+    )
+
+
+def tokenize(body: bytes) -> TokenizeRequest:
+    """The request of ``/tokenize``."""
+    read = texts.decode(body, _decode_tokenize)
+    items = [read.inputs] if isinstance(read.inputs, str) else read.inputs
+    texts.check_count(len(items), "inputs")
+    return TokenizeRequest(
+        model=read.model, items=items, add_special_tokens=read.add_special_tokens, prompt=read.prompt_name
+    )
+
+
+def decode_ids(body: bytes) -> DecodeRequest:
+    """The request of ``/decode``."""
+    read = texts.decode(body, _decode_ids)
+    items, ids = texts.strings_or_ids(read.ids, "ids")
+    if items:
+        raise FieldError("ids", "ids are texts, not numbers", "give token ids")
+    return DecodeRequest(model=read.model, ids=ids, skip_special_tokens=read.skip_special_tokens)
+
+
+def render_vectors(vectors: NDArray[np.float32]) -> bytes:
+    """The answer of ``/embed``: float32 (N, D) as a list of lists."""
+    return b"[" + b",".join(texts.number_lists(vectors)) + b"]"
+
+
+def render_similarities(vectors: NDArray[np.float32]) -> bytes:
+    """The answer of ``/similarity``: cosines of the first vector with each other one."""
+    unit = texts.normalized(vectors)
+    return next(texts.number_lists((unit[1:] @ unit[0])[None]))
+
+
+def render_ranks(asked: RankRequest, scores: NDArray[np.float64]) -> bytes:
+    """The answer of ``/rerank``: scores (N,), the highest first."""
+    found: list[dict[str, Any]] = []
+    for k in ranked(scores):
+        found.append({"index": k, "score": float(scores[k])})
+        if asked.return_text:
+            found[-1]["text"] = asked.texts.items[k][1]
+    return msgspec.json.encode(found)
+
+
+def render_predictions(asked: PredictRequest, answers: Sequence[Any], labels: Sequence[str]) -> bytes:
+    """The answer of ``/predict``: classes with their scores, the highest first, or spans, for each text."""
+    found = [_prediction(answer, labels)[: asked.top] for answer in answers]
+    is_list = asked.is_batch or (asked.is_pipeline and isinstance(answers[0], ClassAnswer))
+    return msgspec.json.encode(found if is_list else found[0])
+
+
+def render_tokens(rows: Sequence[Sequence[TokenPiece]]) -> bytes:
+    """The answer of ``/tokenize``."""
+    return msgspec.json.encode(
+        [
+            [
+                {
+                    "id": each.id,
+                    "text": each.text,
+                    "special": each.is_special,
+                    "start": None if each.is_special else each.start,
+                    "stop": None if each.is_special else each.end,
+                }
+                for each in row
+            ]
+            for row in rows
+        ]
+    )
+
+
+def info(name: str, sha: str, precision: str, pipeline: TextPipeline, version: str, batch: int) -> dict[str, Any]:
+    """The answer of ``/info``; ``batch`` is how many rows run in one call."""
+    classes = {"id2label": {str(k): label for k, label in enumerate(pipeline.labels)}}
+    classes["label2id"] = {label: str(k) for k, label in enumerate(pipeline.labels)}
+    kinds: dict[str, dict[str, Any]] = {
+        "vectors": {"embedding": {"pooling": pipeline.pooling}},
+        "scores": {"reranker": classes},
+        "classes": {"classifier": classes},
+        "tokens": {"classifier": classes},
+    }
+    return {
+        "model_id": name,
+        "model_sha": sha,
+        "model_dtype": precision,
+        "model_type": kinds[pipeline.task],
+        "max_input_length": pipeline.max_length,
+        "max_batch_requests": batch,
+        "max_client_batch_size": texts.MOST_TEXTS,
+        "auto_truncate": False,
+        "prompts": sorted(pipeline.prompts),
+        "version": version,
+    }
+
+
+def error(message: str, status: int) -> dict[str, Any]:
+    """An error's body."""
+    kinds = {503: "Overloaded", 500: "Backend"}
+    return {"error": message, "error_type": kinds.get(status, "Validation")}
+
+
+def _request(cut: _Cut, items: Sequence[Text], ids: Sequence[Sequence[int]] = ()) -> TextRequest:
+    side = texts.side(cut.truncate, cut.truncation_direction)
+    return TextRequest(items=items, ids=ids, truncate=side, prompt=cut.prompt_name)
+
+
+def _item(given: str | Sequence[str | list[str]]) -> Text:
+    """One text or pair."""
+    if isinstance(given, str):
+        return given
+    parts = [each for each in given if isinstance(each, str)]
+    if len(parts) != len(given) or not 1 <= len(parts) <= 2:
+        raise FieldError("inputs", "inputs has an item that is neither a text nor a pair", "give one or two texts each")
+    return parts[0] if len(parts) == 1 else (parts[0], parts[1])
+
+
+def _prediction(answer: Any, labels: Sequence[str]) -> list[dict[str, Any]]:
+    if isinstance(answer, ClassAnswer):
+        scores = sorted(answer.probabilities.items(), key=lambda each: -each[1])
+        return [{"score": score, "label": label} for label, score in scores]
+    if isinstance(answer, float):
+        return [{"score": answer, "label": labels[0] if labels else "LABEL_0"}]
+    spans: Sequence[Span] = answer
+    return [
+        {
+            "entity_group": each.label,
+            "score": each.probability,
+            "word": each.text,
+            "start": each.start,
+            "end": each.end,
+        }
+        for each in spans
+    ]

@@ -1,0 +1,174 @@
+"""Requests of many texts as many calls: tokenized in pieces, sorted by length, and never more than a few in the queue.
+
+A long request must not hold up short ones. So its calls are small, they enter the queue only as earlier ones end, and
+calls of other requests that are due before them go first.
+"""
+
+import asyncio
+import time
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any, NamedTuple
+
+from corewise.batching import Answer, NotServed
+from corewise.pipeline import Call, CallLimits, Tokens, fill
+from corewise.records.pipeline import Activation
+from corewise.samples.texts import Text
+from corewise.serving.budget import Booking
+from corewise.serving.front import Front
+from corewise.serving.models import Models
+from corewise.serving.served import Served
+from corewise.serving.text import BUCKET, TextInput
+from corewise.serving.texts import TextRequest
+
+CALL_TOKENS = 1024
+"""Rows times padded tokens of one call: about 100 ms of MiniLM on one thread, of which a call's overhead is 2 %."""
+PIECE_TEXTS, PIECE_CHARACTERS = 256, 64 * 1024
+"""What is tokenized at once, before other requests have their turn."""
+AHEAD = 1
+"""Calls of one request that wait while its others run on all instances."""
+PAUSE_S = 0.02
+"""How long a request waits at least before it asks again for a place in the queue."""
+SORTED_BYTES = 64
+"""What sorting one text into calls costs, as bytes of JSON."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TextAnswer:
+    """The answers to a request's texts, in their order."""
+
+    answers: Sequence[Any]
+    """As ``pipeline.decode`` gives them."""
+    tokens: int
+    """How many the model read, special ones included, without padding."""
+    calls: Answer
+    """Without outputs: the longest wait and run of its calls, and the most rows of one."""
+
+
+class _Piece(NamedTuple):
+    start: int
+    asked: TextRequest
+    characters: int
+
+
+class TextCalls:
+    """Answers requests of texts. Used from the server's event loop."""
+
+    def __init__(self, models: Models, front: Front) -> None:
+        self._models, self._front = models, front
+
+    async def run(
+        self,
+        served: Served,
+        asked: TextRequest,
+        booking: Booking,
+        *,
+        deadline_s: float,
+        activation: Activation | None = None,
+    ) -> TextAnswer:
+        """The answers by a deadline on the monotonic clock; ``activation`` in place of the pipeline's own.
+
+        The outputs are booked as they come.
+
+        Raises ``ProtocolError`` for a text that is wrong, and ``NotServed`` if it would come too late.
+        """
+        texts = served.text
+        assert texts is not None
+        tokens: list[Tokens] = []
+        for piece in pieces(asked):
+            work = partial(texts.tokens, piece.asked, piece.start)
+            tokens += await self._front.tokenize(work, piece.characters, deadline_s=deadline_s)
+        lengths = [len(each) for each in tokens]
+        calls = await self._front.read(lambda: split(lengths, served), SORTED_BYTES * len(lengths))
+        answers: list[Any] = [None] * len(tokens)
+        ended: list[Answer] = []
+
+        def take(call: Call, answer: Answer) -> None:
+            chosen = [tokens[place] for place in call.places]
+            items = [asked.items[place] for place in call.places] if asked.items else [""] * len(chosen)
+            for place, each in zip(call.places, texts.answers(answer.outputs, items, chosen, activation), strict=True):
+                answers[place] = each
+            ended.append(replace(answer, outputs=[]))
+            booking.add(sum(output.nbytes for output in answer.outputs))
+
+        await self._run(served, texts, tokens, calls, take, deadline_s)
+        return TextAnswer(answers=answers, tokens=sum(lengths), calls=_longest(ended))
+
+    async def _run(
+        self,
+        served: Served,
+        texts: TextInput,
+        tokens: Sequence[Tokens],
+        calls: Sequence[Call],
+        take: Callable[[Call, Answer], None],
+        deadline_s: float,
+    ) -> None:
+        """Run all calls, a few at a time; give up the places of those that wait if one fails, or the client goes."""
+        waiting, running = deque(calls), dict[asyncio.Future[Answer], Call]()
+        most = served.plan.instances + AHEAD
+        try:
+            while waiting or running:
+                pause_s: float | None = None
+                while waiting and len(running) < most and pause_s is None:
+                    call = waiting[0]
+                    inputs = texts.inputs([tokens[place] for place in call.places], call.tokens)
+                    try:
+                        future = self._submit(served, inputs, deadline_s)
+                    except NotServed as refused:
+                        # Without an end yet, the whole request is refused; later there will be room, or no time.
+                        if len(waiting) == len(calls) or refused.reason not in ("queue full", "overloaded"):
+                            raise
+                        pause_s = max(PAUSE_S, refused.retry_after_s or 0.0)
+                    else:
+                        running[future] = waiting.popleft()
+                if not running:
+                    await asyncio.sleep(pause_s or PAUSE_S)
+                    continue
+                ended, _ = await asyncio.wait(running, return_when=asyncio.FIRST_COMPLETED)
+                for each in ended:
+                    take(running.pop(each), each.result())
+        finally:
+            for each in running:
+                each.cancel()
+
+    def _submit(self, served: Served, inputs: Sequence[Any], deadline_s: float) -> "asyncio.Future[Answer]":
+        served.values.check(inputs)
+        timeout_s = deadline_s - time.monotonic()
+        _, future = self._models.submit(served.name, served.version, inputs, timeout_s=timeout_s, priority=0)
+        return asyncio.wrap_future(future)
+
+
+def pieces(asked: TextRequest) -> Iterator[_Piece]:
+    """The request in parts of ``PIECE_TEXTS`` texts and about ``PIECE_CHARACTERS`` characters at most."""
+    start = characters = 0
+    for k in range(len(asked)):
+        # Token ids are tokenized already.
+        characters += _characters(asked.items[k]) if asked.items else 0
+        is_last = k + 1 == len(asked)
+        if is_last or characters >= PIECE_CHARACTERS or k + 1 - start == PIECE_TEXTS:
+            stop = k + 1
+            part = replace(asked, items=asked.items[start:stop], ids=asked.ids[start:stop])
+            yield _Piece(start, part, characters)
+            start, characters = stop, 0
+
+
+def _characters(item: Text) -> int:
+    return len(item) if isinstance(item, str) else sum(map(len, item))
+
+
+def split(lengths: Sequence[int], served: Served) -> list[Call]:
+    """The calls for texts of these lengths, which no other request has to wait for long."""
+    plan = served.plan
+    limits = CallLimits(rows=plan.batch, tokens=CALL_TOKENS)
+    return fill(lengths, limits=limits, instances=plan.instances, multiple=BUCKET)
+
+
+def _longest(calls: Sequence[Answer]) -> Answer:
+    return Answer(
+        outputs=[],
+        waited_s=max(each.waited_s for each in calls),
+        ran_s=max(each.ran_s for each in calls),
+        batch_rows=max(each.batch_rows for each in calls),
+    )

@@ -1,0 +1,437 @@
+"""The paths for texts: OpenAI's, Text Embeddings Inference's, and ``/v1/rerank``.
+
+A path exists if a served model's pipeline fits it. Which model: the request's ``model``, else the only one that fits.
+"""
+
+import asyncio
+import json
+from collections.abc import Awaitable, Callable, Coroutine
+from contextlib import suppress
+from dataclasses import replace
+from typing import Any, Protocol, TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import JSONResponse, Response
+from starlette.routing import Route
+
+from corewise._version import __version__
+from corewise.common.errors import CorewiseError
+from corewise.records.pipeline import Activation, TextTask
+from corewise.serving import bodies, openai, rerank, tei, texts
+from corewise.serving.front import Front
+from corewise.serving.metrics import Metrics
+from corewise.serving.models import Models
+from corewise.serving.protocol import Limits, ProtocolError
+from corewise.serving.served import Served
+from corewise.serving.text_calls import TextAnswer, TextCalls
+from corewise.serving.texts import FieldError, TextRequest
+
+VALUE_BYTES = 8
+"""About what a number takes in JSON."""
+RESULT_BYTES = 64
+"""About what one text's score or class takes in JSON."""
+WORDS: dict[TextTask, str] = {
+    "vectors": "embeds texts",
+    "scores": "ranks texts",
+    "classes": "classifies texts",
+    "tokens": "finds entities",
+}
+"""What a model of each task does, for messages."""
+CLASSIFY: tuple[TextTask, ...] = ("classes", "tokens")
+ANY: tuple[TextTask, ...] = tuple(WORDS)
+
+T = TypeVar("T")
+Handler = Callable[[Request], Awaitable[Response]]
+Shape = Callable[[str, int, str | None], dict[str, Any]]
+"""An API's error body, of a message, a status, and the field that is wrong."""
+Told = Callable[[Request, CorewiseError], Awaitable[Response]]
+
+
+class Asked(Protocol):
+    """What the requests of all APIs have."""
+
+    @property
+    def model(self) -> str | None:
+        """The model that is named."""
+
+    @property
+    def texts(self) -> TextRequest:
+        """What is asked about."""
+
+
+A = TypeVar("A", bound=Asked)
+
+
+class TextRoutes:
+    """The routes, and what they answer."""
+
+    def __init__(
+        self,
+        models: Models,
+        metrics: Metrics,
+        limits: Limits,
+        front: Front,
+        *,
+        told: Told,
+        deadline_s: Callable[[Request], float],
+    ) -> None:
+        """``told`` answers an error on all other paths; each API here gives it a shape of its own.
+
+        ``deadline_s`` is when a request's answer is due, on the monotonic clock.
+        """
+        self._models, self._metrics, self._front = models, metrics, front
+        self._limits = replace(limits, body_bytes=min(limits.body_bytes, texts.BODY_BYTES))
+        self._told, self._deadline_s = told, deadline_s
+        self._calls = TextCalls(models, front)
+
+    @property
+    def routes(self) -> list[Route]:
+        """For the server's app."""
+        by_shape: dict[Shape, dict[str, Handler]] = {
+            _openai_error: {"/v1/embeddings": self.embeddings},
+            _rerank_error: dict.fromkeys(("/v1/rerank", "/v2/rerank"), self.rerank),
+            _tei_error: {
+                "/": self.root,
+                "/embed": self.embed,
+                "/similarity": self.similarity,
+                "/rerank": self.rank,
+                "/predict": self.predict,
+                "/tokenize": self.tokenize,
+                "/decode": self.decode,
+            },
+        }
+        posts = [
+            Route(path, self._shaped(handler, shape), methods=["POST"])
+            for shape, handlers in by_shape.items()
+            for path, handler in handlers.items()
+        ]
+        return [
+            *posts,
+            Route("/v1/models", self._shaped(self.list_models, _openai_error)),
+            Route("/v1/models/{name}", self._shaped(self.describe_model, _openai_error)),
+            Route("/info", self._shaped(self.info, _tei_error)),
+            Route("/health", self.health),
+        ]
+
+    # --- OpenAI -------------------------------------------------------------------------------------------------
+
+    async def embeddings(self, request: Request) -> Response:
+        """Texts or token ids to vectors."""
+
+        def parse(body: bytes) -> openai.EmbeddingsRequest:
+            asked = openai.parse(body)
+            _check_vectors(self._chosen(asked.model, "vectors"), asked.dimensions)
+            return asked
+
+        served, asked, answer = await self._answered(request, parse, "vectors")
+
+        def render() -> bytes:
+            vectors = _vectors(answer, asked.dimensions)
+            return openai.render(asked, asked.model or served.name, vectors, answer.tokens)
+
+        return await self._rendered(render, _values(answer) * VALUE_BYTES)
+
+    async def list_models(self, request: Request) -> Response:
+        """All models, by name."""
+        return JSONResponse({"object": "list", "data": [_entry(served) for served in self._newest()]})
+
+    async def describe_model(self, request: Request) -> Response:
+        """One model."""
+        return JSONResponse(_entry(self._named(request.path_params["name"])))
+
+    # --- Cohere and Jina ----------------------------------------------------------------------------------------
+
+    async def rerank(self, request: Request) -> Response:
+        """Documents in the order in which they answer a query."""
+        served, asked, answer = await self._answered(request, rerank.parse, "scores", activation="sigmoid")
+        name = str(request.scope.get("request_id", ""))
+
+        def render() -> bytes:
+            return rerank.render(asked, asked.model or served.name, name, np.array(answer.answers), answer.tokens)
+
+        return await self._rendered(render, len(asked.texts) * RESULT_BYTES)
+
+    # --- Text Embeddings Inference ------------------------------------------------------------------------------
+
+    async def root(self, request: Request) -> Response:
+        """What the only model does, as Hugging Face's endpoints have it."""
+        served = self._chosen(None, *ANY)
+        assert served.text is not None
+        handlers = {"vectors": self.embed, "scores": self.rank}
+        return await handlers.get(served.text.pipeline.task, self.predict)(request)
+
+    async def embed(self, request: Request) -> Response:
+        """Texts to vectors."""
+
+        def parse(body: bytes) -> tei.EmbedRequest:
+            asked = tei.embed(body)
+            served = self._chosen(asked.model, "vectors")
+            _check_vectors(served, asked.dimensions)
+            if not asked.normalize and served.text is not None and served.text.pipeline.normalize:
+                raise FieldError("normalize", f"the model {served.name} normalizes its vectors itself", "give true")
+            return asked
+
+        _, asked, answer = await self._answered(request, parse, "vectors")
+
+        def render() -> bytes:
+            vectors = _vectors(answer, asked.dimensions)
+            return tei.render_vectors(texts.normalized(vectors) if asked.normalize else vectors)
+
+        return await self._rendered(render, _values(answer) * VALUE_BYTES)
+
+    async def similarity(self, request: Request) -> Response:
+        """Cosines of a sentence with others."""
+
+        def parse(body: bytes) -> tei.EmbedRequest:
+            asked = tei.similarity(body)
+            _check_vectors(self._chosen(asked.model, "vectors"))
+            return asked
+
+        _, _, answer = await self._answered(request, parse, "vectors")
+        return await self._rendered(
+            lambda: tei.render_similarities(_vectors(answer)), len(answer.answers) * VALUE_BYTES
+        )
+
+    async def rank(self, request: Request) -> Response:
+        """Texts in the order in which they answer a query."""
+
+        def activation(asked: tei.RankRequest) -> Activation:
+            return "none" if asked.raw_scores else "sigmoid"
+
+        _, asked, answer = await self._answered(request, tei.rank, "scores", activation=activation)
+        return await self._rendered(
+            lambda: tei.render_ranks(asked, np.array(answer.answers)), len(asked.texts) * RESULT_BYTES
+        )
+
+    async def predict(self, request: Request) -> Response:
+        """Texts to classes or entities."""
+
+        def parse(body: bytes) -> tei.PredictRequest:
+            return tei.predict(body, pairs=lambda model: self._pairs(model, *CLASSIFY))
+
+        def activation(asked: tei.PredictRequest) -> Activation | None:
+            return "none" if asked.raw_scores else None
+
+        served, asked, answer = await self._answered(request, parse, *CLASSIFY, activation=activation)
+        labels = () if served.text is None else served.text.pipeline.labels
+        return await self._rendered(
+            lambda: tei.render_predictions(asked, answer.answers, labels),
+            len(asked.texts) * max(1, len(labels)) * RESULT_BYTES,
+        )
+
+    async def tokenize(self, request: Request) -> Response:
+        """Texts to tokens."""
+        body = await self._body(request, texts.TOKENIZED_BYTES)
+        asked = await self._front.read(lambda: tei.tokenize(body), len(body))
+        served = self._chosen(asked.model, *ANY)
+        assert served.text is not None
+        text = served.text
+        content = await self._front.tokenize(
+            lambda: tei.render_tokens(text.described(asked.items, asked.add_special_tokens, asked.prompt)),
+            len(body),
+            deadline_s=self._deadline_s(request),
+            kind="pieces",
+        )
+        return Response(content, media_type="application/json")
+
+    async def decode(self, request: Request) -> Response:
+        """Token ids to texts."""
+        body = await self._body(request, texts.TOKENIZED_BYTES)
+        asked = await self._front.read(lambda: tei.decode_ids(body), len(body))
+        served = self._chosen(asked.model, *ANY)
+        assert served.text is not None
+        text = served.text
+        found = await self._front.tokenize(
+            lambda: text.decoded(asked.ids, asked.skip_special_tokens),
+            len(body),
+            deadline_s=self._deadline_s(request),
+            kind="pieces",
+        )
+        return JSONResponse(found)
+
+    async def info(self, request: Request) -> Response:
+        """What the only model is."""
+        served = self._chosen(request.query_params.get("model"), *ANY)
+        assert served.text is not None
+        return JSONResponse(
+            tei.info(
+                served.name,
+                served.manifest.model,
+                served.manifest.build.precision,
+                served.text.pipeline,
+                version=__version__,
+                batch=served.plan.batch,
+            )
+        )
+
+    async def health(self, request: Request) -> Response:
+        """Whether every model answers."""
+        ready = self._models.ready
+        return JSONResponse({"ready": ready}, 200 if ready else 503)
+
+    # --- from a request to its answer -------------------------------------------------------------------------------
+
+    async def _answered(
+        self,
+        request: Request,
+        parse: Callable[[bytes], A],
+        *tasks: TextTask,
+        activation: Activation | Callable[[A], Activation | None] | None = None,
+    ) -> tuple[Served, A, TextAnswer]:
+        """Read a request and wait for its answer, unless the client goes before."""
+        deadline_s = self._deadline_s(request)
+        client = _client(request)
+        with self._front.booking(client) as booking:
+            # Which model is asked is in the body, so the place is none of a certain model.
+            with self._front.place(client):
+                body = await bodies.read(request, self._limits, booking)
+                asked = await self._front.read(lambda: parse(body), len(body), deadline_s=deadline_s)
+            served = self._chosen(asked.model, *tasks)
+            name = str(request.scope.get("request_id", ""))
+            with self._metrics.request(served, "http", request.headers, name) as note:
+                chosen = activation(asked) if callable(activation) else activation
+                work = self._calls.run(served, asked.texts, booking, deadline_s=deadline_s, activation=chosen)
+                answer = await _unless_gone(request, work)
+                note(answer.calls)
+        return served, asked, answer
+
+    async def _body(self, request: Request, most_bytes: int) -> bytes:
+        client = _client(request)
+        limits = replace(self._limits, body_bytes=min(self._limits.body_bytes, most_bytes))
+        with self._front.booking(client) as booking, self._front.place(client):
+            return await bodies.read(request, limits, booking)
+
+    async def _rendered(self, render: Callable[[], bytes], size_bytes: int) -> Response:
+        return Response(await self._front.read(render, size_bytes), media_type="application/json")
+
+    # --- which model --------------------------------------------------------------------------------------------
+
+    def _newest(self) -> list[Served]:
+        """Each model's newest version."""
+        found = []
+        for name in sorted({name for name, _ in self._models.names}):
+            with suppress(ProtocolError):  # it is not open yet, or was unloaded
+                found.append(self._models.find(name))
+        return found
+
+    def _named(self, model: str) -> Served:
+        """The model ``NAME`` or ``NAME@VERSION``. Raises ``FieldError``."""
+        names = {name for name, _ in self._models.names}
+        name, _, version = (model, "", "") if model in names else model.partition("@")
+        if name not in names:
+            known = ", ".join(sorted(names))
+            raise FieldError("model", f"there is no model {model[: texts.MOST_ROOM]!r}", f"there is {known}", 404)
+        return self._models.find(name, version or None)
+
+    def _chosen(self, model: str | None, *tasks: TextTask) -> Served:
+        """The model that is named, or the only one of these tasks. Raises ``FieldError``."""
+        does = " or ".join(WORDS[task] for task in tasks) if len(tasks) < len(ANY) else "takes texts"
+        if model is not None:
+            served = self._named(model)
+            if served.text is None or served.text.pipeline.task not in tasks:
+                what = "takes tensors" if served.text is None else WORDS[served.text.pipeline.task]
+                raise FieldError("model", f"the model {served.name} {what}, and this path needs one that {does}")
+            return served
+        fit = [each for each in self._newest() if each.text is not None and each.text.pipeline.task in tasks]
+        if not fit:
+            raise FieldError("model", f"no model here {does}", status=404)
+        if len(fit) > 1:
+            names = ", ".join(each.name for each in fit)
+            raise FieldError("model", f"several models here fit: {names}", "name one in the field model")
+        return fit[0]
+
+    def _pairs(self, model: str | None, *tasks: TextTask) -> bool:
+        served = self._chosen(model, *tasks)
+        return served.text is not None and served.text.pipeline.pairs
+
+    # --- errors -------------------------------------------------------------------------------------------------
+
+    def _shaped(self, handler: Handler, shape: Shape) -> Handler:
+        """The handler, with errors as its API has them."""
+
+        async def shaped(request: Request) -> Response:
+            try:
+                return await handler(request)
+            except CorewiseError as error:
+                told = await self._told(request, error)
+                message = json.loads(bytes(told.body))["error"]
+                field = error.field if isinstance(error, FieldError) else None
+                headers = {"retry-after": told.headers["retry-after"]} if "retry-after" in told.headers else None
+                return JSONResponse(shape(message, told.status_code, field), told.status_code, headers)
+
+        return shaped
+
+
+def error_body(path: str, message: str, status: int) -> dict[str, Any]:
+    """An error's body as the API of that path has it, for errors that come before its handler."""
+    return openai.error(message, status) if path.startswith("/v1/") else {"error": message}
+
+
+def _client(request: Request) -> str:
+    """The client's address; nothing for a unix socket."""
+    return request.client.host if request.client is not None else ""
+
+
+async def _unless_gone(request: Request, work: Coroutine[Any, Any, T]) -> T:
+    """What the work returns; if the client goes before, it is cancelled."""
+    task = asyncio.ensure_future(work)
+    gone = asyncio.ensure_future(_gone(request))
+    gone.add_done_callback(lambda _: task.cancel())
+    try:
+        return await task
+    except asyncio.CancelledError:
+        task.cancel()
+        if gone.done() and not gone.cancelled():
+            raise ClientDisconnect from None
+        raise
+    finally:
+        gone.cancel()
+
+
+async def _gone(request: Request) -> None:
+    while (await request.receive())["type"] != "http.disconnect":
+        pass
+
+
+def _check_vectors(served: Served, dimensions: int | None = None) -> None:
+    """Raise ``FieldError`` unless the model gives one vector for each text, of so many dimensions if asked."""
+    shape = served.outputs[0].shape
+    if len(shape) != 2:
+        raise FieldError(
+            "model",
+            f"the model {served.name} gives a vector for each token",
+            f"ask /v2/models/{served.name}/infer for them, or make it again with --pooling mean",
+        )
+    if dimensions is not None and dimensions != shape[1]:
+        raise FieldError(
+            "dimensions",
+            f"the model {served.name} gives vectors of {shape[1]} dimensions, and was not trained for {dimensions}",
+            "leave dimensions out",
+        )
+
+
+def _vectors(answer: TextAnswer, dimensions: int | None = None) -> NDArray[np.float32]:
+    """The vectors, (N, D)."""
+    return np.stack(answer.answers).astype(np.float32, copy=False)
+
+
+def _values(answer: TextAnswer) -> int:
+    return sum(int(each.size) for each in answer.answers)
+
+
+def _entry(served: Served) -> dict[str, Any]:
+    return openai.model_entry(served.name, served.manifest.created)
+
+
+def _openai_error(message: str, status: int, field: str | None) -> dict[str, Any]:
+    return openai.error(message, status, field)
+
+
+def _tei_error(message: str, status: int, field: str | None) -> dict[str, Any]:
+    return tei.error(message, status)
+
+
+def _rerank_error(message: str, status: int, field: str | None) -> dict[str, Any]:
+    return rerank.error(message)

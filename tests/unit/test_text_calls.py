@@ -1,0 +1,142 @@
+"""Long requests of texts take turns with short ones: few calls in the queue, each small, given up when they must be."""
+
+import asyncio
+import time
+from concurrent.futures import Future
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+
+from corewise.batching import Answer, NotServed
+from corewise.pipeline import Tokens
+from corewise.records.build import Plan
+from corewise.serving import text_calls
+from corewise.serving.text_calls import CALL_TOKENS, PIECE_TEXTS, TextCalls
+from corewise.serving.texts import TextRequest
+
+INSTANCES, ROWS = 2, 16
+
+
+class Front:
+    """Runs work at once."""
+
+    async def tokenize(self, work, characters, *, deadline_s):
+        return work()
+
+    async def read(self, work, size):
+        return work()
+
+
+class Texts:
+    """A text's tokens are its characters; a call's answers are the lengths of its texts."""
+
+    def tokens(self, asked, start):
+        return [Tokens(np.array([*map(ord, item)], np.int32), np.zeros(len(item), np.int32)) for item in asked.items]
+
+    def inputs(self, tokens, longest):
+        return (np.array([[len(each)] for each in tokens]), np.full((len(tokens), longest), 0))
+
+    def answers(self, outputs, items, tokens, activation):
+        assert [len(item) for item in items] == [len(each) for each in tokens]
+        return outputs[0][:, 0].tolist()
+
+
+class Queue:
+    """The models' side: calls wait until they are ended; some are refused."""
+
+    def __init__(self, refuse=lambda number: None):
+        self.refuse, self.waiting, self.shapes, self.most, self.offers = refuse, [], [], 0, 0
+        self.cancelled = 0
+
+    def submit(self, name, version, inputs, *, timeout_s, priority):
+        self.offers += 1
+        if (reason := self.refuse(self.offers)) is not None:
+            raise NotServed(reason, 0.0)
+        future = Future()
+        self.waiting.append((future, inputs))
+        self.shapes.append(inputs[1].shape)
+        self.most = max(self.most, len(self.waiting))
+        return None, future
+
+    async def end_all(self):
+        while True:
+            await asyncio.sleep(0)
+            if self.waiting:
+                future, inputs = self.waiting.pop(0)
+                self.cancelled += future.cancelled()
+                if not future.cancelled():
+                    answer = Answer(outputs=[inputs[0]], waited_s=1.0, ran_s=0.5, batch_rows=len(inputs[0]))
+                    future.set_result(answer)
+
+
+def run(queue, items, *, ends=True):
+    plan = Plan(threads_per_instance=1, instances=INSTANCES, batch=ROWS)
+    values = SimpleNamespace(check=lambda inputs: None)
+    served = SimpleNamespace(name="m", version="1", plan=plan, text=Texts(), values=values)
+    booking = SimpleNamespace(add=lambda size: None)
+
+    async def both():
+        work = TextCalls(queue, Front()).run(
+            served, TextRequest(items=items), booking, deadline_s=time.monotonic() + 60
+        )
+        ending = asyncio.ensure_future(queue.end_all()) if ends else None
+        try:
+            return await asyncio.wait_for(work, 10 if ends else 0.05)
+        finally:
+            if ending is not None:
+                ending.cancel()
+
+    return asyncio.run(both())
+
+
+def test_two_thousand_texts_run_in_small_calls_of_which_few_wait():
+    random = np.random.default_rng(0)
+    items = ["x" * int(length) for length in random.integers(1, 400, 2000)]
+    queue = Queue()
+    found = run(queue, items)
+    assert found.answers == [len(item) for item in items]
+    assert found.tokens == sum(map(len, items))
+    assert queue.most <= INSTANCES + text_calls.AHEAD
+    assert all(rows <= ROWS and (rows == 1 or rows * length <= CALL_TOKENS) for rows, length in queue.shapes)
+    assert (found.calls.waited_s, found.calls.ran_s) == (1.0, 0.5)
+
+
+def test_a_short_request_is_one_call():
+    queue = Queue()
+    assert run(queue, ["abc"]).answers == [3]
+    assert queue.shapes == [(1, 8)]
+
+
+def test_what_finds_no_room_later_asks_again():
+    queue = Queue(refuse=lambda number: "queue full" if number in (3, 4, 9) else None)
+    items = ["x" * 8] * 300
+    assert run(queue, items).answers == [8] * 300
+
+
+@pytest.mark.parametrize(("number", "reason"), [(1, "queue full"), (1, "too urgent"), (5, "draining")])
+def test_what_is_refused_for_good_is_told_and_gives_up_its_places(number, reason):
+    queue = Queue(refuse=lambda offer: reason if offer == number else None)
+    with pytest.raises(NotServed) as caught:
+        run(queue, ["x" * 8] * 300)
+    assert caught.value.reason == reason
+
+
+def test_a_client_that_goes_gives_up_its_places():
+    queue = Queue()
+    with pytest.raises(TimeoutError):
+        run(queue, ["x" * 8] * 300, ends=False)
+    assert len(queue.waiting) == INSTANCES + text_calls.AHEAD
+    assert all(future.cancelled() for future, _ in queue.waiting)
+
+
+def test_pieces_are_bounded_and_whole():
+    asked = TextRequest(items=["a" * 10_000] * 20 + ["b"] * 1000, prompt="p", truncate="left")
+    found = list(text_calls.pieces(asked))
+    assert [item for piece in found for item in piece.asked.items] == asked.items
+    assert [piece.start for piece in found] == np.cumsum([0, *(len(piece.asked) for piece in found)])[:-1].tolist()
+    assert all(len(piece.asked) <= PIECE_TEXTS and piece.characters < 80_000 for piece in found)
+    assert all((piece.asked.prompt, piece.asked.truncate) == ("p", "left") for piece in found)
+    ids = TextRequest(ids=[[1], [2, 3]])
+    (piece,) = text_calls.pieces(ids)
+    assert (piece.asked, piece.characters) == (ids, 0)

@@ -8,6 +8,7 @@ import time
 import zlib
 from collections import Counter
 from dataclasses import dataclass, field
+from functools import cache
 from math import inf, nan
 from typing import Any
 
@@ -30,9 +31,9 @@ IMAGES += ("RGB GIF", "RGB TIFF", "RGB BMP", "RGB PPM")
 METHODS = (*oip.METHODS, *oip.EXTENSIONS)
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, eq=False)
 class Model:
-    """What the requests are about."""
+    """What the requests are about; one object for all of them, as strategies take long to make."""
 
     name: str
     input: str
@@ -78,6 +79,7 @@ def sometimes(sound: Any, wrong: SearchStrategy[Any]) -> SearchStrategy[Any]:
     return st.one_of(st.just(sound), st.just(sound), st.just(sound), wrong)
 
 
+@cache
 def requests(model: Model) -> SearchStrategy[tuple[str, dict[str, Any]]]:
     """A JSON request, near to a sound one, and its parts that are wrong on purpose."""
     shape = list(model.row.shape)
@@ -165,6 +167,7 @@ def bodies(draw: DrawFn, model: Model) -> tuple[str, bytes, dict[str, str]]:
     return path, body, headers
 
 
+@cache
 def paths(model: Model) -> SearchStrategy[str]:
     """Paths of the server, of none, and of what it does not have."""
     parts = st.sampled_from(

@@ -125,6 +125,9 @@ def test_unix_sockets_on_both_protocols(tmp_path):
         with grpc.insecure_channel(f"unix:{rpc}") as channel:
             answer = channel.unary_unary(f"/{oip.SERVICE}/ModelInfer")(message("toy"), timeout=30)
             assert b"output_0" in answer
+        assert server.stop() == 0
+        assert not http.exists()
+        assert not rpc.exists()
 
 
 # --- ends ---------------------------------------------------------------------------------------------------------

@@ -1,6 +1,8 @@
 """Photos in, answers out: one artifact for large JPEGs, and what it says about files, in Python and served."""
 
 import base64
+import json
+import subprocess
 from collections.abc import Iterator
 from contextlib import closing
 from dataclasses import replace
@@ -10,13 +12,17 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from command_line import command
 from PIL import Image, ImageFilter
+from pyarrow import parquet
 from serving_tools import GOLDEN, Server, serving
 from torch import nn
 
 import corewise
 from corewise import artifact as corewise_artifact
+from corewise.common import stats
 from corewise.common.nested import flatten
+from corewise.engines import engine
 from corewise.engines.openvino import OpenVino
 from corewise.machine.inspect import inspect_cpu
 from corewise.pipeline import ClassAnswer
@@ -24,8 +30,12 @@ from corewise.records.build import Build, Plan, TensorSpec
 from corewise.records.measurement import Measurement
 from corewise.records.reason import ReasonKind
 from corewise.records.report import Preprocess
+from corewise.runtime import race
+from corewise.runtime.client import InProcess
 from corewise.samples import read
 from corewise.samples.images import ImageReader, gains_by_scale
+from corewise.search import finals, plans, trial
+from corewise.search.trial import SearchContext
 
 SMALL = Preprocess(resize=36, crop=32)
 NAMES = ("dark", "red", "bright")
@@ -62,10 +72,12 @@ def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def write_artifact(folder: Path, preprocess: Preprocess) -> Path:
     """An artifact of ``Shades`` for OpenVINO, as if it had been made from such photos."""
     import openvino as ov
+    from openvino import opset13 as ops
 
-    model = ov.convert_model(Shades().eval(), example_input=torch.zeros(1, 3, 32, 32), input=[-1, 3, 32, 32])
-    model.inputs[0].set_names({"x"})
-    model.outputs[0].set_names({"scores"})
+    x = ops.parameter([-1, 3, 32, 32], np.float32, name="x")
+    shades = ops.constant(np.float32([[-1, 3, 1], [-1, -2, 1], [-1, -2, 1]]))
+    scores = ops.matmul(ops.reduce_mean(x, np.array([2, 3]), keep_dims=False), shades, False, False)
+    model = ov.Model([scores], [x])
     payload = folder.with_name("payload")
     payload.mkdir()
     ov.save_model(model, str(payload / "model.xml"), compress_to_fp16=False)
@@ -124,13 +136,22 @@ def server(artifact: Path) -> Iterator[Server]:
         yield running
 
 
-def test_the_search_takes_scaled_decoding_where_the_answers_hold(photos: Path, tmp_path: Path) -> None:
+def test_the_search_takes_scaled_decoding_where_the_answers_hold(
+    photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(trial, "MEASURE_S", 0.05)
+    monkeypatch.setattr(race, "WARM_S", 0.05)
+    monkeypatch.setitem(race.run_race.__kwdefaults__, "round_s", 0.05)
+    monkeypatch.setattr(finals, "ROUNDS", stats.MIN_ROUNDS)
+    monkeypatch.setattr(plans, "BATCHES", (1, 8))
+    monkeypatch.setattr(SearchContext, "client", lambda context, build, share=1.0: InProcess(engine(build.engine)))
     result = corewise.optimize(
         Shades().eval(), lambda: read(str(photos), SMALL), engines=["eager"], calibration=12, class_names=NAMES
     )
     (reason,) = [note for note in result.report.notes if note.kind == ReasonKind.SCALED_DECODING]
     assert reason.details["photos"] == 24
     assert abs(float(str(reason.details["drop"]))) < 0.01
+    assert result.model.predict(photos / "04.jpg").label == "red"
     saved = result.save(tmp_path / "shades.cw")
     assert saved.manifest.preprocess == saved.report.samples.preprocess == replace(SMALL, decode="scaled")
 
@@ -195,6 +216,30 @@ def test_only_large_jpegs_gain_by_scale_and_never_below_twice_the_target(photos:
     assert not gains_by_scale(tmp_path / "photo.png", scaled)
     full, small = (ImageReader(how)(jpeg) for how in (SMALL, scaled))
     assert 0 < np.abs(full - small).max() < 0.1
+
+
+def test_a_folder_and_patterns_become_a_file_of_labels(artifact: Path, photos: Path, tmp_path: Path) -> None:
+    (tmp_path / "photos").symlink_to(photos)
+    (tmp_path / "broken.jpg").write_bytes(b"no image")
+    for name, places in (("all.jsonl", ["photos"]), ("out.parquet", ["broken.jpg", "photos/0*.jpg"])):
+        ran = subprocess.run(
+            command("predict", str(artifact), *places, "-o", name, "--top", "2", quick=False),
+            capture_output=True, text=True, cwd=tmp_path,
+        )  # fmt: skip
+        assert ran.returncode == 0, ran.stderr
+    assert "1 set aside in out.failed.jsonl" in ran.stdout
+    lines = [json.loads(line) for line in (tmp_path / "all.jsonl").read_text().splitlines()]
+    assert [line["label"] for line in lines] == [NAMES[number % 3] for number in range(36)]
+    assert [Path(line["input"]).name for line in lines] == [f"{number:02}.jpg" for number in range(36)]
+    first = lines[0]
+    assert next(one["label"] for one in first["top"]) == first["label"] == "dark"
+    assert len(first["top"]) == 2
+    table = parquet.read_table(tmp_path / "out.parquet").to_pylist()
+    assert [row["row"] for row in table] == [*range(1, 11)]
+    assert [one["label"] for one in table[0]["top"]] == [one["label"] for one in first["top"]]
+    assert table[0]["probability"] == pytest.approx(first["probability"], rel=1e-5)
+    failed = json.loads((tmp_path / "out.failed.jsonl").read_text())
+    assert failed == {"row": 0, "input": "broken.jpg", "where": "", "reason": "is no image that Pillow opens"}
 
 
 def expected(model: corewise.Model, path: Path) -> list[dict[str, Any]]:

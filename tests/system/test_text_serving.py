@@ -223,13 +223,15 @@ def test_text_embeddings_inferences_paths(server):
 
 def test_documents_are_ranked_by_both_apis(server):
     documents = ["w5 w6", "w1", "w2 w9 w9", "w70"]
-    pairs = np.array([["w1"] * 4, documents])
-    described = [
-        {"name": name, "datatype": "BYTES", "shape": [4], "data": column.tolist()}
-        for name, column in zip(("text", "text_pair"), pairs, strict=True)
-    ]
-    tensor = server.post("/v2/models/ranker/infer", json={"inputs": described}).json()["outputs"][0]
-    logits = np.array(tensor["data"]).reshape(tensor["shape"])[:, 0]
+
+    def logit(document):
+        given = [
+            {"name": name, "datatype": "BYTES", "shape": [1], "data": [text]}
+            for name, text in (("text", "w1"), ("text_pair", document))
+        ]
+        return server.post("/v2/models/ranker/infer", json={"inputs": given}).json()["outputs"][0]["data"][0]
+
+    logits = np.array([*map(logit, documents)])
     order = np.argsort(-logits).tolist()
     scores = 1 / (1 + np.exp(-logits))
     ranked = server.post("/rerank", json={"query": "w1", "texts": documents, "return_text": True}).json()

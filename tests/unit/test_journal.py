@@ -15,6 +15,7 @@ from corewise.records.build import Build, Plan
 from corewise.records.measurement import Measurement
 from corewise.records.trial import Trial
 from corewise.search.journal import Journal
+from corewise.search.task import _identity as identity
 
 BUILDS = [Build(engine="fake", precision="int8", options=(("n", n),)) for n in range(3)]
 TRIALS = [
@@ -150,3 +151,8 @@ def test_a_full_disk_loses_only_the_trial_that_did_not_fit(tmp_path):
 def test_a_disk_full_from_the_start_is_told(tmp_path):
     with file_size_limit(0), pytest.raises(OutputError, match="cannot be written"):
         Journal(tmp_path / "j", "key")
+
+
+@pytest.mark.parametrize("name", ["top1", "recall@5", "ndcg@3", "recall@10"])
+def test_a_built_in_metric_is_the_same_in_another_run(name):
+    assert identity(name) == name

@@ -86,6 +86,13 @@ def test_vectors_go_through_json_and_base64_without_loss(rows):
         np.testing.assert_array_equal(np.array(found, np.float32), vectors)
 
 
+def test_shorter_vectors_have_length_one():
+    vectors = np.array([[3, 4, 12], [0, 0, 1]], np.float32)
+    assert texts.shortened(vectors, None) is vectors
+    assert texts.shortened(vectors, 3) is vectors
+    np.testing.assert_allclose(texts.shortened(vectors, 2), [[0.6, 0.8], [0, 0]], rtol=1e-6)
+
+
 def test_openais_errors_and_models():
     assert openai.error("no", 404, "model")["error"] == {
         "message": "no",

@@ -31,6 +31,8 @@ class Front:
 class Texts:
     """A text's tokens are its characters; a call's answers are the lengths of its texts."""
 
+    pipeline = SimpleNamespace(pads=True)
+
     def tokens(self, asked, start):
         return [Tokens(np.array([*map(ord, item)], np.int32), np.zeros(len(item), np.int32)) for item in asked.items]
 

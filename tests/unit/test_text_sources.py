@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -16,8 +17,9 @@ from torch import Tensor, nn
 
 from corewise.common.errors import InputError, SamplesError, SourceError
 from corewise.pipeline import TextEncoder
+from corewise.records.build import TensorSpec
 from corewise.samples import raw_from_python
-from corewise.search.texts import tokenized
+from corewise.search.texts import fitted, tokenized
 from corewise.source import Loaded, load_with_texts
 from corewise.source.pooling import pool
 
@@ -54,7 +56,7 @@ def save_bert(folder: Path, kind: str = "BertModel", **config: Any) -> Path:
 @pytest.fixture(scope="module")
 def sentence_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An encoder of sentences: the first token, a dense layer, norm 1; with prompts, lower case and 16 tokens."""
-    folder = save_bert(tmp_path_factory.mktemp("sentences"))
+    folder = save_bert(tmp_path_factory.mktemp("sentences"), matryoshka_dimensions=[2])
     kinds = {"": "Transformer", "1_Pooling": "Pooling", "2_Dense": "Dense", "3_Normalize": "Normalize"}
     modules = [{"path": path, "type": f"sentence_transformers.models.{kind}"} for path, kind in kinds.items()]
     for path in kinds:
@@ -131,6 +133,7 @@ def test_a_folder_of_sentence_transformers(sentence_folder: Path) -> None:
     assert made is not None
     assert (made.task, made.pooling, made.normalize, made.max_length) == ("vectors", "cls", True, 16)
     assert (made.prompts, made.default_prompt) == ({"query": "red: ", "document": ""}, "query")
+    assert made.dimensions == (2,)
     bert = transformers.BertModel.from_pretrained(sentence_folder).eval()
     dense = nn.Linear(8, 4)
     from safetensors.torch import load_file
@@ -371,6 +374,18 @@ def test_labels_by_name(tmp_path: Path) -> None:
     assert samples.labels.tolist() == [1, 0]
     with pytest.raises(SamplesError, match=r"has the label 'fair'; the model's classes are bad, good"):
         tokenized(loaded, raw_from_python({"text": ["red", "blue"], "label": ["fair", "bad"]}))
+
+
+def test_a_tokenizer_beside_inputs_that_are_no_tokens_is_left_out_unless_it_was_asked_for(tmp_path: Path) -> None:
+    """As CLIP's, given photos."""
+    save_bert(tmp_path)
+    loaded = load_with_texts(f"hf:{tmp_path}")
+    photos = TensorSpec(name="pixel_values", dtype="float32", shape=(None, 3, 8, 8))
+    exported: Any = SimpleNamespace(inputs=(photos,), outputs=(photos,))
+    left = fitted(loaded, exported, asked=False)
+    assert (left.pipeline, left.tokenizer) == (None, b"")
+    with pytest.raises(InputError, match="the model takes no tokens but pixel_values float32"):
+        fitted(loaded, exported, asked=True)
 
 
 def test_texts_for_a_model_without_a_tokenizer_and_texts_for_one_of_pairs(tmp_path: Path) -> None:

@@ -32,7 +32,14 @@ def open_images(
     never causes an import. Raises ``SamplesError`` if there is no such function.
     """
     pipeline = images_of(artifact)
-    if pipeline is None or (pipeline.preprocess.function is not None and function is None):
+    return None if pipeline is None else image_runner(pipeline, run, plan, function)
+
+
+def image_runner(
+    pipeline: ImagePipeline, run: Run, plan: Plan, function: str | Callable[[Any], Any] | None = None
+) -> ImageRunner | None:
+    """Runs images as ``plan`` runs batches; ``None`` if a function that is not given prepares them."""
+    if pipeline.preprocess.function is not None and function is None:
         return None
     reader = None if function is None else ImageReader(pipeline.preprocess, function)
     rows = plan.batch if plan.batch > 1 or plan.instances > 1 else ROWS_ALONE

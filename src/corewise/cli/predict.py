@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 from corewise.cli.environment import compute_on_usable_cores
 from corewise.cli.options import ArtifactPath, argument, flag, grouped, option
 from corewise.cli.output import console
+from corewise.cli.quantities import whole
 from corewise.common.errors import InputError
 
 if TYPE_CHECKING:
@@ -18,7 +19,12 @@ if TYPE_CHECKING:
 
 Inputs = Annotated[
     list[Path],
-    argument("INPUT...", panel="Texts", help="Files of texts: .txt (a text a line), .csv, .tsv, .jsonl or .parquet."),
+    argument(
+        "INPUT...",
+        panel="Inputs",
+        help="Files of texts: .txt (a text a line), .csv, .tsv, .jsonl or .parquet. Or images: files, folders (with "
+        "those below) or patterns such as 'photos/*.jpg'.",
+    ),
 ]
 
 
@@ -53,6 +59,27 @@ class TextColumns:
 
 
 @dataclass(frozen=True, kw_only=True)
+class PhotoOptions:
+    """How images are answered."""
+
+    top: Annotated[
+        int | None,
+        option(
+            "--top", panel="Images", metavar="N", parse=whole(1), help="Name the N most probable classes.", default="5"
+        ),
+    ] = None
+    preprocess: Annotated[
+        str | None,
+        option(
+            "--preprocess",
+            panel="Images",
+            metavar="FILE.py:FUNCTION",
+            help="The function that prepared the samples, for an artifact that was made with one.",
+        ),
+    ] = None
+
+
+@dataclass(frozen=True, kw_only=True)
 class PredictOutput:
     """Where the answers go."""
 
@@ -71,32 +98,42 @@ class PredictOutput:
 
 
 @grouped
-def command(artifact_path: ArtifactPath, inputs: Inputs, texts: TextColumns, output: PredictOutput) -> None:
-    """Answer all texts of files with an artifact: vectors, classes, scores or spans.
+def command(
+    artifact_path: ArtifactPath, inputs: Inputs, texts: TextColumns, photos: PhotoOptions, output: PredictOutput
+) -> None:
+    """Answer all texts of files, or all images, with an artifact: vectors, classes, scores or spans.
 
-    Texts are read as they are needed and run in batches of similar length on all instances. Finished parts are kept in
-    FILE.parts, so that the same command resumes after an interruption.
+    Texts are read as they are needed and run in batches of similar length on all instances. Images are decoded while
+    the model runs. Finished parts are kept in FILE.parts, so that the same command resumes after an interruption.
     """
     from corewise import artifact
     from corewise.artifact.open import load
+    from corewise.pipeline import TOP
     from corewise.pipeline.job import Done, Job, check_job, count_rows, run_job
+    from corewise.samples.folders import list_images
     from corewise.samples.texts import Columns
 
     compute_on_usable_cores()
+    found = artifact.read(artifact_path)
+    images = found.manifest.preprocess is not None and found.manifest.pipeline is None
     job = Job(
-        inputs=tuple(inputs),
+        inputs=tuple(list_images(inputs) if images else inputs),
         output=output.output,
         columns=Columns(texts.text, texts.pair),
         prompt=texts.prompt,
-        artifact=artifact.identity(artifact.read(artifact_path).folder),
+        artifact=artifact.identity(found.folder),
+        top=(photos.top or TOP) if images else None,
     )
     check_job(job)
     start = time.monotonic()
-    with load(artifact_path) as model, _resumable(job):
-        if model.texts is None:
+    with load(artifact_path, preprocess=photos.preprocess) as model, _resumable(job):
+        runner = model.images if images else model.texts
+        if runner is None and images:
+            raise InputError(f"{artifact_path} was made with a function that prepares images", "give --preprocess")
+        if runner is None:
             raise InputError(f"{artifact_path} takes tensors only", "make it again from st:, hf: or with --tokenizer")
-        with _progress(count_rows(job.inputs), output.quiet) as on_rows:
-            done: Done = run_job(job, model.texts, on_rows=on_rows)
+        with _progress(len(job.inputs) if images else count_rows(job.inputs), output.quiet) as on_rows:
+            done: Done = run_job(job, runner, on_rows=on_rows)
     if not output.quiet:
         print(_outcome(job, done.rows, done.resumed, done.failed, time.monotonic() - start))
 

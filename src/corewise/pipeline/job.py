@@ -1,4 +1,4 @@
-"""Files of texts to a file of answers, part by part, so that a job that was killed resumes where it was.
+"""Files of texts, or of images, to a file of answers, part by part, so that a job that was killed resumes where it was.
 
 A folder beside the output, ``OUT.parts``, holds what is finished: a part for each ``PART_ROWS`` rows in the order of
 the inputs, with a file of the rows that were set aside. A part gets its name when it is whole on disk. At the end the
@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 
 from corewise.common.errors import OutputError, SamplesError
 from corewise.pipeline.outputs import AnswerRow, Format, format_of, join_lines, sync
+from corewise.pipeline.photos import TOP, ImageRunner
 from corewise.pipeline.runner import Rejected, TextRunner
 from corewise.samples.tables import READERS, iterate_table
 from corewise.samples.texts import Columns
@@ -39,6 +40,8 @@ class Job:
     prompt: str | None
     artifact: str
     """The identity of the artifact: the sha256 of its manifest."""
+    top: int | None = None
+    """For images, each of which is a row: how many classes an answer names."""
 
     @property
     def parts(self) -> Path:
@@ -59,6 +62,7 @@ class Job:
             "columns": list(self.columns),
             "prompt": self.prompt,
             "part_rows": PART_ROWS,
+            "top": self.top,
         }
 
 
@@ -88,7 +92,7 @@ def check_job(job: Job) -> None:
     for path in job.inputs:
         if not path.is_file():
             raise SamplesError(f"there is no file {path}", "check the path")
-        if path.suffix.lower() not in READERS:
+        if job.top is None and path.suffix.lower() not in READERS:
             raise SamplesError(f"{path} is no file of texts", f"give one of {', '.join(READERS)}")
     if job.output.is_dir() or not job.output.parent.is_dir():
         why = "it is a folder" if job.output.is_dir() else f"there is no folder {job.output.parent}"
@@ -112,7 +116,7 @@ def count_rows(paths: Iterable[Path]) -> int:
     return total
 
 
-def run_job(job: Job, runner: TextRunner, *, on_rows: OnRows = lambda rows: None) -> Done:
+def run_job(job: Job, runner: TextRunner | ImageRunner, *, on_rows: OnRows = lambda rows: None) -> Done:
     """Answer all rows of the inputs and write the output, resuming what an earlier run of the same job finished.
 
     Rows are numbered from 0 over all inputs. A row that cannot be answered is in ``job.failed`` with its reason.
@@ -124,7 +128,7 @@ def run_job(job: Job, runner: TextRunner, *, on_rows: OnRows = lambda rows: None
         EngineError: The engine fails.
     """
     check_job(job)
-    kind = format_of(job.output, runner.encoder.pipeline)
+    kind = format_of(job.output, runner.pipeline if isinstance(runner, ImageRunner) else runner.encoder.pipeline)
     with _writing(job):
         finished = _resume(job)
         resumed = rows = finished * PART_ROWS
@@ -142,6 +146,9 @@ def run_job(job: Job, runner: TextRunner, *, on_rows: OnRows = lambda rows: None
 
 
 def _records(job: Job) -> Iterator[_Record]:
+    if job.top is not None:
+        yield from (_Record(row, path, "", path, "") for row, path in enumerate(job.inputs))
+        return
     row = 0
     for path in job.inputs:
         for item in iterate_table(path, job.columns, labelled=False):
@@ -149,7 +156,7 @@ def _records(job: Job) -> Iterator[_Record]:
             row += 1
 
 
-def _parts(job: Job, runner: TextRunner, start: int) -> Iterator[list[tuple[_Record, Any]]]:
+def _parts(job: Job, runner: TextRunner | ImageRunner, start: int) -> Iterator[list[tuple[_Record, Any]]]:
     """The rows from ``start`` on with their answers, a part at a time."""
     waiting: deque[_Record] = deque()
 
@@ -159,7 +166,11 @@ def _parts(job: Job, runner: TextRunner, start: int) -> Iterator[list[tuple[_Rec
             yield None if record.problem else record.value
 
     part: list[tuple[_Record, Any]] = []
-    for answer in runner.answers(values(), prompt=job.prompt):
+    if isinstance(runner, ImageRunner):
+        answers = runner.answers(values(), top=job.top or TOP)
+    else:
+        answers = runner.answers(values(), prompt=job.prompt)
+    for answer in answers:
         record = waiting.popleft()
         part.append((record, Rejected(record.problem) if record.problem else answer))
         if len(part) == PART_ROWS:
@@ -190,7 +201,7 @@ def _resume(job: Job) -> int:
 
 def _write_part(job: Job, kind: Format, number: int, part: Sequence[tuple[_Record, Any]]) -> None:
     """A part's answers and its rows set aside; ``.done`` comes last and says that both are whole."""
-    several = len(job.inputs) > 1
+    several = len(job.inputs) > 1 or job.top is not None
     good = [
         AnswerRow(row=record.row, input=str(record.input) if several else None, answer=answer)
         for record, answer in part

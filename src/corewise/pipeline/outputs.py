@@ -11,7 +11,7 @@ from typing import Any, BinaryIO, Protocol
 import numpy as np
 
 from corewise.common.errors import InputError, MissingExtra
-from corewise.records.pipeline import TextPipeline
+from corewise.records.pipeline import ImagePipeline, TextPipeline
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,7 +35,7 @@ class Format(Protocol):
         """Write all parts as one file."""
 
 
-def format_of(path: Path, pipeline: TextPipeline) -> Format:
+def format_of(path: Path, pipeline: TextPipeline | ImagePipeline) -> Format:
     """The format that the name of the output says.
 
     Raises:
@@ -49,7 +49,8 @@ def format_of(path: Path, pipeline: TextPipeline) -> Format:
         return _Parquet(_field(pipeline))
     if suffix != ".npy":
         raise InputError(f"{path} says no format", "name it .parquet, .jsonl or .npy")
-    if pipeline.task not in ("vectors", "scores") or (pipeline.task == "vectors" and pipeline.pooling == "none"):
+    ragged = isinstance(pipeline, TextPipeline) and pipeline.task == "vectors" and pipeline.pooling == "none"
+    if pipeline.task not in ("vectors", "scores") or ragged:
         raise InputError(f"{path} cannot hold {_field(pipeline)} of several sizes", "name it .parquet or .jsonl")
     return _Npy()
 
@@ -63,7 +64,9 @@ def plain(answer: Any) -> Any:
     return answer.tolist() if isinstance(answer, np.ndarray) else answer
 
 
-def _field(pipeline: TextPipeline) -> str:
+def _field(pipeline: TextPipeline | ImagePipeline) -> str:
+    if isinstance(pipeline, ImagePipeline):
+        return {"vectors": "vector", "classes": "top"}[pipeline.task]
     return {"vectors": "vector", "scores": "score", "classes": "answer", "tokens": "spans"}[pipeline.task]
 
 
@@ -71,6 +74,9 @@ def _record(row: AnswerRow, field: str) -> dict[str, Any]:
     """A row's columns: the fields of a class answer are columns of their own."""
     where = {"row": row.row} if row.input is None else {"row": row.row, "input": row.input}
     answer = plain(row.answer)
+    if field == "top":  # a list: of many classes, each row names others
+        top = [{"label": label, "probability": value} for label, value in answer["probabilities"].items()]
+        return {**where, "label": answer["label"], "probability": answer["probability"], "top": top}
     return {**where, **(answer if field == "answer" else {field: answer})}
 
 

@@ -64,6 +64,8 @@ class TextPipeline:
     pad_id: int = 0
     pooling: Pooling = "none"
     normalize: bool = False
+    dimensions: tuple[int, ...] = ()
+    """How many leading dimensions of a vector may be used alone, as the model was trained (Matryoshka)."""
     prompts: dict[str, str] = field(default_factory=dict)
     """Texts that go before each text, by name, such as ``query`` and ``passage``."""
     default_prompt: str | None = None

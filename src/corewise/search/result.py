@@ -10,12 +10,13 @@ import numpy as np
 from corewise import artifact
 from corewise.artifact.checks import program_ranges
 from corewise.artifact.model import Model
+from corewise.artifact.photos import image_runner
 from corewise.artifact.texts import text_runner
 from corewise.artifact.watch import seen_range
 from corewise.common.nested import Structure
 from corewise.engines import BuildInputs, Engine
-from corewise.pipeline import TextEncoder, fit, infer
-from corewise.records.pipeline import TextPipeline
+from corewise.pipeline import TextEncoder, fit, image_pipeline, infer
+from corewise.records.pipeline import ImagePipeline, TextPipeline
 from corewise.records.ranges import InputRange, SeenRanges
 from corewise.records.report import Report
 from corewise.report import words
@@ -65,6 +66,7 @@ class Result:
         choice = self.report.choice
         session = open_plan(self.opener, self.payload, choice.winner, choice.plan, self.build_inputs.cpu)
         pipeline = self._fitted
+        images = self._images
         encoder = None if pipeline is None else TextEncoder(pipeline, self.tokenizer)
         return Model(
             session,
@@ -74,6 +76,7 @@ class Result:
             ranges=self._ranges,
             seen_ranges=self._seen_ranges,
             texts=None if encoder is None else text_runner(encoder, session.run, choice.plan),
+            images=None if images is None else image_runner(images, session.run, choice.plan),
         )
 
     def save(
@@ -148,6 +151,14 @@ class Result:
         made = infer(tokenizer, inputs.inputs, inputs.outputs, ranges=self._ranges, labels=labels)
         TextEncoder(made, tokenizer).encode(["a text"])
         return made, tokenizer.read_bytes()
+
+    @property
+    def _images(self) -> ImagePipeline | None:
+        """How images become inputs and outputs answers, if the samples were images."""
+        if self.holdout.preprocess is None or len(self.build_inputs.inputs) != 1:
+            return None
+        _, outputs = self._golden()
+        return image_pipeline(self.holdout.preprocess, outputs, self.class_names or ())
 
     @cached_property
     def _fitted(self) -> TextPipeline | None:

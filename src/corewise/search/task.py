@@ -16,7 +16,6 @@ from corewise.accuracy.gate import AccuracyGate
 from corewise.common.errors import EngineError, InputError
 from corewise.engines import BuildInputs, Engine, engine
 from corewise.machine.inspect import inspect_cpu
-from corewise.pipeline import fit
 from corewise.records.build import Build
 from corewise.records.cpu import Cpu
 from corewise.records.events import OnEvent, Stage, StageStarted
@@ -30,7 +29,7 @@ from corewise.samples import Samples, check_class_names, default_calibration, sp
 from corewise.samples.drawing import draw
 from corewise.search.budget import SampleLimits, sample_limits
 from corewise.search.candidates import BASELINE, list_candidates
-from corewise.search.texts import read_samples, tokenized
+from corewise.search.texts import fitted, read_samples, tokenized
 
 if TYPE_CHECKING:
     from torch.export import ExportedProgram
@@ -102,6 +101,7 @@ class Task:
         count = default_calibration(len(data)) if calibration is None else calibration
         calibrating, holdout = split(data, calibration=count, seed=seed)
         exported = source.export(loaded.model, data)
+        loaded = fitted(loaded, exported, asked=tokenizer is not None)
         row_s = None if budget_s is None else source.row_seconds(exported, data)
         if budget_s is not None and row_s is not None:
             limits = sample_limits(budget_s, row_s, None if calibration is None else len(calibrating))
@@ -131,7 +131,7 @@ class Task:
             cpu=cpu,
             builds=builds,
             in_process=in_process,
-            pipeline=None if loaded.pipeline is None else fit(loaded.pipeline, exported.inputs, exported.outputs),
+            pipeline=loaded.pipeline,
             tokenizer=loaded.tokenizer,
             notes=(*map(Reason.text, data.notes), *notes, *_behaviour(exported)),
             seed=seed,

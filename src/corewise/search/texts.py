@@ -6,15 +6,15 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from corewise.common.errors import SamplesError
-from corewise.pipeline import TextEncoder, text_samples
+from corewise.common.errors import InputError, SamplesError
+from corewise.pipeline import TextEncoder, fit, text_samples
 from corewise.records.pipeline import TextPipeline
 from corewise.samples import RawSamples, Samples, raw_from_python
 from corewise.samples.python import RAW_FIXES
 from corewise.samples.raw import NOUNS
 
 if TYPE_CHECKING:
-    from corewise.source import Loaded
+    from corewise.source import Exported, Loaded
 
 
 def read_samples(model: Any, samples: Any) -> Samples | RawSamples:
@@ -59,6 +59,22 @@ def tokenized(
         samples = _with_numbers(samples, pipeline.labels)
     by_name = hasattr(loaded.model, "forward")
     return replace(loaded, pipeline=pipeline), text_samples(TextEncoder(pipeline, loaded.tokenizer), samples, by_name)
+
+
+def fitted(loaded: "Loaded", exported: "Exported", *, asked: bool) -> "Loaded":
+    """The model with its pipeline fitted to its program.
+
+    A model that brings a tokenizer and was given other inputs than tokens, such as photos, has no pipeline, unless its
+    tokenizer was ``asked`` for: then that is an ``InputError``.
+    """
+    if loaded.pipeline is None:
+        return loaded
+    try:
+        return replace(loaded, pipeline=fit(loaded.pipeline, exported.inputs, exported.outputs))
+    except InputError:
+        if asked:
+            raise
+        return replace(loaded, pipeline=None, tokenizer=b"")
 
 
 def _with_classes(pipeline: TextPipeline, names: tuple[str, ...]) -> TextPipeline:

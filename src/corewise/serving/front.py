@@ -241,16 +241,16 @@ class Front:
         def decode() -> np.ndarray:
             nonlocal took_s
             started_s = monotonic()
-            batch = images.batch(unpacked, served)
+            with self.booking(client) as booking:
+                # One after the other: the largest, and what each becomes.
+                booking.add(max(pixels) * PIXEL_BYTES // COPIES)
+                batch = images.batch(unpacked, served)
             took_s = monotonic() - started_s
             return batch
 
-        with self.booking(client) as booking:
-            # One after the other: the largest, and what each becomes.
-            booking.add(max(pixels) * PIXEL_BYTES // COPIES)
-            batch = await decoder.run(
-                decode, kind="pixels", size=sum(pixels), deadline_s=deadline_s, later_s=self._later_s(served)
-            )
+        batch = await decoder.run(
+            decode, kind="pixels", size=sum(pixels), deadline_s=deadline_s, later_s=self._later_s(served)
+        )
         self._costs.note("image", sum(map(len, unpacked)) // len(unpacked), took_s / len(unpacked))
         return batch
 

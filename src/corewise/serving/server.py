@@ -206,37 +206,46 @@ class _Server:
             ),
         )
         try:
-            opening = asyncio.ensure_future(asyncio.to_thread(self.models.open))
-            stopping = asyncio.ensure_future(self.stopping.wait())
-            await asyncio.wait((opening, stopping), return_when=asyncio.FIRST_COMPLETED)
-            if opening.done():
-                opening.result()
-                self._is_open = True
-                self.guard.start()
-                self.tell("ready", self.models)
-                await stopping
-                await asyncio.sleep(self.options.grace_s)
-                if rpc is not None:
-                    # GOAWAY: calls that came are answered, and clients make their next ones elsewhere.
-                    self._later.append(asyncio.ensure_future(rpc.stop(self.options.drain_s)))
-                    await asyncio.sleep(LINGER_S)
-                self.models.draining = True
-            else:
-                await opening
-            self.tell("draining", None)
-            return await asyncio.to_thread(self.models.drain, self.options.drain_s)
+            return await self._live(rpc)
         finally:
-            for made, _ in web:
-                made.should_exit = True
-            for each in (rpc, admin_rpc):
-                if each is not None:
-                    await each.stop(LAST_WORDS_S)
-            await asyncio.gather(*tasks, return_exceptions=True)
-            self.models.close(0.0)
-            self.guard.close()
-            self.front.close()
-            await asyncio.to_thread(self.traces.close)
-            self.metrics.close()
+            await self._end([made for made, _ in web], tasks, [each for each in (rpc, admin_rpc) if each is not None])
+
+    async def _live(self, rpc: Any) -> bool:
+        """Open the models, serve until the server is stopped, and finish what was accepted; whether all was."""
+        opening = asyncio.ensure_future(asyncio.to_thread(self.models.open))
+        stopping = asyncio.ensure_future(self.stopping.wait())
+        await asyncio.wait((opening, stopping), return_when=asyncio.FIRST_COMPLETED)
+        if opening.done():
+            opening.result()
+            self._is_open = True
+            self.guard.start()
+            self.tell("ready", self.models)
+            await stopping
+            await asyncio.sleep(self.options.grace_s)
+            if rpc is not None:
+                # GOAWAY: calls that came are answered, and clients make their next ones elsewhere.
+                self._later.append(asyncio.ensure_future(rpc.stop(self.options.drain_s)))
+                await asyncio.sleep(LINGER_S)
+            self.models.draining = True
+        else:
+            await opening
+        self.tell("draining", None)
+        return await asyncio.to_thread(self.models.drain, self.options.drain_s)
+
+    async def _end(self, web: Sequence["_Http"], tasks: Sequence["asyncio.Future[None]"], rpcs: Sequence[Any]) -> None:
+        for made in web:
+            made.should_exit = True
+        for each in rpcs:
+            await each.stop(LAST_WORDS_S)
+        await asyncio.gather(*tasks, return_exceptions=True)
+        for address in self._web_addresses.values():
+            if isinstance(address, Path):  # gRPC removes its own
+                address.unlink(missing_ok=True)
+        self.models.close(0.0)
+        self.guard.close()
+        self.front.close()
+        await asyncio.to_thread(self.traces.close)
+        self.metrics.close()
 
     @property
     def _web_addresses(self) -> dict[str, Address]:

@@ -73,9 +73,9 @@ class TextInput:
             raise ProtocolError(error.what, error.fix) from error
 
     def inputs(self, tokens: Sequence[Tokens], longest: int) -> tuple[NDArray[Any], ...]:
-        """The model's inputs for one call, (N, tokens) each, padded to a multiple of ``BUCKET``."""
-        length = min(self.pipeline.max_length, -(-longest // BUCKET) * BUCKET)
-        return self.encoder.collate(tokens, length)
+        """The model's inputs for one call, (N, tokens) each, padded to a multiple of ``BUCKET`` if it has a mask."""
+        step = BUCKET if self.pipeline.pads else 1
+        return self.encoder.collate(tokens, min(self.pipeline.max_length, -(-longest // step) * step))
 
     def answers(
         self,

@@ -162,7 +162,8 @@ def split(lengths: Sequence[int], served: Served) -> list[Call]:
     """The calls for texts of these lengths, which no other request has to wait for long."""
     plan = served.plan
     limits = CallLimits(rows=plan.batch, tokens=CALL_TOKENS)
-    return fill(lengths, limits=limits, instances=plan.instances, multiple=BUCKET)
+    pads = served.text is None or served.text.pipeline.pads
+    return fill(lengths, limits=limits, instances=plan.instances, multiple=BUCKET, pads=pads)
 
 
 def _longest(calls: Sequence[Answer]) -> Answer:

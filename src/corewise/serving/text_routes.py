@@ -404,17 +404,18 @@ def _check_vectors(served: Served, dimensions: int | None = None) -> None:
             f"the model {served.name} gives a vector for each token",
             f"ask /v2/models/{served.name}/infer for them, or make it again with --pooling mean",
         )
-    if dimensions is not None and dimensions != shape[1]:
+    trained = () if served.text is None else served.text.pipeline.dimensions
+    if dimensions is not None and dimensions not in (shape[1], *trained):
         raise FieldError(
             "dimensions",
             f"the model {served.name} gives vectors of {shape[1]} dimensions, and was not trained for {dimensions}",
-            "leave dimensions out",
+            f"give one of {', '.join(map(str, trained))}" if trained else "leave dimensions out",
         )
 
 
 def _vectors(answer: TextAnswer, dimensions: int | None = None) -> NDArray[np.float32]:
     """The vectors, (N, D)."""
-    return np.stack(answer.answers).astype(np.float32, copy=False)
+    return texts.shortened(np.stack(answer.answers).astype(np.float32, copy=False), dimensions)
 
 
 def _values(answer: TextAnswer) -> int:

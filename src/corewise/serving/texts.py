@@ -135,6 +135,13 @@ def number_lists(vectors: NDArray[np.float32]) -> Iterator[bytes]:
         yield orjson.dumps(vector, option=orjson.OPT_SERIALIZE_NUMPY)
 
 
+def shortened(vectors: NDArray[np.float32], dimensions: int | None) -> NDArray[np.float32]:
+    """The first ``dimensions`` of each row (N, D), at length 1; all of them as they are."""
+    if dimensions is None or dimensions == vectors.shape[1]:
+        return vectors
+    return normalized(vectors[:, :dimensions])
+
+
 def normalized(vectors: NDArray[np.float32]) -> NDArray[np.float32]:
     """Rows (N, D) at length 1; a row of zeros stays as it is."""
     lengths = np.linalg.norm(vectors, axis=1, keepdims=True)

@@ -78,6 +78,7 @@ def vectors(
         pooling=pooling,
         pad_id=tokenizer.pad_token_id or 0,
         truncation=tokenizer.truncation_side,
+        dimensions=tuple(int(size) for size in getattr(model.config, "matryoshka_dimensions", None) or ()),
         **facts,
     )
     return Loaded(model=TextVectors(model, pooling, after), pipeline=pipeline, tokenizer=content)

@@ -13,6 +13,7 @@ from corewise.common.nested import flatten
 from corewise.records.fidelity import Fidelity
 from corewise.records.goal import Requirements
 from corewise.records.jsonable import from_json, to_json
+from corewise.report.reasons import sentence
 from corewise.samples import from_python
 
 
@@ -119,16 +120,20 @@ def test_texts_and_embeddings_are_robust_by_default():
     assert not robust_by_default(Outputs((vectors,)), integer_inputs=False)
 
 
-def test_under_shift_a_drop_has_to_be_certain_unless_strict():
-    def judged(low, **limits):
+def test_under_shift_half_of_the_drop_is_allowed_and_more_has_to_be_certain():
+    def judged(low, drop=0.05, **limits):
         plain = gate_of(topics(200, seed=7)[0])(topics(200, seed=7)[0])[0]
         plain = replace(plain, drop_low=0.0, drop_high=0.0)
-        shift = replace(plain, drop=0.05, drop_low=low, drop_high=0.15)
+        shift = replace(plain, drop=drop, drop_low=low, drop_high=0.15)
         return judge(replace(plain, shift=shift), Requirements(**limits), robust=True)
 
     assert judged(low=-0.05).passed
     assert judged(low=0.01).rule == "shift_drop"
-    assert judged(low=-0.05, strict=True).rule == "shift_drop"
+    assert judged(low=-0.05, strict=True).passed
+    assert judged(low=0.001, drop=0.0049).passed
+    shifted = judged(low=0.001, drop=0.0051)
+    assert shifted.rule == "shift_drop"
+    assert "above 0.005" in sentence(shifted.reason)
 
 
 def test_samples_of_one_group_stay_together():

@@ -112,7 +112,12 @@ def test_the_help_of_metric_lists_every_built_in_one():
 
 def test_defaults_that_the_help_spells_out_are_the_defaults():
     spelled = {"10m": quantities.duration, "10s": quantities.duration, "30s": quantities.duration}
-    spelled |= {"60s": quantities.duration, "64MiB": quantities.size, "0": quantities.duration_or_zero}
+    spelled |= {
+        "60s": quantities.duration,
+        "1s": quantities.duration_or_zero,
+        "64MiB": quantities.size,
+        "0": quantities.duration_or_zero,
+    }
     seen = set()
     for _, param in OPTIONS_OF:
         text = re.search(r"\[default: (.*)\]$", param.help)
@@ -126,7 +131,7 @@ def test_the_panels_of_optimize_and_serve():
     def panels(name):
         return list(dict.fromkeys(param.rich_help_panel for param in PROGRAM.commands[name].params))
 
-    assert panels("optimize") == ["Model", "Samples", "Images", "Goal", "Limits", "Output"]
+    assert panels("optimize") == ["Model", "Samples", "Images", "Texts", "Goal", "Limits", "Output"]
     assert panels("serve") == ["Artifacts", "Ports", "Requests", "Security", "Logs"]
 
 

@@ -113,7 +113,7 @@ def test_the_help_of_metric_lists_every_built_in_one():
 def test_defaults_that_the_help_spells_out_are_the_defaults():
     spelled = {"10m": quantities.duration, "10s": quantities.duration, "30s": quantities.duration}
     spelled |= {
-        "1s": quantities.duration,
+        "1s": quantities.duration_or_zero,
         "60s": quantities.duration,
         "64MiB": quantities.size,
         "0": quantities.duration_or_zero,

@@ -26,6 +26,7 @@ from corewise.engines import engine
 from corewise.engines.openvino import OpenVino
 from corewise.machine.inspect import inspect_cpu
 from corewise.pipeline import ClassAnswer
+from corewise.pipeline.job import Job, run_job
 from corewise.records.build import Build, Plan, TensorSpec
 from corewise.records.measurement import Measurement
 from corewise.records.reason import ReasonKind
@@ -33,7 +34,9 @@ from corewise.records.report import Preprocess
 from corewise.runtime import race
 from corewise.runtime.client import InProcess
 from corewise.samples import read
+from corewise.samples.folders import list_images
 from corewise.samples.images import ImageReader, gains_by_scale
+from corewise.samples.texts import Columns
 from corewise.search import finals, plans, trial
 from corewise.search.trial import SearchContext
 
@@ -218,16 +221,30 @@ def test_only_large_jpegs_gain_by_scale_and_never_below_twice_the_target(photos:
     assert 0 < np.abs(full - small).max() < 0.1
 
 
-def test_a_folder_and_patterns_become_a_file_of_labels(artifact: Path, photos: Path, tmp_path: Path) -> None:
+def test_a_folder_and_patterns_become_a_file_of_labels(
+    artifact: Path, fast: corewise.Model, photos: Path, tmp_path: Path
+) -> None:
     (tmp_path / "photos").symlink_to(photos)
     (tmp_path / "broken.jpg").write_bytes(b"no image")
-    for name, places in (("all.jsonl", ["photos"]), ("out.parquet", ["broken.jpg", "photos/0*.jpg"])):
-        ran = subprocess.run(
-            command("predict", str(artifact), *places, "-o", name, "--top", "2", quick=False),
-            capture_output=True, text=True, cwd=tmp_path,
-        )  # fmt: skip
-        assert ran.returncode == 0, ran.stderr
+    places = ("broken.jpg", "photos/0*.jpg")
+    ran = subprocess.run(
+        command("predict", str(artifact), *places, "-o", "out.parquet", "--top", "2", quick=False),
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+    )
+    assert ran.returncode == 0, ran.stderr
     assert "1 set aside in out.failed.jsonl" in ran.stdout
+    job = Job(
+        inputs=tuple(list_images([photos])),
+        output=tmp_path / "all.jsonl",
+        columns=Columns(),
+        prompt=None,
+        artifact="",
+        top=2,
+    )
+    assert fast.images is not None
+    assert run_job(job, fast.images) == (36, 0, 0)
     lines = [json.loads(line) for line in (tmp_path / "all.jsonl").read_text().splitlines()]
     assert [line["label"] for line in lines] == [NAMES[number % 3] for number in range(36)]
     assert [Path(line["input"]).name for line in lines] == [f"{number:02}.jpg" for number in range(36)]

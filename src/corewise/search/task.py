@@ -90,9 +90,7 @@ class Task:
 
         if metric is not None:
             metrics.resolve(metric)
-        usable, notes = _usable(engines)
-        if required:
-            _check_tried({str(note.details["engine"]): str(note.details["why"]) for note in notes})
+        usable, notes = _usable(engines, required)
         on_event(StageStarted(Stage.READING_SAMPLES))
         gathered = read_samples(model, samples)
         on_event(StageStarted(Stage.EXPORTING))
@@ -103,10 +101,10 @@ class Task:
         exported = source.export(loaded.model, data)
         loaded = fitted(loaded, exported, asked=tokenizer is not None)
         row_s = None if budget_s is None else source.row_seconds(exported, data)
+        fewer: tuple[Reason, ...] = ()
         if budget_s is not None and row_s is not None:
             limits = sample_limits(budget_s, row_s, None if calibration is None else len(calibrating))
             calibrating, holdout, fewer = _affordable(calibrating, holdout, limits, seed)
-            notes = (*notes, *fewer)
         if class_names is not None:
             check_class_names(class_names, exported.outputs[0].shape[-1] or 0, "the list of class names")
         in_process = None
@@ -116,11 +114,6 @@ class Task:
             _check_ignored(exported.program, ignored)
             notes = (*notes, Reason.of(ReasonKind.COREWISE_INT8_ONLY, layers=", ".join(ignored)))
         cpu = inspect_cpu()
-        operators = source.operators(exported.program) if exported.program else {}
-        builds = list_candidates(cpu, operators, usable, ignored, exported.fixed_batch)
-        if required:
-            without = set(usable) - {BASELINE.engine, *(build.engine for build in builds)}
-            _check_tried(dict.fromkeys(without, "it has no build for this model on this CPU"))
         return cls(
             model=model if isinstance(model, str) else type(model).__name__,
             exported=exported,
@@ -129,11 +122,11 @@ class Task:
             holdout=holdout,
             metric=metric,
             cpu=cpu,
-            builds=builds,
+            builds=_builds(exported, usable, ignored, cpu, required),
             in_process=in_process,
             pipeline=loaded.pipeline,
             tokenizer=loaded.tokenizer,
-            notes=(*map(Reason.text, data.notes), *notes, *_behaviour(exported)),
+            notes=(*map(Reason.text, data.notes), *notes, *fewer, *_behaviour(exported)),
             seed=seed,
             row_s=row_s,
         )
@@ -230,6 +223,20 @@ def _only_eager(exported: "Exported", required: Sequence[str]) -> tuple[Engine, 
     return eager, {"eager": eager}, (Reason.of(ReasonKind.ONLY_EAGER, why=exported.why_not),)
 
 
+def _builds(
+    exported: "Exported", usable: Mapping[str, Engine], ignored: Sequence[str], cpu: Cpu, required: bool
+) -> tuple[Build, ...]:
+    """The builds to try. Raises ``EngineError`` if a ``required`` engine has none."""
+    from corewise import source
+
+    operators = source.operators(exported.program) if exported.program else {}
+    builds = list_candidates(cpu, operators, usable, ignored, exported.fixed_batch)
+    if required:
+        without = set(usable) - {BASELINE.engine, *(build.engine for build in builds)}
+        _check_tried(dict.fromkeys(without, "it has no build for this model on this CPU"))
+    return builds
+
+
 def _behaviour(exported: "Exported") -> Iterator[Reason]:
     """What is unusual about the model, and what follows."""
     if exported.mixing is not None:
@@ -260,10 +267,12 @@ def _check_ignored(program: "ExportedProgram", ignored: Sequence[str]) -> None:
         raise InputError(error.what, error.fix) from error
 
 
-def _usable(names: Sequence[str]) -> tuple[dict[str, Engine], tuple[Reason, ...]]:
-    """The engines that can run here, and why each other one cannot."""
+def _usable(names: Sequence[str], required: bool) -> tuple[dict[str, Engine], tuple[Reason, ...]]:
+    """The engines that can run here, and why each other one cannot; ``EngineError`` if that one is ``required``."""
     engines = {name: engine(name) for name in names}
     reasons = {name: named_engine.unavailable() for name, named_engine in engines.items()}
+    if required:
+        _check_tried({name: why for name, why in reasons.items() if why})
     notes = tuple(
         Reason.of(ReasonKind.ENGINE_UNAVAILABLE, engine=name, why=why) for name, why in reasons.items() if why
     )

@@ -672,3 +672,10 @@ def test_the_server_decodes_as_samples_are_decoded(tmp_path: Path) -> None:
         with pytest.raises(ProtocolError) as caught:
             serving_images.batch([content], served)
         assert caught.value.status == status
+
+
+def test_a_form_of_many_empty_parts_is_refused_before_they_are_read() -> None:
+    body = b"--b\r\n\r\n\r\n" * 1000 + b"--b--\r\n"
+    with pytest.raises(ProtocolError, match="more than 64 parts") as caught:
+        serving_images.content(body, "multipart/form-data; boundary=b")
+    assert caught.value.status == 413

@@ -21,6 +21,8 @@ TOP, MOST = 5, 100
 MOST_PIXELS = 50_000_000
 MOST_IMAGES = 64
 """In one request."""
+MOST_PARTS = 64
+"""Of a form. Its parser takes microseconds and hundreds of bytes for each, and an empty one has ten bytes."""
 
 
 def how_many(text: str | None) -> int:
@@ -76,8 +78,14 @@ def _file_of_form(body: bytes, content_type: str) -> bytes:
     if not boundary:
         raise ProtocolError("the form has no boundary", "send it as curl -F image=@photo.jpg does")
     parts: list[tuple[list[bytes], list[memoryview]]] = []
+
+    def begin() -> None:
+        if len(parts) == MOST_PARTS:
+            raise ProtocolError(f"the form has more than {MOST_PARTS} parts", "send one image a request", 413)
+        parts.append(([], []))
+
     callbacks = {
-        "on_part_begin": lambda: parts.append(([], [])),
+        "on_part_begin": begin,
         "on_header_value": lambda data, start, end: parts[-1][0].append(bytes(data[start:end])),
         "on_part_data": lambda data, start, end: parts[-1][1].append(memoryview(data)[start:end]),
     }

@@ -12,6 +12,7 @@ from corewise.batching import Answer, NotServed
 from corewise.pipeline import Tokens
 from corewise.records.build import Plan
 from corewise.serving import text_calls
+from corewise.serving.memory_limit import COPIES
 from corewise.serving.text_calls import CALL_TOKENS, PIECE_TEXTS, TextCalls
 from corewise.serving.texts import TextRequest
 
@@ -26,6 +27,10 @@ class Front:
 
     async def read(self, work, size):
         return work()
+
+    def submit(self, models, served, inputs, deadline_s):
+        timeout_s = deadline_s - time.monotonic()
+        return models.submit(served.name, served.version, inputs, timeout_s=timeout_s, priority=0)
 
 
 class Texts:
@@ -49,12 +54,12 @@ class Queue:
 
     def __init__(self, refuse=lambda number: None):
         self.refuse, self.waiting, self.shapes, self.most, self.offers = refuse, [], [], 0, 0
-        self.cancelled = 0
+        self.cancelled, self.retry_after_s = 0, 0.0
 
     def submit(self, name, version, inputs, *, timeout_s, priority):
         self.offers += 1
         if (reason := self.refuse(self.offers)) is not None:
-            raise NotServed(reason, 0.0)
+            raise NotServed(reason, self.retry_after_s)
         future = Future()
         self.waiting.append((future, inputs))
         self.shapes.append(inputs[1].shape)
@@ -72,15 +77,19 @@ class Queue:
                     future.set_result(answer)
 
 
-def run(queue, items, *, ends=True):
+def run(queue, items, *, ends=True, booked=None, on_tokenized=lambda: None, within_s=60):
     plan = Plan(threads_per_instance=1, instances=INSTANCES, batch=ROWS)
     values = SimpleNamespace(check=lambda inputs: None)
     served = SimpleNamespace(name="m", version="1", plan=plan, text=Texts(), values=values)
-    booking = SimpleNamespace(add=lambda size: None)
+    booking = SimpleNamespace(add=([] if booked is None else booked).append)
 
     async def both():
         work = TextCalls(queue, Front()).run(
-            served, TextRequest(items=items), booking, deadline_s=time.monotonic() + 60
+            served,
+            TextRequest(items=items),
+            booking,
+            deadline_s=time.monotonic() + within_s,
+            on_tokenized=on_tokenized,
         )
         ending = asyncio.ensure_future(queue.end_all()) if ends else None
         try:
@@ -130,6 +139,20 @@ def test_a_client_that_goes_gives_up_its_places():
         run(queue, ["x" * 8] * 300, ends=False)
     assert len(queue.waiting) == INSTANCES + text_calls.AHEAD
     assert all(future.cancelled() for future, _ in queue.waiting)
+
+
+def test_tokens_are_booked_and_the_place_is_given_up_before_the_first_call():
+    queue, booked, offers = Queue(), [], []
+    run(queue, ["x" * 80] * 300, booked=booked, on_tokenized=lambda: offers.append(queue.offers))
+    assert offers == [0]
+    assert COPIES * sum(booked[:2]) > 300 * 80 * 8  # two pieces, before what the calls answer
+
+
+def test_a_pause_ends_with_the_deadline():
+    queue = Queue(refuse=lambda number: None if number == 1 else "too urgent" if number > 2 else "overloaded")
+    queue.retry_after_s = 30.0
+    with pytest.raises(NotServed, match="time"):
+        run(queue, ["x" * 8] * 300, within_s=0.1)
 
 
 def test_pieces_are_bounded_and_whole():

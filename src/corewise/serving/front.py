@@ -8,6 +8,7 @@ is refused before anything is done for it.
 import asyncio
 import os
 from collections.abc import Callable, Sequence
+from concurrent.futures import Future
 from contextlib import AbstractContextManager
 from dataclasses import replace
 from itertools import count
@@ -160,12 +161,8 @@ class Front:
         The request gives up its place when it is cancelled, or when whoever holds ``gone``, which has its future
         meanwhile, sets an exception. Raises ``NotServed`` where it would be late, with what comes after the call.
         """
-        now_s = monotonic()
-        served.keep_margin(self._tail.seconds(now_s))
         try:
-            served, future = models.submit(
-                served.name, served.version, asked.inputs, timeout_s=deadline_s - now_s, priority=asked.priority
-            )
+            served, future = self.submit(models, served, asked.inputs, deadline_s, asked.priority)
         except NotServed as refused:
             if refused.reason == "too urgent" and self._lag_s > 0:  # its time is over because others are many
                 raise NotServed("overloaded", self._lag_s) from None
@@ -180,6 +177,14 @@ class Front:
                 gone.discard(waiter)
             future.cancel()
             del future, waiter  # they hold what was raised, which holds this frame, and so the request's data
+
+    def submit(
+        self, models: Models, served: Served, inputs: Sequence[np.ndarray], deadline_s: float, priority: int = 0
+    ) -> "tuple[Served, Future[Answer]]":
+        """Queue a call (``Models.submit``) with time for what comes after it; which model took it, and its future."""
+        now_s = monotonic()
+        served.keep_margin(self._tail.seconds(now_s))
+        return models.submit(served.name, served.version, inputs, timeout_s=deadline_s - now_s, priority=priority)
 
     def note_sent(self, answer: Answer, asked_s: float) -> None:
         """An answer is on the wire, to a request that joined the model's queue at that time."""

@@ -18,6 +18,7 @@ from corewise.records.pipeline import Activation
 from corewise.samples.texts import Text
 from corewise.serving.budget import Booking
 from corewise.serving.front import Front
+from corewise.serving.memory_limit import COPIES
 from corewise.serving.models import Models
 from corewise.serving.served import Served
 from corewise.serving.text import BUCKET, TextInput
@@ -31,6 +32,8 @@ AHEAD = 1
 """Calls of one request that wait while its others run on all instances."""
 PAUSE_S = 0.02
 """How long a request waits at least before it asks again for a place in the queue."""
+TEXT_BYTES, TOKEN_BYTES, WORD_BYTES = 512, 8, 160
+"""What each tokenized text takes in memory, each of its tokens, and each token's place in the text."""
 SORTED_BYTES = 64
 """What sorting one text into calls costs, as bytes of JSON."""
 
@@ -67,10 +70,11 @@ class TextCalls:
         *,
         deadline_s: float,
         activation: Activation | None = None,
+        on_tokenized: Callable[[], None] = lambda: None,
     ) -> TextAnswer:
         """The answers by a deadline on the monotonic clock; ``activation`` in place of the pipeline's own.
 
-        The outputs are booked as they come.
+        Tokens and outputs are booked as they come. ``on_tokenized`` is called when the texts are ready for the model.
 
         Raises ``ProtocolError`` for a text that is wrong, and ``NotServed`` if it would come too late.
         """
@@ -79,7 +83,10 @@ class TextCalls:
         tokens: list[Tokens] = []
         for piece in pieces(asked):
             work = partial(texts.tokens, piece.asked, piece.start)
-            tokens += await self._front.tokenize(work, piece.characters, deadline_s=deadline_s)
+            found = await self._front.tokenize(work, piece.characters, deadline_s=deadline_s)
+            booking.add(held_bytes(found) // COPIES)
+            tokens += found
+        on_tokenized()
         lengths = [len(each) for each in tokens]
         calls = await self._front.read(lambda: split(lengths, served), SORTED_BYTES * len(lengths))
         answers: list[Any] = [None] * len(tokens)
@@ -124,7 +131,8 @@ class TextCalls:
                     else:
                         running[future] = waiting.popleft()
                 if not running:
-                    await asyncio.sleep(pause_s or PAUSE_S)
+                    left_s = deadline_s - time.monotonic()
+                    await asyncio.sleep(max(PAUSE_S, min(pause_s or PAUSE_S, left_s)))
                     continue
                 ended, _ = await asyncio.wait(running, return_when=asyncio.FIRST_COMPLETED)
                 for each in ended:
@@ -135,8 +143,7 @@ class TextCalls:
 
     def _submit(self, served: Served, inputs: Sequence[Any], deadline_s: float) -> "asyncio.Future[Answer]":
         served.values.check(inputs)
-        timeout_s = deadline_s - time.monotonic()
-        _, future = self._models.submit(served.name, served.version, inputs, timeout_s=timeout_s, priority=0)
+        _, future = self._front.submit(self._models, served, inputs, deadline_s)
         return asyncio.wrap_future(future)
 
 
@@ -152,6 +159,11 @@ def pieces(asked: TextRequest) -> Iterator[_Piece]:
             part = replace(asked, items=asked.items[start:stop], ids=asked.ids[start:stop])
             yield _Piece(start, part, characters)
             start, characters = stop, 0
+
+
+def held_bytes(tokens: Sequence[Tokens]) -> int:
+    """About how much memory tokenized texts take: a query is tokenized with each of its documents."""
+    return sum(TEXT_BYTES + TOKEN_BYTES * len(each) + WORD_BYTES * len(each.offsets) for each in tokens)
 
 
 def _characters(item: Text) -> int:

@@ -6,7 +6,7 @@ A path exists if a served model's pipeline fits it. Which model: the request's `
 import asyncio
 import json
 from collections.abc import Awaitable, Callable, Coroutine
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from dataclasses import replace
 from typing import Any, Protocol, TypeVar
 
@@ -283,16 +283,23 @@ class TextRoutes:
         """Read a request and wait for its answer, unless the client goes before."""
         deadline_s = self._deadline_s(request)
         client = _client(request)
-        with self._front.booking(client) as booking:
+        with self._front.booking(client) as booking, ExitStack() as place:
             # Which model is asked is in the body, so the place is none of a certain model.
-            with self._front.place(client):
-                body = await bodies.read(request, self._limits, booking)
-                asked = await self._front.read(lambda: parse(body), len(body), deadline_s=deadline_s)
+            place.enter_context(self._front.place(client))
+            body = await bodies.read(request, self._limits, booking)
+            asked = await self._front.read(lambda: parse(body), len(body), deadline_s=deadline_s)
             served = self._chosen(asked.model, *tasks)
             name = str(request.scope.get("request_id", ""))
             with self._metrics.request(served, "http", request.headers, name) as note:
                 chosen = activation(asked) if callable(activation) else activation
-                work = self._calls.run(served, asked.texts, booking, deadline_s=deadline_s, activation=chosen)
+                work = self._calls.run(
+                    served,
+                    asked.texts,
+                    booking,
+                    deadline_s=deadline_s,
+                    activation=chosen,
+                    on_tokenized=place.close,
+                )
                 answer = await _unless_gone(request, work)
                 note(answer.calls)
         return served, asked, answer

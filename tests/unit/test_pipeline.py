@@ -5,6 +5,7 @@ import time
 from collections.abc import Iterator, Sequence
 from itertools import islice
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -33,6 +34,8 @@ from corewise.pipeline.runner import WINDOW_ITEMS
 from corewise.records.build import TensorSpec
 from corewise.records.jsonable import from_json, to_json
 from corewise.records.pipeline import TextPipeline, TokenInput
+from corewise.serving.protocol import ProtocolError
+from corewise.serving.text import TextInput
 
 WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "red", "blue", "green", "house", "tree", "query", ":"]
 NAMES = ("input_ids", "attention_mask", "token_type_ids")
@@ -310,3 +313,14 @@ def test_inferring(tokenizer: Path, tmp_path: Path) -> None:
     other.write_text('{"model": {"type": "Poems"}}')
     with pytest.raises(ArtifactError, match="is no tokenizer"):
         TextEncoder(pipeline_of(), other)
+
+
+def test_the_open_inference_protocol_pads_nothing_for_a_model_without_a_mask(tokenizer: Path) -> None:
+    ids = TokenInput.of(TensorSpec(name="input_ids", dtype="int64", shape=(None, None)))
+    pipeline = pipeline_of(inputs=(ids,), tokenizer=tokenizer.name)
+    artifact: Any = SimpleNamespace(folder=tokenizer.parent)
+    text = TextInput(artifact, pipeline)
+    alike, unlike = (np.array(texts, object) for texts in ([b"red", b"blue"], [b"red", b"red house"]))
+    assert text.arrays([alike])[0].tolist() == [[2, 4, 3], [2, 5, 3]]
+    with pytest.raises(ProtocolError, match="from 3 to 4 tokens, and the model takes no attention mask"):
+        text.arrays([unlike])

@@ -42,7 +42,8 @@ class TextInput:
     def arrays(self, texts: Sequence[NDArray[Any]]) -> tuple[NDArray[Any], ...]:
         """The model's inputs for arrays of UTF-8 bytes (N,), as many as ``specs``.
 
-        Raises ``ProtocolError`` for a text that is no UTF-8, or too long.
+        Raises ``ProtocolError`` for a text that is no UTF-8, or too long, and for several lengths where a model takes
+        no mask: it would answer padding like text.
         """
         try:
             decoded = [[item.decode() for item in column.tolist()] for column in texts]
@@ -50,6 +51,12 @@ class TextInput:
             raise ProtocolError(f"a text is no UTF-8: {error.reason}") from error
         items: list[Text] = list(zip(*decoded, strict=True)) if self.pipeline.pairs else decoded[0]
         tokens = self.tokens(TextRequest(items=items))
+        lengths = sorted({len(each) for each in tokens})
+        if len(lengths) > 1 and not self.pipeline.pads and self.pipeline.fixed_length is None:
+            raise ProtocolError(
+                f"the texts have from {lengths[0]} to {lengths[-1]} tokens, and the model takes no attention mask",
+                "send texts of different lengths in requests of their own",
+            )
         return self.inputs(tokens, max(map(len, tokens)))
 
     def tokens(self, asked: TextRequest, start: int = 0) -> list[Tokens]:

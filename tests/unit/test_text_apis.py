@@ -32,6 +32,11 @@ def test_openais_input_is_texts_or_token_ids(given, items, ids):
     assert asked == openai.EmbeddingsRequest(model="m", texts=TextRequest(items=items, ids=ids))
 
 
+def test_white_space_is_what_json_permits():
+    asked = openai.parse(b'{\r\n  "input": [\r\n\t"a"\r\n  ]\r\n}')
+    assert asked.texts.items == ["a"]
+
+
 def test_openais_options():
     sent = body(input="a", encoding_format="base64", dimensions=3, truncate="START", prompt_name="query")
     asked = openai.parse(sent)

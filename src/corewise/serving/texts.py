@@ -74,7 +74,7 @@ def decode(body: bytes, read: Callable[[bytes], T]) -> T:
 
 def strings_or_ids(raw: msgspec.Raw, field: str) -> tuple[list[str], list[list[int]]]:
     """A text, texts, token ids or rows of them: the texts, or the rows. Raises ``FieldError``."""
-    text = bytes(memoryview(raw)[:MOST_ROOM]).replace(b" ", b"").replace(b"\n", b"").replace(b"\t", b"")
+    text = b"".join(bytes(memoryview(raw)[:MOST_ROOM]).split())
     kinds = {b'"': "text", b'["': "texts", b"[[": "rows"}
     kind = next((kind for start, kind in kinds.items() if text.startswith(start)), "ids")
     if text.startswith(b"[]"):

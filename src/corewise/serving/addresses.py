@@ -2,7 +2,6 @@
 
 import socket
 import stat
-from contextlib import suppress
 from pathlib import Path
 
 from corewise.common.errors import InputError
@@ -35,17 +34,24 @@ def bound(address: Address) -> socket.socket:
 
 
 def remove_stale(path: Path) -> None:
-    """Remove a unix socket on which nobody listens any more. Raises ``InputError`` if somebody does."""
-    with suppress(FileNotFoundError):
+    """Remove a unix socket on which no server listens any more.
+
+    Raises ``InputError`` if one does, or if the path is not a socket that this process may use.
+    """
+    try:
         if not stat.S_ISSOCK(path.stat().st_mode):
-            raise InputError(f"{path} is there and is no socket", "give the path of a socket")
+            raise InputError(f"{path} exists and is not a socket", "give the path of a socket")
         with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
             try:
                 probe.connect(str(path))
             except ConnectionRefusedError:
                 path.unlink()
                 return
-        raise InputError(f"another server listens on unix:{path}", "give another path")
+    except FileNotFoundError:
+        return
+    except OSError as error:
+        raise InputError(f"unix:{path} cannot be used: {error.strerror or error}", "give another path") from error
+    raise InputError(f"another server listens on unix:{path}", "give another path")
 
 
 def shown(address: Address) -> str:

@@ -11,7 +11,10 @@ import pytest
 
 from corewise import artifact
 from corewise.batching import Answer
+from corewise.common.errors import InputError
 from corewise.records.build import TensorSpec
+from corewise.serving.addresses import remove_stale
+from corewise.serving.infer import broken
 from corewise.serving.logs import RefusalLog
 from corewise.serving.metrics import Metrics
 from corewise.serving.models import Models
@@ -200,3 +203,23 @@ def test_what_is_not_known_is_not_checked_and_told():
     assert "the ranges of the integer inputs tokens are not known" in note
     Values(older).check([np.array([[-1, 10_000_000]])])
     assert Values(older).described() == [{"name": "tokens", "datatype": "INT64", "shape": [-1, -1]}]
+
+
+def test_a_path_that_no_socket_can_have_is_one_line(tmp_path):
+    file = tmp_path / "file"
+    file.touch()
+    with pytest.raises(InputError, match="not a socket"):
+        remove_stale(file)
+    with pytest.raises(InputError, match="cannot be used"):
+        remove_stale(file / "below")
+
+
+def test_the_log_has_the_traceback_of_what_was_not_foreseen(caplog):
+    try:
+        {}["missing"]
+    except KeyError as error:
+        status, _, body = broken(error, {"request_id": "r1"})
+    assert status == 500
+    assert b"r1" in body
+    assert b"missing" not in body
+    assert "test_serving_operations" in caplog.text

@@ -162,7 +162,7 @@ def _texts(headers: Mapping[bytes, bytes]) -> dict[str, str]:
 def broken(error: Exception, scope: Scope) -> tuple[int, Headers, bytes]:
     """What was not foreseen: the log says what it was, the answer only where to look."""
     name = str(scope.get("request_id", "?"))
-    log.error("request %s failed: %r", name, error)
+    log.error("request %s failed: %r", name, error, exc_info=None if isinstance(error, CorewiseError) else error)
     what = "the call failed" if isinstance(error, CorewiseError) else "the server failed"
     return refusals.plain(500, f"{what}; its log says why, at request {name}")
 
@@ -170,7 +170,8 @@ def broken(error: Exception, scope: Scope) -> tuple[int, Headers, bytes]:
 def unread_bytes(headers: Mapping[bytes, bytes]) -> int:
     """How many bytes of body a refusal would save to read; 0 where that is not known.
 
-    Whoever expects to be asked for the body first is: after a refusal nobody knows whether it still comes.
+    A client that sends ``Expect: 100-continue`` gets to send its body: after a refusal nobody knows whether it still
+    comes.
     """
     told = headers.get(b"content-length", b"")
     return int(told) if told.isdigit() and len(told) < 16 and b"expect" not in headers else 0

@@ -38,7 +38,7 @@ TurnedAway = Literal["unauthenticated", "unknown path", "unknown method", "unkno
 
 
 class Metrics:
-    """Counters and histograms of one server, in a registry of its own. Thread-safe."""
+    """Counters and histograms of one server, in a registry of its own. Used from one event loop."""
 
     def __init__(self, models: Models, traces: Traces) -> None:
         self._traces = traces

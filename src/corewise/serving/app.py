@@ -63,6 +63,7 @@ class App:
             Route("/v2", self.server),
             Route("/v2/health/live", self.live),
             Route("/v2/health/ready", self.ready),
+            Route("/health", self.ready),
             Route("/v2/models/stats", self.all_statistics),
         ]
         for prefix in ("/v2/models/{name}", "/v2/models/{name}/versions/{version}"):

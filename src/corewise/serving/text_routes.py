@@ -10,6 +10,7 @@ from contextlib import ExitStack, suppress
 from dataclasses import replace
 from typing import Any, Protocol, TypeVar
 
+import msgspec
 import numpy as np
 from numpy.typing import NDArray
 from starlette.requests import ClientDisconnect, Request
@@ -39,6 +40,7 @@ WORDS: dict[TextTask, str] = {
     "tokens": "finds entities",
 }
 """What a model of each task does, for messages."""
+RERANK_PATHS = ("/v1/rerank", "/v2/rerank")
 CLASSIFY: tuple[TextTask, ...] = ("classes", "tokens")
 ANY: tuple[TextTask, ...] = tuple(WORDS)
 
@@ -77,7 +79,7 @@ class TextRoutes:
         told: Told,
         deadline_s: Callable[[Request], float],
     ) -> None:
-        """``told`` answers an error on all other paths; each API here gives it a shape of its own.
+        """``told`` makes the response to an error on all other paths; each API here gives it a shape of its own.
 
         ``deadline_s`` is when a request's answer is due, on the monotonic clock.
         """
@@ -91,7 +93,7 @@ class TextRoutes:
         """For the server's app."""
         by_shape: dict[Shape, dict[str, Handler]] = {
             _openai_error: {"/v1/embeddings": self.embeddings},
-            _rerank_error: dict.fromkeys(("/v1/rerank", "/v2/rerank"), self.rerank),
+            _rerank_error: dict.fromkeys(RERANK_PATHS, self.rerank),
             _tei_error: {
                 "/": self.root,
                 "/embed": self.embed,
@@ -112,7 +114,6 @@ class TextRoutes:
             Route("/v1/models", self._shaped(self.list_models, _openai_error)),
             Route("/v1/models/{name}", self._shaped(self.describe_model, _openai_error)),
             Route("/info", self._shaped(self.info, _tei_error)),
-            Route("/health", self.health),
         ]
 
     # --- OpenAI -------------------------------------------------------------------------------------------------
@@ -243,13 +244,13 @@ class TextRoutes:
         served = self._chosen(asked.model, *ANY)
         assert served.text is not None
         text = served.text
-        found = await self._front.tokenize(
-            lambda: text.decoded(asked.ids, asked.skip_special_tokens),
+        content = await self._front.tokenize(
+            lambda: msgspec.json.encode(text.decoded(asked.ids, asked.skip_special_tokens)),
             len(body),
             deadline_s=self._deadline_s(request),
             kind="pieces",
         )
-        return JSONResponse(found)
+        return Response(content, media_type="application/json")
 
     async def info(self, request: Request) -> Response:
         """What the only model is."""
@@ -265,11 +266,6 @@ class TextRoutes:
                 batch=served.plan.batch,
             )
         )
-
-    async def health(self, request: Request) -> Response:
-        """Whether every model answers."""
-        ready = self._models.ready
-        return JSONResponse({"ready": ready}, 200 if ready else 503)
 
     # --- from a request to its answer -------------------------------------------------------------------------------
 
@@ -343,6 +339,8 @@ class TextRoutes:
             return served
         fit = [each for each in self._newest() if each.text is not None and each.text.pipeline.task in tasks]
         if not fit:
+            if not self._models.ready:  # one that does may not be open yet
+                raise FieldError("model", f"no model that {does} is ready", "try again later", 503)
             raise FieldError("model", f"no model here {does}", status=404)
         if len(fit) > 1:
             names = ", ".join(each.name for each in fit)
@@ -373,6 +371,8 @@ class TextRoutes:
 
 def error_body(path: str, message: str, status: int) -> dict[str, Any]:
     """An error's body as the API of that path has it, for errors that come before its handler."""
+    if path in RERANK_PATHS:
+        return rerank.error(message)
     return openai.error(message, status) if path.startswith("/v1/") else {"error": message}
 
 

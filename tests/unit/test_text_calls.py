@@ -13,6 +13,7 @@ from corewise.pipeline import Tokens
 from corewise.records.build import Plan
 from corewise.serving import text_calls
 from corewise.serving.memory_limit import COPIES
+from corewise.serving.protocol import ProtocolError
 from corewise.serving.text_calls import CALL_TOKENS, PIECE_TEXTS, TextCalls
 from corewise.serving.texts import TextRequest
 
@@ -30,7 +31,8 @@ class Front:
 
     def submit(self, models, served, inputs, deadline_s):
         timeout_s = deadline_s - time.monotonic()
-        return models.submit(served.name, served.version, inputs, timeout_s=timeout_s, priority=0)
+        ran, future = models.submit(served.name, served.version, inputs, timeout_s=timeout_s, priority=0)
+        return ran or served, future
 
 
 class Texts:
@@ -55,6 +57,7 @@ class Queue:
     def __init__(self, refuse=lambda number: None):
         self.refuse, self.waiting, self.shapes, self.most, self.offers = refuse, [], [], 0, 0
         self.cancelled, self.retry_after_s = 0, 0.0
+        self.others = {}
 
     def submit(self, name, version, inputs, *, timeout_s, priority):
         self.offers += 1
@@ -64,7 +67,7 @@ class Queue:
         self.waiting.append((future, inputs))
         self.shapes.append(inputs[1].shape)
         self.most = max(self.most, len(self.waiting))
-        return None, future
+        return self.others.get(self.offers), future
 
     async def end_all(self):
         while True:
@@ -80,7 +83,7 @@ class Queue:
 def run(queue, items, *, ends=True, booked=None, on_tokenized=lambda: None, within_s=60):
     plan = Plan(threads_per_instance=1, instances=INSTANCES, batch=ROWS)
     values = SimpleNamespace(check=lambda inputs: None)
-    served = SimpleNamespace(name="m", version="1", plan=plan, text=Texts(), values=values)
+    served = SimpleNamespace(name="m", version="1", plan=plan, text=Texts(), values=values, manifest="first")
     booking = SimpleNamespace(add=([] if booked is None else booked).append)
 
     async def both():
@@ -139,6 +142,17 @@ def test_a_client_that_goes_gives_up_its_places():
         run(queue, ["x" * 8] * 300, ends=False)
     assert len(queue.waiting) == INSTANCES + text_calls.AHEAD
     assert all(future.cancelled() for future, _ in queue.waiting)
+
+
+@pytest.mark.parametrize("manifest", ["first", "second"])
+def test_no_answers_are_of_two_models(manifest):
+    queue = Queue()
+    queue.others[3] = SimpleNamespace(manifest=manifest)
+    if manifest == "first":
+        assert run(queue, ["x" * 8] * 300).answers == [8] * 300
+        return
+    with pytest.raises(ProtocolError, match="was replaced meanwhile"):
+        run(queue, ["x" * 8] * 300)
 
 
 def test_tokens_are_booked_and_the_place_is_given_up_before_the_first_call():

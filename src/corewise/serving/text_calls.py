@@ -20,6 +20,7 @@ from corewise.serving.budget import Booking
 from corewise.serving.front import Front
 from corewise.serving.memory_limit import COPIES
 from corewise.serving.models import Models
+from corewise.serving.protocol import ProtocolError
 from corewise.serving.served import Served
 from corewise.serving.text import BUCKET, TextInput
 from corewise.serving.texts import TextRequest
@@ -143,7 +144,10 @@ class TextCalls:
 
     def _submit(self, served: Served, inputs: Sequence[Any], deadline_s: float) -> "asyncio.Future[Answer]":
         served.values.check(inputs)
-        _, future = self._front.submit(self._models, served, inputs, deadline_s)
+        ran, future = self._front.submit(self._models, served, inputs, deadline_s)
+        if ran is not served and ran.manifest != served.manifest:  # half of the answers would be another model's
+            future.cancel()
+            raise ProtocolError(f"the model {served.name} was replaced meanwhile", "send the request again", 503)
         return asyncio.wrap_future(future)
 
 

@@ -5,8 +5,8 @@ A path exists if a served model's pipeline fits it. Which model: the request's `
 
 import asyncio
 import json
-from collections.abc import Awaitable, Callable, Coroutine
-from contextlib import ExitStack, suppress
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
+from contextlib import ExitStack, asynccontextmanager, suppress
 from dataclasses import replace
 from typing import Any, Protocol, TypeVar
 
@@ -126,13 +126,13 @@ class TextRoutes:
             _check_vectors(self._chosen(asked.model, "vectors"), asked.dimensions)
             return asked
 
-        served, asked, answer = await self._answered(request, parse, "vectors")
+        async with self._answered(request, parse, "vectors") as (served, asked, answer):
 
-        def render() -> bytes:
-            vectors = _vectors(answer, asked.dimensions)
-            return openai.render(asked, asked.model or served.name, vectors, answer.tokens)
+            def render() -> bytes:
+                vectors = _vectors(answer, asked.dimensions)
+                return openai.render(asked, asked.model or served.name, vectors, answer.tokens)
 
-        return await self._rendered(render, _values(answer) * VALUE_BYTES)
+            return await self._rendered(render, _values(answer) * VALUE_BYTES)
 
     async def list_models(self, request: Request) -> Response:
         """All models, by name."""
@@ -146,13 +146,14 @@ class TextRoutes:
 
     async def rerank(self, request: Request) -> Response:
         """Documents in the order in which they answer a query."""
-        served, asked, answer = await self._answered(request, rerank.parse, "scores", activation="sigmoid")
         name = str(request.scope.get("request_id", ""))
+        answered = self._answered(request, rerank.parse, "scores", activation="sigmoid")
+        async with answered as (served, asked, answer):
 
-        def render() -> bytes:
-            return rerank.render(asked, asked.model or served.name, name, np.array(answer.answers), answer.tokens)
+            def render() -> bytes:
+                return rerank.render(asked, asked.model or served.name, name, np.array(answer.answers), answer.tokens)
 
-        return await self._rendered(render, len(asked.texts) * RESULT_BYTES)
+            return await self._rendered(render, len(asked.texts) * RESULT_BYTES)
 
     # --- Text Embeddings Inference ------------------------------------------------------------------------------
 
@@ -174,13 +175,13 @@ class TextRoutes:
                 raise FieldError("normalize", f"the model {served.name} normalizes its vectors itself", "give true")
             return asked
 
-        _, asked, answer = await self._answered(request, parse, "vectors")
+        async with self._answered(request, parse, "vectors") as (_, asked, answer):
 
-        def render() -> bytes:
-            vectors = _vectors(answer, asked.dimensions)
-            return tei.render_vectors(texts.normalized(vectors) if asked.normalize else vectors)
+            def render() -> bytes:
+                vectors = _vectors(answer, asked.dimensions)
+                return tei.render_vectors(texts.normalized(vectors) if asked.normalize else vectors)
 
-        return await self._rendered(render, _values(answer) * VALUE_BYTES)
+            return await self._rendered(render, _values(answer) * VALUE_BYTES)
 
     async def similarity(self, request: Request) -> Response:
         """Cosines of a sentence with others."""
@@ -190,10 +191,10 @@ class TextRoutes:
             _check_vectors(self._chosen(asked.model, "vectors"))
             return asked
 
-        _, _, answer = await self._answered(request, parse, "vectors")
-        return await self._rendered(
-            lambda: tei.render_similarities(_vectors(answer)), len(answer.answers) * VALUE_BYTES
-        )
+        async with self._answered(request, parse, "vectors") as (_, _, answer):
+            return await self._rendered(
+                lambda: tei.render_similarities(_vectors(answer)), len(answer.answers) * VALUE_BYTES
+            )
 
     async def rank(self, request: Request) -> Response:
         """Texts in the order in which they answer a query."""
@@ -201,10 +202,10 @@ class TextRoutes:
         def activation(asked: tei.RankRequest) -> Activation:
             return "none" if asked.raw_scores else "sigmoid"
 
-        _, asked, answer = await self._answered(request, tei.rank, "scores", activation=activation)
-        return await self._rendered(
-            lambda: tei.render_ranks(asked, np.array(answer.answers)), len(asked.texts) * RESULT_BYTES
-        )
+        async with self._answered(request, tei.rank, "scores", activation=activation) as (_, asked, answer):
+            return await self._rendered(
+                lambda: tei.render_ranks(asked, np.array(answer.answers)), len(asked.texts) * RESULT_BYTES
+            )
 
     async def predict(self, request: Request) -> Response:
         """Texts to classes or entities."""
@@ -215,12 +216,12 @@ class TextRoutes:
         def activation(asked: tei.PredictRequest) -> Activation | None:
             return "none" if asked.raw_scores else None
 
-        served, asked, answer = await self._answered(request, parse, *CLASSIFY, activation=activation)
-        labels = () if served.text is None else served.text.pipeline.labels
-        return await self._rendered(
-            lambda: tei.render_predictions(asked, answer.answers, labels),
-            len(asked.texts) * max(1, len(labels)) * RESULT_BYTES,
-        )
+        async with self._answered(request, parse, *CLASSIFY, activation=activation) as (served, asked, answer):
+            labels = () if served.text is None else served.text.pipeline.labels
+            return await self._rendered(
+                lambda: tei.render_predictions(asked, answer.answers, labels),
+                len(asked.texts) * max(1, len(labels)) * RESULT_BYTES,
+            )
 
     async def tokenize(self, request: Request) -> Response:
         """Texts to tokens."""
@@ -269,14 +270,15 @@ class TextRoutes:
 
     # --- from a request to its answer -------------------------------------------------------------------------------
 
+    @asynccontextmanager
     async def _answered(
         self,
         request: Request,
         parse: Callable[[bytes], A],
         *tasks: TextTask,
         activation: Activation | Callable[[A], Activation | None] | None = None,
-    ) -> tuple[Served, A, TextAnswer]:
-        """Read a request and wait for its answer, unless the client goes before."""
+    ) -> AsyncIterator[tuple[Served, A, TextAnswer]]:
+        """Read a request and wait for its answer, unless the client goes before; booked until the ``with`` ends."""
         deadline_s = self._deadline_s(request)
         client = _client(request)
         with self._front.booking(client) as booking, ExitStack() as place:
@@ -298,7 +300,7 @@ class TextRoutes:
                 )
                 answer = await _unless_gone(request, work)
                 note(answer.calls)
-        return served, asked, answer
+            yield served, asked, answer
 
     async def _body(self, request: Request, most_bytes: int) -> bytes:
         client = _client(request)

@@ -296,7 +296,7 @@ class RequestLog:
             name = f"{self._prefix}{next(self._numbers):016x}"
         scope["request_id"] = name
         started_s, status = time.monotonic(), 0
-        # Clients of HTTP/1.0 want to hear that what they asked for is done.
+        # Clients of HTTP/1.0 expect the server to confirm that the connection stays open.
         is_kept = (
             scope["http_version"] == "1.0" and b"keep-alive" in dict(scope["headers"]).get(b"connection", b"").lower()
         )

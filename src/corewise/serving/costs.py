@@ -1,11 +1,11 @@
 """What the stages of a request cost lately, by kind and size: what admission expects of the next."""
 
 NEW_SHARE = 0.2
-"""How much the last work tells of the next, against what came before it."""
+"""The weight of the newest measurement against all earlier ones."""
 RISE, FALL = 0.3, 0.02
 """How fast a ``Tail`` follows times above and below it: it settles where one in sixteen is above."""
 HALF_S = 0.1
-"""A ``Tail`` that is told nothing halves in this time: who was refused because of it measures nothing."""
+"""A ``Tail`` without measurements halves in this time: a request that is refused because of it measures nothing."""
 
 
 class Costs:

@@ -36,7 +36,7 @@ class Deliveries:
                 self._loop.call_soon_threadsafe(self._deliver)
 
     def _deliver(self) -> None:
-        self._is_called = False  # first: whoever comes from now on calls again
+        self._is_called = False  # first: a future that ends from here on schedules the next call
         ended = self._ended
         while ended:
             waiter, future = ended.popleft()

@@ -158,8 +158,9 @@ class Front:
     ) -> tuple[Served, Answer]:
         """The model's answer in time, and which model it was: another may have taken the place of ``served``.
 
-        The request gives up its place when it is cancelled, or when whoever holds ``gone``, which has its future
-        meanwhile, sets an exception. Raises ``NotServed`` where it would be late, with what comes after the call.
+        The request gives up its place when it is cancelled, or when its future, which is in ``gone`` while it waits,
+        gets an exception: its client disconnected. Raises ``NotServed`` where it would be late, with what comes after
+        the call.
         """
         try:
             served, future = self.submit(models, served, asked.inputs, deadline_s, asked.priority)

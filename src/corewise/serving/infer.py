@@ -36,7 +36,7 @@ VALUE_BYTES = 8
 """About what a number takes in JSON."""
 ARRIVED, WHOLE, GONE = "corewise.arrived_s", "corewise.whole", "corewise.gone"
 """What the server's protocol adds to a scope: when a request's first byte arrived, on the monotonic clock; whether its
-last has; and a set for futures to be ended if the client goes."""
+last has; and a set for futures that end if the client disconnects."""
 
 
 def target(scope: Scope) -> dict[str, str] | None:

@@ -110,7 +110,7 @@ class _Process:
         return _epitaph(self.process)
 
     def kill(self) -> None:
-        """End it whatever it does; whoever waits for it is told."""
+        """Kill it, whatever it is doing; ``wait`` returns then."""
         with suppress(ProcessLookupError):
             os.killpg(self.process.pid, signal.SIGKILL)
 
@@ -141,7 +141,7 @@ class Remote:
     ) -> None:
         """Open the artifact in ``folder`` as long as it is the one of that ``artifact.identity``.
 
-        Raises ``EngineError`` with why it cannot be. ``on_death`` hears how a process ended.
+        Raises ``EngineError`` with why it cannot be. ``on_death`` is called with how a process ended.
         """
         self._open = partial(_Process, folder, identity, plan, cpu)
         self._on_death = on_death

@@ -186,7 +186,7 @@ class Service:
         """The call, for those who may, with errors as gRPC tells them."""
 
         async def guarded(requests: AsyncIterator[bytes], context: Any) -> Any:
-            if name in OPEN_TO_ALL:  # nothing is read of whoever asks
+            if name in OPEN_TO_ALL:  # answered without reading the request
                 return await call(None, context)
             if not self._tokens.admit(messages.authorization(context.invocation_metadata())):
                 self.metrics.turned_away("grpc", "unauthenticated")

@@ -64,7 +64,7 @@ FULL_BYTES = b"\r\n".join(
         bytes(FULL.body),
     )
 )
-"""As it goes over the wire, for who connects in a flood: uvicorn reads no request of it."""
+"""The bytes on the wire, for connections beyond the limit: uvicorn reads no request of theirs."""
 EXPOSED_HEADERS = ("x-request-id", "retry-after", "inference-header-content-length")
 """Which pages of other origins may read, where --cors-origin allows them."""
 LINGER_S = 0.2
@@ -77,7 +77,7 @@ LAST_WORDS_S = 2.0
 
 @dataclass(frozen=True, kw_only=True)
 class Options:
-    """What a server is told."""
+    """The options of a server."""
 
     http: Address | None = ("127.0.0.1", 8000)
     grpc: Address | None = None
@@ -119,9 +119,9 @@ def serve(
 ) -> bool:
     """Serve until SIGTERM or SIGINT; whether all that was accepted was answered by then.
 
-    ``tell`` hears ``("listening", Listening)``, ``("ready", Models)`` and ``("draining", None)``. SIGHUP reloads all
-    models. Raises what opening the models raises, and ``InputError`` for an address that is taken or options that do
-    not fit together.
+    ``tell`` is called with ``("listening", Listening)``, ``("ready", Models)`` and ``("draining", None)``. SIGHUP
+    reloads all models. Raises what opening the models raises, and ``InputError`` for an address that is taken or
+    options that do not fit together.
     """
     memory.tune()
     sys.setswitchinterval(SWITCH_S)
@@ -337,7 +337,7 @@ class _Patient(Connection):
     _waiting: asyncio.TimerHandle | None = None
     _header_bytes = 0
     _fed_bytes = 0
-    """Since the headers began: a header is told of only when it has ended."""
+    """Since the headers began: the parser reports a header only when it is complete."""
 
     def connection_made(self, transport: Any) -> None:
         super().connection_made(transport)

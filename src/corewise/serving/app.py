@@ -28,6 +28,7 @@ from corewise.serving.infer import (
     TIMEOUT,
     Infer,
     broken,
+    client_of,
     target,
     timeout_s,
     unread_bytes,
@@ -163,7 +164,7 @@ class App:
         served = self._served(request)
         top = images.how_many(request.query_params.get("top"))
         kind = request.headers.get("content-type", "")
-        client = _client(request)
+        client = client_of(request.scope)
 
         def check(size_bytes: int, deadline_s: float) -> None:
             self._front.check_image(size_bytes, served, deadline_s)
@@ -181,28 +182,24 @@ class App:
         request: Request,
         served: Served,
         read: Callable[[bytes, float], Awaitable[InferRequest]],
-        check: Callable[[int, float], None] = lambda size_bytes, deadline_s: None,
+        check: Callable[[int, float], None],
     ) -> tuple[Served, InferRequest, Answer]:
         """Read a request and wait for its answer, unless the client goes before. Its time counts from its arrival.
 
         ``check`` may refuse it by its size, before its body is read.
         """
-        client = _client(request)
+        client = client_of(request.scope)
         with (
             self.metrics.request(served, "http", request.headers, request.scope.get("request_id", "")) as note,
             self._front.booking(client) as booking,
         ):
-            arrived_s = request.scope.get(ARRIVED) or time.monotonic()
-            header_s = timeout_s(dict(request.scope["headers"]).get(TIMEOUT))
+            deadline_s = self._deadline_s(request)
             with self._front.place(client, served):
-                deadline_s = arrived_s + (self._limits.timeout_s if header_s == inf else header_s)
                 if size_bytes := unread_bytes(dict(request.scope["headers"])):
                     check(size_bytes, deadline_s)
                 body = await bodies.read(request, self._limits, booking)
                 asked = await read(body, deadline_s)
             booking.cover(asked.inputs)
-            if asked.timeout_s is not None:
-                deadline_s = arrived_s + min(header_s, asked.timeout_s)
             asked_s = time.monotonic()
             served, answer = await self._front.ask(self.models, served, asked, deadline_s, request.scope.get(GONE))
             self._front.note_sent(note(answer), asked_s)
@@ -319,8 +316,3 @@ class RequestLog:
                 took_ms = round((time.monotonic() - started_s) * 1e3, 3)
                 line = {"id": name, "method": scope["method"], "path": scope["path"], "status": status, "ms": took_ms}
                 log.debug("%s", json.dumps(line))
-
-
-def _client(request: Request) -> str:
-    """The client's address; nothing for a unix socket."""
-    return request.client.host if request.client is not None else ""

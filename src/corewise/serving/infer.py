@@ -81,7 +81,7 @@ class Infer:
         served = self._models.find(scope["path_params"]["name"], version)
         given = dict(scope["headers"])
         traced = _texts(given) if self._metrics.is_traced else {}
-        client = scope["client"][0] if scope.get("client") else ""
+        client = client_of(scope)
         front = self._front
         with (
             self._metrics.request(served, "http", traced, scope.get("request_id", "")) as note,
@@ -165,6 +165,11 @@ def broken(error: Exception, scope: Scope) -> tuple[int, Headers, bytes]:
     log.error("request %s failed: %r", name, error, exc_info=None if isinstance(error, CorewiseError) else error)
     what = "the call failed" if isinstance(error, CorewiseError) else "the server failed"
     return refusals.plain(500, f"{what}; its log says why, at request {name}")
+
+
+def client_of(scope: Scope) -> str:
+    """The client's address; nothing for a unix socket."""
+    return str(scope["client"][0]) if scope.get("client") else ""
 
 
 def unread_bytes(headers: Mapping[bytes, bytes]) -> int:

@@ -22,6 +22,7 @@ from corewise.common.errors import CorewiseError
 from corewise.records.pipeline import Activation, TextTask
 from corewise.serving import bodies, openai, rerank, tei, texts
 from corewise.serving.front import Front
+from corewise.serving.infer import client_of
 from corewise.serving.metrics import Metrics
 from corewise.serving.models import Models
 from corewise.serving.protocol import Limits, ProtocolError
@@ -280,7 +281,7 @@ class TextRoutes:
     ) -> AsyncIterator[tuple[Served, A, TextAnswer]]:
         """Read a request and wait for its answer, unless the client goes before; booked until the ``with`` ends."""
         deadline_s = self._deadline_s(request)
-        client = _client(request)
+        client = client_of(request.scope)
         with self._front.booking(client) as booking, ExitStack() as place:
             # Which model is asked is in the body, so the place is none of a certain model.
             place.enter_context(self._front.place(client))
@@ -303,7 +304,7 @@ class TextRoutes:
             yield served, asked, answer
 
     async def _body(self, request: Request, most_bytes: int) -> bytes:
-        client = _client(request)
+        client = client_of(request.scope)
         limits = replace(self._limits, body_bytes=min(self._limits.body_bytes, most_bytes))
         with self._front.booking(client) as booking, self._front.place(client):
             return await bodies.read(request, limits, booking)
@@ -376,11 +377,6 @@ def error_body(path: str, message: str, status: int) -> dict[str, Any]:
     if path in RERANK_PATHS:
         return rerank.error(message)
     return openai.error(message, status) if path.startswith("/v1/") else {"error": message}
-
-
-def _client(request: Request) -> str:
-    """The client's address; nothing for a unix socket."""
-    return request.client.host if request.client is not None else ""
 
 
 async def _unless_gone(request: Request, work: Coroutine[Any, Any, T]) -> T:

@@ -679,3 +679,14 @@ def test_a_form_of_many_empty_parts_is_refused_before_they_are_read() -> None:
     with pytest.raises(ProtocolError, match="more than 64 parts") as caught:
         serving_images.content(body, "multipart/form-data; boundary=b")
     assert caught.value.status == 413
+
+
+@pytest.mark.parametrize("body", [b'{"image": 5}', b'{"picture": "AAAA"}', b"[]", b"{", b'{"a":' + b"[" * 100_000])
+def test_json_without_an_image_is_refused(body: bytes) -> None:
+    with pytest.raises(ProtocolError, match=r"the body (has no image|is no JSON object)"):
+        serving_images.content(body, "application/json")
+
+
+def test_what_else_json_has_is_skipped() -> None:
+    body = b'{"note": [[], {"a": [1]}], "image": "AAAA", "b": null}'
+    assert serving_images.content(body, "application/json") == bytes(3)

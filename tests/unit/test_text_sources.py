@@ -229,6 +229,8 @@ def test_a_sentence_transformer_object(sentence_folder: Path) -> None:
     model: Any = kind(parts)
     model.max_seq_length, model.prompts, model.default_prompt_name = 16, {"query": "red: ", "document": ""}, "query"
     loaded = load_with_texts(model)
+    assert load_with_texts(model, pooling="cls").pipeline == loaded.pipeline
+    assert "says itself how it pools" in error_of(load_with_texts, model, pooling="mean")
     assert loaded.pipeline == folder.pipeline
     np.testing.assert_array_equal(vectors_of(loaded, ["blue house"]), vectors_of(folder, ["blue house"]))
 

@@ -45,6 +45,8 @@ def load_with_texts(model: Any, *, tokenizer: Path | None = None, pooling: Pooli
         loaded = TEXT_HUBS[prefix](name, pooling) if prefix in TEXT_HUBS else _from_object(_load(model))
     else:
         loaded = _from_object(model)
+    if loaded.pipeline is not None and pooling not in (None, loaded.pipeline.pooling):
+        raise SourceError("the model says itself how it pools", "leave out pooling")
     if loaded.pipeline is not None and tokenizer is None:
         return loaded
     if tokenizer is None:

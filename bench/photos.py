@@ -1,5 +1,7 @@
 """Photos per second from JPEG files to class names, beside a loop written by hand.
 
+    python -m bench photos [--photos N] [--rounds N]
+
 Sets of photos are made from ``imagenet-photos``: as they are (299 x 299), and as 1920 x 1080 and 4000 x 3000, mirrored
 at their sides to that ratio, upscaled, with grain, quality 90. The contenders take turns, each run in a process of its
 own whose clock starts when its model is open:

@@ -331,6 +331,8 @@ def test_a_factory_with_a_tokenizer_and_pooling(tmp_path: Path) -> None:
     assert vectors_of(loaded, ["red", "red blue house"]).shape == (2, 4)
     with pytest.raises(SourceError, match="--pooling needs a tokenizer"):
         load_with_texts(Words(), pooling="mean")
+    for unknown in ("average", "own"):
+        assert "give one of mean, cls" in error_of(load_with_texts, Words(), pooling=unknown)
     without_mask = nn.Embedding(4, 4)
     assert "takes an attention mask" in error_of(
         load_with_texts, without_mask, tokenizer=tmp_path / "tokenizer.json", pooling="mean"

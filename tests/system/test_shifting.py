@@ -11,9 +11,13 @@ from corewise.accuracy.metrics import resolve
 from corewise.common.nested import flatten
 from corewise.engines import BuildInputs
 from corewise.machine.inspect import inspect_cpu
+from corewise.machine.layouts import ThreadLayout
 from corewise.records.build import Build, Plan, TensorSpec
 from corewise.records.goal import Requirements
-from corewise.records.reason import ReasonKind
+from corewise.records.measurement import Rates
+from corewise.records.reason import Reason, ReasonKind
+from corewise.runtime.client import Hung
+from corewise.runtime.race import Race
 from corewise.runtime.workspace import Workspace
 from corewise.samples import from_python
 from corewise.search.budget import Budget
@@ -77,6 +81,31 @@ class Case:
         return trial, self.guard.judged(trial, share=1.0)
 
 
+def by_default(case):
+    """The same where nobody asked to be robust and the model takes token ids."""
+    case.gate.integer_inputs = True
+    return case
+
+
+def searching(case, journal, candidates):
+    """A search that has the baseline's trial and these."""
+    baseline = run_trial(FP32, case.context, is_baseline=True)
+    trials = [baseline, *candidates]
+    search = Search([trial.build for trial in trials], case.gate, case.context, journal, case.guard)
+    search.trials = trials
+    return search
+
+
+def raced(trials):
+    """A race in which each is faster than the one before it."""
+    plan = trials[0].measurements[0].plan
+    rates = [
+        Rates(build=trial.build, plan=plan, per_s=tuple(100.0 * number + wobble for wobble in range(8)))
+        for number, trial in enumerate(trials, 1)
+    ]
+    return Race(rates=tuple(rates), peak_memory_bytes=0)
+
+
 @pytest.fixture(autouse=True)
 def brief(monkeypatch):
     monkeypatch.setattr("corewise.search.trial.MEASURE_S", 0.01)
@@ -123,8 +152,81 @@ def test_a_twin_that_the_budget_has_no_time_for(tmp_path):
     trial = replace(run_trial(INT8, case.context), build_s=990.0)
     judged = case.guard.judged(trial, share=0.5)
     assert (judged.state, judged.reason.kind) == ("pruned", ReasonKind.BUDGET_TOO_SHORT)
+    assert said(judged.reason).endswith("and its twin needs about 21 min 27 s")
     case.gate.robust = False
     assert case.guard.judged(trial, share=0.5) is trial
+    assert case.guard.doubt(trial) is None
+
+
+def test_where_nobody_asked_for_it_what_there_was_no_time_to_judge_wins_with_a_warning(tmp_path):
+    case = by_default(Case(tmp_path, robust=None, budget_s=1000.0))
+    trial = replace(run_trial(INT8, case.context), build_s=990.0)
+    with Journal(case.workspace.journal, "key") as journal:
+        search = searching(case, journal, [trial])
+        search.judge_under_shift()
+        search.race_result = raced(search.trials)
+        choice = search.choose()
+    assert choice.winner == INT8
+    assert search.trials[1].state == "ok"
+    assert [warning.kind for warning in choice.warnings][-1] == ReasonKind.NOT_JUDGED_UNDER_SHIFT
+    assert said(choice.warnings[-1]).startswith(f"{INT8.label} could not be judged on samples unlike")
+    assert "its twin needs about" in said(choice.warnings[-1])
+
+
+def test_a_winner_that_was_not_judged_yet_is_judged_before_it_is_chosen(tmp_path):
+    case = Case(tmp_path, robust=True)
+    with Journal(case.workspace.journal, "key") as journal:
+        search = searching(case, journal, [run_trial(INT8, case.context)])
+        search.race_result = raced(search.trials)
+        choice = search.choose()
+    assert choice.winner == FP32
+    assert search.trials[1].inaccurate
+
+
+def test_int8_that_holds_is_preferred_to_int8_about_as_fast_that_was_not_judged(tmp_path):
+    case = by_default(Case(tmp_path, robust=None, budget_s=1000.0))
+    other = Build(engine="fake", precision="int8", options=(("noise", 1e-4),))
+    slow, judged = replace(run_trial(INT8, case.context), build_s=990.0), run_trial(other, case.context)
+    shift = replace(judged.fidelity, shift=judged.fidelity)
+    for factor, state in ((0.95, "pruned"), (0.5, "ok")):
+        per_s = factor * slow.measurements[0].throughput_per_s
+        held = replace(judged, fidelity=shift, measurements=(replace(judged.measurements[0], throughput_per_s=per_s),))
+        with Journal(case.workspace.journal, "key") as journal:
+            search = searching(case, journal, [slow, held])
+            search.judge_under_shift()
+        assert [trial.state for trial in search.trials] == ["ok", state, "ok"]
+
+
+def test_what_is_left_for_lack_of_a_twins_time_is_not_tuned(tmp_path):
+    case = Case(tmp_path, robust=True, budget_s=1000.0)
+    case.context = replace(case.context, layouts=lambda build: (ThreadLayout(1, 1),))
+    trial = replace(run_trial(INT8, case.context), build_s=990.0)
+    with Journal(case.workspace.journal, "key") as journal:
+        search = searching(case, journal, [trial])
+        search.judge_under_shift()
+        search.tune_plans()
+        assert journal.get(INT8) is None
+    assert (search.trials[1].state, search.trials[1].tuned) == ("pruned", None)
+
+
+def test_a_twin_that_the_budget_ends_is_tried_again_with_more_time(tmp_path, monkeypatch):
+    case = Case(tmp_path, robust=True, budget_s=1000.0)
+    trial = run_trial(INT8, case.context)
+    case.judged(BF16)
+
+    def hang(*args):
+        case.guard.context = replace(case.context, budget=Budget(total_s=1e-6))
+        raise Hung(Reason.of(ReasonKind.HUNG, step="building", timeout_s=10.0))
+
+    monkeypatch.setattr(case.guard, "_outputs", hang)
+    judged = case.guard.judged(trial, share=1.0)
+    assert (judged.state, judged.reason.kind) == ("pruned", ReasonKind.BUDGET_SPENT_DURING)
+
+
+def test_no_time_to_split_samples_costs_no_build_that_needs_no_calibration(tmp_path):
+    case = Case(tmp_path, robust=True, budget_s=1e-6)
+    trial = run_trial(BF16, case.context)
+    assert case.guard.judged(trial, share=1.0) is trial
 
 
 def test_a_twin_that_cannot_be_built(tmp_path):

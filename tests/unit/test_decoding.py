@@ -22,6 +22,7 @@ from corewise.records.report import Preprocess
 from corewise.samples import RawSamples, Samples
 from corewise.samples.files import image_samples
 from corewise.samples.images import ImageReader
+from corewise.search.budget import Budget
 from corewise.search.decoding import choose_decoding
 
 SMALL = Preprocess(resize=36, crop=32)
@@ -64,7 +65,9 @@ class Client:
         save_file({"0.rows": rows, "0.0": self._net(inputs)}, outputs)
 
 
-def decided(images: RawSamples, net: Net, tmp_path: Path) -> tuple[Preprocess | None, str]:
+def decided(
+    images: RawSamples, net: Net, tmp_path: Path, budget_s: float | None = None
+) -> tuple[Preprocess | None, str]:
     """What is decided for a winner that answers as fp32 does."""
     holdout = image_samples(images, ImageReader(SMALL))
     _, (inputs,) = next(holdout.batches(1000))
@@ -74,11 +77,11 @@ def decided(images: RawSamples, net: Net, tmp_path: Path) -> tuple[Preprocess | 
     gate(Outputs((outputs,)))
     context: Any = SimpleNamespace(
         workspace=SimpleNamespace(folder=tmp_path, payload=lambda build: tmp_path),
-        budget=SimpleNamespace(ended=lambda: False),
+        budget=Budget(total_s=budget_s),
         cpu=SimpleNamespace(usable_cores=1),
         client=lambda build: nullcontext(Client(net)),
     )
-    choice: Any = SimpleNamespace(winner=Build(engine="eager", precision="fp32"))
+    choice: Any = SimpleNamespace(winner=Build(engine="eager", precision="fp32"), throughput_per_s=2.0)
     decoding = choose_decoding(holdout, choice, gate, context)
     return decoding.preprocess, said(decoding.reason)
 
@@ -94,6 +97,14 @@ def test_it_is_not_taken_where_they_move(tmp_path: Path) -> None:
     preprocess, why = decided(photos(20, (320, 240)), grain, tmp_path)
     assert preprocess == SMALL
     assert why.endswith("photos are decoded in full")
+
+
+def test_it_is_not_tried_without_time_to_answer_all_photos(tmp_path: Path) -> None:
+    images = photos(20, (320, 240))  # ten seconds of a winner that answers two a second
+    assert decided(images, brightness, tmp_path, budget_s=9.0) == (SMALL, "")
+    preprocess, _ = decided(images, brightness, tmp_path, budget_s=600.0)
+    assert preprocess is not None
+    assert preprocess.decode == "scaled"
 
 
 @pytest.mark.parametrize(("count", "size"), [(20, (80, 60)), (12, (320, 240))])

@@ -13,7 +13,7 @@ from corewise.records.goal import Throughput
 from corewise.records.reason import Reason, ReasonKind
 from corewise.search.budget import BASELINE_SHARE, CALL_S, FEWEST_HOLDOUT, baseline_batch, sample_limits
 from corewise.search.candidates import BASELINE, list_candidates
-from corewise.search.forecast import Forecast, following, is_better_left, learned_plan
+from corewise.search.forecast import START_S, Forecast, following, is_better_left, learned_plan
 
 VNNI, AVX2 = CPU, replace(CPU, isa=("avx2",))
 CNN = {"aten.conv2d.default": 53, "aten.add.Tensor": 16, "aten.linear.default": 1}
@@ -97,6 +97,13 @@ def test_the_first_rung_takes_about_as_long_as_an_engines_own_quantizer():
     made = forecast(seen(ours_at(0, "openvino"), 90.0), calibration=120)
     other = ours_at(0, "openvino", placement="everywhere")
     assert made.seconds(other) < expected.seconds(other)
+
+
+def test_where_int8_must_be_judged_under_shift_its_trial_needs_time_for_the_twin():
+    usual, fp32 = forecast(), Build(engine="openvino", precision="fp32")
+    robust = replace(usual, judged_under_shift=True)
+    assert robust.seconds(own()) > usual.seconds(own()) + START_S
+    assert robust.seconds(fp32) == usual.seconds(fp32)
 
 
 def test_much_slower_builds_are_left_where_time_is_short():

@@ -229,6 +229,8 @@ def test_a_sentence_transformer_object(sentence_folder: Path) -> None:
     model: Any = kind(parts)
     model.max_seq_length, model.prompts, model.default_prompt_name = 16, {"query": "red: ", "document": ""}, "query"
     loaded = load_with_texts(model)
+    assert load_with_texts(model, pooling="cls").pipeline == loaded.pipeline
+    assert "says itself how it pools" in error_of(load_with_texts, model, pooling="mean")
     assert loaded.pipeline == folder.pipeline
     np.testing.assert_array_equal(vectors_of(loaded, ["blue house"]), vectors_of(folder, ["blue house"]))
 
@@ -329,6 +331,8 @@ def test_a_factory_with_a_tokenizer_and_pooling(tmp_path: Path) -> None:
     assert vectors_of(loaded, ["red", "red blue house"]).shape == (2, 4)
     with pytest.raises(SourceError, match="--pooling needs a tokenizer"):
         load_with_texts(Words(), pooling="mean")
+    for unknown in ("average", "own"):
+        assert "give one of mean, cls" in error_of(load_with_texts, Words(), pooling=unknown)
     without_mask = nn.Embedding(4, 4)
     assert "takes an attention mask" in error_of(
         load_with_texts, without_mask, tokenizer=tmp_path / "tokenizer.json", pooling="mean"

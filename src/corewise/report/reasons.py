@@ -73,10 +73,9 @@ def _budget_so_far(details: Details, rest: str = "plans and the race") -> str:
 
 
 def _budget_too_short(details: Details) -> str:
-    return (
-        f"{numbers.duration(details['left_s'])} of the budget of {details['budget_s']:g} s were left, and the trial "
-        f"needs about {numbers.duration(details['needed_s'])}"
-    )
+    left, needed = numbers.duration(details["left_s"]), numbers.duration(details["needed_s"])
+    what = "its twin" if details.get("twin") else "the trial"
+    return f"{left} of the budget of {details['budget_s']:g} s were left, and {what} needs about {needed}"
 
 
 def _left_untried(details: Details) -> str:
@@ -206,7 +205,7 @@ _SENTENCES: dict[ReasonKind, Callable[[Details], str]] = {
     K.INACCURATE: lambda details: f"{_shifted(details)}{_accuracy(details)}",
     K.BELOW_FLOOR: _below_floor,
     K.NOT_JUDGED_UNDER_SHIFT: lambda details: (
-        f"it could not be judged on samples unlike the calibration samples: {details['why']}"
+        f"{details.get('build', 'it')} could not be judged on samples unlike the calibration samples: {details['why']}"
     ),
     K.NOTHING_IN_INT8: _nothing_in_int8,
     K.TOO_SLOW: _too_slow,

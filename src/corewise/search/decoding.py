@@ -1,6 +1,7 @@
 """Whether the winner may have large JPEGs decoded at a smaller scale: the holdout's photos, decoded so, decide."""
 
 from dataclasses import dataclass, replace
+from math import inf
 from time import perf_counter
 
 from corewise.accuracy.gate import AccuracyGate
@@ -9,13 +10,15 @@ from corewise.records.build import Plan
 from corewise.records.reason import Detail, Reason, ReasonKind
 from corewise.records.report import Choice, Preprocess
 from corewise.runtime.client import read_outputs
-from corewise.samples import Samples
+from corewise.samples import RawSamples, Samples
 from corewise.samples.files import image_samples
 from corewise.samples.images import ImageReader, gains_by_scale
 from corewise.search.trial import VERIFY_BATCH, SearchContext
 
 LEAST_PHOTOS = 16
 """Photos of the holdout that are decoded at another scale; fewer prove nothing."""
+TIMED_PHOTOS = 4
+"""Under a budget, photos that are decoded first to see whether there is time for all."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,6 +41,8 @@ def choose_decoding(holdout: Samples, choice: Choice, gate: AccuracyGate, contex
     scaled = replace(preprocess, decode="scaled")
     gaining = sum(gains_by_scale(item, scaled) for item in photos.items)
     if gaining < LEAST_PHOTOS:
+        return as_it_is
+    if _needed_s(photos, ImageReader(scaled), choice, context) > context.budget.left_s():
         return as_it_is
     started_s = perf_counter()
     samples = image_samples(photos, ImageReader(scaled))
@@ -69,3 +74,14 @@ def choose_decoding(holdout: Samples, choice: Choice, gate: AccuracyGate, contex
     if verdict.passed:
         return Decoding(preprocess=scaled, reason=Reason.of(ReasonKind.SCALED_DECODING, **details))
     return Decoding(preprocess=preprocess, reason=Reason.of(ReasonKind.FULL_DECODING, **details))
+
+
+def _needed_s(photos: RawSamples, reader: ImageReader, choice: Choice, context: SearchContext) -> float:
+    """Seconds to decode and to answer all photos, as one thread decodes; 0 where the search may take any time."""
+    if context.budget.left_s() == inf:
+        return 0.0
+    started_s = perf_counter()
+    for item in photos.items[:TIMED_PHOTOS]:
+        reader(item)
+    decode_s = (perf_counter() - started_s) / TIMED_PHOTOS
+    return len(photos) * (decode_s + 1 / choice.throughput_per_s)

@@ -45,6 +45,9 @@ FIRST_RUNG_ROWS = 60
 """Calls of one row, in eager PyTorch's time, that the first rung of corewise's quantizer takes."""
 BACKEND_ROWS = 100
 """The same for trying PyTorch's quantized backends."""
+SHIFT_TWIN = 1.3
+"""A twin that is judged under shift (``search.shifting``) takes about this many times as long as its build: it also
+answers the holdout, and its cache begins empty."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,6 +58,8 @@ class Forecast:
     calibration: int
     holdout: int
     trials: Sequence[Trial] = ()
+    judged_under_shift: bool = False
+    """Whether int8 with ranges counts only with a twin, whose time is then part of its trial."""
 
     def worth(self, build: Build, price_per_s: float) -> float:
         """The speed that a build must not have been beaten by to be worth its time: what comes next has the highest.
@@ -103,7 +108,9 @@ class Forecast:
     def seconds(self, build: Build) -> float:
         """How long its trial takes."""
         run_s = (self.holdout + EXTRA_ROWS) * self._row_s / self.speed(build)
-        return START_S + self._making_s(build) + run_s + MEASURE_S
+        making_s = START_S + self._making_s(build)
+        twin_s = SHIFT_TWIN * making_s if self.judged_under_shift and build.precision == "int8" else 0.0
+        return making_s + run_s + MEASURE_S + twin_s
 
     @property
     def _verified(self) -> list[Trial]:

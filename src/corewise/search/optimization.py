@@ -74,7 +74,8 @@ def optimize(
         slo_ms: for "slo", milliseconds.
         memory_limit_bytes: most memory for the process that runs the winner. Default: no limit.
         strict: ask the upper end of the drop's 95 % confidence interval to be within ``max_drop``.
-        robust: ask that int8 holds on samples unlike those that calibrated it too. Default: for texts and embeddings.
+        robust: ask that int8 holds on samples unlike those that calibrated it too. Default: for texts and embeddings,
+            where what there was no time to judge may win with a warning.
         engines: the engines to try; eager PyTorch is always the baseline. One that cannot be tried at all is an error,
             unless the engines are the default ones.
         ignored: layers that never run in int8: names as ``explain`` lists them, or regular expressions for whole names.

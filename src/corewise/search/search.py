@@ -130,7 +130,8 @@ class Search:
     def judge_under_shift(self) -> None:
         """In a robust search, judge the builds whose plans are worth a search on samples unlike those that calibrated.
 
-        The fastest come first, until enough of them hold.
+        The fastest come first, until enough of them hold. What there was no time to judge stays if no int8 that holds
+        is about as fast.
         """
         held = 0
         for trial in sorted(self.trials, key=lambda trial: -_first_per_s(trial) if trial.measurements else 0.0):
@@ -140,10 +141,9 @@ class Search:
             if judged is not trial:
                 if judged.reason.kind not in OUT_OF_TIME:
                     self.journal.add(judged)
-                self._replace(judged)
-                if judged.state != State.OK:
-                    self.context.on_event(TrialEnded(judged, resumed=False))
+                self._replace_and_tell(judged)
             held += judged.state == State.OK
+        self._prefer_judged()
 
     def tune_plans(self) -> None:
         """Search the plans of the most promising builds, and of the baseline at last.
@@ -151,7 +151,7 @@ class Search:
         The fastest build comes first, because time may end; one that exceeds the memory limit makes room for the next.
         """
         ranked = sorted(
-            (trial for trial in self.trials if trial.measurements),
+            (trial for trial in self.trials if trial.state == State.OK),
             key=lambda trial: (is_baseline(trial.build), -_first_per_s(trial)),
         )
         fit = 0
@@ -168,7 +168,7 @@ class Search:
         """
         left_s = self.context.budget.left_s(self.context.split.plans)
         while worth := worth_climbing(self.trials, self.context.requirements):
-            forecast, top = self._forecast(), family(worth.build)
+            forecast, top = self._forecast(judged_under_shift=self._is_robust), family(worth.build)
             if any(trial.build == top for trial in self.trials):
                 return
             further = top if forecast.seconds(top) <= left_s else self._climbed(worth.build)
@@ -176,8 +176,9 @@ class Search:
                 return
             trial = self._try(further, total=len(self.trials) + 1, share=self.context.split.plans)
             if trial.state == State.OK:
-                trial = self._judged_under_shift(trial)
+                trial = self._judged_under_shift(trial, self.context.split.plans)
                 self._replace(self._tune(trial, None) if trial.state == State.OK else trial)
+                self._prefer_judged()
             left_s = self.context.budget.left_s(self.context.split.plans)
 
     def find_slo_rate(self) -> None:
@@ -203,7 +204,14 @@ class Search:
 
     def choose(self) -> Choice:
         """The winner of the race, whose trial then has the latency table that admission needs."""
-        choice = choose_winner(self.trials, self.rates, self.context.requirements, self.trials[0].build)
+        while True:
+            choice = choose_winner(self.trials, self.rates, self.context.requirements, self.trials[0].build)
+            winner = self._of(choice.winner)
+            judged = winner if is_baseline(winner.build) else self._judged_under_shift(winner, share=1.0)
+            if judged.state == State.OK:
+                break
+            self._replace_and_tell(judged)
+        self._replace(judged)
         self._complete_latency_table(choice)
         return self._with_doubt_under_shift(choice)
 
@@ -220,11 +228,29 @@ class Search:
     def _replace(self, trial: Trial) -> None:
         self.trials = [trial if other.build == trial.build else other for other in self.trials]
 
-    def _forecast(self) -> Forecast:
+    def _replace_and_tell(self, trial: Trial) -> None:
+        """Replace the trial of a build that was ok, and say so if it no longer is."""
+        self._replace(trial)
+        if trial.state != State.OK:
+            self.context.on_event(TrialEnded(trial, resumed=False))
+
+    def _forecast(self, *, judged_under_shift: bool | None = None) -> Forecast:
+        """Expectations, with the time of twins; by default only where a build must not win without one."""
         context = self.context
+        if judged_under_shift is None:
+            judged_under_shift = self._is_robust and bool(self.gate.robust)
         return Forecast(
-            cpu=context.cpu, calibration=context.calibration, holdout=context.holdout, trials=tuple(self.trials)
+            cpu=context.cpu,
+            calibration=context.calibration,
+            holdout=context.holdout,
+            trials=tuple(self.trials),
+            judged_under_shift=judged_under_shift,
         )
+
+    @property
+    def _is_robust(self) -> bool:
+        """Whether builds are judged under shift, as far as samples allow it."""
+        return self.shift is not None and self.gate.is_robust and not self.shift.unsplit
 
     def _left_s(self) -> float:
         """Seconds for trials; while no candidate has passed, all that is left of the budget."""
@@ -239,7 +265,7 @@ class Search:
             context.on_event(TrialStarted(build, len(self.trials) + 1, total))
             trial = Trial(build=build, state=State.PRUNED, reason=why_not) if why_not else self._run(build, share)
             if trial.state == State.OK and self._leads(trial):
-                trial = self._judged_under_shift(trial)
+                trial = self._judged_under_shift(trial, share)
             # What ended for lack of time is tried again by another run with more of it.
             if trial.reason.kind not in OUT_OF_TIME:
                 self.journal.add(trial)
@@ -277,23 +303,38 @@ class Search:
         fastest = max((_first_per_s(other) for other in before), default=0.0)
         return not is_baseline(trial.build) and _first_per_s(trial) > fastest
 
-    def _judged_under_shift(self, trial: Trial) -> Trial:
-        if self.shift is None or not self.gate.is_robust:
+    def _judged_under_shift(self, trial: Trial, share: float | None = None) -> Trial:
+        """The trial as a robust search judges it, until ``share`` of the budget is spent."""
+        if self.shift is None or not self._is_robust:
             return trial
-        judged = self.shift.judged(trial, share=self._trial_share())
+        if share is None:  # only a build that must be judged may last longer than the budget
+            share = self._trial_share() if self.gate.robust else self.context.split.last_trial
+        judged = self.shift.judged(trial, share=share)
         unsplit = Reason.of(ReasonKind.NOT_SPLIT)
         if self.shift.unsplit and unsplit not in self.notes:
             self.notes.append(unsplit)
         return judged
 
+    def _prefer_judged(self) -> None:
+        """Leave int8 that there was no time to judge under shift, where int8 that holds there is about as fast."""
+        if self.shift is None or not self._is_robust:
+            return
+        held = (trial for trial in self.trials if trial.state == State.OK and trial.build.precision == "int8")
+        fastest = max((_first_per_s(trial) for trial in held if _is_judged(trial)), default=0.0)
+        for trial in self.trials:
+            why = self.shift.unjudged.get(trial.build)
+            if why and trial.state == State.OK and fastest > PROMISING * _first_per_s(trial):
+                self._replace_and_tell(replace(trial, state=State.PRUNED, reason=why))
+
     def _with_doubt_under_shift(self, choice: Choice) -> Choice:
         """Where the drop under shift decides nothing, the winner's is found out all the same if there is time."""
         winner = self._of(choice.winner)
-        if self.shift is None or self.gate.is_robust or winner.build.precision != "int8":
+        if self.shift is None or winner.build.precision != "int8":
             return choice
-        judged = self.shift.judged(winner, share=1.0)
-        self._replace(judged)
-        doubt = self.shift.doubt(judged)
+        if not self.gate.is_robust:
+            winner = self.shift.judged(winner, share=1.0)
+            self._replace(winner)
+        doubt = self.shift.doubt(winner)
         return choice if doubt is None else replace(choice, warnings=(*choice.warnings, doubt))
 
     def _why_not_tried(self, build: Build, left: Sequence[Build]) -> Reason | None:
@@ -340,7 +381,7 @@ class Search:
     def _check_candidates(self) -> None:
         """Raise ``InputError`` if the budget ended before any candidate was tried."""
         candidates = self.trials[1:]
-        if candidates and all(trial.reason.kind in OUT_OF_TIME for trial in candidates):
+        if candidates and all(trial.reason.kind in OUT_OF_TIME and trial.fidelity is None for trial in candidates):
             budget = self.context.budget
             raise InputError(
                 f"the budget of {budget.total_s:g} s was spent before one candidate was tried: the baseline alone took "
@@ -412,3 +453,8 @@ class Search:
 
 def _first_per_s(trial: Trial) -> float:
     return trial.measurements[0].throughput_per_s
+
+
+def _is_judged(trial: Trial) -> bool:
+    """Whether it was judged under shift."""
+    return trial.fidelity is not None and trial.fidelity.shift is not None

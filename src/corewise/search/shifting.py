@@ -14,12 +14,10 @@ from corewise.records.events import Stage, StageStarted
 from corewise.records.reason import Reason, ReasonKind
 from corewise.records.trial import State, Trial
 from corewise.report.reasons import sentence
-from corewise.runtime.client import read_outputs
+from corewise.runtime.client import Hung, read_outputs
 from corewise.runtime.workspace import Workspace
+from corewise.search.forecast import SHIFT_TWIN
 from corewise.search.trial import VERIFY_BATCH, SearchContext, holdout_outputs, reason_of
-
-TWIN = 1.3
-"""A twin takes about this many times as long as its build: it also answers the holdout, and its cache begins empty."""
 
 
 @dataclass
@@ -31,15 +29,18 @@ class ShiftGuard:
     inputs: BuildInputs
     reference: Build
     """The baseline: what it answers for the calibration samples says which of them are alike."""
+    unjudged: dict[Build, Reason] = field(default_factory=dict)
+    """Builds of int8 with ranges that should be judged and could not be, and why."""
     _split: ShiftSplit | Literal["none"] | None = field(default=None)
     _twins: Workspace | None = field(default=None)
 
     def judged(self, trial: Trial, *, share: float) -> Trial:
         """The trial with its drop under shift, rejected if the gate is robust and that drop too large.
 
-        Int8 with ranges gets a twin, calibrated without a part of the samples and judged on that part. All else needs
-        no calibration: its own answers for that part are judged. Where a robust gate cannot judge it, for lack of time
-        too, it is pruned. Nothing changes where samples are too few or too alike to be split.
+        Int8 with ranges gets a twin, calibrated without a part of the samples and judged on that part. Where that
+        cannot be done, it is pruned if the user asked for it, and else kept as ``unjudged``. All else needs no
+        calibration: its own answers for that part are judged, if they can be. Nothing changes where samples are too
+        few or too alike to be split.
 
         Args:
             trial: One that is ok.
@@ -47,13 +48,16 @@ class ShiftGuard:
         """
         if trial.fidelity is None or trial.fidelity.shift is not None or self._split == "none":
             return trial
+        known = self.unjudged.get(trial.build)
+        if known is not None and known.kind == ReasonKind.NOT_JUDGED_UNDER_SHIFT:  # more time would not help
+            return trial
         if not enough(len(self.inputs.calibration), len(self.gate.holdout)):
             self._split = "none"
             return trial
+        if no_time := self._no_time(trial, share):
+            return self._without_judgement(trial, no_time)
         self.context.on_event(StageStarted(Stage.UNDER_SHIFT, build=trial.build))
         try:
-            if no_time := self._no_time(trial, share):
-                return self._unjudged(trial, no_time)
             split = self._split = self._split or self._made(share) or "none"
             if split == "none":
                 return trial
@@ -61,8 +65,11 @@ class ShiftGuard:
         except InputError:
             raise
         except CorewiseError as error:
-            why = sentence(reason_of(error))
-            return self._unjudged(trial, Reason.of(ReasonKind.NOT_JUDGED_UNDER_SHIFT, why=why))
+            budget = self.context.budget
+            if isinstance(error, Hung) and budget.ended(share):
+                return self._without_judgement(trial, budget.reason(ReasonKind.BUDGET_SPENT_DURING))
+            return self._without_judgement(trial, not_judged(reason_of(error)))
+        self.unjudged.pop(trial.build, None)
         if verdict.passed:
             return replace(trial, fidelity=fidelity)
         return replace(trial, fidelity=fidelity, state=State.REJECTED, reason=verdict.reason, measurements=())
@@ -73,22 +80,29 @@ class ShiftGuard:
         return self._split == "none"
 
     def doubt(self, trial: Trial) -> Reason | None:
-        """What a robust gate would have said against it."""
+        """What a robust gate has or would have said against it; in one, also that it could not be judged."""
         if trial.fidelity is None or trial.fidelity.shift is None:
-            return None
+            why = self.unjudged.get(trial.build)
+            if why is None or not self.gate.is_robust:
+                return None
+            told = why if why.kind == ReasonKind.NOT_JUDGED_UNDER_SHIFT else not_judged(why)
+            return replace(told, details={**told.details, "build": trial.build.label})
         verdict = judge(trial.fidelity, self.gate.requirements, robust=True)
         return None if verdict.passed else Reason.of(ReasonKind.LOSES_UNDER_SHIFT, why=sentence(verdict.reason))
 
-    def _unjudged(self, trial: Trial, why: Reason) -> Trial:
-        return replace(trial, state=State.PRUNED, reason=why) if self.gate.is_robust else trial
+    def _without_judgement(self, trial: Trial, why: Reason) -> Trial:
+        if trial.build.precision != "int8":
+            return trial
+        self.unjudged[trial.build] = why
+        return replace(trial, state=State.PRUNED, reason=why) if self.gate.robust else trial
 
     def _no_time(self, trial: Trial, share: float) -> Reason | None:
-        """Why a twin cannot be built in what is left of the budget."""
-        budget, needed_s = self.context.budget, TWIN * trial.build_s
-        left_s = budget.left_s(share)
-        if trial.build.precision != "int8" or left_s >= needed_s:
+        """Why it cannot be judged, by a twin if it needs one, in what is left of the budget."""
+        budget, left_s = self.context.budget, self.context.budget.left_s(share)
+        needed_s = SHIFT_TWIN * trial.build_s if trial.build.precision == "int8" else 0.0
+        if left_s >= needed_s:
             return None
-        return budget.reason(ReasonKind.BUDGET_TOO_SHORT, left_s=max(0.0, left_s), needed_s=needed_s)
+        return budget.reason(ReasonKind.BUDGET_TOO_SHORT, left_s=max(0.0, left_s), needed_s=needed_s, twin=True)
 
     def _made(self, share: float) -> ShiftSplit | None:
         """Split the samples by what the baseline answers."""
@@ -117,3 +131,8 @@ class ShiftGuard:
             outputs, _ = holdout_outputs(build, context, client, payload)
         shutil.rmtree(payload, ignore_errors=True)
         return outputs
+
+
+def not_judged(why: Reason) -> Reason:
+    """A build could not be judged under shift, and why."""
+    return Reason.of(ReasonKind.NOT_JUDGED_UNDER_SHIFT, why=sentence(why))

@@ -11,6 +11,7 @@ from corewise.common.references import call_reference, guard
 from corewise.records.pipeline import Pooling
 from corewise.source.loaded import Loaded, with_tokenizer
 from corewise.source.packages import import_package
+from corewise.source.pooling import POOLINGS
 from corewise.source.program import load_program
 from corewise.source.sentence_models import from_sentence_model, is_sentence_model
 
@@ -40,11 +41,15 @@ def load_with_texts(model: Any, *, tokenizer: Path | None = None, pooling: Pooli
     Raises:
         SourceError: The model cannot be loaded, or the tokenizer or pooling does not fit.
     """
+    if pooling not in (None, *POOLINGS):
+        raise SourceError(f"there is no pooling {pooling!r}", f"give one of {', '.join(POOLINGS)}")
     if isinstance(model, str):
         prefix, name = split_reference(model)
         loaded = TEXT_HUBS[prefix](name, pooling) if prefix in TEXT_HUBS else _from_object(_load(model))
     else:
         loaded = _from_object(model)
+    if loaded.pipeline is not None and pooling not in (None, loaded.pipeline.pooling):
+        raise SourceError("the model says itself how it pools", "leave out pooling")
     if loaded.pipeline is not None and tokenizer is None:
         return loaded
     if tokenizer is None:

@@ -8,6 +8,9 @@ from torch import Tensor, nn
 
 from corewise.records.pipeline import Pooling
 
+POOLINGS: tuple[Pooling, ...] = ("mean", "cls", "max", "last", "none")
+"""What ``pool`` does; a program that makes vectors by itself has ``own``."""
+
 
 def pool(hidden: Tensor, mask: Tensor, pooling: Pooling) -> Tensor:
     """Token vectors (N, tokens, D) and their mask (N, tokens) -> (N, D), or as they are for ``none``.

@@ -20,7 +20,7 @@ OWN = frozenset(vars(nn.Module())) | {"config"}
 """The attributes of ``nn.Module`` itself; a configuration is none of the state."""
 
 State = Mapping[str, Any]
-"""By their names: buffers and attributes as ``snapshot`` copied them, and the versions of parameters."""
+"""By their names: buffers and attributes as ``kept_state`` copies them, and the versions of parameters."""
 
 
 def kept_state(module: nn.Module) -> dict[str, Any]:

@@ -324,3 +324,14 @@ def test_the_open_inference_protocol_pads_nothing_for_a_model_without_a_mask(tok
     assert text.arrays([alike])[0].tolist() == [[2, 4, 3], [2, 5, 3]]
     with pytest.raises(ProtocolError, match="from 3 to 4 tokens, and the model takes no attention mask"):
         text.arrays([unlike])
+
+
+def test_one_long_text_among_many_short_ones_is_refused_before_it_is_padded(
+    tokenizer: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    artifact: Any = SimpleNamespace(folder=tokenizer.parent)
+    text = TextInput(artifact, pipeline_of(tokenizer=tokenizer.name))
+    monkeypatch.setattr("corewise.serving.text.MOST_PADDED_TOKENS", 100)
+    assert len(text.arrays([np.array([b"red"] * 20, object)])[0]) == 20
+    with pytest.raises(ProtocolError, match=r"21 texts, padded to the \d+ tokens of the longest"):
+        text.arrays([np.array([b"red"] * 20 + [b"red house " * 5], object)])

@@ -25,6 +25,10 @@ TOKEN_CHARACTERS = 32
 language needs."""
 
 
+MOST_PADDED_TOKENS = 2**20
+"""Texts of a request times the tokens of its longest one: what their arrays may take before they are booked."""
+
+
 class TextInput:
     """One artifact's texts. Thread-safe."""
 
@@ -57,7 +61,14 @@ class TextInput:
                 f"the texts have from {lengths[0]} to {lengths[-1]} tokens, and the model takes no attention mask",
                 "send texts of different lengths in requests of their own",
             )
-        return self.inputs(tokens, max(map(len, tokens)))
+        if len(tokens) * lengths[-1] > MOST_PADDED_TOKENS:
+            raise ProtocolError(
+                f"{len(tokens)} texts, padded to the {lengths[-1]} tokens of the longest, are more than "
+                f"{MOST_PADDED_TOKENS} tokens",
+                "send long texts in requests of their own",
+                413,
+            )
+        return self.inputs(tokens, lengths[-1])
 
     def tokens(self, asked: TextRequest, start: int = 0) -> list[Tokens]:
         """The tokens of each text of a request; errors count its texts from ``start``. Raises ``ProtocolError``."""

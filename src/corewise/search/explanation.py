@@ -42,7 +42,8 @@ def explain(
         measured: how many of the other samples the errors are measured on, placed for engines with fused kernels.
         seed: of the split.
         weight_bits: 7 or 8. Default: 8, or 7 if the CPU adds int8 products in 16 bits.
-        tokenizer: as for ``optimize``, as is ``pooling``.
+        tokenizer: as for ``optimize``.
+        pooling: as for ``optimize``.
         on_event: called with each event of ``corewise.records.events`` as it happens.
 
     Returns:

@@ -1,6 +1,7 @@
 """What tests of several files share."""
 
 import os
+import re
 from pathlib import Path
 
 import pytest
@@ -20,3 +21,10 @@ def data_folder() -> Path:
     if not folder.is_dir():
         pytest.skip(f"no real data in {folder}: set COREWISE_DATA")
     return folder
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark the cases of inductor's contract that repeat what other ones show: int8 of images, and fp32 of texts."""
+    for item in items:
+        if "TestInductor" in item.nodeid and re.search(r"text-inductor/int8|images-inductor/fp32", item.nodeid):
+            item.add_marker(pytest.mark.slow)

@@ -52,6 +52,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.mark.slow
 def test_the_command_prints_a_table_and_draws(place: Path) -> None:
     done = run("net.py:build", "--samples", "good.npz", "--measured", 4, "--plot", "figure.svg", cwd=place)
     assert (done.returncode, done.stderr) == (0, "")

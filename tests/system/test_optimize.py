@@ -390,6 +390,7 @@ def slo(slo_ms):
     return result.report
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("short_loads")
 def test_the_rate_that_is_promised_was_held():
     report = slo(200.0)
@@ -403,6 +404,7 @@ def test_the_rate_that_is_promised_was_held():
     assert "with p99 <= 200 ms" in said(report.choice.reason)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("short_loads")
 def test_an_slo_that_nothing_meets_is_told_with_how_close_the_best_came():
     report = slo(0.001)

@@ -21,6 +21,7 @@ def corewise(*args):
     ).stdout
 
 
+@pytest.mark.slow
 def test_resnet20_stays_as_accurate(data_folder, tmp_path):
     made, some = tmp_path / "resnet20.cw", tmp_path / "some.npz"
     with np.load(data_folder / "cifar10.npz") as whole:

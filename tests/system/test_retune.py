@@ -142,6 +142,7 @@ def test_a_faster_plan_is_found_saved_and_loaded(tmp_path):
     assert any(note.startswith(f"runs {found.best.label}: tuned") for note in verify(folder).notes)
 
 
+@pytest.mark.slow
 def test_again_it_begins_with_the_tuned_plan(tmp_path):
     folder, _ = make(tmp_path / "m.cw")
     first = retune(folder, budget_s=15)
@@ -150,6 +151,7 @@ def test_again_it_begins_with_the_tuned_plan(tmp_path):
     assert len(read(folder)) == 1
 
 
+@pytest.mark.slow
 @x86_only
 def test_a_real_artifact_in_a_container_of_one_core(tmp_path):
     folder = tmp_path / "golden.cw"
@@ -210,6 +212,7 @@ def test_the_old_plan_stays_where_no_other_is_tried(tmp_path):
     assert [one.plan for one in entry.measurements] == [SINGLE]
 
 
+@pytest.mark.slow
 def test_the_old_plan_stays_where_the_race_does_not_bear_out_the_search(moody, tmp_path):
     (tmp_path / "log").mkdir()
     folder = moody(trouble="tires 1", log=str(tmp_path / "log"), seconds_per_call=0.002)

@@ -133,6 +133,7 @@ def one_cpu() -> Iterator[None]:
     os.sched_setaffinity(0, allowed)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("one_cpu")
 def test_breadth_measures_a_tiny_net(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     tiny = architectures.Architecture(kind="cnn", make=tiny_cnn, inputs=partial(architectures.images, size=16))

@@ -5,6 +5,7 @@ import subprocess
 from pathlib import Path
 
 import numpy as np
+import pytest
 from command_line import command
 
 EXAMPLES = Path(__file__).parents[2] / "examples"

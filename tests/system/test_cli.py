@@ -13,8 +13,6 @@ import numpy as np
 import pytest
 from command_line import command
 
-pytestmark = pytest.mark.alone
-
 MODELS = """
 import torch
 from torch import nn

@@ -191,6 +191,7 @@ def test_two_machines_share_a_folder(tmp_path):
     assert set(read(folder)) == {again, elsewhere}
 
 
+@pytest.mark.slow
 def test_one_machine_with_other_limits_is_another_machine(tmp_path):
     if len(CPU.affinity) < 2:
         pytest.skip("needs two hardware threads")

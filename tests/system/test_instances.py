@@ -406,6 +406,7 @@ thread.join()
 """
 
 
+@pytest.mark.slow
 def test_threads_keep_freed_memory_too():
     # Where a thread of a library has had an arena before, the next one may get that; so the fewest of some tries.
     per_thread, one = (

@@ -695,6 +695,7 @@ def test_noise_on_the_wire_harms_nobody(server):
     assert not any("Traceback" in line for line in server.logged)
 
 
+@pytest.mark.slow
 def test_an_image_is_named_by_a_model_made_from_images(tmp_path, data_folder):
     from PIL import Image
 

@@ -18,7 +18,7 @@ from corewise.runtime.loadgen import arrivals_s
 MODEL = "bench"
 """What a server calls the artifact."""
 INFER = f"/v2/models/{MODEL}/infer"
-MOST_CONNECTIONS = 512
+MOST_CONNECTIONS = 3000
 
 
 def request(name: str, row: np.ndarray, timeout_ms: float | None = None) -> bytes:

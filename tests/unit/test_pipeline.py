@@ -307,11 +307,11 @@ def test_inferring(tokenizer: Path, tmp_path: Path) -> None:
         infer(tokenizer, [TensorSpec(name="x", dtype="float32", shape=(None, 8))], scores)
     words = tmp_path / "vocab.txt"
     words.write_text("[PAD]\n[UNK]\n")
-    with pytest.raises(InputError, match=r"vocab\.txt is no tokenizer"):
+    with pytest.raises(InputError, match=r"vocab\.txt is not a tokenizer"):
         infer(words, inputs, scores)
     other = tmp_path / "tokenizer.json"
     other.write_text('{"model": {"type": "Poems"}}')
-    with pytest.raises(ArtifactError, match="is no tokenizer"):
+    with pytest.raises(ArtifactError, match="is not a tokenizer"):
         TextEncoder(pipeline_of(), other)
 
 

@@ -339,7 +339,7 @@ def test_a_factory_with_a_tokenizer_and_pooling(tmp_path: Path) -> None:
     )
     words = tmp_path / "vocab.txt"
     words.write_text("red\n")
-    assert "vocab.txt is no tokenizer" in error_of(load_with_texts, Words(), tokenizer=words)
+    assert "vocab.txt is not a tokenizer" in error_of(load_with_texts, Words(), tokenizer=words)
 
 
 # Samples through the pipeline

@@ -26,7 +26,7 @@ RECENT_ROWS = 1000
 FEWEST_ROWS = 200
 """Before so many rows were looked at there is no warning."""
 MANY, LEAST = 5.0, 0.01
-"""What is too often: so many times as often as expected, and of all checks at least this share."""
+"""Misses are too frequent at this multiple of the expected rate, if they are at least this share of all checks."""
 ROUNDING = 1e-3
 """Of a range, what is still inside: other kernels round differently."""
 

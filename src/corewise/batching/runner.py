@@ -170,7 +170,7 @@ class Batcher:
         """The life of an instance's thread."""
         while run is not None and (jobs := self._take(instance)):
             started_s = monotonic()
-            answers, error = _caught(_call, run, jobs)
+            answers, error = caught(_call, run, jobs)
             ran_s, rows = monotonic() - started_s, sum(len(job.inputs[0]) for job in jobs)
             for job, outputs in zip(jobs, answers or [[]] * len(jobs), strict=True):
                 if error is None:
@@ -208,7 +208,7 @@ class Batcher:
         """The instance opened again. Meanwhile admission counts only on the others."""
         with self._lock:
             self._policy.leave(instance)
-        run, _ = _caught(self._reopen, instance)
+        run, _ = caught(self._reopen, instance)
         with self._lock:
             if run is not None:
                 self._policy.finished(instance)
@@ -253,7 +253,7 @@ def _call(run: Run, jobs: list[_Job]) -> list[list[np.ndarray]]:
     return [[output[start:stop] for output in outputs] for start, stop in pairwise(ends)]
 
 
-def _caught(call: Callable[..., T], *args: object) -> tuple[T | None, BaseException | None]:
+def caught(call: Callable[..., T], *args: object) -> tuple[T | None, BaseException | None]:
     """The result of a call and its error; SystemExit counts as an error, so that every request gets an answer."""
     try:
         return call(*args), None

@@ -21,8 +21,8 @@ def read_tokenizer(path: Path) -> tuple[bytes, int]:
     except OSError as error:
         raise InputError(f"{path} cannot be read: {error.strerror or error}", "check the path") from error
     except ValueError as error:
-        raise InputError(f"{path} is no tokenizer: {error}", TOKENIZER) from error
+        raise InputError(f"{path} is not a tokenizer: {error}", TOKENIZER) from error
     if not isinstance(data, dict) or "model" not in data:
-        raise InputError(f"{path} is no tokenizer: it has no model", TOKENIZER)
+        raise InputError(f"{path} is not a tokenizer: it has no model", TOKENIZER)
     padding = data.get("padding")
     return content, int(padding.get("pad_id", 0)) if isinstance(padding, dict) else 0

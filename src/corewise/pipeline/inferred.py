@@ -30,7 +30,7 @@ def infer(
         labels: Names of the classes.
 
     Raises:
-        InputError: The inputs are no tokens, or the file is no tokenizer.
+        InputError: The inputs are not tokens, or the file is not a tokenizer.
     """
     content, pad_id = read_tokenizer(tokenizer)
     task: TextTask = "classes" if labels and len(outputs[0].shape) == 2 else "vectors"
@@ -54,7 +54,7 @@ def fit(
 ) -> TextPipeline:
     """The pipeline for a program: its inputs' names, order and dtypes, the most tokens, and whether it pools itself.
 
-    Raises ``InputError`` if the inputs are no tokens.
+    Raises ``InputError`` if the inputs are not tokens.
     """
     if not all(len(spec.shape) == 2 and spec.dtype in ("int32", "int64") for spec in inputs):
         named = ", ".join(f"{spec.name} {spec.dtype} {spec.shape}" for spec in inputs)

@@ -54,7 +54,7 @@ class TextEncoder:
     def __init__(self, pipeline: TextPipeline, tokenizer: Path | bytes) -> None:
         """Open the file ``tokenizer``, or take its content.
 
-        Raises ``ArtifactError`` if it is no tokenizer, and ``MissingExtra`` without the package ``tokenizers``.
+        Raises ``ArtifactError`` if it is not a tokenizer, and ``MissingExtra`` without the package ``tokenizers``.
         """
         try:
             from tokenizers import Tokenizer
@@ -62,7 +62,7 @@ class TextEncoder:
             raise MissingExtra("tokenizers", "text", "tokenizing texts") from error
         self.pipeline = pipeline
         name = tokenizer if isinstance(tokenizer, Path) else pipeline.tokenizer
-        with guard(ArtifactError, f"{name} is no tokenizer", REBUILD):
+        with guard(ArtifactError, f"{name} is not a tokenizer", REBUILD):
             content = tokenizer if isinstance(tokenizer, bytes) else tokenizer.read_bytes()
             self._untruncated = Tokenizer.from_buffer(content)
         self._untruncated.no_padding()

@@ -22,8 +22,8 @@ LONGEST_BYTES = 1024
 Headers = list[tuple[bytes, bytes]]
 
 
-class _Place(NamedTuple):
-    """Where a tensor lies in a body."""
+class Place(NamedTuple):
+    """Where a tensor lies in a body or a message."""
 
     dtype: np.dtype[Any]
     shape: tuple[int, ...]
@@ -36,7 +36,7 @@ class _Frame:
     """A request but for its bytes."""
 
     body_bytes: int
-    places: tuple[_Place, ...]
+    places: tuple[Place, ...]
     """In the model's order."""
     outputs: tuple[Asked, ...]
     timeout_s: float | None
@@ -86,7 +86,7 @@ class Frames:
         for spec, array in zip(self._inputs, asked.inputs, strict=True):
             if spec.dtype in ("object", "bool"):
                 return
-            places.append(_Place(array.dtype, array.shape, prod(array.shape), sizes[spec.name][0]))
+            places.append(Place(array.dtype, array.shape, prod(array.shape), sizes[spec.name][0]))
         _make_room(self._requests)
         self._requests[head] = _Frame(
             body_bytes=len(body),

@@ -44,7 +44,7 @@ def how_many(text: str | None) -> int:
 
 
 def wrapped(body: bytes, content_type: str) -> bool:
-    """Whether the body is no image itself but holds one (``content``)."""
+    """Whether the body is not an image itself but contains one (``content``)."""
     kind = content_type.partition(";")[0].strip().lower()
     return kind == "multipart/form-data" or (kind == "application/json" and body[:1].isascii())
 

@@ -187,7 +187,7 @@ def head_bytes(told: bytes | None) -> int | None:
     if told is None:
         return None
     if not told.isdigit() or len(told) > 12:
-        raise ProtocolError("Inference-Header-Content-Length is no whole number")
+        raise ProtocolError("Inference-Header-Content-Length is not a whole number")
     return int(told)
 
 
@@ -200,5 +200,5 @@ def timeout_s(told: bytes | None) -> float:
     except ValueError:
         seconds = 0.0
     if not isfinite(seconds) or seconds <= 0:
-        raise ProtocolError(f"{TIMEOUT.decode()} is no number of milliseconds above 0")
+        raise ProtocolError(f"{TIMEOUT.decode()} is not a number of milliseconds above 0")
     return seconds

@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from typing import Any
 from urllib.parse import unquote
 
+import grpc
 from google.protobuf.message import DecodeError
 
 from corewise.serving.protocol import Limits, NoRoom, ProtocolError
@@ -23,6 +24,19 @@ FREE_BYTES = 64 * 1024
 RAW_CONTENTS = 7
 """The number of the field ``raw_input_contents`` of a ``ModelInferRequest``."""
 MOST_FIELDS = 4096
+DECODED_BYTES = 16
+"""How many bytes of protobuf are decoded in the time that one of JSON takes, or more."""
+CODES = {
+    404: grpc.StatusCode.NOT_FOUND,
+    500: grpc.StatusCode.INTERNAL,
+    501: grpc.StatusCode.UNIMPLEMENTED,
+    503: grpc.StatusCode.UNAVAILABLE,
+}
+
+
+def status_code(error: ProtocolError) -> Any:
+    """gRPC's code for an error's HTTP status; other statuses are the client's fault."""
+    return CODES.get(error.status, grpc.StatusCode.INVALID_ARGUMENT)
 
 
 class Receiver:

@@ -16,6 +16,7 @@ from time import monotonic
 from typing import Any, TypeVar
 
 from corewise.batching import NotServed
+from corewise.batching.runner import caught
 from corewise.serving.costs import Costs
 
 T = TypeVar("T")
@@ -112,7 +113,7 @@ class Pool:
         if is_late:
             job.ended.set_exception(NotServed("expired"))
             return
-        result, error = _caught(job.work)
+        result, error = caught(job.work)
         with self._lock:
             del self._running_s[job.arrival]
         if error is None:
@@ -126,11 +127,3 @@ class Pool:
         with self._lock:
             for job in self._waiting:
                 job.ended.cancel()
-
-
-def _caught(work: Callable[[], T]) -> tuple[T | None, BaseException | None]:
-    """The result of work and its error, whose traceback ends here, so that it does not hold itself."""
-    try:
-        return work(), None
-    except BaseException as error:  # noqa: BLE001 - the request boundary: whatever it is, a request waits for it
-        return None, error

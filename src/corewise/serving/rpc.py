@@ -36,13 +36,6 @@ CONTENTS = {
     "BYTES": "bytes_contents",
 }
 """Where each datatype's values lie, where they are not raw; FP16 has no place."""
-CODES = {
-    400: grpc.StatusCode.INVALID_ARGUMENT,
-    404: grpc.StatusCode.NOT_FOUND,
-    413: grpc.StatusCode.INVALID_ARGUMENT,
-    501: grpc.StatusCode.UNIMPLEMENTED,
-    503: grpc.StatusCode.UNAVAILABLE,
-}
 REASONS = {
     "too large": grpc.StatusCode.INVALID_ARGUMENT,
     "expired": grpc.StatusCode.DEADLINE_EXCEEDED,
@@ -52,8 +45,6 @@ REASONS = {
 """All other refusals are RESOURCE_EXHAUSTED."""
 PIECE = 2**14
 """Typed values that are converted at once, before other threads run."""
-DECODED_BYTES = 16
-"""How many bytes of protobuf are decoded in the time that one of JSON takes, or more."""
 OPEN_TO_ALL = ("ServerLive", "ServerReady")
 
 Call = Callable[[Any, Any], Awaitable[Any]]
@@ -137,7 +128,7 @@ class Service:
                 return self._frames.render(served, asked, answer.outputs) or self._rendered(served, asked, answer)
         messages.check_infer(data, self._limits)
         message = oip.message("ModelInferRequest")
-        request = await self._front.read(lambda: messages.decoded(data, message), len(data) // DECODED_BYTES)
+        request = await self._front.read(lambda: messages.decoded(data, message), len(data) // messages.DECODED_BYTES)
         served = self._served(request.model_name, request.model_version)
         parsed_for, served, asked, answer = await self._run(served, request, None, context)
         self._frames.remember(data, request, parsed_for, asked)
@@ -211,17 +202,19 @@ class Service:
             if name == "ModelInfer":
                 return await self._infer(data, context)
             messages.check_small(data)
-            request = await self._front.read(lambda: messages.decoded(data, message), len(data) // DECODED_BYTES)
+            request = await self._front.read(
+                lambda: messages.decoded(data, message), len(data) // messages.DECODED_BYTES
+            )
             return await call(request, context)
 
     def _told(self, name: str, error: Exception, context: Any) -> tuple[Any, str]:
-        """How gRPC tells of an error."""
+        """The status code and the text of an error."""
         if isinstance(error, NoRoom):
             return grpc.StatusCode.RESOURCE_EXHAUSTED, str(error)
         if isinstance(error, ProtocolError):
             if error.status == 404:
                 self.metrics.turned_away("grpc", "unknown model")
-            return CODES.get(error.status, grpc.StatusCode.INVALID_ARGUMENT), str(error)
+            return messages.status_code(error), str(error)
         if isinstance(error, NotServed):
             if error.retry_after_s is not None:
                 context.set_trailing_metadata((("retry-after-s", f"{error.retry_after_s:.3f}"),))

@@ -27,16 +27,8 @@ MOST_IN_STREAM = 16
 """Requests of one stream in progress; the next is read when the first of them is answered."""
 MOST_WATCHES = 1024
 """Calls that receive one message and send many."""
-DECODED_BYTES = 16
-"""How many bytes of protobuf are decoded in the time that one of JSON takes, or more."""
 REFLECTION = ("grpc.reflection.v1alpha.ServerReflection", "grpc.reflection.v1.ServerReflection")
 """Both have the same messages."""
-CODES = {
-    404: grpc.StatusCode.NOT_FOUND,
-    500: grpc.StatusCode.INTERNAL,
-    501: grpc.StatusCode.UNIMPLEMENTED,
-    503: grpc.StatusCode.UNAVAILABLE,
-}
 
 Infer = Callable[[Any, Any], Awaitable[Any]]
 """Answers a ``ModelInferRequest``, given the call's context; raises ``CorewiseError``."""
@@ -104,7 +96,8 @@ class Stream:
                 booking.add(len(data))
                 messages.check_infer(data, self._limits)
                 request = await self._front.read(
-                    lambda: messages.decoded(data, oip.message("ModelInferRequest")), len(data) // DECODED_BYTES
+                    lambda: messages.decoded(data, oip.message("ModelInferRequest")),
+                    len(data) // messages.DECODED_BYTES,
                 )
                 about = {"model_name": request.model_name, "model_version": request.model_version, "id": request.id}
                 answer = await self._infer(request, self._context)
@@ -144,11 +137,11 @@ async def _decoded(requests: AsyncIterator[bytes], message: Any) -> AsyncIterato
 
 
 def _told(method: Method, error: Exception) -> tuple[Any, str]:
-    """How gRPC tells of an error."""
+    """The status code and the text of an error."""
     if isinstance(error, NoRoom):
         return grpc.StatusCode.RESOURCE_EXHAUSTED, str(error)
     if isinstance(error, ProtocolError):
-        return CODES.get(error.status, grpc.StatusCode.INVALID_ARGUMENT), str(error)
+        return messages.status_code(error), str(error)
     log.error("a gRPC call of %s failed", method.path, exc_info=error)
     return grpc.StatusCode.INTERNAL, "the server failed; its log says why"
 

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from corewise.serving import messages, oip, protocol
-from corewise.serving.frames import LONGEST_BYTES, MOST_FRAMES
+from corewise.serving.frames import LONGEST_BYTES, MOST_FRAMES, Place
 from corewise.serving.protocol import Asked, InferRequest
 from corewise.serving.served import Served
 
@@ -21,22 +21,13 @@ MOST_ALIKE = 8
 """Messages of one length that are remembered."""
 
 
-class _Place(NamedTuple):
-    """Where a tensor lies in a message."""
-
-    dtype: np.dtype[Any]
-    shape: tuple[int, ...]
-    values: int
-    start: int
-
-
 @dataclass(frozen=True, kw_only=True)
 class _Frame:
     """A message but for the bytes of its tensors."""
 
     fixed: tuple[tuple[int, bytes], ...]
     """Where what lies."""
-    places: tuple[_Place, ...]
+    places: tuple[Place, ...]
     """In the model's order."""
     name: str
     version: str
@@ -87,7 +78,7 @@ class RpcFrames:
         for spec, array in zip(served.inputs, asked.inputs, strict=True):
             if spec.dtype in ("object", "bool") or spec.name not in starts:
                 return
-            places.append(_Place(array.dtype, array.shape, array.size, starts[spec.name]))
+            places.append(Place(array.dtype, array.shape, array.size, starts[spec.name]))
         fixed, end = [], 0
         for start, size in [*sorted(raws), (len(data), 0)]:
             fixed.append((end, data[end:start]))

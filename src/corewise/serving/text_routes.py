@@ -27,6 +27,7 @@ from corewise.serving.metrics import Metrics
 from corewise.serving.models import Models
 from corewise.serving.protocol import Limits, ProtocolError
 from corewise.serving.served import Served
+from corewise.serving.text import TextInput
 from corewise.serving.text_calls import TextAnswer, TextCalls
 from corewise.serving.texts import FieldError, TextRequest
 
@@ -226,31 +227,30 @@ class TextRoutes:
 
     async def tokenize(self, request: Request) -> Response:
         """Texts to tokens."""
-        body = await self._body(request, texts.TOKENIZED_BYTES)
-        asked = await self._front.read(lambda: tei.tokenize(body), len(body))
-        served = self._chosen(asked.model, *ANY)
-        assert served.text is not None
-        text = served.text
-        content = await self._front.tokenize(
-            lambda: tei.render_tokens(text.described(asked.items, asked.add_special_tokens, asked.prompt)),
-            len(body),
-            deadline_s=self._deadline_s(request),
-            kind="pieces",
-        )
-        return Response(content, media_type="application/json")
+
+        def render(asked: tei.TokenizeRequest, text: TextInput) -> bytes:
+            return tei.render_tokens(text.described(asked.items, asked.add_special_tokens, asked.prompt))
+
+        return await self._by_tokenizer(request, tei.tokenize, render)
 
     async def decode(self, request: Request) -> Response:
         """Token ids to texts."""
+
+        def render(asked: tei.DecodeRequest, text: TextInput) -> bytes:
+            return msgspec.json.encode(text.decoded(asked.ids, asked.skip_special_tokens))
+
+        return await self._by_tokenizer(request, tei.decode_ids, render)
+
+    async def _by_tokenizer(
+        self, request: Request, parse: Callable[[bytes], Any], render: Callable[[Any, TextInput], bytes]
+    ) -> Response:
+        """What the tokenizer alone answers, without the model."""
         body = await self._body(request, texts.TOKENIZED_BYTES)
-        asked = await self._front.read(lambda: tei.decode_ids(body), len(body))
-        served = self._chosen(asked.model, *ANY)
-        assert served.text is not None
-        text = served.text
+        asked = await self._front.read(lambda: parse(body), len(body))
+        text = self._chosen(asked.model, *ANY).text
+        assert text is not None
         content = await self._front.tokenize(
-            lambda: msgspec.json.encode(text.decoded(asked.ids, asked.skip_special_tokens)),
-            len(body),
-            deadline_s=self._deadline_s(request),
-            kind="pieces",
+            lambda: render(asked, text), len(body), deadline_s=self._deadline_s(request), kind="pieces"
         )
         return Response(content, media_type="application/json")
 

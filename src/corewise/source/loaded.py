@@ -66,7 +66,7 @@ def with_tokenizer(loaded: Loaded, path: Path, pooling: Pooling | None) -> Loade
     Without a pipeline of its own, the model gets the tokens that its ``forward`` asks for, by name.
 
     Raises:
-        SourceError: The file is no tokenizer, or the model cannot be pooled.
+        SourceError: The file is not a tokenizer, or the model cannot be pooled.
     """
     content, pad_id = read_tokenizer(path)
     if loaded.pipeline is not None:

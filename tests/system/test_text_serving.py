@@ -122,7 +122,12 @@ def test_openais_client_lists_models(client):
             "truncate",
             "give true, false, NONE, START or END",
         ),
-        ({"extra_headers": {"x-request-timeout-ms": "1"}}, openai.InternalServerError, None, "give it more time"),
+        (
+            {"extra_headers": {"x-request-timeout-ms": "1"}},
+            openai.InternalServerError,
+            None,
+            "give it more time|try again later",  # which of them is said depends on how busy the machine is
+        ),
     ],
 )
 def test_openais_client_is_told_what_is_wrong(client, given, error, param, match):

@@ -74,7 +74,7 @@ def _budget_so_far(details: Details, rest: str = "plans and the race") -> str:
 
 def _budget_too_short(details: Details) -> str:
     left, needed = numbers.duration(details["left_s"]), numbers.duration(details["needed_s"])
-    what = "its twin" if details.get("twin") else "the trial"
+    what = "calibrating it again without them" if details.get("twin") else "the trial"
     return f"{left} of the budget of {details['budget_s']:g} s were left, and {what} needs about {needed}"
 
 

@@ -25,12 +25,17 @@ RESULTS = ROOT / "bench" / "compat.json"
 FILES = (
     "tests/contracts/test_engines.py",
     *(
-        f"tests/unit/test_{name}.py"
-        for name in (
-            *("attention", "engines_base", "inductor", "lift", "onnx_attention", "openvino", "quantize"),
-            *("quantize_lowered", "receipt", "sensitivity", "source", "streams", "torch_features"),
-            *("torch_int8", "torch_tools"),
+        f"tests/unit/{room}/test_{name}.py"
+        for room, names in (
+            (
+                "engines",
+                ("engines_base", "inductor", "onnx_attention", "openvino", "receipt", "torch_int8", "torch_tools"),
+            ),
+            ("machine", ("torch_features",)),
+            ("quantize", ("attention", "lift", "quantize", "quantize_lowered", "sensitivity", "streams")),
+            ("source", ("source",)),
         )
+        for name in names
     ),
 )
 PACKAGES = ("torch", "torchao", "onnx", "onnxscript", "onnxruntime", "openvino", "nncf", "transformers", "numpy")

@@ -16,6 +16,7 @@ from pathlib import Path
 
 import httpx
 import numpy as np
+from places import GOLDEN
 
 from corewise import artifact
 from corewise.engines.fake import Fake
@@ -28,14 +29,14 @@ from corewise.records.pipeline import TextPipeline, TokenInput
 from corewise.records.ranges import InputRange, ValueRange
 from corewise.records.report import Preprocess
 
-GOLDEN = Path(__file__).parents[1] / "golden" / "schema-1"
+ARTIFACT = GOLDEN / "schema-1"
 TIMEOUT_S = 60
 
 
 def fake_artifact(folder, plan=None, *, call_ms=2.0, **options):
     """An artifact of the fake engine: outputs are a projection of the inputs, calls take ``call_ms``."""
     plan = plan or Plan(threads_per_instance=1, instances=1, batch=4)
-    found = artifact.read(GOLDEN)
+    found = artifact.read(ARTIFACT)
     settings = {"seconds_per_call": call_ms / 1e3, **options}
     build = Build(engine="fake", precision="fp32", options=tuple(sorted(settings.items())))
     payload = folder.with_name(folder.name + ".payload")
@@ -123,7 +124,7 @@ def openvino_artifact(folder, payload, golden_inputs, *, tokenizer, batch=4, cal
     session = OpenVino().open(payload, build, plan)
     golden = (golden_inputs, session.run(golden_inputs))
     session.close()
-    found = artifact.read(GOLDEN)
+    found = artifact.read(ARTIFACT)
     measured = Measurement(
         plan=plan,
         latencies_ms=(call_ms,),
@@ -274,9 +275,9 @@ def eventually(condition, seconds=30.0):
 
 def image_artifact(folder):
     """The golden artifact, as if it had been made from images of 12 x 12 pixels."""
-    found = artifact.read(GOLDEN)
+    found = artifact.read(ARTIFACT)
     payload = folder.with_name(folder.name + ".payload")
-    shutil.copytree(GOLDEN / "payload", payload)
+    shutil.copytree(ARTIFACT / "payload", payload)
     artifact.write(
         folder,
         manifest=lambda files: replace(found.manifest, files=files, preprocess=Preprocess(resize=12, crop=12)),

@@ -11,7 +11,7 @@ import grpc
 import httpx
 import numpy as np
 import pytest
-from serving_tools import GOLDEN, eventually, fake_artifact, serving
+from serving_tools import ARTIFACT, eventually, fake_artifact, serving
 
 from corewise.machine.inspect import inspect_cpu
 from corewise.records.build import Plan
@@ -117,7 +117,7 @@ def test_unix_sockets_on_both_protocols(tmp_path):
     left = socket.socket(socket.AF_UNIX)  # by a server that was killed
     left.bind(str(http))
     left.close()
-    with serving(f"toy={GOLDEN}", http=f"unix:{http}", grpc=f"unix:{rpc}") as server:
+    with serving(f"toy={ARTIFACT}", http=f"unix:{http}", grpc=f"unix:{rpc}") as server:
         assert f"http at unix:{http}, grpc at unix:{rpc}" in server.printed[0]
         with httpx.Client(transport=httpx.HTTPTransport(uds=str(http)), base_url="http://corewise") as client:
             assert client.get("/v2/health/ready").json() == {"ready": True}
@@ -156,7 +156,7 @@ def test_standard_streams_that_are_full_or_closed_end_nothing(tmp_path):
         for stdout, stderr in ((full, full), (pipe, pipe)):
             options = ("--log-level", "debug")
             address = f"127.0.0.1:{port}"
-            with serving(f"toy={GOLDEN}", *options, wait=False, http=address, stdout=stdout, stderr=stderr) as server:
+            with serving(f"toy={ARTIFACT}", *options, wait=False, http=address, stdout=stdout, stderr=stderr) as server:
                 server.ports["http"] = port
                 assert eventually(lambda server=server: is_ready(server))
                 assert server.post("/v2/models/toy/infer", content=ROW.tobytes(), headers=RAW).status_code == 200

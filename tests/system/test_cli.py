@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from command_line import command
+from places import GOLDEN
 
 MODELS = """
 import torch
@@ -311,8 +312,8 @@ def test_wrong_usage_exits_with_2(place):
 
 # --- streams ------------------------------------------------------------------------------------------------------
 
-GOLDEN = Path(__file__).parents[1] / "golden" / "schema-1"
-SHOWS = (("show", GOLDEN), ("show", GOLDEN, "--json"), ("doctor",), ("optimize", "--help"))
+ARTIFACT = GOLDEN / "schema-1"
+SHOWS = (("show", ARTIFACT), ("show", ARTIFACT, "--json"), ("doctor",), ("optimize", "--help"))
 
 
 @pytest.mark.parametrize("args", SHOWS, ids=str)
@@ -338,7 +339,7 @@ def test_signs_that_the_terminal_lacks_are_replaced(args):
     done = subprocess.run(command(*args, quick=False), capture_output=True, timeout=60, env=environment)
     assert (done.returncode, done.stderr) == (0, b"")
     shown = done.stdout.decode("ascii")
-    if args == ("show", GOLDEN):
+    if args == ("show", ARTIFACT):
         assert "+ chosen" in shown
     if "--help" in args:
         assert "+- Goal ---" in shown

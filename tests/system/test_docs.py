@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 from docs_pages import NOT_RUN, Driver, Reader, blocks, commands
 from docs_samples import write_photos, write_texts
+from places import ROOT
 
 from corewise.machine.inspect import inspect_cpu
 
-ROOT = Path(__file__).parents[2]
 PAGES = sorted(str(path.relative_to(ROOT)) for path in (ROOT / "README.md", *ROOT.glob("docs/**/*.md")))
 SHOWN = {name: list(blocks((ROOT / name).read_text())) for name in PAGES}
 RUN = [name for name in PAGES if any(block.language in ("bash", "python") for block in SHOWN[name])]

@@ -1,16 +1,15 @@
 """Every artifact format ever released still opens, verifies and computes what it did (tests/golden/schema-*)."""
 
 import json
-from pathlib import Path
 
 import numpy as np
 import pytest
+from places import GOLDEN
 
 from corewise import ArtifactError, artifact
 from corewise.artifact.open import load, verify
 from corewise.machine.inspect import inspect_cpu
 
-GOLDEN = Path(__file__).parents[1] / "golden"
 ARTIFACTS = sorted(GOLDEN.glob("schema-*"))
 
 pytestmark = [

@@ -16,7 +16,7 @@ import grpc
 import httpx
 import numpy as np
 import pytest
-from serving_tools import GOLDEN, eventually, serving, token_artifact
+from serving_tools import ARTIFACT, eventually, serving, token_artifact
 
 from corewise.machine.inspect import inspect_cpu
 from corewise.serving import oip
@@ -31,7 +31,7 @@ MIB = 2**20
 
 @pytest.fixture(scope="module")
 def server():
-    with serving(f"toy={GOLDEN}", "--queue", "16") as found:
+    with serving(f"toy={ARTIFACT}", "--queue", "16") as found:
         yield found
 
 
@@ -180,7 +180,7 @@ def test_large_messages_of_grpc_at_once_are_refused_and_others_are_answered(serv
 
 def test_the_token_is_looked_at_before_the_message(tmp_path):
     (tmp_path / "tokens").write_text("secret\n")
-    with serving(f"toy={GOLDEN}", "--token-file", tmp_path / "tokens") as server:
+    with serving(f"toy={ARTIFACT}", "--token-file", tmp_path / "tokens") as server:
         for body in (BROKEN, bytes(MIB)):
             assert call(server, body)[0] == "UNAUTHENTICATED"
         good = request("toy", "input", list(ROW.shape), "FP32", ROW.tobytes())
@@ -200,7 +200,7 @@ def test_a_deadline_counts_from_the_first_byte(server):
 
 def test_the_end_cuts_no_request(tmp_path):
     statuses, headers = [], {"inference-header-content-length": "0"}
-    with serving(f"toy={GOLDEN}") as server:
+    with serving(f"toy={ARTIFACT}") as server:
 
         def ask():
             """Requests on one connection, until an answer ends it."""

@@ -5,10 +5,10 @@ import shutil
 import subprocess
 import sys
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import pytest
+from places import GOLDEN
 from trial_folder import fill
 
 from corewise.artifact import tuned
@@ -25,7 +25,7 @@ from corewise.samples import from_python
 
 pytestmark = pytest.mark.alone
 
-GOLDEN = Path(__file__).parents[1] / "golden" / "schema-1"
+ARTIFACT = GOLDEN / "schema-1"
 CPU = inspect_cpu()
 SAMPLES = from_python(list(np.random.default_rng(0).standard_normal((40, 6)).astype(np.float32)))
 PLAN = Plan(threads_per_instance=1, instances=2, batch=4)
@@ -171,7 +171,7 @@ def tuned_here(tmp_path):
             )
             for batch, ms in calls_ms
         )
-        shutil.copytree(GOLDEN, folder)
+        shutil.copytree(ARTIFACT, folder)
         made = Tuned(machine=Machine.of(CPU), created="2026-01-01", goal="slo", plan=plan, measurements=measured)
         tuned.write(folder, made)
         return str(folder)
@@ -244,7 +244,7 @@ def test_an_slo_that_one_call_misses_is_a_result_in_words(here):
     ],
 )
 def test_bad_input_is_one_line(arguments, told):
-    found = corewise(str(GOLDEN), *arguments)
+    found = corewise(str(ARTIFACT), *arguments)
     assert (found.returncode, found.stdout) == (2, "")
     assert found.stderr.startswith("corewise: ")
     assert found.stderr.count("\n") == 1

@@ -17,7 +17,7 @@ from google.protobuf.descriptor_pool import DescriptorPool
 from google.protobuf.message_factory import GetMessageClass
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha.proto_reflection_descriptor_database import ProtoReflectionDescriptorDatabase
-from serving_tools import GOLDEN, eventually, fake_artifact, serving, token_artifact
+from serving_tools import ARTIFACT, eventually, fake_artifact, serving, token_artifact
 
 import corewise
 from corewise import artifact
@@ -29,7 +29,7 @@ pytest.importorskip("openvino")
 pytestmark = pytest.mark.skipif(inspect_cpu().architecture != "x86_64", reason="the golden artifacts are for x86-64")
 
 LABELS = ("ant", "bee", "cat")
-ROWS = artifact.read(GOLDEN).golden()[0][0]
+ROWS = artifact.read(ARTIFACT).golden()[0][0]
 SERVICE = "inference.GRPCInferenceService"
 
 

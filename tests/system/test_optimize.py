@@ -137,8 +137,9 @@ def test_progress_is_told_in_order(result, events):
     assert kinds[0] is StageStarted
     assert [event.number for event in events if isinstance(event, TrialStarted)] == [*range(1, total + 1)]
     assert [e.trial.build for e in events if isinstance(e, TrialEnded)] == [t.build for t in result.report.trials]
-    assert isinstance(events[-1], RaceRound)
-    assert events[-1].round == events[-1].rounds
+    # After the last race a twin may still judge a winner in static int8, if that is the one that won.
+    last = next(event for event in reversed(events) if isinstance(event, RaceRound))
+    assert last.round == last.rounds
 
 
 def test_the_model_answers_as_the_original(result):

@@ -2,13 +2,12 @@
 
 import json
 import subprocess
-from pathlib import Path
 
 import numpy as np
 import pytest
 from command_line import command
+from places import EXAMPLES
 
-EXAMPLES = Path(__file__).parents[2] / "examples"
 IMAGES = 1000
 
 

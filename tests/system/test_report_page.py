@@ -9,16 +9,16 @@ from dataclasses import replace
 from functools import partial
 from html import unescape
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
-from pathlib import Path
 from threading import Thread
 
 import pytest
 from builders import text
+from places import GOLDEN
 
 from corewise.records.build import Build
 from corewise.report import html
 
-REPORT = runpy.run_path(str(Path(__file__).parents[1] / "golden" / "make.py"))["REPORT"]
+REPORT = runpy.run_path(str(GOLDEN / "make.py"))["REPORT"]
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="there is no Chromium: apt-get install chromium")

@@ -8,11 +8,11 @@ import subprocess
 import sys
 from dataclasses import replace
 from importlib import import_module
-from pathlib import Path
 
 import numpy as np
 import pytest
 from builders import requirements
+from places import GOLDEN, TESTS
 
 import corewise
 from corewise import artifact
@@ -26,9 +26,8 @@ from corewise.records.build import Build, Plan
 from corewise.records.events import StageStarted
 from corewise.report.lines import retuned_lines
 
-TESTS = Path(__file__).parents[1]
-MADE = runpy.run_path(str(TESTS / "unit" / "test_artifact.py"))
-GOLDEN = TESTS / "golden" / f"schema-{artifact.SCHEMA}"
+MADE = runpy.run_path(str(TESTS / "unit" / "artifact" / "test_artifact.py"))
+ARTIFACT = GOLDEN / f"schema-{artifact.SCHEMA}"
 RETUNE = import_module("corewise.search.retuning")
 retune = RETUNE.retune  # "corewise.search.retuning" is the module by now
 CPU = inspect_cpu()
@@ -155,7 +154,7 @@ def test_again_it_begins_with_the_tuned_plan(tmp_path):
 @x86_only
 def test_a_real_artifact_in_a_container_of_one_core(tmp_path):
     folder = tmp_path / "golden.cw"
-    shutil.copytree(GOLDEN, folder)
+    shutil.copytree(ARTIFACT, folder)
     found = json.loads(ok("retune", folder, "--budget", "20", "--json", on=ONE_CORE))
     machine = found["entry"]["machine"]
     assert (machine["usable_cores"], machine["hardware_threads"]) == (1, 1)
@@ -174,7 +173,7 @@ def test_a_real_artifact_in_a_container_of_one_core(tmp_path):
 @x86_only
 def test_the_words_tell_both_plans_and_where_it_was_saved(tmp_path):
     folder = tmp_path / "golden.cw"
-    shutil.copytree(GOLDEN, folder)
+    shutil.copytree(ARTIFACT, folder)
     lines = ok("retune", folder, "--budget", "8").splitlines()
     assert lines[0].startswith("old plan ")
     assert lines[-1] == f"saved {folder / TUNED}"

@@ -23,7 +23,8 @@ import numpy as np
 import pytest
 import tritonclient.grpc as triton_grpc
 import tritonclient.http as triton_http
-from serving_tools import GOLDEN, eventually, fake_artifact, serving
+from places import ROOT
+from serving_tools import ARTIFACT, eventually, fake_artifact, serving
 
 from corewise import artifact
 from corewise.batching import NotServed
@@ -37,9 +38,9 @@ pytestmark = [
     pytest.mark.alone,
 ]
 
-INPUTS, OUTPUTS = artifact.read(GOLDEN).golden()
+INPUTS, OUTPUTS = artifact.read(ARTIFACT).golden()
 ROWS = INPUTS[0]
-PROJECT = GOLDEN.parents[2]
+PROJECT = ROOT
 CLOSE = 5e-3
 """Its int8 is scaled by what is in the call."""
 
@@ -47,7 +48,7 @@ CLOSE = 5e-3
 @pytest.fixture(scope="module")
 def server(tmp_path_factory):
     folder = tmp_path_factory.mktemp("serving")
-    shutil.copytree(GOLDEN, folder / "net.cw")
+    shutil.copytree(ARTIFACT, folder / "net.cw")
     fake = fake_artifact(folder / "fake.cw", Plan(threads_per_instance=1, instances=2, batch=4), fails_above=100.0)
     with serving(folder / "net.cw", f"toy@3={fake}", f"toy@12={fake}") as found:
         yield found
@@ -56,7 +57,7 @@ def server(tmp_path_factory):
 @pytest.fixture(scope="module")
 def expected():
     """What the fake engine answers."""
-    folder = GOLDEN.parent
+    folder = ARTIFACT.parent
 
     def answer(rows):
         specs = artifact.read(folder / "schema-1").manifest.outputs

@@ -12,6 +12,7 @@ import openai
 import pytest
 import tritonclient.grpc as triton_grpc
 from huggingface_hub import InferenceClient
+from places import ROOT
 from serving_tools import serving, token_artifact
 
 from corewise.machine.inspect import inspect_cpu
@@ -22,7 +23,7 @@ pytestmark = [
     pytest.mark.alone,
 ]
 
-PROJECT = Path(__file__).parents[2]
+PROJECT = ROOT
 TOKEN = "sesame"
 SENTENCES = ["A man plays the guitar.", "Somebody plays an instrument.", "The stock market fell today."]
 CLASSES = tuple("abcdefgh")

@@ -6,14 +6,15 @@ import sys
 
 import numpy as np
 import pytest
-from serving_tools import GOLDEN, serving
+from places import ROOT
+from serving_tools import ARTIFACT, serving
 
 from corewise import artifact
 from corewise.machine.inspect import inspect_cpu
 
 pytestmark = pytest.mark.skipif(inspect_cpu().architecture != "x86_64", reason="the golden artifacts are for x86-64")
 
-PROJECT = GOLDEN.parents[2]
+PROJECT = ROOT
 MOST_MEMORY_BYTES = 400e6
 
 
@@ -40,8 +41,8 @@ def resident_bytes(pid):
 def test_an_artifact_is_served_without_torch(python, tmp_path):
     packages = pip(python, "list")
     assert not {"torch", "onnx", "onnxscript", "torchao"} & {line.split()[0] for line in packages.splitlines()}
-    shutil.copytree(GOLDEN, tmp_path / "net.cw")
-    inputs, outputs = artifact.read(GOLDEN).golden()
+    shutil.copytree(ARTIFACT, tmp_path / "net.cw")
+    inputs, outputs = artifact.read(ARTIFACT).golden()
     with serving(tmp_path / "net.cw", python=python) as server:
         rows = inputs[0][:2]
         tensor = {"name": "input", "datatype": "FP32", "shape": list(rows.shape), "data": rows.reshape(-1).tolist()}

@@ -8,6 +8,7 @@ from pathlib import Path
 import kubernetes_validate
 import pytest
 import yaml
+from places import ROOT
 
 from corewise.batching.policy import WORDS
 from corewise.cli.quantities import duration
@@ -16,7 +17,7 @@ from corewise.serving.metrics import Metrics
 from corewise.serving.models import Models
 from corewise.serving.traces import Traces
 
-DEPLOY = Path(__file__).parents[2] / "deploy"
+DEPLOY = ROOT / "deploy"
 MANIFESTS = sorted(DEPLOY.glob("*.yaml"))
 OTHERS = ("serving.kserve.io/", "keda.sh/")
 """Kinds that a plain Kubernetes does not know."""

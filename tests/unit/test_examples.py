@@ -7,13 +7,13 @@ from typing import Any
 
 import numpy as np
 import pytest
+from places import EXAMPLES
 
 from corewise.common.references import find_reference
 from corewise.records.report import Preprocess
 from corewise.samples import Samples, read, split
 from corewise.source import export
 
-EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
 IMAGENET = Preprocess()
 CAFFE = Preprocess(mean=(0.48501961, 0.45795686, 0.40760392), std=(0.00392157, 0.00392157, 0.00392157))
 """What ResNet-50's weights expect (see its docstring)."""

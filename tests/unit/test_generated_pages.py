@@ -6,10 +6,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from places import ROOT
 
 from corewise.report.charts import Column, columns
-
-ROOT = Path(__file__).parents[2]
 
 
 def script(path: str) -> Any:

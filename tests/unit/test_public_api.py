@@ -3,15 +3,15 @@
 import doctest
 import inspect
 import shutil
-from pathlib import Path
 
 import pytest
+from places import GOLDEN
 
 import corewise
 from corewise.runtime import race
 from corewise.search import retuning, trial
 
-GOLDEN = Path(__file__).parents[1] / "golden" / "schema-2"
+ARTIFACT = GOLDEN / "schema-2"
 FUNCTIONS = sorted(name for name in corewise.__all__ if inspect.isfunction(getattr(corewise, name)))
 
 
@@ -50,7 +50,7 @@ def test_every_argument_is_documented(name):
 
 @pytest.mark.parametrize("name", [*FUNCTIONS, "Latency", "Slo", "Throughput"])
 def test_examples_run(name, quick, tmp_path, monkeypatch):
-    shutil.copytree(GOLDEN, tmp_path / "model.cw")
+    shutil.copytree(ARTIFACT, tmp_path / "model.cw")
     monkeypatch.chdir(tmp_path)
     example = doctest.DocTestFinder(recurse=False).find(getattr(corewise, name), name)[0]
     assert example.examples

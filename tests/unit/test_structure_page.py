@@ -1,11 +1,11 @@
 """docs/structure.md tells the same floors as the layer test."""
 
 import re
-from pathlib import Path
 
+from places import ROOT
 from test_layers import LAYERS
 
-PAGE = Path(__file__).parents[2] / "docs" / "structure.md"
+PAGE = ROOT / "docs" / "structure.md"
 ROW = re.compile(r"^\| (\d+) \| `(\w+)` \| ", re.MULTILINE)
 
 

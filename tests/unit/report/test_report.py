@@ -5,11 +5,11 @@ import json
 import re
 import runpy
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 from builders import said
 from builders import text as text_of
+from places import GOLDEN
 from rich.console import Console
 
 from corewise.records.build import Build, Plan, Receipt
@@ -32,7 +32,6 @@ from corewise.report import html, markdown, numbers, terminal, words
 from corewise.report.summary import summarize
 from corewise.report.terminal import Progress
 
-GOLDEN = Path(__file__).parents[1] / "golden"
 MAKE = runpy.run_path(str(GOLDEN / "make.py"))
 REPORT, shown = MAKE["REPORT"], MAKE["shown"]
 WINNER = REPORT.winner

@@ -6,12 +6,12 @@ import re
 import runpy
 from dataclasses import replace
 from html.parser import HTMLParser
-from pathlib import Path
 
 import pytest
 from builders import text as text_of
 from hypothesis import given
 from hypothesis import strategies as st
+from places import GOLDEN
 
 from corewise.records.build import Build, Plan
 from corewise.records.goal import Latency, Throughput
@@ -23,7 +23,6 @@ from corewise.report import charts, figures, html, words
 from corewise.report.charts import Axis, Bar, Line, Mark
 from corewise.report.figures import Builds
 
-GOLDEN = Path(__file__).parents[1] / "golden"
 REPORT = runpy.run_path(str(GOLDEN / "make.py"))["REPORT"]
 WINNER, EAGER = REPORT.winner, REPORT.trials[0]
 HOSTILE = """<script>alert(1)</script><img src="http://evil/x" onerror='x'>&amp;</title></style>"""

@@ -7,6 +7,7 @@ from io import StringIO
 from pathlib import Path
 
 import pytest
+from places import ROOT
 from rich.console import Console
 
 from corewise.doctor import (
@@ -25,7 +26,7 @@ from corewise.machine.inspect import inspect_cpu, parse_isa
 from corewise.records.cpu import Cache, Cpu, LogicalCpu
 from corewise.records.jsonable import from_json, to_json
 
-SOURCE = Path(__file__).parents[2] / "src"
+SOURCE = ROOT / "src"
 SERVER = Cpu(
     architecture="x86_64",
     vendor="GenuineIntel",

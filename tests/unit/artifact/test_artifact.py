@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from places import TESTS
 
 from corewise import artifact
 from corewise.artifact import (
@@ -35,7 +36,7 @@ from corewise.machine.inspect import inspect_cpu
 from corewise.records.build import Build, Plan, TensorSpec
 from corewise.samples import from_python
 
-STORY = runpy.run_path(str(Path(__file__).parents[1] / "golden" / "make.py"))["REPORT"]
+STORY = runpy.run_path(str(TESTS / "golden" / "make.py"))["REPORT"]
 CPU = inspect_cpu()
 STORY = replace(STORY, cpu=CPU)  # made here: loading warns of other machines
 BUILD = Build(engine="fake", precision="int8")

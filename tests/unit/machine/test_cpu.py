@@ -22,7 +22,7 @@ from corewise.machine.inspect import (
 from corewise.records.cpu import Cache, Cpu, LogicalCpu
 from corewise.records.jsonable import from_json, to_json
 
-DATA = Path(__file__).parent / "data/cpu"
+DATA = Path(__file__).parent / "data"
 V2_MOUNT = "31 23 0:28 / /sys/fs/cgroup rw,nosuid shared:4 - cgroup2 cgroup rw,nsdelegate\n"
 
 

@@ -4,10 +4,10 @@ import json
 import logging
 import re
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import pytest
+from places import GOLDEN
 
 from corewise import artifact
 from corewise.batching import Answer
@@ -24,7 +24,7 @@ from corewise.serving.traces import Traces
 from corewise.serving.triton import classified
 from corewise.serving.values import Values
 
-GOLDEN = Path(__file__).parents[1] / "golden" / "schema-1"
+ARTIFACT = GOLDEN / "schema-1"
 WITHIN = 0.03
 """What the buckets of latencies leave open."""
 
@@ -194,7 +194,7 @@ def test_the_highest_values_become_classes_with_their_labels():
 
 
 def test_what_is_not_known_is_not_checked_and_told():
-    found = artifact.read(GOLDEN)
+    found = artifact.read(ARTIFACT)
     assert Values(found).notes == ()
     tokens = TensorSpec(name="tokens", dtype="int64", shape=(None, None))
     files = {name: facts for name, facts in found.manifest.files.items() if name != artifact.REFERENCE}

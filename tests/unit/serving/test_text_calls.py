@@ -96,8 +96,9 @@ def run(queue, items, *, ends=True, booked=None, on_tokenized=lambda: None, with
         )
         working = asyncio.ensure_future(work)
         if not ends:
-            while len(queue.waiting) < INSTANCES + text_calls.AHEAD:
-                await asyncio.sleep(0)
+            async with asyncio.timeout(60):
+                while len(queue.waiting) < INSTANCES + text_calls.AHEAD:
+                    await asyncio.sleep(0)
             return await asyncio.wait_for(working, 0.05)
         ending = asyncio.ensure_future(queue.end_all())
         try:

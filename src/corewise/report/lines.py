@@ -3,7 +3,7 @@
 from corewise.records.goal import GOALS
 from corewise.records.measurement import LoadTest
 from corewise.records.tuned import Retuned
-from corewise.report.numbers import duration, figure, interval, milliseconds, rate, times
+from corewise.report.numbers import counted, duration, figure, interval, milliseconds, rate, times
 
 LATE_MS = 5.0
 """If the sender's p99 delay is above this, the requests no longer arrive as a Poisson process."""
@@ -69,7 +69,9 @@ def retuned_lines(retuned: Retuned) -> tuple[str, ...]:
         lines.append(f"{ratio} over {comparison.rounds} alternating rounds: {verdict}")
     elif retuned.kept:
         lines.append("no other plan tried is faster: the old plan stays")
-    lines.append(f"{retuned.tried} plans measured in {duration(retuned.wall_s)} on {retuned.entry.machine.label}")
+    lines.append(
+        f"{counted(retuned.tried, 'plan')} measured in {duration(retuned.wall_s)} on {retuned.entry.machine.label}"
+    )
     return (*lines, *(f"note: {note}" for note in retuned.notes))
 
 

@@ -20,6 +20,7 @@ from corewise.records.report import Preprocess, Report
 from corewise.records.trial import Fidelity, State, Trial
 from corewise.report.numbers import (
     clean,
+    counted,
     duration,
     figure,
     interval,
@@ -214,10 +215,12 @@ def ended(trial: Trial, baseline: Trial | None, goal: Goal) -> str:
 def tuned(trial: Trial) -> str:
     """One line about a trial whose plans were searched."""
     assert trial.tuned is not None
-    line = f"{trial.build.label}: {len(trial.measurements)} plans measured; {sentence(trial.tuned)}"
+    line = f"{trial.build.label}: {counted(len(trial.measurements), 'plan')} measured; {sentence(trial.tuned)}"
     if trial.failed_plans:
         first = trial.failed_plans[0]
-        line += f"; {len(trial.failed_plans)} plans did not run, {first.plan.label}: {sentence(first.reason)}"
+        line += (
+            f"; {counted(len(trial.failed_plans), 'plan')} did not run, {first.plan.label}: {sentence(first.reason)}"
+        )
     return clean(line)
 
 
@@ -245,9 +248,8 @@ def stage(event: StageStarted) -> str:
         case Stage.MEASURING_PLAN:
             return f"measuring {plan}"
         case Stage.RACING:
-            contenders = "contender" if event.count == 1 else "contenders"
             return (
-                f"racing {plan or f'{event.count} {contenders}'} against {'the old plan' if plan else 'the baseline'}"
+                f"racing {plan or counted(event.count, 'contender')} against the {'old plan' if plan else 'baseline'}"
             )
         case Stage.QUANTIZING:
             return f"quantizing with {event.samples} samples"

@@ -297,7 +297,7 @@ def test_machines_that_write_at_the_same_time_all_get_in(made):
 
 def test_an_artifact_can_be_read_at_any_moment_of_writing(made):
     code = "import sys; from pathlib import Path; from test_tuned import *\n"
-    code += "for _ in range(200): write(Path(sys.argv[1]), entry())"
+    code += "for _ in range(60): write(Path(sys.argv[1]), entry())"
     path = os.pathsep.join([os.path.dirname(__file__), *sys.path])
     writer = subprocess.Popen([sys.executable, "-c", code, str(made)], env={**os.environ, "PYTHONPATH": path})
     reads = 0

@@ -153,7 +153,7 @@ def test_answers_are_those_of_each_text_alone_in_order(tokenizer: Path) -> None:
 
 def test_all_instances_are_busy(tokenizer: Path) -> None:
     """Each call waits until another one runs: with one call at a time none would end."""
-    meeting = threading.Barrier(2, timeout=10)
+    meeting = threading.Barrier(2, timeout=60)
 
     def run(inputs: Sequence[np.ndarray]) -> list[np.ndarray]:
         meeting.wait()
@@ -163,7 +163,7 @@ def test_all_instances_are_busy(tokenizer: Path) -> None:
 
 
 def test_a_stream_is_read_as_its_answers_are_taken(tokenizer: Path) -> None:
-    taken = 0
+    taken, before = 0, threading.active_count()
 
     def stream() -> Iterator[str]:
         nonlocal taken
@@ -175,7 +175,7 @@ def test_a_stream_is_read_as_its_answers_are_taken(tokenizer: Path) -> None:
     assert len(list(islice(answers, 10))) == 10
     assert taken <= 2 * WINDOW_ITEMS
     answers.close()
-    assert threading.active_count() < 10
+    assert threading.active_count() <= before
 
 
 def test_abandoned_answers_end_their_threads(tokenizer: Path) -> None:

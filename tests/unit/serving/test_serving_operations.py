@@ -8,6 +8,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 from places import GOLDEN
+from waiting import eventually
 
 from corewise import artifact
 from corewise.batching import Answer
@@ -137,7 +138,7 @@ def test_a_single_refusal_is_told_without_another(caplog):
     caplog.set_level(logging.INFO, "corewise.serve")
     refusals = RefusalLog(period_s=0.01)
     refusals.add("queue full")
-    refusals._timer.join()
+    assert eventually(lambda: caplog.messages)
     assert json.loads(caplog.messages[0])["reasons"] == {"queue full": 1}
     refusals.close()
     assert len(caplog.messages) == 1

@@ -22,8 +22,9 @@ class Model:
     """An opened model. Call it as the original: torch tensors give torch tensors, numpy arrays give numpy arrays.
 
     Thread-safe. It runs the plan that was measured (``instances.open_plan``): a call with more rows than the plan's
-    batch is cut into micro-batches for all instances; a smaller call is divided among those that are idle. Raises
-    ``InputError`` if the arguments do not have the structure, dtypes and shapes of the samples.
+    batch is cut into micro-batches for all instances; a smaller call is divided among those that are idle. Under an
+    elastic plan (``elastic.open_elastic``) a call that is alone takes all cores, and calls of many threads share them.
+    Raises ``InputError`` if the arguments do not have the structure, dtypes and shapes of the samples.
     """
 
     def __init__(

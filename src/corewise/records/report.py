@@ -58,6 +58,8 @@ class Preprocess:
     """Whether the model takes blue first; ``mean`` and ``std`` are in the model's order."""
     decode: Literal["full", "scaled"] = "full"
     """``scaled``: a JPEG of twice the size needed or more is decoded at a half, a quarter or an eighth of its size."""
+    dtype: Literal["float32", "uint8"] = "float32"
+    """``uint8``: the engine takes the pixels, (N, crop, crop, C), and normalizes them itself; float32 it takes too."""
     origin: str | None = None
     """Whose preprocessing it is, such as ``timm's pretrained_cfg``, where the model brought it."""
     function: str | None = None

@@ -446,7 +446,8 @@ def images(preprocess: Preprocess) -> str:
     order = ", blue first" if preprocess.bgr else ""
     origin = f", as {preprocess.origin} says" if preprocess.origin else ""
     decoded = "; large JPEGs are decoded at a smaller scale" if preprocess.decode == "scaled" else ""
-    return clean(f"{fit}, mean {mean}, std {std}{order}{origin}{decoded}")
+    normalized = "; the engine normalizes them" if preprocess.dtype == "uint8" else ""
+    return clean(f"{fit}, mean {mean}, std {std}{order}{origin}{decoded}{normalized}")
 
 
 def _machine(cpu: Cpu) -> str:

@@ -4,7 +4,7 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -108,7 +108,7 @@ def command(
     """
     from corewise import artifact
     from corewise.artifact.open import load
-    from corewise.pipeline import TOP
+    from corewise.pipeline import TOP, TextRunner
     from corewise.pipeline.job import Done, Job, check_job, count_rows, run_job
     from corewise.samples.folders import list_images
     from corewise.samples.texts import Columns
@@ -116,6 +116,7 @@ def command(
     compute_on_usable_cores()
     found = artifact.read(artifact_path)
     images = found.manifest.preprocess is not None and found.manifest.pipeline is None
+    _check_kind(artifact_path, texts if images else photos, "images" if images else "texts")
     job = Job(
         inputs=tuple(list_images(inputs) if images else inputs),
         output=output.output,
@@ -132,10 +133,28 @@ def command(
             raise InputError(f"{artifact_path} was made with a function that prepares images", "give --preprocess")
         if runner is None:
             raise InputError(f"{artifact_path} takes tensors only", "make it again from st:, hf: or with --tokenizer")
+        if isinstance(runner, TextRunner):
+            _check_pairs(artifact_path, runner.encoder.pipeline.pairs, texts.pair)
         with _progress(len(job.inputs) if images else count_rows(job.inputs), output.quiet) as on_rows:
             done: Done = run_job(job, runner, on_rows=on_rows)
     if not output.quiet:
         print(_outcome(job, done.rows, done.resumed, done.failed, time.monotonic() - start))
+
+
+def _check_kind(path: Path, foreign: TextColumns | PhotoOptions, kind: str) -> None:
+    """Raise ``InputError`` for an option that is ``foreign`` to the items that the artifact takes."""
+    for field in fields(foreign):
+        if getattr(foreign, field.name) is not None:
+            name = f"--{field.name}"
+            raise InputError(f"{name} has no meaning for {kind}, which {path} takes", f"leave out {name}")
+
+
+def _check_pairs(path: Path, takes_pairs: bool, column: str | None) -> None:
+    """Raise ``InputError`` unless the column of second texts is given for a model of pairs, and for no other."""
+    if takes_pairs and column is None:
+        raise InputError(f"{path} takes pairs of texts", "say which column is the second text: --pair COLUMN")
+    if column is not None and not takes_pairs:
+        raise InputError(f"{path} takes single texts", "leave out --pair")
 
 
 def _outcome(job: "Job", rows: int, resumed: int, failed: int, seconds: float) -> str:

@@ -27,6 +27,7 @@ import numpy as np
 from corewise.common.errors import ArtifactError, OutputError
 from corewise.common.nested import Structure
 from corewise.engines import Session
+from corewise.pipeline.calls import CostTable
 from corewise.records.build import Build, Plan, TensorSpec
 from corewise.records.cpu import Cpu
 from corewise.records.jsonable import from_json, to_json
@@ -88,6 +89,8 @@ class Manifest:
     """How texts become inputs and outputs answers; ``None`` if the model takes tensors only, and in older artifacts."""
     seen_ranges: SeenRanges | None = None
     """What inputs and outputs were like in the search (``watch``); ``None`` in artifacts of versions without it."""
+    call_costs: CostTable | None = None
+    """What calls of texts cost under ``plan``; ``None`` where that was not measured, and in older artifacts."""
 
 
 @dataclass(frozen=True, kw_only=True)

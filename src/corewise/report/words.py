@@ -16,7 +16,7 @@ from corewise.records.events import Stage, StageStarted, TrialStep
 from corewise.records.goal import Goal, Slo
 from corewise.records.measurement import LoadRun, Measurement, Rates
 from corewise.records.reason import Reason, ReasonKind
-from corewise.records.report import Preprocess, Report
+from corewise.records.report import Preprocess, Report, TokenFacts
 from corewise.records.trial import Fidelity, State, Trial
 from corewise.report.numbers import (
     clean,
@@ -145,11 +145,21 @@ def facts(report: Report) -> Iterator[tuple[str, str]]:
     yield "goal", _goal(report)
     yield "cost", _cost(report)
     yield "samples", _samples(report)
+    if report.samples.tokens:
+        yield "texts", texts(report.samples.tokens)
     if report.samples.preprocess:
         yield "images", images(report.samples.preprocess)
     yield "machine", _machine(report.cpu)
     yield "versions", clean(", ".join(f"{name} {version}" for name, version in report.versions.items()))
     yield "created", clean(report.created)
+
+
+def texts(tokens: TokenFacts) -> str:
+    """How long the samples' texts are, and what padding them costs, sorted and as they come."""
+    lengths = f"median {tokens.median} tokens, 95 % have up to {tokens.p95}, the longest {tokens.longest}"
+    cut = f"; {100 * tokens.cut:.1f} % were cut at {tokens.most}" if tokens.cut else ""
+    padding = f"{100 * tokens.padding:.0f} % of what the model is given is padding"
+    return f"{lengths}{cut}; {padding}, without sorting by length {100 * tokens.padding_unsorted:.0f} %"
 
 
 def _repair(report: Report) -> str:

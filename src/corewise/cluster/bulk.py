@@ -1,7 +1,7 @@
 """``corewise predict``: one job, on this machine or on a Ray cluster, from its check to its result."""
 
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -197,7 +197,7 @@ class Bulk:
         return len(self.job.inputs) if self.job.top is not None else count_rows(self.job.inputs)
 
 
-def _check_foreign(folder: Path, options: dict[str, object], kind: str) -> None:
+def _check_foreign(folder: Path, options: Mapping[str, object], kind: str) -> None:
     """Raise ``InputError`` for an option that has no meaning for the items that the artifact takes."""
     for name, value in options.items():
         if value is not None:

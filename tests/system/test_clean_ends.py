@@ -50,6 +50,14 @@ def talk(server, sent, *, close_writing=False):
         return received, True
 
 
+def flood(server, sent):
+    """What comes back to a client that is cut off, maybe while it sends; then it may be nothing."""
+    try:
+        return talk(server, sent)
+    except ConnectionError:
+        return b"", True
+
+
 def post(body, version="1.1", more=""):
     head = f"POST /v2/models/toy/infer HTTP/{version}\r\nhost: x\r\n{more}inference-header-content-length: 0\r\n"
     return f"{head}content-length: {len(body)}\r\n\r\n".encode() + body
@@ -67,6 +75,28 @@ def test_a_client_that_closes_its_side_after_its_request_is_answered(server):
     assert received.startswith(b"HTTP/1.1 200 OK")  # HTTP/1.0 has no interim answers
     received, is_closed = talk(server, post(ROW.tobytes())[:-9], close_writing=True)
     assert b" 200 OK" not in received  # not a whole request
+    assert is_closed
+
+
+def test_answers_keep_to_the_order_of_requests(server):
+    """Though health is answered from its headers, before other requests have their turn."""
+    live, closing = (f"GET {LIVE} HTTP/1.1\r\nhost: x\r\n{more}\r\n".encode() for more in ("", "connection: close\r\n"))
+    received, is_closed = talk(server, live + live + post(ROW.tobytes()) + live + live + closing)
+    bodies = [part.partition(b"\r\n\r\n")[2] for part in received.split(b"HTTP/1.1 200 OK\r\n")[1:]]
+    assert [body == b'{"live":true}' for body in bodies] == [True, True, False, True, True, True]
+    assert is_closed
+
+
+def test_a_client_that_waits_for_no_answer_is_cut_off(server):
+    received, is_closed = flood(server, b"GET /v2 HTTP/1.1\r\nhost: x\r\n\r\n" * 4000)
+    assert is_closed
+    assert received.count(b"200 OK") < 4000
+
+
+def test_tiny_headers_count_too(server):
+    headers = b"".join(b"%x: y\r\n" % k for k in range(10_000))
+    received, is_closed = flood(server, b"GET /v2 HTTP/1.1\r\nhost: x\r\n" + headers + b"\r\n")
+    assert received.startswith(b"HTTP/1.1 400") or not received  # cut before it was read
     assert is_closed
 
 

@@ -133,10 +133,21 @@ def test_doctor_tells_about_this_machine(place):
     assert "\x1b" not in ok("doctor", cwd=place, quick=False)
 
 
-def test_help_and_doctor_do_not_import_torch(place):
-    code = "import sys\nfrom corewise.cli import app\nfor args in (['doctor'], ['optimize', '--help']):\n"
-    code += "    app(args, standalone_mode=False)\nassert 'torch' not in sys.modules\n"
-    subprocess.run([sys.executable, "-c", code], cwd=place, check=True, capture_output=True, timeout=60)
+def test_help_doctor_and_samples_that_are_not_there_do_not_import_torch(place):
+    code = """
+import sys
+from corewise.cli import app
+from corewise.common.errors import SamplesError
+
+for command in ("doctor", "optimize --help", "optimize models.py:build --samples none.npz -o m.cw"):
+    try:
+        app(command.split(), standalone_mode=False)
+    except SamplesError as error:
+        print(error)
+assert "torch" not in sys.modules
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=place, check=True, capture_output=True, timeout=60)
+    assert done.stdout.endswith(b"there is no file none.npz; check the path\n")
 
 
 def test_optimize_tells_its_progress_in_plain_lines_when_piped(optimized, place):

@@ -6,6 +6,7 @@ import shutil
 
 import pytest
 from places import GOLDEN
+from system.serving_tools import token_artifact
 
 import corewise
 from corewise.common import stats
@@ -44,7 +45,7 @@ def test_every_exported_name_is_there_and_no_other():
 
 
 def test_the_functions_are_those_of_the_command_line():
-    assert FUNCTIONS == ["bench", "explain", "load", "loadtest", "optimize", "retune", "verify"]
+    assert FUNCTIONS == ["bench", "explain", "load", "loadtest", "optimize", "predict", "retune", "verify"]
 
 
 @pytest.mark.parametrize("name", FUNCTIONS)
@@ -61,6 +62,9 @@ def test_every_argument_is_documented(name):
 @pytest.mark.parametrize("name", [*FUNCTIONS, "Latency", "Slo", "Throughput"])
 def test_examples_run(name, quick, tmp_path, monkeypatch):
     shutil.copytree(ARTIFACT, tmp_path / "model.cw")
+    if name == "predict":
+        token_artifact(tmp_path / "texts.cw")
+        (tmp_path / "texts.txt").write_text("w1\nw2 w3\nw4\n")
     monkeypatch.chdir(tmp_path)
     example = doctest.DocTestFinder(recurse=False).find(getattr(corewise, name), name)[0]
     assert example.examples

@@ -305,6 +305,18 @@ def test_many_ends_wake_the_loop_once():
     asyncio.run(main())
 
 
+@pytest.mark.parametrize("end", [lambda waiter: waiter.cancel(), lambda waiter: waiter.set_exception(ValueError())])
+def test_what_nobody_waits_for_any_more_is_cancelled(end):
+    async def main():
+        deliveries, future = Deliveries(), Future()
+        waiter = deliveries.wait(future)
+        end(waiter)
+        await asyncio.sleep(0)
+        assert future.cancelled()
+
+    asyncio.run(main())
+
+
 # --- heads that were seen before ----------------------------------------------------------------------------------
 
 

@@ -16,12 +16,12 @@ import corewise
 ROWS = 16_000
 HALTING = """
 import time
-from corewise.pipeline import job
-write = job._write_part
+from corewise.pipeline.parts import Parts
+write = Parts.write
 def write_and_halt(*args):
     write(*args)
     time.sleep(600)
-job._write_part = write_and_halt
+Parts.write = write_and_halt
 """
 """The job stops after the first part that it writes."""
 

@@ -53,9 +53,11 @@ def test_a_job_that_is_killed_loses_no_row_and_does_none_twice(folder: Path) -> 
             stdout=subprocess.PIPE,
             text=True,
         )
-        assert eventually(lambda least=least: len(list(parts.glob("part-*.done"))) == least)
-        process.send_signal(how)
-        _, errors = process.communicate(timeout=120)
+        try:
+            assert eventually(lambda least=least: len(list(parts.glob("part-*.done"))) == least)
+        finally:
+            process.send_signal(how)
+            _, errors = process.communicate(timeout=120)
     assert errors.splitlines()[0] == "corewise: finished parts are kept in out.npy.parts; the same command resumes"
     done = run(folder, *args)
     assert done.returncode == 0, done.stderr

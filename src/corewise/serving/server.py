@@ -28,7 +28,7 @@ from corewise.serving import addresses, admin, memory, memory_limit
 from corewise.serving.addresses import Address
 from corewise.serving.admin import Repository
 from corewise.serving.app import OPEN_TO_ALL, App, RequestLog
-from corewise.serving.connections import Connection, count_open
+from corewise.serving.connections import Acceptor, Connection, count_open
 from corewise.serving.front import Front
 from corewise.serving.gate import Gate, RequestIds
 from corewise.serving.infer import ARRIVED, GONE, WHOLE
@@ -326,6 +326,12 @@ class _Http(uvicorn.Server):
     @contextmanager
     def capture_signals(self) -> Iterator[None]:
         yield
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        """Listen, and take new connections a few at a time."""
+        make = partial(_Patient, self.config, self.server_state, {})
+        self.servers = [Acceptor(each, make, self.config.ssl) for each in sockets or ()]  # type: ignore[misc]
+        self.started = True
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         """End, but let requests arrive first whose connections are new."""

@@ -253,11 +253,13 @@ def _serializer(message: Any) -> Callable[[Any], bytes]:
 
 
 def parse(
-    request: Any, inputs: Sequence[TensorSpec], outputs: Sequence[TensorSpec], instead: Sequence[TensorSpec] = ()
+    request: Any,
+    inputs: Sequence[TensorSpec],
+    outputs: Sequence[TensorSpec],
+    instead: Sequence[Sequence[TensorSpec]] = (),
 ) -> InferRequest:
     """A ``ModelInferRequest`` as the model takes it (``protocol.parse``). Raises ``ProtocolError``."""
-    if request.inputs and {one.name for one in request.inputs} <= {spec.name for spec in instead}:
-        inputs = instead
+    inputs = protocol.chosen_inputs([one.name for one in request.inputs], inputs, instead)
     raw = request.raw_input_contents
     if raw and len(raw) != len(request.inputs):
         raise ProtocolError(f"there are {len(raw)} raw contents for {len(request.inputs)} inputs", "give one for each")

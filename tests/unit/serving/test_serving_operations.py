@@ -10,6 +10,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 from places import GOLDEN
+from waiting import eventually
 
 from corewise import artifact
 from corewise.batching import Answer, NotServed
@@ -140,7 +141,7 @@ def test_a_single_refusal_is_told_without_another(caplog):
     caplog.set_level(logging.INFO, "corewise.serve")
     refusals = RefusalLog(period_s=0.01)
     refusals.add("queue full")
-    refusals._timer.join()
+    assert eventually(lambda: caplog.messages)
     assert json.loads(caplog.messages[0])["reasons"] == {"queue full": 1}
     refusals.close()
     assert len(caplog.messages) == 1

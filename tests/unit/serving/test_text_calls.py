@@ -102,12 +102,16 @@ def run(queue, items, *, ends=True, booked=None, on_tokenized=lambda: None, with
             deadline_s=time.monotonic() + within_s,
             on_tokenized=on_tokenized,
         )
-        ending = asyncio.ensure_future(queue.end_all()) if ends else None
+        working = asyncio.ensure_future(work)
+        if not ends:
+            while len(queue.waiting) < INSTANCES + text_calls.AHEAD:
+                await asyncio.sleep(0)
+            return await asyncio.wait_for(working, 0.05)
+        ending = asyncio.ensure_future(queue.end_all())
         try:
-            return await asyncio.wait_for(work, 10 if ends else 0.05)
+            return await asyncio.wait_for(working, 60)
         finally:
-            if ending is not None:
-                ending.cancel()
+            ending.cancel()
 
     return asyncio.run(both())
 

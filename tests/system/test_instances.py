@@ -2,6 +2,7 @@
 
 import mmap
 import os
+import shutil
 import subprocess
 import sys
 import threading
@@ -12,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from compiled import place
 
 from corewise.common.errors import CorewiseError, EngineError
 from corewise.engines import BuildInputs, engine
@@ -25,8 +27,6 @@ from corewise.runtime.instances import Instances, memory_bytes, open_plan
 from corewise.samples import from_python
 from corewise.source import export, save_program
 from corewise.testing.engine_contract import tiny_material
-
-pytestmark = pytest.mark.alone
 
 CPU = inspect_cpu()
 PLAN = Plan(threads_per_instance=1, instances=2, batch=4)
@@ -55,7 +55,11 @@ def payload(request, tmp_path_factory):
     net = "text" if build.engine == "inductor" else "images"
     _, material = tiny_material(net, tmp_path_factory.getbasetemp() / f"contract-{net}")
     folder = tmp_path_factory.mktemp("payload")
-    made.build(material, build, folder)
+    compiled = place(tmp_path_factory, net, build)
+    if build.engine == "inductor" and compiled.is_dir():
+        shutil.copytree(compiled, folder, dirs_exist_ok=True)
+    else:
+        made.build(material, build, folder)
     return build, folder, material
 
 

@@ -9,8 +9,12 @@ from places import GOLDEN
 from system.serving_tools import token_artifact
 
 import corewise
+from corewise.common import stats
+from corewise.engines import engine
 from corewise.runtime import race
-from corewise.search import retuning, trial
+from corewise.runtime.client import InProcess
+from corewise.search import finals, retuning, search, trial, tuning
+from corewise.search.trial import SearchContext
 
 ARTIFACT = GOLDEN / "schema-2"
 FUNCTIONS = sorted(name for name in corewise.__all__ if inspect.isfunction(getattr(corewise, name)))
@@ -18,7 +22,13 @@ FUNCTIONS = sorted(name for name in corewise.__all__ if inspect.isfunction(getat
 
 @pytest.fixture
 def quick(monkeypatch):
-    """Measure for moments only."""
+    """Measure for moments only, and search and race in this process."""
+    monkeypatch.setattr(SearchContext, "client", lambda context, build, share=1.0: InProcess(engine(build.engine)))
+    # What bench starts has a log that is named after its engine.
+    monkeypatch.setattr("corewise.artifact.open.Worker", lambda *, log, **options: InProcess(engine(log.stem)))
+    for module in (tuning, search, retuning):
+        monkeypatch.setattr(module, "BATCHES", (1, 16))
+    monkeypatch.setattr(finals, "ROUNDS", stats.MIN_ROUNDS)
     monkeypatch.setattr(trial, "MEASURE_S", 0.05)
     monkeypatch.setattr(retuning, "MEASURE_S", 0.05)
     monkeypatch.setattr(race, "WARM_S", 0.05)

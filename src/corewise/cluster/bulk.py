@@ -1,7 +1,7 @@
 """``corewise predict``: one job, on this machine or on a Ray cluster, from its check to its result."""
 
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -113,8 +113,17 @@ class Bulk:
             folder, output = folder.absolute(), output.absolute()
         artifact = read(folder)
         images = artifact.manifest.preprocess is not None and artifact.manifest.pipeline is None
-        if not images and text_pipeline(artifact) is None:
+        texts = None if images else text_pipeline(artifact)
+        if not images and texts is None:
             raise InputError(f"{folder} takes tensors only", "make it again from st:, hf: or with --tokenizer")
+        foreign = (
+            {"text": columns.text, "pair": columns.pair, "prompt": prompt}
+            if images
+            else {"top": top, "preprocess": preprocess}
+        )
+        _check_foreign(folder, foreign, "images" if images else "texts")
+        if texts is not None:
+            _check_pairs(folder, texts.pairs, columns.pair)
         pipeline = images_of(artifact) if images else None
         if pipeline is not None and pipeline.preprocess.function is not None and preprocess is None:
             raise InputError(f"{folder} was made with a function that prepares images", "give --preprocess")
@@ -186,6 +195,21 @@ class Bulk:
 
     def _rows(self) -> int:
         return len(self.job.inputs) if self.job.top is not None else count_rows(self.job.inputs)
+
+
+def _check_foreign(folder: Path, options: Mapping[str, object], kind: str) -> None:
+    """Raise ``InputError`` for an option that has no meaning for the items that the artifact takes."""
+    for name, value in options.items():
+        if value is not None:
+            raise InputError(f"--{name} has no meaning for {kind}, which {folder} takes", f"leave out --{name}")
+
+
+def _check_pairs(folder: Path, takes_pairs: bool, column: str | None) -> None:
+    """Raise ``InputError`` unless the column of second texts is given for a model of pairs, and for no other."""
+    if takes_pairs and column is None:
+        raise InputError(f"{folder} takes pairs of texts", "say which column is the second text: --pair COLUMN")
+    if column is not None and not takes_pairs:
+        raise InputError(f"{folder} takes single texts", "leave out --pair")
 
 
 def check_folder(output: Path) -> None:

@@ -30,7 +30,7 @@ SUM_ERROR = 1e-2
 class _Call(NamedTuple):
     """Images in work: the input of each, and the outputs of those that can be read, in their order."""
 
-    decoded: "list[Future[NDArray[np.float32] | Rejected]]"
+    decoded: "list[Future[NDArray[Any] | Rejected]]"
     outputs: "Future[list[NDArray[Any]]]"
 
 
@@ -66,7 +66,7 @@ class ImageRunner:
         *,
         instances: int,
         rows: int,
-        reader: Callable[[Any], NDArray[np.float32]] | None = None,
+        reader: Callable[[Any], NDArray[Any]] | None = None,
         decoders: int | None = None,
     ) -> None:
         """Make a runner.
@@ -150,7 +150,7 @@ class ImageRunner:
 
         return _Call(decoded, callers.submit(call))
 
-    def _decode(self, item: Any) -> NDArray[np.float32] | Rejected:
+    def _decode(self, item: Any) -> NDArray[Any] | Rejected:
         if isinstance(item, str):
             item = Path(item)
         if not (isinstance(item, Path | bytes) or is_pil(item) or is_image(item)):

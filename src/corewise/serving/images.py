@@ -149,7 +149,10 @@ def request(inputs: np.ndarray, served: Served) -> InferRequest:
 
 
 def batch(bodies: Sequence[bytes], served: Served) -> np.ndarray:
-    """Images as the model takes them, float32 (N, C, H, W). Raises ``ProtocolError`` as ``pixels`` does."""
+    """Images as the model takes them: float32 (N, C, H, W), or uint8 (N, H, W, C).
+
+    Raises ``ProtocolError`` as ``pixels`` does.
+    """
     preprocess = _preprocess(served)
     with _told():
         opened = (open_image(one, "the image", max_pixels=MOST_PIXELS, preprocess=preprocess) for one in bodies)

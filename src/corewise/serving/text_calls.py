@@ -84,7 +84,8 @@ class TextCalls:
         tokens: list[Tokens] = []
         for piece in pieces(asked):
             work = partial(texts.tokens, piece.asked, piece.start)
-            found = await self._front.tokenize(work, piece.characters, deadline_s=deadline_s)
+            later_s = self._front.later_s(served)
+            found = await self._front.tokenize(work, piece.characters, deadline_s=deadline_s, later_s=later_s)
             booking.add(held_bytes(found) // COPIES)
             tokens += found
         on_tokenized()
@@ -144,11 +145,11 @@ class TextCalls:
 
     def _submit(self, served: Served, inputs: Sequence[Any], deadline_s: float) -> "asyncio.Future[Answer]":
         served.values.check(inputs)
-        ran, future = self._front.submit(self._models, served, inputs, deadline_s)
+        ran, future = self._front.call(self._models, served, inputs, deadline_s)
         if ran is not served and ran.manifest != served.manifest:  # half of the answers would be another model's
             future.cancel()
             raise ProtocolError(f"the model {served.name} was replaced meanwhile", "send the request again", 503)
-        return asyncio.wrap_future(future)
+        return future
 
 
 def pieces(asked: TextRequest) -> Iterator[_Piece]:

@@ -12,8 +12,8 @@ def compute_on_usable_cores() -> None:
 
 
 def settle_ray(address: str) -> None:
-    """Have Ray send no usage data; a cluster that is started for this command gets a token that nobody else has."""
+    """Have Ray send no usage data, and use tokens; a cluster that is started for this command gets one of its own."""
     os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
+    os.environ["RAY_AUTH_MODE"] = "token"
     if address == "local":
-        os.environ["RAY_AUTH_MODE"] = "token"
         os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)

@@ -22,6 +22,7 @@ CLIENT = "ray://"
 PROBES = {CLIENT: "/ray.rpc.RayletDriver/ClusterInfo", "": "/ray.rpc.NodeInfoGcsService/CheckAlive"}
 """A question without consequences, which a Ray client's server and a cluster's head answer."""
 SAFE = "start all of its nodes with RAY_AUTH_MODE=token ('ray get-auth-token --generate' makes the token)"
+TOKEN = "set RAY_AUTH_MODE=token, and RAY_AUTH_TOKEN or ~/.ray/auth_token to the cluster's token"
 
 
 def check_ray(installed: str | None) -> None:
@@ -134,7 +135,7 @@ def check_guarded(address: str, answer: Answer) -> None:
 
 def _connect(address: str) -> None:
     import ray
-    from ray.exceptions import RayError
+    from ray.exceptions import AuthenticationError, RayError
 
     options: dict[str, object] = {"log_to_driver": False, "logging_level": logging.ERROR}
     if address == "local":
@@ -148,9 +149,17 @@ def _connect(address: str) -> None:
             # It announces how a later Ray will treat accelerators, of which there are none.
             warnings.filterwarnings("ignore", "Tip: In future versions of Ray", FutureWarning)
             ray.init(address, **options)
+    except AuthenticationError as error:
+        raise EngineError(f"the Ray cluster at {address} wants a token: {_first_line(error)}", TOKEN) from error
     except (RayError, ConnectionError, RuntimeError, ValueError, OSError) as error:
-        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-        why = lines[0].rstrip(".") if lines else type(error).__name__
         if address == "auto" and isinstance(error, ConnectionError):
             raise EngineError("there is no Ray cluster on this machine", "give its address, or local") from error
-        raise EngineError(f"Ray cannot be reached at {address}: {why}", "see 'ray status' on that machine") from error
+        raise EngineError(
+            f"Ray cannot be reached at {address}: {_first_line(error)}", "see 'ray status' on that machine"
+        ) from error
+
+
+def _first_line(error: BaseException) -> str:
+    """The beginning of a message, without its last full stop."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[0].partition(". ")[0].rstrip(".") if lines else type(error).__name__

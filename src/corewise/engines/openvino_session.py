@@ -148,9 +148,7 @@ class _Compiled:
 def _of_pixels(model: Any, scale: PixelScale) -> Any:
     """The model with pixels, uint8 (N, H, W, C), in place of its input, which OpenVINO computes of them."""
     openvino = import_openvino()
-    from openvino.preprocess import PrePostProcessor
-
-    processor = PrePostProcessor(model)
+    processor = openvino.preprocess.PrePostProcessor(model)
     pixels = processor.input()
     pixels.tensor().set_element_type(openvino.Type.u8).set_layout(openvino.Layout("NHWC"))
     pixels.model().set_layout(openvino.Layout("NCHW"))

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 from corewise.cli.environment import compute_on_usable_cores
 from corewise.cli.options import ArtifactPath, argument, flag, grouped, option
 from corewise.cli.output import console
-from corewise.cli.quantities import whole
+from corewise.cli.quantities import share, whole
 from corewise.common.errors import InputError
 
 if TYPE_CHECKING:
@@ -23,7 +23,7 @@ Inputs = Annotated[
         "INPUT...",
         panel="Inputs",
         help="Files of texts: .txt (a text a line), .csv, .tsv, .jsonl or .parquet. Or images: files, folders (with "
-        "those below) or patterns such as 'photos/*.jpg'.",
+        "those below), patterns such as 'photos/*.jpg', or .tar, .tar.gz, .tar.bz2 and .tar.xz files of them.",
     ),
 ]
 
@@ -68,6 +68,28 @@ class PhotoOptions:
             "--top", panel="Images", metavar="N", parse=whole(1), help="Name the N most probable classes.", default="5"
         ),
     ] = None
+    score_threshold: Annotated[
+        float | None,
+        option(
+            "--score-threshold",
+            panel="Images",
+            metavar="SCORE",
+            parse=share("0.25"),
+            help="Of a detector, the least score of an object.",
+            default="0.25 for YOLO and SSD, 0.5 for DETR",
+        ),
+    ] = None
+    iou_threshold: Annotated[
+        float | None,
+        option(
+            "--iou-threshold",
+            panel="Images",
+            metavar="IOU",
+            parse=share("0.45"),
+            help="Of a YOLO or SSD detector, the overlap with a better box of its class at which a box is left out.",
+            default="0.45",
+        ),
+    ] = None
     preprocess: Annotated[
         str | None,
         option(
@@ -94,6 +116,16 @@ class PredictOutput:
             "beside it, with their reasons.",
         ),
     ]
+    draw: Annotated[
+        Path | None,
+        option(
+            "--draw",
+            panel="Output",
+            metavar="FOLDER",
+            help="Write each photo here too, with its boxes or its most probable classes drawn on it.",
+            default="none",
+        ),
+    ] = None
     quiet: Annotated[bool, flag("--quiet", panel="Output", help="Print nothing but errors.")] = False
 
 
@@ -101,14 +133,14 @@ class PredictOutput:
 def command(
     artifact_path: ArtifactPath, inputs: Inputs, texts: TextColumns, photos: PhotoOptions, output: PredictOutput
 ) -> None:
-    """Answer all texts of files, or all images, with an artifact: vectors, classes, scores or spans.
+    """Answer all texts of files, or all images, with an artifact: vectors, classes, scores, spans or boxes.
 
     Texts are read as they are needed and run in batches of similar length on all instances. Images are decoded while
     the model runs. Finished parts are kept in FILE.parts, so that the same command resumes after an interruption.
     """
     from corewise import artifact
     from corewise.artifact.open import load
-    from corewise.pipeline import TOP
+    from corewise.pipeline import TOP, ImageAsk
     from corewise.pipeline.job import Done, Job, check_job, count_rows, run_job
     from corewise.samples.folders import list_images
     from corewise.samples.texts import Columns
@@ -116,13 +148,15 @@ def command(
     compute_on_usable_cores()
     found = artifact.read(artifact_path)
     images = found.manifest.preprocess is not None and found.manifest.pipeline is None
+    ask = ImageAsk(top=photos.top or TOP, score_threshold=photos.score_threshold, iou_threshold=photos.iou_threshold)
     job = Job(
         inputs=tuple(list_images(inputs) if images else inputs),
         output=output.output,
         columns=Columns(texts.text, texts.pair),
         prompt=texts.prompt,
         artifact=artifact.identity(found.folder),
-        top=(photos.top or TOP) if images else None,
+        ask=ask if images else None,
+        drawings=output.draw,
     )
     check_job(job)
     start = time.monotonic()

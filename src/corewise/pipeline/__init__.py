@@ -5,9 +5,10 @@ samples and for the server. No torch.
 """
 
 from corewise.pipeline.answers import ClassAnswer, Span, decode
+from corewise.pipeline.boxes import Detection, Thresholds, detected
 from corewise.pipeline.calls import Call, CallCost, CallLimits, CostTable, fill
 from corewise.pipeline.inferred import fit, infer
-from corewise.pipeline.photos import TOP, ImageRunner, image_pipeline, top_classes
+from corewise.pipeline.photos import TOP, ImageAsk, ImageRunner, image_pipeline, top_classes
 from corewise.pipeline.runner import Rejected, TextRunner, stacked
 from corewise.pipeline.samples import text_samples
 from corewise.pipeline.tokens import TextEncoder, TokenPiece, Tokens
@@ -19,14 +20,18 @@ __all__ = [
     "CallLimits",
     "ClassAnswer",
     "CostTable",
+    "Detection",
+    "ImageAsk",
     "ImageRunner",
     "Rejected",
     "Span",
     "TextEncoder",
     "TextRunner",
+    "Thresholds",
     "TokenPiece",
     "Tokens",
     "decode",
+    "detected",
     "fill",
     "fit",
     "image_pipeline",

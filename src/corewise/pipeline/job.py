@@ -10,15 +10,17 @@ import shutil
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
-from itertools import islice
-from pathlib import Path
+from dataclasses import asdict, dataclass
+from itertools import count, islice
+from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
 
-from corewise.common.errors import OutputError, SamplesError
+from corewise.common.errors import InputError, OutputError, SamplesError
+from corewise.pipeline.drawing import draw_answer
 from corewise.pipeline.outputs import AnswerRow, Format, format_of, join_lines, sync
-from corewise.pipeline.photos import TOP, ImageRunner
+from corewise.pipeline.photos import ImageAsk, ImageRunner
 from corewise.pipeline.runner import Rejected, TextRunner
+from corewise.samples.archives import is_archive, read_archive
 from corewise.samples.tables import READERS, iterate_table
 from corewise.samples.texts import Columns
 
@@ -40,8 +42,10 @@ class Job:
     prompt: str | None
     artifact: str
     """The identity of the artifact: the sha256 of its manifest."""
-    top: int | None = None
-    """For images, each of which is a row: how many classes an answer names."""
+    ask: ImageAsk | None = None
+    """For images, each of which is a row: what is wanted of them."""
+    drawings: Path | None = None
+    """For images: the folder of the photos with their answers drawn on them."""
 
     @property
     def parts(self) -> Path:
@@ -62,7 +66,7 @@ class Job:
             "columns": list(self.columns),
             "prompt": self.prompt,
             "part_rows": PART_ROWS,
-            "top": self.top,
+            "ask": None if self.ask is None else asdict(self.ask),
         }
 
 
@@ -92,13 +96,20 @@ def check_job(job: Job) -> None:
     for path in job.inputs:
         if not path.is_file():
             raise SamplesError(f"there is no file {path}", "check the path")
-        if job.top is None and path.suffix.lower() not in READERS:
+        if job.ask is None and path.suffix.lower() not in READERS:
             raise SamplesError(f"{path} is no file of texts", f"give one of {', '.join(READERS)}")
     if job.output.is_dir() or not job.output.parent.is_dir():
         why = "it is a folder" if job.output.is_dir() else f"there is no folder {job.output.parent}"
         raise OutputError(f"{job.output} cannot be written: {why}", "give another name with -o")
     if job.output.exists() and not job.parts.is_dir():
         raise OutputError(f"{job.output} exists already", "remove it or give another name with -o")
+    if job.drawings is not None:
+        try:
+            job.drawings.mkdir(exist_ok=True)
+        except OSError as error:
+            raise OutputError(
+                f"{job.drawings} cannot be made: {error.strerror}", "give a folder with --draw"
+            ) from error
 
 
 def count_rows(paths: Iterable[Path]) -> int:
@@ -124,10 +135,13 @@ def run_job(job: Job, runner: TextRunner | ImageRunner, *, on_rows: OnRows = lam
 
     Raises:
         SamplesError: An input cannot be read, has no such column, or no rows.
+        InputError: The output cannot hold such answers, or there is nothing to draw.
         OutputError: The output cannot be written, or its folder of parts is another job's.
         EngineError: The engine fails.
     """
     check_job(job)
+    if job.drawings is not None and (not isinstance(runner, ImageRunner) or runner.pipeline.task == "vectors"):
+        raise InputError("the model gives no classes and no boxes that could be drawn", "leave out --draw")
     kind = format_of(job.output, runner.pipeline if isinstance(runner, ImageRunner) else runner.encoder.pipeline)
     with _writing(job):
         finished = _resume(job)
@@ -146,8 +160,8 @@ def run_job(job: Job, runner: TextRunner | ImageRunner, *, on_rows: OnRows = lam
 
 
 def _records(job: Job) -> Iterator[_Record]:
-    if job.top is not None:
-        yield from (_Record(row, path, "", path, "") for row, path in enumerate(job.inputs))
+    if job.ask is not None:
+        yield from _images(job)
         return
     row = 0
     for path in job.inputs:
@@ -156,28 +170,54 @@ def _records(job: Job) -> Iterator[_Record]:
             row += 1
 
 
+def _images(job: Job) -> Iterator[_Record]:
+    """A record for each image file, and for each image of a tar file."""
+    rows = count()
+    for path in job.inputs:
+        if not is_archive(path):
+            yield _Record(next(rows), path, "", path, "")
+            continue
+        for member in read_archive(path):
+            yield _Record(next(rows), path, member.name, member.content, member.problem)
+
+
+def _draw(job: Job, record: _Record, answer: Any) -> None:
+    """Draw an answer, if that was asked for; the number keeps files of one name apart."""
+    if job.drawings is None or isinstance(answer, Rejected):
+        return
+    stem = PurePosixPath(record.name or record.input).stem
+    draw_answer(record.value, answer, job.drawings / f"{record.row:06}-{stem}.jpg")
+
+
 def _parts(job: Job, runner: TextRunner | ImageRunner, start: int) -> Iterator[list[tuple[_Record, Any]]]:
     """The rows from ``start`` on with their answers, a part at a time."""
     waiting: deque[_Record] = deque()
 
     def values() -> Iterator[Any]:
         for record in islice(_records(job), start, None):
-            waiting.append(record._replace(value=None))
+            waiting.append(record if job.drawings is not None else record._replace(value=None))
             yield None if record.problem else record.value
 
     part: list[tuple[_Record, Any]] = []
     if isinstance(runner, ImageRunner):
-        answers = runner.answers(values(), top=job.top or TOP)
+        answers = runner.answers(values(), job.ask or ImageAsk())
     else:
         answers = runner.answers(values(), prompt=job.prompt)
     for answer in answers:
         record = waiting.popleft()
-        part.append((record, Rejected(record.problem) if record.problem else answer))
+        answer = Rejected(record.problem) if record.problem else answer
+        _draw(job, record, answer)
+        part.append((record._replace(value=None), answer))
         if len(part) == PART_ROWS:
             yield part
             part = []
     if part:
         yield part
+
+
+def _place(job: Job, record: _Record) -> str:
+    """Where an answered row comes from: its file, of a tar file with the member's name behind it."""
+    return f"{record.input}/{record.name}" if job.ask is not None and record.name else str(record.input)
 
 
 def _resume(job: Job) -> int:
@@ -201,9 +241,9 @@ def _resume(job: Job) -> int:
 
 def _write_part(job: Job, kind: Format, number: int, part: Sequence[tuple[_Record, Any]]) -> None:
     """A part's answers and its rows set aside; ``.done`` comes last and says that both are whole."""
-    several = len(job.inputs) > 1 or job.top is not None
+    several = len(job.inputs) > 1 or job.ask is not None
     good = [
-        AnswerRow(row=record.row, input=str(record.input) if several else None, answer=answer)
+        AnswerRow(row=record.row, input=_place(job, record) if several else None, answer=answer)
         for record, answer in part
         if not isinstance(answer, Rejected)
     ]

@@ -42,11 +42,12 @@ def boxes_on(image: "Image", found: Sequence[Detection]) -> "Image":
     canvas = ImageDraw.Draw(made)
     width, height = _sizes(image)
     for one in reversed(found):
-        colour = COLOURS[one.number % len(COLOURS)]
-        left, top, right, bottom = one.box
+        colour, (left, top, right, bottom) = COLOURS[one.number % len(COLOURS)], one.box
         # A dark edge keeps a line visible on a ground of its own colour.
         canvas.rectangle((left - 1, top - 1, right + 1, bottom + 1), outline="black", width=width + 2)
         canvas.rectangle(one.box, outline=colour, width=width)
+    for one in reversed(found):
+        colour, (left, top, *_) = COLOURS[one.number % len(COLOURS)], one.box
         _tag(canvas, image.size, (left, top), f"{one.label} {100 * one.score:.0f} %", colour, height)
     return made
 

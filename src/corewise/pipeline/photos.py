@@ -163,14 +163,15 @@ class ImageRunner:
 
         Raises ``InputError`` for an image that cannot be read, with its number.
         """
+        taken_singly = isinstance(items, Iterator)
         if isinstance(items, str | Path) and Path(items).is_dir():
             items = list_images([items])
         elif isinstance(items, str | Path) and is_archive(items):
-            items = [Rejected(one.problem) if one.problem else one.content for one in read_archive(Path(items))]
+            items = (Rejected(one.problem) if one.problem else one.content for one in read_archive(Path(items)))
         if isinstance(items, str | Path | bytes) or is_pil(items) or is_image(items):
             return next(self._checked([items], ask))
         answers = self._checked(items, ask)
-        if isinstance(items, Iterator):
+        if taken_singly:
             return answers
         made = list(answers)
         return made if self.pipeline.task != "vectors" or not made else np.stack(made)

@@ -35,9 +35,10 @@ from corewise.runtime import race
 from corewise.runtime.client import InProcess
 from corewise.samples import read
 from corewise.samples.folders import list_images
-from corewise.samples.images import ImageReader, gains_by_scale
+from corewise.samples.images import ImageReader, gains_by_scale, normalize_pixels
 from corewise.samples.texts import Columns
-from corewise.search import finals, plans, trial
+from corewise.search import finals, search, trial, tuning
+from corewise.search.pixels import scale_of
 from corewise.search.trial import SearchContext
 
 SMALL = Preprocess(resize=36, crop=32)
@@ -85,7 +86,9 @@ def write_artifact(folder: Path, preprocess: Preprocess) -> Path:
     payload.mkdir()
     ov.save_model(model, str(payload / "model.xml"), compress_to_fp16=False)
     build, plan = Build(engine="openvino", precision="fp32"), Plan(threads_per_instance=1, instances=2, batch=4)
-    inputs = [np.random.default_rng(0).standard_normal((4, 3, 32, 32)).astype(np.float32)]
+    inputs = [normalize_pixels(np.random.default_rng(0).integers(0, 256, (4, 32, 32, 3), np.uint8), preprocess)]
+    if preprocess.dtype == "uint8":
+        OpenVino().take_pixels(payload, scale_of(preprocess))
     with closing(OpenVino().open(payload, build, plan)) as session:
         golden = (inputs, session.run(inputs))
     found = corewise_artifact.read(ARTIFACT)
@@ -124,7 +127,8 @@ def write_artifact(folder: Path, preprocess: Preprocess) -> Path:
 
 @pytest.fixture(scope="module")
 def artifact(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_artifact(tmp_path_factory.mktemp("artifact") / "shades.cw", replace(SMALL, decode="scaled"))
+    how = replace(SMALL, decode="scaled", dtype="uint8")
+    return write_artifact(tmp_path_factory.mktemp("artifact") / "shades.cw", how)
 
 
 @pytest.fixture(scope="module")
@@ -146,7 +150,8 @@ def test_the_search_takes_scaled_decoding_where_the_answers_hold(
     monkeypatch.setattr(race, "WARM_S", 0.05)
     monkeypatch.setitem(race.run_race.__kwdefaults__, "round_s", 0.05)
     monkeypatch.setattr(finals, "ROUNDS", stats.MIN_ROUNDS)
-    monkeypatch.setattr(plans, "BATCHES", (1, 8))
+    for module in (tuning, search):
+        monkeypatch.setattr(module, "BATCHES", (1, 8))
     monkeypatch.setattr(SearchContext, "client", lambda context, build, share=1.0: InProcess(engine(build.engine)))
     result = corewise.optimize(
         Shades().eval(), lambda: read(str(photos), SMALL), engines=["eager"], calibration=12, class_names=NAMES
@@ -389,3 +394,36 @@ def test_every_file_gets_the_same_verdict_in_samples_predict_and_the_server(
         if isinstance(answer, ClassAnswer):
             assert told.json()["classes"][0]["label"] == answer.label
             assert told.json()["classes"][0]["probability"] == pytest.approx(answer.probability, abs=1e-4)
+
+
+def test_pixels_are_another_form_of_the_input(server: Server) -> None:
+    import tritonclient.grpc as grpc_client
+    import tritonclient.http as http_client
+
+    listed = server.get("/v2/models/shades").json()["inputs"]
+    assert [(one["name"], one["datatype"], one["shape"]) for one in listed] == [
+        ("x", "FP32", [-1, 3, 32, 32]), ("image", "BYTES", [-1]), ("pixels", "UINT8", [-1, 32, 32, 3])
+    ]  # fmt: skip
+    pixels = np.random.default_rng(1).integers(0, 256, (2, 32, 32, 3), np.uint8)
+    floats = normalize_pixels(pixels, SMALL)
+    for client, module in (
+        (http_client.InferenceServerClient(server.url.removeprefix("http://")), http_client),
+        (grpc_client.InferenceServerClient(server.grpc), grpc_client),
+    ):
+        scores = []
+        for name, datatype, array in (("x", "FP32", floats), ("pixels", "UINT8", pixels), ("pixels", "UINT8", pixels)):
+            tensor = module.InferInput(name, list(array.shape), datatype)
+            tensor.set_data_from_numpy(array)
+            scores.append(client.infer("shades", [tensor]).as_numpy("scores"))
+        client.close()
+        np.testing.assert_allclose(scores[1], scores[0], rtol=1e-4, atol=1e-4)
+        assert np.array_equal(scores[1], scores[2])
+    body = {"inputs": [{"name": "pixels", "datatype": "UINT8", "shape": [1, 32, 32, 3], "data": [128] * 3072}]}
+    assert server.post("/v2/models/shades/infer", json=body).status_code == 200
+    for wrong in ({"shape": [1, 3, 32, 32]}, {"datatype": "FP32"}, {"data": [256] * 3072}):
+        body["inputs"][0] |= wrong
+        assert server.post("/v2/models/shades/infer", json=body).status_code == 400
+
+
+def test_golden_outputs_prove_both_forms_of_the_input(artifact: Path) -> None:
+    assert corewise.verify(artifact).sqnr_db > 80

@@ -21,8 +21,9 @@ class Model:
     """An opened model. Call it as the original: torch tensors give torch tensors, numpy arrays give numpy arrays.
 
     Thread-safe. It runs the plan that was measured (``instances.open_plan``): a call with more rows than the plan's
-    batch is cut into micro-batches for all instances; a smaller call is divided among those that are idle. Raises
-    ``InputError`` if the arguments do not have the structure, dtypes and shapes of the samples.
+    batch is cut into micro-batches for all instances; a smaller call is divided among those that are idle. Under an
+    elastic plan (``elastic.open_elastic``) a call that is alone takes all cores, and calls of many threads share them.
+    Raises ``InputError`` if the arguments do not have the structure, dtypes and shapes of the samples.
     """
 
     def __init__(
@@ -75,7 +76,7 @@ class Model:
         items: Any,
         *,
         prompt: str | None = None,
-        top: int = TOP,
+        top: int | None = None,
         score_threshold: float | None = None,
         iou_threshold: float | None = None,
     ) -> Any:
@@ -86,7 +87,7 @@ class Model:
                 PIL images or uint8 arrays (H, W, 3); or an iterator of them, which is read as the answers are taken, so
                 that memory stays bounded for millions; or a single one.
             prompt: The name of the prompt that goes before each text, for a model that has prompts.
-            top: Of an image, how many classes the probabilities are given of, the most probable first.
+            top: Of an image, how many classes the probabilities are given of, the most probable first. Default: 5.
             score_threshold: Of a detector, the least score of an object. Default: 0.25 where overlapping boxes have to
                 be suppressed (YOLO, SSD), else 0.5 (DETR).
             iou_threshold: Where overlapping boxes have to be suppressed, the overlap (intersection over union) with a
@@ -99,10 +100,15 @@ class Model:
             For an iterator, an iterator of the single answers.
 
         Raises:
-            InputError: The artifact carries no pipeline, an item cannot be answered, or the prompt is unknown.
+            InputError: The artifact carries no pipeline, an item cannot be answered, the prompt is unknown, or an
+                argument is for items of another kind.
         """
         if self.images is not None and self.texts is None:
-            ask = ImageAsk(top=top, score_threshold=score_threshold, iou_threshold=iou_threshold)
+            if prompt is not None:
+                raise InputError("a prompt goes before texts, and the model takes images", "leave out prompt")
+            ask = ImageAsk(
+                top=TOP if top is None else top, score_threshold=score_threshold, iou_threshold=iou_threshold
+            )
             return self.images.predict(items, ask)
         if self.texts is None:
             raise InputError(
@@ -110,6 +116,8 @@ class Model:
                 "call it with tensors, or make it again from st:FOLDER or hf:FOLDER, or with --tokenizer, or from a "
                 "folder of images; if a function prepared the images, give it: load(..., preprocess=function)",
             )
+        if top is not None:
+            raise InputError("top is for images, and the model takes texts", "leave out top")
         return self.texts.predict(items, prompt=prompt)
 
     @property

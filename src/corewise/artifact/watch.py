@@ -15,6 +15,8 @@ import numpy as np
 
 from corewise.records.build import TensorSpec
 from corewise.records.ranges import SeenRange, SeenRanges
+from corewise.records.report import Preprocess
+from corewise.samples.images import normalize_pixels
 
 MOST_CHANNELS = 4096
 """Of an output with more, the extremes of the whole are kept."""
@@ -60,6 +62,12 @@ def _extremes(batch: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return parts.min(axis=2).astype(np.float64), parts.max(axis=2).astype(np.float64)
 
 
+def pixel_extremes(pixels: np.ndarray, preprocess: Preprocess) -> np.ndarray:
+    """What ``RangeWatch.see`` takes for pixels, uint8 (N, H, W, C): their normalized extremes, (N, C, 1, 2)."""
+    levels = pixels[:ROWS].reshape(min(ROWS, len(pixels)), 1, -1, pixels.shape[3])
+    return normalize_pixels(np.concatenate((levels.min(2, keepdims=True), levels.max(2, keepdims=True)), 2), preprocess)
+
+
 @dataclass(frozen=True, kw_only=True)
 class Outside:
     """How often extremes of rows left the ranges of the search."""
@@ -96,6 +104,11 @@ class RangeWatch:
         self._rows = self._checks = self._outside = 0
         self._recent_checks = self._recent_outside = self._recent_expected = 0.0
         self.watching = any(limits is not None for limits in (*self._inputs, *self._outputs))
+
+    @property
+    def is_due(self) -> bool:
+        """Whether a call would be looked at now."""
+        return self.watching and time.monotonic() >= self._next_s
 
     def see(self, inputs: Sequence[np.ndarray], outputs: Sequence[np.ndarray]) -> bool:
         """Look at some rows of a call, unless another one was looked at just before; whether it was looked at."""

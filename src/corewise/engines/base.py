@@ -90,6 +90,26 @@ class Sharing(Session, Protocol):
         ...
 
 
+@dataclass(frozen=True, kw_only=True)
+class PixelScale:
+    """How pixels, levels of 0 to 255, become a model's input: ``(level - mean) / std``, by the channel."""
+
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+
+
+@runtime_checkable
+class PixelTaking(Protocol):
+    """An engine whose payloads of one float32 input (N, C, H, W) can take pixels in its place, uint8 (N, H, W, C)."""
+
+    def take_pixels(self, folder: Path, scale: PixelScale) -> Path:
+        """Have the payload's sessions take pixels too, and normalize them; the file that says so.
+
+        Without that file the payload is as it was.
+        """
+        ...
+
+
 class Engine(Protocol):
     """One way to run a model. Construction is free; heavy imports wait for ``build`` and ``open``."""
 

@@ -12,7 +12,7 @@ import numpy as np
 
 from corewise.common.errors import EngineError
 from corewise.engines import denormals, qdq
-from corewise.engines.base import MIXED_ROWS, BuildInputs, Session, is_mostly_linear, missing
+from corewise.engines.base import MIXED_ROWS, BuildInputs, PixelScale, Session, is_mostly_linear, missing
 from corewise.engines.libraries import import_onnxruntime, import_onnxruntime_quantization, quiet
 from corewise.engines.onnx_export import export_onnx
 from corewise.records.build import Build, Plan, Receipt
@@ -20,6 +20,8 @@ from corewise.records.cpu import Cpu
 from corewise.samples import Samples
 
 MODEL = "model.onnx"
+PIXELS = "pixels.onnx"
+"""The model for pixels, if the payload takes them."""
 PROTOBUF_LIMIT_BYTES = 2**31 - 1
 ERRORS_ONLY = 3
 INT8_KERNEL = r"QLinearConv|ConvInteger|QLinearMatMul|QGemm|DynamicQuantizeMatMul|MatMulInteger(ToFloat)?|QAttention"
@@ -83,9 +85,34 @@ class OnnxRuntime:
     def open(self, folder: Path, build: Build, plan: Plan) -> Session:
         """Open the model; for several instances, what ONNX Runtime makes of it, from a file whose weights they map."""
         del build
-        if plan.instances > 1:
-            return SharedSession(folder / MODEL, plan)
-        return OnnxRuntimeSession(folder / MODEL, plan.threads_per_instance)
+        session = _opened(folder / MODEL, plan)
+        return PixelSession(session, _opened(folder / PIXELS, plan)) if (folder / PIXELS).exists() else session
+
+    def take_pixels(self, folder: Path, scale: PixelScale) -> Path:
+        """A second model beside the first, with the normalization and the layout as nodes before it."""
+        import onnx
+        from onnx import helper, numpy_helper
+
+        model = onnx.load(folder / MODEL)
+        graph, (floats,) = model.graph, model.graph.input
+        rows, channels, height, width = floats.type.tensor_type.shape.dim
+        shape = [one.dim_param or one.dim_value for one in (rows, height, width, channels)]
+        for name, values in (("mean", scale.mean), ("std", scale.std)):
+            graph.initializer.append(
+                numpy_helper.from_array(np.array(values, np.float32)[:, None, None], f"pixels.{name}")
+            )
+        first = (
+            helper.make_node("Transpose", ["pixels"], ["pixels.planes"], perm=[0, 3, 1, 2]),
+            helper.make_node("Cast", ["pixels.planes"], ["pixels.floats"], to=onnx.TensorProto.FLOAT),
+            helper.make_node("Sub", ["pixels.floats", "pixels.mean"], ["pixels.centred"]),
+            helper.make_node("Div", ["pixels.centred", "pixels.std"], [floats.name]),
+        )
+        for node in reversed(first):
+            graph.node.insert(0, node)
+        floats.CopyFrom(helper.make_tensor_value_info("pixels", onnx.TensorProto.UINT8, shape))
+        path = folder / PIXELS
+        onnx.save(model, path)
+        return path
 
     def receipt(self, folder: Path, build: Build, plan: Plan, inputs: Sequence[np.ndarray]) -> Receipt | None:
         """From the graph that a session runs after all of ONNX Runtime's optimizations, which it can write down."""
@@ -98,6 +125,12 @@ class OnnxRuntime:
             path = Path(optimized) / MODEL
             OnnxRuntimeSession(folder / MODEL, plan.threads_per_instance, optimized=path).close()
             return _receipt(onnx.load(path).graph)
+
+
+def _opened(model: Path, plan: Plan) -> "OnnxRuntimeSession":
+    if plan.instances > 1:
+        return SharedSession(model, plan)
+    return OnnxRuntimeSession(model, plan.threads_per_instance)
 
 
 class OnnxRuntimeSession:
@@ -175,6 +208,28 @@ class SharedSession(OnnxRuntimeSession):
         super().close()
         self._left = 0
         self._folder.cleanup()
+
+
+class PixelSession:
+    """A model in two forms, of which one takes pixels."""
+
+    def __init__(self, floats: OnnxRuntimeSession, pixels: OnnxRuntimeSession) -> None:
+        self._floats, self._pixels = floats, pixels
+
+    def run(self, inputs: Sequence[np.ndarray]) -> list[np.ndarray]:
+        """Run one batch of either."""
+        return (self._pixels if inputs[0].dtype == np.uint8 else self._floats).run(inputs)
+
+    def another(self) -> "PixelSession":
+        """One more of each, of the instances that the plan counts."""
+        assert isinstance(self._floats, SharedSession)
+        assert isinstance(self._pixels, SharedSession)
+        return PixelSession(self._floats.another(), self._pixels.another())
+
+    def close(self) -> None:
+        """Drop both."""
+        self._floats.close()
+        self._pixels.close()
 
 
 def _receipt(graph: Any) -> Receipt:

@@ -1,5 +1,6 @@
 """OpenVINO: fp32, bf16, int8 by corewise's quantizer or by NNCF's, and int8 weights with dynamic activations."""
 
+import json
 import shutil
 from collections.abc import Sequence
 from dataclasses import replace
@@ -10,12 +11,13 @@ from typing import Any
 import numpy as np
 
 from corewise.engines import qdq
-from corewise.engines.base import BuildInputs, Session, is_mostly_linear, missing
+from corewise.engines.base import BuildInputs, PixelScale, Session, is_mostly_linear, missing
 from corewise.engines.libraries import import_nncf, import_openvino, quiet
 from corewise.engines.openvino_receipt import logged_receipt, runtime_receipt
 from corewise.engines.openvino_session import (
     DYNAMIC,
     MODEL,
+    PIXELS,
     OpenVinoSession,
     explained,
     in_bf16,
@@ -24,6 +26,7 @@ from corewise.engines.openvino_session import (
 )
 from corewise.records.build import Build, Plan, Receipt
 from corewise.records.cpu import Cpu
+from corewise.records.jsonable import to_json
 
 ATTENTION = "scaled_dot_product|softmax"
 
@@ -103,6 +106,12 @@ class OpenVino:
         Raises ``EngineError`` if OpenVINO makes fewer streams: it has at most one for each core.
         """
         return OpenVinoSession(folder / MODEL, build, plan)
+
+    def take_pixels(self, folder: Path, scale: PixelScale) -> Path:
+        """Their normalization and layout become the first steps of the model when it is compiled for pixels."""
+        path = folder / PIXELS
+        path.write_text(json.dumps(to_json(scale)))
+        return path
 
     def receipt(self, folder: Path, build: Build, plan: Plan, inputs: Sequence[np.ndarray]) -> Receipt | None:
         """From the runtime model: what was compiled for the plan's batch, after all fusions, with its precisions.

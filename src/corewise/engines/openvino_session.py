@@ -15,11 +15,12 @@ import numpy as np
 
 from corewise.common.errors import EngineError
 from corewise.engines import denormals
-from corewise.engines.base import chunks, run_cut
+from corewise.engines.base import PixelScale, chunks, run_cut
 from corewise.engines.libraries import import_openvino
 from corewise.machine.inspect import inspect_cpu
 from corewise.machine.layouts import limited_by_quota
 from corewise.records.build import Build, Plan
+from corewise.records.jsonable import from_json
 
 MODEL = "model.xml"
 DYNAMIC = -1
@@ -31,6 +32,8 @@ columns stay in floating point."""
 
 SETTINGS = "openvino.json"
 """Beside the model: what compiling it here has shown. Payloads of older versions have none."""
+PIXELS = "pixels.json"
+"""Beside the model: the scale of pixels that it takes in place of its input; without it, it takes none."""
 PRECISION_HINTS = {"fp32": "f32", "bf16": "bf16"}
 WHERE = re.compile(r"Exception from \S+:\d+:|Check '.*' failed at \S+:\d+:")
 CAUSE_LENGTH = 300
@@ -46,7 +49,7 @@ class OpenVinoSession:
     def __init__(self, model: Path, build: Build, plan: Plan, config: Mapping[str, Any] = MappingProxyType({})) -> None:
         self._shared = _Compiled(model, build, plan, config)
         self._sizes = self._shared.sizes
-        self._requests: dict[int, Any] = {}
+        self._requests: dict[tuple[int, bool], Any] = {}
         self._for_batch(plan.batch)
 
     def run(self, inputs: Sequence[np.ndarray]) -> list[np.ndarray]:
@@ -55,7 +58,7 @@ class OpenVinoSession:
         return run_cut(self._call, inputs, chunks(rows, self._sizes or [rows]))
 
     def _call(self, inputs: list[np.ndarray]) -> list[np.ndarray]:
-        request = self._for_batch(len(inputs[0]))
+        request = self._for_batch(len(inputs[0]), pixels=self._shared.takes_pixels and inputs[0].dtype == np.uint8)
         # For a missing input OpenVINO reuses the one of the call before.
         if len(inputs) != len(request.model_inputs):
             raise ValueError(f"{len(inputs)} inputs instead of {len(request.model_inputs)}")
@@ -63,11 +66,11 @@ class OpenVinoSession:
             outputs = request.infer(inputs, share_inputs=True, share_outputs=False)
         return [outputs[index] for index in range(len(request.model_outputs))]
 
-    def _for_batch(self, rows: int) -> Any:
+    def _for_batch(self, rows: int, *, pixels: bool = False) -> Any:
         size = rows if self._sizes else DYNAMIC
-        if size not in self._requests:
-            self._requests[size] = self._shared.compiled(size).create_infer_request()
-        return self._requests[size]
+        if (size, pixels) not in self._requests:
+            self._requests[size, pixels] = self._shared.compiled(size, pixels=pixels).create_infer_request()
+        return self._requests[size, pixels]
 
     def another(self) -> "OpenVinoSession":
         """Requests of its own to the same compiled models, which run one request on each of their streams."""
@@ -113,24 +116,44 @@ class _Compiled:
             self._config["DYNAMIC_QUANTIZATION_GROUP_SIZE"] = GROUP
         free = any(dim.is_dynamic for port in self.model.inputs for dim in list(port.get_partial_shape())[1:])
         self.sizes = [] if free else [*(2**k for k in range((plan.batch - 1).bit_length())), plan.batch]
-        self._models: dict[int, Any] = {}
+        scale = model.parent / PIXELS
+        self._scale = from_json(PixelScale, json.loads(scale.read_text())) if scale.exists() else None
+        self._models: dict[tuple[int, bool], Any] = {}
         self._lock = threading.Lock()
 
-    def compiled(self, size: int) -> Any:
+    @property
+    def takes_pixels(self) -> bool:
+        """Whether it is compiled for pixels too."""
+        return self._scale is not None
+
+    def compiled(self, size: int, *, pixels: bool = False) -> Any:
         """The model for batches of ``size``, or ``DYNAMIC``. Raises ``EngineError`` if streams are missing."""
         with self._lock, _on_all_cpus():
-            if size not in self._models:
+            if (size, pixels) not in self._models:
                 model = self.model.clone()
                 reshape_batch(model, size)
+                if pixels and self._scale is not None:
+                    model = _of_pixels(model, self._scale)
                 with explained("compile this model"):
-                    self._models[size] = self._core.compile_model(model, "CPU", self._config)
-                streams = self._models[size].get_property("NUM_STREAMS")
+                    self._models[size, pixels] = self._core.compile_model(model, "CPU", self._config)
+                streams = self._models[size, pixels].get_property("NUM_STREAMS")
                 if streams != self._instances:
                     raise EngineError(
                         f"OpenVINO has {streams} streams here, not one for each of {self._instances} instances",
                         f"use at most {streams} instances",
                     )
-            return self._models[size]
+            return self._models[size, pixels]
+
+
+def _of_pixels(model: Any, scale: PixelScale) -> Any:
+    """The model with pixels, uint8 (N, H, W, C), in place of its input, which OpenVINO computes of them."""
+    openvino = import_openvino()
+    processor = openvino.preprocess.PrePostProcessor(model)
+    pixels = processor.input()
+    pixels.tensor().set_element_type(openvino.Type.u8).set_layout(openvino.Layout("NHWC"))
+    pixels.model().set_layout(openvino.Layout("NCHW"))
+    pixels.preprocess().convert_element_type(openvino.Type.f32).mean(list(scale.mean)).scale(list(scale.std))
+    return processor.build()
 
 
 @contextmanager

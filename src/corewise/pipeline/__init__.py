@@ -7,6 +7,7 @@ samples and for the server. No torch.
 from corewise.pipeline.answers import ClassAnswer, Span, decode
 from corewise.pipeline.boxes import Detection, Thresholds, detected
 from corewise.pipeline.calls import Call, CallCost, CallLimits, CostTable, fill
+from corewise.pipeline.costs import cost_points, cost_table
 from corewise.pipeline.inferred import fit, infer
 from corewise.pipeline.photos import TOP, ImageAsk, ImageRunner, image_pipeline, top_classes
 from corewise.pipeline.runner import Rejected, TextRunner, stacked
@@ -30,6 +31,8 @@ __all__ = [
     "Thresholds",
     "TokenPiece",
     "Tokens",
+    "cost_points",
+    "cost_table",
     "decode",
     "detected",
     "fill",

@@ -119,6 +119,9 @@ class _Parquet:
         else:
             records = [_record(row, self._field) for row in rows]
             table = pyarrow.Table.from_pylist(records, _boxes_schema(rows) if self._field == "boxes" else None)
+            if rows and self._field == "spans":  # of texts without any, nothing tells the type
+                place = table.schema.get_field_index("spans")
+                table = table.set_column(place, "spans", table.column("spans").cast(_spans_type()))
         parquet.write_table(table, path)
 
     def join(self, parts: Sequence[Path], path: Path) -> None:
@@ -139,6 +142,15 @@ def _boxes_schema(rows: Sequence[AnswerRow]) -> Any:
     several = [("input", pa.string())] if rows and rows[0].input is not None else []
     lists = [("labels", pa.list_(pa.string())), ("scores", floats), ("boxes", pa.list_(floats))]
     return pa.schema([("row", pa.int64()), *several, *lists])
+
+
+def _spans_type() -> Any:
+    """What Arrow calls a list of ``Span``."""
+    import pyarrow
+
+    whole, text = pyarrow.int64(), pyarrow.string()
+    fields = {"label": text, "probability": pyarrow.float64(), "start": whole, "end": whole, "text": text}
+    return pyarrow.list_(pyarrow.struct(list(fields.items())))
 
 
 class _Npy:

@@ -49,7 +49,7 @@ USUAL = ImageAsk()
 class _Decoded(NamedTuple):
     """An image's input, and the width and height of the upright photo where its boxes are wanted."""
 
-    array: NDArray[np.float32]
+    array: NDArray[Any]
     size: tuple[int, int] = (0, 0)
 
 
@@ -100,7 +100,7 @@ class ImageRunner:
         *,
         instances: int,
         rows: int,
-        reader: Callable[[Any], NDArray[np.float32]] | None = None,
+        reader: Callable[[Any], NDArray[Any]] | None = None,
         decoders: int | None = None,
     ) -> None:
         """Make a runner.

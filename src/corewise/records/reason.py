@@ -112,6 +112,10 @@ class ReasonKind(StrEnum):
     SCALED_DECODING = "scaled decoding"
     FULL_DECODING = "full decoding"
 
+    # What of photos the engine takes.
+    TAKES_PIXELS = "takes pixels"
+    TAKES_FLOATS = "takes floats"
+
 
 NOT_TRIED = (ReasonKind.BUDGET_SPENT_BEFORE, ReasonKind.BUDGET_TOO_SHORT, ReasonKind.BUDGET_BETTER_SPENT)
 """Why a build has a trial although it was not tried."""

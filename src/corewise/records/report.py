@@ -58,10 +58,29 @@ class Preprocess:
     """Whether the model takes blue first; ``mean`` and ``std`` are in the model's order."""
     decode: Literal["full", "scaled"] = "full"
     """``scaled``: a JPEG of twice the size needed or more is decoded at a half, a quarter or an eighth of its size."""
+    dtype: Literal["float32", "uint8"] = "float32"
+    """``uint8``: the engine takes the pixels, (N, crop, crop, C), and normalizes them itself; float32 it takes too."""
     origin: str | None = None
     """Whose preprocessing it is, such as ``timm's pretrained_cfg``, where the model brought it."""
     function: str | None = None
     """The user's ``module:function`` (PIL image -> array) that does it instead of all the above."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TokenFacts:
+    """How long texts are, in tokens, and what their padding costs: shares of all tokens that a model is given."""
+
+    median: int
+    p95: int
+    longest: int
+    most: int
+    """What the model takes; longer texts are cut."""
+    cut: float
+    """The share of texts that are cut."""
+    padding: float
+    """In calls of texts of about one length."""
+    padding_unsorted: float
+    """In calls of as many texts in their own order."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,6 +94,8 @@ class SampleFacts:
     seed: int
     labelled: bool
     preprocess: Preprocess | None = None
+    tokens: TokenFacts | None = None
+    """Of samples that are texts."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -33,6 +33,8 @@ def _accuracy(details: Details) -> str:
 
 
 def _shifted(details: Details) -> str:
+    if details.get("alone"):
+        return "on texts in calls of their own: "
     return "on samples unlike the calibration samples: " if details.get("shifted") else ""
 
 
@@ -194,6 +196,14 @@ def _decoding(details: Details, so: str) -> str:
     return f"with {details['photos']} photos decoded at a smaller scale the answers have {score}, {so}"
 
 
+def _pixels(details: Details) -> str:
+    """What it is worth that the engine normalizes photos itself."""
+    apart = f"where the engine normalizes photos itself, its answers are {details['decibels']:.0f} dB from the others"
+    if details["decibels"] < details["least_db"]:
+        return f"{apart}, and {details['least_db']:.0f} are needed"
+    return f"{apart}, and {details['ratio']:.2f} times as many are answered"
+
+
 def _keeps_state(details: Details) -> str:
     where = f" ({details['where']})" if details["where"] else ""
     return f"each call changes {details['name'] or 'a value'} in the model{where}; answers do not depend on it"
@@ -293,6 +303,8 @@ _SENTENCES: dict[ReasonKind, Callable[[Details], str]] = {
     K.KEEPS_STATE: _keeps_state,
     K.SCALED_DECODING: lambda details: _decoding(details, "and stay accurate: they are decoded so"),
     K.FULL_DECODING: lambda details: _decoding(details, "which is too much: photos are decoded in full"),
+    K.TAKES_PIXELS: lambda details: f"{_pixels(details)}: it takes pixels",
+    K.TAKES_FLOATS: lambda details: f"{_pixels(details)}: photos are normalized before it",
     K.NOT_SPLIT: _fixed("samples are too few or too alike to judge int8 on some that are unlike the others"),
     K.COREWISE_INT8_ONLY: lambda details: f"only corewise's quantizer makes int8 builds, without {details['layers']}",
 }

@@ -7,7 +7,7 @@ under ``answer`` or a ``Failure`` under ``failure``, and the process's peak memo
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, get_args
 
 from corewise.batching import LatencyTable
 from corewise.records.build import Build, Plan, Receipt
@@ -103,11 +103,22 @@ class RunLoad:
     seed: int = 0
 
 
-Request = Prepare | BuildPayload | OpenPayload | ObserveInt8 | RunSamples | Measure | WarmUp | RunRound | RunLoad
-_REQUESTS: dict[str, type[Request]] = {
-    kind.__name__: kind
-    for kind in (Prepare, BuildPayload, OpenPayload, ObserveInt8, RunSamples, Measure, WarmUp, RunRound, RunLoad)
-}
+@dataclass(frozen=True, kw_only=True)
+class TimeCalls:
+    """Time calls of texts on the open instances, all at work: ``points`` are rows and tokens, in this order.
+
+    ``samples`` are rows of tokens. After ``budget_s`` what is left of the points is left out.
+    """
+
+    samples: Path
+    points: tuple[tuple[int, int], ...]
+    budget_s: float
+
+
+Request = (
+    Prepare | BuildPayload | OpenPayload | ObserveInt8 | RunSamples | Measure | WarmUp | RunRound | RunLoad | TimeCalls
+)
+_REQUESTS: dict[str, type[Request]] = {kind.__name__: kind for kind in get_args(Request)}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -166,7 +177,25 @@ class RoundRate:
     throttled: int
 
 
-Answer = Prepared | BuiltPayload | OpenedPayload | ObservedInt8 | RanSamples | Measurement | Warm | RoundRate | LoadRun
+@dataclass(frozen=True, kw_only=True)
+class TimedCalls:
+    """Milliseconds of the median call of each point that there was time for, at least of the first."""
+
+    ms: tuple[float, ...]
+
+
+Answer = (
+    Prepared
+    | BuiltPayload
+    | OpenedPayload
+    | ObservedInt8
+    | RanSamples
+    | Measurement
+    | Warm
+    | RoundRate
+    | LoadRun
+    | TimedCalls
+)
 
 
 @dataclass(frozen=True, kw_only=True)

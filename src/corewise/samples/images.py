@@ -155,7 +155,7 @@ def normalize_image(image: "Image", name: str = "the image") -> "Image":
     return _convert(image, "L" if image.mode in ("1", "L", "LA") else "RGB")
 
 
-def image_array(image: "Image", preprocess: Preprocess) -> NDArray[np.float32]:
+def image_array(image: "Image", preprocess: Preprocess) -> NDArray[Any]:
     """One image as a model's input.
 
     As torchvision's Resize, CenterCrop, ToTensor and Normalize make it of a PIL image.
@@ -165,7 +165,8 @@ def image_array(image: "Image", preprocess: Preprocess) -> NDArray[np.float32]:
         preprocess: How it is resized, cropped and normalised.
 
     Returns:
-        float32 (C, crop, crop) of as many channels as ``preprocess.mean`` has.
+        float32 (C, crop, crop) of as many channels as ``preprocess.mean`` has; uint8 (crop, crop, C), not normalised,
+        where ``preprocess.dtype`` says so.
 
     Raises:
         SamplesError: Where ``preprocess`` is a function of the user's, which is not run for strangers' images.
@@ -179,12 +180,35 @@ def image_array(image: "Image", preprocess: Preprocess) -> NDArray[np.float32]:
     pixels = np.asarray(image).reshape(crop, crop, -1)
     if preprocess.bgr:
         pixels = pixels[..., ::-1]
+    return np.ascontiguousarray(pixels) if preprocess.dtype == "uint8" else normalize_pixels(pixels, preprocess)
+
+
+def normalize_pixels(pixels: NDArray[np.uint8], preprocess: Preprocess) -> NDArray[np.float32]:
+    """Pixels, uint8 (..., H, W, C), as float32 (..., C, H, W), normalised."""
     mean, std = (np.array(values, np.float32)[:, None, None] for values in (preprocess.mean, preprocess.std))
-    planes = np.ascontiguousarray(pixels.transpose(2, 0, 1)).astype(np.float32)
+    planes = np.ascontiguousarray(np.moveaxis(pixels, -1, -3)).astype(np.float32)
     planes /= np.float32(255)
     planes -= mean
     planes /= std
     return planes
+
+
+def restore_pixels(planes: NDArray[np.float32], preprocess: Preprocess) -> NDArray[np.uint8] | None:
+    """The pixels of which ``normalize_pixels`` made ``planes``; ``None`` where it did not make them.
+
+    Example:
+        >>> pixels = np.arange(12, dtype=np.uint8).reshape(2, 2, 3)
+        >>> bool((restore_pixels(normalize_pixels(pixels, Preprocess()), Preprocess()) == pixels).all())
+        True
+    """
+    if planes.dtype != np.float32 or planes.ndim < 3 or planes.shape[-3] != len(preprocess.mean):
+        return None
+    mean, std = (np.array(values)[:, None, None] for values in (preprocess.mean, preprocess.std))
+    levels = np.rint((planes * std + mean) * 255)
+    if not (np.isfinite(levels).all() and levels.min() >= 0 and levels.max() <= 255):
+        return None
+    pixels = np.ascontiguousarray(np.moveaxis(levels.astype(np.uint8), -3, -1))
+    return pixels if np.array_equal(normalize_pixels(pixels, preprocess), planes) else None
 
 
 def _resized(size: tuple[int, int], preprocess: Preprocess) -> tuple[int, int]:

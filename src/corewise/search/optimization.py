@@ -19,9 +19,11 @@ from corewise.records.pipeline import Pooling
 from corewise.records.report import Choice, Report
 from corewise.runtime.worker import peak_memory_bytes
 from corewise.runtime.workspace import Workspace
+from corewise.search.alone import alone_guard
 from corewise.search.budget import WITH_LOADS, Budget, BudgetSplit, baseline_batch
+from corewise.search.call_costs import time_calls
 from corewise.search.candidates import first_plan, layouts
-from corewise.search.decoding import Decoding, choose_decoding
+from corewise.search.images import ImagePlan, prepare_images
 from corewise.search.journal import Journal
 from corewise.search.result import Result
 from corewise.search.search import Search
@@ -143,7 +145,8 @@ def optimize(
         try:
             build_inputs = task.write(workspace)
             shift = ShiftGuard(gate, context, build_inputs, task.builds[0])
-            search = Search(task.builds, gate, context, journal, shift)
+            alone = alone_guard(task.pipeline, task.holdout, gate, context, task.row_s)
+            search = Search(task.builds, gate, context, journal, shift, alone)
             search.try_builds()
             search.revert_layers()
             search.judge_under_shift()
@@ -152,11 +155,13 @@ def optimize(
             search.find_slo_rate()
             search.race()
             choice = search.choose()
-            decoding = choose_decoding(task.holdout, choice, gate, context)
+            images = prepare_images(task, choice, gate, context)
+            call_costs = time_calls(task.pipeline, task.holdout, choice, context)
         finally:
             if journal.empty:  # it ended before anything worth keeping
                 workspace.remove()
-    return _result(task, search, choice, build_inputs, decoding)
+    result = _result(task, search, choice, build_inputs, images)
+    return replace(result, call_costs=call_costs)
 
 
 def _context(
@@ -193,7 +198,7 @@ def _result(
     search: Search,
     choice: Choice,
     build_inputs: BuildInputs,
-    decoding: Decoding,
+    images: ImagePlan,
 ) -> Result:
     context = search.context
     report = Report(
@@ -202,18 +207,18 @@ def _result(
         versions=package_versions(),
         cpu=task.cpu,
         requirements=replace(context.requirements, robust=search.gate.is_robust),
-        samples=replace(task.facts, preprocess=decoding.preprocess),
+        samples=replace(task.facts, preprocess=images.preprocess),
         trials=tuple(search.trials),
         finals=search.rates,
         choice=choice,
         wall_s=context.budget.elapsed_s,
         peak_memory_bytes=peak_memory_bytes() + search.peak_memory_bytes,
-        notes=(*task.notes, *search.notes, *((decoding.reason,) if decoding.reason else ())),
+        notes=(*task.notes, *search.notes, *images.reasons),
     )
     return Result(
         report=report,
         build_inputs=build_inputs,
-        holdout=replace(task.holdout, preprocess=decoding.preprocess),
+        holdout=replace(task.holdout, preprocess=images.preprocess),
         output_structure=task.exported.output_structure,
         payload=context.workspace.payload(choice.winner),
         outputs=context.workspace.outputs(choice.winner),

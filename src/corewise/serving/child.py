@@ -23,6 +23,7 @@ from typing import Any
 import numpy as np
 
 from corewise import artifact
+from corewise.artifact.format import golden_pixels
 from corewise.common.errors import ArtifactError, CorewiseError
 from corewise.common.references import describe
 from corewise.engines import Session, engine
@@ -152,9 +153,10 @@ def _open(request: dict[str, Any]) -> Instances:
     golden, _ = found.golden()
     # Engines compile for a size when they first meet it.
     for size in sorted({*(2**k for k in range(plan.batch.bit_length())), plan.batch}):
-        rows = np.resize(np.arange(len(golden[0])), size)
-        inputs = [np.ascontiguousarray(array[rows]) for array in golden]
-        instances.each(partial(_run, inputs))
+        for given in filter(None, (golden, golden_pixels(found))):
+            rows = np.resize(np.arange(len(given[0])), size)
+            inputs = [np.ascontiguousarray(array[rows]) for array in given]
+            instances.each(partial(_run, inputs))
     return instances
 
 

@@ -46,8 +46,13 @@ class _Frame:
 class Frames:
     """Reads and writes requests and answers of one model. Used from one event loop."""
 
-    def __init__(self, inputs: Sequence[TensorSpec], outputs: Sequence[TensorSpec]) -> None:
-        self._inputs, self._outputs = inputs, outputs
+    def __init__(
+        self,
+        inputs: Sequence[TensorSpec],
+        outputs: Sequence[TensorSpec],
+        instead: Sequence[Sequence[TensorSpec]] = (),
+    ) -> None:
+        self._inputs, self._outputs, self._instead = inputs, outputs, instead
         self._requests: dict[bytes, _Frame] = {}
         self._answers: dict[Any, tuple[bytes, Headers]] = {}
 
@@ -80,10 +85,11 @@ class Frames:
                 return
             sizes[tensor.name] = (start, size)
             start += size
-        if set(sizes) != {spec.name for spec in self._inputs}:
+        specs = protocol.chosen_inputs(list(sizes), self._inputs, self._instead)
+        if set(sizes) != {spec.name for spec in specs}:
             return
         places = []
-        for spec, array in zip(self._inputs, asked.inputs, strict=True):
+        for spec, array in zip(specs, asked.inputs, strict=True):
             if spec.dtype in ("object", "bool"):
                 return
             places.append(Place(array.dtype, array.shape, prod(array.shape), sizes[spec.name][0]))

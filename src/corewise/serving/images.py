@@ -162,9 +162,10 @@ def pixels(body: bytes, served: Served, most: int = MOST_PIXELS) -> int:
 
 
 class Batch(NamedTuple):
-    """Images as the model takes them, float32 (N, C, H, W), and the width and height of each, upright."""
+    """Images as the model takes them, and the width and height of each, upright."""
 
     array: np.ndarray
+    """float32 (N, C, H, W), or uint8 (N, H, W, C)."""
     sizes: tuple[tuple[int, int], ...]
 
 

@@ -62,12 +62,12 @@ def parse(
     header_length: int | None,
     inputs: Sequence[TensorSpec],
     outputs: Sequence[TensorSpec],
-    instead: Sequence[TensorSpec] = (),
+    instead: Sequence[Sequence[TensorSpec]] = (),
 ) -> InferRequest:
     """The request in a body; its first ``header_length`` bytes are JSON, the rest binary tensors.
 
-    It may have the inputs ``instead`` in place of the model's own. A length of 0 is Triton's raw request: the body
-    is the data of the only input. Raises ``ProtocolError``.
+    It may have one set of the inputs ``instead`` in place of the model's own. A length of 0 is Triton's raw request:
+    the body is the data of the only input. Raises ``ProtocolError``.
     """
     if header_length == 0:
         return InferRequest(
@@ -85,8 +85,7 @@ def parse(
     if len(text) > PIECE_BYTES:
         text, regions = large_json.frame(view[:header_length], PIECE_BYTES)
     request = frame(text)
-    if request.inputs and {one.name for one in request.inputs} <= {spec.name for spec in instead}:
-        inputs = instead
+    inputs = protocol.chosen_inputs([one.name for one in request.inputs], inputs, instead)
     binary = view[header_length:] if header_length is not None else view[:0]
     arrays = _inputs(request.inputs, binary, inputs, regions)
     parameters = request.parameters

@@ -169,6 +169,19 @@ def check_shape(spec: TensorSpec, datatype: str, shape: Sequence[int]) -> None:
         raise ProtocolError(f"the input {spec.name} has {given}, the model takes {wanted}")
 
 
+def chosen_inputs(
+    names: Sequence[str], inputs: Sequence[TensorSpec], instead: Sequence[Sequence[TensorSpec]]
+) -> Sequence[TensorSpec]:
+    """The inputs that a request with tensors of these names means: the model's own, or those in place of all of them.
+
+    Example:
+        >>> ids, text = (TensorSpec(name=name, dtype="object", shape=(None,)) for name in ("ids", "text"))
+        >>> chosen_inputs(["text"], [ids], [[text]])[0].name
+        'text'
+    """
+    return next((specs for specs in instead if names and {spec.name for spec in specs} >= set(names)), inputs)
+
+
 def ordered(found: Mapping[str, np.ndarray], specs: Sequence[TensorSpec]) -> tuple[np.ndarray, ...]:
     """A request's tensors in the model's order. Raises ``ProtocolError`` where one is missing or rows differ."""
     if missing := [spec.name for spec in specs if spec.name not in found]:

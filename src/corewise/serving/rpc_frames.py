@@ -75,7 +75,8 @@ class RpcFrames:
             return
         starts = {name: start for name, (start, _) in zip(names, raws, strict=True)}
         places = []
-        for spec, array in zip(served.inputs, asked.inputs, strict=True):
+        specs = protocol.chosen_inputs(names, served.inputs, served.instead)
+        for spec, array in zip(specs, asked.inputs, strict=True):
             if spec.dtype in ("object", "bool") or spec.name not in starts:
                 return
             places.append(Place(array.dtype, array.shape, array.size, starts[spec.name]))

@@ -19,7 +19,7 @@ from corewise.artifact import tuned
 from corewise.artifact.open import check_available
 from corewise.artifact.photos import images_of
 from corewise.artifact.texts import text_pipeline
-from corewise.artifact.watch import RangeWatch
+from corewise.artifact.watch import RangeWatch, pixel_extremes
 from corewise.batching import Answer, Batcher, NotServed, Policy, Run
 from corewise.common.errors import ArtifactError
 from corewise.engines import ENGINES
@@ -121,7 +121,7 @@ class Served:
         if self.photos is not None and self.photos.preprocess.function is not None:
             why = f"its images are prepared by {self.photos.preprocess.function}, which is code and not in the artifact"
             self.notes = (*self.notes, f"it takes no images but tensors: {why}")
-        self.frames = Frames(self.inputs, self.outputs)
+        self.frames = Frames(self.inputs, self.outputs, self.instead)
         self.statistics = Statistics()
         self.ranges = RangeWatch(found.manifest.seen_ranges)
         self._told_ranges = False
@@ -143,13 +143,18 @@ class Served:
         return self.remote.alive and not self.draining
 
     @property
-    def instead(self) -> tuple[TensorSpec, ...]:
-        """The inputs that a request may have in place of the model's own."""
-        if self.takes_images:
-            taken = {spec.name for spec in self.inputs}
-            name = next(name for name in ("image", "images", "photos") if name not in taken)
-            return (TensorSpec(name=name, dtype="object", shape=(None,)),)
-        return () if self.text is None else self.text.specs
+    def instead(self) -> tuple[tuple[TensorSpec, ...], ...]:
+        """The inputs that a request may have in place of all of the model's own: each of these sets."""
+        if self.photos is None or not self.takes_images:
+            return () if self.text is None else (self.text.specs,)
+        taken = {spec.name for spec in self.inputs}
+        name = next(name for name in ("image", "images", "photos") if name not in taken)
+        image, preprocess = TensorSpec(name=name, dtype="object", shape=(None,)), self.photos.preprocess
+        if preprocess.dtype != "uint8":
+            return ((image,),)
+        name = next(name for name in ("pixels", "levels", "uint8_pixels") if name not in taken)
+        shape = (None, preprocess.crop, preprocess.crop, len(preprocess.mean))
+        return (image,), (TensorSpec(name=name, dtype="uint8", shape=shape),)
 
     @property
     def takes_images(self) -> bool:
@@ -167,8 +172,13 @@ class Served:
         """With texts as the model takes them, and values that it has a place for. Raises ``ProtocolError``."""
         if self.text is not None and request.inputs[0].dtype == object:
             request = replace(request, inputs=self.text.arrays(request.inputs))
-        self.values.check(request.inputs)
+        if not self.are_pixels(request.inputs):
+            self.values.check(request.inputs)
         return request
+
+    def are_pixels(self, inputs: Sequence[np.ndarray]) -> bool:
+        """Whether a request has pixels in place of the model's own input; their shape was checked."""
+        return self.photos is not None and self.photos.preprocess.dtype == "uint8" and inputs[0].dtype == np.uint8
 
     def text_bytes(self, request: InferRequest) -> int:
         """How much text a request has to be tokenized; 0 where it has none.
@@ -183,7 +193,7 @@ class Served:
 
     def described_inputs(self) -> list[dict[str, Any]]:
         """The inputs as the model's metadata lists them."""
-        return self.values.described(self.instead)
+        return self.values.described([spec for specs in self.instead for spec in specs])
 
     def described_statistics(self) -> dict[str, Any]:
         """As Triton's extension ``statistics`` has them."""
@@ -262,6 +272,10 @@ class Served:
 
     def _watch(self, inputs: Sequence[np.ndarray], outputs: Sequence[np.ndarray]) -> None:
         """Count what leaves the ranges of the search, and say once that it is too much."""
+        if self.photos is not None and self.are_pixels(inputs):
+            if not self.ranges.is_due:
+                return
+            inputs = [pixel_extremes(inputs[0], self.photos.preprocess)]
         looked = self.ranges.see(inputs, outputs)
         if looked and not self._told_ranges and (outside := self.ranges.outside) is not None and outside.many:
             self._told_ranges = True

@@ -24,6 +24,7 @@ from corewise.records.build import Build, Plan
 from corewise.runtime.client import Worker, read_outputs
 from corewise.runtime.workspace import Workspace
 from corewise.samples import Samples
+from corewise.samples.images import normalize_pixels
 
 log = logging.getLogger("corewise.serve")
 
@@ -115,6 +116,9 @@ class Shadow:
             worker.open(payload, FP32, PLAN)
             while (taken := self._waiting.get()) is not None:
                 inputs, outputs = taken
+                preprocess = self._found.manifest.preprocess
+                if preprocess is not None and preprocess.dtype == "uint8" and inputs[0].dtype == np.uint8:
+                    inputs = [normalize_pixels(inputs[0], preprocess)]
                 rows = [tuple(array[k] for array in inputs) for k in range(len(inputs[0]))]
                 samples, path = work / "samples.safetensors", work / "outputs.safetensors"
                 Samples(rows=rows, structure=self._found.input_structure, source="traffic").save(samples)

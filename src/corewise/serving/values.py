@@ -41,10 +41,10 @@ class Values:
         except InputError as error:
             raise ProtocolError(error.what, error.fix) from error
 
-    def described(self, texts: Sequence[TensorSpec] = ()) -> list[dict[str, Any]]:
+    def described(self, others: Sequence[TensorSpec] = ()) -> list[dict[str, Any]]:
         """The inputs as the model's metadata lists them, with their ranges as ``parameters``.
 
-        ``texts`` are what a request may have in place of all of them.
+        ``others`` are what a request may have in place of all of them.
         """
         ranges = self._ranges or [InputRange()] * len(self._inputs)
         listed = protocol.described(self._inputs)
@@ -52,7 +52,7 @@ class Values:
             if parameters := _parameters(each):
                 description["parameters"] = parameters
         instead = {"parameters": {"replaces_other_inputs": True}}
-        return listed + [{**description, **instead} for description in protocol.described(texts)]
+        return listed + [{**description, **instead} for description in protocol.described(others)]
 
 
 def _parameters(allowed: InputRange) -> dict[str, int]:

@@ -11,6 +11,7 @@ import shutil
 import zipfile
 from collections import Counter
 from collections.abc import Iterator
+from contextlib import closing
 from dataclasses import dataclass, replace
 from functools import cache
 from hashlib import sha256
@@ -20,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pytest
 
-from corewise.engines.base import BuildInputs, Engine, Session, engine, mixes_rows
+from corewise.engines.base import BuildInputs, Engine, PixelScale, PixelTaking, Session, engine, mixes_rows
 from corewise.machine import inspect as cpu
 from corewise.records.build import Build, Plan, Receipt
 from corewise.records.jsonable import from_json, to_json
@@ -243,6 +244,24 @@ class EngineContract:
         assert receipt.int8 <= receipt.layers - len(receipt.fell_back)
         assert sum(count for _, count in receipt.kernels) == receipt.layers
         assert from_json(Receipt, to_json(receipt)) == receipt
+
+    def test_pixels_are_answered_as_floats(self, case: Case, tmp_path: Path) -> None:
+        """A payload that takes pixels answers them as their normalized floats, in any batch, and floats as before."""
+        if not isinstance(case.engine, PixelTaking) or len(case.material.inputs) != 1:
+            pytest.skip("payloads of this engine or of this network take no pixels")
+        payload = Path(shutil.copytree(case.payload, tmp_path / "payload"))
+        scale = PixelScale(mean=(120.0, 110.0, 100.0), std=(60.0, 65.0, 70.0))
+        with closing(case.open()) as before:
+            inputs = case.inputs(4)
+            expected = before.run(inputs)
+        assert case.engine.take_pixels(payload, scale).parent == payload
+        pixels = np.random.default_rng(0).integers(0, 256, (5, 20, 20, 3), np.uint8)
+        mean, std = (np.array(values, np.float32) for values in (scale.mean, scale.std))
+        floats = ((pixels - mean) / std).transpose(0, 3, 1, 2)
+        with closing(case.engine.open(payload, case.build, PLAN)) as session:
+            assert all(map(np.array_equal, session.run(inputs), expected))
+            answers = session.run([pixels])
+            _assert_close(answers, session.run([np.ascontiguousarray(floats)]), CONSISTENT_DB[case.build.precision])
 
     def test_sessions_are_independent(self, case: Case, session: Session) -> None:
         """Two sessions of one payload work side by side, and closing one, also twice, leaves the other."""

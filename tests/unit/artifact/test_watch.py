@@ -12,6 +12,8 @@ from corewise.common.nested import flatten
 from corewise.records.build import TensorSpec
 from corewise.records.jsonable import from_json, to_json
 from corewise.records.ranges import SeenRanges
+from corewise.records.report import Preprocess
+from corewise.samples.images import normalize_pixels
 
 PIXELS = TensorSpec(name="x", dtype="float32", shape=(None, 3, 4, 4))
 SCORES = TensorSpec(name="y", dtype="float32", shape=(None, 5))
@@ -51,6 +53,14 @@ def test_ranges_are_of_channels_over_all_batches():
     tokens = normal(4, 6, 2)
     whole = seen_range(TensorSpec(name="t", dtype="float32", shape=(None, 6, 2)), [tokens])
     assert (whole.low, whole.high) == ((float(tokens.min()),), (float(tokens.max()),))
+
+
+def test_pixels_have_the_extremes_of_their_normalized_floats():
+    pixels = np.random.default_rng(0).integers(0, 256, (3, 6, 5, 3), np.uint8)
+    preprocess = Preprocess(std=(0.2, -0.2, 0.2))
+    found = watch._extremes(watch.pixel_extremes(pixels, preprocess))
+    for ours, theirs in zip(found, watch._extremes(normalize_pixels(pixels, preprocess)), strict=True):
+        assert np.array_equal(ours, theirs)
 
 
 def test_integers_and_what_is_not_finite_have_no_range():

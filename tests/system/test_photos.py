@@ -25,7 +25,7 @@ from corewise.common.nested import flatten
 from corewise.engines import engine
 from corewise.engines.openvino import OpenVino
 from corewise.machine.inspect import inspect_cpu
-from corewise.pipeline import ClassAnswer
+from corewise.pipeline import ClassAnswer, ImageAsk
 from corewise.pipeline.job import Job, run_job
 from corewise.records.build import Build, Plan, TensorSpec
 from corewise.records.measurement import Measurement
@@ -246,7 +246,7 @@ def test_a_folder_and_patterns_become_a_file_of_labels(
         columns=Columns(),
         prompt=None,
         artifact="",
-        top=2,
+        ask=ImageAsk(top=2),
     )
     assert fast.images is not None
     assert run_job(job, fast.images) == (36, 0, 0)
@@ -345,6 +345,55 @@ def test_images_of_a_users_function_need_that_function(tmp_path: Path, photos: P
         model.predict(path)
     with corewise.load(folder, preprocess=prepare) as model:
         assert model.predict(path).label in NAMES
+
+
+def write_odd_files(folder: Path) -> dict[str, bool]:
+    """Forty files as collections have them, and whether each is an image: most are, in many forms."""
+    folder.mkdir()
+    rng = np.random.default_rng(0)
+    photo = Image.fromarray(rng.integers(60, 200, (48, 64, 3), np.uint8)).filter(ImageFilter.GaussianBlur(2))
+    for number in range(26):
+        photo.save(folder / f"{number:02}.{('jpg', 'png', 'webp', 'bmp', 'tiff')[number % 5]}")
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    photo.save(folder / "rotated.jpg", exif=exif)
+    photo.convert("CMYK").save(folder / "cmyk.jpg")
+    Image.fromarray(rng.integers(0, 65535, (48, 64), np.uint16)).save(folder / "sixteen.png")
+    Image.fromarray(rng.random((48, 64), np.float32)).save(folder / "floats.tiff")
+    photo.save(folder / "animated.gif", save_all=True, append_images=[photo.rotate(90)])
+    photo.convert("P").save(folder / "palette.png", transparency=0)
+    photo.convert("RGBA").save(folder / "transparent.png")
+    photo.convert("1").save(folder / "bits.png")
+    photo.resize((400, 3)).save(folder / "long.png")
+    photo.resize((1, 1)).save(folder / "dot.png")
+    odd = {path.name: True for path in folder.iterdir()}
+    (folder / "cut.jpg").write_bytes((folder / "00.jpg").read_bytes()[:400])
+    (folder / "empty.png").write_bytes(b"")
+    (folder / "page.jpg").write_bytes(b"<html>not found</html>")
+    huge = bytearray((folder / "03.bmp").read_bytes())
+    huge[18:26] = np.array([40_000, 40_000], "<i4").tobytes()  # its header's width and height
+    (folder / "huge.bmp").write_bytes(huge)
+    return odd | dict.fromkeys(("cut.jpg", "empty.png", "page.jpg", "huge.bmp"), False)
+
+
+def test_every_file_gets_the_same_verdict_in_samples_predict_and_the_server(
+    server: Server, fast: corewise.Model, tmp_path: Path
+) -> None:
+    verdicts = write_odd_files(tmp_path / "odd")
+    assert len(verdicts) == 40
+    paths = [tmp_path / "odd" / name for name in sorted(verdicts)]
+    good = [path.name for path in paths if verdicts[path.name]]
+    samples = read(str(tmp_path / "odd"), SMALL)
+    assert [Path(name).name for name in samples.names or ()] == good
+    assert fast.images is not None
+    answers = dict(zip([path.name for path in paths], fast.images.answers(paths), strict=True))
+    assert [name for name, answer in answers.items() if isinstance(answer, ClassAnswer)] == good
+    for path in paths:
+        answer, told = answers[path.name], server.post("/v2/models/shades/classify", content=path.read_bytes())
+        assert told.status_code == (200 if verdicts[path.name] else 413 if path.stem == "huge" else 415), told.text
+        if isinstance(answer, ClassAnswer):
+            assert told.json()["classes"][0]["label"] == answer.label
+            assert told.json()["classes"][0]["probability"] == pytest.approx(answer.probability, abs=1e-4)
 
 
 def test_pixels_are_another_form_of_the_input(server: Server) -> None:

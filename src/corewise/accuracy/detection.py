@@ -1,7 +1,7 @@
 """Metrics of detectors: COCO's average precision, on labels or on fp32's own detections."""
 
 import io
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import redirect_stdout
 from dataclasses import dataclass
 from typing import Any
@@ -9,10 +9,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from corewise.accuracy.boxes import Detections, corners, decoded, decoder
 from corewise.accuracy.labels import UnfitLabel, sample_name
 from corewise.accuracy.pooled import Pooled, Rows
+from corewise.common.detections import Detections, corners, find_head
 from corewise.common.errors import MetricError, MissingExtra, SamplesError
+from corewise.common.nested import flatten, leaf_names
 
 CONFIDENT = 0.25
 """fp32's detections of at least this score are what a candidate has to find: the threshold of Ultralytics' predict."""
@@ -20,12 +21,14 @@ MOST_DETECTIONS = 100
 THRESHOLDS = 10
 RECALLS = np.linspace(0, 1, 101)
 
+Decode = Callable[[Any], list[Detections]]
+
 
 def mean_average_precision(outputs: Any, labels: Any) -> Pooled:
     """COCO's AP@[.5:.95] of the detections: all areas, at most 100 detections for each image.
 
     Args:
-        outputs: What ``boxes`` understands.
+        outputs: What ``common.detections`` understands.
         labels: A dict for each image: ``boxes`` (k, 4) as x1, y1, x2, y2 in the outputs' coordinates and ``labels``
             (k,), as torchvision has them; or ``boxes`` as relative center and size and ``class_labels`` (k,), as
             transformers has them.
@@ -41,7 +44,7 @@ def detections(outputs: Any, reference: Any) -> Pooled:
     """COCO's AP@[.5:.95] of the candidate's detections, where fp32's confident ones are the right ones.
 
     Args:
-        outputs: What ``boxes`` understands.
+        outputs: What ``common.detections`` understands.
         reference: fp32's outputs. Those with a score of at least 0.25 have to be found, of each class the 100 surest of
             an image; fp32 itself scores 1.
     """
@@ -54,6 +57,22 @@ def detections(outputs: Any, reference: Any) -> Pooled:
         what = f"fp32 detects nothing with a score of {CONFIDENT} or more in the holdout"
         raise MetricError(what, "give samples that show what the model detects, or use concordance")
     return average_precision(decoded(decode, outputs, "detections"), truth, "detections")
+
+
+def decoder(outputs: Any) -> Decode | None:
+    """How such outputs are decoded, settled on fp32's; ``None`` where they are no detector's."""
+    leaves, structure = flatten(outputs)
+    head = find_head(leaf_names(structure), leaves)
+    return None if head is None else lambda given: head.detections(flatten(given)[0])
+
+
+def decoded(decode: Decode | None, outputs: Any, metric: str) -> list[Detections]:
+    """The detections of each image. Raises ``MetricError`` where the outputs are no detector's."""
+    if decode is None:
+        shapes = ", ".join(f"{leaf.dtype} {leaf.shape}" for leaf in flatten(outputs)[0])
+        fix = "return boxes, scores and labels as torchvision names them, or give a function as metric"
+        raise MetricError(f"{metric} finds no boxes and scores in the outputs ({shapes})", fix)
+    return decode(outputs)
 
 
 def average_precision(answers: Sequence[Detections], truth: Sequence[Detections], metric: str) -> Pooled:

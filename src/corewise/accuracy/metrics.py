@@ -17,8 +17,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from corewise.accuracy.boxes import decoder
 from corewise.accuracy.classification import first, is_answers, is_class_scores
+from corewise.accuracy.detection import decoder
 from corewise.accuracy.labels import answer_labels, class_axis, class_labels, is_multi_hot
 from corewise.accuracy.outputs import Array
 from corewise.accuracy.pooled import Pooled

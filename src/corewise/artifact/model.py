@@ -12,8 +12,7 @@ from corewise.artifact.watch import Outside, RangeWatch
 from corewise.common.errors import InputError
 from corewise.common.nested import Structure, match_call, unflatten
 from corewise.engines import Session
-from corewise.pipeline import ImageRunner, TextRunner
-from corewise.pipeline.photos import TOP
+from corewise.pipeline import TOP, ImageAsk, ImageRunner, TextRunner
 from corewise.records.build import TensorSpec
 from corewise.records.ranges import InputRange, SeenRanges
 
@@ -72,7 +71,15 @@ class Model:
             outputs = [_tensor(array) for array in outputs]
         return unflatten(self._output_structure, outputs)
 
-    def predict(self, items: Any, *, prompt: str | None = None, top: int | None = None) -> Any:
+    def predict(
+        self,
+        items: Any,
+        *,
+        prompt: str | None = None,
+        top: int | None = None,
+        score_threshold: float | None = None,
+        iou_threshold: float | None = None,
+    ) -> Any:
         """The answers to raw items: texts are tokenized and batched by length, images are decoded; all instances run.
 
         Args:
@@ -81,10 +88,15 @@ class Model:
                 that memory stays bounded for millions; or a single one.
             prompt: The name of the prompt that goes before each text, for a model that has prompts.
             top: Of an image, how many classes the probabilities are given of, the most probable first. Default: 5.
+            score_threshold: Of a detector, the least score of an object. Default: 0.25 where overlapping boxes have to
+                be suppressed (YOLO, SSD), else 0.5 (DETR).
+            iou_threshold: Where overlapping boxes have to be suppressed, the overlap (intersection over union) with a
+                better box of the class at which a box is left out. Default: 0.45.
 
         Returns:
             In the order of the items: an array of vectors, float32 (N, D), or of scores (N,); a list of ``ClassAnswer``
-            (label, probability, probabilities); or a list of lists of ``Span`` (label, probability, start, end, text).
+            (label, probability, probabilities); a list of lists of ``Span`` (label, probability, start, end, text); or
+            a list of lists of ``Detection`` (label, score, box as x1, y1, x2, y2 in pixels of the upright photo).
             For an iterator, an iterator of the single answers.
 
         Raises:
@@ -94,7 +106,10 @@ class Model:
         if self.images is not None and self.texts is None:
             if prompt is not None:
                 raise InputError("a prompt goes before texts, and the model takes images", "leave out prompt")
-            return self.images.predict(items, top=TOP if top is None else top)
+            ask = ImageAsk(
+                top=TOP if top is None else top, score_threshold=score_threshold, iou_threshold=iou_threshold
+            )
+            return self.images.predict(items, ask)
         if self.texts is None:
             raise InputError(
                 "the artifact has no pipeline for raw items",

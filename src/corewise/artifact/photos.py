@@ -20,7 +20,7 @@ def images_of(artifact: Artifact) -> ImagePipeline | None:
     if manifest.preprocess is None or len(manifest.inputs) != 1:
         return None
     _, outputs = artifact.golden()
-    return image_pipeline(manifest.preprocess, outputs, manifest.labels or ())
+    return image_pipeline(manifest.preprocess, outputs, manifest.labels or (), [spec.name for spec in manifest.outputs])
 
 
 def open_images(

@@ -188,6 +188,7 @@ class OutputOptions:
             panel="Output",
             metavar="FILE",
             help="Names of the classes, one a line, for the artifact to name them when it is served.",
+            default="those that the model brings, if any",
         ),
     ] = None
     verbose: Annotated[

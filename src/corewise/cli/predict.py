@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 from corewise.cli.environment import compute_on_usable_cores, settle_ray
 from corewise.cli.options import ArtifactPath, argument, flag, grouped, option
 from corewise.cli.output import console
-from corewise.cli.quantities import duration_or_zero, whole
+from corewise.cli.quantities import duration_or_zero, share, whole
 
 if TYPE_CHECKING:
     from corewise.records.bulk import BulkProgress, OnProgress
@@ -22,7 +22,7 @@ Inputs = Annotated[
         "INPUT...",
         panel="Inputs",
         help="Files of texts: .txt (a text a line), .csv, .tsv, .jsonl or .parquet. Or images: files, folders (with "
-        "those below) or patterns such as 'photos/*.jpg'.",
+        "those below), patterns such as 'photos/*.jpg', or .tar, .tar.gz, .tar.bz2 and .tar.xz files of them.",
     ),
 ]
 
@@ -65,6 +65,28 @@ class PhotoOptions:
         int | None,
         option(
             "--top", panel="Images", metavar="N", parse=whole(1), help="Name the N most probable classes.", default="5"
+        ),
+    ] = None
+    score_threshold: Annotated[
+        float | None,
+        option(
+            "--score-threshold",
+            panel="Images",
+            metavar="SCORE",
+            parse=share("0.25"),
+            help="Of a detector, the least score of an object.",
+            default="0.25 for YOLO and SSD, 0.5 for DETR",
+        ),
+    ] = None
+    iou_threshold: Annotated[
+        float | None,
+        option(
+            "--iou-threshold",
+            panel="Images",
+            metavar="IOU",
+            parse=share("0.45"),
+            help="Of a YOLO or SSD detector, the overlap with a better box of its class at which a box is left out.",
+            default="0.45",
         ),
     ] = None
     preprocess: Annotated[
@@ -121,6 +143,16 @@ class PredictOutput:
             "cannot be answered go to a .failed.jsonl beside it, with their reasons; with --ray to files in it.",
         ),
     ]
+    draw: Annotated[
+        Path | None,
+        option(
+            "--draw",
+            panel="Output",
+            metavar="FOLDER",
+            help="Write each photo here too, with its boxes or its most probable classes drawn on it.",
+            default="none",
+        ),
+    ] = None
     max_failed: Annotated[
         int | None,
         option(
@@ -145,7 +177,7 @@ def command(
     cluster: ClusterOptions,
     output: PredictOutput,
 ) -> None:
-    """Answer all texts of files, or all images, with an artifact: vectors, classes, scores or spans.
+    """Answer all texts of files, or all images, with an artifact: vectors, classes, scores, spans or boxes.
 
     Texts are read as they are needed and run in batches of similar length on all instances. Images are decoded while
     the model runs. Finished parts are kept in FILE.parts, so that the same command resumes after an interruption.
@@ -167,6 +199,9 @@ def command(
         columns=Columns(texts.text, texts.pair),
         prompt=texts.prompt,
         top=photos.top,
+        score_threshold=photos.score_threshold,
+        iou_threshold=photos.iou_threshold,
+        draw=output.draw,
         preprocess=photos.preprocess,
         ray=cluster.ray,
     )

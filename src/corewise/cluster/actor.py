@@ -100,7 +100,7 @@ class Answerer:
         """
         task, runner = self._task, self._runner()
         pipeline = runner.pipeline if isinstance(runner, ImageRunner) else runner.encoder.pipeline
-        part = list(answered(unpacked_rows(rows), runner, prompt=task.prompt, top=task.top))
+        part = list(answered(unpacked_rows(rows), runner, prompt=task.prompt, ask=task.ask))
         with writing(task.output, task.output):
             counts = self._parts.write(number, format_of(self._parts.answers(number), pipeline), part)
         return Answered(rows=counts.rows, failed=counts.failed, example=counts.example)

@@ -14,11 +14,12 @@ from corewise.cluster.actor import MARK, folder_of, runner_of
 from corewise.cluster.connection import check_address, check_ray, installed_ray
 from corewise.cluster.distributed import run_on_ray
 from corewise.common.errors import InputError, OutputError
-from corewise.pipeline import TOP
+from corewise.pipeline import TOP, ImageAsk
 from corewise.pipeline import job as jobs
 from corewise.pipeline.job import Job, check_inputs, check_job, count_rows, run_job
 from corewise.pipeline.parts import Counts, Parts
 from corewise.records.bulk import BulkOutlook, BulkProgress, BulkResult, OnProgress
+from corewise.samples.archives import is_archive
 from corewise.samples.folders import list_images
 from corewise.samples.texts import Columns
 from corewise.search.retuning import BUDGET_S
@@ -33,6 +34,9 @@ def predict(
     pair: str | None = None,
     prompt: str | None = None,
     top: int | None = None,
+    score_threshold: float | None = None,
+    iou_threshold: float | None = None,
+    draw: str | Path | None = None,
     preprocess: str | None = None,
     max_failed: int | None = None,
     ray: str | None = None,
@@ -53,6 +57,10 @@ def predict(
         pair: the column that is the second text of a pair.
         prompt: the name of the model's prompt that goes before each text.
         top: of images, how many classes an answer names. Default: 5.
+        score_threshold: of a detector, the least score of an object. Default: 0.25 for YOLO and SSD, 0.5 for DETR.
+        iou_threshold: of a YOLO or SSD detector, the overlap with a better box at which a box is left out. Default:
+            0.45.
+        draw: a folder for the photos with their boxes or most probable classes drawn on them; not with ``ray``.
         preprocess: the function, as ``FILE.py:FUNCTION``, that prepared the samples, for an artifact made with one.
         max_failed: the most rows that may be set aside; more of them end the job. Default: any number.
         ray: a cluster to run on: ``"auto"`` (this machine's, or the one that this process is connected to),
@@ -78,8 +86,9 @@ def predict(
     """
     given = [inputs] if isinstance(inputs, str | Path) else list(inputs)
     bulk = Bulk.of(
-        Path(folder), given, Path(output), columns=Columns(text, pair), prompt=prompt, top=top, preprocess=preprocess,
-        ray=ray,
+        Path(folder), given, Path(output), columns=Columns(text, pair), prompt=prompt, top=top,
+        score_threshold=score_threshold, iou_threshold=iou_threshold, draw=None if draw is None else Path(draw),
+        preprocess=preprocess, ray=ray,
     )  # fmt: skip
     return bulk.run(max_failed=max_failed, retune_s=retune_s, on_progress=on_progress)
 
@@ -103,6 +112,9 @@ class Bulk:
         columns: Columns,
         prompt: str | None,
         top: int | None,
+        score_threshold: float | None,
+        iou_threshold: float | None,
+        draw: Path | None,
         preprocess: str | None,
         ray: str | None,
     ) -> "Bulk":
@@ -119,7 +131,13 @@ class Bulk:
         foreign = (
             {"text": columns.text, "pair": columns.pair, "prompt": prompt}
             if images
-            else {"top": top, "preprocess": preprocess}
+            else {
+                "top": top,
+                "score-threshold": score_threshold,
+                "iou-threshold": iou_threshold,
+                "draw": draw,
+                "preprocess": preprocess,
+            }
         )
         _check_foreign(folder, foreign, "images" if images else "texts")
         if texts is not None:
@@ -128,13 +146,18 @@ class Bulk:
         if pipeline is not None and pipeline.preprocess.function is not None and preprocess is None:
             raise InputError(f"{folder} was made with a function that prepares images", "give --preprocess")
         paths = list_images(inputs) if images else [Path(path) for path in inputs]
+        if ray is not None:
+            _check_spread(paths, draw)
         job = Job(
             inputs=tuple(path.absolute() for path in paths) if ray is not None else tuple(paths),
             output=output,
             columns=columns,
             prompt=prompt,
             artifact=identity(folder),
-            top=(top or TOP) if images else None,
+            ask=ImageAsk(top=top or TOP, score_threshold=score_threshold, iou_threshold=iou_threshold)
+            if images
+            else None,
+            drawings=draw,
         )
         if ray is None:
             check_job(job)
@@ -194,7 +217,7 @@ class Bulk:
         )
 
     def _rows(self) -> int:
-        return len(self.job.inputs) if self.job.top is not None else count_rows(self.job.inputs)
+        return len(self.job.inputs) if self.job.ask is not None else count_rows(self.job.inputs)
 
 
 def _check_foreign(folder: Path, options: Mapping[str, object], kind: str) -> None:
@@ -202,6 +225,15 @@ def _check_foreign(folder: Path, options: Mapping[str, object], kind: str) -> No
     for name, value in options.items():
         if value is not None:
             raise InputError(f"--{name} has no meaning for {kind}, which {folder} takes", f"leave out --{name}")
+
+
+def _check_spread(paths: Iterable[Path], draw: Path | None) -> None:
+    """Raise ``InputError`` for what is done in one process only: reading tar files, and drawing."""
+    if draw is not None:
+        raise InputError("--draw does not go with --ray", "leave out one of them")
+    for path in paths:
+        if is_archive(path):
+            raise InputError(f"{path} is a tar file, which is not read on a cluster", "unpack it, or leave out --ray")
 
 
 def _check_pairs(folder: Path, takes_pairs: bool, column: str | None) -> None:

@@ -104,7 +104,7 @@ def task_of(artifact: Path, job: Job, preprocess: str | None, kept: Parts) -> Ta
         job=hashlib.sha256(kept.about.read_bytes()).hexdigest(),
         several=job.several,
         prompt=job.prompt,
-        top=job.top,
+        ask=job.ask,
         preprocess=preprocess,
     )
 

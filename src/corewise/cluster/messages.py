@@ -21,6 +21,7 @@ from corewise.common.errors import (
     SourceError,
 )
 from corewise.pipeline.parts import Record
+from corewise.pipeline.photos import ImageAsk
 from corewise.records.build import Plan
 from corewise.records.bulk import PlanSource
 from corewise.records.jsonable import from_json, to_json
@@ -45,7 +46,7 @@ class Task:
     """The sha256 of the file in the output that says which job it is."""
     several: bool
     prompt: str | None
-    top: int | None
+    ask: ImageAsk | None
     preprocess: str | None
 
 

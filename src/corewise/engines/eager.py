@@ -62,8 +62,9 @@ class Eager:
         if not any(len(spec.shape) == 4 for spec in build_inputs.inputs):
             _write_format(folder, "contiguous")
             return ()
-        _, batch = next(build_inputs.calibration.batches(TRIAL_BATCH))
-        plan = Plan(threads_per_instance=build_inputs.cpu.usable_cores, batch=TRIAL_BATCH)
+        rows = build.fixed_batch or TRIAL_BATCH
+        _, batch = next(build_inputs.calibration.batches(rows))
+        plan = Plan(threads_per_instance=build_inputs.cpu.usable_cores, batch=rows)
         times: dict[str, float] = {}
         for memory_format in FORMATS:
             _write_format(folder, memory_format)

@@ -79,7 +79,7 @@ class TorchInt8:
 
         with quiet(), guard(EngineError, "PyTorch cannot quantize this program", "use another engine"):
             module = _quantizable(build_inputs, build)
-        _, batch = next(build_inputs.calibration.batches(TRIAL_BATCH))
+        _, batch = next(build_inputs.calibration.batches(build.fixed_batch or TRIAL_BATCH))
         expected = _outputs(build_inputs, batch)
         results: dict[str, _Result] = {}
         failures: list[str] = []

@@ -5,10 +5,11 @@ samples and for the server. No torch.
 """
 
 from corewise.pipeline.answers import ClassAnswer, Span, decode
+from corewise.pipeline.boxes import Detection, Thresholds, detected
 from corewise.pipeline.calls import Call, CallCost, CallLimits, CostTable, fill
 from corewise.pipeline.costs import cost_points, cost_table
 from corewise.pipeline.inferred import fit, infer
-from corewise.pipeline.photos import TOP, ImageRunner, image_pipeline, top_classes
+from corewise.pipeline.photos import TOP, ImageAsk, ImageRunner, image_pipeline, top_classes
 from corewise.pipeline.runner import Rejected, TextRunner, stacked
 from corewise.pipeline.samples import text_samples
 from corewise.pipeline.tokens import TextEncoder, TokenPiece, Tokens
@@ -20,16 +21,20 @@ __all__ = [
     "CallLimits",
     "ClassAnswer",
     "CostTable",
+    "Detection",
+    "ImageAsk",
     "ImageRunner",
     "Rejected",
     "Span",
     "TextEncoder",
     "TextRunner",
+    "Thresholds",
     "TokenPiece",
     "Tokens",
     "cost_points",
     "cost_table",
     "decode",
+    "detected",
     "fill",
     "fit",
     "image_pipeline",

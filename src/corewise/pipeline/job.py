@@ -9,16 +9,18 @@ import shutil
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from itertools import count, islice
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
 
-from corewise.common.errors import OutputError, SamplesError
+from corewise.common.errors import InputError, OutputError, SamplesError
+from corewise.pipeline.drawing import draw_answer
 from corewise.pipeline.outputs import Format, format_of, join_lines, sync
 from corewise.pipeline.parts import Counts, Parts, Record
-from corewise.pipeline.photos import TOP, ImageRunner
+from corewise.pipeline.photos import USUAL, ImageAsk, ImageRunner
 from corewise.pipeline.runner import Rejected, TextRunner
+from corewise.samples.archives import is_archive, read_archive
 from corewise.samples.tables import READERS, iterate_table
 from corewise.samples.texts import Columns
 
@@ -40,8 +42,10 @@ class Job:
     prompt: str | None
     artifact: str
     """The identity of the artifact: the sha256 of its manifest."""
-    top: int | None = None
-    """For images, each of which is a row: how many classes an answer names."""
+    ask: ImageAsk | None = None
+    """For images, each of which is a row: what is wanted of them."""
+    drawings: Path | None = None
+    """For images: the folder of the photos with their answers drawn on them."""
 
     @property
     def parts(self) -> Path:
@@ -56,7 +60,7 @@ class Job:
     @property
     def several(self) -> bool:
         """Whether an answer says which input it belongs to."""
-        return len(self.inputs) > 1 or self.top is not None
+        return len(self.inputs) > 1 or self.ask is not None
 
     @property
     def kept(self) -> Parts:
@@ -72,7 +76,7 @@ class Job:
             "columns": list(self.columns),
             "prompt": self.prompt,
             "part_rows": part_rows,
-            "top": self.top,
+            "ask": None if self.ask is None else asdict(self.ask),
         }
 
 
@@ -89,7 +93,7 @@ def check_inputs(job: Job) -> None:
     for path in job.inputs:
         if not path.is_file():
             raise SamplesError(f"there is no file {path}", "check the path")
-        if job.top is None and path.suffix.lower() not in READERS:
+        if job.ask is None and path.suffix.lower() not in READERS:
             raise SamplesError(f"{path} is no file of texts", f"give one of {', '.join(READERS)}")
 
 
@@ -106,6 +110,12 @@ def check_job(job: Job) -> None:
         raise OutputError(f"{job.output} cannot be written: {why}", "give another name with -o")
     if job.output.exists() and not job.parts.is_dir():
         raise OutputError(f"{job.output} exists already", "remove it or give another name with -o")
+    if job.drawings is not None:
+        try:
+            job.drawings.mkdir(exist_ok=True)
+        except OSError as error:
+            what = f"{job.drawings} cannot be made: {error.strerror}"
+            raise OutputError(what, "give another folder with --draw") from error
 
 
 def count_rows(paths: Iterable[Path]) -> int:
@@ -137,10 +147,13 @@ def run_job(
 
     Raises:
         SamplesError: An input cannot be read, has no such column, or no rows; or too many rows failed.
+        InputError: The output cannot hold such answers, or there is nothing to draw.
         OutputError: The output cannot be written, or its folder of parts is another job's.
         EngineError: The engine fails.
     """
     check_job(job)
+    if job.drawings is not None and (not isinstance(runner, ImageRunner) or runner.pipeline.task == "vectors"):
+        raise InputError("the model gives no classes and no boxes that could be drawn", "leave out --draw")
     kind = format_of(job.output, runner.pipeline if isinstance(runner, ImageRunner) else runner.encoder.pipeline)
     with writing(job.output, job.parts):
         finished = _resume(job)
@@ -148,7 +161,9 @@ def run_job(
         done = Counts(resumed, sum(counts.failed for counts in finished.values()))
         job.kept.check_failed(done.failed, max_failed, "")
         on_rows(done)
-        rest = answered(islice(records(job), resumed, None), runner, prompt=job.prompt, top=job.top)
+        rest = answered(
+            islice(records(job), resumed, None), runner, prompt=job.prompt, ask=job.ask, drawings=job.drawings
+        )
         for number in count(len(finished)):
             part = list(islice(rest, PART_ROWS))
             if not part:
@@ -175,8 +190,8 @@ def records(job: Job) -> Iterator[Record]:
     Raises:
         SamplesError: An input cannot be read, or has no such column.
     """
-    if job.top is not None:
-        yield from (Record(row, str(path), "", str(path), "") for row, path in enumerate(job.inputs))
+    if job.ask is not None:
+        yield from _images(job.inputs)
         return
     row = 0
     for path in job.inputs:
@@ -185,24 +200,48 @@ def records(job: Job) -> Iterator[Record]:
             row += 1
 
 
+def _images(inputs: Iterable[Path]) -> Iterator[Record]:
+    """A record for each image file, and for each image of a tar file."""
+    rows = count()
+    for path in inputs:
+        if not is_archive(path):
+            yield Record(next(rows), str(path), "", str(path), "")
+            continue
+        for member in read_archive(path):
+            place = f"{path}/{member.name}" if member.name else str(path)
+            yield Record(next(rows), place, "", member.content, member.problem)
+
+
 def answered(
-    rows: Iterable[Record], runner: TextRunner | ImageRunner, *, prompt: str | None, top: int | None
+    rows: Iterable[Record],
+    runner: TextRunner | ImageRunner,
+    *,
+    prompt: str | None,
+    ask: ImageAsk | None,
+    drawings: Path | None = None,
 ) -> Iterator[tuple[Record, Any]]:
-    """The rows with their answers, in order; ``Rejected`` for one that cannot be answered."""
+    """The rows with their answers, in order; ``Rejected`` for one that cannot be answered.
+
+    Photos with their answers drawn on them go to ``drawings``, the row's number in their names.
+    """
     waiting: deque[Record] = deque()
 
     def values() -> Iterator[Any]:
         for record in rows:
-            waiting.append(record._replace(value=None))
+            waiting.append(record if drawings is not None else record._replace(value=None))
             yield None if record.problem else record.value
 
     if isinstance(runner, ImageRunner):
-        answers = runner.answers(values(), top=top or TOP)
+        answers = runner.answers(values(), ask or USUAL)
     else:
         answers = runner.answers(values(), prompt=prompt)
     for answer in answers:
         record = waiting.popleft()
-        yield record, Rejected(record.problem) if record.problem else answer
+        answer = Rejected(record.problem) if record.problem else answer
+        if drawings is not None and not isinstance(answer, Rejected):
+            source = record.value if isinstance(record.value, bytes) else Path(record.value)
+            draw_answer(source, answer, drawings / f"{record.row:06}-{PurePosixPath(record.input).stem}.jpg")
+        yield record._replace(value=None), answer
 
 
 def _resume(job: Job) -> dict[int, Counts]:

@@ -66,7 +66,7 @@ def plain(answer: Any) -> Any:
 
 def _field(pipeline: TextPipeline | ImagePipeline) -> str:
     if isinstance(pipeline, ImagePipeline):
-        return {"vectors": "vector", "classes": "top"}[pipeline.task]
+        return {"vectors": "vector", "classes": "top", "boxes": "boxes"}[pipeline.task]
     return {"vectors": "vector", "scores": "score", "classes": "answer", "tokens": "spans"}[pipeline.task]
 
 
@@ -77,6 +77,9 @@ def _record(row: AnswerRow, field: str) -> dict[str, Any]:
     if field == "top":  # a list: of many classes, each row names others
         top = [{"label": label, "probability": value} for label, value in answer["probabilities"].items()]
         return {**where, "label": answer["label"], "probability": answer["probability"], "top": top}
+    if field == "boxes":  # columns of one length, as torchvision has them
+        names = {"labels": "label", "scores": "score", "boxes": "box"}
+        return {**where, **{column: [one[name] for one in answer] for column, name in names.items()}}
     return {**where, **(answer if field == "answer" else {field: answer})}
 
 
@@ -114,7 +117,8 @@ class _Parquet:
             columns["vector"] = pyarrow.FixedSizeListArray.from_arrays(flat, vectors.shape[1])
             table = pyarrow.table(columns)
         else:
-            table = pyarrow.Table.from_pylist([_record(row, self._field) for row in rows])
+            records = [_record(row, self._field) for row in rows]
+            table = pyarrow.Table.from_pylist(records, _boxes_schema(rows) if self._field == "boxes" else None)
             if rows and self._field == "spans":  # of texts without any, nothing tells the type
                 place = table.schema.get_field_index("spans")
                 table = table.set_column(place, "spans", table.column("spans").cast(_spans_type()))
@@ -128,6 +132,16 @@ class _Parquet:
         with parquet.ParquetWriter(path, schema) as whole:
             for part in filled:
                 whole.write_table(parquet.read_table(part).cast(schema))
+
+
+def _boxes_schema(rows: Sequence[AnswerRow]) -> Any:
+    """Of a table of detections, which may have none at all."""
+    import pyarrow as pa
+
+    floats = pa.list_(pa.float32())
+    several = [("input", pa.string())] if rows and rows[0].input is not None else []
+    lists = [("labels", pa.list_(pa.string())), ("scores", floats), ("boxes", pa.list_(floats))]
+    return pa.schema([("row", pa.int64()), *several, *lists])
 
 
 def _spans_type() -> Any:

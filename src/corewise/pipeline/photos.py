@@ -4,6 +4,7 @@ import os
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
 from itertools import islice
 from math import ceil
 from pathlib import Path
@@ -12,11 +13,14 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from corewise.common.detections import find_head
 from corewise.common.errors import InputError
 from corewise.pipeline.answers import ClassAnswer, activate
+from corewise.pipeline.boxes import Thresholds, detected
 from corewise.pipeline.runner import Rejected, Run
 from corewise.records.pipeline import Activation, ImagePipeline
 from corewise.records.report import Preprocess
+from corewise.samples.archives import is_archive, read_archive
 from corewise.samples.folders import list_images
 from corewise.samples.images import ImageReader, is_image, is_pil
 from corewise.samples.raw import UnreadableItem
@@ -27,20 +31,50 @@ SUM_ERROR = 1e-2
 """How far the sum of probabilities may be from 1 for int8 and bf16."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class ImageAsk:
+    """What is wanted of each image."""
+
+    top: int = TOP
+    """How many classes an answer names."""
+    score_threshold: float | None = None
+    """Of a detector: the least score of an object. Default: 0.25 where boxes overlap (YOLO, SSD), else 0.5 (DETR)."""
+    iou_threshold: float | None = None
+    """Of such a detector: the overlap with a better box at which a box of a class is left out. Default: 0.45."""
+
+
+USUAL = ImageAsk()
+
+
+class _Decoded(NamedTuple):
+    """An image's input, and the width and height of the upright photo where its boxes are wanted."""
+
+    array: NDArray[Any]
+    size: tuple[int, int] = (0, 0)
+
+
 class _Call(NamedTuple):
     """Images in work: the input of each, and the outputs of those that can be read, in their order."""
 
-    decoded: "list[Future[NDArray[Any] | Rejected]]"
+    decoded: "list[Future[_Decoded | Rejected]]"
     outputs: "Future[list[NDArray[Any]]]"
 
 
-def image_pipeline(preprocess: Preprocess, golden: Sequence[NDArray[Any]], labels: Sequence[str] = ()) -> ImagePipeline:
-    """The pipeline of a model of images, by a few of its outputs.
+def image_pipeline(
+    preprocess: Preprocess, golden: Sequence[NDArray[Any]], labels: Sequence[str] = (), names: Sequence[str] = ()
+) -> ImagePipeline:
+    """The pipeline of a model of images, by a few of its outputs and their names.
 
     Rows of one number for each class are classes, and probabilities where they are none below 0 and sum to 1;
-    otherwise softmax makes probabilities of them.
+    otherwise softmax makes probabilities of them. Outputs of a detector are boxes (``common.detections``).
     """
     first = golden[0]
+    if preprocess.function is None:  # only where it is known which part of a photo the input shows
+        numbered = names or [f"output_{number}" for number in range(len(golden))]
+        head = find_head(numbered, golden, len(labels) or None)
+        # A map of probabilities looks like relative boxes; only the number of classes tells them apart.
+        if head is not None and not (head.relative and len(golden) == 1 and not labels):
+            return ImagePipeline(task="boxes", preprocess=preprocess, labels=tuple(labels), head=head)
     task: Any = "classes" if first.ndim == 2 and first.shape[1] > 1 else "vectors"
     activation: Activation = "none"
     if task == "classes" and not (first.min() >= 0 and np.allclose(first.sum(1), 1, atol=SUM_ERROR)):
@@ -84,23 +118,28 @@ class ImageRunner:
         self._instances = instances
         self._rows = rows
         self._read = reader or ImageReader(pipeline.preprocess)
+        self._sized = ImageReader(pipeline.preprocess).sized if pipeline.task == "boxes" else None
         self._decoders = (decoders or len(os.sched_getaffinity(0))) if reader is None else 1
 
-    def answers(self, items: Iterable[Any], *, top: int = TOP) -> Iterator[Any]:
+    def answers(self, items: Iterable[Any], ask: ImageAsk = USUAL) -> Iterator[Any]:
         """The answer to each image, in order; ``Rejected`` for one that cannot be read.
 
         Images are taken as they are needed, a few calls ahead of the answers, so that memory is bounded.
 
         Args:
             items: Paths, contents (``bytes``), PIL images, or uint8 arrays (H, W, 3) or (H, W, 1).
-            top: How many classes an answer names.
+            ask: What is wanted of each.
 
         Returns:
-            A ``ClassAnswer`` each, whose probabilities are those of the ``top`` classes; or the output's row.
+            A ``ClassAnswer`` each, whose probabilities are those of the ``top`` classes; of a detector, a list of
+            ``Detection`` each, the surest first; or the output's row.
 
         Raises:
+            InputError: A threshold is not in 0..1.
             EngineError: The engine fails.
         """
+        head = self.pipeline.head
+        thresholds = None if head is None else Thresholds.of(head, ask.score_threshold, ask.iou_threshold)
         ahead: deque[_Call] = deque()
         decoders = ThreadPoolExecutor(self._decoders, "corewise-decode")
         callers = ThreadPoolExecutor(self._instances, "corewise-call")
@@ -110,32 +149,35 @@ class ImageRunner:
             while chunk := list(islice(rest, self._rows)):
                 ahead.append(self._start(chunk, decoders, callers))
                 while len(ahead) > most_ahead:
-                    yield from self._finish(ahead.popleft(), top)
+                    yield from self._finish(ahead.popleft(), ask.top, thresholds)
             while ahead:
-                yield from self._finish(ahead.popleft(), top)
+                yield from self._finish(ahead.popleft(), ask.top, thresholds)
         finally:
             decoders.shutdown(cancel_futures=True)
             callers.shutdown(cancel_futures=True)
 
-    def predict(self, items: Any, *, top: int = TOP) -> Any:
+    def predict(self, items: Any, ask: ImageAsk = USUAL) -> Any:
         """The answers to a list of images, together; to an iterator, as an iterator; to a single image, alone.
 
-        A folder stands for all images below it, in the order of ``list_images``.
+        A folder stands for all images below it, in the order of ``list_images``, and a tar file for those in it.
 
         Raises ``InputError`` for an image that cannot be read, with its number.
         """
+        taken_singly = isinstance(items, Iterator)
         if isinstance(items, str | Path) and Path(items).is_dir():
             items = list_images([items])
+        elif isinstance(items, str | Path) and is_archive(items):
+            items = (Rejected(one.problem) if one.problem else one.content for one in read_archive(Path(items)))
         if isinstance(items, str | Path | bytes) or is_pil(items) or is_image(items):
-            return next(self._checked([items], top))
-        answers = self._checked(items, top)
-        if isinstance(items, Iterator):
+            return next(self._checked([items], ask))
+        answers = self._checked(items, ask)
+        if taken_singly:
             return answers
         made = list(answers)
-        return made if self.pipeline.task == "classes" or not made else np.stack(made)
+        return made if self.pipeline.task != "vectors" or not made else np.stack(made)
 
-    def _checked(self, items: Iterable[Any], top: int) -> Iterator[Any]:
-        for number, answer in enumerate(self.answers(items, top=top)):
+    def _checked(self, items: Iterable[Any], ask: ImageAsk) -> Iterator[Any]:
+        for number, answer in enumerate(self.answers(items, ask)):
             if isinstance(answer, Rejected):
                 raise InputError(f"image {number} {answer.reason}", "replace or remove it")
             yield answer
@@ -145,28 +187,35 @@ class ImageRunner:
         decoded = [decoders.submit(self._decode, item) for item in items]
 
         def call() -> list[NDArray[Any]]:
-            inputs = [one for one in (future.result() for future in decoded) if not isinstance(one, Rejected)]
+            inputs = [one.array for one in (future.result() for future in decoded) if not isinstance(one, Rejected)]
             return self._run([np.stack(inputs)]) if inputs else []
 
         return _Call(decoded, callers.submit(call))
 
-    def _decode(self, item: Any) -> NDArray[Any] | Rejected:
+    def _decode(self, item: Any) -> _Decoded | Rejected:
+        if isinstance(item, Rejected):
+            return item
         if isinstance(item, str):
             item = Path(item)
         if not (isinstance(item, Path | bytes) or is_pil(item) or is_image(item)):
             return Rejected(f"is a {type(item).__name__}, no path, bytes, PIL image or uint8 array (H, W, 3)")
         try:
-            return np.asarray(self._read(item))
+            return _Decoded(np.asarray(self._read(item))) if self._sized is None else _Decoded(*self._sized(item))
         except UnreadableItem as error:
             return Rejected(error.reason)
 
-    def _finish(self, call: _Call, top: int) -> Iterator[Any]:
+    def _finish(self, call: _Call, top: int, thresholds: Thresholds | None) -> Iterator[Any]:
         """The answers of a call, when it has ended."""
         outputs = call.outputs.result()
-        rows = iter(outputs[0] if outputs else ())
-        for future in call.decoded:
-            decoded = future.result()
-            yield decoded if isinstance(decoded, Rejected) else self._answer(next(rows), top)
+        decoded = [future.result() for future in call.decoded]
+        readable = [one for one in decoded if not isinstance(one, Rejected)]
+        answers: Iterator[Any]
+        if thresholds is not None and readable:
+            answers = iter(detected(self.pipeline, outputs, [one.size for one in readable], thresholds))
+        else:
+            answers = (self._answer(row, top) for row in (outputs[0] if outputs else ()))
+        for one in decoded:
+            yield one if isinstance(one, Rejected) else next(answers)
 
     def _answer(self, row: NDArray[Any], top: int) -> Any:
         if self.pipeline.task == "vectors":

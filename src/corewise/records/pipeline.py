@@ -3,6 +3,7 @@
 from dataclasses import dataclass, field
 from typing import Literal
 
+from corewise.common.detections import Head
 from corewise.records.build import TensorSpec
 from corewise.records.report import Preprocess
 
@@ -86,7 +87,7 @@ class TextPipeline:
         return "pair of texts" if self.pairs else "text"
 
 
-ImageTask = Literal["classes", "vectors"]
+ImageTask = Literal["classes", "boxes", "vectors"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,9 +95,11 @@ class ImagePipeline:
     """How images become a model's input, and its output answers. An artifact's manifest and golden outputs say it."""
 
     task: ImageTask
-    """``classes`` (N, classes), else ``vectors``: the output as it is."""
+    """``classes`` (N, classes), ``boxes`` of a detector, else ``vectors``: the output as it is."""
     preprocess: Preprocess
     labels: tuple[str, ...] = ()
     """Names of the classes, in the order of the outputs."""
     activation: Activation = "none"
     """What makes probabilities of the model's outputs."""
+    head: Head | None = None
+    """How a detector's outputs are read."""

@@ -16,7 +16,7 @@ from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 from stat import S_ISREG
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -42,6 +42,8 @@ SHARP = 2
 DIM = 4095
 """A 16-bit image whose values all fit into 12 bits becomes almost black; it is marked in its ``info``."""
 DIM_KEY = "corewise.dim"
+SIZE_KEY = "corewise.size"
+"""The ``info`` of what ``open_image`` returns has the size of the whole image, upright, under this key."""
 
 BROKEN = (
     OSError,
@@ -85,9 +87,14 @@ def open_image(
     """
     name = name or ("the image" if isinstance(source, bytes) else f"the image {source}")
     with _opened(source, name, max_pixels) as image:
+        whole = image.size
         _scale_down(image, preprocess)
         image.load()
-        return normalize_image(image, name)
+        drawn = image.size
+        upright = normalize_image(image, name)
+        # A square that is turned keeps its size; any other has its sides exchanged.
+        upright.info[SIZE_KEY] = whole if upright.size == drawn else whole[::-1]
+        return upright
 
 
 def image_size(
@@ -214,6 +221,32 @@ def _resized(size: tuple[int, int], preprocess: Preprocess) -> tuple[int, int]:
     return preprocess.resize * size[0] // short, preprocess.resize * size[1] // short
 
 
+class Placement(NamedTuple):
+    """Where an image lies in the input that is made of it: x of the input is ``left`` + ``across`` times its own x."""
+
+    left: float
+    top: float
+    across: float
+    down: float
+
+
+def placement(size: tuple[int, int], preprocess: Preprocess) -> Placement:
+    """Where an image of that width and height lies in the input that ``image_array`` makes of it."""
+    width, height = size
+    cut = (0.0, 0.0)
+    if preprocess.fit == "crop":
+        most = LONGEST * min(size)
+        cut = (max(0, width - most) / 2, max(0, height - most) / 2)
+        size = (min(width, most), min(height, most))
+    resized = _resized(size, preprocess)
+    across, down = resized[0] / size[0], resized[1] / size[1]
+    if preprocess.fit == "letterbox":
+        left, top = ((preprocess.crop - side) // 2 for side in resized)
+    else:
+        left, top = (-round((side - preprocess.crop) / 2) for side in resized)
+    return Placement(left - cut[0] * across, top - cut[1] * down, across, down)
+
+
 def _resized_middle(image: "Image", preprocess: Preprocess) -> "Image":
     """The middle of the resized image; only what it shows is computed, which some values round differently."""
     crop, (width, height) = preprocess.crop, _resized(image.size, preprocess)
@@ -271,6 +304,15 @@ class ImageReader:
         name = function if isinstance(function, str) else f"{function.__module__}:{function.__qualname__}"
         self._function = chosen
         self.preprocess = Preprocess(function=name)
+
+    def sized(self, item: Any) -> tuple[Any, tuple[int, int]]:
+        """The input that is made of one image, and the width and height of the whole image, upright."""
+        if isinstance(item, Path | bytes):
+            opened = open_image(item, preprocess=self.preprocess)
+            return self._input(opened, f"{item}" if isinstance(item, Path) else "an image"), opened.info[SIZE_KEY]
+        upright = _pil().fromarray(item.squeeze(-1) if item.shape[2] == 1 else item) if is_image(item) else item
+        upright = normalize_image(upright)
+        return self._input(upright, "an image"), upright.size
 
     def __call__(self, item: Any) -> Any:
         """One sample's inputs."""

@@ -84,7 +84,8 @@ def optimize(
         calibration: samples to calibrate with, drawn with ``seed``; all others are the holdout that decides. Default:
             two of five, at most 200.
         seed: of the split into calibration and holdout.
-        class_names: names of the classes in the order of the scores, which the artifact keeps.
+        class_names: names of the classes in the order of the scores, which the artifact keeps. Default: those that the
+            model brings (``id2label``, torchvision's categories, timm's ImageNet names, Ultralytics' ``names``).
         tokenizer: a ``tokenizer.json``, for a model that takes token ids and brings none: samples may then be texts.
         pooling: make one vector of each text: "mean", "cls", "max" or "last" of its token vectors; for "hf:" models and
             models with ``tokenizer``.
@@ -159,7 +160,7 @@ def optimize(
         finally:
             if journal.empty:  # it ended before anything worth keeping
                 workspace.remove()
-    result = _result(task, search, choice, build_inputs, class_names, images)
+    result = _result(task, search, choice, build_inputs, images)
     return replace(result, call_costs=call_costs)
 
 
@@ -197,7 +198,6 @@ def _result(
     search: Search,
     choice: Choice,
     build_inputs: BuildInputs,
-    class_names: Sequence[str] | None,
     images: ImagePlan,
 ) -> Result:
     context = search.context
@@ -224,7 +224,7 @@ def _result(
         outputs=context.workspace.outputs(choice.winner),
         opener=task.in_process or engine(choice.winner.engine),
         workspace=context.workspace,
-        class_names=None if class_names is None else tuple(class_names),
+        class_names=task.class_names,
         pipeline=task.pipeline,
         tokenizer=task.tokenizer,
     )

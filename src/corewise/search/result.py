@@ -163,7 +163,9 @@ class Result:
         if self.holdout.preprocess is None or len(self.build_inputs.inputs) != 1:
             return None
         _, outputs = self._golden()
-        return image_pipeline(self.holdout.preprocess, outputs, self.class_names or ())
+        return image_pipeline(
+            self.holdout.preprocess, outputs, self.class_names or (), [spec.name for spec in self.build_inputs.outputs]
+        )
 
     @cached_property
     def _fitted(self) -> TextPipeline | None:

@@ -16,7 +16,7 @@ from corewise.accuracy.gate import AccuracyGate
 from corewise.common.errors import EngineError, InputError
 from corewise.engines import BuildInputs, Engine, engine
 from corewise.machine.inspect import inspect_cpu
-from corewise.records.build import Build
+from corewise.records.build import Build, TensorSpec
 from corewise.records.cpu import Cpu
 from corewise.records.events import OnEvent, Stage, StageStarted
 from corewise.records.goal import Requirements
@@ -60,6 +60,8 @@ class Task:
     pipeline: TextPipeline | None = None
     """How texts become the model's inputs, if they do."""
     tokenizer: bytes = b""
+    class_names: tuple[str, ...] | None = None
+    """In the order of the scores: given, or else those that the model's library has."""
     row_s: float | None = None
     """Seconds of one row in eager PyTorch; timed under a budget only."""
 
@@ -105,8 +107,7 @@ class Task:
         if budget_s is not None and row_s is not None:
             limits = sample_limits(budget_s, row_s, None if calibration is None else len(calibrating))
             calibrating, holdout, fewer = _affordable(calibrating, holdout, limits, seed)
-        if class_names is not None:
-            check_class_names(class_names, exported.outputs[0].shape[-1] or 0, "the list of class names")
+        names = _class_names(class_names, loaded.class_names, exported.outputs)
         in_process = None
         if exported.program is None:
             in_process, usable, notes = _only_eager(exported, engines if required else ())
@@ -128,6 +129,7 @@ class Task:
             tokenizer=loaded.tokenizer,
             notes=(*map(Reason.text, data.notes), *notes, *fewer, *_behaviour(exported)),
             seed=seed,
+            class_names=names,
             row_s=row_s,
         )
 
@@ -192,6 +194,28 @@ class Task:
             package_versions(),
         )
         return hashlib.sha256(json.dumps(to_json(parts)).encode()).hexdigest()
+
+
+def _class_names(
+    given: Sequence[str] | None, own: tuple[str, ...], outputs: Sequence[TensorSpec]
+) -> tuple[str, ...] | None:
+    """The names given, else the model's own if they fit. Raises ``SamplesError`` where those given do not.
+
+    Of a detector any output may have a place for each class, and for four coordinates, the background and objectness.
+    """
+    classes = outputs[0].shape[-1] or 0
+    if len(outputs[0].shape) == 2 and len(outputs) == 1:
+        if given is not None:
+            check_class_names(given, classes, "the list of class names")
+        return tuple(given) if given is not None else own if len(own) == classes else None
+    sizes = {size for spec in outputs for size in spec.shape[1:]}
+
+    def fits(names: Sequence[str]) -> bool:
+        return not sizes.isdisjoint({len(names) + extra for extra in (0, 1, 4, 5)}) or sizes <= {None, 4, 6}
+
+    if given is not None and len(outputs) == 1 and not fits(given):
+        check_class_names(given, classes, "the list of class names")
+    return tuple(given) if given is not None else own if own and fits(own) else None
 
 
 def _affordable(

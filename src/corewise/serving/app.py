@@ -73,6 +73,7 @@ class App:
                 Route(f"{prefix}/config", self.model_config),
                 Route(f"{prefix}/infer", infer, methods=["POST"]),
                 Route(f"{prefix}/classify", self.classify, methods=["POST"]),
+                Route(f"{prefix}/detect", self.detect, methods=["POST"]),
             ]
         texts = TextRoutes(models, metrics, limits, front, told=self._told, deadline_s=self._deadline_s)
         routes += texts.routes
@@ -161,20 +162,47 @@ class App:
 
         served = self._served(request)
         top = images.how_many(request.query_params.get("top"))
+        served, answer, _, note = await self._image_answered(request, served)
+        content = {"model_name": served.name, "classes": images.classes(answer.outputs[0][0], served, top)}
+        return _Noted(content, note)
+
+    async def detect(self, request: Request) -> Response:
+        """Find the objects in one image, with boxes in its own pixels."""
+        from corewise.serving import images
+
+        served, query = self._served(request), request.query_params
+        asked = images.thresholds(query.get("score_threshold"), query.get("iou_threshold"), served)
+        served, answer, (width, height), note = await self._image_answered(request, served)
+        # Thousands of boxes take milliseconds, in which the event loop answers others.
+        found = await asyncio.to_thread(images.objects, answer.outputs, served, (width, height), asked)
+        content = {"model_name": served.name, "width": width, "height": height, "objects": found}
+        return _Noted(content, note)
+
+    async def _image_answered(
+        self, request: Request, served: Served
+    ) -> tuple[Served, Answer, tuple[int, int], Callable[[], None]]:
+        """The model's outputs for the image of a request, in any form, and the image's width and height.
+
+        Also what to call when the answer is on the wire.
+        """
+        from corewise.serving import images
+
         kind = request.headers.get("content-type", "")
         client = client_of(request.scope)
+        size = (0, 0)
 
         def check(size_bytes: int, deadline_s: float) -> None:
             self._front.check_image(size_bytes, served, deadline_s)
 
         async def read(body: bytes, deadline_s: float) -> InferRequest:
+            nonlocal size
             if images.wrapped(body, kind):
                 body = await self._front.read(lambda: images.content(body, kind), len(body), deadline_s=deadline_s)
-            return await self._front.image(body, served, client=client, deadline_s=deadline_s)
+            asked, size = await self._front.image(body, served, client=client, deadline_s=deadline_s)
+            return asked
 
-        served, answer, asked_s = await self._answered(request, served, read, check)
-        content = {"model_name": served.name, "classes": images.classes(answer.outputs[0][0], served, top)}
-        return _Noted(content, lambda: self._front.note_sent(answer, asked_s))
+        answering, answer, asked_s = await self._answered(request, served, read, check)
+        return answering, answer, size, lambda: self._front.note_sent(answer, asked_s)
 
     async def _answered(
         self,

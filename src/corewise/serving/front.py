@@ -243,7 +243,7 @@ class Front:
         """The request as its model takes it. Raises ``ProtocolError``."""
         if photos := images.contents(asked, served):
             batch = await self._decoded(photos, served, client, deadline_s)
-            return replace(asked, inputs=(batch,))
+            return replace(asked, inputs=(batch.array,))
         text_bytes = served.text_bytes(asked)
         if not text_bytes:
             array_bytes = sum(array.nbytes for array in asked.inputs)
@@ -264,11 +264,14 @@ class Front:
         """Tokenize texts of so many characters together; work of other ``kind`` has costs of its own."""
         return await self._decoders.run(work, kind=kind, size=characters, deadline_s=deadline_s, later_s=later_s)
 
-    async def image(self, body: bytes, served: Served, *, client: str, deadline_s: float) -> InferRequest:
-        """One image as the model takes it. Raises ``ProtocolError``."""
-        return images.request(await self._decoded([body], served, client, deadline_s), served)
+    async def image(
+        self, body: bytes, served: Served, *, client: str, deadline_s: float
+    ) -> tuple[InferRequest, tuple[int, int]]:
+        """One image as the model takes it, and its width and height. Raises ``ProtocolError``."""
+        batch = await self._decoded([body], served, client, deadline_s)
+        return images.request(batch.array, served), batch.sizes[0]
 
-    async def _decoded(self, photos: Sequence[bytes], served: Served, client: str, deadline_s: float) -> np.ndarray:
+    async def _decoded(self, photos: Sequence[bytes], served: Served, client: str, deadline_s: float) -> images.Batch:
         """Images as the model takes them; their pixels are booked while they are decoded."""
         most = self._limits.pixels
 
@@ -280,7 +283,7 @@ class Front:
         decoder = self._large_decoder if max(pixels) > LARGE_PIXELS else self._decoders
         took_s = 0.0
 
-        def decode() -> np.ndarray:
+        def decode() -> images.Batch:
             nonlocal took_s
             started_s = monotonic()
             with self.booking(client) as booking:

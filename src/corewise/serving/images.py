@@ -5,15 +5,16 @@ import binascii
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from math import isfinite
-from typing import Any
+from typing import Any, NamedTuple
 
 import msgspec
 import numpy as np
 
-from corewise.common.errors import SamplesError
+from corewise.common.errors import InputError, SamplesError
+from corewise.pipeline import Thresholds, detected
 from corewise.pipeline.answers import activate
 from corewise.records.report import Preprocess
-from corewise.samples.images import LONGEST, TooManyPixels, image_array, image_size, open_image
+from corewise.samples.images import LONGEST, SIZE_KEY, TooManyPixels, image_array, image_size, open_image
 from corewise.serving.protocol import Asked, InferRequest, ProtocolError
 from corewise.serving.served import Served
 
@@ -41,6 +42,23 @@ def how_many(text: str | None) -> int:
     if not (text.isascii() and text.isdecimal() and len(text) < 4 and 1 <= int(text) <= MOST):
         raise ProtocolError(f"top is no number from 1 to {MOST}")
     return int(text)
+
+
+def thresholds(score: str | None, iou: str | None, served: Served) -> Thresholds:
+    """The query's ``score_threshold`` and ``iou_threshold``.
+
+    Raises ``ProtocolError`` for what is no share, and for a model that is no detector.
+    """
+    _preprocess(served)
+    if served.photos is None or served.photos.head is None:
+        raise ProtocolError(f"the model {served.name} gives no boxes", "send images to .../classify", 501)
+    try:
+        given = [None if text is None else float(text) for text in (score, iou)]
+        return Thresholds.of(served.photos.head, *given)
+    except ValueError as error:
+        raise ProtocolError("score_threshold or iou_threshold is no number", "give a number from 0 to 1") from error
+    except InputError as error:
+        raise ProtocolError(error.what, error.fix) from error
 
 
 def wrapped(body: bytes, content_type: str) -> bool:
@@ -143,20 +161,29 @@ def pixels(body: bytes, served: Served, most: int = MOST_PIXELS) -> int:
     return count
 
 
+class Batch(NamedTuple):
+    """Images as the model takes them, and the width and height of each, upright."""
+
+    array: np.ndarray
+    """float32 (N, C, H, W), or uint8 (N, H, W, C)."""
+    sizes: tuple[tuple[int, int], ...]
+
+
 def request(inputs: np.ndarray, served: Served) -> InferRequest:
     """A request for all outputs."""
     return InferRequest(inputs=(inputs,), outputs=tuple(Asked(name=spec.name) for spec in served.outputs))
 
 
-def batch(bodies: Sequence[bytes], served: Served) -> np.ndarray:
-    """Images as the model takes them: float32 (N, C, H, W), or uint8 (N, H, W, C).
-
-    Raises ``ProtocolError`` as ``pixels`` does.
-    """
+def batch(bodies: Sequence[bytes], served: Served) -> Batch:
+    """Images as the model takes them. Raises ``ProtocolError`` as ``pixels`` does."""
     preprocess = _preprocess(served)
+    arrays, sizes = [], []
     with _told():
-        opened = (open_image(one, "the image", max_pixels=MOST_PIXELS, preprocess=preprocess) for one in bodies)
-        return np.stack([image_array(one, preprocess) for one in opened])
+        for one in bodies:
+            opened = open_image(one, "the image", max_pixels=MOST_PIXELS, preprocess=preprocess)
+            arrays.append(image_array(opened, preprocess))
+            sizes.append(opened.info[SIZE_KEY])
+        return Batch(np.stack(arrays), tuple(sizes))
 
 
 def _preprocess(served: Served) -> Preprocess:
@@ -185,8 +212,9 @@ def _told() -> Iterator[None]:
 
 def classes(scores: np.ndarray, served: Served, top: int) -> list[dict[str, Any]]:
     """The highest scores of one row, with their classes' names where the artifact has them."""
-    if scores.ndim != 1:
-        raise ProtocolError(f"the model {served.name} gives no scores of classes", "send tensors to .../infer", 501)
+    if scores.ndim != 1 or served.image_call == "detect":
+        fix = "send images to .../detect" if served.image_call == "detect" else "send tensors to .../infer"
+        raise ProtocolError(f"the model {served.name} gives no scores of classes", fix, 501)
     labels = served.manifest.labels or ()
     probabilities = activate(scores, served.photos.activation) if served.photos is not None else scores
     found: list[dict[str, Any]] = []
@@ -198,3 +226,15 @@ def classes(scores: np.ndarray, served: Served, top: int) -> list[dict[str, Any]
         if k < len(labels):
             found[-1]["label"] = labels[k]
     return found
+
+
+def objects(
+    outputs: Sequence[np.ndarray], served: Served, size: tuple[int, int], asked: Thresholds
+) -> list[dict[str, Any]]:
+    """What is in one image of that width and height, the surest first, with boxes in its pixels."""
+    assert served.photos is not None
+    (found,) = detected(served.photos, [array[:1] for array in outputs], [size], asked)
+    return [
+        {"class": one.number, "label": one.label, "score": one.score, "box": [round(side, 2) for side in one.box]}
+        for one in found
+    ]

@@ -56,6 +56,7 @@ def _figures(served: Served) -> dict[str, Any]:
         "engine": served.manifest.build.engine,
         "precision": served.manifest.build.precision,
         "plan": served.plan.label,
+        "images": served.image_call,
         "waiting_rows": served.waiting_rows,
         "slowness": served.slowness,
         "restarts": served.remote.restarts,
@@ -99,7 +100,8 @@ PATHS = (
     ("GET /v2/models/M", "inputs, with the ranges of their values, and outputs"),
     ("GET /v2/models/M/config", "its configuration, as Triton has it"),
     ("POST /v2/models/M/infer", "run it on tensors"),
-    ("POST /v2/models/M/classify", "run it on a JPEG, PNG or WebP image"),
+    ("POST /v2/models/M/classify", "name what is in an image: JPEG, PNG, WebP and others"),
+    ("POST /v2/models/M/detect", "find the objects in an image, for a detector"),
     (
         "POST /v1/embeddings, /v1/rerank",
         "texts to vectors as OpenAI has it; documents ranked as Cohere and Jina have it",
@@ -126,7 +128,8 @@ def _model(served: Served) -> str:
             )
     parts.append("</table>")
     if served.manifest.preprocess is not None:
-        command = f"curl --data-binary @cat.jpg http://HOST/v2/models/{served.name}/classify"
+        verb = served.image_call or "classify"
+        command = f"curl --data-binary @cat.jpg http://HOST/v2/models/{served.name}/{verb}"
         parts.append(f"<pre>{escape(command)}</pre>")
     if served.text is not None and served.text.pipeline.task == "vectors":
         embedded = json.dumps({"model": served.name, "input": ["a text"]})
@@ -157,8 +160,12 @@ def openapi(models: Sequence[Served]) -> dict[str, Any]:
     found["info"]["version"] = __version__
     if names := sorted({one.name for one in models}):
         found["components"]["parameters"]["name"]["schema"]["enum"] = names
+    absent = []
     if not any(one.manifest.preprocess for one in models):
-        found["paths"] = {path: calls for path, calls in found["paths"].items() if not path.endswith("/classify")}
+        absent.append("/classify")
+    if not any(one.image_call == "detect" for one in models):
+        absent.append("/detect")
+    found["paths"] = {path: calls for path, calls in found["paths"].items() if not path.endswith(tuple(absent))}
     if not any(one.text for one in models):
         found["paths"] = {path: calls for path, calls in found["paths"].items() if path not in TEXT_PATHS}
     return found

@@ -31,6 +31,7 @@ EXTENSIONS = (
     "binary_tensor_data",
     "classification",
     "classify",
+    "detect",
     "model_configuration",
     "parameters",
     "schedule_policy",

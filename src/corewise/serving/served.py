@@ -161,6 +161,13 @@ class Served:
         """Whether a request may have images, as BYTES, in place of tensors."""
         return self.photos is not None and self.photos.preprocess.function is None
 
+    @property
+    def image_call(self) -> str | None:
+        """The last part of the path at which an image is answered for people; ``None`` where none is."""
+        if self.photos is None or not self.takes_images:
+            return None
+        return {"classes": "classify", "boxes": "detect", "vectors": None}[self.photos.task]
+
     def prepared(self, request: InferRequest) -> InferRequest:
         """With texts as the model takes them, and values that it has a place for. Raises ``ProtocolError``."""
         if self.text is not None and request.inputs[0].dtype == object:

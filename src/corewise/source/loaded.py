@@ -24,6 +24,8 @@ class Loaded:
     pipeline: TextPipeline | None = None
     tokenizer: bytes = b""
     """The content of ``tokenizer.json``."""
+    class_names: tuple[str, ...] = ()
+    """Of a model that takes no texts, where its library names its classes."""
 
 
 def text_pipeline(tokenizer: bytes, names: tuple[str, ...], **facts: Any) -> TextPipeline:

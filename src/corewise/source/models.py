@@ -1,5 +1,6 @@
 """Loading the user's model by a reference."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ from torch.export import ExportedProgram
 from corewise.common.errors import SourceError
 from corewise.common.references import call_reference, guard
 from corewise.records.pipeline import Pooling
+from corewise.source.class_names import own_class_names
 from corewise.source.loaded import Loaded, with_tokenizer
 from corewise.source.packages import import_package
 from corewise.source.pooling import POOLINGS
@@ -46,6 +48,8 @@ def load_with_texts(model: Any, *, tokenizer: Path | None = None, pooling: Pooli
     if isinstance(model, str):
         prefix, name = split_reference(model)
         loaded = TEXT_HUBS[prefix](name, pooling, tokenizer) if prefix in TEXT_HUBS else _from_object(_load(model))
+        if loaded.pipeline is None:
+            loaded = replace(loaded, class_names=own_class_names(loaded.model, prefix, name))
     else:
         loaded = _from_object(model)
     if loaded.pipeline is not None and pooling not in (None, loaded.pipeline.pooling):
@@ -60,7 +64,9 @@ def load_with_texts(model: Any, *, tokenizer: Path | None = None, pooling: Pooli
 
 
 def _from_object(model: Any) -> Loaded:
-    return from_sentence_model(model) if is_sentence_model(model) else Loaded(model=model)
+    if is_sentence_model(model):
+        return from_sentence_model(model)
+    return Loaded(model=model, class_names=own_class_names(model))
 
 
 def _load(reference: str) -> nn.Module | ExportedProgram:

@@ -11,12 +11,12 @@ from pycocotools.cocoeval import COCOeval
 from scipy.stats import pearsonr, spearmanr
 from sklearn.metrics import f1_score, ndcg_score, roc_auc_score
 
-from corewise.accuracy import boxes
-from corewise.accuracy.detection import average_precision
+from corewise.accuracy.detection import average_precision, decoder
 from corewise.accuracy.fidelity import Outputs, compare
 from corewise.accuracy.metrics import evaluate, resolve
 from corewise.accuracy.outputs import ragged
 from corewise.accuracy.pooled import Pooled
+from corewise.common.detections import suppressed
 from corewise.common.errors import MetricError, SamplesError
 from corewise.common.nested import flatten, unflatten
 
@@ -264,8 +264,8 @@ def test_map_by_hand(found, expected):
 
 def test_any_selection_of_images_has_the_map_that_pycocotools_accumulates():
     raw = raw_detector(images=12)
-    truth = [boxes.suppressed(one) for one in boxes.decoder(raw)(raw)]
-    found = [boxes.suppressed(one) for one in boxes.decoder(raw)(raw + rng(3).normal(size=raw.shape) * 3)]
+    truth = [suppressed(one) for one in decoder(raw)(raw)]
+    found = [suppressed(one) for one in decoder(raw)(raw + rng(3).normal(size=raw.shape) * 3)]
     for rows in (np.arange(12), rng(4).integers(12, size=12)):
         chosen = [[one[row] for row in rows] for one in (found, truth)]
         evaluation = evaluated(*chosen)

@@ -280,3 +280,26 @@ def test_int8_with_the_rest_in_bf16_needs_both() -> None:
 def test_only_dynamic_int8_with_one_scale_for_a_batch_mixes_rows(name: str, mixing: bool) -> None:
     assert mixes_rows(Build(engine=name, precision="int8-dynamic")) == mixing
     assert not mixes_rows(Build(engine=name, precision="int8"))
+
+
+def test_eager_chooses_the_memory_format_of_a_fixed_batch_in_calls_of_that_batch(tmp_path: Path) -> None:
+    import torch
+
+    from corewise.engines.eager import Eager
+    from corewise.source import save_program
+
+    program = torch.export.export(torch.nn.Conv2d(3, 4, 3).eval(), (torch.zeros(1, 3, 8, 8),))
+    save_program(program, tmp_path / "program.pt2")
+    spec = TensorSpec(name="x", dtype="float32", shape=(None, 3, 8, 8))
+    inputs = BuildInputs(
+        program=tmp_path / "program.pt2",
+        inputs=(spec,),
+        outputs=(spec,),
+        operators={},
+        calibration=from_python([np.zeros((3, 8, 8), np.float32)] * 6),
+        cpu=cpu.inspect_cpu(),
+        cache=tmp_path,
+    )
+    (tmp_path / "payload").mkdir()
+    (note,) = Eager().build(inputs, Build(engine="eager", precision="fp32").with_fixed_batch(1), tmp_path / "payload")
+    assert "at batch 1" in note

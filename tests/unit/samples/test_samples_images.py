@@ -666,7 +666,7 @@ def test_the_server_decodes_as_samples_are_decoded(tmp_path: Path) -> None:
     served: Any = SimpleNamespace(name="m", manifest=SimpleNamespace(preprocess=TINY), outputs=())
     assert samples.names == sorted(files)
     for row, name in enumerate(sorted(files)):
-        np.testing.assert_array_equal(serving_images.batch([files[name]], served)[0], samples.rows[row][0])
+        np.testing.assert_array_equal(serving_images.batch([files[name]], served).array[0], samples.rows[row][0])
     wide = encoded(Image.new("1", (10_000, 6_000)), "PNG")
     for content, status in ((b"", 415), (b"<html>", 415), (files["turned.jpg"][:300], 415), (wide, 413)):
         with pytest.raises(ProtocolError) as caught:
@@ -690,3 +690,19 @@ def test_json_without_an_image_is_refused(body: bytes) -> None:
 def test_what_else_json_has_is_skipped() -> None:
     body = b'{"note": [[], {"a": [1]}], "image": "AAAA", "b": null}'
     assert serving_images.content(body, "application/json") == bytes(3)
+
+
+@pytest.mark.parametrize("size", [(400, 300), (210, 600), (4000, 100)])
+@pytest.mark.parametrize("fit", ["crop", "squash", "letterbox"])
+def test_a_place_in_the_photo_is_found_in_the_input(size: tuple[int, int], fit: Any) -> None:
+    how = Preprocess(resize=72, crop=64, mean=(0.0,), std=(1.0,), fit=fit, fill=0)
+    width, height = size
+    x, y, radius = 0.502 * width, 0.45 * height, min(size) // 10
+    pixels = np.zeros((height, width), np.uint8)
+    pixels[max(0, round(y) - radius) : round(y) + radius, round(x) - radius : round(x) + radius] = 255
+    shown = image_array(Image.fromarray(pixels), how)[0].astype(np.float64)
+    rows, columns = np.indices(shown.shape)
+    middle = [(one * shown).sum() / shown.sum() + 0.5 for one in (columns, rows)]
+    place = images_module.placement(size, how)
+    assert place.left + place.across * x == pytest.approx(middle[0], abs=0.75)
+    assert place.top + place.down * y == pytest.approx(middle[1], abs=0.75)

@@ -1,0 +1,108 @@
+"""Tar files of images, read as a stream: nothing is unpacked to disk, and memory is bounded whatever the file says."""
+
+import bz2
+import gzip
+import lzma
+import tarfile
+import zlib
+from collections.abc import Iterator
+from pathlib import Path, PurePosixPath
+from typing import IO, NamedTuple
+
+from corewise.common.errors import SamplesError
+from corewise.samples.images import image_suffixes
+
+SUFFIXES = (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tbz2", ".tar.xz", ".txz")
+MOST_BYTES = 64 * 2**20
+"""Of a member: as much as the server takes in one request."""
+MOST_HEADERS_BYTES = 2**20
+"""Of what stands before a member. tarfile would keep headers of any size, which a few compressed bytes can claim."""
+BLOCK_BYTES = 2**16
+BROKEN = (tarfile.TarError, EOFError, OSError, zlib.error, lzma.LZMAError, ValueError, OverflowError)
+"""What tarfile and the decompressors raise for bytes that are no whole archive."""
+
+
+class Member(NamedTuple):
+    """An image of an archive; ``problem`` says why it was not read, as the end of a sentence."""
+
+    name: str
+    content: bytes = b""
+    problem: str = ""
+
+
+def is_archive(path: str | Path) -> bool:
+    """Whether the name says that it is a tar file, compressed or not."""
+    return str(path).lower().endswith(SUFFIXES)
+
+
+def read_archive(path: Path) -> Iterator[Member]:
+    """The images of a tar file in their order; other files, folders and hidden ones are skipped.
+
+    A member that is no regular file (a link, a device), leads out of the archive, or is larger than 64 MiB has a
+    problem, and so has the rest of an archive that is broken.
+
+    Raises:
+        SamplesError: It is no archive at all.
+    """
+    read = 0
+    try:
+        with _decompressed(path) as file:
+            metered = _Metered(file)
+            with tarfile.open(fileobj=metered, mode="r|", bufsize=BLOCK_BYTES) as archive:  # type: ignore[call-overload]
+                while (member := archive.next()) is not None:
+                    read += 1
+                    metered.allow(member.size)
+                    archive.members = []  # it would keep a record of each
+                    if (found := _image(archive, member)) is not None:
+                        yield found
+    except BROKEN as error:
+        if not read:
+            raise SamplesError(f"{path} is no tar file that can be read: {error}", "make it again") from error
+        yield Member("", problem=f"cannot be read behind member {read}: {error}")
+
+
+def _image(archive: tarfile.TarFile, member: tarfile.TarInfo) -> Member | None:
+    """The member as an image; ``None`` for what is no image by its name."""
+    path = PurePosixPath(member.name)
+    hidden = any((part.startswith(".") and part not in (".", "..")) or part == "__MACOSX" for part in path.parts)
+    if member.isdir() or hidden or path.suffix.lower() not in image_suffixes():
+        return None
+    if ".." in path.parts or path.is_absolute():
+        return Member(member.name, problem="leads out of the archive")
+    if not member.isreg() or member.issparse():
+        return Member(member.name, problem="is a link" if member.issym() or member.islnk() else "is no regular file")
+    if member.size > MOST_BYTES:
+        return Member(member.name, problem=f"has {member.size:,} bytes, the most are {MOST_BYTES:,}")
+    content = archive.extractfile(member)
+    return Member(str(path), content.read() if content is not None else b"")
+
+
+def _decompressed(path: Path) -> IO[bytes]:
+    """The file as bytes of a tar, by what it begins with."""
+    with path.open("rb") as file:
+        head = file.read(6)
+    if head[:2] == b"\x1f\x8b":
+        return gzip.open(path)  # type: ignore[return-value]
+    if head[:3] == b"BZh":
+        return bz2.open(path)
+    return lzma.open(path) if head == b"\xfd7zXZ\0" else path.open("rb")
+
+
+class _Metered:
+    """A file that gives what a member may have, and ends the archive where its headers are longer."""
+
+    def __init__(self, file: IO[bytes]) -> None:
+        self._file = file
+        self.allow(0)
+
+    def allow(self, size_bytes: int) -> None:
+        """A member of that size is read or skipped now, and then the next headers are read."""
+        self._left = size_bytes + MOST_HEADERS_BYTES
+
+    def read(self, size: int) -> bytes:
+        """At most ``size`` bytes."""
+        data = self._file.read(size)
+        self._left -= len(data)
+        if self._left < 0:
+            raise tarfile.ReadError("its headers are too long")
+        return data

@@ -1,0 +1,99 @@
+"""samples.archives: tar files of images as a stream, and what hostile ones do not do."""
+
+import gzip
+import io
+import tarfile
+import tracemalloc
+from pathlib import Path
+
+import pytest
+
+from corewise.common.errors import SamplesError
+from corewise.samples import archives
+from corewise.samples.archives import is_archive, read_archive
+
+
+def write(path: Path, *members: tuple[str, bytes], mode: str = "w") -> Path:
+    with tarfile.open(path, mode) as archive:  # type: ignore[call-overload]
+        for name, content in members:
+            member = tarfile.TarInfo(name)
+            member.size = len(content)
+            archive.addfile(member, io.BytesIO(content))
+    return path
+
+
+@pytest.mark.parametrize("kind", ["", ":gz", ":bz2", ":xz"])
+def test_every_compression_gives_the_images_alone(tmp_path: Path, kind: str) -> None:
+    members = (
+        ("a.jpg", b"one"),
+        ("labels.csv", b"no"),
+        ("b/c.PNG", b"two"),
+        ("b/.d.png", b"no"),
+        ("__MACOSX/e.jpg", b""),
+    )
+    path = write(tmp_path / f"photos.tar{kind.replace(':', '.')}", *members, mode=f"w{kind}")
+    assert is_archive(path)
+    assert [(one.name, one.content, one.problem) for one in read_archive(path)] == [
+        ("a.jpg", b"one", ""),
+        ("b/c.PNG", b"two", ""),
+    ]
+
+
+def test_what_is_no_file_or_leads_out_is_not_read(tmp_path: Path) -> None:
+    path = tmp_path / "hostile.tar"
+    kinds = {
+        "/etc/a.jpg": tarfile.REGTYPE,
+        "x/../../b.jpg": tarfile.REGTYPE,
+        "soft.jpg": tarfile.SYMTYPE,
+        "hard.jpg": tarfile.LNKTYPE,
+        "pipe.jpg": tarfile.FIFOTYPE,
+        "device.jpg": tarfile.CHRTYPE,
+    }
+    with tarfile.open(path, "w") as archive:
+        for name, kind in kinds.items():
+            member = tarfile.TarInfo(name)
+            member.type, member.linkname = kind, "/etc/passwd"
+            archive.addfile(member)
+    assert [(one.name, one.content, one.problem) for one in read_archive(path)] == [
+        ("/etc/a.jpg", b"", "leads out of the archive"),
+        ("x/../../b.jpg", b"", "leads out of the archive"),
+        ("soft.jpg", b"", "is a link"),
+        ("hard.jpg", b"", "is a link"),
+        ("pipe.jpg", b"", "is no regular file"),
+        ("device.jpg", b"", "is no regular file"),
+    ]
+
+
+def test_a_bomb_takes_no_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(archives, "MOST_BYTES", 2**20)
+    size = 24 * 2**20
+    large = write(tmp_path / "large.tar.gz", ("large.jpg", bytes(size)), ("small.jpg", b"one"), mode="w:gz")
+    headers = tmp_path / "headers.tar.gz"
+    longname = tarfile.TarInfo("name.jpg")
+    longname.type, longname.size = tarfile.GNUTYPE_LONGNAME, size
+    with gzip.open(headers, "wb") as file:
+        file.write(longname.tobuf(tarfile.GNU_FORMAT) + b"x" * size)
+    tracemalloc.start()
+    try:
+        assert [one.problem or one.name for one in read_archive(large)] == [
+            f"has {size:,} bytes, the most are {2**20:,}",
+            "small.jpg",
+        ]
+        with pytest.raises(SamplesError, match="its headers are too long"):
+            list(read_archive(headers))
+        assert tracemalloc.get_traced_memory()[1] < size / 4
+    finally:
+        tracemalloc.stop()
+
+
+def test_the_rest_of_a_broken_archive_is_set_aside(tmp_path: Path) -> None:
+    whole = write(tmp_path / "whole.tar.gz", ("a.jpg", b"one"), ("b.jpg", bytes(range(256)) * 4096), mode="w:gz")
+    cut = tmp_path / "cut.tar.gz"
+    cut.write_bytes(whole.read_bytes()[: whole.stat().st_size // 2])
+    first, rest = read_archive(cut)
+    assert (first.name, first.content) == ("a.jpg", b"one")
+    assert rest.problem.startswith("cannot be read behind member 2: ")
+    none = tmp_path / "none.tar"
+    none.write_bytes(b"no archive" * 100)
+    with pytest.raises(SamplesError, match=r"none\.tar is no tar file that can be read"):
+        list(read_archive(none))

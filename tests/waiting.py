@@ -21,11 +21,11 @@ def eventually(condition, seconds=PATIENCE_S):
 
 
 def free_port():
-    """A port of this machine that is free, and below those that the kernel gives to connections and to other tests."""
+    """A free port: below those that the kernel gives to connections, and above those of Ray's workers."""
     lowest = int(Path("/proc/sys/net/ipv4/ip_local_port_range").read_text().split()[0])
     choice = random.Random(f"{os.getpid()} {time.monotonic_ns()}")
     while True:
-        port = choice.randrange(10_000, max(10_100, lowest))
+        port = choice.randrange(20_000, max(20_100, lowest))
         with socket.socket() as probe:
             try:
                 probe.bind(("127.0.0.1", port))

@@ -5,7 +5,6 @@ import os
 import re
 import secrets
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -19,6 +18,7 @@ import pyarrow.dataset
 import pytest
 from command_line import command
 from serving_tools import token_artifact
+from waiting import free_port
 
 import corewise
 from bench.servers import descendants
@@ -67,8 +67,7 @@ class Cluster(NamedTuple):
 @pytest.fixture(scope="module")
 def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
     """A Ray that wants a token."""
-    with socket.create_server(("127.0.0.1", 0)) as probe:
-        port = probe.getsockname()[1]
+    port = free_port()
     ray = Path(sys.executable).with_name("ray")
     options = ["--num-cpus=2", "--include-dashboard=false", f"--object-store-memory={2**27}", "--disable-usage-stats"]
     log = (tmp_path_factory.mktemp("ray") / "log").open("w+")

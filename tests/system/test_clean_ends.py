@@ -87,10 +87,23 @@ def test_answers_keep_to_the_order_of_requests(server):
     assert is_closed
 
 
-def test_a_client_that_waits_for_no_answer_is_cut_off(server):
-    received, is_closed = flood(server, b"GET /v2 HTTP/1.1\r\nhost: x\r\n\r\n" * 4000)
+@pytest.mark.parametrize("path", ["/v2", LIVE])
+def test_a_client_that_waits_for_no_answer_is_cut_off(server, path):
+    received, is_closed = flood(server, f"GET {path} HTTP/1.1\r\nhost: x\r\n\r\n".encode() * 4000)
     assert is_closed
     assert received.count(b"200 OK") < 4000
+
+
+def test_a_body_of_tiny_chunks_is_cut_off(server):
+    head = b"POST /v2/models/toy/infer HTTP/1.1\r\nhost: x\r\ntransfer-encoding: chunked\r\n\r\n"
+    received, is_closed = flood(server, head + b"1\r\n \r\n" * 20_000)
+    assert received.startswith(b"HTTP/1.1 400") or not received
+    assert is_closed
+    chunks = b"".join(b"%x\r\n%b\r\n" % (len(part), part) for part in (ROW.tobytes()[:1], ROW.tobytes()[1:]))
+    head = head.replace(b"chunked", b"chunked\r\ninference-header-content-length: 0\r\nconnection: close")
+    received, is_closed = talk(server, head + chunks + b"0\r\n\r\n")
+    assert received.startswith(b"HTTP/1.1 200")
+    assert is_closed
 
 
 def test_tiny_headers_count_too(server):

@@ -431,7 +431,7 @@ def test_a_full_disk_is_told_and_loses_no_trial(place, small_disk):
     # The program takes 3.5 MiB: once for all trials, once as the baseline's payload, once in the artifact.
     for mib, trials in ((2, 0), (9, 3)):
         resize(mib)
-        found = corewise(*wanted, cwd=place)
+        found = corewise(*wanted, cwd=place, in_process=True)
         assert (found.returncode, found.stdout) == (2, ""), mib
         assert found.stderr.startswith("corewise: ")
         assert "free space" in found.stderr

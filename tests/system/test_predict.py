@@ -54,7 +54,7 @@ def test_a_job_that_is_killed_loses_no_row_and_does_none_twice(folder: Path) -> 
             text=True,
         )
         try:
-            assert eventually(lambda least=least: len(list(parts.glob("*.done"))) == least)
+            assert eventually(lambda least=least: len(list(parts.glob("part-*.done"))) == least)
         finally:
             process.send_signal(how)
             _, errors = process.communicate(timeout=120)

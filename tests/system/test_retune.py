@@ -138,7 +138,8 @@ def test_a_faster_plan_is_found_saved_and_loaded(tmp_path):
     with corewise.load(folder) as model:
         x = np.zeros((found.best.batch + 1, 6), np.float32)
         assert model(x)["scores"].shape == (found.best.batch + 1, 5)
-    assert any(note.startswith(f"runs {found.best.label}: tuned") for note in verify(folder).notes)
+    assert found.entry.label.startswith(f"runs {found.best.label}")  # an elastic plan beside it may look as if it paid
+    assert found.entry.label in verify(folder).notes
 
 
 @pytest.mark.slow

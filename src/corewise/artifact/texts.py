@@ -1,9 +1,9 @@
 """The text pipeline of an artifact, opened to run."""
 
 from corewise.artifact.checks import input_ranges
-from corewise.artifact.format import REBUILD, TOKENIZER, Artifact
+from corewise.artifact.format import REBUILD, TOKENIZER, Artifact, Manifest
 from corewise.common.errors import ArtifactError, InputError
-from corewise.pipeline import CallLimits, CostTable, TextEncoder, TextRunner, infer
+from corewise.pipeline import CallCost, CallLimits, TextEncoder, TextRunner, infer
 from corewise.pipeline.calls import by_tokens
 from corewise.pipeline.runner import Run
 from corewise.records.build import Plan
@@ -52,21 +52,21 @@ def open_texts(artifact: Artifact, run: Run, plan: Plan) -> TextRunner | None:
     if pipeline is None:
         return None
     encoder = TextEncoder(pipeline, artifact.folder / pipeline.tokenizer)
-    return text_runner(encoder, run, plan, costs_for(artifact, plan))
+    return text_runner(encoder, run, plan, call_cost(artifact.manifest, plan))
 
 
-def costs_for(artifact: Artifact, plan: Plan) -> CostTable | None:
-    """The artifact's table of the costs of calls, if ``plan`` has the threads and instances that it was measured on."""
-    measured = artifact.manifest.plan
+def call_cost(manifest: Manifest, plan: Plan) -> CallCost:
+    """What calls cost: as measured, if ``plan`` has the threads and instances of then, else by their tokens."""
+    measured = manifest.plan
     same = (plan.threads_per_instance, plan.instances) == (measured.threads_per_instance, measured.instances)
-    return artifact.manifest.call_costs if same else None
+    return manifest.call_costs if same and manifest.call_costs is not None else by_tokens
 
 
-def text_runner(encoder: TextEncoder, run: Run, plan: Plan, costs: CostTable | None = None) -> TextRunner:
-    """Runs texts as ``plan`` runs batches, in the calls that ``costs`` finds cheapest."""
-    return TextRunner(encoder, run, instances=plan.instances, limits=call_limits(plan), cost=costs or by_tokens)
+def text_runner(encoder: TextEncoder, run: Run, plan: Plan, cost: CallCost = by_tokens) -> TextRunner:
+    """Runs texts as ``plan`` runs batches, in the calls that ``cost`` finds cheapest."""
+    return TextRunner(encoder, run, instances=plan.instances, limits=call_limits(plan), cost=cost)
 
 
 def call_limits(plan: Plan) -> CallLimits:
     """The most that one call of texts may have: the plan's rows."""
-    return CallLimits(rows=plan.batch if plan.batch > 1 or plan.instances > 1 else ROWS_ALONE)
+    return CallLimits.of_few_sizes(plan.batch if plan.batch > 1 or plan.instances > 1 else ROWS_ALONE)

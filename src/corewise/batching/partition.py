@@ -37,6 +37,7 @@ class Partitions:
         ValueError: There is no table, or one has more threads than there are cores.
 
     Example:
+        >>> from corewise.batching import LatencyTable, Partitions
         >>> one, both = LatencyTable(points=((1, 4.0), (4, 10.0))), LatencyTable(points=((1, 2.0), (8, 12.0)))
         >>> partitions = Partitions({1: one, 2: both}, cores=2)
         >>> partitions.split(2, 1), partitions.split(2, 8)

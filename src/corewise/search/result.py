@@ -16,6 +16,7 @@ from corewise.artifact.watch import seen_range
 from corewise.common.nested import Structure
 from corewise.engines import BuildInputs, Engine
 from corewise.pipeline import CostTable, TextEncoder, fit, image_pipeline, infer
+from corewise.pipeline.calls import by_tokens
 from corewise.records.pipeline import ImagePipeline, TextPipeline
 from corewise.records.ranges import InputRange, SeenRanges
 from corewise.records.report import Report
@@ -70,6 +71,7 @@ class Result:
         pipeline = self._fitted
         images = self._images
         encoder = None if pipeline is None else TextEncoder(pipeline, self.tokenizer)
+        cost = self.call_costs or by_tokens
         return Model(
             session,
             inputs=self.build_inputs.inputs,
@@ -77,7 +79,7 @@ class Result:
             output_structure=self.output_structure,
             ranges=self._ranges,
             seen_ranges=self._seen_ranges,
-            texts=None if encoder is None else text_runner(encoder, session.run, choice.plan, self.call_costs),
+            texts=None if encoder is None else text_runner(encoder, session.run, choice.plan, cost),
             images=None if images is None else image_runner(images, session.run, choice.plan),
         )
 

@@ -196,7 +196,7 @@ class Service:
         async def guarded(requests: AsyncIterator[bytes], context: Any) -> Any:
             if name in OPEN_TO_ALL:  # answered without reading the request
                 return await call(None, context)
-            if not self._tokens.admit(messages.authorization(context.invocation_metadata())):
+            if not messages.is_admitted(context, self._tokens):
                 self.metrics.turned_away("grpc", "unauthenticated")
                 await context.abort(grpc.StatusCode.UNAUTHENTICATED, "a token is missing or wrong; send authorization")
             try:

@@ -28,7 +28,7 @@ from corewise.serving import addresses, admin, memory, memory_limit
 from corewise.serving.addresses import Address
 from corewise.serving.admin import Repository
 from corewise.serving.app import OPEN_TO_ALL, App, RequestLog
-from corewise.serving.connections import Connection, count_open
+from corewise.serving.connections import Acceptor, Connection, count_open
 from corewise.serving.front import Front
 from corewise.serving.gate import Gate, RequestIds
 from corewise.serving.infer import ARRIVED, GONE, WHOLE
@@ -53,7 +53,9 @@ KEEP_ALIVE_S = 75
 MOST_STREAMS = 1024
 """On one gRPC connection."""
 MOST_PIPELINED = 64
-"""Requests of one HTTP connection that wait for the answers to those before them."""
+"""Requests of one HTTP connection that wait for the answers to those before them, or that come in one piece."""
+MOST_CHUNKS, CHUNK_BYTES = 4096, 256
+"""A chunked body may have so many chunks, and one more for each so many bytes: each costs as much as a kilobyte."""
 HEALTH_CONNECTIONS, HEALTH_S = 16, 2.0
 """So many more, each so long, for health checks, which a crowd must not keep out."""
 ADMIN_CONNECTIONS = 16
@@ -327,6 +329,12 @@ class _Http(uvicorn.Server):
     def capture_signals(self) -> Iterator[None]:
         yield
 
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        """Listen, and take new connections a few at a time."""
+        make = partial(_Patient, self.config, self.server_state, {})
+        self.servers = [Acceptor(each, make, self.config.ssl) for each in sockets or ()]  # type: ignore[misc]
+        self.started = True
+
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         """End, but let requests arrive first whose connections are new."""
         for server in self.servers:
@@ -354,6 +362,10 @@ class _Patient(Connection):
     _is_begun = False
     """Whether headers have begun that have not ended."""
     _waiting: asyncio.TimerHandle | None = None
+    _pieced = 0
+    """Requests in the piece of data that is parsed now."""
+    _chunks = _chunk_bytes = 0
+    """Of this request's body."""
     _header_bytes = 0
     _fed_bytes = 0
     """Since the headers began: the parser reports a header only when it is complete."""
@@ -385,6 +397,7 @@ class _Patient(Connection):
     def data_received(self, data: bytes) -> None:
         if self._refused:  # what came with the end of TLS' handshake
             return
+        self._pieced = 0
         super().data_received(data)
         if self._is_begun:
             self._wait(HEADERS_S)
@@ -399,7 +412,7 @@ class _Patient(Connection):
             )
 
     def on_message_begin(self) -> None:
-        self._header_bytes = 0
+        self._header_bytes = self._chunks = self._chunk_bytes = 0
         self._is_begun, self._is_answered = True, False
         super().on_message_begin()
         scope: dict[str, Any] = self.scope  # type: ignore[assignment]
@@ -416,16 +429,21 @@ class _Patient(Connection):
     def on_headers_complete(self) -> None:
         self._is_begun = False
         self._come()
-        if self._gate is not None and self._answers_early(self._gate):
-            return
-        if len(self.pipeline) >= MOST_PIPELINED:
+        self._pieced += 1
+        if self._pieced > MOST_PIPELINED or len(self.pipeline) >= MOST_PIPELINED:
             self.transport.abort()
             raise ValueError("the client sends requests and waits for no answers")
+        if self._gate is not None and self._answers_early(self._gate):
+            return
         super().on_headers_complete()
         if self._crowded and self.cycle is not None:
             self.cycle.keep_alive = False
 
     def on_body(self, body: bytes) -> None:
+        self._chunks += 1
+        self._chunk_bytes += len(body)
+        if self._chunks > MOST_CHUNKS + self._chunk_bytes // CHUNK_BYTES:
+            raise ValueError("the chunks are too small")
         if not self._is_answered:
             super().on_body(body)
 

@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, NamedTuple
 
+from corewise.artifact.texts import call_cost
 from corewise.batching import Answer, NotServed
 from corewise.pipeline import Call, CallLimits, Tokens, fill
 from corewise.records.pipeline import Activation
@@ -178,9 +179,10 @@ def _characters(item: Text) -> int:
 def split(lengths: Sequence[int], served: Served) -> list[Call]:
     """The calls for texts of these lengths, which no other request has to wait for long."""
     plan = served.plan
-    limits = CallLimits(rows=plan.batch, tokens=CALL_TOKENS)
+    limits = CallLimits.of_few_sizes(plan.batch, tokens=CALL_TOKENS)
     pads = served.text is None or served.text.pipeline.pads
-    return fill(lengths, limits=limits, instances=plan.instances, multiple=BUCKET, pads=pads)
+    cost = call_cost(served.manifest, plan)
+    return fill(lengths, limits=limits, cost=cost, instances=plan.instances, multiple=BUCKET, pads=pads)
 
 
 def _longest(calls: Sequence[Answer]) -> Answer:

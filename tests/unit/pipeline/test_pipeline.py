@@ -103,6 +103,16 @@ def test_each_text_is_in_one_call_within_the_limits(
 
 
 @settings(max_examples=40, deadline=None)
+@given(LENGTHS, st.integers(1, 40), st.booleans())
+def test_calls_have_few_numbers_of_rows(lengths: list[int], rows: int, pads: bool) -> None:
+    limits = CallLimits.of_few_sizes(rows)
+    calls = fill(lengths, limits=limits, multiple=4, pads=pads)
+    assert sorted(place for call in calls for place in call.places) == list(range(len(lengths)))
+    assert {len(call.places) for call in calls} <= {1, 2, 3, 4, 6, 8, 12, 16, 24, 32, rows}
+    assert max(limits.sizes) == rows
+
+
+@settings(max_examples=40, deadline=None)
 @given(LENGTHS, st.integers(1, 9))
 def test_without_padding_a_call_has_texts_of_one_length(lengths: list[int], rows: int) -> None:
     calls = fill(lengths, limits=CallLimits(rows=rows), multiple=4, pads=False)

@@ -3,12 +3,15 @@
 import asyncio
 import json
 import logging
+import socket
 from itertools import pairwise
 from types import SimpleNamespace
 
 import pytest
 
 from corewise.batching import NotServed
+from corewise.serving.connections import PER_ROUND as ROUND
+from corewise.serving.connections import Acceptor
 from corewise.serving.front import Front
 from corewise.serving.gate import Gate, RequestIds
 from corewise.serving.metrics import Metrics
@@ -123,6 +126,47 @@ def test_who_is_gone_or_late_has_no_turn():
         assert not gone
 
     asyncio.run(main())
+
+
+# --- connections --------------------------------------------------------------------------------------------------
+
+
+class Counted(asyncio.Protocol):
+    """A connection."""
+
+    made = 0
+
+    def connection_made(self, transport):
+        Counted.made += 1
+        transport.close()
+
+
+def test_new_connections_are_taken_a_few_in_each_round_and_at_the_end_all_that_wait():
+    async def main():
+        Counted.made, protocols = 0, []
+
+        def make():
+            protocols.append(Counted())
+            return protocols[-1]
+
+        with socket.create_server(("127.0.0.1", 0), backlog=100) as listening:
+            acceptor = Acceptor(listening, make)
+            clients = [socket.create_connection(listening.getsockname()) for _ in range(4 * ROUND)]
+            seen = [0]
+            while len(protocols) < len(clients):
+                await asyncio.sleep(0)
+                seen.append(len(protocols))
+            assert max(after - before for before, after in pairwise(seen)) <= ROUND
+            clients += [socket.create_connection(listening.getsockname()) for _ in range(4 * ROUND)]
+            acceptor.close()
+            acceptor.close()
+        while Counted.made < len(clients):
+            await asyncio.sleep(0)
+        await rounds(3)
+        for client in clients:
+            client.close()
+
+    asyncio.run(asyncio.wait_for(main(), 30))
 
 
 # --- answers from headers -----------------------------------------------------------------------------------------

@@ -88,10 +88,17 @@ class Queue:
                     future.set_result(answer)
 
 
+PLAN = Plan(threads_per_instance=1, instances=INSTANCES, batch=ROWS)
+
+
+def manifest_of(model):
+    return SimpleNamespace(model=model, plan=PLAN, call_costs=None)
+
+
 def run(queue, items, *, ends=True, booked=None, on_tokenized=lambda: None, within_s=60):
-    plan = Plan(threads_per_instance=1, instances=INSTANCES, batch=ROWS)
     values = SimpleNamespace(check=lambda inputs: None)
-    served = SimpleNamespace(name="m", version="1", plan=plan, text=Texts(), values=values, manifest="first")
+    served = SimpleNamespace(name="m", version="1", plan=PLAN, text=Texts(), values=values)
+    served.manifest = manifest_of("first")
     booking = SimpleNamespace(add=([] if booked is None else booked).append)
 
     async def both():
@@ -104,8 +111,9 @@ def run(queue, items, *, ends=True, booked=None, on_tokenized=lambda: None, with
         )
         working = asyncio.ensure_future(work)
         if not ends:
-            while len(queue.waiting) < INSTANCES + text_calls.AHEAD:
-                await asyncio.sleep(0)
+            async with asyncio.timeout(60):
+                while len(queue.waiting) < INSTANCES + text_calls.AHEAD:
+                    await asyncio.sleep(0)
             return await asyncio.wait_for(working, 0.05)
         ending = asyncio.ensure_future(queue.end_all())
         try:
@@ -159,7 +167,7 @@ def test_a_client_that_goes_gives_up_its_places():
 @pytest.mark.parametrize("manifest", ["first", "second"])
 def test_no_answers_are_of_two_models(manifest):
     queue = Queue()
-    queue.others[3] = SimpleNamespace(manifest=manifest)
+    queue.others[3] = SimpleNamespace(manifest=manifest_of(manifest))
     if manifest == "first":
         assert run(queue, ["x" * 8] * 300).answers == [8] * 300
         return

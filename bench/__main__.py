@@ -29,6 +29,7 @@ BENCHMARKS = (
     "attacks",
     "fuzz",
     "kills",
+    "ray_kills",
     "padding",
     "photos",
     "shift",

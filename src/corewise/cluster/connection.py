@@ -21,6 +21,8 @@ STORE_BYTES = 256 * 2**20
 CLIENT = "ray://"
 PROBES = {CLIENT: "/ray.rpc.RayletDriver/ClusterInfo", "": "/ray.rpc.NodeInfoGcsService/CheckAlive"}
 """A question without consequences, which a Ray client's server and a cluster's head answer."""
+NO_RAY = ("DEADLINE_EXCEEDED", "UNAVAILABLE", "UNIMPLEMENTED")
+"""What comes of that question where nobody is, or another service."""
 SAFE = "start all of its nodes with RAY_AUTH_MODE=token ('ray get-auth-token --generate' makes the token)"
 TOKEN = "set RAY_AUTH_MODE=token, and RAY_AUTH_TOKEN or ~/.ray/auth_token to the cluster's token"
 
@@ -104,7 +106,7 @@ Answer = Literal["guarded", "open", "silent"]
 def probe(address: str) -> Answer:
     """What a cluster says to a question without a token: it refuses, it answers, or nothing comes in ``ANSWER_S``.
 
-    The last is also what an address says that speaks no gRPC, or TLS.
+    The last is also what an address says that speaks no gRPC, TLS, or is another service.
     """
     import grpc
 
@@ -119,7 +121,7 @@ def probe(address: str) -> Answer:
             channel.unary_unary(PROBES[prefix])(b"", timeout=ANSWER_S)
         except grpc.RpcError as error:
             code = error.code()
-            if code in (grpc.StatusCode.DEADLINE_EXCEEDED, grpc.StatusCode.UNAVAILABLE):
+            if code.name in NO_RAY:
                 return "silent"
             return "guarded" if code == grpc.StatusCode.UNAUTHENTICATED else "open"
     return "open"

@@ -1,0 +1,128 @@
+"""Kills of the driver, the actor and the node of a bulk job on Ray, and what the same command makes of it.
+
+    python -m bench ray_kills ARTIFACT INPUT [--runs 20]
+
+Each run begins the job anew on a Ray of its own (``--ray local``), kills one of its processes at a random moment
+(SIGKILL), and gives the same command until it succeeds. Then each row of the inputs must be there once, with the answer
+of one process without Ray. Writes ray_kills_NAME.json.
+"""
+
+import argparse
+import os
+import random
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow.dataset as datasets
+from pyarrow import parquet
+
+from bench.harness import machine_facts, say, write_results
+from bench.servers import descendants
+from corewise import artifact
+
+KINDS = {"driver": b"corewise.cli", "actor": b"ray::Answerer", "raylet": b"/raylet/raylet"}
+"""What is killed, and what its command line has."""
+BEGIN_S, MOST_TRIES, END_S = 300.0, 5, 30.0
+TOLERANCE = 1e-4
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """What the command line takes."""
+    parser.add_argument("artifact", type=Path, metavar="ARTIFACT", help="an artifact that makes vectors of texts")
+    parser.add_argument("input", type=Path, metavar="INPUT", help="a file of texts")
+    parser.add_argument("--runs", type=int, default=20)
+    parser.add_argument("--longest", type=float, default=5.0, help="the longest pause before a kill, in seconds")
+    parser.add_argument("--seed", type=int, default=0)
+
+
+def job(options: argparse.Namespace, output: Path, *more: str) -> list[str]:
+    """The command of a job."""
+    return [sys.executable, "-m", "corewise.cli", "predict", *map(str, (options.artifact, options.input)), "-o",
+            str(output), *more]  # fmt: skip
+
+
+def of_kind(pids: list[int], sign: bytes) -> list[int]:
+    """The processes whose command line has these bytes."""
+    found = []
+    for pid in pids:
+        with suppress(OSError):
+            if sign in Path(f"/proc/{pid}/cmdline").read_bytes():
+                found.append(pid)
+    return found
+
+
+def strike(command: list[str], output: Path, kind: str, pause_s: float) -> dict[str, Any]:
+    """Start the job, wait for its first part and a while longer, and kill one of its processes."""
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    until = time.monotonic() + BEGIN_S
+    while not list(output.glob("_part-*.done")) and process.poll() is None and time.monotonic() < until:
+        time.sleep(0.01)
+    time.sleep(pause_s)
+    family = descendants(process.pid)
+    victims = of_kind(family, KINDS[kind])[:1]
+    for pid in victims:
+        os.kill(pid, signal.SIGKILL)
+    done = len(list(output.glob("_part-*.done")))
+    returned = process.wait(BEGIN_S)
+    end(family[1:])
+    return {"kind": kind, "pause_s": pause_s, "killed": len(victims), "parts_done": done, "returned": returned}
+
+
+def end(pids: list[int]) -> None:
+    """Wait for what the driver left, and end what does not end by itself."""
+    until = time.monotonic() + END_S
+    while pids and time.monotonic() < until:
+        pids = [pid for pid in pids if Path(f"/proc/{pid}").exists() and of_kind([pid], b"ray")]
+        time.sleep(0.1)
+    for pid in pids:
+        with suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+
+
+def compare(output: Path, rows: np.ndarray, vectors: np.ndarray) -> dict[str, Any]:
+    """What the folder of parts has against the file of one process."""
+    table = datasets.dataset(output).to_table()
+    found, counts = np.unique(table.column("row").to_numpy(), return_counts=True)
+    made = dict(zip(table.column("row").to_pylist(), table.column("vector").to_numpy(), strict=True))
+    largest = max((float(np.abs(made[row] - vector).max()) for row, vector in zip(rows, vectors, strict=True)
+                   if row in made), default=0.0)  # fmt: skip
+    return {
+        "missing": len(set(rows) - set(found)),
+        "twice": int((counts > 1).sum()),
+        "foreign": len(set(found) - set(rows)),
+        "largest_difference": largest,
+    }
+
+
+def main(options: argparse.Namespace) -> None:
+    """Kill something in each run."""
+    sound = artifact.read(options.artifact)
+    pauses, runs = random.Random(options.seed), []
+    with tempfile.TemporaryDirectory(prefix="corewise-") as name:
+        alone = Path(name) / "alone.parquet"
+        subprocess.run(job(options, alone), check=True, stdout=subprocess.DEVNULL)
+        table = parquet.read_table(alone)
+        rows, vectors = table.column("row").to_numpy(), np.stack(table.column("vector").to_numpy())
+        for number in range(options.runs):
+            output, kind = Path(name) / f"run-{number}", list(KINDS)[number % len(KINDS)]
+            command = job(options, output, "--ray", "local", "--retune", "0")
+            run = strike(command, output, kind, pauses.uniform(0, options.longest))
+            tries = 0
+            while tries < MOST_TRIES and subprocess.run(command, capture_output=True).returncode:
+                tries += 1
+            run |= {"tries": tries + 1, **compare(output, rows, vectors)}
+            run["sound"] = not (run["missing"] or run["twice"] or run["foreign"]) and (
+                run["largest_difference"] <= TOLERANCE
+            )
+            runs.append(run)
+            say(str(run))
+    path = options.results / f"ray_kills_{options.artifact.name.removesuffix('.cw')}.json"
+    facts = {"artifact": sound.manifest.model, "rows": len(rows), "sound": all(run["sound"] for run in runs)}
+    write_results(path, {**facts, "runs": runs, **machine_facts()})

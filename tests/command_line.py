@@ -6,8 +6,9 @@ QUICK = """
 import signal
 signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored where the tests run in the background
 from corewise.runtime import race
-from corewise.search import trial
+from corewise.search import end_to_end, pixels, trial
 trial.MEASURE_S = race.WARM_S = 0.1
+end_to_end.MEASURE_S = pixels.ROUND_S = 0.05
 race.run_race.__kwdefaults__["round_s"] = 0.05
 from corewise.cli import main
 main()

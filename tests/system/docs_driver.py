@@ -24,7 +24,7 @@ from corewise.engines.onnxruntime import OnnxRuntime
 from corewise.records.build import Build
 from corewise.runtime import race
 from corewise.runtime.client import Client, InProcess
-from corewise.search import finals, optimization, plans, slo, trial
+from corewise.search import end_to_end, finals, optimization, pixels, plans, slo, trial
 from corewise.search.trial import SearchContext
 
 ENGINES = ("onnxruntime",)
@@ -37,6 +37,7 @@ class Quick:
 
     def __init__(self) -> None:
         trial.MEASURE_S = race.WARM_S = 0.1
+        end_to_end.MEASURE_S = pixels.ROUND_S = 0.05
         race.run_race.__kwdefaults__["round_s"] = 0.05
         finals.ROUNDS = stats.MIN_ROUNDS
         plans.BATCHES = (1, 8, 16)

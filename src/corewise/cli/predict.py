@@ -126,7 +126,7 @@ def command(
     )
     check_job(job)
     start = time.monotonic()
-    with load(artifact_path, preprocess=photos.preprocess) as model, _resumable(job):
+    with load(artifact_path, preprocess=photos.preprocess, photos=images) as model, _resumable(job):
         runner = model.images if images else model.texts
         if runner is None and images:
             raise InputError(f"{artifact_path} was made with a function that prepares images", "give --preprocess")

@@ -7,7 +7,7 @@ samples and for the server. No torch.
 from corewise.pipeline.answers import ClassAnswer, Span, decode
 from corewise.pipeline.calls import Call, CallCost, CallLimits, CostTable, fill
 from corewise.pipeline.inferred import fit, infer
-from corewise.pipeline.photos import TOP, ImageRunner, image_pipeline, top_classes
+from corewise.pipeline.photos import TOP, ImageRunner, image_pipeline, rows_of_call, top_classes
 from corewise.pipeline.runner import Rejected, TextRunner, stacked
 from corewise.pipeline.samples import text_samples
 from corewise.pipeline.tokens import TextEncoder, TokenPiece, Tokens
@@ -31,6 +31,7 @@ __all__ = [
     "fit",
     "image_pipeline",
     "infer",
+    "rows_of_call",
     "stacked",
     "text_samples",
     "top_classes",

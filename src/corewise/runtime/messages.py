@@ -7,12 +7,13 @@ under ``answer`` or a ``Failure`` under ``failure``, and the process's peak memo
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, get_args
 
 from corewise.batching import LatencyTable
 from corewise.records.build import Build, Plan, Receipt
 from corewise.records.jsonable import from_json, to_json
 from corewise.records.measurement import LoadRun, Measurement
+from corewise.records.pipeline import ImagePipeline, PhotoPlan, PhotoRate
 
 A = TypeVar("A")
 
@@ -103,11 +104,31 @@ class RunLoad:
     seed: int = 0
 
 
-Request = Prepare | BuildPayload | OpenPayload | ObserveInt8 | RunSamples | Measure | WarmUp | RunRound | RunLoad
-_REQUESTS: dict[str, type[Request]] = {
-    kind.__name__: kind
-    for kind in (Prepare, BuildPayload, OpenPayload, ObserveInt8, RunSamples, Measure, WarmUp, RunRound, RunLoad)
-}
+@dataclass(frozen=True, kw_only=True)
+class MeasurePhotos:
+    """Answer photos from their files for so long; this closes what is open."""
+
+    payload: Path
+    build: Build
+    photos: PhotoPlan
+    pipeline: ImagePipeline
+    files: tuple[Path, ...]
+    budget_s: float
+
+
+Request = (
+    Prepare
+    | BuildPayload
+    | OpenPayload
+    | ObserveInt8
+    | RunSamples
+    | Measure
+    | WarmUp
+    | RunRound
+    | RunLoad
+    | MeasurePhotos
+)
+_REQUESTS: dict[str, type[Request]] = {kind.__name__: kind for kind in get_args(Request)}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -166,7 +187,18 @@ class RoundRate:
     throttled: int
 
 
-Answer = Prepared | BuiltPayload | OpenedPayload | ObservedInt8 | RanSamples | Measurement | Warm | RoundRate | LoadRun
+Answer = (
+    Prepared
+    | BuiltPayload
+    | OpenedPayload
+    | ObservedInt8
+    | RanSamples
+    | Measurement
+    | Warm
+    | RoundRate
+    | LoadRun
+    | PhotoRate
+)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -21,6 +21,7 @@ from corewise.runtime.worker import peak_memory_bytes
 from corewise.runtime.workspace import Workspace
 from corewise.search.budget import WITH_LOADS, Budget, BudgetSplit, baseline_batch
 from corewise.search.candidates import first_plan, layouts
+from corewise.search.end_to_end import LEAST_FILES, photo_files
 from corewise.search.images import ImagePlan, prepare_images
 from corewise.search.journal import Journal
 from corewise.search.result import Result
@@ -51,6 +52,7 @@ def optimize(
     class_names: Sequence[str] | None = None,
     tokenizer: Path | None = None,
     pooling: Pooling | None = None,
+    end_to_end: bool | None = None,
     budget_s: float | None = None,
     timeout_s: float = TIMEOUT_S,
     work: Path | None = None,
@@ -86,6 +88,8 @@ def optimize(
         tokenizer: a ``tokenizer.json``, for a model that takes token ids and brings none: samples may then be texts.
         pooling: make one vector of each text: "mean", "cls", "max" or "last" of its token vectors; for "hf:" models and
             models with ``tokenizer``.
+        end_to_end: search the plan with which photos are answered fastest from their files, decoding included, which
+            ``predict`` uses. Default: for a folder of photos.
         budget_s: seconds for the whole search; a short one judges with fewer samples. Default: as long as it takes.
         timeout_s: seconds for each step of a trial.
         work: a folder that keeps finished trials, so that the same call resumes. Default: a temporary folder.
@@ -133,6 +137,11 @@ def optimize(
         budget_s=budget_s,
         required=tuple(engines) != DEFAULT_ENGINES,
     )
+    if end_to_end and not photo_files(task.holdout):
+        raise InputError(
+            "there are no files of photos to measure from end to end",
+            f"give samples of which {LEAST_FILES} or more photos are held out, or leave that out",
+        )
     workspace = Workspace.create(work)
     gate = task.gate(requirements)
     context = _context(task, workspace, gate, requirements, budget, timeout_s, on_event)
@@ -151,7 +160,7 @@ def optimize(
             search.find_slo_rate()
             search.race()
             choice = search.choose()
-            images = prepare_images(task, choice, gate, context)
+            images = prepare_images(task, choice, gate, context, end_to_end=end_to_end is not False)
         finally:
             if journal.empty:  # it ended before anything worth keeping
                 workspace.remove()
@@ -222,6 +231,7 @@ def _result(
         class_names=None if class_names is None else tuple(class_names),
         pipeline=task.pipeline,
         tokenizer=task.tokenizer,
+        photos=images.photos,
     )
 
 

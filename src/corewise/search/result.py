@@ -16,7 +16,7 @@ from corewise.artifact.watch import seen_range
 from corewise.common.nested import Structure
 from corewise.engines import BuildInputs, Engine
 from corewise.pipeline import TextEncoder, fit, image_pipeline, infer
-from corewise.records.pipeline import ImagePipeline, TextPipeline
+from corewise.records.pipeline import ImagePipeline, PhotoPlan, TextPipeline
 from corewise.records.ranges import InputRange, SeenRanges
 from corewise.records.report import Report
 from corewise.report import words
@@ -47,6 +47,8 @@ class Result:
     pipeline: TextPipeline | None = None
     """How texts become inputs and outputs answers, if they do."""
     tokenizer: bytes = b""
+    photos: PhotoPlan | None = None
+    """The plan from files of photos to answers, if it was searched."""
 
     @property
     def headline(self) -> str:
@@ -76,7 +78,7 @@ class Result:
             ranges=self._ranges,
             seen_ranges=self._seen_ranges,
             texts=None if encoder is None else text_runner(encoder, session.run, choice.plan),
-            images=None if images is None else image_runner(images, session.run, choice.plan),
+            images=None if images is None else image_runner(images, session.run, choice.plan, photos=self.photos),
         )
 
     def save(
@@ -142,6 +144,7 @@ class Result:
             preprocess=self.holdout.preprocess,
             files=files,
             input_ranges=self._ranges,
+            photos=self.photos,
             seen_ranges=self._seen_ranges,
         )
 

@@ -356,7 +356,7 @@ def test_answers_are_rendered_as_without_memory():
 
 def test_a_grpc_message_seen_before_is_the_request_that_it_was_and_answers_are_the_same_bytes():
     class Served:
-        name, version, inputs, outputs, frames = "net", "1", INPUTS, OUTPUTS, object()
+        name, version, inputs, outputs, instead, frames = "net", "1", INPUTS, OUTPUTS, (), object()
 
     def message(a, b, **more):
         described = [

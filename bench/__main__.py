@@ -32,6 +32,7 @@ BENCHMARKS = (
     "padding",
     "photos",
     "shift",
+    "elastic",
 )
 """Modules of this package. Each has a docstring for its help, ``add_options(parser)`` and ``main(options)``."""
 

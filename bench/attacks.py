@@ -10,6 +10,7 @@ later, what the attacker was answered, and how the healthy client fared. Writes 
 import argparse
 import gzip
 import io
+import json
 import os
 import socket
 import threading
@@ -17,6 +18,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -232,6 +234,117 @@ def broken_messages(target: Target) -> None:
     at_once(lambda: target.call(b"\x0a\xff\xff\xff\xff\xff\x01 nothing"), 200)
 
 
+def slow_bodies(target: Target) -> None:
+    """Four hundred connections that send a byte of a body now and then."""
+    idle = []
+    for _ in range(400):
+        connection = target.connect()
+        connection.sendall(f"POST {INFER} HTTP/1.1\r\nhost: x\r\ncontent-length: 400\r\n\r\n".encode())
+        idle.append(connection)
+    for _ in range(20):
+        for connection in idle:
+            with suppress(OSError):
+                connection.sendall(b" ")
+        time.sleep(0.2)
+    _close(idle)
+
+
+def many_headers(target: Target) -> None:
+    """Ten thousand headers, complete and without an end."""
+    headers = b"".join(b"%x: y\r\n" % k for k in range(10_000))
+    at_once(lambda: target.send(b"GET /v2 HTTP/1.1\r\n" + headers + b"\r\n"), 64)
+    idle = []
+    for _ in range(400):
+        with suppress(OSError):
+            connection = target.connect()
+            idle.append(connection)
+            connection.sendall(b"GET /v2 HTTP/1.1\r\n" + headers[:60_000])
+    time.sleep(3)
+    _close(idle)
+
+
+def tiny_chunks(target: Target) -> None:
+    """Bodies in a million chunks of one byte, and chunks with long extensions."""
+    head = f"POST {INFER} HTTP/1.1\r\nhost: x\r\ntransfer-encoding: chunked\r\n\r\n".encode()
+    at_once(lambda: target.send(head, b"1\r\n \r\n" * MIB, b"0\r\n\r\n"), 4)
+    at_once(lambda: target.send(head, b"1;" + b"x" * (8 * MIB) + b"\r\n \r\n0\r\n\r\n"), 8)
+
+
+def deep_json(target: Target) -> None:
+    """JSON of a hundred thousand lists in lists, and of objects in objects."""
+    for part, end in ((b"[", b"]"), (b'{"a":', b"}")):
+        deep = part * 100_000 + b"0" + end * 100_000
+        for body in (deep, b'{"inputs":' + deep + b"}", b'{"inputs":[{"name":"input","data":' + deep + b"}]}"):
+            at_once(lambda body=body: target.send(post(INFER, body)), 8)
+
+
+def false_lengths(target: Target) -> None:
+    """Strings in binary tensors that claim up to 4 GiB, and more strings than there are bytes."""
+    for length in (2**32 - 1, 2**31, 2**20):
+        data = length.to_bytes(4, "little") + b"x"
+        for shape in ([1], [2**31 - 1]):
+            at_once(lambda data=data, shape=shape: target.call(_request("text", shape, "BYTES", data)), 16)
+            described = {"name": "text", "datatype": "BYTES", "shape": shape}
+            described["parameters"] = {"binary_data_size": len(data)}
+            text = json.dumps({"inputs": [described]}).encode()
+            body = post(INFER, text + data, f"inference-header-content-length: {len(text)}\r\n")
+            at_once(lambda body=body: target.send(body), 16)
+
+
+def pipelined(target: Target) -> None:
+    """Connections that send requests without end and read no answer."""
+    for path in (b"/v2/health/live", b"/metrics", b"/v2/models/" + MODEL.encode(), b"/openapi.json"):
+        one = b"GET " + path + b" HTTP/1.1\r\nhost: x\r\n\r\n"
+
+        def flood(one: bytes = one) -> None:
+            sent = 0
+            try:
+                with target.connect() as connection:
+                    connection.settimeout(2.0)
+                    while sent < 16 * MIB:
+                        connection.sendall(one * 1000)
+                        sent += 1000 * len(one)
+                target.note("took it all")
+            except TimeoutError:
+                target.note("read no more")
+            except OSError:
+                target.note("closed")
+
+        at_once(flood, 16)
+
+
+def unread_answers(target: Target) -> None:
+    """Streams over gRPC whose client sends and reads no answer."""
+    body = _request("input", [1, 3, 12, 12], "FP32", bytes(4 * 432))
+    release = threading.Event()
+
+    def ask() -> Iterable[bytes]:
+        while not release.is_set():
+            yield body
+
+    channels = [grpc.insecure_channel(target.grpc, [("grpc.use_local_subchannel_pool", 1)]) for _ in range(8)]
+    calls = [channel.stream_stream(f"/{oip.SERVICE}/ModelStreamInfer")(_lazy(ask)) for channel in channels]
+    time.sleep(4)
+    release.set()
+    for call in calls:
+        call.cancel()
+    for channel in channels:
+        channel.close()
+
+
+def idle_connections(target: Target) -> None:
+    """Two thousand connections to each port that say nothing."""
+    idle = []
+    for port in (target.http, int(target.grpc.rpartition(":")[2])):
+        for _ in range(2000):
+            try:
+                idle.append(socket.create_connection(("127.0.0.1", port), 2, (ATTACKER, 0)))
+            except OSError:
+                target.note("closed")
+    time.sleep(4)
+    _close(idle)
+
+
 ALONE: tuple[Callable[[Target], None], ...] = (
     gzip_bombs,
     gzip_below_the_ratio,
@@ -248,6 +361,14 @@ ALONE: tuple[Callable[[Target], None], ...] = (
     idle_calls,
     streams_of_large_messages,
     broken_messages,
+    slow_bodies,
+    many_headers,
+    tiny_chunks,
+    deep_json,
+    false_lengths,
+    pipelined,
+    unread_answers,
+    idle_connections,
 )
 
 

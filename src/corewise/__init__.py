@@ -29,7 +29,9 @@ if TYPE_CHECKING:
     from corewise.artifact.model import Model
     from corewise.artifact.open import Bench, Verification, bench, load, verify
     from corewise.artifact.under_load import loadtest
+    from corewise.cluster.bulk import predict
     from corewise.quantize.explanation import Explanation
+    from corewise.records.bulk import BulkProgress, BulkResult
     from corewise.records.events import (
         Event,
         LoadEnded,
@@ -52,6 +54,8 @@ if TYPE_CHECKING:
 __all__ = [
     "ArtifactError",
     "Bench",
+    "BulkProgress",
+    "BulkResult",
     "CorewiseError",
     "EngineError",
     "Event",
@@ -86,6 +90,7 @@ __all__ = [
     "load",
     "loadtest",
     "optimize",
+    "predict",
     "retune",
     "verify",
 ]
@@ -100,7 +105,9 @@ _LAZY = {
         "verify",
     ),
     "corewise.artifact.under_load": ("loadtest",),
+    "corewise.cluster.bulk": ("predict",),
     "corewise.quantize.explanation": ("Explanation",),
+    "corewise.records.bulk": ("BulkProgress", "BulkResult"),
     "corewise.records.events": (
         "Event",
         "LoadEnded",

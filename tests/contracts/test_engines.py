@@ -7,6 +7,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
+from compiled import keep, place
 
 from corewise.engines import engine
 from corewise.records.jsonable import to_json
@@ -42,6 +43,14 @@ if find_spec("corewise.engines.torch_int8"):
 
 class TestInductor(EngineContract):
     engine_name = "inductor"
+
+    @pytest.fixture(autouse=True)
+    def kept(self, request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> None:
+        """Keep what took long to compile."""
+        if "case" in request.fixturenames:
+            case: Case = request.getfixturevalue("case")
+            net = "text" if len(case.material.inputs) > 1 else "images"
+            keep(case.payload, place(tmp_path_factory, net, case.build))
 
 
 class TestOpenVino(OpensWithoutTorch):

@@ -17,6 +17,8 @@ import traceback
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from corewise.cli import main as corewise
 from corewise.common import stats
 from corewise.engines import engine
@@ -24,7 +26,7 @@ from corewise.engines.onnxruntime import OnnxRuntime
 from corewise.records.build import Build
 from corewise.runtime import race
 from corewise.runtime.client import Client, InProcess
-from corewise.search import end_to_end, finals, optimization, pixels, plans, slo, trial
+from corewise.search import end_to_end, finals, optimization, pixels, retuning, search, slo, trial, tuning
 from corewise.search.trial import SearchContext
 
 ENGINES = ("onnxruntime",)
@@ -38,9 +40,11 @@ class Quick:
     def __init__(self) -> None:
         trial.MEASURE_S = race.WARM_S = 0.1
         end_to_end.MEASURE_S = pixels.ROUND_S = 0.05
+        retuning.MEASURE_S = retuning.ROUND_S = 0.05
         race.run_race.__kwdefaults__["round_s"] = 0.05
         finals.ROUNDS = stats.MIN_ROUNDS
-        plans.BATCHES = (1, 8, 16)
+        for module in (tuning, search, retuning):
+            module.BATCHES = (1, 8, 16)
         slo.LOAD_S = slo.CONFIRM_S = 0.5
         slo.REQUESTS, slo.MOST_LOADS = 20, 2
         optimization.DEFAULT_ENGINES = ENGINES
@@ -52,6 +56,8 @@ class Quick:
             return tuple(build for build in builds if build.precision == "int8" and not build.option("quantizer", ""))
 
         OnnxRuntime.candidates = candidates  # type: ignore[method-assign]
+        if "PYTEST_XDIST_WORKER" in os.environ:  # as in conftest.py
+            torch.set_num_threads(1)
 
         def client(context: SearchContext, build: Build, share: float = 1.0) -> Client:
             return InProcess(engine(build.engine))

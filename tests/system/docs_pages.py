@@ -11,13 +11,14 @@ import os
 import re
 import shlex
 import signal
-import socket
 import subprocess
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Self
+
+from waiting import free_port
 
 DRIVER = Path(__file__).with_name("docs_driver.py")
 FENCE = re.compile(r'^```(\w+)(?: title="([^"]+)")?\n(.*?)^```$', re.MULTILINE | re.DOTALL)
@@ -26,7 +27,7 @@ LOOKING = ("bench", "doctor", "loadtest", "show", "verify")
 """Commands that change nothing: on the artifact that all pages share they are run once."""
 NOT_RUN = "# Not run by the tests: "
 LONGEST_S = 240
-CURLRC = "silent\nfail-with-body\nmax-time = 60\n"
+CURLRC = "silent\nfail-with-body\nmax-time = 120\n"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -164,7 +165,5 @@ class Reader:
     def _port(self, shown: str) -> str:
         """A free port in the place of the one that the page shows, the same one throughout the page."""
         if shown not in self._ports:
-            with socket.socket() as probe:
-                probe.bind(("127.0.0.1", 0))
-                self._ports[shown] = str(probe.getsockname()[1])
+            self._ports[shown] = str(free_port())
         return self._ports[shown]

@@ -17,6 +17,7 @@ from pathlib import Path
 import httpx
 import numpy as np
 from places import GOLDEN
+from waiting import eventually
 
 from corewise import artifact
 from corewise.engines.fake import Fake
@@ -29,8 +30,10 @@ from corewise.records.pipeline import TextPipeline, TokenInput
 from corewise.records.ranges import InputRange, ValueRange
 from corewise.records.report import Preprocess
 
+__all__ = ["ARTIFACT", "Server", "eventually", "fake_artifact", "image_artifact", "serving", "token_artifact"]
+
 ARTIFACT = GOLDEN / "schema-1"
-TIMEOUT_S = 60
+TIMEOUT_S = 120
 
 
 def fake_artifact(folder, plan=None, *, call_ms=2.0, **options):
@@ -262,15 +265,6 @@ def serving(*arguments, wait=True, **options):
         if server.process.poll() is None:
             server.process.kill()
         server.process.wait()
-
-
-def eventually(condition, seconds=30.0):
-    end = time.monotonic() + seconds
-    while time.monotonic() < end:
-        if condition():
-            return True
-        time.sleep(0.05)
-    return False
 
 
 def image_artifact(folder):

@@ -2,16 +2,17 @@
 
 import concurrent.futures
 import os
+import re
 import signal
 import socket
 import threading
-import time
 
 import grpc
 import httpx
 import numpy as np
 import pytest
-from serving_tools import ARTIFACT, eventually, fake_artifact, serving
+from serving_tools import ARTIFACT, fake_artifact, serving
+from waiting import eventually, free_port
 
 from corewise.machine.inspect import inspect_cpu
 from corewise.records.build import Plan
@@ -36,7 +37,7 @@ def server(tmp_path_factory):
 
 def talk(server, sent, *, close_writing=False):
     """All that comes back over a connection, until the server closes it or says nothing for a while."""
-    with socket.create_connection(("127.0.0.1", server.ports["http"]), 5) as connection:
+    with socket.create_connection(("127.0.0.1", server.ports["http"]), 60) as connection:
         connection.sendall(sent)
         if close_writing:
             connection.shutdown(socket.SHUT_WR)
@@ -47,6 +48,14 @@ def talk(server, sent, *, close_writing=False):
         except TimeoutError:
             return received, False
         return received, True
+
+
+def flood(server, sent):
+    """What comes back to a client that is cut off, maybe while it sends; then it may be nothing."""
+    try:
+        return talk(server, sent)
+    except ConnectionError:
+        return b"", True
 
 
 def post(body, version="1.1", more=""):
@@ -69,19 +78,58 @@ def test_a_client_that_closes_its_side_after_its_request_is_answered(server):
     assert is_closed
 
 
+def test_answers_keep_to_the_order_of_requests(server):
+    """Though health is answered from its headers, before other requests have their turn."""
+    live, closing = (f"GET {LIVE} HTTP/1.1\r\nhost: x\r\n{more}\r\n".encode() for more in ("", "connection: close\r\n"))
+    received, is_closed = talk(server, live + live + post(ROW.tobytes()) + live + live + closing)
+    bodies = [part.partition(b"\r\n\r\n")[2] for part in received.split(b"HTTP/1.1 200 OK\r\n")[1:]]
+    assert [body == b'{"live":true}' for body in bodies] == [True, True, False, True, True, True]
+    assert is_closed
+
+
+@pytest.mark.parametrize("path", ["/v2", LIVE])
+def test_a_client_that_waits_for_no_answer_is_cut_off(server, path):
+    received, is_closed = flood(server, f"GET {path} HTTP/1.1\r\nhost: x\r\n\r\n".encode() * 4000)
+    assert is_closed
+    assert received.count(b"200 OK") < 4000
+
+
+def test_a_body_of_tiny_chunks_is_cut_off(server):
+    head = b"POST /v2/models/toy/infer HTTP/1.1\r\nhost: x\r\ntransfer-encoding: chunked\r\n\r\n"
+    received, is_closed = flood(server, head + b"1\r\n \r\n" * 20_000)
+    assert received.startswith(b"HTTP/1.1 400") or not received
+    assert is_closed
+    chunks = b"".join(b"%x\r\n%b\r\n" % (len(part), part) for part in (ROW.tobytes()[:1], ROW.tobytes()[1:]))
+    head = head.replace(b"chunked", b"chunked\r\ninference-header-content-length: 0\r\nconnection: close")
+    received, is_closed = talk(server, head + chunks + b"0\r\n\r\n")
+    assert received.startswith(b"HTTP/1.1 200")
+    assert is_closed
+
+
+def test_tiny_headers_count_too(server):
+    headers = b"".join(b"%x: y\r\n" % k for k in range(10_000))
+    received, is_closed = flood(server, b"GET /v2 HTTP/1.1\r\nhost: x\r\n" + headers + b"\r\n")
+    assert received.startswith(b"HTTP/1.1 400") or not received  # cut before it was read
+    assert is_closed
+
+
 def test_a_client_that_is_gone_frees_its_place_all_the_same(server):
     def waiting():
         return server.get("/live.json").json()["models"][0]["waiting_rows"]
 
-    gone = [socket.create_connection(("127.0.0.1", server.ports["http"])) for _ in range(12)]
+    def cancelled():
+        pattern = r'^corewise_requests_total\{.*outcome="cancelled".*\} (.+)$'
+        return sum(map(float, re.findall(pattern, server.get("/metrics").text, re.MULTILINE)))
+
+    before = cancelled()
+    gone = [socket.create_connection(("127.0.0.1", server.ports["http"])) for _ in range(40)]
     for each in gone:
         each.sendall(post(ROW.tobytes()))
-    assert eventually(lambda: waiting() >= 6, 10)
+    assert eventually(lambda: waiting() >= 20)  # forty calls take 12 s
     for each in gone:
         each.close()
-    started = time.monotonic()
-    assert eventually(lambda: waiting() == 0, 10)
-    assert time.monotonic() - started < 3.0  # twelve calls would take 3.6 s
+    assert eventually(lambda: waiting() == 0)
+    assert eventually(lambda: cancelled() >= before + 10)
 
 
 def test_http_1_0_keeps_a_connection_if_it_asks_for_it(server):
@@ -136,20 +184,15 @@ def test_unix_sockets_on_both_protocols(tmp_path):
 def test_an_engine_that_is_stopped_is_noticed_and_replaced(server):
     (pid,) = server.engine_pids()
     os.kill(pid, signal.SIGSTOP)
-    started = time.monotonic()
-    assert eventually(lambda: server.get("/v2/health/ready").status_code == 503, 10)
-    noticed_s = time.monotonic() - started
+    assert eventually(lambda: server.get("/v2/health/ready").status_code == 503)
     assert eventually(lambda: server.get("/v2/health/ready").status_code == 200)
     assert server.engine_pids() != [pid]
     assert server.post("/v2/models/toy/infer", content=ROW.tobytes(), headers=RAW).status_code == 200
     assert any("was stopped for 1 s" in line for line in server.logged)
-    assert noticed_s < 5  # it is about 1 s; the machine of the tests may be slow
 
 
 def test_standard_streams_that_are_full_or_closed_end_nothing(tmp_path):
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     reading, closed = os.pipe()
     os.close(reading)
     with open("/dev/full", "w") as full, os.fdopen(closed, "w") as pipe:
@@ -182,7 +225,8 @@ def test_a_rolling_update_of_two_servers_without_an_error(tmp_path):
     """Clients that look at readiness, as load balancers do, and try nothing twice."""
     folder = fake_artifact(tmp_path / "toy.cw", call_ms=2.0)
     statuses, over = [], threading.Event()
-    with serving(folder) as first, serving(folder) as second:
+    # Long enough for a busy machine to see that the first one is no longer ready.
+    with serving(folder, "--grace", "3") as first, serving(folder) as second:
         ready = {first: True, second: True}
 
         def look():
@@ -207,11 +251,11 @@ def test_a_rolling_update_of_two_servers_without_an_error(tmp_path):
         with concurrent.futures.ThreadPoolExecutor(7) as pool:
             pool.submit(look)
             asking = [pool.submit(work) for work in (over_http, over_http, over_http, over_grpc, over_grpc)]
-            time.sleep(0.5)
+            assert eventually(lambda: len(statuses) > 50)
             assert first.stop() == 0
-            time.sleep(0.5)
+            enough = len(statuses) + 50
+            assert eventually(lambda: len(statuses) > enough)
             over.set()
             for each in asking:
                 each.result(60)
     assert set(statuses) == {200}
-    assert len(statuses) > 50

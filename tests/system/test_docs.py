@@ -29,10 +29,7 @@ SMALL = ("CHANNELS = ((1, 16, 2), (16, 32, 2), (32, 64, 2))", "EPOCHS, BATCH, PE
 LINK = re.compile(r"\]\(([^)\s]+)\)")
 HEADING = re.compile(r"^#+ (.+)$", re.MULTILINE)
 
-pytestmark = [
-    pytest.mark.alone,
-    pytest.mark.skipif(inspect_cpu().architecture != "x86_64", reason="the pages' artifacts are for x86-64"),
-]
+pytestmark = pytest.mark.skipif(inspect_cpu().architecture != "x86_64", reason="the pages' artifacts are for x86-64")
 
 
 @pytest.fixture(scope="module")

@@ -11,6 +11,7 @@ from xml.etree import ElementTree
 import numpy as np
 import pytest
 import torch
+from command_line import several
 from rich.console import Console
 from torch import nn
 
@@ -65,19 +66,17 @@ def test_the_command_prints_a_table_and_draws(place: Path) -> None:
     assert ElementTree.parse(place / "figure.svg").getroot().tag.endswith("svg")
 
 
-@pytest.mark.parametrize(
-    ("args", "words"),
-    [
+def test_what_is_wrong_is_told_in_one_line(place: Path) -> None:
+    wrong = (
         (("missing.py:build", "--samples", "good.npz"), "missing.py"),
         (("net.py:build", "--samples", "good.npz", "--plot", "nowhere/figure.svg"), "there is no folder nowhere"),
-    ],
-)
-def test_what_is_wrong_is_told_in_one_line(place: Path, args: tuple[str, ...], words: str) -> None:
-    done = run(*args, cwd=place)
-    assert done.returncode == 2
-    assert done.stderr.startswith("corewise: ")
-    assert words in done.stderr
-    assert len(done.stderr.splitlines()) == 1
+    )
+    found = several([("explain", *args) for args, _ in wrong], place)
+    for (_, words), (code, _, errors) in zip(wrong, found, strict=True):
+        assert code == 2
+        assert errors.startswith("corewise: ")
+        assert words in errors
+        assert len(errors.splitlines()) == 1
 
 
 class Branches(nn.Module):

@@ -2,9 +2,11 @@
 
 import mmap
 import os
+import shutil
 import subprocess
 import sys
 import threading
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -12,21 +14,22 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from compiled import place
 
+from corewise.batching import LatencyTable, Partitions
 from corewise.common.errors import CorewiseError, EngineError
 from corewise.engines import BuildInputs, engine
 from corewise.engines.base import Sharing
 from corewise.engines.denormals import flushed
 from corewise.machine.inspect import inspect_cpu
 from corewise.machine.layouts import assign, warning
-from corewise.records.build import Build, Plan
+from corewise.records.build import Build, ElasticPlan, Plan
 from corewise.runtime.client import Worker
+from corewise.runtime.elastic import open_elastic
 from corewise.runtime.instances import Instances, memory_bytes, open_plan
 from corewise.samples import from_python
 from corewise.source import export, save_program
 from corewise.testing.engine_contract import tiny_material
-
-pytestmark = pytest.mark.alone
 
 CPU = inspect_cpu()
 PLAN = Plan(threads_per_instance=1, instances=2, batch=4)
@@ -55,7 +58,11 @@ def payload(request, tmp_path_factory):
     net = "text" if build.engine == "inductor" else "images"
     _, material = tiny_material(net, tmp_path_factory.getbasetemp() / f"contract-{net}")
     folder = tmp_path_factory.mktemp("payload")
-    made.build(material, build, folder)
+    compiled = place(tmp_path_factory, net, build)
+    if build.engine == "inductor" and compiled.is_dir():
+        shutil.copytree(compiled, folder, dirs_exist_ok=True)
+    else:
+        made.build(material, build, folder)
     return build, folder, material
 
 
@@ -447,3 +454,27 @@ def test_a_plan_as_one_session_gives_the_answers_of_a_single_call(payload, insta
         session.close()
     for one, other in zip(found, expected, strict=True):
         np.testing.assert_allclose(one, other, rtol=1e-4, atol=1e-4)
+
+
+@two_cores
+def test_an_elastic_plan_gives_the_answers_of_single_calls(payload):
+    build, folder, material = payload
+    plan = ElasticPlan(wide=Plan(threads_per_instance=2, batch=4), narrow=PLAN)
+    tables = {
+        1: LatencyTable(points=((1, 1.0), (4, 3.0))),
+        2: LatencyTable(points=((1, 0.7), (4, 2.8))),
+    }
+    inputs = [batch(material, seed, size) for seed, size in enumerate((1, 1, 11, 1, 4, 2))]
+    alone = engine(build.engine).open(folder, build, Plan(threads_per_instance=1, batch=4))
+    expected = [alone.run(one) for one in inputs]
+    alone.close()
+    session = open_elastic(engine(build.engine), folder, build, plan, Partitions(tables, cores=2), CPU)
+    try:
+        found = [session.run(inputs[0])]  # alone, on both cores
+        with ThreadPoolExecutor(4) as threads:
+            found += threads.map(session.run, inputs[1:])
+    finally:
+        session.close()
+    for answers, right in zip(found, expected, strict=True):
+        for one, other in zip(answers, right, strict=True):
+            np.testing.assert_allclose(one, other, rtol=1e-4, atol=1e-4)

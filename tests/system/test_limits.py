@@ -16,7 +16,8 @@ import grpc
 import httpx
 import numpy as np
 import pytest
-from serving_tools import ARTIFACT, eventually, serving, token_artifact
+from serving_tools import ARTIFACT, serving, token_artifact
+from waiting import eventually
 
 from corewise.machine.inspect import inspect_cpu
 from corewise.serving import oip
@@ -218,6 +219,6 @@ def test_the_end_cuts_no_request(tmp_path):
             assert eventually(lambda: len(statuses) > 16)
             server.process.send_signal(signal.SIGTERM)
             for each in asking:
-                each.result(30)
-        assert server.process.wait(20) == 0
+                each.result(120)
+        assert server.process.wait(60) == 0
     assert set(statuses) == {200}

@@ -8,6 +8,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+from command_line import several
 from places import GOLDEN
 from trial_folder import fill
 
@@ -22,8 +23,6 @@ from corewise.records.jsonable import from_json
 from corewise.records.measurement import LoadRun, Measurement
 from corewise.runtime.client import Worker
 from corewise.samples import from_python
-
-pytestmark = pytest.mark.alone
 
 ARTIFACT = GOLDEN / "schema-1"
 CPU = inspect_cpu()
@@ -225,30 +224,30 @@ def test_an_slo_that_one_call_misses_is_a_result_in_words(here):
     assert "cannot be met: one call alone takes 2.00 ms, so every request was refused" in found.stdout
 
 
-@pytest.mark.parametrize(
-    ("arguments", "told"),
-    [
-        ((), "neither --rate nor --clients is given; give --rate for random arrivals or --clients"),
-        (("--rate", "5", "--clients", "2"), "--rate and --clients are both given"),
-        (("--rate", "0"), "--rate is 0; give a number above 0"),
-        (("--rate", "-2"), "--rate is -2"),
-        (("--rate", "1e9"), "more than one sender can send"),
-        (("--clients", "0"), "--clients is 0; give a whole number, 1 or more"),
-        (("--rate", "5", "--slo-ms", "0"), "--slo-ms is 0; give a number above 0"),
-        (("--rate", "5", "--duration", "nan"), "--duration is nan; give a time above 0"),
-        (("--rate", "5", "--threads", "0"), "--threads is 0; give a whole number, 1 or more"),
-        (("--rate", "5", "--threads", "-3"), "--threads is -3"),
-        (("--rate", "5", "--instances", "0"), "--instances is 0"),
-        (("--rate", "5", "--batch", "0"), "--batch is 0"),
-        (("--rate", "5", "--batch", "100000"), "batch 100000 is more than any machine has; stay within 4096 threads"),
-    ],
+REFUSED = (
+    ((), "neither --rate nor --clients is given; give --rate for random arrivals or --clients"),
+    (("--rate", "5", "--clients", "2"), "--rate and --clients are both given"),
+    (("--rate", "0"), "--rate is 0; give a number above 0"),
+    (("--rate", "-2"), "--rate is -2"),
+    (("--rate", "1e9"), "more than one sender can send"),
+    (("--clients", "0"), "--clients is 0; give a whole number, 1 or more"),
+    (("--rate", "5", "--slo-ms", "0"), "--slo-ms is 0; give a number above 0"),
+    (("--rate", "5", "--duration", "nan"), "--duration is nan; give a time above 0"),
+    (("--rate", "5", "--threads", "0"), "--threads is 0; give a whole number, 1 or more"),
+    (("--rate", "5", "--threads", "-3"), "--threads is -3"),
+    (("--rate", "5", "--instances", "0"), "--instances is 0"),
+    (("--rate", "5", "--batch", "0"), "--batch is 0"),
+    (("--rate", "5", "--batch", "100000"), "batch 100000 is more than any machine has; stay within 4096 threads"),
 )
-def test_bad_input_is_one_line(arguments, told):
-    found = corewise(str(ARTIFACT), *arguments)
-    assert (found.returncode, found.stdout) == (2, "")
-    assert found.stderr.startswith("corewise: ")
-    assert found.stderr.count("\n") == 1
-    assert told in found.stderr
+
+
+def test_bad_input_is_one_line():
+    found = several([("loadtest", ARTIFACT, *arguments) for arguments, _ in REFUSED])
+    for (arguments, told), (code, output, errors) in zip(REFUSED, found, strict=True):
+        assert (code, output) == (2, ""), arguments
+        assert errors.startswith("corewise: ")
+        assert errors.count("\n") == 1
+        assert told in errors
 
 
 @x86

@@ -38,7 +38,7 @@ from corewise.samples import read
 from corewise.samples.folders import list_images
 from corewise.samples.images import ImageReader, gains_by_scale, normalize_pixels
 from corewise.samples.texts import Columns
-from corewise.search import end_to_end, finals, plans, trial
+from corewise.search import end_to_end, finals, search, trial, tuning
 from corewise.search.pixels import scale_of
 from corewise.search.trial import SearchContext
 
@@ -151,7 +151,8 @@ def test_the_search_takes_scaled_decoding_where_the_answers_hold(
     monkeypatch.setattr(race, "WARM_S", 0.05)
     monkeypatch.setitem(race.run_race.__kwdefaults__, "round_s", 0.05)
     monkeypatch.setattr(finals, "ROUNDS", stats.MIN_ROUNDS)
-    monkeypatch.setattr(plans, "BATCHES", (1, 8))
+    for module in (tuning, search):
+        monkeypatch.setattr(module, "BATCHES", (1, 8))
     monkeypatch.setattr(end_to_end, "MEASURE_S", 0.05)
     monkeypatch.setattr(SearchContext, "client", lambda context, build, share=1.0: InProcess(engine(build.engine)))
     result = corewise.optimize(

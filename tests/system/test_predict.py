@@ -3,17 +3,27 @@
 import json
 import signal
 import subprocess
-import time
 from pathlib import Path
 
 import numpy as np
 import pytest
 from command_line import command
 from serving_tools import token_artifact
+from waiting import eventually
 
 import corewise
 
 ROWS = 16_000
+HALTING = """
+import time
+from corewise.pipeline.parts import Parts
+write = Parts.write
+def write_and_halt(*args):
+    write(*args)
+    time.sleep(600)
+Parts.write = write_and_halt
+"""
+"""The job stops after the first part that it writes."""
 
 
 @pytest.fixture(scope="module")
@@ -37,13 +47,17 @@ def test_a_job_that_is_killed_loses_no_row_and_does_none_twice(folder: Path) -> 
     parts = folder / "out.npy.parts"
     for least, how in ((1, signal.SIGKILL), (2, signal.SIGINT)):
         process = subprocess.Popen(
-            command("predict", *args, quick=True), cwd=folder, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+            command("predict", *args, before=HALTING),
+            cwd=folder,
+            stderr=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
         )
-        until = time.monotonic() + 60
-        while len(list(parts.glob("*.done"))) < least and process.poll() is None and time.monotonic() < until:
-            time.sleep(0.005)
-        process.send_signal(how)
-        _, errors = process.communicate(timeout=60)
+        try:
+            assert eventually(lambda least=least: len(list(parts.glob("part-*.done"))) == least)
+        finally:
+            process.send_signal(how)
+            _, errors = process.communicate(timeout=120)
     assert errors.splitlines()[0] == "corewise: finished parts are kept in out.npy.parts; the same command resumes"
     done = run(folder, *args)
     assert done.returncode == 0, done.stderr

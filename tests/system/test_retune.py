@@ -123,7 +123,7 @@ def test_a_faster_plan_is_found_saved_and_loaded(tmp_path):
     folder, _ = make(tmp_path / "m.cw")
     before = artifact.read(folder)
     events = []
-    found = retune(folder, budget_s=15, on_event=events.append)
+    found = retune(folder, budget_s=60, on_event=events.append)
     assert found.old == SINGLE
     assert found.best == found.entry.plan != SINGLE
     assert not found.kept
@@ -138,7 +138,8 @@ def test_a_faster_plan_is_found_saved_and_loaded(tmp_path):
     with corewise.load(folder) as model:
         x = np.zeros((found.best.batch + 1, 6), np.float32)
         assert model(x)["scores"].shape == (found.best.batch + 1, 5)
-    assert any(note.startswith(f"runs {found.best.label}: tuned") for note in verify(folder).notes)
+    assert found.entry.label.startswith(f"runs {found.best.label}")  # an elastic plan beside it may look as if it paid
+    assert found.entry.label in verify(folder).notes
 
 
 @pytest.mark.slow
@@ -216,7 +217,7 @@ def test_the_old_plan_stays_where_no_other_is_tried(tmp_path):
 def test_the_old_plan_stays_where_the_race_does_not_bear_out_the_search(moody, tmp_path):
     (tmp_path / "log").mkdir()
     folder = moody(trouble="tires 1", log=str(tmp_path / "log"), seconds_per_call=0.002)
-    found = retune(folder, budget_s=10)
+    found = retune(folder, budget_s=60)
     assert found.best != found.old
     assert found.comparison.ratio < 1
     assert found.kept
@@ -235,19 +236,19 @@ def test_the_package_has_it(tmp_path):
 
 
 def test_plans_that_do_not_run_are_noted_and_others_measured(moody):
-    found = retune(moody(trouble="refuses 64"), budget_s=15)
+    found = retune(moody(trouble="refuses 64"), budget_s=60)
     assert found.entry.plan.batch not in (1, 64)
     assert any("batch 64 does not run here: opening" in note and "no batch 64 today" in note for note in found.notes)
 
 
 def test_a_child_that_dies_is_replaced(moody):
-    found = retune(moody(trouble="dies 64"), budget_s=20)
+    found = retune(moody(trouble="dies 64"), budget_s=60)
     assert found.entry.plan.batch not in (1, 64)
     assert any("batch 64 does not run here: killed (SIGKILL" in note for note in found.notes)
 
 
 def test_an_old_plan_that_does_not_run_here_is_replaced_without_a_race(moody):
-    found = retune(moody(trouble="refuses 7", plan=replace(SINGLE, batch=7)), budget_s=10)
+    found = retune(moody(trouble="refuses 7", plan=replace(SINGLE, batch=7)), budget_s=60)
     assert found.old_per_s is None
     assert found.comparison is None
     assert not found.kept

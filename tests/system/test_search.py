@@ -1,4 +1,7 @@
-"""search: int8 builds that the gate rejects, plans, budgets and memory limits, with real children."""
+"""search: int8 builds that the gate rejects, plans, budgets and memory limits.
+
+Trials have real children where memory or an engine of the user's is looked at, and run in this process elsewhere.
+"""
 
 from dataclasses import replace
 
@@ -7,11 +10,13 @@ import pytest
 from builders import requirements, said, text
 from trial_folder import fill, make_context
 
+from corewise.engines.fake import Fake
 from corewise.engines.qdq import first_rung
 from corewise.machine.layouts import ThreadLayout
 from corewise.records.build import Build, Plan
 from corewise.records.goal import Throughput
 from corewise.records.report import Choice
+from corewise.runtime.race import run_race
 from corewise.runtime.workspace import Workspace
 from corewise.samples import from_python
 from corewise.search.budget import Budget
@@ -21,6 +26,7 @@ from corewise.search.journal import Journal
 from corewise.search.plans import NEAR
 from corewise.search.search import Search
 from corewise.search.trial import run_trial
+from corewise.testing.engines import Layered
 
 SAMPLES = from_python(list(np.random.default_rng(0).standard_normal((200, 6)).astype(np.float32)))
 LAYERED = "corewise.testing.engines:Layered"
@@ -37,7 +43,8 @@ def ours(noise):
 @pytest.fixture
 def context(tmp_path, monkeypatch):
     monkeypatch.setattr("corewise.search.trial.MEASURE_S", 0.05)
-    return make_context(fill(tmp_path, SAMPLES), max_drop=0.05)
+    monkeypatch.setattr("corewise.search.trial.HOPELESS", 0.0)  # on a busy machine any build may look hopelessly slow
+    return make_context(fill(tmp_path, SAMPLES), max_drop=0.05, in_process=Layered())
 
 
 def path_of(context, *builds):
@@ -100,6 +107,7 @@ def test_only_our_quantizer_gives_layers_back(context):
 
 # --- plans ----------------------------------------------------------------------------------------------------------
 
+FAKE = Fake()
 LAYOUTS = (ThreadLayout(2, 1), ThreadLayout(1, 2))
 THROUGHPUT = requirements("throughput")
 
@@ -108,29 +116,43 @@ def fake(**options):
     return Build(engine="fake", precision="int8", options=tuple(sorted(options.items())))
 
 
-def tuned(context, *builds, limits=THROUGHPUT):
-    """The builds' trials with their plans searched."""
+def tuned(context, *builds, limits=THROUGHPUT, calls_ms=()):
+    """The builds' trials with their plans searched, as if their first calls had taken ``calls_ms``."""
     context = replace(context, requirements=limits)
     with Journal(context.workspace.journal, "key") as journal:
-        search = searching(context, journal, [run_trial(build, context, is_baseline=True) for build in builds])
+        trials = [run_trial(build, context, is_baseline=True) for build in builds]
+        if calls_ms:
+            trials = [timed(trial, ms) for trial, ms in zip(trials, calls_ms, strict=True)]
+        search = searching(context, journal, trials)
         search.tune_plans()
         return tuple(search.trials)
 
 
-def context_with(tmp_path, **options):
+def timed(trial, ms):
+    """The trial as if each of its calls had taken so long."""
+    (first,) = trial.measurements
+    per_s = 1e3 * first.plan.batch / ms
+    return replace(
+        trial, measurements=(replace(first, latencies_ms=(ms,) * 5, throughput_per_s=per_s, p50_ms=ms, p99_ms=ms),)
+    )
+
+
+def context_with(tmp_path, *, in_process=FAKE, **options):
     return make_context(
         Workspace(tmp_path),
         max_drop=0.05,
         plan=Plan(threads_per_instance=2, batch=16),
         layouts=lambda build: LAYOUTS,
+        in_process=in_process,
         **options,
     )
 
 
 def test_plans_are_searched_and_every_one_has_its_reason(context, tmp_path):
-    context = context_with(tmp_path)
-    # Half of an item's time does not divide among threads, so two instances of one thread do most.
-    (found,) = tuned(context, fake(seconds_per_call=0.01, seconds_per_item=0.001, serial=0.5))
+    context = context_with(tmp_path, in_process=None)
+    # Hardly anything divides among threads, so two instances of one thread do twice as much; and a call of twice the
+    # batch takes hardly longer. A busy machine does not change that.
+    (found,) = tuned(context, fake(seconds_per_call=0.03, seconds_per_item=0.0003, serial=1.0))
     best = Throughput().best(found)
     assert (best.plan.threads_per_instance, best.plan.instances) == (1, 2)
     assert best.plan.batch >= 32
@@ -142,7 +164,7 @@ def test_plans_are_searched_and_every_one_has_its_reason(context, tmp_path):
 
 def test_builds_that_are_much_slower_are_not_searched_and_are_told_why(context, tmp_path):
     fast, slow = tuned(
-        context_with(tmp_path), fake(seconds_per_call=0.01), fake(seconds_per_call=0.1, seconds_per_item=0.001)
+        context_with(tmp_path), fake(seconds_per_call=0.01), fake(seconds_per_call=0.011), calls_ms=(10.0, 100.0)
     )
     assert len(fast.measurements) > 1
     assert len(slow.measurements) == 1
@@ -173,7 +195,7 @@ def test_a_spent_budget_ends_the_search_and_is_not_kept(context, tmp_path):
 
 def test_plans_over_the_memory_limit_are_no_choice(context, tmp_path):
     tight = requirements("throughput", memory_limit_bytes=10**6)
-    (found,) = tuned(context_with(tmp_path), fake(seconds_per_call=0.01), limits=tight)
+    (found,) = tuned(context_with(tmp_path, in_process=None), fake(seconds_per_call=0.01), limits=tight)
     assert found.state == "rejected"
     assert Throughput().best(found) is None
     assert "MB of memory, more than 1 MB" in said(found.reason)
@@ -187,8 +209,9 @@ def test_a_build_whose_memory_is_not_known_is_no_choice_under_a_limit(context, t
     fast, slow = tuned(
         context_with(tmp_path),
         fake(seconds_per_call=0.01),
-        fake(seconds_per_call=0.1, seconds_per_item=0.001),
+        fake(seconds_per_call=0.011),
         limits=roomy,
+        calls_ms=(10.0, 100.0),
     )
     assert Throughput().best(fast) is not None
     assert Throughput().best(slow) is None
@@ -210,7 +233,7 @@ def test_a_build_that_does_not_fit_makes_room_for_a_slower_one_that_does(context
     monkeypatch.syspath_prepend(tmp_path)
     heavy = Build(engine="heavy_engines:Heavy", precision="int8", options=(("seconds_per_call", 0.01),))
     limit = requirements("throughput", memory_limit_bytes=400_000_000)
-    fast, slow = tuned(context_with(tmp_path), heavy, fake(seconds_per_call=0.05), limits=limit)
+    fast, slow = tuned(context_with(tmp_path, in_process=None), heavy, fake(seconds_per_call=0.05), limits=limit)
     assert fast.state == "rejected"
     assert slow.state == "ok"
     assert Throughput().best(slow) is not None
@@ -232,7 +255,7 @@ def test_plans_that_do_not_run_do_not_end_the_search(context, tmp_path, monkeypa
     (tmp_path / "picky_engines.py").write_text(PICKY)
     monkeypatch.syspath_prepend(tmp_path)
     build = Build(engine="picky_engines:Picky", precision="int8", options=(("seconds_per_call", 0.01),))
-    (found,) = tuned(context_with(tmp_path), build)
+    (found,) = tuned(context_with(tmp_path, in_process=None), build)
     plans = {one.plan for one in found.measurements}
     assert {(plan.instances, plan.batch) for plan in plans} >= {(1, 16), (1, 32)}
     assert not any(plan.instances > 1 or plan.batch == 8 for plan in plans)
@@ -267,6 +290,7 @@ def test_the_winners_latency_table_has_the_small_batches(context, tmp_path):
 
 def test_the_best_build_races_with_its_best_plans(context, tmp_path, monkeypatch):
     monkeypatch.setattr("corewise.runtime.race.WARM_S", 0.05)
+    monkeypatch.setitem(run_race.__kwdefaults__, "round_s", 0.05)
     monkeypatch.setattr("corewise.search.finals.ROUNDS", 6)
     context = context_with(tmp_path)
     trials = tuned(context, fake(seconds_per_call=0.02), fake(seconds_per_call=0.01, seconds_per_item=0.0005))

@@ -4,7 +4,6 @@ import concurrent.futures
 import gzip
 import http.server
 import json
-import os
 import queue
 import re
 import select
@@ -23,23 +22,20 @@ import numpy as np
 import pytest
 import tritonclient.grpc as triton_grpc
 import tritonclient.http as triton_http
+from command_line import several
 from places import ROOT
-from serving_tools import ARTIFACT, eventually, fake_artifact, serving
+from requests_to_fakes import OUTPUTS, ROWS, expected, infer, output, tensor
+from serving_tools import ARTIFACT, fake_artifact, serving
+from waiting import eventually
 
-from corewise import artifact
 from corewise.batching import NotServed
 from corewise.machine.inspect import inspect_cpu
 from corewise.records.build import Plan
 from corewise.serving.models import Models
 from corewise.serving.served import Served, Source, Trust
 
-pytestmark = [
-    pytest.mark.skipif(inspect_cpu().architecture != "x86_64", reason="the golden artifacts are for x86-64"),
-    pytest.mark.alone,
-]
+pytestmark = pytest.mark.skipif(inspect_cpu().architecture != "x86_64", reason="the golden artifacts are for x86-64")
 
-INPUTS, OUTPUTS = artifact.read(ARTIFACT).golden()
-ROWS = INPUTS[0]
 PROJECT = ROOT
 CLOSE = 5e-3
 """Its int8 is scaled by what is in the call."""
@@ -52,43 +48,6 @@ def server(tmp_path_factory):
     fake = fake_artifact(folder / "fake.cw", Plan(threads_per_instance=1, instances=2, batch=4), fails_above=100.0)
     with serving(folder / "net.cw", f"toy@3={fake}", f"toy@12={fake}") as found:
         yield found
-
-
-@pytest.fixture(scope="module")
-def expected():
-    """What the fake engine answers."""
-    folder = ARTIFACT.parent
-
-    def answer(rows):
-        specs = artifact.read(folder / "schema-1").manifest.outputs
-        from corewise.engines.fake import FakeSession
-
-        session = FakeSession(
-            inputs=1,
-            outputs=specs,
-            noise=0.0,
-            seconds_per_call=0.0,
-            seconds_per_item=0.0,
-            fails_above=np.inf,
-            dies_above=np.inf,
-        )
-        return session.run([rows])[0]
-
-    return answer
-
-
-def tensor(rows, **more):
-    return {"name": "input", "shape": list(rows.shape), "datatype": "FP32", "data": rows.reshape(-1).tolist(), **more}
-
-
-def infer(server, rows, model="toy", headers=None, **more):
-    body = {"inputs": [tensor(rows)], **more}
-    return server.post(f"/v2/models/{model}/infer", json=body, headers=headers)
-
-
-def output(response):
-    found = response.json()["outputs"][0]
-    return np.array(found["data"], np.float32).reshape(found["shape"])
 
 
 # --- the protocol, by its own clients -----------------------------------------------------------------------------
@@ -192,7 +151,7 @@ def test_kserves_clients_get_the_golden_outputs(server, tmp_path, side, kind):
     np.testing.assert_allclose(np.load(tmp_path / "out.npy"), OUTPUTS[0], atol=CLOSE)
 
 
-def test_answers_are_their_requests_own(server, expected):
+def test_answers_are_their_requests_own(server):
     random = np.random.default_rng(0)
 
     def ask(k):
@@ -204,7 +163,7 @@ def test_answers_are_their_requests_own(server, expected):
         assert max(pool.map(ask, range(60))) < 1e-4
 
 
-def test_more_rows_than_a_call_has_run_in_several(server, expected):
+def test_more_rows_than_a_call_has_run_in_several(server):
     rows = np.random.default_rng(1).standard_normal((11, 3, 12, 12)).astype(np.float32)
     np.testing.assert_allclose(output(infer(server, rows)), expected(rows), atol=1e-4)
     many = np.zeros((1100, 3, 12, 12), np.float32)
@@ -278,7 +237,8 @@ def test_a_call_that_fails_tells_its_own_requests_and_no_internals(server):
 def test_a_time_that_is_too_short_is_refused_at_once(server):
     found = infer(server, ROWS[:1], headers={"x-request-timeout-ms": "1"})
     assert found.status_code == 503
-    assert "even an idle instance would miss its deadline" in found.json()["error"]
+    # Which is said depends on how busy the machine is.
+    assert re.search("even an idle instance would miss its deadline|try again later", found.json()["error"])
     assert infer(server, ROWS[:1], parameters={"timeout": 1000}).status_code == 503
     with triton_grpc.InferenceServerClient(server.grpc) as client:
         given = triton_grpc.InferInput("input", [1, 3, 12, 12], "FP32")
@@ -287,130 +247,7 @@ def test_a_time_that_is_too_short_is_refused_at_once(server):
             client.infer("toy", [given], timeout=1000)
 
 
-# --- load ---------------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def slow(tmp_path):
-    """A server whose calls take 300 ms, of up to 2 rows."""
-    plan = Plan(threads_per_instance=1, instances=1, batch=2)
-    folder = fake_artifact(tmp_path / "slow.cw", plan, call_ms=300.0, dies_above=100.0)
-    with serving(folder, "--queue", "8") as found:
-        yield found
-
-
-def many(server, count, rows=ROWS[:1], headers=None):
-    with concurrent.futures.ThreadPoolExecutor(count) as pool:
-        return list(pool.map(lambda k: infer(server, rows, "slow", headers), range(count)))
-
-
-def test_an_overload_is_refused_at_once_and_says_when_to_come_again(slow):
-    answers = many(slow, 30, headers={"x-request-timeout-ms": "1350"})
-    codes = [one.status_code for one in answers]
-    assert set(codes) == {200, 503}
-    assert 1 <= codes.count(200) <= 10
-    refused = next(one for one in answers if one.status_code == 503)
-    assert int(refused.headers["retry-after"]) >= 1
-    text = slow.get("/metrics").text
-    assert 'outcome="overloaded"' in text or 'outcome="queue_full"' in text
-    counted = slow.get("/v2/models/slow/stats").json()["model_stats"][0]["batch_stats"]
-    assert 2 in [each["batch_size"] for each in counted]
-
-    def figures():
-        return slow.get("/live.json").json()["models"][0]
-
-    # They leave out the second that is in progress, in which all answers may have come.
-    assert eventually(lambda: figures()["refused_per_s"] > 0 and figures()["batch_rows"].get("2", 0) > 0, 5)
-
-
-def test_a_client_that_goes_frees_its_place(slow):
-    body = json.dumps({"inputs": [tensor(ROWS[:1])]}).encode()
-    head = f"POST /v2/models/slow/infer HTTP/1.1\r\nhost: x\r\ncontent-length: {len(body)}\r\n\r\n".encode()
-    connections = [socket.create_connection(("127.0.0.1", slow.ports["http"])) for _ in range(8)]
-    for connection in connections:
-        connection.sendall(head + body)
-    assert eventually(lambda: slow.get("/live.json").json()["models"][0]["waiting_rows"] >= 3, 2)
-    for connection in connections[2:]:
-        connection.close()
-    assert eventually(lambda: slow.get("/live.json").json()["models"][0]["waiting_rows"] == 0, 1.0)
-    for connection in connections[:2]:
-        connection.settimeout(10)
-        assert connection.recv(100).startswith(b"HTTP/1.1 200")
-        connection.close()
-    assert eventually(lambda: 'outcome="cancelled"' in slow.get("/metrics").text)
-
-
-@pytest.mark.parametrize("when", ["waiting", "running"])
-def test_one_of_three_in_a_call_goes_and_the_others_get_their_own_answers(tmp_path, expected, when):
-    plan = Plan(threads_per_instance=1, instances=1, batch=4)
-    folder = fake_artifact(tmp_path / "slow.cw", plan, call_ms=1500.0)
-    with serving(folder) as server:
-
-        def waiting():
-            return server.get("/live.json").json()["models"][0]["waiting_rows"]
-
-        def send(row):
-            body = json.dumps({"inputs": [tensor(row)]}).encode()
-            one = socket.create_connection(("127.0.0.1", server.ports["http"]))
-            one.settimeout(20)
-            head = f"POST /v2/models/slow/infer HTTP/1.1\r\nhost: x\r\ncontent-length: {len(body)}\r\n\r\n".encode()
-            one.sendall(head + body)
-            return one
-
-        first = send(ROWS[:1])
-        time.sleep(0.1)  # its call has begun
-        three = [send(ROWS[k : k + 1]) for k in range(1, 4)]
-        assert eventually(lambda: waiting() == 3, 1.3)
-        if when == "running":
-            assert eventually(lambda: waiting() == 0, 5)
-        three[1].close()
-        for connection, k in ((first, 0), (three[0], 1), (three[2], 3)):
-            found = b""
-            while b"outputs" not in found or not found.endswith(b"}"):
-                came = connection.recv(1 << 16)
-                assert came, found
-                found += came
-            connection.close()
-            answer = json.loads(found.partition(b"\r\n\r\n")[2])["outputs"][0]
-            np.testing.assert_allclose(np.reshape(answer["data"], (1, -1)), expected(ROWS[k : k + 1]), rtol=1e-5)
-        assert eventually(lambda: 'outcome="cancelled"' in server.get("/metrics").text)
-        (count,) = (
-            line.rsplit(" ", 1)[1]
-            for line in server.get("/metrics").text.splitlines()
-            if 'outcome="cancelled"' in line and "_total" in line
-        )
-        assert count == "1.0"
-
-
-def test_an_engine_that_dies_is_replaced_and_the_others_are_answered(slow):
-    (pid,) = slow.engine_pids()
-    with concurrent.futures.ThreadPoolExecutor(6) as pool:
-        answers = [pool.submit(infer, slow, ROWS[:1], "slow") for _ in range(5)]
-        time.sleep(0.4)
-        os.kill(pid, signal.SIGKILL)
-        codes = sorted(one.result().status_code for one in answers)
-    assert codes.count(500) <= 2
-    assert codes.count(200) >= 3
-    assert eventually(lambda: slow.get("/v2/health/ready").status_code == 200)
-    assert slow.engine_pids() != [pid]
-    assert infer(slow, ROWS[:1], "slow").status_code == 200
-    assert infer(slow, ROWS[:1] + 1000, "slow").status_code == 500
-    assert eventually(lambda: slow.get("/live.json").json()["models"][0]["restarts"] == 2)
-    assert infer(slow, ROWS[:1], "slow").status_code == 200
-
-
-def test_sigterm_loses_nothing_that_was_accepted(slow):
-    with concurrent.futures.ThreadPoolExecutor(7) as pool:
-        answers = [pool.submit(infer, slow, ROWS[:1], "slow") for _ in range(6)]
-        assert eventually(lambda: slow.get("/live.json").json()["models"][0]["waiting_rows"] >= 3, 2)
-        slow.process.send_signal(signal.SIGTERM)
-        slow.until("draining:")
-        late = infer(slow, ROWS[:1], "slow")
-        assert slow.get("/v2/health/ready").status_code == 503
-        assert [one.result().status_code for one in answers] == [200] * 6
-    assert late.status_code == 503
-    assert "the server is stopping" in late.json()["error"]
-    assert slow.process.wait(20) == 0
+# --- drains and reloads ---------------------------------------------------------------------------------------------
 
 
 def test_from_the_moment_they_drain_models_accept_nothing_and_finish_what_they_have(tmp_path):
@@ -429,19 +266,19 @@ def test_from_the_moment_they_drain_models_accept_nothing_and_finish_what_they_h
         models.close(0.0)
 
 
-def test_a_drain_that_is_too_short_says_so(tmp_path):
-    plan = Plan(threads_per_instance=1, instances=1, batch=1)
-    with serving(fake_artifact(tmp_path / "slow.cw", plan, call_ms=2000.0), "--drain", "0.2") as server:
-        with concurrent.futures.ThreadPoolExecutor(2) as pool:
-            answer = pool.submit(infer, server, ROWS[:1], "slow")
-            time.sleep(0.5)
-            assert server.stop() == 2
-            error = answer.exception()
-            assert isinstance(error, httpx.HTTPError) or answer.result().status_code >= 500
-        assert any("not every accepted request was answered in 0.2 s" in line for line in server.logged)
+def the_engine_after(server, before):
+    """The process of the one engine, once it is another one than before."""
+    found = []
+
+    def is_another():
+        found[:] = server.engine_pids()
+        return len(found) == 1 and found != [before]
+
+    assert eventually(is_another), found
+    return found[0]
 
 
-def test_a_reload_drops_nothing_and_an_unsound_artifact_changes_nothing(tmp_path, expected):
+def test_a_reload_drops_nothing_and_an_unsound_artifact_changes_nothing(tmp_path):
     folder = fake_artifact(tmp_path / "live.cw", call_ms=5.0)
     with serving(folder) as server:
         (before,) = server.engine_pids()
@@ -455,11 +292,9 @@ def test_a_reload_drops_nothing_and_an_unsound_artifact_changes_nothing(tmp_path
         for one in asking:
             one.start()
         assert httpx.post(f"{server.admin}/v2/repository/models/live/load", timeout=60).json() == {}
-        (after,) = server.engine_pids()
-        assert after != before
+        after = the_engine_after(server, before)
         server.process.send_signal(signal.SIGHUP)
-        assert eventually(lambda: after not in server.engine_pids())
-        (now,) = server.engine_pids()
+        now = the_engine_after(server, after)
         payload = folder / "payload" / "fake.json"
         payload.write_text(payload.read_text() + " ")
         found = httpx.post(f"{server.admin}/v2/repository/models/live/load", timeout=60)
@@ -524,13 +359,13 @@ def test_tls_on_both_ports(tmp_path):
 def test_headers_that_do_not_come_end_the_connection(server, monkeypatch):
     started = time.monotonic()
     with socket.create_connection(("127.0.0.1", server.ports["http"])) as slow_one:
-        slow_one.settimeout(60)
+        slow_one.settimeout(120)
         slow_one.sendall(b"POST /v2/models/toy/infer HTTP/1.1\r\nhost: x\r\n")
         while slow_one.recv(1000):
             pass
     assert time.monotonic() - started > 5
     with socket.create_connection(("127.0.0.1", server.ports["http"])) as long_one:
-        long_one.settimeout(10)
+        long_one.settimeout(60)
         long_one.sendall(b"GET /v2 HTTP/1.1\r\n" + b"x: " + b"y" * 200_000 + b"\r\n\r\n")
         assert b" 400 " in long_one.recv(1000)
     assert server.get("/v2/health/live").status_code == 200
@@ -548,10 +383,13 @@ def test_too_many_connections_are_told_and_the_others_are_answered(tmp_path):
     # 100 are left for connections on each port, and 16 for health checks.
     with serving(fake_artifact(tmp_path / "toy.cw"), most_files=328) as server:
         crowd = [socket.create_connection(("127.0.0.1", server.ports["http"])) for _ in range(160)]
-        time.sleep(0.5)
-        told, _, _ = select.select(crowd, [], [], 0)
-        answers = [one.recv(1000) for one in told]
-        assert 35 <= len(answers) <= 50
+
+        def told():
+            return [one for one in select.select(crowd, [], [], 0)[0] if one.recv(1, socket.MSG_PEEK)]
+
+        assert eventually(lambda: len(told()) >= 35)
+        answers = [one.recv(1000) for one in told()]
+        assert len(answers) <= 50
         assert all(b" 503 " in answer and b"too many connections" in answer for answer in answers)
         # Those that say nothing soon make room for health checks, and for nothing else.
         assert eventually(lambda: anew(server, "/v2/health/ready").get("ready"))
@@ -612,7 +450,7 @@ def test_wrong_arguments_are_one_line(tmp_path):
     taken = socket.create_server(("127.0.0.1", 0))
     port = taken.getsockname()[1]
     (tmp_path / "empty").write_text("\n")
-    for arguments, match in (
+    wrong = (
         ([tmp_path / "none.cw", "--http", "127.0.0.1:0"], "none.cw does not exist"),
         ([tmp_path, "--http", "127.0.0.1:0"], "give a folder that corewise optimize wrote"),
         ([toy, toy], "two models are named toy, version 1"),
@@ -626,12 +464,12 @@ def test_wrong_arguments_are_one_line(tmp_path):
             "TLS cannot use",
         ),
         ([toy, *free, "--shadow", "0.5"], "carries no fp32 program"),
-    ):
-        command = [sys.executable, "-m", "corewise.cli", "serve", *map(str, arguments)]
-        done = subprocess.run(command, capture_output=True, text=True, timeout=60)
-        assert (done.returncode, done.stdout) == (2, ""), (arguments, done.stdout, done.stderr)
-        assert match in done.stderr, done.stderr
-        assert "Traceback" not in done.stderr
+    )
+    found = several([("serve", *arguments) for arguments, _ in wrong])
+    for (arguments, match), (code, printed, errors) in zip(wrong, found, strict=True):
+        assert (code, printed) == (2, ""), (arguments, printed, errors)
+        assert match in errors, errors
+        assert errors.count("\n") == 1
     taken.close()
 
 
@@ -669,7 +507,7 @@ def test_the_live_page_lives(server, tmp_path):
 
 
 def test_schemathesis_finds_no_server_error(server, tmp_path):
-    command = [sys.executable, "-m", "schemathesis.cli", "run", f"{server.url}/openapi.json", "--max-examples", "15"]
+    command = [sys.executable, "-m", "schemathesis.cli", "run", f"{server.url}/openapi.json", "--max-examples", "10"]
     command += ["--checks", "not_a_server_error", "--seed", "0", "--no-color", "--request-timeout", "20"]
     # A deadline of less than a millisecond is answered with 503, rightly.
     command += ["-H", "X-Request-Timeout-Ms: 60000"]

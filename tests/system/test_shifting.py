@@ -20,6 +20,7 @@ from corewise.runtime.client import Hung
 from corewise.runtime.race import Race
 from corewise.runtime.workspace import Workspace
 from corewise.samples import from_python
+from corewise.search.alone import AloneGuard
 from corewise.search.budget import Budget
 from corewise.search.journal import Journal
 from corewise.search.search import TUNED, Search
@@ -181,6 +182,23 @@ def test_a_winner_that_was_not_judged_yet_is_judged_before_it_is_chosen(tmp_path
         choice = search.choose()
     assert choice.winner == FP32
     assert search.trials[1].inaccurate
+
+
+@pytest.mark.parametrize("other", [False, True])
+def test_a_winner_is_judged_on_texts_alone_before_it_is_chosen(tmp_path, other):
+    case = Case(tmp_path, robust=False)
+    rows = np.arange(40)
+    texts = case.gate.holdout.take(rows)
+    if other:  # what it answers to others stands for an answer that depends on its neighbours
+        texts = case.gate.holdout.take(rows[::-1])
+    with Journal(case.workspace.journal, "key") as journal:
+        search = searching(case, journal, [run_trial(INT8, case.context)])
+        search.alone = AloneGuard(gate=case.gate, context=case.context, texts=texts, rows=rows)
+        search.race_result = raced(search.trials)
+        choice = search.choose()
+    assert choice.winner == (FP32 if other else INT8)
+    if other:
+        assert said(search.trials[1].reason).startswith("on texts in calls of their own: concordance")
 
 
 def test_int8_that_holds_is_preferred_to_int8_about_as_fast_that_was_not_judged(tmp_path):

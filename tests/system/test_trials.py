@@ -125,10 +125,24 @@ def test_a_misbehaving_engine_fails_its_own_trial_only(context):
     assert run_trial(FAKE, context).state == "ok"
 
 
+class Impatient(Worker):
+    """Starts in its own time, and then has 3 s for each answer."""
+
+    def __init__(self, **options):
+        super().__init__(**options)
+        self._timeout_s = 3.0
+
+
+@pytest.fixture
+def impatient(monkeypatch):
+    monkeypatch.setattr(module, "Worker", Impatient)
+
+
+@pytest.mark.usefixtures("impatient")
 def test_a_hanging_engine_is_ended(context):
-    found = run_trial(misbehaving("Hang"), make_context(context.workspace, max_drop=0.2, timeout_s=5))
+    found = run_trial(misbehaving("Hang"), context)
     assert found.state == "failed"
-    assert said(found.reason) == "hung while building: no answer in 5 s, so it was ended"
+    assert said(found.reason) == "hung while building: no answer in 3 s, so it was ended"
 
 
 @pytest.fixture
@@ -142,7 +156,7 @@ def user_engines(tmp_path, monkeypatch):
 def test_a_trial_is_ended_when_its_share_of_the_budget_is_spent(context, monkeypatch):
     monkeypatch.setattr("corewise.runtime.client.LEAST_S", 0.2)
     budget = Budget(total_s=20.0)
-    found = run_trial(misbehaving("Hang"), make_context(context.workspace, max_drop=0.2, budget=budget), share=0.3)
+    found = run_trial(misbehaving("Hang"), make_context(context.workspace, max_drop=0.2, budget=budget), share=0.15)
     assert found.state == "pruned"
     assert re.match(r"ended while it was tried: \d+ s of the budget of 20 s were spent", said(found.reason))
     assert budget.left_s() > 0
@@ -154,8 +168,9 @@ def test_a_crash_is_told_though_the_budget_is_spent(context):
     assert (found.state, "SIGSEGV" in said(found.reason)) == ("failed", True)
 
 
+@pytest.mark.usefixtures("impatient")
 def test_what_a_hanging_engine_started_is_ended_with_it(context, user_engines):
-    run_trial(user_engines("Parent"), make_context(context.workspace, max_drop=0.2, timeout_s=5))
+    run_trial(user_engines("Parent"), context)
     helper = int((context.workspace.folder / "builds" / "helper").read_text())
     deadline = time.monotonic() + 60
     while running(helper) and time.monotonic() < deadline:
@@ -249,7 +264,7 @@ def raced(context, contenders, **options):
 
 def test_contenders_are_raced_in_alternating_rounds(context, monkeypatch):
     monkeypatch.setattr("corewise.runtime.race.WARM_S", 0.05)
-    builds = [Build(engine="fake", precision="int8", options=(("seconds_per_call", s),)) for s in (0.004, 0.012)]
+    builds = [Build(engine="fake", precision="int8", options=(("seconds_per_call", s),)) for s in (0.004, 0.06)]
     rounds = []
     told = lambda number, total, rates: rounds.append((number, total, [len(one.per_s) for one in rates]))  # noqa: E731
     found = raced(context, [contender(context, build) for build in builds], on_round=told)

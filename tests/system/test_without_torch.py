@@ -3,6 +3,7 @@
 import shutil
 import subprocess
 import sys
+from importlib.util import find_spec
 
 import numpy as np
 import pytest
@@ -18,9 +19,13 @@ PROJECT = ROOT
 MOST_MEMORY_BYTES = 400e6
 
 
-def pip(interpreter, *args):
-    command = [sys.executable, "-m", "pip", "--disable-pip-version-check", "--python", interpreter, *args]
-    return subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
+def pip(interpreter, command, *args):
+    """What pip prints; uv in its place where there is one, for it keeps what it has unpacked before."""
+    if find_spec("uv"):
+        whole = [sys.executable, "-m", "uv", "pip", command, "--python", interpreter, *args]
+    else:
+        whole = [sys.executable, "-m", "pip", "--disable-pip-version-check", "--python", interpreter, command, *args]
+    return subprocess.run(whole, check=True, stdout=subprocess.PIPE, text=True).stdout
 
 
 @pytest.fixture(scope="module")
@@ -29,7 +34,7 @@ def python(tmp_path_factory):
     folder = tmp_path_factory.mktemp("environment")
     subprocess.run([sys.executable, "-m", "venv", "--without-pip", folder], check=True)
     interpreter = folder / "bin" / "python"
-    pip(interpreter, "install", "--quiet", "--no-compile", f"{PROJECT}[serve-onnxruntime]")
+    pip(interpreter, "install", "--quiet", f"{PROJECT}[serve-onnxruntime]")
     return interpreter
 
 

@@ -74,6 +74,7 @@ def test_digits_are_trained_once_and_known(tmp_path: Path, monkeypatch: pytest.M
     assert all(torch.equal(tensor, again.state_dict()[name]) for name, tensor in trained.state_dict().items())
 
 
+@pytest.mark.slow
 def test_digits_are_known() -> None:
     assert top1(example("digits"), example("digits", "samples")()) > 0.98
 

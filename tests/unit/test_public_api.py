@@ -6,10 +6,15 @@ import shutil
 
 import pytest
 from places import GOLDEN
+from system.serving_tools import token_artifact
 
 import corewise
+from corewise.common import stats
+from corewise.engines import engine
 from corewise.runtime import race
-from corewise.search import retuning, trial
+from corewise.runtime.client import InProcess
+from corewise.search import finals, retuning, search, trial, tuning
+from corewise.search.trial import SearchContext
 
 ARTIFACT = GOLDEN / "schema-2"
 FUNCTIONS = sorted(name for name in corewise.__all__ if inspect.isfunction(getattr(corewise, name)))
@@ -17,7 +22,13 @@ FUNCTIONS = sorted(name for name in corewise.__all__ if inspect.isfunction(getat
 
 @pytest.fixture
 def quick(monkeypatch):
-    """Measure for moments only."""
+    """Measure for moments only, and search and race in this process."""
+    monkeypatch.setattr(SearchContext, "client", lambda context, build, share=1.0: InProcess(engine(build.engine)))
+    # What bench starts has a log that is named after its engine.
+    monkeypatch.setattr("corewise.artifact.open.Worker", lambda *, log, **options: InProcess(engine(log.stem)))
+    for module in (tuning, search, retuning):
+        monkeypatch.setattr(module, "BATCHES", (1, 16))
+    monkeypatch.setattr(finals, "ROUNDS", stats.MIN_ROUNDS)
     monkeypatch.setattr(trial, "MEASURE_S", 0.05)
     monkeypatch.setattr(retuning, "MEASURE_S", 0.05)
     monkeypatch.setattr(race, "WARM_S", 0.05)
@@ -34,7 +45,7 @@ def test_every_exported_name_is_there_and_no_other():
 
 
 def test_the_functions_are_those_of_the_command_line():
-    assert FUNCTIONS == ["bench", "explain", "load", "loadtest", "optimize", "retune", "verify"]
+    assert FUNCTIONS == ["bench", "explain", "load", "loadtest", "optimize", "predict", "retune", "verify"]
 
 
 @pytest.mark.parametrize("name", FUNCTIONS)
@@ -51,6 +62,9 @@ def test_every_argument_is_documented(name):
 @pytest.mark.parametrize("name", [*FUNCTIONS, "Latency", "Slo", "Throughput"])
 def test_examples_run(name, quick, tmp_path, monkeypatch):
     shutil.copytree(ARTIFACT, tmp_path / "model.cw")
+    if name == "predict":
+        token_artifact(tmp_path / "texts.cw")
+        (tmp_path / "texts.txt").write_text("w1\nw2 w3\nw4\n")
     monkeypatch.chdir(tmp_path)
     example = doctest.DocTestFinder(recurse=False).find(getattr(corewise, name), name)[0]
     assert example.examples

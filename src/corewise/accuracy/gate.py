@@ -91,6 +91,22 @@ class AccuracyGate:
         fidelity = replace(fidelity, shift=shifted)
         return fidelity, judge(fidelity, self.requirements, robust=self.is_robust)
 
+    def alone(self, outputs: Outputs, rows: Rows) -> Verdict:
+        """Outputs for some rows of the holdout, each from a call of its own, against the reference.
+
+        As under shift the drop has to be certain, because the rows are few.
+        """
+        assert self.reference is not None
+        reference = self.reference.rows(rows)
+        try:
+            fidelity = self._compared(reference, outputs, rows, self._metric(self.reference))
+        except (MetricError, SamplesError):  # Not defined on a part of the holdout, as AUC with labels of one class.
+            closeness = metrics.default(self._nest(list(reference.leaves)), None)
+            fidelity = self._compared(reference, outputs, rows, closeness)
+        reason, rule = _decided(fidelity, replace(self.requirements, strict=False), certain=True)
+        told = Reason(kind=reason.kind, details={**reason.details, "alone": True})
+        return Verdict(passed=rule == "passed", reason=told, uncertain=None, rule=rule)
+
     def _compared(self, reference: Outputs, outputs: Outputs, rows: Rows | None, metric: metrics.Metric) -> Fidelity:
         names, labels, groups = self._names, self.holdout.labels, self.holdout.groups
         if rows is not None:

@@ -27,6 +27,7 @@ import numpy as np
 from corewise.common.errors import ArtifactError, OutputError
 from corewise.common.nested import Structure
 from corewise.engines import Session
+from corewise.pipeline.calls import CostTable
 from corewise.records.build import Build, Plan, TensorSpec
 from corewise.records.cpu import Cpu
 from corewise.records.jsonable import from_json, to_json
@@ -90,6 +91,8 @@ class Manifest:
     """The fastest plan from files of photos to answers, on the machine of the report, if it was searched."""
     seen_ranges: SeenRanges | None = None
     """What inputs and outputs were like in the search (``watch``); ``None`` in artifacts of versions without it."""
+    call_costs: CostTable | None = None
+    """What calls of texts cost under ``plan``; ``None`` where that was not measured, and in older artifacts."""
 
 
 @dataclass(frozen=True, kw_only=True)

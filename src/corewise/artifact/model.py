@@ -22,8 +22,9 @@ class Model:
     """An opened model. Call it as the original: torch tensors give torch tensors, numpy arrays give numpy arrays.
 
     Thread-safe. It runs the plan that was measured (``instances.open_plan``): a call with more rows than the plan's
-    batch is cut into micro-batches for all instances; a smaller call is divided among those that are idle. Raises
-    ``InputError`` if the arguments do not have the structure, dtypes and shapes of the samples.
+    batch is cut into micro-batches for all instances; a smaller call is divided among those that are idle. Under an
+    elastic plan (``elastic.open_elastic``) a call that is alone takes all cores, and calls of many threads share them.
+    Raises ``InputError`` if the arguments do not have the structure, dtypes and shapes of the samples.
     """
 
     def __init__(
@@ -71,7 +72,7 @@ class Model:
             outputs = [_tensor(array) for array in outputs]
         return unflatten(self._output_structure, outputs)
 
-    def predict(self, items: Any, *, prompt: str | None = None, top: int = TOP) -> Any:
+    def predict(self, items: Any, *, prompt: str | None = None, top: int | None = None) -> Any:
         """The answers to raw items: texts are tokenized and batched by length, images are decoded; all instances run.
 
         Args:
@@ -79,7 +80,7 @@ class Model:
                 PIL images or uint8 arrays (H, W, 3); or an iterator of them, which is read as the answers are taken, so
                 that memory stays bounded for millions; or a single one.
             prompt: The name of the prompt that goes before each text, for a model that has prompts.
-            top: Of an image, how many classes the probabilities are given of, the most probable first.
+            top: Of an image, how many classes the probabilities are given of, the most probable first. Default: 5.
 
         Returns:
             In the order of the items: an array of vectors, float32 (N, D), or of scores (N,); a list of ``ClassAnswer``
@@ -87,16 +88,21 @@ class Model:
             For an iterator, an iterator of the single answers.
 
         Raises:
-            InputError: The artifact carries no pipeline, an item cannot be answered, or the prompt is unknown.
+            InputError: The artifact carries no pipeline, an item cannot be answered, the prompt is unknown, or an
+                argument is for items of another kind.
         """
         if self.images is not None and self.texts is None:
-            return self.images.predict(items, top=top)
+            if prompt is not None:
+                raise InputError("a prompt goes before texts, and the model takes images", "leave out prompt")
+            return self.images.predict(items, top=TOP if top is None else top)
         if self.texts is None:
             raise InputError(
                 "the artifact has no pipeline for raw items",
                 "call it with tensors, or make it again from st:FOLDER or hf:FOLDER, or with --tokenizer, or from a "
                 "folder of images; if a function prepared the images, give it: load(..., preprocess=function)",
             )
+        if top is not None:
+            raise InputError("top is for images, and the model takes texts", "leave out top")
         return self.texts.predict(items, prompt=prompt)
 
     @property

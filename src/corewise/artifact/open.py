@@ -18,10 +18,11 @@ from corewise.common.references import guard
 from corewise.common.stats import Ratio, ratio_interval
 from corewise.engines import ENGINES, BuildInputs, Engine, Session, engine
 from corewise.machine.inspect import inspect_cpu
-from corewise.records.build import Build, Plan
+from corewise.records.build import Build
 from corewise.records.cpu import Cpu
 from corewise.records.measurement import Rates
 from corewise.runtime.client import Worker
+from corewise.runtime.elastic import open_elastic
 from corewise.runtime.instances import open_plan
 from corewise.runtime.race import Contender, run_race
 from corewise.runtime.workspace import Workspace
@@ -44,8 +45,9 @@ def load(
     """Open an artifact as a model that is called as the original was.
 
     Every hash and the CPU are checked before anything is opened; nothing is unpickled or compiled. It runs the plan
-    that ``retune`` artifact on this machine, or else the one it was made with, and warns if that plan was measured on
-    another machine. It works in the process that opened it: a child that is forked later loads it itself.
+    that ``retune`` found on this machine, or else the one it was made with, and warns if that plan was measured on
+    another machine. If ``retune`` found an elastic plan, a call that is alone takes all cores, and calls from many
+    threads share them. It works in the process that opened it: a child that is forked later loads it itself.
 
     Args:
         folder: the artifact.
@@ -83,7 +85,7 @@ def load(
         fit = tuned.for_photos(artifact, cpu)
     for warning in fit.warnings:
         warnings.warn(warning, stacklevel=2)
-    session = _open(artifact, fit.plan, cpu, model)
+    session = _open(artifact, fit, cpu, model)
     return Model(
         session,
         inputs=artifact.manifest.inputs,
@@ -131,7 +133,7 @@ def verify(folder: str | Path, *, model: Any = None) -> Verification:
     cpu = inspect_cpu()
     artifact = read(Path(folder), cpu=cpu)
     fit = tuned.fit(artifact, cpu)
-    session = _open(artifact, fit.plan, cpu, model)
+    session = _open(artifact, fit, cpu, model)
     try:
         sqnr_db = check_golden(artifact, session)
     finally:
@@ -211,12 +213,15 @@ def bench(
     return Bench(rates=(ours, theirs), ratio=ratio_interval(ours.per_s, theirs.per_s))
 
 
-def _open(artifact: Artifact, plan: Plan, cpu: Cpu, model: Any) -> Session:
-    build = artifact.manifest.build
+def _open(artifact: Artifact, fit: tuned.Fit, cpu: Cpu, model: Any) -> Session:
+    build, payload = artifact.manifest.build, artifact.folder / PAYLOAD
     check_trusted(artifact, build.engine)
     check_available(build.engine, f"opening {artifact.folder}")
     with guard(ArtifactError, f"{artifact.folder} cannot be opened here", REBUILD):
-        return open_plan(opener(artifact, model), artifact.folder / PAYLOAD, build, plan, cpu)
+        if fit.elastic is None or fit.tuned is None:
+            return open_plan(opener(artifact, model), payload, build, fit.plan, cpu)
+        divided = tuned.partitions(fit.elastic, fit.tuned.measurements)
+        return open_elastic(opener(artifact, model), payload, build, fit.elastic, divided, cpu)
 
 
 def opener(artifact: Artifact, model: Any) -> Engine:

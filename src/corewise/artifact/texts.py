@@ -1,9 +1,10 @@
 """The text pipeline of an artifact, opened to run."""
 
 from corewise.artifact.checks import input_ranges
-from corewise.artifact.format import REBUILD, TOKENIZER, Artifact
+from corewise.artifact.format import REBUILD, TOKENIZER, Artifact, Manifest
 from corewise.common.errors import ArtifactError, InputError
-from corewise.pipeline import CallLimits, TextEncoder, TextRunner, infer
+from corewise.pipeline import CallCost, CallLimits, TextEncoder, TextRunner, infer
+from corewise.pipeline.calls import by_tokens
 from corewise.pipeline.runner import Run
 from corewise.records.build import Plan
 from corewise.records.pipeline import TextPipeline
@@ -50,10 +51,22 @@ def open_texts(artifact: Artifact, run: Run, plan: Plan) -> TextRunner | None:
     pipeline = text_pipeline(artifact)
     if pipeline is None:
         return None
-    return text_runner(TextEncoder(pipeline, artifact.folder / pipeline.tokenizer), run, plan)
+    encoder = TextEncoder(pipeline, artifact.folder / pipeline.tokenizer)
+    return text_runner(encoder, run, plan, call_cost(artifact.manifest, plan))
 
 
-def text_runner(encoder: TextEncoder, run: Run, plan: Plan) -> TextRunner:
-    """Runs texts as ``plan`` runs batches: its calls have at most the plan's rows."""
-    rows = plan.batch if plan.batch > 1 or plan.instances > 1 else ROWS_ALONE
-    return TextRunner(encoder, run, instances=plan.instances, limits=CallLimits(rows=rows))
+def call_cost(manifest: Manifest, plan: Plan) -> CallCost:
+    """What calls cost: as measured, if ``plan`` has the threads and instances of then, else by their tokens."""
+    measured = manifest.plan
+    same = (plan.threads_per_instance, plan.instances) == (measured.threads_per_instance, measured.instances)
+    return manifest.call_costs if same and manifest.call_costs is not None else by_tokens
+
+
+def text_runner(encoder: TextEncoder, run: Run, plan: Plan, cost: CallCost = by_tokens) -> TextRunner:
+    """Runs texts as ``plan`` runs batches, in the calls that ``cost`` finds cheapest."""
+    return TextRunner(encoder, run, instances=plan.instances, limits=call_limits(plan), cost=cost)
+
+
+def call_limits(plan: Plan) -> CallLimits:
+    """The most that one call of texts may have: the plan's rows."""
+    return CallLimits.of_few_sizes(plan.batch if plan.batch > 1 or plan.instances > 1 else ROWS_ALONE)

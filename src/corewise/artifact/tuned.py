@@ -15,10 +15,10 @@ from pathlib import Path
 from typing import Any
 
 from corewise.artifact import TUNED, TUNED_NEW, Artifact, digest, identity
-from corewise.batching import LatencyTable
+from corewise.batching import LatencyTable, Partitions
 from corewise.common.errors import ArtifactError, InputError, OutputError
 from corewise.machine.layouts import ThreadLayout, most_threads, warning
-from corewise.records.build import Plan
+from corewise.records.build import ElasticPlan, Plan
 from corewise.records.cpu import Cpu
 from corewise.records.jsonable import from_json, to_json
 from corewise.records.measurement import Measurement
@@ -42,6 +42,8 @@ class Fit:
     tuned: Tuned | None
     """The entry that the plan comes from; ``None`` if it is the manifest's."""
     warnings: tuple[str, ...]
+    elastic: ElasticPlan | None = None
+    """What a loaded model runs in place of the plan."""
 
 
 def fit(artifact: Artifact, cpu: Cpu) -> Fit:
@@ -55,7 +57,8 @@ def fit(artifact: Artifact, cpu: Cpu) -> Fit:
     try:
         for entry in read(artifact.folder):
             if entry.machine == here and _within(entry.plan, manifest, cpu):
-                return Fit(plan=entry.plan, tuned=entry, warnings=_crowded(artifact, entry.plan, cpu))
+                crowded = _crowded(artifact, entry.plan, cpu)
+                return Fit(plan=entry.plan, tuned=entry, warnings=crowded, elastic=entry.elastic)
     except ArtifactError as error:
         warnings.append(f"{error.what}, so its plans are not used; {error.fix}")
     if here == there:
@@ -80,6 +83,8 @@ def asked(
 ) -> Fit:
     """``fit`` with the given numbers instead of the plan's own, and a warning if there are more threads than cores.
 
+    A plan of given numbers is not elastic.
+
     Raises ``InputError`` if the numbers are no plan.
     """
     planned = fit(artifact, cpu)
@@ -96,11 +101,11 @@ def asked(
             f"{plan.label} is more than any machine has", f"stay within {MOST_THREADS} threads and batch {MOST_BATCH}"
         )
     if requested.keys() == {"batch"}:
-        return replace(planned, plan=plan)
+        return replace(planned, plan=plan, elastic=None)
     others = tuple(text for text in planned.warnings if text not in _crowded(artifact, planned.plan, cpu))
     crowding = warning(cpu, plan.threads_per_instance, plan.instances)
     crowded = (f"{plan.label}, as requested: {crowding}",) if crowding else ()
-    return replace(planned, plan=plan, warnings=(*others, *crowded))
+    return replace(planned, plan=plan, warnings=(*others, *crowded), elastic=None)
 
 
 def for_photos(artifact: Artifact, cpu: Cpu) -> Fit:
@@ -126,6 +131,20 @@ def latency_table(artifact: Artifact, fit: Fit) -> LatencyTable:
             f"{artifact.folder} has no measurement with {fit.plan.label}", f"run corewise retune {artifact.folder}"
         )
     return LatencyTable.of(chosen)
+
+
+def partitions(elastic: ElasticPlan, measurements: Sequence[Measurement]) -> Partitions:
+    """How an elastic plan divides its cores, by the measured times of both layouts (p50).
+
+    Raises ``ValueError`` if a layout was not measured with calls of one row.
+    """
+    tables = {}
+    for plan in (elastic.wide, elastic.narrow):
+        measured = [m for m in _alike(plan, measurements) if m.plan.batch <= plan.batch]
+        if not any(m.plan.batch == 1 for m in measured):
+            raise ValueError(f"{plan.label} was not measured with calls of one row")
+        tables[plan.threads_per_instance] = LatencyTable.of(measured, "p50_ms")
+    return Partitions(tables, cores=elastic.wide.threads_per_instance)
 
 
 def usable_table(artifact: Artifact, fit: Fit, cpu: Cpu) -> tuple[LatencyTable, tuple[str, ...]]:
@@ -246,6 +265,11 @@ def _check(entry: Tuned) -> None:
         speeds = (measurement.throughput_per_s, measurement.p50_ms, measurement.p99_ms)
         if not all(isfinite(value) and value > 0 for value in speeds):
             raise ValueError(f"{measurement.plan.label} was measured with {measurement.p50_ms} ms a call")
+    if entry.elastic is not None:
+        threads = entry.plan.threads_per_instance * entry.plan.instances
+        if threads != entry.elastic.wide.threads_per_instance:
+            raise ValueError(f"{entry.elastic.label} has other threads than {entry.plan.label}")
+        partitions(entry.elastic, entry.measurements)
 
 
 def _sane(plan: Plan) -> bool:

@@ -1,5 +1,10 @@
-"""Requests to batches, under deadlines: a pure ``policy`` that decides, a ``runner`` that drives instances by it."""
+"""Requests to batches, under deadlines: a pure ``policy`` that decides, a ``runner`` that drives instances by it.
 
+``partition`` and ``elastic`` decide how calls share the cores where several thread layouts are open.
+"""
+
+from corewise.batching.elastic import ElasticPolicy
+from corewise.batching.partition import Partitions
 from corewise.batching.policy import Accepted, Batch, Dropped, LatencyTable, Policy, Reason, Refused, Request
 from corewise.batching.runner import Answer, Batcher, CallFailed, InstanceDied, NotServed, Run
 
@@ -10,9 +15,11 @@ __all__ = [
     "Batcher",
     "CallFailed",
     "Dropped",
+    "ElasticPolicy",
     "InstanceDied",
     "LatencyTable",
     "NotServed",
+    "Partitions",
     "Policy",
     "Reason",
     "Refused",

@@ -8,11 +8,14 @@ down.
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
-from heapq import heappop, heappush
+from heapq import heapify, heappop, heappush
+from itertools import count
 from math import ceil, inf, sqrt
 
 import numpy as np
 
+from corewise.batching.elastic import ElasticPolicy
+from corewise.batching.partition import Part, Partitions
 from corewise.batching.policy import LatencyTable, Policy, Refused, Request
 from corewise.common.stats import quantile
 from corewise.records.measurement import SERVED, Measurement
@@ -130,6 +133,59 @@ def service_of(measurements: Sequence[Measurement]) -> Service:
         return drawn[int(rng.random() * len(drawn))]
 
     return draw
+
+
+def simulate_calls(
+    partitions: Partitions, *, rate_per_s: float, rows: int = 1, calls: int = REQUESTS, seed: int = 0
+) -> Simulated:
+    """Calls of so many rows at random times, as ``runtime.elastic`` runs them, each part as long as measured.
+
+    None is refused, and none is late. Two rates with the same seed have the same arrivals.
+    """
+    gaps_s = np.random.default_rng([seed, 0]).exponential(size=calls) / rate_per_s
+    return _play_calls(partitions, np.cumsum(gaps_s).tolist(), rows, calls)
+
+
+def simulate_callers(partitions: Partitions, *, callers: int, rows: int = 1, calls: int = REQUESTS) -> Simulated:
+    """As ``simulate_calls``, from so many callers that call again as soon as they are answered."""
+    return _play_calls(partitions, [0.0] * callers, rows, calls)
+
+
+def _play_calls(partitions: Partitions, arrivals_s: Sequence[float], rows: int, calls: int) -> Simulated:
+    """Calls at the given times; while there were fewer than ``calls``, each answer brings another one at once."""
+    policy, order = ElasticPolicy(partitions), count()
+    # When it is, which of those at one time comes first, of which call, and the part that ends; none for an arrival.
+    events: list[tuple[float, int, int, Part | None]] = [
+        (at_s, next(order), k, None) for k, at_s in enumerate(arrivals_s)
+    ]
+    heapify(events)
+    arrived_s, left = list(arrivals_s), [rows] * len(arrivals_s)
+    latencies_s: list[float] = []
+    now_s = 0.0
+    while events:
+        now_s, _, call, part = heappop(events)
+        if part is None:
+            policy.arrive(call, rows, now_s)
+        else:
+            policy.ended(part.threads, now_s)
+            left[call] -= part.rows
+            if not left[call]:
+                latencies_s.append(now_s - arrived_s[call])
+                if len(arrived_s) < calls:
+                    policy.arrive(len(arrived_s), rows, now_s)
+                    arrived_s.append(now_s)
+                    left.append(rows)
+        for start in policy.starts(now_s):
+            heappush(events, (now_s + partitions.call_s(start.part), next(order), *start))
+    per_s = len(latencies_s) / now_s
+    return Simulated(
+        rate_per_s=per_s,
+        p50_ms=quantile(latencies_s, 0.5) * 1e3,
+        p99_ms=quantile(latencies_s, 0.99) * 1e3,
+        answered=len(latencies_s),
+        refused=0,
+        goodput_per_s=per_s,
+    )
 
 
 class _Run:

@@ -349,7 +349,10 @@ class ImageOptions:
 
 
 def reader(model: str, samples: SampleOptions, images: ImageOptions) -> "Callable[[], Samples | RawSamples]":
-    """Reads the samples when it is called. Raises ``InputError`` at once for options that are wrong."""
+    """Reads the samples when it is called. Raises ``InputError`` at once for options and paths that are wrong."""
+    from corewise.samples.files import check_reference
+
+    check_reference(samples.samples)
     given = images.checked()
 
     def read() -> "Samples | RawSamples":

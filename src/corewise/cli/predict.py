@@ -8,14 +8,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
-from corewise.cli.environment import compute_on_usable_cores
+from corewise.cli.environment import compute_on_usable_cores, settle_ray
 from corewise.cli.options import ArtifactPath, argument, flag, grouped, option
 from corewise.cli.output import console
-from corewise.cli.quantities import whole
-from corewise.common.errors import InputError
+from corewise.cli.quantities import duration_or_zero, whole
 
 if TYPE_CHECKING:
-    from corewise.pipeline.job import Job, OnRows
+    from corewise.records.bulk import BulkProgress, OnProgress
 
 Inputs = Annotated[
     list[Path],
@@ -80,6 +79,34 @@ class PhotoOptions:
 
 
 @dataclass(frozen=True, kw_only=True)
+class ClusterOptions:
+    """Where the job runs."""
+
+    ray: Annotated[
+        str | None,
+        option(
+            "--ray",
+            panel="Cluster",
+            metavar="ADDRESS",
+            help="A Ray cluster: auto (the one of this machine), HOST:PORT, ray://HOST:PORT, or local to start one "
+            "here for this command.",
+            default="none, this process",
+        ),
+    ] = None
+    retune_s: Annotated[
+        float,
+        option(
+            "--retune",
+            panel="Cluster",
+            metavar="TIME",
+            parse=duration_or_zero,
+            help="Time to search the plan of each kind of machine that the artifact has none for; 0 for none.",
+            default="30s",
+        ),
+    ] = 30.0
+
+
+@dataclass(frozen=True, kw_only=True)
 class PredictOutput:
     """Where the answers go."""
 
@@ -90,92 +117,97 @@ class PredictOutput:
             "-o",
             panel="Output",
             metavar="FILE",
-            help="A .parquet, .jsonl or .npy file; must not exist. Rows that cannot be answered go to a .failed.jsonl "
-            "beside it, with their reasons.",
+            help="A .parquet, .jsonl or .npy file; must not exist. With --ray a folder of Parquet files. Rows that "
+            "cannot be answered go to a .failed.jsonl beside it, with their reasons; with --ray to files in it.",
         ),
     ]
+    max_failed: Annotated[
+        int | None,
+        option(
+            "--max-failed",
+            panel="Output",
+            metavar="N",
+            parse=whole(0),
+            help="End if more than N rows cannot be answered.",
+            default="any number may fail",
+        ),
+    ] = None
+    dry_run: Annotated[bool, flag("--dry-run", panel="Output", help="Only say what would run.")] = False
     quiet: Annotated[bool, flag("--quiet", panel="Output", help="Print nothing but errors.")] = False
 
 
 @grouped
 def command(
-    artifact_path: ArtifactPath, inputs: Inputs, texts: TextColumns, photos: PhotoOptions, output: PredictOutput
+    artifact_path: ArtifactPath,
+    inputs: Inputs,
+    texts: TextColumns,
+    photos: PhotoOptions,
+    cluster: ClusterOptions,
+    output: PredictOutput,
 ) -> None:
     """Answer all texts of files, or all images, with an artifact: vectors, classes, scores or spans.
 
     Texts are read as they are needed and run in batches of similar length on all instances. Images are decoded while
     the model runs. Finished parts are kept in FILE.parts, so that the same command resumes after an interruption.
+
+    With --ray the parts run on the nodes of a cluster, each under the plan for its kind of machine, and stay in a
+    folder of Parquet files.
     """
-    from corewise import artifact
-    from corewise.artifact.open import load
-    from corewise.pipeline import TOP
-    from corewise.pipeline.job import Done, Job, check_job, count_rows, run_job
-    from corewise.samples.folders import list_images
+    compute_on_usable_cores()
+    if cluster.ray is not None:
+        settle_ray(cluster.ray)
+    from corewise.cluster.bulk import Bulk
+    from corewise.report.bulk import outlook_line, result_lines
     from corewise.samples.texts import Columns
 
-    compute_on_usable_cores()
-    found = artifact.read(artifact_path)
-    images = found.manifest.preprocess is not None and found.manifest.pipeline is None
-    job = Job(
-        inputs=tuple(list_images(inputs) if images else inputs),
-        output=output.output,
+    bulk = Bulk.of(
+        artifact_path,
+        inputs,
+        output.output,
         columns=Columns(texts.text, texts.pair),
         prompt=texts.prompt,
-        artifact=artifact.identity(found.folder),
-        top=(photos.top or TOP) if images else None,
+        top=photos.top,
+        preprocess=photos.preprocess,
+        ray=cluster.ray,
     )
-    check_job(job)
-    start = time.monotonic()
-    with load(artifact_path, preprocess=photos.preprocess, photos=images) as model, _resumable(job):
-        runner = model.images if images else model.texts
-        if runner is None and images:
-            raise InputError(f"{artifact_path} was made with a function that prepares images", "give --preprocess")
-        if runner is None:
-            raise InputError(f"{artifact_path} takes tensors only", "make it again from st:, hf: or with --tokenizer")
-        with _progress(len(job.inputs) if images else count_rows(job.inputs), output.quiet) as on_rows:
-            done: Done = run_job(job, runner, on_rows=on_rows)
+    if output.dry_run:
+        print(outlook_line(bulk.outlook()))
+        return
+    with _resumable(bulk.kept.folder), _progress(output.quiet, lines=cluster.ray is not None) as report:
+        result = bulk.run(max_failed=output.max_failed, retune_s=cluster.retune_s, on_progress=report)
     if not output.quiet:
-        print(_outcome(job, done.rows, done.resumed, done.failed, time.monotonic() - start))
-
-
-def _outcome(job: "Job", rows: int, resumed: int, failed: int, seconds: float) -> str:
-    from corewise.report.numbers import duration, rate
-
-    speed = rate((rows - resumed) / seconds) if rows > resumed else "0/s"
-    parts = [f"{rows:,} rows to {job.output} in {duration(seconds)} ({speed})"]
-    if resumed:
-        parts.append(f"{resumed:,} were done before")
-    if failed:
-        parts.append(f"{failed:,} set aside in {job.failed}")
-    return "; ".join(parts)
+        for line in result_lines(result):
+            print(line)
 
 
 @contextmanager
-def _progress(total: int, quiet: bool) -> Iterator["OnRows"]:
-    """Shows how many rows are done, how fast, and for how long it will go on, on a terminal's standard error."""
+def _progress(quiet: bool, *, lines: bool) -> Iterator["OnProgress"]:
+    """Shows how far the job is on standard error: a bar on a terminal; elsewhere ``lines``, or nothing."""
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+    from corewise.report.bulk import ProgressLines
+
     screen = console(stderr=True)
-    columns = (BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[rate]}"), TimeRemainingColumn())
+    columns = (BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[more]}"), TimeRemainingColumn())
+    plain = ProgressLines(time.monotonic())
     with Progress(*columns, console=screen, transient=True, disable=quiet or not screen.is_terminal) as bar:
-        task = bar.add_task("", total=total, rate="")
-        begun: list[tuple[float, int]] = []
+        task = bar.add_task("", total=None, more="")
 
-        def on_rows(rows: int) -> None:
-            begun.append((time.monotonic(), rows))
-            (first_s, first), (last_s, last) = begun[0], begun[-1]
-            speed = f"{(last - first) / (last_s - first_s):,.0f}/s" if last > first else ""
-            bar.update(task, completed=rows, total=max(total, rows), rate=speed)
+        def on_progress(progress: "BulkProgress") -> None:
+            line = plain.line(progress, time.monotonic())
+            bar.update(task, completed=progress.rows, total=progress.total, more=plain.more(progress))
+            if line and lines and not quiet and not screen.is_terminal:
+                sys.stderr.write(f"{line}\n")
 
-        yield on_rows
+        yield on_progress
 
 
 @contextmanager
-def _resumable(job: "Job") -> Iterator[None]:
+def _resumable(parts: Path) -> Iterator[None]:
     """Say on Ctrl-C that finished parts are kept."""
     try:
         yield
     except KeyboardInterrupt:
-        if job.parts.is_dir():
-            sys.stderr.write(f"corewise: finished parts are kept in {job.parts}; the same command resumes\n")
+        if parts.is_dir():
+            sys.stderr.write(f"corewise: finished parts are kept in {parts}; the same command resumes\n")
         raise

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 from corewise.doctor.diagnosis import Diagnosis, Severity, cores
 from corewise.machine.inspect import EXTENSIONS
 from corewise.records.cpu import Cpu
-from corewise.report.numbers import size
+from corewise.report.numbers import counted, size
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -101,10 +101,10 @@ def _topology(cpu: Cpu) -> str:
     nodes = len({logical.node for logical in cpu.cpus})
     return ", ".join(
         (
-            _count(cores(cpu), "core"),
-            _count(len(cpu.cpus), "hardware thread"),
-            _count(sockets, "socket"),
-            _count(nodes, "NUMA node"),
+            counted(cores(cpu), "core"),
+            counted(len(cpu.cpus), "hardware thread"),
+            counted(sockets, "socket"),
+            counted(nodes, "NUMA node"),
         )
     )
 
@@ -123,16 +123,12 @@ def _usable(diagnosis: Diagnosis) -> str:
     cpu = diagnosis.cpu
     why = {
         "machine": "all of them",
-        "affinity": f"affinity or cpuset allows {_count(len(cpu.affinity), 'hardware thread')}",
+        "affinity": f"affinity or cpuset allows {counted(len(cpu.affinity), 'hardware thread')}",
         "quota": f"limited by the cgroup's quota of {cpu.quota_cores or 0:g} core{'' if cpu.quota_cores == 1 else 's'}",
     }
-    return f"{_count(diagnosis.usable_cores, 'core')}: {why[diagnosis.limited_by]}"
+    return f"{counted(diagnosis.usable_cores, 'core')}: {why[diagnosis.limited_by]}"
 
 
 def _memory(cpu: Cpu) -> str:
     limit = "no limit" if cpu.memory_limit_bytes is None else f"{size(cpu.memory_limit_bytes)} allowed by the cgroup"
     return f"{size(cpu.memory_bytes) if cpu.memory_bytes else 'unknown'}, {limit}"
-
-
-def _count(number: int, noun: str) -> str:
-    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"

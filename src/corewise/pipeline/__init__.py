@@ -6,6 +6,7 @@ samples and for the server. No torch.
 
 from corewise.pipeline.answers import ClassAnswer, Span, decode
 from corewise.pipeline.calls import Call, CallCost, CallLimits, CostTable, fill
+from corewise.pipeline.costs import cost_points, cost_table
 from corewise.pipeline.inferred import fit, infer
 from corewise.pipeline.photos import TOP, ImageRunner, image_pipeline, rows_of_call, top_classes
 from corewise.pipeline.runner import Rejected, TextRunner, stacked
@@ -26,6 +27,8 @@ __all__ = [
     "TextRunner",
     "TokenPiece",
     "Tokens",
+    "cost_points",
+    "cost_table",
     "decode",
     "fill",
     "fit",

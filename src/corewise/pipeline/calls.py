@@ -18,6 +18,8 @@ CallCost = Callable[[NDArray[np.int64], int], NDArray[np.float64]]
 
 OVERHEAD_TOKENS = 16
 """What a call costs beside its tokens, in tokens, where nothing was measured."""
+CALL_TOKENS = 4096
+"""Rows times padded tokens of one call, at most: what bounds its memory."""
 
 
 class Call(NamedTuple):
@@ -32,8 +34,19 @@ class CallLimits:
     """The most that one call may have."""
 
     rows: int
-    tokens: int = 4096
-    """Rows times padded tokens, which bounds the memory of a call. A single text may have more."""
+    tokens: int = CALL_TOKENS
+    """Rows times padded tokens. A single text may have more."""
+    sizes: tuple[int, ...] = ()
+    """The numbers of rows that a call may have beside 1; empty: any."""
+
+    @classmethod
+    def of_few_sizes(cls, rows: int, tokens: int = CALL_TOKENS) -> "CallLimits":
+        """Calls of up to so many rows, but of few numbers of rows.
+
+        Engines prepare each new shape once, and that takes OpenVINO about as long as a short call.
+        """
+        steps = {step * 2**k for k in range(rows.bit_length()) for step in (2, 3)}
+        return cls(rows=rows, sizes=tuple(sorted({1, *(size for size in steps if size < rows), rows})), tokens=tokens)
 
 
 def by_tokens(rows: NDArray[np.int64], tokens: int) -> NDArray[np.float64]:
@@ -97,7 +110,8 @@ def fill(
     padded = [-(-int(lengths[place]) // step) * step for place in order]
     most_rows = max(1, min(limits.rows, -(-len(padded) // instances)))
     counts = np.arange(1, most_rows + 1)
-    costs = {tokens: cost(counts, tokens) for tokens in set(padded)}
+    allowed = np.isin(counts, (1, *limits.sizes)) if limits.sizes else counts > 0
+    costs = {tokens: np.where(allowed, cost(counts, tokens), np.inf) for tokens in set(padded)}
     total = np.zeros(len(padded) + 1)
     """The least cost of the texts from each place on."""
     best = [0] * len(padded)

@@ -5,18 +5,18 @@ the inputs, with a file of the rows that were set aside. A part gets its name wh
 parts are joined and the folder is removed.
 """
 
-import json
 import shutil
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from itertools import islice
+from itertools import count, islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from corewise.common.errors import OutputError, SamplesError
-from corewise.pipeline.outputs import AnswerRow, Format, format_of, join_lines, sync
+from corewise.pipeline.outputs import Format, format_of, join_lines, sync
+from corewise.pipeline.parts import Counts, Parts, Record
 from corewise.pipeline.photos import TOP, ImageRunner
 from corewise.pipeline.runner import Rejected, TextRunner
 from corewise.samples.tables import READERS, iterate_table
@@ -26,8 +26,8 @@ PART_ROWS = 4096
 """Rows of a part: what is done again at most after a kill."""
 BLOCK_BYTES = 1 << 20
 
-OnRows = Callable[[int], None]
-"""Called with the number of rows that are done, those of an earlier run included."""
+OnRows = Callable[[Counts], None]
+"""Called with the numbers of rows that are done and of those set aside, an earlier run's included."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,15 +53,25 @@ class Job:
         """The file of rows that were set aside."""
         return self.output.with_name(f"{self.output.stem}.failed.jsonl")
 
-    def facts(self) -> dict[str, Any]:
-        """What must be equal for parts to count."""
+    @property
+    def several(self) -> bool:
+        """Whether an answer says which input it belongs to."""
+        return len(self.inputs) > 1 or self.top is not None
+
+    @property
+    def kept(self) -> Parts:
+        """The parts in their folder."""
+        return Parts(folder=self.parts, suffix=self.output.suffix, several=self.several)
+
+    def facts(self, part_rows: int) -> dict[str, Any]:
+        """What must be equal for parts of so many rows to count."""
         files = [(str(path.resolve()), path.stat().st_size, path.stat().st_mtime_ns) for path in self.inputs]
         return {
             "artifact": self.artifact,
             "inputs": [list(file) for file in files],
             "columns": list(self.columns),
             "prompt": self.prompt,
-            "part_rows": PART_ROWS,
+            "part_rows": part_rows,
             "top": self.top,
         }
 
@@ -74,12 +84,13 @@ class Done(NamedTuple):
     failed: int
 
 
-class _Record(NamedTuple):
-    row: int
-    input: Path
-    name: str
-    value: Any
-    problem: str
+def check_inputs(job: Job) -> None:
+    """Raise ``SamplesError`` for inputs that are missing or of unknown kinds."""
+    for path in job.inputs:
+        if not path.is_file():
+            raise SamplesError(f"there is no file {path}", "check the path")
+        if job.top is None and path.suffix.lower() not in READERS:
+            raise SamplesError(f"{path} is no file of texts", f"give one of {', '.join(READERS)}")
 
 
 def check_job(job: Job) -> None:
@@ -89,11 +100,7 @@ def check_job(job: Job) -> None:
         SamplesError: An input.
         OutputError: The output.
     """
-    for path in job.inputs:
-        if not path.is_file():
-            raise SamplesError(f"there is no file {path}", "check the path")
-        if job.top is None and path.suffix.lower() not in READERS:
-            raise SamplesError(f"{path} is no file of texts", f"give one of {', '.join(READERS)}")
+    check_inputs(job)
     if job.output.is_dir() or not job.output.parent.is_dir():
         why = "it is a folder" if job.output.is_dir() else f"there is no folder {job.output.parent}"
         raise OutputError(f"{job.output} cannot be written: {why}", "give another name with -o")
@@ -116,120 +123,104 @@ def count_rows(paths: Iterable[Path]) -> int:
     return total
 
 
-def run_job(job: Job, runner: TextRunner | ImageRunner, *, on_rows: OnRows = lambda rows: None) -> Done:
+def run_job(
+    job: Job,
+    runner: TextRunner | ImageRunner,
+    *,
+    max_failed: int | None = None,
+    on_rows: OnRows = lambda done: None,
+) -> Done:
     """Answer all rows of the inputs and write the output, resuming what an earlier run of the same job finished.
 
-    Rows are numbered from 0 over all inputs. A row that cannot be answered is in ``job.failed`` with its reason.
-    Memory is bounded, whatever the inputs' size.
+    Rows are numbered from 0 over all inputs. A row that cannot be answered is in ``job.failed`` with its reason; more
+    of them than ``max_failed`` end the job. Memory is bounded, whatever the inputs' size.
 
     Raises:
-        SamplesError: An input cannot be read, has no such column, or no rows.
+        SamplesError: An input cannot be read, has no such column, or no rows; or too many rows failed.
         OutputError: The output cannot be written, or its folder of parts is another job's.
         EngineError: The engine fails.
     """
     check_job(job)
     kind = format_of(job.output, runner.pipeline if isinstance(runner, ImageRunner) else runner.encoder.pipeline)
-    with _writing(job):
+    with writing(job.output, job.parts):
         finished = _resume(job)
-        resumed = rows = finished * PART_ROWS
-        on_rows(resumed)
-        failed = 0
-        for number, part in enumerate(_parts(job, runner, resumed), start=finished):
-            _write_part(job, kind, number, part)
-            rows += len(part)
-            on_rows(rows)
+        resumed = len(finished) * PART_ROWS
+        done = Counts(resumed, sum(counts.failed for counts in finished.values()))
+        job.kept.check_failed(done.failed, max_failed, "")
+        on_rows(done)
+        rest = answered(islice(records(job), resumed, None), runner, prompt=job.prompt, top=job.top)
+        for number in count(len(finished)):
+            part = list(islice(rest, PART_ROWS))
+            if not part:
+                break
+            counts = job.kept.write(number, kind, part)
+            done = Counts(done.rows + counts.rows, done.failed + counts.failed)
+            job.kept.check_failed(done.failed, max_failed, counts.example)
+            on_rows(done)
         if not any(job.parts.glob("part-*.done")):
             shutil.rmtree(job.parts)
-            raise SamplesError(f"there are no rows in {', '.join(map(str, job.inputs))}", "give at least one")
+            raise no_rows(job)
         rows, failed = _join(job, kind)
     return Done(rows, min(resumed, rows), failed)
 
 
-def _records(job: Job) -> Iterator[_Record]:
+def no_rows(job: Job) -> SamplesError:
+    """The error for inputs without rows."""
+    return SamplesError(f"there are no rows in {', '.join(map(str, job.inputs))}", "give at least one")
+
+
+def records(job: Job) -> Iterator[Record]:
+    """All rows of the inputs, in order, read as they are taken.
+
+    Raises:
+        SamplesError: An input cannot be read, or has no such column.
+    """
     if job.top is not None:
-        yield from (_Record(row, path, "", path, "") for row, path in enumerate(job.inputs))
+        yield from (Record(row, str(path), "", str(path), "") for row, path in enumerate(job.inputs))
         return
     row = 0
     for path in job.inputs:
         for item in iterate_table(path, job.columns, labelled=False):
-            yield _Record(row, path, item.name or "", item.value, item.problem)
+            yield Record(row, str(path), item.name or "", item.value, item.problem)
             row += 1
 
 
-def _parts(job: Job, runner: TextRunner | ImageRunner, start: int) -> Iterator[list[tuple[_Record, Any]]]:
-    """The rows from ``start`` on with their answers, a part at a time."""
-    waiting: deque[_Record] = deque()
+def answered(
+    rows: Iterable[Record], runner: TextRunner | ImageRunner, *, prompt: str | None, top: int | None
+) -> Iterator[tuple[Record, Any]]:
+    """The rows with their answers, in order; ``Rejected`` for one that cannot be answered."""
+    waiting: deque[Record] = deque()
 
     def values() -> Iterator[Any]:
-        for record in islice(_records(job), start, None):
+        for record in rows:
             waiting.append(record._replace(value=None))
             yield None if record.problem else record.value
 
-    part: list[tuple[_Record, Any]] = []
     if isinstance(runner, ImageRunner):
-        answers = runner.answers(values(), top=job.top or TOP)
+        answers = runner.answers(values(), top=top or TOP)
     else:
-        answers = runner.answers(values(), prompt=job.prompt)
+        answers = runner.answers(values(), prompt=prompt)
     for answer in answers:
         record = waiting.popleft()
-        part.append((record, Rejected(record.problem) if record.problem else answer))
-        if len(part) == PART_ROWS:
-            yield part
-            part = []
-    if part:
-        yield part
+        yield record, Rejected(record.problem) if record.problem else answer
 
 
-def _resume(job: Job) -> int:
-    """The number of finished parts; makes the folder for a new job."""
-    about = job.parts / "job.json"
-    facts = json.dumps(job.facts(), indent=1)
-    if not about.is_file():
-        job.parts.mkdir(exist_ok=True)
-        _replace(about, lambda path: path.write_text(facts, encoding="utf-8"))
-        return 0
-    if about.read_text(encoding="utf-8") != facts:
-        raise OutputError(
-            f"{job.parts} holds the parts of another job, or its inputs or artifact have changed",
-            "remove that folder to begin again, or give another name with -o",
-        )
-    number = 0
-    while (job.parts / f"part-{number:06}.done").is_file():
-        number += 1
-    return number
-
-
-def _write_part(job: Job, kind: Format, number: int, part: Sequence[tuple[_Record, Any]]) -> None:
-    """A part's answers and its rows set aside; ``.done`` comes last and says that both are whole."""
-    several = len(job.inputs) > 1 or job.top is not None
-    good = [
-        AnswerRow(row=record.row, input=str(record.input) if several else None, answer=answer)
-        for record, answer in part
-        if not isinstance(answer, Rejected)
-    ]
-    bad = [
-        {"row": record.row, "input": str(record.input), "where": record.name, "reason": answer.reason}
-        for record, answer in part
-        if isinstance(answer, Rejected)
-    ]
-    place = job.parts / f"part-{number:06}"
-    _replace(place.with_suffix(job.output.suffix), lambda path: kind.write(path, good, part[0][0].row, len(part)))
-    lines = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in bad)
-    _replace(place.with_suffix(".failed"), lambda path: path.write_bytes(lines.encode("utf-8", "replace")))
-    counts = json.dumps({"rows": len(part), "failed": len(bad)})
-    _replace(place.with_suffix(".done"), lambda path: path.write_text(counts))
+def _resume(job: Job) -> dict[int, Counts]:
+    """The finished parts, in order; makes the folder for a new job."""
+    job.kept.begin(job.facts(PART_ROWS))
+    finished = job.kept.finished()
+    return dict(islice(finished.items(), next(number for number in count() if number not in finished)))
 
 
 def _join(job: Job, kind: Format) -> tuple[int, int]:
     """Join the parts and remove their folder; rows in all, and rows set aside."""
-    done = sorted(job.parts.glob("part-*.done"))
-    counts = [json.loads(path.read_text()) for path in done]
-    rows, failed = (sum(count[name] for count in counts) for name in ("rows", "failed"))
+    done = job.kept.finished()
+    rows, failed = sum(counts.rows for counts in done.values()), sum(counts.failed for counts in done.values())
     whole = job.parts / f"whole{job.output.suffix}"
-    kind.join([path.with_suffix(job.output.suffix) for path in done], whole)
+    kind.join([job.kept.answers(number) for number in done], whole)
     if failed:
         aside = job.parts / "whole.failed"
-        join_lines([path.with_suffix(".failed") for path in done], aside)
+        join_lines([job.kept.failed(number) for number in done], aside)
         sync(aside)
         aside.replace(job.failed)
     sync(whole)
@@ -238,20 +229,13 @@ def _join(job: Job, kind: Format) -> tuple[int, int]:
     return rows, failed
 
 
-def _replace(path: Path, write: Callable[[Path], Any]) -> None:
-    """Write a file under another name, and give it its own when it is on disk."""
-    new = path.with_name(f"new-{path.name}")
-    write(new)
-    sync(new)
-    new.replace(path)
-
-
 @contextmanager
-def _writing(job: Job) -> Iterator[None]:
+def writing(output: Path, parts: Path) -> Iterator[None]:
+    """Turn what goes wrong with the disk into ``OutputError``."""
     try:
         yield
     except OSError as error:
         raise OutputError(
-            f"{error.filename or job.output} cannot be written: {error.strerror or error}",
-            f"free space and run the same command: finished parts are kept in {job.parts}",
+            f"{error.filename or output} cannot be written: {error.strerror or error}",
+            f"free space and run the same command: finished parts are kept in {parts}",
         ) from error

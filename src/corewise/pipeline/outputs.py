@@ -115,6 +115,9 @@ class _Parquet:
             table = pyarrow.table(columns)
         else:
             table = pyarrow.Table.from_pylist([_record(row, self._field) for row in rows])
+            if rows and self._field == "spans":  # of texts without any, nothing tells the type
+                place = table.schema.get_field_index("spans")
+                table = table.set_column(place, "spans", table.column("spans").cast(_spans_type()))
         parquet.write_table(table, path)
 
     def join(self, parts: Sequence[Path], path: Path) -> None:
@@ -125,6 +128,15 @@ class _Parquet:
         with parquet.ParquetWriter(path, schema) as whole:
             for part in filled:
                 whole.write_table(parquet.read_table(part).cast(schema))
+
+
+def _spans_type() -> Any:
+    """What Arrow calls a list of ``Span``."""
+    import pyarrow
+
+    whole, text = pyarrow.int64(), pyarrow.string()
+    fields = {"label": text, "probability": pyarrow.float64(), "start": whole, "end": whole, "text": text}
+    return pyarrow.list_(pyarrow.struct(list(fields.items())))
 
 
 class _Npy:

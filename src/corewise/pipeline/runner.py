@@ -16,7 +16,7 @@ from corewise.pipeline.tokens import TextEncoder, Tokens
 from corewise.samples.texts import Text
 
 Run = Callable[[Sequence[NDArray[Any]]], list[NDArray[Any]]]
-"""One call of the model. Several threads call it at the same time, one for each instance."""
+"""One call of the model. Several threads call it at the same time, one more than there are instances."""
 
 WINDOW_ITEMS = 1024
 """Items that are sorted by length together. The next window is tokenized while this one runs."""
@@ -56,7 +56,7 @@ class TextRunner:
         limits: CallLimits,
         cost: CallCost = by_tokens,
     ) -> None:
-        """``run`` takes calls from ``instances`` threads at the same time; ``cost`` says which calls are cheap."""
+        """``run`` runs ``instances`` calls at the same time; ``cost`` says which calls are cheap."""
         self.encoder = encoder
         self._run = run
         self._instances = instances
@@ -78,7 +78,8 @@ class TextRunner:
         """
         windows = _windows(items)
         ahead: deque[_Window] = deque()
-        pool = ThreadPoolExecutor(self._instances, "corewise-text")
+        # One more than instances: the next call's arrays are ready when an instance is.
+        pool = ThreadPoolExecutor(self._instances + 1, "corewise-text")
         try:
             for window in windows:
                 ahead.append(self._start(window, prompt, pool))

@@ -1,11 +1,15 @@
 """Texts as samples of the model's inputs, padded as they will be served."""
 
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
-from corewise.pipeline.calls import CallLimits, fill
+import numpy as np
+
+from corewise.pipeline.calls import Call, CallLimits, fill
 from corewise.pipeline.runner import MULTIPLE
 from corewise.pipeline.tokens import TextEncoder
+from corewise.records.report import TokenFacts
 from corewise.samples import RawSamples, Samples, UnreadableItem
 
 ROWS = 32
@@ -31,9 +35,11 @@ def text_samples(encoder: TextEncoder, raw: RawSamples, by_name: bool = True) ->
     usable = [place for place, problem in enumerate(problems) if not problem]
     tokens = encoder.encode([raw.items[place] for place in usable]) if usable else []
     lengths = [len(one) for one in tokens]
+    calls = fill(lengths, limits=CallLimits(rows=ROWS), multiple=MULTIPLE, pads=pipeline.pads)
+    facts = token_facts(lengths, calls, pipeline.max_length, _cut(encoder, raw, usable, lengths)) if usable else None
     pooled = pipeline.task in ("classes", "scores") or pipeline.pooling != "none"
     if pooled and pipeline.pads:
-        for call in fill([len(one) for one in tokens], limits=CallLimits(rows=ROWS), multiple=MULTIPLE):
+        for call in calls:
             for place in call.places:
                 lengths[place] = min(call.tokens, pipeline.max_length)
     made: list[Any] = [UnreadableItem("", problem) for problem in problems]
@@ -41,7 +47,30 @@ def text_samples(encoder: TextEncoder, raw: RawSamples, by_name: bool = True) ->
         arrays = [array[0] for array in encoder.collate([one], length)]
         names = [each.name for each in pipeline.inputs]
         made[place] = dict(zip(names, arrays, strict=True)) if by_name else tuple(arrays)
-    return replace(raw, items=made).tensors(_usable)
+    return replace(replace(raw, items=made).tensors(_usable), tokens=facts)
+
+
+def token_facts(lengths: Sequence[int], calls: Sequence[Call], most: int, cut: int) -> TokenFacts:
+    """The facts about texts of these lengths (N,), of which ``cut`` were longer, in these calls."""
+    counts = np.asarray(lengths)
+    rows = -(-len(counts) // len(calls))
+    unsorted = sum(int(part.max()) * len(part) for part in (counts[k : k + rows] for k in range(0, len(counts), rows)))
+    filled, total = sum(min(call.tokens, most) * len(call.places) for call in calls), int(counts.sum())
+    return TokenFacts(
+        median=int(np.quantile(counts, 0.5, method="nearest")),
+        p95=int(np.quantile(counts, 0.95, method="nearest")),
+        longest=int(counts.max()),
+        most=most,
+        cut=cut / len(counts),
+        padding=1 - total / filled,
+        padding_unsorted=1 - total / unsorted,
+    )
+
+
+def _cut(encoder: TextEncoder, raw: RawSamples, usable: Sequence[int], lengths: Sequence[int]) -> int:
+    """How many of the texts are longer than the model takes."""
+    full = (place for place, length in zip(usable, lengths, strict=True) if length == encoder.pipeline.max_length)
+    return sum(encoder.is_cut(raw.items[place]) for place in full)
 
 
 def _usable(inputs: Any) -> Any:

@@ -128,6 +128,11 @@ class TextEncoder:
                 )
         return made
 
+    def is_cut(self, item: Text) -> bool:
+        """Whether an item has more tokens than the model takes."""
+        whole = self._cut(item, self._prefix(None), self.pipeline.truncation)
+        return len(self._untruncated.encode_batch_fast([whole])[0].ids) > self.pipeline.max_length
+
     def pieces(self, text: str, *, special: bool = True, prompt: str | None = None) -> list[TokenPiece]:
         """The tokens of one text of any length, with or without special ones. Raises ``InputError`` as ``encode``."""
         whole = self._prefix(prompt) + text

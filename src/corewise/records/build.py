@@ -127,6 +127,28 @@ class Plan:
 
 
 @dataclass(frozen=True, kw_only=True)
+class ElasticPlan:
+    """Two layouts of one build that are open at the same time and share the cores as the load has it."""
+
+    wide: Plan
+    """One instance with all threads, for a call that is alone."""
+    narrow: Plan
+    """Several instances that together have as many threads, for many calls and for many rows."""
+
+    def __post_init__(self) -> None:
+        threads = self.narrow.threads_per_instance * self.narrow.instances
+        if self.wide.instances != 1 or self.narrow.instances < 2 or self.wide.threads_per_instance != threads:
+            raise ValueError(
+                f"{self.label} is no elastic plan: both layouts need as many threads, one a single instance"
+            )
+
+    @property
+    def label(self) -> str:
+        """``2 threads x 1, batch 16 or 1 thread x 2, batch 8``."""
+        return f"{self.wide.label} or {self.narrow.label}"
+
+
+@dataclass(frozen=True, kw_only=True)
 class Receipt:
     """What an opened int8 payload runs: proof that it did not silently stay in fp32."""
 

@@ -67,6 +67,23 @@ class Preprocess:
 
 
 @dataclass(frozen=True, kw_only=True)
+class TokenFacts:
+    """How long texts are, in tokens, and what their padding costs: shares of all tokens that a model is given."""
+
+    median: int
+    p95: int
+    longest: int
+    most: int
+    """What the model takes; longer texts are cut."""
+    cut: float
+    """The share of texts that are cut."""
+    padding: float
+    """In calls of texts of about one length."""
+    padding_unsorted: float
+    """In calls of as many texts in their own order."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class SampleFacts:
     """Where the samples came from and how they were split."""
 
@@ -77,6 +94,8 @@ class SampleFacts:
     seed: int
     labelled: bool
     preprocess: Preprocess | None = None
+    tokens: TokenFacts | None = None
+    """Of samples that are texts."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-from corewise.records.build import Plan
+from corewise.records.build import ElasticPlan, Plan
 from corewise.records.cpu import Cpu
 from corewise.records.goal import GoalName
 from corewise.records.measurement import Measurement
@@ -52,11 +52,39 @@ class Tuned:
     goal: GoalName
     plan: Plan
     measurements: tuple[Measurement, ...]
+    elastic: ElasticPlan | None = None
+    """What a loaded model runs in place of the plan; ``None`` where one layout is as good."""
 
     @property
     def label(self) -> str:
         """``runs 1 thread x 2, batch 8: tuned on this kind of machine, AMD EPYC 7763 (...), on 2026-03-14``."""
-        return f"runs {self.plan.label}: tuned on this kind of machine, {self.machine.label}, on {self.created[:10]}"
+        loaded = f" (loaded as a model: {self.elastic.label}, by the load)" if self.elastic else ""
+        here = f"tuned on this kind of machine, {self.machine.label}, on {self.created[:10]}"
+        return f"runs {self.plan.label}{loaded}: {here}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoadPoint:
+    """Latencies of calls of one row at one load, simulated; each of the elastic, the wide and the narrow plan."""
+
+    load: float
+    """Share of the rate at which the fixed plan is saturated."""
+    p50_ms: tuple[float, float, float]
+    p99_ms: tuple[float, float, float]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Elasticity:
+    """An elastic plan beside its two layouts alone, simulated with their measured times."""
+
+    plan: ElasticPlan
+    pays: bool
+    """Whether it is never worse than the fixed plan and somewhere better."""
+    curve: tuple[LoadPoint, ...]
+    saturated_per_s: tuple[float, float, float]
+    """Rows per second of full batches from as many callers as there are instances: elastic, wide, narrow."""
+    memory_bytes: int
+    """At most what a process needs that has both open: the sum of processes with one; 0 if the kernel does not say."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,6 +116,8 @@ class Retuned:
     """Plans measured."""
     notes: tuple[str, ...]
     wall_s: float
+    elasticity: Elasticity | None = None
+    """``None`` where there is one thread, or no time was left to measure both layouts."""
 
     @property
     def kept(self) -> bool:

@@ -2,8 +2,8 @@
 
 from corewise.records.goal import GOALS
 from corewise.records.measurement import LoadTest
-from corewise.records.tuned import Retuned
-from corewise.report.numbers import duration, figure, interval, milliseconds, rate, times
+from corewise.records.tuned import Elasticity, Retuned
+from corewise.report.numbers import counted, duration, figure, interval, megabytes, milliseconds, rate, times
 
 LATE_MS = 5.0
 """If the sender's p99 delay is above this, the requests no longer arrive as a Poisson process."""
@@ -69,8 +69,30 @@ def retuned_lines(retuned: Retuned) -> tuple[str, ...]:
         lines.append(f"{ratio} over {comparison.rounds} alternating rounds: {verdict}")
     elif retuned.kept:
         lines.append("no other plan tried is faster: the old plan stays")
-    lines.append(f"{retuned.tried} plans measured in {duration(retuned.wall_s)} on {retuned.entry.machine.label}")
+    lines.append(
+        f"{counted(retuned.tried, 'plan')} measured in {duration(retuned.wall_s)} on {retuned.entry.machine.label}"
+    )
+    if retuned.elasticity is not None:
+        lines += elasticity_lines(retuned.elasticity)
     return (*lines, *(f"note: {note}" for note in retuned.notes))
+
+
+def elasticity_lines(elasticity: Elasticity) -> tuple[str, ...]:
+    """An elastic plan beside its two layouts alone: latency over load, the most items per second, and the verdict."""
+    wide, narrow = elasticity.plan.wide, elasticity.plan.narrow
+    names = ("elastic", *(plan.label.partition(",")[0] for plan in (wide, narrow)))
+    rows = [("simulated p50 of single items", *names)]
+    rows += [
+        (f"  at {point.load:.0%} of the fixed plan's load", *(milliseconds(ms) for ms in point.p50_ms))
+        for point in elasticity.curve
+    ]
+    rows.append((f"batches of {narrow.batch}, saturated", *(rate(per_s) for per_s in elasticity.saturated_per_s)))
+    if elasticity.pays:
+        memory = f", in at most {megabytes(elasticity.memory_bytes)}" if elasticity.memory_bytes else ""
+        verdict = f"corewise.load opens {elasticity.plan.label}{memory}: a call that is alone takes all cores"
+    else:
+        verdict = "an elastic plan is not better: corewise.load opens one layout"
+    return (*(f"{head:34s}{''.join(f'{cell:>18s}' for cell in cells)}" for head, *cells in rows), verdict)
 
 
 def _speed(retuned: Retuned, per_s: float | None) -> str:

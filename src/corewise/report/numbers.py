@@ -54,6 +54,11 @@ def size(size_bytes: int) -> str:
     return f"{size_bytes / 2**10:.1f} KiB"
 
 
+def counted(number: int, noun: str) -> str:
+    """``1 plan``, ``7 plans``."""
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
+
+
 def clean(text: str) -> str:
     """One line that cannot steer a terminal: control characters and line ends become single spaces."""
     return " ".join("".join(c if c.isprintable() else " " for c in text).split())

@@ -33,6 +33,8 @@ def _accuracy(details: Details) -> str:
 
 
 def _shifted(details: Details) -> str:
+    if details.get("alone"):
+        return "on texts in calls of their own: "
     return "on samples unlike the calibration samples: " if details.get("shifted") else ""
 
 

@@ -16,10 +16,11 @@ from corewise.records.events import Stage, StageStarted, TrialStep
 from corewise.records.goal import Goal, Slo
 from corewise.records.measurement import LoadRun, Measurement, Rates
 from corewise.records.reason import Reason, ReasonKind
-from corewise.records.report import Preprocess, Report
+from corewise.records.report import Preprocess, Report, TokenFacts
 from corewise.records.trial import Fidelity, State, Trial
 from corewise.report.numbers import (
     clean,
+    counted,
     duration,
     figure,
     interval,
@@ -144,11 +145,21 @@ def facts(report: Report) -> Iterator[tuple[str, str]]:
     yield "goal", _goal(report)
     yield "cost", _cost(report)
     yield "samples", _samples(report)
+    if report.samples.tokens:
+        yield "texts", texts(report.samples.tokens)
     if report.samples.preprocess:
         yield "images", images(report.samples.preprocess)
     yield "machine", _machine(report.cpu)
     yield "versions", clean(", ".join(f"{name} {version}" for name, version in report.versions.items()))
     yield "created", clean(report.created)
+
+
+def texts(tokens: TokenFacts) -> str:
+    """How long the samples' texts are, and what padding them costs, sorted and as they come."""
+    lengths = f"median {tokens.median} tokens, 95 % have up to {tokens.p95}, the longest {tokens.longest}"
+    cut = f"; {100 * tokens.cut:.1f} % were cut at {tokens.most}" if tokens.cut else ""
+    padding = f"{100 * tokens.padding:.0f} % of what the model is given is padding"
+    return f"{lengths}{cut}; {padding}, without sorting by length {100 * tokens.padding_unsorted:.0f} %"
 
 
 def _repair(report: Report) -> str:
@@ -214,10 +225,12 @@ def ended(trial: Trial, baseline: Trial | None, goal: Goal) -> str:
 def tuned(trial: Trial) -> str:
     """One line about a trial whose plans were searched."""
     assert trial.tuned is not None
-    line = f"{trial.build.label}: {len(trial.measurements)} plans measured; {sentence(trial.tuned)}"
+    line = f"{trial.build.label}: {counted(len(trial.measurements), 'plan')} measured; {sentence(trial.tuned)}"
     if trial.failed_plans:
         first = trial.failed_plans[0]
-        line += f"; {len(trial.failed_plans)} plans did not run, {first.plan.label}: {sentence(first.reason)}"
+        line += (
+            f"; {counted(len(trial.failed_plans), 'plan')} did not run, {first.plan.label}: {sentence(first.reason)}"
+        )
     return clean(line)
 
 
@@ -245,9 +258,8 @@ def stage(event: StageStarted) -> str:
         case Stage.MEASURING_PLAN:
             return f"measuring {plan}"
         case Stage.RACING:
-            contenders = "contender" if event.count == 1 else "contenders"
             return (
-                f"racing {plan or f'{event.count} {contenders}'} against {'the old plan' if plan else 'the baseline'}"
+                f"racing {plan or counted(event.count, 'contender')} against the {'old plan' if plan else 'baseline'}"
             )
         case Stage.QUANTIZING:
             return f"quantizing with {event.samples} samples"

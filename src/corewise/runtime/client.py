@@ -6,7 +6,7 @@ import socket
 import subprocess
 import sys
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack, suppress
 from math import inf
 from pathlib import Path
@@ -108,6 +108,11 @@ class Client(ABC):
     def run_round(self, budget_s: float) -> messages.RoundRate:
         """One round of an alternating race."""
         return self._ask(messages.RunRound(budget_s=budget_s), messages.RoundRate, Step.RACING)
+
+    def time_calls(self, samples: Path, points: Sequence[tuple[int, int]], budget_s: float) -> tuple[float, ...]:
+        """Milliseconds of calls of so many rows and tokens on the open instances; some of the last may be left out."""
+        request = messages.TimeCalls(samples=samples, points=tuple(points), budget_s=budget_s)
+        return self._ask(request, messages.TimedCalls, Step.MEASURING).ms
 
     def load(
         self,

@@ -83,9 +83,14 @@ class Instances:
         """Run one batch on the instance of that number, and wait for it."""
         return self.start(instance, inputs).result()
 
-    def start(self, instance: int, inputs: Sequence[np.ndarray]) -> "Future[list[np.ndarray]]":
-        """Run one batch on the instance of that number, after its earlier work."""
-        return self._submit(instance, self._sessions[instance].run, inputs)
+    def start(
+        self, instance: int, inputs: Sequence[np.ndarray], then: Callable[[], None] = lambda: None
+    ) -> "Future[list[np.ndarray]]":
+        """Run one batch on the instance of that number, after its earlier work.
+
+        ``then`` is called in its thread when the batch has ended, before anyone is told.
+        """
+        return self._submit(instance, _run_then, self._sessions[instance], inputs, then)
 
     def each(self, work: Callable[[Session], T]) -> list[T]:
         """Do ``work`` on all instances at the same time, each in its thread; its results in their order.
@@ -136,6 +141,13 @@ class Instances:
             self.memory_per_instance_bytes += max(0, grown_bytes)
 
 
+def _run_then(session: Session, inputs: Sequence[np.ndarray], then: Callable[[], None]) -> list[np.ndarray]:
+    try:
+        return session.run(inputs)
+    finally:
+        then()
+
+
 class FixedBatch:
     """A session whose program takes exactly ``rows`` rows a call: batches are cut, and the last call is padded."""
 
@@ -175,12 +187,17 @@ def open_plan(engine: Engine, folder: Path, build: Build, plan: Plan, cpu: Cpu) 
     if plan.instances > 1:
         cpus = assign(cpu, plan.threads_per_instance, plan.instances)
         return Pool(Instances(engine, folder, build, plan, cpus), plan.batch)
-    if os.getpid() != IMPORTED_BY:
+    if is_forked():
         return Pool(Instances(engine, folder, build, plan, [()]), plan.batch if plan.batch > 1 else sys.maxsize)
     return Alone(engine, folder, build, plan)
 
 
-class _Process:
+def is_forked() -> bool:
+    """Whether this process was forked after it imported corewise."""
+    return os.getpid() != IMPORTED_BY
+
+
+class OpenedHere:
     """The process that opened a session. Threads and OpenMP's teams do not follow into a child that is forked."""
 
     def __init__(self) -> None:
@@ -209,7 +226,7 @@ class Alone:
     """
 
     def __init__(self, engine: Engine, folder: Path, build: Build, plan: Plan) -> None:
-        self._process = _Process()
+        self._process = OpenedHere()
         with flushing():
             session = engine.open(folder, build, plan_to_open(build, plan))
         self._session = in_calls_of(build.fixed_batch, session)
@@ -236,7 +253,7 @@ class Pool:
     """Instances as one session: a call's rows go to all instances that are idle, each part to the first free one."""
 
     def __init__(self, instances: Instances, batch: int) -> None:
-        self._process = _Process()
+        self._process = OpenedHere()
         self._instances = instances
         self._batch = batch
         self._free: SimpleQueue[int | None] = SimpleQueue()

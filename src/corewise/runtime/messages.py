@@ -116,6 +116,18 @@ class MeasurePhotos:
     budget_s: float
 
 
+@dataclass(frozen=True, kw_only=True)
+class TimeCalls:
+    """Time calls of texts on the open instances, all at work: ``points`` are rows and tokens, in this order.
+
+    ``samples`` are rows of tokens. After ``budget_s`` what is left of the points is left out.
+    """
+
+    samples: Path
+    points: tuple[tuple[int, int], ...]
+    budget_s: float
+
+
 Request = (
     Prepare
     | BuildPayload
@@ -126,6 +138,7 @@ Request = (
     | WarmUp
     | RunRound
     | RunLoad
+    | TimeCalls
     | MeasurePhotos
 )
 _REQUESTS: dict[str, type[Request]] = {kind.__name__: kind for kind in get_args(Request)}
@@ -187,6 +200,13 @@ class RoundRate:
     throttled: int
 
 
+@dataclass(frozen=True, kw_only=True)
+class TimedCalls:
+    """Milliseconds of the median call of each point that there was time for, at least of the first."""
+
+    ms: tuple[float, ...]
+
+
 Answer = (
     Prepared
     | BuiltPayload
@@ -198,6 +218,7 @@ Answer = (
     | RoundRate
     | LoadRun
     | PhotoRate
+    | TimedCalls
 )
 
 

@@ -88,6 +88,8 @@ class TrialChild:
                 return self._run_load(request)
             case messages.MeasurePhotos():
                 return self._measure_photos(request)
+            case messages.TimeCalls():
+                return self._time_calls(request)
             case _:
                 assert_never(request)
 
@@ -165,13 +167,24 @@ class TrialChild:
         """Whole calls; each instance's first call is not timed."""
         instances = self._opened()
 
-        def calls(session: Session) -> list[float]:
-            session.run(self._inputs)
-            return time_calls(session, self._inputs, budget_s=request.budget_s, min_calls=1)
-
+        calls = partial(_warm_calls, inputs=self._inputs, budget_s=request.budget_s)
         before = throttled_count()
         per_s = throughput_per_s(len(self._inputs[0]), instances.each(calls))
         return messages.RoundRate(per_s=per_s, throttled=throttled_count() - before)
+
+    def _time_calls(self, request: messages.TimeCalls) -> messages.TimedCalls:
+        """Which tokens a text has does not matter for its time, so one sample's are repeated."""
+        row = Samples.load(request.samples).rows[0]
+        until_s = time.perf_counter() + request.budget_s
+        each_s = request.budget_s / len(request.points)
+        ms: list[float] = []
+        for rows, tokens in request.points:
+            if ms and time.perf_counter() > until_s:
+                break
+            inputs = tuple(np.tile(np.resize(array, tokens), (rows, 1)) for array in row)
+            timed = self._opened().each(partial(_warm_calls, inputs=inputs, budget_s=each_s))
+            ms.append(1e3 * median(seconds for calls in timed for seconds in calls))
+        return messages.TimedCalls(ms=tuple(ms))
 
     def _run_load(self, request: messages.RunLoad) -> LoadRun:
         """Load the open instances through a batcher with requests of one row, some samples of one shape in turn.
@@ -235,6 +248,12 @@ class TrialChild:
         if self._instances is not None:
             self._instances.close()
         self._instances = None
+
+
+def _warm_calls(session: Session, *, inputs: Sequence[np.ndarray], budget_s: float) -> list[float]:
+    """Seconds of whole calls for ``budget_s``, at least of one, after a first one that is not timed."""
+    session.run(inputs)
+    return time_calls(session, inputs, budget_s=budget_s, min_calls=1)
 
 
 class _OwnAnswer:

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from corewise.common.errors import OutputError, SamplesError
 from corewise.common.nested import Structure
 from corewise.records.jsonable import from_json, to_json
-from corewise.records.report import Preprocess
+from corewise.records.report import Preprocess, TokenFacts
 from corewise.samples.drawing import draw
 from corewise.samples.labels import digest_bytes, label_tensors, stored_labels
 from corewise.samples.stored import (
@@ -62,6 +62,8 @@ class Samples:
     numbers: Array | None = None
     names: Sequence[str] | None = None
     notes: tuple[str, ...] = ()
+    tokens: TokenFacts | None = None
+    """How long the texts were that the rows were made of; ``save`` leaves it out."""
     originals: "RawSamples | None" = None
     """The images that the rows were made of, to be decoded in another way; ``save`` leaves them out."""
 

@@ -26,6 +26,7 @@ from corewise.samples.tensors import Item, collect, number_groups
 from corewise.samples.texts import Columns
 
 LABEL_KEYS = ("labels", "label", "y")
+FILE_SUFFIXES = (*READERS, ".npz", ".safetensors")
 
 
 def read(
@@ -105,6 +106,21 @@ def image_samples(images: RawSamples, reader: ImageReader, *, spool: Path | None
     return replace(samples, notes=(*samples.notes, *reader.notes()))
 
 
+def check_reference(reference: str) -> None:
+    """Raise ``SamplesError`` for what ``read_raw`` could not read by its name alone; nothing is opened or imported."""
+    path = Path(reference)
+    if path.is_dir():
+        return
+    if path.suffix.lower() in FILE_SUFFIXES:
+        if not path.is_file():
+            raise SamplesError(f"there is no file {reference}", "check the path")
+    elif ":" not in reference:
+        raise SamplesError(
+            f"there are no samples at {reference}",
+            f"give a folder of images or recordings, a file ({', '.join(FILE_SUFFIXES)}), or module:function",
+        )
+
+
 def read_raw(
     reference: str,
     *,
@@ -139,16 +155,11 @@ def read_raw(
         SamplesError: Naming what is wrong and where.
         MissingExtra: Where Pillow or pyarrow is needed and not installed.
     """
+    check_reference(reference)
     path = Path(reference)
     columns = Columns(text, pair, label)
     suffix = path.suffix.lower()
-    if not path.is_dir() and suffix not in (*READERS, ".npz", ".safetensors"):
-        if ":" not in reference:
-            raise SamplesError(
-                f"there are no samples at {reference}",
-                f"give a folder of images or recordings, a file ({', '.join(READERS)}, .npz, .safetensors), "
-                "or module:function",
-            )
+    if not path.is_dir() and suffix not in FILE_SUFFIXES:
         made = call_reference(reference, SamplesError, "samples function")
         return raw_from_python(
             made, text=text, pair=pair, label=label, source=reference, max_samples=max_samples, seed=seed, spool=spool
@@ -158,8 +169,6 @@ def read_raw(
     if path.is_dir():
         folder = read_folder(path, max_samples=max_samples or MAX_SAMPLES, seed=seed, allow_empty=allow_empty)
         return replace(folder, source=reference)
-    if not path.is_file():
-        raise SamplesError(f"there is no file {reference}", "check the path")
     if suffix in READERS:
         return replace(read_table(path, columns, max_samples=max_samples or MAX_SAMPLES, seed=seed), source=reference)
     arrays = _read_npz(path) if suffix == ".npz" else _read_safetensors(path)

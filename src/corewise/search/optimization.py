@@ -19,7 +19,9 @@ from corewise.records.pipeline import Pooling
 from corewise.records.report import Choice, Report
 from corewise.runtime.worker import peak_memory_bytes
 from corewise.runtime.workspace import Workspace
+from corewise.search.alone import alone_guard
 from corewise.search.budget import WITH_LOADS, Budget, BudgetSplit, baseline_batch
+from corewise.search.call_costs import time_calls
 from corewise.search.candidates import first_plan, layouts
 from corewise.search.end_to_end import LEAST_FILES, photo_files
 from corewise.search.images import ImagePlan, prepare_images
@@ -151,7 +153,8 @@ def optimize(
         try:
             build_inputs = task.write(workspace)
             shift = ShiftGuard(gate, context, build_inputs, task.builds[0])
-            search = Search(task.builds, gate, context, journal, shift)
+            alone = alone_guard(task.pipeline, task.holdout, gate, context, task.row_s)
+            search = Search(task.builds, gate, context, journal, shift, alone)
             search.try_builds()
             search.revert_layers()
             search.judge_under_shift()
@@ -161,10 +164,12 @@ def optimize(
             search.race()
             choice = search.choose()
             images = prepare_images(task, choice, gate, context, end_to_end=end_to_end is not False)
+            call_costs = time_calls(task.pipeline, task.holdout, choice, context)
         finally:
             if journal.empty:  # it ended before anything worth keeping
                 workspace.remove()
-    return _result(task, search, choice, build_inputs, class_names, images)
+    result = _result(task, search, choice, build_inputs, class_names, images)
+    return replace(result, call_costs=call_costs)
 
 
 def _context(

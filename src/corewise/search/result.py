@@ -15,7 +15,8 @@ from corewise.artifact.texts import text_runner
 from corewise.artifact.watch import seen_range
 from corewise.common.nested import Structure
 from corewise.engines import BuildInputs, Engine
-from corewise.pipeline import TextEncoder, fit, image_pipeline, infer
+from corewise.pipeline import CostTable, TextEncoder, fit, image_pipeline, infer
+from corewise.pipeline.calls import by_tokens
 from corewise.records.pipeline import ImagePipeline, PhotoPlan, TextPipeline
 from corewise.records.ranges import InputRange, SeenRanges
 from corewise.records.report import Report
@@ -49,6 +50,8 @@ class Result:
     tokenizer: bytes = b""
     photos: PhotoPlan | None = None
     """The plan from files of photos to answers, if it was searched."""
+    call_costs: CostTable | None = None
+    """What calls of texts cost under the winner's plan, if it takes texts."""
 
     @property
     def headline(self) -> str:
@@ -70,6 +73,7 @@ class Result:
         pipeline = self._fitted
         images = self._images
         encoder = None if pipeline is None else TextEncoder(pipeline, self.tokenizer)
+        cost = self.call_costs or by_tokens
         return Model(
             session,
             inputs=self.build_inputs.inputs,
@@ -77,7 +81,7 @@ class Result:
             output_structure=self.output_structure,
             ranges=self._ranges,
             seen_ranges=self._seen_ranges,
-            texts=None if encoder is None else text_runner(encoder, session.run, choice.plan),
+            texts=None if encoder is None else text_runner(encoder, session.run, choice.plan, cost),
             images=None if images is None else image_runner(images, session.run, choice.plan, photos=self.photos),
         )
 
@@ -146,6 +150,7 @@ class Result:
             input_ranges=self._ranges,
             photos=self.photos,
             seen_ranges=self._seen_ranges,
+            call_costs=self.call_costs,
         )
 
     def _inferred(self, tokenizer: Path, labels: Sequence[str]) -> tuple[TextPipeline, bytes]:

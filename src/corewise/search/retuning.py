@@ -26,15 +26,16 @@ from corewise.records.cpu import Cpu
 from corewise.records.events import OnEvent, Stage, StageStarted
 from corewise.records.goal import Requirements, Slo
 from corewise.records.measurement import Measurement
-from corewise.records.tuned import Comparison, Machine, Retuned, Tuned
+from corewise.records.tuned import Comparison, Elasticity, Machine, Retuned, Tuned
 from corewise.runtime.client import Client, Died, InProcess, Worker
 from corewise.runtime.race import ROUND_S, ROUNDS, WARM_S, Contender, ContenderFailed, run_race
 from corewise.runtime.workspace import Workspace
+from corewise.search.elastic import elastic_plan, elasticity, plans_to_measure
 from corewise.search.plans import BATCHES, SLOW_CALL_MS, START_BATCH, tables
 
 BUDGET_S = 30.0
-SEARCH_SHARE = 0.5
-"""Share of the budget for the search; the rest is for the race, which opens both plans again."""
+SEARCH_SHARE, RACE_SHARE = 0.5, 0.8
+"""Shares of the budget after which no plan is measured, and the race of two ends; then the elastic plan is measured."""
 MEASURE_S = 0.4
 FEWEST_ROUNDS = 3
 LEAST_TIMEOUT_S = 60.0
@@ -177,19 +178,20 @@ def _retune(bench: _Bench, started_s: float, budget_s: float) -> Retuned:
         notes.append("the CPU quota throttled some measurements: their figures are too low")
     by_plan = {measurement.plan: measurement for measurement in measurements}
     best = best_measurement(measurements, requirements) or measurements[0]
-    duel = _duel(bench, by_plan.get(old), best, budget_s - (time.monotonic() - started_s))
+    duel = _duel(bench, by_plan.get(old), best, RACE_SHARE * budget_s - (time.monotonic() - started_s))
     wins = duel.comparison is None or duel.comparison.low > 1
     if not wins and allowed(best, requirements) and not allowed(by_plan[old], requirements):
         wins = True
         notes.append(f"{old.label} breaks the {_limits(requirements)} here, and so does not stay")
     plan, kept = best.plan if wins else old, []
+    elastic = _elastic(bench, plan, measurements, requirements, started_s + budget_s)
     if fit.tuned or Machine.of(report.cpu) == Machine.of(bench.cpu):
         # Admission needs the small batches of the plan's layout, which the search visits for the best one only.
-        layout = ThreadLayout.of(plan)
+        layout, fresh = ThreadLayout.of(plan), {measurement.plan for measurement in measurements}
         kept = [
             measurement
             for measurement in stored
-            if ThreadLayout.of(measurement.plan) == layout and measurement.plan not in by_plan
+            if ThreadLayout.of(measurement.plan) == layout and measurement.plan not in fresh
         ]
     entry = Tuned(
         machine=Machine.of(bench.cpu),
@@ -197,6 +199,7 @@ def _retune(bench: _Bench, started_s: float, budget_s: float) -> Retuned:
         goal=requirements.goal.name,
         plan=plan,
         measurements=(*measurements, *kept),
+        elastic=elastic.plan if elastic and elastic.pays else None,
     )
     return Retuned(
         folder=bench.artifact.folder,
@@ -209,7 +212,25 @@ def _retune(bench: _Bench, started_s: float, budget_s: float) -> Retuned:
         tried=len(measurements),
         notes=(*notes, *duel.notes),
         wall_s=time.monotonic() - started_s,
+        elasticity=elastic,
     )
+
+
+def _elastic(
+    bench: _Bench, plan: Plan, measured: list[Measurement], requirements: Requirements, until_s: float
+) -> Elasticity | None:
+    """Measure what the tables of the elastic plan lack, add it to ``measured``, and judge the plan by simulation."""
+    elastic = elastic_plan(plan, measured)
+    if elastic is None:
+        return None
+    if (wanted := plans_to_measure(elastic, measured)) and time.monotonic() < until_s:
+        found, _ = bench.search(
+            wanted[0],
+            lambda so_far, failed: next(iter(wanted[len(so_far) + len(failed) :]), None),
+            until_s,
+        )
+        measured += found
+    return elasticity(plan, elastic, measured, requirements)
 
 
 def _duel(bench: _Bench, old: Measurement | None, best: Measurement, left_s: float) -> _Duel:

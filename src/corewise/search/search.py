@@ -19,6 +19,7 @@ from corewise.report.reasons import sentence
 from corewise.runtime.client import read_outputs
 from corewise.runtime.race import Race
 from corewise.search import slo
+from corewise.search.alone import AloneGuard
 from corewise.search.budget import BASELINE_SHARE
 from corewise.search.candidates import (
     at_learned_rung,
@@ -56,12 +57,14 @@ class Search:
         context: SearchContext,
         journal: Journal,
         shift: ShiftGuard | None = None,
+        alone: AloneGuard | None = None,
     ) -> None:
         self.builds = tuple(builds)
         self.gate = gate
         self.context = context
         self.journal = journal
         self.shift = shift
+        self.alone = alone
         self.trials: list[Trial] = []
         self.notes: list[Reason] = []
         """What limited the search."""
@@ -208,6 +211,8 @@ class Search:
             choice = choose_winner(self.trials, self.rates, self.context.requirements, self.trials[0].build)
             winner = self._of(choice.winner)
             judged = winner if is_baseline(winner.build) else self._judged_under_shift(winner, share=1.0)
+            if self.alone is not None and judged.state == State.OK and not is_baseline(winner.build):
+                judged = self.alone.judged(judged)
             if judged.state == State.OK:
                 break
             self._replace_and_tell(judged)

@@ -142,6 +142,7 @@ class Task:
             seed=self.seed,
             labelled=self.samples.labels is not None,
             preprocess=self.samples.preprocess,
+            tokens=self.samples.tokens,
         )
 
     def gate(self, requirements: Requirements) -> AccuracyGate:

@@ -3,10 +3,8 @@
 import asyncio
 import json
 import logging
-import os
 import time
 from collections.abc import Awaitable, Callable
-from itertools import count
 from math import inf
 from typing import Any
 
@@ -21,6 +19,7 @@ from corewise.batching import Answer
 from corewise.common.errors import CorewiseError
 from corewise.serving import bodies, pages, protocol, refusals, triton
 from corewise.serving.front import Front
+from corewise.serving.gate import REQUEST_ID, RequestIds
 from corewise.serving.infer import (
     ARRIVED,
     CLOSED_REQUEST,
@@ -42,7 +41,6 @@ from corewise.serving.tokens import Tokens
 
 log = logging.getLogger("corewise.serve")
 
-REQUEST_ID = b"x-request-id"
 OPEN_TO_ALL = ("/v2/health/live", "/v2/health/ready", "/health")
 """A prober has no token."""
 NOT_NOW = refusals.NOT_NOW
@@ -136,7 +134,7 @@ class App:
 
     async def text_metrics(self, request: Request) -> Response:
         """For Prometheus."""
-        return Response(self.metrics.text(), headers={"content-type": CONTENT_TYPE})
+        return Response(await asyncio.to_thread(self.metrics.text), headers={"content-type": CONTENT_TYPE})
 
     async def page(self, request: Request) -> Response:
         """For images."""
@@ -174,8 +172,9 @@ class App:
                 body = await self._front.read(lambda: images.content(body, kind), len(body), deadline_s=deadline_s)
             return await self._front.image(body, served, client=client, deadline_s=deadline_s)
 
-        served, _, answer = await self._answered(request, served, read, check)
-        return JSONResponse({"model_name": served.name, "classes": images.classes(answer.outputs[0][0], served, top)})
+        served, answer, asked_s = await self._answered(request, served, read, check)
+        content = {"model_name": served.name, "classes": images.classes(answer.outputs[0][0], served, top)}
+        return _Noted(content, lambda: self._front.note_sent(answer, asked_s))
 
     async def _answered(
         self,
@@ -183,10 +182,11 @@ class App:
         served: Served,
         read: Callable[[bytes, float], Awaitable[InferRequest]],
         check: Callable[[int, float], None],
-    ) -> tuple[Served, InferRequest, Answer]:
+    ) -> tuple[Served, Answer, float]:
         """Read a request and wait for its answer, unless the client goes before. Its time counts from its arrival.
 
-        ``check`` may refuse it by its size, before its body is read.
+        ``check`` may refuse it by its size, before its body is read. Returns which model answered, its answer, and
+        when the request joined the model's queue.
         """
         client = client_of(request.scope)
         with (
@@ -198,12 +198,13 @@ class App:
                 if size_bytes := unread_bytes(dict(request.scope["headers"])):
                     check(size_bytes, deadline_s)
                 body = await bodies.read(request, self._limits, booking)
+                await self._front.turn(deadline_s, served, request.scope.get(GONE))
                 asked = await read(body, deadline_s)
             booking.cover(asked.inputs)
             asked_s = time.monotonic()
             served, answer = await self._front.ask(self.models, served, asked, deadline_s, request.scope.get(GONE))
-            self._front.note_sent(note(answer), asked_s)
-        return served, asked, answer
+            note(answer)
+        return served, answer, asked_s
 
     def _deadline_s(self, request: Request) -> float:
         """When a request's answer is due by its header, or by the server's own limit."""
@@ -246,6 +247,19 @@ class _Plain(Response):
         self.raw_headers = list(headers)
 
 
+class _Noted(JSONResponse):
+    """A response of which something is noted when it is sent."""
+
+    def __init__(self, content: Any, note: Callable[[], None]) -> None:
+        super().__init__(content)
+        self._note = note
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """As ASGI has it."""
+        await super().__call__(scope, receive, send)
+        self._note()
+
+
 class _Guard:
     """Lets in who has a token, and everybody to the health checks. Requests for inference go past the router."""
 
@@ -281,17 +295,12 @@ class RequestLog:
     While the server stops, each answer ends its connection: the client's next request goes elsewhere.
     """
 
-    def __init__(self, app: ASGIApp, models: Models) -> None:
-        self._app, self._models = app, models
-        self._prefix = os.urandom(8).hex()
-        self._numbers = count()
+    def __init__(self, app: ASGIApp, models: Models, ids: RequestIds) -> None:
+        self._app, self._models, self._ids = app, models, ids
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """As ASGI has it."""
-        name = next((value for key, value in scope["headers"] if key == REQUEST_ID), b"").decode("latin-1")
-        if not (0 < len(name) <= protocol.MOST_ID and name.isprintable()):
-            name = f"{self._prefix}{next(self._numbers):016x}"
-        scope["request_id"] = name
+        name = scope["request_id"] = self._ids.of(scope["headers"])
         started_s, status = time.monotonic(), 0
         # Clients of HTTP/1.0 expect the server to confirm that the connection stays open.
         is_kept = (

@@ -1,8 +1,8 @@
 """The bytes that requests of all protocols hold together, and each client's share of them."""
 
 import threading
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable
+from typing import Self
 
 import numpy as np
 
@@ -33,14 +33,9 @@ class Budget:
         with self._lock:
             self._look()
 
-    @contextmanager
-    def booking(self, client: str) -> "Iterator[Booking]":
+    def booking(self, client: str) -> "Booking":
         """What one request of the client at that address holds, until the ``with`` ends."""
-        booking = Booking(self, client)
-        try:
-            yield booking
-        finally:
-            self.release(client, booking.size_bytes)
+        return Booking(self, client)
 
     def book(self, client: str, size_bytes: int) -> None:
         """Book bytes. Raises ``NoRoom`` where there is no room for them."""
@@ -73,11 +68,19 @@ class Budget:
 
 
 class Booking:
-    """What one request holds."""
+    """What one request holds: a context manager that gives it back."""
+
+    __slots__ = ("_budget", "_client", "size_bytes")
 
     def __init__(self, budget: Budget, client: str) -> None:
         self._budget, self._client = budget, client
         self.size_bytes = 0
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._budget.release(self._client, self.size_bytes)
 
     def add(self, size_bytes: int) -> None:
         """Book more bytes. Raises ``NoRoom`` where there is no room for them."""

@@ -7,6 +7,10 @@ from contextlib import suppress
 from functools import partial
 from typing import Any
 
+PER_ROUND = 16
+"""Ends that are delivered in one round of the loop: each is an answer to write, and health checks must not wait for
+all."""
+
 
 class Deliveries:
     """Hands the ends of threads' futures to one event loop.
@@ -21,11 +25,12 @@ class Deliveries:
         self._is_called = False
 
     def wait(self, future: "Future[Any]") -> "asyncio.Future[Any]":
-        """A future of the loop that ends as the given one does."""
+        """A future of the loop that ends as the given one does, which is cancelled if the other ends before it."""
         if self._loop is None:
             self._loop = asyncio.get_running_loop()
         waiter: asyncio.Future[Any] = self._loop.create_future()
         future.add_done_callback(partial(self._note, waiter))
+        waiter.add_done_callback(lambda _: future.cancel())
         return waiter
 
     def _note(self, waiter: "asyncio.Future[Any]", future: "Future[Any]") -> None:
@@ -38,13 +43,19 @@ class Deliveries:
     def _deliver(self) -> None:
         self._is_called = False  # first: a future that ends from here on schedules the next call
         ended = self._ended
-        while ended:
-            waiter, future = ended.popleft()
-            if waiter.done():
-                continue
-            if future.cancelled():
-                waiter.cancel()
-            elif (error := future.exception()) is not None:
-                waiter.set_exception(error)
-            else:
-                waiter.set_result(future.result())
+        for _ in range(min(PER_ROUND, len(ended))):
+            _hand_over(*ended.popleft())
+        if ended and not self._is_called and self._loop is not None:
+            self._is_called = True
+            self._loop.call_soon(self._deliver)
+
+
+def _hand_over(waiter: "asyncio.Future[Any]", future: "Future[Any]") -> None:
+    if waiter.done():
+        return
+    if future.cancelled():
+        waiter.cancel()
+    elif (error := future.exception()) is not None:
+        waiter.set_exception(error)
+    else:
+        waiter.set_result(future.result())

@@ -8,8 +8,6 @@ is refused before anything is done for it.
 import asyncio
 import os
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future
-from contextlib import AbstractContextManager
 from dataclasses import replace
 from itertools import count
 from math import inf
@@ -28,6 +26,7 @@ from corewise.serving.models import Models
 from corewise.serving.pool import Pool
 from corewise.serving.protocol import InferRequest, Limits
 from corewise.serving.served import Served
+from corewise.serving.turns import Turns
 
 T = TypeVar("T")
 
@@ -69,6 +68,7 @@ class Front:
         self._tail = Tail()
         """From the end of a call to the answer on the wire."""
         self._deliveries = Deliveries()
+        self._turns = Turns()
         self._looks = count()
         self._alive_s = inf
         """When the event loop was last seen not to be held up."""
@@ -96,7 +96,7 @@ class Front:
         self._arrived_s = max(self._arrived_s, now_s - self._lag_s)
         return self._arrived_s
 
-    def booking(self, client: str) -> AbstractContextManager[Booking]:
+    def booking(self, client: str) -> Booking:
         """The bytes that a request of the client at that address holds until its answer."""
         return self.budget.booking(client)
 
@@ -109,11 +109,12 @@ class Front:
 
     def enter(self, client: str, served: Served | None) -> None:
         """Take a place."""
-        of_client = self._of_clients.get(client, 0)
-        if of_client >= self._max_of_client or self._places >= self._max_requests:
+        if self._is_full(client):
+            if served is not None:
+                served.statistics.not_served()
             raise NotServed("queue full", 1.0)
         self._places += 1
-        self._of_clients[client] = of_client + 1
+        self._of_clients[client] = self._of_clients.get(client, 0) + 1
         self._on_way[served] = self._on_way.get(served, 0) + 1
 
     def leave(self, client: str, served: Served | None) -> None:
@@ -125,6 +126,38 @@ class Front:
                 counts[key] = left
             else:
                 del counts[key]
+
+    def _is_full(self, client: str) -> bool:
+        return self._places >= self._max_requests or self._of_clients.get(client, 0) >= self._max_of_client
+
+    def is_crowded(self, client: str) -> bool:
+        """Whether a request that came now would find no place, or have to wait for its turn."""
+        return self._turns.are_taken or self._is_full(client)
+
+    def expect(self) -> None:
+        """The headers of a request were read, which is let in."""
+        self._turns.expect()
+
+    def refusal(self, client: str, deadline_s: float) -> NotServed | None:
+        """Why a request of which only the headers were read has no place, or would have its turn too late.
+
+        ``None`` if it is let in.
+        """
+        if self._is_full(client):
+            return NotServed("queue full", 1.0)
+        if (late_s := self._turns.late_s(deadline_s, self._tail.seconds(monotonic()))) > 0:
+            return NotServed("overloaded", late_s)
+        self._turns.expect()
+        return None
+
+    async def turn(self, deadline_s: float, served: Served | None = None, gone: set[Any] | None = None) -> None:
+        """Wait for a request's turn in the event loop (``Turns.turn``)."""
+        try:
+            await self._turns.turn(deadline_s, self._tail.seconds(monotonic()), gone)
+        except NotServed:
+            if served is not None:
+                served.statistics.not_served()
+            raise
 
     def check_image(self, size_bytes: int, served: Served, deadline_s: float) -> None:
         """Raise ``NotServed`` where an image of so many bytes, of which none was read, would be answered too late.
@@ -164,13 +197,7 @@ class Front:
         gets an exception: its client disconnected. Raises ``NotServed`` where it would be late, with what comes after
         the call.
         """
-        try:
-            served, future = self.submit(models, served, asked.inputs, deadline_s, asked.priority)
-        except NotServed as refused:
-            if refused.reason == "too urgent" and self._lag_s > 0:  # its time is over because others are many
-                raise NotServed("overloaded", self._lag_s) from None
-            raise
-        waiter = self._deliveries.wait(future)
+        served, waiter = self.call(models, served, asked.inputs, deadline_s, asked.priority)
         if gone is not None:
             gone.add(waiter)
         try:
@@ -178,16 +205,25 @@ class Front:
         finally:
             if gone is not None:
                 gone.discard(waiter)
-            future.cancel()
-            del future, waiter  # they hold what was raised, which holds this frame, and so the request's data
+            del waiter  # it holds what was raised, which holds this frame, and so the request's data
 
-    def submit(
+    def call(
         self, models: Models, served: Served, inputs: Sequence[np.ndarray], deadline_s: float, priority: int = 0
-    ) -> "tuple[Served, Future[Answer]]":
-        """Queue a call (``Models.submit``) with time for what comes after it; which model took it, and its future."""
+    ) -> "tuple[Served, asyncio.Future[Answer]]":
+        """Queue a call (``Models.submit``) with time for what comes after it; which model took it, and its future.
+
+        If the future ends before the call has begun, the call gives up its place.
+        """
         now_s = monotonic()
         served.keep_margin(self._tail.seconds(now_s))
-        return models.submit(served.name, served.version, inputs, timeout_s=deadline_s - now_s, priority=priority)
+        timeout_s = deadline_s - now_s
+        try:
+            served, future = models.submit(served.name, served.version, inputs, timeout_s=timeout_s, priority=priority)
+        except NotServed as refused:
+            if refused.reason == "too urgent" and self._lag_s > 0:  # its time is over because others are many
+                raise NotServed("overloaded", self._lag_s) from None
+            raise
+        return served, self._deliveries.wait(future)
 
     def note_sent(self, answer: Answer, asked_s: float) -> None:
         """An answer is on the wire, to a request that joined the model's queue at that time."""
@@ -215,7 +251,7 @@ class Front:
             array_bytes = sum(array.nbytes for array in asked.inputs)
             return await self.read(lambda: served.prepared(asked), 0, array_bytes, deadline_s=deadline_s)
         return await self.tokenize(
-            lambda: served.prepared(asked), text_bytes, deadline_s=deadline_s, later_s=self._later_s(served)
+            lambda: served.prepared(asked), text_bytes, deadline_s=deadline_s, later_s=self.later_s(served)
         )
 
     async def tokenize(
@@ -257,12 +293,12 @@ class Front:
             return batch
 
         batch = await decoder.run(
-            decode, kind="pixels", size=sum(pixels), deadline_s=deadline_s, later_s=self._later_s(served)
+            decode, kind="pixels", size=sum(pixels), deadline_s=deadline_s, later_s=self.later_s(served)
         )
         self._costs.note("image", sum(map(len, unpacked)) // len(unpacked), took_s / len(unpacked))
         return batch
 
-    def _later_s(self, served: Served) -> float:
+    def later_s(self, served: Served) -> float:
         """What comes after the work on a request that is on its way: its call, and the rest."""
         return served.expected_s() + self._tail.seconds(monotonic())
 

@@ -95,6 +95,7 @@ class Infer:
                 if not scope.get(WHOLE) and unread_bytes(given) > LARGE_BYTES:
                     front.check_queue(served, deadline_s)
                 body = await self._body(scope, receive, given, booking)
+                await front.turn(deadline_s, served, scope.get(GONE))
                 asked = served.frames.known(body, length)
                 if asked is None:
                     asked = await self._parsed(body, length, served, deadline_s)

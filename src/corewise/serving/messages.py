@@ -11,6 +11,7 @@ import grpc
 from google.protobuf.message import DecodeError
 
 from corewise.serving.protocol import Limits, NoRoom, ProtocolError
+from corewise.serving.tokens import Tokens
 
 SLOW_S = 2.0
 """How long a message may take to arrive while others wait for its place."""
@@ -216,7 +217,9 @@ def client_of(context: Any) -> str:
     return address.strip("[]")
 
 
-def authorization(metadata: Any) -> bytes:
-    """The header of that name."""
-    given = dict(metadata).get("authorization", "")
-    return given if isinstance(given, bytes) else given.encode("latin-1", "replace")
+def is_admitted(context: Any, tokens: Tokens) -> bool:
+    """Whether a call has a token, or needs none."""
+    if not tokens.are_needed:
+        return True
+    given = dict(context.invocation_metadata()).get("authorization", "")
+    return tokens.admit(given if isinstance(given, bytes) else given.encode("latin-1", "replace"))

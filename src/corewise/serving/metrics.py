@@ -7,8 +7,8 @@ label values without spaces and from a small set.
 import platform
 import time
 from asyncio import CancelledError
-from collections.abc import Iterable, Mapping
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
 from types import TracebackType
 from typing import Literal
 
@@ -20,6 +20,7 @@ from starlette.requests import ClientDisconnect
 
 from corewise._version import __version__
 from corewise.batching import Answer, NotServed
+from corewise.common.errors import CorewiseError
 from corewise.serving.logs import RefusalLog
 from corewise.serving.models import Models
 from corewise.serving.protocol import ProtocolError
@@ -34,7 +35,7 @@ MOST_ID = 256
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 
 TurnedAway = Literal["unauthenticated", "unknown path", "unknown method", "unknown model"]
-"""Why a request reached no model."""
+"""Why a request reached no model; or what became of one whose body names the model, before that was read."""
 
 
 class Metrics:
@@ -49,9 +50,16 @@ class Metrics:
             "corewise_requests", "Requests by what became of them.", [*labels, "protocol", "outcome"]
         )
         self._registry.register(self._requests)
+        self._tokenized = Count(
+            "corewise_tokenizer_requests",
+            "Requests that the tokenizer alone answers, by what became of them.",
+            [*labels, "outcome"],
+        )
+        self._registry.register(self._tokenized)
         self._turned_away = Counter(
             "corewise_turned_away_requests",
-            "Requests that reached no model: without a token, or for a path, method or model that there is not.",
+            "Requests that reached no model: without a token, for a path, method or model that there is not, or "
+            "refused before it was known which model they are for.",
             ["protocol", "reason"],
             registry=self._registry,
         )
@@ -71,6 +79,8 @@ class Metrics:
         about = {"version": __version__, "python": platform.python_version()}
         Info("corewise_build", "The version of this server.", registry=self._registry).info(about)
         ProcessCollector(registry=self._registry)
+        self._open_connections = _Connections()
+        self._registry.register(self._open_connections)
         self._registry.register(_Models(models))
 
     def _histogram(self, name: str, about: str, buckets: tuple[float, ...]) -> Histogram:
@@ -92,10 +102,38 @@ class Metrics:
 
     def count(self, served: Served, protocol: str, outcome: str, request_id: str) -> None:
         """A request ended so."""
-        if outcome not in ("ok", "failed", "cancelled"):
-            self._refusals.add(outcome, request_id)
-            outcome = outcome.replace(" ", "_")
-        self._requests.counts[served.name, served.version, protocol, outcome] += 1
+        self._requests.counts[served.name, served.version, protocol, self._logged(outcome, request_id)] += 1
+
+    def _logged(self, outcome: str, request_id: str) -> str:
+        """The label of an outcome, which is in the log if it is a refusal."""
+        if outcome in ("ok", "failed", "cancelled"):
+            return outcome
+        self._refusals.add(outcome, request_id)
+        return outcome.replace(" ", "_")
+
+    @contextmanager
+    def tokenizer_request(self, served: Served, request_id: str = "") -> Iterator[None]:
+        """Count a request that the model's tokenizer alone answers."""
+        outcome = "ok"
+        try:
+            yield
+        except BaseException as error:
+            outcome = _outcome(error)
+            raise
+        finally:
+            label = self._logged(outcome, request_id[:MOST_ID])
+            self._tokenized.counts[served.name, served.version, label] += 1
+
+    @contextmanager
+    def unnamed_request(self, protocol: str, request_id: str = "") -> Iterator[None]:
+        """Count a request that ends before it is known which model it is for; unknown models are counted elsewhere."""
+        try:
+            yield
+        except CorewiseError as error:
+            if not (isinstance(error, ProtocolError) and error.status == 404):
+                label = self._logged(_outcome(error), request_id[:MOST_ID])
+                self._turned_away.labels(protocol, label).inc()
+            raise
 
     def observe(self, served: Served, answer: Answer, took_s: float) -> None:
         """A request was answered."""
@@ -122,13 +160,34 @@ class Metrics:
         self._refusals.add("too many connections")
         self._connections.labels(protocol).inc()
 
+    def watch_connections(self, protocol: str, most: int, count: Callable[[], int]) -> None:
+        """Show how many connections a port has, of ``most``. ``count`` may be called from any thread."""
+        self._open_connections.watched[protocol] = (most, count)
+
     def text(self) -> bytes:
-        """In Prometheus' text format."""
+        """In Prometheus' text format. May be called from another thread than the event loop's."""
         return generate_latest(self._registry)
 
     def close(self) -> None:
         """Log what was refused since the last line."""
         self._refusals.close()
+
+
+class _Connections(Collector):
+    """How many connections each port has, and how many it may have."""
+
+    def __init__(self) -> None:
+        self.watched: dict[str, tuple[int, Callable[[], int]]] = {}
+        """Each protocol's limit, and what counts."""
+
+    def collect(self) -> Iterable[Metric]:
+        """As the registry has it."""
+        held = GaugeMetricFamily("corewise_open_connections", "Connections that are open.", labels=["protocol"])
+        limit = GaugeMetricFamily("corewise_connections_limit", "How many there may be.", labels=["protocol"])
+        for protocol, (most, count) in self.watched.items():
+            held.add_metric([protocol], count())
+            limit.add_metric([protocol], most)
+        return (held, limit)
 
 
 class Observed:

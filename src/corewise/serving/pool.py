@@ -4,7 +4,6 @@ None of that runs in the event loop, where all other requests would wait for it.
 cost lately, does the most urgent first, and refuses at once what could not be answered in time.
 """
 
-import asyncio
 import os
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -20,6 +19,7 @@ from typing import Any, TypeVar
 from corewise.batching import NotServed
 from corewise.batching.runner import caught
 from corewise.serving.costs import Costs
+from corewise.serving.deliveries import Deliveries
 
 T = TypeVar("T")
 
@@ -46,6 +46,7 @@ class Pool:
         self._executor = ThreadPoolExecutor(threads, thread_name_prefix=name, initializer=_give_way, initargs=(nice,))
         self._threads = threads
         self._costs = Costs()
+        self._deliveries = Deliveries()
         self._lock = Lock()
         self._waiting: list[_Job] = []
         """A heap."""
@@ -98,7 +99,7 @@ class Pool:
             heappush(self._waiting, job)
         self._executor.submit(self._run_most_urgent)
         try:
-            result, took_s = await asyncio.wrap_future(job.ended)
+            result, took_s = await self._deliveries.wait(job.ended)
         finally:
             del job  # it holds what was raised, which holds this frame, and so the request's data
         self._costs.note(kind, size, took_s)

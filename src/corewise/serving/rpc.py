@@ -4,7 +4,7 @@ import logging
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from math import inf, prod
-from typing import Any
+from typing import Any, NamedTuple
 
 import grpc
 import numpy as np
@@ -48,6 +48,19 @@ PIECE = 2**14
 OPEN_TO_ALL = ("ServerLive", "ServerReady")
 
 Call = Callable[[Any, Any], Awaitable[Any]]
+
+
+class _Ran(NamedTuple):
+    """A request that was answered."""
+
+    meant: Served
+    """The model that it was parsed for."""
+    served: Served
+    """The model that ran it: another may have taken the place of ``meant``."""
+    asked: InferRequest
+    answer: Answer
+    asked_s: float
+    """When it joined the model's queue."""
 
 
 class Service:
@@ -114,9 +127,10 @@ class Service:
 
     async def model_infer(self, request: Any, context: Any) -> Any:
         """Run a model on tensors. The time counts from the call's start by gRPC's deadline, or from its message."""
-        served = self._served(request.model_name, request.model_version)
-        _, served, asked, answer = await self._run(served, request, None, context)
-        return self._rendered(served, asked, answer)
+        ran = await self._run(self._served(request.model_name, request.model_version), request, None, context)
+        rendered = self._rendered(ran)
+        self._front.note_sent(ran.answer, ran.asked_s)
+        return rendered
 
     async def _infer(self, data: bytes, context: Any) -> Any:
         """The same, from a message's bytes to the answer's, which are neither decoded nor encoded if they are known."""
@@ -124,24 +138,26 @@ class Service:
         if known is not None:
             served = self._served(known.name, known.version)
             if served.frames is known.of:
-                _, served, asked, answer = await self._run(served, None, known.asked, context)
-                return self._frames.render(served, asked, answer.outputs) or self._rendered(served, asked, answer)
+                ran = await self._run(served, None, known.asked, context)
+                rendered = self._frames.render(ran.served, ran.asked, ran.answer.outputs) or self._rendered(ran)
+                self._front.note_sent(ran.answer, ran.asked_s)
+                return rendered
         messages.check_infer(data, self._limits)
         message = oip.message("ModelInferRequest")
         request = await self._front.read(lambda: messages.decoded(data, message), len(data) // messages.DECODED_BYTES)
-        served = self._served(request.model_name, request.model_version)
-        parsed_for, served, asked, answer = await self._run(served, request, None, context)
-        self._frames.remember(data, request, parsed_for, asked)
-        return self._rendered(served, asked, answer)
+        ran = await self._run(self._served(request.model_name, request.model_version), request, None, context)
+        self._frames.remember(data, request, ran.meant, ran.asked)
+        rendered = self._rendered(ran)
+        self._front.note_sent(ran.answer, ran.asked_s)
+        return rendered
 
-    def _rendered(self, served: Served, asked: InferRequest, answer: Answer) -> Any:
-        named = {spec.name: array for spec, array in zip(served.outputs, answer.outputs, strict=True)}
+    def _rendered(self, ran: "_Ran") -> Any:
+        served, asked = ran.served, ran.asked
+        named = {spec.name: array for spec, array in zip(served.outputs, ran.answer.outputs, strict=True)}
         return render(served, asked, triton.classified(asked.class_counts, named, served.manifest.labels))
 
-    async def _run(
-        self, served: Served, request: Any, asked: InferRequest | None, context: Any
-    ) -> tuple[Served, Served, InferRequest, Answer]:
-        """The answer to a request, which is parsed if it is not: the model that it was meant for, and that ran it."""
+    async def _run(self, served: Served, request: Any, asked: InferRequest | None, context: Any) -> "_Ran":
+        """The answer to a request, which is parsed if it is not."""
         received_s = time.monotonic()
         meant, client = served, messages.client_of(context)
         headers = {key: value for key, value in context.invocation_metadata() if isinstance(value, str)}
@@ -150,6 +166,7 @@ class Service:
             left_s = context.time_remaining()
             deadline_s = received_s + (self._limits.timeout_s if left_s is None else left_s)
             with self._front.place(client, served):
+                await self._front.turn(deadline_s, served)
                 booked_bytes = 0
                 if asked is None:
                     typed_bytes, raw_bytes = messages.sizes(request)
@@ -167,8 +184,8 @@ class Service:
                 deadline_s = received_s + min(inf if left_s is None else left_s, asked.timeout_s)
             asked_s = time.monotonic()
             ran, answer = await self._front.ask(self.models, served, prepared, deadline_s)
-            self._front.note_sent(note(answer), asked_s)
-        return meant, ran, asked, answer
+            note(answer)
+        return _Ran(meant, ran, asked, answer, asked_s)
 
     def _served(self, name: str, version: str) -> Served:
         return self.models.find(name, version or None)
@@ -179,7 +196,7 @@ class Service:
         async def guarded(requests: AsyncIterator[bytes], context: Any) -> Any:
             if name in OPEN_TO_ALL:  # answered without reading the request
                 return await call(None, context)
-            if not self._tokens.admit(messages.authorization(context.invocation_metadata())):
+            if not messages.is_admitted(context, self._tokens):
                 self.metrics.turned_away("grpc", "unauthenticated")
                 await context.abort(grpc.StatusCode.UNAUTHENTICATED, "a token is missing or wrong; send authorization")
             try:

@@ -207,6 +207,6 @@ class Handlers(grpc.GenericRpcHandler):  # type: ignore[misc]
 
     async def _check(self, method: Method, context: Any) -> None:
         """Abort a call without a token."""
-        if not method.is_open_to_all and not self._tokens.admit(messages.authorization(context.invocation_metadata())):
+        if not method.is_open_to_all and not messages.is_admitted(context, self._tokens):
             self._metrics.turned_away("grpc", "unauthenticated")
             await context.abort(grpc.StatusCode.UNAUTHENTICATED, "a token is missing or wrong; send authorization")

@@ -1,6 +1,7 @@
 """One server process: its ports, its signals, and its end."""
 
 import asyncio
+import gc
 import logging
 import signal
 import socket
@@ -27,8 +28,9 @@ from corewise.serving import addresses, admin, memory, memory_limit
 from corewise.serving.addresses import Address
 from corewise.serving.admin import Repository
 from corewise.serving.app import OPEN_TO_ALL, App, RequestLog
-from corewise.serving.connections import Connection
+from corewise.serving.connections import Acceptor, Connection, count_open
 from corewise.serving.front import Front
+from corewise.serving.gate import Gate, RequestIds
 from corewise.serving.infer import ARRIVED, GONE, WHOLE
 from corewise.serving.memory_limit import Guard
 from corewise.serving.metrics import Metrics
@@ -43,11 +45,17 @@ log = logging.getLogger("corewise.serve")
 HEADERS_S = 10.0
 """How long a request's headers may take to come, and a connection may stay without a first request."""
 HEADERS_BYTES = 64 * 1024
+HEADER_BYTES = 32
+"""What each header counts beside its own bytes: tens of thousands of tiny ones would take megabytes."""
 FIRST_BODY_BYTES = 256 * 1024
 """What may come in one piece with the end of the headers."""
 KEEP_ALIVE_S = 75
 MOST_STREAMS = 1024
 """On one gRPC connection."""
+MOST_PIPELINED = 64
+"""Requests of one HTTP connection that wait for the answers to those before them, or that come in one piece."""
+MOST_CHUNKS, CHUNK_BYTES = 4096, 256
+"""A chunked body may have so many chunks, and one more for each so many bytes: each costs as much as a kilobyte."""
 HEALTH_CONNECTIONS, HEALTH_S = 16, 2.0
 """So many more, each so long, for health checks, which a crowd must not keep out."""
 ADMIN_CONNECTIONS = 16
@@ -177,17 +185,24 @@ class _Server:
         loop.add_signal_handler(
             signal.SIGHUP, lambda: self._later.append(asyncio.ensure_future(self.repository.reload_all()))
         )
-        app = App(self.models, self.metrics, self.limits, Tokens(self.options.tokens), self.front)
+        tokens, ids = Tokens(self.options.tokens), RequestIds()
+        app = App(self.models, self.metrics, self.limits, tokens, self.front)
         bound = {name: addresses.bound(address) for name, address in self._web_addresses.items()}
         web = []
         if "http" in bound:
-            config = _config(_for_pages(RequestLog(app.asgi, self.models), self.options), self.options, most)
+            web_app = _for_pages(RequestLog(app.asgi, self.models, ids), self.options)
+            config = _config(web_app, self.options, most)
             config.on_refused = partial(self.metrics.connection_refused, "http")
             config.arrived_s = self.front.arrived_s
-            web.append((_Http(config), bound["http"]))
+            config.gate = Gate(self.models, self.metrics, self.limits, tokens, self.front, ids)
+            http = _Http(config)
+            self.metrics.watch_connections("http", most, lambda: len(http.server_state.connections))
+            web.append((http, bound["http"]))
         if "admin" in bound:
             web.append((_Http(_config(admin.web(self.repository), Options(), ADMIN_CONNECTIONS)), bound["admin"]))
         rpc, rpc_port = await self._rpc(most)
+        if rpc_port is not None:
+            self.metrics.watch_connections("grpc", most, partial(count_open, rpc_port))
         admin_rpc, admin_rpc_port = None, None
         if self.options.admin_grpc is not None:
             admin_rpc, admin_rpc_port = await admin.start_rpc(
@@ -218,6 +233,9 @@ class _Server:
         if opening.done():
             opening.result()
             self._is_open = True
+            # All that is here now stays: the collector need not look through it again and again.
+            gc.collect()
+            gc.freeze()
             self.guard.start()
             self.tell("ready", self.models)
             await stopping
@@ -311,6 +329,12 @@ class _Http(uvicorn.Server):
     def capture_signals(self) -> Iterator[None]:
         yield
 
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        """Listen, and take new connections a few at a time."""
+        make = partial(_Patient, self.config, self.server_state, {})
+        self.servers = [Acceptor(each, make, self.config.ssl) for each in sockets or ()]  # type: ignore[misc]
+        self.started = True
+
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         """End, but let requests arrive first whose connections are new."""
         for server in self.servers:
@@ -326,15 +350,22 @@ class _Config(uvicorn.Config):
     on_refused: Callable[[], None] = staticmethod(lambda: None)
     arrived_s: Callable[[], float] = staticmethod(time.monotonic)
     """When bytes that are read now came, on the monotonic clock."""
+    gate: Gate | None = None
+    """Answers some requests by their headers."""
 
 
 class _Patient(Connection):
     """uvicorn's protocol with an end to its patience: with headers that do not come, and that do not end."""
 
-    _refused = _crowded = False
+    _refused = _crowded = _is_answered = False
+    """The last: whether this request was answered by its headers."""
     _is_begun = False
     """Whether headers have begun that have not ended."""
     _waiting: asyncio.TimerHandle | None = None
+    _pieced = 0
+    """Requests in the piece of data that is parsed now."""
+    _chunks = _chunk_bytes = 0
+    """Of this request's body."""
     _header_bytes = 0
     _fed_bytes = 0
     """Since the headers began: the parser reports a header only when it is complete."""
@@ -342,7 +373,7 @@ class _Patient(Connection):
     def connection_made(self, transport: Any) -> None:
         super().connection_made(transport)
         assert isinstance(self.config, _Config)
-        self._arrived_s = self.config.arrived_s
+        self._arrived_s, self._gate = self.config.arrived_s, self.config.gate
         self._gone: set[asyncio.Future[Any]] = set()
         over = len(self.connections) - self.config.most_connections
         if over > HEALTH_CONNECTIONS:
@@ -366,6 +397,7 @@ class _Patient(Connection):
     def data_received(self, data: bytes) -> None:
         if self._refused:  # what came with the end of TLS' handshake
             return
+        self._pieced = 0
         super().data_received(data)
         if self._is_begun:
             self._wait(HEADERS_S)
@@ -380,8 +412,8 @@ class _Patient(Connection):
             )
 
     def on_message_begin(self) -> None:
-        self._header_bytes = 0
-        self._is_begun = True
+        self._header_bytes = self._chunks = self._chunk_bytes = 0
+        self._is_begun, self._is_answered = True, False
         super().on_message_begin()
         scope: dict[str, Any] = self.scope  # type: ignore[assignment]
         scope[ARRIVED], scope[GONE] = self._arrived_s(), self._gone
@@ -391,19 +423,60 @@ class _Patient(Connection):
         super().on_url(url)
 
     def on_header(self, name: bytes, value: bytes) -> None:
-        self._count(len(name) + len(value))
+        self._count(len(name) + len(value) + HEADER_BYTES)
         super().on_header(name, value)
 
     def on_headers_complete(self) -> None:
         self._is_begun = False
         self._come()
+        self._pieced += 1
+        if self._pieced > MOST_PIPELINED or len(self.pipeline) >= MOST_PIPELINED:
+            self.transport.abort()
+            raise ValueError("the client sends requests and waits for no answers")
+        if self._gate is not None and self._answers_early(self._gate):
+            return
         super().on_headers_complete()
         if self._crowded and self.cycle is not None:
             self.cycle.keep_alive = False
 
+    def on_body(self, body: bytes) -> None:
+        self._chunks += 1
+        self._chunk_bytes += len(body)
+        if self._chunks > MOST_CHUNKS + self._chunk_bytes // CHUNK_BYTES:
+            raise ValueError("the chunks are too small")
+        if not self._is_answered:
+            super().on_body(body)
+
     def on_message_complete(self) -> None:
+        if self._is_answered:
+            return
         super().on_message_complete()
         self.scope[WHOLE] = True  # type: ignore[literal-required]
+
+    def _answers_early(self, gate: Gate) -> bool:
+        """Whether the gate had an answer, which is written; what comes of the request's body is dropped."""
+        if self.cycle is not None and not self.cycle.response_complete:  # answers come in the order of requests
+            return False
+        if self._crowded or self.flow.write_paused or self.transport.is_closing():
+            return False
+        if self.parser.get_http_version() != "1.1":
+            return False
+        stays_open = self.parser.should_keep_alive()
+        answer = gate.answer(
+            self.parser.get_method(),
+            self.url,
+            self.headers,
+            client=self.client[0] if self.client else "",
+            arrived_s=self.scope[ARRIVED],  # type: ignore[literal-required]
+            stays_open=stays_open,
+        )
+        if answer is None:
+            return False
+        self._is_answered = True
+        self.transport.write(answer)
+        if not stays_open:
+            self.transport.close()
+        return True
 
     def _count(self, size: int) -> None:
         self._header_bytes += size

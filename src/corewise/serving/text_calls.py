@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, NamedTuple
 
+from corewise.artifact.texts import call_cost
 from corewise.batching import Answer, NotServed
 from corewise.pipeline import Call, CallLimits, Tokens, fill
 from corewise.records.pipeline import Activation
@@ -84,7 +85,8 @@ class TextCalls:
         tokens: list[Tokens] = []
         for piece in pieces(asked):
             work = partial(texts.tokens, piece.asked, piece.start)
-            found = await self._front.tokenize(work, piece.characters, deadline_s=deadline_s)
+            later_s = self._front.later_s(served)
+            found = await self._front.tokenize(work, piece.characters, deadline_s=deadline_s, later_s=later_s)
             booking.add(held_bytes(found) // COPIES)
             tokens += found
         on_tokenized()
@@ -144,11 +146,11 @@ class TextCalls:
 
     def _submit(self, served: Served, inputs: Sequence[Any], deadline_s: float) -> "asyncio.Future[Answer]":
         served.values.check(inputs)
-        ran, future = self._front.submit(self._models, served, inputs, deadline_s)
+        ran, future = self._front.call(self._models, served, inputs, deadline_s)
         if ran is not served and ran.manifest != served.manifest:  # half of the answers would be another model's
             future.cancel()
             raise ProtocolError(f"the model {served.name} was replaced meanwhile", "send the request again", 503)
-        return asyncio.wrap_future(future)
+        return future
 
 
 def pieces(asked: TextRequest) -> Iterator[_Piece]:
@@ -177,9 +179,10 @@ def _characters(item: Text) -> int:
 def split(lengths: Sequence[int], served: Served) -> list[Call]:
     """The calls for texts of these lengths, which no other request has to wait for long."""
     plan = served.plan
-    limits = CallLimits(rows=plan.batch, tokens=CALL_TOKENS)
+    limits = CallLimits.of_few_sizes(plan.batch, tokens=CALL_TOKENS)
     pads = served.text is None or served.text.pipeline.pads
-    return fill(lengths, limits=limits, instances=plan.instances, multiple=BUCKET, pads=pads)
+    cost = call_cost(served.manifest, plan)
+    return fill(lengths, limits=limits, cost=cost, instances=plan.instances, multiple=BUCKET, pads=pads)
 
 
 def _longest(calls: Sequence[Answer]) -> Answer:

@@ -22,7 +22,7 @@ from corewise.common.errors import CorewiseError
 from corewise.records.pipeline import Activation, TextTask
 from corewise.serving import bodies, openai, rerank, tei, texts
 from corewise.serving.front import Front
-from corewise.serving.infer import client_of
+from corewise.serving.infer import GONE, client_of
 from corewise.serving.metrics import Metrics
 from corewise.serving.models import Models
 from corewise.serving.protocol import Limits, ProtocolError
@@ -148,7 +148,7 @@ class TextRoutes:
 
     async def rerank(self, request: Request) -> Response:
         """Documents in the order in which they answer a query."""
-        name = str(request.scope.get("request_id", ""))
+        name = _request_id(request)
         answered = self._answered(request, rerank.parse, "scores", activation="sigmoid")
         async with answered as (served, asked, answer):
 
@@ -245,13 +245,17 @@ class TextRoutes:
         self, request: Request, parse: Callable[[bytes], Any], render: Callable[[Any, TextInput], bytes]
     ) -> Response:
         """What the tokenizer alone answers, without the model."""
-        body = await self._body(request, texts.TOKENIZED_BYTES)
-        asked = await self._front.read(lambda: parse(body), len(body))
-        text = self._chosen(asked.model, *ANY).text
+        name, deadline_s = _request_id(request), self._deadline_s(request)
+        with self._metrics.unnamed_request("http", name):
+            body = await self._body(request, texts.TOKENIZED_BYTES, deadline_s)
+            asked = await self._front.read(lambda: parse(body), len(body), deadline_s=deadline_s)
+            served = self._chosen(asked.model, *ANY)
+        text = served.text
         assert text is not None
-        content = await self._front.tokenize(
-            lambda: render(asked, text), len(body), deadline_s=self._deadline_s(request), kind="pieces"
-        )
+        with self._metrics.tokenizer_request(served, name):
+            content = await self._front.tokenize(
+                lambda: render(asked, text), len(body), deadline_s=deadline_s, kind="pieces"
+            )
         return Response(content, media_type="application/json")
 
     async def info(self, request: Request) -> Response:
@@ -284,11 +288,13 @@ class TextRoutes:
         client = client_of(request.scope)
         with self._front.booking(client) as booking, ExitStack() as place:
             # Which model is asked is in the body, so the place is none of a certain model.
-            place.enter_context(self._front.place(client))
-            body = await bodies.read(request, self._limits, booking)
-            asked = await self._front.read(lambda: parse(body), len(body), deadline_s=deadline_s)
-            served = self._chosen(asked.model, *tasks)
-            name = str(request.scope.get("request_id", ""))
+            name = _request_id(request)
+            with self._metrics.unnamed_request("http", name):
+                place.enter_context(self._front.place(client))
+                body = await bodies.read(request, self._limits, booking)
+                await self._front.turn(deadline_s, gone=request.scope.get(GONE))
+                asked = await self._front.read(lambda: parse(body), len(body), deadline_s=deadline_s)
+                served = self._chosen(asked.model, *tasks)
             with self._metrics.request(served, "http", request.headers, name) as note:
                 chosen = activation(asked) if callable(activation) else activation
                 work = self._calls.run(
@@ -303,11 +309,13 @@ class TextRoutes:
                 note(answer.calls)
             yield served, asked, answer
 
-    async def _body(self, request: Request, most_bytes: int) -> bytes:
+    async def _body(self, request: Request, most_bytes: int, deadline_s: float) -> bytes:
         client = client_of(request.scope)
         limits = replace(self._limits, body_bytes=min(self._limits.body_bytes, most_bytes))
         with self._front.booking(client) as booking, self._front.place(client):
-            return await bodies.read(request, limits, booking)
+            body = await bodies.read(request, limits, booking)
+            await self._front.turn(deadline_s, gone=request.scope.get(GONE))
+        return body
 
     async def _rendered(self, render: Callable[[], bytes], size_bytes: int) -> Response:
         return Response(await self._front.read(render, size_bytes), media_type="application/json")
@@ -421,6 +429,10 @@ def _check_vectors(served: Served, dimensions: int | None = None) -> None:
 def _vectors(answer: TextAnswer, dimensions: int | None = None) -> NDArray[np.float32]:
     """The vectors, (N, D)."""
     return texts.shortened(np.stack(answer.answers).astype(np.float32, copy=False), dimensions)
+
+
+def _request_id(request: Request) -> str:
+    return str(request.scope.get("request_id", ""))
 
 
 def _values(answer: TextAnswer) -> int:

@@ -45,7 +45,7 @@ def load_with_texts(model: Any, *, tokenizer: Path | None = None, pooling: Pooli
         raise SourceError(f"there is no pooling {pooling!r}", f"give one of {', '.join(POOLINGS)}")
     if isinstance(model, str):
         prefix, name = split_reference(model)
-        loaded = TEXT_HUBS[prefix](name, pooling) if prefix in TEXT_HUBS else _from_object(_load(model))
+        loaded = TEXT_HUBS[prefix](name, pooling, tokenizer) if prefix in TEXT_HUBS else _from_object(_load(model))
     else:
         loaded = _from_object(model)
     if loaded.pipeline is not None and pooling not in (None, loaded.pipeline.pooling):
@@ -114,13 +114,13 @@ def _torchvision(name: str) -> Any:
         return models.get_model(name, weights="DEFAULT")
 
 
-def _transformers(name: str, pooling: Pooling | None) -> Loaded:
+def _transformers(name: str, pooling: Pooling | None, tokenizer: Path | None) -> Loaded:
     from corewise.source.transformers_models import load_transformers
 
-    return load_transformers(name, pooling)
+    return load_transformers(name, pooling, tokenizer)
 
 
-def _sentence_transformers(name: str, pooling: Pooling | None) -> Loaded:
+def _sentence_transformers(name: str, pooling: Pooling | None, tokenizer: Path | None) -> Loaded:
     from corewise.source.sentence_models import load_sentence_model
 
     if pooling is not None:

@@ -1,5 +1,6 @@
 """Models of transformers, from a folder or the hub: the head that the configuration names, and the tokenizer."""
 
+import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -9,7 +10,7 @@ import torch
 
 from corewise.common.errors import SourceError
 from corewise.common.references import guard
-from corewise.common.tokenizers import MOST_TOKENS
+from corewise.common.tokenizers import MOST_TOKENS, TOKENIZER, read_tokenizer
 from corewise.records.pipeline import Activation, Pooling, TextTask
 from corewise.source.loaded import Loaded, fast_tokenizer, text_pipeline
 from corewise.source.packages import import_package
@@ -32,11 +33,12 @@ ENCODER = "the encoder is supported: --pooling mean makes a vector of each text"
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "vocab.txt", "vocab.json", "spiece.model")
 
 
-def load_transformers(name: str, pooling: Pooling | None = None) -> Loaded:
+def load_transformers(name: str, pooling: Pooling | None = None, tokenizer_file: Path | None = None) -> Loaded:
     """The model that ``hf:NAME`` or ``hf:FOLDER`` names, in fp32.
 
     With ``pooling`` it is the bare model and makes one vector of each text; else it has the head that the
-    configuration names. Raises ``SourceError``.
+    configuration names. ``tokenizer_file``, a ``tokenizer.json``, is for a model that brings no tokenizer.
+    Raises ``SourceError``.
     """
     transformers = import_package("transformers", "hf")
     with guard(SourceError, f"hf:{name} cannot be loaded", "check the name, the network, or give a local folder"):
@@ -56,9 +58,11 @@ def load_transformers(name: str, pooling: Pooling | None = None) -> Loaded:
             )
         model = model_class.from_pretrained(name, dtype=torch.float32)
         tokenizer = _tokenizer(transformers, name)
+    if tokenizer is None and tokenizer_file is not None:
+        tokenizer = _tokenizer_of(transformers, tokenizer_file)
     if tokenizer is None:
         if pooling is not None:
-            raise SourceError(f"hf:{name} has no tokenizer", "leave out --pooling, or add its tokenizer.json")
+            raise SourceError(f"hf:{name} has no tokenizer", "leave out --pooling, or give --tokenizer tokenizer.json")
         return Loaded(model=model)
     if pooling is not None:
         return vectors(model, tokenizer, max_length=longest(tokenizer, config), pooling=pooling)
@@ -97,7 +101,8 @@ def with_head(
     count = 0 if bare else config.num_labels
     task = task or ("vectors" if bare else "scores" if head == "classes" and count == 1 else head)
     content = fast_tokenizer(tokenizer)
-    taken = [name for name in TOKEN_INPUTS if name in tokenizer.model_input_names]
+    known = inspect.signature(model.forward).parameters
+    taken = [name for name in TOKEN_INPUTS if name in tokenizer.model_input_names and name in known]
     pipeline = text_pipeline(
         content,
         tuple(taken),
@@ -146,6 +151,13 @@ def _tokenizer(transformers: Any, name: str) -> Any:
         return transformers.AutoTokenizer.from_pretrained(name)
     except (OSError, ValueError, KeyError):
         return None
+
+
+def _tokenizer_of(transformers: Any, path: Path) -> Any:
+    """The tokenizer in a file, of which no more is known. Raises ``SourceError`` if it is none."""
+    read_tokenizer(path)
+    with guard(SourceError, f"{path} is not a tokenizer", TOKENIZER):
+        return transformers.PreTrainedTokenizerFast(tokenizer_file=str(path))
 
 
 @contextmanager

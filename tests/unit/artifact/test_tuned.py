@@ -20,12 +20,15 @@ from corewise.artifact.open import load, verify
 from corewise.artifact.tuned import MOST_BYTES, Fit, Machine, Tuned, asked, fit, read, usable_table, write
 from corewise.common.errors import ArtifactError, InputError, OutputError
 from corewise.machine.layouts import most_threads
-from corewise.records.build import Plan
+from corewise.records.build import ElasticPlan, Plan
 from corewise.records.measurement import Measurement
+from corewise.runtime.elastic import Elastic
+from corewise.runtime.instances import Pool
 
 HERE = Machine.of(CPU)
 ELSEWHERE = replace(HERE, model="Another CPU", quota_cores=1.5)
 HERES = Plan(threads_per_instance=1, instances=1, batch=2)
+two_threads = pytest.mark.skipif(most_threads(CPU) < 2, reason="needs two threads")
 
 
 def measured(plan, p50_ms=1.0):
@@ -199,6 +202,47 @@ def test_a_plan_of_more_threads_than_the_machine_has_is_not_taken(tmp_path):
     assert fit(artifact.read(made), cores(2)).plan == PLAN
 
 
+# --- elastic plans ------------------------------------------------------------------------------------------------
+
+ELASTIC = ElasticPlan(
+    wide=Plan(threads_per_instance=2, batch=2), narrow=Plan(threads_per_instance=1, instances=2, batch=2)
+)
+
+
+def elastic_entry(**changes):
+    plans = [replace(plan, batch=batch) for plan in (ELASTIC.wide, ELASTIC.narrow) for batch in (1, 2)]
+    values = {"elastic": ELASTIC, "measurements": tuple(measured(plan, plan.batch) for plan in plans)}
+    return entry(HERE, ELASTIC.narrow, **{**values, **changes})
+
+
+@two_threads
+def test_an_elastic_plan_is_loaded_and_verified(made):
+    write(made, elastic_entry())
+    assert read(made) == (elastic_entry(),)
+    with load(made) as model:
+        assert isinstance(model._session, Elastic)
+        elastically = model(X)
+    with load(made, batch=2) as model:
+        assert isinstance(model._session, Pool)
+        np.testing.assert_allclose(model(X)["scores"], elastically["scores"], rtol=1e-5)
+    (note,) = verify(made).notes
+    assert f"(loaded as a model: {ELASTIC.label}, by the load)" in note
+
+
+@two_threads
+def test_an_elastic_plan_without_its_tables_or_with_other_threads_is_damage(made):
+    for changes in ({"measurements": elastic_entry().measurements[1:]}, {"plan": HERES}):
+        write(made, replace(elastic_entry(), **changes))
+        with pytest.raises(ArtifactError, match="is damaged"):
+            read(made)
+
+
+def test_files_of_versions_without_elastic_plans_are_read(made):
+    write(made, entry())
+    rewrite(made, lambda content: [machine.pop("elastic") for machine in content["machines"]])
+    assert read(made) == (entry(),)
+
+
 # --- damage -------------------------------------------------------------------------------------------------------
 
 
@@ -297,7 +341,7 @@ def test_machines_that_write_at_the_same_time_all_get_in(made):
 
 def test_an_artifact_can_be_read_at_any_moment_of_writing(made):
     code = "import sys; from pathlib import Path; from test_tuned import *\n"
-    code += "for _ in range(200): write(Path(sys.argv[1]), entry())"
+    code += "for _ in range(60): write(Path(sys.argv[1]), entry())"
     path = os.pathsep.join([os.path.dirname(__file__), *sys.path])
     writer = subprocess.Popen([sys.executable, "-c", code, str(made)], env={**os.environ, "PYTHONPATH": path})
     reads = 0

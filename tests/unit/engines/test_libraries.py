@@ -38,7 +38,12 @@ for precision in ("fp32", "int8"):
     session.close()
 """
 BY_ITSELF = {
-    "openvino": "import openvino, time; time.sleep(1)",
+    "openvino": """
+import openvino, os, time
+end = time.monotonic() + 60
+while not os.path.exists(os.environ["WATCH_LOG"]) and time.monotonic() < end:
+    time.sleep(0.05)
+""",
     "onnxruntime": "import onnxruntime as ort; ort.InferenceSession(sys.argv[1] + '/fp32/model.onnx')",
 }
 """What sends something or leaves files without corewise: it shows that the watch sees it."""

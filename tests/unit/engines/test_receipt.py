@@ -2,6 +2,7 @@
 
 import re
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -68,10 +69,22 @@ class OnlyRelu(nn.Module):
         return torch.relu(x) + 1
 
 
-def material(model: nn.Module, samples: np.ndarray, folder: Path) -> BuildInputs:
+EXPORTED: dict[type[nn.Module], BuildInputs] = {}
+"""Each net, exported once."""
+
+
+@pytest.fixture(scope="module", autouse=True)
+def exported(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    for kind, samples in ((Images, IMAGES), (Attention, TOKENS), (Wide, WIDE), (OnlyRelu, IMAGES)):
+        EXPORTED[kind] = material(kind, samples, tmp_path_factory.mktemp(kind.__name__))
+    yield
+    EXPORTED.clear()
+
+
+def material(kind: type[nn.Module], samples: np.ndarray, folder: Path) -> BuildInputs:
     torch.manual_seed(0)
     calibration: Samples = from_python(list(samples))
-    exported = export(model.eval(), calibration)
+    exported = export(kind().eval(), calibration)
     save_program(exported.program, folder / "program.pt2")
     return BuildInputs(
         program=folder / "program.pt2",
@@ -84,15 +97,14 @@ def material(model: nn.Module, samples: np.ndarray, folder: Path) -> BuildInputs
     )
 
 
-def receipt(
-    name: str, precision: str, model: nn.Module, samples: np.ndarray, folder: Path, rest: str = ""
-) -> Receipt | None:
-    """Of the model, quantized by the engine's own quantizer."""
+def receipt(name: str, precision: str, kind: type[nn.Module], folder: Path, rest: str = "") -> Receipt | None:
+    """Of the net, quantized by the engine's own quantizer."""
     build = Build(engine=name, precision=precision, options=(("rest", rest),) if rest else ())
     payload = folder / "payload"
     payload.mkdir()
-    engine(name).build(material(model, samples, folder), build, payload)
-    return engine(name).receipt(payload, build, PLAN, [samples[:4]])
+    given = EXPORTED[kind]
+    engine(name).build(given, build, payload)
+    return engine(name).receipt(payload, build, PLAN, [np.stack([row[0] for row in given.calibration.rows[:4]])])
 
 
 # --- the value ----------------------------------------------------------------------------------------------------
@@ -117,7 +129,7 @@ def test_a_receipt_counts_kernels_and_tells_itself_in_words():
     ],
 )
 def test_all_layers_of_a_quantized_net_run_in_int8(name: str, kernels: dict[str, int], tmp_path: Path):
-    found = receipt(name, "int8", Images(), IMAGES, tmp_path)
+    found = receipt(name, "int8", Images, tmp_path)
     assert found is not None
     assert dict(found.kernels) == kernels
     assert (found.layers, found.int8, found.fell_back) == (4, 4, ())
@@ -131,7 +143,7 @@ def test_all_layers_of_a_quantized_net_run_in_int8(name: str, kernels: dict[str,
     ],
 )
 def test_dynamic_quantization_leaves_convolutions(name: str, kernels: dict[str, int], tmp_path: Path):
-    found = receipt(name, "int8-dynamic", Images(), IMAGES, tmp_path)
+    found = receipt(name, "int8-dynamic", Images, tmp_path)
     assert found is not None
     assert dict(found.kernels) == kernels
     assert (found.layers, found.int8, found.fell_back) == (4, 1, ())
@@ -142,14 +154,14 @@ def test_dynamic_quantization_leaves_convolutions(name: str, kernels: dict[str, 
     "rest", ["", pytest.param("bf16", marks=pytest.mark.skipif(not cpu.inspect_cpu().bf16, reason="no bf16 here"))]
 )
 def test_openvinos_dynamic_int8_is_seen_in_what_onednn_logs(rest: str, tmp_path: Path):
-    found = receipt("openvino", "int8-dynamic", Wide(), WIDE, tmp_path, rest)
+    found = receipt("openvino", "int8-dynamic", Wide, tmp_path, rest)
     assert found is not None
     assert (found.layers, found.int8, found.fell_back) == (3, 3, ())
     assert all(re.search("vnni|amx", kernel) for kernel, _ in found.kernels)
 
 
 def test_openvinos_int8_is_made_once_for_both_precisions_of_the_rest(tmp_path: Path):
-    given, made = material(Images(), IMAGES, tmp_path), []
+    given, made = replace(EXPORTED[Images], cache=tmp_path), []
     for number, options in enumerate(((("rest", "bf16"),) if cpu.inspect_cpu().bf16 else (), ())):
         build, payload = Build(engine="openvino", precision="int8", options=options), tmp_path / f"payload-{number}"
         payload.mkdir()
@@ -169,31 +181,30 @@ OPENVINO_TELLS = 2 if "avx512" in cpu.inspect_cpu().isa else 4
 
 @pytest.mark.parametrize(("name", "layers"), [("openvino", OPENVINO_TELLS), ("onnxruntime", 4), ("torch-int8", 2)])
 def test_products_of_activations_count_where_they_are_quantized(name: str, layers: int, tmp_path: Path):
-    found = receipt(name, "int8", Attention(), TOKENS, tmp_path)
+    found = receipt(name, "int8", Attention, tmp_path)
     assert found is not None
     assert (found.layers, found.int8, found.fell_back) == (layers, layers, ())
 
 
 @pytest.mark.parametrize("name", ["openvino", "onnxruntime"])
 def test_a_net_without_layers_has_an_empty_receipt(name: str, tmp_path: Path):
-    found = receipt(name, "int8", OnlyRelu(), IMAGES, tmp_path)
+    found = receipt(name, "int8", OnlyRelu, tmp_path)
     assert found == Receipt(layers=0, int8=0, kernels=())
 
 
 @pytest.mark.parametrize("name", ["eager", "openvino", "onnxruntime"])
 def test_fp32_has_no_receipt(name: str, tmp_path: Path):
-    assert receipt(name, "fp32", Images(), IMAGES, tmp_path) is None
+    assert receipt(name, "fp32", Images, tmp_path) is None
 
 
 # --- layers left out, and layers that fall back -------------------------------------------------------------------
 
 
-def built(name: str, precision: str, folder: Path, samples: np.ndarray = IMAGES) -> Path:
+def built(name: str, precision: str, folder: Path) -> Path:
     """The payload of ``Images``."""
     payload = folder / "payload"
     payload.mkdir()
-    given = material(Images(), samples, folder)
-    engine(name).build(given, Build(engine=name, precision=precision), payload)
+    engine(name).build(EXPORTED[Images], Build(engine=name, precision=precision), payload)
     return payload
 
 

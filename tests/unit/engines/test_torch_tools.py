@@ -16,7 +16,7 @@ from corewise.engines.torch_tools import keep_freed_memory
 if sys.argv[1] == "keep":
     keep_freed_memory()
 def work():
-    for _ in range(20):
+    for _ in range(6):
         torch.ones(12_000_000).add_(1)
 work()
 before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt

@@ -16,6 +16,7 @@ from corewise.common.errors import InputError, OutputError, SamplesError
 from corewise.pipeline import CallLimits, TextEncoder, TextRunner
 from corewise.pipeline import job as jobs
 from corewise.pipeline.job import Done, Job, count_rows, run_job
+from corewise.pipeline.parts import Counts
 from corewise.records.pipeline import TextPipeline, TokenInput
 from corewise.samples.texts import GUESSED, Columns
 
@@ -65,7 +66,11 @@ def lines_of(path: Path) -> list[dict[str, Any]]:
 def test_json_lines_with_rows_set_aside(tokenizer: bytes, tmp_path: Path) -> None:
     output = tmp_path / "out.jsonl"
     done: list[int] = []
-    result = run_job(job_of(output, texts(tmp_path, 25, bad=[3, 24])), runner_of(tokenizer), on_rows=done.append)
+    result = run_job(
+        job_of(output, texts(tmp_path, 25, bad=[3, 24])),
+        runner_of(tokenizer),
+        on_rows=lambda counts: done.append(counts.rows),
+    )
     assert (result, done) == (Done(25, 0, 2), [0, 10, 20, 25])
     rows = lines_of(output)
     assert [row["row"] for row in rows] == [row for row in range(25) if row not in (3, 24)]
@@ -91,8 +96,8 @@ def test_an_interrupted_job_resumes_without_doing_a_finished_row_again(
 
     for most in (25, 45):
 
-        def stop(rows: int, most: int = most) -> None:
-            if rows > most:
+        def stop(done: Counts, most: int = most) -> None:
+            if done.rows > most:
                 raise KeyboardInterrupt
 
         with pytest.raises(KeyboardInterrupt):
@@ -130,8 +135,8 @@ def test_a_job_that_was_killed_while_it_joined_is_finished(
 def test_parts_of_another_job_are_no_parts_of_this_one(tokenizer: bytes, tmp_path: Path) -> None:
     source, output = texts(tmp_path, 25), tmp_path / "out.jsonl"
 
-    def stop(rows: int) -> None:
-        if rows:
+    def stop(done: Counts) -> None:
+        if done.rows:
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):

@@ -17,7 +17,7 @@ from corewise.serving import json_body, oip, rpc
 from corewise.serving.costs import HALF_S, Costs, Tail
 from corewise.serving.deliveries import Deliveries
 from corewise.serving.frames import LONGEST_BYTES, MOST_FRAMES, Frames
-from corewise.serving.front import LOOK_EACH, Front
+from corewise.serving.front import LOOK_EACH, SLACK_S, TICK_S, Front
 from corewise.serving.infer import target
 from corewise.serving.pool import Pool
 from corewise.serving.protocol import Limits
@@ -96,15 +96,20 @@ class Gate:
     """Work that ends when it may, and notes its name."""
 
     def __init__(self) -> None:
-        self.opened, self.done = threading.Event(), []
+        self.entered, self.opened, self.done = threading.Event(), threading.Event(), []
 
     def work(self, name):
         def run():
-            self.opened.wait(10)
+            self.entered.set()
+            self.opened.wait(60)
             self.done.append(name)
             return name
 
         return run
+
+    async def is_entered(self):
+        """Wait until work has begun."""
+        assert await asyncio.to_thread(self.entered.wait, 60)
 
 
 def later(seconds):
@@ -123,12 +128,12 @@ def test_a_pool_does_first_what_is_due_first(pool):
 
     async def main():
         running = asyncio.ensure_future(pool.run(gate.work("first"), kind="k", size=1))
-        await asyncio.sleep(0.05)
+        await gate.is_entered()
         others = [
             asyncio.ensure_future(pool.run(gate.work(name), kind="k", size=1, deadline_s=later(seconds)))
-            for name, seconds in (("late", 90), ("never", 1e9), ("soon", 60))
+            for name, seconds in (("late", 900), ("never", 1e9), ("soon", 600))
         ]
-        await asyncio.sleep(0.05)
+        await asyncio.sleep(0)
         gate.opened.set()
         await asyncio.gather(running, *others)
 
@@ -142,10 +147,10 @@ def test_a_busy_pool_refuses_at_once_what_would_be_late_and_an_idle_one_shows_wh
 
     async def main():
         pool._costs.note("k", 1, 5.0)
-        assert await pool.run(free.work("idle"), kind="k", size=1, deadline_s=later(0.5)) == "idle"
+        assert await pool.run(free.work("idle"), kind="k", size=1, deadline_s=later(4.0)) == "idle"
         assert pool.expected_s("k", 1) < 5
         running = asyncio.ensure_future(pool.run(gate.work("first"), kind="k", size=1))
-        await asyncio.sleep(0.05)
+        await gate.is_entered()
         with pytest.raises(NotServed) as refused:
             await pool.run(free.work("late"), kind="k", size=1, deadline_s=later(3.0))
         assert refused.value.reason == "overloaded"
@@ -167,7 +172,7 @@ def test_what_can_no_longer_be_in_time_is_not_begun_and_errors_are_the_requests(
 
     async def main():
         running = asyncio.ensure_future(pool.run(gate.work("first"), kind="k", size=1))
-        await asyncio.sleep(0.05)
+        await gate.is_entered()
         expiring = asyncio.ensure_future(pool.run(gate.work("expired"), kind="new", size=1, deadline_s=later(0.1)))
         cancelled = asyncio.ensure_future(pool.run(gate.work("cancelled"), kind="new", size=1))
         await asyncio.sleep(0.2)
@@ -200,8 +205,8 @@ def test_an_image_is_refused_by_its_size_before_it_is_read():
             asyncio.ensure_future(front._decoders.run(gate.work(k), kind="pixels", size=1))
             for k in range(front._decoders._threads)
         ]
-        await asyncio.sleep(0.05)
-        front.check_image(100_000, Served(), later(1.0))
+        await asyncio.sleep(0)
+        front.check_image(100_000, Served(), later(60.0))
         with pytest.raises(NotServed) as refused:
             front.check_image(100_000, Served(), later(0.2))
         assert refused.value.reason == "overloaded"
@@ -227,7 +232,7 @@ def test_a_large_request_is_refused_unread_but_for_some_and_not_where_priorities
 
     async def main():
         front, served, refused = Front(Limits(), 16), Served(), 0
-        front.check_queue(served, later(2.0))
+        front.check_queue(served, later(60.0))
         for _ in range(2 * LOOK_EACH):
             try:
                 front.check_queue(served, later(0.1))
@@ -242,18 +247,27 @@ def test_a_large_request_is_refused_unread_but_for_some_and_not_where_priorities
     asyncio.run(main())
 
 
-def test_bytes_that_lay_in_their_socket_while_the_loop_was_held_up_came_before_that():
+def test_bytes_that_lay_in_their_socket_while_the_loop_was_held_up_came_before_that(monkeypatch):
+    now_s = 1000.0
+    monkeypatch.setattr("corewise.serving.front.monotonic", lambda: now_s)
+
+    async def is_seen_alive(front):
+        async with asyncio.timeout(60):
+            while front._alive_s != now_s:
+                await asyncio.sleep(0.005)
+
     async def main():
+        nonlocal now_s
         front = Front(Limits(), 16)
-        assert front.arrived_s() == pytest.approx(time.monotonic(), abs=0.05)
+        assert front.arrived_s() == now_s
         front.watch_loop()
-        await asyncio.sleep(0.1)
-        before_s = front.arrived_s()
-        time.sleep(0.3)
-        assert time.monotonic() - front.arrived_s() > 0.2
-        assert front.arrived_s() >= before_s
-        await asyncio.sleep(0.1)
-        assert time.monotonic() - front.arrived_s() < 0.1
+        await is_seen_alive(front)
+        assert front.arrived_s() == now_s
+        now_s += 0.3  # the loop is held up
+        assert now_s - front.arrived_s() == pytest.approx(0.3 - TICK_S - SLACK_S)
+        assert front.arrived_s() > 1000.0
+        await is_seen_alive(front)
+        assert front.arrived_s() == now_s
         front.close()
 
     asyncio.run(main())
@@ -287,6 +301,18 @@ def test_many_ends_wake_the_loop_once():
         assert isinstance(answers[7], ValueError)
         assert isinstance(answers[8], asyncio.CancelledError)
         assert answers[9:] == list(range(9, 50))
+
+    asyncio.run(main())
+
+
+@pytest.mark.parametrize("end", [lambda waiter: waiter.cancel(), lambda waiter: waiter.set_exception(ValueError())])
+def test_what_nobody_waits_for_any_more_is_cancelled(end):
+    async def main():
+        deliveries, future = Deliveries(), Future()
+        waiter = deliveries.wait(future)
+        end(waiter)
+        await asyncio.sleep(0)
+        assert future.cancelled()
 
     asyncio.run(main())
 

@@ -125,7 +125,7 @@ def test_one_address_has_half_of_the_places_to_receive():
         await asyncio.sleep(0)
         prompt = Call()
         prompt.data.set()
-        async with asyncio.timeout(1):
+        async with asyncio.timeout(60):
             assert await receiver.receive(prompt, "b") == b"data"
         for call in idle:
             call.data.set()

@@ -3,17 +3,21 @@
 import json
 import logging
 import re
+import socket
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from places import GOLDEN
+from waiting import eventually
 
 from corewise import artifact
-from corewise.batching import Answer
+from corewise.batching import Answer, NotServed
 from corewise.common.errors import InputError
 from corewise.records.build import TensorSpec
 from corewise.serving.addresses import remove_stale
+from corewise.serving.connections import count_open
 from corewise.serving.infer import broken
 from corewise.serving.logs import RefusalLog
 from corewise.serving.metrics import Metrics
@@ -137,7 +141,7 @@ def test_a_single_refusal_is_told_without_another(caplog):
     caplog.set_level(logging.INFO, "corewise.serve")
     refusals = RefusalLog(period_s=0.01)
     refusals.add("queue full")
-    refusals._timer.join()
+    assert eventually(lambda: caplog.messages)
     assert json.loads(caplog.messages[0])["reasons"] == {"queue full": 1}
     refusals.close()
     assert len(caplog.messages) == 1
@@ -159,6 +163,15 @@ def test_metrics_keep_to_the_conventions_of_prometheus():
         metrics.turned_away("http", reason)
     metrics.turned_away("grpc", "unknown method")
     metrics.connection_refused("http")
+    metrics.watch_connections("grpc", 4096, lambda: 7)
+    model = SimpleNamespace(name="m", version="1")
+    with metrics.tokenizer_request(model):
+        pass
+    with pytest.raises(NotServed), metrics.tokenizer_request(model):
+        raise NotServed("queue full")
+    for error in (NotServed("queue full"), ProtocolError("no JSON"), ProtocolError("no model", status=404)):
+        with pytest.raises(type(error)), metrics.unnamed_request("http"):
+            raise error
     metrics.close()
     text = metrics.text().decode()
     kinds = dict(re.findall(r"^# TYPE (\S+) (\S+)$", text, re.MULTILINE))
@@ -168,10 +181,43 @@ def test_metrics_keep_to_the_conventions_of_prometheus():
     assert 'corewise_turned_away_requests_total{protocol="http",reason="unknown_path"} 1.0' in text
     assert 'corewise_turned_away_requests_total{protocol="grpc",reason="unknown_method"} 1.0' in text
     assert 'corewise_refused_connections_total{protocol="http"} 1.0' in text
+    assert 'corewise_open_connections{protocol="grpc"} 7.0' in text
+    assert 'corewise_connections_limit{protocol="grpc"} 4096.0' in text
+    assert 'corewise_tokenizer_requests_total{model="m",outcome="ok",version="1"} 1.0' in text
+    assert 'corewise_tokenizer_requests_total{model="m",outcome="queue_full",version="1"} 1.0' in text
+    assert 'corewise_turned_away_requests_total{protocol="http",reason="queue_full"} 1.0' in text
+    assert 'corewise_turned_away_requests_total{protocol="http",reason="invalid"} 1.0' in text
+    assert 'corewise_turned_away_requests_total{protocol="http",reason="unknown_model"} 1.0' in text
     assert re.search(r'^corewise_build_info\{python="3[.\d]+",version="[\d.]+"\} 1.0$', text, re.MULTILINE)
     assert {"process_cpu_seconds_total", "process_resident_memory_bytes", "process_open_fds"} <= set(kinds)
     assert kinds["corewise_queue_seconds"] == kinds["corewise_request_seconds"] == "histogram"
     assert kinds["corewise_engine_restarts_total"] == "counter"
+
+
+@pytest.mark.parametrize("kind", ["tcp", "tcp6", "unix"])
+def test_connections_to_a_port_are_counted(kind, tmp_path):
+    address = tmp_path / "a socket" if kind == "unix" else ("::1" if kind == "tcp6" else "127.0.0.1", 0)
+    if kind == "unix":
+        listening = socket.socket(socket.AF_UNIX)
+        listening.bind(str(address))
+    else:
+        try:
+            listening = socket.create_server(address, family=socket.AF_INET6 if kind == "tcp6" else socket.AF_INET)
+        except OSError:
+            pytest.skip("this machine has no IPv6")
+    with listening:
+        listening.listen()
+        where = listening.getsockname()
+        place = address if kind == "unix" else where[1]
+        assert count_open(place) == 0
+        clients = [socket.socket(listening.family) for _ in range(3)]
+        for client in clients:
+            client.connect(where)
+        accepted = [listening.accept()[0] for _ in clients]
+        assert count_open(place) == 3
+        for each in (*clients, *accepted):
+            each.close()
+        assert count_open(place) == 0
 
 
 # --- classes ------------------------------------------------------------------------------------------------------

@@ -12,6 +12,7 @@ from corewise.batching import Answer, NotServed
 from corewise.pipeline import Tokens
 from corewise.records.build import Plan
 from corewise.serving import text_calls
+from corewise.serving.deliveries import Deliveries
 from corewise.serving.memory_limit import COPIES
 from corewise.serving.protocol import ProtocolError
 from corewise.serving.text_calls import CALL_TOKENS, PIECE_TEXTS, TextCalls
@@ -23,16 +24,23 @@ INSTANCES, ROWS = 2, 16
 class Front:
     """Runs work at once."""
 
-    async def tokenize(self, work, characters, *, deadline_s):
+    def __init__(self):
+        self.deliveries = Deliveries()
+
+    def later_s(self, served):
+        return 0.25
+
+    async def tokenize(self, work, characters, *, deadline_s, later_s):
+        assert later_s == self.later_s(None)  # tokens that come in time for the call are in time
         return work()
 
     async def read(self, work, size):
         return work()
 
-    def submit(self, models, served, inputs, deadline_s):
+    def call(self, models, served, inputs, deadline_s):
         timeout_s = deadline_s - time.monotonic()
         ran, future = models.submit(served.name, served.version, inputs, timeout_s=timeout_s, priority=0)
-        return ran or served, future
+        return ran or served, self.deliveries.wait(future)
 
 
 class Texts:
@@ -80,10 +88,17 @@ class Queue:
                     future.set_result(answer)
 
 
+PLAN = Plan(threads_per_instance=1, instances=INSTANCES, batch=ROWS)
+
+
+def manifest_of(model):
+    return SimpleNamespace(model=model, plan=PLAN, call_costs=None)
+
+
 def run(queue, items, *, ends=True, booked=None, on_tokenized=lambda: None, within_s=60):
-    plan = Plan(threads_per_instance=1, instances=INSTANCES, batch=ROWS)
     values = SimpleNamespace(check=lambda inputs: None)
-    served = SimpleNamespace(name="m", version="1", plan=plan, text=Texts(), values=values, manifest="first")
+    served = SimpleNamespace(name="m", version="1", plan=PLAN, text=Texts(), values=values)
+    served.manifest = manifest_of("first")
     booking = SimpleNamespace(add=([] if booked is None else booked).append)
 
     async def both():
@@ -94,12 +109,17 @@ def run(queue, items, *, ends=True, booked=None, on_tokenized=lambda: None, with
             deadline_s=time.monotonic() + within_s,
             on_tokenized=on_tokenized,
         )
-        ending = asyncio.ensure_future(queue.end_all()) if ends else None
+        working = asyncio.ensure_future(work)
+        if not ends:
+            async with asyncio.timeout(60):
+                while len(queue.waiting) < INSTANCES + text_calls.AHEAD:
+                    await asyncio.sleep(0)
+            return await asyncio.wait_for(working, 0.05)
+        ending = asyncio.ensure_future(queue.end_all())
         try:
-            return await asyncio.wait_for(work, 10 if ends else 0.05)
+            return await asyncio.wait_for(working, 60)
         finally:
-            if ending is not None:
-                ending.cancel()
+            ending.cancel()
 
     return asyncio.run(both())
 
@@ -147,7 +167,7 @@ def test_a_client_that_goes_gives_up_its_places():
 @pytest.mark.parametrize("manifest", ["first", "second"])
 def test_no_answers_are_of_two_models(manifest):
     queue = Queue()
-    queue.others[3] = SimpleNamespace(manifest=manifest)
+    queue.others[3] = SimpleNamespace(manifest=manifest_of(manifest))
     if manifest == "first":
         assert run(queue, ["x" * 8] * 300).answers == [8] * 300
         return

@@ -14,13 +14,17 @@ from tokenizers import Tokenizer, processors
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
 from torch import Tensor, nn
+from transformers.models.bert.tokenization_bert_legacy import BertTokenizerLegacy
 
 from corewise.common.errors import InputError, SamplesError, SourceError
 from corewise.pipeline import TextEncoder
 from corewise.records.build import TensorSpec
+from corewise.report import words
 from corewise.samples import raw_from_python
+from corewise.search.alone import unpadded
 from corewise.search.texts import fitted, tokenized
 from corewise.source import Loaded, load_with_texts
+from corewise.source.loaded import fast_tokenizer
 from corewise.source.pooling import pool
 
 WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "red", "blue", "green", "house", "tree"]
@@ -307,6 +311,41 @@ def test_models_that_generate_name_what_is_supported(tmp_path: Path) -> None:
     assert "model.get_encoder()" in message
 
 
+@pytest.mark.parametrize("pooling", [None, "mean"])
+def test_a_folder_without_a_tokenizer_takes_one_from_a_file(tmp_path: Path, pooling: Any) -> None:
+    """DistilBERT's forward has no type ids, which a tokenizer.json alone cannot say."""
+    kind = "DistilBertModel" if pooling else "DistilBertForSequenceClassification"
+    sizes = {"vocab_size": len(WORDS), "dim": 8, "n_layers": 1, "n_heads": 2, "hidden_dim": 8}
+    getattr(transformers, kind)(transformers.DistilBertConfig(**sizes, max_position_embeddings=32)).save_pretrained(
+        tmp_path / "model"
+    )
+    save_tokenizer(tmp_path / "apart")
+    assert load_with_texts(f"hf:{tmp_path / 'model'}").pipeline is None
+    assert "give --tokenizer" in error_of(load_with_texts, f"hf:{tmp_path / 'model'}", pooling="mean")
+    file = tmp_path / "apart" / "tokenizer.json"
+    loaded = load_with_texts(f"hf:{tmp_path / 'model'}", tokenizer=file, pooling=pooling)
+    assert loaded.pipeline is not None
+    assert [each.name for each in loaded.pipeline.inputs] == ["input_ids", "attention_mask"]
+    assert (loaded.pipeline.task, loaded.pipeline.max_length) == ("vectors" if pooling else "classes", 32)
+    together = vectors_of(loaded, ["red", "blue house tree green"])
+    np.testing.assert_allclose(together[:1], vectors_of(loaded, ["red"]), atol=1e-6)
+    (tmp_path / "apart" / "vocab.txt").write_text("red")
+    assert "vocab.txt is not a tokenizer" in error_of(
+        load_with_texts, f"hf:{tmp_path / 'model'}", tokenizer=tmp_path / "apart" / "vocab.txt"
+    )
+
+
+def test_a_slow_tokenizer_is_converted(tmp_path: Path) -> None:
+    words = tmp_path / "vocab.txt"
+    words.write_text("\n".join([*WORDS, "##s"]) + "\n")
+    slow: Any = type("BertTokenizer", (BertTokenizerLegacy,), {})(str(words))
+    assert not hasattr(slow, "backend_tokenizer")
+    fast = Tokenizer.from_str(fast_tokenizer(slow).decode())
+    for text in ("red houses", "Blue  tree, poems"):
+        assert fast.encode(text).ids == slow(text)["input_ids"]
+    assert "has no fast form" in error_of(fast_tokenizer, transformers.CanineTokenizer())
+
+
 # Other models with a tokenizer
 
 
@@ -355,6 +394,17 @@ def test_texts_become_samples_padded_as_they_are_served(sentence_folder: Path) -
     assert mask.tolist() == [1] * 5 + [0] * 3
     assert ids.dtype == np.int64
     assert loaded.pipeline is not None
+    facts = samples.tokens
+    assert facts is not None
+    assert (facts.median, facts.p95, facts.longest, facts.most, facts.cut) == (6, 16, 16, 16, 0.2)
+    assert (facts.padding, facts.padding_unsorted) == (1 - 38 / 48, 1 - 38 / sum([6 * 3, 16 * 2]))
+    assert words.texts(facts) == (
+        "median 6 tokens, 95 % have up to 16, the longest 16; 20.0 % were cut at 16; 21 % of what the model is given "
+        "is padding, without sorting by length 24 %"
+    )
+    alone = unpadded(samples, 1)
+    assert [row[0].shape[0] for row in alone.rows] == [5, 6, 6, 16, 5]
+    assert all(row[1].all() for row in alone.rows)
 
 
 def test_pairs_for_an_encoder_are_neighbours_and_for_a_classifier_pairs(sentence_folder: Path, tmp_path: Path) -> None:

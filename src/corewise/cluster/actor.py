@@ -1,0 +1,134 @@
+"""A node's part of a job: a process that prepares itself for its machine, and answers and writes part after part.
+
+No Ray: ``crew`` makes an actor of it, and tests call it as it is.
+"""
+
+import hashlib
+import os
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+
+from corewise._version import __version__
+from corewise.artifact import Artifact, identity, read, tuned
+from corewise.artifact.model import Model
+from corewise.artifact.open import check_available, check_trusted, load
+from corewise.cluster.messages import Answered, Prepared, Task, answering, unpacked, unpacked_rows
+from corewise.common.errors import ArtifactError, EngineError, InputError, OutputError
+from corewise.pipeline import ImageRunner, TextRunner
+from corewise.pipeline.job import answered, writing
+from corewise.pipeline.outputs import format_of
+from corewise.pipeline.parts import Parts
+from corewise.records.build import Plan
+from corewise.records.bulk import PlanSource
+from corewise.records.cpu import Cpu
+from corewise.records.tuned import Machine, Tuned
+from corewise.runtime.cores import compute_on
+from corewise.search.retuning import find_plan
+
+SUFFIX, MARK = ".parquet", "_"
+"""Of the files in a folder of Parquet parts: of its answers, and before the names of all other files."""
+
+
+class Answerer:
+    """Answers parts of one job on one machine. All methods but the first return messages (``messages.answering``).
+
+    ``answer`` may be called by two threads, so that one part is tokenized or decoded while another one runs.
+    """
+
+    def __init__(self, task: str, *, keep_cores: Callable[[int], Cpu] = compute_on) -> None:
+        """``task`` is a packed ``Task``; ``keep_cores`` has the process compute on so many hardware threads."""
+        self._task = unpacked(Task, task)
+        self._keep_cores = keep_cores
+        self._parts = folder_of(self._task.output, several=self._task.several)
+        self._model: Model | None = None
+
+    @answering
+    def prepare(self, cores: int) -> Prepared:
+        """Compute on ``cores`` hardware threads from now on, and look whether the job can run here.
+
+        Raises:
+            ArtifactError: The artifact cannot be read here, is another one, or needs what this CPU lacks.
+            OutputError: The output is not that of the driver, or cannot be written.
+            EngineError: The engine or this version of corewise is not installed here.
+        """
+        task = self._task
+        if task.version != __version__:
+            raise EngineError(f"it has corewise {__version__}", f"install {task.version}, which runs the job")
+        cpu = self._keep_cores(cores)
+        artifact = self._artifact(cpu)
+        about = self._parts.about
+        if not about.is_file() or hashlib.sha256(about.read_bytes()).hexdigest() != task.job:
+            raise OutputError(f"{task.output} is not the job's folder there", "write to a folder that all nodes share")
+        if not os.access(task.output, os.W_OK | os.X_OK):
+            raise OutputError(f"{task.output} cannot be written there", "make it writable for Ray's user")
+        fit = tuned.fit(artifact, cpu)
+        source: PlanSource = "tuned before" if fit.tuned else "untuned"
+        if not fit.tuned and Machine.of(artifact.report.cpu) == Machine.of(cpu):
+            source = "made here"
+        return Prepared(pid=os.getpid(), machine=Machine.of(cpu), plan=fit.plan, source=source)
+
+    @answering
+    def retune(self, budget_s: float) -> Tuned:
+        """The best plan for this machine, found within ``budget_s``; nothing is written."""
+        return find_plan(self._task.artifact, budget_s=budget_s).entry
+
+    @answering
+    def open(self, plan: str) -> tuple[str, ...]:
+        """Open the artifact under a packed ``Plan``. Returns what ``load`` warns of."""
+        chosen, task = unpacked(Plan, plan), self._task
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            self._model = load(
+                task.artifact,
+                threads_per_instance=chosen.threads_per_instance,
+                instances=chosen.instances,
+                batch=chosen.batch,
+                preprocess=task.preprocess,
+            )
+        self._runner()
+        return tuple(str(warning.message) for warning in caught if warning.category is UserWarning)
+
+    @answering
+    def answer(self, number: int, rows: str) -> Answered:
+        """Answer the packed rows of a part, and write it.
+
+        Raises:
+            InputError: The prompt is unknown.
+            OutputError: The part cannot be written.
+            EngineError: The engine fails.
+        """
+        task, runner = self._task, self._runner()
+        pipeline = runner.pipeline if isinstance(runner, ImageRunner) else runner.encoder.pipeline
+        part = list(answered(unpacked_rows(rows), runner, prompt=task.prompt, top=task.top))
+        with writing(task.output, task.output):
+            counts = self._parts.write(number, format_of(self._parts.answers(number), pipeline), part)
+        return Answered(rows=counts.rows, failed=counts.failed, example=counts.example)
+
+    def _artifact(self, cpu: Cpu) -> Artifact:
+        folder = self._task.artifact
+        if not folder.is_dir():
+            raise ArtifactError(f"there is no artifact {folder} there", "put it into a folder that all nodes share")
+        artifact = read(folder, cpu=cpu)
+        if identity(folder) != self._task.identity:
+            raise ArtifactError(f"{folder} is another artifact there", "give every node the same one")
+        check_trusted(artifact, artifact.manifest.build.engine)
+        check_available(artifact.manifest.build.engine, f"opening {folder}")
+        return artifact
+
+    def _runner(self) -> TextRunner | ImageRunner:
+        assert self._model is not None, "open comes first"
+        return runner_of(self._model, self._task.artifact)
+
+
+def runner_of(model: Model, artifact: Path) -> TextRunner | ImageRunner:
+    """What answers the raw items of a model. Raises ``InputError`` if it takes tensors only."""
+    runner = model.texts if model.images is None else model.images
+    if runner is None:
+        raise InputError(f"{artifact} takes tensors only", "make it again from st:, hf: or with --tokenizer")
+    return runner
+
+
+def folder_of(output: Path, *, several: bool) -> Parts:
+    """A folder of Parquet parts; ``several``: answers say which input they belong to."""
+    return Parts(folder=output, suffix=SUFFIX, several=several, mark=MARK)

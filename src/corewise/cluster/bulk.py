@@ -1,0 +1,224 @@
+"""``corewise predict``: one job, on this machine or on a Ray cluster, from its check to its result."""
+
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from corewise.artifact import Artifact, identity, read
+from corewise.artifact.open import load
+from corewise.artifact.photos import images_of
+from corewise.artifact.texts import text_pipeline
+from corewise.cluster import driving
+from corewise.cluster.actor import MARK, folder_of, runner_of
+from corewise.cluster.connection import check_address, check_ray, installed_ray
+from corewise.cluster.distributed import run_on_ray
+from corewise.common.errors import InputError, OutputError
+from corewise.pipeline import TOP
+from corewise.pipeline import job as jobs
+from corewise.pipeline.job import Job, check_inputs, check_job, count_rows, run_job
+from corewise.pipeline.parts import Counts, Parts
+from corewise.records.bulk import BulkOutlook, BulkProgress, BulkResult, OnProgress
+from corewise.samples.folders import list_images
+from corewise.samples.texts import Columns
+from corewise.search.retuning import BUDGET_S
+
+
+def predict(
+    folder: str | Path,
+    inputs: str | Path | Sequence[str | Path],
+    output: str | Path,
+    *,
+    text: str | None = None,
+    pair: str | None = None,
+    prompt: str | None = None,
+    top: int | None = None,
+    preprocess: str | None = None,
+    max_failed: int | None = None,
+    ray: str | None = None,
+    retune_s: float = BUDGET_S,
+    on_progress: OnProgress = lambda progress: None,
+) -> BulkResult:
+    """Answer all texts of files, or all images, and write the answers to files, on this machine or on a cluster.
+
+    The same call resumes after an interruption: finished parts are kept, and each row is answered once.
+
+    Args:
+        folder: the artifact. With ``ray`` all nodes must see it, the inputs of images and the output under the same
+            paths.
+        inputs: files of texts, or images, folders of images and patterns.
+        output: a file that does not exist, ``.parquet``, ``.jsonl`` or ``.npy``; with ``ray`` a folder of Parquet
+            files.
+        text: the column that is the text. Default: text or sentence.
+        pair: the column that is the second text of a pair.
+        prompt: the name of the model's prompt that goes before each text.
+        top: of images, how many classes an answer names. Default: 5.
+        preprocess: the function, as ``FILE.py:FUNCTION``, that prepared the samples, for an artifact made with one.
+        max_failed: the most rows that may be set aside; more of them end the job. Default: any number.
+        ray: a cluster to run on: ``"auto"`` (this machine's, or the one that this process is connected to),
+            ``"HOST:PORT"``, ``"ray://HOST:PORT"``, or ``"local"`` to start one. Default: none, this process.
+        retune_s: seconds to search a plan for each kind of machine of the cluster that the artifact has none for; 0
+            for none.
+        on_progress: called with a ``BulkProgress`` as parts are done.
+
+    Returns:
+        How many rows there were, how many of them were set aside, and on a cluster what ran where.
+
+    Raises:
+        InputError: an input, a column or the output is wrong, or more rows failed than ``max_failed``.
+        ArtifactError: the artifact is damaged or does not fit the CPUs.
+        EngineError: the engine fails or is not installed, or the cluster does not answer or is not safe.
+        MissingExtra: Ray is not installed.
+
+    Example:
+        >>> import corewise
+        >>> result = corewise.predict("texts.cw", "texts.txt", "vectors.parquet")
+        >>> result.rows, result.failed
+        (3, 0)
+    """
+    given = [inputs] if isinstance(inputs, str | Path) else list(inputs)
+    bulk = Bulk.of(
+        Path(folder), given, Path(output), columns=Columns(text, pair), prompt=prompt, top=top, preprocess=preprocess,
+        ray=ray,
+    )  # fmt: skip
+    return bulk.run(max_failed=max_failed, retune_s=retune_s, on_progress=on_progress)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Bulk:
+    """A job that was checked as far as it can be without running it."""
+
+    artifact: Artifact
+    job: Job
+    preprocess: str | None
+    ray: str | None
+
+    @classmethod
+    def of(
+        cls,
+        folder: Path,
+        inputs: Iterable[str | Path],
+        output: Path,
+        *,
+        columns: Columns,
+        prompt: str | None,
+        top: int | None,
+        preprocess: str | None,
+        ray: str | None,
+    ) -> "Bulk":
+        """Check what is asked, with the arguments of ``predict``; nothing is written."""
+        if ray is not None:
+            check_address(ray)
+            check_ray(installed_ray())
+            folder, output = folder.absolute(), output.absolute()
+        artifact = read(folder)
+        images = artifact.manifest.preprocess is not None and artifact.manifest.pipeline is None
+        texts = None if images else text_pipeline(artifact)
+        if not images and texts is None:
+            raise InputError(f"{folder} takes tensors only", "make it again from st:, hf: or with --tokenizer")
+        foreign = (
+            {"text": columns.text, "pair": columns.pair, "prompt": prompt}
+            if images
+            else {"top": top, "preprocess": preprocess}
+        )
+        _check_foreign(folder, foreign, "images" if images else "texts")
+        if texts is not None:
+            _check_pairs(folder, texts.pairs, columns.pair)
+        pipeline = images_of(artifact) if images else None
+        if pipeline is not None and pipeline.preprocess.function is not None and preprocess is None:
+            raise InputError(f"{folder} was made with a function that prepares images", "give --preprocess")
+        paths = list_images(inputs) if images else [Path(path) for path in inputs]
+        job = Job(
+            inputs=tuple(path.absolute() for path in paths) if ray is not None else tuple(paths),
+            output=output,
+            columns=columns,
+            prompt=prompt,
+            artifact=identity(folder),
+            top=(top or TOP) if images else None,
+        )
+        if ray is None:
+            check_job(job)
+        else:
+            check_inputs(job)
+            check_folder(output)
+        reference = preprocess
+        if ray is not None and preprocess is not None and preprocess.rpartition(":")[0].endswith(".py"):
+            file, _, function = preprocess.rpartition(":")
+            reference = f"{Path(file).absolute()}:{function}"
+        return cls(artifact=artifact, job=job, preprocess=reference, ray=ray)
+
+    @property
+    def kept(self) -> Parts:
+        """The finished parts."""
+        return self.job.kept if self.ray is None else folder_of(self.job.output, several=self.job.several)
+
+    def outlook(self) -> BulkOutlook:
+        """What ``run`` would do."""
+        facts = self.job.facts(jobs.PART_ROWS if self.ray is None else driving.PART_ROWS)
+        finished = self.kept.finished() if self.kept.same(facts) else {}
+        return BulkOutlook(
+            inputs=len(self.job.inputs),
+            rows=self._rows(),
+            done_rows=sum(counts.rows for counts in finished.values()),
+            output=self.job.output,
+        )
+
+    def run(self, *, max_failed: int | None, retune_s: float, on_progress: OnProgress) -> BulkResult:
+        """Run it; the arguments are those of ``predict``, as is what it returns and raises."""
+        start_s, total = time.monotonic(), self._rows()
+        if self.ray is not None:
+            return run_on_ray(
+                self.ray,
+                self.artifact.folder,
+                self.job,
+                preprocess=self.preprocess,
+                total=total,
+                max_failed=max_failed,
+                retune_s=retune_s,
+                on_progress=on_progress,
+            )
+
+        def on_rows(done: Counts) -> None:
+            on_progress(BulkProgress(rows=done.rows, total=max(total, done.rows), failed=done.failed))
+
+        with load(self.artifact.folder, preprocess=self.preprocess, photos=self.job.top is not None) as model:
+            runner = runner_of(model, self.artifact.folder)
+            done = run_job(self.job, runner, max_failed=max_failed, on_rows=on_rows)
+        return BulkResult(
+            output=self.job.output,
+            failed_in=self.job.failed,
+            rows=done.rows,
+            resumed=done.resumed,
+            failed=done.failed,
+            wall_s=time.monotonic() - start_s,
+        )
+
+    def _rows(self) -> int:
+        return len(self.job.inputs) if self.job.top is not None else count_rows(self.job.inputs)
+
+
+def _check_foreign(folder: Path, options: Mapping[str, object], kind: str) -> None:
+    """Raise ``InputError`` for an option that has no meaning for the items that the artifact takes."""
+    for name, value in options.items():
+        if value is not None:
+            raise InputError(f"--{name} has no meaning for {kind}, which {folder} takes", f"leave out --{name}")
+
+
+def _check_pairs(folder: Path, takes_pairs: bool, column: str | None) -> None:
+    """Raise ``InputError`` unless the column of second texts is given for a model of pairs, and for no other."""
+    if takes_pairs and column is None:
+        raise InputError(f"{folder} takes pairs of texts", "say which column is the second text: --pair COLUMN")
+    if column is not None and not takes_pairs:
+        raise InputError(f"{folder} takes single texts", "leave out --pair")
+
+
+def check_folder(output: Path) -> None:
+    """Raise ``OutputError`` unless the output is a job's folder or can become one."""
+    if output.suffix in (".jsonl", ".npy"):
+        raise OutputError(f"{output} is the name of a file", "with --ray give a folder for Parquet files with -o")
+    if output.exists() and not output.is_dir():
+        raise OutputError(f"{output} exists already and is no folder", "give another name with -o")
+    if not output.parent.is_dir():
+        raise OutputError(f"{output} cannot be written: there is no folder {output.parent}", "make it first")
+    if output.is_dir() and any(output.iterdir()) and not (output / f"{MARK}job.json").is_file():
+        raise OutputError(f"{output} has files of something else", "give another name with -o")

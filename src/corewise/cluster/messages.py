@@ -1,0 +1,112 @@
+"""What a job's driver and its actors say to each other: JSON in strings, whatever carries them.
+
+Ray pickles what it carries. So that no value of ours depends on it, nothing but strings and numbers crosses: records
+are validated against their types when they arrive, and an error is a value too.
+"""
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import wraps
+from pathlib import Path
+from typing import Any, TypeVar
+
+from corewise.common.errors import (
+    ArtifactError,
+    CorewiseError,
+    EngineError,
+    InputError,
+    OutputError,
+    SamplesError,
+    SourceError,
+)
+from corewise.pipeline.parts import Record
+from corewise.records.build import Plan
+from corewise.records.bulk import PlanSource
+from corewise.records.jsonable import from_json, to_json
+from corewise.records.tuned import Machine
+
+T = TypeVar("T")
+
+KINDS = (SourceError, SamplesError, OutputError, InputError, ArtifactError, EngineError, CorewiseError)
+"""The errors that cross as they are; others cross as the nearest of these."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Task:
+    """What all actors of a job are told."""
+
+    version: str
+    """Of the driver's corewise."""
+    artifact: Path
+    identity: str
+    output: Path
+    job: str
+    """The sha256 of the file in the output that says which job it is."""
+    several: bool
+    prompt: str | None
+    top: int | None
+    preprocess: str | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Prepared:
+    """An actor has looked at its machine and found all that it needs: it would run this plan."""
+
+    pid: int
+    machine: Machine
+    plan: Plan
+    source: PlanSource
+
+
+@dataclass(frozen=True, kw_only=True)
+class Answered:
+    """A part is written."""
+
+    rows: int
+    failed: int
+    example: str
+
+
+def packed(value: Any) -> str:
+    """A record as a message."""
+    return json.dumps(to_json(value))
+
+
+def unpacked(kind: type[T], text: str) -> T:
+    """The record of a message, of that type."""
+    return from_json(kind, json.loads(text))
+
+
+def packed_rows(rows: Sequence[Record]) -> str:
+    """Rows as a message. A row with a problem is sent without its value, which may be no text."""
+    return json.dumps([record._replace(value=None) if record.problem else record for record in rows])
+
+
+def unpacked_rows(text: str) -> list[Record]:
+    """The rows of a message; a pair of texts is a tuple again."""
+    rows = [Record(*row) for row in json.loads(text)]
+    return [row._replace(value=tuple(row.value)) if isinstance(row.value, list) else row for row in rows]
+
+
+def answering(method: Callable[..., Any]) -> Callable[..., str]:
+    """A method whose value, or whose error of ours, becomes a message that ``answer`` reads."""
+
+    @wraps(method)
+    def call(*arguments: Any) -> str:
+        try:
+            return json.dumps({"value": to_json(method(*arguments))})
+        except CorewiseError as error:
+            kind = next(kind.__name__ for kind in type(error).__mro__ if kind in KINDS)
+            return json.dumps({"error": kind, "what": error.what, "fix": error.fix})
+
+    return call
+
+
+def answer(kind: type[T], text: str, place: str) -> T:
+    """The value that an ``answering`` method returned; raises its error, which then says where it happened."""
+    told = json.loads(text)
+    if "error" in told:
+        kinds = {kind.__name__: kind for kind in KINDS}
+        raise kinds[told["error"]](f"{place}: {told['what']}", told["fix"])
+    return from_json(kind, told["value"])

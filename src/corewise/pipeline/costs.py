@@ -1,0 +1,52 @@
+"""Which calls of texts are timed, and the table of their costs that ``calls.fill`` weighs. Pure."""
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+
+from corewise.pipeline.calls import CallLimits, CostTable
+
+QUANTILES = (0.0, 0.5, 0.9, 1.0)
+"""Of the samples' lengths: the tokens of the calls that are timed. Between them costs are interpolated."""
+
+Point = tuple[int, int]
+"""Rows of a call, and the tokens that each is padded to."""
+
+
+def cost_points(lengths: Sequence[int], limits: CallLimits, multiple: int) -> tuple[Point, ...]:
+    """The calls that are worth timing, those of the fewest tokens first.
+
+    Args:
+        lengths: The tokens of each sample, (N,).
+        limits: The most that one call may have; one row may have more tokens.
+        multiple: Texts are padded to a multiple of so many tokens.
+    """
+    padded = -(-np.asarray(lengths, np.int64) // multiple) * multiple
+    tokens = sorted({int(np.quantile(padded, q, method="nearest")) for q in QUANTILES})
+    rows = sorted({*(2**k for k in range(limits.rows.bit_length())), limits.rows})
+    points = [(count, size) for size in tokens for count in rows if count == 1 or count * size <= limits.tokens]
+    return tuple(sorted(points, key=lambda point: (point[0] * point[1], point)))
+
+
+def cost_table(measured: Mapping[Point, float]) -> CostTable:
+    """The table of timed calls; a call that was not timed costs in proportion to the nearest smaller one that was.
+
+    No call costs more than a larger one: where it was slower, something else disturbed it.
+
+    Args:
+        measured: Milliseconds by rows and tokens, at least those of the call with the fewest of both.
+    """
+    rows, tokens = (sorted({point[axis] for point in measured}) for axis in (0, 1))
+    ms: dict[Point, float] = {}
+    for j, size in enumerate(tokens):
+        for i, count in enumerate(rows):
+            if (count, size) in measured:
+                ms[count, size] = measured[count, size]
+            elif i:
+                ms[count, size] = ms[rows[i - 1], size] * count / rows[i - 1]
+            else:
+                ms[count, size] = ms[count, tokens[j - 1]] * size / tokens[j - 1]
+    times = np.array([[ms[count, size] for size in tokens] for count in rows])
+    for axis in (0, 1):
+        times = np.flip(np.minimum.accumulate(np.flip(times, axis), axis), axis)
+    return CostTable(rows=tuple(rows), tokens=tuple(tokens), ms=tuple(map(tuple, times.tolist())))

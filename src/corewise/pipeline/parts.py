@@ -1,0 +1,140 @@
+"""A job's finished parts in a folder: each is whole on disk or not there, whoever writes it and is killed meanwhile.
+
+A part is its answers, the rows that were set aside with their reasons, and a small file ``.done``, which comes last and
+says that both are whole. Each file is written under a name of its own and renamed, so that two writers of one part, of
+which one was given up for dead, do not harm each other: both write the same.
+"""
+
+import json
+import secrets
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from corewise.common.errors import OutputError, SamplesError
+from corewise.pipeline.outputs import AnswerRow, Format, sync
+from corewise.pipeline.runner import Rejected
+
+
+class Record(NamedTuple):
+    """A row of the inputs: its number over all of them, its file, its name there, its value, and its problem if any."""
+
+    row: int
+    input: str
+    name: str
+    value: Any
+    problem: str
+
+
+class Counts(NamedTuple):
+    """The rows of a part, those of them that were set aside, and the first of these with its reason."""
+
+    rows: int
+    failed: int
+    example: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Parts:
+    """The folder of a job's parts."""
+
+    folder: Path
+    suffix: str
+    """Of the files of answers: their format."""
+    several: bool
+    """Whether an answer says which input it belongs to."""
+    mark: str = ""
+    """Begins the names of all other files. Readers of Parquet folders leave out what begins with ``_``."""
+
+    @property
+    def about(self) -> Path:
+        """The file that says which job this is."""
+        return self.folder / f"{self.mark}job.json"
+
+    def answers(self, number: int) -> Path:
+        """The file of a part's answers."""
+        return self.folder / f"part-{number:06}{self.suffix}"
+
+    def failed(self, number: int) -> Path:
+        """The file of a part's rows that were set aside, JSON Lines."""
+        return self.folder / f"{self.mark}part-{number:06}.failed"
+
+    def begin(self, facts: dict[str, Any]) -> None:
+        """Make the folder, or find it begun by a job with the same facts.
+
+        Raises:
+            OutputError: It belongs to another job.
+        """
+        if not self.about.is_file():
+            self.folder.mkdir(exist_ok=True)
+            self.replace(self.about, lambda path: path.write_text(_text(facts), encoding="utf-8"))
+        elif not self.same(facts):
+            raise OutputError(
+                f"{self.folder} holds the parts of another job, or its inputs or artifact have changed",
+                "remove that folder to begin again, or give another name with -o",
+            )
+
+    def same(self, facts: dict[str, Any]) -> bool:
+        """Whether the folder was begun by a job with the same facts."""
+        return self.about.is_file() and self.about.read_text(encoding="utf-8") == _text(facts)
+
+    def finished(self) -> dict[int, Counts]:
+        """The finished parts by their numbers, rising."""
+        before, after = f"{self.mark}part-", ".done"
+        found = {}
+        for path in self.folder.glob(f"{before}*{after}"):
+            said = json.loads(path.read_text())
+            found[int(path.name.removeprefix(before).removesuffix(after))] = Counts(said["rows"], said["failed"])
+        return dict(sorted(found.items()))
+
+    def write(self, number: int, kind: Format, part: Sequence[tuple[Record, Any]]) -> Counts:
+        """Write a part's rows with their answers, in order; a ``Rejected`` is set aside."""
+        good = [
+            AnswerRow(row=record.row, input=record.input if self.several else None, answer=answer)
+            for record, answer in part
+            if not isinstance(answer, Rejected)
+        ]
+        bad = [(record, answer) for record, answer in part if isinstance(answer, Rejected)]
+        if good or not self.mark:  # a file without rows has no columns, which a reader of the folder would miss
+            first = part[0][0].row
+            self.replace(self.answers(number), lambda path: kind.write(path, good, first, len(part)))
+        if bad or not self.mark:
+            text = "".join(_aside(record, answer) for record, answer in bad)
+            self.replace(self.failed(number), lambda path: path.write_bytes(text.encode("utf-8", "replace")))
+        counts = json.dumps({"rows": len(part), "failed": len(bad)})
+        done = self.folder / f"{self.mark}part-{number:06}.done"
+        self.replace(done, lambda path: path.write_text(counts))
+        example = f"{bad[0][0].name or bad[0][0].input} {bad[0][1].reason}" if bad else ""
+        return Counts(len(part), len(bad), example)
+
+    def replace(self, path: Path, write: Callable[[Path], Any]) -> None:
+        """Write a file under another name, and give it its own when it is on disk."""
+        new = path.with_name(f"{self.mark}new-{secrets.token_hex(4)}-{path.name}")
+        write(new)
+        sync(new)
+        new.replace(path)
+
+    def sweep(self) -> None:
+        """Remove what writers that were killed left."""
+        for path in self.folder.glob(f"{self.mark}new-*"):
+            path.unlink(missing_ok=True)
+
+    def check_failed(self, failed: int, most: int | None, example: str) -> None:
+        """Raise ``SamplesError`` if more rows were set aside than ``most``."""
+        if most is not None and failed > most:
+            first = f", such as {example}" if example else ""
+            rows = "1 row" if failed == 1 else f"{failed:,} rows"
+            raise SamplesError(
+                f"{rows} cannot be answered{first}, and --max-failed is {most:,}",
+                f"correct them or give a larger --max-failed; finished parts are kept in {self.folder}",
+            )
+
+
+def _text(facts: dict[str, Any]) -> str:
+    return json.dumps(facts, indent=1)
+
+
+def _aside(record: Record, answer: Rejected) -> str:
+    line = {"row": record.row, "input": record.input, "where": record.name, "reason": answer.reason}
+    return json.dumps(line, ensure_ascii=False) + "\n"

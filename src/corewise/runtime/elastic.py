@@ -1,0 +1,179 @@
+"""Two layouts of a payload as one session: a call that is alone takes all cores, calls from many threads share them."""
+
+from collections.abc import Sequence
+from concurrent.futures import Future, wait
+from contextlib import ExitStack
+from functools import partial
+from itertools import count
+from pathlib import Path
+from queue import SimpleQueue
+from threading import Condition, RLock
+from time import monotonic
+from typing import NamedTuple
+
+import numpy as np
+
+from corewise.batching import ElasticPolicy, Partitions
+from corewise.common.errors import EngineError
+from corewise.engines import Engine, Session
+from corewise.engines.base import rows_of
+from corewise.machine.layouts import assign
+from corewise.records.build import Build, ElasticPlan
+from corewise.records.cpu import Cpu
+from corewise.runtime.instances import Alone, Instances, OpenedHere, is_forked, open_plan
+
+Outputs = list[np.ndarray]
+
+
+def open_elastic(
+    engine: Engine, folder: Path, build: Build, plan: ElasticPlan, partitions: Partitions, cpu: Cpu
+) -> Session:
+    """A payload under an elastic plan, as one session that any number of threads may call at any time.
+
+    In a process that was forked after it imported corewise, only the narrow layout, as ``open_plan`` opens it: OpenMP
+    hangs there in a thread whose team stayed with the parent.
+    Raises what the engine raises, and ``EngineError`` where a thread may not run on its hardware threads.
+    """
+    if is_forked():
+        return open_plan(engine, folder, build, plan.narrow, cpu)
+    return Elastic(engine, folder, build, plan, partitions, cpu)
+
+
+class _Started(NamedTuple):
+    """Rows that a call may run now: in its own thread on all cores, or already on an instance."""
+
+    inputs: list[np.ndarray]
+    future: "Future[Outputs] | None"
+
+
+class _Call:
+    """A call whose rows are started in order, as cores become free."""
+
+    def __init__(self, inputs: Sequence[np.ndarray]) -> None:
+        self._inputs = inputs
+        self._taken = 0
+        self.started: SimpleQueue[_Started | None] = SimpleQueue()
+        """What was started; ``None`` when the session was closed."""
+
+    def take(self, rows: int) -> list[np.ndarray]:
+        """The next rows."""
+        start, self._taken = self._taken, self._taken + rows
+        return [rows_of(array, start, self._taken, rows) for array in self._inputs]
+
+
+class Elastic:
+    """A session that any number of threads may call at any time; ``ElasticPolicy`` decides which cores a call gets.
+
+    Cores are leased: the instance with all threads runs only while no other does. It runs in the calling thread, as
+    ``Alone``; the others run in pinned threads of their own. It works in the process that opened it only.
+    """
+
+    def __init__(
+        self, engine: Engine, folder: Path, build: Build, plan: ElasticPlan, partitions: Partitions, cpu: Cpu
+    ) -> None:
+        """Open both layouts. Raises what the engine raises, and ``EngineError`` as ``Instances``."""
+        narrow = plan.narrow
+        cpus = assign(cpu, narrow.threads_per_instance, narrow.instances)
+        with ExitStack() as undo:
+            self._wide = Alone(engine, folder, build, plan.wide)
+            undo.callback(self._wide.close)
+            self._narrow = Instances(engine, folder, build, narrow, cpus)
+            undo.pop_all()
+        self._process = OpenedHere()
+        self._cores = plan.wide.threads_per_instance
+        self._policy = ElasticPolicy(partitions)
+        self._idle = list(range(narrow.instances))
+        """Instances of the narrow layout that do nothing."""
+        self._changed = Condition(RLock())  # entered again by ``_forget``
+        self._calls: dict[int, _Call] = {}
+        self._numbers = count()
+        self._closed = False
+
+    def run(self, inputs: Sequence[np.ndarray]) -> Outputs:
+        """Run any batch of at least one item. When all its parts have ended, raises the first one's error, if any.
+
+        Raises ``EngineError`` if it was closed, and in a process that was forked after it was opened.
+        """
+        self._process.check()
+        rows, call = len(inputs[0]), _Call(inputs)
+        with self._changed:
+            number = next(self._numbers)
+            if self._closed:
+                raise _closed()
+            self._calls[number] = call
+            self._policy.arrive(number, rows, monotonic())
+            self._start()
+        parts: list[Outputs | Future[Outputs]] = []
+        try:
+            while rows:
+                started = call.started.get()
+                if started is None:
+                    raise _closed()
+                rows -= len(started.inputs[0])
+                parts.append(self._run_here(started) if started.future is None else started.future)
+            if len(parts) > 1:
+                wait([part for part in parts if isinstance(part, Future)])
+        finally:
+            self._forget(number, call)
+        outputs = [part.result() if isinstance(part, Future) else part for part in parts]
+        return outputs[0] if len(outputs) == 1 else [np.concatenate(arrays) for arrays in zip(*outputs, strict=True)]
+
+    def close(self) -> None:
+        """Close both when what runs has ended; calls that wait raise. In a forked child, leave it to the parent."""
+        if self._process.is_other:
+            return
+        with self._changed:
+            if self._closed:
+                return
+            self._closed = True
+            for number, call in self._calls.items():
+                self._policy.leave(number)
+                call.started.put(None)
+            while self._policy.free < self._cores:
+                self._changed.wait()
+        self._wide.close()
+        self._narrow.close()
+
+    def _start(self) -> None:
+        """Start what the policy starts now."""
+        for number, part in self._policy.starts(monotonic()):
+            call = self._calls[number]
+            inputs = call.take(part.rows)
+            if part.threads == self._cores:
+                call.started.put(_Started(inputs, None))
+                continue
+            instance = self._idle.pop()
+            # Its core is free before its answer is there: who calls again at once finds all cores free.
+            ended = partial(self._ended, part.threads, instance)
+            call.started.put(_Started(inputs, self._narrow.start(instance, inputs, ended)))
+
+    def _run_here(self, started: _Started) -> Outputs:
+        """Run on all cores, in this thread."""
+        try:
+            return self._wide.run(started.inputs)
+        finally:
+            self._ended(self._cores)
+
+    def _ended(self, threads: int, instance: int | None = None) -> None:
+        """Give a part's cores back."""
+        with self._changed:
+            if instance is not None:
+                self._idle.append(instance)
+            self._policy.ended(threads, monotonic())
+            self._start()
+            if self._closed:
+                self._changed.notify_all()
+
+    def _forget(self, number: int, call: _Call) -> None:
+        """Start no more of a call that has ended; if it was interrupted, give back what it did not take."""
+        with self._changed:
+            del self._calls[number]
+            self._policy.leave(number)
+            while not call.started.empty():
+                started = call.started.get()
+                if started is not None and started.future is None:
+                    self._ended(self._cores)
+
+
+def _closed() -> EngineError:
+    return EngineError("the model was closed", "load it again")

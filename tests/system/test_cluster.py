@@ -1,0 +1,182 @@
+"""corewise predict on a real Ray of two CPUs: actors and drivers that are killed, and what is wrong in one line."""
+
+import json
+import os
+import re
+import secrets
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import pyarrow.dataset
+import pytest
+from command_line import command
+from serving_tools import token_artifact
+
+import corewise
+from bench.servers import descendants
+
+pytest.importorskip("ray")
+
+ROWS = 12_000
+TOKENS = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32), "RAY_USAGE_STATS_ENABLED": "0"}
+pytestmark = pytest.mark.alone
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model of tokens, and a file of texts of which one has a null byte."""
+    made = tmp_path_factory.mktemp("cluster")
+    token_artifact(made / "words.cw")
+    generator = np.random.default_rng(0)
+    lines = [" ".join(f"w{k}" for k in generator.integers(0, 99, 1 + number % 20)) for number in range(ROWS)]
+    lines[7] = "w1 \0"
+    (made / "texts.txt").write_text("\n".join(lines) + "\n")
+    return made
+
+
+@pytest.fixture(scope="module")
+def alone(folder: Path) -> np.ndarray:
+    """The answers of one process."""
+    corewise.predict(folder / "words.cw", folder / "texts.txt", folder / "alone.npy")
+    made: np.ndarray = np.load(folder / "alone.npy")
+    return made
+
+
+class Cluster(NamedTuple):
+    """The head's process, which brings all others, and its address."""
+
+    pid: int
+    address: str
+
+    def kill_actors(self) -> None:
+        """Kill the processes that answer."""
+        for pid in descendants(self.pid):
+            with suppress(OSError):  # it has ended
+                if Path(f"/proc/{pid}/cmdline").read_bytes().startswith(b"ray::Answerer"):
+                    os.kill(pid, signal.SIGKILL)
+
+
+@pytest.fixture(scope="module")
+def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
+    """A Ray that wants a token."""
+    with socket.create_server(("127.0.0.1", 0)) as probe:
+        port = probe.getsockname()[1]
+    ray = Path(sys.executable).with_name("ray")
+    options = ["--num-cpus=2", "--include-dashboard=false", f"--object-store-memory={2**27}", "--disable-usage-stats"]
+    log = (tmp_path_factory.mktemp("ray") / "log").open("w+")
+    head = subprocess.Popen(
+        [ray, "start", "--head", "--block", "--node-ip-address=127.0.0.1", f"--port={port}", *options],
+        env={**os.environ, **TOKENS},
+        stdout=log,
+        stderr=subprocess.STDOUT,
+    )
+    until = time.monotonic() + 120
+    while "Ray runtime started" not in (text := Path(log.name).read_text()) and time.monotonic() < until:
+        assert head.poll() is None, text
+        time.sleep(0.05)
+    family = descendants(head.pid)
+    yield Cluster(head.pid, f"127.0.0.1:{port}")
+    head.terminate()
+    head.wait(60)
+    log.close()
+    for pid in family:
+        with suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+
+
+def start(folder: Path, cluster: Cluster, output: str, *more: str) -> subprocess.Popen[str]:
+    typed = command("predict", "words.cw", "texts.txt", "-o", output, "--ray", cluster.address, *more, quick=False)
+    return subprocess.Popen(
+        typed, cwd=folder, env={**os.environ, **TOKENS}, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+
+
+def strike(job: subprocess.Popen[str], output: Path, kill: Callable[[], None]) -> None:
+    """Kill something when the first part of a job is done."""
+    until = time.monotonic() + 120
+    while not list(output.glob("_part-*.done")) and job.poll() is None and time.monotonic() < until:
+        time.sleep(0.01)
+    kill()
+
+
+def check_rows(output: Path, alone: np.ndarray) -> None:
+    """Each row is there once, with the answer of one process."""
+    table = pyarrow.dataset.dataset(output).to_table()
+    rows = table.column("row").to_numpy()
+    assert sorted(rows) == [row for row in range(ROWS) if row != 7]
+    np.testing.assert_allclose(np.stack(table.column("vector").to_numpy()), alone[rows], atol=1e-5)
+    (failed,) = (json.loads(line) for path in output.glob("_part-*.failed") for line in path.read_text().splitlines())
+    assert (failed["row"], failed["where"]) == (7, "line 8")
+    assert not list(output.glob("_new-*"))
+
+
+def test_an_actor_that_is_killed_loses_no_row(folder: Path, alone: np.ndarray, cluster: Cluster) -> None:
+    job = start(folder, cluster, "actors", "--retune", "0")
+
+    strike(job, folder / "actors", cluster.kill_actors)
+    said, wrong = job.communicate(timeout=240)
+    assert job.returncode == 0, wrong
+    assert f"{ROWS:,} rows to " in said
+    assert "1 set aside" in said
+    assert re.search(r"node .*: [\d,]+ rows under 1 thread x 1, batch 4 \(", said)
+    check_rows(folder / "actors", alone)
+
+
+def test_a_driver_that_is_killed_is_resumed(folder: Path, alone: np.ndarray, cluster: Cluster) -> None:
+    first = start(folder, cluster, "drivers", "--retune", "0")
+    strike(first, folder / "drivers", first.kill)
+    first.communicate(timeout=240)
+    second = start(folder, cluster, "drivers", "--retune", "0")
+    said, wrong = second.communicate(timeout=240)
+    assert second.returncode == 0, wrong
+    assert "were done before" in said
+    check_rows(folder / "drivers", alone)
+
+
+def test_a_cluster_is_not_used_without_its_token(folder: Path, cluster: Cluster) -> None:
+    with_none = {name: value for name, value in os.environ.items() if not name.startswith("RAY_AUTH")}
+    typed = command("predict", "words.cw", "texts.txt", "-o", "none", "--ray", cluster.address, quick=False)
+    done = subprocess.run(
+        typed, cwd=folder, env={**with_none, "HOME": str(folder)}, capture_output=True, text=True, timeout=240
+    )
+    assert done.returncode == 2
+    (line,) = done.stderr.splitlines()
+    assert "Ray" in line
+    assert "token" in line
+
+
+@pytest.mark.parametrize(
+    ("inputs", "output", "options", "what"),
+    [
+        ("texts.txt", "a", {"ray": "head"}, "'head' is no address of a Ray cluster; give local, auto, HOST:PORT"),
+        ("texts.txt", "a", {"ray": "127.0.0.1:1"}, "no Ray cluster answers at 127.0.0.1:1; check the address"),
+        ("empty.txt", "a", {"ray": "local"}, "there are no rows in .*empty.txt; give at least one"),
+        ("table.csv", "a", {"ray": "local", "text": "bodi"}, "has no column 'bodi'; it has body; did you mean 'body'"),
+        ("texts.txt", "other", {"ray": "local"}, "other has files of something else; give another name"),
+        ("texts.txt", "a.npy", {"ray": "local"}, "a.npy is the name of a file; with --ray give a folder"),
+    ],
+)
+def test_what_is_wrong_is_said_before_a_cluster_starts(
+    folder: Path, inputs: str, output: str, options: dict[str, str], what: str
+) -> None:
+    (folder / "table.csv").write_text("body\nw1\n")
+    (folder / "empty.txt").touch()
+    (folder / "other").mkdir(exist_ok=True)
+    (folder / "other" / "notes.txt").touch()
+    with pytest.raises(corewise.CorewiseError, match=what):
+        corewise.predict(folder / "words.cw", folder / inputs, folder / output, **options)
+
+
+def test_a_dry_run_says_what_would_run(folder: Path) -> None:
+    typed = command("predict", "words.cw", "texts.txt", "-o", "dry", "--ray", "auto", "--dry-run", quick=False)
+    done = subprocess.run(typed, cwd=folder, capture_output=True, text=True)
+    assert done.stdout == f"would answer about {ROWS:,} rows of 1 input, to {folder / 'dry'}\n"
+    assert not (folder / "dry").exists()

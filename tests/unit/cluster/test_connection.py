@@ -1,0 +1,81 @@
+"""cluster.connection: versions, addresses, and what an address says to a question without a token."""
+
+import socket
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+
+import grpc
+import pytest
+
+from corewise.cluster import connection
+from corewise.cluster.connection import check_address, check_guarded, check_ray, probe
+from corewise.common.errors import EngineError, InputError, MissingExtra
+
+
+def test_versions() -> None:
+    check_ray("2.59.0")
+    check_ray("3.0.0rc1")
+    with pytest.raises(MissingExtra, match=r"needs the package 'ray'; pip install 'corewise\[ray\]'"):
+        check_ray(None)
+    with pytest.raises(EngineError, match=r"ray 2\.58\.1 is installed, .*; pip install 'ray>=2\.59'"):
+        check_ray("2.58.1")
+
+
+@pytest.mark.parametrize("address", ["local", "auto", "10.0.0.1:6379", "[::1]:6379", "ray://head:10001"])
+def test_addresses(address: str) -> None:
+    check_address(address)
+
+
+@pytest.mark.parametrize("address", ["", "head", "http://head:8265", "ray://head", "head:port"])
+def test_no_addresses(address: str) -> None:
+    with pytest.raises(InputError, match="is no address of a Ray cluster; give local, auto, HOST:PORT or ray://"):
+        check_address(address)
+
+
+@pytest.fixture
+def mute() -> Iterator[str]:
+    """A port that takes connections and says nothing."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        yield f"127.0.0.1:{server.getsockname()[1]}"
+
+
+class Head(grpc.GenericRpcHandler):
+    """Answers each question in one way."""
+
+    def __init__(self, code: grpc.StatusCode) -> None:
+        self.code = code
+
+    def service(self, details: grpc.HandlerCallDetails) -> grpc.RpcMethodHandler:
+        def answer(request: bytes, context: grpc.ServicerContext) -> bytes:
+            context.set_code(self.code)
+            return b""
+
+        return grpc.unary_unary_rpc_method_handler(answer)
+
+
+@pytest.mark.parametrize("prefix", ["", "ray://"])
+@pytest.mark.parametrize(("code", "said"), [(grpc.StatusCode.UNAUTHENTICATED, "guarded"), (grpc.StatusCode.OK, "open")])
+def test_a_cluster_says_whether_it_wants_tokens(prefix: str, code: grpc.StatusCode, said: str) -> None:
+    server = grpc.server(ThreadPoolExecutor(1), [Head(code)])
+    port = server.add_insecure_port("127.0.0.1:0")
+    server.start()
+    try:
+        assert probe(f"{prefix}127.0.0.1:{port}") == said
+    finally:
+        server.stop(0).wait()
+
+
+def test_an_address_that_says_nothing_is_not_waited_for(mute: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(connection, "ANSWER_S", 0.3)
+    assert probe(mute) == "silent"
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+    assert probe(f"127.0.0.1:{port}") == "silent"
+
+
+def test_only_a_guarded_cluster_is_used() -> None:
+    check_guarded("head:6379", "guarded")
+    with pytest.raises(EngineError, match="no Ray cluster answers at head:6379; check the address"):
+        check_guarded("head:6379", "silent")
+    with pytest.raises(EngineError, match=r"runs code for anyone who reaches it; start .* RAY_AUTH_MODE=token"):
+        check_guarded("head:6379", "open")

@@ -1,0 +1,213 @@
+"""cluster.driving: parts to actors that die, refuse and need plans, with a crew in this process."""
+
+from collections import Counter, deque
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from corewise.cluster.crew import ActorLost, Node
+from corewise.cluster.driving import MOST_LOSSES, Driver, parts_of_rows
+from corewise.cluster.messages import Answered, Prepared, answering, unpacked, unpacked_rows
+from corewise.common.errors import ArtifactError, EngineError, SamplesError
+from corewise.pipeline.parts import Counts, Parts, Record
+from corewise.records.build import Plan
+from corewise.records.bulk import BulkProgress, PlanSource
+from corewise.records.tuned import Machine, Tuned
+
+OLD, NEW = (Machine(model=name, isa=(), usable_cores=2, hardware_threads=2, quota_cores=None) for name in "ab")
+MADE, FOUND = Plan(threads_per_instance=2), Plan(threads_per_instance=1, instances=2, batch=8)
+
+
+class FakeActor:
+    """Keeps what it was given instead of answering it; row 13 has no answer."""
+
+    def __init__(self, machine: Machine, written: Counter[int], refusal: str = "") -> None:
+        self.machine, self.written, self.refusal = machine, written, refusal
+
+    @answering
+    def prepare(self, cores: int) -> Prepared:
+        if self.refusal:
+            raise ArtifactError(self.refusal, "mend it")
+        source: PlanSource = "made here" if self.machine == OLD else "untuned"
+        return Prepared(pid=1, machine=self.machine, plan=MADE, source=source)
+
+    @answering
+    def retune(self, budget_s: float) -> Tuned:
+        return Tuned(machine=self.machine, created="2026-01-01", goal="throughput", plan=FOUND, measurements=())
+
+    @answering
+    def open(self, plan: str) -> tuple[str, ...]:
+        return (f"opened {unpacked(Plan, plan).label}",)
+
+    @answering
+    def answer(self, number: int, rows: str) -> Answered:
+        got = unpacked_rows(rows)
+        self.written.update(record.row for record in got)
+        failed = sum(record.row == 13 for record in got)
+        return Answered(rows=len(got), failed=failed, example="line 14 is empty" if failed else "")
+
+
+class FakeCrew:
+    """Actors that answer when they are waited for, the first call first; ``fates`` says which calls they die of."""
+
+    def __init__(self, machines: Sequence[Machine], fates: Sequence[bool] = (), refusals: dict[int, str] | None = None):
+        self.living = [Node(str(k), f"node{k}", 2) for k in range(len(machines))]
+        self.machines, self.refusals = machines, refusals or {}
+        self.fates = deque(fates)
+        self.written: Counter[int] = Counter()
+        self.steps: Counter[str] = Counter()
+        self.waiting: list[tuple[int, FakeActor, str, tuple[Any, ...]]] = []
+        self.stopped: list[FakeActor] = []
+        self.most_waiting = 0
+
+    def nodes(self) -> list[Node]:
+        return self.living
+
+    def start(self, node: Node, task: str) -> FakeActor:
+        return FakeActor(self.machines[int(node.id)], self.written, self.refusals.get(int(node.id), ""))
+
+    def call(self, actor: FakeActor, method: str, *arguments: Any) -> int:
+        self.steps[method] += 1
+        number = sum(self.steps.values())
+        self.waiting.append((number, actor, method, arguments))
+        self.most_waiting = max(self.most_waiting, len(self.waiting))
+        return number
+
+    def wait(self, calls: Sequence[int], timeout_s: float) -> list[int]:
+        return [number for number, *_ in self.waiting if number in calls][:1]
+
+    def result(self, call: int) -> str:
+        (found,) = (one for one in self.waiting if one[0] == call)
+        self.waiting.remove(found)
+        _, actor, method, arguments = found
+        dies = bool(self.fates and self.fates.popleft()) or actor in self.stopped
+        if not dies or call % 2:  # every second one that dies has written its part before
+            told = str(getattr(actor, method)(*arguments))
+        if dies:
+            raise ActorLost("killed")
+        return told
+
+    def stop(self, actor: FakeActor) -> None:
+        self.stopped.append(actor)
+
+
+def rows(count: int) -> Iterator[Record]:
+    return (Record(row, "texts.txt", f"line {row + 1}", f"w{row}", "") for row in range(count))
+
+
+def driver_of(crew: FakeCrew, count: int = 45, *, finished: Sequence[int] = (), **changes: Any) -> Driver:
+    kept = Parts(folder=Path("out"), suffix=".parquet", several=False, mark="_")
+    done = {number: Counts(10, 0) for number in finished}
+    options: dict[str, Any] = {
+        "done": Counts(10 * len(done), 0),
+        "total": count,
+        "max_failed": None,
+        "retune_s": 30.0,
+        "on_tuned": lambda entry: "",
+        "on_progress": lambda progress: None,
+    }
+    return Driver(crew, "{}", kept, parts_of_rows(rows(count), 10, done), **{**options, **changes})
+
+
+def test_every_row_is_answered_once_and_what_is_done_is_not_done_again() -> None:
+    crew, told = FakeCrew([OLD, OLD]), list[BulkProgress]()
+    driver = driver_of(crew, finished=[2, 3], on_progress=told.append)
+    driven = driver.run()
+    assert crew.written == Counter(row for row in range(45) if row // 10 not in (2, 3))
+    assert driver.done == Counts(45, 1)
+    assert (told[0].rows, told[-1].rows, told[-1].failed, told[-1].actors) == (20, 45, 1, 2)
+    assert {(share.plan, share.source, share.lost) for share in driven.shares} == {(MADE, "made here", False)}
+    assert sum(share.rows for share in driven.shares) == 25
+    assert len(crew.stopped) == 2
+    assert crew.most_waiting <= 4  # two for each actor, whatever the inputs' size
+
+
+@given(st.lists(st.booleans(), max_size=40), st.integers(0, 60), st.integers(1, 3))
+def test_no_row_is_missing_or_counted_twice_whoever_dies(fates: list[bool], count: int, actors: int) -> None:
+    crew = FakeCrew([OLD] * actors, fates)
+    driver = driver_of(crew, count)
+    try:
+        driver.run()
+    except EngineError:
+        assert sum(fates) >= MOST_LOSSES
+        return
+    assert set(crew.written) == set(range(count))
+    assert driver.done == Counts(count, int(count > 13))
+
+
+def test_a_lost_actor_is_replaced_and_told_of() -> None:
+    # Two prepare, two open, and the first part that is answered takes its actor with it.
+    crew, told = FakeCrew([OLD, OLD], [False] * 4 + [True]), list[BulkProgress]()
+    driven = driver_of(crew, on_progress=told.append).run()
+    assert set(crew.written) == set(range(45))
+    assert crew.steps["prepare"] == 3
+    assert told[-1].lost == 1
+    assert [share.lost for share in driven.shares] == [True, False, False]
+
+
+def test_one_actor_searches_the_plan_of_its_kind_and_the_others_run_it() -> None:
+    kept: list[Tuned] = []
+    crew = FakeCrew([NEW, OLD, NEW, NEW])
+    driven = driver_of(crew, 200, on_tuned=lambda entry: kept.append(entry) or "kept").run()
+    assert crew.steps["retune"] == 1
+    assert [entry.machine for entry in kept] == [NEW]
+    shares = {share.node: (share.plan, share.source) for share in driven.shares}
+    assert shares["node1"] == (MADE, "made here")
+    assert {shares[f"node{k}"] for k in (0, 2, 3)} == {(FOUND, "tuned now")}
+    assert "kept" in driven.notes
+
+
+def test_without_a_search_each_runs_the_plan_that_it_has() -> None:
+    crew = FakeCrew([NEW])
+    assert driver_of(crew, retune_s=0.0).run().shares[0].source == "untuned"
+    assert crew.steps["retune"] == 0
+
+
+def test_who_searches_and_dies_holds_up_nobody() -> None:
+    crew = FakeCrew([NEW, NEW], [False, False, True])
+    driven = driver_of(crew).run()
+    assert set(crew.written) == set(range(45))
+    assert crew.steps["retune"] == 1
+    assert all(share.plan == MADE for share in driven.shares)
+
+
+def test_a_node_that_cannot_run_the_job_is_left_out_by_name() -> None:
+    crew = FakeCrew([OLD, OLD], refusals={0: "there is no artifact"})
+    driven = driver_of(crew).run()
+    assert driven.left_out == ("node node0: there is no artifact; mend it",)
+    assert {share.node for share in driven.shares} == {"node1"}
+    with pytest.raises(ArtifactError, match="node node0: there is no artifact; mend it"):
+        driver_of(FakeCrew([OLD], refusals={0: "there is no artifact"})).run()
+
+
+def test_a_part_that_ends_every_process_ends_the_job() -> None:
+    with pytest.raises(EngineError, match=r"rows 0 to 9 ended 3 processes, the last one on node node0: killed"):
+        driver_of(FakeCrew([OLD], [False, False, True] * 9), 10).run()
+
+
+def test_too_many_failed_rows_end_the_job() -> None:
+    with pytest.raises(
+        SamplesError, match=r"1 row cannot be answered, such as line 14 is empty, and --max-failed is 0"
+    ):
+        driver_of(FakeCrew([OLD]), max_failed=0).run()
+
+
+def test_a_cluster_that_starts_nothing_is_not_waited_for_without_end() -> None:
+    class Busy(FakeCrew):
+        def wait(self, calls: Sequence[int], timeout_s: float) -> list[int]:
+            return []
+
+    now = iter(range(0, 10**6, 50))
+    with pytest.raises(EngineError, match=r"Ray started no process within 120 s, .*: 2 on node0; see what has them"):
+        driver_of(Busy([OLD]), clock=lambda: float(next(now))).run()
+
+
+def test_parts_are_rows_by_number() -> None:
+    assert [(part.number, part.label) for part in parts_of_rows(rows(25), 10, {1: Counts(10, 0)})] == [
+        (0, "rows 0 to 9"),
+        (2, "rows 20 to 24"),
+    ]

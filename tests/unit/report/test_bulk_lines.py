@@ -1,0 +1,52 @@
+"""report.bulk: what predict prints."""
+
+from pathlib import Path
+
+from corewise.records.build import Plan
+from corewise.records.bulk import BulkOutlook, BulkProgress, BulkResult, NodeShare
+from corewise.records.tuned import Machine
+from corewise.report.bulk import ProgressLines, outlook_line, result_lines
+
+MACHINE = Machine(model="Zen 3", isa=(), usable_cores=2, hardware_threads=4, quota_cores=None)
+
+
+def test_what_would_run() -> None:
+    outlook = BulkOutlook(inputs=2, rows=16_000, done_rows=4096, output=Path("out"))
+    assert outlook_line(outlook) == "would answer about 16,000 rows of 2 inputs, of which 4,096 are done, to out"
+
+
+def test_progress_is_told_every_few_seconds() -> None:
+    lines = ProgressLines(100.0)
+    assert lines.line(BulkProgress(rows=1000, total=9000, failed=0, actors=1), 101.0) == ""
+    told = lines.line(BulkProgress(rows=3000, total=9000, failed=2, actors=2, lost=1), 105.0)
+    assert told == "3,000 of 9,000 rows, 12 s left, 500/s, 2 actors, 1 lost, 2 set aside"
+    assert lines.line(BulkProgress(rows=4000, total=9000, failed=2), 107.0) == ""
+
+
+def test_the_result_says_which_plan_ran_where() -> None:
+    share = NodeShare(
+        node="a (10.0.0.1:7)",
+        pid=7,
+        machine=MACHINE,
+        plan=Plan(threads_per_instance=1, instances=2, batch=8),
+        source="tuned now",
+        rows=2000,
+    )
+    result = BulkResult(
+        output=Path("out"),
+        failed_in=Path("out"),
+        rows=3000,
+        resumed=1000,
+        failed=1,
+        wall_s=4.0,
+        nodes=(share,),
+        left_out=("node b: it has corewise 0.1; install 0.2",),
+        notes=("slow",),
+    )
+    assert result_lines(result) == (
+        "3,000 rows to out in 4 s (500/s); 1,000 were done before; 1 set aside in out",
+        "node a (10.0.0.1:7): 2,000 rows under 1 thread x 2, batch 8 (found by this job) on Zen 3 (2 cores, 4 hardware "
+        "threads)",
+        "took no part: node b: it has corewise 0.1; install 0.2",
+        "note: slow",
+    )

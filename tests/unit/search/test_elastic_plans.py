@@ -1,0 +1,100 @@
+"""elastic plans: which two layouts are open, what is measured for them, and whether they pay."""
+
+from dataclasses import replace
+
+import pytest
+from builders import requirements
+
+from corewise.records.build import Plan
+from corewise.records.measurement import Measurement
+from corewise.report.lines import elasticity_lines
+from corewise.search.elastic import elastic_plan, elasticity, plans_to_measure
+
+WIDE = Plan(threads_per_instance=2, batch=4)
+NARROW = Plan(threads_per_instance=1, instances=2, batch=4)
+
+
+def measured(plan, p50_ms=1.0):
+    per_s = 1e3 * plan.batch * plan.instances / p50_ms
+    return Measurement(
+        plan=plan, latencies_ms=(p50_ms,), throughput_per_s=per_s, p50_ms=p50_ms, p99_ms=p50_ms, spread=0.0
+    )
+
+
+def rows(plan, *ms, **changes):
+    """Measurements of batches 1, 2, 4, ..."""
+    return [replace(measured(replace(plan, batch=2**k), one), **changes) for k, one in enumerate(ms)]
+
+
+SCALES = [*rows(WIDE, 2.4, 4.5, 8.8), *rows(NARROW, 4.0, 7.5, 14.5)]
+"""A second core makes one call 1.67 times as fast."""
+DOES_NOT = [*rows(WIDE, 3.95, 7.4, 14.4), *rows(NARROW, 4.0, 7.5, 14.5)]
+
+
+def test_beside_instances_there_is_one_with_all_their_threads():
+    found = elastic_plan(Plan(threads_per_instance=2, instances=4, batch=16), [])
+    assert found.wide == Plan(threads_per_instance=8, batch=16)
+    assert found.narrow == Plan(threads_per_instance=2, instances=4, batch=16)
+
+
+def test_beside_one_instance_there_is_the_fastest_division_that_was_measured_or_one_thread_each():
+    alone = Plan(threads_per_instance=4)
+    two, four = Plan(threads_per_instance=2, instances=2), Plan(threads_per_instance=1, instances=4)
+    assert elastic_plan(alone, [measured(two, 2.0), measured(four, 5.0)]).narrow == replace(two, batch=16)
+    assert elastic_plan(alone, [measured(alone)]).narrow == replace(four, batch=16)
+    assert elastic_plan(alone, []).wide == replace(alone, batch=16)
+
+
+def test_one_thread_is_not_divided():
+    assert elastic_plan(Plan(threads_per_instance=1, batch=8), []) is None
+
+
+def test_what_its_tables_lack_is_measured_single_rows_first():
+    elastic = elastic_plan(replace(NARROW, batch=6), [])
+    wanted = plans_to_measure(elastic, rows(NARROW, 4.0, 7.5))
+    assert wanted == [
+        replace(WIDE, batch=1),
+        replace(WIDE, batch=2),
+        replace(WIDE, batch=4),
+        NARROW,
+        replace(WIDE, batch=6),
+        replace(NARROW, batch=6),
+    ]
+
+
+@pytest.mark.parametrize("plan", [WIDE, NARROW])
+@pytest.mark.parametrize("objective", ["throughput", "latency"])
+def test_it_pays_where_a_call_gains_by_threads_and_a_crowd_by_instances(plan, objective):
+    found = elasticity(plan, elastic_plan(plan, SCALES), SCALES, requirements(objective))
+    assert found.pays
+    idle, *_, busy = found.curve
+    assert idle.p50_ms == pytest.approx((2.4, 2.4, 4.0))
+    assert busy.p50_ms[0] <= 1.05 * min(busy.p50_ms)
+    assert found.saturated_per_s[0] == pytest.approx(max(found.saturated_per_s))
+
+
+def test_it_does_not_pay_where_both_layouts_are_alike_or_the_memory_is_not_there():
+    elastic = elastic_plan(NARROW, DOES_NOT)
+    assert not elasticity(NARROW, elastic, DOES_NOT, requirements()).pays
+    large = [replace(one, memory_bytes=600) for one in SCALES]
+    assert elasticity(NARROW, elastic, large, requirements()).memory_bytes == 1200
+    assert not elasticity(NARROW, elastic, large, requirements(memory_limit_bytes=1000)).pays
+    assert elasticity(NARROW, elastic, large, requirements(memory_limit_bytes=1200)).pays
+
+
+def test_without_single_rows_of_both_layouts_nothing_is_judged():
+    elastic = elastic_plan(NARROW, [])
+    assert elasticity(NARROW, elastic, SCALES[:3], requirements()) is None
+    assert elasticity(NARROW, elastic, SCALES[1:], requirements()) is None
+
+
+def test_the_words_tell_latency_over_load_and_the_verdict():
+    elastic = elastic_plan(NARROW, SCALES)
+    lines = elasticity_lines(elasticity(NARROW, elastic, SCALES, requirements()))
+    assert lines[0].split("  ")[0] == "simulated p50 of single items"
+    assert lines[0].endswith("elastic     2 threads x 1      1 thread x 2")
+    assert lines[1].split()[-6:] == ["2.40", "ms", "2.40", "ms", "4.00", "ms"]
+    assert len({len(line) for line in lines[:-1]}) == 1
+    assert lines[-1] == f"corewise.load opens {elastic.label}: a call that is alone takes all cores"
+    kept = elasticity_lines(elasticity(NARROW, elastic, DOES_NOT, requirements()))
+    assert kept[-1] == "an elastic plan is not better: corewise.load opens one layout"

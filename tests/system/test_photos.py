@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from builders import said
 from command_line import command
 from PIL import Image, ImageFilter
 from pyarrow import parquet
@@ -37,7 +38,7 @@ from corewise.samples import read
 from corewise.samples.folders import list_images
 from corewise.samples.images import ImageReader, gains_by_scale, normalize_pixels
 from corewise.samples.texts import Columns
-from corewise.search import finals, search, trial, tuning
+from corewise.search import end_to_end, finals, search, trial, tuning
 from corewise.search.pixels import scale_of
 from corewise.search.trial import SearchContext
 
@@ -152,6 +153,7 @@ def test_the_search_takes_scaled_decoding_where_the_answers_hold(
     monkeypatch.setattr(finals, "ROUNDS", stats.MIN_ROUNDS)
     for module in (tuning, search):
         monkeypatch.setattr(module, "BATCHES", (1, 8))
+    monkeypatch.setattr(end_to_end, "MEASURE_S", 0.05)
     monkeypatch.setattr(SearchContext, "client", lambda context, build, share=1.0: InProcess(engine(build.engine)))
     result = corewise.optimize(
         Shades().eval(), lambda: read(str(photos), SMALL), engines=["eager"], calibration=12, class_names=NAMES
@@ -161,6 +163,10 @@ def test_the_search_takes_scaled_decoding_where_the_answers_hold(
     assert abs(float(str(reason.details["drop"]))) < 0.01
     assert result.model.predict(photos / "04.jpg").label == "red"
     saved = result.save(tmp_path / "shades.cw")
+    assert saved.manifest.photos is not None
+    assert "decoding takes" in said(next(note for note in saved.report.notes if note.kind == ReasonKind.FROM_FILES))
+    with corewise.load(saved.folder, photos=True) as model:
+        assert model.predict(photos / "04.jpg").label == "red"
     assert saved.manifest.preprocess == saved.report.samples.preprocess == replace(SMALL, decode="scaled")
 
 

@@ -31,7 +31,7 @@ from corewise.pipeline.calls import CostTable
 from corewise.records.build import Build, Plan, TensorSpec
 from corewise.records.cpu import Cpu
 from corewise.records.jsonable import from_json, to_json
-from corewise.records.pipeline import TextPipeline
+from corewise.records.pipeline import PhotoPlan, TextPipeline
 from corewise.records.ranges import InputRange, SeenRanges
 from corewise.records.report import Preprocess, Report
 from corewise.records.schema_1 import upgrade_report
@@ -87,6 +87,8 @@ class Manifest:
     """The range of each input; ``None`` in artifacts of versions without ranges."""
     pipeline: TextPipeline | None = None
     """How texts become inputs and outputs answers; ``None`` if the model takes tensors only, and in older artifacts."""
+    photos: PhotoPlan | None = None
+    """The fastest plan from files of photos to answers, on the machine of the report, if it was searched."""
     seen_ranges: SeenRanges | None = None
     """What inputs and outputs were like in the search (``watch``); ``None`` in artifacts of versions without it."""
     call_costs: CostTable | None = None

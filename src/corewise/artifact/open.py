@@ -40,6 +40,7 @@ def load(
     batch: int | None = None,
     check_finite: bool = True,
     preprocess: str | Callable[[Any], Any] | None = None,
+    photos: bool = False,
 ) -> Model:
     """Open an artifact as a model that is called as the original was.
 
@@ -58,6 +59,8 @@ def load(
             attention mask.
         preprocess: the function, or its reference, that ``--preprocess`` named when the artifact was made; ``predict``
             needs it, because an artifact never runs code of its own.
+        photos: open it for ``predict`` on files of photos: with the plan that was the fastest from files to answers,
+            if the artifact has one for this machine and no number above is given.
 
     Returns:
         A thread-safe model. PyTorch tensors give tensors, NumPy arrays give arrays; dtypes and shapes are those of the
@@ -78,6 +81,8 @@ def load(
     cpu = inspect_cpu()
     artifact = read(Path(folder), cpu=cpu)
     fit = tuned.asked(artifact, cpu, threads_per_instance=threads_per_instance, instances=instances, batch=batch)
+    if photos and (threads_per_instance, instances, batch) == (None, None, None):
+        fit = tuned.for_photos(artifact, cpu)
     for warning in fit.warnings:
         warnings.warn(warning, stacklevel=2)
     session = _open(artifact, fit, cpu, model)

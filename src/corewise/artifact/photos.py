@@ -4,14 +4,11 @@ from collections.abc import Callable
 from typing import Any
 
 from corewise.artifact.format import Artifact
-from corewise.pipeline import ImageRunner, image_pipeline
+from corewise.pipeline import ImageRunner, image_pipeline, rows_of_call
 from corewise.pipeline.runner import Run
 from corewise.records.build import Plan
-from corewise.records.pipeline import ImagePipeline
+from corewise.records.pipeline import ImagePipeline, PhotoPlan
 from corewise.samples.images import ImageReader
-
-ROWS_ALONE = 8
-"""Images of a call to a single instance whose plan is for single items."""
 
 
 def images_of(artifact: Artifact) -> ImagePipeline | None:
@@ -31,16 +28,25 @@ def open_images(
     ``None`` if the artifact was not made from images, or by a function of the user's that is not given: an artifact
     never causes an import. Raises ``SamplesError`` if there is no such function.
     """
-    pipeline = images_of(artifact)
-    return None if pipeline is None else image_runner(pipeline, run, plan, function)
+    pipeline, photos = images_of(artifact), artifact.manifest.photos
+    return None if pipeline is None else image_runner(pipeline, run, plan, function, photos)
 
 
 def image_runner(
-    pipeline: ImagePipeline, run: Run, plan: Plan, function: str | Callable[[Any], Any] | None = None
+    pipeline: ImagePipeline,
+    run: Run,
+    plan: Plan,
+    function: str | Callable[[Any], Any] | None = None,
+    photos: PhotoPlan | None = None,
 ) -> ImageRunner | None:
-    """Runs images as ``plan`` runs batches; ``None`` if a function that is not given prepares them."""
+    """Runs images as ``plan`` runs batches; ``None`` if a function that is not given prepares them.
+
+    As many threads decode as ``photos`` says, if it was measured with that plan.
+    """
     if pipeline.preprocess.function is not None and function is None:
         return None
     reader = None if function is None else ImageReader(pipeline.preprocess, function)
-    rows = plan.batch if plan.batch > 1 or plan.instances > 1 else ROWS_ALONE
-    return ImageRunner(pipeline, run, instances=plan.instances, rows=rows, reader=reader)
+    decoders = photos.decoders if photos is not None and photos.plan == plan and reader is None else None
+    return ImageRunner(
+        pipeline, run, instances=plan.instances, rows=rows_of_call(plan), reader=reader, decoders=decoders
+    )

@@ -108,6 +108,14 @@ def asked(
     return replace(planned, plan=plan, warnings=(*others, *crowded), elastic=None)
 
 
+def for_photos(artifact: Artifact, cpu: Cpu) -> Fit:
+    """The plan for photos from files, if one was measured on such a machine; else ``fit``."""
+    planned, photos = fit(artifact, cpu), artifact.manifest.photos
+    if photos is None or Machine.of(cpu) != Machine.of(artifact.report.cpu):
+        return planned
+    return Fit(plan=photos.plan, tuned=None, warnings=_crowded(artifact, photos.plan, cpu))
+
+
 def latency_table(artifact: Artifact, fit: Fit) -> LatencyTable:
     """Milliseconds (p99) over the batch, as measured with the threads and instances of the plan that fits here.
 

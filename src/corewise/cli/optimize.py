@@ -101,6 +101,18 @@ class GoalOptions:
         ),
     ] = None
 
+    end_to_end: Annotated[
+        bool | None,
+        option(
+            "--end-to-end/--no-end-to-end",
+            panel="Goal",
+            metavar="",
+            help="Also find the plan with which photos are answered fastest from their files, for corewise predict: "
+            "how many threads decode beside which instances.",
+            default="for folders of photos",
+        ),
+    ] = None
+
     def chosen(self) -> Goal:
         """The objective, or the one that ``--slo-ms`` implies. Raises ``InputError`` where the two do not fit."""
         if self.objective is None:
@@ -252,6 +264,7 @@ def command(
             class_names=labels,
             tokenizer=texts.tokenizer,
             pooling=texts.pooling,
+            end_to_end=goal.end_to_end,
             timeout_s=limits.timeout_s,
             work=work,
             on_event=progress,

@@ -204,7 +204,7 @@ class Bulk:
         def on_rows(done: Counts) -> None:
             on_progress(BulkProgress(rows=done.rows, total=max(total, done.rows), failed=done.failed))
 
-        with load(self.artifact.folder, preprocess=self.preprocess) as model:
+        with load(self.artifact.folder, preprocess=self.preprocess, photos=self.job.ask is not None) as model:
             runner = runner_of(model, self.artifact.folder)
             done = run_job(self.job, runner, max_failed=max_failed, on_rows=on_rows)
         return BulkResult(

@@ -9,7 +9,7 @@ from corewise.pipeline.boxes import Detection, Thresholds, detected
 from corewise.pipeline.calls import Call, CallCost, CallLimits, CostTable, fill
 from corewise.pipeline.costs import cost_points, cost_table
 from corewise.pipeline.inferred import fit, infer
-from corewise.pipeline.photos import TOP, ImageAsk, ImageRunner, image_pipeline, top_classes
+from corewise.pipeline.photos import TOP, ImageAsk, ImageRunner, image_pipeline, rows_of_call, top_classes
 from corewise.pipeline.runner import Rejected, TextRunner, stacked
 from corewise.pipeline.samples import text_samples
 from corewise.pipeline.tokens import TextEncoder, TokenPiece, Tokens
@@ -39,6 +39,7 @@ __all__ = [
     "fit",
     "image_pipeline",
     "infer",
+    "rows_of_call",
     "stacked",
     "text_samples",
     "top_classes",

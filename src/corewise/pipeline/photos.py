@@ -18,6 +18,7 @@ from corewise.common.errors import InputError
 from corewise.pipeline.answers import ClassAnswer, activate
 from corewise.pipeline.boxes import Thresholds, detected
 from corewise.pipeline.runner import Rejected, Run
+from corewise.records.build import Plan
 from corewise.records.pipeline import Activation, ImagePipeline
 from corewise.records.report import Preprocess
 from corewise.samples.archives import is_archive, read_archive
@@ -27,6 +28,7 @@ from corewise.samples.raw import UnreadableItem
 
 TOP = 5
 """Classes that an answer names, unless it is asked for more."""
+ROWS_ALONE = 8
 SUM_ERROR = 1e-2
 """How far the sum of probabilities may be from 1 for int8 and bf16."""
 
@@ -58,6 +60,11 @@ class _Call(NamedTuple):
 
     decoded: "list[Future[_Decoded | Rejected]]"
     outputs: "Future[list[NDArray[Any]]]"
+
+
+def rows_of_call(plan: Plan) -> int:
+    """The images of a call; more than one to a single instance whose plan is for single items."""
+    return plan.batch if plan.batch > 1 or plan.instances > 1 else ROWS_ALONE
 
 
 def image_pipeline(
@@ -110,16 +117,18 @@ class ImageRunner:
             run: Takes calls from ``instances`` threads at the same time.
             instances: How many calls run at once.
             rows: The images of a call.
-            reader: Makes the input of an image, where a function of the user's does that.
-            decoders: Threads that decode. Default: one for each core; they and the instances share the cores.
+            reader: Makes the input of an image, in place of the pipeline's preprocessing.
+            decoders: Threads that decode, sharing the cores with the instances. Default: one for each core, but only
+                one with a ``reader``, which need not stand more.
         """
         self.pipeline = pipeline
         self._run = run
         self._instances = instances
         self._rows = rows
         self._read = reader or ImageReader(pipeline.preprocess)
-        self._sized = ImageReader(pipeline.preprocess).sized if pipeline.task == "boxes" else None
-        self._decoders = (decoders or len(os.sched_getaffinity(0))) if reader is None else 1
+        sizing = self._read if isinstance(self._read, ImageReader) else ImageReader(pipeline.preprocess)
+        self._sized = sizing.sized if pipeline.task == "boxes" else None
+        self._decoders = decoders or (len(os.sched_getaffinity(0)) if reader is None else 1)
 
     def answers(self, items: Iterable[Any], ask: ImageAsk = USUAL) -> Iterator[Any]:
         """The answer to each image, in order; ``Rejected`` for one that cannot be read.

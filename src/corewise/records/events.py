@@ -19,6 +19,7 @@ class Stage(StrEnum):
     LOADING = "putting under load"
     MEASURING_PLAN = "measuring a plan"
     RACING = "racing"
+    FROM_FILES = "measuring from files to answers"
     UNDER_SHIFT = "judging on samples unlike those that calibrated"
     QUANTIZING = "quantizing"
     QUANTIZING_LAYERS = "quantizing layers"

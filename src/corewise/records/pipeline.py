@@ -4,7 +4,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from corewise.common.detections import Head
-from corewise.records.build import TensorSpec
+from corewise.records.build import Plan, TensorSpec
 from corewise.records.report import Preprocess
 
 TextTask = Literal["vectors", "classes", "tokens", "scores"]
@@ -85,6 +85,24 @@ class TextPipeline:
     def noun(self) -> str:
         """What an item is, in words."""
         return "pair of texts" if self.pairs else "text"
+
+
+@dataclass(frozen=True, kw_only=True)
+class PhotoPlan:
+    """How photos are answered from their files: the threads that decode, beside the instances of a plan."""
+
+    plan: Plan
+    decoders: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class PhotoRate:
+    """What was measured under it."""
+
+    plan: PhotoPlan
+    per_s: float
+    decoding: float
+    """The share of the cores' time that decoding took, with resizing."""
 
 
 ImageTask = Literal["classes", "boxes", "vectors"]

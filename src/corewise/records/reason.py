@@ -116,6 +116,9 @@ class ReasonKind(StrEnum):
     TAKES_PIXELS = "takes pixels"
     TAKES_FLOATS = "takes floats"
 
+    # How photos are answered from their files.
+    FROM_FILES = "from files"
+
 
 NOT_TRIED = (ReasonKind.BUDGET_SPENT_BEFORE, ReasonKind.BUDGET_TOO_SHORT, ReasonKind.BUDGET_BETTER_SPENT)
 """Why a build has a trial although it was not tried."""

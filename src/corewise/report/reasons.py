@@ -204,6 +204,17 @@ def _pixels(details: Details) -> str:
     return f"{apart}, and {details['ratio']:.2f} times as many are answered"
 
 
+def _from_files(details: Details) -> str:
+    """How photos are answered from their files, and what share decoding has."""
+    decoders, ratio = details["decoders"], details["per_s"] / details["own_per_s"]
+    threads = "1 thread decodes" if decoders == 1 else f"{decoders} threads decode"
+    gain = f", {ratio:.2f} times as many as under the winner's plan for tensors" if ratio > 1 else ""
+    return (
+        f"from files it answers {numbers.rate(details['per_s'], 'photos')} where {threads} beside {details['plan']}"
+        f"{gain}; decoding takes {details['decoding']:.0%} of the cores' time"
+    )
+
+
 def _keeps_state(details: Details) -> str:
     where = f" ({details['where']})" if details["where"] else ""
     return f"each call changes {details['name'] or 'a value'} in the model{where}; answers do not depend on it"
@@ -305,6 +316,7 @@ _SENTENCES: dict[ReasonKind, Callable[[Details], str]] = {
     K.FULL_DECODING: lambda details: _decoding(details, "which is too much: photos are decoded in full"),
     K.TAKES_PIXELS: lambda details: f"{_pixels(details)}: it takes pixels",
     K.TAKES_FLOATS: lambda details: f"{_pixels(details)}: photos are normalized before it",
+    K.FROM_FILES: _from_files,
     K.NOT_SPLIT: _fixed("samples are too few or too alike to judge int8 on some that are unlike the others"),
     K.COREWISE_INT8_ONLY: lambda details: f"only corewise's quantizer makes int8 builds, without {details['layers']}",
 }

@@ -251,7 +251,7 @@ def stage(event: StageStarted) -> str:
     match event.stage:
         case Stage.TUNING_PLANS:
             return clean(f"searching the plans of {build}")
-        case Stage.UNDER_SHIFT:
+        case Stage.UNDER_SHIFT | Stage.FROM_FILES:
             return clean(f"{event.stage.value}: {build}")
         case Stage.LOADING:
             return clean(f"putting {build} under load, {plan}")

@@ -23,6 +23,7 @@ from corewise.engines import Engine
 from corewise.records.build import Build, Plan, Receipt
 from corewise.records.cpu import Cpu
 from corewise.records.measurement import LoadRun, Measurement
+from corewise.records.pipeline import ImagePipeline, PhotoPlan, PhotoRate
 from corewise.records.reason import Reason, ReasonKind, Step
 from corewise.report.reasons import sentence
 from corewise.runtime import messages
@@ -137,6 +138,21 @@ class Client(ABC):
             seed=seed,
         )
         return self._ask(request, LoadRun, Step.UNDER_LOAD)
+
+    def measure_photos(
+        self,
+        payload: Path,
+        build: Build,
+        photos: PhotoPlan,
+        pipeline: ImagePipeline,
+        files: tuple[Path, ...],
+        budget_s: float,
+    ) -> PhotoRate:
+        """How many photos a second are answered from their files; closes what is open."""
+        request = messages.MeasurePhotos(
+            payload=payload, build=build, photos=photos, pipeline=pipeline, files=files, budget_s=budget_s
+        )
+        return self._ask(request, PhotoRate, Step.MEASURING, photos.plan)
 
     @abstractmethod
     def _ask(self, request: Request, kind: type[A], step: Step, plan: Plan | None = None) -> A:

@@ -13,6 +13,7 @@ from corewise.batching import LatencyTable
 from corewise.records.build import Build, Plan, Receipt
 from corewise.records.jsonable import from_json, to_json
 from corewise.records.measurement import LoadRun, Measurement
+from corewise.records.pipeline import ImagePipeline, PhotoPlan, PhotoRate
 
 A = TypeVar("A")
 
@@ -104,6 +105,18 @@ class RunLoad:
 
 
 @dataclass(frozen=True, kw_only=True)
+class MeasurePhotos:
+    """Answer photos from their files for so long; this closes what is open."""
+
+    payload: Path
+    build: Build
+    photos: PhotoPlan
+    pipeline: ImagePipeline
+    files: tuple[Path, ...]
+    budget_s: float
+
+
+@dataclass(frozen=True, kw_only=True)
 class TimeCalls:
     """Time calls of texts on the open instances, all at work: ``points`` are rows and tokens, in this order.
 
@@ -116,7 +129,17 @@ class TimeCalls:
 
 
 Request = (
-    Prepare | BuildPayload | OpenPayload | ObserveInt8 | RunSamples | Measure | WarmUp | RunRound | RunLoad | TimeCalls
+    Prepare
+    | BuildPayload
+    | OpenPayload
+    | ObserveInt8
+    | RunSamples
+    | Measure
+    | WarmUp
+    | RunRound
+    | RunLoad
+    | TimeCalls
+    | MeasurePhotos
 )
 _REQUESTS: dict[str, type[Request]] = {kind.__name__: kind for kind in get_args(Request)}
 
@@ -194,6 +217,7 @@ Answer = (
     | Warm
     | RoundRate
     | LoadRun
+    | PhotoRate
     | TimedCalls
 )
 

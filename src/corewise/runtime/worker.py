@@ -14,6 +14,7 @@ import sys
 import time
 import warnings
 from collections.abc import Sequence
+from contextlib import closing
 from dataclasses import replace
 from functools import partial
 from math import inf
@@ -32,11 +33,13 @@ from corewise.machine.inspect import inspect_cpu, throttled_count
 from corewise.machine.layouts import assign, warning
 from corewise.records.build import Plan
 from corewise.records.measurement import LoadRun, Measurement
+from corewise.records.pipeline import PhotoRate
 from corewise.runtime import messages
-from corewise.runtime.instances import Instances, memory_bytes
+from corewise.runtime.instances import Instances, memory_bytes, open_plan
 from corewise.runtime.loadgen import check_load, closed_loop, open_loop
 from corewise.runtime.measure import batch_of, measure_instances, throughput_per_s, time_calls, warm_up
 from corewise.runtime.messages import Request
+from corewise.runtime.photo_rate import measure_photos
 from corewise.runtime.workspace import Workspace
 from corewise.samples import Samples
 
@@ -83,6 +86,8 @@ class TrialChild:
                 return self._run_round(request)
             case messages.RunLoad():
                 return self._run_load(request)
+            case messages.MeasurePhotos():
+                return self._measure_photos(request)
             case messages.TimeCalls():
                 return self._time_calls(request)
             case _:
@@ -216,6 +221,14 @@ class TrialChild:
             else:
                 run = load(clients=request.clients)
         return replace(run, throttled=throttled_count() - before)
+
+    def _measure_photos(self, request: messages.MeasurePhotos) -> PhotoRate:
+        """The payload is opened as ``load`` opens it."""
+        self._close()
+        opener, plan = self.engine(request.build.engine), request.photos.plan
+        session = open_plan(opener, request.payload, request.build, plan, inspect_cpu())
+        with closing(session):
+            return measure_photos(session, request.photos, request.pipeline, request.files, request.budget_s)
 
     def _load_rows(self, samples: Samples, plan: Plan) -> list[tuple[np.ndarray, ...]]:
         """Requests of one row, after calls of all sizes: engines compile for a size when they first meet it."""

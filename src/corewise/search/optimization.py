@@ -23,6 +23,7 @@ from corewise.search.alone import alone_guard
 from corewise.search.budget import WITH_LOADS, Budget, BudgetSplit, baseline_batch
 from corewise.search.call_costs import time_calls
 from corewise.search.candidates import first_plan, layouts
+from corewise.search.end_to_end import LEAST_FILES, photo_files
 from corewise.search.images import ImagePlan, prepare_images
 from corewise.search.journal import Journal
 from corewise.search.result import Result
@@ -53,6 +54,7 @@ def optimize(
     class_names: Sequence[str] | None = None,
     tokenizer: Path | None = None,
     pooling: Pooling | None = None,
+    end_to_end: bool | None = None,
     budget_s: float | None = None,
     timeout_s: float = TIMEOUT_S,
     work: Path | None = None,
@@ -89,6 +91,8 @@ def optimize(
         tokenizer: a ``tokenizer.json``, for a model that takes token ids and brings none: samples may then be texts.
         pooling: make one vector of each text: "mean", "cls", "max" or "last" of its token vectors; for "hf:" models and
             models with ``tokenizer``.
+        end_to_end: search the plan with which photos are answered fastest from their files, decoding included, which
+            ``predict`` uses. Default: for a folder of photos.
         budget_s: seconds for the whole search; a short one judges with fewer samples. Default: as long as it takes.
         timeout_s: seconds for each step of a trial.
         work: a folder that keeps finished trials, so that the same call resumes. Default: a temporary folder.
@@ -136,6 +140,11 @@ def optimize(
         budget_s=budget_s,
         required=tuple(engines) != DEFAULT_ENGINES,
     )
+    if end_to_end and not photo_files(task.holdout):
+        raise InputError(
+            "there are no files of photos to measure from end to end",
+            f"give samples of which {LEAST_FILES} or more photos are held out, or leave that out",
+        )
     workspace = Workspace.create(work)
     gate = task.gate(requirements)
     context = _context(task, workspace, gate, requirements, budget, timeout_s, on_event)
@@ -155,7 +164,7 @@ def optimize(
             search.find_slo_rate()
             search.race()
             choice = search.choose()
-            images = prepare_images(task, choice, gate, context)
+            images = prepare_images(task, choice, gate, context, end_to_end=end_to_end is not False)
             call_costs = time_calls(task.pipeline, task.holdout, choice, context)
         finally:
             if journal.empty:  # it ended before anything worth keeping
@@ -227,6 +236,7 @@ def _result(
         class_names=task.class_names,
         pipeline=task.pipeline,
         tokenizer=task.tokenizer,
+        photos=images.photos,
     )
 
 

@@ -17,7 +17,7 @@ from corewise.common.nested import Structure
 from corewise.engines import BuildInputs, Engine
 from corewise.pipeline import CostTable, TextEncoder, fit, image_pipeline, infer
 from corewise.pipeline.calls import by_tokens
-from corewise.records.pipeline import ImagePipeline, TextPipeline
+from corewise.records.pipeline import ImagePipeline, PhotoPlan, TextPipeline
 from corewise.records.ranges import InputRange, SeenRanges
 from corewise.records.report import Report
 from corewise.report import words
@@ -48,6 +48,8 @@ class Result:
     pipeline: TextPipeline | None = None
     """How texts become inputs and outputs answers, if they do."""
     tokenizer: bytes = b""
+    photos: PhotoPlan | None = None
+    """The plan from files of photos to answers, if it was searched."""
     call_costs: CostTable | None = None
     """What calls of texts cost under the winner's plan, if it takes texts."""
 
@@ -80,7 +82,7 @@ class Result:
             ranges=self._ranges,
             seen_ranges=self._seen_ranges,
             texts=None if encoder is None else text_runner(encoder, session.run, choice.plan, cost),
-            images=None if images is None else image_runner(images, session.run, choice.plan),
+            images=None if images is None else image_runner(images, session.run, choice.plan, photos=self.photos),
         )
 
     def save(
@@ -146,6 +148,7 @@ class Result:
             preprocess=self.holdout.preprocess,
             files=files,
             input_ranges=self._ranges,
+            photos=self.photos,
             seen_ranges=self._seen_ranges,
             call_costs=self.call_costs,
         )

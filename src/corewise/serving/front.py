@@ -37,6 +37,8 @@ SMALL_TENSOR_BYTES = 2**20
 LARGE_PIXELS = 8_000_000
 """Larger images are decoded one at a time: they take hundreds of megabytes."""
 MOST_THREADS = 8
+DECODE_NICE = 5
+"""Decoding takes all that it gets: the event loop, and the calls of what is decoded, come first."""
 LEAST_PLACES = 16
 """However few requests may wait for a model."""
 LOOK_EACH = 8
@@ -57,8 +59,8 @@ class Front:
         self._max_of_client = int(self._max_requests * limits.client_share)
         self._of_clients: dict[Any, int] = {}
         threads = min(MOST_THREADS, max(2, len(os.sched_getaffinity(0))))
-        self._readers, self._decoders = Pool("read", 2), Pool("decode", threads)
-        self._large_decoder = Pool("decode-large", 1)
+        self._readers, self._decoders = Pool("read", 2), Pool("decode", threads, nice=DECODE_NICE)
+        self._large_decoder = Pool("decode-large", 1, nice=DECODE_NICE)
         self._places = 0
         self._on_way: dict[Any, int] = {}
         """Requests that have a place, by their model."""

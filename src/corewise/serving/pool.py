@@ -4,13 +4,15 @@ None of that runs in the event loop, where all other requests would wait for it.
 cost lately, does the most urgent first, and refuses at once what could not be answered in time.
 """
 
+import os
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass, field
 from heapq import heappop, heappush
 from itertools import count
 from math import inf
-from threading import Lock
+from threading import Lock, get_native_id
 from time import monotonic
 from typing import Any, TypeVar
 
@@ -39,8 +41,9 @@ class _Job:
 class Pool:
     """A fixed number of threads, which do what is due first. Used from one event loop."""
 
-    def __init__(self, name: str, threads: int) -> None:
-        self._executor = ThreadPoolExecutor(threads, thread_name_prefix=name)
+    def __init__(self, name: str, threads: int, *, nice: int = 0) -> None:
+        """``nice`` is how much the threads give way to others (setpriority(2)); the event loop is one of these."""
+        self._executor = ThreadPoolExecutor(threads, thread_name_prefix=name, initializer=_give_way, initargs=(nice,))
         self._threads = threads
         self._costs = Costs()
         self._deliveries = Deliveries()
@@ -128,3 +131,10 @@ class Pool:
         with self._lock:
             for job in self._waiting:
                 job.ended.cancel()
+
+
+def _give_way(nice: int) -> None:
+    """In Linux a thread has a priority of its own."""
+    if nice:
+        with suppress(OSError):  # some sandboxes know no priorities
+            os.setpriority(os.PRIO_PROCESS, get_native_id(), nice)

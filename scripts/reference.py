@@ -84,7 +84,7 @@ def parameters(callback: Any) -> Iterator[Parameter]:
             continue
         is_argument = isinstance(info, typer.models.ArgumentInfo)
         choices = "|".join(map(str, get_args(kind))) if get_origin(kind) is Literal else ""
-        typed = "" if kind is bool else info.metavar or choices or name.upper()
+        typed = "" if kind is bool or info.metavar == "" else info.metavar or choices or name.upper()
         if is_argument:
             shown = typed
         else:

@@ -208,7 +208,7 @@ def test_bench_races_it_against_eager(optimized, place):
 REFUSED = {
     "no file": ({"model": "none.py:build"}, "model factory: there is no file none.py; check the path"),
     "no factory": ({"model": "models.py:bild"}, "models.py has no function 'bild'; did you mean 'build'?"),
-    "no reference": ({"model": "models.py"}, "'models.py' names no model; give module:factory"),
+    "no reference": ({"model": "models.py"}, "'models.py' does not name a model; give module:factory"),
     "factory raises": ({"model": "models.py:raises"}, "models.py:raises failed: RuntimeError: the weights are lost"),
     "factory of nothing": ({"model": "models.py:nothing"}, "models.py:nothing returned None, not a torch.nn.Module"),
     "NaN outputs": ({"model": "models.py:nan"}, "has NaN"),
@@ -239,7 +239,7 @@ REFUSED = {
     "no size": ({"memory-limit": "-2G"}, "--memory-limit is -2G; give a size: 500M, 2G or 64MiB"),
     "no limit": ({"slo-ms": "0"}, "--slo-ms is 0; give a number above 0, e.g. 100"),
     "unknown objective": ({"objective": "speed"}, "--objective is speed; give throughput, latency or slo"),
-    "slo without a limit": ({"objective": "slo"}, "--objective slo has no --slo-ms; add --slo-ms"),
+    "slo without a limit": ({"objective": "slo"}, "--objective slo needs --slo-ms; add --slo-ms"),
     "limit without slo": (
         {"objective": "latency", "slo-ms": "9"},
         "--slo-ms does not go with --objective latency; leave out one of them",
@@ -295,7 +295,7 @@ def test_a_damaged_artifact_is_refused_by_every_command(optimized, place):
 def test_what_is_no_artifact_is_refused(optimized, place):
     for args, told in (
         (("show", "none.cw"), "none.cw does not exist"),
-        (("verify", "."), "is no artifact"),
+        (("verify", "."), "is not an artifact"),
         (("bench", "made.cw", "--against", "tvm"), "no engine is named 'tvm'"),
     ):
         found = corewise(*args, cwd=place)

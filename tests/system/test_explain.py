@@ -103,7 +103,7 @@ def test_the_steps_from_python() -> None:
 @pytest.mark.parametrize(
     ("model", "options", "kind", "words"),
     [
-        (nn.Flatten(), {}, EngineError, "no convolution or linear to quantize"),
+        (nn.Flatten(), {}, EngineError, "no convolution or linear layer to quantize"),
         (Branches(), {"measured": 0}, InputError, "0 samples cannot measure"),
         (Branches(), {"weight_bits": 4}, InputError, "4 bits"),
         (Branches(), {"calibration": 12}, InputError, "12 of 12 samples"),

@@ -138,7 +138,7 @@ def test_calls_that_fail_are_counted(user_engines, child):
 
 
 def test_what_is_no_load_is_said_by_the_child(child):
-    with pytest.raises(CorewiseError, match="under load: a load has either a rate or clients"):
+    with pytest.raises(CorewiseError, match="under load: a load needs either a rate or clients"):
         child(rate_per_s=1.0, clients=1)
 
 
@@ -225,7 +225,7 @@ def test_an_slo_that_one_call_misses_is_a_result_in_words(here):
 
 
 REFUSED = (
-    ((), "neither --rate nor --clients is given; give --rate for random arrivals or --clients"),
+    ((), "neither --rate nor --clients is given; give one of them: --rate for random arrivals, or --clients"),
     (("--rate", "5", "--clients", "2"), "--rate and --clients are both given"),
     (("--rate", "0"), "--rate is 0; give a number above 0"),
     (("--rate", "-2"), "--rate is -2"),

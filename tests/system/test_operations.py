@@ -75,7 +75,7 @@ def token_input(client, ids):
 WRONG = [
     ([[1, 2, 10_000_000]], "input 'tokens' has the value 10000000 in row 0; give values from 0 to 98"),
     ([[1, 2, 3], [1, -1, 3]], "input 'tokens' has the value -1 in row 1; give values from 0 to 98"),
-    ([[0] * 42], "input 'tokens' has 42 in dimension 1; give at most 41"),
+    ([[0] * 42], "input 'tokens' has size 42 in dimension 1; give at most 41"),
 ]
 
 
@@ -243,7 +243,7 @@ def test_models_are_unloaded_and_loaded_at_the_admin_ports(server):
         assert [model["name"] for model in server.get("/live.json").json()["models"]] == ["tokens"]
         admin.load_model("toy")
         assert set(states(admin.get_model_repository_index()).values()) == {"READY"}
-        with pytest.raises(triton_http.InferenceServerException, match="as it lies in its folder"):
+        with pytest.raises(triton_http.InferenceServerException, match="as it is in its folder"):
             admin.load_model("toy", config="{}")
         with pytest.raises(triton_http.InferenceServerException, match="there is no model 'none'"):
             admin.unload_model("none")

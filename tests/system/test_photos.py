@@ -267,7 +267,7 @@ def test_a_folder_and_patterns_become_a_file_of_labels(
     assert [one["label"] for one in table[0]["top"]] == [one["label"] for one in first["top"]]
     assert table[0]["probability"] == pytest.approx(first["probability"], rel=1e-5)
     failed = json.loads((tmp_path / "out.failed.jsonl").read_text())
-    assert failed == {"row": 0, "input": "broken.jpg", "where": "", "reason": "is no image that Pillow opens"}
+    assert failed == {"row": 0, "input": "broken.jpg", "where": "", "reason": "is not an image that Pillow opens"}
 
 
 def expected(model: corewise.Model, path: Path) -> list[dict[str, Any]]:

@@ -116,7 +116,12 @@ def test_openais_client_lists_models(client):
         ({"input": ["a", "b\0"]}, openai.BadRequestError, None, "text 1 has a null byte at character 1"),
         ({"input": ["word " * 600]}, openai.BadRequestError, None, "602 tokens, the model takes 512; send it in parts"),
         ({"input": ["x" * 10_000_000]}, openai.APIStatusError, None, "the body has more than 8388608 bytes"),
-        ({"input": ["a"] * (MOST_TEXTS + 1)}, openai.BadRequestError, "input", "8193 texts, the most are 8192"),
+        (
+            {"input": ["a"] * (MOST_TEXTS + 1)},
+            openai.BadRequestError,
+            "input",
+            "8193 texts, but at most 8192 are allowed",
+        ),
         ({"input": [101, 10_000_000]}, openai.BadRequestError, None, "the value 10000000 in row 0; give values from 0"),
         ({"extra_body": {"prompt_name": "q"}}, openai.BadRequestError, None, "the model has no prompt 'q'"),
         (

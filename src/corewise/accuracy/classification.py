@@ -52,7 +52,7 @@ def top5(outputs: Any, labels: Any) -> NDArray[np.bool_]:
     scores = _scores("top5", outputs)
     classes = class_labels(labels, scores, metric="top5")
     if scores.shape[1] <= 5:
-        raise MetricError(f"top5 of {scores.shape[1]} classes is always right", "use top1")
+        raise MetricError(f"top5 is always right with {scores.shape[1]} classes", "use top1")
     return np.asarray((np.argpartition(-scores, 4, axis=1)[:, :5] == classes[:, None]).any(axis=1))
 
 
@@ -113,7 +113,9 @@ def auc(outputs: Any, labels: Any) -> Pooled:
         raise SamplesError("auc needs labels and the samples have none", "add labels")
     if scores.size == len(scores):
         if labels.size != len(scores) or not np.isin(labels, (0, 1)).all():
-            raise SamplesError(f"auc needs labels 0 and 1, not {labels.dtype} of shape {labels.shape}", "give those")
+            raise SamplesError(
+                f"auc needs labels 0 and 1, not {labels.dtype} of shape {labels.shape}", "give 0 or 1 for each"
+            )
         scores, truth = scores.reshape(-1, 1), labels.reshape(-1, 1).astype(bool)
     else:
         scores = _scores("auc", outputs)

@@ -86,7 +86,7 @@ def average_precision(answers: Sequence[Detections], truth: Sequence[Detections]
     except ImportError:
         raise MissingExtra("pycocotools", "metrics", f"the metric {metric}") from None
     if not any(len(target.boxes) for target in truth):
-        raise SamplesError("no image of the holdout has a box", "give images with labelled boxes")
+        raise SamplesError("no image in the holdout has a box", "give images with labelled boxes")
     classes = sorted({int(name) for target in truth for name in target.classes})
     with redirect_stdout(io.StringIO()):
         expected, detected = COCO(), COCO()

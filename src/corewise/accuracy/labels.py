@@ -59,7 +59,7 @@ def class_labels(labels: Array | None, scores: Array, metric: str = "top1") -> N
     outside = np.flatnonzero((numbers < 0) | (numbers >= classes))
     if outside.size:
         row = int(outside[0])
-        what = f"{sample_name(row)} has label {numbers[row]}, the model's classes are 0..{classes - 1}"
+        what = f"{sample_name(row)} has label {numbers[row]}, but the model's classes are 0..{classes - 1}"
         counts_from_one = numbers.min() >= 1 and numbers.max() == classes
         fix = "subtract 1: these labels count from 1" if counts_from_one else "give the labels the model was trained on"
         raise UnfitLabel(row, what, fix)

@@ -77,7 +77,7 @@ def resolve(metric: str | Callable[[Any, Any], Any]) -> Metric:
     if not isinstance(metric, str):
         name = getattr(metric, "__name__", type(metric).__name__)
         if not callable(metric):
-            raise MetricError(f"the metric is a {name}", "give a name or a function (outputs, labels) -> score")
+            raise MetricError(f"the metric has the type {name}", "give a name or a function (outputs, labels) -> score")
         built_in = (known for known in map(_built_in, METRICS) if known.score is metric)
         return next(built_in, Metric(name=name, score=metric))
     if metric in METRICS or re.fullmatch(r"(ndcg|recall)@[1-9]\d*", metric):
@@ -170,7 +170,7 @@ def _fitting_labels(outputs: Any, labels: Array) -> str:
 def _unfit(scores: Array, labels: Array, outputs: Any) -> SamplesError:
     kind = "of varying size" if labels.dtype == object else f"{labels.dtype} of shape {labels.shape}"
     what = f"no default metric takes labels {kind} with outputs {scores.dtype} of shape {scores.shape}"
-    fix = f"name a metric ({', '.join(suggested(outputs))}, or a function of yours), or leave the labels out"
+    fix = f"name a metric ({', '.join(suggested(outputs))}, or a function of your own), or leave the labels out"
     return SamplesError(what, fix)
 
 
@@ -183,7 +183,7 @@ def evaluate(metric: Metric, outputs: Any, labels: Any, samples: int) -> NDArray
         returned = metric.score(outputs, labels)
         scores = np.asarray(returned.value if isinstance(returned, Pooled) else returned)
     if scores.dtype.kind not in "biuf":
-        what = f"the metric {metric.name!r} returns no numbers (dtype {scores.dtype})"
+        what = f"the metric {metric.name!r} returns {scores.dtype} instead of numbers"
         raise MetricError(what, "return a float, or one per sample")
     if scores.shape not in ((), (samples,)):
         what = f"the metric {metric.name!r} returns shape {scores.shape} for {samples} samples"

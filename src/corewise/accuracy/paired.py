@@ -55,7 +55,7 @@ def paired_scores(
             baseline, scores = np.asarray(baseline.value), np.asarray(scores.value)
         elif isinstance(baseline, Pooled) or isinstance(scores, Pooled) or baseline.shape != scores.shape:
             shapes = ["pooled" if isinstance(part, Pooled) else part.shape for part in (baseline, scores)]
-            what = f"the metric {name!r} returns shape {shapes[0]} for fp32, {shapes[1]} for a candidate"
+            what = f"the metric {name!r} returns shape {shapes[0]} for fp32 but {shapes[1]} for a candidate"
             raise MetricError(what, "return one kind of score")
         elif scores.ndim:
             interval = _by_sample(score.drop(baseline, scores), members, baseline, scores, **options)
@@ -108,8 +108,10 @@ def _by_resampling(score: Score, candidate: Outputs, members: Rows | None, **opt
     whole = of_rows(score.reference)
     shuffled = of_rows(score.reference, draw(np.random.default_rng(0).permutation(units)))
     if abs(whole - shuffled) > _REORDERED * max(1.0, abs(whole)):
-        what = f"the metric {score.metric.name!r} changes from {whole:.4f} to {shuffled:.4f} when samples change places"
-        raise MetricError(what, "use the labels it is given, and give samples that belong together one group")
+        what = f"the metric {score.metric.name!r} changes from {whole:.4f} to {shuffled:.4f} when samples are reordered"
+        raise MetricError(
+            what, "use the labels that are passed to it, and put samples that belong together in one group"
+        )
 
     def drop(drawn: Rows) -> float:
         rows = draw(drawn)

@@ -50,7 +50,7 @@ def recall(outputs: Any, reference: Any, *, k: int = 10) -> NDArray[np.float64]:
     if ours.dtype == object or ours.ndim != 2 or ours.shape[1] < 2:
         raise MetricError(f"recall@{k} needs embeddings (N, D), not {ours.shape}", "use concordance")
     if len(ours) <= k:
-        raise MetricError(f"{len(ours)} samples have no {k} neighbours", f"give more samples or use a k below {k}")
+        raise MetricError(f"{len(ours)} samples do not have {k} neighbours", f"give more samples or a number below {k}")
     pairs = zip(_neighbours(ours, k), _neighbours(theirs, k), strict=True)
     return np.array([np.isin(answer, expected).mean() for expected, answer in pairs])
 
@@ -110,5 +110,5 @@ def _ndcg_of_embeddings(embeddings: Array, labels: Array, k: int) -> Pooled:
         if np.isfinite(gain):
             parts[row], weights[row] = gain, 1.0
     if not weights.any():
-        raise SamplesError("no query of the holdout has a relevant document there", "keep more samples for the holdout")
+        raise SamplesError("no query in the holdout has a relevant document there", "keep more samples for the holdout")
     return share_of(parts, weights)

@@ -57,7 +57,7 @@ def _differences(metric: str, outputs: Any, labels: Any) -> list[NDArray[np.floa
     for row, (ours, theirs) in enumerate(zip(predicted, labels, strict=True)):
         ours, theirs = np.asarray(ours, np.float64), np.asarray(theirs)
         if theirs.size != ours.size or theirs.dtype.kind not in "biuf":
-            what = f"the label of {sample_name(row)} has shape {theirs.shape}, the output {ours.shape}"
+            what = f"the label of {sample_name(row)} has shape {theirs.shape}, but the output has {ours.shape}"
             raise UnfitLabel(row, what, "give labels in the shape of the output")
         differences.append(ours - theirs.reshape(ours.shape))
     return differences
@@ -67,8 +67,8 @@ def _correlation(metric: str, outputs: Any, labels: Any, of: Callable[[Array, Ar
     predicted = first(outputs)
     numbers = None if labels is None or labels.dtype == object else labels.reshape(len(labels), -1)
     if numbers is None or numbers.shape != (len(predicted), 1):
-        shape = "none" if labels is None else f"{labels.dtype} of shape {labels.shape}"
-        raise SamplesError(f"{metric} needs one number for each sample, labels are {shape}", "give those")
+        given = "there are none" if labels is None else f"they are {labels.dtype} of shape {labels.shape}"
+        raise SamplesError(f"{metric} needs one number for each sample as labels, but {given}", "give such labels")
     truth, members = numbers[:, 0].astype(np.float64), None
     if predicted.size == len(predicted):
         values = predicted.reshape(-1).astype(np.float64)

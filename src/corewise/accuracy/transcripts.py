@@ -74,7 +74,7 @@ def _ids(label: Any) -> list[int]:
     ids = np.ravel(label["ids"] if isinstance(label, Mapping) else label)
     if ids.dtype.kind not in "iu":
         raise SamplesError(
-            f"a transcript is {ids.dtype}", "give token ids: integers, or a metric of yours that decodes"
+            f"a transcript has dtype {ids.dtype}", "give integer token ids, or a metric of your own that decodes"
         )
     return [int(token) for token in ids if token >= 0]
 

@@ -80,8 +80,8 @@ class InputChecks:
         for k, name, axis, most in self._sizes:
             if arrays[k].shape[axis] > most:
                 raise InputError(
-                    f"input {name!r} has {arrays[k].shape[axis]} in dimension {axis}",
-                    f"give at most {most}: the model has no more positions",
+                    f"input {name!r} has size {arrays[k].shape[axis]} in dimension {axis}",
+                    f"give at most {most}, the number of positions that the model has",
                 )
         for k, name, allowed in self._values:
             _check_range(arrays[k], name, allowed)

@@ -255,14 +255,14 @@ def _manifest(folder: Path) -> Manifest:
     path = folder / MANIFEST
     if not path.is_file():
         missing = "is a file, not an artifact" if folder.exists() else "does not exist"
-        what = "is no artifact: it has no manifest.json" if folder.is_dir() else missing
+        what = "is not an artifact: it has no manifest.json" if folder.is_dir() else missing
         raise ArtifactError(f"{folder} {what}", "give a folder that corewise optimize wrote")
     try:
         content = json.loads(path.read_text())
         signed = content.pop("digest")
         schema = content["schema"]
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ArtifactError(f"{path} is no manifest of corewise: {_first_line(error)}", REBUILD) from error
+        raise ArtifactError(f"{path} is not a manifest of corewise: {_first_line(error)}", REBUILD) from error
     if schema not in READABLE:
         raise ArtifactError(
             f"{path} has schema {schema!r}, this corewise reads {', '.join(map(str, READABLE))}",
@@ -286,14 +286,14 @@ def _check_file(folder: Path, name: str, facts: FileFacts) -> None:
     parts = PurePosixPath(name)
     path = folder / parts
     if "\0" in name or ".." in parts.parts or not path.resolve().is_relative_to(folder.resolve()):
-        raise ArtifactError(f"the manifest of {folder} names {name!r}, which lies outside", REBUILD)
+        raise ArtifactError(f"the manifest of {folder} names {name!r}, which is outside the folder", REBUILD)
     if path.is_symlink() or not path.is_file():
         raise ArtifactError(f"{path} is {'a link' if path.is_symlink() else 'missing'}", REBUILD)
     size = path.stat().st_size
     if size != facts.size_bytes:
         raise ArtifactError(f"{path} is truncated or altered: {size} bytes instead of {facts.size_bytes}", REBUILD)
     if _sha256(path) != facts.sha256:
-        raise ArtifactError(f"{path} was altered: its sha256 is not the manifest's", REBUILD)
+        raise ArtifactError(f"{path} was altered: its sha256 is not the one in the manifest", REBUILD)
 
 
 def _check_cpu(folder: Path, manifest: Manifest, cpu: Cpu) -> None:

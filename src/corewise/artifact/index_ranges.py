@@ -160,7 +160,7 @@ class _Graph:
         if kind == "as_expr":
             return _linear(ast.parse(value["expr_str"], mode="eval").body)
         if kind != "as_int":
-            raise ValueError(f"{kind} is no whole number")
+            raise ValueError(f"{kind} is not a whole number")
         return Linear(int(value))
 
 

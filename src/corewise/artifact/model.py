@@ -60,7 +60,7 @@ class Model:
         arrays = [_array(leaf, spec) for leaf, spec in zip(leaves, self._inputs, strict=True)]
         if len({len(array) for array in arrays}) > 1 or not len(arrays[0]):
             counts = [len(array) for array in arrays]
-            raise InputError(f"the inputs have {counts} items", "give as many of each, at least 1")
+            raise InputError(f"the inputs have {counts} items", "give the same number of each, at least 1")
         self._checks.check(arrays)
         outputs: list[Any] = self._session.run(arrays)
         looked = self._watch.see(arrays, outputs)

@@ -69,7 +69,7 @@ def load(
     Raises:
         ArtifactError: it is truncated, altered, foreign or does not fit this CPU.
         EngineError: its engine is not installed or cannot run such a plan.
-        InputError: the numbers are no plan. A call raises it too, if integers index outside of the model's tables
+        InputError: the numbers are not a plan. A call raises it too, if integers index outside of the model's tables
             (token ids, positions), as far as the artifact says how large they are.
 
     Example:
@@ -183,7 +183,7 @@ def bench(
     artifact = read(Path(folder), cpu=cpu)
     if REFERENCE not in artifact.manifest.files:
         raise ArtifactError(
-            f"{folder} carries no fp32 program", "save it with reference=True, of a model that can be exported"
+            f"{folder} carries no fp32 program", "save it with reference=True, from a model that can be exported"
         )
     check_trusted(artifact, artifact.manifest.build.engine)
     for name in ("eager", against, artifact.manifest.build.engine):
@@ -235,7 +235,7 @@ def opener(artifact: Artifact, model: Any) -> Engine:
     from corewise.source import Flat
 
     if f"{PAYLOAD}/{WEIGHTS}" not in artifact.manifest.files:
-        raise InputError(f"{artifact.folder} is complete without its model's code", "load it without model")
+        raise InputError(f"{artifact.folder} does not need its model's code", "leave out model")
     return Eager(Flat(model.eval(), artifact.input_structure))
 
 
@@ -247,7 +247,7 @@ def check_trusted(artifact: Artifact, name: str) -> None:
     module, _, attribute = name.partition(":")
     if name not in ENGINES and not isinstance(vars(sys.modules.get(module, object)).get(attribute), type):
         raise ArtifactError(
-            f"{artifact.folder} wants the engine {name}, which is not corewise's",
+            f"{artifact.folder} needs the engine {name}, which is not corewise's",
             f"import {module} first if you trust it",
         )
 

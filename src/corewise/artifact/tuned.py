@@ -85,7 +85,7 @@ def asked(
 
     A plan of given numbers is not elastic.
 
-    Raises ``InputError`` if the numbers are no plan.
+    Raises ``InputError`` if the numbers are not a plan.
     """
     planned = fit(artifact, cpu)
     given = {"threads_per_instance": threads_per_instance, "instances": instances, "batch": batch}

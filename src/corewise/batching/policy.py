@@ -27,11 +27,11 @@ WORDS: dict[Reason, str] = {
     "too large": "it has more rows than a call may have; send it in parts",
     "too urgent": "even an idle instance would miss its deadline; give it more time",
     "queue full": "the queue is full; try again later",
-    "overloaded": "it, or one that waits, would miss its deadline; try again later",
+    "overloaded": "it, or a waiting request, would miss its deadline; try again later",
     "no instance": "no instance of the model is running; try again later",
-    "draining": "the server is stopping; ask another one",
-    "expired": "it waited until it could no longer make its deadline; try again later",
-    "displaced": "one of higher priority took its time; try again later",
+    "draining": "the server is stopping; ask another server",
+    "expired": "it waited until it could no longer meet its deadline; try again later",
+    "displaced": "a request of higher priority took its place; try again later",
 }
 """Why a request is not served. ``expired`` and ``displaced`` apply only to accepted requests."""
 

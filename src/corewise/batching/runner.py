@@ -117,8 +117,8 @@ class Batcher:
         rows = {array.shape[:1] for array in inputs}
         if len(rows) != 1 or () in rows or (0,) in rows or isnan(timeout_s):
             raise InputError(
-                f"inputs of shapes {[array.shape for array in inputs]} within {timeout_s} s are no request",
-                "give every input the same first dimension of at least 1, and a time",
+                f"inputs of shapes {[array.shape for array in inputs]} and timeout {timeout_s} are not a request",
+                "give every input the same first dimension, at least 1, and a number as timeout",
             )
         with self._lock:
             now_s = monotonic()

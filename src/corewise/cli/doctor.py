@@ -9,7 +9,7 @@ from corewise.cli.output import console, print_json
 
 def command(
     torch: Annotated[
-        bool, flag("--torch", panel="Output", help="Import torch and add how it was built, which takes seconds.")
+        bool, flag("--torch", panel="Output", help="Import torch and add how it was built; this takes seconds.")
     ] = False,
     as_json: AsJson = False,
 ) -> None:

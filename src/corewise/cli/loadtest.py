@@ -20,7 +20,7 @@ class LoadOptions:
             panel="Load",
             metavar="PER_SECOND",
             parse=above_zero("30"),
-            help="Requests per second, sent at random times however long the answers take.",
+            help="Requests per second, sent at random times, however long the answers take.",
         ),
     ] = None
     clients: Annotated[
@@ -30,7 +30,7 @@ class LoadOptions:
             panel="Load",
             metavar="N",
             parse=whole(1),
-            help="Instead of --rate: how many clients send, each one when it has its last answer.",
+            help="Instead of --rate: how many clients send, each of which waits for its answer first.",
         ),
     ] = None
     duration_s: Annotated[
@@ -64,7 +64,10 @@ class LoadOptions:
                 if self.rate_per_s is None
                 else "--rate and --clients are both given"
             )
-            raise InputError(what, "give --rate for random arrivals or --clients for senders that wait, one of them")
+            raise InputError(
+                what,
+                "give one of them: --rate for random arrivals, or --clients for clients that wait for their answers",
+            )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -46,7 +46,7 @@ class GoalOptions:
             metavar="METRIC",
             help="top1, top5, f1, auc, map, miou, psnr, ssim, mae, rmse, pearson, spearman, ndcg@10, wer or cer "
             "against labels; agreement, detections, recall@10, cosine or concordance with fp32; or "
-            "FILE.py:FUNCTION(outputs, labels) that returns a score, the higher the better.",
+            "FILE.py:FUNCTION(outputs, labels) that returns a score where higher is better.",
             default="the one that fits the labels, else closeness to fp32",
         ),
     ] = None
@@ -97,7 +97,7 @@ class GoalOptions:
             panel="Goal",
             metavar="MS",
             parse=above_zero("100"),
-            help="Latency limit: find the most requests per second of which 99 % are answered within it.",
+            help="Latency limit: find the most requests per second with 99 % of them answered within it.",
         ),
     ] = None
 
@@ -118,7 +118,7 @@ class GoalOptions:
         if self.objective is None:
             return Throughput() if self.slo_ms is None else Slo(p99_ms=self.slo_ms)
         if self.objective == "slo" and self.slo_ms is None:
-            raise InputError("--objective slo has no --slo-ms", "add --slo-ms with a number of milliseconds, e.g. 100")
+            raise InputError("--objective slo needs --slo-ms", "add --slo-ms with a number of milliseconds, e.g. 100")
         if self.objective != "slo" and self.slo_ms is not None:
             raise InputError(f"--slo-ms does not go with --objective {self.objective}", "leave out one of them")
         return parse_goal(self.objective, slo_ms=self.slo_ms)
@@ -147,7 +147,7 @@ class LimitOptions:
             panel="Limits",
             metavar="SIZE",
             parse=size,
-            help="Most memory for the process that runs the winner, e.g. 500M or 2G.",
+            help="The most memory that the process that runs the winner may use, e.g. 500M or 2G.",
             default="no limit",
         ),
     ] = None
@@ -168,7 +168,7 @@ class LimitOptions:
             "--engine",
             panel="Limits",
             metavar="ENGINE",
-            help="Try only this engine beside eager, which is the baseline; it is an error if it cannot be tried. "
+            help="Try only this engine besides eager, which is the baseline; it is an error if it cannot be tried. "
             "Repeat it for several.",
             default="torch-int8, openvino and onnxruntime",
         ),
@@ -199,7 +199,7 @@ class OutputOptions:
             "--labels",
             panel="Output",
             metavar="FILE",
-            help="Names of the classes, one a line, for the artifact to name them when it is served.",
+            help="Names of the classes, one a line, which the artifact keeps for its answers.",
             default="those that the model brings, if any",
         ),
     ] = None

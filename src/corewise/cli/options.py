@@ -135,7 +135,7 @@ class TextOptions:
             "--tokenizer",
             panel="Texts",
             metavar="tokenizer.json",
-            help="The model's tokenizer, for a model that takes token ids and brings none; st: and hf: bring theirs.",
+            help="The model's tokenizer, if it takes token ids and brings none; st: and hf: models bring theirs.",
         ),
     ] = None
     pooling: Annotated[
@@ -146,14 +146,14 @@ class TextOptions:
             metavar="METHOD",
             parse=choice(*get_args(Pooling)),
             help="Make one vector of each text: mean, cls, max or last of its token vectors, or none. For hf: and "
-            "models with --tokenizer; st: says it itself.",
+            "models with --tokenizer; st: models bring their own.",
         ),
     ] = None
 
     def check(self) -> None:
         """Raise ``InputError`` for a file that is not there, before any work is done."""
         if self.tokenizer is not None and not self.tokenizer.is_file():
-            raise InputError(f"there is no file {self.tokenizer}", "give a tokenizer.json")
+            raise InputError(f"there is no file {self.tokenizer}", "give a tokenizer.json to --tokenizer")
 
 
 ArtifactPath = Annotated[Path, argument("ARTIFACT", panel="Artifact", help="A folder that corewise optimize wrote.")]
@@ -164,7 +164,7 @@ ModelOfArtifact = Annotated[
         "--model",
         panel="Model",
         metavar="FILE.py:FUNCTION",
-        help="Returns the model, for an artifact of one that could not be exported; others need none.",
+        help="A function that returns the model; needed only if the model could not be exported.",
     ),
 ]
 
@@ -201,7 +201,7 @@ class SampleOptions:
             panel="Samples",
             metavar="N",
             parse=whole(0),
-            help="Seed of the random split into samples that calibrate and samples that judge.",
+            help="Seed of the random split into calibration samples and the others.",
         ),
     ] = 0
     max_samples: Annotated[
@@ -211,7 +211,7 @@ class SampleOptions:
             panel="Samples",
             metavar="N",
             parse=whole(2),
-            help="Most samples to read, drawn at random with --seed; the others are not decoded.",
+            help="Read at most N samples, drawn at random with --seed; the others are not decoded.",
             default="all; 2,000 of a folder or of a file of texts",
         ),
     ] = None
@@ -252,7 +252,7 @@ class ImageOptions:
             panel="Images",
             metavar="PIXELS",
             parse=whole(1),
-            help="Length of the shorter side, resized.",
+            help="Length to which the shorter side is resized.",
             default=f"{OWN}256",
         ),
     ] = None
@@ -263,7 +263,7 @@ class ImageOptions:
             panel="Images",
             metavar="PIXELS",
             parse=whole(1),
-            help="Side of the square in the middle that is cut out.",
+            help="Side of the square that is cut out of the middle.",
             default=f"{OWN}224",
         ),
     ] = None
@@ -305,8 +305,8 @@ class ImageOptions:
             panel="Images",
             metavar="HOW",
             parse=choice(*get_args(Fit)),
-            help="How an image becomes a square: crop resizes the shorter side, squash both, letterbox the longer one "
-            "and fills the rest with grey.",
+            help="How an image becomes a square: crop resizes the shorter side, squash resizes both, letterbox resizes "
+            "the longer one and fills the rest with grey.",
             default=f"{OWN}crop",
         ),
     ] = None

@@ -122,7 +122,7 @@ class ClusterOptions:
             panel="Cluster",
             metavar="TIME",
             parse=duration_or_zero,
-            help="Time to search the plan of each kind of machine that the artifact has none for; 0 for none.",
+            help="Time to search for a plan on each kind of machine that the artifact has none for; 0 for no search.",
             default="30s",
         ),
     ] = 30.0

@@ -30,7 +30,13 @@ class PortOptions:
     ] = "127.0.0.1:8000"
     grpc: Annotated[
         str | None,
-        option("--grpc", panel="Ports", metavar="ADDRESS", help="Where gRPC listens, likewise.", default="no gRPC"),
+        option(
+            "--grpc",
+            panel="Ports",
+            metavar="ADDRESS",
+            help="Where gRPC listens: HOST:PORT or unix:PATH.",
+            default="no gRPC",
+        ),
     ] = None
     admin: Annotated[
         str | None,
@@ -38,7 +44,7 @@ class PortOptions:
             "--admin",
             panel="Ports",
             metavar="ADDRESS",
-            help="Where models are loaded and unloaded over HTTP, by anyone who reaches it.",
+            help="Where models can be loaded and unloaded over HTTP, by anyone who can reach it.",
             default="nowhere",
         ),
     ] = None
@@ -66,7 +72,11 @@ class RequestOptions:
     queue: Annotated[
         int,
         option(
-            "--queue", panel="Requests", metavar="ROWS", parse=whole(1), help="Most rows that may wait for each model."
+            "--queue",
+            panel="Requests",
+            metavar="ROWS",
+            parse=whole(1),
+            help="The most rows that may wait for each model.",
         ),
     ] = 1024
     max_body_bytes: Annotated[
@@ -112,7 +122,7 @@ class RequestOptions:
             panel="Requests",
             metavar="TIME",
             parse=duration_or_zero,
-            help="On SIGTERM, how long new requests are still answered, by a server that is not ready any more.",
+            help="On SIGTERM, how long the server still answers new requests while it reports that it is not ready.",
             default="1s",
         ),
     ] = 1.0
@@ -139,7 +149,7 @@ class SecurityOptions:
             "--token-file",
             panel="Security",
             metavar="FILE",
-            help="Bearer tokens, one a line. Requests without one of them are rejected.",
+            help="Bearer tokens, one a line. Requests without a valid token are rejected.",
         ),
     ] = None
     tls_cert: Annotated[
@@ -158,7 +168,7 @@ class SecurityOptions:
             "--trust-file",
             panel="Security",
             metavar="FILE",
-            help="Open such artifacts only if this file holds the sha256 of their manifest, one a line.",
+            help="Open such artifacts only if this file has the sha256 of their manifest, one a line.",
         ),
     ] = None
 
@@ -177,7 +187,7 @@ class SecurityOptions:
         """The accepted tokens; empty where none is needed. Raises ``InputError`` for a file without any."""
         tokens = tuple(lines(self.token_file))
         if self.token_file is not None and not tokens:
-            raise InputError(f"--token-file {self.token_file} holds no token", "write one a line")
+            raise InputError(f"--token-file {self.token_file} holds no token", "write one token on each line")
         return tokens
 
 

@@ -249,7 +249,7 @@ def check_folder(output: Path) -> None:
     if output.suffix in (".jsonl", ".npy"):
         raise OutputError(f"{output} is the name of a file", "with --ray give a folder for Parquet files with -o")
     if output.exists() and not output.is_dir():
-        raise OutputError(f"{output} exists already and is no folder", "give another name with -o")
+        raise OutputError(f"{output} exists already and is not a folder", "give another name with -o")
     if not output.parent.is_dir():
         raise OutputError(f"{output} cannot be written: there is no folder {output.parent}", "make it first")
     if output.is_dir() and any(output.iterdir()) and not (output / f"{MARK}job.json").is_file():

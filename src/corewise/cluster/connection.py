@@ -52,7 +52,7 @@ def check_address(address: str) -> None:
     host, _, port = address.removeprefix(CLIENT).rpartition(":")
     if address not in ("local", "auto") and not (host and "/" not in host and port.isdecimal()):
         raise InputError(
-            f"{address!r} is no address of a Ray cluster",
+            f"{address!r} is not an address of a Ray cluster",
             "give local, auto, HOST:PORT or ray://HOST:PORT (6379 and 10001 are Ray's own ports)",
         )
 

@@ -12,7 +12,7 @@
     └── NotServed, CallFailed, InstanceDied   a request's answers in ``batching``
 
 Every message says what was wrong and where; ``fix`` says what to do about it.
-Failures of candidates are no exceptions but trials with a state and a reason (``values.Trial``).
+A candidate that fails is not an exception but a trial with a state and a reason (``records.trial.Trial``).
 """
 
 
@@ -42,7 +42,7 @@ class SamplesError(InputError):
 
 
 class MetricError(InputError):
-    """The metric is unknown, raises, or returns something that is no score."""
+    """The metric is unknown, raises, or returns something that is not a score."""
 
 
 class OutputError(InputError):

@@ -67,7 +67,7 @@ class Structure:
             raise ValueError("a structure is an object with kind, type, keys, children and value")
         keys, children = data["keys"], data["children"]
         if data["kind"] not in KINDS or not isinstance(data["type"], str) or not isinstance(data["value"], CONSTANTS):
-            raise ValueError(f"{data['kind']!r} of type {data['type']!r} is no structure")
+            raise ValueError(f"{data['kind']!r} of type {data['type']!r} is not a structure")
         if not isinstance(keys, list) or not isinstance(children, list) or len(keys) != len(children):
             raise ValueError("a structure has one key for each child")
         if not all(isinstance(key, str | int) for key in keys):
@@ -119,20 +119,20 @@ def match(structure: Structure, value: Any, name: str = "inputs") -> list[Any]:
     """
     if structure.kind == "leaf":
         if not _is_leaf(value):
-            raise InputError(f"{name} is {_describe(value)}, expected a tensor")
+            raise InputError(f"{name} is {_describe(value)}, but a tensor is expected")
         return [value]
     if structure.kind == "constant":
         if type(value) is not type(structure.value) or value != structure.value:
             raise InputError(
-                f"{name} is {_describe(value)}, expected {structure.value!r}",
+                f"{name} is {_describe(value)}, but {structure.value!r} is expected",
                 "constants are fixed by the samples that the model was optimized with",
             )
         return []
     if _is_leaf(value) or type(value) in CONSTANTS:
-        raise InputError(f"{name} is {_describe(value)}, expected {_article(structure.kind)}")
+        raise InputError(f"{name} is {_describe(value)}, but {_article(structure.kind)} is expected")
     kind, _, items = _open(value, name)
     if kind != structure.kind:
-        raise InputError(f"{name} is {_describe(value)}, expected {_article(structure.kind)}")
+        raise InputError(f"{name} is {_describe(value)}, but {_article(structure.kind)} is expected")
     for key in items:
         if key not in structure.keys:
             raise InputError(f"{_below(name, key)} is not expected", f"give {_listing(structure.keys)}")
@@ -164,7 +164,9 @@ def _named(keyword: Structure, args: Sequence[Any], kwargs: Mapping[str, Any]) -
     if isinstance(first, Mapping) and not _is_first_value(expected, names, first):
         args, kwargs = (), {**first, **kwargs}
     if len(args) > len(names):
-        raise InputError(f"there are {len(args)} inputs without a name", f"give {_listing(tuple(names))}")
+        raise InputError(
+            f"there are {len(args)} inputs by position, more than the model has", f"give {_listing(tuple(names))}"
+        )
     given = dict(zip(names, args, strict=False))
     for name in given:
         if name in kwargs:
@@ -215,7 +217,7 @@ def _open(value: Any, name: str) -> tuple[Kind, str, dict[Key, Any]]:
         fields: dict[Key, Any] = {f.name: getattr(value, f.name) for f in dataclasses.fields(value) if f.init}
         return "object", _class_name(value), fields
     raise InputError(
-        f"{name} is {_describe(value)}, which is no tensor",
+        f"{name} is {_describe(value)}, which is not a tensor",
         "use tensors and numbers in tuples, lists, dicts, namedtuples or dataclasses",
     )
 

@@ -88,7 +88,9 @@ def _found(reference: str, error: type[CorewiseError], purpose: str) -> Iterator
     """The function, while its folder is on ``sys.path`` so that it can import its siblings, as scripts can."""
     place, _, name = reference.rpartition(":")
     if not place or not name:
-        raise error(f"{purpose} {reference!r} names no function", "write module:function or path/to/file.py:function")
+        raise error(
+            f"{purpose} {reference!r} does not name a function", "write module:function or path/to/file.py:function"
+        )
     folder = str(Path(place).resolve().parent) if place.endswith(".py") else str(Path.cwd())
     sys.path.insert(0, folder)
     try:

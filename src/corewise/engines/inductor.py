@@ -266,7 +266,7 @@ def _is_int8(kernel: str) -> bool:
 
 def _needs(isa: str) -> tuple[str, ...]:
     if isa not in ISAS:
-        raise EngineError(f"inductor compiles for no isa {isa!r}", f"use one of {', '.join(ISAS)}")
+        raise EngineError(f"inductor cannot compile for the isa {isa!r}", f"use one of {', '.join(ISAS)}")
     return ISAS[isa]
 
 

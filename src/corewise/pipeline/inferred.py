@@ -58,7 +58,7 @@ def fit(
     """
     if not all(len(spec.shape) == 2 and spec.dtype in ("int32", "int64") for spec in inputs):
         named = ", ".join(f"{spec.name} {spec.dtype} {spec.shape}" for spec in inputs)
-        raise InputError(f"there is a tokenizer, and the model takes no tokens but {named}", "leave out the tokenizer")
+        raise InputError(f"there is a tokenizer, but the model takes {named} and no tokens", "leave out the tokenizer")
     fixed = next((spec.shape[1] for spec in inputs if spec.shape[1] is not None), None)
     most = [limit for limit in (pipeline.max_length, fixed, _longest(ranges)) if limit is not None]
     pools = pipeline.task == "vectors" and pipeline.pooling == "none" and len(outputs[0].shape) == 2

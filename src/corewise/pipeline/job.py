@@ -94,7 +94,7 @@ def check_inputs(job: Job) -> None:
         if not path.is_file():
             raise SamplesError(f"there is no file {path}", "check the path")
         if job.ask is None and path.suffix.lower() not in READERS:
-            raise SamplesError(f"{path} is no file of texts", f"give one of {', '.join(READERS)}")
+            raise SamplesError(f"{path} is not a file of texts", f"give one of {', '.join(READERS)}")
 
 
 def check_job(job: Job) -> None:

@@ -48,7 +48,7 @@ def format_of(path: Path, pipeline: TextPipeline | ImagePipeline) -> Format:
     if suffix == ".parquet":
         return _Parquet(_field(pipeline))
     if suffix != ".npy":
-        raise InputError(f"{path} says no format", "name it .parquet, .jsonl or .npy")
+        raise InputError(f"the name {path} does not say the format", "end it with .parquet, .jsonl or .npy")
     ragged = isinstance(pipeline, TextPipeline) and pipeline.task == "vectors" and pipeline.pooling == "none"
     if pipeline.task not in ("vectors", "scores") or ragged:
         raise InputError(f"{path} cannot hold {_field(pipeline)} of several sizes", "name it .parquet or .jsonl")

@@ -13,11 +13,11 @@ class Explanation:
 
     model: str
     samples: str
-    """Where they come from."""
+    """The source of the samples."""
     calibration: int
-    """How many calibrated."""
+    """Number of calibration samples."""
     measured: int
-    """How many others the errors were measured on."""
+    """Number of other samples, on which the errors were measured."""
     weight_bits: int
     layers: tuple["LayerSensitivity", ...]
     """In the order they run; at least one."""
@@ -32,7 +32,7 @@ class Explanation:
 
     @property
     def sqnr_db(self) -> float:
-        """Of the outputs when every layer is quantized."""
+        """The SQNR of the outputs when every layer is quantized, in decibels."""
         return self.layers[0].everything_db
 
     @property

@@ -70,7 +70,7 @@ def folded(program: ExportedProgram) -> GraphModule:
     for node in program.graph.nodes:
         if isinstance(node.target, HigherOrderOperator):
             raise EngineError(
-                f"the model has a part that cannot be looked into ({node.target})",
+                f"corewise's quantizer cannot look into a part of the model ({node.target})",
                 "leave out control flow and autocast, or use an engine's own quantizer",
             )
     module = plain_graph(program)

@@ -135,7 +135,7 @@ def _matching(names: set[str], patterns: Iterable[str]) -> set[str]:
             named = {pattern} & names or {name for name in names if re.fullmatch(pattern, name)}
         except re.error as error:
             raise EngineError(
-                f"ignored layer {pattern!r} is no regular expression: {error}", "escape it, or name the layer"
+                f"ignored layer {pattern!r} is not a regular expression: {error}", "escape it, or name the layer"
             ) from error
         if not named:
             raise EngineError(

@@ -146,7 +146,7 @@ class Ladder:
 
     def __init__(self, module: GraphModule, calibration: Samples, recipe: Recipe) -> None:
         if not place(module, "fused").layers:
-            raise EngineError("there is no convolution or linear to quantize", "use another precision")
+            raise EngineError("the model has no convolution or linear layer to quantize", "use another precision")
         self.reference = module
         self.recipe = recipe
         self._calibration = calibration

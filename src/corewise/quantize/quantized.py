@@ -108,7 +108,7 @@ def lower(
     """
     module, placement, ranges = quantized.placed(target, ignored, attention)
     if not placement.layers:
-        raise EngineError("every convolution and linear is ignored", "ignore less, or use another precision")
+        raise EngineError("every convolution and linear layer is ignored", "ignore less, or use another precision")
     if attention and not products(module):
         raise EngineError("there is no attention whose products can be int8", "leave the option attention out")
     return with_qdq(module, placement, ranges, quantized.scales, quantized.recipe.weight_bits, inputs, example)

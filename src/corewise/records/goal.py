@@ -56,11 +56,11 @@ class Goal(ABC):
 
     @classmethod
     def from_data(cls, data: Any) -> "Goal":
-        """The goal of plain data. Raises ``ValueError`` if it is none."""
+        """The goal in plain data. Raises ``ValueError`` if it is not a goal."""
         if isinstance(data, Goal):
             return data
         if not isinstance(data, dict):
-            raise ValueError(f"{data!r} is no goal")
+            raise ValueError(f"{data!r} is not a goal")
         try:
             return parse_goal(data.get("name"), slo_ms=data.get("p99_ms"))
         except InputError as error:
@@ -124,7 +124,7 @@ class Latency(Goal):
 
 @dataclass(frozen=True)
 class Slo(Goal):
-    """The most requests per second of which 99 % are answered within ``p99_ms`` milliseconds.
+    """The most requests per second with 99 % of them answered within ``p99_ms`` milliseconds.
 
     Example:
         >>> Slo(p99_ms=50.0).p99_ms
@@ -138,7 +138,7 @@ class Slo(Goal):
 
     def __post_init__(self) -> None:
         if not 0 < self.p99_ms < inf:
-            raise InputError(f"an SLO of {self.p99_ms:g} ms is none", "give milliseconds above 0, e.g. 100")
+            raise InputError(f"the SLO is {self.p99_ms:g} ms", "give milliseconds above 0, e.g. 100")
 
     def best(self, trial: "Trial") -> "Measurement | None":
         """The plan of the certified rate; without one, the highest rate of the plans whose calls are within the SLO."""
@@ -181,7 +181,7 @@ def parse_goal(name: Any, *, slo_ms: float | None = None) -> Goal:
     """
     if isinstance(name, Goal):
         if slo_ms is not None:
-            raise InputError("the objective is an object and slo_ms is given too", "give Slo(p99_ms=...) alone")
+            raise InputError("the objective is an object, and slo_ms is given too", "give Slo(p99_ms=...) alone")
         return name
     if name not in GOALS:
         raise InputError(f"the objective {name!r} is unknown", f"give {', '.join(GOALS)}")
@@ -206,14 +206,14 @@ class Requirements:
     memory_limit_bytes: int | None = None
     """Plans whose process needs more memory are not chosen."""
     robust: bool | None = None
-    """Ask the same on samples unlike those that calibrated; ``None``: of models of texts and embeddings."""
+    """Require the same on samples unlike those that calibrated. ``None``: only for models of texts and embeddings."""
 
     def within_memory(self, memory_bytes: int) -> bool:
         """Whether a process of that size is allowed."""
         return self.memory_limit_bytes is None or memory_bytes <= self.memory_limit_bytes
 
     def flat(self) -> dict[str, Any]:
-        """Plain data as schema 1 has it; what programs read."""
+        """Plain data in the form of schema 1, for programs."""
         return {
             "goal": self.goal.name,
             "max_drop": self.max_drop,
@@ -227,11 +227,11 @@ class Requirements:
 
     @classmethod
     def from_data(cls, data: Any) -> "Requirements":
-        """The requirements of plain data. Raises ``ValueError`` if it has none."""
+        """The requirements in plain data. Raises ``ValueError`` if they are not valid."""
         if isinstance(data, Requirements):
             return data
         if not isinstance(data, dict):
-            raise ValueError(f"{data!r} are no requirements")
+            raise ValueError(f"{data!r} are not requirements")
         limit_bytes, robust = data.get("memory_limit_bytes"), data.get("robust")
         return cls(
             goal=Goal.from_data({"name": data.get("goal"), "p99_ms": data.get("slo_ms")}),

@@ -178,7 +178,8 @@ def _nothing_fits(details: Details) -> str:
 
 def _drop_uncertain(details: Details) -> str:
     needed = details["needed"]
-    advice = f"about {needed} samples would show it" if needed else "the drop is too near the limit for any number"
+    too_close = "the drop is too close to the limit for any number of samples"
+    advice = f"about {needed} samples would show it" if needed else too_close
     limit = f"whether the drop is within {details['max_drop']:g}"
     return f"a holdout of {details['samples']} is too small to show {limit}; {advice}"
 
@@ -192,15 +193,15 @@ def _mixes_batch(details: Details) -> str:
 
 def _decoding(details: Details, so: str) -> str:
     """What decoding large JPEGs at a smaller scale does to the winner's answers."""
-    score = f"{details['metric']} {details['value']:.4g}, {details['drop']:.4g} below fp32's in full"
-    return f"with {details['photos']} photos decoded at a smaller scale the answers have {score}, {so}"
+    score = f"{details['metric']} {details['value']:.4g}, {details['drop']:.4g} below fp32's on photos decoded in full"
+    return f"with {details['photos']} photos decoded at a smaller scale, the answers have {score}, {so}"
 
 
 def _pixels(details: Details) -> str:
     """What it is worth that the engine normalizes photos itself."""
-    apart = f"where the engine normalizes photos itself, its answers are {details['decibels']:.0f} dB from the others"
+    apart = f"if the engine normalizes photos itself, its answers are {details['decibels']:.0f} dB from the others"
     if details["decibels"] < details["least_db"]:
-        return f"{apart}, and {details['least_db']:.0f} are needed"
+        return f"{apart}, and at least {details['least_db']:.0f} are needed"
     return f"{apart}, and {details['ratio']:.2f} times as many are answered"
 
 
@@ -239,7 +240,7 @@ _SENTENCES: dict[ReasonKind, Callable[[Details], str]] = {
     K.BUDGET_SPENT_DURING: lambda details: f"ended while it was tried: {_budget_so_far(details)}",
     K.BUDGET_TOO_SHORT: _budget_too_short,
     K.BUDGET_BETTER_SPENT: lambda details: (
-        f"not tried: about {numbers.times(details['expected'])} eager's speed is expected of it and "
+        f"not tried: about {numbers.times(details['expected'])} eager's speed is expected of it, but "
         f"{numbers.times(details['best'])} was seen, so the time goes to faster builds"
     ),
     K.STEP_FAILED: lambda details: f"{_while(details)}: {details['text']}",
@@ -291,7 +292,7 @@ _SENTENCES: dict[ReasonKind, Callable[[Details], str]] = {
     K.NOTHING_FITS_MEMORY: _nothing_fits,
     K.RACE_CONTRADICTS: lambda details: (
         f"the race and the trials contradict each other, and so did a second race: {_ratio(details)} the baseline in "
-        f"the race, {_ratio(details, 'alone_')} in trials; other work may have run beside, so run it again"
+        f"the race, {_ratio(details, 'alone_')} in trials; other programs may have disturbed them, so run it again"
     ),
     K.FEW_ROUNDS: lambda details: (
         f"only {details['rounds']} alternating rounds: a 95 % interval of the speed-up needs {details['needed']}"
@@ -312,8 +313,8 @@ _SENTENCES: dict[ReasonKind, Callable[[Details], str]] = {
     K.MIXES_BATCH: _mixes_batch,
     K.FIXED_BATCH: lambda details: f"calls have exactly {details['rows']} rows: {details['why']}",
     K.KEEPS_STATE: _keeps_state,
-    K.SCALED_DECODING: lambda details: _decoding(details, "and stay accurate: they are decoded so"),
-    K.FULL_DECODING: lambda details: _decoding(details, "which is too much: photos are decoded in full"),
+    K.SCALED_DECODING: lambda details: _decoding(details, "accurate enough: the artifact decodes photos this way"),
+    K.FULL_DECODING: lambda details: _decoding(details, "too inaccurate: the artifact decodes photos in full"),
     K.TAKES_PIXELS: lambda details: f"{_pixels(details)}: it takes pixels",
     K.TAKES_FLOATS: lambda details: f"{_pixels(details)}: photos are normalized before it",
     K.FROM_FILES: _from_files,

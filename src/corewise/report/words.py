@@ -171,8 +171,9 @@ def _repair(report: Report) -> str:
     if not options.reverted_layers or broken is None or not broken.verified_per_s:
         return ""
     layers = "1 layer is" if options.reverted_layers == 1 else f"{options.reverted_layers} layers are"
-    speeds = f"{rate(trial.verified_per_s, 'items')} against {rate(broken.verified_per_s, 'items')} of that one"
-    return f"{layers} back in floating point, because all in int8 was rejected; while verifying it ran at {speeds}"
+    speeds = f"{rate(trial.verified_per_s, 'items')} against {rate(broken.verified_per_s, 'items')} of that build"
+    why = "because the build with all layers in int8 was rejected"
+    return f"{layers} back in floating point, {why}; while verifying it ran at {speeds}"
 
 
 def losers(report: Report) -> Iterator[tuple[str, State, str]]:
@@ -336,7 +337,7 @@ def _drop(fidelity: Fidelity) -> str:
 
 def _closeness(fidelity: Fidelity) -> str:
     text = f"SQNR {fidelity.sqnr_db:.1f} dB, cosine {fidelity.cosine:.4f}"
-    return text if fidelity.agreement is None else f"{text}, {fidelity.agreement:.1%} of the top-1 answers are fp32's"
+    return text if fidelity.agreement is None else f"{text}, {fidelity.agreement:.1%} of the top-1 answers equal fp32's"
 
 
 def _groups(fidelity: Fidelity) -> str:
@@ -359,7 +360,7 @@ def _judged(fidelity: Fidelity) -> str:
     if fidelity.basis == "labels":
         return clean(f"by {fidelity.metric}, which fits the labels; another metric is named with --metric")
     if fidelity.basis == "answers":
-        return "by whether top-1 answers are fp32's, because there are no labels and no metric was named (--metric)"
+        return "by whether top-1 answers equal fp32's, because there are no labels and no metric was named (--metric)"
     known = ", ".join(fidelity.suggested_metrics)
     fitting = f"{known} fit such outputs, and so does one of your own" if known else "name one of your own"
     return clean(f"by how close outputs are to fp32's, because no metric was named; {fitting} (--metric)")
@@ -403,7 +404,7 @@ def _memory(report: Report) -> str:
         return ""
     text = f"{megabytes(best.memory_bytes)} for the process that runs it"
     if choice.plan.instances > 1:
-        text += f", of which {megabytes(best.memory_per_instance_bytes)} for each instance after the first"
+        text += f", including {megabytes(best.memory_per_instance_bytes)} for each instance after the first"
     return text
 
 

@@ -131,12 +131,12 @@ def check_load(
     """Raise ``InputError`` unless this is a load: either a rate or clients, all figures above 0 and finite."""
     if (rate_per_s is None) == (clients is None):
         raise InputError(
-            "a load has either a rate or clients", "give requests per second, or how many send one after the other"
+            "a load needs either a rate or clients", "give requests per second, or how many clients send at a time"
         )
-    figures = {"a rate": rate_per_s, "a number of clients": clients, "a duration": duration_s, "an SLO": slo_ms}
+    figures = {"rate": rate_per_s, "number of clients": clients, "duration": duration_s, "SLO": slo_ms}
     for name, figure in figures.items():
         if figure is not None and not 0 < figure < inf:
-            raise InputError(f"{name} of {figure:g} is no load", "give a number above 0")
+            raise InputError(f"the {name} is {figure:g}", "give a number above 0")
     if rate_per_s is not None and rate_per_s * duration_s > MOST_REQUESTS:
         raise InputError(
             f"{rate_per_s:g} requests per second for {duration_s:g} s are more than one sender can send",

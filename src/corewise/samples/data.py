@@ -75,7 +75,7 @@ class Samples:
             if values is not None and len(values) != len(self.rows):
                 raise SamplesError(
                     f"{self.source} has {len(values)} {field} for {len(self.rows)} samples",
-                    f"give one of the {field} for each sample",
+                    f"give as many {field} as samples",
                 )
         for field, values, kinds in (("labels", self.labels, "biufO"), ("groups", self.groups, "iu")):
             if values is not None and values.dtype.kind not in kinds:
@@ -183,7 +183,7 @@ class Samples:
                 notes=tuple(about.get("notes", ())),
             )
         except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
-            raise SamplesError(f"{path} holds no samples of corewise: {error}", "write it with Samples.save") from error
+            raise SamplesError(f"{path} is not a file of samples: {error}", "write it with Samples.save") from error
 
 
 def sample_name(number: int, name: str | None = None) -> str:
@@ -209,8 +209,8 @@ def split(samples: Samples, *, calibration: int, seed: int) -> tuple[Samples, Sa
         raise SamplesError(f"{samples.source} has 1 sample", "give at least 2: one to calibrate, one to verify with")
     if not 1 <= calibration < total:
         raise SamplesError(
-            f"{calibration} of {total} samples cannot be for calibration: 1 to {total - 1} can",
-            f"give at least {max(2, calibration + 1)} samples or change the number for calibration",
+            f"{calibration} of {total} samples cannot be for calibration, only 1 to {total - 1}",
+            f"give at least {max(2, calibration + 1)} samples, or change the number of calibration samples",
         )
     members = np.arange(total) if samples.groups is None else samples.groups
     groups, sizes = np.unique(members, return_counts=True)

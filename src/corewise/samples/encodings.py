@@ -52,7 +52,7 @@ def single(inputs: Any, where: str) -> Any:
         return arrays(inputs, where)
     several = list(rows(inputs, where))
     if len(several) != 1:
-        raise SamplesError(f"{where} has the tokens of {len(several)} texts", "tokenize one at a time")
+        raise SamplesError(f"{where} has the tokens of {len(several)} texts", "tokenize one text at a time")
     return arrays(several[0], where)
 
 

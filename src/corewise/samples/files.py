@@ -165,7 +165,7 @@ def read_raw(
             made, text=text, pair=pair, label=label, source=reference, max_samples=max_samples, seed=seed, spool=spool
         )
     if any(columns) and (path.is_dir() or suffix not in READERS):
-        raise SamplesError(f"{reference} has no columns of texts", "leave out text, pair and label")
+        raise SamplesError(f"{reference} has no columns of texts", "leave out --text, --pair and --label")
     if path.is_dir():
         folder = read_folder(path, max_samples=max_samples or MAX_SAMPLES, seed=seed, allow_empty=allow_empty)
         return replace(folder, source=reference)

@@ -135,7 +135,7 @@ def _listed(folder: Path, allow_empty: bool) -> _Listing:
     if empty and not allow_empty:
         raise SamplesError(
             f"the class folder {folder / empty[0]} is empty",
-            "remove it, or allow empty classes (allow_empty), whose numbers are kept",
+            f"remove it, or number the classes in {folder / LABELS_FILE}",
         )
     paths = [f"{name}/{path}" for name in classes for path in classes[name]]
     labels: list[int | float] = [number for number, name in enumerate(classes) for _ in classes[name]]
@@ -185,7 +185,7 @@ def _skipped(others: Counter[str], kind: RawKind) -> tuple[str, ...]:
         return ()
     named = ", ".join(f"{count} {suffix}" for suffix, count in others.most_common())
     advice = "; pip install 'corewise[heic]' reads .heic" if any(suffix in others for suffix in HEIC_SUFFIXES) else ""
-    return (f"{sum(others.values())} files are no {NOUNS[kind]} that can be read here: {named}{advice}",)
+    return (f"{sum(others.values())} files are not {NOUNS[kind]} that can be read here: {named}{advice}",)
 
 
 def _order(classes: tuple[str, ...]) -> tuple[str, ...]:
@@ -218,7 +218,7 @@ def _labelled(folder: Path) -> _Listing:
         cell = (row["label"] or "").strip()
         label = number_or_text(cell)
         if isinstance(label, str) or not isfinite(label):
-            raise SamplesError(f"{table} line {line}: the label {cell!r} is no number", "number the classes from 0")
+            raise SamplesError(f"{table} line {line}: the label {cell!r} is not a number", "number the classes from 0")
         path = row["file"] or ""
         if not (folder / path).is_file():
             raise SamplesError(f"{table} line {line}: there is no file {path!r}", f"name files relative to {folder}")

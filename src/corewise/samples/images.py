@@ -131,7 +131,7 @@ def _opened(source: Path | bytes, name: str, max_pixels: int | None) -> "Iterato
     try:
         file = io.BytesIO(source) if isinstance(source, bytes) else source
         if isinstance(source, Path) and not S_ISREG(source.stat().st_mode):
-            raise UnreadableItem(name, "is no regular file")  # to open a named pipe would wait for ever
+            raise UnreadableItem(name, "is not a regular file")  # to open a named pipe would wait for ever
         with pil.open(file, formats=_formats()) as image:
             if max_pixels is not None and image.width * image.height > max_pixels:
                 raise TooManyPixels(name, f"has {image.width}x{image.height} pixels, the most are {max_pixels:,}")
@@ -386,7 +386,7 @@ def _reason(source: Path | bytes, error: BaseException) -> str:
     if head.lstrip().lower().startswith((b"<html", b"<!doctype html")):
         return "is an HTML page"
     if type(error).__name__ == "UnidentifiedImageError":
-        return "is no image that Pillow opens"
+        return "is not an image that Pillow opens"
     if "truncated" in str(error).lower() or isinstance(error, EOFError):
         return "is cut off"
     return f"cannot be decoded: {str(error).strip() or type(error).__name__}"

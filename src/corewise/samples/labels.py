@@ -41,7 +41,7 @@ def check_class_names(names: Sequence[str], classes: int, source: str) -> None:
     """Raise ``SamplesError`` where ``source`` has another number of class names than the model has scores."""
     if len(names) != classes:
         raise SamplesError(
-            f"{source} has {len(names)} class names, the model has {classes} classes",
+            f"{source} has {len(names)} class names, but the model has {classes} classes",
             "give one name a line, in the order of the model's scores",
         )
 
@@ -118,7 +118,7 @@ def _objects(labels: Sequence[Any]) -> Array:
 def _all(labels: Sequence[Any], where: Sequence[str], kind: type, noun: str) -> Sequence[Any]:
     for label, place in zip(labels, where, strict=True):
         if not isinstance(label, kind):
-            raise SamplesError(f"{place} is no {noun.split()[1]}, the first one is {noun}", "use one kind of label")
+            raise SamplesError(f"{place} is not {noun}, but the first one is", "use one kind of label")
     return labels
 
 
@@ -137,7 +137,7 @@ def _stack(arrays: list[Array], where: Sequence[str]) -> Array:
         return np.stack(arrays).astype(wide)
     for array, place in zip(arrays, where, strict=True):
         if array.ndim != arrays[0].ndim:
-            raise SamplesError(f"{place} has shape {array.shape}, the first one {arrays[0].shape}", RAGGED_FIX)
+            raise SamplesError(f"{place} has shape {array.shape}, but the first one has {arrays[0].shape}", RAGGED_FIX)
     return _objects([array.astype(wide) for array in arrays])
 
 
@@ -147,7 +147,7 @@ def _dicts(labels: Sequence[Mapping[str, Any]], where: Sequence[str]) -> list[di
     for label, place in zip(labels, where, strict=True):
         if set(label) != set(keys):
             raise SamplesError(
-                f"{place} has the keys {', '.join(map(str, label))}, the first one {', '.join(map(str, keys))}",
+                f"{place} has the keys {', '.join(map(str, label))}, but the first one has {', '.join(map(str, keys))}",
                 "give the same keys for each sample",
             )
     columns = {}
@@ -158,7 +158,7 @@ def _dicts(labels: Sequence[Mapping[str, Any]], where: Sequence[str]) -> list[di
         dtype = np.result_type(*{array.dtype for array in arrays if array.size} or {model.dtype})
         for number, (array, place) in enumerate(zip(arrays, places, strict=True)):
             if array.ndim != model.ndim and array.size:
-                raise SamplesError(f"{place} has shape {array.shape}, another one {model.shape}", RAGGED_FIX)
+                raise SamplesError(f"{place} has shape {array.shape}, but another one has {model.shape}", RAGGED_FIX)
             shape = array.shape if array.ndim == model.ndim else (0, *model.shape[1:])
             arrays[number] = array.reshape(shape).astype(dtype)
         columns[key] = arrays

@@ -48,7 +48,7 @@ def to_array(value: Any, where: str) -> Array:
     try:
         array = np.asarray(value.detach().cpu().numpy() if hasattr(value, "detach") else value)
     except (TypeError, ValueError, RuntimeError) as error:
-        raise SamplesError(f"{where} is no numpy array: {error}", "give numbers, e.g. float32") from error
+        raise SamplesError(f"{where} is not a NumPy array: {error}", "give numbers, e.g. float32") from error
     if array.dtype.kind not in "biuf":
         raise SamplesError(f"{where} has dtype {array.dtype}", "give numbers")
     return array
@@ -211,7 +211,9 @@ class FileRows(LazyRows):
         while filled < len(buffer):
             count = os.preadv(self._descriptor, [buffer[filled:]], offset + filled)
             if not count:
-                raise SamplesError("a file of samples became shorter while it was read", "leave it as it is")
+                raise SamplesError(
+                    "a file of samples became shorter while it was read", "do not change it during a run"
+                )
             filled += count
 
 

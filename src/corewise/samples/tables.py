@@ -65,7 +65,7 @@ def iterate_table(path: Path, columns: Columns = GUESSED, *, labelled: bool = Tr
             label = number_or_text(label) if isinstance(label, str) else label
             label_kind = label_kind or _label_kind(label)
             if not problem and _label_kind(label) != label_kind:
-                problem = f"has the label {label!r:.40}, which is no {label_kind}"
+                problem = f"has the label {label!r:.40}, which is not a {label_kind}"
             yield RawItem(number, value, label, record.name, problem)
     except OSError as error:
         raise SamplesError(f"{path} cannot be read: {error.strerror or error}", "check the path") from error
@@ -100,7 +100,7 @@ def _lines(path: Path) -> Iterator[tuple[str, str]]:
 
 def _txt(path: Path, columns: Columns) -> Iterator[_Record]:
     if any(columns):
-        raise SamplesError(f"{path} has lines and no columns", "give a .csv, .tsv, .jsonl or .parquet file")
+        raise SamplesError(f"{path} has lines but no columns", "give a .csv, .tsv, .jsonl or .parquet file")
     for name, line in _lines(path):
         yield _Record(name, {"text": line}, text_problem(line))
 
@@ -111,12 +111,12 @@ def _jsonl(path: Path, columns: Columns) -> Iterator[_Record]:
             line.encode()
             value = json.loads(line)
         except UnicodeEncodeError as error:
-            yield _Record(name, {}, f"is no UTF-8 at character {error.start}")
+            yield _Record(name, {}, f"is not UTF-8 at character {error.start}")
         except (ValueError, RecursionError) as error:
-            yield _Record(name, {}, f"is no JSON: {error}")
+            yield _Record(name, {}, f"is not JSON: {error}")
         else:
             record = {"text": value} if isinstance(value, str) else value
-            yield _Record(name, record) if isinstance(record, dict) else _Record(name, {}, "is no JSON object")
+            yield _Record(name, record) if isinstance(record, dict) else _Record(name, {}, "is not a JSON object")
 
 
 def _csv(path: Path, columns: Columns) -> Iterator[_Record]:
@@ -141,7 +141,7 @@ def _fields(reader: Any, path: Path) -> Iterator[_Record]:
             fields = _next(reader)
         except csv.Error as error:
             for broken in range(line, reader.line_num + 1):
-                yield _Record(f"line {broken}", {}, f"is no CSV: {error}")
+                yield _Record(f"line {broken}", {}, f"is not CSV: {error}")
             continue
         if fields is None:
             break
@@ -181,14 +181,14 @@ def _parquet(path: Path, columns: Columns) -> Iterator[_Record]:
                     yield _cells(f"row {row}", names, cells)
                     row += 1
     except pyarrow.ArrowException as error:
-        raise SamplesError(f"{path} is no Parquet file: {error}", "write it with pyarrow or pandas") from error
+        raise SamplesError(f"{path} is not a Parquet file: {error}", "write it with pyarrow or pandas") from error
 
 
 def _cells(row: str, names: list[str], cells: tuple[Any, ...]) -> _Record:
     try:
         return _Record(row, dict(zip(names, (cell.as_py() for cell in cells), strict=True)))
     except UnicodeDecodeError as error:
-        return _Record(row, {}, f"is no UTF-8 at byte {error.start}")
+        return _Record(row, {}, f"is not UTF-8 at byte {error.start}")
 
 
 READERS: dict[str, Callable[[Path, Columns], Iterator[_Record]]] = {

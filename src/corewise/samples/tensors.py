@@ -131,9 +131,9 @@ def _input(value: Any, where: str) -> Array:
 
 def _check_like(array: Array, first: Array, where: str) -> None:
     if array.dtype != first.dtype:
-        raise SamplesError(f"{where} is {array.dtype}, in the first sample it is {first.dtype}", "use one dtype")
+        raise SamplesError(f"{where} is {array.dtype}, but in the first sample it is {first.dtype}", "use one dtype")
     if array.ndim != first.ndim:
         raise SamplesError(
-            f"{where} has shape {array.shape}, in the first sample it has {first.shape}",
+            f"{where} has shape {array.shape}, but in the first sample it has {first.shape}",
             "use one number of dimensions",
         )

@@ -16,18 +16,18 @@ Text = str | tuple[str, str]
 def text_problem(value: Any) -> str:
     """Why a value is no text that a model can be given, as the end of a sentence; nothing where it is one."""
     if not isinstance(value, str):
-        return f"is {value!r:.40}, which is no text"
+        return f"is {value!r:.40}, which is not a text"
     if not value.strip():
         return "is empty"
     if len(value) > MOST_CHARACTERS:
-        return f"has {len(value):,} characters, the most are {MOST_CHARACTERS:,}"
+        return f"has {len(value):,} characters, but at most {MOST_CHARACTERS:,} are allowed"
     if "\0" in value:
         return f"has a null byte at character {value.index(chr(0))}"
     try:
         value.encode()
     except UnicodeEncodeError as error:
-        # Files are read with "surrogateescape": U+DC80 to U+DCFF stand for bytes that are no UTF-8.
-        kind = "is no UTF-8" if "\udc80" <= value[error.start] <= "\udcff" else "has half of a surrogate pair"
+        # Files are read with "surrogateescape": U+DC80 to U+DCFF stand for bytes that are not UTF-8.
+        kind = "is not UTF-8" if "\udc80" <= value[error.start] <= "\udcff" else "has half of a surrogate pair"
         return f"{kind} at character {error.start}"
     return ""
 

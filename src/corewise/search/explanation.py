@@ -40,7 +40,7 @@ def explain(
         samples: as for ``optimize``.
         calibration: samples to calibrate with, drawn with ``seed``. Default: two of five, at most 200.
         measured: how many of the other samples the errors are measured on, placed for engines with fused kernels.
-        seed: of the split.
+        seed: seed of the split into calibration samples and the others.
         weight_bits: 7 or 8. Default: 8, or 7 if the CPU adds int8 products in 16 bits.
         tokenizer: as for ``optimize``.
         pooling: as for ``optimize``.

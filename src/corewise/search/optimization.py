@@ -62,7 +62,7 @@ def optimize(
 ) -> Result:
     """Find the fastest way to run a model on this CPU that loses at most ``max_drop`` of a metric.
 
-    A candidate that fails is no error; if none is good enough, the result is the baseline.
+    A candidate that fails is not an error. If none is good enough, the result is the baseline.
 
     Args:
         model: an ``nn.Module``, an ``ExportedProgram``, a ``SentenceTransformer`` or ``CrossEncoder``, or a reference
@@ -71,21 +71,21 @@ def optimize(
             texts or pairs of texts, for a model with a tokenizer; a function that returns them; or a reference such as
             a folder of images, a file of texts or "file.py:function".
         metric: the name of a built-in metric, "file.py:function", or a callable (outputs, labels) -> score, the higher
-            the better. Default: the one that fits the labels, without labels how close the outputs are to fp32's.
+            the better. Default: the one that fits the labels; without labels, how close the outputs are to fp32's.
         max_drop: how much of the metric may be lost, in the metric's unit.
-        objective: "throughput" (items/s), "latency" (of single items), "slo" (the most requests/s of which 99 % are
+        objective: "throughput" (items/s), "latency" (of single items), "slo" (the most requests/s with 99 % of them
             answered within ``slo_ms``), or a goal object such as ``Slo(p99_ms=50)``.
         slo_ms: for "slo", milliseconds.
         memory_limit_bytes: most memory for the process that runs the winner. Default: no limit.
         strict: ask the upper end of the drop's 95 % confidence interval to be within ``max_drop``.
-        robust: ask that int8 holds on samples unlike those that calibrated it too. Default: for texts and embeddings,
-            where what there was no time to judge may win with a warning.
+        robust: require that int8 is accurate on samples unlike those that calibrated it, too. Default: for texts and
+            embeddings, where a build that there was no time to judge may win with a warning.
         engines: the engines to try; eager PyTorch is always the baseline. One that cannot be tried at all is an error,
             unless the engines are the default ones.
         ignored: layers that never run in int8: names as ``explain`` lists them, or regular expressions for whole names.
         calibration: samples to calibrate with, drawn with ``seed``; all others are the holdout that decides. Default:
             two of five, at most 200.
-        seed: of the split into calibration and holdout.
+        seed: seed of the split into calibration and holdout.
         class_names: names of the classes in the order of the scores, which the artifact keeps. Default: those that the
             model brings (``id2label``, torchvision's categories, timm's ImageNet names, Ultralytics' ``names``).
         tokenizer: a ``tokenizer.json``, for a model that takes token ids and brings none: samples may then be texts.

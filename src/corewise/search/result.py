@@ -46,7 +46,7 @@ class Result:
     """Holds the payload."""
     class_names: tuple[str, ...] | None = None
     pipeline: TextPipeline | None = None
-    """How texts become inputs and outputs answers, if they do."""
+    """How texts become inputs, and outputs become answers; ``None`` if the model takes no texts."""
     tokenizer: bytes = b""
     photos: PhotoPlan | None = None
     """The plan from files of photos to answers, if it was searched."""
@@ -109,7 +109,7 @@ class Result:
 
         Raises:
             OutputError: ``folder`` exists or cannot be written, or the disk is full.
-            InputError: The tokenizer is none, or does not fit the model's inputs.
+            InputError: the tokenizer file is not a tokenizer, or does not fit the model's inputs.
         """
         from corewise.report import html, markdown
 

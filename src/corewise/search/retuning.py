@@ -182,7 +182,7 @@ def _retune(bench: _Bench, started_s: float, budget_s: float) -> Retuned:
     wins = duel.comparison is None or duel.comparison.low > 1
     if not wins and allowed(best, requirements) and not allowed(by_plan[old], requirements):
         wins = True
-        notes.append(f"{old.label} breaks the {_limits(requirements)} here, and so does not stay")
+        notes.append(f"{old.label} breaks the {_limits(requirements)} here, so it is not kept")
     plan, kept = best.plan if wins else old, []
     elastic = _elastic(bench, plan, measurements, requirements, started_s + budget_s)
     if fit.tuned or Machine.of(report.cpu) == Machine.of(bench.cpu):
@@ -242,7 +242,7 @@ def _duel(bench: _Bench, old: Measurement | None, best: Measurement, left_s: flo
     try:
         old_rates, best_rates = bench.race(old.plan, best.plan, *affordable(left_s, (old.p50_ms + best.p50_ms) / 1e3))
     except ContenderFailed as failure:  # two processes at a time may be too much for the memory here
-        return replace(measured, notes=(f"{failure}; so each plan was only measured alone",))
+        return replace(measured, notes=(f"{failure}; each plan was therefore only measured alone",))
     ratio = ratio_interval(best_rates, old_rates)
     comparison = Comparison(ratio=ratio.value, low=ratio.low, high=ratio.high, rounds=len(old_rates))
     return _Duel(old_per_s=median(old_rates), best_per_s=median(best_rates), comparison=comparison)

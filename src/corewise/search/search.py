@@ -379,7 +379,9 @@ class Search:
 
     def _check_baseline(self, trial: Trial) -> None:
         if trial.state != State.OK:
-            raise SourceError(f"the model does not run as it is: {sentence(trial.reason)}", "make it run in PyTorch")
+            raise SourceError(
+                f"the model does not run as it is: {sentence(trial.reason)}", "change it so that it runs in PyTorch"
+            )
         outputs = read_outputs(self.context.workspace.outputs(trial.build))
         self.gate.reference = self.gate.reference or outputs
 

@@ -38,7 +38,7 @@ def tokenized(
 
     Raises:
         SamplesError: The samples are raw and the model has no pipeline for them, or they do not fit it.
-        InputError: The tokenizer is none.
+        InputError: The tokenizer file is not a tokenizer.
     """
     pipeline = loaded.pipeline
     if pipeline is not None and class_names is not None:
@@ -49,7 +49,8 @@ def tokenized(
         raise SamplesError(f"there are {NOUNS[samples.kind]} in {samples.source}", RAW_FIXES[samples.kind])
     if pipeline.pairs and samples.kind == "text":
         raise SamplesError(
-            f"there are single texts in {samples.source}, and the model takes pairs", "say which column is the --pair"
+            f"there are single texts in {samples.source}, but the model takes pairs",
+            "name the second text's column with --pair",
         )
     if samples.kind == "pair" and pipeline.task in ("classes", "scores"):
         pipeline = replace(pipeline, pairs=True)

@@ -90,7 +90,7 @@ def web(repository: Repository) -> Starlette:
 
     async def load(request: Request) -> Response:
         if (await _json(request)).get("parameters"):
-            raise ProtocolError("a model is loaded as it lies in its folder", "send no parameters")
+            raise ProtocolError("a model is loaded only as it is in its folder", "send no parameters")
         why = await repository.load(request.path_params["name"], request.query_params.get("version"))
         return JSONResponse({"error": why}, 500) if why else JSONResponse({})
 
@@ -122,9 +122,9 @@ async def _json(request: Request) -> dict[str, Any]:
     try:
         found = json.loads(body) if body.strip() else {}
     except (ValueError, RecursionError) as error:
-        raise ProtocolError("the body is no JSON") from error
+        raise ProtocolError("the body is not JSON") from error
     if not isinstance(found, dict):
-        raise ProtocolError("the body is no JSON object")
+        raise ProtocolError("the body is not a JSON object")
     return found
 
 
@@ -143,7 +143,7 @@ def list_methods(repository: Repository, models: Models) -> list[Method]:
 
     async def load(request: Any, context: Any) -> Any:
         if request.parameters:
-            raise ProtocolError("a model is loaded as it lies in its folder", "send no parameters")
+            raise ProtocolError("a model is loaded only as it is in its folder", "send no parameters")
         if why := await repository.load(request.model_name):
             raise ProtocolError(why, status=500)
         return oip.message("RepositoryModelLoadResponse")()

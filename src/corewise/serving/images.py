@@ -40,7 +40,7 @@ def how_many(text: str | None) -> int:
     if text is None:
         return TOP
     if not (text.isascii() and text.isdecimal() and len(text) < 4 and 1 <= int(text) <= MOST):
-        raise ProtocolError(f"top is no number from 1 to {MOST}")
+        raise ProtocolError(f"top is not a number from 1 to {MOST}")
     return int(text)
 
 
@@ -80,10 +80,10 @@ def content(body: bytes, content_type: str) -> bytes:
     except msgspec.ValidationError as error:
         raise ProtocolError("the body has no image", 'send {"image": "<base64>"}') from error
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
-        raise ProtocolError(f"the body is no JSON object: {error}") from error
+        raise ProtocolError(f"the body is not a JSON object: {error}") from error
     decoded = _from_base64(found.encode("utf-8", "replace"))
     if decoded is None:
-        raise ProtocolError("the image is no base64", 'send {"image": "<base64>"}')
+        raise ProtocolError("the image is not base64", 'send {"image": "<base64>"}')
     return decoded
 
 
@@ -214,7 +214,7 @@ def classes(scores: np.ndarray, served: Served, top: int) -> list[dict[str, Any]
     """The highest scores of one row, with their classes' names where the artifact has them."""
     if scores.ndim != 1 or served.image_call == "detect":
         fix = "send images to .../detect" if served.image_call == "detect" else "send tensors to .../infer"
-        raise ProtocolError(f"the model {served.name} gives no scores of classes", fix, 501)
+        raise ProtocolError(f"the model {served.name} does not give class scores", fix, 501)
     labels = served.manifest.labels or ()
     probabilities = activate(scores, served.photos.activation) if served.photos is not None else scores
     found: list[dict[str, Any]] = []

@@ -88,27 +88,27 @@ def docs(models: Sequence[Served]) -> str:
 INTRODUCTION = """<p>It speaks the <a href='https://github.com/kserve/open-inference-protocol'>Open Inference Protocol
 v2</a> over HTTP and gRPC, with Triton's extensions for binary tensors, classification, model configuration, statistics
 and streams: clients of Triton and KServe and perf_analyzer work unchanged. gRPC has server reflection and
-<code>grpc.health.v1</code>. The same as data: <a href='/openapi.json'>/openapi.json</a>.
+<code>grpc.health.v1</code>. The same for programs: <a href='/openapi.json'>/openapi.json</a>.
 <p>A request may say how long it has: <code>X-Request-Timeout-Ms</code>, the parameter <code>timeout</code>
-(microseconds), or gRPC's deadline. Where measurements say that it cannot be answered in time it is refused at once,
-with 503 and <code>Retry-After</code> (gRPC: RESOURCE_EXHAUSTED). The higher its parameter <code>priority</code>, the
-later it yields to others.
-<p>In JSON a number that is NaN or infinite is <code>null</code>; binary outputs hold it as it is."""
+(microseconds), or gRPC's deadline. If measurements say that it cannot be answered in time, it is refused at once,
+with 503 and <code>Retry-After</code> (gRPC: RESOURCE_EXHAUSTED). If there is not time
+for all, requests with a lower parameter <code>priority</code> are dropped first.
+<p>In JSON, NaN and infinite numbers are <code>null</code>; binary outputs keep them as they are."""
 
 PATHS = (
     ("GET /v2/health/live, /v2/health/ready", "whether the process answers; whether every model does"),
     ("GET /v2/models/M", "inputs, with the ranges of their values, and outputs"),
-    ("GET /v2/models/M/config", "its configuration, as Triton has it"),
+    ("GET /v2/models/M/config", "its configuration in Triton's format"),
     ("POST /v2/models/M/infer", "run it on tensors"),
     ("POST /v2/models/M/classify", "name what is in an image: JPEG, PNG, WebP and others"),
     ("POST /v2/models/M/detect", "find the objects in an image, for a detector"),
     (
         "POST /v1/embeddings, /v1/rerank",
-        "texts to vectors as OpenAI has it; documents ranked as Cohere and Jina have it",
+        "texts to vectors in OpenAI's format; documents ranked in Cohere's and Jina's format",
     ),
-    ("POST /embed, /similarity, /rerank, /predict, /tokenize", "texts, as Text Embeddings Inference has it"),
+    ("POST /embed, /similarity, /rerank, /predict, /tokenize", "texts, in Text Embeddings Inference's format"),
     ("GET /v1/models", "all models, as OpenAI lists them"),
-    ("GET /v2/models/M/stats", "what became of its requests"),
+    ("GET /v2/models/M/stats", "statistics of its requests"),
     ("GET /metrics", "for Prometheus"),
 )
 

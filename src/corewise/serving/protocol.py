@@ -204,21 +204,21 @@ def asked_outputs(asked: Sequence[str], outputs: Sequence[TensorSpec]) -> None:
 def microseconds(value: Any) -> float:
     """A parameter ``timeout`` in seconds. Raises ``ProtocolError``."""
     if isinstance(value, bool) or not isinstance(value, int | float) or not isfinite(value) or value <= 0:
-        raise ProtocolError("the parameter timeout is no number of microseconds above 0")
+        raise ProtocolError("the parameter timeout is not a number of microseconds above 0")
     return float(value) / 1e6
 
 
 def priority(value: Any) -> int:
     """A parameter ``priority``: the higher, the more urgent. Raises ``ProtocolError``."""
     if isinstance(value, bool) or not isinstance(value, int) or abs(value) > MOST_PRIORITY:
-        raise ProtocolError(f"the parameter priority is no whole number from -{MOST_PRIORITY} to {MOST_PRIORITY}")
+        raise ProtocolError(f"the parameter priority is not a whole number from -{MOST_PRIORITY} to {MOST_PRIORITY}")
     return value
 
 
 def class_count(value: Any) -> int:
     """An output's parameter ``classification``. Raises ``ProtocolError``."""
     if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value < 2**31:
-        raise ProtocolError("the parameter classification is no whole number of classes")
+        raise ProtocolError("the parameter classification is not a whole number of classes")
     return value
 
 

@@ -341,5 +341,5 @@ def _typed(contents: Any, spec: TensorSpec, shape: Sequence[int]) -> np.ndarray:
     if dtype.kind in "iu" and len(numbers):
         limits = np.iinfo(dtype)
         if numbers.min() < limits.min or numbers.max() > limits.max:
-            raise ProtocolError(f"the data of the input {spec.name} are no {datatype}")
+            raise ProtocolError(f"the data of the input {spec.name} are not {datatype}")
     return numbers.astype(dtype).reshape(shape)

@@ -97,7 +97,8 @@ class Served:
         build = found.manifest.build
         if build.engine not in ENGINES:
             raise ArtifactError(
-                f"{source.folder} wants the engine {build.engine}, which is not corewise's", "serve none such"
+                f"{source.folder} needs the engine {build.engine}, which is not corewise's",
+                "serve artifacts of corewise's own engines only",
             )
         trust.check(found, identity)
         check_available(build.engine, f"serving {source.folder}")
@@ -120,7 +121,7 @@ class Served:
         self.photos = images_of(found)
         if self.photos is not None and self.photos.preprocess.function is not None:
             why = f"its images are prepared by {self.photos.preprocess.function}, which is code and not in the artifact"
-            self.notes = (*self.notes, f"it takes no images but tensors: {why}")
+            self.notes = (*self.notes, f"it takes tensors but no images: {why}")
         self.frames = Frames(self.inputs, self.outputs, self.instead)
         self.statistics = Statistics()
         self.ranges = RangeWatch(found.manifest.seen_ranges)

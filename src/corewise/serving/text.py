@@ -52,7 +52,7 @@ class TextInput:
         try:
             decoded = [[item.decode() for item in column.tolist()] for column in texts]
         except UnicodeDecodeError as error:
-            raise ProtocolError(f"a text is no UTF-8: {error.reason}") from error
+            raise ProtocolError(f"a text is not UTF-8: {error.reason}") from error
         items: list[Text] = list(zip(*decoded, strict=True)) if self.pipeline.pairs else decoded[0]
         tokens = self.tokens(TextRequest(items=items))
         lengths = sorted({len(each) for each in tokens})

@@ -111,7 +111,7 @@ def check_count(count: int, field: str) -> None:
         raise FieldError(field, f"{field} is empty", "give at least one text")
     if count > MOST_TEXTS:
         raise FieldError(
-            field, f"{field} has {count} texts, the most are {MOST_TEXTS}", "send them in several requests"
+            field, f"{field} has {count} texts, but at most {MOST_TEXTS} are allowed", "send them in several requests"
         )
 
 

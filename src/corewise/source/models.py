@@ -53,7 +53,7 @@ def load_with_texts(model: Any, *, tokenizer: Path | None = None, pooling: Pooli
     else:
         loaded = _from_object(model)
     if loaded.pipeline is not None and pooling not in (None, loaded.pipeline.pooling):
-        raise SourceError("the model says itself how it pools", "leave out pooling")
+        raise SourceError("the model brings its own pooling", "leave out pooling")
     if loaded.pipeline is not None and tokenizer is None:
         return loaded
     if tokenizer is None:
@@ -86,7 +86,7 @@ def _load(reference: str) -> nn.Module | ExportedProgram:
         model = call_reference(reference, SourceError, "model factory")
     else:
         raise SourceError(
-            f"{reference!r} names no model",
+            f"{reference!r} does not name a model",
             "give module:factory, file.py:factory, a .pt2 file, or hf:, st:, timm:, torchvision:",
         )
     if not isinstance(model, nn.Module | ExportedProgram):
@@ -130,7 +130,7 @@ def _sentence_transformers(name: str, pooling: Pooling | None, tokenizer: Path |
     from corewise.source.sentence_models import load_sentence_model
 
     if pooling is not None:
-        raise SourceError(f"st:{name} says itself how it pools", "leave out --pooling, or give hf: instead of st:")
+        raise SourceError(f"st:{name} brings its own pooling", "leave out --pooling, or give hf: instead of st:")
     return load_sentence_model(name)
 
 

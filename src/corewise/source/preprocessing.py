@@ -76,7 +76,7 @@ def read_for(
         missing = [name for name in STEPS if name not in given]
         if missing:
             raise SamplesError(
-                f"{own.function.__module__}:{own.function.__qualname__} prepares images in a way of its own, of which "
+                f"{own.function.__module__}:{own.function.__qualname__} prepares images in its own way, in which "
                 f"{', '.join(given)} cannot be changed alone",
                 f"leave that out, or give {', '.join(missing)} as well",
             )

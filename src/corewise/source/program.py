@@ -90,7 +90,7 @@ def load_module(path: Path) -> nn.Module:
 
 def _check(path: Path) -> None:
     """Raise ``SourceError`` unless the file is data only. Read by torch's reader, as loading does."""
-    with guard(SourceError, f"{path} is no exported program", "write it with torch.export.save"):
+    with guard(SourceError, f"{path} is not an exported program", "write it with torch.export.save"):
         reader = PT2ArchiveReader(str(path))
         names = reader.get_file_names()
         foreign = [name for name in names if not RECORD.fullmatch(name)]
@@ -133,7 +133,7 @@ def _problems_in_text(text: str, key: str) -> Iterator[str]:
     if key == "expr_str":
         words = re.findall(r"[^\W\d]\w*", text)
         if not EXPRESSION.fullmatch(text) or not all(map(EXPRESSION_WORD.fullmatch, words)):
-            yield f"the shape {text!r}, which is no plain expression"
+            yield f"the shape {text!r}, which is not a plain expression"
     elif key in ("in_spec", "out_spec"):
         if text:
             yield from _problems_in_tree(json.loads(text)[1])

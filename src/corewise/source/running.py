@@ -36,7 +36,7 @@ def run(flat: Flat, batch: Batch, inputs: Sequence[TensorSpec]) -> tuple[Structu
     for spec, tensor, version in zip(inputs, batch.tensors, versions, strict=True):
         if tensor._version != version:
             raise SourceError(
-                f"the model changes its input {spec.name} in place, so that a second call answers otherwise",
+                f"the model changes its input {spec.name} in place, so that a second call gives another answer",
                 f"compute a new tensor: {spec.name} = {spec.name} * 2 in place of {spec.name} *= 2",
             )
     try:

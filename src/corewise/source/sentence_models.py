@@ -167,7 +167,7 @@ def _cross_encoder_folder(transformers: Any, folder: Path, name: str) -> Loaded:
     architecture = (config.architectures or [""])[0]
     if not architecture.endswith("ForSequenceClassification"):
         raise SourceError(
-            f"st:{name} is no model of sentence-transformers: it has no {MODULES}", f"try hf:{name} --pooling mean"
+            f"st:{name} is not a sentence-transformers model: it has no {MODULES}", f"try hf:{name} --pooling mean"
         )
     model = transformers.AutoModelForSequenceClassification.from_pretrained(folder, dtype=torch.float32)
     return _cross_encoder(model, transformers.AutoTokenizer.from_pretrained(folder), activation_of(config), 0)

@@ -179,7 +179,9 @@ def test_a_metric_of_pairs_is_resampled_by_pairs(layout):
 def test_a_metric_of_pairs_without_groups_is_refused():
     left, right = LAYOUTS["one after the other"]
     array, labels, _ = sentence_pairs(left, right)
-    with pytest.raises(MetricError, match="when samples change places; use the labels it is given, and give samples"):
+    with pytest.raises(
+        MetricError, match="when samples are reordered; use the labels that are passed to it, and put samples"
+    ):
         fidelity_of(outputs(array), outputs(array), partial(spearman, left=left, right=right), labels)
 
 
@@ -288,7 +290,7 @@ def test_labels_and_groups_must_fit():
 
 def test_a_metric_must_return_one_kind_of_score():
     turns = iter([1.0, np.ones(3)])
-    with pytest.raises(MetricError, match=r"shape \(\) for fp32, \(3,\) for a candidate"):
+    with pytest.raises(MetricError, match=r"shape \(\) for fp32 but \(3,\) for a candidate"):
         fidelity_of(outputs(np.ones((3, 2))), outputs(np.ones((3, 2))), lambda outputs, labels: next(turns))
 
 
@@ -349,7 +351,7 @@ def test_the_gate_passes_the_estimate_or_strictly_the_upper_end(drop, low, high,
 def test_a_drop_at_the_limit_is_told_by_no_holdout():
     for drop in (0.01, 0.0100001):
         verdict = judge(figures(drop, 0.0, 0.02), requirements(max_drop=0.01))
-        assert "too near the limit for any number" in said(verdict.uncertain)
+        assert "too close to the limit for any number" in said(verdict.uncertain)
 
 
 @given(

@@ -39,7 +39,7 @@ def test_top1_scores_each_sample():
 def test_top5_takes_the_five_highest():
     scores = np.tile(np.arange(8, dtype=np.float32), (4, 1))
     assert run("top5", scores, np.array([7, 3, 2, 0]), 4).tolist() == [1, 1, 0, 0]
-    with pytest.raises(MetricError, match="top5 of 3 classes is always right; use top1"):
+    with pytest.raises(MetricError, match="top5 is always right with 3 classes; use top1"):
         run("top5", labels=np.array([1, 0, 0]))
 
 
@@ -132,7 +132,7 @@ def test_a_function_is_its_own_metric():
     metric = resolve(agreement)
     assert (metric.name, metric.against_reference) == ("agreement", True)
     assert resolve(lambda outputs, labels: 1.0).name == "<lambda>"
-    with pytest.raises(MetricError, match="the metric is a float"):
+    with pytest.raises(MetricError, match="the metric has the type float"):
         resolve(0.5)
 
 
@@ -163,7 +163,7 @@ def test_what_is_no_metric_is_refused(reference, message):
     ("labels", "message"),
     [
         (None, "top1 needs labels and the samples have none; add labels, or use the metric agreement"),
-        (np.array([0, 3, 1]), "holdout sample 1 has label 3, the model's classes are 0..2"),
+        (np.array([0, 3, 1]), "holdout sample 1 has label 3, but the model's classes are 0..2"),
         (np.array([0, 1, -1]), "holdout sample 2 has label -1"),
         (np.array([0, 1]), r"labels are int64 of shape \(2,\), .*; give integers of shape \(3,\)"),
         (np.array([0.5, 1, 2]), "labels are float64"),
@@ -196,8 +196,8 @@ def test_a_metric_that_raises_says_where():
 @pytest.mark.parametrize(
     ("returned", "message"),
     [
-        (None, "no numbers"),
-        ("0.9", "no numbers"),
+        (None, "instead of numbers"),
+        ("0.9", "instead of numbers"),
         (float("nan"), "NaN or infinity"),
         (np.array([1.0, np.inf, 0.0]), "NaN or infinity"),
         (np.ones((3, 1)), r"shape \(3, 1\) for 3 samples; return a float, or one per sample: shape \(3,\)"),

@@ -101,7 +101,7 @@ def test_errors_are_lower_for_better_outputs():
     assert fidelity.value > fidelity.baseline_value
     assert fidelity.drop == pytest.approx(2.5 / 3)
     assert fidelity.drop_low <= fidelity.drop <= fidelity.drop_high
-    with pytest.raises(SamplesError, match=r"label of holdout sample 0 has shape \(2,\), the output \(3,\)"):
+    with pytest.raises(SamplesError, match=r"label of holdout sample 0 has shape \(2,\), but the output has \(3,\)"):
         value("mae", near, truth[:, :2])
 
 
@@ -138,7 +138,7 @@ def test_recall_counts_the_neighbours_that_are_kept():
 
     expected = np.mean([len(set(a) & set(b)) / 5 for a, b in zip(nearest(vectors), nearest(noisy), strict=True)])
     assert value("recall@5", noisy, vectors) == pytest.approx(expected)
-    with pytest.raises(MetricError, match="4 samples have no 5 neighbours"):
+    with pytest.raises(MetricError, match="4 samples do not have 5 neighbours"):
         value("recall@5", vectors[:4], vectors[:4])
 
 

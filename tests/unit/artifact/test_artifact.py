@@ -198,14 +198,14 @@ def test_nothing_is_left_where_writing_fails(tmp_path):
 def test_a_missing_and_a_foreign_folder_are_told(tmp_path):
     with pytest.raises(ArtifactError, match="does not exist; give a folder that corewise optimize wrote"):
         read(tmp_path / "none")
-    with pytest.raises(ArtifactError, match=r"is no artifact: it has no manifest\.json"):
+    with pytest.raises(ArtifactError, match=r"is not an artifact: it has no manifest\.json"):
         read(tmp_path)
 
 
 @pytest.mark.parametrize("content", [b"", b"{", b"\xff", b"[]", b"null", b"{}", b'{"digest": 1}', b'{"schema": 1}'])
 def test_a_manifest_of_another_program_is_told(tmp_path, content):
     (tmp_path / MANIFEST).write_bytes(content)
-    with pytest.raises(ArtifactError, match=r"manifest\.json is no manifest of corewise"):
+    with pytest.raises(ArtifactError, match=r"manifest\.json is not a manifest of corewise"):
         read(tmp_path)
 
 
@@ -259,7 +259,7 @@ def test_a_file_too_many_is_told(made, add):
 def test_a_link_in_place_of_a_file_is_told(made):
     (made / GOLDEN).rename(made.parent / "golden")
     (made / GOLDEN).symlink_to(made.parent / "golden")
-    with pytest.raises(ArtifactError, match="which lies outside"):
+    with pytest.raises(ArtifactError, match="which is outside the folder"):
         read(made)
     (made / GOLDEN).unlink()
     shutil.copy(made / REPORT, made / "payload" / "copy")
@@ -274,7 +274,7 @@ def test_a_manifest_that_names_a_file_outside_is_told(made, name):
     (made.parent / "outside").touch()
     facts = {"sha256": hashlib.sha256(b"").hexdigest(), "size_bytes": 0}
     rewrite(made, lambda content: content["files"].update({name: facts}))
-    with pytest.raises(ArtifactError, match="which lies outside"):
+    with pytest.raises(ArtifactError, match="which is outside the folder"):
         read(made)
 
 

@@ -144,7 +144,10 @@ FLOATS = np.ones((2, 2), np.float32)
     [
         ([[0, 9], [3, 10_000_000]], "input 'tokens' has the value 10000000 in row 1; give values from 0 to 9"),
         ([[0, -1], [3, 3]], "input 'tokens' has the value -1 in row 0; give values from 0 to 9"),
-        ([[0] * 5] * 2, "input 'tokens' has 5 in dimension 1; give at most 4: the model has no more positions"),
+        (
+            [[0] * 5] * 2,
+            "input 'tokens' has size 5 in dimension 1; give at most 4, the number of positions that the model has",
+        ),
     ],
 )
 def test_a_value_out_of_range_is_told_with_its_name_and_number(tokens, match):

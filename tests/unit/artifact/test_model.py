@@ -134,9 +134,9 @@ def test_any_batch_and_dynamic_size_are_taken(single):
         (torch.ones(1, 3, 4, dtype=torch.bfloat16), "input 'image' is bfloat16; give float32"),
         (X[0], r"input 'image' has shape \(3, 4\); give \(any, 3, any\)"),
         (np.ones((1, 2, 4), np.float32), r"input 'image' has shape \(1, 2, 4\); give \(any, 3, any\)"),
-        (X[:0], r"the inputs have \[0\] items; give as many of each, at least 1"),
-        (X.tolist(), r"inputs\[0\] is a list, expected a tensor"),
-        (None, r"inputs\[0\] is None, expected a tensor"),
+        (X[:0], r"the inputs have \[0\] items; give the same number of each, at least 1"),
+        (X.tolist(), r"inputs\[0\] is a list, but a tensor is expected"),
+        (None, r"inputs\[0\] is None, but a tensor is expected"),
     ],
 )
 def test_a_wrong_input_is_told(single, wrong, told):

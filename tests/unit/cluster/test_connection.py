@@ -28,7 +28,7 @@ def test_addresses(address: str) -> None:
 
 @pytest.mark.parametrize("address", ["", "head", "http://head:8265", "ray://head", "head:port"])
 def test_no_addresses(address: str) -> None:
-    with pytest.raises(InputError, match="is no address of a Ray cluster; give local, auto, HOST:PORT or ray://"):
+    with pytest.raises(InputError, match="is not an address of a Ray cluster; give local, auto, HOST:PORT or ray://"):
         check_address(address)
 
 

@@ -43,7 +43,7 @@ def test_a_file_that_failed_can_be_corrected_and_imported(tmp_path: Path) -> Non
 
 @pytest.mark.parametrize("reference", ["", "module", ":function", "module:"])
 def test_what_is_no_reference(reference: str) -> None:
-    with pytest.raises(SourceError, match=r"names no function; write module:function"):
+    with pytest.raises(SourceError, match=r"does not name a function; write module:function"):
         find_reference(reference, SourceError, "model factory")
 
 

@@ -112,12 +112,12 @@ def test_a_wrong_number_of_leaves_is_refused(leaves: list[int]) -> None:
 @pytest.mark.parametrize(
     ("value", "message"),
     [
-        ({"ids": 1, "mask": array()}, 'inputs["ids"] is 1, expected a tensor'),
+        ({"ids": 1, "mask": array()}, 'inputs["ids"] is 1, but a tensor is expected'),
         ({"ids": array()}, 'inputs["mask"] is missing; give ids, mask'),
         ({"ids": array(), "mask": array(), "extra": 1}, 'inputs["extra"] is not expected; give ids, mask'),
-        ([array()], "inputs is a list, expected a dict"),
-        (array(), "inputs is a tensor, expected a dict"),
-        (None, "inputs is None, expected a dict"),
+        ([array()], "inputs is a list, but a dict is expected"),
+        (array(), "inputs is a tensor, but a dict is expected"),
+        (None, "inputs is None, but a dict is expected"),
     ],
 )
 def test_a_value_of_another_structure_is_named_by_its_path(value: Any, message: str) -> None:
@@ -131,7 +131,7 @@ def test_constants_must_be_equal_in_value_and_type() -> None:
     _, structure = nested.flatten([array(), {"k": 1}])
     assert len(nested.match(structure, [array(), {"k": 1}])) == 1
     for other in (2, True, 1.0, None):
-        with pytest.raises(InputError, match=r'inputs\[1\]\["k"\] is .*, expected 1; constants'):
+        with pytest.raises(InputError, match=r'inputs\[1\]\["k"\] is .*, but 1 is expected; constants'):
             nested.match(structure, [array(), {"k": other}])
 
 
@@ -153,7 +153,7 @@ def test_what_is_no_container_is_refused(value: Any) -> None:
 
 
 def test_the_error_names_the_place_of_a_foreign_object() -> None:
-    with pytest.raises(InputError, match=r'^output\["cache"\]\[0\] is an object, which is no tensor'):
+    with pytest.raises(InputError, match=r'^output\["cache"\]\[0\] is an object, which is not a tensor'):
         nested.flatten({"cache": [object()]}, "output")
 
 

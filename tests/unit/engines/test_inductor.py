@@ -349,7 +349,7 @@ def test_needs_are_the_isa_and_what_the_precision_takes() -> None:
     assert needs("fp32") == needs("int8", reduce_range=True) == V3
     assert needs("int8", isa="avx512") == (*V4, "int8_dot")
     assert needs("bf16", isa="amx") == (*AMX, "bf16")
-    with pytest.raises(EngineError, match="no isa 'sse2'; use one of avx2, avx512, avx512_vnni, amx"):
+    with pytest.raises(EngineError, match="for the isa 'sse2'; use one of avx2, avx512, avx512_vnni, amx"):
         needs("fp32", isa="sse2")
 
 

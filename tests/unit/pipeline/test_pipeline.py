@@ -232,7 +232,7 @@ def test_items_with_a_problem(tokenizer: Path) -> None:
         "has half of a surrogate pair at character 0",
     ]
     assert reasons[4].startswith("has 10,000,000 characters")
-    assert reasons[5:] == ["is 3, which is no text", "is ('a', 'b'), where the model takes single texts"]
+    assert reasons[5:] == ["is 3, which is not a text", "is ('a', 'b'), where the model takes single texts"]
     mixed = list(runner_of(tokenizer).answers(["red", "", "blue"]))
     assert [isinstance(answer, Rejected) for answer in mixed] == [False, True, False]
     with pytest.raises(InputError, match="text 1 is empty"):
@@ -336,7 +336,7 @@ def test_inferring(tokenizer: Path, tmp_path: Path) -> None:
     assert [each.role for each in made.inputs] == ["ids", "mask", "types"]
     fixed = infer(tokenizer, [TensorSpec(name="ids", dtype="int32", shape=(None, 64))], scores)
     assert (fixed.task, fixed.pooling, fixed.max_length, fixed.fixed_length) == ("vectors", "own", 64, 64)
-    with pytest.raises(InputError, match="the model takes no tokens but x float32"):
+    with pytest.raises(InputError, match=r"the model takes x float32 .* and no tokens"):
         infer(tokenizer, [TensorSpec(name="x", dtype="float32", shape=(None, 8))], scores)
     words = tmp_path / "vocab.txt"
     words.write_text("[PAD]\n[UNK]\n")

@@ -161,9 +161,9 @@ def test_several_inputs_and_columns(tokenizer: bytes, tmp_path: Path) -> None:
     ]
     reasons = [(row["row"], row["reason"]) for row in lines_of(tmp_path / "out.failed.jsonl")]
     assert reasons == [
-        (1, "is no CSV: unexpected end of data"),
-        (2, "is no CSV: unexpected end of data"),
-        (4, "has a body that is 3, which is no text"),
+        (1, "is not CSV: unexpected end of data"),
+        (2, "is not CSV: unexpected end of data"),
+        (4, "has a body that is 3, which is not a text"),
     ]
     with pytest.raises(SamplesError, match="has no column 'bodi'"):
         run_job(job_of(tmp_path / "c.jsonl", table, columns=Columns("bodi")), runner_of(tokenizer))
@@ -184,11 +184,11 @@ def test_classes_and_pairs(tokenizer: bytes, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("output", "source", "what"),
     [
-        ("out.csv", "texts.txt", r"out\.csv says no format; name it \.parquet, \.jsonl or \.npy"),
+        ("out.csv", "texts.txt", r"out\.csv does not say the format; end it with \.parquet, \.jsonl or \.npy"),
         ("none/out.jsonl", "texts.txt", "there is no folder"),
         ("old.jsonl", "texts.txt", r"old\.jsonl exists already"),
         ("out.jsonl", "none.txt", r"there is no file .*none\.txt"),
-        ("out.jsonl", "photo.jpg", r"photo\.jpg is no file of texts; give one of \.txt, \.csv"),
+        ("out.jsonl", "photo.jpg", r"photo\.jpg is not a file of texts; give one of \.txt, \.csv"),
         ("out.jsonl", "empty.txt", r"there are no rows in .*empty\.txt"),
     ],
 )

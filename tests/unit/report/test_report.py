@@ -214,8 +214,10 @@ def test_what_a_repair_cost_is_told_beside_the_build_that_was_rejected():
     )
     report = replace(altered(winner=repaired), trials=trials)
     told = dict(words.facts(report))["repair"]
-    assert told.startswith("4 layers are back in floating point, because all in int8 was rejected")
-    assert told.endswith("52.5 items/s against 60.0 items/s of that one")
+    assert told.startswith(
+        "4 layers are back in floating point, because the build with all layers in int8 was rejected"
+    )
+    assert told.endswith("52.5 items/s against 60.0 items/s of that build")
     assert told in flat(shown(report, 300))
 
 

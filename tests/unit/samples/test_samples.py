@@ -161,19 +161,28 @@ class Unreadable:
         ([np.array(["word"])], "sample 0 of python: input_0 has dtype <U4"),
         ([np.zeros(2, np.complex64)], "sample 0 of python: input_0 has dtype complex64"),
         ([np.zeros(2, np.uint16)], "sample 0 of python: input_0 has dtype uint16; give one of"),
-        ([torch.zeros(2, dtype=torch.bfloat16)], "sample 0 of python: input_0 is no numpy array: .*BFloat16"),
+        ([torch.zeros(2, dtype=torch.bfloat16)], "sample 0 of python: input_0 is not a NumPy array: .*BFloat16"),
         ([3.0], "sample 0 of python: there is no array"),
         ([{1: np.zeros(2)}, {2: np.zeros(2)}], r"sample 1 of python: inputs\[2\] is not expected"),
         ([{"a": np.zeros(2)}, {"b": np.zeros(2)}], r'sample 1 of python: inputs\["b"\] is not expected; give a'),
-        ([np.zeros(2), np.zeros((2, 2))], r"sample 1 .* has shape \(2, 2\), in the first sample it has \(2,\)"),
-        ([np.zeros(2), np.zeros(2, np.int64)], "sample 1 of python: input_0 is int64, in the first sample it is float"),
+        ([np.zeros(2), np.zeros((2, 2))], r"sample 1 .* has shape \(2, 2\), but in the first sample it has \(2,\)"),
+        (
+            [np.zeros(2), np.zeros(2, np.int64)],
+            "sample 1 of python: input_0 is int64, but in the first sample it is float",
+        ),
         ([(np.zeros(2), 1), (np.zeros(2), None)], "sample 1 of python has no label"),
-        ([(np.zeros(2), "cat"), (np.zeros(2), 3)], "the label of sample 1 of python is no string, the first one is"),
+        (
+            [(np.zeros(2), "cat"), (np.zeros(2), 3)],
+            "the label of sample 1 of python is not a string, but the first one is",
+        ),
         ([(np.zeros(2), 3), (np.zeros(2), "cat")], "the label of sample 1 of python has dtype <U3"),
         ([(np.zeros(2), float("nan"))], "the label of sample 0 of python is NaN"),
         ([(np.zeros(2), np.zeros(2)), (np.zeros(2), np.zeros((2, 2)))], "the label of sample 1 .* has shape"),
-        ([(np.zeros(2), {"boxes": np.zeros(4)}), (np.zeros(2), 3)], "the label of sample 1 of python is no dict"),
-        ([(np.zeros(2), {"a": 1}), (np.zeros(2), {"b": 1})], "the label of sample 1 .* the keys b, the first one a"),
+        ([(np.zeros(2), {"boxes": np.zeros(4)}), (np.zeros(2), 3)], "the label of sample 1 of python is not a dict"),
+        (
+            [(np.zeros(2), {"a": 1}), (np.zeros(2), {"b": 1})],
+            "the label of sample 1 .* the keys b, but the first one has a",
+        ),
         ([(np.zeros(2), {"a": "x"})], "'a' of the label of sample 0 of python has dtype <U1"),
         ([(np.zeros(2), {"a": np.array([np.nan])})], "'a' of the label of sample 0 of python is NaN"),
         (["a text", "another"], "python gives texts; give a model that brings its tokenizer"),
@@ -313,7 +322,7 @@ def test_class_names_are_counted_and_read(tmp_path: Path) -> None:
     names = read_class_names(path)
     assert names == ("tench", "crane", "\u9ce5", "crane")
     check_class_names(names, 4, str(path))
-    assert "has 4 class names, the model has 10 classes" in error_of(check_class_names, names, 10, str(path))
+    assert "has 4 class names, but the model has 10 classes" in error_of(check_class_names, names, 10, str(path))
     path.write_text("tench\n\ncrane\n")
     assert "names.txt line 2 is empty" in error_of(read_class_names, path)
     path.write_bytes(b"caf\xe9")
@@ -541,7 +550,7 @@ def test_damaged_sample_files_are_refused(tmp_path: Path, damage: str) -> None:
         path.write_bytes(content[:-8])
     else:
         path.write_bytes(content.replace(b'\\"kind\\": \\"tuple\\"', b'\\"kind\\": \\"code!\\"'))
-    assert "holds no samples of corewise" in error_of(Samples.load, path)
+    assert "is not a file of samples" in error_of(Samples.load, path)
 
 
 def test_a_file_that_cannot_be_written_is_an_output_error(tmp_path: Path) -> None:
@@ -614,7 +623,7 @@ def test_another_seed_draws_others() -> None:
     ("count", "calibration", "message"),
     [
         (1, 1, "python has 1 sample; give at least 2"),
-        (10, 10, "10 of 10 samples cannot be for calibration: 1 to 9 can; give at least 11 samples"),
+        (10, 10, "10 of 10 samples cannot be for calibration, only 1 to 9; give at least 11 samples"),
         (10, 0, "0 of 10 samples cannot be for calibration"),
     ],
 )

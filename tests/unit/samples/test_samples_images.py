@@ -138,7 +138,7 @@ def test_a_named_pipe_is_set_aside_and_not_waited_for(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe.png")
     samples = read(str(tmp_path), TINY)
     assert len(samples) == 20
-    assert "pipe.png is no regular file" in samples.notes[0]
+    assert "pipe.png is not a regular file" in samples.notes[0]
 
 
 def test_circular_links_end(tmp_path: Path) -> None:
@@ -151,8 +151,8 @@ def test_circular_links_end(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("names", "note"),
     [
-        (["a.png", "notes.txt", "more.txt", "b.md"], "3 files are no images that can be read here: 2 .txt, 1 .md"),
-        (["cat/a.png", "dog/a.png", "dog/x.txt", "dog/makefile"], "2 files are no images"),
+        (["a.png", "notes.txt", "more.txt", "b.md"], "3 files are not images that can be read here: 2 .txt, 1 .md"),
+        (["cat/a.png", "dog/a.png", "dog/x.txt", "dog/makefile"], "2 files are not images"),
     ],
 )
 def test_other_files_are_counted(tmp_path: Path, names: list[str], note: str) -> None:
@@ -164,8 +164,8 @@ def test_heic_without_its_plugin_is_named(tmp_path: Path, monkeypatch: pytest.Mo
     monkeypatch.setattr("corewise.samples.folders.image_suffixes", lambda: suffixes)
     samples = read(str(make(tmp_path, ["a.png", "b.heic"])), TINY)
     assert len(samples) == 1
-    assert samples.notes == ("1 files are no images that can be read here: 1 .heic; pip install 'corewise[heic]' reads "
-                             ".heic",)  # fmt: skip
+    assert samples.notes == ("1 files are not images that can be read here: 1 .heic; pip install 'corewise[heic]' "
+                             "reads .heic",)  # fmt: skip
     make(tmp_path / "only", ["b.heic"])
     assert "it holds 1 .heic" in error_of(read, str(tmp_path / "only"))
 
@@ -180,9 +180,9 @@ def test_heic_without_its_plugin_is_named(tmp_path: Path, monkeypatch: pytest.Mo
         (["a.png", "cat/a.png"], None, "has images beside the folder cat"),
         (["a.png", "b.wav"], None, "there are both images and recordings in"),
         (["a.png"], "file,label\nb.png,1\n", "labels.csv line 2: there is no file 'b.png'"),
-        (["a.png"], "file,label\na.png,cat\n", "labels.csv line 2: the label 'cat' is no number"),
-        (["a.png"], "file,label\na.png,nan\n", "the label 'nan' is no number"),
-        (["a.png"], "file,label\na.png,1\na.png\n", "labels.csv line 3: the label '' is no number"),
+        (["a.png"], "file,label\na.png,cat\n", "labels.csv line 2: the label 'cat' is not a number"),
+        (["a.png"], "file,label\na.png,nan\n", "the label 'nan' is not a number"),
+        (["a.png"], "file,label\na.png,1\na.png\n", "labels.csv line 3: the label '' is not a number"),
         (["a.png"], "name,class\na.png,1\n", "labels.csv has the columns name, class; name two of them"),
         (["a.png"], "file,label\n", "there are no samples in"),
         (["a.png"], "", "there are no samples in"),
@@ -241,9 +241,9 @@ def random_image() -> Image.Image:
     ("content", "reason"),
     [
         (b"", "is empty"),
-        (b"no image at all", "is no image that Pillow opens"),
+        (b"no image at all", "is not an image that Pillow opens"),
         (b"\n<html>404", "is an HTML page"),
-        (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", "is no image that Pillow opens"),
+        (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", "is not an image that Pillow opens"),
         (encoded(random_image(), "PNG")[:500], "is cut off"),
         (encoded(random_image(), "JPEG")[:-800], "is cut off"),
         (encoded(random_image(), "WEBP")[:500], "cannot be decoded"),
@@ -683,7 +683,7 @@ def test_a_form_of_many_empty_parts_is_refused_before_they_are_read() -> None:
 
 @pytest.mark.parametrize("body", [b'{"image": 5}', b'{"picture": "AAAA"}', b"[]", b"{", b'{"a":' + b"[" * 100_000])
 def test_json_without_an_image_is_refused(body: bytes) -> None:
-    with pytest.raises(ProtocolError, match=r"the body (has no image|is no JSON object)"):
+    with pytest.raises(ProtocolError, match=r"the body (has no image|is not a JSON object)"):
         serving_images.content(body, "application/json")
 
 

@@ -148,7 +148,7 @@ def test_lines_of_text(tmp_path: Path) -> None:
         "sample 1 (line 4)",
         "sample 2 (line 5)",
     ]
-    assert "has lines and no columns" in error_of(raw, str(path), text="text")
+    assert "has lines but no columns" in error_of(raw, str(path), text="text")
 
 
 def test_jsonl_may_hold_strings(tmp_path: Path) -> None:
@@ -169,27 +169,27 @@ def test_quoted_fields_hold_lines_and_commas(tmp_path: Path) -> None:
 GOOD = [f"text {number}" for number in range(30)]
 
 BAD: dict[str, tuple[str, bytes, str]] = {
-    "invalid UTF-8 in .txt": ("t.txt", b"caf\xe9", "is no UTF-8 at character 3"),
-    "invalid UTF-8 in .csv": ("t.csv", b"caf\xe9,1", "has a text that is no UTF-8 at character 3"),
-    "invalid UTF-8 in .jsonl": ("t.jsonl", b'{"text": "\xff", "label": 1}', "is no UTF-8 at character 10"),
+    "invalid UTF-8 in .txt": ("t.txt", b"caf\xe9", "is not UTF-8 at character 3"),
+    "invalid UTF-8 in .csv": ("t.csv", b"caf\xe9,1", "has a text that is not UTF-8 at character 3"),
+    "invalid UTF-8 in .jsonl": ("t.jsonl", b'{"text": "\xff", "label": 1}', "is not UTF-8 at character 10"),
     "lone surrogate": ("t.jsonl", b'{"text": "x \\ud83d", "label": 1}', "has a text that has half of a surrogate pair"),
     "null byte in .txt": ("t.txt", b"a\0b", "has a null byte at character 1"),
     "null byte in .csv": ("t.csv", b"a\0b,1", "has a text that has a null byte at character 1"),
-    "10 MB in .txt": ("t.txt", b"x" * 10_000_000, "has 10,000,000 characters, the most are 1,000,000"),
+    "10 MB in .txt": ("t.txt", b"x" * 10_000_000, "has 10,000,000 characters, but at most 1,000,000 are allowed"),
     "2 MB in .csv": ("t.csv", b"x" * 2_000_000 + b",1", "has a text that has 2,000,000 characters"),
-    "10 MB in .csv": ("t.csv", b"x" * 10_000_000 + b",1", "is no CSV: field larger than field limit"),
+    "10 MB in .csv": ("t.csv", b"x" * 10_000_000 + b",1", "is not CSV: field larger than field limit"),
     "empty text": ("t.csv", b",1", "has a text that is empty"),
     "blank text": ("t.tsv", b"  \t1", "has a text that is empty"),
     "too many fields": ("t.csv", b"a,b,1", "has 3 fields where the header has 2"),
     "too few fields": ("t.tsv", b"a", "has 1 fields where the header has 2"),
-    "half a quote": ("t.csv", b'"a" b,1', "is no CSV: ',' expected after '\"'"),
-    "no JSON": ("t.jsonl", b"{text: 1}", "is no JSON: Expecting property name"),
-    "no object": ("t.jsonl", b"[1, 2]", "is no JSON object"),
-    "no text": ("t.jsonl", b'{"text": 5, "label": 1}', "has a text that is 5, which is no text"),
-    "no key": ("t.jsonl", b'{"label": 1}', "has a text that is None, which is no text"),
+    "half a quote": ("t.csv", b'"a" b,1', "is not CSV: ',' expected after '\"'"),
+    "no JSON": ("t.jsonl", b"{text: 1}", "is not JSON: Expecting property name"),
+    "no object": ("t.jsonl", b"[1, 2]", "is not a JSON object"),
+    "no text": ("t.jsonl", b'{"text": 5, "label": 1}', "has a text that is 5, which is not a text"),
+    "no key": ("t.jsonl", b'{"label": 1}', "has a text that is None, which is not a text"),
     "no label": ("t.csv", b"a,", "has no label"),
-    "label of another kind": ("t.csv", b"a,good", "has the label 'good', which is no number"),
-    "NaN for a label": ("t.csv", b"a,nan", "has the label nan, which is no number"),
+    "label of another kind": ("t.csv", b"a,good", "has the label 'good', which is not a number"),
+    "NaN for a label": ("t.csv", b"a,nan", "has the label nan, which is not a number"),
 }
 
 
@@ -224,7 +224,9 @@ def test_an_unclosed_quote_is_a_problem_of_every_line_it_takes(tmp_path: Path) -
     path = tmp_path / "t.csv"
     lines = good_lines(".csv")
     path.write_bytes(b"\n".join([*lines[:29], b'"open,1', *lines[29:]]))
-    assert raw(str(path)).notes[0].startswith("3 of 31 texts were set aside: line 30 is no CSV: unexpected end of data")
+    assert (
+        raw(str(path)).notes[0].startswith("3 of 31 texts were set aside: line 30 is not CSV: unexpected end of data")
+    )
     path.write_bytes(b"\n".join([*lines[:10], b'"open,1', *lines[10:]]))
     assert "22 of 31 texts in" in error_of(raw, str(path))
 
@@ -238,12 +240,12 @@ def test_an_unclosed_quote_is_a_problem_of_every_line_it_takes(tmp_path: Path) -
         ("t.csv", b"text,label\n", "there are no samples in"),
         ("t.tsv", b"\n\n", "t.tsv is empty"),
         ("t.jsonl", b"", "there are no samples in"),
-        ("t.parquet", b"", "t.parquet is no Parquet file"),
-        ("t.parquet", b"PAR1 nothing PAR1", "t.parquet is no Parquet file"),
+        ("t.parquet", b"", "t.parquet is not a Parquet file"),
+        ("t.parquet", b"PAR1 nothing PAR1", "t.parquet is not a Parquet file"),
         ("t.txt", "text".encode("utf-16"), "t.txt is UTF-16; save it as UTF-8"),
         ("t.csv", "text,label\na,1\n".encode("utf-16"), "t.csv is UTF-16"),
         ("t.txt", bytes(range(256)) * 9, "texts in"),
-        ("t.jsonl", b"[" * 100_000, "is no JSON"),
+        ("t.jsonl", b"[" * 100_000, "is not JSON"),
     ],
 )
 def test_files_without_texts_are_refused(tmp_path: Path, name: str, content: bytes, message: str) -> None:
@@ -256,9 +258,9 @@ def test_parquet_cells_that_are_no_text(tmp_path: Path) -> None:
     path = tmp_path / "t.parquet"
     invalid = pyarrow.array([*(text.encode() for text in GOOD), b"caf\xe9"], pyarrow.binary()).view(pyarrow.string())
     parquet.write_table(pyarrow.table({"text": invalid}), path)
-    assert raw(str(path)).notes == ("1 of 31 texts was set aside: row 30 is no UTF-8 at byte 3",)
+    assert raw(str(path)).notes == ("1 of 31 texts was set aside: row 30 is not UTF-8 at byte 3",)
     parquet.write_table(pyarrow.table({"text": [*GOOD, None]}), path)
-    assert raw(str(path)).notes == ("1 of 31 texts was set aside: row 30 has a text that is None, which is no text",)
+    assert raw(str(path)).notes == ("1 of 31 texts was set aside: row 30 has a text that is None, which is not a text",)
     parquet.write_table(pyarrow.table({"text": pyarrow.array(GOOD).dictionary_encode()}), path)
     assert list(raw(str(path)).items) == GOOD
 
@@ -423,13 +425,13 @@ def test_plain_texts_are_drawn_too() -> None:
         (["a", ""], "1 of 2 texts in python cannot be used: sample 1 is empty"),
         (["a", "x\0"], "sample 1 has a null byte at character 1"),
         (["a", "\ud800"], "sample 1 has half of a surrogate pair at character 0"),
-        (["a", "x" * (MOST_CHARACTERS + 1)], "sample 1 has 1,000,001 characters, the most are 1,000,000"),
-        (["a", 3], "sample 1 is 3, which is no text"),
-        (["a", ("b", "c")], "sample 1 is ('b', 'c'), which is no text"),
+        (["a", "x" * (MOST_CHARACTERS + 1)], "sample 1 has 1,000,001 characters, but at most 1,000,000 are allowed"),
+        (["a", 3], "sample 1 is 3, which is not a text"),
+        (["a", ("b", "c")], "sample 1 is ('b', 'c'), which is not a text"),
         ([("a", "b"), "c"], "sample 1 is 'c', no pair of texts"),
         ([("a", "b"), ("c", "")], "sample 1 has a text that is empty"),
         ([("a", 1), ("b", None)], "sample 1 of python has no label"),
-        ([{"text": "a", "n": 1}, {"text": 5, "n": 1}], "sample 1 has a text that is 5, which is no text"),
+        ([{"text": "a", "n": 1}, {"text": 5, "n": 1}], "sample 1 has a text that is 5, which is not a text"),
     ],
 )
 def test_bad_texts_are_named(texts: Any, message: str) -> None:

@@ -90,13 +90,13 @@ def test_it_is_taken_where_the_answers_hold(tmp_path: Path) -> None:
     preprocess, why = decided(photos(20, (320, 240)), brightness, tmp_path)
     assert preprocess == Preprocess(resize=36, crop=32, decode="scaled")
     assert why.startswith("with 20 photos decoded at a smaller scale")
-    assert why.endswith("they are decoded so")
+    assert why.endswith("the artifact decodes photos this way")
 
 
 def test_it_is_not_taken_where_they_move(tmp_path: Path) -> None:
     preprocess, why = decided(photos(20, (320, 240)), grain, tmp_path)
     assert preprocess == SMALL
-    assert why.endswith("photos are decoded in full")
+    assert why.endswith("the artifact decodes photos in full")
 
 
 def test_it_is_not_tried_without_time_to_answer_all_photos(tmp_path: Path) -> None:

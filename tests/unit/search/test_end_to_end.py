@@ -115,14 +115,15 @@ def test_a_folder_of_photos_is_measured_from_its_files(tmp_path: Path, monkeypat
         winner=Build(engine="openvino", precision="fp32"), plan=Plan(threads_per_instance=1, batch=4)
     )
     samples = read(str(folder), SMALL)
-    found = plan_photos(samples, SMALL, choice, context)
+    task: Any = SimpleNamespace(holdout=samples, class_names=None, exported=SimpleNamespace(outputs=()))
+    found = plan_photos(task, SMALL, choice, context)
     assert found is not None
     assert found.own.plan == PhotoPlan(plan=choice.plan, decoders=1)
     assert found.best.per_s >= found.own.per_s > 0
     assert 0 < found.own.decoding <= 1
     assert len(photo_files(samples)) == 9
     context.budget = Budget(total_s=5.0)
-    assert plan_photos(samples, SMALL, choice, context) is None
+    assert plan_photos(task, SMALL, choice, context) is None
 
 
 def test_samples_that_are_no_files_have_no_such_plan(tmp_path: Path) -> None:

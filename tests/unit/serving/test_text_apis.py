@@ -55,7 +55,7 @@ def test_openais_options():
         ({"input": [1, "a"]}, "input", r"input\[1\]: Expected `int`, got `str`"),
         ({"input": [-1]}, "input", "Expected `int` >= 0"),
         ({"input": [[1], []]}, "input", "row without token ids"),
-        ({"input": ["a"] * (texts.MOST_TEXTS + 1)}, "input", f"the most are {texts.MOST_TEXTS}"),
+        ({"input": ["a"] * (texts.MOST_TEXTS + 1)}, "input", f"at most {texts.MOST_TEXTS} are allowed"),
         ({"input": "a", "encoding_format": "hex"}, "encoding_format", "encoding_format: Invalid enum value 'hex'"),
         ({"input": "a", "dimensions": "x"}, "dimensions", "dimensions: Expected `int"),
         ({"input": "a", "truncate": "MIDDLE"}, "truncate", "give true, false, NONE, START or END"),

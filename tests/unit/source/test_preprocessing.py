@@ -95,7 +95,7 @@ def test_where_a_library_does_something_else_it_does_it_itself(
     given = {"resize": 30, "crop": 20, "interpolation": "bilinear", **IMAGENET}
     assert read_for("timm:lite0", str(photos), given=given).preprocess == Preprocess(**given)
     given.pop("crop")
-    with pytest.raises(SamplesError, match=r"timm:lite0 prepares images in a way of its own.*or give crop as well"):
+    with pytest.raises(SamplesError, match=r"timm:lite0 prepares images in its own way.*or give crop as well"):
         read_for("timm:lite0", str(photos), given=given)
 
 

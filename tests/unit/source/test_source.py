@@ -316,7 +316,7 @@ def test_a_fixed_batch_is_named_with_its_line(model: nn.Module, line: str, what:
         (lambda x: {"y": x, "n": len(x)}, "the model's output has constants that depend on its input"),
         (lambda x: 3, "the model returns int without tensors"),
         (lambda x: x.numpy(), "the model returns ndarray without tensors"),
-        (lambda x: {"cache": object(), "x": x}, 'the model\'s output["cache"] is an object, which is no tensor'),
+        (lambda x: {"cache": object(), "x": x}, 'the model\'s output["cache"] is an object, which is not a tensor'),
         (lambda x: x.bfloat16(), "the model's output_0 is torch.bfloat16"),
         (lambda x: x.mul_(2), "the model changes its input x in place"),
         (lambda x: {"logits": (x - x) / (x - x)}, "the model's logits has NaN"),
@@ -403,7 +403,7 @@ def test_bad_factories(tmp_path: Path, text: str, name: str, what: str) -> None:
     [
         ("nowhere.py:build", "there is no file nowhere.py"),
         ("nowhere_at_all:build", "cannot be imported: ModuleNotFoundError"),
-        ("resnet50", "'resnet50' names no model; give module:factory"),
+        ("resnet50", "'resnet50' does not name a model; give module:factory"),
         ("nowhere.pt2", "there is no file nowhere.pt2"),
         ("model.pth", "model.pth is a pickle, which can run any code when it is opened; write a factory"),
         ("weights/pytorch_model.bin", "is a pickle"),

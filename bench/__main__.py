@@ -31,6 +31,8 @@ BENCHMARKS = (
     "kills",
     "padding",
     "photos",
+    "text",
+    "text_serving",
     "shift",
     "elastic",
 )

@@ -32,6 +32,8 @@ BENCHMARKS = (
     "ray_kills",
     "padding",
     "photos",
+    "text",
+    "text_serving",
     "shift",
     "elastic",
 )

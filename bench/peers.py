@@ -52,7 +52,7 @@ class Peer:
     """One of the servers, in processes of its own."""
 
     def __init__(self, package: str | None, folder: Path | None) -> None:
-        self.port = _free_port()
+        self.port = free_port()
         if package is None:
             assert folder is not None
             command = serve_command(folder, self.port)
@@ -147,7 +147,8 @@ def measure(
     return {"ready_s": ready_s, "closed_loop": capacity.facts(), "held_per_s": rate_per_s, "loads": loads}
 
 
-def _free_port() -> int:
+def free_port() -> int:
+    """A port of this machine that nothing listens on."""
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         return int(listener.getsockname()[1])

@@ -13,10 +13,11 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from sklearn.metrics import ndcg_score
 from torch import nn
 
 import bench
-from bench import __main__, architectures, breadth, harness, overload, subjects, wire
+from bench import __main__, architectures, breadth, harness, overload, subjects, text, wire
 
 MODULES = sorted(path for path in Path(bench.__file__).parent.glob("*.py"))
 
@@ -120,6 +121,19 @@ def test_subjects_name_what_exists() -> None:
         module = Path(place) if place.endswith(".py") else Path(bench.__file__).with_name(f"{place.split('.')[1]}.py")
         functions = {node.name for node in ast.parse(module.read_text()).body if isinstance(node, ast.FunctionDef)}
         assert name in functions
+
+
+def test_what_vectors_are_worth() -> None:
+    generator = np.random.default_rng(0)
+    scores, relevance = generator.standard_normal((6, 40)), generator.integers(0, 5, (6, 40))
+    expected = [ndcg_score([2.0**row - 1], [score], k=10) for row, score in zip(relevance, scores, strict=True)]
+    np.testing.assert_allclose(text.ndcg(scores, relevance), expected)
+    vectors = generator.standard_normal((60, 8)).astype(np.float32)
+    vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
+    cosines = (vectors[::2] * vectors[1::2]).sum(1)
+    pairs = text.TextSet(judged=(), timed=(), known=(), truth=np.argsort(np.argsort(cosines)).astype(float))
+    assert pairs.metric(pairs.scores(vectors)) == pytest.approx(1.0)
+    assert pairs.metric(-pairs.scores(vectors)) == pytest.approx(-1.0)
 
 
 @pytest.fixture

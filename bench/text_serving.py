@@ -1,0 +1,214 @@
+"""Requests of one short text per second, by OpenAI's client: corewise beside FastAPI and infinity.
+
+    python -m bench text_serving [--clients 32] [--rounds 4] [--seconds 8]
+
+MiniLM with its real weights on the sentences of STS-B. All servers are up and take turns: ``corewise serve``, FastAPI
+around sentence-transformers with OpenVINO's static int8, and ``infinity-emb`` with PyTorch in an environment of its
+own; what does not install or start is left out with the reason. At last corewise answers requests of 2,000 texts beside
+the short ones. Artifact, exports and environments are those of ``text`` in ``--folder``.
+"""
+
+import argparse
+import asyncio
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from contextlib import ExitStack
+from functools import partial
+from importlib.metadata import version
+from itertools import count
+from pathlib import Path
+from statistics import median
+from types import TracebackType
+from typing import Any, Self
+
+import openai
+
+from bench.harness import ROOT, alternate, machine_facts, ratio_data, ratio_words, say, write_results
+from bench.peers import free_port
+from bench.servers import START_S, Server, descendants
+from bench.text import MODEL, artifact_of, exported, known_lines, peer_versions, peers_python, stsb
+from bench.wire import MODEL as NAME
+from corewise.common.stats import quantile, ratio_interval
+
+BULK_TEXTS = 2000
+WARM_S = 2.0
+TORCH = f"torch=={version('torch').partition('+')[0]}"
+# infinity-emb asks for typer 0.12, which does not work with click 8.2.
+INFINITY = ("infinity-emb[torch,server]", "click<8.2")
+
+
+class PeerServer:
+    """A peer in a process of its own; a context manager."""
+
+    def __init__(self, command: Sequence[str], port: int, log: Path) -> None:
+        self.port = port
+        with log.open("ab") as output:
+            self._process = subprocess.Popen(command, stdout=output, stderr=output, start_new_session=True)
+
+    def wait(self, text: str) -> None:
+        """Until it answers. Raises ``RuntimeError`` if it does not."""
+        until_s = time.monotonic() + START_S
+        with client_of(openai.OpenAI, self.port) as client:
+            while time.monotonic() < until_s and self._process.poll() is None:
+                try:
+                    client.embeddings.create(model=NAME, input=text)
+                except openai.APIError:
+                    time.sleep(0.5)
+                else:
+                    return
+        raise RuntimeError(f"it ended with {self._process.poll()} or did not answer in {START_S:g} s")
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        family = descendants(self._process.pid)
+        self._process.terminate()
+        try:
+            self._process.wait(15)
+        except subprocess.TimeoutExpired:
+            subprocess.run(["kill", "-9", *map(str, family)], check=False)
+            self._process.wait()
+
+
+def client_of(kind: Any, port: int) -> Any:
+    """OpenAI's client of a local server, without retries."""
+    return kind(base_url=f"http://127.0.0.1:{port}/v1", api_key="none", max_retries=0, timeout=60)
+
+
+async def clients_of(port: int, texts: Sequence[str], clients: int, seconds: float, bulk: int = 0) -> dict[str, Any]:
+    """So many clients that each ask for one text after the other, for so long; one more asks for ``bulk`` at once."""
+    latencies_ms: list[float] = []
+    failed, bulks, numbers = 0, 0, count()
+    async with client_of(openai.AsyncOpenAI, port) as client:
+        until_s = time.monotonic() + seconds
+
+        async def ask() -> None:
+            nonlocal failed
+            while (started_s := time.monotonic()) < until_s:
+                try:
+                    await client.embeddings.create(model=NAME, input=texts[next(numbers) % len(texts)])
+                except openai.APIError:
+                    failed += 1
+                    await asyncio.sleep(0.01)
+                else:
+                    latencies_ms.append(1e3 * (time.monotonic() - started_s))
+
+        async def ask_for_many() -> None:
+            nonlocal bulks
+            many = [texts[k % len(texts)] for k in range(bulk)]
+            patience = {"x-request-timeout-ms": "60000"}
+            while time.monotonic() < until_s:
+                await client.embeddings.create(model=NAME, input=many, extra_headers=patience)
+                bulks += 1
+
+        await asyncio.gather(*(ask() for _ in range(clients)), *([ask_for_many()] if bulk else []))
+    return {
+        "answered_per_s": len(latencies_ms) / seconds,
+        "p50_ms": median(latencies_ms),
+        "p99_ms": quantile(latencies_ms, 0.99),
+        "failed": failed,
+        "bulks": bulks,
+    }
+
+
+def load(port: int, texts: Sequence[str], clients: int, seconds: float, bulk: int = 0) -> dict[str, Any]:
+    """``clients_of`` for code that does not wait."""
+    return asyncio.run(clients_of(port, texts, clients, seconds, bulk))
+
+
+def infinity_command(folder: Path, port: int) -> list[str]:
+    """What starts infinity, installed if it is not there. Raises ``RuntimeError`` where that fails."""
+    place = folder / "infinity"
+    whole = place / ".complete"
+    if not whole.exists():
+        say(f"making infinity's environment {place}")
+        subprocess.run([sys.executable, "-m", "venv", "--clear", str(place)], check=True)
+        python = str(place / "bin" / "python")
+        uv = [sys.executable, "-m", "uv", "pip", "install", "--quiet", "--python", python]
+        for command in ([python, "-m", "pip", "install", "--quiet", TORCH], [*uv, *INFINITY, TORCH]):
+            ended = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+            if ended.returncode:
+                raise RuntimeError(f"infinity-emb does not install: {ended.stdout.strip().splitlines()[-1]}")
+        whole.touch()
+    options = ["--model-id", str(MODEL), "--served-model-name", NAME, "--engine", "torch", "--device", "cpu"]
+    address = ["--host", "127.0.0.1", "--port", str(port), "--url-prefix", "/v1", "--no-bettertransformer"]
+    return [str(place / "bin" / "infinity_emb"), "v2", *options, *address]
+
+
+def measure(options: argparse.Namespace) -> dict[str, Any]:
+    """All servers in alternating rounds."""
+    folder: Path = options.folder
+    found = stsb(None)
+    folder.mkdir(parents=True, exist_ok=True)
+    python = peers_python(folder)
+    (folder / "stsb").mkdir(exist_ok=True)
+    known = known_lines(folder / "stsb", found)
+    exports = exported(python, folder)
+    artifact = artifact_of(folder / "stsb", known, options.budget)
+    left_out: dict[str, str] = {}
+    with ExitStack() as stack:
+        ports = {"corewise": stack.enter_context(Server(artifact)).port}
+        commands = {
+            "FastAPI, OpenVINO int8": lambda port: [
+                str(python),
+                str(ROOT / "bench" / "peer_texts.py"),
+                str(exports),
+                str(port),
+            ],
+            "infinity": lambda port: infinity_command(folder, port),
+        }
+        for name, command in commands.items():
+            port = free_port()
+            try:
+                peer = stack.enter_context(PeerServer(command(port), port, folder / f"{name.split(',')[0]}.log"))
+                peer.wait(found.timed[0])
+            except RuntimeError as error:
+                left_out[name] = str(error)
+                say(f"{name}: {error}")
+            else:
+                ports[name] = port
+        for port in ports.values():
+            load(port, found.timed, options.clients, min(WARM_S, options.seconds))
+        turns = {
+            name: partial(load, port, found.timed, options.clients, options.seconds) for name, port in ports.items()
+        }
+        rounds = alternate(options.rounds, turns)
+        beside = load(ports["corewise"], found.timed, options.clients, options.seconds, BULK_TEXTS)
+    rates = {name: [one["answered_per_s"] for one in facts] for name, facts in rounds.items()}
+    over = {name: ratio_data(ratio_interval(rates["corewise"], rates[name])) for name in rates if name != "corewise"}
+    return {
+        "clients": options.clients,
+        **machine_facts(),
+        "peers": peer_versions(python),
+        "left_out": left_out,
+        "rounds": rounds,
+        "over": over,
+        "beside_bulk": beside,
+    }
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """What the command line takes."""
+    parser.add_argument("--clients", type=int, default=32)
+    parser.add_argument("--rounds", type=int, default=4)
+    parser.add_argument("--seconds", type=float, default=8.0, help="of each round (default: 8)")
+    parser.add_argument("--budget", default="2m", help="of optimize (default: 2m)")
+    parser.add_argument("--folder", type=Path, default=Path("/tmp/corewise-text"), help="keeps what the next run needs")
+
+
+def main(options: argparse.Namespace) -> None:
+    """Put all servers under load."""
+    record = measure(options)
+    write_results(options.results / "text_serving.json", record)
+    for name, facts in record["rounds"].items():
+        rate = median(one["answered_per_s"] for one in facts)
+        p99_ms, failed = median(one["p99_ms"] for one in facts), sum(one["failed"] for one in facts)
+        ratio = f", corewise is {ratio_words(record['over'][name])} of it" if name in record["over"] else ""
+        say(f"{name:24s} {rate:8.1f}/s, p99 {p99_ms:6.1f} ms, {failed} failed{ratio}")
+    beside = record["beside_bulk"]
+    say(f"beside {beside['bulks']} requests of {BULK_TEXTS} texts: p99 {beside['p99_ms']:.1f} ms")

@@ -161,13 +161,13 @@ def engine(name: str) -> Engine:
     return made
 
 
-def mixes_rows(build: Build) -> bool:
+def mixes_rows(opener: Engine, build: Build) -> bool:
     """Whether a row's answer depends on the rows beside it in a batch, so that serving must not batch strangers.
 
     An engine lists the precisions of which that is so in its attribute ``MIXING``, if there are any: those that round
     the activations of a whole batch by one scale, which they find as the batch comes.
     """
-    return build.precision in getattr(engine(build.engine), "MIXING", ())
+    return build.precision in getattr(opener, "MIXING", ())
 
 
 def missing(packages: Sequence[str], extra: str) -> str:

@@ -25,7 +25,7 @@ import numpy as np
 
 from corewise.common.errors import EngineError
 from corewise.engines import Engine, Session
-from corewise.engines.base import Sharing, chunks, rows_of, run_cut
+from corewise.engines.base import Sharing, chunks, mixes_rows, rows_of, run_cut
 from corewise.engines.denormals import flush, flushing
 from corewise.machine.layouts import assign
 from corewise.records.build import Build, Plan
@@ -53,6 +53,8 @@ class Instances:
         Raises what the engine raises, and ``EngineError`` where a thread may not run on its hardware threads.
         """
         one_arena()
+        self.mixes_rows = mixes_rows(engine, build)
+        """Whether requests must not share calls."""
         self.memory_per_instance_bytes = 0
         """What the second instance added to this process's memory by being opened and, after ``touch``, by running."""
         self._sessions: list[Session] = []

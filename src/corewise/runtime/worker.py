@@ -206,7 +206,8 @@ class TrialChild:
         )
         timeout_s = inf if request.slo_ms is None else request.slo_ms / 1e3
         before = throttled_count()
-        with Batcher([partial(instances.run, number) for number in range(len(instances))], policy) as batcher:
+        runs = [partial(instances.run, number) for number in range(len(instances))]
+        with Batcher(runs, policy, shared=not instances.mixes_rows) as batcher:
             load = partial(
                 open_loop if request.clients is None else closed_loop,
                 lambda k: batcher.submit(rows[k % len(rows)], timeout_s=timeout_s),

@@ -22,7 +22,8 @@ from corewise.artifact.texts import text_pipeline
 from corewise.artifact.watch import RangeWatch, pixel_extremes
 from corewise.batching import Answer, Batcher, NotServed, Policy, Run
 from corewise.common.errors import ArtifactError
-from corewise.engines import ENGINES
+from corewise.engines import ENGINES, engine
+from corewise.engines.base import mixes_rows
 from corewise.machine.inspect import inspect_cpu
 from corewise.records.build import TensorSpec
 from corewise.serving.frames import Frames
@@ -135,7 +136,10 @@ class Served:
             self.remote = Remote(source.folder.resolve(), identity, fit.plan, cpu, on_death=self._died)
             undo.pop_all()
         self._batcher = Batcher(
-            [partial(self.remote.run, number) for number in range(self.plan.instances)], policy, reopen=self._reopen
+            [partial(self.remote.run, number) for number in range(self.plan.instances)],
+            policy,
+            shared=not mixes_rows(engine(build.engine), build),
+            reopen=self._reopen,
         )
 
     @property

@@ -692,6 +692,17 @@ def test_who_cancels_frees_a_place_and_harms_no_neighbour():
         assert instance.batches[1][:, 0].tolist() == [1, 3, 4]
 
 
+def test_requests_have_calls_of_their_own_where_rows_depend_on_each_other():
+    instance = Gate(is_open=False)
+    with Batcher([instance], quick(), shared=False) as batcher:
+        fill(batcher, instance)
+        waiting = [batcher.submit([rows(*values)]) for values in ((1,), (2, 3), (4,))]
+        instance.gate.set()
+        for future, values in zip(waiting, ((1,), (2, 3), (4,)), strict=True):
+            assert right(future.result(PATIENCE_S), rows(*values))
+    assert [batch[:, 0].tolist() for batch in instance.batches[1:]] == [[1], [2, 3], [4]]
+
+
 def test_a_failing_call_is_the_answer_of_its_batch_alone():
     instance = Gate(is_open=False)
     with Batcher([instance], quick()) as batcher:

@@ -184,20 +184,23 @@ def test_a_winner_that_was_not_judged_yet_is_judged_before_it_is_chosen(tmp_path
     assert search.trials[1].inaccurate
 
 
-@pytest.mark.parametrize("other", [False, True])
-def test_a_winner_is_judged_on_texts_alone_before_it_is_chosen(tmp_path, other):
+@pytest.mark.parametrize(("other", "leaks"), [(False, False), (True, False), (True, True)])
+def test_a_winner_is_judged_on_texts_alone_before_it_is_chosen(tmp_path, monkeypatch, other, leaks):
     case = Case(tmp_path, robust=False)
     rows = np.arange(40)
     texts = case.gate.holdout.take(rows)
     if other:  # what it answers to others stands for an answer that depends on its neighbours
         texts = case.gate.holdout.take(rows[::-1])
+    if not leaks:  # else the baseline's answers depend on them too
+        monkeypatch.setattr(AloneGuard, "_baseline_passes", True)
     with Journal(case.workspace.journal, "key") as journal:
         search = searching(case, journal, [run_trial(INT8, case.context)])
-        search.alone = AloneGuard(gate=case.gate, context=case.context, texts=texts, rows=rows)
+        search.alone = AloneGuard(gate=case.gate, context=case.context, baseline=FP32, texts=texts, rows=rows)
         search.race_result = raced(search.trials)
         choice = search.choose()
-    assert choice.winner == (FP32 if other else INT8)
-    if other:
+    rejected = other and not leaks
+    assert choice.winner == (FP32 if rejected else INT8)
+    if rejected:
         assert said(search.trials[1].reason).startswith("on texts in calls of their own: concordance")
 
 

@@ -258,7 +258,8 @@ def _upgraded(machine: Any) -> Any:
 def _check(entry: Tuned) -> None:
     if len(entry.measurements) > MOST_MEASUREMENTS:
         raise ValueError(f"it has more than {MOST_MEASUREMENTS} measurements of a machine")
-    for plan in (entry.plan, *(measurement.plan for measurement in entry.measurements)):
+    elastic = (entry.elastic.wide, entry.elastic.narrow) if entry.elastic is not None else ()
+    for plan in (entry.plan, *elastic, *(measurement.plan for measurement in entry.measurements)):
         if not _sane(plan):
             raise ValueError(f"a plan has {plan.label}")
     for measurement in entry.measurements:

@@ -102,7 +102,9 @@ class PhotoRate:
     plan: PhotoPlan
     per_s: float
     decoding: float
-    """The share of the cores' time that decoding took, with resizing."""
+    """The share of the processor time used that decoding took, with resizing."""
+    memory_bytes: int = 0
+    """Of the process that ran it."""
 
 
 ImageTask = Literal["classes", "boxes", "vectors"]

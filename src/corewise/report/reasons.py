@@ -212,7 +212,7 @@ def _from_files(details: Details) -> str:
     gain = f", {ratio:.2f} times as many as under the winner's plan for tensors" if ratio > 1 else ""
     return (
         f"from files it answers {numbers.rate(details['per_s'], 'photos')} where {threads} beside {details['plan']}"
-        f"{gain}; decoding takes {details['decoding']:.0%} of the cores' time"
+        f"{gain}; decoding takes {details['decoding']:.0%} of the processor time"
     )
 
 

@@ -52,6 +52,8 @@ class _Call:
     def __init__(self, inputs: Sequence[np.ndarray]) -> None:
         self._inputs = inputs
         self._taken = 0
+        self.leased = False
+        """Whether it has all cores, for the rows that it runs in its own thread."""
         self.started: SimpleQueue[_Started | None] = SimpleQueue()
         """What was started; ``None`` when the session was closed."""
 
@@ -95,27 +97,25 @@ class Elastic:
         Raises ``EngineError`` if it was closed, and in a process that was forked after it was opened.
         """
         self._process.check()
-        rows, call = len(inputs[0]), _Call(inputs)
-        with self._changed:
-            number = next(self._numbers)
-            if self._closed:
-                raise _closed()
-            self._calls[number] = call
-            self._policy.arrive(number, rows, monotonic())
-            self._start()
-        parts: list[Outputs | Future[Outputs]] = []
+        rows, call, number = len(inputs[0]), _Call(inputs), next(self._numbers)
+        parts: list[Future[Outputs]] = []
         try:
+            with self._changed:
+                if self._closed:
+                    raise _closed()
+                self._calls[number] = call
+                self._policy.arrive(number, rows, monotonic())
+                self._start()
             while rows:
                 started = call.started.get()
                 if started is None:
                     raise _closed()
                 rows -= len(started.inputs[0])
-                parts.append(self._run_here(started) if started.future is None else started.future)
-            if len(parts) > 1:
-                wait([part for part in parts if isinstance(part, Future)])
+                parts.append(self._run_here(call, started.inputs) if started.future is None else started.future)
         finally:
             self._forget(number, call)
-        outputs = [part.result() if isinstance(part, Future) else part for part in parts]
+            wait(parts)
+        outputs = [part.result() for part in parts]
         return outputs[0] if len(outputs) == 1 else [np.concatenate(arrays) for arrays in zip(*outputs, strict=True)]
 
     def close(self) -> None:
@@ -140,6 +140,7 @@ class Elastic:
             call = self._calls[number]
             inputs = call.take(part.rows)
             if part.threads == self._cores:
+                call.leased = True
                 call.started.put(_Started(inputs, None))
                 continue
             instance = self._idle.pop()
@@ -147,12 +148,16 @@ class Elastic:
             ended = partial(self._ended, part.threads, instance)
             call.started.put(_Started(inputs, self._narrow.start(instance, inputs, ended)))
 
-    def _run_here(self, started: _Started) -> Outputs:
-        """Run on all cores, in this thread."""
+    def _run_here(self, call: _Call, inputs: list[np.ndarray]) -> "Future[Outputs]":
+        """Run on all cores, in this thread. What interrupts it is raised at once."""
+        done: Future[Outputs] = Future()
         try:
-            return self._wide.run(started.inputs)
+            done.set_result(self._wide.run(inputs))
+        except Exception as error:  # noqa: BLE001
+            done.set_exception(error)
         finally:
-            self._ended(self._cores)
+            self._give_back(call)
+        return done
 
     def _ended(self, threads: int, instance: int | None = None) -> None:
         """Give a part's cores back."""
@@ -165,14 +170,18 @@ class Elastic:
                 self._changed.notify_all()
 
     def _forget(self, number: int, call: _Call) -> None:
-        """Start no more of a call that has ended; if it was interrupted, give back what it did not take."""
+        """Start no more of a call that has ended; if it was interrupted, give back what it did not use."""
         with self._changed:
-            del self._calls[number]
-            self._policy.leave(number)
-            while not call.started.empty():
-                started = call.started.get()
-                if started is not None and started.future is None:
-                    self._ended(self._cores)
+            if self._calls.pop(number, None) is not None:
+                self._policy.leave(number)
+            self._give_back(call)
+
+    def _give_back(self, call: _Call) -> None:
+        """Give all cores back, if the call has them."""
+        with self._changed:
+            if call.leased:
+                call.leased = False
+                self._ended(self._cores)
 
 
 def _closed() -> EngineError:

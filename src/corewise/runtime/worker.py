@@ -229,7 +229,8 @@ class TrialChild:
         opener, plan = self.engine(request.build.engine), request.photos.plan
         session = open_plan(opener, request.payload, request.build, plan, inspect_cpu())
         with closing(session):
-            return measure_photos(session, request.photos, request.pipeline, request.files, request.budget_s)
+            rate = measure_photos(session, request.photos, request.pipeline, request.files, request.budget_s)
+            return replace(rate, memory_bytes=memory_bytes())
 
     def _load_rows(self, samples: Samples, plan: Plan) -> list[tuple[np.ndarray, ...]]:
         """Requests of one row, after calls of all sizes: engines compile for a size when they first meet it."""

@@ -102,5 +102,7 @@ class BudgetSplit:
     """No further plan is measured."""
 
 
+FINISHING = 1.1
+"""Share of the budget until which the winner is fitted to raw data: how photos are taken, what calls of texts cost."""
 WITH_LOADS = BudgetSplit(trials=0.45, last_trial=0.55, plans=0.65)
 """For an SLO, whose loads need a minute or two."""

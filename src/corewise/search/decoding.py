@@ -13,6 +13,7 @@ from corewise.runtime.client import read_outputs
 from corewise.samples import RawSamples, Samples
 from corewise.samples.files import image_samples
 from corewise.samples.images import ImageReader, gains_by_scale
+from corewise.search.budget import FINISHING
 from corewise.search.trial import VERIFY_BATCH, SearchContext
 
 LEAST_PHOTOS = 16
@@ -42,7 +43,7 @@ def choose_decoding(holdout: Samples, choice: Choice, gate: AccuracyGate, contex
     gaining = sum(gains_by_scale(item, scaled) for item in photos.items)
     if gaining < LEAST_PHOTOS:
         return as_it_is
-    if _needed_s(photos, ImageReader(scaled), choice, context) > context.budget.left_s():
+    if _needed_s(photos, ImageReader(scaled), choice, context) > context.budget.left_s(FINISHING):
         return as_it_is
     started_s = perf_counter()
     samples = image_samples(photos, ImageReader(scaled))
@@ -53,7 +54,7 @@ def choose_decoding(holdout: Samples, choice: Choice, gate: AccuracyGate, contex
     path = workspace.folder / "scaled.safetensors"
     samples.save(path)
     try:
-        with context.client(build) as client:
+        with context.client(build, share=FINISHING) as client:
             client.open(
                 workspace.payload(build), build, Plan(threads_per_instance=context.cpu.usable_cores, batch=VERIFY_BATCH)
             )

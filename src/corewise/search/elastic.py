@@ -65,7 +65,9 @@ def plans_to_measure(elastic: ElasticPlan, measured: Sequence[Measurement]) -> l
 def elasticity(
     plan: Plan, elastic: ElasticPlan, measured: Sequence[Measurement], requirements: Requirements
 ) -> Elasticity | None:
-    """How an elastic plan would do beside each of its layouts alone; ``None`` if one was not measured."""
+    """How an elastic plan would do beside each of its layouts alone; ``None`` if not all its calls were measured."""
+    if not {elastic.wide, elastic.narrow} <= {measurement.plan for measurement in measured}:
+        return None
     try:
         both = partitions(elastic, measured)
     except ValueError:

@@ -17,6 +17,7 @@ from corewise.records.reason import Reason, ReasonKind
 from corewise.records.report import Choice, Preprocess
 from corewise.runtime.client import read_outputs
 from corewise.samples import Samples
+from corewise.search.budget import FINISHING
 from corewise.search.task import Task
 from corewise.search.trial import SearchContext
 
@@ -100,7 +101,7 @@ def photo_files(samples: Samples) -> tuple[Path, ...]:
 def plan_photos(task: Task, preprocess: Preprocess, choice: Choice, context: SearchContext) -> Found | None:
     """The plan with which the winner answers most photos a second, from files; ``None`` without files or time."""
     files = photo_files(task.holdout)
-    if not files or context.budget.left_s() < NEEDED_S:
+    if not files or context.budget.left_s(FINISHING) < NEEDED_S:
         return None
     outputs = read_outputs(context.workspace.outputs(choice.winner)).rows(np.arange(1))
     golden, names = [np.stack(list(leaf)) for leaf in outputs.leaves], [spec.name for spec in task.exported.outputs]
@@ -114,15 +115,16 @@ def _measuring(files: tuple[Path, ...], pipeline: ImagePipeline, choice: Choice,
     build, payload = choice.winner, context.workspace.payload(choice.winner)
 
     def measure(photos: PhotoPlan) -> PhotoRate | None:
-        if context.budget.left_s() < NEEDED_S:
+        if context.budget.left_s(FINISHING) < NEEDED_S:
             return None
         try:
-            with context.client(build) as client:
-                return client.measure_photos(payload, build, photos, pipeline, files, MEASURE_S)
+            with context.client(build, share=FINISHING) as client:
+                rate = client.measure_photos(payload, build, photos, pipeline, files, MEASURE_S)
         except InputError:
             raise
         except CorewiseError:
             return None  # The other plans are measured all the same.
+        return rate if context.requirements.within_memory(rate.memory_bytes) else None
 
     return measure
 

@@ -154,7 +154,7 @@ def optimize(
         try:
             build_inputs = task.write(workspace)
             shift = ShiftGuard(gate, context, build_inputs, task.builds[0])
-            alone = alone_guard(task.pipeline, task.holdout, gate, context, task.row_s)
+            alone = alone_guard(task, gate, context)
             search = Search(task.builds, gate, context, journal, shift, alone)
             search.try_builds()
             search.revert_layers()

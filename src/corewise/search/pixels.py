@@ -18,6 +18,7 @@ from corewise.records.report import Choice, Preprocess
 from corewise.runtime.client import Client, read_outputs
 from corewise.samples import Samples
 from corewise.samples.images import normalize_pixels, restore_pixels
+from corewise.search.budget import FINISHING
 from corewise.search.trial import SearchContext
 
 LEAST_DB = 50.0
@@ -25,6 +26,8 @@ LEAST_DB = 50.0
 PHOTOS = 32
 """Photos of the holdout that are answered both ways."""
 ROUNDS, ROUND_S = 5, 0.2
+BETTER = 1.03
+"""Pixels are taken if so much more photos are answered: the engine then holds the model twice."""
 OPEN_S = 10.0
 """Under a budget, what is left for opening the payload twice."""
 
@@ -41,18 +44,21 @@ def judge_pixels(holdout: Samples, choice: Choice, context: SearchContext, engin
     if preprocess is None or preprocess.function is not None or not isinstance(engine, PixelTaking):
         return None
     pixels = _pixels(holdout, preprocess)
-    if pixels is None or _needed_s(choice) > context.budget.left_s():
+    if pixels is None:
         return None
+    # An earlier run that was interrupted may have left the file, so it is made, and removed, in any case.
     told = engine.take_pixels(context.workspace.payload(choice.winner), scale_of(preprocess))
     reason: Reason | None = None
     try:
-        reason = _compared(holdout, pixels, choice, context)
+        if _needed_s(choice) <= context.budget.left_s(FINISHING):
+            reason = _compared(holdout, pixels, choice, context)
     except InputError:
         raise
     except CorewiseError:
         pass  # The winner is what it was; only this choice was not made.
-    if reason is None or reason.kind != ReasonKind.TAKES_PIXELS:
-        told.unlink()
+    finally:
+        if reason is None or reason.kind != ReasonKind.TAKES_PIXELS:
+            told.unlink()
     return reason
 
 
@@ -69,7 +75,7 @@ def _compared(holdout: Samples, pixels: NDArray[np.uint8], choice: Choice, conte
     files = {way: folder / f"{way}.safetensors" for way in ways}
     for way, samples in ways.items():
         samples.save(files[way])
-    with context.client(choice.winner) as client:
+    with context.client(choice.winner, share=FINISHING) as client:
         client.open(context.workspace.payload(choice.winner), choice.winner, plan)
         answers = {}
         for way, file in files.items():
@@ -80,10 +86,19 @@ def _compared(holdout: Samples, pixels: NDArray[np.uint8], choice: Choice, conte
         if apart_db < LEAST_DB:
             return Reason.of(ReasonKind.TAKES_FLOATS, decibels=apart_db, least_db=LEAST_DB)
         floats_per_s, pixels_per_s = _rates(client, tuple(files.values()), plan.batch)
+        memory_bytes = client.measure(files["pixels"], plan, ROUND_S).memory_bytes
     normalize_s = _normalizing_s(pixels, holdout.preprocess)
     ratio = pixels_per_s * (1 / floats_per_s + normalize_s / context.cpu.usable_cores)
-    kind = ReasonKind.TAKES_PIXELS if ratio > 1 else ReasonKind.TAKES_FLOATS
-    return Reason.of(kind, decibels=apart_db, least_db=LEAST_DB, ratio=ratio, normalize_ms=normalize_s * 1e3)
+    takes_pixels = ratio > BETTER and context.requirements.within_memory(memory_bytes)
+    kind = ReasonKind.TAKES_PIXELS if takes_pixels else ReasonKind.TAKES_FLOATS
+    return Reason.of(
+        kind,
+        decibels=apart_db,
+        least_db=LEAST_DB,
+        ratio=ratio,
+        normalize_ms=normalize_s * 1e3,
+        memory_bytes=memory_bytes,
+    )
 
 
 def _pixels(holdout: Samples, preprocess: Preprocess) -> NDArray[np.uint8] | None:

@@ -150,11 +150,11 @@ class _Plan(NamedTuple):
 class Policy:
     """The queue, and until when each instance is busy. Not thread-safe; ``now_s`` never goes back.
 
-    ``max_batch`` and ``max_waiting`` count rows: of a call, and of the queue. Raises ``ValueError`` unless
-    1 <= max_batch <= max_waiting.
+    ``max_batch`` and ``max_waiting`` count rows: of a call, and of the queue. Unless calls are ``shared``, each has one
+    request only. Raises ``ValueError`` unless 1 <= max_batch <= max_waiting.
     """
 
-    def __init__(self, curve: LatencyTable, *, max_batch: int, max_waiting: int) -> None:
+    def __init__(self, curve: LatencyTable, *, max_batch: int, max_waiting: int, shared: bool = True) -> None:
         if not 1 <= max_batch <= max_waiting:
             raise ValueError(f"1 <= max_batch <= max_waiting does not hold for {max_batch} and {max_waiting}")
         self.draining = False
@@ -166,7 +166,7 @@ class Policy:
         """So long before their deadlines answers should be there when requests are admitted."""
         self.slowness = 1.0
         """Predicted duration of calls over their measured duration; at least 1."""
-        self._max_batch, self._max_waiting = max_batch, max_waiting
+        self._max_batch, self._max_waiting, self._shared = max_batch, max_waiting, shared
         self._measured_s = [0.0, *(curve.latency_ms(rows) / 1e3 for rows in range(1, max_batch + 1))]
         self._row_s = min(seconds / rows for rows, seconds in enumerate(self._measured_s) if rows)
         """Of a row in the most efficient call, as measured."""
@@ -245,8 +245,9 @@ class Policy:
         free_s = self._free_s(now_s)
         if not free_s:
             return 0.0
-        calls, rest = divmod(self.waiting_rows + ahead_rows, self._max_batch)
-        busy_s = sum(max(0.0, free - now_s) for free in free_s) + calls * self._seconds[self._max_batch]
+        calls, rest = divmod(self.waiting_rows + ahead_rows, self._max_batch if self._shared else 1)
+        busy_s = sum(max(0.0, free - now_s) for free in free_s)
+        busy_s += calls * self._seconds[self._max_batch if self._shared else 1]
         return busy_s / len(free_s) + self._seconds[rest + 1]
 
     def next_batch(self, instance: int, now_s: float) -> Batch:
@@ -310,7 +311,7 @@ class Policy:
         idle_now = _idle(free_s, now_s)
         ahead, idle = 0, max(1, idle_now)
         k = position
-        while k > 0 and ahead < self._max_batch * idle:
+        while self._shared and k > 0 and ahead < self._max_batch * idle:
             k -= 1
             other = others[k].request
             if other.group == request.group:
@@ -318,8 +319,10 @@ class Policy:
         rows = max(request.rows, -(-(ahead + request.rows) // idle))
         room_s = self._seconds[min(rows, self._max_batch)]
         place = _Place(place.deadline_s, place.yields, place.arrival, request, room_s)
-        is_alike = request.rows == 1 and (
-            not self._kinds or (len(self._kinds) == 1 and (request.group, 1) in self._kinds)
+        is_alike = (
+            self._shared
+            and request.rows == 1
+            and (not self._kinds or (len(self._kinds) == 1 and (request.group, 1) in self._kinds))
         )
         play = self._play_alike if is_alike else self._play
         if gone or position < len(others):
@@ -387,6 +390,8 @@ class Policy:
     ) -> tuple[list[_Place], list[_Place], bool]:
         """Split a queue that is not empty: the next call, the rest, and whether the call stays if the queue grows."""
         head = waiting[0]
+        if not self._shared:
+            return waiting[:1], waiting[1:], _idle(free_s, now_s) <= 1
         most = bisect_right(self._seconds, head.deadline_s, key=lambda seconds: now_s + seconds) - 1
         if (idle := _idle(free_s, now_s)) > 1:
             most = min(most, ceil(_rows(waiting) / idle))

@@ -55,9 +55,8 @@ class _Job(NamedTuple):
 class Batcher:
     """Runs requests on instances as a fresh policy decides, with one thread for each instance.
 
-    Unless calls are ``shared``, each has one request only. ``reopen(i)`` opens instance ``i`` again, in its thread,
-    after it raised ``InstanceDied``; if it returns ``None`` or raises, the other instances go on alone. Done callbacks
-    of futures run in these threads and must be short.
+    ``reopen(i)`` opens instance ``i`` again, in its thread, after it raised ``InstanceDied``; if it returns ``None`` or
+    raises, the other instances go on alone. Done callbacks of futures run in these threads and must be short.
     """
 
     def __init__(
@@ -65,11 +64,9 @@ class Batcher:
         instances: Sequence[Run],
         policy: Policy,
         *,
-        shared: bool = True,
         reopen: Callable[[int], Run | None] = lambda instance: None,
     ) -> None:
         self._policy = policy
-        self._shared = shared
         self._reopen = reopen
         self._lock = threading.Lock()
         self._work = threading.Condition(self._lock)
@@ -117,9 +114,10 @@ class Batcher:
     def submit(self, inputs: Sequence[np.ndarray], *, timeout_s: float = inf, priority: int = 0) -> "Future[Answer]":
         """Queue one request: arrays with the same number of rows (dimension 0), at least 1, that no longer change.
 
-        Requests with the same dtypes and other dimensions share calls, if calls are shared. Cancelling the future
-        frees its place in the queue. The future raises ``NotServed`` if the request is dropped and ``CallFailed`` if
-        its call fails. Raises ``NotServed`` if the request is refused, and ``InputError`` if the inputs are no batch.
+        Requests with the same dtypes and other dimensions share calls, if the policy's are shared. Cancelling the
+        future frees its place in the queue. The future raises ``NotServed`` if the request is dropped and
+        ``CallFailed`` if its call fails. Raises ``NotServed`` if the request is refused, and ``InputError`` if the
+        inputs are no batch.
         """
         rows = {array.shape[:1] for array in inputs}
         if len(rows) != 1 or () in rows or (0,) in rows or isnan(timeout_s):
@@ -128,13 +126,12 @@ class Batcher:
                 "give every input the same first dimension, at least 1, and a number as timeout",
             )
         with self._lock:
-            now_s, number = monotonic(), next(self._ids)
-            alike = tuple([(array.dtype.str, array.shape[1:]) for array in inputs])
+            now_s = monotonic()
             request = Request(
-                id=number,
+                id=next(self._ids),
                 deadline_s=now_s + timeout_s,
                 priority=priority,
-                group=alike if self._shared else number,
+                group=tuple([(array.dtype.str, array.shape[1:]) for array in inputs]),
                 rows=len(inputs[0]),
             )
             decision = self._policy.offer(request, now_s)

@@ -79,7 +79,7 @@ def detected(
                     number=int(one.classes[k]),
                 )
                 for k in order
-                if boxes[k, 2] > boxes[k, 0] and boxes[k, 3] > boxes[k, 1]
+                if boxes[k, 2] > boxes[k, 0] and boxes[k, 3] > boxes[k, 1] and np.isfinite(one.scores[k])
             ]
         )
     return answers

@@ -202,12 +202,15 @@ class TrialChild:
         rows = self._load_rows(samples, plan)
         own_answer = _OwnAnswer([instances.run(0, row) for row in rows])
         policy = Policy(
-            request.table, max_batch=plan.batch, max_waiting=max(MAX_WAITING, plan.batch, request.clients or 0)
+            request.table,
+            max_batch=plan.batch,
+            max_waiting=max(MAX_WAITING, plan.batch, request.clients or 0),
+            shared=not instances.mixes_rows,
         )
         timeout_s = inf if request.slo_ms is None else request.slo_ms / 1e3
         before = throttled_count()
         runs = [partial(instances.run, number) for number in range(len(instances))]
-        with Batcher(runs, policy, shared=not instances.mixes_rows) as batcher:
+        with Batcher(runs, policy) as batcher:
             load = partial(
                 open_loop if request.clients is None else closed_loop,
                 lambda k: batcher.submit(rows[k % len(rows)], timeout_s=timeout_s),

@@ -162,6 +162,7 @@ class App:
 
         served = self._served(request)
         top = images.how_many(request.query_params.get("top"))
+        images.check_classes(served)
         served, answer, _, note = await self._image_answered(request, served)
         content = {"model_name": served.name, "classes": images.classes(answer.outputs[0][0], served, top)}
         return _Noted(content, note)
@@ -174,7 +175,12 @@ class App:
         asked = images.thresholds(query.get("score_threshold"), query.get("iou_threshold"), served)
         served, answer, (width, height), note = await self._image_answered(request, served)
         # Thousands of boxes take milliseconds, in which the event loop answers others.
-        found = await asyncio.to_thread(images.objects, answer.outputs, served, (width, height), asked)
+        found = await self._front.compute(
+            lambda: images.objects(answer.outputs, served, (width, height), asked),
+            1,
+            kind="boxes",
+            deadline_s=self._deadline_s(request),
+        )
         content = {"model_name": served.name, "width": width, "height": height, "objects": found}
         return _Noted(content, note)
 

@@ -7,7 +7,8 @@ is refused before anything is done for it.
 
 import asyncio
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from itertools import count
 from math import inf
@@ -244,33 +245,30 @@ class Front:
     ) -> InferRequest:
         """The request as its model takes it. Raises ``ProtocolError``."""
         if photos := images.contents(asked, served):
-            batch = await self._decoded(photos, served, client, deadline_s)
+            with _counting(served):
+                batch = await self._decoded(photos, served, client, deadline_s)
             return replace(asked, inputs=(batch.array,))
         text_bytes = served.text_bytes(asked)
         if not text_bytes:
             array_bytes = sum(array.nbytes for array in asked.inputs)
             return await self.read(lambda: served.prepared(asked), 0, array_bytes, deadline_s=deadline_s)
-        return await self.tokenize(
-            lambda: served.prepared(asked), text_bytes, deadline_s=deadline_s, later_s=self.later_s(served)
-        )
+        with _counting(served):
+            return await self.compute(
+                lambda: served.prepared(asked), text_bytes, deadline_s=deadline_s, later_s=self.later_s(served)
+            )
 
-    async def tokenize(
-        self,
-        work: Callable[[], T],
-        characters: int,
-        *,
-        deadline_s: float,
-        kind: str = "characters",
-        later_s: float = 0.0,
+    async def compute(
+        self, work: Callable[[], T], size: int, *, deadline_s: float, kind: str = "characters", later_s: float = 0.0
     ) -> T:
-        """Tokenize texts of so many characters together; work of other ``kind`` has costs of its own."""
-        return await self._decoders.run(work, kind=kind, size=characters, deadline_s=deadline_s, later_s=later_s)
+        """Do work beside the event loop, by default tokenize so many characters; each ``kind`` has costs of its own."""
+        return await self._decoders.run(work, kind=kind, size=size, deadline_s=deadline_s, later_s=later_s)
 
     async def image(
         self, body: bytes, served: Served, *, client: str, deadline_s: float
     ) -> tuple[InferRequest, tuple[int, int]]:
         """One image as the model takes it, and its width and height. Raises ``ProtocolError``."""
-        batch = await self._decoded([body], served, client, deadline_s)
+        with _counting(served):
+            batch = await self._decoded([body], served, client, deadline_s)
         return images.request(batch.array, served), batch.sizes[0]
 
     async def _decoded(self, photos: Sequence[bytes], served: Served, client: str, deadline_s: float) -> images.Batch:
@@ -289,8 +287,8 @@ class Front:
             nonlocal took_s
             started_s = monotonic()
             with self.booking(client) as booking:
-                # One after the other: the largest, and what each becomes.
-                booking.add(max(pixels) * PIXEL_BYTES // COPIES)
+                # One after the other: the largest, and what each becomes, apart and stacked.
+                booking.add((max(pixels) * PIXEL_BYTES + 2 * len(unpacked) * images.row_bytes(served)) // COPIES)
                 batch = images.batch(unpacked, served)
             took_s = monotonic() - started_s
             return batch
@@ -311,6 +309,16 @@ class Front:
             pool.close()
         if self._ticker is not None:
             self._ticker.cancel()
+
+
+@contextmanager
+def _counting(served: Served) -> Iterator[None]:
+    """Count a request that is refused here as one that the model did not serve."""
+    try:
+        yield
+    except NotServed:
+        served.statistics.not_served()
+        raise
 
 
 class Place:

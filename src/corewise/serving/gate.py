@@ -25,7 +25,7 @@ log = logging.getLogger("corewise.serve")
 
 REQUEST_ID = b"x-request-id"
 LIVE, READY = b"/v2/health/live", (b"/v2/health/ready", b"/health")
-CALLS = re.compile(rb"/v2/models/([^/%?]+)(?:/versions/([^/%?]+))?/(?:infer|classify)(?:\?|$)")
+CALLS = re.compile(rb"/v2/models/([^/%?]+)(?:/versions/([^/%?]+))?/(?:infer|classify|detect)(?:\?|$)")
 """The paths that run a model that they name."""
 MOST_UNREAD_BYTES = 2**20
 """Longer bodies are none of a crowd of small requests."""

@@ -210,11 +210,22 @@ def _told() -> Iterator[None]:
         raise ProtocolError(error.what, error.fix, 415) from error
 
 
+def row_bytes(served: Served) -> int:
+    """What an image becomes, as the model takes it. Raises ``ProtocolError`` as ``pixels``."""
+    preprocess = _preprocess(served)
+    return preprocess.crop**2 * len(preprocess.mean) * np.dtype(preprocess.dtype).itemsize
+
+
+def check_classes(served: Served) -> None:
+    """Raise ``ProtocolError`` for a detector, before its image is read."""
+    if served.image_call == "detect":
+        raise ProtocolError(f"the model {served.name} does not give class scores", "send images to .../detect", 501)
+
+
 def classes(scores: np.ndarray, served: Served, top: int) -> list[dict[str, Any]]:
     """The highest scores of one row, with their classes' names where the artifact has them."""
-    if scores.ndim != 1 or served.image_call == "detect":
-        fix = "send images to .../detect" if served.image_call == "detect" else "send tensors to .../infer"
-        raise ProtocolError(f"the model {served.name} does not give class scores", fix, 501)
+    if scores.ndim != 1:
+        raise ProtocolError(f"the model {served.name} does not give class scores", "send tensors to .../infer", 501)
     labels = served.manifest.labels or ()
     probabilities = activate(scores, served.photos.activation) if served.photos is not None else scores
     found: list[dict[str, Any]] = []

@@ -110,6 +110,7 @@ class Served:
             curve,
             max_batch=fit.plan.batch,
             max_waiting=max_rows,
+            shared=not mixes_rows(engine(build.engine), build),
         )
         self.name, self.version = source.name, source.version
         self.manifest = found.manifest
@@ -138,7 +139,6 @@ class Served:
         self._batcher = Batcher(
             [partial(self.remote.run, number) for number in range(self.plan.instances)],
             policy,
-            shared=not mixes_rows(engine(build.engine), build),
             reopen=self._reopen,
         )
 

@@ -86,7 +86,7 @@ class TextCalls:
         for piece in pieces(asked):
             work = partial(texts.tokens, piece.asked, piece.start)
             later_s = self._front.later_s(served)
-            found = await self._front.tokenize(work, piece.characters, deadline_s=deadline_s, later_s=later_s)
+            found = await self._front.compute(work, piece.characters, deadline_s=deadline_s, later_s=later_s)
             booking.add(held_bytes(found) // COPIES)
             tokens += found
         on_tokenized()

@@ -253,7 +253,7 @@ class TextRoutes:
         text = served.text
         assert text is not None
         with self._metrics.tokenizer_request(served, name):
-            content = await self._front.tokenize(
+            content = await self._front.compute(
                 lambda: render(asked, text), len(body), deadline_s=deadline_s, kind="pieces"
             )
         return Response(content, media_type="application/json")

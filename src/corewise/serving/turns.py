@@ -77,7 +77,6 @@ class Turns:
             self._begun += 1
             self._schedule()
             return
-        self._expected = max(0, self._expected - 1)
         if (late_s := self.late_s(deadline_s, after_s)) > 0:
             raise NotServed("overloaded", late_s)
         begun = asyncio.get_running_loop().create_future()
@@ -105,7 +104,7 @@ class Turns:
         self._expected = self._begun = 0
         ended = 0
         for turn in self._waiting:
-            if self._begun == PER_ROUND:
+            if self._begun == PER_ROUND or ended == 4 * PER_ROUND:  # a refusal takes less than a request
                 break
             ended += 1
             if turn.begun.done():  # the client is gone

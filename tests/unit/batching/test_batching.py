@@ -609,9 +609,9 @@ def right(answer, x):
     return np.array_equal(answer.outputs[0], 2 * x) and np.array_equal(answer.outputs[1], x.sum(axis=1))
 
 
-def quick(max_batch=8, max_waiting=64):
+def quick(max_batch=8, max_waiting=64, shared=True):
     """A policy that expects a call to take a microsecond."""
-    return Policy(curve(row_ms=0, call_ms=0.001), max_batch=max_batch, max_waiting=max_waiting)
+    return Policy(curve(row_ms=0, call_ms=0.001), max_batch=max_batch, max_waiting=max_waiting, shared=shared)
 
 
 def fill(batcher, instance):
@@ -692,9 +692,18 @@ def test_who_cancels_frees_a_place_and_harms_no_neighbour():
         assert instance.batches[1][:, 0].tolist() == [1, 3, 4]
 
 
+def test_admission_counts_a_call_for_each_request_where_none_share_one():
+    policy = Policy(curve(row_ms=0, call_ms=10), max_batch=8, max_waiting=64, shared=False)
+    policy.finished(0)
+    decisions = [policy.offer(Request(id=number, deadline_s=0.0355), 0.0) for number in range(5)]
+    assert [type(decision) for decision in decisions] == [Accepted] * 3 + [Refused] * 2
+    assert policy.expected_s(0.0) == pytest.approx(0.04)
+    assert [request.id for request in policy.next_batch(0, 0.0).requests] == [0]
+
+
 def test_requests_have_calls_of_their_own_where_rows_depend_on_each_other():
     instance = Gate(is_open=False)
-    with Batcher([instance], quick(), shared=False) as batcher:
+    with Batcher([instance], quick(shared=False)) as batcher:
         fill(batcher, instance)
         waiting = [batcher.submit([rows(*values)]) for values in ((1,), (2, 3), (4,))]
         instance.gate.set()

@@ -269,7 +269,9 @@ def test_health_is_answered_from_its_headers():
     crowded(test)
 
 
-@pytest.mark.parametrize("url", [INFER, b"/v2/models/m/versions/1/infer", b"/v2/models/m/classify?top=3"])
+@pytest.mark.parametrize(
+    "url", [INFER, b"/v2/models/m/versions/1/infer", b"/v2/models/m/classify?top=3", b"/v2/models/m/detect"]
+)
 def test_who_finds_no_room_is_refused_from_the_headers_and_counted(url):
     def test(front):
         made = gate_of(front)

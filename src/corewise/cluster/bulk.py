@@ -183,6 +183,7 @@ class Bulk:
             rows=self._rows(),
             done_rows=sum(counts.rows for counts in finished.values()),
             output=self.job.output,
+            archives=None if self.job.ask is None else sum(map(is_archive, self.job.inputs)),
         )
 
     def run(self, *, max_failed: int | None, retune_s: float, on_progress: OnProgress) -> BulkResult:

@@ -99,7 +99,6 @@ class Bulk:
 
     artifact: Artifact
     job: Job
-    preprocess: str | None
     ray: str | None
 
     @classmethod
@@ -145,9 +144,12 @@ class Bulk:
         pipeline = images_of(artifact) if images else None
         if pipeline is not None and pipeline.preprocess.function is not None and preprocess is None:
             raise InputError(f"{folder} was made with a function that prepares images", "give --preprocess")
-        paths = list_images(inputs) if images else [Path(path) for path in inputs]
+        places = list(inputs)
+        paths = list_images(places) if images else [Path(path) for path in places]
         if ray is not None:
             _check_spread(paths, draw)
+        if draw is not None:
+            _check_drawings(draw, places, paths)
         job = Job(
             inputs=tuple(path.absolute() for path in paths) if ray is not None else tuple(paths),
             output=output,
@@ -158,17 +160,14 @@ class Bulk:
             if images
             else None,
             drawings=draw,
+            preprocess=preprocess if ray is None else _seen_by_all(preprocess),
         )
         if ray is None:
             check_job(job)
         else:
             check_inputs(job)
             check_folder(output)
-        reference = preprocess
-        if ray is not None and preprocess is not None and preprocess.rpartition(":")[0].endswith(".py"):
-            file, _, function = preprocess.rpartition(":")
-            reference = f"{Path(file).absolute()}:{function}"
-        return cls(artifact=artifact, job=job, preprocess=reference, ray=ray)
+        return cls(artifact=artifact, job=job, ray=ray)
 
     @property
     def kept(self) -> Parts:
@@ -184,6 +183,7 @@ class Bulk:
             rows=self._rows(),
             done_rows=sum(counts.rows for counts in finished.values()),
             output=self.job.output,
+            archives=None if self.job.ask is None else sum(map(is_archive, self.job.inputs)),
         )
 
     def run(self, *, max_failed: int | None, retune_s: float, on_progress: OnProgress) -> BulkResult:
@@ -194,7 +194,7 @@ class Bulk:
                 self.ray,
                 self.artifact.folder,
                 self.job,
-                preprocess=self.preprocess,
+                preprocess=self.job.preprocess,
                 total=total,
                 max_failed=max_failed,
                 retune_s=retune_s,
@@ -204,7 +204,7 @@ class Bulk:
         def on_rows(done: Counts) -> None:
             on_progress(BulkProgress(rows=done.rows, total=max(total, done.rows), failed=done.failed))
 
-        with load(self.artifact.folder, preprocess=self.preprocess, photos=self.job.ask is not None) as model:
+        with load(self.artifact.folder, preprocess=self.job.preprocess, photos=self.job.ask is not None) as model:
             runner = runner_of(model, self.artifact.folder)
             done = run_job(self.job, runner, max_failed=max_failed, on_rows=on_rows)
         return BulkResult(
@@ -218,6 +218,12 @@ class Bulk:
 
     def _rows(self) -> int:
         return len(self.job.inputs) if self.job.ask is not None else count_rows(self.job.inputs)
+
+
+def _seen_by_all(preprocess: str | None) -> str | None:
+    """A reference to a function that means the same on all nodes, whatever folder they work in."""
+    file, _, function = (preprocess or "").rpartition(":")
+    return f"{Path(file).absolute()}:{function}" if file.endswith(".py") else preprocess
 
 
 def _check_foreign(folder: Path, options: Mapping[str, object], kind: str) -> None:
@@ -234,6 +240,14 @@ def _check_spread(paths: Iterable[Path], draw: Path | None) -> None:
     for path in paths:
         if is_archive(path):
             raise InputError(f"{path} is a tar file, which is not read on a cluster", "unpack it, or leave out --ray")
+
+
+def _check_drawings(draw: Path, places: Iterable[str | Path], paths: Iterable[Path]) -> None:
+    """Raise ``OutputError`` for a folder whose drawings would be inputs of the same command, or replace some."""
+    folder = draw.resolve()
+    within = any(folder.is_relative_to(Path(place).resolve()) for place in places if Path(place).is_dir())
+    if within or folder in {parent.resolve() for parent in {path.parent for path in paths}}:
+        raise OutputError(f"{draw} is among the inputs", "give another folder with --draw")
 
 
 def _check_pairs(folder: Path, takes_pairs: bool, column: str | None) -> None:

@@ -313,7 +313,7 @@ class Driver:
 
     def _check_started(self) -> None:
         """Raise if the cluster gives nothing to compute on."""
-        if any(actor.prepared for actor in self._actors.values()) or self._shares:
+        if any(actor.prepared for actor in self._actors.values()):
             self._began_s = self._clock()
         elif self._clock() - self._began_s > START_S:
             wanted = ", ".join(f"{actor.node.cpus} on {actor.node.name}" for actor in self._actors.values())

@@ -91,17 +91,24 @@ def unpacked_rows(text: str) -> list[Record]:
 
 
 def answering(method: Callable[..., Any]) -> Callable[..., str]:
-    """A method whose value, or whose error of ours, becomes a message that ``answer`` reads."""
+    """A method whose value, or whose error of ours or of a file, becomes a message that ``answer`` reads."""
 
     @wraps(method)
     def call(*arguments: Any) -> str:
         try:
             return json.dumps({"value": to_json(method(*arguments))})
         except CorewiseError as error:
-            kind = next(kind.__name__ for kind in type(error).__mro__ if kind in KINDS)
-            return json.dumps({"error": kind, "what": error.what, "fix": error.fix})
+            return _refusal(error)
+        except OSError as error:
+            what = f"{error.filename or 'a file'} cannot be used there: {error.strerror or error}"
+            return _refusal(OutputError(what, "let Ray's user read and write it"))
 
     return call
+
+
+def _refusal(error: CorewiseError) -> str:
+    kind = next(kind.__name__ for kind in type(error).__mro__ if kind in KINDS)
+    return json.dumps({"error": kind, "what": error.what, "fix": error.fix})
 
 
 def answer(kind: type[T], text: str, place: str) -> T:

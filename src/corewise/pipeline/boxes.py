@@ -73,7 +73,7 @@ def detected(
         answers.append(
             [
                 Detection(
-                    label=_label(pipeline, int(one.classes[k])),
+                    label=pipeline.label(int(one.classes[k])),
                     score=float(one.scores[k]),
                     box=tuple(map(float, boxes[k])),  # type: ignore[arg-type]
                     number=int(one.classes[k]),
@@ -83,7 +83,3 @@ def detected(
             ]
         )
     return answers
-
-
-def _label(pipeline: ImagePipeline, number: int) -> str:
-    return pipeline.labels[number] if 0 <= number < len(pipeline.labels) else str(number)

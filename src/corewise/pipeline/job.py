@@ -5,6 +5,7 @@ the inputs, with a file of the rows that were set aside. A part gets its name wh
 parts are joined and the folder is removed.
 """
 
+import re
 import shutil
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
@@ -46,6 +47,8 @@ class Job:
     """For images, each of which is a row: what is wanted of them."""
     drawings: Path | None = None
     """For images: the folder of the photos with their answers drawn on them."""
+    preprocess: str | None = None
+    """For images: the function that prepares them, as a reference."""
 
     @property
     def parts(self) -> Path:
@@ -77,6 +80,8 @@ class Job:
             "prompt": self.prompt,
             "part_rows": part_rows,
             "ask": None if self.ask is None else asdict(self.ask),
+            "preprocess": self.preprocess,
+            "drawings": None if self.drawings is None else str(self.drawings.resolve()),
         }
 
 
@@ -108,14 +113,12 @@ def check_job(job: Job) -> None:
     if job.output.is_dir() or not job.output.parent.is_dir():
         why = "it is a folder" if job.output.is_dir() else f"there is no folder {job.output.parent}"
         raise OutputError(f"{job.output} cannot be written: {why}", "give another name with -o")
-    if job.output.exists() and not job.parts.is_dir():
+    if job.output.exists() and not job.kept.about.is_file():
         raise OutputError(f"{job.output} exists already", "remove it or give another name with -o")
-    if job.drawings is not None:
-        try:
-            job.drawings.mkdir(exist_ok=True)
-        except OSError as error:
-            what = f"{job.drawings} cannot be made: {error.strerror}"
-            raise OutputError(what, "give another folder with --draw") from error
+    folder = job.drawings
+    if folder is not None and not folder.is_dir() and (folder.exists() or not folder.parent.is_dir()):
+        why = "it is a file" if folder.exists() else f"there is no folder {folder.parent}"
+        raise OutputError(f"{folder} cannot be made: {why}", "give another folder with --draw")
 
 
 def count_rows(paths: Iterable[Path]) -> int:
@@ -156,6 +159,8 @@ def run_job(
         raise InputError("the model gives no classes and no boxes that could be drawn", "leave out --draw")
     kind = format_of(job.output, runner.pipeline if isinstance(runner, ImageRunner) else runner.encoder.pipeline)
     with writing(job.output, job.parts):
+        if job.drawings is not None:
+            job.drawings.mkdir(exist_ok=True)
         finished = _resume(job)
         resumed = len(finished) * PART_ROWS
         done = Counts(resumed, sum(counts.failed for counts in finished.values()))
@@ -240,13 +245,20 @@ def answered(
         answer = Rejected(record.problem) if record.problem else answer
         if drawings is not None and not isinstance(answer, Rejected):
             source = record.value if isinstance(record.value, bytes) else Path(record.value)
-            draw_answer(source, answer, drawings / f"{record.row:06}-{PurePosixPath(record.input).stem}.jpg")
+            draw_answer(source, answer, drawings / _drawing(record))
         yield record._replace(value=None), answer
+
+
+def _drawing(record: Record) -> str:
+    """A file name of a length that file systems take, in characters that they and shells take."""
+    stem = re.sub(r"[^\w.-]", "_", PurePosixPath(record.input).stem)
+    return f"{record.row:06}-{stem[:60]}.jpg"
 
 
 def _resume(job: Job) -> dict[int, Counts]:
     """The finished parts, in order; makes the folder for a new job."""
     job.kept.begin(job.facts(PART_ROWS))
+    job.kept.sweep()
     finished = job.kept.finished()
     return dict(islice(finished.items(), next(number for number in count() if number not in finished)))
 
@@ -264,6 +276,7 @@ def _join(job: Job, kind: Format) -> tuple[int, int]:
         aside.replace(job.failed)
     sync(whole)
     whole.replace(job.output)
+    job.kept.about.unlink()  # first: parts that a kill leaves here belong to no job
     shutil.rmtree(job.parts)
     return rows, failed
 

@@ -68,6 +68,8 @@ class Parts:
         """
         if not self.about.is_file():
             self.folder.mkdir(exist_ok=True)
+            for path in self._done():  # of a job that was killed while its folder was removed
+                path.unlink()
             self.replace(self.about, lambda path: path.write_text(_text(facts), encoding="utf-8"))
         elif not self.same(facts):
             raise OutputError(
@@ -81,17 +83,20 @@ class Parts:
 
     def finished(self) -> dict[int, Counts]:
         """The finished parts by their numbers, rising."""
-        before, after = f"{self.mark}part-", ".done"
         found = {}
-        for path in self.folder.glob(f"{before}*{after}"):
+        for path in self._done():
             said = json.loads(path.read_text())
-            found[int(path.name.removeprefix(before).removesuffix(after))] = Counts(said["rows"], said["failed"])
+            number = int(path.stem.removeprefix(f"{self.mark}part-"))
+            found[number] = Counts(said["rows"], said["failed"])
         return dict(sorted(found.items()))
+
+    def _done(self) -> list[Path]:
+        return list(self.folder.glob(f"{self.mark}part-*.done"))
 
     def write(self, number: int, kind: Format, part: Sequence[tuple[Record, Any]]) -> Counts:
         """Write a part's rows with their answers, in order; a ``Rejected`` is set aside."""
         good = [
-            AnswerRow(row=record.row, input=record.input if self.several else None, answer=answer)
+            AnswerRow(row=record.row, input=_printable(record.input) if self.several else None, answer=answer)
             for record, answer in part
             if not isinstance(answer, Rejected)
         ]
@@ -133,6 +138,11 @@ class Parts:
 
 def _text(facts: dict[str, Any]) -> str:
     return json.dumps(facts, indent=1)
+
+
+def _printable(path: str) -> str:
+    """A path as UTF-8 can have it: a name that is none in UTF-8 has ``?`` for each wrong byte."""
+    return path.encode("utf-8", "replace").decode()
 
 
 def _aside(record: Record, answer: Rejected) -> str:

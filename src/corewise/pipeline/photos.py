@@ -94,7 +94,7 @@ def top_classes(pipeline: ImagePipeline, row: NDArray[Any], top: int) -> list[tu
     probabilities = activate(row, pipeline.activation)
     best = np.argpartition(-probabilities, min(top, len(row)) - 1)[:top]
     best = best[np.argsort(-probabilities[best], kind="stable")]
-    return [(int(k), pipeline.labels[k] if k < len(pipeline.labels) else str(k), float(probabilities[k])) for k in best]
+    return [(int(k), pipeline.label(int(k)), float(probabilities[k])) for k in best]
 
 
 class ImageRunner:

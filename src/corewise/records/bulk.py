@@ -18,9 +18,11 @@ class BulkOutlook:
 
     inputs: int
     rows: int
-    """About how many: the lines of the inputs, done ones included."""
+    """About how many: the lines of texts, and of images the inputs; done ones included."""
     done_rows: int
     output: Path
+    archives: int | None = None
+    """Of images: how many inputs are tar files, whose images nobody has counted; ``None`` for texts."""
 
 
 @dataclass(frozen=True, kw_only=True)

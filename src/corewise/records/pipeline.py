@@ -123,3 +123,7 @@ class ImagePipeline:
     """What makes probabilities of the model's outputs."""
     head: Head | None = None
     """How a detector's outputs are read."""
+
+    def label(self, number: int) -> str:
+        """The name of a class; its number, where it has none."""
+        return self.labels[number] if 0 <= number < len(self.labels) else str(number)

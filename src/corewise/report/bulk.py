@@ -1,7 +1,7 @@
 """The lines of ``corewise predict``: what a job would do, how far it is, and what came of it. Pure."""
 
 from corewise.records.bulk import BulkOutlook, BulkProgress, BulkResult, NodeShare
-from corewise.report.numbers import duration, rate
+from corewise.report.numbers import counted, duration, rate
 
 EVERY_S = 5.0
 """Between two lines of progress."""
@@ -16,9 +16,15 @@ SOURCES = {
 
 def outlook_line(outlook: BulkOutlook) -> str:
     """``would answer about 16,000 rows of 2 inputs, of which 4,096 are done, to out.parquet``."""
-    inputs = "1 input" if outlook.inputs == 1 else f"{outlook.inputs:,} inputs"
-    done = f", of which {outlook.done_rows:,} are done" if outlook.done_rows else ""
-    return f"would answer about {outlook.rows:,} rows of {inputs}{done}, to {outlook.output}"
+    if outlook.archives is None:
+        what = f"about {counted(outlook.rows, 'row')} of {counted(outlook.inputs, 'input')}"
+    else:
+        images = outlook.inputs - outlook.archives
+        alone = [counted(images, "image")] if images else []
+        packed = [f"the images of {counted(outlook.archives, 'tar file')}"] if outlook.archives else []
+        what = " and ".join([*alone, *packed])
+    done = f", of which {outlook.done_rows:,} {'is' if outlook.done_rows == 1 else 'are'} done"
+    return f"would answer {what}{done if outlook.done_rows else ''}, to {outlook.output}"
 
 
 class ProgressLines:

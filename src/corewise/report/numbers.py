@@ -55,8 +55,8 @@ def size(size_bytes: int) -> str:
 
 
 def counted(number: int, noun: str) -> str:
-    """``1 plan``, ``7 plans``."""
-    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
+    """``1 plan``, ``7 plans``, ``1,024 plans``."""
+    return f"{number} {noun}" if number == 1 else f"{number:,} {noun}s"
 
 
 def clean(text: str) -> str:

@@ -18,7 +18,7 @@ MOST_BYTES = 64 * 2**20
 MOST_HEADERS_BYTES = 2**20
 """Of what stands before a member. tarfile would keep headers of any size, which a few compressed bytes can claim."""
 BLOCK_BYTES = 2**16
-BROKEN = (tarfile.TarError, EOFError, OSError, zlib.error, lzma.LZMAError, ValueError, OverflowError)
+BROKEN = (tarfile.TarError, EOFError, OSError, zlib.error, lzma.LZMAError, ValueError, OverflowError, RecursionError)
 """What tarfile and the decompressors raise for bytes that are no whole archive."""
 
 
@@ -51,7 +51,8 @@ def read_archive(path: Path) -> Iterator[Member]:
             with tarfile.open(fileobj=metered, mode="r|", bufsize=BLOCK_BYTES) as archive:  # type: ignore[call-overload]
                 while (member := archive.next()) is not None:
                     read += 1
-                    metered.allow(member.size)
+                    # Not its size: of a link or a folder, which no data follows, that may be any number.
+                    metered.allow(archive.offset - member.offset_data)
                     archive.members = []  # it would keep a record of each
                     if (found := _image(archive, member)) is not None:
                         yield found
@@ -93,10 +94,11 @@ class _Metered:
 
     def __init__(self, file: IO[bytes]) -> None:
         self._file = file
+        self._ended = False
         self.allow(0)
 
     def allow(self, size_bytes: int) -> None:
-        """A member of that size is read or skipped now, and then the next headers are read."""
+        """A member with that many bytes is read or skipped now, and then the next headers are read."""
         self._left = size_bytes + MOST_HEADERS_BYTES
 
     def read(self, size: int) -> bytes:
@@ -105,4 +107,7 @@ class _Metered:
         self._left -= len(data)
         if self._left < 0:
             raise tarfile.ReadError("its headers are too long")
+        if not data and self._ended:  # to skip a member whose header claims 2^60 bytes, tarfile would read on and on
+            raise tarfile.ReadError("unexpected end of data")
+        self._ended = not data
         return data

@@ -33,6 +33,8 @@ Preprocessor = Callable[["Image"], Any]
 
 UNSAFE_FORMATS = ("BUFR", "EPS", "GRIB", "HDF5", "MPEG", "WMF")
 """Known to Pillow, but read by other programs (Ghostscript) or not at all."""
+UNBOUNDED_FORMATS = ("ICNS", "ICO")
+"""Hold images that are larger than their own header says, and that Pillow decodes before its size can be checked."""
 ORIENTATION = 0x0112
 """The EXIF tag; 1 is upright, 2 to 8 are mirrored or turned."""
 LONGEST = 16
@@ -75,7 +77,8 @@ def open_image(
     Args:
         source: A file, or its content.
         name: What messages call it; the file's path by default.
-        max_pixels: Refuse more before they are decoded; Pillow's own limit (about 179 million) holds in any case.
+        max_pixels: Refuse more before they are decoded, and ``UNBOUNDED_FORMATS``; Pillow's own limit (about 179
+            million) holds in any case.
         preprocess: What it is decoded for: where that says so, a large JPEG is decoded at a smaller scale.
 
     Returns:
@@ -90,11 +93,10 @@ def open_image(
         whole = image.size
         _scale_down(image, preprocess)
         image.load()
-        drawn = image.size
-        upright = normalize_image(image, name)
-        # A square that is turned keeps its size; any other has its sides exchanged.
-        upright.info[SIZE_KEY] = whole if upright.size == drawn else whole[::-1]
-        return upright
+        image, turned = _upright(image)
+        made = _eight_bits(image, name)
+        made.info[SIZE_KEY] = whole[::-1] if turned else whole
+        return made
 
 
 def image_size(
@@ -132,7 +134,8 @@ def _opened(source: Path | bytes, name: str, max_pixels: int | None) -> "Iterato
         file = io.BytesIO(source) if isinstance(source, bytes) else source
         if isinstance(source, Path) and not S_ISREG(source.stat().st_mode):
             raise UnreadableItem(name, "is not a regular file")  # to open a named pipe would wait for ever
-        with pil.open(file, formats=_formats()) as image:
+        bounded = [kind for kind in _formats() if max_pixels is None or kind not in UNBOUNDED_FORMATS]
+        with pil.open(file, formats=bounded) as image:
             if max_pixels is not None and image.width * image.height > max_pixels:
                 raise TooManyPixels(name, f"has {image.width}x{image.height} pixels, the most are {max_pixels:,}")
             yield image
@@ -144,7 +147,11 @@ def _opened(source: Path | bytes, name: str, max_pixels: int | None) -> "Iterato
 
 def normalize_image(image: "Image", name: str = "the image") -> "Image":
     """The image upright, of mode ``RGB`` or ``L``, 8 bits deep; the given one stays as it is."""
-    image = _upright(image)
+    return _eight_bits(_upright(image)[0], name)
+
+
+def _eight_bits(image: "Image", name: str) -> "Image":
+    """The image in mode ``RGB`` or ``L``."""
     if image.mode in ("I", "F") or image.mode.startswith("I;16"):
         return _scaled(image, name)
     # Pillow converts these by way of another mode with transparency only.
@@ -397,15 +404,17 @@ def _head(path: Path) -> bytes:
         return file.read(512)
 
 
-def _upright(image: "Image") -> "Image":
+def _upright(image: "Image") -> "tuple[Image, bool]":
+    """The image upright, and whether its width and height were exchanged for that."""
     try:
-        if image.getexif().get(ORIENTATION, 1) not in range(2, 9):
-            return image
+        orientation = image.getexif().get(ORIENTATION, 1)
+        if orientation not in range(2, 9):
+            return image, False
         from PIL import ImageOps
 
-        return ImageOps.exif_transpose(image)
+        return ImageOps.exif_transpose(image), orientation >= 5
     except (*BROKEN, UserWarning):
-        return image  # broken EXIF data says nothing about the orientation
+        return image, False  # broken EXIF data says nothing about the orientation
 
 
 def _convert(image: "Image", mode: str) -> "Image":

@@ -206,6 +206,19 @@ def test_a_cluster_that_starts_nothing_is_not_waited_for_without_end() -> None:
         driver_of(Busy([OLD]), clock=lambda: float(next(now))).run()
 
 
+def test_a_cluster_whose_nodes_are_refused_or_gone_is_not_waited_for_without_end() -> None:
+    class Leaving(FakeCrew):
+        def result(self, call: int) -> str:
+            if not self.steps["answer"]:
+                return super().result(call)
+            self.living = []
+            raise ActorLost("its node is gone")
+
+    now = iter(range(0, 10**6, 50))
+    with pytest.raises(EngineError, match=r"Ray started no process within 120 s, .*: any"):
+        driver_of(Leaving([OLD, OLD], refusals={1: "no AVX2"}), clock=lambda: float(next(now))).run()
+
+
 def test_parts_are_rows_by_number() -> None:
     assert [(part.number, part.label) for part in parts_of_rows(rows(25), 10, {1: Counts(10, 0)})] == [
         (0, "rows 0 to 9"),

@@ -33,6 +33,15 @@ def test_an_error_of_ours_crosses_and_says_where_it_was(raised: CorewiseError, k
     assert (caught.value.what, caught.value.fix) == (f"node a: {raised.what}", raised.fix)
 
 
+def test_a_file_that_a_node_cannot_use_is_an_error_of_ours() -> None:
+    @answering
+    def fails() -> int:
+        raise PermissionError(13, "Permission denied", "/a")
+
+    with pytest.raises(OutputError, match=r"^node a: /a cannot be used there: Permission denied; let Ray's user"):
+        answer(int, fails(), "node a")
+
+
 def test_a_value_of_another_type_is_none() -> None:
     @answering
     def says() -> str:

@@ -2,21 +2,24 @@
 
 import json
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from PIL import Image
 from pyarrow import parquet
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
 
 from corewise.common.errors import InputError, OutputError, SamplesError
-from corewise.pipeline import CallLimits, TextEncoder, TextRunner
+from corewise.pipeline import CallLimits, ImageRunner, TextEncoder, TextRunner
 from corewise.pipeline import job as jobs
-from corewise.pipeline.job import Done, Job, count_rows, run_job
-from corewise.pipeline.parts import Counts
+from corewise.pipeline.answers import ClassAnswer
+from corewise.pipeline.job import Done, Job, answered, check_job, count_rows, run_job
+from corewise.pipeline.parts import Counts, Record
 from corewise.records.pipeline import TextPipeline, TokenInput
 from corewise.samples.texts import GUESSED, Columns
 
@@ -119,17 +122,86 @@ def test_an_interrupted_job_resumes_without_doing_a_finished_row_again(
     assert [(row["row"], row["vector"]) for row in rows] == [(row, expected[row]) for row in good]
 
 
+def interrupted(*arguments: Any) -> None:
+    raise KeyboardInterrupt
+
+
 def test_a_job_that_was_killed_while_it_joined_is_finished(
     tokenizer: bytes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     job = job_of(tmp_path / "out.jsonl", texts(tmp_path, 25))
-    monkeypatch.setattr(jobs.shutil, "rmtree", lambda path: (_ for _ in ()).throw(KeyboardInterrupt))
+    monkeypatch.setattr(Path, "unlink", interrupted)
     with pytest.raises(KeyboardInterrupt):
         run_job(job, runner_of(tokenizer))
     monkeypatch.undo()
+    assert job.output.exists()
     monkeypatch.setattr(jobs, "PART_ROWS", 10)
-    assert run_job(job, runner_of(tokenizer)) == Done(25, 25, 0)
+    left = job.parts / "new-0123abcd-part-000003.jsonl"
+    left.touch()
+    monkeypatch.setattr(jobs.shutil, "rmtree", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        run_job(job, runner_of(tokenizer))
     assert len(lines_of(job.output)) == 25
+    assert not left.exists()
+
+
+def test_parts_that_were_left_behind_belong_to_no_job(
+    tokenizer: bytes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job = job_of(tmp_path / "out.jsonl", texts(tmp_path, 25))
+    with monkeypatch.context() as patched:
+        patched.setattr(jobs.shutil, "rmtree", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            run_job(job, runner_of(tokenizer))
+    assert len(list(job.parts.glob("part-*.done"))) == 3
+    with pytest.raises(OutputError, match=r"out\.jsonl exists already"):
+        run_job(job, runner_of(tokenizer))
+    job.output.unlink()
+    assert run_job(job_of(job.output, texts(tmp_path, 5)), runner_of(tokenizer)) == Done(5, 0, 0)
+    assert len(lines_of(job.output)) == 5
+
+
+@pytest.mark.parametrize("suffix", [".jsonl", ".parquet"])
+def test_an_input_whose_name_is_not_utf_8(tokenizer: bytes, tmp_path: Path, suffix: str) -> None:
+    first, second = texts(tmp_path, 1), tmp_path / "b\udcff.txt"
+    second.write_text("red\n")
+    output = tmp_path / f"out{suffix}"
+    run_job(job_of(output, first, second), runner_of(tokenizer))
+    rows = lines_of(output) if suffix == ".jsonl" else parquet.read_table(output).to_pylist()
+    assert [row["input"] for row in rows] == [str(first), str(tmp_path / "b?.txt")]
+
+
+def test_another_function_or_folder_of_drawings_is_another_job(tmp_path: Path) -> None:
+    job = job_of(tmp_path / "out.jsonl", texts(tmp_path, 1))
+    others = [replace(job, preprocess="a.py:f"), replace(job, drawings=tmp_path / "drawn")]
+    assert all(other.facts(10) != job.facts(10) for other in others)
+
+
+def test_checking_a_job_makes_no_folder_of_drawings(tmp_path: Path) -> None:
+    job = job_of(tmp_path / "out.jsonl", texts(tmp_path, 1), drawings=tmp_path / "drawn")
+    check_job(job)
+    assert not (tmp_path / "drawn").exists()
+    for folder, why in ((job.inputs[0], "it is a file"), (tmp_path / "none" / "drawn", "there is no folder")):
+        with pytest.raises(OutputError, match=f"cannot be made: {why}.*; give another folder with --draw"):
+            check_job(replace(job, drawings=folder))
+
+
+def test_a_drawing_has_a_name_that_every_file_system_takes(tmp_path: Path) -> None:
+    photo = tmp_path / "photo.png"
+    Image.new("RGB", (8, 8)).save(photo)
+    answer = ClassAnswer(label="a", probability=1.0, probabilities={"a": 1.0})
+
+    class Same(ImageRunner):
+        def __init__(self) -> None:
+            pass
+
+        def answers(self, items: Any, ask: Any = None) -> Any:
+            return (answer for _ in items)
+
+    names = ["\\x:\n\udcff*.jpg", f"{'a' * 300}.jpg"]
+    rows = [Record(row, f"photos.tar/{name}", "", photo.read_bytes(), "") for row, name in enumerate(names)]
+    list(answered(rows, Same(), prompt=None, ask=None, drawings=tmp_path))
+    assert {path.name for path in tmp_path.glob("0*")} == {"000000-_x____.jpg", f"000001-{'a' * 60}.jpg"}
 
 
 def test_parts_of_another_job_are_no_parts_of_this_one(tokenizer: bytes, tmp_path: Path) -> None:

@@ -2,6 +2,8 @@
 
 from pathlib import Path
 
+import pytest
+
 from corewise.records.build import Plan
 from corewise.records.bulk import BulkOutlook, BulkProgress, BulkResult, NodeShare
 from corewise.records.tuned import Machine
@@ -13,6 +15,21 @@ MACHINE = Machine(model="Zen 3", isa=(), usable_cores=2, hardware_threads=4, quo
 def test_what_would_run() -> None:
     outlook = BulkOutlook(inputs=2, rows=16_000, done_rows=4096, output=Path("out"))
     assert outlook_line(outlook) == "would answer about 16,000 rows of 2 inputs, of which 4,096 are done, to out"
+    single = BulkOutlook(inputs=1, rows=1, done_rows=1, output=Path("out"))
+    assert outlook_line(single) == "would answer about 1 row of 1 input, of which 1 is done, to out"
+
+
+@pytest.mark.parametrize(
+    ("inputs", "archives", "what"),
+    [
+        (1, 1, "the images of 1 tar file"),
+        (1200, 0, "1,200 images"),
+        (3, 2, "1 image and the images of 2 tar files"),
+    ],
+)
+def test_what_would_run_of_images(inputs: int, archives: int, what: str) -> None:
+    outlook = BulkOutlook(inputs=inputs, rows=inputs, done_rows=0, output=Path("out"), archives=archives)
+    assert outlook_line(outlook) == f"would answer {what}, to out"
 
 
 def test_progress_is_told_every_few_seconds() -> None:

@@ -86,6 +86,37 @@ def test_a_bomb_takes_no_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
         tracemalloc.stop()
 
 
+def claiming(kind: bytes, size: int, name: str = "a.jpg") -> bytes:
+    """A header alone."""
+    member = tarfile.TarInfo(name)
+    member.type, member.size = kind, size
+    return member.tobuf(tarfile.GNU_FORMAT)
+
+
+def test_a_size_that_no_data_follows_lifts_no_limit(tmp_path: Path) -> None:
+    path = tmp_path / "link.tar.gz"
+    with gzip.open(path, "wb") as file:
+        file.write(claiming(tarfile.SYMTYPE, 8 * 2**30) + claiming(tarfile.GNUTYPE_LONGNAME, 2**30))
+        file.write(bytes(4 * 2**20))
+    _, rest = read_archive(path)
+    assert rest.problem == "cannot be read behind member 1: its headers are too long"
+
+
+def test_a_size_beyond_all_files_ends_the_archive(tmp_path: Path) -> None:
+    path = tmp_path / "claims.tar"
+    path.write_bytes(claiming(tarfile.REGTYPE, 2**60) + b"few bytes")
+    large, rest = read_archive(path)
+    assert large.problem.startswith(f"has {2**60:,} bytes")
+    assert rest.problem == "cannot be read behind member 1: unexpected end of data"
+
+
+def test_headers_of_headers_without_end_are_no_archive(tmp_path: Path) -> None:
+    path = tmp_path / "chain.tar"
+    path.write_bytes(claiming(tarfile.GNUTYPE_LONGNAME, 1).ljust(1024, b"\0") * 1000)
+    with pytest.raises(SamplesError, match=r"chain\.tar is no tar file that can be read"):
+        list(read_archive(path))
+
+
 def test_the_rest_of_a_broken_archive_is_set_aside(tmp_path: Path) -> None:
     whole = write(tmp_path / "whole.tar.gz", ("a.jpg", b"one"), ("b.jpg", bytes(range(256)) * 4096), mode="w:gz")
     cut = tmp_path / "cut.tar.gz"

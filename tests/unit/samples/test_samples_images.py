@@ -22,7 +22,7 @@ from corewise.samples import RawSamples, Samples, UnreadableItem, read, read_raw
 from corewise.samples import images as images_module
 from corewise.samples.audio import open_audio
 from corewise.samples.folders import list_images, read_folder
-from corewise.samples.images import ImageReader, TooManyPixels, image_array, normalize_image, open_image
+from corewise.samples.images import SIZE_KEY, ImageReader, TooManyPixels, image_array, normalize_image, open_image
 from corewise.serving import images as serving_images
 from corewise.serving.protocol import ProtocolError
 
@@ -472,7 +472,9 @@ def test_every_orientation_comes_out_upright(kind: str, orientation: int) -> Non
     stored = Image.fromarray(np.ascontiguousarray(turns[orientation](QUARTERS))).convert("RGB")
     options = {"JPEG": {"quality": 100}, "WEBP": {"lossless": True}}.get(kind, {})
     content = encoded(stored, kind, exif=exif, **options)
-    np.testing.assert_allclose(np.asarray(open_image(content).convert("L")), QUARTERS, atol=6)
+    opened = open_image(content)
+    assert opened.info[SIZE_KEY] == opened.size
+    np.testing.assert_allclose(np.asarray(opened.convert("L")), QUARTERS, atol=6)
     in_memory = Image.open(io.BytesIO(content))
     np.testing.assert_allclose(np.asarray(normalize_image(in_memory).convert("L")), QUARTERS, atol=6)
 
@@ -510,6 +512,22 @@ def test_too_many_pixels_are_refused_before_they_are_decoded() -> None:
     claiming = content[:12] + header + struct.pack(">I", zlib.crc32(header)) + content[33:]
     with pytest.raises(TooManyPixels):
         open_image(claiming)
+
+
+def test_what_hides_its_pixels_is_not_opened_where_they_are_limited() -> None:
+    content = encoded(Image.new("RGB", (16, 16)), "ICO")
+    assert open_image(content).size == (16, 16)
+    with pytest.raises(UnreadableItem, match="is not an image that Pillow opens"):
+        open_image(content, max_pixels=1000)
+
+
+@pytest.mark.parametrize(("orientation", "size"), [(3, (1007, 1001)), (6, (1001, 1007))])
+def test_a_nearly_square_photo_that_is_turned_says_its_upright_size(orientation: int, size: tuple[int, int]) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    content = encoded(Image.new("RGB", (1007, 1001)), "JPEG", exif=exif)
+    small = open_image(content, preprocess=Preprocess(resize=32, crop=32, decode="scaled"))
+    assert (small.size, small.info[SIZE_KEY]) == ((126, 126), size)
 
 
 def test_images_are_resized_cropped_and_normalised_as_the_formulas_say(tmp_path: Path) -> None:

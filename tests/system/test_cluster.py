@@ -155,7 +155,7 @@ def test_a_cluster_is_not_used_without_its_token(folder: Path, cluster: Cluster)
 @pytest.mark.parametrize(
     ("inputs", "output", "options", "what"),
     [
-        ("texts.txt", "a", {"ray": "head"}, "'head' is no address of a Ray cluster; give local, auto, HOST:PORT"),
+        ("texts.txt", "a", {"ray": "head"}, "'head' is not an address of a Ray cluster; give local, auto, HOST:PORT"),
         ("texts.txt", "a", {"ray": "127.0.0.1:1"}, "no Ray cluster answers at 127.0.0.1:1; check the address"),
         ("empty.txt", "a", {"ray": "local"}, "there are no rows in .*empty.txt; give at least one"),
         ("table.csv", "a", {"ray": "local", "text": "bodi"}, "has no column 'bodi'; it has body; did you mean 'body'"),

@@ -2,11 +2,11 @@
 
     python -m bench tasks [--only yolo_v8 ...] [--engines openvino,onnxruntime] [--append]
 
-Each model of ``bench.task_models`` is exported. Int8 is built by each engine's own quantizer and by the first rung of
-corewise's, then by all of corewise's, with layers going back to floating point where that is rejected, until a build
-passes the gate without a named metric: that would be shipped. Every build is recorded with its verdict and the SQNR of
-its worst group of outputs. Timings are left out, because such small models say nothing about them. Writes tasks.json
-after each model, and prints a table.
+Each model of ``bench.task_models`` and ``bench.real_models`` is exported. Int8 is built by each engine's own quantizer
+and by the first rung of corewise's, then by all of corewise's, with layers going back to floating point where that is
+rejected, until a build passes the gate without a named metric: that would be shipped. Every build is recorded with its
+verdict and the SQNR of its worst group of outputs. Timings are left out, because such small models say nothing about
+them. Writes tasks.json after each model, and prints a table.
 """
 
 import argparse
@@ -21,6 +21,7 @@ import numpy as np
 from bench.architectures import Architecture
 from bench.breadth import samples
 from bench.harness import export_into, machine_facts, read_results, say, temporary_workspace, write_results
+from bench.real_models import REAL
 from bench.task_models import TASKS
 from corewise.accuracy.gate import AccuracyGate
 from corewise.accuracy.outputs import Outputs
@@ -41,7 +42,7 @@ CALIBRATION_SAMPLES = 16
 HOLDOUT_SAMPLES = 24
 BATCH = 8
 MOST_REVERTED = 4
-MODELS = {name: (task, model) for task, models in TASKS.items() for name, model in models.items()}
+MODELS = {name: (task, model) for task, models in (TASKS | REAL).items() for name, model in models.items()}
 REASON = 300
 
 

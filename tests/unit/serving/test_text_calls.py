@@ -30,7 +30,7 @@ class Front:
     def later_s(self, served):
         return 0.25
 
-    async def tokenize(self, work, characters, *, deadline_s, later_s):
+    async def compute(self, work, characters, *, deadline_s, later_s):
         assert later_s == self.later_s(None)  # tokens that come in time for the call are in time
         return work()
 

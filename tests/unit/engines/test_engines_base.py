@@ -278,8 +278,8 @@ def test_int8_with_the_rest_in_bf16_needs_both() -> None:
     ("name", "mixing"), [("onnxruntime", True), ("torch-int8", True), ("openvino", False), ("fake", False)]
 )
 def test_only_dynamic_int8_with_one_scale_for_a_batch_mixes_rows(name: str, mixing: bool) -> None:
-    assert mixes_rows(Build(engine=name, precision="int8-dynamic")) == mixing
-    assert not mixes_rows(Build(engine=name, precision="int8"))
+    assert mixes_rows(engine(name), Build(engine=name, precision="int8-dynamic")) == mixing
+    assert not mixes_rows(engine(name), Build(engine=name, precision="int8"))
 
 
 def test_eager_chooses_the_memory_format_of_a_fixed_batch_in_calls_of_that_batch(tmp_path: Path) -> None:

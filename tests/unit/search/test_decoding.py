@@ -79,7 +79,7 @@ def decided(
         workspace=SimpleNamespace(folder=tmp_path, payload=lambda build: tmp_path),
         budget=Budget(total_s=budget_s),
         cpu=SimpleNamespace(usable_cores=1),
-        client=lambda build: nullcontext(Client(net)),
+        client=lambda build, share=1.0: nullcontext(Client(net)),
     )
     choice: Any = SimpleNamespace(winner=Build(engine="eager", precision="fp32"), throughput_per_s=2.0)
     decoding = choose_decoding(holdout, choice, gate, context)

@@ -14,6 +14,7 @@ from safetensors.numpy import save_file
 
 from corewise.engines.openvino import OpenVino
 from corewise.records.build import Build, Plan
+from corewise.records.goal import Requirements
 from corewise.records.pipeline import PhotoPlan, PhotoRate
 from corewise.records.report import Preprocess
 from corewise.runtime.client import InProcess
@@ -86,7 +87,7 @@ def test_the_report_says_what_share_decoding_has() -> None:
     words = said(reason_of(Found(own, best)))
     assert "120 photos/s" in words
     assert "1 thread decodes beside 1 thread x 2, batch 8, 1.20 times as many" in words
-    assert words.endswith("decoding takes 71% of the cores' time")
+    assert words.endswith("decoding takes 71% of the processor time")
     assert "times as many" not in said(reason_of(Found(own, own)))
 
 
@@ -108,7 +109,8 @@ def test_a_folder_of_photos_is_measured_from_its_files(tmp_path: Path, monkeypat
         workspace=SimpleNamespace(payload=lambda build: payload, outputs=lambda build: outputs),
         budget=Budget(),
         cpu=SimpleNamespace(usable_cores=1),
-        client=lambda build: nullcontext(InProcess(OpenVino())),
+        requirements=Requirements(),
+        client=lambda build, share=1.0: nullcontext(InProcess(OpenVino())),
         on_event=lambda event: None,
     )
     choice: Any = SimpleNamespace(
@@ -122,6 +124,9 @@ def test_a_folder_of_photos_is_measured_from_its_files(tmp_path: Path, monkeypat
     assert found.best.per_s >= found.own.per_s > 0
     assert 0 < found.own.decoding <= 1
     assert len(photo_files(samples)) == 9
+    context.requirements = Requirements(memory_limit_bytes=1)
+    assert plan_photos(task, SMALL, choice, context) is None
+    context.requirements = Requirements()
     context.budget = Budget(total_s=5.0)
     assert plan_photos(task, SMALL, choice, context) is None
 

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from corewise.engines.eager import Eager
 from corewise.engines.openvino import OpenVino
 from corewise.records.build import Build, Plan
+from corewise.records.goal import Requirements
 from corewise.records.reason import ReasonKind
 from corewise.records.report import Preprocess
 from corewise.runtime.client import InProcess
@@ -57,12 +58,15 @@ def payload(tmp_path: Path) -> Path:
     return folder
 
 
-def judged(samples: Samples, payload: Path, engine: Any, budget_s: float | None = None) -> Any:
+def judged(
+    samples: Samples, payload: Path, engine: Any, budget_s: float | None = None, memory_limit_bytes: int | None = None
+) -> Any:
     context: Any = SimpleNamespace(
+        requirements=Requirements(memory_limit_bytes=memory_limit_bytes),
         workspace=SimpleNamespace(folder=payload.parent, payload=lambda build: payload),
         budget=Budget(total_s=budget_s),
         cpu=SimpleNamespace(usable_cores=1),
-        client=lambda build: nullcontext(InProcess(engine)),
+        client=lambda build, share=1.0: nullcontext(InProcess(engine)),
     )
     choice: Any = SimpleNamespace(winner=BUILD, plan=PLAN, throughput_per_s=1000.0)
     return judge_pixels(samples, choice, context, engine)
@@ -108,6 +112,8 @@ def test_the_payload_takes_pixels_where_they_are_faster(payload: Path, monkeypat
         assert "times as many" in said(reason)
         assert (payload / "pixels.json").exists() == (kind == ReasonKind.TAKES_PIXELS)
     assert sorted(path.name for path in payload.iterdir()) == ["model.bin", "model.xml"]
+    monkeypatch.setattr(pixels, "_rates", lambda *arguments: (100.0, 200.0))
+    assert judged(holdout(), payload, OpenVino(), memory_limit_bytes=1).kind == ReasonKind.TAKES_FLOATS
 
 
 def test_both_ways_are_timed_in_turns(payload: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,9 +2,9 @@
 
     python -m bench ray_kills ARTIFACT INPUT [--runs 20]
 
-Each run begins the job anew on a Ray of its own (``--ray local``), kills one of its processes at a random moment
-(SIGKILL), and gives the same command until it succeeds. Then each row of the inputs must be there once, with the answer
-of one process without Ray. Writes ray_kills_NAME.json.
+Each run starts the job from the beginning on its own Ray (``--ray local``), kills one of its processes at a random
+moment (SIGKILL), and gives the same command until it succeeds. Then each row of the inputs must be there once, with the
+answer of one process without Ray. Writes ray_kills_NAME.json.
 """
 
 import argparse

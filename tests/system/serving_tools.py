@@ -77,6 +77,15 @@ def fake_artifact(folder, plan=None, *, call_ms=2.0, **options):
     return folder
 
 
+def write_bulk_job(folder, rows):
+    """``words.cw``, a model of tokens, and ``texts.txt``, whose line 8 has a null byte."""
+    token_artifact(folder / "words.cw")
+    generator = np.random.default_rng(0)
+    lines = [" ".join(f"w{k}" for k in generator.integers(0, 99, 1 + number % 20)) for number in range(rows)]
+    lines[7] = "w1 \0"
+    (folder / "texts.txt").write_text("\n".join(lines) + "\n")
+
+
 def token_artifact(folder, *, vocabulary=99, positions=41, labels=None, **pipeline):
     """An artifact of OpenVINO that embeds rows of tokens: the mean of what two tables have for tokens and places.
 

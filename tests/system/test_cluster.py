@@ -17,7 +17,7 @@ import numpy as np
 import pyarrow.dataset
 import pytest
 from command_line import command
-from serving_tools import token_artifact
+from serving_tools import write_bulk_job
 from waiting import free_port
 
 import corewise
@@ -34,11 +34,7 @@ pytestmark = pytest.mark.alone
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A model of tokens, and a file of texts of which one has a null byte."""
     made = tmp_path_factory.mktemp("cluster")
-    token_artifact(made / "words.cw")
-    generator = np.random.default_rng(0)
-    lines = [" ".join(f"w{k}" for k in generator.integers(0, 99, 1 + number % 20)) for number in range(ROWS)]
-    lines[7] = "w1 \0"
-    (made / "texts.txt").write_text("\n".join(lines) + "\n")
+    write_bulk_job(made, ROWS)
     return made
 
 

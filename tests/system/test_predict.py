@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from command_line import command
-from serving_tools import token_artifact
+from serving_tools import write_bulk_job
 from waiting import eventually
 
 import corewise
@@ -30,11 +30,7 @@ Parts.write = write_and_halt
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A model of tokens, and a file of texts of which one has a null byte."""
     made = tmp_path_factory.mktemp("predict")
-    token_artifact(made / "words.cw")
-    generator = np.random.default_rng(0)
-    lines = [" ".join(f"w{k}" for k in generator.integers(0, 99, 1 + number % 20)) for number in range(ROWS)]
-    lines[7] = "w1 \0"
-    (made / "texts.txt").write_text("\n".join(lines) + "\n")
+    write_bulk_job(made, ROWS)
     return made
 
 

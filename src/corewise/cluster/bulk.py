@@ -265,6 +265,8 @@ def check_folder(output: Path) -> None:
     if output.exists() and not output.is_dir():
         raise OutputError(f"{output} exists already and is not a folder", "give another name with -o")
     if not output.parent.is_dir():
-        raise OutputError(f"{output} cannot be written: there is no folder {output.parent}", "make it first")
+        raise OutputError(
+            f"{output} cannot be written: there is no folder {output.parent}", "create it, or give another name with -o"
+        )
     if output.is_dir() and any(output.iterdir()) and not (output / f"{MARK}job.json").is_file():
         raise OutputError(f"{output} has files of something else", "give another name with -o")

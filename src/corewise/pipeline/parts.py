@@ -1,4 +1,4 @@
-"""A job's finished parts in a folder: each is whole on disk or not there, whoever writes it and is killed meanwhile.
+"""A job's finished parts in a folder. Each is on disk as a whole or not at all, even if its writer is killed.
 
 A part is its answers, the rows that were set aside with their reasons, and a small file ``.done``, which comes last and
 says that both are whole. Each file is written under a name of its own and renamed, so that two writers of one part, of

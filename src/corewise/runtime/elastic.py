@@ -92,13 +92,13 @@ class Elastic:
         self._closed = False
 
     def run(self, inputs: Sequence[np.ndarray]) -> Outputs:
-        """Run any batch of at least one item. When all its parts have ended, raises the first one's error, if any.
+        """Run any batch of at least one item. When all its parts have ended, raises the error of one, if any.
 
         Raises ``EngineError`` if it was closed, and in a process that was forked after it was opened.
         """
         self._process.check()
         rows, call, number = len(inputs[0]), _Call(inputs), next(self._numbers)
-        parts: list[Future[Outputs]] = []
+        parts: list[Outputs | Future[Outputs]] = []
         try:
             with self._changed:
                 if self._closed:
@@ -114,8 +114,8 @@ class Elastic:
                 parts.append(self._run_here(call, started.inputs) if started.future is None else started.future)
         finally:
             self._forget(number, call)
-            wait(parts)
-        outputs = [part.result() for part in parts]
+            wait([part for part in parts if isinstance(part, Future)])
+        outputs = [part.result() if isinstance(part, Future) else part for part in parts]
         return outputs[0] if len(outputs) == 1 else [np.concatenate(arrays) for arrays in zip(*outputs, strict=True)]
 
     def close(self) -> None:
@@ -148,16 +148,12 @@ class Elastic:
             ended = partial(self._ended, part.threads, instance)
             call.started.put(_Started(inputs, self._narrow.start(instance, inputs, ended)))
 
-    def _run_here(self, call: _Call, inputs: list[np.ndarray]) -> "Future[Outputs]":
-        """Run on all cores, in this thread. What interrupts it is raised at once."""
-        done: Future[Outputs] = Future()
+    def _run_here(self, call: _Call, inputs: list[np.ndarray]) -> Outputs:
+        """Run on all cores, in this thread."""
         try:
-            done.set_result(self._wide.run(inputs))
-        except Exception as error:  # noqa: BLE001
-            done.set_exception(error)
+            return self._wide.run(inputs)
         finally:
             self._give_back(call)
-        return done
 
     def _ended(self, threads: int, instance: int | None = None) -> None:
         """Give a part's cores back."""

@@ -63,7 +63,7 @@ def read_archive(path: Path) -> Iterator[Member]:
 
 
 def _image(archive: tarfile.TarFile, member: tarfile.TarInfo) -> Member | None:
-    """The member as an image; ``None`` for what is no image by its name."""
+    """The member as an image; ``None`` if its name is not that of an image."""
     path = PurePosixPath(member.name)
     hidden = any((part.startswith(".") and part not in (".", "..")) or part == "__MACOSX" for part in path.parts)
     if member.isdir() or hidden or path.suffix.lower() not in image_suffixes():

@@ -56,7 +56,7 @@ def thresholds(score: str | None, iou: str | None, served: Served) -> Thresholds
         given = [None if text is None else float(text) for text in (score, iou)]
         return Thresholds.of(served.photos.head, *given)
     except ValueError as error:
-        raise ProtocolError("score_threshold or iou_threshold is no number", "give a number from 0 to 1") from error
+        raise ProtocolError("score_threshold or iou_threshold is not a number", "give a number from 0 to 1") from error
     except InputError as error:
         raise ProtocolError(error.what, error.fix) from error
 

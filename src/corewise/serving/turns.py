@@ -22,7 +22,7 @@ FIRST_S = 0.0003
 NEW_SHARE = 0.1
 """The weight of the newest round against all earlier ones."""
 SAFETY = 2.0
-"""Waits count so many times: rounds vary, and who waited in vain is served worse than who is refused at once."""
+"""Expected waits are multiplied by this: rounds vary, and a late refusal is worse for a client than one at once."""
 
 
 class _Turn(NamedTuple):

@@ -31,7 +31,7 @@ class FakeActor:
     @answering
     def prepare(self, cores: int) -> Prepared:
         if self.refusal:
-            raise ArtifactError(self.refusal, "mend it")
+            raise ArtifactError(self.refusal, "make it again")
         source: PlanSource = "made here" if self.machine == OLD else "untuned"
         return Prepared(pid=1, machine=self.machine, plan=MADE, source=source)
 
@@ -178,9 +178,9 @@ def test_who_searches_and_dies_holds_up_nobody() -> None:
 def test_a_node_that_cannot_run_the_job_is_left_out_by_name() -> None:
     crew = FakeCrew([OLD, OLD], refusals={0: "there is no artifact"})
     driven = driver_of(crew).run()
-    assert driven.left_out == ("node node0: there is no artifact; mend it",)
+    assert driven.left_out == ("node node0: there is no artifact; make it again",)
     assert {share.node for share in driven.shares} == {"node1"}
-    with pytest.raises(ArtifactError, match="node node0: there is no artifact; mend it"):
+    with pytest.raises(ArtifactError, match="node node0: there is no artifact; make it again"):
         driver_of(FakeCrew([OLD], refusals={0: "there is no artifact"})).run()
 
 

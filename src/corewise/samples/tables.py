@@ -3,7 +3,7 @@
 import csv
 import json
 from collections.abc import Callable, Iterator, Mapping
-from math import isfinite
+from math import inf
 from pathlib import Path
 from typing import Any, NamedTuple, TextIO
 
@@ -13,6 +13,7 @@ from corewise.samples.texts import GUESSED, MOST_CHARACTERS, Columns, number_or_
 
 PARQUET_ROWS = 1024
 """Rows read at a time."""
+NUMBER = "number"
 
 
 class _Record(NamedTuple):
@@ -63,9 +64,10 @@ def iterate_table(path: Path, columns: Columns = GUESSED, *, labelled: bool = Tr
             resolved = resolved or _resolved(columns, list(record.values), str(path), labelled)
             value, label, problem = resolved.item(record.values)
             label = number_or_text(label) if isinstance(label, str) else label
-            label_kind = label_kind or _label_kind(label)
-            if not problem and _label_kind(label) != label_kind:
-                problem = f"has the label {label!r:.40}, which is not a {label_kind}"
+            if not problem:
+                label_kind = label_kind or _label_kind(label)
+                if _label_kind(label) != (label_kind or NUMBER):
+                    problem = f"has the label {label!r:.40}, which is not a {label_kind or NUMBER}"
             yield RawItem(number, value, label, record.name, problem)
     except OSError as error:
         raise SamplesError(f"{path} cannot be read: {error.strerror or error}", "check the path") from error
@@ -77,8 +79,9 @@ def _resolved(columns: Columns, header: list[str], source: str, labelled: bool) 
 
 
 def _label_kind(label: Any) -> str:
+    """What a label is; empty for NaN and infinity, which are no labels at all."""
     if isinstance(label, int | float):
-        return "number" if isfinite(label) else "NaN"
+        return NUMBER if -inf < label < inf else ""
     return "text" if isinstance(label, str) else "list" if isinstance(label, list) else type(label).__name__
 
 

@@ -213,6 +213,7 @@ REFUSED = {
     "factory of nothing": ({"model": "models.py:nothing"}, "models.py:nothing returned None, not a torch.nn.Module"),
     "NaN outputs": ({"model": "models.py:nan"}, "has NaN"),
     "no samples": ({"samples": "none.npz"}, "there is no file none.npz; check the path"),
+    "name too long": ({"samples": "n" * 300}, "File name too long; check the path"),
     "text": ({"samples": "text.npz"}, "text.npz cannot be read"),
     "wrong shape": ({"samples": "shape.npz"}, "the model does not take the samples, in a batch"),
     "wrong dtype": ({"samples": "dtype.npz"}, "the model does not take the samples, in a batch"),

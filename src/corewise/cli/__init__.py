@@ -65,6 +65,10 @@ def _run(typed: list[str]) -> None:
     except CorewiseError as error:
         _complain(str(error))
         sys.exit(streams.FAILED)
+    except OSError as error:  # such as a name that is too long, or no folder for temporary files
+        where = f"{error.filename}: " if error.filename is not None else ""
+        _complain(f"{where}{error.strerror or error}; check the path, its permissions and the free space there")
+        sys.exit(streams.FAILED)
     except KeyboardInterrupt:
         _complain("interrupted")
         sys.exit(INTERRUPTED)

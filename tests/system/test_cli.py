@@ -400,6 +400,18 @@ def test_ctrl_c_keeps_what_was_done_and_the_same_command_resumes(place):
     assert not (place / "stepwise.cw.work").exists()
 
 
+def test_sigterm_leaves_nothing_behind(tmp_path):
+    wanted = ("loadtest", GOLDEN / "schema-2", "--clients", "1", "--duration", "60s")
+    environment = {**os.environ, "TMPDIR": str(tmp_path)}
+    with subprocess.Popen(command(*wanted, quick=False), env=environment, stderr=subprocess.PIPE, text=True) as process:
+        wait_for(lambda: list(tmp_path.glob("*/log")))
+        process.terminate()
+        _, errors = process.communicate(timeout=60)
+    assert process.returncode == 143
+    assert "Traceback" not in errors
+    assert not os.listdir(tmp_path)
+
+
 def wait_for(condition):
     deadline = time.monotonic() + 120
     while not condition():

@@ -314,3 +314,13 @@ def test_closing_waits_for_calls_and_ends_all_threads():
     for _ in range(2):
         with pytest.raises(EngineError, match="the model was closed; load it again"):
             model(X)
+
+
+def test_one_instance_that_was_closed_says_so():
+    engine = Doublings()
+    with made(engine, Plan(threads_per_instance=2)) as model:
+        model(X)
+    model.close()
+    assert all(session.closed for session in engine.sessions)
+    with pytest.raises(EngineError, match="the model was closed; load it again"):
+        model(X)

@@ -200,7 +200,7 @@ def records(job: Job) -> Iterator[Record]:
         return
     row = 0
     for path in job.inputs:
-        for item in iterate_table(path, job.columns, labelled=False):
+        for item in iterate_table(path, job.columns, samples=False):
             yield Record(row, str(path), item.name or "", item.value, item.problem)
             row += 1
 

@@ -237,7 +237,7 @@ class Alone:
         self._closed = False
 
     def run(self, inputs: Sequence[np.ndarray]) -> list[np.ndarray]:
-        """Run any batch of at least one item. Raises ``EngineError`` as ``Pool``."""
+        """Run any batch of at least one item. Raises ``EngineError`` as ``Pool.run``."""
         self._process.check()
         with self._lock, flushing():
             if self._closed:

@@ -22,6 +22,8 @@ class _Record(NamedTuple):
     name: str
     values: Mapping[str, Any]
     problem: str = ""
+    blank: bool = False
+    """Whether it is a line of text with nothing in it."""
 
 
 def read_table(path: Path, columns: Columns = GUESSED, *, max_samples: int | None = None, seed: int = 0) -> RawSamples:
@@ -48,20 +50,20 @@ def read_table(path: Path, columns: Columns = GUESSED, *, max_samples: int | Non
     return gather(iterate_table(path, columns), kind, source=str(path), max_samples=max_samples, seed=seed)
 
 
-def iterate_table(path: Path, columns: Columns = GUESSED, *, labelled: bool = True) -> Iterator[RawItem]:
+def iterate_table(path: Path, columns: Columns = GUESSED, *, samples: bool = True) -> Iterator[RawItem]:
     """The texts or pairs of a file as they are read, with what is wrong with those that cannot be used.
 
-    Without ``labelled`` no column is taken for the label.
+    As ``samples`` they may have labels, and empty lines of a ``.txt`` are left out; else each line is an item.
     """
     read = READERS[path.suffix.lower()]
     try:
         resolved: Columns | None = None
         label_kind = ""
-        for number, record in enumerate(read(path, columns)):
+        for number, record in enumerate(one for one in read(path, columns) if not (samples and one.blank)):
             if record.problem:
                 yield RawItem(number, None, name=record.name, problem=record.problem)
                 continue
-            resolved = resolved or _resolved(columns, list(record.values), str(path), labelled)
+            resolved = resolved or _resolved(columns, list(record.values), str(path), samples)
             value, label, problem = resolved.item(record.values)
             label = number_or_text(label) if isinstance(label, str) else label
             if not problem:
@@ -73,9 +75,9 @@ def iterate_table(path: Path, columns: Columns = GUESSED, *, labelled: bool = Tr
         raise SamplesError(f"{path} cannot be read: {error.strerror or error}", "check the path") from error
 
 
-def _resolved(columns: Columns, header: list[str], source: str, labelled: bool) -> Columns:
+def _resolved(columns: Columns, header: list[str], source: str, samples: bool) -> Columns:
     resolved = columns.resolve(header, source)
-    return resolved if labelled else resolved._replace(label=None)
+    return resolved if samples else resolved._replace(label=None)
 
 
 def _label_kind(label: Any) -> str:
@@ -94,22 +96,23 @@ def _open(path: Path, newline: str = "\n") -> TextIO:
 
 
 def _lines(path: Path) -> Iterator[tuple[str, str]]:
-    """The lines that are not empty, each with its name."""
+    """The lines, each with its name."""
     with _open(path) as file:
         for number, line in enumerate(file, start=1):
-            if line.strip():
-                yield f"line {number}", line.rstrip("\r\n")
+            yield f"line {number}", line.rstrip("\r\n")
 
 
 def _txt(path: Path, columns: Columns) -> Iterator[_Record]:
     if any(columns):
         raise SamplesError(f"{path} has lines but no columns", "give a .csv, .tsv, .jsonl or .parquet file")
     for name, line in _lines(path):
-        yield _Record(name, {"text": line}, text_problem(line))
+        yield _Record(name, {"text": line}, text_problem(line), blank=not line.strip())
 
 
 def _jsonl(path: Path, columns: Columns) -> Iterator[_Record]:
     for name, line in _lines(path):
+        if not line.strip():
+            continue
         try:
             line.encode()
             value = json.loads(line)

@@ -294,14 +294,6 @@ def test_many_threads_on_several_instances_get_their_own_answers():
         np.testing.assert_array_equal(answer, 2 * (images(sizes[k]) + k))
 
 
-def test_a_model_of_one_instance_that_was_closed_says_so():
-    model = made(Doublings(), ONE)
-    for _ in range(2):
-        model.close()
-        with pytest.raises(EngineError, match="the model was closed; load it again"):
-            model(X)
-
-
 def test_closing_waits_for_calls_and_ends_all_threads():
     running, go = threading.Event(), threading.Event()
 
@@ -324,3 +316,13 @@ def test_closing_waits_for_calls_and_ends_all_threads():
     for _ in range(2):
         with pytest.raises(EngineError, match="the model was closed; load it again"):
             model(X)
+
+
+def test_one_instance_that_was_closed_says_so():
+    engine = Doublings()
+    with made(engine, Plan(threads_per_instance=2)) as model:
+        model(X)
+    model.close()
+    assert all(session.closed for session in engine.sessions)
+    with pytest.raises(EngineError, match="the model was closed; load it again"):
+        model(X)

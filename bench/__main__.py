@@ -25,6 +25,7 @@ BENCHMARKS = (
     "serving",
     "peers",
     "overload",
+    "protocols",
     "soak",
     "attacks",
     "fuzz",

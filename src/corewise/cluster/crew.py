@@ -90,7 +90,7 @@ class RayCrew:
             "num_cpus": node.cpus,
             "max_restarts": 0,
             "max_task_retries": 0,
-            "max_concurrency": AT_ONCE,
+            "max_concurrency": AT_ONCE + 1,  # and one for the question whether it is alive
             "scheduling_strategy": NodeAffinitySchedulingStrategy(node_id=node.id, soft=False),
         }
         return ray.remote(Answerer).options(**options).remote(task)

@@ -58,7 +58,7 @@ print(json.dumps({
     "driver_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
 }))
 """
-CALLS = 2000
+CALLS, PLAN = 2000, Plan(threads_per_instance=1)
 NODES = (1, 4, 16, 64, 256, 1000)
 PART_ROWS = (64, 256, 1024, 4096, 16384)
 PARTS_EACH = 6
@@ -243,10 +243,13 @@ class SimulatedCrew:
         machine = Machine(model="simulated", isa=(), usable_cores=1, hardware_threads=1, quota_cores=None)
         took_s, said = 0.0, None
         if method == "prepare":
-            took_s, said = self._start_s, Prepared(pid=1, machine=machine, plan=Plan(threads_per_instance=1), source="untuned")
+            took_s, said = (
+                self._start_s,
+                Prepared(pid=1, machine=machine, plan=PLAN, source="untuned"),
+            )
         elif method == "retune":
             took_s = arguments[0]
-            said = Tuned(machine=machine, created="", goal="throughput", plan=Plan(threads_per_instance=1), measurements=())
+            said = Tuned(machine=machine, created="", goal="throughput", plan=PLAN, measurements=())
         elif method == "open":
             said = ()
         elif method == "beat":

@@ -148,7 +148,7 @@ class Bulk:
         places, out = list(inputs), place_of(output)
         paths = list_images(places) if images else list_files(places, READERS, "files of texts")
         if not images:
-            _check_apart(out, places)
+            _check_apart(out, places, paths)
         if ray is not None:
             out = out.absolute()
             _check_spread(paths, draw)
@@ -253,12 +253,14 @@ def _check_drawings(draw: Path, places: Iterable[str | Path], paths: Iterable[Pl
         raise OutputError(f"{draw} is among the inputs", "give another folder with --draw")
 
 
-def _check_apart(output: Place, places: Iterable[str | Path]) -> None:
-    """Raise ``OutputError`` for an output in a folder of inputs, which would be one of them in the next run."""
+def _check_apart(output: Place, places: Iterable[str | Path], paths: Iterable[Place]) -> None:
+    """Raise ``OutputError`` for an output in a folder of inputs, or with inputs in it: it would be one itself."""
+    folder = f"{output.resolve()}/"
     for place in map(place_of, places):
-        folder = f"{place.resolve()}/"
-        if f"{output.resolve()}/".startswith(folder) and not place.is_file():
+        if folder.startswith(f"{place.resolve()}/") and not place.is_file():
             raise OutputError(f"{output} is among the inputs in {place}", "give another name with -o")
+    if any(str(path.resolve()).startswith(folder) for path in paths):
+        raise OutputError(f"{output} has inputs in it", "give another name with -o")
 
 
 def _check_pairs(folder: Path, takes_pairs: bool, column: str | None) -> None:

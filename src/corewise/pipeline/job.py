@@ -11,6 +11,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from errno import EACCES, EDQUOT, ENOSPC, EPERM, EROFS
 from itertools import chain, count, groupby
 from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
@@ -18,7 +19,7 @@ from typing import Any, NamedTuple
 from corewise.common.errors import InputError, OutputError, SamplesError
 from corewise.pipeline.drawing import draw_answer
 from corewise.pipeline.outputs import Format, format_of, join_lines, sync
-from corewise.pipeline.parts import Counts, Parts, Record, names_in
+from corewise.pipeline.parts import Counts, Parts, Record
 from corewise.pipeline.photos import USUAL, ImageAsk, ImageRunner, content_of
 from corewise.pipeline.runner import Rejected, TextRunner
 from corewise.samples.archives import is_archive, read_archive
@@ -117,12 +118,14 @@ class Done(NamedTuple):
 
 
 def check_inputs(job: Job) -> None:
-    """Raise ``SamplesError`` for inputs that are missing or of unknown kinds."""
+    """Raise ``SamplesError`` for inputs that are missing, of unknown kinds, or have no such column."""
     for path in job.inputs:
         if not path.is_file():
             raise SamplesError(f"there is no file {path}", "check the path")
         if job.ask is None and path.suffix.lower() not in READERS:
             raise SamplesError(f"{path} is not a file of texts", f"give one of {', '.join(READERS)}")
+        if job.ask is None and len(job.inputs) > 1 and isinstance(path, Path):
+            next(iterate_table(path, job.columns, labelled=False), None)  # a wrong header ends no job in its middle
 
 
 def check_job(job: Job) -> None:
@@ -148,8 +151,9 @@ def _check_file(job: Job) -> None:
     if output.is_dir() or not output.parent.is_dir():
         why = "it is a folder" if output.is_dir() else f"there is no folder {output.parent}"
         raise OutputError(f"{output} cannot be written: {why}", "give another name with -o")
-    if output.exists() and not job.kept.about.is_file():
-        raise OutputError(f"{output} exists already", "remove it or give another name with -o")
+    for path in (output, Path(str(job.failed))):
+        if path.exists() and not job.kept.about.is_file():
+            raise OutputError(f"{path} exists already", "remove it or give another name with -o")
 
 
 def check_folder(output: Place) -> None:
@@ -162,8 +166,7 @@ def check_folder(output: Place) -> None:
         raise OutputError(
             f"{output} cannot be written: there is no folder {output.parent}", "create it, or give another name with -o"
         )
-    foreign = isinstance(output, RemotePath) or output.is_dir()
-    if foreign and names_in(output) and not (output / f"{MARK}job.json").is_file():
+    if (isinstance(output, RemotePath) or output.is_dir()) and folder_of(output, several=False).is_foreign():
         raise OutputError(f"{output} has files of something else", "give another name with -o")
 
 
@@ -178,7 +181,11 @@ def count_rows(paths: Iterable[Place]) -> int:
                 total += parquet.read_metadata(file).num_rows
             continue
         with path.open("rb") as file:
-            total += sum(block.count(b"\n") for block in iter(lambda: file.read(BLOCK_BYTES), b""))
+            if isinstance(path, RemotePath):  # to read it all would take as long as the job
+                head = file.read(BLOCK_BYTES)
+                total += head.count(b"\n") * path.stat().st_size // max(1, len(head))
+            else:
+                total += sum(block.count(b"\n") for block in iter(lambda: file.read(BLOCK_BYTES), b""))
             total -= path.suffix.lower() in (".csv", ".tsv")
     return total
 
@@ -237,7 +244,11 @@ def total_of(finished: Mapping[int, Counts]) -> Counts:
 
 def check_unchanged(job: Job, facts: Mapping[str, Any]) -> None:
     """Raise ``SamplesError`` if an input is not what it was when the job began."""
-    if job.facts() != facts:
+    try:
+        changed = job.facts() != facts
+    except FileNotFoundError:
+        changed = True
+    if changed:
         raise SamplesError(
             "an input has changed while it was read", f"remove {job.kept.folder} and run the same command"
         )
@@ -337,7 +348,10 @@ def writing(output: str, parts: str) -> Iterator[None]:
     try:
         yield
     except OSError as error:
+        kept = f"run the same command: finished parts are kept in {parts}"
+        fixes = {EACCES: "make it writable, or give another name with -o", ENOSPC: f"free space and {kept}"}
+        fixes |= {EPERM: fixes[EACCES], EROFS: fixes[EACCES], EDQUOT: fixes[ENOSPC]}
         raise OutputError(
             f"{error.filename or output} cannot be written: {error.strerror or error}",
-            f"free space and run the same command: finished parts are kept in {parts}",
+            fixes.get(error.errno or 0, kept),
         ) from error

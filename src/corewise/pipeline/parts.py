@@ -22,6 +22,8 @@ from corewise.pipeline.outputs import AnswerRow, Format, sync
 from corewise.pipeline.runner import Rejected
 from corewise.samples.places import Place, RemotePath
 
+LOCK, NEW = "lock", "new-"
+"""Behind ``mark``: the file that is locked, and what begins the name of a file that is not whole yet."""
 READERS = 16
 """Requests at the same time, of those that ask what is done."""
 
@@ -89,7 +91,7 @@ class Parts:
         if isinstance(self.folder, RemotePath):  # which has none; two writers write the same
             yield
             return
-        with (self.folder / f"{self.mark}lock").open("w") as file:
+        with (self.folder / f"{self.mark}{LOCK}").open("w") as file:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
@@ -112,6 +114,11 @@ class Parts:
                 "remove that folder to begin again, or give another name with -o",
             )
 
+    def is_foreign(self) -> bool:
+        """Whether the folder has files, but no job began it."""
+        ours = (f"{self.mark}{LOCK}", f"{self.mark}{NEW}")
+        return any(not name.startswith(ours) for name in names_in(self.folder)) and not self.about.is_file()
+
     def same(self, facts: dict[str, Any]) -> bool:
         """Whether the folder was begun by a job with the same facts."""
         return self.about.is_file() and self.about.read_text(encoding="utf-8") == _text(facts)
@@ -121,11 +128,13 @@ class Parts:
         start = len(f"{self.mark}part-")
         with ThreadPoolExecutor(READERS) as pool:
             found = {int(name[start:-5]): pool.submit(self._counts, name) for name in sorted(self._done())}
-            return {number: future.result() for number, future in found.items()}
+            counts = {number: future.result() for number, future in found.items()}
+        return {number: count for number, count in counts.items() if count is not None}
 
-    def _counts(self, name: str) -> Counts:
-        said = json.loads((self.folder / name).read_text())
-        return Counts(said["rows"], said["failed"])
+    def _counts(self, name: str) -> Counts | None:
+        """What a part's last file says; ``None`` if a crash of the machine left it empty."""
+        text = (self.folder / name).read_text()
+        return Counts(**json.loads(text)) if text else None
 
     def _done(self) -> list[str]:
         return [
@@ -158,7 +167,7 @@ class Parts:
             assert isinstance(self.folder, RemotePath)
             self.folder.write_whole(path.name, write)
             return
-        new = path.with_name(f"{self.mark}new-{secrets.token_hex(4)}-{path.name}")
+        new = path.with_name(f"{self.mark}{NEW}{secrets.token_hex(4)}-{path.name}")
         write(new)
         sync(new)
         new.replace(path)
@@ -166,7 +175,7 @@ class Parts:
     def sweep(self) -> None:
         """Remove what writers that were killed left."""
         if isinstance(self.folder, Path):
-            for path in self.folder.glob(f"{self.mark}new-*"):
+            for path in self.folder.glob(f"{self.mark}{NEW}*"):
                 path.unlink(missing_ok=True)
 
     def check_failed(self, failed: int, most: int | None, example: str) -> None:

@@ -340,6 +340,7 @@ def main(options: argparse.Namespace) -> None:
                 if nodes == 1:
                     costs = {**ray_costs(address), **row_costs(Path(name, f"{max(options.rows)}.txt"))}
     facts: dict[str, Any] = {"jobs": jobs, "ray_costs": costs, **machine_facts()}
+    write_results(path, facts)
     if not options.no_simulation:
         largest = max((job for job in jobs if job["nodes"] == 1), key=lambda job: job["rows"])
         facts["simulated"] = []

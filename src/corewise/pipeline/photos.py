@@ -30,6 +30,8 @@ from corewise.samples.raw import UnreadableItem
 TOP = 5
 """Classes that an answer names, unless it is asked for more."""
 ROWS_ALONE = 8
+FETCHERS = 16
+"""Photos of an object store that are fetched at the same time: each waits for the network."""
 SUM_ERROR = 1e-2
 """How far the sum of probabilities may be from 1 for int8 and bf16."""
 
@@ -67,6 +69,11 @@ def content_of(source: str) -> Path | bytes:
     """A photo's path, or the content of one in an object store. Raises ``OSError`` if that is not there."""
     place = place_of(source)
     return place.read_bytes() if isinstance(place, RemotePath) else place
+
+
+def _fetched(item: Any, fetchers: ThreadPoolExecutor) -> Any:
+    """The item, or what will be the content of one in an object store."""
+    return fetchers.submit(content_of, item) if isinstance(item, str) and "://" in item else item
 
 
 def rows_of_call(plan: Plan) -> int:
@@ -161,10 +168,11 @@ class ImageRunner:
         ahead: deque[_Call] = deque()
         decoders = ThreadPoolExecutor(self._decoders, "corewise-decode")
         callers = ThreadPoolExecutor(self._instances, "corewise-call")
+        fetchers = ThreadPoolExecutor(FETCHERS, "corewise-fetch")
         most_ahead = self._instances + ceil(self._decoders / self._rows)
         try:
             rest = iter(items)
-            while chunk := list(islice(rest, self._rows)):
+            while chunk := [_fetched(item, fetchers) for item in islice(rest, self._rows)]:
                 ahead.append(self._start(chunk, decoders, callers))
                 while len(ahead) > most_ahead:
                     yield from self._finish(ahead.popleft(), ask.top, thresholds)
@@ -173,6 +181,7 @@ class ImageRunner:
         finally:
             decoders.shutdown(cancel_futures=True)
             callers.shutdown(cancel_futures=True)
+            fetchers.shutdown(cancel_futures=True)
 
     def predict(self, items: Any, ask: ImageAsk = USUAL) -> Any:
         """The answers to a list of images, together; to an iterator, as an iterator; to a single image, alone.
@@ -216,7 +225,7 @@ class ImageRunner:
         if isinstance(item, Rejected):
             return item
         try:
-            item = content_of(item) if isinstance(item, str) else item
+            item = item.result() if isinstance(item, Future) else content_of(item) if isinstance(item, str) else item
         except OSError as error:
             return Rejected(f"cannot be read: {error.strerror}")
         if not (isinstance(item, Path | bytes) or is_pil(item) or is_image(item)):

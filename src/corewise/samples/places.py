@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from errno import ENOENT
 from fnmatch import fnmatchcase
 from functools import lru_cache
 from pathlib import Path, PurePosixPath
@@ -149,7 +150,7 @@ class RemotePath:
         with self._asking(SamplesError, "read"):
             info = store.get_file_info(place)
         if info.type != FileType.File:
-            raise FileNotFoundError(2, "No such file", self.url)
+            raise FileNotFoundError(ENOENT, "No such file or directory", self.url)
         return Stat(info.size, info.mtime_ns or 0)
 
     @contextmanager
@@ -159,8 +160,8 @@ class RemotePath:
 
         try:
             yield
-        except FileNotFoundError:
-            raise
+        except FileNotFoundError as error:
+            raise FileNotFoundError(ENOENT, "No such file or directory", self.url) from error
         except (OSError, ArrowException) as error:
             reason, fix = refusal(str(error), self.url)
             raise kind(f"{self.url} cannot be {done}: {reason}", fix) from error

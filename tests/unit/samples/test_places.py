@@ -3,9 +3,15 @@
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
 import pytest
+from PIL import Image
 
 from corewise.common.errors import InputError, SamplesError
+from corewise.pipeline import ImageRunner
+from corewise.pipeline.runner import Rejected
+from corewise.records.pipeline import ImagePipeline
+from corewise.records.report import Preprocess
 from corewise.samples.archives import read_archive
 from corewise.samples.folders import list_files, list_images
 from corewise.samples.places import RemotePath, place_of, refusal
@@ -100,6 +106,20 @@ def test_tar_files_are_read_from_urls(bucket: RemotePath, tmp_path: Path, kind: 
         archive.add(tmp_path / "a.png", "a.png")
     bucket.write_whole("i.tar", lambda path: path.write_bytes((tmp_path / "images.tar").read_bytes()))
     assert [(one.name, one.content) for one in read_archive(bucket / "i.tar")] == [("a.png", b"image")]
+
+
+def test_photos_are_answered_by_url(bucket: RemotePath, tmp_path: Path) -> None:
+    image = tmp_path / "a.png"
+    Image.new("RGB", (8, 8), "red").save(image)
+    bucket.write_whole("a.png", lambda path: path.write_bytes(image.read_bytes()))
+    put(bucket, "b.png", "<html>")
+    pipeline = ImagePipeline(task="vectors", preprocess=Preprocess(resize=8, crop=8), labels=())
+    runner = ImageRunner(pipeline, lambda inputs: [inputs[0].mean((2, 3))], instances=1, rows=2)
+    urls = [f"{ROOT}/{name}" for name in ("a.png", "b.png", "none.png", "a.png")]
+    first, second, third, fourth = runner.answers([str(image), *urls[1:]])
+    np.testing.assert_allclose(first, fourth)
+    assert (second, third) == (Rejected("is an HTML page"), Rejected("cannot be read: No such file or directory"))
+    assert runner.calls_ended == 2
 
 
 def test_what_is_local_and_what_is_wrong() -> None:

@@ -20,7 +20,7 @@ from corewise.records.report import Choice, Report
 from corewise.runtime.worker import peak_memory_bytes
 from corewise.runtime.workspace import Workspace
 from corewise.search.alone import alone_guard
-from corewise.search.budget import WITH_LOADS, Budget, BudgetSplit, baseline_batch
+from corewise.search.budget import RACE_S, WITH_LOADS, Budget, BudgetSplit, SampleLimits, baseline_batch
 from corewise.search.call_costs import time_calls
 from corewise.search.candidates import first_plan, layouts
 from corewise.search.end_to_end import LEAST_FILES, photo_files
@@ -138,6 +138,9 @@ def optimize(
         pooling=pooling,
         on_event=on_event,
         budget_s=budget_s,
+        kept_limits=SampleLimits.kept(Workspace(work).sample_limits, budget_s)
+        if work and calibration is None
+        else None,
         required=tuple(engines) != DEFAULT_ENGINES,
     )
     if end_to_end and not photo_files(task.holdout):
@@ -151,6 +154,8 @@ def optimize(
     with _working(workspace), Journal(workspace.journal, task.key(requirements)) as journal:
         if journal.empty:
             workspace.clear()
+        if task.limits is not None:
+            task.limits.keep(workspace.sample_limits)
         try:
             build_inputs = task.write(workspace)
             shift = ShiftGuard(gate, context, build_inputs, task.builds[0])
@@ -190,6 +195,7 @@ def _context(
         baseline_plan=replace(plan, batch=baseline_batch(task.row_s or 0.0, plan.batch)) if shorter else plan,
         calibration=len(task.calibration),
         holdout=len(task.holdout),
+        convolves=task.convolves,
         layouts=lambda build: layouts(task.cpu, build),
         cpu=task.cpu,
         timeout_s=timeout_s,
@@ -197,7 +203,7 @@ def _context(
         on_event=on_event,
         requirements=requirements,
         budget=budget,
-        split=WITH_LOADS if isinstance(requirements.goal, Slo) else BudgetSplit(),
+        split=(WITH_LOADS if isinstance(requirements.goal, Slo) else BudgetSplit()).leaving(budget.total_s, RACE_S),
         in_process=task.in_process,
     )
 
@@ -209,7 +215,7 @@ def _result(
     build_inputs: BuildInputs,
     images: ImagePlan,
 ) -> Result:
-    context = search.context
+    context, overtime = search.context, search.overtime()
     report = Report(
         model=task.model,
         created=datetime.now(UTC).isoformat(timespec="seconds"),
@@ -222,7 +228,7 @@ def _result(
         choice=choice,
         wall_s=context.budget.elapsed_s,
         peak_memory_bytes=peak_memory_bytes() + search.peak_memory_bytes,
-        notes=(*task.notes, *search.notes, *images.reasons),
+        notes=(*task.notes, *search.notes, *images.reasons, *((overtime,) if overtime else ())),
     )
     return Result(
         report=report,

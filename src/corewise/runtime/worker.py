@@ -313,7 +313,7 @@ def _answer(child: TrialChild, request: Request) -> messages.Answer | messages.F
     try:
         return child.answer(request)
     except CorewiseError as error:
-        return messages.Failure(text=str(error))
+        return messages.Failure(text=str(error), disk_full=_disk_full(error, request))
     except Exception as error:  # noqa: BLE001 - the trial boundary: whatever an engine raises is the trial's reason
         return messages.Failure(text=describe(error), disk_full=_disk_full(error, request))
 

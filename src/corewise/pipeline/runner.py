@@ -62,6 +62,8 @@ class TextRunner:
         self._instances = instances
         self._limits = limits
         self._cost = cost
+        self.calls_ended = 0
+        """Rises while the engine answers."""
 
     def answers(self, items: Iterable[Any], *, prompt: str | None = None) -> Iterator[Any]:
         """The answer to each item, in order, as ``answers.decode`` gives it; ``Rejected`` for one that has a problem.
@@ -138,7 +140,9 @@ class TextRunner:
 
     def _call(self, tokens: Sequence[Tokens], padded: int) -> list[NDArray[Any]]:
         most = self.encoder.pipeline.max_length
-        return self._run(self.encoder.collate(tokens, min(padded, most)))
+        outputs = self._run(self.encoder.collate(tokens, min(padded, most)))
+        self.calls_ended += 1
+        return outputs
 
     def _finish(self, window: _Window) -> Iterator[Any]:
         """The answers of a window, when its calls have ended."""

@@ -241,7 +241,7 @@ class Alone:
         self._process.check()
         with self._lock, flushing():
             if self._closed:
-                raise _closed()
+                raise closed()
             if self._batch == 1 or len(inputs[0]) <= self._batch:
                 return self._session.run(inputs)
             return run_cut(self._session.run, inputs, _micro_batches(len(inputs[0]), self._batch))
@@ -301,13 +301,14 @@ class Pool:
         number = self._free.get()
         if number is None:
             self._free.put(None)
-            raise _closed()
+            raise closed()
         future = self._instances.start(number, inputs)
         future.add_done_callback(lambda done: self._free.put(number))
         return future
 
 
-def _closed() -> EngineError:
+def closed() -> EngineError:
+    """For a call that comes after the session was closed."""
     return EngineError("the model was closed", "load it again")
 
 

@@ -182,7 +182,7 @@ def test_an_input_whose_name_is_not_utf_8(tokenizer: bytes, tmp_path: Path, suff
 def test_another_function_or_folder_of_drawings_is_another_job(tmp_path: Path) -> None:
     job = job_of(tmp_path / "out.jsonl", texts(tmp_path, 1))
     others = [replace(job, preprocess="a.py:f"), replace(job, drawings=tmp_path / "drawn")]
-    assert all(other.facts(10) != job.facts(10) for other in others)
+    assert all(other.facts() != job.facts() for other in others)
 
 
 def test_checking_a_job_makes_no_folder_of_drawings(tmp_path: Path) -> None:

@@ -37,6 +37,7 @@ BENCHMARKS = (
     "photos",
     "text",
     "text_serving",
+    "text_bulk",
     "shift",
     "elastic",
 )

@@ -17,6 +17,7 @@ from corewise.records.events import OnEvent
 from corewise.records.goal import Goal, GoalName, Requirements, Slo, parse_goal
 from corewise.records.pipeline import Pooling
 from corewise.records.report import Choice, Report
+from corewise.runtime.measure import kinds_of
 from corewise.runtime.worker import peak_memory_bytes
 from corewise.runtime.workspace import Workspace
 from corewise.search.alone import alone_guard
@@ -190,6 +191,7 @@ def _context(
         baseline_plan=replace(plan, batch=baseline_batch(task.row_s or 0.0, plan.batch)) if shorter else plan,
         calibration=len(task.calibration),
         holdout=len(task.holdout),
+        kinds=kinds_of(task.holdout),
         layouts=lambda build: layouts(task.cpu, build),
         cpu=task.cpu,
         timeout_s=timeout_s,

@@ -144,6 +144,9 @@ class Bulk:
         pipeline = images_of(artifact) if images else None
         if pipeline is not None and pipeline.preprocess.function is not None and preprocess is None:
             raise InputError(f"{folder} was made with a function that prepares images", "give --preprocess")
+        ask = ImageAsk(top=top or TOP, score_threshold=score_threshold, iou_threshold=iou_threshold)
+        if pipeline is not None:
+            ask.thresholds(pipeline.head)
         places = list(inputs)
         paths = list_images(places) if images else [Path(path) for path in places]
         if ray is not None:
@@ -156,9 +159,7 @@ class Bulk:
             columns=columns,
             prompt=prompt,
             artifact=identity(folder),
-            ask=ImageAsk(top=top or TOP, score_threshold=score_threshold, iou_threshold=iou_threshold)
-            if images
-            else None,
+            ask=ask if images else None,
             drawings=draw,
             preprocess=preprocess if ray is None else _seen_by_all(preprocess),
         )

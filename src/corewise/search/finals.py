@@ -99,4 +99,4 @@ def _rounds(context: SearchContext, contenders: Sequence[Contender], trials: Seq
         calls_s[contender.build, contender.plan] + max(ROUND_S, calls_s[contender.build, contender.plan])
         for contender in contenders
     )
-    return max(MIN_ROUNDS, int(min(ROUNDS, context.budget.left_s() / round_s)))
+    return max(MIN_ROUNDS, int(min(ROUNDS, context.budget.left_s(context.split.race) / round_s)))

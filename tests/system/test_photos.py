@@ -25,14 +25,14 @@ import corewise
 from corewise import artifact as corewise_artifact
 from corewise._version import __version__
 from corewise.cluster import messages
-from corewise.cluster.actor import Answerer, folder_of
+from corewise.cluster.actor import Answerer
 from corewise.common import stats
 from corewise.common.nested import flatten
 from corewise.engines import engine
 from corewise.engines.openvino import OpenVino
 from corewise.machine.inspect import inspect_cpu
 from corewise.pipeline import ClassAnswer, ImageAsk
-from corewise.pipeline.job import Job, run_job
+from corewise.pipeline.job import Job, folder_of, run_job
 from corewise.records.build import Build, Plan, TensorSpec
 from corewise.records.measurement import Measurement
 from corewise.records.pipeline import PhotoPlan

@@ -269,7 +269,7 @@ def test_a_node_of_a_cluster_runs_photos_under_their_own_plan(tmp_path: Path) ->
         version=__version__,
         artifact=folder,
         identity=corewise_artifact.identity(folder),
-        output=tmp_path,
+        output=str(tmp_path),
         job=hashlib.sha256(b"{}").hexdigest(),
         several=True,
         prompt=None,

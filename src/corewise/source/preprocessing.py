@@ -215,7 +215,7 @@ def transformers_preprocess(says: Mapping[str, Any]) -> Preprocess | None:
     if not says.get("do_resize") or (edge is None and side is None):
         return None
     resize, fit = (edge, "keep" if longest else "crop") if edge is not None else (side, "squash")
-    if fit == "crop" and says.get("crop_pct"):
+    if edge is not None and fit == "crop" and says.get("crop_pct"):
         # PoolFormer always cuts out the middle, ConvNeXt that of small images only.
         fit = "squash" if crop is None and edge >= 384 else "crop"
         crop, resize = crop or edge, edge if fit == "squash" else int(edge / says["crop_pct"])

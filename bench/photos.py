@@ -391,7 +391,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--photos", type=int, default=300, help="photos that are asked (default: 300)")
     parser.add_argument("--rounds", type=int, default=8)
     parser.add_argument("--no-loader", action="store_true", help="leave out DataLoader + torch.compile")
-    parser.add_argument("--budget", default="120s", help="of optimize (default: 120s)")
+    parser.add_argument("--budget", default="100s", help="of optimize (default: 100s)")
     parser.add_argument("--max-drop", type=float, default=0.05, help="of top-1, by few photos (default: 0.05)")
     parser.add_argument(
         "--folder", type=Path, default=Path("/tmp/corewise-photos"), help="keeps photos and artifacts for the next run"

@@ -31,6 +31,8 @@ BENCHMARKS = (
     "fuzz",
     "kills",
     "ray_kills",
+    "bulk",
+    "bulk_scale",
     "padding",
     "photos",
     "text",

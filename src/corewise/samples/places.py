@@ -27,7 +27,7 @@ BUFFER_BYTES = 2**22
 """Of a file that is read in order: what one request brings."""
 MOST_BYTES = 64 * 2**20
 """Of a file that is read as a whole: as much as the server takes in one request."""
-AWS_ERROR = re.compile(r"AWS Error (\w+) during \w+ operation: *(.*?)(?: \(Request ID.*)?$", re.DOTALL)
+AWS_ERROR = re.compile(r"AWS Error (\w+)(?: \(.*?\))? during \w+ operation: *(.*?)(?: \(Request ID.*)?$", re.DOTALL)
 DENIED = ("ACCESS_DENIED", "INVALID_ACCESS_KEY_ID", "INVALID_CLIENT_TOKEN_ID", "SIGNATURE_DOES_NOT_MATCH",
           "UNRECOGNIZED_CLIENT", "INVALID_SIGNATURE", "MISSING_AUTHENTICATION_TOKEN", "REQUEST_EXPIRED")  # fmt: skip
 
@@ -239,8 +239,8 @@ def refusal(said: str, url: str) -> tuple[str, str]:
         )
     if code == "NETWORK_CONNECTION":
         return "the store does not answer", "check AWS_ENDPOINT_URL, AWS_REGION and the network"
-    text = " ".join(message.split())[:200].rstrip(". ") or code or "it does not say why"
-    return text, "check the URL and the store's settings"
+    text = " ".join(message.split())[:200].rstrip(". ")
+    return ": ".join(filter(None, (code, text))), "check the URL, the region and the store's settings"
 
 
 @lru_cache(maxsize=16)

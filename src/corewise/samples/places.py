@@ -123,8 +123,9 @@ class RemotePath:
         return content
 
     def read_text(self, encoding: str = "utf-8") -> str:
-        """Its content as text."""
-        return self.read_bytes().decode(encoding)
+        """Its content as text, of whatever size."""
+        with self._asking(SamplesError, "read"), self.open("rb") as file:
+            return str(file.read(), encoding)
 
     def write_whole(self, name: str, write: Callable[[Path], Any]) -> None:
         """Write a file in it by way of a local one. The store has the file as a whole or not at all."""

@@ -3,7 +3,7 @@
 import json
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from math import floor, inf, log2
 from pathlib import Path
 from typing import Self
@@ -123,14 +123,17 @@ class BudgetSplit:
     """An unfinished trial is ended if another candidate is finished: the plans of one are worth more than one more."""
     plans: float = 0.85
     """No further plan is measured."""
+    race: float = 1.0
+    """The race has as many rounds as fit in until then, but enough for an interval."""
 
     def leaving(self, total_s: float | None, race_s: float) -> "BudgetSplit":
-        """The same with ``race_s`` seconds of ``total_s`` for what follows the plans, but no more than half of all."""
-        if total_s is None or (1 - self.plans) * total_s >= race_s:
+        """The same with ``race_s`` seconds of ``total_s`` for the race, if half of all is left for what precedes it."""
+        if total_s is None or (self.race - self.plans) * total_s >= race_s:
             return self
-        left = max(1 - race_s / total_s, 0.5)
+        left = min(self.plans, max(self.race - race_s / total_s, 0.5))
         shorter = left / self.plans
-        return BudgetSplit(
+        return replace(
+            self,
             first_trials=min(1.0, left + LATE),
             trials=shorter * self.trials,
             last_trial=shorter * self.last_trial,
@@ -146,3 +149,5 @@ FINISHING = 1.1
 """Share of the budget until which the winner is fitted to raw data: how photos are taken, what calls of texts cost."""
 WITH_LOADS = BudgetSplit(trials=0.45, last_trial=0.55, plans=0.65)
 """For an SLO, whose loads need a minute or two."""
+WITH_PHOTOS = BudgetSplit(trials=0.5, last_trial=0.6, plans=0.7, race=0.85)
+"""For files of photos: how they are decoded, and under which plan, may win more than another build does."""

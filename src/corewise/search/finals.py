@@ -31,9 +31,8 @@ def race_finalists(trials: Sequence[Trial], context: SearchContext) -> tuple[tup
     most = FINALISTS
     while True:
         finalists = _finalists(trials, context)[:most]
-        contenders = _affordable(
-            _contenders(trials[0], finalists, context, one_plan_each=most == 1), context.budget.left_s(), trials
-        )
+        able = _contenders(trials[0], finalists, context, one_plan_each=most == 1)
+        contenders = _affordable(able, context, trials)
         context.on_event(StageStarted(Stage.RACING, count=len(contenders) - 1))
         try:
             race = run_race(
@@ -41,7 +40,7 @@ def race_finalists(trials: Sequence[Trial], context: SearchContext) -> tuple[tup
                 samples=context.workspace.holdout,
                 # The race has an end of its own; a slow call at the end of the budget must not lose what is done.
                 start=lambda build: context.client(build, share=inf),
-                rounds=_rounds(context, contenders, trials),
+                rounds=_rounds(contenders, context, trials),
                 on_round=lambda number, rounds, rates: context.on_event(RaceRound(number, rounds, rates)),
             )
         except ContenderFailed as failure:
@@ -91,17 +90,18 @@ def _best_plans(trial: Trial, context: SearchContext, count: int) -> list[Plan]:
     return [best.plan, *(measurement.plan for measurement in others)]
 
 
-def _affordable(contenders: Sequence[Contender], left_s: float, trials: Sequence[Trial]) -> list[Contender]:
+def _affordable(contenders: Sequence[Contender], context: SearchContext, trials: Sequence[Trial]) -> list[Contender]:
     """The contenders that there is time to race: the baseline and the best plan, and of the others the fastest."""
     per_s = {
         (trial.build, measurement.plan): measurement.throughput_per_s
         for trial in trials
         for measurement in trial.measurements
     }
+    left_s = context.budget.left_s(context.split.race)
     chosen, others = list(contenders[:2]), contenders[2:]
     for contender in sorted(others, key=lambda contender: -per_s[contender.build, contender.plan]):
         more = [*chosen, contender]
-        if _opening_s(more) + MIN_ROUNDS * _round_s(more, trials) > left_s:
+        if _opening_s(more) + MIN_ROUNDS * _round_s(more, context, trials) > left_s:
             break
         chosen = more
     return [contender for contender in contenders if contender in chosen]
@@ -111,18 +111,18 @@ def _opening_s(contenders: Sequence[Contender]) -> float:
     return len(contenders) * (OPEN_S + WARM_S)
 
 
-def _round_s(contenders: Sequence[Contender], trials: Sequence[Trial]) -> float:
-    """Seconds of a round: for each contender an untimed call, and timed calls for ``ROUND_S``, or one call."""
+def _round_s(contenders: Sequence[Contender], context: SearchContext, trials: Sequence[Trial]) -> float:
+    """Seconds of a round: for each contender an untimed call, and timed calls for ``ROUND_S``, or one pass."""
     calls_s = {
         (trial.build, measurement.plan): measurement.p50_ms / 1e3
         for trial in trials
         for measurement in trial.measurements
     }
     each_s = [calls_s[contender.build, contender.plan] for contender in contenders]
-    return sum(call_s + max(ROUND_S, call_s) for call_s in each_s)
+    return sum(call_s + max(ROUND_S, context.kinds * call_s) for call_s in each_s)
 
 
-def _rounds(context: SearchContext, contenders: Sequence[Contender], trials: Sequence[Trial]) -> int:
+def _rounds(contenders: Sequence[Contender], context: SearchContext, trials: Sequence[Trial]) -> int:
     """As many rounds as the budget has time for, but enough for an interval."""
-    left_s = context.budget.left_s() - _opening_s(contenders)
-    return max(MIN_ROUNDS, int(min(ROUNDS, left_s / _round_s(contenders, trials))))
+    left_s = context.budget.left_s(context.split.race) - _opening_s(contenders)
+    return max(MIN_ROUNDS, int(min(ROUNDS, left_s / _round_s(contenders, context, trials))))

@@ -343,7 +343,7 @@ def test_wrong_arguments_are_told_before_any_work():
         ({"metric": "f7"}, MetricError, "no metric is named 'f7'"),
         ({"objective": "slo"}, InputError, "the objective slo and slo_ms go together"),
         ({"slo_ms": 10.0}, InputError, "the objective slo and slo_ms go together"),
-        ({"objective": "slo", "slo_ms": -1.0}, InputError, "the SLO is -1 ms; give milliseconds above 0"),
+        ({"objective": "slo", "slo_ms": -1.0}, InputError, "the SLO is -1.0 ms; give milliseconds above 0"),
         ({"budget_s": 0.0}, InputError, "the budget is 0.0 s; give seconds above 0"),
         ({"memory_limit_bytes": 0}, InputError, "memory_limit_bytes is 0; give bytes above 0"),
         (

@@ -52,7 +52,7 @@ def calls_of(samples: Samples, size: int) -> tuple[Call, ...]:
     shapes = samples.shapes
     if len(set(shapes)) == 1:
         return (batch_of(samples, size),)
-    order = sorted(range(len(shapes)), key=lambda place: sum(map(prod, shapes[place])))
+    order = sorted(range(len(shapes)), key=lambda place: sum(prod(shape) for shape in shapes[place]))
     middles = [order[len(order) * (2 * kind + 1) // (2 * KINDS)] for kind in range(KINDS)]
     alike = ([place for place, others in enumerate(shapes) if others == shapes[middle]] for middle in middles)
     return tuple(batch_of(samples.take(places[:size]), size) for places in alike)

@@ -118,9 +118,9 @@ class MeasurePhotos:
 
 @dataclass(frozen=True, kw_only=True)
 class TimeCalls:
-    """Time calls of texts on the open instances, all at work: ``points`` are rows and tokens, in this order.
+    """Time calls of texts on the open instances, all at work and in turns: ``points`` are rows and tokens.
 
-    ``samples`` are rows of tokens. After ``budget_s`` what is left of the points is left out.
+    ``samples`` are rows of tokens. Of the last points some are left out where ``budget_s`` is too short for them.
     """
 
     samples: Path

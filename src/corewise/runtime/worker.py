@@ -37,7 +37,16 @@ from corewise.records.pipeline import PhotoRate
 from corewise.runtime import messages
 from corewise.runtime.instances import Instances, memory_bytes, open_plan
 from corewise.runtime.loadgen import check_load, closed_loop, open_loop
-from corewise.runtime.measure import Call, batch_of, calls_of, measure_instances, throughput_per_s, time_calls, warm_up
+from corewise.runtime.measure import (
+    Call,
+    batch_of,
+    calls_of,
+    measure_instances,
+    throughput_per_s,
+    time_calls,
+    time_in_turns,
+    warm_up,
+)
 from corewise.runtime.messages import Request
 from corewise.runtime.photo_rate import measure_photos
 from corewise.runtime.workspace import Workspace
@@ -175,16 +184,13 @@ class TrialChild:
     def _time_calls(self, request: messages.TimeCalls) -> messages.TimedCalls:
         """Which tokens a text has does not matter for its time, so one sample's are repeated."""
         row = Samples.load(request.samples).rows[0]
-        until_s = time.perf_counter() + request.budget_s
-        each_s = request.budget_s / len(request.points)
-        ms: list[float] = []
-        for rows, tokens in request.points:
-            if ms and time.perf_counter() > until_s:
-                break
-            inputs = tuple(np.tile(np.resize(array, tokens), (rows, 1)) for array in row)
-            timed = self._opened().each(partial(_warm_calls, calls=(inputs,), budget_s=each_s))
-            ms.append(1e3 * median(seconds for calls in timed for seconds in calls))
-        return messages.TimedCalls(ms=tuple(ms))
+        calls = [
+            tuple(np.tile(np.resize(array, tokens), (rows, 1)) for array in row) for rows, tokens in request.points
+        ]
+        timed = self._opened().each(lambda session: time_in_turns(session, calls, budget_s=request.budget_s))
+        reached = min(map(len, timed))
+        medians = (median(second for of_one in timed for second in of_one[call]) for call in range(reached))
+        return messages.TimedCalls(ms=tuple(1e3 * second for second in medians))
 
     def _run_load(self, request: messages.RunLoad) -> LoadRun:
         """Load the open instances through a batcher with requests of one row, some samples of one shape in turn.

@@ -283,6 +283,17 @@ class Connection(HttpToolsProtocol):
             self._looking.cancel()
         super().connection_lost(exc)
 
+    def send_400_response(self, msg: str) -> None:
+        """Say that this is no request, to a client that is there."""
+        if not self.transport.is_closing():
+            super().send_400_response(msg)
+
+    def _cut_off(self) -> None:
+        """Drop the connection at once, and what would be sent."""
+        if self.cycle is not None:
+            self.cycle.disconnected = True  # uvloop's transports raise what uvicorn does not expect
+        self.transport.abort()
+
     def _look_later(self, pause_s: float) -> None:
         self._looking = self.loop.call_later(pause_s, self._look)
 
@@ -293,6 +304,6 @@ class Connection(HttpToolsProtocol):
         poll = select.poll()
         poll.register(connection.fileno(), 0)
         if poll.poll(0):  # POLLHUP or POLLERR: the other side is closed both ways
-            self.transport.abort()
+            self._cut_off()
         else:
             self._look_later(GONE_S[1])

@@ -527,12 +527,57 @@ class Transport:
         return None
 
     def get_write_buffer_size(self):
+        if not self.unread_bytes:
+            raise RuntimeError("the handler is closed")
         return self.unread_bytes.pop(0) if len(self.unread_bytes) > 1 else self.unread_bytes[0]
+
+    def is_closing(self):
+        return self.is_aborted
 
     def abort(self):
         self.is_aborted = True
 
-    close = is_closing = abort
+    close = abort
+
+
+def test_an_answer_to_a_connection_that_was_cut_off_is_dropped(caplog):
+    async def main():
+        asked, told = asyncio.Event(), asyncio.Event()
+
+        async def app(scope, receive, send):
+            await asked.wait()
+            await send({"type": "http.response.start", "status": 200, "headers": []})
+            await send({"type": "http.response.body", "body": b""})
+            told.set()
+
+        room = Room(10, 1.0)
+        connection = web_server._Patient(web_server.config(app, room), ServerState(), {}, room.seat(""))
+        connection.connection_made(Transport(0))  # which cannot write, as uvloop's after that
+        connection.data_received(b"GET /v2 HTTP/1.1\r\nhost: x\r\n\r\n")
+        connection._cut_off()
+        asked.set()
+        await told.wait()
+        connection.send_400_response("the headers are too long")
+        connection.connection_lost(None)
+
+    asyncio.run(asyncio.wait_for(main(), 30))
+    assert not caplog.records
+
+
+def test_what_is_unread_of_a_connection_that_was_cut_off_is_nothing():
+    async def app(scope, receive, send):
+        """Is not asked."""
+
+    async def main():
+        room, transport = Room(10, 1.0), Transport(9000)
+        connection = web_server._Patient(web_server.config(app, room), ServerState(), {}, room.seat(""))
+        connection.connection_made(transport)
+        transport.unread_bytes = ()  # as uvloop has it
+        connection.pause_writing()
+        assert connection._unread is None
+        connection.connection_lost(None)
+
+    asyncio.run(asyncio.wait_for(main(), 30))
 
 
 @pytest.mark.parametrize("unread_bytes", [(9000,), (9000, 8000, 7000, 7000)])

@@ -4,6 +4,7 @@ import asyncio
 import json
 import logging
 import socket
+import ssl
 from itertools import pairwise
 from types import SimpleNamespace
 
@@ -11,7 +12,7 @@ import pytest
 from uvicorn.server import ServerState
 
 from corewise.batching import NotServed
-from corewise.serving import web_server
+from corewise.serving import connections, web_server
 from corewise.serving.app import ANSWER_COPIES, LARGE_ANSWER_BYTES, RequestLog
 from corewise.serving.connections import HEALTH_CONNECTIONS, Acceptor, Room
 from corewise.serving.connections import PER_ROUND as ROUND
@@ -212,6 +213,29 @@ def test_a_connection_without_a_seat_is_told_and_closed_before_anything_is_made_
         assert b"connection: close" in head
         assert b"too many connections" in body
         assert refused == [1]
+
+    asyncio.run(asyncio.wait_for(main(), 30))
+
+
+@pytest.mark.parametrize("is_full", [True, False])
+def test_tls_has_its_seat_before_the_handshake_which_must_not_take_long(is_full, monkeypatch):
+    monkeypatch.setattr(connections, "HANDSHAKE_S", 0.05)
+
+    async def main():
+        loop, refused, room = asyncio.get_running_loop(), [], Room(1, 1.0)
+        while is_full and room.seat("127.0.0.1") is not None:
+            pass
+        with socket.create_server(("127.0.0.1", 0)) as listening:
+            tls = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+            acceptor = Acceptor(listening, lambda seat: Counted(), room, on_refused=lambda: refused.append(1), tls=tls)
+            with socket.create_connection(listening.getsockname()) as client:
+                client.setblocking(False)
+                while not (refused if is_full else room._seats._total):
+                    await asyncio.sleep(0.001)
+                assert await loop.sock_recv(client, 4096) == b""
+            acceptor.close()
+            while not is_full and room._seats._total:
+                await asyncio.sleep(0.001)
 
     asyncio.run(asyncio.wait_for(main(), 30))
 

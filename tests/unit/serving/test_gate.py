@@ -14,7 +14,7 @@ from uvicorn.server import ServerState
 from corewise.batching import NotServed
 from corewise.serving import connections, web_server
 from corewise.serving.app import ANSWER_COPIES, LARGE_ANSWER_BYTES, RequestLog
-from corewise.serving.connections import HEALTH_CONNECTIONS, Acceptor, Room
+from corewise.serving.connections import HEALTH_CONNECTIONS, JOINED_BYTES, Acceptor, Room
 from corewise.serving.connections import PER_ROUND as ROUND
 from corewise.serving.front import Front
 from corewise.serving.gate import Gate, RequestIds
@@ -495,6 +495,41 @@ def test_a_call_over_grpc_is_refused_before_its_message_is_received():
         assert label in made.metrics.text().decode()
 
     crowded(test)
+
+
+@pytest.mark.parametrize(
+    ("method", "size", "more", "writes"),
+    [
+        ("GET", 5, "", 1),
+        ("GET", 0, "", 1),
+        ("GET", JOINED_BYTES + 1, "", 2),
+        ("GET", 5, "connection: close\r\n", 1),
+        ("HEAD", 5, "", 1),
+        ("POST", 5, "expect: 100-continue\r\ncontent-length: 1\r\n", 2),
+    ],
+)
+def test_an_answer_is_one_write(method, size, more, writes):
+    async def main():
+        told = asyncio.Event()
+
+        async def app(scope, receive, send):
+            if method == "POST":
+                asyncio.get_running_loop().call_soon(connection.data_received, b"x")
+                await receive()
+            await send({"type": "http.response.start", "status": 200, "headers": [(b"content-length", b"%d" % size)]})
+            await send({"type": "http.response.body", "body": b"x" * size})
+            told.set()
+
+        wire, room = Wire(), Room(10, 1.0)
+        connection = web_server._Patient(web_server.config(app, room), ServerState(), {}, room.seat(""))
+        connection.connection_made(wire)
+        connection.data_received(f"{method} /v2 HTTP/1.1\r\nhost: x\r\n{more}\r\n".encode())
+        await told.wait()
+        assert len(wire.written) == writes
+        assert b"".join(wire.written).endswith(b"\r\n\r\n" + (b"" if method == "HEAD" else b"x" * size))
+        connection.connection_lost(None)
+
+    asyncio.run(asyncio.wait_for(main(), 30))
 
 
 # --- answers that wait for their readers --------------------------------------------------------------------------

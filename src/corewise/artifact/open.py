@@ -217,7 +217,8 @@ def _open(artifact: Artifact, fit: tuned.Fit, cpu: Cpu, model: Any) -> Session:
     build, payload = artifact.manifest.build, artifact.folder / PAYLOAD
     check_trusted(artifact, build.engine)
     check_available(build.engine, f"opening {artifact.folder}")
-    with guard(ArtifactError, f"{artifact.folder} cannot be opened here", REBUILD):
+    fix = REBUILD if model is None else "give the model that it was made from"
+    with guard(ArtifactError, f"{artifact.folder} cannot be opened here", fix):
         if fit.elastic is None or fit.tuned is None:
             return open_plan(opener(artifact, model), payload, build, fit.plan, cpu)
         divided = tuned.partitions(fit.elastic, fit.tuned.measurements)
@@ -227,16 +228,24 @@ def _open(artifact: Artifact, fit: tuned.Fit, cpu: Cpu, model: Any) -> Session:
 def opener(artifact: Artifact, model: Any) -> Engine:
     """The artifact's engine; with ``model``, eager around that module with the artifact's weights.
 
-    Raises ``InputError`` if ``model`` is given and the artifact does not need it.
+    Raises ``InputError`` if ``model`` is given and the artifact does not need it, or it is no model.
     """
     if model is None:
         return engine(artifact.manifest.build.engine)
-    from corewise.engines.eager import WEIGHTS, Eager
-    from corewise.source import Flat
-
-    if f"{PAYLOAD}/{WEIGHTS}" not in artifact.manifest.files:
+    if not needs_model(artifact):
         raise InputError(f"{artifact.folder} does not need its model's code", "leave out model")
-    return Eager(Flat(model.eval(), artifact.input_structure))
+    from corewise.engines.eager import Eager
+    from corewise.source import Flat, as_module
+
+    module, _ = as_module(model)
+    return Eager(Flat(module, artifact.input_structure))
+
+
+def needs_model(artifact: Artifact) -> bool:
+    """Whether it holds the weights of a model that could not be exported, but not its code."""
+    from corewise.engines.eager import WEIGHTS
+
+    return f"{PAYLOAD}/{WEIGHTS}" in artifact.manifest.files
 
 
 def check_trusted(artifact: Artifact, name: str) -> None:

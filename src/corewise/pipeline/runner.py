@@ -1,7 +1,7 @@
 """Raw texts in, answers out, in the order of the input: tokenized, put into calls, and run on all instances."""
 
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -99,10 +99,11 @@ class TextRunner:
             items: As in ``answers``, as is ``prompt``.
 
         Raises:
-            InputError: An item has a problem, with its number.
+            InputError: An item has a problem, with its number; or there are no items in what was given.
         """
         if isinstance(items, str):
             return next(self._checked([items], prompt))
+        _check_kind(items)
         answers = self._checked(items, prompt)
         return answers if isinstance(items, Iterator) else stacked(answers)
 
@@ -154,6 +155,19 @@ class TextRunner:
             for place, answer in zip(call.places, decoded, strict=True):
                 window.answers[window.places[place]] = answer
         yield from window.answers
+
+
+def _check_kind(items: Any) -> None:
+    """Raise ``InputError`` for what has columns, whose iteration gives their names, and for what gives no items."""
+    given = f"predict was given {type(items).__name__}"
+    if isinstance(items, Mapping) and "input_ids" in items:
+        raise InputError(f"{given} with tokens", "call the model itself with tokens: model(**tokens)")
+    if isinstance(items, Mapping) or hasattr(items, "columns"):
+        raise InputError(f"{given}, which has columns", 'give one column as a list, such as list(table["text"])')
+    if isinstance(items, bytes) or not isinstance(items, Iterable):
+        raise InputError(
+            given, "give a text, or a list or an iterator of texts or of pairs; for files there is corewise.predict"
+        )
 
 
 def _windows(items: Iterable[Any]) -> Iterator[list[Any]]:

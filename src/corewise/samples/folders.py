@@ -5,7 +5,7 @@ import os
 from collections import Counter
 from collections.abc import Collection, Iterable, Iterator
 from glob import glob
-from math import isfinite
+from math import inf
 from pathlib import Path
 from typing import NamedTuple
 
@@ -245,7 +245,7 @@ def _labelled(folder: Path) -> _Listing:
     for line, row in enumerate(rows, start=2):
         cell = (row["label"] or "").strip()
         label = number_or_text(cell)
-        if isinstance(label, str) or not isfinite(label):
+        if isinstance(label, str) or not -inf < label < inf:
             raise SamplesError(f"{table} line {line}: the label {cell!r} is not a number", "number the classes from 0")
         path = row["file"] or ""
         if not (folder / path).is_file():

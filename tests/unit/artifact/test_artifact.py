@@ -6,12 +6,16 @@ import json
 import os
 import runpy
 import shutil
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from places import TESTS
+from torch import nn
 
 from corewise import artifact
 from corewise.artifact import (
@@ -29,12 +33,15 @@ from corewise.artifact import (
 )
 from corewise.artifact.format import _sqnr_db
 from corewise.artifact.open import load, verify
-from corewise.common.errors import ArtifactError, OutputError
+from corewise.artifact.under_load import loadtest
+from corewise.common.errors import ArtifactError, CorewiseError, EngineError, OutputError
 from corewise.common.nested import flatten
 from corewise.engines import BuildInputs, engine
+from corewise.engines.eager import Eager
 from corewise.machine.inspect import inspect_cpu
 from corewise.records.build import Build, Plan, TensorSpec
 from corewise.samples import from_python
+from corewise.source import Flat
 
 STORY = runpy.run_path(str(TESTS / "golden" / "make.py"))["REPORT"]
 CPU = inspect_cpu()
@@ -44,10 +51,11 @@ PLAN = Plan(threads_per_instance=1, batch=4)
 INPUTS = (TensorSpec(name="x", dtype="float32", shape=(None, 6)),)
 OUTPUTS = (TensorSpec(name="y", dtype="float32", shape=(None, 5)),)
 X = np.random.default_rng(0).standard_normal((4, 6)).astype(np.float32)
+REPORT_TEXT = "# modèle\n"
 
 
-def write(folder, *, build=BUILD, golden=None, reference=None, report=STORY, **changes):
-    """An artifact of the fake engine; ``golden`` replaces its golden outputs."""
+def write(folder, *, build=BUILD, golden=None, reference=None, report=STORY, maker=None, **changes):
+    """An artifact of the fake engine, or of ``maker``; ``golden`` replaces its golden outputs."""
     payload = folder.parent / f"{folder.name}.payload"
     payload.mkdir(exist_ok=True)
     material = BuildInputs(
@@ -59,9 +67,9 @@ def write(folder, *, build=BUILD, golden=None, reference=None, report=STORY, **c
         cpu=CPU,
         cache=folder.parent,
     )
-    fake = engine("fake")
-    fake.build(material, build, payload)
-    outputs = fake.open(payload, build, PLAN).run([X]) if golden is None else golden
+    maker = maker or engine("fake")
+    maker.build(material, build, payload)
+    outputs = maker.open(payload, build, PLAN).run([X]) if golden is None else golden
 
     def manifest(files):
         values = {
@@ -89,7 +97,7 @@ def write(folder, *, build=BUILD, golden=None, reference=None, report=STORY, **c
         reference=reference,
         golden=([X], outputs),
         report=report,
-        report_text="# report\n",
+        report_text=REPORT_TEXT,
         report_page="<!doctype html>\n",
     )
     shutil.rmtree(payload)
@@ -159,6 +167,8 @@ def test_an_output_that_exists_is_told(tmp_path, make):
         ("missing/m.cw", "there is no folder .*missing; create it"),
         ("file/m.cw", "there is no folder .*file"),
         ("n" * 300, "cannot be written: File name too long"),
+        ("n" * 250, "cannot be written: File name too long"),
+        ("n\udcff.cw", "has a name that is not UTF-8; give another place"),
     ],
 )
 def test_an_output_that_cannot_be_is_told(tmp_path, output, told):
@@ -171,6 +181,14 @@ def test_a_folder_that_cannot_be_written_is_told():
     # /proc takes no files, not even from root.
     with pytest.raises(OutputError, match=r"/proc/m\.cw cannot be written: .*; give another place"):
         check_output(Path("/proc/m.cw"))
+
+
+def test_it_is_written_whatever_encoding_files_have_here(tmp_path):
+    code = "import sys; from pathlib import Path; from test_artifact import write; write(Path(sys.argv[1]))"
+    environment = {**os.environ, "LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    environment["PYTHONPATH"] = os.pathsep.join([str(Path(__file__).parent), *sys.path])
+    subprocess.run([sys.executable, "-c", code, tmp_path / "m.cw"], check=True, env=environment)
+    assert (tmp_path / "m.cw" / artifact.REPORT_TEXT).read_text(encoding="utf-8") == REPORT_TEXT
 
 
 def test_nothing_is_left_where_writing_fails(tmp_path):
@@ -390,6 +408,25 @@ def test_outputs_of_another_shape_do_not_pass(tmp_path):
     session = engine("fake").open(made / PAYLOAD, BUILD, PLAN)
     with pytest.raises(ArtifactError, match="outputs of other shapes"):
         check_golden(found, session)
+
+
+def test_weights_without_code_need_the_model_itself(tmp_path):
+    net = nn.Linear(6, 5)
+    eager = Eager(Flat(net, flatten(((X,), {}))[1]))
+    folder = write(tmp_path / "m.cw", build=Build(engine="eager", precision="fp32"), maker=eager)
+    for model in (net, nn.DataParallel(net)):  # unwrapped as for optimize
+        with load(folder, model=model) as opened:
+            np.testing.assert_array_equal(opened(X)["scores"], net(torch.from_numpy(X)).detach().numpy())
+    for model, told in (
+        ("m.py:build", "the model is a str; give a torch.nn.Module"),
+        (nn.Linear(3, 3), "give the model that it was made from"),
+    ):
+        with pytest.raises(CorewiseError, match=told):
+            load(folder, model=model)
+    with pytest.raises(EngineError, match="give the module"):
+        load(folder)
+    with pytest.raises(ArtifactError, match="a load test needs a model that can be exported"):
+        loadtest(folder, clients=1)
 
 
 def test_an_artifact_never_imports_a_foreign_engine(tmp_path):

@@ -62,7 +62,7 @@ print(json.dumps({
 CALLS, PLAN = 2000, Plan(threads_per_instance=1)
 NODES = (1, 4, 16, 64, 256, 1000)
 PART_ROWS = (64, 256, 1024, 4096, 16384)
-PARTS_EACH = 6
+PARTS_EACH = 12
 """Parts that each simulated node gets."""
 SIZES = (1_000, 100_000, 1_000_000, 4_000_000)
 """Of calls that are measured, in bytes."""

@@ -17,7 +17,7 @@ from corewise.pipeline import TOP, ImageAsk
 from corewise.pipeline.job import Job, check_job, count_rows, run_job
 from corewise.pipeline.parts import Counts
 from corewise.records.bulk import BulkOutlook, BulkProgress, BulkResult, OnProgress
-from corewise.samples.archives import is_archive
+from corewise.samples.archives import is_archive, is_sliced
 from corewise.samples.folders import list_files, list_images
 from corewise.samples.places import Place, RemotePath, place_of
 from corewise.samples.tables import READERS
@@ -238,12 +238,15 @@ def _check_foreign(folder: Path, options: Mapping[str, object], kind: str) -> No
 
 
 def _check_spread(paths: Iterable[Place], draw: Path | None) -> None:
-    """Raise ``InputError`` for what is done in one process only: reading tar files, and drawing."""
+    """Raise ``InputError`` for what is done in one process only: reading compressed tar files, and drawing."""
     if draw is not None:
         raise InputError("--draw does not go with --ray", "leave out one of them")
     for path in paths:
-        if is_archive(path):
-            raise InputError(f"{path} is a tar file, which is not read on a cluster", "unpack it, or leave out --ray")
+        if is_archive(path) and not is_sliced(path):
+            raise InputError(
+                f"{path} is a compressed tar file, which nodes cannot read in parts",
+                "unzip it, or leave out --ray",
+            )
 
 
 def _check_drawings(draw: Path, places: Iterable[str | Path], paths: Iterable[Place]) -> None:

@@ -152,21 +152,22 @@ class Bulk:
         paths = list_images(places) if images else list_files(places, READERS, "files of texts")
         if not images:
             _check_apart(out, places, paths)
+        in_folder = ray is not None or isinstance(out, RemotePath) or not out.suffix
         if ray is not None:
-            out = out.absolute()
             _check_spread(paths, draw)
         if draw is not None:
             _check_drawings(draw, places, paths)
         job = Job(
-            inputs=tuple(path.absolute() for path in paths) if ray is not None else tuple(paths),
-            output=out,
+            # In a folder parts say the same, whether they were made here or by nodes.
+            inputs=tuple(path.absolute() if in_folder else path for path in paths),
+            output=out.absolute() if in_folder else out,
             columns=columns,
             prompt=prompt,
             artifact=identity(folder),
             ask=ask if images else None,
             drawings=draw,
-            preprocess=preprocess if ray is None else _seen_by_all(preprocess),
-            folder=ray is not None or isinstance(out, RemotePath) or not out.suffix,
+            preprocess=_seen_by_all(preprocess) if in_folder else preprocess,
+            folder=in_folder,
         )
         check_job(job)
         return cls(artifact=artifact, job=job, ray=ray)

@@ -127,11 +127,11 @@ def start_ray() -> None:
 
 def main(options: argparse.Namespace) -> None:
     """Let them take turns."""
-    import ray
-
     texts = [line for line in options.input.read_text().splitlines() if line.strip()]
     numbers = iter(range(10**6))
     start_ray()
+    import ray
+
     with tempfile.TemporaryDirectory(prefix="corewise-") as name, corewise.load(options.artifact) as model:
         alone = PlanAlone(runner_of(model, options.artifact), texts)
 

@@ -16,6 +16,7 @@ import heapq
 import json
 import os
 import secrets
+import socket
 import subprocess
 import sys
 import tempfile
@@ -61,7 +62,7 @@ print(json.dumps({
 CALLS, PLAN = 2000, Plan(threads_per_instance=1)
 NODES = (1, 4, 16, 64, 256, 1000)
 PART_ROWS = (64, 256, 1024, 4096, 16384)
-PARTS_EACH = 6
+PARTS_EACH = 12
 """Parts that each simulated node gets."""
 SIZES = (1_000, 100_000, 1_000_000, 4_000_000)
 """Of calls that are measured, in bytes."""
@@ -80,7 +81,8 @@ def cluster(nodes: int, log: Path) -> Iterator[tuple[str, list[int]]]:
     """So many Ray nodes of one CPU each, on CPUs of their own; the address, and the processes that bring them."""
     tokens = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32), "RAY_USAGE_STATS_ENABLED": "0"}
     os.environ |= tokens
-    port, ray = 17_000 + os.getpid() % 2000, str(Path(sys.executable).with_name("ray"))
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port, ray = free.getsockname()[1], str(Path(sys.executable).with_name("ray"))
     shared = ["--num-cpus=1", f"--object-store-memory={2**28}", "--disable-usage-stats", "--block"]
     started: list[subprocess.Popen[bytes]] = []
     try:
@@ -94,6 +96,8 @@ def cluster(nodes: int, log: Path) -> Iterator[tuple[str, list[int]]]:
             until = time.monotonic() + 90
             while log.read_text().count("Ray runtime started") <= number and time.monotonic() < until:
                 time.sleep(0.1)
+                if started[-1].poll() is not None:
+                    raise SystemExit(log.read_text())
         yield f"127.0.0.1:{port}", [process.pid for process in started]
     finally:
         family = [pid for process in started for pid in descendants(process.pid)]

@@ -141,6 +141,8 @@ class Driver:
         self._total, self._max_failed = total, max_failed
         self._retune_s, self._on_tuned, self._on_progress, self._clock = retune_s, on_tuned, on_progress, clock
         self._actors: dict[str, _Actor] = {}
+        self._ready: set[str] = set()
+        """The nodes of those that answer."""
         self._calls: dict[Any, _Call] = {}
         self._again: deque[Part] = deque()
         self._ended: dict[int, list[str]] = defaultdict(list)
@@ -205,10 +207,9 @@ class Driver:
 
     def _lost_part(self, actor: _Actor) -> Part | None:
         """A part that an actor took with it; on another node than that one, if there is one."""
-        ready = {other.node.id for other in self._actors.values() if other.ready}
         for part in self._again:
             ended = self._ended[part.number]
-            if actor.node.id not in ended or ready <= set(ended):
+            if actor.node.id not in ended or self._ready <= set(ended):
                 self._again.remove(part)
                 return part
         return None
@@ -274,6 +275,7 @@ class Driver:
                 for note in answer(tuple[str, ...], told, place):
                     self._note(f"{place}: {note}")
                 actor.ready, actor.moved_s = True, self._clock()
+                self._ready.add(actor.node.id)
                 self._tell()
         except CorewiseError as refusal:
             self._refuse(actor, refusal)
@@ -347,6 +349,7 @@ class Driver:
 
     def _remove(self, actor: _Actor) -> None:
         self._actors.pop(actor.node.id, None)
+        self._ready.discard(actor.node.id)
         self._calls = {ref: call for ref, call in self._calls.items() if call.actor is not actor}
 
     def _check_started(self) -> None:
@@ -370,13 +373,12 @@ class Driver:
             self._notes.append(note)
 
     def _tell(self) -> None:
-        ready = sum(actor.ready for actor in self._actors.values())
         self._on_progress(
             BulkProgress(
                 rows=self.done.rows,
                 total=max(self._total, self.done.rows),
                 failed=self.done.failed,
-                actors=ready,
+                actors=len(self._ready),
                 lost=self._lost,
             )
         )

@@ -41,6 +41,7 @@ class ReasonKind(StrEnum):
     BUDGET_SPENT_DURING = "budget spent during"
     BUDGET_TOO_SHORT = "budget too short"
     BUDGET_BETTER_SPENT = "budget better spent"
+    OVER_BUDGET = "over budget"
     STEP_FAILED = "step failed"
     HUNG = "hung"
     KILLED = "killed"

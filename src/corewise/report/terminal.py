@@ -261,6 +261,8 @@ def _results(report: Report) -> Iterator[tuple[str, str]]:
     yield from ((heading, facts[heading]) for heading in _accuracy_facts(report) if heading in facts)
     if (preprocess := report.samples.preprocess) and preprocess.origin:
         yield "images", facts["images"]
+    if why := words.over_budget(report):
+        yield "time", why
 
 
 def _accuracy_facts(report: Report) -> tuple[str, ...]:

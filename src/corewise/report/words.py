@@ -426,6 +426,11 @@ def _goal(report: Report) -> str:
     return f"{text}, also on samples unlike those that calibrated" if requirements.robust else text
 
 
+def over_budget(report: Report) -> str:
+    """Why the search took longer than its budget; empty if it did not."""
+    return next((said(note) for note in report.notes if note.kind == ReasonKind.OVER_BUDGET), "")
+
+
 def _cost(report: Report) -> str:
     winner = report.winner
     return (

@@ -68,11 +68,11 @@ class Target:
         except OSError:
             self.note("closed")
 
-    def call(self, body: bytes, method: str = RPC) -> None:
+    def call(self, body: bytes, method: str = RPC, packing: grpc.Compression | None = None) -> None:
         """A call over gRPC; its code is noted."""
         with grpc.insecure_channel(self.grpc, [("grpc.max_send_message_length", -1)]) as channel:
             try:
-                channel.unary_unary(method)(body, timeout=ANSWER_S)
+                channel.unary_unary(method)(body, timeout=ANSWER_S, compression=packing)
                 self.note("OK")
             except grpc.RpcError as error:
                 self.note(error.code().name)
@@ -179,6 +179,33 @@ def large_messages(target: Target) -> None:
     at_once(lambda: target.call(small), 48)
     for name in (f"/{oip.SERVICE}/ServerLive", "/grpc.health.v1.Health/Check", f"/{oip.SERVICE}/ModelConfig"):
         at_once(lambda name=name: target.call(bytes(7 * MIB), name), 8)
+
+
+def packed_messages(target: Target) -> None:
+    """Messages over gRPC of 200 KB that unpack to 200 MiB."""
+    body = _request("input", [50 * MIB, 1], "FP32", bytes(200 * MIB))
+    for packing in (grpc.Compression.Gzip, grpc.Compression.Deflate):
+        at_once(lambda packing=packing: target.call(body, packing=packing), 6, 6)
+
+
+def much_metadata(target: Target) -> None:
+    """A thousand calls over gRPC with 1,500 tiny headers each, which never send their message."""
+    release = threading.Event()
+    metadata = [(f"x{k:x}", "y") for k in range(1500)]
+
+    def nothing() -> Iterable[bytes]:
+        release.wait(20)
+        return iter(())
+
+    channels = [grpc.insecure_channel(target.grpc, [("grpc.use_local_subchannel_pool", 1)]) for _ in range(4)]
+    for channel in channels:
+        for _ in range(250):
+            call = channel.stream_unary(RPC).future(_lazy(nothing), metadata=metadata)
+            call.add_done_callback(lambda done: target.note(done.code().name))
+    time.sleep(4)
+    release.set()
+    for channel in channels:
+        channel.close()
 
 
 def tiny_messages(target: Target) -> None:
@@ -357,6 +384,8 @@ ALONE: tuple[Callable[[Target], None], ...] = (
     photos_of_one_colour,
     long_texts,
     large_messages,
+    packed_messages,
+    much_metadata,
     tiny_messages,
     idle_calls,
     streams_of_large_messages,

@@ -6,7 +6,8 @@ Each KIND=ARTIFACT is served in turn. ``tensors`` sends one golden row a request
 ``--sides`` to .../classify, ``texts`` one sentence. The capacity is what a closed loop of ``--clients`` is answered per
 second, before and after each load. The loads are requests at random times (a Poisson process) at each of
 ``--multiples`` of it, with a deadline of ``--deadline-ms``, from this process; another process asks for the server's
-health every 20 ms, and for an answer every 100 ms, until 5 s after the load. The cores are shared by all.
+health every 20 ms, and for an answer every 100 ms, until 5 s after the load. The cores are shared by all: "cores used"
+says how many of them each took during the load.
 Writes overload.json: goodput is answers in time, and "recovered" the time from the load's end until all answers are.
 """
 
@@ -26,7 +27,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from bench.harness import ROOT, machine_facts, say, write_results
+from bench.harness import ROOT, add_results, say
 from bench.servers import Server, descendants, golden_rows
 from bench.wire import MODEL, Load, Read, Wire, from_raw, infer, post, request
 from corewise import artifact
@@ -163,13 +164,15 @@ def _shaped(keep: Read) -> Read:
     return read
 
 
-def cpu_s(pid: int) -> float:
-    """User and system time of a process and its children that are alive."""
-    total = 0
-    for each in descendants(pid):
-        fields = Path(f"/proc/{each}/stat").read_text().rsplit(")", 1)[1].split()
-        total += int(fields[11]) + int(fields[12])
-    return total / os.sysconf("SC_CLK_TCK")
+def cpu_s(server: int) -> dict[str, float]:
+    """User and system time of this process, of the server, and of its engine processes."""
+
+    def seconds(pid: int) -> float:
+        fields = Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()
+        return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+    _, *engines = descendants(server)
+    return {"client": time.process_time(), "server": seconds(server), "engine": sum(map(seconds, engines))}
 
 
 def probed(port: int, infer_request: bytes, seconds: float) -> "subprocess.Popen[bytes]":
@@ -202,7 +205,7 @@ def overload(server: Server, wire: Wire, one: bytes, rate_per_s: float, options:
     prober = probed(server.port, one, options.seconds + AFTER_S)
     before_s, start_s = cpu_s(server.process.pid), time.monotonic()
     load: Load = wire.open(rate_per_s, options.seconds)
-    used_s = cpu_s(server.process.pid) - before_s
+    used_s = {name: after_s - before_s[name] for name, after_s in cpu_s(server.process.pid).items()}
     out, _ = prober.communicate()
     probes = json.loads(out)
     health_ms = [ms for when, kind, _, ms in probes if kind == "health" and start_s <= when < start_s + options.seconds]
@@ -214,7 +217,7 @@ def overload(server: Server, wire: Wire, one: bytes, rate_per_s: float, options:
         "health_p99_ms": quantile(health_ms, 0.99) if health_ms else None,
         "health_failed": sum(status != 200 for _, kind, status, _ in probes if kind == "health"),
         "recovered_s": recovered_s(probes, start_s + options.seconds, options.deadline_ms),
-        "server_cpu_us_per_request": used_s / max(1, load.offered) * 1e6,
+        "cores_used": {name: seconds / load.seconds for name, seconds in used_s.items()},
     }
 
 
@@ -258,7 +261,7 @@ def _line(load: dict[str, Any]) -> str:
         f"refused {load['refused']} (p99 {ms(load['refusal_p99_ms'])}), dropped {load['dropped']}, "
         f"failed {load['failed']}, wrong {load['wrong']}; health p99 {ms(load['health_p99_ms'])}; "
         f"recovered {'not' if recovered is None else f'in {recovered:.1f} s'}; "
-        f"{load['server_cpu_us_per_request']:.0f} us of CPU a request"
+        f"cores used: {', '.join(f'{name} {used:.2f}' for name, used in load['cores_used'].items())}"
     )
 
 
@@ -274,12 +277,10 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 def main(options: argparse.Namespace) -> None:
     """Load each."""
-    path, results = options.results / "overload.json", {}
     for told in options.served:
         kind, _, folder = told.partition("=")
         if kind not in ("tensors", "images", "texts") or not Path(folder).is_dir():
             sys.exit(f"{told!r} is not tensors=ARTIFACT, images=ARTIFACT or texts=ARTIFACT")
         for scenario in scenarios(kind, Path(folder), options.sides):
             say(scenario.name)
-            results[scenario.name] = measure(scenario, options)
-            write_results(path, {**machine_facts(), "scenarios": results})
+            add_results(options.results / "overload.json", scenario.name, measure(scenario, options))

@@ -1,10 +1,11 @@
 """Kills of the driver, the actor and the node of a bulk job on Ray, and what the same command makes of it.
 
-    python -m bench ray_kills ARTIFACT INPUT [--runs 20]
+    python -m bench ray_kills ARTIFACT INPUT [--runs 20] [--first 0]
 
-Each run starts the job from the beginning on its own Ray (``--ray local``), kills one of its processes at a random
-moment (SIGKILL), and gives the same command until it succeeds. Then each row of the inputs must be there once, with the
-answer of one process without Ray. Writes ray_kills_NAME.json.
+Each run starts the job from the beginning on its own Ray (``--ray local``). At a random moment it kills one of the
+job's processes (SIGKILL), or fills the output's disk, a small one of its own, which only root can make. Then it gives
+the same command until it succeeds. Each row of the inputs must be there once, with the answer of one process without
+Ray. Writes ray_kills_NAME.json; runs of other numbers stay in it, so that they can be made in pieces.
 """
 
 import argparse
@@ -15,7 +16,8 @@ import subprocess
 import sys
 import tempfile
 import time
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
@@ -23,12 +25,13 @@ import numpy as np
 import pyarrow.dataset as datasets
 from pyarrow import parquet
 
-from bench.harness import machine_facts, say, write_results
+from bench.harness import machine_facts, read_results, say, write_results
 from bench.servers import descendants
 from corewise import artifact
 
 KINDS = {"driver": b"corewise.cli", "actor": b"ray::Answerer", "raylet": b"/raylet/raylet"}
 """What is killed, and what its command line has."""
+DISK, DISK_BYTES = "disk", 2**27
 BEGIN_S, MOST_TRIES, END_S = 300.0, 5, 30.0
 TOLERANCE = 1e-4
 
@@ -38,6 +41,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("artifact", type=Path, metavar="ARTIFACT", help="an artifact that makes vectors of texts")
     parser.add_argument("input", type=Path, metavar="INPUT", help="a file of texts")
     parser.add_argument("--runs", type=int, default=20)
+    parser.add_argument("--first", type=int, default=0, help="the number of the first run")
     parser.add_argument("--longest", type=float, default=5.0, help="the longest pause before a kill, in seconds")
     parser.add_argument("--seed", type=int, default=0)
 
@@ -60,19 +64,45 @@ def of_kind(pids: list[int], sign: bytes) -> list[int]:
 
 def strike(command: list[str], output: Path, kind: str, pause_s: float) -> dict[str, Any]:
     """Start the job, wait for its first part and a while longer, and kill one of its processes."""
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
     until = time.monotonic() + BEGIN_S
     while not list(output.glob("_part-*.done")) and process.poll() is None and time.monotonic() < until:
         time.sleep(0.01)
     time.sleep(pause_s)
     family = descendants(process.pid)
-    victims = of_kind(family, KINDS[kind])[:1]
-    for pid in victims:
-        os.kill(pid, signal.SIGKILL)
+    filler = output.with_name("filler")
+    if kind == DISK:
+        victims = fill(filler)
+    else:
+        victims = of_kind(family, KINDS[kind])[:1]
+        for pid in victims:
+            os.kill(pid, signal.SIGKILL)
     done = len(list(output.glob("_part-*.done")))
-    returned = process.wait(BEGIN_S)
+    _, wrong = process.communicate(timeout=BEGIN_S)
     end(family[1:])
-    return {"kind": kind, "pause_s": pause_s, "killed": len(victims), "parts_done": done, "returned": returned}
+    filler.unlink(missing_ok=True)
+    last = [line for line in wrong.splitlines() if line.startswith("corewise:")][-1:]
+    return {"kind": kind, "pause_s": pause_s, "killed": len(victims), "parts_done": done,
+            "returned": process.returncode, "said": last}  # fmt: skip
+
+
+def fill(path: Path) -> list[int]:
+    """Leave nothing free on the disk of a file."""
+    with path.open("wb") as file, suppress(OSError):
+        while True:
+            os.write(file.fileno(), bytes(2**16))
+    return [path.stat().st_size]
+
+
+@contextmanager
+def small_disk(folder: Path) -> Iterator[None]:
+    """A disk of its own for a folder."""
+    folder.mkdir()
+    subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={DISK_BYTES}", "tmpfs", str(folder)], check=True)
+    try:
+        yield
+    finally:
+        subprocess.run(["umount", str(folder)], check=True)
 
 
 def end(pids: list[int]) -> None:
@@ -104,25 +134,31 @@ def compare(output: Path, rows: np.ndarray, vectors: np.ndarray) -> dict[str, An
 def main(options: argparse.Namespace) -> None:
     """Kill something in each run."""
     sound = artifact.read(options.artifact)
-    pauses, runs = random.Random(options.seed), []
+    path = options.results / f"ray_kills_{options.artifact.name.removesuffix('.cw')}.json"
+    runs = {run["number"]: run for run in read_results(path).get("runs", ())}
+    kinds = [*KINDS, DISK]
     with tempfile.TemporaryDirectory(prefix="corewise-") as name:
         alone = Path(name) / "alone.parquet"
-        subprocess.run(job(options, alone), check=True, stdout=subprocess.DEVNULL)
+        subprocess.run(job(options, alone), check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         table = parquet.read_table(alone)
         rows, vectors = table.column("row").to_numpy(), np.stack(table.column("vector").to_numpy())
-        for number in range(options.runs):
-            output, kind = Path(name) / f"run-{number}", list(KINDS)[number % len(KINDS)]
-            command = job(options, output, "--ray", "local", "--retune", "0")
-            run = strike(command, output, kind, pauses.uniform(0, options.longest))
-            tries = 0
-            while tries < MOST_TRIES and subprocess.run(command, capture_output=True).returncode:
-                tries += 1
-            run |= {"tries": tries + 1, **compare(output, rows, vectors)}
+        for number in range(options.first, options.first + options.runs):
+            place, kind = Path(name) / f"disk-{number}", kinds[number % len(kinds)]
+            with small_disk(place) if kind == DISK else nullcontext():
+                place.mkdir(exist_ok=True)
+                output = place / "out"
+                command = job(options, output, "--ray", "local", "--retune", "0")
+                pause_s = random.Random(options.seed + number).uniform(0, options.longest)
+                run = {"number": number, **strike(command, output, kind, pause_s)}
+                tries = 0
+                while tries < MOST_TRIES and subprocess.run(command, capture_output=True).returncode:
+                    tries += 1
+                run |= {"tries": tries + 1, **compare(output, rows, vectors)}
             run["sound"] = not (run["missing"] or run["twice"] or run["foreign"]) and (
                 run["largest_difference"] <= TOLERANCE
             )
-            runs.append(run)
+            runs[number] = run
             say(str(run))
-    path = options.results / f"ray_kills_{options.artifact.name.removesuffix('.cw')}.json"
-    facts = {"artifact": sound.manifest.model, "rows": len(rows), "sound": all(run["sound"] for run in runs)}
-    write_results(path, {**facts, "runs": runs, **machine_facts()})
+            facts = {"artifact": sound.manifest.model, "rows": len(rows)}
+            facts["sound"] = all(run["sound"] for run in runs.values())
+            write_results(path, {**facts, "runs": [runs[key] for key in sorted(runs)], **machine_facts()})

@@ -59,8 +59,9 @@ def prepare(model: Path, folder: Path, texts: Path) -> None:
             exported = SentenceTransformer(str(folder), backend=backend, device="cpu", model_kwargs={"export": True})
             exported.save_pretrained(str(folder))
     if not (folder / str(BACKENDS["onnx int8"][1])).exists():
+        vnni = "avx512_vnni" in Path("/proc/cpuinfo").read_text()
         export_dynamic_quantized_onnx_model(
-            sentence_transformer("onnx", folder), "avx2", str(folder), file_suffix="int8"
+            sentence_transformer("onnx", folder), "avx512_vnni" if vnni else "avx2", str(folder), file_suffix="int8"
         )
     if not (folder / str(BACKENDS["openvino int8"][1])).exists():
         data = folder / "calibration"

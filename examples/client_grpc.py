@@ -1,4 +1,6 @@
-"""Call a server over gRPC with Triton's client, unchanged: ``pip install tritonclient[grpc]``.
+"""Call a server over gRPC with Triton's client, unchanged.
+
+Needs ``pip install 'tritonclient[grpc]'``, in another environment than the server's: it takes an older protobuf.
 
 python examples/client_grpc.py 127.0.0.1:8001 digits
 """

@@ -6,6 +6,7 @@ import re
 import signal
 import socket
 import threading
+import time
 
 import grpc
 import httpx
@@ -137,6 +138,36 @@ def test_http_1_0_keeps_a_connection_if_it_asks_for_it(server):
     received, is_closed = talk(server, asked + f"GET {LIVE} HTTP/1.0\r\n\r\n".encode())
     assert received.count(b" 200 OK") == 2
     assert received.lower().count(b"connection: keep-alive") == 1
+    assert is_closed
+
+
+def test_an_old_request_in_chunks_ends_its_connection(server):
+    """Old proxies do not know chunks: to them the body may end elsewhere."""
+    asked = f"GET {LIVE} HTTP/1.0\r\nconnection: keep-alive\r\ntransfer-encoding: chunked\r\n\r\n0\r\n\r\n"
+    received, is_closed = talk(server, asked.encode() * 2)
+    assert received.count(b" 200 OK") == 1
+    assert is_closed
+
+
+def test_a_request_that_offers_an_upgrade_is_answered_with_its_body_as_any_other(server):
+    """As Java's client does; dropped, the body would be read as another request."""
+    offer = "connection: upgrade, http2-settings\r\nupgrade: h2c\r\nhttp2-settings: AAMAAABkAAQAAP__\r\n"
+    asked, live = post(ROW.tobytes(), more=offer), f"GET {LIVE} HTTP/1.1\r\nhost: x\r\n{offer}\r\n".encode()
+    closing = f"GET {LIVE} HTTP/1.1\r\nhost: x\r\nconnection: close\r\n\r\n".encode()
+    received, is_closed = talk(server, asked + live + asked + closing)
+    assert received.count(b"HTTP/1.1 200 OK\r\n") == 4
+    assert received.count(b"application/octet-stream") == 2
+    assert is_closed
+    smuggled = b"GET /v2 HTTP/1.1\r\n\r\n"
+    with socket.create_connection(("127.0.0.1", server.ports["http"]), 60) as connection:
+        connection.sendall(post(smuggled, more=offer).removesuffix(smuggled))
+        time.sleep(0.1)
+        connection.sendall(smuggled + closing)
+        received = b"".join(iter(lambda: connection.recv(65536), b""))
+    assert received.count(b"HTTP/1.1 ") == 2
+    assert b" 400 " in received.partition(b"\r\n")[0]
+    refused, is_closed = talk(server, b"CONNECT a:1 HTTP/1.1\r\nhost: a\r\n\r\n" + closing)
+    assert refused.startswith(b"HTTP/1.1 400")
     assert is_closed
 
 

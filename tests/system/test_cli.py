@@ -213,6 +213,7 @@ REFUSED = {
     "factory of nothing": ({"model": "models.py:nothing"}, "models.py:nothing returned None, not a torch.nn.Module"),
     "NaN outputs": ({"model": "models.py:nan"}, "has NaN"),
     "no samples": ({"samples": "none.npz"}, "there is no file none.npz; check the path"),
+    "name too long": ({"samples": "n" * 300}, "File name too long; check the path"),
     "text": ({"samples": "text.npz"}, "text.npz cannot be read"),
     "wrong shape": ({"samples": "shape.npz"}, "the model does not take the samples, in a batch"),
     "wrong dtype": ({"samples": "dtype.npz"}, "the model does not take the samples, in a batch"),
@@ -397,6 +398,18 @@ def test_ctrl_c_keeps_what_was_done_and_the_same_command_resumes(place):
     assert len(states) == 3
     assert set(states) <= {"ok", "pruned", "rejected"}
     assert not (place / "stepwise.cw.work").exists()
+
+
+def test_sigterm_leaves_nothing_behind(tmp_path):
+    wanted = ("loadtest", GOLDEN / "schema-2", "--clients", "1", "--duration", "60s")
+    environment = {**os.environ, "TMPDIR": str(tmp_path)}
+    with subprocess.Popen(command(*wanted, quick=False), env=environment, stderr=subprocess.PIPE, text=True) as process:
+        wait_for(lambda: list(tmp_path.glob("*/log")))
+        process.terminate()
+        _, errors = process.communicate(timeout=60)
+    assert process.returncode == 143
+    assert "Traceback" not in errors
+    assert not os.listdir(tmp_path)
 
 
 def wait_for(condition):

@@ -18,7 +18,7 @@ import pyarrow.dataset
 import pytest
 from command_line import command
 from serving_tools import write_bulk_job
-from waiting import free_port
+from waiting import eventually, free_port
 
 import corewise
 from bench.servers import descendants
@@ -26,6 +26,7 @@ from bench.servers import descendants
 pytest.importorskip("ray")
 
 ROWS = 12_000
+RAY = Path(sys.executable).with_name("ray")
 TOKENS = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32), "RAY_USAGE_STATS_ENABLED": "0"}
 pytestmark = pytest.mark.alone
 
@@ -64,11 +65,10 @@ class Cluster(NamedTuple):
 def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
     """A Ray that wants a token."""
     port = free_port()
-    ray = Path(sys.executable).with_name("ray")
     options = ["--num-cpus=2", "--include-dashboard=false", f"--object-store-memory={2**27}", "--disable-usage-stats"]
     log = (tmp_path_factory.mktemp("ray") / "log").open("w+")
     head = subprocess.Popen(
-        [ray, "start", "--head", "--block", "--node-ip-address=127.0.0.1", f"--port={port}", *options],
+        [RAY, "start", "--head", "--block", "--node-ip-address=127.0.0.1", f"--port={port}", *options],
         env={**os.environ, **TOKENS},
         stdout=log,
         stderr=subprocess.STDOUT,
@@ -148,6 +148,45 @@ def test_a_cluster_is_not_used_without_its_token(folder: Path, cluster: Cluster)
     assert "token" in line
 
 
+@pytest.mark.slow
+def test_each_kind_of_node_runs_its_own_plan(folder: Path, tmp_path: Path, cluster: Cluster) -> None:
+    """Beside the cluster's node of two CPUs one of one CPU, and one that is told that it is older."""
+    write_bulk_job(tmp_path, 30 * 1024)
+    corewise.predict(tmp_path / "words.cw", tmp_path / "texts.txt", tmp_path / "alone.npy")
+    more = []
+    try:
+        for core, resources in ((0, "{}"), (1, '{"old": 1}')):
+            typed = ["taskset", "-c", str(core), str(RAY), "start", f"--address={cluster.address}", "--num-cpus=1",
+                     f"--resources={resources}", f"--object-store-memory={2**27}", "--block"]  # fmt: skip
+            with (tmp_path / f"log-{core}").open("w") as log:
+                more.append(subprocess.Popen(typed, env={**os.environ, **TOKENS}, stdout=log, stderr=log))
+        for core in (0, 1):
+            assert eventually(lambda core=core: "runtime started" in (tmp_path / f"log-{core}").read_text(), 120)
+        script = Path(__file__).with_name("told_machines.py")
+        typed = [sys.executable, str(script), cluster.address, "words.cw", "texts.txt", "out"]
+        done = subprocess.run(
+            typed, cwd=tmp_path, env={**os.environ, **TOKENS}, capture_output=True, text=True, timeout=240
+        )
+        assert done.returncode == 0, done.stderr
+    finally:
+        for process in more:
+            process.terminate()
+            process.wait(60)
+    nodes = json.loads(done.stdout.splitlines()[-1])["nodes"]
+    assert len({node["pid"] for node in nodes}) == 3
+    assert all(node["rows"] for node in nodes)
+    machines = {(node["machine"]["model"] == "an older CPU", node["machine"]["hardware_threads"]) for node in nodes}
+    assert machines == {(False, 2), (False, 1), (True, 1)}
+    sources = sorted(node["source"] for node in nodes)
+    assert sources == ["made here", "tuned now", "tuned now"]
+    threads = {node["plan"]["threads_per_instance"] * node["plan"]["instances"] for node in nodes}
+    assert max(threads) <= 2
+    table = pyarrow.dataset.dataset(tmp_path / "out").to_table()
+    rows, alone = table.column("row").to_numpy(), np.load(tmp_path / "alone.npy")
+    assert sorted(rows) == [row for row in range(30 * 1024) if row != 7]
+    np.testing.assert_allclose(np.stack(table.column("vector").to_numpy()), alone[rows], atol=1e-5)
+
+
 @pytest.mark.parametrize(
     ("inputs", "output", "options", "what"),
     [
@@ -156,7 +195,7 @@ def test_a_cluster_is_not_used_without_its_token(folder: Path, cluster: Cluster)
         ("empty.txt", "a", {"ray": "local"}, "there are no rows in .*empty.txt; give at least one"),
         ("table.csv", "a", {"ray": "local", "text": "bodi"}, "has no column 'bodi'; it has body; did you mean 'body'"),
         ("texts.txt", "other", {"ray": "local"}, "other has files of something else; give another name"),
-        ("texts.txt", "a.npy", {"ray": "local"}, "a.npy is the name of a file; with --ray give a folder"),
+        ("texts.txt", "a.npy", {"ray": "local"}, "a.npy is the name of a file; give a folder for Parquet files"),
     ],
 )
 def test_what_is_wrong_is_said_before_a_cluster_starts(

@@ -171,6 +171,14 @@ def test_broken_protobuf_is_the_clients_error_and_not_logged(server):
     assert not any("Traceback" in line or "Error" in line for line in server.logged[logged:])
 
 
+def test_metadata_beyond_its_limit_is_refused_and_not_logged(server):
+    metadata = [(f"x{k:x}", "y") for k in range(500)]
+    assert call(server, b"", metadata=metadata)[0] == "RESOURCE_EXHAUSTED"
+    assert call(server, b"", metadata=metadata[:300])[0] == "NOT_FOUND"
+    time.sleep(0.1)
+    assert not any("hpack" in line for line in server.logged)
+
+
 def test_large_messages_of_grpc_at_once_are_refused_and_others_are_answered(server):
     body = request("toy", "input", [4 * MIB, 3, 1, 1], "FP32", bytes(48 * MIB))
     with Watch(server), concurrent.futures.ThreadPoolExecutor(6) as pool:

@@ -8,6 +8,7 @@ import shutil
 import subprocess
 
 import grpc
+import httpx
 import numpy as np
 import pytest
 import tritonclient.grpc as triton_grpc
@@ -254,6 +255,14 @@ def test_models_are_unloaded_and_loaded_at_the_admin_ports(server):
         admin.load_model("toy")
         with pytest.raises(triton_grpc.InferenceServerException, match="NOT_FOUND"):
             admin.load_model("none")
+    assert server.get("/v2/models/toy/ready").json()["ready"] is True
+
+
+def test_pages_cannot_use_the_admin_port(server):
+    """A browser on the operator's machine reaches loopback, and sends simple requests for any page."""
+    for origin in ("https://example.org", "null", server.admin):
+        refused = httpx.post(f"{server.admin}/v2/repository/models/toy/unload", headers={"origin": origin})
+        assert refused.status_code == 403
     assert server.get("/v2/models/toy/ready").json()["ready"] is True
 
 

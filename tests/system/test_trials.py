@@ -6,6 +6,7 @@ import sys
 import time
 from contextlib import suppress
 from dataclasses import replace
+from math import inf
 from pathlib import Path
 
 import numpy as np
@@ -239,7 +240,7 @@ def test_an_interrupt_leaves_no_child(context):
 
 
 def test_a_worker_that_is_gone_says_so_each_time(tmp_path):
-    with Worker(cpu=inspect_cpu(), log=tmp_path / "log", timeout_s=60) as worker:
+    with Worker(cpu=inspect_cpu(), log=tmp_path / "log", timeout_s=inf) as worker:
         with pytest.raises(CorewiseError, match="has no open session"):
             worker.run_round(0.1)
         worker._process.kill()

@@ -15,7 +15,7 @@ PLAN = Plan(threads_per_instance=1, batch=4)
 
 def fill(folder, samples):
     """Write what trial processes read."""
-    workspace = Workspace.create(folder)
+    workspace = Workspace.create(str(folder))
     samples.save(workspace.holdout)
     workspace.write_build_inputs(
         BuildInputs(

@@ -4,6 +4,7 @@ import ast
 import io
 import json
 import os
+import socket
 from collections.abc import Iterator
 from functools import partial
 from importlib import import_module
@@ -17,7 +18,7 @@ from sklearn.metrics import ndcg_score
 from torch import nn
 
 import bench
-from bench import __main__, architectures, breadth, harness, overload, subjects, text, wire
+from bench import __main__, architectures, breadth, harness, overload, subjects, text, wire, wire_grpc
 
 MODULES = sorted(path for path in Path(bench.__file__).parent.glob("*.py"))
 
@@ -183,3 +184,26 @@ def test_pictures_of_the_overload_are_jpegs_of_their_size() -> None:
     for side, data in pictures.items():
         assert Image.open(io.BytesIO(data)).size == (side, side * 3 // 4)
     assert len(pictures[256]) > 2 * len(pictures[64])
+
+
+def test_a_grpc_call_is_frames_and_ends_with_its_trailers() -> None:
+    frame = wire_grpc.frame
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+        connection = wire_grpc.GrpcConnection(listening.getsockname()[1])
+        server, _ = listening.accept()
+        with server, connection.socket:
+            server.settimeout(30)
+            assert server.recv(1000).startswith(wire_grpc.PREFACE)
+            connection.begin(b"asked")
+            assert bytes(connection.out).endswith(frame(wire_grpc.DATA, 1, 1, b"\0\0\0\0\5asked"))
+            connection.received = frame(wire_grpc.PING, 0, 0, b"12345678") + frame(wire_grpc.HEADERS, 4, 1, b"\x88")
+            assert connection.answer() is None
+            assert server.recv(1000) == frame(wire_grpc.PING, wire_grpc.ACK, 0, b"12345678")
+            answer = frame(wire_grpc.DATA, 0, 1, b"\0\0\0\0\6answer") + frame(wire_grpc.HEADERS, 5, 1, b"trailers")
+            connection.received += answer[:20]
+            assert connection.answer() is None
+            connection.received += answer[20:]
+            assert connection.answer() == (200, b"answer")
+            connection.begin(b"again")
+            connection.received += frame(wire_grpc.HEADERS, 5, 3, b"an error")
+            assert connection.answer() == (0, b"")

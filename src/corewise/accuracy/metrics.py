@@ -104,6 +104,7 @@ def default(outputs: Any, labels: Array | None) -> Metric:
 
     With labels, the one that fits them: classes ``top1``, several classes for a sample ``f1``, maps of classes
     ``miou``, targets of a detector ``map``, one number for each sample ``pearson`` or, where it is 0 or 1, ``auc``.
+    For embeddings of norm 1 there is none: what their labels mean, only the user knows.
     Without, class scores ``agreement``, embeddings of norm 1 ``cosine``, all else ``concordance``.
 
     Raises ``SamplesError`` where no metric fits the labels: they are never left unused.
@@ -148,6 +149,8 @@ def _fitting_labels(outputs: Any, labels: Array) -> str:
     if labels.dtype == object and all(isinstance(label, Mapping) for label in labels):
         if decoder(outputs) is not None and all("boxes" in label for label in labels):
             return "map"
+        raise _unfit(scores, labels, outputs)
+    if is_embeddings(scores):  # their largest number is no class
         raise _unfit(scores, labels, outputs)
     if is_class_scores(scores):
         if labels.shape == scores.shape and is_multi_hot(labels) and (labels.sum(axis=1) != 1).any():

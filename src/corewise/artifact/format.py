@@ -172,7 +172,7 @@ def write(
     """
     check_output(folder)
     try:
-        with tempfile.TemporaryDirectory(prefix=f".{folder.name}.", dir=folder.parent) as name:
+        with _beside(folder) as name:
             made = Path(name) / folder.name
             made.mkdir()
             shutil.copytree(payload, made / PAYLOAD)
@@ -183,7 +183,7 @@ def write(
                 (made / TOKENIZER).write_bytes(tokenizer if isinstance(tokenizer, bytes) else tokenizer.read_bytes())
             _write_golden(made / GOLDEN, *golden)
             (made / REPORT).write_text(json.dumps(to_json(report), indent=1))
-            (made / REPORT_TEXT).write_text(report_text)
+            (made / REPORT_TEXT).write_text(report_text, encoding="utf-8")
             (made / REPORT_PAGE).write_text(report_page, encoding="utf-8")
             files = {
                 path.relative_to(made).as_posix(): FileFacts(sha256=_sha256(path), size_bytes=path.stat().st_size)
@@ -212,10 +212,18 @@ def check_output(folder: Path) -> None:
             raise OutputError(f"{folder} exists already", "remove it or give another name with -o")
         if not folder.parent.is_dir():
             raise OutputError(f"there is no folder {folder.parent}", "create it or give another place with -o")
-        with tempfile.TemporaryFile(dir=folder.parent):
+        with _beside(folder):
             pass
+        str(folder.absolute()).encode()
+    except UnicodeEncodeError as error:  # engines take names in UTF-8 only
+        raise OutputError(f"{folder} has a name that is not UTF-8", "give another place with -o") from error
     except OSError as error:
         raise OutputError(f"{folder} cannot be written: {error.strerror}", "give another place with -o") from error
+
+
+def _beside(folder: Path) -> "tempfile.TemporaryDirectory[str]":
+    """A temporary folder from which an artifact can be renamed to ``folder``."""
+    return tempfile.TemporaryDirectory(prefix=f".{folder.name}.", dir=folder.parent)
 
 
 def check_golden(artifact: Artifact, session: Session) -> float:

@@ -238,7 +238,8 @@ def _open(artifact: Artifact, fit: tuned.Fit, cpu: Cpu, model: Any) -> Session:
     build, payload = artifact.manifest.build, artifact.folder / PAYLOAD
     check_trusted(artifact, build.engine)
     check_available(build.engine, f"opening {artifact.folder}")
-    with guard(ArtifactError, f"{artifact.folder} cannot be opened here", REBUILD):
+    fix = REBUILD if model is None else "give the model that it was made from"
+    with guard(ArtifactError, f"{artifact.folder} cannot be opened here", fix):
         if fit.elastic is None:
             return open_plan(opener(artifact, model), payload, build, fit.plan, cpu)
         divided = tuned.partitions(fit.elastic, tuned.measured(artifact, fit))

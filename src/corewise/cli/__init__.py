@@ -1,7 +1,10 @@
 """The command line: one file a command, and the only room that prints, exits or reads the environment."""
 
+import signal
 import sys
-from typing import Annotated
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Annotated, Any
 
 import typer
 
@@ -35,7 +38,7 @@ app = typer.Typer(
 for module in (doctor, optimize, explain, show, verify, bench, predict, loadtest, retune, serve):
     add_command(app, module.__name__.rpartition(".")[2], module.command)
 
-INTERRUPTED = 130
+INTERRUPTED, TERMINATED = 130, 143
 
 
 @app.callback(invoke_without_command=True)
@@ -49,11 +52,33 @@ def main() -> None:
     """Run the command line. What is wrong becomes one line on standard error and an exit code that is not 0."""
     streams.protect()
     try:
-        _run(sys.argv[1:])
+        with _ended_by_sigterm():
+            _run(sys.argv[1:])
     except streams.StreamFailed as failure:
         if failure.message:
             _complain(failure.message)
         sys.exit(failure.code)
+
+
+@contextmanager
+def _ended_by_sigterm() -> Iterator[None]:
+    """Have SIGTERM end what runs as Ctrl-C does: no temporary folder is left, nor a process."""
+    received: list[int] = []
+
+    def interrupt(number: int, frame: Any) -> None:
+        received.append(number)
+        raise KeyboardInterrupt
+
+    is_ours = signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+    if is_ours:
+        signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield
+    finally:
+        if is_ours:
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        if received:
+            sys.exit(TERMINATED)
 
 
 def _run(typed: list[str]) -> None:
@@ -64,6 +89,10 @@ def _run(typed: list[str]) -> None:
         app(arguments, prog_name="corewise")
     except CorewiseError as error:
         _complain(str(error))
+        sys.exit(streams.FAILED)
+    except OSError as error:  # such as a name that is too long, or no folder for temporary files
+        where = f"{error.filename}: " if error.filename is not None else ""
+        _complain(f"{where}{error.strerror or error}; check the path, its permissions and the free space there")
         sys.exit(streams.FAILED)
     except KeyboardInterrupt:
         _complain("interrupted")

@@ -11,6 +11,11 @@ def compute_on_usable_cores() -> None:
     os.environ.setdefault("OMP_NUM_THREADS", str(inspect_cpu().usable_cores))
 
 
+def quiet_grpc() -> None:
+    """Have gRPC's library log nothing by itself: it writes a line for each call that breaks a limit."""
+    os.environ.setdefault("GRPC_VERBOSITY", "NONE")
+
+
 def settle_ray(address: str) -> None:
     """Have Ray send no usage data, and use tokens; a cluster that is started for this command gets one of its own."""
     os.environ["RAY_USAGE_STATS_ENABLED"] = "0"

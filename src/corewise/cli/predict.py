@@ -14,15 +14,17 @@ from corewise.cli.output import console
 from corewise.cli.quantities import duration_or_zero, share, whole
 
 if TYPE_CHECKING:
+    from corewise.pipeline.parts import Parts
     from corewise.records.bulk import BulkProgress, OnProgress
 
 Inputs = Annotated[
-    list[Path],
+    list[str],
     argument(
         "INPUT...",
         panel="Inputs",
-        help="Files of texts: .txt (a text a line), .csv, .tsv, .jsonl or .parquet. Or images: files, folders (with "
-        "those below), patterns such as 'photos/*.jpg', or .tar, .tar.gz, .tar.bz2 and .tar.xz files of them.",
+        help="Files of texts: .txt (a text a line), .csv, .tsv, .jsonl or .parquet. Or images: files, or .tar, "
+        ".tar.gz, .tar.bz2 and .tar.xz files of them. Or folders with such files in and below them, or patterns such "
+        "as 'photos/*.jpg'. Each may be a path or a URL, such as 's3://BUCKET/photos/*.jpg'.",
     ),
 ]
 
@@ -133,14 +135,15 @@ class PredictOutput:
     """Where the answers go."""
 
     output: Annotated[
-        Path,
+        str,
         option(
             "--output",
             "-o",
             panel="Output",
-            metavar="FILE",
-            help="A .parquet, .jsonl or .npy file; must not exist. With --ray a folder of Parquet files. Rows that "
-            "cannot be answered go to a .failed.jsonl beside it, with their reasons; with --ray to files in it.",
+            metavar="OUT",
+            help="A .parquet, .jsonl or .npy file; must not exist. Or a folder for Parquet files: a name without a "
+            "suffix, a URL such as s3://BUCKET/vectors, and any name with --ray. Rows that cannot be answered go to a "
+            ".failed.jsonl beside the file, or to files in the folder, with their reasons.",
         ),
     ]
     draw: Annotated[
@@ -180,7 +183,7 @@ def command(
     """Answer all texts of files, or all images, with an artifact: vectors, classes, scores, spans or boxes.
 
     Texts are read as they are needed and run in batches of similar length on all instances. Images are decoded while
-    the model runs. Finished parts are kept in FILE.parts, so that the same command resumes after an interruption.
+    the model runs. Finished parts are kept in OUT.parts, so that the same command resumes after an interruption.
 
     With --ray the parts run on the nodes of a cluster, each under the plan for its kind of machine, and stay in a
     folder of Parquet files.
@@ -208,7 +211,7 @@ def command(
     if output.dry_run:
         print(outlook_line(bulk.outlook()))
         return
-    with _resumable(bulk.kept.folder), _progress(output.quiet, lines=cluster.ray is not None) as report:
+    with _resumable(bulk.job.kept), _progress(output.quiet) as report:
         result = bulk.run(max_failed=output.max_failed, retune_s=cluster.retune_s, on_progress=report)
     if not output.quiet:
         for line in result_lines(result):
@@ -216,8 +219,8 @@ def command(
 
 
 @contextmanager
-def _progress(quiet: bool, *, lines: bool) -> Iterator["OnProgress"]:
-    """Shows how far the job is on standard error: a bar on a terminal; elsewhere ``lines``, or nothing."""
+def _progress(quiet: bool) -> Iterator["OnProgress"]:
+    """Shows how far the job is on standard error: a bar on a terminal, elsewhere lines."""
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
     from corewise.report.bulk import ProgressLines
@@ -231,18 +234,18 @@ def _progress(quiet: bool, *, lines: bool) -> Iterator["OnProgress"]:
         def on_progress(progress: "BulkProgress") -> None:
             line = plain.line(progress, time.monotonic())
             bar.update(task, completed=progress.rows, total=progress.total, more=plain.more(progress))
-            if line and lines and not quiet and not screen.is_terminal:
+            if line and not quiet and not screen.is_terminal:
                 sys.stderr.write(f"{line}\n")
 
         yield on_progress
 
 
 @contextmanager
-def _resumable(parts: Path) -> Iterator[None]:
+def _resumable(kept: "Parts") -> Iterator[None]:
     """Say on Ctrl-C that finished parts are kept."""
     try:
         yield
     except KeyboardInterrupt:
-        if parts.is_dir():
-            sys.stderr.write(f"corewise: finished parts are kept in {parts}; the same command resumes\n")
+        if kept.about.is_file():
+            sys.stderr.write(f"corewise: finished parts are kept in {kept.folder}; the same command resumes\n")
         raise

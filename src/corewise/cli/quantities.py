@@ -3,7 +3,7 @@
 import shlex
 import string
 from collections.abc import Callable, Mapping
-from math import inf
+from math import inf, isfinite
 from pathlib import Path
 from typing import TypeVar
 
@@ -71,11 +71,14 @@ def choice(*names: str) -> Parse[str]:
 
 
 def numbers(option: str, text: str) -> tuple[float, ...]:
-    """Numbers with commas between them."""
+    """Finite numbers with commas between them."""
     try:
-        return tuple(float(part) for part in text.split(","))
-    except ValueError as error:
-        raise _wrong(option, text, "numbers with commas, e.g. .485,.456,.406") from error
+        parsed = tuple(float(part) for part in text.split(","))
+    except ValueError:
+        parsed = (inf,)
+    if not all(map(isfinite, parsed)):
+        raise _wrong(option, text, "numbers with commas, e.g. .485,.456,.406")
+    return parsed
 
 
 def address(option: str, text: str) -> tuple[str, int]:

@@ -6,6 +6,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args
 
+from corewise.cli.environment import quiet_grpc
 from corewise.cli.options import argument, flag, grouped, option
 from corewise.cli.quantities import address, choice, duration, duration_or_zero, lines, origin, share, size, whole
 from corewise.cli.streams import StreamFailed
@@ -237,6 +238,7 @@ def command(
     """
     if any(find_spec(name) is None for name in PACKAGES):
         raise MissingExtra("starlette", "serve", "serving")
+    quiet_grpc()
     from corewise.serving.logs import to_stderr
     from corewise.serving.served import Source
     from corewise.serving.server import serve

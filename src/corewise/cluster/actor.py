@@ -16,31 +16,29 @@ from corewise.artifact.open import check_available, check_trusted, load
 from corewise.cluster.messages import Answered, Prepared, Task, answering, unpacked, unpacked_rows
 from corewise.common.errors import ArtifactError, EngineError, InputError, OutputError
 from corewise.pipeline import ImageRunner, TextRunner
-from corewise.pipeline.job import answered, writing
+from corewise.pipeline.job import SUFFIX, answered, folder_of, writing
 from corewise.pipeline.outputs import format_of
-from corewise.pipeline.parts import Parts
 from corewise.records.build import Plan
 from corewise.records.bulk import PlanSource
 from corewise.records.cpu import Cpu
 from corewise.records.tuned import Machine, Tuned
 from corewise.runtime.cores import compute_on
+from corewise.samples.places import RemotePath, place_of
 from corewise.search.retuning import find_plan
-
-SUFFIX, MARK = ".parquet", "_"
-"""Of the files in a folder of Parquet parts: of its answers, and before the names of all other files."""
 
 
 class Answerer:
     """Answers parts of one job on one machine. All methods but the first return messages (``messages.answering``).
 
-    ``answer`` may be called by two threads, so that one part is tokenized or decoded while another one runs.
+    ``answer`` may be called by two threads, so that one part is tokenized or decoded while another one runs, and
+    ``beat`` by a third one.
     """
 
     def __init__(self, task: str, *, keep_cores: Callable[[int], Cpu] = compute_on) -> None:
         """``task`` is a packed ``Task``; ``keep_cores`` has the process compute on so many hardware threads."""
         self._task = unpacked(Task, task)
         self._keep_cores = keep_cores
-        self._parts = folder_of(self._task.output, several=self._task.several)
+        self._parts = folder_of(place_of(self._task.output), several=self._task.several)
         self._model: Model | None = None
 
     @answering
@@ -58,9 +56,9 @@ class Answerer:
         cpu = self._keep_cores(cores)
         artifact = self._artifact(cpu)
         about = self._parts.about
-        if not about.is_file() or hashlib.sha256(about.read_bytes()).hexdigest() != task.job:
+        if not about.is_file() or hashlib.sha256(about.read_text(encoding="utf-8").encode()).hexdigest() != task.job:
             raise OutputError(f"{task.output} is not the job's folder there", "write to a folder that all nodes share")
-        if not os.access(task.output, os.W_OK | os.X_OK):
+        if not isinstance(about, RemotePath) and not os.access(about.parent, os.W_OK | os.X_OK):
             raise OutputError(f"{task.output} cannot be written there", "make it writable for Ray's user")
         fit = tuned.for_bulk(artifact, cpu)
         source: PlanSource = "tuned before" if fit.tuned else "untuned"
@@ -102,8 +100,13 @@ class Answerer:
         pipeline = runner.pipeline if isinstance(runner, ImageRunner) else runner.encoder.pipeline
         part = list(answered(unpacked_rows(rows), runner, prompt=task.prompt, ask=task.ask))
         with writing(task.output, task.output):
-            counts = self._parts.write(number, format_of(self._parts.answers(number), pipeline), part)
+            counts = self._parts.write(number, format_of(SUFFIX, pipeline), part)
         return Answered(rows=counts.rows, failed=counts.failed, example=counts.example)
+
+    @answering
+    def beat(self) -> int:
+        """How many calls the engine has ended; a number that stays while parts are in work tells of a hang."""
+        return self._runner().calls_ended
 
     def _artifact(self, cpu: Cpu) -> Artifact:
         folder = self._task.artifact
@@ -127,8 +130,3 @@ def runner_of(model: Model, artifact: Path) -> TextRunner | ImageRunner:
     if runner is None:
         raise InputError(f"{artifact} takes tensors only", "make it again from st:, hf: or with --tokenizer")
     return runner
-
-
-def folder_of(output: Path, *, several: bool) -> Parts:
-    """A folder of Parquet parts; ``several``: answers say which input they belong to."""
-    return Parts(folder=output, suffix=SUFFIX, several=several, mark=MARK)

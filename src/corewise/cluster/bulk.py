@@ -2,25 +2,25 @@
 
 import time
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from corewise.artifact import Artifact, identity, read
 from corewise.artifact.open import load_for_bulk
 from corewise.artifact.photos import images_of
 from corewise.artifact.texts import text_pipeline
-from corewise.cluster import driving
-from corewise.cluster.actor import MARK, folder_of, runner_of
+from corewise.cluster.actor import runner_of
 from corewise.cluster.connection import check_address, check_ray, installed_ray
-from corewise.cluster.distributed import run_on_ray
+from corewise.cluster.distributed import record_result, run_on_ray
 from corewise.common.errors import InputError, OutputError
 from corewise.pipeline import TOP, ImageAsk
-from corewise.pipeline import job as jobs
-from corewise.pipeline.job import Job, check_inputs, check_job, count_rows, run_job
-from corewise.pipeline.parts import Counts, Parts
+from corewise.pipeline.job import Job, check_job, count_rows, run_job
+from corewise.pipeline.parts import Counts
 from corewise.records.bulk import BulkOutlook, BulkProgress, BulkResult, OnProgress
 from corewise.samples.archives import is_archive
-from corewise.samples.folders import list_images
+from corewise.samples.folders import list_files, list_images
+from corewise.samples.places import Place, RemotePath, place_of
+from corewise.samples.tables import READERS
 from corewise.samples.texts import Columns
 from corewise.search.retuning import BUDGET_S
 
@@ -50,9 +50,10 @@ def predict(
     Args:
         folder: the artifact. With ``ray`` all nodes must see it, the inputs of images and the output under the same
             paths.
-        inputs: files of texts, or images, folders of images and patterns.
-        output: a file that does not exist, ``.parquet``, ``.jsonl`` or ``.npy``; with ``ray`` a folder of Parquet
-            files.
+        inputs: files of texts or images, folders of them and patterns; paths, or URLs such as
+            ``"s3://bucket/reviews/*.parquet"``.
+        output: a file that does not exist, ``.parquet``, ``.jsonl`` or ``.npy``; or a folder of Parquet files, which
+            is what a name without a suffix means, a URL, and any name with ``ray``.
         text: the column that is the text. Default: text or sentence.
         pair: the column that is the second text of a pair.
         prompt: the name of the model's prompt that goes before each text.
@@ -86,7 +87,7 @@ def predict(
     """
     given = [inputs] if isinstance(inputs, str | Path) else list(inputs)
     bulk = Bulk.of(
-        Path(folder), given, Path(output), columns=Columns(text, pair), prompt=prompt, top=top,
+        Path(folder), given, output, columns=Columns(text, pair), prompt=prompt, top=top,
         score_threshold=score_threshold, iou_threshold=iou_threshold, draw=None if draw is None else Path(draw),
         preprocess=preprocess, ray=ray,
     )  # fmt: skip
@@ -106,7 +107,7 @@ class Bulk:
         cls,
         folder: Path,
         inputs: Iterable[str | Path],
-        output: Path,
+        output: str | Path,
         *,
         columns: Columns,
         prompt: str | None,
@@ -121,7 +122,7 @@ class Bulk:
         if ray is not None:
             check_address(ray)
             check_ray(installed_ray())
-            folder, output = folder.absolute(), output.absolute()
+            folder = folder.absolute()
         artifact = read(folder)
         images = artifact.manifest.preprocess is not None and artifact.manifest.pipeline is None
         texts = None if images else text_pipeline(artifact)
@@ -144,15 +145,18 @@ class Bulk:
         pipeline = images_of(artifact) if images else None
         if pipeline is not None and pipeline.preprocess.function is not None and preprocess is None:
             raise InputError(f"{folder} was made with a function that prepares images", "give --preprocess")
-        places = list(inputs)
-        paths = list_images(places) if images else [Path(path) for path in places]
+        places, out = list(inputs), place_of(output)
+        paths = list_images(places) if images else list_files(places, READERS, "files of texts")
+        if not images:
+            _check_apart(out, places, paths)
         if ray is not None:
+            out = out.absolute()
             _check_spread(paths, draw)
         if draw is not None:
             _check_drawings(draw, places, paths)
         job = Job(
             inputs=tuple(path.absolute() for path in paths) if ray is not None else tuple(paths),
-            output=output,
+            output=out,
             columns=columns,
             prompt=prompt,
             artifact=identity(folder),
@@ -161,45 +165,44 @@ class Bulk:
             else None,
             drawings=draw,
             preprocess=preprocess if ray is None else _seen_by_all(preprocess),
+            folder=ray is not None or isinstance(out, RemotePath) or not out.suffix,
         )
-        if ray is None:
-            check_job(job)
-        else:
-            check_inputs(job)
-            check_folder(output)
+        check_job(job)
         return cls(artifact=artifact, job=job, ray=ray)
-
-    @property
-    def kept(self) -> Parts:
-        """The finished parts."""
-        return self.job.kept if self.ray is None else folder_of(self.job.output, several=self.job.several)
 
     def outlook(self) -> BulkOutlook:
         """What ``run`` would do."""
-        facts = self.job.facts(jobs.PART_ROWS if self.ray is None else driving.PART_ROWS)
-        finished = self.kept.finished() if self.kept.same(facts) else {}
+        kept = self.job.kept
+        finished = kept.finished() if kept.same(self.job.facts()) else {}
         return BulkOutlook(
             inputs=len(self.job.inputs),
             rows=self._rows(),
             done_rows=sum(counts.rows for counts in finished.values()),
-            output=self.job.output,
+            output=str(self.job.output),
             archives=None if self.job.ask is None else sum(map(is_archive, self.job.inputs)),
         )
 
     def run(self, *, max_failed: int | None, retune_s: float, on_progress: OnProgress) -> BulkResult:
         """Run it; the arguments are those of ``predict``, as is what it returns and raises."""
-        start_s, total = time.monotonic(), self._rows()
-        if self.ray is not None:
-            return run_on_ray(
+        start_s = time.monotonic()
+        if self.ray is None:
+            result = self._run_here(max_failed, on_progress)
+        else:
+            result = run_on_ray(
                 self.ray,
                 self.artifact.folder,
                 self.job,
                 preprocess=self.job.preprocess,
-                total=total,
+                total=self._rows(),
                 max_failed=max_failed,
                 retune_s=retune_s,
                 on_progress=on_progress,
             )
+        result = replace(result, wall_s=time.monotonic() - start_s)
+        return record_result(self.job.kept, result) if self.job.folder else result
+
+    def _run_here(self, max_failed: int | None, on_progress: OnProgress) -> BulkResult:
+        total = self._rows()
 
         def on_rows(done: Counts) -> None:
             on_progress(BulkProgress(rows=done.rows, total=max(total, done.rows), failed=done.failed))
@@ -209,12 +212,12 @@ class Bulk:
             runner = runner_of(model, self.artifact.folder)
             done = run_job(self.job, runner, max_failed=max_failed, on_rows=on_rows)
         return BulkResult(
-            output=self.job.output,
-            failed_in=self.job.failed,
+            output=str(self.job.output),
+            failed_in=str(self.job.failed),
             rows=done.rows,
             resumed=done.resumed,
             failed=done.failed,
-            wall_s=time.monotonic() - start_s,
+            wall_s=0.0,
         )
 
     def _rows(self) -> int:
@@ -234,7 +237,7 @@ def _check_foreign(folder: Path, options: Mapping[str, object], kind: str) -> No
             raise InputError(f"--{name} has no meaning for {kind}, which {folder} takes", f"leave out --{name}")
 
 
-def _check_spread(paths: Iterable[Path], draw: Path | None) -> None:
+def _check_spread(paths: Iterable[Place], draw: Path | None) -> None:
     """Raise ``InputError`` for what is done in one process only: reading tar files, and drawing."""
     if draw is not None:
         raise InputError("--draw does not go with --ray", "leave out one of them")
@@ -243,12 +246,22 @@ def _check_spread(paths: Iterable[Path], draw: Path | None) -> None:
             raise InputError(f"{path} is a tar file, which is not read on a cluster", "unpack it, or leave out --ray")
 
 
-def _check_drawings(draw: Path, places: Iterable[str | Path], paths: Iterable[Path]) -> None:
+def _check_drawings(draw: Path, places: Iterable[str | Path], paths: Iterable[Place]) -> None:
     """Raise ``OutputError`` for a folder whose drawings would be inputs of the same command, or replace some."""
     folder = draw.resolve()
     within = any(folder.is_relative_to(Path(place).resolve()) for place in places if Path(place).is_dir())
-    if within or folder in {parent.resolve() for parent in {path.parent for path in paths}}:
+    if within or folder in {parent.resolve() for parent in {path.parent for path in paths if isinstance(path, Path)}}:
         raise OutputError(f"{draw} is among the inputs", "give another folder with --draw")
+
+
+def _check_apart(output: Place, places: Iterable[str | Path], paths: Iterable[Place]) -> None:
+    """Raise ``OutputError`` for an output in a folder of inputs, or with inputs in it: it would be one itself."""
+    folder = f"{output.resolve()}/"
+    for place in map(place_of, places):
+        if folder.startswith(f"{place.resolve()}/") and not place.is_file():
+            raise OutputError(f"{output} is among the inputs in {place}", "give another name with -o")
+    if any(str(path.resolve()).startswith(folder) for path in paths):
+        raise OutputError(f"{output} has inputs in it", "give another name with -o")
 
 
 def _check_pairs(folder: Path, takes_pairs: bool, column: str | None) -> None:
@@ -257,17 +270,3 @@ def _check_pairs(folder: Path, takes_pairs: bool, column: str | None) -> None:
         raise InputError(f"{folder} takes pairs of texts", "say which column is the second text: --pair COLUMN")
     if column is not None and not takes_pairs:
         raise InputError(f"{folder} takes single texts", "leave out --pair")
-
-
-def check_folder(output: Path) -> None:
-    """Raise ``OutputError`` unless the output is a job's folder or can become one."""
-    if output.suffix in (".jsonl", ".npy"):
-        raise OutputError(f"{output} is the name of a file", "with --ray give a folder for Parquet files with -o")
-    if output.exists() and not output.is_dir():
-        raise OutputError(f"{output} exists already and is not a folder", "give another name with -o")
-    if not output.parent.is_dir():
-        raise OutputError(
-            f"{output} cannot be written: there is no folder {output.parent}", "create it, or give another name with -o"
-        )
-    if output.is_dir() and any(output.iterdir()) and not (output / f"{MARK}job.json").is_file():
-        raise OutputError(f"{output} has files of something else", "give another name with -o")

@@ -90,7 +90,7 @@ class RayCrew:
             "num_cpus": node.cpus,
             "max_restarts": 0,
             "max_task_retries": 0,
-            "max_concurrency": AT_ONCE,
+            "max_concurrency": AT_ONCE + 1,  # and one for the question whether it is alive
             "scheduling_strategy": NodeAffinitySchedulingStrategy(node_id=node.id, soft=False),
         }
         return ray.remote(Answerer).options(**options).remote(task)
@@ -106,7 +106,9 @@ class RayCrew:
         if not calls:
             time.sleep(min(timeout_s, IDLE_S))
             return []
-        ended, _ = ray.wait(list(calls), num_returns=1, timeout=timeout_s)
+        ended, others = ray.wait(list(calls), num_returns=1, timeout=timeout_s)
+        if ended and others:  # of many nodes, several have ended: to ask for each alone would cost the square
+            ended += ray.wait(others, num_returns=len(others), timeout=0)[0]
         return list(ended)
 
     def result(self, call: Any) -> str:

@@ -2,21 +2,19 @@
 
 import hashlib
 import json
-import time
 from dataclasses import replace
 from itertools import chain
 from pathlib import Path
 
 from corewise._version import __version__
 from corewise.artifact import tuned
-from corewise.cluster import driving
-from corewise.cluster.actor import MARK, folder_of
 from corewise.cluster.connection import connected
 from corewise.cluster.crew import RayCrew
 from corewise.cluster.driving import Driven, Driver, parts_of_rows
 from corewise.cluster.messages import Task, packed
+from corewise.cluster.metrics import with_metrics
 from corewise.common.errors import OutputError
-from corewise.pipeline.job import Job, no_rows, records, writing
+from corewise.pipeline.job import MARK, Job, check_unchanged, no_rows, records, total_of, writing
 from corewise.pipeline.parts import Counts, Parts
 from corewise.records.bulk import BulkResult, OnProgress
 from corewise.records.jsonable import from_json, to_json
@@ -54,27 +52,30 @@ def run_on_ray(
         OutputError: The output cannot be written, or belongs to another job.
         EngineError: The cluster does not answer or is not safe, or the engine fails.
     """
-    start_s, kept = time.monotonic(), folder_of(job.output, several=job.several)
-    facts = job.facts(driving.PART_ROWS)
-    with writing(job.output, job.output):
+    kept, facts = job.kept, job.facts()
+    with writing(str(job.output), str(job.output)):
         finished = kept.finished() if kept.same(facts) else {}
-        parts = parts_of_rows(records(job), driving.PART_ROWS, finished)
+        parts = parts_of_rows(records(job), job.part_rows, finished)
         first = next(parts, None)
         if first is None and not finished:
             raise no_rows(job)
-        kept.begin(facts)
-        kept.sweep()
-        done = Counts(sum(part.rows for part in finished.values()), sum(part.failed for part in finished.values()))
-        kept.check_failed(done.failed, max_failed, "")
-        result = BulkResult(
-            output=job.output, failed_in=job.output, rows=done.rows, resumed=done.rows, failed=done.failed, wall_s=0.0
-        )
-        if first is not None:
-            task = task_of(artifact, job, preprocess, kept)
+        with kept.begun(facts):
+            done = total_of(finished)
+            kept.check_failed(done.failed, max_failed, "")
+            result = BulkResult(
+                output=str(job.output),
+                failed_in=str(job.output),
+                rows=done.rows,
+                resumed=done.rows,
+                failed=done.failed,
+                wall_s=0.0,
+            )
+            if first is None:
+                return result
             with connected(address) as reads_on:
                 driver = Driver(
                     RayCrew(reads_on),
-                    packed(task),
+                    packed(task_of(artifact, job, preprocess)),
                     kept,
                     chain([first], parts),
                     done=done,
@@ -82,26 +83,32 @@ def run_on_ray(
                     max_failed=max_failed,
                     retune_s=retune_s,
                     on_tuned=lambda entry: keep(artifact, entry),
-                    on_progress=on_progress,
+                    on_progress=on_progress if reads_on is None else with_metrics(on_progress, str(job.output)),
                 )
                 result = _with(result, driver.run(), driver.done)
-        elif (job.output / RESULT).is_file():
-            known = from_json(BulkResult, json.loads((job.output / RESULT).read_text()))
-            result = replace(known, resumed=known.rows)
-        result = replace(result, wall_s=time.monotonic() - start_s)
-        kept.sweep()
-        kept.replace(job.output / RESULT, lambda path: path.write_text(json.dumps(to_json(result), indent=1)))
+            kept.sweep()
+            check_unchanged(job, facts)
     return result
 
 
-def task_of(artifact: Path, job: Job, preprocess: str | None, kept: Parts) -> Task:
+def record_result(kept: Parts, result: BulkResult) -> BulkResult:
+    """The result as it is written into the folder of a finished job; what ran where stays if nothing was left to do."""
+    place = kept.folder / RESULT
+    if result.rows == result.resumed and place.is_file():
+        known = from_json(BulkResult, json.loads(place.read_text()))
+        result = replace(known, resumed=known.rows, wall_s=result.wall_s)
+    kept.replace(place, lambda path: path.write_text(json.dumps(to_json(result), indent=1)))
+    return result
+
+
+def task_of(artifact: Path, job: Job, preprocess: str | None) -> Task:
     """What the actors of a job are told, whose folder was begun."""
     return Task(
         version=__version__,
         artifact=artifact,
         identity=job.artifact,
-        output=job.output,
-        job=hashlib.sha256(kept.about.read_bytes()).hexdigest(),
+        output=str(job.output),
+        job=hashlib.sha256(job.kept.about.read_text(encoding="utf-8").encode()).hexdigest(),
         several=job.several,
         prompt=job.prompt,
         ask=job.ask,

@@ -21,18 +21,18 @@ from corewise.records.build import Plan
 from corewise.records.bulk import BulkProgress, NodeShare, OnProgress, PlanSource
 from corewise.records.tuned import Machine, Tuned
 
-PART_ROWS = 1024
-"""Rows of a part: what is lost with an actor, at most twice."""
 LOOK_S = 5.0
 """How often the driver looks for new nodes."""
 START_S = 120.0
 """How long a cluster may take to start the first actor."""
+HANG_S = 300.0
+"""An actor whose engine ends no call for so long is ended."""
 MOST_LOSSES = 3
 """A part that ends so many actors ends the job; a node whose actors end so often before they are ready is left out."""
 
 
 class Part(NamedTuple):
-    """Rows that belong together: those from ``number * PART_ROWS`` on."""
+    """Rows that belong together, by their numbers."""
 
     number: int
     rows: list[Record]
@@ -53,7 +53,7 @@ def parts_of_rows(rows: Iterable[Record], size: int, finished: Mapping[int, Coun
         number += 1
 
 
-Step = Literal["prepare", "retune", "open", "answer"]
+Step = Literal["prepare", "retune", "open", "answer", "beat"]
 
 
 @dataclass(eq=False)
@@ -68,6 +68,9 @@ class _Actor:
     ready: bool = False
     parts: list[Part] = field(default_factory=list)
     rows: int = 0
+    calls_ended: int = -1
+    moved_s: float = 0.0
+    """When that number last rose, or the actor had nothing to do."""
 
     def share(self, *, lost: bool) -> NodeShare | None:
         """For the report; ``None`` if it never had a plan."""
@@ -87,6 +90,7 @@ class _Actor:
 class _Call(NamedTuple):
     actor: _Actor
     step: Step
+    since_s: float
     part: Part | None = None
 
 
@@ -140,7 +144,7 @@ class Driver:
         self._actors: dict[str, _Actor] = {}
         self._calls: dict[Any, _Call] = {}
         self._again: deque[Part] = deque()
-        self._tries: dict[int, int] = defaultdict(int)
+        self._ended: dict[int, list[str]] = defaultdict(list)
         self._losses: dict[str, int] = defaultdict(int)
         self._lost = 0
         self._refusals: dict[str, CorewiseError] = {}
@@ -166,6 +170,7 @@ class Driver:
                 self._hear()
                 if self._clock() - self._looked_s > LOOK_S:
                     self._hire()
+                    self._check_moving()
                 self._check_started()
             for actor in self._actors.values():
                 self._keep_share(actor, lost=False)
@@ -192,15 +197,25 @@ class Driver:
         for load in range(AT_ONCE):
             for actor in self._actors.values():
                 if actor.ready and len(actor.parts) == load:
-                    part = self._again.popleft() if self._again else next(self._parts, None)
+                    part = self._lost_part(actor) or next(self._parts, None)
                     if part is None:
                         return False
                     actor.parts.append(part)
                     self._call(actor, "answer", part.number, packed_rows(part.rows), part=part)
         return True
 
+    def _lost_part(self, actor: _Actor) -> Part | None:
+        """A part that an actor took with it; on another node than that one, if there is one."""
+        ready = {other.node.id for other in self._actors.values() if other.ready}
+        for part in self._again:
+            ended = self._ended[part.number]
+            if actor.node.id not in ended or ready <= set(ended):
+                self._again.remove(part)
+                return part
+        return None
+
     def _call(self, actor: _Actor, step: Step, *arguments: Any, part: Part | None = None) -> None:
-        self._calls[self._crew.call(actor.handle, step, *arguments)] = _Call(actor, step, part)
+        self._calls[self._crew.call(actor.handle, step, *arguments)] = _Call(actor, step, self._clock(), part)
 
     def _hear(self) -> None:
         """Wait for an answer for a moment, and act on it."""
@@ -215,6 +230,8 @@ class Driver:
                 continue
             if call.step == "answer":
                 self._answered(call, answer(Answered, told, f"node {call.actor.node.name}"))
+            elif call.step == "beat":
+                self._moved(call.actor, answer(int, told, f"node {call.actor.node.name}"))
             else:
                 self._advance(call, told)
 
@@ -222,9 +239,29 @@ class Driver:
         assert call.part is not None
         call.actor.parts.remove(call.part)
         call.actor.rows += said.rows
+        call.actor.moved_s = self._clock()
         self.done = Counts(self.done.rows + said.rows, self.done.failed + said.failed)
         self._kept.check_failed(self.done.failed, self._max_failed, said.example)
         self._tell()
+
+    def _moved(self, actor: _Actor, calls_ended: int) -> None:
+        if calls_ended != actor.calls_ended:
+            actor.calls_ended, actor.moved_s = calls_ended, self._clock()
+
+    def _check_moving(self) -> None:
+        """Ask each actor how far its engine is, and give up one that hangs or does not even answer that."""
+        now_s, asked = self._clock(), [call.actor for call in self._calls.values() if call.step == "beat"]
+        for call in list(self._calls.values()):
+            limit_s = HANG_S + (self._retune_s if call.step == "retune" else 0.0)
+            if call.step in ("retune", "open") and now_s - call.since_s > limit_s:
+                self._lose(call.actor, f"it did not {call.step} the artifact within {limit_s:g} s")
+        for actor in list(self._actors.values()):
+            if not actor.parts:
+                actor.moved_s = now_s
+            elif now_s - actor.moved_s > HANG_S:
+                self._lose(actor, f"its engine hung: it ended no call for {HANG_S:g} s")
+            elif actor not in asked:
+                self._call(actor, "beat")
 
     def _advance(self, call: _Call, told: str) -> None:
         """An actor's step before its first part has ended."""
@@ -237,7 +274,7 @@ class Driver:
             else:
                 for note in answer(tuple[str, ...], told, place):
                     self._note(f"{place}: {note}")
-                actor.ready = True
+                actor.ready, actor.moved_s = True, self._clock()
                 self._tell()
         except CorewiseError as refusal:
             self._refuse(actor, refusal)
@@ -289,6 +326,7 @@ class Driver:
     def _lose(self, actor: _Actor, why: str) -> None:
         """Have an actor's parts done again, and look for its node at once: it may be there and need another one."""
         self._lost += 1
+        self._note(f"node {actor.node.name} lost a process: {why}")
         self._losses[actor.node.id] = 0 if actor.ready else self._losses[actor.node.id] + 1
         self._remove(actor)
         self._crew.stop(actor.handle)
@@ -297,8 +335,8 @@ class Driver:
             # The search may be what ended it: the others of its kind do not wait for a second one.
             self._settle(actor.prepared.machine, actor.prepared.plan, "untuned")
         for part in actor.parts:
-            self._tries[part.number] += 1
-            if self._tries[part.number] >= MOST_LOSSES:
+            self._ended[part.number].append(actor.node.id)
+            if len(self._ended[part.number]) >= MOST_LOSSES:
                 raise EngineError(
                     f"{part.label} ended {MOST_LOSSES} processes, the last one on node {actor.node.name}: {why}",
                     f"look for these rows; finished parts are kept in {self._kept.folder}",

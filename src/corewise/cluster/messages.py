@@ -41,7 +41,8 @@ class Task:
     """Of the driver's corewise."""
     artifact: Path
     identity: str
-    output: Path
+    output: str
+    """The folder's path or URL."""
     job: str
     """The sha256 of the file in the output that says which job it is."""
     several: bool

@@ -119,7 +119,7 @@ def match(structure: Structure, value: Any, name: str = "inputs") -> list[Any]:
     """
     if structure.kind == "leaf":
         if not _is_leaf(value):
-            raise InputError(f"{name} is {_describe(value)}, but a tensor is expected")
+            raise InputError(f"{name} is {_describe(value)}, but a tensor is expected", "give a tensor or an array")
         return [value]
     if structure.kind == "constant":
         if type(value) is not type(structure.value) or value != structure.value:
@@ -318,4 +318,6 @@ def _article(noun: str) -> str:
 
 
 def _listing(keys: Path) -> str:
+    if keys and not any(isinstance(key, str) for key in keys):  # "give 0, 1" is no advice
+        return "one value" if len(keys) == 1 else f"{len(keys)} values"
     return ", ".join(str(key) for key in keys) or "nothing"

@@ -29,6 +29,7 @@ ENGINE_PACKAGES: Mapping[str, tuple[str, tuple[str, ...]]] = {
 }
 """By engine: the extra that installs it, and the packages it needs to build; the first one gives its version."""
 
+COMPILER = "g++"
 LOW_MEMORY_BYTES = 2 * 2**30
 """Below this, building a model the size of ResNet-50 or BERT-base is likely to be killed."""
 
@@ -98,7 +99,7 @@ class Diagnosis:
     limited_by: Limit
     """The limit that determines ``usable_cores``; ``affinity`` includes the cpuset."""
     compiler: str | None
-    """Path of the C++ compiler; ``None`` if there is none on PATH."""
+    """Path of the C++ compiler that inductor needs, g++; ``None`` if it is not on PATH."""
     engines: tuple[EngineStatus, ...]
     packages: dict[str, str]
     """Versions of Python, of corewise and of the engines' packages that are installed."""
@@ -115,7 +116,7 @@ def diagnose(cpu: Cpu, *, torch: bool = False, environment: Mapping[str, str] = 
     """
     packages = _packages()
     engines = tuple(_engine_status(name, packages) for name in ENGINE_PACKAGES)
-    compiler = _compiler(environment)
+    compiler = shutil.which(COMPILER, path=environment.get("PATH"))
     findings = [*_cpu_findings(cpu), *_limit_findings(cpu), *_software_findings(engines, compiler, environment)]
     if "torch" in packages:
         findings += moved_parts(packages["torch"], int8_passes(), has_fx_quantization())
@@ -235,11 +236,6 @@ def _engine_status(name: str, installed: Mapping[str, str]) -> EngineStatus:
     return EngineStatus(name=name, available=not missing, version=installed.get(packages[0]), reason=reason)
 
 
-def _compiler(environment: Mapping[str, str]) -> str | None:
-    paths = (shutil.which(name, path=environment.get("PATH")) for name in ("c++", "g++", "clang++"))
-    return next((path for path in paths if path), None)
-
-
 def _torch_facts() -> TorchFacts:
     import torch
 
@@ -345,8 +341,8 @@ def _software_findings(
     if compiler is None:
         yield Finding(
             severity="info",
-            what="no C++ compiler on PATH: inductor does not work; the other engines do",
-            fix="install g++ (apt-get install g++) to use torch.compile",
+            what=f"no {COMPILER} on PATH: inductor does not work; the other engines do",
+            fix=f"install it (apt-get install {COMPILER}) if inductor is wanted",
         )
     for variable, (severity, fix) in ENVIRONMENT_PITFALLS.items():
         if value := environment.get(variable):

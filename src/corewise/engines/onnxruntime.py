@@ -182,7 +182,13 @@ class SharedSession(OnnxRuntimeSession):
 
     def __init__(self, model: Path, plan: Plan) -> None:
         self._model, self._threads, self._left = model, plan.threads_per_instance, plan.instances - 1
-        self._folder = TemporaryDirectory(prefix="corewise-")
+        try:
+            self._folder = TemporaryDirectory(prefix="corewise-")
+        except OSError as error:
+            raise EngineError(
+                f"several instances share their weights by a temporary file, which cannot be made: {error.strerror}",
+                "set TMPDIR to a folder that can be written and has space for the model",
+            ) from error
         with ExitStack() as undo:
             undo.callback(self._folder.cleanup)
             OnnxRuntimeSession(model, self._threads, optimized=self._optimized, weights="weights").close()

@@ -46,8 +46,9 @@ def threads(count: int) -> Iterator[None]:
 
 
 def from_numpy(array: np.ndarray) -> torch.Tensor:
-    """The array as a tensor; without a copy where it is writable (torch warns about read-only memory)."""
-    return torch.from_numpy(array if array.flags.writeable else array.copy())
+    """The array as a tensor, without a copy unless torch would warn (read-only memory) or refuse it (reversed axes)."""
+    taken = array.flags.writeable and min(array.strides, default=0) >= 0
+    return torch.from_numpy(array if taken else array.copy())
 
 
 def to_numpy(tensors: Sequence[torch.Tensor]) -> list[np.ndarray]:

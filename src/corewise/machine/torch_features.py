@@ -27,4 +27,4 @@ def _defines(package: str, file: str, function: str) -> bool:
     if spec is None or spec.origin is None:
         return False
     path = Path(spec.origin).parent / file
-    return path.is_file() and f"def {function}(" in path.read_text()
+    return path.is_file() and f"def {function}(" in path.read_text(encoding="utf-8")

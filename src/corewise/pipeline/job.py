@@ -1,17 +1,18 @@
-"""Files of texts, or of images, to a file of answers, part by part, so that a job that was killed resumes where it was.
+"""Files of texts, or of images, to answers, part by part, so that a job that was killed resumes where it was.
 
-A folder beside the output, ``OUT.parts``, holds what is finished: a part for each ``PART_ROWS`` rows in the order of
-the inputs, with a file of the rows that were set aside. A part gets its name when it is whole on disk. At the end the
-parts are joined and the folder is removed.
+A part is so many rows in the order of the inputs, with a file of the rows that were set aside, and gets its name when
+it is whole on disk. The output is a folder of Parquet parts; or a file, which is made of the parts at the end: until
+then a folder beside it, ``OUT.parts``, holds them.
 """
 
 import re
 import shutil
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
-from itertools import count, islice
+from errno import EACCES, EDQUOT, ENOSPC, EPERM, EROFS
+from itertools import chain, count, groupby
 from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
 
@@ -19,14 +20,17 @@ from corewise.common.errors import InputError, OutputError, SamplesError
 from corewise.pipeline.drawing import draw_answer
 from corewise.pipeline.outputs import Format, format_of, join_lines, sync
 from corewise.pipeline.parts import Counts, Parts, Record
-from corewise.pipeline.photos import USUAL, ImageAsk, ImageRunner
+from corewise.pipeline.photos import USUAL, ImageAsk, ImageRunner, content_of
 from corewise.pipeline.runner import Rejected, TextRunner
 from corewise.samples.archives import is_archive, read_archive
+from corewise.samples.places import Place, RemotePath
 from corewise.samples.tables import READERS, iterate_table
 from corewise.samples.texts import Columns
 
-PART_ROWS = 4096
-"""Rows of a part: what is done again at most after a kill."""
+PART_ROWS, FOLDER_PART_ROWS = 4096, 1024
+"""Rows of a part, and of one that stays a file in a folder: what is done again at most after a kill."""
+SUFFIX, MARK = ".parquet", "_"
+"""Of the files in a folder of Parquet parts: of its answers, and before the names of all other files."""
 BLOCK_BYTES = 1 << 20
 
 OnRows = Callable[[Counts], None]
@@ -37,8 +41,8 @@ OnRows = Callable[[Counts], None]
 class Job:
     """What is asked: the same job finds its finished parts."""
 
-    inputs: tuple[Path, ...]
-    output: Path
+    inputs: tuple[Place, ...]
+    output: Place
     columns: Columns
     prompt: str | None
     artifact: str
@@ -49,16 +53,29 @@ class Job:
     """For images: the folder of the photos with their answers drawn on them."""
     preprocess: str | None = None
     """For images: the function that prepares them, as a reference."""
+    folder: bool = False
+    """Whether the output is a folder of Parquet parts, and no file."""
+
+    @property
+    def file(self) -> Path:
+        """The output that is a file."""
+        assert isinstance(self.output, Path)
+        return self.output
 
     @property
     def parts(self) -> Path:
-        """The folder of what is finished."""
-        return self.output.with_name(f"{self.output.name}.parts")
+        """Of a file: the folder of what is finished."""
+        return self.file.with_name(f"{self.file.name}.parts")
 
     @property
-    def failed(self) -> Path:
-        """The file of rows that were set aside."""
-        return self.output.with_name(f"{self.output.stem}.failed.jsonl")
+    def failed(self) -> Place:
+        """The file of rows that were set aside, or the folder that has one for each part."""
+        return self.output if self.folder else self.file.with_name(f"{self.file.stem}.failed.jsonl")
+
+    @property
+    def part_rows(self) -> int:
+        """Rows of a part."""
+        return FOLDER_PART_ROWS if self.folder else PART_ROWS
 
     @property
     def several(self) -> bool:
@@ -68,21 +85,28 @@ class Job:
     @property
     def kept(self) -> Parts:
         """The parts in their folder."""
-        return Parts(folder=self.parts, suffix=self.output.suffix, several=self.several)
+        if self.folder:
+            return folder_of(self.output, several=self.several)
+        return Parts(folder=self.parts, suffix=self.file.suffix, several=self.several)
 
-    def facts(self, part_rows: int) -> dict[str, Any]:
-        """What must be equal for parts of so many rows to count."""
+    def facts(self) -> dict[str, Any]:
+        """What must be equal for parts to count."""
         files = [(str(path.resolve()), path.stat().st_size, path.stat().st_mtime_ns) for path in self.inputs]
         return {
             "artifact": self.artifact,
             "inputs": [list(file) for file in files],
             "columns": list(self.columns),
             "prompt": self.prompt,
-            "part_rows": part_rows,
+            "part_rows": self.part_rows,
             "ask": None if self.ask is None else asdict(self.ask),
             "preprocess": self.preprocess,
             "drawings": None if self.drawings is None else str(self.drawings.resolve()),
         }
+
+
+def folder_of(output: Place, *, several: bool) -> Parts:
+    """A folder of Parquet parts; ``several``: answers say which input they belong to."""
+    return Parts(folder=output, suffix=SUFFIX, several=several, mark=MARK)
 
 
 class Done(NamedTuple):
@@ -94,12 +118,14 @@ class Done(NamedTuple):
 
 
 def check_inputs(job: Job) -> None:
-    """Raise ``SamplesError`` for inputs that are missing or of unknown kinds."""
+    """Raise ``SamplesError`` for inputs that are missing, of unknown kinds, or have no such column."""
     for path in job.inputs:
         if not path.is_file():
             raise SamplesError(f"there is no file {path}", "check the path")
         if job.ask is None and path.suffix.lower() not in READERS:
             raise SamplesError(f"{path} is not a file of texts", f"give one of {', '.join(READERS)}")
+        if job.ask is None and len(job.inputs) > 1 and isinstance(path, Path):
+            next(iterate_table(path, job.columns, samples=False), None)  # a wrong header ends no job in its middle
 
 
 def check_job(job: Job) -> None:
@@ -110,28 +136,56 @@ def check_job(job: Job) -> None:
         OutputError: The output.
     """
     check_inputs(job)
-    if job.output.is_dir() or not job.output.parent.is_dir():
-        why = "it is a folder" if job.output.is_dir() else f"there is no folder {job.output.parent}"
-        raise OutputError(f"{job.output} cannot be written: {why}", "give another name with -o")
-    if job.output.exists() and not job.kept.about.is_file():
-        raise OutputError(f"{job.output} exists already", "remove it or give another name with -o")
+    if job.folder:
+        check_folder(job.output)
+    else:
+        _check_file(job)
     folder = job.drawings
     if folder is not None and not folder.is_dir() and (folder.exists() or not folder.parent.is_dir()):
         why = "it is a file" if folder.exists() else f"there is no folder {folder.parent}"
         raise OutputError(f"{folder} cannot be made: {why}", "give another folder with --draw")
 
 
-def count_rows(paths: Iterable[Path]) -> int:
+def _check_file(job: Job) -> None:
+    output = job.file
+    if output.is_dir() or not output.parent.is_dir():
+        why = "it is a folder" if output.is_dir() else f"there is no folder {output.parent}"
+        raise OutputError(f"{output} cannot be written: {why}", "give another name with -o")
+    for path in (output, Path(str(job.failed))):
+        if path.exists() and not job.kept.about.is_file():
+            raise OutputError(f"{path} exists already", "remove it or give another name with -o")
+
+
+def check_folder(output: Place) -> None:
+    """Raise ``OutputError`` unless the output is a job's folder or can become one."""
+    if output.suffix in (".jsonl", ".npy"):
+        raise OutputError(f"{output} is the name of a file", "give a folder for Parquet files with -o")
+    if output.is_file():
+        raise OutputError(f"{output} exists already and is not a folder", "give another name with -o")
+    if isinstance(output, Path) and not output.parent.is_dir():
+        raise OutputError(
+            f"{output} cannot be written: there is no folder {output.parent}", "create it, or give another name with -o"
+        )
+    if (isinstance(output, RemotePath) or output.is_dir()) and folder_of(output, several=False).is_foreign():
+        raise OutputError(f"{output} has files of something else", "give another name with -o")
+
+
+def count_rows(paths: Iterable[Place]) -> int:
     """About how many rows files have, for a progress bar: their lines; of Parquet the exact number."""
     total = 0
     for path in paths:
         if path.suffix.lower() == ".parquet":
             from pyarrow import parquet
 
-            total += parquet.read_metadata(path).num_rows
+            with path.open("rb") as file:
+                total += parquet.read_metadata(file).num_rows
             continue
         with path.open("rb") as file:
-            total += sum(block.count(b"\n") for block in iter(lambda: file.read(BLOCK_BYTES), b""))
+            if isinstance(path, RemotePath):  # to read it all would take as long as the job
+                head = file.read(BLOCK_BYTES)
+                total += head.count(b"\n") * path.stat().st_size // max(1, len(head))
+            else:
+                total += sum(block.count(b"\n") for block in iter(lambda: file.read(BLOCK_BYTES), b""))
             total -= path.suffix.lower() in (".csv", ".tsv")
     return total
 
@@ -149,7 +203,7 @@ def run_job(
     of them than ``max_failed`` end the job. Memory is bounded, whatever the inputs' size.
 
     Raises:
-        SamplesError: An input cannot be read, has no such column, or no rows; or too many rows failed.
+        SamplesError: An input cannot be read, has no such column, or no rows, or has changed; or too many rows failed.
         InputError: The output cannot hold such answers, or there is nothing to draw.
         OutputError: The output cannot be written, or its folder of parts is another job's.
         EngineError: The engine fails.
@@ -157,31 +211,47 @@ def run_job(
     check_job(job)
     if job.drawings is not None and (not isinstance(runner, ImageRunner) or runner.pipeline.task == "vectors"):
         raise InputError("the model gives no classes and no boxes that could be drawn", "leave out --draw")
-    kind = format_of(job.output, runner.pipeline if isinstance(runner, ImageRunner) else runner.encoder.pipeline)
-    with writing(job.output, job.parts):
+    pipeline = runner.pipeline if isinstance(runner, ImageRunner) else runner.encoder.pipeline
+    kept, facts = job.kept, job.facts()
+    kind = format_of(SUFFIX if job.folder else str(job.output), pipeline)
+    first = next(rest := records(job), None)
+    if first is None:
+        raise no_rows(job)
+    with writing(str(job.output), str(kept.folder)), kept.begun(facts):
         if job.drawings is not None:
             job.drawings.mkdir(exist_ok=True)
-        finished = _resume(job)
-        resumed = len(finished) * PART_ROWS
-        done = Counts(resumed, sum(counts.failed for counts in finished.values()))
-        job.kept.check_failed(done.failed, max_failed, "")
+        finished = kept.finished()
+        resumed = done = total_of(finished)
+        kept.check_failed(done.failed, max_failed, "")
         on_rows(done)
-        rest = answered(
-            islice(records(job), resumed, None), runner, prompt=job.prompt, ask=job.ask, drawings=job.drawings
-        )
-        for number in count(len(finished)):
-            part = list(islice(rest, PART_ROWS))
-            if not part:
-                break
-            counts = job.kept.write(number, kind, part)
+        missing = (record for record in chain([first], rest) if record.row // job.part_rows not in finished)
+        made = answered(missing, runner, prompt=job.prompt, ask=job.ask, drawings=job.drawings)
+        for number, part in groupby(made, lambda each: each[0].row // job.part_rows):
+            counts = kept.write(number, kind, list(part))
             done = Counts(done.rows + counts.rows, done.failed + counts.failed)
-            job.kept.check_failed(done.failed, max_failed, counts.example)
+            kept.check_failed(done.failed, max_failed, counts.example)
             on_rows(done)
-        if not any(job.parts.glob("part-*.done")):
-            shutil.rmtree(job.parts)
-            raise no_rows(job)
-        rows, failed = _join(job, kind)
-    return Done(rows, min(resumed, rows), failed)
+        check_unchanged(job, facts)
+        if not job.folder:
+            _join(job, kind, done.failed)
+    return Done(done.rows, resumed.rows, done.failed)
+
+
+def total_of(finished: Mapping[int, Counts]) -> Counts:
+    """The rows of finished parts, and those of them that were set aside."""
+    return Counts(sum(part.rows for part in finished.values()), sum(part.failed for part in finished.values()))
+
+
+def check_unchanged(job: Job, facts: Mapping[str, Any]) -> None:
+    """Raise ``SamplesError`` if an input is not what it was when the job began."""
+    try:
+        changed = job.facts() != facts
+    except FileNotFoundError:
+        changed = True
+    if changed:
+        raise SamplesError(
+            "an input has changed while it was read", f"remove {job.kept.folder} and run the same command"
+        )
 
 
 def no_rows(job: Job) -> SamplesError:
@@ -200,12 +270,12 @@ def records(job: Job) -> Iterator[Record]:
         return
     row = 0
     for path in job.inputs:
-        for item in iterate_table(path, job.columns, labelled=False):
+        for item in iterate_table(path, job.columns, samples=False):
             yield Record(row, str(path), item.name or "", item.value, item.problem)
             row += 1
 
 
-def _images(inputs: Iterable[Path]) -> Iterator[Record]:
+def _images(inputs: Iterable[Place]) -> Iterator[Record]:
     """A record for each image file, and for each image of a tar file."""
     rows = count()
     for path in inputs:
@@ -244,7 +314,7 @@ def answered(
         record = waiting.popleft()
         answer = Rejected(record.problem) if record.problem else answer
         if drawings is not None and not isinstance(answer, Rejected):
-            source = record.value if isinstance(record.value, bytes) else Path(record.value)
+            source = record.value if isinstance(record.value, bytes) else content_of(record.value)
             draw_answer(source, answer, drawings / _drawing(record))
         yield record._replace(value=None), answer
 
@@ -255,39 +325,33 @@ def _drawing(record: Record) -> str:
     return f"{record.row:06}-{stem[:60]}.jpg"
 
 
-def _resume(job: Job) -> dict[int, Counts]:
-    """The finished parts, in order; makes the folder for a new job."""
-    job.kept.begin(job.facts(PART_ROWS))
-    job.kept.sweep()
-    finished = job.kept.finished()
-    return dict(islice(finished.items(), next(number for number in count() if number not in finished)))
-
-
-def _join(job: Job, kind: Format) -> tuple[int, int]:
-    """Join the parts and remove their folder; rows in all, and rows set aside."""
+def _join(job: Job, kind: Format, failed: int) -> None:
+    """Join the parts and remove their folder."""
     done = job.kept.finished()
-    rows, failed = sum(counts.rows for counts in done.values()), sum(counts.failed for counts in done.values())
-    whole = job.parts / f"whole{job.output.suffix}"
-    kind.join([job.kept.answers(number) for number in done], whole)
+    answers = [job.parts / job.kept.answers(number).name for number in done]
+    whole = job.parts / f"whole{job.file.suffix}"
+    kind.join(answers, whole)
     if failed:
         aside = job.parts / "whole.failed"
-        join_lines([job.kept.failed(number) for number in done], aside)
+        join_lines([job.parts / job.kept.failed(number).name for number in done], aside)
         sync(aside)
-        aside.replace(job.failed)
+        aside.replace(str(job.failed))
     sync(whole)
-    whole.replace(job.output)
-    job.kept.about.unlink()  # first: parts that a kill leaves here belong to no job
+    whole.replace(job.file)
+    (job.parts / job.kept.about.name).unlink()  # first: parts that a kill leaves here belong to no job
     shutil.rmtree(job.parts)
-    return rows, failed
 
 
 @contextmanager
-def writing(output: Path, parts: Path) -> Iterator[None]:
+def writing(output: str, parts: str) -> Iterator[None]:
     """Turn what goes wrong with the disk into ``OutputError``."""
     try:
         yield
     except OSError as error:
+        kept = f"run the same command: finished parts are kept in {parts}"
+        fixes = {EACCES: "make it writable, or give another name with -o", ENOSPC: f"free space and {kept}"}
+        fixes |= {EPERM: fixes[EACCES], EROFS: fixes[EACCES], EDQUOT: fixes[ENOSPC]}
         raise OutputError(
             f"{error.filename or output} cannot be written: {error.strerror or error}",
-            f"free space and run the same command: finished parts are kept in {parts}",
+            fixes.get(error.errno or 0, kept),
         ) from error

@@ -35,23 +35,23 @@ class Format(Protocol):
         """Write all parts as one file."""
 
 
-def format_of(path: Path, pipeline: TextPipeline | ImagePipeline) -> Format:
+def format_of(name: str, pipeline: TextPipeline | ImagePipeline) -> Format:
     """The format that the name of the output says.
 
     Raises:
         InputError: The name says none, or the format cannot hold such answers.
         MissingExtra: pyarrow is not installed and the format is Parquet.
     """
-    suffix = path.suffix.lower()
+    suffix = "." + name.rpartition(".")[2].lower()
     if suffix == ".jsonl":
         return _JsonLines(_field(pipeline))
     if suffix == ".parquet":
         return _Parquet(_field(pipeline))
     if suffix != ".npy":
-        raise InputError(f"the name {path} does not say the format", "end it with .parquet, .jsonl or .npy")
+        raise InputError(f"the name {name} does not say the format", "end it with .parquet, .jsonl or .npy")
     ragged = isinstance(pipeline, TextPipeline) and pipeline.task == "vectors" and pipeline.pooling == "none"
     if pipeline.task not in ("vectors", "scores") or ragged:
-        raise InputError(f"{path} cannot hold {_field(pipeline)} of several sizes", "name it .parquet or .jsonl")
+        raise InputError(f"{name} cannot hold {_field(pipeline)} of several sizes", "name it .parquet or .jsonl")
     return _Npy()
 
 

@@ -2,12 +2,17 @@
 
 A part is its answers, the rows that were set aside with their reasons, and a small file ``.done``, which comes last and
 says that both are whole. Each file is written under a name of its own and renamed, so that two writers of one part, of
-which one was given up for dead, do not harm each other: both write the same.
+which one was given up for dead, do not harm each other: both write the same. In an object store a file appears when it
+is whole.
 """
 
+import fcntl
 import json
+import os
 import secrets
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -15,6 +20,12 @@ from typing import Any, NamedTuple
 from corewise.common.errors import OutputError, SamplesError
 from corewise.pipeline.outputs import AnswerRow, Format, sync
 from corewise.pipeline.runner import Rejected
+from corewise.samples.places import Place, RemotePath
+
+LOCK, NEW = "lock", "new-"
+"""Behind ``mark``: the file that is locked, and what begins the name of a file that is not whole yet."""
+READERS = 16
+"""Requests at the same time, of those that ask what is done."""
 
 
 class Record(NamedTuple):
@@ -39,7 +50,7 @@ class Counts(NamedTuple):
 class Parts:
     """The folder of a job's parts."""
 
-    folder: Path
+    folder: Place
     suffix: str
     """Of the files of answers: their format."""
     several: bool
@@ -48,28 +59,54 @@ class Parts:
     """Begins the names of all other files. Readers of Parquet folders leave out what begins with ``_``."""
 
     @property
-    def about(self) -> Path:
+    def about(self) -> Place:
         """The file that says which job this is."""
         return self.folder / f"{self.mark}job.json"
 
-    def answers(self, number: int) -> Path:
+    def answers(self, number: int) -> Place:
         """The file of a part's answers."""
         return self.folder / f"part-{number:06}{self.suffix}"
 
-    def failed(self, number: int) -> Path:
+    def failed(self, number: int) -> Place:
         """The file of a part's rows that were set aside, JSON Lines."""
         return self.folder / f"{self.mark}part-{number:06}.failed"
 
-    def begin(self, facts: dict[str, Any]) -> None:
-        """Make the folder, or find it begun by a job with the same facts.
+    @contextmanager
+    def begun(self, facts: dict[str, Any]) -> Iterator[None]:
+        """Make the folder, or find it begun by a job with the same facts; a local one is this process's for as long.
 
         Raises:
-            OutputError: It belongs to another job.
+            OutputError: It belongs to another job, or another process writes it.
         """
-        if not self.about.is_file():
+        if isinstance(self.folder, Path):
             self.folder.mkdir(exist_ok=True)
-            for path in self._done():  # of a job that was killed while its folder was removed
-                path.unlink()
+        with self._locked():
+            self._begin(facts)
+            self.sweep()
+            yield
+
+    @contextmanager
+    def _locked(self) -> Iterator[None]:
+        """Keep other jobs out. The lock ends with its process, however that ends."""
+        if isinstance(self.folder, RemotePath):  # which has none; two writers write the same
+            yield
+            return
+        with (self.folder / f"{self.mark}{LOCK}").open("w") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise OutputError(
+                    f"another process writes {self.folder}", "wait until it has ended, or give another name with -o"
+                ) from None
+            except OSError:  # a network file system without locks
+                pass
+            yield
+
+    def _begin(self, facts: dict[str, Any]) -> None:
+        if not self.about.is_file():
+            if isinstance(self.folder, Path):
+                for name in self._done():  # of a job that was killed while its folder was removed
+                    os.unlink(self.folder / name)
             self.replace(self.about, lambda path: path.write_text(_text(facts), encoding="utf-8"))
         elif not self.same(facts):
             raise OutputError(
@@ -77,21 +114,32 @@ class Parts:
                 "remove that folder to begin again, or give another name with -o",
             )
 
+    def is_foreign(self) -> bool:
+        """Whether the folder has files, but no job began it."""
+        ours = (f"{self.mark}{LOCK}", f"{self.mark}{NEW}")
+        return any(not name.startswith(ours) for name in names_in(self.folder)) and not self.about.is_file()
+
     def same(self, facts: dict[str, Any]) -> bool:
         """Whether the folder was begun by a job with the same facts."""
         return self.about.is_file() and self.about.read_text(encoding="utf-8") == _text(facts)
 
     def finished(self) -> dict[int, Counts]:
         """The finished parts by their numbers, rising."""
-        found = {}
-        for path in self._done():
-            said = json.loads(path.read_text())
-            number = int(path.stem.removeprefix(f"{self.mark}part-"))
-            found[number] = Counts(said["rows"], said["failed"])
-        return dict(sorted(found.items()))
+        start = len(f"{self.mark}part-")
+        with ThreadPoolExecutor(READERS) as pool:
+            found = {int(name[start:-5]): pool.submit(self._counts, name) for name in sorted(self._done())}
+            counts = {number: future.result() for number, future in found.items()}
+        return {number: count for number, count in counts.items() if count is not None}
 
-    def _done(self) -> list[Path]:
-        return list(self.folder.glob(f"{self.mark}part-*.done"))
+    def _counts(self, name: str) -> Counts | None:
+        """What a part's last file says; ``None`` if a crash of the machine left it empty."""
+        text = (self.folder / name).read_text()
+        return Counts(**json.loads(text)) if text else None
+
+    def _done(self) -> list[str]:
+        return [
+            name for name in names_in(self.folder) if name.startswith(f"{self.mark}part-") and name.endswith(".done")
+        ]
 
     def write(self, number: int, kind: Format, part: Sequence[tuple[Record, Any]]) -> Counts:
         """Write a part's rows with their answers, in order; a ``Rejected`` is set aside."""
@@ -113,17 +161,22 @@ class Parts:
         example = f"{bad[0][0].name or bad[0][0].input} {bad[0][1].reason}" if bad else ""
         return Counts(len(part), len(bad), example)
 
-    def replace(self, path: Path, write: Callable[[Path], Any]) -> None:
+    def replace(self, path: Place, write: Callable[[Path], Any]) -> None:
         """Write a file under another name, and give it its own when it is on disk."""
-        new = path.with_name(f"{self.mark}new-{secrets.token_hex(4)}-{path.name}")
+        if isinstance(path, RemotePath):
+            assert isinstance(self.folder, RemotePath)
+            self.folder.write_whole(path.name, write)
+            return
+        new = path.with_name(f"{self.mark}{NEW}{secrets.token_hex(4)}-{path.name}")
         write(new)
         sync(new)
         new.replace(path)
 
     def sweep(self) -> None:
         """Remove what writers that were killed left."""
-        for path in self.folder.glob(f"{self.mark}new-*"):
-            path.unlink(missing_ok=True)
+        if isinstance(self.folder, Path):
+            for path in self.folder.glob(f"{self.mark}{NEW}*"):
+                path.unlink(missing_ok=True)
 
     def check_failed(self, failed: int, most: int | None, example: str) -> None:
         """Raise ``SamplesError`` if more rows were set aside than ``most``."""
@@ -134,6 +187,11 @@ class Parts:
                 f"{rows} cannot be answered{first}, and --max-failed is {most:,}",
                 f"correct them or give a larger --max-failed; finished parts are kept in {self.folder}",
             )
+
+
+def names_in(folder: Place) -> list[str]:
+    """The names of what is in a folder."""
+    return os.listdir(folder) if isinstance(folder, Path) else folder.names()
 
 
 def _text(facts: dict[str, Any]) -> str:

@@ -24,11 +24,14 @@ from corewise.records.report import Preprocess
 from corewise.samples.archives import is_archive, read_archive
 from corewise.samples.folders import list_images
 from corewise.samples.images import ImageReader, is_image, is_pil
+from corewise.samples.places import RemotePath, place_of
 from corewise.samples.raw import UnreadableItem
 
 TOP = 5
 """Classes that an answer names, unless it is asked for more."""
 ROWS_ALONE = 8
+FETCHERS = 16
+"""Photos of an object store that are fetched at the same time: each waits for the network."""
 SUM_ERROR = 1e-2
 """How far the sum of probabilities may be from 1 for int8 and bf16."""
 
@@ -60,6 +63,17 @@ class _Call(NamedTuple):
 
     decoded: "list[Future[_Decoded | Rejected]]"
     outputs: "Future[list[NDArray[Any]]]"
+
+
+def content_of(source: str) -> Path | bytes:
+    """A photo's path, or the content of one in an object store. Raises ``OSError`` if that is not there."""
+    place = place_of(source)
+    return place.read_bytes() if isinstance(place, RemotePath) else place
+
+
+def _fetched(item: Any, fetchers: ThreadPoolExecutor) -> Any:
+    """The item, or what will be the content of one in an object store."""
+    return fetchers.submit(content_of, item) if isinstance(item, str) and "://" in item else item
 
 
 def rows_of_call(plan: Plan) -> int:
@@ -128,6 +142,8 @@ class ImageRunner:
         self._read = reader or ImageReader(pipeline.preprocess)
         sizing = self._read if isinstance(self._read, ImageReader) else ImageReader(pipeline.preprocess)
         self._sized = sizing.sized if pipeline.task == "boxes" else None
+        self.calls_ended = 0
+        """Rises while the engine answers."""
         self._decoders = decoders or (len(os.sched_getaffinity(0)) if reader is None else 1)
 
     def answers(self, items: Iterable[Any], ask: ImageAsk = USUAL) -> Iterator[Any]:
@@ -152,10 +168,11 @@ class ImageRunner:
         ahead: deque[_Call] = deque()
         decoders = ThreadPoolExecutor(self._decoders, "corewise-decode")
         callers = ThreadPoolExecutor(self._instances, "corewise-call")
+        fetchers = ThreadPoolExecutor(FETCHERS, "corewise-fetch")
         most_ahead = self._instances + ceil(self._decoders / self._rows)
         try:
             rest = iter(items)
-            while chunk := list(islice(rest, self._rows)):
+            while chunk := [_fetched(item, fetchers) for item in islice(rest, self._rows)]:
                 ahead.append(self._start(chunk, decoders, callers))
                 while len(ahead) > most_ahead:
                     yield from self._finish(ahead.popleft(), ask.top, thresholds)
@@ -164,6 +181,7 @@ class ImageRunner:
         finally:
             decoders.shutdown(cancel_futures=True)
             callers.shutdown(cancel_futures=True)
+            fetchers.shutdown(cancel_futures=True)
 
     def predict(self, items: Any, ask: ImageAsk = USUAL) -> Any:
         """The answers to a list of images, together; to an iterator, as an iterator; to a single image, alone.
@@ -197,15 +215,19 @@ class ImageRunner:
 
         def call() -> list[NDArray[Any]]:
             inputs = [one.array for one in (future.result() for future in decoded) if not isinstance(one, Rejected)]
-            return self._run([np.stack(inputs)]) if inputs else []
+            outputs = self._run([np.stack(inputs)]) if inputs else []
+            self.calls_ended += 1
+            return outputs
 
         return _Call(decoded, callers.submit(call))
 
     def _decode(self, item: Any) -> _Decoded | Rejected:
         if isinstance(item, Rejected):
             return item
-        if isinstance(item, str):
-            item = Path(item)
+        try:
+            item = item.result() if isinstance(item, Future) else content_of(item) if isinstance(item, str) else item
+        except OSError as error:
+            return Rejected(f"cannot be read: {error.strerror}")
         if not (isinstance(item, Path | bytes) or is_pil(item) or is_image(item)):
             return Rejected(f"is a {type(item).__name__}, no path, bytes, PIL image or uint8 array (H, W, 3)")
         try:

@@ -1,7 +1,7 @@
 """Raw texts in, answers out, in the order of the input: tokenized, put into calls, and run on all instances."""
 
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -62,6 +62,8 @@ class TextRunner:
         self._instances = instances
         self._limits = limits
         self._cost = cost
+        self.calls_ended = 0
+        """Rises while the engine answers."""
 
     def answers(self, items: Iterable[Any], *, prompt: str | None = None) -> Iterator[Any]:
         """The answer to each item, in order, as ``answers.decode`` gives it; ``Rejected`` for one that has a problem.
@@ -97,10 +99,11 @@ class TextRunner:
             items: As in ``answers``, as is ``prompt``.
 
         Raises:
-            InputError: An item has a problem, with its number.
+            InputError: An item has a problem, with its number; or there are no items in what was given.
         """
         if isinstance(items, str):
             return next(self._checked([items], prompt))
+        _check_kind(items)
         answers = self._checked(items, prompt)
         return answers if isinstance(items, Iterator) else stacked(answers)
 
@@ -137,7 +140,9 @@ class TextRunner:
 
     def _call(self, tokens: Sequence[Tokens], padded: int) -> list[NDArray[Any]]:
         most = self.encoder.pipeline.max_length
-        return self._run(self.encoder.collate(tokens, min(padded, most)))
+        outputs = self._run(self.encoder.collate(tokens, min(padded, most)))
+        self.calls_ended += 1
+        return outputs
 
     def _finish(self, window: _Window) -> Iterator[Any]:
         """The answers of a window, when its calls have ended."""
@@ -150,6 +155,19 @@ class TextRunner:
             for place, answer in zip(call.places, decoded, strict=True):
                 window.answers[window.places[place]] = answer
         yield from window.answers
+
+
+def _check_kind(items: Any) -> None:
+    """Raise ``InputError`` for what has columns, whose iteration gives their names, and for what gives no items."""
+    given = f"predict was given {type(items).__name__}"
+    if isinstance(items, Mapping) and "input_ids" in items:
+        raise InputError(f"{given} with tokens", "call the model itself with tokens: model(**tokens)")
+    if isinstance(items, Mapping) or hasattr(items, "columns"):
+        raise InputError(f"{given}, which has columns", 'give one column as a list, such as list(table["text"])')
+    if isinstance(items, bytes) or not isinstance(items, Iterable):
+        raise InputError(
+            given, "give a text, or a list or an iterator of texts or of pairs; for files there is corewise.predict"
+        )
 
 
 def _windows(items: Iterable[Any]) -> Iterator[list[Any]]:

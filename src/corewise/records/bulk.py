@@ -2,7 +2,6 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Literal
 
 from corewise.records.build import Plan
@@ -20,7 +19,7 @@ class BulkOutlook:
     rows: int
     """About how many: the lines of texts, and of images the inputs; done ones included."""
     done_rows: int
-    output: Path
+    output: str
     archives: int | None = None
     """Of images: how many inputs are tar files, whose images nobody has counted; ``None`` for texts."""
 
@@ -62,9 +61,10 @@ class NodeShare:
 class BulkResult:
     """The outcome of a job: rows read, those of an earlier run among them, and rows set aside with their reasons."""
 
-    output: Path
-    failed_in: Path
-    """The file of rows set aside; with Ray the folder that has one for each part."""
+    output: str
+    """The file, or the folder of Parquet files."""
+    failed_in: str
+    """The file of rows set aside, or the folder that has one for each part."""
     rows: int
     resumed: int
     failed: int

@@ -33,8 +33,9 @@ from corewise.runtime.workspace import Workspace
 
 A = TypeVar("A")
 
-LEAST_S = 10.0
-"""Each request may take this long, even if less of the budget is left."""
+LEAST_S, MOST_S = 10.0, 1e8
+"""Each request may take the first, even if less of the budget is left; sockets cannot wait much longer than the
+second, three years."""
 LOG_TAIL = 300
 DYING_S = 10.0
 
@@ -203,7 +204,7 @@ class Worker(Client):
             undo.pop_all()
 
     def _ask(self, request: Request, kind: type[A], step: Step, plan: Plan | None = None) -> A:
-        timeout_s = min(self._timeout_s, max(LEAST_S, self._left_s()))
+        timeout_s = min(MOST_S, self._timeout_s, max(LEAST_S, self._left_s()))
         self._channel.settimeout(timeout_s)
         try:
             self._channel.sendall(messages.encode_request(request))

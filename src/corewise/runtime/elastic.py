@@ -14,13 +14,12 @@ from typing import NamedTuple
 import numpy as np
 
 from corewise.batching import ElasticPolicy, Partitions
-from corewise.common.errors import EngineError
 from corewise.engines import Engine, Session
 from corewise.engines.base import rows_of
 from corewise.machine.layouts import assign
 from corewise.records.build import Build, ElasticPlan
 from corewise.records.cpu import Cpu
-from corewise.runtime.instances import Alone, Instances, OpenedHere, is_forked, open_plan
+from corewise.runtime.instances import Alone, Instances, OpenedHere, closed, is_forked, open_plan
 
 Outputs = list[np.ndarray]
 
@@ -102,14 +101,14 @@ class Elastic:
         try:
             with self._changed:
                 if self._closed:
-                    raise _closed()
+                    raise closed()
                 self._calls[number] = call
                 self._policy.arrive(number, rows, monotonic())
                 self._start()
             while rows:
                 started = call.started.get()
                 if started is None:
-                    raise _closed()
+                    raise closed()
                 rows -= len(started.inputs[0])
                 parts.append(self._run_here(call, started.inputs) if started.future is None else started.future)
         finally:
@@ -178,7 +177,3 @@ class Elastic:
             if call.leased:
                 call.leased = False
                 self._ended(self._cores)
-
-
-def _closed() -> EngineError:
-    return EngineError("the model was closed", "load it again")

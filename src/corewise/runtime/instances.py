@@ -256,11 +256,14 @@ class Alone:
         self._session = in_calls_of(build.fixed_batch, session)
         self._batch = plan.batch
         self._lock = threading.Lock()
+        self._closed = False
 
     def run(self, inputs: Sequence[np.ndarray]) -> list[np.ndarray]:
-        """Run any batch of at least one item."""
+        """Run any batch of at least one item. Raises ``EngineError`` as ``Pool.run``."""
         self._process.check()
         with self._lock, flushing():
+            if self._closed:
+                raise closed()
             if self._batch == 1 or len(inputs[0]) <= self._batch:
                 return self._session.run(inputs)
             return run_cut(self._session.run, inputs, _micro_batches(len(inputs[0]), self._batch))
@@ -270,7 +273,9 @@ class Alone:
         if self._process.is_other:
             return
         with self._lock:
-            self._session.close()
+            if not self._closed:
+                self._closed = True
+                self._session.close()
 
 
 class Pool:
@@ -318,10 +323,15 @@ class Pool:
         number = self._free.get()
         if number is None:
             self._free.put(None)
-            raise EngineError("the model was closed", "load it again")
+            raise closed()
         future = self._instances.start(number, inputs)
         future.add_done_callback(lambda done: self._free.put(number))
         return future
+
+
+def closed() -> EngineError:
+    """For a call that comes after the session was closed."""
+    return EngineError("the model was closed", "load it again")
 
 
 def _micro_batches(rows: int, size: int) -> list[tuple[int, int, int]]:

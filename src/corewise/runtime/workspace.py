@@ -27,12 +27,13 @@ class Workspace:
     folder: Path
 
     @classmethod
-    def create(cls, folder: Path | None = None) -> Self:
+    def create(cls, folder: str | Path | None = None) -> Self:
         """Make the workspace in ``folder``, or in a temporary folder that is removed with the returned object.
 
         Raises ``OutputError`` if the folder cannot be written or holds files that no run left there: a run removes
         its workspace at the end.
         """
+        folder = None if folder is None else Path(folder)
         workspace = cls(folder or Path(tempfile.mkdtemp(prefix="corewise-")))
         if folder is None:
             weakref.finalize(workspace, shutil.rmtree, workspace.folder, ignore_errors=True)

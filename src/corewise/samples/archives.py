@@ -6,11 +6,12 @@ import lzma
 import tarfile
 import zlib
 from collections.abc import Iterator
-from pathlib import Path, PurePosixPath
+from pathlib import PurePosixPath
 from typing import IO, NamedTuple
 
 from corewise.common.errors import SamplesError
 from corewise.samples.images import image_suffixes
+from corewise.samples.places import Place
 
 SUFFIXES = (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tbz2", ".tar.xz", ".txz")
 MOST_BYTES = 64 * 2**20
@@ -30,12 +31,12 @@ class Member(NamedTuple):
     problem: str = ""
 
 
-def is_archive(path: str | Path) -> bool:
+def is_archive(path: str | Place) -> bool:
     """Whether the name says that it is a tar file, compressed or not."""
     return str(path).lower().endswith(SUFFIXES)
 
 
-def read_archive(path: Path) -> Iterator[Member]:
+def read_archive(path: Place) -> Iterator[Member]:
     """The images of a tar file in their order; other files, folders and hidden ones are skipped.
 
     A member that is no regular file (a link, a device), leads out of the archive, or is larger than 64 MiB has a
@@ -46,7 +47,7 @@ def read_archive(path: Path) -> Iterator[Member]:
     """
     read = 0
     try:
-        with _decompressed(path) as file:
+        with path.open("rb") as raw, _decompressed(raw) as file:
             metered = _Metered(file)
             with tarfile.open(fileobj=metered, mode="r|", bufsize=BLOCK_BYTES) as archive:  # type: ignore[call-overload]
                 while (member := archive.next()) is not None:
@@ -78,15 +79,15 @@ def _image(archive: tarfile.TarFile, member: tarfile.TarInfo) -> Member | None:
     return Member(str(path), content.read() if content is not None else b"")
 
 
-def _decompressed(path: Path) -> IO[bytes]:
+def _decompressed(file: IO[bytes]) -> IO[bytes]:
     """The file as bytes of a tar, by what it begins with."""
-    with path.open("rb") as file:
-        head = file.read(6)
+    head = file.read(6)
+    file.seek(0)
     if head[:2] == b"\x1f\x8b":
-        return gzip.open(path)  # type: ignore[return-value]
+        return gzip.open(file)  # type: ignore[return-value]
     if head[:3] == b"BZh":
-        return bz2.open(path)
-    return lzma.open(path) if head == b"\xfd7zXZ\0" else path.open("rb")
+        return bz2.open(file)
+    return lzma.open(file) if head == b"\xfd7zXZ\0" else file
 
 
 class _Metered:

@@ -3,6 +3,7 @@
 import os
 import warnings
 import zipfile
+import zlib
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -27,6 +28,10 @@ from corewise.samples.texts import Columns
 
 LABEL_KEYS = ("labels", "label", "y")
 FILE_SUFFIXES = (*READERS, ".npz", ".safetensors")
+BROKEN = (OSError, ValueError, TypeError, EOFError, RuntimeError, MemoryError, zipfile.BadZipFile, zlib.error)
+"""What numpy and zipfile raise for bytes that are no whole archive of arrays."""
+MOST_THREADS = 16
+"""Threads that decode; more of them would hold more images than a small container has memory for."""
 
 
 def read(
@@ -99,7 +104,7 @@ def read_leaving_texts(
 
 def image_samples(images: RawSamples, reader: ImageReader, *, spool: Path | None = None) -> Samples:
     """Samples of what ``reader`` makes of images; several threads decode where it allows them."""
-    threads = len(os.sched_getaffinity(0)) if reader.threads_allowed else 1
+    threads = min(MOST_THREADS, len(os.sched_getaffinity(0))) if reader.threads_allowed else 1
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", module=r"PIL\.")  # damaged EXIF data and the like
         samples = images.tensors(reader, preprocess=reader.preprocess, spool=spool, threads=threads)
@@ -183,7 +188,7 @@ def _read_npz(path: Path) -> dict[str, Array]:
             for key in archive.files:
                 arrays[key] = archive[key]
             return arrays
-    except (OSError, ValueError, TypeError, EOFError, zipfile.BadZipFile) as error:
+    except BROKEN as error:
         place = f"the array {key!r} of {path}" if key else str(path)
         raise SamplesError(f"{place} cannot be read: {error}", "write numbers with numpy.savez") from error
 

@@ -3,9 +3,9 @@
 import csv
 import os
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from glob import glob
-from math import isfinite
+from math import inf
 from pathlib import Path
 from typing import NamedTuple
 
@@ -16,6 +16,7 @@ from corewise.samples.audio import AUDIO_SUFFIXES
 from corewise.samples.drawing import draw
 from corewise.samples.images import image_suffixes
 from corewise.samples.labels import stack_labels
+from corewise.samples.places import Place, RemotePath, matching, place_of, without_twins
 from corewise.samples.raw import NOUNS, RawKind, RawSamples
 from corewise.samples.texts import number_or_text
 
@@ -27,30 +28,57 @@ SPLITS = frozenset(("train", "training", "val", "valid", "validation", "dev", "t
 """Names of folders that hold class folders and are none themselves."""
 
 
-def list_images(places: Iterable[str | Path]) -> list[Path]:
-    """The image files that places name, in that order: files, all images below folders, and patterns.
+def list_images(places: Iterable[str | Place]) -> list[Place]:
+    """``list_files`` of images."""
+    return list_files(places, image_suffixes(), "images")
+
+
+def list_files(places: Iterable[str | Place], suffixes: Collection[str], noun: str) -> list[Place]:
+    """The files that places name, in that order: files, all files of these kinds below folders, and patterns.
 
     Args:
-        places: Paths, or patterns such as ``photos/*.jpg``, in which ``**`` stands for folders below. Hidden files of
-            folders do not count.
+        places: Paths, URLs, or patterns such as ``photos/*.jpg``, in which ``**`` stands for folders below. Of
+            folders, hidden files do not count.
+        suffixes: Of the files that count in folders.
+        noun: What they are called.
 
     Raises:
-        SamplesError: A place has none.
+        SamplesError: A place has none, or a file is named twice.
     """
-    found: list[Path] = []
-    for place in map(str, places):
-        path = Path(place)
-        if path.is_dir():
-            files = [path / name for name in _below(path) if _suffix(name) in image_suffixes()]
+    found: list[Place] = []
+    for typed in places:
+        place = place_of(typed)
+        if place.is_file():
+            found.append(place)
+        elif (below := _in_folder(place)) or (isinstance(place, Path) and place.is_dir()):
+            files = [file for file in below if _suffix(file.name) in suffixes]
             if not files:
-                raise SamplesError(f"there are no images in {place}", "give a folder of images")
+                raise SamplesError(f"there are no {noun} in {typed}", f"give a folder of {noun}")
+            found += files
+        elif named := _named_by(place):
+            found += named
         else:
-            names = [place] if path.is_file() else sorted(glob(place, recursive=True))
-            files = [Path(name) for name in names if os.path.isfile(name)]
-            if not files:
-                raise SamplesError(f"there is no file {place}", "check the path or the pattern")
-        found += files
-    return found
+            raise SamplesError(f"there is no file {typed}", "check the path or the pattern")
+    return without_twins(found)
+
+
+def _named_by(pattern: Place) -> list[Place]:
+    """The files that a pattern names."""
+    if isinstance(pattern, RemotePath):
+        return list(matching(pattern))
+    return [Path(name) for name in sorted(glob(str(pattern), recursive=True)) if os.path.isfile(name)]
+
+
+def _in_folder(folder: Place) -> list[Place]:
+    """The files below it that are not hidden."""
+    if isinstance(folder, Path):
+        return [folder / name for name in _below(folder)]
+    start = len(folder.url) + 1
+    return [file for file in folder.files() if not any(map(_hidden, file.url[start:].split("/")))]
+
+
+def _hidden(name: str) -> bool:
+    return name.startswith(HIDDEN)
 
 
 class _Listing(NamedTuple):
@@ -217,7 +245,7 @@ def _labelled(folder: Path) -> _Listing:
     for line, row in enumerate(rows, start=2):
         cell = (row["label"] or "").strip()
         label = number_or_text(cell)
-        if isinstance(label, str) or not isfinite(label):
+        if isinstance(label, str) or not -inf < label < inf:
             raise SamplesError(f"{table} line {line}: the label {cell!r} is not a number", "number the classes from 0")
         path = row["file"] or ""
         if not (folder / path).is_file():

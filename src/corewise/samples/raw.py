@@ -1,5 +1,6 @@
 """Samples as people have them: texts, pairs of texts, images and recordings, before they are tensors."""
 
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
@@ -27,8 +28,8 @@ MOST_SET_ASIDE = 0.1
 """The share of items that may be unusable: more of them is a mistake about the data and no accident."""
 NAMED = 3
 """How many of them a message names."""
-WINDOW = 16
-"""Items in work for each thread."""
+AHEAD = 2
+"""Items for each thread that are made before they are asked for."""
 
 
 class UnreadableItem(SamplesError):
@@ -238,14 +239,17 @@ def gather(
 
 
 def _map(function: Callable[[Any], Any], items: Sequence[Any], threads: int) -> Iterator[Any]:
-    """``function`` of each item, in order; several threads work some items ahead."""
+    """``function`` of each item, in order; several threads work ``AHEAD`` items ahead."""
     if threads == 1:
         yield from map(function, items)
         return
     rest = iter(items)
     with ThreadPoolExecutor(threads) as pool:
-        while window := list(islice(rest, threads * WINDOW)):
-            yield from pool.map(function, window)
+        waiting = deque(pool.submit(function, item) for item in islice(rest, threads * AHEAD))
+        while waiting:
+            made = waiting.popleft().result()
+            waiting.extend(pool.submit(function, item) for item in islice(rest, 1))
+            yield made
 
 
 def _content(item: Any) -> Iterator[bytes]:

@@ -3,16 +3,18 @@
 import csv
 import json
 from collections.abc import Callable, Iterator, Mapping
-from math import isfinite
+from math import inf
 from pathlib import Path
 from typing import Any, NamedTuple, TextIO
 
 from corewise.common.errors import MissingExtra, SamplesError
+from corewise.samples.places import Place, unreadable
 from corewise.samples.raw import RawItem, RawKind, RawSamples, gather
 from corewise.samples.texts import GUESSED, MOST_CHARACTERS, Columns, number_or_text, text_problem
 
 PARQUET_ROWS = 1024
 """Rows read at a time."""
+NUMBER = "number"
 
 
 class _Record(NamedTuple):
@@ -21,6 +23,8 @@ class _Record(NamedTuple):
     name: str
     values: Mapping[str, Any]
     problem: str = ""
+    blank: bool = False
+    """Whether it is a line of text with nothing in it."""
 
 
 def read_table(path: Path, columns: Columns = GUESSED, *, max_samples: int | None = None, seed: int = 0) -> RawSamples:
@@ -47,42 +51,44 @@ def read_table(path: Path, columns: Columns = GUESSED, *, max_samples: int | Non
     return gather(iterate_table(path, columns), kind, source=str(path), max_samples=max_samples, seed=seed)
 
 
-def iterate_table(path: Path, columns: Columns = GUESSED, *, labelled: bool = True) -> Iterator[RawItem]:
+def iterate_table(path: Place, columns: Columns = GUESSED, *, samples: bool = True) -> Iterator[RawItem]:
     """The texts or pairs of a file as they are read, with what is wrong with those that cannot be used.
 
-    Without ``labelled`` no column is taken for the label.
+    As ``samples`` they may have labels, and empty lines of a ``.txt`` are left out; else each line is an item.
     """
     read = READERS[path.suffix.lower()]
     try:
         resolved: Columns | None = None
         label_kind = ""
-        for number, record in enumerate(read(path, columns)):
+        for number, record in enumerate(one for one in read(path, columns) if not (samples and one.blank)):
             if record.problem:
                 yield RawItem(number, None, name=record.name, problem=record.problem)
                 continue
-            resolved = resolved or _resolved(columns, list(record.values), str(path), labelled)
+            resolved = resolved or _resolved(columns, list(record.values), str(path), samples)
             value, label, problem = resolved.item(record.values)
             label = number_or_text(label) if isinstance(label, str) else label
-            label_kind = label_kind or _label_kind(label)
-            if not problem and _label_kind(label) != label_kind:
-                problem = f"has the label {label!r:.40}, which is not a {label_kind}"
+            if not problem:
+                label_kind = label_kind or _label_kind(label)
+                if _label_kind(label) != (label_kind or NUMBER):
+                    problem = f"has the label {label!r:.40}, which is not a {label_kind or NUMBER}"
             yield RawItem(number, value, label, record.name, problem)
     except OSError as error:
-        raise SamplesError(f"{path} cannot be read: {error.strerror or error}", "check the path") from error
+        raise unreadable(path, error) from error
 
 
-def _resolved(columns: Columns, header: list[str], source: str, labelled: bool) -> Columns:
+def _resolved(columns: Columns, header: list[str], source: str, samples: bool) -> Columns:
     resolved = columns.resolve(header, source)
-    return resolved if labelled else resolved._replace(label=None)
+    return resolved if samples else resolved._replace(label=None)
 
 
 def _label_kind(label: Any) -> str:
+    """What a label is; empty for NaN and infinity, which are no labels at all."""
     if isinstance(label, int | float):
-        return "number" if isfinite(label) else "NaN"
+        return NUMBER if -inf < label < inf else ""
     return "text" if isinstance(label, str) else "list" if isinstance(label, list) else type(label).__name__
 
 
-def _open(path: Path, newline: str = "\n") -> TextIO:
+def _open(path: Place, newline: str = "\n") -> TextIO:
     """A text file whose bytes that are no UTF-8 become lone surrogates, for ``text_problem`` to find."""
     with path.open("rb") as file:
         if file.read(2) in (b"\xff\xfe", b"\xfe\xff"):
@@ -90,23 +96,24 @@ def _open(path: Path, newline: str = "\n") -> TextIO:
     return path.open(encoding="utf-8-sig", errors="surrogateescape", newline=newline)
 
 
-def _lines(path: Path) -> Iterator[tuple[str, str]]:
-    """The lines that are not empty, each with its name."""
+def _lines(path: Place) -> Iterator[tuple[str, str]]:
+    """The lines, each with its name."""
     with _open(path) as file:
         for number, line in enumerate(file, start=1):
-            if line.strip():
-                yield f"line {number}", line.rstrip("\r\n")
+            yield f"line {number}", line.rstrip("\r\n")
 
 
-def _txt(path: Path, columns: Columns) -> Iterator[_Record]:
+def _txt(path: Place, columns: Columns) -> Iterator[_Record]:
     if any(columns):
         raise SamplesError(f"{path} has lines but no columns", "give a .csv, .tsv, .jsonl or .parquet file")
     for name, line in _lines(path):
-        yield _Record(name, {"text": line}, text_problem(line))
+        yield _Record(name, {"text": line}, text_problem(line), blank=not line.strip())
 
 
-def _jsonl(path: Path, columns: Columns) -> Iterator[_Record]:
+def _jsonl(path: Place, columns: Columns) -> Iterator[_Record]:
     for name, line in _lines(path):
+        if not line.strip():
+            continue
         try:
             line.encode()
             value = json.loads(line)
@@ -119,7 +126,7 @@ def _jsonl(path: Path, columns: Columns) -> Iterator[_Record]:
             yield _Record(name, record) if isinstance(record, dict) else _Record(name, {}, "is not a JSON object")
 
 
-def _csv(path: Path, columns: Columns) -> Iterator[_Record]:
+def _csv(path: Place, columns: Columns) -> Iterator[_Record]:
     with _open(path, newline="") as file:
         header = file.readline()
         file.seek(0)
@@ -127,12 +134,12 @@ def _csv(path: Path, columns: Columns) -> Iterator[_Record]:
         yield from _fields(csv.reader(file, delimiter=delimiter, strict=True), path)
 
 
-def _tsv(path: Path, columns: Columns) -> Iterator[_Record]:
+def _tsv(path: Place, columns: Columns) -> Iterator[_Record]:
     with _open(path, newline="") as file:
         yield from _fields(csv.reader(file, delimiter="\t", quoting=csv.QUOTE_NONE), path)
 
 
-def _fields(reader: Any, path: Path) -> Iterator[_Record]:
+def _fields(reader: Any, path: Place) -> Iterator[_Record]:
     """The rows below the header; a row that is broken is a problem of each line that it took."""
     header: list[str] | None = None
     while True:
@@ -166,14 +173,14 @@ def _next(reader: Any) -> list[str] | None:
         csv.field_size_limit(limit)
 
 
-def _parquet(path: Path, columns: Columns) -> Iterator[_Record]:
+def _parquet(path: Place, columns: Columns) -> Iterator[_Record]:
     try:
         import pyarrow
         from pyarrow import parquet
     except ImportError:
         raise MissingExtra("pyarrow", "parquet", f"reading {path}") from None
     try:
-        with parquet.ParquetFile(path) as file:
+        with path.open("rb") as content, parquet.ParquetFile(content) as file:
             names = [name for name in columns.resolve(file.schema_arrow.names, str(path)) if name is not None]
             row = 0
             for batch in file.iter_batches(PARQUET_ROWS, columns=names):
@@ -191,7 +198,7 @@ def _cells(row: str, names: list[str], cells: tuple[Any, ...]) -> _Record:
         return _Record(row, {}, f"is not UTF-8 at byte {error.start}")
 
 
-READERS: dict[str, Callable[[Path, Columns], Iterator[_Record]]] = {
+READERS: dict[str, Callable[[Place, Columns], Iterator[_Record]]] = {
     ".txt": _txt,
     ".csv": _csv,
     ".tsv": _tsv,

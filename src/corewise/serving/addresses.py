@@ -1,7 +1,9 @@
-"""Where a server listens: host and port, or the path of a unix socket."""
+"""Where a server listens, host and port or the path of a unix socket, and who calls it."""
 
 import socket
 import stat
+from functools import lru_cache
+from ipaddress import IPv6Address
 from pathlib import Path
 
 from corewise.common.errors import InputError
@@ -52,6 +54,20 @@ def remove_stale(path: Path) -> None:
     except OSError as error:
         raise InputError(f"unix:{path} cannot be used: {error.strerror or error}", "give another path") from error
     raise InputError(f"another server listens on unix:{path}", "give another path")
+
+
+@lru_cache(4096)
+def client_of(host: str) -> str:
+    """The client at a numeric address: with IPv6 one has all addresses of its network of 64 bits.
+
+    Example:
+        >>> client_of("192.0.2.1"), client_of("::ffff:192.0.2.1"), client_of("2001:db8::1:2:3:4")
+        ('192.0.2.1', '192.0.2.1', '2001:db8::')
+    """
+    if ":" not in host:
+        return host
+    address = IPv6Address(host.partition("%")[0])
+    return str(address.ipv4_mapped or IPv6Address(int(address) >> 64 << 64))
 
 
 def shown(address: Address) -> str:

@@ -14,6 +14,7 @@ from starlette.applications import Starlette
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
+from starlette.types import ASGIApp, Receive, Scope, Send
 
 from corewise.common.errors import CorewiseError, InputError
 from corewise.serving import addresses
@@ -81,7 +82,7 @@ class Repository:
                     log.error("%s was not reloaded: %s", name, error)
 
 
-def web(repository: Repository) -> Starlette:
+def web(repository: Repository) -> ASGIApp:
     """The HTTP side."""
 
     async def index(request: Request) -> Response:
@@ -102,7 +103,7 @@ def web(repository: Repository) -> Starlette:
     async def told(request: Request, error: Any) -> Response:
         return JSONResponse({"error": str(error)}, error.status)
 
-    return Starlette(
+    app = Starlette(
         routes=[
             Route("/v2/repository/index", index, methods=["POST"]),
             Route("/v2/repository/models/{name}/load", load, methods=["POST"]),
@@ -110,6 +111,14 @@ def web(repository: Repository) -> Starlette:
         ],
         exception_handlers={ProtocolError: told},
     )
+    refused = JSONResponse({"error": "the admin port is not for web pages"}, 403)
+
+    async def answer(scope: Scope, receive: Receive, send: Send) -> None:
+        # Browsers send this with every POST: any page could reach what listens on its reader's machine.
+        is_page = any(name == b"origin" for name, _ in scope["headers"])
+        await (refused if is_page else app)(scope, receive, send)
+
+    return answer
 
 
 async def _json(request: Request) -> dict[str, Any]:

@@ -4,7 +4,8 @@ import asyncio
 import json
 import logging
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
 from math import inf
 from typing import Any
 
@@ -32,9 +33,10 @@ from corewise.serving.infer import (
     timeout_s,
     unread_bytes,
 )
+from corewise.serving.memory_limit import COPIES
 from corewise.serving.metrics import CONTENT_TYPE, Metrics
 from corewise.serving.models import Models
-from corewise.serving.protocol import InferRequest, Limits, ProtocolError
+from corewise.serving.protocol import InferRequest, Limits, NoRoom, ProtocolError
 from corewise.serving.served import Served
 from corewise.serving.text_routes import TextRoutes, error_body
 from corewise.serving.tokens import Tokens
@@ -44,6 +46,10 @@ log = logging.getLogger("corewise.serve")
 OPEN_TO_ALL = ("/v2/health/live", "/v2/health/ready", "/health")
 """A prober has no token."""
 NOT_NOW = refusals.NOT_NOW
+LARGE_ANSWER_BYTES = 2**16
+"""Above it an answer may wait for its client to read it."""
+ANSWER_COPIES = 2
+"""Of an answer, until it is read."""
 
 
 class App:
@@ -163,8 +169,8 @@ class App:
         served = self._served(request)
         top = images.how_many(request.query_params.get("top"))
         images.check_classes(served)
-        served, answer, _, note = await self._image_answered(request, served)
-        content = {"model_name": served.name, "classes": images.classes(answer.outputs[0][0], served, top)}
+        async with self._image_answered(request, served) as (served, answer, _, note):
+            content = {"model_name": served.name, "classes": images.classes(answer.outputs[0][0], served, top)}
         return _Noted(content, note)
 
     async def detect(self, request: Request) -> Response:
@@ -173,23 +179,25 @@ class App:
 
         served, query = self._served(request), request.query_params
         asked = images.thresholds(query.get("score_threshold"), query.get("iou_threshold"), served)
-        served, answer, (width, height), note = await self._image_answered(request, served)
-        # Thousands of boxes take milliseconds, in which the event loop answers others.
-        found = await self._front.compute(
-            lambda: images.objects(answer.outputs, served, (width, height), asked),
-            1,
-            kind="boxes",
-            deadline_s=self._deadline_s(request),
-        )
+        async with self._image_answered(request, served) as (served, answer, (width, height), note):
+            # Thousands of boxes take milliseconds, in which the event loop answers others.
+            found = await self._front.compute(
+                lambda: images.objects(answer.outputs, served, (width, height), asked),
+                1,
+                kind="boxes",
+                deadline_s=self._deadline_s(request),
+            )
         content = {"model_name": served.name, "width": width, "height": height, "objects": found}
         return _Noted(content, note)
 
+    @asynccontextmanager
     async def _image_answered(
         self, request: Request, served: Served
-    ) -> tuple[Served, Answer, tuple[int, int], Callable[[], None]]:
+    ) -> AsyncIterator[tuple[Served, Answer, tuple[int, int], Callable[[], None]]]:
         """The model's outputs for the image of a request, in any form, and the image's width and height.
 
-        Also what to call when the answer is on the wire.
+        Also what to call before the answer is sent. What the request holds is booked until the ``async with``
+        ends.
         """
         from corewise.serving import images
 
@@ -207,20 +215,21 @@ class App:
             asked, size = await self._front.image(body, served, client=client, deadline_s=deadline_s)
             return asked
 
-        answering, answer, asked_s = await self._answered(request, served, read, check)
-        return answering, answer, size, lambda: self._front.note_sent(answer, asked_s)
+        async with self._answered(request, served, read, check) as (answering, answer, asked_s):
+            yield answering, answer, size, lambda: self._front.note_sent(answer, asked_s)
 
+    @asynccontextmanager
     async def _answered(
         self,
         request: Request,
         served: Served,
         read: Callable[[bytes, float], Awaitable[InferRequest]],
         check: Callable[[int, float], None],
-    ) -> tuple[Served, Answer, float]:
+    ) -> AsyncIterator[tuple[Served, Answer, float]]:
         """Read a request and wait for its answer, unless the client goes before. Its time counts from its arrival.
 
-        ``check`` may refuse it by its size, before its body is read. Returns which model answered, its answer, and
-        when the request joined the model's queue.
+        ``check`` may refuse it by its size, before its body is read. Yields which model answered, its answer, and when
+        the request joined the model's queue; until the ``async with`` ends, the answer is booked as the request was.
         """
         client = client_of(request.scope)
         with (
@@ -237,8 +246,9 @@ class App:
             booking.cover(asked.inputs)
             asked_s = time.monotonic()
             served, answer = await self._front.ask(self.models, served, asked, deadline_s, request.scope.get(GONE))
+            booking.cover(answer.outputs)
             note(answer)
-        return served, answer, asked_s
+            yield served, answer, asked_s
 
     def _deadline_s(self, request: Request) -> float:
         """When a request's answer is due by its header, or by the server's own limit."""
@@ -282,7 +292,7 @@ class _Plain(Response):
 
 
 class _Noted(JSONResponse):
-    """A response of which something is noted when it is sent."""
+    """A response of which something is noted before it is sent."""
 
     def __init__(self, content: Any, note: Callable[[], None]) -> None:
         super().__init__(content)
@@ -290,8 +300,8 @@ class _Noted(JSONResponse):
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """As ASGI has it."""
+        self._note()  # not when it is read: slow readers are no reason to refuse others
         await super().__call__(scope, receive, send)
-        self._note()
 
 
 class _Guard:
@@ -326,31 +336,37 @@ class _Guard:
 class RequestLog:
     """Gives each request an id, or keeps its own, and writes a line when it has its answer.
 
-    While the server stops, each answer ends its connection: the client's next request goes elsewhere.
+    While the server stops, each answer ends its connection: the client's next request goes elsewhere. A large answer is
+    booked until its client has read it.
     """
 
-    def __init__(self, app: ASGIApp, models: Models, ids: RequestIds) -> None:
-        self._app, self._models, self._ids = app, models, ids
+    def __init__(self, app: ASGIApp, models: Models, ids: RequestIds, front: Front) -> None:
+        self._app, self._models, self._ids, self._front = app, models, ids, front
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """As ASGI has it."""
         name = scope["request_id"] = self._ids.of(scope["headers"])
         started_s, status = time.monotonic(), 0
+        start: Any = None
         # Clients of HTTP/1.0 expect the server to confirm that the connection stays open.
         is_kept = (
             scope["http_version"] == "1.0" and b"keep-alive" in dict(scope["headers"]).get(b"connection", b"").lower()
         )
 
         async def told(message: Any) -> None:
-            nonlocal status
+            nonlocal start, status
             if message["type"] == "http.response.start":
-                status = message["status"]
+                status, start = message["status"], message
                 message["headers"] = [*message.get("headers", ()), (REQUEST_ID, name.encode("latin-1"))]
                 if self._models.stopping:
                     message["headers"].append((b"connection", b"close"))
                 elif is_kept:
                     message["headers"].append((b"connection", b"keep-alive"))
-            await send(message)
+            elif len(message.get("body", b"")) > LARGE_ANSWER_BYTES:
+                status = await self._send_large(client_of(scope), start, message["body"], send)
+            else:
+                await send(start)
+                await send(message)
 
         try:
             await self._app(scope, receive, told)
@@ -359,3 +375,20 @@ class RequestLog:
                 took_ms = round((time.monotonic() - started_s) * 1e3, 3)
                 line = {"id": name, "method": scope["method"], "path": scope["path"], "status": status, "ms": took_ms}
                 log.debug("%s", json.dumps(line))
+
+    async def _send_large(self, client: str, start: Any, body: bytes, send: Send) -> int:
+        """Send an answer, booked until its client has read nearly all of it, if there is room; the status sent."""
+        with self._front.booking(client) as booking:
+            try:
+                booking.add(ANSWER_COPIES * len(body) // COPIES)
+            except NoRoom as error:
+                status, headers, why = refusals.plain(error.status, str(error))
+                kept = [each for each in start["headers"] if each[0] in (REQUEST_ID, b"connection")]
+                await send({**start, "status": status, "headers": [*headers, *kept]})
+                await send({"type": "http.response.body", "body": why})
+                return status
+            await send(start)
+            await send({"type": "http.response.body", "body": body, "more_body": True})
+            # uvicorn takes the next part when the client has read nearly all of this one.
+            await send({"type": "http.response.body", "body": b""})
+            return int(start["status"])

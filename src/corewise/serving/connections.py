@@ -1,23 +1,31 @@
-"""HTTP connections: a few new ones at a time, and kept as old and simple clients use them.
+"""HTTP connections: a few new ones at a time, not all for one client, and kept as old and simple clients use them.
 
-Such clients want HTTP/1.0 to stay open, or close their side after their request.
+Such clients want HTTP/1.0 to stay open, offer an upgrade to HTTP/2, or close their side after their request.
 """
 
 import asyncio
 import select
 import socket
+from collections import Counter
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from ssl import SSLContext
 
+import httptools
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+
+from corewise.serving import refusals
+from corewise.serving.addresses import client_of
+from corewise.serving.refusals import on_wire
 
 CONTINUE = b"HTTP/1.1 100 Continue\r\n\r\n"
 GONE_S = (0.05, 0.5)
 """From the end of what a client sends to the first look whether it is gone, and between two looks."""
-
-
+HEALTH_CONNECTIONS = 16
+"""Beyond the limit, for health checks, which a crowd must not keep out."""
+HANDSHAKE_S = 10.0
+"""For TLS."""
 PER_ROUND = 8
 """New connections in one round of the event loop: about a millisecond."""
 PAUSE_S = 0.5
@@ -27,18 +35,88 @@ ESTABLISHED, CONNECTED = "01", "03"
 """A connection's state in these tables, see proc_net_tcp.txt and proc(5)."""
 
 
+FULL = refusals.plain(
+    refusals.NOT_NOW,
+    "there are too many connections, in all or of your address; try again later",
+    [(b"retry-after", b"1"), (b"connection", b"close")],
+)
+"""The answer to a connection beyond the limits, which is closed."""
+
+
+class Seats:
+    """So many connections, and so many of one client, which is empty if it comes by a unix socket."""
+
+    def __init__(self, most: int, most_of_client: int) -> None:
+        self._most, self._most_of_client = most, most_of_client
+        self._taken: Counter[str] = Counter()
+        self._total = 0
+
+    def take(self, client: str) -> bool:
+        """Take one, if there is one for that client."""
+        if self._total >= self._most or (client and self._taken[client] >= self._most_of_client):
+            return False
+        self._total += 1
+        self._taken[client] += 1
+        return True
+
+    def give_back(self, client: str) -> None:
+        """Give one back."""
+        self._total -= 1
+        self._taken[client] -= 1
+        if not self._taken[client]:
+            del self._taken[client]
+
+
+class Seat:
+    """One connection's."""
+
+    def __init__(self, seats: Seats, client: str, *, is_extra: bool) -> None:
+        self._seats: Seats | None = seats
+        self._client = client
+        self.is_extra = is_extra
+        """Whether it is for health checks only."""
+
+    def leave(self) -> None:
+        """Give it back, once."""
+        if self._seats is not None:
+            self._seats.give_back(self._client)
+            self._seats = None
+
+
+class Room:
+    """What connections a port may have: ``most``, ``client_share`` of them from one address, and some extra ones."""
+
+    def __init__(self, most: int, client_share: float) -> None:
+        self._seats, self._extra = (
+            Seats(count, max(1, int(count * client_share))) for count in (most, HEALTH_CONNECTIONS)
+        )
+
+    def seat(self, client: str) -> Seat | None:
+        """A seat for a connection of that client; ``None`` if it has to be refused."""
+        if self._seats.take(client):
+            return Seat(self._seats, client, is_extra=False)
+        return Seat(self._extra, client, is_extra=True) if self._extra.take(client) else None
+
+
 class Acceptor:
     """Takes new connections from a socket that listens, a few in each round of the event loop.
 
     uvloop and asyncio take all that wait at once: the requests of other clients, and health checks, would wait for
-    a thousand new connections.
+    a thousand new connections. One without a seat is answered and closed before anything is made for it.
     """
 
     def __init__(
-        self, listening: socket.socket, make: Callable[[], asyncio.Protocol], tls: SSLContext | None = None
+        self,
+        listening: socket.socket,
+        make: Callable[[Seat], asyncio.Protocol],
+        room: Room,
+        *,
+        on_refused: Callable[[], None] = lambda: None,
+        tls: SSLContext | None = None,
     ) -> None:
-        """``make`` makes the protocol of each connection. Called in the event loop."""
+        """``make`` makes the protocol of each connection, which gives its seat back. Called in the event loop."""
         self._listening, self._make, self._tls = listening, make, tls
+        self._room, self._on_refused = room, on_refused
         self._loop = asyncio.get_running_loop()
         self._opening: set[asyncio.Task[None]] = set()
         self._pause: asyncio.TimerHandle | None = None
@@ -71,7 +149,7 @@ class Acceptor:
     def _take(self) -> bool:
         """Take one connection; whether there may be more."""
         try:
-            connection, _ = self._listening.accept()
+            connection, address = self._listening.accept()
         except ConnectionAbortedError:
             return True
         except (BlockingIOError, InterruptedError):
@@ -80,21 +158,38 @@ class Acceptor:
             self._stop()
             self._pause = self._loop.call_later(PAUSE_S, self._listen)
             return False
-        opening = self._loop.create_task(self._open(connection))
+        connection.setblocking(False)
+        seat = self._room.seat(client_of(address[0]) if isinstance(address, tuple) else "")
+        if seat is None:
+            self._refuse(connection)
+            return True
+        opening = self._loop.create_task(self._open(connection, seat))
         self._opening.add(opening)
         opening.add_done_callback(self._opening.discard)
         return True
 
-    async def _open(self, connection: socket.socket) -> None:
-        connection.setblocking(False)
+    def _refuse(self, connection: socket.socket) -> None:
+        self._on_refused()
+        with connection, suppress(OSError):
+            if self._tls is None:
+                connection.send(on_wire(*FULL))
+                connection.recv(1 << 16)  # what is left unread makes the kernel drop the answer
+
+    async def _open(self, connection: socket.socket, seat: Seat) -> None:
         if connection.family != socket.AF_UNIX:
             # Otherwise each answer waits 40 ms for the acknowledgement of its own headers.
             with suppress(OSError):
                 connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         try:
-            await self._loop.connect_accepted_socket(self._make, connection, ssl=self._tls)
+            await self._loop.connect_accepted_socket(
+                lambda: self._make(seat),
+                connection,
+                ssl=self._tls,
+                ssl_handshake_timeout=None if self._tls is None else HANDSHAKE_S,
+            )
         except OSError:  # gone already, or a handshake that is none
             connection.close()
+            seat.leave()
 
 
 def count_open(place: int | Path) -> int:
@@ -119,15 +214,53 @@ def _lines(table: Path) -> list[str]:
 
 
 class Connection(HttpToolsProtocol):
-    """uvicorn's, which closes each connection of HTTP/1.0, and each whose client will send no more."""
+    """uvicorn's, but for what it closes or drops.
+
+    It closes each connection of HTTP/1.0, and each whose client will send no more. It drops the body of a request that
+    offers an upgrade, and would read one that comes later as the next request.
+    """
 
     _looking: asyncio.TimerHandle | None = None
 
+    def data_received(self, data: bytes) -> None:
+        """Read what came."""
+        self._unset_keepalive_if_required()
+        self._feed(data)
+
+    def _feed(self, data: bytes) -> None:
+        try:
+            self.parser.feed_data(data)
+        except httptools.HttpParserUpgrade as upgrade:
+            self._go_on(data[upgrade.args[0] :])
+        except httptools.HttpParserError:
+            self.send_400_response("Invalid HTTP request received.")
+
+    def _go_on(self, rest: bytes) -> None:
+        """Read a request again as if it offered no upgrade (RFC 9110, section 7.8), and ``rest``, which came after it.
+
+        The parser, which takes offers for agreed, has read nothing of it but its head.
+        """
+        method, version = self.parser.get_method(), self.parser.get_http_version().encode()
+        headers = [b"%b: %b\r\n" % header for header in self.headers if header[0] != b"upgrade"]
+        self.parser = httptools.HttpRequestParser(self)
+        self.parser.set_dangerous_leniencies(lenient_data_after_close=True)  # as uvicorn's
+        self._feed(b"".join((b"%b %b HTTP/%b\r\n" % (method, self.url, version), *headers, b"\r\n", rest)))
+
     def on_headers_complete(self) -> None:
         """Keep a connection of HTTP/1.0 if its client wants that."""
+        if self.parser.should_upgrade():
+            if self.parser.get_method() == b"CONNECT":
+                raise ValueError("this is no proxy")
+            return
         super().on_headers_complete()
         if self.cycle is not None and self.parser.get_http_version() == "1.0" and self.parser.should_keep_alive():
-            self.cycle.keep_alive = True
+            # Old proxies do not know chunks: to them the body may end elsewhere (RFC 9112, section 6.1).
+            self.cycle.keep_alive = all(name != b"transfer-encoding" for name, _ in self.headers)
+
+    def on_message_complete(self) -> None:
+        """The request is whole, unless it will be read again."""
+        if not self.parser.should_upgrade():
+            super().on_message_complete()
 
     def eof_received(self) -> bool | None:  # type: ignore[override]
         """Answer a client that closed its side after a whole request, unless it closed the connection.

@@ -142,13 +142,12 @@ class Front:
     def refusal(self, client: str, deadline_s: float) -> NotServed | None:
         """Why a request of which only the headers were read has no place, or would have its turn too late.
 
-        ``None`` if it is let in.
+        ``None`` if it may be let in.
         """
         if self._is_full(client):
             return NotServed("queue full", 1.0)
         if (late_s := self._turns.late_s(deadline_s, self._tail.seconds(monotonic()))) > 0:
             return NotServed("overloaded", late_s)
-        self._turns.expect()
         return None
 
     async def turn(self, deadline_s: float, served: Served | None = None, gone: set[Any] | None = None) -> None:
@@ -227,7 +226,7 @@ class Front:
         return served, self._deliveries.wait(future)
 
     def note_sent(self, answer: Answer, asked_s: float) -> None:
-        """An answer is on the wire, to a request that joined the model's queue at that time."""
+        """An answer is sent now, to a request that joined the model's queue at that time."""
         now_s = monotonic()
         self._tail.note(max(0.0, now_s - asked_s - answer.waited_s - answer.ran_s), now_s)
 

@@ -14,7 +14,7 @@ from starlette.types import Receive, Scope, Send
 
 from corewise.batching import Answer
 from corewise.common.errors import CorewiseError
-from corewise.serving import bodies, json_body, refusals, triton
+from corewise.serving import addresses, bodies, json_body, refusals, triton
 from corewise.serving.budget import Booking
 from corewise.serving.frames import Headers
 from corewise.serving.front import Front
@@ -70,10 +70,10 @@ class Infer:
             status, headers, body = self._told(error, scope)
         except Exception as error:  # noqa: BLE001 - the request boundary: the log says what it was
             status, headers, body = broken(error, scope)
+        if answered is not None:  # not when it is read: slow readers are no reason to refuse others
+            self._front.note_sent(*answered)
         await send({"type": "http.response.start", "status": status, "headers": headers})
         await send({"type": "http.response.body", "body": body})
-        if answered is not None:
-            self._front.note_sent(*answered)
 
     async def _answer(self, scope: Scope, receive: Receive) -> tuple[Headers, bytes, tuple[Answer, float]]:
         """Headers and body of the answer, with what is noted when it is sent."""
@@ -169,8 +169,8 @@ def broken(error: Exception, scope: Scope) -> tuple[int, Headers, bytes]:
 
 
 def client_of(scope: Scope) -> str:
-    """The client's address; nothing for a unix socket."""
-    return str(scope["client"][0]) if scope.get("client") else ""
+    """The client (``addresses.client_of``); nothing for a unix socket."""
+    return addresses.client_of(scope["client"][0]) if scope.get("client") else ""
 
 
 def unread_bytes(headers: Mapping[bytes, bytes]) -> int:

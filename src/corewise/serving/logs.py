@@ -79,8 +79,14 @@ class _Handler(logging.StreamHandler):  # type: ignore[type-arg]
             super().emit(record)
 
 
+def _is_ours(record: logging.LogRecord) -> bool:
+    """Whether gRPC tells of something else than a call that its client ended, or whose message broke a limit."""
+    return "raised in core" not in record.getMessage()
+
+
 def to_stderr(level: str) -> None:
     """Log to standard error from this level on, including all libraries."""
+    logging.getLogger("grpc._cython.cygrpc").addFilter(_is_ours)
     handler = _Handler()
     handler.setFormatter(JsonLines())
     logging.basicConfig(level=level.upper(), handlers=[handler], force=True)

@@ -10,6 +10,7 @@ from urllib.parse import unquote
 import grpc
 from google.protobuf.message import DecodeError
 
+from corewise.serving import addresses
 from corewise.serving.protocol import Limits, NoRoom, ProtocolError
 from corewise.serving.tokens import Tokens
 
@@ -212,9 +213,9 @@ def sizes(request: Any) -> tuple[int, int]:
 
 
 def client_of(context: Any) -> str:
-    """The client's address, as HTTP has it; nothing for a unix socket."""
-    address = unquote(context.peer()).partition(":")[2].rpartition(":")[0]
-    return address.strip("[]")
+    """The client, as HTTP has it; nothing for a unix socket."""
+    kind, _, address = unquote(context.peer()).partition(":")
+    return addresses.client_of(address.rpartition(":")[0].strip("[]")) if kind in ("ipv4", "ipv6") else ""
 
 
 def is_admitted(context: Any, tokens: Tokens) -> bool:

@@ -130,7 +130,7 @@ class Metrics:
         try:
             yield
         except CorewiseError as error:
-            if not (isinstance(error, ProtocolError) and error.status == 404):
+            if not _is_unknown(error):
                 label = self._logged(_outcome(error), request_id[:MOST_ID])
                 self._turned_away.labels(protocol, label).inc()
             raise
@@ -224,7 +224,8 @@ class Observed:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         outcome = "ok" if error is None else _outcome(error)
-        self._metrics.count(self._served, self._protocol, outcome, self._request_id)
+        if not _is_unknown(error):  # the model was unloaded meanwhile
+            self._metrics.count(self._served, self._protocol, outcome, self._request_id)
         if self._note is None or self._span is None:
             return
         self._note("corewise.model_version", self._served.version)
@@ -232,6 +233,11 @@ class Observed:
         if self._request_id:
             self._note("corewise.request_id", self._request_id)
         self._span.__exit__(kind, error, trace)
+
+
+def _is_unknown(error: BaseException | None) -> bool:
+    """Whether a request ended because there is no such model: it is counted once, with those turned away."""
+    return isinstance(error, ProtocolError) and error.status == 404
 
 
 def _outcome(error: BaseException) -> str:

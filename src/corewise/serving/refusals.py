@@ -1,6 +1,7 @@
 """Errors as HTTP tells them. Pure."""
 
 from collections.abc import Sequence
+from http import HTTPStatus
 from math import ceil
 
 import msgspec
@@ -31,3 +32,9 @@ def plain(status: int, what: str, headers: Sequence[tuple[bytes, bytes]] = ()) -
     """An answer that says what was wrong."""
     body = msgspec.json.encode({"error": what})
     return status, [(b"content-type", b"application/json"), (b"content-length", b"%d" % len(body)), *headers], body
+
+
+def on_wire(status: int, headers: Headers, body: bytes) -> bytes:
+    """An answer as HTTP/1.1 sends it."""
+    lines = [b"HTTP/1.1 %d %b" % (status, HTTPStatus(status).phrase.encode()), *(b"%b: %b" % pair for pair in headers)]
+    return b"\r\n".join((*lines, b"", body))

@@ -213,6 +213,8 @@ class Service:
     async def _answered(self, name: str, message: Any, call: Call, requests: AsyncIterator[bytes], context: Any) -> Any:
         """Receive a call's message and answer it."""
         client = messages.client_of(context)
+        if name == "ModelInfer" and self._front.is_crowded(client):
+            self._refuse_unread(client, context)
         with self._front.booking(client) as booking:
             data = await self.receiver.receive(requests, client)
             booking.add(len(data))
@@ -223,6 +225,14 @@ class Service:
                 lambda: messages.decoded(data, message), len(data) // messages.DECODED_BYTES
             )
             return await call(request, context)
+
+    def _refuse_unread(self, client: str, context: Any) -> None:
+        """Raise ``NotServed`` for a call, not yet received, that has no place or would have its turn too late."""
+        left_s = context.time_remaining()
+        deadline_s = time.monotonic() + (self._limits.timeout_s if left_s is None else left_s)
+        if (refused := self._front.refusal(client, deadline_s)) is not None:
+            with self.metrics.unnamed_request("grpc"):
+                raise refused
 
     def _told(self, name: str, error: Exception, context: Any) -> tuple[Any, str]:
         """The status code and the text of an error."""

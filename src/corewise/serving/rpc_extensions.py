@@ -34,12 +34,12 @@ Infer = Callable[[Any, Any], Awaitable[Any]]
 """Answers a ``ModelInferRequest``, given the call's context; raises ``CorewiseError``."""
 
 
-def list_methods(models: Models, infer: Infer, front: Front, limits: Limits) -> list[Method]:
+def list_methods(models: Models, metrics: Metrics, infer: Infer, front: Front, limits: Limits) -> list[Method]:
     """All methods that are here."""
-    return [*health.list_methods(models), *_extensions(models, infer, front, limits), *_reflection()]
+    return [*health.list_methods(models), *_extensions(models, metrics, infer, front, limits), *_reflection()]
 
 
-def _extensions(models: Models, infer: Infer, front: Front, limits: Limits) -> list[Method]:
+def _extensions(models: Models, metrics: Metrics, infer: Infer, front: Front, limits: Limits) -> list[Method]:
     async def model_config(request: Any, context: Any) -> Any:
         served = models.find(request.name, request.version or None)
         return oip.message("ModelConfigResponse")(config=triton.config(served))
@@ -48,7 +48,7 @@ def _extensions(models: Models, infer: Infer, front: Front, limits: Limits) -> l
         raise ProtocolError("the model repository is at the server's --admin-grpc", status=501)
 
     def model_stream_infer(requests: AsyncIterator[bytes], context: Any) -> AsyncIterator[Any]:
-        return Stream(infer, front, limits, context).answers(requests)
+        return Stream(metrics, infer, front, limits, context).answers(requests)
 
     calls: dict[str, Any] = {
         "ModelConfig": {"unary": model_config},
@@ -64,8 +64,8 @@ def _extensions(models: Models, infer: Infer, front: Front, limits: Limits) -> l
 class Stream:
     """One stream's requests, answered in their order, several at a time. An error is the answer to one request only."""
 
-    def __init__(self, infer: Infer, front: Front, limits: Limits, context: Any) -> None:
-        self._infer, self._front, self._limits, self._context = infer, front, limits, context
+    def __init__(self, metrics: Metrics, infer: Infer, front: Front, limits: Limits, context: Any) -> None:
+        self._metrics, self._infer, self._front, self._limits, self._context = metrics, infer, front, limits, context
         self._client = messages.client_of(context)
         self._answers: asyncio.Queue[asyncio.Task[Any] | None] = asyncio.Queue(MOST_IN_STREAM)
 
@@ -103,6 +103,7 @@ class Stream:
                 answer = await self._infer(request, self._context)
                 return oip.message("ModelStreamInferResponse")(infer_response=answer)
         except (ProtocolError, NotServed) as error:
+            _count_unknown(self._metrics, error)
             why = str(error)
         except CorewiseError as error:
             log.error("a request of a gRPC stream failed: %r", error)
@@ -134,6 +135,12 @@ async def _decoded(requests: AsyncIterator[bytes], message: Any) -> AsyncIterato
     async for data in requests:
         messages.check_small(data)
         yield messages.decoded(data, message)
+
+
+def _count_unknown(metrics: Metrics, error: Exception) -> None:
+    """Count a request for a model that there is not."""
+    if isinstance(error, ProtocolError) and error.status == 404:
+        metrics.turned_away("grpc", "unknown model")
 
 
 def _told(method: Method, error: Exception) -> tuple[Any, str]:

@@ -21,8 +21,10 @@ from corewise._version import __version__
 from corewise.common.errors import CorewiseError
 from corewise.records.pipeline import Activation, TextTask
 from corewise.serving import bodies, openai, rerank, tei, texts
+from corewise.serving.budget import Booking
 from corewise.serving.front import Front
 from corewise.serving.infer import GONE, client_of
+from corewise.serving.memory_limit import COPIES
 from corewise.serving.metrics import Metrics
 from corewise.serving.models import Models
 from corewise.serving.protocol import Limits, ProtocolError
@@ -35,6 +37,8 @@ VALUE_BYTES = 8
 """About what a number takes in JSON."""
 RESULT_BYTES = 64
 """About what one text's score or class takes in JSON."""
+PIECE_BYTES = 600
+"""What a token takes while it is described, with its text and its JSON; each byte of a text may be one."""
 WORDS: dict[TextTask, str] = {
     "vectors": "embeds texts",
     "scores": "ranks texts",
@@ -246,16 +250,18 @@ class TextRoutes:
     ) -> Response:
         """What the tokenizer alone answers, without the model."""
         name, deadline_s = _request_id(request), self._deadline_s(request)
-        with self._metrics.unnamed_request("http", name):
-            body = await self._body(request, texts.TOKENIZED_BYTES, deadline_s)
-            asked = await self._front.read(lambda: parse(body), len(body), deadline_s=deadline_s)
-            served = self._chosen(asked.model, *ANY)
-        text = served.text
-        assert text is not None
-        with self._metrics.tokenizer_request(served, name):
-            content = await self._front.compute(
-                lambda: render(asked, text), len(body), deadline_s=deadline_s, kind="pieces"
-            )
+        with self._front.booking(client_of(request.scope)) as booking:
+            with self._metrics.unnamed_request("http", name):
+                body = await self._body(request, texts.TOKENIZED_BYTES, booking, deadline_s)
+                asked = await self._front.read(lambda: parse(body), len(body), deadline_s=deadline_s)
+                served = self._chosen(asked.model, *ANY)
+            text = served.text
+            assert text is not None
+            with self._metrics.tokenizer_request(served, name):
+                booking.add(PIECE_BYTES * len(body) // COPIES)
+                content = await self._front.compute(
+                    lambda: render(asked, text), len(body), deadline_s=deadline_s, kind="pieces"
+                )
         return Response(content, media_type="application/json")
 
     async def info(self, request: Request) -> Response:
@@ -309,10 +315,9 @@ class TextRoutes:
                 note(answer.calls)
             yield served, asked, answer
 
-    async def _body(self, request: Request, most_bytes: int, deadline_s: float) -> bytes:
-        client = client_of(request.scope)
+    async def _body(self, request: Request, most_bytes: int, booking: Booking, deadline_s: float) -> bytes:
         limits = replace(self._limits, body_bytes=min(self._limits.body_bytes, most_bytes))
-        with self._front.booking(client) as booking, self._front.place(client):
+        with self._front.place(client_of(request.scope)):
             body = await bodies.read(request, limits, booking)
             await self._front.turn(deadline_s, gone=request.scope.get(GONE))
         return body

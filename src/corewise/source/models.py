@@ -32,7 +32,7 @@ def load(reference: str) -> nn.Module | ExportedProgram:
     return load_with_texts(reference).model
 
 
-def load_with_texts(model: Any, *, tokenizer: Path | None = None, pooling: Pooling | None = None) -> Loaded:
+def load_with_texts(model: Any, *, tokenizer: str | Path | None = None, pooling: Pooling | None = None) -> Loaded:
     """A model and, if it takes texts, its pipeline and tokenizer.
 
     Args:
@@ -45,6 +45,7 @@ def load_with_texts(model: Any, *, tokenizer: Path | None = None, pooling: Pooli
     """
     if pooling not in (None, *POOLINGS):
         raise SourceError(f"there is no pooling {pooling!r}", f"give one of {', '.join(POOLINGS)}")
+    tokenizer = None if tokenizer is None else Path(tokenizer)
     if isinstance(model, str):
         prefix, name = split_reference(model)
         loaded = TEXT_HUBS[prefix](name, pooling, tokenizer) if prefix in TEXT_HUBS else _from_object(_load(model))

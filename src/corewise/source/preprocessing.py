@@ -175,12 +175,14 @@ def _has_image_processor(name: str) -> bool:
     """Whether a folder, or a model of the hub, says how images are processed."""
     if Path(name).is_dir():
         return any(
-            "image" in (Path(name) / file).read_text() for file in PROCESSOR_FILES if (Path(name) / file).is_file()
+            "image" in (Path(name) / file).read_text(encoding="utf-8")
+            for file in PROCESSOR_FILES
+            if (Path(name) / file).is_file()
         )
     hub = import_package("transformers.utils", "hf")
     with guard(SourceError, f"hf:{name} cannot be loaded", "check the name, the network, or give a local folder"):
         found = hub.cached_file(name, PROCESSOR_FILES[0], _raise_exceptions_for_missing_entries=False)
-    return found is not None and "image" in Path(found).read_text()
+    return found is not None and "image" in Path(found).read_text(encoding="utf-8")
 
 
 def transformers_preprocess(says: Mapping[str, Any]) -> Preprocess | None:

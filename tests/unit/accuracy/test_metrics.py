@@ -124,6 +124,8 @@ def test_embeddings_and_constant_answers_are_no_class_scores():
     vectors = np.random.default_rng(0).normal(size=(30, 16))
     assert default(vectors, None).name == "agreement"
     assert default(vectors / np.linalg.norm(vectors, axis=1, keepdims=True), None).name == "cosine"
+    with pytest.raises(SamplesError, match=r"no default metric takes .* \(recall@10, spearman"):
+        default(vectors / np.linalg.norm(vectors, axis=1, keepdims=True), np.arange(len(vectors)) % 2)
     # The first of four box sides is always the largest: an agreement of 100 % would say nothing.
     assert default(np.abs(vectors[:, :4]) + np.array([9, 0, 0, 0]), None).name == "concordance"
 

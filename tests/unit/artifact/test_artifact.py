@@ -6,6 +6,8 @@ import json
 import os
 import runpy
 import shutil
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -44,6 +46,7 @@ PLAN = Plan(threads_per_instance=1, batch=4)
 INPUTS = (TensorSpec(name="x", dtype="float32", shape=(None, 6)),)
 OUTPUTS = (TensorSpec(name="y", dtype="float32", shape=(None, 5)),)
 X = np.random.default_rng(0).standard_normal((4, 6)).astype(np.float32)
+REPORT_TEXT = "# modèle\n"
 
 
 def write(folder, *, build=BUILD, golden=None, reference=None, report=STORY, **changes):
@@ -89,7 +92,7 @@ def write(folder, *, build=BUILD, golden=None, reference=None, report=STORY, **c
         reference=reference,
         golden=([X], outputs),
         report=report,
-        report_text="# report\n",
+        report_text=REPORT_TEXT,
         report_page="<!doctype html>\n",
     )
     shutil.rmtree(payload)
@@ -159,6 +162,8 @@ def test_an_output_that_exists_is_told(tmp_path, make):
         ("missing/m.cw", "there is no folder .*missing; create it"),
         ("file/m.cw", "there is no folder .*file"),
         ("n" * 300, "cannot be written: File name too long"),
+        ("n" * 250, "cannot be written: File name too long"),
+        ("n\udcff.cw", "has a name that is not UTF-8; give another place"),
     ],
 )
 def test_an_output_that_cannot_be_is_told(tmp_path, output, told):
@@ -171,6 +176,14 @@ def test_a_folder_that_cannot_be_written_is_told():
     # /proc takes no files, not even from root.
     with pytest.raises(OutputError, match=r"/proc/m\.cw cannot be written: .*; give another place"):
         check_output(Path("/proc/m.cw"))
+
+
+def test_it_is_written_whatever_encoding_files_have_here(tmp_path):
+    code = "import sys; from pathlib import Path; from test_artifact import write; write(Path(sys.argv[1]))"
+    environment = {**os.environ, "LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    environment["PYTHONPATH"] = os.pathsep.join([str(Path(__file__).parent), *sys.path])
+    subprocess.run([sys.executable, "-c", code, tmp_path / "m.cw"], check=True, env=environment)
+    assert (tmp_path / "m.cw" / artifact.REPORT_TEXT).read_text(encoding="utf-8") == REPORT_TEXT
 
 
 def test_nothing_is_left_where_writing_fails(tmp_path):

@@ -135,7 +135,7 @@ def test_any_batch_and_dynamic_size_are_taken(single):
         (X[0], r"input 'image' has shape \(3, 4\); give \(any, 3, any\)"),
         (np.ones((1, 2, 4), np.float32), r"input 'image' has shape \(1, 2, 4\); give \(any, 3, any\)"),
         (X[:0], r"the inputs have \[0\] items; give the same number of each, at least 1"),
-        (X.tolist(), r"inputs\[0\] is a list, but a tensor is expected"),
+        (X.tolist(), r"inputs\[0\] is a list, but a tensor is expected; give a tensor or an array"),
         (None, r"inputs\[0\] is None, but a tensor is expected"),
     ],
 )
@@ -145,8 +145,10 @@ def test_a_wrong_input_is_told(single, wrong, told):
 
 
 def test_missing_and_unknown_arguments_are_told(single, nested):
-    with pytest.raises(InputError, match=r"inputs.* missing"):
+    with pytest.raises(InputError, match=r"inputs\[0\] is missing; give one value"):
         single()
+    with pytest.raises(InputError, match=r"inputs\[1\] is not expected; give one value"):
+        single(X, X)
     with pytest.raises(InputError, match=r'inputs\["mask"\] is not expected'):
         single(X, mask=M)
     with pytest.raises(InputError, match=r'inputs\["batch"\]\["image"\] is missing; give image, masks'):
@@ -314,3 +316,13 @@ def test_closing_waits_for_calls_and_ends_all_threads():
     for _ in range(2):
         with pytest.raises(EngineError, match="the model was closed; load it again"):
             model(X)
+
+
+def test_one_instance_that_was_closed_says_so():
+    engine = Doublings()
+    with made(engine, Plan(threads_per_instance=2)) as model:
+        model(X)
+    model.close()
+    assert all(session.closed for session in engine.sessions)
+    with pytest.raises(EngineError, match="the model was closed; load it again"):
+        model(X)

@@ -70,7 +70,7 @@ def test_a_duration_is_its_number_times_its_unit(number, unit):
         (quantities.zero_or_more("0.01"), "0", 0.0, ["-1", "nan", "inf", "x"], "give 0 or more, e.g. 0.01"),
         (quantities.share("0.01"), "1", 1.0, ["1.01", "-0.1", "nan"], "give a number from 0 to 1, e.g. 0.01"),
         (quantities.choice("a", "b", "c"), "b", "b", ["d", ""], "give a, b or c"),
-        (quantities.numbers, ".5,1", (0.5, 1.0), ["a,b", "", "1,"], "give numbers with commas"),
+        (quantities.numbers, ".5,1", (0.5, 1.0), ["a,b", "", "1,", "nan,1", "inf"], "give numbers with commas"),
         (quantities.address, "[::1]:80", ("::1", 80), ["80", ":80", "h:x", "h:99999"], "give HOST:PORT"),
     ],
 )

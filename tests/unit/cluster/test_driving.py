@@ -50,6 +50,10 @@ class FakeActor:
         failed = sum(record.row == 13 for record in got)
         return Answered(rows=len(got), failed=failed, example="line 14 is empty" if failed else "")
 
+    @answering
+    def beat(self) -> int:
+        return 0
+
 
 class FakeCrew:
     """Actors that answer when they are waited for, the first call first; ``fates`` says which calls they die of."""
@@ -187,6 +191,30 @@ def test_a_node_that_cannot_run_the_job_is_left_out_by_name() -> None:
 def test_a_part_that_ends_every_process_ends_the_job() -> None:
     with pytest.raises(EngineError, match=r"rows 0 to 9 ended 3 processes, the last one on node node0: killed"):
         driver_of(FakeCrew([OLD], [False, False, True] * 9), 10).run()
+
+
+def test_an_actor_that_hangs_is_ended_and_its_parts_are_done_elsewhere() -> None:
+    class Hanging(FakeCrew):
+        """The first node answers no part, but says that it is alive; the second one has other parts to do."""
+
+        def wait(self, calls: Sequence[int], timeout_s: float) -> list[int]:
+            hung = [entry for entry in self.waiting if entry[1] is self.first and entry[2] == "answer"]
+            self.waiting = [entry for entry in self.waiting if entry not in hung]
+            ended = super().wait(calls, timeout_s) if self.waiting else []
+            self.waiting += hung
+            return ended
+
+        def start(self, node: Node, task: str) -> FakeActor:
+            made = super().start(node, task)
+            self.first = getattr(self, "first", made)
+            return made
+
+    now = iter(range(0, 10**6, 3))
+    crew = Hanging([OLD, OLD])
+    driven = driver_of(crew, clock=lambda: float(next(now))).run()
+    assert set(crew.written) == set(range(45))
+    assert driven.notes[-1] == "node node0 lost a process: its engine hung: it ended no call for 300 s"
+    assert {share.node: share.rows for share in driven.shares if not share.rows} == {"node0": 0}
 
 
 def test_too_many_failed_rows_end_the_job() -> None:

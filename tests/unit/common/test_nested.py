@@ -112,7 +112,7 @@ def test_a_wrong_number_of_leaves_is_refused(leaves: list[int]) -> None:
 @pytest.mark.parametrize(
     ("value", "message"),
     [
-        ({"ids": 1, "mask": array()}, 'inputs["ids"] is 1, but a tensor is expected'),
+        ({"ids": 1, "mask": array()}, 'inputs["ids"] is 1, but a tensor is expected; give a tensor or an array'),
         ({"ids": array()}, 'inputs["mask"] is missing; give ids, mask'),
         ({"ids": array(), "mask": array(), "extra": 1}, 'inputs["extra"] is not expected; give ids, mask'),
         ([array()], "inputs is a list, but a dict is expected"),

@@ -146,11 +146,13 @@ class TestFindings:
     def test_compiler_is_searched_on_the_path_given(self, tmp_path: Path) -> None:
         nothing = diagnose(DESKTOP, environment={"PATH": str(tmp_path)})
         assert nothing.compiler is None
-        assert any("no C++ compiler" in finding.what for finding in nothing.findings)
-        (tmp_path / "clang++").touch(mode=0o755)
+        assert any("no g++ on PATH" in finding.what for finding in nothing.findings)
+        (tmp_path / "clang++").touch(mode=0o755)  # inductor is told to use g++
+        assert diagnose(DESKTOP, environment={"PATH": str(tmp_path)}).compiler is None
+        (tmp_path / "g++").touch(mode=0o755)
         found = diagnose(DESKTOP, environment={"PATH": str(tmp_path)})
-        assert found.compiler == str(tmp_path / "clang++")
-        assert not any("compiler" in finding.what for finding in found.findings)
+        assert found.compiler == str(tmp_path / "g++")
+        assert not any("g++" in finding.what for finding in found.findings)
 
 
 class TestEngines:

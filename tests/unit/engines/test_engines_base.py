@@ -5,6 +5,7 @@ import logging
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 import warnings
 from pathlib import Path
@@ -155,6 +156,15 @@ def test_full_range_int8_needs_32_bit_sums(name: str) -> None:
     assert made.needs(Build(engine=name, precision="int8")) == ("int8_dot",)
     assert made.needs(Build(engine=name, precision="int8", options=(("reduce_range", True),))) == ()
     assert made.needs(Build(engine=name, precision="fp32")) == ()
+
+
+def test_instances_of_onnxruntime_need_a_folder_for_a_temporary_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "none"))
+    plan = Plan(threads_per_instance=1, instances=2)
+    with pytest.raises(EngineError, match=r"temporary file, which cannot be made: No such .*; set TMPDIR to a folder"):
+        engine("onnxruntime").open(tmp_path, Build(engine="onnxruntime", precision="fp32"), plan)
 
 
 def test_onnxruntime_refuses_what_no_onnx_file_holds(material: BuildInputs, tmp_path: Path) -> None:

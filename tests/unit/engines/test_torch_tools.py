@@ -4,10 +4,11 @@ import subprocess
 import sys
 import threading
 
+import numpy as np
 import pytest
 import torch
 
-from corewise.engines.torch_tools import threads
+from corewise.engines.torch_tools import from_numpy, threads
 
 FAULTS = """
 import resource, sys
@@ -34,6 +35,15 @@ def test_kept_memory_is_not_asked_for_again():
     default, kept = faults("default"), faults("keep")
     assert default > 1000
     assert kept < default / 20
+
+
+def test_arrays_become_tensors_whatever_their_memory_is_like():
+    array = np.arange(24, dtype=np.float32).reshape(2, 3, 4)
+    read_only = array.copy()
+    read_only.flags.writeable = False
+    for given in (array, array[::-1], array[:, :, ::-1], array.T, read_only, np.array(3.0)):
+        np.testing.assert_array_equal(from_numpy(given).numpy(), given)
+    assert np.shares_memory(from_numpy(array).numpy(), array)
 
 
 def test_the_callers_threads_are_put_back():

@@ -240,6 +240,22 @@ def test_items_with_a_problem(tokenizer: Path) -> None:
     assert runner_of(tokenizer).predict([]) == []
 
 
+@pytest.mark.parametrize(
+    ("items", "message"),
+    [
+        ({"text": ["red"]}, "dict, which has columns"),
+        ({"input_ids": [[4]], "attention_mask": [[1]]}, r"tokens; call the model itself .* model\(\*\*tokens\)"),
+        (SimpleNamespace(columns=["text"]), "SimpleNamespace, which has columns"),
+        (b"red", "given bytes; give a text"),
+        (None, "given NoneType"),
+        (Path("texts.txt"), "for files there is corewise.predict"),
+    ],
+)
+def test_what_gives_no_texts(tokenizer: Path, items: Any, message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        runner_of(tokenizer).predict(items)
+
+
 def test_pairs(tokenizer: Path) -> None:
     runner = runner_of(tokenizer, task="scores", pairs=True, activation="sigmoid")
     scores = runner.predict([("red house", "tree"), ("red", "blue tree house")])

@@ -86,6 +86,14 @@ def test_json_lines_with_rows_set_aside(tokenizer: bytes, tmp_path: Path) -> Non
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out.failed.jsonl", "out.jsonl", "texts.txt"]
 
 
+def test_rows_are_the_lines_of_a_text_file_empty_ones_too(tokenizer: bytes, tmp_path: Path) -> None:
+    lines, output = tmp_path / "lines.txt", tmp_path / "out.npy"
+    lines.write_text("red\n\nblue house\n")
+    assert run_job(job_of(output, lines), runner_of(tokenizer)) == Done(3, 0, 1)
+    np.testing.assert_array_equal(np.load(output), [[1, 1], [np.nan, np.nan], [2, 5]])
+    assert [(row["row"], row["reason"]) for row in lines_of(tmp_path / "out.failed.jsonl")] == [(1, "is empty")]
+
+
 @pytest.mark.parametrize("suffix", [".jsonl", ".parquet", ".npy"])
 def test_an_interrupted_job_resumes_without_doing_a_finished_row_again(
     tokenizer: bytes, tmp_path: Path, suffix: str
@@ -174,7 +182,7 @@ def test_an_input_whose_name_is_not_utf_8(tokenizer: bytes, tmp_path: Path, suff
 def test_another_function_or_folder_of_drawings_is_another_job(tmp_path: Path) -> None:
     job = job_of(tmp_path / "out.jsonl", texts(tmp_path, 1))
     others = [replace(job, preprocess="a.py:f"), replace(job, drawings=tmp_path / "drawn")]
-    assert all(other.facts(10) != job.facts(10) for other in others)
+    assert all(other.facts() != job.facts() for other in others)
 
 
 def test_checking_a_job_makes_no_folder_of_drawings(tmp_path: Path) -> None:

@@ -1,7 +1,5 @@
 """report.bulk: what predict prints."""
 
-from pathlib import Path
-
 import pytest
 
 from corewise.records.build import Plan
@@ -13,9 +11,9 @@ MACHINE = Machine(model="Zen 3", isa=(), usable_cores=2, hardware_threads=4, quo
 
 
 def test_what_would_run() -> None:
-    outlook = BulkOutlook(inputs=2, rows=16_000, done_rows=4096, output=Path("out"))
+    outlook = BulkOutlook(inputs=2, rows=16_000, done_rows=4096, output="out")
     assert outlook_line(outlook) == "would answer about 16,000 rows of 2 inputs, of which 4,096 are done, to out"
-    single = BulkOutlook(inputs=1, rows=1, done_rows=1, output=Path("out"))
+    single = BulkOutlook(inputs=1, rows=1, done_rows=1, output="out")
     assert outlook_line(single) == "would answer about 1 row of 1 input, of which 1 is done, to out"
 
 
@@ -28,7 +26,7 @@ def test_what_would_run() -> None:
     ],
 )
 def test_what_would_run_of_images(inputs: int, archives: int, what: str) -> None:
-    outlook = BulkOutlook(inputs=inputs, rows=inputs, done_rows=0, output=Path("out"), archives=archives)
+    outlook = BulkOutlook(inputs=inputs, rows=inputs, done_rows=0, output="out", archives=archives)
     assert outlook_line(outlook) == f"would answer {what}, to out"
 
 
@@ -50,8 +48,8 @@ def test_the_result_says_which_plan_ran_where() -> None:
         rows=2000,
     )
     result = BulkResult(
-        output=Path("out"),
-        failed_in=Path("out"),
+        output="out",
+        failed_in="out",
         rows=3000,
         resumed=1000,
         failed=1,

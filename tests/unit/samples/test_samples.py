@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+import zipfile
 from collections import OrderedDict
 from collections.abc import Iterator
 from pathlib import Path
@@ -29,6 +30,7 @@ from corewise.samples import (
     read_class_names,
     split,
 )
+from corewise.samples import raw as raw_module
 
 TINY = Preprocess(resize=8, crop=4, mean=(0.5, 0.5, 0.5), std=(0.25, 0.25, 0.25))
 
@@ -684,6 +686,42 @@ def test_bad_arrays_are_named(tmp_path: Path, arrays: dict[str, Any], message: s
 def test_files_that_are_no_archives_are_refused(tmp_path: Path, name: str, content: bytes) -> None:
     (tmp_path / name).write_bytes(content)
     assert f"{name} cannot be read" in error_of(read, str(tmp_path / name))
+
+
+def test_damaged_array_files_are_refused_or_read(tmp_path: Path) -> None:
+    path, rng = tmp_path / "a.npz", np.random.default_rng(0)
+    np.savez_compressed(path, inputs=rng.standard_normal((20, 3)), labels=np.arange(20))
+    content = path.read_bytes()
+    refused = 0
+    for _ in range(500):
+        damaged = bytearray(content)
+        damaged[rng.integers(len(damaged))] = rng.integers(256)
+        path.write_bytes(damaged)
+        try:
+            read(str(path))
+        except SamplesError:
+            refused += 1
+    assert refused > 200
+
+
+def test_an_array_that_claims_more_than_the_memory_is_refused(tmp_path: Path) -> None:
+    header = b"{'descr': '<f4', 'fortran_order': False, 'shape': (10000000, 10000000)}"
+    with zipfile.ZipFile(tmp_path / "a.npz", "w") as file:
+        file.writestr("x.npy", b"\x93NUMPY\x01\x00\x76\x00" + header.ljust(0x75) + b"\n")
+    assert "the array 'x' of" in error_of(read, str(tmp_path / "a.npz"))
+
+
+def test_only_a_few_items_are_made_before_they_are_asked_for() -> None:
+    started: list[int] = []
+
+    def double(item: int) -> int:
+        started.append(item)
+        return 2 * item
+
+    made = raw_module._map(double, range(200), 3)
+    assert next(made) == 0
+    assert len(started) <= 3 * raw_module.AHEAD + 1
+    assert list(made) == list(range(2, 400, 2))
 
 
 @pytest.mark.parametrize("reference", ["nowhere", "nowhere.npz", "nowhere.safetensors", "nowhere/photos"])

@@ -220,6 +220,26 @@ def test_a_bad_row_is_set_aside_and_many_are_an_error(tmp_path: Path, kind: str)
     assert len(message) < 700
 
 
+@pytest.mark.parametrize(
+    ("label", "problem"),
+    [
+        ("", "has no label"),
+        ("nan", "has the label nan, which is not a number"),
+        ("1e999", "has the label inf, which is not a number"),
+    ],
+)
+def test_a_first_label_that_is_none_condemns_no_others(tmp_path: Path, label: str, problem: str) -> None:
+    rows = [("first", label), *((f"text {number}", number % 2) for number in range(20))]
+    samples = raw(str(write_table(tmp_path / "t.csv", rows, ("text", "label"))))
+    assert samples.notes == (f"1 of 21 texts was set aside: line 2 {problem}",)
+    assert labels_of(samples) == [number % 2 for number in range(20)]
+
+
+def test_a_label_of_hundreds_of_digits_is_refused(tmp_path: Path) -> None:
+    path = write_table(tmp_path / "t.csv", [("a", "1" * 400), ("b", "2" * 400)], ("text", "label"))
+    assert "the label of sample 0 (line 2)" in error_of(raw, str(path))
+
+
 def test_an_unclosed_quote_is_a_problem_of_every_line_it_takes(tmp_path: Path) -> None:
     path = tmp_path / "t.csv"
     lines = good_lines(".csv")

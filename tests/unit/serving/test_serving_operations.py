@@ -1,9 +1,11 @@
 """What operators see of a server: statistics by the second, refusals in the log, classes, names of metrics."""
 
+import ctypes
 import json
 import logging
 import re
 import socket
+import threading
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -19,10 +21,11 @@ from corewise.records.build import TensorSpec
 from corewise.serving.addresses import remove_stale
 from corewise.serving.connections import count_open
 from corewise.serving.infer import broken
-from corewise.serving.logs import RefusalLog
+from corewise.serving.logs import RefusalLog, _is_ours
 from corewise.serving.metrics import Metrics
 from corewise.serving.models import Models
 from corewise.serving.protocol import ProtocolError
+from corewise.serving.scheduling import SET_ATTRIBUTES, SLICE_NS, _Attributes, take_short_turns
 from corewise.serving.statistics import COLUMNS, HISTORY_S, Statistics
 from corewise.serving.traces import Traces
 from corewise.serving.triton import classified
@@ -157,6 +160,12 @@ def test_refusals_cost_nothing_where_nobody_reads_them(caplog):
 # --- metrics ------------------------------------------------------------------------------------------------------
 
 
+def test_grpcs_library_tells_of_no_call_that_broke_a_limit():
+    told = "ExecuteBatchError raised in core by servicer method [/%s]", "Unexpected [%s] raised by servicer method"
+    records = [logging.LogRecord("grpc", logging.ERROR, "", 0, text, ("x",), None) for text in told]
+    assert [_is_ours(record) for record in records] == [False, True]
+
+
 def test_metrics_keep_to_the_conventions_of_prometheus():
     metrics = Metrics(Models([], lambda source: pytest.fail("nothing is opened")), Traces())
     for reason in ("unauthenticated", "unknown path", "unknown method", "unknown model"):
@@ -169,9 +178,12 @@ def test_metrics_keep_to_the_conventions_of_prometheus():
         pass
     with pytest.raises(NotServed), metrics.tokenizer_request(model):
         raise NotServed("queue full")
-    for error in (NotServed("queue full"), ProtocolError("no JSON"), ProtocolError("no model", status=404)):
+    unloaded = ProtocolError("it was unloaded", status=404)
+    for error in (NotServed("queue full"), ProtocolError("no JSON"), unloaded):
         with pytest.raises(type(error)), metrics.unnamed_request("http"):
             raise error
+    with pytest.raises(ProtocolError), metrics.request(model, "http", {}):
+        raise unloaded
     metrics.close()
     text = metrics.text().decode()
     kinds = dict(re.findall(r"^# TYPE (\S+) (\S+)$", text, re.MULTILINE))
@@ -188,6 +200,7 @@ def test_metrics_keep_to_the_conventions_of_prometheus():
     assert 'corewise_turned_away_requests_total{protocol="http",reason="queue_full"} 1.0' in text
     assert 'corewise_turned_away_requests_total{protocol="http",reason="invalid"} 1.0' in text
     assert 'corewise_turned_away_requests_total{protocol="http",reason="unknown_model"} 1.0' in text
+    assert "corewise_requests_total{" not in text  # counted above already
     assert re.search(r'^corewise_build_info\{python="3[.\d]+",version="[\d.]+"\} 1.0$', text, re.MULTILINE)
     assert {"process_cpu_seconds_total", "process_resident_memory_bytes", "process_open_fds"} <= set(kinds)
     assert kinds["corewise_queue_seconds"] == kinds["corewise_request_seconds"] == "histogram"
@@ -269,3 +282,32 @@ def test_the_log_has_the_traceback_of_what_was_not_foreseen(caplog):
     assert b"r1" in body
     assert b"missing" not in body
     assert "test_serving_operations" in caplog.text
+
+
+# --- turns on a core ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.skipif(SET_ATTRIBUTES is None, reason="the number of the system call is not known for this machine")
+def test_a_thread_with_short_turns_starts_others_with_usual_ones():
+    found = []
+
+    def slice_ns():
+        told = _Attributes()
+        number = {314: 315, 274: 275}[SET_ATTRIBUTES]
+        ctypes.CDLL(None).syscall(number, 0, ctypes.byref(told), ctypes.sizeof(told), 0)
+        return told.runtime_ns
+
+    def ask():
+        before = slice_ns()
+        found.append(take_short_turns())
+        found.append((before, slice_ns()))
+        other = threading.Thread(target=lambda: found.append(slice_ns()))
+        other.start()
+        other.join()
+
+    asking = threading.Thread(target=ask)
+    asking.start()
+    asking.join()
+    asked, (before, after), of_others = found
+    assert after == (SLICE_NS if asked and before else before)  # kernels before 6.12 have no slices of one's own
+    assert of_others == before

@@ -364,7 +364,7 @@ class Words(nn.Module):
 
 def test_a_factory_with_a_tokenizer_and_pooling(tmp_path: Path) -> None:
     save_tokenizer(tmp_path)
-    loaded = load_with_texts(Words(), tokenizer=tmp_path / "tokenizer.json", pooling="mean")
+    loaded = load_with_texts(Words(), tokenizer=str(tmp_path / "tokenizer.json"), pooling="mean")
     assert loaded.pipeline is not None
     assert [(each.name, each.role) for each in loaded.pipeline.inputs] == [("ids", "ids"), ("attention_mask", "mask")]
     assert vectors_of(loaded, ["red", "red blue house"]).shape == (2, 4)

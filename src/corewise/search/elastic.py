@@ -22,10 +22,10 @@ from corewise.records.reason import Reason, ReasonKind
 from corewise.records.trial import Trial
 from corewise.records.tuned import Elasticity, LoadPoint
 from corewise.runtime.client import Client
-from corewise.search import slo
+from corewise.search import slo, trial
 from corewise.search.budget import FINISHING
 from corewise.search.plans import BATCHES, SLOW_CALL_MS, START_BATCH, tables
-from corewise.search.trial import SearchContext, measure_plan
+from corewise.search.trial import SearchContext
 
 FEW_BATCHES = (1, 4, 16, 64)
 """Batches that a search measures for an elastic plan, beside those of both plans."""
@@ -78,15 +78,17 @@ def judge_elastic(winner: Trial, plan: Plan, context: SearchContext) -> Elastici
     elastic = elastic_plan(plan, known, build.fixed_batch)
     if elastic is None:
         return None
+    wanted = plans_to_measure(elastic, known, FEW_BATCHES if build.fixed_batch is None else (1,))
     try:
         with ExitStack() as stack:
             client: Client | None = None
-            for wish in plans_to_measure(elastic, known, FEW_BATCHES if build.fixed_batch is None else (1,)):
-                if context.budget.left_s(FINISHING) < NEEDED_S:
+            for layout in (elastic.wide, elastic.narrow):
+                plans = [wish for wish in wanted if ThreadLayout.of(wish) == ThreadLayout.of(layout)]
+                if plans and context.budget.left_s(FINISHING) < NEEDED_S * len(plans):
                     return Reason.of(ReasonKind.ELASTIC_NOT_MEASURED, why="the budget was spent")
-                context.on_event(StageStarted(Stage.MEASURING_PLAN, plan=wish))
-                client = client or stack.enter_context(context.client(build, share=FINISHING))
-                measured.append(measure_plan(build, context, client, wish, Reason.of(ReasonKind.ELASTIC_TABLE)))
+                if plans:
+                    client = client or stack.enter_context(context.client(build, share=FINISHING))
+                    measured += _measured(client, build, layout, plans, context)
             found = elasticity(plan, elastic, (*known, *measured), context.requirements)
             if found is None or not found.pays or winner.certified is None:
                 return found and replace(found, measurements=tuple(measured))
@@ -100,6 +102,18 @@ def judge_elastic(winner: Trial, plan: Plan, context: SearchContext) -> Elastici
         return Reason.of(ReasonKind.ELASTIC_NOT_MEASURED, why=str(error))
     holds = run.met and run.in_time >= slo.CONFIRMED * run.offered
     return replace(found, measurements=tuple(measured), load=run, pays=holds)
+
+
+def _measured(
+    client: Client, build: Build, layout: Plan, plans: Sequence[Plan], context: SearchContext
+) -> list[Measurement]:
+    """Batches of one layout, which is opened once, as those who serve it do."""
+    context.on_event(StageStarted(Stage.MEASURING_PLAN, plan=layout))
+    opened = client.open(context.workspace.payload(build), build, layout)
+    samples, why = context.workspace.holdout, Reason.of(ReasonKind.ELASTIC_TABLE)
+    return [
+        replace(client.measure(samples, plan, trial.MEASURE_S / 2), why=why, warning=opened.warning) for plan in plans
+    ]
 
 
 def _load(

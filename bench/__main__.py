@@ -35,8 +35,12 @@ BENCHMARKS = (
     "bulk_scale",
     "padding",
     "photos",
+    "photos_served",
+    "detectors",
+    "odd_photos",
     "text",
     "text_serving",
+    "text_bulk",
     "shift",
     "elastic",
 )

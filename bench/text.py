@@ -40,8 +40,6 @@ TRIED = 128
 """Texts on which a peer's batch is chosen."""
 KNOWN = 600
 """Texts that ``optimize`` and the static int8 of sentence-transformers are given."""
-MAX_DROP = "0.002"
-"""Of the mean cosine, which the vectors of corewise's artifact are asked to keep."""
 REFERENCE = "torch"
 SAME_VECTORS = ("onnx",)
 """In fp32, so that the vectors are the reference's. OpenVINO computes in bf16 where the CPU does."""
@@ -211,11 +209,11 @@ def exported(python: Path, folder: Path) -> Path:
     return place
 
 
-def artifact_of(folder: Path, known: Path, budget: str) -> Path:
+def artifact_of(folder: Path, known: Path, budget: str, max_drop: str) -> Path:
     """corewise's artifact, made if it is not there."""
     place = folder / "minilm.cw"
     if not place.exists():
-        optimize(place, f"st:{MODEL}", "--samples", str(known), "--budget", budget, "--max-drop", MAX_DROP)
+        optimize(place, f"st:{MODEL}", "--samples", str(known), "--budget", budget, "--max-drop", max_drop)
     return place
 
 
@@ -240,7 +238,10 @@ def measure(name: str, options: argparse.Namespace) -> dict[str, Any]:
     lines = known_lines(folder, found)
     python = peers_python(options.folder)
     exports = exported(python, options.folder)
-    places = {"corewise": artifact_of(folder, lines, options.budget), **dict.fromkeys(BACKENDS, exports)}
+    places = {
+        "corewise": artifact_of(folder, lines, options.budget, options.max_drop),
+        **dict.fromkeys(BACKENDS, exports),
+    }
     with ExitStack() as stack:
         contenders = {
             each: stack.enter_context(
@@ -254,10 +255,14 @@ def measure(name: str, options: argparse.Namespace) -> dict[str, Any]:
             for each, contender in contenders.items()
             if each not in SAME_VECTORS
         }
+    manifest, report = (
+        json.loads((places["corewise"] / f"{part}.json").read_text()) for part in ("manifest", "report")
+    )
     return {
         "texts": len(found.timed),
-        "build": json.loads((places["corewise"] / "manifest.json").read_text())["build"],
-        "plan": json.loads((places["corewise"] / "manifest.json").read_text())["plan"],
+        "build": manifest["build"],
+        "plan": manifest["plan"],
+        "max_drop": report["requirements"]["max_drop"],
         "peers": peer_versions(python),
         "batches": batches,
         "per_s": rates,
@@ -341,7 +346,13 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--sentences", type=int, metavar="N", help="texts that are timed, drawn once (default: all)")
     parser.add_argument("--rounds", type=int, default=4)
     parser.add_argument("--budget", default="2m", help="of optimize (default: 2m)")
+    add_max_drop(parser)
     parser.add_argument("--folder", type=Path, default=Path("/tmp/corewise-text"), help="keeps what the next run needs")
+
+
+def add_max_drop(parser: argparse.ArgumentParser) -> None:
+    """How near corewise's vectors have to be to fp32's."""
+    parser.add_argument("--max-drop", default="0.01", help="of the mean cosine, in optimize (default: 0.01)")
 
 
 def main(options: argparse.Namespace) -> None:

@@ -28,7 +28,7 @@ import openai
 from bench.harness import ROOT, alternate, machine_facts, ratio_data, ratio_words, say, write_results
 from bench.peers import free_port
 from bench.servers import START_S, Server, descendants
-from bench.text import MODEL, artifact_of, exported, known_lines, peer_versions, peers_python, stsb
+from bench.text import MODEL, add_max_drop, artifact_of, exported, known_lines, peer_versions, peers_python, stsb
 from bench.wire import MODEL as NAME
 from corewise.common.stats import quantile, ratio_interval
 
@@ -149,7 +149,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     (folder / "stsb").mkdir(exist_ok=True)
     known = known_lines(folder / "stsb", found)
     exports = exported(python, folder)
-    artifact = artifact_of(folder / "stsb", known, options.budget)
+    artifact = artifact_of(folder / "stsb", known, options.budget, options.max_drop)
     left_out: dict[str, str] = {}
     with ExitStack() as stack:
         ports = {"corewise": stack.enter_context(Server(artifact)).port}
@@ -198,6 +198,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--rounds", type=int, default=4)
     parser.add_argument("--seconds", type=float, default=8.0, help="of each round (default: 8)")
     parser.add_argument("--budget", default="2m", help="of optimize (default: 2m)")
+    add_max_drop(parser)
     parser.add_argument("--folder", type=Path, default=Path("/tmp/corewise-text"), help="keeps what the next run needs")
 
 

@@ -235,6 +235,10 @@ REFUSED = {
     "no number": ({"mean": "a,b"}, "--mean is a,b; give numbers with commas"),
     "std of 0": ({"std": "1,0,1"}, "--std 1,0,1 does not fit; give 3 numbers for RGB or 1 for grey"),
     "crop too large": ({"crop": "300", "resize": "256"}, "--crop 300 is more than --resize 256; give a smaller --crop"),
+    "crop of what is kept": (
+        {"crop": "30", "fit": "keep"},
+        "--crop makes squares, and --fit keep makes none; leave out one of them",
+    ),
     "no time": ({"budget": "5x"}, "--budget is 5x; give a time above 0: 90s, 5m or 1h"),
     "no timeout": ({"timeout": "0"}, "--timeout is 0; give a time above 0"),
     "no size": ({"memory-limit": "-2G"}, "--memory-limit is -2G; give a size: 500M, 2G or 64MiB"),

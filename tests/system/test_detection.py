@@ -7,7 +7,8 @@ import re
 import shutil
 import subprocess
 import tarfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from threading import Thread
@@ -23,10 +24,12 @@ from serving_tools import Server, openvino_artifact, serving
 
 import corewise
 from corewise.common.nested import flatten
-from corewise.pipeline import Detection, ImageAsk
+from corewise.pipeline import Detection, ImageAsk, ImageRunner
 from corewise.pipeline.job import Job, run_job
+from corewise.pipeline.photos import image_pipeline
 from corewise.records.build import TensorSpec
 from corewise.records.report import Preprocess
+from corewise.samples.images import ImageReader
 from corewise.samples.texts import Columns
 
 SIDE, WINDOW, STRIDE = 64, 16, 4
@@ -130,6 +133,38 @@ def test_boxes_are_in_the_photos_own_pixels_however_it_comes(fast: corewise.Mode
     assert_both(fast.predict(turned))
     large = BOTH.resize((1600, 1200))
     assert_both(fast.predict(content(large)), tuple(tuple(4 * side for side in box) for box in (RED, BLUE)))  # type: ignore[arg-type]
+
+
+def test_photos_that_keep_their_shape_share_calls_by_shape() -> None:
+    calls: list[tuple[int, ...]] = []
+
+    def find_red(inputs: Sequence[np.ndarray]) -> list[np.ndarray]:
+        """As DETR answers: logits (N, 1, 2) and boxes (N, 1, 4) in shares of the input."""
+        calls.append(inputs[0].shape)
+        boxes = []
+        for photo in inputs[0]:
+            rows, columns = np.nonzero((photo[0] > 0.7) & (photo[1] < 0.3))
+            low, high = np.array([columns.min(), rows.min()]), np.array([columns.max() + 1, rows.max() + 1])
+            boxes.append(np.concatenate([(low + high) / 2, high - low]) / ([*photo.shape[:0:-1]] * 2))
+        return [np.tile(np.float32([4, -4]), (len(boxes), 1, 1)), np.float32(boxes)[:, None]]
+
+    how = Preprocess(fit="keep", resize=120, crop=120, longest=200, mean=(0.0,) * 3, std=(1.0,) * 3)
+    golden = find_red([np.stack([ImageReader(how)(photo((RED, "red")))])])
+    pipeline = image_pipeline(how, golden, ("red",), ["logits", "pred_boxes"])
+    wide, high = photo((RED, "red")), photo((RED, "red")).transpose(Image.Transpose.TRANSPOSE)
+    long = wide.resize((800, 300))  # becomes 200 x 75
+    calls.clear()
+    (first, second, third, last) = ImageRunner(pipeline, find_red, instances=1, rows=4).predict(
+        [wide, high, wide, long]
+    )
+    assert sorted(calls) == [(1, 3, 75, 200), (1, 3, 160, 120), (2, 3, 120, 160)]
+    for (found,), box in ((first, RED), (second, (50, 100, 150, 200)), (third, RED), (last, (200, 50, 400, 150))):
+        assert found.label == "red"
+        assert found.box == pytest.approx(box, abs=5)
+    of_one_shape = replace(pipeline, shape=(3, 120, 160))
+    answers = list(ImageRunner(of_one_shape, find_red, instances=1, rows=4).answers([wide, high]))
+    assert len(answers[0]) == 1
+    assert answers[1].reason == "becomes an input of (3, 160, 120), and the model takes (3, 120, 160)"
 
 
 def test_thresholds_say_which_boxes_count(fast: corewise.Model) -> None:

@@ -1,6 +1,8 @@
 """Photos in, answers out: one artifact for large JPEGs, and what it says about files, in Python and served."""
 
 import base64
+import hashlib
+import io
 import json
 import subprocess
 from collections.abc import Iterator
@@ -21,22 +23,26 @@ from torch import nn
 
 import corewise
 from corewise import artifact as corewise_artifact
+from corewise._version import __version__
+from corewise.cluster import messages
+from corewise.cluster.actor import Answerer
 from corewise.common import stats
 from corewise.common.nested import flatten
 from corewise.engines import engine
 from corewise.engines.openvino import OpenVino
 from corewise.machine.inspect import inspect_cpu
 from corewise.pipeline import ClassAnswer, ImageAsk
-from corewise.pipeline.job import Job, run_job
+from corewise.pipeline.job import Job, folder_of, run_job
 from corewise.records.build import Build, Plan, TensorSpec
 from corewise.records.measurement import Measurement
+from corewise.records.pipeline import PhotoPlan
 from corewise.records.reason import ReasonKind
 from corewise.records.report import Preprocess
 from corewise.runtime import race
 from corewise.runtime.client import InProcess
 from corewise.samples import read
 from corewise.samples.folders import list_images
-from corewise.samples.images import ImageReader, gains_by_scale, normalize_pixels
+from corewise.samples.images import ImageReader, normalize_pixels, sharpness_left
 from corewise.samples.texts import Columns
 from corewise.search import end_to_end, finals, search, trial, tuning
 from corewise.search.pixels import scale_of
@@ -74,7 +80,7 @@ def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def write_artifact(folder: Path, preprocess: Preprocess) -> Path:
+def write_artifact(folder: Path, preprocess: Preprocess, photos: PhotoPlan | None = None) -> Path:
     """An artifact of ``Shades`` for OpenVINO, as if it had been made from such photos."""
     import openvino as ov
     from openvino import opset13 as ops
@@ -108,6 +114,7 @@ def write_artifact(folder: Path, preprocess: Preprocess) -> Path:
             files=files,
             labels=NAMES,
             preprocess=preprocess,
+            photos=photos,
             inputs=(TensorSpec(name="x", dtype="float32", shape=(None, 3, 32, 32)),),
             outputs=(TensorSpec(name="scores", dtype="float32", shape=(None, 3)),),
             input_structure=flatten(((inputs[0],), {}), "x")[1].to_data(),
@@ -167,7 +174,8 @@ def test_the_search_takes_scaled_decoding_where_the_answers_hold(
     assert "decoding takes" in said(next(note for note in saved.report.notes if note.kind == ReasonKind.FROM_FILES))
     with corewise.load(saved.folder, photos=True) as model:
         assert model.predict(photos / "04.jpg").label == "red"
-    assert saved.manifest.preprocess == saved.report.samples.preprocess == replace(SMALL, decode="scaled")
+    coarse = replace(SMALL, decode="scaled", sharpness=1.041)  # an eighth of 400 pixels, for 48
+    assert saved.manifest.preprocess == saved.report.samples.preprocess == coarse
 
 
 def test_predict_answers_paths_bytes_pictures_and_arrays(fast: corewise.Model, photos: Path) -> None:
@@ -213,6 +221,24 @@ def test_an_image_that_cannot_be_read_is_named_or_set_aside(fast: corewise.Model
     with pytest.raises(corewise.InputError, match=r"image 1 is empty; replace or remove it"):
         fast.predict(items)
     assert fast.images is not None
+    pixels = np.asarray(Image.open(good))
+    assert (
+        fast.predict(bytearray(good.read_bytes())) == fast.predict(memoryview(good.read_bytes())) == fast.predict(good)
+    )
+    for odd, reason in (
+        (pixels.astype(np.float32), r"is a float32 array \(300, 400, 3\), no path"),
+        (pixels[:, :, 0], r"is a uint8 array \(300, 400\), no path"),
+        (pixels[:0], "has no pixels"),
+        (Image.open(io.BytesIO(good.read_bytes()[:900])), "is cut off"),
+        (io.BytesIO(good.read_bytes()), "is a BytesIO, no path"),
+        (None, "is a NoneType, no path"),
+    ):
+        with pytest.raises(corewise.InputError, match=f"image 0 {reason}"):
+            fast.predict(odd)
+    with pytest.raises(corewise.InputError, match="top is 0; give a whole number, 1 or more"):
+        fast.predict(good, top=0)
+    with pytest.raises(corewise.InputError, match="the model gives no boxes, to which a threshold of score applies"):
+        fast.predict(good, score_threshold=0.5)
     answers = list(fast.images.answers(items))
     assert [getattr(answer, "reason", "")[:16] for answer in answers] == [
         "", "is empty", "", "is cut off", "is a int, no pat", "cannot be opened", ""
@@ -220,16 +246,43 @@ def test_an_image_that_cannot_be_read_is_named_or_set_aside(fast: corewise.Model
     assert answers[0] == answers[2] == answers[6]
 
 
-def test_only_large_jpegs_gain_by_scale_and_never_below_twice_the_target(photos: Path, tmp_path: Path) -> None:
+def test_only_large_jpegs_gain_by_scale_and_never_below_the_sharpness_asked_for(photos: Path, tmp_path: Path) -> None:
     scaled = Preprocess(resize=36, crop=32, decode="scaled")
-    jpeg = next(photos.glob("*.jpg"))
-    assert gains_by_scale(jpeg, scaled)
-    assert not gains_by_scale(jpeg, Preprocess(resize=160, crop=160, decode="scaled"))
-    assert not gains_by_scale(jpeg, SMALL)
+    jpeg = next(photos.glob("*.jpg"))  # 400 x 300
+    assert sharpness_left(jpeg, scaled) == pytest.approx(75 / 36)
+    for sharpness, left in ((1.0, 37.5 / 36), (1.041, 37.5 / 36), (1.06, 75 / 36), (2.1, 150 / 36), (5.0, None)):
+        assert sharpness_left(jpeg, replace(scaled, sharpness=sharpness)) == (left and pytest.approx(left))
+    assert sharpness_left(jpeg, Preprocess(resize=160, crop=160, decode="scaled")) is None
+    assert sharpness_left(jpeg, SMALL) is None
     Image.open(jpeg).save(tmp_path / "photo.png")
-    assert not gains_by_scale(tmp_path / "photo.png", scaled)
+    assert sharpness_left(tmp_path / "photo.png", scaled) is None
     full, small = (ImageReader(how)(jpeg) for how in (SMALL, scaled))
     assert 0 < np.abs(full - small).max() < 0.1
+
+
+def test_a_node_of_a_cluster_runs_photos_under_their_own_plan(tmp_path: Path) -> None:
+    photos = PhotoPlan(plan=Plan(threads_per_instance=1, instances=1, batch=8), decoders=1)
+    folder = write_artifact(tmp_path / "shades.cw", SMALL, photos)
+    about = folder_of(tmp_path, several=True).about
+    about.write_text("{}")
+    task = messages.Task(
+        version=__version__,
+        artifact=folder,
+        identity=corewise_artifact.identity(folder),
+        output=str(tmp_path),
+        job=hashlib.sha256(b"{}").hexdigest(),
+        several=True,
+        prompt=None,
+        ask=ImageAsk(),
+        preprocess=None,
+    )
+    for given, plan in ((task, photos.plan), (replace(task, ask=None), corewise_artifact.read(folder).manifest.plan)):
+        prepared = messages.answer(
+            messages.Prepared,
+            Answerer(messages.packed(given), keep_cores=lambda cores: inspect_cpu()).prepare(1),
+            "here",
+        )
+        assert (prepared.plan, prepared.source) == (plan, "made here")
 
 
 def test_a_folder_and_patterns_become_a_file_of_labels(
@@ -237,7 +290,9 @@ def test_a_folder_and_patterns_become_a_file_of_labels(
 ) -> None:
     (tmp_path / "photos").symlink_to(photos)
     (tmp_path / "broken.jpg").write_bytes(b"no image")
-    places = ("broken.jpg", "photos/0*.jpg")
+    (tmp_path / "odd").mkdir()
+    (tmp_path / "odd" / "gone.jpg").symlink_to("nowhere")
+    places = ("broken.jpg", "odd", "photos/0*.jpg")
     ran = subprocess.run(
         command("predict", str(artifact), *places, "-o", "out.parquet", "--top", "2", quick=False),
         capture_output=True,
@@ -245,7 +300,7 @@ def test_a_folder_and_patterns_become_a_file_of_labels(
         cwd=tmp_path,
     )
     assert ran.returncode == 0, ran.stderr
-    assert "1 set aside in out.failed.jsonl" in ran.stdout
+    assert "2 set aside in out.failed.jsonl" in ran.stdout
     job = Job(
         inputs=tuple(list_images([photos])),
         output=tmp_path / "all.jsonl",
@@ -263,11 +318,14 @@ def test_a_folder_and_patterns_become_a_file_of_labels(
     assert next(one["label"] for one in first["top"]) == first["label"] == "dark"
     assert len(first["top"]) == 2
     table = parquet.read_table(tmp_path / "out.parquet").to_pylist()
-    assert [row["row"] for row in table] == [*range(1, 11)]
+    assert [row["row"] for row in table] == [*range(2, 12)]
     assert [one["label"] for one in table[0]["top"]] == [one["label"] for one in first["top"]]
     assert table[0]["probability"] == pytest.approx(first["probability"], rel=1e-5)
-    failed = json.loads((tmp_path / "out.failed.jsonl").read_text())
-    assert failed == {"row": 0, "input": "broken.jpg", "where": "", "reason": "is not an image that Pillow opens"}
+    failed = [json.loads(line) for line in (tmp_path / "out.failed.jsonl").read_text().splitlines()]
+    assert failed == [
+        {"row": 0, "input": "broken.jpg", "where": "", "reason": "is not an image that Pillow opens"},
+        {"row": 1, "input": "odd/gone.jpg", "where": "", "reason": "cannot be opened: No such file or directory"},
+    ]
 
 
 def expected(model: corewise.Model, path: Path) -> list[dict[str, Any]]:

@@ -249,16 +249,24 @@ def _open(artifact: Artifact, fit: tuned.Fit, cpu: Cpu, model: Any) -> Session:
 def opener(artifact: Artifact, model: Any) -> Engine:
     """The artifact's engine; with ``model``, eager around that module with the artifact's weights.
 
-    Raises ``InputError`` if ``model`` is given and the artifact does not need it.
+    Raises ``InputError`` if ``model`` is given and the artifact does not need it, or it is no model.
     """
     if model is None:
         return engine(artifact.manifest.build.engine)
-    from corewise.engines.eager import WEIGHTS, Eager
-    from corewise.source import Flat
-
-    if f"{PAYLOAD}/{WEIGHTS}" not in artifact.manifest.files:
+    if not needs_model(artifact):
         raise InputError(f"{artifact.folder} does not need its model's code", "leave out model")
-    return Eager(Flat(model.eval(), artifact.input_structure))
+    from corewise.engines.eager import Eager
+    from corewise.source import Flat, as_module
+
+    module, _ = as_module(model)
+    return Eager(Flat(module, artifact.input_structure))
+
+
+def needs_model(artifact: Artifact) -> bool:
+    """Whether it holds the weights of a model that could not be exported, but not its code."""
+    from corewise.engines.eager import WEIGHTS
+
+    return f"{PAYLOAD}/{WEIGHTS}" in artifact.manifest.files
 
 
 def check_trusted(artifact: Artifact, name: str) -> None:

@@ -1,6 +1,7 @@
 """The image pipeline of an artifact, opened to run."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 from corewise.artifact.format import Artifact
@@ -17,7 +18,9 @@ def images_of(artifact: Artifact) -> ImagePipeline | None:
     if manifest.preprocess is None or len(manifest.inputs) != 1:
         return None
     _, outputs = artifact.golden()
-    return image_pipeline(manifest.preprocess, outputs, manifest.labels or (), [spec.name for spec in manifest.outputs])
+    names = [spec.name for spec in manifest.outputs]
+    pipeline = image_pipeline(manifest.preprocess, outputs, manifest.labels or (), names)
+    return replace(pipeline, shape=manifest.inputs[0].shape[1:])
 
 
 def open_images(

@@ -4,7 +4,8 @@ import tempfile
 from pathlib import Path
 
 from corewise.artifact import PAYLOAD, read, tuned
-from corewise.artifact.open import TIMEOUT_S, check_available, check_trusted, golden_samples
+from corewise.artifact.open import TIMEOUT_S, check_available, check_trusted, golden_samples, needs_model
+from corewise.common.errors import ArtifactError
 from corewise.machine.inspect import inspect_cpu
 from corewise.records.measurement import LoadTest
 from corewise.runtime.client import Worker
@@ -61,6 +62,11 @@ def loadtest(
     build = artifact.manifest.build
     check_trusted(artifact, build.engine)
     check_available(build.engine, f"loading {folder}")
+    if needs_model(artifact):
+        raise ArtifactError(
+            f"{folder} holds the weights of a model that could not be exported, but not its code",
+            "a load test needs a model that can be exported",
+        )
     fit, tables = tuned.for_requests(artifact, fit)
     table, notes = tuned.usable_table(artifact, fit, cpu)
     with tempfile.TemporaryDirectory(prefix="corewise-") as name:

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from corewise.samples import RawSamples, Samples
 
 Interpolation = Literal["nearest", "bilinear", "bicubic", "lanczos"]
-Fit = Literal["crop", "squash", "letterbox"]
+Fit = Literal["crop", "squash", "letterbox", "keep"]
 OWN = "the model's own, else "
 """Before the default of what models bring."""
 
@@ -306,7 +306,8 @@ class ImageOptions:
             metavar="HOW",
             parse=choice(*get_args(Fit)),
             help="How an image becomes a square: crop resizes the shorter side, squash resizes both, letterbox resizes "
-            "the longer one and fills the rest with grey.",
+            "the longer one and fills the rest with grey. keep resizes the shorter side, the longer one to 1333 at "
+            "most, and makes no square.",
             default=f"{OWN}crop",
         ),
     ] = None
@@ -335,7 +336,10 @@ class ImageOptions:
                 f"--mean {self.mean} and --std {self.std} do not fit together",
                 "give 3 numbers each for RGB or 1 each for grey",
             )
-        if self.crop is not None and self.resize is not None and self.crop > self.resize and self.fit != "letterbox":
+        if self.fit == "keep" and self.crop is not None:
+            raise InputError("--crop makes squares, and --fit keep makes none", "leave out one of them")
+        cuts = self.fit in (None, "crop", "squash")
+        if self.crop is not None and self.resize is not None and self.crop > self.resize and cuts:
             raise InputError(f"--crop {self.crop} is more than --resize {self.resize}", "give a smaller --crop")
         given = {
             "resize": self.resize,

@@ -145,6 +145,9 @@ class Bulk:
         pipeline = images_of(artifact) if images else None
         if pipeline is not None and pipeline.preprocess.function is not None and preprocess is None:
             raise InputError(f"{folder} was made with a function that prepares images", "give --preprocess")
+        ask = ImageAsk(top=top or TOP, score_threshold=score_threshold, iou_threshold=iou_threshold)
+        if pipeline is not None:
+            ask.thresholds(pipeline.head)
         places, out = list(inputs), place_of(output)
         paths = list_images(places) if images else list_files(places, READERS, "files of texts")
         if not images:
@@ -160,9 +163,7 @@ class Bulk:
             columns=columns,
             prompt=prompt,
             artifact=identity(folder),
-            ask=ImageAsk(top=top or TOP, score_threshold=score_threshold, iou_threshold=iou_threshold)
-            if images
-            else None,
+            ask=ask if images else None,
             drawings=draw,
             preprocess=preprocess if ray is None else _seen_by_all(preprocess),
             folder=ray is not None or isinstance(out, RemotePath) or not out.suffix,

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from corewise.common.errors import EngineError
+from corewise.common.references import guard
 from corewise.engines import denormals, qdq
 from corewise.engines.base import MIXED_ROWS, BuildInputs, PixelScale, Session, is_mostly_linear, missing
 from corewise.engines.libraries import import_onnxruntime, import_onnxruntime_quantization, quiet
@@ -182,14 +183,9 @@ class SharedSession(OnnxRuntimeSession):
 
     def __init__(self, model: Path, plan: Plan) -> None:
         self._model, self._threads, self._left = model, plan.threads_per_instance, plan.instances - 1
-        try:
+        what = f"{model.name} cannot be opened for several instances, which share its weights by temporary files"
+        with guard(EngineError, what, "set TMPDIR to a folder with space for the model"), ExitStack() as undo:
             self._folder = TemporaryDirectory(prefix="corewise-")
-        except OSError as error:
-            raise EngineError(
-                f"several instances share their weights by a temporary file, which cannot be made: {error.strerror}",
-                "set TMPDIR to a folder that can be written and has space for the model",
-            ) from error
-        with ExitStack() as undo:
             undo.callback(self._folder.cleanup)
             OnnxRuntimeSession(model, self._threads, optimized=self._optimized, weights="weights").close()
             super().__init__(self._optimized, self._threads, as_it_is=True)

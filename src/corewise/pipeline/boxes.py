@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from corewise.common.detections import Head
 from corewise.common.errors import InputError
 from corewise.records.pipeline import ImagePipeline
-from corewise.samples.images import placement
+from corewise.samples.images import input_sides, placement
 
 RAW_SCORE, RAW_OVERLAP = 0.25, 0.45
 """Where overlapping boxes are suppressed: what YOLOv5's ``detect.py`` and OpenCV's examples use."""
@@ -66,7 +66,8 @@ def detected(
     answers = []
     for one, (width, height) in zip(found, sizes, strict=True):
         place = placement((width, height), pipeline.preprocess)
-        boxes = one.boxes * (pipeline.preprocess.crop if pipeline.head.relative else 1.0)
+        sides = input_sides((width, height), pipeline.preprocess) if pipeline.head.relative else (1.0, 1.0)
+        boxes = one.boxes * (sides * 2)
         boxes = (boxes - [place.left, place.top] * 2) / ([place.across, place.down] * 2)
         boxes = np.clip(np.nan_to_num(boxes), 0, [width, height] * 2)
         order = np.argsort(-one.scores, kind="stable")

@@ -91,10 +91,9 @@ class Job:
 
     def facts(self) -> dict[str, Any]:
         """What must be equal for parts to count."""
-        files = [(str(path.resolve()), path.stat().st_size, path.stat().st_mtime_ns) for path in self.inputs]
         return {
             "artifact": self.artifact,
-            "inputs": [list(file) for file in files],
+            "inputs": [[str(path.resolve()), *_size_and_time(path)] for path in self.inputs],
             "columns": list(self.columns),
             "prompt": self.prompt,
             "part_rows": self.part_rows,
@@ -102,6 +101,15 @@ class Job:
             "preprocess": self.preprocess,
             "drawings": None if self.drawings is None else str(self.drawings.resolve()),
         }
+
+
+def _size_and_time(path: Place) -> tuple[int, int]:
+    """Zeros for a link to nothing."""
+    try:
+        found = path.stat()
+    except OSError:
+        return 0, 0
+    return found.st_size, found.st_mtime_ns
 
 
 def folder_of(output: Place, *, several: bool) -> Parts:
@@ -118,13 +126,16 @@ class Done(NamedTuple):
 
 
 def check_inputs(job: Job) -> None:
-    """Raise ``SamplesError`` for inputs that are missing, of unknown kinds, or have no such column."""
-    for path in job.inputs:
+    """Raise ``SamplesError`` for files of texts that are missing, of unknown kinds, or have no such column.
+
+    Images that are missing are rows that are set aside.
+    """
+    for path in () if job.ask is not None else job.inputs:
         if not path.is_file():
             raise SamplesError(f"there is no file {path}", "check the path")
-        if job.ask is None and path.suffix.lower() not in READERS:
+        if path.suffix.lower() not in READERS:
             raise SamplesError(f"{path} is not a file of texts", f"give one of {', '.join(READERS)}")
-        if job.ask is None and len(job.inputs) > 1 and isinstance(path, Path):
+        if len(job.inputs) > 1 and isinstance(path, Path):
             next(iterate_table(path, job.columns, samples=False), None)  # a wrong header ends no job in its middle
 
 

@@ -5,6 +5,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from io import IOBase
 from itertools import islice
 from math import ceil
 from pathlib import Path
@@ -13,7 +14,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from corewise.common.detections import find_head
+from corewise.common.detections import Head, find_head
 from corewise.common.errors import InputError
 from corewise.pipeline.answers import ClassAnswer, activate
 from corewise.pipeline.boxes import Thresholds, detected
@@ -47,6 +48,18 @@ class ImageAsk:
     iou_threshold: float | None = None
     """Of such a detector: the overlap with a better box at which a box of a class is left out. Default: 0.45."""
 
+    def thresholds(self, head: Head | None) -> Thresholds | None:
+        """Which detections count; ``None`` for a model that is no detector.
+
+        Raises ``InputError`` for thresholds that are not in 0..1, or of such a model.
+        """
+        if head is not None:
+            return Thresholds.of(head, self.score_threshold, self.iou_threshold)
+        for name, given in (("score", self.score_threshold), ("IoU", self.iou_threshold)):
+            if given is not None:
+                raise InputError(f"the model gives no boxes, to which a threshold of {name} applies", "leave it out")
+        return None
+
 
 USUAL = ImageAsk()
 
@@ -59,10 +72,10 @@ class _Decoded(NamedTuple):
 
 
 class _Call(NamedTuple):
-    """Images in work: the input of each, and the outputs of those that can be read, in their order."""
+    """Images in work: the input of each, and the outputs of those that can be read, in their order, of one row each."""
 
     decoded: "list[Future[_Decoded | Rejected]]"
-    outputs: "Future[list[NDArray[Any]]]"
+    outputs: "Future[list[list[NDArray[Any]]]]"
 
 
 def content_of(source: str) -> Path | bytes:
@@ -109,6 +122,32 @@ def top_classes(pipeline: ImagePipeline, row: NDArray[Any], top: int) -> list[tu
     best = np.argpartition(-probabilities, min(top, len(row)) - 1)[:top]
     best = best[np.argsort(-probabilities[best], kind="stable")]
     return [(int(k), pipeline.label(int(k)), float(probabilities[k])) for k in best]
+
+
+def _is_one(items: Any) -> bool:
+    """Whether it is a single image, or nothing that images could be taken from."""
+    if isinstance(items, np.ndarray):
+        return items.ndim < 4 and items.dtype.kind in "biuf"
+    single = isinstance(items, str | Path | bytes | bytearray | memoryview | IOBase) or is_pil(items)
+    return single or not isinstance(items, Iterable)
+
+
+def run_alike(run: Run, inputs: Sequence[NDArray[Any]]) -> list[list[NDArray[Any]]]:
+    """The outputs of each input, of one row each; inputs of one shape share a call.
+
+    Example:
+        >>> inputs = [np.full(size, size) for size in (1, 2, 1)]
+        >>> run_alike(lambda arrays: [arrays[0].sum(1)], inputs)
+        [[array([1])], [array([4])], [array([1])]]
+    """
+    alike: dict[tuple[int, ...], list[int]] = {}
+    for number, array in enumerate(inputs):
+        alike.setdefault(array.shape, []).append(number)
+    found: dict[int, list[NDArray[Any]]] = {}
+    for numbers in alike.values():
+        outputs = run([np.stack([inputs[number] for number in numbers])])
+        found |= {number: [output[row : row + 1] for output in outputs] for row, number in enumerate(numbers)}
+    return [found[number] for number in range(len(inputs))]
 
 
 class ImageRunner:
@@ -160,11 +199,12 @@ class ImageRunner:
             ``Detection`` each, the surest first; or the output's row.
 
         Raises:
-            InputError: A threshold is not in 0..1.
+            InputError: ``top`` is below 1, a threshold is not in 0..1, or the model is no detector.
             EngineError: The engine fails.
         """
-        head = self.pipeline.head
-        thresholds = None if head is None else Thresholds.of(head, ask.score_threshold, ask.iou_threshold)
+        thresholds = ask.thresholds(self.pipeline.head)
+        if not isinstance(ask.top, int | np.integer) or ask.top < 1:
+            raise InputError(f"top is {ask.top}", "give a whole number, 1 or more")
         ahead: deque[_Call] = deque()
         decoders = ThreadPoolExecutor(self._decoders, "corewise-decode")
         callers = ThreadPoolExecutor(self._instances, "corewise-call")
@@ -195,7 +235,7 @@ class ImageRunner:
             items = list_images([items])
         elif isinstance(items, str | Path) and is_archive(items):
             items = (Rejected(one.problem) if one.problem else one.content for one in read_archive(Path(items)))
-        if isinstance(items, str | Path | bytes) or is_pil(items) or is_image(items):
+        if _is_one(items):
             return next(self._checked([items], ask))
         answers = self._checked(items, ask)
         if taken_singly:
@@ -213,9 +253,9 @@ class ImageRunner:
         """Begin to decode images, and the call that waits for them."""
         decoded = [decoders.submit(self._decode, item) for item in items]
 
-        def call() -> list[NDArray[Any]]:
+        def call() -> list[list[NDArray[Any]]]:
             inputs = [one.array for one in (future.result() for future in decoded) if not isinstance(one, Rejected)]
-            outputs = self._run([np.stack(inputs)]) if inputs else []
+            outputs = run_alike(self._run, inputs)
             self.calls_ended += 1
             return outputs
 
@@ -224,29 +264,39 @@ class ImageRunner:
     def _decode(self, item: Any) -> _Decoded | Rejected:
         if isinstance(item, Rejected):
             return item
+        if isinstance(item, bytearray | memoryview):
+            item = bytes(item)
         try:
             item = item.result() if isinstance(item, Future) else content_of(item) if isinstance(item, str) else item
         except OSError as error:
             return Rejected(f"cannot be read: {error.strerror}")
         if not (isinstance(item, Path | bytes) or is_pil(item) or is_image(item)):
-            return Rejected(f"is a {type(item).__name__}, no path, bytes, PIL image or uint8 array (H, W, 3)")
+            found = f"{item.dtype} array {item.shape}" if isinstance(item, np.ndarray) else type(item).__name__
+            return Rejected(f"is a {found}, no path, bytes, PIL image or uint8 array (H, W, 3)")
         try:
-            return _Decoded(np.asarray(self._read(item))) if self._sized is None else _Decoded(*self._sized(item))
+            made = _Decoded(np.asarray(self._read(item))) if self._sized is None else _Decoded(*self._sized(item))
         except UnreadableItem as error:
             return Rejected(error.reason)
+        if not self._fits(made.array.shape):
+            return Rejected(f"becomes an input of {made.array.shape}, and the model takes {self.pipeline.shape}")
+        return made
+
+    def _fits(self, shape: tuple[int, ...]) -> bool:
+        """Whether the model takes such an input; only photos that keep their shape may become another."""
+        if self.pipeline.preprocess.fit != "keep" or len(shape) != len(self.pipeline.shape):
+            return True
+        return all(most in (None, side) for side, most in zip(shape, self.pipeline.shape, strict=True))
 
     def _finish(self, call: _Call, top: int, thresholds: Thresholds | None) -> Iterator[Any]:
         """The answers of a call, when it has ended."""
-        outputs = call.outputs.result()
-        decoded = [future.result() for future in call.decoded]
-        readable = [one for one in decoded if not isinstance(one, Rejected)]
-        answers: Iterator[Any]
-        if thresholds is not None and readable:
-            answers = iter(detected(self.pipeline, outputs, [one.size for one in readable], thresholds))
-        else:
-            answers = (self._answer(row, top) for row in (outputs[0] if outputs else ()))
-        for one in decoded:
-            yield one if isinstance(one, Rejected) else next(answers)
+        outputs = iter(call.outputs.result())
+        for one in (future.result() for future in call.decoded):
+            if isinstance(one, Rejected):
+                yield one
+            elif thresholds is not None:
+                yield detected(self.pipeline, next(outputs), [one.size], thresholds)[0]
+            else:
+                yield self._answer(next(outputs)[0][0], top)
 
     def _answer(self, row: NDArray[Any], top: int) -> Any:
         if self.pipeline.task == "vectors":

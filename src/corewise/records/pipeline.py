@@ -123,6 +123,8 @@ class ImagePipeline:
     """What makes probabilities of the model's outputs."""
     head: Head | None = None
     """How a detector's outputs are read."""
+    shape: tuple[int | None, ...] = ()
+    """Of one input of a model that takes photos of their own shapes, if it is known: ``None`` for what may vary."""
 
     def label(self, number: int) -> str:
         """The name of a class; its number, where it has none."""

@@ -52,7 +52,8 @@ class Preprocess:
 
     ``fit`` says how it becomes a square of ``crop`` pixels: ``crop`` resizes the shorter side to ``resize`` and cuts
     out the middle, ``squash`` resizes both sides to ``resize`` and cuts out the middle, ``letterbox`` resizes the
-    longer side to ``crop`` and fills the rest with the grey level ``fill``.
+    longer side to ``crop`` and fills the rest with the grey level ``fill``. With ``keep`` it becomes no square: the
+    shorter side is resized to ``resize``, or to less where the longer one would be over ``longest``.
     """
 
     resize: int = 256
@@ -60,12 +61,18 @@ class Preprocess:
     mean: tuple[float, ...] = (0.485, 0.456, 0.406)
     std: tuple[float, ...] = (0.229, 0.224, 0.225)
     interpolation: Literal["nearest", "bilinear", "bicubic", "lanczos"] = "bilinear"
-    fit: Literal["crop", "squash", "letterbox"] = "crop"
+    fit: Literal["crop", "squash", "letterbox", "keep"] = "crop"
+    longest: int = 1333
+    """With ``keep``: the most pixels of the longer side."""
+    multiple: int = 1
+    """With ``keep``: both sides are rounded down to a multiple of so many pixels."""
     fill: int = 114
     bgr: bool = False
     """Whether the model takes blue first; ``mean`` and ``std`` are in the model's order."""
     decode: Literal["full", "scaled"] = "full"
-    """``scaled``: a JPEG of twice the size needed or more is decoded at a half, a quarter or an eighth of its size."""
+    """``scaled``: a large JPEG is decoded at a half, a quarter or an eighth of its size, if ``sharpness`` allows."""
+    sharpness: float = 2.0
+    """How many pixels scaled decoding leaves, along each side, for each pixel of the resized image; at least 1."""
     dtype: Literal["float32", "uint8"] = "float32"
     """``uint8``: the engine takes the pixels, (N, crop, crop, C), and normalizes them itself; float32 it takes too."""
     origin: str | None = None

@@ -483,13 +483,15 @@ def images(preprocess: Preprocess) -> str:
         "crop": f"the shorter side resized to {resize} ({how}), the middle {crop} x {crop} cut out",
         "squash": f"resized to {resize} x {resize} ({how}), the middle {crop} x {crop} cut out",
         "letterbox": f"the longer side resized to {crop} ({how}), the rest of {crop} x {crop} filled with grey",
+        "keep": f"the shorter side resized to {resize} ({how}), the longer one to {preprocess.longest} at most",
     }[preprocess.fit]
     if preprocess.fit == "squash" and crop == resize:
         fit = f"resized to {resize} x {resize} ({how})"
     mean, std = (", ".join(f"{value:.4g}" for value in values) for values in (preprocess.mean, preprocess.std))
     order = ", blue first" if preprocess.bgr else ""
     origin = f", as {preprocess.origin} says" if preprocess.origin else ""
-    decoded = "; large JPEGs are decoded at a smaller scale" if preprocess.decode == "scaled" else ""
+    least = f"; large JPEGs are decoded at a smaller scale, at least {preprocess.sharpness:.4g} times that size"
+    decoded = least if preprocess.decode == "scaled" else ""
     normalized = "; the engine normalizes them" if preprocess.dtype == "uint8" else ""
     return clean(f"{fit}, mean {mean}, std {std}{order}{origin}{decoded}{normalized}")
 

@@ -36,6 +36,7 @@ BACKOFF_S = 0.01
 OVERRUN = 2.0
 """A sender that cannot keep up stops after this multiple of the duration and leaves the rest unsent."""
 MOST_REQUESTS = 10_000_000
+MOST_CLIENTS = 100_000
 _POLL_S = 0.002
 
 
@@ -142,6 +143,8 @@ def check_load(
             f"{rate_per_s:g} requests per second for {duration_s:g} s are more than one sender can send",
             f"stay below {MOST_REQUESTS:,} requests",
         )
+    if clients is not None and clients > MOST_CLIENTS:
+        raise InputError(f"{clients:,} clients are more than one sender can be", f"give at most {MOST_CLIENTS:,}")
 
 
 class _Ledger:

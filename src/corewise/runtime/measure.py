@@ -2,7 +2,8 @@
 
 import time
 from collections.abc import Callable, Sequence
-from statistics import median
+from math import prod
+from statistics import mean, median
 from typing import Protocol, TypeVar
 
 import numpy as np
@@ -26,6 +27,11 @@ class Each(Protocol):
         ...
 
 
+Call = Sequence[np.ndarray]
+"""The inputs of one call."""
+
+KINDS = 3
+"""Calls that stand for samples of several shapes, such as texts: one for each third of them, by their size."""
 WARM_WINDOW = 3
 WARM_TOLERANCE = 0.05
 MIN_CALLS = 3
@@ -38,45 +44,62 @@ def batch_of(samples: Samples, size: int) -> tuple[np.ndarray, ...]:
     return tuple(np.ascontiguousarray(array[repeat]) for array in arrays)
 
 
-def warm_up(
-    session: Session, inputs: Sequence[np.ndarray], *, budget_s: float, clock: Clock = time.perf_counter
-) -> int:
-    """Call until the median of three calls stays within 5 % of that of the three before, or the budget is spent.
+def calls_of(samples: Samples, size: int) -> tuple[Call, ...]:
+    """Calls of ``size`` items each that stand for all samples, each for as many of them, the smallest first.
 
-    Returns the number of calls made (at least 1).
+    One call if all samples have one shape; else ``KINDS``, whatever ``size`` is, so that batches can be compared.
+    """
+    shapes = samples.shapes
+    if len(set(shapes)) == 1:
+        return (batch_of(samples, size),)
+    order = sorted(range(len(shapes)), key=lambda place: sum(map(prod, shapes[place])))
+    middles = [order[len(order) * (2 * kind + 1) // (2 * KINDS)] for kind in range(KINDS)]
+    alike = ([place for place, others in enumerate(shapes) if others == shapes[middle]] for middle in middles)
+    return tuple(batch_of(samples.take(places[:size]), size) for places in alike)
+
+
+def kinds_of(samples: Samples) -> int:
+    """How many calls ``calls_of`` gives."""
+    return 1 if len(set(samples.shapes)) == 1 else KINDS
+
+
+def warm_up(session: Session, calls: Sequence[Call], *, budget_s: float, clock: Clock = time.perf_counter) -> int:
+    """Make all calls until the median of three passes stays within 5 % of that of the three before, or for the budget.
+
+    Returns the number of calls made (at least one of each).
     """
     seconds: list[float] = []
     start = clock()
     while True:
-        seconds.append(_timed(session, inputs, clock))
+        seconds.append(sum(_timed(session, calls, clock)))
         if clock() - start >= budget_s:
             break
         if len(seconds) >= 2 * WARM_WINDOW:
             before = median(seconds[-2 * WARM_WINDOW : -WARM_WINDOW])
             if abs(median(seconds[-WARM_WINDOW:]) - before) <= WARM_TOLERANCE * before:
                 break
-    return len(seconds)
+    return len(seconds) * len(calls)
 
 
 def time_calls(
     session: Session,
-    inputs: Sequence[np.ndarray],
+    calls: Sequence[Call],
     *,
     budget_s: float,
     min_calls: int = MIN_CALLS,
     clock: Clock = time.perf_counter,
 ) -> list[float]:
-    """Seconds of each call, for ``budget_s`` and at least ``min_calls`` calls."""
+    """Seconds of each call, in passes over all ``calls``, for ``budget_s`` and at least ``min_calls`` calls."""
     seconds: list[float] = []
     start = clock()
     while len(seconds) < min_calls or clock() - start < budget_s:
-        seconds.append(_timed(session, inputs, clock))
+        seconds += _timed(session, calls, clock)
     return seconds
 
 
 def measure_instances(
     each: Each,
-    inputs: Sequence[np.ndarray],
+    calls: Sequence[Call],
     plan: Plan,
     *,
     budget_s: float,
@@ -87,20 +110,23 @@ def measure_instances(
     """Warm all instances up for at most half the budget, then time calls of ``plan.batch`` items for all of it.
 
     ``each`` (``instances.Instances.each``) runs work on all instances at the same time. The throughput of one instance
-    is that of its median call, which is robust to short disturbances. The throughput of several is the sum over all of
-    their calls, because they disturb each other.
+    is that of its median call, or of the median call of each kind, which is robust to short disturbances. The
+    throughput of several is the sum over all of their calls, because they disturb each other.
     """
-    each(lambda session: warm_up(session, inputs, budget_s=budget_s / 2, clock=clock))
-    before = throttled()
-    timed = each(lambda session: time_calls(session, inputs, budget_s=budget_s, clock=clock))
-    seconds = [second for calls in timed for second in calls]
+    each(lambda session: warm_up(session, calls, budget_s=budget_s / 2, clock=clock))
+    before, kinds = throttled(), len(calls)
+    timed = each(lambda session: time_calls(session, calls, budget_s=budget_s, clock=clock))
+    seconds = [second for of_one in timed for second in of_one]
+    step = -(-len(seconds) // MOST_LATENCIES)
+    step += kinds > 1 and step % kinds == 0  # else calls of one kind only would be kept
+    typical_s = mean(median(seconds[kind::kinds]) for kind in range(kinds))
     return Measurement(
         plan=plan,
-        latencies_ms=tuple(round(s * 1e3, 4) for s in seconds[:: -(-len(seconds) // MOST_LATENCIES)]),
-        throughput_per_s=plan.batch / median(seconds) if len(timed) == 1 else throughput_per_s(plan.batch, timed),
+        latencies_ms=tuple(round(s * 1e3, 4) for s in seconds[::step]),
+        throughput_per_s=plan.batch / typical_s if len(timed) == 1 else throughput_per_s(plan.batch, timed),
         p50_ms=median(seconds) * 1e3,
         p99_ms=quantile(seconds, 0.99) * 1e3,
-        spread=spread(seconds),
+        spread=spread([mean(seconds[start : start + kinds]) for start in range(0, len(seconds), kinds)]),
         throttled=throttled() - before,
         memory_per_instance_bytes=memory_per_instance_bytes,
     )
@@ -115,7 +141,11 @@ def throughput_per_s(batch: int, timed: Sequence[Sequence[float]]) -> float:
     return sum(batch * len(seconds) / sum(seconds) for seconds in timed)
 
 
-def _timed(session: Session, inputs: Sequence[np.ndarray], clock: Clock) -> float:
-    start = clock()
-    session.run(inputs)
-    return clock() - start
+def _timed(session: Session, calls: Sequence[Call], clock: Clock) -> list[float]:
+    """Seconds of each call of one pass."""
+    seconds = []
+    for inputs in calls:
+        start = clock()
+        session.run(inputs)
+        seconds.append(clock() - start)
+    return seconds

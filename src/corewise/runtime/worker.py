@@ -37,7 +37,7 @@ from corewise.records.pipeline import PhotoRate
 from corewise.runtime import messages
 from corewise.runtime.instances import Instances, memory_bytes, open_layouts, open_plan
 from corewise.runtime.loadgen import check_load, closed_loop, open_loop
-from corewise.runtime.measure import batch_of, measure_instances, throughput_per_s, time_calls, warm_up
+from corewise.runtime.measure import Call, batch_of, calls_of, measure_instances, throughput_per_s, time_calls, warm_up
 from corewise.runtime.messages import Request
 from corewise.runtime.photo_rate import measure_photos
 from corewise.runtime.workspace import Workspace
@@ -59,7 +59,7 @@ class TrialChild:
 
     def __init__(self) -> None:
         self._instances: Instances | None = None
-        self._inputs: tuple[np.ndarray, ...] = ()
+        self._calls: tuple[Call, ...] = ()
 
     def engine(self, name: str) -> Engine:
         """The engine that builds and opens."""
@@ -147,11 +147,11 @@ class TrialChild:
 
     def _measure(self, request: messages.Measure) -> Measurement:
         instances = self._opened()
-        inputs = batch_of(Samples.load(request.samples), request.plan.batch)
-        instances.touch(inputs)
+        calls = calls_of(Samples.load(request.samples), request.plan.batch)
+        instances.touch(calls[-1])
         measurement = measure_instances(
             instances.each,
-            inputs,
+            calls,
             request.plan,
             budget_s=request.budget_s,
             memory_per_instance_bytes=instances.memory_per_instance_bytes,
@@ -159,17 +159,17 @@ class TrialChild:
         return replace(measurement, memory_bytes=memory_bytes())
 
     def _warm_up(self, request: messages.WarmUp) -> messages.Warm:
-        self._inputs = batch_of(Samples.load(request.samples), request.batch)
-        calls = self._opened().each(lambda session: warm_up(session, self._inputs, budget_s=request.budget_s))
-        return messages.Warm(calls=sum(calls))
+        self._calls = calls_of(Samples.load(request.samples), request.batch)
+        made = self._opened().each(lambda session: warm_up(session, self._calls, budget_s=request.budget_s))
+        return messages.Warm(calls=sum(made))
 
     def _run_round(self, request: messages.RunRound) -> messages.RoundRate:
         """Whole calls; each instance's first call is not timed."""
         instances = self._opened()
 
-        calls = partial(_warm_calls, inputs=self._inputs, budget_s=request.budget_s)
+        timed = partial(_warm_calls, calls=self._calls, budget_s=request.budget_s)
         before = throttled_count()
-        per_s = throughput_per_s(len(self._inputs[0]), instances.each(calls))
+        per_s = throughput_per_s(len(self._calls[0][0]), instances.each(timed))
         return messages.RoundRate(per_s=per_s, throttled=throttled_count() - before)
 
     def _time_calls(self, request: messages.TimeCalls) -> messages.TimedCalls:
@@ -182,7 +182,7 @@ class TrialChild:
             if ms and time.perf_counter() > until_s:
                 break
             inputs = tuple(np.tile(np.resize(array, tokens), (rows, 1)) for array in row)
-            timed = self._opened().each(partial(_warm_calls, inputs=inputs, budget_s=each_s))
+            timed = self._opened().each(partial(_warm_calls, calls=(inputs,), budget_s=each_s))
             ms.append(1e3 * median(seconds for calls in timed for seconds in calls))
         return messages.TimedCalls(ms=tuple(ms))
 
@@ -256,10 +256,10 @@ class TrialChild:
         self._instances = None
 
 
-def _warm_calls(session: Session, *, inputs: Sequence[np.ndarray], budget_s: float) -> list[float]:
-    """Seconds of whole calls for ``budget_s``, at least of one, after a first one that is not timed."""
-    session.run(inputs)
-    return time_calls(session, inputs, budget_s=budget_s, min_calls=1)
+def _warm_calls(session: Session, *, calls: Sequence[Call], budget_s: float) -> list[float]:
+    """Seconds of whole calls for ``budget_s``, at least of one pass, after a first call that is not timed."""
+    session.run(calls[0])
+    return time_calls(session, calls, budget_s=budget_s, min_calls=1)
 
 
 class _OwnAnswer:
@@ -314,7 +314,7 @@ def _answer(child: TrialChild, request: Request) -> messages.Answer | messages.F
     try:
         return child.answer(request)
     except CorewiseError as error:
-        return messages.Failure(text=str(error))
+        return messages.Failure(text=str(error), disk_full=_disk_full(error, request))
     except Exception as error:  # noqa: BLE001 - the trial boundary: whatever an engine raises is the trial's reason
         return messages.Failure(text=describe(error), disk_full=_disk_full(error, request))
 

@@ -39,8 +39,6 @@ ORIENTATION = 0x0112
 """The EXIF tag; 1 is upright, 2 to 8 are mirrored or turned."""
 LONGEST = 16
 """Ratio of the sides beyond which an image is cut before it is resized: the crop shows its middle alone."""
-SHARP = 2
-"""Pixels for each pixel of the resized image that scaled decoding leaves: the resizing still averages them."""
 DIM = 4095
 """A 16-bit image whose values all fit into 12 bits becomes almost black; it is marked in its ``info``."""
 DIM_KEY = "corewise.dim"
@@ -108,22 +106,36 @@ def image_size(
         return image.width, image.height
 
 
-def gains_by_scale(item: Any, preprocess: Preprocess) -> bool:
-    """Whether ``preprocess`` has the image decoded at a smaller scale; not for what is decoded already."""
+def sharpness_left(item: Any, preprocess: Preprocess) -> float | None:
+    """How many pixels a side are decoded for each pixel of the resized image, where scaled decoding has any effect.
+
+    ``None`` for an image that is decoded in full, or is decoded already.
+    """
     if not isinstance(item, Path | bytes):
-        return False
+        return None
     with _opened(item, "the image", None) as image:
         size = image.size
         _scale_down(image, preprocess)
-        return image.size != size
+        return None if image.size == size else _sharpness(size, preprocess) / _scale(size, preprocess)
 
 
 def _scale_down(image: "Image", preprocess: Preprocess | None) -> None:
-    """Have a JPEG decoded at a half, a quarter or an eighth of its size, but at ``SHARP`` times what is needed."""
+    """Have a JPEG decoded at a half, a quarter or an eighth of its size, at ``sharpness`` times what is needed."""
     if preprocess is None or preprocess.decode == "full":
         return
-    width, height = (max(1, SHARP * side) for side in _resized(image.size, preprocess))
-    image.draft(None, (width, height))
+    scale = _scale(image.size, preprocess)
+    image.draft(None, (max(1, image.width // scale), max(1, image.height // scale)))
+
+
+def _scale(size: tuple[int, int], preprocess: Preprocess) -> int:
+    """By how much a JPEG of that width and height is decoded smaller: as libjpeg does it without loss of time."""
+    sharpness = _sharpness(size, preprocess)
+    return next((scale for scale in (8, 4, 2) if sharpness >= scale * preprocess.sharpness), 1)
+
+
+def _sharpness(size: tuple[int, int], preprocess: Preprocess) -> float:
+    """Pixels a side for each pixel of the resized image."""
+    return min(side / most for side, most in zip(size, _resized(size, preprocess), strict=True))
 
 
 @contextmanager
@@ -173,18 +185,23 @@ def image_array(image: "Image", preprocess: Preprocess) -> NDArray[Any]:
 
     Returns:
         float32 (C, crop, crop) of as many channels as ``preprocess.mean`` has; uint8 (crop, crop, C), not normalised,
-        where ``preprocess.dtype`` says so.
+        where ``preprocess.dtype`` says so. Where ``preprocess.fit`` is ``keep``, of the image's own shape.
 
     Raises:
         SamplesError: Where ``preprocess`` is a function of the user's, which is not run for strangers' images.
     """
     if preprocess.function is not None:
         raise SamplesError(f"images are prepared by {preprocess.function}, which is not here", "send tensors")
-    image, crop = _convert(image, "L" if len(preprocess.mean) == 1 else "RGB"), preprocess.crop
+    image = _convert(image, "L" if len(preprocess.mean) == 1 else "RGB")
     if preprocess.fit == "crop":
         image = _without_far_ends(image)
-    image = _boxed(image, preprocess) if preprocess.fit == "letterbox" else _resized_middle(image, preprocess)
-    pixels = np.asarray(image).reshape(crop, crop, -1)
+    if preprocess.fit == "letterbox":
+        image = _boxed(image, preprocess)
+    elif preprocess.fit == "keep":
+        image = image.resize(_resized(image.size, preprocess), _method(preprocess))
+    else:
+        image = _resized_middle(image, preprocess)
+    pixels = np.asarray(image).reshape(image.height, image.width, -1)
     if preprocess.bgr:
         pixels = pixels[..., ::-1]
     return np.ascontiguousarray(pixels) if preprocess.dtype == "uint8" else normalize_pixels(pixels, preprocess)
@@ -225,7 +242,26 @@ def _resized(size: tuple[int, int], preprocess: Preprocess) -> tuple[int, int]:
     short, long = min(size), max(size)
     if preprocess.fit == "letterbox":
         return max(1, round(preprocess.crop * size[0] / long)), max(1, round(preprocess.crop * size[1] / long))
+    if preprocess.fit == "keep":
+        return _kept(size, preprocess)
     return preprocess.resize * size[0] // short, preprocess.resize * size[1] // short
+
+
+def _kept(size: tuple[int, int], preprocess: Preprocess) -> tuple[int, int]:
+    """Width and height as DETR has them (transformers, ``image_transforms.get_size_with_aspect_ratio``)."""
+    short, long = min(size), max(size)
+    exact: float = preprocess.resize
+    if long / short * exact > preprocess.longest:
+        exact = preprocess.longest * short / long
+    side = round(exact)
+    sides = (short, long) if side == short else (side, int(exact * long / short))
+    short, long = (max(preprocess.multiple, one - one % preprocess.multiple) for one in sides)
+    return (short, long) if size[0] <= size[1] else (long, short)
+
+
+def input_sides(size: tuple[int, int], preprocess: Preprocess) -> tuple[int, int]:
+    """Width and height of the input that ``image_array`` makes of an image of that width and height."""
+    return _resized(size, preprocess) if preprocess.fit == "keep" else (preprocess.crop, preprocess.crop)
 
 
 class Placement(NamedTuple):
@@ -249,6 +285,8 @@ def placement(size: tuple[int, int], preprocess: Preprocess) -> Placement:
     across, down = resized[0] / size[0], resized[1] / size[1]
     if preprocess.fit == "letterbox":
         left, top = ((preprocess.crop - side) // 2 for side in resized)
+    elif preprocess.fit == "keep":
+        left, top = 0, 0
     else:
         left, top = (-round((side - preprocess.crop) / 2) for side in resized)
     return Placement(left - cut[0] * across, top - cut[1] * down, across, down)
@@ -257,7 +295,7 @@ def placement(size: tuple[int, int], preprocess: Preprocess) -> Placement:
 def _resized_middle(image: "Image", preprocess: Preprocess) -> "Image":
     """The middle of the resized image; only what it shows is computed, which some values round differently."""
     crop, (width, height) = preprocess.crop, _resized(image.size, preprocess)
-    method = _pil().Resampling[preprocess.interpolation.upper()]
+    method = _method(preprocess)
     if (width, height) == image.size:
         return _centre(image, crop, crop)
     if preprocess.interpolation == "nearest":  # rounding would choose other pixels
@@ -273,9 +311,14 @@ def _boxed(image: "Image", preprocess: Preprocess) -> "Image":
     """The whole image in the middle of a grey square."""
     width, height = _resized(image.size, preprocess)
     square = _pil().new(image.mode, (preprocess.crop, preprocess.crop), (preprocess.fill,) * len(image.getbands()))
-    small = image.resize((width, height), _pil().Resampling[preprocess.interpolation.upper()])
+    small = image.resize((width, height), _method(preprocess))
     square.paste(small, ((preprocess.crop - width) // 2, (preprocess.crop - height) // 2))
     return square  # type: ignore[no-any-return]
+
+
+def _method(preprocess: Preprocess) -> Any:
+    """Pillow's name for how to resize."""
+    return _pil().Resampling[preprocess.interpolation.upper()]
 
 
 @cache
@@ -317,8 +360,7 @@ class ImageReader:
         if isinstance(item, Path | bytes):
             opened = open_image(item, preprocess=self.preprocess)
             return self._input(opened, f"{item}" if isinstance(item, Path) else "an image"), opened.info[SIZE_KEY]
-        upright = _pil().fromarray(item.squeeze(-1) if item.shape[2] == 1 else item) if is_image(item) else item
-        upright = normalize_image(upright)
+        upright = _decoded(item)
         return self._input(upright, "an image"), upright.size
 
     def __call__(self, item: Any) -> Any:
@@ -328,9 +370,7 @@ class ImageReader:
         if isinstance(item, Path | bytes):
             opened = open_image(item, preprocess=self.preprocess)
             return self._input(opened, f"{item}" if isinstance(item, Path) else "an image")
-        if is_image(item):
-            return self._input(_pil().fromarray(item.squeeze(-1) if item.shape[2] == 1 else item), "an image")
-        return self._input(normalize_image(item), "an image") if is_pil(item) else item
+        return self._input(_decoded(item), "an image") if is_image(item) or is_pil(item) else item
 
     def _input(self, image: "Image", name: str) -> Any:
         if image.info.get(DIM_KEY):
@@ -353,6 +393,23 @@ class ImageReader:
             f"{len(self.dim):,} images of 16 bits use 12 of them at most and become almost black: scale them in a "
             "preprocess function",
         )
+
+
+def _decoded(item: Any) -> "Image":
+    """A uint8 array, or a PIL image, which may still have to be read from its file, as ``normalize_image`` has it.
+
+    Raises ``UnreadableItem``.
+    """
+    width, height = item.size if is_pil(item) else item.shape[1::-1]
+    if not (width and height):
+        raise UnreadableItem("the image", "has no pixels")
+    try:
+        if is_pil(item):
+            item.load()
+            return normalize_image(item)
+        return _pil().fromarray(item.squeeze(-1) if item.shape[2] == 1 else item)  # type: ignore[no-any-return]
+    except BROKEN as error:
+        raise UnreadableItem("the image", _broken(error)) from error
 
 
 def is_pil(value: Any) -> bool:
@@ -394,6 +451,11 @@ def _reason(source: Path | bytes, error: BaseException) -> str:
         return "is an HTML page"
     if type(error).__name__ == "UnidentifiedImageError":
         return "is not an image that Pillow opens"
+    return _broken(error)
+
+
+def _broken(error: BaseException) -> str:
+    """What Pillow says about an image that it knows, as the end of a sentence."""
     if "truncated" in str(error).lower() or isinstance(error, EOFError):
         return "is cut off"
     return f"cannot be decoded: {str(error).strip() or type(error).__name__}"
@@ -458,7 +520,7 @@ def _check(preprocess: Preprocess) -> None:
             f"mean {preprocess.mean} and std {preprocess.std} do not fit",
             "give 3 numbers each for RGB or 1 for grey, std not 0",
         )
-    if preprocess.crop < 1 or (preprocess.crop > preprocess.resize and preprocess.fit != "letterbox"):
+    if preprocess.crop < 1 or (preprocess.crop > preprocess.resize and preprocess.fit in ("crop", "squash")):
         raise SamplesError(
             f"crop {preprocess.crop} does not fit into resize {preprocess.resize}", "choose crop between 1 and resize"
         )

@@ -27,7 +27,7 @@ BUFFER_BYTES = 2**22
 """Of a file that is read in order: what one request brings."""
 MOST_BYTES = 64 * 2**20
 """Of a file that is read as a whole: as much as the server takes in one request."""
-AWS_ERROR = re.compile(r"AWS Error (\w+) during \w+ operation: *(.*?)(?: \(Request ID.*)?$", re.DOTALL)
+AWS_ERROR = re.compile(r"AWS Error (\w+)(?: \(.*?\))? during \w+ operation: *(.*?)(?: \(Request ID.*)?$", re.DOTALL)
 DENIED = ("ACCESS_DENIED", "INVALID_ACCESS_KEY_ID", "INVALID_CLIENT_TOKEN_ID", "SIGNATURE_DOES_NOT_MATCH",
           "UNRECOGNIZED_CLIENT", "INVALID_SIGNATURE", "MISSING_AUTHENTICATION_TOKEN", "REQUEST_EXPIRED")  # fmt: skip
 
@@ -123,8 +123,9 @@ class RemotePath:
         return content
 
     def read_text(self, encoding: str = "utf-8") -> str:
-        """Its content as text."""
-        return self.read_bytes().decode(encoding)
+        """Its content as text, of whatever size."""
+        with self._asking(SamplesError, "read"), self.open("rb") as file:
+            return str(file.read(), encoding)
 
     def write_whole(self, name: str, write: Callable[[Path], Any]) -> None:
         """Write a file in it by way of a local one. The store has the file as a whole or not at all."""
@@ -239,8 +240,8 @@ def refusal(said: str, url: str) -> tuple[str, str]:
         )
     if code == "NETWORK_CONNECTION":
         return "the store does not answer", "check AWS_ENDPOINT_URL, AWS_REGION and the network"
-    text = " ".join(message.split())[:200].rstrip(". ") or code or "it does not say why"
-    return text, "check the URL and the store's settings"
+    text = " ".join(message.split())[:200].rstrip(". ")
+    return ": ".join(filter(None, (code, text))), "check the URL, the region and the store's settings"
 
 
 @lru_cache(maxsize=16)

@@ -100,9 +100,13 @@ class BudgetSplit:
     """An unfinished trial is ended if another candidate is finished: the plans of one are worth more than one more."""
     plans: float = 0.85
     """No further plan is measured."""
+    race: float = 1.0
+    """The race has as many rounds as fit in until then, but enough for an interval."""
 
 
 FINISHING = 1.1
 """Share of the budget until which the winner is fitted to raw data: how photos are taken, what calls of texts cost."""
 WITH_LOADS = BudgetSplit(trials=0.45, last_trial=0.55, plans=0.65)
 """For an SLO, whose loads need a minute or two."""
+WITH_PHOTOS = BudgetSplit(trials=0.5, last_trial=0.6, plans=0.7, race=0.85)
+"""For files of photos: how they are decoded, and under which plan, may win more than another build does."""

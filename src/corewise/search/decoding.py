@@ -1,7 +1,7 @@
 """Whether the winner may have large JPEGs decoded at a smaller scale: the holdout's photos, decoded so, decide."""
 
 from dataclasses import dataclass, replace
-from math import inf
+from math import floor, inf
 from time import perf_counter
 
 from corewise.accuracy.gate import AccuracyGate
@@ -12,10 +12,13 @@ from corewise.records.report import Choice, Preprocess
 from corewise.runtime.client import read_outputs
 from corewise.samples import RawSamples, Samples
 from corewise.samples.files import image_samples
-from corewise.samples.images import ImageReader, gains_by_scale
+from corewise.samples.images import ImageReader, sharpness_left
 from corewise.search.budget import FINISHING
 from corewise.search.trial import VERIFY_BATCH, SearchContext
 
+SHARPNESS = (1.0, 2.0)
+"""What is tried for ``Preprocess.sharpness``: at 2 the resizing still averages pixels."""
+PLACES = 1000
 LEAST_PHOTOS = 16
 """Photos of the holdout that are decoded at another scale; fewer prove nothing."""
 TIMED_PHOTOS = 4
@@ -29,27 +32,49 @@ class Decoding:
     preprocess: Preprocess | None
     reason: Reason | None = None
 
+    @property
+    def passed(self) -> bool:
+        """Whether photos are decoded at a smaller scale."""
+        return self.preprocess is not None and self.preprocess.decode == "scaled"
+
 
 def choose_decoding(holdout: Samples, choice: Choice, gate: AccuracyGate, context: SearchContext) -> Decoding:
     """Scaled decoding, if the winner's answers to the holdout decoded so pass the gate as any build does.
 
-    They are compared with those of fp32 to photos decoded in full, so that both losses count together.
+    They are compared with those of fp32 to photos decoded in full, so that both losses count together. The smallest
+    scales are tried first. The artifact leaves no photo less sharp than the least sharp one that was judged.
     """
-    as_it_is = Decoding(preprocess=holdout.preprocess)
-    preprocess, photos = holdout.preprocess, holdout.originals
-    if preprocess is None or preprocess.function is not None or photos is None or context.budget.ended():
-        return as_it_is
-    scaled = replace(preprocess, decode="scaled")
-    gaining = sum(gains_by_scale(item, scaled) for item in photos.items)
-    if gaining < LEAST_PHOTOS:
-        return as_it_is
-    if _needed_s(photos, ImageReader(scaled), choice, context) > context.budget.left_s(FINISHING):
-        return as_it_is
+    decoding = Decoding(preprocess=holdout.preprocess)
+    if holdout.preprocess is None or holdout.preprocess.function is not None or holdout.originals is None:
+        return decoding
+    least = 0.0
+    for sharpness in SHARPNESS:
+        scaled = replace(holdout.preprocess, decode="scaled", sharpness=sharpness)
+        left = [found for item in holdout.originals.items if (found := sharpness_left(item, scaled)) is not None]
+        if len(left) < LEAST_PHOTOS or min(left) == least:
+            break  # a larger scale would be judged the same, or on fewer photos
+        least = min(left)
+        scaled = replace(scaled, sharpness=floor(PLACES * least) / PLACES)
+        judged = _judged(scaled, len(left), holdout, choice, gate, context)
+        decoding = judged or decoding
+        if judged is None or judged.passed:
+            break
+    return decoding
+
+
+def _judged(
+    scaled: Preprocess, gaining: int, holdout: Samples, choice: Choice, gate: AccuracyGate, context: SearchContext
+) -> Decoding | None:
+    """What the gate says of photos that are decoded so; ``None`` without time, or where it could not be found out."""
+    photos, reader = holdout.originals, ImageReader(scaled)
+    assert photos is not None
+    if context.budget.ended() or _needed_s(photos, reader, choice, context) > context.budget.left_s(FINISHING):
+        return None
     started_s = perf_counter()
-    samples = image_samples(photos, ImageReader(scaled))
+    samples = image_samples(photos, reader)
     decode_s = (perf_counter() - started_s) / len(photos)
     if len(samples) != len(holdout):
-        return as_it_is
+        return None
     build, workspace = choice.winner, context.workspace
     path = workspace.folder / "scaled.safetensors"
     samples.save(path)
@@ -64,17 +89,18 @@ def choose_decoding(holdout: Samples, choice: Choice, gate: AccuracyGate, contex
     except InputError:
         raise
     except CorewiseError:
-        return as_it_is  # The winner is what it was; only this choice was not made.
+        return None  # The winner is what it was; only this choice was not made.
     details: dict[str, Detail] = {
         "photos": gaining,
         "metric": fidelity.metric,
         "value": fidelity.value,
         "drop": fidelity.drop,
         "decode_ms": decode_s * 1e3,
+        "sharpness": scaled.sharpness,
     }
     if verdict.passed:
         return Decoding(preprocess=scaled, reason=Reason.of(ReasonKind.SCALED_DECODING, **details))
-    return Decoding(preprocess=preprocess, reason=Reason.of(ReasonKind.FULL_DECODING, **details))
+    return Decoding(preprocess=holdout.preprocess, reason=Reason.of(ReasonKind.FULL_DECODING, **details))
 
 
 def _needed_s(photos: RawSamples, reader: ImageReader, choice: Choice, context: SearchContext) -> float:

@@ -94,9 +94,7 @@ def _rounds(context: SearchContext, contenders: Sequence[Contender], trials: Seq
         for trial in trials
         for measurement in trial.measurements
     }
-    # An untimed call, and timed calls for a round, or one call.
-    round_s = sum(
-        calls_s[contender.build, contender.plan] + max(ROUND_S, calls_s[contender.build, contender.plan])
-        for contender in contenders
-    )
-    return max(MIN_ROUNDS, int(min(ROUNDS, context.budget.left_s() / round_s)))
+    # An untimed call, and timed calls for a round, or one pass.
+    each_s = [calls_s[contender.build, contender.plan] for contender in contenders]
+    round_s = sum(call_s + max(ROUND_S, context.kinds * call_s) for call_s in each_s)
+    return max(MIN_ROUNDS, int(min(ROUNDS, context.budget.left_s(context.split.race) / round_s)))

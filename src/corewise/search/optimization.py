@@ -17,10 +17,11 @@ from corewise.records.events import OnEvent
 from corewise.records.goal import Goal, GoalName, Requirements, Slo, parse_goal
 from corewise.records.pipeline import Pooling
 from corewise.records.report import Choice, Report
+from corewise.runtime.measure import kinds_of
 from corewise.runtime.worker import peak_memory_bytes
 from corewise.runtime.workspace import Workspace
 from corewise.search.alone import alone_guard
-from corewise.search.budget import WITH_LOADS, Budget, BudgetSplit, baseline_batch
+from corewise.search.budget import WITH_LOADS, WITH_PHOTOS, Budget, BudgetSplit, baseline_batch
 from corewise.search.call_costs import time_calls
 from corewise.search.candidates import first_plan, layouts
 from corewise.search.end_to_end import LEAST_FILES, photo_files
@@ -191,6 +192,7 @@ def _context(
         baseline_plan=replace(plan, batch=baseline_batch(task.row_s or 0.0, plan.batch)) if shorter else plan,
         calibration=len(task.calibration),
         holdout=len(task.holdout),
+        kinds=kinds_of(task.holdout),
         layouts=lambda build: layouts(task.cpu, build),
         cpu=task.cpu,
         timeout_s=timeout_s,
@@ -198,9 +200,15 @@ def _context(
         on_event=on_event,
         requirements=requirements,
         budget=budget,
-        split=WITH_LOADS if isinstance(requirements.goal, Slo) else BudgetSplit(),
+        split=_split(task, requirements),
         in_process=task.in_process,
     )
+
+
+def _split(task: Task, requirements: Requirements) -> BudgetSplit:
+    if isinstance(requirements.goal, Slo):
+        return WITH_LOADS
+    return WITH_PHOTOS if photo_files(task.holdout) else BudgetSplit()
 
 
 def _result(

@@ -51,6 +51,8 @@ class SearchContext:
     """Samples that calibrate."""
     holdout: int = 0
     """Samples that each build answers to be judged."""
+    kinds: int = 1
+    """Calls of which each timed pass consists (``measure.calls_of``)."""
     baseline_plan: Plan | None = None
     """What the baseline is first measured under instead of ``plan``."""
     in_process: Engine | None = None

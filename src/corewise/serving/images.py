@@ -183,7 +183,9 @@ def batch(bodies: Sequence[bytes], served: Served) -> Batch:
             opened = open_image(one, "the image", max_pixels=MOST_PIXELS, preprocess=preprocess)
             arrays.append(image_array(opened, preprocess))
             sizes.append(opened.info[SIZE_KEY])
-        return Batch(np.stack(arrays), tuple(sizes))
+    if len({array.shape for array in arrays}) > 1:
+        raise ProtocolError("the images have several shapes, which the model keeps", "send one image a request")
+    return Batch(np.stack(arrays), tuple(sizes))
 
 
 def _preprocess(served: Served) -> Preprocess:
@@ -213,7 +215,8 @@ def _told() -> Iterator[None]:
 def row_bytes(served: Served) -> int:
     """What an image becomes, as the model takes it. Raises ``ProtocolError`` as ``pixels``."""
     preprocess = _preprocess(served)
-    return preprocess.crop**2 * len(preprocess.mean) * np.dtype(preprocess.dtype).itemsize
+    sides = preprocess.resize * preprocess.longest if preprocess.fit == "keep" else preprocess.crop**2
+    return sides * len(preprocess.mean) * np.dtype(preprocess.dtype).itemsize
 
 
 def check_classes(served: Served) -> None:

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
+from time import monotonic
 
 from corewise.serving import memory
 from corewise.serving.budget import Budget
@@ -36,6 +37,8 @@ GROWN_BYTES = 16 * 2**20
 """Memory is given back while the processes have so much more than without requests."""
 PASSES = 4
 """So many periods in a row: what is in use at the first may be free at the last."""
+PASS_SHARE = 1 / 200
+"""The most of the event loop's time: a pass looks through all objects, which takes 10 ms for 2,000 connections."""
 
 
 def fit(limits: Limits, limit_bytes: int) -> Limits:
@@ -128,16 +131,36 @@ class Guard:
 
     async def _keep(self) -> None:
         """Give memory back while much is used, and some times afterwards."""
-        seen_bytes, quiet = 0, PASSES
+        seen_bytes, passes, collecting = 0, PASSES, Share(PASS_SHARE)
         while True:
             await asyncio.sleep(PERIOD_S)
             if self._budget.total_booked_bytes > seen_bytes + STEP_BYTES:
-                seen_bytes, quiet = self._budget.total_booked_bytes, 0
-            if quiet < PASSES and resident_bytes(self._engines()) > self._idle_bytes + GROWN_BYTES:
-                memory.collect()
-                await asyncio.to_thread(memory.trim)
-            quiet += 1
+                seen_bytes, passes = self._budget.total_booked_bytes, 0
+            if passes < PASSES and collecting.is_due:
+                passes += 1
+                if resident_bytes(self._engines()) > self._idle_bytes + GROWN_BYTES:
+                    collecting.run(memory.collect)
+                    await asyncio.to_thread(memory.trim)
             self._budget.look()
+
+
+class Share:
+    """Work that may take only a share of the time: the longer it took, the longer until it is due again."""
+
+    def __init__(self, share: float, clock: Callable[[], float] = monotonic) -> None:
+        self._share, self._clock = share, clock
+        self._due_s = 0.0
+
+    @property
+    def is_due(self) -> bool:
+        """Whether it may run."""
+        return self._clock() >= self._due_s
+
+    def run(self, work: Callable[[], None]) -> None:
+        """Run it."""
+        started_s = self._clock()
+        work()
+        self._due_s = started_s + (self._clock() - started_s) / self._share
 
 
 def machine_bytes(limit_bytes: int | None, memory_bytes: int) -> int:

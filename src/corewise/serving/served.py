@@ -167,7 +167,8 @@ class Served:
         if preprocess.dtype != "uint8":
             return ((image,),)
         name = next(name for name in ("pixels", "levels", "uint8_pixels") if name not in taken)
-        shape = (None, preprocess.crop, preprocess.crop, len(preprocess.mean))
+        side = None if preprocess.fit == "keep" else preprocess.crop
+        shape = (None, side, side, len(preprocess.mean))
         return (image,), (TensorSpec(name=name, dtype="uint8", shape=shape),)
 
     @property

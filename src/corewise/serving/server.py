@@ -18,7 +18,7 @@ from starlette.types import ASGIApp
 
 from corewise.common.errors import InputError
 from corewise.machine.inspect import inspect_cpu
-from corewise.serving import addresses, admin, memory, memory_limit, scheduling, web_server
+from corewise.serving import addresses, admin, memory, memory_limit, web_server
 from corewise.serving.addresses import Address
 from corewise.serving.admin import Repository
 from corewise.serving.app import App, RequestLog
@@ -98,7 +98,6 @@ def serve(
     """
     memory.tune()
     sys.setswitchinterval(SWITCH_S)
-    scheduling.take_short_turns()
     with asyncio.Runner(loop_factory=_fastest_loop) as runner:
         return runner.run(_Server(sources, options, tell).run())
 

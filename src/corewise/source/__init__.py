@@ -1,6 +1,7 @@
 """The user's model: loaded, run a few times, and exported to one program that every engine starts from."""
 
 from corewise.source.behaviour import NotRepeatable
+from corewise.source.checks import as_module
 from corewise.source.exported import Exported, Flat, digest
 from corewise.source.exporting import export
 from corewise.source.loaded import Loaded
@@ -16,6 +17,7 @@ __all__ = [
     "Loaded",
     "NotRepeatable",
     "OwnPreprocess",
+    "as_module",
     "digest",
     "export",
     "has_recurrent_layers",

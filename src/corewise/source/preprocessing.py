@@ -28,6 +28,11 @@ STEPS = ("resize", "crop", "mean", "std", "interpolation")
 """What says all about the usual way."""
 PILLOW = {0: "nearest", 1: "lanczos", 2: "bilinear", 3: "bicubic"}
 """Pillow's numbers of interpolations."""
+ULTRALYTICS, ULTRALYTICS_SIZE = "ultralytics.nn.tasks.DetectionModel", 640
+KEEPING = {"shortest_edge", "longest_edge"}
+"""What a size has with which a photo keeps its shape, as DETR's."""
+YOLOS_MULTIPLE = 16
+"""Not in its configuration: transformers ``models/yolos/image_processing_yolos.py``."""
 PROCESSOR_FILES = ("preprocessor_config.json", "processor_config.json")
 
 
@@ -92,6 +97,8 @@ def own_preprocess(model: Any) -> OwnPreprocess | None:
     Raises ``SourceError`` where the package of a reference cannot be imported, or what it says cannot be read.
     """
     if not isinstance(model, str):
+        if any(f"{kind.__module__}.{kind.__name__}" == ULTRALYTICS for kind in type(model).__mro__):
+            return _ultralytics(model)
         config = getattr(model, "pretrained_cfg", None)
         return _timm(config, "model") if isinstance(config, Mapping) and "input_size" in config else None
     prefix, name = split_reference(model)
@@ -102,6 +109,19 @@ def own_preprocess(model: Any) -> OwnPreprocess | None:
     if prefix == "torchvision":
         return _torchvision(name)
     return _transformers(name) if prefix == "hf" else None
+
+
+def _ultralytics(model: Any) -> OwnPreprocess:
+    """What Ultralytics' ``LetterBox`` does for the size that the detector was trained with."""
+    trained = getattr(model, "args", None)
+    found = trained.get("imgsz") if isinstance(trained, Mapping) else getattr(trained, "imgsz", None)
+    size = found if isinstance(found, int) else ULTRALYTICS_SIZE
+    preprocess = Preprocess(
+        fit="letterbox", resize=size, crop=size, mean=(0.0,) * 3, std=(1.0,) * 3, origin="Ultralytics' LetterBox"
+    )
+    return OwnPreprocess(
+        origin="Ultralytics' LetterBox", preprocess=preprocess, function=lambda image: image_array(image, preprocess)
+    )
 
 
 def _timm(config: Mapping[str, Any], name: str) -> OwnPreprocess | None:
@@ -188,17 +208,18 @@ def _has_image_processor(name: str) -> bool:
 def transformers_preprocess(says: Mapping[str, Any]) -> Preprocess | None:
     """What an image processor's configuration says; ``None`` where it says more than corewise does."""
     size, cut = says.get("size"), says.get("crop_size")
-    edge = size.get("shortest_edge") if isinstance(size, Mapping) and len(size) == 1 else None
+    longest = size.get("longest_edge") if isinstance(size, Mapping) and set(size) == KEEPING else None
+    edge = size.get("shortest_edge") if isinstance(size, Mapping) and (len(size) == 1 or longest) else None
     side = _square(size)
     crop = _square(cut) if says.get("do_center_crop") else None
     if not says.get("do_resize") or (edge is None and side is None):
         return None
-    resize, fit = (edge, "crop") if edge is not None else (side, "squash")
-    if edge is not None and says.get("crop_pct"):
+    resize, fit = (edge, "keep" if longest else "crop") if edge is not None else (side, "squash")
+    if edge is not None and fit == "crop" and says.get("crop_pct"):
         # PoolFormer always cuts out the middle, ConvNeXt that of small images only.
         fit = "squash" if crop is None and edge >= 384 else "crop"
         crop, resize = crop or edge, edge if fit == "squash" else int(edge / says["crop_pct"])
-    if crop is None and fit == "crop":
+    if (crop is None) == (fit == "crop") and fit != "squash":
         return None
     scale = says.get("rescale_factor", 1 / 255) if says.get("do_rescale") else 1.0
     mean: Sequence[float] = (0.0,) * 3
@@ -217,6 +238,8 @@ def transformers_preprocess(says: Mapping[str, Any]) -> Preprocess | None:
         mean=[(one + offset) / (255 * scale) for one in mean],
         std=[one / (255 * scale) for one in std],
         bgr=bool(says.get("do_flip_channel_order")),
+        longest=longest or Preprocess.longest,
+        multiple=YOLOS_MULTIPLE if str(says.get("image_processor_type", "")).startswith("Yolos") else 1,
     )
 
 
@@ -247,19 +270,26 @@ def _proven(
     prefix = next((prefix for prefix in HUBS if origin.startswith(prefix)), "hf")
     function.__module__, function.__qualname__ = prefix, name  # what the report calls it
     if preprocess is not None:
-        picture = _picture(preprocess)
+        pictures = _pictures(preprocess)
         with guard(SourceError, f"the preprocessing of {prefix}:{name} failed", "give --preprocess FILE.py:FUNCTION"):
-            expected = function(picture)
-        ours = image_array(picture, preprocess)
-        preprocess = replace(preprocess, origin=origin) if _same(ours, expected) else None
+            expected = [function(picture) for picture in pictures]
+        ours = [image_array(picture, preprocess) for picture in pictures]
+        same = all(map(_same, ours, expected))
+        preprocess = replace(preprocess, origin=origin) if same else None
     return OwnPreprocess(origin=origin, preprocess=preprocess, function=function)
 
 
-def _picture(preprocess: Preprocess) -> "Image":
-    """An RGB picture, wider than high, with coarse and fine structure and a colour that leans to one side."""
+def _pictures(preprocess: Preprocess) -> "list[Image]":
+    """A picture wider than high; where photos keep their shape, also one on which the limit of the longer side acts."""
+    if preprocess.fit != "keep":
+        return [_picture(4 * preprocess.resize, 3 * preprocess.resize)]
+    return [_picture(2 * preprocess.resize, 3 * preprocess.resize // 2), _picture(250, 2 * preprocess.longest)]
+
+
+def _picture(width: int, height: int) -> "Image":
+    """An RGB picture with coarse and fine structure and a colour that leans to one side."""
     from PIL import Image
 
-    width, height = 4 * preprocess.resize, 3 * preprocess.resize
     rng = np.random.default_rng(0)
     pixels = np.zeros((height, width, 3), np.float32)
     for cells, share in ((4, 0.5), (16, 0.3), (48, 0.2)):

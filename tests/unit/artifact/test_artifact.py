@@ -13,7 +13,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from places import TESTS
+from torch import nn
 
 from corewise import artifact
 from corewise.artifact import (
@@ -31,12 +33,15 @@ from corewise.artifact import (
 )
 from corewise.artifact.format import _sqnr_db
 from corewise.artifact.open import load, verify
-from corewise.common.errors import ArtifactError, OutputError
+from corewise.artifact.under_load import loadtest
+from corewise.common.errors import ArtifactError, CorewiseError, EngineError, OutputError
 from corewise.common.nested import flatten
 from corewise.engines import BuildInputs, engine
+from corewise.engines.eager import Eager
 from corewise.machine.inspect import inspect_cpu
 from corewise.records.build import Build, Plan, TensorSpec
 from corewise.samples import from_python
+from corewise.source import Flat
 
 STORY = runpy.run_path(str(TESTS / "golden" / "make.py"))["REPORT"]
 CPU = inspect_cpu()
@@ -49,8 +54,8 @@ X = np.random.default_rng(0).standard_normal((4, 6)).astype(np.float32)
 REPORT_TEXT = "# modèle\n"
 
 
-def write(folder, *, build=BUILD, golden=None, reference=None, report=STORY, **changes):
-    """An artifact of the fake engine; ``golden`` replaces its golden outputs."""
+def write(folder, *, build=BUILD, golden=None, reference=None, report=STORY, maker=None, **changes):
+    """An artifact of the fake engine, or of ``maker``; ``golden`` replaces its golden outputs."""
     payload = folder.parent / f"{folder.name}.payload"
     payload.mkdir(exist_ok=True)
     material = BuildInputs(
@@ -62,9 +67,9 @@ def write(folder, *, build=BUILD, golden=None, reference=None, report=STORY, **c
         cpu=CPU,
         cache=folder.parent,
     )
-    fake = engine("fake")
-    fake.build(material, build, payload)
-    outputs = fake.open(payload, build, PLAN).run([X]) if golden is None else golden
+    maker = maker or engine("fake")
+    maker.build(material, build, payload)
+    outputs = maker.open(payload, build, PLAN).run([X]) if golden is None else golden
 
     def manifest(files):
         values = {
@@ -403,6 +408,25 @@ def test_outputs_of_another_shape_do_not_pass(tmp_path):
     session = engine("fake").open(made / PAYLOAD, BUILD, PLAN)
     with pytest.raises(ArtifactError, match="outputs of other shapes"):
         check_golden(found, session)
+
+
+def test_weights_without_code_need_the_model_itself(tmp_path):
+    net = nn.Linear(6, 5)
+    eager = Eager(Flat(net, flatten(((X,), {}))[1]))
+    folder = write(tmp_path / "m.cw", build=Build(engine="eager", precision="fp32"), maker=eager)
+    for model in (net, nn.DataParallel(net)):  # unwrapped as for optimize
+        with load(folder, model=model) as opened:
+            np.testing.assert_array_equal(opened(X)["scores"], net(torch.from_numpy(X)).detach().numpy())
+    for model, told in (
+        ("m.py:build", "the model is a str; give a torch.nn.Module"),
+        (nn.Linear(3, 3), "give the model that it was made from"),
+    ):
+        with pytest.raises(CorewiseError, match=told):
+            load(folder, model=model)
+    with pytest.raises(EngineError, match="give the module"):
+        load(folder)
+    with pytest.raises(ArtifactError, match="a load test needs a model that can be exported"):
+        loadtest(folder, clients=1)
 
 
 def test_an_artifact_never_imports_a_foreign_engine(tmp_path):

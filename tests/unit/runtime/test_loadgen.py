@@ -12,7 +12,7 @@ from corewise.common.errors import InputError
 from corewise.records.build import Plan
 from corewise.records.jsonable import from_json, to_json
 from corewise.records.measurement import LoadRun
-from corewise.runtime.loadgen import BACKOFF_S, arrivals_s, closed_loop, open_loop
+from corewise.runtime.loadgen import BACKOFF_S, arrivals_s, check_load, closed_loop, open_loop
 
 PLAN = Plan(threads_per_instance=1)
 
@@ -321,6 +321,11 @@ def test_real_threads_that_answer_late_and_at_random_lose_nothing():
 def test_what_is_no_load_is_said_at_once(load, told):
     with pytest.raises(InputError, match=told):
         World(lambda k: ("right", 0.0)).open(**load)
+
+
+def test_a_closed_loop_has_no_billion_clients():
+    with pytest.raises(InputError, match="1,000,000,000 clients are more than one sender can be; give at most 100,000"):
+        check_load(clients=10**9, duration_s=1.0)
 
 
 def test_a_closed_loop_needs_a_client():

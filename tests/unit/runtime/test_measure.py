@@ -1,14 +1,16 @@
 """measure: warming up, timing and batching, on a clock that only the session moves."""
 
 from itertools import chain, repeat
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
-from corewise.records.build import Plan
+from corewise.records.build import Build, Plan
 from corewise.records.jsonable import from_json, to_json
 from corewise.records.measurement import Measurement
-from corewise.runtime.measure import batch_of, measure_instances, throughput_per_s, time_calls, warm_up
+from corewise.runtime.client import InProcess
+from corewise.runtime.measure import KINDS, batch_of, calls_of, measure_instances, throughput_per_s, time_calls, warm_up
 from corewise.samples import from_python
 
 
@@ -32,7 +34,7 @@ class FakeTime:
         pass
 
 
-INPUTS = (np.zeros((2, 3), np.float32),)
+CALLS = ((np.zeros((2, 3), np.float32),),)
 
 
 def alone(session):
@@ -42,32 +44,32 @@ def alone(session):
 
 def test_steady_calls_are_warm_after_six():
     time = FakeTime(1.0)
-    assert warm_up(time, INPUTS, budget_s=100, clock=time.clock) == 6
+    assert warm_up(time, CALLS, budget_s=100, clock=time.clock) == 6
 
 
 def test_slow_first_calls_are_warmed_away():
     time = FakeTime(9.0, 8.0, 7.0, 6.0, 5.0, 4.0, 3.0, 2.0, 1.0)
-    calls = warm_up(time, INPUTS, budget_s=1000, clock=time.clock)
-    assert time_calls(time, INPUTS, budget_s=2.0, clock=time.clock) == [1.0, 1.0, 1.0]
+    calls = warm_up(time, CALLS, budget_s=1000, clock=time.clock)
+    assert time_calls(time, CALLS, budget_s=2.0, clock=time.clock) == [1.0, 1.0, 1.0]
     # Calls 11 to 13 take 1 s, and so does the median of 8 to 10, of which the eighth takes 2 s.
     assert calls == 13
 
 
 def test_warming_up_ends_with_the_budget_where_calls_never_settle():
     time = FakeTime(*(1.5**i for i in range(40)))
-    warm_up(time, INPUTS, budget_s=50, clock=time.clock)
+    warm_up(time, CALLS, budget_s=50, clock=time.clock)
     assert 50 <= time.now - 100 < 1.5 * 50 + 50
 
 
 def test_a_call_longer_than_the_budget_is_made_once():
     time = FakeTime(10.0)
-    assert warm_up(time, INPUTS, budget_s=1, clock=time.clock) == 1
+    assert warm_up(time, CALLS, budget_s=1, clock=time.clock) == 1
 
 
 @pytest.mark.parametrize(("budget_s", "calls"), [(0.0, 3), (3.5, 4), (8.0, 8)])
 def test_calls_are_timed_for_the_budget_but_at_least_three(budget_s, calls):
     time = FakeTime(1.0)
-    assert time_calls(time, INPUTS, budget_s=budget_s, clock=time.clock) == [1.0] * calls
+    assert time_calls(time, CALLS, budget_s=budget_s, clock=time.clock) == [1.0] * calls
 
 
 def test_a_measurement_is_of_the_calls_after_the_warm_up():
@@ -75,7 +77,7 @@ def test_a_measurement_is_of_the_calls_after_the_warm_up():
     throttled = iter([7, 9])
     plan = Plan(threads_per_instance=1, batch=2)
     found = measure_instances(
-        alone(time), INPUTS, plan, budget_s=1.0, clock=time.clock, throttled=lambda: next(throttled)
+        alone(time), CALLS, plan, budget_s=1.0, clock=time.clock, throttled=lambda: next(throttled)
     )
     # The first call spends the warm-up's budget of 0.5 s.
     assert found.latencies_ms == (125.0,) * 8
@@ -87,7 +89,7 @@ def test_a_measurement_is_of_the_calls_after_the_warm_up():
 def test_throughput_is_by_the_median_call_and_the_tail_is_seen():
     time = FakeTime(*[0.125] * 14, 1.0)
     plan = Plan(threads_per_instance=1, batch=2)
-    found = measure_instances(alone(time), INPUTS, plan, budget_s=2.0, clock=time.clock, throttled=lambda: 0)
+    found = measure_instances(alone(time), CALLS, plan, budget_s=2.0, clock=time.clock, throttled=lambda: 0)
     # Six warm-up calls, eight of 0.125 s, and the one that fills the budget.
     assert found.latencies_ms == (*[125.0] * 8, 1000.0)
     assert found.throughput_per_s == 16
@@ -108,13 +110,58 @@ def test_a_batch_has_one_shape():
     assert [batch.shape for batch in batch_of(samples, 3)] == [(3, 5)]
 
 
+def test_calls_stand_for_thirds_of_the_samples_by_size_whatever_the_batch():
+    lengths = [9, 1, 1, 4, 2, 1, 4, 9, 9]
+    samples = from_python([np.full(length, place, np.float32) for place, length in enumerate(lengths)])
+    assert [call.shape for (call,) in calls_of(samples, 2)] == [(2, 1), (2, 4), (2, 9)]
+    few, middle, many = calls_of(samples, 5)
+    assert [call[0].shape for call in (few, middle, many)] == [(5, 1), (5, 4), (5, 9)]
+    assert middle[0][:, 0].tolist() == [3, 6, 3, 6, 3]
+    assert len(calls_of(samples.take([1, 2, 5]), 2)) == 1
+
+
+def test_calls_of_several_kinds_are_timed_in_whole_passes_and_count_alike():
+    calls = tuple((np.zeros((2, length), np.float32),) for length in (1, 2, 3))
+    time = FakeTime(*[1.0, 2.0, 6.0] * 50)
+    plan = Plan(threads_per_instance=1, batch=2)
+    found = measure_instances(alone(time), calls, plan, budget_s=40.0, clock=time.clock, throttled=lambda: 0)
+    # Three passes of 9 s fill the warm-up's 20 s, and five the 40 s; a pass has six items.
+    assert len(time.calls) == 3 * KINDS + 5 * KINDS
+    assert found.latencies_ms == (1000.0, 2000.0, 6000.0) * 5
+    assert found.throughput_per_s == pytest.approx(6 / 9)
+    assert (found.p50_ms, found.spread) == (2000.0, 0)
+    assert time_calls(time, calls, budget_s=0.0, min_calls=1, clock=time.clock) == [1.0, 2.0, 6.0]
+
+
+def test_a_trial_measures_and_races_samples_of_several_lengths_on_calls_of_three(tmp_path):
+    lengths = [*[3] * 9, *[5] * 9, *[8] * 9]
+    samples = tmp_path / "holdout.safetensors"
+    from_python([np.full(length, 1, np.float32) for length in lengths]).save(samples)
+    shapes = []
+
+    class Watching:
+        def open(self, folder, build, plan):
+            return SimpleNamespace(run=lambda inputs: shapes.append(inputs[0].shape) or list(inputs), close=int)
+
+    build, plan = Build(engine="watching", precision="fp32"), Plan(threads_per_instance=1, batch=2)
+    with InProcess(Watching()) as client:
+        client.open(tmp_path, build, plan)
+        found = client.measure(samples, plan, 0.01)
+        assert set(shapes) == {(2, 3), (2, 5), (2, 8)}
+        assert len(found.latencies_ms) >= KINDS
+        client.warm_up(samples, 4, 0.01)
+        shapes.clear()
+        assert client.run_round(0.0).per_s > 0
+        assert shapes == [(4, 3), (4, 3), (4, 5), (4, 8)]
+
+
 def test_several_instances_are_measured_together():
     fast, slow = FakeTime(0.125), FakeTime(0.5)
     now = lambda: fast.now + slow.now  # noqa: E731 - one after the other: the clock of either is that of both
     each = lambda work: [work(fast), work(slow)]  # noqa: E731
     plan = Plan(threads_per_instance=1, instances=2, batch=2)
     found = measure_instances(
-        each, INPUTS, plan, budget_s=2.0, clock=now, throttled=lambda: 0, memory_per_instance_bytes=5
+        each, CALLS, plan, budget_s=2.0, clock=now, throttled=lambda: 0, memory_per_instance_bytes=5
     )
     assert found.latencies_ms == (*[125.0] * 16, *[500.0] * 4)
     assert found.throughput_per_s == 2 / 0.125 + 2 / 0.5
@@ -130,9 +177,7 @@ def test_the_throughput_of_several_instances_is_over_all_their_calls():
 
 def test_measurements_from_before_there_were_instances_still_load():
     time = FakeTime(1.0)
-    found = measure_instances(
-        alone(time), INPUTS, Plan(threads_per_instance=1, batch=2), budget_s=1.0, clock=time.clock
-    )
+    found = measure_instances(alone(time), CALLS, Plan(threads_per_instance=1, batch=2), budget_s=1.0, clock=time.clock)
     old = to_json(found)
     del old["memory_per_instance_bytes"]
     assert from_json(Measurement, old) == found

@@ -144,4 +144,8 @@ def test_what_a_store_refuses_is_said_with_the_fix() -> None:
         "the store does not answer",
         "check AWS_ENDPOINT_URL, AWS_REGION and the network",
     )
+    assert refusal(f"{prefix}UNKNOWN (HTTP status 400) during HeadObject operation: No response body.", "s3://b/a") == (
+        "UNKNOWN: No response body",
+        "check the URL, the region and the store's settings",
+    )
     assert refusal("something\nelse. ", "gs://b/a")[0] == "something else"

@@ -710,8 +710,23 @@ def test_what_else_json_has_is_skipped() -> None:
     assert serving_images.content(body, "application/json") == bytes(3)
 
 
+@pytest.mark.parametrize(
+    ("size", "multiple", "sides"),
+    [((120, 90), 1, (106, 80)), ((90, 120), 1, (80, 106)), ((400, 100), 1, (133, 33)), ((80, 100), 1, (80, 100)),
+     ((120, 90), 16, (96, 80)), ((400, 100), 16, (128, 32)), ((500, 2), 16, (128, 16)), ((500, 1), 1, (133, 1))],
+)  # fmt: skip
+def test_a_photo_may_keep_its_shape(size: tuple[int, int], multiple: int, sides: tuple[int, int]) -> None:
+    how = Preprocess(fit="keep", resize=80, longest=133, multiple=multiple, mean=(0.0,) * 3, std=(1.0,) * 3)
+    pixels = np.tile(np.linspace(0, 255, size[0], dtype=np.uint8)[None, :, None], (size[1], 1, 3))
+    made = image_array(Image.fromarray(pixels), how)
+    assert made.shape == (3, *sides[::-1])
+    assert made[0, 0, 0] < 0.05
+    assert made[0, 0, -1] > 0.95
+    assert images_module.input_sides(size, how) == sides
+
+
 @pytest.mark.parametrize("size", [(400, 300), (210, 600), (4000, 100)])
-@pytest.mark.parametrize("fit", ["crop", "squash", "letterbox"])
+@pytest.mark.parametrize("fit", ["crop", "squash", "letterbox", "keep"])
 def test_a_place_in_the_photo_is_found_in_the_input(size: tuple[int, int], fit: Any) -> None:
     how = Preprocess(resize=72, crop=64, mean=(0.0,), std=(1.0,), fit=fit, fill=0)
     width, height = size

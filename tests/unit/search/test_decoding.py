@@ -3,6 +3,7 @@
 import io
 from collections.abc import Callable
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -88,8 +89,20 @@ def decided(
 
 def test_it_is_taken_where_the_answers_hold(tmp_path: Path) -> None:
     preprocess, why = decided(photos(20, (320, 240)), brightness, tmp_path)
-    assert preprocess == Preprocess(resize=36, crop=32, decode="scaled")
+    # A quarter of 240 pixels, for 36, is the least sharp that was judged.
+    assert preprocess == Preprocess(resize=36, crop=32, decode="scaled", sharpness=1.666)
     assert why.startswith("with 20 photos decoded at a smaller scale")
+    assert why.endswith("the artifact decodes photos this way")
+
+
+def test_a_larger_scale_is_taken_where_the_smallest_moves_the_answers(tmp_path: Path) -> None:
+    def both(x: NDArray[np.float32]) -> NDArray[np.float32]:
+        return np.concatenate([brightness(x), 0.07 * grain(x)], 1)
+
+    images = photos(20, (320, 288))
+    assert decided(images, brightness, tmp_path)[0] == replace(SMALL, decode="scaled", sharpness=1.0)
+    preprocess, why = decided(images, both, tmp_path)
+    assert preprocess == replace(SMALL, decode="scaled", sharpness=2.0)
     assert why.endswith("the artifact decodes photos this way")
 
 

@@ -8,21 +8,25 @@ from typing import Any
 
 import numpy as np
 import pytest
-from builders import said
+from builders import said, trial
 from PIL import Image
 from safetensors.numpy import save_file
 
+from corewise.common.stats import MIN_ROUNDS
 from corewise.engines.openvino import OpenVino
 from corewise.records.build import Build, Plan
 from corewise.records.goal import Requirements
+from corewise.records.measurement import Measurement
 from corewise.records.pipeline import PhotoPlan, PhotoRate
 from corewise.records.report import Preprocess
 from corewise.runtime.client import InProcess
+from corewise.runtime.race import ROUNDS, Contender
 from corewise.samples import read
 from corewise.samples.raw import RawSamples
 from corewise.search import end_to_end
-from corewise.search.budget import Budget
+from corewise.search.budget import WITH_PHOTOS, Budget, BudgetSplit
 from corewise.search.end_to_end import Found, climb, photo_files, plan_photos, reason_of
+from corewise.search.finals import _rounds
 
 SMALL = Preprocess(resize=20, crop=16)
 
@@ -50,6 +54,21 @@ def test_few_plans_are_measured_and_none_twice(cores: int) -> None:
     for photos in asked:
         assert 1 <= photos.plan.threads_per_instance * photos.plan.instances <= cores
         assert photos.decoders >= 1
+
+
+def test_the_race_leaves_time_for_files_of_photos() -> None:
+    plan = Plan(threads_per_instance=1, batch=1)
+    measured = Measurement(
+        plan=plan, latencies_ms=(500.0,), throughput_per_s=2.0, p50_ms=500.0, p99_ms=500.0, spread=0.0
+    )
+    build = Build(engine="eager", precision="fp32")
+    contenders = [Contender(build=build, plan=plan, payload=Path("payload"))]
+    rounds = {}
+    for split in (BudgetSplit(), WITH_PHOTOS):
+        budget = Budget(total_s=100.0, clock=lambda: 79.5, started_s=0.0)
+        context: Any = SimpleNamespace(budget=budget, split=split)
+        rounds[split.race] = _rounds(context, contenders, [trial(build, measurements=(measured,))])
+    assert rounds == {1.0: ROUNDS, 0.85: MIN_ROUNDS}
 
 
 def test_each_step_starts_from_the_best_so_far() -> None:

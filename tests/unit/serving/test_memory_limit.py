@@ -7,7 +7,7 @@ import pytest
 
 from corewise.serving import memory_limit, messages, oip
 from corewise.serving.budget import Budget
-from corewise.serving.memory_limit import COPIES, LEAST_BYTES, PIXEL_BYTES, USABLE_SHARE, fit, room_bytes
+from corewise.serving.memory_limit import COPIES, LEAST_BYTES, PIXEL_BYTES, USABLE_SHARE, Share, fit, room_bytes
 from corewise.serving.messages import PROBES, Receiver, Streams
 from corewise.serving.protocol import Limits, NoRoom, ProtocolError
 
@@ -189,3 +189,19 @@ def test_streams_are_counted_by_address():
             streams.place("c").__enter__()
     with streams.place("a"):
         pass
+
+
+def test_passes_that_take_long_are_rare():
+    now_s = [100.0]
+    share = Share(1 / 200, lambda: now_s[0])
+
+    def work():
+        now_s[0] += 0.02
+
+    assert share.is_due
+    share.run(work)
+    assert not share.is_due
+    now_s[0] += 3.97
+    assert not share.is_due
+    now_s[0] += 0.011
+    assert share.is_due

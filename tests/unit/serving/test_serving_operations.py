@@ -1,11 +1,9 @@
 """What operators see of a server: statistics by the second, refusals in the log, classes, names of metrics."""
 
-import ctypes
 import json
 import logging
 import re
 import socket
-import threading
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -25,7 +23,6 @@ from corewise.serving.logs import RefusalLog, _is_ours
 from corewise.serving.metrics import Metrics
 from corewise.serving.models import Models
 from corewise.serving.protocol import ProtocolError
-from corewise.serving.scheduling import SET_ATTRIBUTES, SLICE_NS, _Attributes, take_short_turns
 from corewise.serving.statistics import COLUMNS, HISTORY_S, Statistics
 from corewise.serving.traces import Traces
 from corewise.serving.triton import classified
@@ -282,32 +279,3 @@ def test_the_log_has_the_traceback_of_what_was_not_foreseen(caplog):
     assert b"r1" in body
     assert b"missing" not in body
     assert "test_serving_operations" in caplog.text
-
-
-# --- turns on a core ----------------------------------------------------------------------------------------------
-
-
-@pytest.mark.skipif(SET_ATTRIBUTES is None, reason="the number of the system call is not known for this machine")
-def test_a_thread_with_short_turns_starts_others_with_usual_ones():
-    found = []
-
-    def slice_ns():
-        told = _Attributes()
-        number = {314: 315, 274: 275}[SET_ATTRIBUTES]
-        ctypes.CDLL(None).syscall(number, 0, ctypes.byref(told), ctypes.sizeof(told), 0)
-        return told.runtime_ns
-
-    def ask():
-        before = slice_ns()
-        found.append(take_short_turns())
-        found.append((before, slice_ns()))
-        other = threading.Thread(target=lambda: found.append(slice_ns()))
-        other.start()
-        other.join()
-
-    asking = threading.Thread(target=ask)
-    asking.start()
-    asking.join()
-    asked, (before, after), of_others = found
-    assert after == (SLICE_NS if asked and before else before)  # kernels before 6.12 have no slices of one's own
-    assert of_others == before

@@ -134,6 +134,10 @@ HALF = (0.5, 0.5, 0.5)
           "rescale_offset": True, "rescale_factor": 1 / 127.5, "include_top": False},
          {"fit": "squash", "resize": 32, "crop": 32, "interpolation": "nearest", "mean": (0.75,) * 3,
           "std": (0.25,) * 3}),
+        ({"image_processor_type": "DetrImageProcessor", "size": {"shortest_edge": 40, "longest_edge": 66}},
+         {"fit": "keep", "resize": 40, "longest": 66, "multiple": 1}),
+        ({"image_processor_type": "YolosImageProcessor", "size": {"shortest_edge": 60, "longest_edge": 90}},
+         {"fit": "keep", "resize": 60, "longest": 90, "multiple": 16}),
     ],
 )  # fmt: skip
 def test_transformers_folders_say_how_images_are_processed(
@@ -160,6 +164,18 @@ def test_processors_of_another_kind_are_used_as_they_are(tmp_path: Path, photos:
     samples = read_for(f"hf:{tmp_path}", str(photos))
     assert samples.preprocess == Preprocess(function=f"hf:{tmp_path}")
     assert samples.rows[0][0].shape == (3, 28, 28)
+
+
+def test_detectors_of_ultralytics_get_their_letterbox(photos: Path) -> None:
+    class DetectionModel:
+        args = SimpleNamespace(imgsz=64)
+
+    DetectionModel.__module__, DetectionModel.__name__ = "ultralytics.nn.tasks", "DetectionModel"
+    samples = read_for(DetectionModel(), str(photos))
+    assert samples.preprocess == Preprocess(
+        fit="letterbox", resize=64, crop=64, mean=(0,) * 3, std=(1,) * 3, origin="Ultralytics' LetterBox"
+    )
+    np.testing.assert_allclose(samples.rows[0][0][:, 0, 0], 114 / 255, atol=1e-5)
 
 
 def test_models_of_the_users_own_get_imagenets_and_what_is_given(photos: Path) -> None:

@@ -24,7 +24,7 @@ from typing import assert_never
 
 import numpy as np
 
-from corewise.batching import Answer, Batcher, NotServed, Policy
+from corewise.batching import Answer, Batcher, NotServed, policy_of
 from corewise.common.agreement import worst_row_db
 from corewise.common.errors import CorewiseError
 from corewise.common.references import describe
@@ -35,7 +35,7 @@ from corewise.records.build import Plan
 from corewise.records.measurement import LoadRun, Measurement
 from corewise.records.pipeline import PhotoRate
 from corewise.runtime import messages
-from corewise.runtime.instances import Instances, memory_bytes, open_plan
+from corewise.runtime.instances import Instances, memory_bytes, open_layouts, open_plan
 from corewise.runtime.loadgen import check_load, closed_loop, open_loop
 from corewise.runtime.measure import (
     Call,
@@ -115,10 +115,10 @@ class TrialChild:
     def _open(self, request: messages.OpenPayload) -> messages.OpenedPayload:
         plan, cpu = request.plan, inspect_cpu()
         self._close()
-        cpus = assign(cpu, plan.threads_per_instance, plan.instances)
-        self._instances = Instances(self.engine(request.build.engine), request.payload, request.build, plan, cpus)
+        opener = self.engine(request.build.engine)
+        self._instances = open_layouts(opener, request.payload, request.build, plan, cpu, request.wide)
         return messages.OpenedPayload(
-            cpus=tuple(tuple(threads) for threads in cpus),
+            cpus=assign(cpu, plan.threads_per_instance, plan.instances),
             memory_per_instance_bytes=self._instances.memory_per_instance_bytes,
             warning=warning(cpu, plan.threads_per_instance, plan.instances),
         )
@@ -207,8 +207,9 @@ class TrialChild:
         samples = Samples.load(request.samples)
         rows = self._load_rows(samples, plan)
         own_answer = _OwnAnswer([instances.run(0, row) for row in rows])
-        policy = Policy(
+        policy = policy_of(
             request.table,
+            request.elastic,
             max_batch=plan.batch,
             max_waiting=max(MAX_WAITING, plan.batch, request.clients or 0),
             shared=not instances.mixes_rows,

@@ -171,6 +171,7 @@ def optimize(
             search.race()
             choice = search.choose()
             images = prepare_images(task, choice, gate, context, end_to_end=end_to_end is not False)
+            choice = search.choose_layouts(choice)  # with the memory that pixels take
             call_costs = time_calls(task.pipeline, task.holdout, choice, context)
         finally:
             if journal.empty:  # it ended before anything worth keeping

@@ -692,6 +692,17 @@ def test_the_server_decodes_as_samples_are_decoded(tmp_path: Path) -> None:
         assert caught.value.status == status
 
 
+def test_the_server_takes_photos_of_one_shape_together_where_they_keep_it() -> None:
+    how = Preprocess(fit="keep", resize=24, crop=24, longest=40)
+    served: Any = SimpleNamespace(name="m", manifest=SimpleNamespace(preprocess=how), outputs=())
+    wide, high = (encoded(Image.new("RGB", size), "PNG") for size in ((80, 60), (60, 80)))
+    made = serving_images.batch([wide, wide], served)
+    assert made.array.shape == (2, 3, 24, 32)
+    assert made.sizes == ((80, 60), (80, 60))
+    with pytest.raises(ProtocolError, match="the images have several shapes, which the model keeps; send one image"):
+        serving_images.batch([wide, high], served)
+
+
 def test_a_form_of_many_empty_parts_is_refused_before_they_are_read() -> None:
     body = b"--b\r\n\r\n\r\n" * 1000 + b"--b--\r\n"
     with pytest.raises(ProtocolError, match="more than 64 parts") as caught:

@@ -280,15 +280,9 @@ class ImageRunner:
             made = _Decoded(np.asarray(self._read(item))) if self._sized is None else _Decoded(*self._sized(item))
         except UnreadableItem as error:
             return Rejected(error.reason)
-        if not self._fits(made.array.shape):
+        if not self.pipeline.takes(made.array.shape):
             return Rejected(f"becomes an input of {made.array.shape}, and the model takes {self.pipeline.shape}")
         return made
-
-    def _fits(self, shape: tuple[int, ...]) -> bool:
-        """Whether the model takes such an input; only photos that keep their shape may become another."""
-        if self.pipeline.preprocess.fit != "keep" or len(shape) != len(self.pipeline.shape):
-            return True
-        return all(most in (None, side) for side, most in zip(shape, self.pipeline.shape, strict=True))
 
     def _finish(self, call: _Call, top: int, thresholds: Thresholds | None) -> Iterator[Any]:
         """The answers of a call, when it has ended."""

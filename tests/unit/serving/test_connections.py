@@ -260,7 +260,9 @@ def test_a_large_answer_is_booked_until_it_is_read_and_refused_if_there_is_no_ro
     asyncio.run(asyncio.wait_for(main(), 30))
 
 
-def test_an_answer_to_a_connection_that_was_cut_off_is_dropped(caplog):
+@pytest.mark.parametrize("method", ["GET", "HEAD"])
+@pytest.mark.parametrize("by_client", [True, False])
+def test_an_answer_to_a_connection_that_was_cut_off_is_dropped(method, by_client, caplog):
     async def main():
         asked, told = asyncio.Event(), asyncio.Event()
 
@@ -272,9 +274,13 @@ def test_an_answer_to_a_connection_that_was_cut_off_is_dropped(caplog):
 
         room = Room(10, 1.0)
         connection = web_server._Patient(web_server.config(app, room), ServerState(), {}, room.seat(""))
-        connection.connection_made(Transport(0))  # which cannot write, as uvloop's after that
-        connection.data_received(b"GET /v2 HTTP/1.1\r\nhost: x\r\n\r\n")
-        connection._cut_off()
+        transport = Transport(0)  # which cannot write, as uvloop's after that
+        connection.connection_made(transport)
+        connection.data_received(f"{method} /v2 HTTP/1.1\r\nhost: x\r\n\r\n".encode())
+        if by_client:
+            transport.abort()
+        else:
+            connection._cut_off()
         asked.set()
         await told.wait()
         connection.send_400_response("the headers are too long")

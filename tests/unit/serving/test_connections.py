@@ -319,6 +319,10 @@ def test_a_client_that_reads_no_more_of_its_answer_is_cut_off(unread_bytes, monk
         protocol = web_server._Patient(config, ServerState(), {}, seat)
         protocol.connection_made(transport)
         protocol.pause_writing()
+        protocol.resume_writing()  # it was read at once
+        assert protocol._unread is None
+        transport.unread_bytes = list(unread_bytes)
+        protocol.pause_writing()
         while not transport.is_aborted:
             await asyncio.sleep(0.001)
         assert transport.unread_bytes == [unread_bytes[-1]]  # not before

@@ -4,6 +4,8 @@ import asyncio
 import socket
 import ssl
 from itertools import pairwise
+from time import monotonic
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -20,6 +22,7 @@ from corewise.serving.front import Front
 from corewise.serving.gate import RequestIds
 from corewise.serving.memory_limit import COPIES
 from corewise.serving.protocol import InferRequest, Limits
+from corewise.serving.text_routes import PIECE_BYTES, TextRoutes
 from corewise.serving.tokens import Tokens
 
 # --- seats --------------------------------------------------------------------------------------------------------
@@ -353,6 +356,33 @@ def test_the_answer_for_an_image_is_booked_until_what_is_in_it_is_found(monkeypa
         async with answered as (_, answer, _):
             assert answer.outputs is outputs
             assert front.budget._used_bytes == outputs[0].nbytes
+        assert front.budget._used_bytes == 0
+        front.close()
+
+    asyncio.run(asyncio.wait_for(main(), 30))
+
+
+def test_what_describing_tokens_takes_is_booked():
+    async def main():
+        front = Front(Limits(), 16)
+        made, booked_bytes = gate_of(front), []
+        body = b'{"inputs": "........"}'
+
+        def described(items, special, prompt):
+            booked_bytes.append(front.budget._used_bytes)
+            return []
+
+        async def receive():
+            return {"type": "http.request", "body": body, "more_body": False}
+
+        routes = TextRoutes(
+            made.known, made.metrics, Limits(), front, told=None, deadline_s=lambda request: monotonic() + 60
+        )
+        model = SimpleNamespace(name="m", version="1", text=SimpleNamespace(described=described))
+        routes._chosen = lambda name, *tasks: model
+        scope = {"type": "http", "headers": [], "client": ("1.1.1.1", 5), "request_id": "mine"}
+        assert (await routes.tokenize(Request(scope, receive))).body == b"[]"
+        assert booked_bytes == [len(body) + PIECE_BYTES * len(body) // COPIES]
         assert front.budget._used_bytes == 0
         front.close()
 

@@ -322,9 +322,18 @@ def simulate(nodes: int, part_rows: int, per_s: float, start_s: float, costs: di
     first = next(at for at, rows in progress if rows)
     wall_s, ideal_s = progress[-1][0], count / (nodes * per_s)
     run_s = wall_s - first + part_rows / per_s
-    return {"node_per_s": per_s, "nodes": nodes, "part_rows": part_rows, "rows": count, "wall_s": wall_s, "ready_s": first,
-            "per_s": count / run_s, "efficiency": ideal_s / run_s, "driver_busy": crew.busy_s / wall_s,
-            "driver_s_per_part": crew.busy_s / parts}  # fmt: skip
+    return {
+        "node_per_s": per_s,
+        "nodes": nodes,
+        "part_rows": part_rows,
+        "rows": count,
+        "wall_s": wall_s,
+        "ready_s": first,
+        "per_s": count / run_s,
+        "efficiency": ideal_s / run_s,
+        "driver_busy": crew.busy_s / wall_s,
+        "driver_s_per_part": crew.busy_s / parts,
+    }
 
 
 def main(options: argparse.Namespace) -> None:

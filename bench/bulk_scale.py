@@ -207,6 +207,8 @@ def row_costs(source: Path) -> dict[str, float]:
 class SimulatedCrew:
     """Nodes in virtual time, which passes while the driver computes, while Ray is called, and while all wait."""
 
+    grows = True
+
     def __init__(self, nodes: int, part_rows: int, per_s: float, start_s: float, costs: dict[str, Any]) -> None:
         self._part_rows = part_rows
         self._nodes = [Node(str(k), f"node{k}", 1) for k in range(nodes)]

@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from corewise.artifact import Artifact, identity, read
-from corewise.artifact.open import load
+from corewise.artifact.open import load_for_bulk
 from corewise.artifact.photos import images_of
 from corewise.artifact.texts import text_pipeline
 from corewise.cluster.actor import runner_of
@@ -209,7 +209,8 @@ class Bulk:
         def on_rows(done: Counts) -> None:
             on_progress(BulkProgress(rows=done.rows, total=max(total, done.rows), failed=done.failed))
 
-        with load(self.artifact.folder, preprocess=self.job.preprocess, photos=self.job.ask is not None) as model:
+        job, folder = self.job, self.artifact.folder
+        with load_for_bulk(folder, preprocess=job.preprocess, photos=job.ask is not None) as model:
             runner = runner_of(model, self.artifact.folder)
             done = run_job(self.job, runner, max_failed=max_failed, on_rows=on_rows)
         return BulkResult(

@@ -12,6 +12,7 @@ from itertools import islice
 from math import inf
 from typing import Any, Literal, NamedTuple
 
+from corewise.artifact.tuned import bulk_plan
 from corewise.cluster.crew import AT_ONCE, ActorLost, Crew, Node
 from corewise.cluster.messages import Answered, Prepared, answer, packed, packed_rows
 from corewise.common.errors import CorewiseError, EngineError
@@ -308,7 +309,8 @@ class Driver:
             self._settle(machine, actor.prepared.plan, "untuned")
         else:
             self._note(self._on_tuned(entry))
-            self._settle(machine, entry.plan, "tuned now")
+            plan = bulk_plan(entry.plan, entry.elastic, entry.goal, entry.measurements)
+            self._settle(machine, plan, "tuned now")
 
     def _settle(self, machine: Machine, plan: Plan, source: PlanSource) -> None:
         self._tuning.pop(machine, None)

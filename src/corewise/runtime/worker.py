@@ -24,7 +24,7 @@ from typing import assert_never
 
 import numpy as np
 
-from corewise.batching import Answer, Batcher, NotServed, Policy
+from corewise.batching import Answer, Batcher, NotServed, policy_of
 from corewise.common.agreement import worst_row_db
 from corewise.common.errors import CorewiseError
 from corewise.common.references import describe
@@ -35,9 +35,18 @@ from corewise.records.build import Plan
 from corewise.records.measurement import LoadRun, Measurement
 from corewise.records.pipeline import PhotoRate
 from corewise.runtime import messages
-from corewise.runtime.instances import Instances, memory_bytes, open_plan
+from corewise.runtime.instances import Instances, memory_bytes, open_layouts, open_plan
 from corewise.runtime.loadgen import check_load, closed_loop, open_loop
-from corewise.runtime.measure import Call, batch_of, calls_of, measure_instances, throughput_per_s, time_calls, warm_up
+from corewise.runtime.measure import (
+    Call,
+    batch_of,
+    calls_of,
+    measure_instances,
+    throughput_per_s,
+    time_calls,
+    time_in_turns,
+    warm_up,
+)
 from corewise.runtime.messages import Request
 from corewise.runtime.photo_rate import measure_photos
 from corewise.runtime.workspace import Workspace
@@ -106,10 +115,10 @@ class TrialChild:
     def _open(self, request: messages.OpenPayload) -> messages.OpenedPayload:
         plan, cpu = request.plan, inspect_cpu()
         self._close()
-        cpus = assign(cpu, plan.threads_per_instance, plan.instances)
-        self._instances = Instances(self.engine(request.build.engine), request.payload, request.build, plan, cpus)
+        opener = self.engine(request.build.engine)
+        self._instances = open_layouts(opener, request.payload, request.build, plan, cpu, request.wide)
         return messages.OpenedPayload(
-            cpus=tuple(tuple(threads) for threads in cpus),
+            cpus=assign(cpu, plan.threads_per_instance, plan.instances),
             memory_per_instance_bytes=self._instances.memory_per_instance_bytes,
             warning=warning(cpu, plan.threads_per_instance, plan.instances),
         )
@@ -175,16 +184,13 @@ class TrialChild:
     def _time_calls(self, request: messages.TimeCalls) -> messages.TimedCalls:
         """Which tokens a text has does not matter for its time, so one sample's are repeated."""
         row = Samples.load(request.samples).rows[0]
-        until_s = time.perf_counter() + request.budget_s
-        each_s = request.budget_s / len(request.points)
-        ms: list[float] = []
-        for rows, tokens in request.points:
-            if ms and time.perf_counter() > until_s:
-                break
-            inputs = tuple(np.tile(np.resize(array, tokens), (rows, 1)) for array in row)
-            timed = self._opened().each(partial(_warm_calls, calls=(inputs,), budget_s=each_s))
-            ms.append(1e3 * median(seconds for calls in timed for seconds in calls))
-        return messages.TimedCalls(ms=tuple(ms))
+        calls = [
+            tuple(np.tile(np.resize(array, tokens), (rows, 1)) for array in row) for rows, tokens in request.points
+        ]
+        timed = self._opened().each(lambda session: time_in_turns(session, calls, budget_s=request.budget_s))
+        reached = min(map(len, timed))
+        medians = (median(second for of_one in timed for second in of_one[call]) for call in range(reached))
+        return messages.TimedCalls(ms=tuple(1e3 * second for second in medians))
 
     def _run_load(self, request: messages.RunLoad) -> LoadRun:
         """Load the open instances through a batcher with requests of one row, some samples of one shape in turn.
@@ -201,8 +207,9 @@ class TrialChild:
         samples = Samples.load(request.samples)
         rows = self._load_rows(samples, plan)
         own_answer = _OwnAnswer([instances.run(0, row) for row in rows])
-        policy = Policy(
+        policy = policy_of(
             request.table,
+            request.elastic,
             max_batch=plan.batch,
             max_waiting=max(MAX_WAITING, plan.batch, request.clients or 0),
             shared=not instances.mixes_rows,

@@ -226,7 +226,7 @@ def test_an_elastic_plan_is_loaded_and_verified(made):
         assert isinstance(model._session, Pool)
         np.testing.assert_allclose(model(X)["scores"], elastically["scores"], rtol=1e-5)
     (note,) = verify(made).notes
-    assert f"(loaded as a model: {ELASTIC.label}, by the load)" in note
+    assert note.startswith(f"runs {ELASTIC.label}, by the load: tuned")
 
 
 @two_threads

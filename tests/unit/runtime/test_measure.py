@@ -10,7 +10,16 @@ from corewise.records.build import Build, Plan
 from corewise.records.jsonable import from_json, to_json
 from corewise.records.measurement import Measurement
 from corewise.runtime.client import InProcess
-from corewise.runtime.measure import KINDS, batch_of, calls_of, measure_instances, throughput_per_s, time_calls, warm_up
+from corewise.runtime.measure import (
+    KINDS,
+    batch_of,
+    calls_of,
+    measure_instances,
+    throughput_per_s,
+    time_calls,
+    time_in_turns,
+    warm_up,
+)
 from corewise.samples import from_python
 
 
@@ -153,6 +162,18 @@ def test_a_trial_measures_and_races_samples_of_several_lengths_on_calls_of_three
         shapes.clear()
         assert client.run_round(0.0).per_s > 0
         assert shapes == [(4, 3), (4, 3), (4, 5), (4, 8)]
+
+
+@pytest.mark.parametrize(
+    ("budget_s", "seconds"),
+    [(30.0, [[1.0] * 4, [2.0] * 4, [3.0] * 4]), (4.0, [[1.0], [2.0]]), (0.0, [[1.0]])],
+)
+def test_calls_that_take_turns_are_timed_after_one_of_each(budget_s, seconds):
+    calls = [(np.zeros((1, length)),) for length in (1, 2, 3)]
+    time = FakeTime(1.0)
+    time.run = lambda inputs: setattr(time, "now", time.now + inputs[0].shape[1])
+    # A pass takes 6 s. Within 2 s only two calls are begun, and within none the first alone.
+    assert time_in_turns(time, calls, budget_s=budget_s, clock=time.clock) == seconds
 
 
 def test_several_instances_are_measured_together():

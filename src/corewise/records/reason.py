@@ -60,6 +60,7 @@ class ReasonKind(StrEnum):
     MEASURED_AGAIN = "measured again"
     LATENCY_TABLE = "latency table"
     SLO_TABLE = "SLO table"
+    ELASTIC_TABLE = "elastic table"
 
     # Why a plan is no choice.
     OVER_MEMORY = "over memory"
@@ -108,6 +109,9 @@ class ReasonKind(StrEnum):
     FIXED_BATCH = "fixed batch"
     KEEPS_STATE = "keeps state"
     NOT_SPLIT = "not split"
+
+    # Why there is no elastic plan to judge.
+    ELASTIC_NOT_MEASURED = "elastic not measured"
 
     # How photos are decoded.
     SCALED_DECODING = "scaled decoding"

@@ -270,6 +270,10 @@ _SENTENCES: dict[ReasonKind, Callable[[Details], str]] = {
     K.MEASURED_AGAIN: _fixed("it is among the fastest, so it was measured again"),
     K.LATENCY_TABLE: _fixed("the latency table"),
     K.SLO_TABLE: _fixed("the latency table for the SLO"),
+    K.ELASTIC_TABLE: _fixed("the latency tables of an elastic plan"),
+    K.ELASTIC_NOT_MEASURED: lambda details: (
+        f"one layout stays open: an elastic plan was not measured, because {details['why']}"
+    ),
     K.OVER_MEMORY: _over_memory,
     K.MEMORY_UNKNOWN: lambda details: f"its memory is not known: {_not_tuned(details)}",
     K.FASTEST_PLAN: lambda details: f"{details['plan']} is the fastest plan tried: {numbers.rate(details['per_s'])}",

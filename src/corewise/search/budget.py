@@ -127,10 +127,10 @@ class BudgetSplit:
     """The race has as many rounds as fit in until then, but enough for an interval."""
 
     def leaving(self, total_s: float | None, race_s: float) -> "BudgetSplit":
-        """The same with ``race_s`` seconds of ``total_s`` for the race, if half of all is left for what precedes it."""
+        """The same with ``race_s`` seconds of ``total_s`` for what follows the plans, but no more than half of all."""
         if total_s is None or (self.race - self.plans) * total_s >= race_s:
             return self
-        left = min(self.plans, max(self.race - race_s / total_s, 0.5))
+        left = max(self.race - race_s / total_s, self.race / 2)
         shorter = left / self.plans
         return replace(
             self,

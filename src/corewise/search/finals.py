@@ -31,8 +31,8 @@ def race_finalists(trials: Sequence[Trial], context: SearchContext) -> tuple[tup
     most = FINALISTS
     while True:
         finalists = _finalists(trials, context)[:most]
-        able = _contenders(trials[0], finalists, context, one_plan_each=most == 1)
-        contenders = _affordable(able, context, trials)
+        contenders = _contenders(trials[0], finalists, context, one_plan_each=most == 1)
+        contenders = _affordable(contenders, context, trials)
         context.on_event(StageStarted(Stage.RACING, count=len(contenders) - 1))
         try:
             race = run_race(
@@ -40,7 +40,7 @@ def race_finalists(trials: Sequence[Trial], context: SearchContext) -> tuple[tup
                 samples=context.workspace.holdout,
                 # The race has an end of its own; a slow call at the end of the budget must not lose what is done.
                 start=lambda build: context.client(build, share=inf),
-                rounds=_rounds(contenders, context, trials),
+                rounds=_rounds(context, contenders, trials),
                 on_round=lambda number, rounds, rates: context.on_event(RaceRound(number, rounds, rates)),
             )
         except ContenderFailed as failure:
@@ -101,7 +101,7 @@ def _affordable(contenders: Sequence[Contender], context: SearchContext, trials:
     chosen, others = list(contenders[:2]), contenders[2:]
     for contender in sorted(others, key=lambda contender: -per_s[contender.build, contender.plan]):
         more = [*chosen, contender]
-        if _opening_s(more) + MIN_ROUNDS * _round_s(more, context, trials) > left_s:
+        if _opening_s(more) + MIN_ROUNDS * _round_s(more, trials, context.kinds) > left_s:
             break
         chosen = more
     return [contender for contender in contenders if contender in chosen]
@@ -111,7 +111,7 @@ def _opening_s(contenders: Sequence[Contender]) -> float:
     return len(contenders) * (OPEN_S + WARM_S)
 
 
-def _round_s(contenders: Sequence[Contender], context: SearchContext, trials: Sequence[Trial]) -> float:
+def _round_s(contenders: Sequence[Contender], trials: Sequence[Trial], kinds: int) -> float:
     """Seconds of a round: for each contender an untimed call, and timed calls for ``ROUND_S``, or one pass."""
     calls_s = {
         (trial.build, measurement.plan): measurement.p50_ms / 1e3
@@ -119,10 +119,10 @@ def _round_s(contenders: Sequence[Contender], context: SearchContext, trials: Se
         for measurement in trial.measurements
     }
     each_s = [calls_s[contender.build, contender.plan] for contender in contenders]
-    return sum(call_s + max(ROUND_S, context.kinds * call_s) for call_s in each_s)
+    return sum(call_s + max(ROUND_S, kinds * call_s) for call_s in each_s)
 
 
-def _rounds(contenders: Sequence[Contender], context: SearchContext, trials: Sequence[Trial]) -> int:
+def _rounds(context: SearchContext, contenders: Sequence[Contender], trials: Sequence[Trial]) -> int:
     """As many rounds as the budget has time for, but enough for an interval."""
     left_s = context.budget.left_s(context.split.race) - _opening_s(contenders)
-    return max(MIN_ROUNDS, int(min(ROUNDS, left_s / _round_s(contenders, context, trials))))
+    return max(MIN_ROUNDS, int(min(ROUNDS, left_s / _round_s(contenders, trials, context.kinds))))

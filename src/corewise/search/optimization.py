@@ -21,15 +21,7 @@ from corewise.runtime.measure import kinds_of
 from corewise.runtime.worker import peak_memory_bytes
 from corewise.runtime.workspace import Workspace
 from corewise.search.alone import alone_guard
-from corewise.search.budget import (
-    RACE_S,
-    WITH_LOADS,
-    WITH_PHOTOS,
-    Budget,
-    BudgetSplit,
-    SampleLimits,
-    baseline_batch,
-)
+from corewise.search.budget import RACE_S, WITH_LOADS, WITH_PHOTOS, Budget, BudgetSplit, SampleLimits, baseline_batch
 from corewise.search.call_costs import time_calls
 from corewise.search.candidates import first_plan, layouts
 from corewise.search.end_to_end import LEAST_FILES, photo_files
@@ -179,6 +171,7 @@ def optimize(
             search.race()
             choice = search.choose()
             images = prepare_images(task, choice, gate, context, end_to_end=end_to_end is not False)
+            choice = search.choose_layouts(choice)  # with the memory that pixels take
             call_costs = time_calls(task.pipeline, task.holdout, choice, context)
         finally:
             if journal.empty:  # it ended before anything worth keeping
@@ -204,8 +197,8 @@ def _context(
         baseline_plan=replace(plan, batch=baseline_batch(task.row_s or 0.0, plan.batch)) if shorter else plan,
         calibration=len(task.calibration),
         holdout=len(task.holdout),
+        kinds=len(kinds_of(task.holdout)),
         convolves=task.convolves,
-        kinds=kinds_of(task.holdout),
         layouts=lambda build: layouts(task.cpu, build),
         cpu=task.cpu,
         timeout_s=timeout_s,

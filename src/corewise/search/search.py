@@ -30,6 +30,7 @@ from corewise.search.candidates import (
     worth_climbing,
 )
 from corewise.search.choose import choose_winner, find_contradiction
+from corewise.search.elastic import judge_elastic
 from corewise.search.finals import race_finalists
 from corewise.search.forecast import PROMISING, Forecast, following, is_better_left, learned_plan
 from corewise.search.journal import Journal
@@ -235,6 +236,14 @@ class Search:
         if budget.left_s(ON_TIME) >= 0:
             return None
         return budget.reason(ReasonKind.OVER_BUDGET, trials_s=self.race_began_s, race_s=self.race_ended_s)
+
+    def choose_layouts(self, choice: Choice) -> Choice:
+        """The choice with what there is to say about an elastic plan of the winner."""
+        found = judge_elastic(self._of(choice.winner), choice.plan, self.context)
+        if isinstance(found, Reason):
+            self.notes.append(found)
+            return choice
+        return replace(choice, elasticity=found)
 
     def _climbed(self, build: Build) -> Build | None:
         """The build with one more of corewise's corrections that was not tried; ``None`` if there is none."""

@@ -54,10 +54,10 @@ class SearchContext:
     """Samples that calibrate."""
     holdout: int = 0
     """Samples that each build answers to be judged."""
-    convolves: bool = True
-    """Whether most layers of the model are convolutions."""
     kinds: int = 1
     """Calls of which each timed pass consists (``measure.calls_of``)."""
+    convolves: bool = True
+    """Whether most layers of the model are convolutions."""
     baseline_plan: Plan | None = None
     """What the baseline is first measured under instead of ``plan``."""
     in_process: Engine | None = None

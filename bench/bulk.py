@@ -122,7 +122,8 @@ def start_ray() -> None:
     os.environ |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32), "RAY_USAGE_STATS_ENABLED": "0"}
     import ray
 
-    ray.init(num_cpus=os.cpu_count(), include_dashboard=False, object_store_memory=STORE_BYTES, log_to_driver=False)
+    ray.init("local", num_cpus=os.cpu_count(), include_dashboard=False, object_store_memory=STORE_BYTES,
+             log_to_driver=False)  # fmt: skip
 
 
 def main(options: argparse.Namespace) -> None:

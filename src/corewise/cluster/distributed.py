@@ -74,7 +74,7 @@ def run_on_ray(
                 return result
             with connected(address) as reads_on:
                 driver = Driver(
-                    RayCrew(reads_on),
+                    RayCrew(reads_on, grows=address != "local"),
                     packed(task_of(artifact, job, preprocess)),
                     kept,
                     chain([first], parts),

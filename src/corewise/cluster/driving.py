@@ -188,7 +188,13 @@ class Driver:
     def _hire(self) -> None:
         """Start an actor on each node that has none."""
         self._looked_s = self._clock()
-        for node in self._crew.nodes():
+        nodes = self._crew.nodes()
+        if not nodes and not self._crew.grows:
+            raise EngineError(
+                "the Ray that was started for this job has ended",
+                f"run the same command: finished parts are kept in {self._kept.folder}",
+            )
+        for node in nodes:
             if node.id not in self._actors and node.id not in self._refusals:
                 actor = _Actor(node, self._crew.start(node, self._task))
                 self._actors[node.id] = actor

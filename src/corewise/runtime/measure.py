@@ -44,23 +44,20 @@ def batch_of(samples: Samples, size: int) -> tuple[np.ndarray, ...]:
     return tuple(np.ascontiguousarray(array[repeat]) for array in arrays)
 
 
-def calls_of(samples: Samples, size: int) -> tuple[Call, ...]:
-    """Calls of ``size`` items each that stand for all samples, each for as many of them, the smallest first.
-
-    One call if all samples have one shape; else ``KINDS``, whatever ``size`` is, so that batches can be compared.
-    """
+def kinds_of(samples: Samples) -> tuple[Samples, ...]:
+    """All samples if they have one shape; else those of ``KINDS`` shapes, each of which stands for a third, by size."""
     shapes = samples.shapes
     if len(set(shapes)) == 1:
-        return (batch_of(samples, size),)
+        return (samples,)
     order = sorted(range(len(shapes)), key=lambda place: sum(prod(shape) for shape in shapes[place]))
-    middles = [order[len(order) * (2 * kind + 1) // (2 * KINDS)] for kind in range(KINDS)]
+    middles = (order[len(order) * (2 * kind + 1) // (2 * KINDS)] for kind in range(KINDS))
     alike = ([place for place, others in enumerate(shapes) if others == shapes[middle]] for middle in middles)
-    return tuple(batch_of(samples.take(places[:size]), size) for places in alike)
+    return tuple(samples.take(places) for places in alike)
 
 
-def kinds_of(samples: Samples) -> int:
-    """How many calls ``calls_of`` gives."""
-    return 1 if len(set(samples.shapes)) == 1 else KINDS
+def calls_of(samples: Samples, size: int) -> tuple[Call, ...]:
+    """A call of ``size`` items for each kind of sample, whatever ``size`` is, so that batches can be compared."""
+    return tuple(batch_of(kind, size) for kind in kinds_of(samples))
 
 
 def warm_up(session: Session, calls: Sequence[Call], *, budget_s: float, clock: Clock = time.perf_counter) -> int:

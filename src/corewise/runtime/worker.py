@@ -17,6 +17,7 @@ from collections.abc import Sequence
 from contextlib import closing
 from dataclasses import replace
 from functools import partial
+from itertools import zip_longest
 from math import inf
 from pathlib import Path
 from statistics import median
@@ -41,6 +42,7 @@ from corewise.runtime.measure import (
     Call,
     batch_of,
     calls_of,
+    kinds_of,
     measure_instances,
     throughput_per_s,
     time_calls,
@@ -193,7 +195,7 @@ class TrialChild:
         return messages.TimedCalls(ms=tuple(1e3 * second for second in medians))
 
     def _run_load(self, request: messages.RunLoad) -> LoadRun:
-        """Load the open instances through a batcher with requests of one row, some samples of one shape in turn.
+        """Load the open instances through a batcher with requests of one row, some samples of each kind in turn.
 
         Some answers are checked to be their own request's (``_OwnAnswer``); others' answers count as failed.
         """
@@ -244,12 +246,14 @@ class TrialChild:
 
     def _load_rows(self, samples: Samples, plan: Plan) -> list[tuple[np.ndarray, ...]]:
         """Requests of one row, after calls of all sizes: engines compile for a size when they first meet it."""
-        instances = self._opened()
-        _, arrays = next(samples.batches(LOAD_SAMPLES))
+        instances, kinds = self._opened(), kinds_of(samples)
         for size in sorted({*(2**k for k in range(plan.batch.bit_length())), plan.batch}):
             for number in range(len(instances)):
-                instances.run(number, batch_of(samples, size))
-        return [tuple(array[i : i + 1] for array in arrays) for i in range(len(arrays[0]))]
+                for kind in kinds:
+                    instances.run(number, batch_of(kind, size))
+        stacks = [next(kind.batches(LOAD_SAMPLES // len(kinds)))[1] for kind in kinds]
+        rows = ([tuple(array[i : i + 1] for array in arrays) for i in range(len(arrays[0]))] for arrays in stacks)
+        return [row for turn in zip_longest(*rows) for row in turn if row is not None]
 
     def _opened(self) -> Instances:
         if self._instances is None:
@@ -281,17 +285,16 @@ class _OwnAnswer:
     """Relative to the output, what is no error between samples that hardly differ: 20 dB, as for golden outputs."""
 
     def __init__(self, alone: Sequence[Sequence[np.ndarray]]) -> None:
-        self._alone = np.stack([self._flat(outputs) for outputs in alone])
+        self._alone = [self._flat(outputs) for outputs in alone]
 
     def __call__(self, k: int, answer: Answer) -> bool:
         if k % self.EVERY:
             return True
-        outputs = self._flat(answer.outputs)
-        if outputs.shape != self._alone[0].shape:
+        outputs, own = self._flat(answer.outputs), self._alone[k % len(self._alone)]
+        if outputs.shape != own.shape:
             return False
-        errors = np.linalg.norm(self._alone - outputs, axis=1)
-        sample = k % len(self._alone)
-        return bool(errors[sample] <= max(errors.min(), self.ROUNDING * np.linalg.norm(self._alone[sample])))
+        nearest = min(np.linalg.norm(each - outputs) for each in self._alone if each.shape == own.shape)
+        return bool(np.linalg.norm(own - outputs) <= max(nearest, self.ROUNDING * np.linalg.norm(own)))
 
     def _flat(self, outputs: Sequence[np.ndarray]) -> np.ndarray:
         parts = [output.reshape(-1)[:: -(-output.size // self.VALUES) or 1] for output in outputs]

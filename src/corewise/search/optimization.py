@@ -197,7 +197,7 @@ def _context(
         baseline_plan=replace(plan, batch=baseline_batch(task.row_s or 0.0, plan.batch)) if shorter else plan,
         calibration=len(task.calibration),
         holdout=len(task.holdout),
-        kinds=kinds_of(task.holdout),
+        kinds=len(kinds_of(task.holdout)),
         convolves=task.convolves,
         layouts=lambda build: layouts(task.cpu, build),
         cpu=task.cpu,

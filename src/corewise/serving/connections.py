@@ -216,28 +216,35 @@ def _lines(table: Path) -> list[str]:
 
 
 class _Joined:
-    """What uvicorn writes an answer to: its head goes with its body, so that the client wakes once."""
+    """What uvicorn writes an answer to: its head goes with its body, so that the client wakes once.
 
-    __slots__ = ("_head", "_is_begun", "_transport", "is_closing")
+    What is written to a connection that is gone is dropped: uvloop's transports raise what uvicorn does not expect.
+    """
 
-    def __init__(self, transport: asyncio.Transport) -> None:
+    __slots__ = ("_head", "_transport", "_waits", "is_closing")
+
+    def __init__(self, transport: asyncio.Transport, *, waits: bool) -> None:
+        """``waits`` is whether the answer has a body."""
         self._transport, self.is_closing = transport, transport.is_closing
-        self._head, self._is_begun = b"", False
+        self._head, self._waits = b"", waits
 
     def write(self, data: bytes) -> None:
         """Write, or keep the head until the next call."""
+        if self.is_closing():
+            return
         if self._head and len(data) <= JOINED_BYTES:
             data, self._head = self._head + data, b""
         elif self._head:
             self._flush()
-        elif not self._is_begun and data != CONTINUE:
-            self._head, self._is_begun = data, True
+        elif self._waits and data != CONTINUE:
+            self._head, self._waits = data, False
             return
         self._transport.write(data)
 
     def close(self) -> None:
         """Write what is left, and close."""
-        self._flush()
+        if not self.is_closing():
+            self._flush()
         self._transport.close()
 
     def _flush(self) -> None:
@@ -286,8 +293,8 @@ class Connection(HttpToolsProtocol):
                 raise ValueError("this is no proxy")
             return
         super().on_headers_complete()
-        if self.parser.get_method() != b"HEAD":  # its answer has no body to wait for
-            self.cycle.transport = _Joined(self.transport)  # type: ignore[assignment]
+        has_body = self.parser.get_method() != b"HEAD"
+        self.cycle.transport = _Joined(self.transport, waits=has_body)  # type: ignore[assignment]
         if self.parser.get_http_version() == "1.0" and self.parser.should_keep_alive():
             # Old proxies do not know chunks: to them the body may end elsewhere (RFC 9112, section 6.1).
             self.cycle.keep_alive = all(name != b"transfer-encoding" for name, _ in self.headers)
@@ -326,7 +333,7 @@ class Connection(HttpToolsProtocol):
     def _cut_off(self) -> None:
         """Drop the connection at once, and what would be sent."""
         if self.cycle is not None:
-            self.cycle.disconnected = True  # uvloop's transports raise what uvicorn does not expect
+            self.cycle.disconnected = True
         self.transport.abort()
 
     def _look_later(self, pause_s: float) -> None:

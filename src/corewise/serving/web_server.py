@@ -125,8 +125,7 @@ class _Patient(Connection):
     def connection_lost(self, exc: Exception | None) -> None:
         self._come()
         self._seat.leave()
-        if self._unread is not None:
-            self._unread.cancel()
+        self._look_no_more()
         super().connection_lost(exc)
         for waiter in self._gone:
             if not waiter.done():
@@ -201,6 +200,10 @@ class _Patient(Connection):
         super().pause_writing()
         self._look_if_read()
 
+    def resume_writing(self) -> None:
+        super().resume_writing()
+        self._look_no_more()
+
     def timeout_keep_alive_handler(self) -> None:
         left_s = self._used_s + self.timeout_keep_alive - self.loop.time()
         if self._count_unread():  # closing would wait for it
@@ -211,10 +214,15 @@ class _Patient(Connection):
             super().timeout_keep_alive_handler()
 
     def _look_if_read(self) -> None:
-        """Look now and then at what the client has not read, until there is nothing left."""
+        """Look now and then at what the client has not read, until nearly all is read."""
         self._unread_bytes = self._count_unread()
         if self._unread is None and self._unread_bytes:
             self._unread = self.loop.call_later(UNREAD_S, self._end_if_unread)
+
+    def _look_no_more(self) -> None:
+        if self._unread is not None:
+            self._unread.cancel()
+            self._unread = None
 
     def _count_unread(self) -> int:
         try:

@@ -4,6 +4,8 @@ import asyncio
 import socket
 import ssl
 from itertools import pairwise
+from time import monotonic
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -20,6 +22,7 @@ from corewise.serving.front import Front
 from corewise.serving.gate import RequestIds
 from corewise.serving.memory_limit import COPIES
 from corewise.serving.protocol import InferRequest, Limits
+from corewise.serving.text_routes import PIECE_BYTES, TextRoutes
 from corewise.serving.tokens import Tokens
 
 # --- seats --------------------------------------------------------------------------------------------------------
@@ -260,7 +263,9 @@ def test_a_large_answer_is_booked_until_it_is_read_and_refused_if_there_is_no_ro
     asyncio.run(asyncio.wait_for(main(), 30))
 
 
-def test_an_answer_to_a_connection_that_was_cut_off_is_dropped(caplog):
+@pytest.mark.parametrize("method", ["GET", "HEAD"])
+@pytest.mark.parametrize("by_client", [True, False])
+def test_an_answer_to_a_connection_that_was_cut_off_is_dropped(method, by_client, caplog):
     async def main():
         asked, told = asyncio.Event(), asyncio.Event()
 
@@ -272,9 +277,13 @@ def test_an_answer_to_a_connection_that_was_cut_off_is_dropped(caplog):
 
         room = Room(10, 1.0)
         connection = web_server._Patient(web_server.config(app, room), ServerState(), {}, room.seat(""))
-        connection.connection_made(Transport(0))  # which cannot write, as uvloop's after that
-        connection.data_received(b"GET /v2 HTTP/1.1\r\nhost: x\r\n\r\n")
-        connection._cut_off()
+        transport = Transport(0)  # which cannot write, as uvloop's after that
+        connection.connection_made(transport)
+        connection.data_received(f"{method} /v2 HTTP/1.1\r\nhost: x\r\n\r\n".encode())
+        if by_client:
+            transport.abort()
+        else:
+            connection._cut_off()
         asked.set()
         await told.wait()
         connection.send_400_response("the headers are too long")
@@ -313,6 +322,10 @@ def test_a_client_that_reads_no_more_of_its_answer_is_cut_off(unread_bytes, monk
         protocol = web_server._Patient(config, ServerState(), {}, seat)
         protocol.connection_made(transport)
         protocol.pause_writing()
+        protocol.resume_writing()  # it was read at once
+        assert protocol._unread is None
+        transport.unread_bytes = list(unread_bytes)
+        protocol.pause_writing()
         while not transport.is_aborted:
             await asyncio.sleep(0.001)
         assert transport.unread_bytes == [unread_bytes[-1]]  # not before
@@ -343,6 +356,33 @@ def test_the_answer_for_an_image_is_booked_until_what_is_in_it_is_found(monkeypa
         async with answered as (_, answer, _):
             assert answer.outputs is outputs
             assert front.budget._used_bytes == outputs[0].nbytes
+        assert front.budget._used_bytes == 0
+        front.close()
+
+    asyncio.run(asyncio.wait_for(main(), 30))
+
+
+def test_what_describing_tokens_takes_is_booked():
+    async def main():
+        front = Front(Limits(), 16)
+        made, booked_bytes = gate_of(front), []
+        body = b'{"inputs": "........"}'
+
+        def described(items, special, prompt):
+            booked_bytes.append(front.budget._used_bytes)
+            return []
+
+        async def receive():
+            return {"type": "http.request", "body": body, "more_body": False}
+
+        routes = TextRoutes(
+            made.known, made.metrics, Limits(), front, told=None, deadline_s=lambda request: monotonic() + 60
+        )
+        model = SimpleNamespace(name="m", version="1", text=SimpleNamespace(described=described))
+        routes._chosen = lambda name, *tasks: model
+        scope = {"type": "http", "headers": [], "client": ("1.1.1.1", 5), "request_id": "mine"}
+        assert (await routes.tokenize(Request(scope, receive))).body == b"[]"
+        assert booked_bytes == [len(body) + PIECE_BYTES * len(body) // COPIES]
         assert front.budget._used_bytes == 0
         front.close()
 

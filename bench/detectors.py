@@ -100,7 +100,7 @@ def yolo_module(photos: Sequence[Path]) -> Any:
     for parameter in model.parameters():
         parameter.requires_grad_(False)
     head = model.model[-1]
-    head.export, head.format = True, "torchscript"
+    head.export, head.format, head.dynamic = True, "torchscript", True
     return model
 
 

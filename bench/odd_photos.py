@@ -160,9 +160,10 @@ Answer = tuple[str, float] | str
 
 def by_samples(folder: Path) -> dict[str, bool]:
     """Whether each file became a sample."""
-    samples = read(str(folder), Preprocess(resize=36, crop=32))
+    files = list(folder.iterdir())
+    samples = read(str(folder), Preprocess(resize=36, crop=32), max_samples=len(files))  # by default some are drawn
     kept = {Path(name).name for name in samples.names or ()}
-    return {path.name: path.name in kept for path in folder.iterdir()}
+    return {path.name: path.name in kept for path in files}
 
 
 def by_predict(artifact: Path, folder: Path, place: Path) -> dict[str, Answer]:

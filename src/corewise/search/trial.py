@@ -196,5 +196,5 @@ def _observe_int8(build: Build, context: SearchContext, client: Client, payload:
     """What the payload runs in int8; ``None`` for builds of other precisions and if the engine cannot say."""
     if build.precision not in ("int8", "int8-dynamic"):
         return None
-    plan = Plan(threads_per_instance=context.cpu.usable_cores, batch=VERIFY_BATCH)
+    plan = Plan(threads_per_instance=context.cpu.usable_cores, batch=build.fixed_batch or VERIFY_BATCH)
     return client.observe_int8(payload, build, plan, context.workspace.holdout)

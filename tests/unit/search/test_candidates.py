@@ -1,6 +1,8 @@
 """candidates: the baseline first, the fastest precision next, each build once."""
 
 from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from builders import requirements, trial
@@ -24,6 +26,7 @@ from corewise.search.candidates import (
     with_reverted_layers,
     worth_climbing,
 )
+from corewise.search.trial import VERIFY_BATCH, _observe_int8
 
 CPU = Cpu(
     architecture="x86_64",
@@ -174,3 +177,13 @@ def test_a_build_that_passed_is_corrected_further_only_close_to_a_limit():
     fastest = judged(Build(engine="a", precision="int8"), per_s=200.0)
     assert worth_climbing([unsure, fastest], limits) is None
     assert worth_climbing([replace(unsure, state="rejected", measurements=())], limits) is None
+
+
+def test_what_runs_in_int8_is_observed_in_calls_that_the_program_takes():
+    plans = []
+    client = SimpleNamespace(observe_int8=lambda payload, build, plan, samples: plans.append(plan))
+    context = SimpleNamespace(cpu=CPU, workspace=SimpleNamespace(holdout=Path("holdout")))
+    int8 = Build(engine="openvino", precision="int8")
+    for build in (int8, int8.with_fixed_batch(2)):
+        _observe_int8(build, context, client, Path("payload"))
+    assert [plan.batch for plan in plans] == [VERIFY_BATCH, 2]

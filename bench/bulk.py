@@ -122,16 +122,17 @@ def start_ray() -> None:
     os.environ |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32), "RAY_USAGE_STATS_ENABLED": "0"}
     import ray
 
-    ray.init(num_cpus=os.cpu_count(), include_dashboard=False, object_store_memory=STORE_BYTES, log_to_driver=False)
+    ray.init("local", num_cpus=os.cpu_count(), include_dashboard=False, object_store_memory=STORE_BYTES,
+             log_to_driver=False)  # fmt: skip
 
 
 def main(options: argparse.Namespace) -> None:
     """Let them take turns."""
-    import ray
-
     texts = [line for line in options.input.read_text().splitlines() if line.strip()]
     numbers = iter(range(10**6))
     start_ray()
+    import ray
+
     with tempfile.TemporaryDirectory(prefix="corewise-") as name, corewise.load(options.artifact) as model:
         alone = PlanAlone(runner_of(model, options.artifact), texts)
 

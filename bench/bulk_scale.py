@@ -8,7 +8,7 @@ largest memory, and what a start costs.
 
 Then the real driver drives simulated nodes in virtual time: what the driver computes for a part takes as long as it
 takes here, reading and packing a row and Ray's calls take what was measured here, and a node starts as one did
-and answers as many rows/s. Writes bulk_scale_NAME.json.
+and answers as many rows/s, or as few as of a large model. Writes bulk_scale_NAME.json.
 """
 
 import argparse
@@ -16,6 +16,7 @@ import heapq
 import json
 import os
 import secrets
+import socket
 import subprocess
 import sys
 import tempfile
@@ -23,7 +24,7 @@ import threading
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
-from itertools import cycle, islice
+from itertools import cycle, islice, product
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -59,9 +60,10 @@ print(json.dumps({
 }))
 """
 CALLS, PLAN = 2000, Plan(threads_per_instance=1)
+LARGE_PER_S = 100.0
 NODES = (1, 4, 16, 64, 256, 1000)
 PART_ROWS = (64, 256, 1024, 4096, 16384)
-PARTS_EACH = 6
+PARTS_EACH = 12
 """Parts that each simulated node gets."""
 SIZES = (1_000, 100_000, 1_000_000, 4_000_000)
 """Of calls that are measured, in bytes."""
@@ -80,7 +82,8 @@ def cluster(nodes: int, log: Path) -> Iterator[tuple[str, list[int]]]:
     """So many Ray nodes of one CPU each, on CPUs of their own; the address, and the processes that bring them."""
     tokens = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32), "RAY_USAGE_STATS_ENABLED": "0"}
     os.environ |= tokens
-    port, ray = 17_000 + os.getpid() % 2000, str(Path(sys.executable).with_name("ray"))
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port, ray = free.getsockname()[1], str(Path(sys.executable).with_name("ray"))
     shared = ["--num-cpus=1", f"--object-store-memory={2**28}", "--disable-usage-stats", "--block"]
     started: list[subprocess.Popen[bytes]] = []
     try:
@@ -94,6 +97,8 @@ def cluster(nodes: int, log: Path) -> Iterator[tuple[str, list[int]]]:
             until = time.monotonic() + 90
             while log.read_text().count("Ray runtime started") <= number and time.monotonic() < until:
                 time.sleep(0.1)
+                if started[-1].poll() is not None:
+                    raise SystemExit(log.read_text())
         yield f"127.0.0.1:{port}", [process.pid for process in started]
     finally:
         family = [pid for process in started for pid in descendants(process.pid)]
@@ -201,6 +206,8 @@ def row_costs(source: Path) -> dict[str, float]:
 
 class SimulatedCrew:
     """Nodes in virtual time, which passes while the driver computes, while Ray is called, and while all wait."""
+
+    grows = True
 
     def __init__(self, nodes: int, part_rows: int, per_s: float, start_s: float, costs: dict[str, Any]) -> None:
         self._part_rows = part_rows
@@ -317,9 +324,18 @@ def simulate(nodes: int, part_rows: int, per_s: float, start_s: float, costs: di
     first = next(at for at, rows in progress if rows)
     wall_s, ideal_s = progress[-1][0], count / (nodes * per_s)
     run_s = wall_s - first + part_rows / per_s
-    return {"nodes": nodes, "part_rows": part_rows, "rows": count, "wall_s": wall_s, "ready_s": first,
-            "per_s": count / run_s, "efficiency": ideal_s / run_s, "driver_busy": crew.busy_s / wall_s,
-            "driver_s_per_part": crew.busy_s / parts}  # fmt: skip
+    return {
+        "node_per_s": per_s,
+        "nodes": nodes,
+        "part_rows": part_rows,
+        "rows": count,
+        "wall_s": wall_s,
+        "ready_s": first,
+        "per_s": count / run_s,
+        "efficiency": ideal_s / run_s,
+        "driver_busy": crew.busy_s / wall_s,
+        "driver_s_per_part": crew.busy_s / parts,
+    }
 
 
 def main(options: argparse.Namespace) -> None:
@@ -344,9 +360,8 @@ def main(options: argparse.Namespace) -> None:
     if not options.no_simulation:
         largest = max((job for job in jobs if job["nodes"] == 1), key=lambda job: job["rows"])
         facts["simulated"] = []
-        for nodes in NODES:
-            for part_rows in PART_ROWS:
-                made = simulate(nodes, part_rows, largest["per_s"], largest["ready_s"], costs)
-                facts["simulated"].append(made)
-                say(str(made))
+        for per_s, nodes, part_rows in product((largest["per_s"], LARGE_PER_S), NODES, PART_ROWS):
+            made = simulate(nodes, part_rows, per_s, largest["ready_s"], costs)
+            facts["simulated"].append(made)
+            say(str(made))
     write_results(path, facts)

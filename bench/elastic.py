@@ -6,13 +6,15 @@
 Each artifact is retuned first. Then ``corewise.load`` opens it three times in one process: as ``retune`` found it, and
 with each layout of its elastic plan. They take turns, in rounds: one caller of single items (idle), two callers for
 each instance (saturated), single items at random times at a third and two thirds of the best layout's saturated rate,
-and one caller of batches for all instances. Writes elastic.json: p50 and p99 of each, and retune's simulated curve.
+and one caller of batches for all instances. Then the server's queue has the same loads of requests, which share calls,
+in a process for each of the three ways. Writes elastic.json: p50 and p99 of each, and retune's simulated curve.
 
 ``--simulate`` divides batches of BERT on 16, 32 and 64 cores, by published times, and times the policy's decisions.
 Writes elastic-simulated.json.
 """
 
 import argparse
+import tempfile
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -27,13 +29,15 @@ import numpy as np
 import corewise
 from bench.harness import add_results, alternate, say, write_results
 from bench.published import alone_s, bert_partitions
-from corewise.artifact import read, tuned
-from corewise.batching import ElasticPolicy, Partitions
+from corewise.artifact import PAYLOAD, Artifact, read, tuned
+from corewise.artifact.open import golden_samples
+from corewise.batching import ElasticPolicy, LatencyTable, Partitions
 from corewise.common.stats import quantile
 from corewise.machine.inspect import inspect_cpu
 from corewise.records.build import ElasticPlan, Plan
 from corewise.records.jsonable import to_json
-from corewise.records.measurement import LoadRun
+from corewise.records.measurement import LoadRun, Measurement
+from corewise.runtime.client import Worker
 from corewise.runtime.loadgen import closed_loop, open_loop
 
 Run = Callable[[Sequence[np.ndarray]], Any]
@@ -104,6 +108,37 @@ def _figures(run: LoadRun) -> dict[str, float]:
     }
 
 
+def queued(
+    artifact: Artifact, elastic: ElasticPlan, measured: Sequence[Measurement], rounds: int, seconds: float
+) -> dict[str, dict[str, list[dict[str, float]]]]:
+    """The loads on the server's queue, of requests of one row."""
+    cpu, build, payload = inspect_cpu(), artifact.manifest.build, (artifact.folder / PAYLOAD).resolve()
+    tables = tuned.elastic_tables(elastic, measured)
+    loads: dict[str, dict[str, list[dict[str, float]]]] = {}
+    with ExitStack() as stack:
+        folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="corewise-bench-")))
+        golden_samples(artifact).save(samples := folder / "golden.safetensors")
+        ways: dict[str, Callable[..., dict[str, float]]] = {}
+        for name, plan in (("elastic", elastic.narrow), ("wide", elastic.wide), ("narrow", elastic.narrow)):
+            worker = stack.enter_context(Worker(cpu=cpu, log=folder / f"{name}.log", timeout_s=600.0))
+            worker.open(payload, build, plan, elastic.wide if name == "elastic" else None)
+            table = LatencyTable.of([m for m in measured if m.plan.layout_label == plan.layout_label])
+            both = tables if name == "elastic" else None
+            ways[name] = partial(_load, worker, samples, plan, table, duration_s=seconds, elastic=both)
+        crowd = 2 * elastic.narrow.instances * elastic.narrow.batch
+        for load, told in (("idle", {"clients": 1}), ("saturated", {"clients": crowd})):
+            loads[load] = alternate(rounds, {name: partial(way, **told) for name, way in ways.items()})
+        best_per_s = max(median(run["per_s"] for run in loads["saturated"][name]) for name in ("wide", "narrow"))
+        for load, share in LOADS.items():
+            told = {"rate_per_s": share * best_per_s}
+            loads[load] = alternate(rounds, {name: partial(way, **told) for name, way in ways.items()})
+    return loads
+
+
+def _load(worker: Worker, *about: Any, **load: Any) -> dict[str, float]:
+    return _figures(worker.load(*about, **load))
+
+
 def measure(folder: Path, rounds: int, seconds: float) -> dict[str, Any]:
     """Retune an artifact, and all loads on all three ways to open it."""
     retuned = corewise.retune(folder)
@@ -134,7 +169,12 @@ def measure(folder: Path, rounds: int, seconds: float) -> dict[str, Any]:
                 rounds,
                 {name: partial(one.at_rate, share * best_per_s, seconds) for name, one in contenders.items()},
             )
-    return {"elasticity": to_json(retuned.elasticity), "opened": fit.elastic is not None, "loads": loads}
+    return {
+        "elasticity": to_json(retuned.elasticity),
+        "opened": fit.elastic is not None,
+        "loads": loads,
+        "queued": queued(artifact, elastic, retuned.entry.measurements, rounds, seconds),
+    }
 
 
 def _numbers(plan: Plan) -> dict[str, int]:
@@ -192,7 +232,8 @@ def main(options: argparse.Namespace) -> None:
         record = measure(folder, options.rounds, options.seconds)
         add_results(options.results / "elastic.json", folder.name.removesuffix(".cw"), record)
         say(f"\n{folder}: " + ("elastic" if record.get("opened") else "one layout is as good, or none was measured"))
-        for load, contenders in record.get("loads", {}).items():
-            for name, runs in contenders.items():
-                p50_ms, p99_ms, per_s = (median(run[key] for run in runs) for key in ("p50_ms", "p99_ms", "per_s"))
-                say(f"  {load:10s} {name:8s} {per_s:8.1f}/s  p50 {p50_ms:7.2f} ms  p99 {p99_ms:7.2f} ms")
+        for way in ("loads", "queued"):
+            for load, contenders in record.get(way, {}).items():
+                for name, runs in contenders.items():
+                    p50_ms, p99_ms, per_s = (median(run[key] for run in runs) for key in ("p50_ms", "p99_ms", "per_s"))
+                    say(f"  {way} {load:10s} {name:8s} {per_s:8.1f}/s  p50 {p50_ms:7.2f} ms  p99 {p99_ms:7.2f} ms")

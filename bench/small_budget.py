@@ -83,7 +83,8 @@ def measure(model: str, budgets: tuple[str, ...], rounds: int) -> dict[str, Any]
         record["per_s"] = list(rates[budget].per_s)
         record["of_the_largest"] = ratio_data(ratio_interval(rates[budget].per_s, largest.per_s))
         record["over_eager"] = ratio_data(ratio_interval(rates[budget].per_s, eager.per_s))
-    return {"eager_per_s": list(eager.per_s), "searches": searches}
+    cpu = inspect_cpu()
+    return {"cpu": cpu.model, "isa": list(cpu.isa), "eager_per_s": list(eager.per_s), "searches": searches}
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:

@@ -122,7 +122,8 @@ def token_rows() -> Samples:
     """Random token ids and masks of 64 tokens."""
     from bench.architectures import tokens
 
-    return from_python(list(zip(*tokens(IMAGES, 0, masked=True), strict=True)), source="tokens")
+    # A pair would be taken for (inputs, label).
+    return from_python([(row, None) for row in zip(*tokens(IMAGES, 0, masked=True), strict=True)], source="tokens")
 
 
 def efficientnet_lite0() -> Any:

@@ -139,7 +139,8 @@ def measure(name: str, engines: Sequence[str], cpu: Cpu) -> dict[str, Any]:
     """One model's record."""
     task, architecture = MODELS[name]
     start_s = time.monotonic()
-    record: dict[str, Any] = {"model": name, "task": task, "exported": False, "reason": "", "fixed_batch": None}
+    record: dict[str, Any] = {"model": name, "task": task, "isa": list(cpu.isa), "exported": False, "reason": ""}
+    record["fixed_batch"] = None
     tried: list[Verdict] = []
     with temporary_workspace() as workspace:
         try:

@@ -25,7 +25,7 @@ from typing import Any
 import numpy as np
 from pyarrow import parquet
 
-from bench.harness import alternate, machine_facts, ratio_data, ratio_words, say, write_results
+from bench.harness import alternate, machine_facts, ratio_data, ratio_words, read_results, say, write_results
 from bench.text import stsb
 from corewise import artifact
 from corewise.common.stats import ratio_interval
@@ -168,4 +168,4 @@ def main(options: argparse.Namespace) -> None:
             kills = killed(options.artifact, lines, resumed, options.kills, options.seed)
             record |= {"kills": kills, "after_kills": compare(whole, resumed, texts)}
             say(str(record["after_kills"]))
-    write_results(path, {**record, **machine_facts()})
+    write_results(path, {**read_results(path), **record, **machine_facts()})

@@ -51,7 +51,8 @@ def command_line() -> str:
         "|---|---|",
         *(f"| [`{name}`](#corewise-{name}) | {summary(callback.__doc__)} |" for name, callback in shown.items()),
         "",
-        "Wrong input ends with one line on stderr and exit code 2, Ctrl-C with exit code 130.",
+        "Wrong input ends with one line on stderr and exit code 2, Ctrl-C with exit code 130, SIGTERM with 143. "
+        "`serve` ends with 0 if every accepted request was answered.",
     ]
     for name, callback in shown.items():
         panels: dict[str, list[str]] = {}

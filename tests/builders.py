@@ -1,6 +1,7 @@
 """Records for tests, with what a test does not care about filled in."""
 
 from corewise.records.goal import Requirements, parse_goal
+from corewise.records.measurement import Measurement
 from corewise.records.reason import Reason
 from corewise.records.trial import Trial
 from corewise.report.reasons import sentence
@@ -24,3 +25,15 @@ def text(words=""):
 def trial(build, state="ok", reason="", **fields):
     """A trial whose reason is in words."""
     return Trial(build=build, state=state, reason=text(reason), **fields)
+
+
+def measured(plan, p50_ms=1.0):
+    """The measurement of a plan whose calls all take that long."""
+    return Measurement(
+        plan=plan,
+        latencies_ms=(p50_ms,) * 3,
+        throughput_per_s=1e3 * plan.batch * plan.instances / p50_ms,
+        p50_ms=p50_ms,
+        p99_ms=p50_ms,
+        spread=0.0,
+    )

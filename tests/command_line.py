@@ -9,8 +9,9 @@ import signal
 signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored where the tests run in the background
 from corewise.common import stats
 from corewise.runtime import race
-from corewise.search import end_to_end, finals, pixels, trial
+from corewise.search import elastic, end_to_end, finals, pixels, trial
 trial.MEASURE_S = race.WARM_S = 0.1
+elastic.REQUESTS = 100
 end_to_end.MEASURE_S = pixels.ROUND_S = 0.05
 race.run_race.__kwdefaults__["round_s"] = 0.05
 finals.ROUNDS = stats.MIN_ROUNDS

@@ -8,13 +8,14 @@ from typing import Any
 from builders import requirements, text
 from rich.console import Console
 
-from corewise.records.build import Build, Plan, Receipt
+from corewise.records.build import Build, ElasticPlan, Plan, Receipt
 from corewise.records.cpu import Cache, Cpu, LogicalCpu
 from corewise.records.fidelity import GroupFidelity
 from corewise.records.jsonable import to_json
 from corewise.records.measurement import Measurement, Rates
 from corewise.records.report import Choice, LosingTrial, Preprocess, Report, SampleFacts
 from corewise.records.trial import Fidelity, Trial
+from corewise.records.tuned import Elasticity, LoadPoint
 from corewise.report import html, markdown, terminal
 
 FOLDER = Path(__file__).parent
@@ -156,6 +157,18 @@ TRIALS = (
     ),
 )
 
+ELASTICITY = Elasticity(
+    plan=ElasticPlan(wide=PLAN, narrow=Plan(threads_per_instance=1, instances=2, batch=16)),
+    pays=False,
+    curve=(
+        LoadPoint(load=0.05, p50_ms=(20.1, 19.9, 36.2), p99_ms=(40.3, 38.8, 44.0)),
+        LoadPoint(load=2 / 3, p50_ms=(41.0, 39.4, 48.8), p99_ms=(97.2, 101.5, 112.0)),
+        LoadPoint(load=0.95, p50_ms=(130.4, 128.9, 151.3), p99_ms=(388.0, 391.0, 442.0)),
+    ),
+    saturated_per_s=(55.4, 55.6, 53.9),
+    memory_bytes=734_003_200,
+)
+
 CHOICE = Choice(
     winner=OPENVINO_INT8,
     plan=PLAN,
@@ -178,6 +191,7 @@ CHOICE = Choice(
         LosingTrial(build=ORT_DYNAMIC, state="failed", reason=TRIALS[7].reason),
     ),
     warnings=(text("300 samples are too few to tell: the drop of 0.0033 may be as high as 0.0167, above 0.01"),),
+    elasticity=ELASTICITY,
 )
 
 REPORT = Report(

@@ -26,7 +26,7 @@ from corewise.engines.onnxruntime import OnnxRuntime
 from corewise.records.build import Build
 from corewise.runtime import race
 from corewise.runtime.client import Client, InProcess
-from corewise.search import end_to_end, finals, optimization, pixels, retuning, search, slo, trial, tuning
+from corewise.search import elastic, end_to_end, finals, optimization, pixels, retuning, search, slo, trial, tuning
 from corewise.search.trial import SearchContext
 
 ENGINES = ("onnxruntime",)
@@ -41,6 +41,7 @@ class Quick:
         trial.MEASURE_S = race.WARM_S = 0.1
         end_to_end.MEASURE_S = pixels.ROUND_S = 0.05
         retuning.MEASURE_S = retuning.ROUND_S = 0.05
+        elastic.REQUESTS = 100
         race.run_race.__kwdefaults__["round_s"] = 0.05
         finals.ROUNDS = stats.MIN_ROUNDS
         for module in (tuning, search, retuning):

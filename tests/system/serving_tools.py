@@ -36,8 +36,11 @@ ARTIFACT = GOLDEN / "schema-1"
 TIMEOUT_S = 120
 
 
-def fake_artifact(folder, plan=None, *, call_ms=2.0, **options):
-    """An artifact of the fake engine: outputs are a projection of the inputs, calls take ``call_ms``."""
+def fake_artifact(folder, plan=None, *, call_ms=2.0, elastic=None, **options):
+    """An artifact of the fake engine: outputs are a projection of the inputs, calls take ``call_ms``.
+
+    With ``elastic`` its wide layout is measured too, and rows take ``seconds_per_item``, shared by threads.
+    """
     plan = plan or Plan(threads_per_instance=1, instances=1, batch=4)
     found = artifact.read(ARTIFACT)
     settings = {"seconds_per_call": call_ms / 1e3, **options}
@@ -46,17 +49,10 @@ def fake_artifact(folder, plan=None, *, call_ms=2.0, **options):
     payload.mkdir()
     (payload / "fake.json").write_text(json.dumps({"inputs": 1, "outputs": to_json(found.manifest.outputs)}))
     inputs, _ = found.golden()
-    batches = sorted({1, plan.batch})
     measured = tuple(
-        Measurement(
-            plan=replace(plan, batch=batch),
-            latencies_ms=(call_ms,),
-            throughput_per_s=1e3 * batch / call_ms,
-            p50_ms=call_ms,
-            p99_ms=1.2 * call_ms,
-            spread=0.0,
-        )
-        for batch in batches
+        fake_measurement(replace(each, batch=batch), call_ms, options.get("seconds_per_item", 0.0))
+        for each in ((plan,) if elastic is None else (elastic.wide, elastic.narrow))
+        for batch in sorted({1, each.batch})
     )
     report = found.report
     trials = tuple(
@@ -66,7 +62,7 @@ def fake_artifact(folder, plan=None, *, call_ms=2.0, **options):
     report = replace(report, cpu=inspect_cpu(), trials=trials, choice=replace(report.choice, winner=build, plan=plan))
     artifact.write(
         folder,
-        manifest=lambda files: replace(found.manifest, build=build, plan=plan, files=files),
+        manifest=lambda files: replace(found.manifest, build=build, plan=plan, files=files, elastic=elastic),
         payload=payload,
         reference=None,
         golden=(inputs, Fake().open(payload, replace(build, options=()), plan).run(inputs)),
@@ -75,6 +71,13 @@ def fake_artifact(folder, plan=None, *, call_ms=2.0, **options):
         report_page="",
     )
     return folder
+
+
+def fake_measurement(plan, call_ms, seconds_per_item):
+    """What the fake engine's calls take under a plan."""
+    ms = call_ms + 1e3 * seconds_per_item * plan.batch / plan.threads_per_instance
+    per_s = 1e3 * plan.batch * plan.instances / ms
+    return Measurement(plan=plan, latencies_ms=(ms,), throughput_per_s=per_s, p50_ms=ms, p99_ms=1.2 * ms, spread=0.0)
 
 
 def write_bulk_job(folder, rows):

@@ -93,6 +93,7 @@ def test_a_client_that_waits_for_no_answer_is_cut_off(server, path):
     received, is_closed = flood(server, f"GET {path} HTTP/1.1\r\nhost: x\r\n\r\n".encode() * 4000)
     assert is_closed
     assert received.count(b"200 OK") < 4000
+    assert not [line for line in server.logged if '"error"' in line]
 
 
 def test_a_body_of_tiny_chunks_is_cut_off(server):

@@ -13,6 +13,7 @@ from builders import said
 from torch import nn
 
 import corewise
+from corewise.artifact import read
 from corewise.artifact.open import verify
 from corewise.common import stats
 from corewise.common.errors import EngineError, InputError, MetricError, OutputError
@@ -99,6 +100,7 @@ def quick():
         patch.setattr("corewise.search.trial.MEASURE_S", 0.1)
         patch.setattr("corewise.search.trial.HOPELESS", 0.0)  # on a busy machine any build may look hopelessly slow
         patch.setattr("corewise.search.finals.ROUNDS", stats.MIN_ROUNDS)
+        patch.setattr("corewise.search.elastic.REQUESTS", 100)
         patch.setattr("corewise.runtime.race.WARM_S", 0.1)
         patch.setitem(run_race.__kwdefaults__, "round_s", 0.05)
         patch.setattr(SearchContext, "client", lambda context, build, share=1.0: InProcess(engine(build.engine)))
@@ -132,6 +134,9 @@ def test_the_report_tells_the_whole_run(result):
     assert report.winner.fidelity.baseline_value == 1.0  # the labels are the model's own answers
     assert report.winner.fidelity.drop <= 0.1
     assert {rates.build for rates in report.finals} >= {report.choice.winner, report.trials[0].build}
+    plan, elasticity = report.choice.plan, report.choice.elasticity
+    assert (elasticity is None) == (plan.threads_per_instance * plan.instances == 1)
+    assert elasticity is None or elasticity.plan.wide.threads_per_instance == plan.threads_per_instance * plan.instances
     assert {loser.build for loser in report.choice.losers} == {t.build for t in report.trials} - {report.choice.winner}
     assert report.choice.speedup >= 1
     assert report.peak_memory_bytes > 100e6
@@ -186,6 +191,7 @@ def test_what_is_saved_is_loaded_and_verified(result, tmp_path):
         assert torch.equal(model(batch=BATCH).logits, result.model(batch=BATCH).logits)
         arrays = {"image": BATCH["image"].numpy(), "extra": {"bias": BATCH["extra"]["bias"].numpy()}}
         np.testing.assert_array_equal(model(batch=arrays).logits, model(batch=BATCH).logits.numpy())
+    assert read(tmp_path / "m.cw").manifest.elastic == result.report.choice.elastic
     assert verify(tmp_path / "m.cw").sqnr_db > 20
     assert os.listdir(tmp_path) == ["m.cw"]
     with pytest.raises(OutputError, match="exists already"):
@@ -343,7 +349,7 @@ def test_wrong_arguments_are_told_before_any_work():
         ({"metric": "f7"}, MetricError, "no metric is named 'f7'"),
         ({"objective": "slo"}, InputError, "the objective slo and slo_ms go together"),
         ({"slo_ms": 10.0}, InputError, "the objective slo and slo_ms go together"),
-        ({"objective": "slo", "slo_ms": -1.0}, InputError, "the SLO is -1 ms; give milliseconds above 0"),
+        ({"objective": "slo", "slo_ms": -1.0}, InputError, "the SLO is -1.0 ms; give milliseconds above 0"),
         ({"budget_s": 0.0}, InputError, "the budget is 0.0 s; give seconds above 0"),
         ({"memory_limit_bytes": 0}, InputError, "memory_limit_bytes is 0; give bytes above 0"),
         (

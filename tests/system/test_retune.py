@@ -39,6 +39,7 @@ from importlib import import_module
 from corewise.report.lines import retuned_lines
 from corewise.runtime import race
 import_module("corewise.search.retuning").MEASURE_S = race.WARM_S = 0.05
+import_module("corewise.search.elastic").REQUESTS = 100
 from corewise.cli import main
 main()
 """

@@ -10,6 +10,7 @@ import pytest
 from builders import requirements, said, text
 from trial_folder import fill, make_context
 
+from corewise.common.stats import MIN_ROUNDS
 from corewise.engines.fake import Fake
 from corewise.engines.qdq import first_rung
 from corewise.machine.layouts import ThreadLayout
@@ -219,6 +220,7 @@ def test_a_build_whose_memory_is_not_known_is_no_choice_under_a_limit(context, t
 
 
 HEAVY = """
+from corewise.common.stats import MIN_ROUNDS
 from corewise.engines.fake import Fake
 
 BALLAST = b"x" * 400_000_000
@@ -240,6 +242,7 @@ def test_a_build_that_does_not_fit_makes_room_for_a_slower_one_that_does(context
 
 
 PICKY = """
+from corewise.common.stats import MIN_ROUNDS
 from corewise.engines.fake import Fake
 from corewise.common.errors import EngineError
 
@@ -305,3 +308,16 @@ def test_the_best_build_races_with_its_best_plans(context, tmp_path, monkeypatch
     assert len([build for build, _ in raced if build == trials[1].build]) == min(3, len(near))
     assert raced[0][0] == trials[0].build
     assert {len(rates.per_s) for rates in run.rates} == {6}
+
+
+def test_a_race_without_time_has_the_baseline_and_the_best_plan(context, tmp_path, monkeypatch):
+    monkeypatch.setattr("corewise.runtime.race.WARM_S", 0.05)
+    monkeypatch.setitem(run_race.__kwdefaults__, "round_s", 0.05)
+    context = context_with(tmp_path)
+    trials = tuned(context, fake(seconds_per_call=0.02), fake(seconds_per_call=0.01, seconds_per_item=0.0005))
+    spent = replace(context, budget=Budget(total_s=1e-3))
+    _, run = race_finalists(trials, spent)
+    best = Throughput().best(trials[1])
+    assert [(rates.build, rates.plan) for rates in run.rates][1:] == [(trials[1].build, best.plan)]
+    assert run.rates[0].build == trials[0].build
+    assert {len(rates.per_s) for rates in run.rates} == {MIN_ROUNDS}

@@ -13,7 +13,7 @@ from corewise.common import stats
 from corewise.engines import engine
 from corewise.runtime import race
 from corewise.runtime.client import InProcess
-from corewise.search import finals, retuning, search, trial, tuning
+from corewise.search import elastic, finals, retuning, search, trial, tuning
 from corewise.search.trial import SearchContext
 
 ARTIFACT = GOLDEN / "schema-2"
@@ -29,6 +29,7 @@ def quick(monkeypatch):
     for module in (tuning, search, retuning):
         monkeypatch.setattr(module, "BATCHES", (1, 16))
     monkeypatch.setattr(finals, "ROUNDS", stats.MIN_ROUNDS)
+    monkeypatch.setattr(elastic, "REQUESTS", 100)
     monkeypatch.setattr(trial, "MEASURE_S", 0.05)
     monkeypatch.setattr(retuning, "MEASURE_S", 0.05)
     monkeypatch.setattr(race, "WARM_S", 0.05)

@@ -11,13 +11,16 @@ from collections.abc import Callable, Sequence
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from corewise.accuracy.alignment import aligned
 from corewise.accuracy.classification import is_class_scores
-from corewise.accuracy.floors import group_fidelities, worst_sample
+from corewise.accuracy.closeness import concordance
+from corewise.accuracy.floors import group_fidelities, lost_positions, worst_sample
 from corewise.accuracy.groups import Energies, decibels, layouts
 from corewise.accuracy.labels import chance, naming, sample_name
 from corewise.accuracy.metrics import Metric
 from corewise.accuracy.outputs import Array, Outputs, Rows
 from corewise.accuracy.paired import Nest, Score, paired_scores
+from corewise.common.detections import Head
 from corewise.common.errors import EngineError, SamplesError, SourceError
 from corewise.records.fidelity import Fidelity
 
@@ -36,6 +39,7 @@ def compare(
     output_names: Sequence[str] = (),
     clock: Callable[[], float] = time.monotonic,
     seed: int = 0,
+    head: Head | None = None,
 ) -> Fidelity:
     """Compare a candidate with fp32 (``reference``) on the same N rows; fp32 with itself for the baseline.
 
@@ -50,6 +54,7 @@ def compare(
         output_names: The outputs' names, for the groups'. Default: ``output_0`` and so on.
         clock: Seconds, to bound how long intervals are resampled.
         seed: Of the resampling.
+        head: How the outputs list detections, if they do: these are then compared whatever their places.
 
     Raises:
         EngineError: The candidate's outputs have other shapes, NaN or infinity.
@@ -59,12 +64,15 @@ def compare(
     """
     _check(reference, candidate, labels, names)
     members = _members(groups, len(reference))
-    score = Score(reference, metric, labels, nest)
+    ours, theirs = (reference, candidate) if head is None else aligned(head, reference, candidate)
+    by_place = metric.score is concordance
+    score = Score(ours if by_place else reference, metric, labels, nest)
     with naming(names):
-        baseline, value, (low, high) = paired_scores(score, candidate, members, clock=clock, seed=seed)
+        scored = paired_scores(score, theirs if by_place else candidate, members, clock=clock, seed=seed)
+    baseline, value, (low, high) = scored
     drop = value - baseline if metric.lower_is_better else baseline - value
-    judged = layouts(reference.leaves, output_names)
-    sums = [layout.energies(*pair) for layout, *pair in zip(judged, reference.leaves, candidate.leaves, strict=True)]
+    judged = layouts(ours.leaves, output_names)
+    sums = [layout.energies(*pair) for layout, *pair in zip(judged, ours.leaves, theirs.leaves, strict=True)]
     numbers = [energies for energies, layout in zip(sums, judged, strict=True) if layout.mean is not None] or sums
     farthest, farthest_db = worst_sample(sums)
     guess, guess_limit = chance(metric.name, reference.leaves[0], len(reference)) or (None, None)
@@ -80,7 +88,7 @@ def compare(
         sqnr_db=decibels(_total(numbers, "raw"), _total(numbers, "error")),
         cosine=_cosine(numbers),
         agreement=_agreement(reference.leaves[0], candidate.leaves[0]),
-        groups=group_fidelities(judged, sums),
+        groups=(*lost_positions(judged, ours.leaves, theirs.leaves), *group_fidelities(judged, sums)),
         worst_sample=sample_name(farthest, names),
         worst_sample_db=farthest_db,
         chance=guess,

@@ -1,10 +1,11 @@
 """The floors that hold for each group of output channels, whatever the metric says."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 
 from corewise.accuracy.groups import FEWEST_LOST, FEWEST_SAMPLES, NEGLIGIBLE, Channels, Energies, Layout, decibels
+from corewise.accuracy.outputs import Array
 from corewise.records.fidelity import GroupFidelity
 
 FLOOR_DB = 10.0
@@ -15,7 +16,11 @@ CHANNEL_FLOOR_DB = 3.0
 """The same for a single channel. Of 1,000 classes of a rounded MobileNetV2 the worst has 8 dB; a channel that is zero
 has 0 dB, and two that are exchanged have -3 dB."""
 LOST = 0.9
-"""An error of this share of a channel's signal leaves nothing of it: 0.5 dB."""
+"""An error of this share of a channel's signal leaves nothing of it."""
+LOST_FLOOR_DB = 0.5
+"""The SQNR of such a channel."""
+QUIET = 0.25
+"""A position with a smaller share of the mean power is not judged alone: noise is about equal at all positions."""
 INTEGER_FLOOR_DB = 7.0
 """The same for integer outputs: at least four values of five are fp32's."""
 
@@ -31,6 +36,27 @@ def group_fidelities(layouts: Sequence[Layout], sums: Sequence[Energies]) -> tup
     return tuple(sorted(fidelities, key=_margin_db))
 
 
+def lost_positions(
+    layouts: Sequence[Layout], references: Sequence[Array], candidates: Sequence[Array]
+) -> Iterator[GroupFidelity]:
+    """Of outputs (N, positions, channels), such as the vectors of tokens, a position of which nothing is left.
+
+    The first token of a transformer may be all that is used of its output, and has values unlike the others'.
+    """
+    for layout, ours, theirs in zip(layouts, references, candidates, strict=True):
+        if layout.across is None:
+            continue
+        energies = layout.across.energies(ours, theirs)
+        power, error = energies.power(), energies.error.sum(axis=0)
+        carrying = (power >= max(QUIET * power.mean(), 1e-300)) & (energies.carrying_samples() >= FEWEST_LOST)
+        for position in np.flatnonzero(carrying & (error >= LOST * power))[:1]:
+            yield GroupFidelity(
+                name=layout.across.named(position[None]),
+                sqnr_db=decibels(float(power[position]), float(error[position])),
+                floor_db=LOST_FLOOR_DB,
+            )
+
+
 def _margin_db(group: GroupFidelity) -> float:
     """How far the group is above its floor; below 0 also where only its worst channel fails."""
     channel = group.worst_channel_db - group.channel_floor_db
@@ -40,14 +66,13 @@ def _margin_db(group: GroupFidelity) -> float:
 def _group(layout: Layout, energies: Energies, channels: Channels) -> GroupFidelity:
     power, error = energies.power()[channels], energies.error.sum(axis=0)[channels]
     sqnr = decibels(float(power.sum()), float(error.sum()))
-    if layout.mean is None:
-        return GroupFidelity(name=layout.named(channels), sqnr_db=sqnr, floor_db=INTEGER_FLOOR_DB)
     worst, worst_db = _worst_channel(layout, energies, channels)
+    integers = layout.mean is None
     return GroupFidelity(
         name=layout.named(channels),
         sqnr_db=sqnr,
-        floor_db=FLOOR_DB,
-        correlation=_correlation(energies.of(channels)),
+        floor_db=INTEGER_FLOOR_DB if integers else FLOOR_DB,
+        correlation=None if integers else _correlation(energies.of(channels)),
         worst_channel=worst,
         worst_channel_db=worst_db,
         channel_floor_db=CHANNEL_FLOOR_DB,
@@ -61,7 +86,8 @@ def _worst_channel(layout: Layout, energies: Energies, channels: Channels) -> tu
     power, error = energies.power()[channels], energies.error.sum(axis=0)[channels]
     samples = energies.carrying_samples()[channels]
     enough = (samples >= FEWEST_SAMPLES) | ((samples >= FEWEST_LOST) & (error >= LOST * power))
-    carrying = np.flatnonzero((power >= max(NEGLIGIBLE * power.mean(), 1e-300)) & enough)
+    negligible = 0.0 if layout.mean is None else NEGLIGIBLE * power.mean()  # a class of few pixels counts too
+    carrying = np.flatnonzero((power >= max(negligible, 1e-300)) & enough)
     if not carrying.size:
         return "", 200.0
     ratios = error[carrying] / power[carrying]

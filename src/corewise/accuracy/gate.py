@@ -2,14 +2,17 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any, Literal
 
 from corewise.accuracy import metrics
+from corewise.accuracy.alignment import listing_head
 from corewise.accuracy.fidelity import compare
 from corewise.accuracy.labels import naming
 from corewise.accuracy.outputs import Outputs, Rows
 from corewise.accuracy.shift import robust_by_default
 from corewise.common import stats
+from corewise.common.detections import Head
 from corewise.common.errors import MetricError, SamplesError
 from corewise.common.nested import Structure, leaf_names, unflatten
 from corewise.records.fidelity import Basis, Fidelity, GroupFidelity
@@ -122,9 +125,16 @@ class AccuracyGate:
             names=names,
             output_names=leaf_names(self.structure),
             seed=self.seed,
+            head=self._head,
         )
         known = metrics.suggested(self._nest(list(reference.leaves))) if self._basis == "outputs" else ()
         return replace(fidelity, basis=self._basis, suggested_metrics=known)
+
+    @cached_property
+    def _head(self) -> Head | None:
+        """How the outputs list detections; ``None`` where they list none."""
+        assert self.reference is not None
+        return listing_head(leaf_names(self.structure), self.reference)
 
     @property
     def _names(self) -> Sequence[str]:

@@ -7,8 +7,9 @@ constant part cannot hide an error in what varies.
 """
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import log10, prod
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -29,6 +30,8 @@ FEWEST_SAMPLES = 20.0
 not judged alone: a single answer would decide."""
 FEWEST_LOST = 5.0
 """A channel whose signal comes from at least so many samples is judged alone where it is lost in all of them."""
+MOST_VALUES = 256
+"""Integer outputs with no more values, such as maps of classes, are judged by value too."""
 BLOCK_ELEMENTS = 2**22
 SCANNED_ELEMENTS = 2**24
 """The layout of a larger output is found from some of its rows."""
@@ -81,11 +84,19 @@ class Layout:
     groups: tuple[Channels, ...]
     dimensions: int
     """Of the output, samples included."""
+    values: NDArray[Any] | None = None
+    """Of integer outputs with few values, all of them: each is a channel."""
+    across: "Layout | None" = None
+    """Of an output (N, positions, channels), the same by position."""
 
     def named(self, channels: Channels) -> str:
         """The channels in Python's notation, for example ``logits[:, 4:84]``."""
         count = sum(len(group) for group in self.groups)
-        if self.axis is None or len(channels) == count:
+        if len(channels) == count:
+            return self.name
+        if self.values is not None:
+            return f"{self.name} == {self.values[channels[0]]}"
+        if self.axis is None:
             return self.name
         runs = np.split(channels, np.flatnonzero(np.diff(channels) > 1) + 1)
         words = [str(run[0]) if len(run) == 1 else f"{run[0]}:{run[-1] + 1}" for run in runs]
@@ -100,8 +111,7 @@ class Layout:
 
     def _of_block(self, reference: Array, candidate: Array) -> tuple[NDArray[np.float64], ...]:
         if self.mean is None:
-            size = np.full((len(reference), 1), float(prod(reference.shape[1:])))
-            differing = (reference != candidate).reshape(len(reference), -1).sum(axis=1, dtype=np.float64)[:, None]
+            size, differing = self._counted(reference, candidate)
             nothing = np.zeros_like(size)
             return size, nothing, differing, nothing, nothing
         known = np.isfinite(real(reference))
@@ -111,6 +121,18 @@ class Layout:
         known = block(known, self.axis)
         centred, candidate_centred = (np.where(known, array - mean, 0) for array in (r, c))
         return tuple(_squares(part) for part in (centred, candidate_centred, c - r, r, c))
+
+    def _counted(self, reference: Array, candidate: Array) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+        """How often each row of integers has each value, and how often the candidate then has another one."""
+        rows, count = len(reference), 1 if self.values is None else len(self.values)
+        ours, theirs = (array.reshape(rows, -1) for array in (reference, candidate))
+        channel = np.zeros(ours.shape, np.intp) if self.values is None else np.searchsorted(self.values, ours)
+        places = (np.minimum(channel, count - 1) + count * np.arange(rows)[:, None]).ravel()
+        sizes, differing = (
+            np.bincount(chosen, minlength=rows * count).astype(np.float64).reshape(rows, count)
+            for chosen in (places, places[(ours != theirs).ravel()])
+        )
+        return sizes, differing
 
 
 def layouts(reference: Sequence[Array], names: Sequence[str] = ()) -> tuple[Layout, ...]:
@@ -158,17 +180,29 @@ def _layout(output: Array, name: str) -> Layout:
     first = np.asarray(output[0])
     dimensions = first.ndim + 1
     whole = (np.arange(1),)
-    if kind(output) not in "fc":
-        return Layout(name, None, None, whole, dimensions)
     size = max(1, first.size)
     scanned = output[:: max(1, len(output) * size // SCANNED_ELEMENTS)]
+    if kind(output) not in "fc":
+        values = _values(scanned)
+        return Layout(name, None, None, whole if values is None else (np.arange(len(values)),), dimensions, values)
     best, spread = Layout(name, None, _mean(output, None), whole, dimensions), (0.0, 0.0)
+    across: Layout | None = None
     for axis in _channel_axes(output):
         layout = Layout(name, axis, _mean(output, axis), (np.arange(_length(output, axis)),), dimensions)
         groups, gap, deviation = _grouped(layout, scanned)
         if (gap, deviation) > spread or best.axis is None:
-            best, spread = Layout(name, axis, layout.mean, groups, dimensions), (gap, deviation)
-    return best
+            best, layout = replace(layout, groups=groups), best
+            spread = gap, deviation
+        across = layout if layout.axis is not None else across
+    return replace(best, across=across if dimensions == 3 else None)
+
+
+def _values(output: Array) -> NDArray[Any] | None:
+    """All values of an integer output; ``None`` if they are many, as token ids are, or of varying size."""
+    if output.dtype == object or output.dtype.kind not in "iub":
+        return None
+    values = np.unique(output)
+    return values if 1 < len(values) <= MOST_VALUES else None
 
 
 def _channel_axes(output: Array) -> list[int]:

@@ -6,7 +6,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from corewise.accuracy.classification import first, probability_threshold
-from corewise.accuracy.labels import UnfitLabel, class_axis, counted, sample_name
+from corewise.accuracy.labels import IGNORED, UnfitLabel, class_axis, counted, sample_name
 from corewise.accuracy.outputs import Array
 from corewise.accuracy.pooled import Pooled, mean_share_of
 from corewise.common.errors import MetricError, MissingExtra, SamplesError
@@ -23,7 +23,8 @@ def miou(outputs: Any, labels: Any) -> Pooled:
     Args:
         outputs: First array: class scores (N, C, H, W) or (N, H, W, C), classes (N, H, W), or one score for each
             pixel (N, 1, H, W); maps smaller than the labels by a whole factor are enlarged to the nearest pixel.
-        labels: Classes, integers (N, H, W), also of varying size; negative ones and 255 do not count.
+        labels: Classes, integers (N, H, W), also of varying size; negative ones and 255 do not count. Where there are
+            two classes and labels are only 0 and 255, as pictures of masks have them, 255 is the second class.
     """
     maps = first(outputs)
     if labels is None:
@@ -32,10 +33,16 @@ def miou(outputs: Any, labels: Any) -> Pooled:
     predicted = [
         _classes(np.asarray(row), label, index) for index, (row, label) in enumerate(zip(maps, truth, strict=True))
     ]
+    classes = _class_count(np.asarray(maps[0]), truth[0])
+    if classes == 2 and {int(value) for label in truth for value in np.unique(label)} == {0, IGNORED}:
+        truth = [(label == IGNORED).astype(np.int64) for label in truth]
     pairs = list(zip(predicted, truth, strict=True))
-    count = 1 + max(
-        max(int(predicted.max()), int(label[counted(label, 0)].max(initial=0))) for predicted, label in pairs
-    )
+    highest = [int(label[counted(label, 0)].max(initial=0)) for label in truth]
+    if classes is not None and max(highest) >= classes:
+        row = int(np.argmax(highest))
+        what = f"the label of {sample_name(row)} has class {highest[row]}, the model's classes are 0..{classes - 1}"
+        raise UnfitLabel(row, what, "give the labels the model was trained on")
+    count = 1 + max(*highest, *(int(each.max()) for each in predicted))
     sums = [_overlap(predicted, label, count) for predicted, label in pairs]
     return mean_share_of(np.stack([both for both, _ in sums]), np.stack([either for _, either in sums]))
 
@@ -113,9 +120,7 @@ def _peak(labels: list[Array]) -> float:
 def _classes(scores: Array, label: Array, row: int) -> NDArray[np.int64]:
     """The class of each pixel of the label, from one sample's output."""
     if scores.ndim == label.ndim + 1:
-        axis = class_axis(scores.shape, label.shape)
-        if axis is None:
-            axis = 0 if scores.shape[0] < scores.shape[-1] else scores.ndim - 1
+        axis = _score_axis(scores, label)
         if scores.shape[axis] == 1:
             classes = scores.squeeze(axis) > probability_threshold(scores)
         else:
@@ -136,6 +141,20 @@ def _classes(scores: Array, label: Array, row: int) -> NDArray[np.int64]:
         what = f"the map of {sample_name(row)} is {classes.shape}, its label {label.shape}"
         raise UnfitLabel(row, what, "give labels in the size of the output, or a whole multiple of it")
     return np.asarray(classes.repeat(factors[0], 0).repeat(factors[1], 1), np.int64)
+
+
+def _class_count(scores: Array, label: Array) -> int | None:
+    """How many classes one sample's scores have; ``None`` where the output is classes."""
+    if scores.ndim != label.ndim + 1:
+        return None
+    return max(2, int(scores.shape[_score_axis(scores, label)]))
+
+
+def _score_axis(scores: Array, label: Array) -> int:
+    axis = class_axis(scores.shape, label.shape)
+    if axis is not None:
+        return axis
+    return 0 if scores.shape[0] < scores.shape[-1] else scores.ndim - 1
 
 
 def _overlap(predicted: Array, label: Array, classes: int) -> tuple[NDArray[np.float64], NDArray[np.float64]]:

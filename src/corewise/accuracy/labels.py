@@ -159,6 +159,8 @@ def chance(metric: str, scores: Array, samples: int) -> tuple[float, float] | No
         samples: How many samples were scored.
     """
     classes = scores.shape[1] if scores.ndim > 1 and scores.dtype != object else 2
+    if metric == "miou":
+        return _chance_of_maps(scores)
     guesses = {"top1": 1 / classes, "top5": 5 / classes, "auc": 0.5, "pearson": 0.0, "spearman": 0.0, "map": 0.0}
     guess = guesses.get(metric)
     if guess is None or guess >= 1:
@@ -169,3 +171,11 @@ def chance(metric: str, scores: Array, samples: int) -> tuple[float, float] | No
         return guess, NO_CORRELATION / sqrt(samples)
     # Twice what guessing scores, and never within the noise of guessing; half for two or three classes.
     return guess, max(min(2 * guess, 0.5), guess + 2 * sqrt(guess * (1 - guess) / samples))
+
+
+def _chance_of_maps(scores: Array) -> tuple[float, float] | None:
+    """What maps of random classes score by ``miou``, and what maps of a single class may score."""
+    if scores.ndim != 4:
+        return None
+    classes = max(2, min(scores.shape[1], scores.shape[3]))
+    return 1 / (2 * classes - 1), 1 / classes

@@ -121,10 +121,12 @@ def default(outputs: Any, labels: Array | None) -> Metric:
 
 
 def is_embeddings(output: Array) -> bool:
-    """Whether the output can be embeddings of norm 1: (N, D), some numbers negative."""
-    if not is_class_scores(output) or not (output < 0).any():
+    """Whether the output can be embeddings of norm 1: (N, D), and no shares of 1, as probabilities of classes are."""
+    if not is_class_scores(output):
         return False
-    return bool((np.abs(np.linalg.norm(output.astype(np.float64), axis=1) - 1) < UNIT).all())
+    wide = output.astype(np.float64)
+    shares = not (wide < 0).any() and (np.abs(wide.sum(axis=1) - 1) < UNIT).all()
+    return not shares and bool((np.abs(np.linalg.norm(wide, axis=1) - 1) < UNIT).all())
 
 
 def suggested(outputs: Any) -> tuple[str, ...]:

@@ -28,7 +28,7 @@ from corewise.common.errors import ArtifactError, OutputError
 from corewise.common.nested import Structure
 from corewise.engines import Session
 from corewise.pipeline.calls import CostTable
-from corewise.records.build import Build, Plan, TensorSpec
+from corewise.records.build import Build, ElasticPlan, Plan, TensorSpec
 from corewise.records.cpu import Cpu
 from corewise.records.jsonable import from_json, to_json
 from corewise.records.pipeline import PhotoPlan, TextPipeline
@@ -93,6 +93,8 @@ class Manifest:
     """What inputs and outputs were like in the search (``watch``); ``None`` in artifacts of versions without it."""
     call_costs: CostTable | None = None
     """What calls of texts cost under ``plan``; ``None`` where that was not measured, and in older artifacts."""
+    elastic: ElasticPlan | None = None
+    """Two layouts that are open in place of ``plan``; ``None`` where one is as good, and in older artifacts."""
 
 
 @dataclass(frozen=True, kw_only=True)

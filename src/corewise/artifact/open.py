@@ -46,8 +46,8 @@ def load(
 
     Every hash and the CPU are checked before anything is opened; nothing is unpickled or compiled. It runs the plan
     that ``retune`` found on this machine, or else the one it was made with, and warns if that plan was measured on
-    another machine. If ``retune`` found an elastic plan, a call that is alone takes all cores, and calls from many
-    threads share them. It works in the process that opened it: a child that is forked later loads it itself.
+    another machine. If that plan is elastic, a call that is alone takes all cores, and calls from many threads share
+    them. It works in the process that opened it: a child that is forked later loads it itself.
 
     Args:
         folder: the artifact.
@@ -85,6 +85,27 @@ def load(
         fit = tuned.for_photos(artifact, cpu)
     for warning in fit.warnings:
         warnings.warn(warning, stacklevel=2)
+    return _opened(artifact, fit, cpu, model, check_finite, preprocess)
+
+
+def load_for_bulk(folder: Path, *, preprocess: str | None = None, photos: bool = False) -> Model:
+    """``load`` for a job that leaves no core idle. Raises as ``load``."""
+    cpu = inspect_cpu()
+    artifact = read(folder, cpu=cpu)
+    fit = tuned.for_photos(artifact, cpu) if photos else tuned.for_bulk(artifact, cpu)
+    for warning in fit.warnings:
+        warnings.warn(warning, stacklevel=2)
+    return _opened(artifact, fit, cpu, preprocess=preprocess)
+
+
+def _opened(
+    artifact: Artifact,
+    fit: tuned.Fit,
+    cpu: Cpu,
+    model: Any = None,
+    check_finite: bool = True,
+    preprocess: str | Callable[[Any], Any] | None = None,
+) -> Model:
     session = _open(artifact, fit, cpu, model)
     return Model(
         session,
@@ -219,9 +240,9 @@ def _open(artifact: Artifact, fit: tuned.Fit, cpu: Cpu, model: Any) -> Session:
     check_available(build.engine, f"opening {artifact.folder}")
     fix = REBUILD if model is None else "give the model that it was made from"
     with guard(ArtifactError, f"{artifact.folder} cannot be opened here", fix):
-        if fit.elastic is None or fit.tuned is None:
+        if fit.elastic is None:
             return open_plan(opener(artifact, model), payload, build, fit.plan, cpu)
-        divided = tuned.partitions(fit.elastic, fit.tuned.measurements)
+        divided = tuned.partitions(fit.elastic, tuned.measured(artifact, fit))
         return open_elastic(opener(artifact, model), payload, build, fit.elastic, divided, cpu)
 
 

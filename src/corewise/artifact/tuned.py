@@ -15,11 +15,12 @@ from pathlib import Path
 from typing import Any
 
 from corewise.artifact import TUNED, TUNED_NEW, Artifact, digest, identity
-from corewise.batching import LatencyTable, Partitions
+from corewise.batching import ElasticTables, LatencyTable, Partitions
 from corewise.common.errors import ArtifactError, InputError, OutputError
 from corewise.machine.layouts import ThreadLayout, most_threads, warning
 from corewise.records.build import ElasticPlan, Plan
 from corewise.records.cpu import Cpu
+from corewise.records.goal import GoalName, Throughput
 from corewise.records.jsonable import from_json, to_json
 from corewise.records.measurement import Measurement
 from corewise.records.schema_1 import upgrade_measurement
@@ -43,7 +44,7 @@ class Fit:
     """The entry that the plan comes from; ``None`` if it is the manifest's."""
     warnings: tuple[str, ...]
     elastic: ElasticPlan | None = None
-    """What a loaded model runs in place of the plan."""
+    """What runs in place of the plan."""
 
 
 def fit(artifact: Artifact, cpu: Cpu) -> Fit:
@@ -62,7 +63,8 @@ def fit(artifact: Artifact, cpu: Cpu) -> Fit:
     except ArtifactError as error:
         warnings.append(f"{error.what}, so its plans are not used; {error.fix}")
     if here == there:
-        return Fit(plan=manifest, tuned=None, warnings=(*warnings, *_crowded(artifact, manifest, cpu)))
+        crowded = _crowded(artifact, manifest, cpu)
+        return Fit(plan=manifest, tuned=None, warnings=(*warnings, *crowded), elastic=artifact.manifest.elastic)
     plan = _cut_down(manifest, cpu)
     before, now = there.against(here)
     reduced = "" if plan == manifest else f", and its plan was reduced to {plan.label}"
@@ -109,11 +111,30 @@ def asked(
 
 
 def for_photos(artifact: Artifact, cpu: Cpu) -> Fit:
-    """The plan for photos from files, if one was measured on such a machine; else ``fit``."""
-    planned, photos = fit(artifact, cpu), artifact.manifest.photos
+    """The plan for photos from files, if one was measured on such a machine; else ``for_bulk``."""
+    photos = artifact.manifest.photos
     if photos is None or Machine.of(cpu) != Machine.of(artifact.report.cpu):
-        return planned
+        return for_bulk(artifact, cpu)
     return Fit(plan=photos.plan, tuned=None, warnings=_crowded(artifact, photos.plan, cpu))
+
+
+def for_bulk(artifact: Artifact, cpu: Cpu) -> Fit:
+    """The plan for work that leaves no core idle (``bulk_plan``)."""
+    planned = fit(artifact, cpu)
+    if planned.elastic is None:
+        return planned
+    goal = planned.tuned.goal if planned.tuned else artifact.report.requirements.goal.name
+    best = bulk_plan(planned.plan, planned.elastic, goal, measured(artifact, planned))
+    return replace(planned, plan=best, elastic=None)
+
+
+def bulk_plan(plan: Plan, elastic: ElasticPlan | None, goal: GoalName, measurements: Sequence[Measurement]) -> Plan:
+    """Of an elastic plan, the layout that does most items per second; for throughput the plan has won a race."""
+    if elastic is None or goal == Throughput.name:
+        return plan
+    full = [measurement for measurement in measurements if measurement.plan in (elastic.wide, elastic.narrow)]
+    best = max(full, key=lambda measurement: measurement.throughput_per_s, default=None)
+    return best.plan if best else plan
 
 
 def latency_table(artifact: Artifact, fit: Fit) -> LatencyTable:
@@ -121,11 +142,9 @@ def latency_table(artifact: Artifact, fit: Fit) -> LatencyTable:
 
     Raises ``ArtifactError`` if nothing was measured with them.
     """
-    made = artifact.report.winner.measurements
-    measured = fit.tuned.measurements if fit.tuned else made
-    chosen = _alike(fit.plan, measured)
+    chosen = _alike(fit.plan, measured(artifact, fit))
     if not chosen and fit.tuned and fit.tuned.machine == Machine.of(artifact.report.cpu):
-        chosen = _alike(fit.plan, made)
+        chosen = _alike(fit.plan, artifact.report.winner.measurements)
     if not chosen:
         raise ArtifactError(
             f"{artifact.folder} has no measurement with {fit.plan.label}", f"run corewise retune {artifact.folder}"
@@ -133,18 +152,46 @@ def latency_table(artifact: Artifact, fit: Fit) -> LatencyTable:
     return LatencyTable.of(chosen)
 
 
+def measured(artifact: Artifact, fit: Fit) -> tuple[Measurement, ...]:
+    """The measurements that the plan was chosen from, with those of an elastic plan."""
+    if fit.tuned:
+        return fit.tuned.measurements
+    report = artifact.report
+    elasticity = report.choice.elasticity
+    return (*report.winner.measurements, *(elasticity.measurements if elasticity else ()))
+
+
 def partitions(elastic: ElasticPlan, measurements: Sequence[Measurement]) -> Partitions:
     """How an elastic plan divides its cores, by the measured times of both layouts (p50).
 
     Raises ``ValueError`` if a layout was not measured with calls of one row.
     """
-    tables = {}
+    return elastic_tables(elastic, measurements).partitions
+
+
+def elastic_tables(elastic: ElasticPlan, measurements: Sequence[Measurement]) -> ElasticTables:
+    """The measured times of an elastic plan. Raises ``ValueError`` as ``partitions``."""
+    found = []
     for plan in (elastic.wide, elastic.narrow):
-        measured = [m for m in _alike(plan, measurements) if m.plan.batch <= plan.batch]
-        if not any(m.plan.batch == 1 for m in measured):
+        found.append([m for m in _alike(plan, measurements) if m.plan.batch <= plan.batch])
+        if not any(m.plan.batch == 1 for m in found[-1]):
             raise ValueError(f"{plan.label} was not measured with calls of one row")
-        tables[plan.threads_per_instance] = LatencyTable.of(measured, "p50_ms")
-    return Partitions(tables, cores=elastic.wide.threads_per_instance)
+    wide, narrow = found
+    return ElasticTables(
+        cores=elastic.wide.threads_per_instance,
+        threads=elastic.narrow.threads_per_instance,
+        wide=LatencyTable.of(wide, "p50_ms"),
+        narrow=LatencyTable.of(narrow, "p50_ms"),
+        wide_slow=LatencyTable.of(wide),
+    )
+
+
+def for_requests(artifact: Artifact, fit: Fit) -> tuple[Fit, ElasticTables | None]:
+    """The plan whose instances answer requests, and the tables of an elastic plan, whose narrow layout that is."""
+    if fit.elastic is None:
+        return fit, None
+    tables = elastic_tables(fit.elastic, measured(artifact, fit))
+    return replace(fit, plan=fit.elastic.narrow), tables
 
 
 def usable_table(artifact: Artifact, fit: Fit, cpu: Cpu) -> tuple[LatencyTable, tuple[str, ...]]:

@@ -67,12 +67,14 @@ def loadtest(
             f"{folder} holds the weights of a model that could not be exported, but not its code",
             "a load test needs a model that can be exported",
         )
+    fit, tables = tuned.for_requests(artifact, fit)
     table, notes = tuned.usable_table(artifact, fit, cpu)
     with tempfile.TemporaryDirectory(prefix="corewise-") as name:
         workspace = Workspace(Path(name))
         golden_samples(artifact).save(workspace.holdout)
         with Worker(cpu=cpu, log=workspace.folder / "log", timeout_s=TIMEOUT_S + 2 * duration_s) as worker:
-            worker.open((artifact.folder / PAYLOAD).resolve(), build, fit.plan)
+            wide = None if fit.elastic is None else fit.elastic.wide
+            worker.open((artifact.folder / PAYLOAD).resolve(), build, fit.plan, wide)
             run = worker.load(
                 workspace.holdout,
                 fit.plan,
@@ -81,5 +83,7 @@ def loadtest(
                 rate_per_s=rate_per_s,
                 clients=clients,
                 slo_ms=slo_ms,
+                elastic=tables,
             )
-    return LoadTest(run=run, call_ms=table.latency_ms(1), notes=(*fit.warnings, *notes))
+    call_ms = min(one.latency_ms(1) for one in (table, *((tables.wide_slow,) if tables else ())))
+    return LoadTest(run=run, call_ms=call_ms, notes=(*fit.warnings, *notes), elastic=fit.elastic)

@@ -1,9 +1,11 @@
 """Requests to batches, under deadlines: a pure ``policy`` that decides, a ``runner`` that drives instances by it.
 
-``partition`` and ``elastic`` decide how calls share the cores where several thread layouts are open.
+``partition`` and ``elastic`` decide how calls share the cores where several thread layouts are open, and
+``elastic_queue`` how requests do.
 """
 
 from corewise.batching.elastic import ElasticPolicy
+from corewise.batching.elastic_queue import ElasticQueue, ElasticTables, policy_of
 from corewise.batching.partition import Partitions
 from corewise.batching.policy import Accepted, Batch, Dropped, LatencyTable, Policy, Reason, Refused, Request
 from corewise.batching.runner import Answer, Batcher, CallFailed, InstanceDied, NotServed, Run
@@ -16,6 +18,8 @@ __all__ = [
     "CallFailed",
     "Dropped",
     "ElasticPolicy",
+    "ElasticQueue",
+    "ElasticTables",
     "InstanceDied",
     "LatencyTable",
     "NotServed",
@@ -25,4 +29,5 @@ __all__ = [
     "Refused",
     "Request",
     "Run",
+    "policy_of",
 ]

@@ -11,6 +11,54 @@ from corewise.batching.partition import Part, Partitions
 
 MEMORY = 32
 """The rate of arrivals is that of the time in which so many calls of one row run, the last ones weighing most."""
+LATER = 1.25
+"""Calls have all cores one by one only if the last one ends no later than so many times the other ways."""
+MOST_LOAD = 0.95
+"""Of the load at which waits are estimated: at 1 they would have no end."""
+
+
+class Arrivals:
+    """How many come per second while others run or wait: of one caller that waits for each answer, none."""
+
+    def __init__(self, call_s: float) -> None:
+        """``call_s`` is the time of a call of one row on all cores."""
+        self._call_s, self._memory_s = call_s, MEMORY * call_s
+        self._now_s = 0.0
+        self._count = self._busy_s = 0.0
+        """Arrivals while something ran or waited, and how long that was; both decay with time."""
+
+    @property
+    def per_s(self) -> float:
+        """The rate of late."""
+        return self._count / (self._busy_s + self._call_s)
+
+    def reach(self, now_s: float, *, is_busy: bool) -> None:
+        """It is ``now_s``, and something ran or waited until now, or not."""
+        kept = exp(-max(0.0, now_s - self._now_s) / self._memory_s)
+        self._count *= kept
+        self._busy_s = self._busy_s * kept + (1 - kept) * self._memory_s * is_busy
+        self._now_s = max(self._now_s, now_s)
+
+    def note(self) -> None:
+        """One came while others ran or waited."""
+        self._count += 1
+
+    def wait_s(self, count: int, busy_s: float, each_s: float) -> float:
+        """The waits of those who come while ``count`` calls have all cores, and of those behind them, together.
+
+        The cores are busy for ``busy_s``, where they would be for ``each_s`` for each call if many ran. What they are
+        busy longer, all have to wait for who come before they are idle again.
+        """
+        waits_s = busy_s / 2 + max(0.0, busy_s - count * each_s)
+        return self.per_s * busy_s * waits_s / (1 - min(MOST_LOAD, self.per_s * each_s))
+
+    def beside_s(self, count: int, room: int, busy_s: float, each_s: float, longer_s: float) -> float:
+        """As ``wait_s``, where the cores have room for ``room`` calls, each of which takes so much longer there."""
+        comers = self.per_s * busy_s
+        if count >= room or not comers:
+            return self.wait_s(count, busy_s, each_s)
+        late = max(0.0, 1 - (room - count) / comers)
+        return comers * longer_s + late * self.wait_s(room, busy_s, each_s)
 
 
 class Start(NamedTuple):
@@ -34,15 +82,13 @@ class ElasticPolicy:
         """Cores on which nothing runs."""
         self._waiting: dict[int, int] = {}
         """Rows of each waiting call that have not started."""
-        self._now_s = 0.0
-        self._call_s = partitions.seconds(partitions.cores, 1)
-        self._arrivals = self._busy_s = 0.0
-        """Arrivals while something ran or waited, and how long that was; both decay with time."""
+        self._arrivals = Arrivals(partitions.seconds(partitions.cores, 1))
 
     def arrive(self, call: int, rows: int, now_s: float) -> None:
         """A call of so many rows, at least 1, waits from now on."""
         self._reach(now_s)
-        self._arrivals += self._busy
+        if self._busy:
+            self._arrivals.note()
         self._waiting[call] = rows
 
     def leave(self, call: int) -> None:
@@ -63,8 +109,10 @@ class ElasticPolicy:
         while self._waiting and self.free >= self._partitions.threads[0]:
             call, rows = next(iter(self._waiting.items()))
             del self._waiting[call]
-            expected = self._rate_per_s * self._partitions.seconds(self.free, rows)
+            expected = self._arrivals.per_s * self._partitions.seconds(self.free, rows)
             share = self._partitions.share(self.free, rows, 1 + len(self._waiting) + expected)
+            if self._is_wide_sooner(share, rows):
+                share = self.free
             for part in self._partitions.split(share, rows):
                 started.append(Start(call, part))
                 self.free -= part.threads
@@ -73,18 +121,28 @@ class ElasticPolicy:
                 self._waiting[call] = rows
         return started
 
+    def _is_wide_sooner(self, share: int, rows: int) -> bool:
+        """Whether waiting calls, if all had so many rows, end sooner one by one on all cores than side by side.
+
+        By the sum of their latencies, with those of the calls that are expected meanwhile.
+        """
+        cores, count = self._partitions.cores, 1 + len(self._waiting)
+        if self.free < cores or share == cores:
+            return False
+        beside = cores // share
+        rounds = -(-count // beside)
+        wide_s, narrow_s = self._partitions.seconds(cores, rows), self._partitions.seconds(share, rows)
+        if count * wide_s > LATER * rounds * narrow_s:
+            return False
+        each_s, last = narrow_s / beside, count - (rounds - 1) * beside
+        wide_cost_s = wide_s * count * (count + 1) / 2 + self._arrivals.wait_s(count, count * wide_s, each_s)
+        narrow_cost_s = narrow_s * (beside * rounds * (rounds - 1) / 2 + rounds * last)
+        comers_s = self._arrivals.beside_s(count, beside, rounds * narrow_s, each_s, narrow_s - wide_s)
+        return wide_cost_s < narrow_cost_s + comers_s
+
     @property
     def _busy(self) -> bool:
         return bool(self._waiting) or self.free < self._partitions.cores
 
-    @property
-    def _rate_per_s(self) -> float:
-        """Arrivals per second while calls ran: of one caller that waits for each answer, none."""
-        return self._arrivals / (self._busy_s + self._call_s)
-
     def _reach(self, now_s: float) -> None:
-        memory_s = MEMORY * self._call_s
-        kept = exp(-max(0.0, now_s - self._now_s) / memory_s)
-        self._arrivals *= kept
-        self._busy_s = self._busy_s * kept + (1 - kept) * memory_s * self._busy
-        self._now_s = max(self._now_s, now_s)
+        self._arrivals.reach(now_s, is_busy=self._busy)

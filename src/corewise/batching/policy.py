@@ -123,7 +123,7 @@ class Batch:
     dropped: tuple[Dropped, ...] = ()
 
 
-class _Place(NamedTuple):
+class Place(NamedTuple):
     """A place in the queue; places sort by deadline, priority and arrival."""
 
     deadline_s: float
@@ -142,7 +142,7 @@ class _Plan(NamedTuple):
     """A schedule played through, up to the first call that one more request at the end of the queue might join."""
 
     free_s: list[float]
-    rest: list[_Place]
+    rest: list[Place]
     late_s: float
     """The most that a call so far is late; below 0 if all are early."""
 
@@ -168,13 +168,15 @@ class Policy:
         """Predicted duration of calls over their measured duration; at least 1."""
         self._max_batch, self._max_waiting, self._shared = max_batch, max_waiting, shared
         self._measured_s = [0.0, *(curve.latency_ms(rows) / 1e3 for rows in range(1, max_batch + 1))]
+        self._least_s = self._measured_s
+        """Of a call that is alone, as measured."""
         self._row_s = min(seconds / rows for rows, seconds in enumerate(self._measured_s) if rows)
         """Of a row in the most efficient call, as measured."""
         self._seconds = self._measured_s
         """``_measured_s`` times ``slowness``."""
         self._times = deque([1.0] * REMEMBERED, REMEMBERED)
         """Duration of the last calls over their measured duration."""
-        self._waiting: list[_Place] = []
+        self._waiting: list[Place] = []
         self._yields: Counter[int] = Counter()
         """Number of waiting requests by negated priority."""
         self._kinds: Counter[tuple[Hashable, int]] = Counter()
@@ -197,9 +199,7 @@ class Policy:
         """An instance's call has ended, after ``took_s`` if it succeeded; or a new instance is ready."""
         rows = self._rows.pop(instance, 0)
         if took_s is not None and rows:
-            self._times.append(took_s / self._measured_s[rows])
-            self.slowness = max(1.0, nlargest(RARE, self._times)[-1])
-            self._seconds = [self.slowness * seconds for seconds in self._measured_s]
+            self._note_slowness(took_s / self._measured_s[rows])
         self._end_s[instance] = self._plan = None
 
     def leave(self, instance: int) -> None:
@@ -213,8 +213,8 @@ class Policy:
         expired = self.expire(now_s)
         if (never := self._never(request, now_s)) is not None:
             return Refused(reason=never, dropped=expired)
-        place = _Place(request.deadline_s, -request.priority, next(self._arrivals), request)
-        displaced: list[_Place] = []
+        place = Place(request.deadline_s, -request.priority, next(self._arrivals), request)
+        displaced: list[Place] = []
         fit = self._fit(place, displaced, now_s)
         if isinstance(fit, Refused):
             if place.yields >= max(self._yields, default=place.yields):
@@ -237,7 +237,7 @@ class Policy:
         self._yields[place.yields] += 1
         self._kinds[request.group, request.rows] += 1
         self.waiting_rows += request.rows
-        self.next_expiry_s = min(self.next_expiry_s, request.deadline_s - self._measured_s[request.rows])
+        self.next_expiry_s = min(self.next_expiry_s, request.deadline_s - self._least_s[request.rows])
         return Accepted(dropped=dropped) if dropped else ACCEPTED
 
     def expected_s(self, now_s: float, ahead_rows: int = 0) -> float:
@@ -250,6 +250,12 @@ class Policy:
         busy_s += calls * self._seconds[self._max_batch if self._shared else 1]
         return busy_s / len(free_s) + self._seconds[rest + 1]
 
+    def turn(self, now_s: float) -> int | None:
+        """The idle instance that ``next_batch`` is for; ``None`` if nothing waits, or nothing can start now."""
+        if not self._waiting:
+            return None
+        return next((instance for instance, end_s in self._end_s.items() if end_s is None), None)
+
     def next_batch(self, instance: int, now_s: float) -> Batch:
         """The next call of an idle instance: the most urgent request and those of its group that follow it.
 
@@ -259,13 +265,9 @@ class Policy:
         dropped = self.expire(now_s)
         if not self._waiting:
             return Batch(requests=(), end_s=now_s, dropped=dropped)
-        taken, self._waiting, _ = self._split(self._waiting, now_s, self._free_s(now_s))
-        rows = _rows(taken)
-        self.waiting_rows -= rows
-        self._forget(taken)
-        self._rows[instance] = rows
+        taken, left, _ = self._split(self._waiting, now_s, self._free_s(now_s))
+        rows = self._rows[instance] = self._take(taken, left)
         end_s = self._end_s[instance] = now_s + self._seconds[rows]
-        self._plan = None
         return Batch(requests=tuple(place.request for place in taken), end_s=end_s, dropped=dropped)
 
     def cancel(self, request_id: int) -> None:
@@ -276,9 +278,9 @@ class Policy:
         """Drop requests that would be late even if they ran now, alone and as fast as measured."""
         if now_s < self.next_expiry_s:
             return ()
-        late = [place for place in self._waiting if now_s + self._measured_s[place.request.rows] > place.deadline_s]
+        late = [place for place in self._waiting if now_s + self._least_s[place.request.rows] > place.deadline_s]
         dropped = self._drop(late, "expired")
-        starts = (place.deadline_s - self._measured_s[place.request.rows] for place in self._waiting)
+        starts = (place.deadline_s - self._least_s[place.request.rows] for place in self._waiting)
         self.next_expiry_s = min(starts, default=inf)
         return dropped
 
@@ -294,9 +296,9 @@ class Policy:
             return "too large"
         if not self._end_s:
             return "no instance"
-        return "too urgent" if now_s + self._measured_s[request.rows] > request.deadline_s else None
+        return "too urgent" if now_s + self._least_s[request.rows] > request.deadline_s else None
 
-    def _fit(self, place: _Place, without: list[_Place], now_s: float) -> tuple[_Place, _Plan] | Refused:
+    def _fit(self, place: Place, without: list[Place], now_s: float) -> tuple[Place, _Plan] | Refused:
         """The place with its room, and the plan with it, if the places to displace were gone."""
         free_s = self._free_s(now_s)
         request = place.request
@@ -318,7 +320,7 @@ class Policy:
                 ahead += other.rows
         rows = max(request.rows, -(-(ahead + request.rows) // idle))
         room_s = self._seconds[min(rows, self._max_batch)]
-        place = _Place(place.deadline_s, place.yields, place.arrival, request, room_s)
+        place = Place(place.deadline_s, place.yields, place.arrival, request, room_s)
         is_alike = (
             self._shared
             and request.rows == 1
@@ -338,7 +340,7 @@ class Policy:
         at_once = not others and idle_now
         return (place, plan) if late_s <= 0 or at_once else Refused(reason="overloaded", retry_after_s=late_s)
 
-    def _least_late_s(self, place: _Place, others: list[_Place], rows: int, free_s: list[float], now_s: float) -> float:
+    def _least_late_s(self, place: Place, others: list[Place], rows: int, free_s: list[float], now_s: float) -> float:
         """The least by which the last call would be late if every call of all rows were as efficient as can be."""
         least_s = rows * self._row_s * self.slowness
         end_s = (sum([max(now_s, free) for free in free_s]) + least_s) / len(free_s)
@@ -385,9 +387,7 @@ class Policy:
             rest = left
         return settled or _Plan(free_s, [], late_s), late_s
 
-    def _split(
-        self, waiting: list[_Place], now_s: float, free_s: list[float]
-    ) -> tuple[list[_Place], list[_Place], bool]:
+    def _split(self, waiting: list[Place], now_s: float, free_s: list[float]) -> tuple[list[Place], list[Place], bool]:
         """Split a queue that is not empty: the next call, the rest, and whether the call stays if the queue grows."""
         head = waiting[0]
         if not self._shared:
@@ -395,24 +395,14 @@ class Policy:
         most = bisect_right(self._seconds, head.deadline_s, key=lambda seconds: now_s + seconds) - 1
         if (idle := _idle(free_s, now_s)) > 1:
             most = min(most, ceil(_rows(waiting) / idle))
-        rows = 0
-        taken: list[_Place] = []
-        left: list[_Place] = []
-        for i, place in enumerate(waiting):
-            if place.request.group != head.request.group:
-                left.append(place)
-            elif taken and rows + place.request.rows > most:  # no later request of its group overtakes it
-                return taken, left + waiting[i:], idle <= 1
-            else:
-                taken.append(place)
-                rows += place.request.rows
-        return taken, left, idle <= 1 and rows >= most
+        taken, left, is_cut = cut(waiting, most)
+        return taken, left, idle <= 1 and (is_cut or _rows(taken) >= most)
 
     def _free_s(self, now_s: float) -> list[float]:
         """When each instance will be free. An overdue call is expected to need as long again as it is overdue."""
         return [now_s if end_s is None else max(end_s, 2 * now_s - end_s) for end_s in self._end_s.values()]
 
-    def _drop(self, places: list[_Place], reason: Reason) -> tuple[Dropped, ...]:
+    def _drop(self, places: list[Place], reason: Reason) -> tuple[Dropped, ...]:
         if not places:
             return ()
         gone = {place.arrival for place in places}
@@ -422,7 +412,22 @@ class Policy:
         self._plan = None
         return tuple(Dropped(request=place.request, reason=reason) for place in places)
 
-    def _forget(self, places: list[_Place]) -> None:
+    def _take(self, taken: list[Place], left: list[Place]) -> int:
+        """Leave only ``left`` in the queue; the rows of what was taken."""
+        rows = _rows(taken)
+        self._waiting = left
+        self.waiting_rows -= rows
+        self._forget(taken)
+        self._plan = None
+        return rows
+
+    def _note_slowness(self, ratio: float) -> None:
+        """A call took so many times as long as measured."""
+        self._times.append(ratio)
+        self.slowness = max(1.0, nlargest(RARE, self._times)[-1])
+        self._seconds = [self.slowness * seconds for seconds in self._measured_s]
+
+    def _forget(self, places: list[Place]) -> None:
         for place in places:
             kind = (place.request.group, place.request.rows)
             self._yields[place.yields] -= 1
@@ -433,7 +438,24 @@ class Policy:
                 del self._kinds[kind]
 
 
-def _rows(places: list[_Place]) -> int:
+def cut(waiting: list[Place], most: int) -> tuple[list[Place], list[Place], bool]:
+    """The first request and those of its group that follow, of ``most`` rows or one request; the rest; whether some of
+    the group are in it."""
+    head, rows = waiting[0], 0
+    taken: list[Place] = []
+    left: list[Place] = []
+    for i, place in enumerate(waiting):
+        if place.request.group != head.request.group:
+            left.append(place)
+        elif taken and rows + place.request.rows > most:  # no later request of its group overtakes it
+            return taken, left + waiting[i:], True
+        else:
+            taken.append(place)
+            rows += place.request.rows
+    return taken, left, False
+
+
+def _rows(places: list[Place]) -> int:
     return sum([place.request.rows for place in places])
 
 

@@ -38,12 +38,13 @@ class InstanceDied(CorewiseError):
 
 @dataclass(frozen=True, kw_only=True)
 class Answer:
-    """A request's own rows of the outputs, where its time went, and the rows of the whole call."""
+    """A request's own rows of the outputs, where its time went, and the instance and the rows of the whole call."""
 
     outputs: list[np.ndarray]
     waited_s: float
     ran_s: float
     batch_rows: int
+    instance: int = 0
 
 
 class _Job(NamedTuple):
@@ -53,10 +54,11 @@ class _Job(NamedTuple):
 
 
 class Batcher:
-    """Runs requests on instances as a fresh policy decides, with one thread for each instance.
+    """Runs requests on instances as a fresh policy decides, with as many threads as there are instances.
 
-    ``reopen(i)`` opens instance ``i`` again, in its thread, after it raised ``InstanceDied``; if it returns ``None`` or
-    raises, the other instances go on alone. Done callbacks of futures run in these threads and must be short.
+    Each instance runs one call at a time, in any of the threads. ``reopen(i)`` opens instance ``i`` again after it
+    raised ``InstanceDied``; if it returns ``None`` or raises, the other instances go on alone. Done callbacks of
+    futures run in these threads and must be short.
     """
 
     def __init__(
@@ -67,6 +69,7 @@ class Batcher:
         reopen: Callable[[int], Run | None] = lambda instance: None,
     ) -> None:
         self._policy = policy
+        self._runs = list(instances)
         self._reopen = reopen
         self._lock = threading.Lock()
         self._work = threading.Condition(self._lock)
@@ -82,7 +85,7 @@ class Batcher:
         self._ids = count()
         for i in range(len(instances)):
             policy.finished(i)
-        self._threads = [threading.Thread(target=self._serve, args=item, daemon=True) for item in enumerate(instances)]
+        self._threads = [threading.Thread(target=self._serve, daemon=True) for _ in instances]
         self._dropper = threading.Thread(target=self._fail_dropped, daemon=True)
         for thread in (*self._threads, self._dropper):
             thread.start()
@@ -162,6 +165,7 @@ class Batcher:
             dropped = self._policy.drop_all("draining")
             self._closed = True
             self._lose(dropped)
+            self._work.notify_all()
         self._dropper.join()
         return not dropped and not any(thread.is_alive() for thread in self._threads)
 
@@ -171,55 +175,70 @@ class Batcher:
     def __exit__(self, *error: object) -> None:
         self.close()
 
-    def _serve(self, instance: int, run: Run | None) -> None:
-        """The life of an instance's thread."""
-        while run is not None and (jobs := self._take(instance)):
+    def _serve(self) -> None:
+        """The life of a thread."""
+        while (taken := self._take()) is not None:
+            instance, jobs = taken
             started_s = monotonic()
-            answers, error = caught(_call, run, jobs)
+            answers, error = caught(_call, self._runs[instance], jobs)
             ran_s, rows = monotonic() - started_s, sum(len(job.inputs[0]) for job in jobs)
+            if not isinstance(error, InstanceDied):
+                # Before anyone is told: who asks again at once finds it idle.
+                with self._lock:
+                    self._policy.finished(instance, ran_s if error is None else None)
+                    self._wake_another()
             for job, outputs in zip(jobs, answers or [[]] * len(jobs), strict=True):
                 if error is None:
                     waited_s = started_s - job.submitted_s
-                    job.future.set_result(Answer(outputs=outputs, waited_s=waited_s, ran_s=ran_s, batch_rows=rows))
+                    answer = Answer(outputs=outputs, waited_s=waited_s, ran_s=ran_s, batch_rows=rows, instance=instance)
+                    job.future.set_result(answer)
                 else:
                     failure = CallFailed(f"the call with this request failed: {error!r}")
                     failure.__cause__ = error
                     job.future.set_exception(failure)
             if isinstance(error, InstanceDied):
-                run = self._replace(instance)
-            else:
-                with self._lock:
-                    self._policy.finished(instance, ran_s if error is None else None)
+                self._replace(instance)
 
-    def _take(self, instance: int) -> list[_Job]:
-        """The instance's next call as soon as there is one; empty when there will be none."""
+    def _take(self) -> tuple[int, list[_Job]] | None:
+        """The next call and its instance as soon as there is one; ``None`` when there will be none."""
         with self._lock:
             while True:
-                batch = self._policy.next_batch(instance, monotonic())
-                self._lose(batch.dropped)
-                taken = [self._jobs.pop(request.id) for request in batch.requests]
-                if jobs := [job for job in taken if job.future.set_running_or_notify_cancel()]:
-                    return jobs
-                if taken:
-                    self._policy.finished(instance)
-                elif self._policy.draining:
-                    return []
+                now_s = monotonic()
+                instance = self._policy.turn(now_s)
+                if instance is not None:
+                    batch = self._policy.next_batch(instance, now_s)
+                    self._lose(batch.dropped)
+                    taken = [self._jobs.pop(request.id) for request in batch.requests]
+                    if jobs := [job for job in taken if job.future.set_running_or_notify_cancel()]:
+                        self._wake_another()
+                        return instance, jobs
+                    if taken:
+                        self._policy.finished(instance)
+                elif self._policy.draining and not self._policy.waiting_rows:
+                    self._work.notify_all()
+                    return None
                 else:
                     self._idle += 1
                     self._work.wait()
                     self._idle -= 1
 
-    def _replace(self, instance: int) -> Run | None:
-        """The instance opened again. Meanwhile admission counts only on the others."""
+    def _wake_another(self) -> None:
+        """Have a thread that waits take the next call, if one can start."""
+        if self._idle and self._policy.turn(monotonic()) is not None:
+            self._work.notify()
+
+    def _replace(self, instance: int) -> None:
+        """Open an instance again. Meanwhile admission counts only on the others."""
         with self._lock:
             self._policy.leave(instance)
+            self._work.notify()
         run, _ = caught(self._reopen, instance)
         with self._lock:
             if run is not None:
+                self._runs[instance] = run
                 self._policy.finished(instance)
             elif not self._policy.instances:
                 self._lose(self._policy.drop_all("no instance"))
-        return run
 
     def _left(self, request_id: int) -> None:
         """Remove the request whose future was cancelled."""

@@ -11,12 +11,14 @@ from functools import cache
 from heapq import heapify, heappop, heappush
 from itertools import count
 from math import ceil, inf, sqrt
+from typing import NamedTuple
 
 import numpy as np
 
 from corewise.batching.elastic import ElasticPolicy
+from corewise.batching.elastic_queue import ElasticTables, policy_of
 from corewise.batching.partition import Part, Partitions
-from corewise.batching.policy import LatencyTable, Policy, Refused, Request
+from corewise.batching.policy import LatencyTable, Refused, Request
 from corewise.common.stats import quantile
 from corewise.records.measurement import SERVED, Measurement
 
@@ -49,6 +51,13 @@ class Simulated:
     """Answers in time per second, until the last answer."""
 
 
+class Wide(NamedTuple):
+    """What an elastic plan has beside the instances of the simulation: its tables, and what its wide calls take."""
+
+    tables: ElasticTables
+    service: Service
+
+
 def simulate_load(
     curve: LatencyTable,
     *,
@@ -59,13 +68,15 @@ def simulate_load(
     slo_ms: float = inf,
     max_batch: int,
     max_waiting: int,
+    wide: Wide | None = None,
     seed: int = 0,
 ) -> Simulated:
     """Offer requests of one row, each due ``slo_ms`` after its arrival, to a policy with that latency table.
 
-    Two rates with the same seed have the same arrivals, closer together or further apart.
+    With ``wide`` the policy is an ``ElasticQueue``. Two rates with the same seed have the same arrivals, closer
+    together or further apart.
     """
-    run = _Run(curve, service, instances, max_batch, max_waiting, seed)
+    run = _Run(curve, service, instances, max_batch, max_waiting, seed, wide)
     run.play(rate_per_s, requests, slo_ms / 1e3)
     return run.simulated(rate_per_s)
 
@@ -192,13 +203,20 @@ class _Run:
     """One simulation: a policy, and instances that it keeps busy as ``runner.Batcher`` does."""
 
     def __init__(
-        self, curve: LatencyTable, service: Service, instances: int, max_batch: int, max_waiting: int, seed: int
+        self,
+        curve: LatencyTable,
+        service: Service,
+        instances: int,
+        max_batch: int,
+        max_waiting: int,
+        seed: int,
+        wide: Wide | None = None,
     ) -> None:
-        self._policy = Policy(curve, max_batch=max_batch, max_waiting=max_waiting)
-        self._service = service
+        tables = None if wide is None else wide.tables
+        self._policy = policy_of(curve, tables, max_batch=max_batch, max_waiting=max_waiting)
+        self._services = [service] * instances + ([] if wide is None else [wide.service])
         self._gaps, self._calls = (np.random.default_rng([seed, which]) for which in (0, 1))
-        self._idle = list(range(instances))
-        for instance in self._idle:
+        for instance in range(len(self._services)):
             self._policy.finished(instance)
         self._ends: list[tuple[float, int, float, tuple[Request, ...]]] = []
         """End, instance, duration and requests of each running call."""
@@ -214,8 +232,7 @@ class _Run:
             self._finish(now_s)
             decision = self._policy.offer(Request(id=number, deadline_s=now_s + slo_s), now_s)
             self._lost += len(decision.dropped) + isinstance(decision, Refused)
-            if self._idle:
-                self._start(heappop(self._idle), now_s)
+            self._start(now_s)
             if self._lost + self._late > may_miss:
                 return False
         self._finish(inf)
@@ -242,13 +259,12 @@ class _Run:
                 self._latencies_s.append(now_s - self._arrivals_s[request.id])
                 self._late += now_s > request.deadline_s
             self._policy.finished(instance, took_s)
-            self._start(instance, now_s)
+            self._start(now_s)
 
-    def _start(self, instance: int, now_s: float) -> None:
-        batch = self._policy.next_batch(instance, now_s)
-        self._lost += len(batch.dropped)
-        if batch.requests:
-            seconds = self._service(len(batch.requests), self._calls)
-            heappush(self._ends, (now_s + seconds, instance, seconds, batch.requests))
-        else:
-            heappush(self._idle, instance)
+    def _start(self, now_s: float) -> None:
+        while (instance := self._policy.turn(now_s)) is not None:
+            batch = self._policy.next_batch(instance, now_s)
+            self._lost += len(batch.dropped)
+            if batch.requests:
+                seconds = self._services[instance](len(batch.requests), self._calls)
+                heappush(self._ends, (now_s + seconds, instance, seconds, batch.requests))

@@ -90,15 +90,22 @@ def _run(typed: list[str]) -> None:
     except CorewiseError as error:
         _complain(str(error))
         sys.exit(streams.FAILED)
-    except OSError as error:  # such as a name that is too long, or no folder for temporary files
-        where = f"{error.filename}: " if error.filename is not None else ""
-        _complain(f"{where}{error.strerror or error}; check the path, its permissions and the free space there")
+    except OSError as error:
+        _complain(_words(error))
         sys.exit(streams.FAILED)
     except KeyboardInterrupt:
         _complain("interrupted")
         sys.exit(INTERRUPTED)
     finally:
         sys.stdout.flush()
+
+
+def _words(error: OSError) -> str:
+    """What the system refused: a name that is too long, a folder for temporary files, a connection."""
+    what = f"{error.filename}: {error.strerror}" if error.filename is not None else error.strerror or str(error)
+    if error.errno is None or isinstance(error, ConnectionError | TimeoutError):
+        return what
+    return f"{what}; check the path, its permissions and the free space there"
 
 
 def _complain(text: str) -> None:

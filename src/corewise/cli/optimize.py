@@ -135,8 +135,8 @@ class LimitOptions:
             panel="Limits",
             metavar="TIME",
             parse=duration,
-            help="Time for the search, e.g. 90s, 5m or 1h. A short one judges with fewer samples. The race at its end "
-            "may take half a minute more.",
+            help="Time for the search, e.g. 90s, 5m or 1h. A short one judges with fewer samples. Below a minute, the "
+            "race at its end may take longer.",
             default="no limit",
         ),
     ] = None

@@ -457,6 +457,6 @@ class _Announcer:
             for note in model.notes:
                 print(f"note: {note}")
             build = model.manifest.build
-            plan = model.plan.label
+            plan = model.plan_label
             print(f"ready: {model.name}, version {model.version}: {build.engine} {build.precision}, {plan}")
         print(end="", flush=True)

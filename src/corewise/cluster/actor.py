@@ -60,7 +60,7 @@ class Answerer:
             raise OutputError(f"{task.output} is not the job's folder there", "write to a folder that all nodes share")
         if not isinstance(about, RemotePath) and not os.access(about.parent, os.W_OK | os.X_OK):
             raise OutputError(f"{task.output} cannot be written there", "make it writable for Ray's user")
-        fit = tuned.fit(artifact, cpu) if task.ask is None else tuned.for_photos(artifact, cpu)
+        fit = tuned.for_bulk(artifact, cpu) if task.ask is None else tuned.for_photos(artifact, cpu)
         source: PlanSource = "tuned before" if fit.tuned else "untuned"
         if not fit.tuned and Machine.of(artifact.report.cpu) == Machine.of(cpu):
             source = "made here"

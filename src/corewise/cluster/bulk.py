@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from corewise.artifact import Artifact, identity, read
-from corewise.artifact.open import load
+from corewise.artifact.open import load_for_bulk
 from corewise.artifact.photos import images_of
 from corewise.artifact.texts import text_pipeline
 from corewise.cluster.actor import runner_of
@@ -17,7 +17,7 @@ from corewise.pipeline import TOP, ImageAsk
 from corewise.pipeline.job import Job, check_job, count_rows, run_job
 from corewise.pipeline.parts import Counts
 from corewise.records.bulk import BulkOutlook, BulkProgress, BulkResult, OnProgress
-from corewise.samples.archives import is_archive
+from corewise.samples.archives import is_archive, is_sliced
 from corewise.samples.folders import list_files, list_images
 from corewise.samples.places import Place, RemotePath, place_of
 from corewise.samples.tables import READERS
@@ -152,21 +152,22 @@ class Bulk:
         paths = list_images(places) if images else list_files(places, READERS, "files of texts")
         if not images:
             _check_apart(out, places, paths)
+        in_folder = ray is not None or isinstance(out, RemotePath) or not out.suffix
         if ray is not None:
-            out = out.absolute()
             _check_spread(paths, draw)
         if draw is not None:
             _check_drawings(draw, places, paths)
         job = Job(
-            inputs=tuple(path.absolute() for path in paths) if ray is not None else tuple(paths),
-            output=out,
+            # In a folder parts say the same, whether they were made here or by nodes.
+            inputs=tuple(path.absolute() if in_folder else path for path in paths),
+            output=out.absolute() if in_folder else out,
             columns=columns,
             prompt=prompt,
             artifact=identity(folder),
             ask=ask if images else None,
             drawings=draw,
-            preprocess=preprocess if ray is None else _seen_by_all(preprocess),
-            folder=ray is not None or isinstance(out, RemotePath) or not out.suffix,
+            preprocess=_seen_by_all(preprocess) if in_folder else preprocess,
+            folder=in_folder,
         )
         check_job(job)
         return cls(artifact=artifact, job=job, ray=ray)
@@ -208,7 +209,8 @@ class Bulk:
         def on_rows(done: Counts) -> None:
             on_progress(BulkProgress(rows=done.rows, total=max(total, done.rows), failed=done.failed))
 
-        with load(self.artifact.folder, preprocess=self.job.preprocess, photos=self.job.ask is not None) as model:
+        job, folder = self.job, self.artifact.folder
+        with load_for_bulk(folder, preprocess=job.preprocess, photos=job.ask is not None) as model:
             runner = runner_of(model, self.artifact.folder)
             done = run_job(self.job, runner, max_failed=max_failed, on_rows=on_rows)
         return BulkResult(
@@ -238,12 +240,15 @@ def _check_foreign(folder: Path, options: Mapping[str, object], kind: str) -> No
 
 
 def _check_spread(paths: Iterable[Place], draw: Path | None) -> None:
-    """Raise ``InputError`` for what is done in one process only: reading tar files, and drawing."""
+    """Raise ``InputError`` for what is done in one process only: reading compressed tar files, and drawing."""
     if draw is not None:
         raise InputError("--draw does not go with --ray", "leave out one of them")
     for path in paths:
-        if is_archive(path):
-            raise InputError(f"{path} is a tar file, which is not read on a cluster", "unpack it, or leave out --ray")
+        if is_archive(path) and not is_sliced(path):
+            raise InputError(
+                f"{path} is a compressed tar file, which nodes cannot read in parts",
+                "unzip it, or leave out --ray",
+            )
 
 
 def _check_drawings(draw: Path, places: Iterable[str | Path], paths: Iterable[Place]) -> None:

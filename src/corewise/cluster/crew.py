@@ -36,6 +36,9 @@ class ActorLost(Exception):
 class Crew(Protocol):
     """Who does a job's parts. Handles and calls are opaque values."""
 
+    grows: bool
+    """Whether nodes may come."""
+
     @abstractmethod
     def nodes(self) -> list[Node]:
         """The living nodes."""
@@ -64,9 +67,10 @@ class Crew(Protocol):
 class RayCrew:
     """The crew of the cluster that this process is connected to."""
 
-    def __init__(self, reads_on: str | None) -> None:
+    def __init__(self, reads_on: str | None, *, grows: bool = True) -> None:
         """``reads_on`` is the id of the node on which the inputs are read, if it is one of the cluster's."""
         self._reads_on = reads_on
+        self.grows = grows
 
     def nodes(self) -> list[Node]:
         """The living nodes, each with the CPUs that Ray has there."""

@@ -55,7 +55,7 @@ def run_on_ray(
     kept, facts = job.kept, job.facts()
     with writing(str(job.output), str(job.output)):
         finished = kept.finished() if kept.same(facts) else {}
-        parts = parts_of_rows(records(job), job.part_rows, finished)
+        parts = parts_of_rows(records(job, sliced=True), job.part_rows, finished)
         first = next(parts, None)
         if first is None and not finished:
             raise no_rows(job)
@@ -74,7 +74,7 @@ def run_on_ray(
                 return result
             with connected(address) as reads_on:
                 driver = Driver(
-                    RayCrew(reads_on),
+                    RayCrew(reads_on, grows=address != "local"),
                     packed(task_of(artifact, job, preprocess)),
                     kept,
                     chain([first], parts),

@@ -12,6 +12,7 @@ from itertools import islice
 from math import inf
 from typing import Any, Literal, NamedTuple
 
+from corewise.artifact.tuned import bulk_plan
 from corewise.cluster.crew import AT_ONCE, ActorLost, Crew, Node
 from corewise.cluster.messages import Answered, Prepared, answer, packed, packed_rows
 from corewise.common.errors import CorewiseError, EngineError
@@ -141,6 +142,8 @@ class Driver:
         self._total, self._max_failed = total, max_failed
         self._retune_s, self._on_tuned, self._on_progress, self._clock = retune_s, on_tuned, on_progress, clock
         self._actors: dict[str, _Actor] = {}
+        self._ready: set[str] = set()
+        """The nodes of those that answer."""
         self._calls: dict[Any, _Call] = {}
         self._again: deque[Part] = deque()
         self._ended: dict[int, list[str]] = defaultdict(list)
@@ -185,7 +188,13 @@ class Driver:
     def _hire(self) -> None:
         """Start an actor on each node that has none."""
         self._looked_s = self._clock()
-        for node in self._crew.nodes():
+        nodes = self._crew.nodes()
+        if not nodes and not self._crew.grows:
+            raise EngineError(
+                "the Ray that was started for this job has ended",
+                f"run the same command: finished parts are kept in {self._kept.folder}",
+            )
+        for node in nodes:
             if node.id not in self._actors and node.id not in self._refusals:
                 actor = _Actor(node, self._crew.start(node, self._task))
                 self._actors[node.id] = actor
@@ -205,10 +214,9 @@ class Driver:
 
     def _lost_part(self, actor: _Actor) -> Part | None:
         """A part that an actor took with it; on another node than that one, if there is one."""
-        ready = {other.node.id for other in self._actors.values() if other.ready}
         for part in self._again:
             ended = self._ended[part.number]
-            if actor.node.id not in ended or ready <= set(ended):
+            if actor.node.id not in ended or self._ready <= set(ended):
                 self._again.remove(part)
                 return part
         return None
@@ -274,6 +282,7 @@ class Driver:
                 for note in answer(tuple[str, ...], told, place):
                     self._note(f"{place}: {note}")
                 actor.ready, actor.moved_s = True, self._clock()
+                self._ready.add(actor.node.id)
                 self._tell()
         except CorewiseError as refusal:
             self._refuse(actor, refusal)
@@ -300,7 +309,8 @@ class Driver:
             self._settle(machine, actor.prepared.plan, "untuned")
         else:
             self._note(self._on_tuned(entry))
-            self._settle(machine, entry.plan, "tuned now")
+            plan = bulk_plan(entry.plan, entry.elastic, entry.goal, entry.measurements)
+            self._settle(machine, plan, "tuned now")
 
     def _settle(self, machine: Machine, plan: Plan, source: PlanSource) -> None:
         self._tuning.pop(machine, None)
@@ -347,6 +357,7 @@ class Driver:
 
     def _remove(self, actor: _Actor) -> None:
         self._actors.pop(actor.node.id, None)
+        self._ready.discard(actor.node.id)
         self._calls = {ref: call for ref, call in self._calls.items() if call.actor is not actor}
 
     def _check_started(self) -> None:
@@ -370,13 +381,12 @@ class Driver:
             self._notes.append(note)
 
     def _tell(self) -> None:
-        ready = sum(actor.ready for actor in self._actors.values())
         self._on_progress(
             BulkProgress(
                 rows=self.done.rows,
                 total=max(self._total, self.done.rows),
                 failed=self.done.failed,
-                actors=ready,
+                actors=len(self._ready),
                 lost=self._lost,
             )
         )

@@ -26,6 +26,7 @@ from corewise.records.build import Plan
 from corewise.records.bulk import PlanSource
 from corewise.records.jsonable import from_json, to_json
 from corewise.records.tuned import Machine
+from corewise.samples.archives import Slice
 
 T = TypeVar("T")
 
@@ -86,9 +87,17 @@ def packed_rows(rows: Sequence[Record]) -> str:
 
 
 def unpacked_rows(text: str) -> list[Record]:
-    """The rows of a message; a pair of texts is a tuple again."""
+    """The rows of a message; a pair of texts is a tuple again, and three values are a part of a tar file."""
     rows = [Record(*row) for row in json.loads(text)]
-    return [row._replace(value=tuple(row.value)) if isinstance(row.value, list) else row for row in rows]
+    return [row._replace(value=_of_list(row.value)) if isinstance(row.value, list) else row for row in rows]
+
+
+def _of_list(values: list[Any]) -> tuple[str, str] | Slice:
+    if len(values) == len(Slice._fields):
+        path, start, size_bytes = values
+        return Slice(str(path), int(start), int(size_bytes))
+    first, second = values
+    return str(first), str(second)
 
 
 def answering(method: Callable[..., Any]) -> Callable[..., str]:

@@ -91,6 +91,13 @@ class Head:
         least = (LEAST_SCORE if self.overlapping else 0.0) if least_score is None else least_score
         return [self._image(*row, least, overlap) for row in zip(boxes, scores, strict=True)]
 
+    def places(self, outputs: Sequence[Array]) -> list[Detections]:
+        """What each place of a list shows, in order: of outputs that are ``final``, or need no suppression."""
+        if self.final:
+            return [self._final(outputs, row) for row in range(len(outputs[self.boxes]))]
+        assert self.scores is not None
+        return [self._image(*row, 0.0, 1.0) for row in zip(outputs[self.boxes], outputs[self.scores], strict=True)]
+
     def _final(self, outputs: Sequence[Array], row: int) -> Detections:
         boxes = np.asarray(outputs[self.boxes][row], np.float64)
         if self.scores is None or self.labels is None:

@@ -73,8 +73,17 @@ def call_reference(reference: str, error: type[CorewiseError], purpose: str) -> 
     ``purpose`` says what the function is, e.g. "model factory". Raises ``error`` where the module or function
     is missing or either of them raises.
     """
-    with _found(reference, error, purpose) as function, guard(error, f"{purpose} {reference} failed"):
-        return function()
+    with called_reference(reference, error, purpose) as made:
+        return made
+
+
+@contextmanager
+def called_reference(reference: str, error: type[CorewiseError], purpose: str) -> Iterator[Any]:
+    """What ``call_reference`` returns, to be read here: a generator may import the siblings of its file only now."""
+    with _found(reference, error, purpose) as function:
+        with guard(error, f"{purpose} {reference} failed"):
+            made = function()
+        yield made
 
 
 def find_reference(reference: str, error: type[CorewiseError], purpose: str) -> Any:

@@ -88,7 +88,7 @@ def quantized(build_inputs: BuildInputs, build: Build, target: "Target") -> tupl
     from corewise.quantize.ptq import TOP
     from corewise.quantize.state import quantized_program
 
-    options, recipe = build.quantization, _recipe(build)
+    options, recipe, build_inputs = build.quantization, _recipe(build), _in_calls(build_inputs, build)
     rung = TOP if options.rung is None else options.rung
     keep_freed_memory()  # calibration runs in eager PyTorch
     with quiet():
@@ -108,6 +108,18 @@ def quantized(build_inputs: BuildInputs, build: Build, target: "Target") -> tupl
     # What was decided is one line in a report, and the same for all engines.
     notes = (*(f"warning: {doubt}" for doubt in decided.warnings), "; ".join(decided.notes))
     return path, (*notes, f"back in floating point: {', '.join(reverted)}") if reverted else notes
+
+
+def _in_calls(build_inputs: BuildInputs, build: Build) -> BuildInputs:
+    """The inputs with the batch of the build, if that is fixed."""
+    rows = build.fixed_batch
+    if rows is None:
+        return build_inputs
+    return replace(
+        build_inputs,
+        calibration=replace(build_inputs.calibration, call_rows=rows),
+        inputs=tuple(replace(spec, shape=(rows, *spec.shape[1:])) for spec in build_inputs.inputs),
+    )
 
 
 def _recipe(build: Build) -> "Recipe":

@@ -210,7 +210,9 @@ def _quantizable(build_inputs: BuildInputs, build: Build) -> "GraphModule":
     module = lift_program(load_program(build_inputs.program))
     if build.precision == "int8-dynamic":
         return module
-    batches = (tuple(map(from_numpy, arrays)) for _, arrays in build_inputs.calibration.batches(CALIBRATION_BATCH))
+    size = build.fixed_batch or CALIBRATION_BATCH
+    calls = (arrays for _, arrays in build_inputs.calibration.batches(size))
+    batches = (tuple(map(from_numpy, call)) for call in calls if len(call[0]) == size or build.fixed_batch is None)
     with threads(build_inputs.cpu.usable_cores):
         return fx.calibrate(module, batches, build.quantization.reduce_range)
 

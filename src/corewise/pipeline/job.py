@@ -270,14 +270,14 @@ def no_rows(job: Job) -> SamplesError:
     return SamplesError(f"there are no rows in {', '.join(map(str, job.inputs))}", "give at least one")
 
 
-def records(job: Job) -> Iterator[Record]:
-    """All rows of the inputs, in order, read as they are taken.
+def records(job: Job, *, sliced: bool = False) -> Iterator[Record]:
+    """All rows of the inputs, in order, read as they are taken; ``sliced`` leaves images of tar files where they are.
 
     Raises:
         SamplesError: An input cannot be read, or has no such column.
     """
     if job.ask is not None:
-        yield from _images(job.inputs)
+        yield from _images(job.inputs, sliced)
         return
     row = 0
     for path in job.inputs:
@@ -286,16 +286,16 @@ def records(job: Job) -> Iterator[Record]:
             row += 1
 
 
-def _images(inputs: Iterable[Place]) -> Iterator[Record]:
+def _images(inputs: Iterable[Place], sliced: bool) -> Iterator[Record]:
     """A record for each image file, and for each image of a tar file."""
     rows = count()
     for path in inputs:
         if not is_archive(path):
             yield Record(next(rows), str(path), "", str(path), "")
             continue
-        for member in read_archive(path):
+        for member in read_archive(path, sliced=sliced):
             place = f"{path}/{member.name}" if member.name else str(path)
-            yield Record(next(rows), place, "", member.content, member.problem)
+            yield Record(next(rows), place, "", member.slice or member.content, member.problem)
 
 
 def answered(

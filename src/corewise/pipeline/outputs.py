@@ -122,16 +122,21 @@ class _Parquet:
             if rows and self._field == "spans":  # of texts without any, nothing tells the type
                 place = table.schema.get_field_index("spans")
                 table = table.set_column(place, "spans", table.column("spans").cast(_spans_type()))
-        parquet.write_table(table, path)
+        parquet.write_table(table, path, use_dictionary=_repeating(table.schema))
 
     def join(self, parts: Sequence[Path], path: Path) -> None:
         from pyarrow import parquet
 
         filled = [part for part in parts if parquet.read_metadata(part).num_rows] or list(parts[:1])
         schema = parquet.read_schema(filled[0])
-        with parquet.ParquetWriter(path, schema) as whole:
+        with parquet.ParquetWriter(path, schema, use_dictionary=_repeating(schema)) as whole:
             for part in filled:
                 whole.write_table(parquet.read_table(part).cast(schema))
+
+
+def _repeating(schema: Any) -> list[str] | bool:
+    """The columns for whose values Parquet keeps a dictionary: of vectors it would only take half of the time."""
+    return [name for name in schema.names if name != "vector"] if "vector" in schema.names else True
 
 
 def _boxes_schema(rows: Sequence[AnswerRow]) -> Any:

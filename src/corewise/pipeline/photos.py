@@ -22,7 +22,7 @@ from corewise.pipeline.runner import Rejected, Run
 from corewise.records.build import Plan
 from corewise.records.pipeline import Activation, ImagePipeline
 from corewise.records.report import Preprocess
-from corewise.samples.archives import is_archive, read_archive
+from corewise.samples.archives import Slice, is_archive, read_archive
 from corewise.samples.folders import list_images
 from corewise.samples.images import ImageReader, is_image, is_pil
 from corewise.samples.places import RemotePath, place_of
@@ -78,15 +78,18 @@ class _Call(NamedTuple):
     outputs: "Future[list[list[NDArray[Any]]]]"
 
 
-def content_of(source: str) -> Path | bytes:
-    """A photo's path, or the content of one in an object store. Raises ``OSError`` if that is not there."""
+def content_of(source: str | Slice) -> Path | bytes:
+    """A photo's path, or the content of one in an object store or a tar file. Raises ``OSError`` if it is not there."""
+    if isinstance(source, Slice):
+        return source.read()
     place = place_of(source)
     return place.read_bytes() if isinstance(place, RemotePath) else place
 
 
 def _fetched(item: Any, fetchers: ThreadPoolExecutor) -> Any:
-    """The item, or what will be the content of one in an object store."""
-    return fetchers.submit(content_of, item) if isinstance(item, str) and "://" in item else item
+    """The item, or what will be the content of one in an object store or a tar file."""
+    remote = isinstance(item, Slice) or (isinstance(item, str) and "://" in item)
+    return fetchers.submit(content_of, item) if remote else item
 
 
 def rows_of_call(plan: Plan) -> int:
@@ -277,15 +280,9 @@ class ImageRunner:
             made = _Decoded(np.asarray(self._read(item))) if self._sized is None else _Decoded(*self._sized(item))
         except UnreadableItem as error:
             return Rejected(error.reason)
-        if not self._fits(made.array.shape):
+        if not self.pipeline.takes(made.array.shape):
             return Rejected(f"becomes an input of {made.array.shape}, and the model takes {self.pipeline.shape}")
         return made
-
-    def _fits(self, shape: tuple[int, ...]) -> bool:
-        """Whether the model takes such an input; only photos that keep their shape may become another."""
-        if self.pipeline.preprocess.fit != "keep" or len(shape) != len(self.pipeline.shape):
-            return True
-        return all(most in (None, side) for side, most in zip(shape, self.pipeline.shape, strict=True))
 
     def _finish(self, call: _Call, top: int, thresholds: Thresholds | None) -> Iterator[Any]:
         """The answers of a call, when it has ended."""

@@ -117,7 +117,7 @@ def with_qdq(
         converted = convert_pt2e(prepared)
         batch = Dim("batch", min=1)
         dims = tuple(
-            {0: batch, **{k: Dim.DYNAMIC for k, size in enumerate(spec.shape) if k and size is None}} for spec in inputs
+            {k: Dim.DYNAMIC if k else batch for k, size in enumerate(spec.shape) if size is None} for spec in inputs
         )
         program = torch.export.export(converted, tuple(example), dynamic_shapes=dims, strict=False)
     program.example_inputs = None

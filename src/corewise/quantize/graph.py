@@ -65,7 +65,8 @@ def folded(program: ExportedProgram) -> GraphModule:
 
     Batch norms are folded into the convolutions before them, matrix products with a transposed parameter are
     ``linear``, and each layer has parameters of its own, ``<node>_weight`` and ``<node>_bias``: a correction of one
-    layer never changes another. It computes what the program computes. Raises ``EngineError`` for control flow.
+    layer never changes another. Layers that see constants alone, as Swin V2 has for its table of positions, are values.
+    It computes what the program computes. Raises ``EngineError`` for control flow.
     """
     for node in program.graph.nodes:
         if isinstance(node.target, HigherOrderOperator):
@@ -77,6 +78,7 @@ def folded(program: ExportedProgram) -> GraphModule:
     for node in list(module.graph.nodes):
         if node.target in PRODUCTS:
             _to_linear(module, node)
+    _compute_constant_layers(module)
     for node in module.graph.nodes:
         if node.target in LAYERS and parameter(module, node.args[1]) is not None:
             _own_parameters(module, node)
@@ -304,6 +306,31 @@ def _to_linear(module: GraphModule, node: Node) -> None:
     linear.meta = node.meta
     node.replace_all_uses_with(linear)
     module.graph.erase_node(node)
+
+
+def _compute_constant_layers(module: GraphModule) -> None:
+    """Put values in place of layers whose inputs are the same in each call."""
+    values: dict[Node, Any] = {}
+    for node in list(module.graph.nodes):
+        if node.op == "get_attr" and (value := parameter(module, node)) is not None:
+            values[node] = value.detach()
+        elif _is_pure(node) and node.all_input_nodes and all(used in values for used in node.all_input_nodes):
+            with torch.no_grad():
+                values[node] = compute(node, *(map_arg(part, values.__getitem__) for part in (node.args, node.kwargs)))
+            if node.target in LAYERS:
+                read = _attribute(module, node, f"{node.name}_constant", values[node])
+                read.meta = node.meta
+                node.replace_all_uses_with(read)
+                values[read] = values[node]
+
+
+def _is_pure(node: Node) -> bool:
+    return node.op == "call_function" and isinstance(node.target, OpOverload) and not (_mutates(node) or _draws(node))
+
+
+def _draws(node: Node) -> bool:
+    """Whether the operation draws random numbers."""
+    return torch.Tag.nondeterministic_seeded in node.target.tags  # type: ignore[union-attr]
 
 
 def _own_parameters(module: GraphModule, layer: Node) -> None:

@@ -5,8 +5,11 @@ import hashlib
 import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 from torch.export import ExportedProgram
 from torch.fx import GraphModule
@@ -115,9 +118,14 @@ def lower(
 
 
 def batches(samples: Samples, size: int = CALIBRATION_BATCH) -> Iterable[Batch]:
-    """The samples as tensors."""
-    for _, arrays in samples.batches(size):
-        yield tuple(torch.from_numpy(array.copy()) for array in arrays)
+    """The samples as tensors, for calls of at most ``size`` rows, or of ``samples.call_rows``."""
+    for _, arrays in samples.batches(samples.call_rows or size):
+        yield tuple(torch.from_numpy(_filled(array, samples.call_rows)) for array in arrays)
+
+
+def _filled(array: NDArray[Any], rows: int | None) -> NDArray[Any]:
+    """A copy, with its rows repeated up to ``rows``."""
+    return array.copy() if rows is None else np.resize(array, (rows, *array.shape[1:]))
 
 
 def short_hash(value: object) -> str:

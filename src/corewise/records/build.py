@@ -122,8 +122,13 @@ class Plan:
     @property
     def label(self) -> str:
         """``2 threads x 1, batch 16``; ``1 thread x 2, batch 8``."""
+        return f"{self.layout_label}, batch {self.batch}"
+
+    @property
+    def layout_label(self) -> str:
+        """``2 threads x 1``; ``1 thread x 2``."""
         threads = "1 thread" if self.threads_per_instance == 1 else f"{self.threads_per_instance} threads"
-        return f"{threads} x {self.instances}, batch {self.batch}"
+        return f"{threads} x {self.instances}"
 
 
 @dataclass(frozen=True, kw_only=True)

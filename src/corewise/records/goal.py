@@ -3,6 +3,7 @@
 from abc import ABC, abstractmethod
 from dataclasses import asdict, dataclass
 from math import inf
+from numbers import Real
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from corewise.common.errors import InputError
@@ -137,8 +138,8 @@ class Slo(Goal):
     decided_by_race = False
 
     def __post_init__(self) -> None:
-        if not 0 < self.p99_ms < inf:
-            raise InputError(f"the SLO is {self.p99_ms:g} ms", "give milliseconds above 0, e.g. 100")
+        if not isinstance(self.p99_ms, Real) or not 0 < self.p99_ms < inf:
+            raise InputError(f"the SLO is {self.p99_ms!r} ms", "give milliseconds above 0, e.g. 100")
 
     def best(self, trial: "Trial") -> "Measurement | None":
         """The plan of the certified rate; without one, the highest rate of the plans whose calls are within the SLO."""
@@ -183,7 +184,7 @@ def parse_goal(name: Any, *, slo_ms: float | None = None) -> Goal:
         if slo_ms is not None:
             raise InputError("the objective is an object, and slo_ms is given too", "give Slo(p99_ms=...) alone")
         return name
-    if name not in GOALS:
+    if not isinstance(name, str) or name not in GOALS:
         raise InputError(f"the objective {name!r} is unknown", f"give {', '.join(GOALS)}")
     if (GOALS[name] is Slo) != (slo_ms is not None):
         raise InputError("the objective slo and slo_ms go together", "give both (e.g. slo and 100) or neither")

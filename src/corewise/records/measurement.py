@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from corewise.records.build import Build, Plan
+from corewise.records.build import Build, ElasticPlan, Plan
 from corewise.records.reason import Reason
 
 SERVED = 0.99
@@ -111,3 +111,5 @@ class LoadTest:
     """How long a call of one request takes by the artifact's latency table (p99)."""
     notes: tuple[str, ...] = ()
     """Facts about the plan on this machine."""
+    elastic: ElasticPlan | None = None
+    """The layouts that were open, if these were two."""

@@ -126,6 +126,14 @@ class ImagePipeline:
     shape: tuple[int | None, ...] = ()
     """Of one input of a model that takes photos of their own shapes, if it is known: ``None`` for what may vary."""
 
+    def takes(self, shape: tuple[int, ...]) -> bool:
+        """Whether the model takes an input of that shape; only photos that keep theirs may become another."""
+        if self.preprocess.fit != "keep" or len(shape) != len(self.shape):
+            return True
+        if self.preprocess.dtype == "uint8":  # as pixels: (H, W, C)
+            shape = (shape[2], *shape[:2])
+        return all(most in (None, side) for side, most in zip(shape, self.shape, strict=True))
+
     def label(self, number: int) -> str:
         """The name of a class; its number, where it has none."""
         return self.labels[number] if 0 <= number < len(self.labels) else str(number)

@@ -41,6 +41,7 @@ class ReasonKind(StrEnum):
     BUDGET_SPENT_DURING = "budget spent during"
     BUDGET_TOO_SHORT = "budget too short"
     BUDGET_BETTER_SPENT = "budget better spent"
+    OVER_BUDGET = "over budget"
     STEP_FAILED = "step failed"
     HUNG = "hung"
     KILLED = "killed"
@@ -59,6 +60,7 @@ class ReasonKind(StrEnum):
     MEASURED_AGAIN = "measured again"
     LATENCY_TABLE = "latency table"
     SLO_TABLE = "SLO table"
+    ELASTIC_TABLE = "elastic table"
 
     # Why a plan is no choice.
     OVER_MEMORY = "over memory"
@@ -107,6 +109,9 @@ class ReasonKind(StrEnum):
     FIXED_BATCH = "fixed batch"
     KEEPS_STATE = "keeps state"
     NOT_SPLIT = "not split"
+
+    # Why there is no elastic plan to judge.
+    ELASTIC_NOT_MEASURED = "elastic not measured"
 
     # How photos are decoded.
     SCALED_DECODING = "scaled decoding"

@@ -3,12 +3,13 @@
 from dataclasses import dataclass
 from typing import Literal
 
-from corewise.records.build import Build, Plan
+from corewise.records.build import Build, ElasticPlan, Plan
 from corewise.records.cpu import Cpu
 from corewise.records.goal import Requirements
 from corewise.records.measurement import LoadRun, Rates
 from corewise.records.reason import Reason
 from corewise.records.trial import State, Trial
+from corewise.records.tuned import Elasticity
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,6 +37,13 @@ class Choice:
     warnings: tuple[Reason, ...] = ()
     certified: LoadRun | None = None
     """For an SLO: the load that confirmed the winner's rate; ``None`` if nothing meets the SLO."""
+    elasticity: Elasticity | None = None
+    """What was measured of an elastic plan; ``None`` for one thread, without time for it, and in older reports."""
+
+    @property
+    def elastic(self) -> ElasticPlan | None:
+        """What runs in place of the plan; ``None`` if one layout is as good."""
+        return None if self.elasticity is None else self.elasticity.chosen
 
 
 @dataclass(frozen=True, kw_only=True)

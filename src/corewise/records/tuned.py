@@ -6,7 +6,7 @@ from pathlib import Path
 from corewise.records.build import ElasticPlan, Plan
 from corewise.records.cpu import Cpu
 from corewise.records.goal import GoalName
-from corewise.records.measurement import Measurement
+from corewise.records.measurement import LoadRun, Measurement
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,22 +53,21 @@ class Tuned:
     plan: Plan
     measurements: tuple[Measurement, ...]
     elastic: ElasticPlan | None = None
-    """What a loaded model runs in place of the plan; ``None`` where one layout is as good."""
+    """What runs in place of the plan; ``None`` where one layout is as good."""
 
     @property
     def label(self) -> str:
         """``runs 1 thread x 2, batch 8: tuned on this kind of machine, AMD EPYC 7763 (...), on 2026-03-14``."""
-        loaded = f" (loaded as a model: {self.elastic.label}, by the load)" if self.elastic else ""
-        here = f"tuned on this kind of machine, {self.machine.label}, on {self.created[:10]}"
-        return f"runs {self.plan.label}{loaded}: {here}"
+        plan = f"{self.elastic.label}, by the load" if self.elastic else self.plan.label
+        return f"runs {plan}: tuned on this kind of machine, {self.machine.label}, on {self.created[:10]}"
 
 
 @dataclass(frozen=True, kw_only=True)
 class LoadPoint:
-    """Latencies of calls of one row at one load, simulated; each of the elastic, the wide and the narrow plan."""
+    """Latencies of requests at one load, simulated; each of the elastic, the wide and the narrow plan."""
 
     load: float
-    """Share of the rate at which the fixed plan is saturated."""
+    """Share of the most that the fixed plan does."""
     p50_ms: tuple[float, float, float]
     p99_ms: tuple[float, float, float]
 
@@ -85,6 +84,15 @@ class Elasticity:
     """Rows per second of full batches from as many callers as there are instances: elastic, wide, narrow."""
     memory_bytes: int
     """At most what a process needs that has both open: the sum of processes with one; 0 if the kernel does not say."""
+    measurements: tuple[Measurement, ...] = ()
+    """What ``optimize`` took for it beside the winner's."""
+    load: LoadRun | None = None
+    """For an SLO: the certified rate on the elastic plan, which has to meet it too."""
+
+    @property
+    def chosen(self) -> ElasticPlan | None:
+        """The plan, if it pays."""
+        return self.plan if self.pays else None
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -80,6 +80,7 @@ def won(builds: Builds) -> Iterator[Figure]:
     yield from _frontier(builds)
     yield from _batches(builds)
     yield from _threads(builds)
+    yield from _loads(builds)
 
 
 def cost(builds: Builds) -> Iterator[Figure]:
@@ -303,6 +304,51 @@ def _threads(builds: Builds) -> Iterator[Figure]:
         axes=("items/s", "threads"),
         columns=("items/s", *(f"{threads} threads" for threads in counts)),
         rows=_pivot(by_build, counts, lambda measurement: numbers.three_digits(measurement.throughput_per_s)),
+    )
+
+
+def _loads(builds: Builds) -> Iterator[Figure]:
+    """Latency over load of the elastic plan and of each of its layouts alone."""
+    choice = builds.report.choice
+    found = choice.elasticity
+    if found is None:
+        return
+    names = words.load_columns(found)[1:]
+    marks, lines = [], []
+    for k, name in enumerate(names):
+        role: Role = "chosen" if k == (0 if found.pays else 1 if choice.plan.instances == 1 else 2) else "other"
+        points = [(100 * point.load, point.p50_ms[k], point.p99_ms[k]) for point in found.curve]
+        marks += [
+            Mark(
+                x=load,
+                y=p50_ms,
+                role=role,
+                key="ABC"[k],
+                tip=f"{name} at {load:.0f} %: p50 {numbers.milliseconds(p50_ms)}, p99 {numbers.milliseconds(p99_ms)}",
+                labelled=load == points[-1][0],
+                interval=(p50_ms, max(p50_ms, p99_ms)),
+            )
+            for load, p50_ms, p99_ms in points
+        ]
+        lines.append(Line(points=tuple((load, p50_ms) for load, p50_ms, _ in points), style=role))
+    title = "Latency over load"
+    keys = "; ".join(f"{key}: {name}" for key, name in zip("ABC", names, strict=True))
+    yield Figure(
+        title=title,
+        caption="The median of requests at random times, with a line up to p99, simulated from the measured calls. "
+        f"{keys}.",
+        svg=charts.plot(
+            "loads",
+            title,
+            f"{keys}; the figures are in the table.",
+            x=Axis.linear((0.0, 100.0)),
+            y=Axis.logarithmic(end for mark in marks for end in mark.interval or ()),
+            marks=marks,
+            lines=lines,
+        ),
+        axes=("ms for a request", "% of the saturated rate"),
+        columns=("p50 / p99, ms", *words.load_columns(found)),
+        rows=tuple((choice.winner, cells) for cells in words.load_rows(found)),
     )
 
 

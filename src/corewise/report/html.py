@@ -16,7 +16,7 @@ from corewise.records.report import Report
 from corewise.report import figures, numbers, words
 from corewise.report.figures import Builds, Figure
 
-_WON = ("plan", "why", "speed")
+_WON = ("plan", "layouts", "why", "speed")
 _COST = ("accuracy", "outputs", "groups", "judged", "receipt", "cost")
 _TOP = ("winner",)
 """The headings of ``words.facts`` by the section that shows them; all others are about how it was measured."""

@@ -17,7 +17,7 @@ def load_test_lines(test: LoadTest) -> tuple[str, ...]:
     else:
         sent = f"{run.clients} client{'s' if run.clients != 1 else ''}, each waiting for its answer before it sends"
     lines = [
-        f"load      {sent}, for {run.duration_s:.1f} s on {run.plan.label}",
+        f"load      {sent}, for {run.duration_s:.1f} s on {(test.elastic or run.plan).label}",
         f"requests  {run.offered} offered: {run.answered} answered, {run.refused} refused, {run.failed} failed",
     ]
     if run.answered:
@@ -74,14 +74,18 @@ def retuned_lines(retuned: Retuned) -> tuple[str, ...]:
     )
     if retuned.elasticity is not None:
         lines += elasticity_lines(retuned.elasticity)
+    elif retuned.entry.plan.threads_per_instance * retuned.entry.plan.instances == 1:
+        lines.append("one layout: a plan of one thread has no cores to divide")
+    else:
+        lines.append("one layout: there was no time to measure an elastic plan, or it does not run here")
     return (*lines, *(f"note: {note}" for note in retuned.notes))
 
 
 def elasticity_lines(elasticity: Elasticity) -> tuple[str, ...]:
     """An elastic plan beside its two layouts alone: latency over load, the most items per second, and the verdict."""
     wide, narrow = elasticity.plan.wide, elasticity.plan.narrow
-    names = ("elastic", *(plan.label.partition(",")[0] for plan in (wide, narrow)))
-    rows = [("simulated p50 of single items", *names)]
+    names = ("elastic", wide.layout_label, narrow.layout_label)
+    rows: list[tuple[str, ...]] = [("simulated p50 of requests", *names)]
     rows += [
         (f"  at {point.load:.0%} of the fixed plan's load", *(milliseconds(ms) for ms in point.p50_ms))
         for point in elasticity.curve
@@ -89,9 +93,9 @@ def elasticity_lines(elasticity: Elasticity) -> tuple[str, ...]:
     rows.append((f"batches of {narrow.batch}, saturated", *(rate(per_s) for per_s in elasticity.saturated_per_s)))
     if elasticity.pays:
         memory = f", in at most {megabytes(elasticity.memory_bytes)}" if elasticity.memory_bytes else ""
-        verdict = f"corewise.load opens {elasticity.plan.label}{memory}: a call that is alone takes all cores"
+        verdict = f"both are opened, {elasticity.plan.label}{memory}: a call that is alone takes all cores"
     else:
-        verdict = "an elastic plan is not better: corewise.load opens one layout"
+        verdict = "one layout: an elastic plan is not better"
     return (*(f"{head:34s}{''.join(f'{cell:>18s}' for cell in cells)}" for head, *cells in rows), verdict)
 
 

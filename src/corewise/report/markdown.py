@@ -18,6 +18,9 @@ def _lines(report: Report) -> Iterator[str]:
     yield from (f"- {heading}: {_escape(text)}" for heading, text in words.facts(report))
     yield from ("", "## Trials", "", *_table(report))
     yield from ("", words.SPEED_NOTE)
+    if (found := report.choice.elasticity) is not None:
+        yield from ("", "## Latency over load", "", _row(words.load_columns(found)), "|--:|--:|--:|--:|")
+        yield from (*map(_row, words.load_rows(found)), "", words.LOAD_NOTE)
     losers = (f"**{_escape(label)}** ({state}): {_escape(reason)}" for label, state, reason in words.losers(report))
     yield from _section("Why the others lost", losers)
     yield from _section("Warnings", map(_escape, words.warnings(report)))

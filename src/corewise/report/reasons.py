@@ -87,6 +87,17 @@ def _left_untried(details: Details) -> str:
     return f"{_budget_so_far(details)}; left untried: {untried}"
 
 
+def _over_budget(details: Details) -> str:
+    """Where the time went of a search that took longer than its budget."""
+    trials, whole = numbers.duration(details["trials_s"]), numbers.duration(details["elapsed_s"])
+    race = numbers.duration(details["race_s"] - details["trials_s"])
+    rest = numbers.duration(details["elapsed_s"] - details["race_s"])
+    return (
+        f"it took {whole} with a budget of {details['budget_s']:g} s: trials and plans ended after {trials}, the race "
+        f"took {race}, and fitting the winner {rest}"
+    )
+
+
 def _while(details: Details) -> str:
     return f"{details['step']} with {details['plan']}" if "plan" in details else str(details["step"])
 
@@ -259,6 +270,10 @@ _SENTENCES: dict[ReasonKind, Callable[[Details], str]] = {
     K.MEASURED_AGAIN: _fixed("it is among the fastest, so it was measured again"),
     K.LATENCY_TABLE: _fixed("the latency table"),
     K.SLO_TABLE: _fixed("the latency table for the SLO"),
+    K.ELASTIC_TABLE: _fixed("the latency tables of an elastic plan"),
+    K.ELASTIC_NOT_MEASURED: lambda details: (
+        f"one layout stays open: an elastic plan was not measured, because {details['why']}"
+    ),
     K.OVER_MEMORY: _over_memory,
     K.MEMORY_UNKNOWN: lambda details: f"its memory is not known: {_not_tuned(details)}",
     K.FASTEST_PLAN: lambda details: f"{details['plan']} is the fastest plan tried: {numbers.rate(details['per_s'])}",
@@ -310,6 +325,7 @@ _SENTENCES: dict[ReasonKind, Callable[[Details], str]] = {
         f"{details['used']} of {details['of']} {details['role']} samples were used: the budget has no time for more"
     ),
     K.LEFT_UNTRIED: _left_untried,
+    K.OVER_BUDGET: _over_budget,
     K.MIXES_BATCH: _mixes_batch,
     K.FIXED_BATCH: lambda details: f"calls have exactly {details['rows']} rows: {details['why']}",
     K.KEEPS_STATE: _keeps_state,

@@ -40,6 +40,7 @@ def summarize(report: Report) -> dict[str, Any]:
         "precision": choice.winner.precision,
         "options": dict(choice.winner.options),
         "plan": to_json(choice.plan),
+        "elastic": to_json(choice.elastic),
         "objective": report.requirements.flat(),
         "throughput_per_s": choice.throughput_per_s,
         "baseline_throughput_per_s": choice.baseline_throughput_per_s,

@@ -56,6 +56,7 @@ def render(report: Report) -> RenderableType:
         Text(),
         _trials(report),
         Text(words.SPEED_NOTE, "dim"),
+        *_loads(report),
         *_section("why the others lost, the fastest first", (_loser(*loser) for *loser, _ in _ranked_losers(report))),
         *_section("warnings", (_item("!", "bold yellow", Text(text)) for text in words.warnings(report))),
         *_section("notes", (_item("-", "dim", Text(text)) for text in words.notes(report))),
@@ -258,9 +259,13 @@ def _results(report: Report) -> Iterator[tuple[str, str]]:
         ratio = f"{times(choice.speedup)} {interval(choice.speedup_low, choice.speedup_high)}"
         doubt = words.contradiction(report)
         yield "speed", f"{ratio} as fast as eager PyTorch{doubt}: {ours} against {eager}"
+    if "layouts" in facts:
+        yield "layouts", facts["layouts"].partition(":")[0]
     yield from ((heading, facts[heading]) for heading in _accuracy_facts(report) if heading in facts)
     if (preprocess := report.samples.preprocess) and preprocess.origin:
         yield "images", facts["images"]
+    if why := words.over_budget(report):
+        yield "time", why
 
 
 def _accuracy_facts(report: Report) -> tuple[str, ...]:
@@ -322,6 +327,19 @@ def _trials(report: Report) -> Table:
     for trial in report.trials:
         table.add_row(*trial_row(trial, base, goal=goal, chosen=trial.build == report.choice.winner))
     return table
+
+
+def _loads(report: Report) -> tuple[RenderableType, ...]:
+    """Latency over load, where an elastic plan was judged."""
+    found = report.choice.elasticity
+    if found is None:
+        return ()
+    table = Table(box=None, padding=(0, 2, 0, 0), pad_edge=False, header_style="bold")
+    for name in words.load_columns(found):
+        table.add_column(Text(name), no_wrap=True, justify="right")
+    for cells in words.load_rows(found):
+        table.add_row(*cells)
+    return (*_section("latency over load", (table,)), Text(words.LOAD_NOTE, "dim"))
 
 
 def _section(title: str, items: Iterable[RenderableType]) -> tuple[RenderableType, ...]:

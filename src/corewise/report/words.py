@@ -18,6 +18,7 @@ from corewise.records.measurement import LoadRun, Measurement, Rates
 from corewise.records.reason import Reason, ReasonKind
 from corewise.records.report import Preprocess, Report, TokenFacts
 from corewise.records.trial import Fidelity, State, Trial
+from corewise.records.tuned import Elasticity
 from corewise.report.numbers import (
     clean,
     counted,
@@ -33,6 +34,10 @@ from corewise.report.numbers import (
 )
 from corewise.report.reasons import sentence
 
+LOAD_NOTE = (
+    "p50 and p99 in ms of requests at random times, simulated from the measured calls; the load is a share of what the "
+    "plan's layout answers when it is saturated."
+)
 SPEED_NOTE = "Speeds are from each trial's best plan; afterwards the finalists ran in turns."
 
 _NOTHING = ""
@@ -125,6 +130,8 @@ def facts(report: Report) -> Iterator[tuple[str, str]]:
     yield "winner", clean(report.choice.winner.label)
     yield "plan", report.choice.plan.label
     yield "threads", _threads(report)
+    if report.choice.elasticity is not None:
+        yield "layouts", layouts(report, report.choice.elasticity)
     if certified := report.choice.certified:
         yield "certified", f"{_certified(certified)}, seen for {duration(certified.duration_s)}"
     yield "why", said(report.choice.reason)
@@ -152,6 +159,32 @@ def facts(report: Report) -> Iterator[tuple[str, str]]:
     yield "machine", _machine(report.cpu)
     yield "versions", clean(", ".join(f"{name} {version}" for name, version in report.versions.items()))
     yield "created", clean(report.created)
+
+
+def layouts(report: Report, found: Elasticity) -> str:
+    """Whether two layouts stay open, and what that does for single requests."""
+    fixed = 1 if report.choice.plan.instances == 1 else 2
+    shown = (found.curve[0], min(found.curve, key=lambda point: abs(point.load - 2 / 3)))
+    pairs = ((point.load, *(milliseconds(point.p50_ms[k]) for k in (0, fixed))) for point in shown)
+    figures = ", ".join(f"at {load:.0%} of the load {ours} instead of {theirs}" for load, ours, theirs in pairs)
+    if found.pays:
+        memory = f"; at most {megabytes(found.memory_bytes)}" if found.memory_bytes else ""
+        return f"{found.plan.label}, by the load: simulated p50 {figures}{memory}"
+    if found.load is not None:
+        return f"one, because an elastic plan does not meet the certified rate: {load(found.load)}"
+    return f"one, because an elastic plan is not better: simulated p50 {figures}"
+
+
+def load_columns(found: Elasticity) -> tuple[str, ...]:
+    """The headings of ``load_rows``: the load, then the elastic plan and each of its layouts alone."""
+    return ("load", "elastic", found.plan.wide.layout_label, found.plan.narrow.layout_label)
+
+
+def load_rows(found: Elasticity) -> Iterator[tuple[str, ...]]:
+    """``67%``, then p50 and p99 in ms of each."""
+    for point in found.curve:
+        pairs = zip(point.p50_ms, point.p99_ms, strict=True)
+        yield f"{point.load:.0%}", *(f"{three_digits(p50)} / {three_digits(p99)}" for p50, p99 in pairs)
 
 
 def texts(tokens: TokenFacts) -> str:
@@ -424,6 +457,11 @@ def _goal(report: Report) -> str:
     if requirements.strict:
         text += ", and so may the upper end of the drop's interval"
     return f"{text}, also on samples unlike those that calibrated" if requirements.robust else text
+
+
+def over_budget(report: Report) -> str:
+    """Why the search took longer than its budget; empty if it did not."""
+    return next((said(note) for note in report.notes if note.kind == ReasonKind.OVER_BUDGET), "")
 
 
 def _cost(report: Report) -> str:

@@ -16,7 +16,7 @@ from typing import Self, TypeVar
 import numpy as np
 
 from corewise.accuracy.outputs import Outputs
-from corewise.batching import LatencyTable
+from corewise.batching import ElasticTables, LatencyTable
 from corewise.common.errors import CorewiseError, OutputError
 from corewise.common.references import guard
 from corewise.engines import Engine
@@ -81,9 +81,9 @@ class Client(ABC):
         request = messages.BuildPayload(workspace=workspace.folder, build=build, payload=payload)
         return self._ask(request, messages.BuiltPayload, Step.BUILDING)
 
-    def open(self, payload: Path, build: Build, plan: Plan) -> messages.OpenedPayload:
-        """Open the instances of ``plan`` in place of those that are open."""
-        request = messages.OpenPayload(payload=payload, build=build, plan=plan)
+    def open(self, payload: Path, build: Build, plan: Plan, wide: Plan | None = None) -> messages.OpenedPayload:
+        """Open the instances of ``plan``, and the one of ``wide``, in place of those that are open."""
+        request = messages.OpenPayload(payload=payload, build=build, plan=plan, wide=wide)
         return self._ask(request, messages.OpenedPayload, Step.OPENING, plan)
 
     def observe_int8(self, payload: Path, build: Build, plan: Plan, samples: Path) -> Receipt | None:
@@ -126,6 +126,7 @@ class Client(ABC):
         clients: int | None = None,
         slo_ms: float | None = None,
         seed: int = 0,
+        elastic: ElasticTables | None = None,
     ) -> LoadRun:
         """Put load on the open instances: at a rate, or by a number of clients."""
         request = messages.RunLoad(
@@ -137,6 +138,7 @@ class Client(ABC):
             clients=clients,
             slo_ms=slo_ms,
             seed=seed,
+            elastic=elastic,
         )
         return self._ask(request, LoadRun, Step.UNDER_LOAD)
 

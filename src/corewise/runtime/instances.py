@@ -40,15 +40,23 @@ IMPORTED_BY = os.getpid()
 
 
 class Instances:
-    """The opened instances of one payload under one plan; a context manager.
+    """The opened instances of one payload under one plan, and the wide one of an elastic plan after them.
 
-    Each has a thread of its own that opens, runs and closes it, on the hardware threads ``cpus`` gives it
-    (``layouts.assign``; if empty, it is not pinned), with denormals as zeros. An instance runs one call at a time;
-    calls to different instances run at the same time.
+    A context manager. Each has a thread of its own that opens, runs and closes it, on the hardware threads ``cpus``
+    gives it (``layouts.assign``; if empty, it is not pinned), with denormals as zeros. An instance runs one call at a
+    time; calls to different instances run at the same time.
     """
 
-    def __init__(self, engine: Engine, folder: Path, build: Build, plan: Plan, cpus: Sequence[Sequence[int]]) -> None:
-        """Open ``plan.instances`` of them, one after the other.
+    def __init__(
+        self,
+        engine: Engine,
+        folder: Path,
+        build: Build,
+        plan: Plan,
+        cpus: Sequence[Sequence[int]],
+        wide: Plan | None = None,
+    ) -> None:
+        """Open ``plan.instances`` of them, one after the other, and then the one of ``wide``; ``cpus`` are of all.
 
         Raises what the engine raises, and ``EngineError`` where a thread may not run on its hardware threads.
         """
@@ -59,14 +67,15 @@ class Instances:
         """What the second instance added to this process's memory by being opened and, after ``touch``, by running."""
         self._sessions: list[Session] = []
         self._first: Session | None = None
+        self._threads_of_first = 0
         self._threads: list[ThreadPoolExecutor] = []
         with ExitStack() as undo:
             undo.callback(self.close)
-            for number in range(plan.instances):
+            for number, opened in enumerate([plan] * plan.instances + ([] if wide is None else [wide])):
                 self._threads.append(ThreadPoolExecutor(1, f"instance-{number}"))
                 self._submit(number, _settle, cpus[number]).result()
                 before = memory_bytes(trimmed=True)
-                self._sessions.append(self._submit(number, self._open, engine, folder, build, plan).result())
+                self._sessions.append(self._submit(number, self._open, engine, folder, build, opened).result())
                 self._note(number, memory_bytes(trimmed=True) - before)
             undo.pop_all()
 
@@ -130,11 +139,12 @@ class Instances:
         return self._threads[instance].submit(work, *arguments)
 
     def _open(self, engine: Engine, folder: Path, build: Build, plan: Plan) -> Session:
-        if isinstance(self._first, Sharing):
+        if isinstance(self._first, Sharing) and self._threads_of_first == plan.threads_per_instance:
             session: Session = self._first.another()
         else:
             session = engine.open(folder, build, plan_to_open(build, plan))
-        self._first = self._first or session
+        if self._first is None:
+            self._first, self._threads_of_first = session, plan.threads_per_instance
         return in_calls_of(build.fixed_batch, session)
 
     def _note(self, instance: int, grown_bytes: int) -> None:
@@ -176,6 +186,19 @@ def plan_to_open(build: Build, plan: Plan) -> Plan:
     return plan if build.fixed_batch is None else replace(plan, batch=build.fixed_batch)
 
 
+def open_layouts(
+    engine: Engine, folder: Path, build: Build, plan: Plan, cpu: Cpu, wide: Plan | None = None
+) -> Instances:
+    """The instances of a plan, and the wide one of an elastic plan, each pinned to hardware threads of its own.
+
+    Raises as ``Instances``.
+    """
+    cpus = assign(cpu, plan.threads_per_instance, plan.instances)
+    if wide is not None:
+        cpus += assign(cpu, wide.threads_per_instance, wide.instances)
+    return Instances(engine, folder, build, plan, cpus, wide)
+
+
 def open_plan(engine: Engine, folder: Path, build: Build, plan: Plan, cpu: Cpu) -> Session:
     """A payload under its plan, as one session that any number of threads may call at any time.
 
@@ -187,8 +210,7 @@ def open_plan(engine: Engine, folder: Path, build: Build, plan: Plan, cpu: Cpu) 
     Raises what the engine raises, and ``EngineError`` where a thread may not run on its hardware threads.
     """
     if plan.instances > 1:
-        cpus = assign(cpu, plan.threads_per_instance, plan.instances)
-        return Pool(Instances(engine, folder, build, plan, cpus), plan.batch)
+        return Pool(open_layouts(engine, folder, build, plan, cpu), plan.batch)
     if is_forked():
         return Pool(Instances(engine, folder, build, plan, [()]), plan.batch if plan.batch > 1 else sys.maxsize)
     return Alone(engine, folder, build, plan)

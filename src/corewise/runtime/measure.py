@@ -44,23 +44,20 @@ def batch_of(samples: Samples, size: int) -> tuple[np.ndarray, ...]:
     return tuple(np.ascontiguousarray(array[repeat]) for array in arrays)
 
 
-def calls_of(samples: Samples, size: int) -> tuple[Call, ...]:
-    """Calls of ``size`` items each that stand for all samples, each for as many of them, the smallest first.
-
-    One call if all samples have one shape; else ``KINDS``, whatever ``size`` is, so that batches can be compared.
-    """
+def kinds_of(samples: Samples) -> tuple[Samples, ...]:
+    """All samples if they have one shape; else those of ``KINDS`` shapes, each of which stands for a third, by size."""
     shapes = samples.shapes
     if len(set(shapes)) == 1:
-        return (batch_of(samples, size),)
-    order = sorted(range(len(shapes)), key=lambda place: sum(map(prod, shapes[place])))
-    middles = [order[len(order) * (2 * kind + 1) // (2 * KINDS)] for kind in range(KINDS)]
+        return (samples,)
+    order = sorted(range(len(shapes)), key=lambda place: sum(prod(shape) for shape in shapes[place]))
+    middles = (order[len(order) * (2 * kind + 1) // (2 * KINDS)] for kind in range(KINDS))
     alike = ([place for place, others in enumerate(shapes) if others == shapes[middle]] for middle in middles)
-    return tuple(batch_of(samples.take(places[:size]), size) for places in alike)
+    return tuple(samples.take(places) for places in alike)
 
 
-def kinds_of(samples: Samples) -> int:
-    """How many calls ``calls_of`` gives."""
-    return 1 if len(set(samples.shapes)) == 1 else KINDS
+def calls_of(samples: Samples, size: int) -> tuple[Call, ...]:
+    """A call of ``size`` items for each kind of sample, whatever ``size`` is, so that batches can be compared."""
+    return tuple(batch_of(kind, size) for kind in kinds_of(samples))
 
 
 def warm_up(session: Session, calls: Sequence[Call], *, budget_s: float, clock: Clock = time.perf_counter) -> int:
@@ -94,6 +91,26 @@ def time_calls(
     start = clock()
     while len(seconds) < min_calls or clock() - start < budget_s:
         seconds += _timed(session, calls, clock)
+    return seconds
+
+
+def time_in_turns(
+    session: Session, calls: Sequence[Call], *, budget_s: float, clock: Clock = time.perf_counter
+) -> list[list[float]]:
+    """Seconds of each of ``calls`` as they take turns, after one of each that is not timed.
+
+    In a stream of texts nearly every call has another shape than the one before, for which engines prepare. Calls that
+    are not reached in half the budget are left out; at least one pass is timed.
+    """
+    start = clock()
+    reached = 0
+    while reached < len(calls) and (not reached or clock() - start < budget_s / 2):
+        session.run(calls[reached])
+        reached += 1
+    seconds: list[list[float]] = [[] for _ in range(reached)]
+    while not seconds[0] or clock() - start < budget_s:
+        for of_call, second in zip(seconds, _timed(session, calls[:reached], clock), strict=True):
+            of_call.append(second)
     return seconds
 
 

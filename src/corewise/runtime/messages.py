@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar, get_args
 
-from corewise.batching import LatencyTable
+from corewise.batching import ElasticTables, LatencyTable
 from corewise.records.build import Build, Plan, Receipt
 from corewise.records.jsonable import from_json, to_json
 from corewise.records.measurement import LoadRun, Measurement
@@ -37,11 +37,12 @@ class BuildPayload:
 
 @dataclass(frozen=True, kw_only=True)
 class OpenPayload:
-    """Open the instances of ``plan`` in place of those that are open."""
+    """Open the instances of ``plan``, and the one of ``wide``, in place of those that are open."""
 
     payload: Path
     build: Build
     plan: Plan
+    wide: Plan | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -102,6 +103,8 @@ class RunLoad:
     clients: int | None = None
     slo_ms: float | None = None
     seed: int = 0
+    elastic: ElasticTables | None = None
+    """Of an elastic plan, whose narrow layout is ``plan``."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -118,9 +121,9 @@ class MeasurePhotos:
 
 @dataclass(frozen=True, kw_only=True)
 class TimeCalls:
-    """Time calls of texts on the open instances, all at work: ``points`` are rows and tokens, in this order.
+    """Time calls of texts on the open instances, all at work and in turns: ``points`` are rows and tokens.
 
-    ``samples`` are rows of tokens. After ``budget_s`` what is left of the points is left out.
+    ``samples`` are rows of tokens. Of the last points some are left out where ``budget_s`` is too short for them.
     """
 
     samples: Path

@@ -17,6 +17,7 @@ from collections.abc import Sequence
 from contextlib import closing
 from dataclasses import replace
 from functools import partial
+from itertools import zip_longest
 from math import inf
 from pathlib import Path
 from statistics import median
@@ -24,7 +25,7 @@ from typing import assert_never
 
 import numpy as np
 
-from corewise.batching import Answer, Batcher, NotServed, Policy
+from corewise.batching import Answer, Batcher, NotServed, policy_of
 from corewise.common.agreement import worst_row_db
 from corewise.common.errors import CorewiseError
 from corewise.common.references import describe
@@ -35,9 +36,19 @@ from corewise.records.build import Plan
 from corewise.records.measurement import LoadRun, Measurement
 from corewise.records.pipeline import PhotoRate
 from corewise.runtime import messages
-from corewise.runtime.instances import Instances, memory_bytes, open_plan
+from corewise.runtime.instances import Instances, memory_bytes, open_layouts, open_plan
 from corewise.runtime.loadgen import check_load, closed_loop, open_loop
-from corewise.runtime.measure import Call, batch_of, calls_of, measure_instances, throughput_per_s, time_calls, warm_up
+from corewise.runtime.measure import (
+    Call,
+    batch_of,
+    calls_of,
+    kinds_of,
+    measure_instances,
+    throughput_per_s,
+    time_calls,
+    time_in_turns,
+    warm_up,
+)
 from corewise.runtime.messages import Request
 from corewise.runtime.photo_rate import measure_photos
 from corewise.runtime.workspace import Workspace
@@ -106,10 +117,10 @@ class TrialChild:
     def _open(self, request: messages.OpenPayload) -> messages.OpenedPayload:
         plan, cpu = request.plan, inspect_cpu()
         self._close()
-        cpus = assign(cpu, plan.threads_per_instance, plan.instances)
-        self._instances = Instances(self.engine(request.build.engine), request.payload, request.build, plan, cpus)
+        opener = self.engine(request.build.engine)
+        self._instances = open_layouts(opener, request.payload, request.build, plan, cpu, request.wide)
         return messages.OpenedPayload(
-            cpus=tuple(tuple(threads) for threads in cpus),
+            cpus=assign(cpu, plan.threads_per_instance, plan.instances),
             memory_per_instance_bytes=self._instances.memory_per_instance_bytes,
             warning=warning(cpu, plan.threads_per_instance, plan.instances),
         )
@@ -175,19 +186,16 @@ class TrialChild:
     def _time_calls(self, request: messages.TimeCalls) -> messages.TimedCalls:
         """Which tokens a text has does not matter for its time, so one sample's are repeated."""
         row = Samples.load(request.samples).rows[0]
-        until_s = time.perf_counter() + request.budget_s
-        each_s = request.budget_s / len(request.points)
-        ms: list[float] = []
-        for rows, tokens in request.points:
-            if ms and time.perf_counter() > until_s:
-                break
-            inputs = tuple(np.tile(np.resize(array, tokens), (rows, 1)) for array in row)
-            timed = self._opened().each(partial(_warm_calls, calls=(inputs,), budget_s=each_s))
-            ms.append(1e3 * median(seconds for calls in timed for seconds in calls))
-        return messages.TimedCalls(ms=tuple(ms))
+        calls = [
+            tuple(np.tile(np.resize(array, tokens), (rows, 1)) for array in row) for rows, tokens in request.points
+        ]
+        timed = self._opened().each(lambda session: time_in_turns(session, calls, budget_s=request.budget_s))
+        reached = min(map(len, timed))
+        medians = (median(second for of_one in timed for second in of_one[call]) for call in range(reached))
+        return messages.TimedCalls(ms=tuple(1e3 * second for second in medians))
 
     def _run_load(self, request: messages.RunLoad) -> LoadRun:
-        """Load the open instances through a batcher with requests of one row, some samples of one shape in turn.
+        """Load the open instances through a batcher with requests of one row, some samples of each kind in turn.
 
         Some answers are checked to be their own request's (``_OwnAnswer``); others' answers count as failed.
         """
@@ -201,8 +209,9 @@ class TrialChild:
         samples = Samples.load(request.samples)
         rows = self._load_rows(samples, plan)
         own_answer = _OwnAnswer([instances.run(0, row) for row in rows])
-        policy = Policy(
+        policy = policy_of(
             request.table,
+            request.elastic,
             max_batch=plan.batch,
             max_waiting=max(MAX_WAITING, plan.batch, request.clients or 0),
             shared=not instances.mixes_rows,
@@ -237,12 +246,14 @@ class TrialChild:
 
     def _load_rows(self, samples: Samples, plan: Plan) -> list[tuple[np.ndarray, ...]]:
         """Requests of one row, after calls of all sizes: engines compile for a size when they first meet it."""
-        instances = self._opened()
-        _, arrays = next(samples.batches(LOAD_SAMPLES))
+        instances, kinds = self._opened(), kinds_of(samples)
         for size in sorted({*(2**k for k in range(plan.batch.bit_length())), plan.batch}):
             for number in range(len(instances)):
-                instances.run(number, batch_of(samples, size))
-        return [tuple(array[i : i + 1] for array in arrays) for i in range(len(arrays[0]))]
+                for kind in kinds:
+                    instances.run(number, batch_of(kind, size))
+        stacks = [next(kind.batches(LOAD_SAMPLES // len(kinds)))[1] for kind in kinds]
+        rows = ([tuple(array[i : i + 1] for array in arrays) for i in range(len(arrays[0]))] for arrays in stacks)
+        return [row for turn in zip_longest(*rows) for row in turn if row is not None]
 
     def _opened(self) -> Instances:
         if self._instances is None:
@@ -274,17 +285,16 @@ class _OwnAnswer:
     """Relative to the output, what is no error between samples that hardly differ: 20 dB, as for golden outputs."""
 
     def __init__(self, alone: Sequence[Sequence[np.ndarray]]) -> None:
-        self._alone = np.stack([self._flat(outputs) for outputs in alone])
+        self._alone = [self._flat(outputs) for outputs in alone]
 
     def __call__(self, k: int, answer: Answer) -> bool:
         if k % self.EVERY:
             return True
-        outputs = self._flat(answer.outputs)
-        if outputs.shape != self._alone[0].shape:
+        outputs, own = self._flat(answer.outputs), self._alone[k % len(self._alone)]
+        if outputs.shape != own.shape:
             return False
-        errors = np.linalg.norm(self._alone - outputs, axis=1)
-        sample = k % len(self._alone)
-        return bool(errors[sample] <= max(errors.min(), self.ROUNDING * np.linalg.norm(self._alone[sample])))
+        nearest = min(np.linalg.norm(each - outputs) for each in self._alone if each.shape == own.shape)
+        return bool(np.linalg.norm(own - outputs) <= max(nearest, self.ROUNDING * np.linalg.norm(own)))
 
     def _flat(self, outputs: Sequence[np.ndarray]) -> np.ndarray:
         parts = [output.reshape(-1)[:: -(-output.size // self.VALUES) or 1] for output in outputs]

@@ -70,6 +70,11 @@ class Workspace:
         return self.folder / "journal.jsonl"
 
     @property
+    def sample_limits(self) -> Path:
+        """How many samples the budget has time for, as it was decided first."""
+        return self.folder / "sample-limits.json"
+
+    @property
     def cache(self) -> Path:
         """What several builds share."""
         return self.folder / "cache"

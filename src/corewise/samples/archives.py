@@ -11,7 +11,7 @@ from typing import IO, NamedTuple
 
 from corewise.common.errors import SamplesError
 from corewise.samples.images import image_suffixes
-from corewise.samples.places import Place
+from corewise.samples.places import Place, place_of
 
 SUFFIXES = (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tbz2", ".tar.xz", ".txz")
 MOST_BYTES = 64 * 2**20
@@ -29,6 +29,22 @@ class Member(NamedTuple):
     name: str
     content: bytes = b""
     problem: str = ""
+    slice: "Slice | None" = None
+
+
+class Slice(NamedTuple):
+    """Where an image is: a part of a file."""
+
+    path: str
+    """Or URL."""
+    start: int
+    size_bytes: int
+
+    def read(self) -> bytes:
+        """Its content."""
+        with place_of(self.path).open("rb") as file:
+            file.seek(self.start)
+            return bytes(file.read(self.size_bytes))
 
 
 def is_archive(path: str | Place) -> bool:
@@ -36,26 +52,37 @@ def is_archive(path: str | Place) -> bool:
     return str(path).lower().endswith(SUFFIXES)
 
 
-def read_archive(path: Place) -> Iterator[Member]:
+def is_sliced(path: Place) -> bool:
+    """Whether it is a tar file whose images can be read without what is before them."""
+    return str(path).lower().endswith(SUFFIXES[0])
+
+
+def read_archive(path: Place, *, sliced: bool = False) -> Iterator[Member]:
     """The images of a tar file in their order; other files, folders and hidden ones are skipped.
 
     A member that is no regular file (a link, a device), leads out of the archive, or is larger than 64 MiB has a
     problem, and so has the rest of an archive that is broken.
+
+    Args:
+        path: The file.
+        sliced: Only its headers are read, and members say where they are; for files that are not compressed.
 
     Raises:
         SamplesError: It is no archive at all.
     """
     read = 0
     try:
-        with path.open("rb") as raw, _decompressed(raw) as file:
-            metered = _Metered(file)
-            with tarfile.open(fileobj=metered, mode="r|", bufsize=BLOCK_BYTES) as archive:  # type: ignore[call-overload]
+        with path.open("rb") as raw, raw if sliced else _decompressed(raw) as file:
+            metered, mode = _Metered(file), "r:" if sliced else "r|"
+            with tarfile.open(fileobj=metered, mode=mode, bufsize=BLOCK_BYTES) as archive:  # type: ignore[call-overload]
                 while (member := archive.next()) is not None:
                     read += 1
                     # Not its size: of a link or a folder, which no data follows, that may be any number.
                     metered.allow(archive.offset - member.offset_data)
                     archive.members = []  # it would keep a record of each
-                    if (found := _image(archive, member)) is not None:
+                    if sliced and member.offset_data + member.size > path.stat().st_size:
+                        raise tarfile.ReadError("unexpected end of data")
+                    if (found := _image(archive, member, str(path) if sliced else None)) is not None:
                         yield found
     except BROKEN as error:
         if not read:
@@ -63,8 +90,8 @@ def read_archive(path: Place) -> Iterator[Member]:
         yield Member("", problem=f"cannot be read behind member {read}: {error}")
 
 
-def _image(archive: tarfile.TarFile, member: tarfile.TarInfo) -> Member | None:
-    """The member as an image; ``None`` if its name is not that of an image."""
+def _image(archive: tarfile.TarFile, member: tarfile.TarInfo, sliced: str | None) -> Member | None:
+    """The member as an image, or as its slice of that file; ``None`` if its name is not that of an image."""
     path = PurePosixPath(member.name)
     hidden = any((part.startswith(".") and part not in (".", "..")) or part == "__MACOSX" for part in path.parts)
     if member.isdir() or hidden or path.suffix.lower() not in image_suffixes():
@@ -75,6 +102,8 @@ def _image(archive: tarfile.TarFile, member: tarfile.TarInfo) -> Member | None:
         return Member(member.name, problem="is a link" if member.issym() or member.islnk() else "is no regular file")
     if member.size > MOST_BYTES:
         return Member(member.name, problem=f"has {member.size:,} bytes, the most are {MOST_BYTES:,}")
+    if sliced is not None:
+        return Member(str(path), slice=Slice(sliced, member.offset_data, member.size))
     content = archive.extractfile(member)
     return Member(str(path), content.read() if content is not None else b"")
 
@@ -101,6 +130,15 @@ class _Metered:
     def allow(self, size_bytes: int) -> None:
         """A member with that many bytes is read or skipped now, and then the next headers are read."""
         self._left = size_bytes + MOST_HEADERS_BYTES
+
+    def seek(self, place: int) -> int:
+        """Go there."""
+        self._ended = False
+        return self._file.seek(place)
+
+    def tell(self) -> int:
+        """Where it is."""
+        return self._file.tell()
 
     def read(self, size: int) -> bytes:
         """At most ``size`` bytes."""

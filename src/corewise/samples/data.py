@@ -66,6 +66,8 @@ class Samples:
     """How long the texts were that the rows were made of; ``save`` leaves it out."""
     originals: "RawSamples | None" = None
     """The images that the rows were made of, to be decoded in another way; ``save`` leaves them out."""
+    call_rows: int | None = None
+    """How many rows each call has of a model that takes no other number; ``save`` leaves it out."""
 
     def __post_init__(self) -> None:
         if not len(self.rows):

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from corewise.common.errors import SamplesError
-from corewise.common.references import call_reference
+from corewise.common.references import called_reference
 from corewise.records.report import Preprocess
 from corewise.samples.data import Samples, sample_name
 from corewise.samples.drawing import MAX_SAMPLES
@@ -165,10 +165,9 @@ def read_raw(
     columns = Columns(text, pair, label)
     suffix = path.suffix.lower()
     if not path.is_dir() and suffix not in FILE_SUFFIXES:
-        made = call_reference(reference, SamplesError, "samples function")
-        return raw_from_python(
-            made, text=text, pair=pair, label=label, source=reference, max_samples=max_samples, seed=seed, spool=spool
-        )
+        options: dict[str, Any] = {"text": text, "pair": pair, "label": label, "max_samples": max_samples, "seed": seed}
+        with called_reference(reference, SamplesError, "samples function") as made:
+            return raw_from_python(made, source=reference, spool=spool, **options)
     if any(columns) and (path.is_dir() or suffix not in READERS):
         raise SamplesError(f"{reference} has no columns of texts", "leave out --text, --pair and --label")
     if path.is_dir():

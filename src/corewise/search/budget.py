@@ -1,10 +1,14 @@
 """The time a search may take, and how its stages share it."""
 
+import json
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from math import floor, inf, log2
+from pathlib import Path
+from typing import Self
 
+from corewise.records.jsonable import from_json, to_json
 from corewise.records.reason import Detail, Reason, ReasonKind
 
 
@@ -43,6 +47,8 @@ BASELINE_ROWS = 28
 """Rows that the baseline runs to choose its memory format and to warm up."""
 BASELINE_CALLS = 6
 """Calls that measure its first plan."""
+HOLDOUT_SHARE = 0.1
+"""Most of the budget that eager PyTorch takes to answer the holdout, because every build and twin answers it too."""
 CALIBRATION_SHARE = 0.15
 """Most of the budget that one pass of the calibration samples takes."""
 FEWEST_HOLDOUT, FEWEST_CALIBRATION = 32, 48
@@ -54,8 +60,22 @@ CALL_S = 0.25
 class SampleLimits:
     """How many samples a budget has time for."""
 
+    budget_s: float
     holdout: int
     calibration: int
+
+    def keep(self, path: Path) -> None:
+        """Write them for a run that resumes: a row takes another time then, and other samples would start it again."""
+        path.write_text(json.dumps(to_json(self)))
+
+    @classmethod
+    def kept(cls, path: Path, budget_s: float | None) -> Self | None:
+        """Those of an earlier run with the same budget; ``None`` if there are none."""
+        try:
+            limits = from_json(cls, json.loads(path.read_text()))
+        except (OSError, ValueError, KeyError, TypeError):
+            return None
+        return limits if limits.budget_s == budget_s else None
 
 
 def sample_limits(budget_s: float, row_s: float, calibration: int | None = None) -> SampleLimits:
@@ -63,13 +83,14 @@ def sample_limits(budget_s: float, row_s: float, calibration: int | None = None)
 
     If the user said how many calibrate, so many do.
 
-    The baseline answers the holdout within its share. Both are rounded down to steps of a third or half, so that the
-    same command nearly always finds the same samples again.
+    The baseline and the holdout keep within their shares. Both numbers are rounded down to steps of a third or half, so
+    that the same command finds the same samples again most of the time.
     """
     batch = baseline_batch(row_s, 16)
     baseline_s = BASELINE_SHARE * budget_s - BASELINE_START_S
-    holdout = baseline_s / row_s - BASELINE_ROWS - BASELINE_CALLS * batch
+    holdout = min(baseline_s / row_s - BASELINE_ROWS - BASELINE_CALLS * batch, HOLDOUT_SHARE * budget_s / row_s)
     return SampleLimits(
+        budget_s=budget_s,
         holdout=_step_below(holdout, FEWEST_HOLDOUT),
         calibration=calibration or _step_below(CALIBRATION_SHARE * budget_s / row_s, FEWEST_CALIBRATION),
     )
@@ -94,6 +115,8 @@ def _step_below(value: float, fewest: int) -> int:
 class BudgetSplit:
     """Shares of the budget at which a stage gives way to the next one."""
 
+    first_trials: float = 1.0
+    """While no candidate has passed, trials are planned to end then."""
     trials: float = 0.6
     """No further trial begins."""
     last_trial: float = 0.7
@@ -103,7 +126,25 @@ class BudgetSplit:
     race: float = 1.0
     """The race has as many rounds as fit in until then, but enough for an interval."""
 
+    def leaving(self, total_s: float | None, race_s: float) -> "BudgetSplit":
+        """The same with ``race_s`` seconds of ``total_s`` for what follows the plans, but no more than half of all."""
+        if total_s is None or (self.race - self.plans) * total_s >= race_s:
+            return self
+        left = max(self.race - race_s / total_s, self.race / 2)
+        shorter = left / self.plans
+        return replace(
+            self,
+            first_trials=min(1.0, left + LATE),
+            trials=shorter * self.trials,
+            last_trial=shorter * self.last_trial,
+            plans=left,
+        )
 
+
+LATE = 0.15
+"""Share of a short budget by which the first candidates may be late, so that the race ends about as much after it."""
+RACE_S = 18.0
+"""Seconds that the shortest race takes, with the latency table after it: two contenders started, six rounds (Zen 3)."""
 FINISHING = 1.1
 """Share of the budget until which the winner is fitted to raw data: how photos are taken, what calls of texts cost."""
 WITH_LOADS = BudgetSplit(trials=0.45, last_trial=0.55, plans=0.65)

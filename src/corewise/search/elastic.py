@@ -1,37 +1,48 @@
-"""Whether a build should keep two thread layouts open, so that its cores are divided as the load has it. Pure.
+"""Whether a build should keep two thread layouts open, so that its cores are divided as the load has it.
 
 Both layouts are measured with few batches while all cores work, so what calls cost beside others is in their times. The
 elastic plan and each layout alone are then simulated from these times, from idle to saturated.
 """
 
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import replace
-from math import sqrt
+from math import inf, sqrt
 
-from corewise.artifact.tuned import partitions
-from corewise.batching import Partitions
-from corewise.batching.simulate import Simulated, simulate_callers, simulate_calls
+from corewise.artifact.tuned import elastic_tables, partitions
+from corewise.batching import LatencyTable, Partitions
+from corewise.batching.simulate import Simulated, Wide, capacity_per_s, service_of, simulate_callers, simulate_load
+from corewise.common.errors import CorewiseError, InputError
 from corewise.machine.layouts import ThreadLayout
-from corewise.records.build import ElasticPlan, Plan
+from corewise.records.build import Build, ElasticPlan, Plan
+from corewise.records.events import LoadEnded, Stage, StageStarted
 from corewise.records.goal import Requirements, Slo
-from corewise.records.measurement import Measurement
+from corewise.records.measurement import LoadRun, Measurement
+from corewise.records.reason import Reason, ReasonKind
+from corewise.records.trial import Trial
 from corewise.records.tuned import Elasticity, LoadPoint
-from corewise.search.plans import BATCHES, START_BATCH, tables
+from corewise.runtime.client import Client
+from corewise.search import slo, trial
+from corewise.search.budget import FINISHING
+from corewise.search.plans import BATCHES, SLOW_CALL_MS, START_BATCH, tables
+from corewise.search.trial import SearchContext
 
-LOADS = (0.05, 1 / 3, 2 / 3, 0.9)
+FEW_BATCHES = (1, 4, 16, 64)
+"""Batches that a search measures for an elastic plan, beside those of both plans."""
+NEEDED_S = 1.0
+"""Under a budget, what must be left to measure another plan."""
+LOADS = (0.05, 0.2, 1 / 3, 0.5, 2 / 3, 0.8, 0.95)
 """Simulated loads, as shares of the rate at which the fixed plan is saturated."""
-CALLS, FULL_CALLS = 1000, 200
-CALLERS = 2
-"""Callers for each instance that saturate it with calls of one row."""
-WORSE, BETTER = 0.95, 1.05
+REQUESTS, FULL_CALLS = 1000, 200
+WORSE, BETTER = 0.92, 1.05
 """An elastic plan pays if nowhere it does less than this share of the fixed plan, and somewhere as much more."""
 
 
-def elastic_plan(plan: Plan, measured: Sequence[Measurement]) -> ElasticPlan | None:
+def elastic_plan(plan: Plan, measured: Sequence[Measurement], fixed_batch: int | None = None) -> ElasticPlan | None:
     """The two layouts to keep open beside the fixed plan: its own, and the other way to use as many threads.
 
     Of several ways to divide one instance's threads, that which had the most items per second, or else instances of
-    one thread. ``None`` for a plan of one thread.
+    one thread. Calls have the rows of the program where these are fixed. ``None`` for a plan of one thread.
     """
     threads = plan.threads_per_instance * plan.instances
     if threads == 1:
@@ -44,18 +55,101 @@ def elastic_plan(plan: Plan, measured: Sequence[Measurement]) -> ElasticPlan | N
         if layout.instances > 1 and layout.threads * layout.instances == threads
     ]
     best = max(divided, key=lambda measurement: measurement.throughput_per_s, default=None)
-    # A plan for latency has calls of one row, and not because larger ones were slower.
-    batch = START_BATCH if plan.batch == 1 else plan.batch
+    batch = fixed_batch or (_most_rows(measured) if plan.batch == 1 else plan.batch)
     layout = ThreadLayout.of(best.plan) if best else ThreadLayout(threads=1, instances=threads)
     return ElasticPlan(wide=replace(plan, batch=batch), narrow=layout.plan(batch))
 
 
-def plans_to_measure(elastic: ElasticPlan, measured: Sequence[Measurement]) -> list[Plan]:
+def _most_rows(measured: Sequence[Measurement]) -> int:
+    """Rows of a call where the plan has single ones for latency, and not because larger calls were slower."""
+    row_ms = min((one.p50_ms for one in measured if one.plan.batch == 1), default=inf)
+    return BATCHES[-1] if row_ms * BATCHES[-1] <= SLOW_CALL_MS else START_BATCH
+
+
+def judge_elastic(winner: Trial, plan: Plan, context: SearchContext) -> Elasticity | Reason | None:
+    """Measure what is not known of the winner's elastic plan, and judge it.
+
+    For an SLO it has to meet the certified rate too.
+
+    Returns:
+        ``None`` where there is nothing to divide, and a reason where it could not be measured.
+    """
+    build, known, measured = winner.build, winner.measurements, list[Measurement]()
+    elastic = elastic_plan(plan, known, build.fixed_batch)
+    if elastic is None:
+        return None
+    wanted = plans_to_measure(elastic, known, FEW_BATCHES if build.fixed_batch is None else (1,))
+    try:
+        with ExitStack() as stack:
+            client: Client | None = None
+            for layout in (elastic.wide, elastic.narrow):
+                plans = [wish for wish in wanted if ThreadLayout.of(wish) == ThreadLayout.of(layout)]
+                if plans and context.budget.left_s(FINISHING) < NEEDED_S * len(plans):
+                    return Reason.of(ReasonKind.ELASTIC_NOT_MEASURED, why="the budget was spent")
+                if plans:
+                    client = client or stack.enter_context(context.client(build, share=FINISHING))
+                    measured += _measured(client, build, layout, plans, context)
+            found = elasticity(plan, elastic, (*known, *measured), context.requirements)
+            if found is None or not found.pays or winner.certified is None:
+                return found and replace(found, measurements=tuple(measured))
+            if context.budget.left_s(FINISHING) < slo.LOAD_S:
+                return Reason.of(ReasonKind.ELASTIC_NOT_MEASURED, why="no time was left to load it")
+            client = client or stack.enter_context(context.client(build, share=FINISHING))
+            run = _load(client, build, elastic, (*known, *measured), winner.certified, context)
+    except InputError:
+        raise
+    except CorewiseError as error:
+        return Reason.of(ReasonKind.ELASTIC_NOT_MEASURED, why=str(error))
+    holds = run.met and run.in_time >= slo.CONFIRMED * run.offered
+    return replace(found, measurements=tuple(measured), load=run, pays=holds)
+
+
+def _measured(
+    client: Client, build: Build, layout: Plan, plans: Sequence[Plan], context: SearchContext
+) -> list[Measurement]:
+    """Batches of one layout, which is opened once, as those who serve it do."""
+    context.on_event(StageStarted(Stage.MEASURING_PLAN, plan=layout))
+    opened = client.open(context.workspace.payload(build), build, layout)
+    samples, why = context.workspace.holdout, Reason.of(ReasonKind.ELASTIC_TABLE)
+    return [
+        replace(client.measure(samples, plan, trial.MEASURE_S / 2), why=why, warning=opened.warning) for plan in plans
+    ]
+
+
+def _load(
+    client: Client,
+    build: Build,
+    elastic: ElasticPlan,
+    measured: Sequence[Measurement],
+    certified: LoadRun,
+    context: SearchContext,
+) -> LoadRun:
+    """The certified rate on the elastic plan."""
+    narrow = ThreadLayout.of(elastic.narrow)
+    client.open(context.workspace.payload(build), build, elastic.narrow, elastic.wide)
+    rate_per_s = certified.rate_per_s or 0.0
+    least_s = max(slo.CONFIRM_S, slo.REQUESTS / rate_per_s)
+    run = client.load(
+        context.workspace.holdout,
+        elastic.narrow,
+        LatencyTable.of([one for one in measured if ThreadLayout.of(one.plan) == narrow]),
+        rate_per_s=rate_per_s,
+        duration_s=min(slo.LONGEST_S, least_s, slo.OF_WHAT_IS_LEFT * context.budget.left_s(FINISHING)),
+        slo_ms=certified.slo_ms,
+        elastic=elastic_tables(elastic, measured),
+    )
+    context.on_event(LoadEnded(build, run))
+    return run
+
+
+def plans_to_measure(
+    elastic: ElasticPlan, measured: Sequence[Measurement], batches: Sequence[int] = BATCHES
+) -> list[Plan]:
     """What an elastic plan's tables still lack, single rows first."""
     known = {measurement.plan for measurement in measured}
     wanted = [
         ThreadLayout.of(layout).plan(batch)
-        for batch in sorted({*BATCHES, elastic.wide.batch})
+        for batch in sorted({*batches, elastic.wide.batch})
         for layout in (elastic.wide, elastic.narrow)
         if batch <= layout.batch
     ]
@@ -78,12 +172,7 @@ def elasticity(
     )
     contenders = (both, wide, narrow)
     fixed = 1 if plan.instances == 1 else 2
-    callers = CALLERS * elastic.narrow.instances
-    most_per_s = simulate_callers(contenders[fixed], callers=callers, calls=CALLS).rate_per_s
-    curve = tuple(
-        _point(load, [simulate_calls(one, rate_per_s=load * most_per_s, calls=CALLS) for one in contenders])
-        for load in LOADS
-    )
+    curve = _curve(elastic, measured, elastic.wide if fixed == 1 else elastic.narrow)
     rows, instances = elastic.narrow.batch, elastic.narrow.instances
     full = [
         rows * simulate_callers(one, callers=instances, rows=rows, calls=FULL_CALLS).rate_per_s for one in contenders
@@ -105,6 +194,36 @@ def _pays(curve: Sequence[LoadPoint], saturated_per_s: Sequence[float], fixed: i
         median, tail = (latencies_ms[fixed] / latencies_ms[0] for latencies_ms in (point.p50_ms, point.p99_ms))
         gains.append(tail if isinstance(requirements.goal, Slo) else sqrt(median * tail))
     return min(gains) >= WORSE and max(gains) >= BETTER
+
+
+def _curve(elastic: ElasticPlan, measured: Sequence[Measurement], fixed: Plan) -> tuple[LoadPoint, ...]:
+    """Latencies of requests that share calls as the server has them, from idle to saturated."""
+    tables = elastic_tables(elastic, measured)
+    wide, narrow = (
+        [one for one in measured if ThreadLayout.of(one.plan) == ThreadLayout.of(plan) and one.plan.batch <= plan.batch]
+        for plan in (elastic.wide, elastic.narrow)
+    )
+    by_plan = {elastic.wide: wide, elastic.narrow: narrow}
+    most_per_s = capacity_per_s(service_of(by_plan[fixed]), instances=fixed.instances, max_batch=fixed.batch)
+    ways = (
+        (elastic.narrow, Wide(tables=tables, service=service_of(wide))),
+        (elastic.wide, None),
+        (elastic.narrow, None),
+    )
+
+    def at(load: float, plan: Plan, both: Wide | None) -> Simulated:
+        return simulate_load(
+            LatencyTable.of(by_plan[plan]),
+            service=service_of(by_plan[plan]),
+            instances=plan.instances,
+            rate_per_s=load * most_per_s,
+            requests=REQUESTS,
+            max_batch=plan.batch,
+            max_waiting=REQUESTS,
+            wide=both,
+        )
+
+    return tuple(_point(load, [at(load, *way) for way in ways]) for load in LOADS)
 
 
 def _point(load: float, runs: Sequence[Simulated]) -> LoadPoint:

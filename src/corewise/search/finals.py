@@ -9,7 +9,7 @@ from corewise.records.build import Plan
 from corewise.records.events import RaceRound, Stage, StageStarted
 from corewise.records.goal import Throughput
 from corewise.records.trial import State, Trial
-from corewise.runtime.race import ROUND_S, ROUNDS, Contender, ContenderFailed, Race, run_race
+from corewise.runtime.race import ROUND_S, ROUNDS, WARM_S, Contender, ContenderFailed, Race, run_race
 from corewise.search.candidates import is_baseline
 from corewise.search.plans import NEAR
 from corewise.search.trial import SearchContext
@@ -17,6 +17,8 @@ from corewise.search.trial import SearchContext
 FINALISTS = 3
 BEST_PLANS = 3
 """Plans of the best finalist that race, if they are near each other."""
+OPEN_S = 3.0
+"""Seconds to start a contender's process, import its engine and open its payload."""
 
 
 def race_finalists(trials: Sequence[Trial], context: SearchContext) -> tuple[tuple[Trial, ...], Race]:
@@ -30,6 +32,7 @@ def race_finalists(trials: Sequence[Trial], context: SearchContext) -> tuple[tup
     while True:
         finalists = _finalists(trials, context)[:most]
         contenders = _contenders(trials[0], finalists, context, one_plan_each=most == 1)
+        contenders = _affordable(contenders, context, trials)
         context.on_event(StageStarted(Stage.RACING, count=len(contenders) - 1))
         try:
             race = run_race(
@@ -87,14 +90,39 @@ def _best_plans(trial: Trial, context: SearchContext, count: int) -> list[Plan]:
     return [best.plan, *(measurement.plan for measurement in others)]
 
 
-def _rounds(context: SearchContext, contenders: Sequence[Contender], trials: Sequence[Trial]) -> int:
-    """As many rounds as the budget has time for, but enough for an interval."""
+def _affordable(contenders: Sequence[Contender], context: SearchContext, trials: Sequence[Trial]) -> list[Contender]:
+    """The contenders that there is time to race: the baseline and the best plan, and of the others the fastest."""
+    per_s = {
+        (trial.build, measurement.plan): measurement.throughput_per_s
+        for trial in trials
+        for measurement in trial.measurements
+    }
+    left_s = context.budget.left_s(context.split.race)
+    chosen, others = list(contenders[:2]), contenders[2:]
+    for contender in sorted(others, key=lambda contender: -per_s[contender.build, contender.plan]):
+        more = [*chosen, contender]
+        if _opening_s(more) + MIN_ROUNDS * _round_s(more, trials, context.kinds) > left_s:
+            break
+        chosen = more
+    return [contender for contender in contenders if contender in chosen]
+
+
+def _opening_s(contenders: Sequence[Contender]) -> float:
+    return len(contenders) * (OPEN_S + WARM_S)
+
+
+def _round_s(contenders: Sequence[Contender], trials: Sequence[Trial], kinds: int) -> float:
+    """Seconds of a round: for each contender an untimed call, and timed calls for ``ROUND_S``, or one pass."""
     calls_s = {
         (trial.build, measurement.plan): measurement.p50_ms / 1e3
         for trial in trials
         for measurement in trial.measurements
     }
-    # An untimed call, and timed calls for a round, or one pass.
     each_s = [calls_s[contender.build, contender.plan] for contender in contenders]
-    round_s = sum(call_s + max(ROUND_S, context.kinds * call_s) for call_s in each_s)
-    return max(MIN_ROUNDS, int(min(ROUNDS, context.budget.left_s(context.split.race) / round_s)))
+    return sum(call_s + max(ROUND_S, kinds * call_s) for call_s in each_s)
+
+
+def _rounds(context: SearchContext, contenders: Sequence[Contender], trials: Sequence[Trial]) -> int:
+    """As many rounds as the budget has time for, but enough for an interval."""
+    left_s = context.budget.left_s(context.split.race) - _opening_s(contenders)
+    return max(MIN_ROUNDS, int(min(ROUNDS, left_s / _round_s(contenders, trials, context.kinds))))

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import combinations
 from math import inf
 from statistics import median
 
@@ -16,7 +17,9 @@ VNNI_SPEEDS: dict[Precision, float] = {"int8": 5.5, "int8-dynamic": 4.0, "bf16":
 """Speeds over eager PyTorch in fp32 where the CPU multiplies int8: about the middle of what was seen on six models
 (Zen 4). What a search has seen itself replaces them."""
 OTHER_SPEEDS: dict[Precision, float] = {"int8": 2.5, "int8-dynamic": 1.8, "bf16": 3.0, "fp32": 1.5}
-"""Without such instructions (Zen 3)."""
+"""Without such instructions, of networks that convolve (Zen 3)."""
+OTHER_SPEEDS_OF_LINEARS: dict[Precision, float] = {"int8": 1.1, "int8-dynamic": 1.7, "bf16": 2.0, "fp32": 1.15}
+"""Without such instructions, of transformers: int8 with ranges wins them little (MiniLM, Zen 3)."""
 ENGINE_FACTORS = {"onnxruntime": 0.8, "torch-int8": 0.85, "inductor": 0.85, "eager": 0.6}
 """An engine's speed over OpenVINO's in the same precision (the same models)."""
 BF16_REST = 1.05
@@ -33,12 +36,17 @@ PASSES_AS_REJECTED = 0.1
 PROMISING = 0.7
 """A build slower than this share of the fastest under the first plan will hardly win: other threads and batches change
 the order of builds, but seldom by more (MobileNetV2 as two instances of one thread ran 25 to 35 % faster)."""
-START_S = 4.0
-"""Seconds to start a process, import an engine, and convert and open a program (two cores of a Zen 4)."""
+TOGETHER = 3
+"""Trials that are looked ahead."""
+START_S = 6.0
+"""Seconds to start a process, import an engine, and convert and open a program (two cores: 4 on a Zen 4, 9 on a Zen
+3)."""
 MEASURE_S = 3.0
 """Seconds to count int8 layers and to measure the first plan."""
 EXTRA_ROWS = 40
 """Rows that a trial runs beside the holdout."""
+OWN_QUANTIZER_S = 10.0
+"""Seconds that an engine's own quantizer takes beside running the calibration samples (8 to 20 on six models)."""
 LOWERING_S = 8.0
 """Seconds to make corewise's graph an ONNX model (ResNet-50)."""
 FIRST_RUNG_ROWS = 60
@@ -57,6 +65,8 @@ class Forecast:
     cpu: Cpu
     calibration: int
     holdout: int
+    convolves: bool = True
+    """Whether most of the work is convolutions, and not linear layers."""
     trials: Sequence[Trial] = ()
     judged_under_shift: bool = False
     """Whether int8 with ranges counts only with a twin, whose time is then part of its trial."""
@@ -90,7 +100,7 @@ class Forecast:
 
     def passes(self, build: Build) -> float:
         """How likely it can be made and passes the gate."""
-        if not build.precision.startswith("int8"):
+        if not is_int8(build):
             return PASSES[build.precision]
         same = [trial for trial in self._verified if same_int8_layers(trial.build, build)]
         if same:
@@ -125,7 +135,8 @@ class Forecast:
         return trial.verified_per_s * self._row_s
 
     def _usual_speed(self, build: Build) -> float:
-        speeds = VNNI_SPEEDS if self.cpu.int8_dot else OTHER_SPEEDS
+        others = OTHER_SPEEDS if self.convolves else OTHER_SPEEDS_OF_LINEARS
+        speeds = VNNI_SPEEDS if self.cpu.int8_dot else others
         rest = BF16_REST if build.quantization.rest == "bf16" else 1.0
         return speeds[build.precision] * ENGINE_FACTORS.get(build.engine, 1.0) * rest
 
@@ -140,28 +151,61 @@ class Forecast:
         if ours:
             rows = FIRST_RUNG_ROWS if rung == 0 else self.calibration * (2 if rung is None else 1)
             return LOWERING_S + rows * self._row_s
-        return (self.calibration + (BACKEND_ROWS if build.engine == "torch-int8" else 0)) * self._row_s
+        rows = self.calibration + (BACKEND_ROWS if build.engine == "torch-int8" else 0)
+        return OWN_QUANTIZER_S + rows * self._row_s
 
 
-def following(left: Sequence[Build], forecast: Forecast, left_s: float = inf, sure_first: bool = False) -> Build:
+def following(left: Sequence[Build], forecast: Forecast, left_s: float = inf, sure_s: float | None = None) -> Build:
     """The next of the builds that are ``left`` with ``left_s`` seconds.
 
-    By expected gain for the time (``Forecast.worth``), of those that fit into what is left; if none fits, the quickest.
-    A second is worth what the fastest build could win, divided among the seconds that are left. While nothing but the
-    baseline has passed (``sure_first``), time for the quickest build in floating point is kept.
+    Of those that together promise most in that time (``_best_together``), the one with the most expected gain for its
+    time (``Forecast.worth``), where a second is worth what the fastest build could win, divided among the seconds that
+    are left. If none fits, the quickest. While nothing but the baseline has passed, time for the quickest build in
+    floating point is kept until ``sure_s`` seconds have passed.
     """
     fastest = max(forecast.speed(build) for build in left)
     price_per_s = max(0.0, fastest - 1) / max(left_s, 1e-9)
     quickest = min((build for build in left if is_sure(build)), key=forecast.seconds, default=None)
-    kept_s = forecast.seconds(quickest) if quickest and sure_first else 0.0
+    kept_s = forecast.seconds(quickest) if quickest else 0.0
 
     def fits(build: Build) -> bool:
-        return forecast.seconds(build) + (0.0 if is_sure(build) else kept_s) <= left_s
+        needed_s = forecast.seconds(build)
+        return needed_s <= left_s and (sure_s is None or is_sure(build) or needed_s + kept_s <= sure_s)
 
     fitting = [build for build in left if fits(build)]
     if not fitting:
         return min(left, key=forecast.seconds)
-    return max(fitting, key=lambda build: forecast.worth(build, price_per_s))
+    together = _best_together(fitting, forecast, left_s)
+    return max(together, key=lambda build: forecast.worth(build, price_per_s))
+
+
+def _best_together(builds: Sequence[Build], forecast: Forecast, left_s: float) -> Sequence[Build]:
+    """The few of the builds whose trials fit into the time and whose fastest that passes is expected to be fastest.
+
+    An index for each build alone does not see that two quick trials of slow builds leave no time for the one of a fast
+    build. Of builds with the same layers in int8 one is taken, because they pass or fail together.
+    """
+    seconds = {build: forecast.seconds(build) for build in builds}
+    chances = {build: (forecast.speed(build), forecast.passes(build)) for build in builds}
+
+    def expected(chosen: Sequence[Build]) -> float:
+        """The expected highest speed of those that pass, or that of what passed before."""
+        whole, missed = 0.0, 1.0
+        for speed, passes in sorted((chances[build] for build in chosen), reverse=True):
+            if speed <= forecast.best:
+                break
+            whole += missed * passes * speed
+            missed *= 1 - passes
+        return whole + missed * forecast.best
+
+    groups = (group for count in range(1, TOGETHER + 1) for group in combinations(builds, count))
+    fitting = [
+        group
+        for group in groups
+        if sum(seconds[build] for build in group) <= left_s
+        and not any(is_int8(first) and same_int8_layers(first, second) for first, second in combinations(group, 2))
+    ]
+    return max(fitting, key=lambda group: (expected(group), -sum(seconds[build] for build in group)))
 
 
 def is_better_left(build: Build, left: Sequence[Build], forecast: Forecast, left_s: float) -> bool:
@@ -180,6 +224,11 @@ def learned_plan(build: Build, trials: Sequence[Trial], goal: Goal) -> Plan | No
     able = [trial for trial in searched if trial.state == State.OK and goal.best(trial) is not None]
     best = goal.best(min(able, key=goal.cost)) if able else None
     return best.plan if best else None
+
+
+def is_int8(build: Build) -> bool:
+    """Whether it has layers in int8, with ranges or dynamic."""
+    return build.precision.startswith("int8")
 
 
 def is_sure(build: Build) -> bool:

@@ -21,7 +21,7 @@ from corewise.runtime.measure import kinds_of
 from corewise.runtime.worker import peak_memory_bytes
 from corewise.runtime.workspace import Workspace
 from corewise.search.alone import alone_guard
-from corewise.search.budget import WITH_LOADS, WITH_PHOTOS, Budget, BudgetSplit, baseline_batch
+from corewise.search.budget import RACE_S, WITH_LOADS, WITH_PHOTOS, Budget, BudgetSplit, SampleLimits, baseline_batch
 from corewise.search.call_costs import time_calls
 from corewise.search.candidates import first_plan, layouts
 from corewise.search.end_to_end import LEAST_FILES, photo_files
@@ -139,6 +139,9 @@ def optimize(
         pooling=pooling,
         on_event=on_event,
         budget_s=budget_s,
+        kept_limits=SampleLimits.kept(Workspace(work).sample_limits, budget_s)
+        if work and calibration is None
+        else None,
         required=tuple(engines) != DEFAULT_ENGINES,
     )
     if end_to_end and not photo_files(task.holdout):
@@ -152,6 +155,8 @@ def optimize(
     with _working(workspace), Journal(workspace.journal, task.key(requirements)) as journal:
         if journal.empty:
             workspace.clear()
+        if task.limits is not None:
+            task.limits.keep(workspace.sample_limits)
         try:
             build_inputs = task.write(workspace)
             shift = ShiftGuard(gate, context, build_inputs, task.builds[0])
@@ -166,6 +171,7 @@ def optimize(
             search.race()
             choice = search.choose()
             images = prepare_images(task, choice, gate, context, end_to_end=end_to_end is not False)
+            choice = search.choose_layouts(choice)  # with the memory that pixels take
             call_costs = time_calls(task.pipeline, task.holdout, choice, context)
         finally:
             if journal.empty:  # it ended before anything worth keeping
@@ -191,7 +197,8 @@ def _context(
         baseline_plan=replace(plan, batch=baseline_batch(task.row_s or 0.0, plan.batch)) if shorter else plan,
         calibration=len(task.calibration),
         holdout=len(task.holdout),
-        kinds=kinds_of(task.holdout),
+        kinds=len(kinds_of(task.holdout)),
+        convolves=task.convolves,
         layouts=lambda build: layouts(task.cpu, build),
         cpu=task.cpu,
         timeout_s=timeout_s,
@@ -199,7 +206,7 @@ def _context(
         on_event=on_event,
         requirements=requirements,
         budget=budget,
-        split=_split(task, requirements),
+        split=_split(task, requirements).leaving(budget.total_s, RACE_S),
         in_process=task.in_process,
     )
 
@@ -217,7 +224,7 @@ def _result(
     build_inputs: BuildInputs,
     images: ImagePlan,
 ) -> Result:
-    context = search.context
+    context, overtime = search.context, search.overtime()
     report = Report(
         model=task.model,
         created=datetime.now(UTC).isoformat(timespec="seconds"),
@@ -230,7 +237,7 @@ def _result(
         choice=choice,
         wall_s=context.budget.elapsed_s,
         peak_memory_bytes=peak_memory_bytes() + search.peak_memory_bytes,
-        notes=(*task.notes, *search.notes, *images.reasons),
+        notes=(*task.notes, *search.notes, *images.reasons, *((overtime,) if overtime else ())),
     )
     return Result(
         report=report,

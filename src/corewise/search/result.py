@@ -12,6 +12,7 @@ from corewise.artifact.checks import program_ranges
 from corewise.artifact.model import Model
 from corewise.artifact.photos import image_runner
 from corewise.artifact.texts import text_runner
+from corewise.artifact.tuned import partitions
 from corewise.artifact.watch import seen_range
 from corewise.common.nested import Structure
 from corewise.engines import BuildInputs, Engine
@@ -22,6 +23,7 @@ from corewise.records.ranges import InputRange, SeenRanges
 from corewise.records.report import Report
 from corewise.report import words
 from corewise.runtime.client import read_outputs
+from corewise.runtime.elastic import open_elastic
 from corewise.runtime.instances import open_plan
 from corewise.runtime.workspace import Workspace
 from corewise.samples import Samples
@@ -69,7 +71,13 @@ class Result:
     def model(self) -> Model:
         """The winner, opened in this process; call it as the original."""
         choice = self.report.choice
-        session = open_plan(self.opener, self.payload, choice.winner, choice.plan, self.build_inputs.cpu)
+        opened = self.opener, self.payload, choice.winner
+        cpu, elasticity = self.build_inputs.cpu, choice.elasticity
+        if elasticity is None or elasticity.chosen is None:
+            session = open_plan(*opened, choice.plan, cpu)
+        else:
+            measured = (*self.report.winner.measurements, *elasticity.measurements)
+            session = open_elastic(*opened, elasticity.plan, partitions(elasticity.plan, measured), cpu)
         pipeline = self._fitted
         images = self._images
         encoder = None if pipeline is None else TextEncoder(pipeline, self.tokenizer)
@@ -151,6 +159,7 @@ class Result:
             photos=self.photos,
             seen_ranges=self._seen_ranges,
             call_costs=self.call_costs,
+            elastic=choice.elastic,
         )
 
     def _inferred(self, tokenizer: Path, labels: Sequence[str]) -> tuple[TextPipeline, bytes]:

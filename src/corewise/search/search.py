@@ -30,6 +30,7 @@ from corewise.search.candidates import (
     worth_climbing,
 )
 from corewise.search.choose import choose_winner, find_contradiction
+from corewise.search.elastic import judge_elastic
 from corewise.search.finals import race_finalists
 from corewise.search.forecast import PROMISING, Forecast, following, is_better_left, learned_plan
 from corewise.search.journal import Journal
@@ -40,8 +41,12 @@ from corewise.search.tuning import not_tuned, tune
 
 TUNED = 3
 """Builds beside the baseline whose plans are searched."""
+SURE_BY = 1.2
+"""Of the budget, until when time for a build in floating point is kept while nothing but the baseline has passed."""
 OVERTIME = 1.5
 """Of the budget, what trials may take while nothing but the baseline has passed: a late result is better than none."""
+ON_TIME = 1.05
+"""Of the budget, what a search may take without saying why."""
 NAMED = 3
 """Builds that are named where more were not tried."""
 OUT_OF_TIME = (*NOT_TRIED, ReasonKind.BUDGET_SPENT_DURING)
@@ -71,6 +76,8 @@ class Search:
         self.baseline_s = 0.0
         """Seconds that the baseline's trial took."""
         self.race_result: Race | None = None
+        self.race_began_s, self.race_ended_s = 0.0, 0.0
+        """Seconds of the budget that had passed."""
 
     @property
     def rates(self) -> tuple[Rates, ...]:
@@ -92,7 +99,8 @@ class Search:
             self._check_baseline(trial)
         while left:
             left = [at_learned_rung(build, self.trials) for build in left]
-            build = following(left, self._forecast(), self._left_s(), sure_first=not self._any_candidate_ok())
+            sure_s = None if self._any_candidate_ok() else self.context.budget.left_s(SURE_BY)
+            build = following(left, self._forecast(), self._left_s(), sure_s)
             why_not = self._why_not_tried(build, left)
             left.remove(build)
             trial = self._try(build, total=len(self.trials) + len(left) + 1, why_not=why_not)
@@ -199,9 +207,11 @@ class Search:
     def race(self) -> None:
         """Race the best builds against the baseline, once more if the race contradicts the trials."""
         requirements, baseline = self.context.requirements, self.trials[0].build
+        self.race_began_s = self.context.budget.elapsed_s
         for _ in range(2):
             trials, self.race_result = race_finalists(self.trials, self.context)
             self.trials = list(trials)
+            self.race_ended_s = self.context.budget.elapsed_s
             if find_contradiction(self.trials, self.rates, requirements, baseline) is None:
                 return
 
@@ -219,6 +229,21 @@ class Search:
         self._replace(judged)
         self._complete_latency_table(choice)
         return self._with_doubt_under_shift(choice)
+
+    def overtime(self) -> Reason | None:
+        """Why the whole search took longer than its budget; ``None`` if it hardly did."""
+        budget = self.context.budget
+        if budget.left_s(ON_TIME) >= 0:
+            return None
+        return budget.reason(ReasonKind.OVER_BUDGET, trials_s=self.race_began_s, race_s=self.race_ended_s)
+
+    def choose_layouts(self, choice: Choice) -> Choice:
+        """The choice with what there is to say about an elastic plan of the winner."""
+        found = judge_elastic(self._of(choice.winner), choice.plan, self.context)
+        if isinstance(found, Reason):
+            self.notes.append(found)
+            return choice
+        return replace(choice, elasticity=found)
 
     def _climbed(self, build: Build) -> Build | None:
         """The build with one more of corewise's corrections that was not tried; ``None`` if there is none."""
@@ -248,6 +273,7 @@ class Search:
             cpu=context.cpu,
             calibration=context.calibration,
             holdout=context.holdout,
+            convolves=context.convolves,
             trials=tuple(self.trials),
             judged_under_shift=judged_under_shift,
         )
@@ -258,8 +284,9 @@ class Search:
         return self.shift is not None and self.gate.is_robust and not self.shift.unsplit
 
     def _left_s(self) -> float:
-        """Seconds for trials; while no candidate has passed, all that is left of the budget."""
-        return self.context.budget.left_s(self.context.split.last_trial if self._any_candidate_ok() else 1.0)
+        """Seconds for trials; while no candidate has passed, those for plans as well."""
+        split = self.context.split
+        return self.context.budget.left_s(split.last_trial if self._any_candidate_ok() else split.first_trials)
 
     def _try(self, build: Build, *, total: int, why_not: Reason | None = None, share: float | None = None) -> Trial:
         """The build's trial: from the journal, or run now until ``share`` of the budget is spent; or ``why_not``."""

@@ -36,6 +36,7 @@ if TYPE_CHECKING:
 
     from corewise.source import Exported
 
+LINEARS = ("aten.linear.default", "aten.addmm.default", "aten.mm.default")
 PACKAGES = ("torch", "openvino", "nncf", "onnxruntime", "onnx", "numpy")
 
 MetricLike = str | Callable[[Any, Any], Any] | None
@@ -62,6 +63,8 @@ class Task:
     tokenizer: bytes = b""
     class_names: tuple[str, ...] | None = None
     """In the order of the scores: given, or else those that the model's library has."""
+    limits: SampleLimits | None = None
+    """Under a budget, how many samples it has time for."""
     row_s: float | None = None
     """Seconds of one row in eager PyTorch; timed under a budget only."""
 
@@ -81,9 +84,12 @@ class Task:
         pooling: Pooling | None,
         on_event: OnEvent,
         budget_s: float | None = None,
+        kept_limits: SampleLimits | None = None,
         required: bool = False,
     ) -> Self:
         """Read the samples, export the model and list its builds.
+
+        A run that resumes has the ``kept_limits`` of the one before.
 
         Raises ``InputError`` for what is wrong with them, and ``EngineError`` if an engine that is ``required`` cannot
         be tried at all.
@@ -104,8 +110,10 @@ class Task:
         loaded = fitted(loaded, exported, asked=tokenizer is not None)
         row_s = None if budget_s is None else source.row_seconds(exported, data)
         fewer: tuple[Reason, ...] = ()
+        limits = None
         if budget_s is not None and row_s is not None:
-            limits = sample_limits(budget_s, row_s, None if calibration is None else len(calibrating))
+            given = None if calibration is None else len(calibrating)
+            limits = sample_limits(budget_s, row_s, given) if kept_limits is None else kept_limits
             calibrating, holdout, fewer = _affordable(calibrating, holdout, limits, seed)
         names = _class_names(class_names, loaded.class_names, exported.outputs)
         in_process = None
@@ -130,8 +138,18 @@ class Task:
             notes=(*map(Reason.text, data.notes), *notes, *fewer, *_behaviour(exported)),
             seed=seed,
             class_names=names,
+            limits=limits,
             row_s=row_s,
         )
+
+    @property
+    def convolves(self) -> bool:
+        """Whether most of its layers are convolutions."""
+        from corewise import source
+
+        operators = source.operators(self.exported.program) if self.exported.program else {}
+        convolutions = sum(count for name, count in operators.items() if "conv" in name)
+        return 2 * convolutions >= convolutions + sum(operators.get(name, 0) for name in LINEARS)
 
     @property
     def facts(self) -> SampleFacts:

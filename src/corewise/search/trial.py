@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from corewise.machine.layouts import ThreadLayout
 from corewise.records.build import Build, Plan, Receipt
 from corewise.records.cpu import Cpu
 from corewise.records.events import Event, TrialStep
-from corewise.records.goal import Requirements
+from corewise.records.goal import Requirements, Throughput
 from corewise.records.measurement import Measurement
 from corewise.records.reason import Reason, ReasonKind, Step
 from corewise.records.trial import Fidelity, State, Trial
@@ -27,6 +28,8 @@ VERIFY_BATCH = 16
 MEASURE_S = 1.0
 ALONE_DB = {"fp32": 50.0, "bf16": 25.0, "int8": 20.0, "int8-dynamic": 20.0}
 """How near a row's answer alone must be to its answer in a batch: kernels for other batches may round differently."""
+PLANS_S = 6.0
+"""Seconds that the plans of a build need at least, because its process starts again for them."""
 HOPELESS = 0.5
 """A candidate that verifies slower than this share of the best so far is not measured."""
 
@@ -53,6 +56,8 @@ class SearchContext:
     """Samples that each build answers to be judged."""
     kinds: int = 1
     """Calls of which each timed pass consists (``measure.calls_of``)."""
+    convolves: bool = True
+    """Whether most layers of the model are convolutions."""
     baseline_plan: Plan | None = None
     """What the baseline is first measured under instead of ``plan``."""
     in_process: Engine | None = None
@@ -152,8 +157,21 @@ def _run(
         return
     plan = context.baseline_plan or context.plan if is_baseline else context.plan
     context.on_event(TrialStep(build, Step.MEASURING, plan))
-    record["measurements"] = (measure_plan(build, context, client, plan, Reason.of(ReasonKind.FIRST_LOOK)),)
+    record["measurements"] = _first_looks(build, context, client, plan)
     record.update(state=State.OK, reason=Reason.of(ReasonKind.BASELINE) if is_baseline else verdict.reason)
+
+
+def _first_looks(build: Build, context: SearchContext, client: Client, plan: Plan) -> tuple[Measurement, ...]:
+    """What the build does under ``plan``, and in another layout if the budget will leave no time to search plans."""
+    looks = [measure_plan(build, context, client, plan, Reason.of(ReasonKind.FIRST_LOOK))]
+    requirements = context.requirements
+    comparable = isinstance(requirements.goal, Throughput) and requirements.memory_limit_bytes is None
+    if comparable and context.budget.left_s(context.split.plans) < PLANS_S:
+        for layout in context.layouts(build)[1:2]:
+            with suppress(StepFailed):  # the first look is enough for a trial
+                other = layout.plan(plan.batch)
+                looks.append(measure_plan(build, context, client, other, Reason.of(ReasonKind.OTHER_LAYOUT)))
+    return tuple(looks)
 
 
 def measure_plan(build: Build, context: SearchContext, client: Client, plan: Plan, why: Reason) -> Measurement:

@@ -28,10 +28,9 @@ from corewise.common.errors import ArtifactError, CorewiseError
 from corewise.common.references import describe
 from corewise.engines import Session, engine
 from corewise.machine.inspect import inspect_cpu
-from corewise.machine.layouts import assign
 from corewise.records.build import Plan
 from corewise.records.jsonable import from_json
-from corewise.runtime.instances import Instances
+from corewise.runtime.instances import Instances, open_layouts
 
 ALIGNED = 64
 
@@ -144,11 +143,11 @@ def _open(request: dict[str, Any]) -> Instances:
     found = artifact.read(folder)
     if artifact.identity(folder) != request["identity"]:
         raise ArtifactError(f"{folder} is another artifact now than when the server opened it", "reload the model")
-    plan, cpu, build = from_json(Plan, request["plan"]), inspect_cpu(), found.manifest.build
-    cpus = assign(cpu, plan.threads_per_instance, plan.instances)
-    opener = engine(build.engine)
-    instances = Instances(opener, found.folder / artifact.PAYLOAD, build, plan, cpus)
-    for number in range(plan.instances):
+    plan = from_json(Plan, request["plan"])
+    wide = None if request["wide"] is None else from_json(Plan, request["wide"])
+    build = found.manifest.build
+    instances = open_layouts(engine(build.engine), found.folder / artifact.PAYLOAD, build, plan, inspect_cpu(), wide)
+    for number in range(len(instances)):
         artifact.check_golden(found, _Opened(instances, number))
     golden, _ = found.golden()
     # Engines compile for a size when they first meet it.

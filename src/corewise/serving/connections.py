@@ -20,6 +20,8 @@ from corewise.serving.addresses import client_of
 from corewise.serving.refusals import on_wire
 
 CONTINUE = b"HTTP/1.1 100 Continue\r\n\r\n"
+JOINED_BYTES = 2**16
+"""Longer parts are not copied."""
 GONE_S = (0.05, 0.5)
 """From the end of what a client sends to the first look whether it is gone, and between two looks."""
 HEALTH_CONNECTIONS = 16
@@ -213,6 +215,44 @@ def _lines(table: Path) -> list[str]:
         return []
 
 
+class _Joined:
+    """What uvicorn writes an answer to: its head goes with its body, so that the client wakes once.
+
+    What is written to a connection that is gone is dropped: uvloop's transports raise what uvicorn does not expect.
+    """
+
+    __slots__ = ("_head", "_transport", "_waits", "is_closing")
+
+    def __init__(self, transport: asyncio.Transport, *, waits: bool) -> None:
+        """``waits`` is whether the answer has a body."""
+        self._transport, self.is_closing = transport, transport.is_closing
+        self._head, self._waits = b"", waits
+
+    def write(self, data: bytes) -> None:
+        """Write, or keep the head until the next call."""
+        if self.is_closing():
+            return
+        if self._head and len(data) <= JOINED_BYTES:
+            data, self._head = self._head + data, b""
+        elif self._head:
+            self._flush()
+        elif self._waits and data != CONTINUE:
+            self._head, self._waits = data, False
+            return
+        self._transport.write(data)
+
+    def close(self) -> None:
+        """Write what is left, and close."""
+        if not self.is_closing():
+            self._flush()
+        self._transport.close()
+
+    def _flush(self) -> None:
+        head, self._head = self._head, b""
+        if head:
+            self._transport.write(head)
+
+
 class Connection(HttpToolsProtocol):
     """uvicorn's, but for what it closes or drops.
 
@@ -253,7 +293,9 @@ class Connection(HttpToolsProtocol):
                 raise ValueError("this is no proxy")
             return
         super().on_headers_complete()
-        if self.cycle is not None and self.parser.get_http_version() == "1.0" and self.parser.should_keep_alive():
+        has_body = self.parser.get_method() != b"HEAD"
+        self.cycle.transport = _Joined(self.transport, waits=has_body)  # type: ignore[assignment]
+        if self.parser.get_http_version() == "1.0" and self.parser.should_keep_alive():
             # Old proxies do not know chunks: to them the body may end elsewhere (RFC 9112, section 6.1).
             self.cycle.keep_alive = all(name != b"transfer-encoding" for name, _ in self.headers)
 
@@ -283,6 +325,17 @@ class Connection(HttpToolsProtocol):
             self._looking.cancel()
         super().connection_lost(exc)
 
+    def send_400_response(self, msg: str) -> None:
+        """Say that this is no request, to a client that is there."""
+        if not self.transport.is_closing():
+            super().send_400_response(msg)
+
+    def _cut_off(self) -> None:
+        """Drop the connection at once, and what would be sent."""
+        if self.cycle is not None:
+            self.cycle.disconnected = True
+        self.transport.abort()
+
     def _look_later(self, pause_s: float) -> None:
         self._looking = self.loop.call_later(pause_s, self._look)
 
@@ -293,6 +346,6 @@ class Connection(HttpToolsProtocol):
         poll = select.poll()
         poll.register(connection.fileno(), 0)
         if poll.poll(0):  # POLLHUP or POLLERR: the other side is closed both ways
-            self.transport.abort()
+            self._cut_off()
         else:
             self._look_later(GONE_S[1])

@@ -183,6 +183,8 @@ def batch(bodies: Sequence[bytes], served: Served) -> Batch:
             opened = open_image(one, "the image", max_pixels=MOST_PIXELS, preprocess=preprocess)
             arrays.append(image_array(opened, preprocess))
             sizes.append(opened.info[SIZE_KEY])
+    if served.photos is not None and not all(served.photos.takes(array.shape) for array in arrays):
+        raise ProtocolError(f"the model takes photos that become {served.photos.shape}", "send one of that shape", 415)
     if len({array.shape for array in arrays}) > 1:
         raise ProtocolError("the images have several shapes, which the model keeps", "send one image a request")
     return Batch(np.stack(arrays), tuple(sizes))

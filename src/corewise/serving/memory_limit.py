@@ -37,8 +37,11 @@ GROWN_BYTES = 16 * 2**20
 """Memory is given back while the processes have so much more than without requests."""
 PASSES = 4
 """So many periods in a row: what is in use at the first may be free at the last."""
-PASS_SHARE = 1 / 200
-"""The most of the event loop's time: a pass looks through all objects, which takes 10 ms for 2,000 connections."""
+PASS_SHARE, LONG_S = 1 / 200, 2.0
+"""What passes take of the event loop's time, if that is enough with pauses that long at most: a pass looks through all
+objects, which takes 10 ms for 2,000 connections."""
+SCARCE_SHARE = 1 / 4
+"""Of the limit: with so much more than without requests no pass is late."""
 
 
 def fit(limits: Limits, limit_bytes: int) -> Limits:
@@ -136,16 +139,18 @@ class Guard:
             await asyncio.sleep(PERIOD_S)
             if self._budget.total_booked_bytes > seen_bytes + STEP_BYTES:
                 seen_bytes, passes = self._budget.total_booked_bytes, 0
-            if passes < PASSES and collecting.is_due:
-                passes += 1
-                if resident_bytes(self._engines()) > self._idle_bytes + GROWN_BYTES:
-                    collecting.run(memory.collect)
-                    await asyncio.to_thread(memory.trim)
+            if passes < PASSES:
+                used_bytes = resident_bytes(self._engines())
+                if collecting.is_due or used_bytes > self._idle_bytes + SCARCE_SHARE * self._limit_bytes:
+                    passes += 1
+                    if used_bytes > self._idle_bytes + GROWN_BYTES:
+                        collecting.run(memory.collect)
+                        await asyncio.to_thread(memory.trim)
             self._budget.look()
 
 
 class Share:
-    """Work that may take only a share of the time: the longer it took, the longer until it is due again."""
+    """Work that may take a share of the time only: the longer it took, the longer until it is due, up to ``LONG_S``."""
 
     def __init__(self, share: float, clock: Callable[[], float] = monotonic) -> None:
         self._share, self._clock = share, clock
@@ -160,7 +165,7 @@ class Share:
         """Run it."""
         started_s = self._clock()
         work()
-        self._due_s = started_s + (self._clock() - started_s) / self._share
+        self._due_s = started_s + min(LONG_S, (self._clock() - started_s) / self._share)
 
 
 def machine_bytes(limit_bytes: int | None, memory_bytes: int) -> int:

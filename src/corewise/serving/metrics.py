@@ -265,6 +265,9 @@ class _Models(Collector):
         waiting = GaugeMetricFamily("corewise_queue_rows", "Rows that wait.", labels=labels)
         slowness = GaugeMetricFamily("corewise_call_slowness", "Calls' time over the measured one.", labels=labels)
         restarts = CounterMetricFamily("corewise_engine_restarts", "How often its process was replaced.", labels=labels)
+        layouts = CounterMetricFamily(
+            "corewise_layout_requests", "Requests by the thread layout of their call.", labels=[*labels, "layout"]
+        )
         agreement = GaugeMetricFamily("corewise_shadow_agreement", "Answers with fp32's highest score.", labels=labels)
         drift = GaugeMetricFamily("corewise_shadow_sqnr_db", "Answers against fp32's, on a sample.", labels=labels)
         checks = CounterMetricFamily(
@@ -280,6 +283,8 @@ class _Models(Collector):
             waiting.add_metric(key, served.waiting_rows)
             slowness.add_metric(key, served.slowness)
             restarts.add_metric(key, served.remote.restarts)
+            for layout, count in served.statistics.layouts.copy().items():
+                layouts.add_metric([*key, layout], count)
             if (found := served.ranges.outside) is not None:
                 checks.add_metric(key, found.checks)
                 outside.add_metric(key, found.outside)
@@ -288,4 +293,4 @@ class _Models(Collector):
                 drift.add_metric(key, served.shadow.sqnr_db)
                 if served.shadow.agreement is not None:
                     agreement.add_metric(key, served.shadow.agreement)
-        return (ready, waiting, slowness, restarts, drift, agreement, checks, outside, expected)
+        return (ready, waiting, slowness, restarts, layouts, drift, agreement, checks, outside, expected)

@@ -20,7 +20,7 @@ from corewise.artifact.open import check_available
 from corewise.artifact.photos import images_of
 from corewise.artifact.texts import text_pipeline
 from corewise.artifact.watch import RangeWatch, pixel_extremes
-from corewise.batching import Answer, Batcher, NotServed, Policy, Run
+from corewise.batching import Answer, Batcher, NotServed, Run, policy_of
 from corewise.common.errors import ArtifactError
 from corewise.engines import ENGINES, engine
 from corewise.engines.base import mixes_rows
@@ -103,11 +103,12 @@ class Served:
             )
         trust.check(found, identity)
         check_available(build.engine, f"serving {source.folder}")
-        fit = tuned.fit(found, cpu)
+        fit, tables = tuned.for_requests(found, tuned.fit(found, cpu))
         curve, notes = tuned.usable_table(found, fit, cpu)
         max_rows = max(max_waiting, fit.plan.batch)
-        policy = Policy(
+        policy = policy_of(
             curve,
+            tables,
             max_batch=fit.plan.batch,
             max_waiting=max_rows,
             shared=not mixes_rows(engine(build.engine), build),
@@ -116,6 +117,8 @@ class Served:
         self.manifest = found.manifest
         self.values = Values(found, check_finite=check_finite)
         self.plan, self.notes = fit.plan, (*fit.warnings, *notes, *self.values.notes)
+        self.elastic = fit.elastic
+        """The layouts that are open, if these are two; ``plan`` is then the narrow one."""
         self.inputs: tuple[TensorSpec, ...] = found.manifest.inputs
         self.outputs: tuple[TensorSpec, ...] = found.manifest.outputs
         pipeline = text_pipeline(found)
@@ -134,10 +137,11 @@ class Served:
         with ExitStack() as undo:
             if self.shadow is not None:
                 undo.callback(self.shadow.close)
-            self.remote = Remote(source.folder.resolve(), identity, fit.plan, cpu, on_death=self._died)
+            wide = None if fit.elastic is None else fit.elastic.wide
+            self.remote = Remote(source.folder.resolve(), identity, fit.plan, cpu, wide=wide, on_death=self._died)
             undo.pop_all()
         self._batcher = Batcher(
-            [partial(self.remote.run, number) for number in range(self.plan.instances)],
+            [partial(self.remote.run, number) for number in range(self.plan.instances + (wide is not None))],
             policy,
             reopen=self._reopen,
         )
@@ -146,6 +150,11 @@ class Served:
     def ready(self) -> bool:
         """Whether requests are answered now."""
         return self.remote.alive and not self.draining
+
+    @property
+    def plan_label(self) -> str:
+        """The plan in words, or both layouts of an elastic one."""
+        return self.plan.label if self.elastic is None else self.elastic.label
 
     @property
     def instead(self) -> tuple[tuple[TensorSpec, ...], ...]:
@@ -267,7 +276,10 @@ class Served:
         if ended.cancelled():
             return
         if (error := ended.exception()) is None:
-            self.statistics.answered(ended.result(), len(inputs[0]), took_s)
+            answer = ended.result()
+            is_wide = self.elastic is not None and answer.instance == self.plan.instances
+            layout = (self.elastic.wide if self.elastic is not None and is_wide else self.plan).layout_label
+            self.statistics.answered(answer, len(inputs[0]), took_s, layout)
             self._watch(inputs, ended.result().outputs)
             if self.shadow is not None:
                 self.shadow.offer(inputs, ended.result().outputs)
@@ -330,4 +342,5 @@ def _joined(answers: Sequence[Answer]) -> Answer:
         waited_s=max(answer.waited_s for answer in answers),
         ran_s=max(answer.ran_s for answer in answers),
         batch_rows=max(answer.batch_rows for answer in answers),
+        instance=max(answer.instance for answer in answers),
     )

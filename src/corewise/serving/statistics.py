@@ -7,9 +7,11 @@ from collections import Counter, deque
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 from corewise.batching import Answer
+
+K = TypeVar("K", int, str)
 
 HISTORY_S = 900
 """How many seconds are kept."""
@@ -48,6 +50,8 @@ class _Second:
     busy_s: float = 0.0
     calls: Counter[int] = field(default_factory=Counter)
     """How many requests ran in calls of each number of rows."""
+    layouts: Counter[str] = field(default_factory=Counter)
+    """How many requests ran in calls of each thread layout."""
     latencies: Counter[int] = field(default_factory=Counter)
     """How many requests took ``STEP`` to the power of the key, in seconds."""
 
@@ -76,6 +80,8 @@ class Recent:
     """Mean number of calls that ran at a time."""
     batch_rows: dict[int, int]
     """How many requests ran in calls of each number of rows."""
+    layouts: dict[str, int]
+    """How many requests ran in calls of each thread layout."""
 
 
 class Statistics:
@@ -89,12 +95,14 @@ class Statistics:
         self.success = self.fail = self.queue = self.infer = Spent()
         self.by_rows: dict[int, Spent] = {}
         """The calls of each number of rows; a call of several requests is counted in parts."""
+        self.layouts: Counter[str] = Counter()
+        """The requests that ran in calls of each thread layout."""
         self.rows = 0
         self.calls = 0.0
         self.last_s = 0.0
 
-    def answered(self, answer: Answer, rows: int, took_s: float) -> None:
-        """A request was answered."""
+    def answered(self, answer: Answer, rows: int, took_s: float, layout: str = "") -> None:
+        """A request was answered by a call of that thread layout."""
         with self._lock:
             self.success = self.success.plus(took_s)
             self.queue = self.queue.plus(answer.waited_s)
@@ -109,6 +117,8 @@ class Statistics:
             second.waited_s += answer.waited_s
             second.busy_s += answer.ran_s * rows / answer.batch_rows
             second.calls[answer.batch_rows] += 1
+            second.layouts[layout] += 1
+            self.layouts[layout] += 1
             second.latencies[round(math.log(max(took_s, 1e-6), STEP))] += 1
 
     def not_served(self) -> None:
@@ -140,6 +150,7 @@ class Statistics:
             failed_per_s=sum(each.failed for each in seconds) / span_s,
             busy=sum(each.busy_s for each in seconds) / span_s,
             batch_rows=dict(sorted(calls.items())),
+            layouts=dict(_sum(each.layouts for each in seconds)),
         )
 
     def history(self, since: int = 0) -> dict[str, list[float]]:
@@ -190,8 +201,8 @@ class Statistics:
         return self._seconds[-1]
 
 
-def _sum(counters: Iterable[Counter[int]]) -> Counter[int]:
-    total: Counter[int] = Counter()
+def _sum(counters: Iterable[Counter[K]]) -> Counter[K]:
+    total: Counter[K] = Counter()
     for counter in counters:
         total.update(counter)
     return total

@@ -15,8 +15,8 @@ from typing import Any, NamedTuple
 
 from corewise.batching import NotServed
 
-PER_ROUND = 4
-"""Requests that are begun in one round of the event loop: about a millisecond."""
+PER_ROUND = 8
+"""Requests that are begun in one round of the event loop: about two milliseconds."""
 FIRST_S = 0.0003
 """What a request takes in the loop, before that was seen."""
 NEW_SHARE = 0.1

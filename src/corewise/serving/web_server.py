@@ -125,8 +125,7 @@ class _Patient(Connection):
     def connection_lost(self, exc: Exception | None) -> None:
         self._come()
         self._seat.leave()
-        if self._unread is not None:
-            self._unread.cancel()
+        self._look_no_more()
         super().connection_lost(exc)
         for waiter in self._gone:
             if not waiter.done():
@@ -169,7 +168,7 @@ class _Patient(Connection):
         self._come()
         self._pieced += 1
         if self._pieced > MOST_PIPELINED or len(self.pipeline) >= MOST_PIPELINED:
-            self.transport.abort()
+            self._cut_off()
             raise ValueError("the client sends requests and waits for no answers")
         if self._gate is not None and self._answers_early(self._gate):
             return
@@ -201,26 +200,41 @@ class _Patient(Connection):
         super().pause_writing()
         self._look_if_read()
 
+    def resume_writing(self) -> None:
+        super().resume_writing()
+        self._look_no_more()
+
     def timeout_keep_alive_handler(self) -> None:
         left_s = self._used_s + self.timeout_keep_alive - self.loop.time()
-        if self.transport.get_write_buffer_size():  # closing would wait for it
-            self.transport.abort()
+        if self._count_unread():  # closing would wait for it
+            self._cut_off()
         elif left_s > 0:
             self.timeout_keep_alive_task = self.loop.call_later(left_s, self.timeout_keep_alive_handler)
         else:
             super().timeout_keep_alive_handler()
 
     def _look_if_read(self) -> None:
-        """Look now and then at what the client has not read, until there is nothing left."""
-        if self._unread is None:
-            self._unread_bytes = self.transport.get_write_buffer_size()
+        """Look now and then at what the client has not read, until nearly all is read."""
+        self._unread_bytes = self._count_unread()
+        if self._unread is None and self._unread_bytes:
             self._unread = self.loop.call_later(UNREAD_S, self._end_if_unread)
+
+    def _look_no_more(self) -> None:
+        if self._unread is not None:
+            self._unread.cancel()
+            self._unread = None
+
+    def _count_unread(self) -> int:
+        try:
+            return self.transport.get_write_buffer_size()
+        except RuntimeError:  # uvloop's, of a connection that was cut off
+            return 0
 
     def _end_if_unread(self) -> None:
         self._unread = None
-        left_bytes = self.transport.get_write_buffer_size()
+        left_bytes = self._count_unread()
         if left_bytes and left_bytes >= self._unread_bytes:
-            self.transport.abort()
+            self._cut_off()
         elif left_bytes:
             self._look_if_read()
 

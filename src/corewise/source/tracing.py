@@ -77,7 +77,7 @@ def _close(answer: Tensor, expected: Tensor) -> bool:
 def _reason(error: _NotExportable, flat: Flat, example: Batch, dims: Sequence[dict[int, Any]]) -> str:
     """Which operation torch.export cannot take, with the user's line of code."""
     cause = error.__cause__ or error
-    first, *details = str(cause).splitlines()
+    first, *details = str(cause).splitlines() or [""]  # an error need not say anything
     if not first.startswith("Constraints violated"):
         return error.what + _code(where(cause))
     # The first line only names the dimension; the next one says what became of it.

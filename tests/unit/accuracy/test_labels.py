@@ -106,6 +106,14 @@ def test_correlations_and_areas_have_a_chance_level_too():
     assert not fidelity_of(truth[:, None], (truth > 0).astype(int)).near_chance
 
 
+def test_maps_have_a_chance_level_too():
+    truth = np.random.default_rng(2).integers(3, size=(12, 8, 8))
+    scores = np.moveaxis(np.eye(3)[truth], -1, 1)
+    assert not fidelity_of(scores, truth).near_chance
+    assert fidelity_of(np.roll(scores, 3, axis=3), truth).near_chance
+    assert fidelity_of(np.broadcast_to(np.eye(3)[0].reshape(1, 3, 1, 1), scores.shape), truth).near_chance
+
+
 def test_what_was_judged_stands_in_the_record():
     maps = np.random.default_rng(0).normal(size=(12, 3, 8, 8))
     by_outputs = fidelity_of(maps, None)

@@ -126,6 +126,9 @@ def test_embeddings_and_constant_answers_are_no_class_scores():
     assert default(vectors / np.linalg.norm(vectors, axis=1, keepdims=True), None).name == "cosine"
     with pytest.raises(SamplesError, match=r"no default metric takes .* \(recall@10, spearman"):
         default(vectors / np.linalg.norm(vectors, axis=1, keepdims=True), np.arange(len(vectors)) % 2)
+    positive = np.maximum(vectors, 0)
+    assert default(positive / np.linalg.norm(positive, axis=1, keepdims=True), None).name == "cosine"
+    assert default(np.eye(16)[vectors.argmax(1)], None).name == "agreement"
     # The first of four box sides is always the largest: an agreement of 100 % would say nothing.
     assert default(np.abs(vectors[:, :4]) + np.array([9, 0, 0, 0]), None).name == "concordance"
 

@@ -189,6 +189,16 @@ def test_miou_is_the_mean_over_classes_of_all_pixels():
         value("miou", scores, labels[:, :7])
 
 
+def test_miou_knows_masks_as_pictures_have_them_and_refuses_classes_that_the_model_lacks():
+    scores = rng(19).normal(size=(6, 2, 8, 8))
+    masks = rng(20).integers(2, size=(6, 8, 8))
+    masks[0, 0, 0] = 1
+    assert value("miou", scores, masks * 255) == pytest.approx(value("miou", scores, masks))
+    assert value("miou", scores[:, 1:], masks * 255) == pytest.approx(value("miou", scores[:, 1:], masks))
+    with pytest.raises(SamplesError, match=r"sample 0 has class 2, the model's classes are 0\.\.1"):
+        value("miou", scores, masks * 2)
+
+
 def test_psnr_takes_its_peak_from_the_labels():
     image = rng(19).uniform(0, 1, size=(4, 1, 12, 12))
     assert value("psnr", image + 0.1, image) == pytest.approx(20)

@@ -11,6 +11,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+from builders import measured
 from test_artifact import CPU, PLAN, STORY, X
 from test_artifact import write as write_artifact
 
@@ -21,7 +22,6 @@ from corewise.artifact.tuned import MOST_BYTES, Fit, Machine, Tuned, asked, fit,
 from corewise.common.errors import ArtifactError, InputError, OutputError
 from corewise.machine.layouts import most_threads
 from corewise.records.build import ElasticPlan, Plan
-from corewise.records.measurement import Measurement
 from corewise.runtime.elastic import Elastic
 from corewise.runtime.instances import Pool
 
@@ -29,17 +29,6 @@ HERE = Machine.of(CPU)
 ELSEWHERE = replace(HERE, model="Another CPU", quota_cores=1.5)
 HERES = Plan(threads_per_instance=1, instances=1, batch=2)
 two_threads = pytest.mark.skipif(most_threads(CPU) < 2, reason="needs two threads")
-
-
-def measured(plan, p50_ms=1.0):
-    return Measurement(
-        plan=plan,
-        latencies_ms=(p50_ms,) * 3,
-        throughput_per_s=1e3 * plan.batch * plan.instances / p50_ms,
-        p50_ms=p50_ms,
-        p99_ms=p50_ms,
-        spread=0.0,
-    )
 
 
 def entry(machine=HERE, plan=HERES, **changes):
@@ -226,7 +215,7 @@ def test_an_elastic_plan_is_loaded_and_verified(made):
         assert isinstance(model._session, Pool)
         np.testing.assert_allclose(model(X)["scores"], elastically["scores"], rtol=1e-5)
     (note,) = verify(made).notes
-    assert f"(loaded as a model: {ELASTIC.label}, by the load)" in note
+    assert note.startswith(f"runs {ELASTIC.label}, by the load: tuned")
 
 
 @two_threads

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from typer.testing import CliRunner
 
 from corewise.accuracy.metrics import METRICS
-from corewise.cli import app, quantities
+from corewise.cli import _words, app, quantities
 from corewise.cli.options import add_command, grouped, option
 from corewise.cli.renames import COMMANDS, OPTIONS, translate
 from corewise.common.errors import InputError
@@ -168,6 +168,22 @@ def test_fields_of_option_groups_become_options_and_come_back_as_values():
     CliRunner().invoke(program, arguments, catch_exceptions=False)
     assert received == [(Wanted(size=2000, names=["a", "b"]), "m")]
     assert "Two lines of one paragraph." in CliRunner().invoke(program, ["--help"]).output
+
+
+# --- what the system refuses --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("error", "words"),
+    [
+        (OSError(36, "File name too long", "x" * 9), f"{'x' * 9}: File name too long; check the path"),
+        (FileNotFoundError(2, "No usable temporary directory found"), "No usable temporary directory found; check"),
+        (ConnectionRefusedError(111, "Connection refused"), "Connection refused$"),
+        (OSError("HTTPSConnectionPool: no route"), "HTTPSConnectionPool: no route$"),
+    ],
+)
+def test_what_the_system_refuses_is_one_line(error, words):
+    assert re.match(words, _words(error))
 
 
 # --- old names ----------------------------------------------------------------------------------------------------

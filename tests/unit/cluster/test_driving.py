@@ -58,6 +58,8 @@ class FakeActor:
 class FakeCrew:
     """Actors that answer when they are waited for, the first call first; ``fates`` says which calls they die of."""
 
+    grows = True
+
     def __init__(self, machines: Sequence[Machine], fates: Sequence[bool] = (), refusals: dict[int, str] | None = None):
         self.living = [Node(str(k), f"node{k}", 2) for k in range(len(machines))]
         self.machines, self.refusals = machines, refusals or {}
@@ -245,6 +247,18 @@ def test_a_cluster_whose_nodes_are_refused_or_gone_is_not_waited_for_without_end
     now = iter(range(0, 10**6, 50))
     with pytest.raises(EngineError, match=r"Ray started no process within 120 s, .*: any"):
         driver_of(Leaving([OLD, OLD], refusals={1: "no AVX2"}), clock=lambda: float(next(now))).run()
+
+
+def test_a_cluster_of_our_own_that_ends_is_not_waited_for() -> None:
+    class Ending(FakeCrew):
+        grows = False
+
+        def result(self, call: int) -> str:
+            self.living = []
+            raise ActorLost("its node is gone")
+
+    with pytest.raises(EngineError, match="the Ray that was started for this job has ended; run the same command: fin"):
+        driver_of(Ending([OLD])).run()
 
 
 def test_parts_are_rows_by_number() -> None:

@@ -5,17 +5,19 @@ import pytest
 from corewise.cluster.messages import answer, answering, packed_rows, unpacked_rows
 from corewise.common.errors import CorewiseError, MissingExtra, OutputError
 from corewise.pipeline.parts import Record
+from corewise.samples.archives import Slice
 
 
 def test_rows_cross_as_they_are_and_a_problem_without_its_value() -> None:
     rows = [
         Record(0, "a.csv", "line 2", "grün \ud83d", ""),
         Record(1, "a.csv", "line 3", ("one", "two"), ""),
+        Record(4, "c.tar/d.jpg", "", Slice("c.tar", 512, 3), ""),
         Record(2, "b\udcff.csv", "row 0", "\udc80", "is no UTF-8 at character 0"),
     ]
     crossed = packed_rows(rows)
     assert crossed.isascii()
-    assert unpacked_rows(crossed) == [*rows[:2], rows[2]._replace(value=None)]
+    assert unpacked_rows(crossed) == [*rows[:3], rows[3]._replace(value=None)]
 
 
 @pytest.mark.parametrize(

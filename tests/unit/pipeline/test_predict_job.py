@@ -235,6 +235,8 @@ def test_several_inputs_and_columns(tokenizer: bytes, tmp_path: Path) -> None:
     output = tmp_path / "out.parquet"
     result = run_job(job_of(output, table, lines, columns=Columns("body")), runner_of(tokenizer))
     assert result.rows == 5
+    group = parquet.read_metadata(output).row_group(0)
+    assert [group.column(k).has_dictionary_page for k in range(3)] == [True, True, False]
     assert [(row["row"], row["input"], row["vector"]) for row in parquet.read_table(output).to_pylist()] == [
         (0, str(table), [2.0, 5.0]),
         (3, str(lines), [1.0, 2.0]),

@@ -249,6 +249,30 @@ def test_the_graph_of_a_program_is_a_copy():
     assert all(torch.equal(tensor, before[name]) for name, tensor in program.state_dict.items())
 
 
+class Positions(nn.Module):
+    """A net for a table of positions beside one for the input, as Swin V2 has it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("table", torch.randn(9, 2))
+        self.bias, self.head = nn.Sequential(nn.Linear(2, 16), nn.ReLU(), nn.Linear(16, 4)), nn.Linear(6, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(x) + self.bias(self.table).sigmoid().mean(0)
+
+
+def test_layers_that_see_constants_alone_are_values():
+    torch.manual_seed(0)
+    model = Positions().eval()
+    module = folded(program_of(model, 6))
+    assert [layer_name(layer) for layer in layers(module)] == ["head"]
+    x = torch.randn(5, 6)
+    with torch.no_grad():
+        assert torch.allclose(execute(module, (x,), compute)[0], model(x), atol=1e-6)
+    samples = from_python(list(np.random.default_rng(0).standard_normal((24, 6), np.float32)))
+    assert quantize(program_of(model, 6), samples, Recipe()).sqnr_db > 10
+
+
 # --- grids --------------------------------------------------------------------------------------------------------
 
 bounds = st.floats(-1e6, 1e6, width=32)

@@ -258,6 +258,47 @@ def test_engines_run_all_layers_in_int8_and_agree(case: Case, tmp_path: Path):
             assert_close(one, case.model(torch.from_numpy(case.inputs(batch))).numpy(), 0.1)
 
 
+class Mixing(nn.Module):
+    """Its rows depend on each other, so it runs row by row, and its program has that batch in a shape."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.convolution, self.head = nn.Conv2d(3, 8, 3), nn.Linear(8 * 36, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        rows = torch.relu(self.convolution(x)).reshape(x.shape[0], -1)
+        return self.head(rows + 0.1 * rows.mean(0))
+
+
+@pytest.mark.parametrize("name", ["openvino", "onnxruntime", "torch-int8"])
+def test_a_program_with_a_fixed_batch_is_calibrated_in_calls_of_that_batch(name: str, tmp_path: Path):
+    torch.manual_seed(0)
+    model, rows = Mixing().eval(), np.random.default_rng(0).standard_normal((24, 3, 8, 8), np.float32)
+    exported = export(model, from_python(list(rows)))
+    assert exported.fixed_batch == 1
+    save_program(exported.program, tmp_path / "program.pt2")
+    given = BuildInputs(
+        program=tmp_path / "program.pt2",
+        inputs=exported.inputs,
+        outputs=exported.outputs,
+        operators={},
+        calibration=from_python(list(rows)),
+        cpu=cpu.inspect_cpu(),
+        cache=tmp_path,
+    )
+    own = Build(engine=name, precision="int8")
+    builds = [own] if name == "torch-int8" else [qdq.int8(name, given.cpu), qdq.first_rung(qdq.int8(name, given.cpu))]
+    for number, build in enumerate(build.with_fixed_batch(1) for build in builds):
+        payload = tmp_path / f"payload-{number}"
+        payload.mkdir()
+        engine(name).build(given, build, payload)
+        session = engine(name).open(payload, build, Plan(threads_per_instance=1, batch=1))
+        answers = np.concatenate([session.run([row[None]])[0] for row in rows])
+        session.close()
+        with torch.no_grad():
+            assert_close(answers, np.concatenate([model(torch.from_numpy(row[None])).numpy() for row in rows]), 0.1)
+
+
 # --- biases in int32 ----------------------------------------------------------------------------------------------
 
 

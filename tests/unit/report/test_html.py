@@ -174,10 +174,10 @@ def test_the_chosen_build_is_marked_the_same_way_everywhere():
     page = Page(html.render(searched()))
     keys = page.all("b", **{"class": "key chosen"})
     names = page.all("span", **{"class": "build chosen"})
-    # Once at the top, and in each chart's legend and table: 5 charts, and the table of all trials.
+    # Once at the top, and in each chart's legend and table: 6 charts, and the table of all trials.
     assert len(keys) == len(names) + 1
-    assert len(page.all("svg")) == 5
-    assert len(page.all("em")) >= 2 * 5
+    assert len(page.all("svg")) == 6
+    assert len(page.all("em")) >= 2 * 6
 
 
 def test_each_chart_has_a_title_a_description_and_its_figures_in_a_table():
@@ -210,7 +210,8 @@ def test_a_baseline_that_nothing_beat_has_a_page():
 
 def test_a_report_without_measurements_race_or_accuracy_has_a_page_without_charts():
     trials = tuple(replace(trial, measurements=(), fidelity=None) for trial in REPORT.trials)
-    page = Page(html.render(replace(REPORT, trials=trials, finals=(), notes=())))
+    choice = replace(REPORT.choice, elasticity=None)
+    page = Page(html.render(replace(REPORT, trials=trials, finals=(), notes=(), choice=choice)))
     assert not page.all("svg")
     assert "Why the others lost" in page.text
 
@@ -234,6 +235,7 @@ def test_threads_are_drawn_only_where_more_than_one_number_was_measured():
         "The alternating run",
         "Throughput over latency",
         "Latency over batch",
+        "Latency over load",
         "Accuracy over speed",
     ]
     assert titles(searched())[3] == "Throughput over threads"

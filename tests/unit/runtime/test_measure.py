@@ -6,11 +6,21 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
+from corewise.batching import LatencyTable
 from corewise.records.build import Build, Plan
 from corewise.records.jsonable import from_json, to_json
 from corewise.records.measurement import Measurement
 from corewise.runtime.client import InProcess
-from corewise.runtime.measure import KINDS, batch_of, calls_of, measure_instances, throughput_per_s, time_calls, warm_up
+from corewise.runtime.measure import (
+    KINDS,
+    batch_of,
+    calls_of,
+    measure_instances,
+    throughput_per_s,
+    time_calls,
+    time_in_turns,
+    warm_up,
+)
 from corewise.samples import from_python
 
 
@@ -133,26 +143,57 @@ def test_calls_of_several_kinds_are_timed_in_whole_passes_and_count_alike():
     assert time_calls(time, calls, budget_s=0.0, min_calls=1, clock=time.clock) == [1.0, 2.0, 6.0]
 
 
-def test_a_trial_measures_and_races_samples_of_several_lengths_on_calls_of_three(tmp_path):
+@pytest.fixture
+def watched(tmp_path):
+    """A trial of samples of three lengths, which echo, its samples, and the shapes of its calls."""
+    samples, shapes = tmp_path / "holdout.safetensors", []
     lengths = [*[3] * 9, *[5] * 9, *[8] * 9]
-    samples = tmp_path / "holdout.safetensors"
-    from_python([np.full(length, 1, np.float32) for length in lengths]).save(samples)
-    shapes = []
+    from_python([np.full(length, 1 + place, np.float32) for place, length in enumerate(lengths)]).save(samples)
 
     class Watching:
         def open(self, folder, build, plan):
-            return SimpleNamespace(run=lambda inputs: shapes.append(inputs[0].shape) or list(inputs), close=int)
+            return SimpleNamespace(run=self.run, close=int)
 
-    build, plan = Build(engine="watching", precision="fp32"), Plan(threads_per_instance=1, batch=2)
+        def run(self, inputs):
+            shapes.append(inputs[0].shape)
+            return list(inputs)
+
     with InProcess(Watching()) as client:
-        client.open(tmp_path, build, plan)
-        found = client.measure(samples, plan, 0.01)
-        assert set(shapes) == {(2, 3), (2, 5), (2, 8)}
-        assert len(found.latencies_ms) >= KINDS
-        client.warm_up(samples, 4, 0.01)
-        shapes.clear()
-        assert client.run_round(0.0).per_s > 0
-        assert shapes == [(4, 3), (4, 3), (4, 5), (4, 8)]
+        client.open(tmp_path, Build(engine="watching", precision="fp32"), Plan(threads_per_instance=1, batch=2))
+        yield client, samples, shapes
+
+
+def test_a_trial_measures_and_races_samples_of_several_lengths_on_calls_of_three(watched):
+    client, samples, shapes = watched
+    found = client.measure(samples, Plan(threads_per_instance=1, batch=2), 0.01)
+    assert set(shapes) == {(2, 3), (2, 5), (2, 8)}
+    assert len(found.latencies_ms) >= KINDS
+    client.warm_up(samples, 4, 0.01)
+    shapes.clear()
+    assert client.run_round(0.0).per_s > 0
+    assert shapes == [(4, 3), (4, 3), (4, 5), (4, 8)]
+
+
+def test_load_has_requests_of_three_lengths_which_share_calls_with_their_like(watched):
+    client, samples, shapes = watched
+    table = LatencyTable(points=((1, 1.0), (2, 1.0)))
+    found = client.load(samples, Plan(threads_per_instance=1, batch=2), table, duration_s=0.05, clients=6)
+    assert (found.failed, found.refused) == (0, 0)
+    assert found.answered >= 6
+    assert {length for _, length in shapes} == {3, 5, 8}
+    assert {rows for rows, _ in shapes} == {1, 2}
+
+
+@pytest.mark.parametrize(
+    ("budget_s", "seconds"),
+    [(30.0, [[1.0] * 4, [2.0] * 4, [3.0] * 4]), (4.0, [[1.0], [2.0]]), (0.0, [[1.0]])],
+)
+def test_calls_that_take_turns_are_timed_after_one_of_each(budget_s, seconds):
+    calls = [(np.zeros((1, length)),) for length in (1, 2, 3)]
+    time = FakeTime(1.0)
+    time.run = lambda inputs: setattr(time, "now", time.now + inputs[0].shape[1])
+    # A pass takes 6 s. Within 2 s only two calls are begun, and within none the first alone.
+    assert time_in_turns(time, calls, budget_s=budget_s, clock=time.clock) == seconds
 
 
 def test_several_instances_are_measured_together():

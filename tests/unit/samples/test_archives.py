@@ -39,6 +39,17 @@ def test_every_compression_gives_the_images_alone(tmp_path: Path, kind: str) -> 
     ]
 
 
+@pytest.mark.parametrize(("end", "count"), [(None, 3), (8000, 3), (6000, 2)])
+def test_slices_are_the_images_that_a_stream_gives(tmp_path: Path, end: int | None, count: int) -> None:
+    members = [("a.jpg", b"one"), ("x.csv", b"no"), (f"{'long' * 60}.png", bytes(3000)), ("b/c.PNG", b"two" * 400)]
+    path = write(tmp_path / "photos.tar", *members)
+    path.write_bytes(path.read_bytes()[:end])  # which cuts the last member, or the one before
+    whole, sliced = list(read_archive(path)), list(read_archive(path, sliced=True))
+    assert [(one.name, one.problem) for one in sliced] == [(one.name, one.problem) for one in whole]
+    assert [one.slice.read() for one in sliced if one.slice] == [one.content for one in whole if not one.problem]
+    assert len(whole) == count
+
+
 def test_what_is_no_file_or_leads_out_is_not_read(tmp_path: Path) -> None:
     path = tmp_path / "hostile.tar"
     kinds = {

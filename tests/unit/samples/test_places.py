@@ -1,5 +1,6 @@
 """samples.places: files by URL, in a store in this process, and what a store's errors mean."""
 
+import tarfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -99,8 +100,6 @@ def test_tables_are_read_from_urls_as_from_disk(bucket: RemotePath, tmp_path: Pa
 
 @pytest.mark.parametrize("kind", ["gz", "bz2", "xz", ""])
 def test_tar_files_are_read_from_urls(bucket: RemotePath, tmp_path: Path, kind: str) -> None:
-    import tarfile
-
     (tmp_path / "a.png").write_bytes(b"image")
     with tarfile.open(tmp_path / "images.tar", f"w:{kind}") as archive:
         archive.add(tmp_path / "a.png", "a.png")
@@ -120,6 +119,12 @@ def test_photos_are_answered_by_url(bucket: RemotePath, tmp_path: Path) -> None:
     np.testing.assert_allclose(first, fourth)
     assert (second, third) == (Rejected("is an HTML page"), Rejected("cannot be read: No such file or directory"))
     assert runner.calls_ended == 2
+    with tarfile.open(tmp_path / "photos.tar", "w") as archive:
+        archive.add(image, "a.png")
+    bucket.write_whole("photos.tar", lambda path: path.write_bytes((tmp_path / "photos.tar").read_bytes()))
+    (member,) = read_archive(bucket / "photos.tar", sliced=True)
+    (fifth,) = runner.answers([member.slice])
+    np.testing.assert_allclose(first, fifth)
 
 
 def test_what_is_local_and_what_is_wrong() -> None:

@@ -745,6 +745,17 @@ def test_a_function_in_a_file_can_import_its_siblings(tmp_path: Path) -> None:
     assert sys.path == path
 
 
+def test_a_generator_can_import_its_siblings_as_it_runs(tmp_path: Path) -> None:
+    (tmp_path / "corewise_late_sibling.py").write_text("WIDTH = 4\n")
+    (tmp_path / "lazy_samples.py").write_text(
+        "import numpy as np\ndef made():\n"
+        "    from corewise_late_sibling import WIDTH\n    for k in range(3): yield np.full(WIDTH, k)\n"
+    )
+    path = list(sys.path)
+    assert len(read(f"{tmp_path}/lazy_samples.py:made")) == 3
+    assert sys.path == path
+
+
 def test_generator_functions_are_read_lazily_and_their_errors_are_named(tmp_path: Path) -> None:
     (tmp_path / "lazy.py").write_text(
         "import numpy as np\ndef made():\n    yield np.zeros(2)\n    raise RuntimeError('gone')\n"

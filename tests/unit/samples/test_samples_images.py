@@ -7,6 +7,7 @@ import subprocess
 import sys
 import zlib
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -17,6 +18,7 @@ import soundfile
 from PIL import Image
 
 from corewise.common.errors import MissingExtra, SamplesError
+from corewise.records.pipeline import ImagePipeline
 from corewise.records.report import Preprocess
 from corewise.samples import RawSamples, Samples, UnreadableItem, read, read_raw
 from corewise.samples import images as images_module
@@ -681,7 +683,7 @@ def test_the_server_decodes_as_samples_are_decoded(tmp_path: Path) -> None:
     for name, content in files.items():
         (tmp_path / name).write_bytes(content)
     samples = read(str(tmp_path), TINY)
-    served: Any = SimpleNamespace(name="m", manifest=SimpleNamespace(preprocess=TINY), outputs=())
+    served: Any = SimpleNamespace(name="m", manifest=SimpleNamespace(preprocess=TINY), outputs=(), photos=None)
     assert samples.names == sorted(files)
     for row, name in enumerate(sorted(files)):
         np.testing.assert_array_equal(serving_images.batch([files[name]], served).array[0], samples.rows[row][0])
@@ -690,6 +692,22 @@ def test_the_server_decodes_as_samples_are_decoded(tmp_path: Path) -> None:
         with pytest.raises(ProtocolError) as caught:
             serving_images.batch([content], served)
         assert caught.value.status == status
+
+
+def test_the_server_takes_photos_of_one_shape_together_where_they_keep_it() -> None:
+    how = Preprocess(fit="keep", resize=24, crop=24, longest=40)
+    served: Any = SimpleNamespace(name="m", manifest=SimpleNamespace(preprocess=how), outputs=(), photos=None)
+    wide, high = (encoded(Image.new("RGB", size), "PNG") for size in ((80, 60), (60, 80)))
+    made = serving_images.batch([wide, wide], served)
+    assert made.array.shape == (2, 3, 24, 32)
+    assert made.sizes == ((80, 60), (80, 60))
+    with pytest.raises(ProtocolError, match="the images have several shapes, which the model keeps; send one image"):
+        serving_images.batch([wide, high], served)
+    served.photos = ImagePipeline(task="boxes", preprocess=how, shape=(3, 24, None))
+    assert serving_images.batch([wide], served).array.shape == (1, 3, 24, 32)
+    assert replace(served.photos, preprocess=replace(how, dtype="uint8")).takes((24, 32, 3))
+    with pytest.raises(ProtocolError, match=r"the model takes photos that become \(3, 24, None\); send one of that sh"):
+        serving_images.batch([high], served)
 
 
 def test_a_form_of_many_empty_parts_is_refused_before_they_are_read() -> None:

@@ -1,14 +1,21 @@
 """elastic plans: which two layouts are open, what is measured for them, and whether they pay."""
 
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
-from builders import requirements
+from builders import requirements, said, trial
 
-from corewise.records.build import Plan
+from corewise.machine.inspect import inspect_cpu
+from corewise.records.build import Build, Plan
 from corewise.records.measurement import Measurement
-from corewise.report.lines import elasticity_lines
-from corewise.search.elastic import elastic_plan, elasticity, plans_to_measure
+from corewise.records.reason import ReasonKind
+from corewise.records.tuned import Machine, Retuned, Tuned
+from corewise.report.lines import elasticity_lines, retuned_lines
+from corewise.runtime.workspace import Workspace
+from corewise.search.budget import Budget
+from corewise.search.elastic import elastic_plan, elasticity, judge_elastic, plans_to_measure
+from corewise.search.trial import SearchContext
 
 WIDE = Plan(threads_per_instance=2, batch=4)
 NARROW = Plan(threads_per_instance=1, instances=2, batch=4)
@@ -40,8 +47,10 @@ def test_beside_instances_there_is_one_with_all_their_threads():
 def test_beside_one_instance_there_is_the_fastest_division_that_was_measured_or_one_thread_each():
     alone = Plan(threads_per_instance=4)
     two, four = Plan(threads_per_instance=2, instances=2), Plan(threads_per_instance=1, instances=4)
-    assert elastic_plan(alone, [measured(two, 2.0), measured(four, 5.0)]).narrow == replace(two, batch=16)
-    assert elastic_plan(alone, [measured(alone)]).narrow == replace(four, batch=16)
+    assert elastic_plan(alone, [measured(two, 2.0), measured(four, 5.0)]).narrow == replace(two, batch=64)
+    assert elastic_plan(alone, [measured(two, 4.0)]).narrow == replace(two, batch=16), "64 rows would take too long"
+    assert elastic_plan(alone, [measured(two, 4.0)], fixed_batch=8).narrow == replace(two, batch=8)
+    assert elastic_plan(alone, [measured(alone)]).narrow == replace(four, batch=64)
     assert elastic_plan(alone, []).wide == replace(alone, batch=16)
 
 
@@ -91,10 +100,56 @@ def test_without_single_rows_of_both_layouts_nothing_is_judged():
 def test_the_words_tell_latency_over_load_and_the_verdict():
     elastic = elastic_plan(NARROW, SCALES)
     lines = elasticity_lines(elasticity(NARROW, elastic, SCALES, requirements()))
-    assert lines[0].split("  ")[0] == "simulated p50 of single items"
+    assert lines[0].split("  ")[0] == "simulated p50 of requests"
     assert lines[0].endswith("elastic     2 threads x 1      1 thread x 2")
     assert lines[1].split()[-6:] == ["2.40", "ms", "2.40", "ms", "4.00", "ms"]
     assert len({len(line) for line in lines[:-1]}) == 1
-    assert lines[-1] == f"corewise.load opens {elastic.label}: a call that is alone takes all cores"
+    assert lines[-1] == f"both are opened, {elastic.label}: a call that is alone takes all cores"
     kept = elasticity_lines(elasticity(NARROW, elastic, DOES_NOT, requirements()))
-    assert kept[-1] == "an elastic plan is not better: corewise.load opens one layout"
+    assert kept[-1] == "one layout: an elastic plan is not better"
+
+
+@pytest.mark.parametrize(
+    ("plan", "line"),
+    [
+        (Plan(threads_per_instance=1), "one layout: a plan of one thread has no cores to divide"),
+        (NARROW, "one layout: there was no time to measure an elastic plan, or it does not run here"),
+    ],
+)
+def test_retune_says_why_no_elastic_plan_was_judged(plan, line):
+    machine = Machine.of(inspect_cpu())
+    entry = Tuned(machine=machine, created="2026-01-02", goal="throughput", plan=plan, measurements=())
+    found = Retuned(
+        folder=Path("m.cw"),
+        entry=entry,
+        old=plan,
+        best=plan,
+        old_per_s=1.0,
+        best_per_s=1.0,
+        comparison=None,
+        tried=1,
+        notes=(),
+        wall_s=1.0,
+    )
+    assert retuned_lines(found)[-1] == line
+
+
+def test_a_search_without_time_for_it_keeps_one_layout_and_says_so(tmp_path):
+    context = SearchContext(
+        workspace=Workspace(tmp_path),
+        plan=NARROW,
+        cpu=inspect_cpu(),
+        timeout_s=1.0,
+        verify=lambda outputs: pytest.fail("nothing is verified"),
+        on_event=lambda event: pytest.fail("nothing is measured"),
+        budget=Budget(total_s=10.0, clock=lambda: 20.0, started_s=0.0),
+    )
+    build = Build(engine="fake", precision="fp32")
+    reason = judge_elastic(trial(build, measurements=tuple(rows(NARROW, 4.0, 7.5))), NARROW, context)
+    assert reason.kind == ReasonKind.ELASTIC_NOT_MEASURED
+    assert said(reason) == "one layout stays open: an elastic plan was not measured, because the budget was spent"
+    alone = Plan(threads_per_instance=1)
+    assert judge_elastic(trial(build, measurements=(measured(alone),)), alone, context) is None
+    known = judge_elastic(trial(build, measurements=tuple(SCALES)), NARROW, replace(context, budget=Budget()))
+    assert known.pays
+    assert known.measurements == ()

@@ -66,7 +66,7 @@ def test_the_race_leaves_time_for_files_of_photos() -> None:
     rounds = {}
     for split in (BudgetSplit(), WITH_PHOTOS):
         budget = Budget(total_s=100.0, clock=lambda: 79.5, started_s=0.0)
-        context: Any = SimpleNamespace(budget=budget, split=split)
+        context: Any = SimpleNamespace(budget=budget, split=split, kinds=1)
         rounds[split.race] = _rounds(context, contenders, [trial(build, measurements=(measured,))])
     assert rounds == {1.0: ROUNDS, 0.85: MIN_ROUNDS}
 

@@ -11,7 +11,16 @@ from corewise.engines import engine
 from corewise.records.build import Build, Plan
 from corewise.records.goal import Throughput
 from corewise.records.reason import Reason, ReasonKind
-from corewise.search.budget import BASELINE_SHARE, CALL_S, FEWEST_HOLDOUT, baseline_batch, sample_limits
+from corewise.search.budget import (
+    BASELINE_SHARE,
+    CALL_S,
+    FEWEST_HOLDOUT,
+    RACE_S,
+    BudgetSplit,
+    SampleLimits,
+    baseline_batch,
+    sample_limits,
+)
 from corewise.search.candidates import BASELINE, list_candidates
 from corewise.search.forecast import START_S, Forecast, following, is_better_left, learned_plan
 
@@ -41,35 +50,44 @@ def own(name="openvino", **options):
 
 @pytest.mark.parametrize("left_s", [inf, 200.0, 40.0])
 def test_where_the_cpu_multiplies_int8_its_own_int8_comes_before_bf16_and_fp32(left_s):
-    first = following(builds(), forecast(), left_s, sure_first=True)
+    first = following(builds(), forecast(), left_s, left_s)
     assert first.precision == "int8"
 
 
 def test_what_does_not_fit_into_the_time_gives_way_to_what_does():
     expected = forecast(per_s=2.0)
-    first = following(builds(), expected, 60.0, sure_first=True)
+    first = following(builds(), expected, 60.0, 60.0)
     assert first.precision in ("bf16", "fp32")
     assert expected.seconds(first) <= 60.0
     assert following(builds(), expected, 3.0) == min(builds(), key=expected.seconds)
 
 
+def test_where_there_is_time_for_one_trial_it_is_that_of_the_fastest_build():
+    expected = forecast()
+    int8 = next(build for build in builds() if build.precision == "int8")
+    left_s = expected.seconds(int8) + 1
+    assert expected.seconds(Build(engine="openvino", precision="bf16")) < left_s / 2
+    assert following(builds(), expected, left_s, left_s + 20).precision == "int8"
+
+
 def test_time_for_a_sure_build_is_kept_while_nothing_passed():
     expected, int8, fp32 = forecast(), own(), Build(engine="openvino", precision="fp32")
     both = expected.seconds(int8) + expected.seconds(fp32)
-    assert following([int8, fp32], expected, both + 1, sure_first=True) == int8
-    assert following([int8, fp32], expected, both - 1, sure_first=True) == fp32
+    assert following([int8, fp32], expected, both + 1, both + 1) == int8
+    assert following([int8, fp32], expected, both - 1, both - 1) == fp32
     assert following([int8, fp32], expected, both - 1) == int8
+    assert following([int8, fp32], expected, both - 1, both + 1) == int8  # a sure build may be late
 
 
 def test_where_an_engines_own_int8_was_rejected_corewises_comes_before_slower_precisions():
     rejected = seen(own(rest="bf16"), 90.0, state="rejected")
     left = [build for build in builds() if build != rejected.build]
-    following_it = following(left, forecast(rejected), 100.0, sure_first=True)
+    following_it = following(left, forecast(rejected), 100.0, 100.0)
     assert following_it.quantization.quantizer == "corewise"
     ours = [seen(following_it, 90.0, state="rejected")]
     climbed = following_it.with_quantization(replace(following_it.quantization, rung=1))
     left = [climbed, *(build for build in left if build != following_it)]
-    assert following(left, forecast(rejected, *ours), 100.0, sure_first=True) == climbed
+    assert following(left, forecast(rejected, *ours), 100.0, 100.0) == climbed
 
 
 def test_what_was_seen_replaces_what_is_usual():
@@ -141,6 +159,35 @@ def test_the_baseline_answers_no_more_samples_than_its_share_has_time_for(row_s)
     assert again in (found, *(int(found * share) for share in (2 / 3, 3 / 4)))
 
 
+def test_a_run_that_resumes_has_the_samples_of_the_one_before(tmp_path):
+    path, first = tmp_path / "limits.json", sample_limits(60.0, 0.02)
+    assert SampleLimits.kept(path, 60.0) is None
+    first.keep(path)
+    assert SampleLimits.kept(path, 60.0) == first
+    assert SampleLimits.kept(path, 120.0) is None
+    path.write_text("{")
+    assert SampleLimits.kept(path, 60.0) is None
+
+
+@pytest.mark.parametrize("total_s", [20.0, 45.0, 60.0, 100.0])
+def test_a_short_budget_keeps_time_for_the_race(total_s):
+    split = BudgetSplit().leaving(total_s, RACE_S)
+    assert split.trials < split.last_trial < split.plans < split.first_trials <= 1
+    assert (1 - split.plans) * total_s == pytest.approx(max(RACE_S, 0.15 * total_s)) or split.plans == 0.5
+
+
+@pytest.mark.parametrize("total_s", [None, 300.0])
+def test_a_long_budget_is_shared_as_ever(total_s):
+    assert BudgetSplit().leaving(total_s, RACE_S) == BudgetSplit()
+
+
+def test_without_int8_instructions_transformers_are_not_expected_to_win_by_int8_with_ranges():
+    fp32 = Build(engine="openvino", precision="fp32")
+    transformer = replace(forecast(cpu=AVX2), convolves=False)
+    assert following([own(), fp32], transformer, 60.0, 60.0) == fp32
+    assert transformer.speed(own()) < forecast(cpu=AVX2).speed(own())
+
+
 def test_the_baselines_first_call_is_short_under_a_budget():
     assert baseline_batch(0.001, 16) == 16
     assert baseline_batch(0.07, 16) * 0.07 <= CALL_S
@@ -149,5 +196,5 @@ def test_the_baselines_first_call_is_short_under_a_budget():
 
 def test_nothing_that_was_seen_is_no_error():
     bare = Forecast(cpu=AVX2, calibration=64, holdout=64, trials=(trial(BASELINE),))
-    assert following(builds(AVX2), bare, 10.0, sure_first=True) in builds(AVX2)
+    assert following(builds(AVX2), bare, 10.0, 10.0) in builds(AVX2)
     assert bare.best == 1.0

@@ -4,11 +4,10 @@ from dataclasses import replace
 from itertools import count
 
 import pytest
-from builders import requirements
+from builders import measured, requirements
 from hypothesis import given
 from hypothesis import strategies as st
-from test_thread_plan import machine, machines
-from test_tuned import measured
+from machines import machine, machines
 
 from corewise.machine.inspect import inspect_cpu
 from corewise.machine.layouts import most_threads, thread_layouts

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from corewise.batching import Accepted, LatencyTable, NotServed, Policy, Refused, Request
-from corewise.batching.policy import _Place, _Plan
+from corewise.batching.policy import Place, _Plan
 from corewise.records.build import TensorSpec
 from corewise.serving import json_body, oip, rpc
 from corewise.serving.costs import HALF_S, Costs, Tail
@@ -83,7 +83,7 @@ def test_requests_that_are_alike_are_played_call_by_call_as_one_by_one():
             policy.finished(k)
         deadlines = np.sort(random.uniform(0.0, 0.4, random.integers(1, 40)))
         places = [
-            _Place(due_s, 0, k, Request(id=k, deadline_s=due_s), 0.01) for k, due_s in enumerate(deadlines.tolist())
+            Place(due_s, 0, k, Request(id=k, deadline_s=due_s), 0.01) for k, due_s in enumerate(deadlines.tolist())
         ]
         plan = _Plan(random.uniform(-0.02, 0.05, instances).tolist(), places, -inf)
         assert policy._play_alike(plan) == policy._play(plan)

@@ -1,29 +1,18 @@
 """What a crowd meets: turns in the event loop, by deadline and few in a round, and answers from headers alone."""
 
 import asyncio
-import json
 import logging
-import socket
 from itertools import pairwise
 from types import SimpleNamespace
 
 import pytest
-from uvicorn.server import ServerState
+from gate_tools import HEADERS, INFER, ask, crowded, gate_of, parts, rounds
 
 from corewise.batching import NotServed
-from corewise.serving import web_server
-from corewise.serving.app import ANSWER_COPIES, LARGE_ANSWER_BYTES, RequestLog
-from corewise.serving.connections import HEALTH_CONNECTIONS, Acceptor, Room
-from corewise.serving.connections import PER_ROUND as ROUND
 from corewise.serving.front import Front
-from corewise.serving.gate import Gate, RequestIds
-from corewise.serving.memory_limit import COPIES
-from corewise.serving.metrics import Metrics
-from corewise.serving.models import Models
-from corewise.serving.protocol import Limits, ProtocolError
+from corewise.serving.protocol import Limits
 from corewise.serving.rpc import Service
 from corewise.serving.tokens import Tokens
-from corewise.serving.traces import Traces
 from corewise.serving.turns import FIRST_S, PER_ROUND, SAFETY, Turns
 
 # --- turns --------------------------------------------------------------------------------------------------------
@@ -37,11 +26,6 @@ class Clock:
 
     def __call__(self):
         return self.now_s
-
-
-async def rounds(count):
-    for _ in range(count):
-        await asyncio.sleep(0)
 
 
 def test_in_each_round_a_few_begin_and_those_that_are_due_first():
@@ -133,159 +117,7 @@ def test_who_is_gone_or_late_has_no_turn():
     asyncio.run(main())
 
 
-# --- connections --------------------------------------------------------------------------------------------------
-
-
-class Counted(asyncio.Protocol):
-    """A connection."""
-
-    made = 0
-
-    def connection_made(self, transport):
-        Counted.made += 1
-        transport.close()
-
-
-def test_new_connections_are_taken_a_few_in_each_round_and_at_the_end_all_that_wait():
-    async def main():
-        Counted.made, protocols = 0, []
-
-        def make(seat):
-            assert not seat.is_extra
-            protocols.append(Counted())
-            return protocols[-1]
-
-        with socket.create_server(("127.0.0.1", 0), backlog=100) as listening:
-            acceptor = Acceptor(listening, make, Room(1000, 1.0))
-            clients = [socket.create_connection(listening.getsockname()) for _ in range(4 * ROUND)]
-            seen = [0]
-            while len(protocols) < len(clients):
-                await asyncio.sleep(0)
-                seen.append(len(protocols))
-            assert max(after - before for before, after in pairwise(seen)) <= ROUND
-            clients += [socket.create_connection(listening.getsockname()) for _ in range(4 * ROUND)]
-            acceptor.close()
-            acceptor.close()
-        while Counted.made < len(clients):
-            await asyncio.sleep(0)
-        await rounds(3)
-        for client in clients:
-            client.close()
-
-    asyncio.run(asyncio.wait_for(main(), 30))
-
-
-def test_one_address_has_its_share_of_connections_and_of_those_for_health_checks():
-    room = Room(10, 0.5)
-    seats = [room.seat("2.2.2.2") for _ in range(5 + HEALTH_CONNECTIONS // 2)]
-    assert [seat.is_extra for seat in seats] == [False] * 5 + [True] * (HEALTH_CONNECTIONS // 2)
-    assert room.seat("2.2.2.2") is None
-    others = [room.seat("3.3.3.3") for _ in range(5)]
-    assert not any(seat.is_extra for seat in others)
-    assert room.seat("4.4.4.4").is_extra
-    seats[0].leave()
-    seats[0].leave()  # only once
-    assert [room.seat("4.4.4.4").is_extra for _ in range(2)] == [False, True]
-
-
-def test_clients_of_a_unix_socket_have_no_address_to_share():
-    room = Room(10, 0.5)
-    assert [room.seat("").is_extra for _ in range(11)] == [False] * 10 + [True]
-
-
-def test_a_connection_without_a_seat_is_told_and_closed_before_anything_is_made_for_it():
-    async def main():
-        loop, refused = asyncio.get_running_loop(), []
-        with socket.create_server(("127.0.0.1", 0)) as listening:
-            room = Room(1, 1.0)
-            while room.seat("127.0.0.1") is not None:
-                pass
-            acceptor = Acceptor(listening, pytest.fail, room, on_refused=lambda: refused.append(1))
-            with socket.create_connection(listening.getsockname()) as client:
-                client.sendall(b"GET /v2 HTTP/1.1\r\n\r\n")
-                client.setblocking(False)
-                told = await loop.sock_recv(client, 4096)
-                assert await loop.sock_recv(client, 4096) == b""
-            acceptor.close()
-        head, _, body = told.partition(b"\r\n\r\n")
-        assert head.startswith(b"HTTP/1.1 503 Service Unavailable\r\n")
-        assert b"connection: close" in head
-        assert b"too many connections" in body
-        assert refused == [1]
-
-    asyncio.run(asyncio.wait_for(main(), 30))
-
-
 # --- answers from headers -----------------------------------------------------------------------------------------
-
-INFER = b"/v2/models/m/infer"
-HEADERS = [(b"host", b"x"), (b"content-length", b"100"), (b"x-request-id", b"mine")]
-
-
-class Served:
-    """A model of which requests are counted."""
-
-    name, version = "m", "1"
-
-    def __init__(self):
-        self.refused = 0
-        self.statistics = self
-
-    def not_served(self):
-        self.refused += 1
-
-
-class Known:
-    """Models that are there."""
-
-    stopping, ready, served = False, True, ()
-
-    def __init__(self):
-        self.model = Served()
-
-    def find(self, name, version):
-        if name != "m" or version not in (None, "1"):
-            raise ProtocolError("there is none", status=404)
-        return self.model
-
-
-def gate_of(front, *tokens):
-    known = Known()
-    metrics = Metrics(Models([], lambda source: None), Traces())
-    return SimpleNamespace(
-        known=known,
-        metrics=metrics,
-        gate=Gate(known, metrics, Limits(), Tokens(tokens), front, RequestIds()),
-    )
-
-
-def ask(made, method=b"POST", url=INFER, headers=HEADERS, client="1.1.1.1", stays_open=True, arrived_s=1e9):
-    return made.gate.answer(method, url, headers, client=client, arrived_s=arrived_s, stays_open=stays_open)
-
-
-def parts(answer):
-    head, _, body = answer.partition(b"\r\n\r\n")
-    status, *lines = head.decode().split("\r\n")
-    headers = dict(line.split(": ", 1) for line in lines)
-    assert int(headers["content-length"]) == len(body)
-    assert headers["content-type"] == "application/json"
-    return status, headers, json.loads(body)
-
-
-def crowded(test):
-    """Run a test with a front whose places for one client are taken."""
-
-    async def main():
-        front = Front(Limits(), 16)
-        try:
-            for _ in range(8):
-                front.enter("1.1.1.1", None)
-            test(front)
-            await rounds(2)
-        finally:
-            front.close()
-
-    asyncio.run(main())
 
 
 def test_health_is_answered_from_its_headers():
@@ -392,74 +224,6 @@ def test_a_turn_that_comes_too_late_is_known_from_the_headers():
     asyncio.run(main())
 
 
-class Wire:
-    """A connection on which all that is written is kept."""
-
-    def __init__(self):
-        self.written = []
-
-    def get_extra_info(self, name, default=None):
-        return ("1.1.1.1", 5) if name == "peername" else None
-
-    def write(self, data):
-        self.written.append(data)
-
-    def is_closing(self):
-        return False
-
-    close = is_closing
-
-
-def test_a_request_that_was_refused_is_refused_again_without_reading_it_again():
-    async def app(scope, receive, send):
-        """Is not asked."""
-
-    def test(front):
-        made, wire, room = gate_of(front), Wire(), Room(10, 1.0)
-        config = web_server.config(app, room)
-        config.gate = made.gate
-        connection = web_server._Patient(config, ServerState(), {}, room.seat("1.1.1.1"))
-        connection.connection_made(wire)
-        head = (
-            b"POST /v2/models/m/infer HTTP/1.1\r\nhost: x\r\nx-request-timeout-ms: 500\r\n%bcontent-length: 3\r\n\r\n"
-        )
-        for more in (b"", b"a: b\r\n"):
-            connection.data_received(head % more + b"abc")
-        connection.data_received((head % b"x-request-id: mine\r\n") + b"abc")
-        connection.data_received(head[:50])  # in pieces
-        connection.data_received((head % b"")[50:] + b"abc")
-        assert len(wire.written) == made.known.model.refused == 4
-        parser, connection.parser = connection.parser, None
-        for more in (b"", b"a: b\r\n", b""):
-            connection.data_received(head % more + b"abc")
-        assert len(wire.written) == made.known.model.refused == 7
-        for ours, again in ((0, 4), (1, 5), (3, 6)):
-            found = [parts(wire.written[k]) for k in (ours, again)]
-            ids = {headers.pop("x-request-id") for _, headers, _ in found}
-            assert found[0] == found[1]
-            assert len(ids) == 2
-        others = (
-            (head % b"") + b"ab",
-            (head % b"") + b"abcd",
-            (head % b"c: d\r\n") + b"abc",
-            (head % b"x-request-id: mine\r\n") + b"abc",
-        )
-        for data in others:
-            with pytest.raises(AttributeError):
-                connection.data_received(data)
-        connection.parser = parser
-        connection.data_received((head % b"") + b"ab")
-        connection.data_received(b"c" + (head % b"") + b"abc")
-        assert len(wire.written) == 9
-        connection._is_waiting = False  # the rest of a body
-        connection.parser = None
-        with pytest.raises(AttributeError):
-            connection.data_received(head % b"" + b"abc")
-        connection.connection_lost(None)
-
-    crowded(test)
-
-
 def test_a_call_over_grpc_is_refused_before_its_message_is_received():
     def test(front):
         made = gate_of(front)
@@ -471,86 +235,3 @@ def test_a_call_over_grpc_is_refused_before_its_message_is_received():
         assert label in made.metrics.text().decode()
 
     crowded(test)
-
-
-# --- answers that wait for their readers --------------------------------------------------------------------------
-
-
-def test_a_large_answer_is_booked_until_it_is_read_and_refused_if_there_is_no_room():
-    async def main():
-        answer, read = b"x" * (LARGE_ANSWER_BYTES + 1), asyncio.Event()
-        booked_bytes = ANSWER_COPIES * len(answer) // COPIES
-        front = Front(Limits(bodies_bytes=3 * booked_bytes, client_share=0.5), 16)
-
-        async def app(scope, receive, send):
-            await send({"type": "http.response.start", "status": 200, "headers": [(b"content-length", b"9")]})
-            await send({"type": "http.response.body", "body": answer[: scope["size"]]})
-
-        log = RequestLog(app, Known(), RequestIds(), front)
-
-        async def ask(size, waits=None):
-            sent = []
-
-            async def send(message):
-                if message.get("body") == b"" and waits is not None:
-                    await waits.wait()
-                sent.append(message)
-
-            scope = {"http_version": "1.1", "headers": [], "client": ("1.1.1.1", 5), "size": size}
-            await log(scope, None, send)
-            return sent
-
-        slow = asyncio.ensure_future(ask(len(answer), read))
-        await rounds(3)
-        refused, small = await ask(len(answer)), await ask(LARGE_ANSWER_BYTES)
-        assert (refused[0]["status"], small[0]["status"]) == (503, 200)
-        assert b"too many bytes" in refused[1]["body"]
-        assert dict(refused[0]["headers"])[b"x-request-id"] != dict(small[0]["headers"])[b"x-request-id"]
-        assert len(small) == 2
-        read.set()
-        start, *parts = await slow
-        assert start["status"] == 200
-        assert b"".join(part["body"] for part in parts) == answer
-        assert (await ask(len(answer)))[0]["status"] == 200
-        front.close()
-
-    asyncio.run(asyncio.wait_for(main(), 30))
-
-
-class Transport:
-    """One of which the other side reads what it is told to."""
-
-    def __init__(self, *unread_bytes):
-        self.unread_bytes, self.is_aborted = list(unread_bytes), False
-
-    def get_extra_info(self, name, default=None):
-        return None
-
-    def get_write_buffer_size(self):
-        return self.unread_bytes.pop(0) if len(self.unread_bytes) > 1 else self.unread_bytes[0]
-
-    def abort(self):
-        self.is_aborted = True
-
-    close = is_closing = abort
-
-
-@pytest.mark.parametrize("unread_bytes", [(9000,), (9000, 8000, 7000, 7000)])
-def test_a_client_that_reads_no_more_of_its_answer_is_cut_off(unread_bytes, monkeypatch):
-    monkeypatch.setattr(web_server, "UNREAD_S", 0.01)
-
-    async def app(scope, receive, send):
-        """Is not asked."""
-
-    async def main():
-        config = web_server.config(app, Room(10, 1.0))
-        transport, seat = Transport(*unread_bytes), Room(10, 1.0).seat("")
-        protocol = web_server._Patient(config, ServerState(), {}, seat)
-        protocol.connection_made(transport)
-        protocol.pause_writing()
-        while not transport.is_aborted:
-            await asyncio.sleep(0.001)
-        assert transport.unread_bytes == [unread_bytes[-1]]  # not before
-        protocol.connection_lost(None)
-
-    asyncio.run(asyncio.wait_for(main(), 30))

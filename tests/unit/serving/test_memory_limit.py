@@ -196,12 +196,13 @@ def test_passes_that_take_long_are_rare():
     share = Share(1 / 200, lambda: now_s[0])
 
     def work():
-        now_s[0] += 0.02
+        now_s[0] += 0.005
 
     assert share.is_due
     share.run(work)
     assert not share.is_due
-    now_s[0] += 3.97
-    assert not share.is_due
-    now_s[0] += 0.011
+    for later_s, is_due in ((0.99, False), (0.011, True)):
+        now_s[0] += later_s
+        assert share.is_due == is_due
+    share.run(lambda: now_s.append(now_s.pop() + 60))  # much was freed: then there is more
     assert share.is_due

@@ -248,6 +248,19 @@ def test_why_not_names_the_operation_and_the_line(model: nn.Module, line: str, w
     assert result.outputs[0].shape == (None, 2)
 
 
+def test_an_error_without_words_is_named_by_its_line() -> None:
+    class Refusing(nn.Module):
+        def forward(self, x: Tensor) -> Any:
+            if not isinstance(x.shape[0], int):
+                raise NotImplementedError  # without words
+            return x * 2
+
+    result = export(Refusing(), from_python(rows()))
+    assert result.fixed_batch == 1
+    assert result.why_fixed.startswith("torch.export failed: NotImplementedError (")
+    assert result.why_fixed.endswith("raise NotImplementedError  # without words")
+
+
 def test_recurrent_layers_take_sequences_of_any_length() -> None:
     class Recurrent(nn.Module):
         def __init__(self) -> None:

@@ -1,0 +1,216 @@
+"""A queue of requests whose calls run on a few cores each, or one at a time on all of them. Pure.
+
+The instance with all cores is wide, the others are narrow. A request that is alone runs wide; a crowd runs narrow, in
+calls that requests share.
+"""
+
+from bisect import bisect_right
+from dataclasses import dataclass
+from functools import partial
+from math import inf
+
+from corewise.batching.elastic import LATER, Arrivals
+from corewise.batching.partition import Partitions
+from corewise.batching.policy import Accepted, Batch, LatencyTable, Policy, Refused, Request, cut
+
+FEW = 4
+"""Waiting rows for each narrow instance; more are a backlog, in which only the rate counts."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ElasticTables:
+    """The measured times of an elastic plan's calls, over their rows."""
+
+    cores: int
+    threads: int
+    """Of each narrow instance."""
+    wide: LatencyTable
+    """The median (p50), as of ``narrow``: the policy decides by them."""
+    narrow: LatencyTable
+    wide_slow: LatencyTable
+    """The p99, by which requests are admitted. That of narrow calls is the policy's own table."""
+
+    @property
+    def instances(self) -> int:
+        """How many narrow instances there are, whose numbers begin at 0; the wide one has the number after theirs."""
+        return self.cores // self.threads
+
+    @property
+    def partitions(self) -> Partitions:
+        """The best division of all cores for any number of rows."""
+        return Partitions({self.threads: self.narrow, self.cores: self.wide}, self.cores)
+
+
+class ElasticQueue(Policy):
+    """A policy for narrow instances and a wide one, which runs only while no other does.
+
+    Admission counts on the narrow ones: a call starts wide only if all that wait are in time all the same. No core that
+    a request could use stays idle while it waits. The rate of arrivals seen lately says how many a wide call would let
+    wait.
+    """
+
+    def __init__(
+        self, curve: LatencyTable, tables: ElasticTables, *, max_batch: int, max_waiting: int, shared: bool = True
+    ) -> None:
+        super().__init__(curve, max_batch=max_batch, max_waiting=max_waiting, shared=shared)
+        self._partitions = tables.partitions
+        most = tables.wide_slow.points[-1][0]
+        self._wide_s = [0.0, *(tables.wide_slow.latency_ms(rows) / 1e3 for rows in range(1, max(most, max_batch) + 1))]
+        """Of a wide call, as measured (p99)."""
+        self._most_wide = most
+        self._wide_p50_s, self._narrow_p50_s = (
+            [0.0, *(table.latency_ms(rows) / 1e3 for rows in range(1, max(most, max_batch) + 1))]
+            for table in (tables.wide, tables.narrow)
+        )
+        self._least_s = [min(pair) for pair in zip(self._measured_s, self._wide_s, strict=False)]
+        self._lately = Arrivals(self._partitions.seconds(tables.cores, 1))
+        self.wide = tables.instances
+        """The number of the wide instance."""
+        self._is_wide_open = False
+        self._wide_rows = 0
+        self._wide_end_s: float | None = None
+        """When its call should end; ``None`` while it is idle."""
+        self._began_s: dict[int, float] = {}
+        """When each instance's call began."""
+
+    def finished(self, instance: int, took_s: float | None = None) -> None:
+        """As of ``Policy``; the end of a wide call leaves all narrow instances idle."""
+        if took_s is not None and instance in self._began_s:
+            self._lately.reach(self._began_s[instance] + took_s, is_busy=True)
+        self._began_s.pop(instance, None)
+        if instance != self.wide:
+            super().finished(instance, took_s)
+            self._end_s[instance] = self._wide_end_s  # opened again while a wide call runs
+            return
+        if took_s is not None and self._wide_rows:
+            self._note_slowness(took_s / self._wide_s[self._wide_rows])
+        self._end_wide()
+        self._is_wide_open = True
+
+    def leave(self, instance: int) -> None:
+        """An instance is gone, with its current call."""
+        self._began_s.pop(instance, None)
+        if instance != self.wide:
+            super().leave(instance)
+            return
+        self._end_wide()
+        self._is_wide_open = False
+
+    def offer(self, request: Request, now_s: float) -> Accepted | Refused:
+        """As of ``Policy``."""
+        self._reach(now_s)
+        if self._is_busy:
+            self._lately.note()
+        return super().offer(request, now_s)
+
+    def expected_s(self, now_s: float, ahead_rows: int = 0) -> float:
+        """As of ``Policy``; a row that would be alone runs wide."""
+        if self._is_wide_open and not (self._is_busy or ahead_rows):
+            return self.slowness * self._wide_s[1]
+        return super().expected_s(now_s, ahead_rows)
+
+    def turn(self, now_s: float) -> int | None:
+        """As of ``Policy``: the wide instance if the next call is to have all cores."""
+        if self._wide_end_s is not None:
+            return None
+        return self.wide if self._rows_of_wide_call(now_s) else super().turn(now_s)
+
+    def next_batch(self, instance: int, now_s: float) -> Batch:
+        """As of ``Policy``."""
+        self._reach(now_s)
+        batch = self._wide_batch(now_s) if instance == self.wide else super().next_batch(instance, now_s)
+        if batch.requests:
+            self._began_s[instance] = now_s
+        return batch
+
+    def _wide_batch(self, now_s: float) -> Batch:
+        dropped = self.expire(now_s)
+        most = self._rows_of_wide_call(now_s)
+        if not most:
+            return Batch(requests=(), end_s=now_s, dropped=dropped)
+        taken, left, _ = cut(self._waiting, most) if self._shared else (self._waiting[:1], self._waiting[1:], False)
+        self._wide_rows = self._take(taken, left)
+        end_s = self._wide_end_s = now_s + self.slowness * self._wide_s[self._wide_rows]
+        self._end_s = dict.fromkeys(self._end_s, end_s)
+        return Batch(requests=tuple(place.request for place in taken), end_s=end_s, dropped=dropped)
+
+    @property
+    def _is_busy(self) -> bool:
+        return bool(self._waiting) or any(end_s is not None for end_s in self._end_s.values())
+
+    def _reach(self, now_s: float) -> None:
+        self._lately.reach(now_s, is_busy=self._is_busy)
+
+    def _end_wide(self) -> None:
+        if self._wide_end_s is not None:
+            self._end_s = dict.fromkeys(self._end_s)
+        self._wide_end_s, self._wide_rows, self._plan = None, 0, None
+
+    def _rows_of_wide_call(self, now_s: float) -> int:
+        """Most rows of the wide call that should start now; 0 if a narrow one should, or none."""
+        is_free = self._is_wide_open and self._end_s and all(end_s is None for end_s in self._end_s.values())
+        if not (self._waiting and is_free):
+            return 0
+        head = self._waiting[0].request
+        rows = head.rows
+        if self._shared:
+            rows = sum(each * count for (group, each), count in self._kinds.items() if group == head.group)
+        if rows < self.waiting_rows:  # calls of several kinds are a crowd
+            return 0
+        # The rows of a request stay together; those of several are counted as if these were of one size.
+        each = -(-rows // len(self._waiting))
+        narrow = min(each * -(-len(self._waiting) // len(self._end_s)), self._max_batch)
+        return self._wide_by_deadline(head, rows, narrow, now_s, self._wide_by_times(head.rows, rows, each, narrow))
+
+    def _wide_by_times(self, first: int, rows: int, each: int, narrow: int) -> int:
+        """By the measured times: most rows of the wide call for so many that wait; 0 for narrow calls.
+
+        A few requests start as the sum of their latencies is least, with that of those that are expected to come
+        meanwhile: all in one wide call, one by one, or narrow. Many start as they end soonest.
+
+        Args:
+            first: Rows of the most urgent request.
+            rows: Of all that wait.
+            each: Rows of each request.
+            narrow: Rows of each call if all start narrow.
+        """
+        count, instances = len(self._waiting), len(self._end_s)
+        if count > FEW * instances or rows > self._most_wide:
+            part = self._partitions.split(self._partitions.cores, rows)[0]
+            return part.rows if part.threads == self._partitions.cores else 0
+        each_s = each * self._row_s / instances
+        wait_s = partial(self._lately.wait_s, count, each_s=each_s)
+        wide_s, one_s, narrow_s = self._wide_p50_s[rows], self._wide_p50_s[each], self._narrow_p50_s[narrow]
+        of_comers_s = self._lately.beside_s(count, instances, narrow_s, each_s, narrow_s - one_s)
+        costs_s = {rows: count * wide_s + wait_s(wide_s), 0: count * narrow_s + of_comers_s}
+        if count * one_s <= LATER * min(wide_s, narrow_s):
+            costs_s[first] = one_s * count * (count + 1) / 2 + wait_s(count * one_s)
+        return min(costs_s, key=lambda most: costs_s[most])
+
+    def _wide_by_deadline(self, head: Request, rows: int, narrow: int, now_s: float, most: int) -> int:
+        """``most``, or what the most urgent request's deadline makes of it."""
+        if head.deadline_s == inf:
+            return most
+        left_s = (head.deadline_s - now_s) / self.slowness
+        in_time = min(bisect_right(self._wide_s, left_s) - 1, self._most_wide)
+        is_narrow_in_time = self._measured_s[narrow] <= left_s
+        if not most:
+            return min(rows, in_time) if not is_narrow_in_time and in_time >= head.rows else 0
+        if in_time < head.rows:
+            return 0 if is_narrow_in_time else most
+        most = min(most, in_time)
+        if most < rows:  # What the call leaves has to be in time too, as it would be if all were narrow.
+            rest = min(-(-(rows - most) // len(self._end_s)), self._max_batch)
+            if self._wide_s[most] + self._measured_s[rest] > max(left_s, self._measured_s[narrow]):
+                return 0
+        return most
+
+
+def policy_of(
+    curve: LatencyTable, tables: ElasticTables | None, *, max_batch: int, max_waiting: int, shared: bool = True
+) -> Policy:
+    """The policy of a plan; with the tables of an elastic plan, whose narrow calls ``curve`` is of, that of both."""
+    limits = {"max_batch": max_batch, "max_waiting": max_waiting}
+    if tables is None:
+        return Policy(curve, **limits, shared=shared)
+    return ElasticQueue(curve, tables, **limits, shared=shared)

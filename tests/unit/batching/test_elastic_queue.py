@@ -1,0 +1,315 @@
+"""A queue for an elastic plan: which calls are wide, whether those accepted are in time, and threads that run both."""
+
+import heapq
+import threading
+from concurrent.futures import wait
+from dataclasses import replace
+from itertools import count
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from corewise.batching import Accepted, Batcher, ElasticQueue, ElasticTables, InstanceDied, LatencyTable, Request
+from corewise.batching.simulate import Wide, capacity_per_s, simulate_load
+
+PATIENCE_S = 30
+
+
+def table(*ms):
+    return LatencyTable(points=tuple((2**k, value) for k, value in enumerate(ms)))
+
+
+NARROW, BOTH = table(4.0, 7.5, 14.5, 28.0), table(2.4, 4.5, 8.8, 17.4)
+"""On two cores a call of one row gains 1.67 by the second, and calls of more rows are no faster wide."""
+SLOW_BOTH = table(3.8, 7.2, 14.0, 27.0)
+"""A second core that hardly helps."""
+WIDE = 2
+"""The number of the wide instance, after the two narrow ones."""
+
+
+def tables(narrow=NARROW, wide=BOTH, instances=2):
+    return ElasticTables(cores=instances, threads=1, wide=wide, narrow=narrow, wide_slow=wide)
+
+
+def queue(max_batch=8, max_waiting=64, shared=True, narrow=NARROW, wide=BOTH, instances=2):
+    made = ElasticQueue(
+        narrow, tables(narrow, wide, instances), max_batch=max_batch, max_waiting=max_waiting, shared=shared
+    )
+    for instance in range(instances + 1):
+        made.finished(instance)
+    return made
+
+
+def offer(made, now_s, *numbers, due_s=float("inf"), **about):
+    for number in numbers:
+        assert isinstance(made.offer(Request(id=number, deadline_s=due_s, **about), now_s), Accepted)
+
+
+def started(made, now_s):
+    """The instance and the requests of each call that starts now."""
+    calls = []
+    while (instance := made.turn(now_s)) is not None:
+        batch = made.next_batch(instance, now_s)
+        calls.append((instance, [one.id for one in batch.requests]))
+    return calls
+
+
+def test_a_request_that_is_alone_is_wide_however_often_it_comes_and_two_are_as_is_sooner():
+    made, now_s = queue(), 0.0
+    for number in range(20):
+        offer(made, now_s, number)
+        assert started(made, now_s) == [(WIDE, [number])]
+        assert started(made, now_s) == []
+        now_s += 0.0024
+        made.finished(WIDE, 0.0024)
+    poor = queue(wide=SLOW_BOTH)
+    for each in (made, poor):
+        offer(each, now_s, 20, 21)
+    # One after the other they end after 2.4 and 4.8 ms, or after 3.8 and 7.6; at the same time both after 4.0.
+    assert started(made, now_s) == [(WIDE, [20])]
+    assert started(poor, now_s) == [(0, [20]), (1, [21])]
+
+
+def test_while_a_wide_call_runs_nothing_starts_and_what_came_starts_at_its_end():
+    made = queue()
+    offer(made, 0.0, 0)
+    assert started(made, 0.0) == [(WIDE, [0])]
+    offer(made, 0.001, 1, 2, 3, 4)
+    assert started(made, 0.001) == []
+    made.finished(WIDE, 0.0024)
+    assert started(made, 0.0024) == [(0, [1, 2]), (1, [3, 4])]
+    offer(made, 0.003, 5)
+    made.finished(1, 0.0075)
+    assert started(made, 0.0099) == [(1, [5])], "no core is idle for a wide call's sake"
+
+
+def test_a_crowd_is_narrow():
+    made = queue()
+    offer(made, 0.0, *range(20))
+    assert started(made, 0.0) == [(0, list(range(8))), (1, list(range(8, 16)))]
+
+
+def test_a_wide_call_that_the_next_one_would_regret_is_not_started():
+    made, now_s = queue(wide=SLOW_BOTH), 0.0
+    offer(made, now_s, 0, 1)
+    started(made, now_s)
+    for number in range(2, 40):  # each comes while the one before it runs
+        now_s += 0.0025
+        made.finished(number % 2, 0.004)
+        offer(made, now_s, number)
+        assert started(made, now_s) == [(number % 2, [number])]
+    for instance in (0, 1):
+        made.finished(instance, 0.004)
+    now_s += 0.004
+    offer(made, now_s, 100)
+    assert started(made, now_s) == [(0, [100])]
+    made.finished(0, 0.004)
+    offer(made, 60.0, 101)
+    assert started(made, 60.0) == [(WIDE, [101])]
+
+
+def test_the_rows_of_a_request_stay_together_so_one_of_many_is_wide():
+    made = queue()
+    offer(made, 0.0, 0, rows=8)
+    assert started(made, 0.0) == [(WIDE, [0])], "narrow it would leave a core idle"
+    made.finished(WIDE, 0.0174)
+    offer(made, 60.0, 1, 2, rows=8)
+    assert started(made, 60.0) == [(0, [1]), (1, [2])]
+
+
+def test_rows_of_other_shapes_and_requests_that_share_no_call_are_a_crowd():
+    made = queue()
+    offer(made, 0.0, 0, group="a")
+    offer(made, 0.0, 1, group="b")
+    assert started(made, 0.0) == [(0, [0]), (1, [1])]
+    alone = queue(shared=False)
+    offer(alone, 0.0, 0)
+    assert started(alone, 0.0) == [(WIDE, [0])]
+    alone.finished(WIDE)
+    offer(alone, 0.1, 1, 2)
+    assert started(alone, 0.1) == [(0, [1]), (1, [2])]
+
+
+def test_a_backlog_takes_the_layout_that_does_more_rows():
+    faster_wide = table(2.0, 3.0, 5.0, 9.0, 17.0)
+    made = queue(wide=faster_wide)
+    offer(made, 0.0, *range(20))
+    assert started(made, 0.0) == [(WIDE, list(range(16)))]
+
+
+def test_a_deadline_that_only_one_layout_meets_decides():
+    for due_s, instance in ((0.00395, WIDE), (float("inf"), 0)):
+        made = queue(wide=SLOW_BOTH)
+        offer(made, 0.0, 0, 1)
+        started(made, 0.0)
+        for number in range(2, 40):
+            made.finished(number % 2, 0.004)
+            offer(made, 0.0025 * number, number)
+            started(made, 0.0025 * number)
+        for number in (0, 1):
+            made.finished(number, 0.004)
+        offer(made, 0.1, 100, due_s=0.1 + due_s)
+        assert started(made, 0.1) == [(instance, [100])]
+    uneven = ElasticQueue(NARROW, replace(tables(), wide_slow=table(6.0, 8.0, 12.0)), max_batch=8, max_waiting=64)
+    for number in range(3):
+        uneven.finished(number)
+    offer(uneven, 0.0, 0, due_s=0.005)
+    assert started(uneven, 0.0) == [(0, [0])]
+
+
+def test_an_instance_that_is_gone_or_came_back_takes_no_core_twice():
+    made = queue()
+    offer(made, 0.0, 0)
+    assert started(made, 0.0) == [(WIDE, [0])]
+    made.leave(1)
+    made.finished(1)
+    offer(made, 0.001, 1)
+    assert started(made, 0.001) == []
+    made.leave(WIDE)
+    assert started(made, 0.001) == [(0, [1])]
+    made.finished(0, 0.004)
+    offer(made, 0.1, 2)
+    assert started(made, 0.1) == [(0, [2])]
+    made.finished(0, 0.004)
+    made.finished(WIDE)
+    offer(made, 60.0, 3)
+    assert started(made, 60.0) == [(WIDE, [3])]
+
+
+def test_wide_calls_that_take_long_slow_all_predictions():
+    made = queue()
+    assert made.expected_s(0.0) == pytest.approx(0.0024)
+    for number in range(40):
+        offer(made, float(number), number)
+        assert started(made, float(number)) == [(WIDE, [number])]
+        made.finished(WIDE, 0.0048)
+    assert made.slowness == pytest.approx(2.0)
+    assert made.expected_s(100.0) == pytest.approx(0.0048)
+
+
+STEPS = st.lists(st.floats(0.1, 8.0), min_size=1, max_size=5)
+
+
+@given(STEPS, STEPS, st.lists(st.tuples(st.floats(0.0, 0.02), st.integers(1, 4), st.floats(0.001, 0.06)), max_size=25))
+def test_whoever_was_not_started_at_once_is_in_time_if_calls_last_as_measured(few, many, asked):
+    """For any tables, arrivals, rows and deadlines; no instance is idle while a request waits, and none is lost."""
+    narrow, wide = (
+        LatencyTable(points=tuple((k + 1, sum(steps[: k + 1])) for k in range(len(steps)))) for steps in (few, many)
+    )
+    made = queue(max_batch=4, narrow=narrow, wide=wide)
+    ends, order, waiting, answered, lost, now_s = [], count(), {}, set(), set(), 0.0
+
+    def start():
+        while (instance := made.turn(now_s)) is not None:
+            batch = made.next_batch(instance, now_s)
+            lost.update(one.request.id for one in batch.dropped)
+            if batch.requests:
+                assert instance == WIDE or WIDE not in [one[2] for one in ends]
+                assert instance != WIDE or not ends, "a wide call has all cores"
+                heapq.heappush(ends, (batch.end_s, next(order), instance, now_s, batch.requests))
+        assert not made.waiting_rows or len(ends) == 2 or [one[2] for one in ends] == [WIDE]
+
+    def finish(until_s):
+        nonlocal now_s
+        while ends and ends[0][0] <= until_s:
+            now_s, _, instance, began_s, requests = heapq.heappop(ends)
+            for one in requests:
+                assert now_s <= one.deadline_s + 1e-9 or waiting[one.id] == began_s
+                answered.add(one.id)
+            made.finished(instance, now_s - began_s)
+            start()
+
+    accepted = set()
+    for number, (gap_s, rows, left_s) in enumerate(asked):
+        finish(now_s + gap_s)
+        now_s += max(0.0, gap_s)
+        decision = made.offer(Request(id=number, deadline_s=now_s + left_s, rows=rows), now_s)
+        lost.update(one.request.id for one in decision.dropped)
+        if isinstance(decision, Accepted):
+            accepted.add(number)
+            waiting[number] = now_s
+        start()
+    finish(float("inf"))
+    assert answered == accepted - lost
+    assert not lost
+
+
+# --- simulated ------------------------------------------------------------------------------------------------------
+
+
+def test_at_every_load_requests_are_about_as_fast_as_under_the_better_layout_alone():
+    def exactly(found):
+        return lambda rows, rng: found.latency_ms(rows) / 1e3
+
+    most_per_s = capacity_per_s(exactly(NARROW), instances=2, max_batch=8)
+    for load in (0.05, 1 / 3, 2 / 3, 0.95):
+        told = {"rate_per_s": load * most_per_s, "max_batch": 8, "max_waiting": 1024}
+        both = Wide(tables(), exactly(BOTH))
+        elastic = simulate_load(NARROW, service=exactly(NARROW), instances=2, wide=both, **told)
+        alone = [
+            simulate_load(found, service=exactly(found), instances=instances, **told)
+            for found, instances in ((BOTH, 1), (NARROW, 2))
+        ]
+        assert elastic.p50_ms <= 1.1 * min(one.p50_ms for one in alone)
+        assert elastic.p99_ms <= 1.15 * min(one.p99_ms for one in alone)
+        assert (elastic.answered, elastic.refused) == (2000, 0)
+
+
+# --- threads --------------------------------------------------------------------------------------------------------
+
+
+class Cores:
+    """Runs that double numbers and fail where two calls have one core."""
+
+    def __init__(self):
+        self.free, self.ran, self.lock = 2, [], threading.Lock()
+        self.dies = set()
+
+    def run(self, cores, inputs):
+        with self.lock:
+            self.free -= cores
+            assert self.free >= 0
+            self.ran.append((cores, len(inputs[0])))
+            dies = cores in self.dies
+            self.dies.discard(cores)
+        with self.lock:
+            self.free += cores
+        if dies:
+            raise InstanceDied("not today")
+        return [2 * array for array in inputs]
+
+
+def batcher(cores, **more):
+    runs = [lambda inputs, few=few: cores.run(few, inputs) for few in (1, 1, 2)]
+    quick = table(0.001, 0.002, 0.003, 0.004)
+    made = ElasticQueue(quick, tables(quick, table(0.0005, 0.001, 0.002, 0.004)), max_batch=8, max_waiting=10_000)
+    return Batcher(runs, made, **more)
+
+
+def test_threads_share_the_cores_and_every_answer_is_its_own():
+    cores = Cores()
+    with batcher(cores) as made:
+        for number in range(20):
+            answer = made.submit([np.full((1, 2), number)]).result(PATIENCE_S)
+            assert (answer.outputs[0] == 2 * number).all()
+            assert answer.instance == WIDE
+        futures = [made.submit([np.full((1 + k % 3, 2), k)]) for k in range(300)]
+        wait(futures, PATIENCE_S)
+        for k, future in enumerate(futures):
+            assert np.array_equal(future.result().outputs[0], np.full((1 + k % 3, 2), 2 * k))
+    assert {threads for threads, _ in cores.ran[20:]} == {1, 2} or len(cores.ran) > 20
+    assert cores.free == 2
+
+
+def test_draining_answers_all_that_wait_and_an_instance_that_died_is_replaced():
+    cores = Cores()
+    cores.dies = {1, 2}
+    made = batcher(cores, reopen=lambda instance: lambda inputs: cores.run(2 if instance == WIDE else 1, inputs))
+    futures = [made.submit([np.full((2, 2), k)]) for k in range(100)]
+    wait(futures, PATIENCE_S)
+    again = [made.submit([np.full((2, 2), k)]) for k in range(100)]
+    assert made.close(PATIENCE_S)
+    assert sum(future.exception() is not None for future in futures) < 40
+    assert all(np.array_equal(future.result().outputs[0], np.full((2, 2), 2 * k)) for k, future in enumerate(again))

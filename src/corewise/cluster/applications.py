@@ -28,6 +28,8 @@ QUEUE_S = 0.02
 """The mean time in the queue that replicas are added for."""
 UP_S, DOWN_S, LOOK_BACK_S = 10.0, 300.0, 20.0
 """For so long there must be too few replicas, or too many, by the mean of so many seconds."""
+WAITS, LEAST_REQUESTS = 4, 32
+"""A replica has so many requests for each row that it runs at once, and a proxy as many that wait for a replica."""
 CONSTRUCTIONS = 2
 """Replicas that may fail to open before the application is given up."""
 HEALTH_S = 10.0
@@ -68,6 +70,7 @@ def settings_of(source: Source, options: Options, scale: Scale) -> Settings:
         folder=folder,
         identity=identity(folder),
         cpus=scale.cpus or plan.threads_per_instance * plan.instances,
+        rows_at_once=plan.instances * plan.batch,
         retune_s=scale.retune_s,
         token_digests=Tokens(options.tokens).digests,
         timeout_s=options.limits.timeout_s,
@@ -89,8 +92,8 @@ def bound(settings: Settings, scale: Scale) -> Any:
 
     from corewise.cluster.ingress import Ingress
 
-    # Ray hands on as many as may be on their way to the queue or in it; which of them are served corewise decides.
-    most_requests = 2 * settings.max_waiting
+    # Ray's proxy refuses more (503): to hand them over, for the replica to refuse them, costs more than an answer.
+    most_requests = min(2 * settings.max_waiting, max(LEAST_REQUESTS, WAITS * settings.rows_at_once))
     options: dict[str, Any] = {
         "name": settings.name,
         "ray_actor_options": {"num_cpus": settings.cpus},

@@ -29,10 +29,11 @@ class Load(NamedTuple):
     refused_per_s: float
 
 
-def wanted(current: int, loads: Iterable[Load], target_s: float) -> int:
+def wanted(current: int, loads: Iterable[Load], target_s: float, outside: float = 0.0) -> int:
     """How many replicas there should be in place of ``current``, whose mean time in the queue should be ``target_s``.
 
-    Requests that were refused waited in no queue: they count as work that further replicas would do.
+    Requests that were refused waited in no queue: they count as work that further replicas would do. ``outside`` is how
+    many wait before the replicas, which have as many as they may have.
     """
     told = list(loads)
     if not told or current < 1:
@@ -41,7 +42,7 @@ def wanted(current: int, loads: Iterable[Load], target_s: float) -> int:
     offered = 1.0 if mean.refused_per_s == 0 else GROWTH
     if mean.answered_per_s > 0:
         offered = 1 + mean.refused_per_s / mean.answered_per_s
-    ratio = max(mean.queue_s / target_s, offered)
+    ratio = max(mean.queue_s / target_s, offered, GROWTH if outside >= 1 else 1.0)
     if ratio > 1 + TOLERANCE:
         return ceil(current * min(GROWTH, ratio) - 1e-9)
     fewer = current - 1
@@ -62,4 +63,5 @@ class QueueSeconds:
         names = [metrics.get(name, {}) for name in Load._fields]
         common = set(names[0]).intersection(*names[1:])
         loads = [Load(*(values[replica] for values in names)) for replica in common]
-        return wanted(context.current_num_replicas, loads, self._target_s), {}
+        outside = float(context.total_queued_requests or 0.0)
+        return wanted(context.current_num_replicas, loads, self._target_s, outside), {}

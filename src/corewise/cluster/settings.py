@@ -23,6 +23,8 @@ class Settings:
     """Of the artifact."""
     cpus: int
     """Hardware threads that Ray gives each replica."""
+    rows_at_once: int
+    """Rows of the calls that the artifact's plan runs at a time."""
     retune_s: float
     token_digests: tuple[str, ...]
     """The tokens themselves stay where they are: a cluster shows what its applications are told."""

@@ -36,10 +36,18 @@ def test_replicas_count_together() -> None:
     assert wanted(5, [], 0.02) == 5
 
 
+def test_requests_that_wait_before_full_replicas_need_more_of_them() -> None:
+    assert wanted(2, [CALM] * 2, 0.02, outside=3.0) == 4
+    assert wanted(2, [CALM] * 2, 0.02, outside=0.2) == 2
+
+
 def test_ray_serve_asks_with_the_metrics_of_each_replica() -> None:
     late = CALM._replace(queue_s=0.04)._asdict()
     metrics = {name: {"a": value, "b": value} for name, value in late.items()}
-    context = SimpleNamespace(aggregated_metrics=metrics, current_num_replicas=2)
+    context = SimpleNamespace(aggregated_metrics=metrics, current_num_replicas=2, total_queued_requests=None)
+    assert QueueSeconds(0.02)(context) == (4, {})
+    calm = {name: {"a": value, "b": value} for name, value in CALM._asdict().items()}
+    context.aggregated_metrics, context.total_queued_requests = calm, 5.0
     assert QueueSeconds(0.02)(context) == (4, {})
     context.aggregated_metrics = {}  # of replicas that have just started
     assert QueueSeconds(0.02)(context) == (2, {})

@@ -31,6 +31,7 @@ BENCHMARKS = (
     "fuzz",
     "kills",
     "ray_kills",
+    "ray_serve",
     "bulk",
     "bulk_scale",
     "padding",

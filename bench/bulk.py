@@ -6,8 +6,8 @@ INPUT is a .txt file, ARTIFACT an OpenVINO artifact of vectors. The contenders t
 
 - ``plan``: the calls that ``predict`` makes, with tokens that were made before, on the artifact's instances: nothing is
   read, tokenized or written.
-- ``predict``: in this process, to a Parquet file.
-- ``ray``: ``predict`` on a Ray of this machine, which runs already, to a folder.
+- ``predict``: in this process, to a folder of Parquet files.
+- ``ray``: ``predict`` on a Ray of this machine, which runs already, to such a folder.
 - ``by hand``: ``ray.data.read_text``, ``map_batches`` of a class that has the same OpenVINO model and tokenizer, and
   ``write_parquet``, all by default; ``by hand, 32`` with batches of 32.
 
@@ -136,13 +136,13 @@ def main(options: argparse.Namespace) -> None:
     with tempfile.TemporaryDirectory(prefix="corewise-") as name, corewise.load(options.artifact) as model:
         alone = PlanAlone(runner_of(model, options.artifact), texts)
 
-        def fresh(run: Callable[..., dict[str, float]], *given: Any, suffix: str = "") -> dict[str, float]:
-            return run(*given, Path(name) / f"out-{next(numbers)}{suffix}")
+        def fresh(run: Callable[..., dict[str, float]], *given: Any) -> dict[str, float]:
+            return run(*given, Path(name) / f"out-{next(numbers)}")
 
         taken = (options.artifact.absolute(), options.input.absolute())
         contenders = {
             "plan": alone.run,
-            "predict": partial(fresh, job, *taken, None, suffix=".parquet"),
+            "predict": partial(fresh, job, *taken, None),
             "ray": partial(fresh, job, *taken, "auto"),
             "by hand": partial(fresh, by_hand, *taken, None),
             "by hand, 32": partial(fresh, by_hand, *taken, 32),

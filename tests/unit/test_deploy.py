@@ -1,5 +1,7 @@
 """The files of ``deploy/``: what Kubernetes and its linters take, and names that the server really has."""
 
+import importlib
+import inspect
 import re
 import subprocess
 import sys
@@ -10,8 +12,10 @@ import pytest
 import yaml
 from places import ROOT
 
+import corewise.cluster
 from corewise.batching.policy import WORDS
 from corewise.cli.quantities import duration
+from corewise.cluster.serving import SERVICER
 from corewise.serving import health
 from corewise.serving.metrics import Metrics
 from corewise.serving.models import Models
@@ -19,7 +23,7 @@ from corewise.serving.traces import Traces
 
 DEPLOY = ROOT / "deploy"
 MANIFESTS = sorted(DEPLOY.glob("*.yaml"))
-OTHERS = ("serving.kserve.io/", "keda.sh/")
+OTHERS = ("serving.kserve.io/", "keda.sh/", "ray.io/")
 """Kinds that a plain Kubernetes does not know."""
 
 
@@ -51,6 +55,23 @@ def test_hadolint_has_nothing_to_say():
         [Path(sys.executable).with_name("hadolint"), DEPLOY / "Dockerfile"], capture_output=True, text=True
     )
     assert done.returncode == 0, done.stdout
+
+
+def test_ray_serve_takes_the_configuration_of_the_ray_service():
+    schema = pytest.importorskip("ray.serve.schema")
+    (service,) = (each for each in documents(DEPLOY / "kuberay.yaml") if each["kind"] == "RayService")
+    assert service["spec"]["rayClusterConfig"]["authOptions"] == {"mode": "token"}
+    config = schema.ServeDeploySchema(**yaml.safe_load(service["spec"]["serveConfigV2"]))
+    (application,) = config.applications
+    assert application.import_path == "corewise.cluster:application"
+    inspect.signature(corewise.cluster.deployment).bind(**application.args)
+    (servicer,) = config.grpc_options.grpc_servicer_functions
+    assert servicer == SERVICER
+    assert callable(getattr(importlib.import_module(servicer.rpartition(".")[0]), servicer.rpartition(".")[2]))
+    (group,) = service["spec"]["rayClusterConfig"]["workerGroupSpecs"]
+    (container,) = group["template"]["spec"]["containers"]
+    assert application.args["cpus"] == int(container["resources"]["limits"]["cpu"])
+    assert group["maxReplicas"] > application.args["replicas"][1]
 
 
 def test_what_is_scaled_by_are_metrics_and_outcomes_of_the_server():

@@ -18,7 +18,8 @@ ROOT = "corewise"
 
 LAYERS = (
     ("cli", "testing"),
-    ("cluster", "doctor", "serving"),
+    ("cluster",),
+    ("doctor", "serving"),
     ("search",),
     ("artifact",),
     ("runtime",),

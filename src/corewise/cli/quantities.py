@@ -3,6 +3,7 @@
 import shlex
 import string
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from math import inf, isfinite
 from pathlib import Path
 from typing import TypeVar
@@ -42,6 +43,27 @@ def whole(least: int) -> Parse[int]:
         return int(text)
 
     return parse
+
+
+@dataclass(frozen=True)
+class Span:
+    """From the least to the most. No tuple, for which typer would take two words."""
+
+    least: int
+    most: int
+
+    def __str__(self) -> str:
+        """As it is typed: typer parses defaults too."""
+        return f"{self.least}-{self.most}"
+
+
+def span(option: str, text: str) -> Span:
+    """``2-8``, or ``2`` for 2 to 2: whole numbers, 1 or more."""
+    least, dash, most = text.partition("-")
+    most = most if dash else least
+    if not (_is_whole(least) and _is_whole(most) and 1 <= int(least) <= int(most)):
+        raise _wrong(option, text, "a number or two, e.g. 2 or 2-8")
+    return Span(int(least), int(most))
 
 
 def above_zero(example: str) -> Parse[float]:

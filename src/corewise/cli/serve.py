@@ -6,19 +6,33 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args
 
-from corewise.cli.environment import quiet_grpc
+from corewise.cli.environment import quiet_grpc, settle_ray
 from corewise.cli.options import argument, flag, grouped, option
-from corewise.cli.quantities import address, choice, duration, duration_or_zero, lines, origin, share, size, whole
+from corewise.cli.quantities import (
+    Span,
+    address,
+    choice,
+    duration,
+    duration_or_zero,
+    lines,
+    origin,
+    share,
+    size,
+    span,
+    whole,
+)
 from corewise.cli.streams import StreamFailed
 from corewise.common.errors import CorewiseError, InputError, MissingExtra
 
 if TYPE_CHECKING:
-    from corewise.serving.server import Listening, Options
+    from corewise.serving.host import Options
+    from corewise.serving.server import Listening
 
 LogLevel = Literal["debug", "info", "warning", "error"]
 
 PACKAGES = ("starlette", "uvicorn", "httptools", "grpc", "grpc_health", "grpc_reflection")
 """What the extra serve installs."""
+ONE = Span(1, 1)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -216,6 +230,85 @@ class LogOptions:
     ] = False
 
 
+@dataclass(frozen=True, kw_only=True)
+class ClusterServeOptions:
+    """On which cluster, and how much of it."""
+
+    ray: Annotated[
+        str | None,
+        option(
+            "--ray",
+            panel="Cluster",
+            metavar="ADDRESS",
+            help="Serve on a Ray cluster, by Ray Serve: auto (the one of this machine), HOST:PORT, or local to start "
+            "one here for this command.",
+            default="none, this process",
+        ),
+    ] = None
+    replicas: Annotated[
+        Span,
+        option(
+            "--replicas",
+            panel="Cluster",
+            metavar="N or MIN-MAX",
+            parse=span,
+            help="How many processes serve each artifact on the cluster; between MIN and MAX they follow the queue.",
+            default="1",
+        ),
+    ] = ONE
+    cpus: Annotated[
+        int | None,
+        option(
+            "--cpus",
+            panel="Cluster",
+            metavar="N",
+            parse=whole(1),
+            help="CPUs of each replica.",
+            default="as many as the artifact's plan has threads",
+        ),
+    ] = None
+    queue_s: Annotated[
+        float,
+        option(
+            "--scale-at",
+            panel="Cluster",
+            metavar="TIME",
+            parse=duration,
+            help="The mean time in the queue that further replicas are started for.",
+            default="20ms",
+        ),
+    ] = 0.02
+    retune_s: Annotated[
+        float,
+        option(
+            "--retune",
+            panel="Cluster",
+            metavar="TIME",
+            parse=duration_or_zero,
+            help="Time to search for a plan on each kind of machine that the artifact has none for; 0 for no search.",
+            default="30s",
+        ),
+    ] = 30.0
+    route: Annotated[
+        str | None,
+        option(
+            "--route",
+            panel="Cluster",
+            metavar="/PATH",
+            help="The prefix of all paths of an artifact on the cluster.",
+            default="/, or /NAME for several artifacts",
+        ),
+    ] = None
+    no_surge: Annotated[
+        bool,
+        flag(
+            "--no-surge",
+            panel="Cluster",
+            help="Update by stopping a replica before its successor starts, for clusters without free CPUs.",
+        ),
+    ] = False
+
+
 @grouped
 def command(
     artifacts: Annotated[
@@ -230,11 +323,15 @@ def command(
     requests: RequestOptions,
     security: SecurityOptions,
     logs: LogOptions,
+    cluster: ClusterServeOptions,
 ) -> None:
     """Serve artifacts over HTTP and gRPC with the Open Inference Protocol v2, under the plans that were measured.
 
     Requests are batched dynamically; one that is predicted to miss its deadline is rejected at once (503). SIGTERM
     finishes the accepted requests and ends. SIGHUP opens the artifacts again and replaces each that is sound.
+
+    With --ray each artifact is an application of Ray Serve, until this command ends. The command again, with another
+    artifact of the same name, replaces the replicas one by one.
     """
     if any(find_spec(name) is None for name in PACKAGES):
         raise MissingExtra("starlette", "serve", "serving")
@@ -245,18 +342,61 @@ def command(
 
     options = _server_options(ports, requests, security, logs)
     to_stderr(logs.log_level)
+    if cluster.ray is not None:
+        _serve_on_ray(artifacts, options, cluster)
+        return
     if not serve([Source.of(text) for text in artifacts], options, _Announcer()):
         raise CorewiseError(
             f"not every accepted request was answered in {requests.drain_s:g} s", "give a longer --drain"
         )
 
 
+def _serve_on_ray(artifacts: list[str], options: "Options", cluster: ClusterServeOptions) -> None:
+    assert cluster.ray is not None
+    settle_ray(cluster.ray)
+    from corewise.cluster.applications import Scale
+    from corewise.cluster.serving import serve_on_ray
+    from corewise.serving.served import Source
+
+    scale = Scale(
+        replicas=(cluster.replicas.least, cluster.replicas.most),
+        cpus=cluster.cpus,
+        queue_s=cluster.queue_s,
+        drain_s=options.drain_s,
+        retune_s=cluster.retune_s,
+        surge=not cluster.no_surge,
+    )
+    sources = [Source.of(text) for text in artifacts]
+    serve_on_ray(cluster.ray, sources, options, scale, route=cluster.route, on_event=_print_cluster_event)
+
+
+def _print_cluster_event(what: str, value: Any) -> None:
+    with suppress(StreamFailed):
+        if what == "listening":
+            for name, route in value.applications.items():
+                print(f"deploying: {name} at {value.http}{route.rstrip('/')}/v2/models/{name}")
+            if value.grpc is not None:
+                print(f"deploying: gRPC on port {value.grpc}, to the application in the metadata 'application'")
+        elif what == "ready":
+            for replica in value:
+                if replica["notes"]:
+                    print(f"note: {replica['node']}: {replica['notes']}")
+                print(f"ready: {replica['model']}, {replica['plan']}, {replica['node']}")
+        elif what == "replaced":
+            print(f"replaced: {value} was deployed again or deleted by another command")
+        elif what == "draining":
+            print("draining: accepted requests are finished, new ones are rejected")
+        else:
+            print(f"note: {value}")
+        print(end="", flush=True)
+
+
 def _server_options(
     ports: PortOptions, requests: RequestOptions, security: SecurityOptions, logs: LogOptions
 ) -> "Options":
+    from corewise.serving.host import Options
     from corewise.serving.protocol import Limits
     from corewise.serving.served import Trust
-    from corewise.serving.server import Options
 
     if (security.tls_cert is None) != (security.tls_key is None):
         raise InputError("--tls-cert and --tls-key go together", "give both or neither")

@@ -152,16 +152,16 @@ def _connect(address: str) -> None:
             warnings.filterwarnings("ignore", "Tip: In future versions of Ray", FutureWarning)
             ray.init(address, **options)
     except AuthenticationError as error:
-        raise EngineError(f"the Ray cluster at {address} wants a token: {_first_line(error)}", TOKEN) from error
+        raise EngineError(f"the Ray cluster at {address} wants a token: {first_line(error)}", TOKEN) from error
     except (RayError, ConnectionError, RuntimeError, ValueError, OSError) as error:
         if address == "auto" and isinstance(error, ConnectionError):
             raise EngineError("there is no Ray cluster on this machine", "give its address, or local") from error
         raise EngineError(
-            f"Ray cannot be reached at {address}: {_first_line(error)}", "see 'ray status' on that machine"
+            f"Ray cannot be reached at {address}: {first_line(error)}", "see 'ray status' on that machine"
         ) from error
 
 
-def _first_line(error: BaseException) -> str:
+def first_line(error: BaseException) -> str:
     """The beginning of a message, without its last full stop."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return lines[0].partition(". ")[0].rstrip(".") if lines else type(error).__name__

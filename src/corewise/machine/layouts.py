@@ -58,6 +58,18 @@ def assign(cpu: Cpu, threads_per_instance: int, instances: int) -> tuple[tuple[i
     return tuple(tuple(sorted({logical.cpu for logical in chosen})) for chosen in given)
 
 
+def packed(cpu: Cpu, count: int) -> tuple[int, ...]:
+    """The ``count`` hardware threads for a process that leaves the rest to others: whole cores, of one node if it fits.
+
+    The smallest node that has so many is taken, so that larger ones stay whole.
+    """
+    near = sorted(_ranked(cpu), key=_place)
+    rooms = Counter(logical.node for logical in near)
+    fits = [node for node, room in rooms.items() if room >= count]
+    node = min(fits, key=lambda node: (rooms[node], node), default=None)
+    return tuple(logical.cpu for logical in near if node in (None, logical.node))[:count]
+
+
 def thread_layouts(cpu: Cpu) -> tuple[ThreadLayout, ...]:
     """The layouts worth trying, those that use all physical cores first.
 

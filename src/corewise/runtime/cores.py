@@ -1,11 +1,14 @@
 """Which hardware threads a process computes on, where another program said only how many it may use."""
 
+import fcntl
 import os
-from contextlib import suppress
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import replace
+from pathlib import Path
 
 from corewise.machine.inspect import inspect_cpu
-from corewise.machine.layouts import assign
+from corewise.machine.layouts import assign, packed
 from corewise.records.cpu import Cpu
 
 
@@ -30,7 +33,63 @@ def compute_on(count: int) -> Cpu:
     Returns:
         The CPU as this process sees it from now on.
     """
-    chosen = chosen_cores(inspect_cpu(), count)
+    return _pinned(chosen_cores(inspect_cpu(), count))
+
+
+class ClaimedCores:
+    """Hardware threads that no other process of this user claims: those of a process that shares its machine.
+
+    A claim is a lock on a file of each, so it ends with the process, however that ends.
+    """
+
+    def __init__(self, count: int, folder: Path) -> None:
+        """``compute_on`` hardware threads that are free by the locks in ``folder``.
+
+        If so many are not free, or a process may use no more anyway, none is claimed.
+        """
+        self._locks: list[int] = []
+        cpu = inspect_cpu()
+        chosen = chosen_cores(cpu, count)
+        folder.mkdir(mode=0o700, exist_ok=True)
+        with _locked(folder):
+            free = dict(self._free(folder, cpu.affinity)) if chosen else {}
+            if len(free) >= count:
+                chosen = packed(replace(cpu, affinity=tuple(free)), count)
+            for number, lock in free.items():
+                if number in chosen and len(free) >= count:
+                    self._locks.append(lock)
+                else:
+                    os.close(lock)
+        self.cpu = _pinned(chosen)
+
+    def close(self) -> None:
+        """Give them back; the process stays where it is."""
+        while self._locks:
+            os.close(self._locks.pop())
+
+    @staticmethod
+    def _free(folder: Path, numbers: Sequence[int]) -> Iterator[tuple[int, int]]:
+        for number in numbers:
+            lock = os.open(folder / f"cpu{number}", os.O_RDWR | os.O_CREAT, 0o600)
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError:
+                os.close(lock)
+            else:
+                yield number, lock
+
+
+@contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(handle)
+
+
+def _pinned(chosen: Sequence[int]) -> Cpu:
     for thread in os.listdir("/proc/self/task") if chosen else ():
         with suppress(ProcessLookupError):  # it has ended
             os.sched_setaffinity(int(thread), chosen)

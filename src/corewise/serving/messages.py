@@ -4,6 +4,7 @@ import asyncio
 from collections import Counter, deque
 from collections.abc import AsyncIterator, Iterator
 from contextlib import contextmanager
+from functools import lru_cache
 from typing import Any
 from urllib.parse import unquote
 
@@ -214,7 +215,12 @@ def sizes(request: Any) -> tuple[int, int]:
 
 def client_of(context: Any) -> str:
     """The client, as HTTP has it; nothing for a unix socket."""
-    kind, _, address = unquote(context.peer()).partition(":")
+    return _client_at(context.peer())
+
+
+@lru_cache(4096)
+def _client_at(peer: str) -> str:
+    kind, _, address = unquote(peer).partition(":")
     return addresses.client_of(address.rpartition(":")[0].strip("[]")) if kind in ("ipv4", "ipv6") else ""
 
 

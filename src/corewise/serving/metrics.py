@@ -168,6 +168,10 @@ class Metrics:
         """In Prometheus' text format. May be called from another thread than the event loop's."""
         return generate_latest(self._registry)
 
+    def families(self) -> Iterable[Metric]:
+        """All figures, for another place than ``/metrics``."""
+        return self._registry.collect()
+
     def close(self) -> None:
         """Log what was refused since the last line."""
         self._refusals.close()

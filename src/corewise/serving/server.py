@@ -7,31 +7,22 @@ import signal
 import socket
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from resource import RLIM_INFINITY, RLIMIT_NOFILE, getrlimit, setrlimit
 from typing import Any
 
-from starlette.middleware.cors import CORSMiddleware
-from starlette.types import ASGIApp
-
 from corewise.common.errors import InputError
-from corewise.machine.inspect import inspect_cpu
 from corewise.serving import addresses, admin, memory, memory_limit, web_server
 from corewise.serving.addresses import Address
 from corewise.serving.admin import Repository
-from corewise.serving.app import App, RequestLog
+from corewise.serving.app import RequestLog
 from corewise.serving.connections import HANDSHAKE_S, Room, count_open
-from corewise.serving.front import Front
 from corewise.serving.gate import Gate, RequestIds
-from corewise.serving.memory_limit import Guard
-from corewise.serving.metrics import Metrics
-from corewise.serving.models import Models
-from corewise.serving.protocol import Limits
-from corewise.serving.served import Served, Source, Trust
+from corewise.serving.host import Host, Options, for_pages
+from corewise.serving.served import Source
 from corewise.serving.tokens import Tokens
-from corewise.serving.traces import OpenTelemetry, Traces
 
 log = logging.getLogger("corewise.serve")
 
@@ -42,38 +33,8 @@ MOST_STREAMS = 1024
 ADMIN_CONNECTIONS = 16
 OTHER_FILES = 128
 """Of the process, beside connections."""
-EXPOSED_HEADERS = ("x-request-id", "retry-after", "inference-header-content-length")
-"""Which pages of other origins may read, where --cors-origin allows them."""
 SWITCH_S = 0.0005
 """After so long a thread lets others run: Python's 5 ms would be added to what an engine or an event loop waits for."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Options:
-    """The options of a server."""
-
-    http: Address | None = ("127.0.0.1", 8000)
-    grpc: Address | None = None
-    admin: Address | None = None
-    """Loads and unloads models for whoever can reach it: keep it on loopback."""
-    admin_grpc: Address | None = None
-    """The same over gRPC."""
-    limits: Limits = field(default_factory=Limits)
-    max_waiting: int = 1024
-    tokens: tuple[str, ...] = ()
-    certificate: Path | None = None
-    key: Path | None = None
-    trust: Trust = field(default_factory=Trust)
-    shadow: float = 0.0
-    grace_s: float = 1.0
-    """From the end of readiness to the first refusal: connections in use end with their next answer, none is cut."""
-    drain_s: float = 30.0
-    memory_bytes: int | None = None
-    """Of the server and its engines together; by default the cgroup's limit, or the machine's memory."""
-    cors_origins: tuple[str, ...] = ()
-    """Origins whose pages may call the server; ``*`` for all."""
-    traces: bool = False
-    check_finite: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -119,22 +80,10 @@ class _Server:
         if (options.certificate is None) != (options.key is None):
             raise InputError("TLS needs a certificate and its key", "give both or neither")
         self.options, self.tell = options, tell
-        start = partial(
-            Served,
-            trust=options.trust,
-            max_waiting=options.max_waiting,
-            shadow=options.shadow,
-            check_finite=options.check_finite,
-        )
-        self.models = Models(sources, start)
+        self.host = Host(sources, options, Tokens(options.tokens))
+        self.models, self.metrics, self.limits = self.host.models, self.host.metrics, self.host.limits
+        self.front, self.guard = self.host.front, self.host.guard
         self.repository = Repository(self.models)
-        self.traces = OpenTelemetry() if options.traces else Traces()
-        self.metrics = Metrics(self.models, self.traces)
-        cpu = inspect_cpu()
-        memory_bytes = options.memory_bytes or memory_limit.machine_bytes(cpu.memory_limit_bytes, cpu.memory_bytes)
-        self.limits = memory_limit.fit(options.limits, memory_bytes)
-        self.front = Front(self.limits, options.max_waiting)
-        self.guard = Guard(self.limits, memory_bytes, self.front.budget, self.models.engine_pids)
         self.stopping = asyncio.Event()
         self._is_open = False
         self._later: list[asyncio.Future[None]] = []
@@ -150,17 +99,16 @@ class _Server:
         loop.add_signal_handler(
             signal.SIGHUP, lambda: self._later.append(asyncio.ensure_future(self.repository.reload_all()))
         )
-        tokens, ids = Tokens(self.options.tokens), RequestIds()
-        app = App(self.models, self.metrics, self.limits, tokens, self.front)
+        app, ids = self.host.app(), RequestIds()
         bound = {name: addresses.bound(address) for name, address in self._web_addresses.items()}
         webs = []
         if "http" in bound:
-            web_app = _for_pages(RequestLog(app.asgi, self.models, ids, self.front), self.options)
+            web_app = for_pages(RequestLog(app.asgi, self.models, ids, self.front), self.options.cors_origins)
             room = Room(most, self.limits.client_share)
             config = web_server.config(web_app, room, certificate=self.options.certificate, key=self.options.key)
             config.on_refused = partial(self.metrics.connection_refused, "http")
             config.arrived_s = self.front.arrived_s
-            config.gate = Gate(self.models, self.metrics, self.limits, tokens, self.front, ids)
+            config.gate = Gate(self.models, self.metrics, self.limits, self.host.tokens, self.front, ids)
             http = web_server.Http(config)
             self.metrics.watch_connections("http", most, lambda: len(http.server_state.connections))
             webs.append((http, bound["http"]))
@@ -231,7 +179,7 @@ class _Server:
         self.models.close(0.0)
         self.guard.close()
         self.front.close()
-        await asyncio.to_thread(self.traces.close)
+        await asyncio.to_thread(self.host.traces.close)
         self.metrics.close()
 
     @property
@@ -249,7 +197,6 @@ class _Server:
         import grpc
 
         from corewise.serving import rpc_extensions
-        from corewise.serving.rpc import Service
 
         server = grpc.aio.server(
             options=[
@@ -263,10 +210,9 @@ class _Server:
                 ("grpc.max_allowed_incoming_connections", most_connections),
             ]
         )
-        tokens = Tokens(self.options.tokens)
-        service = Service(self.models, self.metrics, self.limits, tokens, self.front)
+        service = self.host.service()
         methods = rpc_extensions.list_methods(self.models, self.metrics, service.model_infer, self.front, self.limits)
-        extensions = rpc_extensions.Handlers(methods, self.metrics, tokens, self.limits)
+        extensions = rpc_extensions.Handlers(methods, self.metrics, self.host.tokens, self.limits)
         server.add_generic_rpc_handlers((service.handler, extensions))
         if isinstance(self.options.grpc, Path):
             addresses.remove_stale(self.options.grpc)
@@ -304,19 +250,3 @@ def _allowed_connections(ports: int, most: int) -> int:
     if allowed < 1:
         raise InputError(f"the process may have only {soft} open files", f"allow {wanted}, e.g. by ulimit -n")
     return allowed
-
-
-def _for_pages(app: ASGIApp, options: Options) -> ASGIApp:
-    """The app with CORS for pages of the origins that may call it (https://fetch.spec.whatwg.org/#http-cors-protocol).
-
-    Preflights are answered without a token, as browsers send none.
-    """
-    if not options.cors_origins:
-        return app
-    return CORSMiddleware(
-        app,
-        allow_origins=options.cors_origins,
-        allow_methods=("GET", "POST"),
-        allow_headers=("*",),
-        expose_headers=EXPOSED_HEADERS,
-    )

@@ -47,6 +47,7 @@ class _Second:
     refused: int = 0
     failed: int = 0
     waited_s: float = 0.0
+    busy_s: float = 0.0
     calls: Counter[int] = field(default_factory=Counter)
     """How many requests ran in calls of each number of rows."""
     layouts: Counter[str] = field(default_factory=Counter)
@@ -75,6 +76,8 @@ class Recent:
     """Mean time in the queue."""
     refused_per_s: float
     failed_per_s: float
+    busy: float
+    """Mean number of calls that ran at a time."""
     batch_rows: dict[int, int]
     """How many requests ran in calls of each number of rows."""
     layouts: dict[str, int]
@@ -112,6 +115,7 @@ class Statistics:
             second.answered += 1
             second.rows += rows
             second.waited_s += answer.waited_s
+            second.busy_s += answer.ran_s * rows / answer.batch_rows
             second.calls[answer.batch_rows] += 1
             second.layouts[layout] += 1
             self.layouts[layout] += 1
@@ -144,6 +148,7 @@ class Statistics:
             queue_ms=1e3 * sum(each.waited_s for each in seconds) / max(1, answered),
             refused_per_s=sum(each.refused for each in seconds) / span_s,
             failed_per_s=sum(each.failed for each in seconds) / span_s,
+            busy=sum(each.busy_s for each in seconds) / span_s,
             batch_rows=dict(sorted(calls.items())),
             layouts=dict(_sum(each.layouts for each in seconds)),
         )

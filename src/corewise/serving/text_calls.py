@@ -115,17 +115,25 @@ class TextCalls:
         take: Callable[[Call, Answer], None],
         deadline_s: float,
     ) -> None:
-        """Run all calls, a few at a time; give up the places of those that wait if one fails, or the client goes."""
+        """Run all calls, a few at a time; give up the places of those that wait if one fails, or the client goes.
+
+        Each call waits as a request that came now would. With the deadline of the whole, all of its calls would go
+        before short requests that came later.
+        """
+        patience_s = deadline_s - time.monotonic()
         waiting, running = deque(calls), dict[asyncio.Future[Answer], Call]()
         most = served.plan.instances + AHEAD
         try:
             while waiting or running:
+                if time.monotonic() > deadline_s:
+                    raise NotServed("expired")
                 pause_s: float | None = None
                 while waiting and len(running) < most and pause_s is None:
                     call = waiting[0]
                     inputs = texts.inputs([tokens[place] for place in call.places], call.tokens)
                     try:
-                        future = self._submit(served, inputs, deadline_s)
+                        due_s = deadline_s if len(calls) == 1 else time.monotonic() + patience_s
+                        future = self._submit(served, inputs, due_s)
                     except NotServed as refused:
                         # Without an end yet, the whole request is refused; later there will be room, or no time.
                         if len(waiting) == len(calls) or refused.reason not in ("queue full", "overloaded"):

@@ -43,6 +43,14 @@ def test_some_durations_may_be_zero():
         quantities.duration_or_zero("--drain", "-1")
 
 
+def test_spans():
+    assert quantities.span("--replicas", "2-8") == quantities.Span(2, 8)
+    assert quantities.span("--replicas", "3") == quantities.Span(3, 3)
+    for text in ("", "0", "0-2", "3-2", "2-", "-2", "two", "1-2-3", "1.5"):
+        with pytest.raises(InputError, match=r"^--replicas is .*; give a number or two, e.g. 2 or 2-8$"):
+            quantities.span("--replicas", text)
+
+
 @pytest.mark.parametrize(
     ("text", "size"),
     [("500M", 500e6), ("2G", 2e9), ("2g", 2e9), ("64MiB", 64 * 2**20), ("1Ki", 1024), ("1.5k", 1500), ("123", 123)],
@@ -117,6 +125,8 @@ def test_defaults_that_the_help_spells_out_are_the_defaults():
         "60s": quantities.duration,
         "64MiB": quantities.size,
         "0": quantities.duration_or_zero,
+        "20ms": quantities.duration,
+        "1": quantities.span,
     }
     seen = set()
     for _, param in OPTIONS_OF:
@@ -132,7 +142,7 @@ def test_the_panels_of_optimize_and_serve():
         return list(dict.fromkeys(param.rich_help_panel for param in PROGRAM.commands[name].params))
 
     assert panels("optimize") == ["Model", "Samples", "Images", "Texts", "Goal", "Limits", "Output"]
-    assert panels("serve") == ["Artifacts", "Ports", "Requests", "Security", "Logs"]
+    assert panels("serve") == ["Artifacts", "Ports", "Requests", "Security", "Logs", "Cluster"]
 
 
 def test_fields_of_option_groups_become_options_and_come_back_as_values():

@@ -1,9 +1,16 @@
 """runtime.cores: the hardware threads of a process that may use a number of them."""
 
+import os
+import subprocess
+import sys
 from dataclasses import replace
+from pathlib import Path
 
+import pytest
+
+from corewise.machine.layouts import packed
 from corewise.records.cpu import Cpu, LogicalCpu
-from corewise.runtime.cores import chosen_cores
+from corewise.runtime.cores import ClaimedCores, chosen_cores
 
 
 def cpu_of(cores: int, *, nodes: int = 1, quota: float | None = None) -> Cpu:
@@ -40,3 +47,39 @@ def test_who_may_use_all_is_not_pinned() -> None:
 def test_a_quota_that_allows_no_more_is_no_reason_to_pin() -> None:
     assert chosen_cores(cpu_of(4, quota=2.0), 2) == ()
     assert len(chosen_cores(cpu_of(4, quota=6.0), 2)) == 2
+
+
+def test_who_leaves_the_rest_to_others_takes_whole_cores_of_the_smallest_node_that_fits() -> None:
+    assert packed(cpu_of(4), 2) == (0, 4)
+    assert packed(cpu_of(4), 3) == (0, 4, 1)
+    free = (0, 2, 3, 6, 7)  # of node 0 only one thread is left
+    assert packed(replace(cpu_of(4, nodes=2), affinity=free), 1) == (0,)
+    assert packed(replace(cpu_of(4, nodes=2), affinity=free), 2) == (2, 6)
+    assert packed(replace(cpu_of(4, nodes=2), affinity=free), 5) == (0, 2, 6, 3, 7)
+
+
+def test_processes_that_share_a_machine_get_different_cores(tmp_path: Path) -> None:
+    claim = (
+        "import os, sys; from pathlib import Path; from corewise.runtime.cores import ClaimedCores;"
+        "claimed = ClaimedCores(1, Path(sys.argv[1]));"
+        "print(*sorted(os.sched_getaffinity(0)), os.environ['OMP_NUM_THREADS'], flush=True); input()"
+    )
+    if len(os.sched_getaffinity(0)) < 2:
+        pytest.skip("there is one core")
+    alive, cores = [], []
+    for _ in range(2):
+        process = subprocess.Popen(
+            [sys.executable, "-c", claim, str(tmp_path)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        )
+        alive.append(process)
+        assert process.stdout is not None
+        cores.append(process.stdout.readline().split())
+    assert [threads for _, threads in cores] == ["1", "1"]
+    assert len({core for core, _ in cores}) == 2
+    alive[0].kill()
+    alive[0].wait()
+    again = ClaimedCores._free(tmp_path, [int(cores[0][0]), int(cores[1][0])])
+    assert [number for number, _ in again] == [int(cores[0][0])]  # what a process had is free when it is dead
+    for process in alive:
+        process.kill()
+        process.communicate()

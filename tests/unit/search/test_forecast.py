@@ -16,6 +16,8 @@ from corewise.search.budget import (
     CALL_S,
     FEWEST_HOLDOUT,
     RACE_S,
+    WITH_LOADS,
+    WITH_PHOTOS,
     BudgetSplit,
     SampleLimits,
     baseline_batch,
@@ -169,11 +171,13 @@ def test_a_run_that_resumes_has_the_samples_of_the_one_before(tmp_path):
     assert SampleLimits.kept(path, 60.0) is None
 
 
+@pytest.mark.parametrize("whole", [BudgetSplit(), WITH_PHOTOS, WITH_LOADS])
 @pytest.mark.parametrize("total_s", [20.0, 45.0, 60.0, 100.0])
-def test_a_short_budget_keeps_time_for_the_race(total_s):
-    split = BudgetSplit().leaving(total_s, RACE_S)
+def test_a_short_budget_keeps_time_for_the_race(total_s, whole):
+    split = whole.leaving(total_s, RACE_S)
     assert split.trials < split.last_trial < split.plans < split.first_trials <= 1
-    assert (1 - split.plans) * total_s == pytest.approx(max(RACE_S, 0.15 * total_s)) or split.plans == 0.5
+    assert split.plans <= whole.plans
+    assert (split.race - split.plans) * total_s >= RACE_S - 1e-9 or split.plans == split.race / 2
 
 
 @pytest.mark.parametrize("total_s", [None, 300.0])

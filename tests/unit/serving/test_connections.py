@@ -14,7 +14,7 @@ from starlette.requests import Request
 from uvicorn.server import ServerState
 
 from corewise.batching import Answer
-from corewise.serving import connections, web_server
+from corewise.serving import connections, infer, messages, web_server
 from corewise.serving.app import ANSWER_COPIES, LARGE_ANSWER_BYTES, App, RequestLog
 from corewise.serving.connections import HEALTH_CONNECTIONS, JOINED_BYTES, Acceptor, Room
 from corewise.serving.connections import PER_ROUND as ROUND
@@ -387,3 +387,18 @@ def test_what_describing_tokens_takes_is_booked():
         front.close()
 
     asyncio.run(asyncio.wait_for(main(), 30))
+
+
+@pytest.mark.parametrize(
+    ("host", "peer", "client"),
+    [
+        ("192.0.2.1", "ipv4:192.0.2.1:5", "192.0.2.1"),
+        ("::ffff:192.0.2.1", "ipv6:%5B::ffff:192.0.2.1%5D:5", "192.0.2.1"),
+        ("2001:db8::1:2:3:4", "ipv6:%5B2001:db8::4:3:2:1%5D:5", "2001:db8::"),
+        ("fe80::1%eth0", "ipv6:%5Bfe80::2%25eth0%5D:5", "fe80::"),
+        (None, "unix:/run/a:b", ""),
+    ],
+)
+def test_a_client_is_the_same_over_both_protocols_and_with_ipv6_a_network(host, peer, client):
+    assert infer.client_of({"client": host and (host, 5)}) == client
+    assert messages.client_of(SimpleNamespace(peer=lambda: peer)) == client

@@ -108,4 +108,5 @@ def test_openapi_knows_the_protocols_datatypes():
 )
 def test_tokens_admit_whoever_has_one_of_them(given, admitted):
     assert Tokens(["one", "two"]).admit(given) == admitted
+    assert Tokens.of_digests(Tokens(["one", "two"]).digests).admit(given) == admitted
     assert Tokens([]).admit(given)

@@ -38,6 +38,7 @@ class Front:
         return work()
 
     def call(self, models, served, inputs, deadline_s):
+        models.due_s.append(deadline_s)
         timeout_s = deadline_s - time.monotonic()
         ran, future = models.submit(served.name, served.version, inputs, timeout_s=timeout_s, priority=0)
         return ran or served, self.deliveries.wait(future)
@@ -66,6 +67,7 @@ class Queue:
         self.refuse, self.waiting, self.shapes, self.most, self.offers = refuse, [], [], 0, 0
         self.cancelled, self.retry_after_s = 0, 0.0
         self.others = {}
+        self.due_s = []
 
     def submit(self, name, version, inputs, *, timeout_s, priority):
         self.offers += 1
@@ -134,6 +136,13 @@ def test_two_thousand_texts_run_in_small_calls_of_which_few_wait():
     assert queue.most <= INSTANCES + text_calls.AHEAD
     assert all(rows <= ROWS and (rows == 1 or rows * length <= CALL_TOKENS) for rows, length in queue.shapes)
     assert (found.calls.waited_s, found.calls.ran_s) == (1.0, 0.5)
+
+
+def test_later_calls_do_not_go_before_requests_that_came_meanwhile():
+    queue = Queue()
+    run(queue, ["x" * 400] * 200)
+    assert queue.due_s == sorted(queue.due_s)
+    assert queue.due_s[-1] > queue.due_s[0]
 
 
 def test_a_short_request_is_one_call():

@@ -139,7 +139,7 @@ def test_a_faster_plan_is_found_saved_and_loaded(tmp_path):
     with corewise.load(folder) as model:
         x = np.zeros((found.best.batch + 1, 6), np.float32)
         assert model(x)["scores"].shape == (found.best.batch + 1, 5)
-    assert found.entry.label.startswith(f"runs {found.best.label}")  # an elastic plan beside it may look as if it paid
+    assert found.best.label in found.entry.label  # beside another one if an elastic plan seems to pay
     assert found.entry.label in verify(folder).notes
 
 

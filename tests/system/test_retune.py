@@ -185,7 +185,9 @@ def test_the_words_tell_both_plans_and_where_it_was_saved(tmp_path):
 def test_two_machines_share_a_folder(tmp_path):
     folder, _ = make(tmp_path / "m.cw")
     here = retune(folder, budget_s=10).entry
-    elsewhere = replace(here, machine=replace(here.machine, model="Another CPU"), plan=replace(SINGLE, batch=2))
+    elsewhere = replace(
+        here, machine=replace(here.machine, model="Another CPU"), plan=replace(SINGLE, batch=2), elastic=None
+    )
     write(folder, elsewhere)
     assert set(read(folder)) == {here, elsewhere}
     again = retune(folder, budget_s=10).entry

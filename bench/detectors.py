@@ -38,7 +38,7 @@ MOST_DROP = 0.05
 FILES = 16
 NEAR = 0.9
 """Intersection over union from which two boxes of a class are the same."""
-SPREAD, SURE = 1.0, 20
+SPREAD, SURE = 1.0, 100
 """Standard deviation of the class scores before the sigmoid, and how many of a photo are over ``SCORE``."""
 Boxes = list[list[float]]
 """Of one photo: class, score, x1, y1, x2, y2 each."""

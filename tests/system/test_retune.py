@@ -139,7 +139,7 @@ def test_a_faster_plan_is_found_saved_and_loaded(tmp_path):
     with corewise.load(folder) as model:
         x = np.zeros((found.best.batch + 1, 6), np.float32)
         assert model(x)["scores"].shape == (found.best.batch + 1, 5)
-    assert found.entry.label.startswith(f"runs {found.best.label}")  # an elastic plan beside it may look as if it paid
+    assert found.best.label in found.entry.label  # beside another one if an elastic plan seems to pay
     assert found.entry.label in verify(folder).notes
 
 
@@ -185,7 +185,9 @@ def test_the_words_tell_both_plans_and_where_it_was_saved(tmp_path):
 def test_two_machines_share_a_folder(tmp_path):
     folder, _ = make(tmp_path / "m.cw")
     here = retune(folder, budget_s=10).entry
-    elsewhere = replace(here, machine=replace(here.machine, model="Another CPU"), plan=replace(SINGLE, batch=2))
+    elsewhere = replace(
+        here, machine=replace(here.machine, model="Another CPU"), plan=replace(SINGLE, batch=2), elastic=None
+    )
     write(folder, elsewhere)
     assert set(read(folder)) == {here, elsewhere}
     again = retune(folder, budget_s=10).entry

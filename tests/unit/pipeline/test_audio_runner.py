@@ -9,9 +9,11 @@ import numpy as np
 import pytest
 import soundfile
 
+from corewise.artifact.recordings import audio_runner
 from corewise.common.errors import InputError
 from corewise.pipeline import AudioRunner, ImageAsk, Rejected, audio_pipeline
 from corewise.pipeline.outputs import format_of
+from corewise.records.build import Plan
 from corewise.records.report import AudioPreprocess
 
 RATE = 8000
@@ -111,3 +113,17 @@ def test_outputs_of_several_dimensions_are_as_long_as_their_recordings() -> None
     assert [one.shape for one in made] == [(4, 100), (6, 100)]
     with pytest.raises(InputError, match="cannot hold vector of several sizes"):
         format_of("out.npy", frames.pipeline)
+
+
+def test_recordings_of_a_users_function_need_that_function() -> None:
+    preprocess = AudioPreprocess(rate_hz=RATE, seconds=0.05, function="own.py:powers")
+    pipeline, plan = audio_pipeline(preprocess, [np.zeros((1, 1))]), Plan(threads_per_instance=1, instances=1, batch=2)
+
+    def run(arrays: list[np.ndarray]) -> list[np.ndarray]:
+        return [arrays[0].sum((1, 2))[:, None]]
+
+    assert audio_runner(None, run, plan) is None
+    assert audio_runner(pipeline, run, plan) is None
+    opened = audio_runner(pipeline, run, plan, lambda frames, rate_hz: frames[None, :rate_hz] ** 2)
+    assert opened is not None
+    np.testing.assert_allclose(opened.predict([(constant(0.5, 1600), 2 * RATE)]), [[100]], rtol=0.01)

@@ -33,7 +33,7 @@ from corewise.records.cpu import Cpu
 from corewise.records.jsonable import from_json, to_json
 from corewise.records.pipeline import PhotoPlan, TextPipeline
 from corewise.records.ranges import InputRange, SeenRanges
-from corewise.records.report import Preprocess, Report
+from corewise.records.report import AudioPreprocess, Preprocess, Report
 from corewise.records.schema_1 import upgrade_report
 from corewise.samples.images import restore_pixels
 
@@ -93,6 +93,8 @@ class Manifest:
     """What inputs and outputs were like in the search (``watch``); ``None`` in artifacts of versions without it."""
     call_costs: CostTable | None = None
     """What calls of texts cost under ``plan``; ``None`` where that was not measured, and in older artifacts."""
+    audio: AudioPreprocess | None = None
+    """How recordings become the input; ``None`` if the model was not made from any, and in older artifacts."""
     elastic: ElasticPlan | None = None
     """Two layouts that are open in place of ``plan``; ``None`` where one is as good, and in older artifacts."""
 

@@ -12,7 +12,7 @@ from corewise.artifact.watch import Outside, RangeWatch
 from corewise.common.errors import InputError
 from corewise.common.nested import Structure, match_call, unflatten
 from corewise.engines import Session
-from corewise.pipeline import TOP, ImageAsk, ImageRunner, TextRunner
+from corewise.pipeline import TOP, AudioRunner, ImageAsk, ImageRunner, TextRunner
 from corewise.records.build import TensorSpec
 from corewise.records.ranges import InputRange, SeenRanges
 
@@ -38,12 +38,14 @@ class Model:
         seen_ranges: SeenRanges | None = None,
         texts: TextRunner | None = None,
         images: ImageRunner | None = None,
+        recordings: AudioRunner | None = None,
     ) -> None:
         """``session`` must accept calls from several threads at the same time.
 
         ``ranges`` are the allowed values of each input, and ``check_finite`` refuses NaN and infinities
         (``InputChecks``). ``seen_ranges`` are what inputs and outputs were like in the search (``RangeWatch``).
-        ``texts`` answers texts and ``images`` images, if the artifact carries such a pipeline.
+        ``texts`` answers texts, ``images`` images and ``recordings`` recordings, if the artifact carries such a
+        pipeline.
         """
         self._session = session
         self._inputs = tuple(inputs)
@@ -52,7 +54,7 @@ class Model:
         self._checks = InputChecks(self._inputs, ranges, check_finite=check_finite)
         self._watch = RangeWatch(seen_ranges)
         self._warned = False
-        self.texts, self.images = texts, images
+        self.texts, self.images, self.recordings = texts, images, recordings
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """The model's outputs for one batch (dimension 0 of every input)."""
@@ -80,41 +82,44 @@ class Model:
         score_threshold: float | None = None,
         iou_threshold: float | None = None,
     ) -> Any:
-        """The answers to raw items: texts are tokenized and batched by length, images are decoded; all instances run.
+        """The answers to raw items: texts are tokenized, images and recordings decoded; all instances run.
 
         Args:
-            items: A list of texts, of pairs of texts for a model of pairs, or of images: paths, contents (``bytes``),
-                PIL images or uint8 arrays (H, W, 3); or an iterator of them, which is read as the answers are taken, so
-                that memory stays bounded for millions; or a single one.
+            items: A list of texts, of pairs of texts for a model of pairs, of images: paths, contents (``bytes``), PIL
+                images or uint8 arrays (H, W, 3); or of recordings: paths, contents, or tuples of an array (frames,) or
+                (channels, frames) and its frames per second. Or an iterator of them, which is read as the answers are
+                taken, so that memory stays bounded for millions; or a single one.
             prompt: The name of the prompt that goes before each text, for a model that has prompts.
-            top: Of an image, how many classes the probabilities are given of, the most probable first. Default: 5.
+            top: Of an image or a recording, how many classes the probabilities are given of, the most probable first.
+                Default: 5.
             score_threshold: Of a detector, the least score of an object. Default: 0.25 where overlapping boxes have to
                 be suppressed (YOLO, SSD), else 0.5 (DETR).
             iou_threshold: Where overlapping boxes have to be suppressed, the overlap (intersection over union) with a
                 better box of the class at which a box is left out. Default: 0.45.
 
         Returns:
-            In the order of the items: an array of vectors, float32 (N, D), or of scores (N,); a list of ``ClassAnswer``
-            (label, probability, probabilities); a list of lists of ``Span`` (label, probability, start, end, text); or
-            a list of lists of ``Detection`` (label, score, box as x1, y1, x2, y2 in pixels of the upright photo).
-            For an iterator, an iterator of the single answers.
+            In the order of the items: an array of vectors, float32 (N, D), or of scores (N,); a list of arrays where
+            their sizes differ; a list of ``ClassAnswer`` (label, probability, probabilities); a list of lists of
+            ``Span`` (label, probability, start, end, text); or a list of lists of ``Detection`` (label, score, box as
+            x1, y1, x2, y2 in pixels of the upright photo). For an iterator, an iterator of the single answers.
 
         Raises:
             InputError: The artifact carries no pipeline, an item cannot be answered, the prompt is unknown, or an
                 argument is for items of another kind.
         """
-        if self.images is not None and self.texts is None:
+        media = self.images or self.recordings
+        if media is not None and self.texts is None:
             if prompt is not None:
-                raise InputError("a prompt goes before texts, and the model takes images", "leave out prompt")
+                raise InputError(f"a prompt goes before texts, and the model takes {media.noun}s", "leave out prompt")
             ask = ImageAsk(
                 top=TOP if top is None else top, score_threshold=score_threshold, iou_threshold=iou_threshold
             )
-            return self.images.predict(items, ask)
+            return media.predict(items, ask)
         if self.texts is None:
             raise InputError(
                 "the artifact has no pipeline for raw items",
                 "call it with tensors, or make it again from st:FOLDER or hf:FOLDER, or with --tokenizer, or from a "
-                "folder of images; if a function prepared the images, give it: load(..., preprocess=function)",
+                "folder of images or recordings; if a function prepared them, give it: load(..., preprocess=function)",
             )
         if top is not None:
             raise InputError("top is for images, and the model takes texts", "leave out top")

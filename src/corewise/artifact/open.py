@@ -12,6 +12,7 @@ from corewise.artifact import PAYLOAD, REBUILD, REFERENCE, Artifact, check_golde
 from corewise.artifact.checks import input_ranges
 from corewise.artifact.model import Model
 from corewise.artifact.photos import open_images
+from corewise.artifact.recordings import audio_of, audio_runner
 from corewise.artifact.texts import open_texts
 from corewise.common.errors import ArtifactError, EngineError, InputError
 from corewise.common.references import guard
@@ -39,7 +40,7 @@ def load(
     instances: int | None = None,
     batch: int | None = None,
     check_finite: bool = True,
-    preprocess: str | Callable[[Any], Any] | None = None,
+    preprocess: str | Callable[..., Any] | None = None,
     photos: bool = False,
 ) -> Model:
     """Open an artifact as a model that is called as the original was.
@@ -104,7 +105,7 @@ def _opened(
     cpu: Cpu,
     model: Any = None,
     check_finite: bool = True,
-    preprocess: str | Callable[[Any], Any] | None = None,
+    preprocess: str | Callable[..., Any] | None = None,
 ) -> Model:
     session = _open(artifact, fit, cpu, model)
     return Model(
@@ -117,6 +118,7 @@ def _opened(
         texts=open_texts(artifact, session.run, fit.plan),
         seen_ranges=artifact.manifest.seen_ranges,
         images=open_images(artifact, session.run, fit.plan, preprocess),
+        recordings=audio_runner(audio_of(artifact), session.run, fit.plan, preprocess),
     )
 
 

@@ -7,6 +7,7 @@ from typing import Annotated
 from corewise.cli.environment import compute_on_usable_cores
 from corewise.cli.options import (
     AsJson,
+    AudioOptions,
     ImageOptions,
     ModelReference,
     SampleOptions,
@@ -63,6 +64,7 @@ def command(
     model: ModelReference,
     samples: SampleOptions,
     images: ImageOptions,
+    audio: AudioOptions,
     texts: TextOptions,
     errors: ErrorOptions,
     output: OutputOptions,
@@ -77,7 +79,7 @@ def command(
     from corewise.search.explanation import explain
 
     compute_on_usable_cores()
-    read = reader(model, samples, images)
+    read = reader(model, samples, images, audio)
     check_file(output.plot)
     texts.check()
     screen = console(stderr=output.as_json)

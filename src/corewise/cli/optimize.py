@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 from corewise.cli.environment import compute_on_usable_cores
 from corewise.cli.options import (
     AsJson,
+    AudioOptions,
     ImageOptions,
     ModelReference,
     SampleOptions,
@@ -227,6 +228,7 @@ def command(
     model: ModelReference,
     samples: SampleOptions,
     images: ImageOptions,
+    audio: AudioOptions,
     texts: TextOptions,
     goal: GoalOptions,
     limits: LimitOptions,
@@ -241,7 +243,8 @@ def command(
 
     output.check()
     texts.check()
-    objective, read, labels = goal.chosen(), reader(model, samples, images), output.class_names()
+    objective, labels = goal.chosen(), output.class_names()
+    read = reader(model, samples, images, audio)
     compute_on_usable_cores()
     screen = console(stderr=output.as_json)
     mode: Literal["live", "plain", "quiet"] = "live" if screen.is_terminal else "plain"

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args
 import typer
 from typer.core import TyperCommand, TyperGroup
 
-from corewise.cli.quantities import Parse, choice, numbers, whole
+from corewise.cli.quantities import Parse, above_zero, choice, numbers, whole
 from corewise.common.errors import InputError
 
 if TYPE_CHECKING:
@@ -179,8 +179,8 @@ class SampleOptions:
             "--samples",
             panel="Samples",
             metavar="PATH",
-            help="A folder of images (with class folders or labels.csv), a file of texts (.txt, .csv, .tsv, .jsonl, "
-            ".parquet), an .npz or .safetensors file, or FILE.py:FUNCTION.",
+            help="A folder of images or recordings (with class folders or labels.csv), a file of texts (.txt, .csv, "
+            ".tsv, .jsonl, .parquet), an .npz or .safetensors file, or FILE.py:FUNCTION.",
         ),
     ]
     calibration: Annotated[
@@ -239,6 +239,50 @@ class SampleOptions:
             default="label or labels, if there is one",
         ),
     ] = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class AudioOptions:
+    """How a recording becomes an input, where the model does not say so."""
+
+    rate_hz: Annotated[
+        int | None,
+        option(
+            "--sample-rate",
+            panel="Recordings",
+            metavar="HZ",
+            parse=whole(1),
+            help="Rate that the model takes; recordings of other rates are resampled.",
+            default="that of an hf: model",
+        ),
+    ] = None
+    seconds: Annotated[
+        float | None,
+        option(
+            "--seconds",
+            panel="Recordings",
+            metavar="S",
+            parse=above_zero("5"),
+            help="Length of all inputs: longer recordings are cut at their end, shorter ones padded with silence, "
+            "but not for an hf: model with an attention mask.",
+            default="each recording's own",
+        ),
+    ] = None
+    layout: Annotated[
+        Literal["frames", "channels"] | None,
+        option(
+            "--layout",
+            panel="Recordings",
+            metavar="HOW",
+            parse=choice("frames", "channels"),
+            help="Shape of an input: frames for (frames,), channels for (1, frames).",
+            default="frames",
+        ),
+    ] = None
+
+    def given(self) -> dict[str, Any]:
+        """The given options as fields of ``AudioPreprocess``."""
+        return {name: value for name, value in vars(self).items() if value is not None}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -317,7 +361,8 @@ class ImageOptions:
             "--preprocess",
             panel="Images",
             metavar="FILE.py:FUNCTION",
-            help="A function from a PIL image to an array, used instead of the six options above.",
+            help="A function from a PIL image to an array, used instead of the six options above; of recordings from "
+            "the frames and their rate to an array.",
         ),
     ] = None
 
@@ -352,7 +397,9 @@ class ImageOptions:
         return {name: value for name, value in given.items() if value is not None}
 
 
-def reader(model: str, samples: SampleOptions, images: ImageOptions) -> "Callable[[], Samples | RawSamples]":
+def reader(
+    model: str, samples: SampleOptions, images: ImageOptions, audio: AudioOptions
+) -> "Callable[[], Samples | RawSamples]":
     """Reads the samples when it is called. Raises ``InputError`` at once for options and paths that are wrong."""
     from corewise.samples.files import check_reference
 
@@ -366,6 +413,7 @@ def reader(model: str, samples: SampleOptions, images: ImageOptions) -> "Callabl
             model,
             samples.samples,
             given=given,
+            audio=audio.given(),
             function=images.preprocess,
             text=samples.text,
             pair=samples.pair,

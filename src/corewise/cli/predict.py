@@ -23,8 +23,9 @@ Inputs = Annotated[
         "INPUT...",
         panel="Inputs",
         help="Files of texts: .txt (a text a line), .csv, .tsv, .jsonl or .parquet. Or images: files, or .tar, "
-        ".tar.gz, .tar.bz2 and .tar.xz files of them. Or folders with such files in and below them, or patterns such "
-        "as 'photos/*.jpg'. Each may be a path or a URL, such as 's3://BUCKET/photos/*.jpg'.",
+        ".tar.gz, .tar.bz2 and .tar.xz files of them. Or recordings: .wav, .flac, .ogg, .mp3 or .aiff. "
+        "Or folders with such files in and below them, or patterns such as 'photos/*.jpg'. Each may be a path or a "
+        "URL, such as 's3://BUCKET/photos/*.jpg'.",
     ),
 ]
 
@@ -66,7 +67,12 @@ class PhotoOptions:
     top: Annotated[
         int | None,
         option(
-            "--top", panel="Images", metavar="N", parse=whole(1), help="Name the N most probable classes.", default="5"
+            "--top",
+            panel="Images",
+            metavar="N",
+            parse=whole(1),
+            help="Name the N most probable classes, also of a recording.",
+            default="5",
         ),
     ] = None
     score_threshold: Annotated[
@@ -97,7 +103,7 @@ class PhotoOptions:
             "--preprocess",
             panel="Images",
             metavar="FILE.py:FUNCTION",
-            help="The function that prepared the samples, for an artifact that was made with one.",
+            help="The function that prepared the samples, images or recordings, for an artifact made with one.",
         ),
     ] = None
 
@@ -180,10 +186,11 @@ def command(
     cluster: ClusterOptions,
     output: PredictOutput,
 ) -> None:
-    """Answer all texts of files, or all images, with an artifact: vectors, classes, scores, spans or boxes.
+    """Answer all texts of files, images or recordings with an artifact: vectors, classes, scores, spans or boxes.
 
-    Texts are read as they are needed and run in batches of similar length on all instances. Images are decoded while
-    the model runs. Finished parts are kept in OUT.parts, so that the same command resumes after an interruption.
+    Texts are read as they are needed and run in batches of similar length on all instances. Images and recordings are
+    decoded while the model runs. Finished parts are kept in OUT.parts, so that the same command resumes after an
+    interruption.
 
     With --ray the parts run on the nodes of a cluster, each under the plan for its kind of machine, and stay in a
     folder of Parquet files.

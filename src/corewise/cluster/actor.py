@@ -15,7 +15,7 @@ from corewise.artifact.model import Model
 from corewise.artifact.open import check_available, check_trusted, load
 from corewise.cluster.messages import Answered, Prepared, Task, answering, unpacked, unpacked_rows
 from corewise.common.errors import ArtifactError, EngineError, InputError, OutputError
-from corewise.pipeline import ImageRunner, TextRunner
+from corewise.pipeline import MediaRunner, TextRunner
 from corewise.pipeline.job import SUFFIX, answered, folder_of, writing
 from corewise.pipeline.outputs import format_of
 from corewise.records.build import Plan
@@ -97,7 +97,7 @@ class Answerer:
             EngineError: The engine fails.
         """
         task, runner = self._task, self._runner()
-        pipeline = runner.pipeline if isinstance(runner, ImageRunner) else runner.encoder.pipeline
+        pipeline = runner.pipeline if isinstance(runner, MediaRunner) else runner.encoder.pipeline
         part = list(answered(unpacked_rows(rows), runner, prompt=task.prompt, ask=task.ask))
         with writing(task.output, task.output):
             counts = self._parts.write(number, format_of(SUFFIX, pipeline), part)
@@ -119,14 +119,14 @@ class Answerer:
         check_available(artifact.manifest.build.engine, f"opening {folder}")
         return artifact
 
-    def _runner(self) -> TextRunner | ImageRunner:
+    def _runner(self) -> TextRunner | MediaRunner:
         assert self._model is not None, "open comes first"
         return runner_of(self._model, self._task.artifact)
 
 
-def runner_of(model: Model, artifact: Path) -> TextRunner | ImageRunner:
+def runner_of(model: Model, artifact: Path) -> TextRunner | MediaRunner:
     """What answers the raw items of a model. Raises ``InputError`` if it takes tensors only."""
-    runner = model.texts if model.images is None else model.images
+    runner = model.images or model.recordings or model.texts
     if runner is None:
         raise InputError(f"{artifact} takes tensors only", "make it again from st:, hf: or with --tokenizer")
     return runner

@@ -2,12 +2,14 @@
 
 import time
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Literal
 
 from corewise.artifact import Artifact, identity, read
 from corewise.artifact.open import load_for_bulk
 from corewise.artifact.photos import images_of
+from corewise.artifact.recordings import audio_of
 from corewise.artifact.texts import text_pipeline
 from corewise.cluster.actor import runner_of
 from corewise.cluster.connection import check_address, check_ray, installed_ray
@@ -17,12 +19,27 @@ from corewise.pipeline import TOP, ImageAsk
 from corewise.pipeline.job import Job, check_job, count_rows, run_job
 from corewise.pipeline.parts import Counts
 from corewise.records.bulk import BulkOutlook, BulkProgress, BulkResult, OnProgress
+from corewise.records.pipeline import ImagePipeline
 from corewise.samples.archives import is_archive, is_sliced
+from corewise.samples.audio import AUDIO_SUFFIXES
 from corewise.samples.folders import list_files, list_images
 from corewise.samples.places import Place, RemotePath, place_of
 from corewise.samples.tables import READERS
 from corewise.samples.texts import Columns
 from corewise.search.retuning import BUDGET_S
+
+Kind = Literal["images", "recordings", "texts"]
+MEANT_FOR: dict[str, tuple[Kind, ...]] = {
+    "text": ("texts",),
+    "pair": ("texts",),
+    "prompt": ("texts",),
+    "top": ("images", "recordings"),
+    "score_threshold": ("images",),
+    "iou_threshold": ("images",),
+    "draw": ("images",),
+    "preprocess": ("images", "recordings"),
+}
+"""The options that have a meaning for some kinds only."""
 
 
 def predict(
@@ -43,21 +60,21 @@ def predict(
     retune_s: float = BUDGET_S,
     on_progress: OnProgress = lambda progress: None,
 ) -> BulkResult:
-    """Answer all texts of files, or all images, and write the answers to files, on this machine or on a cluster.
+    """Answer all texts of files, images or recordings, and write the answers to files, here or on a cluster.
 
     The same call resumes after an interruption: finished parts are kept, and each row is answered once.
 
     Args:
         folder: the artifact. With ``ray`` all nodes must see it, the inputs of images and the output under the same
             paths.
-        inputs: files of texts or images, folders of them and patterns; paths, or URLs such as
+        inputs: files of texts, images or recordings, folders of them and patterns; paths, or URLs such as
             ``"s3://bucket/reviews/*.parquet"``.
         output: a file that does not exist, ``.parquet``, ``.jsonl`` or ``.npy``; or a folder of Parquet files, which
             is what a name without a suffix means, a URL, and any name with ``ray``.
         text: the column that is the text. Default: text or sentence.
         pair: the column that is the second text of a pair.
         prompt: the name of the model's prompt that goes before each text.
-        top: of images, how many classes an answer names. Default: 5.
+        top: of images and recordings, how many classes an answer names. Default: 5.
         score_threshold: of a detector, the least score of an object. Default: 0.25 for YOLO and SSD, 0.5 for DETR.
         iou_threshold: of a YOLO or SSD detector, the overlap with a better box at which a box is left out. Default:
             0.45.
@@ -124,33 +141,24 @@ class Bulk:
             check_ray(installed_ray())
             folder = folder.absolute()
         artifact = read(folder)
-        images = artifact.manifest.preprocess is not None and artifact.manifest.pipeline is None
-        texts = None if images else text_pipeline(artifact)
-        if not images and texts is None:
-            raise InputError(f"{folder} takes tensors only", "make it again from st:, hf: or with --tokenizer")
-        foreign = (
-            {"text": columns.text, "pair": columns.pair, "prompt": prompt}
-            if images
-            else {
-                "top": top,
-                "score-threshold": score_threshold,
-                "iou-threshold": iou_threshold,
-                "draw": draw,
-                "preprocess": preprocess,
-            }
-        )
-        _check_foreign(folder, foreign, "images" if images else "texts")
-        if texts is not None:
-            _check_pairs(folder, texts.pairs, columns.pair)
-        pipeline = images_of(artifact) if images else None
-        if pipeline is not None and pipeline.preprocess.function is not None and preprocess is None:
-            raise InputError(f"{folder} was made with a function that prepares images", "give --preprocess")
+        kind = _kind_of(artifact)
         ask = ImageAsk(top=top or TOP, score_threshold=score_threshold, iou_threshold=iou_threshold)
-        if pipeline is not None:
-            ask.thresholds(pipeline.head)
+        options = {
+            **columns._asdict(),
+            "prompt": prompt,
+            "draw": draw,
+            "preprocess": preprocess,
+            **asdict(ask),
+            "top": top,
+        }
+        _check_foreign(folder, kind, options)
+        if kind == "texts":
+            _check_pairs(artifact, columns.pair)
+        else:
+            _check_media(artifact, ask, preprocess)
         places, out = list(inputs), place_of(output)
-        paths = list_images(places) if images else list_files(places, READERS, "files of texts")
-        if not images:
+        paths = _listed(kind, places)
+        if kind == "texts":
             _check_apart(out, places, paths)
         in_folder = ray is not None or isinstance(out, RemotePath) or not out.suffix
         if ray is not None:
@@ -164,7 +172,7 @@ class Bulk:
             columns=columns,
             prompt=prompt,
             artifact=identity(folder),
-            ask=ask if images else None,
+            ask=None if kind == "texts" else ask,
             drawings=draw,
             preprocess=_seen_by_all(preprocess) if in_folder else preprocess,
             folder=in_folder,
@@ -232,11 +240,48 @@ def _seen_by_all(preprocess: str | None) -> str | None:
     return f"{Path(file).absolute()}:{function}" if file.endswith(".py") else preprocess
 
 
-def _check_foreign(folder: Path, options: Mapping[str, object], kind: str) -> None:
+def _kind_of(artifact: Artifact) -> Kind:
+    """What an artifact answers. Raises ``InputError`` if it takes tensors only."""
+    manifest = artifact.manifest
+    if manifest.preprocess is not None and manifest.pipeline is None:
+        return "images"
+    if audio_of(artifact) is not None:
+        return "recordings"
+    if text_pipeline(artifact) is None:
+        raise InputError(f"{artifact.folder} takes tensors only", "make it again from st:, hf: or with --tokenizer")
+    return "texts"
+
+
+def _listed(kind: Kind, places: Sequence[str | Path]) -> list[Place]:
+    """The files of a kind that places name. Raises ``SamplesError`` as ``list_files``."""
+    if kind == "images":
+        return list_images(places)
+    if kind == "texts":
+        return list_files(places, READERS, "files of texts")
+    paths = list_files(places, AUDIO_SUFFIXES, "recordings")
+    for path in paths:
+        if is_archive(path):
+            raise InputError(f"{path} is a tar file, of which only images are read", "unpack it")
+    return paths
+
+
+def _check_foreign(folder: Path, kind: Kind, options: Mapping[str, object]) -> None:
     """Raise ``InputError`` for an option that has no meaning for the items that the artifact takes."""
     for name, value in options.items():
-        if value is not None:
-            raise InputError(f"--{name} has no meaning for {kind}, which {folder} takes", f"leave out --{name}")
+        if value is not None and kind not in MEANT_FOR.get(name, (kind,)):
+            option = name.replace("_", "-")
+            raise InputError(f"--{option} has no meaning for {kind}, which {folder} takes", f"leave out --{option}")
+
+
+def _check_media(artifact: Artifact, ask: ImageAsk, preprocess: str | None) -> None:
+    """Raise ``InputError`` for images or recordings without the function that prepares them, and wrong thresholds."""
+    pipeline = images_of(artifact) or audio_of(artifact)
+    if pipeline is None:
+        return
+    if pipeline.preprocess.function is not None and preprocess is None:
+        noun = "images" if isinstance(pipeline, ImagePipeline) else "recordings"
+        raise InputError(f"{artifact.folder} was made with a function that prepares {noun}", "give --preprocess")
+    ask.thresholds(pipeline.head)
 
 
 def _check_spread(paths: Iterable[Place], draw: Path | None) -> None:
@@ -269,8 +314,10 @@ def _check_apart(output: Place, places: Iterable[str | Path], paths: Iterable[Pl
         raise OutputError(f"{output} has inputs in it", "give another name with -o")
 
 
-def _check_pairs(folder: Path, takes_pairs: bool, column: str | None) -> None:
+def _check_pairs(artifact: Artifact, column: str | None) -> None:
     """Raise ``InputError`` unless the column of second texts is given for a model of pairs, and for no other."""
+    pipeline, folder = text_pipeline(artifact), artifact.folder
+    takes_pairs = pipeline is not None and pipeline.pairs
     if takes_pairs and column is None:
         raise InputError(f"{folder} takes pairs of texts", "say which column is the second text: --pair COLUMN")
     if column is not None and not takes_pairs:

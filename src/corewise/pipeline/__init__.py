@@ -9,13 +9,15 @@ from corewise.pipeline.boxes import Detection, Thresholds, detected
 from corewise.pipeline.calls import Call, CallCost, CallLimits, CostTable, fill
 from corewise.pipeline.costs import cost_points, cost_table
 from corewise.pipeline.inferred import fit, infer
-from corewise.pipeline.photos import TOP, ImageAsk, ImageRunner, image_pipeline, rows_of_call, top_classes
+from corewise.pipeline.photos import TOP, ImageAsk, ImageRunner, MediaRunner, image_pipeline, rows_of_call, top_classes
+from corewise.pipeline.recordings import AudioRunner, audio_pipeline
 from corewise.pipeline.runner import Rejected, TextRunner, stacked
 from corewise.pipeline.samples import text_samples
 from corewise.pipeline.tokens import TextEncoder, TokenPiece, Tokens
 
 __all__ = [
     "TOP",
+    "AudioRunner",
     "Call",
     "CallCost",
     "CallLimits",
@@ -24,6 +26,7 @@ __all__ = [
     "Detection",
     "ImageAsk",
     "ImageRunner",
+    "MediaRunner",
     "Rejected",
     "Span",
     "TextEncoder",
@@ -31,6 +34,7 @@ __all__ = [
     "Thresholds",
     "TokenPiece",
     "Tokens",
+    "audio_pipeline",
     "cost_points",
     "cost_table",
     "decode",

@@ -20,7 +20,7 @@ from corewise.common.errors import InputError, OutputError, SamplesError
 from corewise.pipeline.drawing import draw_answer
 from corewise.pipeline.outputs import Format, format_of, join_lines, sync
 from corewise.pipeline.parts import Counts, Parts, Record
-from corewise.pipeline.photos import USUAL, ImageAsk, ImageRunner, content_of
+from corewise.pipeline.photos import USUAL, ImageAsk, ImageRunner, MediaRunner, content_of
 from corewise.pipeline.runner import Rejected, TextRunner
 from corewise.samples.archives import is_archive, read_archive
 from corewise.samples.places import Place, RemotePath
@@ -48,11 +48,11 @@ class Job:
     artifact: str
     """The identity of the artifact: the sha256 of its manifest."""
     ask: ImageAsk | None = None
-    """For images, each of which is a row: what is wanted of them."""
+    """For images and recordings, each of which is a row: what is wanted of them."""
     drawings: Path | None = None
     """For images: the folder of the photos with their answers drawn on them."""
     preprocess: str | None = None
-    """For images: the function that prepares them, as a reference."""
+    """For images and recordings: the function that prepares them, as a reference."""
     folder: bool = False
     """Whether the output is a folder of Parquet parts, and no file."""
 
@@ -203,7 +203,7 @@ def count_rows(paths: Iterable[Place]) -> int:
 
 def run_job(
     job: Job,
-    runner: TextRunner | ImageRunner,
+    runner: TextRunner | MediaRunner,
     *,
     max_failed: int | None = None,
     on_rows: OnRows = lambda done: None,
@@ -222,7 +222,7 @@ def run_job(
     check_job(job)
     if job.drawings is not None and (not isinstance(runner, ImageRunner) or runner.pipeline.task == "vectors"):
         raise InputError("the model gives no classes and no boxes that could be drawn", "leave out --draw")
-    pipeline = runner.pipeline if isinstance(runner, ImageRunner) else runner.encoder.pipeline
+    pipeline = runner.pipeline if isinstance(runner, MediaRunner) else runner.encoder.pipeline
     kept, facts = job.kept, job.facts()
     kind = format_of(SUFFIX if job.folder else str(job.output), pipeline)
     first = next(rest := records(job), None)
@@ -300,7 +300,7 @@ def _images(inputs: Iterable[Place], sliced: bool) -> Iterator[Record]:
 
 def answered(
     rows: Iterable[Record],
-    runner: TextRunner | ImageRunner,
+    runner: TextRunner | MediaRunner,
     *,
     prompt: str | None,
     ask: ImageAsk | None,
@@ -317,7 +317,7 @@ def answered(
             waiting.append(record if drawings is not None else record._replace(value=None))
             yield None if record.problem else record.value
 
-    if isinstance(runner, ImageRunner):
+    if isinstance(runner, MediaRunner):
         answers = runner.answers(values(), ask or USUAL)
     else:
         answers = runner.answers(values(), prompt=prompt)

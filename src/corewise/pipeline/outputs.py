@@ -11,7 +11,7 @@ from typing import Any, BinaryIO, Protocol
 import numpy as np
 
 from corewise.common.errors import InputError, MissingExtra
-from corewise.records.pipeline import ImagePipeline, TextPipeline
+from corewise.records.pipeline import AudioPipeline, MediaPipeline, TextPipeline
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,7 +35,7 @@ class Format(Protocol):
         """Write all parts as one file."""
 
 
-def format_of(name: str, pipeline: TextPipeline | ImagePipeline) -> Format:
+def format_of(name: str, pipeline: TextPipeline | MediaPipeline) -> Format:
     """The format that the name of the output says.
 
     Raises:
@@ -49,7 +49,8 @@ def format_of(name: str, pipeline: TextPipeline | ImagePipeline) -> Format:
         return _Parquet(_field(pipeline))
     if suffix != ".npy":
         raise InputError(f"the name {name} does not say the format", "end it with .parquet, .jsonl or .npy")
-    ragged = isinstance(pipeline, TextPipeline) and pipeline.task == "vectors" and pipeline.pooling == "none"
+    ragged = isinstance(pipeline, AudioPipeline) and pipeline.ragged
+    ragged |= isinstance(pipeline, TextPipeline) and pipeline.task == "vectors" and pipeline.pooling == "none"
     if pipeline.task not in ("vectors", "scores") or ragged:
         raise InputError(f"{name} cannot hold {_field(pipeline)} of several sizes", "name it .parquet or .jsonl")
     return _Npy()
@@ -64,8 +65,8 @@ def plain(answer: Any) -> Any:
     return answer.tolist() if isinstance(answer, np.ndarray) else answer
 
 
-def _field(pipeline: TextPipeline | ImagePipeline) -> str:
-    if isinstance(pipeline, ImagePipeline):
+def _field(pipeline: TextPipeline | MediaPipeline) -> str:
+    if isinstance(pipeline, MediaPipeline):
         return {"vectors": "vector", "classes": "top", "boxes": "boxes"}[pipeline.task]
     return {"vectors": "vector", "scores": "score", "classes": "answer", "tokens": "spans"}[pipeline.task]
 

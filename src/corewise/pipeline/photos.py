@@ -1,6 +1,7 @@
 """Images in, answers out, in the order of the input: decoded by threads, put into calls, and run on all instances."""
 
 import os
+from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -9,7 +10,7 @@ from io import IOBase
 from itertools import islice
 from math import ceil
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,7 +21,7 @@ from corewise.pipeline.answers import ClassAnswer, activate
 from corewise.pipeline.boxes import Thresholds, detected
 from corewise.pipeline.runner import Rejected, Run
 from corewise.records.build import Plan
-from corewise.records.pipeline import Activation, ImagePipeline
+from corewise.records.pipeline import Activation, ImagePipeline, ImageTask, MediaPipeline
 from corewise.records.report import Preprocess
 from corewise.samples.archives import Slice, is_archive, read_archive
 from corewise.samples.folders import list_images
@@ -39,7 +40,7 @@ SUM_ERROR = 1e-2
 
 @dataclass(frozen=True, kw_only=True)
 class ImageAsk:
-    """What is wanted of each image."""
+    """What is wanted of each image or recording."""
 
     top: int = TOP
     """How many classes an answer names."""
@@ -64,22 +65,22 @@ class ImageAsk:
 USUAL = ImageAsk()
 
 
-class _Decoded(NamedTuple):
-    """An image's input, and the width and height of the upright photo where its boxes are wanted."""
+class Decoded(NamedTuple):
+    """An item's input, and the width and height of the upright photo where its boxes are wanted."""
 
     array: NDArray[Any]
     size: tuple[int, int] = (0, 0)
 
 
 class _Call(NamedTuple):
-    """Images in work: the input of each, and the outputs of those that can be read, in their order, of one row each."""
+    """Items in work: the input of each, and the outputs of those that can be read, in their order, of one row each."""
 
-    decoded: "list[Future[_Decoded | Rejected]]"
+    decoded: "list[Future[Decoded | Rejected]]"
     outputs: "Future[list[list[NDArray[Any]]]]"
 
 
 def content_of(source: str | Slice) -> Path | bytes:
-    """A photo's path, or the content of one in an object store or a tar file. Raises ``OSError`` if it is not there."""
+    """A file's path, or the content of one in an object store or a tar file. Raises ``OSError`` if it is not there."""
     if isinstance(source, Slice):
         return source.read()
     place = place_of(source)
@@ -112,27 +113,24 @@ def image_pipeline(
         # A map of probabilities looks like relative boxes; only the number of classes tells them apart.
         if head is not None and not (head.relative and len(golden) == 1 and not labels):
             return ImagePipeline(task="boxes", preprocess=preprocess, labels=tuple(labels), head=head)
-    task: Any = "classes" if first.ndim == 2 and first.shape[1] > 1 else "vectors"
-    activation: Activation = "none"
-    if task == "classes" and not (first.min() >= 0 and np.allclose(first.sum(1), 1, atol=SUM_ERROR)):
-        activation = "softmax"
+    task, activation = meaning(first)
     return ImagePipeline(task=task, preprocess=preprocess, labels=tuple(labels), activation=activation)
 
 
-def top_classes(pipeline: ImagePipeline, row: NDArray[Any], top: int) -> list[tuple[int, str, float]]:
+def meaning(output: NDArray[Any]) -> tuple[ImageTask, Activation]:
+    """Whether outputs are classes or vectors, and what makes probabilities of them."""
+    if output.ndim != 2 or output.shape[1] == 1:
+        return "vectors", "none"
+    are_probabilities = output.min() >= 0 and np.allclose(output.sum(1), 1, atol=SUM_ERROR)
+    return "classes", "none" if are_probabilities else "softmax"
+
+
+def top_classes(pipeline: MediaPipeline, row: NDArray[Any], top: int) -> list[tuple[int, str, float]]:
     """The most probable classes of one row (classes,): number, name (the number, where it has none), probability."""
     probabilities = activate(row, pipeline.activation)
     best = np.argpartition(-probabilities, min(top, len(row)) - 1)[:top]
     best = best[np.argsort(-probabilities[best], kind="stable")]
     return [(int(k), pipeline.label(int(k)), float(probabilities[k])) for k in best]
-
-
-def _is_one(items: Any) -> bool:
-    """Whether it is a single image, or nothing that images could be taken from."""
-    if isinstance(items, np.ndarray):
-        return items.ndim < 4 and items.dtype.kind in "biuf"
-    single = isinstance(items, str | Path | bytes | bytearray | memoryview | IOBase) or is_pil(items)
-    return single or not isinstance(items, Iterable)
 
 
 def run_alike(run: Run, inputs: Sequence[NDArray[Any]]) -> list[list[NDArray[Any]]]:
@@ -153,48 +151,29 @@ def run_alike(run: Run, inputs: Sequence[NDArray[Any]]) -> list[list[NDArray[Any
     return [found[number] for number in range(len(inputs))]
 
 
-class ImageRunner:
-    """Runs images through a model's instances. Thread-safe."""
+class MediaRunner(ABC):
+    """Runs items that are decoded one by one through a model's instances. Thread-safe."""
 
-    def __init__(
-        self,
-        pipeline: ImagePipeline,
-        run: Run,
-        *,
-        instances: int,
-        rows: int,
-        reader: Callable[[Any], NDArray[Any]] | None = None,
-        decoders: int | None = None,
-    ) -> None:
-        """Make a runner.
+    noun: ClassVar[str]
+    pipeline: MediaPipeline
 
-        Args:
-            pipeline: What images and outputs are.
-            run: Takes calls from ``instances`` threads at the same time.
-            instances: How many calls run at once.
-            rows: The images of a call.
-            reader: Makes the input of an image, in place of the pipeline's preprocessing.
-            decoders: Threads that decode, sharing the cores with the instances. Default: one for each core, but only
-                one with a ``reader``, which need not stand more.
-        """
-        self.pipeline = pipeline
+    def __init__(self, run: Run, *, instances: int, rows: int, decoders: int) -> None:
+        """``run`` takes calls of ``rows`` items from ``instances`` threads; ``decoders`` threads make their inputs."""
         self._run = run
         self._instances = instances
         self._rows = rows
-        self._read = reader or ImageReader(pipeline.preprocess)
-        sizing = self._read if isinstance(self._read, ImageReader) else ImageReader(pipeline.preprocess)
-        self._sized = sizing.sized if pipeline.task == "boxes" else None
+        self._decoders = decoders
         self.calls_ended = 0
         """Rises while the engine answers."""
-        self._decoders = decoders or (len(os.sched_getaffinity(0)) if reader is None else 1)
 
     def answers(self, items: Iterable[Any], ask: ImageAsk = USUAL) -> Iterator[Any]:
-        """The answer to each image, in order; ``Rejected`` for one that cannot be read.
+        """The answer to each item, in order; ``Rejected`` for one that cannot be read.
 
-        Images are taken as they are needed, a few calls ahead of the answers, so that memory is bounded.
+        Items are taken as they are needed, a few calls ahead of the answers, so that memory is bounded.
 
         Args:
-            items: Paths, contents (``bytes``), PIL images, or uint8 arrays (H, W, 3) or (H, W, 1).
+            items: Of images paths, contents (``bytes``), PIL images, or uint8 arrays (H, W, 3) or (H, W, 1); of
+                recordings paths, contents, or tuples of an array and its rate.
             ask: What is wanted of each.
 
         Returns:
@@ -227,33 +206,43 @@ class ImageRunner:
             fetchers.shutdown(cancel_futures=True)
 
     def predict(self, items: Any, ask: ImageAsk = USUAL) -> Any:
-        """The answers to a list of images, together; to an iterator, as an iterator; to a single image, alone.
+        """The answers to a list of items, together; to an iterator, as an iterator; to a single item, alone.
 
-        A folder stands for all images below it, in the order of ``list_images``, and a tar file for those in it.
+        A folder stands for all its files of that kind, in the order of ``list_files``.
 
-        Raises ``InputError`` for an image that cannot be read, with its number.
+        Raises ``InputError`` for an item that cannot be read, with its number.
         """
         taken_singly = isinstance(items, Iterator)
-        if isinstance(items, str | Path) and Path(items).is_dir():
-            items = list_images([items])
-        elif isinstance(items, str | Path) and is_archive(items):
-            items = (Rejected(one.problem) if one.problem else one.content for one in read_archive(Path(items)))
-        if _is_one(items):
+        items = self._listed(items)
+        if self._is_one(items):
             return next(self._checked([items], ask))
         answers = self._checked(items, ask)
         if taken_singly:
             return answers
         made = list(answers)
-        return made if self.pipeline.task != "vectors" or not made else np.stack(made)
+        alike = self.pipeline.task == "vectors" and len({one.shape for one in made}) == 1
+        return np.stack(made) if alike else made
+
+    @abstractmethod
+    def _listed(self, items: Any) -> Any:
+        """The items of a folder; other items as they are."""
+
+    @abstractmethod
+    def _is_one(self, items: Any) -> bool:
+        """Whether it is a single item, or nothing that items could be taken from."""
+
+    @abstractmethod
+    def _decoded(self, item: Any) -> Decoded | Rejected:
+        """The input that is made of an item, which may be none; raises ``UnreadableItem``."""
 
     def _checked(self, items: Iterable[Any], ask: ImageAsk) -> Iterator[Any]:
         for number, answer in enumerate(self.answers(items, ask)):
             if isinstance(answer, Rejected):
-                raise InputError(f"image {number} {answer.reason}", "replace or remove it")
+                raise InputError(f"{self.noun} {number} {answer.reason}", "replace or remove it")
             yield answer
 
     def _start(self, items: Sequence[Any], decoders: ThreadPoolExecutor, callers: ThreadPoolExecutor) -> _Call:
-        """Begin to decode images, and the call that waits for them."""
+        """Begin to decode items, and the call that waits for them."""
         decoded = [decoders.submit(self._decode, item) for item in items]
 
         def call() -> list[list[NDArray[Any]]]:
@@ -264,7 +253,7 @@ class ImageRunner:
 
         return _Call(decoded, callers.submit(call))
 
-    def _decode(self, item: Any) -> _Decoded | Rejected:
+    def _decode(self, item: Any) -> Decoded | Rejected:
         if isinstance(item, Rejected):
             return item
         if isinstance(item, bytearray | memoryview):
@@ -273,14 +262,11 @@ class ImageRunner:
             item = item.result() if isinstance(item, Future) else content_of(item) if isinstance(item, str) else item
         except OSError as error:
             return Rejected(f"cannot be read: {error.strerror}")
-        if not (isinstance(item, Path | bytes) or is_pil(item) or is_image(item)):
-            found = f"{item.dtype} array {item.shape}" if isinstance(item, np.ndarray) else type(item).__name__
-            return Rejected(f"is a {found}, no path, bytes, PIL image or uint8 array (H, W, 3)")
         try:
-            made = _Decoded(np.asarray(self._read(item))) if self._sized is None else _Decoded(*self._sized(item))
+            made = self._decoded(item)
         except UnreadableItem as error:
             return Rejected(error.reason)
-        if not self.pipeline.takes(made.array.shape):
+        if isinstance(made, Decoded) and not self.pipeline.takes(made.array.shape):
             return Rejected(f"becomes an input of {made.array.shape}, and the model takes {self.pipeline.shape}")
         return made
 
@@ -288,14 +274,10 @@ class ImageRunner:
         """The answers of a call, when it has ended."""
         outputs = iter(call.outputs.result())
         for one in (future.result() for future in call.decoded):
-            if isinstance(one, Rejected):
-                yield one
-            elif thresholds is not None:
-                yield detected(self.pipeline, next(outputs), [one.size], thresholds)[0]
-            else:
-                yield self._answer(next(outputs)[0][0], top)
+            yield one if isinstance(one, Rejected) else self._answer(next(outputs), one, top, thresholds)
 
-    def _answer(self, row: NDArray[Any], top: int) -> Any:
+    def _answer(self, outputs: list[NDArray[Any]], one: Decoded, top: int, thresholds: Thresholds | None) -> Any:
+        row = outputs[0][0]
         if self.pipeline.task == "vectors":
             return row
         best = top_classes(self.pipeline, row, top)
@@ -303,3 +285,63 @@ class ImageRunner:
         probabilities = {label: probability for _, label, probability in reversed(best)}
         probabilities = {label: probabilities[label] for _, label, _ in best}
         return ClassAnswer(label=best[0][1], probability=best[0][2], probabilities=probabilities)
+
+
+class ImageRunner(MediaRunner):
+    """Runs images through a model's instances. Thread-safe."""
+
+    noun = "image"
+    pipeline: ImagePipeline
+
+    def __init__(
+        self,
+        pipeline: ImagePipeline,
+        run: Run,
+        *,
+        instances: int,
+        rows: int,
+        reader: Callable[[Any], NDArray[Any]] | None = None,
+        decoders: int | None = None,
+    ) -> None:
+        """Make a runner.
+
+        Args:
+            pipeline: What images and outputs are.
+            run: Takes calls from ``instances`` threads at the same time.
+            instances: How many calls run at once.
+            rows: The images of a call.
+            reader: Makes the input of an image, in place of the pipeline's preprocessing.
+            decoders: Threads that decode, sharing the cores with the instances. Default: one for each core, but only
+                one with a ``reader``, which need not stand more.
+        """
+        decoders = decoders or (len(os.sched_getaffinity(0)) if reader is None else 1)
+        super().__init__(run, instances=instances, rows=rows, decoders=decoders)
+        self.pipeline = pipeline
+        self._read = reader or ImageReader(pipeline.preprocess)
+        sizing = self._read if isinstance(self._read, ImageReader) else ImageReader(pipeline.preprocess)
+        self._sized = sizing.sized if pipeline.task == "boxes" else None
+
+    def _listed(self, items: Any) -> Any:
+        """The images of a folder, or of a tar file."""
+        if isinstance(items, str | Path) and Path(items).is_dir():
+            return list_images([items])
+        if isinstance(items, str | Path) and is_archive(items):
+            return (Rejected(one.problem) if one.problem else one.content for one in read_archive(Path(items)))
+        return items
+
+    def _is_one(self, items: Any) -> bool:
+        if isinstance(items, np.ndarray):
+            return items.ndim < 4 and items.dtype.kind in "biuf"
+        single = isinstance(items, str | Path | bytes | bytearray | memoryview | IOBase) or is_pil(items)
+        return single or not isinstance(items, Iterable)
+
+    def _decoded(self, item: Any) -> Decoded | Rejected:
+        if not (isinstance(item, Path | bytes) or is_pil(item) or is_image(item)):
+            found = f"{item.dtype} array {item.shape}" if isinstance(item, np.ndarray) else type(item).__name__
+            return Rejected(f"is a {found}, no path, bytes, PIL image or uint8 array (H, W, 3)")
+        return Decoded(np.asarray(self._read(item))) if self._sized is None else Decoded(*self._sized(item))
+
+    def _answer(self, outputs: list[NDArray[Any]], one: Decoded, top: int, thresholds: Thresholds | None) -> Any:
+        if thresholds is not None:
+            return detected(self.pipeline, outputs, [one.size], thresholds)[0]
+        return super()._answer(outputs, one, top, thresholds)

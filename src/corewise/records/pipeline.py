@@ -5,7 +5,7 @@ from typing import Literal
 
 from corewise.common.detections import Head
 from corewise.records.build import Plan, TensorSpec
-from corewise.records.report import Preprocess
+from corewise.records.report import AudioPreprocess, Preprocess
 
 TextTask = Literal["vectors", "classes", "tokens", "scores"]
 Pooling = Literal["mean", "cls", "last", "max", "own", "none"]
@@ -111,12 +111,11 @@ ImageTask = Literal["classes", "boxes", "vectors"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class ImagePipeline:
-    """How images become a model's input, and its output answers. An artifact's manifest and golden outputs say it."""
+class MediaPipeline:
+    """What a model's outputs for images or recordings are. An artifact's manifest and golden outputs say it."""
 
     task: ImageTask
     """``classes`` (N, classes), ``boxes`` of a detector, else ``vectors``: the output as it is."""
-    preprocess: Preprocess
     labels: tuple[str, ...] = ()
     """Names of the classes, in the order of the outputs."""
     activation: Activation = "none"
@@ -124,7 +123,24 @@ class ImagePipeline:
     head: Head | None = None
     """How a detector's outputs are read."""
     shape: tuple[int | None, ...] = ()
-    """Of one input of a model that takes photos of their own shapes, if it is known: ``None`` for what may vary."""
+    """Of one input of a model that takes items of their own shapes, if it is known: ``None`` for what may vary."""
+
+    def takes(self, shape: tuple[int, ...]) -> bool:
+        """Whether the model takes an input of that shape."""
+        return len(shape) != len(self.shape) or all(
+            most in (None, side) for side, most in zip(shape, self.shape, strict=True)
+        )
+
+    def label(self, number: int) -> str:
+        """The name of a class; its number, where it has none."""
+        return self.labels[number] if 0 <= number < len(self.labels) else str(number)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImagePipeline(MediaPipeline):
+    """How images become a model's input, and its output answers."""
+
+    preprocess: Preprocess
 
     def takes(self, shape: tuple[int, ...]) -> bool:
         """Whether the model takes an input of that shape; only photos that keep theirs may become another."""
@@ -132,8 +148,13 @@ class ImagePipeline:
             return True
         if self.preprocess.dtype == "uint8":  # as pixels: (H, W, C)
             shape = (shape[2], *shape[:2])
-        return all(most in (None, side) for side, most in zip(shape, self.shape, strict=True))
+        return super().takes(shape)
 
-    def label(self, number: int) -> str:
-        """The name of a class; its number, where it has none."""
-        return self.labels[number] if 0 <= number < len(self.labels) else str(number)
+
+@dataclass(frozen=True, kw_only=True)
+class AudioPipeline(MediaPipeline):
+    """How recordings become a model's input, and its output answers."""
+
+    preprocess: AudioPreprocess
+    ragged: bool = False
+    """Whether answers have several dimensions, such as scores of each of a recording's windows."""

@@ -82,6 +82,32 @@ class Preprocess:
 
 
 @dataclass(frozen=True, kw_only=True)
+class AudioPreprocess:
+    """How a recording becomes a model's input, float32.
+
+    The mean of its channels is resampled to ``rate_hz``, brought to the length ``seconds``, and normalised.
+    """
+
+    rate_hz: int
+    """Frames per second."""
+    seconds: float | None = None
+    """The length of all inputs; ``None`` for each recording's own. The end of a longer recording is cut off."""
+    pads: bool = True
+    """Whether a recording that is shorter than ``seconds`` is padded with ``padding``, else it keeps its length."""
+    padding: float = 0.0
+    normalize: bool = False
+    """To a mean of 0 and a variance of 1, each input alone, its padding included."""
+    shortest: int = 0
+    """The frames of the shortest sample: a recording with fewer is not answered, because that was not verified."""
+    layout: Literal["frames", "channels"] = "frames"
+    """The shape of an input: (frames,), or (1, frames) for ``channels``."""
+    origin: str | None = None
+    """Whose preprocessing it is, such as ``its preprocessor_config.json``, where the model brought it."""
+    function: str | None = None
+    """The user's ``module:function`` that makes the input of the resampled and cut (frames,) and ``rate_hz``."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class TokenFacts:
     """How long texts are, in tokens, and what their padding costs: shares of all tokens that a model is given."""
 
@@ -111,6 +137,8 @@ class SampleFacts:
     preprocess: Preprocess | None = None
     tokens: TokenFacts | None = None
     """Of samples that are texts."""
+    audio: AudioPreprocess | None = None
+    """Of samples that were recordings."""
 
 
 @dataclass(frozen=True, kw_only=True)

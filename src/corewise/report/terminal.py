@@ -264,6 +264,8 @@ def _results(report: Report) -> Iterator[tuple[str, str]]:
     yield from ((heading, facts[heading]) for heading in _accuracy_facts(report) if heading in facts)
     if (preprocess := report.samples.preprocess) and preprocess.origin:
         yield "images", facts["images"]
+    if report.samples.audio:
+        yield "recordings", facts["recordings"]
     if why := words.over_budget(report):
         yield "time", why
 

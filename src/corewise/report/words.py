@@ -16,7 +16,7 @@ from corewise.records.events import Stage, StageStarted, TrialStep
 from corewise.records.goal import Goal, Slo
 from corewise.records.measurement import LoadRun, Measurement, Rates
 from corewise.records.reason import Reason, ReasonKind
-from corewise.records.report import Preprocess, Report, TokenFacts
+from corewise.records.report import AudioPreprocess, Preprocess, Report, TokenFacts
 from corewise.records.trial import Fidelity, State, Trial
 from corewise.records.tuned import Elasticity
 from corewise.report.numbers import (
@@ -156,6 +156,8 @@ def facts(report: Report) -> Iterator[tuple[str, str]]:
         yield "texts", texts(report.samples.tokens)
     if report.samples.preprocess:
         yield "images", images(report.samples.preprocess)
+    if report.samples.audio:
+        yield "recordings", recordings(report.samples.audio)
     yield "machine", _machine(report.cpu)
     yield "versions", clean(", ".join(f"{name} {version}" for name, version in report.versions.items()))
     yield "created", clean(report.created)
@@ -499,6 +501,20 @@ def images(preprocess: Preprocess) -> str:
     decoded = least if preprocess.decode == "scaled" else ""
     normalized = "; the engine normalizes them" if preprocess.dtype == "uint8" else ""
     return clean(f"{fit}, mean {mean}, std {std}{order}{origin}{decoded}{normalized}")
+
+
+def recordings(preprocess: AudioPreprocess) -> str:
+    """How recordings become inputs."""
+    if preprocess.seconds is None:
+        length = "of their own length"
+    else:
+        length = f"cut to {preprocess.seconds:.4g} s" + (", shorter ones padded" if preprocess.pads else "")
+    if preprocess.function is not None:
+        return clean(f"one channel of {preprocess.rate_hz} Hz, {length}, prepared by {preprocess.function}")
+    normalized = ", mean 0 and variance 1" if preprocess.normalize else ""
+    shape = ", shape (1, frames)" if preprocess.layout == "channels" else ""
+    origin = f", as {preprocess.origin} says" if preprocess.origin else ""
+    return clean(f"one channel of {preprocess.rate_hz} Hz, {length}{normalized}{shape}{origin}")
 
 
 def _machine(cpu: Cpu) -> str:

@@ -1,20 +1,32 @@
-"""Recordings: decoded, and as they are; which rate and channels a model takes is its pipeline's to say."""
+"""Recordings: decoded, and as inputs of a model: one channel of its rate, its length and its layout."""
 
 import io
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from math import gcd
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from corewise.common.errors import MissingExtra
-from corewise.samples.raw import UnreadableItem
+from corewise.common.errors import MissingExtra, SamplesError
+from corewise.common.references import find_reference, guard
+from corewise.records.report import AudioPreprocess
+from corewise.samples.data import Samples
+from corewise.samples.raw import RawSamples, UnreadableItem
 
 AUDIO_SUFFIXES = frozenset({".wav", ".flac", ".ogg", ".mp3", ".aif", ".aiff"})
 
 STREAMED = 2**32 - 1
 """The size in the header of a WAV file that was written to a pipe."""
+RATES_HZ = range(1000, 768_001)
+"""The rates of recordings that are resampled: others in a file's header are mistakes, and would take much memory."""
+EPSILON = 1e-7
+"""What transformers' ``Wav2Vec2FeatureExtractor`` adds to a variance, so that silence stays silence."""
+
+AudioFunction = Callable[[NDArray[np.float32], int], Any]
+"""From the frames (frames,) and their rate to the model's input."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -55,6 +67,115 @@ def open_audio(source: Path | bytes, name: str = "") -> Recording:
     if not np.isfinite(samples).all():
         raise UnreadableItem(name, "has NaN or infinite samples")
     return Recording(samples=np.ascontiguousarray(samples.T), rate_hz=int(rate_hz))
+
+
+def array_recording(samples: Any, rate_hz: Any) -> Recording:
+    """The recording that an array and its rate are.
+
+    Args:
+        samples: Floats between -1 and 1, or integers of which the widest are -1 and 1; (frames,), or with channels in
+            either order: the shorter side has them.
+        rate_hz: Frames per second, a whole number.
+
+    Raises ``UnreadableItem``.
+    """
+    name, values = "the recording", np.asarray(samples)
+    if isinstance(rate_hz, bool) or not isinstance(rate_hz, int | np.integer) or rate_hz < 1:
+        raise UnreadableItem(name, f"has the rate {rate_hz!r:.40}, no whole number of frames per second")
+    if values.ndim not in (1, 2) or values.dtype.kind not in "iuf":
+        raise UnreadableItem(name, f"is a {values.dtype} array {values.shape}, no numbers (frames,)")
+    if not values.size:
+        raise UnreadableItem(name, "has no frames")
+    if values.dtype.kind != "f":
+        most = 2.0 ** (8 * values.dtype.itemsize - 1)
+        values = values / most - (values.dtype.kind == "u")
+    if not np.isfinite(values).all():
+        raise UnreadableItem(name, "has NaN or infinite samples")
+    channels = np.atleast_2d(values) if values.ndim == 1 or values.shape[0] <= values.shape[1] else values.T
+    return Recording(samples=channels.astype(np.float32), rate_hz=int(rate_hz))
+
+
+def resampled(frames: NDArray[np.float32], rate_hz: int, wanted_hz: int) -> NDArray[np.float32]:
+    """Frames (frames,) of one rate at another, low-pass filtered; (ceil(frames * wanted_hz / rate_hz),).
+
+    Raises:
+        UnreadableItem: ``rate_hz`` is not the rate of a recording.
+        MissingExtra: SciPy is not installed.
+    """
+    if rate_hz == wanted_hz:
+        return frames
+    if rate_hz not in RATES_HZ:
+        raise UnreadableItem("the recording", f"has {rate_hz:,} frames per second, which is no rate of recordings")
+    try:
+        from scipy.signal import resample_poly
+    except ImportError:
+        raise MissingExtra("scipy", "audio", f"resampling recordings from {rate_hz} to {wanted_hz} Hz") from None
+    common = gcd(rate_hz, wanted_hz)
+    return np.asarray(resample_poly(frames, wanted_hz // common, rate_hz // common), np.float32)
+
+
+def audio_array(recording: Recording, preprocess: AudioPreprocess) -> NDArray[np.float32]:
+    """The input that a recording becomes: (frames,) or (1, frames).
+
+    Example:
+        >>> stereo = Recording(samples=np.array([[0, 2], [2, 4]], np.float32), rate_hz=2)
+        >>> audio_array(stereo, AudioPreprocess(rate_hz=2, seconds=1.5))
+        array([1., 3., 0.], dtype=float32)
+    """
+    frames = _cut(recording, preprocess)
+    most = _most(preprocess)
+    if most is not None and preprocess.pads and len(frames) < most:
+        frames = np.pad(frames, (0, most - len(frames)), constant_values=preprocess.padding)
+    if preprocess.normalize:
+        frames = (frames - frames.mean()) / np.sqrt(frames.var() + EPSILON)
+    return frames[None] if preprocess.layout == "channels" else frames
+
+
+def _most(preprocess: AudioPreprocess) -> int | None:
+    """The most frames of an input."""
+    return None if preprocess.seconds is None else max(1, round(preprocess.seconds * preprocess.rate_hz))
+
+
+def _cut(recording: Recording, preprocess: AudioPreprocess) -> NDArray[np.float32]:
+    """One channel of the model's rate, at most as long as it takes: (frames,)."""
+    return resampled(recording.samples.mean(0), recording.rate_hz, preprocess.rate_hz)[: _most(preprocess)]
+
+
+class AudioReader:
+    """Makes inputs of recordings: paths, contents, and tuples of an array and its rate.
+
+    ``function`` is the user's own: it, or a reference to it, takes the frames and their rate and returns the input.
+    """
+
+    def __init__(self, preprocess: AudioPreprocess, function: str | AudioFunction | None = None) -> None:
+        """Raises ``SamplesError`` where there is no such function."""
+        self.preprocess = preprocess
+        self._function: AudioFunction | None = None
+        if function is None:
+            return
+        if isinstance(function, str):
+            name, self._function = function, find_reference(function, SamplesError, "preprocess function")
+        else:
+            name, self._function = f"{function.__module__}:{function.__qualname__}", function
+        self.preprocess = replace(preprocess, function=name)
+
+    def __call__(self, item: Any) -> Any:
+        """One sample's inputs. Raises ``UnreadableItem``."""
+        recording = open_audio(item) if isinstance(item, Path | bytes) else array_recording(*item)
+        if self._function is None:
+            return audio_array(recording, self.preprocess)
+        frames = _cut(recording, self.preprocess)
+        with guard(
+            SamplesError, f"the preprocess function failed on {item if isinstance(item, Path) else 'a recording'}"
+        ):
+            return self._function(frames, self.preprocess.rate_hz)
+
+
+def audio_samples(recordings: RawSamples, reader: AudioReader) -> Samples:
+    """Samples of what ``reader`` makes of recordings. Raises as ``RawSamples.tensors``."""
+    samples, preprocess = recordings.tensors(reader), reader.preprocess
+    shortest = 0 if preprocess.function is not None else min(shapes[0][-1] for shapes in samples.shapes)
+    return replace(samples, audio=replace(preprocess, shortest=shortest))
 
 
 def _soundfile() -> Any:

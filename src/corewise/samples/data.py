@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from corewise.common.errors import OutputError, SamplesError
 from corewise.common.nested import Structure
 from corewise.records.jsonable import from_json, to_json
-from corewise.records.report import Preprocess, TokenFacts
+from corewise.records.report import AudioPreprocess, Preprocess, TokenFacts
 from corewise.samples.drawing import draw
 from corewise.samples.labels import digest_bytes, label_tensors, stored_labels
 from corewise.samples.stored import (
@@ -64,6 +64,8 @@ class Samples:
     notes: tuple[str, ...] = ()
     tokens: TokenFacts | None = None
     """How long the texts were that the rows were made of; ``save`` leaves it out."""
+    audio: AudioPreprocess | None = None
+    """How the rows were made of recordings; ``save`` leaves it out."""
     originals: "RawSamples | None" = None
     """The images that the rows were made of, to be decoded in another way; ``save`` leaves them out."""
     call_rows: int | None = None

@@ -24,7 +24,7 @@ RAW_FIXES: dict[RawKind, str] = {
     "text": "give a model that brings its tokenizer, or tokenize them: a dict of input_ids and attention_mask each",
     "pair": "give a model that brings its tokenizer, or tokenize them: a dict of input_ids and attention_mask each",
     "image": "give arrays, or a folder of images with a preprocess function",
-    "audio": "give arrays",
+    "audio": "give a model that says their rate, --sample-rate, or arrays",
 }
 
 Pair = tuple[Any, Any]

@@ -70,7 +70,7 @@ def optimize(
             such as "file.py:factory", "st:FOLDER" or "timm:NAME".
         samples: arrays or tensors without a batch dimension, or dicts or tuples of them, with labels if there are any;
             texts or pairs of texts, for a model with a tokenizer; a function that returns them; or a reference such as
-            a folder of images, a file of texts or "file.py:function".
+            a folder of images or recordings, a file of texts or "file.py:function".
         metric: the name of a built-in metric, "file.py:function", or a callable (outputs, labels) -> score, the higher
             the better. Default: the one that fits the labels; without labels, how close the outputs are to fp32's.
         max_drop: how much of the metric may be lost, in the metric's unit.

@@ -11,14 +11,15 @@ from corewise import artifact
 from corewise.artifact.checks import program_ranges
 from corewise.artifact.model import Model
 from corewise.artifact.photos import image_runner
+from corewise.artifact.recordings import audio_runner
 from corewise.artifact.texts import text_runner
 from corewise.artifact.tuned import partitions
 from corewise.artifact.watch import seen_range
 from corewise.common.nested import Structure
 from corewise.engines import BuildInputs, Engine
-from corewise.pipeline import CostTable, TextEncoder, fit, image_pipeline, infer
+from corewise.pipeline import CostTable, TextEncoder, audio_pipeline, fit, image_pipeline, infer
 from corewise.pipeline.calls import by_tokens
-from corewise.records.pipeline import ImagePipeline, PhotoPlan, TextPipeline
+from corewise.records.pipeline import AudioPipeline, ImagePipeline, PhotoPlan, TextPipeline
 from corewise.records.ranges import InputRange, SeenRanges
 from corewise.records.report import Report
 from corewise.report import words
@@ -91,6 +92,7 @@ class Result:
             seen_ranges=self._seen_ranges,
             texts=None if encoder is None else text_runner(encoder, session.run, choice.plan, cost),
             images=None if images is None else image_runner(images, session.run, choice.plan, photos=self.photos),
+            recordings=audio_runner(self._recordings, session.run, choice.plan),
         )
 
     def save(
@@ -157,6 +159,7 @@ class Result:
             files=files,
             input_ranges=self._ranges,
             photos=self.photos,
+            audio=self.holdout.audio,
             seen_ranges=self._seen_ranges,
             call_costs=self.call_costs,
             elastic=choice.elastic,
@@ -178,6 +181,15 @@ class Result:
         return image_pipeline(
             self.holdout.preprocess, outputs, self.class_names or (), [spec.name for spec in self.build_inputs.outputs]
         )
+
+    @property
+    def _recordings(self) -> AudioPipeline | None:
+        """How recordings become inputs and outputs answers, if the samples were recordings."""
+        if self.holdout.audio is None or len(self.build_inputs.inputs) != 1:
+            return None
+        _, outputs = self._golden()
+        pipeline = audio_pipeline(self.holdout.audio, outputs, self.class_names or ())
+        return replace(pipeline, shape=self.build_inputs.inputs[0].shape[1:])
 
     @cached_property
     def _fitted(self) -> TextPipeline | None:

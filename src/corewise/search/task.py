@@ -163,6 +163,7 @@ class Task:
             labelled=self.samples.labels is not None,
             preprocess=self.samples.preprocess,
             tokens=self.samples.tokens,
+            audio=self.samples.audio,
         )
 
     def gate(self, requirements: Requirements) -> AccuracyGate:

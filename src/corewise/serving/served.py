@@ -127,6 +127,8 @@ class Served:
         if self.photos is not None and self.photos.preprocess.function is not None:
             why = f"its images are prepared by {self.photos.preprocess.function}, which is code and not in the artifact"
             self.notes = (*self.notes, f"it takes tensors but no images: {why}")
+        if found.manifest.audio is not None:
+            self.notes = (*self.notes, "it takes tensors but no recordings: corewise predict and corewise.load do")
         self.frames = Frames(self.inputs, self.outputs, self.instead)
         self.statistics = Statistics()
         self.ranges = RangeWatch(found.manifest.seen_ranges)

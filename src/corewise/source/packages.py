@@ -1,11 +1,15 @@
-"""Packages of pretrained models, imported when they are asked for."""
+"""Packages of pretrained models, imported when they are asked for, and the files that say what a model takes."""
 
 import importlib
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from corewise.common.errors import SourceError
+from corewise.common.references import guard
+
+PROCESSOR_FILES = ("preprocessor_config.json", "processor_config.json")
 
 
 def import_package(name: str, prefix: str) -> Any:
@@ -20,3 +24,16 @@ def import_package(name: str, prefix: str) -> Any:
             f"{name} does not fit torch {torch.__version__}: {str(error).partition(chr(10))[0]}",
             f"install the {name} that was built for this torch, from the same package index",
         ) from error
+
+
+def processor_files(name: str) -> list[Path]:
+    """The files of a transformers folder, or of a model of the hub, that say how images or recordings become inputs.
+
+    Raises ``SourceError`` where the hub does not answer.
+    """
+    if Path(name).is_dir():
+        return [path for file in PROCESSOR_FILES if (path := Path(name) / file).is_file()]
+    hub = import_package("transformers.utils", "hf")
+    with guard(SourceError, f"hf:{name} cannot be loaded", "check the name, the network, or give a local folder"):
+        found = hub.cached_file(name, PROCESSOR_FILES[0], _raise_exceptions_for_missing_entries=False)
+    return [] if found is None else [Path(found)]

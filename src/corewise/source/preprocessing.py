@@ -3,7 +3,6 @@
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from math import floor
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -14,9 +13,11 @@ from corewise.common.references import guard
 from corewise.records.jsonable import from_json
 from corewise.records.report import Preprocess
 from corewise.samples import RawSamples, Samples, read_leaving_texts
+from corewise.samples.audio import audio_samples
 from corewise.samples.images import image_array
+from corewise.source.audio import audio_reader
 from corewise.source.models import HUBS, split_reference
-from corewise.source.packages import import_package
+from corewise.source.packages import import_package, processor_files
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -33,7 +34,6 @@ KEEPING = {"shortest_edge", "longest_edge"}
 """What a size has with which a photo keeps its shape, as DETR's."""
 YOLOS_MULTIPLE = 16
 """Not in its configuration: transformers ``models/yolos/image_processing_yolos.py``."""
-PROCESSOR_FILES = ("preprocessor_config.json", "processor_config.json")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,24 +54,37 @@ def read_for(
     reference: str,
     *,
     given: Mapping[str, Any] | None = None,
+    audio: Mapping[str, Any] | None = None,
     function: str | None = None,
     **options: Any,
 ) -> Samples | RawSamples:
-    """The samples that ``reference`` names, texts as they are, and images as the model's own preprocessing makes them.
+    """The samples that ``reference`` names: texts as they are, others as the model's own preprocessing makes them.
 
     Args:
         model: A model or its reference, as ``optimize`` takes it.
         reference: As ``samples.read_leaving_texts`` takes it.
         given: Fields of ``Preprocess`` that the user gives instead of the model's.
+        audio: Fields of ``AudioPreprocess`` that the user gives.
         function: The user's function that does all of it.
         options: As ``samples.read_leaving_texts`` takes them.
 
     Raises:
-        SamplesError: As ``samples.read_leaving_texts``, and where ``given`` changes a part of what is known only as a
-            whole.
+        SamplesError: As ``samples.read_leaving_texts``; where ``given`` changes a part of what is known only as a
+            whole; and as ``audio_reader``.
         SourceError: Where the model's package cannot be imported.
     """
-    given = dict(given or {})
+    found = _read_with_images(model, reference, dict(given or {}), function, options)
+    if isinstance(found, RawSamples) and found.kind == "audio":
+        return audio_samples(found, audio_reader(model, audio or {}, function, found.source))
+    if audio:
+        raise SamplesError(f"there are no recordings in {reference}", "leave out --sample-rate, --seconds and --layout")
+    return found
+
+
+def _read_with_images(
+    model: Any, reference: str, given: Mapping[str, Any], function: str | None, options: Mapping[str, Any]
+) -> Samples | RawSamples:
+    """As ``read_for``, recordings left as they are."""
     own = None if function is not None else own_preprocess(model)
     if own is None:
         return read_leaving_texts(reference, replace(Preprocess(), **given), function, **options)
@@ -193,16 +206,7 @@ def _transformers(name: str) -> OwnPreprocess | None:
 
 def _has_image_processor(name: str) -> bool:
     """Whether a folder, or a model of the hub, says how images are processed."""
-    if Path(name).is_dir():
-        return any(
-            "image" in (Path(name) / file).read_text(encoding="utf-8")
-            for file in PROCESSOR_FILES
-            if (Path(name) / file).is_file()
-        )
-    hub = import_package("transformers.utils", "hf")
-    with guard(SourceError, f"hf:{name} cannot be loaded", "check the name, the network, or give a local folder"):
-        found = hub.cached_file(name, PROCESSOR_FILES[0], _raise_exceptions_for_missing_entries=False)
-    return found is not None and "image" in Path(found).read_text(encoding="utf-8")
+    return any("image" in path.read_text(encoding="utf-8") for path in processor_files(name))
 
 
 def transformers_preprocess(says: Mapping[str, Any]) -> Preprocess | None:

@@ -57,7 +57,8 @@ def load_transformers(name: str, pooling: Pooling | None = None, tokenizer_file:
                 transformers.T5EncoderModel if generates and config.model_type == "t5" else (transformers.AutoModel)
             )
         model = model_class.from_pretrained(name, dtype=torch.float32)
-        tokenizer = _tokenizer(transformers, name)
+        # A model of recordings may have a tokenizer too, which is for its transcripts.
+        tokenizer = None if model.main_input_name == "input_values" else _tokenizer(transformers, name)
     if tokenizer is None and tokenizer_file is not None:
         tokenizer = _tokenizer_of(transformers, tokenizer_file)
     if tokenizer is None:

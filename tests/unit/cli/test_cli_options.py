@@ -141,7 +141,7 @@ def test_the_panels_of_optimize_and_serve():
     def panels(name):
         return list(dict.fromkeys(param.rich_help_panel for param in PROGRAM.commands[name].params))
 
-    assert panels("optimize") == ["Model", "Samples", "Images", "Texts", "Goal", "Limits", "Output"]
+    assert panels("optimize") == ["Model", "Samples", "Images", "Recordings", "Texts", "Goal", "Limits", "Output"]
     assert panels("serve") == ["Artifacts", "Ports", "Requests", "Security", "Logs", "Cluster"]
 
 

@@ -193,7 +193,8 @@ class ElasticQueue(Policy):
             return most
         left_s = (head.deadline_s - now_s) / self.slowness
         in_time = min(bisect_right(self._wide_s, left_s) - 1, self._most_wide)
-        is_narrow_in_time = self._measured_s[narrow] <= left_s
+        # A narrow call is cut to what is in time.
+        is_narrow_in_time = self._measured_s[min(head.rows, self._max_batch)] <= left_s
         if not most:
             return min(rows, in_time) if not is_narrow_in_time and in_time >= head.rows else 0
         if in_time < head.rows:

@@ -92,10 +92,14 @@ def at_learned_rung(build: Build, trials: Sequence[Trial]) -> Build:
     if not uses_corewise_quantizer(build):
         return build
     judged = [trial for trial in trials if uses_corewise_quantizer(trial.build) and trial.fidelity is not None]
-    highest = max((trial.build for trial in judged), key=rung_height, default=build)
-    if rung_height(highest) <= rung_height(build):
+    return at_rung_of(max((trial.build for trial in judged), key=rung_height, default=build), build)
+
+
+def at_rung_of(other: Build, build: Build) -> Build:
+    """A build at the rung of another one, if both are of corewise's quantizer and it has fewer corrections."""
+    if not uses_corewise_quantizer(build) or rung_height(other) <= rung_height(build):
         return build
-    return build.with_quantization(replace(build.quantization, rung=highest.quantization.rung))
+    return build.with_quantization(replace(build.quantization, rung=other.quantization.rung))
 
 
 def rung_height(build: Build) -> float:

@@ -23,6 +23,7 @@ from corewise.search.alone import AloneGuard
 from corewise.search.budget import BASELINE_SHARE
 from corewise.search.candidates import (
     at_learned_rung,
+    at_rung_of,
     family,
     highest_rungs,
     is_baseline,
@@ -105,7 +106,7 @@ class Search:
             left.remove(build)
             trial = self._try(build, total=len(self.trials) + len(left) + 1, why_not=why_not)
             if trial.inaccurate and (further := self._climbed(trial.build)):
-                left.insert(0, further)
+                left = [further, *(at_rung_of(further, build) for build in left)]
         self._check_candidates()
         self._tell_untried()
 

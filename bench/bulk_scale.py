@@ -148,7 +148,7 @@ def measure(artifact: Path, source: Path, address: str, heads: list[int], output
 
 
 def ray_costs(address: str) -> dict[str, Any]:
-    """Seconds that Ray takes in the driver: to submit a call of so many bytes, and to wait among so many calls."""
+    """Seconds that Ray takes in the driver: to submit a call by its bytes, and to wait by the number of calls."""
     import ray
 
     from corewise.cluster.crew import RayCrew
@@ -301,7 +301,7 @@ class SimulatedCrew:
 
 
 def between(count: float, measured: dict[int, float]) -> float:
-    """What it takes for so many, between those that were measured."""
+    """Seconds for any number, interpolated between those that were measured."""
     known = sorted(measured.items())
     below = max((one for one in known if one[0] <= count), default=known[0])
     above = min((one for one in known if one[0] >= count), default=known[-1])

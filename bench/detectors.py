@@ -180,7 +180,7 @@ def by_transformers(folder: Path) -> Iterator[Detect]:
 
 
 def contend(kind: str, place: str, folder: str, known: str) -> None:
-    """Run one contender in this process: for each number on stdin so many files; photos/s and boxes as JSON."""
+    """Run one contender here: each number on stdin is how many files to answer; photos/s and boxes as JSON."""
     files, photos = listed(Path(folder))[0], listed(Path(known))[0]
     ways = {
         "corewise": lambda: by_corewise(Path(place)),

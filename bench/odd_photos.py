@@ -35,7 +35,7 @@ from corewise.samples import read
 
 SIDE = 96
 ODD_EACH = 100
-"""One file of so many is odd."""
+"""One file in this many is odd."""
 NEAR = 0.1
 """How far the probability of a photo in another form may be from that of the plain one."""
 SENDERS = 4

@@ -221,7 +221,7 @@ def opened(kind: str, place: str, preprocess: Preprocess) -> AbstractContextMana
 
 
 def contend(kind: str, place: str, folder: str, preprocess: str) -> None:
-    """Run one contender in this process: for each number on stdin so many files; photos/s and classes as JSON."""
+    """Run one contender here: each number on stdin is how many files to answer; photos/s and classes as JSON."""
     files, _ = listed(Path(folder))
     with opened(kind, place, Preprocess(**json.loads(preprocess))) as classify:
         classify(files[:BATCH])

@@ -47,8 +47,8 @@ class Cluster(NamedTuple):
 
 
 @contextmanager
-def started_ray(cpus: int) -> Iterator[Cluster]:
-    """A cluster of one node with so many CPUs, whatever the machine has; nothing of it stays."""
+def started_ray(cpus: int, **environment: str) -> Iterator[Cluster]:
+    """A cluster of one node that claims ``cpus`` CPUs, whatever the machine has; nothing of it stays."""
     port, client_port, metrics_port = free_port(), free_port(), free_port()
     folder = Path(tempfile.mkdtemp(prefix="cw-"))  # short: its sockets' paths may have 107 bytes
     log = (folder / "head.log").open("w+")
@@ -57,7 +57,7 @@ def started_ray(cpus: int) -> Iterator[Cluster]:
     start += [f"--metrics-export-port={metrics_port}"]
     head = subprocess.Popen(
         [*start, f"--num-cpus={cpus}", *OPTIONS],
-        env={**os.environ, **TOKENS},
+        env={**os.environ, **TOKENS, **environment},
         stdout=log,
         stderr=subprocess.STDOUT,
     )

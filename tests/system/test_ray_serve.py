@@ -96,6 +96,35 @@ def infer(channel: grpc.Channel, *tokens: int) -> Any:
 
 
 def test_answers_are_those_of_corewise_serve(folder: Path, cluster: Cluster) -> None:
+    check_answers(folder, cluster)
+
+
+@pytest.mark.slow
+def test_answers_through_haproxy_are_those_of_corewise_serve(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RAY_SERVE_ENABLE_HA_PROXY", "1")
+    with started_ray(4) as cluster:
+        check_answers(folder, cluster)
+
+
+@pytest.mark.slow
+def test_a_proxy_of_another_kind_than_the_clusters_is_one_line(folder: Path) -> None:
+    with started_ray(1, RAY_SERVE_ENABLE_HA_PROXY="1") as cluster:
+        ended = subprocess.run(
+            command("serve", "words.cw", "--ray", cluster.address, "--http", f"127.0.0.1:{HTTP}", quick=False),
+            cwd=folder,
+            env={**os.environ, **TOKENS, "RAY_SERVE_ENABLE_HA_PROXY": "0"},
+            capture_output=True,
+            text=True,
+            timeout=240,
+            check=False,
+        )
+    assert ended.returncode == 2
+    assert ended.stderr.startswith("corewise: Ray Serve's proxies do not start: "), ended.stderr
+    assert "RAY_SERVE_ENABLE_HA_PROXY is the same there as here" in ended.stderr
+
+
+def check_answers(folder: Path, cluster: Cluster) -> None:
+    """The same over HTTP and gRPC from replicas of ``cluster`` as from ``corewise serve`` here."""
     photo = np.arange(12 * 12 * 3, dtype=np.uint8).reshape(12, 12, 3)
     requests = [
         ("words", "GET", "/v2/models/words", {}),

@@ -10,15 +10,15 @@ from typing import NamedTuple
 from corewise.batching.partition import Part, Partitions
 
 MEMORY = 32
-"""The rate of arrivals is that of the time in which so many calls of one row run, the last ones weighing most."""
+"""Time constant of the arrival rate's exponential mean, in calls of one row on all cores."""
 LATER = 1.25
-"""Calls have all cores one by one only if the last one ends no later than so many times the other ways."""
+"""Calls run one by one on all cores only if the last one ends within LATER x the time of the other ways."""
 MOST_LOAD = 0.95
-"""Of the load at which waits are estimated: at 1 they would have no end."""
+"""Highest load at which waits are estimated; at 1 they would be infinite."""
 
 
 class Arrivals:
-    """How many come per second while others run or wait: of one caller that waits for each answer, none."""
+    """The rate of arrivals while something runs or waits; 0 for one caller that waits for each answer."""
 
     def __init__(self, call_s: float) -> None:
         """``call_s`` is the time of a call of one row on all cores."""
@@ -29,7 +29,7 @@ class Arrivals:
 
     @property
     def per_s(self) -> float:
-        """The rate of late."""
+        """The recent rate."""
         return self._count / (self._busy_s + self._call_s)
 
     def reach(self, now_s: float, *, is_busy: bool) -> None:
@@ -40,25 +40,25 @@ class Arrivals:
         self._now_s = max(self._now_s, now_s)
 
     def note(self) -> None:
-        """One came while others ran or waited."""
+        """Count an arrival while others run or wait."""
         self._count += 1
 
     def wait_s(self, count: int, busy_s: float, each_s: float) -> float:
-        """The waits of those who come while ``count`` calls have all cores, and of those behind them, together.
+        """The summed waits of requests that arrive during ``count`` calls on all cores, and of those behind them.
 
-        The cores are busy for ``busy_s``, where they would be for ``each_s`` for each call if many ran. What they are
-        busy longer, all have to wait for who come before they are idle again.
+        The calls take ``busy_s`` in all; under full load each takes ``each_s``. The excess delays every request that
+        arrives before the cores are idle again.
         """
         waits_s = busy_s / 2 + max(0.0, busy_s - count * each_s)
         return self.per_s * busy_s * waits_s / (1 - min(MOST_LOAD, self.per_s * each_s))
 
     def beside_s(self, count: int, room: int, busy_s: float, each_s: float, longer_s: float) -> float:
-        """As ``wait_s``, where the cores have room for ``room`` calls, each of which takes so much longer there."""
-        comers = self.per_s * busy_s
-        if count >= room or not comers:
+        """As ``wait_s``, for ``room`` calls side by side, each of which takes ``longer_s`` longer than alone."""
+        arriving = self.per_s * busy_s
+        if count >= room or not arriving:
             return self.wait_s(count, busy_s, each_s)
-        late = max(0.0, 1 - (room - count) / comers)
-        return comers * longer_s + late * self.wait_s(room, busy_s, each_s)
+        late = max(0.0, 1 - (room - count) / arriving)
+        return arriving * longer_s + late * self.wait_s(room, busy_s, each_s)
 
 
 class Start(NamedTuple):
@@ -122,7 +122,7 @@ class ElasticPolicy:
         return started
 
     def _is_wide_sooner(self, share: int, rows: int) -> bool:
-        """Whether waiting calls, if all had so many rows, end sooner one by one on all cores than side by side.
+        """Whether waiting calls, if all had ``rows`` rows, end sooner one by one on all cores than side by side.
 
         By the sum of their latencies, with those of the calls that are expected meanwhile.
         """

@@ -11,7 +11,7 @@ from math import inf
 
 from corewise.batching.elastic import LATER, Arrivals
 from corewise.batching.partition import Partitions
-from corewise.batching.policy import Accepted, Batch, LatencyTable, Policy, Refused, Request, cut
+from corewise.batching.policy import Accepted, Batch, LatencyTable, Place, Policy, Refused, Request, cut
 
 FEW = 4
 """Waiting rows for each narrow instance; more are a backlog, in which only the rate counts."""
@@ -44,9 +44,9 @@ class ElasticTables:
 class ElasticQueue(Policy):
     """A policy for narrow instances and a wide one, which runs only while no other does.
 
-    Admission counts on the narrow ones: a call starts wide only if all that wait are in time all the same. No core that
-    a request could use stays idle while it waits. The rate of arrivals seen lately says how many a wide call would let
-    wait.
+    Admission counts on narrow calls only; a call starts wide if all waiting requests are estimated to meet their
+    deadlines all the same. No core that a request could use stays idle while it waits. The recent rate of arrivals says
+    how many requests a wide call would delay.
     """
 
     def __init__(
@@ -128,7 +128,7 @@ class ElasticQueue(Policy):
         most = self._rows_of_wide_call(now_s)
         if not most:
             return Batch(requests=(), end_s=now_s, dropped=dropped)
-        taken, left, _ = cut(self._waiting, most) if self._shared else (self._waiting[:1], self._waiting[1:], False)
+        taken, left = self._cut(most)
         self._wide_rows = self._take(taken, left)
         end_s = self._wide_end_s = now_s + self.slowness * self._wide_s[self._wide_rows]
         self._end_s = dict.fromkeys(self._end_s, end_s)
@@ -160,10 +160,10 @@ class ElasticQueue(Policy):
         # The rows of a request stay together; those of several are counted as if these were of one size.
         each = -(-rows // len(self._waiting))
         narrow = min(each * -(-len(self._waiting) // len(self._end_s)), self._max_batch)
-        return self._wide_by_deadline(head, rows, narrow, now_s, self._wide_by_times(head.rows, rows, each, narrow))
+        return self._wide_by_deadline(head, rows, now_s, self._wide_by_times(head.rows, rows, each, narrow))
 
     def _wide_by_times(self, first: int, rows: int, each: int, narrow: int) -> int:
-        """By the measured times: most rows of the wide call for so many that wait; 0 for narrow calls.
+        """By the measured times: the most rows of the wide call if ``rows`` rows wait; 0 for narrow calls.
 
         A few requests start as the sum of their latencies is least, with that of those that are expected to come
         meanwhile: all in one wide call, one by one, or narrow. Many start as they end soonest.
@@ -187,24 +187,33 @@ class ElasticQueue(Policy):
             costs_s[first] = one_s * count * (count + 1) / 2 + wait_s(count * one_s)
         return min(costs_s, key=lambda most: costs_s[most])
 
-    def _wide_by_deadline(self, head: Request, rows: int, narrow: int, now_s: float, most: int) -> int:
-        """``most``, or what the most urgent request's deadline makes of it."""
+    def _wide_by_deadline(self, head: Request, rows: int, now_s: float, most: int) -> int:
+        """``most``, or what the deadlines make of it."""
         if head.deadline_s == inf:
             return most
         left_s = (head.deadline_s - now_s) / self.slowness
         in_time = min(bisect_right(self._wide_s, left_s) - 1, self._most_wide)
         # A narrow call is cut to what is in time.
-        is_narrow_in_time = self._measured_s[min(head.rows, self._max_batch)] <= left_s
+        is_narrow_in_time = self._measured_s[head.rows] <= left_s
         if not most:
             return min(rows, in_time) if not is_narrow_in_time and in_time >= head.rows else 0
         if in_time < head.rows:
             return 0 if is_narrow_in_time else most
         most = min(most, in_time)
-        if most < rows:  # What the call leaves has to be in time too, as it would be if all were narrow.
-            rest = min(-(-(rows - most) // len(self._end_s)), self._max_batch)
-            if self._wide_s[most] + self._measured_s[rest] > max(left_s, self._measured_s[narrow]):
-                return 0
-        return most
+        return most if most >= rows or self._rest_is_in_time(most, now_s) else 0
+
+    def _rest_is_in_time(self, most: int, now_s: float) -> bool:
+        """Whether all that a wide call of ``most`` rows leaves would be in time in narrow calls after it."""
+        taken, left = self._cut(most)
+        end_s = now_s + self.slowness * self._wide_s[sum(place.request.rows for place in taken)]
+        return self._late_s(left, [end_s] * len(self._end_s)) <= 0
+
+    def _cut(self, most: int) -> tuple[list[Place], list[Place]]:
+        """What a wide call of at most ``most`` rows takes of the queue, and what it leaves."""
+        if not self._shared:
+            return self._waiting[:1], self._waiting[1:]
+        taken, left, _ = cut(self._waiting, most)
+        return taken, left
 
 
 def policy_of(

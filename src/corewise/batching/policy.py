@@ -387,6 +387,10 @@ class Policy:
             rest = left
         return settled or _Plan(free_s, [], late_s), late_s
 
+    def _late_s(self, waiting: list[Place], free_s: list[float]) -> float:
+        """How late the latest call of those that wait is if no request comes; below 0 if all are early."""
+        return self._play(_Plan(free_s, waiting, -inf))[1]
+
     def _split(self, waiting: list[Place], now_s: float, free_s: list[float]) -> tuple[list[Place], list[Place], bool]:
         """Split a queue that is not empty: the next call, the rest, and whether the call stays if the queue grows."""
         head = waiting[0]
@@ -422,7 +426,7 @@ class Policy:
         return rows
 
     def _note_slowness(self, ratio: float) -> None:
-        """A call took so many times as long as measured."""
+        """Note the ratio of a call's time to its measured time."""
         self._times.append(ratio)
         self.slowness = max(1.0, nlargest(RARE, self._times)[-1])
         self._seconds = [self.slowness * seconds for seconds in self._measured_s]

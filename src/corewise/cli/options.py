@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args
 import typer
 from typer.core import TyperCommand, TyperGroup
 
-from corewise.cli.quantities import Parse, above_zero, choice, numbers, whole
+from corewise.cli.quantities import Parse, above_zero, choice, duration_or_zero, numbers, whole
 from corewise.common.errors import InputError
 
 if TYPE_CHECKING:
@@ -157,6 +157,17 @@ class TextOptions:
 
 
 ArtifactPath = Annotated[Path, argument("ARTIFACT", panel="Artifact", help="A folder that corewise optimize wrote.")]
+RetuneTime = Annotated[
+    float,
+    option(
+        "--retune",
+        panel="Cluster",
+        metavar="TIME",
+        parse=duration_or_zero,
+        help="Time to search for a plan on each kind of machine that the artifact has none for; 0 for no search.",
+        default="30s",
+    ),
+]
 AsJson = Annotated[bool, flag("--json", panel="Output", help="Print JSON and nothing else.")]
 ModelOfArtifact = Annotated[
     str | None,

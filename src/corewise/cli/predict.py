@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 from corewise.cli.environment import compute_on_usable_cores, settle_ray
-from corewise.cli.options import ArtifactPath, argument, flag, grouped, option
+from corewise.cli.options import ArtifactPath, RetuneTime, argument, flag, grouped, option
 from corewise.cli.output import console
-from corewise.cli.quantities import duration_or_zero, share, whole
+from corewise.cli.quantities import share, whole
 
 if TYPE_CHECKING:
     from corewise.pipeline.parts import Parts
@@ -123,17 +123,7 @@ class ClusterOptions:
             default="none, this process",
         ),
     ] = None
-    retune_s: Annotated[
-        float,
-        option(
-            "--retune",
-            panel="Cluster",
-            metavar="TIME",
-            parse=duration_or_zero,
-            help="Time to search for a plan on each kind of machine that the artifact has none for; 0 for no search.",
-            default="30s",
-        ),
-    ] = 30.0
+    retune_s: RetuneTime = 30.0
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args
 
 from corewise.cli.environment import quiet_grpc, settle_ray
-from corewise.cli.options import argument, flag, grouped, option
+from corewise.cli.options import RetuneTime, argument, flag, grouped, option
 from corewise.cli.quantities import (
     Span,
     address,
@@ -278,17 +278,7 @@ class ClusterServeOptions:
             default="20ms",
         ),
     ] = 0.02
-    retune_s: Annotated[
-        float,
-        option(
-            "--retune",
-            panel="Cluster",
-            metavar="TIME",
-            parse=duration_or_zero,
-            help="Time to search for a plan on each kind of machine that the artifact has none for; 0 for no search.",
-            default="30s",
-        ),
-    ] = 30.0
+    retune_s: RetuneTime = 30.0
     route: Annotated[
         str | None,
         option(

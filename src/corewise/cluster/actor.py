@@ -105,7 +105,7 @@ class Answerer:
 
     @answering
     def beat(self) -> int:
-        """How many calls the engine has ended; a number that stays while parts are in work tells of a hang."""
+        """How many calls the engine has ended. If the number stays while parts are running, the engine hangs."""
         return self._runner().calls_ended
 
     def _artifact(self, cpu: Cpu) -> Artifact:

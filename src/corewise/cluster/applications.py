@@ -25,11 +25,11 @@ from corewise.serving.served import MAX_WAITING, Source, Trust
 from corewise.serving.tokens import Tokens
 
 QUEUE_S = 0.02
-"""The mean time in the queue that replicas are added for."""
+"""Replicas are added above this mean time in the queue."""
 UP_S, DOWN_S, LOOK_BACK_S = 10.0, 300.0, 20.0
-"""For so long there must be too few replicas, or too many, by the mean of so many seconds."""
+"""How long there must be too few replicas, or too many, before their number changes, by means over LOOK_BACK_S."""
 WAITS, LEAST_REQUESTS = 4, 32
-"""A replica has so many requests for each row that it runs at once, and a proxy as many that wait for a replica."""
+"""Requests in a replica for each row that it runs at once, and the least; a proxy keeps as many waiting."""
 CONSTRUCTIONS = 2
 """Replicas that may fail to open before the application is given up."""
 HEALTH_S = 10.0
@@ -92,7 +92,7 @@ def bound(settings: Settings, scale: Scale) -> Any:
 
     from corewise.cluster.ingress import Ingress
 
-    # Ray's proxy refuses more (503): to hand them over, for the replica to refuse them, costs more than an answer.
+    # Ray's proxy refuses more (503): handing a request to a replica only to be refused costs more than an answer.
     most_requests = min(2 * settings.max_waiting, max(LEAST_REQUESTS, WAITS * settings.rows_at_once))
     options: dict[str, Any] = {
         "name": settings.name,

@@ -49,7 +49,7 @@ from corewise.serving.server import SWITCH_S
 log = logging.getLogger("corewise.serve")
 
 LOAD_WINDOW_S = 10
-"""What a replica tells of its load is of so many seconds."""
+"""Window over which a replica reports its load."""
 
 
 class Replica(Calls):
@@ -229,7 +229,7 @@ def _one_at_a_time(path: Path) -> Iterator[None]:
 
 
 def _memory_bytes(cpus: int) -> int:
-    """The share of so many CPUs in the memory that this process may use, which is not pinned yet."""
+    """The share of ``cpus`` CPUs in the memory that this process may use. Call it before pinning."""
     cpu = inspect_cpu()
     whole_bytes = memory_limit.machine_bytes(cpu.memory_limit_bytes, cpu.memory_bytes)
     return int(whole_bytes * min(1.0, cpus / most_threads(cpu)))

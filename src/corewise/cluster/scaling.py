@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 TOLERANCE = 0.1
 """As Kubernetes' HorizontalPodAutoscaler: smaller deviations change nothing."""
 GROWTH = 2.0
-"""At most so many times as many replicas at once."""
+"""Upper bound on the growth of the number of replicas in one step: GROWTH x the current one."""
 FULL = 0.6
 """Replicas become fewer if those that stay would be in calls for at most this share of their time."""
 

@@ -143,8 +143,12 @@ def _check_nodes(settings: Sequence[Settings], scale: Scale) -> None:
 
 
 def _start(http: tuple[str, int], grpc_port: int | None, options: Options) -> bool:
-    """Start Ray Serve unless it runs; whether it was started. Raises ``InputError`` if it runs on other ports."""
+    """Start Ray Serve unless it runs; whether it was started.
+
+    Raises ``InputError`` if it runs on other ports, and ``EngineError`` if it does not start.
+    """
     from ray import serve
+    from ray.exceptions import RayError
     from ray.serve.context import _get_global_client
 
     logging.getLogger("ray.serve").setLevel(logging.ERROR)
@@ -162,13 +166,20 @@ def _start(http: tuple[str, int], grpc_port: int | None, options: Options) -> bo
             )
         return False
     grpc_options = {"port": grpc_port, "grpc_servicer_functions": [SERVICER]} if grpc_port else None
-    # Its access log would cost more than many an answer.
-    serve.start(
-        proxy_location="EveryNode",
-        http_options=http_options,
-        grpc_options=grpc_options,
-        logging_config={"enable_access_log": False},
-    )
+    try:
+        # Its access log would cost more than many an answer.
+        serve.start(
+            proxy_location="EveryNode",
+            http_options=http_options,
+            grpc_options=grpc_options,
+            logging_config={"enable_access_log": False},
+        )
+    except RayError as error:
+        raise EngineError(
+            f"Ray Serve's proxies do not start: {first_line(error)}",
+            "see whether the ports are free on all nodes, and whether RAY_SERVE_ENABLE_HA_PROXY is the same there as "
+            "here",
+        ) from error
     return True
 
 
@@ -262,7 +273,7 @@ def _wait(ours: Iterable[str], on_event: OnEvent) -> None:
 
 
 def failure(name: str, told: str) -> CorewiseError:
-    """The error in what Ray Serve tells of an application that does not start. Pure."""
+    """The error of an application that does not start, from Ray Serve's message. Pure."""
     kinds = {kind.__name__: kind for kind in KINDS}
     for kind, what in reversed(re.findall(r"^corewise\.common\.errors\.(\w+): (.+)$", told, re.MULTILINE)):
         if kind in kinds:

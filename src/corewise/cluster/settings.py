@@ -50,7 +50,7 @@ class Settings:
         return Tokens.of_digests(self.token_digests)
 
     def options(self, memory_bytes: int) -> Options:
-        """Those of a process that may have so much memory, unless another limit was named."""
+        """Those of a process with this much memory, unless another limit was named."""
         return Options(
             limits=Limits(timeout_s=self.timeout_s, body_bytes=self.body_bytes),
             max_waiting=self.max_waiting,

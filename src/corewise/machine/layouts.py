@@ -61,7 +61,7 @@ def assign(cpu: Cpu, threads_per_instance: int, instances: int) -> tuple[tuple[i
 def packed(cpu: Cpu, count: int) -> tuple[int, ...]:
     """The ``count`` hardware threads for a process that leaves the rest to others: whole cores, of one node if it fits.
 
-    The smallest node that has so many is taken, so that larger ones stay whole.
+    The smallest node that has enough is taken, so that larger ones stay whole.
     """
     near = sorted(_ranked(cpu), key=_place)
     rooms = Counter(logical.node for logical in near)

@@ -1,8 +1,8 @@
 """Files of texts, or of images, to answers, part by part, so that a job that was killed resumes where it was.
 
-A part is so many rows in the order of the inputs, with a file of the rows that were set aside, and gets its name when
-it is whole on disk. The output is a folder of Parquet parts; or a file, which is made of the parts at the end: until
-then a folder beside it, ``OUT.parts``, holds them.
+A part is a fixed number of rows in the order of the inputs, with a file of the rows that were set aside, and gets its
+name when it is whole on disk. The output is a folder of Parquet parts; or a file, which is made of the parts at the
+end: until then a folder beside it, ``OUT.parts``, holds them.
 """
 
 import re

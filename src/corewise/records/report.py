@@ -65,7 +65,7 @@ class Preprocess:
     longest: int = 1333
     """With ``keep``: the most pixels of the longer side."""
     multiple: int = 1
-    """With ``keep``: both sides are rounded down to a multiple of so many pixels."""
+    """With ``keep``: both sides are rounded down to a multiple of this many pixels."""
     fill: int = 114
     bgr: bool = False
     """Whether the model takes blue first; ``mean`` and ``std`` are in the model's order."""

@@ -45,7 +45,7 @@ class ClaimedCores:
     def __init__(self, count: int, folder: Path) -> None:
         """``compute_on`` hardware threads that are free by the locks in ``folder``.
 
-        If so many are not free, or a process may use no more anyway, none is claimed.
+        If fewer are free, or the process may use no more anyway, none is claimed.
         """
         self._locks: list[int] = []
         cpu = inspect_cpu()

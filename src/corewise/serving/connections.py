@@ -46,7 +46,7 @@ FULL = refusals.plain(
 
 
 class Seats:
-    """So many connections, and so many of one client, which is empty if it comes by a unix socket."""
+    """The number of all connections, and of those of one client, whose name is empty for a unix socket."""
 
     def __init__(self, most: int, most_of_client: int) -> None:
         self._most, self._most_of_client = most, most_of_client

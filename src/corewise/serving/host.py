@@ -36,7 +36,7 @@ class Options:
     http: Address | None = ("127.0.0.1", 8000)
     grpc: Address | None = None
     admin: Address | None = None
-    """Loads and unloads models for whoever can reach it: keep it on loopback."""
+    """Anyone who can reach it can load and unload models: keep it on loopback."""
     admin_grpc: Address | None = None
     """The same over gRPC."""
     limits: Limits = field(default_factory=Limits)

@@ -80,7 +80,7 @@ class _Handler(logging.StreamHandler):  # type: ignore[type-arg]
 
 
 def _is_ours(record: logging.LogRecord) -> bool:
-    """Whether gRPC tells of something else than a call that its client ended, or whose message broke a limit."""
+    """Whether gRPC's record is about anything but a cancelled call or a message over a limit."""
     return "raised in core" not in record.getMessage()
 
 

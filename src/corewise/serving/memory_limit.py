@@ -41,7 +41,7 @@ PASS_SHARE, LONG_S = 1 / 200, 2.0
 """What passes take of the event loop's time, if that is enough with pauses that long at most: a pass looks through all
 objects, which takes 10 ms for 2,000 connections."""
 SCARCE_SHARE = 1 / 4
-"""Of the limit: with so much more than without requests no pass is late."""
+"""Share of the limit: while requests take more than this, no pass is put off."""
 
 
 def fit(limits: Limits, limit_bytes: int) -> Limits:

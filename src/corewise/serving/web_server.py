@@ -34,7 +34,7 @@ UNREAD_S = 30.0
 MOST_PIPELINED = 64
 """Requests of one HTTP connection that wait for the answers to those before them, or that come in one piece."""
 MOST_CHUNKS, CHUNK_BYTES = 4096, 256
-"""A chunked body may have so many chunks, and one more for each so many bytes: each costs as much as a kilobyte."""
+"""Most chunks of a body: MOST_CHUNKS, and one more for each CHUNK_BYTES. A chunk costs as much CPU as a kilobyte."""
 HEALTH_S = 2.0
 """What a connection beyond the limit has for a health check."""
 LINGER_S = 0.2
@@ -86,7 +86,7 @@ class Config(uvicorn.Config):
 
 
 class _Patient(Connection):
-    """A connection with an end to its patience: with what does not come, does not end, and is not read."""
+    """A connection with timeouts for headers that do not end, bodies that do not come and answers that nobody reads."""
 
     _is_answered = False
     """Whether this request was answered by its headers."""
@@ -143,7 +143,7 @@ class _Patient(Connection):
         self._fed_bytes = 0 if self._waiting is None else self._fed_bytes + len(data)
         if self._fed_bytes > HEADERS_BYTES + FIRST_BODY_BYTES and not self.transport.is_closing():
             self.send_400_response("the headers are too long")
-        # uvicorn ends its own patience with any byte between requests, and begins it anew only with an answer.
+        # uvicorn stops its keep-alive timer at any byte between requests, and restarts it only after an answer.
         if (self.cycle is None or self.cycle.response_complete) and self._waiting is None:
             self._wait_for_next()
 

@@ -223,8 +223,9 @@ def test_whoever_was_not_started_at_once_is_in_time_if_calls_last_as_measured(fe
 
     accepted = set()
     for number, (gap_s, rows, left_s) in enumerate(asked):
-        finish(now_s + gap_s)
-        now_s += max(0.0, gap_s)
+        until_s = now_s + gap_s
+        finish(until_s)
+        now_s = until_s
         decision = made.offer(Request(id=number, deadline_s=now_s + left_s, rows=rows), now_s)
         lost.update(one.request.id for one in decision.dropped)
         if isinstance(decision, Accepted):

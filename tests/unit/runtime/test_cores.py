@@ -7,29 +7,16 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from machines import machine
 
 from corewise.machine.layouts import packed
-from corewise.records.cpu import Cpu, LogicalCpu
+from corewise.records.cpu import Cpu
 from corewise.runtime.cores import ClaimedCores, chosen_cores
 
 
 def cpu_of(cores: int, *, nodes: int = 1, quota: float | None = None) -> Cpu:
     """Cores with two hardware threads each: thread k + cores is the sibling of k."""
-    logical = tuple(
-        LogicalCpu(cpu=k, core=k % cores, socket=0, node=(k % cores) * nodes // cores) for k in range(2 * cores)
-    )
-    return Cpu(
-        architecture="x86_64",
-        vendor="",
-        model="",
-        isa=(),
-        cpus=logical,
-        caches=(),
-        affinity=tuple(range(2 * cores)),
-        quota_cores=quota,
-        memory_bytes=0,
-        memory_limit_bytes=None,
-    )
+    return machine(cores=cores, threads=2, nodes=nodes, quota=quota)
 
 
 def test_physical_cores_come_first_within_a_numa_node() -> None:

@@ -328,7 +328,8 @@ def test_a_second_instance_shares_the_weights(tmp_path, wide, name):
     assert found.plan == plan
     assert len(found.latencies_ms) >= 6
     assert per_s > 0
-    assert 0 < found.memory_per_instance_bytes < weights / 4
+    # It may be 0: a second instance can fit into what the first one's opening freed.
+    assert found.memory_per_instance_bytes < weights / 4
 
 
 @two_cores

@@ -51,7 +51,9 @@ class OpenVino:
 
         The rest in bf16 is what OpenVINO takes by itself there, and worth it: 1.1 and 1.2 times the speed of NNCF's
         int8 and of int8-dynamic on ViT-S (Zen 4). int8-dynamic is for linear layers on CPUs that multiply int8:
-        on others OpenVINO only unpacks the weights.
+        on others OpenVINO only unpacks the weights. Where AMX multiplies bf16 it does so too unless the rest is in fp32,
+        which is for short calls: linear layers of MiniLM's size took half of bf16's time with 16 rows, and 1.5 times
+        as long with 2,048 (Granite Rapids).
 
         For nets with residual adds also our other placement: without AVX-512 OpenVINO adds an operand within a
         convolution's kernel only where both are int8 (ResNet-50, Zen 3: its 16 adds alone took 8 % of the time), and
@@ -69,8 +71,10 @@ class OpenVino:
         dynamics = (dynamic,) if cpu.int8_dot and is_mostly_linear(operators) else ()
         if not cpu.bf16:
             return (*quantized, *dynamics, fp32)
-        mixed = (build.with_quantization(replace(build.quantization, rest="bf16")) for build in (ours, int8, *dynamics))
-        return (*mixed, *quantized, bf16, fp32)
+        unpacks = cpu.has("amx_bf16")
+        combined = (ours, int8) if unpacks else (ours, int8, *dynamics)
+        mixed = (build.with_quantization(replace(build.quantization, rest="bf16")) for build in combined)
+        return (*mixed, *quantized, *(dynamics if unpacks else ()), bf16, fp32)
 
     def needs(self, build: Build) -> tuple[str, ...]:
         """bf16 hardware for bf16, 32-bit sums of int8 products for int8 in full range."""

@@ -67,9 +67,9 @@ def runtime_receipt(model: Any, runtime: Any) -> Receipt:
 def logged_receipt(folder: Path, build: Build, plan: Plan, inputs: Sequence[np.ndarray]) -> Receipt | None:
     """Count the linears of one run by the kernels that oneDNN logs as it makes them; ``None`` if it logs none.
 
-    A kernel that multiplies int8 (VNNI, AMX) and names the group by which it rounds activations does so; any other
-    kernel unpacks the weights. The log of kernels as they run would be more direct, but it makes 2026.4 stop now and
-    then at "could not execute a primitive" (https://github.com/openvinotoolkit/oneDNN/pull/323).
+    A kernel that multiplies int8 (VNNI, AMX) and names the group by which it rounds activations does so. Any other
+    kernel unpacks the weights or gets them unpacked. The log of kernels as they run would be more direct, but it makes
+    2026.4 stop now and then at "could not execute a primitive" (https://github.com/openvinotoolkit/oneDNN/pull/323).
     """
     with TemporaryDirectory() as name:
         arrays = Path(name) / "inputs.npz"
@@ -91,7 +91,7 @@ def logged_receipt(folder: Path, build: Build, plan: Plan, inputs: Sequence[np.n
         compressed = line["weights"] in ("u8", "s8")
         int8 = compressed and bool(re.search("vnni|amx", line["kernel"]) and re.search(ROUNDED, line["about"]))
         ran.append((f"inner_product/{line['kernel']}", int8))
-        if compressed and not int8:
+        if not int8:
             fell_back.append(f"a linear of {line['shape']}")
     return Receipt.tally(ran, fell_back) if ran else None
 

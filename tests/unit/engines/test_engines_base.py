@@ -138,15 +138,21 @@ def test_onnxruntime_offers_dynamic_int8_for_linear_models(operators: dict[str, 
 
 
 @pytest.mark.parametrize(
-    ("isa", "operators", "offered"),
-    [("avx512_vnni", LINEARS, True), ("avx2", LINEARS, False), ("avx512_vnni", CONVOLUTIONS, False)],
+    ("isa", "operators", "rests"),
+    [
+        (("avx512_vnni",), LINEARS, ["fp32"]),
+        (("avx512_vnni", "avx512_bf16"), LINEARS, ["bf16"]),
+        (("amx_int8", "amx_bf16"), LINEARS, ["fp32"]),
+        (("avx2",), LINEARS, []),
+        (("avx512_vnni",), CONVOLUTIONS, []),
+    ],
 )
-def test_openvino_offers_dynamic_int8_for_linear_models_where_the_cpu_multiplies_it(
-    isa: str, operators: dict[str, int], offered: bool
+def test_openvino_offers_dynamic_int8_for_linear_models_where_it_runs_in_int8(
+    isa: tuple[str, ...], operators: dict[str, int], rests: list[str]
 ) -> None:
-    builds = engine("openvino").candidates(cpu_with(isa), operators)
+    builds = engine("openvino").candidates(cpu_with(*isa), operators)
     dynamic = Build(engine="openvino", precision="int8-dynamic")
-    assert (dynamic in builds) == offered
+    assert [build.quantization.rest for build in builds if build.precision == "int8-dynamic"] == rests
     assert engine("openvino").needs(dynamic) == ("int8_dot",)
 
 

@@ -72,6 +72,13 @@ class BuildsLeftUntried:
 
 
 @dataclass(frozen=True)
+class EarlierTrialsUnused:
+    """An earlier run in the same place was another one; ``reason`` says what differs."""
+
+    reason: Reason
+
+
+@dataclass(frozen=True)
 class LoadEnded:
     """A load on a build is over."""
 
@@ -95,5 +102,15 @@ class RaceRound:
     rates: tuple[Rates, ...]
 
 
-Event = StageStarted | TrialStarted | TrialStep | TrialEnded | BuildsLeftUntried | LoadEnded | PlansTuned | RaceRound
+Event = (
+    StageStarted
+    | TrialStarted
+    | TrialStep
+    | TrialEnded
+    | BuildsLeftUntried
+    | EarlierTrialsUnused
+    | LoadEnded
+    | PlansTuned
+    | RaceRound
+)
 OnEvent = Callable[[Event], None]

@@ -103,6 +103,7 @@ class ReasonKind(StrEnum):
     ENGINE_UNAVAILABLE = "engine unavailable"
     ONLY_EAGER = "only eager"
     FEWER_SAMPLES = "fewer samples"
+    EARLIER_TRIALS_UNUSED = "earlier trials unused"
     LEFT_UNTRIED = "left untried"
     COREWISE_INT8_ONLY = "corewise int8 only"
     MIXES_BATCH = "mixes batch"

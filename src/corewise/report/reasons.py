@@ -87,6 +87,14 @@ def _left_untried(details: Details) -> str:
     return f"{_budget_so_far(details)}; left untried: {untried}"
 
 
+def _earlier_trials_unused(details: Details) -> str:
+    """Runs of older versions did not keep what they were of."""
+    *others, last = details["differing"] or ["the model, the samples, the options or the versions"]
+    what = f"{', '.join(others)} and {last}" if others else last
+    trials = "1 finished trial" if details["count"] == 1 else f"{details['count']} finished trials"
+    return f"it starts again: {what} changed since the earlier run, whose {trials} cannot be used"
+
+
 def _over_budget(details: Details) -> str:
     """Where the time went of a search that took longer than its budget."""
     trials, whole = numbers.duration(details["trials_s"]), numbers.duration(details["elapsed_s"])
@@ -185,6 +193,15 @@ def _slo_uncertain(details: Details) -> str:
 def _nothing_fits(details: Details) -> str:
     limit, needs = numbers.megabytes(details["limit_bytes"]), numbers.megabytes(details["needs_bytes"])
     return f"no build fits in {limit} of memory; {details['winner']} needs at least {needs}"
+
+
+def _race_contradicts(details: Details) -> str:
+    """Records of older versions always had a second race."""
+    again = "so did a second race" if details.get("races", 2) > 1 else "the budget left no time for a second race"
+    return (
+        f"the race and the trials contradict each other, and {again}: {_ratio(details)} the baseline in the race, "
+        f"{_ratio(details, 'alone_')} in trials; other programs may have disturbed them, so run it again"
+    )
 
 
 def _drop_uncertain(details: Details) -> str:
@@ -305,10 +322,7 @@ _SENTENCES: dict[ReasonKind, Callable[[Details], str]] = {
     K.NOT_MEASURED: _fixed("not a finalist: its speed was not measured"),
     K.SLO_UNCERTAIN: _slo_uncertain,
     K.NOTHING_FITS_MEMORY: _nothing_fits,
-    K.RACE_CONTRADICTS: lambda details: (
-        f"the race and the trials contradict each other, and so did a second race: {_ratio(details)} the baseline in "
-        f"the race, {_ratio(details, 'alone_')} in trials; other programs may have disturbed them, so run it again"
-    ),
+    K.RACE_CONTRADICTS: _race_contradicts,
     K.FEW_ROUNDS: lambda details: (
         f"only {details['rounds']} alternating rounds: a 95 % interval of the speed-up needs {details['needed']}"
     ),
@@ -324,6 +338,7 @@ _SENTENCES: dict[ReasonKind, Callable[[Details], str]] = {
     K.FEWER_SAMPLES: lambda details: (
         f"{details['used']} of {details['of']} {details['role']} samples were used: the budget has no time for more"
     ),
+    K.EARLIER_TRIALS_UNUSED: _earlier_trials_unused,
     K.LEFT_UNTRIED: _left_untried,
     K.OVER_BUDGET: _over_budget,
     K.MIXES_BATCH: _mixes_batch,

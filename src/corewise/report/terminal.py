@@ -14,6 +14,7 @@ from rich.text import Text
 
 from corewise.records.events import (
     BuildsLeftUntried,
+    EarlierTrialsUnused,
     Event,
     LoadEnded,
     PlansTuned,
@@ -144,7 +145,8 @@ class Progress:
         line = self._board.take(event)
         if self._mode == "live":
             self._live.refresh()
-        stays = self._mode == "plain" or (self._mode == "live" and isinstance(event, BuildsLeftUntried))
+        lasts = isinstance(event, BuildsLeftUntried | EarlierTrialsUnused)
+        stays = self._mode == "plain" or (self._mode == "live" and lasts)
         if stays and line:
             self._console.print(Text(line), soft_wrap=True)
 
@@ -175,7 +177,7 @@ class _Board:
                 self._now = clean(f"{build.label}: {words.load(load)}")
             case TrialEnded(trial, resumed):
                 return self._end(trial, resumed)
-            case BuildsLeftUntried(reason):
+            case BuildsLeftUntried(reason) | EarlierTrialsUnused(reason):
                 return words.said(reason)
             case PlansTuned(trial):
                 return self._tuned(trial)

@@ -39,6 +39,16 @@ class Budget:
         return Reason.of(kind, budget_s=self.total_s, elapsed_s=self.elapsed_s, **details)
 
 
+@dataclass(frozen=True, kw_only=True)
+class Preparation:
+    """Seconds of what comes before the first trial."""
+
+    samples_s: float = 0.0
+    """Reading the samples."""
+    export_s: float = 0.0
+    """Importing torch, loading the model and exporting it."""
+
+
 BASELINE_SHARE = 0.2
 """Most of the budget that the baseline takes."""
 BASELINE_START_S = 4.0

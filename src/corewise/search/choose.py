@@ -1,7 +1,7 @@
 """Which build wins, and why each other one lost. Pure."""
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import inf
 
 from corewise.accuracy.gate import judge
@@ -75,10 +75,11 @@ class _Outcome:
     fastest: _Finalist
     winner: _Finalist
     requirements: Requirements
+    races: int = 1
 
 
 def choose_winner(
-    trials: Sequence[Trial], finals: Sequence[Rates], requirements: Requirements, baseline: Build
+    trials: Sequence[Trial], finals: Sequence[Rates], requirements: Requirements, baseline: Build, races: int = 1
 ) -> Choice:
     """The finalist that serves the goal best, unless none serves it better than the baseline: then the baseline.
 
@@ -86,11 +87,11 @@ def choose_winner(
     baseline among them; for an SLO it is the highest certified rate and, if there is none, the shortest p99 of a call.
     Only builds whose trial is ``ok`` can win. If only the baseline exceeds the memory limit, the best of the others
     wins whatever its speed. Finalists as fast as the fastest (``TIE``) give way to the most accurate of them. Every
-    other trial is a loser with a reason.
+    other trial is a loser with a reason. ``finals`` are the last of so many ``races``.
 
     Raises ``ValueError`` if the baseline has no trial or no rates.
     """
-    outcome = _decide(trials, finals, requirements, baseline)
+    outcome = replace(_decide(trials, finals, requirements, baseline), races=races)
     winner, base = outcome.winner, outcome.baseline
     speedup = winner.over(base)
     return Choice(
@@ -135,7 +136,8 @@ def _contradiction(outcome: _Outcome) -> Reason | None:
     raced = winner.over(base)
     if raced.low <= DRIFT * alone.high and alone.low <= DRIFT * raced.high:
         return None
-    return Reason(kind=ReasonKind.RACE_CONTRADICTS, details={**_ratio(raced), **_ratio(alone, "alone_")})
+    ratios = {**_ratio(raced), **_ratio(alone, "alone_")}
+    return Reason(kind=ReasonKind.RACE_CONTRADICTS, details={**ratios, "races": outcome.races})
 
 
 def _in_trial(finalist: _Finalist) -> Measurement | None:

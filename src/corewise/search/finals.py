@@ -57,6 +57,13 @@ def race_finalists(trials: Sequence[Trial], context: SearchContext) -> tuple[tup
             return tuple(trials), race
 
 
+def has_time_to_race(trials: Sequence[Trial], context: SearchContext) -> bool:
+    """Whether the shortest race, of the baseline and the best build, fits in what is left of the budget."""
+    contenders = _contenders(trials[0], _finalists(trials, context)[:1], context, one_plan_each=True)
+    needed_s = _opening_s(contenders) + MIN_ROUNDS * _round_s(contenders, trials, context.kinds)
+    return needed_s <= context.budget.left_s(context.split.race)
+
+
 def _finalists(trials: Sequence[Trial], context: SearchContext) -> list[Trial]:
     """The builds other than the baseline that may win, the best first."""
     goal = context.requirements.goal

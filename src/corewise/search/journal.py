@@ -3,30 +3,37 @@
 import fcntl
 import json
 import os
+from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
-from types import TracebackType
+from types import MappingProxyType, TracebackType
+from typing import Any
 
 from corewise.common.errors import OutputError
 from corewise.records.build import Build
 from corewise.records.jsonable import from_json, to_json
+from corewise.records.reason import Reason, ReasonKind
 from corewise.records.schema_1 import upgrade_trial
 from corewise.records.trial import Trial
 
 SCHEMA = 2
 """Schema 2 has reasons as data; lines of schema 1, which have sentences, are read too."""
 READABLE = (1, SCHEMA)
+TOLD = 24
+"""Characters of a value that is short enough to be told; a digest is not."""
 
 
 class Journal:
     """Finished trials of one run; each line is flushed to the disk before the next trial starts.
 
-    The first line holds the run's key: a journal of another model, samples, options or versions is overwritten. A last
-    line that was cut off by a crash is ignored. Raises ``OutputError`` if another process holds the journal or the disk
-    is full.
+    The first line holds the run's key: a journal of another model, samples, options or versions is overwritten. The
+    line has the key's ``parts`` too, each by its name, for ``set_aside``. A last line that was cut off by a crash is
+    ignored. Raises ``OutputError`` if another process holds the journal or the disk is full.
     """
 
-    def __init__(self, path: Path, key: str) -> None:
+    def __init__(self, path: Path, key: str, parts: Mapping[str, str] = MappingProxyType({})) -> None:
+        self.set_aside: Reason | None = None
+        """What differs from an earlier run whose finished trials are not used; ``None`` if there are none."""
         self._path = path
         self._file = path.open("a+b")
         try:
@@ -36,11 +43,15 @@ class Journal:
             raise OutputError(
                 f"another corewise is working in {path.parent}", "wait for it or give another output"
             ) from error
-        kept = self._read(key)
-        self._trials = kept or {}
-        if kept is None:
+        head, trials = self._read()
+        if head.get("key") == key:
+            self._trials = trials
+        else:
+            if trials:
+                self.set_aside = _set_aside(head.get("parts", {}), parts, len(trials))
+            self._trials = {}
             self._file.truncate(0)
-            self._append({"schema": SCHEMA, "key": key})
+            self._append({"schema": SCHEMA, "key": key, "parts": dict(parts)})
 
     @property
     def empty(self) -> bool:
@@ -64,18 +75,16 @@ class Journal:
     ) -> None:
         self._file.close()
 
-    def _read(self, key: str) -> dict[Build, Trial] | None:
+    def _read(self) -> tuple[dict[str, Any], dict[Build, Trial]]:
+        """The first line and the trials; nothing of a file that is no journal."""
         self._file.seek(0)
         lines = self._file.read().split(b"\n")
-        if len(lines) < 2:
-            return None
-        try:
+        head: Any = None
+        with suppress(ValueError):
             head = json.loads(lines[0])
-            if head not in [{"schema": schema, "key": key} for schema in READABLE]:
-                return None
-        except ValueError:
-            return None
-        trials = {}
+        if len(lines) < 2 or not isinstance(head, dict) or head.get("schema") not in READABLE:
+            return {}, {}
+        trials: dict[Build, Trial] = {}
         end = len(lines[0]) + 1
         for line in lines[1:-1]:
             try:
@@ -86,7 +95,7 @@ class Journal:
             trials[trial.build] = trial
             end += len(line) + 1
         self._file.truncate(end)
-        return trials
+        return head, trials
 
     def _append(self, data: object) -> None:
         try:
@@ -101,3 +110,14 @@ class Journal:
                 f"the journal {self._path} cannot be written: {error.strerror}",
                 "free space and run the same command to resume",
             ) from error
+
+
+def _set_aside(earlier: Mapping[str, str], now: Mapping[str, str], count: int) -> Reason:
+    """Why so many finished trials of an earlier run do not count."""
+    differing = []
+    for name, value in now.items():
+        before = earlier.get(name, "")
+        if before != value:
+            told = 0 < len(before) <= TOLD and len(value) <= TOLD
+            differing.append(f"{name} ({before}, now {value})" if told else name)
+    return Reason.of(ReasonKind.EARLIER_TRIALS_UNUSED, count=count, differing=differing if earlier else [])

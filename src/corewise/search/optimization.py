@@ -13,7 +13,7 @@ from typing import Any
 from corewise.accuracy.gate import AccuracyGate
 from corewise.common.errors import InputError, MissingExtra, OutputError
 from corewise.engines import BuildInputs, engine
-from corewise.records.events import OnEvent
+from corewise.records.events import EarlierTrialsUnused, OnEvent
 from corewise.records.goal import Goal, GoalName, Requirements, Slo, parse_goal
 from corewise.records.pipeline import Pooling
 from corewise.records.report import Choice, Report
@@ -30,7 +30,7 @@ from corewise.search.journal import Journal
 from corewise.search.result import Result
 from corewise.search.search import Search
 from corewise.search.shifting import ShiftGuard
-from corewise.search.task import MetricLike, Task, package_versions
+from corewise.search.task import MetricLike, Task, digest, package_versions
 from corewise.search.trial import SearchContext
 
 DEFAULT_ENGINES = ("torch-int8", "openvino", "onnxruntime", "eager")
@@ -152,7 +152,9 @@ def optimize(
     workspace = Workspace.create(work)
     gate = task.gate(requirements)
     context = _context(task, workspace, gate, requirements, budget, timeout_s, on_event)
-    with _working(workspace), Journal(workspace.journal, task.key(requirements)) as journal:
+    with _working(workspace), _journal(task, requirements, workspace) as journal:
+        if journal.set_aside is not None:
+            on_event(EarlierTrialsUnused(journal.set_aside))
         if journal.empty:
             workspace.clear()
         if task.limits is not None:
@@ -195,6 +197,7 @@ def _context(
         workspace=workspace,
         plan=plan,
         baseline_plan=replace(plan, batch=baseline_batch(task.row_s or 0.0, plan.batch)) if shorter else plan,
+        preparation=task.preparation,
         calibration=len(task.calibration),
         holdout=len(task.holdout),
         kinds=len(kinds_of(task.holdout)),
@@ -209,6 +212,11 @@ def _context(
         split=_split(task, requirements).leaving(budget.total_s, RACE_S),
         in_process=task.in_process,
     )
+
+
+def _journal(task: Task, requirements: Requirements, workspace: Workspace) -> Journal:
+    parts = task.key_parts(requirements)
+    return Journal(workspace.journal, digest(parts), parts)
 
 
 def _split(task: Task, requirements: Requirements) -> BudgetSplit:

@@ -32,7 +32,7 @@ from corewise.search.candidates import (
 )
 from corewise.search.choose import choose_winner, find_contradiction
 from corewise.search.elastic import judge_elastic
-from corewise.search.finals import race_finalists
+from corewise.search.finals import has_time_to_race, race_finalists
 from corewise.search.forecast import PROMISING, Forecast, following, is_better_left, learned_plan
 from corewise.search.journal import Journal
 from corewise.search.plans import BATCHES, rate_interval
@@ -50,6 +50,8 @@ ON_TIME = 1.05
 """Of the budget, what a search may take without saying why."""
 NAMED = 3
 """Builds that are named where more were not tried."""
+SHORTEST_TOLD_S = 0.05
+"""Of the steps that spent a budget."""
 OUT_OF_TIME = (*NOT_TRIED, ReasonKind.BUDGET_SPENT_DURING)
 
 
@@ -77,6 +79,7 @@ class Search:
         self.baseline_s = 0.0
         """Seconds that the baseline's trial took."""
         self.race_result: Race | None = None
+        self.races = 0
         self.race_began_s, self.race_ended_s = 0.0, 0.0
         """Seconds of the budget that had passed."""
 
@@ -206,20 +209,20 @@ class Search:
                 self.context.on_event(PlansTuned(trial))
 
     def race(self) -> None:
-        """Race the best builds against the baseline, once more if the race contradicts the trials."""
-        requirements, baseline = self.context.requirements, self.trials[0].build
+        """Race the best builds against the baseline; once more if the race contradicts the trials and time is left."""
         self.race_began_s = self.context.budget.elapsed_s
-        for _ in range(2):
-            trials, self.race_result = race_finalists(self.trials, self.context)
-            self.trials = list(trials)
-            self.race_ended_s = self.context.budget.elapsed_s
-            if find_contradiction(self.trials, self.rates, requirements, baseline) is None:
-                return
+        self._race_once()
+        baseline = self.trials[0].build
+        contradiction = find_contradiction(self.trials, self.rates, self.context.requirements, baseline)
+        if contradiction is not None and has_time_to_race(self.trials, self.context):
+            self._race_once()
 
     def choose(self) -> Choice:
         """The winner of the race, whose trial then has the latency table that admission needs."""
         while True:
-            choice = choose_winner(self.trials, self.rates, self.context.requirements, self.trials[0].build)
+            choice = choose_winner(
+                self.trials, self.rates, self.context.requirements, self.trials[0].build, races=self.races
+            )
             winner = self._of(choice.winner)
             judged = winner if is_baseline(winner.build) else self._judged_under_shift(winner, share=1.0)
             if self.alone is not None and judged.state == State.OK and not is_baseline(winner.build):
@@ -245,6 +248,12 @@ class Search:
             self.notes.append(found)
             return choice
         return replace(choice, elasticity=found)
+
+    def _race_once(self) -> None:
+        trials, self.race_result = race_finalists(self.trials, self.context)
+        self.trials = list(trials)
+        self.races += 1
+        self.race_ended_s = self.context.budget.elapsed_s
 
     def _climbed(self, build: Build) -> Build | None:
         """The build with one more of corewise's corrections that was not tried; ``None`` if there is none."""
@@ -414,14 +423,22 @@ class Search:
         self.gate.reference = self.gate.reference or outputs
 
     def _check_candidates(self) -> None:
-        """Raise ``InputError`` if the budget ended before any candidate was tried."""
+        """Raise ``InputError`` with where the time went if the budget ended before any candidate was tried."""
         candidates = self.trials[1:]
         if candidates and all(trial.reason.kind in OUT_OF_TIME and trial.fidelity is None for trial in candidates):
-            budget = self.context.budget
+            budget, before = self.context.budget, self.context.preparation
+            spent_s = {
+                "loading and exporting the model": before.export_s,
+                "reading the samples": before.samples_s,
+                "the baseline": self.baseline_s,
+            }
+            spent_s["candidates that were not finished"] = budget.elapsed_s - sum(spent_s.values())
+            most, *others = sorted(spent_s, key=lambda name: -spent_s[name])
+            rest = "".join(f", {name} {spent_s[name]:.1f} s" for name in others if spent_s[name] >= SHORTEST_TOLD_S)
             raise InputError(
-                f"the budget of {budget.total_s:g} s was spent before one candidate was tried: the baseline alone took "
-                f"{self.baseline_s:.0f} s",
-                "give more time",
+                f"the budget of {budget.total_s:g} s was spent before one candidate was tried: {most} took "
+                f"{spent_s[most]:.1f} s{rest}",
+                "give more time or fewer samples" if most == "reading the samples" else "give more time",
             )
 
     def _why_not_tuned(self, trial: Trial, ranked: Sequence[Trial], fit: int) -> Reason | None:

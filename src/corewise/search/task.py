@@ -4,8 +4,9 @@ import hashlib
 import importlib.metadata
 import importlib.util
 import json
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 from uuid import uuid4
@@ -27,7 +28,7 @@ from corewise.records.report import SampleFacts
 from corewise.runtime.workspace import Workspace
 from corewise.samples import Samples, check_class_names, default_calibration, split
 from corewise.samples.drawing import draw
-from corewise.search.budget import SampleLimits, sample_limits
+from corewise.search.budget import Preparation, SampleLimits, sample_limits
 from corewise.search.candidates import BASELINE, list_candidates
 from corewise.search.texts import fitted, read_samples, tokenized
 
@@ -67,6 +68,7 @@ class Task:
     """Under a budget, how many samples it has time for."""
     row_s: float | None = None
     """Seconds of one row in eager PyTorch; timed under a budget only."""
+    preparation: Preparation = field(default_factory=Preparation)
 
     @classmethod
     def read(
@@ -98,9 +100,12 @@ class Task:
 
         if metric is not None:
             metrics.resolve(metric)
+        started_s = time.monotonic()
         usable, notes = _usable(engines, required)
         on_event(StageStarted(Stage.READING_SAMPLES))
+        reading_s = time.monotonic()
         gathered = read_samples(model, samples)
+        samples_s = time.monotonic() - reading_s
         on_event(StageStarted(Stage.EXPORTING))
         loaded = source.load_with_texts(model, tokenizer=tokenizer, pooling=pooling)
         loaded, data = tokenized(loaded, gathered, class_names)
@@ -140,6 +145,7 @@ class Task:
             class_names=names,
             limits=limits,
             row_s=row_s,
+            preparation=Preparation(samples_s=samples_s, export_s=time.monotonic() - started_s - samples_s),
         )
 
     @property
@@ -199,20 +205,24 @@ class Task:
         workspace.write_build_inputs(inputs)
         return inputs
 
-    def key(self, requirements: Requirements) -> str:
-        """What must be equal for finished trials to count in another run."""
+    def key_parts(self, requirements: Requirements) -> dict[str, str]:
+        """What must be equal for finished trials to count in another run, by its name: a value, or a digest of it."""
         from corewise import source
 
-        parts = (
-            source.digest(self.exported),
-            self.facts,
-            requirements.flat(),
-            self.builds,
-            _identity(self.metric),
-            self.cpu,
-            package_versions(),
-        )
-        return hashlib.sha256(json.dumps(to_json(parts)).encode()).hexdigest()
+        facts = self.facts
+        return {
+            "the model": source.digest(self.exported),
+            "the samples": digest((facts.source, facts.fingerprint, facts.labelled)),
+            "the number of calibration samples": str(facts.calibration),
+            "the number of held-out samples": str(facts.holdout),
+            "the seed": str(facts.seed),
+            "how samples become inputs": digest((facts.preprocess, facts.tokens, facts.audio)),
+            **{f"the requirement {name}": str(value) for name, value in requirements.flat().items()},
+            "the builds to try": digest(self.builds),
+            "the metric": _identity(self.metric),
+            "the CPU": digest(self.cpu),
+            **{f"the version of {package}": version for package, version in package_versions().items()},
+        }
 
 
 def _class_names(
@@ -327,6 +337,11 @@ def _check_tried(unable: Mapping[str, str]) -> None:
     """Raise ``EngineError`` for the first engine that was asked for and is ``unable``, with the reason."""
     for name, why in unable.items():
         raise EngineError(f"engine {name} cannot be tried: {why}", "leave it out")
+
+
+def digest(value: Any) -> str:
+    """Equal for equal values."""
+    return hashlib.sha256(json.dumps(to_json(value)).encode()).hexdigest()
 
 
 def _identity(metric: MetricLike) -> str:

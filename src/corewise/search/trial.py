@@ -22,7 +22,7 @@ from corewise.records.trial import Fidelity, State, Trial
 from corewise.runtime.client import Client, Hung, InProcess, StepFailed, Worker, read_outputs
 from corewise.runtime.messages import RanSamples
 from corewise.runtime.workspace import Workspace
-from corewise.search.budget import Budget, BudgetSplit
+from corewise.search.budget import Budget, BudgetSplit, Preparation
 
 VERIFY_BATCH = 16
 MEASURE_S = 1.0
@@ -50,6 +50,7 @@ class SearchContext:
     """The thread layouts to try for a build."""
     budget: Budget = field(default_factory=Budget)
     split: BudgetSplit = field(default_factory=BudgetSplit)
+    preparation: Preparation = field(default_factory=Preparation)
     calibration: int = 0
     """Samples that calibrate."""
     holdout: int = 0

@@ -6,6 +6,7 @@ import linecache
 import textwrap
 from collections import deque
 from collections.abc import Callable, Mapping
+from itertools import takewhile
 from typing import Any, NamedTuple
 
 import torch
@@ -59,14 +60,23 @@ def changing_line(module: nn.Module, name: str) -> Origin | None:
 
 def find_line(module: nn.Module, line_in: Callable[[Any], int]) -> Origin | None:
     """The line of a module's own methods whose number ``line_in`` finds; it returns 0 where a method has none."""
-    for owner in type(module).__mro__:
-        if owner.__module__.startswith("torch."):  # nobody looks for it there
-            return None
-        for method in vars(owner).values():
-            if inspect.isfunction(method) and method.__name__ != "__init__" and (number := line_in(method)):
-                file = method.__code__.co_filename
-                return Origin(operation="", where=f"{file}:{number}", code=linecache.getline(file, number).strip())
+    for method in _own_methods(type(module)):
+        if number := line_in(method):
+            file = method.__code__.co_filename
+            return Origin(operation="", where=f"{file}:{number}", code=linecache.getline(file, number).strip())
     return None
+
+
+def _own_methods(kind: type) -> list[Any]:
+    """The methods of a module's classes but torch's: forward, what it calls, and the others, such as a reset."""
+    owners = takewhile(lambda owner: not owner.__module__.startswith("torch."), kind.__mro__)
+    methods = [value for owner in owners for value in vars(owner).values() if inspect.isfunction(value)]
+    called = {name for method in methods if method.__name__ == "forward" for name in method.__code__.co_names}
+    ranks = {"forward": 0} | dict.fromkeys(called - {"forward"}, 1)
+    return sorted(
+        (method for method in methods if method.__name__ != "__init__"),
+        key=lambda method: ranks.get(method.__name__, 2),
+    )
 
 
 class _Version(NamedTuple):

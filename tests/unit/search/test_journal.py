@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 
 import pytest
-from builders import text
+from builders import said, text
 
 from corewise.common.errors import OutputError
 from corewise.records.build import Build, Plan
@@ -60,6 +60,34 @@ def test_an_added_trial_is_there_at_once(tmp_path):
         assert journal.get(BUILDS[0]) is None
         journal.add(TRIALS[0])
         assert journal.get(BUILDS[0]) == TRIALS[0]
+
+
+def test_what_differs_from_an_earlier_run_is_told(tmp_path):
+    path, digest = tmp_path / "j", "0" * 64
+    parts = {"the model": digest, "the samples": digest, "the seed": "0", "the metric": "top1"}
+    with Journal(path, "key", parts) as journal:
+        assert journal.set_aside is None
+        journal.add(TRIALS[0])
+    with Journal(path, "key", parts) as journal:
+        assert journal.set_aside is None
+    with Journal(path, "other", parts | {"the samples": "1" * 64, "the seed": "7"}) as journal:
+        assert said(journal.set_aside) == (
+            "it starts again: the samples and the seed (0, now 7) changed since the earlier run, "
+            "whose 1 finished trial cannot be used"
+        )
+        assert journal.empty
+
+
+def test_a_run_that_finished_no_trial_is_not_missed(tmp_path):
+    write(tmp_path / "j", trials=[])
+    with Journal(tmp_path / "j", "other") as journal:
+        assert journal.set_aside is None
+
+
+def test_a_journal_that_does_not_say_what_it_is_of_is_set_aside_too(tmp_path):
+    write(tmp_path / "j")
+    with Journal(tmp_path / "j", "other", {"the seed": "0"}) as journal:
+        assert "the versions changed since the earlier run, whose 3 finished trials" in said(journal.set_aside)
 
 
 def test_the_last_record_of_a_build_counts(tmp_path):

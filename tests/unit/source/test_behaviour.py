@@ -106,6 +106,22 @@ class Session:
     calls = 0
 
 
+class CanBeReset(Net):
+    def __init__(self) -> None:
+        super().__init__()
+        self.reset()
+
+    def reset(self):
+        self.state = torch.zeros(4)
+
+    def forward(self, x):
+        return self.step(self.linear(x))
+
+    def step(self, hidden):
+        self.state = 0.9 * self.state + 0.1 * hidden.mean(0)  # goes on
+        return hidden - self.state
+
+
 class LearnsOn(Net):
     def forward(self, x):
         with torch.no_grad():
@@ -217,6 +233,7 @@ def test_a_counter_is_state_that_answers_do_not_depend_on():
         (ScalesByTheLargest(), "# keeps the largest", "cache changes with each call"),
         (KeepsAListOfTensors(), "# fills a list", "_past changes with each call"),
         (KeepsAnObject(), "# counts elsewhere", "session changes with each call"),
+        (CanBeReset(), "# goes on", "state changes with each call"),
         (EverySeventhCall(), "# numbers its calls", "number changes with each call"),
         (LeavesOut(), "# leaves out", "rand draws numbers"),
         (DrawsByNumPy(), "# asks numpy", "np.random.rand draws numbers"),

@@ -62,6 +62,8 @@ def class_labels(labels: Array | None, scores: Array, metric: str = "top1") -> N
         what = f"{sample_name(row)} has label {numbers[row]}, but the model's classes are 0..{classes - 1}"
         counts_from_one = numbers.min() >= 1 and numbers.max() == classes
         fix = "subtract 1: these labels count from 1" if counts_from_one else "give the labels the model was trained on"
+        if numbers[outside].max() < 0:
+            fix = "leave out the samples that have no label"
         raise UnfitLabel(row, what, fix)
     return numbers
 

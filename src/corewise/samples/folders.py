@@ -2,6 +2,7 @@
 
 import csv
 import os
+import re
 from collections import Counter
 from collections.abc import Collection, Iterable, Iterator
 from glob import glob
@@ -24,8 +25,12 @@ LABELS_FILE = "labels.csv"
 HEIC_SUFFIXES = (".heic", ".heif", ".hif")
 HIDDEN = (".", "__MACOSX")
 """Names that begin so are no samples: what file managers and archives add."""
-SPLITS = frozenset(("train", "training", "val", "valid", "validation", "dev", "test", "testing", "eval"))
-"""Names of folders that hold class folders and are none themselves."""
+PART = re.compile(
+    r"(train|training|val|valid|validation|dev|test|testing|eval)([ _-]?(set|data|images|imgs|\d+))?"
+    r"|images|imgs|masks|labels|annotations",
+    re.IGNORECASE,
+)
+"""Names of folders that hold class folders, or one kind of file of each sample, and are no classes themselves."""
 
 
 def list_images(places: Iterable[str | Place]) -> list[Place]:
@@ -154,9 +159,9 @@ def _listed(folder: Path, allow_empty: bool) -> _Listing:
             f"{folder} has the single class folder {filled[0]}",
             f"give {folder / filled[0]} for images without labels, or write {folder / LABELS_FILE}",
         )
-    if all(name.lower() in SPLITS for name in filled):
+    if all(map(PART.fullmatch, filled)):
         raise SamplesError(
-            f"the folders {', '.join(filled)} of {folder} look like parts of a data set, not like classes",
+            f"the folders {', '.join(classes)} of {folder} look like parts of a data set, not like classes",
             f"give one of them, e.g. {folder / filled[-1]}, or name the classes in {folder / LABELS_FILE}",
         )
     empty = [name for name in classes if name not in filled]

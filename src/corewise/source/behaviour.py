@@ -37,13 +37,18 @@ LATER_CALLS = 16
 LATER_S = 1.0
 NAMED_AFTER = re.compile(r"torch/(?:nn/functional\.py|distributions/\w+\.py)$")
 """Files of torch whose functions people know by name."""
-FOREIGN_RANDOM = re.compile(r"\b(?:np|numpy)\.random\.\w+|(?<![\w.])random\.\w+")
+FOREIGN_RANDOM = re.compile(
+    r"\b(?:np|numpy)\.random\.(?!default_rng|Generator|RandomState|seed)\w+"
+    r"|(?<![\w.])random\.(?!Random|SystemRandom|seed)\w+"
+)
+"""Calls that draw numbers, and none that make a generator."""
 
 
 class NotRepeatable(SourceError):
     """The model answers the same input differently from call to call, because of ``reason``."""
 
-    def __init__(self, reason: StateChange | RandomOperation) -> None:
+    def __init__(self, reason: StateChange | RandomOperation, *, first: bool = False) -> None:
+        """``first``: it keeps something of the first call alone."""
         origin = reason.origin
         at = f" ({origin.where}: {origin.code})" if origin and origin.where else ""
         if isinstance(reason, RandomOperation):
@@ -53,17 +58,22 @@ class NotRepeatable(SourceError):
             kept = f": {reason.name} changes with each call" if reason.name else ""
             what = f"the model answers the same input differently each time{kept}{at}"
             fix = "take the state as an input and return the new one, or leave it out in eval mode"
+            if first:
+                what = f"the model's answers depend on the first input that it sees, which {reason.name} keeps{at}"
+            elif not reason.name:
+                fix = "make forward depend on its inputs and its weights alone"
         super().__init__(what, fix)
         self.reason = reason
 
 
-def state_change(flat: Flat, batch: Batch, other: Batch) -> StateChange | None:
+def state_change(flat: Flat, batch: Batch, other: Batch, new: State) -> StateChange | None:
     """What calls change in the model without changing its answers; ``None`` where nothing.
 
     Args:
         flat: The model, which is left as it was.
         batch: What is answered several times.
         other: Other inputs that are answered in between: a model may keep what it saw last.
+        new: What the model kept before its first call: it may go on with what it saw first.
 
     Raises:
         NotRepeatable: ``batch`` is answered differently when it comes again, or the answers are random.
@@ -86,9 +96,26 @@ def state_change(flat: Flat, batch: Batch, other: Batch) -> StateChange | None:
         if random.origins:
             decibels = min(worst_row_db(first, _answers(flat, batch, seed)) for seed in SEEDS)
         restore_state(flat.model, kept)
+        if begun := changed_names(new, kept):
+            _check_beginning(flat, batch, other, new, begun, first)
+        restore_state(flat.model, kept)
     if decibels < DEPENDS_DB:
         raise NotRepeatable(RandomOperation(decibels=decibels, origin=random.origins[0]))
     return _state(flat.model, changed, EQUAL_DB, changes_answers=False) if changed else None
+
+
+def _check_beginning(
+    flat: Flat, batch: Batch, other: Batch, new: State, begun: Sequence[str], expected: list[Any]
+) -> None:
+    """Raise ``NotRepeatable`` if a model that is new answers ``batch`` differently where ``other`` came first."""
+    restore_state(flat.model, new)
+    try:
+        _answers(flat, other, seed=0)
+        decibels = worst_row_db(expected, _answers(flat, batch, seed=0))
+    except SourceError:  # a model may refuse what no sample looks like
+        return
+    if decibels < DEPENDS_DB:
+        raise NotRepeatable(_state(flat.model, begun, decibels, changes_answers=True), first=True)
 
 
 def _why_not_repeatable(
@@ -105,7 +132,30 @@ def _why_not_repeatable(
             return RandomOperation(decibels=decibels, origin=origins[0])
         # Changed weights are not put back; anything else that was seen to change is not the cause.
         changed = [name for name in changed if name in dict(flat.model.named_parameters())]
-    return _state(flat.model, changed, decibels, changes_answers=True)
+    state = _state(flat.model, changed, decibels, changes_answers=True)
+    return state if state.origin else replace(state, origin=_first_difference(flat, batch))
+
+
+def _first_difference(flat: Flat, batch: Batch) -> Origin | None:
+    """The user's line from which two calls differ, for what no attribute shows: a global, a hook, a clock."""
+    before: list[tuple[Any, Origin]] = []
+    for _ in range(LATER_CALLS):
+        with _Steps() as now:
+            _answers(flat, batch, seed=0)
+        for (value, _), (other, origin) in zip(before, now.steps, strict=False):
+            if value != other:
+                return origin
+        before = now.steps
+    return None
+
+
+def random_operation(program: ExportedProgram) -> Origin | None:
+    """The first operation of a program that draws random numbers."""
+    for node in program.graph.nodes:
+        if torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ()):
+            name = str(node.target).removeprefix("aten.").partition(".")[0]
+            return Origin(operation=name, **_line(node.meta.get("stack_trace")))
+    return None
 
 
 def batch_mixing(flat: Flat, batch: Batch) -> BatchMixing | None:
@@ -232,6 +282,34 @@ class _RandomCalls(TorchDispatchMode):  # type: ignore[no-untyped-call]
             name = next(called, func.__name__.partition(".")[0])
             self.origins.append(Origin(operation=name, where=_where(frame), code=(frame.line or "") if frame else ""))
         return func(*args, **(kwargs or {}))
+
+
+class _Steps(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Notes of each operation what it made, in short, and the user's line."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.steps: list[tuple[Any, Origin]] = []
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        """Run one operation."""
+        made = func(*args, **(kwargs or {}))
+        frame = own_frame(traceback.extract_stack()[:-1])
+        origin = Origin(operation=func.__name__, where=_where(frame), code=(frame.line or "") if frame else "")
+        self.steps.append(
+            ((func.__name__, *map(_in_short, made if isinstance(made, tuple | list) else [made])), origin)
+        )
+        return made
+
+
+def _in_short(value: Any) -> Any:
+    """Equal for equal tensors; NaN equals NaN."""
+    if not isinstance(value, Tensor) or value.is_complex() or value.layout != torch.strided:
+        return type(value).__name__
+    numbers = value.detach().double()
+    return tuple(value.shape), repr(numbers.sum().item()), repr(numbers.square().sum().item())
 
 
 def _where(frame: traceback.FrameSummary | None) -> str:

@@ -12,6 +12,7 @@ from corewise.source.checks import as_module
 from corewise.source.examples import Examples
 from corewise.source.exported import Exported, Flat
 from corewise.source.running import output_specs, run, run_batches
+from corewise.source.state import kept_state
 from corewise.source.tracing import trace
 
 
@@ -38,6 +39,7 @@ def export(model: nn.Module | ExportedProgram, samples: Samples, *, fixed_batch:
     """
     module, own_batch = as_module(model)
     flat = Flat(module, samples.structure)
+    new = kept_state(module)
     examples = Examples(samples, module)
     rows, why_fixed = fixed_batch or own_batch, ""
     if rows:
@@ -47,7 +49,7 @@ def export(model: nn.Module | ExportedProgram, samples: Samples, *, fixed_batch:
         structure, outputs, why_fixed = run_batches(flat, examples)
         rows = 1 if why_fixed else None
     _, smallest = run(flat, examples.smallest(rows or 1), examples.inputs)
-    state = state_change(flat, examples.largest(rows or 1), examples.other(rows or 1))
+    state = state_change(flat, examples.largest(rows or 1), examples.other(rows or 1), new)
     known = _with_fixed_batch(flat, examples, rows, why_fixed) if rows else _with_any_batch(flat, examples)
     if state and known.program:
         without_updates(known.program)

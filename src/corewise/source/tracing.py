@@ -17,6 +17,7 @@ from torch.export import Dim, ExportedProgram
 
 from corewise.common.errors import CorewiseError
 from corewise.common.references import guard, place, where
+from corewise.source.behaviour import random_operation
 from corewise.source.examples import Batch
 from corewise.source.exported import Flat
 from corewise.source.recurrence import recurrent_layers_kept
@@ -54,8 +55,19 @@ def trace(
         except _NotExportable as error:
             return None, error.what
         if not all(map(_close, answers, expected)):
-            return None, f"the exported program answers a batch of {len(inputs)} differently from the model"
+            return (
+                None,
+                f"the exported program answers a batch of {len(inputs)} differently from the model{_drawn(program)}",
+            )
     return program, ""
+
+
+def _drawn(program: ExportedProgram) -> str:
+    """What to say of a program that draws random numbers, from which it may differ."""
+    drawn = random_operation(program)
+    if drawn is None:
+        return ""
+    return f": it draws random numbers, {drawn.operation}{f' ({drawn.where})' if drawn.where else ''}"
 
 
 def _export(flat: Flat, example: Batch, dims: Sequence[dict[int, Any]]) -> ExportedProgram:

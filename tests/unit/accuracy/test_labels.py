@@ -41,10 +41,8 @@ def test_class_labels_are_understood_in_every_form(form):
         (ragged([np.zeros(1 + row % 2) for row in range(12)]), "the labels are of varying size"),
         (ragged([{"boxes": np.zeros((1, 4))}] * 12), "the labels are of varying size"),
         (WRONG + 1, r"holdout sample 2 has label 4, but the model's classes are 0\.\.3; subtract 1"),
-        (
-            WRONG - 1,
-            r"holdout sample 3 has label -1, but the model's classes are 0\.\.3; give the labels the model was",
-        ),
+        (WRONG - 1, r"sample 3 has label -1, but the model's classes are 0\.\.3; leave out the samples that have no"),
+        (WRONG + 2, r"holdout sample 1 has label 4, .*; give the labels the model was trained on"),
         (np.array(["cat", "dog", "ant"] * 4, object), "the labels are strings, which does not name one class"),
     ],
 )

@@ -129,10 +129,19 @@ def test_class_folders_whose_numbers_are_not_their_classes_are_told(tmp_path: Pa
     assert read(str(make(tmp_path / "few", [f"{number}/a.png" for number in range(4)])), TINY).notes == ()
 
 
-def test_the_parts_of_a_data_set_are_no_classes(tmp_path: Path) -> None:
-    make(tmp_path, ["train/cat/a.png", "train/dog/a.png", "val/cat/b.png", "val/dog/b.png"])
+@pytest.mark.parametrize(
+    "parts",
+    [("train", "val"), ("training_set", "test_set"), ("train2017", "annotations/"), ("images", "masks")],
+    ids="-".join,
+)
+def test_the_parts_of_a_data_set_are_no_classes(tmp_path: Path, parts: tuple[str, str]) -> None:
+    make(tmp_path, [part if part[-1] == "/" else f"{part}/{kind}/a.png" for part in parts for kind in ("cat", "dog")])
     assert "look like parts of a data set" in error_of(read, str(tmp_path))
-    assert labels_of(read(str(tmp_path / "val"), TINY)) == [0, 1]
+    assert labels_of(read(str(tmp_path / parts[0]), TINY)) == [0, 1]
+
+
+def test_classes_may_be_called_as_parts_are(tmp_path: Path) -> None:
+    assert labels_of(read(str(make(tmp_path, ["bus/a.png", "train/a.png", "val d'isere/a.png"])), TINY)) == [0, 1, 2]
 
 
 def test_a_named_pipe_is_set_aside_and_not_waited_for(tmp_path: Path) -> None:

@@ -386,7 +386,9 @@ def test_an_engine_that_was_asked_for_and_cannot_be_tried_is_an_error():
 
 
 def test_a_budget_too_short_for_one_candidate_says_where_the_time_went():
-    with pytest.raises(InputError, match=r"spent before one candidate was tried: .* took .*the baseline .*\d s") as told:
+    with pytest.raises(
+        InputError, match=r"spent before one candidate was tried: .* took .*the baseline .*\d s"
+    ) as told:
         run(Tiny(), only_images(), budget_s=0.1)
     assert "loading and exporting the model" in str(told.value)
 

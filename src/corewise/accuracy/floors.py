@@ -44,7 +44,7 @@ def lost_positions(
     The first token of a transformer may be all that is used of its output, and has values unlike the others'.
     """
     for layout, ours, theirs in zip(layouts, references, candidates, strict=True):
-        if layout.across is None:
+        if layout.across is None or not ours.size:
             continue
         energies = layout.across.energies(ours, theirs)
         power, error = energies.power(), energies.error.sum(axis=0)

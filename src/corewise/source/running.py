@@ -48,6 +48,11 @@ def run(flat: Flat, batch: Batch, inputs: Sequence[TensorSpec]) -> tuple[Structu
         raise SourceError(f"the model returns {type(value).__name__} without tensors", "return tensors")
     for name, leaf in zip(nested.leaf_names(structure), leaves, strict=True):
         _check_output(name, leaf, batch)
+    if not any(leaf.numel() for leaf in leaves):
+        raise SourceError(
+            f"the model returns no values: the shape of its output is {tuple(leaves[0].shape)}",
+            "return what it computes",
+        )
     return structure, leaves
 
 

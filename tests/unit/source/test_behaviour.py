@@ -1,5 +1,6 @@
 """Models whose answers depend on more than their own row are recognised by running them, with the line to blame."""
 
+import itertools
 from pathlib import Path
 
 import numpy as np
@@ -129,6 +130,67 @@ class LearnsOn(Net):
         return self.linear(x)
 
 
+class CountsElsewhere(Net):
+    def forward(self, x):
+        next(NUMBERS)
+        return self.linear(x) + next(NUMBERS)  # from elsewhere
+
+
+NUMBERS = itertools.count()
+
+
+class CountsInAHook(Net):
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear.register_forward_hook(lambda module, inputs, output: output + next(NUMBERS))  # hooked
+
+
+class ChangesDataOfWeights(Net):
+    def forward(self, x):
+        self.linear.bias.data += 0.01  # past torch's counter
+        return self.linear(x)
+
+
+class DrawsByNumPysGenerator(Net):
+    def __init__(self) -> None:
+        super().__init__()
+        self.random = np.random.default_rng(0)
+
+    def forward(self, x):
+        return self.linear(x) + float(self.random.normal())  # numpy's generator
+
+
+class StartsFromTheFirst(Net):
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("scale", torch.ones(4))
+        self.register_buffer("started", torch.tensor(False))
+
+    def forward(self, x):
+        hidden = self.linear(x)
+        if not self.started:
+            self.started.fill_(True)
+            self.scale.copy_(1 / (hidden.abs().amax(0) + 0.1))  # starts
+        return hidden * self.scale
+
+
+class KeepsATable(Net):
+    """As positions are kept for each length."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.tables = {}
+
+    def forward(self, x):
+        return self.linear(x) + self.tables.setdefault(x.shape[1], torch.arange(4.0))
+
+
+class SeedsItself(Net):
+    def forward(self, x):
+        torch.manual_seed(0)
+        return self.linear(x) + torch.randn(4)  # seeded
+
+
 class EverySeventhCall(Net):
     def __init__(self) -> None:
         super().__init__()
@@ -235,6 +297,11 @@ def test_a_counter_is_state_that_answers_do_not_depend_on():
         (KeepsAnObject(), "# counts elsewhere", "session changes with each call"),
         (CanBeReset(), "# goes on", "state changes with each call"),
         (EverySeventhCall(), "# numbers its calls", "number changes with each call"),
+        (CountsElsewhere(), "# from elsewhere", "differently each time (/"),
+        (CountsInAHook(), "# hooked", "differently each time (/"),
+        (ChangesDataOfWeights(), "# past torch's counter", "differently each time (/"),
+        (DrawsByNumPysGenerator(), "# numpy's generator", "differently each time (/"),
+        (StartsFromTheFirst(), "# starts", "depend on the first input that it sees, which scale keeps"),
         (LeavesOut(), "# leaves out", "rand draws numbers"),
         (DrawsByNumPy(), "# asks numpy", "np.random.rand draws numbers"),
         (DrawsByItsOwnGenerator(), "# own generator", "randn draws numbers"),
@@ -249,6 +316,18 @@ def test_a_model_that_does_not_repeat_itself_is_refused_with_the_line(model, com
     assert words in str(caught.value)
     assert line_of(model, comment) in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+def test_a_table_that_the_first_call_fills_is_no_state():
+    exported = export(KeepsATable(), SAMPLES)
+    assert exported.state is None
+    assert exported.program is not None
+
+
+def test_a_program_that_draws_other_numbers_than_its_model_says_where():
+    exported = export(SeedsItself(), SAMPLES)
+    assert exported.program is None
+    assert exported.why_not.endswith(f"it draws random numbers, randn ({line_of(SeedsItself(), '# seeded')})")
 
 
 def test_a_model_that_changes_its_weights_is_refused_with_their_name():

@@ -325,6 +325,7 @@ def test_a_fixed_batch_is_named_with_its_line(model: nn.Module, line: str, what:
     ("function", "what"),
     [
         (lambda x: x.sum(), "the model's output_0 has shape () for a batch of 2"),
+        (lambda x: x[:, :0], "the model returns no values: the shape of its output is (2, 0)"),
         (lambda x: x[:1], "the model's output_0 has shape (1, 4) for a batch of 2"),
         (lambda x: {"y": x, "n": len(x)}, "the model's output has constants that depend on its input"),
         (lambda x: 3, "the model returns int without tensors"),

@@ -60,6 +60,7 @@ class NotRepeatable(SourceError):
             fix = "take the state as an input and return the new one, or leave it out in eval mode"
             if first:
                 what = f"the model's answers depend on the first input that it sees, which {reason.name} keeps{at}"
+                fix = "run it once, on an input of your choice, where it is made"
             elif not reason.name:
                 fix = "make forward depend on its inputs and its weights alone"
         super().__init__(what, fix)

@@ -39,6 +39,8 @@ class StateChange:
     decibels: float
     """Signal-to-noise ratio between the answers of two calls with the same input; 200 if they are equal."""
     origin: Origin | None
+    is_read: bool = False
+    """Whether the program computes its outputs from it, though no call was seen to answer differently."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -246,7 +246,10 @@ def _from_files(details: Details) -> str:
 
 def _keeps_state(details: Details) -> str:
     where = f" ({details['where']})" if details["where"] else ""
-    return f"each call changes {details['name'] or 'a value'} in the model{where}; answers do not depend on it"
+    so = "answers do not depend on it"
+    if details.get("is_read"):
+        so = "no answer was seen to change by that, but they are computed from it, and builds keep it as it is"
+    return f"each call changes {details['name'] or 'a value'} in the model{where}; {so}"
 
 
 _SENTENCES: dict[ReasonKind, Callable[[Details], str]] = {

@@ -304,8 +304,8 @@ def _behaviour(exported: "Exported") -> Iterator[Reason]:
     elif exported.fixed_batch is not None:
         yield Reason.of(ReasonKind.FIXED_BATCH, rows=exported.fixed_batch, why=exported.why_fixed)
     if exported.state is not None:
-        origin = exported.state.origin
-        yield Reason.of(ReasonKind.KEEPS_STATE, name=exported.state.name, where=origin.where if origin else "")
+        state, where = exported.state, exported.state.origin.where if exported.state.origin else ""
+        yield Reason.of(ReasonKind.KEEPS_STATE, name=state.name, where=where, is_read=state.is_read)
 
 
 def _check_ignored(program: "ExportedProgram", ignored: Sequence[str]) -> None:

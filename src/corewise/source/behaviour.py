@@ -195,6 +195,16 @@ def mixing_origin(program: ExportedProgram, batch: Batch) -> Origin | None:
     return Origin(operation=str(first.target).removesuffix(".default"), **_line(first.meta.get("stack_trace")))
 
 
+def reads_buffer(program: ExportedProgram, name: str) -> bool:
+    """Whether a program, ``without_updates``, still uses the buffer of that name."""
+    buffers = program.graph_signature.inputs_to_buffers
+    return any(
+        node.users and (buffers[node.name] == name or buffers[node.name].endswith(f".{name}"))
+        for node in program.graph.nodes
+        if node.name in buffers
+    )
+
+
 def without_updates(program: ExportedProgram) -> None:
     """Take out of a program what only changes its buffers, where the answers do not depend on that."""
     buffers = program.graph_signature.inputs_to_buffers

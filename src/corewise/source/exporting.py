@@ -7,7 +7,14 @@ from torch.export import ExportedProgram
 
 from corewise.records.behaviour import BatchMixing
 from corewise.samples import Samples
-from corewise.source.behaviour import ROWS, batch_mixing, mixing_origin, state_change, without_updates
+from corewise.source.behaviour import (
+    ROWS,
+    batch_mixing,
+    mixing_origin,
+    reads_buffer,
+    state_change,
+    without_updates,
+)
 from corewise.source.checks import as_module
 from corewise.source.examples import Examples
 from corewise.source.exported import Exported, Flat
@@ -53,6 +60,7 @@ def export(model: nn.Module | ExportedProgram, samples: Samples, *, fixed_batch:
     known = _with_fixed_batch(flat, examples, rows, why_fixed) if rows else _with_any_batch(flat, examples)
     if state and known.program:
         without_updates(known.program)
+        state = replace(state, is_read=reads_buffer(known.program, state.name))
     return Exported(
         program=known.program,
         why_not=known.why_not,

@@ -56,6 +56,12 @@ class Counts(Net):
         return hidden
 
 
+class ChangesLater(Net):
+    def forward(self, x):
+        self.calls += 1
+        return self.linear(x) + (self.calls > 1000).float()
+
+
 class Remembers(Net):
     def forward(self, x):
         hidden = self.linear(x)
@@ -284,6 +290,13 @@ def test_a_counter_is_state_that_answers_do_not_depend_on():
     assert exported.state is not None
     assert exported.state.name == "calls"
     assert not exported.state.changes_answers
+    assert not exported.state.is_read
+    assert exported.program is not None
+
+
+def test_a_counter_that_answers_are_computed_from_is_told():
+    exported = export(ChangesLater(), SAMPLES)
+    assert exported.state.is_read
     assert exported.program is not None
 
 

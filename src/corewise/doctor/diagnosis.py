@@ -272,6 +272,12 @@ def _cpu_findings(cpu: Cpu) -> Iterator[Finding]:
             what="no int8 dot product (DotProd): int8 gains about half as much",
             fix="run on ARMv8.2 with DotProd or newer, such as Neoverse-N1",
         )
+    if tiles := [kind for kind in ("int8", "bf16") if cpu.has(f"amx_{kind}")]:
+        yield Finding(
+            severity="info",
+            what=f"AMX multiplies matrices of {' and '.join(tiles)}: bf16 may be nearly as fast as int8",
+            fix="nothing to do; doctor --torch says whether this process may use it",
+        )
     if cpu.isa and not cpu.bf16:
         yield Finding(
             severity="info",

@@ -118,6 +118,11 @@ class TestFindings:
         assert limited_by(cpu) == "affinity"
         assert limited_by(replace(cpu, quota_cores=3.0)) == "affinity"
 
+    def test_amx_is_explained(self) -> None:
+        assert "AMX multiplies matrices of int8 and bf16" in whats(SERVER)
+        assert "AMX multiplies matrices of int8:" in whats(replace(SERVER, isa=("avx512", "amx_int8")))
+        assert "AMX" not in whats(replace(SERVER, isa=("avx512", "avx512_bf16")))
+
     def test_smt_and_numa(self) -> None:
         assert "(SMT)" in whats(SERVER)
         assert "2 NUMA nodes" in whats(SERVER)

@@ -321,3 +321,17 @@ def test_a_race_without_time_has_the_baseline_and_the_best_plan(context, tmp_pat
     assert [(rates.build, rates.plan) for rates in run.rates][1:] == [(trials[1].build, best.plan)]
     assert run.rates[0].build == trials[0].build
     assert {len(rates.per_s) for rates in run.rates} == {MIN_ROUNDS}
+
+
+def test_a_race_that_contradicts_the_trials_is_run_again_only_if_the_budget_has_time(context, tmp_path, monkeypatch):
+    monkeypatch.setattr("corewise.runtime.race.WARM_S", 0.05)
+    monkeypatch.setitem(run_race.__kwdefaults__, "round_s", 0.05)
+    monkeypatch.setattr("corewise.search.finals.ROUNDS", 6)
+    monkeypatch.setattr("corewise.search.search.find_contradiction", lambda *of: text("they differ"))
+    context = context_with(tmp_path)
+    trials = tuned(context, fake(seconds_per_call=0.02), fake(seconds_per_call=0.01))
+    with Journal(context.workspace.journal, "key") as journal:
+        for total_s, races in ((None, 2), (1e-3, 1)):
+            search = searching(replace(context, budget=Budget(total_s=total_s)), journal, trials)
+            search.race()
+            assert search.races == races

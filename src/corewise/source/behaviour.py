@@ -141,7 +141,8 @@ def _first_difference(flat: Flat, batch: Batch) -> Origin | None:
     """The user's line from which two calls differ, for what no attribute shows: a global, a hook, a clock."""
     before: list[tuple[Any, Origin]] = []
     for _ in range(LATER_CALLS):
-        with _Steps() as now:
+        now = _Steps()
+        with now:
             _answers(flat, batch, seed=0)
         for (value, _), (other, origin) in zip(before, now.steps, strict=False):
             if value != other:

@@ -21,6 +21,7 @@ from corewise.serving.app import RequestLog
 from corewise.serving.connections import HANDSHAKE_S, Room, count_open
 from corewise.serving.gate import Gate, RequestIds
 from corewise.serving.host import Host, Options, for_pages
+from corewise.serving.rpc_connections import Shares
 from corewise.serving.served import Source
 from corewise.serving.tokens import Tokens
 
@@ -84,6 +85,7 @@ class _Server:
         self.models, self.metrics, self.limits = self.host.models, self.host.metrics, self.host.limits
         self.front, self.guard = self.host.front, self.host.guard
         self.repository = Repository(self.models)
+        self.shares: Shares | None = None
         self.stopping = asyncio.Event()
         self._is_open = False
         self._later: list[asyncio.Future[None]] = []
@@ -118,6 +120,9 @@ class _Server:
         rpc, rpc_port = await self._rpc(most)
         if rpc_port is not None:
             self.metrics.watch_connections("grpc", most, partial(count_open, rpc_port))
+        if isinstance(rpc_port, int):
+            refused = partial(self.metrics.connection_refused, "grpc")
+            self.shares = Shares(rpc_port, most, self.limits.client_share, refused)
         admin_rpc, admin_rpc_port = None, None
         if self.options.admin_grpc is not None:
             admin_rpc, admin_rpc_port = await admin.start_rpc(
@@ -178,6 +183,8 @@ class _Server:
                 address.unlink(missing_ok=True)
         self.models.close(0.0)
         self.guard.close()
+        if self.shares is not None:
+            self.shares.close()
         self.front.close()
         await asyncio.to_thread(self.host.traces.close)
         self.metrics.close()

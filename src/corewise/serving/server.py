@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from resource import RLIM_INFINITY, RLIMIT_NOFILE, getrlimit, setrlimit
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from corewise.common.errors import InputError
 from corewise.serving import addresses, admin, memory, memory_limit, web_server
@@ -21,14 +21,14 @@ from corewise.serving.app import RequestLog
 from corewise.serving.connections import HANDSHAKE_S, Room, count_open
 from corewise.serving.gate import Gate, RequestIds
 from corewise.serving.host import Host, Options, for_pages
-from corewise.serving.rpc_connections import Shares
 from corewise.serving.served import Source
 from corewise.serving.tokens import Tokens
 
+if TYPE_CHECKING:
+    from corewise.serving.rpc_connections import Shares
+
 log = logging.getLogger("corewise.serve")
 
-METADATA_BYTES = 16 * 1024
-"""Of a gRPC call, each entry with 32 bytes more than it has."""
 MOST_STREAMS = 1024
 """On one gRPC connection."""
 ADMIN_CONNECTIONS = 16
@@ -86,6 +86,7 @@ class _Server:
         self.front, self.guard = self.host.front, self.host.guard
         self.repository = Repository(self.models)
         self.shares: Shares | None = None
+        """Of the connections over gRPC."""
         self.stopping = asyncio.Event()
         self._is_open = False
         self._later: list[asyncio.Future[None]] = []
@@ -120,9 +121,6 @@ class _Server:
         rpc, rpc_port = await self._rpc(most)
         if rpc_port is not None:
             self.metrics.watch_connections("grpc", most, partial(count_open, rpc_port))
-        if isinstance(rpc_port, int):
-            refused = partial(self.metrics.connection_refused, "grpc")
-            self.shares = Shares(rpc_port, most, self.limits.client_share, refused)
         admin_rpc, admin_rpc_port = None, None
         if self.options.admin_grpc is not None:
             admin_rpc, admin_rpc_port = await admin.start_rpc(
@@ -204,6 +202,7 @@ class _Server:
         import grpc
 
         from corewise.serving import rpc_extensions
+        from corewise.serving.rpc_connections import METADATA_BYTES, Overfull, Shares
 
         server = grpc.aio.server(
             options=[
@@ -217,10 +216,12 @@ class _Server:
                 ("grpc.max_allowed_incoming_connections", most_connections),
             ]
         )
+        refused = partial(self.metrics.connection_refused, "grpc")
+        self.shares = Shares(most_connections, self.limits.client_share, refused)
         service = self.host.service()
         methods = rpc_extensions.list_methods(self.models, self.metrics, service.model_infer, self.front, self.limits)
         extensions = rpc_extensions.Handlers(methods, self.metrics, self.host.tokens, self.limits)
-        server.add_generic_rpc_handlers((service.handler, extensions))
+        server.add_generic_rpc_handlers((Overfull(self.shares), service.handler, extensions))
         if isinstance(self.options.grpc, Path):
             addresses.remove_stale(self.options.grpc)
         target = addresses.shown(self.options.grpc)
@@ -233,7 +234,10 @@ class _Server:
         except (RuntimeError, OSError) as error:
             raise InputError(f"gRPC cannot listen on {target}: {error}", "give another --grpc HOST:PORT") from error
         await server.start()
-        return server, self.options.grpc if isinstance(self.options.grpc, Path) else int(got)
+        if isinstance(self.options.grpc, Path):
+            return server, self.options.grpc
+        self.shares.start(got)
+        return server, int(got)
 
     def _stop(self) -> None:
         if self.stopping.is_set():

@@ -1,63 +1,110 @@
-"""gRPC's connections are shared out among addresses, though its library knows no such limit."""
+"""gRPC's connections are shared out among addresses, and metadata limited, where its library does neither."""
 
 import asyncio
 import socket
-from contextlib import ExitStack
+from contextlib import ExitStack, asynccontextmanager
 
 import grpc
 
-from corewise.serving.rpc_connections import Shares
+from corewise.serving.rpc_connections import ENTRY_BYTES, LOOK_S, METADATA_BYTES, Overfull, Shares
 
-PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + bytes((0, 0, 0, 4, 0, 0, 0, 0, 0))
-"""HTTP/2 with no settings: without it gRPC closes a connection by itself."""
+LENGTH_BYTES = 3
 
 
-def connect(port, address):
+def frame(kind, flags, stream, payload=b""):
+    """A frame of HTTP/2 (RFC 9113, section 4.1)."""
+    return len(payload).to_bytes(LENGTH_BYTES) + bytes((kind, flags)) + stream.to_bytes(4) + payload
+
+
+PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + frame(4, 0, 0)
+"""Without it gRPC closes a connection by itself."""
+NAMED = ((b":path", b"/toy/Echo"), (b":authority", b"x"), (b"content-type", b"application/grpc"), (b"te", b"trailers"))
+CALL = b"\x83\x86" + b"".join(b"\0%c%b%c%b" % (len(name), name, len(value), value) for name, value in NAMED)
+"""POST over http, and fields that stay out of the tables (RFC 7541, section 6.2.2)."""
+ACCEPT_CHARSET = b"\x8f"
+"""A field of the static table, which is one byte on the wire."""
+
+
+def connect(port, address, more=b""):
     made = socket.create_connection(("127.0.0.1", port), 5, (address, 0))
-    made.sendall(PREFACE)
+    made.sendall(PREFACE + more)
     made.settimeout(0)
     return made
 
 
 def is_open(connection):
     try:
-        while data := connection.recv(4096):
-            assert data
+        while connection.recv(4096):
+            pass
     except BlockingIOError:
         return True
     except ConnectionResetError:
-        return False
+        pass
     return False
 
 
+async def until(condition):
+    async with asyncio.timeout(30):
+        while not condition():
+            await asyncio.sleep(0.01)
+
+
+@asynccontextmanager
+async def echoing(refused):
+    """The port of a server of which an address may have four connections."""
+
+    async def echo(request, context):
+        return request
+
+    shares = Shares(8, 0.5, lambda: refused.append(1))
+    handlers = {"Echo": grpc.unary_unary_rpc_method_handler(echo)}
+    sizes = [(f"grpc.{name}max_metadata_size", METADATA_BYTES) for name in ("", "absolute_")]
+    server = grpc.aio.server(options=sizes)
+    server.add_generic_rpc_handlers((Overfull(shares), grpc.method_handlers_generic_handler("toy", handlers)))
+    port = server.add_insecure_port("127.0.0.1:0")
+    await server.start()
+    shares.start(port)
+    yield port
+    shares.close()
+    await server.stop(0)
+
+
+async def ask(port):
+    """What the server answers to a client of 127.0.0.1."""
+    async with grpc.aio.insecure_channel(f"127.0.0.1:{port}") as channel:
+        return await channel.unary_unary("/toy/Echo")(b"hello", timeout=20)
+
+
 def test_an_address_has_its_share_of_grpcs_connections_and_keeps_the_older_ones():
-    refused = []
-
     async def main():
-        async def echo(request, context):
-            return request
+        refused = []
+        async with echoing(refused) as port:
+            with ExitStack() as stack:
+                old = [stack.enter_context(connect(port, "127.0.0.2")) for _ in range(4)]
+                other = [stack.enter_context(connect(port, "127.0.0.3")) for _ in range(2)]
+                await asyncio.sleep(1.5 * LOOK_S)
+                assert not refused
+                new = [stack.enter_context(connect(port, "127.0.0.2")) for _ in range(2)]
+                await until(lambda: len(refused) == 2 and not any(map(is_open, new)))
+                assert all(map(is_open, old + other))
+                other.pop().close()
+                assert await ask(port) == b"hello"
+            assert len(refused) == 2
 
-        server = grpc.aio.server()
-        handlers = {"Echo": grpc.unary_unary_rpc_method_handler(echo)}
-        server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler("toy", handlers),))
-        port = server.add_insecure_port("127.0.0.1:0")
-        await server.start()
-        shares = Shares(port, 8, 0.5, lambda: refused.append(1))
-        with ExitStack() as stack:
-            old = [stack.enter_context(connect(port, "127.0.0.2")) for _ in range(4)]
-            other = [stack.enter_context(connect(port, "127.0.0.3")) for _ in range(2)]
-            await asyncio.sleep(0.6)  # a look, which finds nothing wrong
-            assert not refused
-            new = [stack.enter_context(connect(port, "127.0.0.2")) for _ in range(3)]
-            async with asyncio.timeout(20):
-                while len(refused) < 3 or any(map(is_open, new)):
-                    await asyncio.sleep(0.02)
-            assert all(map(is_open, old + other))
-            old.pop().close()
-            async with grpc.aio.insecure_channel(f"127.0.0.1:{port}") as channel:
-                assert await channel.unary_unary("/toy/Echo")(b"hello", timeout=20) == b"hello"
-            assert len(refused) == 3
-        shares.close()
-        await server.stop(0)
+    asyncio.run(main())
+
+
+def test_who_makes_much_metadata_of_few_bytes_is_barred_and_others_are_answered():
+    async def main():
+        refused, most = [], METADATA_BYTES // ENTRY_BYTES
+        async with echoing(refused) as port:
+            with connect(port, "127.0.0.3", frame(1, 5, 1, CALL + ACCEPT_CHARSET * (most // 2))) as honest:
+                with connect(port, "127.0.0.2", frame(1, 5, 1, CALL + ACCEPT_CHARSET * 2 * most)) as bomb:
+                    await until(lambda: not is_open(bomb))
+                with connect(port, "127.0.0.2") as again:
+                    await until(lambda: not is_open(again))
+                assert is_open(honest)
+            assert await ask(port) == b"hello"
+            assert len(refused) >= 2
 
     asyncio.run(main())

@@ -11,7 +11,7 @@ from bisect import bisect_left, bisect_right, insort
 from collections import Counter, deque
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
-from heapq import heapify, heapreplace, nlargest
+from heapq import heapify, heapreplace
 from itertools import accumulate, count, pairwise
 from math import ceil, inf
 from typing import Literal, NamedTuple, Self
@@ -298,8 +298,8 @@ class Policy:
             return "no instance"
         return "too urgent" if now_s + self._least_s[request.rows] > request.deadline_s else None
 
-    def _fit(self, place: Place, without: list[Place], now_s: float) -> tuple[Place, _Plan] | Refused:
-        """The place with its room, and the plan with it, if the places to displace were gone."""
+    def _fit(self, place: Place, without: list[Place], now_s: float) -> tuple[Place, _Plan | None] | Refused:
+        """The place with its room, and the plan with it if there is one, if the places to displace were gone."""
         free_s = self._free_s(now_s)
         request = place.request
         if self.waiting_rows - _rows(without) + request.rows > self._max_waiting:
@@ -309,9 +309,12 @@ class Policy:
         rows = self.waiting_rows - _rows(without) + request.rows
         if len(others) >= LONG and (late_s := self._least_late_s(place, others, rows, free_s, now_s)) > 0:
             return Refused(reason="overloaded", retry_after_s=late_s)
+        idle = _idle(free_s, now_s)
+        if not others and idle:
+            # An instance starts it at once: it may be in time, and its duration updates ``slowness``.
+            return place._replace(room_s=self._seconds[request.rows]), None
         position = bisect_left(others, place)
-        idle_now = _idle(free_s, now_s)
-        ahead, idle = 0, max(1, idle_now)
+        ahead, idle = 0, max(1, idle)
         k = position
         while self._shared and k > 0 and ahead < self._max_batch * idle:
             k -= 1
@@ -336,9 +339,7 @@ class Policy:
             plan = _Plan(self._plan.free_s, [*self._plan.rest, place], self._plan.late_s)
         plan, late_s = play(plan)
         late_s += self.margin_s
-        # A request that an idle instance starts at once may be in time, and its duration updates ``slowness``.
-        at_once = not others and idle_now
-        return (place, plan) if late_s <= 0 or at_once else Refused(reason="overloaded", retry_after_s=late_s)
+        return (place, plan) if late_s <= 0 else Refused(reason="overloaded", retry_after_s=late_s)
 
     def _least_late_s(self, place: Place, others: list[Place], rows: int, free_s: list[float], now_s: float) -> float:
         """The least by which the last call would be late if every call of all rows were as efficient as can be."""
@@ -428,8 +429,10 @@ class Policy:
     def _note_slowness(self, ratio: float) -> None:
         """Note the ratio of a call's time to its measured time."""
         self._times.append(ratio)
-        self.slowness = max(1.0, nlargest(RARE, self._times)[-1])
-        self._seconds = [self.slowness * seconds for seconds in self._measured_s]
+        slowness = max(1.0, sorted(self._times)[-RARE])
+        if slowness != self.slowness:
+            self.slowness = slowness
+            self._seconds = [slowness * seconds for seconds in self._measured_s]
 
     def _forget(self, places: list[Place]) -> None:
         for place in places:

@@ -3,11 +3,11 @@
 import math
 import threading
 import time
-from collections import Counter, deque
+from collections import Counter, defaultdict, deque
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, TypeVar
 
 from corewise.batching import Answer
 
@@ -21,15 +21,17 @@ STEP = 1.05
 """Latencies are counted in buckets that grow by this factor: percentiles are exact to 2.5 %."""
 
 
-class Spent(NamedTuple):
+@dataclass(slots=True)
+class Spent:
     """How often something was done, and its total seconds."""
 
     times: int = 0
     seconds: float = 0.0
 
-    def plus(self, seconds: float) -> "Spent":
-        """With one more."""
-        return Spent(times=self.times + 1, seconds=self.seconds + seconds)
+    def add(self, seconds: float) -> None:
+        """Once more."""
+        self.times += 1
+        self.seconds += seconds
 
     @property
     def described(self) -> dict[str, int]:
@@ -92,8 +94,8 @@ class Statistics:
         self.started_s = clock()
         self._lock = threading.Lock()
         self._seconds: deque[_Second] = deque(maxlen=HISTORY_S + 1)
-        self.success = self.fail = self.queue = self.infer = Spent()
-        self.by_rows: dict[int, Spent] = {}
+        self.success, self.fail, self.queue, self.infer = (Spent() for _ in range(4))
+        self.by_rows: defaultdict[int, Spent] = defaultdict(Spent)
         """The calls of each number of rows; a call of several requests is counted in parts."""
         self.layouts: Counter[str] = Counter()
         """The requests that ran in calls of each thread layout."""
@@ -104,10 +106,10 @@ class Statistics:
     def answered(self, answer: Answer, rows: int, took_s: float, layout: str = "") -> None:
         """A request was answered by a call of that thread layout."""
         with self._lock:
-            self.success = self.success.plus(took_s)
-            self.queue = self.queue.plus(answer.waited_s)
-            self.infer = self.infer.plus(answer.ran_s)
-            self.by_rows[answer.batch_rows] = self.by_rows.get(answer.batch_rows, Spent()).plus(answer.ran_s)
+            self.success.add(took_s)
+            self.queue.add(answer.waited_s)
+            self.infer.add(answer.ran_s)
+            self.by_rows[answer.batch_rows].add(answer.ran_s)
             self.rows += rows
             self.calls += rows / answer.batch_rows
             self.last_s = self._clock()
@@ -129,7 +131,7 @@ class Statistics:
     def failed(self, took_s: float) -> None:
         """A request's call failed."""
         with self._lock:
-            self.fail = self.fail.plus(took_s)
+            self.fail.add(took_s)
             self._second().failed += 1
 
     def recent(self, window_s: int = MINUTE_S) -> Recent:

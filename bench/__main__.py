@@ -26,6 +26,7 @@ BENCHMARKS = (
     "peers",
     "overload",
     "protocols",
+    "handover",
     "soak",
     "attacks",
     "fuzz",

@@ -33,7 +33,7 @@ from corewise.serving.infer import (
     timeout_s,
     unread_bytes,
 )
-from corewise.serving.memory_limit import COPIES
+from corewise.serving.memory_limit import LARGE_ANSWER_BYTES, answer_bytes
 from corewise.serving.metrics import CONTENT_TYPE, Metrics
 from corewise.serving.models import Models
 from corewise.serving.protocol import InferRequest, Limits, NoRoom, ProtocolError
@@ -46,10 +46,6 @@ log = logging.getLogger("corewise.serve")
 OPEN_TO_ALL = ("/v2/health/live", "/v2/health/ready", "/health")
 """A prober has no token."""
 NOT_NOW = refusals.NOT_NOW
-LARGE_ANSWER_BYTES = 2**16
-"""Above it an answer may wait for its client to read it."""
-ANSWER_COPIES = 2
-"""Of an answer, until it is read."""
 
 
 class App:
@@ -380,7 +376,7 @@ class RequestLog:
         """Send an answer, booked until its client has read nearly all of it, if there is room; the status sent."""
         with self._front.booking(client) as booking:
             try:
-                booking.add(ANSWER_COPIES * len(body) // COPIES)
+                booking.add(answer_bytes(len(body)))
             except NoRoom as error:
                 status, headers, why = refusals.plain(error.status, str(error))
                 kept = [each for each in start["headers"] if each[0] in (REQUEST_ID, b"connection")]

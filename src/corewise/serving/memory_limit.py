@@ -23,6 +23,10 @@ COPIES = 6
 the engine's shared memory; some of that is only free when it is collected."""
 PIXEL_BYTES = 8
 """An image as it was stored and as RGB, of which Pillow keeps four bytes each."""
+LARGE_ANSWER_BYTES = 2**16
+"""Above it an answer may wait for its client to read it."""
+ANSWER_COPIES = 2
+"""Of an answer, until it is read."""
 RECEIVED_SHARE, CONNECTIONS_SHARE = 1 / 8, 1 / 16
 CONNECTION_BYTES = 48 * 1024
 """With what may have arrived of its headers; there are two ports."""
@@ -94,6 +98,11 @@ def _status_bytes(pid: str, names: tuple[str, ...]) -> int:
         fields = dict(line.split(":", 1) for line in lines if line.startswith(names))
         return sum(int(value.split()[0]) * 1024 for value in fields.values())
     return 0
+
+
+def answer_bytes(size_bytes: int) -> int:
+    """What an answer books until its client has read it."""
+    return ANSWER_COPIES * size_bytes // COPIES if size_bytes > LARGE_ANSWER_BYTES else 0
 
 
 class Guard:

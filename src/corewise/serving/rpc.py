@@ -15,6 +15,7 @@ from corewise.common.errors import CorewiseError
 from corewise.records.build import TensorSpec
 from corewise.serving import messages, oip, protocol, triton
 from corewise.serving.front import Front
+from corewise.serving.memory_limit import answer_bytes
 from corewise.serving.messages import Receiver
 from corewise.serving.metrics import Metrics
 from corewise.serving.models import Models
@@ -219,12 +220,22 @@ class Service:
             data = await self.receiver.receive(requests, client)
             booking.add(len(data))
             if name == "ModelInfer":
-                return await self._infer(data, context)
+                answer = await self._infer(data, context)
+                self._hold(answer, client, context)
+                return answer
             messages.check_small(data)
             request = await self._front.read(
                 lambda: messages.decoded(data, message), len(data) // messages.DECODED_BYTES
             )
             return await call(request, context)
+
+    def _hold(self, answer: Any, client: str, context: Any) -> None:
+        """Book a large answer until its client has read it. Raises ``NoRoom``."""
+        size_bytes = answer_bytes(len(answer) if isinstance(answer, bytes) else answer.ByteSize())
+        if size_bytes:
+            booking = self._front.booking(client)
+            booking.add(size_bytes)
+            context.add_done_callback(lambda _: booking.__exit__())
 
     def _refuse_unread(self, client: str, context: Any) -> None:
         """Raise ``NotServed`` for a call, not yet received, that has no place or would have its turn too late."""

@@ -15,12 +15,12 @@ from uvicorn.server import ServerState
 
 from corewise.batching import Answer
 from corewise.serving import connections, infer, messages, web_server
-from corewise.serving.app import ANSWER_COPIES, LARGE_ANSWER_BYTES, App, RequestLog
+from corewise.serving.app import App, RequestLog
 from corewise.serving.connections import HEALTH_CONNECTIONS, JOINED_BYTES, Acceptor, Room
 from corewise.serving.connections import PER_ROUND as ROUND
 from corewise.serving.front import Front
 from corewise.serving.gate import RequestIds
-from corewise.serving.memory_limit import COPIES
+from corewise.serving.memory_limit import COPIES, LARGE_ANSWER_BYTES, answer_bytes
 from corewise.serving.protocol import InferRequest, Limits
 from corewise.serving.text_routes import PIECE_BYTES, TextRoutes
 from corewise.serving.tokens import Tokens
@@ -225,7 +225,7 @@ def test_an_answer_is_one_write(method, size, more, writes):
 def test_a_large_answer_is_booked_until_it_is_read_and_refused_if_there_is_no_room():
     async def main():
         answer, read = b"x" * (LARGE_ANSWER_BYTES + 1), asyncio.Event()
-        booked_bytes = ANSWER_COPIES * len(answer) // COPIES
+        booked_bytes = answer_bytes(len(answer))
         front = Front(Limits(bodies_bytes=3 * booked_bytes, client_share=0.5), 16)
 
         async def app(scope, receive, send):

@@ -1,4 +1,4 @@
-"""gRPC's connections are shared out among addresses, and metadata limited, where its library does neither."""
+"""gRPC's connections are shared out, and what it keeps for a client is limited, which its library does not do."""
 
 import asyncio
 import socket
@@ -6,7 +6,12 @@ from contextlib import ExitStack, asynccontextmanager
 
 import grpc
 
+from corewise.serving.front import Front
+from corewise.serving.memory_limit import LARGE_ANSWER_BYTES, answer_bytes
+from corewise.serving.protocol import Limits
+from corewise.serving.rpc import Service
 from corewise.serving.rpc_connections import ENTRY_BYTES, LOOK_S, METADATA_BYTES, Overfull, Shares
+from corewise.serving.tokens import Tokens
 
 LENGTH_BYTES = 3
 
@@ -106,5 +111,46 @@ def test_who_makes_much_metadata_of_few_bytes_is_barred_and_others_are_answered(
                 assert is_open(honest)
             assert await ask(port) == b"hello"
             assert len(refused) >= 2
+
+    asyncio.run(main())
+
+
+class Large(Service):
+    """Answers at length."""
+
+    async def _infer(self, data, context):
+        return bytes(4 * LARGE_ANSWER_BYTES)
+
+
+def test_a_large_answer_over_grpc_counts_towards_its_address_until_it_is_read():
+    path = b"/inference.GRPCInferenceService/ModelInfer"
+    no_window = frame(4, 0, 0, (4).to_bytes(2) + bytes(4))
+    call = frame(1, 4, 1, CALL.replace(b"\x09/toy/Echo", b"%c%b" % (len(path), path)))
+    message = frame(0, 1, 1, bytes(5))
+
+    async def main():
+        booked_bytes = answer_bytes(4 * LARGE_ANSWER_BYTES)
+        front = Front(Limits(bodies_bytes=3 * booked_bytes, client_share=0.5), 16)
+        server = grpc.aio.server()
+        server.add_generic_rpc_handlers((Large(None, None, Limits(), Tokens(()), front).handler,))
+        port = server.add_insecure_port("127.0.0.1:0")
+        await server.start()
+        async with grpc.aio.insecure_channel(f"127.0.0.1:{port}") as channel:
+
+            async def is_answered():
+                code = await channel.unary_unary(path.decode())(b"x", timeout=20).code()
+                assert code in (grpc.StatusCode.OK, grpc.StatusCode.RESOURCE_EXHAUSTED)
+                return code is grpc.StatusCode.OK
+
+            for _ in range(4):
+                assert await is_answered()
+            with connect(port, "127.0.0.1", no_window + call + message):
+                await until(lambda: front.budget.total_booked_bytes >= 5 * booked_bytes)
+                assert not await is_answered()
+            async with asyncio.timeout(20):
+                while not await is_answered():
+                    pass
+        await server.stop(0)
+        front.close()
 
     asyncio.run(main())

@@ -13,6 +13,7 @@ import zlib
 from pathlib import Path
 
 import grpc
+import http2_frames
 import httpx
 import numpy as np
 import pytest
@@ -177,6 +178,13 @@ def test_metadata_beyond_its_limit_is_refused_and_not_logged(server):
     assert call(server, b"", metadata=metadata[:300])[0] == "NOT_FOUND"
     time.sleep(0.1)
     assert not any("hpack" in line for line in server.logged)
+
+
+def test_metadata_that_is_a_byte_each_ends_the_connection_and_others_are_answered(server):
+    port = int(server.grpc.rpartition(":")[2])
+    with http2_frames.connect(port, "127.0.0.2", http2_frames.call(INFER, http2_frames.ACCEPT_CHARSET * 16000)) as bomb:
+        assert eventually(lambda: not http2_frames.is_open(bomb))
+    assert call(server, b"", f"/{oip.SERVICE}/ServerReady")[0] == "OK"
 
 
 def test_large_messages_of_grpc_at_once_are_refused_and_others_are_answered(server):

@@ -1,10 +1,10 @@
 """gRPC's connections are shared out, and what it keeps for a client is limited, which its library does not do."""
 
 import asyncio
-import socket
 from contextlib import ExitStack, asynccontextmanager
 
 import grpc
+from http2_frames import ACCEPT_CHARSET, NO_WINDOW, call, connect, frame, is_open
 
 from corewise.serving.front import Front
 from corewise.serving.memory_limit import LARGE_ANSWER_BYTES, answer_bytes
@@ -12,40 +12,6 @@ from corewise.serving.protocol import Limits
 from corewise.serving.rpc import Service
 from corewise.serving.rpc_connections import ENTRY_BYTES, LOOK_S, METADATA_BYTES, Overfull, Shares
 from corewise.serving.tokens import Tokens
-
-LENGTH_BYTES = 3
-
-
-def frame(kind, flags, stream, payload=b""):
-    """A frame of HTTP/2 (RFC 9113, section 4.1)."""
-    return len(payload).to_bytes(LENGTH_BYTES) + bytes((kind, flags)) + stream.to_bytes(4) + payload
-
-
-PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + frame(4, 0, 0)
-"""Without it gRPC closes a connection by itself."""
-NAMED = ((b":path", b"/toy/Echo"), (b":authority", b"x"), (b"content-type", b"application/grpc"), (b"te", b"trailers"))
-CALL = b"\x83\x86" + b"".join(b"\0%c%b%c%b" % (len(name), name, len(value), value) for name, value in NAMED)
-"""POST over http, and fields that stay out of the tables (RFC 7541, section 6.2.2)."""
-ACCEPT_CHARSET = b"\x8f"
-"""A field of the static table, which is one byte on the wire."""
-
-
-def connect(port, address, more=b""):
-    made = socket.create_connection(("127.0.0.1", port), 5, (address, 0))
-    made.sendall(PREFACE + more)
-    made.settimeout(0)
-    return made
-
-
-def is_open(connection):
-    try:
-        while connection.recv(4096):
-            pass
-    except BlockingIOError:
-        return True
-    except ConnectionResetError:
-        pass
-    return False
 
 
 async def until(condition):
@@ -103,8 +69,8 @@ def test_who_makes_much_metadata_of_few_bytes_is_barred_and_others_are_answered(
     async def main():
         refused, most = [], METADATA_BYTES // ENTRY_BYTES
         async with echoing(refused) as port:
-            with connect(port, "127.0.0.3", frame(1, 5, 1, CALL + ACCEPT_CHARSET * (most // 2))) as honest:
-                with connect(port, "127.0.0.2", frame(1, 5, 1, CALL + ACCEPT_CHARSET * 2 * most)) as bomb:
+            with connect(port, "127.0.0.3", call("/toy/Echo", ACCEPT_CHARSET * (most // 2))) as honest:
+                with connect(port, "127.0.0.2", call("/toy/Echo", ACCEPT_CHARSET * 2 * most)) as bomb:
                     await until(lambda: not is_open(bomb))
                 with connect(port, "127.0.0.2") as again:
                     await until(lambda: not is_open(again))
@@ -123,10 +89,8 @@ class Large(Service):
 
 
 def test_a_large_answer_over_grpc_counts_towards_its_address_until_it_is_read():
-    path = b"/inference.GRPCInferenceService/ModelInfer"
-    no_window = frame(4, 0, 0, (4).to_bytes(2) + bytes(4))
-    call = frame(1, 4, 1, CALL.replace(b"\x09/toy/Echo", b"%c%b" % (len(path), path)))
-    message = frame(0, 1, 1, bytes(5))
+    path = "/inference.GRPCInferenceService/ModelInfer"
+    unread = NO_WINDOW + call(path, ends=False) + frame(0, 1, 1, bytes(5))
 
     async def main():
         booked_bytes = answer_bytes(4 * LARGE_ANSWER_BYTES)
@@ -138,13 +102,13 @@ def test_a_large_answer_over_grpc_counts_towards_its_address_until_it_is_read():
         async with grpc.aio.insecure_channel(f"127.0.0.1:{port}") as channel:
 
             async def is_answered():
-                code = await channel.unary_unary(path.decode())(b"x", timeout=20).code()
+                code = await channel.unary_unary(path)(b"x", timeout=20).code()
                 assert code in (grpc.StatusCode.OK, grpc.StatusCode.RESOURCE_EXHAUSTED)
                 return code is grpc.StatusCode.OK
 
             for _ in range(4):
                 assert await is_answered()
-            with connect(port, "127.0.0.1", no_window + call + message):
+            with connect(port, "127.0.0.1", unread):
                 await until(lambda: front.budget.total_booked_bytes >= 5 * booked_bytes)
                 assert not await is_answered()
             async with asyncio.timeout(20):

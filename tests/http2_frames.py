@@ -1,0 +1,42 @@
+"""Frames of HTTP/2 as no client library would send them."""
+
+import socket
+
+ACCEPT_CHARSET = b"\x8f"
+"""A header of the static table, which is one byte on the wire (RFC 7541, appendix A)."""
+
+
+def frame(kind: int, flags: int, stream: int, payload: bytes = b"") -> bytes:
+    """One frame (RFC 9113, section 4.1)."""
+    return len(payload).to_bytes(3) + bytes((kind, flags)) + stream.to_bytes(4) + payload
+
+
+def call(path: str, more: bytes = b"", *, ends: bool = True) -> bytes:
+    """The headers of a gRPC call as stream 1, none of which is kept in a table (RFC 7541, section 6.2.2)."""
+    named = {":path": path, ":authority": "x", "content-type": "application/grpc", "te": "trailers"}
+    told = b"".join(b"\0%c%b%c%b" % (len(k), k.encode(), len(v), v.encode()) for k, v in named.items())
+    return frame(1, 5 if ends else 4, 1, b"\x83\x86" + told + more)
+
+
+NO_WINDOW = frame(4, 0, 0, (4).to_bytes(2) + bytes(4))
+"""Settings of a client that can read no answer."""
+
+
+def connect(port: int, address: str, more: bytes = b"") -> socket.socket:
+    """A connection from that address of this machine that has begun as HTTP/2, which gRPC waits for."""
+    made = socket.create_connection(("127.0.0.1", port), 5, (address, 0))
+    made.sendall(b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + frame(4, 0, 0) + more)
+    made.settimeout(0)
+    return made
+
+
+def is_open(connection: socket.socket) -> bool:
+    """Whether the other side has not closed it."""
+    try:
+        while connection.recv(4096):
+            pass
+    except BlockingIOError:
+        return True
+    except ConnectionResetError:
+        pass
+    return False

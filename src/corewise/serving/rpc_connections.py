@@ -19,7 +19,7 @@ from corewise.serving.addresses import client_of
 from corewise.serving.connections import Seats
 
 METADATA_BYTES = 16 * 1024
-"""Of a gRPC call, each entry with ENTRY_BYTES more than it has."""
+"""Of a gRPC call, each entry with ``ENTRY_BYTES`` more than it has."""
 ENTRY_BYTES = 32
 LOOK_S, SHORTLY_S = 0.5, 0.05
 """From one look at all connections to the next, and after one that found too many."""
@@ -69,7 +69,10 @@ class Shares:
 
     def _look(self, port: int, barred: Collection[str]) -> int:
         """Shut down what is too much; how many connections that were."""
-        handles = [int(name) for name in os.listdir("/proc/self/fd")]
+        try:
+            handles = [int(name) for name in os.listdir("/proc/self/fd")]
+        except OSError:  # no file is left to look with
+            return 0
         if len(handles) <= self._most_of_client and not barred:  # as nearly always: no address can have too many
             self._known = {}
             return 0

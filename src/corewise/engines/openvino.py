@@ -51,9 +51,9 @@ class OpenVino:
 
         The rest in bf16 is what OpenVINO takes by itself there, and worth it: 1.1 and 1.2 times the speed of NNCF's
         int8 and of int8-dynamic on ViT-S (Zen 4). int8-dynamic is for linear layers on CPUs that multiply int8:
-        on others OpenVINO only unpacks the weights. Where AMX multiplies bf16 it does so too unless the rest is in fp32,
-        which is for short calls: linear layers of MiniLM's size took half of bf16's time with 16 rows, and 1.5 times
-        as long with 2,048 (Granite Rapids).
+        on others OpenVINO only unpacks the weights. Where AMX multiplies bf16 it does so too unless the rest is in
+        fp32, which is for short calls: linear layers of MiniLM's size took half of bf16's time with 16 rows, and 1.5
+        times as long with 2,048 (two cores of a Xeon with AMX).
 
         For nets with residual adds also our other placement: without AVX-512 OpenVINO adds an operand within a
         convolution's kernel only where both are int8 (ResNet-50, Zen 3: its 16 adds alone took 8 % of the time), and

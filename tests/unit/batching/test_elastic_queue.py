@@ -5,6 +5,7 @@ import threading
 from concurrent.futures import wait
 from dataclasses import replace
 from itertools import count
+from math import inf
 
 import numpy as np
 import pytest
@@ -82,7 +83,29 @@ def test_while_a_wide_call_runs_nothing_starts_and_what_came_starts_at_its_end()
     assert started(made, 0.0024) == [(0, [1, 2]), (1, [3, 4])]
     offer(made, 0.003, 5)
     made.finished(1, 0.0075)
-    assert started(made, 0.0099) == [(1, [5])], "no core is idle for a wide call's sake"
+    assert started(made, 0.0099) == [], "the other call should end in a moment, and all cores are free then"
+    made.finished(0, 0.0076)
+    assert started(made, 0.01) == [(WIDE, [5])]
+
+
+def test_a_core_waits_only_for_a_moment_only_for_few_requests_and_never_beyond_a_deadline():
+    for now_s, numbers, due_s, first in (
+        (0.0095, [5], inf, []),
+        (0.0085, [5], inf, [(1, [5])]),  # the other call takes 1.4 ms more
+        (0.0115, [5], inf, [(1, [5])]),  # it takes longer than it should
+        (0.0095, [5, 6, 7, 8, 9], inf, [(1, [5, 6, 7, 8, 9])]),
+        (0.0095, [5], 0.0138, [(1, [5])]),
+        (0.0095, [5], 0.0142, []),
+    ):
+        made = queue()
+        offer(made, 0.0, 0)
+        started(made, 0.0)
+        offer(made, 0.001, 1, 2, 3, 4)
+        made.finished(WIDE, 0.0024)
+        assert started(made, 0.0024) == [(0, [1, 2]), (1, [3, 4])]
+        made.finished(1, 0.006)
+        offer(made, now_s, *numbers, due_s=due_s)
+        assert started(made, now_s) == first
 
 
 def test_a_crowd_is_narrow():

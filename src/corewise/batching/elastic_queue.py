@@ -84,6 +84,8 @@ class ElasticQueue(Policy):
         """When its call should end; ``None`` while it is idle."""
         self._began_s: dict[int, float] = {}
         """When each instance's call began."""
+        self._pace = 1.0
+        """Duration of the last narrow call over its measured median: that of one that began beside it is alike."""
         self._decided: tuple[float, int] | None = None
         """When ``turn`` decided last, if nothing has changed since, and the rows of its wide call."""
 
@@ -91,6 +93,8 @@ class ElasticQueue(Policy):
         """As of ``Policy``; the end of a wide call leaves all narrow instances idle."""
         if took_s is not None and instance in self._began_s:
             self._lately.reach(self._began_s[instance] + took_s, is_busy=True)
+            if rows := self._rows.get(instance):
+                self._pace = took_s / self._narrow_s[rows]
         self._began_s.pop(instance, None)
         if instance != self.wide:
             super().finished(instance, took_s)
@@ -166,10 +170,10 @@ class ElasticQueue(Policy):
             return False
         if not 0 < len(self._waiting) <= FEW * len(self._end_s):
             return False
-        left_s = max(
-            self._began_s[instance] + self.slowness * self._narrow_s[rows] for instance, rows in self._rows.items()
+        end_s = max(
+            self._began_s[instance] + self._pace * self._narrow_s[rows] for instance, rows in self._rows.items()
         )
-        if abs(left_s - now_s) > SOON * self._narrow_s[1]:
+        if abs(end_s - now_s) > SOON * self._narrow_s[1]:
             return False
         return self._waiting[-1].deadline_s == inf or self._are_in_time(self._waiting, max(self._free_s(now_s)))
 

@@ -104,7 +104,7 @@ def test_a_core_waits_only_for_a_moment_only_for_few_requests_and_never_beyond_a
         offer(made, 0.001, 1, 2, 3, 4)
         made.finished(WIDE, 0.0024)
         assert started(made, 0.0024) == [(0, [1, 2]), (1, [3, 4])]
-        made.finished(1, 0.006)
+        made.finished(1, 0.0075)
         offer(made, now_s, *numbers, due_s=due_s)
         assert started(made, now_s) == first
 

@@ -11,7 +11,7 @@ from math import inf
 
 from corewise.batching.elastic import Arrivals
 from corewise.batching.partition import Partitions
-from corewise.batching.policy import Accepted, Batch, LatencyTable, Place, Policy, Refused, Request, cut
+from corewise.batching.policy import LONG, Accepted, Batch, LatencyTable, Place, Policy, Refused, Request, cut
 from corewise.batching.rounds import Rounds
 
 SOON = 0.2
@@ -55,13 +55,25 @@ def _rounds(tables: ElasticTables, most_wide: int, most_narrow: int, shared: boo
     return Rounds(wide_s, narrow_s, instances=tables.instances, shared=shared)
 
 
+class _WideCalls(Policy):
+    """Plays wide calls through, one after the other; nothing waits in it."""
+
+    def late_s(self, waiting: list[Place], free_s: float) -> float:
+        """How late the latest call is."""
+        return self._late_s(waiting, [free_s])
+
+    def slow_down(self, slowness: float) -> None:
+        """Calls take so much longer than measured."""
+        self._seconds = [slowness * seconds for seconds in self._measured_s]
+
+
 class ElasticQueue(Policy):
     """A policy for narrow instances and a wide one, which runs only while no other does.
 
-    Admission counts on narrow calls only; a call starts wide if all waiting requests are estimated to meet their
-    deadlines all the same. When all cores are free, ``Rounds`` says by the recent rate of arrivals how to begin.
-    No core that a request could use stays idle while it waits, but for the moment in which the last narrow call should
-    end.
+    A request is accepted if all would be in time in narrow calls, or all in wide ones; a call starts only if all that
+    wait are in time in one of these ways after it. When all cores are free, ``Rounds`` says by the recent rate of
+    arrivals how to begin. No core that a request could use stays idle while it waits, but for the moment in which the
+    last narrow call should end, or for a wide call that alone is in time.
     """
 
     def __init__(
@@ -72,6 +84,9 @@ class ElasticQueue(Policy):
         self._wide_s = [0.0, *(tables.wide_slow.latency_ms(rows) / 1e3 for rows in range(1, max(most, max_batch) + 1))]
         """Of a wide call, as measured (p99)."""
         self._most_wide = most
+        self._wide_calls = _WideCalls(
+            tables.wide_slow, max_batch=most, max_waiting=max(most, max_waiting), shared=shared
+        )
         self._rounds = _rounds(tables, most, max_batch, shared)
         self._narrow_s = self._rounds.narrow_s
         self._least_s = [min(pair) for pair in zip(self._measured_s, self._wide_s, strict=False)]
@@ -126,7 +141,14 @@ class ElasticQueue(Policy):
         self._decided = None
         if self._is_busy:
             self._lately.note()
-        return super().offer(request, now_s)
+        decision = super().offer(request, now_s)
+        if isinstance(decision, Refused) and decision.reason == "overloaded":
+            place = self._place_in_wide_calls(request, now_s)
+            if place is not None:
+                self._put(place)
+                self._plan = None
+                return Accepted(dropped=decision.dropped)
+        return decision
 
     def expected_s(self, now_s: float, ahead_rows: int = 0) -> float:
         """As of ``Policy``; a row that would be alone runs wide."""
@@ -164,18 +186,24 @@ class ElasticQueue(Policy):
     def _is_about_free(self, now_s: float) -> bool:
         """Whether the narrow calls that run should end so soon that what waits starts on all cores then.
 
-        Calls that begin at different times would keep the wide instance idle for as long as the load lasts.
+        So it does too if it would be late otherwise. Calls that begin at different times would keep the wide instance
+        idle for as long as the load lasts.
         """
         if not self._rows or len(self._rows) == len(self._end_s) or not self._is_wide_open:
             return False
-        if not 0 < len(self._waiting) <= FEW * len(self._end_s):
+        if not self._waiting:
+            return False
+        all_free_s = max(self._free_s(now_s))
+        if self._waiting[0].deadline_s < inf and self._late_s(self._waiting, self._free_s(now_s)) > 0:
+            return self._late_wide_s(self._waiting, all_free_s) <= 0
+        if len(self._waiting) > FEW * len(self._end_s):
             return False
         end_s = max(
             self._began_s[instance] + self._pace * self._narrow_s[rows] for instance, rows in self._rows.items()
         )
         if abs(end_s - now_s) > SOON * self._narrow_s[1]:
             return False
-        return self._waiting[-1].deadline_s == inf or self._are_in_time(self._waiting, max(self._free_s(now_s)))
+        return self._waiting[0].deadline_s == inf or self._are_in_time(self._waiting, all_free_s)
 
     @property
     def _is_busy(self) -> bool:
@@ -207,28 +235,55 @@ class ElasticQueue(Policy):
         return self._wide_by_deadline(head, rows, now_s, most)
 
     def _wide_by_deadline(self, head: Request, rows: int, now_s: float, most: int) -> int:
-        """``most``, or what the deadlines make of it."""
+        """``most``, or what the deadlines make of it: what leaves all in time, if anything does."""
         if head.deadline_s == inf:
             return most
         left_s = (head.deadline_s - now_s) / self.slowness
         in_time = min(bisect_right(self._wide_s, left_s) - 1, self._most_wide)
-        # A narrow call is cut to what is in time.
-        is_narrow_in_time = self._measured_s[head.rows] <= left_s
-        if not most:
-            return min(rows, in_time) if not is_narrow_in_time and in_time >= head.rows else 0
-        if in_time < head.rows:
-            return 0 if is_narrow_in_time else most
-        most = min(most, in_time)
-        return most if most >= rows or self._rest_is_in_time(most, now_s) else 0
+        for wish in (most, 0, rows):
+            taken = min(wish, in_time)
+            if not wish and self._late_s(self._waiting, [now_s] * len(self._end_s)) <= 0:
+                return 0
+            if wish and taken >= head.rows and (taken >= rows or self._rest_is_in_time(taken, now_s)):
+                return taken
+        # Who is accepted at once may be late. A narrow call is cut to what is in time.
+        if self._measured_s[head.rows] <= left_s:
+            return 0
+        return min(rows, in_time) if in_time >= head.rows else most
 
     def _rest_is_in_time(self, most: int, now_s: float) -> bool:
-        """Whether all that a wide call of ``most`` rows leaves would be in time in narrow calls after it."""
+        """Whether all that a wide call of ``most`` rows leaves would be in time after it."""
         taken, left = self._cut(most)
         return self._are_in_time(left, now_s + self.slowness * self._wide_s[sum(place.request.rows for place in taken)])
 
     def _are_in_time(self, waiting: list[Place], free_s: float) -> bool:
-        """Whether all would be in time if narrow calls of them began when all cores are free."""
-        return self._late_s(waiting, [free_s] * len(self._end_s)) <= 0
+        """Whether all would be in time in narrow calls, or else in wide ones, if they began when all cores are free."""
+        return (
+            not waiting
+            or min(self._late_s(waiting, [free_s] * len(self._end_s)), self._late_wide_s(waiting, free_s)) <= 0
+        )
+
+    def _late_wide_s(self, waiting: list[Place], free_s: float) -> float:
+        """As ``_late_s``, in wide calls one after the other; ``inf`` where not all can share them."""
+        if not self._is_wide_open or len({place.request.group for place in waiting}) > 1:
+            return inf
+        if max(place.request.rows for place in waiting) > self._most_wide:
+            return inf
+        return self._wide_calls.late_s(waiting, free_s)
+
+    def _place_in_wide_calls(self, request: Request, now_s: float) -> Place | None:
+        """A place for a request that would be late in narrow calls, if all are in time in wide ones."""
+        if len(self._waiting) >= LONG:
+            return None
+        rows = self.waiting_rows + request.rows if self._shared else request.rows
+        room_s = self.slowness * self._wide_s[min(rows, self._most_wide)]
+        place = Place(request.deadline_s, -request.priority, next(self._arrivals), request, room_s)
+        late_s = self._late_wide_s(sorted([*self._waiting, place]), max(self._free_s(now_s)))
+        return place if late_s + self.margin_s <= 0 else None
+
+    def _note_slowness(self, ratio: float) -> None:
+        super()._note_slowness(ratio)
+        self._wide_calls.slow_down(self.slowness)
 
     def _cut(self, most: int) -> tuple[list[Place], list[Place]]:
         """What a wide call of at most ``most`` rows takes of the queue, and what it leaves."""

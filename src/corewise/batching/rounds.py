@@ -8,6 +8,7 @@ decision looks its answer up.
 """
 
 from collections.abc import Sequence
+from math import exp, expm1
 from typing import NamedTuple
 
 import numpy as np
@@ -136,7 +137,7 @@ class Rounds:
             return _poisson(came, size), call_s, came * call_s / 2
         beside = min(came, free)
         # Of m arrivals the last one comes after m / (m + 1) of a call; this is the mean over m.
-        longer_s = call_s * (1 + np.expm1(-came) / came)
+        longer_s = call_s * (1 + expm1(-came) / came)
         late = came - beside
         cost_s = beside * call_s + late * (call_s / 2 + longer_s) + per_s * longer_s**2 / 2
         return _poisson(late + per_s * longer_s, size), call_s + longer_s, cost_s
@@ -145,4 +146,4 @@ class Rounds:
 def _poisson(mean: float, size: int) -> np.ndarray:
     """The probabilities of 0, 1, 2, ... arrivals, so many of them."""
     counts = np.arange(1, size)
-    return np.exp(-mean) * np.concatenate([[1.0], np.cumprod(mean / counts)])
+    return np.concatenate([[1.0], np.cumprod(mean / counts)]) * exp(-mean)

@@ -45,6 +45,8 @@ BENCHMARKS = (
     "text_bulk",
     "shift",
     "elastic",
+    "elastic_bound",
+    "load_generators",
 )
 """Modules of this package. Each has a docstring for its help, ``add_options(parser)`` and ``main(options)``."""
 

@@ -41,7 +41,8 @@ class Quick:
         trial.MEASURE_S = race.WARM_S = 0.1
         end_to_end.MEASURE_S = pixels.ROUND_S = 0.05
         retuning.MEASURE_S = retuning.ROUND_S = 0.05
-        elastic.REQUESTS = 100
+        elastic.REQUESTS, elastic.ROUNDS = 100, 1
+        elastic.DUEL_S = elastic.SHORTEST_DUEL_S = 0.05
         race.run_race.__kwdefaults__["round_s"] = 0.05
         finals.ROUNDS = stats.MIN_ROUNDS
         for module in (tuning, search, retuning):

@@ -101,6 +101,9 @@ def quick():
         patch.setattr("corewise.search.trial.HOPELESS", 0.0)  # on a busy machine any build may look hopelessly slow
         patch.setattr("corewise.search.finals.ROUNDS", stats.MIN_ROUNDS)
         patch.setattr("corewise.search.elastic.REQUESTS", 100)
+        patch.setattr("corewise.search.elastic.ROUNDS", 1)
+        patch.setattr("corewise.search.elastic.SHORTEST_DUEL_S", 0.05)
+        patch.setattr("corewise.search.elastic.DUEL_S", 0.05)
         patch.setattr("corewise.runtime.race.WARM_S", 0.1)
         patch.setitem(run_race.__kwdefaults__, "round_s", 0.05)
         patch.setattr(SearchContext, "client", lambda context, build, share=1.0: InProcess(engine(build.engine)))

@@ -39,7 +39,8 @@ from importlib import import_module
 from corewise.report.lines import retuned_lines
 from corewise.runtime import race
 import_module("corewise.search.retuning").MEASURE_S = race.WARM_S = 0.05
-import_module("corewise.search.elastic").REQUESTS = 100
+elastic = import_module("corewise.search.elastic")
+elastic.REQUESTS, elastic.ROUNDS, elastic.DUEL_S, elastic.SHORTEST_DUEL_S = 100, 1, 0.05, 0.05
 from corewise.cli import main
 main()
 """

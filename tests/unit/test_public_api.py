@@ -29,7 +29,8 @@ def quick(monkeypatch):
     for module in (tuning, search, retuning):
         monkeypatch.setattr(module, "BATCHES", (1, 16))
     monkeypatch.setattr(finals, "ROUNDS", stats.MIN_ROUNDS)
-    monkeypatch.setattr(elastic, "REQUESTS", 100)
+    for name, value in (("REQUESTS", 100), ("ROUNDS", 1), ("DUEL_S", 0.05), ("SHORTEST_DUEL_S", 0.05)):
+        monkeypatch.setattr(elastic, name, value)
     monkeypatch.setattr(trial, "MEASURE_S", 0.05)
     monkeypatch.setattr(retuning, "MEASURE_S", 0.05)
     monkeypatch.setattr(race, "WARM_S", 0.05)

@@ -6,15 +6,19 @@ calls that requests share.
 
 from bisect import bisect_right
 from dataclasses import dataclass
-from functools import partial
+from functools import lru_cache
 from math import inf
 
-from corewise.batching.elastic import LATER, Arrivals
+from corewise.batching.elastic import Arrivals
 from corewise.batching.partition import Partitions
-from corewise.batching.policy import Accepted, Batch, LatencyTable, Place, Policy, Refused, Request, cut
+from corewise.batching.policy import LONG, Accepted, Batch, LatencyTable, Place, Policy, Refused, Request, cut
+from corewise.batching.rounds import Rounds
 
-FEW = 4
-"""Waiting rows for each narrow instance; more are a backlog, in which only the rate counts."""
+SOON = 0.2
+"""Share of a narrow call of one row that a core waits for the others, so that a round begins on all."""
+FEW = 2
+"""It waits while at most so many requests for each narrow instance wait; more are a crowd, in which only the rate
+counts."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,29 +45,52 @@ class ElasticTables:
         return Partitions({self.threads: self.narrow, self.cores: self.wide}, self.cores)
 
 
+@lru_cache(maxsize=8)
+def _rounds(tables: ElasticTables, most_wide: int, most_narrow: int, shared: bool) -> Rounds:
+    """How rounds of such calls begin; what was solved for a queue is there for the next one of the same tables."""
+    wide_s, narrow_s = (
+        [0.0, *(table.latency_ms(rows) / 1e3 for rows in range(1, most + 1))]
+        for table, most in ((tables.wide, most_wide), (tables.narrow, most_narrow))
+    )
+    return Rounds(wide_s, narrow_s, instances=tables.instances, shared=shared)
+
+
+class _WideCalls(Policy):
+    """Plays wide calls through, one after the other; nothing waits in it."""
+
+    def late_s(self, waiting: list[Place], free_s: float) -> float:
+        """How late the latest call is."""
+        return self._late_s(waiting, [free_s])
+
+    def slow_down(self, slowness: float) -> None:
+        """Calls take so much longer than measured."""
+        self._seconds = [slowness * seconds for seconds in self._measured_s]
+
+
 class ElasticQueue(Policy):
     """A policy for narrow instances and a wide one, which runs only while no other does.
 
-    Admission counts on narrow calls only; a call starts wide if all waiting requests are estimated to meet their
-    deadlines all the same. No core that a request could use stays idle while it waits. The recent rate of arrivals says
-    how many requests a wide call would delay.
+    A request is accepted if all would be in time in narrow calls, or all in wide ones; a call starts only if all that
+    wait are in time in one of these ways after it. When all cores are free, ``Rounds`` says by the recent rate of
+    arrivals how to begin. No core that a request could use stays idle while it waits, but for the moment in which the
+    last narrow call should end, or for a wide call that alone is in time.
     """
 
     def __init__(
         self, curve: LatencyTable, tables: ElasticTables, *, max_batch: int, max_waiting: int, shared: bool = True
     ) -> None:
         super().__init__(curve, max_batch=max_batch, max_waiting=max_waiting, shared=shared)
-        self._partitions = tables.partitions
         most = tables.wide_slow.points[-1][0]
         self._wide_s = [0.0, *(tables.wide_slow.latency_ms(rows) / 1e3 for rows in range(1, max(most, max_batch) + 1))]
         """Of a wide call, as measured (p99)."""
         self._most_wide = most
-        self._wide_p50_s, self._narrow_p50_s = (
-            [0.0, *(table.latency_ms(rows) / 1e3 for rows in range(1, max(most, max_batch) + 1))]
-            for table in (tables.wide, tables.narrow)
+        self._wide_calls = _WideCalls(
+            tables.wide_slow, max_batch=most, max_waiting=max(most, max_waiting), shared=shared
         )
+        self._rounds = _rounds(tables, most, max_batch, shared)
+        self._narrow_s = self._rounds.narrow_s
         self._least_s = [min(pair) for pair in zip(self._measured_s, self._wide_s, strict=False)]
-        self._lately = Arrivals(self._partitions.seconds(tables.cores, 1))
+        self._lately = Arrivals(tables.wide.latency_ms(1) / 1e3)
         self.wide = tables.instances
         """The number of the wide instance."""
         self._is_wide_open = False
@@ -72,11 +99,17 @@ class ElasticQueue(Policy):
         """When its call should end; ``None`` while it is idle."""
         self._began_s: dict[int, float] = {}
         """When each instance's call began."""
+        self._pace = 1.0
+        """Duration of the last narrow call over its measured median: that of one that began beside it is alike."""
+        self._decided: tuple[float, int] | None = None
+        """When ``turn`` decided last, if nothing has changed since, and the rows of its wide call."""
 
     def finished(self, instance: int, took_s: float | None = None) -> None:
         """As of ``Policy``; the end of a wide call leaves all narrow instances idle."""
         if took_s is not None and instance in self._began_s:
             self._lately.reach(self._began_s[instance] + took_s, is_busy=True)
+            if rows := self._rows.get(instance):
+                self._pace = took_s / self._narrow_s[rows]
         self._began_s.pop(instance, None)
         if instance != self.wide:
             super().finished(instance, took_s)
@@ -87,8 +120,14 @@ class ElasticQueue(Policy):
         self._end_wide()
         self._is_wide_open = True
 
+    def cancel(self, request_id: int) -> None:
+        """As of ``Policy``."""
+        self._decided = None
+        super().cancel(request_id)
+
     def leave(self, instance: int) -> None:
         """An instance is gone, with its current call."""
+        self._decided = None
         self._began_s.pop(instance, None)
         if instance != self.wide:
             super().leave(instance)
@@ -99,9 +138,17 @@ class ElasticQueue(Policy):
     def offer(self, request: Request, now_s: float) -> Accepted | Refused:
         """As of ``Policy``."""
         self._reach(now_s)
+        self._decided = None
         if self._is_busy:
             self._lately.note()
-        return super().offer(request, now_s)
+        decision = super().offer(request, now_s)
+        if isinstance(decision, Refused) and decision.reason == "overloaded":
+            place = self._place_in_wide_calls(request, now_s)
+            if place is not None:
+                self._put(place)
+                self._plan = None
+                return Accepted(dropped=decision.dropped)
+        return decision
 
     def expected_s(self, now_s: float, ahead_rows: int = 0) -> float:
         """As of ``Policy``; a row that would be alone runs wide."""
@@ -111,9 +158,10 @@ class ElasticQueue(Policy):
 
     def turn(self, now_s: float) -> int | None:
         """As of ``Policy``: the wide instance if the next call is to have all cores."""
-        if self._wide_end_s is not None:
+        if self._wide_end_s is not None or self._is_about_free(now_s):
             return None
-        return self.wide if self._rows_of_wide_call(now_s) else super().turn(now_s)
+        self._decided = now_s, self._rows_of_wide_call(now_s)
+        return self.wide if self._decided[1] else super().turn(now_s)
 
     def next_batch(self, instance: int, now_s: float) -> Batch:
         """As of ``Policy``."""
@@ -125,7 +173,8 @@ class ElasticQueue(Policy):
 
     def _wide_batch(self, now_s: float) -> Batch:
         dropped = self.expire(now_s)
-        most = self._rows_of_wide_call(now_s)
+        known, self._decided = self._decided, None
+        most = known[1] if known and known[0] == now_s and not dropped else self._rows_of_wide_call(now_s)
         if not most:
             return Batch(requests=(), end_s=now_s, dropped=dropped)
         taken, left = self._cut(most)
@@ -133,6 +182,28 @@ class ElasticQueue(Policy):
         end_s = self._wide_end_s = now_s + self.slowness * self._wide_s[self._wide_rows]
         self._end_s = dict.fromkeys(self._end_s, end_s)
         return Batch(requests=tuple(place.request for place in taken), end_s=end_s, dropped=dropped)
+
+    def _is_about_free(self, now_s: float) -> bool:
+        """Whether the narrow calls that run should end so soon that what waits starts on all cores then.
+
+        So it does too if it would be late otherwise. Calls that begin at different times would keep the wide instance
+        idle for as long as the load lasts.
+        """
+        if not self._rows or len(self._rows) == len(self._end_s) or not self._is_wide_open:
+            return False
+        if not self._waiting:
+            return False
+        all_free_s = max(self._free_s(now_s))
+        if self._waiting[0].deadline_s < inf and self._late_s(self._waiting, self._free_s(now_s)) > 0:
+            return self._late_wide_s(self._waiting, all_free_s) <= 0
+        if len(self._waiting) > FEW * len(self._end_s):
+            return False
+        end_s = max(
+            self._began_s[instance] + self._pace * self._narrow_s[rows] for instance, rows in self._rows.items()
+        )
+        if abs(end_s - now_s) > SOON * self._narrow_s[1]:
+            return False
+        return self._waiting[0].deadline_s == inf or self._are_in_time(self._waiting, all_free_s)
 
     @property
     def _is_busy(self) -> bool:
@@ -159,54 +230,60 @@ class ElasticQueue(Policy):
             return 0
         # The rows of a request stay together; those of several are counted as if these were of one size.
         each = -(-rows // len(self._waiting))
-        narrow = min(each * -(-len(self._waiting) // len(self._end_s)), self._max_batch)
-        return self._wide_by_deadline(head, rows, now_s, self._wide_by_times(head.rows, rows, each, narrow))
-
-    def _wide_by_times(self, first: int, rows: int, each: int, narrow: int) -> int:
-        """By the measured times: the most rows of the wide call if ``rows`` rows wait; 0 for narrow calls.
-
-        A few requests start as the sum of their latencies is least, with that of those that are expected to come
-        meanwhile: all in one wide call, one by one, or narrow. Many start as they end soonest.
-
-        Args:
-            first: Rows of the most urgent request.
-            rows: Of all that wait.
-            each: Rows of each request.
-            narrow: Rows of each call if all start narrow.
-        """
-        count, instances = len(self._waiting), len(self._end_s)
-        if count > FEW * instances or rows > self._most_wide:
-            part = self._partitions.split(self._partitions.cores, rows)[0]
-            return part.rows if part.threads == self._partitions.cores else 0
-        each_s = each * self._row_s / instances
-        wait_s = partial(self._lately.wait_s, count, each_s=each_s)
-        wide_s, one_s, narrow_s = self._wide_p50_s[rows], self._wide_p50_s[each], self._narrow_p50_s[narrow]
-        of_comers_s = self._lately.beside_s(count, instances, narrow_s, each_s, narrow_s - one_s)
-        costs_s = {rows: count * wide_s + wait_s(wide_s), 0: count * narrow_s + of_comers_s}
-        if count * one_s <= LATER * min(wide_s, narrow_s):
-            costs_s[first] = one_s * count * (count + 1) / 2 + wait_s(count * one_s)
-        return min(costs_s, key=lambda most: costs_s[most])
+        requests = self._rounds.wide_requests(len(self._waiting), each, self._lately.per_s)
+        most = rows if requests == len(self._waiting) else max(head.rows, requests * each) if requests else 0
+        return self._wide_by_deadline(head, rows, now_s, most)
 
     def _wide_by_deadline(self, head: Request, rows: int, now_s: float, most: int) -> int:
-        """``most``, or what the deadlines make of it."""
+        """``most``, or what the deadlines make of it: what leaves all in time, if anything does."""
         if head.deadline_s == inf:
             return most
         left_s = (head.deadline_s - now_s) / self.slowness
         in_time = min(bisect_right(self._wide_s, left_s) - 1, self._most_wide)
-        # A narrow call is cut to what is in time.
-        is_narrow_in_time = self._measured_s[head.rows] <= left_s
-        if not most:
-            return min(rows, in_time) if not is_narrow_in_time and in_time >= head.rows else 0
-        if in_time < head.rows:
-            return 0 if is_narrow_in_time else most
-        most = min(most, in_time)
-        return most if most >= rows or self._rest_is_in_time(most, now_s) else 0
+        for wish in (most, 0, rows):
+            taken = min(wish, in_time)
+            if not wish and self._late_s(self._waiting, [now_s] * len(self._end_s)) <= 0:
+                return 0
+            if wish and taken >= head.rows and (taken >= rows or self._rest_is_in_time(taken, now_s)):
+                return taken
+        # Who is accepted at once may be late. A narrow call is cut to what is in time.
+        if self._measured_s[head.rows] <= left_s:
+            return 0
+        return min(rows, in_time) if in_time >= head.rows else most
 
     def _rest_is_in_time(self, most: int, now_s: float) -> bool:
-        """Whether all that a wide call of ``most`` rows leaves would be in time in narrow calls after it."""
+        """Whether all that a wide call of ``most`` rows leaves would be in time after it."""
         taken, left = self._cut(most)
-        end_s = now_s + self.slowness * self._wide_s[sum(place.request.rows for place in taken)]
-        return self._late_s(left, [end_s] * len(self._end_s)) <= 0
+        return self._are_in_time(left, now_s + self.slowness * self._wide_s[sum(place.request.rows for place in taken)])
+
+    def _are_in_time(self, waiting: list[Place], free_s: float) -> bool:
+        """Whether all would be in time in narrow calls, or else in wide ones, if they began when all cores are free."""
+        return (
+            not waiting
+            or min(self._late_s(waiting, [free_s] * len(self._end_s)), self._late_wide_s(waiting, free_s)) <= 0
+        )
+
+    def _late_wide_s(self, waiting: list[Place], free_s: float) -> float:
+        """As ``_late_s``, in wide calls one after the other; ``inf`` where not all can share them."""
+        if not self._is_wide_open or len({place.request.group for place in waiting}) > 1:
+            return inf
+        if max(place.request.rows for place in waiting) > self._most_wide:
+            return inf
+        return self._wide_calls.late_s(waiting, free_s)
+
+    def _place_in_wide_calls(self, request: Request, now_s: float) -> Place | None:
+        """A place for a request that would be late in narrow calls, if all are in time in wide ones."""
+        if len(self._waiting) >= LONG:
+            return None
+        rows = self.waiting_rows + request.rows if self._shared else request.rows
+        room_s = self.slowness * self._wide_s[min(rows, self._most_wide)]
+        place = Place(request.deadline_s, -request.priority, next(self._arrivals), request, room_s)
+        late_s = self._late_wide_s(sorted([*self._waiting, place]), max(self._free_s(now_s)))
+        return place if late_s + self.margin_s <= 0 else None
+
+    def _note_slowness(self, ratio: float) -> None:
+        super()._note_slowness(ratio)
+        self._wide_calls.slow_down(self.slowness)
 
     def _cut(self, most: int) -> tuple[list[Place], list[Place]]:
         """What a wide call of at most ``most`` rows takes of the queue, and what it leaves."""

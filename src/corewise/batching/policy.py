@@ -233,11 +233,7 @@ class Policy:
         dropped = expired + self._drop(displaced, "displaced")
         place, self._plan = fit
         self._plan_until_s = min(self._free_s(now_s))
-        insort(self._waiting, place)
-        self._yields[place.yields] += 1
-        self._kinds[request.group, request.rows] += 1
-        self.waiting_rows += request.rows
-        self.next_expiry_s = min(self.next_expiry_s, request.deadline_s - self._least_s[request.rows])
+        self._put(place)
         return Accepted(dropped=dropped) if dropped else ACCEPTED
 
     def expected_s(self, now_s: float, ahead_rows: int = 0) -> float:
@@ -406,6 +402,15 @@ class Policy:
     def _free_s(self, now_s: float) -> list[float]:
         """When each instance will be free. An overdue call is expected to need as long again as it is overdue."""
         return [now_s if end_s is None else max(end_s, 2 * now_s - end_s) for end_s in self._end_s.values()]
+
+    def _put(self, place: Place) -> None:
+        """Have it wait."""
+        request = place.request
+        insort(self._waiting, place)
+        self._yields[place.yields] += 1
+        self._kinds[request.group, request.rows] += 1
+        self.waiting_rows += request.rows
+        self.next_expiry_s = min(self.next_expiry_s, request.deadline_s - self._least_s[request.rows])
 
     def _drop(self, places: list[Place], reason: Reason) -> tuple[Dropped, ...]:
         if not places:

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import median
 
 from corewise.records.build import ElasticPlan, Plan
 from corewise.records.cpu import Cpu
@@ -73,12 +74,36 @@ class LoadPoint:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Duel:
+    """Real loads of single requests at one rate, in turns: on the elastic plan, and on the layout it would replace."""
+
+    load: float
+    """As of ``LoadPoint``."""
+    elastic: tuple[LoadRun, ...]
+    fixed: tuple[LoadRun, ...]
+
+    @property
+    def p50_ms(self) -> tuple[float, float]:
+        """The median of the rounds' p50: elastic, fixed."""
+        return self._medians("p50_ms")
+
+    @property
+    def p99_ms(self) -> tuple[float, float]:
+        """The median of the rounds' p99: elastic, fixed."""
+        return self._medians("p99_ms")
+
+    def _medians(self, figure: str) -> tuple[float, float]:
+        elastic, fixed = (median(getattr(run, figure) for run in runs) for runs in (self.elastic, self.fixed))
+        return elastic, fixed
+
+
+@dataclass(frozen=True, kw_only=True)
 class Elasticity:
     """An elastic plan beside its two layouts alone, simulated with their measured times."""
 
     plan: ElasticPlan
     pays: bool
-    """Whether it is never worse than the fixed plan and somewhere better."""
+    """Whether it is never worse than the fixed plan and somewhere better: simulated, and then under real load."""
     curve: tuple[LoadPoint, ...]
     saturated_per_s: tuple[float, float, float]
     """Rows per second of full batches from as many callers as there are instances: elastic, wide, narrow."""
@@ -86,6 +111,8 @@ class Elasticity:
     """At most what a process needs that has both open: the sum of processes with one; 0 if the kernel does not say."""
     measurements: tuple[Measurement, ...] = ()
     """What ``optimize`` took for it beside the winner's."""
+    duels: tuple[Duel, ...] = ()
+    """Real loads beside the fixed layout; none if it was no better in simulation."""
     load: LoadRun | None = None
     """For an SLO: the certified rate on the elastic plan, which has to meet it too."""
 

@@ -172,9 +172,23 @@ def layouts(report: Report, found: Elasticity) -> str:
     if found.pays:
         memory = f"; at most {megabytes(found.memory_bytes)}" if found.memory_bytes else ""
         return f"{found.plan.label}, by the load: simulated p50 {figures}{memory}"
+    if found.load is None and found.duels:
+        return f"one, because an elastic plan is slower under real load: {duels(found)}"
     if found.load is not None:
         return f"one, because an elastic plan does not meet the certified rate: {load(found.load)}"
     return f"one, because an elastic plan is not better: simulated p50 {figures}"
+
+
+def duels(found: Elasticity) -> str:
+    """Real loads on the elastic plan and on the fixed layout."""
+    told = []
+    for duel in found.duels:
+        pairs = (("p50", duel.p50_ms), ("p99", duel.p99_ms))
+        figures = ", ".join(
+            f"{name} {milliseconds(ours)} against {milliseconds(theirs)}" for name, (ours, theirs) in pairs
+        )
+        told.append(f"at {duel.load:.0%} of the load {figures}")
+    return "; ".join(told)
 
 
 def load_columns(found: Elasticity) -> tuple[str, ...]:

@@ -1,13 +1,17 @@
 """Whether a build should keep two thread layouts open, so that its cores are divided as the load has it.
 
 Both layouts are measured with few batches while all cores work, so what calls cost beside others is in their times. The
-elastic plan and each layout alone are then simulated from these times, from idle to saturated.
+elastic plan and each layout alone are then simulated from these times, from idle to saturated. Where that promises
+something, real load on the elastic plan and on the fixed one, in turns, has the last word.
 """
 
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import replace
+from functools import partial
 from math import inf, sqrt
+from pathlib import Path
+from typing import NamedTuple
 
 from corewise.artifact.tuned import elastic_tables, partitions
 from corewise.batching import LatencyTable, Partitions
@@ -20,7 +24,7 @@ from corewise.records.goal import Requirements, Slo
 from corewise.records.measurement import LoadRun, Measurement
 from corewise.records.reason import Reason, ReasonKind
 from corewise.records.trial import Trial
-from corewise.records.tuned import Elasticity, LoadPoint
+from corewise.records.tuned import Duel, Elasticity, LoadPoint
 from corewise.runtime.client import Client
 from corewise.search import slo, trial
 from corewise.search.budget import FINISHING
@@ -34,8 +38,14 @@ NEEDED_S = 1.0
 LOADS = (0.05, 0.2, 1 / 3, 0.5, 2 / 3, 0.8, 0.95)
 """Simulated loads, as shares of the rate at which the fixed plan is saturated."""
 REQUESTS, FULL_CALLS = 1000, 200
-WORSE, BETTER = 0.92, 1.05
+WORSE, BETTER = 0.92, 1.1
 """An elastic plan pays if nowhere it does less than this share of the fixed plan, and somewhere as much more."""
+DUELS, ROUNDS = (1 / 3, 2 / 3), 3
+"""Real loads, as ``LOADS``, and how often the plans take turns at each."""
+DUEL_S, SHORTEST_DUEL_S = 1.0, 0.3
+"""How long each load lasts."""
+OPENING_S = 4.0
+"""What opening both plans is expected to take."""
 
 
 def elastic_plan(plan: Plan, measured: Sequence[Measurement], fixed_batch: int | None = None) -> ElasticPlan | None:
@@ -67,7 +77,7 @@ def _most_rows(measured: Sequence[Measurement]) -> int:
 
 
 def judge_elastic(winner: Trial, plan: Plan, context: SearchContext) -> Elasticity | Reason | None:
-    """Measure what is not known of the winner's elastic plan, and judge it.
+    """Measure what is not known of the winner's elastic plan, and judge it by simulation and by real load.
 
     For an SLO it has to meet the certified rate too.
 
@@ -89,19 +99,94 @@ def judge_elastic(winner: Trial, plan: Plan, context: SearchContext) -> Elastici
                 if plans:
                     client = client or stack.enter_context(context.client(build, share=FINISHING))
                     measured += _measured(client, build, layout, plans, context)
-            found = elasticity(plan, elastic, (*known, *measured), context.requirements)
-            if found is None or not found.pays or winner.certified is None:
+            both = (*known, *measured)
+            found = elasticity(plan, elastic, both, context.requirements)
+            if found is None or not found.pays:
                 return found and replace(found, measurements=tuple(measured))
-            if context.budget.left_s(FINISHING) < slo.LOAD_S:
+            left_s = context.budget.left_s(FINISHING) - OPENING_S
+            if left_s < SHORTEST_DUEL_S * 2 * ROUNDS * len(DUELS) or (winner.certified and left_s < slo.LOAD_S):
                 return Reason.of(ReasonKind.ELASTIC_NOT_MEASURED, why="no time was left to load it")
             client = client or stack.enter_context(context.client(build, share=FINISHING))
-            run = _load(client, build, elastic, (*known, *measured), winner.certified, context)
+            other = stack.enter_context(context.client(build, share=FINISHING))
+            place = Place(context.workspace.payload(build), build, context.workspace.holdout)
+            found = in_duels(found, plan, both, place, (client, other), left_s)
+            if not found.pays or winner.certified is None:
+                return replace(found, measurements=tuple(measured))
+            run = _load(client, build, elastic, both, winner.certified, context)
     except InputError:
         raise
     except CorewiseError as error:
         return Reason.of(ReasonKind.ELASTIC_NOT_MEASURED, why=str(error))
     holds = run.met and run.in_time >= slo.CONFIRMED * run.offered
     return replace(found, measurements=tuple(measured), load=run, pays=holds)
+
+
+class Place(NamedTuple):
+    """What a plan is opened from, and the samples that are sent to it."""
+
+    payload: Path
+    build: Build
+    samples: Path
+
+
+def in_duels(
+    found: Elasticity,
+    plan: Plan,
+    measured: Sequence[Measurement],
+    place: Place,
+    clients: tuple[Client, Client],
+    left_s: float,
+) -> Elasticity:
+    """What real load says of an elastic plan: it and its layout that is like ``plan``, each in a process, in turns."""
+    elastic = found.plan
+    fixed = elastic.wide if plan.instances == 1 else elastic.narrow
+    ours, theirs = clients
+    ours.open(place.payload, place.build, elastic.narrow, elastic.wide)
+    theirs.open(place.payload, place.build, fixed)
+    loads = (
+        partial(
+            client.load,
+            place.samples,
+            layout,
+            LatencyTable.of(_table(layout, measured)),
+            duration_s=max(SHORTEST_DUEL_S, min(DUEL_S, left_s / (2 * ROUNDS * len(DUELS)))),
+            elastic=tables,
+        )
+        for client, layout, tables in (
+            (ours, elastic.narrow, elastic_tables(elastic, measured)),
+            (theirs, fixed, None),
+        )
+    )
+    ours_at, theirs_at = loads
+    most_per_s = _most_per_s(fixed, measured)
+    duels = []
+    for load in DUELS:
+        pairs = [
+            (ours_at(rate_per_s=load * most_per_s, seed=k), theirs_at(rate_per_s=load * most_per_s, seed=k))
+            for k in range(ROUNDS)
+        ]
+        duels.append(Duel(load=load, elastic=tuple(a for a, _ in pairs), fixed=tuple(b for _, b in pairs)))
+    return replace(found, duels=tuple(duels), pays=min(map(_gain, duels)) >= WORSE)
+
+
+def _gain(duel: Duel) -> float:
+    """The fixed layout's p50 and p99 over the elastic plan's, their geometric mean; 0 if not all were answered."""
+    if any(run.failed or not run.answered for run in (*duel.elastic, *duel.fixed)):
+        return 0.0
+    (p50_ms, fixed_p50_ms), (p99_ms, fixed_p99_ms) = duel.p50_ms, duel.p99_ms
+    return sqrt(fixed_p50_ms / p50_ms * fixed_p99_ms / p99_ms)
+
+
+def _table(plan: Plan, measured: Sequence[Measurement]) -> list[Measurement]:
+    """The measurements with a layout's threads, up to its batch."""
+    return [
+        one for one in measured if ThreadLayout.of(one.plan) == ThreadLayout.of(plan) and one.plan.batch <= plan.batch
+    ]
+
+
+def _most_per_s(plan: Plan, measured: Sequence[Measurement]) -> float:
+    """The rate at which a layout is saturated."""
+    return capacity_per_s(service_of(_table(plan, measured)), instances=plan.instances, max_batch=plan.batch)
 
 
 def _measured(
@@ -199,12 +284,8 @@ def _pays(curve: Sequence[LoadPoint], saturated_per_s: Sequence[float], fixed: i
 def _curve(elastic: ElasticPlan, measured: Sequence[Measurement], fixed: Plan) -> tuple[LoadPoint, ...]:
     """Latencies of requests that share calls as the server has them, from idle to saturated."""
     tables = elastic_tables(elastic, measured)
-    wide, narrow = (
-        [one for one in measured if ThreadLayout.of(one.plan) == ThreadLayout.of(plan) and one.plan.batch <= plan.batch]
-        for plan in (elastic.wide, elastic.narrow)
-    )
-    by_plan = {elastic.wide: wide, elastic.narrow: narrow}
-    most_per_s = capacity_per_s(service_of(by_plan[fixed]), instances=fixed.instances, max_batch=fixed.batch)
+    by_plan = {layout: _table(layout, measured) for layout in (elastic.wide, elastic.narrow)}
+    wide, most_per_s = by_plan[elastic.wide], _most_per_s(fixed, measured)
     ways = (
         (elastic.narrow, Wide(tables=tables, service=service_of(wide))),
         (elastic.wide, None),

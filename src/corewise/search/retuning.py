@@ -30,7 +30,7 @@ from corewise.records.tuned import Comparison, Elasticity, Machine, Retuned, Tun
 from corewise.runtime.client import Client, Died, InProcess, Worker
 from corewise.runtime.race import ROUND_S, ROUNDS, WARM_S, Contender, ContenderFailed, run_race
 from corewise.runtime.workspace import Workspace
-from corewise.search.elastic import elastic_plan, elasticity, plans_to_measure
+from corewise.search.elastic import Place, elastic_plan, elasticity, in_duels, plans_to_measure
 from corewise.search.plans import BATCHES, SLOW_CALL_MS, START_BATCH, tables
 
 BUDGET_S = 30.0
@@ -219,7 +219,7 @@ def _retune(bench: _Bench, started_s: float, budget_s: float) -> Retuned:
 def _elastic(
     bench: _Bench, plan: Plan, measured: list[Measurement], requirements: Requirements, until_s: float
 ) -> Elasticity | None:
-    """Measure what the tables of the elastic plan lack, add it to ``measured``, and judge the plan by simulation."""
+    """Measure what the tables of the elastic plan lack, add it to ``measured``, and judge the plan as a search does."""
     elastic = elastic_plan(plan, measured)
     if elastic is None:
         return None
@@ -230,7 +230,19 @@ def _elastic(
             until_s,
         )
         measured += found
-    return elasticity(plan, elastic, measured, requirements)
+    judged = elasticity(plan, elastic, measured, requirements)
+    if judged is None or not judged.pays:
+        return judged
+    bench.on_event(StageStarted(Stage.MEASURING_PLAN, plan=elastic.narrow))
+    place = Place(bench.payload, bench.build, bench.samples)
+    try:
+        with ExitStack() as stack:
+            ours, theirs = (stack.enter_context(bench.start()) for _ in range(2))
+            return in_duels(judged, plan, measured, place, (ours, theirs), until_s - time.monotonic())
+    except InputError:
+        raise
+    except CorewiseError:
+        return None
 
 
 def _duel(bench: _Bench, old: Measurement | None, best: Measurement, left_s: float) -> _Duel:

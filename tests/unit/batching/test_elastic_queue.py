@@ -5,13 +5,24 @@ import threading
 from concurrent.futures import wait
 from dataclasses import replace
 from itertools import count
+from math import inf
 
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from corewise.batching import Accepted, Batcher, ElasticQueue, ElasticTables, InstanceDied, LatencyTable, Request
+from corewise.batching import (
+    Accepted,
+    Batcher,
+    ElasticQueue,
+    ElasticTables,
+    InstanceDied,
+    LatencyTable,
+    Refused,
+    Request,
+)
+from corewise.batching.elastic_queue import SOON
 from corewise.batching.simulate import Wide, capacity_per_s, simulate_load
 
 PATIENCE_S = 30
@@ -82,7 +93,29 @@ def test_while_a_wide_call_runs_nothing_starts_and_what_came_starts_at_its_end()
     assert started(made, 0.0024) == [(0, [1, 2]), (1, [3, 4])]
     offer(made, 0.003, 5)
     made.finished(1, 0.0075)
-    assert started(made, 0.0099) == [(1, [5])], "no core is idle for a wide call's sake"
+    assert started(made, 0.0099) == [], "the other call should end in a moment, and all cores are free then"
+    made.finished(0, 0.0076)
+    assert started(made, 0.01) == [(WIDE, [5])]
+
+
+def test_a_core_waits_only_for_a_moment_only_for_few_requests_and_never_beyond_a_deadline():
+    for now_s, numbers, due_s, first in (
+        (0.0095, [5], inf, []),
+        (0.0085, [5], inf, [(1, [5])]),  # the other call takes 1.4 ms more
+        (0.0115, [5], inf, [(1, [5])]),  # it takes longer than it should
+        (0.0095, [5, 6, 7, 8, 9], inf, [(1, [5, 6, 7, 8, 9])]),
+        (0.0095, [5], 0.0138, [(1, [5])]),
+        (0.0095, [5], 0.0142, []),
+    ):
+        made = queue()
+        offer(made, 0.0, 0)
+        started(made, 0.0)
+        offer(made, 0.001, 1, 2, 3, 4)
+        made.finished(WIDE, 0.0024)
+        assert started(made, 0.0024) == [(0, [1, 2]), (1, [3, 4])]
+        made.finished(1, 0.0075)
+        offer(made, now_s, *numbers, due_s=due_s)
+        assert started(made, now_s) == first
 
 
 def test_a_crowd_is_narrow():
@@ -194,7 +227,8 @@ STEPS = st.lists(st.floats(0.1, 8.0), min_size=1, max_size=5)
 
 @given(STEPS, STEPS, st.lists(st.tuples(st.floats(0.0, 0.02), st.integers(1, 4), st.floats(0.001, 0.06)), max_size=25))
 def test_whoever_was_not_started_at_once_is_in_time_if_calls_last_as_measured(few, many, asked):
-    """For any tables, arrivals, rows and deadlines; no instance is idle while a request waits, and none is lost."""
+    """For any tables, arrivals, rows and deadlines; a core is idle for a moment only while a request waits; none is
+    lost."""
     narrow, wide = (
         LatencyTable(points=tuple((k + 1, sum(steps[: k + 1])) for k in range(len(steps)))) for steps in (few, many)
     )
@@ -209,7 +243,10 @@ def test_whoever_was_not_started_at_once_is_in_time_if_calls_last_as_measured(fe
                 assert instance == WIDE or WIDE not in [one[2] for one in ends]
                 assert instance != WIDE or not ends, "a wide call has all cores"
                 heapq.heappush(ends, (batch.end_s, next(order), instance, now_s, batch.requests))
-        assert not made.waiting_rows or len(ends) == 2 or [one[2] for one in ends] == [WIDE]
+        if made.waiting_rows and len(ends) < 2 and [one[2] for one in ends] != [WIDE]:
+            assert ends, "all cores are idle"
+            late = made._late_s(made._waiting, made._free_s(now_s)) > 0
+            assert late or ends[0][0] - now_s <= SOON * narrow.latency_ms(1) / 1e3 + 1e-9
 
     def finish(until_s):
         nonlocal now_s
@@ -237,6 +274,16 @@ def test_whoever_was_not_started_at_once_is_in_time_if_calls_last_as_measured(fe
     assert not lost
 
 
+def test_a_request_that_only_wide_calls_answer_in_time_is_accepted_and_gets_one():
+    made = queue()
+    offer(made, 0.0, 0, due_s=0.0092)
+    assert started(made, 0.0) == [(WIDE, [0])]
+    offer(made, 0.001, 1, 2, 3, due_s=0.0092)
+    assert isinstance(made.offer(Request(id=4, deadline_s=0.0092), 0.001), Refused)
+    made.finished(WIDE, 0.0024)
+    assert started(made, 0.0024) == [(WIDE, [1, 2, 3])], "until 9.05 ms; narrow the third would end after 9.9 ms"
+
+
 # --- simulated ------------------------------------------------------------------------------------------------------
 
 
@@ -256,6 +303,23 @@ def test_at_every_load_requests_are_about_as_fast_as_under_the_better_layout_alo
         assert elastic.p50_ms <= 1.1 * min(one.p50_ms for one in alone)
         assert elastic.p99_ms <= 1.15 * min(one.p99_ms for one in alone)
         assert (elastic.answered, elastic.refused) == (2000, 0)
+
+
+@pytest.mark.parametrize("load", [0.1, 0.3])
+def test_under_deadlines_no_more_is_refused_than_by_the_better_layout_alone(load):
+    def exactly(found):
+        return lambda rows, rng: found.latency_ms(rows) / 1e3
+
+    most_per_s = capacity_per_s(exactly(NARROW), instances=2, max_batch=8)
+    told = {"rate_per_s": load * most_per_s, "slo_ms": 7.2, "max_batch": 8, "max_waiting": 1024}
+    both = Wide(tables(), exactly(BOTH))
+    elastic = simulate_load(NARROW, service=exactly(NARROW), instances=2, wide=both, **told)
+    alone = [
+        simulate_load(found, service=exactly(found), instances=instances, **told)
+        for found, instances in ((BOTH, 1), (NARROW, 2))
+    ]
+    assert elastic.refused <= min(one.refused for one in alone)
+    assert elastic.p99_ms <= 7.2
 
 
 # --- threads --------------------------------------------------------------------------------------------------------

@@ -8,7 +8,7 @@ from builders import requirements, said, trial
 
 from corewise.machine.inspect import inspect_cpu
 from corewise.records.build import Build, Plan
-from corewise.records.measurement import Measurement
+from corewise.records.measurement import LoadRun, Measurement
 from corewise.records.reason import ReasonKind
 from corewise.records.tuned import Machine, Retuned, Tuned
 from corewise.report.lines import elasticity_lines, retuned_lines
@@ -134,22 +134,89 @@ def test_retune_says_why_no_elastic_plan_was_judged(plan, line):
     assert retuned_lines(found)[-1] == line
 
 
-def test_a_search_without_time_for_it_keeps_one_layout_and_says_so(tmp_path):
-    context = SearchContext(
-        workspace=Workspace(tmp_path),
+def context(folder, budget):
+    return SearchContext(
+        workspace=Workspace(folder),
         plan=NARROW,
         cpu=inspect_cpu(),
         timeout_s=1.0,
         verify=lambda outputs: pytest.fail("nothing is verified"),
         on_event=lambda event: pytest.fail("nothing is measured"),
-        budget=Budget(total_s=10.0, clock=lambda: 20.0, started_s=0.0),
+        budget=budget,
     )
+
+
+def test_a_search_without_time_for_it_keeps_one_layout_and_says_so(tmp_path):
+    spent = context(tmp_path, Budget(total_s=10.0, clock=lambda: 20.0, started_s=0.0))
     build = Build(engine="fake", precision="fp32")
-    reason = judge_elastic(trial(build, measurements=tuple(rows(NARROW, 4.0, 7.5))), NARROW, context)
+    reason = judge_elastic(trial(build, measurements=tuple(rows(NARROW, 4.0, 7.5))), NARROW, spent)
     assert reason.kind == ReasonKind.ELASTIC_NOT_MEASURED
     assert said(reason) == "one layout stays open: an elastic plan was not measured, because the budget was spent"
     alone = Plan(threads_per_instance=1)
-    assert judge_elastic(trial(build, measurements=(measured(alone),)), alone, context) is None
-    known = judge_elastic(trial(build, measurements=tuple(SCALES)), NARROW, replace(context, budget=Budget()))
-    assert known.pays
-    assert known.measurements == ()
+    assert judge_elastic(trial(build, measurements=(measured(alone),)), alone, spent) is None
+
+
+class Loads:
+    """A trial process whose loads have these latencies: with both layouts open, and with one."""
+
+    def __init__(self, elastic_ms, fixed_ms, failed=0):
+        self.ms, self.failed, self.opened = (elastic_ms, fixed_ms), failed, []
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *error):
+        pass
+
+    def open(self, payload, build, plan, wide=None):
+        self.opened.append((plan, wide))
+
+    def load(self, samples, plan, table, *, rate_per_s, duration_s, seed, elastic=None):
+        ms = self.ms[elastic is None]
+        return LoadRun(
+            plan=plan,
+            rate_per_s=rate_per_s,
+            clients=None,
+            duration_s=duration_s,
+            offered=100,
+            answered=100 - self.failed,
+            refused=0,
+            failed=self.failed,
+            in_time=100,
+            p50_ms=ms,
+            p99_ms=3 * ms,
+            refusal_p99_ms=0.0,
+        )
+
+
+@pytest.mark.parametrize(
+    ("elastic_ms", "fixed_ms", "failed", "pays"),
+    [(2.4, 4.0, 0, True), (4.2, 4.0, 0, True), (4.4, 4.0, 0, False), (2.4, 4.0, 1, False)],
+)
+def test_real_load_in_turns_has_the_last_word_and_its_figures_are_told(
+    tmp_path, monkeypatch, elastic_ms, fixed_ms, failed, pays
+):
+    build, clients = Build(engine="fake", precision="fp32"), []
+
+    def client(context, build, share=1.0):
+        clients.append(Loads(elastic_ms, fixed_ms, failed))
+        return clients[-1]
+
+    monkeypatch.setattr(SearchContext, "client", client)
+    found = judge_elastic(trial(build, measurements=tuple(SCALES)), NARROW, context(tmp_path, Budget()))
+    assert found.pays == pays
+    assert found.measurements == ()
+    assert [one.opened for one in clients] == [[(found.plan.narrow, found.plan.wide)], [(found.plan.narrow, None)]]
+    assert [(len(duel.elastic), len(duel.fixed), duel.p50_ms) for duel in found.duels] == [
+        (3, 3, (elastic_ms, fixed_ms))
+    ] * 2
+    words = elasticity_lines(found)[-1]
+    assert ("both are opened" in words) == pays
+    if not pays:
+        assert f"at 33% of the load p50 {elastic_ms:.2f} ms against {fixed_ms:.2f} ms" in words
+
+
+def test_where_simulation_promises_nothing_no_load_is_put_on_it(tmp_path):
+    build = Build(engine="fake", precision="fp32")
+    found = judge_elastic(trial(build, measurements=tuple(DOES_NOT)), NARROW, context(tmp_path, Budget()))
+    assert (found.pays, found.duels) == (False, ())

@@ -225,7 +225,9 @@ def _decoding(details: Details, so: str) -> str:
     told = f"with {details['photos']} photos decoded at a smaller scale, the answers have {score}"
     if "moved_db" not in details:  # before 0.2
         return f"{told}, {so}"
-    moved = f"and are {details['moved_db']:.1f} dB from those to photos decoded in full ({details['needed_db']:.1f} needed)"
+    moved = (
+        f"and are {details['moved_db']:.1f} dB from those to photos decoded in full ({details['needed_db']:.1f} needed)"
+    )
     return f"{told} {moved}, {so}"
 
 

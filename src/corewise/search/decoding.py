@@ -62,8 +62,11 @@ def choose_decoding(holdout: Samples, choice: Choice, gate: AccuracyGate, contex
     least = 0.0
     for sharpness in SHARPNESS:
         scaled = replace(holdout.preprocess, decode="scaled", sharpness=sharpness)
-        left = {row: found for row, item in enumerate(holdout.originals.items)
-                if (found := sharpness_left(item, scaled)) is not None}
+        left = {
+            row: found
+            for row, item in enumerate(holdout.originals.items)
+            if (found := sharpness_left(item, scaled)) is not None
+        }
         if len(left) < LEAST_PHOTOS:
             break  # a larger scale would be judged on fewer photos
         if min(left.values()) == least:

@@ -325,7 +325,7 @@ def _method(preprocess: Preprocess) -> Any:
 @cache
 def image_suffixes() -> frozenset[str]:
     """The lower-case suffixes of the files that Pillow reads here; of HEIC files where its plug-in is installed."""
-    formats = _formats()
+    formats = {*_formats(), "MPO"}  # which Pillow opens as JPEG
     return frozenset(suffix for suffix, kind in _pil().registered_extensions().items() if kind in formats)
 
 

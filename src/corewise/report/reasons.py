@@ -223,7 +223,7 @@ def _decoding(details: Details, so: str) -> str:
     """What decoding large JPEGs at a smaller scale does to the winner's answers."""
     score = f"{details['metric']} {details['value']:.4g}, {details['drop']:.4g} below fp32's on photos decoded in full"
     told = f"with {details['photos']} photos decoded at a smaller scale, the answers have {score}"
-    if "moved_db" not in details:  # before 0.2
+    if "moved_db" not in details:  # a record of an older version
         return f"{told}, {so}"
     moved = (
         f"and are {details['moved_db']:.1f} dB from those to photos decoded in full ({details['needed_db']:.1f} needed)"

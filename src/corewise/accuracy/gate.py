@@ -69,6 +69,16 @@ class AccuracyGate:
         fidelity = self._compared(self.reference, outputs, None, self._metric(self.reference))
         return fidelity, judge(fidelity, self.requirements, robust=self.is_robust)
 
+    def of_rows(self, outputs: Outputs, rows: Rows) -> tuple[Fidelity, Verdict]:
+        """The same for some rows of the holdout alone; ``outputs`` are for all."""
+        assert self.reference is not None
+        fidelity = self._part(self.reference, outputs, rows)
+        return fidelity, judge(fidelity, self.requirements)
+
+    def moved(self, own: Outputs, outputs: Outputs, rows: Rows) -> Fidelity:
+        """How far a candidate's outputs for some rows are from its own, ``own``, for another form of the samples."""
+        return self._part(own, outputs, rows)
+
     @property
     def is_robust(self) -> bool:
         """Whether the drop under shift decides; known once there is a reference."""
@@ -85,13 +95,7 @@ class AccuracyGate:
             rows: The rows of the holdout that are unlike what calibrated the twin: ``shift.ShiftSplit.judged``.
         """
         assert self.reference is not None
-        reference, outputs = self.reference.rows(rows), outputs.rows(rows)
-        try:
-            shifted = self._compared(reference, outputs, rows, self._metric(self.reference))
-        except (MetricError, SamplesError):  # Not defined on a part of the holdout, as AUC with labels of one class.
-            closeness = metrics.default(self._nest(list(reference.leaves)), None)
-            shifted = self._compared(reference, outputs, rows, closeness)
-        fidelity = replace(fidelity, shift=shifted)
+        fidelity = replace(fidelity, shift=self._part(self.reference, outputs, rows))
         return fidelity, judge(fidelity, self.requirements, robust=self.is_robust)
 
     def alone(self, outputs: Outputs, rows: Rows) -> Verdict:
@@ -100,15 +104,22 @@ class AccuracyGate:
         As under shift the drop has to be certain, because the rows are few.
         """
         assert self.reference is not None
-        reference = self.reference.rows(rows)
-        try:
-            fidelity = self._compared(reference, outputs, rows, self._metric(self.reference))
-        except (MetricError, SamplesError):  # Not defined on a part of the holdout, as AUC with labels of one class.
-            closeness = metrics.default(self._nest(list(reference.leaves)), None)
-            fidelity = self._compared(reference, outputs, rows, closeness)
+        fidelity = self._against(self.reference.rows(rows), outputs, rows)
         reason, rule = _decided(fidelity, replace(self.requirements, strict=False), certain=True)
         told = Reason(kind=reason.kind, details={**reason.details, "alone": True})
         return Verdict(passed=rule == "passed", reason=told, uncertain=None, rule=rule)
+
+    def _part(self, reference: Outputs, outputs: Outputs, rows: Rows) -> Fidelity:
+        return self._against(reference.rows(rows), outputs.rows(rows), rows)
+
+    def _against(self, reference: Outputs, outputs: Outputs, rows: Rows) -> Fidelity:
+        """Outputs for some rows of the holdout against others for them, by the metric or, where that fails, without."""
+        assert self.reference is not None
+        try:
+            return self._compared(reference, outputs, rows, self._metric(self.reference))
+        except (MetricError, SamplesError):  # Not defined on a part of the holdout, as AUC with labels of one class.
+            closeness = metrics.default(self._nest(list(reference.leaves)), None)
+            return self._compared(reference, outputs, rows, closeness)
 
     def _compared(self, reference: Outputs, outputs: Outputs, rows: Rows | None, metric: metrics.Metric) -> Fidelity:
         names, labels, groups = self._names, self.holdout.labels, self.holdout.groups

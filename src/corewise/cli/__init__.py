@@ -2,6 +2,7 @@
 
 import signal
 import sys
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Annotated, Any
@@ -51,6 +52,7 @@ def _root(version: Annotated[bool, flag("--version", panel="Options", help="Prin
 def main() -> None:
     """Run the command line. What is wrong becomes one line on standard error and an exit code that is not 0."""
     streams.protect()
+    warnings.filterwarnings("ignore", module=r"PIL\.")  # about damaged EXIF data, of one photo among many
     try:
         with _ended_by_sigterm():
             _run(sys.argv[1:])
@@ -82,8 +84,8 @@ def _ended_by_sigterm() -> Iterator[None]:
 
 
 def _run(typed: list[str]) -> None:
-    arguments, warnings = renames.translate(typed)
-    for warning in warnings:
+    arguments, renamed = renames.translate(typed)
+    for warning in renamed:
         _complain(warning)
     try:
         app(arguments, prog_name="corewise")

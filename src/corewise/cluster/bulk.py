@@ -23,7 +23,7 @@ from corewise.records.pipeline import ImagePipeline
 from corewise.samples.archives import is_archive, is_sliced
 from corewise.samples.audio import AUDIO_SUFFIXES
 from corewise.samples.folders import list_files, list_images
-from corewise.samples.places import Place, RemotePath, place_of
+from corewise.samples.places import Place, RemotePath, place_of, real_name
 from corewise.samples.tables import READERS
 from corewise.samples.texts import Columns
 from corewise.search.retuning import BUDGET_S
@@ -310,7 +310,7 @@ def _check_apart(output: Place, places: Iterable[str | Path], paths: Iterable[Pl
     for place in map(place_of, places):
         if folder.startswith(f"{place.resolve()}/") and not place.is_file():
             raise OutputError(f"{output} is among the inputs in {place}", "give another name with -o")
-    if any(str(path.resolve()).startswith(folder) for path in paths):
+    if any(real_name(path).startswith(folder) for path in paths):
         raise OutputError(f"{output} has inputs in it", "give another name with -o")
 
 

@@ -23,7 +23,7 @@ from corewise.pipeline.parts import Counts, Parts, Record
 from corewise.pipeline.photos import USUAL, ImageAsk, ImageRunner, MediaRunner, content_of
 from corewise.pipeline.runner import Rejected, TextRunner
 from corewise.samples.archives import is_archive, read_archive
-from corewise.samples.places import Place, RemotePath
+from corewise.samples.places import Place, RemotePath, real_name
 from corewise.samples.tables import READERS, iterate_table
 from corewise.samples.texts import Columns
 
@@ -93,7 +93,7 @@ class Job:
         """What must be equal for parts to count."""
         return {
             "artifact": self.artifact,
-            "inputs": [[str(path.resolve()), *_size_and_time(path)] for path in self.inputs],
+            "inputs": [[real_name(path), *_size_and_time(path)] for path in self.inputs],
             "columns": list(self.columns),
             "prompt": self.prompt,
             "part_rows": self.part_rows,

@@ -147,13 +147,15 @@ def plot(
         if len(points) > 1:
             joined = " ".join(f"{a:.1f},{b:.1f}" for a, b in points)
             parts.append(f'<polyline class="{line.style}" points="{joined}"/>')
+    whiskers = []
     for mark in seen:
         parts.append(f'<g class="{mark.role}{" faint" if mark.faint else ""}"><title>{escape(mark.tip)}</title>')
         if mark.interval and all(y.held(end) for end in mark.interval):
             (a, low), (_, high) = at((mark.x, mark.interval[0])), at((mark.x, mark.interval[1]))
+            whiskers.append((a - 1, high, a + 1, low))
             parts.append(f'<path class="interval" d="M{a - 4:.1f} {low:.1f}h8m-4 0V{high:.1f}m-4 0h8"/>')
         parts.append(_shape(*at((mark.x, mark.y)), mark.role, mark.ringed) + "</g>")
-    parts += _labels([(mark, at((mark.x, mark.y))) for mark in seen])
+    parts += _labels([(mark, at((mark.x, mark.y))) for mark in seen], whiskers)
     return _svg(name, title, description, _HEIGHT, parts)
 
 
@@ -248,9 +250,12 @@ def _shape(x: float, y: float, role: Role, ringed: bool) -> str:
     return f'<circle class="mark" cx="{x:.1f}" cy="{y:.1f}" r="{5.5 if role == "chosen" else 4}"/>{ring}'
 
 
-def _labels(marks: Sequence[tuple[Mark, tuple[float, float]]]) -> Iterator[str]:
-    """Each labelled mark's key beside it, on the first side where it covers no mark and no other key."""
-    taken = [(x - 6, y - 6, x + 6, y + 6) for _, (x, y) in marks]
+_Box = tuple[float, float, float, float]
+
+
+def _labels(marks: Sequence[tuple[Mark, tuple[float, float]]], whiskers: Sequence[_Box]) -> Iterator[str]:
+    """Each labelled mark's key beside it, on the first side where it covers no mark, no interval and no other key."""
+    taken = [*((x - 6, y - 6, x + 6, y + 6) for _, (x, y) in marks), *whiskers]
     for mark, (x, y) in reversed(marks):
         if not mark.labelled:
             continue

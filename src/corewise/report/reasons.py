@@ -222,7 +222,13 @@ def _mixes_batch(details: Details) -> str:
 def _decoding(details: Details, so: str) -> str:
     """What decoding large JPEGs at a smaller scale does to the winner's answers."""
     score = f"{details['metric']} {details['value']:.4g}, {details['drop']:.4g} below fp32's on photos decoded in full"
-    return f"with {details['photos']} photos decoded at a smaller scale, the answers have {score}, {so}"
+    told = f"with {details['photos']} photos decoded at a smaller scale, the answers have {score}"
+    if "moved_db" not in details:  # a record of an older version
+        return f"{told}, {so}"
+    moved = (
+        f"and are {details['moved_db']:.1f} dB from those to photos decoded in full ({details['needed_db']:.1f} needed)"
+    )
+    return f"{told} {moved}, {so}"
 
 
 def _pixels(details: Details) -> str:

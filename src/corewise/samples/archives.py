@@ -5,7 +5,7 @@ import gzip
 import lzma
 import tarfile
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import PurePosixPath
 from typing import IO, NamedTuple
 
@@ -19,6 +19,13 @@ MOST_BYTES = 64 * 2**20
 MOST_HEADERS_BYTES = 2**20
 """Of what stands before a member. tarfile would keep headers of any size, which a few compressed bytes can claim."""
 BLOCK_BYTES = 2**16
+OPENERS: dict[bytes, Callable[[IO[bytes]], IO[bytes]]] = {
+    b"\x1f\x8b": gzip.open,  # type: ignore[dict-item]
+    b"BZh": bz2.open,
+    b"\xfd7zXZ\0": lzma.open,
+}
+"""What decompresses a file, by the bytes that it begins with."""
+LONGEST_MAGIC = max(map(len, OPENERS))
 BROKEN = (tarfile.TarError, EOFError, OSError, zlib.error, lzma.LZMAError, ValueError, OverflowError, RecursionError)
 """What tarfile and the decompressors raise for bytes that are no whole archive."""
 
@@ -53,8 +60,9 @@ def is_archive(path: str | Place) -> bool:
 
 
 def is_sliced(path: Place) -> bool:
-    """Whether it is a tar file whose images can be read without what is before them."""
-    return str(path).lower().endswith(SUFFIXES[0])
+    """Whether it is a tar file whose images can be read without what is before them, whatever its name says."""
+    with path.open("rb") as file:
+        return not file.read(LONGEST_MAGIC).startswith(tuple(OPENERS))
 
 
 def read_archive(path: Place, *, sliced: bool = False) -> Iterator[Member]:
@@ -80,7 +88,7 @@ def read_archive(path: Place, *, sliced: bool = False) -> Iterator[Member]:
                     # Not its size: of a link or a folder, which no data follows, that may be any number.
                     metered.allow(archive.offset - member.offset_data)
                     archive.members = []  # it would keep a record of each
-                    if sliced and member.offset_data + member.size > path.stat().st_size:
+                    if sliced and not member.issparse() and member.offset_data + member.size > path.stat().st_size:
                         raise tarfile.ReadError("unexpected end of data")
                     if (found := _image(archive, member, str(path) if sliced else None)) is not None:
                         yield found
@@ -110,13 +118,12 @@ def _image(archive: tarfile.TarFile, member: tarfile.TarInfo, sliced: str | None
 
 def _decompressed(file: IO[bytes]) -> IO[bytes]:
     """The file as bytes of a tar, by what it begins with."""
-    head = file.read(6)
+    head = file.read(LONGEST_MAGIC)
     file.seek(0)
-    if head[:2] == b"\x1f\x8b":
-        return gzip.open(file)  # type: ignore[return-value]
-    if head[:3] == b"BZh":
-        return bz2.open(file)
-    return lzma.open(file) if head == b"\xfd7zXZ\0" else file
+    return next((opened(file) for magic, opened in OPENERS.items() if head.startswith(magic)), file)
+
+
+_DECOMPRESSORS = (gzip.GzipFile, bz2.BZ2File, lzma.LZMAFile)
 
 
 class _Metered:
@@ -124,6 +131,8 @@ class _Metered:
 
     def __init__(self, file: IO[bytes]) -> None:
         self._file = file
+        # ``read`` of a decompressor loses what it has read where the file then ends too early or has junk behind it.
+        self._read = file.read1 if isinstance(file, _DECOMPRESSORS) else file.read
         self._ended = False
         self.allow(0)
 
@@ -142,7 +151,7 @@ class _Metered:
 
     def read(self, size: int) -> bytes:
         """At most ``size`` bytes."""
-        data = self._file.read(size)
+        data = self._read(size)
         self._left -= len(data)
         if self._left < 0:
             raise tarfile.ReadError("its headers are too long")

@@ -33,8 +33,9 @@ Preprocessor = Callable[["Image"], Any]
 
 UNSAFE_FORMATS = ("BUFR", "EPS", "GRIB", "HDF5", "MPEG", "WMF")
 """Known to Pillow, but read by other programs (Ghostscript) or not at all."""
-UNBOUNDED_FORMATS = ("ICNS", "ICO")
-"""Hold images that are larger than their own header says, and that Pillow decodes before its size can be checked."""
+UNBOUNDED_FORMATS = {"ICNS": b"icns", "ICO": b"\0\0\1\0"}
+"""What begins with these bytes holds images that may be larger than its header says, and that Pillow decodes before
+their size can be checked."""
 ORIENTATION = 0x0112
 """The EXIF tag; 1 is upright, 2 to 8 are mirrored or turned."""
 LONGEST = 16
@@ -142,11 +143,11 @@ def _sharpness(size: tuple[int, int], preprocess: Preprocess) -> float:
 def _opened(source: Path | bytes, name: str, max_pixels: int | None) -> "Iterator[Image]":
     """The image, not decoded yet. Raises ``UnreadableItem``, also for what Pillow raises in the ``with``."""
     pil = _pil()
+    bounded = [kind for kind in _formats() if max_pixels is None or kind not in UNBOUNDED_FORMATS]
     try:
         file = io.BytesIO(source) if isinstance(source, bytes) else source
         if isinstance(source, Path) and not S_ISREG(source.stat().st_mode):
             raise UnreadableItem(name, "is not a regular file")  # to open a named pipe would wait for ever
-        bounded = [kind for kind in _formats() if max_pixels is None or kind not in UNBOUNDED_FORMATS]
         with pil.open(file, formats=bounded) as image:
             if max_pixels is not None and image.width * image.height > max_pixels:
                 raise TooManyPixels(name, f"has {image.width}x{image.height} pixels, the most are {max_pixels:,}")
@@ -154,7 +155,7 @@ def _opened(source: Path | bytes, name: str, max_pixels: int | None) -> "Iterato
     except (pil.DecompressionBombError, pil.DecompressionBombWarning) as error:
         raise TooManyPixels(name, "has too many pixels") from error
     except BROKEN as error:
-        raise UnreadableItem(name, _reason(source, error)) from error
+        raise UnreadableItem(name, _reason(source, error, bounded)) from error
 
 
 def normalize_image(image: "Image", name: str = "the image") -> "Image":
@@ -324,7 +325,7 @@ def _method(preprocess: Preprocess) -> Any:
 @cache
 def image_suffixes() -> frozenset[str]:
     """The lower-case suffixes of the files that Pillow reads here; of HEIC files where its plug-in is installed."""
-    formats = _formats()
+    formats = {*_formats(), "MPO"}  # which Pillow opens as JPEG
     return frozenset(suffix for suffix, kind in _pil().registered_extensions().items() if kind in formats)
 
 
@@ -439,8 +440,8 @@ def _formats() -> Sequence[str]:
     return tuple(kind for kind in pil.ID if kind not in UNSAFE_FORMATS)
 
 
-def _reason(source: Path | bytes, error: BaseException) -> str:
-    """What is wrong with an image that Pillow does not decode, as the end of a sentence."""
+def _reason(source: Path | bytes, error: BaseException, opened: Sequence[str]) -> str:
+    """What is wrong with an image that Pillow does not decode by these formats, as the end of a sentence."""
     try:
         head = source[:512] if isinstance(source, bytes) else _head(source)
     except OSError as missing:
@@ -450,6 +451,9 @@ def _reason(source: Path | bytes, error: BaseException) -> str:
     if head.lstrip().lower().startswith((b"<html", b"<!doctype html")):
         return "is an HTML page"
     if type(error).__name__ == "UnidentifiedImageError":
+        for kind, magic in UNBOUNDED_FORMATS.items():
+            if head.startswith(magic) and kind not in opened:
+                return f"is an {kind} file, whose pixels cannot be counted before they are decoded"
         return "is not an image that Pillow opens"
     return _broken(error)
 

@@ -5,6 +5,7 @@ files that the store's own tools use.
 """
 
 import io
+import os
 import re
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -269,6 +270,11 @@ def _opened(url: str) -> tuple[Any, str]:
     bucket, slash, key = rest.partition("/")
     store, base = _store(f"{scheme}://{bucket}")
     return store, f"{base}{slash}{key}"
+
+
+def real_name(place: Place) -> str:
+    """The place without links; of one whose links go round in a circle, for which ``resolve`` raises, as they begin."""
+    return os.path.realpath(place) if isinstance(place, Path) else str(place.resolve())
 
 
 def without_twins(places: Iterable[Place]) -> list[Place]:

@@ -17,6 +17,9 @@ from corewise.source.exported import Flat
 
 ONE_VALUE = "Expected more than 1 value per channel when training"
 """What torch says of a batch norm that is given one row."""
+SUPPRESSED = ("boxes", "scores", "labels", "keypoints", "masks")
+"""What torchvision's detectors call the tensors that they list for each photo."""
+SUPPRESSED_FIX = "return what is before the suppression: boxes (N, K, 4) and scores (N, K, classes)"
 OUTPUT_DTYPES = ("bool", "uint8", "int8", "int16", "int32", "int64", "float16", "float32", "float64")
 
 
@@ -125,7 +128,7 @@ def _check_output(name: str, leaf: Tensor, batch: Batch) -> None:
     if not leaf.dim() or len(leaf) != len(batch):
         raise SourceError(
             f"the model's {name} has shape {tuple(leaf.shape)} for a batch of {len(batch)}",
-            "return tensors whose first dimension is the batch",
+            SUPPRESSED_FIX if name in SUPPRESSED else "return tensors whose first dimension is the batch",
         )
     if leaf.layout != torch.strided:
         layout = str(leaf.layout).removeprefix("torch.")

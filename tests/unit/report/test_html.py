@@ -384,6 +384,16 @@ def test_keys_beside_marks_do_not_cover_each_other():
     assert len(set(places)) == len(marks)
 
 
+def test_no_key_stands_on_an_interval():
+    near = (("A", 3.0, "other"), ("B", 2.9, "chosen"), ("C", 3.3, "other"))
+    marks = [Mark(x=5, y=y, role=role, key=key, tip="", interval=(y, 9)) for key, y, role in near]
+    text = charts.plot("n", "t", "d", x=Axis.linear((0, 10)), y=Axis.linear((0, 10)), marks=marks)
+    start, foot, top = map(float, re.findall(r'class="interval" d="M([\d.]+) ([\d.]+)h8m-4 0V([\d.]+)', text)[0])
+    keys = [(float(x), float(y)) for x, y in re.findall(r'class="tag" x="([\d.]+)" y="([\d.]+)"', text)]
+    assert len(keys) == 3
+    assert not [key for key in keys if key[0] < start + 4 < key[0] + 7.8 and top < key[1] - 2 < foot]
+
+
 def test_a_bar_is_as_long_as_its_value_and_its_text_fits():
     rows = [
         Bar(value=value, values=(value, value * 1.1), role="other", key="1", text="100 items/s") for value in (50, 100)

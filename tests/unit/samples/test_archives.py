@@ -2,15 +2,17 @@
 
 import gzip
 import io
+import subprocess
 import tarfile
 import tracemalloc
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from corewise.common.errors import SamplesError
 from corewise.samples import archives
-from corewise.samples.archives import is_archive, read_archive
+from corewise.samples.archives import is_archive, is_sliced, read_archive
 
 
 def write(path: Path, *members: tuple[str, bytes], mode: str = "w") -> Path:
@@ -48,6 +50,41 @@ def test_slices_are_the_images_that_a_stream_gives(tmp_path: Path, end: int | No
     assert [(one.name, one.problem) for one in sliced] == [(one.name, one.problem) for one in whole]
     assert [one.slice.read() for one in sliced if one.slice] == [one.content for one in whole if not one.problem]
     assert len(whole) == count
+
+
+@pytest.mark.parametrize(("kind", "end"), [("gz", b"junk"), ("gz", b""), ("bz2", b""), ("xz", b"")])
+def test_what_was_whole_before_a_small_compressed_archive_broke_is_read(tmp_path: Path, kind: str, end: bytes) -> None:
+    noise = np.random.default_rng(0).bytes
+    members = [(f"{number}.jpg", noise(150_000)) for number in range(7)]  # of bzip2, some blocks
+    path = write(tmp_path / f"photos.tar.{kind}", *members, mode=f"w:{kind}")
+    whole = path.read_bytes()
+    path.write_bytes(whole + end if end else whole[:-5000])
+    found = list(read_archive(path))
+    assert [one.content for one in found if not one.problem] == [content for _, content in members][
+        : len(found) - (not end)
+    ]
+    assert len(found) == 7 if end else found[-1].problem.startswith("cannot be read behind member")
+
+
+def test_a_name_does_not_say_whether_an_archive_is_compressed(tmp_path: Path) -> None:
+    plain = write(tmp_path / "plain.tar", ("a.jpg", b"one"))
+    packed = write(tmp_path / "packed.tar", ("a.jpg", b"one"), mode="w:gz")
+    assert [(is_sliced(path), [one.content for one in read_archive(path)]) for path in (plain, packed)] == [
+        (True, [b"one"]),
+        (False, [b"one"]),
+    ]
+
+
+def test_a_sparse_file_is_set_aside_alone(tmp_path: Path) -> None:
+    path, hole = tmp_path / "photos.tar", tmp_path / "hole.jpg"
+    with hole.open("wb") as file:
+        file.write(b"one")
+        file.truncate(2**20)
+    (tmp_path / "z.jpg").write_bytes(b"two")
+    subprocess.run(["tar", "--sparse", "-cf", path, "-C", tmp_path, "hole.jpg", "z.jpg"], check=True)
+    for sliced in (False, True):
+        found = [(one.name, one.problem) for one in read_archive(path, sliced=sliced)]
+        assert found == [("hole.jpg", "is no regular file"), ("z.jpg", "")]
 
 
 def test_what_is_no_file_or_leads_out_is_not_read(tmp_path: Path) -> None:

@@ -528,7 +528,7 @@ def test_too_many_pixels_are_refused_before_they_are_decoded() -> None:
 def test_what_hides_its_pixels_is_not_opened_where_they_are_limited() -> None:
     content = encoded(Image.new("RGB", (16, 16)), "ICO")
     assert open_image(content).size == (16, 16)
-    with pytest.raises(UnreadableItem, match="is not an image that Pillow opens"):
+    with pytest.raises(UnreadableItem, match="is an ICO file, whose pixels cannot be counted before they are decoded"):
         open_image(content, max_pixels=1000)
 
 

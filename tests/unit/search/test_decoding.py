@@ -53,6 +53,10 @@ def grain(x: NDArray[np.float32]) -> NDArray[np.float32]:
     return 100 * np.asarray(fine)
 
 
+def brightness_and_blur(x: NDArray[np.float32]) -> NDArray[np.float32]:
+    return np.asarray(brightness(x) + 2 * np.abs(np.diff(x, axis=3)).mean((1, 2, 3))[:, None])
+
+
 class Client:
     """Runs a net in place of a trial process."""
 
@@ -67,20 +71,22 @@ class Client:
 
 
 def decided(
-    images: RawSamples, net: Net, tmp_path: Path, budget_s: float | None = None
+    images: RawSamples, net: Net, tmp_path: Path, budget_s: float | None = None, noise: float = 0.0
 ) -> tuple[Preprocess | None, str]:
-    """What is decided for a winner that answers as fp32 does."""
+    """What is decided for a winner whose answers are fp32's with ``noise``."""
     holdout = image_samples(images, ImageReader(SMALL))
     _, (inputs,) = next(holdout.batches(1000))
     outputs = net(inputs)
     _, structure = flatten(outputs, "outputs")
     gate = AccuracyGate(None, holdout, structure, requirements(max_drop=0.01), seed=0)
     gate(Outputs((outputs,)))
+    own = tmp_path / "own.safetensors"
+    save_file({"0.rows": np.arange(len(outputs)), "0.0": outputs + noise}, own)
     context: Any = SimpleNamespace(
-        workspace=SimpleNamespace(folder=tmp_path, payload=lambda build: tmp_path),
+        workspace=SimpleNamespace(folder=tmp_path, payload=lambda build: tmp_path, outputs=lambda build: own),
         budget=Budget(total_s=budget_s),
         cpu=SimpleNamespace(usable_cores=1),
-        client=lambda build, share=1.0: nullcontext(Client(net)),
+        client=lambda build, share=1.0: nullcontext(Client(lambda x: net(x) + noise)),
     )
     choice: Any = SimpleNamespace(winner=Build(engine="eager", precision="fp32"), throughput_per_s=2.0)
     decoding = choose_decoding(holdout, choice, gate, context)
@@ -96,14 +102,24 @@ def test_it_is_taken_where_the_answers_hold(tmp_path: Path) -> None:
 
 
 def test_a_larger_scale_is_taken_where_the_smallest_moves_the_answers(tmp_path: Path) -> None:
-    def both(x: NDArray[np.float32]) -> NDArray[np.float32]:
-        return np.concatenate([brightness(x), 0.07 * grain(x)], 1)
-
     images = photos(20, (320, 288))
     assert decided(images, brightness, tmp_path)[0] == replace(SMALL, decode="scaled", sharpness=1.0)
-    preprocess, why = decided(images, both, tmp_path)
-    assert preprocess == replace(SMALL, decode="scaled", sharpness=2.0)
+    preprocess, why = decided(images, brightness_and_blur, tmp_path)
+    assert preprocess == replace(SMALL, decode="scaled", sharpness=2.0)  # agreement was 1 at the smallest scale too
     assert why.endswith("the artifact decodes photos this way")
+
+
+def test_answers_may_move_by_less_than_the_winner_has_moved_them(tmp_path: Path) -> None:
+    images = photos(20, (320, 288))
+    preprocess, why = decided(images, brightness_and_blur, tmp_path, noise=0.35)
+    assert preprocess == replace(SMALL, decode="scaled", sharpness=1.0)
+    assert 20 < float(why.split(" needed)")[0].split("(")[-1]) < 28
+
+
+def test_only_photos_that_are_decoded_otherwise_count(tmp_path: Path) -> None:
+    large, small = photos(20, (320, 240)), photos(60, (80, 60))
+    mixed = RawSamples(kind="image", items=[*large.items, *small.items])
+    assert decided(mixed, brightness_and_blur, tmp_path)[1] == decided(large, brightness_and_blur, tmp_path)[1]
 
 
 def test_it_is_not_taken_where_they_move(tmp_path: Path) -> None:

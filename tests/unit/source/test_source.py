@@ -328,6 +328,7 @@ def test_a_fixed_batch_is_named_with_its_line(model: nn.Module, line: str, what:
         (lambda x: x[:, :0], "the model returns no values: the shape of its output is (2, 0)"),
         (lambda x: x[:1], "the model's output_0 has shape (1, 4) for a batch of 2"),
         (lambda x: {"y": x, "n": len(x)}, "the model's output has constants that depend on its input"),
+        (lambda x: [{"boxes": x[:1]} for _ in x], "return what is before the suppression"),
         (lambda x: 3, "the model returns int without tensors"),
         (lambda x: x.numpy(), "the model returns ndarray without tensors"),
         (lambda x: {"cache": object(), "x": x}, 'the model\'s output["cache"] is an object, which is not a tensor'),

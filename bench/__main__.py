@@ -36,6 +36,7 @@ BENCHMARKS = (
     "bulk",
     "bulk_scale",
     "padding",
+    "packing",
     "photos",
     "photos_served",
     "detectors",

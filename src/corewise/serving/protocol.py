@@ -59,6 +59,8 @@ class Limits:
     """Of a gRPC message beside its raw tensors: decoded, they take many times their bytes."""
     pixels: int = 50_000_000
     """Of an image."""
+    samples: int = 100_000_000
+    """Of a recording in all its channels: 19 minutes of stereo at 44,100 Hz, and more than a body of WAV can have."""
     connections: int = 4096
     """On each port; fewer where the process may not have so many open files."""
     client_share: float = 0.5

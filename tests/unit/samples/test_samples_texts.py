@@ -281,7 +281,7 @@ def test_files_without_texts_are_refused(tmp_path: Path, name: str, content: byt
     [
         ("tabs.csv", b"text\tlabel\na man, who plays\t1\n"),
         ("semicolons.csv", b'"text";"label, or score"\n"a man, who plays";1\n'),
-        ("bom.csv", b"\xef\xbb\xbftext,label\n\"a man, who plays\",1\n"),
+        ("bom.csv", b'\xef\xbb\xbftext,label\n"a man, who plays",1\n'),
         ("later.jsonl", b'{"id": 7}\n{"text": "a man, who plays", "label": 1}\n'),
         ("unused.csv", b'note,text,note\nx,"a man, who plays",y\n'),
     ],

@@ -44,6 +44,7 @@ BENCHMARKS = (
     "text",
     "text_serving",
     "text_bulk",
+    "text_heads",
     "shift",
     "elastic",
     "elastic_bound",

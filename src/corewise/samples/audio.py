@@ -181,7 +181,9 @@ def resampled(frames: NDArray[np.float32], rate_hz: int, wanted_hz: int) -> NDAr
 
 
 def rate_ratio(rate_hz: int, wanted_hz: int) -> Fraction:
-    """``wanted_hz / rate_hz``, or the nearest ratio whose terms are small: by it the filter is as long as they are.
+    """``wanted_hz / rate_hz``, or the nearest ratio of small terms, with which a filter is short.
+
+    It is at most 15 millionths off for recordings of 1,000 to 768,000 Hz and models of 8,000 to 48,000.
 
     Example:
         >>> rate_ratio(44_100, 16_000), rate_ratio(767_999, 16_000)
@@ -190,7 +192,8 @@ def rate_ratio(rate_hz: int, wanted_hz: int) -> Fraction:
     ratio = Fraction(wanted_hz, rate_hz)
     if max(ratio.numerator, ratio.denominator) <= MOST_TERM:
         return ratio
-    return ratio.limit_denominator(MOST_TERM) if ratio < 1 else 1 / (1 / ratio).limit_denominator(MOST_TERM)
+    below_1 = min(ratio, 1 / ratio).limit_denominator(MOST_TERM) or Fraction(1, MOST_TERM)
+    return below_1 if ratio < 1 else 1 / below_1
 
 
 def _check_rate(rate_hz: int, wanted_hz: int, name: str = "the recording") -> None:

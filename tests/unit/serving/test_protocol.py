@@ -75,9 +75,9 @@ def test_texts_in_place_of_inputs_are_told_by_their_names():
     text, pair = (TensorSpec(name=name, dtype="object", shape=(None,)) for name in ("text", "text_pair"))
 
     def told(instead, *names, data="a"):
+        body = request(*(tensor(name, [1], "BYTES", data=[data]) for name in names))
         with pytest.raises(ProtocolError) as caught:
-            given = (tensor(name, [1], "BYTES", data=[data]) for name in names)
-            parse(request(*given), None, [IDS], [SCORES], [instead])
+            parse(body, None, [IDS], [SCORES], [instead])
         return str(caught.value)
 
     assert told([text], "text", "text_pair") == "there is no input 'text_pair'; the model has text"

@@ -3,6 +3,7 @@
 import csv
 import json
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from itertools import chain, islice
 from math import inf
 from pathlib import Path
@@ -188,6 +189,27 @@ def _next(reader: Any) -> list[str] | None:
 
 
 def _parquet(path: Place, columns: Columns) -> Iterator[_Record]:
+    with _parquet_file(path) as file:
+        header = file.schema_arrow.names
+        resolved = columns.resolve(header, str(path))
+        check_once(resolved, header, str(path))
+        names = [name for name in resolved if name is not None]
+        row = 0
+        for batch in file.iter_batches(PARQUET_ROWS, columns=names):
+            for cells in zip(*(batch.column(name) for name in names), strict=True):
+                yield _cells(f"row {row}", names, cells)
+                row += 1
+
+
+def parquet_rows(path: Place) -> int:
+    """How many rows a Parquet file has. Raises ``SamplesError`` if it is none, and ``MissingExtra``."""
+    with _parquet_file(path) as file:
+        return int(file.metadata.num_rows)
+
+
+@contextmanager
+def _parquet_file(path: Place) -> Iterator[Any]:
+    """The file as pyarrow opens it; its errors until the ``with`` ends are told of the file."""
     try:
         import pyarrow
         from pyarrow import parquet
@@ -195,15 +217,7 @@ def _parquet(path: Place, columns: Columns) -> Iterator[_Record]:
         raise MissingExtra("pyarrow", "parquet", f"reading {path}") from None
     try:
         with path.open("rb") as content, parquet.ParquetFile(content) as file:
-            header = file.schema_arrow.names
-            resolved = columns.resolve(header, str(path))
-            check_once(resolved, header, str(path))
-            names = [name for name in resolved if name is not None]
-            row = 0
-            for batch in file.iter_batches(PARQUET_ROWS, columns=names):
-                for cells in zip(*(batch.column(name) for name in names), strict=True):
-                    yield _cells(f"row {row}", names, cells)
-                    row += 1
+            yield file
     except pyarrow.ArrowException as error:
         raise SamplesError(f"{path} is not a Parquet file: {error}", "write it with pyarrow or pandas") from error
 

@@ -314,7 +314,9 @@ class Front:
 
 
 def _media(served: Served) -> Media:
-    return images if served.audio is None else recordings
+    if served.audio is None:
+        return images
+    return recordings
 
 
 @contextmanager

@@ -78,7 +78,7 @@ def vectors(
     model: torch.nn.Module, tokenizer: Any, *, max_length: int, poolings: Sequence[Way], after: Any = (), **facts: Any
 ) -> Loaded:
     """A transformers model without a head as one that makes vectors of texts."""
-    pooling: Pooling = poolings[0] if len(poolings) == 1 and poolings[0] in POOLINGS else "own"
+    pooling: Pooling = next((known for known in POOLINGS if [*poolings] == [known]), "own")
     content = fast_tokenizer(tokenizer, lower=facts.pop("lower", False))
     pipeline = text_pipeline(
         content,

@@ -41,10 +41,10 @@ def open_peer(name: str, folder: Path) -> Any:
         import optimum.onnxruntime as runtime
 
         file = "model_quantized.onnx" if name.endswith("int8") else "model.onnx"
-        return getattr(runtime, f"ORTModel{kind}").from_pretrained(folder / name.replace(" ", "-"), file_name=file)
+        return getattr(runtime, f"ORTModel{kind}").from_pretrained(str(folder / name.replace(" ", "-")), file_name=file)
     import optimum.intel as intel
 
-    return getattr(intel, f"OVModel{kind}").from_pretrained(folder / name.replace(" ", "-"))
+    return getattr(intel, f"OVModel{kind}").from_pretrained(str(folder / name.replace(" ", "-")))
 
 
 def prepare(folder: Path, known: Path) -> None:
@@ -59,7 +59,9 @@ def prepare(folder: Path, known: Path) -> None:
     exports = {"onnx": (runtime, "ORT"), "openvino": (intel, "OV")}
     for name, (package, prefix) in exports.items():
         if not (folder / name).exists():
-            getattr(package, f"{prefix}Model{kind}").from_pretrained(folder, export=True).save_pretrained(folder / name)
+            getattr(package, f"{prefix}Model{kind}").from_pretrained(str(folder), export=True).save_pretrained(
+                folder / name
+            )
     if not (folder / "onnx-int8").exists():
         vnni = "avx512_vnni" in Path("/proc/cpuinfo").read_text()
         config = (AutoQuantizationConfig.avx512_vnni if vnni else AutoQuantizationConfig.avx2)(is_static=False)
@@ -67,7 +69,7 @@ def prepare(folder: Path, known: Path) -> None:
             save_dir=folder / "onnx-int8", quantization_config=config
         )
     if not (folder / "openvino-int8").exists():
-        model = getattr(intel, f"OVModel{kind}").from_pretrained(folder / "openvino")
+        model = getattr(intel, f"OVModel{kind}").from_pretrained(str(folder / "openvino"))
         rows = [dict(encoded(tokenizer, [item])) for item in json.loads(known.read_text())[:CALIBRATING]]
         data = Dataset.from_list([{key: value[0].tolist() for key, value in row.items()} for row in rows])
         intel.OVQuantizer.from_pretrained(model).quantize(

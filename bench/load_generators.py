@@ -150,21 +150,8 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
         )
     loads: dict[str, dict[str, list[Figures]]] = {"SingleStream": alone, "Server": served}
     if options.perf_analyzer is not None:
-        with Server(options.artifact) as server:
-            wire = Wire(server.port, [request(name, row) for row in rows], expected, None)
-            wire.closed(1, 1.0)
-            triton: Callable[..., Figures] = partial(perf_analyzer, options.perf_analyzer, server.port, seconds)
-            loads["HTTP, one client"] = alternate(
-                options.rounds,
-                {"corewise": lambda: of_wire(wire.closed(1, seconds)), "perf_analyzer": triton},
-            )
-            loads["HTTP, at a rate"] = alternate(
-                options.rounds,
-                {
-                    "corewise": lambda: of_wire(wire.open(rate_per_s, seconds)),
-                    "perf_analyzer": lambda: triton(rate_per_s),
-                },
-            )
+        requests = [request(name, row) for row in rows]
+        loads |= over_http(options, requests, expected)
     return {
         "plan": plan.label,
         "rate_per_s": rate_per_s,
@@ -172,6 +159,28 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
         "of_corewise": {load: of_corewise(runs) for load, runs in loads.items()},
         "generators": versions(("mlcommons_loadgen", "tritonclient")),
     }
+
+
+def over_http(options: argparse.Namespace, requests: list[Any], expected: Any) -> dict[str, dict[str, list[Figures]]]:
+    """The rounds against a live server, beside perf_analyzer's."""
+    seconds, rate_per_s = options.seconds, options.rate
+    with Server(options.artifact) as server:
+        wire = Wire(server.port, requests, expected, None)
+        wire.closed(1, 1.0)
+        triton: Callable[..., Figures] = partial(perf_analyzer, options.perf_analyzer, server.port, seconds)
+        return {
+            "HTTP, one client": alternate(
+                options.rounds,
+                {"corewise": lambda: of_wire(wire.closed(1, seconds)), "perf_analyzer": triton},
+            ),
+            "HTTP, at a rate": alternate(
+                options.rounds,
+                {
+                    "corewise": lambda: of_wire(wire.open(rate_per_s, seconds)),
+                    "perf_analyzer": lambda: triton(rate_per_s),
+                },
+            ),
+        }
 
 
 def of_corewise(runs: dict[str, list[Figures]]) -> Figures:

@@ -126,9 +126,9 @@ def drawn(texts: Sequence[str], count: int | None) -> list[str]:
 
 
 class Contender:
-    """A process of ``text_contenders``; a context manager."""
+    """A process of ``text_contenders``, or of another ``script`` that answers like it; a context manager."""
 
-    def __init__(self, python: Path, name: str, place: Path) -> None:
+    def __init__(self, python: Path, name: str, place: Path, script: str = "text_contenders.py") -> None:
         environment = {**os.environ, "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "true"}
         if name == "corewise":
             environment["PYTHONPATH"] = os.pathsep.join([str(ROOT / "src"), os.environ.get("PYTHONPATH", "")])
@@ -137,7 +137,7 @@ class Contender:
         self.name = name
         with (place.parent / f"{name.replace(' ', '-')}.log").open("ab") as log:
             self._process = subprocess.Popen(
-                [str(python), str(ROOT / "bench" / "text_contenders.py"), name, str(place)],
+                [str(python), str(ROOT / "bench" / script), name, str(place)],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=log,

@@ -108,7 +108,9 @@ def compare(whole: Path, resumed: Path, texts: Sequence[str]) -> dict[str, Any]:
     expected, made = parquet.read_table(whole), parquet.read_table(resumed)
     rows = made.column("row").to_numpy()
     good = [row for row, text in enumerate(texts) if text]
-    aside = [json.loads(line)["row"] for line in _failed(resumed).read_text().splitlines()]
+    failed = _failed(resumed)  # not there if no row was set aside
+    lines = failed.read_text().splitlines() if failed.exists() else []
+    aside = [json.loads(line)["row"] for line in lines]
     sound = np.array_equal(rows, good) and np.array_equal(rows, expected.column("row").to_numpy())
     return {
         "missing": len(set(good) - set(rows.tolist())),

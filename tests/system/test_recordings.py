@@ -1,13 +1,18 @@
 """Recordings in, answers out: from class folders to an artifact, and its answers in Python and in files."""
 
+import base64
+import io
 import json
+import struct
 import subprocess
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
 import soundfile
 from command_line import command, several
+from serving_tools import Server, serving
 
 import corewise
 from corewise.artifact import read
@@ -106,3 +111,108 @@ def test_the_command_line_says_what_is_wrong_and_what_there_is(artifact: Path, f
     assert code == 0
     assert "one channel of 8000 Hz, of their own length" in " ".join(shown.split())
     assert read(artifact).manifest.audio is not None
+
+
+# --- the server
+
+
+@pytest.fixture(scope="module")
+def server(artifact: Path) -> Iterator[Server]:
+    with serving(artifact, "--trust") as running:
+        yield running
+
+
+CLASSIFY = "/v2/models/tones/classify"
+
+
+def a_wav(frames: np.ndarray, *, rate_hz: int, claims: int | None = None, float_bits: bool = False) -> bytes:
+    """A WAV file of (frames, channels), written by hand, so that its header may say anything."""
+    data, width = frames.tobytes(), frames.dtype.itemsize
+    channels = frames.shape[1]
+    kind = (3 if float_bits else 1, channels, rate_hz, rate_hz * channels * width % 2**32, channels * width, 8 * width)
+    size = len(data) if claims is None else claims
+    head = struct.pack("<4sI4s4sIHHIIHH4sI", b"RIFF", 36 + size, b"WAVE", b"fmt ", 16, *kind, b"data", size)
+    return head + data
+
+
+def a_flac(frames: int, rate_hz: int) -> bytes:
+    file = io.BytesIO()
+    soundfile.write(file, np.zeros(frames, np.int16), rate_hz, format="FLAC")
+    return file.getvalue()
+
+
+def test_the_server_names_a_recording_however_it_comes(server: Server, tmp_path: Path) -> None:
+    write_tone(tmp_path / "a.wav", 1500, 44_100, 0.3)
+    write_tone(tmp_path / "a.flac", 1500, 48_000, 0.3)
+    for path in (tmp_path / "a.wav", tmp_path / "a.flac"):
+        content = path.read_bytes()
+        in_json = {"audio": base64.b64encode(content).decode()}
+        answers = [
+            server.post(CLASSIFY, content=content, headers={"content-type": "audio/wav"}),
+            server.post(CLASSIFY, files={"audio": (path.name, content)}),
+            server.post(CLASSIFY, json=in_json),
+            server.post(CLASSIFY, json={"audio": "data:audio/wav;base64," + in_json["audio"]}),
+        ]
+        for answer in answers:
+            assert answer.status_code == 200, answer.text
+            assert [one["label"] for one in answer.json()["classes"]] == ["treble", "bass"]
+            assert answer.json()["classes"][0]["score"] == pytest.approx(answers[0].json()["classes"][0]["score"])
+    assert server.post(CLASSIFY, json={"image": "AAAA"}).json()["error"].startswith("the body has no audio; send")
+
+
+def test_the_open_inference_protocol_takes_recordings(server: Server, tmp_path: Path) -> None:
+    from tritonclient import grpc, http
+
+    listed = server.get("/v2/models/tones").json()["inputs"]
+    assert [(one["name"], one["datatype"]) for one in listed] == [("x", "FP32"), ("audio", "BYTES")]
+    for number, hz in enumerate((500, 1500)):
+        write_tone(tmp_path / f"{number}.wav", hz, 16_000, 0.2)
+    contents = np.array([(tmp_path / f"{number}.wav").read_bytes() for number in range(2)], object)
+    for kind, port in ((http, server.url.removeprefix("http://")), (grpc, server.grpc)):
+        with kind.InferenceServerClient(port) as client:
+            asked = kind.InferInput("audio", [2], "BYTES")
+            asked.set_data_from_numpy(contents)
+            answer = client.infer("tones", [asked]).as_numpy("output_0")
+            assert answer.argmax(1).tolist() == [0, 1]
+    body = {"name": "audio", "shape": [2], "datatype": "BYTES", "data": [""] * 2}
+    long = (tmp_path / "0.wav").read_bytes() + b"\0"
+    body["data"] = [base64.b64encode(one).decode() for one in (long, a_wav(np.zeros((4000, 1), "i2"), rate_hz=8000))]
+    refused = server.post("/v2/models/tones/infer", json={"inputs": [body]})
+    assert (refused.status_code, refused.json()["error"]) == (
+        400,
+        "the recordings have several lengths, which the model keeps; send one a request",
+    )
+
+
+def test_broken_recordings_are_refused_in_one_line(server: Server) -> None:
+    second = np.zeros((8000, 1), np.int16)
+    hours = bytearray(a_flac(8000, 8000))
+    hours[18:26] = (int.from_bytes(hours[18:26], "big") >> 36 << 36 | 36_000 * 8000).to_bytes(8, "big")
+    cases: list[tuple[bytes, int, str]] = [
+        (b"", 415, "is empty"),
+        (b"no recording", 415, "cannot be decoded: it is no WAV, FLAC, Ogg, MP3 or AIFF file"),
+        (a_wav(second, rate_hz=8000)[:300], 415, "is cut off"),
+        (a_wav(second, rate_hz=8000, claims=36_000 * 16_000), 415, "is cut off"),
+        (bytes(hours), 413, "has 288,000,000 samples in its channels, the server takes"),
+        (a_flac(8000, 8000)[:60], 415, "cannot be decoded: "),
+        (a_wav(second, rate_hz=0), 415, "cannot be decoded: "),
+        (a_wav(second[:0], rate_hz=8000), 415, "has no frames"),
+        (a_wav(np.full((8000, 1), np.nan, np.float32), rate_hz=8000, float_bits=True), 415, "has NaN or infinite"),
+        (a_wav(second, rate_hz=999_999), 415, "has 999,999 frames per second, which is no rate of recordings"),
+        (a_wav(second[:80], rate_hz=8000), 415, "has 0.01 s, less than the shortest sample, 0.1 s"),
+        # Two hours of silence in 200 KB.
+        (a_flac(57_600_000, 8000), 413, "frames at 8000 Hz, the server takes 16,777,216"),
+    ]
+    for content, status, what in cases:
+        answer = server.post(CLASSIFY, content=content)
+        assert (answer.status_code, what in answer.json()["error"]) == (status, True), (what, answer.text)
+        assert answer.json()["error"].startswith("the recording ")
+        assert "0x" not in answer.text
+    odd = np.int16(8000 * np.sin(2 * np.pi * 500 * np.arange(384_000) / 384_000))
+    for content in (
+        a_wav(np.repeat(odd[:, None], 32, 1)[:96_000], rate_hz=384_000),
+        a_wav(odd[: 383_987 // 2, None], rate_hz=383_987),
+    ):
+        answer = server.post(CLASSIFY, content=content)
+        assert answer.json()["classes"][0]["label"] == "bass", answer.text
+    assert server.get("/v2/health/ready").status_code == 200

@@ -24,7 +24,7 @@ from corewise.pipeline.photos import USUAL, ImageAsk, ImageRunner, MediaRunner, 
 from corewise.pipeline.runner import Rejected, TextRunner
 from corewise.samples.archives import is_archive, read_archive
 from corewise.samples.places import Place, RemotePath, real_name
-from corewise.samples.tables import READERS, iterate_table
+from corewise.samples.tables import READERS, iterate_table, parquet_rows
 from corewise.samples.texts import Columns
 
 PART_ROWS, FOLDER_PART_ROWS = 4096, 1024
@@ -186,10 +186,7 @@ def count_rows(paths: Iterable[Place]) -> int:
     total = 0
     for path in paths:
         if path.suffix.lower() == ".parquet":
-            from pyarrow import parquet
-
-            with path.open("rb") as file:
-                total += parquet.read_metadata(file).num_rows
+            total += parquet_rows(path)
             continue
         with path.open("rb") as file:
             if isinstance(path, RemotePath):  # to read it all would take as long as the job

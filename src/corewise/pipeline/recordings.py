@@ -62,11 +62,16 @@ class AudioRunner(MediaRunner):
         if not (isinstance(item, Path | bytes) or _is_array_with_rate(item)):
             return Rejected(f"is a {type(item).__name__}, no path, bytes or (array, rate)")
         array = np.asarray(self._read(item))
-        shortest, rate_hz = self.pipeline.preprocess.shortest, self.pipeline.preprocess.rate_hz
-        if shortest and array.shape[-1] < shortest:
-            seconds, shortest_s = array.shape[-1] / rate_hz, shortest / rate_hz
-            return Rejected(f"has {seconds:.3g} s, less than the shortest sample, {shortest_s:.3g} s")
-        return Decoded(array)
+        why = too_short(array, self.pipeline.preprocess)
+        return Rejected(why) if why else Decoded(array)
+
+
+def too_short(array: NDArray[Any], preprocess: AudioPreprocess) -> str:
+    """Why a recording that became this array was not verified to be answered well; nothing if it was."""
+    if array.shape[-1] >= preprocess.shortest:
+        return ""
+    seconds, shortest_s = array.shape[-1] / preprocess.rate_hz, preprocess.shortest / preprocess.rate_hz
+    return f"has {seconds:.3g} s, less than the shortest sample, {shortest_s:.3g} s"
 
 
 def _is_array_with_rate(item: Any) -> bool:

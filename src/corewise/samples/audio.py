@@ -1,11 +1,14 @@
 """Recordings: decoded, and as inputs of a model: one channel of its rate, its length and its layout."""
 
 import io
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from math import gcd
+from fractions import Fraction
+from importlib import import_module
+from math import ceil
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,10 +21,18 @@ from corewise.samples.raw import RawSamples, UnreadableItem
 
 AUDIO_SUFFIXES = frozenset({".wav", ".flac", ".ogg", ".mp3", ".aif", ".aiff"})
 
+HEADS = (b"RIFF", b"RIFX", b"RF64", b"fLaC", b"OggS", b"FORM", b"ID3", b"\xff")
+"""How WAV, FLAC, Ogg, AIFF and MP3 files begin. libsndfile reads more formats, for which few people look for bugs."""
 STREAMED = 2**32 - 1
 """The size in the header of a WAV file that was written to a pipe."""
 RATES_HZ = range(1000, 768_001)
 """The rates of recordings that are resampled: others in a file's header are mistakes, and would take much memory."""
+BLOCK_VALUES = 2**20
+"""Frames times channels that are decoded at once, of which one channel is kept."""
+MOST_TERM = 2**15
+"""Of the ratio of two rates. A filter has 20 weights for each unit of its larger term, 320 KB for this one."""
+REACH = 12
+"""Frames of the lower of two rates that the filter reaches beyond a frame, rounded up."""
 EPSILON = 1e-7
 """What transformers' ``Wav2Vec2FeatureExtractor`` adds to a variance, so that silence stays silence."""
 
@@ -37,36 +48,91 @@ class Recording:
     rate_hz: int
 
 
-def open_audio(source: Path | bytes, name: str = "") -> Recording:
-    """Decode one recording.
+class AudioSize(NamedTuple):
+    """What a recording takes, by its header."""
+
+    frames: int
+    """Those that are decoded: of a recording that is cut, no more than the model's input is made of."""
+    channels: int
+    made: int
+    """Frames of the model's input."""
+
+
+def audio_size(content: bytes, preprocess: AudioPreprocess, name: str = "the recording") -> AudioSize:
+    """How much of a recording is decoded, without decoding it. Raises as ``open_audio``."""
+    with _opened(content, name) as file:
+        frames = _frames_read(file, preprocess, name)
+        most, made = _most(preprocess), ceil(frames * Fraction(preprocess.rate_hz, file.samplerate))
+        if most is not None:
+            made = most if preprocess.pads else min(made, most)
+        return AudioSize(frames, file.channels, made)
+
+
+def open_audio(source: Path | bytes, name: str = "", preprocess: AudioPreprocess | None = None) -> Recording:
+    """Decode one recording, to the mean of its channels.
 
     Args:
-        source: A file, or its content: WAV, FLAC and what else libsndfile reads.
+        source: A file, or its content: WAV, FLAC, Ogg, MP3 or AIFF.
         name: What messages call it; the file's path by default.
+        preprocess: What is made of it: where that cuts long recordings, the rest is not decoded.
 
     Raises:
         UnreadableItem: Saying what is wrong with it.
         MissingExtra: Where soundfile is not installed.
     """
-    soundfile = _soundfile()
     name = name or ("the recording" if isinstance(source, bytes) else f"the recording {source}")
     try:
         content = source if isinstance(source, bytes) else source.read_bytes()
     except OSError as error:
         raise UnreadableItem(name, f"cannot be opened: {error.strerror}") from error
+    with _opened(content, name) as file:
+        left = _frames_read(file, preprocess, name)
+        blocks: list[NDArray[np.float32]] = []
+        while left > 0:
+            block = file.read(min(left, max(1, BLOCK_VALUES // file.channels)), dtype="float32", always_2d=True)
+            if not len(block):
+                break
+            left -= len(block)
+            blocks.append(block.mean(1))
+        rate_hz = int(file.samplerate)
+    if not blocks:
+        raise UnreadableItem(name, "has no frames")
+    samples = np.concatenate(blocks)[None]
+    if not np.isfinite(samples).all():
+        raise UnreadableItem(name, "has NaN or infinite samples")
+    return Recording(samples=samples, rate_hz=rate_hz)
+
+
+@contextmanager
+def _opened(content: bytes, name: str) -> Iterator[Any]:
+    """A recording as soundfile opens it; what goes wrong until the ``with`` ends is told of the recording."""
+    soundfile = _soundfile()
     if not content:
         raise UnreadableItem(name, "is empty")
     if content[:4] == b"RIFF" and len(content) < int.from_bytes(content[4:8], "little") + 8 < STREAMED:
         raise UnreadableItem(name, "is cut off")
+    if not content.startswith(HEADS):
+        raise UnreadableItem(name, "cannot be decoded: it is no WAV, FLAC, Ogg, MP3 or AIFF file")
     try:
-        samples, rate_hz = soundfile.read(io.BytesIO(content), dtype="float32", always_2d=True)
+        with soundfile.SoundFile(io.BytesIO(content)) as file:
+            yield file
     except (soundfile.SoundFileError, RuntimeError, TypeError, ValueError) as error:
-        raise UnreadableItem(name, f"cannot be decoded: {error}") from error
-    if not len(samples):
-        raise UnreadableItem(name, "has no frames")
-    if not np.isfinite(samples).all():
-        raise UnreadableItem(name, "has NaN or infinite samples")
-    return Recording(samples=np.ascontiguousarray(samples.T), rate_hz=int(rate_hz))
+        # The message of libsndfile alone: soundfile's own names the object that stands for the file.
+        why = getattr(error, "error_string", str(error)).removeprefix("Error : ").rstrip(".")
+        raise UnreadableItem(name, f"cannot be decoded: {why}") from error
+
+
+def _frames_read(file: Any, preprocess: AudioPreprocess | None, name: str) -> int:
+    """How many frames of a file are decoded, by its header."""
+    frames, rate_hz = int(file.frames), int(file.samplerate)
+    if preprocess is None:
+        return frames
+    _check_rate(rate_hz, preprocess.rate_hz, name)
+    most = _most(preprocess)
+    if most is None:
+        return frames
+    needed_s = most / preprocess.rate_hz + REACH / min(rate_hz, preprocess.rate_hz)
+    return min(frames, ceil(needed_s * rate_hz))
 
 
 def array_recording(samples: Any, rate_hz: Any) -> Recording:
@@ -96,7 +162,8 @@ def array_recording(samples: Any, rate_hz: Any) -> Recording:
 
 
 def resampled(frames: NDArray[np.float32], rate_hz: int, wanted_hz: int) -> NDArray[np.float32]:
-    """Frames (frames,) of one rate at another, low-pass filtered; (ceil(frames * wanted_hz / rate_hz),).
+    """Frames (frames,) of one rate at another, low-pass filtered; about
+    (frames * wanted_hz / rate_hz,).
 
     Raises:
         UnreadableItem: ``rate_hz`` is not the rate of a recording.
@@ -104,14 +171,34 @@ def resampled(frames: NDArray[np.float32], rate_hz: int, wanted_hz: int) -> NDAr
     """
     if rate_hz == wanted_hz:
         return frames
-    if rate_hz not in RATES_HZ:
-        raise UnreadableItem("the recording", f"has {rate_hz:,} frames per second, which is no rate of recordings")
+    _check_rate(rate_hz, wanted_hz)
     try:
         from scipy.signal import resample_poly
     except ImportError:
         raise MissingExtra("scipy", "audio", f"resampling recordings from {rate_hz} to {wanted_hz} Hz") from None
-    common = gcd(rate_hz, wanted_hz)
-    return np.asarray(resample_poly(frames, wanted_hz // common, rate_hz // common), np.float32)
+    ratio = rate_ratio(rate_hz, wanted_hz)
+    return np.asarray(resample_poly(frames, ratio.numerator, ratio.denominator), np.float32)
+
+
+def rate_ratio(rate_hz: int, wanted_hz: int) -> Fraction:
+    """``wanted_hz / rate_hz``, or the nearest ratio of small terms, with which a filter is short.
+
+    It is at most 15 millionths off for recordings of 1,000 to 768,000 Hz and models of 8,000 to 48,000.
+
+    Example:
+        >>> rate_ratio(44_100, 16_000), rate_ratio(767_999, 16_000)
+        (Fraction(160, 441), Fraction(1, 48))
+    """
+    ratio = Fraction(wanted_hz, rate_hz)
+    if max(ratio.numerator, ratio.denominator) <= MOST_TERM:
+        return ratio
+    below_1 = min(ratio, 1 / ratio).limit_denominator(MOST_TERM) or Fraction(1, MOST_TERM)
+    return below_1 if ratio < 1 else 1 / below_1
+
+
+def _check_rate(rate_hz: int, wanted_hz: int, name: str = "the recording") -> None:
+    if rate_hz != wanted_hz and rate_hz not in RATES_HZ:
+        raise UnreadableItem(name, f"has {rate_hz:,} frames per second, which is no rate of recordings")
 
 
 def audio_array(recording: Recording, preprocess: AudioPreprocess) -> NDArray[np.float32]:
@@ -161,7 +248,8 @@ class AudioReader:
 
     def __call__(self, item: Any) -> Any:
         """One sample's inputs. Raises ``UnreadableItem``."""
-        recording = open_audio(item) if isinstance(item, Path | bytes) else array_recording(*item)
+        is_file = isinstance(item, Path | bytes)
+        recording = open_audio(item, preprocess=self.preprocess) if is_file else array_recording(*item)
         if self._function is None:
             return audio_array(recording, self.preprocess)
         frames = _cut(recording, self.preprocess)
@@ -176,6 +264,17 @@ def audio_samples(recordings: RawSamples, reader: AudioReader) -> Samples:
     samples, preprocess = recordings.tensors(reader), reader.preprocess
     shortest = 0 if preprocess.function is not None else min(shapes[0][-1] for shapes in samples.shapes)
     return replace(samples, audio=replace(preprocess, shortest=shortest))
+
+
+def missing_packages() -> str:
+    """The packages that recordings need and that are not installed; the others are imported, which takes seconds."""
+    missing = []
+    for name in ("soundfile", "scipy.signal"):
+        try:
+            import_module(name)
+        except (ImportError, OSError):
+            missing.append(name.partition(".")[0])
+    return " and ".join(missing)
 
 
 def _soundfile() -> Any:

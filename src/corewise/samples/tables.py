@@ -3,6 +3,8 @@
 import csv
 import json
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from itertools import chain, islice
 from math import inf
 from pathlib import Path
 from typing import Any, NamedTuple, TextIO
@@ -10,8 +12,10 @@ from typing import Any, NamedTuple, TextIO
 from corewise.common.errors import MissingExtra, SamplesError
 from corewise.samples.places import Place, unreadable
 from corewise.samples.raw import RawItem, RawKind, RawSamples, gather
-from corewise.samples.texts import GUESSED, MOST_CHARACTERS, Columns, number_or_text, text_problem
+from corewise.samples.texts import GUESSED, MOST_CHARACTERS, Columns, check_once, number_or_text, text_problem
 
+FIRST = 16
+"""Records whose columns are looked at, before the first of them is used."""
 PARQUET_ROWS = 1024
 """Rows read at a time."""
 NUMBER = "number"
@@ -31,7 +35,7 @@ def read_table(path: Path, columns: Columns = GUESSED, *, max_samples: int | Non
     """The texts of a file, or its pairs of texts where ``columns.pair`` is given.
 
     - ``.txt``: each line is a text; empty lines are left out.
-    - ``.csv``: with a header, quoted as in RFC 4180; with semicolons where the header has no comma.
+    - ``.csv``: with a header, quoted as in RFC 4180; with semicolons or tabs where the header has no comma.
     - ``.tsv``: with a header; quotes are part of the text.
     - ``.jsonl``: each line is an object or a string.
     - ``.parquet``: needs pyarrow.
@@ -60,11 +64,16 @@ def iterate_table(path: Place, columns: Columns = GUESSED, *, samples: bool = Tr
     try:
         resolved: Columns | None = None
         label_kind = ""
-        for number, record in enumerate(one for one in read(path, columns) if not (samples and one.blank)):
+        records = (one for one in read(path, columns) if not (samples and one.blank))
+        first = list(islice(records, FIRST))
+        for number, record in enumerate(chain(first, records)):
             if record.problem:
                 yield RawItem(number, None, name=record.name, problem=record.problem)
                 continue
-            resolved = resolved or _resolved(columns, list(record.values), str(path), samples)
+            if resolved is None:
+                # The objects of a .jsonl may have different keys, and the first not the one that holds texts.
+                header = list(dict.fromkeys(name for one in (record, *first) for name in one.values))
+                resolved = _resolved(columns, header, str(path), samples)
             value, label, problem = resolved.item(record.values)
             label = number_or_text(label) if isinstance(label, str) else label
             if not problem:
@@ -91,7 +100,9 @@ def _label_kind(label: Any) -> str:
 def _open(path: Place, newline: str = "\n") -> TextIO:
     """A text file whose bytes that are no UTF-8 become lone surrogates, for ``text_problem`` to find."""
     with path.open("rb") as file:
-        if file.read(2) in (b"\xff\xfe", b"\xfe\xff"):
+        head = file.read(4)
+        # With a byte order mark, or two characters of ASCII without one.
+        if head[:2] in (b"\xff\xfe", b"\xfe\xff") or [*map(bool, head)] in ([True, False] * 2, [False, True] * 2):
             raise SamplesError(f"{path} is UTF-16", "save it as UTF-8")
     return path.open(encoding="utf-8-sig", errors="surrogateescape", newline=newline)
 
@@ -114,6 +125,8 @@ def _jsonl(path: Place, columns: Columns) -> Iterator[_Record]:
     for name, line in _lines(path):
         if not line.strip():
             continue
+        if line.strip() == "[" and name == "line 1":
+            raise SamplesError(f"{path} is one JSON list", "write each of its objects on a line of its own")
         try:
             line.encode()
             value = json.loads(line)
@@ -130,16 +143,17 @@ def _csv(path: Place, columns: Columns) -> Iterator[_Record]:
     with _open(path, newline="") as file:
         header = file.readline()
         file.seek(0)
-        delimiter = ";" if ";" in header and "," not in header else ","
-        yield from _fields(csv.reader(file, delimiter=delimiter, strict=True), path)
+        unquoted = "".join(header.split('"')[::2])
+        delimiter = next((mark for mark in (",", ";", "\t") if mark in unquoted), ",")
+        yield from _fields(csv.reader(file, delimiter=delimiter, strict=True), path, columns)
 
 
 def _tsv(path: Place, columns: Columns) -> Iterator[_Record]:
     with _open(path, newline="") as file:
-        yield from _fields(csv.reader(file, delimiter="\t", quoting=csv.QUOTE_NONE), path)
+        yield from _fields(csv.reader(file, delimiter="\t", quoting=csv.QUOTE_NONE), path, columns)
 
 
-def _fields(reader: Any, path: Place) -> Iterator[_Record]:
+def _fields(reader: Any, path: Place, columns: Columns) -> Iterator[_Record]:
     """The rows below the header; a row that is broken is a problem of each line that it took."""
     header: list[str] | None = None
     while True:
@@ -156,6 +170,7 @@ def _fields(reader: Any, path: Place) -> Iterator[_Record]:
             continue  # an empty line
         if header is None:
             header = [name.strip() for name in fields]
+            check_once(columns.resolve(header, str(path)), header, str(path))
         elif len(fields) == len(header):
             yield _Record(f"line {line}", dict(zip(header, fields, strict=True)))
         else:
@@ -174,6 +189,27 @@ def _next(reader: Any) -> list[str] | None:
 
 
 def _parquet(path: Place, columns: Columns) -> Iterator[_Record]:
+    with _parquet_file(path) as file:
+        header = file.schema_arrow.names
+        resolved = columns.resolve(header, str(path))
+        check_once(resolved, header, str(path))
+        names = [name for name in resolved if name is not None]
+        row = 0
+        for batch in file.iter_batches(PARQUET_ROWS, columns=names):
+            for cells in zip(*(batch.column(name) for name in names), strict=True):
+                yield _cells(f"row {row}", names, cells)
+                row += 1
+
+
+def parquet_rows(path: Place) -> int:
+    """How many rows a Parquet file has. Raises ``SamplesError`` if it is none, and ``MissingExtra``."""
+    with _parquet_file(path) as file:
+        return int(file.metadata.num_rows)
+
+
+@contextmanager
+def _parquet_file(path: Place) -> Iterator[Any]:
+    """The file as pyarrow opens it; its errors until the ``with`` ends are told of the file."""
     try:
         import pyarrow
         from pyarrow import parquet
@@ -181,12 +217,7 @@ def _parquet(path: Place, columns: Columns) -> Iterator[_Record]:
         raise MissingExtra("pyarrow", "parquet", f"reading {path}") from None
     try:
         with path.open("rb") as content, parquet.ParquetFile(content) as file:
-            names = [name for name in columns.resolve(file.schema_arrow.names, str(path)) if name is not None]
-            row = 0
-            for batch in file.iter_batches(PARQUET_ROWS, columns=names):
-                for cells in zip(*(batch.column(name) for name in names), strict=True):
-                    yield _cells(f"row {row}", names, cells)
-                    row += 1
+            yield file
     except pyarrow.ArrowException as error:
         raise SamplesError(f"{path} is not a Parquet file: {error}", "write it with pyarrow or pandas") from error
 

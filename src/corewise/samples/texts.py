@@ -1,12 +1,17 @@
 """Texts as people store them: which columns hold them, and what no tokenizer should be given."""
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from difflib import get_close_matches
+from itertools import islice
 from typing import Any, NamedTuple
 
 from corewise.common.errors import SamplesError
 
 MOST_CHARACTERS = 1_000_000
+NAMED, NAME_CHARACTERS = 20, 40
+"""Columns that a message lists, and characters of each name."""
+COMPARED = 1000
+"""Columns that a misspelt name is compared with."""
 TEXT_COLUMNS = ("text", "sentence")
 LABEL_COLUMNS = ("label", "labels")
 
@@ -44,11 +49,13 @@ class Columns(NamedTuple):
 
     def resolve(self, header: Collection[str], source: str) -> "Columns":
         """With the names of ``header``. Raises ``SamplesError`` where a column is not there, or no text is found."""
+        if not header:
+            raise SamplesError(f"{source} has no columns", "add a column of texts")
         for name in (self.text, self.pair, self.label):
             if name is not None and name not in header:
-                near = get_close_matches(name, header, n=1)
+                near = get_close_matches(name, [*islice(header, COMPARED)], n=1)
                 raise SamplesError(
-                    f"{source} has no column {name!r}; it has {', '.join(header)}",
+                    f"{source} has no column {name!r}; it has {_listed(header)}",
                     f"did you mean {near[0]!r}?" if near else "name one of these",
                 )
         text = self.text or next((name for name in TEXT_COLUMNS if name in header), None)
@@ -58,8 +65,8 @@ class Columns(NamedTuple):
             text = others[0]
         if text is None:
             raise SamplesError(
-                f"{source} has the columns {', '.join(header)}",
-                f"say which is the text, e.g. --text {others[0]}" if others else "add a column of texts",
+                f"{source} has the columns {_listed(header)}",
+                f"say which is the text, e.g. --text {_listed(others[:1])}" if others else "add a column of texts",
             )
         return Columns(text, self.pair, label)
 
@@ -72,6 +79,19 @@ class Columns(NamedTuple):
             problems.append(f"has no {self.label}")
         value = texts[0][1] if self.pair is None else (texts[0][1], texts[1][1])
         return value, label, problems[0] if problems else ""
+
+
+def check_once(columns: Columns, header: Sequence[str], source: str) -> None:
+    """Raise ``SamplesError`` where a column that is used is there twice: nothing says which one is meant."""
+    for name in columns:
+        if name is not None and header.count(name) > 1:
+            raise SamplesError(f"{source} has the column {_listed([name])} twice", "rename one of them")
+
+
+def _listed(names: Collection[str]) -> str:
+    """Names of columns in one line, however many there are."""
+    shown = [" ".join(name.split())[:NAME_CHARACTERS] for name in islice(names, NAMED)]
+    return ", ".join(shown) + (f" and {len(names) - NAMED:,} more" if len(names) > NAMED else "")
 
 
 GUESSED = Columns()

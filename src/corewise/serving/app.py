@@ -159,13 +159,13 @@ class App:
     # --- inference ----------------------------------------------------------------------------------------------
 
     async def classify(self, request: Request) -> Response:
-        """Name what is in one image, by the preprocessing that the artifact carries."""
+        """Name what is in one image or recording, by the preprocessing that the artifact carries."""
         from corewise.serving import images
 
         served = self._served(request)
         top = images.how_many(request.query_params.get("top"))
         images.check_classes(served)
-        async with self._image_answered(request, served) as (served, answer, _, note):
+        async with self._file_answered(request, served) as (served, answer, _, note):
             content = {"model_name": served.name, "classes": images.classes(answer.outputs[0][0], served, top)}
         return _Noted(content, note)
 
@@ -175,7 +175,7 @@ class App:
 
         served, query = self._served(request), request.query_params
         asked = images.thresholds(query.get("score_threshold"), query.get("iou_threshold"), served)
-        async with self._image_answered(request, served) as (served, answer, (width, height), note):
+        async with self._file_answered(request, served) as (served, answer, (width, height), note):
             # Thousands of boxes take milliseconds, in which the event loop answers others.
             found = await self._front.compute(
                 lambda: images.objects(answer.outputs, served, (width, height), asked),
@@ -187,28 +187,29 @@ class App:
         return _Noted(content, note)
 
     @asynccontextmanager
-    async def _image_answered(
+    async def _file_answered(
         self, request: Request, served: Served
     ) -> AsyncIterator[tuple[Served, Answer, tuple[int, int], Callable[[], None]]]:
-        """The model's outputs for the image of a request, in any form, and the image's width and height.
+        """The model's outputs for the image or recording of a request, in any form, and an image's width and height.
 
         Also what to call before the answer is sent. What the request holds is booked until the ``async with``
         ends.
         """
-        from corewise.serving import images
+        from corewise.serving import files
 
+        key = "image" if served.audio is None else "audio"
         kind = request.headers.get("content-type", "")
         client = client_of(request.scope)
         size = (0, 0)
 
         def check(size_bytes: int, deadline_s: float) -> None:
-            self._front.check_image(size_bytes, served, deadline_s)
+            self._front.check_file(size_bytes, served, deadline_s)
 
         async def read(body: bytes, deadline_s: float) -> InferRequest:
             nonlocal size
-            if images.wrapped(body, kind):
-                body = await self._front.read(lambda: images.content(body, kind), len(body), deadline_s=deadline_s)
-            asked, size = await self._front.image(body, served, client=client, deadline_s=deadline_s)
+            if files.wrapped(body, kind):
+                body = await self._front.read(lambda: files.content(body, kind, key), len(body), deadline_s=deadline_s)
+            asked, size = await self._front.file(body, served, client=client, deadline_s=deadline_s)
             return asked
 
         async with self._answered(request, served, read, check) as (answering, answer, asked_s):

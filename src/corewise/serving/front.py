@@ -18,11 +18,12 @@ from typing import Any, TypeVar
 import numpy as np
 
 from corewise.batching import Answer, NotServed
-from corewise.serving import images
+from corewise.serving import files, images, recordings
 from corewise.serving.budget import Booking, Budget
 from corewise.serving.costs import Costs, Tail
 from corewise.serving.deliveries import Deliveries
-from corewise.serving.memory_limit import COPIES, PIXEL_BYTES
+from corewise.serving.files import Batch, Media, Work
+from corewise.serving.memory_limit import COPIES
 from corewise.serving.models import Models
 from corewise.serving.pool import Pool
 from corewise.serving.protocol import InferRequest, Limits
@@ -35,8 +36,8 @@ SMALL_BYTES = 4096
 """What is parsed in the event loop: a hop to a thread would take longer."""
 SMALL_TENSOR_BYTES = 2**20
 """Binary tensors are not parsed, but looked through."""
-LARGE_PIXELS = 8_000_000
-"""Larger images are decoded one at a time: they take hundreds of megabytes."""
+LARGE_BYTES = 64_000_000
+"""Files that take more memory are decoded one at a time, images of over 8 megapixels among them."""
 MOST_THREADS = 8
 DECODE_NICE = 5
 """Decoding takes all that it gets: the event loop, and the calls of what is decoded, come first."""
@@ -159,15 +160,15 @@ class Front:
                 served.statistics.not_served()
             raise
 
-    def check_image(self, size_bytes: int, served: Served, deadline_s: float) -> None:
-        """Raise ``NotServed`` where an image of so many bytes, of which none was read, would be answered too late.
+    def check_file(self, size_bytes: int, served: Served, deadline_s: float) -> None:
+        """Raise ``NotServed`` where a file of so many bytes, of which none was read, would be answered too late.
 
-        It is decoded behind the images that are due before it; then it waits for the model, and so do they.
+        It is decoded behind those that are due before it; then it waits for the model, and so do they.
         """
         if not (self._decoders.is_busy or served.waiting_rows):
             return
         now_s = monotonic()
-        decode_s = self._decoders.wait_s(deadline_s) + self._costs.expected_s("image", size_bytes)
+        decode_s = self._decoders.wait_s(deadline_s) + self._costs.expected_s(_media(served).NOUN, size_bytes)
         model_s = max(decode_s + served.expected_s(), served.expected_s(self._on_way.get(served, 0)))
         late_s = now_s + model_s + self._tail.seconds(now_s) - deadline_s
         if late_s > 0:
@@ -243,9 +244,9 @@ class Front:
         self, asked: InferRequest, served: Served, *, client: str = "", deadline_s: float
     ) -> InferRequest:
         """The request as its model takes it. Raises ``ProtocolError``."""
-        if photos := images.contents(asked, served):
+        if bodies := files.contents(asked, served, _media(served).NOUN):
             with _counting(served):
-                batch = await self._decoded(photos, served, client, deadline_s)
+                batch = await self._decoded(bodies, served, client, deadline_s)
             return replace(asked, inputs=(batch.array,))
         text_bytes = served.text_bytes(asked)
         if not text_bytes:
@@ -262,40 +263,42 @@ class Front:
         """Do work beside the event loop, by default tokenize so many characters; each ``kind`` has costs of its own."""
         return await self._decoders.run(work, kind=kind, size=size, deadline_s=deadline_s, later_s=later_s)
 
-    async def image(
+    async def file(
         self, body: bytes, served: Served, *, client: str, deadline_s: float
     ) -> tuple[InferRequest, tuple[int, int]]:
-        """One image as the model takes it, and its width and height. Raises ``ProtocolError``."""
+        """An image or a recording as the model takes it; an image's width and height. Raises ``ProtocolError``."""
         with _counting(served):
             batch = await self._decoded([body], served, client, deadline_s)
-        return images.request(batch.array, served), batch.sizes[0]
+        return files.request(batch.array, served), batch.sizes[0]
 
-    async def _decoded(self, photos: Sequence[bytes], served: Served, client: str, deadline_s: float) -> images.Batch:
-        """Images as the model takes them; their pixels are booked while they are decoded."""
-        most = self._limits.pixels
+    async def _decoded(self, bodies: Sequence[bytes], served: Served, client: str, deadline_s: float) -> Batch:
+        """Files as the model takes them; what they take is booked while they are decoded."""
+        media = _media(served)
 
-        def look() -> tuple[list[bytes], list[int]]:
-            found = [images.unpacked(photo) for photo in photos]
-            return found, [images.pixels(one, served, most) for one in found]
+        def look() -> tuple[list[bytes], list[Work]]:
+            found = [files.unpacked(body) for body in bodies]
+            return found, [media.work(one, served, self._limits) for one in found]
 
-        unpacked, pixels = await self._readers.run(look, kind="headers", size=len(photos), deadline_s=deadline_s)
-        decoder = self._large_decoder if max(pixels) > LARGE_PIXELS else self._decoders
+        unpacked, work = await self._readers.run(look, kind="headers", size=len(bodies), deadline_s=deadline_s)
+        decoding_bytes = max(one.decoding_bytes for one in work)
+        decoder = self._large_decoder if decoding_bytes > LARGE_BYTES else self._decoders
         took_s = 0.0
 
-        def decode() -> images.Batch:
+        def decode() -> Batch:
             nonlocal took_s
             started_s = monotonic()
             with self.booking(client) as booking:
                 # One after the other: the largest, and what each becomes, apart and stacked.
-                booking.add((max(pixels) * PIXEL_BYTES + 2 * len(unpacked) * images.row_bytes(served)) // COPIES)
-                batch = images.batch(unpacked, served)
+                booking.add((decoding_bytes + 2 * sum(one.made_bytes for one in work)) // COPIES)
+                batch = media.batch(unpacked, served)
             took_s = monotonic() - started_s
             return batch
 
+        size = sum(one.size for one in work)
         batch = await decoder.run(
-            decode, kind="pixels", size=sum(pixels), deadline_s=deadline_s, later_s=self.later_s(served)
+            decode, kind=media.KIND, size=size, deadline_s=deadline_s, later_s=self.later_s(served)
         )
-        self._costs.note("image", sum(map(len, unpacked)) // len(unpacked), took_s / len(unpacked))
+        self._costs.note(media.NOUN, sum(map(len, unpacked)) // len(unpacked), took_s / len(unpacked))
         return batch
 
     def later_s(self, served: Served) -> float:
@@ -308,6 +311,12 @@ class Front:
             pool.close()
         if self._ticker is not None:
             self._ticker.cancel()
+
+
+def _media(served: Served) -> Media:
+    if served.audio is None:
+        return images
+    return recordings
 
 
 @contextmanager

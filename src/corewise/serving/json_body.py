@@ -149,7 +149,7 @@ def frame(text: memoryview | bytes) -> _Request:
     except RecursionError as error:
         raise ProtocolError("the request nests too deeply") from error
     except (msgspec.DecodeError, UnicodeDecodeError) as error:
-        raise ProtocolError(f"the request cannot be read: {_one_line(error)}") from error
+        raise ProtocolError(f"the request cannot be read: {protocol.not_json(error, text)}") from error
 
 
 def _inputs(
@@ -239,7 +239,7 @@ def _decoded(text: memoryview | bytes, spec: TensorSpec, nesting: int) -> list[A
         values: list[Any] = _decoder(np.dtype(spec.dtype).kind, nesting)(text)
     except (msgspec.DecodeError, UnicodeDecodeError) as error:
         raise ProtocolError(
-            f"the data of the input {spec.name} are not {DATATYPES[spec.dtype]}: {_one_line(error)}"
+            f"the data of the input {spec.name} are not {DATATYPES[spec.dtype]}: {protocol.not_json(error, text)}"
         ) from error
     return values
 
@@ -293,7 +293,3 @@ def _raw(body: bytes | bytearray, inputs: Sequence[TensorSpec]) -> np.ndarray:
     rows = max(1, len(body) // max(1, row_bytes))
     protocol.check_shape(spec, DATATYPES[spec.dtype], [rows, *rest])
     return protocol.from_bytes(memoryview(body), spec, [rows, *rest])
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())[:200]

@@ -27,6 +27,8 @@ LARGE_ANSWER_BYTES = 2**16
 """Above it an answer may wait for its client to read it."""
 ANSWER_COPIES = 2
 """Of an answer, until it is read."""
+FRAME_BYTES = 8
+"""A frame of a recording, of which one channel is kept in float32, and joined from parts."""
 RECEIVED_SHARE, CONNECTIONS_SHARE = 1 / 8, 1 / 16
 CONNECTION_BYTES = 48 * 1024
 """With what may have arrived of its headers; there are two ports."""
@@ -62,6 +64,7 @@ def fit(limits: Limits, limit_bytes: int) -> Limits:
         streams=max(2, min(limits.streams, received_bytes // 2 // message_bytes)),
         typed_bytes=min(limits.typed_bytes, max(2**20, message_bytes // 4)),
         pixels=min(limits.pixels, int(bodies_bytes * limits.client_share) * COPIES // PIXEL_BYTES),
+        samples=min(limits.samples, int(bodies_bytes * limits.client_share) * COPIES // (2 * FRAME_BYTES)),
         connections=max(16, min(limits.connections, int(limit_bytes * CONNECTIONS_SHARE) // (2 * CONNECTION_BYTES))),
     )
 

@@ -57,7 +57,7 @@ def _figures(served: Served) -> dict[str, Any]:
         "precision": served.manifest.build.precision,
         "plan": served.plan_label,
         "wide": None if served.elastic is None else served.elastic.wide.layout_label,
-        "images": served.image_call,
+        "images": None if served.photos is None else served.file_call,
         "waiting_rows": served.waiting_rows,
         "slowness": served.slowness,
         "restarts": served.remote.restarts,
@@ -101,7 +101,10 @@ PATHS = (
     ("GET /v2/models/M", "inputs, with the ranges of their values, and outputs"),
     ("GET /v2/models/M/config", "its configuration in Triton's format"),
     ("POST /v2/models/M/infer", "run it on tensors"),
-    ("POST /v2/models/M/classify", "name what is in an image: JPEG, PNG, WebP and others"),
+    (
+        "POST /v2/models/M/classify",
+        "name what is in an image (JPEG, PNG, WebP and others) or a recording (WAV, FLAC, Ogg, MP3)",
+    ),
     ("POST /v2/models/M/detect", "find the objects in an image, for a detector"),
     (
         "POST /v1/embeddings, /v1/rerank",
@@ -128,9 +131,9 @@ def _model(served: Served) -> str:
                 f"<td>{escape(ranges)}"
             )
     parts.append("</table>")
-    if served.manifest.preprocess is not None:
-        verb = served.image_call or "classify"
-        command = f"curl --data-binary @cat.jpg http://HOST/v2/models/{served.name}/{verb}"
+    if served.media is not None:
+        verb, name = served.file_call or "classify", "cat.jpg" if served.audio is None else "speech.wav"
+        command = f"curl --data-binary @{name} http://HOST/v2/models/{served.name}/{verb}"
         parts.append(f"<pre>{escape(command)}</pre>")
     if served.text is not None and served.text.pipeline.task == "vectors":
         embedded = json.dumps({"model": served.name, "input": ["a text"]})
@@ -162,9 +165,9 @@ def openapi(models: Sequence[Served]) -> dict[str, Any]:
     if names := sorted({one.name for one in models}):
         found["components"]["parameters"]["name"]["schema"]["enum"] = names
     absent = []
-    if not any(one.manifest.preprocess for one in models):
+    if not any(one.media for one in models):
         absent.append("/classify")
-    if not any(one.image_call == "detect" for one in models):
+    if not any(one.file_call == "detect" for one in models):
         absent.append("/detect")
     found["paths"] = {path: calls for path, calls in found["paths"].items() if not path.endswith(tuple(absent))}
     if not any(one.text for one in models):

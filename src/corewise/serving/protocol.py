@@ -6,6 +6,7 @@ writes requests and answers in JSON. A claim of a request is compared with the b
 allocated.
 """
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from math import isfinite, prod
@@ -37,6 +38,7 @@ EXTENSIONS = (
     "schedule_policy",
     "statistics",
 )
+HALF_PAIR = re.compile(rb"\\u[dD][89abAB][0-9a-fA-F]{2}(?!\\u[dD][c-fC-F])")
 MOST_TENSORS = 64
 MOST_ID = 256
 MOST_PRIORITY = 100
@@ -59,6 +61,8 @@ class Limits:
     """Of a gRPC message beside its raw tensors: decoded, they take many times their bytes."""
     pixels: int = 50_000_000
     """Of an image."""
+    samples: int = 100_000_000
+    """Of a recording in all its channels: 19 minutes of stereo at 44,100 Hz, and more than a body of WAV can have."""
     connections: int = 4096
     """On each port; fewer where the process may not have so many open files."""
     client_share: float = 0.5
@@ -174,12 +178,15 @@ def chosen_inputs(
 ) -> Sequence[TensorSpec]:
     """The inputs that a request with tensors of these names means: the model's own, or those in place of all of them.
 
+    With a name of another set these are meant, whatever else is wrong with the request.
+
     Example:
         >>> ids, text = (TensorSpec(name=name, dtype="object", shape=(None,)) for name in ("ids", "text"))
         >>> chosen_inputs(["text"], [ids], [[text]])[0].name
         'text'
     """
-    return next((specs for specs in instead if names and {spec.name for spec in specs} >= set(names)), inputs)
+    own = {spec.name for spec in inputs}
+    return next((specs for specs in instead if {spec.name for spec in specs} & set(names) - own), inputs)
 
 
 def ordered(found: Mapping[str, np.ndarray], specs: Sequence[TensorSpec]) -> tuple[np.ndarray, ...]:
@@ -255,6 +262,13 @@ def _strings(data: memoryview, spec: TensorSpec, shape: Sequence[int]) -> np.nda
             f"the input {spec.name} has {more}{min(len(items), count)} strings, but its shape needs {count}"
         )
     return objects(items, shape)
+
+
+def not_json(error: Exception, text: bytes | memoryview) -> str:
+    """Why a text is not JSON, in one line. Half of a surrogate pair near its end msgspec takes for a missing end."""
+    if HALF_PAIR.search(text):
+        return "it has half of a surrogate pair"
+    return " ".join(str(error).split())[:200]
 
 
 def names(specs: Sequence[TensorSpec]) -> str:

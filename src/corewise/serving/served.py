@@ -18,6 +18,7 @@ from corewise import artifact
 from corewise.artifact import tuned
 from corewise.artifact.open import check_available
 from corewise.artifact.photos import images_of
+from corewise.artifact.recordings import audio_of
 from corewise.artifact.texts import text_pipeline
 from corewise.artifact.watch import RangeWatch, pixel_extremes
 from corewise.batching import Answer, Batcher, NotServed, Run, policy_of
@@ -26,6 +27,8 @@ from corewise.engines import ENGINES, engine
 from corewise.engines.base import mixes_rows
 from corewise.machine.inspect import inspect_cpu
 from corewise.records.build import TensorSpec
+from corewise.records.pipeline import AudioPipeline, ImagePipeline
+from corewise.samples.audio import missing_packages
 from corewise.serving.frames import Frames
 from corewise.serving.protocol import InferRequest
 from corewise.serving.remote import Remote
@@ -123,12 +126,12 @@ class Served:
         self.outputs: tuple[TensorSpec, ...] = found.manifest.outputs
         pipeline = text_pipeline(found)
         self.text = None if pipeline is None else TextInput(found, pipeline)
-        self.photos = images_of(found)
-        if self.photos is not None and self.photos.preprocess.function is not None:
-            why = f"its images are prepared by {self.photos.preprocess.function}, which is code and not in the artifact"
-            self.notes = (*self.notes, f"it takes tensors but no images: {why}")
-        if found.manifest.audio is not None:
-            self.notes = (*self.notes, "it takes tensors but no recordings: corewise predict and corewise.load do")
+        self.photos, self.audio = images_of(found), audio_of(found)
+        why = self._no_files()
+        self.takes_files = self.media is not None and not why
+        """Whether a request may have images or recordings, as BYTES, in place of tensors."""
+        if why:
+            self.notes = (*self.notes, f"it takes tensors but no {why}")
         self.frames = Frames(self.inputs, self.outputs, self.instead)
         self.statistics = Statistics()
         self.ranges = RangeWatch(found.manifest.seen_ranges)
@@ -161,9 +164,12 @@ class Served:
     @property
     def instead(self) -> tuple[tuple[TensorSpec, ...], ...]:
         """The inputs that a request may have in place of all of the model's own: each of these sets."""
-        if self.photos is None or not self.takes_images:
+        if not self.takes_files:
             return () if self.text is None else (self.text.specs,)
         taken = {spec.name for spec in self.inputs}
+        if self.photos is None:
+            name = next(name for name in ("audio", "recording", "sound") if name not in taken)
+            return ((TensorSpec(name=name, dtype="object", shape=(None,)),),)
         name = next(name for name in ("image", "images", "photos") if name not in taken)
         image, preprocess = TensorSpec(name=name, dtype="object", shape=(None,)), self.photos.preprocess
         if preprocess.dtype != "uint8":
@@ -174,16 +180,27 @@ class Served:
         return (image,), (TensorSpec(name=name, dtype="uint8", shape=shape),)
 
     @property
-    def takes_images(self) -> bool:
-        """Whether a request may have images, as BYTES, in place of tensors."""
-        return self.photos is not None and self.photos.preprocess.function is None
+    def media(self) -> ImagePipeline | AudioPipeline | None:
+        """What the model's outputs for files are, if it was made from images or recordings."""
+        return self.photos if self.photos is not None else self.audio
 
     @property
-    def image_call(self) -> str | None:
-        """The last part of the path at which an image is answered for people; ``None`` where none is."""
-        if self.photos is None or not self.takes_images:
+    def file_call(self) -> str | None:
+        """The last part of the path at which a file is answered for people; ``None`` where none is."""
+        if self.media is None or not self.takes_files:
             return None
-        return {"classes": "classify", "boxes": "detect", "vectors": None}[self.photos.task]
+        return {"classes": "classify", "boxes": "detect", "vectors": None}[self.media.task]
+
+    def _no_files(self) -> str:
+        """Which files the model does not take although it was made from some, and why not; nothing if it does."""
+        if self.media is None:
+            return ""
+        noun = "images" if self.photos is not None else "recordings"
+        if (function := self.media.preprocess.function) is not None:
+            return f"{noun}: its {noun} are prepared by {function}, which is code and not in the artifact"
+        if self.audio is not None and (missing := missing_packages()):
+            return f"{noun}: reading them needs {missing}; pip install 'corewise[audio]'"
+        return ""
 
     def prepared(self, request: InferRequest) -> InferRequest:
         """With texts as the model takes them, and values that it has a place for. Raises ``ProtocolError``."""

@@ -14,7 +14,7 @@ import orjson
 from numpy.typing import NDArray
 
 from corewise.samples.texts import Text
-from corewise.serving.protocol import ProtocolError
+from corewise.serving.protocol import ProtocolError, not_json
 
 BODY_BYTES = 8 * 2**20
 """The largest body of such a request. A parser needs up to 12 times the bytes of a hostile one."""
@@ -69,7 +69,7 @@ def decode(body: bytes, read: Callable[[bytes], T]) -> T:
         where = f"{field}: " if place and field else ""
         raise FieldError(field.partition("[")[0], f"the request does not fit: {where}{what}") from error
     except (msgspec.DecodeError, UnicodeDecodeError) as error:
-        raise ProtocolError(f"the request is not JSON: {' '.join(str(error).split())[:200]}") from error
+        raise ProtocolError(f"the request is not JSON: {not_json(error, body)}") from error
 
 
 def strings_or_ids(raw: msgspec.Raw, field: str) -> tuple[list[str], list[list[int]]]:

@@ -1,22 +1,24 @@
 """From a language model's token vectors to one vector for each text, inside the program that every engine runs."""
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from corewise.records.pipeline import Pooling
 
+Way = Pooling | Literal["weighted", "sqrt"]
+"""What ``pool`` does too: later tokens weigh more, and the sum over the root of the number of tokens."""
 POOLINGS: tuple[Pooling, ...] = ("mean", "cls", "max", "last", "none")
 """What ``pool`` does; a program that makes vectors by itself has ``own``."""
 
 
-def pool(hidden: Tensor, mask: Tensor, pooling: Pooling) -> Tensor:
+def pool(hidden: Tensor, mask: Tensor, pooling: Way) -> Tensor:
     """Token vectors (N, tokens, D) and their mask (N, tokens) -> (N, D), or as they are for ``none``.
 
-    As in sentence-transformers: ``mean`` over the mask, ``max`` over the mask, the first token (``cls``), or the last
-    one that the mask has (``last``).
+    As in sentence-transformers: ``mean`` over the mask, ``max`` over the mask, the first token (``cls``), the last one
+    that the mask has (``last``), or a ``Way``.
     """
     if pooling == "none":
         return hidden
@@ -30,7 +32,10 @@ def pool(hidden: Tensor, mask: Tensor, pooling: Pooling) -> Tensor:
     weights = mask.unsqueeze(-1).to(hidden.dtype)
     if pooling == "max":
         return hidden.masked_fill(weights == 0, -1e9).amax(1)
-    return (hidden * weights).sum(1) / weights.sum(1).clamp(min=1e-9)
+    if pooling == "weighted":
+        weights = weights * torch.arange(1, mask.shape[1] + 1, dtype=hidden.dtype, device=mask.device)[:, None]
+    count = weights.sum(1).clamp(min=1e-9)
+    return (hidden * weights).sum(1) / (count.sqrt() if pooling == "sqrt" else count)
 
 
 class Normalized(nn.Module):
@@ -42,18 +47,22 @@ class Normalized(nn.Module):
 
 
 class TextVectors(nn.Module):
-    """A transformers model, the pooling of its last hidden state, and what comes after: one vector for each text."""
+    """A transformers model, the pooling of its last hidden state, and what comes after: one vector for each text.
 
-    def __init__(self, encoder: nn.Module, pooling: Pooling, after: Sequence[nn.Module] = ()) -> None:
+    Vectors of several ways to pool are joined to one.
+    """
+
+    def __init__(self, encoder: nn.Module, poolings: Sequence[Way], after: Sequence[nn.Module] = ()) -> None:
         super().__init__()
         self.encoder = encoder
-        self.pooling: Pooling = pooling
+        self.poolings = tuple(poolings)
         self.after = nn.Sequential(*after)
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
         """Int64 (N, tokens) twice -> vectors (N, D), or (N, tokens, D) without pooling."""
         hidden = self.encoder(input_ids=input_ids, attention_mask=attention_mask)[0]
-        vectors: Tensor = self.after(pool(hidden, attention_mask, self.pooling))
+        pooled = [pool(hidden, attention_mask, pooling) for pooling in self.poolings]
+        vectors: Tensor = self.after(pooled[0] if len(pooled) == 1 else torch.cat(pooled, -1))
         return vectors
 
 

@@ -5,7 +5,7 @@ https://sbert.net/docs/sentence_transformer/usage/custom_models.html
 """
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,22 +14,28 @@ from torch import nn
 
 from corewise.common.errors import SourceError
 from corewise.common.references import guard
-from corewise.records.pipeline import Activation, Pooling
+from corewise.records.pipeline import Activation
 from corewise.source.loaded import Loaded
 from corewise.source.packages import import_package
-from corewise.source.pooling import Normalized
-from corewise.source.transformers_models import activation_of, longest, quiet, vectors, with_head
+from corewise.source.pooling import Normalized, Way
+from corewise.source.transformers_models import activation_of, encoder_class, longest, quiet, vectors, with_head
 
 MODULES = "modules.json"
-POOLINGS: dict[str, Pooling] = {
-    "pooling_mode_mean_tokens": "mean",
-    "pooling_mode_cls_token": "cls",
-    "pooling_mode_max_tokens": "max",
-    "pooling_mode_lasttoken": "last",
+WAYS: dict[str, Way] = {
+    "cls": "cls",
+    "max": "max",
+    "mean": "mean",
+    "mean_sqrt_len": "sqrt",
+    "weightedmean": "weighted",
+    "lasttoken": "last",
 }
-BY_NAME: dict[str, Pooling] = {"mean": "mean", "cls": "cls", "max": "max", "lasttoken": "last"}
+"""Modes of a Pooling, in the order in which their vectors are joined."""
+MODE = "pooling_mode_"
 OTHER_WAY = "give a factory that returns it as a torch.nn.Module, with --tokenizer"
-ACTIVATIONS = {"Identity": nn.Identity, "Tanh": nn.Tanh, "ReLU": nn.ReLU, "GELU": nn.GELU, "Sigmoid": nn.Sigmoid}
+ACTIVATIONS = {
+    kind.__name__: kind
+    for kind in (nn.Identity, nn.Tanh, nn.ReLU, nn.GELU, nn.Sigmoid, nn.SiLU, nn.ELU, nn.LeakyReLU, nn.Mish)
+}
 
 
 def load_sentence_model(name: str) -> Loaded:
@@ -48,15 +54,16 @@ def load_sentence_model(name: str) -> Loaded:
             raise SourceError(f"st:{name} begins with {first}, not with a Transformer", OTHER_WAY)
         base = parts[0][1]
         settings = _settings(base)
-        model = transformers.AutoModel.from_pretrained(base, dtype=torch.float32)
+        config = transformers.AutoConfig.from_pretrained(base)
+        model = encoder_class(transformers, config).from_pretrained(base, dtype=torch.float32)
         tokenizer = transformers.AutoTokenizer.from_pretrained(base)
-        pooling, after = _modules(parts[1:], name)
+        poolings, after = _modules(parts[1:], name)
         most = longest(tokenizer, model.config)
         prompts = _optional(folder / "config_sentence_transformers.json")
     return vectors(
         model,
         tokenizer,
-        pooling=pooling,
+        poolings=poolings,
         after=after,
         max_length=min(settings.get("max_seq_length") or most, most),
         lower=bool(settings.get("do_lower_case")),
@@ -80,12 +87,12 @@ def from_sentence_model(model: Any) -> Loaded:
     first, rest = parts[0], parts[1:]
     if type(first).__name__ != "Transformer":
         raise SourceError(f"the model begins with {type(first).__name__}, not with a Transformer", OTHER_WAY)
-    pooling: Pooling = "none"
+    poolings: Sequence[Way] = ("none",)
     after: list[nn.Module] = []
     for part in rest:
         kind = type(part).__name__
         if kind == "Pooling":
-            pooling = _pooling(part.get_config_dict(), "the model")
+            poolings = _poolings(part.get_config_dict(), "the model")
         elif kind == "Normalize":
             after.append(Normalized())
         elif kind == "Dense":
@@ -95,7 +102,7 @@ def from_sentence_model(model: Any) -> Loaded:
     return vectors(
         first.auto_model,
         first.tokenizer,
-        pooling=pooling,
+        poolings=poolings,
         after=after,
         max_length=int(model.max_seq_length or longest(first.tokenizer, first.auto_model.config)),
         lower=bool(getattr(first, "do_lower_case", False)),
@@ -119,34 +126,38 @@ def _downloaded(name: str) -> Path:
         return Path(hub.snapshot_download(repository, allow_patterns=files))
 
 
-def _modules(parts: list[tuple[str, Path]], name: str) -> tuple[Pooling, list[nn.Module]]:
-    """The pooling, and the modules after it."""
-    pooling: Pooling = "none"
+def _modules(parts: list[tuple[str, Path]], name: str) -> tuple[Sequence[Way], list[nn.Module]]:
+    """The ways to pool, and the modules after them."""
+    poolings: Sequence[Way] = ("none",)
     after: list[nn.Module] = []
     for kind, place in parts:
         if kind == "Pooling":
-            pooling = _pooling(_json(place / "config.json"), f"st:{name}")
+            poolings = _poolings(_json(place / "config.json"), f"st:{name}")
         elif kind == "Normalize":
             after.append(Normalized())
         elif kind == "Dense":
             after += _dense(place, name)
         elif kind != "Dropout":
             raise SourceError(f"st:{name} has a {kind}, which is not supported", OTHER_WAY)
-    return pooling, after
+    return poolings, after
 
 
-def _pooling(config: Mapping[str, Any], name: str) -> Pooling:
-    chosen = (
-        [BY_NAME.get(str(config["pooling_mode"]))]
-        if isinstance(config.get("pooling_mode"), str)
-        else [POOLINGS.get(mode) for mode, used in config.items() if mode.startswith("pooling_mode_") and used is True]
-    )
-    if len(chosen) != 1 or chosen[0] is None or config.get("include_prompt") is False:
-        raise SourceError(
-            f"{name} pools in a way that is not supported: {json.dumps(dict(config))[:200]}",
-            "supported are the mean, max, first or last token alone",
-        )
-    return chosen[0]
+def _poolings(config: Mapping[str, Any], name: str) -> Sequence[Way]:
+    """The ways to pool that a Pooling's configuration names, in new files by ``pooling_mode``."""
+    told = config.get("pooling_mode")
+    if told is None:
+        used = [
+            mode.removeprefix(MODE) for mode, is_used in config.items() if mode.startswith(MODE) and is_used is True
+        ]
+        modes = [mode.removesuffix("_tokens").removesuffix("_token") for mode in used] or ["mean"]
+        modes.sort(key=lambda mode: [*WAYS, mode].index(mode))
+    else:
+        modes = [mode.removesuffix("_tokens") for mode in ([told] if isinstance(told, str) else told)]
+    unknown = [mode for mode in modes if mode not in WAYS]
+    if unknown or config.get("include_prompt") is False:
+        why = f"by {unknown[0]}" if unknown else "without the prompt's tokens"
+        raise SourceError(f"{name} pools {why}, which is not supported", OTHER_WAY)
+    return [WAYS[mode] for mode in modes]
 
 
 def _dense(place: Path, name: str) -> list[nn.Module]:

@@ -1,7 +1,7 @@
 """Models of transformers, from a folder or the hub: the head that the configuration names, and the tokenizer."""
 
 import inspect
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ from corewise.common.tokenizers import MOST_TOKENS, TOKENIZER, read_tokenizer
 from corewise.records.pipeline import Activation, Pooling, TextTask
 from corewise.source.loaded import Loaded, fast_tokenizer, text_pipeline
 from corewise.source.packages import import_package
-from corewise.source.pooling import TextVectors
+from corewise.source.pooling import POOLINGS, TextVectors, Way
 
 TOKEN_INPUTS = ("input_ids", "attention_mask", "token_type_ids")
 UNKNOWN_LENGTH = 100_000
@@ -29,6 +29,7 @@ PADDED_POSITIONS = (
     "data2vec-text",
 )
 """Types of models whose positions begin behind the padding token's number, so that the first ones are never used."""
+ENCODERS = {"t5": "T5EncoderModel", "mt5": "MT5EncoderModel", "umt5": "UMT5EncoderModel"}
 ENCODER = "the encoder is supported: --pooling mean makes a vector of each text"
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "vocab.txt", "vocab.json", "spiece.model")
 
@@ -53,9 +54,7 @@ def load_transformers(name: str, pooling: Pooling | None = None, tokenizer_file:
         if pooling is None:
             model_class = getattr(transformers, architecture, transformers.AutoModel)
         else:
-            model_class = (
-                transformers.T5EncoderModel if generates and config.model_type == "t5" else (transformers.AutoModel)
-            )
+            model_class = encoder_class(transformers, config)
         model = model_class.from_pretrained(name, dtype=torch.float32)
         # A model of recordings may have a tokenizer too, which is for its transcripts.
         tokenizer = None if model.main_input_name == "input_values" else _tokenizer(transformers, name)
@@ -66,14 +65,20 @@ def load_transformers(name: str, pooling: Pooling | None = None, tokenizer_file:
             raise SourceError(f"hf:{name} has no tokenizer", "leave out --pooling, or give --tokenizer tokenizer.json")
         return Loaded(model=model)
     if pooling is not None:
-        return vectors(model, tokenizer, max_length=longest(tokenizer, config), pooling=pooling)
+        return vectors(model, tokenizer, max_length=longest(tokenizer, config), poolings=(pooling,))
     return with_head(model, tokenizer, architecture)
 
 
+def encoder_class(transformers: Any, config: Any) -> Any:
+    """What opens a model without its head: of T5, its encoder alone."""
+    return getattr(transformers, ENCODERS.get(config.model_type, "AutoModel"))
+
+
 def vectors(
-    model: torch.nn.Module, tokenizer: Any, *, max_length: int, pooling: Pooling, after: Any = (), **facts: Any
+    model: torch.nn.Module, tokenizer: Any, *, max_length: int, poolings: Sequence[Way], after: Any = (), **facts: Any
 ) -> Loaded:
     """A transformers model without a head as one that makes vectors of texts."""
+    pooling: Pooling = next((known for known in POOLINGS if [*poolings] == [known]), "own")
     content = fast_tokenizer(tokenizer, lower=facts.pop("lower", False))
     pipeline = text_pipeline(
         content,
@@ -86,7 +91,7 @@ def vectors(
         dimensions=tuple(int(size) for size in getattr(model.config, "matryoshka_dimensions", None) or ()),
         **facts,
     )
-    return Loaded(model=TextVectors(model, pooling, after), pipeline=pipeline, tokenizer=content)
+    return Loaded(model=TextVectors(model, poolings, after), pipeline=pipeline, tokenizer=content)
 
 
 def with_head(

@@ -287,3 +287,7 @@ def test_rows_are_counted_for_the_progress_bar(tmp_path: Path) -> None:
     table = tmp_path / "a.csv"
     table.write_text("text\nred\nblue\n")
     assert count_rows([texts(tmp_path, 7), table]) == 9
+    broken = tmp_path / "a.parquet"
+    broken.write_bytes(b"PAR1")
+    with pytest.raises(SamplesError, match=r"is not a Parquet file: .*; write it with pyarrow or pandas"):
+        count_rows([broken])

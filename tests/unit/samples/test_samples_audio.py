@@ -1,5 +1,6 @@
 """samples: recordings of any rate, width and number of channels as inputs of a model."""
 
+import io
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,18 @@ import soundfile
 from corewise.common.errors import SamplesError
 from corewise.records.report import AudioPreprocess
 from corewise.samples import UnreadableItem, read_raw
-from corewise.samples.audio import AudioReader, Recording, array_recording, audio_array, audio_samples, resampled
+from corewise.samples.audio import (
+    MOST_TERM,
+    AudioReader,
+    Recording,
+    array_recording,
+    audio_array,
+    audio_samples,
+    audio_size,
+    open_audio,
+    rate_ratio,
+    resampled,
+)
 
 RATE = 16_000
 
@@ -43,6 +55,34 @@ def test_what_the_models_rate_cannot_have_is_filtered_out() -> None:
     for rate_hz in (1, 2**32 - 1):
         with pytest.raises(UnreadableItem, match=f"has {rate_hz:,} frames per second, which is no rate"):
             resampled(np.zeros(9, np.float32), rate_hz, RATE)
+
+
+def test_a_filter_is_short_whatever_the_rates_are() -> None:
+    for rate_hz in (767_999, 447_993, 16_001, 44_100, 1009, 1000):
+        for wanted_hz in (RATE, 48_000, 11, 10**9):
+            ratio = rate_ratio(rate_hz, wanted_hz)
+            assert 0 < max(ratio.numerator, ratio.denominator) <= MOST_TERM
+            if 8000 <= wanted_hz <= 48_000:
+                assert float(ratio) == pytest.approx(wanted_hz / rate_hz, rel=1.5e-5)
+    heard = resampled(tone(383_987), 383_987, RATE)
+    np.testing.assert_allclose(heard[200:-200], tone(RATE)[200 : len(heard) - 200], atol=0.01)
+
+
+@pytest.mark.parametrize("rate_hz", [8000, 11_025, 44_100, 48_000])
+def test_what_is_cut_off_is_not_decoded_and_changes_nothing(rate_hz: int) -> None:
+    noise = np.random.default_rng(0).uniform(-0.5, 0.5, (3 * rate_hz, 2)).astype(np.float32)
+    file = io.BytesIO()
+    soundfile.write(file, noise, rate_hz, format="FLAC")
+    for seconds in (0.5, 1 / 3, 2.999, 5.0):
+        preprocess = AudioPreprocess(rate_hz=RATE, seconds=seconds)
+        recording = open_audio(file.getvalue(), preprocess=preprocess)
+        assert recording.samples.shape[1] <= min(3.0, seconds + 0.002) * rate_hz + 1
+        expected = audio_array(open_audio(file.getvalue()), preprocess)
+        np.testing.assert_array_equal(audio_array(recording, preprocess), expected)
+        size = audio_size(file.getvalue(), preprocess)
+        assert (size.frames, size.channels, size.made) == (recording.samples.shape[1], 2, len(expected))
+    whole = AudioPreprocess(rate_hz=RATE)
+    assert audio_size(file.getvalue(), whole).made == len(audio_array(open_audio(file.getvalue()), whole))
 
 
 def test_channels_length_and_normalization_come_in_that_order() -> None:

@@ -25,6 +25,7 @@ from corewise.samples import images as images_module
 from corewise.samples.audio import open_audio
 from corewise.samples.folders import list_images, read_folder
 from corewise.samples.images import SIZE_KEY, ImageReader, TooManyPixels, image_array, normalize_image, open_image
+from corewise.serving import files as serving_files
 from corewise.serving import images as serving_images
 from corewise.serving.protocol import ProtocolError
 
@@ -722,19 +723,19 @@ def test_the_server_takes_photos_of_one_shape_together_where_they_keep_it() -> N
 def test_a_form_of_many_empty_parts_is_refused_before_they_are_read() -> None:
     body = b"--b\r\n\r\n\r\n" * 1000 + b"--b--\r\n"
     with pytest.raises(ProtocolError, match="more than 64 parts") as caught:
-        serving_images.content(body, "multipart/form-data; boundary=b")
+        serving_files.content(body, "multipart/form-data; boundary=b", "image")
     assert caught.value.status == 413
 
 
 @pytest.mark.parametrize("body", [b'{"image": 5}', b'{"picture": "AAAA"}', b"[]", b"{", b'{"a":' + b"[" * 100_000])
 def test_json_without_an_image_is_refused(body: bytes) -> None:
     with pytest.raises(ProtocolError, match=r"the body (has no image|is not a JSON object)"):
-        serving_images.content(body, "application/json")
+        serving_files.content(body, "application/json", "image")
 
 
 def test_what_else_json_has_is_skipped() -> None:
     body = b'{"note": [[], {"a": [1]}], "image": "AAAA", "b": null}'
-    assert serving_images.content(body, "application/json") == bytes(3)
+    assert serving_files.content(body, "application/json", "image") == bytes(3)
 
 
 @pytest.mark.parametrize(

@@ -264,6 +264,8 @@ def test_an_unclosed_quote_is_a_problem_of_every_line_it_takes(tmp_path: Path) -
         ("t.parquet", b"PAR1 nothing PAR1", "t.parquet is not a Parquet file"),
         ("t.txt", "text".encode("utf-16"), "t.txt is UTF-16; save it as UTF-8"),
         ("t.csv", "text,label\na,1\n".encode("utf-16"), "t.csv is UTF-16"),
+        ("t.csv", "text,label\na,1\n".encode("utf-16-le"), "t.csv is UTF-16"),
+        ("t.jsonl", b'[\n{"text": "a"}\n]\n', "t.jsonl is one JSON list; write each of its objects on a line"),
         ("t.txt", bytes(range(256)) * 9, "texts in"),
         ("t.jsonl", b"[" * 100_000, "is not JSON"),
     ],
@@ -272,6 +274,40 @@ def test_files_without_texts_are_refused(tmp_path: Path, name: str, content: byt
     path = tmp_path / name
     path.write_bytes(content)
     assert message in error_of(raw, str(path))
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("tabs.csv", b"text\tlabel\na man, who plays\t1\n"),
+        ("semicolons.csv", b'"text";"label, or score"\n"a man, who plays";1\n'),
+        ("bom.csv", b'\xef\xbb\xbftext,label\n"a man, who plays",1\n'),
+        ("later.jsonl", b'{"id": 7}\n{"text": "a man, who plays", "label": 1}\n'),
+        ("unused.csv", b'note,text,note\nx,"a man, who plays",y\n'),
+    ],
+)
+def test_tables_as_other_programs_write_them(tmp_path: Path, name: str, content: bytes) -> None:
+    (tmp_path / name).write_bytes(content)
+    assert [item.value for item in iterate_table(tmp_path / name) if not item.problem] == ["a man, who plays"]
+
+
+def test_a_column_that_is_there_twice_is_named(tmp_path: Path) -> None:
+    (tmp_path / "t.csv").write_bytes(b"text,text,label\nfirst,second,1\n")
+    column = pyarrow.array(["a"])
+    parquet.write_table(pyarrow.Table.from_arrays([column, column], names=["text", "text"]), tmp_path / "t.parquet")
+    for name in ("t.csv", "t.parquet"):
+        assert error_of(raw, str(tmp_path / name)).endswith(" has the column text twice; rename one of them")
+
+
+def test_a_header_of_any_width_makes_a_short_message(tmp_path: Path) -> None:
+    names = ["te\nxt", "x" * 100, *(f"c{number}" for number in range(100_000))]
+    with (tmp_path / "t.csv").open("w", newline="") as file:
+        csv.writer(file).writerows([names, ["a"] * len(names)])
+    for options in ({}, {"text": "c99999x"}):
+        said = error_of(raw, str(tmp_path / "t.csv"), **options)
+        assert len(said) < 500
+        assert f"te xt, {'x' * 40}, c0," in said
+        assert "c17 and 99,982 more" in said
 
 
 def test_parquet_cells_that_are_no_text(tmp_path: Path) -> None:

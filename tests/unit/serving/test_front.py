@@ -192,7 +192,7 @@ def test_what_can_no_longer_be_in_time_is_not_begun_and_errors_are_the_requests(
 
 def test_an_image_is_refused_by_its_size_before_it_is_read():
     class Served:
-        waiting_rows, statistics = 0, Statistics()
+        waiting_rows, statistics, audio = 0, Statistics(), None
 
         def expected_s(self, ahead_rows=0):
             return 0.1
@@ -200,15 +200,15 @@ def test_an_image_is_refused_by_its_size_before_it_is_read():
     async def main():
         front, gate = Front(Limits(), 16), Gate()
         front._costs.note("image", 100_000, 0.3)
-        front.check_image(100_000, Served(), later(0.1))
+        front.check_file(100_000, Served(), later(0.1))
         running = [
             asyncio.ensure_future(front._decoders.run(gate.work(k), kind="pixels", size=1))
             for k in range(front._decoders._threads)
         ]
         await asyncio.sleep(0)
-        front.check_image(100_000, Served(), later(60.0))
+        front.check_file(100_000, Served(), later(60.0))
         with pytest.raises(NotServed) as refused:
-            front.check_image(100_000, Served(), later(0.2))
+            front.check_file(100_000, Served(), later(0.2))
         assert refused.value.reason == "overloaded"
         gate.opened.set()
         await asyncio.gather(*running)

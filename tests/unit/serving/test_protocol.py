@@ -71,6 +71,22 @@ def test_strings_come_as_json():
     assert_told(request(tensor(shape=[1], datatype="BYTES", data=[1])), inputs=[spec], match="are not BYTES")
 
 
+def test_texts_in_place_of_inputs_are_told_by_their_names():
+    text, pair = (TensorSpec(name=name, dtype="object", shape=(None,)) for name in ("text", "text_pair"))
+
+    def told(instead, *names, data="a"):
+        body = request(*(tensor(name, [1], "BYTES", data=[data]) for name in names))
+        with pytest.raises(ProtocolError) as caught:
+            parse(body, None, [IDS], [SCORES], [instead])
+        return str(caught.value)
+
+    assert told([text], "text", "text_pair") == "there is no input 'text_pair'; the model has text"
+    assert told([text, pair], "text_pair") == "the input text is missing"
+    assert told([text], "ids", "text") == "there is no input 'ids'; the model has text"
+    # json.dumps writes it as a client of Python does that read a broken file.
+    assert told([text], "text", data="a \ud800 b") == "the request cannot be read: it has half of a surrogate pair"
+
+
 def test_inputs_come_in_the_models_order():
     body = request(tensor("mask", (1, 2), "BOOL", data=[True, False]), tensor("ids", (1, 2), "INT64", data=[[5, 6]]))
     ids, mask = parse(body, None, [IDS, MASK], [SCORES]).inputs

@@ -1,6 +1,7 @@
 """source: models of sentence-transformers and transformers with their tokenizers, poolings, prompts and heads."""
 
 import json
+import shutil
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -124,6 +125,8 @@ def test_pooling_uses_the_mask() -> None:
     assert pool(hidden, mask, "cls").tolist() == [[1.0, -1.0], [1.0, 1.0]]
     assert pool(hidden, mask, "last").tolist() == [[3.0, -3.0], [6.0, 6.0]]
     assert pool(hidden, mask, "none") is hidden
+    np.testing.assert_allclose(pool(hidden, mask, "weighted")[:, 0], [7 / 3, 23 / 6])
+    np.testing.assert_allclose(pool(hidden, mask, "sqrt")[:, 0], [4 / 2**0.5, 9 / 3**0.5], rtol=1e-6)
     left = torch.tensor([[0, 1, 1], [1, 1, 1]])
     assert pool(hidden, left, "last")[0].tolist() == [90.0, 90.0]
 
@@ -153,6 +156,47 @@ def test_a_folder_of_sentence_transformers(sentence_folder: Path) -> None:
     assert answers.shape == (2, 4)
 
 
+@pytest.mark.parametrize(
+    ("config", "ways"),
+    [
+        ({"pooling_mode_mean_tokens": True, "pooling_mode_max_tokens": True}, ("max", "mean")),
+        ({"pooling_mode": ["mean", "cls"]}, ("mean", "cls")),
+        ({"pooling_mode_weightedmean_tokens": True}, ("weighted",)),
+        ({"pooling_mode": "mean_sqrt_len_tokens"}, ("sqrt",)),
+        ({"word_embedding_dimension": 8}, ("mean",)),
+    ],
+)
+def test_vectors_of_several_ways_to_pool_are_joined_in_their_order(
+    sentence_folder: Path, tmp_path: Path, config: dict[str, Any], ways: tuple[Any, ...]
+) -> None:
+    shutil.copytree(sentence_folder, tmp_path, dirs_exist_ok=True)
+    write_json(tmp_path / "1_Pooling" / "config.json", config)
+    write_json(tmp_path / "modules.json", json.loads((tmp_path / "modules.json").read_text())[:2])
+    loaded = load_with_texts(f"st:{tmp_path}")
+    assert loaded.pipeline is not None
+    assert loaded.pipeline.pooling == (ways[0] if ways == ("mean",) else "own")
+    bert = transformers.BertModel.from_pretrained(sentence_folder).eval()
+    with torch.no_grad():
+        hidden = bert(torch.tensor([[2, 4, 1, 7, 5, 3]])).last_hidden_state
+    expected = torch.cat([pool(hidden, torch.ones(1, 6), way) for way in ways], -1)
+    # "red: " goes before each.
+    np.testing.assert_allclose(vectors_of(loaded, ["house blue", "red " * 9])[:1], expected, atol=1e-6)
+
+
+def test_of_t5_the_encoder_makes_vectors(tmp_path: Path) -> None:
+    sizes = {"vocab_size": len(WORDS), "d_model": 8, "d_kv": 4, "d_ff": 8, "num_layers": 1, "num_heads": 2}
+    transformers.T5EncoderModel(transformers.T5Config(**sizes)).save_pretrained(tmp_path)
+    save_tokenizer(tmp_path, INPUTS[:2])
+    (tmp_path / "1_Pooling").mkdir()
+    write_json(tmp_path / "1_Pooling" / "config.json", {"pooling_mode_mean_tokens": True})
+    modules = [{"path": path, "type": f"st.{kind}"} for path, kind in (("", "Transformer"), ("1_Pooling", "Pooling"))]
+    write_json(tmp_path / "modules.json", modules)
+    texts = ["house", "red " * 9]
+    expected = vectors_of(load_with_texts(f"hf:{tmp_path}", pooling="mean"), texts)
+    np.testing.assert_allclose(vectors_of(load_with_texts(f"st:{tmp_path}"), texts), expected)
+    assert expected.shape == (2, 8)
+
+
 def test_the_real_minilm_is_what_its_card_says(data_folder: Path) -> None:
     loaded = load_with_texts(f"st:{data_folder / 'weights' / 'all-MiniLM-L6-v2'}")
     assert loaded.pipeline is not None
@@ -173,18 +217,12 @@ def test_the_real_minilm_is_what_its_card_says(data_folder: Path) -> None:
             [{"path": "", "type": "st.Transformer"}, {"path": "1", "type": "st.WordWeights"}],
             "has a WordWeights, which is not supported",
         ),
-        ("1_Pooling/config.json", {"pooling_mode_mean_sqrt_len_tokens": True}, "pools in a way that is not supported"),
-        (
-            "1_Pooling/config.json",
-            {"pooling_mode_mean_tokens": True, "pooling_mode_max_tokens": True},
-            "pools in a way that is not supported",
-        ),
+        ("1_Pooling/config.json", {"pooling_mode_attention": True}, "pools by attention, which is not supported"),
+        ("1_Pooling/config.json", {"include_prompt": False}, "pools without the prompt's tokens"),
     ],
 )
 def test_modules_that_are_not_supported(sentence_folder: Path, tmp_path: Path, file: str, data: Any, what: str) -> None:
-    for path in sentence_folder.rglob("*"):
-        target = tmp_path / path.relative_to(sentence_folder)
-        target.mkdir(parents=True, exist_ok=True) if path.is_dir() else target.write_bytes(path.read_bytes())
+    shutil.copytree(sentence_folder, tmp_path, dirs_exist_ok=True)
     write_json(tmp_path / file, data)
     assert what in error_of(load_with_texts, f"st:{tmp_path}")
 

@@ -6,6 +6,7 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, version
+from importlib.util import find_spec
 from typing import Literal
 
 from corewise.common.errors import EngineError, InputError, MissingExtra
@@ -47,6 +48,22 @@ def installed_ray() -> str | None:
         return None
 
 
+def require_ray() -> None:
+    """``check_ray`` of this Python, and ``MissingExtra`` if it has a Ray without what its clusters are asked by."""
+    check_ray(installed_ray())
+    if find_spec("grpc") is None:
+        raise MissingExtra("grpcio", "ray", "running on a cluster")
+
+
+def require_serve() -> None:
+    """``require_ray``, and ``MissingExtra`` if it has a Ray without Ray Serve."""
+    require_ray()
+    try:
+        import ray.serve  # noqa: F401
+    except ImportError as error:
+        raise MissingExtra(error.name or "ray[serve]", "ray", "serving on a cluster") from error
+
+
 def check_address(address: str) -> None:
     """Raise ``InputError`` for what is no address of a cluster. Pure."""
     host, _, port = address.removeprefix(CLIENT).rpartition(":")
@@ -72,7 +89,7 @@ def connected(address: str) -> Iterator[str | None]:
         EngineError: Nothing answers there, it is no cluster that this Ray can talk to, or it takes commands from
             anyone.
     """
-    check_ray(installed_ray())
+    require_ray()
     check_address(address)
     import ray
 

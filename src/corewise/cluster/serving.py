@@ -17,7 +17,7 @@ from types import FrameType
 from typing import Any, NoReturn
 
 from corewise.cluster.applications import Scale, bound, settings_of
-from corewise.cluster.connection import CLIENT, check_address, check_ray, connected, first_line, installed_ray
+from corewise.cluster.connection import CLIENT, check_address, connected, first_line, require_serve
 from corewise.cluster.messages import KINDS
 from corewise.cluster.settings import Settings
 from corewise.common.errors import CorewiseError, EngineError, InputError
@@ -78,7 +78,7 @@ def serve_on_ray(
         ArtifactError: An artifact is damaged, or a node cannot read it.
         EngineError: The cluster does not answer or is not safe, or an application does not start.
     """
-    check_ray(installed_ray())
+    require_serve()
     check_address(address)
     if address.startswith(CLIENT):
         raise InputError("Ray Serve's ports are on the cluster's nodes", "run this on a node, with --ray auto")

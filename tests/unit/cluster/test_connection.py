@@ -1,6 +1,7 @@
 """cluster.connection: versions, addresses, and what an address says to a question without a token."""
 
 import socket
+import sys
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 
@@ -8,7 +9,7 @@ import grpc
 import pytest
 
 from corewise.cluster import connection
-from corewise.cluster.connection import check_address, check_guarded, check_ray, probe
+from corewise.cluster.connection import check_address, check_guarded, check_ray, probe, require_ray, require_serve
 from corewise.common.errors import EngineError, InputError, MissingExtra
 
 
@@ -19,6 +20,17 @@ def test_versions() -> None:
         check_ray(None)
     with pytest.raises(EngineError, match=r"ray 2\.58\.1 is installed, .*; pip install 'ray>=2\.59'"):
         check_ray("2.58.1")
+
+
+def test_a_ray_without_its_extras_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("ray")
+    with monkeypatch.context() as patched:
+        patched.setitem(sys.modules, "ray.serve", None)
+        with pytest.raises(MissingExtra, match=r"serving on a cluster needs .*; pip install 'corewise\[ray\]'"):
+            require_serve()
+    monkeypatch.setattr(connection, "find_spec", lambda name: None)
+    with pytest.raises(MissingExtra, match=r"running on a cluster needs the package 'grpcio'; pip install"):
+        require_ray()
 
 
 @pytest.mark.parametrize("address", ["local", "auto", "10.0.0.1:6379", "[::1]:6379", "ray://head:10001"])

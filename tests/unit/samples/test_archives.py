@@ -5,12 +5,13 @@ import io
 import tarfile
 import tracemalloc
 from pathlib import Path
+from random import Random
 
 import pytest
 
 from corewise.common.errors import SamplesError
 from corewise.samples import archives
-from corewise.samples.archives import is_archive, read_archive
+from corewise.samples.archives import Unpacked, is_archive, read_archive
 
 
 def write(path: Path, *members: tuple[str, bytes], mode: str = "w") -> Path:
@@ -48,6 +49,31 @@ def test_slices_are_the_images_that_a_stream_gives(tmp_path: Path, end: int | No
     assert [(one.name, one.problem) for one in sliced] == [(one.name, one.problem) for one in whole]
     assert [one.slice.read() for one in sliced if one.slice] == [one.content for one in whole if not one.problem]
     assert len(whole) == count
+
+
+@pytest.mark.parametrize("kind", ["gz", "bz2", "xz"])
+@pytest.mark.parametrize("cut_bytes", [0, 40])
+def test_slices_of_compressed_files_are_read_on_in_any_order(tmp_path: Path, kind: str, cut_bytes: int) -> None:
+    members = [(f"{number}.jpg", Random(number).randbytes(100_000)) for number in range(9)]
+    path = write(tmp_path / f"photos.tar.{kind}", *members, mode=f"w:{kind}")
+    path.write_bytes(path.read_bytes()[: path.stat().st_size - cut_bytes])
+    other = write(tmp_path / "named.tar", ("a.png", b"one"), mode="w:gz")  # told by its content
+    whole, sliced = list(read_archive(path)), list(read_archive(path, sliced=True))
+    assert [(one.name, one.problem) for one in sliced] == [(one.name, one.problem) for one in whole]
+    slices = [one.slice for one in sliced if one.slice]
+    assert len(slices) in (8, 9)
+    unpacked = Unpacked()
+    for number in (2, 3, 7, 1):
+        assert unpacked.read(slices[number]) == members[number][1]
+    (elsewhere,) = read_archive(other, sliced=True)
+    assert elsewhere.slice is not None
+    assert elsewhere.slice.compressed
+    assert unpacked.read(elsewhere.slice) == b"one"
+    assert unpacked.read(slices[0]) == members[0][1]
+    unpacked.close()
+    path.unlink()
+    with pytest.raises(OSError, match=r"photos\.tar\..* has changed"):
+        unpacked.read(slices[0])
 
 
 def test_what_is_no_file_or_leads_out_is_not_read(tmp_path: Path) -> None:

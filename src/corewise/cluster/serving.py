@@ -18,6 +18,7 @@ from typing import Any, NoReturn
 
 from corewise.cluster.applications import Scale, bound, settings_of
 from corewise.cluster.connection import CLIENT, check_address, connected, first_line, require_serve
+from corewise.cluster.crew import ABSENT
 from corewise.cluster.messages import KINDS
 from corewise.cluster.settings import Settings
 from corewise.common.errors import CorewiseError, EngineError, InputError
@@ -279,6 +280,8 @@ def failure(name: str, told: str) -> CorewiseError:
         if kind in kinds:
             text, _, fix = what.rpartition("; ")
             return kinds[kind](text or fix, fix if text else "")
+    if ABSENT in told:
+        return EngineError(f"{name} does not start: corewise is not installed on a node", "install it on all, as here")
     last = next((line.strip() for line in reversed(told.splitlines()) if line.strip()), "no reason is told")
     return EngineError(f"{name} does not start: {last}", "see the logs of Ray Serve's replicas")
 

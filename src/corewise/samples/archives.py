@@ -2,6 +2,7 @@
 
 import bz2
 import gzip
+import io
 import lzma
 import tarfile
 import threading
@@ -56,7 +57,7 @@ class Unpacked(threading.local):
 
     def __init__(self) -> None:
         self._opened = ExitStack()
-        self._path, self._file = "", cast(IO[bytes], None)
+        self._path, self._file = "", cast(IO[bytes], io.BytesIO())
 
     def read(self, part: Slice) -> bytes:
         """Its content. Raises ``OSError`` if it is not there any more."""

@@ -10,7 +10,7 @@ import zlib
 from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import PurePosixPath
-from typing import IO, NamedTuple, cast
+from typing import IO, NamedTuple
 
 from corewise.common.errors import SamplesError
 from corewise.samples.images import image_suffixes
@@ -57,7 +57,8 @@ class Unpacked(threading.local):
 
     def __init__(self) -> None:
         self._opened = ExitStack()
-        self._path, self._file = "", cast(IO[bytes], io.BytesIO())
+        self._path = ""
+        self._file: IO[bytes] = io.BytesIO()
 
     def read(self, part: Slice) -> bytes:
         """Its content. Raises ``OSError`` if it is not there any more."""

@@ -171,7 +171,8 @@ def main(options: argparse.Namespace) -> None:
                 tries = 0
                 while tries < MOST_TRIES and subprocess.run(command, capture_output=True).returncode:
                     tries += 1
-                run |= {"tries": tries + 1, **compare(output, expected), "cpu": inspect_cpu().model}
+                run |= {"tries": tries + 1, **compare(output, expected), "cpu": inspect_cpu().model,
+                        "build": sound.manifest.build.label}  # fmt: skip
             run["sound"] = not (run["missing"] or run["twice"] or run["foreign"]) and (
                 run["largest_difference"] <= TOLERANCE
             )

@@ -119,7 +119,7 @@ def found_address() -> str:
     from ray._private.services import canonicalize_bootstrap_address_or_die
 
     try:
-        return canonicalize_bootstrap_address_or_die("auto")
+        return str(canonicalize_bootstrap_address_or_die("auto"))
     except ConnectionError as error:
         raise EngineError("there is no Ray cluster on this machine", "give its address, or local") from error
     except ValueError as error:

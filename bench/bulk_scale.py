@@ -1,14 +1,16 @@
 """How a bulk job grows: rows and memory, nodes of a real Ray, and a simulation of a thousand nodes.
 
-    python -m bench bulk_scale ARTIFACT INPUT [--rows 1000 10000 100000] [--no-simulation]
+    python -m bench bulk_scale ARTIFACT INPUT [--nodes 1 2 4] [--rows 1000 10000 100000] [--no-simulation]
 
-``predict`` on one Ray node of one CPU and on two such nodes, each with a CPU of its own, with inputs of so many rows
-(INPUT's, again and again): rows/s between the first and the last rows that are done, the driver's and the actors'
-largest memory, and what a start costs.
+``predict`` on one Ray node of one CPU and on several such nodes, pinned to one core after the other (nodes beyond the
+cores share them), with inputs of so many rows (INPUT's, again and again): rows/s between the first and the last rows
+that are done, the driver's and the actors' largest memory, and what a start costs.
 
 Then the real driver drives simulated nodes in virtual time: what the driver computes for a part takes as long as it
 takes here, reading and packing a row and Ray's calls take what was measured here, and a node starts as one did
-and answers as many rows/s, or as few as of a large model. Writes bulk_scale_NAME.json.
+and answers as many rows/s, or as few as of a large model. ``knees`` says for each size of a part how many nodes the
+driver keeps busy. Writes bulk_scale_NAME.json; jobs of other sizes stay in it, so that they can be made in pieces.
+The simulation needs a job on one node, now or before; ``--nodes`` without numbers only simulates.
 """
 
 import argparse
@@ -29,7 +31,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from bench.harness import machine_facts, say, write_results
+from bench.harness import machine_facts, read_results, say, write_results
 from bench.servers import descendants
 from corewise.cluster.crew import Node
 from corewise.cluster.driving import Driver, parts_of_rows
@@ -63,6 +65,7 @@ CALLS, PLAN = 2000, Plan(threads_per_instance=1)
 LARGE_PER_S = 100.0
 NODES = (1, 4, 16, 64, 256, 1000)
 PART_ROWS = (64, 256, 1024, 4096, 16384)
+BUSY = 0.9
 PARTS_EACH = 12
 """Parts that each simulated node gets."""
 SIZES = (1_000, 100_000, 1_000_000, 4_000_000)
@@ -73,13 +76,15 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     """What the command line takes."""
     parser.add_argument("artifact", type=Path, metavar="ARTIFACT")
     parser.add_argument("input", type=Path, metavar="INPUT")
+    parser.add_argument("--nodes", type=int, nargs="*", default=[1, 2, 4])
     parser.add_argument("--rows", type=int, nargs="+", default=[1000, 10_000, 100_000])
     parser.add_argument("--no-simulation", action="store_true")
 
 
 @contextmanager
 def cluster(nodes: int, log: Path) -> Iterator[tuple[str, list[int]]]:
-    """So many Ray nodes of one CPU each, on CPUs of their own; the address, and the processes that bring them."""
+    """So many Ray nodes of one CPU each, on cores in turn; the address, and the processes that bring them."""
+    cores = sorted(os.sched_getaffinity(0))
     tokens = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32), "RAY_USAGE_STATS_ENABLED": "0"}
     os.environ |= tokens
     with socket.create_server(("127.0.0.1", 0)) as free:
@@ -92,7 +97,7 @@ def cluster(nodes: int, log: Path) -> Iterator[tuple[str, list[int]]]:
             if number:
                 place = [f"--address=127.0.0.1:{port}"]
             with log.open("a") as file:
-                pinned = ["taskset", "-c", str(number), ray, "start", *place, *shared]
+                pinned = ["taskset", "-c", str(cores[number % len(cores)]), ray, "start", *place, *shared]
                 started.append(subprocess.Popen(pinned, stdout=file, stderr=subprocess.STDOUT))
             until = time.monotonic() + 90
             while log.read_text().count("Ray runtime started") <= number and time.monotonic() < until:
@@ -338,30 +343,49 @@ def simulate(nodes: int, part_rows: int, per_s: float, start_s: float, costs: di
     }
 
 
+def knees(simulated: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """For each rate of a node and each size of a part, the most nodes that were busy for ``BUSY`` of their time."""
+    found: dict[tuple[float, int], int] = {}
+    for one in simulated:
+        key = one["node_per_s"], one["part_rows"]
+        found[key] = max(found.get(key, 0), one["nodes"] if one["efficiency"] >= BUSY else 0)
+    return [{"node_per_s": per_s, "part_rows": rows, "most_nodes": nodes} for (per_s, rows), nodes in found.items()]
+
+
 def main(options: argparse.Namespace) -> None:
     """Measure, then simulate."""
     artifact, lines = options.artifact.absolute(), options.input.read_text().splitlines()
     path = options.results / f"bulk_scale_{options.artifact.name.removesuffix('.cw')}.json"
-    jobs: list[dict[str, Any]] = []
-    costs: dict[str, Any] = {}
+    facts: dict[str, Any] = read_results(path)
+    jobs = {(job["nodes"], job["rows"]): job for job in facts.get("jobs", ())}
     with tempfile.TemporaryDirectory(prefix="corewise-") as name:
         for rows in options.rows:
             Path(name, f"{rows}.txt").write_text("\n".join(islice(cycle(lines), rows)) + "\n")
-        for nodes in (1, 2):
+        for nodes in options.nodes:
             with cluster(nodes, Path(name) / f"log-{nodes}") as (address, heads):
                 for rows in options.rows:
                     output = Path(name) / f"out-{nodes}-{rows}"
-                    jobs.append(measure(artifact, Path(name, f"{rows}.txt"), address, heads, output))
-                    say(f"{nodes} nodes: {jobs[-1]}")
+                    made = measure(artifact, Path(name, f"{rows}.txt"), address, heads, output)
+                    jobs[nodes, rows] = {**made, "nodes": nodes, "actors": made["nodes"]}
+                    say(f"{nodes} nodes: {made}")
                 if nodes == 1:
-                    costs = {**ray_costs(address), **row_costs(Path(name, f"{max(options.rows)}.txt"))}
-    facts: dict[str, Any] = {"jobs": jobs, "ray_costs": costs, **machine_facts()}
+                    facts["costs"] = {**ray_costs(address), **row_costs(Path(name, f"{max(options.rows)}.txt"))}
+            facts |= {"jobs": [jobs[key] for key in sorted(jobs)], **machine_facts()}
+            write_results(path, facts)
+    if options.no_simulation:
+        return
+    costs = {key: in_numbers(value) for key, value in facts["costs"].items()}
+    largest = max((job for (nodes, _), job in jobs.items() if nodes == 1), key=lambda job: job["rows"])
+    facts["simulated"] = []
+    for per_s, nodes, part_rows in product((largest["per_s"], LARGE_PER_S), NODES, PART_ROWS):
+        facts["simulated"].append(simulate(nodes, part_rows, per_s, largest["ready_s"], costs))
+        say(str(facts["simulated"][-1]))
+    facts["knees"] = knees(facts["simulated"])
+    for knee in facts["knees"]:
+        say(str(knee))
     write_results(path, facts)
-    if not options.no_simulation:
-        largest = max((job for job in jobs if job["nodes"] == 1), key=lambda job: job["rows"])
-        facts["simulated"] = []
-        for per_s, nodes, part_rows in product((largest["per_s"], LARGE_PER_S), NODES, PART_ROWS):
-            made = simulate(nodes, part_rows, per_s, largest["ready_s"], costs)
-            facts["simulated"].append(made)
-            say(str(made))
-    write_results(path, facts)
+
+
+def in_numbers(cost: Any) -> Any:
+    """A cost by numbers, which are strings in JSON."""
+    return {float(count): seconds for count, seconds in cost.items()} if isinstance(cost, dict) else cost

@@ -6,6 +6,8 @@ Each run starts the job from the beginning on its own Ray (``--ray local``). At 
 job's processes (SIGKILL), or fills the output's disk, a small one of its own, which only root can make. Then it gives
 the same command until it succeeds. Each row of the inputs must be there once, with the answer of one process without
 Ray. Writes ray_kills_NAME.json; runs of other numbers stay in it, so that they can be made in pieces.
+
+INPUT is what ``predict`` takes: a file of texts, or a tar file or folder of images.
 """
 
 import argparse
@@ -18,16 +20,18 @@ import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext, suppress
+from math import inf
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow.dataset as datasets
-from pyarrow import parquet
+from pyarrow import Table, parquet
 
 from bench.harness import machine_facts, read_results, say, write_results
 from bench.servers import descendants
 from corewise import artifact
+from corewise.machine.inspect import inspect_cpu
 
 KINDS = {"driver": b"corewise.cli", "actor": b"ray::Answerer", "raylet": b"/raylet/raylet"}
 """What is killed, and what its command line has."""
@@ -38,8 +42,8 @@ TOLERANCE = 1e-4
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     """What the command line takes."""
-    parser.add_argument("artifact", type=Path, metavar="ARTIFACT", help="an artifact that makes vectors of texts")
-    parser.add_argument("input", type=Path, metavar="INPUT", help="a file of texts")
+    parser.add_argument("artifact", type=Path, metavar="ARTIFACT", help="an artifact of texts or images")
+    parser.add_argument("input", type=Path, metavar="INPUT", help="texts or images")
     parser.add_argument("--runs", type=int, default=20)
     parser.add_argument("--first", type=int, default=0, help="the number of the first run")
     parser.add_argument("--longest", type=float, default=5.0, help="the longest pause before a kill, in seconds")
@@ -116,18 +120,33 @@ def end(pids: list[int]) -> None:
             os.kill(pid, signal.SIGKILL)
 
 
-def compare(output: Path, rows: np.ndarray, vectors: np.ndarray) -> dict[str, Any]:
-    """What the folder of parts has against the file of one process."""
+def answers(table: Table) -> dict[int, dict[str, Any]]:
+    """The answer of each row. Its input has another name where it was read from another folder."""
+    kept = table.drop_columns([name for name in ("row", "input") if name in table.column_names])
+    return dict(zip(table.column("row").to_pylist(), kept.to_pylist(), strict=True))
+
+
+def difference(one: Any, other: Any) -> float:
+    """The largest difference of two answers' numbers; infinite if they differ in anything else."""
+    if isinstance(one, dict | list) and type(one) is type(other) and len(one) == len(other):
+        if isinstance(one, list) and one and isinstance(one[0], float):
+            return float(np.abs(np.subtract(one, other)).max())
+        pairs = zip(one, other, strict=True) if isinstance(one, list) else ((one[key], other.get(key)) for key in one)
+        return max((difference(*pair) for pair in pairs), default=0.0)
+    if isinstance(one, float) and isinstance(other, float):
+        return abs(one - other)
+    return 0.0 if one == other else inf
+
+
+def compare(output: Path, alone: dict[int, dict[str, Any]]) -> dict[str, Any]:
+    """What the folder of parts has against the answers of one process."""
     table = datasets.dataset(output).to_table()
-    found, counts = np.unique(table.column("row").to_numpy(), return_counts=True)
-    made = dict(zip(table.column("row").to_pylist(), table.column("vector").to_numpy(), strict=True))
-    largest = max((float(np.abs(made[row] - vector).max()) for row, vector in zip(rows, vectors, strict=True)
-                   if row in made), default=0.0)  # fmt: skip
+    made = answers(table)
     return {
-        "missing": len(set(rows) - set(found)),
-        "twice": int((counts > 1).sum()),
-        "foreign": len(set(found) - set(rows)),
-        "largest_difference": largest,
+        "missing": len(alone.keys() - made.keys()),
+        "twice": table.num_rows - len(made),
+        "foreign": len(made.keys() - alone.keys()),
+        "largest_difference": max(difference(made[row], alone[row]) for row in made.keys() & alone.keys()),
     }
 
 
@@ -140,8 +159,7 @@ def main(options: argparse.Namespace) -> None:
     with tempfile.TemporaryDirectory(prefix="corewise-") as name:
         alone = Path(name) / "alone.parquet"
         subprocess.run(job(options, alone), check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-        table = parquet.read_table(alone)
-        rows, vectors = table.column("row").to_numpy(), np.stack(table.column("vector").to_numpy())
+        expected = answers(parquet.read_table(alone))
         for number in range(options.first, options.first + options.runs):
             place, kind = Path(name) / f"disk-{number}", kinds[number % len(kinds)]
             with small_disk(place) if kind == DISK else nullcontext():
@@ -153,12 +171,13 @@ def main(options: argparse.Namespace) -> None:
                 tries = 0
                 while tries < MOST_TRIES and subprocess.run(command, capture_output=True).returncode:
                     tries += 1
-                run |= {"tries": tries + 1, **compare(output, rows, vectors)}
+                run |= {"tries": tries + 1, **compare(output, expected), "cpu": inspect_cpu().model,
+                        "build": sound.manifest.build.label}  # fmt: skip
             run["sound"] = not (run["missing"] or run["twice"] or run["foreign"]) and (
                 run["largest_difference"] <= TOLERANCE
             )
             runs[number] = run
             say(str(run))
-            facts = {"artifact": sound.manifest.model, "rows": len(rows)}
+            facts = {"artifact": sound.manifest.model, "rows": len(expected)}
             facts["sound"] = all(run["sound"] for run in runs.values())
             write_results(path, {**facts, "runs": [runs[key] for key in sorted(runs)], **machine_facts()})

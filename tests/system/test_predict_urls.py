@@ -1,24 +1,36 @@
 """corewise predict from and to a real S3 server, in this process and on a Ray cluster."""
 
+import io
 import json
 import os
 import subprocess
 import sys
+import tarfile
 import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import pyarrow
+import pyarrow.dataset
 import pytest
 from command_line import command
+from PIL import Image
 from pyarrow import fs, parquet
-from serving_tools import write_bulk_job
+from serving_tools import image_artifact, write_bulk_job
 from waiting import eventually, free_port
 
 import corewise
+from corewise.cluster.actor import Answerer
+from corewise.cluster.bulk import Bulk
+from corewise.cluster.distributed import task_of
+from corewise.cluster.driving import parts_of_rows
+from corewise.cluster.messages import Answered, Prepared, answer, packed, packed_rows
 from corewise.common.errors import CorewiseError, OutputError, SamplesError
+from corewise.machine.inspect import inspect_cpu
+from corewise.pipeline.job import records
 from corewise.samples import places
+from corewise.samples.texts import GUESSED
 
 pytest.importorskip("moto")
 
@@ -92,7 +104,7 @@ def store() -> fs.FileSystem:
 
 def put(path: Path, key: str) -> None:
     """Copy a local file to the bucket."""
-    with store().open_output_stream(f"bucket/{key}") as file:
+    with store().open_output_stream(f"bucket/{key}", compression=None) as file:
         file.write(path.read_bytes())
 
 
@@ -193,3 +205,45 @@ def test_on_a_cluster(folder: Path) -> None:
     check_rows(f"{BUCKET}/on-ray", np.load(folder / "alone.npy"))
     again = corewise.predict(folder / "words.cw", f"{BUCKET}/ray", f"{BUCKET}/on-ray")
     assert (again.rows, again.resumed, len(again.nodes)) == (ROWS, ROWS, 1)
+
+
+@pytest.mark.filterwarnings("ignore:.* was tuned on .*, this is .*")
+def test_a_node_reads_images_of_tar_files_of_all_kinds_from_the_bucket(tmp_path: Path) -> None:
+    """In parts of four images, the later ones first."""
+    image_artifact(tmp_path / "photos.cw")
+    pixels = np.random.default_rng(0).integers(0, 256, (20, 12, 12, 3), np.uint8)
+    pngs = [png(one) for one in pixels]
+    for name, some in (("a.tar", pngs[:6]), ("b.tar.gz", pngs[6:13]), ("c.tar.xz", pngs[13:18])):
+        with tarfile.open(tmp_path / name, f"w:{name.partition('.tar.')[2]}") as archive:  # type: ignore[call-overload]
+            for number, content in enumerate([*some, b"no image"]):
+                member = tarfile.TarInfo(f"{number}.png")
+                member.size = len(content)
+                archive.addfile(member, io.BytesIO(content))
+        put(tmp_path / name, f"photos/{name}")
+    for number, content in enumerate(pngs[18:]):
+        (tmp_path / "one.png").write_bytes(content)
+        put(tmp_path / "one.png", f"photos/d/{number}.png")
+    sources, alone = (f"{BUCKET}/photos/*.tar*", f"{BUCKET}/photos/d"), tmp_path / "alone"
+    corewise.predict(tmp_path / "photos.cw", sources, alone)
+
+    given = {"columns": GUESSED, "prompt": None, "top": None, "score_threshold": None, "iou_threshold": None,
+             "draw": None, "preprocess": None, "ray": "local"}  # fmt: skip
+    job = Bulk.of(tmp_path / "photos.cw", sources, f"{BUCKET}/by-node", **given).job  # type: ignore[arg-type]
+    with job.kept.begun(job.facts()):
+        task = task_of(tmp_path / "photos.cw", job, None)
+        node = Answerer(packed(task), keep_cores=lambda count: inspect_cpu())
+        prepared = answer(Prepared, node.prepare(1), "here")
+        answer(tuple[str, ...], node.open(packed(prepared.plan)), "here")
+        for part in [*parts_of_rows(records(job, sliced=True), 4, {})][::-1]:
+            answer(Answered, node.answer(part.number, packed_rows(part.rows)), "here")
+    made, expected = (pyarrow.dataset.dataset(str(place)).to_table().sort_by("row") for place in (job.output, alone))
+    assert made.column("row").to_pylist() == [row for row in range(23) if row not in (6, 14, 20)]
+    for name in ("row", "input", "label"):
+        assert made.column(name) == expected.column(name)
+    np.testing.assert_allclose(made.column("probability"), expected.column("probability"), atol=1e-2)
+
+
+def png(pixels: np.ndarray) -> bytes:
+    file = io.BytesIO()
+    Image.fromarray(pixels).save(file, "PNG")
+    return file.getvalue()

@@ -2,9 +2,11 @@
 
 import signal
 import sys
+import tempfile
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from errno import EDQUOT, ENOSPC
 from typing import Annotated, Any
 
 import typer
@@ -107,6 +109,8 @@ def _words(error: OSError) -> str:
     what = f"{error.filename}: {error.strerror}" if error.filename is not None else error.strerror or str(error)
     if error.errno is None or isinstance(error, ConnectionError | TimeoutError):
         return what
+    if error.filename is None and error.errno in (ENOSPC, EDQUOT):
+        return f"{what}; free it where this command writes, and in {tempfile.tempdir or '/tmp'}, or set TMPDIR"
     return f"{what}; check the path, its permissions and the free space there"
 
 

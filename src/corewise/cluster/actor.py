@@ -18,11 +18,13 @@ from corewise.common.errors import ArtifactError, EngineError, InputError, Outpu
 from corewise.pipeline import MediaRunner, TextRunner
 from corewise.pipeline.job import SUFFIX, answered, folder_of, writing
 from corewise.pipeline.outputs import format_of
+from corewise.pipeline.parts import Record
 from corewise.records.build import Plan
 from corewise.records.bulk import PlanSource
 from corewise.records.cpu import Cpu
 from corewise.records.tuned import Machine, Tuned
 from corewise.runtime.cores import compute_on
+from corewise.samples.archives import Slice, Unpacked
 from corewise.samples.places import RemotePath, place_of
 from corewise.search.retuning import find_plan
 
@@ -40,6 +42,7 @@ class Answerer:
         self._keep_cores = keep_cores
         self._parts = folder_of(place_of(self._task.output), several=self._task.several)
         self._model: Model | None = None
+        self._unpacked = Unpacked()
 
     @answering
     def prepare(self, cores: int) -> Prepared:
@@ -98,7 +101,8 @@ class Answerer:
         """
         task, runner = self._task, self._runner()
         pipeline = runner.pipeline if isinstance(runner, MediaRunner) else runner.encoder.pipeline
-        part = list(answered(unpacked_rows(rows), runner, prompt=task.prompt, ask=task.ask))
+        given = map(self._with_content, unpacked_rows(rows))
+        part = list(answered(given, runner, prompt=task.prompt, ask=task.ask))
         with writing(task.output, task.output):
             counts = self._parts.write(number, format_of(SUFFIX, pipeline), part)
         return Answered(rows=counts.rows, failed=counts.failed, example=counts.example)
@@ -118,6 +122,15 @@ class Answerer:
         check_trusted(artifact, artifact.manifest.build.engine)
         check_available(artifact.manifest.build.engine, f"opening {folder}")
         return artifact
+
+    def _with_content(self, record: Record) -> Record:
+        """An image of a compressed tar file is read here, in order: elsewhere each would begin at the file's start."""
+        if not (isinstance(record.value, Slice) and record.value.compressed):
+            return record
+        try:
+            return record._replace(value=self._unpacked.read(record.value))
+        except OSError as error:
+            return record._replace(value=None, problem=f"cannot be read: {error.strerror}")
 
     def _runner(self) -> TextRunner | MediaRunner:
         assert self._model is not None, "open comes first"

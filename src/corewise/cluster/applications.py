@@ -14,7 +14,7 @@ from typing import Any
 from corewise._version import __version__
 from corewise.artifact import identity, read
 from corewise.artifact.open import check_trusted
-from corewise.cluster.connection import check_ray, installed_ray
+from corewise.cluster.connection import require_serve
 from corewise.cluster.messages import packed
 from corewise.cluster.settings import Settings
 from corewise.common.errors import InputError
@@ -180,7 +180,7 @@ def deployment(
         >>> app = deployment("model.cw", replicas=(2, 8))  # doctest: +SKIP
         >>> ray.serve.run(app, name="model", route_prefix="/model")  # doctest: +SKIP
     """
-    check_ray(installed_ray())
+    require_serve()
     scale = Scale(
         replicas=(replicas, replicas) if isinstance(replicas, int) else replicas,
         cpus=cpus, queue_s=queue_s, drain_s=drain_s, retune_s=retune_s, surge=surge,

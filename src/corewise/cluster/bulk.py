@@ -12,7 +12,7 @@ from corewise.artifact.photos import images_of
 from corewise.artifact.recordings import audio_of
 from corewise.artifact.texts import text_pipeline
 from corewise.cluster.actor import runner_of
-from corewise.cluster.connection import check_address, check_ray, installed_ray
+from corewise.cluster.connection import check_address, require_ray
 from corewise.cluster.distributed import record_result, run_on_ray
 from corewise.common.errors import InputError, OutputError
 from corewise.pipeline import TOP, ImageAsk
@@ -20,7 +20,7 @@ from corewise.pipeline.job import Job, check_job, count_rows, run_job
 from corewise.pipeline.parts import Counts
 from corewise.records.bulk import BulkOutlook, BulkProgress, BulkResult, OnProgress
 from corewise.records.pipeline import ImagePipeline
-from corewise.samples.archives import is_archive, is_sliced
+from corewise.samples.archives import is_archive
 from corewise.samples.audio import AUDIO_SUFFIXES
 from corewise.samples.folders import list_files, list_images
 from corewise.samples.places import Place, RemotePath, place_of, real_name
@@ -138,7 +138,7 @@ class Bulk:
         """Check what is asked, with the arguments of ``predict``; nothing is written."""
         if ray is not None:
             check_address(ray)
-            check_ray(installed_ray())
+            require_ray()
             folder = folder.absolute()
         artifact = read(folder)
         kind = _kind_of(artifact)
@@ -161,8 +161,8 @@ class Bulk:
         if kind == "texts":
             _check_apart(out, places, paths)
         in_folder = ray is not None or isinstance(out, RemotePath) or not out.suffix
-        if ray is not None:
-            _check_spread(paths, draw)
+        if ray is not None and draw is not None:
+            raise InputError("--draw does not go with --ray", "leave out one of them")
         if draw is not None:
             _check_drawings(draw, places, paths)
         job = Job(
@@ -282,18 +282,6 @@ def _check_media(artifact: Artifact, ask: ImageAsk, preprocess: str | None) -> N
         noun = "images" if isinstance(pipeline, ImagePipeline) else "recordings"
         raise InputError(f"{artifact.folder} was made with a function that prepares {noun}", "give --preprocess")
     ask.thresholds(pipeline.head)
-
-
-def _check_spread(paths: Iterable[Place], draw: Path | None) -> None:
-    """Raise ``InputError`` for what is done in one process only: reading compressed tar files, and drawing."""
-    if draw is not None:
-        raise InputError("--draw does not go with --ray", "leave out one of them")
-    for path in paths:
-        if is_archive(path) and not is_sliced(path):
-            raise InputError(
-                f"{path} is a compressed tar file, which nodes cannot read in parts",
-                "unzip it, or leave out --ray",
-            )
 
 
 def _check_drawings(draw: Path, places: Iterable[str | Path], paths: Iterable[Place]) -> None:

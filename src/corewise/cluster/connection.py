@@ -3,9 +3,10 @@
 import logging
 import socket
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, version
+from importlib.util import find_spec
 from typing import Literal
 
 from corewise.common.errors import EngineError, InputError, MissingExtra
@@ -14,6 +15,8 @@ from corewise.machine.layouts import most_threads
 
 LEAST_RAY = (2, 59)
 """Older versions run code of web pages and of data (CVE-2026-57516 and before), or start clusters without tokens."""
+SERVE_NEEDS = ("grpc", "fastapi", "starlette", "uvicorn", "aiohttp")
+"""Of the extra ``serve`` of Ray, which ``pip install ray`` alone leaves out."""
 ANSWER_S = 10.0
 """How long an address may take to answer."""
 STORE_BYTES = 256 * 2**20
@@ -47,6 +50,19 @@ def installed_ray() -> str | None:
         return None
 
 
+def require_ray(packages: Iterable[str] = ("grpc",)) -> None:
+    """``check_ray`` of this Python, and ``MissingExtra`` if it has a Ray without those packages."""
+    check_ray(installed_ray())
+    for package in packages:
+        if find_spec(package) is None:
+            raise MissingExtra(package, "ray", "running on a cluster")
+
+
+def require_serve() -> None:
+    """``require_ray``, with what Ray Serve needs."""
+    require_ray(SERVE_NEEDS)
+
+
 def check_address(address: str) -> None:
     """Raise ``InputError`` for what is no address of a cluster. Pure."""
     host, _, port = address.removeprefix(CLIENT).rpartition(":")
@@ -72,7 +88,7 @@ def connected(address: str) -> Iterator[str | None]:
         EngineError: Nothing answers there, it is no cluster that this Ray can talk to, or it takes commands from
             anyone.
     """
-    check_ray(installed_ray())
+    require_ray()
     check_address(address)
     import ray
 
@@ -82,15 +98,34 @@ def connected(address: str) -> Iterator[str | None]:
         check_tokens(address)
         yield ray.get_runtime_context().get_node_id()
         return
-    if address not in ("local", "auto"):
+    if address == "auto":
+        address = found_address()
+    if address != "local":
         check_guarded(address, probe(address))
     _connect(address)
     try:
-        if address in ("local", "auto"):
+        if address == "local":
             check_tokens(address)
         yield None if address.startswith(CLIENT) else ray.get_runtime_context().get_node_id()
     finally:
         ray.shutdown()
+
+
+def found_address() -> str:
+    """The cluster that ``auto`` stands for, as Ray finds it: that of RAY_ADDRESS, or this machine's.
+
+    Ray itself would wait for minutes if nothing answers there. Raises ``EngineError`` if there is none.
+    """
+    from ray._private.services import canonicalize_bootstrap_address_or_die
+
+    try:
+        return str(canonicalize_bootstrap_address_or_die("auto"))
+    except ConnectionError as error:
+        raise EngineError("there is no Ray cluster on this machine", "give its address, or local") from error
+    except ValueError as error:
+        raise EngineError(
+            f"auto means RAY_ADDRESS, which is no HOST:PORT: {first_line(error)}", "correct it, or give an address"
+        ) from error
 
 
 def check_tokens(address: str) -> None:
@@ -154,8 +189,6 @@ def _connect(address: str) -> None:
     except AuthenticationError as error:
         raise EngineError(f"the Ray cluster at {address} wants a token: {first_line(error)}", TOKEN) from error
     except (RayError, ConnectionError, RuntimeError, ValueError, OSError) as error:
-        if address == "auto" and isinstance(error, ConnectionError):
-            raise EngineError("there is no Ray cluster on this machine", "give its address, or local") from error
         raise EngineError(
             f"Ray cannot be reached at {address}: {first_line(error)}", "see 'ray status' on that machine"
         ) from error

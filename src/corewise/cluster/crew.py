@@ -18,6 +18,8 @@ AT_ONCE = 2
 """Parts that an actor works on."""
 IDLE_S = 0.2
 """Between two looks for nodes while there is no actor."""
+ABSENT = "No module named 'corewise'"
+"""What Ray says of a node that cannot import what it is to run."""
 
 
 class Node(NamedTuple):
@@ -124,6 +126,8 @@ class RayCrew:
             return str(ray.get(call))
         except RayTaskError as error:
             cause = error.cause or error
+            if ABSENT in str(cause):
+                raise EngineError("corewise is not installed there", "install it on all nodes, as here") from error
             raise EngineError(f"an actor failed: {type(cause).__name__}: {_last_line(cause)}") from error
         except RayError as error:
             raise ActorLost(_last_line(error)) from error

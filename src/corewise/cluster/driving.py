@@ -235,6 +235,11 @@ class Driver:
             except ActorLost as error:
                 self._lose(call.actor, str(error))
                 continue
+            except EngineError as error:
+                if call.step != "prepare":
+                    raise
+                self._refuse(call.actor, EngineError(f"node {call.actor.node.name}: {error.what}", error.fix))
+                continue
             if call.step == "answer":
                 self._answered(call, answer(Answered, told, f"node {call.actor.node.name}"))
             elif call.step == "beat":

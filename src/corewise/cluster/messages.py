@@ -87,15 +87,15 @@ def packed_rows(rows: Sequence[Record]) -> str:
 
 
 def unpacked_rows(text: str) -> list[Record]:
-    """The rows of a message; a pair of texts is a tuple again, and three values are a part of a tar file."""
+    """The rows of a message; a pair of texts is a tuple again, and four values are a part of a tar file."""
     rows = [Record(*row) for row in json.loads(text)]
     return [row._replace(value=_of_list(row.value)) if isinstance(row.value, list) else row for row in rows]
 
 
 def _of_list(values: list[Any]) -> tuple[str, str] | Slice:
     if len(values) == len(Slice._fields):
-        path, start, size_bytes = values
-        return Slice(str(path), int(start), int(size_bytes))
+        path, start, size_bytes, compressed = values
+        return Slice(str(path), int(start), int(size_bytes), bool(compressed))
     first, second = values
     return str(first), str(second)
 

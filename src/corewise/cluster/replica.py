@@ -81,7 +81,7 @@ class Replica(Calls):
             raise EngineError(f"it has corewise {__version__}", f"install {settings.version}, which deploys it")
         await asyncio.to_thread(check_tokens, _cluster())
         memory_bytes = _memory_bytes(settings.cpus)
-        self._cores = ClaimedCores(settings.cpus, Path(tempfile.gettempdir()) / f"corewise-cores-{os.getuid()}")
+        self._cores = ClaimedCores(settings.cpus, Path(tempfile.gettempdir()))
         artifact = _checked(settings, self._cores.cpu)
         if settings.retune_s:
             await asyncio.to_thread(tune_once, artifact, self._cores.cpu, settings.retune_s)

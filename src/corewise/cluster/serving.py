@@ -17,7 +17,8 @@ from types import FrameType
 from typing import Any, NoReturn
 
 from corewise.cluster.applications import Scale, bound, settings_of
-from corewise.cluster.connection import CLIENT, check_address, check_ray, connected, first_line, installed_ray
+from corewise.cluster.connection import CLIENT, check_address, connected, first_line, require_serve
+from corewise.cluster.crew import ABSENT
 from corewise.cluster.messages import KINDS
 from corewise.cluster.settings import Settings
 from corewise.common.errors import CorewiseError, EngineError, InputError
@@ -78,7 +79,7 @@ def serve_on_ray(
         ArtifactError: An artifact is damaged, or a node cannot read it.
         EngineError: The cluster does not answer or is not safe, or an application does not start.
     """
-    check_ray(installed_ray())
+    require_serve()
     check_address(address)
     if address.startswith(CLIENT):
         raise InputError("Ray Serve's ports are on the cluster's nodes", "run this on a node, with --ray auto")
@@ -279,6 +280,8 @@ def failure(name: str, told: str) -> CorewiseError:
         if kind in kinds:
             text, _, fix = what.rpartition("; ")
             return kinds[kind](text or fix, fix if text else "")
+    if ABSENT in told:
+        return EngineError(f"{name} does not start: corewise is not installed on a node", "install it on all, as here")
     last = next((line.strip() for line in reversed(told.splitlines()) if line.strip()), "no reason is told")
     return EngineError(f"{name} does not start: {last}", "see the logs of Ray Serve's replicas")
 

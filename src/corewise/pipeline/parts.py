@@ -12,12 +12,12 @@ import os
 import secrets
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from corewise.common.errors import OutputError, SamplesError
+from corewise.common.errors import CorewiseError, OutputError, SamplesError
 from corewise.pipeline.outputs import AnswerRow, Format, sync
 from corewise.pipeline.runner import Rejected
 from corewise.samples.places import Place, RemotePath
@@ -83,7 +83,21 @@ class Parts:
         with self._locked():
             self._begin(facts)
             self.sweep()
-            yield
+            try:
+                yield
+            except CorewiseError:
+                with suppress(OSError, CorewiseError):  # what stays is of no harm
+                    self._forget()
+                raise
+
+    def _forget(self) -> None:
+        """Remove what says which job this is if nothing of it is done: the name is free for another job then."""
+        lock = f"{self.mark}{LOCK}"
+        if {*names_in(self.folder)} <= {self.about.name, lock}:
+            self.about.unlink()
+            if isinstance(self.folder, Path):
+                (self.folder / lock).unlink()
+                self.folder.rmdir()
 
     @contextmanager
     def _locked(self) -> Iterator[None]:

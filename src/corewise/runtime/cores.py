@@ -2,14 +2,19 @@
 
 import fcntl
 import os
+import stat
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import replace
+from errno import EEXIST
 from pathlib import Path
 
+from corewise.common.errors import OutputError
 from corewise.machine.inspect import inspect_cpu
 from corewise.machine.layouts import assign, packed
 from corewise.records.cpu import Cpu
+
+MOST_NAMES = 9
 
 
 def chosen_cores(cpu: Cpu, count: int) -> tuple[int, ...]:
@@ -42,30 +47,42 @@ class ClaimedCores:
     A claim is a lock on a file of each, so it ends with the process, however that ends.
     """
 
-    def __init__(self, count: int, folder: Path) -> None:
-        """``compute_on`` hardware threads that are free by the locks in ``folder``.
+    def __init__(self, count: int, shared: Path) -> None:
+        """``compute_on`` hardware threads that are free by the locks in this user's folder in ``shared``.
 
         If fewer are free, or the process may use no more anyway, none is claimed.
+
+        Raises ``OutputError`` if no such folder or no lock can be made.
         """
         self._locks: list[int] = []
         cpu = inspect_cpu()
         chosen = chosen_cores(cpu, count)
-        folder.mkdir(mode=0o700, exist_ok=True)
-        with _locked(folder):
-            free = dict(self._free(folder, cpu.affinity)) if chosen else {}
-            if len(free) >= count:
-                chosen = packed(replace(cpu, affinity=tuple(free)), count)
-            for number, lock in free.items():
-                if number in chosen and len(free) >= count:
-                    self._locks.append(lock)
-                else:
-                    os.close(lock)
+        try:
+            if chosen:
+                chosen = self._claim(own_folder(shared), cpu, count) or chosen
+        except OSError as error:
+            raise OutputError(
+                f"cores cannot be claimed in {shared}: {error.strerror}",
+                "free space there, or start Ray's nodes with TMPDIR set to a folder of their user",
+            ) from error
         self.cpu = _pinned(chosen)
 
     def close(self) -> None:
         """Give them back; the process stays where it is."""
         while self._locks:
             os.close(self._locks.pop())
+
+    def _claim(self, folder: Path, cpu: Cpu, count: int) -> tuple[int, ...]:
+        """The hardware threads that are this process's from now on; none if fewer than ``count`` are free."""
+        with _locked(folder):
+            free = dict(self._free(folder, cpu.affinity))
+            chosen = packed(replace(cpu, affinity=tuple(free)), count) if len(free) >= count else ()
+            for number, lock in free.items():
+                if number in chosen:
+                    self._locks.append(lock)
+                else:
+                    os.close(lock)
+        return chosen
 
     @staticmethod
     def _free(folder: Path, numbers: Sequence[int]) -> Iterator[tuple[int, int]]:
@@ -77,6 +94,21 @@ class ClaimedCores:
                 os.close(lock)
             else:
                 yield number, lock
+
+
+def own_folder(shared: Path) -> Path:
+    """This user's folder for claims, in a folder where others may have taken its name: then the next name.
+
+    Raises ``OSError`` if it cannot be made.
+    """
+    for number in range(MOST_NAMES):
+        folder = shared / f"corewise-cores-{os.getuid()}{f'-{number}' if number else ''}"
+        with suppress(FileExistsError):
+            folder.mkdir(mode=0o700)
+        found = folder.lstat()
+        if stat.S_ISDIR(found.st_mode) and found.st_uid == os.getuid():
+            return folder
+    raise FileExistsError(EEXIST, f"others have taken the name {folder.name} and those before it", str(shared))
 
 
 @contextmanager

@@ -2,10 +2,13 @@
 
 import bz2
 import gzip
+import io
 import lzma
 import tarfile
+import threading
 import zlib
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from pathlib import PurePosixPath
 from typing import IO, NamedTuple
 
@@ -45,24 +48,49 @@ class Slice(NamedTuple):
     path: str
     """Or URL."""
     start: int
+    """In the file, or in what it is unpacked."""
     size_bytes: int
+    compressed: bool = False
 
     def read(self) -> bytes:
-        """Its content."""
+        """Its content; of a file that is not compressed."""
         with place_of(self.path).open("rb") as file:
             file.seek(self.start)
             return bytes(file.read(self.size_bytes))
 
 
+class Unpacked(threading.local):
+    """Compressed tar files, which each thread reads on from the last slice that it was asked for."""
+
+    def __init__(self) -> None:
+        self._opened = ExitStack()
+        self._path = ""
+        self._file: IO[bytes] = io.BytesIO()
+
+    def read(self, part: Slice) -> bytes:
+        """Its content. Raises ``OSError`` if it is not there any more."""
+        try:
+            if part.path != self._path:
+                self.close()
+                self._file = _decompressed(self._opened.enter_context(place_of(part.path).open("rb")))
+                self._path = part.path
+            self._file.seek(part.start)
+            read, content = _reader(self._file), bytearray()
+            while len(content) < part.size_bytes and (block := read(part.size_bytes - len(content))):
+                content += block
+            return bytes(content)
+        except BROKEN as error:
+            raise OSError(None, f"{part.path} has changed: {error}") from error
+
+    def close(self) -> None:
+        """Close what this thread has open."""
+        self._opened.close()
+        self._path = ""
+
+
 def is_archive(path: str | Place) -> bool:
     """Whether the name says that it is a tar file, compressed or not."""
     return str(path).lower().endswith(SUFFIXES)
-
-
-def is_sliced(path: Place) -> bool:
-    """Whether it is a tar file whose images can be read without what is before them, whatever its name says."""
-    with path.open("rb") as file:
-        return not file.read(LONGEST_MAGIC).startswith(tuple(OPENERS))
 
 
 def read_archive(path: Place, *, sliced: bool = False) -> Iterator[Member]:
@@ -73,24 +101,28 @@ def read_archive(path: Place, *, sliced: bool = False) -> Iterator[Member]:
 
     Args:
         path: The file.
-        sliced: Only its headers are read, and members say where they are; for files that are not compressed.
+        sliced: Members say where they are and not what is in them. Only headers are read, unless it is compressed.
 
     Raises:
         SamplesError: It is no archive at all.
     """
     read = 0
     try:
-        with path.open("rb") as raw, raw if sliced else _decompressed(raw) as file:
-            metered, mode = _Metered(file), "r:" if sliced else "r|"
+        with path.open("rb") as raw, _decompressed(raw) as file:
+            jumps = sliced and file is raw
+            metered, mode = _Metered(file), "r:" if jumps else "r|"
             with tarfile.open(fileobj=metered, mode=mode, bufsize=BLOCK_BYTES) as archive:  # type: ignore[call-overload]
                 while (member := archive.next()) is not None:
                     read += 1
                     # Not its size: of a link or a folder, which no data follows, that may be any number.
                     metered.allow(archive.offset - member.offset_data)
                     archive.members = []  # it would keep a record of each
-                    if sliced and not member.issparse() and member.offset_data + member.size > path.stat().st_size:
+                    if jumps and not member.issparse() and member.offset_data + member.size > path.stat().st_size:
                         raise tarfile.ReadError("unexpected end of data")
-                    if (found := _image(archive, member, str(path) if sliced else None)) is not None:
+                    if (found := _image(archive, member, read=not jumps)) is not None:
+                        if sliced and not found.problem:
+                            place = Slice(str(path), member.offset_data, member.size, compressed=not jumps)
+                            found = Member(found.name, slice=place)
                         yield found
     except BROKEN as error:
         if not read:
@@ -98,8 +130,8 @@ def read_archive(path: Place, *, sliced: bool = False) -> Iterator[Member]:
         yield Member("", problem=f"cannot be read behind member {read}: {error}")
 
 
-def _image(archive: tarfile.TarFile, member: tarfile.TarInfo, sliced: str | None) -> Member | None:
-    """The member as an image, or as its slice of that file; ``None`` if its name is not that of an image."""
+def _image(archive: tarfile.TarFile, member: tarfile.TarInfo, *, read: bool) -> Member | None:
+    """The member as an image, with its content if it is ``read``; ``None`` if its name is not that of an image."""
     path = PurePosixPath(member.name)
     hidden = any((part.startswith(".") and part not in (".", "..")) or part == "__MACOSX" for part in path.parts)
     if member.isdir() or hidden or path.suffix.lower() not in image_suffixes():
@@ -110,9 +142,7 @@ def _image(archive: tarfile.TarFile, member: tarfile.TarInfo, sliced: str | None
         return Member(member.name, problem="is a link" if member.issym() or member.islnk() else "is no regular file")
     if member.size > MOST_BYTES:
         return Member(member.name, problem=f"has {member.size:,} bytes, the most are {MOST_BYTES:,}")
-    if sliced is not None:
-        return Member(str(path), slice=Slice(sliced, member.offset_data, member.size))
-    content = archive.extractfile(member)
+    content = archive.extractfile(member) if read else None
     return Member(str(path), content.read() if content is not None else b"")
 
 
@@ -123,7 +153,12 @@ def _decompressed(file: IO[bytes]) -> IO[bytes]:
     return next((opened(file) for magic, opened in OPENERS.items() if head.startswith(magic)), file)
 
 
-_DECOMPRESSORS = (gzip.GzipFile, bz2.BZ2File, lzma.LZMAFile)
+def _reader(file: IO[bytes]) -> Callable[[int], bytes]:
+    """What reads at most so many bytes of it.
+
+    ``read`` of a decompressor loses what it has read where the file then ends too early or has junk behind it.
+    """
+    return file.read1 if isinstance(file, (gzip.GzipFile, bz2.BZ2File, lzma.LZMAFile)) else file.read
 
 
 class _Metered:
@@ -131,8 +166,7 @@ class _Metered:
 
     def __init__(self, file: IO[bytes]) -> None:
         self._file = file
-        # ``read`` of a decompressor loses what it has read where the file then ends too early or has junk behind it.
-        self._read = file.read1 if isinstance(file, _DECOMPRESSORS) else file.read
+        self._read = _reader(file)
         self._ended = False
         self.allow(0)
 

@@ -137,6 +137,12 @@ class RemotePath:
             with ThreadPoolExecutor(1) as pool, (self / name)._asking(OutputError, "written"):
                 pool.submit((self / name)._upload, local).result()
 
+    def unlink(self) -> None:
+        """Remove it."""
+        store, place = _opened(self.url)
+        with self._asking(OutputError, "removed"):
+            store.delete_file(place)
+
     def _upload(self, local: Path) -> None:
         store, place = _opened(self.url)
         stream = store.open_output_stream(place)
@@ -279,9 +285,11 @@ def real_name(place: Place) -> str:
 
 def without_twins(places: Iterable[Place]) -> list[Place]:
     """The places. Raises ``SamplesError`` if one is there twice."""
-    found: dict[str, Place] = {}
+    found: dict[Place, Place] = {}
+    whole = lru_cache(maxsize=None)(Path.resolve)
     for place in places:
-        key = str(place.absolute())
+        # A link to another file may well stand for a row of its own; a folder is the same by whatever name.
+        key = whole(place.parent) / place.name if isinstance(place, Path) else place
         if key in found:
             raise SamplesError(f"{place} is given twice, and its rows would be, too", "give each input once")
         found[key] = place

@@ -178,6 +178,10 @@ def test_fields_of_option_groups_become_options_and_come_back_as_values():
     [
         (OSError(36, "File name too long", "x" * 9), f"{'x' * 9}: File name too long; check the path"),
         (FileNotFoundError(2, "No usable temporary directory found"), "No usable temporary directory found; check"),
+        (
+            OSError(28, "No space left on device"),
+            "No space left on device; free it where this command writes, and in",
+        ),
         (ConnectionRefusedError(111, "Connection refused"), "Connection refused$"),
         (OSError("HTTPSConnectionPool: no route"), "HTTPSConnectionPool: no route$"),
     ],

@@ -90,6 +90,8 @@ def test_why_a_replica_does_not_start_is_said_in_one_line() -> None:
     assert str(error) == (
         "node a (10.0.0.1): there is no artifact /m.cw there; put it into a folder that all nodes share"
     )
+    absent = failure("m", "Traceback\nModuleNotFoundError: No module named 'corewise'\n")
+    assert str(absent) == "m does not start: corewise is not installed on a node; install it on all, as here"
     assert str(failure("m", "out of luck\n")) == "m does not start: out of luck; see the logs of Ray Serve's replicas"
 
 

@@ -1,14 +1,23 @@
 """cluster.connection: versions, addresses, and what an address says to a question without a token."""
 
 import socket
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 
 import grpc
 import pytest
 
 from corewise.cluster import connection
-from corewise.cluster.connection import check_address, check_guarded, check_ray, probe
+from corewise.cluster.connection import (
+    check_address,
+    check_guarded,
+    check_ray,
+    connected,
+    found_address,
+    probe,
+    require_ray,
+    require_serve,
+)
 from corewise.common.errors import EngineError, InputError, MissingExtra
 
 
@@ -21,6 +30,17 @@ def test_versions() -> None:
         check_ray("2.58.1")
 
 
+@pytest.mark.parametrize(("require", "package"), [(require_ray, "grpc"), (require_serve, "fastapi")])
+def test_a_ray_without_its_extras_is_named(
+    monkeypatch: pytest.MonkeyPatch, require: Callable[[], None], package: str
+) -> None:
+    pytest.importorskip("ray")
+    require()
+    monkeypatch.setattr(connection, "find_spec", lambda name: None if name == package else name)
+    with pytest.raises(MissingExtra, match=rf"needs the package '{package}'; pip install 'corewise\[ray\]'"):
+        require()
+
+
 @pytest.mark.parametrize("address", ["local", "auto", "10.0.0.1:6379", "[::1]:6379", "ray://head:10001"])
 def test_addresses(address: str) -> None:
     check_address(address)
@@ -30,6 +50,16 @@ def test_addresses(address: str) -> None:
 def test_no_addresses(address: str) -> None:
     with pytest.raises(InputError, match="is not an address of a Ray cluster; give local, auto, HOST:PORT or ray://"):
         check_address(address)
+
+
+def test_auto_is_the_cluster_that_ray_finds_and_no_minutes_are_waited_for_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("ray")
+    monkeypatch.setenv("RAY_ADDRESS", "localhost:1")
+    with pytest.raises(EngineError, match=r"no Ray cluster answers at .*:1; check the address"), connected("auto"):
+        pass
+    monkeypatch.setenv("RAY_ADDRESS", "ray://head:10001")
+    with pytest.raises(EngineError, match=r"auto means RAY_ADDRESS, which is no HOST:PORT: .*ray://head:10001;"):
+        found_address()
 
 
 @pytest.fixture

@@ -190,6 +190,22 @@ def test_a_node_that_cannot_run_the_job_is_left_out_by_name() -> None:
         driver_of(FakeCrew([OLD], refusals={0: "there is no artifact"})).run()
 
 
+def test_a_node_without_corewise_is_left_out_by_name() -> None:
+    class Bare(FakeCrew):
+        def result(self, call: int) -> str:
+            (actor,) = (actor for number, actor, *_ in self.waiting if number == call)
+            told = super().result(call)
+            if actor.machine == NEW:
+                raise EngineError("corewise is not installed there", "install it on all nodes, as here")
+            return told
+
+    driven = driver_of(Bare([OLD, NEW])).run()
+    assert driven.left_out == ("node node1: corewise is not installed there; install it on all nodes, as here",)
+    assert {share.node for share in driven.shares} == {"node0"}
+    with pytest.raises(EngineError, match="node node0: corewise is not installed there"):
+        driver_of(Bare([NEW])).run()
+
+
 def test_a_part_that_ends_every_process_ends_the_job() -> None:
     with pytest.raises(EngineError, match=r"rows 0 to 9 ended 3 processes, the last one on node node0: killed"):
         driver_of(FakeCrew([OLD], [False, False, True] * 9), 10).run()

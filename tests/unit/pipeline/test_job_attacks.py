@@ -108,7 +108,14 @@ def test_odd_names(tmp_path: Path, name: str) -> None:
 def test_inputs_that_are_named_twice_or_are_links(tmp_path: Path) -> None:
     first = texts(tmp_path / "a.txt", 3)
     (tmp_path / "link.txt").symlink_to(first)
-    for places in ([first, tmp_path], [first, str(tmp_path / "*.txt")], [str(first), first]):
+    (tmp_path / "below").mkdir()
+    (tmp_path / "folder").symlink_to(tmp_path)
+    others = (tmp_path / "below" / ".." / "a.txt", tmp_path / "folder" / "a.txt")
+    for places in (
+        [first, tmp_path],
+        [first, str(tmp_path / "*.txt")],
+        *([str(first), one] for one in (first, *others)),
+    ):
         with pytest.raises(SamplesError, match=r"a\.txt is given twice"):
             list_files(places, READERS, "texts")
     assert len(list_files([tmp_path], READERS, "texts")) == 2

@@ -14,7 +14,7 @@ from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
 
-from corewise.common.errors import InputError, OutputError, SamplesError
+from corewise.common.errors import EngineError, InputError, OutputError, SamplesError
 from corewise.pipeline import CallLimits, ImageRunner, TextEncoder, TextRunner
 from corewise.pipeline import job as jobs
 from corewise.pipeline.answers import ClassAnswer
@@ -128,6 +128,17 @@ def test_an_interrupted_job_resumes_without_doing_a_finished_row_again(
     rows = lines_of(output) if suffix == ".jsonl" else parquet.read_table(output).to_pylist()
     good = [row for row in range(65) if row not in (0, 30)]
     assert [(row["row"], row["vector"]) for row in rows] == [(row, expected[row]) for row in good]
+
+
+def test_a_job_that_does_nothing_leaves_its_name_free(tokenizer: bytes, tmp_path: Path) -> None:
+    def broken(inputs: Sequence[np.ndarray]) -> list[np.ndarray]:
+        raise EngineError("it is broken")
+
+    job = job_of(tmp_path / "out", texts(tmp_path, 25), folder=True)
+    with pytest.raises(EngineError):
+        run_job(job, runner_of(tokenizer, broken))
+    assert not job.output.exists()
+    assert run_job(job_of(job.output, *job.inputs, folder=True, artifact="b"), runner_of(tokenizer)).rows == 25
 
 
 def interrupted(*arguments: Any) -> None:

@@ -9,9 +9,10 @@ from pathlib import Path
 import pytest
 from machines import machine
 
+from corewise.common.errors import OutputError
 from corewise.machine.layouts import packed
 from corewise.records.cpu import Cpu
-from corewise.runtime.cores import ClaimedCores, chosen_cores
+from corewise.runtime.cores import MOST_NAMES, ClaimedCores, chosen_cores, own_folder
 
 
 def cpu_of(cores: int, *, nodes: int = 1, quota: float | None = None) -> Cpu:
@@ -65,8 +66,34 @@ def test_processes_that_share_a_machine_get_different_cores(tmp_path: Path) -> N
     assert len({core for core, _ in cores}) == 2
     alive[0].kill()
     alive[0].wait()
-    again = ClaimedCores._free(tmp_path, [int(cores[0][0]), int(cores[1][0])])
+    again = ClaimedCores._free(own_folder(tmp_path), [int(cores[0][0]), int(cores[1][0])])
     assert [number for number, _ in again] == [int(cores[0][0])]  # what a process had is free when it is dead
     for process in alive:
         process.kill()
         process.communicate()
+
+
+def test_claims_go_round_what_others_put_at_their_name(tmp_path: Path) -> None:
+    name = own_folder(tmp_path).name
+    (tmp_path / name).rmdir()
+    (tmp_path / name).symlink_to(tmp_path)
+    (tmp_path / f"{name}-1").touch()
+    (tmp_path / f"{name}-2").mkdir()
+    if os.getuid() == 0:
+        os.chown(tmp_path / f"{name}-2", 65534, 65534)
+    found = own_folder(tmp_path)
+    assert found.name == (f"{name}-3" if os.getuid() == 0 else f"{name}-2")
+    assert own_folder(tmp_path) == found
+    assert list(found.iterdir()) == []
+
+
+def test_claims_that_cannot_be_made_are_one_line(tmp_path: Path) -> None:
+    if len(os.sched_getaffinity(0)) < 2:
+        pytest.skip("there is one core, which nobody claims")
+    name = own_folder(tmp_path).name
+    (tmp_path / name).rmdir()
+    for number in range(MOST_NAMES):
+        (tmp_path / f"{name}{f'-{number}' if number else ''}").touch()
+    for shared, why in ((tmp_path, f"others have taken the name {name}-8"), (tmp_path / "none", "No such file")):
+        with pytest.raises(OutputError, match=f"cores cannot be claimed in {shared}: {why}"):
+            ClaimedCores(1, shared)

@@ -6,13 +6,14 @@ import subprocess
 import tarfile
 import tracemalloc
 from pathlib import Path
+from random import Random
 
 import numpy as np
 import pytest
 
 from corewise.common.errors import SamplesError
 from corewise.samples import archives
-from corewise.samples.archives import is_archive, is_sliced, read_archive
+from corewise.samples.archives import Unpacked, is_archive, read_archive
 
 
 def write(path: Path, *members: tuple[str, bytes], mode: str = "w") -> Path:
@@ -69,10 +70,9 @@ def test_what_was_whole_before_a_small_compressed_archive_broke_is_read(tmp_path
 def test_a_name_does_not_say_whether_an_archive_is_compressed(tmp_path: Path) -> None:
     plain = write(tmp_path / "plain.tar", ("a.jpg", b"one"))
     packed = write(tmp_path / "packed.tar", ("a.jpg", b"one"), mode="w:gz")
-    assert [(is_sliced(path), [one.content for one in read_archive(path)]) for path in (plain, packed)] == [
-        (True, [b"one"]),
-        (False, [b"one"]),
-    ]
+    assert [[one.content for one in read_archive(path)] for path in (plain, packed)] == [[b"one"]] * 2
+    slices = [one.slice for path in (plain, packed) for one in read_archive(path, sliced=True)]
+    assert [part is not None and part.compressed for part in slices] == [False, True]
 
 
 def test_a_sparse_file_is_set_aside_alone(tmp_path: Path) -> None:
@@ -85,6 +85,31 @@ def test_a_sparse_file_is_set_aside_alone(tmp_path: Path) -> None:
     for sliced in (False, True):
         found = [(one.name, one.problem) for one in read_archive(path, sliced=sliced)]
         assert found == [("hole.jpg", "is no regular file"), ("z.jpg", "")]
+
+
+@pytest.mark.parametrize("kind", ["gz", "bz2", "xz"])
+@pytest.mark.parametrize("cut_bytes", [0, 40])
+def test_slices_of_compressed_files_are_read_on_in_any_order(tmp_path: Path, kind: str, cut_bytes: int) -> None:
+    members = [(f"{number}.jpg", Random(number).randbytes(100_000)) for number in range(9)]
+    path = write(tmp_path / f"photos.tar.{kind}", *members, mode=f"w:{kind}")
+    path.write_bytes(path.read_bytes()[: path.stat().st_size - cut_bytes])
+    other = write(tmp_path / "named.tar", ("a.png", b"one"), mode="w:gz")  # told by its content
+    whole, sliced = list(read_archive(path)), list(read_archive(path, sliced=True))
+    assert [(one.name, one.problem) for one in sliced] == [(one.name, one.problem) for one in whole]
+    slices = [one.slice for one in sliced if one.slice]
+    assert len(slices) in (8, 9)
+    unpacked = Unpacked()
+    for number in (2, 3, 7, 1):
+        assert unpacked.read(slices[number]) == members[number][1]
+    (elsewhere,) = read_archive(other, sliced=True)
+    assert elsewhere.slice is not None
+    assert elsewhere.slice.compressed
+    assert unpacked.read(elsewhere.slice) == b"one"
+    assert unpacked.read(slices[0]) == members[0][1]
+    unpacked.close()
+    path.unlink()
+    with pytest.raises(OSError, match=r"photos\.tar\..* has changed"):
+        unpacked.read(slices[0])
 
 
 def test_what_is_no_file_or_leads_out_is_not_read(tmp_path: Path) -> None:

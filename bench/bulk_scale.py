@@ -36,6 +36,7 @@ from bench.servers import descendants
 from corewise.cluster.crew import Node
 from corewise.cluster.driving import Driver, parts_of_rows
 from corewise.cluster.messages import Answered, Prepared, packed_rows
+from corewise.machine.inspect import inspect_cpu
 from corewise.pipeline.job import Job, folder_of, records
 from corewise.pipeline.parts import Counts, Record
 from corewise.records.build import Plan
@@ -344,7 +345,7 @@ def simulate(nodes: int, part_rows: int, per_s: float, start_s: float, costs: di
 
 
 def knees(simulated: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """For each rate of a node and each size of a part, the most nodes that were busy for ``BUSY`` of their time."""
+    """For each rate of a node and size of a part, the most nodes tried that were busy for ``BUSY`` of their time."""
     found: dict[tuple[float, int], int] = {}
     for one in simulated:
         key = one["node_per_s"], one["part_rows"]
@@ -366,7 +367,8 @@ def main(options: argparse.Namespace) -> None:
                 for rows in options.rows:
                     output = Path(name) / f"out-{nodes}-{rows}"
                     made = measure(artifact, Path(name, f"{rows}.txt"), address, heads, output)
-                    jobs[nodes, rows] = {**made, "nodes": nodes, "actors": made["nodes"]}
+                    cpu = inspect_cpu().model
+                    jobs[nodes, rows] = {**made, "nodes": nodes, "actors": made["nodes"], "cpu": cpu}
                     say(f"{nodes} nodes: {made}")
                 if nodes == 1:
                     facts["costs"] = {**ray_costs(address), **row_costs(Path(name, f"{max(options.rows)}.txt"))}

@@ -1,11 +1,12 @@
-"""How much any queue could gain by two thread layouts: the best schedule for who knows all arrivals beforehand.
+"""How much any queue could gain by two thread layouts: the best schedule that knows all arrivals beforehand.
 
     python -m bench elastic_bound NAME --wide 1:0.80,2:1.41 --narrow 1:1.37,2:2.66 [--requests 1500]
 
 ``--wide`` and ``--narrow`` are the milliseconds of calls over their rows, of one instance on two cores and of two
 instances of one. Requests of one row come at random times. Each layout alone, the elastic queue and the schedule of
 least mean latency, found by a beam search over calls in order of arrival, answer the same ones. A schedule may wait
-for later requests and leave cores idle. Writes elastic-bound.json: p50, p99 and mean of each, over load.
+for later requests and leave cores idle. Writes elastic-bound.json: p50 and p99 of each and the mean
+of the best schedule, over load.
 """
 
 import argparse

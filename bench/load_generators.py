@@ -87,7 +87,7 @@ def mlperf(submit: Submit, samples: int, seconds: float, rate_per_s: float | Non
         loadgen.DestroySUT(system)
         lines = (Path(folder) / "mlperf_log_summary.txt").read_text().splitlines()
     told = {name.strip(): value.strip() for name, _, value in (line.partition(":") for line in lines)}
-    rate = told.get("Completed samples per second") or told["QPS w/o loadgen overhead"]
+    rate = told.get("Completed samples per second") or told["QPS w/ loadgen overhead"]
     p50_ms, p99_ms = (MS_PER_NS * float(told[f"{q} percentile latency (ns)"]) for q in ("50.00", "99.00"))
     return {"per_s": float(rate), "p50_ms": p50_ms, "p99_ms": p99_ms}
 

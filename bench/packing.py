@@ -209,12 +209,13 @@ def made(name: str, options: argparse.Namespace) -> tuple[Path, Path]:
     """The usual artifact and that of packed rows, made if they are not there."""
     folder = options.folder / name
     plain, packed = folder / "plain.cw", folder / "packed.cw"
+    judge = ("--metric", "cosine")
     search = ("--engine", options.engine, "--budget", options.budget, "--max-drop", options.max_drop)
     if not plain.exists():
-        optimize(plain, f"st:{MODEL}", "--samples", str(known_lines(folder, SETS[name](None))), *search)
+        optimize(plain, f"st:{MODEL}", "--samples", str(known_lines(folder, SETS[name](None))), *judge, *search)
     if not packed.exists():
         this = f"{ROOT}/bench/packing.py"
-        optimize(packed, f"{this}:build_{name}", "--samples", f"{this}:samples_{name}", "--metric", "cosine", *search)
+        optimize(packed, f"{this}:build_{name}", "--samples", f"{this}:samples_{name}", *judge, *search)
     return plain, packed
 
 

@@ -1,5 +1,6 @@
 """The command line: one file a command, and the only room that prints, exits or reads the environment."""
 
+import os
 import signal
 import sys
 import tempfile
@@ -110,7 +111,8 @@ def _words(error: OSError) -> str:
     if error.errno is None or isinstance(error, ConnectionError | TimeoutError):
         return what
     if error.filename is None and error.errno in (ENOSPC, EDQUOT):
-        return f"{what}; free it where this command writes, and in {tempfile.tempdir or '/tmp'}, or set TMPDIR"
+        temporary = tempfile.tempdir or os.environ.get("TMPDIR", "/tmp")
+        return f"{what}; free space where this command writes and in {temporary}, or set TMPDIR to another folder"
     return f"{what}; check the path, its permissions and the free space there"
 
 

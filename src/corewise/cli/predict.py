@@ -118,8 +118,8 @@ class ClusterOptions:
             "--ray",
             panel="Cluster",
             metavar="ADDRESS",
-            help="A Ray cluster: auto (the one of this machine), HOST:PORT, ray://HOST:PORT, or local to start one "
-            "here for this command.",
+            help="A Ray cluster: auto (the one in RAY_ADDRESS, or else this machine's), HOST:PORT, ray://HOST:PORT, or "
+            "local to start one here for this command.",
             default="none, this process",
         ),
     ] = None

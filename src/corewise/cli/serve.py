@@ -240,8 +240,8 @@ class ClusterServeOptions:
             "--ray",
             panel="Cluster",
             metavar="ADDRESS",
-            help="Serve on a Ray cluster, by Ray Serve: auto (the one of this machine), HOST:PORT, or local to start "
-            "one here for this command.",
+            help="Serve on a Ray cluster, by Ray Serve: auto (the one in RAY_ADDRESS, or else this machine's), "
+            "HOST:PORT, or local to start one here for this command.",
             default="none, this process",
         ),
     ] = None

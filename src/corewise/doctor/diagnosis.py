@@ -273,9 +273,10 @@ def _cpu_findings(cpu: Cpu) -> Iterator[Finding]:
             fix="run on ARMv8.2 with DotProd or newer, such as Neoverse-N1",
         )
     if tiles := [kind for kind in ("int8", "bf16") if cpu.has(f"amx_{kind}")]:
+        close = ": bf16 may be nearly as fast as int8" if "bf16" in tiles else ""
         yield Finding(
             severity="info",
-            what=f"AMX multiplies matrices of {' and '.join(tiles)}: bf16 may be nearly as fast as int8",
+            what=f"AMX multiplies matrices of {' and '.join(tiles)}{close}",
             fix="nothing to do; doctor --torch says whether this process may use it",
         )
     if cpu.isa and not cpu.bf16:

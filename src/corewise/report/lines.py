@@ -4,7 +4,7 @@ from corewise.records.goal import GOALS
 from corewise.records.measurement import LoadTest
 from corewise.records.tuned import Elasticity, Retuned
 from corewise.report.numbers import counted, duration, figure, interval, megabytes, milliseconds, rate, times
-from corewise.report.words import duels
+from corewise.report.words import duel_verdict
 
 LATE_MS = 5.0
 """If the sender's p99 delay is above this, the requests no longer arrive as a Poisson process."""
@@ -96,7 +96,7 @@ def elasticity_lines(elasticity: Elasticity) -> tuple[str, ...]:
         memory = f", in at most {megabytes(elasticity.memory_bytes)}" if elasticity.memory_bytes else ""
         verdict = f"both are opened, {elasticity.plan.label}{memory}: a call that is alone takes all cores"
     elif elasticity.duels:
-        verdict = f"one layout: an elastic plan is slower under real load, {duels(elasticity)}"
+        verdict = f"one layout: {duel_verdict(elasticity)}"
     else:
         verdict = "one layout: an elastic plan is not better"
     return (*(f"{head:34s}{''.join(f'{cell:>18s}' for cell in cells)}" for head, *cells in rows), verdict)

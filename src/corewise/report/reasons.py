@@ -92,7 +92,7 @@ def _earlier_trials_unused(details: Details) -> str:
     *others, last = details["differing"] or ["the model, the samples, the options or the versions"]
     what = f"{', '.join(others)} and {last}" if others else last
     trials = "1 finished trial" if details["count"] == 1 else f"{details['count']} finished trials"
-    return f"it starts again: {what} changed since the earlier run, whose {trials} cannot be used"
+    return f"the search starts again: {what} changed since the earlier run, so its {trials} cannot be used"
 
 
 def _over_budget(details: Details) -> str:
@@ -197,9 +197,9 @@ def _nothing_fits(details: Details) -> str:
 
 def _race_contradicts(details: Details) -> str:
     """Records of older versions always had a second race."""
-    again = "so did a second race" if details.get("races", 2) > 1 else "the budget left no time for a second race"
+    again = "in a second race too" if details.get("races", 2) > 1 else "and the budget left no time for a second race"
     return (
-        f"the race and the trials contradict each other, and {again}: {_ratio(details)} the baseline in the race, "
+        f"the race and the trials contradict each other, {again}: {_ratio(details)} the baseline in the race, "
         f"{_ratio(details, 'alone_')} in trials; other programs may have disturbed them, so run it again"
     )
 
@@ -254,7 +254,7 @@ def _keeps_state(details: Details) -> str:
     where = f" ({details['where']})" if details["where"] else ""
     so = "answers do not depend on it"
     if details.get("is_read"):
-        so = "no answer was seen to change by that, but they are computed from it, and builds keep it as it is"
+        so = "no answer was seen to change, but answers are computed from it, and builds keep its present value"
     return f"each call changes {details['name'] or 'a value'} in the model{where}; {so}"
 
 

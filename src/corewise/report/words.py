@@ -173,14 +173,16 @@ def layouts(report: Report, found: Elasticity) -> str:
         memory = f"; at most {megabytes(found.memory_bytes)}" if found.memory_bytes else ""
         return f"{found.plan.label}, by the load: simulated p50 {figures}{memory}"
     if found.load is None and found.duels:
-        return f"one, because an elastic plan is slower under real load: {duels(found)}"
+        return f"one, because {duel_verdict(found)}"
     if found.load is not None:
         return f"one, because an elastic plan does not meet the certified rate: {load(found.load)}"
     return f"one, because an elastic plan is not better: simulated p50 {figures}"
 
 
-def duels(found: Elasticity) -> str:
-    """Real loads on the elastic plan and on the fixed layout."""
+def duel_verdict(found: Elasticity) -> str:
+    """Why real load rejected the elastic plan, with its figures beside the fixed layout's."""
+    if not all(run.answered and not run.failed for duel in found.duels for run in (*duel.elastic, *duel.fixed)):
+        return "requests failed under real load"
     told = []
     for duel in found.duels:
         pairs = (("p50", duel.p50_ms), ("p99", duel.p99_ms))
@@ -188,7 +190,7 @@ def duels(found: Elasticity) -> str:
             f"{name} {milliseconds(ours)} against {milliseconds(theirs)}" for name, (ours, theirs) in pairs
         )
         told.append(f"at {duel.load:.0%} of the load {figures}")
-    return "; ".join(told)
+    return f"an elastic plan is slower under real load: {'; '.join(told)}"
 
 
 def load_columns(found: Elasticity) -> tuple[str, ...]:

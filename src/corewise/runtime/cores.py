@@ -63,7 +63,7 @@ class ClaimedCores:
         except OSError as error:
             raise OutputError(
                 f"cores cannot be claimed in {shared}: {error.strerror}",
-                "free space there, or start Ray's nodes with TMPDIR set to a folder of their user",
+                "start Ray's nodes with TMPDIR set to a folder that belongs to their user and has free space",
             ) from error
         self.cpu = _pinned(chosen)
 

@@ -31,6 +31,7 @@ PART = re.compile(
     re.IGNORECASE,
 )
 """Names of folders that hold class folders, or one kind of file of each sample, and are no classes themselves."""
+TARGETS = ("masks", "labels", "annotations")
 
 
 def list_images(places: Iterable[str | Place]) -> list[Place]:
@@ -160,9 +161,10 @@ def _listed(folder: Path, allow_empty: bool) -> _Listing:
             f"give {folder / filled[0]} for images without labels, or write {folder / LABELS_FILE}",
         )
     if all(map(PART.fullmatch, filled)):
+        inputs = [name for name in filled if name.lower() not in TARGETS] or filled
         raise SamplesError(
             f"the folders {', '.join(classes)} of {folder} look like parts of a data set, not like classes",
-            f"give one of them, e.g. {folder / filled[-1]}, or name the classes in {folder / LABELS_FILE}",
+            f"give one of them, e.g. {folder / inputs[0]}, or name the classes in {folder / LABELS_FILE}",
         )
     empty = [name for name in classes if name not in filled]
     if empty and not allow_empty:

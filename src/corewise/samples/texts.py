@@ -66,7 +66,7 @@ class Columns(NamedTuple):
         if text is None:
             raise SamplesError(
                 f"{source} has the columns {_listed(header)}",
-                f"say which is the text, e.g. --text {_listed(others[:1])}" if others else "add a column of texts",
+                "say with --text which is the text" if others else "add a column of texts",
             )
         return Columns(text, self.pair, label)
 

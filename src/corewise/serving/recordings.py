@@ -48,7 +48,8 @@ def batch(bodies: Sequence[bytes], served: Served) -> Batch:
         if why := too_short(array, preprocess):
             raise ProtocolError(f"the recording {why}", "send a longer one", 415)
         if served.audio is not None and not served.audio.takes(array.shape):
-            raise ProtocolError(f"the model takes recordings that become {served.audio.shape}", "send another", 415)
+            what = f"the recording becomes an input of shape {array.shape}, the model takes {served.audio.shape}"
+            raise ProtocolError(what, "send one of that length", 415)
     if len({array.shape for array in arrays}) > 1:
         raise ProtocolError("the recordings have several lengths, which the model keeps", "send one a request")
     return Batch(np.stack(arrays), ((0, 0),) * len(arrays))

@@ -52,7 +52,7 @@ def test_no_addresses(address: str) -> None:
         check_address(address)
 
 
-def test_auto_is_the_cluster_that_ray_finds_and_no_minutes_are_waited_for_it(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_auto_is_the_cluster_that_ray_finds(monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("ray")
     monkeypatch.setenv("RAY_ADDRESS", "localhost:1")
     with pytest.raises(EngineError, match=r"no Ray cluster answers at .*:1; check the address"), connected("auto"):

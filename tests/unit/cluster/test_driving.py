@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from corewise.cluster.crew import ActorLost, Node
+from corewise.cluster.crew import ActorLost, Node, RayCrew
 from corewise.cluster.driving import MOST_LOSSES, Driver, parts_of_rows
 from corewise.cluster.messages import Answered, Prepared, answering, unpacked, unpacked_rows
 from corewise.common.errors import ArtifactError, EngineError, SamplesError
@@ -204,6 +204,18 @@ def test_a_node_without_corewise_is_left_out_by_name() -> None:
     assert {share.node for share in driven.shares} == {"node0"}
     with pytest.raises(EngineError, match="node node0: corewise is not installed there"):
         driver_of(Bare([NEW])).run()
+
+
+def test_an_actor_that_cannot_import_corewise_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    ray = pytest.importorskip("ray")
+
+    def get(call: object) -> str:
+        cause = ModuleNotFoundError("No module named 'corewise'")
+        raise ray.exceptions.RayTaskError("answer", "", cause)
+
+    monkeypatch.setattr(ray, "get", get)
+    with pytest.raises(EngineError, match="corewise is not installed there; install it on all nodes"):
+        RayCrew.result(RayCrew.__new__(RayCrew), object())
 
 
 def test_a_part_that_ends_every_process_ends_the_job() -> None:

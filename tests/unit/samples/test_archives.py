@@ -61,10 +61,9 @@ def test_what_was_whole_before_a_small_compressed_archive_broke_is_read(tmp_path
     whole = path.read_bytes()
     path.write_bytes(whole + end if end else whole[:-5000])
     found = list(read_archive(path))
-    assert [one.content for one in found if not one.problem] == [content for _, content in members][
-        : len(found) - (not end)
-    ]
-    assert len(found) == 7 if end else found[-1].problem.startswith("cannot be read behind member")
+    whole = 7 if end else 6 if kind != "bz2" else 5
+    assert [one.content for one in found if not one.problem] == [content for _, content in members][:whole]
+    assert end or found[-1].problem.startswith("cannot be read behind member")
 
 
 def test_a_name_does_not_say_whether_an_archive_is_compressed(tmp_path: Path) -> None:

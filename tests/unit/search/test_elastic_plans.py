@@ -212,7 +212,9 @@ def test_real_load_in_turns_has_the_last_word_and_its_figures_are_told(
     ] * 2
     words = elasticity_lines(found)[-1]
     assert ("both are opened" in words) == pays
-    if not pays:
+    if failed:
+        assert words == "one layout: requests failed under real load"
+    elif not pays:
         assert f"at 33% of the load p50 {elastic_ms:.2f} ms against {fixed_ms:.2f} ms" in words
 
 

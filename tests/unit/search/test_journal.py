@@ -72,8 +72,8 @@ def test_what_differs_from_an_earlier_run_is_told(tmp_path):
         assert journal.set_aside is None
     with Journal(path, "other", parts | {"the samples": "1" * 64, "the seed": "7"}) as journal:
         assert said(journal.set_aside) == (
-            "it starts again: the samples and the seed (0, now 7) changed since the earlier run, "
-            "whose 1 finished trial cannot be used"
+            "the search starts again: the samples and the seed (0, now 7) changed since the earlier run, "
+            "so its 1 finished trial cannot be used"
         )
         assert journal.empty
 
@@ -87,7 +87,7 @@ def test_a_run_that_finished_no_trial_is_not_missed(tmp_path):
 def test_a_journal_that_does_not_say_what_it_is_of_is_set_aside_too(tmp_path):
     write(tmp_path / "j")
     with Journal(tmp_path / "j", "other", {"the seed": "0"}) as journal:
-        assert "the versions changed since the earlier run, whose 3 finished trials" in said(journal.set_aside)
+        assert "the versions changed since the earlier run, so its 3 finished trials" in said(journal.set_aside)
 
 
 def test_the_last_record_of_a_build_counts(tmp_path):

@@ -74,18 +74,23 @@ class ClaimedCores:
 
     def _claim(self, folder: Path, cpu: Cpu, count: int) -> tuple[int, ...]:
         """The hardware threads that are this process's from now on; none if fewer than ``count`` are free."""
+        free: dict[int, int] = {}
+        chosen: tuple[int, ...] = ()
         with _locked(folder):
-            free = dict(self._free(folder, cpu.affinity))
-            chosen = packed(replace(cpu, affinity=tuple(free)), count) if len(free) >= count else ()
-            for number, lock in free.items():
-                if number in chosen:
-                    self._locks.append(lock)
-                else:
+            try:
+                for number, lock in self._free(folder, cpu.affinity):
+                    free[number] = lock
+                if len(free) >= count:
+                    chosen = packed(replace(cpu, affinity=tuple(free)), count)
+            finally:
+                self._locks += [lock for number, lock in free.items() if number in chosen]
+                for lock in set(free.values()) - set(self._locks):
                     os.close(lock)
         return chosen
 
     @staticmethod
     def _free(folder: Path, numbers: Sequence[int]) -> Iterator[tuple[int, int]]:
+        """Those that nobody has claimed, with their locks, which are held."""
         for number in numbers:
             lock = os.open(folder / f"cpu{number}", os.O_RDWR | os.O_CREAT, 0o600)
             try:

@@ -87,7 +87,7 @@ def choose_winner(
     baseline among them; for an SLO it is the highest certified rate and, if there is none, the shortest p99 of a call.
     Only builds whose trial is ``ok`` can win. If only the baseline exceeds the memory limit, the best of the others
     wins whatever its speed. Finalists as fast as the fastest (``TIE``) give way to the most accurate of them. Every
-    other trial is a loser with a reason. ``finals`` are the last of so many ``races``.
+    other trial is a loser with a reason. ``finals`` are the rates of the last of ``races`` races.
 
     Raises ``ValueError`` if the baseline has no trial or no rates.
     """

@@ -27,11 +27,12 @@ from corewise.search.trial import VERIFY_BATCH, SearchContext
 SHARPNESS = (1.0, 1.4, 2.0, 2.8)
 """What is tried for ``Preprocess.sharpness``: the more pixels are left, the more the resizing still averages."""
 LEAST_DB, BELOW_DB = 27.0, 10.0
-"""How close outputs must stay to the winner's own for photos decoded in full: ``LEAST_DB``, or less where these are
-themselves farther from fp32's, so far below that difference that both together are hardly more than it alone. Of
+"""How close outputs must stay to the winner's own for photos decoded in full: ``LEAST_DB``, or ``BELOW_DB`` above
+the decibels that these have against fp32's if that is less, which adds hardly anything to that difference. Of
 MobileNetV2's top-1 answers, 22 dB turn 5 % over and cost 1.3 points, 28 dB turn 2 % over, as many for the better as for
 the worse, and 32 dB 1 %."""
 PLACES = 1000
+"""Sharpness is rounded down to thousandths."""
 LEAST_PHOTOS = 16
 """Photos of the holdout that are decoded at another scale; fewer prove nothing."""
 TIMED_PHOTOS = 4

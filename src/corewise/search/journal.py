@@ -115,9 +115,9 @@ class Journal:
 def _set_aside(earlier: Mapping[str, str], now: Mapping[str, str], count: int) -> Reason:
     """Why so many finished trials of an earlier run do not count."""
     differing = []
-    for name, value in now.items():
-        before = earlier.get(name, "")
+    for name in {**now, **earlier}:
+        before, value = earlier.get(name, ""), now.get(name, "")
         if before != value:
-            told = 0 < len(before) <= TOLD and len(value) <= TOLD
+            told = 0 < len(before) <= TOLD and 0 < len(value) <= TOLD
             differing.append(f"{name} ({before}, now {value})" if told else name)
     return Reason.of(ReasonKind.EARLIER_TRIALS_UNUSED, count=count, differing=differing if earlier else [])

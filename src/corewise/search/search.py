@@ -432,7 +432,7 @@ class Search:
                 "reading the samples": before.samples_s,
                 "the baseline": self.baseline_s,
             }
-            spent_s["candidates that were not finished"] = budget.elapsed_s - sum(spent_s.values())
+            spent_s["candidates and the rest"] = budget.elapsed_s - sum(spent_s.values())
             most, *others = sorted(spent_s, key=lambda name: -spent_s[name])
             rest = "".join(f", {name} {spent_s[name]:.1f} s" for name in others if spent_s[name] >= SHORTEST_TOLD_S)
             raise InputError(

@@ -78,6 +78,13 @@ def test_what_differs_from_an_earlier_run_is_told(tmp_path):
         assert journal.empty
 
 
+def test_a_package_that_is_gone_is_named(tmp_path):
+    with Journal(tmp_path / "j", "key", {"nncf": "3.4.0", "torch": "2.13.0"}) as journal:
+        journal.add(TRIALS[0])
+    with Journal(tmp_path / "j", "other", {"torch": "2.13.0"}) as journal:
+        assert said(journal.set_aside).startswith("the search starts again: nncf changed since")
+
+
 def test_a_run_that_finished_no_trial_is_not_missed(tmp_path):
     write(tmp_path / "j", trials=[])
     with Journal(tmp_path / "j", "other") as journal:

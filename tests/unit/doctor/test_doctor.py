@@ -41,6 +41,7 @@ SERVER = Cpu(
 )
 DESKTOP = replace(
     SERVER,
+    isa=("avx2", "fma", "f16c", "avx512", "avx512_vnni", "avx512_bf16"),
     cpus=tuple(LogicalCpu(cpu=n, core=n, socket=0, node=0) for n in range(4)),
     affinity=(0, 1, 2, 3),
 )

@@ -9,8 +9,8 @@ import inspect
 import re
 import time
 import traceback
-from collections.abc import Sequence
-from contextlib import suppress
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack, suppress
 from dataclasses import replace
 from typing import Any, Literal
 
@@ -35,6 +35,8 @@ SEEDS = range(1, 9)
 """Random numbers need not change an answer each time, as where one call in five leaves a layer out."""
 LATER_CALLS = 16
 LATER_S = 1.0
+RANDOM_IF = ("train", "training", "p", "dropout", "dropout_p")
+"""Arguments of torch's operations that draw numbers; where one is 0 or ``False``, none are drawn."""
 NAMED_AFTER = re.compile(r"torch/(?:nn/functional\.py|distributions/\w+\.py)$")
 """Files of torch whose functions people know by name."""
 FOREIGN_RANDOM = re.compile(
@@ -80,7 +82,8 @@ def state_change(flat: Flat, batch: Batch, other: Batch, new: State) -> StateCha
         NotRepeatable: ``batch`` is answered differently when it comes again, or the answers are random.
     """
     kept = kept_state(flat.model)
-    with torch.random.fork_rng(devices=[]):
+    with torch.random.fork_rng(devices=[]), ExitStack() as at_last:
+        at_last.callback(restore_state, flat.model, kept)
         first = _answers(flat, batch, seed=0)
         with _RandomCalls() as random:
             again = _answers(flat, batch, seed=0)
@@ -99,7 +102,6 @@ def state_change(flat: Flat, batch: Batch, other: Batch, new: State) -> StateCha
         restore_state(flat.model, kept)
         if begun := changed_names(new, kept):
             _check_beginning(flat, batch, other, new, begun, first)
-        restore_state(flat.model, kept)
     if decibels < DEPENDS_DB:
         raise NotRepeatable(RandomOperation(decibels=decibels, origin=random.origins[0]))
     return _state(flat.model, changed, EQUAL_DB, changes_answers=False) if changed else None
@@ -140,6 +142,7 @@ def _why_not_repeatable(
 def _first_difference(flat: Flat, batch: Batch) -> Origin | None:
     """The user's line from which two calls differ, for what no attribute shows: a global, a hook, a clock."""
     before: list[tuple[Any, Origin]] = []
+    end_s = time.monotonic() + LATER_S
     for _ in range(LATER_CALLS):
         now = _Steps()
         with now:
@@ -147,6 +150,8 @@ def _first_difference(flat: Flat, batch: Batch) -> Origin | None:
         for (value, _), (other, origin) in zip(before, now.steps, strict=False):
             if value != other:
                 return origin
+        if before and time.monotonic() > end_s:
+            break
         before = now.steps
     return None
 
@@ -154,10 +159,19 @@ def _first_difference(flat: Flat, batch: Batch) -> Origin | None:
 def random_operation(program: ExportedProgram) -> Origin | None:
     """The first operation of a program that draws random numbers."""
     for node in program.graph.nodes:
-        if torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ()):
+        if node.op == "call_function" and _draws(node.target, node.args, node.kwargs):
             name = str(node.target).removeprefix("aten.").partition(".")[0]
             return Origin(operation=name, **_line(node.meta.get("stack_trace")))
     return None
+
+
+def _draws(operation: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bool:
+    """Whether a call draws random numbers; not dropout, attention or an LSTM without dropout, or in eval mode."""
+    if torch.Tag.nondeterministic_seeded not in getattr(operation, "tags", ()):
+        return False
+    given = {argument.name: argument.default_value for argument in operation._schema.arguments}
+    given |= {**dict(zip(given, args, strict=False)), **kwargs}
+    return not any(isinstance(given.get(name), bool | int | float) and not given[name] for name in RANDOM_IF)
 
 
 def batch_mixing(flat: Flat, batch: Batch) -> BatchMixing | None:
@@ -200,7 +214,7 @@ def reads_buffer(program: ExportedProgram, name: str) -> bool:
     """Whether a program, ``without_updates``, still uses the buffer of that name."""
     buffers = program.graph_signature.inputs_to_buffers
     return any(
-        node.users and (buffers[node.name] == name or buffers[node.name].endswith(f".{name}"))
+        node.users and buffers[node.name] == f"model.{name}"
         for node in program.graph.nodes
         if node.name in buffers
     )
@@ -285,7 +299,7 @@ class _RandomCalls(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         """Run one operation."""
-        if torch.Tag.nondeterministic_seeded in func.tags:
+        if _draws(func, args, kwargs or {}):
             frames = traceback.extract_stack()[:-1]
             frame = own_frame(frames)
             # What the user's line calls: dropout, where torch sees bernoulli.
@@ -318,7 +332,7 @@ class _Steps(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
 def _in_short(value: Any) -> Any:
     """Equal for equal tensors; NaN equals NaN."""
-    if not isinstance(value, Tensor) or value.is_complex() or value.layout != torch.strided:
+    if not isinstance(value, Tensor) or value.is_complex() or value.is_quantized or value.layout != torch.strided:
         return type(value).__name__
     numbers = value.detach().double()
     return tuple(value.shape), repr(numbers.sum().item()), repr(numbers.square().sum().item())

@@ -17,8 +17,8 @@ from corewise.records.behaviour import Origin
 CONSTANTS = (type(None), bool, int, float, str)
 DEEPEST = 4
 """Containers and objects within each other that are looked into; a cache is a dict of lists of tensors at most."""
-OWN = frozenset(vars(nn.Module())) | {"config"}
-"""The attributes of ``nn.Module`` itself; a configuration is none of the state."""
+OWN = frozenset(vars(nn.Module())) - {"training"} | {"config"}
+"""The attributes of ``nn.Module`` itself but its mode; a configuration is none of the state."""
 
 State = Mapping[str, Any]
 """By their names: buffers and attributes as ``kept_state`` copies them, and the versions of parameters."""
@@ -43,13 +43,17 @@ def changed_names(before: State, after: State) -> list[str]:
 
 
 def restore_state(module: nn.Module, kept: State) -> None:
-    """Put back what calls changed, apart from parameters."""
-    for name, value in kept_state(module).items():
-        if name not in kept or isinstance(value, _Version) or _equal(kept[name], value):
+    """Put back what calls changed, apart from parameters and modules that they added."""
+    now = kept_state(module)
+    for name in {**now, **kept}:
+        path, dot, attribute = name.rpartition(".")
+        if f"{path}{dot}training" not in kept or isinstance(now.get(name, kept.get(name)), _Version):
             continue
-        path, _, attribute = name.rpartition(".")
         part = module.get_submodule(path)
-        setattr(part, attribute, _put_back(getattr(part, attribute), kept[name]))
+        if name not in kept:
+            delattr(part, attribute)
+        elif name not in now or not _equal(kept[name], now[name]):
+            setattr(part, attribute, _put_back(getattr(part, attribute, None), kept[name]))
 
 
 def changing_line(module: nn.Module, name: str) -> Origin | None:

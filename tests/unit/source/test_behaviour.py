@@ -13,6 +13,10 @@ from corewise.common.agreement import EQUAL_DB, worst_row_db
 from corewise.common.errors import SourceError
 from corewise.samples import from_python
 from corewise.source import NotRepeatable, export
+from corewise.source.behaviour import state_change
+from corewise.source.examples import Examples
+from corewise.source.exported import Flat
+from corewise.source.state import changed_names, kept_state
 
 SAMPLES = from_python(list(np.random.default_rng(0).standard_normal((12, 6)).astype(np.float32)))
 
@@ -145,6 +149,18 @@ class CountsElsewhere(Net):
 NUMBERS = itertools.count()
 
 
+class CountsHereAndElsewhere(Net):
+    def forward(self, x):
+        self.calls += 1
+        return self.linear(x) + next(NUMBERS)
+
+
+class CountsBehindInt8(Net):
+    def forward(self, x):
+        hidden = torch.quantize_per_tensor(self.linear(x), 0.01, 0, torch.qint8)
+        return hidden.dequantize() + next(NUMBERS)  # behind int8
+
+
 class CountsInAHook(Net):
     def __init__(self) -> None:
         super().__init__()
@@ -180,6 +196,14 @@ class StartsFromTheFirst(Net):
         return hidden * self.scale
 
 
+class KeepsTheFirst(Net):
+    def forward(self, x):
+        hidden = self.linear(x)
+        if not hasattr(self, "mean"):
+            self.mean = hidden.detach().mean(0)  # keeps the first
+        return hidden - self.mean
+
+
 class KeepsATable(Net):
     """As positions are kept for each length."""
 
@@ -195,6 +219,28 @@ class SeedsItself(Net):
     def forward(self, x):
         torch.manual_seed(0)
         return self.linear(x) + torch.randn(4)  # seeded
+
+
+class SeedsItselfBehindDropout(Net):
+    """Whose dropout, attention and LSTM draw nothing in eval mode."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.lstm = nn.LSTM(4, 4, num_layers=2, dropout=0.1, batch_first=True)
+
+    def forward(self, x):
+        hidden = self.lstm(F.dropout(self.linear(x), 0.1, self.training)[:, None])[0]
+        hidden = F.scaled_dot_product_attention(hidden, hidden, hidden)[:, 0]
+        torch.manual_seed(0)
+        return hidden + torch.rand(4)  # seeded behind dropout
+
+
+class DependsOnExport(Net):
+    """Its program differs, and neither draws numbers."""
+
+    def forward(self, x):
+        hidden = F.dropout(self.linear(x), 0.1, self.training)
+        return hidden + 1 if torch.compiler.is_exporting() else hidden
 
 
 class EverySeventhCall(Net):
@@ -311,9 +357,11 @@ def test_a_counter_that_answers_are_computed_from_is_told():
         (CanBeReset(), "# goes on", "state changes with each call"),
         (EverySeventhCall(), "# numbers its calls", "number changes with each call"),
         (CountsElsewhere(), "# from elsewhere", "differently each time (/"),
+        (CountsBehindInt8(), "# behind int8", "differently each time (/"),
         (CountsInAHook(), "# hooked", "differently each time (/"),
         (ChangesDataOfWeights(), "# past torch's counter", "differently each time (/"),
         (DrawsByNumPysGenerator(), "# numpy's generator", "differently each time (/"),
+        (KeepsTheFirst(), "# keeps the first", "depend on the first input that it sees, which mean keeps"),
         (StartsFromTheFirst(), "# starts", "depend on the first input that it sees, which scale keeps"),
         (LeavesOut(), "# leaves out", "rand draws numbers"),
         (DrawsByNumPy(), "# asks numpy", "np.random.rand draws numbers"),
@@ -323,6 +371,7 @@ def test_a_counter_that_answers_are_computed_from_is_told():
     ],
     ids=lambda value: type(value).__name__,
 )
+@pytest.mark.filterwarnings("ignore:torch.quantize_per_tensor")
 def test_a_model_that_does_not_repeat_itself_is_refused_with_the_line(model, comment, words):
     with pytest.raises(NotRepeatable) as caught:
         export(model, SAMPLES)
@@ -337,10 +386,33 @@ def test_a_table_that_the_first_call_fills_is_no_state():
     assert exported.program is not None
 
 
-def test_a_program_that_draws_other_numbers_than_its_model_says_where():
-    exported = export(SeedsItself(), SAMPLES)
+@pytest.mark.parametrize(
+    ("model", "comment", "operation"),
+    [(SeedsItself(), "# seeded", "randn"), (SeedsItselfBehindDropout(), "# seeded behind dropout", "rand")],
+    ids=lambda value: type(value).__name__,
+)
+def test_a_program_that_draws_other_numbers_than_its_model_says_where(model, comment, operation):
+    exported = export(model, SAMPLES)
     assert exported.program is None
-    assert exported.why_not.endswith(f"it draws random numbers, randn ({line_of(SeedsItself(), '# seeded')})")
+    assert exported.why_not.endswith(f"it draws random numbers, {operation} ({line_of(model, comment)})")
+
+
+def test_dropout_in_eval_mode_draws_no_numbers():
+    exported = export(DependsOnExport(), SAMPLES)
+    assert exported.program is None
+    assert exported.why_not.endswith("differently from the model")
+
+
+@pytest.mark.parametrize("kind", [StartsFromTheFirst, KeepsTheFirst, CountsHereAndElsewhere])
+def test_a_model_that_is_refused_is_left_as_it_was(kind):
+    model = kind()
+    new = kept_state(model)
+    flat, examples = Flat(model, SAMPLES.structure), Examples(SAMPLES, model)
+    flat(*examples.largest(1).tensors)
+    kept = kept_state(model)
+    with pytest.raises(NotRepeatable):
+        state_change(flat, examples.largest(1), examples.other(1), new)
+    assert changed_names(kept, kept_state(model)) == []
 
 
 def test_a_model_that_changes_its_weights_is_refused_with_their_name():
@@ -374,6 +446,24 @@ def test_a_log_is_state_that_answers_do_not_depend_on():
     exported = export(model, SAMPLES)
     assert (exported.state.name, exported.state.changes_answers) == ("log", False)
     assert exported.program is not None
+
+
+class HasTwoCounters(Net):
+    """Answers depend on the other module's."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.sub = Net()
+
+    def forward(self, x):
+        self.calls += 1
+        return self.linear(x) + self.sub.calls
+
+
+def test_a_buffer_of_another_module_is_not_the_one_that_is_read():
+    exported = export(HasTwoCounters(), SAMPLES)
+    assert exported.state.name == "calls"
+    assert not exported.state.is_read
 
 
 class ComparesPairs(Net):

@@ -55,7 +55,7 @@ def _root(version: Annotated[bool, flag("--version", panel="Options", help="Prin
 def main() -> None:
     """Run the command line. What is wrong becomes one line on standard error and an exit code that is not 0."""
     streams.protect()
-    warnings.filterwarnings("ignore", module=r"PIL\.")  # about damaged EXIF data, of one photo among many
+    warnings.filterwarnings("ignore", module=r"PIL\.")  # damaged EXIF data and the like, of one photo among many
     try:
         with _ended_by_sigterm():
             _run(sys.argv[1:])

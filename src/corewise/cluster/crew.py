@@ -9,6 +9,7 @@ from abc import abstractmethod
 from collections.abc import Sequence
 from typing import Any, NamedTuple, Protocol
 
+from corewise._version import __version__
 from corewise.cluster.actor import Answerer
 from corewise.common.errors import EngineError
 
@@ -127,7 +128,9 @@ class RayCrew:
         except RayTaskError as error:
             cause = error.cause or error
             if ABSENT in str(cause):
-                raise EngineError("corewise is not installed there", "install it on all nodes, as here") from error
+                raise EngineError(
+                    "corewise is not installed there", f"install corewise {__version__} on every node"
+                ) from error
             raise EngineError(f"an actor failed: {type(cause).__name__}: {_last_line(cause)}") from error
         except RayError as error:
             raise ActorLost(_last_line(error)) from error

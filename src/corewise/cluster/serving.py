@@ -16,6 +16,7 @@ from io import StringIO
 from types import FrameType
 from typing import Any, NoReturn
 
+from corewise._version import __version__
 from corewise.cluster.applications import Scale, bound, settings_of
 from corewise.cluster.connection import CLIENT, check_address, connected, first_line, require_serve
 from corewise.cluster.crew import ABSENT
@@ -281,7 +282,8 @@ def failure(name: str, told: str) -> CorewiseError:
             text, _, fix = what.rpartition("; ")
             return kinds[kind](text or fix, fix if text else "")
     if ABSENT in told:
-        return EngineError(f"{name} does not start: corewise is not installed on a node", "install it on all, as here")
+        what = f"{name} does not start: corewise is not installed on a node"
+        return EngineError(what, f"install corewise {__version__} on every node")
     last = next((line.strip() for line in reversed(told.splitlines()) if line.strip()), "no reason is told")
     return EngineError(f"{name} does not start: {last}", "see the logs of Ray Serve's replicas")
 

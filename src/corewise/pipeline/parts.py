@@ -78,26 +78,32 @@ class Parts:
         Raises:
             OutputError: It belongs to another job, or another process writes it.
         """
+        made = isinstance(self.folder, Path) and not self.folder.exists()
         if isinstance(self.folder, Path):
             self.folder.mkdir(exist_ok=True)
         with self._locked():
-            self._begin(facts)
+            wrote = self._begin(facts)
             self.sweep()
             try:
                 yield
             except CorewiseError:
-                with suppress(OSError, CorewiseError):  # what stays is of no harm
-                    self._forget()
+                if wrote:
+                    with suppress(OSError, CorewiseError):  # what is left does no harm
+                        self._forget(made=made)
                 raise
 
-    def _forget(self) -> None:
-        """Remove what says which job this is if nothing of it is done: the name is free for another job then."""
+    def _forget(self, *, made: bool) -> None:
+        """Remove what says which job this is if nothing of it is done: the name is free for another job then.
+
+        ``made``: and the folder.
+        """
         lock = f"{self.mark}{LOCK}"
         if {*names_in(self.folder)} <= {self.about.name, lock}:
             self.about.unlink()
             if isinstance(self.folder, Path):
                 (self.folder / lock).unlink()
-                self.folder.rmdir()
+                if made:
+                    self.folder.rmdir()
 
     @contextmanager
     def _locked(self) -> Iterator[None]:
@@ -116,17 +122,20 @@ class Parts:
                 pass
             yield
 
-    def _begin(self, facts: dict[str, Any]) -> None:
+    def _begin(self, facts: dict[str, Any]) -> bool:
+        """Write which job this is, unless that is there already; returns whether it was written."""
         if not self.about.is_file():
             if isinstance(self.folder, Path):
                 for name in self._done():  # of a job that was killed while its folder was removed
                     os.unlink(self.folder / name)
             self.replace(self.about, lambda path: path.write_text(_text(facts), encoding="utf-8"))
-        elif not self.same(facts):
+            return True
+        if not self.same(facts):
             raise OutputError(
                 f"{self.folder} holds the parts of another job, or its inputs or artifact have changed",
                 "remove that folder to begin again, or give another name with -o",
             )
+        return False
 
     def is_foreign(self) -> bool:
         """Whether the folder has files, but no job began it."""

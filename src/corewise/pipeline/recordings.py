@@ -68,7 +68,7 @@ class AudioRunner(MediaRunner):
 
 def too_short(array: NDArray[Any], preprocess: AudioPreprocess) -> str:
     """Why a recording that became this array was not verified to be answered well; nothing if it was."""
-    if array.shape[-1] >= preprocess.shortest:
+    if not preprocess.shortest or array.shape[-1] >= preprocess.shortest:
         return ""
     seconds, shortest_s = array.shape[-1] / preprocess.rate_hz, preprocess.shortest / preprocess.rate_hz
     return f"has {seconds:.3g} s, less than the shortest sample, {shortest_s:.3g} s"

@@ -28,7 +28,8 @@ OPENERS: dict[bytes, Callable[[IO[bytes]], IO[bytes]]] = {
     b"\xfd7zXZ\0": lzma.open,
 }
 """What decompresses a file, by the bytes that it begins with."""
-LONGEST_MAGIC = max(map(len, OPENERS))
+HEAD_BYTES = 262
+"""To the end of the word that says that a header is one of a tar file."""
 BROKEN = (tarfile.TarError, EOFError, OSError, zlib.error, lzma.LZMAError, ValueError, OverflowError, RecursionError)
 """What tarfile and the decompressors raise for bytes that are no whole archive."""
 
@@ -56,7 +57,13 @@ class Slice(NamedTuple):
         """Its content; of a file that is not compressed."""
         with place_of(self.path).open("rb") as file:
             file.seek(self.start)
-            return bytes(file.read(self.size_bytes))
+            return _whole(bytes(file.read(self.size_bytes)), self)
+
+
+def _whole(content: bytes, part: Slice) -> bytes:
+    if len(content) < part.size_bytes:
+        raise OSError(None, f"{part.path} has changed: it is shorter now")
+    return content
 
 
 class Unpacked(threading.local):
@@ -78,9 +85,11 @@ class Unpacked(threading.local):
             read, content = _reader(self._file), bytearray()
             while len(content) < part.size_bytes and (block := read(part.size_bytes - len(content))):
                 content += block
-            return bytes(content)
+        except (FileNotFoundError, PermissionError):
+            raise
         except BROKEN as error:
             raise OSError(None, f"{part.path} has changed: {error}") from error
+        return _whole(bytes(content), part)
 
     def close(self) -> None:
         """Close what this thread has open."""
@@ -117,7 +126,12 @@ def read_archive(path: Place, *, sliced: bool = False) -> Iterator[Member]:
                     # Not its size: of a link or a folder, which no data follows, that may be any number.
                     metered.allow(archive.offset - member.offset_data)
                     archive.members = []  # it would keep a record of each
-                    if jumps and not member.issparse() and member.offset_data + member.size > path.stat().st_size:
+                    if (
+                        jumps
+                        and member.isreg()
+                        and not member.issparse()
+                        and member.offset_data + member.size > path.stat().st_size
+                    ):
                         raise tarfile.ReadError("unexpected end of data")
                     if (found := _image(archive, member, read=not jumps)) is not None:
                         if sliced and not found.problem:
@@ -148,8 +162,10 @@ def _image(archive: tarfile.TarFile, member: tarfile.TarInfo, *, read: bool) -> 
 
 def _decompressed(file: IO[bytes]) -> IO[bytes]:
     """The file as bytes of a tar, by what it begins with."""
-    head = file.read(LONGEST_MAGIC)
+    head = file.read(HEAD_BYTES)
     file.seek(0)
+    if head.endswith(b"ustar"):  # a tar, whatever the name of its first member begins with
+        return file
     return next((opened(file) for magic, opened in OPENERS.items() if head.startswith(magic)), file)
 
 

@@ -1,6 +1,7 @@
 """Recordings: decoded, and as inputs of a model: one channel of its rate, its length and its layout."""
 
 import io
+import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -21,8 +22,12 @@ from corewise.samples.raw import RawSamples, UnreadableItem
 
 AUDIO_SUFFIXES = frozenset({".wav", ".flac", ".ogg", ".mp3", ".aif", ".aiff"})
 
-HEADS = (b"RIFF", b"RIFX", b"RF64", b"fLaC", b"OggS", b"FORM", b"ID3", b"\xff")
+HEADS = re.compile(rb"(RIFF|RIFX|RF64)....WAVE|fLaC|OggS|FORM....AIF[FC]|\xff", re.DOTALL)
 """How WAV, FLAC, Ogg, AIFF and MP3 files begin. libsndfile reads more formats, for which few people look for bugs."""
+MOST_TAGS = 4
+"""ID3 tags in front of a recording; each may be as small as ten bytes."""
+MOST_FRAMES = 2**62
+"""libsndfile's number of frames of a FLAC file that was written to a pipe is larger: its header does not say it."""
 STREAMED = 2**32 - 1
 """The size in the header of a WAV file that was written to a pipe."""
 RATES_HZ = range(1000, 768_001)
@@ -111,7 +116,7 @@ def _opened(content: bytes, name: str) -> Iterator[Any]:
         raise UnreadableItem(name, "is empty")
     if content[:4] == b"RIFF" and len(content) < int.from_bytes(content[4:8], "little") + 8 < STREAMED:
         raise UnreadableItem(name, "is cut off")
-    if not content.startswith(HEADS):
+    if not HEADS.match(content, _tags_end(content)):
         raise UnreadableItem(name, "cannot be decoded: it is no WAV, FLAC, Ogg, MP3 or AIFF file")
     try:
         with soundfile.SoundFile(io.BytesIO(content)) as file:
@@ -122,9 +127,21 @@ def _opened(content: bytes, name: str) -> Iterator[Any]:
         raise UnreadableItem(name, f"cannot be decoded: {why}") from error
 
 
+def _tags_end(content: bytes) -> int:
+    """Where the recording itself begins: libsndfile looks for all its formats behind ID3 tags."""
+    end = 0
+    for _ in range(MOST_TAGS):
+        if content.startswith(b"ID3", end):
+            sizes = content[end + 6 : end + 10]
+            end += 10 + sum((size & 127) << shift for size, shift in zip(sizes, (21, 14, 7, 0), strict=False))
+    return end
+
+
 def _frames_read(file: Any, preprocess: AudioPreprocess | None, name: str) -> int:
     """How many frames of a file are decoded, by its header."""
     frames, rate_hz = int(file.frames), int(file.samplerate)
+    if frames > MOST_FRAMES:
+        raise UnreadableItem(name, "has no length in its header, as a FLAC file that was written to a pipe")
     if preprocess is None:
         return frames
     _check_rate(rate_hz, preprocess.rate_hz, name)
@@ -162,8 +179,7 @@ def array_recording(samples: Any, rate_hz: Any) -> Recording:
 
 
 def resampled(frames: NDArray[np.float32], rate_hz: int, wanted_hz: int) -> NDArray[np.float32]:
-    """Frames (frames,) of one rate at another, low-pass filtered; about
-    (frames * wanted_hz / rate_hz,).
+    """Frames (frames,) of one rate at another, low-pass filtered: about (frames * wanted_hz / rate_hz,).
 
     Raises:
         UnreadableItem: ``rate_hz`` is not the rate of a recording.

@@ -18,7 +18,7 @@ from corewise.samples.drawing import draw
 from corewise.samples.images import image_suffixes
 from corewise.samples.labels import stack_labels
 from corewise.samples.places import Place, RemotePath, matching, place_of, without_twins
-from corewise.samples.raw import NOUNS, RawKind, RawSamples
+from corewise.samples.raw import NAMED, NOUNS, RawKind, RawSamples
 from corewise.samples.texts import number_or_text
 
 LABELS_FILE = "labels.csv"
@@ -161,9 +161,10 @@ def _listed(folder: Path, allow_empty: bool) -> _Listing:
             f"give {folder / filled[0]} for images without labels, or write {folder / LABELS_FILE}",
         )
     if all(map(PART.fullmatch, filled)):
+        named = ", ".join(filled[:NAMED]) + (f" and {len(filled) - NAMED:,} more" if len(filled) > NAMED else "")
         inputs = [name for name in filled if name.lower() not in TARGETS] or filled
         raise SamplesError(
-            f"the folders {', '.join(classes)} of {folder} look like parts of a data set, not like classes",
+            f"the folders {named} of {folder} look like parts of a data set, not like classes",
             f"give one of them, e.g. {folder / inputs[0]}, or name the classes in {folder / LABELS_FILE}",
         )
     empty = [name for name in classes if name not in filled]

@@ -3,7 +3,7 @@
 import csv
 import json
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from itertools import chain, islice
 from math import inf
 from pathlib import Path
@@ -64,7 +64,7 @@ def iterate_table(path: Place, columns: Columns = GUESSED, *, samples: bool = Tr
     try:
         resolved: Columns | None = None
         label_kind = ""
-        records = (one for one in read(path, columns) if not (samples and one.blank))
+        records = (one for one in read(path, columns, samples) if not (samples and one.blank))
         first = list(islice(records, FIRST))
         for number, record in enumerate(chain(first, records)):
             if record.problem:
@@ -73,7 +73,13 @@ def iterate_table(path: Place, columns: Columns = GUESSED, *, samples: bool = Tr
             if resolved is None:
                 # The objects of a .jsonl may have different keys, and the first not the one that holds texts.
                 header = list(dict.fromkeys(name for one in (record, *first) for name in one.values))
-                resolved = _resolved(columns, header, str(path), samples)
+                try:
+                    resolved = _resolved(columns, header, str(path), samples)
+                except SamplesError:
+                    with suppress(SamplesError):
+                        resolved = _resolved(columns, list(record.values), str(path), samples)
+                    if resolved is None:
+                        raise
             value, label, problem = resolved.item(record.values)
             label = number_or_text(label) if isinstance(label, str) else label
             if not problem:
@@ -114,14 +120,14 @@ def _lines(path: Place) -> Iterator[tuple[str, str]]:
             yield f"line {number}", line.rstrip("\r\n")
 
 
-def _txt(path: Place, columns: Columns) -> Iterator[_Record]:
+def _txt(path: Place, columns: Columns, samples: bool) -> Iterator[_Record]:
     if any(columns):
         raise SamplesError(f"{path} has lines but no columns", "give a .csv, .tsv, .jsonl or .parquet file")
     for name, line in _lines(path):
         yield _Record(name, {"text": line}, text_problem(line), blank=not line.strip())
 
 
-def _jsonl(path: Place, columns: Columns) -> Iterator[_Record]:
+def _jsonl(path: Place, columns: Columns, samples: bool) -> Iterator[_Record]:
     for name, line in _lines(path):
         if not line.strip():
             continue
@@ -139,21 +145,21 @@ def _jsonl(path: Place, columns: Columns) -> Iterator[_Record]:
             yield _Record(name, record) if isinstance(record, dict) else _Record(name, {}, "is not a JSON object")
 
 
-def _csv(path: Place, columns: Columns) -> Iterator[_Record]:
+def _csv(path: Place, columns: Columns, samples: bool) -> Iterator[_Record]:
     with _open(path, newline="") as file:
         header = file.readline()
         file.seek(0)
         unquoted = "".join(header.split('"')[::2])
         delimiter = next((mark for mark in (",", ";", "\t") if mark in unquoted), ",")
-        yield from _fields(csv.reader(file, delimiter=delimiter, strict=True), path, columns)
+        yield from _fields(csv.reader(file, delimiter=delimiter, strict=True), path, columns, samples)
 
 
-def _tsv(path: Place, columns: Columns) -> Iterator[_Record]:
+def _tsv(path: Place, columns: Columns, samples: bool) -> Iterator[_Record]:
     with _open(path, newline="") as file:
-        yield from _fields(csv.reader(file, delimiter="\t", quoting=csv.QUOTE_NONE), path, columns)
+        yield from _fields(csv.reader(file, delimiter="\t", quoting=csv.QUOTE_NONE), path, columns, samples)
 
 
-def _fields(reader: Any, path: Place, columns: Columns) -> Iterator[_Record]:
+def _fields(reader: Any, path: Place, columns: Columns, samples: bool) -> Iterator[_Record]:
     """The rows below the header; a row that is broken is a problem of each line that it took."""
     header: list[str] | None = None
     while True:
@@ -170,7 +176,7 @@ def _fields(reader: Any, path: Place, columns: Columns) -> Iterator[_Record]:
             continue  # an empty line
         if header is None:
             header = [name.strip() for name in fields]
-            check_once(columns.resolve(header, str(path)), header, str(path))
+            check_once(_resolved(columns, header, str(path), samples), header, str(path))
         elif len(fields) == len(header):
             yield _Record(f"line {line}", dict(zip(header, fields, strict=True)))
         else:
@@ -188,10 +194,10 @@ def _next(reader: Any) -> list[str] | None:
         csv.field_size_limit(limit)
 
 
-def _parquet(path: Place, columns: Columns) -> Iterator[_Record]:
+def _parquet(path: Place, columns: Columns, samples: bool) -> Iterator[_Record]:
     with _parquet_file(path) as file:
         header = file.schema_arrow.names
-        resolved = columns.resolve(header, str(path))
+        resolved = _resolved(columns, header, str(path), samples)
         check_once(resolved, header, str(path))
         names = [name for name in resolved if name is not None]
         row = 0
@@ -229,7 +235,7 @@ def _cells(row: str, names: list[str], cells: tuple[Any, ...]) -> _Record:
         return _Record(row, {}, f"is not UTF-8 at byte {error.start}")
 
 
-READERS: dict[str, Callable[[Place, Columns], Iterator[_Record]]] = {
+READERS: dict[str, Callable[[Place, Columns, bool], Iterator[_Record]]] = {
     ".txt": _txt,
     ".csv": _csv,
     ".tsv": _tsv,

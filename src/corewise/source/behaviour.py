@@ -214,9 +214,7 @@ def reads_buffer(program: ExportedProgram, name: str) -> bool:
     """Whether a program, ``without_updates``, still uses the buffer of that name."""
     buffers = program.graph_signature.inputs_to_buffers
     return any(
-        node.users and buffers[node.name] == f"model.{name}"
-        for node in program.graph.nodes
-        if node.name in buffers
+        node.users and buffers[node.name] == f"model.{name}" for node in program.graph.nodes if node.name in buffers
     )
 
 

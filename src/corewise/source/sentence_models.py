@@ -152,7 +152,8 @@ def _poolings(config: Mapping[str, Any], name: str) -> Sequence[Way]:
         modes = [mode.removesuffix("_tokens").removesuffix("_token") for mode in used] or ["mean"]
         modes.sort(key=lambda mode: [*WAYS, mode].index(mode))
     else:
-        modes = [mode.removesuffix("_tokens") for mode in ([told] if isinstance(told, str) else told)]
+        listed = told if isinstance(told, list | tuple) and told else [told]
+        modes = [str(mode).removesuffix("_tokens") for mode in listed]
     unknown = [mode for mode in modes if mode not in WAYS]
     if unknown or config.get("include_prompt") is False:
         why = f"by {unknown[0]}" if unknown else "without the prompt's tokens"

@@ -93,6 +93,10 @@ class _Version(NamedTuple):
 class _Attributes(dict[str, Any]):
     """Those of an object that is neither a tensor nor a module."""
 
+    def __init__(self, owner: Any, copies: dict[str, Any]) -> None:
+        super().__init__(copies)
+        self.owner = owner
+
 
 def _copied(value: Any, depth: int) -> Any:
     """A copy with the tensors, constants and containers in ``value``; anything else is the thing itself."""
@@ -112,7 +116,7 @@ def _copied(value: Any, depth: int) -> Any:
         return set(value)
     if type(value).__module__.partition(".")[0] in ("builtins", "torch", "numpy") or not hasattr(value, "__dict__"):
         return value
-    return _Attributes((name, _copied(part, depth + 1)) for name, part in vars(value).items())
+    return _Attributes(value, {name: _copied(part, depth + 1) for name, part in vars(value).items()})
 
 
 def _equal(before: Any, after: Any) -> bool:
@@ -148,7 +152,8 @@ def _put_back(current: Any, copy: Any) -> Any:
         current.update(copy)
     elif isinstance(copy, _Attributes):
         for name, part in copy.items():
-            setattr(current, name, _put_back(getattr(current, name, None), part))
+            setattr(copy.owner, name, _put_back(getattr(copy.owner, name, None), part))
+        return copy.owner
     else:
         return copy
     return current

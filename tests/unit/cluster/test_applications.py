@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 from places import GOLDEN
 
+from corewise._version import __version__
 from corewise.cluster.applications import Scale, settings_of
 from corewise.cluster.messages import packed, unpacked
 from corewise.cluster.replica import Mounted
@@ -91,7 +92,9 @@ def test_why_a_replica_does_not_start_is_said_in_one_line() -> None:
         "node a (10.0.0.1): there is no artifact /m.cw there; put it into a folder that all nodes share"
     )
     absent = failure("m", "Traceback\nModuleNotFoundError: No module named 'corewise'\n")
-    assert str(absent) == "m does not start: corewise is not installed on a node; install it on all, as here"
+    assert str(absent) == (
+        f"m does not start: corewise is not installed on a node; install corewise {__version__} on every node"
+    )
     assert str(failure("m", "out of luck\n")) == "m does not start: out of luck; see the logs of Ray Serve's replicas"
 
 

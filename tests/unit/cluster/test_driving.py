@@ -196,11 +196,11 @@ def test_a_node_without_corewise_is_left_out_by_name() -> None:
             (actor,) = (actor for number, actor, *_ in self.waiting if number == call)
             told = super().result(call)
             if actor.machine == NEW:
-                raise EngineError("corewise is not installed there", "install it on all nodes, as here")
+                raise EngineError("corewise is not installed there", "install corewise on every node")
             return told
 
     driven = driver_of(Bare([OLD, NEW])).run()
-    assert driven.left_out == ("node node1: corewise is not installed there; install it on all nodes, as here",)
+    assert driven.left_out == ("node node1: corewise is not installed there; install corewise on every node",)
     assert {share.node for share in driven.shares} == {"node0"}
     with pytest.raises(EngineError, match="node node0: corewise is not installed there"):
         driver_of(Bare([NEW])).run()
@@ -214,7 +214,7 @@ def test_an_actor_that_cannot_import_corewise_says_so(monkeypatch: pytest.Monkey
         raise ray.exceptions.RayTaskError("answer", "", cause)
 
     monkeypatch.setattr(ray, "get", get)
-    with pytest.raises(EngineError, match="corewise is not installed there; install it on all nodes"):
+    with pytest.raises(EngineError, match=r"corewise is not installed there; install corewise \S+ on every node$"):
         RayCrew.result(RayCrew.__new__(RayCrew), object())
 
 

@@ -115,6 +115,12 @@ def test_outputs_of_several_dimensions_are_as_long_as_their_recordings() -> None
         format_of("out.npy", frames.pipeline)
 
 
+def test_what_a_users_function_makes_may_have_no_dimensions() -> None:
+    means = runner([[0.5]], lambda arrays: [arrays[0][:, None]])
+    means._read = lambda item: item[0].mean()
+    assert next(means.answers([(constant(0.5), RATE)])) == 0.5
+
+
 def test_recordings_of_a_users_function_need_that_function() -> None:
     preprocess = AudioPreprocess(rate_hz=RATE, seconds=0.05, function="own.py:powers")
     pipeline, plan = audio_pipeline(preprocess, [np.zeros((1, 1))]), Plan(threads_per_instance=1, instances=1, batch=2)

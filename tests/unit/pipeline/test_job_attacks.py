@@ -138,7 +138,7 @@ def test_a_header_that_does_not_fit_ends_no_job_in_its_middle(tmp_path: Path) ->
     first, second = tmp_path / "a.csv", tmp_path / "b.csv"
     first.write_text("text\n" + "x\n" * 30)
     second.write_text("body,title\ny,z\n")
-    with pytest.raises(SamplesError, match=r"b\.csv has the columns body, title; say which is the text"):
+    with pytest.raises(SamplesError, match=r"b\.csv has the columns body, title; say with --text which is the text"):
         run_job(job_of(tmp_path / "out", first, second), Lengths())
     assert not (tmp_path / "out").exists()
 

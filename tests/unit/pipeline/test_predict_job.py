@@ -130,15 +130,28 @@ def test_an_interrupted_job_resumes_without_doing_a_finished_row_again(
     assert [(row["row"], row["vector"]) for row in rows] == [(row, expected[row]) for row in good]
 
 
-def test_a_job_that_does_nothing_leaves_its_name_free(tokenizer: bytes, tmp_path: Path) -> None:
+@pytest.mark.parametrize("existed", [False, True])
+def test_a_job_that_does_nothing_leaves_its_name_free(tokenizer: bytes, tmp_path: Path, existed: bool) -> None:
     def broken(inputs: Sequence[np.ndarray]) -> list[np.ndarray]:
         raise EngineError("it is broken")
 
     job = job_of(tmp_path / "out", texts(tmp_path, 25), folder=True)
+    if existed:
+        (tmp_path / "out").mkdir()
     with pytest.raises(EngineError):
         run_job(job, runner_of(tokenizer, broken))
-    assert not job.output.exists()
+    assert job.output.exists() == existed
+    assert not existed or list((tmp_path / "out").iterdir()) == []
     assert run_job(job_of(job.output, *job.inputs, folder=True, artifact="b"), runner_of(tokenizer)).rows == 25
+
+
+def test_a_job_that_another_began_is_still_the_others(tmp_path: Path) -> None:
+    kept = job_of(tmp_path / "out", texts(tmp_path, 25), folder=True).kept
+    with kept.begun({}):
+        pass
+    with pytest.raises(EngineError), kept.begun({}):
+        raise EngineError("it is broken")
+    assert kept.same({})
 
 
 def interrupted(*arguments: Any) -> None:

@@ -13,7 +13,7 @@ import pytest
 
 from corewise.common.errors import SamplesError
 from corewise.samples import archives
-from corewise.samples.archives import Unpacked, is_archive, read_archive
+from corewise.samples.archives import Slice, Unpacked, is_archive, read_archive
 
 
 def write(path: Path, *members: tuple[str, bytes], mode: str = "w") -> Path:
@@ -67,7 +67,7 @@ def test_what_was_whole_before_a_small_compressed_archive_broke_is_read(tmp_path
 
 
 def test_a_name_does_not_say_whether_an_archive_is_compressed(tmp_path: Path) -> None:
-    plain = write(tmp_path / "plain.tar", ("a.jpg", b"one"))
+    plain = write(tmp_path / "plain.tar", ("BZhang.jpg", b"one"))  # as bzip2 begins
     packed = write(tmp_path / "packed.tar", ("a.jpg", b"one"), mode="w:gz")
     assert [[one.content for one in read_archive(path)] for path in (plain, packed)] == [[b"one"]] * 2
     slices = [one.slice for path in (plain, packed) for one in read_archive(path, sliced=True)]
@@ -107,8 +107,24 @@ def test_slices_of_compressed_files_are_read_on_in_any_order(tmp_path: Path, kin
     assert unpacked.read(slices[0]) == members[0][1]
     unpacked.close()
     path.unlink()
-    with pytest.raises(OSError, match=r"photos\.tar\..* has changed"):
+    with pytest.raises(FileNotFoundError):
         unpacked.read(slices[0])
+
+
+@pytest.mark.parametrize("kind", ["", "gz"])
+def test_a_slice_of_a_file_that_is_shorter_now_is_refused(tmp_path: Path, kind: str) -> None:
+    path = write(tmp_path / "photos.tar", ("a.jpg", bytes(9)), ("b.jpg", bytes(3000)), mode=f"w:{kind}")
+    first, last = (one.slice for one in read_archive(path, sliced=True))
+    assert first is not None
+    assert last is not None
+    whole = gzip.decompress(path.read_bytes()) if kind else path.read_bytes()
+    path.write_bytes((gzip.compress if kind else bytes)(whole[: last.start + 2000]))
+    unpacked = Unpacked()
+    read = unpacked.read if kind else Slice.read
+    assert read(first) == bytes(9)
+    with pytest.raises(OSError, match=r"photos\.tar has changed: it is shorter now"):
+        read(last)
+    unpacked.close()
 
 
 def test_what_is_no_file_or_leads_out_is_not_read(tmp_path: Path) -> None:
@@ -172,6 +188,16 @@ def test_a_size_that_no_data_follows_lifts_no_limit(tmp_path: Path) -> None:
         file.write(bytes(4 * 2**20))
     _, rest = read_archive(path)
     assert rest.problem == "cannot be read behind member 1: its headers are too long"
+
+
+def test_a_size_that_no_data_follows_ends_no_archive(tmp_path: Path) -> None:
+    path = tmp_path / "link.tar"
+    path.write_bytes(claiming(tarfile.LNKTYPE, 10**6) + write(tmp_path / "b.tar", ("b.jpg", b"two")).read_bytes())
+    for sliced in (False, True):
+        assert [(one.name, one.problem) for one in read_archive(path, sliced=sliced)] == [
+            ("a.jpg", "is a link"),
+            ("b.jpg", ""),
+        ]
 
 
 def test_a_size_beyond_all_files_ends_the_archive(tmp_path: Path) -> None:

@@ -122,6 +122,38 @@ def test_what_is_no_array_of_frames_says_so(array: Any, rate: Any, reason: str) 
         array_recording(array, rate)
 
 
+def encoded(kind: str) -> bytes:
+    file = io.BytesIO()
+    soundfile.write(file, tone(RATE), RATE, format=kind)
+    return file.getvalue()
+
+
+TAG = b"ID3\x04\0\0\0\0\1\2" + bytes(130)
+
+
+@pytest.mark.parametrize("kind", ["WAV", "RF64", "FLAC", "OGG", "MP3", "AIFF"])
+def test_formats_are_told_by_their_heads_behind_tags_too(kind: str) -> None:
+    assert open_audio(encoded(kind)).rate_hz == RATE
+    if kind == "MP3":
+        assert open_audio(TAG * 2 + encoded(kind)).rate_hz == RATE
+
+
+@pytest.mark.parametrize("kind", ["AU", "SVX", "VOC", "W64"])
+@pytest.mark.parametrize("tags", [b"", TAG, TAG * 9])
+def test_other_formats_do_not_reach_the_decoder(kind: str, tags: bytes) -> None:
+    with pytest.raises(UnreadableItem, match="it is no WAV, FLAC, Ogg, MP3 or AIFF file"):
+        open_audio(tags + encoded(kind))
+
+
+def test_a_flac_that_was_written_to_a_pipe_has_no_length() -> None:
+    content = bytearray(encoded("FLAC"))
+    content[21] &= 0xF0
+    content[22:26] = bytes(4)  # the samples in its header
+    for read in (open_audio, audio_size):
+        with pytest.raises(UnreadableItem, match="has no length in its header, as a FLAC file that was written to a"):
+            read(bytes(content), preprocess=AudioPreprocess(rate_hz=RATE))  # type: ignore[operator]
+
+
 def test_a_folder_becomes_samples_and_broken_files_are_set_aside(tmp_path: Path) -> None:
     for number in range(20):
         rate_hz = (8000, RATE)[number % 2]

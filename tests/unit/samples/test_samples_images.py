@@ -130,14 +130,21 @@ def test_class_folders_whose_numbers_are_not_their_classes_are_told(tmp_path: Pa
     assert read(str(make(tmp_path / "few", [f"{number}/a.png" for number in range(4)])), TINY).notes == ()
 
 
+MANY_PARTS = tuple(f"train{number}" for number in range(9))
+
+
 @pytest.mark.parametrize(
     "parts",
-    [("train", "val"), ("training_set", "test_set"), ("train2017", "annotations/"), ("images", "masks")],
-    ids="-".join,
+    [("train", "val"), ("test_set", "training_set"), ("train2017", "annotations/"), ("images", "masks"), MANY_PARTS],
+    ids=lambda parts: "-".join(parts[:2]),
 )
 def test_the_parts_of_a_data_set_are_no_classes(tmp_path: Path, parts: tuple[str, str]) -> None:
     make(tmp_path, [part if part[-1] == "/" else f"{part}/{kind}/a.png" for part in parts for kind in ("cat", "dog")])
-    assert "look like parts of a data set" in error_of(read, str(tmp_path))
+    filled = [part for part in parts if part[-1] != "/"]
+    assert (
+        f"the folders {', '.join(filled[:3])}{' and 6 more' * (len(filled) > 3)} of {tmp_path} look like parts"
+        in error_of(read, str(tmp_path))
+    )
     assert labels_of(read(str(tmp_path / parts[0]), TINY)) == [0, 1]
 
 

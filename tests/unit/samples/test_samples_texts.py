@@ -99,7 +99,7 @@ def test_columns_are_found_where_they_have_their_usual_names(tmp_path: Path) -> 
     path = write_table(tmp_path / "c.csv", [("x",), ("y",)], ("review",))
     assert list(raw(str(path)).items) == ["x", "y"]
     path = write_table(tmp_path / "d.csv", ROWS, ("left", "right", "score"))
-    assert "has the columns left, right, score; say which is the text, e.g. --text left" in error_of(raw, str(path))
+    assert "has the columns left, right, score; say with --text which is the text" in error_of(raw, str(path))
 
 
 @pytest.mark.parametrize("name", ["t.csv", "t.tsv", "t.jsonl", "t.parquet"])
@@ -283,6 +283,7 @@ def test_files_without_texts_are_refused(tmp_path: Path, name: str, content: byt
         ("semicolons.csv", b'"text";"label, or score"\n"a man, who plays";1\n'),
         ("bom.csv", b'\xef\xbb\xbftext,label\n"a man, who plays",1\n'),
         ("later.jsonl", b'{"id": 7}\n{"text": "a man, who plays", "label": 1}\n'),
+        ("more.jsonl", b'{"body": "a man, who plays"}\n{"body": "", "lang": "en"}\n'),
         ("unused.csv", b'note,text,note\nx,"a man, who plays",y\n'),
     ],
 )
@@ -297,6 +298,17 @@ def test_a_column_that_is_there_twice_is_named(tmp_path: Path) -> None:
     parquet.write_table(pyarrow.Table.from_arrays([column, column], names=["text", "text"]), tmp_path / "t.parquet")
     for name in ("t.csv", "t.parquet"):
         assert error_of(raw, str(tmp_path / name)).endswith(" has the column text twice; rename one of them")
+
+
+@pytest.mark.parametrize("name", ["t.csv", "t.tsv", "t.parquet"])
+def test_labels_that_are_not_used_may_be_there_twice(tmp_path: Path, name: str) -> None:
+    names = ["body", "label", "label"]
+    if name == "t.parquet":
+        parquet.write_table(pyarrow.Table.from_arrays([pyarrow.array(["a"])] * 3, names=names), tmp_path / name)
+    else:
+        write_table(tmp_path / name, [("a", "b", "c")], names)
+    assert [item.value for item in iterate_table(tmp_path / name, samples=False)] == ["a"]
+    assert error_of(raw, str(tmp_path / name)).endswith(" has the column label twice; rename one of them")
 
 
 def test_a_header_of_any_width_makes_a_short_message(tmp_path: Path) -> None:

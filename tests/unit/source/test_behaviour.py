@@ -113,6 +113,16 @@ class KeepsAnObject(Net):
         return self.linear(x) * self.session.calls
 
 
+class KeepsObjectsInAList(Net):
+    def __init__(self) -> None:
+        super().__init__()
+        self.sessions = [Session()]
+
+    def forward(self, x):
+        self.sessions[0].calls += 1  # counts in a list
+        return self.linear(x) * self.sessions[0].calls
+
+
 class Session:
     calls = 0
 
@@ -354,6 +364,7 @@ def test_a_counter_that_answers_are_computed_from_is_told():
         (ScalesByTheLargest(), "# keeps the largest", "cache changes with each call"),
         (KeepsAListOfTensors(), "# fills a list", "_past changes with each call"),
         (KeepsAnObject(), "# counts elsewhere", "session changes with each call"),
+        (KeepsObjectsInAList(), "# counts in a list", "sessions changes with each call"),
         (CanBeReset(), "# goes on", "state changes with each call"),
         (EverySeventhCall(), "# numbers its calls", "number changes with each call"),
         (CountsElsewhere(), "# from elsewhere", "differently each time (/"),

@@ -218,6 +218,9 @@ def test_the_real_minilm_is_what_its_card_says(data_folder: Path) -> None:
             "has a WordWeights, which is not supported",
         ),
         ("1_Pooling/config.json", {"pooling_mode_attention": True}, "pools by attention, which is not supported"),
+        ("1_Pooling/config.json", {"pooling_mode": 3}, "pools by 3, which is not supported"),
+        ("1_Pooling/config.json", {"pooling_mode": []}, "pools by [], which is not supported"),
+        ("1_Pooling/config.json", {"pooling_mode": ["mean", 3]}, "pools by 3, which is not supported"),
         ("1_Pooling/config.json", {"include_prompt": False}, "pools without the prompt's tokens"),
     ],
 )

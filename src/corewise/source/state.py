@@ -17,19 +17,19 @@ from corewise.records.behaviour import Origin
 CONSTANTS = (type(None), bool, int, float, str)
 DEEPEST = 4
 """Containers and objects within each other that are looked into; a cache is a dict of lists of tensors at most."""
-OWN = frozenset(vars(nn.Module())) - {"training"} | {"config"}
-"""The attributes of ``nn.Module`` itself but its mode; a configuration is none of the state."""
+OWN = frozenset(vars(nn.Module())) | {"config"}
+"""The attributes of ``nn.Module`` itself; a configuration is none of the state."""
 
 State = Mapping[str, Any]
 """By their names: buffers and attributes as ``kept_state`` copies them, and the versions of parameters."""
 
 
 def kept_state(module: nn.Module) -> dict[str, Any]:
-    """A copy of what a module keeps between calls: its buffers, and the values and containers in its attributes."""
+    """A copy of what a module keeps between calls: its mode, buffers, and the values and containers in attributes."""
     kept: dict[str, Any] = {}
     for path, part in module.named_modules():
         attributes = {name: value for name, value in vars(part).items() if name not in OWN}
-        for name, value in {**part._buffers, **attributes}.items():
+        for name, value in {"training": part.training, **part._buffers, **attributes}.items():
             kept[f"{path}.{name}" if path else name] = _copied(value, 0)
     for name, parameter in module.named_parameters():
         kept[name] = _Version(parameter.data_ptr(), 0 if parameter.is_inference() else parameter._version)
@@ -47,12 +47,15 @@ def restore_state(module: nn.Module, kept: State) -> None:
     now = kept_state(module)
     for name in {**now, **kept}:
         path, dot, attribute = name.rpartition(".")
-        if f"{path}{dot}training" not in kept or isinstance(now.get(name, kept.get(name)), _Version):
+        stayed = all(f"{path}{dot}training" in state for state in (now, kept))
+        if not stayed or any(isinstance(state.get(name), _Version) for state in (now, kept)):
+            continue
+        if name in now and name in kept and _equal(kept[name], now[name]):
             continue
         part = module.get_submodule(path)
         if name not in kept:
             delattr(part, attribute)
-        elif name not in now or not _equal(kept[name], now[name]):
+        else:
             setattr(part, attribute, _put_back(getattr(part, attribute, None), kept[name]))
 
 

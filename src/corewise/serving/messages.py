@@ -214,8 +214,14 @@ def sizes(request: Any) -> tuple[int, int]:
 
 
 def client_of(context: Any) -> str:
-    """The client, as HTTP has it; nothing for a unix socket."""
+    """The client, as HTTP has it; empty for a unix socket."""
     return _client_at(context.peer())
+
+
+def peer_of(context: Any) -> tuple[str, int]:
+    """The client and the port of its connection; ``("", 0)`` for a unix socket."""
+    client = client_of(context)
+    return (client, int(context.peer().rpartition(":")[2])) if client else ("", 0)
 
 
 @lru_cache(4096)

@@ -7,9 +7,9 @@ beyond its share are shut down, which the library takes for the client's end.
 import asyncio
 import os
 import socket
+import stat
 from collections.abc import AsyncIterator, Callable, Collection, Iterator
 from contextlib import contextmanager, suppress
-from time import monotonic
 from typing import Any
 
 import grpc
@@ -23,7 +23,9 @@ METADATA_BYTES = 16 * 1024
 ENTRY_BYTES = 32
 LOOK_S, SHORTLY_S = 0.5, 0.05
 """From one look at all connections to the next, and after one that found too many."""
-BARRED_S = 10.0
+
+Peer = tuple[str, int]
+"""A client, and the port of its connection."""
 
 
 class Shares:
@@ -33,10 +35,11 @@ class Shares:
         """``on_refused`` is called for each connection that is shut down."""
         self._most, self._most_of_client = most, max(1, int(most * client_share))
         self._on_refused = on_refused
-        self._known: dict[int, str] = {}
-        """Client by inode of the connections of the last look, the oldest first."""
-        self._barred: dict[str, float] = {}
-        """Until when clients have no connection."""
+        self._peers: dict[int, Peer | None] = {}
+        """Of this process's sockets by inode, the oldest first; ``None`` if it is no connection to the port."""
+        self._shut: set[int] = set()
+        """Inodes of connections that were shut down, which the library has not closed yet."""
+        self._unwelcome: set[Peer] = set()
         self._hurry = asyncio.Event()
         self._keeper: asyncio.Task[None] | None = None
 
@@ -44,11 +47,10 @@ class Shares:
         """Look at the connections to this port, until it is closed."""
         self._keeper = asyncio.create_task(self._keep(port))
 
-    def bar(self, client: str) -> None:
-        """Shut down all connections of a client, and its new ones for a while; nothing for a unix socket's."""
-        if client:
-            self._barred[client] = monotonic() + BARRED_S
-            self._hurry.set()
+    def end(self, peer: Peer) -> None:
+        """Shut down this connection; that of a unix socket stays."""
+        self._unwelcome.add(peer)
+        self._hurry.set()
 
     def close(self) -> None:
         """Look no more."""
@@ -61,45 +63,54 @@ class Shares:
             with suppress(TimeoutError):
                 await asyncio.wait_for(self._hurry.wait(), pause_s)
             self._hurry.clear()
-            self._barred = {client: until_s for client, until_s in self._barred.items() if until_s > monotonic()}
-            refused = await asyncio.to_thread(self._look, port, frozenset(self._barred))
+            unwelcome, self._unwelcome = self._unwelcome, set()
+            refused = await asyncio.to_thread(self._look, port, unwelcome)
             pause_s = SHORTLY_S if refused else LOOK_S
             for _ in range(refused):
                 self._on_refused()
 
-    def _look(self, port: int, barred: Collection[str]) -> int:
-        """Shut down what is too much; how many connections that were."""
+    def _look(self, port: int, unwelcome: Collection[Peer]) -> int:
+        """Shut down what is unwelcome or too much; how many connections that were."""
         try:
-            handles = [int(name) for name in os.listdir("/proc/self/fd")]
+            where = _sockets()
         except OSError:  # no file is left to look with
             return 0
-        if len(handles) <= self._most_of_client and not barred:  # as nearly always: no address can have too many
-            self._known = {}
-            return 0
-        clients, where = {}, {}
-        for handle in handles:
-            with _tcp(handle) as one, suppress(OSError):  # it listens, or is gone
-                if one is not None and one.getsockname()[1] == port:
-                    inode = os.fstat(one.fileno()).st_ino
-                    clients[inode], where[inode] = client_of(one.getpeername()[0]), handle
-        seats = Seats(self._most, self._most_of_client)
-        ordered = [inode for inode in self._known if inode in clients]
-        ordered += [inode for inode in clients if inode not in self._known]
-        welcome = [inode for inode in ordered if clients[inode] not in barred]
-        self._known = {inode: clients[inode] for inode in welcome if seats.take(clients[inode])}
-        refused = clients.keys() - self._known
-        for inode in refused:
-            with _tcp(where[inode]) as one, suppress(OSError):
-                if one is not None and os.fstat(one.fileno()).st_ino == inode:
+        self._peers = {inode: peer for inode, peer in self._peers.items() if inode in where}
+        self._shut &= where.keys()
+        for inode in sorted(where.keys() - self._peers.keys()):  # they grow, but for each CPU apart
+            with _opened(inode, where[inode]) as one:
+                if one is not None:
+                    self._peers[inode] = _peer(one, port)
+        seats, refused = Seats(self._most, self._most_of_client), 0
+        for inode, peer in self._peers.items():
+            if peer is None or inode in self._shut or (peer not in unwelcome and seats.take(peer[0])):
+                continue
+            with _opened(inode, where[inode]) as one, suppress(OSError):  # its client is gone
+                if one is not None:
+                    self._shut.add(inode)
+                    refused += 1
                     one.shutdown(socket.SHUT_RDWR)
-        return len(refused)
+        return refused
+
+
+def _sockets() -> dict[int, int]:
+    """The sockets of this process: their handles by inode."""
+    found = {}
+    for handle in map(int, os.listdir("/proc/self/fd")):
+        try:
+            status = os.fstat(handle)
+        except OSError:  # it is closed
+            continue
+        if stat.S_ISSOCK(status.st_mode):
+            found[status.st_ino] = handle
+    return found
 
 
 @contextmanager
-def _tcp(handle: int) -> Iterator[socket.socket | None]:
-    """The TCP socket with that handle of this process, by a handle of its own, as others may close theirs."""
+def _opened(inode: int, handle: int) -> Iterator[socket.socket | None]:
+    """The socket, by a handle of its own, as others may close theirs; ``None`` if that happened, or none is left."""
     found = None
-    with suppress(OSError):  # it is closed
+    with suppress(OSError):
         copy = os.dup(handle)
         try:
             found = socket.socket(fileno=copy)
@@ -109,19 +120,29 @@ def _tcp(handle: int) -> Iterator[socket.socket | None]:
         yield None
         return
     with found:
-        yield found if found.family in (socket.AF_INET, socket.AF_INET6) else None
+        yield found if os.fstat(found.fileno()).st_ino == inode else None
+
+
+def _peer(one: socket.socket, port: int) -> Peer | None:
+    """Who is at the other end of a socket, if it is a connection to the port."""
+    if one.family in (socket.AF_INET, socket.AF_INET6):
+        with suppress(OSError):  # it listens, or its client is gone
+            if one.getsockname()[1] == port:
+                host, from_port, *_ = one.getpeername()
+                return client_of(host), from_port
+    return None
 
 
 class Overfull(grpc.GenericRpcHandler):  # type: ignore[misc]
     """The first handler there: refuses calls with more metadata than may be, which gRPC let through.
 
     Its limit does not count an entry that names an earlier one (HPACK, RFC 7541), a byte each: a frame of 16 KiB
-    becomes 2 MB. Nobody does so by chance, so the client is barred.
+    becomes 2 MB. Nobody does so by chance, so the connection is shut down.
     """
 
     def __init__(self, shares: Shares) -> None:
         async def refuse(requests: AsyncIterator[bytes], context: Any) -> None:
-            shares.bar(messages.client_of(context))
+            shares.end(messages.peer_of(context))
             await context.abort(grpc.StatusCode.RESOURCE_EXHAUSTED, "the call has too much metadata")
 
         self._refusal = grpc.stream_unary_rpc_method_handler(refuse)

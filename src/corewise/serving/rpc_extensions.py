@@ -13,7 +13,9 @@ from grpc_reflection.v1alpha import reflection, reflection_pb2
 from corewise.batching import NotServed
 from corewise.common.errors import CorewiseError
 from corewise.serving import health, messages, oip, triton
+from corewise.serving.budget import Booking
 from corewise.serving.front import Front
+from corewise.serving.memory_limit import answer_bytes
 from corewise.serving.messages import Receiver, Streams
 from corewise.serving.methods import Method
 from corewise.serving.metrics import Metrics
@@ -67,30 +69,39 @@ class Stream:
     def __init__(self, metrics: Metrics, infer: Infer, front: Front, limits: Limits, context: Any) -> None:
         self._metrics, self._infer, self._front, self._limits, self._context = metrics, infer, front, limits, context
         self._client = messages.client_of(context)
-        self._answers: asyncio.Queue[asyncio.Task[Any] | None] = asyncio.Queue(MOST_IN_STREAM)
+        self._answers: asyncio.Queue[asyncio.Task[tuple[Any, Booking]] | None] = asyncio.Queue(MOST_IN_STREAM)
+        self._begun: set[asyncio.Task[tuple[Any, Booking]]] = set()
+        """Whose answers are not sent yet."""
 
     async def answers(self, requests: AsyncIterator[bytes]) -> AsyncIterator[Any]:
         """A ``ModelStreamInferResponse`` for each message."""
         reader = asyncio.ensure_future(self._read(requests))
         try:
             while (answer := await self._answers.get()) is not None:
-                yield await answer
+                response, unread = await answer
+                self._begun.discard(answer)
+                with unread:
+                    yield response
         finally:
             reader.cancel()
-            while not self._answers.empty():
-                if (left := self._answers.get_nowait()) is not None:
-                    left.cancel()
+            while not self._answers.empty():  # so that the reader's last word has a place
+                self._answers.get_nowait()
+            for left in self._begun:
+                left.cancel()
+                left.add_done_callback(_give_back)
 
     async def _read(self, requests: AsyncIterator[bytes]) -> None:
         try:
             async for data in requests:
-                await self._answers.put(asyncio.ensure_future(self._answer(data)))
+                answer = asyncio.ensure_future(self._answer(data))
+                self._begun.add(answer)
+                await self._answers.put(answer)
         finally:
             await self._answers.put(None)
 
-    async def _answer(self, data: bytes) -> Any:
-        """The answer to one message, whose bytes are booked until then."""
-        request, about = None, {}
+    async def _answer(self, data: bytes) -> tuple[Any, Booking]:
+        """The answer to one message, whose bytes are booked until then, and what it books until it is read."""
+        request, about, unread = None, {}, self._front.booking(self._client)
         try:
             with self._front.booking(self._client) as booking:
                 booking.add(len(data))
@@ -101,7 +112,8 @@ class Stream:
                 )
                 about = {"model_name": request.model_name, "model_version": request.model_version, "id": request.id}
                 answer = await self._infer(request, self._context)
-                return oip.message("ModelStreamInferResponse")(infer_response=answer)
+                unread.add(answer_bytes(answer.ByteSize()))
+                return oip.message("ModelStreamInferResponse")(infer_response=answer), unread
         except (ProtocolError, NotServed) as error:
             _count_unknown(self._metrics, error)
             why = str(error)
@@ -111,7 +123,13 @@ class Stream:
         except Exception:  # the request boundary: the other requests of the stream go on
             log.exception("a request of a gRPC stream failed")
             why = "the server failed; its log says why"
-        return oip.message("ModelStreamInferResponse")(error_message=why, infer_response=about)
+        return oip.message("ModelStreamInferResponse")(error_message=why, infer_response=about), unread
+
+
+def _give_back(answer: "asyncio.Task[tuple[Any, Booking]]") -> None:
+    """Nobody will read this answer."""
+    if not answer.cancelled():
+        answer.result()[1].__exit__()
 
 
 def _reflection() -> list[Method]:

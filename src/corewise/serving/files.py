@@ -11,7 +11,7 @@ import numpy as np
 
 from corewise.common.errors import SamplesError
 from corewise.samples.images import TooManyPixels
-from corewise.serving.protocol import Asked, InferRequest, Limits, ProtocolError
+from corewise.serving.protocol import Asked, InferRequest, Limits, ProtocolError, not_json
 from corewise.serving.served import Served
 
 MOST_FILES = 64
@@ -84,7 +84,7 @@ def content(body: bytes, content_type: str, key: str) -> bytes:
     except msgspec.ValidationError as error:
         raise ProtocolError(f"the body has no {key}", fix) from error
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
-        raise ProtocolError(f"the body is not a JSON object: {error}") from error
+        raise ProtocolError(f"the body is not a JSON object: {not_json(error, body)}") from error
     if found is None:
         raise ProtocolError(f"the body has no {key}", fix)
     decoded = _from_base64(found.encode("utf-8", "replace"))

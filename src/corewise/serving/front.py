@@ -26,7 +26,7 @@ from corewise.serving.files import Batch, Media, Work
 from corewise.serving.memory_limit import COPIES
 from corewise.serving.models import Models
 from corewise.serving.pool import Pool
-from corewise.serving.protocol import InferRequest, Limits
+from corewise.serving.protocol import InferRequest, Limits, ProtocolError
 from corewise.serving.served import Served
 from corewise.serving.turns import Turns
 
@@ -36,6 +36,8 @@ SMALL_BYTES = 4096
 """What is parsed in the event loop: a hop to a thread would take longer."""
 SMALL_TENSOR_BYTES = 2**20
 """Binary tensors are not parsed, but looked through."""
+LONG_BYTES = 2**20
+"""Recordings of more bytes may have headers that take long to read: those of FLAC 27 ms for each MB of empty blocks."""
 LARGE_BYTES = 64_000_000
 """Files that take more memory are decoded one at a time, images of over 8 megapixels among them."""
 MOST_THREADS = 8
@@ -279,7 +281,13 @@ class Front:
             found = [files.unpacked(body) for body in bodies]
             return found, [media.work(one, served, self._limits) for one in found]
 
-        unpacked, work = await self._readers.run(look, kind="headers", size=len(bodies), deadline_s=deadline_s)
+        is_long = media is recordings and sum(map(len, bodies)) > LONG_BYTES
+        pool, kind = (self._decoders, "long headers") if is_long else (self._readers, "headers")
+        unpacked, work = await pool.run(look, kind=kind, size=len(bodies), deadline_s=deadline_s)
+        size = sum(one.size for one in work)
+        if media is recordings and size > self._limits.samples:
+            what = f"the recordings have {size:,} samples together, the server takes {self._limits.samples:,}"
+            raise ProtocolError(what, "send fewer a request", 413)
         decoding_bytes = max(one.decoding_bytes for one in work)
         decoder = self._large_decoder if decoding_bytes > LARGE_BYTES else self._decoders
         took_s = 0.0
@@ -294,7 +302,6 @@ class Front:
             took_s = monotonic() - started_s
             return batch
 
-        size = sum(one.size for one in work)
         batch = await decoder.run(
             decode, kind=media.KIND, size=size, deadline_s=deadline_s, later_s=self.later_s(served)
         )

@@ -270,7 +270,11 @@ def _array(values: list[Any], spec: TensorSpec) -> np.ndarray:
             return protocol.objects([item.encode() for item in values], [len(values)])
         if kind in "fb":
             with np.errstate(over="ignore"):
-                return np.array(values, spec.dtype)
+                found = np.array(values, spec.dtype)
+            if not np.isfinite(found).all():
+                number = values[int(np.isfinite(found).argmin())]
+                raise OverflowError(f"{number} is out of its range")
+            return found
         return protocol.checked_integers(np.array(values, "u8" if kind == "u" else "i8"), spec)
     except (OverflowError, UnicodeEncodeError) as error:
         raise ProtocolError(f"the data of the input {spec.name} are not {DATATYPES[spec.dtype]}: {error}") from error

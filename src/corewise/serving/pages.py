@@ -131,7 +131,7 @@ def _model(served: Served) -> str:
                 f"<td>{escape(ranges)}"
             )
     parts.append("</table>")
-    if served.media is not None:
+    if served.takes_files:
         verb, name = served.file_call or "classify", "cat.jpg" if served.audio is None else "speech.wav"
         command = f"curl --data-binary @{name} http://HOST/v2/models/{served.name}/{verb}"
         parts.append(f"<pre>{escape(command)}</pre>")
@@ -165,7 +165,7 @@ def openapi(models: Sequence[Served]) -> dict[str, Any]:
     if names := sorted({one.name for one in models}):
         found["components"]["parameters"]["name"]["schema"]["enum"] = names
     absent = []
-    if not any(one.media for one in models):
+    if not any(one.takes_files for one in models):
         absent.append("/classify")
     if not any(one.file_call == "detect" for one in models):
         absent.append("/detect")

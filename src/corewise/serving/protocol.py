@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from math import isfinite, prod
 from typing import Any
 
+import msgspec
 import numpy as np
 
 from corewise.common.errors import CorewiseError
@@ -38,10 +39,18 @@ EXTENSIONS = (
     "schedule_policy",
     "statistics",
 )
-HALF_PAIR = re.compile(rb"\\u[dD][89abAB][0-9a-fA-F]{2}(?!\\u[dD][c-fC-F])")
+HALF_PAIR = re.compile(
+    rb"(?:[^\\]++|\\u[dD][89abAB][0-9a-fA-F]{2}\\u[dD][c-fC-F]|\\(?!u[dD][89a-fA-F]).)*+\\u[dD][89a-fA-F]", re.DOTALL
+)
+"""JSON up to half of a surrogate pair; msgspec says of some that the text is malformed or ends too early."""
+HALF_PAIR_BYTES = 2**18
+"""How far it is looked for: 6 ms at most."""
 MOST_TENSORS = 64
+"""Inputs, or outputs, of a request."""
 MOST_ID = 256
+"""Characters of a request's id."""
 MOST_PRIORITY = 100
+"""The highest priority; the lowest is the same below 0."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -265,8 +274,9 @@ def _strings(data: memoryview, spec: TensorSpec, shape: Sequence[int]) -> np.nda
 
 
 def not_json(error: Exception, text: bytes | memoryview) -> str:
-    """Why a text is not JSON, in one line. Half of a surrogate pair near its end msgspec takes for a missing end."""
-    if HALF_PAIR.search(text):
+    """Why a text is not JSON, or not the JSON that is wanted, in one line."""
+    is_malformed = isinstance(error, msgspec.DecodeError) and not isinstance(error, msgspec.ValidationError)
+    if is_malformed and HALF_PAIR.match(text, 0, HALF_PAIR_BYTES):
         return "it has half of a surrogate pair"
     return " ".join(str(error).split())[:200]
 

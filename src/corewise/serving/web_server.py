@@ -166,6 +166,7 @@ class _Patient(Connection):
     def on_headers_complete(self) -> None:
         self._is_begun = False
         self._come()
+        self._check_headers()
         self._pieced += 1
         if self._pieced > MOST_PIPELINED or len(self.pipeline) >= MOST_PIPELINED:
             self._cut_off()
@@ -278,6 +279,15 @@ class _Patient(Connection):
         if self.cycle is not None and not self.cycle.response_complete:
             return False
         return not (self._seat.is_extra or self.flow.write_paused or self.transport.is_closing())
+
+    def _check_headers(self) -> None:
+        """Raise ``ValueError`` where servers disagree on whose request it is, or where it ends.
+
+        See RFC 9112, sections 3.2 and 6.1.
+        """
+        codings = [value.lower() for name, value in self.headers if name == b"transfer-encoding"]
+        if codings not in ([], [b"chunked"]) or sum(name == b"host" for name, _ in self.headers) > 1:
+            raise ValueError("there are two hosts, or a transfer coding other than chunked")
 
     def _count(self, size: int) -> None:
         self._header_bytes += size

@@ -185,6 +185,34 @@ def test_a_request_that_was_refused_is_refused_again_without_reading_it_again():
 
 
 @pytest.mark.parametrize(
+    ("more", "is_read"),
+    [
+        (b"", True),
+        (b"host: y\r\n", False),
+        (b"transfer-encoding: Chunked\r\n", True),
+        (b"transfer-encoding: gzip, chunked\r\n", False),
+        (b"transfer-encoding: gzip\r\ntransfer-encoding: chunked\r\n", False),
+    ],
+)
+def test_a_request_with_two_hosts_or_an_unknown_coding_is_none(more, is_read):
+    async def app(scope, receive, send):
+        """Is asked only if the gate has no answer."""
+
+    def test(front):
+        made, wire, room = gate_of(front), Wire(), Room(10, 1.0)
+        config = web_server.config(app, room)
+        config.gate = made.gate
+        connection = web_server._Patient(config, ServerState(), {}, room.seat("1.1.1.1"))
+        connection.connection_made(wire)
+        length = b"" if b"chunked" in more.lower() else b"content-length: 3\r\n"
+        connection.data_received(b"POST /v2/models/m/infer HTTP/1.1\r\nhost: x\r\n" + length + more + b"\r\n")
+        assert any(part.startswith(b"HTTP/1.1 400") for part in wire.written) != is_read
+        connection.connection_lost(None)
+
+    crowded(test)
+
+
+@pytest.mark.parametrize(
     ("method", "size", "more", "writes"),
     [
         ("GET", 5, "", 1),

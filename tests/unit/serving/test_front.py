@@ -6,6 +6,7 @@ import threading
 import time
 from concurrent.futures import Future
 from math import inf
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -13,14 +14,15 @@ import pytest
 from corewise.batching import Accepted, LatencyTable, NotServed, Policy, Refused, Request
 from corewise.batching.policy import Place, _Plan
 from corewise.records.build import TensorSpec
-from corewise.serving import json_body, oip, rpc
+from corewise.serving import json_body, oip, recordings, rpc
 from corewise.serving.costs import HALF_S, Costs, Tail
 from corewise.serving.deliveries import Deliveries
+from corewise.serving.files import Work
 from corewise.serving.frames import LONGEST_BYTES, MOST_FRAMES, Frames
-from corewise.serving.front import LOOK_EACH, SLACK_S, TICK_S, Front
+from corewise.serving.front import LONG_BYTES, LOOK_EACH, SLACK_S, TICK_S, Front
 from corewise.serving.infer import target
 from corewise.serving.pool import Pool
-from corewise.serving.protocol import Limits
+from corewise.serving.protocol import Limits, ProtocolError
 from corewise.serving.refusals import told
 from corewise.serving.rpc_frames import RpcFrames
 from corewise.serving.statistics import Statistics
@@ -215,6 +217,25 @@ def test_an_image_is_refused_by_its_size_before_it_is_read():
         front.close()
 
     asyncio.run(main())
+
+
+@pytest.mark.parametrize(("size_bytes", "pool"), [(100, "read"), (LONG_BYTES, "decode")])
+def test_recordings_count_together_and_long_ones_do_not_hold_up_what_is_parsed(size_bytes, pool, monkeypatch):
+    threads = []
+
+    def work(body, served, limits):
+        threads.append(threading.current_thread().name.partition("_")[0])
+        return Work(limits.samples // 2, 1, 1)
+
+    async def main():
+        monkeypatch.setattr(recordings, "work", work)
+        front, served = Front(Limits(), 16), SimpleNamespace(audio=object())
+        with pytest.raises(ProtocolError, match=r"have 150,000,000 samples together, the server takes 100,000,000"):
+            await front._decoded([bytes(size_bytes)] * 3, served, "1.1.1.1", later(60.0))
+        front.close()
+
+    asyncio.run(main())
+    assert threads == [pool] * 3
 
 
 def test_a_large_request_is_refused_unread_but_for_some_and_not_where_priorities_count():

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 
 from corewise.records.build import TensorSpec
-from corewise.serving import protocol
+from corewise.serving import files, protocol
 from corewise.serving.json_body import parse, render
 from corewise.serving.protocol import DATATYPES, Asked, ProtocolError
 
@@ -85,6 +85,38 @@ def test_texts_in_place_of_inputs_are_told_by_their_names():
     assert told([text], "ids", "text") == "there is no input 'ids'; the model has text"
     # json.dumps writes it as a client of Python does that read a broken file.
     assert told([text], "text", data="a \ud800 b") == "the request cannot be read: it has half of a surrogate pair"
+
+
+HALF = "the request cannot be read: it has half of a surrogate pair"
+
+
+@pytest.mark.parametrize(
+    ("body", "told"),
+    [
+        (rb'{"id": "\ud83d"}', HALF),
+        (rb'{"id": "\ude00"}', HALF),
+        (rb'{"id": "\\\ud83d"}', HALF),
+        (rb'{"id": "\ud83d and more"}', HALF),
+        (rb'{"inputs": 5, "id":"\\ud83d x"}', "the request cannot be read: Expected `array`, got `int`"),
+        (rb'{"id":"\\ud83d"', "the request cannot be read: Input data was truncated"),
+    ],
+)
+def test_half_of_a_surrogate_pair_is_told_where_it_is_one(body, told):
+    assert_told(body, match=told)
+
+
+def test_half_of_a_surrogate_pair_is_told_beside_a_file_too():
+    with pytest.raises(ProtocolError, match="half of a surrogate pair"):
+        files.content(rb'{"audio":"\ud83d"}', "application/json", "audio")
+
+
+def test_numbers_beyond_the_datatype_are_told():
+    (found,) = parse(request(tensor(data=[3.4e38, -1, 0])), None, [IMAGE], [SCORES]).inputs
+    assert np.isfinite(found).all()
+    assert_told(request(tensor(data=[0, -1e39, 1])), match=r"the input x are not FP32: -1e\+39 is out of its range")
+    half = TensorSpec(name="x", dtype="float16", shape=(None,))
+    many = tensor(shape=[50_000], datatype="FP16", data=[1.0] * 49_999 + [70_000])
+    assert_told(request(many), inputs=[half], match="the input x are not FP16: 70000.0 is out of its range")
 
 
 def test_inputs_come_in_the_models_order():

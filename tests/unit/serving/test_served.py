@@ -4,12 +4,14 @@ import subprocess
 import sys
 from concurrent.futures import Future
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
 from corewise.batching import Answer, NotServed
 from corewise.common.errors import InputError
+from corewise.records.build import TensorSpec
 from corewise.serving import oip, pages
 from corewise.serving.models import Models
 from corewise.serving.protocol import DTYPES, ProtocolError
@@ -93,6 +95,22 @@ def test_openapi_knows_the_protocols_datatypes():
     paths = pages.openapi([])["paths"]
     assert not {"/v2/models/{name}/classify", *pages.TEXT_PATHS} & set(paths)
     assert "/v1/models" in paths
+
+
+@pytest.mark.parametrize("takes_files", [True, False])
+def test_pages_show_classify_only_for_a_model_that_takes_files(takes_files):
+    model = SimpleNamespace(
+        **dict.fromkeys(("name", "version"), "m"),
+        **dict.fromkeys(("photos", "audio", "media"), object()),
+        takes_files=takes_files,
+        file_call="classify" if takes_files else None,
+        text=None,
+        inputs=(TensorSpec(name="x", dtype="float32", shape=(None, 2)),),
+        outputs=(TensorSpec(name="y", dtype="float32", shape=(None, 2)),),
+        described_inputs=list,
+    )
+    assert ("/v2/models/m/classify" in pages.docs([model])) == takes_files
+    assert ("/v2/models/{name}/classify" in pages.openapi([model])["paths"]) == takes_files
 
 
 @pytest.mark.parametrize(

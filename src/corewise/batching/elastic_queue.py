@@ -6,7 +6,6 @@ calls that requests share.
 
 from bisect import bisect_right
 from dataclasses import dataclass
-from functools import lru_cache
 from math import inf
 
 from corewise.batching.elastic import Arrivals
@@ -45,9 +44,8 @@ class ElasticTables:
         return Partitions({self.threads: self.narrow, self.cores: self.wide}, self.cores)
 
 
-@lru_cache(maxsize=8)
 def _rounds(tables: ElasticTables, most_wide: int, most_narrow: int, shared: bool) -> Rounds:
-    """How rounds of such calls begin; what was solved for a queue is there for the next one of the same tables."""
+    """How rounds of such calls begin."""
     wide_s, narrow_s = (
         [0.0, *(table.latency_ms(rows) / 1e3 for rows in range(1, most + 1))]
         for table, most in ((tables.wide, most_wide), (tables.narrow, most_narrow))
@@ -58,9 +56,9 @@ def _rounds(tables: ElasticTables, most_wide: int, most_narrow: int, shared: boo
 class _WideCalls(Policy):
     """Plays wide calls through, one after the other; nothing waits in it."""
 
-    def late_s(self, waiting: list[Place], free_s: float) -> float:
+    def late_s(self, waiting: list[Place], free_s: float, new: Place | None) -> float:
         """How late the latest call is."""
-        return self._late_s(waiting, [free_s])
+        return self._late_s(waiting, [free_s], new)
 
     def slow_down(self, slowness: float) -> None:
         """Calls take so much longer than measured."""
@@ -158,7 +156,8 @@ class ElasticQueue(Policy):
 
     def turn(self, now_s: float) -> int | None:
         """As of ``Policy``: the wide instance if the next call is to have all cores."""
-        if self._wide_end_s is not None or self._is_about_free(now_s):
+        self.look_again_s = self._until_about_free_s(now_s)
+        if self._wide_end_s is not None or self.look_again_s < inf:
             return None
         self._decided = now_s, self._rows_of_wide_call(now_s)
         return self.wide if self._decided[1] else super().turn(now_s)
@@ -183,27 +182,33 @@ class ElasticQueue(Policy):
         self._end_s = dict.fromkeys(self._end_s, end_s)
         return Batch(requests=tuple(place.request for place in taken), end_s=end_s, dropped=dropped)
 
-    def _is_about_free(self, now_s: float) -> bool:
-        """Whether the narrow calls that run should end so soon that what waits starts on all cores then.
+    def _until_about_free_s(self, now_s: float) -> float:
+        """Until when what waits is kept for all cores, because the narrow calls that run should end soon; else ``inf``.
 
-        So it does too if it would be late otherwise. Calls that begin at different times would keep the wide instance
-        idle for as long as the load lasts.
+        So it is too if it would be late otherwise. Calls that begin at different times would keep the wide instance
+        idle for as long as the load lasts. Calls may take longer than they should, so the time is short.
         """
         if not self._rows or len(self._rows) == len(self._end_s) or not self._is_wide_open:
-            return False
+            return inf
         if not self._waiting:
-            return False
-        all_free_s = max(self._free_s(now_s))
-        if self._waiting[0].deadline_s < inf and self._late_s(self._waiting, self._free_s(now_s)) > 0:
-            return self._late_wide_s(self._waiting, all_free_s) <= 0
+            return inf
+        moment_s, is_due = SOON * self._narrow_s[1], self._waiting[0].deadline_s < inf
+        if is_due and len(self._waiting) > LONG:
+            return inf
+        if is_due and self._late_s(self._waiting, self._free_s(now_s)) > 0:
+            last_s = max(end_s for end_s in self._end_s.values() if end_s is not None)
+            is_late = self._late_wide_s(self._waiting, max(self._free_s(now_s))) > 0
+            return inf if is_late else max(now_s + moment_s, last_s)
         if len(self._waiting) > FEW * len(self._end_s):
-            return False
+            return inf
         end_s = max(
             self._began_s[instance] + self._pace * self._narrow_s[rows] for instance, rows in self._rows.items()
         )
-        if abs(end_s - now_s) > SOON * self._narrow_s[1]:
-            return False
-        return self._waiting[0].deadline_s == inf or self._are_in_time(self._waiting, all_free_s)
+        if not end_s - moment_s <= now_s < end_s + moment_s:
+            return inf
+        if is_due and not self._are_in_time(self._waiting, max(self._free_s(now_s))):
+            return inf
+        return end_s + moment_s
 
     @property
     def _is_busy(self) -> bool:
@@ -238,6 +243,8 @@ class ElasticQueue(Policy):
         """``most``, or what the deadlines make of it: what leaves all in time, if anything does."""
         if head.deadline_s == inf:
             return most
+        if len(self._waiting) > LONG:  # so many were accepted only because narrow calls are in time
+            return 0
         left_s = (head.deadline_s - now_s) / self.slowness
         in_time = min(bisect_right(self._wide_s, left_s) - 1, self._most_wide)
         for wish in (most, 0, rows):
@@ -263,13 +270,13 @@ class ElasticQueue(Policy):
             or min(self._late_s(waiting, [free_s] * len(self._end_s)), self._late_wide_s(waiting, free_s)) <= 0
         )
 
-    def _late_wide_s(self, waiting: list[Place], free_s: float) -> float:
+    def _late_wide_s(self, waiting: list[Place], free_s: float, new: Place | None = None) -> float:
         """As ``_late_s``, in wide calls one after the other; ``inf`` where not all can share them."""
         if not self._is_wide_open or len({place.request.group for place in waiting}) > 1:
             return inf
         if max(place.request.rows for place in waiting) > self._most_wide:
             return inf
-        return self._wide_calls.late_s(waiting, free_s)
+        return self._wide_calls.late_s(waiting, free_s, new)
 
     def _place_in_wide_calls(self, request: Request, now_s: float) -> Place | None:
         """A place for a request that would be late in narrow calls, if all are in time in wide ones."""
@@ -278,12 +285,14 @@ class ElasticQueue(Policy):
         rows = self.waiting_rows + request.rows if self._shared else request.rows
         room_s = self.slowness * self._wide_s[min(rows, self._most_wide)]
         place = Place(request.deadline_s, -request.priority, next(self._arrivals), request, room_s)
-        late_s = self._late_wide_s(sorted([*self._waiting, place]), max(self._free_s(now_s)))
+        late_s = self._late_wide_s(sorted([*self._waiting, place]), max(self._free_s(now_s)), place)
         return place if late_s + self.margin_s <= 0 else None
 
     def _note_slowness(self, ratio: float) -> None:
+        before = self.slowness
         super()._note_slowness(ratio)
-        self._wide_calls.slow_down(self.slowness)
+        if self.slowness != before:
+            self._wide_calls.slow_down(self.slowness)
 
     def _cut(self, most: int) -> tuple[list[Place], list[Place]]:
         """What a wide call of at most ``most`` rows takes of the queue, and what it leaves."""

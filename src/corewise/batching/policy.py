@@ -162,6 +162,8 @@ class Policy:
         self.waiting_rows = 0
         self.next_expiry_s = inf
         """``expire`` drops nothing before this time."""
+        self.look_again_s = inf
+        """When the last ``turn`` is to be asked again, even if nothing happens until then."""
         self.margin_s = 0.0
         """So long before their deadlines answers should be there when requests are admitted."""
         self.slowness = 1.0
@@ -384,9 +386,13 @@ class Policy:
             rest = left
         return settled or _Plan(free_s, [], late_s), late_s
 
-    def _late_s(self, waiting: list[Place], free_s: list[float]) -> float:
-        """How late the latest call of those that wait is if no request comes; below 0 if all are early."""
-        return self._play(_Plan(free_s, waiting, -inf))[1]
+    def _late_s(self, waiting: list[Place], free_s: list[float], new: Place | None = None) -> float:
+        """How late the latest call of those that wait is if no request comes; below 0 if all are early.
+
+        Only the room of a new one counts: that of the others was for the calls they were then expected in.
+        """
+        places = [place if place is new else place._replace(room_s=0.0) for place in waiting]
+        return self._play(_Plan(free_s, places, -inf))[1]
 
     def _split(self, waiting: list[Place], now_s: float, free_s: list[float]) -> tuple[list[Place], list[Place], bool]:
         """Split a queue that is not empty: the next call, the rest, and whether the call stays if the queue grows."""

@@ -8,7 +8,6 @@ decision looks its answer up.
 """
 
 from collections.abc import Sequence
-from math import exp, expm1
 from typing import NamedTuple
 
 import numpy as np
@@ -21,15 +20,17 @@ LEAST, MOST = 0.02, 0.98
 """The lowest and the highest of them, as a share of it: at 1 all means are infinite."""
 ITERATIONS = 20
 """Policy iteration ends after three to six."""
+LARGEST = 64
+"""LAPACK solves larger systems in threads, which wait for each other for up to seconds where all cores are busy."""
 
 
 class Way(NamedTuple):
     """One way to begin a round, by the number of requests that wait: how it goes on, what it costs, and how long."""
 
-    next: np.ndarray
+    after: np.ndarray
     """Probabilities (waiting, waiting after the round)."""
     cost_s: np.ndarray
-    """Summed seconds that requests wait or run meanwhile; ``inf`` where it cannot begin so."""
+    """Summed seconds that requests wait or run meanwhile."""
     seconds: np.ndarray
 
 
@@ -52,9 +53,17 @@ class Rounds:
         """The highest rate of requests of so many rows."""
         self._tables: dict[tuple[int, int], list[int]] = {}
         """``wide_requests`` by the rows of a request and the step of the rate, for each number that waits."""
+        for step in range(STEPS + 1):  # so that none is solved while single rows wait
+            self.wide_requests(1, 1, step / STEPS * self._most_per_s(1))
 
     def wide_requests(self, waiting: int, rows: int, per_s: float) -> int:
-        """How many of the requests that wait, each of so many rows, the wide call takes; 0 if they start narrow."""
+        """How many of the requests that wait, each of so many rows, the wide call takes; 0 if they start narrow.
+
+        The rows count as the next power of two, if calls have so many: few sizes are solved.
+        """
+        asked, most = rows, min(len(self._wide_s), len(self.narrow_s)) - 1
+        rows = min(1 << (rows - 1).bit_length(), max(rows, most))
+        per_s *= asked / rows
         if rows not in self._rates:
             self._rates[rows] = self._most_per_s(rows)
         step = min(STEPS, round(STEPS * per_s / self._rates[rows]))
@@ -65,7 +74,8 @@ class Rounds:
 
     def _most_wide(self, rows: int) -> int:
         """Requests of so many rows that a wide call takes; 0 if they are too large."""
-        return min((len(self._wide_s) - 1) // rows, len(self._wide_s) if self._shared else 1)
+        most = (len(self._wide_s) - 1) // rows
+        return most if self._shared else min(1, most)
 
     def _most_narrow(self, rows: int) -> int:
         return max(1, (len(self.narrow_s) - 1) // rows) if self._shared else 1
@@ -85,9 +95,9 @@ class Rounds:
             # value(n) - sum(after * value) + mean * seconds = cost: the mean takes the place of value(0), which is 0.
             system = np.eye(len(states)) - after[chosen, states]
             system[:, 0] = seconds[chosen, states]
-            value = np.linalg.solve(system, cost_s[chosen, states])
+            value = _solution(system, cost_s[chosen, states, None])[:, 0]
             mean, value[0] = value[0], 0.0
-            better = (cost_s - mean * seconds + after @ value).argmin(axis=0)
+            better = (cost_s - mean * seconds + np.einsum("wij,j->wi", after, value)).argmin(axis=0)
             if (better == chosen).all():
                 break
             chosen = better
@@ -100,24 +110,32 @@ class Rounds:
         return [*([np.minimum(waiting, most), np.minimum(waiting, 1)] if most else []), np.zeros_like(waiting)]
 
     def _way(self, wide: np.ndarray, rows: int, per_s: float) -> Way:
-        """A way to begin, by the number of requests that its wide call takes of those that wait."""
+        """A way to begin, by the number of requests that its wide call takes of those that wait.
+
+        A request that takes a core left free makes the round longer, by half a call if it is the only one.
+        """
         size, instances = self._states + 1, self._instances
-        after, cost_s, seconds = np.zeros((size, size)), np.zeros(size), np.zeros(size)
-        after[0, 1], seconds[0] = 1.0, 1 / per_s
+        waiting, most = np.arange(1, size), instances * self._most_narrow(rows)
+        is_wide, taken = wide[1:] > 0, np.where(wide[1:], wide[1:], np.minimum(waiting, most))
+        calls_s = [
+            self._wide_s[count * rows] if wide[k] else self._side_by_side_s(count, rows)
+            for k, count in enumerate(taken.tolist(), 1)
+        ]
+        call_s, free = np.array(calls_s), np.where(is_wide, 0, np.maximum(0, instances - taken))
+        came = per_s * call_s
+        beside = np.minimum(came, free)
+        # Of m arrivals the last one comes after m / (m + 1) of a call; this is the mean over m.
+        longer_s = np.where(free, call_s * (1 + np.expm1(-came) / came), 0.0)
+        late, seconds, left = came - beside, call_s + longer_s, waiting - taken
+        after = _poisson(np.arange(size) - left[:, None], (late + per_s * longer_s)[:, None])
+        beyond = np.maximum(0.0, 1 - after.sum(axis=1))
+        after[:, -1] += beyond
+        cost_s = beside * call_s + late * (call_s / 2 + longer_s) + per_s * longer_s**2 / 2
         # One request more than the states know of waits behind all others, and delays those that come.
-        lost_s = size / (self._rates[rows] - per_s)
-        for waiting in range(1, size):
-            most = instances * self._most_narrow(rows)
-            taken = int(wide[waiting]) or min(waiting, most)
-            call_s = self._wide_s[taken * rows] if wide[waiting] else self._side_by_side_s(taken, rows)
-            free = 0 if wide[waiting] else max(0, instances - taken)
-            left, seconds[waiting], cost_s[waiting] = self._meanwhile(call_s, free, per_s)
-            left = left[: size - (waiting - taken)]
-            after[waiting, waiting - taken :][: len(left)] = left
-            beyond = max(0.0, 1 - left.sum())
-            after[waiting, -1] += beyond
-            cost_s[waiting] += taken * call_s + (waiting - taken) * seconds[waiting] + beyond * lost_s
-        return Way(after, cost_s, seconds)
+        cost_s += taken * call_s + left * seconds + beyond * size / (self._rates[rows] - per_s)
+        # While none waits, the round is the time until one comes.
+        first = np.eye(1, size, 1)
+        return Way(np.vstack([first, after]), np.append(0.0, cost_s), np.append(1 / per_s, seconds))
 
     def _side_by_side_s(self, requests: int, rows: int) -> float:
         """Mean seconds of narrow calls of so many requests. A core whose call is shorter than others takes the next."""
@@ -126,24 +144,22 @@ class Rounds:
         few_s, many_s = (self.narrow_s[min(count * rows, len(self.narrow_s) - 1)] for count in (less, less + 1))
         return few_s + (each - less) * (many_s - few_s)
 
-    def _meanwhile(self, call_s: float, free: int, per_s: float) -> tuple[np.ndarray, float, float]:
-        """Who comes during calls of ``call_s`` beside which so many cores are free: the probabilities of how many wait
-        at the end of the round, its mean seconds, and what they cost.
 
-        A request that takes a free core makes the round longer, by half a call if it is the only one.
-        """
-        size, came = self._states + 1, per_s * call_s
-        if not free:
-            return _poisson(came, size), call_s, came * call_s / 2
-        beside = min(came, free)
-        # Of m arrivals the last one comes after m / (m + 1) of a call; this is the mean over m.
-        longer_s = call_s * (1 + expm1(-came) / came)
-        late = came - beside
-        cost_s = beside * call_s + late * (call_s / 2 + longer_s) + per_s * longer_s**2 / 2
-        return _poisson(late + per_s * longer_s, size), call_s + longer_s, cost_s
+def _poisson(counts: np.ndarray, mean: np.ndarray) -> np.ndarray:
+    """The probabilities of so many arrivals, by logarithms, because powers of large means overflow."""
+    come = np.maximum(counts, 0)
+    log_factorials = np.append(0.0, np.cumsum(np.log(np.arange(1, come.max() + 1))))
+    return np.where(counts < 0, 0.0, np.exp(come * np.log(mean) - mean - log_factorials[come]))
 
 
-def _poisson(mean: float, size: int) -> np.ndarray:
-    """The probabilities of 0, 1, 2, ... arrivals, so many of them."""
-    counts = np.arange(1, size)
-    return np.concatenate([[1.0], np.cumprod(mean / counts)]) * exp(-mean)
+def _solution(system: np.ndarray, sums: np.ndarray) -> np.ndarray:
+    """As ``np.linalg.solve``, in one thread: by blocks (the Schur complement), and without BLAS between them."""
+    size = len(system)
+    if size <= LARGEST:
+        return np.linalg.solve(system, sums)
+    half = size // 2
+    first = _solution(system[:half, :half], np.hstack([system[:half, half:], sums[:half]]))
+    rest = np.hstack([system[half:, half:], sums[half:]]) - np.einsum("ij,jk->ik", system[half:, :half], first)
+    last = _solution(rest[:, : size - half], rest[:, size - half :])
+    known = first[:, size - half :] - np.einsum("ij,jk->ik", first[:, : size - half], last)
+    return np.vstack([known, last])

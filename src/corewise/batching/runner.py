@@ -219,12 +219,12 @@ class Batcher:
                     return None
                 else:
                     self._idle += 1
-                    self._work.wait()
+                    self._work.wait(_seconds_until(self._policy.look_again_s))
                     self._idle -= 1
 
     def _wake_another(self) -> None:
-        """Have a thread that waits take the next call, if one can start."""
-        if self._idle and self._policy.turn(monotonic()) is not None:
+        """Have a thread that waits take the next call, if one can start, or look again for one."""
+        if self._idle and (self._policy.turn(monotonic()) is not None or self._policy.look_again_s < inf):
             self._work.notify()
 
     def _replace(self, instance: int) -> None:
@@ -245,11 +245,14 @@ class Batcher:
         with self._lock:
             self._policy.cancel(request_id)
             self._jobs.pop(request_id, None)
+            self._wake_another()
 
     def _lose(self, dropped: Sequence[Dropped]) -> None:
         self._lost += [(self._jobs.pop(drop.request.id), drop.reason) for drop in dropped]
         if self._lost or self._closed:
             self._losses.notify()
+        if dropped:
+            self._wake_another()
 
     def _fail_dropped(self) -> None:
         """The life of the thread that drops expired requests and fails the futures of all dropped ones."""
@@ -258,13 +261,18 @@ class Batcher:
             with self._lock:
                 self._wake_s = self._policy.next_expiry_s
                 if not self._lost and not self._closed:
-                    self._losses.wait(min(max(0.0, self._wake_s - monotonic()), threading.TIMEOUT_MAX))
+                    self._losses.wait(_seconds_until(self._wake_s))
                 self._lose(self._policy.expire(monotonic()))
                 lost, self._lost = self._lost, []
                 done = self._closed
             for job, reason in lost:  # without the lock, because this runs the futures' callbacks
                 if job.future.set_running_or_notify_cancel():
                     job.future.set_exception(NotServed(reason))
+
+
+def _seconds_until(at_s: float) -> float:
+    """How long to wait, as ``threading`` takes it."""
+    return min(max(0.0, at_s - monotonic()), threading.TIMEOUT_MAX)
 
 
 def _call(run: Run, jobs: list[_Job]) -> list[list[np.ndarray]]:

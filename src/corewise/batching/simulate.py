@@ -251,14 +251,16 @@ class _Run:
         )
 
     def _finish(self, until_s: float) -> None:
-        """End all calls due by then, and start waiting requests in their place."""
-        while self._ends and self._ends[0][0] <= until_s:
-            now_s, instance, took_s, requests = heappop(self._ends)
-            self._last_s = now_s
-            for request in requests:
-                self._latencies_s.append(now_s - self._arrivals_s[request.id])
-                self._late += now_s > request.deadline_s
-            self._policy.finished(instance, took_s)
+        """End all calls due by then, and start waiting requests in their place, or where the policy looks again."""
+        while self._ends and min(self._ends[0][0], self._policy.look_again_s) <= until_s:
+            now_s = self._policy.look_again_s
+            if self._ends[0][0] <= now_s:
+                now_s, instance, took_s, requests = heappop(self._ends)
+                self._last_s = now_s
+                for request in requests:
+                    self._latencies_s.append(now_s - self._arrivals_s[request.id])
+                    self._late += now_s > request.deadline_s
+                self._policy.finished(instance, took_s)
             self._start(now_s)
 
     def _start(self, now_s: float) -> None:

@@ -83,6 +83,11 @@ class Duel:
     fixed: tuple[LoadRun, ...]
 
     @property
+    def all_answered(self) -> bool:
+        """Whether no request failed or was refused."""
+        return all(0 < run.answered == run.offered for run in (*self.elastic, *self.fixed))
+
+    @property
     def p50_ms(self) -> tuple[float, float]:
         """The median of the rounds' p50: elastic, fixed."""
         return self._medians("p50_ms")

@@ -168,7 +168,9 @@ def layouts(report: Report, found: Elasticity) -> str:
     fixed = 1 if report.choice.plan.instances == 1 else 2
     shown = (found.curve[0], min(found.curve, key=lambda point: abs(point.load - 2 / 3)))
     pairs = ((point.load, *(milliseconds(point.p50_ms[k]) for k in (0, fixed))) for point in shown)
-    figures = ", ".join(f"at {load:.0%} of the load {ours} instead of {theirs}" for load, ours, theirs in pairs)
+    figures = ", ".join(
+        f"at {load:.0%} of the saturated rate {ours} instead of {theirs}" for load, ours, theirs in pairs
+    )
     if found.pays:
         memory = f"; at most {megabytes(found.memory_bytes)}" if found.memory_bytes else ""
         return f"{found.plan.label}, by the load: simulated p50 {figures}{memory}"
@@ -181,15 +183,15 @@ def layouts(report: Report, found: Elasticity) -> str:
 
 def duel_verdict(found: Elasticity) -> str:
     """Why real load rejected the elastic plan, with its figures beside the fixed layout's."""
-    if not all(run.answered and not run.failed for duel in found.duels for run in (*duel.elastic, *duel.fixed)):
-        return "requests failed under real load"
+    if not all(duel.all_answered for duel in found.duels):
+        return "requests failed or were refused under real load"
     told = []
     for duel in found.duels:
         pairs = (("p50", duel.p50_ms), ("p99", duel.p99_ms))
         figures = ", ".join(
             f"{name} {milliseconds(ours)} against {milliseconds(theirs)}" for name, (ours, theirs) in pairs
         )
-        told.append(f"at {duel.load:.0%} of the load {figures}")
+        told.append(f"at {duel.load:.0%} of the saturated rate {figures}")
     return f"an elastic plan is slower under real load: {'; '.join(told)}"
 
 

@@ -103,13 +103,16 @@ def judge_elastic(winner: Trial, plan: Plan, context: SearchContext) -> Elastici
             found = elasticity(plan, elastic, both, context.requirements)
             if found is None or not found.pays:
                 return found and replace(found, measurements=tuple(measured))
-            left_s = context.budget.left_s(FINISHING) - OPENING_S
-            if left_s < SHORTEST_DUEL_S * 2 * ROUNDS * len(DUELS) or (winner.certified and left_s < slo.LOAD_S):
+            left_s = context.budget.left_s(FINISHING)
+            if winner.certified:
+                left_s -= OPENING_S + slo.LOAD_S / slo.OF_WHAT_IS_LEFT
+            duel_s = affordable_duel_s(left_s)
+            if duel_s is None:
                 return Reason.of(ReasonKind.ELASTIC_NOT_MEASURED, why="no time was left to load it")
             client = client or stack.enter_context(context.client(build, share=FINISHING))
             other = stack.enter_context(context.client(build, share=FINISHING))
-            place = Place(context.workspace.payload(build), build, context.workspace.holdout)
-            found = in_duels(found, plan, both, place, (client, other), left_s)
+            opened = Opened(context.workspace.payload(build), build, context.workspace.holdout)
+            found = judged_by_load(found, plan, both, opened, (client, other), duel_s)
             if not found.pays or winner.certified is None:
                 return replace(found, measurements=tuple(measured))
             run = _load(client, build, elastic, both, winner.certified, context)
@@ -121,7 +124,13 @@ def judge_elastic(winner: Trial, plan: Plan, context: SearchContext) -> Elastici
     return replace(found, measurements=tuple(measured), load=run, pays=holds)
 
 
-class Place(NamedTuple):
+def affordable_duel_s(left_s: float) -> float | None:
+    """How long each real load may last if both plans are opened and loaded in so much time; ``None`` for too little."""
+    each_s = (left_s - OPENING_S) / (2 * ROUNDS * len(DUELS))
+    return None if each_s < SHORTEST_DUEL_S else min(DUEL_S, each_s)
+
+
+class Opened(NamedTuple):
     """What a plan is opened from, and the samples that are sent to it."""
 
     payload: Path
@@ -129,27 +138,27 @@ class Place(NamedTuple):
     samples: Path
 
 
-def in_duels(
+def judged_by_load(
     found: Elasticity,
     plan: Plan,
     measured: Sequence[Measurement],
-    place: Place,
+    opened: Opened,
     clients: tuple[Client, Client],
-    left_s: float,
+    duel_s: float,
 ) -> Elasticity:
-    """What real load says of an elastic plan: it and its layout that is like ``plan``, each in a process, in turns."""
+    """What real load says of an elastic plan: it and its layout that is like ``plan``, each in a client, in turns."""
     elastic = found.plan
     fixed = elastic.wide if plan.instances == 1 else elastic.narrow
     ours, theirs = clients
-    ours.open(place.payload, place.build, elastic.narrow, elastic.wide)
-    theirs.open(place.payload, place.build, fixed)
+    ours.open(opened.payload, opened.build, elastic.narrow, elastic.wide)
+    theirs.open(opened.payload, opened.build, fixed)
     loads = (
         partial(
             client.load,
-            place.samples,
+            opened.samples,
             layout,
             LatencyTable.of(_table(layout, measured)),
-            duration_s=max(SHORTEST_DUEL_S, min(DUEL_S, left_s / (2 * ROUNDS * len(DUELS)))),
+            duration_s=duel_s,
             elastic=tables,
         )
         for client, layout, tables in (
@@ -171,7 +180,7 @@ def in_duels(
 
 def _gain(duel: Duel) -> float:
     """The fixed layout's p50 and p99 over the elastic plan's, their geometric mean; 0 if not all were answered."""
-    if any(run.failed or not run.answered for run in (*duel.elastic, *duel.fixed)):
+    if not duel.all_answered:
         return 0.0
     (p50_ms, fixed_p50_ms), (p99_ms, fixed_p99_ms) = duel.p50_ms, duel.p99_ms
     return sqrt(fixed_p50_ms / p50_ms * fixed_p99_ms / p99_ms)

@@ -30,7 +30,14 @@ from corewise.records.tuned import Comparison, Elasticity, Machine, Retuned, Tun
 from corewise.runtime.client import Client, Died, InProcess, Worker
 from corewise.runtime.race import ROUND_S, ROUNDS, WARM_S, Contender, ContenderFailed, run_race
 from corewise.runtime.workspace import Workspace
-from corewise.search.elastic import Place, elastic_plan, elasticity, in_duels, plans_to_measure
+from corewise.search.elastic import (
+    Opened,
+    affordable_duel_s,
+    elastic_plan,
+    elasticity,
+    judged_by_load,
+    plans_to_measure,
+)
 from corewise.search.plans import BATCHES, SLOW_CALL_MS, START_BATCH, tables
 
 BUDGET_S = 30.0
@@ -233,12 +240,15 @@ def _elastic(
     judged = elasticity(plan, elastic, measured, requirements)
     if judged is None or not judged.pays:
         return judged
+    duel_s = affordable_duel_s(until_s - time.monotonic())
+    if duel_s is None:
+        return None
     bench.on_event(StageStarted(Stage.MEASURING_PLAN, plan=elastic.narrow))
-    place = Place(bench.payload, bench.build, bench.samples)
+    opened = Opened(bench.payload, bench.build, bench.samples)
     try:
         with ExitStack() as stack:
             ours, theirs = (stack.enter_context(bench.start()) for _ in range(2))
-            return in_duels(judged, plan, measured, place, (ours, theirs), until_s - time.monotonic())
+            return judged_by_load(judged, plan, measured, opened, (ours, theirs), duel_s)
     except InputError:
         raise
     except CorewiseError:

@@ -692,6 +692,32 @@ def test_who_cancels_frees_a_place_and_harms_no_neighbour():
         assert instance.batches[1][:, 0].tolist() == [1, 3, 4]
 
 
+class Exclusive(Policy):
+    """Starts nothing while a request of priority 1 waits."""
+
+    def __init__(self):
+        super().__init__(curve(row_ms=0, call_ms=1), max_batch=8, max_waiting=64)
+        self.asked = threading.Event()
+        """``turn`` was asked while two waited."""
+
+    def turn(self, now_s):
+        if self.waiting_rows == 2:
+            self.asked.set()
+        return None if self._yields[-1] else super().turn(now_s)
+
+
+@pytest.mark.parametrize("timeout_s", [math.inf, 0.2])
+def test_a_call_that_can_start_because_a_request_left_or_expired_starts_at_once(timeout_s):
+    made = Exclusive()
+    with Batcher([Gate()], made) as batcher:
+        first = batcher.submit([rows(1)], priority=1, timeout_s=timeout_s)
+        other = batcher.submit([rows(2)])
+        assert made.asked.wait(10)
+        if timeout_s == math.inf:
+            assert first.cancel()
+        assert right(other.result(10), rows(2))
+
+
 def test_admission_counts_a_call_for_each_request_where_none_share_one():
     policy = Policy(curve(row_ms=0, call_ms=10), max_batch=8, max_waiting=64, shared=False)
     policy.finished(0)

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from corewise.batching.rounds import Rounds
+from corewise.batching.rounds import Rounds, _solution
 
 NARROW, BOTH = (0.0, 4.0, 7.5, 11.0, 14.5), (0.0, 2.4, 4.5, 6.65, 8.8)
 SLOW_BOTH = (0.0, 3.8, 7.2, 10.6, 14.0)
@@ -64,7 +64,7 @@ def mean_cost(made, counts, per_s):
     """Mean number of requests that wait or run if rounds always begin so, by the stationary distribution of rounds."""
     chosen = made._way(np.array(counts), 1, per_s)
     size = len(chosen.seconds)
-    system = np.vstack([chosen.next.T - np.eye(size), np.ones(size)])
+    system = np.vstack([chosen.after.T - np.eye(size), np.ones(size)])
     share = np.linalg.lstsq(system, np.append(np.zeros(size), 1.0), rcond=None)[0]
     seconds = share @ chosen.seconds
     return share @ chosen.cost_s / seconds if seconds > 0 else inf
@@ -76,6 +76,34 @@ def test_probabilities_are_whole(instances):
     made.wide_requests(1, 1, 0.1)
     for counts in made._counts(1):
         way = made._way(counts, 1, 0.3)
-        assert way.next.sum(axis=1) == pytest.approx(1.0)
-        assert (way.next >= 0).all()
+        assert way.after.sum(axis=1) == pytest.approx(1.0)
+        assert (way.after >= 0).all()
         assert (way.seconds > 0).all()
+
+
+@pytest.mark.parametrize("instances", [96, 128])
+def test_probabilities_of_very_many_arrivals_are_numbers(instances):
+    narrow, wide = ((0.0, *(base_ms + row_ms * np.arange(1, 65))) for base_ms, row_ms in ((1.0, 0.002), (0.2, 0.001)))
+    made = rounds(wide, narrow, instances=instances)
+    per_s = 0.98 * made._most_per_s(1)
+    for counts in made._counts(1):
+        way = made._way(counts, 1, per_s)
+        assert way.after.sum(axis=1) == pytest.approx(1.0)
+        assert np.isfinite(way.cost_s).all()
+
+
+def test_single_rows_are_solved_beforehand_and_other_sizes_as_powers_of_two():
+    made = rounds((0.0, *np.linspace(2.0, 12.0, 16)), (0.0, *np.linspace(4.0, 20.0, 12)))
+    solved = set(made._tables)
+    for load in np.linspace(0.0, 2.0, 50):
+        made.wide_requests(1, 1, load * made._most_per_s(1))
+    assert set(made._tables) == solved
+    for rows in range(1, 13):
+        assert made.wide_requests(1, rows, 0.001) == 1, rows
+    assert {rows for rows, _ in made._tables} == {1, 2, 4, 8, 12}
+
+
+def test_equations_are_solved_by_blocks():
+    rng = np.random.default_rng(0)
+    system, sums = np.eye(129) + rng.random((129, 129)) / 129, rng.random((129, 1))
+    assert _solution(system, sums) == pytest.approx(np.linalg.solve(system, sums))

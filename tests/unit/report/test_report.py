@@ -311,7 +311,7 @@ def test_latency_over_load_is_told_for_the_elastic_plan_and_both_layouts_alone()
     elastic = replace(REPORT, choice=replace(REPORT.choice, elasticity=replace(found, pays=True)))
     facts = dict(words.facts(elastic))["layouts"]
     assert facts.startswith(
-        f"{found.plan.label}, by the load: simulated p50 at 5% of the load 20.1 ms instead of 19.9 ms"
+        f"{found.plan.label}, by the load: simulated p50 at 5% of the saturated rate 20.1 ms instead of 19.9 ms"
     )
     assert facts.endswith("; at most 734 MB")
     for text in (markdown.render(elastic), shown(elastic, 80)):

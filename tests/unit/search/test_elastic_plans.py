@@ -1,5 +1,6 @@
 """elastic plans: which two layouts are open, what is measured for them, and whether they pay."""
 
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,8 +14,17 @@ from corewise.records.reason import ReasonKind
 from corewise.records.tuned import Machine, Retuned, Tuned
 from corewise.report.lines import elasticity_lines, retuned_lines
 from corewise.runtime.workspace import Workspace
+from corewise.search import retuning
 from corewise.search.budget import Budget
-from corewise.search.elastic import elastic_plan, elasticity, judge_elastic, plans_to_measure
+from corewise.search.elastic import (
+    DUEL_S,
+    SHORTEST_DUEL_S,
+    affordable_duel_s,
+    elastic_plan,
+    elasticity,
+    judge_elastic,
+    plans_to_measure,
+)
 from corewise.search.trial import SearchContext
 
 WIDE = Plan(threads_per_instance=2, batch=4)
@@ -159,8 +169,9 @@ def test_a_search_without_time_for_it_keeps_one_layout_and_says_so(tmp_path):
 class Loads:
     """A trial process whose loads have these latencies: with both layouts open, and with one."""
 
-    def __init__(self, elastic_ms, fixed_ms, failed=0):
-        self.ms, self.failed, self.opened = (elastic_ms, fixed_ms), failed, []
+    def __init__(self, elastic_ms, fixed_ms, failed=0, refused=0, tell=lambda duration_s: None):
+        self.ms, self.failed, self.refused, self.opened = (elastic_ms, fixed_ms), failed, refused, []
+        self.tell = tell
 
     def __enter__(self):
         return self
@@ -171,16 +182,17 @@ class Loads:
     def open(self, payload, build, plan, wide=None):
         self.opened.append((plan, wide))
 
-    def load(self, samples, plan, table, *, rate_per_s, duration_s, seed, elastic=None):
+    def load(self, samples, plan, table, *, rate_per_s, duration_s, seed=0, slo_ms=None, elastic=None):
         ms = self.ms[elastic is None]
+        self.tell(duration_s)
         return LoadRun(
             plan=plan,
             rate_per_s=rate_per_s,
             clients=None,
             duration_s=duration_s,
             offered=100,
-            answered=100 - self.failed,
-            refused=0,
+            answered=100 - self.failed - self.refused,
+            refused=self.refused,
             failed=self.failed,
             in_time=100,
             p50_ms=ms,
@@ -190,16 +202,22 @@ class Loads:
 
 
 @pytest.mark.parametrize(
-    ("elastic_ms", "fixed_ms", "failed", "pays"),
-    [(2.4, 4.0, 0, True), (4.2, 4.0, 0, True), (4.4, 4.0, 0, False), (2.4, 4.0, 1, False)],
+    ("elastic_ms", "fixed_ms", "failed", "refused", "pays"),
+    [
+        (2.4, 4.0, 0, 0, True),
+        (4.2, 4.0, 0, 0, True),
+        (4.4, 4.0, 0, 0, False),
+        (2.4, 4.0, 1, 0, False),
+        (2.4, 4.0, 0, 1, False),
+    ],
 )
 def test_real_load_in_turns_has_the_last_word_and_its_figures_are_told(
-    tmp_path, monkeypatch, elastic_ms, fixed_ms, failed, pays
+    tmp_path, monkeypatch, elastic_ms, fixed_ms, failed, refused, pays
 ):
     build, clients = Build(engine="fake", precision="fp32"), []
 
     def client(context, build, share=1.0):
-        clients.append(Loads(elastic_ms, fixed_ms, failed))
+        clients.append(Loads(elastic_ms, fixed_ms, failed, refused))
         return clients[-1]
 
     monkeypatch.setattr(SearchContext, "client", client)
@@ -212,10 +230,49 @@ def test_real_load_in_turns_has_the_last_word_and_its_figures_are_told(
     ] * 2
     words = elasticity_lines(found)[-1]
     assert ("both are opened" in words) == pays
-    if failed:
-        assert words == "one layout: requests failed under real load"
+    if failed or refused:
+        assert words == "one layout: requests failed or were refused under real load"
     elif not pays:
-        assert f"at 33% of the load p50 {elastic_ms:.2f} ms against {fixed_ms:.2f} ms" in words
+        assert f"at 33% of the saturated rate p50 {elastic_ms:.2f} ms against {fixed_ms:.2f} ms" in words
+
+
+@pytest.mark.parametrize("left_s", [24.0, 19.0])
+def test_the_load_at_the_certified_rate_has_time_left_after_those_in_turns(tmp_path, monkeypatch, left_s):
+    now_s, lasted_s, clients = [0.0], [], []
+
+    def spend(seconds):
+        lasted_s.append(seconds)
+        now_s[0] += seconds
+
+    def client(context, build, share=1.0):
+        clients.append(Loads(2.4, 4.0, tell=spend))
+        return clients[-1]
+
+    monkeypatch.setattr(SearchContext, "client", client)
+    certified = replace(Loads(2.4, 4.0).load(None, NARROW, None, rate_per_s=100.0, duration_s=5.0), slo_ms=20.0)
+    winner = trial(Build(engine="fake", precision="fp32"), measurements=tuple(SCALES))
+    winner = replace(winner, loads=(replace(certified, certified=True),))
+    budget = Budget(total_s=left_s / 1.1, clock=lambda: now_s[0], started_s=0.0)
+    found = judge_elastic(winner, NARROW, replace(context(tmp_path, budget), on_event=lambda event: None))
+    assert found.load is not None
+    assert len(lasted_s) == 13
+    assert min(lasted_s[:12]) >= SHORTEST_DUEL_S
+    assert lasted_s[12] >= 5.0
+
+
+def test_loads_in_turns_last_no_longer_than_what_is_left_and_are_not_begun_with_too_little():
+    assert affordable_duel_s(float("inf")) == DUEL_S
+    assert affordable_duel_s(4.0 + 12 * 0.5) == pytest.approx(0.5)
+    assert affordable_duel_s(4.0 + 12 * SHORTEST_DUEL_S - 0.1) is None
+    assert affordable_duel_s(-5.0) is None
+
+
+def test_retuning_begins_no_load_when_its_budget_is_spent():
+    class Bench:
+        def on_event(self, event):
+            pytest.fail("nothing begins")
+
+    assert retuning._elastic(Bench(), NARROW, list(SCALES), requirements(), time.monotonic() - 1.0) is None
 
 
 def test_where_simulation_promises_nothing_no_load_is_put_on_it(tmp_path):

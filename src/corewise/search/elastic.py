@@ -222,13 +222,13 @@ def _load(
     narrow = ThreadLayout.of(elastic.narrow)
     client.open(context.workspace.payload(build), build, elastic.narrow, elastic.wide)
     rate_per_s = certified.rate_per_s or 0.0
-    least_s = max(slo.CONFIRM_S, slo.REQUESTS / rate_per_s)
+    least_s, left_s = max(slo.CONFIRM_S, slo.REQUESTS / rate_per_s), context.budget.left_s(FINISHING)
     run = client.load(
         context.workspace.holdout,
         elastic.narrow,
         LatencyTable.of([one for one in measured if ThreadLayout.of(one.plan) == narrow]),
         rate_per_s=rate_per_s,
-        duration_s=min(slo.LONGEST_S, least_s, slo.OF_WHAT_IS_LEFT * context.budget.left_s(FINISHING)),
+        duration_s=max(slo.LOAD_S, min(slo.LONGEST_S, least_s, slo.OF_WHAT_IS_LEFT * left_s)),
         slo_ms=certified.slo_ms,
         elastic=elastic_tables(elastic, measured),
     )

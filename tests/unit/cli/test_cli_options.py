@@ -180,7 +180,7 @@ def test_fields_of_option_groups_become_options_and_come_back_as_values():
         (FileNotFoundError(2, "No usable temporary directory found"), "No usable temporary directory found; check"),
         (
             OSError(28, "No space left on device"),
-            "No space left on device; free it where this command writes, and in",
+            "No space left on device; free space where this command writes and in",
         ),
         (ConnectionRefusedError(111, "Connection refused"), "Connection refused$"),
         (OSError("HTTPSConnectionPool: no route"), "HTTPSConnectionPool: no route$"),

@@ -75,10 +75,6 @@ class AccuracyGate:
         fidelity = self._part(self.reference, outputs, rows)
         return fidelity, judge(fidelity, self.requirements)
 
-    def moved(self, own: Outputs, outputs: Outputs, rows: Rows) -> Fidelity:
-        """How far a candidate's outputs for some rows are from its own, ``own``, for another form of the samples."""
-        return self._part(own, outputs, rows)
-
     @property
     def is_robust(self) -> bool:
         """Whether the drop under shift decides; known once there is a reference."""

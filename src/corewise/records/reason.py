@@ -117,6 +117,7 @@ class ReasonKind(StrEnum):
     # How photos are decoded.
     SCALED_DECODING = "scaled decoding"
     FULL_DECODING = "full decoding"
+    DECODING_NOT_JUDGED = "decoding not judged"
 
     # What of photos the engine takes.
     TAKES_PIXELS = "takes pixels"

@@ -225,9 +225,7 @@ def _decoding(details: Details, so: str) -> str:
     told = f"with {details['photos']} photos decoded at a smaller scale, the answers have {score}"
     if "moved_db" not in details:  # a record of an older version
         return f"{told}, {so}"
-    moved = (
-        f"and are {details['moved_db']:.1f} dB from those to photos decoded in full ({details['needed_db']:.1f} needed)"
-    )
+    moved = f"and decoding moves them by {details['moved_db']:.1f} dB ({details['needed_db']:.1f} or more are allowed)"
     return f"{told} {moved}, {so}"
 
 
@@ -355,6 +353,10 @@ _SENTENCES: dict[ReasonKind, Callable[[Details], str]] = {
     K.KEEPS_STATE: _keeps_state,
     K.SCALED_DECODING: lambda details: _decoding(details, "accurate enough: the artifact decodes photos this way"),
     K.FULL_DECODING: lambda details: _decoding(details, "too inaccurate: the artifact decodes photos in full"),
+    K.DECODING_NOT_JUDGED: lambda details: (
+        f"the artifact decodes photos in full: the budget had no time to judge photos decoded at "
+        f"{details['sharpness']:.3g} times the size needed; give more time"
+    ),
     K.TAKES_PIXELS: lambda details: f"{_pixels(details)}: it takes pixels",
     K.TAKES_FLOATS: lambda details: f"{_pixels(details)}: photos are normalized before it",
     K.FROM_FILES: _from_files,

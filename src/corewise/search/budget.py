@@ -136,6 +136,12 @@ class BudgetSplit:
     race: float = 1.0
     """The race has as many rounds as fit in until then, but enough for an interval."""
 
+    def ending_before(self, total_s: float | None, after_s: float) -> "BudgetSplit":
+        """The same with ``after_s`` seconds of ``total_s`` for what follows the race, but at most a third of all."""
+        if total_s is None:
+            return self
+        return replace(self, race=min(self.race, max(1 - after_s / total_s, 2 / 3)))
+
     def leaving(self, total_s: float | None, race_s: float) -> "BudgetSplit":
         """The same with ``race_s`` seconds of ``total_s`` for what follows the plans, but no more than half of all."""
         if total_s is None or (self.race - self.plans) * total_s >= race_s:
@@ -161,3 +167,5 @@ WITH_LOADS = BudgetSplit(trials=0.45, last_trial=0.55, plans=0.65)
 """For an SLO, whose loads need a minute or two."""
 WITH_PHOTOS = BudgetSplit(trials=0.5, last_trial=0.6, plans=0.7, race=0.85)
 """For files of photos: how they are decoded, and under which plan, may win more than another build does."""
+PHOTOS_S = 25.0
+"""Seconds that this takes at least, after the winner was judged under shift (MobileNetV2, two slow cores with AMX)."""

@@ -21,7 +21,16 @@ from corewise.runtime.measure import kinds_of
 from corewise.runtime.worker import peak_memory_bytes
 from corewise.runtime.workspace import Workspace
 from corewise.search.alone import alone_guard
-from corewise.search.budget import RACE_S, WITH_LOADS, WITH_PHOTOS, Budget, BudgetSplit, SampleLimits, baseline_batch
+from corewise.search.budget import (
+    PHOTOS_S,
+    RACE_S,
+    WITH_LOADS,
+    WITH_PHOTOS,
+    Budget,
+    BudgetSplit,
+    SampleLimits,
+    baseline_batch,
+)
 from corewise.search.call_costs import time_calls
 from corewise.search.candidates import first_plan, layouts
 from corewise.search.end_to_end import LEAST_FILES, photo_files
@@ -209,7 +218,7 @@ def _context(
         on_event=on_event,
         requirements=requirements,
         budget=budget,
-        split=_split(task, requirements).leaving(budget.total_s, RACE_S),
+        split=_split(task, requirements, budget.total_s).leaving(budget.total_s, RACE_S),
         in_process=task.in_process,
     )
 
@@ -219,10 +228,10 @@ def _journal(task: Task, requirements: Requirements, workspace: Workspace) -> Jo
     return Journal(workspace.journal, digest(parts), parts)
 
 
-def _split(task: Task, requirements: Requirements) -> BudgetSplit:
+def _split(task: Task, requirements: Requirements, total_s: float | None) -> BudgetSplit:
     if isinstance(requirements.goal, Slo):
         return WITH_LOADS
-    return WITH_PHOTOS if photo_files(task.holdout) else BudgetSplit()
+    return WITH_PHOTOS.ending_before(total_s, PHOTOS_S) if photo_files(task.holdout) else BudgetSplit()
 
 
 def _result(

@@ -202,3 +202,11 @@ def test_nothing_that_was_seen_is_no_error():
     bare = Forecast(cpu=AVX2, calibration=64, holdout=64, trials=(trial(BASELINE),))
     assert following(builds(AVX2), bare, 10.0, 10.0) in builds(AVX2)
     assert bare.best == 1.0
+
+
+def test_a_short_budget_keeps_seconds_for_photos() -> None:
+    assert WITH_PHOTOS.ending_before(None, 25.0) == WITH_PHOTOS
+    assert WITH_PHOTOS.ending_before(600.0, 25.0) == WITH_PHOTOS
+    short = WITH_PHOTOS.ending_before(100.0, 25.0).leaving(100.0, 18.0)
+    assert (short.race, short.plans) == pytest.approx((0.75, 0.57))
+    assert WITH_PHOTOS.ending_before(20.0, 25.0).race == pytest.approx(2 / 3)

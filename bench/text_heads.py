@@ -79,7 +79,7 @@ def tagger(tiny: bool) -> Any:
 
 
 def spread(model: Any, *heads: str) -> Any:
-    """The model with the weights of its head drawn anew."""
+    """The model, with random weights in its head."""
     generator = torch.Generator().manual_seed(SEED)
     for name in heads:
         weight = getattr(model, name).weight

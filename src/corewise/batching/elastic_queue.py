@@ -253,7 +253,7 @@ class ElasticQueue(Policy):
                 return 0
             if wish and taken >= head.rows and (taken >= rows or self._rest_is_in_time(taken, now_s)):
                 return taken
-        # Who is accepted at once may be late. A narrow call is cut to what is in time.
+        # A request that was accepted for an idle instance may be late. A narrow call is cut to what is in time.
         if self._measured_s[head.rows] <= left_s:
             return 0
         return min(rows, in_time) if in_time >= head.rows else most

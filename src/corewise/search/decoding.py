@@ -1,8 +1,8 @@
 """Whether the winner may have large JPEGs decoded at a smaller scale: the holdout's photos, decoded so, decide.
 
-A few dozen photos do not show a third of a point of top-1: one answer of 25 that turns over is four points. How far the
-outputs move they do show. So the answers must pass the gate, and the outputs must stay close to the winner's own for
-photos decoded in full: the change must be small beside the one that the gate has let pass already.
+A few dozen photos cannot show a third of a point of top-1: one answer of 25 that turns over is four points. But they
+show how far the outputs move. So the answers must pass the gate, and what decoding adds to the winner's errors must be
+small, also beside those that the gate has let pass already.
 """
 
 from dataclasses import dataclass, replace

@@ -124,7 +124,7 @@ def _opened(inode: int, handle: int) -> Iterator[socket.socket | None]:
 
 
 def _peer(one: socket.socket, port: int) -> Peer | None:
-    """Who is at the other end of a socket, if it is a connection to the port."""
+    """The client of a socket, if it is a connection to the port."""
     if one.family in (socket.AF_INET, socket.AF_INET6):
         with suppress(OSError):  # it listens, or its client is gone
             if one.getsockname()[1] == port:

@@ -9,7 +9,8 @@ each instance (saturated), single items at random times at a third and two third
 and one caller of batches for all instances. Then the server's queue has the same loads of requests, which share calls,
 in a process for each of the three ways. Writes elastic.json: p50 and p99 of each, and retune's simulated curve.
 
-``--simulate`` divides batches of BERT on 16, 32 and 64 cores, by published times, and times the policy's decisions.
+``--simulate`` divides batches of BERT on 16, 32 and 64 cores, by published times, and times the policy's decisions
+and those of the server's queue.
 Writes elastic-simulated.json.
 """
 
@@ -20,6 +21,8 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from functools import partial
+from itertools import count
+from math import inf
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -31,7 +34,7 @@ from bench.harness import add_results, alternate, say, write_results
 from bench.published import alone_s, bert_partitions
 from corewise.artifact import PAYLOAD, Artifact, read, tuned
 from corewise.artifact.open import golden_samples
-from corewise.batching import ElasticPolicy, LatencyTable, Partitions
+from corewise.batching import ElasticPolicy, ElasticQueue, ElasticTables, LatencyTable, Partitions, Request
 from corewise.common.stats import quantile
 from corewise.machine.inspect import inspect_cpu
 from corewise.records.build import ElasticPlan, Plan
@@ -195,7 +198,15 @@ def simulate() -> dict[str, Any]:
         }
         for cores, partitions in ((cores, bert_partitions(cores)) for cores in (16, 32, 64))
     }
-    return {"alone_over_divided": gains, "decision_us": decision_us(bert_partitions(CORES))}
+    return {
+        "alone_over_divided": gains,
+        "decision_us": decision_us(bert_partitions(CORES)),
+        "queue_us": {
+            f"{waiting} waiting, {words}": queue_us(bert_partitions(CORES), waiting, due_s)
+            for waiting in (20, 60, WAITING)
+            for words, due_s in (("no deadlines", inf), ("deadlines far off", 60.0), ("deadlines near", 1.0))
+        },
+    }
 
 
 def decision_us(partitions: Partitions) -> dict[str, float]:
@@ -210,6 +221,44 @@ def decision_us(partitions: Partitions) -> dict[str, float]:
         started = policy.starts(0.0)
         times_us.append(1e6 * (time.perf_counter() - start_s) / len({start.call for start in started}))
     return {"median": median(times_us), "p99": quantile(times_us, 0.99)}
+
+
+def queue_us(partitions: Partitions, waiting: int, due_s: float) -> dict[str, dict[str, float]]:
+    """Microseconds in which the server's queue accepts a request, and starts a call, on as many cores as there are.
+
+    The queue is filled up to ``waiting`` requests; then half of the calls end, and others start.
+    """
+    cores = partitions.cores
+    narrow, wide = partitions.tables[1], partitions.tables[cores]
+    tables = ElasticTables(cores=cores, threads=1, wide=wide, narrow=narrow, wide_slow=wide)
+    queue = ElasticQueue(narrow, tables, max_batch=8, max_waiting=4 * waiting)
+    for instance in range(cores + 1):
+        queue.finished(instance)
+    random, now_s, numbers, running = np.random.default_rng(0), 0.0, count(), list[int]()
+    accept_us, start_us = list[float](), list[float]()
+    for _ in range(DECISIONS):
+        now_s += 0.01
+        ended = running if queue.wide in running else running[::2]
+        for instance in ended:
+            queue.finished(instance)
+        running = [instance for instance in running if instance not in ended]
+        for _ in range(waiting - queue.waiting_rows):
+            request = Request(id=next(numbers), deadline_s=now_s + due_s * random.uniform(0.9, 1.1))
+            start_s = time.perf_counter()
+            queue.offer(request, now_s)
+            accept_us.append(1e6 * (time.perf_counter() - start_s))
+        while True:
+            start_s = time.perf_counter()
+            if (instance := queue.turn(now_s)) is not None:
+                queue.next_batch(instance, now_s)
+            start_us.append(1e6 * (time.perf_counter() - start_s))
+            if instance is None:
+                break
+            running.append(instance)
+    return {
+        name: {"median": median(times_us), "p99": quantile(times_us, 0.99)}
+        for name, times_us in (("accept", accept_us), ("start", start_us))
+    }
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -228,6 +277,9 @@ def main(options: argparse.Namespace) -> None:
         for cores, gains in record["alone_over_divided"].items():
             say(f"{cores} cores: " + ", ".join(f"{gain:.2f}x at batch {rows}" for rows, gain in gains.items()))
         say(f"a decision takes {record['decision_us']['median']:.0f} us, p99 {record['decision_us']['p99']:.0f} us")
+        for queue, times_us in record["queue_us"].items():
+            words = (f"{name} {us['median']:.0f} us, p99 {us['p99']:.0f} us" for name, us in times_us.items())
+            say(f"{queue}: {'; '.join(words)}")
     for folder in options.artifacts:
         record = measure(folder, options.rounds, options.seconds)
         add_results(options.results / "elastic.json", folder.name.removesuffix(".cw"), record)

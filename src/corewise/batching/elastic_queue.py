@@ -60,10 +60,6 @@ class _WideCalls(Policy):
         """How late the latest call is."""
         return self._late_s(waiting, [free_s], new)
 
-    def slow_down(self, slowness: float) -> None:
-        """Calls take so much longer than measured."""
-        self._seconds = [slowness * seconds for seconds in self._measured_s]
-
 
 class ElasticQueue(Policy):
     """A policy for narrow instances and a wide one, which runs only while no other does.
@@ -132,6 +128,11 @@ class ElasticQueue(Policy):
             return
         self._end_wide()
         self._is_wide_open = False
+
+    def slow_down(self, slowness: float) -> None:
+        """As of ``Policy``, the wide calls too."""
+        super().slow_down(slowness)
+        self._wide_calls.slow_down(slowness)
 
     def offer(self, request: Request, now_s: float) -> Accepted | Refused:
         """As of ``Policy``."""
@@ -287,12 +288,6 @@ class ElasticQueue(Policy):
         place = Place(request.deadline_s, -request.priority, next(self._arrivals), request, room_s)
         late_s = self._late_wide_s(sorted([*self._waiting, place]), max(self._free_s(now_s)), place)
         return place if late_s + self.margin_s <= 0 else None
-
-    def _note_slowness(self, ratio: float) -> None:
-        before = self.slowness
-        super()._note_slowness(ratio)
-        if self.slowness != before:
-            self._wide_calls.slow_down(self.slowness)
 
     def _cut(self, most: int) -> tuple[list[Place], list[Place]]:
         """What a wide call of at most ``most`` rows takes of the queue, and what it leaves."""

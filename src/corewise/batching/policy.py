@@ -174,6 +174,8 @@ class Policy:
         """Of a call that is alone, as measured."""
         self._row_s = min(seconds / rows for rows, seconds in enumerate(self._measured_s) if rows)
         """Of a row in the most efficient call, as measured."""
+        self._most_row_s = max(seconds / rows for rows, seconds in enumerate(self._measured_s) if rows)
+        """Of a row in the least efficient one."""
         self._seconds = self._measured_s
         """``_measured_s`` times ``slowness``."""
         self._times = deque([1.0] * REMEMBERED, REMEMBERED)
@@ -286,6 +288,11 @@ class Policy:
         """Drop all that wait."""
         return self._drop(self._waiting, reason)
 
+    def slow_down(self, slowness: float) -> None:
+        """Calls take so many times as long as measured."""
+        self.slowness = slowness
+        self._seconds = [slowness * seconds for seconds in self._measured_s]
+
     def _never(self, request: Request, now_s: float) -> Reason | None:
         """Why the request is refused even if the queue is empty; ``None`` if it is not."""
         if self.draining:
@@ -319,9 +326,12 @@ class Policy:
             other = others[k].request
             if other.group == request.group:
                 ahead += other.rows
-        rows = max(request.rows, -(-(ahead + request.rows) // idle))
-        room_s = self._seconds[min(rows, self._max_batch)]
+        call_rows = max(request.rows, -(-(ahead + request.rows) // idle))
+        room_s = self._seconds[min(call_rows, self._max_batch)]
         place = Place(place.deadline_s, place.yields, place.arrival, request, room_s)
+        first_s = min(place.deadline_s, others[0].deadline_s) if others else place.deadline_s
+        if self._most_late_s(first_s, rows, free_s) <= 0:
+            return place, None
         is_alike = (
             self._shared
             and request.rows == 1
@@ -345,32 +355,47 @@ class Policy:
         end_s = (sum([max(now_s, free) for free in free_s]) + least_s) / len(free_s)
         return end_s + self.margin_s - max(place.deadline_s, others[-1].deadline_s)
 
-    def _play_alike(self, plan: _Plan) -> tuple[_Plan, float]:
+    def _most_late_s(self, first_s: float, rows: int, free_s: list[float], room_s: float = 0.0) -> float:
+        """The most by which a call would be late if every call were as inefficient as can be.
+
+        ``first_s`` is the earliest deadline. If none would be late, the schedule need not be played through.
+        """
+        # No instance is idle while something waits, so the last call begins before this, and no call is longer.
+        last_s = (sum(free_s) + rows * self._most_row_s * self.slowness) / len(free_s)
+        return last_s + max(self._seconds[-1], room_s) + self.margin_s - first_s
+
+    def _play_alike(self, plan: _Plan, rooms: tuple[Place, ...] | None = None) -> tuple[_Plan, float]:
         """``_play`` for requests of one row and one group, call by call instead of request by request."""
         free_s, rest, late_s = plan
         free_s = list(free_s)
         heapify(free_s)
         settled = None
-        start, end = 0, len(rest)
+        start, end, idle, before_s = 0, len(rest), 0, -inf
         full_s = self._seconds[self._max_batch]
         while start < end:
             start_s, head = free_s[0], rest[start]
             most = self._max_batch
             if start_s + full_s > head.deadline_s:
                 most = bisect_right(self._seconds, head.deadline_s, key=lambda seconds: start_s + seconds) - 1
-            if (idle := _idle(free_s, start_s)) > 1:
+            # All that are free then are looked through for the first of them only.
+            idle, before_s = idle - 1 if start_s == before_s else _idle_of_heap(free_s), start_s
+            if idle > 1:
                 most = min(most, ceil((end - start) / idle))
             rows = max(1, min(most, end - start))
             if settled is None and (idle > 1 or (rows == end - start and rows < most)):
                 settled = _Plan(list(free_s), rest[start:], late_s)
             needs_s = self._seconds[rows]
-            late_s = max(late_s, start_s + max(needs_s, head.room_s) - head.deadline_s)
+            room_s = head.room_s if rooms is None or head in rooms else 0.0
+            late_s = max(late_s, start_s + max(needs_s, room_s) - head.deadline_s)
             heapreplace(free_s, start_s + needs_s)
             start += rows
         return settled or _Plan(free_s, [], late_s), late_s
 
-    def _play(self, plan: _Plan) -> tuple[_Plan, float]:
-        """Play a plan to its end as ``next_batch`` will if no request comes, and how late the latest call is."""
+    def _play(self, plan: _Plan, rooms: tuple[Place, ...] | None = None) -> tuple[_Plan, float]:
+        """Play a plan to its end as ``next_batch`` will if no request comes, and how late the latest call is.
+
+        Only the rooms of ``rooms`` count, if they are given.
+        """
         free_s, rest, late_s = plan
         free_s = list(free_s)
         heapify(free_s)
@@ -380,8 +405,9 @@ class Policy:
             taken, left, full = self._split(rest, start_s, free_s)
             if not full and settled is None:
                 settled = _Plan(list(free_s), rest, late_s)
-            needs_s = self._seconds[_rows(taken)]
-            late_s = max(late_s, start_s + max(needs_s, taken[0].room_s) - taken[0].deadline_s)
+            needs_s, head = self._seconds[_rows(taken)], taken[0]
+            room_s = head.room_s if rooms is None or head in rooms else 0.0
+            late_s = max(late_s, start_s + max(needs_s, room_s) - head.deadline_s)
             heapreplace(free_s, start_s + needs_s)
             rest = left
         return settled or _Plan(free_s, [], late_s), late_s
@@ -391,8 +417,12 @@ class Policy:
 
         Only the room of a new one counts: that of the others was for the calls they were then expected in.
         """
-        places = [place if place is new else place._replace(room_s=0.0) for place in waiting]
-        return self._play(_Plan(free_s, places, -inf))[1]
+        rows, first = _rows(waiting), waiting[0]
+        if (late_s := self._most_late_s(first.deadline_s, rows, free_s, new.room_s if new else 0.0)) <= 0:
+            return late_s - self.margin_s
+        is_alike = rows == len(waiting) and all(place.request.group == first.request.group for place in waiting)
+        play = self._play_alike if self._shared and is_alike else self._play
+        return play(_Plan(free_s, waiting, -inf), (new,) if new else ())[1]
 
     def _split(self, waiting: list[Place], now_s: float, free_s: list[float]) -> tuple[list[Place], list[Place], bool]:
         """Split a queue that is not empty: the next call, the rest, and whether the call stays if the queue grows."""
@@ -400,7 +430,7 @@ class Policy:
         if not self._shared:
             return waiting[:1], waiting[1:], _idle(free_s, now_s) <= 1
         most = bisect_right(self._seconds, head.deadline_s, key=lambda seconds: now_s + seconds) - 1
-        if (idle := _idle(free_s, now_s)) > 1:
+        if (idle := _idle(free_s, now_s)) > 1 and len(waiting) < most * idle:
             most = min(most, ceil(_rows(waiting) / idle))
         taken, left, is_cut = cut(waiting, most)
         return taken, left, idle <= 1 and (is_cut or _rows(taken) >= most)
@@ -442,8 +472,7 @@ class Policy:
         self._times.append(ratio)
         slowness = max(1.0, sorted(self._times)[-RARE])
         if slowness != self.slowness:
-            self.slowness = slowness
-            self._seconds = [slowness * seconds for seconds in self._measured_s]
+            self.slow_down(slowness)
 
     def _forget(self, places: list[Place]) -> None:
         for place in places:
@@ -479,3 +508,8 @@ def _rows(places: list[Place]) -> int:
 
 def _idle(free_s: list[float], now_s: float) -> int:
     return len([free for free in free_s if free <= now_s])
+
+
+def _idle_of_heap(free_s: list[float]) -> int:
+    """How many are free when the first is."""
+    return _idle(free_s, free_s[0]) if free_s[0] in free_s[1:3] else 1

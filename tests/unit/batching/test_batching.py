@@ -6,6 +6,7 @@ import threading
 from concurrent.futures import CancelledError, wait
 from dataclasses import dataclass, field
 from itertools import pairwise
+from math import inf
 
 import numpy as np
 import pytest
@@ -24,7 +25,7 @@ from corewise.batching import (
     Refused,
     Request,
 )
-from corewise.batching.policy import RARE, REMEMBERED
+from corewise.batching.policy import RARE, REMEMBERED, Place, _Plan
 from corewise.common.errors import InputError
 from corewise.records.build import Plan
 from corewise.records.measurement import Measurement
@@ -91,6 +92,50 @@ def test_a_curve_is_of_one_way_to_run():
     for measured in ([], [measurement(1, 1.0, 1.0), measurement(2, 2.0, 2.0, threads=1)]):
         with pytest.raises(ValueError, match="same threads"):
             LatencyTable.of(measured)
+
+
+# --- the schedule played through ---------------------------------------------------------------------------------
+
+
+@st.composite
+def queues(draw):
+    """A policy, what waits in it, when its instances are free, and a request that is new or none."""
+    made = Policy(curve(10, 4), max_batch=6, max_waiting=64, shared=draw(st.booleans()))
+    made.slow_down(draw(st.sampled_from([1.0, 1.7])))
+    made.margin_s = draw(st.sampled_from([0.0, 0.02]))
+    rows, groups = draw(st.sampled_from([(1, 1), (3, 1), (1, 2), (3, 2)]))
+    due_s = draw(st.sampled_from([0.1, 0.4, 3.0]))
+    waiting = sorted(
+        Place(
+            draw(st.floats(0, due_s)),
+            0,
+            number,
+            Request(number, inf, rows=draw(st.integers(1, rows)), group=draw(st.integers(1, groups))),
+            draw(st.sampled_from([0.0, 0.01, 0.05])),
+        )
+        for number in range(draw(st.integers(1, 24)))
+    )
+    free_s = draw(st.lists(st.one_of(st.just(0.0), st.floats(-0.02, 0.05)), min_size=1, max_size=5))
+    return made, waiting, free_s, draw(st.sampled_from([None, *waiting]))
+
+
+@given(queues())
+def test_a_queue_that_is_surely_in_time_is_judged_as_if_it_were_played_through(queue):
+    made, waiting, free_s, new = queue
+    places = [place if place is new else place._replace(room_s=0.0) for place in waiting]
+    _, late_s = made._play(_Plan(free_s, places, -inf))
+    judged_s = made._late_s(waiting, free_s, new)
+    assert judged_s >= late_s - 1e-9
+    assert (judged_s + made.margin_s <= 0) == (late_s + made.margin_s <= 0)
+    assert (judged_s > 0) == (late_s > 0)
+
+
+def test_a_queue_with_much_time_is_not_played_through(monkeypatch):
+    made = policy(instances=3, max_waiting=64)
+    monkeypatch.setattr(made, "_play_alike", lambda *_: pytest.fail("it is played through"))
+    for number in range(40):
+        assert isinstance(made.offer(Request(id=number, deadline_s=1000.0), 0.0), Accepted)
+    assert made._late_s(made._waiting, [0.0]) < 0
 
 
 # --- single decisions of the policy ------------------------------------------------------------------------------

@@ -296,7 +296,9 @@ def test_a_program_with_a_fixed_batch_is_calibrated_in_calls_of_that_batch(name:
         answers = np.concatenate([session.run([row[None]])[0] for row in rows])
         session.close()
         with torch.no_grad():
-            assert_close(answers, np.concatenate([model(torch.from_numpy(row[None])).numpy() for row in rows]), 0.1)
+            expected = np.concatenate([model(torch.from_numpy(row[None])).numpy() for row in rows])
+        # PyTorch's own int8 has seven bits for activations where the CPU has no VNNI.
+        assert_close(answers, expected, 0.2 if name == "torch-int8" else 0.1)
 
 
 # --- biases in int32 ----------------------------------------------------------------------------------------------

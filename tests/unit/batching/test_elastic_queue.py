@@ -440,7 +440,9 @@ def test_draining_answers_all_that_wait_and_an_instance_that_died_is_replaced():
     made = batcher(cores, reopen=lambda instance: lambda inputs: cores.run(2 if instance == WIDE else 1, inputs))
     futures = [made.submit([np.full((2, 2), k)]) for k in range(100)]
     wait(futures, PATIENCE_S)
-    again = [made.submit([np.full((2, 2), k)]) for k in range(100)]
+    futures += [made.submit([np.full((2, 2), k)]) for k in range(100, 200)]
     assert made.close(PATIENCE_S)
-    assert sum(future.exception() is not None for future in futures) < 40
-    assert all(np.array_equal(future.result().outputs[0], np.full((2, 2), 2 * k)) for k, future in enumerate(again))
+    lost = [k for k, future in enumerate(futures) if future.exception() is not None]
+    assert len(lost) <= 8, "two calls died, each of at most eight rows"
+    for k, future in enumerate(futures):
+        assert k in lost or np.array_equal(future.result().outputs[0], np.full((2, 2), 2 * k))

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from corewise.common.errors import EngineError
-from corewise.engines.base import BuildInputs, Session, fastest_s, missing
+from corewise.engines.base import BuildInputs, fastest_s, missing
 from corewise.records.build import Build, Plan, Receipt
 from corewise.records.cpu import Cpu
 
@@ -65,16 +65,18 @@ class Eager:
         rows = build.fixed_batch or TRIAL_BATCH
         _, batch = next(build_inputs.calibration.batches(rows))
         plan = Plan(threads_per_instance=build_inputs.cpu.usable_cores, batch=rows)
+        _write_format(folder, FORMATS[0])
+        session = self.open(folder, build, plan)
         times: dict[str, float] = {}
-        for memory_format in FORMATS:
-            _write_format(folder, memory_format)
-            times[memory_format] = fastest_s(self.open(folder, build, plan), batch)
+        for memory_format in FORMATS:  # in one session, because opening a program takes a second or two
+            session.use_format(memory_format)
+            times[memory_format] = fastest_s(session, batch)
         best = min(times, key=lambda name: times[name])
         _write_format(folder, best)
         told = ", ".join(f"{name} {seconds * 1e3:.0f} ms" for name, seconds in times.items())
         return (f"memory format {best} ({told} at batch {len(batch[0])})",)
 
-    def open(self, folder: Path, build: Build, plan: Plan) -> Session:
+    def open(self, folder: Path, build: Build, plan: Plan) -> "EagerSession":
         """Open the program. Raises ``EngineError`` where the payload holds only weights and no module was given."""
         from corewise.source import load_module
 
@@ -109,8 +111,14 @@ class EagerSession:
         keep_freed_memory()
         self._threads = plan.threads_per_instance
         self._dtype = torch.bfloat16 if build.precision == "bf16" else torch.float32
-        self._format = torch.channels_last if memory_format == "channels_last" else torch.contiguous_format
         self._module = module.to(self._dtype)
+        self.use_format(memory_format)
+
+    def use_format(self, memory_format: str) -> None:
+        """Convert the parameters, and from now on the inputs, to one of ``FORMATS``."""
+        import torch
+
+        self._format = torch.channels_last if memory_format == "channels_last" else torch.contiguous_format
         for tensor in (*self._module.parameters(), *self._module.buffers()):
             if tensor.dim() == 4:
                 tensor.data = tensor.data.contiguous(memory_format=self._format)

@@ -37,7 +37,7 @@ class BuildPayload:
 
 @dataclass(frozen=True, kw_only=True)
 class OpenPayload:
-    """Open the instances of ``plan``, and the one of ``wide``, in place of those that are open."""
+    """Open the instances of ``plan``, and the one of ``wide``, unless they are those that are open."""
 
     payload: Path
     build: Build

@@ -70,6 +70,8 @@ class TrialChild:
 
     def __init__(self) -> None:
         self._instances: Instances | None = None
+        self._opened_by: messages.OpenPayload | None = None
+        """The request that opened them."""
         self._calls: tuple[Call, ...] = ()
 
     def engine(self, name: str) -> Engine:
@@ -110,18 +112,21 @@ class TrialChild:
         return messages.Prepared()
 
     def _build(self, request: messages.BuildPayload) -> messages.BuiltPayload:
+        self._close()
         inputs = Workspace(request.workspace).read_build_inputs()
         notes = self.engine(request.build.engine).build(inputs, request.build, request.payload)
         return messages.BuiltPayload(notes=tuple(notes))
 
     def _open(self, request: messages.OpenPayload) -> messages.OpenedPayload:
         plan, cpu = request.plan, inspect_cpu()
-        self._close()
-        opener = self.engine(request.build.engine)
-        self._instances = open_layouts(opener, request.payload, request.build, plan, cpu, request.wide)
+        if request != self._opened_by:
+            self._close()
+            opener = self.engine(request.build.engine)
+            self._instances = open_layouts(opener, request.payload, request.build, plan, cpu, request.wide)
+            self._opened_by = request
         return messages.OpenedPayload(
             cpus=assign(cpu, plan.threads_per_instance, plan.instances),
-            memory_per_instance_bytes=self._instances.memory_per_instance_bytes,
+            memory_per_instance_bytes=self._opened().memory_per_instance_bytes,
             warning=warning(cpu, plan.threads_per_instance, plan.instances),
         )
 
@@ -263,7 +268,7 @@ class TrialChild:
     def _close(self) -> None:
         if self._instances is not None:
             self._instances.close()
-        self._instances = None
+        self._instances = self._opened_by = None
 
 
 def _warm_calls(session: Session, *, calls: Sequence[Call], budget_s: float) -> list[float]:

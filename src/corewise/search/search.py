@@ -44,8 +44,9 @@ TUNED = 3
 """Builds beside the baseline whose plans are searched."""
 SURE_BY = 1.2
 """Of the budget, until when time for a build in floating point is kept while nothing but the baseline has passed."""
-OVERTIME = 1.5
-"""Of the budget, what trials may take while nothing but the baseline has passed: a late result is better than none."""
+OVERTIME, OVERTIME_S = 1.5, 25.0
+"""Of the budget, what trials may take while nothing but the baseline has passed, or so many seconds more than it if
+these are more: a late result is better than none."""
 ON_TIME = 1.05
 """Of the budget, what a search may take without saying why."""
 NAMED = 3
@@ -337,7 +338,12 @@ class Search:
 
     def _trial_share(self) -> float:
         """Of the budget, when a candidate's trial has to be finished."""
-        return self.context.split.last_trial if self._any_candidate_ok() else OVERTIME
+        return self.context.split.last_trial if self._any_candidate_ok() else self._overtime_share()
+
+    def _overtime_share(self) -> float:
+        """Of the budget, when trials end while nothing but the baseline has passed."""
+        total_s = self.context.budget.total_s
+        return OVERTIME if total_s is None else max(OVERTIME, 1 + OVERTIME_S / total_s)
 
     def _leads(self, trial: Trial) -> bool:
         """Whether it is faster than all candidates before it, so that others need not be tried if it holds."""
@@ -383,7 +389,7 @@ class Search:
         """Why a build of those ``left`` is not tried in what is left of the budget."""
         budget, split = self.context.budget, self.context.split
         passed = self._any_candidate_ok()
-        if budget.ended(split.trials if passed else OVERTIME):
+        if budget.ended(split.trials if passed else self._overtime_share()):
             return budget.reason(ReasonKind.BUDGET_SPENT_BEFORE)
         if budget.total_s is None or not passed:
             return None

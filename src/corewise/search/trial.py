@@ -136,30 +136,35 @@ def _run(
     record["payload_bytes"] = sum(file.stat().st_size for file in payload.rglob("*") if file.is_file())
     context.on_event(TrialStep(build, Step.VERIFYING))
     outputs, ran = holdout_outputs(build, context, client, payload, alone=not is_baseline)
-    per_s = ran.per_s
     fidelity, verdict = context.verify(outputs)
-    record.update(fidelity=fidelity, verified_per_s=per_s)
+    record.update(fidelity=fidelity, verified_per_s=ran.per_s)
+    state, reason = _judged(build, verdict, ran, best_verified_per_s, is_baseline=is_baseline)
+    if state == State.OK:
+        plan = context.baseline_plan or context.plan if is_baseline else context.plan
+        context.on_event(TrialStep(build, Step.MEASURING, plan))
+        record["measurements"] = _first_looks(build, context, client, plan)
+    # Last, because it closes what is open.
     receipt = record["receipt"] = _observe_int8(build, context, client, payload)
     if receipt and not receipt.int8:
-        reason = Reason.of(ReasonKind.NOTHING_IN_INT8, layers=receipt.layers)
-        record.update(state=State.FAILED, reason=reason)
-        return
-    if not (verdict.passed or is_baseline):
-        record.update(state=State.REJECTED, reason=verdict.reason)
-        return
+        state, reason = State.FAILED, Reason.of(ReasonKind.NOTHING_IN_INT8, layers=receipt.layers)
+        record.pop("measurements", None)
+    record.update(state=state, reason=reason)
+
+
+def _judged(
+    build: Build, verdict: Verdict, ran: RanSamples, best_verified_per_s: float, *, is_baseline: bool
+) -> tuple[State, Reason]:
+    """What the answers to the holdout, and how they were run, make of a build."""
+    if is_baseline:
+        return State.OK, Reason.of(ReasonKind.BASELINE)
+    if not verdict.passed:
+        return State.REJECTED, verdict.reason
     floor_db = ALONE_DB[build.precision]
-    if ran.alone_db < floor_db and not is_baseline:
-        reason = Reason.of(ReasonKind.DEPENDS_ON_NEIGHBOURS, decibels=ran.alone_db, floor_db=floor_db)
-        record.update(state=State.REJECTED, reason=reason)
-        return
-    if per_s < HOPELESS * best_verified_per_s:
-        reason = Reason.of(ReasonKind.TOO_SLOW, per_s=per_s, best_per_s=best_verified_per_s)
-        record.update(state=State.PRUNED, reason=reason)
-        return
-    plan = context.baseline_plan or context.plan if is_baseline else context.plan
-    context.on_event(TrialStep(build, Step.MEASURING, plan))
-    record["measurements"] = _first_looks(build, context, client, plan)
-    record.update(state=State.OK, reason=Reason.of(ReasonKind.BASELINE) if is_baseline else verdict.reason)
+    if ran.alone_db < floor_db:
+        return State.REJECTED, Reason.of(ReasonKind.DEPENDS_ON_NEIGHBOURS, decibels=ran.alone_db, floor_db=floor_db)
+    if ran.per_s < HOPELESS * best_verified_per_s:
+        return State.PRUNED, Reason.of(ReasonKind.TOO_SLOW, per_s=ran.per_s, best_per_s=best_verified_per_s)
+    return State.OK, verdict.reason
 
 
 def _first_looks(build: Build, context: SearchContext, client: Client, plan: Plan) -> tuple[Measurement, ...]:

@@ -16,6 +16,7 @@ from corewise.engines.qdq import first_rung
 from corewise.machine.layouts import ThreadLayout
 from corewise.records.build import Build, Plan
 from corewise.records.goal import Throughput
+from corewise.records.reason import ReasonKind
 from corewise.records.report import Choice
 from corewise.runtime.race import run_race
 from corewise.runtime.workspace import Workspace
@@ -308,6 +309,17 @@ def test_the_best_build_races_with_its_best_plans(context, tmp_path, monkeypatch
     assert len([build for build, _ in raced if build == trials[1].build]) == min(3, len(near))
     assert raced[0][0] == trials[0].build
     assert {len(rates.per_s) for rates in run.rates} == {6}
+
+
+@pytest.mark.parametrize(("total_s", "allowed_s"), [(20.0, 45.0), (100.0, 150.0)])
+def test_a_slow_baseline_leaves_time_for_a_first_build(context, total_s, allowed_s):
+    baseline = run_trial(Build(engine="eager", precision="fp32"), context, is_baseline=True)
+    build = fake(seconds_per_call=0.001)
+    for elapsed_s, kind in ((allowed_s - 1, None), (allowed_s + 1, ReasonKind.BUDGET_SPENT_BEFORE)):
+        budget = Budget(total_s=total_s, clock=lambda: elapsed_s, started_s=0.0)  # noqa: B023 - used at once
+        search = searching(replace(context, budget=budget), None, [baseline])
+        why_not = search._why_not_tried(build, [build])
+        assert (why_not and why_not.kind) == kind
 
 
 def test_a_race_without_time_has_the_baseline_and_the_best_plan(context, tmp_path, monkeypatch):

@@ -112,7 +112,7 @@ class Artifact:
         try:
             data = json.loads((self.folder / REPORT).read_text())
             return from_json(Report, upgrade_report(data) if self.manifest.schema == 1 else data)
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise ArtifactError(f"{self.folder / REPORT} cannot be read: {_first_line(error)}", REBUILD) from error
 
     @property
@@ -126,13 +126,18 @@ class Artifact:
         return Structure.from_data(self.manifest.output_structure)
 
     def golden(self) -> tuple[list[np.ndarray], list[np.ndarray]]:
-        """The golden inputs and outputs, flat."""
+        """The golden inputs and outputs, flat. Raises ``ArtifactError`` if the file does not have them."""
+        from safetensors import SafetensorError
         from safetensors.numpy import load_file
 
-        tensors = load_file(self.folder / GOLDEN)
         count = len(self.manifest.inputs)
-        inputs = [tensors[f"input.{k}"] for k in range(count)]
-        return inputs, [tensors[f"output.{k}"] for k in range(len(tensors) - count)]
+        try:
+            tensors = load_file(self.folder / GOLDEN)
+            inputs = [tensors[f"input.{k}"] for k in range(count)]
+            return inputs, [tensors[f"output.{k}"] for k in range(len(tensors) - count)]
+        except (SafetensorError, KeyError, TypeError) as error:
+            what = f"{self.folder / GOLDEN} has no golden outputs: {_first_line(error)}"
+            raise ArtifactError(what, REBUILD) from error
 
 
 REBUILD = "copy the artifact again, or make it again with corewise optimize"
@@ -273,7 +278,7 @@ def _manifest(folder: Path) -> Manifest:
         content = json.loads(path.read_text())
         signed = content.pop("digest")
         schema = content["schema"]
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ArtifactError(f"{path} is not a manifest of corewise: {_first_line(error)}", REBUILD) from error
     if schema not in READABLE:
         raise ArtifactError(
@@ -286,7 +291,7 @@ def _manifest(folder: Path) -> Manifest:
         manifest = from_json(Manifest, content)
         for structure in (manifest.input_structure, manifest.output_structure):
             Structure.from_data(structure)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ArtifactError(f"{path} does not fit its schema: {_first_line(error)}", REBUILD) from error
     for name in (GOLDEN, REPORT):
         if name not in manifest.files:

@@ -12,7 +12,7 @@ from corewise.artifact.watch import Outside, RangeWatch
 from corewise.common.errors import InputError
 from corewise.common.nested import Structure, match_call, unflatten
 from corewise.engines import Session
-from corewise.pipeline import TOP, AudioRunner, ImageAsk, ImageRunner, TextRunner
+from corewise.pipeline import TOP, AudioRunner, ImageAsk, ImageRunner, TextRunner, check_top
 from corewise.records.build import TensorSpec
 from corewise.records.ranges import InputRange, SeenRanges
 
@@ -111,6 +111,7 @@ class Model:
         if media is not None and self.texts is None:
             if prompt is not None:
                 raise InputError(f"a prompt goes before texts, and the model takes {media.noun}s", "leave out prompt")
+            check_top(media.pipeline, top)
             ask = ImageAsk(
                 top=TOP if top is None else top, score_threshold=score_threshold, iou_threshold=iou_threshold
             )
@@ -121,8 +122,9 @@ class Model:
                 "call it with tensors, or make it again from st:FOLDER or hf:FOLDER, or with --tokenizer, or from a "
                 "folder of images or recordings; if a function prepared them, give it: load(..., preprocess=function)",
             )
-        if top is not None:
-            raise InputError("top is for images, and the model takes texts", "leave out top")
+        for name, given in (("top", top), ("score_threshold", score_threshold), ("iou_threshold", iou_threshold)):
+            if given is not None:
+                raise InputError(f"{name} is for images, and the model takes texts", f"leave out {name}")
         return self.texts.predict(items, prompt=prompt)
 
     @property

@@ -1,5 +1,7 @@
 """The text pipeline of an artifact, opened to run."""
 
+from collections.abc import Sequence
+
 from corewise.artifact.checks import input_ranges
 from corewise.artifact.format import REBUILD, TOKENIZER, Artifact, Manifest
 from corewise.common.errors import ArtifactError, InputError
@@ -8,6 +10,7 @@ from corewise.pipeline.calls import by_tokens
 from corewise.pipeline.runner import Run
 from corewise.records.build import Plan
 from corewise.records.pipeline import TextPipeline
+from corewise.records.ranges import InputRange
 
 ROWS_ALONE = 32
 """Rows of a call to a single instance whose plan is for single items: all its threads work on one call."""
@@ -51,8 +54,16 @@ def open_texts(artifact: Artifact, run: Run, plan: Plan) -> TextRunner | None:
     pipeline = text_pipeline(artifact)
     if pipeline is None:
         return None
-    encoder = TextEncoder(pipeline, artifact.folder / pipeline.tokenizer)
+    most_id = most_known_id(pipeline, artifact.manifest.input_ranges)
+    encoder = TextEncoder(pipeline, artifact.folder / pipeline.tokenizer, most_id=most_id)
     return text_runner(encoder, run, plan, call_cost(artifact.manifest, plan))
+
+
+def most_known_id(pipeline: TextPipeline, ranges: Sequence[InputRange] | None) -> int | None:
+    """The largest token id that the model has a row for, by its inputs' ranges; ``None`` if that is not known."""
+    ids = [each for each, token in zip(ranges or (), pipeline.inputs, strict=False) if token.role == "ids"]
+    highs = [one.high for each in ids for one in each.values if one.axis is None and one.high is not None]
+    return min(highs, default=None)
 
 
 def call_cost(manifest: Manifest, plan: Plan) -> CallCost:

@@ -107,6 +107,14 @@ def grouped(command: Callable[..., None]) -> Callable[..., None]:
     return ungrouped
 
 
+def check_cluster(options: Any) -> None:
+    """Raise ``InputError`` for an option of a cluster without ``--ray``: it would have no effect."""
+    for field in fields(options):
+        if options.ray is None and getattr(options, field.name) != field.default:
+            name = get_args(field.type)[1].default  # where typer keeps the first name of an annotated option
+            raise InputError(f"{name} is for a cluster", f"give --ray ADDRESS too, or leave out {name}")
+
+
 def _parameter(field: "Field[Any]") -> inspect.Parameter:
     """The parameter that holds a field's value."""
     default = inspect.Parameter.empty if field.default is MISSING else field.default

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 from corewise.cli.environment import compute_on_usable_cores, settle_ray
-from corewise.cli.options import ArtifactPath, RetuneTime, argument, flag, grouped, option
+from corewise.cli.options import ArtifactPath, RetuneTime, argument, check_cluster, flag, grouped, option
 from corewise.cli.output import console
 from corewise.cli.quantities import share, whole
 
@@ -185,6 +185,7 @@ def command(
     With --ray the parts run on the nodes of a cluster, each under the plan for its kind of machine, and stay in a
     folder of Parquet files.
     """
+    check_cluster(cluster)
     compute_on_usable_cores()
     if cluster.ray is not None:
         settle_ray(cluster.ray)

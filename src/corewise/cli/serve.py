@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args
 
 from corewise.cli.environment import quiet_grpc, settle_ray
-from corewise.cli.options import RetuneTime, argument, flag, grouped, option
+from corewise.cli.options import RetuneTime, argument, check_cluster, flag, grouped, option
 from corewise.cli.quantities import (
     Span,
     address,
@@ -323,6 +323,7 @@ def command(
     With --ray each artifact is an application of Ray Serve, until this command ends. The command again, with another
     artifact of the same name, replaces the replicas one by one.
     """
+    check_cluster(cluster)
     if any(find_spec(name) is None for name in PACKAGES):
         raise MissingExtra("starlette", "serve", "serving")
     quiet_grpc()

@@ -143,7 +143,7 @@ def deployment(
     memory_bytes: int | None = None,
     drain_s: float = 30.0,
     surge: bool = True,
-    tokens: Sequence[str] = (),
+    tokens: str | Sequence[str] = (),
     trust: bool = False,
     shadow: float = 0.0,
     check_finite: bool = False,
@@ -163,7 +163,7 @@ def deployment(
         memory_bytes: of a replica with its engine. Default: its CPUs' share of the node's.
         drain_s: how long the requests of a replica that is stopped may take.
         surge: whether an update starts a new replica before it stops an old one, on CPUs that are free.
-        tokens: bearer tokens, of which requests need one. Default: none is needed.
+        tokens: bearer tokens, of which requests need one; or a single token. Default: none is needed.
         trust: open artifacts whose payload is code.
         shadow: share of the requests that fp32 answers too.
         check_finite: refuse inputs with NaN or infinities.
@@ -188,7 +188,7 @@ def deployment(
     options = Options(
         limits=Limits(timeout_s=timeout_s, body_bytes=max_body_bytes),
         max_waiting=queue,
-        tokens=tuple(tokens),
+        tokens=(tokens,) if isinstance(tokens, str) else tuple(tokens),
         trust=Trust(everything=trust),
         shadow=shadow,
         memory_bytes=memory_bytes,

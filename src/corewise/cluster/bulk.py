@@ -15,11 +15,11 @@ from corewise.cluster.actor import runner_of
 from corewise.cluster.connection import check_address, require_ray
 from corewise.cluster.distributed import record_result, run_on_ray
 from corewise.common.errors import InputError, OutputError
-from corewise.pipeline import TOP, ImageAsk
+from corewise.pipeline import TOP, ImageAsk, check_top
 from corewise.pipeline.job import Job, check_job, count_rows, run_job
 from corewise.pipeline.parts import Counts
 from corewise.records.bulk import BulkOutlook, BulkProgress, BulkResult, OnProgress
-from corewise.records.pipeline import ImagePipeline
+from corewise.records.pipeline import ImagePipeline, TextPipeline
 from corewise.samples.archives import is_archive
 from corewise.samples.audio import AUDIO_SUFFIXES
 from corewise.samples.folders import list_files, list_images
@@ -142,7 +142,7 @@ class Bulk:
             folder = folder.absolute()
         artifact = read(folder)
         kind = _kind_of(artifact)
-        ask = ImageAsk(top=top or TOP, score_threshold=score_threshold, iou_threshold=iou_threshold)
+        ask = ImageAsk(top=TOP if top is None else top, score_threshold=score_threshold, iou_threshold=iou_threshold)
         options = {
             **columns._asdict(),
             "prompt": prompt,
@@ -155,7 +155,7 @@ class Bulk:
         if kind == "texts":
             _check_pairs(artifact, columns.pair)
         else:
-            _check_media(artifact, ask, preprocess)
+            _check_media(artifact, ask, top, preprocess)
         places, out = list(inputs), place_of(output)
         paths = _listed(kind, places)
         if kind == "texts":
@@ -176,14 +176,16 @@ class Bulk:
             drawings=draw,
             preprocess=_seen_by_all(preprocess) if in_folder else preprocess,
             folder=in_folder,
+            answer_bytes=_answer_bytes(artifact, kind),
         )
         check_job(job)
         return cls(artifact=artifact, job=job, ray=ray)
 
     def outlook(self) -> BulkOutlook:
-        """What ``run`` would do."""
-        kept = self.job.kept
-        finished = kept.finished() if kept.same(self.job.facts()) else {}
+        """What ``run`` would do. Raises ``OutputError`` if the output is another job's."""
+        kept, facts = self.job.kept, self.job.facts()
+        kept.check_same(facts)
+        finished = kept.finished() if kept.same(facts) else {}
         return BulkOutlook(
             inputs=len(self.job.inputs),
             rows=self._rows(),
@@ -273,8 +275,8 @@ def _check_foreign(folder: Path, kind: Kind, options: Mapping[str, object]) -> N
             raise InputError(f"--{option} has no meaning for {kind}, which {folder} takes", f"leave out --{option}")
 
 
-def _check_media(artifact: Artifact, ask: ImageAsk, preprocess: str | None) -> None:
-    """Raise ``InputError`` for images or recordings without the function that prepares them, and wrong thresholds."""
+def _check_media(artifact: Artifact, ask: ImageAsk, top: int | None, preprocess: str | None) -> None:
+    """Raise ``InputError`` without the function that prepares images or recordings, and for options that do not fit."""
     pipeline = images_of(artifact) or audio_of(artifact)
     if pipeline is None:
         return
@@ -282,6 +284,18 @@ def _check_media(artifact: Artifact, ask: ImageAsk, preprocess: str | None) -> N
         noun = "images" if isinstance(pipeline, ImagePipeline) else "recordings"
         raise InputError(f"{artifact.folder} was made with a function that prepares {noun}", "give --preprocess")
     ask.thresholds(pipeline.head)
+    check_top(pipeline, top)
+
+
+def _answer_bytes(artifact: Artifact, kind: Kind) -> int:
+    """About how large the answer to an item is; 0 for all but vectors and maps, as others are small."""
+    pipeline = text_pipeline(artifact) if kind == "texts" else images_of(artifact) or audio_of(artifact)
+    if pipeline is None or pipeline.task != "vectors":
+        return 0
+    _, (first, *_) = artifact.golden()
+    if isinstance(pipeline, TextPipeline) and first.ndim == 3:  # of each token, and texts may be longer than these
+        return first[:1, :1].nbytes * pipeline.max_length
+    return first[:1].nbytes
 
 
 def _check_drawings(draw: Path, places: Iterable[str | Path], paths: Iterable[Place]) -> None:

@@ -115,6 +115,8 @@ def _ports(options: Options) -> tuple[tuple[str, int], int | None]:
     """Where Ray Serve's proxies listen. Raises ``InputError`` for what they cannot do."""
     if options.admin is not None or options.admin_grpc is not None:
         raise InputError("there are no admin ports on a cluster", "leave out --admin, and run the command again")
+    if options.grace_s != Options.grace_s:
+        raise InputError("Ray Serve takes requests away from a replica before it ends", "leave out --grace")
     if not isinstance(options.http, tuple):
         raise InputError("on a cluster HTTP listens on a port", "give --http HOST:PORT")
     if options.grpc is None:

@@ -9,7 +9,16 @@ from corewise.pipeline.boxes import Detection, Thresholds, detected
 from corewise.pipeline.calls import Call, CallCost, CallLimits, CostTable, fill
 from corewise.pipeline.costs import cost_points, cost_table
 from corewise.pipeline.inferred import fit, infer
-from corewise.pipeline.photos import TOP, ImageAsk, ImageRunner, MediaRunner, image_pipeline, rows_of_call, top_classes
+from corewise.pipeline.photos import (
+    TOP,
+    ImageAsk,
+    ImageRunner,
+    MediaRunner,
+    check_top,
+    image_pipeline,
+    rows_of_call,
+    top_classes,
+)
 from corewise.pipeline.recordings import AudioRunner, audio_pipeline
 from corewise.pipeline.runner import Rejected, TextRunner, stacked
 from corewise.pipeline.samples import text_samples
@@ -35,6 +44,7 @@ __all__ = [
     "TokenPiece",
     "Tokens",
     "audio_pipeline",
+    "check_top",
     "cost_points",
     "cost_table",
     "decode",

@@ -79,7 +79,9 @@ def activate(values: NDArray[Any], activation: Activation) -> NDArray[np.float32
 
 def _class(row: NDArray[np.float32], labels: Sequence[str]) -> ClassAnswer:
     best = int(row.argmax())
-    probabilities = {label: float(value) for label, value in zip(labels, row, strict=True)}
+    probabilities: dict[str, float] = {}
+    for label, value in zip(labels, map(float, row), strict=True):  # of two classes of one name, the more probable one
+        probabilities[label] = max(value, probabilities.get(label, value))
     return ClassAnswer(label=labels[best], probability=float(row[best]), probabilities=probabilities)
 
 

@@ -29,6 +29,8 @@ from corewise.samples.texts import Columns
 
 PART_ROWS, FOLDER_PART_ROWS = 4096, 1024
 """Rows of a part, and of one that stays a file in a folder: what is done again at most after a kill."""
+PART_BYTES = 64 * 2**20
+"""Of the answers of a part: of vectors of each token, or maps of photos, a part has fewer rows."""
 SUFFIX, MARK = ".parquet", "_"
 """Of the files in a folder of Parquet parts: of its answers, and before the names of all other files."""
 BLOCK_BYTES = 1 << 20
@@ -55,6 +57,8 @@ class Job:
     """For images and recordings: the function that prepares them, as a reference."""
     folder: bool = False
     """Whether the output is a folder of Parquet parts, and no file."""
+    answer_bytes: int = 0
+    """About how large an answer is, if that is known: the answers of a part are in memory together."""
 
     @property
     def file(self) -> Path:
@@ -75,7 +79,8 @@ class Job:
     @property
     def part_rows(self) -> int:
         """Rows of a part."""
-        return FOLDER_PART_ROWS if self.folder else PART_ROWS
+        usual = FOLDER_PART_ROWS if self.folder else PART_ROWS
+        return max(1, min(usual, PART_BYTES // max(1, self.answer_bytes)))
 
     @property
     def several(self) -> bool:
@@ -128,9 +133,15 @@ class Done(NamedTuple):
 def check_inputs(job: Job) -> None:
     """Raise ``SamplesError`` for files of texts that are missing, of unknown kinds, or have no such column.
 
-    Images that are missing are rows that are set aside.
+    Images that are missing are rows that are set aside; what is called a tar file and is none would end the job in its
+    middle.
     """
-    for path in () if job.ask is not None else job.inputs:
+    if job.ask is not None:
+        for path in job.inputs if len(job.inputs) > 1 else ():
+            if is_archive(path) and isinstance(path, Path):
+                next(read_archive(path, sliced=True), None)
+        return
+    for path in job.inputs:
         if not path.is_file():
             raise SamplesError(f"there is no file {path}", "check the path")
         if path.suffix.lower() not in READERS:

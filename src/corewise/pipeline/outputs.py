@@ -166,12 +166,18 @@ class _Npy:
         size = np.shape(rows[0].answer) if rows else (0,)
         made = np.full((count, *size), np.nan, np.float32)
         for row in rows:
+            if np.shape(row.answer) != size:
+                raise _other_size(np.shape(row.answer), size)
             made[row.row - first] = row.answer
-        np.save(path, made)
+        with path.open("wb") as file:  # to a path that does not end with .npy, numpy would add that
+            np.save(file, made)
 
     def join(self, parts: Sequence[Path], path: Path) -> None:
         arrays = [np.load(part, mmap_mode="r") for part in parts]
         size = next((array.shape[1:] for array in arrays if array.shape[1:] != (0,)), ())
+        for array in arrays:
+            if array.shape[1:] not in (size, (0,)):
+                raise _other_size(array.shape[1:], size)
         shape = (sum(map(len, arrays)), *size)
         with path.open("wb") as file:
             header = {"descr": "<f4", "fortran_order": False, "shape": shape}
@@ -179,6 +185,12 @@ class _Npy:
             for array in arrays:
                 empty = array.shape[1:] == (0,)
                 file.write((np.full((len(array), *size), np.nan, np.float32) if empty else np.asarray(array)).tobytes())
+
+
+def _other_size(size: tuple[int, ...], first: tuple[int, ...]) -> InputError:
+    return InputError(
+        f"an .npy file cannot hold answers of several sizes, such as {size} and {first}", "name it .parquet or .jsonl"
+    )
 
 
 def _copy(part: Path, whole: BinaryIO) -> None:

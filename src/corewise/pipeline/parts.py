@@ -130,12 +130,16 @@ class Parts:
                     os.unlink(self.folder / name)
             self.replace(self.about, lambda path: path.write_text(_text(facts), encoding="utf-8"))
             return True
-        if not self.same(facts):
+        self.check_same(facts)
+        return False
+
+    def check_same(self, facts: dict[str, Any]) -> None:
+        """Raise ``OutputError`` if the folder was begun by a job with other facts."""
+        if self.about.is_file() and not self.same(facts):
             raise OutputError(
                 f"{self.folder} holds the parts of another job, or its inputs or artifact have changed",
                 "remove that folder to begin again, or give another name with -o",
             )
-        return False
 
     def is_foreign(self) -> bool:
         """Whether the folder has files, but no job began it."""
@@ -175,9 +179,13 @@ class Parts:
         if good or not self.mark:  # a file without rows has no columns, which a reader of the folder would miss
             first = part[0][0].row
             self.replace(self.answers(number), lambda path: kind.write(path, good, first, len(part)))
+        else:
+            self._remove(self.answers(number))
         if bad or not self.mark:
             text = "".join(_aside(record, answer) for record, answer in bad)
             self.replace(self.failed(number), lambda path: path.write_bytes(text.encode("utf-8", "replace")))
+        else:
+            self._remove(self.failed(number))
         counts = json.dumps({"rows": len(part), "failed": len(bad)})
         done = self.folder / f"{self.mark}part-{number:06}.done"
         self.replace(done, lambda path: path.write_text(counts))
@@ -194,6 +202,11 @@ class Parts:
         write(new)
         sync(new)
         new.replace(path)
+
+    def _remove(self, path: Place) -> None:
+        """Remove what an attempt that was killed left: it may have read other rows, which would be there twice."""
+        if isinstance(path, Path):
+            path.unlink(missing_ok=True)
 
     def sweep(self) -> None:
         """Remove what writers that were killed left."""

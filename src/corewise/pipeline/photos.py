@@ -125,6 +125,16 @@ def meaning(output: NDArray[Any]) -> tuple[ImageTask, Activation]:
     return "classes", "none" if are_probabilities else "softmax"
 
 
+def check_top(pipeline: MediaPipeline, top: int | None) -> None:
+    """Raise ``InputError`` if a number of classes is asked for and is none, or the model gives no classes."""
+    if top is None:
+        return
+    if pipeline.task != "classes":
+        raise InputError(f"top is a number of classes, and the model gives {pipeline.task}", "leave it out")
+    if not isinstance(top, int | np.integer) or top < 1:
+        raise InputError(f"top is {top}", "give a whole number, 1 or more")
+
+
 def top_classes(pipeline: MediaPipeline, row: NDArray[Any], top: int) -> list[tuple[int, str, float]]:
     """The most probable classes of one row (classes,): number, name (the number, where it has none), probability."""
     probabilities = activate(row, pipeline.activation)
@@ -326,7 +336,7 @@ class ImageRunner(MediaRunner):
         if isinstance(items, str | Path) and Path(items).is_dir():
             return list_images([items])
         if isinstance(items, str | Path) and is_archive(items):
-            return (Rejected(one.problem) if one.problem else one.content for one in read_archive(Path(items)))
+            return (Rejected(one.problem) if one.problem else one.content for one in read_archive(place_of(items)))
         return items
 
     def _is_one(self, items: Any) -> bool:

@@ -20,6 +20,8 @@ Run = Callable[[Sequence[NDArray[Any]]], list[NDArray[Any]]]
 
 WINDOW_ITEMS = 1024
 """Items that are sorted by length together. The next window is tokenized while this one runs."""
+VECTORS_ITEMS = 64
+"""Items of a window if each token has a vector, of which a long text has more than a megabyte."""
 WINDOW_CHARACTERS = 4_000_000
 """A window of long texts ends earlier, so that memory stays bounded."""
 MULTIPLE = 4
@@ -78,7 +80,9 @@ class TextRunner:
             InputError: The prompt is unknown.
             EngineError: The engine fails.
         """
-        windows = _windows(items)
+        pipeline = self.encoder.pipeline
+        is_large = pipeline.task == "vectors" and pipeline.pooling == "none"
+        windows = _windows(items, VECTORS_ITEMS if is_large else WINDOW_ITEMS)
         ahead: deque[_Window] = deque()
         # One more than instances: the next call's arrays are ready when an instance is.
         pool = ThreadPoolExecutor(self._instances + 1, "corewise-text")
@@ -127,10 +131,8 @@ class TextRunner:
 
     def _start(self, window: Sequence[Any], prompt: str | None, pool: ThreadPoolExecutor) -> _Window:
         """Tokenize a window, and begin its calls."""
-        problems = [self.encoder.problem(item) for item in window]
-        places = [place for place, problem in enumerate(problems) if not problem]
+        problems, places, tokens = self.encoder.encode_usable(window, prompt)
         items = [window[place] for place in places]
-        tokens = self.encoder.encode(items, prompt=prompt) if items else []
         running = [
             (call, pool.submit(self._call, [tokens[place] for place in call.places], call.tokens))
             for call in self.calls([len(one) for one in tokens])
@@ -170,14 +172,14 @@ def _check_kind(items: Any) -> None:
         )
 
 
-def _windows(items: Iterable[Any]) -> Iterator[list[Any]]:
+def _windows(items: Iterable[Any], most: int) -> Iterator[list[Any]]:
     window: list[Any] = []
     characters = 0
     for item in items:
         window.append(item)
         texts = item if isinstance(item, list | tuple) else (item,)
         characters += sum(len(text) for text in texts if isinstance(text, str))
-        if len(window) >= WINDOW_ITEMS or characters >= WINDOW_CHARACTERS:
+        if len(window) >= most or characters >= WINDOW_CHARACTERS:
             yield window
             window, characters = [], 0
     if window:

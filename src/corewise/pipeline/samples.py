@@ -31,9 +31,7 @@ def text_samples(encoder: TextEncoder, raw: RawSamples, by_name: bool = True) ->
         SamplesError: More than a tenth of the texts cannot be used.
     """
     pipeline = encoder.pipeline
-    problems = [encoder.problem(item) for item in raw.items]
-    usable = [place for place, problem in enumerate(problems) if not problem]
-    tokens = encoder.encode([raw.items[place] for place in usable]) if usable else []
+    problems, usable, tokens = encoder.encode_usable(raw.items)
     lengths = [len(one) for one in tokens]
     calls = fill(lengths, limits=CallLimits(rows=ROWS), multiple=MULTIPLE, pads=pipeline.pads)
     facts = token_facts(lengths, calls, pipeline.max_length, _cut(encoder, raw, usable, lengths)) if usable else None

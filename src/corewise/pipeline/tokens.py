@@ -51,8 +51,8 @@ class TextEncoder:
     Tokenizing uses threads of its own (Hugging Face's ``tokenizers``) and lets other Python threads run.
     """
 
-    def __init__(self, pipeline: TextPipeline, tokenizer: Path | bytes) -> None:
-        """Open the file ``tokenizer``, or take its content.
+    def __init__(self, pipeline: TextPipeline, tokenizer: Path | bytes, *, most_id: int | None = None) -> None:
+        """Open the file ``tokenizer``, or take its content; ``most_id`` is the largest token id that the model knows.
 
         Raises ``ArtifactError`` if it is not a tokenizer, and ``MissingExtra`` without the package ``tokenizers``.
         """
@@ -68,6 +68,8 @@ class TextEncoder:
         self._untruncated.no_padding()
         self._untruncated.no_truncation()
         self._most_characters = CHARACTERS_PER_TOKEN * pipeline.max_length
+        largest = 0 if most_id is None else max(self._untruncated.get_vocab().values(), default=0)
+        self._most_id = most_id if most_id is not None and largest > most_id else None
 
     @cached_property
     def _truncating(self) -> dict[Side, Any]:
@@ -88,6 +90,29 @@ class TextEncoder:
         if not self.pipeline.pairs and isinstance(item, list | tuple):
             return f"is {item!r:.40}, where the model takes single texts"
         return next((problem for text in texts if (problem := text_problem(text))), "")
+
+    def no_answer(self, tokens: Tokens) -> str:
+        """Why an item with these tokens cannot be answered, as the end of a sentence; empty if it can."""
+        if not len(tokens):
+            return "has no tokens: the tokenizer removes all of its characters"
+        # An engine may read memory behind a table that it looks up.
+        if self._most_id is not None and (largest := int(tokens.ids.max())) > self._most_id:
+            return f"has the token {largest}, but the model knows 0 to {self._most_id}"
+        return ""
+
+    def encode_usable(
+        self, items: Sequence[Any], prompt: str | None = None
+    ) -> tuple[list[str], list[int], list[Tokens]]:
+        """The problem of each item, empty without one; the places of the items without one, and their tokens.
+
+        Raises ``InputError`` if the prompt is unknown.
+        """
+        problems = [self.problem(item) for item in items]
+        places = [place for place, problem in enumerate(problems) if not problem]
+        tokens = dict(zip(places, self.encode([items[place] for place in places], prompt=prompt), strict=True))
+        problems = [problem or self.no_answer(tokens[place]) for place, problem in enumerate(problems)]
+        places = [place for place in places if not problems[place]]
+        return problems, places, [tokens[place] for place in places]
 
     def encode(
         self, items: Sequence[Text], *, prompt: str | None = None, truncate: bool | Side = True, first: int = 0
@@ -112,9 +137,16 @@ class TextEncoder:
         texts = [self._cut(item, prefix, side) for item in items] if side or prefix else list(items)
         if self.pipeline.task == "tokens":
             encoded = tokenizer.encode_batch(texts)
+            # Of a very long text that is cut at its left, only the end was read.
+            is_end = side == "left" and not prefix
             made = [
-                Tokens(np.array(one.ids, np.int32), np.array(one.type_ids, np.int32), one.offsets, one.word_ids)
-                for one in encoded
+                Tokens(
+                    np.array(one.ids, np.int32),
+                    np.array(one.type_ids, np.int32),
+                    _moved(one.offsets, len(item) - len(text) if is_end else 0),
+                    one.word_ids,
+                )
+                for one, item, text in zip(encoded, items, texts, strict=True)
             ]
         else:
             encoded = tokenizer.encode_batch_fast(texts)
@@ -183,6 +215,11 @@ class TextEncoder:
         if side is None or len(text) <= self._most_characters:
             return text
         return text[: self._most_characters] if side == "right" else text[-self._most_characters :]
+
+
+def _moved(offsets: Sequence[tuple[int, int]], by: int) -> Sequence[tuple[int, int]]:
+    """Places in a text so much further on; those of special tokens, (0, 0), stay."""
+    return [(start + by, end + by) if end else (start, end) for start, end in offsets] if by else offsets
 
 
 def _values(tokens: Tokens, role: TokenRole) -> NDArray[np.int32] | int:

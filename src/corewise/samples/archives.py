@@ -14,7 +14,7 @@ from typing import IO, NamedTuple
 
 from corewise.common.errors import SamplesError
 from corewise.samples.images import image_suffixes
-from corewise.samples.places import Place, place_of
+from corewise.samples.places import Place, RemotePath, place_of, unreadable
 
 SUFFIXES = (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tbz2", ".tar.xz", ".txz")
 MOST_BYTES = 64 * 2**20
@@ -54,10 +54,17 @@ class Slice(NamedTuple):
     compressed: bool = False
 
     def read(self) -> bytes:
-        """Its content; of a file that is not compressed."""
-        with place_of(self.path).open("rb") as file:
-            file.seek(self.start)
-            return _whole(bytes(file.read(self.size_bytes)), self)
+        """Its content; of a file that is not compressed. Raises ``SamplesError`` for what a store refuses."""
+        place = place_of(self.path)
+        try:
+            with place.open("rb") as file:
+                file.seek(self.start)
+                content = bytes(file.read(self.size_bytes))
+        except OSError as error:
+            if isinstance(place, RemotePath) and error.errno is None:
+                raise unreadable(place, error) from error
+            raise
+        return _whole(content, self)
 
 
 def _whole(content: bytes, part: Slice) -> bytes:

@@ -4,7 +4,7 @@ import csv
 import json
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
-from itertools import chain, islice
+from itertools import chain, count, islice
 from math import inf
 from pathlib import Path
 from typing import Any, NamedTuple, TextIO
@@ -18,6 +18,8 @@ FIRST = 16
 """Records whose columns are looked at, before the first of them is used."""
 PARQUET_ROWS = 1024
 """Rows read at a time."""
+MOST_LINE_CHARACTERS = 16 * 2**20
+"""Of a line that is held: a file may have no ends of lines at all."""
 NUMBER = "number"
 
 
@@ -114,9 +116,14 @@ def _open(path: Place, newline: str = "\n") -> TextIO:
 
 
 def _lines(path: Place) -> Iterator[tuple[str, str]]:
-    """The lines, each with its name."""
+    """The lines, each with its name; of one that is too long, the beginning."""
     with _open(path) as file:
-        for number, line in enumerate(file, start=1):
+        for number in count(1):
+            line = rest = file.readline(MOST_LINE_CHARACTERS)
+            if not line:
+                break
+            while len(rest) == MOST_LINE_CHARACTERS and not rest.endswith("\n"):
+                rest = file.readline(MOST_LINE_CHARACTERS)
             yield f"line {number}", line.rstrip("\r\n")
 
 
@@ -130,6 +137,9 @@ def _txt(path: Place, columns: Columns, samples: bool) -> Iterator[_Record]:
 def _jsonl(path: Place, columns: Columns, samples: bool) -> Iterator[_Record]:
     for name, line in _lines(path):
         if not line.strip():
+            continue
+        if len(line) >= MOST_LINE_CHARACTERS:
+            yield _Record(name, {}, f"has more than {MOST_LINE_CHARACTERS:,} characters")
             continue
         if line.strip() == "[" and name == "line 1":
             raise SamplesError(f"{path} is one JSON list", "write each of its objects on a line of its own")

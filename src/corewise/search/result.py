@@ -12,7 +12,7 @@ from corewise.artifact.checks import program_ranges
 from corewise.artifact.model import Model
 from corewise.artifact.photos import image_runner
 from corewise.artifact.recordings import audio_runner
-from corewise.artifact.texts import text_runner
+from corewise.artifact.texts import most_known_id, text_runner
 from corewise.artifact.tuned import partitions
 from corewise.artifact.watch import seen_range
 from corewise.common.nested import Structure
@@ -81,7 +81,8 @@ class Result:
             session = open_elastic(*opened, elasticity.plan, partitions(elasticity.plan, measured), cpu)
         pipeline = self._fitted
         images = self._images
-        encoder = None if pipeline is None else TextEncoder(pipeline, self.tokenizer)
+        most_id = None if pipeline is None else most_known_id(pipeline, self._ranges)
+        encoder = None if pipeline is None else TextEncoder(pipeline, self.tokenizer, most_id=most_id)
         cost = self.call_costs or by_tokens
         return Model(
             session,

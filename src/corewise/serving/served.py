@@ -54,8 +54,13 @@ class Source:
 
     @classmethod
     def of(cls, text: str) -> "Source":
-        """``[NAME[@VERSION]=]FOLDER``; by default the folder's name without ``.cw``, and version 1."""
-        told, _, folder = text.rpartition("=")
+        """``[NAME[@VERSION]=]FOLDER``; by default the folder's name without ``.cw``, and version 1.
+
+        What is a folder as it stands is one, as names of folders may have ``=`` in them too.
+        """
+        told, equals, folder = text.partition("=")
+        if not equals or Path(text).is_dir():
+            told, folder = "", text
         name, _, version = told.partition("@")
         path = Path(folder)
         return cls(name=name or path.resolve().name.removesuffix(".cw"), version=version or "1", folder=path)

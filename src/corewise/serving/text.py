@@ -86,9 +86,13 @@ class TextInput:
             if problem := self.encoder.problem(item):
                 raise ProtocolError(f"{noun} {k} {problem}")
         try:
-            return self.encoder.encode(asked.items, prompt=asked.prompt, truncate=asked.truncate or False, first=start)
+            found = self.encoder.encode(asked.items, prompt=asked.prompt, truncate=asked.truncate or False, first=start)
         except InputError as error:
             raise ProtocolError(error.what, error.fix) from error
+        for k, each in enumerate(found, start):
+            if problem := self.encoder.no_answer(each):
+                raise ProtocolError(f"{noun} {k} {problem}")
+        return found
 
     def inputs(self, tokens: Sequence[Tokens], longest: int) -> tuple[NDArray[Any], ...]:
         """The model's inputs for one call, (N, tokens) each, padded to a multiple of ``BUCKET`` if it has a mask."""

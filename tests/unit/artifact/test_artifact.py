@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 import torch
 from places import TESTS
+from safetensors.numpy import save
 from torch import nn
 
 from corewise import artifact
@@ -221,7 +222,20 @@ def test_a_missing_and_a_foreign_folder_are_told(tmp_path):
         read(tmp_path)
 
 
-@pytest.mark.parametrize("content", [b"", b"{", b"\xff", b"[]", b"null", b"{}", b'{"digest": 1}', b'{"schema": 1}'])
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"",
+        b"{",
+        b"\xff",
+        b"[]",
+        b"null",
+        b"{}",
+        b'{"digest": 1}',
+        b'{"schema": 1}',
+        pytest.param(b"[" * 10**5, id="deep"),
+    ],
+)
 def test_a_manifest_of_another_program_is_told(tmp_path, content):
     (tmp_path / MANIFEST).write_bytes(content)
     with pytest.raises(ArtifactError, match=r"manifest\.json is not a manifest of corewise"):
@@ -333,6 +347,15 @@ def test_a_signed_manifest_without_its_proofs_is_told(made, name):
     rewrite(made, lambda content: content["files"].pop(name))
     with pytest.raises(ArtifactError, match=f"does not list {name}"):
         read(made)
+
+
+def test_a_signed_manifest_of_other_golden_samples_is_told(made):
+    content = save({"input.1": X})
+    (made / GOLDEN).write_bytes(content)
+    facts = {"sha256": hashlib.sha256(content).hexdigest(), "size_bytes": len(content)}
+    rewrite(made, lambda manifest: manifest["files"].update({GOLDEN: facts}))
+    with pytest.raises(ArtifactError, match=r"golden\.safetensors has no golden outputs: 'input\.0'; copy"):
+        verify(made)
 
 
 def test_a_cpu_of_another_architecture_is_told(tmp_path):

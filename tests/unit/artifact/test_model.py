@@ -4,6 +4,7 @@ import threading
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -326,3 +327,21 @@ def test_one_instance_that_was_closed_says_so():
     assert all(session.closed for session in engine.sessions)
     with pytest.raises(EngineError, match="the model was closed; load it again"):
         model(X)
+
+
+def predicting(**runners):
+    structure = flatten(((X,), {}))[1]
+    return Model(Doubling(), inputs=(IMAGE,), input_structure=structure, output_structure=flatten(X)[1], **runners)
+
+
+@pytest.mark.parametrize("name", ["top", "score_threshold", "iou_threshold"])
+def test_an_option_for_images_is_refused_for_texts(name):
+    texts = SimpleNamespace(predict=lambda items, prompt: items)
+    with pytest.raises(InputError, match=f"{name} is for images, and the model takes texts; leave out {name}"):
+        predicting(texts=texts).predict(["a"], **{name: 1})
+
+
+def test_a_number_of_classes_is_refused_where_there_are_none():
+    images = SimpleNamespace(pipeline=SimpleNamespace(task="boxes"), predict=lambda items, ask: items)
+    with pytest.raises(InputError, match="top is a number of classes, and the model gives boxes; leave it out"):
+        predicting(images=images).predict([b""], top=3)

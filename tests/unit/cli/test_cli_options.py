@@ -145,6 +145,23 @@ def test_the_panels_of_optimize_and_serve():
     assert panels("serve") == ["Artifacts", "Ports", "Requests", "Security", "Logs", "Cluster"]
 
 
+@pytest.mark.parametrize(
+    ("typed", "option"),
+    [
+        (["predict", "m.cw", "t.txt", "-o", "o.jsonl", "--retune", "0"], "--retune"),
+        (["serve", "m.cw", "--replicas", "2-8"], "--replicas"),
+        (["serve", "m.cw", "--cpus", "2"], "--cpus"),
+        (["serve", "m.cw", "--scale-at", "1s"], "--scale-at"),
+        (["serve", "m.cw", "--route", "/m"], "--route"),
+        (["serve", "m.cw", "--no-surge"], "--no-surge"),
+    ],
+)
+def test_an_option_of_a_cluster_is_refused_without_one(typed, option):
+    error = CliRunner().invoke(app, typed).exception
+    assert isinstance(error, InputError)
+    assert str(error) == f"{option} is for a cluster; give --ray ADDRESS too, or leave out {option}"
+
+
 def test_fields_of_option_groups_become_options_and_come_back_as_values():
     @dataclasses.dataclass(frozen=True, kw_only=True)
     class Wanted:

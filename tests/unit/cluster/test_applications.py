@@ -8,6 +8,7 @@ import pytest
 from places import GOLDEN
 
 from corewise._version import __version__
+from corewise.cluster import applications
 from corewise.cluster.applications import Scale, settings_of
 from corewise.cluster.messages import packed, unpacked
 from corewise.cluster.replica import Mounted
@@ -35,6 +36,14 @@ def test_what_replicas_are_told_crosses_as_it_is_and_without_the_tokens() -> Non
     )  # fmt: skip
 
 
+def test_a_single_token_is_one_and_not_its_letters(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(applications, "require_serve", lambda: None)
+    monkeypatch.setattr(applications, "bound", lambda settings, scale: settings)
+    told = applications.deployment(ARTIFACT, tokens="secret").tokens
+    assert told.admit(b"Bearer secret")
+    assert not told.admit(b"Bearer s")
+
+
 def test_a_replica_has_the_cpus_of_the_plan_unless_told_otherwise() -> None:
     assert settings_of(SOURCE, Options(), Scale()).cpus == 2
     assert settings_of(SOURCE, Options(), Scale(cpus=4)).cpus == 4
@@ -54,6 +63,7 @@ def test_replicas_that_are_none(replicas: tuple[int, int]) -> None:
         (Options(grpc=("127.0.0.1", 9000)), "listens on all addresses; give --grpc 0.0.0.0:PORT"),
         (Options(grpc=("0.0.0.0", 9000), certificate=Path("a"), key=Path("b")), "no TLS of its own; leave out"),
         (Options(admin=("127.0.0.1", 1)), "there are no admin ports on a cluster"),
+        (Options(grace_s=5.0), "takes requests away from a replica before it ends; leave out --grace"),
     ],
 )
 def test_ports_that_ray_serve_does_not_have(options: Options, what: str) -> None:

@@ -2,19 +2,23 @@
 
 import json
 import os
+import tarfile
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pytest
 from pyarrow import dataset
 
-from corewise.cluster.bulk import _check_apart
-from corewise.common.errors import OutputError, SamplesError
-from corewise.pipeline import ImageRunner
+from corewise.artifact import Artifact
+from corewise.cluster.bulk import Bulk, _check_apart
+from corewise.common.errors import InputError, OutputError, SamplesError
+from corewise.pipeline import ImageAsk, ImageRunner
 from corewise.pipeline import job as jobs
 from corewise.pipeline.job import Done, Job, run_job, writing
+from corewise.pipeline.outputs import format_of
 from corewise.pipeline.runner import Rejected
 from corewise.records.pipeline import ImagePipeline
 from corewise.records.report import Preprocess
@@ -175,3 +179,52 @@ def test_what_another_job_left_is_not_taken_for_this_one(tmp_path: Path) -> None
 def test_a_disk_that_refuses_is_told_with_the_fix(error: OSError, fix: str) -> None:
     with pytest.raises(OutputError, match=fix), writing("o", "p"):
         raise error
+
+
+class Sizes(Lengths):
+    """Answers each text with a vector of its length."""
+
+    def answers(self, items: Any, ask: Any = None) -> Iterator[Any]:
+        return (np.zeros(len(item), np.float32) for item in items)
+
+
+@pytest.mark.parametrize("lengths", [[1, 2], [1] * 10 + [2] * 10])
+def test_an_array_holds_answers_of_one_size_only(tmp_path: Path, lengths: list[int]) -> None:
+    """In one part, and in two of which each alone is an array."""
+    (tmp_path / "t.txt").write_text("".join(f"{'x' * length}\n" for length in lengths))
+    with pytest.raises(InputError, match=r"cannot hold answers of several sizes, such as \(2,\) and \(1,\); name it"):
+        run_job(job_of(tmp_path / "out.npy", tmp_path / "t.txt"), Sizes())
+    assert not (tmp_path / "out.npy").exists()
+
+
+def test_a_file_that_is_no_tar_ends_no_job_in_its_middle(tmp_path: Path) -> None:
+    with tarfile.open(tmp_path / "a.tar", "w") as archive:
+        for number in range(25):
+            archive.addfile(tarfile.TarInfo(f"{number}.jpg"))
+    (tmp_path / "b.tar").write_bytes(b"<html>")
+    job = replace(job_of(tmp_path / "out", tmp_path / "a.tar", tmp_path / "b.tar"), ask=ImageAsk())
+    with pytest.raises(SamplesError, match=r"b\.tar is no tar file that can be read"):
+        run_job(job, Lengths())
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_part_that_is_made_again_leaves_nothing_of_the_first_attempt(tmp_path: Path) -> None:
+    """The first one was killed before it was done, and could not read what the second one can, or the other way."""
+    job = job_of(tmp_path / "out", texts(tmp_path / "t.txt", 2))
+    kept, rows = job.kept, list(jobs.records(job))
+    kind = format_of(".parquet", Lengths().pipeline)
+    good, bad = np.ones(1, np.float32), Rejected("cannot be read")
+    with kept.begun(job.facts()):
+        for answers in ([good, bad], [good, good], [bad, bad]):
+            kept.write(0, kind, list(zip(rows, answers, strict=True)))
+            names = {path.name for path in job.file.glob("*part-000000.*")}
+            expected = {"_part-000000.done"} | {"part-000000.parquet" for one in answers if one is good}
+            assert names == expected | {"_part-000000.failed" for one in answers if one is bad}
+
+
+def test_a_dry_run_into_another_jobs_output_says_so(tmp_path: Path) -> None:
+    job = job_of(tmp_path / "out", texts(tmp_path / "t.txt", 5))
+    with job.kept.begun({}):
+        pass
+    with pytest.raises(OutputError, match="out holds the parts of another job"):
+        Bulk(artifact=cast(Artifact, None), job=job, ray=None).outlook()

@@ -12,10 +12,11 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tokenizers import Tokenizer, processors
+from tokenizers import Tokenizer, normalizers, processors
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
 
+from corewise.artifact.texts import most_known_id
 from corewise.common.errors import ArtifactError, InputError
 from corewise.pipeline import (
     CallLimits,
@@ -32,12 +33,14 @@ from corewise.pipeline import (
     infer,
 )
 from corewise.pipeline.calls import by_tokens
-from corewise.pipeline.runner import WINDOW_ITEMS
+from corewise.pipeline.runner import VECTORS_ITEMS, WINDOW_ITEMS
 from corewise.records.build import TensorSpec
 from corewise.records.jsonable import from_json, to_json
 from corewise.records.pipeline import TextPipeline, TokenInput
+from corewise.records.ranges import InputRange, ValueRange
 from corewise.serving.protocol import ProtocolError
 from corewise.serving.text import TextInput
+from corewise.serving.texts import TextRequest
 
 WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "red", "blue", "green", "house", "tree", "query", ":"]
 NAMES = ("input_ids", "attention_mask", "token_type_ids")
@@ -211,6 +214,14 @@ def test_a_stream_is_read_as_its_answers_are_taken(tokenizer: Path) -> None:
     assert threading.active_count() <= before
 
 
+def test_few_texts_are_ahead_if_each_token_has_a_vector(tokenizer: Path) -> None:
+    stream = iter(["red house"] * 4096)
+    answers = runner_of(tokenizer, pooling="none").answers(stream)
+    next(answers)
+    answers.close()
+    assert len(list(stream)) >= 4096 - 2 * VECTORS_ITEMS
+
+
 def test_abandoned_answers_end_their_threads(tokenizer: Path) -> None:
     def run(inputs: Sequence[np.ndarray]) -> list[np.ndarray]:
         time.sleep(0.01)
@@ -238,6 +249,30 @@ def test_items_with_a_problem(tokenizer: Path) -> None:
     with pytest.raises(InputError, match="text 1 is empty"):
         runner_of(tokenizer).predict(["red", ""])
     assert runner_of(tokenizer).predict([]) == []
+
+
+def test_a_text_of_which_the_tokenizer_leaves_nothing_is_set_aside(tmp_path: Path) -> None:
+    made = Tokenizer(WordLevel({"red": 0, "blue": 1, "[UNK]": 2}, unk_token="[UNK]"))  # without special tokens
+    made.normalizer, made.pre_tokenizer = normalizers.BertNormalizer(), Whitespace()
+    made.save(str(tmp_path / "tokenizer.json"))
+    texts = ["red", "\u200b", "blue"]
+    first, nothing, last = runner_of(tmp_path / "tokenizer.json").answers(texts)
+    assert (first[0], last[0]) == (0, 1)
+    assert nothing == Rejected("has no tokens: the tokenizer removes all of its characters")
+    artifact: Any = SimpleNamespace(folder=tmp_path)
+    with pytest.raises(ProtocolError, match="text 1 has no tokens"):
+        TextInput(artifact, pipeline_of()).tokens(TextRequest(items=texts))
+
+
+def test_a_token_that_the_model_has_no_row_for_is_set_aside(tokenizer: Path) -> None:
+    ranges = [InputRange(values=(ValueRange(low=0, high=high),)) for high in (7, 1, 1)]
+    most_id = most_known_id(pipeline_of(), ranges)
+    encoder = TextEncoder(pipeline_of(), tokenizer, most_id=most_id)
+    runner = TextRunner(encoder, means, instances=1, limits=CallLimits(rows=8))
+    red, query, house = runner.answers(["red", "blue query", "house"])
+    assert query == Rejected("has the token 9, but the model knows 0 to 7")
+    assert (red[1], house[1]) == (3, 3)
+    assert most_known_id(pipeline_of(), None) is None
 
 
 @pytest.mark.parametrize(
@@ -308,6 +343,10 @@ def test_classes(tokenizer: Path) -> None:
     assert sum(first.probabilities.values()) == pytest.approx(1)
     several = decode(pipeline_of(task="classes", activation="sigmoid"), [logits], ["a", "b"], [])[0]
     assert several.probabilities == pytest.approx({"LABEL_0": 0.7310586, "LABEL_1": 0.9525741})
+    named = decode(pipeline_of(task="classes", labels=("same", "same")), [logits], ["a", "b"], [])[0]
+    assert (named.probability, named.probabilities) == (3.0, {"same": 3.0})
+    turned = decode(pipeline_of(task="classes", labels=("same", "same")), [logits[:, ::-1]], ["a", "b"], [])[0]
+    assert turned.probabilities == {"same": turned.probability}
 
 
 def test_spans(tokenizer: Path) -> None:
@@ -324,6 +363,15 @@ def test_spans(tokenizer: Path) -> None:
         ("COLOUR", 21, 26, "green"),
     ]
     assert all(isinstance(span, Span) and 0.99 < span.probability < 1 for span in spans)
+
+
+def test_spans_at_the_end_of_a_text_of_which_only_the_end_is_read(tokenizer: Path) -> None:
+    pipeline = pipeline_of(task="tokens", labels=("O", "B-COLOUR"), truncation="left")
+    text = "tree " * 1000 + "blue"
+    (tokens,) = TextEncoder(pipeline, tokenizer).encode([text])
+    logits = np.eye(2, dtype=np.float32)[[int(number == 5) for number in tokens.ids]][None]
+    ((span,),) = decode(pipeline, [logits], [text], [tokens])
+    assert (span.start, span.end, span.text) == (5000, 5004, "blue")
 
 
 def test_vectors_of_tokens_without_their_padding(tokenizer: Path) -> None:

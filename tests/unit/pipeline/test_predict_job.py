@@ -315,3 +315,19 @@ def test_rows_are_counted_for_the_progress_bar(tmp_path: Path) -> None:
     broken.write_bytes(b"PAR1")
     with pytest.raises(SamplesError, match=r"is not a Parquet file: .*; write it with pyarrow or pandas"):
         count_rows([broken])
+
+
+def test_a_name_in_capitals_says_its_format_too(tokenizer: bytes, tmp_path: Path) -> None:
+    source = texts(tmp_path, 12)
+    for name in ("a.NPY", "b.JSONL", "c.PARQUET"):
+        assert run_job(job_of(tmp_path / name, source), runner_of(tokenizer)) == Done(12, 0, 0)
+    assert np.load(tmp_path / "a.NPY").shape == (12, 2)
+
+
+def test_large_answers_are_in_small_parts(tokenizer: bytes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(jobs, "PART_BYTES", 100)
+    done: list[int] = []
+    job = job_of(tmp_path / "out.jsonl", texts(tmp_path, 7), answer_bytes=30)
+    run_job(job, runner_of(tokenizer), on_rows=lambda counts: done.append(counts.rows))
+    assert done == [0, 3, 6, 7]
+    assert [replace(job, answer_bytes=size).part_rows for size in (0, 5, 1000)] == [10, 10, 1]

@@ -14,6 +14,7 @@ import pytest
 from corewise.common.errors import SamplesError
 from corewise.samples import archives
 from corewise.samples.archives import Slice, Unpacked, is_archive, read_archive
+from corewise.samples.places import RemotePath
 
 
 def write(path: Path, *members: tuple[str, bytes], mode: str = "w") -> Path:
@@ -226,3 +227,14 @@ def test_the_rest_of_a_broken_archive_is_set_aside(tmp_path: Path) -> None:
     none.write_bytes(b"no archive" * 100)
     with pytest.raises(SamplesError, match=r"none\.tar is no tar file that can be read"):
         list(read_archive(none))
+
+
+def test_what_a_store_refuses_is_no_fault_of_an_image(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Refusing(io.BytesIO):
+        def read(self, size: int | None = -1) -> bytes:
+            raise OSError("When reading: AWS Error NETWORK_CONNECTION during GetObject operation: timed out")
+
+    monkeypatch.setattr(archives, "place_of", RemotePath)
+    monkeypatch.setattr(RemotePath, "open", lambda path, mode: Refusing())
+    with pytest.raises(SamplesError, match=r"s3://b/a\.tar cannot be read: the store does not answer"):
+        Slice("s3://b/a.tar", 0, 3).read()

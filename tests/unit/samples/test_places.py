@@ -125,6 +125,7 @@ def test_photos_are_answered_by_url(bucket: RemotePath, tmp_path: Path) -> None:
     (member,) = read_archive(bucket / "photos.tar", sliced=True)
     (fifth,) = runner.answers([member.slice])
     np.testing.assert_allclose(first, fifth)
+    np.testing.assert_allclose(runner.predict(f"{ROOT}/photos.tar"), [first])
 
 
 def test_what_is_local_and_what_is_wrong() -> None:

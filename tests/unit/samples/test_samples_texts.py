@@ -25,7 +25,7 @@ from transformers import BatchEncoding, PreTrainedTokenizerFast
 
 from corewise.common import nested
 from corewise.common.errors import MissingExtra, SamplesError
-from corewise.samples import RawSamples, Samples, UnreadableItem, from_python, raw_from_python, read, read_raw
+from corewise.samples import RawSamples, Samples, UnreadableItem, from_python, raw_from_python, read, read_raw, tables
 from corewise.samples.tables import iterate_table
 from corewise.samples.texts import MOST_CHARACTERS
 
@@ -413,6 +413,21 @@ def test_rows_can_be_read_as_they_come(tmp_path: Path) -> None:
         (1, "line 3", "", "has a text that is empty"),
         (2, "line 4", "b", ""),
     ]
+
+
+@pytest.mark.parametrize(("name", "text"), [("t.txt", "red"), ("t.jsonl", '{"text": "red"}')])
+def test_a_line_without_an_end_is_not_held(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, text: str
+) -> None:
+    monkeypatch.setattr(tables, "MOST_LINE_CHARACTERS", MOST_CHARACTERS + 1)
+    path = tmp_path / name
+    path.write_text("x" * (5 * MOST_CHARACTERS) + f"\n{text}\n" + "x" * (2 * MOST_CHARACTERS + 2))
+    first, second, third = iterate_table(path)
+    assert (second.name, second.value, second.problem) == ("line 2", "red", "")
+    assert first.problem.startswith("has ")
+    assert third.problem.startswith("has ")
+    assert "x" * 100 not in first.problem
+    assert len(first.value or "") <= MOST_CHARACTERS + 1
 
 
 # Python objects

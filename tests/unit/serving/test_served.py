@@ -33,6 +33,16 @@ def test_artifacts_are_named_by_their_folder_or_by_whoever_serves(text, name, ve
     assert Source.of(text) == Source(name=name, version=version, folder=Path(folder))
 
 
+@pytest.mark.parametrize(
+    ("text", "name", "folder"),
+    [("lr=0.1/net.cw", "net", "lr=0.1/net.cw"), ("toy=lr=0.1/net.cw", "toy", "lr=0.1/net.cw")],
+)
+def test_folders_may_have_equals_signs_in_their_names(tmp_path, monkeypatch, text, name, folder):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / folder).mkdir(parents=True)
+    assert Source.of(text) == Source(name=name, version="1", folder=Path(folder))
+
+
 def answer(rows=1, waited_s=0.1, ran_s=0.2, batch=4):
     return Answer(outputs=[np.ones((rows, 2))], waited_s=waited_s, ran_s=ran_s, batch_rows=batch)
 

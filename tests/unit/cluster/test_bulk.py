@@ -1,0 +1,58 @@
+"""cluster.bulk: what is checked before a job runs, and how large its parts are."""
+
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+
+from corewise.cluster import bulk
+from corewise.cluster.bulk import _check_drawings
+from corewise.common.errors import InputError, OutputError
+from corewise.pipeline import ImageAsk
+from corewise.records.pipeline import ImagePipeline, TextPipeline
+from corewise.records.report import Preprocess
+
+
+@pytest.mark.parametrize("draw", ["photos", "photos/drawn", "photos/a/../../photos/a", "more"])
+def test_drawings_do_not_go_among_the_inputs(tmp_path: Path, draw: str) -> None:
+    (tmp_path / "photos" / "a").mkdir(parents=True)
+    files = [tmp_path / "photos" / "a" / "1.jpg", tmp_path / "more" / "2.jpg"]
+    with pytest.raises(OutputError, match="is among the inputs; give another folder with --draw"):
+        _check_drawings(tmp_path / draw, [tmp_path / "photos", files[1]], files)
+    _check_drawings(tmp_path / "drawn", [tmp_path / "photos", files[1]], files)
+
+
+@pytest.mark.parametrize(
+    ("task", "top", "why"),
+    [
+        ("classes", 0, "top is 0; give a whole number, 1 or more"),
+        ("boxes", 3, "top is a number of classes, and the model gives boxes; leave it out"),
+    ],
+)
+def test_a_number_of_classes_that_is_none(monkeypatch: pytest.MonkeyPatch, task: Any, top: int, why: str) -> None:
+    pipeline = ImagePipeline(task=task, preprocess=Preprocess())
+    monkeypatch.setattr(bulk, "images_of", lambda artifact: pipeline)
+    with pytest.raises(InputError, match=why):
+        bulk._check_media(SimpleNamespace(), ImageAsk(), top, None)  # type: ignore[arg-type]
+
+
+TEXTS = TextPipeline(task="vectors", tokenizer_sha256="", inputs=(), max_length=512)
+
+
+@pytest.mark.parametrize(
+    ("kind", "pipeline", "shape", "size"),
+    [
+        ("images", ImagePipeline(task="vectors", preprocess=Preprocess()), (4, 21, 50, 50), 21 * 50 * 50 * 4),
+        ("images", ImagePipeline(task="boxes", preprocess=Preprocess()), (4, 84, 8400), 0),
+        ("texts", TEXTS, (4, 9, 384), 512 * 384 * 4),
+        ("texts", TEXTS, (4, 384), 384 * 4),
+    ],
+)
+def test_how_large_answers_are(
+    monkeypatch: pytest.MonkeyPatch, kind: Any, pipeline: Any, shape: tuple[int, ...], size: int
+) -> None:
+    monkeypatch.setattr(bulk, "text_pipeline" if kind == "texts" else "images_of", lambda artifact: pipeline)
+    artifact: Any = SimpleNamespace(golden=lambda: ([], [np.zeros(shape, np.float32)]))
+    assert bulk._answer_bytes(artifact, kind) == size

@@ -198,7 +198,7 @@ def moved_parts(version: str, int8_passes_in: str, fx_quantization: bool) -> Ite
     if not int8_passes_in:
         yield Finding(
             severity="info",
-            what=f"int8 of inductor is skipped: torch {version} has no int8 fusions, and no torchao has them instead",
+            what=f"int8 of inductor is skipped: torch {version} has no int8 fusions, and no torchao with them is found",
             fix=_pip("optimize"),
         )
     elif int8_passes_in != "torch":

@@ -260,7 +260,7 @@ def _raw_problem(value: Any, kind: RawKind) -> str:
     if kind == "image":
         return "" if isinstance(value, Path | bytes) or is_pil(value) else f"is a {type(value).__name__}, no image"
     if not _is_text_pair(value):
-        return f"is {value!r:.40}, no pair of texts"
+        return f"is {value!r:.40}, not a pair of texts"
     return next((f"has a text that {problem}" for text in value if (problem := text_problem(text))), "")
 
 

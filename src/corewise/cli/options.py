@@ -362,7 +362,7 @@ class ImageOptions:
             metavar="HOW",
             parse=choice(*get_args(Fit)),
             help="How an image becomes a square: crop resizes the shorter side, squash resizes both, letterbox resizes "
-            "the longer one and fills the rest with grey. keep resizes the shorter side, the longer one to 1333 at "
+            "the longer one and fills the rest with grey. keep resizes the shorter side, with the longer one 1333 at "
             "most, and makes no square.",
             default=f"{OWN}crop",
         ),

@@ -141,7 +141,7 @@ def _ratio(details: Details, prefix: str = "") -> str:
 def _won(details: Details) -> str:
     """The winner's label, after what its win says about the other precisions."""
     inaccurate = details["inaccurate"]
-    start = f"no {' or '.join(inaccurate)} candidate was accurate enough; " if inaccurate else ""
+    start = f"no {' or '.join(inaccurate)} build was accurate enough; " if inaccurate else ""
     return f"{start}{details['winner']} wins"
 
 

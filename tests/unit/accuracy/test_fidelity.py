@@ -290,7 +290,7 @@ def test_labels_and_groups_must_fit():
 
 def test_a_metric_must_return_one_kind_of_score():
     turns = iter([1.0, np.ones(3)])
-    with pytest.raises(MetricError, match=r"shape \(\) for fp32 but \(3,\) for a candidate"):
+    with pytest.raises(MetricError, match=r"shape \(\) for fp32 but \(3,\) for a build"):
         fidelity_of(outputs(np.ones((3, 2))), outputs(np.ones((3, 2))), lambda outputs, labels: next(turns))
 
 

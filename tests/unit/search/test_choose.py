@@ -172,12 +172,12 @@ def test_inaccurate_candidates_are_told_in_the_reason():
     ]
     choice = chosen(trials, [rates(EAGER, 16), rates(OV_BF16, 50)])
     assert said(choice.reason).startswith(
-        "no int8 candidate was accurate enough; openvino/bf16 wins: 50.0 items/s, 3.12x"
+        "no int8 build was accurate enough; openvino/bf16 wins: 50.0 items/s, 3.12x"
     )
     trials[3] = trial(OV_BF16, state="rejected", reason="drop 0.02 above 0.01")
     choice = chosen(trials, [rates(EAGER, 16)])
     assert said(choice.reason) == (
-        "no int8 or bf16 candidate was accurate enough; eager/fp32 wins: 16.0 items/s, the only finalist"
+        "no int8 or bf16 build was accurate enough; eager/fp32 wins: 16.0 items/s, the only finalist"
     )
     trials[2] = trial(ORT_DYNAMIC, 60)
     choice = chosen(trials, [rates(EAGER, 16), rates(ORT_DYNAMIC, 60)])

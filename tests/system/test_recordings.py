@@ -101,8 +101,8 @@ def test_the_command_line_says_what_is_wrong_and_what_there_is(artifact: Path, f
         "--sample-rate, such as --sample-rate 16000, or in Python give arrays\n",
         ("predict", artifact, "tones", "-o", "a.jsonl", "--text", "body"): "corewise: --text has no meaning for "
         f"recordings, which {artifact} takes; leave out --text\n",
-        ("predict", artifact, "odd.tar", "-o", "a.jsonl"): "corewise: odd.tar is a tar file, of which only images are "
-        "read; unpack it\n",
+        ("predict", artifact, "odd.tar", "-o", "a.jsonl"): "corewise: odd.tar is a tar file, and only images are read "
+        "from tar files; unpack it\n",
         ("predict", artifact, "net.py", "-o", "a.npy"): "corewise: a.npy cannot hold top of several sizes; name it "
         ".parquet or .jsonl\n",
     }

@@ -262,7 +262,7 @@ def _listed(kind: Kind, places: Sequence[str | Path]) -> list[Place]:
     paths = list_files(places, AUDIO_SUFFIXES, "recordings")
     for path in paths:
         if is_archive(path):
-            raise InputError(f"{path} is a tar file, of which only images are read", "unpack it")
+            raise InputError(f"{path} is a tar file, and only images are read from tar files", "unpack it")
     return paths
 
 

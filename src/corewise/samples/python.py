@@ -297,7 +297,7 @@ def _from_mapping(samples: Mapping[str, Any], source: str) -> Iterator[Any]:
     if not rest or not all(hasattr(values, "__len__") and not isinstance(values, str) for values in rest.values()):
         raise SamplesError(
             f"the dict from {source} has the keys {', '.join(map(str, samples))}",
-            "give inputs and, where there are any, labels and groups; or a column of arrays for each input",
+            "give inputs and, if there are any, labels and groups; or a column of arrays for each input",
         )
     return _from_columns(rest, source)
 

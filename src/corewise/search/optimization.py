@@ -156,7 +156,7 @@ def optimize(
     if end_to_end and not photo_files(task.holdout):
         raise InputError(
             "there are no files of photos to measure from end to end",
-            f"give samples of which {LEAST_FILES} or more photos are held out, or leave that out",
+            f"give enough photos that {LEAST_FILES} or more are held out, or leave out --end-to-end",
         )
     workspace = Workspace.create(work)
     gate = task.gate(requirements)

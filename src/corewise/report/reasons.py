@@ -351,8 +351,8 @@ _SENTENCES: dict[ReasonKind, Callable[[Details], str]] = {
     K.MIXES_BATCH: _mixes_batch,
     K.FIXED_BATCH: lambda details: f"calls have exactly {details['rows']} rows: {details['why']}",
     K.KEEPS_STATE: _keeps_state,
-    K.SCALED_DECODING: lambda details: _decoding(details, "accurate enough: the artifact decodes photos this way"),
-    K.FULL_DECODING: lambda details: _decoding(details, "too inaccurate: the artifact decodes photos in full"),
+    K.SCALED_DECODING: lambda details: _decoding(details, "so the artifact decodes photos this way"),
+    K.FULL_DECODING: lambda details: _decoding(details, "so the artifact decodes photos in full"),
     K.DECODING_NOT_JUDGED: lambda details: (
         f"the artifact decodes photos in full, because the budget had no time to judge photos decoded at "
         f"{details['sharpness']:.3g} times the size needed; give more time"

@@ -46,9 +46,7 @@ class Metrics:
         self._refusals = RefusalLog()
         self._registry = CollectorRegistry()
         labels = ["model", "version"]
-        self._requests = Count(
-            "corewise_requests", "Requests by outcome.", [*labels, "protocol", "outcome"]
-        )
+        self._requests = Count("corewise_requests", "Requests by outcome.", [*labels, "protocol", "outcome"])
         self._registry.register(self._requests)
         self._tokenized = Count(
             "corewise_tokenizer_requests",

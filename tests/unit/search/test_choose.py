@@ -171,9 +171,7 @@ def test_inaccurate_candidates_are_told_in_the_reason():
         trial(OV_BF16, 50),
     ]
     choice = chosen(trials, [rates(EAGER, 16), rates(OV_BF16, 50)])
-    assert said(choice.reason).startswith(
-        "no int8 build was accurate enough; openvino/bf16 wins: 50.0 items/s, 3.12x"
-    )
+    assert said(choice.reason).startswith("no int8 build was accurate enough; openvino/bf16 wins: 50.0 items/s, 3.12x")
     trials[3] = trial(OV_BF16, state="rejected", reason="drop 0.02 above 0.01")
     choice = chosen(trials, [rates(EAGER, 16)])
     assert said(choice.reason) == (

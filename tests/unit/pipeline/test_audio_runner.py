@@ -75,7 +75,7 @@ def test_classes_have_names_and_rates_are_the_models() -> None:
     answers = classes.predict([(constant(0.5, 800), 2 * RATE), (constant(-0.5, 200), RATE // 2)], ImageAsk(top=1))
     assert [answer.label for answer in answers] == ["high", "low"]
     assert set(answers[0].probabilities) == {"high"}
-    with pytest.raises(InputError, match="gives no boxes"):
+    with pytest.raises(InputError, match="the model gives none"):
         classes.predict((constant(0), RATE), ImageAsk(score_threshold=0.5))
 
 

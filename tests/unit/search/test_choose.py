@@ -179,7 +179,7 @@ def test_inaccurate_candidates_are_told_in_the_reason():
     )
     trials[2] = trial(ORT_DYNAMIC, 60)
     choice = chosen(trials, [rates(EAGER, 16), rates(ORT_DYNAMIC, 60)])
-    assert said(choice.reason).startswith("no bf16 candidate")
+    assert said(choice.reason).startswith("no bf16 build")
 
 
 def test_a_tie_goes_to_the_more_accurate():

@@ -194,7 +194,7 @@ def test_each_kind_of_node_runs_its_own_plan(folder: Path, tmp_path: Path, clust
         ("texts.txt", "a", {"ray": "127.0.0.1:1"}, "no Ray cluster answers at 127.0.0.1:1; check the address"),
         ("empty.txt", "a", {"ray": "local"}, "there are no rows in .*empty.txt; give at least one"),
         ("table.csv", "a", {"ray": "local", "text": "bodi"}, "has no column 'bodi'; it has body; did you mean 'body'"),
-        ("texts.txt", "other", {"ray": "local"}, "other has files of something else; give another name"),
+        ("texts.txt", "other", {"ray": "local"}, "other has files that are not from such a job; give another name"),
         ("texts.txt", "a.npy", {"ray": "local"}, "a.npy is the name of a file; give a folder for Parquet files"),
     ],
 )

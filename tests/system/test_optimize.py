@@ -249,7 +249,7 @@ def test_the_baseline_wins_where_no_candidate_is_accurate_enough(strict):
     report = strict.report
     assert report.choice.winner == report.trials[0].build
     assert report.choice.speedup == 1
-    assert "no int8 candidate was accurate enough" in said(report.choice.reason)
+    assert "no int8 build was accurate enough" in said(report.choice.reason)
     assert report.winner.fidelity.metric == "agreement"
     x = torch.randn(3, 3, 8, 8)
     torch.testing.assert_close(strict.model(x), Tiny()(x).detach())
@@ -391,7 +391,7 @@ def test_an_engine_that_was_asked_for_and_cannot_be_tried_is_an_error():
 def test_a_budget_too_short_for_one_candidate_says_where_the_time_went(monkeypatch):
     monkeypatch.setattr("corewise.search.search.SHORTEST_TOLD_S", 0.0)
     monkeypatch.setattr("corewise.search.search.OVERTIME_S", 0.0)
-    with pytest.raises(InputError, match=r"spent before any candidate was finished: .* took \d+\.\d s") as told:
+    with pytest.raises(InputError, match=r"spent before any build was finished: .* took \d+\.\d s") as told:
         run(Tiny(), only_images(), budget_s=0.1)
     for what in ("the baseline", "loading and exporting the model", "reading the samples"):
         assert what in str(told.value)

@@ -239,7 +239,7 @@ def test_an_image_that_cannot_be_read_is_named_or_set_aside(fast: corewise.Model
             fast.predict(odd)
     with pytest.raises(corewise.InputError, match="top is 0; give a whole number, 1 or more"):
         fast.predict(good, top=0)
-    with pytest.raises(corewise.InputError, match="the model gives no boxes, to which a threshold of score applies"):
+    with pytest.raises(corewise.InputError, match="a score threshold applies to boxes, and the model gives none"):
         fast.predict(good, score_threshold=0.5)
     answers = list(fast.images.answers(items))
     assert [getattr(answer, "reason", "")[:16] for answer in answers] == [

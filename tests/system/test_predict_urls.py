@@ -181,7 +181,7 @@ def test_what_the_store_refuses_is_one_line_with_the_fix(
     wrong("s3://nobody/a.txt", f"{BUCKET}/o", SamplesError, "there is no bucket s3://nobody; check its name")
     wrong(texts, "s3://nobody/o", CorewiseError, "s3://nobody/o.*: there is no bucket s3://nobody; check its name")
     wrong(texts, f"{BUCKET}/o.npy", OutputError, "is the name of a file; give a folder for Parquet files")
-    wrong(texts, f"{BUCKET}/in", OutputError, "s3://bucket/in has files of something else")
+    wrong(texts, f"{BUCKET}/in", OutputError, "s3://bucket/in has files that are not from such a job")
     wrong(f"{BUCKET}/in/", f"{BUCKET}/in/out", OutputError, "s3://bucket/in/out is among the inputs in s3://bucket/in")
     server.ask("POST", "/moto-api/reset-auth", b"0")
     try:

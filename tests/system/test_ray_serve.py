@@ -169,7 +169,7 @@ def check_answers(folder: Path, cluster: Cluster) -> None:
         process.send_signal(signal.SIGTERM)
         said, _ = process.communicate(timeout=60)
     assert process.returncode == 0, said
-    assert said == "draining: accepted requests are finished, new ones are rejected\n"
+    assert said == "draining: accepted requests are finished, new ones are refused\n"
     assert eventually(lambda: not cluster.processes("ray::ServeReplica:"))
 
 

@@ -101,8 +101,8 @@ def test_the_command_line_says_what_is_wrong_and_what_there_is(artifact: Path, f
         "--sample-rate, such as --sample-rate 16000, or in Python give arrays\n",
         ("predict", artifact, "tones", "-o", "a.jsonl", "--text", "body"): "corewise: --text has no meaning for "
         f"recordings, which {artifact} takes; leave out --text\n",
-        ("predict", artifact, "odd.tar", "-o", "a.jsonl"): "corewise: odd.tar is a tar file, of which only images are "
-        "read; unpack it\n",
+        ("predict", artifact, "odd.tar", "-o", "a.jsonl"): "corewise: odd.tar is a tar file, and only images are read "
+        "from tar files; unpack it\n",
         ("predict", artifact, "net.py", "-o", "a.npy"): "corewise: a.npy cannot hold top of several sizes; name it "
         ".parquet or .jsonl\n",
     }
@@ -180,7 +180,7 @@ def test_the_open_inference_protocol_takes_recordings(server: Server, tmp_path: 
     refused = server.post("/v2/models/tones/infer", json={"inputs": [body]})
     assert (refused.status_code, refused.json()["error"]) == (
         400,
-        "the recordings have several lengths, which the model keeps; send one a request",
+        "the recordings have several lengths, which the model keeps; send one per request",
     )
 
 
@@ -190,7 +190,7 @@ def test_broken_recordings_are_refused_in_one_line(server: Server) -> None:
     hours[18:26] = (int.from_bytes(hours[18:26], "big") >> 36 << 36 | 36_000 * 8000).to_bytes(8, "big")
     cases: list[tuple[bytes, int, str]] = [
         (b"", 415, "is empty"),
-        (b"no recording", 415, "cannot be decoded: it is no WAV, FLAC, Ogg, MP3 or AIFF file"),
+        (b"no recording", 415, "cannot be decoded: it is not a WAV, FLAC, Ogg, MP3 or AIFF file"),
         (a_wav(second, rate_hz=8000)[:300], 415, "is cut off"),
         (a_wav(second, rate_hz=8000, claims=36_000 * 16_000), 415, "is cut off"),
         (bytes(hours), 413, "has 288,000,000 samples in its channels, the server takes"),
@@ -198,7 +198,7 @@ def test_broken_recordings_are_refused_in_one_line(server: Server) -> None:
         (a_wav(second, rate_hz=0), 415, "cannot be decoded: "),
         (a_wav(second[:0], rate_hz=8000), 415, "has no frames"),
         (a_wav(np.full((8000, 1), np.nan, np.float32), rate_hz=8000, float_bits=True), 415, "has NaN or infinite"),
-        (a_wav(second, rate_hz=999_999), 415, "has 999,999 frames per second, which is no rate of recordings"),
+        (a_wav(second, rate_hz=999_999), 415, "has 999,999 frames per second, which is not a rate of recordings"),
         (a_wav(second[:80], rate_hz=8000), 415, "has 0.01 s, less than the shortest sample, 0.1 s"),
         # Two hours of silence in 200 KB.
         (a_flac(57_600_000, 8000), 413, "frames at 8000 Hz, the server takes 16,777,216"),

@@ -228,7 +228,7 @@ def test_a_call_that_fails_tells_its_own_requests_and_no_internals(server):
         )
     failed = answers[0]
     assert failed.status_code == 500
-    assert failed.json() == {"error": "the call failed; its log says why, at request r0"}
+    assert failed.json() == {"error": "the call failed; the server's log says why, at request r0"}
     assert failed.headers["x-request-id"] == "r0"
     assert any("an input is above 100" in line for line in server.logged)
     assert infer(server, ROWS[:1]).status_code == 200

@@ -153,7 +153,7 @@ def test_a_twin_that_the_budget_has_no_time_for(tmp_path):
     trial = replace(run_trial(INT8, case.context), build_s=990.0)
     judged = case.guard.judged(trial, share=0.5)
     assert (judged.state, judged.reason.kind) == ("pruned", ReasonKind.BUDGET_TOO_SHORT)
-    assert said(judged.reason).endswith("and calibrating it again without them needs about 21 min 27 s")
+    assert said(judged.reason).endswith("and calibrating it again without those samples needs about 21 min 27 s")
     case.gate.robust = False
     assert case.guard.judged(trial, share=0.5) is trial
     assert case.guard.doubt(trial) is None
@@ -171,7 +171,7 @@ def test_where_nobody_asked_for_it_what_there_was_no_time_to_judge_wins_with_a_w
     assert search.trials[1].state == "ok"
     assert [warning.kind for warning in choice.warnings][-1] == ReasonKind.NOT_JUDGED_UNDER_SHIFT
     assert said(choice.warnings[-1]).startswith(f"{INT8.label} could not be judged on samples unlike")
-    assert "calibrating it again without them needs about" in said(choice.warnings[-1])
+    assert "calibrating it again without those samples needs about" in said(choice.warnings[-1])
 
 
 def test_a_winner_that_was_not_judged_yet_is_judged_before_it_is_chosen(tmp_path):

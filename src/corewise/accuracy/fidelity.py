@@ -102,7 +102,7 @@ def _check(reference: Outputs, candidate: Outputs, labels: Array | None, names: 
         raise SamplesError(f"there are {len(labels)} labels for {len(reference)} samples", "give one label per sample")
     if len(reference.leaves) != len(candidate.leaves) or len(reference) != len(candidate):
         raise EngineError(
-            f"the candidate returns {len(candidate.leaves)} outputs for {len(candidate)} samples, "
+            f"the build returns {len(candidate.leaves)} outputs for {len(candidate)} samples, "
             f"fp32 {len(reference.leaves)} for {len(reference)}"
         )
     for output, (ours, theirs) in enumerate(zip(reference.leaves, candidate.leaves, strict=True)):
@@ -116,7 +116,7 @@ def _check(reference: Outputs, candidate: Outputs, labels: Array | None, names: 
 def _check_values(output: int, reference: Array, candidate: Array, names: Sequence[str]) -> None:
     """Refuse NaN, infinity and other shapes in one output, or in one row of it."""
     if reference.shape != candidate.shape:
-        raise EngineError(f"the candidate's output {output} has shape {candidate.shape}, fp32's {reference.shape}")
+        raise EngineError(f"the build's output {output} has shape {candidate.shape}, fp32's {reference.shape}")
     undefined = np.isnan(reference)
     if undefined.any():
         sample = _first_sample(undefined, names)
@@ -125,7 +125,7 @@ def _check_values(output: int, reference: Array, candidate: Array, names: Sequen
     bad = np.isnan(candidate) | (np.isinf(candidate) & np.isfinite(reference)) | _lost_infinity(reference, candidate)
     if bad.any():
         sample = _first_sample(bad, names)
-        raise EngineError(f"the candidate's output {output} has NaN or infinity where fp32's has none, for {sample}")
+        raise EngineError(f"the build's output {output} has NaN or infinity where fp32's has none, for {sample}")
 
 
 def _first_sample(bad: NDArray[np.bool_], names: Sequence[str]) -> str:

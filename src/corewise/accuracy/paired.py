@@ -55,7 +55,7 @@ def paired_scores(
             baseline, scores = np.asarray(baseline.value), np.asarray(scores.value)
         elif isinstance(baseline, Pooled) or isinstance(scores, Pooled) or baseline.shape != scores.shape:
             shapes = ["pooled" if isinstance(part, Pooled) else part.shape for part in (baseline, scores)]
-            what = f"the metric {name!r} returns shape {shapes[0]} for fp32 but {shapes[1]} for a candidate"
+            what = f"the metric {name!r} returns shape {shapes[0]} for fp32 but {shapes[1]} for a build"
             raise MetricError(what, "return one kind of score")
         elif scores.ndim:
             interval = _by_sample(score.drop(baseline, scores), members, baseline, scores, **options)

@@ -85,27 +85,26 @@ class Model:
         """The answers to raw items: texts are tokenized, images and recordings decoded; all instances run.
 
         Args:
-            items: A list of texts, of pairs of texts for a model of pairs, of images: paths, contents (``bytes``), PIL
-                images or uint8 arrays (H, W, 3); or of recordings: paths, contents, or tuples of an array (frames,) or
-                (channels, frames) and its frames per second. Or an iterator of them, which is read as the answers are
-                taken, so that memory stays bounded for millions; or a single one.
+            items: A list, an iterator or a single item. Items are texts, or pairs of texts for a model of pairs; or
+                images: paths, contents (``bytes``), PIL images or uint8 arrays (H, W, 3); or recordings: paths,
+                contents, or tuples of an array (frames,) or (channels, frames) and its frames per second. An iterator
+                is read only as the answers are taken, so that memory stays bounded for millions of items.
             prompt: The name of the prompt that goes before each text, for a model that has prompts.
-            top: Of an image or a recording, how many classes the probabilities are given of, the most probable first.
-                Default: 5.
-            score_threshold: Of a detector, the least score of an object. Default: 0.25 where overlapping boxes have to
-                be suppressed (YOLO, SSD), else 0.5 (DETR).
-            iou_threshold: Where overlapping boxes have to be suppressed, the overlap (intersection over union) with a
-                better box of the class at which a box is left out. Default: 0.45.
+            top: For an image or a recording, how many of the most probable classes to give. Default: 5.
+            score_threshold: For a detector, the lowest score of an object that is kept. Default: 0.25 if overlapping
+                boxes have to be suppressed (YOLO, SSD), else 0.5 (DETR).
+            iou_threshold: If overlapping boxes have to be suppressed, the overlap (intersection over union) with a
+                better box of its class at which a box is dropped. Default: 0.45.
 
         Returns:
-            In the order of the items: an array of vectors, float32 (N, D), or of scores (N,); a list of arrays where
-            their sizes differ; a list of ``ClassAnswer`` (label, probability, probabilities); a list of lists of
-            ``Span`` (label, probability, start, end, text); or a list of lists of ``Detection`` (label, score, box as
-            x1, y1, x2, y2 in pixels of the upright photo). For an iterator, an iterator of the single answers.
+            The answers in the order of the items: an array of vectors, float32 (N, D), or of scores (N,); a list of
+            arrays if their sizes differ; a list of ``ClassAnswer`` (label, probability, probabilities); a list of lists
+            of ``Span`` (label, probability, start, end, text); or a list of lists of ``Detection`` (label, score, box
+            as x1, y1, x2, y2 in pixels of the upright photo). An iterator gives an iterator of the single answers, and
+            a single item its answer.
 
         Raises:
-            InputError: The artifact carries no pipeline, an item cannot be answered, the prompt is unknown, or an
-                argument is for items of another kind.
+            InputError: An item cannot be answered, or an argument does not fit the artifact.
         """
         media = self.images or self.recordings
         if media is not None and self.texts is None:

@@ -48,7 +48,7 @@ def load(
     Every hash and the CPU are checked before anything is opened; nothing is unpickled or compiled. It runs the plan
     that ``retune`` found on this machine, or else the one it was made with, and warns if that plan was measured on
     another machine. If that plan is elastic, a call that is alone takes all cores, and calls from many threads share
-    them. It works in the process that opened it: a child that is forked later loads it itself.
+    them. It works only in the process that opened it; a child that is forked later must load it itself.
 
     Args:
         folder: the artifact.

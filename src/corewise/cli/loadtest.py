@@ -51,7 +51,7 @@ class LoadOptions:
             panel="Load",
             metavar="MS",
             parse=above_zero("200"),
-            help="Latency limit of each request. One that is predicted to miss it is rejected at once.",
+            help="Latency limit of each request. One that is predicted to miss it is refused at once.",
             default="no limit",
         ),
     ] = None

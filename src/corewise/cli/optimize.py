@@ -75,7 +75,8 @@ class GoalOptions:
             "--robust/--no-robust",
             panel="Goal",
             metavar="",
-            help="Judge int8 also on samples unlike those that calibrated it, by a twin calibrated without them.",
+            help="Also judge int8 on samples unlike those that calibrated it, with a second build calibrated without "
+            "them.",
             default="for texts and embeddings",
         ),
     ] = None
@@ -108,8 +109,8 @@ class GoalOptions:
             "--end-to-end/--no-end-to-end",
             panel="Goal",
             metavar="",
-            help="Also find the plan with which photos are answered fastest from their files, for corewise predict: "
-            "how many threads decode beside which instances.",
+            help="Also find the fastest plan from files of photos to answers, which corewise predict uses: how many "
+            "threads decode beside which instances.",
             default="for folders of photos",
         ),
     ] = None
@@ -200,7 +201,7 @@ class OutputOptions:
             "--labels",
             panel="Output",
             metavar="FILE",
-            help="Names of the classes, one a line, which the artifact keeps for its answers.",
+            help="Names of the classes, one per line, which the artifact keeps for its answers.",
             default="those that the model brings, if any",
         ),
     ] = None

@@ -172,7 +172,8 @@ RetuneTime = Annotated[
         panel="Cluster",
         metavar="TIME",
         parse=duration_or_zero,
-        help="Time to search for a plan on each kind of machine that the artifact has none for; 0 for no search.",
+        help="How long to search for a plan on each kind of machine for which the artifact has none; 0 skips the "
+        "search.",
         default="30s",
     ),
 ]
@@ -240,13 +241,13 @@ class SampleOptions:
             "--text",
             panel="Samples",
             metavar="COLUMN",
-            help="The column of a .csv, .tsv, .jsonl or .parquet file that is the text.",
+            help="The column with the text, in a .csv, .tsv, .jsonl or .parquet file.",
             default="text or sentence",
         ),
     ] = None
     pair: Annotated[
         str | None,
-        option("--pair", panel="Samples", metavar="COLUMN", help="The column that is the second text of a pair."),
+        option("--pair", panel="Samples", metavar="COLUMN", help="The column with the second text of a pair."),
     ] = None
     label: Annotated[
         str | None,
@@ -254,7 +255,7 @@ class SampleOptions:
             "--label",
             panel="Samples",
             metavar="COLUMN",
-            help="The column that is the label.",
+            help="The column with the label.",
             default="label or labels, if there is one",
         ),
     ] = None
@@ -271,7 +272,7 @@ class AudioOptions:
             panel="Recordings",
             metavar="HZ",
             parse=whole(1),
-            help="Rate that the model takes; recordings of other rates are resampled.",
+            help="Sample rate that the model takes; recordings of other rates are resampled.",
             default="that of an hf: model",
         ),
     ] = None
@@ -282,8 +283,8 @@ class AudioOptions:
             panel="Recordings",
             metavar="S",
             parse=above_zero("5"),
-            help="Length of all inputs: longer recordings are cut at their end, shorter ones padded with silence, "
-            "but not for an hf: model with an attention mask.",
+            help="Length of all inputs. Longer recordings are cut at their end, and shorter ones are padded with "
+            "silence, except for an hf: model with an attention mask.",
             default="each recording's own",
         ),
     ] = None
@@ -369,7 +370,7 @@ class ImageOptions:
             metavar="HOW",
             parse=choice(*get_args(Fit)),
             help="How an image becomes a square: crop resizes the shorter side, squash resizes both, letterbox resizes "
-            "the longer one and fills the rest with grey. keep resizes the shorter side, the longer one to 1333 at "
+            "the longer one and fills the rest with grey. keep resizes the shorter side, with the longer one 1333 at "
             "most, and makes no square.",
             default=f"{OWN}crop",
         ),
@@ -380,8 +381,8 @@ class ImageOptions:
             "--preprocess",
             panel="Images",
             metavar="FILE.py:FUNCTION",
-            help="A function from a PIL image to an array, used instead of the six options above; of recordings from "
-            "the frames and their rate to an array.",
+            help="A function that makes an array of a PIL image, used instead of the six options above. For "
+            "recordings, it gets the frames and their rate.",
         ),
     ] = None
 

@@ -22,9 +22,9 @@ Inputs = Annotated[
     argument(
         "INPUT...",
         panel="Inputs",
-        help="Files of texts: .txt (a text a line), .csv, .tsv, .jsonl or .parquet. Or images: files, or .tar, "
-        ".tar.gz, .tar.bz2 and .tar.xz files of them. Or recordings: .wav, .flac, .ogg, .mp3 or .aiff. "
-        "Or folders with such files in and below them, or patterns such as 'photos/*.jpg'. Each may be a path or a "
+        help="Files of texts: .txt (one text per line), .csv, .tsv, .jsonl or .parquet. Or images, also in .tar, "
+        ".tar.gz, .tar.bz2 and .tar.xz files. Or recordings: .wav, .flac, .ogg, .mp3 or .aiff. "
+        "Or folders with such files in or below them, or patterns such as 'photos/*.jpg'. Each may be a path or a "
         "URL, such as 's3://BUCKET/photos/*.jpg'.",
     ),
 ]
@@ -40,13 +40,13 @@ class TextColumns:
             "--text",
             panel="Texts",
             metavar="COLUMN",
-            help="The column that is the text.",
+            help="The column with the text.",
             default="text or sentence",
         ),
     ] = None
     pair: Annotated[
         str | None,
-        option("--pair", panel="Texts", metavar="COLUMN", help="The column that is the second text of a pair."),
+        option("--pair", panel="Texts", metavar="COLUMN", help="The column with the second text of a pair."),
     ] = None
     prompt: Annotated[
         str | None,
@@ -54,7 +54,7 @@ class TextColumns:
             "--prompt",
             panel="Texts",
             metavar="NAME",
-            help="The model's prompt that goes before each text, by its name.",
+            help="The name of the model's prompt that goes before each text.",
             default="the model's own default, if it has one",
         ),
     ] = None
@@ -71,7 +71,7 @@ class PhotoOptions:
             panel="Images",
             metavar="N",
             parse=whole(1),
-            help="Name the N most probable classes, also of a recording.",
+            help="How many of the most probable classes to give for each image or recording.",
             default="5",
         ),
     ] = None
@@ -82,7 +82,7 @@ class PhotoOptions:
             panel="Images",
             metavar="SCORE",
             parse=share("0.25"),
-            help="Of a detector, the least score of an object.",
+            help="For a detector: the lowest score of an object that is kept.",
             default="0.25 for YOLO and SSD, 0.5 for DETR",
         ),
     ] = None
@@ -93,7 +93,7 @@ class PhotoOptions:
             panel="Images",
             metavar="IOU",
             parse=share("0.45"),
-            help="Of a YOLO or SSD detector, the overlap with a better box of its class at which a box is left out.",
+            help="For a YOLO or SSD detector: a box that overlaps a better one of its class by this much is dropped.",
             default="0.45",
         ),
     ] = None
@@ -103,7 +103,7 @@ class PhotoOptions:
             "--preprocess",
             panel="Images",
             metavar="FILE.py:FUNCTION",
-            help="The function that prepared the samples, images or recordings, for an artifact made with one.",
+            help="The function that prepared the images or recordings, if the artifact was made with one.",
         ),
     ] = None
 
@@ -137,9 +137,9 @@ class PredictOutput:
             "-o",
             panel="Output",
             metavar="OUT",
-            help="A .parquet, .jsonl or .npy file; must not exist. Or a folder for Parquet files: a name without a "
-            "suffix, a URL such as s3://BUCKET/vectors, and any name with --ray. Rows that cannot be answered go to a "
-            ".failed.jsonl beside the file, or to files in the folder, with their reasons.",
+            help="A .parquet, .jsonl or .npy file that does not exist yet. A name without a suffix, a URL such as "
+            "s3://BUCKET/vectors, and any name with --ray is a folder for Parquet files. Rows that cannot be answered "
+            "go to a .failed.jsonl beside the file, or to files in the folder, with the reasons.",
         ),
     ]
     draw: Annotated[
@@ -148,7 +148,7 @@ class PredictOutput:
             "--draw",
             panel="Output",
             metavar="FOLDER",
-            help="Write each photo here too, with its boxes or its most probable classes drawn on it.",
+            help="Also write each photo to this folder, with its boxes or its most probable classes drawn on it.",
             default="none",
         ),
     ] = None
@@ -159,7 +159,7 @@ class PredictOutput:
             panel="Output",
             metavar="N",
             parse=whole(0),
-            help="End if more than N rows cannot be answered.",
+            help="Stop if more than N rows cannot be answered.",
             default="any number may fail",
         ),
     ] = None
@@ -176,14 +176,14 @@ def command(
     cluster: ClusterOptions,
     output: PredictOutput,
 ) -> None:
-    """Answer all texts of files, images or recordings with an artifact: vectors, classes, scores, spans or boxes.
+    """Run an artifact on files of texts, images or recordings: to vectors, classes, scores, spans or boxes.
 
     Texts are read as they are needed and run in batches of similar length on all instances. Images and recordings are
     decoded while the model runs. Finished parts are kept in OUT.parts, so that the same command resumes after an
     interruption.
 
-    With --ray the parts run on the nodes of a cluster, each under the plan for its kind of machine, and stay in a
-    folder of Parquet files.
+    With --ray the parts run on the nodes of a cluster, each under the plan for its kind of machine, and the output is
+    a folder of Parquet files.
     """
     check_cluster(cluster)
     compute_on_usable_cores()

@@ -26,8 +26,8 @@ def command(
     """Find the best plan for this machine or container, and keep it beside the artifact's own.
 
     Measures the artifact's build with other threads, instances and batches, and races the best plan against the one
-    used so far. Then it simulates whether a loaded model should divide the cores by the load: a call that is alone
-    takes all, calls from many threads share them. Plans of other machines stay as they are.
+    used so far. Then it finds out by simulation and real load whether an elastic plan is better, under which a call
+    that is alone takes all cores and calls from many threads share them. Plans for other machines stay as they are.
     """
     from corewise.artifact import TUNED, tuned
     from corewise.records.jsonable import to_json

@@ -164,7 +164,7 @@ class SecurityOptions:
             "--token-file",
             panel="Security",
             metavar="FILE",
-            help="Bearer tokens, one a line. Requests without a valid token are rejected.",
+            help="Bearer tokens, one per line. Requests without a valid token are refused.",
         ),
     ] = None
     tls_cert: Annotated[
@@ -183,7 +183,7 @@ class SecurityOptions:
             "--trust-file",
             panel="Security",
             metavar="FILE",
-            help="Open such artifacts only if this file has the sha256 of their manifest, one a line.",
+            help="Open such artifacts only if this file has the sha256 of their manifest, one per line.",
         ),
     ] = None
 
@@ -240,7 +240,7 @@ class ClusterServeOptions:
             "--ray",
             panel="Cluster",
             metavar="ADDRESS",
-            help="Serve on a Ray cluster, by Ray Serve: auto (the one in RAY_ADDRESS, or else this machine's), "
+            help="Serve on a Ray cluster, under Ray Serve: auto (the one in RAY_ADDRESS, or else this machine's), "
             "HOST:PORT, or local to start one here for this command.",
             default="none, this process",
         ),
@@ -252,7 +252,7 @@ class ClusterServeOptions:
             panel="Cluster",
             metavar="N or MIN-MAX",
             parse=span,
-            help="How many processes serve each artifact on the cluster; between MIN and MAX they follow the queue.",
+            help="How many processes serve each artifact on the cluster. With MIN-MAX, the number follows the queue.",
             default="1",
         ),
     ] = ONE
@@ -274,7 +274,7 @@ class ClusterServeOptions:
             panel="Cluster",
             metavar="TIME",
             parse=duration,
-            help="The mean time in the queue that further replicas are started for.",
+            help="Start more replicas if requests wait longer than this in the queue on average.",
             default="20ms",
         ),
     ] = 0.02
@@ -294,7 +294,7 @@ class ClusterServeOptions:
         flag(
             "--no-surge",
             panel="Cluster",
-            help="Update by stopping a replica before its successor starts, for clusters without free CPUs.",
+            help="In an update, stop each replica before its successor starts; for clusters without free CPUs.",
         ),
     ] = False
 
@@ -317,11 +317,12 @@ def command(
 ) -> None:
     """Serve artifacts over HTTP and gRPC with the Open Inference Protocol v2, under the plans that were measured.
 
-    Requests are batched dynamically; one that is predicted to miss its deadline is rejected at once (503). SIGTERM
-    finishes the accepted requests and ends. SIGHUP opens the artifacts again and replaces each that is sound.
+    Requests are batched dynamically; one that is predicted to miss its deadline is refused at once (503). On SIGTERM
+    the server finishes the accepted requests and ends. On SIGHUP it opens the artifacts again and replaces each one
+    whose checks pass.
 
-    With --ray each artifact is an application of Ray Serve, until this command ends. The command again, with another
-    artifact of the same name, replaces the replicas one by one.
+    With --ray each artifact is an application of Ray Serve, until this command ends. Run the command again with another
+    artifact of the same name to replace the replicas one by one.
     """
     check_cluster(cluster)
     if any(find_spec(name) is None for name in PACKAGES):
@@ -376,7 +377,7 @@ def _print_cluster_event(what: str, value: Any) -> None:
         elif what == "replaced":
             print(f"replaced: {value} was deployed again or deleted by another command")
         elif what == "draining":
-            print("draining: accepted requests are finished, new ones are rejected")
+            print("draining: accepted requests are finished, new ones are refused")
         else:
             print(f"note: {value}")
         print(end="", flush=True)
@@ -431,7 +432,7 @@ class _Announcer:
             elif what == "ready":
                 self._print_ready(value.served)
             else:
-                print("draining: accepted requests are finished, new ones are rejected", flush=True)
+                print("draining: accepted requests are finished, new ones are refused", flush=True)
 
     def _print_ready(self, served: Any) -> None:
 

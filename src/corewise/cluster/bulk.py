@@ -60,31 +60,32 @@ def predict(
     retune_s: float = BUDGET_S,
     on_progress: OnProgress = lambda progress: None,
 ) -> BulkResult:
-    """Answer all texts of files, images or recordings, and write the answers to files, here or on a cluster.
+    """Run an artifact on files of texts, images or recordings and write the answers, here or on a cluster.
 
     The same call resumes after an interruption: finished parts are kept, and each row is answered once.
 
     Args:
-        folder: the artifact. With ``ray`` all nodes must see it, the inputs of images and the output under the same
+        folder: the artifact. With ``ray`` all nodes must see the artifact, the output and input images under the same
             paths.
-        inputs: files of texts, images or recordings, folders of them and patterns; paths, or URLs such as
+        inputs: files of texts, images or recordings, folders of them, or patterns; as paths, or as URLs such as
             ``"s3://bucket/reviews/*.parquet"``.
-        output: a file that does not exist, ``.parquet``, ``.jsonl`` or ``.npy``; or a folder of Parquet files, which
-            is what a name without a suffix means, a URL, and any name with ``ray``.
-        text: the column that is the text. Default: text or sentence.
-        pair: the column that is the second text of a pair.
+        output: a ``.parquet``, ``.jsonl`` or ``.npy`` file that does not exist yet. A name without a suffix, a URL, and
+            any name with ``ray`` is a folder of Parquet files.
+        text: the column with the text. Default: text or sentence.
+        pair: the column with the second text of a pair.
         prompt: the name of the model's prompt that goes before each text.
-        top: of images and recordings, how many classes an answer names. Default: 5.
-        score_threshold: of a detector, the least score of an object. Default: 0.25 for YOLO and SSD, 0.5 for DETR.
-        iou_threshold: of a YOLO or SSD detector, the overlap with a better box at which a box is left out. Default:
-            0.45.
+        top: for images and recordings, how many of the most probable classes to give. Default: 5.
+        score_threshold: for a detector, the lowest score of an object that is kept. Default: 0.25 for YOLO and SSD, 0.5
+            for DETR.
+        iou_threshold: for a YOLO or SSD detector, the overlap with a better box of its class at which a box is dropped.
+            Default: 0.45.
         draw: a folder for the photos with their boxes or most probable classes drawn on them; not with ``ray``.
-        preprocess: the function, as ``FILE.py:FUNCTION``, that prepared the samples, for an artifact made with one.
+        preprocess: the function that prepared the samples, as ``FILE.py:FUNCTION``, if the artifact was made with one.
         max_failed: the most rows that may be set aside; more of them end the job. Default: any number.
         ray: a cluster to run on: ``"auto"`` (this machine's, or the one that this process is connected to),
             ``"HOST:PORT"``, ``"ray://HOST:PORT"``, or ``"local"`` to start one. Default: none, this process.
-        retune_s: seconds to search a plan for each kind of machine of the cluster that the artifact has none for; 0
-            for none.
+        retune_s: seconds to search for a plan on each kind of machine for which the artifact has none; 0 skips the
+            search.
         on_progress: called with a ``BulkProgress`` as parts are done.
 
     Returns:
@@ -263,7 +264,7 @@ def _listed(kind: Kind, places: Sequence[str | Path]) -> list[Place]:
     paths = list_files(places, AUDIO_SUFFIXES, "recordings")
     for path in paths:
         if is_archive(path):
-            raise InputError(f"{path} is a tar file, of which only images are read", "unpack it")
+            raise InputError(f"{path} is a tar file, and only images are read from tar files", "unpack it")
     return paths
 
 

@@ -124,7 +124,7 @@ def found_address() -> str:
         raise EngineError("there is no Ray cluster on this machine", "give its address, or local") from error
     except ValueError as error:
         raise EngineError(
-            f"auto means RAY_ADDRESS, which is no HOST:PORT: {first_line(error)}",
+            f"auto means RAY_ADDRESS, which is not HOST:PORT: {first_line(error)}",
             "set RAY_ADDRESS to HOST:PORT, or give ray://HOST:PORT itself with --ray",
         ) from error
 

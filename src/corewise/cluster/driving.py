@@ -191,7 +191,7 @@ class Driver:
         nodes = self._crew.nodes()
         if not nodes and not self._crew.grows:
             raise EngineError(
-                "the Ray that was started for this job has ended",
+                "the Ray cluster that was started for this job has ended",
                 f"run the same command: finished parts are kept in {self._kept.folder}",
             )
         for node in nodes:
@@ -352,7 +352,7 @@ class Driver:
             if len(self._ended[part.number]) >= MOST_LOSSES:
                 raise EngineError(
                     f"{part.label} ended {MOST_LOSSES} processes, the last one on node {actor.node.name}: {why}",
-                    f"look for these rows; finished parts are kept in {self._kept.folder}",
+                    f"check these rows; finished parts are kept in {self._kept.folder}",
                 )
             self._again.append(part)
         if self._losses[actor.node.id] >= MOST_LOSSES:
@@ -372,7 +372,7 @@ class Driver:
         elif self._clock() - self._began_s > START_S:
             wanted = ", ".join(f"{actor.node.cpus} on {actor.node.name}" for actor in self._actors.values())
             raise EngineError(
-                f"Ray started no process within {START_S:g} s, for which it needs these CPUs free: {wanted or 'any'}",
+                f"Ray started no process within {START_S:g} s, which needs these CPUs to be free: {wanted or 'any'}",
                 "see what has them with 'ray status', or add a node",
             )
 

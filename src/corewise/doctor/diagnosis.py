@@ -198,7 +198,7 @@ def moved_parts(version: str, int8_passes_in: str, fx_quantization: bool) -> Ite
     if not int8_passes_in:
         yield Finding(
             severity="info",
-            what=f"int8 of inductor is skipped: torch {version} has no int8 fusions, and no torchao has them instead",
+            what=f"int8 of inductor is skipped: torch {version} has no int8 fusions, and no torchao with them is found",
             fix=_pip("optimize"),
         )
     elif int8_passes_in != "torch":
@@ -282,7 +282,7 @@ def _cpu_findings(cpu: Cpu) -> Iterator[Finding]:
     if cpu.isa and not cpu.bf16:
         yield Finding(
             severity="info",
-            what="no bf16 hardware: bf16 candidates are skipped",
+            what="no bf16 hardware: bf16 builds are skipped",
             fix="nothing to do; Intel Cooper Lake, AMD Zen 4 and Neoverse-V1 have it",
         )
 
@@ -321,7 +321,7 @@ def _limit_findings(cpu: Cpu) -> Iterator[Finding]:
     if 0 < (memory := cpu.memory_limit_bytes or cpu.memory_bytes) < LOW_MEMORY_BYTES:
         yield Finding(
             severity="warning",
-            what=f"only {size(memory)} of memory: candidates may be killed while they are built",
+            what=f"only {size(memory)} of memory: builds may be killed while they are made",
             fix="raise the limit (docker --memory, Kubernetes limits.memory) to 2 GiB or more",
         )
 
@@ -339,7 +339,7 @@ def _software_findings(
     elif {"openvino", "onnxruntime"} <= missing.keys():
         yield Finding(
             severity="warning",
-            what="no engine beyond torch is installed: the fastest candidates are skipped",
+            what="no engine beyond torch is installed: the fastest builds are skipped",
             fix=_pip("openvino,onnxruntime"),
         )
     else:

@@ -183,7 +183,7 @@ class SharedSession(OnnxRuntimeSession):
 
     def __init__(self, model: Path, plan: Plan) -> None:
         self._model, self._threads, self._left = model, plan.threads_per_instance, plan.instances - 1
-        what = f"{model.name} cannot be opened for several instances, which share its weights by temporary files"
+        what = f"{model.name} cannot be opened for several instances, which share its weights through temporary files"
         with guard(EngineError, what, "set TMPDIR to a folder with space for the model"), ExitStack() as undo:
             self._folder = TemporaryDirectory(prefix="corewise-")
             undo.callback(self._folder.cleanup)

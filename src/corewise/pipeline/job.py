@@ -189,7 +189,7 @@ def check_folder(output: Place) -> None:
             f"{output} cannot be written: there is no folder {output.parent}", "create it, or give another name with -o"
         )
     if (isinstance(output, RemotePath) or output.is_dir()) and folder_of(output, several=False).is_foreign():
-        raise OutputError(f"{output} has files of something else", "give another name with -o")
+        raise OutputError(f"{output} has files that are not from such a job", "give another name with -o")
 
 
 def count_rows(paths: Iterable[Place]) -> int:

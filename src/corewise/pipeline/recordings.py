@@ -60,7 +60,7 @@ class AudioRunner(MediaRunner):
 
     def _decoded(self, item: Any) -> Decoded | Rejected:
         if not (isinstance(item, Path | bytes) or _is_array_with_rate(item)):
-            return Rejected(f"is a {type(item).__name__}, no path, bytes or (array, rate)")
+            return Rejected(f"is a {type(item).__name__}, not a path, bytes or (array, rate)")
         array = np.asarray(self._read(item))
         why = too_short(array, self.pipeline.preprocess)
         return Rejected(why) if why else Decoded(array)

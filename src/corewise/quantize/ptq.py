@@ -441,7 +441,7 @@ def _unjudged(module: GraphModule, calibration: Samples) -> Iterable[str]:
         yield f"ranges may be too narrow, and no correction was tried: {few}"
     outputs = next(iter(reversed(module.graph.nodes))).all_input_nodes
     if not any(is_float(node) for node in outputs):
-        yield "no output is floating point, so that no correction could be judged; return scores too"
+        yield "no output is floating point, so no correction could be judged; return scores too"
 
 
 def _never_varied(module: GraphModule, observed: Mapping[str, Observed]) -> Iterable[str]:

@@ -59,7 +59,7 @@ class Tuned:
     @property
     def label(self) -> str:
         """``runs 1 thread x 2, batch 8: tuned on this kind of machine, AMD EPYC 7763 (...), on 2026-03-14``."""
-        plan = f"{self.elastic.label}, by the load" if self.elastic else self.plan.label
+        plan = f"{self.elastic.label}, depending on the load" if self.elastic else self.plan.label
         return f"runs {plan}: tuned on this kind of machine, {self.machine.label}, on {self.created[:10]}"
 
 

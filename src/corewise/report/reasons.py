@@ -71,12 +71,12 @@ def _budget_so_far(details: Details, rest: str = "plans and the race") -> str:
     elapsed_s = details.get("elapsed_s", budget_s)
     if elapsed_s >= budget_s:
         return _budget(details)
-    return f"{elapsed_s:.0f} s of the budget of {budget_s:g} s were spent, and the rest is for {rest}"
+    return f"{elapsed_s:.0f} s of the budget of {budget_s:g} s were spent, and the rest is kept for {rest}"
 
 
 def _budget_too_short(details: Details) -> str:
     left, needed = numbers.duration(details["left_s"]), numbers.duration(details["needed_s"])
-    what = "calibrating it again without them" if details.get("twin") else "the trial"
+    what = "calibrating it again without those samples" if details.get("twin") else "the trial"
     return f"{left} of the budget of {details['budget_s']:g} s were left, and {what} needs about {needed}"
 
 
@@ -102,7 +102,7 @@ def _over_budget(details: Details) -> str:
     rest = numbers.duration(details["elapsed_s"] - details["race_s"])
     return (
         f"it took {whole} with a budget of {details['budget_s']:g} s: trials and plans ended after {trials}, the race "
-        f"took {race}, and fitting the winner {rest}"
+        f"took {race}, and the last steps for the winner took {rest}"
     )
 
 
@@ -141,7 +141,7 @@ def _ratio(details: Details, prefix: str = "") -> str:
 def _won(details: Details) -> str:
     """The winner's label, after what its win says about the other precisions."""
     inaccurate = details["inaccurate"]
-    start = f"no {' or '.join(inaccurate)} candidate was accurate enough; " if inaccurate else ""
+    start = f"no {' or '.join(inaccurate)} build was accurate enough; " if inaccurate else ""
     return f"{start}{details['winner']} wins"
 
 
@@ -185,7 +185,7 @@ def _slo_uncertain(details: Details) -> str:
         return f"{nothing} is the closest; a single call takes p99 {numbers.milliseconds(details['call_p99_ms'])}"
     if "met_per_s" in details:
         rate = numbers.rate(details["met_per_s"], "requests")
-        return f"{nothing} met {rate} once, and nothing a little below it again"
+        return f"{nothing} met {rate} once, but no slightly lower rate afterwards"
     rate = numbers.rate(details["lowest_per_s"], "requests")
     return f"{nothing} answered {details['in_time']:.0%} of {rate} in time"
 
@@ -225,16 +225,16 @@ def _decoding(details: Details, so: str) -> str:
     told = f"with {details['photos']} photos decoded at a smaller scale, the answers have {score}"
     if "moved_db" not in details:  # a record of an older version
         return f"{told}, {so}"
-    moved = f"and decoding moves them by {details['moved_db']:.1f} dB ({details['needed_db']:.1f} or more are allowed)"
-    return f"{told} {moved}, {so}"
+    moved = f"decoding alone adds errors {details['moved_db']:.1f} dB below the answers"
+    return f"{told}, and {moved} (at least {details['needed_db']:.1f} dB are needed), {so}"
 
 
 def _pixels(details: Details) -> str:
     """What it is worth that the engine normalizes photos itself."""
-    apart = f"if the engine normalizes photos itself, its answers are {details['decibels']:.0f} dB from the others"
+    apart = f"if the engine normalizes photos itself, its answers agree to {details['decibels']:.0f} dB"
     if details["decibels"] < details["least_db"]:
-        return f"{apart}, and at least {details['least_db']:.0f} are needed"
-    return f"{apart}, and {details['ratio']:.2f} times as many are answered"
+        return f"{apart}, and at least {details['least_db']:.0f} dB are needed"
+    return f"{apart}, and it answers {details['ratio']:.2f} times as many photos"
 
 
 def _from_files(details: Details) -> str:
@@ -243,7 +243,7 @@ def _from_files(details: Details) -> str:
     threads = "1 thread decodes" if decoders == 1 else f"{decoders} threads decode"
     gain = f", {ratio:.2f} times as many as under the winner's plan for tensors" if ratio > 1 else ""
     return (
-        f"from files it answers {numbers.rate(details['per_s'], 'photos')} where {threads} beside {details['plan']}"
+        f"from files it answers {numbers.rate(details['per_s'], 'photos')} if {threads} beside {details['plan']}"
         f"{gain}; decoding takes {details['decoding']:.0%} of the processor time"
     )
 
@@ -267,16 +267,16 @@ _SENTENCES: dict[ReasonKind, Callable[[Details], str]] = {
     K.NOTHING_IN_INT8: _nothing_in_int8,
     K.TOO_SLOW: _too_slow,
     K.DEPENDS_ON_NEIGHBOURS: lambda details: (
-        f"a row's answer depends on its neighbours: alone it agrees to {details['decibels']:.1f} dB, and at least "
-        f"{details['floor_db']:g} are needed"
+        f"a row's answer depends on the other rows of its call: alone it agrees to {details['decibels']:.1f} dB, and "
+        f"at least {details['floor_db']:g} dB are needed"
     ),
     K.BUDGET_SPENT: lambda details: _budget_so_far(details, "the race"),
     K.BUDGET_SPENT_BEFORE: lambda details: f"not tried: {_budget_so_far(details)}",
     K.BUDGET_SPENT_DURING: lambda details: f"ended while it was tried: {_budget_so_far(details)}",
     K.BUDGET_TOO_SHORT: _budget_too_short,
     K.BUDGET_BETTER_SPENT: lambda details: (
-        f"not tried: about {numbers.times(details['expected'])} eager's speed is expected of it, but "
-        f"{numbers.times(details['best'])} was seen, so the time goes to faster builds"
+        f"not tried: it is expected to reach about {numbers.times(details['expected'])} eager's speed, but "
+        f"{numbers.times(details['best'])} was measured already, so the time goes to faster builds"
     ),
     K.STEP_FAILED: lambda details: f"{_while(details)}: {details['text']}",
     K.HUNG: _hung,
@@ -313,7 +313,7 @@ _SENTENCES: dict[ReasonKind, Callable[[Details], str]] = {
     K.MUCH_SLOWER: _not_tuned,
     K.OTHERS_FASTER: lambda details: f"{_not_tuned(details)}, and {details['count']} others were faster",
     K.BASELINE_SHARE_SPENT: lambda details: (
-        f"the baseline gets {details['share']:.0%} of the budget of {details['budget_s']:g} s, which was spent"
+        f"the baseline's share of the budget, {details['share']:.0%} of {details['budget_s']:g} s, was spent"
     ),
     K.FASTER_THAN_BASELINE: _faster,
     K.NO_FINALIST_FASTER: lambda details: f"{_won(details)}: {_figure(details)}, and no finalist was faster",
@@ -351,15 +351,15 @@ _SENTENCES: dict[ReasonKind, Callable[[Details], str]] = {
     K.MIXES_BATCH: _mixes_batch,
     K.FIXED_BATCH: lambda details: f"calls have exactly {details['rows']} rows: {details['why']}",
     K.KEEPS_STATE: _keeps_state,
-    K.SCALED_DECODING: lambda details: _decoding(details, "accurate enough: the artifact decodes photos this way"),
-    K.FULL_DECODING: lambda details: _decoding(details, "too inaccurate: the artifact decodes photos in full"),
+    K.SCALED_DECODING: lambda details: _decoding(details, "so the artifact decodes photos this way"),
+    K.FULL_DECODING: lambda details: _decoding(details, "so the artifact decodes photos in full"),
     K.DECODING_NOT_JUDGED: lambda details: (
-        f"the artifact decodes photos in full: the budget had no time to judge photos decoded at "
+        f"the artifact decodes photos in full, because the budget had no time to judge photos decoded at "
         f"{details['sharpness']:.3g} times the size needed; give more time"
     ),
     K.TAKES_PIXELS: lambda details: f"{_pixels(details)}: it takes pixels",
-    K.TAKES_FLOATS: lambda details: f"{_pixels(details)}: photos are normalized before it",
+    K.TAKES_FLOATS: lambda details: f"{_pixels(details)}: photos are normalized before they reach the engine",
     K.FROM_FILES: _from_files,
-    K.NOT_SPLIT: _fixed("samples are too few or too alike to judge int8 on some that are unlike the others"),
-    K.COREWISE_INT8_ONLY: lambda details: f"only corewise's quantizer makes int8 builds, without {details['layers']}",
+    K.NOT_SPLIT: _fixed("samples are too few or too alike to judge int8 on samples unlike those that calibrated it"),
+    K.COREWISE_INT8_ONLY: lambda details: f"only corewise's quantizer makes int8 builds: without {details['layers']}",
 }

@@ -173,7 +173,7 @@ def layouts(report: Report, found: Elasticity) -> str:
     )
     if found.pays:
         memory = f"; at most {megabytes(found.memory_bytes)}" if found.memory_bytes else ""
-        return f"{found.plan.label}, by the load: simulated p50 {figures}{memory}"
+        return f"{found.plan.label}, depending on the load: simulated p50 {figures}{memory}"
     if found.load is None and found.duels:
         return f"one, because {duel_verdict(found)}"
     if found.load is not None:
@@ -211,8 +211,8 @@ def texts(tokens: TokenFacts) -> str:
     """How long the samples' texts are, and what padding them costs, sorted and as they come."""
     lengths = f"median {tokens.median} tokens, 95 % have up to {tokens.p95}, the longest {tokens.longest}"
     cut = f"; {100 * tokens.cut:.1f} % were cut at {tokens.most}" if tokens.cut else ""
-    padding = f"{100 * tokens.padding:.0f} % of what the model is given is padding"
-    return f"{lengths}{cut}; {padding}, without sorting by length {100 * tokens.padding_unsorted:.0f} %"
+    padding = f"{100 * tokens.padding:.0f} % of the model's input is padding"
+    return f"{lengths}{cut}; {padding}, or {100 * tokens.padding_unsorted:.0f} % without sorting by length"
 
 
 def _repair(report: Report) -> str:
@@ -396,7 +396,7 @@ def _closeness(fidelity: Fidelity) -> str:
 def _groups(fidelity: Fidelity) -> str:
     """How near the groups of output channels come to their floors, under shift too."""
     count = f"{len(fidelity.groups)} group{'s' if len(fidelity.groups) > 1 else ''} of channels"
-    text = f"{count}; nearest to its floor: {_worst_group(fidelity)}"
+    text = f"{count}; closest to its floor: {_worst_group(fidelity)}"
     if fidelity.shift is not None and fidelity.shift.worst_group is not None:
         text += f"; under shift {_worst_group(fidelity.shift)}"
     return clean(text)
@@ -411,7 +411,7 @@ def _worst_group(fidelity: Fidelity) -> str:
 def _judged(fidelity: Fidelity) -> str:
     """What decided where the user named no metric, and how to name one."""
     if fidelity.basis == "labels":
-        return clean(f"by {fidelity.metric}, which fits the labels; another metric is named with --metric")
+        return clean(f"by {fidelity.metric}, which fits the labels; name another metric with --metric")
     if fidelity.basis == "answers":
         return "by whether top-1 answers equal fp32's, because there are no labels and no metric was named (--metric)"
     known = ", ".join(fidelity.suggested_metrics)
@@ -475,7 +475,7 @@ def _goal(report: Report) -> str:
         goal += f" in {size(requirements.memory_limit_bytes)} of memory"
     text = f"{goal}; {metric} may drop by {requirements.max_drop:g} at most"
     if requirements.strict:
-        text += ", and so may the upper end of the drop's interval"
+        text += ", counting the upper end of the drop's interval"
     return f"{text}, also on samples unlike those that calibrated" if requirements.robust else text
 
 

@@ -144,7 +144,7 @@ def check_load(
             f"stay below {MOST_REQUESTS:,} requests",
         )
     if clients is not None and clients > MOST_CLIENTS:
-        raise InputError(f"{clients:,} clients are more than one sender can be", f"give at most {MOST_CLIENTS:,}")
+        raise InputError(f"{clients:,} clients are more than one sender can simulate", f"give at most {MOST_CLIENTS:,}")
 
 
 class _Ledger:

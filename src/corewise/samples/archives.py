@@ -147,8 +147,8 @@ def read_archive(path: Place, *, sliced: bool = False) -> Iterator[Member]:
                         yield found
     except BROKEN as error:
         if not read:
-            raise SamplesError(f"{path} is no tar file that can be read: {error}", "make it again") from error
-        yield Member("", problem=f"cannot be read behind member {read}: {error}")
+            raise SamplesError(f"{path} is not a readable tar file: {error}", "create it again") from error
+        yield Member("", problem=f"cannot be read after member {read}: {error}")
 
 
 def _image(archive: tarfile.TarFile, member: tarfile.TarInfo, *, read: bool) -> Member | None:
@@ -160,9 +160,9 @@ def _image(archive: tarfile.TarFile, member: tarfile.TarInfo, *, read: bool) -> 
     if ".." in path.parts or path.is_absolute():
         return Member(member.name, problem="leads out of the archive")
     if not member.isreg() or member.issparse():
-        return Member(member.name, problem="is a link" if member.issym() or member.islnk() else "is no regular file")
+        return Member(member.name, problem="is a link" if member.issym() or member.islnk() else "is not a regular file")
     if member.size > MOST_BYTES:
-        return Member(member.name, problem=f"has {member.size:,} bytes, the most are {MOST_BYTES:,}")
+        return Member(member.name, problem=f"has {member.size:,} bytes, at most {MOST_BYTES:,} are allowed")
     content = archive.extractfile(member) if read else None
     return Member(str(path), content.read() if content is not None else b"")
 

@@ -117,7 +117,7 @@ def _opened(content: bytes, name: str) -> Iterator[Any]:
     if content[:4] == b"RIFF" and len(content) < int.from_bytes(content[4:8], "little") + 8 < STREAMED:
         raise UnreadableItem(name, "is cut off")
     if not HEADS.match(content, _tags_end(content)):
-        raise UnreadableItem(name, "cannot be decoded: it is no WAV, FLAC, Ogg, MP3 or AIFF file")
+        raise UnreadableItem(name, "cannot be decoded: it is not a WAV, FLAC, Ogg, MP3 or AIFF file")
     try:
         with soundfile.SoundFile(io.BytesIO(content)) as file:
             yield file
@@ -141,7 +141,7 @@ def _frames_read(file: Any, preprocess: AudioPreprocess | None, name: str) -> in
     """How many frames of a file are decoded, by its header."""
     frames, rate_hz = int(file.frames), int(file.samplerate)
     if frames > MOST_FRAMES:
-        raise UnreadableItem(name, "has no length in its header, as a FLAC file that was written to a pipe")
+        raise UnreadableItem(name, "has no length in its header, like a FLAC file that was written to a pipe")
     if preprocess is None:
         return frames
     _check_rate(rate_hz, preprocess.rate_hz, name)
@@ -164,7 +164,7 @@ def array_recording(samples: Any, rate_hz: Any) -> Recording:
     """
     name, values = "the recording", np.asarray(samples)
     if isinstance(rate_hz, bool) or not isinstance(rate_hz, int | np.integer) or rate_hz < 1:
-        raise UnreadableItem(name, f"has the rate {rate_hz!r:.40}, no whole number of frames per second")
+        raise UnreadableItem(name, f"has the rate {rate_hz!r:.40}, not a whole number of frames per second")
     if values.ndim not in (1, 2) or values.dtype.kind not in "iuf":
         raise UnreadableItem(name, f"is a {values.dtype} array {values.shape}, no numbers (frames,)")
     if not values.size:
@@ -214,7 +214,7 @@ def rate_ratio(rate_hz: int, wanted_hz: int) -> Fraction:
 
 def _check_rate(rate_hz: int, wanted_hz: int, name: str = "the recording") -> None:
     if rate_hz != wanted_hz and rate_hz not in RATES_HZ:
-        raise UnreadableItem(name, f"has {rate_hz:,} frames per second, which is no rate of recordings")
+        raise UnreadableItem(name, f"has {rate_hz:,} frames per second, which is not a rate of recordings")
 
 
 def audio_array(recording: Recording, preprocess: AudioPreprocess) -> NDArray[np.float32]:

@@ -150,7 +150,7 @@ def _opened(source: Path | bytes, name: str, max_pixels: int | None) -> "Iterato
             raise UnreadableItem(name, "is not a regular file")  # to open a named pipe would wait for ever
         with pil.open(file, formats=bounded) as image:
             if max_pixels is not None and image.width * image.height > max_pixels:
-                raise TooManyPixels(name, f"has {image.width}x{image.height} pixels, the most are {max_pixels:,}")
+                raise TooManyPixels(name, f"has {image.width}x{image.height} pixels, over {max_pixels:,}")
             yield image
     except (pil.DecompressionBombError, pil.DecompressionBombWarning) as error:
         raise TooManyPixels(name, "has too many pixels") from error
@@ -192,7 +192,7 @@ def image_array(image: "Image", preprocess: Preprocess) -> NDArray[Any]:
         SamplesError: Where ``preprocess`` is a function of the user's, which is not run for strangers' images.
     """
     if preprocess.function is not None:
-        raise SamplesError(f"images are prepared by {preprocess.function}, which is not here", "send tensors")
+        raise SamplesError(f"images are prepared by {preprocess.function}, which is not available", "send tensors")
     image = _convert(image, "L" if len(preprocess.mean) == 1 else "RGB")
     if preprocess.fit == "crop":
         image = _without_far_ends(image)

@@ -42,12 +42,12 @@ def check_class_names(names: Sequence[str], classes: int, source: str) -> None:
     if len(names) != classes:
         raise SamplesError(
             f"{source} has {len(names)} class names, but the model has {classes} classes",
-            "give one name a line, in the order of the model's scores",
+            "give one name per line, in the order of the model's scores",
         )
 
 
 def read_class_names(path: Path) -> tuple[str, ...]:
-    """The class names in a text file, one a line.
+    """The class names in a text file, one per line.
 
     Raises ``SamplesError`` where a line is empty, which would shift the classes after it.
     """
@@ -55,9 +55,9 @@ def read_class_names(path: Path) -> tuple[str, ...]:
         lines = [line.strip() for line in path.read_text(encoding="utf-8-sig").rstrip().split("\n")]
     except (OSError, UnicodeDecodeError) as error:
         why = getattr(error, "strerror", None) or error  # without the path again
-        raise SamplesError(f"{path} cannot be read: {why}", "give a text file in UTF-8, one name a line") from error
+        raise SamplesError(f"{path} cannot be read: {why}", "give a text file in UTF-8, one name per line") from error
     if "" in lines:
-        raise SamplesError(f"{path} line {lines.index('') + 1} is empty", "give one class name a line")
+        raise SamplesError(f"{path} line {lines.index('') + 1} is empty", "give one class name per line")
     return tuple(lines)
 
 

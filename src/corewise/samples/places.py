@@ -198,7 +198,8 @@ def place_of(typed: "str | Path | RemotePath") -> Place:
     if scheme == "file":
         return Path("/" + unquote(rest.removeprefix("localhost/")))
     if not known:
-        raise InputError(f"{text} is in no store that can be read", f"give a path, or {', '.join(SCHEMES[:-1])}://...")
+        schemes = ", ".join(SCHEMES[:-1])
+        raise InputError(f"{text} is not in a store that can be read", f"give a path, or {schemes}://...")
     if not rest:
         raise InputError(f"{text} names no bucket", f"give {scheme}://BUCKET/NAME")
     place = RemotePath(f"{scheme}://{rest.rstrip('/')}")
@@ -291,6 +292,6 @@ def without_twins(places: Iterable[Place]) -> list[Place]:
         # A link to another file may well stand for a row of its own; a folder is the same by whatever name.
         key = whole(place.parent) / place.name if isinstance(place, Path) else place
         if key in found:
-            raise SamplesError(f"{place} is given twice, and its rows would be, too", "give each input once")
+            raise SamplesError(f"{place} is given twice, so its rows would be there twice", "give each input once")
         found[key] = place
     return list(found.values())

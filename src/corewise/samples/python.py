@@ -260,7 +260,7 @@ def _raw_problem(value: Any, kind: RawKind) -> str:
     if kind == "image":
         return "" if isinstance(value, Path | bytes) or is_pil(value) else f"is a {type(value).__name__}, no image"
     if not _is_text_pair(value):
-        return f"is {value!r:.40}, no pair of texts"
+        return f"is {value!r:.40}, not a pair of texts"
     return next((f"has a text that {problem}" for text in value if (problem := text_problem(text))), "")
 
 
@@ -297,7 +297,7 @@ def _from_mapping(samples: Mapping[str, Any], source: str) -> Iterator[Any]:
     if not rest or not all(hasattr(values, "__len__") and not isinstance(values, str) for values in rest.values()):
         raise SamplesError(
             f"the dict from {source} has the keys {', '.join(map(str, samples))}",
-            "give inputs and, where there are any, labels and groups; or a column of arrays for each input",
+            "give inputs and, if there are any, labels and groups; or a column of arrays for each input",
         )
     return _from_columns(rest, source)
 

@@ -87,9 +87,9 @@ def optimize(
             answered within ``slo_ms``), or a goal object such as ``Slo(p99_ms=50)``.
         slo_ms: for "slo", milliseconds.
         memory_limit_bytes: most memory for the process that runs the winner. Default: no limit.
-        strict: ask the upper end of the drop's 95 % confidence interval to be within ``max_drop``.
-        robust: require that int8 is accurate on samples unlike those that calibrated it, too. Default: for texts and
-            embeddings, where a build that there was no time to judge may win with a warning.
+        strict: require the upper end of the drop's 95 % confidence interval to be within ``max_drop``.
+        robust: also require that int8 is accurate on samples unlike those that calibrated it. Default: for texts and
+            embeddings, but a build may then win with a warning if there was no time to judge it.
         engines: the engines to try; eager PyTorch is always the baseline. One that cannot be tried at all is an error,
             unless the engines are the default ones.
         ignored: layers that never run in int8: names as ``explain`` lists them, or regular expressions for whole names.
@@ -101,8 +101,8 @@ def optimize(
         tokenizer: a ``tokenizer.json``, for a model that takes token ids and brings none: samples may then be texts.
         pooling: make one vector of each text: "mean", "cls", "max" or "last" of its token vectors; for "hf:" models and
             models with ``tokenizer``.
-        end_to_end: search the plan with which photos are answered fastest from their files, decoding included, which
-            ``predict`` uses. Default: for a folder of photos.
+        end_to_end: also find the fastest plan from files of photos to answers, decoding included, which ``predict``
+            uses. Default: for a folder of photos.
         budget_s: seconds for the whole search; a short one judges with fewer samples. Default: as long as it takes.
         timeout_s: seconds for each step of a trial.
         work: a folder that keeps finished trials, so that the same call resumes. Default: a temporary folder.
@@ -156,7 +156,7 @@ def optimize(
     if end_to_end and not photo_files(task.holdout):
         raise InputError(
             "there are no files of photos to measure from end to end",
-            f"give samples of which {LEAST_FILES} or more photos are held out, or leave that out",
+            f"give enough photos that {LEAST_FILES} or more are held out, or leave out --end-to-end",
         )
     workspace = Workspace.create(work)
     gate = task.gate(requirements)

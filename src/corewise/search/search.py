@@ -442,7 +442,7 @@ class Search:
             most, *others = sorted(spent_s, key=lambda name: -spent_s[name])
             rest = "".join(f", {name} {spent_s[name]:.1f} s" for name in others if spent_s[name] >= SHORTEST_TOLD_S)
             raise InputError(
-                f"the budget of {budget.total_s:g} s was spent before any candidate was finished: {most} took "
+                f"the budget of {budget.total_s:g} s was spent before any build was finished: {most} took "
                 f"{spent_s[most]:.1f} s{rest}",
                 "give more time or fewer samples" if most == "reading the samples" else "give more time",
             )

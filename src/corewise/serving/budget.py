@@ -44,9 +44,9 @@ class Budget:
                 self._look()
             held_bytes = self._by_client.get(client, 0) + size_bytes
             if held_bytes > self._total_bytes * self._client_share:
-                raise NoRoom("your address has too many bytes in requests already")
+                raise NoRoom("requests from your address hold too many bytes already")
             if self._used_bytes + size_bytes > self._total_bytes:
-                raise NoRoom("the server has too many bytes in requests already")
+                raise NoRoom("requests hold too many bytes of the server's memory already")
             self._used_bytes += size_bytes
             self.total_booked_bytes += size_bytes
             self._by_client[client] = held_bytes

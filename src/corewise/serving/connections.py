@@ -39,7 +39,7 @@ ESTABLISHED, CONNECTED = "01", "03"
 
 FULL = refusals.plain(
     refusals.NOT_NOW,
-    "there are too many connections, in all or of your address; try again later",
+    "there are too many connections, in all or from your address; try again later",
     [(b"retry-after", b"1"), (b"connection", b"close")],
 )
 """The answer to a connection beyond the limits, which is closed."""

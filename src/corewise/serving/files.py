@@ -114,7 +114,7 @@ def _file_of_form(body: bytes, content_type: str) -> bytes:
 
     def begin() -> None:
         if len(parts) == MOST_PARTS:
-            raise ProtocolError(f"the form has more than {MOST_PARTS} parts", "send one file a request", 413)
+            raise ProtocolError(f"the form has more than {MOST_PARTS} parts", "send one file per request", 413)
         parts.append(([], []))
 
     callbacks = {
@@ -131,7 +131,7 @@ def _file_of_form(body: bytes, content_type: str) -> bytes:
     files = [data for headers, data in parts if b"filename" in b"".join(headers).lower()]
     chosen = files or [data for _, data in parts]
     if len(files) != 1 and len(parts) != 1:
-        raise ProtocolError(f"the form has {len(files)} files", "send one file a request")
+        raise ProtocolError(f"the form has {len(files)} files", "send one file per request")
     return b"".join(chosen[0])
 
 
@@ -141,7 +141,7 @@ def contents(asked: InferRequest, served: Served, noun: str) -> list[bytes]:
         return []
     found: list[bytes] = asked.inputs[0].tolist()
     if len(found) > MOST_FILES:
-        raise ProtocolError(f"the request has {len(found)} {noun}s", f"send at most {MOST_FILES} a request", 413)
+        raise ProtocolError(f"the request has {len(found)} {noun}s", f"send at most {MOST_FILES} per request", 413)
     return found
 
 

@@ -287,7 +287,7 @@ class Front:
         size = sum(one.size for one in work)
         if media is recordings and size > self._limits.samples:
             what = f"the recordings have {size:,} samples together, the server takes {self._limits.samples:,}"
-            raise ProtocolError(what, "send fewer a request", 413)
+            raise ProtocolError(what, "send fewer per request", 413)
         decoding_bytes = max(one.decoding_bytes for one in work)
         decoder = self._large_decoder if decoding_bytes > LARGE_BYTES else self._decoders
         took_s = 0.0

@@ -75,7 +75,7 @@ def batch(bodies: Sequence[bytes], served: Served) -> Batch:
     if served.photos is not None and not all(served.photos.takes(array.shape) for array in arrays):
         raise ProtocolError(f"the model takes photos that become {served.photos.shape}", "send one of that shape", 415)
     if len({array.shape for array in arrays}) > 1:
-        raise ProtocolError("the images have several shapes, which the model keeps", "send one image a request")
+        raise ProtocolError("the images have several shapes, which the model keeps", "send one image per request")
     return Batch(np.stack(arrays), tuple(sizes))
 
 
@@ -85,7 +85,7 @@ def _preprocess(served: Served) -> Preprocess:
         raise ProtocolError(f"the model {served.name} was not made from images", "send tensors to .../infer", 501)
     if preprocess.function is not None:
         raise ProtocolError(
-            f"the images of the model {served.name} are prepared by {preprocess.function}, which is code and not here",
+            f"the images of the model {served.name} are prepared by {preprocess.function}, code that is not here",
             "send tensors to .../infer",
             501,
         )

@@ -165,7 +165,7 @@ def broken(error: Exception, scope: Scope) -> tuple[int, Headers, bytes]:
     name = str(scope.get("request_id", "?"))
     log.error("request %s failed: %r", name, error, exc_info=None if isinstance(error, CorewiseError) else error)
     what = "the call failed" if isinstance(error, CorewiseError) else "the server failed"
-    return refusals.plain(500, f"{what}; its log says why, at request {name}")
+    return refusals.plain(500, f"{what}; the server's log says why, at request {name}")
 
 
 def client_of(scope: Scope) -> str:

@@ -165,7 +165,7 @@ def _inputs(
         if spec is None:
             raise ProtocolError(f"there is no input {tensor.name[:80]!a}", f"the model has {protocol.names(specs)}")
         if spec.name in arrays:
-            raise ProtocolError(f"the input {spec.name} is there twice")
+            raise ProtocolError(f"the input {spec.name} is given twice")
         protocol.check_shape(spec, tensor.datatype, tensor.shape)
         size = tensor.parameters.get("binary_data_size")
         if size is None:

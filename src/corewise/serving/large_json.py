@@ -86,7 +86,7 @@ def pieces(text: memoryview, shape: Sequence[int], nesting: int, piece_bytes: in
         is_last = start + len(piece) == len(text)
         end = len(piece) if is_last else piece.rfind(b",")
         if end <= 0:
-            raise ProtocolError("a number is too long", "give numbers without more digits than they have")
+            raise ProtocolError("a number is too long", "write it with fewer digits")
         characters = np.frombuffer(piece, np.uint8)[: end + (not is_last)]
         steps = (characters == ord("[")).astype(np.int8) - (characters == ord("]"))
         depths = depth + np.cumsum(steps, dtype=np.int32)

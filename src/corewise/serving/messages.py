@@ -137,7 +137,7 @@ class Streams:
     def place(self, client: str) -> Iterator[None]:
         """A place for one of them. Raises ``NoRoom`` where all are taken, or half of them by one address."""
         if self._of_clients[client] >= max(1, self._most // 2) or self._of_clients.total() >= self._most:
-            raise NoRoom(f"there are {self._most} streams already, or half as many of your address")
+            raise NoRoom(f"there are {self._most} streams already, or half as many from your address")
         self._of_clients[client] += 1
         try:
             yield

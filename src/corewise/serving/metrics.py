@@ -46,20 +46,18 @@ class Metrics:
         self._refusals = RefusalLog()
         self._registry = CollectorRegistry()
         labels = ["model", "version"]
-        self._requests = Count(
-            "corewise_requests", "Requests by what became of them.", [*labels, "protocol", "outcome"]
-        )
+        self._requests = Count("corewise_requests", "Requests by outcome.", [*labels, "protocol", "outcome"])
         self._registry.register(self._requests)
         self._tokenized = Count(
             "corewise_tokenizer_requests",
-            "Requests that the tokenizer alone answers, by what became of them.",
+            "Requests that the tokenizer alone answers, by outcome.",
             [*labels, "outcome"],
         )
         self._registry.register(self._tokenized)
         self._turned_away = Counter(
             "corewise_turned_away_requests",
-            "Requests that reached no model: without a token, for a path, method or model that there is not, or "
-            "refused before it was known which model they are for.",
+            "Requests that reached no model: without a token, for an unknown path, method or model, or refused before "
+            "their model was known.",
             ["protocol", "reason"],
             registry=self._registry,
         )
@@ -263,7 +261,7 @@ class _Models(Collector):
         labels = ["model", "version"]
         ready = GaugeMetricFamily("corewise_ready", "Whether the model answers.", labels=labels)
         waiting = GaugeMetricFamily("corewise_queue_rows", "Rows that wait.", labels=labels)
-        slowness = GaugeMetricFamily("corewise_call_slowness", "Calls' time over the measured one.", labels=labels)
+        slowness = GaugeMetricFamily("corewise_call_slowness", "Time of calls over the measured time.", labels=labels)
         restarts = CounterMetricFamily("corewise_engine_restarts", "How often its process was replaced.", labels=labels)
         layouts = CounterMetricFamily(
             "corewise_layout_requests", "Requests by the thread layout of their call.", labels=[*labels, "layout"]

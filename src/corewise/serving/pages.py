@@ -89,11 +89,11 @@ def docs(models: Sequence[Served]) -> str:
 INTRODUCTION = """<p>It speaks the <a href='https://github.com/kserve/open-inference-protocol'>Open Inference Protocol
 v2</a> over HTTP and gRPC, with Triton's extensions for binary tensors, classification, model configuration, statistics
 and streams: clients of Triton and KServe and perf_analyzer work unchanged. gRPC has server reflection and
-<code>grpc.health.v1</code>. The same for programs: <a href='/openapi.json'>/openapi.json</a>.
-<p>A request may say how long it has: <code>X-Request-Timeout-Ms</code>, the parameter <code>timeout</code>
-(microseconds), or gRPC's deadline. If measurements say that it cannot be answered in time, it is refused at once,
-with 503 and <code>Retry-After</code> (gRPC: RESOURCE_EXHAUSTED). If there is not time
-for all, requests with a lower parameter <code>priority</code> are dropped first.
+<code>grpc.health.v1</code>. Programs find the same at <a href='/openapi.json'>/openapi.json</a>.
+<p>A request can set its own time limit: <code>X-Request-Timeout-Ms</code>, the parameter <code>timeout</code>
+(microseconds), or gRPC's deadline. If the server predicts from measurements that a request cannot be answered in
+time, it refuses the request at once, with 503 and <code>Retry-After</code> (gRPC: RESOURCE_EXHAUSTED). If there is
+not enough time for all requests, those with a lower parameter <code>priority</code> are dropped first.
 <p>In JSON, NaN and infinite numbers are <code>null</code>; binary outputs keep them as they are."""
 
 PATHS = (
@@ -113,7 +113,7 @@ PATHS = (
     ("POST /embed, /similarity, /rerank, /predict, /tokenize", "texts, in Text Embeddings Inference's format"),
     ("GET /v1/models", "all models, as OpenAI lists them"),
     ("GET /v2/models/M/stats", "statistics of its requests"),
-    ("GET /metrics", "for Prometheus"),
+    ("GET /metrics", "metrics for Prometheus"),
 )
 
 

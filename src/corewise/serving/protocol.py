@@ -204,7 +204,8 @@ def ordered(found: Mapping[str, np.ndarray], specs: Sequence[TensorSpec]) -> tup
         raise ProtocolError(f"the input {missing[0]} is missing")
     arrays = tuple(found[spec.name] for spec in specs)
     if len({len(array) for array in arrays}) > 1:
-        raise ProtocolError(f"the inputs have {', '.join(str(len(array)) for array in arrays)} rows: give as many each")
+        counts = ", ".join(str(len(array)) for array in arrays)
+        raise ProtocolError(f"the inputs have {counts} rows: give each the same number")
     return arrays
 
 

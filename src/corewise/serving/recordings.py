@@ -51,7 +51,7 @@ def batch(bodies: Sequence[bytes], served: Served) -> Batch:
             what = f"the recording becomes an input of shape {array.shape}, the model takes {served.audio.shape}"
             raise ProtocolError(what, "send one of that length", 415)
     if len({array.shape for array in arrays}) > 1:
-        raise ProtocolError("the recordings have several lengths, which the model keeps", "send one a request")
+        raise ProtocolError("the recordings have several lengths, which the model keeps", "send one per request")
     return Batch(np.stack(arrays), ((0, 0),) * len(arrays))
 
 

@@ -289,7 +289,7 @@ def parse(
     for k, one in enumerate(request.inputs):
         spec = by_name.get(one.name)
         if spec is None or spec.name in found:
-            raise ProtocolError(f"the input {one.name[:80]!r} is {'there twice' if spec else 'none of the model'}")
+            raise ProtocolError(f"the input {one.name[:80]!r} is {'given twice' if spec else 'not one of the model'}")
         shape = list(one.shape)
         protocol.check_shape(spec, one.datatype, shape)
         if raw:

@@ -259,5 +259,5 @@ def _allowed_connections(ports: int, most: int) -> int:
         setrlimit(RLIMIT_NOFILE, (soft, hard))
     allowed = most if soft == RLIM_INFINITY else min(most, (soft - OTHER_FILES) // ports)
     if allowed < 1:
-        raise InputError(f"the process may have only {soft} open files", f"allow {wanted}, e.g. by ulimit -n")
+        raise InputError(f"the process may have only {soft} open files", f"allow {wanted}, e.g. with ulimit -n")
     return allowed

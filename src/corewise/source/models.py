@@ -80,7 +80,7 @@ def _load(reference: str) -> nn.Module | ExportedProgram:
     elif path.suffix in PICKLES:
         raise SourceError(
             f"{reference} is a pickle, which can run any code when it is opened",
-            "write a factory that fills the model by torch.load(..., weights_only=True) or safetensors, or save the"
+            "write a factory that fills the model with torch.load(..., weights_only=True) or safetensors, or save the"
             " model with torch.export.save as .pt2",
         )
     elif ":" in reference:

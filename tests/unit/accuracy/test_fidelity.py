@@ -237,7 +237,7 @@ def test_one_sample_has_an_interval_only_where_answers_are_counted():
 def test_nan_of_the_candidate_is_its_failure_and_of_the_model_the_users():
     good, bad = np.ones((3, 2)), np.ones((3, 2))
     bad[1, 0] = np.nan
-    with pytest.raises(EngineError, match="candidate's output 0 has NaN or infinity where fp32's has none"):
+    with pytest.raises(EngineError, match="build's output 0 has NaN or infinity where fp32's has none"):
         fidelity_of(outputs(good), outputs(bad))
     with pytest.raises(SourceError, match="returns NaN: output 0 of holdout sample 1; check its weights"):
         fidelity_of(outputs(bad), outputs(bad))
@@ -290,7 +290,7 @@ def test_labels_and_groups_must_fit():
 
 def test_a_metric_must_return_one_kind_of_score():
     turns = iter([1.0, np.ones(3)])
-    with pytest.raises(MetricError, match=r"shape \(\) for fp32 but \(3,\) for a candidate"):
+    with pytest.raises(MetricError, match=r"shape \(\) for fp32 but \(3,\) for a build"):
         fidelity_of(outputs(np.ones((3, 2))), outputs(np.ones((3, 2))), lambda outputs, labels: next(turns))
 
 

@@ -215,7 +215,7 @@ def test_an_elastic_plan_is_loaded_and_verified(made):
         assert isinstance(model._session, Pool)
         np.testing.assert_allclose(model(X)["scores"], elastically["scores"], rtol=1e-5)
     (note,) = verify(made).notes
-    assert note.startswith(f"runs {ELASTIC.label}, by the load: tuned")
+    assert note.startswith(f"runs {ELASTIC.label}, depending on the load: tuned")
 
 
 @two_threads

@@ -60,7 +60,7 @@ def test_auto_is_the_cluster_that_ray_finds(monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setenv("RAY_ADDRESS", "ray://head:10001")
     with pytest.raises(
         EngineError,
-        match=r"auto means RAY_ADDRESS, which is no HOST:PORT: .*; set RAY_ADDRESS to HOST:PORT, or give ray",
+        match=r"auto means RAY_ADDRESS, which is not HOST:PORT: .*; set RAY_ADDRESS to HOST:PORT, or give ray",
     ):
         found_address()
 

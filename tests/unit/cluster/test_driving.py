@@ -285,7 +285,7 @@ def test_a_cluster_of_our_own_that_ends_is_not_waited_for() -> None:
             self.living = []
             raise ActorLost("its node is gone")
 
-    with pytest.raises(EngineError, match="the Ray that was started for this job has ended; run the same command: fin"):
+    with pytest.raises(EngineError, match="the Ray cluster that was started for this job has ended; run the same comm"):
         driver_of(Ending([OLD])).run()
 
 

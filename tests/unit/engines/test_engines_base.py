@@ -169,7 +169,7 @@ def test_instances_of_onnxruntime_need_a_folder_for_a_temporary_file(
 ) -> None:
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "none"))
     plan = Plan(threads_per_instance=1, instances=2)
-    with pytest.raises(EngineError, match=r"share its weights by temporary files: FileNotFoundError: .*; set TMPDIR"):
+    with pytest.raises(EngineError, match=r"its weights through temporary files: FileNotFoundError: .*; set TMPDIR"):
         engine("onnxruntime").open(tmp_path, Build(engine="onnxruntime", precision="fp32"), plan)
 
 

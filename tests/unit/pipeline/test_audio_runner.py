@@ -75,7 +75,7 @@ def test_classes_have_names_and_rates_are_the_models() -> None:
     answers = classes.predict([(constant(0.5, 800), 2 * RATE), (constant(-0.5, 200), RATE // 2)], ImageAsk(top=1))
     assert [answer.label for answer in answers] == ["high", "low"]
     assert set(answers[0].probabilities) == {"high"}
-    with pytest.raises(InputError, match="gives no boxes"):
+    with pytest.raises(InputError, match="the model gives none"):
         classes.predict((constant(0), RATE), ImageAsk(score_threshold=0.5))
 
 
@@ -85,9 +85,9 @@ def test_what_cannot_be_answered_has_its_reason(means: AudioRunner, tmp_path: Pa
         (tmp_path / "cut.wav", "is cut off"),
         (str(tmp_path / "missing.wav"), "cannot be opened: No such file or directory"),
         (b"", "is empty"),
-        (7, "is a int, no path, bytes or (array, rate)"),
-        (constant(0), "is a ndarray, no path, bytes or (array, rate)"),
-        ((constant(0), 0), "has the rate 0, no whole number of frames per second"),
+        (7, "is a int, not a path, bytes or (array, rate)"),
+        (constant(0), "is a ndarray, not a path, bytes or (array, rate)"),
+        ((constant(0), 0), "has the rate 0, not a whole number of frames per second"),
     ]
     answers = list(means.answers([wav(constant(0.25)), *(item for item, _ in cases)]))
     assert answers[0][1] == 400

@@ -157,7 +157,7 @@ def test_what_another_job_left_is_not_taken_for_this_one(tmp_path: Path) -> None
     assert run_job(job_of(tmp_path / "begun", source), Lengths()) == Done(5, 0, 0)
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "part-000000.parquet").touch()
-    with pytest.raises(OutputError, match="other has files of something else"):
+    with pytest.raises(OutputError, match="other has files that are not from such a job"):
         run_job(job_of(tmp_path / "other", source), Lengths())
 
 

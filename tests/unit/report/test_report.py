@@ -311,7 +311,8 @@ def test_latency_over_load_is_told_for_the_elastic_plan_and_both_layouts_alone()
     elastic = replace(REPORT, choice=replace(REPORT.choice, elasticity=replace(found, pays=True)))
     facts = dict(words.facts(elastic))["layouts"]
     assert facts.startswith(
-        f"{found.plan.label}, by the load: simulated p50 at 5% of the saturated rate 20.1 ms instead of 19.9 ms"
+        f"{found.plan.label}, depending on the load: "
+        "simulated p50 at 5% of the saturated rate 20.1 ms instead of 19.9 ms"
     )
     assert facts.endswith("; at most 734 MB")
     for text in (markdown.render(elastic), shown(elastic, 80)):
@@ -440,7 +441,7 @@ def test_what_the_budget_leaves_untried_is_told_once_and_at_once():
             progress(TrialEnded(Trial(build=build, state="pruned", reason=reason)))
         progress(BuildsLeftUntried(Reason.of(ReasonKind.LEFT_UNTRIED, builds=builds, count=4, **details)))
     assert screen.file.getvalue() == (
-        "36 s of the budget of 60 s were spent, and the rest is for plans and the race; "
+        "36 s of the budget of 60 s were spent, and the rest is kept for plans and the race; "
         "left untried: engine/0, engine/1, engine/2 and 1 more\n"
     )
 

@@ -64,7 +64,7 @@ def test_what_was_whole_before_a_small_compressed_archive_broke_is_read(tmp_path
     found = list(read_archive(path))
     whole = 7 if end else 6 if kind != "bz2" else 5
     assert [one.content for one in found if not one.problem] == [content for _, content in members][:whole]
-    assert end or found[-1].problem.startswith("cannot be read behind member")
+    assert end or found[-1].problem.startswith("cannot be read after member")
 
 
 def test_a_name_does_not_say_whether_an_archive_is_compressed(tmp_path: Path) -> None:
@@ -84,7 +84,7 @@ def test_a_sparse_file_is_set_aside_alone(tmp_path: Path) -> None:
     subprocess.run(["tar", "--sparse", "-cf", path, "-C", tmp_path, "hole.jpg", "z.jpg"], check=True)
     for sliced in (False, True):
         found = [(one.name, one.problem) for one in read_archive(path, sliced=sliced)]
-        assert found == [("hole.jpg", "is no regular file"), ("z.jpg", "")]
+        assert found == [("hole.jpg", "is not a regular file"), ("z.jpg", "")]
 
 
 @pytest.mark.parametrize("kind", ["gz", "bz2", "xz"])
@@ -148,8 +148,8 @@ def test_what_is_no_file_or_leads_out_is_not_read(tmp_path: Path) -> None:
         ("x/../../b.jpg", b"", "leads out of the archive"),
         ("soft.jpg", b"", "is a link"),
         ("hard.jpg", b"", "is a link"),
-        ("pipe.jpg", b"", "is no regular file"),
-        ("device.jpg", b"", "is no regular file"),
+        ("pipe.jpg", b"", "is not a regular file"),
+        ("device.jpg", b"", "is not a regular file"),
     ]
 
 
@@ -165,7 +165,7 @@ def test_a_bomb_takes_no_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     tracemalloc.start()
     try:
         assert [one.problem or one.name for one in read_archive(large)] == [
-            f"has {size:,} bytes, the most are {2**20:,}",
+            f"has {size:,} bytes, at most {2**20:,} are allowed",
             "small.jpg",
         ]
         with pytest.raises(SamplesError, match="its headers are too long"):
@@ -188,7 +188,7 @@ def test_a_size_that_no_data_follows_lifts_no_limit(tmp_path: Path) -> None:
         file.write(claiming(tarfile.SYMTYPE, 8 * 2**30) + claiming(tarfile.GNUTYPE_LONGNAME, 2**30))
         file.write(bytes(4 * 2**20))
     _, rest = read_archive(path)
-    assert rest.problem == "cannot be read behind member 1: its headers are too long"
+    assert rest.problem == "cannot be read after member 1: its headers are too long"
 
 
 def test_a_size_that_no_data_follows_ends_no_archive(tmp_path: Path) -> None:
@@ -206,13 +206,13 @@ def test_a_size_beyond_all_files_ends_the_archive(tmp_path: Path) -> None:
     path.write_bytes(claiming(tarfile.REGTYPE, 2**60) + b"few bytes")
     large, rest = read_archive(path)
     assert large.problem.startswith(f"has {2**60:,} bytes")
-    assert rest.problem == "cannot be read behind member 1: unexpected end of data"
+    assert rest.problem == "cannot be read after member 1: unexpected end of data"
 
 
 def test_headers_of_headers_without_end_are_no_archive(tmp_path: Path) -> None:
     path = tmp_path / "chain.tar"
     path.write_bytes(claiming(tarfile.GNUTYPE_LONGNAME, 1).ljust(1024, b"\0") * 1000)
-    with pytest.raises(SamplesError, match=r"chain\.tar is no tar file that can be read"):
+    with pytest.raises(SamplesError, match=r"chain\.tar is not a readable tar file"):
         list(read_archive(path))
 
 
@@ -222,10 +222,10 @@ def test_the_rest_of_a_broken_archive_is_set_aside(tmp_path: Path) -> None:
     cut.write_bytes(whole.read_bytes()[: whole.stat().st_size // 2])
     first, rest = read_archive(cut)
     assert (first.name, first.content) == ("a.jpg", b"one")
-    assert rest.problem.startswith("cannot be read behind member 2: ")
+    assert rest.problem.startswith("cannot be read after member 2: ")
     none = tmp_path / "none.tar"
     none.write_bytes(b"no archive" * 100)
-    with pytest.raises(SamplesError, match=r"none\.tar is no tar file that can be read"):
+    with pytest.raises(SamplesError, match=r"none\.tar is not a readable tar file"):
         list(read_archive(none))
 
 

@@ -78,7 +78,7 @@ def test_folders_and_patterns_of_urls(bucket: RemotePath) -> None:
     with pytest.raises(SamplesError, match="there are no images in"):
         list_images([f"{ROOT}/a"])
     with pytest.raises(
-        SamplesError, match=r"a/1\.txt is given twice, and its rows would be, too; give each input once"
+        SamplesError, match=r"a/1\.txt is given twice, so its rows would be there twice; give each input once"
     ):
         named("a/1.txt", "a")
 
@@ -133,7 +133,7 @@ def test_what_is_local_and_what_is_wrong() -> None:
     assert place_of("a:b/c") == Path("a:b/c")
     assert place_of(Path("odd:/name")) == Path("odd:/name")
     assert place_of(Path("gs://bucket/name")) == RemotePath("gs://bucket/name")
-    with pytest.raises(InputError, match=r"ftp://a/b is in no store that can be read; give a path, or s3, gs"):
+    with pytest.raises(InputError, match=r"ftp://a/b is not in a store that can be read; give a path, or s3, gs"):
         place_of("ftp://a/b")
     with pytest.raises(InputError, match=r"s3:// names no bucket; give s3://BUCKET/NAME"):
         place_of("s3://")

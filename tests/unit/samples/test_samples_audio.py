@@ -53,7 +53,7 @@ def test_what_the_models_rate_cannot_have_is_filtered_out() -> None:
     assert np.abs(resampled(tone(44_100, 7000), 44_100, 8000)[200:-200]).max() < 0.01
     assert len(resampled(np.zeros(1001, np.float32), 44_100, RATE)) == 364
     for rate_hz in (1, 2**32 - 1):
-        with pytest.raises(UnreadableItem, match=f"has {rate_hz:,} frames per second, which is no rate"):
+        with pytest.raises(UnreadableItem, match=f"has {rate_hz:,} frames per second, which is not a rate"):
             resampled(np.zeros(9, np.float32), rate_hz, RATE)
 
 
@@ -141,7 +141,7 @@ def test_formats_are_told_by_their_heads_behind_tags_too(kind: str) -> None:
 @pytest.mark.parametrize("kind", ["AU", "SVX", "VOC", "W64"])
 @pytest.mark.parametrize("tags", [b"", TAG, TAG * 9])
 def test_other_formats_do_not_reach_the_decoder(kind: str, tags: bytes) -> None:
-    with pytest.raises(UnreadableItem, match="it is no WAV, FLAC, Ogg, MP3 or AIFF file"):
+    with pytest.raises(UnreadableItem, match="it is not a WAV, FLAC, Ogg, MP3 or AIFF file"):
         open_audio(tags + encoded(kind))
 
 
@@ -150,7 +150,7 @@ def test_a_flac_that_was_written_to_a_pipe_has_no_length() -> None:
     content[21] &= 0xF0
     content[22:26] = bytes(4)  # the samples in its header
     for read in (open_audio, audio_size):
-        with pytest.raises(UnreadableItem, match="has no length in its header, as a FLAC file that was written to a"):
+        with pytest.raises(UnreadableItem, match="has no length in its header, like a FLAC file that was written to"):
             read(bytes(content), preprocess=AudioPreprocess(rate_hz=RATE))  # type: ignore[operator]
 
 

@@ -511,7 +511,7 @@ def test_plain_texts_are_drawn_too() -> None:
         (["a", "x" * (MOST_CHARACTERS + 1)], "sample 1 has 1,000,001 characters, but at most 1,000,000 are allowed"),
         (["a", 3], "sample 1 is 3, which is not a text"),
         (["a", ("b", "c")], "sample 1 is ('b', 'c'), which is not a text"),
-        ([("a", "b"), "c"], "sample 1 is 'c', no pair of texts"),
+        ([("a", "b"), "c"], "sample 1 is 'c', not a pair of texts"),
         ([("a", "b"), ("c", "")], "sample 1 has a text that is empty"),
         ([("a", 1), ("b", None)], "sample 1 of python has no label"),
         ([{"text": "a", "n": 1}, {"text": 5, "n": 1}], "sample 1 has a text that is 5, which is not a text"),

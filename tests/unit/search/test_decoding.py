@@ -135,7 +135,7 @@ def test_it_is_not_tried_without_time_to_answer_all_photos(tmp_path: Path) -> No
     images = photos(20, (320, 240))  # ten seconds of a winner that answers two a second
     preprocess, why = decided(images, brightness, tmp_path, budget_s=9.0)
     assert preprocess == SMALL
-    assert why.startswith("the artifact decodes photos in full: the budget had no time to judge")
+    assert why.startswith("the artifact decodes photos in full, because the budget had no time to judge")
     preprocess, _ = decided(images, brightness, tmp_path, budget_s=600.0)
     assert preprocess is not None
     assert preprocess.decode == "scaled"

@@ -134,7 +134,7 @@ def test_answers_that_move_keep_the_floats(payload: Path, monkeypatch: pytest.Mo
     reason = judged(holdout(), payload, Wrong())
     assert reason.kind == ReasonKind.TAKES_FLOATS
     assert reason.details["decibels"] < 50
-    assert said(reason).endswith("photos are normalized before it")
+    assert said(reason).endswith("photos are normalized before they reach the engine")
     assert not (payload / "pixels.json").exists()
 
 

@@ -180,7 +180,7 @@ def test_an_answer_is_json_or_json_and_bytes():
         (request(), "the input x is missing"),
         (request(tensor("y")), "there is no input 'y'; the model has x"),
         (request({"shape": [1, 3]}), "missing required field `name`"),
-        (request(tensor(data=[1, 2, 3]), tensor(data=[1, 2, 3])), "is there twice"),
+        (request(tensor(data=[1, 2, 3]), tensor(data=[1, 2, 3])), "is given twice"),
         (request(tensor(shape=[3], data=[1, 2, 3])), r"has the shape \[3\], the model takes \[-1, 3\]"),
         (request(tensor(shape=[0, 3], data=[])), "has the shape"),
         (request(tensor(shape=[-1, 3], data=[1, 2, 3])), "has the shape"),

@@ -440,8 +440,8 @@ def test_texts_become_samples_padded_as_they_are_served(sentence_folder: Path) -
     assert (facts.median, facts.p95, facts.longest, facts.most, facts.cut) == (6, 16, 16, 16, 0.2)
     assert (facts.padding, facts.padding_unsorted) == (1 - 38 / 48, 1 - 38 / sum([6 * 3, 16 * 2]))
     assert words.texts(facts) == (
-        "median 6 tokens, 95 % have up to 16, the longest 16; 20.0 % were cut at 16; 21 % of what the model is given "
-        "is padding, without sorting by length 24 %"
+        "median 6 tokens, 95 % have up to 16, the longest 16; 20.0 % were cut at 16; 21 % of the model's input is "
+        "padding, or 24 % without sorting by length"
     )
     alone = unpadded(samples, 1)
     assert [row[0].shape[0] for row in alone.rows] == [5, 6, 6, 16, 5]

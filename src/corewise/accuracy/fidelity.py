@@ -75,7 +75,7 @@ def compare(
     sums = [layout.energies(*pair) for layout, *pair in zip(judged, ours.leaves, theirs.leaves, strict=True)]
     numbers = [energies for energies, layout in zip(sums, judged, strict=True) if layout.mean is not None] or sums
     farthest, farthest_db = worst_sample(sums)
-    guess, guess_limit = chance(metric.name, reference.leaves[0], len(reference)) or (None, None)
+    guess, guess_limit = chance(metric.name, reference.leaves[0], len(reference), labels) or (None, None)
     return Fidelity(
         metric=metric.name,
         samples=len(reference),
@@ -122,10 +122,12 @@ def _check_values(output: int, reference: Array, candidate: Array, names: Sequen
         sample = _first_sample(undefined, names)
         what = f"the model itself (fp32) returns NaN: output {output} of {sample}"
         raise SourceError(what, "check its weights, and that samples are preprocessed as it expects")
-    bad = np.isnan(candidate) | (np.isinf(candidate) & np.isfinite(reference)) | _lost_infinity(reference, candidate)
-    if bad.any():
-        sample = _first_sample(bad, names)
-        raise EngineError(f"the build's output {output} has NaN or infinity where fp32's has none, for {sample}")
+    bad = np.isnan(candidate) | (np.isinf(candidate) & np.isfinite(reference))
+    lost = _lost_infinity(reference, candidate)
+    for places, what in ((bad, "NaN or infinity where fp32's has none"), (lost, "a number where fp32's has infinity")):
+        if places.any():
+            sample = _first_sample(places, names)
+            raise EngineError(f"the build's output {output} has {what}, for {sample}")
 
 
 def _first_sample(bad: NDArray[np.bool_], names: Sequence[str]) -> str:

@@ -13,7 +13,7 @@ from corewise.accuracy.outputs import Outputs, Rows
 from corewise.accuracy.shift import robust_by_default
 from corewise.common import stats
 from corewise.common.detections import Head
-from corewise.common.errors import MetricError, SamplesError
+from corewise.common.errors import EngineError, MetricError, SamplesError
 from corewise.common.nested import Structure, leaf_names, unflatten
 from corewise.records.fidelity import Basis, Fidelity, GroupFidelity
 from corewise.records.goal import Requirements
@@ -63,10 +63,22 @@ class AccuracyGate:
     _basis: Basis = "named"
 
     def __call__(self, outputs: Outputs) -> tuple[Fidelity, Verdict]:
-        """The outputs against the reference; the first ones ever seen become it."""
+        """The outputs against the reference; the first ones ever seen become it.
+
+        Outputs for which the metric has no value, as they all are the same, are refused by how far they are from the
+        reference. Raises ``EngineError`` if that is not far.
+        """
         if self.reference is None:
             self.reference = outputs
-        fidelity = self._compared(self.reference, outputs, None, self._metric(self.reference))
+        metric = self._metric(self.reference)
+        try:
+            fidelity = self._compared(self.reference, outputs, None, metric)
+        except metrics.UndefinedScore as error:
+            if outputs is self.reference:
+                raise
+            fidelity = self._compared(self.reference, outputs, None, metrics.resolve("concordance"))
+            if judge(fidelity, self.requirements).passed:
+                raise EngineError(f"{error.what} (for the candidate's outputs; fp32's have a score)") from error
         return fidelity, judge(fidelity, self.requirements, robust=self.is_robust)
 
     def of_rows(self, outputs: Outputs, rows: Rows) -> tuple[Fidelity, Verdict]:

@@ -115,10 +115,12 @@ def dense_labels(labels: Array | None, scores: Array, metric: str) -> list[tuple
     """
     if labels is None:
         raise SamplesError(f"{metric} needs labels and the samples have none", "add labels")
+    rows = [(np.asarray(label), np.asarray(score)) for label, score in zip(labels, scores, strict=True)]
+    # A sample of as many positions as classes does not say which axis counts classes, but the others do.
+    last = any(class_axis(score.shape, label.shape) not in (None, 0) for label, score in rows)
     pairs = []
-    for row, (label, score) in enumerate(zip(labels, scores, strict=True)):
-        label, score = np.asarray(label), np.asarray(score)
-        axis = class_axis(score.shape, label.shape)
+    for row, (label, score) in enumerate(rows):
+        axis = class_axis(score.shape, label.shape, last=last)
         if axis is None or label.dtype.kind not in "iub":
             what = f"the label of {sample_name(row)} is {label.dtype} of shape {label.shape} for scores {score.shape}"
             raise UnfitLabel(row, what, "give one integer class for each position of the scores")
@@ -130,13 +132,17 @@ def dense_labels(labels: Array | None, scores: Array, metric: str) -> list[tuple
     return pairs
 
 
-def class_axis(scores: Sequence[int], labels: Sequence[int]) -> int | None:
-    """The axis of one sample's scores that counts classes, from the shape of its labels; ``None`` where none fits."""
+def class_axis(scores: Sequence[int], labels: Sequence[int], *, last: bool = False) -> int | None:
+    """The axis of one sample's scores that counts classes, from the shape of its labels; ``None`` where none fits.
+
+    Where both do, it is the first one, or with ``last`` the last one.
+    """
     if len(scores) != len(labels) + 1 or not labels:
         return None
-    if tuple(scores[1:]) == tuple(labels):
+    is_first, is_last = tuple(scores[1:]) == tuple(labels), tuple(scores[:-1]) == tuple(labels)
+    if is_first and not (last and is_last):
         return 0
-    return len(scores) - 1 if tuple(scores[:-1]) == tuple(labels) else None
+    return len(scores) - 1 if is_last else None
 
 
 def counted(label: Array, classes: int) -> NDArray[np.bool_]:
@@ -149,7 +155,7 @@ def sample_name(row: int, names: Sequence[str] = ()) -> str:
     return str(names[row]) if len(names) else f"holdout sample {row}"
 
 
-def chance(metric: str, scores: Array, samples: int) -> tuple[float, float] | None:
+def chance(metric: str, scores: Array, samples: int, labels: Array | None = None) -> tuple[float, float] | None:
     """What guessing scores by a built-in metric, and the score below which a model is hardly better.
 
     ``None`` for metrics without such a level. A model that is hardly better on its own labels was given labels in
@@ -159,11 +165,13 @@ def chance(metric: str, scores: Array, samples: int) -> tuple[float, float] | No
         metric: The metric's name.
         scores: fp32's first output.
         samples: How many samples were scored.
+        labels: Those that they were scored by.
     """
-    classes = scores.shape[1] if scores.ndim > 1 and scores.dtype != object else 2
     if metric == "miou":
         return _chance_of_maps(scores)
-    guesses = {"top1": 1 / classes, "top5": 5 / classes, "auc": 0.5, "pearson": 0.0, "spearman": 0.0, "map": 0.0}
+    guesses = {"auc": 0.5, "pearson": 0.0, "spearman": 0.0, "map": 0.0}
+    if metric in ("top1", "top5"):
+        guesses[metric] = int(metric[3:]) / _class_count(scores, labels)
     guess = guesses.get(metric)
     if guess is None or guess >= 1:
         return None
@@ -173,6 +181,15 @@ def chance(metric: str, scores: Array, samples: int) -> tuple[float, float] | No
         return guess, NO_CORRELATION / sqrt(samples)
     # Twice what guessing scores, and never within the noise of guessing; half for two or three classes.
     return guess, max(min(2 * guess, 0.5), guess + 2 * sqrt(guess * (1 - guess) / samples))
+
+
+def _class_count(scores: Array, labels: Array | None) -> int:
+    """How many classes there are to choose from; of answers without scores, as many as were given."""
+    if scores.dtype.kind in "iu":
+        return max(2, len(np.unique(scores)))
+    score, label = np.asarray(scores[0]), np.asarray(0 if labels is None else labels[0])
+    axis = class_axis(score.shape, label.shape)
+    return int(score.shape[0 if axis is None else axis]) if score.ndim else 2
 
 
 def _chance_of_maps(scores: Array) -> tuple[float, float] | None:

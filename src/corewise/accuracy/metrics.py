@@ -179,10 +179,15 @@ def _unfit(scores: Array, labels: Array, outputs: Any) -> SamplesError:
     return SamplesError(what, fix)
 
 
+class UndefinedScore(MetricError):
+    """The metric has no value for these outputs, as a correlation with a constant."""
+
+
 def evaluate(metric: Metric, outputs: Any, labels: Any, samples: int) -> NDArray[np.float64] | Pooled:
     """The metric's scores, float64, of shape (samples,) or (), or pooled: the mean is its value.
 
-    Raises ``MetricError`` where it raises or returns something else, ``SamplesError`` where labels do not fit.
+    Raises ``MetricError`` where it raises or returns something else, ``UndefinedScore`` where that is NaN or infinity,
+    ``SamplesError`` where labels do not fit.
     """
     with guard(MetricError, f"the metric {metric.name!r} failed", "correct it, or name another metric"):
         returned = metric.score(outputs, labels)
@@ -194,5 +199,8 @@ def evaluate(metric: Metric, outputs: Any, labels: Any, samples: int) -> NDArray
         what = f"the metric {metric.name!r} returns shape {scores.shape} for {samples} samples"
         raise MetricError(what, f"return a float, or one per sample: shape ({samples},)")
     if not np.isfinite(scores).all():
-        raise MetricError(f"the metric {metric.name!r} returns NaN or infinity", "return finite scores")
+        if isinstance(returned, Pooled):
+            what = f"the metric {metric.name!r} has no value: outputs or labels are all the same, or no label counts"
+            raise UndefinedScore(what, "give samples that differ, or name another metric")
+        raise UndefinedScore(f"the metric {metric.name!r} returns NaN or infinity", "return finite scores")
     return returned if isinstance(returned, Pooled) else scores.astype(np.float64)

@@ -156,11 +156,16 @@ def _features(calibration: Outputs, holdout: Outputs) -> Features | None:
 def _vectors(layout: Layout, output: Array) -> Features:
     """One vector for each sample: its numbers, or, of many or of a varying number, the channels' means."""
     if output.dtype != object and output[0].size <= MOST_FEATURES and len(layout.groups) == 1:
-        return np.nan_to_num(real(output).reshape(len(output), -1).astype(np.float64))
-    rows = [real(np.asarray(row)) for row in output]
+        return _finite(output).reshape(len(output), -1)
+    rows = (_finite(np.asarray(row)) for row in output)
     axis = layout.axis
     means = [row.reshape(-1).mean(keepdims=True) if axis is None else _channel_means(row, axis - 1) for row in rows]
-    return np.nan_to_num(np.stack(means).astype(np.float64))
+    return np.stack(means)
+
+
+def _finite(array: Array) -> Features:
+    """The array with zeros for NaN and for infinity, which masks what does not count."""
+    return np.nan_to_num(real(array).astype(np.float64), posinf=0.0, neginf=0.0)
 
 
 def _channel_means(row: Array, axis: int) -> Array:

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -48,6 +48,7 @@ from corewise.quantize.quantized import CORRECTIONS, Quantized, Recipe, batches
 from corewise.quantize.simulate import WORTH_DB, Batch, Simulation, sqnr_db
 from corewise.samples import Samples
 
+T = TypeVar("T")
 RUNGS = ("first", "ranges", *CORRECTIONS)
 """The steps of the ladder: ranges of few samples, ranges of all samples, and the corrections."""
 TOP = len(RUNGS) - 1
@@ -214,7 +215,7 @@ class Ladder:
     def _attempted(self, plain: GraphModule, seen: Samples, judge: OutputError) -> Stage:
         """Weights rounded to nearest, and values by what each observer makes of the samples ``seen``."""
         placement, names = place(plain, "fused"), _quantized_values(plain)
-        observed = observe(plain, names, batches(seen))
+        observed = _named(seen, lambda part: observe(plain, names, batches(part)))
         module = copy.deepcopy(plain)
         scales = round_to_nearest(module, placement, self.recipe.weight_bits)
         attempts = []
@@ -328,10 +329,10 @@ class Ladder:
         def step(node: Node, args: tuple[object, ...], kwargs: dict[str, object]) -> object:
             value = compute(node, args, kwargs)
             if node.name in names and isinstance(value, Tensor) and not bool(value.isfinite().all()):
-                raise _not_finite(node)
+                raise NotFinite(node)
             return value
 
-        return OutputError(self.reference, self._calibration.take(indices), step)
+        return _named(self._calibration.take(indices), lambda part: OutputError(self.reference, part, step))
 
 
 @contextmanager
@@ -370,11 +371,26 @@ def _quantized_values(module: GraphModule) -> tuple[str, ...]:
     return tuple(dict.fromkeys((*places, *multiplied)))
 
 
-def _not_finite(node: Node) -> SamplesError:
-    return SamplesError(
-        f"a calibration sample makes the value of {layer_name(node)} NaN or infinite",
-        "remove such samples, or repair the model",
-    )
+class NotFinite(SamplesError):
+    """A sample makes a value of the graph NaN or infinite."""
+
+    def __init__(self, node: Node, sample: str = "a calibration sample") -> None:
+        what = f"{sample} makes the value of {layer_name(node)} NaN or infinite"
+        super().__init__(what, "remove such samples, or repair the model")
+        self.node = node
+
+
+def _named(samples: Samples, look: Callable[[Samples], T]) -> T:
+    """What ``look`` makes of the samples; an error about a value that is not finite names the user's own sample."""
+    try:
+        return look(samples)
+    except NotFinite as error:
+        for row in range(len(samples)):
+            try:
+                look(samples.take([row]))
+            except NotFinite:
+                raise NotFinite(error.node, samples.describe(row)) from error
+        raise
 
 
 def observe(module: GraphModule, names: Sequence[str], samples: Iterable[Batch]) -> dict[str, Observed]:
@@ -396,7 +412,7 @@ def observe(module: GraphModule, names: Sequence[str], samples: Iterable[Batch])
             axis = channel_axis(value, readers[node.name][0]) if readers[node.name] else min(1, value.dim() - 1)
             observed[node.name] = Observed(axis)
         if not observed[node.name].see(value):
-            raise _not_finite(node)
+            raise NotFinite(node)
 
     def step(node: Node, args: tuple[Any, ...], kwargs: dict[str, object]) -> object:
         for operand, own, other in zip(node.args[:2], args[:2], args[1::-1], strict=True) if node in sums else ():

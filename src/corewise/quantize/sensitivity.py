@@ -79,8 +79,13 @@ class LayerSensitivity:
 
 
 def decibels(error: float) -> float:
-    """An error relative to the signal as signal over error in dB; 200 for none, as ``simulate.sqnr_db`` has it."""
-    return -10 * math.log10(error) if error > 0 else EQUAL_DB
+    """An error relative to the signal as signal over error in dB, as ``simulate.sqnr_db`` has it.
+
+    200 for none, and -200 for one that is infinite or NaN.
+    """
+    if error == 0:
+        return EQUAL_DB
+    return -10 * math.log10(error) if error < math.inf else -EQUAL_DB
 
 
 def measure_sensitivity(

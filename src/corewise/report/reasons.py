@@ -349,7 +349,7 @@ _SENTENCES: dict[ReasonKind, Callable[[Details], str]] = {
     K.LEFT_UNTRIED: _left_untried,
     K.OVER_BUDGET: _over_budget,
     K.MIXES_BATCH: _mixes_batch,
-    K.FIXED_BATCH: lambda details: f"calls have exactly {details['rows']} rows: {details['why']}",
+    K.FIXED_BATCH: lambda details: f"calls have exactly {numbers.counted(details['rows'], 'row')}: {details['why']}",
     K.KEEPS_STATE: _keeps_state,
     K.SCALED_DECODING: lambda details: _decoding(details, "so the artifact decodes photos this way"),
     K.FULL_DECODING: lambda details: _decoding(details, "so the artifact decodes photos in full"),

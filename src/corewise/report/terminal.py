@@ -270,6 +270,7 @@ def _results(report: Report) -> Iterator[tuple[str, str]]:
         yield "recordings", facts["recordings"]
     if why := words.over_budget(report):
         yield "time", why
+    yield from (("model", text) for text in words.behaviour(report))
 
 
 def _accuracy_facts(report: Report) -> tuple[str, ...]:

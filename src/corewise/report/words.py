@@ -41,6 +41,11 @@ LOAD_NOTE = (
 SPEED_NOTE = "Speeds are from each trial's best plan; afterwards the finalists ran in turns."
 
 _NOTHING = ""
+_IN_HEADLINE = {
+    ReasonKind.NEAR_CHANCE: "fp32 itself is near chance: check the labels and the preprocessing",
+    ReasonKind.MIXES_BATCH: "the model mixes the rows of a batch, so each row runs in a call of its own",
+}
+_OF_MODEL = (ReasonKind.ONLY_EAGER, ReasonKind.FIXED_BATCH, ReasonKind.MIXES_BATCH, ReasonKind.KEEPS_STATE)
 _NAMED = 3
 
 
@@ -96,7 +101,12 @@ def speedup(trial: Trial, baseline: Trial | None, goal: Goal) -> float | None:
 
 
 def headline(report: Report) -> str:
-    """The whole result in one sentence."""
+    """The whole result in one sentence, with what makes it doubtful or unusual."""
+    kinds = {reason.kind for reason in (*report.choice.warnings, *report.notes)}
+    return "; ".join((_result(report), *(text for kind, text in _IN_HEADLINE.items() if kind in kinds)))
+
+
+def _result(report: Report) -> str:
     choice, fidelity = report.choice, report.winner.fidelity
     if won_by_baseline(report):
         speed = race_figure(choice.throughput_per_s, report.requirements.goal)
@@ -227,6 +237,11 @@ def _repair(report: Report) -> str:
     speeds = f"{rate(trial.verified_per_s, 'items')} against {rate(broken.verified_per_s, 'items')} of that build"
     why = "because the build with all layers in int8 was rejected"
     return f"{layers} back in floating point, {why}; while verifying it ran at {speeds}"
+
+
+def behaviour(report: Report) -> Iterator[str]:
+    """What is unusual about the model, and what was lost by it."""
+    yield from (said(note) for note in report.notes if note.kind in _OF_MODEL)
 
 
 def losers(report: Report) -> Iterator[tuple[str, State, str]]:

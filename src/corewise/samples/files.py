@@ -170,11 +170,12 @@ def read_raw(
             return raw_from_python(made, source=reference, spool=spool, **options)
     if any(columns) and (path.is_dir() or suffix not in READERS):
         raise SamplesError(f"{reference} has no columns of texts", "leave out --text, --pair and --label")
+    most = MAX_SAMPLES if max_samples is None else max_samples
     if path.is_dir():
-        folder = read_folder(path, max_samples=max_samples or MAX_SAMPLES, seed=seed, allow_empty=allow_empty)
+        folder = read_folder(path, max_samples=most, seed=seed, allow_empty=allow_empty)
         return replace(folder, source=reference)
     if suffix in READERS:
-        return replace(read_table(path, columns, max_samples=max_samples or MAX_SAMPLES, seed=seed), source=reference)
+        return replace(read_table(path, columns, max_samples=most, seed=seed), source=reference)
     arrays = _read_npz(path) if suffix == ".npz" else _read_safetensors(path)
     return _from_arrays(arrays, reference).draw(max_samples, seed)
 

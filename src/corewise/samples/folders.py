@@ -169,9 +169,11 @@ def _listed(folder: Path, allow_empty: bool) -> _Listing:
         )
     empty = [name for name in classes if name not in filled]
     if empty and not allow_empty:
+        beside: Counter[str] = Counter()
+        _usable(_below(folder / empty[0]), beside)
         raise SamplesError(
-            f"the class folder {folder / empty[0]} is empty",
-            f"remove it, or number the classes in {folder / LABELS_FILE}",
+            f"the class folder {folder / empty[0]} {f'has no images{_holding(beside)}' if beside else 'is empty'}",
+            f"remove it if the model has no such class, else number the classes in {folder / LABELS_FILE}",
         )
     paths = [f"{name}/{path}" for name in classes for path in classes[name]]
     labels: list[int | float] = [number for number, name in enumerate(classes) for _ in classes[name]]
@@ -241,16 +243,18 @@ def _labelled(folder: Path) -> _Listing:
     table = folder / LABELS_FILE
     try:
         with table.open(encoding="utf-8-sig", newline="") as lines:
-            rows = list(csv.DictReader(lines))
+            reader = csv.DictReader(lines)
+            rows = [(reader.line_num, row) for row in reader]
     except (UnicodeDecodeError, csv.Error) as error:
         raise SamplesError(f"{table} cannot be read: {error}", "save it as CSV in UTF-8") from error
     if not rows:
         raise SamplesError(f"there are no samples in {table}", "give a line for each file")
-    if not {"file", "label"} <= set(rows[0]):
-        raise SamplesError(f"{table} has the columns {', '.join(map(str, rows[0]))}", "name two of them file and label")
-    paths: list[str] = []
+    if not {"file", "label"} <= set(reader.fieldnames or ()):
+        names = ", ".join(map(str, reader.fieldnames or ()))
+        raise SamplesError(f"{table} has the columns {names}", "name two of them file and label")
+    paths: dict[str, int] = {}
     labels: list[int | float] = []
-    for line, row in enumerate(rows, start=2):
+    for line, row in rows:
         cell = (row["label"] or "").strip()
         label = number_or_text(cell)
         if isinstance(label, str) or not -inf < label < inf:
@@ -258,6 +262,10 @@ def _labelled(folder: Path) -> _Listing:
         path = row["file"] or ""
         if not (folder / path).is_file():
             raise SamplesError(f"{table} line {line}: there is no file {path!r}", f"name files relative to {folder}")
-        paths.append(path)
+        if path in paths:  # calibration and holdout would share it
+            raise SamplesError(
+                f"{table} line {line}: {path!r} has a label in line {paths[path]} already", "name each file once"
+            )
+        paths[path] = line
         labels.append(label)
-    return _Listing(paths, labels, Counter())
+    return _Listing(list(paths), labels, Counter())

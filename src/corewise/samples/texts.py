@@ -101,7 +101,7 @@ def number_or_text(text: str) -> int | float | str:
     """A cell of a table as the number that it says, else as it is."""
     for kind in (int, float):
         try:
-            return kind(text)
+            return text if "_" in text else kind(text)  # Python takes 1_2 for 12
         except ValueError:
             continue
     return text

@@ -69,7 +69,7 @@ def explain(
     on_event(StageStarted(Stage.EXPORTING))
     loaded, data = tokenized(source.load_with_texts(model, tokenizer=tokenizer, pooling=pooling), gathered)
     count = default_calibration(len(data)) if calibration is None else calibration
-    calibrating, others = split(data, calibration=count, seed=seed)
+    calibrating, others = (part.shuffled(seed) for part in split(data, calibration=count, seed=seed))
     used = others.take(range(min(measured, len(others))))
 
     exported = source.export(loaded.model, data)

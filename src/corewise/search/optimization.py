@@ -125,6 +125,9 @@ def optimize(
         'eager'
     """
     budget = Budget(total_s=budget_s)
+    for name, given in (("engines", engines), ("ignored", ignored), ("class_names", class_names)):
+        if isinstance(given, str):  # whose letters would be taken for names
+            raise InputError(f"{name} is the text {given!r}", f"give a list: {name}=[{given!r}]")
     if importlib.util.find_spec("torch") is None:
         raise MissingExtra("torch", "optimize", "optimizing a model")
     requirements = Requirements(

@@ -120,6 +120,7 @@ class Task:
             given = None if calibration is None else len(calibrating)
             limits = sample_limits(budget_s, row_s, given) if kept_limits is None else kept_limits
             calibrating, holdout, fewer = _affordable(calibrating, holdout, limits, seed)
+        calibrating = calibrating.shuffled(seed)  # quantizers take ranges from the first few, and judge by the last
         names = _class_names(class_names, loaded.class_names, exported.outputs)
         in_process = None
         if exported.program is None:

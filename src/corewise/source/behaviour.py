@@ -12,6 +12,7 @@ import traceback
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import replace
+from tokenize import TokenError
 from typing import Any, Literal
 
 import torch
@@ -97,13 +98,14 @@ def state_change(flat: Flat, batch: Batch, other: Batch, new: State) -> StateCha
         restore_state(flat.model, kept)
         if decibels < DEPENDS_DB:
             raise NotRepeatable(_why_not_repeatable(flat, batch, kept, changed, random.origins, decibels))
-        if random.origins:
+        origins = random.origins or _foreign_random(flat.model)
+        if origins:
             decibels = min(worst_row_db(first, _answers(flat, batch, seed)) for seed in SEEDS)
         restore_state(flat.model, kept)
         if begun := changed_names(new, kept):
             _check_beginning(flat, batch, other, new, begun, first)
     if decibels < DEPENDS_DB:
-        raise NotRepeatable(RandomOperation(decibels=decibels, origin=random.origins[0]))
+        raise NotRepeatable(RandomOperation(decibels=decibels, origin=origins[0]))
     return _state(flat.model, changed, EQUAL_DB, changes_answers=False) if changed else None
 
 
@@ -264,7 +266,7 @@ def _later_db(flat: Flat, batch: Batch, first: list[Any]) -> float:
 def _foreign_random(module: nn.Module) -> list[Origin]:
     """Lines of the model's own methods that draw from Python's or NumPy's random numbers."""
     found = []
-    for part in module.modules():
+    for part in {type(part): part for part in module.modules()}.values():
         origin = find_line(part, _line_that_draws)
         if origin is not None:
             name = FOREIGN_RANDOM.search(origin.code)
@@ -275,7 +277,7 @@ def _foreign_random(module: nn.Module) -> list[Origin]:
 def _line_that_draws(method: Any) -> int:
     try:
         lines, start = inspect.getsourcelines(method)
-    except OSError:
+    except (OSError, SyntaxError, TokenError):  # no source, or one that changed since it was imported
         return 0
     return next((start + k for k, line in enumerate(lines) if FOREIGN_RANDOM.search(line)), 0)
 
@@ -356,7 +358,7 @@ def _independence(flat: Flat, batch: Batch) -> tuple[float, float]:
 def _is_mixed_in_float64(flat: Flat, batch: Batch) -> bool:
     """Whether rows change each other in float64 too; also where the model does not run in it."""
     tensors = tuple(tensor.double() if tensor.is_floating_point() else tensor for tensor in batch.tensors)
-    doubles = Batch(tensors=tensors, samples=batch.samples)
+    doubles = replace(batch, tensors=tensors)
     try:
         return min(_independence(copy.deepcopy(flat).double(), doubles)) < DEPENDS_DB
     except (SourceError, RuntimeError, TypeError, ValueError):

@@ -2,7 +2,7 @@
 
 import inspect
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -22,6 +22,8 @@ class Batch:
     tensors: tuple[Tensor, ...]
     samples: tuple[int, ...]
     """The numbers of the samples that its rows are, from 0."""
+    names: tuple[str, ...]
+    """What the user calls them."""
 
     def __len__(self) -> int:
         return len(self.samples)
@@ -30,7 +32,9 @@ class Batch:
         """The batch of those rows, in that order."""
         chosen = list(indices)
         return Batch(
-            tensors=tuple(tensor[chosen] for tensor in self.tensors), samples=tuple(self.samples[row] for row in chosen)
+            tensors=tuple(tensor[chosen] for tensor in self.tensors),
+            samples=tuple(self.samples[row] for row in chosen),
+            names=tuple(self.names[row] for row in chosen),
         )
 
 
@@ -65,19 +69,23 @@ class Examples:
             if first[sample] != row:
                 for tensor in tensors:
                     tensor[row] = _changed(tensor[row], row)
-        return Batch(tensors=tuple(tensors), samples=batch.samples)
+        return replace(batch, tensors=tuple(tensors))
 
     def other(self, rows: int) -> Batch:
         """A batch of the shape of ``largest``, of other values: the last samples of that shape, scaled or reversed."""
         batch = self._batch(max(self._shapes, key=_size), rows, last=True)
-        return Batch(tensors=tuple(_changed(tensor, 2) for tensor in batch.tensors), samples=batch.samples)
+        return replace(batch, tensors=tuple(_changed(tensor, 2) for tensor in batch.tensors))
 
     def _batch(self, shapes: Shapes, rows: int, *, last: bool = False) -> Batch:
         fitting = [number for number, other in enumerate(self._shapes) if other == shapes]
         fitting = fitting[-rows:] if last else fitting[:rows]
         numbers = [fitting[row % len(fitting)] for row in range(rows)]
         stacked = zip(*(self._samples.rows[number] for number in numbers), strict=True)
-        return Batch(tensors=tuple(torch.from_numpy(np.stack(arrays)) for arrays in stacked), samples=tuple(numbers))
+        return Batch(
+            tensors=tuple(torch.from_numpy(np.stack(arrays)) for arrays in stacked),
+            samples=tuple(numbers),
+            names=tuple(map(self._samples.describe, numbers)),
+        )
 
 
 def free(shape: Sequence[int], varying: set[int]) -> tuple[int | None, ...]:

@@ -137,9 +137,7 @@ def _check_output(name: str, leaf: Tensor, batch: Batch) -> None:
         raise SourceError(f"the model's {name} is {leaf.dtype}", "return float32 or integers")
     if leaf.is_floating_point() and bool(leaf.isnan().any()):
         row = int(leaf.isnan().reshape(len(leaf), -1).any(1).nonzero()[0])
-        raise SourceError(
-            f"the model's {name} has NaN for sample {batch.samples[row]}", "repair the model or that sample"
-        )
+        raise SourceError(f"the model's {name} has NaN for {batch.names[row]}", "repair the model or that sample")
 
 
 def _check_rows(names: Sequence[str], two: Sequence[Tensor], three: Sequence[Tensor]) -> None:

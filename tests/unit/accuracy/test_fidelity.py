@@ -250,6 +250,8 @@ def test_infinity_that_fp32_returns_too_is_left_out():
     masked = np.array([[1.0, -np.inf], [2.0, 3.0]])
     fidelity = fidelity_of(outputs(masked), outputs(np.array([[1.0, -1e30], [2.0, 3.3]])))
     assert fidelity.sqnr_db == pytest.approx(10 * np.log10(14 / 0.09))
+    with pytest.raises(EngineError, match="output 0 has a number where fp32's has infinity, for holdout sample 0"):
+        fidelity_of(outputs(masked), outputs(np.array([[1.0, -2.0], [2.0, 3.0]])))
 
 
 def test_rows_of_different_lengths_are_compared_row_by_row():

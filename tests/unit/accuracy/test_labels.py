@@ -7,8 +7,9 @@ import pytest
 
 from corewise.accuracy.gate import AccuracyGate
 from corewise.accuracy.labels import class_labels
+from corewise.accuracy.metrics import resolve
 from corewise.accuracy.outputs import Outputs, ragged
-from corewise.common.errors import SamplesError
+from corewise.common.errors import EngineError, MetricError, SamplesError
 from corewise.common.nested import flatten
 from corewise.records.goal import Requirements
 from corewise.samples import from_python
@@ -95,6 +96,29 @@ def test_a_model_near_chance_is_told(right, count, classes, near):
     assert fidelity_of(np.eye(classes)[answers], labels).near_chance == near
 
 
+def test_guessing_is_by_the_classes_that_there_are():
+    """Nine classes of tokens, in samples of one length and of several, and of a model that answers with classes."""
+    truth = np.random.default_rng(3).integers(9, size=(40, 12))
+    answers = np.where(np.random.default_rng(4).random(truth.shape) < 0.4, truth, (truth + 1) % 9)
+    tokens = np.eye(9)[answers]
+    lengths = 6 + np.arange(40) % 7
+    cut = [ragged([row[:length] for row, length in zip(rows, lengths, strict=True)]) for rows in (tokens, truth)]
+    for fidelity in (
+        fidelity_of(tokens, truth),
+        fidelity_of(*cut),
+        fidelity_of(answers.reshape(-1), truth.reshape(-1)),
+    ):
+        assert fidelity.metric == "top1"
+        assert fidelity.chance == pytest.approx(1 / 9)
+        assert not fidelity.near_chance
+
+
+def test_a_sample_of_as_many_tokens_as_classes_is_scored_as_the_others():
+    truth = [np.arange(1, length + 1) % 9 for length in (7, 9, 12)]
+    tokens = ragged([np.eye(9)[labels] for labels in truth])
+    assert fidelity_of(tokens, ragged(truth)).baseline_value == 1
+
+
 def test_correlations_and_areas_have_a_chance_level_too():
     truth = np.random.default_rng(0).normal(size=100)
     assert not fidelity_of(truth[:, None] + 0.1, truth).near_chance
@@ -102,6 +126,34 @@ def test_correlations_and_areas_have_a_chance_level_too():
     assert fidelity_of(-truth[:, None], truth).near_chance
     assert fidelity_of(-truth[:, None], (truth > 0).astype(int)).near_chance
     assert not fidelity_of(truth[:, None], (truth > 0).astype(int)).near_chance
+
+
+def test_a_candidate_whose_answers_died_is_rejected_where_its_metric_then_has_no_value():
+    truth = np.random.default_rng(0).normal(size=(40, 1)).astype(np.float32)
+    samples = replace(from_python([np.zeros(1, np.float32)] * 40), labels=truth)
+    gate = AccuracyGate(None, samples, flatten(truth)[1], Requirements(), 0)
+    assert gate(Outputs((truth + 0.1,)))[0].metric == "pearson"
+    fidelity, verdict = gate(Outputs((np.ones_like(truth),)))
+    assert (fidelity.metric, fidelity.value) == ("concordance", pytest.approx(0, abs=0.1))
+    assert (verdict.passed, verdict.rule) == (False, "drop")
+
+
+def test_a_metric_that_has_no_value_for_good_outputs_fails_the_candidate_alone():
+    truth = np.random.default_rng(0).normal(size=(40, 1)).astype(np.float32)
+    samples, turns = from_python([np.zeros(1, np.float32)] * 40), iter([1.0, np.nan])
+    metric = resolve(lambda outputs, labels: np.full(40, next(turns)))
+    gate = AccuracyGate(metric, samples, flatten(truth)[1], Requirements(), 0)
+    gate(Outputs((truth,)))
+    with pytest.raises(EngineError, match=r"returns NaN or infinity \(for the candidate's outputs; fp32's have"):
+        gate(Outputs((truth.copy(),)))
+
+
+def test_a_metric_without_a_value_for_fp32_says_why():
+    truth = np.random.default_rng(0).normal(size=40)
+    with pytest.raises(MetricError, match="'pearson' has no value: outputs or labels are all the same"):
+        fidelity_of(np.ones((40, 1)), truth)
+    with pytest.raises(MetricError, match=r"'auc' has no value.*; give samples that differ, or name another"):
+        fidelity_of(truth[:, None], np.zeros(40, np.int64))
 
 
 def test_maps_have_a_chance_level_too():

@@ -66,6 +66,15 @@ def test_outputs_of_varying_length_are_compared_by_their_channels():
     assert set(theirs[shift_split(varying(calibration), varying(holdout), seed=0).judged]) == {4}
 
 
+def test_infinity_that_masks_a_channel_changes_no_cluster():
+    (calibration, _), (holdout, theirs) = topics(100), topics(100, seed=7)
+
+    def masked(outputs):
+        return Outputs((np.insert(outputs.leaves[0], 3, -np.inf, axis=1),))
+
+    assert set(theirs[shift_split(masked(calibration), masked(holdout), seed=0).judged]) == {4}
+
+
 @pytest.mark.parametrize(("calibrating", "held_out"), [(3, 100), (100, FEWEST_JUDGED - 1)])
 def test_too_few_samples_are_not_split(calibrating, held_out):
     assert shift_split(topics(calibrating)[0], topics(held_out)[0], seed=0) is None

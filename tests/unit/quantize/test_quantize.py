@@ -577,7 +577,7 @@ def test_a_value_that_becomes_infinite_is_named(bad: float, name: str):
     program = program_of(Named(), 4)
     quantize(program, from_python(rows), Recipe(corrections=()))
     rows[20] = np.full(4, bad, np.float32)
-    with pytest.raises(SamplesError, match=rf"value of ({name})\S* NaN or infinite"):
+    with pytest.raises(SamplesError, match=rf"sample 20 makes the value of ({name})\S* NaN or infinite"):
         quantize(program, from_python(rows), Recipe(corrections=()))
 
 

@@ -166,6 +166,7 @@ def test_multiply_adds_are_counted_for_one_item() -> None:
 
 def test_decibels() -> None:
     assert [decibels(error) for error in (1.0, 0.01, 0.0)] == [0.0, 20.0, EQUAL_DB]
+    assert decibels(float("nan")) == decibels(float("inf")) == -EQUAL_DB
 
 
 def test_layers_are_found_again_in_what_was_exported(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 import copy
 import warnings
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -307,10 +308,11 @@ def test_what_judges_has_no_part_in_ranges():
 
 @pytest.mark.parametrize("position", [3, -1])
 def test_a_sample_that_is_not_finite_is_refused_wherever_it_stands(position: int):
-    rows = photos()
-    rows[position] = np.full(IMAGE, np.nan, np.float32)
+    rows = [(photo,) for photo in photos()]
+    rows[position] = (np.full(IMAGE, np.nan, np.float32),)
+    samples = replace(from_python(photos()), rows=rows)  # which looks at them first
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         program = exported(Blocks())
-        with pytest.raises(SamplesError, match="NaN or infinite"):
-            quantize(program, from_python(rows), Recipe())
+        with pytest.raises(SamplesError, match=f"sample {position % len(rows)} makes .* NaN or infinite"):
+            quantize(program, samples, Recipe())

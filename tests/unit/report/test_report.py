@@ -452,6 +452,31 @@ def test_a_speedup_that_the_trials_deny_is_told_in_the_headline():
     assert "[4.17, 4.31] in the race but 3.62x in trials, top1" in words.headline(altered(warnings=(doubt,)))
 
 
+def test_a_model_near_chance_or_that_mixes_its_batch_is_told_in_the_headline():
+    near = Reason.of(ReasonKind.NEAR_CHANCE, metric="top1", value=0.1, chance=0.1)
+    mixes = Reason.of(ReasonKind.MIXES_BATCH, decibels=12.0, operation="aten.mean", where="m.py:3")
+    report = replace(altered(warnings=(near,)), notes=(mixes,))
+    for text in (words.headline(report), flat(markdown.render(report)), html.render(report)):
+        assert "; fp32 itself is near chance: check the labels and the preprocessing; the model mixes the rows" in text
+
+
+@pytest.mark.parametrize(
+    ("reason", "told"),
+    [
+        (
+            Reason.of(ReasonKind.FIXED_BATCH, rows=1, why="batch became the constant 2"),
+            "calls have exactly 1 row: batch",
+        ),
+        (
+            Reason.of(ReasonKind.ONLY_EAGER, why="a branch on data"),
+            "only eager was tried: the model cannot be exported",
+        ),
+    ],
+)
+def test_what_is_unusual_about_the_model_is_told_at_the_end_of_a_search(reason, told):
+    assert f"model     {told}" in "\n".join(ended(replace(REPORT, notes=(reason,)), width=200))
+
+
 def test_plain_lines_of_the_latency_goal_are_in_milliseconds():
     screen = console(terminal=False)
     with Progress(screen, "plain", goal=Latency()) as progress:

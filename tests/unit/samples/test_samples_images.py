@@ -119,7 +119,10 @@ def test_images_are_listed_by_file_folder_and_pattern(tmp_path: Path) -> None:
 def test_an_empty_class_is_an_error_or_keeps_its_number(tmp_path: Path) -> None:
     make(tmp_path, ["0/a.png", "1/", "2/notes.txt", "3/a.png"])
     assert "the class folder" in error_of(read, str(tmp_path))
-    assert f"{tmp_path / '1'} is empty" in error_of(read, str(tmp_path))
+    assert f"{tmp_path / '1'} is empty; remove it if the model has no such class" in error_of(read, str(tmp_path))
+    (tmp_path / "1").rmdir()
+    assert f"{tmp_path / '2'} has no images: it holds 1 .txt; remove it if" in error_of(read, str(tmp_path))
+    (tmp_path / "1").mkdir()
     assert labels_of(read(str(tmp_path), TINY, allow_empty=True)) == [0, 3]
 
 
@@ -201,6 +204,9 @@ def test_heic_without_its_plugin_is_named(tmp_path: Path, monkeypatch: pytest.Mo
         (["a.png"], "file,label\nb.png,1\n", "labels.csv line 2: there is no file 'b.png'"),
         (["a.png"], "file,label\na.png,cat\n", "labels.csv line 2: the label 'cat' is not a number"),
         (["a.png"], "file,label\na.png,nan\n", "the label 'nan' is not a number"),
+        (["a.png"], "file,label\na.png,1_0\n", "the label '1_0' is not a number"),
+        (["a.png"], "file,label\n\na.png,cat\n", "labels.csv line 3: the label 'cat' is not a number"),
+        (["a.png"], "file,label\na.png,1\n\na.png,2\n", "labels.csv line 4: 'a.png' has a label in line 2 already"),
         (["a.png"], "file,label\na.png,1\na.png\n", "labels.csv line 3: the label '' is not a number"),
         (["a.png"], "name,class\na.png,1\n", "labels.csv has the columns name, class; name two of them"),
         (["a.png"], "file,label\n", "there are no samples in"),
@@ -314,6 +320,7 @@ def test_max_samples_are_drawn_with_the_seed_and_only_they_are_opened(tmp_path: 
         (tmp_path / f"{number:02}.png").write_bytes(b"broken")
     assert read(str(tmp_path), PLAIN, max_samples=10, seed=3).fingerprint == drawn.fingerprint
     assert "give at least 2" in error_of(read, str(tmp_path), PLAIN, max_samples=1)
+    assert "max_samples is 0" in error_of(read, str(tmp_path), PLAIN, max_samples=0)
 
 
 def test_a_draw_of_a_stream_gives_each_the_same_chance() -> None:

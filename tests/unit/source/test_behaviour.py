@@ -1,6 +1,7 @@
 """Models whose answers depend on more than their own row are recognised by running them, with the line to blame."""
 
 import itertools
+import random
 from pathlib import Path
 
 import numpy as np
@@ -299,6 +300,12 @@ class DrawsByItsOwnGenerator(Net):
         return self.linear(x) + torch.randn(4, generator=self.generator)  # own generator
 
 
+class LeavesOutSeldom(Net):
+    def forward(self, x):
+        hidden = self.linear(x)
+        return hidden if random.random() < 0.95 else 2 * hidden  # seldom leaves out
+
+
 class DropsOut(Net):
     def forward(self, x):
         hidden = self.linear(x)
@@ -389,6 +396,14 @@ def test_a_model_that_does_not_repeat_itself_is_refused_with_the_line(model, com
     assert words in str(caught.value)
     assert line_of(model, comment) in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+def test_pythons_random_numbers_are_found_where_they_seldom_change_an_answer(monkeypatch):
+    draws = itertools.chain(itertools.repeat(0.5, 10), itertools.repeat(0.99))
+    monkeypatch.setattr(random, "random", lambda: next(draws))
+    with pytest.raises(NotRepeatable, match=r"random\.random draws numbers") as caught:
+        export(LeavesOutSeldom(), SAMPLES)
+    assert line_of(LeavesOutSeldom(), "# seldom leaves out") in str(caught.value)
 
 
 def test_a_table_that_the_first_call_fills_is_no_state():

@@ -8,7 +8,7 @@ import subprocess
 import sys
 import zipfile
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -339,6 +339,12 @@ def test_a_fixed_batch_is_named_with_its_line(model: nn.Module, line: str, what:
 )
 def test_unusable_outputs(function: Any, what: str) -> None:
     assert what in error_of(SourceError, export, Returning(function), from_python(rows()))
+
+
+def test_nan_is_told_of_the_users_own_sample() -> None:
+    samples = replace(from_python(rows()).take([3, 1]), names=["d.png", "b.png"])
+    message = error_of(SourceError, export, Returning(lambda x: x * np.nan), samples)
+    assert "has NaN for sample 3 (d.png); repair the model or that sample" in message
 
 
 @pytest.mark.parametrize(

@@ -78,7 +78,7 @@ class AccuracyGate:
                 raise
             fidelity = self._compared(self.reference, outputs, None, metrics.resolve("concordance"))
             if judge(fidelity, self.requirements).passed:
-                raise EngineError(f"{error.what} (for the candidate's outputs; fp32's have a score)") from error
+                raise EngineError(f"{error.what} (for the build's outputs; fp32's have a score)") from error
         return fidelity, judge(fidelity, self.requirements, robust=self.is_robust)
 
     def of_rows(self, outputs: Outputs, rows: Rows) -> tuple[Fidelity, Verdict]:

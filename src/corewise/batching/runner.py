@@ -46,6 +46,11 @@ class Answer:
     batch_rows: int
     instance: int = 0
 
+    @property
+    def size_bytes(self) -> int:
+        """Of the outputs."""
+        return sum([array.nbytes for array in self.outputs])
+
 
 class _Job(NamedTuple):
     inputs: Sequence[np.ndarray]

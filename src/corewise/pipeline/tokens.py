@@ -201,7 +201,7 @@ class TextEncoder:
             return ""
         if name not in self.pipeline.prompts:
             known = ", ".join(self.pipeline.prompts) or "none"
-            raise InputError(f"the model has no prompt {name!r}", f"its prompts are: {known}")
+            raise InputError(f"the model has no prompt {name!r:.80}", f"its prompts are: {known}")
         return self.pipeline.prompts[name]
 
     def _cut(self, item: Text, prefix: str, side: Side | None) -> Text:

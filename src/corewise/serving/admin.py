@@ -11,14 +11,16 @@ from pathlib import Path
 from typing import Any
 
 from starlette.applications import Starlette
-from starlette.requests import Request
+from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from corewise.common.errors import CorewiseError, InputError
-from corewise.serving import addresses
+from corewise.serving import addresses, bodies
 from corewise.serving.addresses import Address
+from corewise.serving.budget import Budget
+from corewise.serving.infer import CLOSED_REQUEST
 from corewise.serving.methods import Method, Unary
 from corewise.serving.metrics import Metrics
 from corewise.serving.models import Models
@@ -28,6 +30,7 @@ from corewise.serving.tokens import Tokens
 log = logging.getLogger("corewise.serve")
 
 MOST_BODY_BYTES = 64 * 1024
+LIMITS = Limits(body_bytes=MOST_BODY_BYTES)
 
 
 class Repository:
@@ -35,6 +38,8 @@ class Repository:
 
     def __init__(self, models: Models) -> None:
         self._models = models
+        self._changing = asyncio.Lock()
+        """However many models are to be changed, one thread waits for them: there are few, and others need them."""
 
     def index(self, *, ready_only: bool = False) -> list[dict[str, str]]:
         """Name, version and state of each model, with the reason if it is not ready."""
@@ -57,7 +62,8 @@ class Repository:
         """
         for each in [version] if version else self._models.versions(name):
             try:
-                await asyncio.to_thread(self._models.reload, name, each)
+                async with self._changing:
+                    await asyncio.to_thread(self._models.reload, name, each)
             except ProtocolError:
                 raise
             except (CorewiseError, OSError) as error:
@@ -68,8 +74,11 @@ class Repository:
 
     async def unload(self, name: str, version: str | None = None) -> None:
         """Take a model out of service, after it has finished what it accepted. Raises as ``load``."""
-        for each in [version] if version else self._models.versions(name):
-            await asyncio.to_thread(self._models.unload, name, each)
+        versions = self._models.versions(name)
+        loaded = [each for each in versions if (name, each) not in self._models.unloaded]
+        for each in [version] if version else loaded or versions:
+            async with self._changing:
+                await asyncio.to_thread(self._models.unload, name, each)
             log.info("%s, version %s, was unloaded", name, each)
 
     async def reload_all(self) -> None:
@@ -103,13 +112,16 @@ def web(repository: Repository) -> ASGIApp:
     async def told(request: Request, error: Any) -> Response:
         return JSONResponse({"error": str(error)}, error.status)
 
+    async def left(request: Request, error: Exception) -> Response:
+        return Response(status_code=CLOSED_REQUEST)
+
     app = Starlette(
         routes=[
             Route("/v2/repository/index", index, methods=["POST"]),
             Route("/v2/repository/models/{name}/load", load, methods=["POST"]),
             Route("/v2/repository/models/{name}/unload", unload, methods=["POST"]),
         ],
-        exception_handlers={ProtocolError: told},
+        exception_handlers={ProtocolError: told, ClientDisconnect: left},
     )
     refused = JSONResponse({"error": "the admin port is not for web pages"}, 403)
 
@@ -123,11 +135,7 @@ def web(repository: Repository) -> ASGIApp:
 
 async def _json(request: Request) -> dict[str, Any]:
     """The body, which may be empty. Raises ``ProtocolError``."""
-    body = b""
-    async for part in request.stream():
-        body += part
-        if len(body) > MOST_BODY_BYTES:
-            raise ProtocolError(f"the body has more than {MOST_BODY_BYTES} bytes", status=413)
+    body = await bodies.read(request, LIMITS, Budget(LIMITS).booking(""))
     try:
         found = json.loads(body) if body.strip() else {}
     except (ValueError, RecursionError) as error:

@@ -228,21 +228,22 @@ class App:
         ``check`` may refuse it by its size, before its body is read. Yields which model answered, its answer, and when
         the request joined the model's queue; until the ``async with`` ends, the answer is booked as the request was.
         """
-        client = client_of(request.scope)
+        scope, client = request.scope, client_of(request.scope)
+        name, arrived_s = scope.get("request_id", ""), scope.get(ARRIVED)
         with (
-            self.metrics.request(served, "http", request.headers, request.scope.get("request_id", "")) as note,
+            self.metrics.request(served, "http", request.headers, name, arrived_s) as note,
             self._front.booking(client) as booking,
         ):
             deadline_s = self._deadline_s(request)
             with self._front.place(client, served):
-                if size_bytes := unread_bytes(dict(request.scope["headers"])):
+                if size_bytes := unread_bytes(dict(scope["headers"])):
                     check(size_bytes, deadline_s)
                 body = await bodies.read(request, self._limits, booking)
-                await self._front.turn(deadline_s, served, request.scope.get(GONE))
+                await self._front.turn(deadline_s, served, scope.get(GONE))
                 asked = await read(body, deadline_s)
             booking.cover(asked.inputs)
             asked_s = time.monotonic()
-            served, answer = await self._front.ask(self.models, served, asked, deadline_s, request.scope.get(GONE))
+            served, answer = await self._front.ask(self.models, served, asked, deadline_s, scope.get(GONE))
             booking.cover(answer.outputs)
             note(answer)
             yield served, answer, asked_s

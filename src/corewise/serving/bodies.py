@@ -61,12 +61,14 @@ class _Unpacker:
     def parts(self, packed: bytes) -> Iterator[bytes]:
         """What these bytes unpack to, in pieces. Raises ``ProtocolError``."""
         self._packed_bytes += len(packed)
-        while packed and not self._zlib.eof:
+        while packed:
+            if self._zlib.eof:
+                raise ProtocolError(f"the body goes on after its {self._packing}", "pack all of it at once")
             try:
                 part = self._zlib.decompress(packed, PIECE_BYTES)
             except zlib.error as error:
                 raise ProtocolError(f"the body is not {self._packing}: {error}") from error
-            packed = self._zlib.unconsumed_tail
+            packed = self._zlib.unconsumed_tail or self._zlib.unused_data
             self._unpacked_bytes += len(part)
             if self._unpacked_bytes > max(SMALL_BYTES, RATIO * self._packed_bytes):
                 raise ProtocolError(

@@ -33,6 +33,8 @@ from corewise.records.jsonable import from_json
 from corewise.runtime.instances import Instances, open_layouts
 
 ALIGNED = 64
+KEPT_BYTES = 32 * 2**20
+"""Of shared memory, which an instance keeps from call to call."""
 
 
 class Slot:
@@ -74,6 +76,13 @@ class Slot:
                 raise ValueError("the slot was closed")
             return [np.empty(shape, dtype) for dtype, shape, _ in places]
         return [np.ndarray(shape, dtype, memory, at) for dtype, shape, at in places]
+
+    def forget(self, places: Sequence[Any]) -> None:
+        """Give back the memory of a call that took much and is over; ``places`` are those of its last arrays."""
+        memory = self._memory
+        if memory is not None and max(map(_end, places), default=0) > KEPT_BYTES:
+            with suppress(OSError):  # some sandboxes cannot
+                memory.madvise(mmap.MADV_REMOVE)  # the mappings of both sides stay as they are
 
     def close(self) -> None:
         """Give it back."""

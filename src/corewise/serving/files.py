@@ -104,7 +104,7 @@ def _from_base64(text: bytes) -> bytes | None:
 
 
 def _file_of_form(body: bytes, content_type: str) -> bytes:
-    from python_multipart.exceptions import MultipartParseError
+    from python_multipart.exceptions import FormParserError
     from python_multipart.multipart import MultipartParser, parse_options_header
 
     boundary = parse_options_header(content_type)[1].get(b"boundary")
@@ -126,7 +126,7 @@ def _file_of_form(body: bytes, content_type: str) -> bytes:
         parser = MultipartParser(boundary, callbacks)  # type: ignore[arg-type]
         parser.write(body)
         parser.finalize()
-    except MultipartParseError as error:
+    except FormParserError as error:
         raise ProtocolError(f"the form cannot be read: {error}") from error
     files = [data for headers, data in parts if b"filename" in b"".join(headers).lower()]
     chosen = files or [data for _, data in parts]

@@ -221,12 +221,14 @@ class Front:
         served.keep_margin(self._tail.seconds(now_s))
         timeout_s = deadline_s - now_s
         try:
-            served, future = models.submit(served.name, served.version, inputs, timeout_s=timeout_s, priority=priority)
+            ran, future = models.submit(
+                served.name, served.version, inputs, timeout_s=timeout_s, priority=priority, meant=served
+            )
         except NotServed as refused:
             if refused.reason == "too urgent" and self._lag_s > 0:  # its time is over because others are many
                 raise NotServed("overloaded", self._lag_s) from None
             raise
-        return served, self._deliveries.wait(future)
+        return ran, self._deliveries.wait(future)
 
     def note_sent(self, answer: Answer, asked_s: float) -> None:
         """An answer is sent now, to a request that joined the model's queue at that time."""
@@ -254,10 +256,12 @@ class Front:
         if not text_bytes:
             array_bytes = sum(array.nbytes for array in asked.inputs)
             return await self.read(lambda: served.prepared(asked), 0, array_bytes, deadline_s=deadline_s)
+        return await self.tokenize(lambda: served.prepared(asked), text_bytes, served, deadline_s)
+
+    async def tokenize(self, work: Callable[[], T], characters: int, served: Served, deadline_s: float) -> T:
+        """Tokenize so many characters for a model, beside the event loop."""
         with _counting(served):
-            return await self.compute(
-                lambda: served.prepared(asked), text_bytes, deadline_s=deadline_s, later_s=self.later_s(served)
-            )
+            return await self.compute(work, characters, deadline_s=deadline_s, later_s=self.later_s(served))
 
     async def compute(
         self, work: Callable[[], T], size: int, *, deadline_s: float, kind: str = "characters", later_s: float = 0.0

@@ -17,10 +17,11 @@ from corewise.common.errors import CorewiseError
 from corewise.serving import addresses, bodies, json_body, refusals, triton
 from corewise.serving.budget import Booking
 from corewise.serving.frames import Headers
-from corewise.serving.front import Front
+from corewise.serving.front import SMALL_TENSOR_BYTES, Front
 from corewise.serving.metrics import Metrics
 from corewise.serving.models import Models
-from corewise.serving.protocol import InferRequest, Limits, ProtocolError
+from corewise.serving.pool import AT_ONCE
+from corewise.serving.protocol import VALUE_BYTES, InferRequest, Limits, ProtocolError
 from corewise.serving.served import Served
 
 log = logging.getLogger("corewise.serve")
@@ -32,8 +33,6 @@ CLOSED_REQUEST = 499
 """As nginx says that the client is gone; nobody reads it but the log."""
 LARGE_BYTES = 2**16
 """From this size on a body costs something to read."""
-VALUE_BYTES = 8
-"""About what a number takes in JSON."""
 ARRIVED, WHOLE, GONE = "corewise.arrived_s", "corewise.whole", "corewise.gone"
 """What the server's protocol adds to a scope: when a request's first byte arrived, on the monotonic clock; whether its
 last has; and a set for futures that end if the client disconnects."""
@@ -83,11 +82,11 @@ class Infer:
         traced = _texts(given) if self._metrics.is_traced else {}
         client = client_of(scope)
         front = self._front
+        arrived_s: float = scope.get(ARRIVED) or monotonic()
         with (
-            self._metrics.request(served, "http", traced, scope.get("request_id", "")) as note,
+            self._metrics.request(served, "http", traced, scope.get("request_id", ""), arrived_s) as note,
             front.booking(client) as booking,
         ):
-            arrived_s = scope.get(ARRIVED) or monotonic()
             header_s = timeout_s(given.get(TIMEOUT))
             deadline_s = arrived_s + (self._limits.timeout_s if header_s == inf else header_s)
             length = head_bytes(given.get(HEADER_LENGTH))
@@ -106,8 +105,7 @@ class Infer:
             asked_s = monotonic()
             served, answer = await front.ask(self._models, served, asked, deadline_s, scope.get(GONE))
             note(answer)
-            found = served.frames.render(served.name, version or served.version, asked, answer.outputs)
-            data, headers = found if found is not None else await self._rendered(served, version, asked, answer)
+            data, headers = await self._rendered(served, version or served.version, asked, answer)
         return headers, data, (answer, asked_s)
 
     async def _body(self, scope: Scope, receive: Receive, given: Mapping[bytes, bytes], booking: Booking) -> bytes:
@@ -135,15 +133,23 @@ class Infer:
         return asked
 
     async def _rendered(
-        self, served: Served, version: str | None, asked: InferRequest, answer: Answer
+        self, served: Served, version: str, asked: InferRequest, answer: Answer
     ) -> tuple[bytes, Headers]:
+        """The body of the answer and its headers; a large one is put together beside the event loop."""
+        is_small = answer.size_bytes <= SMALL_TENSOR_BYTES
+        if is_small and (found := served.frames.render(served.name, version, asked, answer.outputs)) is not None:
+            return found
         named = {spec.name: array for spec, array in zip(served.outputs, answer.outputs, strict=True)}
-        named = triton.classified(asked.class_counts, named, served.manifest.labels)
+        classes = asked.class_counts
+
+        def render() -> tuple[bytes, int | None]:
+            outputs = triton.classified(classes, named, served.manifest.labels)
+            parts, json_length = json_body.render(served.name, version, asked, outputs)
+            return b"".join(parts), json_length
+
         values = sum(named[output.name].size for output in asked.outputs if not output.binary)
-        parts, json_length = await self._front.read(
-            lambda: json_body.render(served.name, version or served.version, asked, named), VALUE_BYTES * values
-        )
-        data = b"".join(parts)
+        text_bytes = VALUE_BYTES * values + triton.class_bytes(classes, named)
+        data, json_length = await self._front.read(render, text_bytes, answer.size_bytes, deadline_s=AT_ONCE)
         kind = b"application/json" if json_length is None else b"application/octet-stream"
         headers = [(b"content-type", kind), (b"content-length", b"%d" % len(data))]
         if json_length is not None:

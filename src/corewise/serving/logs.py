@@ -87,6 +87,8 @@ def _is_ours(record: logging.LogRecord) -> bool:
 def to_stderr(level: str) -> None:
     """Log to standard error from this level on, including all libraries."""
     logging.getLogger("grpc._cython.cygrpc").addFilter(_is_ours)
+    # It warns of each form that is none, whose sender is told.
+    logging.getLogger("python_multipart").setLevel(logging.ERROR)
     handler = _Handler()
     handler.setFormatter(JsonLines())
     logging.basicConfig(level=level.upper(), handlers=[handler], force=True)

@@ -69,7 +69,7 @@ class Metrics:
         )
         self._took = self._histogram("corewise_request_seconds", "From a request's arrival to its answer.", SECONDS)
         self._waited = self._histogram(
-            "corewise_queue_seconds", "From a request's arrival to the start of its call.", SECONDS
+            "corewise_queue_seconds", "From a request's place in the queue to the start of its call.", SECONDS
         )
         self._rows = self._histogram("corewise_call_rows", "Rows of the call that a request ran in.", ROWS)
         self._calls: dict[tuple[str, str], tuple[Tally, Tally, Tally]] = {}
@@ -91,12 +91,20 @@ class Metrics:
         """Whether requests become spans, which need their headers."""
         return self._traces.is_on
 
-    def request(self, served: Served, protocol: str, headers: Mapping[str, str], request_id: str = "") -> "Observed":
+    def request(
+        self,
+        served: Served,
+        protocol: str,
+        headers: Mapping[str, str],
+        request_id: str = "",
+        arrived_s: float | None = None,
+    ) -> "Observed":
         """Count a request by its outcome; the body of the ``with`` passes its answer through the given function.
 
-        ``headers`` are looked at only if requests are traced.
+        ``headers`` are looked at only if requests are traced. It arrived at ``arrived_s`` on the monotonic clock, or
+        now.
         """
-        return Observed(self, served, protocol, headers, request_id[:MOST_ID])
+        return Observed(self, served, protocol, headers, request_id[:MOST_ID], arrived_s or time.monotonic())
 
     def count(self, served: Served, protocol: str, outcome: str, request_id: str) -> None:
         """A request ended so."""
@@ -195,19 +203,23 @@ class _Connections(Collector):
 class Observed:
     """A request on its way, as a context manager: what became of it is counted, and its span ended."""
 
-    __slots__ = ("_headers", "_metrics", "_note", "_protocol", "_request_id", "_served", "_span", "_started_s")
+    __slots__ = ("_arrived_s", "_headers", "_metrics", "_note", "_protocol", "_request_id", "_served", "_span")
 
     def __init__(
-        self, metrics: Metrics, served: Served, protocol: str, headers: Mapping[str, str], request_id: str
+        self,
+        metrics: Metrics,
+        served: Served,
+        protocol: str,
+        headers: Mapping[str, str],
+        request_id: str,
+        arrived_s: float,
     ) -> None:
         self._metrics, self._served, self._protocol = metrics, served, protocol
-        self._headers, self._request_id = headers, request_id
+        self._headers, self._request_id, self._arrived_s = headers, request_id, arrived_s
         self._span: AbstractContextManager[Note] | None = None
         self._note: Note | None = None
-        self._started_s = 0.0
 
     def __enter__(self) -> "Observed":
-        self._started_s = time.monotonic()
         if self._metrics.is_traced:
             self._span = self._metrics.span(f"infer {self._served.name}", self._headers)
             self._note = self._span.__enter__()
@@ -215,7 +227,7 @@ class Observed:
 
     def __call__(self, answer: Answer) -> Answer:
         """Its answer, noted."""
-        self._metrics.observe(self._served, answer, time.monotonic() - self._started_s)
+        self._metrics.observe(self._served, answer, time.monotonic() - self._arrived_s)
         if self._note is not None:
             self._note("corewise.queue_ms", answer.waited_s * 1e3)
             self._note("corewise.call_ms", answer.ran_s * 1e3)

@@ -54,7 +54,7 @@ class Models:
 
     def engine_pids(self) -> list[int]:
         """The ids of their engine processes."""
-        return [pid for one in self.served if (pid := one.remote.pid) is not None]
+        return [pid for one in self.served for pid in one.pids]
 
     @property
     def ready(self) -> bool:
@@ -105,14 +105,24 @@ class Models:
         return served
 
     def submit(
-        self, name: str, version: str | None, inputs: Sequence[np.ndarray], *, timeout_s: float, priority: int
+        self,
+        name: str,
+        version: str | None,
+        inputs: Sequence[np.ndarray],
+        *,
+        timeout_s: float,
+        priority: int,
+        meant: Served | None = None,
     ) -> "tuple[Served, Future[Answer]]":
         """Queue a request with a model (``Served.submit``), and which one took it.
 
-        Raises ``ProtocolError`` where there is no such model, and ``NotServed`` too while ``draining``.
+        Raises ``ProtocolError`` where there is no such model, or one that takes other requests than ``meant``, for
+        which this one was read; and ``NotServed`` too while ``draining``.
         """
         while True:
             served = self.find(name, version)
+            if meant is not None and served is not meant and not served.takes_as(meant):
+                raise ProtocolError(f"the model {name} was replaced meanwhile", "send the request again", 503)
             if self.draining:
                 served.statistics.not_served()
                 raise NotServed("draining")

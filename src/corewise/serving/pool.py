@@ -24,6 +24,8 @@ from corewise.serving.deliveries import Deliveries
 T = TypeVar("T")
 
 MOST_WAITING = 1024
+AT_ONCE = -inf
+"""The deadline of what goes before all else and is never late: answers that only have to be written."""
 
 
 @dataclass(order=True)
@@ -76,8 +78,13 @@ class Pool:
     def check(self, expected_s: float, deadline_s: float, later_s: float = 0.0) -> None:
         """Raise ``NotServed`` where work that takes so long, and what comes ``later_s`` after it, would end too late.
 
-        If a thread is free, an estimate alone refuses nothing: the work shows how long it takes now.
+        And where too much waits. If a thread is free, an estimate alone refuses nothing: the work shows how long it
+        takes now.
         """
+        if deadline_s == AT_ONCE:
+            return
+        if len(self._waiting) >= MOST_WAITING:
+            raise NotServed("queue full", self.wait_s())
         is_busy = self.is_busy
         late_s = monotonic() + (self.wait_s(deadline_s) + expected_s + later_s if is_busy else 0.0) - deadline_s
         if late_s > 0:
@@ -91,8 +98,6 @@ class Pool:
         Raises ``NotServed`` where it would come too late, and what the work raises.
         """
         expected_s = self.expected_s(kind, size)
-        if len(self._waiting) >= MOST_WAITING:
-            raise NotServed("queue full", self.wait_s())
         self.check(expected_s, deadline_s, later_s)
         job = _Job(deadline_s, next(self._arrivals), expected_s, later_s, work)
         with self._lock:
@@ -109,7 +114,8 @@ class Pool:
         with self._lock:
             job = heappop(self._waiting)
             started_s = monotonic()
-            is_late = started_s + (job.later_s + job.expected_s if self._waiting else 0.0) > job.deadline_s
+            end_s = started_s + (job.later_s + job.expected_s if self._waiting else 0.0)
+            is_late = end_s > job.deadline_s > AT_ONCE
             if not job.ended.set_running_or_notify_cancel():
                 return
             if not is_late:

@@ -9,7 +9,7 @@ allocated.
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from math import isfinite, prod
+from math import prod
 from typing import Any
 
 import msgspec
@@ -45,10 +45,16 @@ HALF_PAIR = re.compile(
 """JSON up to half of a surrogate pair; msgspec says of some that the text is malformed or ends too early."""
 HALF_PAIR_BYTES = 2**18
 """How far it is looked for: 6 ms at most."""
+VALUE_BYTES = 8
+"""About what a number takes in JSON."""
 MOST_TENSORS = 64
 """Inputs, or outputs, of a request."""
 MOST_ID = 256
 """Characters of a request's id."""
+MOST_STRINGS = 8192
+"""Of an input. Reading so many from bytes takes the event loop a few milliseconds."""
+MOST_TIMEOUT = 2**63
+"""The parameter ``timeout`` is below it; larger numbers of JSON may be no float."""
 MOST_PRIORITY = 100
 """The highest priority; the lowest is the same below 0."""
 
@@ -180,6 +186,10 @@ def check_shape(spec: TensorSpec, datatype: str, shape: Sequence[int]) -> None:
         wanted = [-1 if size is None else size for size in spec.shape]
         given = "another shape" if any(abs(size) >= 2**40 for size in shape) else f"the shape {list(shape)[:16]}"
         raise ProtocolError(f"the input {spec.name} has {given}, the model takes {wanted}")
+    if spec.dtype == "object" and prod(shape) > MOST_STRINGS:
+        raise ProtocolError(
+            f"the input {spec.name} has {prod(shape)} strings", f"send at most {MOST_STRINGS} in a request", 413
+        )
 
 
 def chosen_inputs(
@@ -220,8 +230,8 @@ def asked_outputs(asked: Sequence[str], outputs: Sequence[TensorSpec]) -> None:
 
 def microseconds(value: Any) -> float:
     """A parameter ``timeout`` in seconds. Raises ``ProtocolError``."""
-    if isinstance(value, bool) or not isinstance(value, int | float) or not isfinite(value) or value <= 0:
-        raise ProtocolError("the parameter timeout is not a number of microseconds above 0")
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < MOST_TIMEOUT:
+        raise ProtocolError("the parameter timeout is not a number of microseconds above 0 and below 2^63")
     return float(value) / 1e6
 
 

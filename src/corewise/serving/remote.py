@@ -93,7 +93,9 @@ class _Process:
             raise InstanceDied("the process that ran the call died")
         if "error" in answer:
             raise EngineError(answer["error"])
-        return [array.copy() for array in slot.read(answer["outputs"])]
+        outputs = [array.copy() for array in slot.read(answer["outputs"])]
+        slot.forget(answer["outputs"])
+        return outputs
 
     def wait(self) -> str:
         """Wait until it ends, by itself or because it was stopped (SIGSTOP) and does not go on; how it ended."""

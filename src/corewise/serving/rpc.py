@@ -14,12 +14,13 @@ from corewise.batching import Answer, NotServed
 from corewise.common.errors import CorewiseError
 from corewise.records.build import TensorSpec
 from corewise.serving import messages, oip, protocol, triton
-from corewise.serving.front import Front
+from corewise.serving.front import SMALL_TENSOR_BYTES, Front
 from corewise.serving.memory_limit import answer_bytes
 from corewise.serving.messages import Receiver
 from corewise.serving.metrics import Metrics
 from corewise.serving.models import Models
-from corewise.serving.protocol import Asked, InferRequest, Limits, NoRoom, ProtocolError
+from corewise.serving.pool import AT_ONCE
+from corewise.serving.protocol import MOST_ID, MOST_TENSORS, Asked, InferRequest, Limits, NoRoom, ProtocolError
 from corewise.serving.rpc_frames import RpcFrames
 from corewise.serving.served import Served
 from corewise.serving.tokens import Tokens
@@ -129,9 +130,7 @@ class Service:
     async def model_infer(self, request: Any, context: Any) -> Any:
         """Run a model on tensors. The time counts from the call's start by gRPC's deadline, or from its message."""
         ran = await self._run(self._served(request.model_name, request.model_version), request, None, context)
-        rendered = self._rendered(ran)
-        self._front.note_sent(ran.answer, ran.asked_s)
-        return rendered
+        return await self._rendered(ran, as_bytes=False)
 
     async def _infer(self, data: bytes, context: Any) -> Any:
         """The same, from a message's bytes to the answer's, which are neither decoded nor encoded if they are known."""
@@ -140,22 +139,36 @@ class Service:
             served = self._served(known.name, known.version)
             if served.frames is known.of:
                 ran = await self._run(served, None, known.asked, context)
-                rendered = self._frames.render(ran.served, ran.asked, ran.answer.outputs) or self._rendered(ran)
-                self._front.note_sent(ran.answer, ran.asked_s)
-                return rendered
+                is_small = ran.answer.size_bytes <= SMALL_TENSOR_BYTES
+                if is_small and (found := self._frames.render(ran.served, ran.asked, ran.answer.outputs)) is not None:
+                    self._front.note_sent(ran.answer, ran.asked_s)
+                    return found
+                return await self._rendered(ran, as_bytes=True)
         messages.check_infer(data, self._limits)
         message = oip.message("ModelInferRequest")
-        request = await self._front.read(lambda: messages.decoded(data, message), len(data) // messages.DECODED_BYTES)
+        request = await self._front.read(
+            lambda: messages.decoded(data, message),
+            len(data) // messages.DECODED_BYTES,
+            deadline_s=self._deadline_s(context),
+        )
         ran = await self._run(self._served(request.model_name, request.model_version), request, None, context)
         self._frames.remember(data, request, ran.meant, ran.asked)
-        rendered = self._rendered(ran)
-        self._front.note_sent(ran.answer, ran.asked_s)
-        return rendered
+        return await self._rendered(ran, as_bytes=True)
 
-    def _rendered(self, ran: "_Ran") -> Any:
-        served, asked = ran.served, ran.asked
-        named = {spec.name: array for spec, array in zip(served.outputs, ran.answer.outputs, strict=True)}
-        return render(served, asked, triton.classified(asked.class_counts, named, served.manifest.labels))
+    async def _rendered(self, ran: "_Ran", *, as_bytes: bool) -> Any:
+        """The ``ModelInferResponse``, or its bytes; a large one is put together beside the event loop."""
+        served, asked, answer = ran.served, ran.asked, ran.answer
+        named = {spec.name: array for spec, array in zip(served.outputs, answer.outputs, strict=True)}
+        classes = asked.class_counts
+
+        def rendered() -> Any:
+            message = render(served, asked, triton.classified(classes, named, served.manifest.labels))
+            return message.SerializeToString() if as_bytes else message
+
+        text_bytes = triton.class_bytes(classes, named)
+        found = await self._front.read(rendered, text_bytes, answer.size_bytes, deadline_s=AT_ONCE)
+        self._front.note_sent(answer, ran.asked_s)
+        return found
 
     async def _run(self, served: Served, request: Any, asked: InferRequest | None, context: Any) -> "_Ran":
         """The answer to a request, which is parsed if it is not."""
@@ -187,6 +200,11 @@ class Service:
             ran, answer = await self._front.ask(self.models, served, prepared, deadline_s)
             note(answer)
         return _Ran(meant, ran, asked, answer, asked_s)
+
+    def _deadline_s(self, context: Any) -> float:
+        """When a call's answer is due by gRPC's deadline, or by the server's own limit."""
+        left_s = context.time_remaining()
+        return time.monotonic() + (self._limits.timeout_s if left_s is None else float(left_s))
 
     def _served(self, name: str, version: str) -> Served:
         return self.models.find(name, version or None)
@@ -221,7 +239,7 @@ class Service:
             booking.add(len(data))
             if name == "ModelInfer":
                 answer = await self._infer(data, context)
-                self._hold(answer, client, context)
+                self._hold(len(answer), client, context)
                 return answer
             messages.check_small(data)
             request = await self._front.read(
@@ -229,19 +247,16 @@ class Service:
             )
             return await call(request, context)
 
-    def _hold(self, answer: Any, client: str, context: Any) -> None:
-        """Book a large answer until its client has read it. Raises ``NoRoom``."""
-        size_bytes = answer_bytes(len(answer) if isinstance(answer, bytes) else answer.ByteSize())
-        if size_bytes:
+    def _hold(self, size_bytes: int, client: str, context: Any) -> None:
+        """Book an answer of that size, if it is large, until its client has read it. Raises ``NoRoom``."""
+        if held_bytes := answer_bytes(size_bytes):
             booking = self._front.booking(client)
-            booking.add(size_bytes)
+            booking.add(held_bytes)
             context.add_done_callback(lambda _: booking.__exit__())
 
     def _refuse_unread(self, client: str, context: Any) -> None:
         """Raise ``NotServed`` for a call, not yet received, that has no place or would have its turn too late."""
-        left_s = context.time_remaining()
-        deadline_s = time.monotonic() + (self._limits.timeout_s if left_s is None else left_s)
-        if (refused := self._front.refusal(client, deadline_s)) is not None:
+        if (refused := self._front.refusal(client, self._deadline_s(context))) is not None:
             with self.metrics.unnamed_request("grpc"):
                 raise refused
 
@@ -280,6 +295,10 @@ def parse(
     instead: Sequence[Sequence[TensorSpec]] = (),
 ) -> InferRequest:
     """A ``ModelInferRequest`` as the model takes it (``protocol.parse``). Raises ``ProtocolError``."""
+    if max(len(request.inputs), len(request.outputs)) > MOST_TENSORS:
+        raise ProtocolError(f"the request has more than {MOST_TENSORS} inputs or outputs", "give each once", 413)
+    if len(request.id) > MOST_ID:
+        raise ProtocolError(f"the request's id has more than {MOST_ID} characters", "give a shorter one")
     inputs = protocol.chosen_inputs([one.name for one in request.inputs], inputs, instead)
     raw = request.raw_input_contents
     if raw and len(raw) != len(request.inputs):

@@ -20,7 +20,7 @@ from corewise.serving.messages import Receiver, Streams
 from corewise.serving.methods import Method
 from corewise.serving.metrics import Metrics
 from corewise.serving.models import Models
-from corewise.serving.protocol import Limits, NoRoom, ProtocolError
+from corewise.serving.protocol import MOST_ID, Limits, NoRoom, ProtocolError
 from corewise.serving.tokens import Tokens
 
 log = logging.getLogger("corewise.serve")
@@ -43,7 +43,11 @@ def list_methods(models: Models, metrics: Metrics, infer: Infer, front: Front, l
 
 def _extensions(models: Models, metrics: Metrics, infer: Infer, front: Front, limits: Limits) -> list[Method]:
     async def model_config(request: Any, context: Any) -> Any:
-        served = models.find(request.name, request.version or None)
+        try:
+            served = models.find(request.name, request.version or None)
+        except ProtocolError as error:
+            _count_unknown(metrics, error)
+            raise
         return oip.message("ModelConfigResponse")(config=triton.config(served))
 
     async def repository(request: Any, context: Any) -> Any:
@@ -101,7 +105,8 @@ class Stream:
 
     async def _answer(self, data: bytes) -> tuple[Any, Booking]:
         """The answer to one message, whose bytes are booked until then, and what it books until it is read."""
-        request, about, unread = None, {}, self._front.booking(self._client)
+        about: dict[str, str] = {}
+        unread = self._front.booking(self._client)
         try:
             with self._front.booking(self._client) as booking:
                 booking.add(len(data))
@@ -110,7 +115,8 @@ class Stream:
                     lambda: messages.decoded(data, oip.message("ModelInferRequest")),
                     len(data) // messages.DECODED_BYTES,
                 )
-                about = {"model_name": request.model_name, "model_version": request.model_version, "id": request.id}
+                # What tells of an error is not booked, so it is short.
+                about = {name: getattr(request, name)[:MOST_ID] for name in ("model_name", "model_version", "id")}
                 answer = await self._infer(request, self._context)
                 unread.add(answer_bytes(answer.ByteSize()))
                 return oip.message("ModelStreamInferResponse")(infer_response=answer), unread

@@ -162,6 +162,12 @@ class Served:
         return self.remote.alive and not self.draining
 
     @property
+    def pids(self) -> list[int]:
+        """The ids of its processes: the engine's, and that of fp32 if that answers too."""
+        shadow = None if self.shadow is None else self.shadow.pid
+        return [pid for pid in (self.remote.pid, shadow) if pid is not None]
+
+    @property
     def plan_label(self) -> str:
         """The plan in words, or both layouts of an elastic one."""
         return self.plan.label if self.elastic is None else self.elastic.label
@@ -229,6 +235,16 @@ class Served:
         if len(request.inputs[0]) > self._max_rows:
             raise NotServed("too large")
         return sum(len(item) for column in request.inputs for item in column)
+
+    def takes_as(self, other: "Served") -> bool:
+        """Whether a request that was read, checked and prepared for the other one is one for this one too."""
+        return self._form == other._form
+
+    @property
+    def _form(self) -> tuple[object, ...]:
+        """What requests are read, checked and prepared by."""
+        manifest, texts = self.manifest, None if self.text is None else self.text.pipeline
+        return (manifest.inputs, manifest.outputs, self.values.ranges, manifest.preprocess, manifest.audio, texts)
 
     def described_inputs(self) -> list[dict[str, Any]]:
         """The inputs as the model's metadata lists them."""

@@ -1,12 +1,12 @@
 """One server process: its ports, its signals, and its end."""
 
 import asyncio
-import gc
 import logging
 import signal
 import socket
 import sys
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -151,9 +151,6 @@ class _Server:
         if opening.done():
             opening.result()
             self._is_open = True
-            # All that is here now stays: the collector need not look through it again and again.
-            gc.collect()
-            gc.freeze()
             self.guard.start()
             self.tell("ready", self.models)
             await stopping
@@ -171,14 +168,16 @@ class _Server:
     async def _end(
         self, webs: Sequence[web_server.Http], tasks: Sequence["asyncio.Future[None]"], rpcs: Sequence[Any]
     ) -> None:
+        # Before nobody listens there any more: then the path may be that of the next server.
+        for address in self._web_addresses.values():
+            if isinstance(address, Path):  # gRPC removes its own
+                with suppress(OSError):
+                    address.unlink()
         for made in webs:
             made.should_exit = True
         for each in rpcs:
             await each.stop(web_server.LAST_WORDS_S)
         await asyncio.gather(*tasks, return_exceptions=True)
-        for address in self._web_addresses.values():
-            if isinstance(address, Path):  # gRPC removes its own
-                address.unlink(missing_ok=True)
         self.models.close(0.0)
         self.guard.close()
         if self.shares is not None:

@@ -57,6 +57,12 @@ class Shadow:
         self._thread.start()
 
     @property
+    def pid(self) -> int | None:
+        """The id of its process, while it compares."""
+        worker = self._worker
+        return None if worker is None or self.error else worker.pid
+
+    @property
     def sqnr_db(self) -> float:
         """The signal-to-noise ratio of the last 1,000 answers against fp32's, at most 200 dB."""
         power, error, *_ = self._sums()

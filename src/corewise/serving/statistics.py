@@ -25,18 +25,18 @@ STEP = 1.05
 class Spent:
     """How often something was done, and its total seconds."""
 
-    times: int = 0
+    times: float = 0
     seconds: float = 0.0
 
-    def add(self, seconds: float) -> None:
-        """Once more."""
-        self.times += 1
-        self.seconds += seconds
+    def add(self, seconds: float, times: float = 1) -> None:
+        """Once more, or in part: each time took so long."""
+        self.times += times
+        self.seconds += seconds * times
 
     @property
     def described(self) -> dict[str, int]:
         """As Triton's statistics have it."""
-        return {"count": self.times, "ns": int(self.seconds * 1e9)}
+        return {"count": round(self.times), "ns": int(self.seconds * 1e9)}
 
 
 @dataclass
@@ -109,15 +109,16 @@ class Statistics:
             self.success.add(took_s)
             self.queue.add(answer.waited_s)
             self.infer.add(answer.ran_s)
-            self.by_rows[answer.batch_rows].add(answer.ran_s)
+            calls = rows / answer.batch_rows
+            self.by_rows[answer.batch_rows].add(answer.ran_s, calls)
             self.rows += rows
-            self.calls += rows / answer.batch_rows
+            self.calls += calls
             self.last_s = self._clock()
             second = self._second()
             second.answered += 1
             second.rows += rows
             second.waited_s += answer.waited_s
-            second.busy_s += answer.ran_s * rows / answer.batch_rows
+            second.busy_s += answer.ran_s * calls
             second.calls[answer.batch_rows] += 1
             second.layouts[layout] += 1
             self.layouts[layout] += 1

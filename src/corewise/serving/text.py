@@ -14,7 +14,7 @@ from corewise.records.build import TensorSpec
 from corewise.records.pipeline import Activation, TextPipeline
 from corewise.samples.texts import Text
 from corewise.serving.protocol import ProtocolError
-from corewise.serving.texts import TextRequest
+from corewise.serving.texts import TextRequest, count_characters, pieces
 
 TEXT, PAIR = (TensorSpec(name=name, dtype="object", shape=(None,)) for name in ("text", "text_pair"))
 """What a request of the Open Inference Protocol may have in place of the model's own inputs."""
@@ -54,19 +54,22 @@ class TextInput:
         except UnicodeDecodeError as error:
             raise ProtocolError(f"a text is not UTF-8: {error.reason}") from error
         items: list[Text] = list(zip(*decoded, strict=True)) if self.pipeline.pairs else decoded[0]
-        tokens = self.tokens(TextRequest(items=items))
+        tokens: list[Tokens] = []
+        for piece in pieces(TextRequest(items=items)):
+            tokens += [Tokens(each.ids, each.types) for each in self.tokens(piece.asked, piece.start)]
+            longest = max(map(len, tokens))
+            if len(items) * longest > MOST_PADDED_TOKENS:
+                raise ProtocolError(
+                    f"{len(items)} texts, padded to the {longest} tokens of the longest, are more than "
+                    f"{MOST_PADDED_TOKENS} tokens",
+                    "send long texts in requests of their own",
+                    413,
+                )
         lengths = sorted({len(each) for each in tokens})
         if len(lengths) > 1 and not self.pipeline.pads and self.pipeline.fixed_length is None:
             raise ProtocolError(
                 f"the texts have from {lengths[0]} to {lengths[-1]} tokens, and the model takes no attention mask",
                 "send texts of different lengths in requests of their own",
-            )
-        if len(tokens) * lengths[-1] > MOST_PADDED_TOKENS:
-            raise ProtocolError(
-                f"{len(tokens)} texts, padded to the {lengths[-1]} tokens of the longest, are more than "
-                f"{MOST_PADDED_TOKENS} tokens",
-                "send long texts in requests of their own",
-                413,
             )
         return self.inputs(tokens, lengths[-1])
 
@@ -76,7 +79,7 @@ class TextInput:
             return [self._given(ids, start + k) for k, ids in enumerate(asked.ids)]
         noun = self.pipeline.noun
         for k, item in enumerate(asked.items, start):
-            characters = len(item) if isinstance(item, str) else sum(map(len, item))
+            characters = count_characters(item)
             if asked.truncate is None and characters > self._most_characters:
                 raise ProtocolError(
                     f"{noun} {k} has {characters} characters; at most {self._most_characters} are read for the "

@@ -7,16 +7,15 @@ calls of other requests that are due before them go first.
 import asyncio
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 from corewise.artifact.texts import call_cost
 from corewise.batching import Answer, NotServed
 from corewise.pipeline import Call, CallLimits, Tokens, fill
 from corewise.records.pipeline import Activation
-from corewise.samples.texts import Text
 from corewise.serving.budget import Booking
 from corewise.serving.front import Front
 from corewise.serving.memory_limit import COPIES
@@ -24,12 +23,10 @@ from corewise.serving.models import Models
 from corewise.serving.protocol import ProtocolError
 from corewise.serving.served import Served
 from corewise.serving.text import BUCKET, TextInput
-from corewise.serving.texts import TextRequest
+from corewise.serving.texts import TextRequest, pieces
 
 CALL_TOKENS = 1024
 """Rows times padded tokens of one call: about 100 ms of MiniLM on one thread, of which a call's overhead is 2 %."""
-PIECE_TEXTS, PIECE_CHARACTERS = 256, 64 * 1024
-"""What is tokenized at once, before other requests have their turn."""
 AHEAD = 1
 """Calls of one request that wait while its others run on all instances."""
 PAUSE_S = 0.02
@@ -50,12 +47,6 @@ class TextAnswer:
     """How many the model read, special ones included, without padding."""
     calls: Answer
     """Without outputs: the longest wait and run of its calls, and the most rows of one."""
-
-
-class _Piece(NamedTuple):
-    start: int
-    asked: TextRequest
-    characters: int
 
 
 class TextCalls:
@@ -85,13 +76,13 @@ class TextCalls:
         tokens: list[Tokens] = []
         for piece in pieces(asked):
             work = partial(texts.tokens, piece.asked, piece.start)
-            later_s = self._front.later_s(served)
-            found = await self._front.compute(work, piece.characters, deadline_s=deadline_s, later_s=later_s)
+            found = await self._front.tokenize(work, piece.characters, served, deadline_s)
             booking.add(held_bytes(found) // COPIES)
             tokens += found
         on_tokenized()
         lengths = [len(each) for each in tokens]
-        calls = await self._front.read(lambda: split(lengths, served), SORTED_BYTES * len(lengths))
+        size = SORTED_BYTES * len(lengths)
+        calls = await self._front.read(lambda: split(lengths, served), size, deadline_s=deadline_s)
         answers: list[Any] = [None] * len(tokens)
         ended: list[Answer] = []
 
@@ -150,7 +141,8 @@ class TextCalls:
                     take(running.pop(each), each.result())
         finally:
             for each in running:
-                each.cancel()
+                if not each.cancel() and not each.cancelled():
+                    each.exception()  # of calls that fail together one tells why; asyncio would log the others
 
     def _submit(self, served: Served, inputs: Sequence[Any], deadline_s: float) -> "asyncio.Future[Answer]":
         served.values.check(inputs)
@@ -161,27 +153,9 @@ class TextCalls:
         return future
 
 
-def pieces(asked: TextRequest) -> Iterator[_Piece]:
-    """The request in parts of ``PIECE_TEXTS`` texts and about ``PIECE_CHARACTERS`` characters at most."""
-    start = characters = 0
-    for k in range(len(asked)):
-        # Token ids are tokenized already.
-        characters += _characters(asked.items[k]) if asked.items else 0
-        is_last = k + 1 == len(asked)
-        if is_last or characters >= PIECE_CHARACTERS or k + 1 - start == PIECE_TEXTS:
-            stop = k + 1
-            part = replace(asked, items=asked.items[start:stop], ids=asked.ids[start:stop])
-            yield _Piece(start, part, characters)
-            start, characters = stop, 0
-
-
 def held_bytes(tokens: Sequence[Tokens]) -> int:
     """About how much memory tokenized texts take: a query is tokenized with each of its documents."""
     return sum(TEXT_BYTES + TOKEN_BYTES * len(each) + WORD_BYTES * len(each.offsets) for each in tokens)
-
-
-def _characters(item: Text) -> int:
-    return len(item) if isinstance(item, str) else sum(map(len, item))
 
 
 def split(lengths: Sequence[int], served: Served) -> list[Call]:

@@ -23,18 +23,17 @@ from corewise.records.pipeline import Activation, TextTask
 from corewise.serving import bodies, openai, rerank, tei, texts
 from corewise.serving.budget import Booking
 from corewise.serving.front import Front
-from corewise.serving.infer import GONE, client_of
+from corewise.serving.infer import ARRIVED, GONE, client_of
 from corewise.serving.memory_limit import COPIES
 from corewise.serving.metrics import Metrics
 from corewise.serving.models import Models
-from corewise.serving.protocol import Limits, ProtocolError
+from corewise.serving.pool import AT_ONCE
+from corewise.serving.protocol import VALUE_BYTES, Limits, ProtocolError
 from corewise.serving.served import Served
 from corewise.serving.text import TextInput
 from corewise.serving.text_calls import TextAnswer, TextCalls
 from corewise.serving.texts import FieldError, TextRequest
 
-VALUE_BYTES = 8
-"""About what a number takes in JSON."""
 RESULT_BYTES = 64
 """About what one text's score or class takes in JSON."""
 PIECE_BYTES = 600
@@ -301,7 +300,8 @@ class TextRoutes:
                 await self._front.turn(deadline_s, gone=request.scope.get(GONE))
                 asked = await self._front.read(lambda: parse(body), len(body), deadline_s=deadline_s)
                 served = self._chosen(asked.model, *tasks)
-            with self._metrics.request(served, "http", request.headers, name) as note:
+            arrived_s = request.scope.get(ARRIVED)
+            with self._metrics.request(served, "http", request.headers, name, arrived_s) as note:
                 chosen = activation(asked) if callable(activation) else activation
                 work = self._calls.run(
                     served,
@@ -323,7 +323,7 @@ class TextRoutes:
         return body
 
     async def _rendered(self, render: Callable[[], bytes], size_bytes: int) -> Response:
-        return Response(await self._front.read(render, size_bytes), media_type="application/json")
+        return Response(await self._front.read(render, size_bytes, deadline_s=AT_ONCE), media_type="application/json")
 
     # --- which model --------------------------------------------------------------------------------------------
 

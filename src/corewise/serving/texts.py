@@ -4,9 +4,9 @@
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, NamedTuple, TypeVar
 
 import msgspec
 import numpy as np
@@ -22,6 +22,8 @@ TOKENIZED_BYTES = 256 * 1024
 """The largest body whose tokens are the answer: each takes a hundred bytes in JSON."""
 MOST_TEXTS = 8192
 """How many texts a request may have. They run in several calls (``text_calls``)."""
+PIECE_TEXTS, PIECE_CHARACTERS = 256, 64 * 1024
+"""What is tokenized at once: before other requests have their turn, and before its tokens count."""
 MOST_ROOM = 64
 """Characters of a wrong value that an error repeats."""
 
@@ -54,6 +56,33 @@ class TextRequest:
 
     def __len__(self) -> int:
         return len(self.items) or len(self.ids)
+
+
+class Piece(NamedTuple):
+    """Some texts of a request."""
+
+    start: int
+    asked: TextRequest
+    characters: int
+
+
+def pieces(asked: TextRequest) -> Iterator[Piece]:
+    """The request in parts of ``PIECE_TEXTS`` texts and about ``PIECE_CHARACTERS`` characters at most."""
+    start = characters = 0
+    for k in range(len(asked)):
+        # Token ids are tokenized already.
+        characters += count_characters(asked.items[k]) if asked.items else 0
+        is_last = k + 1 == len(asked)
+        if is_last or characters >= PIECE_CHARACTERS or k + 1 - start == PIECE_TEXTS:
+            stop = k + 1
+            part = replace(asked, items=asked.items[start:stop], ids=asked.ids[start:stop])
+            yield Piece(start, part, characters)
+            start, characters = stop, 0
+
+
+def count_characters(item: Text) -> int:
+    """Of a text, or of both texts of a pair."""
+    return len(item) if isinstance(item, str) else sum(map(len, item))
 
 
 def decode(body: bytes, read: Callable[[bytes], T]) -> T:

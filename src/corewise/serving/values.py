@@ -20,14 +20,14 @@ class Values:
     def __init__(self, found: Artifact, *, check_finite: bool = False) -> None:
         """``check_finite`` refuses NaN and infinities."""
         self._inputs: tuple[TensorSpec, ...] = found.manifest.inputs
-        self._ranges = input_ranges(found)
-        self._checks = InputChecks(self._inputs, self._ranges, check_finite=check_finite)
+        self.ranges = input_ranges(found)
+        self._checks = InputChecks(self._inputs, self.ranges, check_finite=check_finite)
 
     @property
     def notes(self) -> tuple[str, ...]:
         """A warning if integers are not checked."""
         integers = [spec.name for spec in self._inputs if "int" in spec.dtype]
-        if self._ranges is not None or not integers:
+        if self.ranges is not None or not integers:
             return ()
         return (
             f"the ranges of the integer inputs {', '.join(integers)} are not known, so their values are not checked; "
@@ -46,7 +46,7 @@ class Values:
 
         ``others`` are what a request may have in place of all of them.
         """
-        ranges = self._ranges or [InputRange()] * len(self._inputs)
+        ranges = self.ranges or [InputRange()] * len(self._inputs)
         listed = protocol.described(self._inputs)
         for description, each in zip(listed, ranges, strict=True):
             if parameters := _parameters(each):

@@ -31,6 +31,8 @@ FIRST_BODY_BYTES = 256 * 1024
 KEEP_ALIVE_S = 75
 UNREAD_S = 30.0
 """A client that reads nothing of its answer for so long is disconnected."""
+REST_S = 30.0
+"""How long the rest of a body may take that was answered before all of it came."""
 MOST_PIPELINED = 64
 """Requests of one HTTP connection that wait for the answers to those before them, or that come in one piece."""
 MOST_CHUNKS, CHUNK_BYTES = 4096, 256
@@ -106,6 +108,8 @@ class _Patient(Connection):
     _header_bytes = 0
     _fed_bytes = 0
     """Since the headers began: the parser reports a header only when it is complete."""
+    _rest: asyncio.TimerHandle | None = None
+    """Ends a connection whose client goes on with a body that is answered already."""
     _unread: asyncio.TimerHandle | None = None
     _unread_bytes = 0
     """Of answers, when they were last looked at."""
@@ -125,6 +129,7 @@ class _Patient(Connection):
     def connection_lost(self, exc: Exception | None) -> None:
         self._come()
         self._seat.leave()
+        self._expect_no_rest()
         self._look_no_more()
         super().connection_lost(exc)
         for waiter in self._gone:
@@ -140,6 +145,8 @@ class _Patient(Connection):
             self._gate.remember(data, self.url, self.headers)
         if self._is_begun:
             self._wait(HEADERS_S)
+        elif self._is_answered:
+            self._expect_rest()
         self._fed_bytes = 0 if self._waiting is None else self._fed_bytes + len(data)
         if self._fed_bytes > HEADERS_BYTES + FIRST_BODY_BYTES and not self.transport.is_closing():
             self.send_400_response("the headers are too long")
@@ -187,6 +194,7 @@ class _Patient(Connection):
 
     def on_message_complete(self) -> None:
         self._is_waiting = True
+        self._expect_no_rest()
         if self._is_answered:
             return
         super().on_message_complete()
@@ -196,6 +204,8 @@ class _Patient(Connection):
         super().on_response_complete()
         if self.transport.is_closing():
             self._look_if_read()
+        elif self.cycle.response_complete and not self._is_begun:
+            self._expect_rest()
 
     def pause_writing(self) -> None:
         super().pause_writing()
@@ -213,6 +223,16 @@ class _Patient(Connection):
             self.timeout_keep_alive_task = self.loop.call_later(left_s, self.timeout_keep_alive_handler)
         else:
             super().timeout_keep_alive_handler()
+
+    def _expect_rest(self) -> None:
+        """Have the rest of a body come, which nobody reads: after an early answer, clients send it all the same."""
+        if not self._is_waiting and self._rest is None:
+            self._rest = self.loop.call_later(REST_S, self._cut_off)
+
+    def _expect_no_rest(self) -> None:
+        if self._rest is not None:
+            self._rest.cancel()
+            self._rest = None
 
     def _look_if_read(self) -> None:
         """Look now and then at what the client has not read, until nearly all is read."""

@@ -144,7 +144,7 @@ def test_a_metric_that_has_no_value_for_good_outputs_fails_the_candidate_alone()
     metric = resolve(lambda outputs, labels: np.full(40, next(turns)))
     gate = AccuracyGate(metric, samples, flatten(truth)[1], Requirements(), 0)
     gate(Outputs((truth,)))
-    with pytest.raises(EngineError, match=r"returns NaN or infinity \(for the candidate's outputs; fp32's have"):
+    with pytest.raises(EngineError, match=r"returns NaN or infinity \(for the build's outputs; fp32's have"):
         gate(Outputs((truth.copy(),)))
 
 

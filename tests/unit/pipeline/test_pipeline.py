@@ -331,6 +331,9 @@ def test_prompts(tokenizer: Path) -> None:
     assert encoder.encode(["red"], prompt="document")[0].ids.tolist() == [2, 4, 3]
     with pytest.raises(InputError, match="no prompt 'passage'; its prompts are: query, document"):
         encoder.encode(["red"], prompt="passage")
+    with pytest.raises(InputError) as caught:
+        encoder.encode(["red"], prompt="x" * 10**6)
+    assert len(str(caught.value)) < 200
 
 
 def test_classes(tokenizer: Path) -> None:

@@ -362,6 +362,47 @@ def test_a_client_that_reads_no_more_of_its_answer_is_cut_off(unread_bytes, monk
     asyncio.run(asyncio.wait_for(main(), 30))
 
 
+class Silent(Transport):
+    """One to which can be written."""
+
+    def write(self, data):
+        pass
+
+
+@pytest.mark.parametrize("by_gate", [True, False])
+@pytest.mark.parametrize("body", [b"ab", b"abc"])
+def test_the_rest_of_a_body_that_is_answered_may_not_take_for_ever(by_gate, body, monkeypatch):
+    monkeypatch.setattr(web_server, "REST_S", 0.0)
+
+    async def app(scope, receive, send):
+        await send({"type": "http.response.start", "status": 413, "headers": [(b"content-length", b"0")]})
+        await send({"type": "http.response.body", "body": b""})
+
+    async def main():
+        front = Front(Limits(), 16)
+        for _ in range(8):
+            front.enter("", None)
+        made, transport = gate_of(front), Silent(0)
+        config = web_server.config(app, Room(10, 1.0))
+        config.gate = made.gate if by_gate else None
+        connection = web_server._Patient(config, ServerState(), {}, Room(10, 1.0).seat(""))
+        connection.connection_made(transport)
+        head = b"POST /v2/models/m/infer HTTP/1.1\r\nhost: x\r\ncontent-length: 3\r\n\r\n"
+        connection.data_received(head + body)
+        assert made.known.model.refused == by_gate
+        while not (by_gate or connection.cycle.response_complete):
+            await asyncio.sleep(0)
+        if body == b"abc":
+            assert connection._rest is None
+        else:
+            while not transport.is_aborted:
+                await asyncio.sleep(0.001)
+        connection.connection_lost(None)
+        front.close()
+
+    asyncio.run(asyncio.wait_for(main(), 30))
+
+
 def test_the_answer_for_an_image_is_booked_until_what_is_in_it_is_found(monkeypatch):
     async def main():
         front = Front(Limits(), 16)

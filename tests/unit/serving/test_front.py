@@ -11,22 +11,23 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from corewise.batching import Accepted, LatencyTable, NotServed, Policy, Refused, Request
+from corewise.batching import Accepted, Answer, LatencyTable, NotServed, Policy, Refused, Request
 from corewise.batching.policy import Place, _Plan
 from corewise.records.build import TensorSpec
-from corewise.serving import json_body, oip, recordings, rpc
+from corewise.serving import json_body, oip, recordings, rpc, triton
 from corewise.serving.costs import HALF_S, Costs, Tail
 from corewise.serving.deliveries import Deliveries
 from corewise.serving.files import Work
 from corewise.serving.frames import LONGEST_BYTES, MOST_FRAMES, Frames
-from corewise.serving.front import LONG_BYTES, LOOK_EACH, SLACK_S, TICK_S, Front
-from corewise.serving.infer import target
-from corewise.serving.pool import Pool
-from corewise.serving.protocol import Limits, ProtocolError
+from corewise.serving.front import LONG_BYTES, LOOK_EACH, SLACK_S, SMALL_TENSOR_BYTES, TICK_S, Front
+from corewise.serving.infer import Infer, target
+from corewise.serving.pool import AT_ONCE, Pool
+from corewise.serving.protocol import Asked, InferRequest, Limits, ProtocolError
 from corewise.serving.refusals import told
 from corewise.serving.rpc_frames import RpcFrames
 from corewise.serving.statistics import Statistics
 from corewise.serving.tallies import Histogram, Tally
+from corewise.serving.tokens import Tokens
 
 INPUTS = (
     TensorSpec(name="a", dtype="float32", shape=(None, 2)),
@@ -143,6 +144,26 @@ def test_a_pool_does_first_what_is_due_first(pool):
     assert gate.done == ["first", "soon", "late", "never"]
 
 
+def test_an_answer_that_only_has_to_be_written_goes_before_all_and_is_never_refused(pool, monkeypatch):
+    monkeypatch.setattr("corewise.serving.pool.MOST_WAITING", 1)
+    gate = Gate()
+
+    async def main():
+        running = asyncio.ensure_future(pool.run(gate.work("first"), kind="k", size=1))
+        await gate.is_entered()
+        waiting = asyncio.ensure_future(pool.run(gate.work("soon"), kind="k", size=1, deadline_s=later(600)))
+        await asyncio.sleep(0)
+        with pytest.raises(NotServed, match="queue is full"):
+            await pool.run(gate.work("late"), kind="k", size=1, deadline_s=later(600))
+        answer = asyncio.ensure_future(pool.run(gate.work("answer"), kind="k", size=1, deadline_s=AT_ONCE))
+        await asyncio.sleep(0)
+        gate.opened.set()
+        await asyncio.gather(running, waiting, answer)
+
+    asyncio.run(main())
+    assert gate.done == ["first", "answer", "soon"]
+
+
 def test_a_busy_pool_refuses_at_once_what_would_be_late_and_an_idle_one_shows_what_it_costs(pool):
     gate, free = Gate(), Gate()
     free.opened.set()
@@ -212,6 +233,38 @@ def test_an_image_is_refused_by_its_size_before_it_is_read():
         with pytest.raises(NotServed) as refused:
             front.check_file(100_000, Served(), later(0.2))
         assert refused.value.reason == "overloaded"
+        gate.opened.set()
+        await asyncio.gather(*running)
+        front.close()
+
+    asyncio.run(main())
+
+
+def test_texts_that_would_be_tokenized_too_late_for_their_call_are_refused_and_counted():
+    class Served:
+        refused = 0
+
+        def expected_s(self, ahead_rows=0):
+            return 0.5
+
+        @property
+        def statistics(self):
+            return self
+
+        def not_served(self):
+            self.refused += 1
+
+    async def main():
+        front, gate, served = Front(Limits(), 16), Gate(), Served()
+        assert await front.tokenize(lambda: "tokens", 5, served, later(60.0)) == "tokens"
+        running = [
+            asyncio.ensure_future(front._decoders.run(gate.work(k), kind="pixels", size=1))
+            for k in range(front._decoders._threads)
+        ]
+        await asyncio.sleep(0)
+        with pytest.raises(NotServed):
+            await front.tokenize(lambda: "tokens", 5, served, later(0.1))
+        assert served.refused == 1
         gate.opened.set()
         await asyncio.gather(*running)
         front.close()
@@ -433,6 +486,45 @@ def test_a_grpc_message_seen_before_is_the_request_that_it_was_and_answers_are_t
     for y in (A, A + 1, np.zeros((100, 2), np.float32)):
         answer = oip.message("ModelInferResponse").FromString(frames.render(Served, parsed, [y]))
         assert answer == rpc.render(Served, parsed, {"y": y})
+
+
+@pytest.mark.parametrize(
+    ("values", "classes", "is_beside"), [(2, 1, False), (2000, 3, True), (SMALL_TENSOR_BYTES, 0, True)]
+)
+def test_classes_and_large_answers_are_put_together_beside_the_event_loop(values, classes, is_beside, monkeypatch):
+    threads, classified = [], triton.classified
+
+    def watched(counts, outputs, labels):
+        threads.append(threading.current_thread())
+        return classified(counts, outputs, labels)
+
+    monkeypatch.setattr(triton, "classified", watched)
+    outputs = [np.arange(values, dtype=np.float32)[None]]
+    answer = Answer(outputs=outputs, waited_s=0.0, ran_s=0.0, batch_rows=1)
+    asked = InferRequest(inputs=(), outputs=(Asked(name="y", binary=True, classes=classes),))
+    served = SimpleNamespace(name="net", version="1", outputs=OUTPUTS, manifest=SimpleNamespace(labels=None))
+    served.frames = Frames(INPUTS, OUTPUTS)
+
+    async def main():
+        front = Front(Limits(), 16)
+        read, deadlines = front.read, []
+
+        def watched_read(*given, deadline_s):
+            deadlines.append(deadline_s)
+            return read(*given, deadline_s=deadline_s)
+
+        front.read = watched_read
+        data, headers = await Infer(None, None, Limits(), front)._rendered(served, "1", asked, answer)
+        service = rpc.Service(None, None, Limits(), Tokens(()), front)
+        message = await service._rendered(rpc._Ran(served, served, asked, answer, 0.0), as_bytes=True)
+        front.close()
+        assert deadlines == [AT_ONCE] * 2
+        (raw,) = oip.message("ModelInferResponse").FromString(message).raw_output_contents
+        assert data.endswith(raw)
+        assert dict(headers)[b"content-length"] == b"%d" % len(data)
+
+    asyncio.run(main())
+    assert [thread is not threading.current_thread() for thread in threads] == [is_beside] * 2
 
 
 # --- what is told and counted -------------------------------------------------------------------------------------

@@ -1,15 +1,20 @@
 """What requests may take under a memory limit, and what the server counts before it reads."""
 
 import asyncio
+import gzip
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from starlette.requests import Request
 
-from corewise.serving import memory_limit, messages, oip
+from corewise.serving import bodies, memory_limit, messages, oip, rpc
 from corewise.serving.budget import Budget
+from corewise.serving.front import Front
 from corewise.serving.memory_limit import COPIES, LEAST_BYTES, PIXEL_BYTES, USABLE_SHARE, Share, fit, room_bytes
 from corewise.serving.messages import PROBES, Receiver, Streams
-from corewise.serving.protocol import Limits, NoRoom, ProtocolError
+from corewise.serving.protocol import MOST_ID, MOST_TENSORS, Limits, NoRoom, ProtocolError
+from corewise.serving.rpc_extensions import Stream
 
 MIB, GIB = 2**20, 2**30
 
@@ -83,6 +88,26 @@ def test_arrays_that_are_larger_than_their_bodies_are_booked():
             booking.cover([np.zeros(2000)])
 
 
+def unpacked(*parts):
+    left = [{"type": "http.request", "body": part, "more_body": k + 1 < len(parts)} for k, part in enumerate(parts)]
+
+    async def receive():
+        return left.pop(0)
+
+    request = Request({"type": "http", "headers": [(b"content-encoding", b"gzip")]}, receive)
+    return asyncio.run(bodies.read(request, Limits(), Budget(Limits()).booking("a")))
+
+
+def test_a_packed_body_ends_with_its_packing():
+    packed = gzip.compress(b"body")
+    assert unpacked(packed) == unpacked(packed[:5], packed[5:]) == b"body"
+    for parts in ((packed + packed,), (packed + b"x",), (packed, b"x")):
+        with pytest.raises(ProtocolError, match="goes on after its gzip"):
+            unpacked(*parts)
+    with pytest.raises(ProtocolError, match="not a whole gzip"):
+        unpacked(packed[:-1])
+
+
 # --- messages over gRPC -------------------------------------------------------------------------------------------
 
 
@@ -101,6 +126,38 @@ def test_a_message_of_tiny_messages_is_refused_before_it_is_decoded():
     messages.check_small(bytes(64 * 1024))
     with pytest.raises(ProtocolError, match="send names only"):
         messages.check_small(bytes(64 * 1024 + 1))
+
+
+@pytest.mark.parametrize(
+    ("more", "match"),
+    [
+        ({"inputs": [{"name": "x"}] * (MOST_TENSORS + 1)}, "more than 64 inputs or outputs"),
+        ({"outputs": [{"name": "y"}] * (MOST_TENSORS + 1)}, "more than 64 inputs or outputs"),
+        ({"id": "x" * (MOST_ID + 1)}, "more than 256 characters"),
+    ],
+)
+def test_a_request_has_as_many_tensors_and_as_long_an_id_as_over_http(more, match):
+    request = oip.message("ModelInferRequest")(**more)
+    with pytest.raises(ProtocolError, match=match):
+        rpc.parse(request, [], [])
+
+
+def test_what_a_stream_is_told_of_an_error_is_short():
+    async def infer(request, context):
+        raise ProtocolError("there is no such model", status=404)
+
+    async def main():
+        front, context = Front(Limits(), 16), SimpleNamespace(peer=lambda: "unix:")
+        metrics = SimpleNamespace(turned_away=lambda protocol, reason: None)
+        stream = Stream(metrics, infer, front, Limits(), context)
+        long = dict.fromkeys(("model_name", "model_version", "id"), "x" * MIB)
+        told, _ = await stream._answer(oip.message("ModelInferRequest")(**long).SerializeToString())
+        assert told.error_message == "there is no such model"
+        assert told.infer_response.id == "x" * MOST_ID
+        assert told.ByteSize() < 4 * MOST_ID
+        front.close()
+
+    asyncio.run(main())
 
 
 class Call:

@@ -1,6 +1,7 @@
 """The Open Inference Protocol in JSON and bytes: what goes in comes out, and what is no request is told as such."""
 
 import json
+import logging
 
 import numpy as np
 import pytest
@@ -9,9 +10,9 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 
 from corewise.records.build import TensorSpec
-from corewise.serving import files, protocol
+from corewise.serving import files, logs, protocol
 from corewise.serving.json_body import parse, render
-from corewise.serving.protocol import DATATYPES, Asked, ProtocolError
+from corewise.serving.protocol import DATATYPES, MOST_STRINGS, Asked, ProtocolError
 
 IMAGE = TensorSpec(name="x", dtype="float32", shape=(None, 3))
 IDS = TensorSpec(name="ids", dtype="int64", shape=(None, None))
@@ -85,6 +86,30 @@ def test_texts_in_place_of_inputs_are_told_by_their_names():
     assert told([text], "ids", "text") == "there is no input 'ids'; the model has text"
     # json.dumps writes it as a client of Python does that read a broken file.
     assert told([text], "text", data="a \ud800 b") == "the request cannot be read: it has half of a surrogate pair"
+
+
+@pytest.mark.parametrize("is_binary", [True, False])
+def test_more_strings_than_are_read_at_once_are_refused(is_binary):
+    spec = TensorSpec(name="x", dtype="object", shape=(None,))
+    for count in (MOST_STRINGS, MOST_STRINGS + 1):
+        data = bytes(4 * count) if is_binary else b""
+        more = {"parameters": {"binary_data_size": len(data)}} if is_binary else {"data": [""] * count}
+        head = request(tensor(shape=[count], datatype="BYTES", **more))
+        length = len(head) if is_binary else None
+        if count == MOST_STRINGS:
+            assert len(parse(head + data, length, [spec], [SCORES]).inputs[0]) == count
+        else:
+            told = assert_told(head + data, length, inputs=[spec], match="has 8193 strings; send at most 8192")
+            assert told.status == 413
+
+
+def test_what_is_no_form_is_told_and_not_logged(caplog, monkeypatch):
+    monkeypatch.setattr(logging, "basicConfig", lambda **options: None)  # it would take the place of caplog's
+    logs.to_stderr("info")
+    for boundary in ("b" * 300, "b"):
+        with pytest.raises(ProtocolError, match="the form cannot be read"):
+            files.content(b"--x", f"multipart/form-data; boundary={boundary}", "image")
+    assert not caplog.records
 
 
 HALF = "the request cannot be read: it has half of a surrogate pair"
@@ -214,6 +239,7 @@ def test_an_answer_is_json_or_json_and_bytes():
         (request(tensor(data=[1, 2, 3]), parameters=[]), "Expected `object`, got `array`"),
         (request(tensor(data=[1, 2, 3]), parameters={"timeout": 0}), "timeout is not a number"),
         (request(tensor(data=[1, 2, 3]), parameters={"timeout": float("inf")}), "cannot be read"),
+        (request(tensor(data=[1, 2, 3]), parameters={"timeout": 10**400}), "timeout is not a number"),
         (request(tensor(data=[1, 2, 3]), parameters={"priority": 1.5}), "priority is not a whole number"),
         (request(tensor(data=[1, 2, 3]), parameters={"priority": 10**30}), "priority is not a whole number"),
         (request(tensor(data=[1, 2, 3]), parameters={"binary_data_output": 1}), "binary_data_output is not a bool"),

@@ -1,10 +1,12 @@
 """What operators see of a server: statistics by the second, refusals in the log, classes, names of metrics."""
 
+import asyncio
 import json
 import logging
 import re
 import socket
 from dataclasses import replace
+from time import monotonic
 from types import SimpleNamespace
 
 import numpy as np
@@ -16,13 +18,16 @@ from corewise import artifact
 from corewise.batching import Answer, NotServed
 from corewise.common.errors import InputError
 from corewise.records.build import TensorSpec
+from corewise.serving import addresses
 from corewise.serving.addresses import remove_stale
 from corewise.serving.connections import count_open
+from corewise.serving.host import Options
 from corewise.serving.infer import broken
 from corewise.serving.logs import RefusalLog, _is_ours
 from corewise.serving.metrics import Metrics
 from corewise.serving.models import Models
 from corewise.serving.protocol import ProtocolError
+from corewise.serving.server import _Server
 from corewise.serving.statistics import COLUMNS, HISTORY_S, Statistics
 from corewise.serving.traces import Traces
 from corewise.serving.triton import classified
@@ -114,8 +119,18 @@ def test_tritons_statistics_have_all_that_its_clients_look_for():
     assert described["inference_stats"]["queue"] == {"count": 4, "ns": 400_000_000}
     assert [(each["batch_size"], each["compute_infer"]["count"]) for each in described["batch_stats"]] == [
         (1, 1),
-        (4, 3),
+        (4, 2),  # three requests took half of a call each
     ]
+
+
+def test_a_call_of_several_requests_is_one_call_of_its_size():
+    kept = Statistics()
+    for _ in range(4):
+        kept.answered(answer(ran_s=0.2, batch=4), rows=1, took_s=0.3)
+    (found,) = kept.described()["batch_stats"]
+    assert found["batch_size"] == 4
+    assert found["compute_infer"] == {"count": 1, "ns": 200_000_000}
+    assert kept.described()["execution_count"] == 1
 
 
 # --- the log ------------------------------------------------------------------------------------------------------
@@ -204,6 +219,15 @@ def test_metrics_keep_to_the_conventions_of_prometheus():
     assert kinds["corewise_engine_restarts_total"] == "counter"
 
 
+def test_the_time_of_a_request_counts_from_its_arrival():
+    metrics = Metrics(Models([], lambda source: pytest.fail("nothing is opened")), Traces())
+    with metrics.request(SimpleNamespace(name="m", version="1"), "http", {}, arrived_s=monotonic() - 25) as note:
+        note(answer())
+    text = metrics.text().decode()
+    for bound, count in (("20.0", "0.0"), ("+Inf", "1.0")):
+        assert f'corewise_request_seconds_bucket{{le="{bound}",model="m",version="1"}} {count}' in text
+
+
 @pytest.mark.parametrize("kind", ["tcp", "tcp6", "unix"])
 def test_connections_to_a_port_are_counted(kind, tmp_path):
     address = tmp_path / "a socket" if kind == "unix" else ("::1" if kind == "tcp6" else "127.0.0.1", 0)
@@ -268,6 +292,27 @@ def test_a_path_that_no_socket_can_have_is_one_line(tmp_path):
         remove_stale(file)
     with pytest.raises(InputError, match="cannot be used"):
         remove_stale(file / "below")
+
+
+def test_a_server_that_ends_leaves_the_socket_to_the_next_one_that_listens_there(tmp_path):
+    path = tmp_path / "http.sock"
+
+    async def main():
+        server = _Server([], Options(http=path), lambda what, value: None)
+        listening, web = addresses.bound(path), SimpleNamespace(should_exit=False)
+
+        async def serve():
+            while not web.should_exit:
+                await asyncio.sleep(0)
+            listening.close()
+            return addresses.bound(path)
+
+        serving = asyncio.ensure_future(serve())
+        await server._end([web], [serving], [])
+        with serving.result():
+            assert path.exists()
+
+    asyncio.run(main())
 
 
 def test_the_log_has_the_traceback_of_what_was_not_foreseen(caplog):

@@ -1,6 +1,7 @@
 """Long requests of texts take turns with short ones: few calls in the queue, each small, given up when they must be."""
 
 import asyncio
+import gc
 import time
 from concurrent.futures import Future
 from types import SimpleNamespace
@@ -11,11 +12,12 @@ import pytest
 from corewise.batching import Answer, NotServed
 from corewise.pipeline import Tokens
 from corewise.records.build import Plan
-from corewise.serving import text_calls
+from corewise.serving import text_calls, texts
 from corewise.serving.deliveries import Deliveries
 from corewise.serving.memory_limit import COPIES
 from corewise.serving.protocol import ProtocolError
-from corewise.serving.text_calls import CALL_TOKENS, PIECE_TEXTS, TextCalls
+from corewise.serving.text import TextInput
+from corewise.serving.text_calls import CALL_TOKENS, TextCalls
 from corewise.serving.texts import TextRequest
 
 INSTANCES, ROWS = 2, 16
@@ -27,14 +29,10 @@ class Front:
     def __init__(self):
         self.deliveries = Deliveries()
 
-    def later_s(self, served):
-        return 0.25
-
-    async def compute(self, work, characters, *, deadline_s, later_s):
-        assert later_s == self.later_s(None)  # tokens that come in time for the call are in time
+    async def tokenize(self, work, characters, served, deadline_s):
         return work()
 
-    async def read(self, work, size):
+    async def read(self, work, size, *, deadline_s):
         return work()
 
     def call(self, models, served, inputs, deadline_s):
@@ -165,6 +163,20 @@ def test_what_is_refused_for_good_is_told_and_gives_up_its_places(number, reason
     assert caught.value.reason == reason
 
 
+def test_calls_that_fail_together_are_one_error_and_none_in_the_log(caplog):
+    class Failing(Queue):
+        async def end_all(self):
+            while len(self.waiting) < INSTANCES + text_calls.AHEAD:
+                await asyncio.sleep(0)
+            for future, _ in self.waiting:
+                future.set_exception(NotServed("expired"))
+
+    with pytest.raises(NotServed):
+        run(Failing(), ["x" * 8] * 300)
+    gc.collect()
+    assert not caplog.records
+
+
 def test_a_client_that_goes_gives_up_its_places():
     queue = Queue()
     with pytest.raises(TimeoutError):
@@ -198,13 +210,37 @@ def test_a_pause_ends_with_the_deadline():
         run(queue, ["x" * 8] * 300, within_s=0.1)
 
 
+def test_texts_in_place_of_tensors_are_tokenized_in_pieces_too():
+    pieces = []
+
+    class Encoder:
+        def problem(self, item):
+            return ""
+
+        def encode(self, items, *, prompt, truncate, first):
+            pieces.append(sum(map(len, items)))
+            return [Tokens(np.zeros(50, np.int32), np.zeros(50, np.int32), [(0, 1)] * 50, [0] * 50) for _ in items]
+
+        def collate(self, rows, tokens):
+            assert not any(each.offsets for each in rows)  # which nobody needs, and which take much
+            return (np.zeros((len(rows), tokens)),)
+
+    text = TextInput.__new__(TextInput)
+    text.pipeline = SimpleNamespace(pairs=False, noun="text", max_length=512, pads=True, fixed_length=None)
+    text.encoder, text._most_characters = Encoder(), 32 * 512
+    (made,) = text.arrays([np.array([b"x" * 16_000] * 100, object)])
+    assert made.shape == (100, 56)
+    assert sum(pieces) == 1_600_000
+    assert max(pieces) < 2 * texts.PIECE_CHARACTERS
+
+
 def test_pieces_are_bounded_and_whole():
     asked = TextRequest(items=["a" * 10_000] * 20 + ["b"] * 1000, prompt="p", truncate="left")
-    found = list(text_calls.pieces(asked))
+    found = list(texts.pieces(asked))
     assert [item for piece in found for item in piece.asked.items] == asked.items
     assert [piece.start for piece in found] == np.cumsum([0, *(len(piece.asked) for piece in found)])[:-1].tolist()
-    assert all(len(piece.asked) <= PIECE_TEXTS and piece.characters < 80_000 for piece in found)
+    assert all(len(piece.asked) <= texts.PIECE_TEXTS and piece.characters < 80_000 for piece in found)
     assert all((piece.asked.prompt, piece.asked.truncate) == ("p", "left") for piece in found)
     ids = TextRequest(ids=[[1], [2, 3]])
-    (piece,) = text_calls.pieces(ids)
+    (piece,) = texts.pieces(ids)
     assert (piece.asked, piece.characters) == (ids, 0)

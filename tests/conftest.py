@@ -34,6 +34,14 @@ def data_folder() -> Path:
     return folder
 
 
+@pytest.fixture
+def few_resamples(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Draw rough intervals fast, for tests that do not look at them."""
+    from corewise.common import stats
+
+    monkeypatch.setitem(stats.bootstrap_interval.__kwdefaults__, "resamples", stats.FEWEST_RESAMPLES)
+
+
 def pytest_runtest_setup() -> None:
     """Let torch compute on one thread where another worker's tests run beside these.
 

@@ -1,9 +1,5 @@
-"""Writes an artifact of all-MiniLM-L6-v2 with its real weights, fp32 in OpenVINO: python minilm_artifact.py FOLDER.
+"""An artifact of all-MiniLM-L6-v2 with its real weights, fp32 in OpenVINO."""
 
-What ``optimize`` does before and after its search, in a process of its own: it imports torch and transformers.
-"""
-
-import sys
 from pathlib import Path
 
 from serving_tools import openvino_artifact
@@ -15,8 +11,8 @@ from corewise.machine.inspect import inspect_cpu
 from corewise.records.build import Build
 
 
-def main(folder):
-    """Export, build, and write."""
+def write_minilm(folder: Path) -> None:
+    """What ``optimize`` does before and after its search: export, build, and write."""
     cpu = inspect_cpu()
     samples = harness.example("minilm", "samples_ragged")(4)
     with harness.temporary_workspace() as workspace:
@@ -37,7 +33,3 @@ def main(folder):
             batch=8,
             call_ms=10.0,
         )
-
-
-if __name__ == "__main__":
-    main(Path(sys.argv[1]))

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from command_line import command, several
+from command_line import IN_PROCESS, QUICK, command, several
 from places import GOLDEN
 
 from corewise import artifact
@@ -271,7 +271,7 @@ def refusals(place):
         flags = [part for key, value in options.items() for part in (f"--{key}", value)]
         return ["optimize", model, *flags, "--quiet"]
 
-    found = several([arguments(name, changes) for name, (changes, _) in REFUSED.items()], place)
+    found = several([arguments(name, changes) for name, (changes, _) in REFUSED.items()], place, before=IN_PROCESS)
     return dict(zip(REFUSED, found, strict=True))
 
 
@@ -393,7 +393,7 @@ def test_ctrl_c_keeps_what_was_done_and_the_same_command_resumes(place):
     wait_for(lambda: not Path(f"/proc/{child}").exists())
 
     (place / "hold").unlink()
-    found = corewise(*wanted, cwd=place)
+    found = corewise(*wanted, cwd=place, in_process=True)
     assert found.returncode == 0
     resumed = [line.partition(": ")[0] for line in found.stderr.splitlines() if line.endswith("(resumed)")]
     assert resumed == ["eager/fp32", "engines:Stepwise/int8/n=0"]
@@ -425,19 +425,19 @@ def wait_for(condition):
 
 @pytest.fixture
 def small_disk(tmp_path):
-    """A file system of its own, whose size is set by calling it with MiB; for root only."""
+    """A file system of its own, and the program that sets its size, in MiB; for root only."""
     folder = tmp_path / "disk"
     folder.mkdir()
     mount = ["mount", "-t", "tmpfs", "-o", "size=1m", "corewise-test", folder]
     if shutil.which("mount") is None or subprocess.run(mount, capture_output=True, check=False).returncode:
         pytest.skip("a small file system cannot be mounted here")
-    yield folder, lambda mib: subprocess.run(["mount", "-o", f"remount,size={mib}m", folder], check=True)
+    yield folder, lambda mib: ("!", "mount", "-o", f"remount,size={mib}m", folder)
     subprocess.run(["umount", folder], check=True)
 
 
 def builds(journal):
     """The builds of the finished trials: one whose plans were searched has a line more."""
-    return {json.dumps(json.loads(line)["build"]) for line in journal.read_text().splitlines()[1:]}
+    return {json.dumps(json.loads(line)["build"]) for line in journal.splitlines()[1:]}
 
 
 def test_a_full_disk_is_told_and_loses_no_trial(place, small_disk):
@@ -445,19 +445,20 @@ def test_a_full_disk_is_told_and_loses_no_trial(place, small_disk):
     wanted = (*STEPWISE, "-o", disk / "large.cw", "--quiet")
     wanted = tuple("models.py:large" if part == "models.py:build" else part for part in wanted)
     journal = disk / "large.cw.work" / "journal.jsonl"
+    look, look_into = ("!", "ls", disk), ("!", "cat", journal)
     # The program takes 3.5 MiB: once for all trials, once as the baseline's payload, once in the artifact.
-    for mib, trials in ((2, 0), (9, 3)):
-        resize(mib)
-        found = corewise(*wanted, cwd=place, in_process=True)
-        assert (found.returncode, found.stdout) == (2, ""), mib
-        assert found.stderr.startswith("corewise: ")
-        assert "free space" in found.stderr
-        assert found.stderr.count("\n") == 1
-        if trials:
-            assert len(builds(journal)) == trials
-        assert os.listdir(disk) == (["large.cw.work"] if trials else [])
-    resize(20)
-    assert len(builds(journal)) == 3
-    assert ok(*wanted, cwd=place, in_process=True) == ""
-    assert os.listdir(disk) == ["large.cw"]
+    _, empty, left, _, small, kept, trials, _, roomy, made = several(
+        [resize(2), wanted, look, resize(9), wanted, look, look_into, resize(20), wanted, look],
+        place,
+        before=QUICK + IN_PROCESS,
+    )
+    for code, output, errors in (empty, small):
+        assert (code, output) == (2, "")
+        assert errors.startswith("corewise: ")
+        assert "free space" in errors
+        assert errors.count("\n") == 1
+    assert (left[1], kept[1]) == ("", "large.cw.work\n")
+    assert len(builds(trials[1])) == 3
+    assert roomy == [0, "", ""]
+    assert made[1] == "large.cw\n"
     assert artifact.read(disk / "large.cw").report.trials

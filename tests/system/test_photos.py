@@ -46,7 +46,7 @@ from corewise.samples import read
 from corewise.samples.folders import list_images
 from corewise.samples.images import ImageReader, normalize_pixels, sharpness_left
 from corewise.samples.texts import Columns
-from corewise.search import end_to_end, finals, search, trial, tuning
+from corewise.search import elastic, end_to_end, finals, search, trial, tuning
 from corewise.search.pixels import scale_of
 from corewise.search.trial import SearchContext
 
@@ -160,6 +160,9 @@ def test_the_search_takes_scaled_decoding_where_the_answers_hold(
     monkeypatch.setattr(race, "WARM_S", 0.05)
     monkeypatch.setitem(race.run_race.__kwdefaults__, "round_s", 0.05)
     monkeypatch.setattr(finals, "ROUNDS", stats.MIN_ROUNDS)
+    monkeypatch.setattr(search, "find_contradiction", lambda *of: None)  # moments often contradict each other
+    for name, value in {"REQUESTS": 100, "ROUNDS": 1, "DUEL_S": 0.05, "SHORTEST_DUEL_S": 0.05}.items():
+        monkeypatch.setattr(elastic, name, value)
     for module in (tuning, search):
         monkeypatch.setattr(module, "BATCHES", (1, 8))
     monkeypatch.setattr(end_to_end, "MEASURE_S", 0.05)

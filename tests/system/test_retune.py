@@ -79,6 +79,8 @@ def quick(monkeypatch):
     for name in ("MEASURE_S", "ROUND_S"):
         monkeypatch.setattr(RETUNE, name, 0.05)
     monkeypatch.setattr(import_module("corewise.runtime.race"), "WARM_S", 0.05)
+    for name, value in {"REQUESTS": 100, "ROUNDS": 1, "DUEL_S": 0.05, "SHORTEST_DUEL_S": 0.05}.items():
+        monkeypatch.setattr(f"corewise.search.elastic.{name}", value)
 
 
 def make(folder, *, plan=SINGLE, goal="throughput", engine="fake", golden=None, **options):

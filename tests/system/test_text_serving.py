@@ -1,10 +1,7 @@
 """Texts served live, asked for by the clients that people have: OpenAI's, Hugging Face's, Triton's, and plain HTTP."""
 
-import os
-import subprocess
-import sys
 import threading
-from pathlib import Path
+import warnings
 
 import httpx
 import numpy as np
@@ -12,7 +9,7 @@ import openai
 import pytest
 import tritonclient.grpc as triton_grpc
 from huggingface_hub import InferenceClient
-from places import ROOT, TESTS
+from minilm_artifact import write_minilm
 from serving_tools import serving, token_artifact
 from waiting import eventually
 
@@ -21,7 +18,6 @@ from corewise.serving.texts import MOST_TEXTS
 
 pytestmark = pytest.mark.skipif(inspect_cpu().architecture != "x86_64", reason="the golden artifacts are for x86-64")
 
-PROJECT = ROOT
 TOKEN = "sesame"
 SENTENCES = ["A man plays the guitar.", "Somebody plays an instrument.", "The stock market fell today."]
 CLASSES = tuple("abcdefgh")
@@ -33,16 +29,9 @@ def server(tmp_path_factory, data_folder):
     pytest.importorskip("openvino")
     folder = tmp_path_factory.mktemp("texts")
     (folder / "tokens").write_text(TOKEN)
-    script = Path(__file__).with_name("minilm_artifact.py")
-    places = (PROJECT / "src", PROJECT, TESTS, script.parent)
-    done = subprocess.run(
-        [sys.executable, script, folder / "minilm.cw"],
-        capture_output=True,
-        text=True,
-        timeout=300,
-        env={**os.environ, "PYTHONPATH": os.pathsep.join(map(str, places)), "COREWISE_DATA": str(data_folder)},
-    )
-    assert done.returncode == 0, done.stderr
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of torch and transformers
+        write_minilm(folder / "minilm.cw")
     ranker = token_artifact(folder / "ranker.cw", task="scores", pairs=True)
     sorter = token_artifact(folder / "sorter.cw", task="classes", labels=CLASSES, activation="softmax")
     with serving(folder / "minilm.cw", ranker, sorter, "--token-file", folder / "tokens") as found:

@@ -16,6 +16,8 @@ from corewise.records.build import Build, Plan
 from corewise.samples import from_python
 from corewise.source import export, operators, save_program
 
+pytestmark = pytest.mark.usefixtures("few_resamples")
+
 
 class Detector(nn.Module):
     """Boxes in pixels and scores in 0..1 in one output (N, 4 + 3, 100), as YOLO exports have it."""

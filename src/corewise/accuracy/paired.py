@@ -49,6 +49,8 @@ def paired_scores(
     baseline = score(score.reference)
     scores = baseline if candidate is score.reference else score(candidate)
     name = score.metric.name
+    if candidate is score.reference:  # only whether there will be an interval is asked, which few tell
+        options["resamples"] = stats.FEWEST_RESAMPLES
     try:
         if isinstance(baseline, Pooled) and isinstance(scores, Pooled):
             interval = _by_pooled(score, baseline, scores, members, **options)

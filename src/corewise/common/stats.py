@@ -15,7 +15,7 @@ MIN_ROUNDS = 6
 NOISY_SPREAD = 0.1
 DRIFT = 0.05
 
-_FEWEST_RESAMPLES = 25
+FEWEST_RESAMPLES = 25
 _ENOUGH_FOR_PERCENTILES = 200
 
 
@@ -125,7 +125,7 @@ def bootstrap_interval(
     rng = np.random.default_rng(seed)
     drawn: list[float] = []
     start = clock()
-    while len(drawn) < resamples and (len(drawn) < _FEWEST_RESAMPLES or clock() - start < budget_s):
+    while len(drawn) < resamples and (len(drawn) < FEWEST_RESAMPLES or clock() - start < budget_s):
         drawn.append(statistic(rng.integers(units, size=units)))
     values = np.array(drawn)[~np.isnan(drawn)]
     if 2 * len(values) < len(drawn):

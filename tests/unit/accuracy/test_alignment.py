@@ -10,6 +10,8 @@ from corewise.common.nested import flatten, leaf_names
 from corewise.records.goal import Requirements
 from corewise.samples import from_python
 
+pytestmark = pytest.mark.usefixtures("few_resamples")
+
 IMAGES, PLACES, CLASSES = 40, 60, 20
 
 

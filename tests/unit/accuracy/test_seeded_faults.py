@@ -17,6 +17,8 @@ from corewise.common.nested import flatten
 from corewise.records.goal import Requirements
 from corewise.samples import from_python
 
+pytestmark = pytest.mark.usefixtures("few_resamples")
+
 N = 300
 
 

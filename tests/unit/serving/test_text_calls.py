@@ -38,8 +38,7 @@ class Front:
         models.due_s.append(deadline_s)
         timeout_s = deadline_s - time.monotonic()
         ran, future = models.submit(served.name, served.version, inputs, timeout_s=timeout_s, priority=0)
-        models.waiters.append(self.deliveries.wait(future))
-        return ran or served, models.waiters[-1]
+        return ran or served, self.deliveries.wait(future)
 
 
 class Texts:
@@ -65,7 +64,7 @@ class Queue:
         self.refuse, self.waiting, self.shapes, self.most, self.offers = refuse, [], [], 0, 0
         self.cancelled, self.retry_after_s = 0, 0.0
         self.others = {}
-        self.due_s, self.waiters = [], []
+        self.due_s = []
 
     def submit(self, name, version, inputs, *, timeout_s, priority):
         self.offers += 1
@@ -161,20 +160,6 @@ def test_what_is_refused_for_good_is_told_and_gives_up_its_places(number, reason
     with pytest.raises(NotServed) as caught:
         run(queue, ["x" * 8] * 300)
     assert caught.value.reason == reason
-
-
-def test_of_calls_that_fail_together_asyncio_logs_none():
-    class Failing(Queue):
-        async def end_all(self):
-            while len(self.waiting) < INSTANCES + text_calls.AHEAD:
-                await asyncio.sleep(0)
-            for future, _ in self.waiting:
-                future.set_exception(NotServed("expired"))
-
-    queue = Failing()
-    with pytest.raises(NotServed):
-        run(queue, ["x" * 8] * 300)
-    assert [waiter._log_traceback for waiter in queue.waiters] == [False] * (INSTANCES + text_calls.AHEAD)
 
 
 def test_a_client_that_goes_gives_up_its_places():

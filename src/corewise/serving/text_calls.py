@@ -141,8 +141,7 @@ class TextCalls:
                     take(running.pop(each), each.result())
         finally:
             for each in running:
-                if not each.cancel() and not each.cancelled():
-                    each.exception()  # of calls that fail together one tells why; asyncio would log the others
+                each.cancel()
 
     def _submit(self, served: Served, inputs: Sequence[Any], deadline_s: float) -> "asyncio.Future[Answer]":
         served.values.check(inputs)

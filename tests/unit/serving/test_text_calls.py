@@ -1,7 +1,6 @@
 """Long requests of texts take turns with short ones: few calls in the queue, each small, given up when they must be."""
 
 import asyncio
-import gc
 import time
 from concurrent.futures import Future
 from types import SimpleNamespace
@@ -161,20 +160,6 @@ def test_what_is_refused_for_good_is_told_and_gives_up_its_places(number, reason
     with pytest.raises(NotServed) as caught:
         run(queue, ["x" * 8] * 300)
     assert caught.value.reason == reason
-
-
-def test_calls_that_fail_together_are_one_error_and_none_in_the_log(caplog):
-    class Failing(Queue):
-        async def end_all(self):
-            while len(self.waiting) < INSTANCES + text_calls.AHEAD:
-                await asyncio.sleep(0)
-            for future, _ in self.waiting:
-                future.set_exception(NotServed("expired"))
-
-    with pytest.raises(NotServed):
-        run(Failing(), ["x" * 8] * 300)
-    gc.collect()
-    assert not caplog.records
 
 
 def test_a_client_that_goes_gives_up_its_places():

@@ -231,12 +231,12 @@ def test_an_image_that_cannot_be_read_is_named_or_set_aside(fast: corewise.Model
         fast.predict(bytearray(good.read_bytes())) == fast.predict(memoryview(good.read_bytes())) == fast.predict(good)
     )
     for odd, reason in (
-        (pixels.astype(np.float32), r"is a float32 array \(300, 400, 3\), no path"),
-        (pixels[:, :, 0], r"is a uint8 array \(300, 400\), no path"),
+        (pixels.astype(np.float32), r"is a float32 array \(300, 400, 3\), not a path"),
+        (pixels[:, :, 0], r"is a uint8 array \(300, 400\), not a path"),
         (pixels[:0], "has no pixels"),
         (Image.open(io.BytesIO(good.read_bytes()[:900])), "is cut off"),
-        (io.BytesIO(good.read_bytes()), "is a BytesIO, no path"),
-        (None, "is a NoneType, no path"),
+        (io.BytesIO(good.read_bytes()), "is a BytesIO, not a path"),
+        (None, "is a NoneType, not a path"),
     ):
         with pytest.raises(corewise.InputError, match=f"image 0 {reason}"):
             fast.predict(odd)
@@ -246,7 +246,7 @@ def test_an_image_that_cannot_be_read_is_named_or_set_aside(fast: corewise.Model
         fast.predict(good, score_threshold=0.5)
     answers = list(fast.images.answers(items))
     assert [getattr(answer, "reason", "")[:16] for answer in answers] == [
-        "", "is empty", "", "is cut off", "is a int, no pat", "cannot be opened", ""
+        "", "is empty", "", "is cut off", "is a int, not a ", "cannot be opened", ""
     ]  # fmt: skip
     assert answers[0] == answers[2] == answers[6]
 

@@ -203,7 +203,7 @@ def test_a_file_that_is_no_tar_ends_no_job_in_its_middle(tmp_path: Path) -> None
             archive.addfile(tarfile.TarInfo(f"{number}.jpg"))
     (tmp_path / "b.tar").write_bytes(b"<html>")
     job = replace(job_of(tmp_path / "out", tmp_path / "a.tar", tmp_path / "b.tar"), ask=ImageAsk())
-    with pytest.raises(SamplesError, match=r"b\.tar is no tar file that can be read"):
+    with pytest.raises(SamplesError, match=r"b\.tar is not a readable tar file"):
         run_job(job, Lengths())
     assert not (tmp_path / "out").exists()
 

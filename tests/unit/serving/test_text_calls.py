@@ -202,6 +202,9 @@ def test_texts_in_place_of_tensors_are_tokenized_in_pieces_too():
         def problem(self, item):
             return ""
 
+        def no_answer(self, tokens):
+            return ""
+
         def encode(self, items, *, prompt, truncate, first):
             pieces.append(sum(map(len, items)))
             return [Tokens(np.zeros(50, np.int32), np.zeros(50, np.int32), [(0, 1)] * 50, [0] * 50) for _ in items]

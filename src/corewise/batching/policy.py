@@ -289,7 +289,7 @@ class Policy:
         return self._drop(self._waiting, reason)
 
     def slow_down(self, slowness: float) -> None:
-        """Calls take so many times as long as measured."""
+        """Expect calls to take ``slowness`` times as long as measured."""
         self.slowness = slowness
         self._seconds = [slowness * seconds for seconds in self._measured_s]
 

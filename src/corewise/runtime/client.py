@@ -82,7 +82,7 @@ class Client(ABC):
         return self._ask(request, messages.BuiltPayload, Step.BUILDING)
 
     def open(self, payload: Path, build: Build, plan: Plan, wide: Plan | None = None) -> messages.OpenedPayload:
-        """Open the instances of ``plan``, and the one of ``wide``, in place of those that are open."""
+        """Open the instances of ``plan``, and the one of ``wide``, unless they are those that are open."""
         request = messages.OpenPayload(payload=payload, build=build, plan=plan, wide=wide)
         return self._ask(request, messages.OpenedPayload, Step.OPENING, plan)
 

@@ -115,7 +115,7 @@ class Stream:
                     lambda: messages.decoded(data, oip.message("ModelInferRequest")),
                     len(data) // messages.DECODED_BYTES,
                 )
-                # What tells of an error is not booked, so it is short.
+                # Error messages are not booked, so these texts are cut.
                 about = {name: getattr(request, name)[:MOST_ID] for name in ("model_name", "model_version", "id")}
                 answer = await self._infer(request, self._context)
                 unread.add(answer_bytes(answer.ByteSize()))

@@ -55,9 +55,11 @@ class TextInput:
             raise ProtocolError(f"a text is not UTF-8: {error.reason}") from error
         items: list[Text] = list(zip(*decoded, strict=True)) if self.pipeline.pairs else decoded[0]
         tokens: list[Tokens] = []
+        longest = 0
         for piece in pieces(TextRequest(items=items)):
-            tokens += [Tokens(each.ids, each.types) for each in self.tokens(piece.asked, piece.start)]
-            longest = max(map(len, tokens))
+            found = [Tokens(each.ids, each.types) for each in self.tokens(piece.asked, piece.start)]
+            tokens += found
+            longest = max(longest, *map(len, found))
             if len(items) * longest > MOST_PADDED_TOKENS:
                 raise ProtocolError(
                     f"{len(items)} texts, padded to the {longest} tokens of the longest, are more than "
@@ -71,7 +73,7 @@ class TextInput:
                 f"the texts have from {lengths[0]} to {lengths[-1]} tokens, and the model takes no attention mask",
                 "send texts of different lengths in requests of their own",
             )
-        return self.inputs(tokens, lengths[-1])
+        return self.inputs(tokens, longest)
 
     def tokens(self, asked: TextRequest, start: int = 0) -> list[Tokens]:
         """The tokens of each text of a request; errors count its texts from ``start``. Raises ``ProtocolError``."""

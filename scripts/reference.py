@@ -1,14 +1,16 @@
-"""Write docs/reference/command-line.md and python.md from the code.
+"""Write docs/reference/command-line.md, python.md and metrics.md from the code.
 
     python scripts/reference.py
 
-The command line is read from the typer app, the Python API from the source of what ``corewise.__all__`` names.
+The command line is read from the typer app, the Python API from the source of what ``corewise.__all__`` names, and
+the metrics from ``accuracy.metrics.METRICS``.
 """
 
 import ast
 import inspect
 import re
 import sys
+import textwrap
 import tomllib
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,7 +19,9 @@ from typing import Any, Literal, NamedTuple, get_args, get_origin
 import typer.models
 
 import corewise
+from corewise.accuracy.metrics import AGAINST_REFERENCE, LOWER_IS_BETTER, METRICS
 from corewise.cli import app
+from corewise.common.references import find_reference
 
 ROOT = Path(__file__).resolve().parents[1]
 REFERENCE = ROOT / "docs" / "reference"
@@ -26,14 +30,14 @@ WIDTH = 100
 
 
 def main() -> None:
-    """Write both pages."""
+    """Write all pages."""
     for name, text in pages().items():
         (REFERENCE / name).write_text(text)
 
 
 def pages() -> dict[str, str]:
     """File name to text."""
-    return {"command-line.md": command_line(), "python.md": python()}
+    return {"command-line.md": command_line(), "python.md": python(), "metrics.md": metrics()}
 
 
 # --- the command line -------------------------------------------------------------------------------------------------
@@ -220,6 +224,40 @@ def shown(argument: ast.arg, default: ast.expr | None, values: dict[str, Any]) -
     return f"{text} = {value}" if argument.annotation else f"{text}={value}"
 
 
+# --- the metrics ------------------------------------------------------------------------------------------------------
+
+
+def metrics() -> str:
+    """Every built-in metric: what it is compared with, which value is better, and its docstring."""
+    lines = [
+        "# Metrics",
+        "",
+        "Written by `scripts/reference.py` from the code. `--metric NAME` (`metric=` in Python) chooses one. Without "
+        "it, [the accuracy gate](../concepts/accuracy-gate.md#which-metric) takes the one that fits. Any other metric "
+        "is [a function of your own](../guides/your-own-metric.md).",
+        "",
+        'N is the number of held-out samples and C the number of classes. "First array" is the model\'s first output. '
+        "`ndcg` and `recall` take another number after the `@`, such as `recall@5`. For metrics of which a lower value "
+        "is better, the drop is how much the value grows.",
+        "",
+        "| metric | compared with | better | what it is |",
+        "|---|---|---|---|",
+    ]
+    functions = {name: find_reference(reference, corewise.MetricError, "metric") for name, reference in METRICS.items()}
+    for name, function in functions.items():
+        base = name.partition("@")[0]
+        compared = "fp32" if base in AGAINST_REFERENCE else "labels"
+        better = "lower" if base in LOWER_IS_BETTER else "higher"
+        anchor = re.sub(r"[^\w-]", "", name)
+        lines.append(f"| [`{name}`](#{anchor}) | {compared} | {better} | {plain(summary(function.__doc__))} |")
+    for name, function in functions.items():
+        lines += ["", f"## {name}", "", *docstring(inspect.getdoc(function) or "")]
+    return "\n".join(lines) + "\n"
+
+
+# --- docstrings -------------------------------------------------------------------------------------------------------
+
+
 def docstring(text: str) -> list[str]:
     """A docstring as Markdown: its sections as lists, its examples as code."""
     lines: list[str] = []
@@ -232,7 +270,7 @@ def docstring(text: str) -> list[str]:
             lines += ["", f"**{section}**"]
         elif not block.startswith(" "):
             section = ""
-        lines += ["", *formatted(inspect.cleandoc(block) if section else block, section)] if block.strip() else []
+        lines += ["", *formatted(textwrap.dedent(block) if section else block, section)] if block.strip() else []
     return lines[1:] if lines[:1] == [""] else lines
 
 

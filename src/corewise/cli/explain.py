@@ -4,19 +4,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
+from corewise.cli.declare import flag, grouped, option
 from corewise.cli.environment import compute_on_usable_cores
-from corewise.cli.options import (
-    AsJson,
-    AudioOptions,
-    ImageOptions,
-    ModelReference,
-    SampleOptions,
-    TextOptions,
-    flag,
-    grouped,
-    option,
-    reader,
-)
+from corewise.cli.options import AsJson, AudioOptions, ImageOptions, ModelReference, SampleOptions, TextOptions, reader
 from corewise.cli.output import check_file, console, print_json, write_file
 from corewise.cli.quantities import choice, whole
 

@@ -3,7 +3,8 @@
 from dataclasses import dataclass
 from typing import Annotated
 
-from corewise.cli.options import ArtifactPath, AsJson, grouped, option
+from corewise.cli.declare import grouped, option
+from corewise.cli.options import ArtifactPath, AsJson
 from corewise.cli.output import print_json
 from corewise.cli.quantities import above_zero, duration, whole
 from corewise.common.errors import InputError

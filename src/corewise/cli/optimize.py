@@ -8,19 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
+from corewise.cli.declare import flag, grouped, option
 from corewise.cli.environment import compute_on_usable_cores
-from corewise.cli.options import (
-    AsJson,
-    AudioOptions,
-    ImageOptions,
-    ModelReference,
-    SampleOptions,
-    TextOptions,
-    flag,
-    grouped,
-    option,
-    reader,
-)
+from corewise.cli.options import AsJson, AudioOptions, ImageOptions, ModelReference, SampleOptions, TextOptions, reader
 from corewise.cli.output import console, print_json
 from corewise.cli.quantities import above_zero, choice, duration, size, zero_or_more
 from corewise.common.errors import InputError

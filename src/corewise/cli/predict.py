@@ -8,8 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
+from corewise.cli.declare import argument, flag, grouped, option
 from corewise.cli.environment import compute_on_usable_cores, settle_ray
-from corewise.cli.options import ArtifactPath, RetuneTime, argument, check_cluster, flag, grouped, option
+from corewise.cli.options import ArtifactPath, RetuneTime, check_cluster
 from corewise.cli.output import console
 from corewise.cli.quantities import share, whole
 

@@ -66,7 +66,7 @@ def command(
     if cluster.ray is not None:
         _serve_on_ray(artifacts, options, cluster)
         return
-    if not serve([Source.of(text) for text in artifacts], options, _Announcer()):
+    if not serve([Source.of(text) for text in artifacts], options, _Announcer(options)):
         raise CorewiseError(
             f"not every accepted request was answered in {requests.drain_s:g} s", "give a longer --drain"
         )
@@ -115,7 +115,8 @@ def _print_cluster_event(what: str, value: Any) -> None:
 class _Announcer:
     """Prints what the server reports. The ports are printed when all artifacts are open, because one may be refused."""
 
-    def __init__(self) -> None:
+    def __init__(self, options: "Options") -> None:
+        self._options = options
         self._listening: Listening | None = None
 
     def __call__(self, what: str, value: Any) -> None:
@@ -136,6 +137,8 @@ class _Announcer:
             if place
         )
         print("listening: " + ", ".join(named))
+        if url := _page(self._options, ports["http"]):
+            print(f"page: {url} in a browser, and {url}/docs says how to call the models")
         for note in getattr(self._listening, "notes", ()):
             print(f"note: {note}")
         for model in served:
@@ -145,3 +148,12 @@ class _Announcer:
             plan = model.plan_label
             print(f"ready: {model.name}, version {model.version}: {build.engine} {build.precision}, {plan}")
         print(end="", flush=True)
+
+
+def _page(options: "Options", port: Any) -> str:
+    """The live page's URL; empty where a browser cannot open it."""
+    if not isinstance(port, int) or not isinstance(options.http, tuple) or options.tokens:
+        return ""
+    host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(options.http[0], options.http[0])
+    scheme = "http" if options.certificate is None else "https"
+    return f"{scheme}://{f'[{host}]' if ':' in host else host}:{port}"

@@ -13,7 +13,7 @@ from pathlib import PurePosixPath
 from typing import IO, NamedTuple
 
 from corewise.common.errors import SamplesError
-from corewise.samples.images import image_suffixes
+from corewise.samples.image_files import image_suffixes
 from corewise.samples.places import Place, RemotePath, place_of, unreadable
 
 SUFFIXES = (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tbz2", ".tar.xz", ".txz")

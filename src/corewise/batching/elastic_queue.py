@@ -9,8 +9,10 @@ from dataclasses import dataclass
 from math import inf
 
 from corewise.batching.elastic import Arrivals
+from corewise.batching.latency import LatencyTable
 from corewise.batching.partition import Partitions
-from corewise.batching.policy import LONG, Accepted, Batch, LatencyTable, Place, Policy, Refused, Request, cut
+from corewise.batching.policy import LONG, Place, Policy, cut
+from corewise.batching.requests import Accepted, Batch, Refused, Request
 from corewise.batching.rounds import Rounds
 
 SOON = 0.2

@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from corewise.batching.policy import LatencyTable
+from corewise.batching.latency import LatencyTable
 
 MOST_ROWS = 1024
 """Most rows of a round that partitions are made for; more rows take several rounds."""

@@ -11,7 +11,8 @@ from typing import NamedTuple, Self, TypeVar
 
 import numpy as np
 
-from corewise.batching.policy import WORDS, Dropped, Policy, Reason, Refused, Request
+from corewise.batching.policy import Policy
+from corewise.batching.requests import WORDS, Dropped, Reason, Refused, Request
 from corewise.common.errors import CorewiseError, EngineError, InputError
 
 T = TypeVar("T")

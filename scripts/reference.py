@@ -21,12 +21,25 @@ import typer.models
 import corewise
 from corewise.accuracy.metrics import AGAINST_REFERENCE, LOWER_IS_BETTER, METRICS
 from corewise.cli import app
+from corewise.cluster.applications import deployment
 from corewise.common.references import find_reference
+from corewise.pipeline.answers import ClassAnswer, Span
+from corewise.pipeline.boxes import Detection
+from corewise.records.build import Build, ElasticPlan, Plan
+from corewise.records.fidelity import Fidelity
+from corewise.records.measurement import LoadRun, Measurement, Rates
+from corewise.records.report import Choice
+from corewise.records.trial import Trial
 
 ROOT = Path(__file__).resolve().parents[1]
 REFERENCE = ROOT / "docs" / "reference"
 SECTIONS = ("Args", "Attributes", "Returns", "Yields", "Raises", "Example", "Examples", "Source", "Note")
 WIDTH = 100
+PARTS = (Choice, Trial, Build, Plan, ElasticPlan, Fidelity, Measurement, Rates, LoadRun)
+ABOUT = {
+    "Answers": "What `Model.predict` returns for texts, photos and recordings, beside arrays.",
+    "Parts of a report": "What `Report` is made of, as in `result.report.choice.plan`.",
+}
 
 
 def main() -> None:
@@ -119,6 +132,8 @@ def python() -> str:
     kinds = {
         "Functions": {name: thing for name, thing in members.items() if inspect.isfunction(thing)},
         "Classes": {name: thing for name, thing in members.items() if inspect.isclass(thing) and not is_error(thing)},
+        "Answers": {thing.__name__: thing for thing in (ClassAnswer, Span, Detection)},
+        "Parts of a report": {thing.__name__: thing for thing in PARTS},
         "Errors": {name: thing for name, thing in members.items() if inspect.isclass(thing) and is_error(thing)},
     }
     lines = [
@@ -127,8 +142,7 @@ def python() -> str:
         "Written by `scripts/reference.py` from the code. `import corewise` imports neither PyTorch nor an engine.",
     ]
     for kind, named in kinds.items():
-        if named:
-            lines += ["", f"## {kind}"]
+        lines += ["", f"## {kind}", *(["", ABOUT[kind]] if kind in ABOUT else [])]
         for name, thing in named.items():
             lines += [
                 "",
@@ -136,6 +150,7 @@ def python() -> str:
                 "",
                 *(function(name, thing) if kind == "Functions" else described_class(thing)),
             ]
+    lines += ["", "## corewise.cluster", "", "### deployment", "", *function("deployment", deployment)]
     lines += ["", "## Extras", "", "`pip install -e '.[EXTRA]'` in a clone, or `corewise[EXTRA]`:", "", *extras()]
     return "\n".join(lines) + "\n"
 
@@ -220,7 +235,9 @@ def shown(argument: ast.arg, default: ast.expr | None, values: dict[str, Any]) -
     text = ast.unparse(argument)
     if default is None:
         return text
-    value = repr(values[default.id]) if isinstance(default, ast.Name) else ast.unparse(default)
+    value = ast.unparse(default)
+    if isinstance(default, ast.Name | ast.Attribute):  # a constant: its value says more than its name
+        value = repr(eval(value, values))
     return f"{text} = {value}" if argument.annotation else f"{text}={value}"
 
 
@@ -277,7 +294,7 @@ def docstring(text: str) -> list[str]:
 def formatted(block: str, section: str) -> list[str]:
     """One block of a docstring."""
     if block.lstrip().startswith(">>>"):
-        return ["```pycon", block, "```"]
+        return ["```pycon", block.replace("  # doctest: +SKIP", ""), "```"]
     if section in ("Args", "Attributes", "Raises"):
         items = re.split(r"\n(?=\S)", block)
         return [f"- `{name}`: {plain(' '.join(words.split()))}" for name, _, words in (i.partition(":") for i in items)]

@@ -21,7 +21,7 @@ from corewise.batching.requests import ACCEPTED, Accepted, Batch, Dropped, Reaso
 REMEMBERED, RARE = 32, 4
 """The slowdown of calls is the fourth largest of the last 32: fewer slow calls may be chance."""
 LONG = 64
-"""A queue of so many requests is not played through for one that no schedule could answer in time."""
+"""A queue of this many requests or more is not played through for one that no schedule could answer in time."""
 
 
 class Place(NamedTuple):
@@ -142,7 +142,7 @@ class Policy:
         return Accepted(dropped=dropped) if dropped else ACCEPTED
 
     def expected_s(self, now_s: float, ahead_rows: int = 0) -> float:
-        """About how long a row that came now would take, behind all that wait and so many rows more."""
+        """About how long a row that came now would take, behind all that wait and ``ahead_rows`` more."""
         free_s = self._free_s(now_s)
         if not free_s:
             return 0.0

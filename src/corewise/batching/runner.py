@@ -116,7 +116,7 @@ class Batcher:
         return self._policy.instances
 
     def expected_s(self, ahead_rows: int = 0) -> float:
-        """About how long a row that came now would take, behind all that wait and so many rows more."""
+        """About how long a row that came now would take, behind all that wait and ``ahead_rows`` more."""
         with self._lock:
             return self._policy.expected_s(monotonic(), ahead_rows)
 

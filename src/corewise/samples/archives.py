@@ -177,7 +177,7 @@ def _decompressed(file: IO[bytes]) -> IO[bytes]:
 
 
 def _reader(file: IO[bytes]) -> Callable[[int], bytes]:
-    """What reads at most so many bytes of it.
+    """A function that reads at most as many bytes of it as it is given.
 
     ``read`` of a decompressor loses what it has read where the file then ends too early or has junk behind it.
     """

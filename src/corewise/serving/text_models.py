@@ -69,7 +69,7 @@ class TextModels:
 
 
 def check_vectors(served: Served, dimensions: int | None = None) -> None:
-    """Raise ``FieldError`` unless the model gives one vector for each text, of so many dimensions if asked."""
+    """Raise ``FieldError`` unless the model gives one vector for each text, of ``dimensions`` if these are given."""
     shape = served.outputs[0].shape
     if len(shape) != 2:
         raise FieldError(

@@ -47,12 +47,12 @@ class Energies:
     """
 
     signal: NDArray[np.float64]
-    """Of fp32, centred on its mean over samples."""
+    """Energy of fp32, centred on its mean over samples."""
     candidate: NDArray[np.float64]
-    """Of the candidate, centred on fp32's mean over samples."""
+    """Energy of the candidate, centred on fp32's mean over samples."""
     error: NDArray[np.float64]
     raw: NDArray[np.float64]
-    """Of fp32, not centred."""
+    """Energy of fp32, not centred."""
     raw_candidate: NDArray[np.float64]
 
     def of(self, channels: Channels) -> "Energies":

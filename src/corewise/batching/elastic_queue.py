@@ -28,7 +28,7 @@ class ElasticTables:
 
     cores: int
     threads: int
-    """Of each narrow instance."""
+    """Threads of each narrow instance."""
     wide: LatencyTable
     """The median (p50), as of ``narrow``: the policy decides by them."""
     narrow: LatencyTable
@@ -78,7 +78,7 @@ class ElasticQueue(Policy):
         super().__init__(curve, max_batch=max_batch, max_waiting=max_waiting, shared=shared)
         most = tables.wide_slow.points[-1][0]
         self._wide_s = [0.0, *(tables.wide_slow.latency_ms(rows) / 1e3 for rows in range(1, max(most, max_batch) + 1))]
-        """Of a wide call, as measured (p99)."""
+        """Duration of a wide call by its rows, as measured (p99)."""
         self._most_wide = most
         self._wide_calls = _WideCalls(
             tables.wide_slow, max_batch=most, max_waiting=max(most, max_waiting), shared=shared

@@ -72,11 +72,11 @@ class Policy:
         self._max_batch, self._max_waiting, self._shared = max_batch, max_waiting, shared
         self._measured_s = [0.0, *(curve.latency_ms(rows) / 1e3 for rows in range(1, max_batch + 1))]
         self._least_s = self._measured_s
-        """Of a call that is alone, as measured."""
+        """Duration of a call that is alone, by its rows, as measured."""
         self._row_s = min(seconds / rows for rows, seconds in enumerate(self._measured_s) if rows)
-        """Of a row in the most efficient call, as measured."""
+        """Duration of a row in the most efficient call, as measured."""
         self._most_row_s = max(seconds / rows for rows, seconds in enumerate(self._measured_s) if rows)
-        """Of a row in the least efficient one."""
+        """Duration of a row in the least efficient call, as measured."""
         self._seconds = self._measured_s
         """``_measured_s`` times ``slowness``."""
         self._times = deque([1.0] * REMEMBERED, REMEMBERED)

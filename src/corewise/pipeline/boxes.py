@@ -26,7 +26,7 @@ class Detection:
     score: float
     box: tuple[float, float, float, float]
     number: int
-    """Of its class."""
+    """The number of its class, from 0."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -78,7 +78,7 @@ class Models:
             raise
 
     def versions(self, name: str) -> list[str]:
-        """Of a model, the newest last. Raises ``ProtocolError`` where there is none."""
+        """The versions of a model, the newest last. Raises ``ProtocolError`` if there is none."""
         found = [version for other, version in self._sources if other == name]
         if not found:
             known = ", ".join(sorted({other for other, _ in self._sources}))

@@ -63,6 +63,8 @@ def command(
 
     Quantizes the model with corewise's own quantizer. On samples that calibration did not see it measures the error at
     the outputs with each layer alone in int8, and with all layers but that one. Times need OpenVINO.
+
+    Example: corewise explain model.py:build --samples photos
     """
     from corewise.report.sensitivity import data, render, svg
     from corewise.report.terminal import Progress

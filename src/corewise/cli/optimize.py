@@ -228,6 +228,8 @@ def command(
     """Quantize and compile a model in several ways, verify each, and save the fastest that is accurate enough.
 
     Finished trials are kept in FOLDER.work until the artifact is saved, so that the same command resumes.
+
+    Example: corewise optimize model.py:build --samples photos --max-drop 0.01 --budget 5m -o model.cw
     """
     from corewise.report.terminal import Progress
     from corewise.search.optimization import DEFAULT_ENGINES, optimize

@@ -185,6 +185,8 @@ def command(
 
     With --ray the parts run on the nodes of a cluster, each under the plan for its kind of machine, and the output is
     a folder of Parquet files.
+
+    Example: corewise predict minilm.cw reviews.parquet --text body -o vectors.parquet
     """
     check_cluster(cluster)
     compute_on_usable_cores()

@@ -52,6 +52,8 @@ def command(
 
     With --ray each artifact is an application of Ray Serve, until this command ends. Run the command again with another
     artifact of the same name to replace the replicas one by one.
+
+    Example: corewise serve model.cw --http 127.0.0.1:8000 --grpc 127.0.0.1:8001
     """
     check_cluster(cluster)
     if any(find_spec(name) is None for name in PACKAGES):

@@ -102,8 +102,8 @@ def _result(report: Report) -> str:
         if len(report.trials) == 1:
             return f"nothing but the baseline was tried: eager PyTorch in fp32 at {speed}"
         return f"nothing beat the baseline, eager PyTorch in fp32 at {speed}"
-    text = f"{times(choice.speedup)} faster than eager PyTorch {interval(choice.speedup_low, choice.speedup_high)}"
-    text += contradiction(report)
+    ratio = f"{times(choice.speedup)} {interval(choice.speedup_low, choice.speedup_high)}"
+    text = f"{ratio} as fast as eager PyTorch{contradiction(report)}"
     if choice.certified:
         text = f"{certified_rate(choice.certified)}; {text}"
     return f"{text}, {against(fidelity)}" if fidelity else text

@@ -123,7 +123,7 @@ def check_reference(reference: str) -> None:
     elif ":" not in reference:
         raise SamplesError(
             f"there are no samples at {reference}",
-            f"give a folder of images or recordings, a file ({', '.join(FILE_SUFFIXES)}), or module:function",
+            f"give a folder of images or recordings, a file ({', '.join(FILE_SUFFIXES)}), or file.py:function",
         )
 
 

@@ -154,7 +154,7 @@ def _finals(builds: Builds) -> Iterator[Figure]:
         bars.append(Bar(value=median(values), values=values, role=role, key=key, text=text))
         rounds = f"{numbers.three_digits(min(values))} to {numbers.three_digits(max(values))}"
         rows.append((rates.build, (rates.plan.label, numbers.three_digits(median(values)), rounds)))
-    title = "The alternating run"
+    title = "The race"
     if bars:
         yield Figure(
             title=title,

@@ -183,8 +183,8 @@ class _Board:
                 return self._tuned(trial)
             case RaceRound(number, rounds, rates):
                 standings = _standings(rates, self._goal)
-                self._now = "\n".join((f"alternating run, round {number} of {rounds}", *standings))
-                return f"alternating run of {rounds} rounds: {'; '.join(standings)}" if number == rounds else ""
+                self._now = "\n".join((f"race, round {number} of {rounds}", *standings))
+                return f"race of {rounds} rounds: {'; '.join(standings)}" if number == rounds else ""
         return ""
 
     def finish(self) -> None:

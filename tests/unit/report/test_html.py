@@ -232,7 +232,7 @@ def figure(report, title):
 
 def test_threads_are_drawn_only_where_more_than_one_number_was_measured():
     assert titles(REPORT) == [
-        "The alternating run",
+        "The race",
         "Throughput over latency",
         "Latency over batch",
         "Latency over load",
@@ -308,7 +308,7 @@ def test_where_the_metric_is_an_error_what_is_above_the_limit_is_shaded():
 
 
 def test_for_latency_the_race_is_in_milliseconds_and_the_shortest_comes_first():
-    found = figure(replace(REPORT, requirements=replace(REPORT.requirements, goal=Latency())), "The alternating run")
+    found = figure(replace(REPORT, requirements=replace(REPORT.requirements, goal=Latency())), "The race")
     assert found.columns[2] == "median, ms"
     assert found.rows[0][0] == WINNER.build
     medians = [float(cells[1]) for _, cells in found.rows]

@@ -425,7 +425,7 @@ def test_plain_progress_is_one_whole_line_per_stage_and_ended_trial():
     ]
     assert lines[3] == "3/8 openvino/fp32: ok, top1 0.9200 (drop 0.0000), 19.8 items/s (1.51x eager)"
     assert lines[-1].startswith(
-        "alternating run of 2 rounds: 56.0/s openvino/int8/reduce_range=True, 2 threads x 1, batch 16; 42.1/s"
+        "race of 2 rounds: 56.0/s openvino/int8/reduce_range=True, 2 threads x 1, batch 16; 42.1/s"
     )
     assert len(lines) == 1 + len(REPORT.trials) + 1
     assert "\x1b" not in screen.file.getvalue()
@@ -524,7 +524,7 @@ def test_the_race_is_shown_a_line_for_each_contender_with_its_plan():
         progress(RaceRound(3, 10, rates))
         frame = screen.file.getvalue().split("\x1b[2K")[-1]
     assert [flat(line) for line in frame.splitlines()] == [
-        "▸ 0 s alternating run, round 3 of 10",
+        "▸ 0 s race, round 3 of 10",
         "14,276/s openvino/int8/reduce_range=True, 1 thread x 2, batch 8",
         "13,310/s openvino/int8/reduce_range=True, 2 threads x 1, batch 16",
     ]

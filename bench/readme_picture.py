@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 
 from corewise.common.stats import ratio_interval
 from corewise.report.charts import Column, columns
+from corewise.report.numbers import rate
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "bench" / "results"
@@ -83,7 +84,7 @@ def group(result: dict[str, Any]) -> list[Column]:
                 interval=None if name == "eager" else (ratio.low, ratio.high),
                 text=f"{ratio.value:.1f}",
                 series=series.key,
-                tip=f"{name}: {median(rates[name]):.3g} items/s, {ratio.value:.2f} times eager "
+                tip=f"{name}: {rate(median(rates[name]), 'items')}, {ratio.value:.2f} times eager "
                 f"[{ratio.low:.2f}, {ratio.high:.2f}]",
             )
         )

@@ -1,14 +1,16 @@
-"""Write docs/reference/command-line.md and python.md from the code.
+"""Write docs/reference/command-line.md, python.md and metrics.md from the code.
 
     python scripts/reference.py
 
-The command line is read from the typer app, the Python API from the source of what ``corewise.__all__`` names.
+The command line is read from the typer app, the Python API from the source of what ``corewise.__all__`` names, and
+the metrics from ``accuracy.metrics.METRICS``.
 """
 
 import ast
 import inspect
 import re
 import sys
+import textwrap
 import tomllib
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,23 +19,38 @@ from typing import Any, Literal, NamedTuple, get_args, get_origin
 import typer.models
 
 import corewise
+from corewise.accuracy.metrics import AGAINST_REFERENCE, LOWER_IS_BETTER, METRICS
 from corewise.cli import app
+from corewise.cluster.applications import deployment
+from corewise.common.references import find_reference
+from corewise.pipeline.answers import ClassAnswer, Span
+from corewise.pipeline.boxes import Detection
+from corewise.records.build import Build, ElasticPlan, Plan
+from corewise.records.fidelity import Fidelity
+from corewise.records.measurement import LoadRun, Measurement, Rates
+from corewise.records.report import Choice
+from corewise.records.trial import Trial
 
 ROOT = Path(__file__).resolve().parents[1]
 REFERENCE = ROOT / "docs" / "reference"
 SECTIONS = ("Args", "Attributes", "Returns", "Yields", "Raises", "Example", "Examples", "Source", "Note")
 WIDTH = 100
+PARTS = (Choice, Trial, Build, Plan, ElasticPlan, Fidelity, Measurement, Rates, LoadRun)
+ABOUT = {
+    "Answers": "What `Model.predict` returns for texts, photos and recordings, beside arrays.",
+    "Parts of a report": "What `Report` is made of, as in `result.report.choice.plan`.",
+}
 
 
 def main() -> None:
-    """Write both pages."""
+    """Write all pages."""
     for name, text in pages().items():
         (REFERENCE / name).write_text(text)
 
 
 def pages() -> dict[str, str]:
     """File name to text."""
-    return {"command-line.md": command_line(), "python.md": python()}
+    return {"command-line.md": command_line(), "python.md": python(), "metrics.md": metrics()}
 
 
 # --- the command line -------------------------------------------------------------------------------------------------
@@ -115,6 +132,8 @@ def python() -> str:
     kinds = {
         "Functions": {name: thing for name, thing in members.items() if inspect.isfunction(thing)},
         "Classes": {name: thing for name, thing in members.items() if inspect.isclass(thing) and not is_error(thing)},
+        "Answers": {thing.__name__: thing for thing in (ClassAnswer, Span, Detection)},
+        "Parts of a report": {thing.__name__: thing for thing in PARTS},
         "Errors": {name: thing for name, thing in members.items() if inspect.isclass(thing) and is_error(thing)},
     }
     lines = [
@@ -123,8 +142,7 @@ def python() -> str:
         "Written by `scripts/reference.py` from the code. `import corewise` imports neither PyTorch nor an engine.",
     ]
     for kind, named in kinds.items():
-        if named:
-            lines += ["", f"## {kind}"]
+        lines += ["", f"## {kind}", *(["", ABOUT[kind]] if kind in ABOUT else [])]
         for name, thing in named.items():
             lines += [
                 "",
@@ -132,6 +150,7 @@ def python() -> str:
                 "",
                 *(function(name, thing) if kind == "Functions" else described_class(thing)),
             ]
+    lines += ["", "## corewise.cluster", "", "### deployment", "", *function("deployment", deployment)]
     lines += ["", "## Extras", "", "`pip install -e '.[EXTRA]'` in a clone, or `corewise[EXTRA]`:", "", *extras()]
     return "\n".join(lines) + "\n"
 
@@ -216,8 +235,44 @@ def shown(argument: ast.arg, default: ast.expr | None, values: dict[str, Any]) -
     text = ast.unparse(argument)
     if default is None:
         return text
-    value = repr(values[default.id]) if isinstance(default, ast.Name) else ast.unparse(default)
+    value = ast.unparse(default)
+    if isinstance(default, ast.Name | ast.Attribute):  # a constant: its value says more than its name
+        value = repr(eval(value, values))
     return f"{text} = {value}" if argument.annotation else f"{text}={value}"
+
+
+# --- the metrics ------------------------------------------------------------------------------------------------------
+
+
+def metrics() -> str:
+    """Every built-in metric: what it is compared with, which value is better, and its docstring."""
+    lines = [
+        "# Metrics",
+        "",
+        "Written by `scripts/reference.py` from the code. `--metric NAME` (`metric=` in Python) chooses one. Without "
+        "it, [the accuracy gate](../concepts/accuracy-gate.md#which-metric) takes the one that fits. Any other metric "
+        "is [a function of your own](../guides/your-own-metric.md).",
+        "",
+        'N is the number of held-out samples and C the number of classes. "First array" is the model\'s first output. '
+        "`ndcg` and `recall` take another number after the `@`, such as `recall@5`. For metrics of which a lower value "
+        "is better, the drop is how much the value grows.",
+        "",
+        "| metric | compared with | better | what it is |",
+        "|---|---|---|---|",
+    ]
+    functions = {name: find_reference(reference, corewise.MetricError, "metric") for name, reference in METRICS.items()}
+    for name, function in functions.items():
+        base = name.partition("@")[0]
+        compared = "fp32" if base in AGAINST_REFERENCE else "labels"
+        better = "lower" if base in LOWER_IS_BETTER else "higher"
+        anchor = re.sub(r"[^\w-]", "", name)
+        lines.append(f"| [`{name}`](#{anchor}) | {compared} | {better} | {plain(summary(function.__doc__))} |")
+    for name, function in functions.items():
+        lines += ["", f"## {name}", "", *docstring(inspect.getdoc(function) or "")]
+    return "\n".join(lines) + "\n"
+
+
+# --- docstrings -------------------------------------------------------------------------------------------------------
 
 
 def docstring(text: str) -> list[str]:
@@ -232,14 +287,14 @@ def docstring(text: str) -> list[str]:
             lines += ["", f"**{section}**"]
         elif not block.startswith(" "):
             section = ""
-        lines += ["", *formatted(inspect.cleandoc(block) if section else block, section)] if block.strip() else []
+        lines += ["", *formatted(textwrap.dedent(block) if section else block, section)] if block.strip() else []
     return lines[1:] if lines[:1] == [""] else lines
 
 
 def formatted(block: str, section: str) -> list[str]:
     """One block of a docstring."""
     if block.lstrip().startswith(">>>"):
-        return ["```pycon", block, "```"]
+        return ["```pycon", block.replace("  # doctest: +SKIP", ""), "```"]
     if section in ("Args", "Attributes", "Raises"):
         items = re.split(r"\n(?=\S)", block)
         return [f"- `{name}`: {plain(' '.join(words.split()))}" for name, _, words in (i.partition(":") for i in items)]

@@ -44,7 +44,8 @@ from corewise.runtime import race
 from corewise.runtime.client import InProcess
 from corewise.samples import read
 from corewise.samples.folders import list_images
-from corewise.samples.images import ImageReader, normalize_pixels, sharpness_left
+from corewise.samples.image_files import sharpness_left
+from corewise.samples.images import ImageReader, normalize_pixels
 from corewise.samples.texts import Columns
 from corewise.search import elastic, end_to_end, finals, search, trial, tuning
 from corewise.search.pixels import scale_of

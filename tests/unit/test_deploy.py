@@ -13,7 +13,7 @@ import yaml
 from places import ROOT
 
 import corewise.cluster
-from corewise.batching.policy import WORDS
+from corewise.batching.requests import WORDS
 from corewise.cli.quantities import duration
 from corewise.cluster.serving import SERVICER
 from corewise.serving import health

@@ -2,6 +2,7 @@
 
 import importlib.util
 import re
+from inspect import cleandoc
 from pathlib import Path
 from typing import Any
 
@@ -20,10 +21,33 @@ def script(path: str) -> Any:
     return module
 
 
-@pytest.mark.parametrize("page", ["command-line.md", "python.md"])
+@pytest.mark.parametrize("page", ["command-line.md", "python.md", "metrics.md"])
 def test_the_reference_is_current(page: str) -> None:
     made = script("scripts/reference.py").pages()[page]
     assert (ROOT / "docs" / "reference" / page).read_text() == made, "run python scripts/reference.py"
+
+
+def test_a_section_whose_only_item_has_two_lines_is_one_item() -> None:
+    text = """Does it.
+
+    Raises:
+        InputError: the first line
+            and the second.
+
+    Returns:
+        A number of
+        rows.
+    """
+    shown = script("scripts/reference.py").docstring(cleandoc(text))
+    assert shown[shown.index("**Raises**") :] == [
+        "**Raises**",
+        "",
+        "- `InputError`: the first line and the second.",
+        "",
+        "**Returns**",
+        "",
+        "A number of rows.",
+    ]
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])

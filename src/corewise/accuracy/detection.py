@@ -137,7 +137,7 @@ class _Curve:
         return cls(right[:, order], images[order].astype(np.intp), objects)
 
     def average_precision(self, times: NDArray[np.intp]) -> float | None:
-        """COCO's, at 101 recalls, if every image were there so many times; ``None`` where no object is left."""
+        """COCO's, at 101 recalls, with each image counted ``times`` times; ``None`` if no object is left."""
         whole = int((self.objects * times).sum())
         if not whole:
             return None

@@ -96,7 +96,7 @@ def _worst_channel(layout: Layout, energies: Energies, channels: Channels) -> tu
 
 
 def _correlation(sums: Energies) -> float | None:
-    """Of one group's values with fp32's, both centred on fp32's mean over samples."""
+    """Correlation of one group's values with fp32's, both centred on fp32's mean over samples."""
     signal, candidate, error = (float(part.sum()) for part in (sums.signal, sums.candidate, sums.error))
     norm = float(np.sqrt(signal) * np.sqrt(candidate))
     if not norm:

@@ -29,7 +29,7 @@ FEWEST_SAMPLES = 20.0
 """A channel whose signal comes from fewer samples, such as the probability of a class that the holdout shows once, is
 not judged alone: a single answer would decide."""
 FEWEST_LOST = 5.0
-"""A channel whose signal comes from at least so many samples is judged alone where it is lost in all of them."""
+"""A channel whose signal comes from at least this many samples is judged alone if it is lost in all of them."""
 MOST_VALUES = 256
 """Integer outputs with no more values, such as maps of classes, are judged by value too."""
 BLOCK_ELEMENTS = 2**22
@@ -47,12 +47,12 @@ class Energies:
     """
 
     signal: NDArray[np.float64]
-    """Of fp32, centred on its mean over samples."""
+    """Energy of fp32, centred on its mean over samples."""
     candidate: NDArray[np.float64]
-    """Of the candidate, centred on fp32's mean over samples."""
+    """Energy of the candidate, centred on fp32's mean over samples."""
     error: NDArray[np.float64]
     raw: NDArray[np.float64]
-    """Of fp32, not centred."""
+    """Energy of fp32, not centred."""
     raw_candidate: NDArray[np.float64]
 
     def of(self, channels: Channels) -> "Energies":

@@ -73,7 +73,7 @@ def _unit(embeddings: Array) -> NDArray[np.float64]:
 
 
 def _ndcg(scores: Array, relevance: Array, k: int) -> float:
-    """Of one query; NaN where nothing is relevant."""
+    """The gain of one query; NaN if nothing is relevant."""
     gains = np.exp2(np.asarray(relevance, np.float64)) - 1
     discounts = 1 / np.log2(np.arange(2, min(k, len(gains)) + 2))
     best = float((np.sort(gains)[::-1][:k] * discounts).sum())

@@ -85,7 +85,7 @@ def shift_split(
 
 
 def enough(calibration: int, holdout: int) -> bool:
-    """Whether so many samples can be split at all."""
+    """Whether these numbers of samples can be split at all."""
     return calibration >= CLUSTERS and holdout >= FEWEST_JUDGED
 
 

@@ -26,7 +26,7 @@ EVERY_S = 0.01
 """No more than one call in this time is looked at."""
 RECENT_ROWS = 1000
 FEWEST_ROWS = 200
-"""Before so many rows were looked at there is no warning."""
+"""There is no warning before this many rows were looked at."""
 MANY, LEAST = 5.0, 0.01
 """Misses are too frequent at this multiple of the expected rate, if they are at least this share of all checks."""
 ROUNDING = 1e-3

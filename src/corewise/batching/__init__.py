@@ -6,8 +6,10 @@
 
 from corewise.batching.elastic import ElasticPolicy
 from corewise.batching.elastic_queue import ElasticQueue, ElasticTables, policy_of
+from corewise.batching.latency import LatencyTable
 from corewise.batching.partition import Partitions
-from corewise.batching.policy import Accepted, Batch, Dropped, LatencyTable, Policy, Reason, Refused, Request
+from corewise.batching.policy import Policy
+from corewise.batching.requests import Accepted, Batch, Dropped, Reason, Refused, Request
 from corewise.batching.runner import Answer, Batcher, CallFailed, InstanceDied, NotServed, Run
 
 __all__ = [

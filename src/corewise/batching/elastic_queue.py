@@ -9,8 +9,10 @@ from dataclasses import dataclass
 from math import inf
 
 from corewise.batching.elastic import Arrivals
+from corewise.batching.latency import LatencyTable
 from corewise.batching.partition import Partitions
-from corewise.batching.policy import LONG, Accepted, Batch, LatencyTable, Place, Policy, Refused, Request, cut
+from corewise.batching.policy import LONG, Place, Policy, cut
+from corewise.batching.requests import Accepted, Batch, Refused, Request
 from corewise.batching.rounds import Rounds
 
 SOON = 0.2
@@ -26,7 +28,7 @@ class ElasticTables:
 
     cores: int
     threads: int
-    """Of each narrow instance."""
+    """Threads of each narrow instance."""
     wide: LatencyTable
     """The median (p50), as of ``narrow``: the policy decides by them."""
     narrow: LatencyTable
@@ -76,7 +78,7 @@ class ElasticQueue(Policy):
         super().__init__(curve, max_batch=max_batch, max_waiting=max_waiting, shared=shared)
         most = tables.wide_slow.points[-1][0]
         self._wide_s = [0.0, *(tables.wide_slow.latency_ms(rows) / 1e3 for rows in range(1, max(most, max_batch) + 1))]
-        """Of a wide call, as measured (p99)."""
+        """Duration of a wide call by its rows, as measured (p99)."""
         self._most_wide = most
         self._wide_calls = _WideCalls(
             tables.wide_slow, max_batch=most, max_waiting=max(most, max_waiting), shared=shared

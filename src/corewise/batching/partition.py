@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from corewise.batching.policy import LatencyTable
+from corewise.batching.latency import LatencyTable
 
 MOST_ROWS = 1024
 """Most rows of a round that partitions are made for; more rows take several rounds."""
@@ -71,13 +71,13 @@ class Partitions:
         return self._calls_s[part.threads][part.rows - 1]
 
     def seconds(self, cores: int, rows: int) -> float:
-        """How long so many rows take on so many cores; ``inf`` if no call has so few threads."""
+        """How long ``rows`` take on ``cores``; ``inf`` if no call has so few threads."""
         rounds, last = self._rounds(cores, rows)
         full_s = rounds * self._seconds[cores][self._round[cores]] if rounds else 0.0
         return full_s + self._seconds[cores][last]
 
     def split(self, cores: int, rows: int) -> tuple[Part, ...]:
-        """The calls that start now, on at most so many cores. Rows that they leave take further rounds."""
+        """The calls of ``rows`` that start now, on at most ``cores``. Rows that they leave take further rounds."""
         rounds, last = self._rounds(cores, rows)
         left = self._round[cores] if rounds else last
         parts = []
@@ -88,7 +88,7 @@ class Partitions:
         return tuple(parts)
 
     def share(self, free: int, rows: int, calls: float) -> int:
-        """How many of the free cores a call of so many rows takes, if ``calls`` like it have to run, itself included.
+        """How many of the free cores a call of ``rows`` takes, if ``calls`` like it have to run, itself included.
 
         All calls then end soonest: one after the other on all free cores, or some at the same time on equal shares.
         A call that is alone takes all. One beside others takes all too where calls gain enough by more threads.

@@ -9,118 +9,19 @@ arrives. If other programs slow calls down, admission scales the latencies by th
 
 from bisect import bisect_left, bisect_right, insort
 from collections import Counter, deque
-from collections.abc import Hashable, Sequence
-from dataclasses import dataclass
+from collections.abc import Hashable
 from heapq import heapify, heapreplace
-from itertools import accumulate, count, pairwise
+from itertools import count
 from math import ceil, inf
-from typing import Literal, NamedTuple, Self
+from typing import NamedTuple
 
-import numpy as np
-
-from corewise.records.measurement import Measurement
-
-Reason = Literal[
-    "too large", "too urgent", "queue full", "overloaded", "no instance", "draining", "expired", "displaced"
-]
-WORDS: dict[Reason, str] = {
-    "too large": "it has more rows than a call may have; send it in parts",
-    "too urgent": "even an idle instance would miss its deadline; give it more time",
-    "queue full": "the queue is full; try again later",
-    "overloaded": "it, or a waiting request, would miss its deadline; try again later",
-    "no instance": "no instance of the model is running; try again later",
-    "draining": "the server is stopping; ask another server",
-    "expired": "it waited until it could no longer meet its deadline; try again later",
-    "displaced": "a request of higher priority took its place; try again later",
-}
-"""Why a request is not served. ``expired`` and ``displaced`` apply only to accepted requests."""
+from corewise.batching.latency import LatencyTable
+from corewise.batching.requests import ACCEPTED, Accepted, Batch, Dropped, Reason, Refused, Request
 
 REMEMBERED, RARE = 32, 4
 """The slowdown of calls is the fourth largest of the last 32: fewer slow calls may be chance."""
-
-
 LONG = 64
-"""A queue of so many requests is not played through for one that no schedule could answer in time."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class LatencyTable:
-    """Milliseconds of one call over its batch, as (batch, ms): batches rise, and no larger one is faster."""
-
-    points: tuple[tuple[int, float], ...]
-
-    def __post_init__(self) -> None:
-        rising = all(a[0] < b[0] and a[1] <= b[1] for a, b in pairwise(self.points))
-        if not self.points or not rising or self.points[0][0] < 1 or not 0 < self.points[0][1] < inf:
-            raise ValueError(f"a latency table rises in batch and time, from above 0; this one is {self.points}")
-
-    @classmethod
-    def of(cls, measurements: Sequence[Measurement], figure: Literal["p50_ms", "p99_ms"] = "p99_ms") -> Self:
-        """The table of measurements of one build that differ only in the batch.
-
-        With p99 nearly all admitted requests are in time; with p50 more are admitted, and the last ones are often late.
-        A batch measured faster than a smaller one counts as slow as that one. Raises ``ValueError`` if there is no
-        measurement, or if threads or instances differ.
-        """
-        if len({(m.plan.threads_per_instance, m.plan.instances) for m in measurements}) != 1:
-            raise ValueError("a latency table needs measurements with the same threads and instances")
-        ordered = sorted((m.plan.batch, float(getattr(m, figure))) for m in measurements)
-        slowest = accumulate((ms for _, ms in ordered), max)
-        return cls(points=tuple({batch: ms for (batch, _), ms in zip(ordered, slowest, strict=True)}.items()))
-
-    def latency_ms(self, rows: int) -> float:
-        """Latency of a call with ``rows`` items: interpolated; above the table, in proportion to the last point."""
-        batches, ms = zip(*self.points, strict=True)
-        return float(np.interp(rows, batches, ms)) * max(1.0, rows / float(batches[-1]))
-
-
-class Request(NamedTuple):
-    """A request as the policy sees it. Only requests of equal ``group`` share a batch."""
-
-    id: int
-    deadline_s: float
-    """When the answer is due, on the clock of ``now_s``; ``inf`` for no deadline."""
-    priority: int = 0
-    """A request displaces those of lower priority if there is not time or room for both."""
-    group: Hashable = None
-    rows: int = 1
-
-
-@dataclass(frozen=True, kw_only=True)
-class Dropped:
-    """A request that was accepted and will not be served."""
-
-    request: Request
-    reason: Reason
-
-
-@dataclass(frozen=True, kw_only=True)
-class Accepted:
-    """The request waits; ``dropped`` no longer do."""
-
-    dropped: tuple[Dropped, ...] = ()
-
-
-ACCEPTED = Accepted()
-"""As nearly all are."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Refused:
-    """The request is not queued; it may be after ``retry_after_s``, or never if that is ``None``."""
-
-    reason: Reason
-    retry_after_s: float | None = None
-    dropped: tuple[Dropped, ...] = ()
-
-
-@dataclass(frozen=True, kw_only=True)
-class Batch:
-    """The requests that an instance runs now, the most urgent first, and the predicted end; empty if none waits."""
-
-    requests: tuple[Request, ...]
-    end_s: float
-    dropped: tuple[Dropped, ...] = ()
+"""A queue of this many requests or more is not played through for one that no schedule could answer in time."""
 
 
 class Place(NamedTuple):
@@ -171,11 +72,11 @@ class Policy:
         self._max_batch, self._max_waiting, self._shared = max_batch, max_waiting, shared
         self._measured_s = [0.0, *(curve.latency_ms(rows) / 1e3 for rows in range(1, max_batch + 1))]
         self._least_s = self._measured_s
-        """Of a call that is alone, as measured."""
+        """Duration of a call that is alone, by its rows, as measured."""
         self._row_s = min(seconds / rows for rows, seconds in enumerate(self._measured_s) if rows)
-        """Of a row in the most efficient call, as measured."""
+        """Duration of a row in the most efficient call, as measured."""
         self._most_row_s = max(seconds / rows for rows, seconds in enumerate(self._measured_s) if rows)
-        """Of a row in the least efficient one."""
+        """Duration of a row in the least efficient call, as measured."""
         self._seconds = self._measured_s
         """``_measured_s`` times ``slowness``."""
         self._times = deque([1.0] * REMEMBERED, REMEMBERED)
@@ -241,7 +142,7 @@ class Policy:
         return Accepted(dropped=dropped) if dropped else ACCEPTED
 
     def expected_s(self, now_s: float, ahead_rows: int = 0) -> float:
-        """About how long a row that came now would take, behind all that wait and so many rows more."""
+        """About how long a row that came now would take, behind all that wait and ``ahead_rows`` more."""
         free_s = self._free_s(now_s)
         if not free_s:
             return 0.0

@@ -50,14 +50,14 @@ class Rounds:
         self._wide_s, self.narrow_s, self._instances, self._shared = tuple(wide_s), tuple(narrow_s), instances, shared
         self._states = max(STATES, 2 * instances)
         self._rates: dict[int, float] = {}
-        """The highest rate of requests of so many rows."""
+        """The highest rate of requests, by the rows of each."""
         self._tables: dict[tuple[int, int], list[int]] = {}
         """``wide_requests`` by the rows of a request and the step of the rate, for each number that waits."""
         for step in range(STEPS + 1):  # so that none is solved while single rows wait
             self.wide_requests(1, 1, step / STEPS * self._most_per_s(1))
 
     def wide_requests(self, waiting: int, rows: int, per_s: float) -> int:
-        """How many of the requests that wait, each of so many rows, the wide call takes; 0 if they start narrow.
+        """How many of the requests that wait, each of ``rows``, the wide call takes; 0 if they start narrow.
 
         The rows count as the next power of two, if calls have so many: few sizes are solved.
         """
@@ -73,7 +73,7 @@ class Rounds:
         return self._tables[rows, step][min(waiting, self._states)]
 
     def _most_wide(self, rows: int) -> int:
-        """Requests of so many rows that a wide call takes; 0 if they are too large."""
+        """How many requests of ``rows`` a wide call takes; 0 if they are too large."""
         most = (len(self._wide_s) - 1) // rows
         return most if self._shared else min(1, most)
 
@@ -138,7 +138,7 @@ class Rounds:
         return Way(np.vstack([first, after]), np.append(0.0, cost_s), np.append(1 / per_s, seconds))
 
     def _side_by_side_s(self, requests: int, rows: int) -> float:
-        """Mean seconds of narrow calls of so many requests. A core whose call is shorter than others takes the next."""
+        """Mean seconds of narrow calls of ``requests``. A core whose call is shorter than others takes the next."""
         each = max(1.0, requests / self._instances)
         less = int(each)
         few_s, many_s = (self.narrow_s[min(count * rows, len(self.narrow_s) - 1)] for count in (less, less + 1))
@@ -146,7 +146,7 @@ class Rounds:
 
 
 def _poisson(counts: np.ndarray, mean: np.ndarray) -> np.ndarray:
-    """The probabilities of so many arrivals, by logarithms, because powers of large means overflow."""
+    """The probability of each number of arrivals, by logarithms, because powers of large means overflow."""
     come = np.maximum(counts, 0)
     log_factorials = np.append(0.0, np.cumsum(np.log(np.arange(1, come.max() + 1))))
     return np.where(counts < 0, 0.0, np.exp(come * np.log(mean) - mean - log_factorials[come]))

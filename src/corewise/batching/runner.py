@@ -11,7 +11,8 @@ from typing import NamedTuple, Self, TypeVar
 
 import numpy as np
 
-from corewise.batching.policy import WORDS, Dropped, Policy, Reason, Refused, Request
+from corewise.batching.policy import Policy
+from corewise.batching.requests import WORDS, Dropped, Reason, Refused, Request
 from corewise.common.errors import CorewiseError, EngineError, InputError
 
 T = TypeVar("T")
@@ -115,7 +116,7 @@ class Batcher:
         return self._policy.instances
 
     def expected_s(self, ahead_rows: int = 0) -> float:
-        """About how long a row that came now would take, behind all that wait and so many rows more."""
+        """About how long a row that came now would take, behind all that wait and ``ahead_rows`` more."""
         with self._lock:
             return self._policy.expected_s(monotonic(), ahead_rows)
 

@@ -17,8 +17,9 @@ import numpy as np
 
 from corewise.batching.elastic import ElasticPolicy
 from corewise.batching.elastic_queue import ElasticTables, policy_of
+from corewise.batching.latency import LatencyTable
 from corewise.batching.partition import Part, Partitions
-from corewise.batching.policy import LatencyTable, Refused, Request
+from corewise.batching.requests import Refused, Request
 from corewise.common.stats import quantile
 from corewise.records.measurement import SERVED, Measurement
 

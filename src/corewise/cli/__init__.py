@@ -27,7 +27,7 @@ from corewise.cli import (
     streams,
     verify,
 )
-from corewise.cli.options import Group, add_command, flag
+from corewise.cli.declare import Group, add_command, flag
 from corewise.common.errors import CorewiseError
 
 app = typer.Typer(

@@ -3,7 +3,8 @@
 from statistics import median
 from typing import Annotated
 
-from corewise.cli.options import ArtifactPath, AsJson, option
+from corewise.cli.declare import option
+from corewise.cli.options import ArtifactPath, AsJson
 from corewise.cli.output import print_json
 
 

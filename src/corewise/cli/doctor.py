@@ -3,7 +3,8 @@
 import os
 from typing import Annotated
 
-from corewise.cli.options import AsJson, flag
+from corewise.cli.declare import flag
+from corewise.cli.options import AsJson
 from corewise.cli.output import console, print_json
 
 

@@ -4,19 +4,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
+from corewise.cli.declare import flag, grouped, option
 from corewise.cli.environment import compute_on_usable_cores
-from corewise.cli.options import (
-    AsJson,
-    AudioOptions,
-    ImageOptions,
-    ModelReference,
-    SampleOptions,
-    TextOptions,
-    flag,
-    grouped,
-    option,
-    reader,
-)
+from corewise.cli.options import AsJson, AudioOptions, ImageOptions, ModelReference, SampleOptions, TextOptions, reader
 from corewise.cli.output import check_file, console, print_json, write_file
 from corewise.cli.quantities import choice, whole
 
@@ -73,6 +63,8 @@ def command(
 
     Quantizes the model with corewise's own quantizer. On samples that calibration did not see it measures the error at
     the outputs with each layer alone in int8, and with all layers but that one. Times need OpenVINO.
+
+    Example: corewise explain model.py:build --samples photos
     """
     from corewise.report.sensitivity import data, render, svg
     from corewise.report.terminal import Progress

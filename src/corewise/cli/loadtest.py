@@ -3,7 +3,8 @@
 from dataclasses import dataclass
 from typing import Annotated
 
-from corewise.cli.options import ArtifactPath, AsJson, grouped, option
+from corewise.cli.declare import grouped, option
+from corewise.cli.options import ArtifactPath, AsJson
 from corewise.cli.output import print_json
 from corewise.cli.quantities import above_zero, duration, whole
 from corewise.common.errors import InputError
@@ -115,6 +116,8 @@ def command(artifact_path: ArtifactPath, load: LoadOptions, plan: PlanOptions, a
 
     Each request is one sample. Requests are batched dynamically and run by the instances of the artifact's plan, as
     corewise serve does it.
+
+    Example: corewise loadtest model.cw --clients 16 --duration 30s
     """
     from corewise.artifact.under_load import loadtest
     from corewise.records.jsonable import to_json

@@ -8,19 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
+from corewise.cli.declare import flag, grouped, option
 from corewise.cli.environment import compute_on_usable_cores
-from corewise.cli.options import (
-    AsJson,
-    AudioOptions,
-    ImageOptions,
-    ModelReference,
-    SampleOptions,
-    TextOptions,
-    flag,
-    grouped,
-    option,
-    reader,
-)
+from corewise.cli.options import AsJson, AudioOptions, ImageOptions, ModelReference, SampleOptions, TextOptions, reader
 from corewise.cli.output import console, print_json
 from corewise.cli.quantities import above_zero, choice, duration, size, zero_or_more
 from corewise.common.errors import InputError
@@ -238,6 +228,8 @@ def command(
     """Quantize and compile a model in several ways, verify each, and save the fastest that is accurate enough.
 
     Finished trials are kept in FOLDER.work until the artifact is saved, so that the same command resumes.
+
+    Example: corewise optimize model.py:build --samples photos --max-drop 0.01 --budget 5m -o model.cw
     """
     from corewise.report.terminal import Progress
     from corewise.search.optimization import DEFAULT_ENGINES, optimize

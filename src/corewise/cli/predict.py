@@ -8,8 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
+from corewise.cli.declare import argument, flag, grouped, option
 from corewise.cli.environment import compute_on_usable_cores, settle_ray
-from corewise.cli.options import ArtifactPath, RetuneTime, argument, check_cluster, flag, grouped, option
+from corewise.cli.options import ArtifactPath, RetuneTime, check_cluster
 from corewise.cli.output import console
 from corewise.cli.quantities import share, whole
 
@@ -184,6 +185,8 @@ def command(
 
     With --ray the parts run on the nodes of a cluster, each under the plan for its kind of machine, and the output is
     a folder of Parquet files.
+
+    Example: corewise predict minilm.cw reviews.parquet --text body -o vectors.parquet
     """
     check_cluster(cluster)
     compute_on_usable_cores()

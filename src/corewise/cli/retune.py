@@ -2,7 +2,8 @@
 
 from typing import Annotated
 
-from corewise.cli.options import ArtifactPath, AsJson, ModelOfArtifact, load_model, option
+from corewise.cli.declare import option
+from corewise.cli.options import ArtifactPath, AsJson, ModelOfArtifact, load_model
 from corewise.cli.output import console, print_json
 from corewise.cli.quantities import duration
 

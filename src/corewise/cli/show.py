@@ -4,7 +4,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
-from corewise.cli.options import ArtifactPath, AsJson, flag, grouped, option
+from corewise.cli.declare import flag, grouped, option
+from corewise.cli.options import ArtifactPath, AsJson
 from corewise.cli.output import check_file, console, print_json, write_file
 
 

@@ -37,7 +37,7 @@ class Answerer:
     """
 
     def __init__(self, task: str, *, keep_cores: Callable[[int], Cpu] = compute_on) -> None:
-        """``task`` is a packed ``Task``; ``keep_cores`` has the process compute on so many hardware threads."""
+        """``task`` is a packed ``Task``; ``keep_cores`` limits the process to a number of hardware threads."""
         self._task = unpacked(Task, task)
         self._keep_cores = keep_cores
         self._parts = folder_of(place_of(self._task.output), several=self._task.several)

@@ -152,32 +152,35 @@ def deployment(
 
     Args:
         folder: the artifact, in a folder that all nodes see under the same path.
-        name: of the model. Default: the folder's name without ``.cw``.
-        replicas: how many; or the fewest and the most, between which they follow the queue.
+        name: the model's name in requests. Default: the folder's name without ``.cw``.
+        replicas: number of replicas; or the least and the most of them, between which the number follows the queue.
         cpus: hardware threads of each replica. Default: as many as the artifact's plan has.
-        queue_s: the mean seconds in the queue that further replicas are started for.
-        retune_s: seconds to search a plan for each kind of machine that the artifact has none for; 0 for none.
-        timeout_s: the time of requests that set none themselves.
+        queue_s: further replicas are started if requests wait longer than these seconds in the queue on average.
+        retune_s: seconds to search for a plan on each kind of machine for which the artifact has none; 0 skips the
+            search.
+        timeout_s: time limit, in seconds, of requests that set none themselves.
         queue: the most rows that may wait in a replica.
-        max_body_bytes: of a request, unpacked.
-        memory_bytes: of a replica with its engine. Default: its CPUs' share of the node's.
-        drain_s: how long the requests of a replica that is stopped may take.
-        surge: whether an update starts a new replica before it stops an old one, on CPUs that are free.
-        tokens: bearer tokens, of which requests need one; or a single token. Default: none is needed.
-        trust: open artifacts whose payload is code.
-        shadow: share of the requests that fp32 answers too.
+        max_body_bytes: the largest body of a request, unpacked.
+        memory_bytes: memory of a replica and its engine together. Default: its CPUs' share of the node's memory.
+        drain_s: seconds that the accepted requests of a replica may take when it is stopped.
+        surge: start a new replica before an old one is stopped in an update, which takes free CPUs.
+        tokens: bearer tokens, one of which each request must have; or a single token. Default: none is needed.
+        trust: open artifacts whose payload is code (inductor, torch-int8).
+        shadow: share of the requests, from 0 to 1, that fp32 answers too.
         check_finite: refuse inputs with NaN or infinities.
 
     Returns:
-        The application.
+        The application, for ``ray.serve.run``.
 
     Raises:
         ArtifactError: the artifact is damaged.
-        InputError: the replicas are none.
-        MissingExtra, EngineError: Ray is not installed, or in a version with known security holes.
+        InputError: the numbers of replicas or CPUs make no sense.
+        MissingExtra: Ray is not installed.
+        EngineError: the installed Ray has known security holes.
 
     Example:
-        >>> app = deployment("model.cw", replicas=(2, 8))  # doctest: +SKIP
+        >>> import corewise.cluster, ray.serve  # doctest: +SKIP
+        >>> app = corewise.cluster.deployment("model.cw", replicas=(2, 8))  # doctest: +SKIP
         >>> ray.serve.run(app, name="model", route_prefix="/model")  # doctest: +SKIP
     """
     require_serve()

@@ -14,7 +14,7 @@ from corewise.cluster.actor import Answerer
 from corewise.common.errors import EngineError
 
 READER_CPUS = 4
-"""A driver's node of so many CPUs or more keeps one of them for reading the inputs."""
+"""The driver's node keeps one of its CPUs for reading the inputs if it has at least this many."""
 AT_ONCE = 2
 """Parts that an actor works on."""
 IDLE_S = 0.2

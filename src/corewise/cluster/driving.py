@@ -28,7 +28,7 @@ START_S = 120.0
 HANG_S = 300.0
 """An actor whose engine ends no call for so long is ended."""
 MOST_LOSSES = 3
-"""A part that ends so many actors ends the job; a node whose actors end so often before they are ready is left out."""
+"""A part that ends this many actors ends the job; a node is left out if as many end there before they are ready."""
 
 
 class Part(NamedTuple):

@@ -39,7 +39,7 @@ class Task:
     """What all actors of a job are told."""
 
     version: str
-    """Of the driver's corewise."""
+    """The version of the driver's corewise."""
     artifact: Path
     identity: str
     output: str

@@ -14,11 +14,11 @@ class Settings:
     """All of it; equal settings are the same version of an application, so that nothing is replaced."""
 
     version: str
-    """Of the corewise that made the application."""
+    """The version of the corewise that made the application."""
     name: str
     model_version: str
     folder: Path
-    """Of the artifact, which all nodes see."""
+    """The artifact's folder, which all nodes see."""
     identity: str
     """Of the artifact."""
     cpus: int

@@ -78,7 +78,7 @@ class Head:
         Args:
             outputs: The flat outputs, with N rows each.
             least_score: Leave out those of lower scores. Default: 0.001 where boxes have to be suppressed, else none.
-            overlap: Suppress a box of a class that has so much intersection over union with a better one.
+            overlap: Suppress a box that has at least this intersection over union with a better one of its class.
         """
         boxes = outputs[self.boxes]
         if self.final:

@@ -73,7 +73,7 @@ def _median_low(ordered: NDArray[np.float64], confidence: float) -> float:
     n = len(ordered)
 
     def coverage(k: int) -> float:
-        """Of the interval from the k-th smallest to the k-th largest value."""
+        """Coverage of the interval from the k-th smallest to the k-th largest value."""
         return float(1 - 2 * sum(comb(n, i) for i in range(k)) / 2**n)
 
     k = 1

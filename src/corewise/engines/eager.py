@@ -85,7 +85,7 @@ class Eager:
         elif self._module is None:
             raise EngineError(
                 "this model could not be exported, so the artifact holds its weights but not its code",
-                "give the module: corewise.load(path, model=...), or --model file.py:factory",
+                "give the module: corewise.load(path, model=...), or --model file.py:function",
             )
         else:
             from safetensors.torch import load_model

@@ -182,7 +182,7 @@ class _Result:
     seconds_per_item: tuple[float, float]
     """Alone, and in the trial's batch."""
     sqnr_db: float
-    """Of the outputs, against fp32's."""
+    """SQNR of the outputs, against fp32's."""
 
 
 def _receipt(session: TorchInt8Session) -> Receipt:

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from corewise.common.detections import Head
 from corewise.common.errors import InputError
 from corewise.records.pipeline import ImagePipeline
-from corewise.samples.images import input_sides, placement
+from corewise.samples.image_geometry import input_sides, placement
 
 RAW_SCORE, RAW_OVERLAP = 0.25, 0.45
 """Where overlapping boxes are suppressed: what YOLOv5's ``detect.py`` and OpenCV's examples use."""
@@ -26,7 +26,7 @@ class Detection:
     score: float
     box: tuple[float, float, float, float]
     number: int
-    """Of its class."""
+    """The number of its class, from 0."""
 
 
 @dataclass(frozen=True, kw_only=True)

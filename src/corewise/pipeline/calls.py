@@ -41,7 +41,7 @@ class CallLimits:
 
     @classmethod
     def of_few_sizes(cls, rows: int, tokens: int = CALL_TOKENS) -> "CallLimits":
-        """Calls of up to so many rows, but of few numbers of rows.
+        """Calls of up to ``rows`` rows, but of few numbers of rows.
 
         Engines prepare each new shape once, and that takes OpenVINO about as long as a short call.
         """
@@ -95,7 +95,7 @@ def fill(
         limits: The most that one call may have.
         cost: What a call costs.
         instances: How many calls run at the same time: none gets more than its share of the texts.
-        multiple: Texts are padded to a multiple of so many tokens, so that fewer shapes occur.
+        multiple: Texts are padded to a multiple of this many tokens, so that fewer shapes occur.
         pads: Whether texts may be padded at all; else those of one length share calls.
 
     Returns:

@@ -19,7 +19,7 @@ def cost_points(lengths: Sequence[int], limits: CallLimits, multiple: int) -> tu
     Args:
         lengths: The tokens of each sample, (N,).
         limits: The most that one call may have; one row may have more tokens.
-        multiple: Texts are padded to a multiple of so many tokens.
+        multiple: Texts are padded to a multiple of this many tokens.
     """
     padded = -(-np.asarray(lengths, np.int64) // multiple) * multiple
     tokens = sorted({int(np.quantile(padded, q, method="nearest")) for q in QUANTILES})

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from corewise.pipeline.answers import ClassAnswer
 from corewise.pipeline.boxes import Detection
-from corewise.samples.images import open_image
+from corewise.samples.image_files import open_image
 
 if TYPE_CHECKING:
     from PIL.Image import Image

@@ -25,7 +25,8 @@ from corewise.records.pipeline import Activation, ImagePipeline, ImageTask, Medi
 from corewise.records.report import Preprocess
 from corewise.samples.archives import Slice, is_archive, read_archive
 from corewise.samples.folders import list_images
-from corewise.samples.images import ImageReader, is_image, is_pil
+from corewise.samples.image_files import is_image, is_pil
+from corewise.samples.images import ImageReader
 from corewise.samples.places import RemotePath, place_of
 from corewise.samples.raw import UnreadableItem
 

@@ -25,7 +25,7 @@ VECTORS_ITEMS = 64
 WINDOW_CHARACTERS = 4_000_000
 """A window of long texts ends earlier, so that memory stays bounded."""
 MULTIPLE = 4
-"""Texts are padded to a multiple of so many tokens, because engines prepare each new shape once."""
+"""Texts are padded to a multiple of this many tokens, because engines prepare each new shape once."""
 
 
 @dataclass(frozen=True)

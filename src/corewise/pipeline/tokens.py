@@ -218,7 +218,7 @@ class TextEncoder:
 
 
 def _moved(offsets: Sequence[tuple[int, int]], by: int) -> Sequence[tuple[int, int]]:
-    """Places in a text so much further on; those of special tokens, (0, 0), stay."""
+    """Places in a text, ``by`` characters further on; those of special tokens, (0, 0), stay."""
     return [(start + by, end + by) if end else (start, end) for start, end in offsets] if by else offsets
 
 

@@ -6,49 +6,41 @@ top. ``state`` keeps stages on disk, so that a later build starts from the stage
 
 import copy
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
-from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 from torch.export import ExportedProgram
 from torch.fx import GraphModule, Node
 
-from corewise.common.errors import EngineError, SamplesError
+from corewise.common.errors import EngineError
 from corewise.quantize import corrections, streams
 from corewise.quantize.balance import Balance
+from corewise.quantize.calibration import NotFinite, grids, naming_samples, never_varied, observe, quantized_values
 from corewise.quantize.graph import (
     Step,
-    attentions,
-    channel_axis,
     compute,
     execute,
     folded,
     is_float,
-    layer_name,
     layers,
-    products,
     weight,
 )
 from corewise.quantize.graph import output_axis as axis_of
 from corewise.quantize.observers import (
-    OBSERVERS,
     Channels,
-    Observed,
     QParams,
-    qparams,
     round_weight,
     weight_scales,
 )
-from corewise.quantize.placement import TARGETS, Placement, Target, place, source
+from corewise.quantize.placement import TARGETS, Placement, Target, place
 from corewise.quantize.quantized import CORRECTIONS, Quantized, Recipe, batches
-from corewise.quantize.simulate import WORTH_DB, Batch, Simulation, sqnr_db
+from corewise.quantize.simulate import WORTH_DB, Simulation, sqnr_db
 from corewise.samples import Samples
 
-T = TypeVar("T")
 RUNGS = ("first", "ranges", *CORRECTIONS)
 """The steps of the ladder: ranges of few samples, ranges of all samples, and the corrections."""
 TOP = len(RUNGS) - 1
@@ -214,13 +206,13 @@ class Ladder:
 
     def _attempted(self, plain: GraphModule, seen: Samples, judge: OutputError) -> Stage:
         """Weights rounded to nearest, and values by what each observer makes of the samples ``seen``."""
-        placement, names = place(plain, "fused"), _quantized_values(plain)
-        observed = _named(seen, lambda part: observe(plain, names, batches(part)))
+        placement, names = place(plain, "fused"), quantized_values(plain)
+        observed = naming_samples(seen, lambda part: observe(plain, names, batches(part)))
         module = copy.deepcopy(plain)
         scales = round_to_nearest(module, placement, self.recipe.weight_bits)
         attempts = []
         for observer in self.recipe.observers:
-            ranges = _ranges(plain, names, observed, observer)
+            ranges = grids(plain, names, observed, observer)
             score_db = judge(module, placement, ranges)
             attempts.append(Attempt(module=module, scales=scales, ranges=ranges, observer=observer, sqnr_db=score_db))
         attempts.sort(key=lambda attempt: -attempt.sqnr_db)
@@ -232,7 +224,7 @@ class Ladder:
             attempts=tuple(attempts),
             few_db=attempts[0].sqnr_db,
             changed=(),
-            warnings=tuple(_never_varied(plain, observed)),
+            warnings=tuple(never_varied(plain, observed)),
         )
 
     def _whole(self, brief: Stage) -> Stage:
@@ -324,7 +316,7 @@ class Ladder:
         return self._output_error_on(self._judging)
 
     def _output_error_on(self, indices: Iterable[int]) -> OutputError:
-        names = set(_quantized_values(self.reference))
+        names = set(quantized_values(self.reference))
 
         def step(node: Node, args: tuple[object, ...], kwargs: dict[str, object]) -> object:
             value = compute(node, args, kwargs)
@@ -332,7 +324,7 @@ class Ladder:
                 raise NotFinite(node)
             return value
 
-        return _named(self._calibration.take(indices), lambda part: OutputError(self.reference, part, step))
+        return naming_samples(self._calibration.take(indices), lambda part: OutputError(self.reference, part, step))
 
 
 @contextmanager
@@ -362,82 +354,6 @@ def _verdict(correction: str, before_db: float, after_db: float, worth_db: float
     return f"{correction} {after_db - before_db:+.1f} dB, {kept}"
 
 
-def _quantized_values(module: GraphModule) -> tuple[str, ...]:
-    """The nodes whose values are rounded in one placement or the other."""
-    # The mask of an attention, which may be infinite, is none of them.
-    operands = (n for node in (*attentions(module), *products(module)) for n in node.args[:3])
-    multiplied = (n.name for n in operands if isinstance(n, Node))
-    places = (name for target in TARGETS for name in place(module, target).tensors)
-    return tuple(dict.fromkeys((*places, *multiplied)))
-
-
-class NotFinite(SamplesError):
-    """A sample makes a value of the graph NaN or infinite."""
-
-    def __init__(self, node: Node, sample: str = "a calibration sample") -> None:
-        what = f"{sample} makes the value of {layer_name(node)} NaN or infinite"
-        super().__init__(what, "remove such samples, or repair the model")
-        self.node = node
-
-
-def _named(samples: Samples, look: Callable[[Samples], T]) -> T:
-    """What ``look`` makes of the samples; an error about a value that is not finite names the user's own sample."""
-    try:
-        return look(samples)
-    except NotFinite as error:
-        for row in range(len(samples)):
-            try:
-                look(samples.take([row]))
-            except NotFinite:
-                raise NotFinite(error.node, samples.describe(row)) from error
-        raise
-
-
-def observe(module: GraphModule, names: Sequence[str], samples: Iterable[Batch]) -> dict[str, Observed]:
-    """One pass of the samples through the fp32 graph, watching the values ``names``.
-
-    Raises ``SamplesError`` if one of them is NaN or infinite.
-    """
-    watched = set(names)
-    nodes = {node.name: node for node in module.graph.nodes}
-    readers = {name: [user for user in nodes[name].users if user in set(layers(module))] for name in watched}
-    sums = streams.cut_off(module)
-    operands = {operand for pair in sums.values() for operand in pair}
-    observed: dict[str, Observed] = {}
-
-    def see(node: Node, value: object) -> None:
-        if node.name not in watched or not isinstance(value, Tensor):
-            return
-        if node.name not in observed:
-            axis = channel_axis(value, readers[node.name][0]) if readers[node.name] else min(1, value.dim() - 1)
-            observed[node.name] = Observed(axis)
-        if not observed[node.name].see(value):
-            raise NotFinite(node)
-
-    def step(node: Node, args: tuple[Any, ...], kwargs: dict[str, object]) -> object:
-        for operand, own, other in zip(node.args[:2], args[:2], args[1::-1], strict=True) if node in sums else ():
-            if isinstance(operand, Node) and operand in sums[node] and operand.name in watched:
-                see(operand, streams.felt(own, other))
-        value = compute(node, args, kwargs)
-        if node not in operands:
-            see(node, value)
-        return value
-
-    with torch.no_grad():
-        for batch in samples:
-            execute(module, batch, step)
-    return observed
-
-
-def _ranges(
-    module: GraphModule, names: Sequence[str], observed: Mapping[str, Observed], observer: str
-) -> dict[str, QParams]:
-    """Each value's grid; values behind a max pooling or reshape have that of the one before it."""
-    nodes = {node.name: node for node in module.graph.nodes}
-    own = {name: qparams(*OBSERVERS[observer](observed[name])) for name in names}
-    return {name: own.get(source(nodes[name]).name, own[name]) for name in names}
-
-
 def round_to_nearest(module: GraphModule, placement: Placement, bits: int) -> dict[str, Tensor]:
     """Round the weights of the placed layers in place, and return their scales."""
     placed = {layer.node for layer in placement.layers}
@@ -458,12 +374,3 @@ def _unjudged(module: GraphModule, calibration: Samples) -> Iterable[str]:
     outputs = next(iter(reversed(module.graph.nodes))).all_input_nodes
     if not any(is_float(node) for node in outputs):
         yield "no output is floating point, so no correction could be judged; return scores too"
-
-
-def _never_varied(module: GraphModule, observed: Mapping[str, Observed]) -> Iterable[str]:
-    nodes = {node.name: node for node in module.graph.nodes}
-    partly_seen = {operand.name for pair in streams.cut_off(module).values() for operand in pair}
-    for name, seen in observed.items():
-        if seen.low == seen.high and name not in partly_seen:
-            value = f"input {name}" if nodes[name].op == "placeholder" else f"the value of {layer_name(nodes[name])}"
-            yield f"calibration saw nothing but {seen.low:g} in {value}: its range is a guess"

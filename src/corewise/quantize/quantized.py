@@ -59,12 +59,12 @@ class Quantized:
     """The graph before any change."""
     ranges: dict[Target, dict[str, QParams]]
     scales: dict[str, Tensor]
-    """Of the weights, by the layer's node: one for each output channel."""
+    """The weights' scales by the layer's node: one for each output channel."""
     smoothed: tuple[str, ...]
     """Values behind which ``corrections.divide`` put a product."""
     recipe: Recipe
     sqnr_db: float
-    """Of the simulated outputs for the judging samples, target ``fused``."""
+    """SQNR of the simulated outputs for the judging samples, target ``fused``."""
     warnings: tuple[str, ...]
     """Doubts about the samples or the model, in words."""
     notes: tuple[str, ...]

@@ -53,7 +53,7 @@ class LayerSensitivity:
     everything: float
     """The error when every layer is quantized: the same for all layers of a model."""
     multiply_adds: int
-    """For one item."""
+    """How many the layer has for one item."""
     saves_ms: float | None = None
     """Time of the layer in fp32 less that in int8, for a batch; ``None`` where it was not measured."""
 

@@ -109,7 +109,7 @@ class Latency(Goal):
         return min(trial.allowed, key=lambda measurement: (measurement.plan.batch, measurement.p50_ms), default=None)
 
     def cost(self, trial: "Trial") -> tuple[float, float]:
-        """By the median call."""
+        """The median call; the shortest is the best."""
         best = self.best(trial)
         assert best is not None
         return 0.0, best.p50_ms
@@ -154,13 +154,13 @@ class Slo(Goal):
         return max(within, key=lambda measurement: measurement.throughput_per_s)
 
     def cost(self, trial: "Trial") -> tuple[float, float]:
-        """By the certified rate, then by speed."""
+        """The certified rate, then the speed."""
         best, certified = self.best(trial), trial.certified
         assert best is not None
         return -(certified.rate_per_s or 0.0) if certified else 0.0, -best.throughput_per_s
 
     def score(self, per_s: float, trial: "Trial") -> tuple[float, float]:
-        """By the certified rate, then by how near the shortest p99 of a call comes to the SLO."""
+        """The certified rate, then how near the shortest p99 of a call comes to the SLO."""
         if trial.certified:
             return trial.certified.rate_per_s or 0.0, 0.0
         return 0.0, -min((measurement.p99_ms for measurement in trial.measurements), default=inf)

@@ -104,7 +104,7 @@ class PhotoRate:
     decoding: float
     """The share of the processor time used that decoding took, with resizing."""
     memory_bytes: int = 0
-    """Of the process that ran it."""
+    """Memory of the process that ran it."""
 
 
 ImageTask = Literal["classes", "boxes", "vectors"]

@@ -119,9 +119,9 @@ class TokenFacts:
     cut: float
     """The share of texts that are cut."""
     padding: float
-    """In calls of texts of about one length."""
+    """Share of padding if texts of about one length share calls."""
     padding_unsorted: float
-    """In calls of as many texts in their own order."""
+    """Share of padding if texts share calls in their own order."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -136,9 +136,9 @@ class SampleFacts:
     labelled: bool
     preprocess: Preprocess | None = None
     tokens: TokenFacts | None = None
-    """Of samples that are texts."""
+    """The lengths of samples that are texts."""
     audio: AudioPreprocess | None = None
-    """Of samples that were recordings."""
+    """How samples that were recordings became inputs."""
 
 
 @dataclass(frozen=True, kw_only=True)

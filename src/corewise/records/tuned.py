@@ -78,7 +78,7 @@ class Duel:
     """Real loads of single requests at one rate, in turns: on the elastic plan, and on the layout it would replace."""
 
     load: float
-    """As of ``LoadPoint``."""
+    """As in ``LoadPoint``."""
     elastic: tuple[LoadRun, ...]
     fixed: tuple[LoadRun, ...]
 
@@ -113,7 +113,7 @@ class Elasticity:
     saturated_per_s: tuple[float, float, float]
     """Rows per second of full batches from as many callers as there are instances: elastic, wide, narrow."""
     memory_bytes: int
-    """At most what a process needs that has both open: the sum of processes with one; 0 if the kernel does not say."""
+    """Upper bound on the memory of a process with both open, the sum of both alone; 0 if the kernel does not say."""
     measurements: tuple[Measurement, ...] = ()
     """What ``optimize`` took for it beside the winner's."""
     duels: tuple[Duel, ...] = ()

@@ -9,7 +9,7 @@ from corewise.records.fidelity import Fidelity
 from corewise.records.measurement import Measurement
 from corewise.records.report import Report
 from corewise.records.trial import Trial
-from corewise.report import charts, numbers, words
+from corewise.report import charts, elasticity, numbers, words
 from corewise.report.charts import Axis, Bar, Line, Mark, Role
 
 
@@ -313,7 +313,7 @@ def _loads(builds: Builds) -> Iterator[Figure]:
     found = choice.elasticity
     if found is None:
         return
-    names = words.load_columns(found)[1:]
+    names = elasticity.load_columns(found)[1:]
     marks, lines = [], []
     for k, name in enumerate(names):
         role: Role = "chosen" if k == (0 if found.pays else 1 if choice.plan.instances == 1 else 2) else "other"
@@ -347,8 +347,8 @@ def _loads(builds: Builds) -> Iterator[Figure]:
             lines=lines,
         ),
         axes=("ms for a request", "% of the saturated rate"),
-        columns=("p50 / p99, ms", *words.load_columns(found)),
-        rows=tuple((choice.winner, cells) for cells in words.load_rows(found)),
+        columns=("p50 / p99, ms", *elasticity.load_columns(found)),
+        rows=tuple((choice.winner, cells) for cells in elasticity.load_rows(found)),
     )
 
 

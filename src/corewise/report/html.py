@@ -13,13 +13,13 @@ from importlib import resources
 
 from corewise.records.build import Build
 from corewise.records.report import Report
-from corewise.report import figures, numbers, words
+from corewise.report import figures, numbers, story, words
 from corewise.report.figures import Builds, Figure
 
 _WON = ("plan", "layouts", "why", "speed")
 _COST = ("accuracy", "outputs", "groups", "judged", "receipt", "cost")
 _TOP = ("winner",)
-"""The headings of ``words.facts`` by the section that shows them; all others are about how it was measured."""
+"""The headings of ``story.facts`` by the section that shows them; all others are about how it was measured."""
 
 _MARKS = {"chosen": "✓", "ok": "·", "rejected": "✗", "failed": "!", "pruned": "-"}
 
@@ -60,7 +60,7 @@ class _Page:
     def __init__(self, report: Report) -> None:
         self.report = report
         self.builds = Builds(report)
-        self.facts = dict(words.facts(report))
+        self.facts = dict(story.facts(report))
         self.names = Counter((trial.build.engine, trial.build.precision) for trial in report.trials if trial.fidelity)
 
     def summary(self) -> str:

@@ -3,8 +3,8 @@
 from corewise.records.goal import GOALS
 from corewise.records.measurement import LoadTest
 from corewise.records.tuned import Elasticity, Retuned
+from corewise.report.elasticity import duel_verdict
 from corewise.report.numbers import counted, duration, figure, interval, megabytes, milliseconds, rate, times
-from corewise.report.words import duel_verdict
 
 LATE_MS = 5.0
 """If the sender's p99 delay is above this, the requests no longer arrive as a Poisson process."""

@@ -4,7 +4,7 @@ import re
 from collections.abc import Iterable, Iterator
 
 from corewise.records.report import Report
-from corewise.report import numbers, words
+from corewise.report import elasticity, numbers, story, words
 
 
 def render(report: Report) -> str:
@@ -15,12 +15,12 @@ def render(report: Report) -> str:
 def _lines(report: Report) -> Iterator[str]:
     yield f"# {_escape(numbers.clean(report.model))}"
     yield from ("", f"**{_escape(words.headline(report))}**", "")
-    yield from (f"- {heading}: {_escape(text)}" for heading, text in words.facts(report))
+    yield from (f"- {heading}: {_escape(text)}" for heading, text in story.facts(report))
     yield from ("", "## Trials", "", *_table(report))
     yield from ("", words.SPEED_NOTE)
     if (found := report.choice.elasticity) is not None:
-        yield from ("", "## Latency over load", "", _row(words.load_columns(found)), "|--:|--:|--:|--:|")
-        yield from (*map(_row, words.load_rows(found)), "", words.LOAD_NOTE)
+        yield from ("", "## Latency over load", "", _row(elasticity.load_columns(found)), "|--:|--:|--:|--:|")
+        yield from (*map(_row, elasticity.load_rows(found)), "", elasticity.LOAD_NOTE)
     losers = (f"**{_escape(label)}** ({state}): {_escape(reason)}" for label, state, reason in words.losers(report))
     yield from _section("Why the others lost", losers)
     yield from _section("Warnings", map(_escape, words.warnings(report)))

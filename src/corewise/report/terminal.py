@@ -28,7 +28,7 @@ from corewise.records.goal import Goal, Throughput
 from corewise.records.measurement import Rates
 from corewise.records.report import Report
 from corewise.records.trial import State, Trial
-from corewise.report import words
+from corewise.report import elasticity, story, words
 from corewise.report.numbers import clean, duration, interval, milliseconds, rate, times
 
 Mode = Literal["live", "plain", "quiet"]
@@ -53,7 +53,7 @@ def render(report: Report) -> RenderableType:
         Text(clean(report.model), "bold"),
         Text(words.headline(report), _headline_style(report)),
         Text(),
-        _facts(words.facts(report)),
+        _facts(story.facts(report)),
         Text(),
         _trials(report),
         Text(words.SPEED_NOTE, "dim"),
@@ -251,7 +251,7 @@ def _facts(facts: Iterable[tuple[str, str]], style: str = "") -> Table:
 
 def _results(report: Report) -> Iterator[tuple[str, str]]:
     """The few facts that matter most, each with its heading."""
-    choice, facts = report.choice, dict(words.facts(report))
+    choice, facts = report.choice, dict(story.facts(report))
     yield "winner", f"{facts['winner']}, {choice.plan.label}"
     if words.won_by_baseline(report):
         yield "speed", words.headline(report)
@@ -340,11 +340,11 @@ def _loads(report: Report) -> tuple[RenderableType, ...]:
     if found is None:
         return ()
     table = Table(box=None, padding=(0, 2, 0, 0), pad_edge=False, header_style="bold")
-    for name in words.load_columns(found):
+    for name in elasticity.load_columns(found):
         table.add_column(Text(name), no_wrap=True, justify="right")
-    for cells in words.load_rows(found):
+    for cells in elasticity.load_rows(found):
         table.add_row(*cells)
-    return (*_section("latency over load", (table,)), Text(words.LOAD_NOTE, "dim"))
+    return (*_section("latency over load", (table,)), Text(elasticity.LOAD_NOTE, "dim"))
 
 
 def _section(title: str, items: Iterable[RenderableType]) -> tuple[RenderableType, ...]:

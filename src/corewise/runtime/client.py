@@ -111,7 +111,7 @@ class Client(ABC):
         return self._ask(messages.RunRound(budget_s=budget_s), messages.RoundRate, Step.RACING)
 
     def time_calls(self, samples: Path, points: Sequence[tuple[int, int]], budget_s: float) -> tuple[float, ...]:
-        """Milliseconds of calls of so many rows and tokens on the open instances; some of the last may be left out."""
+        """Milliseconds of a call of each (rows, tokens) on the open instances; the last ones may be left out."""
         request = messages.TimeCalls(samples=samples, points=tuple(points), budget_s=budget_s)
         return self._ask(request, messages.TimedCalls, Step.MEASURING).ms
 

@@ -13,7 +13,7 @@ from pathlib import PurePosixPath
 from typing import IO, NamedTuple
 
 from corewise.common.errors import SamplesError
-from corewise.samples.images import image_suffixes
+from corewise.samples.image_files import image_suffixes
 from corewise.samples.places import Place, RemotePath, place_of, unreadable
 
 SUFFIXES = (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tbz2", ".tar.xz", ".txz")
@@ -177,7 +177,7 @@ def _decompressed(file: IO[bytes]) -> IO[bytes]:
 
 
 def _reader(file: IO[bytes]) -> Callable[[int], bytes]:
-    """What reads at most so many bytes of it.
+    """A function that reads at most as many bytes of it as it is given.
 
     ``read`` of a decompressor loses what it has read where the file then ends too early or has junk behind it.
     """

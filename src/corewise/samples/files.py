@@ -17,7 +17,8 @@ from corewise.records.report import Preprocess
 from corewise.samples.data import Samples, sample_name
 from corewise.samples.drawing import MAX_SAMPLES
 from corewise.samples.folders import read_folder
-from corewise.samples.images import ImageReader, Preprocessor, is_image
+from corewise.samples.image_files import is_image
+from corewise.samples.images import ImageReader, Preprocessor
 from corewise.samples.labels import stack_labels
 from corewise.samples.python import RAW_FIXES, raw_from_python, unstack
 from corewise.samples.raw import NOUNS, RawSamples
@@ -122,7 +123,7 @@ def check_reference(reference: str) -> None:
     elif ":" not in reference:
         raise SamplesError(
             f"there are no samples at {reference}",
-            f"give a folder of images or recordings, a file ({', '.join(FILE_SUFFIXES)}), or module:function",
+            f"give a folder of images or recordings, a file ({', '.join(FILE_SUFFIXES)}), or file.py:function",
         )
 
 

@@ -15,7 +15,7 @@ import numpy as np
 from corewise.common.errors import SamplesError
 from corewise.samples.audio import AUDIO_SUFFIXES
 from corewise.samples.drawing import draw
-from corewise.samples.images import image_suffixes
+from corewise.samples.image_files import image_suffixes
 from corewise.samples.labels import stack_labels
 from corewise.samples.places import Place, RemotePath, matching, place_of, without_twins
 from corewise.samples.raw import NAMED, NOUNS, RawKind, RawSamples

@@ -14,7 +14,7 @@ from corewise.common.references import guard
 from corewise.samples import encodings
 from corewise.samples.data import Samples
 from corewise.samples.drawing import draw
-from corewise.samples.images import is_pil
+from corewise.samples.image_files import is_pil
 from corewise.samples.raw import NOUNS, RawItem, RawKind, RawSamples, gather
 from corewise.samples.stored import Array, Spool, to_array
 from corewise.samples.tensors import Item, collect

@@ -91,7 +91,7 @@ class SampleLimits:
 def sample_limits(budget_s: float, row_s: float, calibration: int | None = None) -> SampleLimits:
     """The most samples to judge and to calibrate with, if a row takes ``row_s`` in eager PyTorch.
 
-    If the user said how many calibrate, so many do.
+    The user's own number of calibration samples is kept.
 
     The baseline and the holdout keep within their shares. Both numbers are rounded down to steps of a third or half, so
     that the same command finds the same samples again most of the time.

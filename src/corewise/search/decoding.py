@@ -20,7 +20,8 @@ from corewise.records.report import Choice, Preprocess
 from corewise.runtime.client import read_outputs
 from corewise.samples import RawSamples, Samples
 from corewise.samples.files import image_samples
-from corewise.samples.images import ImageReader, sharpness_left
+from corewise.samples.image_files import sharpness_left
+from corewise.samples.images import ImageReader
 from corewise.search.budget import FINISHING
 from corewise.search.trial import VERIFY_BATCH, SearchContext
 

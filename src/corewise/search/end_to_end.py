@@ -23,7 +23,7 @@ from corewise.search.trial import SearchContext
 
 LEAST_FILES, MOST_FILES = 8, 64
 BETTER = 1.03
-"""A plan replaces the best one so far if it is so much faster; less is noise."""
+"""A plan replaces the best one so far if it is at least this many times as fast; less is noise."""
 SMALL_BATCH = 8
 MEASURE_S = 0.5
 NEEDED_S = 10.0

@@ -113,7 +113,7 @@ class Journal:
 
 
 def _set_aside(earlier: Mapping[str, str], now: Mapping[str, str], count: int) -> Reason:
-    """Why so many finished trials of an earlier run do not count."""
+    """Why ``count`` finished trials of an earlier run do not count."""
     differing = []
     for name in {**now, **earlier}:
         before, value = earlier.get(name, ""), now.get(name, "")

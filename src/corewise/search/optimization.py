@@ -76,7 +76,7 @@ def optimize(
 
     Args:
         model: an ``nn.Module``, an ``ExportedProgram``, a ``SentenceTransformer`` or ``CrossEncoder``, or a reference
-            such as "file.py:factory", "st:FOLDER" or "timm:NAME".
+            such as "file.py:function", "st:FOLDER" or "timm:NAME".
         samples: arrays or tensors without a batch dimension, or dicts or tuples of them, with labels if there are any;
             texts or pairs of texts, for a model with a tokenizer; a function that returns them; or a reference such as
             a folder of images or recordings, a file of texts or "file.py:function".

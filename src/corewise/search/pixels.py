@@ -27,7 +27,7 @@ PHOTOS = 32
 """Photos of the holdout that are answered both ways."""
 ROUNDS, ROUND_S = 5, 0.2
 BETTER = 1.03
-"""Pixels are taken if so much more photos are answered: the engine then holds the model twice."""
+"""Pixels are taken if at least this many times as many photos are answered: the engine then holds the model twice."""
 OPEN_S = 10.0
 """Under a budget, what is left for opening the payload twice."""
 

@@ -112,7 +112,7 @@ class Search:
             if trial.inaccurate and (further := self._climbed(trial.build)):
                 left = [further, *(at_rung_of(further, build) for build in left)]
         self._check_candidates()
-        self._tell_untried()
+        self._report_untried()
 
     def revert_layers(self) -> None:
         """More trials for engines whose int8 builds were all rejected by the gate.
@@ -157,7 +157,7 @@ class Search:
             if judged is not trial:
                 if judged.reason.kind not in OUT_OF_TIME:
                     self.journal.add(judged)
-                self._replace_and_tell(judged)
+                self._replace_and_report(judged)
             held += judged.state == State.OK
         self._prefer_judged()
 
@@ -230,7 +230,7 @@ class Search:
                 judged = self.alone.judged(judged)
             if judged.state == State.OK:
                 break
-            self._replace_and_tell(judged)
+            self._replace_and_report(judged)
         self._replace(judged)
         self._complete_latency_table(choice)
         return self._with_doubt_under_shift(choice)
@@ -269,7 +269,7 @@ class Search:
     def _replace(self, trial: Trial) -> None:
         self.trials = [trial if other.build == trial.build else other for other in self.trials]
 
-    def _replace_and_tell(self, trial: Trial) -> None:
+    def _replace_and_report(self, trial: Trial) -> None:
         """Replace the trial of a build that was ok, and say so if it no longer is."""
         self._replace(trial)
         if trial.state != State.OK:
@@ -372,7 +372,7 @@ class Search:
         for trial in self.trials:
             why = self.shift.unjudged.get(trial.build)
             if why and trial.state == State.OK and fastest > PROMISING * _first_per_s(trial):
-                self._replace_and_tell(replace(trial, state=State.PRUNED, reason=why))
+                self._replace_and_report(replace(trial, state=State.PRUNED, reason=why))
 
     def _with_doubt_under_shift(self, choice: Choice) -> Choice:
         """Where the drop under shift decides nothing, the winner's is found out all the same if there is time."""
@@ -401,7 +401,7 @@ class Search:
             return budget.reason(ReasonKind.BUDGET_BETTER_SPENT, expected=expected, best=forecast.best)
         return None
 
-    def _tell_untried(self) -> None:
+    def _report_untried(self) -> None:
         """Say at once what the budget leaves untried."""
         untried = [trial.build.label for trial in self.trials if trial.untried]
         if untried:

@@ -10,7 +10,9 @@ from corewise.common.errors import InputError
 from corewise.pipeline import Thresholds, detected
 from corewise.pipeline.answers import activate
 from corewise.records.report import Preprocess
-from corewise.samples.images import LONGEST, SIZE_KEY, image_array, image_size, open_image
+from corewise.samples.image_files import SIZE_KEY, image_size, open_image
+from corewise.samples.image_geometry import LONGEST
+from corewise.samples.images import image_array
 from corewise.serving.files import Batch, Work, told
 from corewise.serving.memory_limit import PIXEL_BYTES
 from corewise.serving.protocol import Limits, ProtocolError

@@ -40,9 +40,9 @@ STEP_BYTES = 4 * 2**20
 """So much is booked between two looks at the memory."""
 PERIOD_S = 0.5
 GROWN_BYTES = 16 * 2**20
-"""Memory is given back while the processes have so much more than without requests."""
+"""Memory is given back while the processes have this much more than without requests."""
 PASSES = 4
-"""So many periods in a row: what is in use at the first may be free at the last."""
+"""For this many periods in a row: what is in use at the first may be free at the last."""
 PASS_SHARE, LONG_S = 1 / 200, 2.0
 """What passes take of the event loop's time, if that is enough with pauses that long at most: a pass looks through all
 objects, which takes 10 ms for 2,000 connections."""
@@ -51,7 +51,7 @@ SCARCE_SHARE = 1 / 4
 
 
 def fit(limits: Limits, limit_bytes: int) -> Limits:
-    """The limits with nothing larger than a server may permit that has so much memory."""
+    """The limits, lowered to what a server with ``limit_bytes`` of memory can permit."""
     bodies_bytes = min(limits.bodies_bytes, limit_bytes // (2 * COPIES))
     body_bytes = min(limits.body_bytes, bodies_bytes // 4)
     received_bytes = int(limit_bytes * RECEIVED_SHARE)

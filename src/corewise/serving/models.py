@@ -78,10 +78,11 @@ class Models:
             raise
 
     def versions(self, name: str) -> list[str]:
-        """Of a model, the newest last. Raises ``ProtocolError`` where there is none."""
+        """The versions of a model, the newest last. Raises ``ProtocolError`` if there is none."""
         found = [version for other, version in self._sources if other == name]
         if not found:
-            raise ProtocolError(f"there is no model {name[:80]!r}", status=404)
+            known = ", ".join(sorted({other for other, _ in self._sources}))
+            raise ProtocolError(f"there is no model {name[:80]!r}", f"there is {known}", 404)
         return sorted(found, key=lambda version: (version.isdigit(), int(version) if version.isdigit() else 0, version))
 
     def find(self, name: str, version: str | None = None) -> Served:
@@ -95,7 +96,8 @@ class Models:
     def _find(self, name: str, version: str | None) -> Served:
         versions = self.versions(name)
         if version and version not in versions:
-            raise ProtocolError(f"the model {name[:80]} has no version {version[:20]!r}", status=404)
+            known = f"it has {', '.join(versions)}"
+            raise ProtocolError(f"the model {name[:80]} has no version {version[:20]!r}", known, 404)
         loaded = [each for each in versions if (name, each) not in self.unloaded] or versions
         served = self._served.get((name, version or loaded[-1]))
         if served is None and (name, version or loaded[-1]) in self.unloaded:

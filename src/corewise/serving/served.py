@@ -265,7 +265,7 @@ class Served:
         return self._batcher.slowness
 
     def expected_s(self, ahead_rows: int = 0) -> float:
-        """About how long a row that came now would take, behind all that wait and so many rows more."""
+        """About how long a row that came now would take, behind all that wait and ``ahead_rows`` more."""
         return self._batcher.expected_s(ahead_rows)
 
     def keep_margin(self, margin_s: float) -> None:

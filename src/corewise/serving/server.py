@@ -50,18 +50,18 @@ class Listening:
 
 
 def serve(
-    sources: Sequence[Source], options: Options, tell: Callable[[str, Any], None] = lambda what, value: None
+    sources: Sequence[Source], options: Options, on_event: Callable[[str, Any], None] = lambda what, value: None
 ) -> bool:
     """Serve until SIGTERM or SIGINT; whether all that was accepted was answered by then.
 
-    ``tell`` is called with ``("listening", Listening)``, ``("ready", Models)`` and ``("draining", None)``. SIGHUP
+    ``on_event`` is called with ``("listening", Listening)``, ``("ready", Models)`` and ``("draining", None)``. SIGHUP
     reloads all models. Raises what opening the models raises, and ``InputError`` for an address that is taken or
     options that do not fit together.
     """
     memory.tune()
     sys.setswitchinterval(SWITCH_S)
     with asyncio.Runner(loop_factory=_fastest_loop) as runner:
-        return runner.run(_Server(sources, options, tell).run())
+        return runner.run(_Server(sources, options, on_event).run())
 
 
 def _fastest_loop() -> asyncio.AbstractEventLoop:
@@ -75,12 +75,12 @@ def _fastest_loop() -> asyncio.AbstractEventLoop:
 
 
 class _Server:
-    def __init__(self, sources: Sequence[Source], options: Options, tell: Callable[[str, Any], None]) -> None:
+    def __init__(self, sources: Sequence[Source], options: Options, on_event: Callable[[str, Any], None]) -> None:
         if options.http is None and options.grpc is None:
             raise InputError("the server has no port", "give --http or --grpc")
         if (options.certificate is None) != (options.key is None):
             raise InputError("TLS needs a certificate and its key", "give both or neither")
-        self.options, self.tell = options, tell
+        self.options, self.on_event = options, on_event
         self.host = Host(sources, options, Tokens(options.tokens))
         self.models, self.metrics, self.limits = self.host.models, self.host.metrics, self.host.limits
         self.front, self.guard = self.host.front, self.host.guard
@@ -128,7 +128,7 @@ class _Server:
             )
         tasks = [asyncio.ensure_future(made.serve(sockets=[where])) for made, where in webs]
         places = {name: self._place(name, where) for name, where in bound.items()}
-        self.tell(
+        self.on_event(
             "listening",
             Listening(
                 http=places.get("http"),
@@ -152,7 +152,7 @@ class _Server:
             opening.result()
             self._is_open = True
             self.guard.start()
-            self.tell("ready", self.models)
+            self.on_event("ready", self.models)
             await stopping
             await asyncio.sleep(self.options.grace_s)
             if rpc is not None:
@@ -162,7 +162,7 @@ class _Server:
             self.models.draining = True
         else:
             await opening
-        self.tell("draining", None)
+        self.on_event("draining", None)
         return await asyncio.to_thread(self.models.drain, self.options.drain_s)
 
     async def _end(

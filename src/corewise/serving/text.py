@@ -19,7 +19,7 @@ from corewise.serving.texts import TextRequest, count_characters, pieces
 TEXT, PAIR = (TensorSpec(name=name, dtype="object", shape=(None,)) for name in ("text", "text_pair"))
 """What a request of the Open Inference Protocol may have in place of the model's own inputs."""
 BUCKET = 8
-"""Texts are padded to a multiple of so many tokens: those of about one length share calls, with little padding."""
+"""Texts are padded to a multiple of this many tokens: those of about one length share calls, with little padding."""
 TOKEN_CHARACTERS = 32
 """Characters of a text that are read for each token that the model takes, where it may not be cut: more than any
 language needs."""

@@ -6,7 +6,7 @@ A path exists if a served model's pipeline fits it. Which model: the request's `
 import asyncio
 import json
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
-from contextlib import ExitStack, asynccontextmanager, suppress
+from contextlib import ExitStack, asynccontextmanager
 from dataclasses import replace
 from typing import Any, Protocol, TypeVar
 
@@ -28,26 +28,18 @@ from corewise.serving.memory_limit import COPIES
 from corewise.serving.metrics import Metrics
 from corewise.serving.models import Models
 from corewise.serving.pool import AT_ONCE
-from corewise.serving.protocol import VALUE_BYTES, Limits, ProtocolError
+from corewise.serving.protocol import VALUE_BYTES, Limits
 from corewise.serving.served import Served
 from corewise.serving.text import TextInput
 from corewise.serving.text_calls import TextAnswer, TextCalls
+from corewise.serving.text_models import ANY, CLASSIFY, TextModels, check_vectors
 from corewise.serving.texts import FieldError, TextRequest
 
 RESULT_BYTES = 64
 """About what one text's score or class takes in JSON."""
 PIECE_BYTES = 600
 """What a token takes while it is described, with its text and its JSON; each byte of a text may be one."""
-WORDS: dict[TextTask, str] = {
-    "vectors": "embeds texts",
-    "scores": "ranks texts",
-    "classes": "classifies texts",
-    "tokens": "finds entities",
-}
-"""What a model of each task does, for messages."""
 RERANK_PATHS = ("/v1/rerank", "/v2/rerank")
-CLASSIFY: tuple[TextTask, ...] = ("classes", "tokens")
-ANY: tuple[TextTask, ...] = tuple(WORDS)
 
 T = TypeVar("T")
 Handler = Callable[[Request], Awaitable[Response]]
@@ -88,7 +80,7 @@ class TextRoutes:
 
         ``deadline_s`` is when a request's answer is due, on the monotonic clock.
         """
-        self._models, self._metrics, self._front = models, metrics, front
+        self._models, self._metrics, self._front = TextModels(models), metrics, front
         self._limits = replace(limits, body_bytes=min(limits.body_bytes, texts.BODY_BYTES))
         self._told, self._deadline_s = told, deadline_s
         self._calls = TextCalls(models, front)
@@ -128,7 +120,7 @@ class TextRoutes:
 
         def parse(body: bytes) -> openai.EmbeddingsRequest:
             asked = openai.parse(body)
-            _check_vectors(self._chosen(asked.model, "vectors"), asked.dimensions)
+            check_vectors(self._models.chosen(asked.model, "vectors"), asked.dimensions)
             return asked
 
         async with self._answered(request, parse, "vectors") as (served, asked, answer):
@@ -141,11 +133,11 @@ class TextRoutes:
 
     async def list_models(self, request: Request) -> Response:
         """All models, by name."""
-        return JSONResponse({"object": "list", "data": [_entry(served) for served in self._newest()]})
+        return JSONResponse({"object": "list", "data": [_entry(served) for served in self._models.newest()]})
 
     async def describe_model(self, request: Request) -> Response:
         """One model."""
-        return JSONResponse(_entry(self._named(request.path_params["name"])))
+        return JSONResponse(_entry(self._models.named(request.path_params["name"])))
 
     # --- Cohere and Jina ----------------------------------------------------------------------------------------
 
@@ -164,7 +156,7 @@ class TextRoutes:
 
     async def root(self, request: Request) -> Response:
         """What the only model does, as Hugging Face's endpoints have it."""
-        served = self._chosen(None, *ANY)
+        served = self._models.chosen(None, *ANY)
         assert served.text is not None
         handlers = {"vectors": self.embed, "scores": self.rank}
         return await handlers.get(served.text.pipeline.task, self.predict)(request)
@@ -174,8 +166,8 @@ class TextRoutes:
 
         def parse(body: bytes) -> tei.EmbedRequest:
             asked = tei.embed(body)
-            served = self._chosen(asked.model, "vectors")
-            _check_vectors(served, asked.dimensions)
+            served = self._models.chosen(asked.model, "vectors")
+            check_vectors(served, asked.dimensions)
             if not asked.normalize and served.text is not None and served.text.pipeline.normalize:
                 raise FieldError("normalize", f"the model {served.name} normalizes its vectors itself", "give true")
             return asked
@@ -193,7 +185,7 @@ class TextRoutes:
 
         def parse(body: bytes) -> tei.EmbedRequest:
             asked = tei.similarity(body)
-            _check_vectors(self._chosen(asked.model, "vectors"))
+            check_vectors(self._models.chosen(asked.model, "vectors"))
             return asked
 
         async with self._answered(request, parse, "vectors") as (_, _, answer):
@@ -216,7 +208,7 @@ class TextRoutes:
         """Texts to classes or entities."""
 
         def parse(body: bytes) -> tei.PredictRequest:
-            return tei.predict(body, pairs=lambda model: self._pairs(model, *CLASSIFY))
+            return tei.predict(body, pairs=lambda model: self._models.pairs(model, *CLASSIFY))
 
         def activation(asked: tei.PredictRequest) -> Activation | None:
             return "none" if asked.raw_scores else None
@@ -253,7 +245,7 @@ class TextRoutes:
             with self._metrics.unnamed_request("http", name):
                 body = await self._body(request, texts.TOKENIZED_BYTES, booking, deadline_s)
                 asked = await self._front.read(lambda: parse(body), len(body), deadline_s=deadline_s)
-                served = self._chosen(asked.model, *ANY)
+                served = self._models.chosen(asked.model, *ANY)
             text = served.text
             assert text is not None
             with self._metrics.tokenizer_request(served, name):
@@ -265,7 +257,7 @@ class TextRoutes:
 
     async def info(self, request: Request) -> Response:
         """What the only model is."""
-        served = self._chosen(request.query_params.get("model"), *ANY)
+        served = self._models.chosen(request.query_params.get("model"), *ANY)
         assert served.text is not None
         return JSONResponse(
             tei.info(
@@ -299,7 +291,7 @@ class TextRoutes:
                 body = await bodies.read(request, self._limits, booking)
                 await self._front.turn(deadline_s, gone=request.scope.get(GONE))
                 asked = await self._front.read(lambda: parse(body), len(body), deadline_s=deadline_s)
-                served = self._chosen(asked.model, *tasks)
+                served = self._models.chosen(asked.model, *tasks)
             arrived_s = request.scope.get(ARRIVED)
             with self._metrics.request(served, "http", request.headers, name, arrived_s) as note:
                 chosen = activation(asked) if callable(activation) else activation
@@ -324,48 +316,6 @@ class TextRoutes:
 
     async def _rendered(self, render: Callable[[], bytes], size_bytes: int) -> Response:
         return Response(await self._front.read(render, size_bytes, deadline_s=AT_ONCE), media_type="application/json")
-
-    # --- which model --------------------------------------------------------------------------------------------
-
-    def _newest(self) -> list[Served]:
-        """Each model's newest version."""
-        found = []
-        for name in sorted({name for name, _ in self._models.names}):
-            with suppress(ProtocolError):  # it is not open yet, or was unloaded
-                found.append(self._models.find(name))
-        return found
-
-    def _named(self, model: str) -> Served:
-        """The model ``NAME`` or ``NAME@VERSION``. Raises ``FieldError``."""
-        names = {name for name, _ in self._models.names}
-        name, _, version = (model, "", "") if model in names else model.partition("@")
-        if name not in names:
-            known = ", ".join(sorted(names))
-            raise FieldError("model", f"there is no model {model[: texts.MOST_ROOM]!r}", f"there is {known}", 404)
-        return self._models.find(name, version or None)
-
-    def _chosen(self, model: str | None, *tasks: TextTask) -> Served:
-        """The model that is named, or the only one of these tasks. Raises ``FieldError``."""
-        does = " or ".join(WORDS[task] for task in tasks) if len(tasks) < len(ANY) else "takes texts"
-        if model is not None:
-            served = self._named(model)
-            if served.text is None or served.text.pipeline.task not in tasks:
-                what = "takes tensors" if served.text is None else WORDS[served.text.pipeline.task]
-                raise FieldError("model", f"the model {served.name} {what}, and this path needs one that {does}")
-            return served
-        fit = [each for each in self._newest() if each.text is not None and each.text.pipeline.task in tasks]
-        if not fit:
-            if not self._models.ready:  # one that does may not be open yet
-                raise FieldError("model", f"no model that {does} is ready", "try again later", 503)
-            raise FieldError("model", f"no model here {does}", status=404)
-        if len(fit) > 1:
-            names = ", ".join(each.name for each in fit)
-            raise FieldError("model", f"several models here fit: {names}", "name one in the field model")
-        return fit[0]
-
-    def _pairs(self, model: str | None, *tasks: TextTask) -> bool:
-        served = self._chosen(model, *tasks)
-        return served.text is not None and served.text.pipeline.pairs
 
     # --- errors -------------------------------------------------------------------------------------------------
 
@@ -411,24 +361,6 @@ async def _unless_gone(request: Request, work: Coroutine[Any, Any, T]) -> T:
 async def _gone(request: Request) -> None:
     while (await request.receive())["type"] != "http.disconnect":
         pass
-
-
-def _check_vectors(served: Served, dimensions: int | None = None) -> None:
-    """Raise ``FieldError`` unless the model gives one vector for each text, of so many dimensions if asked."""
-    shape = served.outputs[0].shape
-    if len(shape) != 2:
-        raise FieldError(
-            "model",
-            f"the model {served.name} gives a vector for each token",
-            f"ask /v2/models/{served.name}/infer for them, or make it again with --pooling mean",
-        )
-    trained = () if served.text is None else served.text.pipeline.dimensions
-    if dimensions is not None and dimensions not in (shape[1], *trained):
-        raise FieldError(
-            "dimensions",
-            f"the model {served.name} gives vectors of {shape[1]} dimensions, and was not trained for {dimensions}",
-            f"give one of {', '.join(map(str, trained))}" if trained else "leave dimensions out",
-        )
 
 
 def _vectors(answer: TextAnswer, dimensions: int | None = None) -> NDArray[np.float32]:

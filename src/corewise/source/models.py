@@ -18,6 +18,7 @@ from corewise.source.program import load_program
 from corewise.source.sentence_models import from_sentence_model, is_sentence_model
 
 PICKLES = (".pt", ".pth", ".bin", ".pkl", ".pickle", ".ckpt")
+FOREIGN = {".onnx": "an ONNX model", ".xml": "OpenVINO's IR", ".keras": "a Keras model", ".tflite": "a LiteRT model"}
 
 
 def load(reference: str) -> nn.Module | ExportedProgram:
@@ -77,10 +78,17 @@ def _load(reference: str) -> nn.Module | ExportedProgram:
         model = HUBS[prefix](name)
     elif path.suffix == ".pt2":
         return load_program(path)
+    elif path.suffix in FOREIGN:
+        raise SourceError(
+            f"{reference} is {FOREIGN[path.suffix]}, and corewise begins with the PyTorch model",
+            "give the code that builds that model, as file.py:function, or a .pt2 file of torch.export.save",
+        )
+    elif path.is_dir():
+        raise SourceError(f"{reference} is a folder", f"write hf:{reference} or st:{reference} if it holds a model")
     elif path.suffix in PICKLES:
         raise SourceError(
             f"{reference} is a pickle, which can run any code when it is opened",
-            "write a factory that fills the model with torch.load(..., weights_only=True) or safetensors, or save the"
+            "write a function that fills the model with torch.load(..., weights_only=True) or safetensors, or save the"
             " model with torch.export.save as .pt2",
         )
     elif ":" in reference:

@@ -31,7 +31,7 @@ WAYS: dict[str, Way] = {
 }
 """Modes of a Pooling, in the order in which their vectors are joined."""
 MODE = "pooling_mode_"
-OTHER_WAY = "give a factory that returns it as a torch.nn.Module, with --tokenizer"
+OTHER_WAY = "give a function that returns it as a torch.nn.Module, with --tokenizer"
 ACTIVATIONS = {
     kind.__name__: kind
     for kind in (nn.Identity, nn.Tanh, nn.ReLU, nn.GELU, nn.Sigmoid, nn.SiLU, nn.ELU, nn.LeakyReLU, nn.Mish)

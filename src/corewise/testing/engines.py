@@ -95,7 +95,7 @@ class Layered(Fake):
         return super().open(folder, replace(build, options=(("noise", noise),)), plan)
 
     def receipt(self, folder: Path, build: Build, plan: Plan, inputs: Sequence[np.ndarray]) -> Receipt | None:
-        """So many layers in int8."""
+        """As many layers in int8 as it was made with."""
         returned = build.quantization.reverted_layers
         return Receipt.tally([("Convolution/u8", number >= returned) for number in range(16)])
 

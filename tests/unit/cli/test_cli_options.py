@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 
 from corewise.accuracy.metrics import METRICS
 from corewise.cli import _words, app, quantities
-from corewise.cli.options import add_command, grouped, option
+from corewise.cli.declare import add_command, grouped, option
 from corewise.cli.renames import COMMANDS, OPTIONS, translate
 from corewise.common.errors import InputError
 

@@ -18,7 +18,8 @@ from torch.export import Dim, ExportedProgram
 from torch.fx import GraphModule
 
 from corewise.common.errors import EngineError, SamplesError
-from corewise.quantize import corrections, ptq
+from corewise.quantize import corrections
+from corewise.quantize.calibration import observe
 from corewise.quantize.graph import bias, compute, execute, folded, layer_name, layers, output_axis, weight
 from corewise.quantize.observers import (
     OBSERVERS,
@@ -643,12 +644,12 @@ def test_a_recipe_has_a_key_of_its_own():
 
 
 def ranged(module: GraphModule, placement: Placement, batches: list[Tensor]) -> dict[str, QParams]:
-    seen = ptq.observe(module, placement.tensors, [(batch,) for batch in batches])
+    seen = observe(module, placement.tensors, [(batch,) for batch in batches])
     return {name: qparams(*minmax(one)) for name, one in seen.items()}
 
 
 def channels_of(module: GraphModule, placement: Placement, x: Tensor) -> dict[str, Channels]:
-    return {name: one.channels for name, one in ptq.observe(module, placement.tensors, [(x,)]).items()}
+    return {name: one.channels for name, one in observe(module, placement.tensors, [(x,)]).items()}
 
 
 def smooth(shape: tuple[int, ...], rows: int = 64, seed: int = 0) -> Tensor:

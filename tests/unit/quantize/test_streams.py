@@ -15,7 +15,8 @@ from torch.export import Dim
 from torch.fx import GraphModule, Node
 
 from corewise.common.errors import SamplesError
-from corewise.quantize import ptq, streams
+from corewise.quantize import streams
+from corewise.quantize.calibration import observe
 from corewise.quantize.graph import bias, compute, execute, folded, layers
 from corewise.quantize.observers import LEVELS, QParams, fake_quantize, qparams
 from corewise.quantize.placement import place
@@ -221,7 +222,7 @@ def test_calibration_sees_what_the_relu_feels(blocks: GraphModule):
     module, batch = copy.deepcopy(blocks), (torch.randn(4, *IMAGE),)
     with torch.no_grad():
         bias(module, next(node for node in layers(module) if node.name == "conv2d_1")).sub_(3.0)
-    found = ptq.observe(module, ("conv2d_1", "relu"), [batch])
+    found = observe(module, ("conv2d_1", "relu"), [batch])
     values: dict[str, Tensor] = {}
 
     def step(node: Node, args: tuple[object, ...], kwargs: dict[str, object]) -> object:

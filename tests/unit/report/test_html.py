@@ -19,7 +19,7 @@ from corewise.records.jsonable import from_json
 from corewise.records.measurement import Measurement, Rates
 from corewise.records.report import LosingTrial, Report, SampleFacts
 from corewise.records.schema_1 import upgrade_report
-from corewise.report import charts, figures, html, words
+from corewise.report import charts, figures, html, story, words
 from corewise.report.charts import Axis, Bar, Line, Mark
 from corewise.report.figures import Builds
 
@@ -113,7 +113,7 @@ def test_it_is_well_formed_and_tells_the_story_from_the_top_down(report):
 
 def test_every_fact_loser_warning_and_note_is_there_in_the_words_of_the_other_formats():
     text = Page(html.render(REPORT)).text
-    for heading, sentence in words.facts(REPORT):
+    for heading, sentence in story.facts(REPORT):
         assert sentence in text, heading
     for label, _, reason in words.losers(REPORT):
         assert label in text

@@ -21,10 +21,11 @@ from corewise.common.errors import MissingExtra, SamplesError
 from corewise.records.pipeline import ImagePipeline
 from corewise.records.report import Preprocess
 from corewise.samples import RawSamples, Samples, UnreadableItem, read, read_raw
-from corewise.samples import images as images_module
 from corewise.samples.audio import open_audio
 from corewise.samples.folders import list_images, read_folder
-from corewise.samples.images import SIZE_KEY, ImageReader, TooManyPixels, image_array, normalize_image, open_image
+from corewise.samples.image_files import SIZE_KEY, TooManyPixels, image_suffixes, normalize_image, open_image
+from corewise.samples.image_geometry import input_sides, placement
+from corewise.samples.images import ImageReader, image_array
 from corewise.serving import files as serving_files
 from corewise.serving import images as serving_images
 from corewise.serving.protocol import ProtocolError
@@ -182,7 +183,7 @@ def test_other_files_are_counted(tmp_path: Path, names: list[str], note: str) ->
 
 
 def test_heic_without_its_plugin_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    suffixes = images_module.image_suffixes() - {".heic"}
+    suffixes = image_suffixes() - {".heic"}
     monkeypatch.setattr("corewise.samples.folders.image_suffixes", lambda: suffixes)
     samples = read(str(make(tmp_path, ["a.png", "b.heic"])), TINY)
     assert len(samples) == 1
@@ -764,7 +765,7 @@ def test_a_photo_may_keep_its_shape(size: tuple[int, int], multiple: int, sides:
     assert made.shape == (3, *sides[::-1])
     assert made[0, 0, 0] < 0.05
     assert made[0, 0, -1] > 0.95
-    assert images_module.input_sides(size, how) == sides
+    assert input_sides(size, how) == sides
 
 
 @pytest.mark.parametrize("size", [(400, 300), (210, 600), (4000, 100)])
@@ -778,6 +779,6 @@ def test_a_place_in_the_photo_is_found_in_the_input(size: tuple[int, int], fit: 
     shown = image_array(Image.fromarray(pixels), how)[0].astype(np.float64)
     rows, columns = np.indices(shown.shape)
     middle = [(one * shown).sum() / shown.sum() + 0.5 for one in (columns, rows)]
-    place = images_module.placement(size, how)
+    place = placement(size, how)
     assert place.left + place.across * x == pytest.approx(middle[0], abs=0.75)
     assert place.top + place.down * y == pytest.approx(middle[1], abs=0.75)

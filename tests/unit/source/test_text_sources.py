@@ -20,7 +20,7 @@ from transformers.models.bert.tokenization_bert_legacy import BertTokenizerLegac
 from corewise.common.errors import InputError, SamplesError, SourceError
 from corewise.pipeline import TextEncoder
 from corewise.records.build import TensorSpec
-from corewise.report import words
+from corewise.report import story
 from corewise.samples import raw_from_python
 from corewise.search.alone import unpadded
 from corewise.search.texts import fitted, tokenized
@@ -439,7 +439,7 @@ def test_texts_become_samples_padded_as_they_are_served(sentence_folder: Path) -
     assert facts is not None
     assert (facts.median, facts.p95, facts.longest, facts.most, facts.cut) == (6, 16, 16, 16, 0.2)
     assert (facts.padding, facts.padding_unsorted) == (1 - 38 / 48, 1 - 38 / sum([6 * 3, 16 * 2]))
-    assert words.texts(facts) == (
+    assert story.texts(facts) == (
         "median 6 tokens, 95 % have up to 16, the longest 16; 20.0 % were cut at 16; 21 % of the model's input is "
         "padding, or 24 % without sorting by length"
     )

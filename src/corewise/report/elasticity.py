@@ -1,0 +1,57 @@
+"""What there is to say about an elastic plan: why it won or lost, and its latency over the load. Pure."""
+
+from collections.abc import Iterator
+
+from corewise.records.report import Report
+from corewise.records.tuned import Elasticity
+from corewise.report.numbers import megabytes, milliseconds, three_digits
+from corewise.report.words import load
+
+LOAD_NOTE = (
+    "p50 and p99 in ms of requests at random times, simulated from the measured calls; the load is a share of what the "
+    "plan's layout answers when it is saturated."
+)
+
+
+def layouts(report: Report, found: Elasticity) -> str:
+    """Whether two layouts stay open, and what that does for single requests."""
+    fixed = 1 if report.choice.plan.instances == 1 else 2
+    shown = (found.curve[0], min(found.curve, key=lambda point: abs(point.load - 2 / 3)))
+    pairs = ((point.load, *(milliseconds(point.p50_ms[k]) for k in (0, fixed))) for point in shown)
+    figures = ", ".join(
+        f"at {load:.0%} of the saturated rate {ours} instead of {theirs}" for load, ours, theirs in pairs
+    )
+    if found.pays:
+        memory = f"; at most {megabytes(found.memory_bytes)}" if found.memory_bytes else ""
+        return f"{found.plan.label}, depending on the load: simulated p50 {figures}{memory}"
+    if found.load is None and found.duels:
+        return f"one, because {duel_verdict(found)}"
+    if found.load is not None:
+        return f"one, because an elastic plan does not meet the certified rate: {load(found.load)}"
+    return f"one, because an elastic plan is not better: simulated p50 {figures}"
+
+
+def duel_verdict(found: Elasticity) -> str:
+    """Why real load rejected the elastic plan, with its figures beside the fixed layout's."""
+    if not all(duel.all_answered for duel in found.duels):
+        return "requests failed or were refused under real load"
+    told = []
+    for duel in found.duels:
+        pairs = (("p50", duel.p50_ms), ("p99", duel.p99_ms))
+        figures = ", ".join(
+            f"{name} {milliseconds(ours)} against {milliseconds(theirs)}" for name, (ours, theirs) in pairs
+        )
+        told.append(f"at {duel.load:.0%} of the saturated rate {figures}")
+    return f"an elastic plan is slower under real load: {'; '.join(told)}"
+
+
+def load_columns(found: Elasticity) -> tuple[str, ...]:
+    """The headings of ``load_rows``: the load, then the elastic plan and each of its layouts alone."""
+    return ("load", "elastic", found.plan.wide.layout_label, found.plan.narrow.layout_label)
+
+
+def load_rows(found: Elasticity) -> Iterator[tuple[str, ...]]:
+    """``67%``, then p50 and p99 in ms of each."""
+    for point in found.curve:
+        pairs = zip(point.p50_ms, point.p99_ms, strict=True)
+        yield f"{point.load:.0%}", *(f"{three_digits(p50)} / {three_digits(p99)}" for p50, p99 in pairs)

@@ -8,6 +8,7 @@ from dataclasses import replace
 from statistics import median
 from typing import NamedTuple
 
+from corewise.common.phrases import percent
 from corewise.machine.inspect import cpu_list
 from corewise.machine.layouts import assign, limited_by_quota
 from corewise.records.build import Build, Receipt
@@ -179,7 +180,7 @@ def layouts(report: Report, found: Elasticity) -> str:
     shown = (found.curve[0], min(found.curve, key=lambda point: abs(point.load - 2 / 3)))
     pairs = ((point.load, *(milliseconds(point.p50_ms[k]) for k in (0, fixed))) for point in shown)
     figures = ", ".join(
-        f"at {load:.0%} of the saturated rate {ours} instead of {theirs}" for load, ours, theirs in pairs
+        f"at {percent(load)} of the saturated rate {ours} instead of {theirs}" for load, ours, theirs in pairs
     )
     if found.pays:
         memory = f"; at most {megabytes(found.memory_bytes)}" if found.memory_bytes else ""
@@ -201,7 +202,7 @@ def duel_verdict(found: Elasticity) -> str:
         figures = ", ".join(
             f"{name} {milliseconds(ours)} against {milliseconds(theirs)}" for name, (ours, theirs) in pairs
         )
-        told.append(f"at {duel.load:.0%} of the saturated rate {figures}")
+        told.append(f"at {percent(duel.load)} of the saturated rate {figures}")
     return f"an elastic plan is slower under real load: {'; '.join(told)}"
 
 
@@ -211,18 +212,18 @@ def load_columns(found: Elasticity) -> tuple[str, ...]:
 
 
 def load_rows(found: Elasticity) -> Iterator[tuple[str, ...]]:
-    """``67%``, then p50 and p99 in ms of each."""
+    """``67 %``, then p50 and p99 in ms of each."""
     for point in found.curve:
         pairs = zip(point.p50_ms, point.p99_ms, strict=True)
-        yield f"{point.load:.0%}", *(f"{three_digits(p50)} / {three_digits(p99)}" for p50, p99 in pairs)
+        yield percent(point.load), *(f"{three_digits(p50)} / {three_digits(p99)}" for p50, p99 in pairs)
 
 
 def texts(tokens: TokenFacts) -> str:
     """How long the samples' texts are, and what padding them costs, sorted and as they come."""
     lengths = f"median {tokens.median} tokens, 95 % have up to {tokens.p95}, the longest {tokens.longest}"
-    cut = f"; {100 * tokens.cut:.1f} % were cut at {tokens.most}" if tokens.cut else ""
-    padding = f"{100 * tokens.padding:.0f} % of the model's input is padding"
-    return f"{lengths}{cut}; {padding}, or {100 * tokens.padding_unsorted:.0f} % without sorting by length"
+    cut = f"; {percent(tokens.cut, 1)} were cut at {tokens.most}" if tokens.cut else ""
+    padding = f"{percent(tokens.padding)} of the model's input is padding"
+    return f"{lengths}{cut}; {padding}, or {percent(tokens.padding_unsorted)} without sorting by length"
 
 
 def _repair(report: Report) -> str:
@@ -405,7 +406,8 @@ def _drop(fidelity: Fidelity) -> str:
 
 def _closeness(fidelity: Fidelity) -> str:
     text = f"SQNR {fidelity.sqnr_db:.1f} dB, cosine {fidelity.cosine:.4f}"
-    return text if fidelity.agreement is None else f"{text}, {fidelity.agreement:.1%} of the top-1 answers equal fp32's"
+    equal = fidelity.agreement
+    return text if equal is None else f"{text}, {percent(equal, 1)} of the top-1 answers equal fp32's"
 
 
 def _groups(fidelity: Fidelity) -> str:

@@ -176,6 +176,9 @@ def test_the_search_takes_scaled_decoding_where_the_answers_hold(
     assert result.model.predict(photos / "04.jpg").label == "red"
     saved = result.save(tmp_path / "shades.cw")
     assert saved.manifest.photos is not None
+    with pytest.raises(SamplesError, match="the list of class names has 2 class names, but the model has 3 classes"):
+        result.save(tmp_path / "two.cw", labels=NAMES[:2])
+    assert not (tmp_path / "two.cw").exists()
     assert "decoding takes" in said(next(note for note in saved.report.notes if note.kind == ReasonKind.FROM_FILES))
     with corewise.load(saved.folder, photos=True) as model:
         assert model.predict(photos / "04.jpg").label == "red"

@@ -22,6 +22,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from corewise.common.errors import MissingExtra, SamplesError
+from corewise.common.phrases import with_article
 from corewise.common.references import find_reference, guard
 from corewise.records.report import Preprocess
 from corewise.samples.raw import UnreadableItem
@@ -453,7 +454,7 @@ def _reason(source: Path | bytes, error: BaseException, opened: Sequence[str]) -
     if type(error).__name__ == "UnidentifiedImageError":
         for kind, magic in UNBOUNDED_FORMATS.items():
             if head.startswith(magic) and kind not in opened:
-                return f"is an {kind} file, whose pixels cannot be counted before they are decoded"
+                return f"is {with_article(kind)} file, whose pixels cannot be counted before they are decoded"
         return "is not an image that Pillow opens"
     return _broken(error)
 

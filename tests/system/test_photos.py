@@ -29,6 +29,7 @@ from corewise._version import __version__
 from corewise.cluster import messages
 from corewise.cluster.actor import Answerer
 from corewise.common import stats
+from corewise.common.errors import SamplesError
 from corewise.common.nested import flatten
 from corewise.engines import engine
 from corewise.engines.openvino import OpenVino

@@ -134,9 +134,9 @@ def _check_nodes(settings: Sequence[Settings], scale: Scale) -> None:
 
     nodes = [int(node["Resources"].get("CPU", 0)) for node in ray.nodes() if node["Alive"]]
     for one in settings:
-        if max(nodes, default=0) < one.cpus:
+        if (most := max(nodes, default=0)) < one.cpus:
             raise InputError(
-                f"a replica of {one.name} takes {one.cpus} CPUs, and the cluster's nodes have at most {max(nodes)}",
+                f"a replica of {one.name} takes {one.cpus} CPUs, and the cluster's nodes have at most {most}",
                 "give fewer with --cpus",
             )
     needed, there = sum(one.cpus for one in settings) * scale.replicas[0], sum(nodes)

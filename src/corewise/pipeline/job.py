@@ -184,6 +184,8 @@ def check_folder(output: Place) -> None:
     """Raise ``OutputError`` unless the output is a job's folder or can become one."""
     if output.suffix in (".jsonl", ".npy"):
         raise OutputError(f"{output} is the name of a file", "give a folder for Parquet files with -o")
+    if str(output).encode("utf-8", "ignore").decode() != str(output):
+        raise OutputError(f"{output} is not a name in UTF-8", "give another name with -o")
     if output.is_file():
         raise OutputError(f"{output} exists already and is not a folder", "give another name with -o")
     if isinstance(output, Path) and not output.parent.is_dir():

@@ -49,9 +49,12 @@ def test_a_replica_has_the_cpus_of_the_plan_unless_told_otherwise() -> None:
     assert settings_of(SOURCE, Options(), Scale(cpus=4)).cpus == 4
 
 
-@pytest.mark.parametrize("replicas", [(0, 1), (3, 2)])
-def test_replicas_that_are_none(replicas: tuple[int, int]) -> None:
-    with pytest.raises(InputError, match=r"there cannot be . to . replicas; give 1 or more, e.g. 2 or 2-8"):
+@pytest.mark.parametrize(
+    ("replicas", "said"),
+    [((0, 1), "0 to 1"), ((3, 2), "3 to 2"), (("2", "8"), "2 to 8"), ("2-8", "'2-8'"), ((2,), r"\(2,\)")],
+)
+def test_replicas_that_are_none(replicas: Any, said: str) -> None:
+    with pytest.raises(InputError, match=f"there cannot be {said} replicas; give 1 or more, or the fewest and"):
         Scale(replicas=replicas)
 
 

@@ -145,6 +145,7 @@ class Driver:
         self._ready: set[str] = set()
         """The nodes of those that answer."""
         self._calls: dict[Any, _Call] = {}
+        self._all_read = False
         self._again: deque[Part] = deque()
         self._ended: dict[int, list[str]] = defaultdict(list)
         self._losses: dict[str, int] = defaultdict(int)
@@ -204,13 +205,18 @@ class Driver:
         """Give parts to actors that have less than they can work on; whether parts are left to give."""
         for load in range(AT_ONCE):
             for actor in self._actors.values():
-                if actor.ready and len(actor.parts) == load:
-                    part = self._lost_part(actor) or next(self._parts, None)
-                    if part is None:
-                        return False
+                if not actor.ready or len(actor.parts) != load:
+                    continue
+                part = self._lost_part(actor) or self._next_part()
+                if part is not None:  # another actor may be given what this one has lost
                     actor.parts.append(part)
                     self._call(actor, "answer", part.number, packed_rows(part.rows), part=part)
-        return True
+        return not self._all_read
+
+    def _next_part(self) -> Part | None:
+        part = None if self._all_read else next(self._parts, None)
+        self._all_read = part is None
+        return part
 
     def _lost_part(self, actor: _Actor) -> Part | None:
         """A part that an actor took with it; on another node than that one, if there is one."""

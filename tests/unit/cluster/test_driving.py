@@ -155,6 +155,25 @@ def test_a_lost_actor_is_replaced_and_told_of() -> None:
     assert [share.lost for share in driven.shares] == [True, False, False]
 
 
+def test_a_part_that_one_node_has_lost_is_given_to_another_that_comes_later() -> None:
+    class Together(FakeCrew):
+        """The second node alone until its actor has died, then the first one's dies; all that follows ends at once."""
+
+        alone = deque([NEW, NEW, NEW, OLD])
+
+        def wait(self, calls: Sequence[int], timeout_s: float) -> list[int]:
+            assert sum(self.steps.values()) < 100, "a part is given to nobody"
+            self.steps["wait"] += 1
+            one = self.alone.popleft() if self.alone else None
+            found = [number for number, actor, *_ in self.waiting if number in calls and one in (None, actor.machine)]
+            return found[:1] if one else found
+
+    crew = Together([OLD, NEW], [False, False, True, True])
+    driver = driver_of(crew, 10, retune_s=0.0)
+    driver.run()
+    assert driver.done == Counts(10, 0)
+
+
 def test_one_actor_searches_the_plan_of_its_kind_and_the_others_run_it() -> None:
     kept: list[Tuned] = []
     crew = FakeCrew([NEW, OLD, NEW, NEW])

@@ -159,15 +159,14 @@ def test_a_part_that_one_node_has_lost_is_given_to_another_that_comes_later() ->
     class Together(FakeCrew):
         """The second node alone until its actor has died, then the first one's dies; all that follows ends at once."""
 
-        alone = deque([NEW, NEW, NEW, OLD])
-
         def wait(self, calls: Sequence[int], timeout_s: float) -> list[int]:
             assert sum(self.steps.values()) < 100, "a part is given to nobody"
             self.steps["wait"] += 1
-            one = self.alone.popleft() if self.alone else None
+            one = alone.popleft() if alone else None
             found = [number for number, actor, *_ in self.waiting if number in calls and one in (None, actor.machine)]
             return found[:1] if one else found
 
+    alone = deque([NEW, NEW, NEW, OLD])
     crew = Together([OLD, NEW], [False, False, True, True])
     driver = driver_of(crew, 10, retune_s=0.0)
     driver.run()

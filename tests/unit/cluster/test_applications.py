@@ -1,6 +1,8 @@
 """cluster.applications, .serving and .replica, as far as they need no cluster."""
 
 import asyncio
+import logging
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -8,13 +10,16 @@ import pytest
 from places import GOLDEN
 
 from corewise._version import __version__
-from corewise.cluster import applications
+from corewise.artifact import read, tuned
+from corewise.cluster import applications, replica
 from corewise.cluster.applications import Scale, settings_of
 from corewise.cluster.messages import packed, unpacked
 from corewise.cluster.replica import Mounted
 from corewise.cluster.serving import _ports, failure, serve_on_ray
 from corewise.cluster.settings import Settings
 from corewise.common.errors import ArtifactError, EngineError, InputError
+from corewise.machine.inspect import inspect_cpu
+from corewise.records.tuned import Machine
 from corewise.serving.host import Options
 from corewise.serving.served import Source, Trust
 
@@ -109,6 +114,24 @@ def test_why_a_replica_does_not_start_is_said_in_one_line() -> None:
         f"m does not start: corewise is not installed on a node; install corewise {__version__} on every node"
     )
     assert str(failure("m", "out of luck\n")) == "m does not start: out of luck; see the logs of Ray Serve's replicas"
+
+
+def test_a_replica_serves_under_the_plan_that_it_has_if_no_other_is_found(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    shutil.copytree(ARTIFACT, tmp_path / "m.cw")
+    cpu = inspect_cpu()
+    found = read(tmp_path / "m.cw")
+    assert Machine.of(found.report.cpu) != Machine.of(cpu)
+
+    def fail(folder: Path, budget_s: float) -> None:
+        raise EngineError("no plan can be measured", "free memory")
+
+    monkeypatch.setattr(replica, "find_plan", fail)
+    with caplog.at_level(logging.INFO, "corewise.serve"):
+        replica.tune_once(found, cpu, 1.0)
+    assert caplog.messages[-1] == "no plan was found: no plan can be measured; free memory"
+    assert not tuned.read(tmp_path / "m.cw")
 
 
 def test_a_mounted_app_sees_its_own_paths_and_ends_when_it_is_told() -> None:

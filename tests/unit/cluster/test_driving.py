@@ -236,6 +236,15 @@ def test_an_actor_that_cannot_import_corewise_says_so(monkeypatch: pytest.Monkey
         RayCrew.result(RayCrew.__new__(RayCrew), object())
 
 
+def test_a_cluster_that_is_gone_is_one_line() -> None:
+    ray = pytest.importorskip("ray")
+    assert not ray.is_initialized()
+    with pytest.raises(
+        EngineError, match=r"the Ray cluster does not answer any more: .*; see 'ray status', and run"
+    ):
+        RayCrew(None).nodes()
+
+
 def test_a_part_that_ends_every_process_ends_the_job() -> None:
     with pytest.raises(EngineError, match=r"rows 0 to 9 ended 3 processes, the last one on node node0: killed"):
         driver_of(FakeCrew([OLD], [False, False, True] * 9), 10).run()

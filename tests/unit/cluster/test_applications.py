@@ -15,7 +15,7 @@ from corewise.cluster import applications, replica
 from corewise.cluster.applications import Scale, settings_of
 from corewise.cluster.messages import packed, unpacked
 from corewise.cluster.replica import Mounted
-from corewise.cluster.serving import _ports, failure, serve_on_ray
+from corewise.cluster.serving import HttpThere, _ports, check_running, failure, serve_on_ray
 from corewise.cluster.settings import Settings
 from corewise.common.errors import ArtifactError, EngineError, InputError
 from corewise.machine.inspect import inspect_cpu
@@ -77,6 +77,26 @@ def test_replicas_that_are_none(replicas: Any, said: str) -> None:
 def test_ports_that_ray_serve_does_not_have(options: Options, what: str) -> None:
     with pytest.raises(InputError, match=what):
         _ports(options)
+
+
+HERE = HttpThere("127.0.0.1", 8000, tls=False)
+
+
+@pytest.mark.parametrize(
+    ("there", "grpc_there", "what"),
+    [
+        (HERE._replace(port=80), 9000, "with HTTP on 127.0.0.1:80; give --http 127.0.0.1:80$"),
+        (HERE._replace(host="0.0.0.0"), 9000, "with HTTP on 0.0.0.0:8000; give --http 0.0.0.0:8000$"),
+        (HERE._replace(tls=True), 9000, "with TLS; give --tls-cert and --tls-key$"),
+        (HERE, None, "without a gRPC port for corewise; leave out --grpc$"),
+        (HERE, 9001, "with gRPC on port 9001; give --grpc 0.0.0.0:9001$"),
+    ],
+)
+def test_a_ray_serve_that_runs_on_other_ports(there: HttpThere, grpc_there: int | None, what: str) -> None:
+    with pytest.raises(InputError, match=f"^Ray Serve runs on this cluster already, {what}"):
+        check_running(there, grpc_there, HERE, 9000)
+    check_running(there, grpc_there, there, None)
+    check_running(HERE, 9000, HERE, 9000)
 
 
 @pytest.mark.parametrize(

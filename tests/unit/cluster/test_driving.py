@@ -239,9 +239,7 @@ def test_an_actor_that_cannot_import_corewise_says_so(monkeypatch: pytest.Monkey
 def test_a_cluster_that_is_gone_is_one_line() -> None:
     ray = pytest.importorskip("ray")
     assert not ray.is_initialized()
-    with pytest.raises(
-        EngineError, match=r"the Ray cluster does not answer any more: .*; see 'ray status', and run"
-    ):
+    with pytest.raises(EngineError, match=r"the Ray cluster does not answer any more: .*; see 'ray status', and run"):
         RayCrew(None).nodes()
 
 

@@ -179,7 +179,7 @@ class Driver:
                 self._keep_share(actor, lost=False)
             return Driven(
                 shares=tuple(self._shares),
-                left_out=tuple(str(refusal) for refusal in self._refusals.values()),
+                left_out=(*map(str, self._refusals.values()), *self._late()),
                 notes=tuple(self._notes),
             )
         finally:
@@ -381,6 +381,16 @@ class Driver:
                 f"Ray started no process within {START_S:g} s, which needs these CPUs to be free: {wanted or 'any'}",
                 "see what has them with 'ray status', or add a node",
             )
+
+    def _late(self) -> Iterator[str]:
+        """The nodes that did nothing because they were not ready before the job ended."""
+        at_work = {share.node for share in self._shares}
+        for actor in self._actors.values():
+            if not actor.ready and actor.node.name not in at_work:
+                yield (
+                    f"node {actor.node.name}: it was not ready before the job ended; it takes "
+                    f"{actor.node.cpus} free CPUs"
+                )
 
     def _keep_share(self, actor: _Actor, *, lost: bool) -> None:
         share = actor.share(lost=lost)

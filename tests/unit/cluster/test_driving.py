@@ -208,6 +208,16 @@ def test_a_node_that_cannot_run_the_job_is_left_out_by_name() -> None:
         driver_of(FakeCrew([OLD], refusals={0: "there is no artifact"})).run()
 
 
+def test_a_node_that_is_not_ready_before_the_job_ends_is_named() -> None:
+    class Late(FakeCrew):
+        def wait(self, calls: Sequence[int], timeout_s: float) -> list[int]:
+            return [number for number, actor, *_ in self.waiting if number in calls and actor.machine == OLD][:1]
+
+    driven = driver_of(Late([OLD, NEW])).run()
+    assert driven.left_out == ("node node1: it was not ready before the job ended; it takes 2 free CPUs",)
+    assert [share.node for share in driven.shares] == ["node0"]
+
+
 def test_a_node_without_corewise_is_left_out_by_name() -> None:
     class Bare(FakeCrew):
         def result(self, call: int) -> str:

@@ -29,6 +29,7 @@ from corewise._version import __version__
 from corewise.cluster import messages
 from corewise.cluster.actor import Answerer
 from corewise.common import stats
+from corewise.common.errors import SamplesError
 from corewise.common.nested import flatten
 from corewise.engines import engine
 from corewise.engines.openvino import OpenVino
@@ -177,6 +178,9 @@ def test_the_search_takes_scaled_decoding_where_the_answers_hold(
     assert result.model.predict(photos / "04.jpg").label == "red"
     saved = result.save(tmp_path / "shades.cw")
     assert saved.manifest.photos is not None
+    with pytest.raises(SamplesError, match="the list of class names has 2 class names, but the model has 3 classes"):
+        result.save(tmp_path / "two.cw", labels=NAMES[:2])
+    assert not (tmp_path / "two.cw").exists()
     assert "decoding takes" in said(next(note for note in saved.report.notes if note.kind == ReasonKind.FROM_FILES))
     with corewise.load(saved.folder, photos=True) as model:
         assert model.predict(photos / "04.jpg").label == "red"

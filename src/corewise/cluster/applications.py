@@ -52,9 +52,14 @@ class Scale:
     """Whether an update starts a new replica before an old one stops, which takes CPUs that are free."""
 
     def __post_init__(self) -> None:
-        least, most = self.replicas
-        if not 1 <= least <= most:
-            raise InputError(f"there cannot be {least} to {most} replicas", "give 1 or more, e.g. 2 or 2-8")
+        match self.replicas:
+            case (int(least), int(most)) if 1 <= least <= most:
+                return
+            case (least, most):
+                what = f"{least} to {most} replicas"
+            case _:
+                what = f"{self.replicas!r} replicas"
+        raise InputError(f"there cannot be {what}", "give 1 or more, or the fewest and the most, e.g. 2 and 8")
 
 
 def settings_of(source: Source, options: Options, scale: Scale) -> Settings:

@@ -16,17 +16,17 @@ import tempfile
 import time
 from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager, suppress
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from corewise._version import __version__
 from corewise.artifact import MANIFEST, Artifact, identity, read, tuned
 from corewise.cluster.connection import check_tokens
 from corewise.cluster.distributed import keep
 from corewise.cluster.exporting import Exporter
-from corewise.cluster.messages import unpacked
+from corewise.cluster.messages import unpacked_alike
 from corewise.cluster.rpc import Calls
 from corewise.cluster.scaling import Load
 from corewise.cluster.settings import Settings
@@ -57,7 +57,7 @@ class Replica(Calls):
 
     def __init__(self, settings: str) -> None:
         """``settings`` is a packed ``Settings``."""
-        self._settings = unpacked(Settings, settings)
+        self._message = settings
         self._host: Host | None = None
         self._cores: ClaimedCores | None = None
         self._exporting: asyncio.Task[None] | None = None
@@ -77,8 +77,6 @@ class Replica(Calls):
         to_stderr("info")
         memory.tune()
         sys.setswitchinterval(SWITCH_S)
-        if settings.version != __version__:
-            raise EngineError(f"it has corewise {__version__}", f"install {settings.version}, which deploys it")
         await asyncio.to_thread(check_tokens, _cluster())
         memory_bytes = _memory_bytes(settings.cpus)
         self._cores = ClaimedCores(settings.cpus, Path(tempfile.gettempdir()))
@@ -137,6 +135,10 @@ class Replica(Calls):
             host.metrics.close()
         if self._cores is not None:
             self._cores.close()
+
+    @cached_property
+    def _settings(self) -> Settings:
+        return unpacked_alike(Settings, self._message)
 
     @property
     def _models(self) -> Models:
@@ -207,7 +209,12 @@ def tune_once(artifact: Artifact, cpu: Cpu, budget_s: float) -> None:
     with _one_at_a_time(artifact.folder / MANIFEST):
         if _is_new(artifact, cpu):
             log.info("no plan is known for %s: searching for %g s", Machine.of(cpu).label, budget_s)
-            if note := keep(artifact.folder, find_plan(artifact.folder, budget_s=budget_s).entry):
+            try:
+                found = find_plan(artifact.folder, budget_s=budget_s)
+            except CorewiseError as error:  # it serves under the plan that it has
+                log.warning("no plan was found: %s", error)
+                return
+            if note := keep(artifact.folder, found.entry):
                 log.warning("%s", note)
 
 

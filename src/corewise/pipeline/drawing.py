@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from corewise.common.phrases import percent
 from corewise.pipeline.answers import ClassAnswer
 from corewise.pipeline.boxes import Detection
 from corewise.samples.image_files import open_image
@@ -48,7 +49,7 @@ def boxes_on(image: "Image", found: Sequence[Detection]) -> "Image":
         canvas.rectangle(one.box, outline=colour, width=width)
     for one in reversed(found):
         colour, (left, top, *_) = COLOURS[one.number % len(COLOURS)], one.box
-        _tag(canvas, image.size, (left, top), f"{one.label} {100 * one.score:.0f} %", colour, height)
+        _tag(canvas, image.size, (left, top), f"{one.label} {percent(one.score)}", colour, height)
     return made
 
 
@@ -62,7 +63,7 @@ def classes_on(image: "Image", answer: ClassAnswer) -> "Image":
     top = 0.0
     for number, (label, probability) in enumerate(list(answer.probabilities.items())[:NAMED]):
         ground = COLOURS[3] if number == 0 else "white"
-        top = _tag(canvas, image.size, (0, top), f"{label} {100 * probability:.1f} %", ground, height, above=False)
+        top = _tag(canvas, image.size, (0, top), f"{label} {percent(probability, 1)}", ground, height, above=False)
     return made
 
 

@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 
 from corewise.common.detections import Head, find_head
 from corewise.common.errors import InputError
+from corewise.common.phrases import with_article
 from corewise.pipeline.answers import ClassAnswer, activate
 from corewise.pipeline.boxes import Thresholds, detected
 from corewise.pipeline.runner import Rejected, Run
@@ -59,7 +60,8 @@ class ImageAsk:
             return Thresholds.of(head, self.score_threshold, self.iou_threshold)
         for name, given in (("score", self.score_threshold), ("IoU", self.iou_threshold)):
             if given is not None:
-                raise InputError(f"a {name} threshold applies to boxes, and the model gives none", "leave it out")
+                what = f"{with_article(name)} threshold applies to boxes, and the model gives none"
+                raise InputError(what, "leave it out")
         return None
 
 
@@ -349,7 +351,7 @@ class ImageRunner(MediaRunner):
     def _decoded(self, item: Any) -> Decoded | Rejected:
         if not (isinstance(item, Path | bytes) or is_pil(item) or is_image(item)):
             found = f"{item.dtype} array {item.shape}" if isinstance(item, np.ndarray) else type(item).__name__
-            return Rejected(f"is a {found}, not a path, bytes, PIL image or uint8 array (H, W, 3)")
+            return Rejected(f"is {with_article(found)}, not a path, bytes, PIL image or uint8 array (H, W, 3)")
         return Decoded(np.asarray(self._read(item))) if self._sized is None else Decoded(*self._sized(item))
 
     def _answer(self, outputs: list[NDArray[Any]], one: Decoded, top: int, thresholds: Thresholds | None) -> Any:

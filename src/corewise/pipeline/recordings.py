@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from corewise.common.phrases import with_article
 from corewise.pipeline.photos import Decoded, MediaRunner, meaning
 from corewise.pipeline.runner import Rejected, Run
 from corewise.records.pipeline import AudioPipeline
@@ -60,7 +61,7 @@ class AudioRunner(MediaRunner):
 
     def _decoded(self, item: Any) -> Decoded | Rejected:
         if not (isinstance(item, Path | bytes) or _is_array_with_rate(item)):
-            return Rejected(f"is a {type(item).__name__}, not a path, bytes or (array, rate)")
+            return Rejected(f"is {with_article(type(item).__name__)}, not a path, bytes or (array, rate)")
         array = np.asarray(self._read(item))
         why = too_short(array, self.pipeline.preprocess)
         return Rejected(why) if why else Decoded(array)

@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from corewise.common.errors import MissingExtra
+from corewise.common.phrases import with_article
 from corewise.records.report import Preprocess
 from corewise.samples.image_geometry import decoding_scale, sharpness_of
 from corewise.samples.raw import UnreadableItem
@@ -228,7 +229,7 @@ def _reason(source: Path | bytes, error: BaseException, opened: Sequence[str]) -
     if type(error).__name__ == "UnidentifiedImageError":
         for kind, magic in UNBOUNDED_FORMATS.items():
             if head.startswith(magic) and kind not in opened:
-                return f"is an {kind} file, whose pixels cannot be counted before they are decoded"
+                return f"is {with_article(kind)} file, whose pixels cannot be counted before they are decoded"
         return "is not an image that Pillow opens"
     return _broken(error)
 

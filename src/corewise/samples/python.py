@@ -10,6 +10,7 @@ import numpy as np
 
 from corewise.common import nested
 from corewise.common.errors import InputError, SamplesError
+from corewise.common.phrases import with_article
 from corewise.common.references import guard
 from corewise.samples import encodings
 from corewise.samples.data import Samples
@@ -258,7 +259,8 @@ def _raw_problem(value: Any, kind: RawKind) -> str:
     if kind == "text":
         return text_problem(value)
     if kind == "image":
-        return "" if isinstance(value, Path | bytes) or is_pil(value) else f"is a {type(value).__name__}, no image"
+        is_one = isinstance(value, Path | bytes) or is_pil(value)
+        return "" if is_one else f"is {with_article(type(value).__name__)}, no image"
     if not _is_text_pair(value):
         return f"is {value!r:.40}, not a pair of texts"
     return next((f"has a text that {problem}" for text in value if (problem := text_problem(text))), "")

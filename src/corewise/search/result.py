@@ -28,6 +28,7 @@ from corewise.runtime.elastic import open_elastic
 from corewise.runtime.instances import open_plan
 from corewise.runtime.workspace import Workspace
 from corewise.samples import Samples
+from corewise.search.task import fitting_class_names
 
 GOLDEN_ROWS = 8
 
@@ -120,12 +121,16 @@ class Result:
 
         Raises:
             OutputError: ``folder`` exists or cannot be written, or the disk is full.
-            InputError: the tokenizer file is not a tokenizer, or does not fit the model's inputs.
+            InputError: the tokenizer file is not a tokenizer, or does not fit the model's inputs; or there are more or
+                fewer labels than classes.
         """
         from corewise.report import html, markdown
 
-        names = self.class_names if labels is None else tuple(labels)
-        pipeline, content = self._fitted, self.tokenizer
+        names, pipeline, content = self.class_names, self._fitted, self.tokenizer
+        if labels is not None:
+            names = fitting_class_names(labels, (), self.build_inputs.outputs) or ()
+            if pipeline is not None and pipeline.labels:
+                pipeline = replace(pipeline, labels=names)
         if tokenizer is not None:
             pipeline, content = self._inferred(tokenizer, names or ())
         artifact.write(

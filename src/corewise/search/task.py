@@ -121,7 +121,7 @@ class Task:
             limits = sample_limits(budget_s, row_s, given) if kept_limits is None else kept_limits
             calibrating, holdout, fewer = _affordable(calibrating, holdout, limits, seed)
         calibrating = calibrating.shuffled(seed)  # quantizers take ranges from the first few, and judge by the last
-        names = _class_names(class_names, loaded.class_names, exported.outputs)
+        names = fitting_class_names(class_names, loaded.class_names, exported.outputs)
         in_process = None
         if exported.program is None:
             in_process, usable, notes = _only_eager(exported, engines if required else ())
@@ -226,7 +226,7 @@ class Task:
         }
 
 
-def _class_names(
+def fitting_class_names(
     given: Sequence[str] | None, own: tuple[str, ...], outputs: Sequence[TensorSpec]
 ) -> tuple[str, ...] | None:
     """The names given, else the model's own if they fit. Raises ``SamplesError`` where those given do not.

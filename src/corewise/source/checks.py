@@ -9,6 +9,7 @@ from torch.export import ExportedProgram
 from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
 
 from corewise.common.errors import SourceError
+from corewise.common.phrases import with_article
 
 MODEL_ITSELF = "give a torch.nn.Module or an ExportedProgram"
 
@@ -53,7 +54,7 @@ def fixed_batch(program: ExportedProgram) -> int | None:
 def inner_model(value: Any) -> str:
     """What to do with a wrapper around a module, as a fix: ``give its .model, a DetectionModel``; empty for others."""
     model = getattr(value, "model", None)
-    return f"give its .model, a {type(model).__name__}" if isinstance(model, nn.Module) else ""
+    return f"give its .model, {with_article(type(model).__name__)}" if isinstance(model, nn.Module) else ""
 
 
 def _unwrapped(model: Any) -> nn.Module:
@@ -62,10 +63,12 @@ def _unwrapped(model: Any) -> nn.Module:
     if isinstance(model, nn.DataParallel | nn.parallel.DistributedDataParallel):
         model = model.module
     if not isinstance(model, nn.Module):
-        raise SourceError(f"the model is a {type(model).__name__}", inner_model(model) or MODEL_ITSELF)
+        raise SourceError(f"the model is {with_article(type(model).__name__)}", inner_model(model) or MODEL_ITSELF)
     # Such a wrapper (ultralytics' YOLO) may also understand ``eval`` as something else.
     if getattr_static(type(model), "forward", None) is nn.Module.forward and inner_model(model):
-        raise SourceError(f"the model is a {type(model).__name__}, which has no forward", inner_model(model))
+        raise SourceError(
+            f"the model is {with_article(type(model).__name__)}, which has no forward", inner_model(model)
+        )
     return model
 
 

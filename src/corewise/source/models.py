@@ -8,6 +8,7 @@ from torch import nn
 from torch.export import ExportedProgram
 
 from corewise.common.errors import SourceError
+from corewise.common.phrases import with_article
 from corewise.common.references import call_reference, guard
 from corewise.records.pipeline import Pooling
 from corewise.source.class_names import own_class_names
@@ -106,7 +107,7 @@ def _load(reference: str) -> nn.Module | ExportedProgram:
 def _named(value: Any) -> str:
     if isinstance(value, type):
         return f"the class {value.__name__}"
-    return "None" if value is None else f"a {type(value).__name__}"
+    return "None" if value is None else with_article(type(value).__name__)
 
 
 def split_reference(reference: str) -> tuple[str, str]:

@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from corewise.common.errors import SourceError
+from corewise.common.phrases import with_article
 from corewise.common.references import guard
 from corewise.records.pipeline import Activation
 from corewise.source.loaded import Loaded
@@ -98,7 +99,7 @@ def from_sentence_model(model: Any) -> Loaded:
         elif kind == "Dense":
             after += [part.linear, part.activation_function]
         elif kind != "Dropout":
-            raise SourceError(f"the model has a {kind}, which is not supported", OTHER_WAY)
+            raise SourceError(f"the model has {with_article(kind)}, which is not supported", OTHER_WAY)
     return vectors(
         first.auto_model,
         first.tokenizer,
@@ -138,7 +139,7 @@ def _modules(parts: list[tuple[str, Path]], name: str) -> tuple[Sequence[Way], l
         elif kind == "Dense":
             after += _dense(place, name)
         elif kind != "Dropout":
-            raise SourceError(f"st:{name} has a {kind}, which is not supported", OTHER_WAY)
+            raise SourceError(f"st:{name} has {with_article(kind)}, which is not supported", OTHER_WAY)
     return poolings, after
 
 

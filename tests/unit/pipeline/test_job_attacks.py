@@ -18,7 +18,6 @@ from corewise.common.errors import InputError, OutputError, SamplesError
 from corewise.pipeline import ImageAsk, ImageRunner
 from corewise.pipeline import job as jobs
 from corewise.pipeline.job import Done, Job, run_job, writing
-from corewise.pipeline.outputs import format_of
 from corewise.pipeline.runner import Rejected
 from corewise.records.pipeline import ImagePipeline
 from corewise.records.report import Preprocess
@@ -206,20 +205,6 @@ def test_a_file_that_is_no_tar_ends_no_job_in_its_middle(tmp_path: Path) -> None
     with pytest.raises(SamplesError, match=r"b\.tar is not a readable tar file"):
         run_job(job, Lengths())
     assert not (tmp_path / "out").exists()
-
-
-def test_a_part_that_is_made_again_leaves_nothing_of_the_first_attempt(tmp_path: Path) -> None:
-    """The first one was killed before it was done, and could not read what the second one can, or the other way."""
-    job = job_of(tmp_path / "out", texts(tmp_path / "t.txt", 2))
-    kept, rows = job.kept, list(jobs.records(job))
-    kind = format_of(".parquet", Lengths().pipeline)
-    good, bad = np.ones(1, np.float32), Rejected("cannot be read")
-    with kept.begun(job.facts()):
-        for answers in ([good, bad], [good, good], [bad, bad]):
-            kept.write(0, kind, list(zip(rows, answers, strict=True)))
-            names = {path.name for path in job.file.glob("*part-000000.*")}
-            expected = {"_part-000000.done"} | {"part-000000.parquet" for one in answers if one is good}
-            assert names == expected | {"_part-000000.failed" for one in answers if one is bad}
 
 
 def test_a_dry_run_into_another_jobs_output_says_so(tmp_path: Path) -> None:

@@ -233,7 +233,7 @@ def test_real_load_in_turns_has_the_last_word_and_its_figures_are_told(
     if failed or refused:
         assert words == "one layout: requests failed or were refused under real load"
     elif not pays:
-        assert f"at 33% of the saturated rate p50 {elastic_ms:.2f} ms against {fixed_ms:.2f} ms" in words
+        assert f"at 33 % of the saturated rate p50 {elastic_ms:.2f} ms against {fixed_ms:.2f} ms" in words
 
 
 @pytest.mark.parametrize("left_s", [24.0, 19.0])

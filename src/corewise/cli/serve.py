@@ -1,5 +1,6 @@
 """``corewise serve``."""
 
+import sys
 from contextlib import suppress
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -21,7 +22,7 @@ from corewise.cli.quantities import (
     span,
     whole,
 )
-from corewise.cli.streams import StreamFailed
+from corewise.cli.streams import StreamFailed, takes_more
 from corewise.common.errors import CorewiseError, InputError, MissingExtra
 
 if TYPE_CHECKING:
@@ -431,7 +432,7 @@ class _Announcer:
                 self._listening = value
             elif what == "ready":
                 self._print_ready(value.served)
-            else:
+            elif takes_more(sys.stdout):  # otherwise the end would wait for whoever reads this
                 print("draining: accepted requests are finished, new ones are refused", flush=True)
 
     def _print_ready(self, served: Any) -> None:

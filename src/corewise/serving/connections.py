@@ -257,10 +257,13 @@ class Connection(HttpToolsProtocol):
     """uvicorn's, but for what it closes or drops.
 
     It closes each connection of HTTP/1.0, and each whose client will send no more. It drops the body of a request that
-    offers an upgrade, and would read one that comes later as the next request.
+    offers an upgrade, and would read one that comes later as the next request. And it would read the next request as
+    the body of one that was answered before its client was told to send that (``Expect: 100-continue``).
     """
 
     _looking: asyncio.TimerHandle | None = None
+    _would_keep = False
+    """Whether the connection stays open, if the body comes that the client is told to send."""
 
     def data_received(self, data: bytes) -> None:
         """Read what came."""
@@ -298,11 +301,16 @@ class Connection(HttpToolsProtocol):
         if self.parser.get_http_version() == "1.0" and self.parser.should_keep_alive():
             # Old proxies do not know chunks: to them the body may end elsewhere (RFC 9112, section 6.1).
             self.cycle.keep_alive = all(name != b"transfer-encoding" for name, _ in self.headers)
+        if self.expect_100_continue:
+            self._would_keep, self.cycle.keep_alive = self.cycle.keep_alive, False
 
     def on_message_complete(self) -> None:
         """The request is whole, unless it will be read again."""
-        if not self.parser.should_upgrade():
-            super().on_message_complete()
+        if self.parser.should_upgrade():
+            return
+        if self.expect_100_continue and not self.cycle.response_started:
+            self.cycle.keep_alive = self._would_keep
+        super().on_message_complete()
 
     def eof_received(self) -> bool | None:  # type: ignore[override]
         """Answer a client that closed its side after a whole request, unless it closed the connection.

@@ -7,7 +7,7 @@ is refused before anything is done for it.
 
 import asyncio
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from itertools import count
@@ -63,8 +63,12 @@ class Front:
         self._max_of_client = int(self._max_requests * limits.client_share)
         self._of_clients: dict[Any, int] = {}
         threads = min(MOST_THREADS, max(2, len(os.sched_getaffinity(0))))
-        self._readers, self._decoders = Pool("read", 2), Pool("decode", threads, nice=DECODE_NICE)
+        self._readers, self._headers = Pool("read", 2), Pool("header", 2)
+        self._decoders = Pool("decode", threads, nice=DECODE_NICE)
         self._large_decoder = Pool("decode-large", 1, nice=DECODE_NICE)
+        self._teller = Pool("tell", 1, nice=DECODE_NICE)
+        self._told: dict[Hashable, asyncio.Task[Any]] = {}
+        """What is being told, by what it is about."""
         self._places = 0
         self._on_way: dict[Any, int] = {}
         """Requests that have a place, by their model."""
@@ -269,6 +273,18 @@ class Front:
         """Do work beside the event loop, by default tokenize so many characters; each ``kind`` has costs of its own."""
         return await self._decoders.run(work, kind=kind, size=size, deadline_s=deadline_s, later_s=later_s)
 
+    async def tell(self, about: Hashable, work: Callable[[], T]) -> T:
+        """What the server tells of itself, beside the event loop: one thing at a time, and once for all who ask for it.
+
+        Raises ``NotServed`` where too much is asked.
+        """
+        task = self._told.get(about)
+        if task is None:
+            task = self._told[about] = asyncio.ensure_future(self._teller.run(work, kind="told", size=1))
+            task.add_done_callback(lambda _: self._told.pop(about))
+        told: T = await asyncio.shield(task)
+        return told
+
     async def file(
         self, body: bytes, served: Served, *, client: str, deadline_s: float
     ) -> tuple[InferRequest, tuple[int, int]]:
@@ -286,7 +302,7 @@ class Front:
             return found, [media.work(one, served, self._limits) for one in found]
 
         is_long = media is recordings and sum(map(len, bodies)) > LONG_BYTES
-        pool, kind = (self._decoders, "long headers") if is_long else (self._readers, "headers")
+        pool, kind = (self._decoders, "long headers") if is_long else (self._headers, "headers")
         unpacked, work = await pool.run(look, kind=kind, size=len(bodies), deadline_s=deadline_s)
         size = sum(one.size for one in work)
         if media is recordings and size > self._limits.samples:
@@ -318,7 +334,7 @@ class Front:
 
     def close(self) -> None:
         """End the threads."""
-        for pool in (self._readers, self._decoders, self._large_decoder):
+        for pool in (self._readers, self._headers, self._decoders, self._large_decoder, self._teller):
             pool.close()
         if self._ticker is not None:
             self._ticker.cancel()

@@ -168,7 +168,8 @@ class _Patient(Connection):
 
     def on_header(self, name: bytes, value: bytes) -> None:
         self._count(len(name) + len(value) + HEADER_BYTES)
-        super().on_header(name, value)
+        if self._is_begun:  # what comes after the body are trailers, which no proxy looks at (RFC 9110, section 6.5.1)
+            super().on_header(name, value)
 
     def on_headers_complete(self) -> None:
         self._is_begun = False
@@ -182,7 +183,7 @@ class _Patient(Connection):
             return
         super().on_headers_complete()
         if self._seat.is_extra and self.cycle is not None:
-            self.cycle.keep_alive = False
+            self.cycle.keep_alive = self._would_keep = False
 
     def on_body(self, body: bytes) -> None:
         self._chunks += 1

@@ -158,7 +158,7 @@ def test_what_a_request_may_ask():
         outputs=[{"name": "others", "parameters": {"binary_data": False}}, {"name": "scores"}],
     )
     found = parse(body, None, [IMAGE], [SCORES, OTHERS])
-    assert (found.id, found.timeout_s, found.priority) == ("a", 0.05, 3)
+    assert (found.id, found.timeout_s, found.priority) == ("a", 0.05, 47)
     assert found.outputs == (Asked(name="others"), Asked(name="scores", binary=True))
     plain = parse(request(tensor(data=[1, 2, 3])), None, [IMAGE], [SCORES, OTHERS])
     assert plain.outputs == (Asked(name="scores"), Asked(name="others"))

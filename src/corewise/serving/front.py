@@ -21,7 +21,7 @@ from corewise.batching import Answer, NotServed
 from corewise.serving import files, images, recordings
 from corewise.serving.budget import Booking, Budget
 from corewise.serving.costs import Costs, Tail
-from corewise.serving.deliveries import Deliveries
+from corewise.serving.deliveries import Deliveries, Waiters
 from corewise.serving.files import Batch, Media, Work
 from corewise.serving.memory_limit import COPIES
 from corewise.serving.models import Models
@@ -157,7 +157,7 @@ class Front:
             return NotServed("overloaded", late_s)
         return None
 
-    async def turn(self, deadline_s: float, served: Served | None = None, gone: set[Any] | None = None) -> None:
+    async def turn(self, deadline_s: float, served: Served | None = None, gone: Waiters | None = None) -> None:
         """Wait for a request's turn in the event loop (``Turns.turn``)."""
         try:
             await self._turns.turn(deadline_s, self._tail.seconds(monotonic()), gone)
@@ -196,13 +196,12 @@ class Front:
             raise NotServed("overloaded", late_s)
 
     async def ask(
-        self, models: Models, served: Served, asked: InferRequest, deadline_s: float, gone: set[Any] | None = None
+        self, models: Models, served: Served, asked: InferRequest, deadline_s: float, gone: Waiters | None = None
     ) -> tuple[Served, Answer]:
         """The model's answer in time, and which model it was: another may have taken the place of ``served``.
 
-        The request gives up its place when it is cancelled, or when its future, which is in ``gone`` while it waits,
-        gets an exception: its client disconnected. Raises ``NotServed`` where it would be late, with what comes after
-        the call.
+        The request gives up its place when it is cancelled, or when its client disconnects, of whose waiters it is one.
+        Raises ``NotServed`` where it would be late, with what comes after the call.
         """
         served, waiter = self.call(models, served, asked.inputs, deadline_s, asked.priority)
         if gone is not None:

@@ -6,6 +6,7 @@ import os
 import select
 import sys
 import threading
+import warnings
 from collections import Counter
 from contextlib import suppress
 from datetime import UTC, datetime
@@ -122,6 +123,8 @@ def to_stderr(level: str) -> None:
     logging.getLogger("grpc._cython.cygrpc").addFilter(_is_ours)
     # It warns of each form that is none, whose sender is told.
     logging.getLogger("python_multipart").setLevel(logging.ERROR)
+    # Pillow warns of wrong images in ever other words, and Python remembers each.
+    warnings.simplefilter("ignore")
     handler = _Handler(sys.stderr.fileno())
     handler.setFormatter(JsonLines())
     logging.basicConfig(level=level.upper(), handlers=[handler], force=True)

@@ -10,7 +10,6 @@ from socket import socket
 from typing import Any
 
 import uvicorn
-from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Receive, Scope, Send
 from uvicorn.server import ServerState
 
@@ -18,6 +17,7 @@ from corewise.common.errors import InputError
 from corewise.serving.addresses import client_of
 from corewise.serving.app import OPEN_TO_ALL
 from corewise.serving.connections import FULL, Acceptor, Connection, Room, Seat
+from corewise.serving.deliveries import Waiters
 from corewise.serving.gate import Gate
 from corewise.serving.infer import ARRIVED, GONE, WHOLE
 
@@ -117,7 +117,7 @@ class _Patient(Connection):
     def __init__(self, config: "Config", state: ServerState, app_state: dict[str, Any], seat: Seat) -> None:
         super().__init__(config, state, app_state)
         self._seat, self._arrived_s, self._gate = seat, config.arrived_s, config.gate
-        self._gone: set[asyncio.Future[Any]] = set()
+        self._waiters = Waiters()
         if seat.is_extra:
             self.app = _only_health(self.app)
 
@@ -131,10 +131,9 @@ class _Patient(Connection):
         self._seat.leave()
         self._expect_no_rest()
         self._look_no_more()
+        self._unset_keepalive_if_required()  # which uvicorn leaves, and with it this object, if the client is cut off
         super().connection_lost(exc)
-        for waiter in self._gone:
-            if not waiter.done():
-                waiter.set_exception(ClientDisconnect())
+        self._waiters.disconnect()
 
     def data_received(self, data: bytes) -> None:
         if self._is_waiting and self._gate is not None and self._answers_again(data, self._gate):
@@ -160,7 +159,7 @@ class _Patient(Connection):
         self._is_answered = self._is_refused = False
         super().on_message_begin()
         scope: dict[str, Any] = self.scope  # type: ignore[assignment]
-        scope[ARRIVED], scope[GONE] = self._arrived_s(), self._gone
+        scope[ARRIVED], scope[GONE] = self._arrived_s(), self._waiters
 
     def on_url(self, url: bytes) -> None:
         self._count(len(url))

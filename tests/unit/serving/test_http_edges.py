@@ -4,17 +4,20 @@ import asyncio
 import json
 import threading
 import time
+from concurrent.futures import Future
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from gate_tools import Wire, gate_of
+from starlette.requests import ClientDisconnect
 from uvicorn.server import ServerState
 
 from corewise.batching import Answer, NotServed
 from corewise.serving import images, pages, web_server
 from corewise.serving.app import App
 from corewise.serving.connections import Room
+from corewise.serving.deliveries import Deliveries, Waiters
 from corewise.serving.front import Front
 from corewise.serving.protocol import InferRequest, Limits
 from corewise.serving.statistics import HISTORY_S
@@ -79,6 +82,41 @@ def test_a_body_that_its_client_was_not_told_to_send_ends_the_connection(reads):
         connection.connection_lost(None)
 
     asyncio.run(asyncio.wait_for(main(), 30))
+
+
+@pytest.mark.parametrize("error", [None, ConnectionResetError()])
+def test_a_connection_that_was_cut_off_leaves_no_timer_behind(error):
+    """It would keep the connection in memory for more than a minute; a crowd of them, gigabytes."""
+
+    async def main():
+        async def app(scope, receive, send):
+            await answered(send)
+
+        connection = connected(app, Wire())
+        connection.data_received(b"GET /v2 HTTP/1.1\r\nhost: x\r\n\r\n")
+        while connection.timeout_keep_alive_task is None:
+            await asyncio.sleep(0)
+        timer = connection.timeout_keep_alive_task
+        connection.connection_lost(error)
+        assert timer.cancelled()
+
+    asyncio.run(asyncio.wait_for(main(), 30))
+
+
+def test_a_client_that_went_while_its_request_was_read_has_no_place_in_the_queue():
+    async def main():
+        waiters, ended = Waiters(), Future()
+        early = Deliveries().wait(Future())
+        waiters.add(early)
+        waiters.disconnect()
+        late = Deliveries().wait(ended)
+        waiters.add(late)
+        for each in (early, late):
+            with pytest.raises(ClientDisconnect):
+                await each
+        assert ended.cancelled()
+
+    asyncio.run(main())
 
 
 def test_many_who_ask_for_the_same_are_told_it_once():

@@ -37,6 +37,9 @@ MOST_PIPELINED = 64
 """Requests of one HTTP connection that wait for the answers to those before them, or that come in one piece."""
 MOST_CHUNKS, CHUNK_BYTES = 4096, 256
 """Most chunks of a body: MOST_CHUNKS, and one more for each CHUNK_BYTES. A chunk costs as much CPU as a kilobyte."""
+CHUNK_LINE_BYTES = 32
+"""Around each chunk; beside that, extensions and trailers may take HEADERS_BYTES, as the parser keeps a long one whole.
+"""
 HEALTH_S = 2.0
 """What a connection beyond the limit has for a health check."""
 LINGER_S = 0.2
@@ -103,8 +106,8 @@ class _Patient(Connection):
     _waiting: asyncio.TimerHandle | None = None
     _pieced = 0
     """Requests in the piece of data that is parsed now."""
-    _chunks = _chunk_bytes = 0
-    """Of this request's body."""
+    _chunks = _chunk_bytes = _other_bytes = 0
+    """Of this request's body, and what came with it that belongs to none of its chunks."""
     _header_bytes = 0
     _fed_bytes = 0
     """Since the headers began: the parser reports a header only when it is complete."""
@@ -139,7 +142,10 @@ class _Patient(Connection):
         if self._is_waiting and self._gate is not None and self._answers_again(data, self._gate):
             return
         was_waiting, self._pieced = self._is_waiting, 0
+        in_body, before_bytes = self._is_in_body, self._chunk_bytes
         super().data_received(data)
+        if in_body and self._is_in_body and not self._pieced:
+            self._check_chunks(len(data) - (self._chunk_bytes - before_bytes))
         if was_waiting and self._is_waiting and self._pieced == 1 and self._is_refused and self._gate is not None:
             self._gate.remember(data, self.url, self.headers)
         if self._is_begun:
@@ -154,7 +160,7 @@ class _Patient(Connection):
             self._wait_for_next()
 
     def on_message_begin(self) -> None:
-        self._header_bytes = self._chunks = self._chunk_bytes = 0
+        self._header_bytes = self._chunks = self._chunk_bytes = self._other_bytes = 0
         self._is_begun, self._is_waiting = True, False
         self._is_answered = self._is_refused = False
         super().on_message_begin()
@@ -308,6 +314,21 @@ class _Patient(Connection):
         codings = [value.lower() for name, value in self.headers if name == b"transfer-encoding"]
         if codings not in ([], [b"chunked"]) or sum(name == b"host" for name, _ in self.headers) > 1:
             raise ValueError("there are two hosts, or a transfer coding other than chunked")
+
+    @property
+    def _is_in_body(self) -> bool:
+        """Whether what comes now is the body of a request, or what lies between its chunks or behind them."""
+        return not (self._is_waiting or self._is_begun)
+
+    def _check_chunks(self, other_bytes: int) -> None:
+        """End a connection that sends more beside the chunks of a body than belongs there."""
+        self._other_bytes += other_bytes
+        if self._other_bytes <= HEADERS_BYTES + CHUNK_LINE_BYTES * self._chunks or self.transport.is_closing():
+            return
+        if self._is_answered or self.cycle.response_started:
+            self._cut_off()
+        else:
+            self.send_400_response("the chunks or trailers are too long")
 
     def _count(self, size: int) -> None:
         self._header_bytes += size

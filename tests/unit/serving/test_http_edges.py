@@ -9,7 +9,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from gate_tools import Wire, gate_of
+from gate_tools import Wire, gate_of, rounds
 from starlette.requests import ClientDisconnect
 from uvicorn.server import ServerState
 
@@ -54,6 +54,41 @@ def test_trailers_are_no_headers():
         assert [name for name, _ in seen] == [b"host", b"transfer-encoding"]
         connection.data_received(b"GET /v2 HTTP/1.1\r\nhost: x\r\n\r\n")
         assert connection.headers == [(b"host", b"x")]
+        connection.connection_lost(None)
+
+    asyncio.run(asyncio.wait_for(main(), 30))
+
+
+@pytest.mark.parametrize("endless", [b"0\r\nx: ", b"1;x="], ids=["trailer", "extension"])
+@pytest.mark.parametrize("is_answered", [True, False])
+def test_what_lies_beside_chunks_ends(endless, is_answered):
+    """The parser would keep all of it, and copy it each time that more comes."""
+
+    async def main():
+        go_on = asyncio.Event()
+
+        async def app(scope, receive, send):
+            if is_answered:
+                await answered(send)
+            await go_on.wait()
+
+        wire = Wire()
+        wire.abort, wire.close = lambda: ended.append("cut off"), lambda: ended.append("closed")
+        wire.pause_reading = wire.resume_reading = lambda: None
+        ended = []
+        connection = connected(app, wire)
+        connection.data_received(b"POST /v2 HTTP/1.1\r\nhost: x\r\ntransfer-encoding: chunked\r\n\r\n")
+        await rounds(3)
+        for _ in range(5000):  # honest chunks, each in a piece of its own
+            connection.data_received(b"400\r\n" + b"a" * 1024 + b"\r\n")
+        connection.data_received(endless)
+        sent = 0
+        while not ended:
+            connection.data_received(b"a" * 4096)
+            sent += 4096
+            assert sent < 2**20
+        assert ended == ["cut off" if is_answered else "closed"]
+        go_on.set()
         connection.connection_lost(None)
 
     asyncio.run(asyncio.wait_for(main(), 30))

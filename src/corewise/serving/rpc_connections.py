@@ -66,6 +66,11 @@ class Greeting:
         self._at = len(PREFACE)
         """Where the first frame begins that is not whole yet."""
 
+    @property
+    def is_http2(self) -> bool:
+        """Whether it has begun as HTTP/2 does."""
+        return len(self._held) >= len(PREFACE)
+
     def add(self, data: bytes) -> bytes | None:
         """All of it once it is whole, with the acknowledgement directly behind the client's own settings.
 
@@ -126,6 +131,8 @@ class _Client(asyncio.Protocol):
         self._loop = asyncio.get_running_loop()
         self._greeting = Greeting()
         self._whole: bytes | None = None
+        self._is_known = False
+        """Whether the library was told of it: what says nothing takes none of its memory."""
         self._library: asyncio.Transport | None = None
         self._limit: asyncio.TimerHandle | None = None
         """The end of a connection that greets too slowly, or that is only for a health check."""
@@ -135,10 +142,10 @@ class _Client(asyncio.Protocol):
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self.transport = cast(asyncio.Transport, transport)
         peer = transport.get_extra_info("peername")
-        name = client_of(peer[0]) if isinstance(peer, tuple) else ""
-        self._booking = self._port.budget.booking(name)
+        self._name = client_of(peer[0]) if isinstance(peer, tuple) else ""
+        self._booking = self._port.budget.booking(self._name)
         self._limit = self._loop.call_later(HEALTH_S if self._seat.is_extra else HANDSHAKE_S, self.transport.abort)
-        self._port.connect(self, name)
+        self._port.clients.add(self)
 
     def attach(self, library: asyncio.Transport) -> None:
         """The library has taken the connection."""
@@ -156,6 +163,9 @@ class _Client(asyncio.Protocol):
         except (ValueError, NoRoom):
             self.transport.abort()
             return
+        if self._greeting.is_http2 and not self._is_known:
+            self._is_known = True
+            self._port.connect(self, self._name)
         if self._whole is None:
             return
         if self._library is None:
@@ -279,7 +289,6 @@ class RpcPort:
 
     def connect(self, client: _Client, name: str) -> None:
         """Have the library take a connection, to which its other side is named as the client is."""
-        self.clients.add(client)
         made = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         made.setblocking(False)
         try:

@@ -153,8 +153,8 @@ class _Client(asyncio.Protocol):
         if self.transport.is_closing():
             library.close()
         elif self._whole is not None:
-            self._pass_on(library, self._whole)
             _resume(self.transport)
+            self._pass_on(library, self._whole)
 
     def data_received(self, data: bytes) -> None:
         try:

@@ -11,13 +11,15 @@ def frame(kind: int, flags: int, stream: int, payload: bytes = b"") -> bytes:
     return len(payload).to_bytes(3) + bytes((kind, flags)) + stream.to_bytes(4) + payload
 
 
-def call(path: str, more: bytes = b"", *, ends: bool = True) -> bytes:
-    """The headers of a gRPC call as stream 1, none of which is kept in a table (RFC 7541, section 6.2.2)."""
+def call(path: str, more: bytes = b"", *, ends: bool = True, stream: int = 1) -> bytes:
+    """The headers of a gRPC call, none of which is kept in a table (RFC 7541, section 6.2.2)."""
     named = {":path": path, ":authority": "x", "content-type": "application/grpc", "te": "trailers"}
     told = b"".join(b"\0%c%b%c%b" % (len(k), k.encode(), len(v), v.encode()) for k, v in named.items())
-    return frame(1, 5 if ends else 4, 1, b"\x83\x86" + told + more)
+    return frame(1, 5 if ends else 4, stream, b"\x83\x86" + told + more)
 
 
+ACKNOWLEDGED = frame(4, 1, 0)
+"""The server's settings are."""
 NO_WINDOW = frame(4, 0, 0, (4).to_bytes(2) + bytes(4))
 """Settings of a client that can read no answer."""
 

@@ -172,9 +172,15 @@ def test_the_configuration_is_tritons_on_both_protocols(server):
     assert config["input"] == [{"name": "tokens", "data_type": "TYPE_INT64", "dims": [-1]}]
     assert config["output"] == [{"name": "scores", "data_type": "TYPE_FP32", "dims": [8]}]
     assert config["instance_group"][0]["kind"] == "KIND_CPU"
+    assert config["dynamic_batching"] == {
+        "preferred_batch_size": [4],
+        "priority_levels": 100,
+        "default_priority_level": 50,
+    }
     with triton_grpc.InferenceServerClient(server.grpc) as client:
         assert client.get_model_config("tokens", as_json=True)["config"]["input"][0]["dims"] == ["-1"]
         assert client.get_model_config("toy", "2").config.output[0].data_type == 11
+        assert client.get_model_config("toy").config.dynamic_batching.priority_levels == 100
         with pytest.raises(triton_grpc.InferenceServerException, match="NOT_FOUND"):
             client.get_model_config("none")
 

@@ -41,6 +41,8 @@ DIM = 4095
 DIM_KEY = "corewise.dim"
 SIZE_KEY = "corewise.size"
 """The ``info`` of what ``open_image`` returns has the size of the whole image, upright, under this key."""
+MOST_READS, READ_BYTES = 10_000, 256
+"""From a stranger's image, its header is read in so many parts at most; all of it in one more for each READ_BYTES."""
 BROKEN = (
     OSError,
     ValueError,
@@ -63,6 +65,29 @@ class TooManyPixels(UnreadableItem):
     """The image is larger than the caller takes."""
 
 
+class _Parts(io.BytesIO):
+    """A stranger's image, which might consist of millions of parts: each costs microseconds, even if it is empty."""
+
+    def __init__(self, content: bytes, most: int) -> None:
+        super().__init__(content)
+        self._left = most
+
+    def read(self, size: int | None = -1) -> bytes:
+        """Raises ``OSError`` where it is read too often."""
+        self._count()
+        return super().read(size)
+
+    def readline(self, size: int | None = -1) -> bytes:
+        """The same."""
+        self._count()
+        return super().readline(size)
+
+    def _count(self) -> None:
+        self._left -= 1
+        if self._left < 0:
+            raise OSError("it has too many parts")
+
+
 def open_image(
     source: Path | bytes, name: str = "", *, max_pixels: int | None = None, preprocess: Preprocess | None = None
 ) -> "Image":
@@ -71,8 +96,8 @@ def open_image(
     Args:
         source: A file, or its content.
         name: What messages call it; the file's path by default.
-        max_pixels: Refuse more before they are decoded, and ``UNBOUNDED_FORMATS``; Pillow's own limit (about 179
-            million) holds in any case.
+        max_pixels: For strangers' images: refuse more before they are decoded, ``UNBOUNDED_FORMATS``, and what has too
+            many parts; Pillow's own limit (about 179 million pixels) holds in any case.
         preprocess: What it is decoded for: where that says so, a large JPEG is decoded at a smaller scale.
 
     Returns:
@@ -83,7 +108,8 @@ def open_image(
         MissingExtra: Where Pillow is not installed.
     """
     name = name or ("the image" if isinstance(source, bytes) else f"the image {source}")
-    with _opened(source, name, max_pixels) as image:
+    more_reads = len(source) // READ_BYTES if isinstance(source, bytes) else 0
+    with _opened(source, name, max_pixels, more_reads) as image:
         whole = image.size
         _scale_down(image, preprocess)
         image.load()
@@ -124,12 +150,14 @@ def _scale_down(image: "Image", preprocess: Preprocess | None) -> None:
 
 
 @contextmanager
-def _opened(source: Path | bytes, name: str, max_pixels: int | None) -> "Iterator[Image]":
+def _opened(source: Path | bytes, name: str, max_pixels: int | None, more_reads: int = 0) -> "Iterator[Image]":
     """The image, not decoded yet. Raises ``UnreadableItem``, also for what Pillow raises in the ``with``."""
     pil = pillow()
     bounded = [kind for kind in _formats() if max_pixels is None or kind not in UNBOUNDED_FORMATS]
     try:
-        file = io.BytesIO(source) if isinstance(source, bytes) else source
+        file: Any = io.BytesIO(source) if isinstance(source, bytes) else source
+        if isinstance(source, bytes) and max_pixels is not None:
+            file = _Parts(source, MOST_READS + more_reads)
         if isinstance(source, Path) and not S_ISREG(source.stat().st_mode):
             raise UnreadableItem(name, "is not a regular file")  # to open a named pipe would wait for ever
         with pil.open(file, formats=bounded) as image:

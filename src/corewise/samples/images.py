@@ -9,13 +9,16 @@ frame. Transparency is dropped, as torchvision does. Values that are not 8 bits 
 """
 
 import io
+import re
 import struct
+import sys
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 from stat import S_ISREG
+from threading import Lock
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -31,13 +34,37 @@ if TYPE_CHECKING:
 
 Preprocessor = Callable[["Image"], Any]
 
-UNSAFE_FORMATS = ("BUFR", "EPS", "GRIB", "HDF5", "MPEG", "WMF")
-"""Known to Pillow, but read by other programs (Ghostscript) or not at all."""
-UNBOUNDED_FORMATS = {"ICNS": b"icns", "ICO": b"\0\0\1\0"}
+UNSAFE_FORMATS = ("BUFR", "EPS", "GRIB", "HDF5", "IPTC", "MPEG", "WMF")
+"""Known to Pillow, but read by other programs (Ghostscript) or not at all. IPTC holds a file of any format, EPS among
+them."""
+UNBOUNDED_FORMATS = {"BLP": b"BLP", "ICNS": b"icns", "ICO": b"\0\0\1\0"}
 """What begins with these bytes holds images that may be larger than its header says, and that Pillow decodes before
 their size can be checked."""
+MOST_STEPS = 4096
+"""Reads from a file until its size is known. Pillow keeps every part of a header, joins comments block by block, and
+has no limit for either; photos with large profiles take a few hundred."""
+MOST_SCANS, MOST_SEGMENTS = 100, 1000
+"""Of a JPEG whose pixels come in several passes: encoders write about ten, and each decodes the whole image anew for as
+little as a few bytes."""
+MARKER = re.compile(rb"\xff([^\x00\xd0-\xd7\xff])")
+"""The next one in a JPEG that is not within the data of a scan."""
+SEQUENTIAL_ARITHMETIC = b"\xff\xc9"
+"""The marker of a frame whose passes are not called progressive, and may be as short."""
+SLOW = 50
+"""A pixel that Pillow decodes in Python (QOI, PPM of odd depths, compressed BMP) takes about as long as so many."""
+MOST_TILE_PIXELS = 2**22
+"""Of a TIFF's tile, where it is larger than the image: all of it is decoded."""
+TILE_SIDES = (322, 323)
+"""The TIFF tags of a tile's width and height."""
 ORIENTATION = 0x0112
 """The EXIF tag; 1 is upright, 2 to 8 are mirrored or turned."""
+TURNS = {2: "FLIP_LEFT_RIGHT", 3: "ROTATE_180", 4: "FLIP_TOP_BOTTOM", 5: "TRANSPOSE", 6: "ROTATE_270",
+         7: "TRANSVERSE", 8: "ROTATE_90"}  # fmt: skip
+"""Pillow's names for what makes an image of each orientation upright."""
+METADATA = ("exif", "xmp", "XML:com.adobe.xmp", "Raw profile type exif")
+"""The ``info`` of an image that may say its orientation."""
+LOADING = tuple(Lock() for _ in range(64))
+"""Two threads must not decode the same PIL image at the same time; each image has one of these."""
 LONGEST = 16
 """Ratio of the sides beyond which an image is cut before it is resized: the crop shows its middle alone."""
 DIM = 4095
@@ -90,6 +117,7 @@ def open_image(
     name = name or ("the image" if isinstance(source, bytes) else f"the image {source}")
     with _opened(source, name, max_pixels) as image:
         whole = image.size
+        _check_scans(image, name)
         _scale_down(image, preprocess)
         image.load()
         image, turned = _upright(image)
@@ -145,17 +173,90 @@ def _opened(source: Path | bytes, name: str, max_pixels: int | None) -> "Iterato
     pil = _pil()
     bounded = [kind for kind in _formats() if max_pixels is None or kind not in UNBOUNDED_FORMATS]
     try:
-        file = io.BytesIO(source) if isinstance(source, bytes) else source
         if isinstance(source, Path) and not S_ISREG(source.stat().st_mode):
             raise UnreadableItem(name, "is not a regular file")  # to open a named pipe would wait for ever
-        with pil.open(file, formats=bounded) as image:
-            if max_pixels is not None and image.width * image.height > max_pixels:
-                raise TooManyPixels(name, f"has {image.width}x{image.height} pixels, over {max_pixels:,}")
+        with (
+            _Content(source) if isinstance(source, bytes) else _File(io.FileIO(source)) as file,
+            pil.open(file, formats=bounded) as image,
+        ):
+            file.steps_left = sys.maxsize
+            _check_pixels(image, name, max_pixels)
             yield image
     except (pil.DecompressionBombError, pil.DecompressionBombWarning) as error:
         raise TooManyPixels(name, "has too many pixels") from error
+    except _LongHeader as error:
+        raise UnreadableItem(name, "has a header of too many parts") from error
     except BROKEN as error:
         raise UnreadableItem(name, _reason(source, error, bounded)) from error
+
+
+class _LongHeader(Exception):
+    """An image's header is read in more than ``MOST_STEPS``. No error that Pillow takes for one of its own."""
+
+
+class _Stepwise:
+    """A file that is read in so many steps at most."""
+
+    steps_left = MOST_STEPS
+
+    def read(self, size: int | None = -1, /) -> bytes:
+        """As of any file."""
+        self.steps_left -= 1
+        if self.steps_left < 0:
+            raise _LongHeader
+        content: bytes = super().read(size)  # type: ignore[misc]
+        return content
+
+
+class _Content(_Stepwise, io.BytesIO):  # type: ignore[misc]
+    """Of bytes."""
+
+
+class _File(_Stepwise, io.BufferedReader):  # type: ignore[misc]
+    """On disk."""
+
+
+def _check_pixels(image: "Image", name: str, max_pixels: int | None) -> None:
+    """Raise ``TooManyPixels`` for an image that takes more than ``max_pixels``, or much more than it says."""
+    width, height = image.size
+    tile = [image.tag_v2.get(tag) for tag in TILE_SIDES] if hasattr(image, "tag_v2") else []
+    if all(isinstance(side, int) for side in tile) and len(tile) == 2:
+        across, down = tile
+        if across * down > max(MOST_TILE_PIXELS, width * height):
+            raise TooManyPixels(name, f"has tiles of {across}x{down} pixels, more than the image")
+    if max_pixels is None:
+        return
+    if width * height > max_pixels:
+        raise TooManyPixels(name, f"has {width}x{height} pixels, over {max_pixels:,}")
+    is_slow = any(part[0] in _pil().DECODERS for part in image.tile)  # type: ignore[attr-defined]
+    if is_slow and width * height > max_pixels // SLOW:
+        most = max_pixels // SLOW
+        raise TooManyPixels(name, f"has {width}x{height} pixels that take long to decode, over {most:,}")
+
+
+def _check_scans(image: "Image", name: str) -> None:
+    """Raise ``UnreadableItem`` for a JPEG of more passes than any encoder writes."""
+    if image.format not in ("JPEG", "MPO"):
+        return
+    file: Any = image.fp  # type: ignore[attr-defined]
+    start = file.tell() or -1  # of the first scan; not known of MPO
+    file.seek(0)
+    header = file.read(start)
+    if "progressive" not in image.info and SEQUENTIAL_ARITHMETIC not in header:
+        return
+    content, place, scans = header + file.read(), 0, 0
+    for _ in range(MOST_SEGMENTS):
+        found = MARKER.search(content, place)
+        if found is None or found[1] == b"\xd9":  # the end of the image; behind it may be a video
+            break
+        place = found.end()
+        if found[1] not in (b"\xd8", b"\x01"):  # which stand alone
+            place += int.from_bytes(content[place : place + 2])
+        scans += found[1] == b"\xda"
+    else:
+        scans = MOST_SEGMENTS
+    if scans > MOST_SCANS:
+        raise UnreadableItem(name, f"has over {MOST_SCANS} scans, which no encoder writes")
 
 
 def normalize_image(image: "Image", name: str = "the image") -> "Image":
@@ -406,7 +507,8 @@ def _decoded(item: Any) -> "Image":
         raise UnreadableItem("the image", "has no pixels")
     try:
         if is_pil(item):
-            item.load()
+            with LOADING[id(item) // 64 % len(LOADING)]:
+                item.load()
             return normalize_image(item)
         return _pil().fromarray(item.squeeze(-1) if item.shape[2] == 1 else item)  # type: ignore[no-any-return]
     except BROKEN as error:
@@ -446,6 +548,8 @@ def _reason(source: Path | bytes, error: BaseException, opened: Sequence[str]) -
         head = source[:512] if isinstance(source, bytes) else _head(source)
     except OSError as missing:
         return f"cannot be opened: {missing.strerror}"
+    except ValueError as wrong:  # its name has a zero byte
+        return f"cannot be opened: {wrong}"
     if not head:
         return "is empty"
     if head.lstrip().lower().startswith((b"<html", b"<!doctype html")):
@@ -453,7 +557,8 @@ def _reason(source: Path | bytes, error: BaseException, opened: Sequence[str]) -
     if type(error).__name__ == "UnidentifiedImageError":
         for kind, magic in UNBOUNDED_FORMATS.items():
             if head.startswith(magic) and kind not in opened:
-                return f"is an {kind} file, whose pixels cannot be counted before they are decoded"
+                article = "an" if kind[0] in "AEIOU" else "a"
+                return f"is {article} {kind} file, whose pixels cannot be counted before they are decoded"
         return "is not an image that Pillow opens"
     return _broken(error)
 
@@ -474,13 +579,15 @@ def _upright(image: "Image") -> "tuple[Image, bool]":
     """The image upright, and whether its width and height were exchanged for that."""
     try:
         orientation = image.getexif().get(ORIENTATION, 1)
-        if orientation not in range(2, 9):
-            return image, False
-        from PIL import ImageOps
-
-        return ImageOps.exif_transpose(image), orientation >= 5
     except (*BROKEN, UserWarning):
         return image, False  # broken EXIF data says nothing about the orientation
+    if orientation not in TURNS:
+        return image, False
+    # Not by Pillow's ``exif_transpose``, which fails where it cannot write all other EXIF data again.
+    upright = image.transpose(_pil().Transpose[TURNS[orientation]])
+    for key in METADATA:
+        upright.info.pop(key, None)
+    return upright, orientation >= 5
 
 
 def _convert(image: "Image", mode: str) -> "Image":

@@ -56,6 +56,10 @@ MOST_TILE_PIXELS = 2**22
 """Of a TIFF's tile, where it is larger than the image: all of it is decoded."""
 TILE_SIDES = (322, 323)
 """The TIFF tags of a tile's width and height."""
+HEIC_SUFFIXES = (".heic", ".heif", ".hif")
+HEIC_BRANDS = (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1")
+"""What a HEIC file begins with, behind the length and the name of its first part."""
+HEIC_HINT = "pip install 'corewise[heic]' reads"
 ORIENTATION = 0x0112
 """The EXIF tag; 1 is upright, 2 to 8 are mirrored or turned."""
 TURNS = {2: "FLIP_LEFT_RIGHT", 3: "ROTATE_180", 4: "FLIP_TOP_BOTTOM", 5: "TRANSPOSE", 6: "ROTATE_270",
@@ -559,6 +563,8 @@ def _reason(source: Path | bytes, error: BaseException, opened: Sequence[str]) -
             if head.startswith(magic) and kind not in opened:
                 article = "an" if kind[0] in "AEIOU" else "a"
                 return f"is {article} {kind} file, whose pixels cannot be counted before they are decoded"
+        if head[4:8] == b"ftyp" and head[8:12] in HEIC_BRANDS:
+            return f"is a HEIC photo: {HEIC_HINT} it"
         return "is not an image that Pillow opens"
     return _broken(error)
 

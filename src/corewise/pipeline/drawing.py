@@ -31,7 +31,8 @@ def draw_answer(source: Path | bytes, answer: Any, path: Path) -> None:
         answer: A ``ClassAnswer``, or a list of ``Detection``.
         path: Where it goes.
     """
-    image = open_image(source).convert("RGB")
+    opened = open_image(source)
+    image = opened if opened.mode == "RGB" else opened.convert("RGB")
     drawn = boxes_on(image, answer) if isinstance(answer, list) else classes_on(image, answer)
     drawn.thumbnail((MOST_SIDE, MOST_SIDE))
     drawn.info.clear()  # Pillow would copy a comment, of which a JPEG cannot hold a long one

@@ -48,8 +48,9 @@ MOST_SCANS, MOST_SEGMENTS = 100, 1000
 little as a few bytes."""
 MARKER = re.compile(rb"\xff([^\x00\xd0-\xd7\xff])")
 """The next one in a JPEG that is not within the data of a scan."""
-SEQUENTIAL_ARITHMETIC = b"\xff\xc9"
-"""The marker of a frame whose passes are not called progressive, and may be as short."""
+SCAN, END, ALONE = 0xDA, 0xD9, (0xD8, 0x01)
+"""Kinds of a JPEG's parts; the last have no content."""
+COEFFICIENT_BYTES = 2
 SLOW = 50
 """A pixel that Pillow decodes in Python (QOI, PPM of odd depths, compressed BMP) takes about as long as so many."""
 MOST_TILE_PIXELS = 2**22
@@ -130,13 +131,25 @@ def open_image(
         return made
 
 
+class ImageSize(NamedTuple):
+    """What decoding an image takes."""
+
+    width: int
+    """As it is decoded."""
+    height: int
+    kept_bytes: int
+    """Beside its pixels: of a progressive JPEG, in its own size whatever the scale."""
+
+
 def image_size(
     source: Path | bytes, name: str, *, max_pixels: int | None = None, preprocess: Preprocess | None = None
-) -> tuple[int, int]:
-    """Width and height as ``open_image`` decodes them, by the header alone. Raises as it does."""
+) -> ImageSize:
+    """What ``open_image`` takes, by the header alone. Raises as it does."""
     with _opened(source, name, max_pixels) as image:
+        layers = image.layers if _has_passes(image) else 0  # type: ignore[attr-defined]
+        kept_bytes = COEFFICIENT_BYTES * layers * image.width * image.height
         _scale_down(image, preprocess)
-        return image.width, image.height
+        return ImageSize(image.width, image.height, kept_bytes)
 
 
 def sharpness_left(item: Any, preprocess: Preprocess) -> float | None:
@@ -240,27 +253,41 @@ def _check_pixels(image: "Image", name: str, max_pixels: int | None) -> None:
 
 def _check_scans(image: "Image", name: str) -> None:
     """Raise ``UnreadableItem`` for a JPEG of more passes than any encoder writes."""
-    if image.format not in ("JPEG", "MPO"):
+    if not _has_passes(image):
         return
     file: Any = image.fp  # type: ignore[attr-defined]
-    start = file.tell() or -1  # of the first scan; not known of MPO
     file.seek(0)
-    header = file.read(start)
-    if "progressive" not in image.info and SEQUENTIAL_ARITHMETIC not in header:
-        return
-    content, place, scans = header + file.read(), 0, 0
-    for _ in range(MOST_SEGMENTS):
-        found = MARKER.search(content, place)
-        if found is None or found[1] == b"\xd9":  # the end of the image; behind it may be a video
-            break
+    scans = 0
+    for number, (kind, _) in enumerate(_segments(file.read())):
+        scans += kind == SCAN
+        if scans > MOST_SCANS or number > MOST_SEGMENTS:
+            raise UnreadableItem(name, f"has over {MOST_SCANS} scans, which no encoder writes")
+
+
+def _has_passes(image: "Image") -> bool:
+    """Whether it is a JPEG whose pixels come in several scans, until the last of which all coefficients are kept."""
+    if image.format not in ("JPEG", "MPO") or "progressive" in image.info:
+        return image.format in ("JPEG", "MPO")
+    file: Any = image.fp  # type: ignore[attr-defined]
+    layers: int = image.layers  # type: ignore[attr-defined]
+    if image.format == "MPO":
+        file.seek(0)
+        content = file.read()
+        return any(kind == SCAN and content[place + 2] < layers for kind, place in _segments(content))
+    # Pillow has just read the header of the first scan; the only one has all layers.
+    end, length = file.tell(), 8 + 2 * layers
+    file.seek(max(0, end - length))
+    return not file.read(length).startswith(bytes([0xFF, SCAN, 0, length - 2, layers]))
+
+
+def _segments(content: bytes) -> Iterator[tuple[int, int]]:
+    """The parts of a JPEG until its end, behind which phones put videos: the kind and the place behind it."""
+    place = 0
+    while (found := MARKER.search(content, place)) is not None and (kind := found[1][0]) != END:
         place = found.end()
-        if found[1] not in (b"\xd8", b"\x01"):  # which stand alone
+        yield kind, place
+        if kind not in ALONE:
             place += int.from_bytes(content[place : place + 2])
-        scans += found[1] == b"\xda"
-    else:
-        scans = MOST_SEGMENTS
-    if scans > MOST_SCANS:
-        raise UnreadableItem(name, f"has over {MOST_SCANS} scans, which no encoder writes")
 
 
 def normalize_image(image: "Image", name: str = "the image") -> "Image":

@@ -12,7 +12,7 @@ from corewise.pipeline.answers import activate
 from corewise.records.report import Preprocess
 from corewise.samples.images import LONGEST, SIZE_KEY, image_array, image_size, open_image
 from corewise.serving.files import Batch, Work, file_name, told
-from corewise.serving.memory_limit import PIXEL_BYTES
+from corewise.serving.memory_limit import PIXEL_BYTES, most_decoding_bytes
 from corewise.serving.protocol import Limits, ProtocolError
 from corewise.serving.served import Served
 
@@ -54,13 +54,17 @@ def work(body: bytes, name: str, served: Served, limits: Limits) -> Work:
     """
     preprocess, most = _preprocess(served), limits.pixels
     with told():
-        width, height = image_size(body, name, max_pixels=most, preprocess=preprocess)
+        width, height, kept_bytes = image_size(body, name, max_pixels=most, preprocess=preprocess)
     shorter, resize = min(width, height), max(preprocess.resize, preprocess.crop)
     resized = [min(resize * side // shorter, LONGEST * resize) for side in (width, height)]
     count = max(width * height, resized[0] * resized[1])
     if count > most:
         raise ProtocolError(f"{name} has {count:,} pixels when it is resized", "send one of another shape", 413)
-    return Work(count, count * PIXEL_BYTES, _row_bytes(preprocess))
+    needed_bytes, most_bytes = count * PIXEL_BYTES + kept_bytes, most_decoding_bytes(limits)
+    if needed_bytes > most_bytes:
+        what = f"{name} takes {needed_bytes:,} bytes to decode, the server has {most_bytes:,} for it"
+        raise ProtocolError(what, "send it smaller, or as a JPEG that is not progressive", 413)
+    return Work(count, needed_bytes, _row_bytes(preprocess))
 
 
 def batch(bodies: Sequence[bytes], served: Served) -> Batch:

@@ -103,6 +103,15 @@ def test_of_several_files_the_one_that_is_wrong_is_named() -> None:
         images.batch([b""], served)
     with pytest.raises(ProtocolError, match="image 1 has 30x10 pixels, over 64"):
         images.work(jpeg((30, 10)), files.file_name("image", 1, 3), served, Limits(pixels=64))
+    large = io.BytesIO()
+    Image.new("RGB", (800, 600)).save(large, "JPEG", progressive=True)
+    scaled: Any = SimpleNamespace(
+        name="m", manifest=SimpleNamespace(preprocess=Preprocess(resize=36, crop=32, decode="scaled")), photos=None
+    )
+    work = images.work(large.getvalue(), "the image", scaled, Limits())
+    assert work.decoding_bytes == 8 * 100 * 75 + 2 * 3 * 800 * 600
+    with pytest.raises(ProtocolError, match="the image takes 2,940,000 bytes to decode, the server has 2,400,000"):
+        images.work(large.getvalue(), "the image", scaled, Limits(bodies_bytes=800_000))
     sound = AudioPreprocess(rate_hz=8000, shortest=800)
     audio: Any = SimpleNamespace(preprocess=sound, takes=lambda shape: True, shape=())
     served = SimpleNamespace(name="m", audio=audio, takes_files=True)

@@ -9,7 +9,6 @@ frame. Transparency is dropped, as torchvision does. Values that are not 8 bits 
 """
 
 import io
-import re
 import struct
 import sys
 import zlib
@@ -27,6 +26,16 @@ from numpy.typing import NDArray
 from corewise.common.errors import MissingExtra, SamplesError
 from corewise.common.references import find_reference, guard
 from corewise.records.report import Preprocess
+from corewise.samples.image_limits import (
+    COEFFICIENT_BYTES,
+    Content,
+    File,
+    LongHeader,
+    TooManyPixels,
+    check_pixels,
+    check_scans,
+    has_passes,
+)
 from corewise.samples.raw import UnreadableItem
 
 if TYPE_CHECKING:
@@ -40,23 +49,6 @@ them."""
 UNBOUNDED_FORMATS = {"BLP": b"BLP", "ICNS": b"icns", "ICO": b"\0\0\1\0"}
 """What begins with these bytes holds images that may be larger than its header says, and that Pillow decodes before
 their size can be checked."""
-MOST_STEPS = 4096
-"""Reads from a file until its size is known. Pillow keeps every part of a header, joins comments block by block, and
-has no limit for either; photos with large profiles take a few hundred."""
-MOST_SCANS, MOST_SEGMENTS = 100, 1000
-"""Of a JPEG whose pixels come in several passes: encoders write about ten, and each decodes the whole image anew for as
-little as a few bytes."""
-MARKER = re.compile(rb"\xff([^\x00\xd0-\xd7\xff])")
-"""The next one in a JPEG that is not within the data of a scan."""
-SCAN, END, ALONE = 0xDA, 0xD9, (0xD8, 0x01)
-"""Kinds of a JPEG's parts; the last have no content."""
-COEFFICIENT_BYTES = 2
-SLOW = 50
-"""A pixel that Pillow decodes in Python (QOI, PPM of odd depths, compressed BMP) takes about as long as so many."""
-MOST_TILE_PIXELS = 2**22
-"""Of a TIFF's tile, where it is larger than the image: all of it is decoded."""
-TILE_SIDES = (322, 323)
-"""The TIFF tags of a tile's width and height."""
 HEIC_SUFFIXES = (".heic", ".heif", ".hif")
 HEIC_BRANDS = (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1")
 """What a HEIC file begins with, behind the length and the name of its first part."""
@@ -96,10 +88,6 @@ BROKEN = (
 """What Pillow raises for bytes that are no whole image."""
 
 
-class TooManyPixels(UnreadableItem):
-    """The image is larger than the caller takes."""
-
-
 def open_image(
     source: Path | bytes, name: str = "", *, max_pixels: int | None = None, preprocess: Preprocess | None = None
 ) -> "Image":
@@ -122,7 +110,7 @@ def open_image(
     name = name or ("the image" if isinstance(source, bytes) else f"the image {source}")
     with _opened(source, name, max_pixels) as image:
         whole = image.size
-        _check_scans(image, name)
+        check_scans(image, name)
         _scale_down(image, preprocess)
         image.load()
         image, turned = _upright(image)
@@ -146,7 +134,7 @@ def image_size(
 ) -> ImageSize:
     """What ``open_image`` takes, by the header alone. Raises as it does."""
     with _opened(source, name, max_pixels) as image:
-        layers = image.layers if _has_passes(image) else 0  # type: ignore[attr-defined]
+        layers = image.layers if has_passes(image) else 0  # type: ignore[attr-defined]
         kept_bytes = COEFFICIENT_BYTES * layers * image.width * image.height
         _scale_down(image, preprocess)
         return ImageSize(image.width, image.height, kept_bytes)
@@ -193,101 +181,18 @@ def _opened(source: Path | bytes, name: str, max_pixels: int | None) -> "Iterato
         if isinstance(source, Path) and not S_ISREG(source.stat().st_mode):
             raise UnreadableItem(name, "is not a regular file")  # to open a named pipe would wait for ever
         with (
-            _Content(source) if isinstance(source, bytes) else _File(io.FileIO(source)) as file,
+            Content(source) if isinstance(source, bytes) else File(io.FileIO(source)) as file,
             pil.open(file, formats=bounded) as image,
         ):
             file.steps_left = sys.maxsize
-            _check_pixels(image, name, max_pixels)
+            check_pixels(image, name, max_pixels)
             yield image
     except (pil.DecompressionBombError, pil.DecompressionBombWarning) as error:
         raise TooManyPixels(name, "has too many pixels") from error
-    except _LongHeader as error:
+    except LongHeader as error:
         raise UnreadableItem(name, "has a header of too many parts") from error
     except BROKEN as error:
         raise UnreadableItem(name, _reason(source, error, bounded)) from error
-
-
-class _LongHeader(Exception):
-    """An image's header is read in more than ``MOST_STEPS``. No error that Pillow takes for one of its own."""
-
-
-class _Stepwise:
-    """A file that is read in so many steps at most."""
-
-    steps_left = MOST_STEPS
-
-    def read(self, size: int | None = -1, /) -> bytes:
-        """As of any file."""
-        self.steps_left -= 1
-        if self.steps_left < 0:
-            raise _LongHeader
-        content: bytes = super().read(size)  # type: ignore[misc]
-        return content
-
-
-class _Content(_Stepwise, io.BytesIO):  # type: ignore[misc]
-    """Of bytes."""
-
-
-class _File(_Stepwise, io.BufferedReader):  # type: ignore[misc]
-    """On disk."""
-
-
-def _check_pixels(image: "Image", name: str, max_pixels: int | None) -> None:
-    """Raise ``TooManyPixels`` for an image that takes more than ``max_pixels``, or much more than it says."""
-    width, height = image.size
-    tile = [image.tag_v2.get(tag) for tag in TILE_SIDES] if hasattr(image, "tag_v2") else []
-    if all(isinstance(side, int) for side in tile) and len(tile) == 2:
-        across, down = tile
-        if across * down > max(MOST_TILE_PIXELS, width * height):
-            raise TooManyPixels(name, f"has tiles of {across}x{down} pixels, more than the image")
-    if max_pixels is None:
-        return
-    if width * height > max_pixels:
-        raise TooManyPixels(name, f"has {width}x{height} pixels, over {max_pixels:,}")
-    is_slow = any(part[0] in _pil().DECODERS for part in image.tile)  # type: ignore[attr-defined]
-    if is_slow and width * height > max_pixels // SLOW:
-        most = max_pixels // SLOW
-        raise TooManyPixels(name, f"has {width}x{height} pixels that take long to decode, over {most:,}")
-
-
-def _check_scans(image: "Image", name: str) -> None:
-    """Raise ``UnreadableItem`` for a JPEG of more passes than any encoder writes."""
-    if not _has_passes(image):
-        return
-    file: Any = image.fp  # type: ignore[attr-defined]
-    file.seek(0)
-    scans = 0
-    for number, (kind, _) in enumerate(_segments(file.read())):
-        scans += kind == SCAN
-        if scans > MOST_SCANS or number > MOST_SEGMENTS:
-            raise UnreadableItem(name, f"has over {MOST_SCANS} scans, which no encoder writes")
-
-
-def _has_passes(image: "Image") -> bool:
-    """Whether it is a JPEG whose pixels come in several scans, until the last of which all coefficients are kept."""
-    if image.format not in ("JPEG", "MPO") or "progressive" in image.info:
-        return image.format in ("JPEG", "MPO")
-    file: Any = image.fp  # type: ignore[attr-defined]
-    layers: int = image.layers  # type: ignore[attr-defined]
-    if image.format == "MPO":
-        file.seek(0)
-        content = file.read()
-        return any(kind == SCAN and content[place + 2] < layers for kind, place in _segments(content))
-    # Pillow has just read the header of the first scan; the only one has all layers.
-    end, length = file.tell(), 8 + 2 * layers
-    file.seek(max(0, end - length))
-    return not file.read(length).startswith(bytes([0xFF, SCAN, 0, length - 2, layers]))
-
-
-def _segments(content: bytes) -> Iterator[tuple[int, int]]:
-    """The parts of a JPEG until its end, behind which phones put videos: the kind and the place behind it."""
-    place = 0
-    while (found := MARKER.search(content, place)) is not None and (kind := found[1][0]) != END:
-        place = found.end()
-        yield kind, place
-        if kind not in ALONE:
-            place += int.from_bytes(content[place : place + 2])
 
 
 def normalize_image(image: "Image", name: str = "the image") -> "Image":

@@ -11,7 +11,7 @@ import msgspec
 import numpy as np
 
 from corewise.common.errors import SamplesError
-from corewise.samples.images import TooManyPixels
+from corewise.samples.image_limits import TooManyPixels
 from corewise.serving.protocol import Asked, InferRequest, Limits, ProtocolError, not_json
 from corewise.serving.served import Served
 

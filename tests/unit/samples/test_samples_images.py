@@ -24,7 +24,8 @@ from corewise.samples import RawSamples, Samples, UnreadableItem, read, read_raw
 from corewise.samples import images as images_module
 from corewise.samples.audio import open_audio
 from corewise.samples.folders import list_images, read_folder
-from corewise.samples.images import SIZE_KEY, ImageReader, TooManyPixels, image_array, normalize_image, open_image
+from corewise.samples.image_limits import TooManyPixels
+from corewise.samples.images import SIZE_KEY, ImageReader, image_array, normalize_image, open_image
 from corewise.serving import files as serving_files
 from corewise.serving import images as serving_images
 from corewise.serving.protocol import ProtocolError

@@ -1,4 +1,4 @@
-"""samples.image_limits against files that are made to take long, or to take memory, and photos that other tools damaged."""
+"""samples.image_limits: files that are made to take long or to take memory, and photos that other tools damaged."""
 
 import io
 import struct

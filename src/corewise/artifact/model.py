@@ -86,7 +86,7 @@ class Model:
 
         Args:
             items: A list, an iterator or a single item. Items are texts, or pairs of texts for a model of pairs; or
-                images: paths, contents (``bytes``), PIL images or uint8 arrays (H, W, 3); or recordings: paths,
+                images: paths, contents (``bytes``), PIL images or uint8 arrays (H, W, 3) in RGB; or recordings: paths,
                 contents, or tuples of an array (frames,) or (channels, frames) and its frames per second. An iterator
                 is read only as the answers are taken, so that memory stays bounded for millions of items.
             prompt: The name of the prompt that goes before each text, for a model that has prompts.

@@ -32,6 +32,6 @@ def check_file(path: Path | None) -> None:
 def write_file(path: Path, text: str) -> None:
     """Write a text file. Raises ``OutputError``."""
     try:
-        path.write_text(text, encoding="utf-8")
+        path.write_text(text, encoding="utf-8", errors="replace")  # names of files need not be UTF-8
     except OSError as error:
         raise OutputError(f"{path} cannot be written: {error.strerror}", "name another file") from error

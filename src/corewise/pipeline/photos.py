@@ -176,6 +176,8 @@ class MediaRunner(ABC):
         self._instances = instances
         self._rows = rows
         self._decoders = decoders
+        self._ahead = instances + ceil(decoders / rows)
+        """Calls that are begun before their answers are asked for."""
         self.calls_ended = 0
         """Rises while the engine answers."""
 
@@ -204,12 +206,11 @@ class MediaRunner(ABC):
         decoders = ThreadPoolExecutor(self._decoders, "corewise-decode")
         callers = ThreadPoolExecutor(self._instances, "corewise-call")
         fetchers = ThreadPoolExecutor(FETCHERS, "corewise-fetch")
-        most_ahead = self._instances + ceil(self._decoders / self._rows)
         try:
             rest = iter(items)
             while chunk := [_fetched(item, fetchers) for item in islice(rest, self._rows)]:
                 ahead.append(self._start(chunk, decoders, callers))
-                while len(ahead) > most_ahead:
+                while len(ahead) > self._ahead:
                     yield from self._finish(ahead.popleft(), ask.top, thresholds)
             while ahead:
                 yield from self._finish(ahead.popleft(), ask.top, thresholds)
@@ -336,7 +337,7 @@ class ImageRunner(MediaRunner):
 
     def _listed(self, items: Any) -> Any:
         """The images of a folder, or of a tar file."""
-        if isinstance(items, str | Path) and Path(items).is_dir():
+        if isinstance(items, str | Path) and os.path.isdir(items):  # also for a name too long for any file
             return list_images([items])
         if isinstance(items, str | Path) and is_archive(items):
             return (Rejected(one.problem) if one.problem else one.content for one in read_archive(place_of(items)))

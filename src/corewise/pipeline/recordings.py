@@ -51,7 +51,7 @@ class AudioRunner(MediaRunner):
 
     def _listed(self, items: Any) -> Any:
         """The recordings of a folder."""
-        is_folder = isinstance(items, str | Path) and Path(items).is_dir()
+        is_folder = isinstance(items, str | Path) and os.path.isdir(items)
         return list_files([items], AUDIO_SUFFIXES, "recordings") if is_folder else items
 
     def _is_one(self, items: Any) -> bool:

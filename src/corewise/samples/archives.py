@@ -14,7 +14,7 @@ from pathlib import PurePosixPath
 from typing import IO, NamedTuple, TypeGuard
 
 from corewise.common.errors import SamplesError
-from corewise.samples.image_files import image_suffixes
+from corewise.samples.image_files import HEIC_SUFFIXES, image_suffixes
 from corewise.samples.places import Place, RemotePath, place_of, unreadable
 
 SUFFIXES = (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tbz2", ".tar.xz", ".txz")
@@ -169,7 +169,7 @@ def _image(archive: tarfile.TarFile, member: tarfile.TarInfo, *, read: bool) -> 
     """The member as an image, with its content if it is ``read``; ``None`` if its name is not that of an image."""
     path = PurePosixPath(member.name)
     hidden = any((part.startswith(".") and part not in (".", "..")) or part == "__MACOSX" for part in path.parts)
-    if member.isdir() or hidden or path.suffix.lower() not in image_suffixes():
+    if member.isdir() or hidden or path.suffix.lower() not in image_suffixes() | {*HEIC_SUFFIXES}:
         return None
     if ".." in path.parts or path.is_absolute():
         return Member(member.name, problem="leads out of the archive")

@@ -10,13 +10,15 @@ frame. Transparency is dropped, as torchvision does. Values that are not 8 bits 
 
 import io
 import struct
+import sys
 import zlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 from stat import S_ISREG
-from typing import TYPE_CHECKING, Any
+from threading import Lock
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
@@ -24,25 +26,47 @@ from corewise.common.errors import MissingExtra
 from corewise.common.phrases import with_article
 from corewise.records.report import Preprocess
 from corewise.samples.image_geometry import decoding_scale, sharpness_of
+from corewise.samples.image_limits import (
+    COEFFICIENT_BYTES,
+    MOST_STEPS,
+    STEP_BYTES,
+    Content,
+    File,
+    TooManyParts,
+    TooManyPixels,
+    check_pixels,
+    check_scans,
+    has_passes,
+)
 from corewise.samples.raw import UnreadableItem
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-UNSAFE_FORMATS = ("BUFR", "EPS", "GRIB", "HDF5", "MPEG", "WMF")
-"""Known to Pillow, but read by other programs (Ghostscript) or not at all."""
-UNBOUNDED_FORMATS = {"ICNS": b"icns", "ICO": b"\0\0\1\0"}
+UNSAFE_FORMATS = ("BUFR", "EPS", "GRIB", "HDF5", "IPTC", "MPEG", "WMF")
+"""Known to Pillow, but read by other programs (Ghostscript) or not at all. IPTC holds a file of any format, EPS among
+them."""
+UNBOUNDED_FORMATS = {"BLP": b"BLP", "ICNS": b"icns", "ICO": b"\0\0\1\0"}
 """What begins with these bytes holds images that may be larger than its header says, and that Pillow decodes before
 their size can be checked."""
+HEIC_SUFFIXES = (".heic", ".heif", ".hif")
+HEIC_BRANDS = (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1")
+"""What a HEIC file begins with, behind the length and the name of its first part."""
+HEIC_HINT = "pip install 'corewise[heic]' reads"
 ORIENTATION = 0x0112
 """The EXIF tag; 1 is upright, 2 to 8 are mirrored or turned."""
+TURNS = {2: "FLIP_LEFT_RIGHT", 3: "ROTATE_180", 4: "FLIP_TOP_BOTTOM", 5: "TRANSPOSE", 6: "ROTATE_270",
+         7: "TRANSVERSE", 8: "ROTATE_90"}  # fmt: skip
+"""Pillow's names for what makes an image of each orientation upright."""
+METADATA = ("exif", "xmp", "XML:com.adobe.xmp", "Raw profile type exif")
+"""The ``info`` of an image that may say its orientation."""
+LOADING = tuple(Lock() for _ in range(64))
+"""Two threads must not decode the same PIL image at the same time; each image has one of these."""
 DIM = 4095
 """A 16-bit image whose values all fit into 12 bits becomes almost black; it is marked in its ``info``."""
 DIM_KEY = "corewise.dim"
 SIZE_KEY = "corewise.size"
 """The ``info`` of what ``open_image`` returns has the size of the whole image, upright, under this key."""
-MOST_READS, READ_BYTES = 10_000, 256
-"""From a stranger's image, its header is read in so many parts at most; all of it in one more for each READ_BYTES."""
 BROKEN = (
     OSError,
     ValueError,
@@ -61,33 +85,6 @@ BROKEN = (
 """What Pillow raises for bytes that are no whole image."""
 
 
-class TooManyPixels(UnreadableItem):
-    """The image is larger than the caller takes."""
-
-
-class _Parts(io.BytesIO):
-    """A stranger's image, which might consist of millions of parts: each costs microseconds, even if it is empty."""
-
-    def __init__(self, content: bytes, most: int) -> None:
-        super().__init__(content)
-        self._left = most
-
-    def read(self, size: int | None = -1) -> bytes:
-        """Raises ``OSError`` where it is read too often."""
-        self._count()
-        return super().read(size)
-
-    def readline(self, size: int | None = -1) -> bytes:
-        """The same."""
-        self._count()
-        return super().readline(size)
-
-    def _count(self) -> None:
-        self._left -= 1
-        if self._left < 0:
-            raise OSError("it has too many parts")
-
-
 def open_image(
     source: Path | bytes, name: str = "", *, max_pixels: int | None = None, preprocess: Preprocess | None = None
 ) -> "Image":
@@ -96,8 +93,8 @@ def open_image(
     Args:
         source: A file, or its content.
         name: What messages call it; the file's path by default.
-        max_pixels: For strangers' images: refuse more before they are decoded, ``UNBOUNDED_FORMATS``, and what has too
-            many parts; Pillow's own limit (about 179 million pixels) holds in any case.
+        max_pixels: Refuse more before they are decoded, and ``UNBOUNDED_FORMATS``; Pillow's own limit (about 179
+            million) holds in any case.
         preprocess: What it is decoded for: where that says so, a large JPEG is decoded at a smaller scale.
 
     Returns:
@@ -108,9 +105,9 @@ def open_image(
         MissingExtra: Where Pillow is not installed.
     """
     name = name or ("the image" if isinstance(source, bytes) else f"the image {source}")
-    more_reads = len(source) // READ_BYTES if isinstance(source, bytes) else 0
-    with _opened(source, name, max_pixels, more_reads) as image:
+    with _opened(source, name, max_pixels) as image:
         whole = image.size
+        check_scans(image, name)
         _scale_down(image, preprocess)
         image.load()
         image, turned = _upright(image)
@@ -119,13 +116,25 @@ def open_image(
         return made
 
 
+class ImageSize(NamedTuple):
+    """What decoding an image takes."""
+
+    width: int
+    """As it is decoded."""
+    height: int
+    kept_bytes: int
+    """Beside its pixels: of a progressive JPEG, in its own size whatever the scale."""
+
+
 def image_size(
     source: Path | bytes, name: str, *, max_pixels: int | None = None, preprocess: Preprocess | None = None
-) -> tuple[int, int]:
-    """Width and height as ``open_image`` decodes them, by the header alone. Raises as it does."""
+) -> ImageSize:
+    """What ``open_image`` takes, by the header alone. Raises as it does."""
     with _opened(source, name, max_pixels) as image:
+        layers = image.layers if has_passes(image) else 0  # type: ignore[attr-defined]
+        kept_bytes = COEFFICIENT_BYTES * layers * image.width * image.height
         _scale_down(image, preprocess)
-        return image.width, image.height
+        return ImageSize(image.width, image.height, kept_bytes)
 
 
 def sharpness_left(item: Any, preprocess: Preprocess) -> float | None:
@@ -150,22 +159,25 @@ def _scale_down(image: "Image", preprocess: Preprocess | None) -> None:
 
 
 @contextmanager
-def _opened(source: Path | bytes, name: str, max_pixels: int | None, more_reads: int = 0) -> "Iterator[Image]":
+def _opened(source: Path | bytes, name: str, max_pixels: int | None) -> "Iterator[Image]":
     """The image, not decoded yet. Raises ``UnreadableItem``, also for what Pillow raises in the ``with``."""
     pil = pillow()
     bounded = [kind for kind in _formats() if max_pixels is None or kind not in UNBOUNDED_FORMATS]
     try:
-        file: Any = io.BytesIO(source) if isinstance(source, bytes) else source
-        if isinstance(source, bytes) and max_pixels is not None:
-            file = _Parts(source, MOST_READS + more_reads)
         if isinstance(source, Path) and not S_ISREG(source.stat().st_mode):
             raise UnreadableItem(name, "is not a regular file")  # to open a named pipe would wait for ever
-        with pil.open(file, formats=bounded) as image:
-            if max_pixels is not None and image.width * image.height > max_pixels:
-                raise TooManyPixels(name, f"has {image.width}x{image.height} pixels, over {max_pixels:,}")
+        with (
+            Content(source) if isinstance(source, bytes) else File(io.FileIO(source)) as file,
+            pil.open(file, formats=bounded) as image,
+        ):
+            check_pixels(image, name, max_pixels)
+            is_strangers = max_pixels is not None and isinstance(source, bytes)
+            file.steps_left = MOST_STEPS + len(source) // STEP_BYTES if is_strangers else sys.maxsize
             yield image
     except (pil.DecompressionBombError, pil.DecompressionBombWarning) as error:
         raise TooManyPixels(name, "has too many pixels") from error
+    except TooManyParts as error:
+        raise UnreadableItem(name, "has too many parts") from error
     except BROKEN as error:
         raise UnreadableItem(name, _reason(source, error, bounded)) from error
 
@@ -209,7 +221,8 @@ def decoded(item: Any) -> "Image":
         raise UnreadableItem("the image", "has no pixels")
     try:
         if is_pil(item):
-            item.load()
+            with LOADING[id(item) // 64 % len(LOADING)]:
+                item.load()
             return normalize_image(item)
         return pillow().fromarray(item.squeeze(-1) if item.shape[2] == 1 else item)  # type: ignore[no-any-return]
     except BROKEN as error:
@@ -250,6 +263,8 @@ def _reason(source: Path | bytes, error: BaseException, opened: Sequence[str]) -
         head = source[:512] if isinstance(source, bytes) else _head(source)
     except OSError as missing:
         return f"cannot be opened: {missing.strerror}"
+    except ValueError as wrong:  # its name has a zero byte
+        return f"cannot be opened: {wrong}"
     if not head:
         return "is empty"
     if head.lstrip().lower().startswith((b"<html", b"<!doctype html")):
@@ -258,6 +273,8 @@ def _reason(source: Path | bytes, error: BaseException, opened: Sequence[str]) -
         for kind, magic in UNBOUNDED_FORMATS.items():
             if head.startswith(magic) and kind not in opened:
                 return f"is {with_article(kind)} file, whose pixels cannot be counted before they are decoded"
+        if head[4:8] == b"ftyp" and head[8:12] in HEIC_BRANDS:
+            return f"is a HEIC photo: {HEIC_HINT} it"
         return "is not an image that Pillow opens"
     return _broken(error)
 
@@ -278,13 +295,15 @@ def _upright(image: "Image") -> "tuple[Image, bool]":
     """The image upright, and whether its width and height were exchanged for that."""
     try:
         orientation = image.getexif().get(ORIENTATION, 1)
-        if orientation not in range(2, 9):
-            return image, False
-        from PIL import ImageOps
-
-        return ImageOps.exif_transpose(image), orientation >= 5
     except (*BROKEN, UserWarning):
         return image, False  # broken EXIF data says nothing about the orientation
+    if orientation not in TURNS:
+        return image, False
+    # Not by Pillow's ``exif_transpose``, which fails where it cannot write all other EXIF data again.
+    upright = image.transpose(pillow().Transpose[TURNS[orientation]])
+    for key in METADATA:
+        upright.info.pop(key, None)
+    return upright, orientation >= 5
 
 
 def in_mode(image: "Image", mode: str) -> "Image":

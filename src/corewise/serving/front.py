@@ -298,7 +298,8 @@ class Front:
 
         def look() -> tuple[list[bytes], list[Work]]:
             found = [files.unpacked(body) for body in bodies]
-            return found, [media.work(one, served, self._limits) for one in found]
+            names = [files.file_name(media.NOUN, number, len(found)) for number in range(len(found))]
+            return found, [media.work(*one, served, self._limits) for one in zip(found, names, strict=True)]
 
         is_long = media is recordings and sum(map(len, bodies)) > LONG_BYTES
         pool, kind = (self._decoders, "long headers") if is_long else (self._headers, "headers")

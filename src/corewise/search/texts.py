@@ -45,6 +45,10 @@ def tokenized(
         pipeline = _with_classes(pipeline, tuple(class_names))
     if isinstance(samples, Samples):
         return replace(loaded, pipeline=pipeline), samples
+    if pipeline is None and samples.kind in ("text", "pair") and loaded.why_no_texts:
+        raise SamplesError(
+            f"there are {NOUNS[samples.kind]} in {samples.source}, but {loaded.why_no_texts}", loaded.instead
+        )
     if pipeline is None or samples.kind not in ("text", "pair"):
         raise SamplesError(f"there are {NOUNS[samples.kind]} in {samples.source}", RAW_FIXES[samples.kind])
     if pipeline.pairs and samples.kind == "text":

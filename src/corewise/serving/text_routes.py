@@ -167,7 +167,7 @@ class TextRoutes:
         served = self._chosen(None, *ANY)
         assert served.text is not None
         handlers = {"vectors": self.embed, "scores": self.rank}
-        return await handlers.get(served.text.pipeline.task, self.predict)(request)
+        return await handlers.get(_task(served.text), self.predict)(request)
 
     async def embed(self, request: Request) -> Response:
         """Texts to vectors."""
@@ -349,11 +349,11 @@ class TextRoutes:
         does = " or ".join(WORDS[task] for task in tasks) if len(tasks) < len(ANY) else "takes texts"
         if model is not None:
             served = self._named(model)
-            if served.text is None or served.text.pipeline.task not in tasks:
-                what = "takes tensors" if served.text is None else WORDS[served.text.pipeline.task]
+            if served.text is None or _task(served.text) not in tasks:
+                what = "takes tensors" if served.text is None else WORDS[_task(served.text)]
                 raise FieldError("model", f"the model {served.name} {what}, and this path needs one that {does}")
             return served
-        fit = [each for each in self._newest() if each.text is not None and each.text.pipeline.task in tasks]
+        fit = [each for each in self._newest() if each.text is not None and _task(each.text) in tasks]
         if not fit:
             if not self._models.ready:  # one that does may not be open yet
                 raise FieldError("model", f"no model that {does} is ready", "try again later", 503)
@@ -383,6 +383,12 @@ class TextRoutes:
                 return JSONResponse(shape(message, told.status_code, field), told.status_code, headers)
 
         return shaped
+
+
+def _task(text: TextInput) -> TextTask:
+    """What a model does. Scores of single texts are no ranks: they are those of a classifier with one class."""
+    pipeline = text.pipeline
+    return "classes" if pipeline.task == "scores" and not pipeline.pairs else pipeline.task
 
 
 def error_body(path: str, message: str, status: int) -> dict[str, Any]:

@@ -13,6 +13,7 @@ from corewise.common.errors import SourceError
 from corewise.common.tokenizers import MOST_TOKENS, read_tokenizer
 from corewise.records.build import TensorSpec
 from corewise.records.pipeline import Pooling, TextPipeline, TokenInput
+from corewise.samples.encodings import IDS
 from corewise.source.pooling import PooledOutput
 
 
@@ -26,6 +27,10 @@ class Loaded:
     """The content of ``tokenizer.json``."""
     class_names: tuple[str, ...] = ()
     """Of a model that takes no texts, where its library names its classes."""
+    why_no_texts: str = ""
+    """Why texts cannot be its samples although it has a tokenizer, as a sentence; empty if there is no more to say."""
+    instead: str = ""
+    """What can be done then."""
 
 
 def text_pipeline(tokenizer: bytes, names: tuple[str, ...], **facts: Any) -> TextPipeline:
@@ -88,7 +93,10 @@ def with_tokenizer(loaded: Loaded, path: Path, pooling: Pooling | None) -> Loade
 
 
 def _token_names(model: nn.Module | ExportedProgram) -> tuple[str, ...]:
-    """The inputs that a model needs, and the attention mask where it takes one."""
+    """The inputs that a model needs, and the token ids and the attention mask where it takes them.
+
+    Models of transformers give all of their inputs a default.
+    """
     if isinstance(model, ExportedProgram):
         return tuple(str(name) for name in model.graph_signature.user_inputs)
     parameters = inspect.signature(model.forward).parameters.values()
@@ -96,5 +104,6 @@ def _token_names(model: nn.Module | ExportedProgram) -> tuple[str, ...]:
     return tuple(
         parameter.name
         for parameter in parameters
-        if parameter.kind in kinds and (parameter.default is parameter.empty or "attention_mask" in parameter.name)
+        if parameter.kind in kinds
+        and (parameter.default is parameter.empty or parameter.name == IDS or "attention_mask" in parameter.name)
     )

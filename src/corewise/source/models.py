@@ -53,6 +53,8 @@ def load_with_texts(model: Any, *, tokenizer: str | Path | None = None, pooling:
             loaded = replace(loaded, class_names=own_class_names(loaded.model, prefix, name))
     else:
         loaded = _from_object(model)
+    if loaded.pipeline is None and tokenizer is not None:
+        loaded = _with_own_head(loaded, tokenizer, pooling)
     if loaded.pipeline is not None and pooling not in (None, loaded.pipeline.pooling):
         raise SourceError("the model brings its own pooling", "leave out pooling")
     if loaded.pipeline is not None and tokenizer is None:
@@ -68,6 +70,16 @@ def _from_object(model: Any) -> Loaded:
     if is_sentence_model(model):
         return from_sentence_model(model)
     return Loaded(model=model, class_names=own_class_names(model))
+
+
+def _with_own_head(loaded: Loaded, tokenizer: Path, pooling: Pooling | None) -> Loaded:
+    """A model object of transformers with the pipeline that its head has; others as they are."""
+    if not type(loaded.model).__module__.startswith("transformers.models."):
+        return loaded
+    from corewise.source.transformers_models import from_transformers_model
+
+    found = from_transformers_model(loaded.model, tokenizer, pooling)
+    return loaded if found.pipeline is None else found
 
 
 def _load(reference: str) -> nn.Module | ExportedProgram:

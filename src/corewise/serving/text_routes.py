@@ -167,7 +167,7 @@ class TextRoutes:
         served = self._chosen(None, *ANY)
         assert served.text is not None
         handlers = {"vectors": self.embed, "scores": self.rank}
-        return await handlers.get(_task(served.text), self.predict)(request)
+        return await handlers.get(task_of(served.text), self.predict)(request)
 
     async def embed(self, request: Request) -> Response:
         """Texts to vectors."""
@@ -349,11 +349,11 @@ class TextRoutes:
         does = " or ".join(WORDS[task] for task in tasks) if len(tasks) < len(ANY) else "takes texts"
         if model is not None:
             served = self._named(model)
-            if served.text is None or _task(served.text) not in tasks:
-                what = "takes tensors" if served.text is None else WORDS[_task(served.text)]
+            if served.text is None or task_of(served.text) not in tasks:
+                what = "takes tensors" if served.text is None else WORDS[task_of(served.text)]
                 raise FieldError("model", f"the model {served.name} {what}, and this path needs one that {does}")
             return served
-        fit = [each for each in self._newest() if each.text is not None and _task(each.text) in tasks]
+        fit = [each for each in self._newest() if each.text is not None and task_of(each.text) in tasks]
         if not fit:
             if not self._models.ready:  # one that does may not be open yet
                 raise FieldError("model", f"no model that {does} is ready", "try again later", 503)
@@ -385,7 +385,7 @@ class TextRoutes:
         return shaped
 
 
-def _task(text: TextInput) -> TextTask:
+def task_of(text: TextInput) -> TextTask:
     """What a model does. Scores of single texts are no ranks: they are those of a classifier with one class."""
     pipeline = text.pipeline
     return "classes" if pipeline.task == "scores" and not pipeline.pairs else pipeline.task

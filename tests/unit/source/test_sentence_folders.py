@@ -141,7 +141,7 @@ def test_modules_in_an_order_that_is_not_supported_are_named(tmp_path: Path, mod
     [
         ({"transformer_task": "fill-mask"}, "has a Transformer for fill-mask"),
         ({"modality_config": {**TEXT, "message": TEXT["text"]}}, "puts texts into its chat template"),
-        ({"modality_config": {"text": {"method": "get_text_features", "method_output_name": "pooler_output"}}}, "gives pooler_output"),
+        ({"modality_config": {"text": {"method": "get", "method_output_name": "pooled"}}}, "gives pooled for texts"),
         ({"modality_config": {"image": TEXT["text"]}}, "gives nothing for texts"),
         ({"processing_kwargs": {"text": {"add_special_tokens": False}}}, "tokenizes with add_special_tokens"),
     ],

@@ -471,6 +471,10 @@ def test_labels_by_name(tmp_path: Path) -> None:
     _, samples = tokenized(loaded, raw_from_python({"text": ["red", "blue"], "label": ["good", "bad"]}))
     assert samples.labels is not None
     assert samples.labels.tolist() == [1, 0]
+    named, samples = tokenized(loaded, raw_from_python([("red", "good"), ("blue", "bad")]))
+    assert named.pipeline == loaded.pipeline
+    assert samples.labels is not None
+    assert samples.labels.tolist() == [1, 0]
     with pytest.raises(SamplesError, match=r"has the label 'fair'; the model's classes are bad, good"):
         tokenized(loaded, raw_from_python({"text": ["red", "blue"], "label": ["fair", "bad"]}))
 

@@ -16,6 +16,8 @@ from corewise.records.pipeline import Pooling, TextPipeline, TokenInput
 from corewise.samples.encodings import IDS
 from corewise.source.pooling import PooledOutput
 
+TOKENIZER_FILE = "tokenizer.json"
+
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Loaded:
@@ -65,6 +67,26 @@ def fast_tokenizer(tokenizer: Any, *, lower: bool = False) -> bytes:
     made.no_padding()
     made.no_truncation()
     return str(made.to_str()).encode()
+
+
+def tokenizer_file(tokenizer: Any, folder: Path) -> Path:
+    """The ``tokenizer.json`` of a tokenizer object, written into a folder. Raises ``SourceError`` for other objects."""
+    from tokenizers import Tokenizer
+
+    if isinstance(tokenizer, Tokenizer):
+        made = Tokenizer.from_str(tokenizer.to_str())
+    elif hasattr(tokenizer, "model_input_names"):
+        made = Tokenizer.from_str(fast_tokenizer(tokenizer).decode())
+        if tokenizer.pad_token_id is not None:
+            made.enable_padding(pad_id=tokenizer.pad_token_id, pad_token=tokenizer.pad_token)
+    else:
+        kind = type(tokenizer).__name__
+        raise SourceError(
+            f"the tokenizer is a {kind}", "give a tokenizer of transformers, or a path of a tokenizer.json"
+        )
+    path = folder / TOKENIZER_FILE
+    made.save(str(path))
+    return path
 
 
 def with_tokenizer(loaded: Loaded, path: Path, pooling: Pooling | None) -> Loaded:

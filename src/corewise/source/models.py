@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from torch import nn
@@ -11,7 +12,7 @@ from corewise.common.errors import SourceError
 from corewise.common.references import call_reference, guard
 from corewise.records.pipeline import Pooling
 from corewise.source.class_names import own_class_names
-from corewise.source.loaded import Loaded, with_tokenizer
+from corewise.source.loaded import Loaded, tokenizer_file, with_tokenizer
 from corewise.source.packages import import_package
 from corewise.source.pooling import POOLINGS
 from corewise.source.program import load_program
@@ -32,12 +33,13 @@ def load(reference: str) -> nn.Module | ExportedProgram:
     return load_with_texts(reference).model
 
 
-def load_with_texts(model: Any, *, tokenizer: str | Path | None = None, pooling: Pooling | None = None) -> Loaded:
+def load_with_texts(model: Any, *, tokenizer: Any = None, pooling: Pooling | None = None) -> Loaded:
     """A model and, if it takes texts, its pipeline and tokenizer.
 
     Args:
         model: A reference as ``load`` takes it, a module, a program, or a ``SentenceTransformer`` or ``CrossEncoder``.
-        tokenizer: A ``tokenizer.json``, for a model that brings none, or instead of its own.
+        tokenizer: The path of a ``tokenizer.json``, or a tokenizer of transformers or of tokenizers, for a model that
+            brings none, or instead of its own.
         pooling: What makes one vector of a text's token vectors, for a model without a head.
 
     Raises:
@@ -45,6 +47,9 @@ def load_with_texts(model: Any, *, tokenizer: str | Path | None = None, pooling:
     """
     if pooling not in (None, *POOLINGS):
         raise SourceError(f"there is no pooling {pooling!r}", f"give one of {', '.join(POOLINGS)}")
+    if tokenizer is not None and not isinstance(tokenizer, str | Path):
+        with TemporaryDirectory(prefix="corewise-") as folder:
+            return load_with_texts(model, tokenizer=tokenizer_file(tokenizer, Path(folder)), pooling=pooling)
     tokenizer = None if tokenizer is None else Path(tokenizer)
     if isinstance(model, str):
         prefix, name = split_reference(model)

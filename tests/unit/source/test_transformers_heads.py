@@ -1,4 +1,4 @@
-"""source: heads of transformers that are told, missing or unknown, encoders, and model objects with a tokenizer file."""
+"""source: heads of transformers that are told, missing or unknown, encoders, and model objects with a tokenizer."""
 
 import json
 from pathlib import Path
@@ -171,6 +171,14 @@ def test_a_model_object_takes_a_tokenizer_file_as_its_folder_does(tmp_path: Path
         32,
     )
     assert [each.role for each in loaded.pipeline.inputs] == ["ids", "mask", "types"]
+    given = transformers.AutoTokenizer.from_pretrained(tmp_path)
+    assert given.pad_token_id == 0
+    by_object = load_with_texts(model, tokenizer=given)
+    np.testing.assert_array_equal(answers(by_object, ["red tree", "blue"]), answers(loaded, ["red tree", "blue"]))
+    padded = transformers.PreTrainedTokenizerFast(tokenizer_object=Tokenizer.from_file(str(file)), pad_token="tree")
+    assert load_with_texts(model, tokenizer=padded).pipeline.pad_id == 7  # type: ignore[union-attr]
+    assert load_with_texts(model, tokenizer=Tokenizer.from_file(str(file))).pipeline is not None
+    assert "the tokenizer is a dict" in refused(load_with_texts, model, tokenizer={})
     pooled = load_with_texts(model, tokenizer=file, pooling="mean")
     assert answers(pooled, ["red", "blue tree house"]).shape == (2, 8)
     words = load_with_texts(bert("BertForMaskedLM"), tokenizer=file)

@@ -103,15 +103,27 @@ def with_tokenizer(loaded: Loaded, path: Path, pooling: Pooling | None) -> Loade
         changed = replace(loaded.pipeline, tokenizer_sha256=digest, pad_id=pad_id)
         return replace(loaded, pipeline=changed, tokenizer=content)
     names = _token_names(loaded.model)
-    pipeline = text_pipeline(
-        content, names, task="vectors", max_length=MOST_TOKENS, pad_id=pad_id, pooling=pooling or "none"
-    )
+    most = _positions(loaded.model) or MOST_TOKENS
+    pipeline = text_pipeline(content, names, task="vectors", max_length=most, pad_id=pad_id, pooling=pooling or "none")
     if pooling is None or pooling == "none":
         return replace(loaded, pipeline=pipeline, tokenizer=content)
     mask = next((each.name for each in pipeline.inputs if each.role == "mask"), None)
     if mask is None or not isinstance(loaded.model, nn.Module):
         raise SourceError("--pooling needs a module that takes an attention mask", "pool in the model itself")
     return Loaded(model=PooledOutput(loaded.model, pooling, mask), pipeline=pipeline, tokenizer=content)
+
+
+def _positions(model: nn.Module | ExportedProgram) -> int | None:
+    """How many positions a module's smallest table of them has; ``None`` where no table has such a name."""
+    if not isinstance(model, nn.Module):
+        return None
+    # transformers' first positions are never used where the table has a row for padding.
+    sizes = (
+        part.num_embeddings - (0 if part.padding_idx is None else part.padding_idx + 1)
+        for name, part in model.named_modules()
+        if isinstance(part, nn.Embedding) and "position" in name.rpartition(".")[2]
+    )
+    return min(sizes, default=None)
 
 
 def _token_names(model: nn.Module | ExportedProgram) -> tuple[str, ...]:

@@ -194,4 +194,6 @@ def test_a_model_object_takes_a_tokenizer_file_as_its_folder_does(tmp_path: Path
             return self.inner(input_ids, attention_mask)
 
     wrapped = load_with_texts(Wrapped(), tokenizer=file, pooling="mean")
+    assert wrapped.pipeline is not None
+    assert wrapped.pipeline.max_length == 32
     np.testing.assert_allclose(answers(wrapped, ["red tree"]), answers(pooled, ["red tree"]), atol=1e-6)

@@ -17,16 +17,16 @@ from corewise.common.errors import SourceError
 from corewise.common.references import guard
 from corewise.records.pipeline import Activation
 from corewise.source.loaded import Loaded
-from corewise.source.packages import import_package
+from corewise.source.packages import NO_CODE, import_package, without_code
 from corewise.source.pooling import Leading, Normalized, Way
 from corewise.source.transformers_models import (
     activation_name,
-    encoder_class,
     from_pretrained,
     longest,
     quiet,
     vectors,
     with_head,
+    without_head,
 )
 
 PACKAGE = "sentence_transformers"
@@ -72,7 +72,8 @@ def load_sentence_model(name: str) -> Loaded:
     """
     transformers = import_package("transformers", "st")
     folder = Path(name) if Path(name).is_dir() else _downloaded(name)
-    with quiet(), guard(SourceError, f"st:{name} cannot be loaded", "check that all its files are there"):
+    fix = "check that all its files are there"
+    with quiet(), guard(SourceError, f"st:{name} cannot be loaded", fix), without_code(f"st:{name}"):
         facts = _optional(folder / SETTINGS)
         if not (folder / MODULES).is_file():
             return _cross_encoder_folder(transformers, folder, name, facts, {})
@@ -85,9 +86,8 @@ def load_sentence_model(name: str) -> Loaded:
         if settings.get("transformer_task") == CLASSIFIES and len(parts) == 1:
             return _cross_encoder_folder(transformers, base, name, facts, settings)
         _check_transformer(settings, f"st:{name}")
-        config = transformers.AutoConfig.from_pretrained(base)
-        model = encoder_class(transformers, config).from_pretrained(base, dtype=torch.float32)
-        tokenizer = transformers.AutoTokenizer.from_pretrained(base)
+        model = without_head(transformers, transformers.AutoConfig.from_pretrained(base, **NO_CODE), base)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(base, **NO_CODE)
         modules = (_module_in(kind, place, f"st:{name}") for kind, place in parts[1:])
         poolings, after = _modules(modules, f"st:{name}", facts.get("truncate_dim"))
     return vectors(
@@ -272,14 +272,14 @@ def _cross_encoder_folder(
     transformers: Any, folder: Path, name: str, facts: Mapping[str, Any], settings: Mapping[str, Any]
 ) -> Loaded:
     """The cross-encoder in a folder, whose ``SETTINGS`` are ``facts``; ``settings`` are its Transformer's."""
-    config = transformers.AutoConfig.from_pretrained(folder)
+    config = transformers.AutoConfig.from_pretrained(folder, **NO_CODE)
     architecture = (config.architectures or [""])[0]
     if not architecture.endswith("ForSequenceClassification"):
         why = f"its architecture is {architecture or 'not told'}" if settings else f"it has no {MODULES}"
         raise SourceError(f"st:{name} is not a sentence-transformers model: {why}", f"try hf:{name} --pooling mean")
     model = from_pretrained(transformers.AutoModelForSequenceClassification, folder, f"st:{name}")
     told = str(facts.get("activation_fn") or "").rpartition(".")[2] or activation_name(config)
-    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder, **NO_CODE)
     prompts = _prompts(facts.get("prompts"), facts.get("default_prompt_name"))
     return _cross_encoder(model, tokenizer, _activation(told) if told else None, _told_length(settings), prompts)
 

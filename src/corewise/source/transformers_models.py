@@ -14,7 +14,7 @@ from corewise.common.references import guard
 from corewise.common.tokenizers import MOST_TOKENS, TOKENIZER, read_tokenizer
 from corewise.records.pipeline import Activation, Pooling, TextTask
 from corewise.source.loaded import Loaded, fast_tokenizer, text_pipeline
-from corewise.source.packages import import_package
+from corewise.source.packages import NO_CODE, import_package, without_code
 from corewise.source.pooling import POOLINGS, Leading, Normalized, TextVectors, Way
 
 TOKEN_INPUTS = ("input_ids", "attention_mask", "token_type_ids")
@@ -46,8 +46,9 @@ def load_transformers(name: str, pooling: Pooling | None = None, tokenizer_file:
     Raises ``SourceError``.
     """
     transformers = import_package("transformers", "hf")
-    with guard(SourceError, f"hf:{name} cannot be loaded", "check the name, the network, or give a local folder"):
-        config = transformers.AutoConfig.from_pretrained(name)
+    fix = "check the name, the network, or give a local folder"
+    with guard(SourceError, f"hf:{name} cannot be loaded", fix), without_code(f"hf:{name}"):
+        config = transformers.AutoConfig.from_pretrained(name, **NO_CODE)
     architecture = (config.architectures or [""])[0]
     generates = architecture.endswith(("ForConditionalGeneration", "ForSpeechSeq2Seq", "Seq2SeqLM", "WithLMHeadModel"))
     if generates and pooling is None:
@@ -59,11 +60,11 @@ def load_transformers(name: str, pooling: Pooling | None = None, tokenizer_file:
             f"hf:{name} is a {architecture}, which transformers {transformers.__version__} does not have",
             "give a factory that returns the model, or --pooling mean for a vector of each text, without its head",
         )
-    with quiet(), guard(SourceError, f"hf:{name} cannot be loaded", "check its files"):
+    with quiet(), guard(SourceError, f"hf:{name} cannot be loaded", "check its files"), without_code(f"hf:{name}"):
         if pooling is None:
             model = from_pretrained(getattr(transformers, architecture or "AutoModel"), name, f"hf:{name}")
         else:
-            model = encoder_of(encoder_class(transformers, config).from_pretrained(name, dtype=torch.float32))
+            model = encoder_of(without_head(transformers, config, name))
         takes = getattr(model, "main_input_name", "input_ids")
         if pooling is not None and takes != "input_ids":
             raise SourceError(f"hf:{name} takes {takes} and no texts", "leave out --pooling")
@@ -97,7 +98,7 @@ def from_transformers_model(model: Any, tokenizer_file: Path, pooling: Pooling |
 
 def from_pretrained(model_class: Any, place: str | Path, name: str) -> Any:
     """A model in fp32. Raises ``SourceError`` if its files lack the weights of its head: it would answer at random."""
-    model, found = model_class.from_pretrained(place, dtype=torch.float32, output_loading_info=True)
+    model, found = model_class.from_pretrained(place, dtype=torch.float32, output_loading_info=True, **NO_CODE)
     missing = sorted(key for key in found["missing_keys"] if not key.startswith(f"{model.base_model_prefix}."))
     if missing and type(model).__name__.endswith(tuple(HEADS)):
         raise SourceError(
@@ -107,9 +108,10 @@ def from_pretrained(model_class: Any, place: str | Path, name: str) -> Any:
     return model
 
 
-def encoder_class(transformers: Any, config: Any) -> Any:
-    """What opens a model without its head: of T5, its encoder alone."""
-    return getattr(transformers, ENCODERS.get(config.model_type, "AutoModel"))
+def without_head(transformers: Any, config: Any, place: str | Path) -> Any:
+    """A model without its head, in fp32: of T5, its encoder alone."""
+    model_class = getattr(transformers, ENCODERS.get(config.model_type, "AutoModel"))
+    return model_class.from_pretrained(place, dtype=torch.float32, **NO_CODE)
 
 
 def encoder_of(model: Any) -> Any:
@@ -131,7 +133,7 @@ def vectors(
         max_length=max_length,
         pooling=pooling,
         normalize=bool(after) and isinstance(after[-1], Normalized),
-        pad_id=tokenizer.pad_token_id or 0,
+        pad_id=_pad_id(tokenizer, model.config),
         truncation=tokenizer.truncation_side,
         dimensions=tuple(
             int(size) for size in getattr(model.config, "matryoshka_dimensions", None) or () if size <= most
@@ -161,7 +163,7 @@ def with_head(
         tuple(taken),
         task=task,
         max_length=max_length or longest(tokenizer, config),
-        pad_id=tokenizer.pad_token_id or 0,
+        pad_id=_pad_id(tokenizer, config),
         truncation=tokenizer.truncation_side,
         labels=_labels(config) if task in ("classes", "tokens") else (),
         activation=facts.pop("activation", None) or _activation(config, task),
@@ -181,6 +183,12 @@ def longest(tokenizer: Any, config: Any, told: int | None = None) -> int:
         unused = (config.pad_token_id or 0) + 1 if config.model_type in PADDED_POSITIONS else 0
         known.append(positions - unused)
     return min(known, default=MOST_TOKENS)
+
+
+def _pad_id(tokenizer: Any, config: Any) -> int:
+    """What goes behind the end of short texts. Some heads of decoders look for the text's end by it."""
+    known = (tokenizer.pad_token_id, config.pad_token_id)
+    return next((number for number in known if isinstance(number, int)), 0)
 
 
 def _labels(config: Any) -> tuple[str, ...]:
@@ -216,7 +224,7 @@ def _tokenizer(transformers: Any, name: str, *, needed: bool) -> Any:
     if is_folder and not any((Path(name) / file).exists() for file in TOKENIZER_FILES):
         return None
     try:
-        return transformers.AutoTokenizer.from_pretrained(name)
+        return transformers.AutoTokenizer.from_pretrained(name, **NO_CODE)
     except (OSError, ValueError, KeyError):
         if is_folder and needed:
             raise

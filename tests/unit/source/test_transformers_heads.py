@@ -138,6 +138,30 @@ def test_a_head_without_weights_is_not_random(tmp_path: Path) -> None:
     assert (made.task, made.pooling) == ("vectors", "none")
 
 
+def test_code_in_a_folder_is_not_run_and_nobody_is_asked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("builtins.input", lambda *asked: pytest.fail("asked on the terminal"))
+    folder = saved(tmp_path, bert("BertModel"))
+    (folder / "own.py").write_text("raise SystemExit('it was run')")
+    change(folder, model_type="own", auto_map={"AutoConfig": "own.Config", "AutoModel": "own.Model"})
+    write_modules(folder)
+    for prefix in ("hf", "st"):
+        message = refused(load_with_texts, f"{prefix}:{folder}")
+        assert f"{prefix}:{folder} needs code of its own, which corewise does not run" in message
+
+
+def write_modules(folder: Path) -> None:
+    (folder / "modules.json").write_text('[{"path": "", "type": "sentence_transformers.models.Transformer"}]')
+
+
+def test_what_pads_is_what_the_model_knows_where_the_tokenizer_has_none(tmp_path: Path) -> None:
+    folder = saved(tmp_path, bert("BertForSequenceClassification", pad_token_id=5))
+    words = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    transformers.PreTrainedTokenizerFast(tokenizer_object=words).save_pretrained(folder)
+    made = load_with_texts(f"hf:{folder}").pipeline
+    assert made is not None
+    assert made.pad_id == 5
+
+
 def test_of_a_model_with_a_decoder_the_encoder_makes_vectors(tmp_path: Path) -> None:
     sizes = {"vocab_size": len(VOCABULARY), "d_model": 8, "encoder_layers": 1, "decoder_layers": 1}
     heads = {"encoder_attention_heads": 2, "decoder_attention_heads": 2, "encoder_ffn_dim": 8, "decoder_ffn_dim": 8}

@@ -180,14 +180,14 @@ def longest(tokenizer: Any, config: Any, told: int | None = None) -> int:
     known = [int(most) for most in (told, tokenizer.model_max_length) if most and most < UNKNOWN_LENGTH][:1]
     positions = getattr(config, "max_position_embeddings", None)
     if isinstance(positions, int) and positions > 0:
-        unused = (config.pad_token_id or 0) + 1 if config.model_type in PADDED_POSITIONS else 0
+        unused = (getattr(config, "pad_token_id", None) or 0) + 1 if config.model_type in PADDED_POSITIONS else 0
         known.append(positions - unused)
     return min(known, default=MOST_TOKENS)
 
 
 def _pad_id(tokenizer: Any, config: Any) -> int:
     """What goes behind the end of short texts. Some heads of decoders look for the text's end by it."""
-    known = (tokenizer.pad_token_id, config.pad_token_id)
+    known = (tokenizer.pad_token_id, getattr(config, "pad_token_id", None))
     return next((number for number in known if isinstance(number, int)), 0)
 
 

@@ -97,15 +97,18 @@ class TextRunner:
             pool.shutdown(cancel_futures=True)
 
     def predict(self, items: Any, *, prompt: str | None = None) -> Any:
-        """The answers to a list of items, together (``stacked``); to an iterator, as an iterator; to a string, alone.
+        """The answers to a list of items, together (``stacked``); to an iterator, as an iterator; to one item, alone.
 
         Args:
-            items: As in ``answers``, as is ``prompt``.
+            items: As in ``answers``, as is ``prompt``. Two texts are one item for a model of pairs.
 
         Raises:
             InputError: An item has a problem, with its number; or there are no items in what was given.
         """
-        if isinstance(items, str):
+        if isinstance(items, np.ndarray):
+            items = items.tolist()  # a pair is then a list
+        is_pair = isinstance(items, list | tuple) and len(items) == 2 and all(isinstance(each, str) for each in items)
+        if isinstance(items, str) or (is_pair and self.encoder.pipeline.pairs):
             return next(self._checked([items], prompt))
         _check_kind(items)
         answers = self._checked(items, prompt)

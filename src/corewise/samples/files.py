@@ -29,6 +29,7 @@ from corewise.samples.texts import Columns
 
 LABEL_KEYS = ("labels", "label", "y")
 FILE_SUFFIXES = (*READERS, ".npz", ".safetensors")
+PACKED = (".gz", ".bz2", ".xz", ".zst", ".zip")
 BROKEN = (OSError, ValueError, TypeError, EOFError, RuntimeError, MemoryError, zipfile.BadZipFile, zlib.error)
 """What numpy and zipfile raise for bytes that are no whole archive of arrays."""
 MOST_THREADS = 16
@@ -121,8 +122,10 @@ def check_reference(reference: str) -> None:
         if not path.is_file():
             raise SamplesError(f"there is no file {reference}", "check the path")
     elif ":" not in reference:
+        if path.is_file() and path.suffix.lower() in PACKED:
+            raise SamplesError(f"{reference} is packed", "unpack it")
         raise SamplesError(
-            f"there are no samples at {reference}",
+            f"{reference} is not a file of samples" if path.is_file() else f"there are no samples at {reference}",
             f"give a folder of images or recordings, a file ({', '.join(FILE_SUFFIXES)}), or file.py:function",
         )
 

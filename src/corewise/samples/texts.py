@@ -78,7 +78,7 @@ class Columns(NamedTuple):
             f"has {with_article(name)} that {problem}" for name, text in texts if (problem := text_problem(text))
         ]
         label = None if self.label is None else record.get(self.label)
-        if self.label is not None and (label is None or label == ""):
+        if self.label is not None and (label is None or (isinstance(label, str) and not label)):
             problems.append(f"has no {self.label}")
         value = texts[0][1] if self.pair is None else (texts[0][1], texts[1][1])
         return value, label, problems[0] if problems else ""

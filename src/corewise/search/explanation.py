@@ -1,7 +1,6 @@
 """The order of steps from a model and samples to what each of its layers costs and saves in int8."""
 
 import importlib.util
-from pathlib import Path
 from typing import Any
 
 from corewise.common.errors import EngineError, InputError, MissingExtra, SourceError
@@ -27,7 +26,7 @@ def explain(
     measured: int = MEASURED,
     seed: int = 0,
     weight_bits: int | None = None,
-    tokenizer: Path | None = None,
+    tokenizer: Any = None,
     pooling: Pooling | None = None,
     on_event: OnEvent = lambda event: None,
 ) -> Explanation:

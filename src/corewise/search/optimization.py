@@ -62,7 +62,7 @@ def optimize(
     calibration: int | None = None,
     seed: int = 0,
     class_names: Sequence[str] | None = None,
-    tokenizer: Path | None = None,
+    tokenizer: Any = None,
     pooling: Pooling | None = None,
     end_to_end: bool | None = None,
     budget_s: float | None = None,
@@ -98,7 +98,8 @@ def optimize(
         seed: seed of the split into calibration and holdout.
         class_names: names of the classes in the order of the scores, which the artifact keeps. Default: those that the
             model brings (``id2label``, torchvision's categories, timm's ImageNet names, Ultralytics' ``names``).
-        tokenizer: a ``tokenizer.json``, for a model that takes token ids and brings none: samples may then be texts.
+        tokenizer: the path of a ``tokenizer.json``, or a tokenizer of transformers, for a model that takes token ids
+            and brings none: samples may then be texts.
         pooling: make one vector of each text: "mean", "cls", "max" or "last" of its token vectors; for "hf:" models and
             models with ``tokenizer``.
         end_to_end: also find the fastest plan from files of photos to answers, decoding included, which ``predict``

@@ -103,7 +103,7 @@ class Result:
         *,
         reference: bool = True,
         labels: Sequence[str] | None = None,
-        tokenizer: Path | None = None,
+        tokenizer: str | Path | None = None,
     ) -> artifact.Artifact:
         """Write the artifact, whole or not at all.
 
@@ -114,7 +114,8 @@ class Result:
             reference: keep the fp32 program, which ``bench`` and the server's shadow need.
             labels: names of the classes in the order of the scores, for the server. Default: the ``class_names`` given
                 to ``optimize``.
-            tokenizer: a ``tokenizer.json`` that makes the artifact take texts, for a model optimized without one.
+            tokenizer: the path of a ``tokenizer.json`` that makes the artifact take texts, for a model optimized
+                without one.
 
         Returns:
             The artifact as it was read back.
@@ -132,7 +133,7 @@ class Result:
             if pipeline is not None and pipeline.labels:
                 pipeline = replace(pipeline, labels=names)
         if tokenizer is not None:
-            pipeline, content = self._inferred(tokenizer, names or ())
+            pipeline, content = self._inferred(Path(tokenizer), names or ())
         artifact.write(
             Path(folder),
             manifest=lambda files: replace(self._manifest(files), labels=names, pipeline=pipeline),

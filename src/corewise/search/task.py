@@ -82,7 +82,7 @@ class Task:
         calibration: int | None,
         seed: int,
         class_names: Sequence[str] | None,
-        tokenizer: Path | None,
+        tokenizer: Any,
         pooling: Pooling | None,
         on_event: OnEvent,
         budget_s: float | None = None,

@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from torch import nn
@@ -12,7 +13,7 @@ from corewise.common.phrases import with_article
 from corewise.common.references import call_reference, guard
 from corewise.records.pipeline import Pooling
 from corewise.source.class_names import own_class_names
-from corewise.source.loaded import Loaded, with_tokenizer
+from corewise.source.loaded import Loaded, tokenizer_file, with_tokenizer
 from corewise.source.packages import import_package
 from corewise.source.pooling import POOLINGS
 from corewise.source.program import load_program
@@ -34,12 +35,13 @@ def load(reference: str) -> nn.Module | ExportedProgram:
     return load_with_texts(reference).model
 
 
-def load_with_texts(model: Any, *, tokenizer: str | Path | None = None, pooling: Pooling | None = None) -> Loaded:
+def load_with_texts(model: Any, *, tokenizer: Any = None, pooling: Pooling | None = None) -> Loaded:
     """A model and, if it takes texts, its pipeline and tokenizer.
 
     Args:
         model: A reference as ``load`` takes it, a module, a program, or a ``SentenceTransformer`` or ``CrossEncoder``.
-        tokenizer: A ``tokenizer.json``, for a model that brings none, or instead of its own.
+        tokenizer: The path of a ``tokenizer.json``, or a tokenizer of transformers or of tokenizers, for a model that
+            brings none, or instead of its own.
         pooling: What makes one vector of a text's token vectors, for a model without a head.
 
     Raises:
@@ -47,6 +49,9 @@ def load_with_texts(model: Any, *, tokenizer: str | Path | None = None, pooling:
     """
     if pooling not in (None, *POOLINGS):
         raise SourceError(f"there is no pooling {pooling!r}", f"give one of {', '.join(POOLINGS)}")
+    if tokenizer is not None and not isinstance(tokenizer, str | Path):
+        with TemporaryDirectory(prefix="corewise-") as folder:
+            return load_with_texts(model, tokenizer=tokenizer_file(tokenizer, Path(folder)), pooling=pooling)
     tokenizer = None if tokenizer is None else Path(tokenizer)
     if isinstance(model, str):
         prefix, name = split_reference(model)
@@ -55,6 +60,8 @@ def load_with_texts(model: Any, *, tokenizer: str | Path | None = None, pooling:
             loaded = replace(loaded, class_names=own_class_names(loaded.model, prefix, name))
     else:
         loaded = _from_object(model)
+    if loaded.pipeline is None and tokenizer is not None:
+        loaded = _with_own_head(loaded, tokenizer, pooling)
     if loaded.pipeline is not None and pooling not in (None, loaded.pipeline.pooling):
         raise SourceError("the model brings its own pooling", "leave out pooling")
     if loaded.pipeline is not None and tokenizer is None:
@@ -70,6 +77,16 @@ def _from_object(model: Any) -> Loaded:
     if is_sentence_model(model):
         return from_sentence_model(model)
     return Loaded(model=model, class_names=own_class_names(model))
+
+
+def _with_own_head(loaded: Loaded, tokenizer: Path, pooling: Pooling | None) -> Loaded:
+    """A model object of transformers with the pipeline that its head has; others as they are."""
+    if not type(loaded.model).__module__.startswith("transformers.models."):
+        return loaded
+    from corewise.source.transformers_models import from_transformers_model
+
+    found = from_transformers_model(loaded.model, tokenizer, pooling)
+    return loaded if found.pipeline is None else found
 
 
 def _load(reference: str) -> nn.Module | ExportedProgram:

@@ -30,14 +30,7 @@ from corewise.records.tuned import Comparison, Elasticity, Machine, Retuned, Tun
 from corewise.runtime.client import Client, Died, InProcess, Worker
 from corewise.runtime.race import ROUND_S, ROUNDS, WARM_S, Contender, ContenderFailed, run_race
 from corewise.runtime.workspace import Workspace
-from corewise.search.elastic import (
-    Opened,
-    affordable_duel_s,
-    elastic_plan,
-    elasticity,
-    judged_by_load,
-    plans_to_measure,
-)
+from corewise.search.elastic import Opened, Site, elastic_plan, judged
 from corewise.search.plans import BATCHES, SLOW_CALL_MS, START_BATCH, tables
 
 BUDGET_S = 30.0
@@ -226,33 +219,23 @@ def _retune(bench: _Bench, started_s: float, budget_s: float) -> Retuned:
 def _elastic(
     bench: _Bench, plan: Plan, measured: list[Measurement], requirements: Requirements, until_s: float
 ) -> Elasticity | None:
-    """Measure what the tables of the elastic plan lack, add it to ``measured``, and judge the plan as a search does."""
-    elastic = elastic_plan(plan, measured)
+    """Judge the elastic plan as a search does; what is measured for it comes into ``measured``."""
+    elastic = elastic_plan(plan, measured, bench.build.fixed_batch)
     if elastic is None:
         return None
-    if (wanted := plans_to_measure(elastic, measured)) and time.monotonic() < until_s:
-        found, _ = bench.search(
-            wanted[0],
-            lambda so_far, failed: next(iter(wanted[len(so_far) + len(failed) :]), None),
-            until_s,
-        )
-        measured += found
-    judged = elasticity(plan, elastic, measured, requirements)
-    if judged is None or not judged.pays:
-        return judged
-    duel_s = affordable_duel_s(until_s - time.monotonic())
-    if duel_s is None:
-        return None
-    bench.on_event(StageStarted(Stage.MEASURING_PLAN, plan=elastic.narrow))
     opened = Opened(bench.payload, bench.build, bench.samples)
+    site = Site(opened, start=bench.start, left_s=lambda: until_s - time.monotonic(), on_event=bench.on_event)
     try:
-        with ExitStack() as stack:
-            ours, theirs = (stack.enter_context(bench.start()) for _ in range(2))
-            return judged_by_load(judged, plan, measured, opened, (ours, theirs), duel_s)
+        with site:
+            found = judged(elastic, plan, measured, requirements, site, measure_s=MEASURE_S)
     except InputError:
         raise
     except CorewiseError:
         return None
+    if not isinstance(found, Elasticity):
+        return None
+    measured += found.measurements
+    return replace(found, measurements=())
 
 
 def _duel(bench: _Bench, old: Measurement | None, best: Measurement, left_s: float) -> _Duel:

@@ -221,7 +221,8 @@ def test_real_load_in_turns_has_the_last_word_and_its_figures_are_told(
         return clients[-1]
 
     monkeypatch.setattr(SearchContext, "client", client)
-    found = judge_elastic(trial(build, measurements=tuple(SCALES)), NARROW, context(tmp_path, Budget()))
+    listening = replace(context(tmp_path, Budget()), on_event=lambda event: None)
+    found = judge_elastic(trial(build, measurements=tuple(SCALES)), NARROW, listening)
     assert found.pays == pays
     assert found.measurements == ()
     assert [one.opened for one in clients] == [[(found.plan.narrow, found.plan.wide)], [(found.plan.narrow, None)]]
@@ -269,8 +270,12 @@ def test_loads_in_turns_last_no_longer_than_what_is_left_and_are_not_begun_with_
 
 def test_retuning_begins_no_load_when_its_budget_is_spent():
     class Bench:
-        def on_event(self, event):
+        build, payload, samples = Build(engine="fake", precision="fp32"), Path("payload"), Path("samples")
+
+        def start(self):
             pytest.fail("nothing begins")
+
+        on_event = start
 
     assert retuning._elastic(Bench(), NARROW, list(SCALES), requirements(), time.monotonic() - 1.0) is None
 

@@ -31,6 +31,8 @@ PER_ROUND = 8
 """New connections in one round of the event loop: about a millisecond."""
 PAUSE_S = 0.5
 """Until the next try if the process may open no more files."""
+KEEPALIVE = {socket.TCP_KEEPIDLE: 60, socket.TCP_KEEPINTVL: 15, socket.TCP_KEEPCNT: 4}
+"""A connection whose client is gone without a word ends after two minutes: it has a seat, and maybe a stream."""
 
 
 FULL = refusals.plain(
@@ -176,9 +178,12 @@ class Acceptor:
 
     async def _open(self, connection: socket.socket, seat: Seat) -> None:
         if connection.family != socket.AF_UNIX:
-            # Otherwise each answer waits 40 ms for the acknowledgement of its own headers.
             with suppress(OSError):
+                # Otherwise each answer waits 40 ms for the acknowledgement of its own headers.
                 connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+                connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+                for option, number in KEEPALIVE.items():
+                    connection.setsockopt(socket.IPPROTO_TCP, option, number)
         try:
             await self._loop.connect_accepted_socket(
                 lambda: self._make(seat),

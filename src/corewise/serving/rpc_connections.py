@@ -246,7 +246,7 @@ class RpcPort:
         """Listen there; nobody is answered yet. Raises ``InputError`` if that is not possible."""
         self.budget = budget
         self.clients: set[_Client] = set()
-        self._opening: set[asyncio.Task[Any]] = set()
+        self._opening: set[asyncio.Task[None]] = set()
         self._numbers, self._secret = count(), os.urandom(8).hex()
         self._address, self._listening = address, addresses.bound(address)
         sizes = [(f"grpc.{name}max_metadata_size", METADATA_BYTES) for name in ("", "absolute_")]
@@ -289,20 +289,19 @@ class RpcPort:
 
     def connect(self, client: _Client, name: str) -> None:
         """Have the library take a connection, to which its other side is named as the client is."""
-        made = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-        made.setblocking(False)
-        try:
-            made.bind(f"\0{self._secret}/{next(self._numbers)}/{name}")
-            made.connect(self._path)
-        except OSError:  # it has stopped, or no file is left
-            made.close()
-            client.transport.abort()
-            return
-        opening = asyncio.ensure_future(
-            asyncio.get_running_loop().create_unix_connection(lambda: _Library(client), sock=made)
-        )
+        opening = asyncio.ensure_future(self._connect(client, f"\0{self._secret}/{next(self._numbers)}/{name}"))
         self._opening.add(opening)
         opening.add_done_callback(self._opening.discard)
+
+    async def _connect(self, client: _Client, name: str) -> None:
+        try:
+            made = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+            made.setblocking(False)
+            made.bind(name)
+            made.connect(self._path)
+            await asyncio.get_running_loop().create_unix_connection(lambda: _Library(client), sock=made)
+        except OSError:  # the library has stopped, or no file is left
+            client.transport.abort()
 
     async def stop(self, grace_s: float) -> None:
         """Take no new connection, tell clients to go elsewhere, and end when all calls are answered, or after that."""

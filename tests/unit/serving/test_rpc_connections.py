@@ -12,7 +12,7 @@ from http2_frames import ACCEPT_CHARSET, ACKNOWLEDGED, NO_WINDOW, call, connect,
 from corewise.common.errors import InputError
 from corewise.serving import messages, oip, rpc_connections
 from corewise.serving.budget import Budget
-from corewise.serving.connections import HEALTH_CONNECTIONS, Room
+from corewise.serving.connections import HEALTH_CONNECTIONS, KEEPALIVE, Room
 from corewise.serving.front import Front
 from corewise.serving.memory_limit import LARGE_ANSWER_BYTES, answer_bytes
 from corewise.serving.protocol import Limits
@@ -256,6 +256,20 @@ def test_a_client_that_reads_nothing_is_disconnected(monkeypatch):
                 client.sendall(PREFACE + wide + ACKNOWLEDGED + asked)
                 await until(lambda: port.clients)
                 await until(lambda: not port.clients)
+
+    asyncio.run(main())
+
+
+def test_a_client_that_vanished_without_a_word_is_noticed():
+    async def main():
+        async with port_of(Toy()) as port:
+            with connect(port.place, "127.0.0.1", ACKNOWLEDGED):
+                await until(lambda: port.clients)
+                (client,) = port.clients
+                held = client.transport.get_extra_info("socket")
+                assert held.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE)
+                idle_s, pause_s, times = (held.getsockopt(socket.IPPROTO_TCP, option) for option in KEEPALIVE)
+                assert idle_s + pause_s * times <= 120
 
     asyncio.run(main())
 

@@ -9,18 +9,23 @@ second, before and after each load. The loads are requests at random times (a Po
 health every 20 ms, and for an answer every 100 ms, until 5 s after the load. The cores are shared by all: "cores used"
 says how many of them each took during the load.
 Writes overload.json: goodput is answers in time, and "recovered" the time from the load's end until all answers are.
+
+``--peers`` puts LitServe, Ray Serve and FastAPI around each artifact of ``tensors`` too, as their own documentation has
+it (for 224 x 224 images only). They know no deadlines, so what they answer is counted by when it comes. A peer is
+started again for each load, because what one leaves behind would be part of the next.
 """
 
 import argparse
+import importlib.util
 import io
 import json
 import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable
-from contextlib import closing
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from contextlib import closing, contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -28,8 +33,9 @@ import numpy as np
 from PIL import Image
 
 from bench.harness import ROOT, add_results, say
+from bench.peers import Peer, requests_for
 from bench.servers import Server, descendants, golden_rows
-from bench.wire import MODEL, Load, Read, Wire, from_raw, infer, post, request
+from bench.wire import MODEL, Load, Read, Wire, from_base64, from_raw, infer, post, request
 from corewise import artifact
 from corewise.common.stats import quantile
 
@@ -69,6 +75,13 @@ class Scenario:
     expected: list[np.ndarray] | None
     """Of each request; ``None``: what the calm server answers."""
     read: Read
+    peer: str | None = None
+    """The package of the server; ``None``: corewise."""
+
+
+PEERS = {"LitServe": "litserve", "Ray Serve": "ray", "FastAPI": "fastapi"}
+HEALTH_OF = {None: "/v2/health/live", "litserve": "/health", "ray": "/-/healthz", "fastapi": "/openapi.json"}
+"""FastAPI has no such path: the cheapest that it answers by itself."""
 
 
 def jpeg(side: int, seed: int) -> bytes:
@@ -117,6 +130,19 @@ def scenarios(kind: str, folder: Path, sides: list[int]) -> list[Scenario]:
             )
         ]
     return [_images(folder, side) for side in sides]
+
+
+def around(scenario: Scenario, label: str, package: str) -> Scenario:
+    """The same rows for another server around the same artifact."""
+    name, rows, _ = golden_rows(artifact.read(scenario.folder))
+    sent, _ = requests_for(package, name, rows, 0.0)
+    return replace(
+        scenario,
+        name=f"{scenario.name}, {label}",
+        make=lambda deadline_ms: sent,
+        read=from_base64 if package == "litserve" else from_raw,
+        peer=package,
+    )
 
 
 def _images(folder: Path, side: int) -> Scenario:
@@ -175,10 +201,10 @@ def cpu_s(server: int) -> dict[str, float]:
     return {"client": time.process_time(), "server": seconds(server), "engine": sum(map(seconds, engines))}
 
 
-def probed(port: int, infer_request: bytes, seconds: float) -> "subprocess.Popen[bytes]":
+def probed(port: int, health: str, infer_request: bytes, seconds: float) -> "subprocess.Popen[bytes]":
     """The process that asks how the server is."""
     made = subprocess.Popen(
-        [sys.executable, "-m", "bench.prober", str(port), str(seconds)],
+        [sys.executable, "-m", "bench.prober", str(port), str(seconds), "--health", health],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         env={**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])},
@@ -200,9 +226,12 @@ def recovered_s(probes: list[list[Any]], end_s: float, deadline_ms: float) -> fl
     return None
 
 
-def overload(server: Server, wire: Wire, one: bytes, rate_per_s: float, options: argparse.Namespace) -> dict[str, Any]:
+def overload(
+    server: Server | Peer, scenario: Scenario, wire: Wire, rate_per_s: float, options: argparse.Namespace
+) -> dict[str, Any]:
     """One load, watched."""
-    prober = probed(server.port, one, options.seconds + AFTER_S)
+    one = scenario.make(options.deadline_ms)[0]
+    prober = probed(server.port, HEALTH_OF[scenario.peer], one, options.seconds + AFTER_S)
     before_s, start_s = cpu_s(server.process.pid), time.monotonic()
     load: Load = wire.open(rate_per_s, options.seconds)
     used_s = {name: after_s - before_s[name] for name, after_s in cpu_s(server.process.pid).items()}
@@ -221,10 +250,37 @@ def overload(server: Server, wire: Wire, one: bytes, rate_per_s: float, options:
     }
 
 
+@contextmanager
+def started(scenario: Scenario) -> Iterator[Server | Peer]:
+    """The scenario's server, ready."""
+    if scenario.peer is None:
+        with Server(scenario.folder) as server:
+            yield server
+        return
+    peer = Peer(scenario.peer, scenario.folder.resolve())
+
+    def answers() -> bool:
+        with closing(Wire(peer.port, scenario.make(None), scenario.expected or [], None, scenario.read)) as wire:
+            return wire.closed(1, 0.2).answered > 0
+
+    try:
+        peer.wait(answers)
+        yield peer
+    finally:
+        peer.stop()
+
+
 def measure(scenario: Scenario, options: argparse.Namespace) -> dict[str, Any]:
     """All loads of a scenario, each between two measurements of the capacity."""
-    loads = []
-    with Server(scenario.folder) as server:
+    runs = [options.multiples] if scenario.peer is None else [[multiple] for multiple in options.multiples]
+    loads = [load for multiples in runs for load in loaded(scenario, multiples, options)]
+    return {"deadline_ms": options.deadline_ms, "seconds": options.seconds, "loads": loads}
+
+
+def loaded(scenario: Scenario, multiples: list[float], options: argparse.Namespace) -> list[dict[str, Any]]:
+    """The loads of one server."""
+    loads: list[dict[str, Any]] = []
+    with started(scenario) as server:
         expected = scenario.expected or calm_answers(server.port, scenario)
         with (
             closing(Wire(server.port, scenario.make(None), expected, None, scenario.read)) as calm,
@@ -239,16 +295,16 @@ def measure(scenario: Scenario, options: argparse.Namespace) -> dict[str, Any]:
 
             calm.closed(options.clients, WARM_S)
             before = capacity()
-            for multiple in options.multiples:
-                one = scenario.make(options.deadline_ms)[0]
-                load = overload(server, urgent, one, multiple * before, options)
+            for multiple in multiples:
+                load = overload(server, scenario, urgent, multiple * before, options)
                 after = capacity()
-                around = (before + after) / 2
+                # A peer still answers what nobody waits for any more.
+                around_it = before if scenario.peer else (before + after) / 2
                 loads.append({"multiple": multiple, "capacity_per_s": [before, after], **load})
-                loads[-1]["goodput_of_capacity"] = load["in_time_per_s"] / around
+                loads[-1]["goodput_of_capacity"] = load["in_time_per_s"] / around_it
                 say(_line(loads[-1]))
                 before = after
-    return {"deadline_ms": options.deadline_ms, "seconds": options.seconds, "loads": loads}
+    return loads
 
 
 def _line(load: dict[str, Any]) -> str:
@@ -273,6 +329,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--deadline-ms", type=float, default=500.0)
     parser.add_argument("--clients", type=int, default=16, help="of the closed loop")
     parser.add_argument("--sides", type=int, nargs="+", default=[224, 640, 1600], help="of the images, in pixels")
+    parser.add_argument("--peers", action="store_true", help="other servers around the artifacts of tensors= too")
 
 
 def main(options: argparse.Namespace) -> None:
@@ -281,6 +338,12 @@ def main(options: argparse.Namespace) -> None:
         kind, _, folder = told.partition("=")
         if kind not in ("tensors", "images", "texts") or not Path(folder).is_dir():
             sys.exit(f"{told!r} is not tensors=ARTIFACT, images=ARTIFACT or texts=ARTIFACT")
-        for scenario in scenarios(kind, Path(folder), options.sides):
+        asked = scenarios(kind, Path(folder), options.sides)
+        if options.peers and kind == "tensors":
+            asked += [around(asked[0], label, package) for label, package in PEERS.items()]
+        for scenario in asked:
             say(scenario.name)
+            if scenario.peer and importlib.util.find_spec(scenario.peer) is None:
+                say(f"  {scenario.peer} is not installed")
+                continue
             add_results(options.results / "overload.json", scenario.name, measure(scenario, options))

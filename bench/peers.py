@@ -64,7 +64,7 @@ class Peer:
             command += [] if folder is None else ["--artifact", str(folder)]
         # Ray's workers and LitServe's import this package by it.
         paths = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
-        self._process = subprocess.Popen(
+        self.process = subprocess.Popen(
             command,
             stdout=subprocess.DEVNULL,
             start_new_session=True,
@@ -75,8 +75,8 @@ class Peer:
         """Until it answers; the seconds."""
         start_s = time.monotonic()
         while time.monotonic() < start_s + START_S:
-            if self._process.poll() is not None:
-                raise RuntimeError(f"it ended with {self._process.returncode}")
+            if self.process.poll() is not None:
+                raise RuntimeError(f"it ended with {self.process.returncode}")
             try:
                 if ready():
                     return time.monotonic() - start_s
@@ -87,14 +87,14 @@ class Peer:
 
     def stop(self) -> None:
         """End it with all its processes."""
-        family = descendants(self._process.pid)
-        self._process.send_signal(signal.SIGINT)
+        family = descendants(self.process.pid)
+        self.process.send_signal(signal.SIGINT)
         with suppress(subprocess.TimeoutExpired):
-            self._process.wait(15)
+            self.process.wait(15)
         for pid in family:
             with suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
-        self._process.wait()
+        self.process.wait()
         time.sleep(3)
 
 

@@ -12,7 +12,6 @@ import time
 EVERY_S = 0.02
 INFER_EACH = 5
 """One probe in so many is the infer request."""
-HEALTH = b"GET /v2/health/live HTTP/1.1\r\nhost: bench\r\n\r\n"
 PATIENCE_S = 20.0
 
 
@@ -55,14 +54,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("port", type=int)
     parser.add_argument("seconds", type=float)
+    parser.add_argument("--health", default="/v2/health/live", metavar="PATH")
     options = parser.parse_args()
+    health = f"GET {options.health} HTTP/1.1\r\nhost: bench\r\n\r\n".encode()
     infer = sys.stdin.buffer.read()
     lines = {"health": Line(options.port), "infer": Line(options.port)}
     start_s, probes, number = time.monotonic(), [], 0
     while (now_s := time.monotonic()) < start_s + options.seconds:
         number += 1
         kind = "infer" if number % INFER_EACH == 0 else "health"
-        status = lines[kind].ask(infer if kind == "infer" else HEALTH)
+        status = lines[kind].ask(infer if kind == "infer" else health)
         probes.append([now_s, kind, status, (time.monotonic() - now_s) * 1e3])
         time.sleep(EVERY_S)
     json.dump(probes, sys.stdout)

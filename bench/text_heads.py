@@ -142,7 +142,8 @@ def artifact_of(head: Head, model: Path, folder: Path, items: Sequence[Any], opt
         samples.write_text("".join(json.dumps(row) + "\n" for row in rows))
         columns = ("--text", "text", "--pair", "other") if head.pairs else ("--text", "text")
         source = f"{'st' if head.pairs else 'hf'}:{model}"
-        optimize(place, source, "--samples", str(samples), *columns, "--budget", options.budget)
+        optimize(place, source, "--samples", str(samples), *columns, "--budget", options.budget,
+                 "--max-drop", options.max_drop)  # fmt: skip
     return place
 
 
@@ -183,6 +184,7 @@ def measure(name: str, options: argparse.Namespace) -> dict[str, Any]:
         "items": len(items),
         "weights": head.weights,
         "tiny": options.tiny,
+        "max_drop": float(options.max_drop),
         "build": manifest["build"],
         "plan": manifest["plan"],
         "peers": peer_versions(python),
@@ -212,6 +214,9 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--items", type=int, metavar="N", help="texts or pairs that are timed (default: all)")
     parser.add_argument("--rounds", type=int, default=4)
     parser.add_argument("--budget", default="2m", help="of optimize (default: 2m)")
+    parser.add_argument(
+        "--max-drop", default="0.01", help="of the share of pairs in the same order, in optimize (default: 0.01)"
+    )
     parser.add_argument(
         "--tiny", action="store_true", help="a narrow DistilBERT of two layers, to try the bench itself"
     )

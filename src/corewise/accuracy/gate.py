@@ -29,8 +29,8 @@ _ROUNDING = 1e-9
 
 
 UNDER_SHIFT = 0.5
-"""The share of the drop allowed that may be lost under shift: what a model will meet differs more from the samples than
-one part of them does from the others."""
+"""The share of the drop allowed that a twin may lose under shift: what a model will meet differs more from the samples
+that calibrate than one part of them does from the others."""
 
 MOST_SAMPLES = 1_000_000
 """A larger holdout is no advice."""
@@ -94,17 +94,20 @@ class AccuracyGate:
             return self.robust
         return self.reference is not None and robust_by_default(self.reference, integer_inputs=self.integer_inputs)
 
-    def under_shift(self, fidelity: Fidelity, outputs: Outputs, rows: Rows) -> tuple[Fidelity, Verdict]:
+    def under_shift(
+        self, fidelity: Fidelity, outputs: Outputs, rows: Rows, *, calibrated: bool
+    ) -> tuple[Fidelity, Verdict]:
         """The same with what a twin of the candidate answers that was calibrated without samples like ``rows``.
 
         Args:
             fidelity: The candidate's, from an ordinary call.
-            outputs: The twin's outputs for the whole holdout.
+            outputs: The twin's outputs for the whole holdout; the candidate's own if nothing calibrates it.
             rows: The rows of the holdout that are unlike what calibrated the twin: ``shift.ShiftSplit.judged``.
+            calibrated: Whether samples calibrate the candidate.
         """
         assert self.reference is not None
         fidelity = replace(fidelity, shift=self._part(self.reference, outputs, rows))
-        return fidelity, judge(fidelity, self.requirements, robust=self.is_robust)
+        return fidelity, judge(fidelity, self.requirements, robust=self.is_robust, calibrated=calibrated)
 
     def alone(self, outputs: Outputs, rows: Rows) -> Verdict:
         """Outputs for some rows of the holdout, each from a call of its own, against the reference.
@@ -173,18 +176,19 @@ class AccuracyGate:
         return self.scorer
 
 
-def judge(fidelity: Fidelity, requirements: Requirements, *, robust: bool = False) -> Verdict:
+def judge(fidelity: Fidelity, requirements: Requirements, *, robust: bool = False, calibrated: bool = True) -> Verdict:
     """Whether the candidate is close enough to fp32.
 
     The drop (strict: the upper end of its interval) must be at most ``requirements.max_drop``, and every group of
     output channels must reach its floor. ``robust`` asks both of the comparison under shift too, if there is one. There
-    half of ``max_drop`` is allowed (``UNDER_SHIFT``), by the estimate even where ``strict``; and a drop has to be
-    certain, for of twenty samples one answer that flips is a drop of 0.05.
+    a build that samples ``calibrated`` is allowed half of ``max_drop`` (``UNDER_SHIFT``), by the estimate even where
+    ``strict``; and a drop has to be certain, for of twenty samples one answer that flips is a drop of 0.05.
     """
     uncertain = _uncertain(fidelity, requirements.max_drop)
     reason, rule = _decided(fidelity, requirements)
     if rule == "passed" and robust and fidelity.shift is not None:
-        less = replace(requirements, max_drop=UNDER_SHIFT * requirements.max_drop, strict=False)
+        allowed = (UNDER_SHIFT if calibrated else 1.0) * requirements.max_drop
+        less = replace(requirements, max_drop=allowed, strict=False)
         shifted, under = _decided(fidelity.shift, less, certain=True)
         if under != "passed":
             rule = "shift_drop" if under == "drop" else "shift_floor"

@@ -61,7 +61,10 @@ class ShiftGuard:
             split = self._split = self._split or self._made(share) or "none"
             if split == "none":
                 return trial
-            fidelity, verdict = self.gate.under_shift(trial.fidelity, self._outputs(trial, split, share), split.judged)
+            outputs = self._outputs(trial, split, share)
+            fidelity, verdict = self.gate.under_shift(
+                trial.fidelity, outputs, split.judged, calibrated=is_calibrated(trial.build)
+            )
         except InputError:
             raise
         except CorewiseError as error:
@@ -87,11 +90,11 @@ class ShiftGuard:
                 return None
             told = why if why.kind == ReasonKind.NOT_JUDGED_UNDER_SHIFT else not_judged(why)
             return replace(told, details={**told.details, "build": trial.build.label})
-        verdict = judge(trial.fidelity, self.gate.requirements, robust=True)
+        verdict = judge(trial.fidelity, self.gate.requirements, robust=True, calibrated=is_calibrated(trial.build))
         return None if verdict.passed else Reason.of(ReasonKind.LOSES_UNDER_SHIFT, why=sentence(verdict.reason))
 
     def _without_judgement(self, trial: Trial, why: Reason) -> Trial:
-        if trial.build.precision != "int8":
+        if not is_calibrated(trial.build):
             return trial
         self.unjudged[trial.build] = why
         return replace(trial, state=State.PRUNED, reason=why) if self.gate.robust else trial
@@ -99,7 +102,7 @@ class ShiftGuard:
     def _no_time(self, trial: Trial, share: float) -> Reason | None:
         """Why it cannot be judged, by a twin if it needs one, in what is left of the budget."""
         budget, left_s = self.context.budget, self.context.budget.left_s(share)
-        needed_s = SHIFT_TWIN * trial.build_s if trial.build.precision == "int8" else 0.0
+        needed_s = SHIFT_TWIN * trial.build_s if is_calibrated(trial.build) else 0.0
         if left_s >= needed_s:
             return None
         return budget.reason(ReasonKind.BUDGET_TOO_SHORT, left_s=max(0.0, left_s), needed_s=needed_s, twin=True)
@@ -120,7 +123,7 @@ class ShiftGuard:
     def _outputs(self, trial: Trial, split: ShiftSplit, share: float) -> Outputs:
         """What the trial's twin, or the build itself, answers for the holdout."""
         build, workspace = trial.build, self.context.workspace
-        if build.precision != "int8":
+        if not is_calibrated(build):
             return read_outputs(workspace.outputs(build))
         if self._twins is None:
             self._twins = workspace.twin(self.inputs, self.inputs.calibration.take(split.calibrating))
@@ -131,6 +134,11 @@ class ShiftGuard:
             outputs, _ = holdout_outputs(build, context, client, payload)
         shutil.rmtree(payload, ignore_errors=True)
         return outputs
+
+
+def is_calibrated(build: Build) -> bool:
+    """Whether its ranges come from samples: bf16 and dynamic quantization have none."""
+    return build.precision == "int8"
 
 
 def not_judged(why: Reason) -> Reason:

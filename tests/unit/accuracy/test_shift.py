@@ -5,7 +5,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from corewise.accuracy.gate import AccuracyGate, judge
+from corewise.accuracy.gate import UNDER_SHIFT, AccuracyGate, judge
 from corewise.accuracy.metrics import resolve
 from corewise.accuracy.outputs import Outputs, ragged
 from corewise.accuracy.shift import FEWEST_JUDGED, k_means, robust_by_default, shift_split
@@ -103,7 +103,7 @@ def test_a_drop_under_shift_decides_only_where_it_is_asked_for(robust):
     assert verdict.passed
     twin = Outputs((np.where((members == 4)[:, None], rng(5).normal(size=(200, 16)), good.leaves[0]),))
     rows = np.flatnonzero(members == 4)
-    fidelity, verdict = gate.under_shift(fidelity, twin, rows)
+    fidelity, verdict = gate.under_shift(fidelity, twin, rows, calibrated=True)
     assert fidelity.drop < 0.01 < fidelity.shift_drop
     assert fidelity.shift.samples == len(rows)
     assert verdict.passed == (not robust)
@@ -116,9 +116,23 @@ def test_a_floor_under_shift_decides_too():
     gate = gate_of(holdout, robust=True)
     fidelity, _ = gate(holdout)
     twin = Outputs((holdout.leaves[0] * np.where(np.arange(16) == 3, 0, 1),))
-    fidelity, _ = gate.under_shift(fidelity, twin, np.flatnonzero(members == 4))
+    fidelity, _ = gate.under_shift(fidelity, twin, np.flatnonzero(members == 4), calibrated=True)
     lenient = judge(fidelity, Requirements(max_drop=2.0), robust=True)
     assert (lenient.passed, lenient.rule) == (False, "shift_floor")
+
+
+def test_what_needs_no_calibration_may_lose_as_much_under_shift_as_elsewhere():
+    holdout, members = topics(200, seed=7)
+    gate = gate_of(holdout, robust=True)
+    rows = np.flatnonzero(members == 4)
+    off = holdout.leaves[0] * (1 + 0.03 * rng(5).normal(size=(200, 16)))
+    outputs = Outputs((off,))
+    fidelity, _ = gate(outputs)
+    judged = gate.under_shift(fidelity, outputs, rows, calibrated=False)[0]
+    between = Requirements(max_drop=1.5 * max(judged.drop, judged.shift_drop))
+    assert judged.shift_drop > UNDER_SHIFT * between.max_drop
+    rules = [judge(judged, between, robust=True, calibrated=calibrated).rule for calibrated in (True, False)]
+    assert rules == ["shift_drop", "passed"]
 
 
 def test_texts_and_embeddings_are_robust_by_default():
@@ -164,6 +178,6 @@ def test_a_metric_that_a_part_of_the_holdout_does_not_define_gives_way_to_closen
     gate = AccuracyGate(resolve("auc"), samples, structure, Requirements(), 0, robust=True)
     outputs = Outputs(tuple(leaves))
     fidelity, _ = gate(outputs)
-    fidelity, verdict = gate.under_shift(fidelity, outputs, np.arange(150, 200))  # labels of one class
+    fidelity, verdict = gate.under_shift(fidelity, outputs, np.arange(150, 200), calibrated=True)  # labels of one class
     assert (fidelity.metric, fidelity.shift.metric, fidelity.shift_drop) == ("auc", "concordance", 0)
     assert verdict.passed

@@ -17,7 +17,6 @@ elastic plan's over those of the better layout, and elastic-curve-NAME.svg; ``--
 """
 
 import argparse
-import base64
 import json
 import shutil
 import sys
@@ -37,9 +36,9 @@ from bench.elastic_plans import ELASTIC, MEASURE_S, WAYS, Subject, add_artifacts
 from bench.harness import TIMEOUT_S, add_results, read_results, say, versions
 from bench.overload import Scenario, calm_answers
 from bench.peer_openvino import HINTS, hinted_plan
-from bench.peers import Peer, python_with, version_in
-from bench.servers import Server, golden_requests
-from bench.wire import Wire, from_base64, from_raw, infer, post
+from bench.peers import Peer, python_with, requests_for, version_in
+from bench.servers import Server, golden_requests, golden_rows
+from bench.wire import Wire, from_base64, from_raw, infer
 from corewise.artifact import MANIFEST, digest
 from corewise.artifact.open import golden_samples
 from corewise.common.errors import CorewiseError
@@ -102,10 +101,8 @@ def litserve(subject: Subject, folder: Path, environment: Path) -> Iterator[Wire
     spec = subject.artifact.manifest.inputs
     if len(spec) > 1 or spec[0].dtype != "float32" or None in spec[0].shape[1:]:
         raise RuntimeError("its requests here are one float32 input of a fixed shape")
-    (rows,), outputs = subject.artifact.golden()
-    bodies = [json.dumps({"tensor": base64.b64encode(row.tobytes()).decode()}).encode() for row in rows]
-    requests = [post("/predict", body, "content-type: application/json\r\n") for body in bodies]
-    expected = [row.reshape(-1) for row in outputs[-1]]
+    name, rows, expected = golden_rows(subject.artifact)
+    requests, _ = requests_for("litserve", name, rows, 0.0)
     peer = Peer("litserve", folder, python_with("litserve", environment))
     try:
         with closing(Wire(peer.port, requests, expected, None, from_base64)) as wire:

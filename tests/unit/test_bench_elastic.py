@@ -1,11 +1,12 @@
 """The benchmarks of elastic plans: their traces, what is late and whose, comparisons, and the picture."""
 
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from xml.etree import ElementTree
 
 import pytest
-from builders import requirements
+from builders import measured, requirements
 
 from bench import elastic_curve, elastic_slo, elastic_switch
 from bench.elastic_loads import in_turns, over_the_better
@@ -23,20 +24,7 @@ NARROW = Plan(threads_per_instance=1, instances=2, batch=4)
 
 def rows(plan: Plan, *ms: float) -> list[Measurement]:
     """Measurements of batches 1, 2, 4."""
-    made = []
-    for batch, p50_ms in zip((1, 2, 4), ms, strict=True):
-        measured = Plan(threads_per_instance=plan.threads_per_instance, instances=plan.instances, batch=batch)
-        made.append(
-            Measurement(
-                plan=measured,
-                latencies_ms=(p50_ms,),
-                throughput_per_s=1e3 * batch * plan.instances / p50_ms,
-                p50_ms=p50_ms,
-                p99_ms=p50_ms,
-                spread=0.0,
-            )
-        )
-    return made
+    return [measured(replace(plan, batch=2**k), p50_ms) for k, p50_ms in enumerate(ms)]
 
 
 @pytest.fixture

@@ -33,8 +33,8 @@ from corewise.search.trial import SearchContext
 
 FEW_BATCHES = (1, 4, 16, 64)
 """Batches that a search measures for an elastic plan, beside those of both plans."""
-NEEDED_S = 1.0
-"""Under a budget, what must be left to measure another plan."""
+NEEDED = 2.0
+"""Under a budget, what must be left for each plan that is measured, as a multiple of the time that it is measured."""
 LOADS = (0.05, 0.2, 1 / 3, 0.5, 2 / 3, 0.8, 0.95)
 """Simulated loads, as shares of the rate at which the fixed plan is saturated."""
 REQUESTS, FULL_CALLS = 1000, 200
@@ -164,7 +164,7 @@ def judged(
     wanted = plans_to_measure(elastic, known, FEW_BATCHES if site.opened.build.fixed_batch is None else (1,))
     for layout in (elastic.wide, elastic.narrow):
         plans = [wish for wish in wanted if ThreadLayout.of(wish) == ThreadLayout.of(layout)]
-        if plans and site.left_s() < NEEDED_S * len(plans):
+        if plans and site.left_s() < NEEDED * measure_s * len(plans):
             return Reason.of(ReasonKind.ELASTIC_NOT_MEASURED, why="the budget was spent")
         if plans:
             measured += _measured(site, layout, plans, measure_s)

@@ -261,7 +261,7 @@ def run_job(
             on_rows(done)
         check_unchanged(job, facts)
         if not job.folder:
-            _join(job, kind, done.failed)
+            _join(job, kind, done)
     return Done(done.rows, resumed.rows, done.failed)
 
 
@@ -362,13 +362,15 @@ def _drawing(record: Record) -> str:
     return f"{record.row:06}-{stem[:60]}.jpg"
 
 
-def _join(job: Job, kind: Format, failed: int) -> None:
-    """Join the parts and remove their folder."""
+def _join(job: Job, kind: Format, expected: Counts) -> None:
+    """Join the parts and remove their folder. Raises ``OutputError`` unless they have all rows."""
     done = job.kept.finished()
+    if total_of(done) != (expected.rows, expected.failed, ""):
+        raise OutputError(f"files were removed from {job.parts} while the job ran", "run the same command again")
     answers = [job.parts / job.kept.answers(number).name for number in done]
     whole = job.parts / f"whole{job.file.suffix}"
     kind.join(answers, whole)
-    if failed:
+    if expected.failed:
         aside = job.parts / "whole.failed"
         join_lines([job.parts / job.kept.failed(number).name for number in done], aside)
         sync(aside)

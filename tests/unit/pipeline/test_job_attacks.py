@@ -18,6 +18,7 @@ from corewise.common.errors import InputError, OutputError, SamplesError
 from corewise.pipeline import ImageAsk, ImageRunner
 from corewise.pipeline import job as jobs
 from corewise.pipeline.job import Done, Job, run_job, writing
+from corewise.pipeline.parts import Counts
 from corewise.pipeline.runner import Rejected
 from corewise.records.pipeline import ImagePipeline
 from corewise.records.report import Preprocess
@@ -82,6 +83,22 @@ def test_a_folder_is_resumed_wherever_parts_are_missing(tmp_path: Path) -> None:
     os.utime(job.inputs[0], ns=(0, 0))  # another clock
     with pytest.raises(OutputError, match="its inputs or artifact have changed"):
         run_job(job, Lengths())
+
+
+def test_a_part_that_is_removed_while_the_job_runs_is_missed(tmp_path: Path) -> None:
+    job = job_of(tmp_path / "out.jsonl", texts(tmp_path / "t.txt", 25))
+
+    def remove(done: Counts) -> None:
+        if done.rows == 25:
+            (job.parts / "part-000001.jsonl").unlink()
+
+    with pytest.raises(
+        OutputError, match=r"files were removed from .*out\.jsonl\.parts while the job ran; run the same"
+    ):
+        run_job(job, Lengths(), on_rows=remove)
+    assert not job.file.exists()
+    assert run_job(job, Lengths()) == Done(25, 15, 0)
+    assert len(job.file.read_text().splitlines()) == 25
 
 
 @pytest.mark.parametrize("end", [lambda path: texts(path, 26), Path.unlink])

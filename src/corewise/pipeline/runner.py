@@ -20,6 +20,8 @@ Run = Callable[[Sequence[NDArray[Any]]], list[NDArray[Any]]]
 
 WINDOW_ITEMS = 1024
 """Items that are sorted by length together. The next window is tokenized while this one runs."""
+FIRST_ITEMS = 128
+"""Of the first window: no call runs while it is tokenized."""
 VECTORS_ITEMS = 64
 """Items of a window if each token has a vector, of which a long text has more than a megabyte."""
 WINDOW_CHARACTERS = 4_000_000
@@ -177,14 +179,14 @@ def _check_kind(items: Any) -> None:
 
 def _windows(items: Iterable[Any], most: int) -> Iterator[list[Any]]:
     window: list[Any] = []
-    characters = 0
+    characters, size = 0, min(most, FIRST_ITEMS)
     for item in items:
         window.append(item)
         texts = item if isinstance(item, list | tuple) else (item,)
         characters += sum(len(text) for text in texts if isinstance(text, str))
-        if len(window) >= most or characters >= WINDOW_CHARACTERS:
+        if len(window) >= size or characters >= WINDOW_CHARACTERS:
             yield window
-            window, characters = [], 0
+            window, characters, size = [], 0, most
     if window:
         yield window
 

@@ -21,7 +21,7 @@ def text_samples(encoder: TextEncoder, raw: RawSamples, by_name: bool = True) ->
     """Tokenized samples, each padded to the tokens of the call that the runner would put it into.
 
     A model is so calibrated, judged and measured on what it is asked when it is served. Outputs for each token are
-    compared token by token, so samples of such models keep their own length. If all have one length, the first one
+    compared token by token, so samples of such models keep their own length. If all have one length, the shortest
     gets another, so that the program takes any.
 
     Args:
@@ -54,18 +54,22 @@ def text_samples(encoder: TextEncoder, raw: RawSamples, by_name: bool = True) ->
 
 
 def _vary(pipeline: TextPipeline, tokens: list[Tokens], lengths: list[int], *, may_pad: bool) -> None:
-    """Make the first text longer by padding, or cut it, if all have one length.
+    """Give the shortest text another length if all have one: less padding, or else more, or else cut it.
 
     The program would take texts of that length only: all others would be padded to it, and longer ones cut.
     """
     size = min(lengths, default=0)
     if len(lengths) < 2 or size < 2 or size != max(lengths):
         return
-    if may_pad and size + MULTIPLE <= pipeline.max_length:
-        lengths[0] = size + MULTIPLE
+    place = min(range(len(tokens)), key=lambda place: len(tokens[place]))
+    own = -(-len(tokens[place]) // MULTIPLE) * MULTIPLE
+    if own < size:
+        lengths[place] = own
+    elif may_pad and size + MULTIPLE <= pipeline.max_length:
+        lengths[place] = size + MULTIPLE
     else:
-        lengths[0] = max(1, size - MULTIPLE)
-        tokens[0] = Tokens(*(part[: lengths[0]] for part in tokens[0]))
+        lengths[place] = max(1, size - MULTIPLE)
+        tokens[place] = Tokens(*(part[: lengths[place]] for part in tokens[place]))
 
 
 def token_facts(lengths: Sequence[int], calls: Sequence[Call], most: int, cut: int) -> TokenFacts:

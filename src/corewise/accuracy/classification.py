@@ -25,8 +25,9 @@ def top1(outputs: Any, labels: Any) -> NDArray[Any]:
 
     Args:
         outputs: First array (N, C) class scores; (N, T, C), (N, C, H, W) and the like; or classes, integers (N,).
-        labels: As ``labels.class_labels`` takes them; or integers (N, T), (N, H, W), also of varying size, where
-            negative ones and 255 do not count.
+        labels: The class of each sample: integers (N,) or (N, 1), floats or booleans that are whole numbers, or one-hot
+            rows (N, C); or of each position: integers (N, T), (N, H, W), also of varying size, where negative ones and
+            255 do not count.
     """
     scores = first(outputs)
     if is_class_scores(scores):
@@ -47,7 +48,7 @@ def top5(outputs: Any, labels: Any) -> NDArray[np.bool_]:
 
     Args:
         outputs: First array (N, C).
-        labels: As ``labels.class_labels`` takes them.
+        labels: The class of each sample, as ``top1`` takes it.
     """
     scores = _scores("top5", outputs)
     classes = class_labels(labels, scores, metric="top5")

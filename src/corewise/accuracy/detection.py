@@ -28,7 +28,7 @@ def mean_average_precision(outputs: Any, labels: Any) -> Pooled:
     """COCO's AP@[.5:.95] of the detections: all areas, at most 100 detections for each image.
 
     Args:
-        outputs: What ``common.detections`` understands.
+        outputs: A detector's, in one of the layouts that docs/guides/photos.md lists.
         labels: A dict for each image: ``boxes`` (k, 4) as x1, y1, x2, y2 in the outputs' coordinates and ``labels``
             (k,), as torchvision has them; or ``boxes`` as relative center and size and ``class_labels`` (k,), as
             transformers has them.
@@ -44,7 +44,7 @@ def detections(outputs: Any, reference: Any) -> Pooled:
     """COCO's AP@[.5:.95] of the candidate's detections, where fp32's confident ones are the right ones.
 
     Args:
-        outputs: What ``common.detections`` understands.
+        outputs: A detector's, in one of the layouts that docs/guides/photos.md lists.
         reference: fp32's outputs. Those with a score of at least 0.25 have to be found, of each class the 100 surest of
             an image; fp32 itself scores 1.
     """

@@ -118,14 +118,15 @@ class Held:
 
     def load(self, way, *, rate_per_s, duration_s, slo_ms):
         self.asked.append((way.plan, way.wide, rate_per_s))
-        in_time = 1000 if rate_per_s <= self.most_per_s else 500
+        offered = int(rate_per_s * duration_s)
+        in_time = offered if rate_per_s <= self.most_per_s else int(0.97 * self.most_per_s * duration_s)
         return LoadRun(
             plan=way.plan,
             rate_per_s=rate_per_s,
             clients=None,
             duration_s=duration_s,
-            offered=1000,
-            answered=1000,
+            offered=offered,
+            answered=offered,
             refused=0,
             failed=0,
             in_time=in_time,
@@ -136,7 +137,8 @@ class Held:
         )
 
 
-def test_the_rate_of_an_slo_is_certified_as_a_search_does_it(subject: Subject) -> None:
+def test_the_rate_of_an_slo_is_certified_as_a_search_does_it(subject: Subject, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(slo, "simulated", lambda table, slo_ms: 0.6 * table[-1].throughput_per_s)
     opened = {ELASTIC: Held(300.0), "wide": Held(200.0), "narrow": Held(250.0)}
     fixed, elastic = (
         elastic_slo.certified(subject, opened, names, 15.0, budget_s=60.0) for names in (FIXED, (ELASTIC,))

@@ -151,7 +151,7 @@ class RemotePath:
 
     def _upload(self, local: Path) -> None:
         store, place = _opened(self.url)
-        stream = store.open_output_stream(place)
+        stream = store.open_output_stream(place, compression=None)  # which the name would say
         content = local.read_bytes()
         if content:
             stream.write(content)

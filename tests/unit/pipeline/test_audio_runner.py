@@ -85,7 +85,7 @@ def test_what_cannot_be_answered_has_its_reason(means: AudioRunner, tmp_path: Pa
         (tmp_path / "cut.wav", "is cut off"),
         (str(tmp_path / "missing.wav"), "cannot be opened: No such file or directory"),
         (b"", "is empty"),
-        (7, "is a int, not a path, bytes or (array, rate)"),
+        (7, "is an int, not a path, bytes or (array, rate)"),
         (constant(0), "is a ndarray, not a path, bytes or (array, rate)"),
         ((constant(0), 0), "has the rate 0, not a whole number of frames per second"),
     ]

@@ -245,8 +245,10 @@ def test_a_disk_that_fails_is_no_fault_of_the_archive(tmp_path: Path, name: str)
     for sliced in (False, True):
         with pytest.raises(SamplesError, match=rf"{name} cannot be read: Input/output error; check the path$"):
             list(read_archive(path, sliced=sliced))
+    unpacked = Unpacked()
     with pytest.raises(OSError, match="Input/output error"):
-        Unpacked().read(Slice(str(path), 0, 3, compressed=True))
+        unpacked.read(Slice(str(path), 0, 3, compressed=True))
+    unpacked.close()
 
 
 @pytest.mark.parametrize("kind", ["gz", "bz2", "xz"])

@@ -2,6 +2,7 @@
 
 import hashlib
 import inspect
+import re
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -135,9 +136,9 @@ def _token_names(model: nn.Module | ExportedProgram) -> tuple[str, ...]:
         return tuple(str(name) for name in model.graph_signature.user_inputs)
     parameters = inspect.signature(model.forward).parameters.values()
     kinds = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
+    optional = re.compile(rf"{IDS}|(?!encoder_|decoder_).*attention_mask.*")
     return tuple(
         parameter.name
         for parameter in parameters
-        if parameter.kind in kinds
-        and (parameter.default is parameter.empty or parameter.name == IDS or "attention_mask" in parameter.name)
+        if parameter.kind in kinds and (parameter.default is parameter.empty or optional.fullmatch(parameter.name))
     )

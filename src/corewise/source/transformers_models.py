@@ -17,7 +17,8 @@ from corewise.source.loaded import Loaded, fast_tokenizer, text_pipeline
 from corewise.source.packages import NO_CODE, import_package, without_code
 from corewise.source.pooling import POOLINGS, Leading, Normalized, TextVectors, Way
 
-TOKEN_INPUTS = ("input_ids", "attention_mask", "token_type_ids")
+TYPES = "token_type_ids"
+TOKEN_INPUTS = ("input_ids", "attention_mask", TYPES)
 UNKNOWN_LENGTH = 100_000
 """transformers says a huge number where a tokenizer does not know its model's length."""
 PADDED_POSITIONS = (
@@ -158,6 +159,8 @@ def with_head(
     content = fast_tokenizer(tokenizer)
     known = inspect.signature(model.forward).parameters
     taken = [name for name in TOKEN_INPUTS if name in tokenizer.model_input_names and name in known]
+    if TYPES in taken and getattr(config, "type_vocab_size", 2) == 1:  # as RoBERTa's, for which all tokens are alike
+        taken.remove(TYPES)
     pipeline = text_pipeline(
         content,
         tuple(taken),
@@ -235,7 +238,7 @@ def _tokenizer_of(transformers: Any, path: Path) -> Any:
     """The tokenizer in a file, of which no more is known. Raises ``SourceError`` if it is none."""
     read_tokenizer(path)
     with guard(SourceError, f"{path} is not a tokenizer", TOKENIZER):
-        return transformers.PreTrainedTokenizerFast(tokenizer_file=str(path))
+        return transformers.PreTrainedTokenizerFast(tokenizer_file=str(path), model_input_names=list(TOKEN_INPUTS))
 
 
 @contextmanager

@@ -186,7 +186,7 @@ def list_methods(repository: Repository, models: Models) -> list[Method]:
     ]
 
 
-def rpc(address: Address, room: Room, repository: Repository, models: Models, metrics: Metrics) -> "RpcPort":
+def rpc_port(address: Address, room: Room, repository: Repository, models: Models, metrics: Metrics) -> "RpcPort":
     """The gRPC side. Raises ``InputError`` if the address is taken."""
     from corewise.serving.rpc_connections import RpcPort
     from corewise.serving.rpc_extensions import Handlers

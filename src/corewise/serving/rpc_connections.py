@@ -12,7 +12,7 @@ import socket
 import ssl
 import tempfile
 from collections.abc import Callable, Sequence
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from itertools import count
 from pathlib import Path
 from typing import Any, cast
@@ -249,6 +249,8 @@ class RpcPort:
         self._opening: set[asyncio.Task[None]] = set()
         self._numbers, self._secret = count(), os.urandom(8).hex()
         self._address, self._listening = address, addresses.bound(address)
+        self.place = address if isinstance(address, Path) else int(self._listening.getsockname()[1])
+        """The port that it got, or the unix socket."""
         sizes = [(f"grpc.{name}max_metadata_size", METADATA_BYTES) for name in ("", "absolute_")]
         self._server = grpc.aio.server(
             options=[
@@ -259,21 +261,19 @@ class RpcPort:
             ]
         )
         self._server.add_generic_rpc_handlers(tuple(handlers))
-        try:
-            self._folder = tempfile.TemporaryDirectory(prefix="corewise-", ignore_cleanup_errors=True)
-            """Which other users cannot enter."""
-            self._path = str(Path(self._folder.name) / "grpc")
-            self._server.add_insecure_port(f"unix:{self._path}")
-        except (OSError, RuntimeError) as error:
-            self._listening.close()
-            raise InputError(f"gRPC has no folder for a socket: {error}", "set TMPDIR to a short path") from error
+        with ExitStack() as undo:
+            undo.enter_context(self._listening)
+            try:
+                self._folder = tempfile.TemporaryDirectory(prefix="corewise-", ignore_cleanup_errors=True)
+                """Which other users cannot enter."""
+                undo.callback(self._folder.cleanup)
+                self._path = str(Path(self._folder.name) / "grpc")
+                self._server.add_insecure_port(f"unix:{self._path}")
+            except (OSError, RuntimeError) as error:
+                raise InputError(f"gRPC has no folder for a socket: {error}", "set TMPDIR to a short path") from error
+            undo.pop_all()
         self._room, self._on_refused, self._tls = room, on_refused, tls
         self._acceptor: Acceptor | None = None
-
-    @property
-    def place(self) -> int | Path:
-        """The port that it got, or the unix socket."""
-        return self._address if isinstance(self._address, Path) else int(self._listening.getsockname()[1])
 
     async def start(self) -> None:
         """Answer."""

@@ -149,6 +149,7 @@ def test_a_client_that_went_while_its_request_was_read_has_no_place_in_the_queue
         for each in (early, late):
             with pytest.raises(ClientDisconnect):
                 await each
+        await rounds(2)
         assert ended.cancelled()
 
     asyncio.run(main())

@@ -9,6 +9,7 @@ import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -24,12 +25,11 @@ from waiting import eventually, free_port
 from corewise.artifact import tuned
 from corewise.serving import oip
 
-pytest.importorskip("ray")
-
 HTTP, GRPC = free_port(), free_port()
 URL = f"http://127.0.0.1:{HTTP}"
 CLIENTS = 4
-pytestmark = pytest.mark.alone
+
+pytestmark = pytest.mark.skipif(find_spec("ray") is None, reason="Ray is not installed")
 
 
 @pytest.fixture(scope="module")

@@ -10,6 +10,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import replace
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -29,12 +30,11 @@ from corewise.records.build import Plan
 from corewise.records.tuned import Machine, Tuned
 from corewise.serving import oip
 
-pytest.importorskip("ray")
-
 HTTP, GRPC = free_port(), free_port()
 URL = f"http://127.0.0.1:{HTTP}"
 CLIENTS = 4
-pytestmark = pytest.mark.alone
+
+pytestmark = pytest.mark.skipif(find_spec("ray") is None, reason="Ray is not installed")
 
 
 @pytest.fixture(scope="module")

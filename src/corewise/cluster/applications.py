@@ -63,17 +63,18 @@ class Scale:
 
 
 def settings_of(source: Source, options: Options, scale: Scale) -> Settings:
-    """What the replicas of an artifact are told. Raises ``ArtifactError`` if it cannot be read here."""
+    """What the replicas of an artifact are told. Raises ``ArtifactError`` if it cannot be read here, or not trusted."""
     folder = source.folder.absolute()
-    artifact = read(folder)
+    artifact, digest = read(folder), identity(folder)
     check_trusted(artifact, artifact.manifest.build.engine)
+    options.trust.check(artifact, digest)
     plan = artifact.manifest.plan
     return Settings(
         version=__version__,
         name=source.name,
         model_version=source.version,
         folder=folder,
-        identity=identity(folder),
+        identity=digest,
         cpus=scale.cpus or plan.threads_per_instance * plan.instances,
         rows_at_once=plan.instances * plan.batch,
         retune_s=scale.retune_s,

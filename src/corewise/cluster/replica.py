@@ -75,9 +75,9 @@ class Replica(Calls):
     async def _open(self) -> ASGIApp:
         settings = self._settings
         to_stderr("info")
+        await asyncio.to_thread(check_tokens, _cluster())
         memory.tune()
         sys.setswitchinterval(SWITCH_S)
-        await asyncio.to_thread(check_tokens, _cluster())
         memory_bytes = _memory_bytes(settings.cpus)
         self._cores = ClaimedCores(settings.cpus, Path(tempfile.gettempdir()))
         artifact = _checked(settings, self._cores.cpu)
@@ -185,7 +185,7 @@ def _mounted(root: bytes, send: Send) -> Send:
 
 
 def _checked(settings: Settings, cpu: Cpu) -> Artifact:
-    """The artifact, which is the one that the application was made of."""
+    """The artifact, which is the one that the application was made of and may be opened: a search opens it first."""
     folder = settings.folder
     if not folder.is_dir():
         raise ArtifactError(f"there is no artifact {folder} there", "put it into a folder that all nodes share")
@@ -195,6 +195,7 @@ def _checked(settings: Settings, cpu: Cpu) -> Artifact:
         raise ArtifactError(f"{folder} cannot be read there: {error.strerror}", "let Ray's user read it") from error
     if identity(folder) != settings.identity:
         raise ArtifactError(f"{folder} is another artifact there", "give every node the same one, and deploy again")
+    settings.vouched_for.check(artifact, settings.identity)
     return artifact
 
 

@@ -122,7 +122,9 @@ class _Server:
             self.metrics.watch_connections("grpc", most, lambda: len(rpcs["grpc"].clients))
         if self.options.admin_grpc is not None:
             room = Room(ADMIN_CONNECTIONS, 1.0)
-            rpcs["admin_grpc"] = admin.rpc_port(self.options.admin_grpc, room, self.repository, self.models, self.metrics)
+            rpcs["admin_grpc"] = admin.rpc_port(
+                self.options.admin_grpc, room, self.repository, self.models, self.metrics
+            )
         for rpc in rpcs.values():
             await rpc.start()
         tasks = [asyncio.ensure_future(made.serve(sockets=[where])) for made, where in webs]

@@ -68,6 +68,12 @@ class InputChecks:
             for axis, most in enumerate(input_range.longest)
             if most is not None
         ]
+        self._least_sizes = [
+            (k, spec.name, axis, least)
+            for k, (spec, input_range) in enumerate(zip(inputs, ranges, strict=True))
+            for axis, least in enumerate(input_range.shortest)
+            if least is not None
+        ]
         self._floats = [
             (k, spec.name) for k, spec in enumerate(inputs) if check_finite and spec.dtype.startswith("float")
         ]
@@ -82,6 +88,12 @@ class InputChecks:
                 raise InputError(
                     f"input {name!r} has size {arrays[k].shape[axis]} in dimension {axis}",
                     f"give at most {most}, the number of positions that the model has",
+                )
+        for k, name, axis, least in self._least_sizes:
+            if arrays[k].shape[axis] < least:
+                raise InputError(
+                    f"input {name!r} has size {arrays[k].shape[axis]} in dimension {axis}",
+                    f"give at least {least}: the model computes otherwise for less, which no sample has shown",
                 )
         for k, name, allowed in self._values:
             _check_range(arrays[k], name, allowed)

@@ -27,6 +27,8 @@ from corewise.records.ranges import InputRange, ValueRange
 MOST_CONSTANTS = 1 << 20
 """The values of integer tensors with more elements are not read."""
 MOST_INTERVALS = 32
+EXPORTED_LEAST = 2
+"""What torch.export gives as the least of a size that may be anything."""
 TO_THE_END = 1 << 62
 """A slice that stops here or later stops with its dimension."""
 BOOL = 12
@@ -124,6 +126,8 @@ class _Graph:
         return tuple(self._range(name, limits) for name in self.inputs)
 
     def _range(self, name: str, limits: Limits) -> InputRange:
+        sizes = self.shape(name)[1:]
+        shortest = [self._shortest(size) for size in sizes]
         symbols = {**limits.lows, **limits.highs}
         regions = [symbol for symbol in symbols if isinstance(symbol, Region) and symbol.input == name]
         return InputRange(
@@ -138,13 +142,19 @@ class _Graph:
                 for region in sorted(regions, key=lambda region: (region.axis or 0, region.start, region.stop or 0))
             ),
             # Dimension 0 is the batch, which is cut into calls of any size.
-            longest=(None, *(self._longest(size, limits) for size in self.shape(name)[1:])),
+            longest=(None, *(self._longest(size, limits) for size in sizes)),
+            shortest=(None, *shortest) if any(shortest) else (),
         )
 
     def _longest(self, size: Linear, limits: Limits) -> int | None:
         symbol = _alone(size)
         exported = (self.size_limits.get(str(symbol)) or {}).get("max_val")
         return min((most for most in (exported, limits.highs.get(symbol)) if most is not None), default=None)
+
+    def _shortest(self, size: Linear) -> int | None:
+        """Below it the program, of which only one branch was exported, would take that branch all the same."""
+        least = (self.size_limits.get(str(_alone(size))) or {}).get("min_val")
+        return least if least is not None and least > EXPORTED_LEAST else None
 
     def shape(self, tensor: str) -> list[Linear]:
         """The sizes of a tensor."""

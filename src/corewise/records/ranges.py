@@ -24,6 +24,8 @@ class InputRange:
     values: tuple[ValueRange, ...] = ()
     longest: tuple[int | None, ...] = ()
     """The largest size of each dimension; ``None`` means any."""
+    shortest: tuple[int | None, ...] = ()
+    """The smallest size, likewise; empty if all may be small, and in artifacts of older versions."""
 
 
 @dataclass(frozen=True, kw_only=True)

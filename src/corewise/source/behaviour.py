@@ -249,7 +249,7 @@ def _answers(flat: Flat, batch: Batch, seed: int | None = None) -> list[Any]:
     what = "the model fails when it is called again"
     with guard(SourceError, what, "make forward independent of earlier calls"), torch.no_grad():
         # A copy, because the output may be a buffer that the next call changes.
-        return [leaf.clone().numpy() for leaf in flat(*batch.tensors)]
+        return [leaf.detach().clone().numpy() for leaf in flat(*batch.tensors)]
 
 
 def _later_db(flat: Flat, batch: Batch, first: list[Any]) -> float:

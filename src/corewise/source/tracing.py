@@ -13,7 +13,9 @@ from typing import Any
 import torch
 import torch.fx.experimental._config
 from torch import Tensor
+from torch._ops import OpOverload
 from torch.export import Dim, ExportedProgram
+from torch.fx import GraphModule
 
 from corewise.common.errors import CorewiseError
 from corewise.common.references import guard, place, where
@@ -25,6 +27,8 @@ from corewise.source.recurrence import recurrent_layers_kept
 SIZE = re.compile(r"L\['tensors'\]\[(\d+)\]\.size\(\)\[(\d+)\]")
 SPECIALIZED = re.compile(r"You marked (.+) as dynamic but your code specialized it to be a constant \((\d+)\)")
 SHAPES: Any = torch.fx.experimental._config
+OWN = ("aten", "prim", "prims", "rngprims", "profiler", "quantized", "mkldnn", "export")
+"""Namespaces of the operators that PyTorch has wherever it is imported."""
 
 
 class _NotExportable(CorewiseError):
@@ -46,6 +50,8 @@ def trace(
         program = _export(flat, example, dims)
     except _NotExportable as error:
         return None, _reason(error, flat, example, dims)
+    if foreign := _foreign_operator(program):
+        return None, f"the operator {foreign} is not PyTorch's own, and engines run in processes that do not have it"
     module = program.module()
     for inputs in checks:
         what = f"the exported program fails for a batch of {len(inputs)}"
@@ -60,6 +66,13 @@ def trace(
                 f"the exported program answers a batch of {len(inputs)} differently from the model{_drawn(program)}",
             )
     return program, ""
+
+
+def _foreign_operator(program: ExportedProgram) -> str:
+    """The first operator that a library or the user has registered; empty if there is none."""
+    parts = (part for part in program.graph_module.modules() if isinstance(part, GraphModule))
+    targets = (node.target for part in parts for node in part.graph.nodes)
+    return next((str(one) for one in targets if isinstance(one, OpOverload) and one.namespace not in OWN), "")
 
 
 def _drawn(program: ExportedProgram) -> str:

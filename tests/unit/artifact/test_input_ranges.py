@@ -104,6 +104,26 @@ def test_a_table_of_positions_limits_the_length(tmp_path, look_up, longest):
             model(torch.zeros(2, longest + 1, dtype=torch.int64))
 
 
+class LongAndShort(nn.Module):
+    """Computes otherwise for short inputs."""
+
+    def forward(self, x):
+        return (x if x.shape[1] > 50 else 2 * x).mean((1, 2))
+
+
+def test_a_size_below_the_branch_that_was_exported_is_refused(tmp_path):
+    samples = from_python([np.ones((size, 3), np.float32) for size in (60, 70, 60, 70)])
+    exported = export(LongAndShort(), samples)
+    assert exported.program is not None, exported.why_not
+    save_program(exported.program, tmp_path / "program.pt2")
+    (found,) = derive(tmp_path / "program.pt2")
+    assert found.shortest == (None, 51, None)
+    checks = InputChecks(exported.inputs, [found])
+    checks.check([np.ones((2, 51, 3), np.float32)])
+    with pytest.raises(InputError, match="has size 50 in dimension 1; give at least 51"):
+        checks.check([np.ones((2, 50, 3), np.float32)])
+
+
 def test_a_program_without_integers_has_no_ranges(tmp_path):
     (found,) = ranges(tmp_path, lambda m, x: x @ m.table.weight, np.ones(10, np.float32))
     assert found == InputRange(longest=(None, None))

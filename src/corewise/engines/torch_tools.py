@@ -64,7 +64,10 @@ def to_bf16(module: nn.Module) -> nn.Module:
             if node.target is torch.ops.aten._assert_tensor_metadata.default:
                 module.graph.erase_node(node)
         module.recompile()
-    return module._apply(lambda tensor: tensor.bfloat16() if tensor.dtype == torch.float32 else tensor)
+    converted: nn.Module = module._apply(  # type: ignore[no-untyped-call]
+        lambda tensor: tensor.bfloat16() if tensor.dtype == torch.float32 else tensor
+    )
+    return converted
 
 
 def to_numpy(tensors: Sequence[torch.Tensor]) -> list[np.ndarray]:

@@ -69,7 +69,8 @@ def _vary(pipeline: TextPipeline, tokens: list[Tokens], lengths: list[int], *, m
         lengths[place] = size + MULTIPLE
     else:
         lengths[place] = max(1, size - MULTIPLE)
-        tokens[place] = Tokens(*(part[: lengths[place]] for part in tokens[place]))
+        one, most = tokens[place], lengths[place]
+        tokens[place] = Tokens(one.ids[:most], one.types[:most], one.offsets[:most], one.words[:most])
 
 
 def token_facts(lengths: Sequence[int], calls: Sequence[Call], most: int, cut: int) -> TokenFacts:

@@ -18,9 +18,10 @@ def layouts(report: Report, found: Elasticity) -> str:
     """Whether two layouts stay open, and what that does for single requests."""
     fixed = 1 if report.choice.plan.instances == 1 else 2
     shown = (found.curve[0], min(found.curve, key=lambda point: abs(point.load - 2 / 3)))
-    pairs = ((point.load, *(milliseconds(point.p50_ms[k]) for k in (0, fixed))) for point in shown)
     figures = ", ".join(
-        f"at {percent(load)} of the saturated rate {ours} instead of {theirs}" for load, ours, theirs in pairs
+        f"at {percent(point.load)} of the saturated rate {milliseconds(point.p50_ms[0])} instead of "
+        f"{milliseconds(point.p50_ms[fixed])}"
+        for point in shown
     )
     if found.pays:
         memory = f"; at most {megabytes(found.memory_bytes)}" if found.memory_bytes else ""

@@ -171,8 +171,9 @@ def _opened(source: Path | bytes, name: str, max_pixels: int | None) -> "Iterato
             pil.open(file, formats=bounded) as image,
         ):
             check_pixels(image, name, max_pixels)
-            is_strangers = max_pixels is not None and isinstance(source, bytes)
-            file.steps_left = MOST_STEPS + len(source) // STEP_BYTES if is_strangers else sys.maxsize
+            file.steps_left = sys.maxsize
+            if max_pixels is not None and isinstance(source, bytes):
+                file.steps_left = MOST_STEPS + len(source) // STEP_BYTES
             yield image
     except (pil.DecompressionBombError, pil.DecompressionBombWarning) as error:
         raise TooManyPixels(name, "has too many pixels") from error

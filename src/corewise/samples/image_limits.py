@@ -71,11 +71,11 @@ class _Stepwise:
             raise TooManyParts
 
 
-class Content(_Stepwise, io.BytesIO):  # type: ignore[misc]
+class Content(_Stepwise, io.BytesIO):
     """An image's content, as the file that Pillow opens."""
 
 
-class File(_Stepwise, io.BufferedReader):  # type: ignore[misc]
+class File(_Stepwise, io.BufferedReader):
     """The same on disk; given a ``io.FileIO``."""
 
 

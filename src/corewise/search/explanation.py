@@ -1,6 +1,7 @@
 """The order of steps from a model and samples to what each of its layers costs and saves in int8."""
 
 import importlib.util
+from pathlib import Path
 from typing import Any
 
 from corewise.common.errors import EngineError, InputError, MissingExtra, SourceError

@@ -121,10 +121,8 @@ class _Server:
             rpcs["grpc"] = self._rpc(self.options.grpc, most)
             self.metrics.watch_connections("grpc", most, lambda: len(rpcs["grpc"].clients))
         if self.options.admin_grpc is not None:
-            room = Room(ADMIN_CONNECTIONS, 1.0)
-            rpcs["admin_grpc"] = admin.rpc_port(
-                self.options.admin_grpc, room, self.repository, self.models, self.metrics
-            )
+            where, room = self.options.admin_grpc, Room(ADMIN_CONNECTIONS, 1.0)
+            rpcs["admin_grpc"] = admin.rpc_port(where, room, self.repository, self.models, self.metrics)
         for rpc in rpcs.values():
             await rpc.start()
         tasks = [asyncio.ensure_future(made.serve(sockets=[where])) for made, where in webs]

@@ -26,6 +26,8 @@ class InputRange:
     """The largest size of each dimension; ``None`` means any."""
     shortest: tuple[int | None, ...] = ()
     """The smallest size, likewise; empty if all may be small, and in artifacts of older versions."""
+    multiples: tuple[int | None, ...] = ()
+    """What each size must be a multiple of, likewise."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -13,6 +13,8 @@ from corewise.common.errors import SourceError
 from corewise.common.phrases import with_article
 
 MODEL_ITSELF = "give a torch.nn.Module or an ExportedProgram"
+QUANTIZED = ("torch.ao.nn.quantized", "torch.ao.nn.intrinsic.quantized")
+"""Where torch keeps the layers that its own quantization leaves."""
 WRAPPERS = (nn.DataParallel, nn.parallel.DistributedDataParallel)
 
 
@@ -30,6 +32,9 @@ def as_module(model: Any) -> tuple[nn.Module, int | None]:
         module = _unwrapped(model)
         module.eval()  # whose own ``train`` may return nothing
         _without_cache(module)
+    for name, part in module.named_modules():
+        if type(part).__module__.startswith(QUANTIZED):
+            raise SourceError(f"{name} is quantized already ({type(part).__name__})", "give the model in float32")
     for name, parameter in module.named_parameters():
         _check_weight(name, parameter, is_parameter=True)
     for name, buffer in module.named_buffers():
@@ -104,6 +109,11 @@ def _check_weight(name: str, tensor: Tensor, *, is_parameter: bool) -> None:
         )
     if tensor.is_floating_point() and tensor.dtype not in (torch.float32, torch.float64):
         raise SourceError(f"{name} is {tensor.dtype}", "call model.float() first: the fp32 model is the baseline")
+    if is_parameter and tensor.is_inference():
+        raise SourceError(
+            f"{name} was made in inference mode, which torch.export does not take",
+            "make the model outside of torch.inference_mode",
+        )
     if is_parameter and tensor.dtype == torch.float64:
         raise SourceError(
             f"{name} is torch.float64, in which no fast engine computes",

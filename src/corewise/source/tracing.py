@@ -16,6 +16,7 @@ from torch import Tensor
 from torch._ops import OpOverload
 from torch.export import Dim, ExportedProgram
 from torch.fx import GraphModule
+from torch.jit import ScriptModule
 
 from corewise.common.errors import CorewiseError
 from corewise.common.references import guard, place, where
@@ -101,6 +102,10 @@ def _close(answer: Tensor, expected: Tensor) -> bool:
 
 def _reason(error: _NotExportable, flat: Flat, example: Batch, dims: Sequence[dict[int, Any]]) -> str:
     """Which operation torch.export cannot take, with the user's line of code."""
+    scripted = next((name for name, part in flat.model.named_modules() if isinstance(part, ScriptModule)), None)
+    if scripted is not None:
+        which = f"its {scripted}" if scripted else "it"
+        return f"torch.export does not take TorchScript, and {which} is; give the module that it was made from"
     cause = error.__cause__ or error
     first, *details = str(cause).splitlines() or [""]  # an error need not say anything
     if not first.startswith("Constraints violated"):

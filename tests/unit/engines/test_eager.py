@@ -44,8 +44,8 @@ def rotated(model: Keeping, x: Tensor) -> Tensor:
 
 
 def converted(model: Keeping, x: Tensor) -> Tensor:
-    """Converts to what it has already, as norms do to be exact in half precision."""
-    return model.linear(model.linear(x).to(torch.float32))
+    """Converts to what it has already, as many do to be exact in half precision."""
+    return model.linear(x).to(torch.float32).softmax(1)
 
 
 ANGLES = torch.polar(torch.ones(4), torch.arange(4.0))
@@ -107,7 +107,7 @@ def test_the_baseline_answers_as_the_model(tmp_path: Path, name: str) -> None:
     np.testing.assert_allclose(session.run([stacked])[0], expected, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("name", ["complex buffer", "float64 buffer", "conversion"])
+@pytest.mark.parametrize("name", ["float64 buffer", "conversion"])
 def test_bf16_converts_nothing_but_float32(tmp_path: Path, name: str) -> None:
     function, kept, rows = CASES.get(name, (converted, NOTHING, vectors()))
     samples = from_python(rows)

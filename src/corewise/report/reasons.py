@@ -351,6 +351,11 @@ _SENTENCES: dict[ReasonKind, Callable[[Details], str]] = {
     K.MIXES_BATCH: _mixes_batch,
     K.FIXED_BATCH: lambda details: f"calls have exactly {numbers.counted(details['rows'], 'row')}: {details['why']}",
     K.KEEPS_STATE: _keeps_state,
+    K.BASELINE_DIFFERS: lambda details: (
+        f"the baseline answers {numbers.counted(details['samples'], 'sample')} otherwise than the model itself, "
+        f"{details['decibels']:.0f} dB apart: either rounding decides, as among scores that are nearly equal, or the "
+        "exported program is wrong; compare the artifact's answers with the model's"
+    ),
     K.SCALED_DECODING: lambda details: _decoding(details, "so the artifact decodes photos this way"),
     K.FULL_DECODING: lambda details: _decoding(details, "so the artifact decodes photos in full"),
     K.DECODING_NOT_JUDGED: lambda details: (

@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from corewise.common.errors import MissingExtra, SamplesError
-from corewise.common.references import find_reference, guard
+from corewise.common.references import find_reference, guard, reference_to
 from corewise.records.report import AudioPreprocess
 from corewise.samples.data import Samples
 from corewise.samples.raw import RawSamples, UnreadableItem
@@ -259,7 +259,7 @@ class AudioReader:
         if isinstance(function, str):
             name, self._function = function, find_reference(function, SamplesError, "preprocess function")
         else:
-            name, self._function = f"{function.__module__}:{function.__qualname__}", function
+            name, self._function = reference_to(function), function
         self.preprocess = replace(preprocess, function=name)
 
     def __call__(self, item: Any) -> Any:

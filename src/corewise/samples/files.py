@@ -147,7 +147,8 @@ def read_raw(
             - ``.npz`` or ``.safetensors``: ``labels`` (``label``, ``y``) and ``groups`` are what they say, a single
               other array is the model's positional input, several are keyword inputs; uint8 arrays (N, H, W, 3 or 1)
               are images;
-            - ``module:function`` or ``file.py:function``: what the function returns goes through ``raw_from_python``.
+            - ``module:function`` or ``file.py:function``: what the function returns, or the list, dataset or loader of
+              that name, goes through ``raw_from_python``.
         text: The column of a table, or key of a dict, that is the text.
         pair: The one that is the second text of a pair.
         label: The one that is the label.
@@ -166,7 +167,7 @@ def read_raw(
     suffix = path.suffix.lower()
     if not path.is_dir() and suffix not in FILE_SUFFIXES:
         options: dict[str, Any] = {"text": text, "pair": pair, "label": label, "max_samples": max_samples, "seed": seed}
-        with called_reference(reference, SamplesError, "samples function") as made:
+        with called_reference(reference, SamplesError, "samples function", _are_samples) as made:
             return raw_from_python(made, source=reference, spool=spool, **options)
     if any(columns) and (path.is_dir() or suffix not in READERS):
         raise SamplesError(f"{reference} has no columns of texts", "leave out --text, --pair and --label")
@@ -178,6 +179,11 @@ def read_raw(
         return replace(read_table(path, columns, max_samples=most, seed=seed), source=reference)
     arrays = _read_npz(path) if suffix == ".npz" else _read_safetensors(path)
     return _from_arrays(arrays, reference).draw(max_samples, seed)
+
+
+def _are_samples(value: Any) -> bool:
+    """Whether a value that a file gives a name holds samples, as a list, a dataset or a loader does."""
+    return not callable(value) and (hasattr(value, "__iter__") or hasattr(value, "__getitem__"))
 
 
 def _read_npz(path: Path) -> dict[str, Array]:

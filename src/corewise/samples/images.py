@@ -22,7 +22,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from corewise.common.errors import MissingExtra, SamplesError
-from corewise.common.references import find_reference, guard
+from corewise.common.references import find_reference, guard, reference_to
 from corewise.records.report import Preprocess
 from corewise.samples.raw import UnreadableItem
 
@@ -352,7 +352,7 @@ class ImageReader:
         chosen = (
             find_reference(function, SamplesError, "preprocess function") if isinstance(function, str) else function
         )
-        name = function if isinstance(function, str) else f"{function.__module__}:{function.__qualname__}"
+        name = function if isinstance(function, str) else reference_to(function)
         self._function = chosen
         self.preprocess = Preprocess(function=name)
 

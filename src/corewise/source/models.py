@@ -23,7 +23,8 @@ PICKLES = (".pt", ".pth", ".bin", ".pkl", ".pickle", ".ckpt")
 def load(reference: str) -> nn.Module | ExportedProgram:
     """The model that ``reference`` names. Raises ``SourceError``.
 
-    - ``module:factory`` or ``path/to/file.py:factory``: what the function returns without arguments;
+    - ``module:factory`` or ``path/to/file.py:factory``: what the function returns without arguments, or the model that
+      has this name there;
     - ``path/to/model.pt2``: a program saved with ``torch.export.save`` (see ``load_program``);
     - ``timm:NAME``, ``torchvision:NAME``: that package's model with its pretrained weights;
     - ``hf:NAME`` or ``hf:FOLDER``: a transformers model of the hub or of a local folder, in fp32;
@@ -84,15 +85,20 @@ def _load(reference: str) -> nn.Module | ExportedProgram:
             " model with torch.export.save as .pt2",
         )
     elif ":" in reference:
-        model = call_reference(reference, SourceError, "model factory")
+        model = call_reference(reference, SourceError, "model factory", is_model)
     else:
         raise SourceError(
             f"{reference!r} does not name a model",
             "give module:factory, file.py:factory, a .pt2 file, or hf:, st:, timm:, torchvision:",
         )
-    if not isinstance(model, nn.Module | ExportedProgram):
+    if not is_model(model):
         raise SourceError(f"{reference} returned {_named(model)}, not a torch.nn.Module", "return the model itself")
-    return model
+    return model  # type: ignore[no-any-return]
+
+
+def is_model(value: Any) -> bool:
+    """Whether it is a module or an exported program, and no function or class that makes one."""
+    return isinstance(value, nn.Module | ExportedProgram)
 
 
 def _named(value: Any) -> str:

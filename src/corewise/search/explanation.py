@@ -64,6 +64,7 @@ def explain(
     _check(measured, weight_bits)
     from corewise import source
 
+    model = str(model) if isinstance(model, Path) else model
     on_event(StageStarted(Stage.READING_SAMPLES))
     gathered = read_samples(model, samples)
     on_event(StageStarted(Stage.EXPORTING))

@@ -67,7 +67,7 @@ def optimize(
     end_to_end: bool | None = None,
     budget_s: float | None = None,
     timeout_s: float = TIMEOUT_S,
-    work: Path | None = None,
+    work: str | Path | None = None,
     on_event: OnEvent = lambda event: None,
 ) -> Result:
     """Find the fastest way to run a model on this CPU that loses at most ``max_drop`` of a metric.
@@ -76,7 +76,7 @@ def optimize(
 
     Args:
         model: an ``nn.Module``, an ``ExportedProgram``, a ``SentenceTransformer`` or ``CrossEncoder``, or a reference
-            such as "file.py:factory", "st:FOLDER" or "timm:NAME".
+            such as "file.py:factory", "model.pt2", "st:FOLDER" or "timm:NAME".
         samples: arrays or tensors without a batch dimension, or dicts or tuples of them, with labels if there are any;
             texts or pairs of texts, for a model with a tokenizer; a function that returns them; or a reference such as
             a folder of images or recordings, a file of texts or "file.py:function".
@@ -139,7 +139,7 @@ def optimize(
     )
     _check(requirements, budget_s, timeout_s)
     task = Task.read(
-        model,
+        str(model) if isinstance(model, Path) else model,
         samples,
         metric=metric,
         engines=engines,
@@ -151,7 +151,7 @@ def optimize(
         pooling=pooling,
         on_event=on_event,
         budget_s=budget_s,
-        kept_limits=SampleLimits.kept(Workspace(work).sample_limits, budget_s)
+        kept_limits=SampleLimits.kept(Workspace(Path(work)).sample_limits, budget_s)
         if work and calibration is None
         else None,
         required=tuple(engines) != DEFAULT_ENGINES,
@@ -175,7 +175,7 @@ def optimize(
             build_inputs = task.write(workspace)
             shift = ShiftGuard(gate, context, build_inputs, task.builds[0])
             alone = alone_guard(task, gate, context)
-            search = Search(task.builds, gate, context, journal, shift, alone)
+            search = Search(task.builds, gate, context, journal, shift, alone, task.baseline_doubt)
             search.try_builds()
             search.revert_layers()
             search.judge_under_shift()

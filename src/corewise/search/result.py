@@ -94,6 +94,7 @@ class Result:
             texts=None if encoder is None else text_runner(encoder, session.run, choice.plan, cost),
             images=None if images is None else image_runner(images, session.run, choice.plan, photos=self.photos),
             recordings=audio_runner(self._recordings, session.run, choice.plan),
+            files=self.workspace,
         )
 
     def save(

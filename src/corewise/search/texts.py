@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -22,10 +23,10 @@ def read_samples(model: Any, samples: Any) -> Samples | RawSamples:
 
     Raises ``SamplesError``.
     """
-    if isinstance(samples, str):
+    if isinstance(samples, str | Path):
         from corewise import source
 
-        return source.read_for(model, samples)
+        return source.read_for(model, str(samples))
     return raw_from_python(samples() if callable(samples) else samples)
 
 

@@ -448,7 +448,7 @@ def test_what_describing_tokens_takes_is_booked():
             made.known, made.metrics, Limits(), front, told=None, deadline_s=lambda request: monotonic() + 60
         )
         model = SimpleNamespace(name="m", version="1", text=SimpleNamespace(described=described))
-        routes._chosen = lambda name, *tasks: model
+        routes._models.chosen = lambda name, *tasks: model
         scope = {"type": "http", "headers": [], "client": ("1.1.1.1", 5), "request_id": "mine"}
         assert (await routes.tokenize(Request(scope, receive))).body == b"[]"
         assert booked_bytes == [len(body) + PIECE_BYTES * len(body) // COPIES]

@@ -9,6 +9,7 @@ import socket
 import sys
 import time
 
+HEALTH = "/v2/health/live"
 EVERY_S = 0.02
 INFER_EACH = 5
 """One probe in so many is the infer request."""
@@ -43,6 +44,11 @@ class Line:
             return 0
 
 
+def get(path: str) -> bytes:
+    """A request without a body."""
+    return f"GET {path} HTTP/1.1\r\nhost: bench\r\n\r\n".encode()
+
+
 def _is_whole(received: bytes) -> bool:
     """Whether an answer is there to its end."""
     head, found, body = received.partition(b"\r\n\r\n")
@@ -58,9 +64,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("port", type=int)
     parser.add_argument("seconds", type=float)
-    parser.add_argument("--health", default="/v2/health/live", metavar="PATH")
+    parser.add_argument("--health", default=HEALTH, metavar="PATH")
     options = parser.parse_args()
-    health = f"GET {options.health} HTTP/1.1\r\nhost: bench\r\n\r\n".encode()
+    health = get(options.health)
     infer = sys.stdin.buffer.read()
     lines = {"health": Line(options.port), "infer": Line(options.port)}
     start_s, probes, number = time.monotonic(), [], 0

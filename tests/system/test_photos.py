@@ -251,7 +251,7 @@ def test_an_image_that_cannot_be_read_is_named_or_set_aside(fast: corewise.Model
         fast.predict(good, score_threshold=0.5)
     answers = list(fast.images.answers(items))
     assert [getattr(answer, "reason", "")[:16] for answer in answers] == [
-        "", "is empty", "", "is cut off", "is a int, not a ", "cannot be opened", ""
+        "", "is empty", "", "is cut off", "is an int, not a", "cannot be opened", ""
     ]  # fmt: skip
     assert answers[0] == answers[2] == answers[6]
 
@@ -285,6 +285,7 @@ def test_a_node_of_a_cluster_runs_photos_under_their_own_plan(tmp_path: Path) ->
         prompt=None,
         ask=ImageAsk(),
         preprocess=None,
+        seen=(),
     )
     for given, plan in ((task, photos.plan), (replace(task, ask=None), corewise_artifact.read(folder).manifest.plan)):
         prepared = messages.answer(

@@ -159,7 +159,8 @@ def check_answers(folder: Path, cluster: Cluster) -> None:
     with deployed(folder, cluster, "words.cw", "photos.cw") as process, httpx.Client(timeout=60) as client:
         for (name, method, path, more), there in zip(requests, expected, strict=True):
             got = client.request(method, f"{URL}/{name}{path}", **more)
-            assert (got.status_code, got.content) == (there.status_code, there.content), path
+            content = there.content.replace(b"photos, words", b"words")  # a replica has one model
+            assert (got.status_code, got.content) == (there.status_code, content), path
             assert got.headers.get("content-type") == there.headers.get("content-type")
             assert len(got.headers.get_list("x-request-id")) == 1
         assert "corewise_queue_seconds_count" in client.get(f"{URL}/words/metrics").text

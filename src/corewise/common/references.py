@@ -14,6 +14,7 @@ from types import ModuleType
 from typing import Any
 
 from corewise.common.errors import CorewiseError
+from corewise.common.phrases import with_article
 
 OURS = (str(Path(__file__).parents[1]), "<")
 INSTALLED = tuple(sysconfig.get_path(kind) for kind in ("stdlib", "purelib", "platlib"))
@@ -131,17 +132,13 @@ def _found(
         if not callable(found) and not is_value(found):
             others = [other for other in vars(module) if other != name]
             similar = get_close_matches(name, others, n=1)
-            what = f": {name} is {_article(type(found).__name__)}" if hasattr(module, name) else ""
+            what = f": {name} is {with_article(type(found).__name__)}" if hasattr(module, name) else ""
             fix = "name a function that returns it" if what else "check its name"
             raise error(f"{place} has no function {name!r}{what}", f"did you mean {similar[0]!r}?" if similar else fix)
         yield found
     finally:
         with suppress(ValueError):
             sys.path.remove(folder)
-
-
-def _article(noun: str) -> str:
-    return f"an {noun}" if noun[:1].lower() in "aeiou" else f"a {noun}"
 
 
 def _import(name: str, error: type[CorewiseError], purpose: str) -> ModuleType:

@@ -37,6 +37,7 @@ from corewise.samples.image_limits import (
     check_pixels,
     check_scans,
     has_passes,
+    is_slow,
 )
 from corewise.samples.raw import UnreadableItem
 
@@ -169,7 +170,7 @@ def _opened(source: Path | bytes, name: str, max_pixels: int | None) -> "Iterato
         with _file(source, name) as file, pil.open(file, formats=bounded) as image:
             check_pixels(image, name, max_pixels)
             file.steps_left = sys.maxsize
-            if max_pixels is not None and isinstance(source, bytes):
+            if max_pixels is not None and isinstance(source, bytes) and not is_slow(image):
                 file.steps_left = MOST_STEPS + len(source) // STEP_BYTES
             yield image
     except (pil.DecompressionBombError, pil.DecompressionBombWarning) as error:

@@ -81,8 +81,6 @@ class File(_Stepwise, io.BufferedReader):
 
 def check_pixels(image: "Image", name: str, max_pixels: int | None) -> None:
     """Raise ``TooManyPixels`` for an image that takes more than ``max_pixels``, or much more than it says."""
-    from PIL import Image as pil
-
     width, height = image.size
     if image.format == "TIFF":
         across, down = _tile(image)
@@ -92,10 +90,16 @@ def check_pixels(image: "Image", name: str, max_pixels: int | None) -> None:
         return
     if width * height > max_pixels:
         raise TooManyPixels(name, f"has {width}x{height} pixels, over {max_pixels:,}")
-    is_slow = any(part[0] in pil.DECODERS for part in image.tile)  # type: ignore[attr-defined]
-    if is_slow and width * height > max_pixels // SLOW:
+    if is_slow(image) and width * height > max_pixels // SLOW:
         most = max_pixels // SLOW
         raise TooManyPixels(name, f"has {width}x{height} pixels that take long to decode, over {most:,}")
+
+
+def is_slow(image: "Image") -> bool:
+    """Whether Pillow decodes it in Python, which reads it in many steps."""
+    from PIL import Image as pil
+
+    return any(part[0] in pil.DECODERS for part in image.tile)  # type: ignore[attr-defined]
 
 
 def _tile(image: "Image") -> tuple[int, int]:

@@ -118,6 +118,14 @@ def _is_ours(record: logging.LogRecord) -> bool:
     return "raised in core" not in record.getMessage()
 
 
+def _stderr() -> int:
+    """The file of standard error, also where something else was put in its place."""
+    try:
+        return sys.stderr.fileno()
+    except (OSError, ValueError):
+        return 2
+
+
 def to_stderr(level: str) -> None:
     """Log to standard error from this level on, including all libraries."""
     logging.getLogger("grpc._cython.cygrpc").addFilter(_is_ours)
@@ -125,6 +133,6 @@ def to_stderr(level: str) -> None:
     logging.getLogger("python_multipart").setLevel(logging.ERROR)
     # Pillow warns of wrong images in ever other words, and Python remembers each.
     warnings.simplefilter("ignore")
-    handler = _Handler(sys.stderr.fileno())
+    handler = _Handler(_stderr())
     handler.setFormatter(JsonLines())
     logging.basicConfig(level=level.upper(), handlers=[handler], force=True)

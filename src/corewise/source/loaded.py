@@ -11,6 +11,7 @@ from torch import nn
 from torch.export import ExportedProgram
 
 from corewise.common.errors import SourceError
+from corewise.common.phrases import with_article
 from corewise.common.tokenizers import MOST_TOKENS, read_tokenizer
 from corewise.records.build import TensorSpec
 from corewise.records.pipeline import Pooling, TextPipeline, TokenInput
@@ -83,7 +84,7 @@ def tokenizer_file(tokenizer: Any, folder: Path) -> Path:
     else:
         kind = type(tokenizer).__name__
         raise SourceError(
-            f"the tokenizer is a {kind}", "give a tokenizer of transformers, or a path of a tokenizer.json"
+            f"the tokenizer is {with_article(kind)}", "give a tokenizer of transformers, or a path of a tokenizer.json"
         )
     path = folder / TOKENIZER_FILE
     made.save(str(path))

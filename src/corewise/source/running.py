@@ -9,6 +9,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from corewise.common import nested
 from corewise.common.errors import InputError, SamplesError, SourceError
 from corewise.common.nested import Structure
+from corewise.common.phrases import with_article
 from corewise.common.references import guard
 from corewise.records.build import TensorSpec
 from corewise.source.checks import inner_model
@@ -51,7 +52,9 @@ def run(flat: Flat, batch: Batch, inputs: Sequence[TensorSpec]) -> tuple[Structu
         raise SourceError(f"the model returns {type(value).__name__} without tensors", "return tensors")
     for name, leaf in zip(nested.leaf_names(structure), leaves, strict=True):
         if not isinstance(leaf, Tensor):
-            raise SourceError(f"the model's {name} is a {type(leaf).__name__}, which is not a tensor", "return tensors")
+            raise SourceError(
+                f"the model's {name} is {with_article(type(leaf).__name__)}, which is not a tensor", "return tensors"
+            )
         _check_output(name, leaf, batch)
     if not any(leaf.numel() for leaf in leaves):
         raise SourceError(

@@ -64,6 +64,7 @@ def task(tmp_path: Path) -> Task:
         prompt=None,
         ask=None,
         preprocess=None,
+        seen=(),
     )
 
 

@@ -15,7 +15,7 @@ from PIL import Image, ImageOps
 
 from corewise.common.errors import SamplesError
 from corewise.records.report import Preprocess
-from corewise.samples import UnreadableItem, archives, folders, images
+from corewise.samples import UnreadableItem, archives, folders, image_files
 from corewise.samples.image_files import image_size, normalize_image, open_image
 from corewise.samples.image_limits import TooManyPixels
 from corewise.samples.images import ImageReader
@@ -215,8 +215,8 @@ def test_one_image_may_be_decoded_by_several_threads() -> None:
 def test_heic_photos_that_cannot_be_read_here_are_set_aside_with_the_way_to_read_them(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    suffixes, formats = images.image_suffixes() - {*images.HEIC_SUFFIXES}, images._formats()
-    monkeypatch.setattr(images, "_formats", lambda: tuple(kind for kind in formats if kind != "HEIF"))
+    suffixes, formats = image_files.image_suffixes() - {*image_files.HEIC_SUFFIXES}, image_files._formats()
+    monkeypatch.setattr(image_files, "_formats", lambda: tuple(kind for kind in formats if kind != "HEIF"))
     for module in (archives, folders):
         monkeypatch.setattr(module, "image_suffixes", lambda: suffixes)
     content = b"\0\0\0\x18ftypheic\0\0\0\0mif1heic" + bytes(100)

@@ -12,7 +12,7 @@ from places import GOLDEN, ROOT
 from starlette.requests import Request
 
 from corewise import artifact
-from corewise.cli.serve import LogOptions, PortOptions, RequestOptions, SecurityOptions, _server_options
+from corewise.cli.serve_options import LogOptions, PortOptions, RequestOptions, SecurityOptions, server_options
 from corewise.cluster import connection
 from corewise.common.errors import ArtifactError
 from corewise.machine.inspect import inspect_cpu
@@ -26,7 +26,6 @@ from corewise.serving import (
     messages,
     protocol,
     rpc_connections,
-    server,
     text,
     texts,
     turns,
@@ -82,12 +81,12 @@ USUAL, SMALL = Limits(), fit(Limits(), GIB)
         f"that continues a body for {web_server.REST_S:g} s after its answer, that sends more than "
         f"{web_server.MOST_PIPELINED} requests on a connection without",
         f"HTTP and gRPC accept {USUAL.connections:,} connections each",
-        f"HTTP accepts {WORDS[connections.HEALTH_CONNECTIONS]} more, half of them from one address",
-        f"A TLS handshake may take {connections.HANDSHAKE_S:g} s. A gRPC connection may have {server.MOST_STREAMS:,} "
-        f"calls at a time and must begin as HTTP/2 within {connections.HANDSHAKE_S:g} s",
-        f"A call with more than {rpc_connections.METADATA_BYTES // rpc_connections.ENTRY_BYTES} entries",
+        f"Both accept {WORDS[connections.HEALTH_CONNECTIONS]} more, half of them from one address",
+        f"A TLS handshake may take {connections.HANDSHAKE_S:g} s. A gRPC connection may have "
+        f"{rpc_connections.STREAMS:,} calls at a time",
+        f"which must come within {connections.HANDSHAKE_S:g} s and {rpc_connections.HELD_BYTES // KIB} KiB",
         f"An answer of more than {LARGE_ANSWER_BYTES // KIB} KiB counts",
-        f"reads nothing of its answer for {web_server.UNREAD_S:g} s is disconnected",
+        f"A client that reads nothing from its connection for {web_server.UNREAD_S:g} s is disconnected",
         f"except {', '.join(f'`{path}`' for path in app.OPEN_TO_ALL[:2])} and `{app.OPEN_TO_ALL[2]}`",
         f"does not answer within {connection.ANSWER_S:g} s, the command ends",
         f"Ray older than {'.'.join(map(str, connection.LEAST_RAY))} is refused",
@@ -109,7 +108,7 @@ def test_the_limits_of_the_page_are_those_of_eight_gibibytes_and_more():
 
 
 def test_by_default_http_listens_on_loopback_and_nothing_else_does():
-    options = _server_options(PortOptions(), RequestOptions(), SecurityOptions(), LogOptions())
+    options = server_options(PortOptions(), RequestOptions(), SecurityOptions(), LogOptions())
     assert options.http == ("127.0.0.1", 8000)
     assert (options.grpc, options.admin, options.admin_grpc, options.cors_origins, options.trust) == (
         None, None, None, (), Trust(),
@@ -212,7 +211,7 @@ def test_a_payload_that_is_code_is_opened_only_if_its_manifest_is_trusted(name, 
     (tmp_path / "others").write_text("0" * 64)
 
     def trust(**options):
-        return _server_options(PortOptions(), RequestOptions(), SecurityOptions(**options), LogOptions()).trust
+        return server_options(PortOptions(), RequestOptions(), SecurityOptions(**options), LogOptions()).trust
 
     for refused in (trust(), trust(trust_file=tmp_path / "others")):
         with pytest.raises(ArtifactError, match=told):

@@ -46,7 +46,12 @@ BENCHMARKS = (
     "text_bulk",
     "text_heads",
     "shift",
-    "elastic",
+    "elastic_calls",
+    "elastic_queue",
+    "elastic_curve",
+    "elastic_switch",
+    "elastic_slo",
+    "elastic_simulated",
     "elastic_bound",
     "load_generators",
 )

@@ -30,6 +30,7 @@ from bench.harness import machine_facts, say, write_results
 from bench.healthy import Healthy
 from bench.servers import Server
 from bench.wire import INFER, MODEL, post
+from bench.wire_grpc import ACK, END_HEADERS, HEADERS, PREFACE, SETTINGS, frame
 from corewise import artifact
 from corewise.cli.quantities import size
 from corewise.serving import oip
@@ -206,6 +207,26 @@ def much_metadata(target: Target) -> None:
     release.set()
     for channel in channels:
         channel.close()
+
+
+def one_byte_headers(target: Target) -> None:
+    """Calls over gRPC with 16,000 headers of one byte each, of clients that acknowledge no settings, or all at once."""
+    named = {b":path": RPC.encode(), b":authority": b"x", b"te": b"trailers", b"content-type": b"application/grpc"}
+    headers = b"\x83\x86" + b"".join(b"\0%c%b%c%b" % (len(k), k, len(v), v) for k, v in named.items())
+    calls = b"".join(frame(HEADERS, END_HEADERS, 2 * k + 1, headers + b"\x8f" * 16_000) for k in range(20))
+    greetings = [PREFACE + frame(SETTINGS, 0, 0, b"") + end for end in (b"", frame(SETTINGS, ACK, 0, b""))]
+    place = ("127.0.0.1", int(target.grpc.rpartition(":")[2]))
+    end_s = time.monotonic() + 4
+
+    def connect_again_and_again() -> None:
+        while time.monotonic() < end_s:
+            for greeting in greetings:
+                with suppress(OSError), socket.create_connection(place, 2, (ATTACKER, 0)) as connection:
+                    connection.sendall(greeting + calls)
+                    time.sleep(0.05)
+                    target.note("sent")
+
+    at_once(connect_again_and_again, 6)
 
 
 def tiny_messages(target: Target) -> None:
@@ -386,6 +407,7 @@ ALONE: tuple[Callable[[Target], None], ...] = (
     large_messages,
     packed_messages,
     much_metadata,
+    one_byte_headers,
     tiny_messages,
     idle_calls,
     streams_of_large_messages,

@@ -16,9 +16,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from bench.elastic_plans import exactly
 from bench.harness import add_results, say
 from corewise.batching import ElasticTables, LatencyTable
-from corewise.batching.simulate import Service, Wide, capacity_per_s, simulate_load
+from corewise.batching.simulate import Wide, capacity_per_s, simulate_load
 from corewise.common.stats import quantile
 
 LOADS = (0.05, 0.2, 1 / 3, 0.5, 2 / 3, 0.8, 0.9)
@@ -75,11 +76,6 @@ def best_schedule(arrivals: Sequence[float], wide_s: Sequence[float], narrow_s: 
         latencies_s += [last.end_s - arrivals[k] for k in range(done - last.rows, done)]
         done, last = done - last.rows, last.before
     return latencies_s
-
-
-def exactly(table: LatencyTable) -> Service:
-    """Calls that take just what the table says."""
-    return lambda rows, rng: table.latency_ms(rows) / 1e3
 
 
 def measure(wide: LatencyTable, narrow: LatencyTable, requests: int) -> dict[str, Any]:

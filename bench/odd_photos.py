@@ -4,13 +4,15 @@
 
 Most files are small JPEGs of ``imagenet-photos``. The odd ones are photos in other forms (CMYK, 16 bits, turned by
 EXIF, animated, transparent and so on) and files that are no image, or none that is whole: cut off, huge by their
-headers, empty, web pages, text. A photo in another form must be answered as the same photo in a plain form; whatever
-else must be set aside with its reason, and all three must agree. Writes odd_photos.json.
+headers, empty, web pages, text, and some that are made to take long or to take memory. A photo in another form must be
+answered as the same photo in a plain form; whatever else must be set aside with its reason, and all three must agree.
+Writes odd_photos.json.
 """
 
 import argparse
 import io
 import json
+import struct
 import subprocess
 import sys
 import tempfile
@@ -65,6 +67,13 @@ def turned(image: Image.Image, orientation: int = 6) -> bytes:
     return saved(image.transpose(Image.Transpose.ROTATE_90), "JPEG", quality=95, exif=exif)
 
 
+def damaged(image: Image.Image) -> bytes:
+    """The same, with a resolution that is text, so that Pillow cannot write the EXIF data again."""
+    orientation, resolution = struct.pack("<HHIHH", 0x0112, 3, 1, 6, 0), struct.pack("<HHI4s", 0x011A, 2, 4, b"abc\0")
+    exif = struct.pack("<2sHIH", b"II", 42, 8, 2) + orientation + resolution + bytes(4)
+    return saved(image.transpose(Image.Transpose.ROTATE_90), "JPEG", quality=95, exif=b"Exif\0\0" + exif)
+
+
 def deep(image: Image.Image) -> bytes:
     """16 bits a pixel, grey."""
     return saved(Image.fromarray(np.asarray(image.convert("L"), np.uint16) * 257), "PNG")
@@ -101,13 +110,40 @@ def cut(kind: str) -> Make:
     return make
 
 
+def of_many_parts(image: Image.Image) -> bytes:
+    """A JPEG with a header of 20,000 empty parts."""
+    content = saved(image, "JPEG")
+    return content[:2] + b"\xff\xe5\0\2" * 20_000 + content[2:]
+
+
+def of_many_scans(image: Image.Image) -> bytes:
+    """A JPEG whose last pass is there 1,000 times."""
+    content = saved(image, "JPEG", progressive=True)
+    last = content.rindex(b"\xff\xda")
+    return content[:last] + content[last:-2] * 1000 + b"\xff\xd9"
+
+
+def of_a_large_tile(image: Image.Image) -> bytes:
+    """A TIFF of 16 x 16 pixels in a tile of 3000 x 3000."""
+    side, tile = 16, 3000
+    data = zlib.compress(bytes(tile * tile), 1)
+    tags = {256: side, 257: side, 258: 8, 259: 8, 262: 1, 277: 1, 322: tile, 323: tile, 324: 134, 325: len(data)}
+    entries = b"".join(struct.pack("<HHII", tag, 4, 1, value) for tag, value in tags.items())
+    return struct.pack("<2sHIH", b"II", 42, 8, len(tags)) + entries + bytes(4) + data
+
+
 KINDS = {
     "CMYK JPEG": Kind("jpg", lambda image: saved(image.convert("CMYK"), "JPEG", quality=95)),
     "CMYK TIFF": Kind("tiff", lambda image: saved(image.convert("CMYK"), "TIFF")),
     "16-bit PNG": Kind("png", deep),
     "turned JPEG": Kind("jpg", turned),
+    "turned JPEG, damaged EXIF": Kind("jpg", damaged),
     "animated GIF": Kind("gif", lambda image: animated(image, "GIF")),
     "animated WebP": Kind("webp", lambda image: animated(image, "WEBP")),
+    "animated PNG": Kind("png", lambda image: animated(image, "PNG")),
+    "TIFF of two pages": Kind("tif", lambda image: animated(image, "TIFF")),
+    "AVIF": Kind("avif", lambda image: saved(image, "AVIF", quality=95)),
+    "palette with transparency": Kind("png", lambda image: saved(image.quantize(256), "PNG", transparency=0)),
     "grey with alpha": Kind("png", lambda image: saved(image.convert("LA"), "PNG")),
     "transparent PNG": Kind("png", lambda image: saved(image.convert("RGBA"), "PNG")),
     "progressive JPEG": Kind("jpeg", lambda image: saved(image, "JPEG", quality=95, progressive=True)),
@@ -116,6 +152,9 @@ KINDS = {
     "cut PNG": Kind("png", cut("PNG"), "is cut off"),
     "huge BMP": Kind("bmp", huge_bmp, "pixels"),
     "huge PNG": Kind("png", huge_png, "pixels"),
+    "JPEG of many parts": Kind("jpg", of_many_parts, "too many parts"),
+    "JPEG of many scans": Kind("jpg", of_many_scans, "scans"),
+    "TIFF of a large tile": Kind("tif", of_a_large_tile, "tiles"),
     "empty": Kind("jpg", lambda image: b"", "is empty"),
     "web page": Kind("jpg", lambda image: b"<!DOCTYPE html><html>404</html>", "is an HTML page"),
     "text": Kind("png", lambda image: b"sorry, no such photo", "is not an image"),

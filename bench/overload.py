@@ -34,6 +34,7 @@ from PIL import Image
 
 from bench.harness import ROOT, add_results, say
 from bench.peers import Peer, requests_for
+from bench.prober import HEALTH
 from bench.servers import Server, descendants, golden_rows
 from bench.wire import MODEL, Load, Read, Wire, from_base64, from_raw, infer, post, request
 from corewise import artifact
@@ -80,7 +81,7 @@ class Scenario:
 
 
 PEERS = {"LitServe": "litserve", "Ray Serve": "ray", "FastAPI": "fastapi"}
-HEALTH_OF = {None: "/v2/health/live", "litserve": "/health", "ray": "/-/healthz", "fastapi": "/openapi.json"}
+HEALTH_OF = {None: HEALTH, "litserve": "/health", "ray": "/-/healthz", "fastapi": "/openapi.json"}
 """FastAPI has no such path: the cheapest that it answers by itself."""
 
 

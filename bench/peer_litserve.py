@@ -1,4 +1,4 @@
-"""LitServe's server for ``peers.py``, a file of its own because its workers import it.
+"""LitServe's server for ``peers.py`` and ``elastic_curve.py``, a file of its own because its workers import it.
 
     python -m bench.peer_litserve --port P [--artifact ART]
 
@@ -11,11 +11,11 @@ import litserve as ls
 import numpy as np
 from fastapi import Request
 
-from bench.peer_servers import BATCH, WAIT_S, Model, from_body, parser_of
+from bench.peer_servers import BATCH, WAIT_S, Model, parser_of
 
 
 class Api(ls.LitAPI):  # type: ignore[misc]
-    """ResNet-50 with LitServe's batching."""
+    """The model with LitServe's batching."""
 
     artifact: str | None = None
 
@@ -23,7 +23,7 @@ class Api(ls.LitAPI):  # type: ignore[misc]
         self.model = Model(self.artifact)
 
     def decode_request(self, request: Request) -> np.ndarray:
-        return from_body(base64.b64decode(request["tensor"]))  # by now it is what its JSON says
+        return self.model.row(base64.b64decode(request["tensor"]))  # by now it is what its JSON says
 
     def batch(self, inputs: list[np.ndarray]) -> np.ndarray:
         return np.stack(inputs)

@@ -9,6 +9,7 @@ does LitServe (``peer_litserve.py``).
 import argparse
 import os
 import threading
+from pathlib import Path
 
 import numpy as np
 
@@ -19,13 +20,16 @@ SHAPE = (3, 224, 224)
 
 
 class Model:
-    """ResNet-50 on rows of float32: (n, 3, 224, 224) to (n, 1000)."""
+    """ResNet-50, or an artifact whose one input is float32 of a fixed shape."""
 
     def __init__(self, artifact: str | None) -> None:
+        self._shape: tuple[int, ...] = SHAPE
         if artifact:
             import corewise
+            from corewise.artifact import read
 
             loaded = corewise.load(artifact)
+            self._shape = read(Path(artifact)).manifest.inputs[0].shape[1:]
             self._run = lambda x: np.asarray(loaded(x))
         else:
             import torch
@@ -38,16 +42,15 @@ class Model:
                 return answer
 
             self._run = eager
-        self.run(np.zeros((1, *SHAPE), np.float32))
+        self.run(np.zeros((1, *self._shape), np.float32))
 
     def run(self, x: np.ndarray) -> np.ndarray:
         """One batch."""
         return self._run(x)
 
-
-def from_body(body: bytes) -> np.ndarray:
-    """One row."""
-    return np.frombuffer(body, np.float32).reshape(SHAPE)
+    def row(self, body: bytes) -> np.ndarray:
+        """What a request holds."""
+        return np.frombuffer(body, np.float32).reshape(self._shape)
 
 
 def fastapi(port: int, artifact: str | None) -> None:
@@ -64,7 +67,7 @@ def fastapi(port: int, artifact: str | None) -> None:
 
     @app.post("/predict")
     async def predict(request: Request) -> Response:
-        return Response((await run_in_threadpool(run, from_body(await request.body()))).tobytes())
+        return Response((await run_in_threadpool(run, model.row(await request.body()))).tobytes())
 
     uvicorn.run(app, port=port, log_level="warning", access_log=False)
 
@@ -93,7 +96,7 @@ def ray(port: int, artifact: str | None) -> None:
             return list(self.model.run(np.stack(rows)))
 
         async def __call__(self, request: Request) -> Response:
-            answer = await self.many(from_body(await request.body()))
+            answer = await self.many(self.model.row(await request.body()))
             return Response(answer.tobytes())
 
     runtime.init(num_cpus=threads + 2, include_dashboard=False, log_to_driver=False, logging_level="error")

@@ -18,6 +18,7 @@ import signal
 import socket
 import subprocess
 import sys
+import sysconfig
 import time
 from collections.abc import Callable
 from contextlib import closing, suppress
@@ -51,14 +52,15 @@ SERVERS = (
 class Peer:
     """One of the servers, in processes of its own."""
 
-    def __init__(self, package: str | None, folder: Path | None) -> None:
+    def __init__(self, package: str | None, folder: Path | None, python: str = sys.executable) -> None:
+        """``python`` runs peers that are installed elsewhere (``python_with``)."""
         self.port = free_port()
         if package is None:
             assert folder is not None
             command = serve_command(folder, self.port)
         else:
             module = ["bench.peer_litserve"] if package == "litserve" else ["bench.peer_servers", package]
-            command = [sys.executable, "-m", *module, "--port", str(self.port)]
+            command = [python, "-m", *module, "--port", str(self.port)]
             command += [] if folder is None else ["--artifact", str(folder)]
         # Ray's workers and LitServe's import this package by it.
         paths = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
@@ -145,6 +147,31 @@ def measure(
     finally:
         server.stop()
     return {"ready_s": ready_s, "closed_loop": capacity.facts(), "held_per_s": rate_per_s, "loads": loads}
+
+
+def python_with(package: str, place: Path) -> str:
+    """The Python of an environment in ``place`` that has a package and all that this one has; made if it is not there.
+
+    Raises ``RuntimeError`` if the package does not install.
+    """
+    python, whole = place / "bin" / "python", place / ".complete"
+    if not whole.exists():
+        say(f"making the environment {place} for {package}")
+        subprocess.run([sys.executable, "-m", "venv", "--clear", "--without-pip", str(place)], check=True)
+        (site,) = place.glob("lib/python*/site-packages")
+        (site / "here.pth").write_text(f"import site; site.addsitedir({sysconfig.get_path('purelib')!r})\n")
+        install = [sys.executable, "-m", "uv", "pip", "install", "--quiet", "--python", str(python), package]
+        ended = subprocess.run(install, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        if ended.returncode:
+            raise RuntimeError(f"{package} does not install: {ended.stdout.strip().splitlines()[-1]}")
+        whole.touch()
+    return str(python)
+
+
+def version_in(place: Path, package: str) -> str:
+    """The version of a package in such an environment."""
+    code = f"from importlib.metadata import version; print(version({package!r}))"
+    return subprocess.check_output([str(place / "bin" / "python"), "-c", code], text=True).strip()
 
 
 def free_port() -> int:

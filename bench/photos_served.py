@@ -23,7 +23,7 @@ from bench.cgroups import MemoryCgroup
 from bench.harness import add_results, say
 from bench.overload import probed
 from bench.photos import MODELS, SIZES, asked_photos, listed, preprocess_of, run
-from bench.prober import HEALTH
+from bench.prober import HEALTH, get
 from bench.servers import Server
 from bench.wire import MODEL, Load, Wire, post
 from corewise.common.stats import quantile
@@ -48,7 +48,7 @@ def wired(server: Server, files: Sequence[Path], classes: Sequence[int]) -> Wire
 def under_load(server: Server, wire: Wire, clients: int, seconds: float) -> dict[str, Any]:
     """A closed loop in parts, the server's health meanwhile, and its memory after each part."""
     wire.closed(clients, WARM_S)
-    prober, loads, memory = probed(server.port, HEALTH, seconds), [], [server.memory_bytes()]
+    prober, loads, memory = probed(server.port, HEALTH, get(HEALTH), seconds), [], [server.memory_bytes()]
     for _ in range(PARTS):
         loads.append(wire.closed(clients, seconds / PARTS))
         memory.append(server.memory_bytes())

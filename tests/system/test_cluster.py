@@ -3,32 +3,27 @@
 import json
 import os
 import re
-import secrets
 import signal
 import subprocess
 import sys
-import time
-from collections.abc import Callable, Iterator
-from contextlib import suppress
+from collections.abc import Iterator
+from importlib.util import find_spec
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import pyarrow.dataset
 import pytest
 from command_line import command
+from ray_tools import TOKENS, Cluster, started_ray
 from serving_tools import write_bulk_job
-from waiting import eventually, free_port
+from waiting import eventually
 
 import corewise
-from bench.servers import descendants
-
-pytest.importorskip("ray")
 
 ROWS = 12_000
 RAY = Path(sys.executable).with_name("ray")
-TOKENS = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32), "RAY_USAGE_STATS_ENABLED": "0"}
-pytestmark = pytest.mark.alone
+
+pytestmark = pytest.mark.skipif(find_spec("ray") is None, reason="Ray is not installed")
 
 
 @pytest.fixture(scope="module")
@@ -47,44 +42,11 @@ def alone(folder: Path) -> np.ndarray:
     return made
 
 
-class Cluster(NamedTuple):
-    """The head's process, which brings all others, and its address."""
-
-    pid: int
-    address: str
-
-    def kill_actors(self) -> None:
-        """Kill the processes that answer."""
-        for pid in descendants(self.pid):
-            with suppress(OSError):  # it has ended
-                if Path(f"/proc/{pid}/cmdline").read_bytes().startswith(b"ray::Answerer"):
-                    os.kill(pid, signal.SIGKILL)
-
-
 @pytest.fixture(scope="module")
-def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
-    """A Ray that wants a token."""
-    port = free_port()
-    options = ["--num-cpus=2", "--include-dashboard=false", f"--object-store-memory={2**27}", "--disable-usage-stats"]
-    log = (tmp_path_factory.mktemp("ray") / "log").open("w+")
-    head = subprocess.Popen(
-        [RAY, "start", "--head", "--block", "--node-ip-address=127.0.0.1", f"--port={port}", *options],
-        env={**os.environ, **TOKENS},
-        stdout=log,
-        stderr=subprocess.STDOUT,
-    )
-    until = time.monotonic() + 120
-    while "Ray runtime started" not in (text := Path(log.name).read_text()) and time.monotonic() < until:
-        assert head.poll() is None, text
-        time.sleep(0.05)
-    family = descendants(head.pid)
-    yield Cluster(head.pid, f"127.0.0.1:{port}")
-    head.terminate()
-    head.wait(60)
-    log.close()
-    for pid in family:
-        with suppress(ProcessLookupError):
-            os.kill(pid, signal.SIGKILL)
+def cluster() -> Iterator[Cluster]:
+    """A Ray of two CPUs that wants a token."""
+    with started_ray(2) as cluster:
+        yield cluster
 
 
 def start(folder: Path, cluster: Cluster, output: str, *more: str) -> subprocess.Popen[str]:
@@ -94,12 +56,8 @@ def start(folder: Path, cluster: Cluster, output: str, *more: str) -> subprocess
     )
 
 
-def strike(job: subprocess.Popen[str], output: Path, kill: Callable[[], None]) -> None:
-    """Kill something when the first part of a job is done."""
-    until = time.monotonic() + 120
-    while not list(output.glob("_part-*.done")) and job.poll() is None and time.monotonic() < until:
-        time.sleep(0.01)
-    kill()
+def parts_done(output: Path) -> int:
+    return len(list(output.glob("_part-*.done")))
 
 
 def check_rows(output: Path, alone: np.ndarray) -> None:
@@ -113,27 +71,28 @@ def check_rows(output: Path, alone: np.ndarray) -> None:
     assert not list(output.glob("_new-*"))
 
 
-def test_an_actor_that_is_killed_loses_no_row(folder: Path, alone: np.ndarray, cluster: Cluster) -> None:
-    job = start(folder, cluster, "actors", "--retune", "0")
-
-    strike(job, folder / "actors", cluster.kill_actors)
-    said, wrong = job.communicate(timeout=240)
-    assert job.returncode == 0, wrong
-    assert f"{ROWS:,} rows to " in said
-    assert "1 set aside" in said
-    assert re.search(r"node .*: [\d,]+ rows under 1 thread x 1, batch 4 \(", said)
-    check_rows(folder / "actors", alone)
-
-
-def test_a_driver_that_is_killed_is_resumed(folder: Path, alone: np.ndarray, cluster: Cluster) -> None:
-    first = start(folder, cluster, "drivers", "--retune", "0")
-    strike(first, folder / "drivers", first.kill)
+def test_a_driver_and_then_an_actor_that_are_killed_lose_no_row(
+    folder: Path, alone: np.ndarray, cluster: Cluster
+) -> None:
+    output = folder / "out"
+    first = start(folder, cluster, "out", "--retune", "0")
+    assert eventually(lambda: parts_done(output) or first.poll() is not None, 240)
+    first.kill()
     first.communicate(timeout=240)
-    second = start(folder, cluster, "drivers", "--retune", "0")
+    assert first.returncode == -signal.SIGKILL, "it was not done yet"
+    assert eventually(lambda: not cluster.processes("ray::Answerer"), 240), "its actor ends with it"
+
+    before = parts_done(output)
+    second = start(folder, cluster, "out", "--retune", "0")
+    assert eventually(lambda: parts_done(output) > before or second.poll() is not None, 240)
+    for pid in cluster.processes("ray::Answerer"):
+        os.kill(pid, signal.SIGKILL)
     said, wrong = second.communicate(timeout=240)
     assert second.returncode == 0, wrong
-    assert "were done before" in said
-    check_rows(folder / "drivers", alone)
+    assert f"{ROWS:,} rows to " in said
+    assert re.search(r"[\d,]+ were done before; 1 set aside", said)
+    assert re.search(r"node .*: [\d,]+ rows under 1 thread x 1, batch 4 \(.*, then it was lost\n", said)
+    check_rows(output, alone)
 
 
 def test_a_cluster_is_not_used_without_its_token(folder: Path, cluster: Cluster) -> None:

@@ -2,8 +2,6 @@
 
 import json
 import shutil
-import subprocess
-import sys
 from dataclasses import replace
 
 import numpy as np
@@ -145,70 +143,71 @@ def test_what_is_no_load_is_said_by_the_child(child):
 # --- the command line ---------------------------------------------------------------------------------------------
 
 
-def corewise(*arguments):
-    command = [sys.executable, "-m", "corewise.cli", "loadtest", *arguments]
-    return subprocess.run(command, capture_output=True, text=True, timeout=300)
-
-
 x86 = pytest.mark.skipif(CPU.architecture != "x86_64", reason="the golden artifacts are for x86-64")
+MOST = most_threads(CPU)
 
 
-@pytest.fixture
-def tuned_here(tmp_path):
+def tuned_here(folder, calls_ms=()):
     """A copy of the golden artifact, tuned on this machine with calls that take so long: batch to milliseconds."""
-    folder, plan = tmp_path / "golden.cw", Plan(threads_per_instance=1, batch=16)
-
-    def copy(calls_ms=()):
-        measured = tuple(
-            Measurement(
-                plan=replace(plan, batch=batch),
-                latencies_ms=(ms,),
-                throughput_per_s=1e3 * batch / ms,
-                p50_ms=ms,
-                p99_ms=ms,
-                spread=0.0,
-            )
-            for batch, ms in calls_ms
+    plan = Plan(threads_per_instance=1, batch=16)
+    measured = tuple(
+        Measurement(
+            plan=replace(plan, batch=batch),
+            latencies_ms=(ms,),
+            throughput_per_s=1e3 * batch / ms,
+            p50_ms=ms,
+            p99_ms=ms,
+            spread=0.0,
         )
-        shutil.copytree(ARTIFACT, folder)
-        made = Tuned(machine=Machine.of(CPU), created="2026-01-01", goal="slo", plan=plan, measurements=measured)
-        tuned.write(folder, made)
-        return str(folder)
+        for batch, ms in calls_ms
+    )
+    shutil.copytree(ARTIFACT, folder)
+    made = Tuned(machine=Machine.of(CPU), created="2026-01-01", goal="slo", plan=plan, measurements=measured)
+    tuned.write(folder, made)
+    return str(folder)
 
-    return copy
 
-
-@pytest.fixture
-def here(tuned_here):
-    return tuned_here(((1, 2.0), (16, 4.0)))
+@pytest.fixture(scope="module")
+def loads(tmp_path_factory):
+    """What each command prints, all of them in one process: (exit code, output, errors)."""
+    folder = tmp_path_factory.mktemp("loads")
+    here, bare = tuned_here(folder / "golden.cw", ((1, 2.0), (16, 4.0))), tuned_here(folder / "bare.cw")
+    commands = {
+        "met": ("loadtest", here, "--rate", "50", "--duration", "1", "--slo-ms", "5000"),
+        "old": ("load", here, "--rate", "50", "--duration-s", "1"),
+        "json": ("loadtest", here, "--clients", "3", "--duration", "1", "--json"),
+        "too urgent": ("loadtest", here, "--rate", "50", "--duration", "1", "--slo-ms", "1"),
+        "bare": ("loadtest", bare, "--rate", "5", "--duration", "1"),
+        "threads": ("loadtest", here, "--clients", "2", "--duration", "1", "--threads", 2 * MOST, "--batch", "4"),
+    }
+    return {"folder": bare, **dict(zip(commands, several(commands.values()), strict=True))}
 
 
 @x86
-def test_load_tells_what_became_of_the_requests(here):
-    found = corewise(here, "--rate", "50", "--duration", "1", "--slo-ms", "5000")
-    assert (found.returncode, found.stderr) == (0, "")
-    assert "50 requests/s, arriving at random" in found.stdout
-    assert "0 refused, 0 failed" in found.stdout
-    assert "the SLO of 5,000 ms (p99) was met: the p99 was" in found.stdout
+def test_load_tells_what_became_of_the_requests(loads):
+    code, output, errors = loads["met"]
+    assert (code, errors) == (0, "")
+    assert "50 requests/s, arriving at random" in output
+    assert "0 refused, 0 failed" in output
+    assert "the SLO of 5,000 ms (p99) was met: the p99 was" in output
 
 
 @x86
-def test_the_old_names_work_with_a_warning(here):
-    command = [sys.executable, "-m", "corewise.cli", "load", here, "--rate", "50", "--duration-s", "1"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0
-    assert "50 requests/s, arriving at random" in done.stdout
-    assert [line.split(";")[0] for line in done.stderr.splitlines()] == [
+def test_the_old_names_work_with_a_warning(loads):
+    code, output, errors = loads["old"]
+    assert code == 0
+    assert "50 requests/s, arriving at random" in output
+    assert [line.split(";")[0] for line in errors.splitlines()] == [
         "corewise: warning: the command load will be removed in the next version",
         "corewise: warning: the option --duration-s will be removed in the next version",
     ]
 
 
 @x86
-def test_load_as_json(here):
-    found = corewise(here, "--clients", "3", "--duration", "1", "--json")
-    assert (found.returncode, found.stderr) == (0, "")
-    data = json.loads(found.stdout)
+def test_load_as_json(loads):
+    code, output, errors = loads["json"]
+    assert (code, errors) == (0, "")
+    data = json.loads(output)
     run = from_json(LoadRun, data["run"])
     assert (run.clients, run.plan.batch) == (3, 16)
     assert run.answered == run.offered > 3
@@ -217,11 +216,28 @@ def test_load_as_json(here):
 
 
 @x86
-def test_an_slo_that_one_call_misses_is_a_result_in_words(here):
-    found = corewise(here, "--rate", "50", "--duration", "1", "--slo-ms", "1")
-    assert (found.returncode, found.stderr) == (0, "")
-    assert "0 answered" in found.stdout
-    assert "cannot be met: one call alone takes 2.00 ms, so every request was refused" in found.stdout
+def test_an_slo_that_one_call_misses_is_a_result_in_words(loads):
+    code, output, errors = loads["too urgent"]
+    assert (code, errors) == (0, "")
+    assert "0 answered" in output
+    assert "cannot be met: one call alone takes 2.00 ms, so every request was refused" in output
+
+
+@x86
+def test_a_plan_that_was_not_measured_is_loaded_by_estimates(loads):
+    code, output, errors = loads["bare"]
+    assert (code, errors) == (0, "")
+    assert f"note: {loads['folder']} has no measurement with 1 thread x 1, batch 16" in output
+    assert "until then latencies are estimated" in output
+
+
+@x86
+def test_a_plan_of_the_users_own_runs_with_a_warning_where_threads_are_too_many(loads):
+    code, output, errors = loads["threads"]
+    assert (code, errors) == (0, "")
+    assert f"on {2 * MOST} threads x 1, batch 4" in output
+    assert f"as requested: {2 * MOST} threads take turns because only {MOST} can compute at once" in output
+    assert "0 refused, 0 failed" in output
 
 
 REFUSED = (
@@ -248,22 +264,3 @@ def test_bad_input_is_one_line():
         assert errors.startswith("corewise: ")
         assert errors.count("\n") == 1
         assert told in errors
-
-
-@x86
-def test_a_plan_that_was_not_measured_is_loaded_by_estimates(tuned_here):
-    folder = tuned_here()
-    found = corewise(folder, "--rate", "5", "--duration", "1")
-    assert (found.returncode, found.stderr) == (0, "")
-    assert "note: " + folder + " has no measurement with 1 thread x 1, batch 16" in found.stdout
-    assert "until then latencies are estimated" in found.stdout
-
-
-@x86
-def test_a_plan_of_the_users_own_runs_with_a_warning_where_threads_are_too_many(here):
-    most = most_threads(CPU)
-    found = corewise(here, "--clients", "2", "--duration", "1", "--threads", str(2 * most), "--batch", "4")
-    assert (found.returncode, found.stderr) == (0, "")
-    assert f"on {2 * most} threads x 1, batch 4" in found.stdout
-    assert f"as requested: {2 * most} threads take turns because only {most} can compute at once" in found.stdout
-    assert "0 refused, 0 failed" in found.stdout

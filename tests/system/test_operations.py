@@ -26,6 +26,7 @@ from corewise import artifact
 from corewise.common.errors import InputError
 from corewise.machine.inspect import inspect_cpu
 from corewise.records.build import Plan
+from corewise.serving import oip
 
 pytest.importorskip("openvino")
 pytestmark = pytest.mark.skipif(inspect_cpu().architecture != "x86_64", reason="the golden artifacts are for x86-64")
@@ -129,15 +130,16 @@ def toy(rows, name="input"):
     return {"name": name, "datatype": "FP32", "shape": list(rows.shape)}
 
 
-def with_nan():
+def with_value(value):
+    """A request whose second row has this value."""
     rows = ROWS[:2].copy()
-    rows[1, 0, 0, 0] = np.nan
+    rows[1, 0, 0, 0] = value
     head = json.dumps({"inputs": [{**toy(rows), "parameters": {"binary_data_size": rows.nbytes}}]}).encode()
     return head + rows.tobytes(), {"inference-header-content-length": str(len(head))}
 
 
 def test_json_answers_hold_null_where_a_number_is_none(server):
-    body, headers = with_nan()
+    body, headers = with_value(np.nan)
     found = server.post("/v2/models/toy/infer", content=body, headers=headers)
     assert found.status_code == 200
     assert "NaN" not in found.text
@@ -155,11 +157,12 @@ def test_json_answers_hold_null_where_a_number_is_none(server):
             assert np.isnan(scores[1].astype(np.float32)).all()
 
 
-def test_nan_is_refused_where_the_operator_wants_that(strict):
-    body, headers = with_nan()
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+def test_what_is_not_finite_is_refused_where_the_operator_wants_that(strict, value):
+    body, headers = with_value(value)
     found = strict.post("/v2/models/toy/infer", content=body, headers={**headers, "authorization": "Bearer secret"})
     assert found.status_code == 400
-    assert "input 'input' has the value nan in row 1; give finite numbers" in found.json()["error"]
+    assert f"input 'input' has the value {value} in row 1; give finite numbers" in found.json()["error"]
 
 
 # --- Triton's extensions --------------------------------------------------------------------------------------------
@@ -172,9 +175,15 @@ def test_the_configuration_is_tritons_on_both_protocols(server):
     assert config["input"] == [{"name": "tokens", "data_type": "TYPE_INT64", "dims": [-1]}]
     assert config["output"] == [{"name": "scores", "data_type": "TYPE_FP32", "dims": [8]}]
     assert config["instance_group"][0]["kind"] == "KIND_CPU"
+    assert config["dynamic_batching"] == {
+        "preferred_batch_size": [4],
+        "priority_levels": 100,
+        "default_priority_level": 50,
+    }
     with triton_grpc.InferenceServerClient(server.grpc) as client:
         assert client.get_model_config("tokens", as_json=True)["config"]["input"][0]["dims"] == ["-1"]
         assert client.get_model_config("toy", "2").config.output[0].data_type == 11
+        assert client.get_model_config("toy").config.dynamic_batching.priority_levels == 100
         with pytest.raises(triton_grpc.InferenceServerException, match="NOT_FOUND"):
             client.get_model_config("none")
 
@@ -263,6 +272,17 @@ def test_pages_cannot_use_the_admin_port(server):
     for origin in ("https://example.org", "null", server.admin):
         refused = httpx.post(f"{server.admin}/v2/repository/models/toy/unload", headers={"origin": origin})
         assert refused.status_code == 403
+    assert server.get("/v2/models/toy/ready").json()["ready"] is True
+
+
+def test_the_admin_port_has_nothing_else_and_reaches_no_other_folder(server):
+    for method, path in (
+        ("GET", "/metrics"),
+        ("GET", "/v2/models/toy"),
+        ("POST", "/v2/models/toy/infer"),
+        ("POST", "/v2/repository/models/..%2F..%2Fetc/load"),
+    ):
+        assert httpx.request(method, server.admin + path).status_code == 404, path
     assert server.get("/v2/models/toy/ready").json()["ready"] is True
 
 
@@ -358,6 +378,24 @@ def test_both_versions_of_reflection_are_there_for_those_who_have_the_token(stri
             assert SERVICE.encode() in answer
 
 
+BROKEN = b"\x0a\xff\xff\xff\xff\xff\x01 nothing"
+
+
+@pytest.mark.parametrize("name", [*oip.METHODS, *oip.EXTENSIONS])
+def test_the_token_is_looked_at_before_the_message_of_each_call_but_those_of_health(strict, name):
+    logged = len(strict.logged)
+    with grpc.insecure_channel(strict.grpc, [("grpc.max_send_message_length", -1)]) as channel:
+        for body in (b"", BROKEN, bytes(2**20)):
+            call = channel.unary_unary(f"/{SERVICE}/{name}").future(body, timeout=60)
+            assert (call.code() == grpc.StatusCode.OK) == (name in ("ServerLive", "ServerReady"))
+            assert call.code() in (grpc.StatusCode.OK, grpc.StatusCode.UNAUTHENTICATED)
+        right = channel.unary_unary(f"/{SERVICE}/{name}").future(
+            b"", timeout=60, metadata=(("authorization", "Bearer secret"),)
+        )
+        assert right.code() != grpc.StatusCode.UNAUTHENTICATED
+    assert not any("Traceback" in line for line in strict.logged[logged:])
+
+
 # --- what is seen of it ---------------------------------------------------------------------------------------------
 
 
@@ -421,6 +459,8 @@ def test_the_page_knows_what_was_before_it(server, tmp_path):
     ).stdout
     # Axes with their units, and lines that were drawn from the server's history.
     for words in ("Requests/s", "Latency, ms", "now</text>", "min ago</text>", "openvino fp32", 'class="line one"'):
+        assert words in page
+    for words in ('class="pill good"', "tokens", "toy", "fake fp32", "answered"):
         assert words in page
     assert "Requests/s over the last 300 s" in page
     assert not re.search(r"""(src|href|url)\s*[=(]\s*["']?(https?:)?//""", page)

@@ -29,6 +29,7 @@ from corewise._version import __version__
 from corewise.cluster import messages
 from corewise.cluster.actor import Answerer
 from corewise.common import stats
+from corewise.common.errors import SamplesError
 from corewise.common.nested import flatten
 from corewise.engines import engine
 from corewise.engines.openvino import OpenVino
@@ -177,6 +178,9 @@ def test_the_search_takes_scaled_decoding_where_the_answers_hold(
     assert result.model.predict(photos / "04.jpg").label == "red"
     saved = result.save(tmp_path / "shades.cw")
     assert saved.manifest.photos is not None
+    with pytest.raises(SamplesError, match="the list of class names has 2 class names, but the model has 3 classes"):
+        result.save(tmp_path / "two.cw", labels=NAMES[:2])
+    assert not (tmp_path / "two.cw").exists()
     assert "decoding takes" in said(next(note for note in saved.report.notes if note.kind == ReasonKind.FROM_FILES))
     with corewise.load(saved.folder, photos=True) as model:
         assert model.predict(photos / "04.jpg").label == "red"
@@ -247,7 +251,7 @@ def test_an_image_that_cannot_be_read_is_named_or_set_aside(fast: corewise.Model
         fast.predict(good, score_threshold=0.5)
     answers = list(fast.images.answers(items))
     assert [getattr(answer, "reason", "")[:16] for answer in answers] == [
-        "", "is empty", "", "is cut off", "is a int, not a ", "cannot be opened", ""
+        "", "is empty", "", "is cut off", "is an int, not a", "cannot be opened", ""
     ]  # fmt: skip
     assert answers[0] == answers[2] == answers[6]
 
@@ -281,6 +285,7 @@ def test_a_node_of_a_cluster_runs_photos_under_their_own_plan(tmp_path: Path) ->
         prompt=None,
         ask=ImageAsk(),
         preprocess=None,
+        seen=(),
     )
     for given, plan in ((task, photos.plan), (replace(task, ask=None), corewise_artifact.read(folder).manifest.plan)):
         prepared = messages.answer(

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from command_line import command
+from command_line import command, several
 from serving_tools import write_bulk_job
 from waiting import eventually
 
@@ -73,20 +73,14 @@ def test_a_job_that_is_killed_loses_no_row_and_does_none_twice(folder: Path) -> 
 
 def test_what_is_wrong_is_one_line(folder: Path) -> None:
     (folder / "table.csv").write_text("body\nw1\n")
+    column = ("table.csv", "--text", "bodi", "-o", "a.jsonl")
     cases = {
-        (
-            "words.cw",
-            "table.csv",
-            "--text",
-            "bodi",
-            "-o",
-            "a.jsonl",
-        ): "has no column 'bodi'; it has body; did you mean 'body'?",
-        ("words.cw", "none.csv", "-o", "a.jsonl"): "there is no file none.csv; check the path",
-        ("words.cw", "table.csv", "--prompt", "query", "-o", "b.jsonl"): "the model has no prompt 'query'",
+        column: "has no column 'bodi'; it has body; did you mean 'body'?",
+        ("none.csv", "-o", "a.jsonl"): "there is no file none.csv; check the path",
+        ("table.csv", "--prompt", "query", "-o", "b.jsonl"): "the model has no prompt 'query'",
     }
-    for args, what in cases.items():
-        done = run(folder, *args)
-        assert done.returncode == 2
-        (line,) = done.stderr.splitlines()
+    found = several([("predict", "words.cw", *args) for args in cases], folder)
+    for what, (code, _, errors) in zip(cases.values(), found, strict=True):
+        assert code == 2
+        (line,) = errors.splitlines()
         assert what in line

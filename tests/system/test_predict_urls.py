@@ -134,10 +134,12 @@ def test_a_job_that_was_interrupted_is_resumed_in_the_bucket(folder: Path) -> No
     with pytest.raises(KeyboardInterrupt):
         corewise.predict(folder / "words.cw", f"{BUCKET}/in/*.txt", output, on_progress=stop)
     first = store().get_file_info("bucket/out a%20/part-000000.parquet").mtime
+    put(folder / "texts.txt", "out a%20/_part-000001.failed")  # as an attempt that was killed leaves it
     result = corewise.predict(folder / "words.cw", f"{BUCKET}/in/*.txt", output)
     assert (result.output, result.rows, result.resumed, result.failed) == (output, ROWS, 1024, 1)
     assert store().get_file_info("bucket/out a%20/part-000000.parquet").mtime == first
     assert json.loads(read(f"{output}/_result.json"))["rows"] == ROWS
+    assert not store().get_file_info("bucket/out a%20/_part-000001.failed").is_file
     table = parquet.read_table("bucket/out a%20", filesystem=store())
     rows = table.column("row").to_numpy()
     assert sorted(rows) == [row for row in range(ROWS) if row != 7]

@@ -9,6 +9,8 @@ import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
+from dataclasses import replace
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -18,18 +20,21 @@ import numpy as np
 import pytest
 from command_line import command
 from ray_tools import TOKENS, Cluster, started_ray
-from serving_tools import image_artifact, serving, token_artifact
+from serving_tools import fake_measurement, image_artifact, serving, token_artifact
 from waiting import eventually, free_port
 
 from corewise.artifact import tuned
+from corewise.machine.inspect import inspect_cpu
+from corewise.machine.layouts import packed
+from corewise.records.build import Plan
+from corewise.records.tuned import Machine, Tuned
 from corewise.serving import oip
-
-pytest.importorskip("ray")
 
 HTTP, GRPC = free_port(), free_port()
 URL = f"http://127.0.0.1:{HTTP}"
 CLIENTS = 4
-pytestmark = pytest.mark.alone
+
+pytestmark = pytest.mark.skipif(find_spec("ray") is None, reason="Ray is not installed")
 
 
 @pytest.fixture(scope="module")
@@ -50,10 +55,12 @@ def cluster() -> Iterator[Cluster]:
 
 
 @contextmanager
-def deployed(folder: Path, cluster: Cluster, *artifacts: str, replicas: int = 1) -> Iterator["subprocess.Popen[str]"]:
-    """``corewise serve --ray`` in a process of its own, whose replicas all run."""
+def deployed(
+    folder: Path, cluster: Cluster, *artifacts: str, replicas: int = 1, cpus: int = 1, said: list[str] | None = None
+) -> Iterator["subprocess.Popen[str]"]:
+    """``corewise serve --ray`` in a process of its own, whose replicas all run; ``said`` gets its lines."""
     options = ["--ray", cluster.address, "--http", f"127.0.0.1:{HTTP}", "--grpc", f"0.0.0.0:{GRPC}"]
-    options += ["--replicas", replicas, "--cpus", 1, "--retune", 0, "--drain", "10s"]
+    options += ["--replicas", replicas, "--cpus", cpus, "--retune", 0, "--drain", "10s"]
     process = subprocess.Popen(
         command("serve", *artifacts, *options, quick=False),
         cwd=folder,
@@ -61,7 +68,7 @@ def deployed(folder: Path, cluster: Cluster, *artifacts: str, replicas: int = 1)
         stdout=subprocess.PIPE,
         text=True,
     )
-    said: list[str] = []
+    said = [] if said is None else said
     try:
         assert process.stdout is not None
         while sum(line.startswith("ready: ") for line in said) < replicas * len(artifacts):
@@ -152,7 +159,8 @@ def check_answers(folder: Path, cluster: Cluster) -> None:
     with deployed(folder, cluster, "words.cw", "photos.cw") as process, httpx.Client(timeout=60) as client:
         for (name, method, path, more), there in zip(requests, expected, strict=True):
             got = client.request(method, f"{URL}/{name}{path}", **more)
-            assert (got.status_code, got.content) == (there.status_code, there.content), path
+            content = there.content.replace(b"photos, words", b"words")  # a replica has one model
+            assert (got.status_code, got.content) == (there.status_code, content), path
             assert got.headers.get("content-type") == there.headers.get("content-type")
             assert len(got.headers.get_list("x-request-id")) == 1
         assert "corewise_queue_seconds_count" in client.get(f"{URL}/words/metrics").text
@@ -290,6 +298,35 @@ def test_a_replica_that_is_killed_takes_only_its_own_requests_and_an_update_lose
         assert not lost
         assert first.stdout is not None
         assert "replaced: words was deployed again" in first.stdout.read()
+
+
+@pytest.mark.slow
+def test_each_replica_runs_the_plan_of_its_kind_of_machine(tmp_path: Path) -> None:
+    """A node of two hardware threads, and one of a single one, that both have two CPUs for Ray."""
+    cpu = inspect_cpu()
+    if len(cpu.affinity) < 2:
+        pytest.skip("there is one core")
+    token_artifact(tmp_path / "words.cw")
+    kinds = {
+        Machine.of(replace(cpu, affinity=packed(cpu, 2))): Plan(threads_per_instance=1, instances=2, batch=3),
+        Machine.of(replace(cpu, affinity=cpu.affinity[:1])): Plan(threads_per_instance=1, instances=1, batch=5),
+    }
+    for machine, plan in kinds.items():
+        measured = tuple(fake_measurement(replace(plan, batch=batch), 1.0, 0.0) for batch in (1, plan.batch))
+        entry = Tuned(machine=machine, created="2026-01-01", goal="throughput", plan=plan, measurements=measured)
+        tuned.write(tmp_path / "words.cw", entry)
+    said: list[str] = []
+    with (
+        started_ray(2) as cluster,
+        cluster.joined(2, cpu.affinity[0]),
+        deployed(tmp_path, cluster, "words.cw", replicas=2, cpus=2, said=said),
+        httpx.Client(timeout=60) as client,
+    ):
+        answers = {client.post(f"{URL}/v2/models/words/infer", json=body(1, 2, 3)).content for _ in range(40)}
+    ready = sorted(line.split(", ")[2:-1] for line in said if line.startswith("ready: "))
+    expected = sorted(f"{plan.label} ({machine.label})".split(", ") for machine, plan in kinds.items())
+    assert ready == expected
+    assert len(answers) == 1
 
 
 TUNE = """

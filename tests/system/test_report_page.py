@@ -23,9 +23,10 @@ CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", 
 
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="there is no Chromium: apt-get install chromium")
 
-# A page of the same origin looks at ours in a frame of the wanted width, for Chromium has no window narrower than 500.
+# A page of the same origin looks at ours in frames of the wanted widths, for Chromium has no window narrower than 500.
+FRAME = """<iframe src="NAME.html" style="border:0;width:WIDTHpx;height:900px"></iframe>"""
 LOOK = """<!doctype html><body style="margin:0">
-<iframe src="report.html" style="border:0;width:WIDTHpx;height:900px"></iframe>
+FRAMES
 <script>
 function color(text) { return text.match(/[\\d.]+/g).map(Number) }
 function luminance(rgb) {
@@ -38,8 +39,8 @@ function behind(element, view) {
     if (found.length === 3 || found[3] === 1) return found.slice(0, 3)
   }
 }
-onload = () => {
-  const frame = document.querySelector("iframe"), page = frame.contentDocument, view = frame.contentWindow
+function look(frame) {
+  const page = frame.contentDocument, view = frame.contentWindow
   page.querySelectorAll("details").forEach(one => one.open = true)
   const written = [...page.body.querySelectorAll("*")].filter(e =>
     [...e.childNodes].some(n => n.nodeType === 3 && n.data.trim()) && e.getClientRects().length
@@ -49,7 +50,7 @@ onload = () => {
     const pair = [luminance(color(e.tagName === "text" ? style.fill : style.color)), luminance(behind(e, view))]
     return [(Math.max(...pair) + 0.05) / (Math.min(...pair) + 0.05), e.outerHTML.slice(0, 80)]
   })
-  const result = {
+  return {
     width: view.innerWidth,
     scrolled: page.documentElement.scrollWidth,
     outside: [...page.querySelectorAll("body *")].filter(e => e.getBoundingClientRect().right > view.innerWidth + 1)
@@ -60,7 +61,10 @@ onload = () => {
     smallest: Math.min(...[...page.querySelectorAll("text")].map(e =>
       parseFloat(view.getComputedStyle(e).fontSize) * e.getScreenCTM().a)),
   }
-  document.body.textContent = "FOUND" + JSON.stringify(result) + "END"
+}
+onload = () => {
+  const results = [...document.querySelectorAll("iframe")].map(look)
+  document.body.textContent = "FOUND" + JSON.stringify(results) + "END"
 }
 </script>
 """
@@ -80,43 +84,43 @@ NAMED_AT_LENGTH = replace(
 )
 
 
-@pytest.fixture
-def site(tmp_path):
-    """A folder, the address at which it is served, and what was asked for there."""
-    asked = []
+REPORTS = {"golden": REPORT, "long-names": NAMED_AT_LENGTH}
+SEEN = [(name, width) for name in REPORTS for width in (390, 1280)]
+
+
+@pytest.fixture(scope="module", params=["light", "dark"])
+def seen(request, tmp_path_factory):
+    """The preferred colours, what Chromium makes of each report at each width in CSS pixels, and what it asked for."""
+    folder, asked = tmp_path_factory.mktemp("page"), []
+    for name, report in REPORTS.items():
+        (folder / f"{name}.html").write_text(html.render(report), encoding="utf-8")
+    frames = [FRAME.replace("NAME", name).replace("WIDTH", str(width)) for name, width in SEEN]
+    (folder / "look.html").write_text(LOOK.replace("FRAMES", "\n".join(frames)))
 
     class Handler(SimpleHTTPRequestHandler):
         def log_message(self, form, *args):
             asked.append(self.path)
 
-    with ThreadingHTTPServer(("127.0.0.1", 0), partial(Handler, directory=tmp_path)) as server:
+    with ThreadingHTTPServer(("127.0.0.1", 0), partial(Handler, directory=folder)) as server:
         Thread(target=server.serve_forever).start()
-        yield tmp_path, f"http://127.0.0.1:{server.server_address[1]}", asked
+        command = [
+            *(CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", "--no-proxy-server"),
+            f"--user-data-dir={folder / 'profile'}",
+            f"--blink-settings=preferredColorScheme={0 if request.param == 'dark' else 1}",
+            *("--window-size=1400,1000", "--virtual-time-budget=5000", "--dump-dom"),
+            f"http://127.0.0.1:{server.server_address[1]}/look.html",
+        ]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=120)
         server.shutdown()
-
-
-def look(folder, address, width, scheme):
-    """What a Chromium that prefers ``scheme`` makes of the page in ``folder`` at a width in CSS pixels."""
-    (folder / "look.html").write_text(LOOK.replace("WIDTH", str(width)))
-    command = [
-        *(CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", "--no-proxy-server"),
-        f"--user-data-dir={folder / 'profile'}",
-        f"--blink-settings=preferredColorScheme={0 if scheme == 'dark' else 1}",
-        *("--window-size=1400,1000", "--virtual-time-budget=5000", "--dump-dom", f"{address}/look.html"),
-    ]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
     found = re.search("FOUND(.*)END", done.stdout)
     assert found, done.stdout + done.stderr
-    return json.loads(unescape(found.group(1)))
+    return request.param, dict(zip(SEEN, json.loads(unescape(found.group(1))), strict=True)), asked
 
 
-@pytest.mark.parametrize("scheme", ["light", "dark"])
-@pytest.mark.parametrize("width", [390, 1280])
-@pytest.mark.parametrize("report", [REPORT, NAMED_AT_LENGTH], ids=["golden", "long names"])
-def test_it_fits_and_can_be_read(site, report, width, scheme):
-    folder, address, asked = site
-    (folder / "report.html").write_text(html.render(report), encoding="utf-8")
-    found = look(folder, address, width, scheme)
+@pytest.mark.parametrize(("name", "width"), SEEN)
+def test_it_fits_and_can_be_read(seen, name, width):
+    scheme, pages, asked = seen
+    found = pages[name, width]
     assert found["width"] == width
     assert found["scrolled"] <= width
     assert found["outside"] == []
@@ -124,4 +128,4 @@ def test_it_fits_and_can_be_read(site, report, width, scheme):
     assert found["written"] > 150
     assert found["contrast"][0] >= 4.5, found["contrast"]
     assert found["smallest"] >= 10
-    assert set(asked) - {"/favicon.ico"} == {"/look.html", "/report.html"}
+    assert set(asked) - {"/favicon.ico"} == {"/look.html", *(f"/{name}.html" for name in REPORTS)}

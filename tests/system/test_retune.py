@@ -179,7 +179,7 @@ def test_a_real_artifact_in_a_container_of_one_core(tmp_path):
 def test_the_words_tell_both_plans_and_where_it_was_saved(tmp_path):
     folder = tmp_path / "golden.cw"
     shutil.copytree(ARTIFACT, folder)
-    lines = ok("retune", folder, "--budget", "8").splitlines()
+    lines = ok("retune", folder, "--budget", "5").splitlines()
     assert lines[0].startswith("old plan ")
     assert lines[-1] == f"saved {folder / TUNED}"
     assert any(" plans measured in " in line and CPU.model in line for line in lines)
@@ -334,16 +334,9 @@ def test_a_read_only_folder_is_told_after_the_plan(read_only):
 # --- limits -------------------------------------------------------------------------------------------------------
 
 
-def test_doctor_and_plans_know_of_one_core_only():
+def test_doctor_knows_of_one_core_only():
     found = json.loads(ok("doctor", "--json", on=ONE_CORE))
     assert found["cpu"]["affinity"] == [CPU.affinity[-1]]
-    code = (
-        "from corewise.machine.inspect import inspect_cpu\n"
-        "from corewise.machine.layouts import most_threads, thread_layouts\n"
-        "cpu = inspect_cpu()\nprint(cpu.usable_cores, most_threads(cpu), tuple(map(tuple, thread_layouts(cpu))))"
-    )
-    found = subprocess.run([*ONE_CORE, sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert found.stdout == "1 1 ((1, 1),)\n"
 
 
 def test_no_measured_plan_has_more_threads_than_may_compute(tmp_path):

@@ -221,7 +221,6 @@ def test_a_build_whose_memory_is_not_known_is_no_choice_under_a_limit(context, t
 
 
 HEAVY = """
-from corewise.common.stats import MIN_ROUNDS
 from corewise.engines.fake import Fake
 
 BALLAST = b"x" * 400_000_000
@@ -243,7 +242,6 @@ def test_a_build_that_does_not_fit_makes_room_for_a_slower_one_that_does(context
 
 
 PICKY = """
-from corewise.common.stats import MIN_ROUNDS
 from corewise.engines.fake import Fake
 from corewise.common.errors import EngineError
 

@@ -22,6 +22,7 @@ import numpy as np
 import pytest
 import tritonclient.grpc as triton_grpc
 import tritonclient.http as triton_http
+from certificates import self_signed
 from command_line import several
 from places import ROOT
 from requests_to_fakes import OUTPUTS, ROWS, expected, infer, output, tensor
@@ -118,37 +119,43 @@ KSERVE = """
 import asyncio, sys
 import numpy as np
 from kserve import InferInput, InferRequest, InferenceGRPCClient, InferenceRESTClient, RESTConfig
-rows = np.load(sys.argv[3])
-async def main():
+
+rows, http, rpc, folder = np.load(sys.argv[1]), *sys.argv[2:]
+
+async def ask(side, kind):
     given = InferInput("input", list(rows.shape), "FP32")
-    given.set_data_from_numpy(rows, binary_data=sys.argv[4] == "binary")
-    if sys.argv[1] == "rest":
+    given.set_data_from_numpy(rows, binary_data=kind == "binary")
+    if side == "rest":
         client = InferenceRESTClient(RESTConfig(protocol="v2", timeout=60))
-        base = sys.argv[2]
-        assert await client.is_server_ready(base)
-        assert await client.is_server_live(base)
-        assert await client.is_model_ready(base, "net")
-        found = await client.infer(base, InferRequest(model_name="net", infer_inputs=[given]), model_name="net")
-    else:
-        client = InferenceGRPCClient(url=sys.argv[2])
-        assert await client.is_server_ready()
-        assert await client.is_server_live()
-        assert await client.is_model_ready("net")
-        found = await client.infer(InferRequest(model_name="net", infer_inputs=[given]))
-    np.save(sys.argv[5], found.outputs[0].as_numpy())
+        assert await client.is_server_ready(http)
+        assert await client.is_server_live(http)
+        assert await client.is_model_ready(http, "net")
+        return await client.infer(http, InferRequest(model_name="net", infer_inputs=[given]), model_name="net")
+    client = InferenceGRPCClient(url=rpc)
+    assert await client.is_server_ready()
+    assert await client.is_server_live()
+    assert await client.is_model_ready("net")
+    return await client.infer(InferRequest(model_name="net", infer_inputs=[given]))
+
+async def main():
+    for side in ("rest", "grpc"):
+        for kind in ("json", "binary"):
+            np.save(f"{folder}/{side}-{kind}.npy", (await ask(side, kind)).outputs[0].as_numpy())
+
 asyncio.run(main())
 """
 
 
-@pytest.mark.parametrize(("side", "kind"), [("rest", "json"), ("rest", "binary"), ("grpc", "binary"), ("grpc", "json")])
-def test_kserves_clients_get_the_golden_outputs(server, tmp_path, side, kind):
+def test_kserves_clients_get_the_golden_outputs(server, tmp_path):
     # In a process of their own: their protobuf names are Triton's.
     np.save(tmp_path / "in.npy", ROWS)
-    where = server.url if side == "rest" else server.grpc
-    command = [sys.executable, "-c", KSERVE, side, where, tmp_path / "in.npy", kind, tmp_path / "out.npy"]
+    command = [sys.executable, "-c", KSERVE, tmp_path / "in.npy", server.url, server.grpc, tmp_path]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr[-2000:]
-    np.testing.assert_allclose(np.load(tmp_path / "out.npy"), OUTPUTS[0], atol=CLOSE)
+    for side in ("rest", "grpc"):
+        for kind in ("json", "binary"):
+            found = np.load(tmp_path / f"{side}-{kind}.npy")
+            np.testing.assert_allclose(found, OUTPUTS[0], atol=CLOSE, err_msg=f"{side} {kind}")
 
 
 def test_answers_are_their_requests_own(server):
@@ -333,25 +340,16 @@ def test_without_its_token_nobody_is_answered(tmp_path):
 
 
 def test_tls_on_both_ports(tmp_path):
-    command = ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "2", "-subj", "/CN=localhost"]
-    command += [
-        "-addext",
-        "subjectAltName=IP:127.0.0.1",
-        "-keyout",
-        tmp_path / "key.pem",
-        "-out",
-        tmp_path / "cert.pem",
-    ]
-    subprocess.run(command, check=True, capture_output=True)
-    files = ("--tls-cert", tmp_path / "cert.pem", "--tls-key", tmp_path / "key.pem")
+    certificate, key = self_signed(tmp_path)
+    files = ("--tls-cert", certificate, "--tls-key", key)
     with serving(fake_artifact(tmp_path / "toy.cw"), *files) as server:
         url = server.url.replace("http:", "https:")
-        assert httpx.get(
-            f"{url}/v2/health/ready", verify=ssl.create_default_context(cafile=tmp_path / "cert.pem")
-        ).json() == {"ready": True}
+        assert httpx.get(f"{url}/v2/health/ready", verify=ssl.create_default_context(cafile=certificate)).json() == {
+            "ready": True
+        }
         with pytest.raises(httpx.HTTPError):
             server.get("/v2/health/ready")
-        secure = {"ssl": True, "root_certificates": str(tmp_path / "cert.pem")}
+        secure = {"ssl": True, "root_certificates": str(certificate)}
         with triton_grpc.InferenceServerClient(server.grpc, **secure) as client:
             assert client.is_server_ready()
 
@@ -383,8 +381,9 @@ def anew(server, path):
 
 
 def test_too_many_connections_are_told_and_the_others_are_answered(tmp_path):
-    # 100 are left for connections on each port, and 16 for health checks; half of each for one address.
-    with serving(fake_artifact(tmp_path / "toy.cw"), most_files=328) as server:
+    # 100 are left for connections on each port, and 16 for health checks; half of each for one address. One over gRPC
+    # takes three files.
+    with serving(fake_artifact(tmp_path / "toy.cw"), most_files=528) as server:
 
         def crowd_of(source):
             place = ("127.0.0.1", server.ports["http"])
@@ -394,7 +393,7 @@ def test_too_many_connections_are_told_and_the_others_are_answered(tmp_path):
             return [one for one in select.select(crowd, [], [], 0)[0] if one.recv(1, socket.MSG_PEEK)]
 
         crowd = crowd_of("127.0.0.2")
-        assert eventually(lambda: len(told()) == 12)
+        assert eventually(lambda: 12 <= len(told()) <= 20)  # the eight for health checks have two seconds
         assert anew(server, "/v2").get("name") == "corewise"
         assert infer(server, ROWS[:1]).status_code == 200
         crowd += crowd_of("127.0.0.1")
@@ -500,20 +499,6 @@ def test_the_pages_say_how_it_goes(server):
     assert 'corewise_requests_total{model="toy",outcome="ok",protocol="http",version="12"}' in text
     assert 'corewise_ready{model="net",version="1"} 1.0' in text
     assert set(server.get("/openapi.json").json()["paths"]) >= {"/v2/models/{name}/infer", "/v2/health/ready"}
-
-
-def test_the_live_page_lives(server, tmp_path):
-    browser = shutil.which("chromium") or shutil.which("chromium-browser")
-    if browser is None:
-        pytest.skip("no chromium")
-    infer(server, ROWS[:1])
-    command = [browser, "--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={tmp_path}"]
-    command += ["--virtual-time-budget=3000", "--dump-dom", server.url]
-    found = subprocess.run(command, capture_output=True, text=True, timeout=120).stdout
-    assert 'class="pill good"' in found
-    assert "net" in found
-    assert "onnxruntime int8-dynamic" in found
-    assert "answered" in found
 
 
 def test_schemathesis_finds_no_server_error(server, tmp_path):

@@ -221,6 +221,10 @@ def test_text_embeddings_inferences_paths(server):
     assert (tokens[2]["start"], tokens[2]["stop"], tokens[0]["start"]) == (2, 8, None)
     text = server.post("/decode", json={"ids": [token["id"] for token in tokens], "model": "minilm"}).json()
     assert text == ["a guitar"]
+    for path, long in (("/tokenize", {"inputs": "a " * 2**17}), ("/decode", {"ids": [101] * 2**16})):
+        refused = server.post(path, json={**long, "model": "minilm"})
+        assert refused.status_code == 413
+        assert "more than 262144 bytes" in refused.json()["error"]
     normalized = server.post("/embed", json={"inputs": "", "truncate": True})
     assert normalized.json() == {"error": "text 0 is empty", "error_type": "Validation"}
 

@@ -5,6 +5,7 @@ import inspect
 import re
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import kubernetes_validate
@@ -55,6 +56,14 @@ def test_hadolint_has_nothing_to_say():
         [Path(sys.executable).with_name("hadolint"), DEPLOY / "Dockerfile"], capture_output=True, text=True
     )
     assert done.returncode == 0, done.stdout
+
+
+def test_the_image_is_built_from_all_that_the_package_needs_and_nothing_else():
+    kept = {line[1:] for line in (ROOT / ".dockerignore").read_text().splitlines() if line.startswith("!")}
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())
+    needed = {"pyproject.toml", project["project"]["readme"], *project["project"]["license-files"]}
+    needed |= {Path(name).parts[0] for name in project["tool"]["hatch"]["build"]["targets"]["wheel"]["packages"]}
+    assert kept == needed
 
 
 def test_ray_serve_takes_the_configuration_of_the_ray_service():

@@ -8,8 +8,6 @@ from functools import cache
 from pathlib import Path
 from typing import Literal, NamedTuple
 
-import pytest
-
 import corewise
 
 SOURCE = Path(corewise.__file__).parent
@@ -103,6 +101,17 @@ def imports(node: ast.AST, when: Literal["at once", "later", "never"] = "at once
             yield from imports(child, "later" if isinstance(child, ast.FunctionDef | ast.AsyncFunctionDef) else when)
 
 
+@cache
+def imported_by(module: Module) -> tuple[Import, ...]:
+    return tuple(imports(module.tree))
+
+
+def called(node: ast.AST) -> str:
+    """The last part of the name that is called, ``load`` of ``torch.load(file)``; nothing if the node is no call."""
+    func = node.func if isinstance(node, ast.Call) else None
+    return func.attr if isinstance(func, ast.Attribute) else func.id if isinstance(func, ast.Name) else ""
+
+
 def room_of(name: str) -> str | None:
     """The room an imported name belongs to; ``None`` where it is none of ours."""
     package, _, rest = name.partition(".")
@@ -126,7 +135,7 @@ def test_every_module_has_its_place() -> None:
 def test_imports_go_one_way() -> None:
     problems = []
     for module in modules():
-        for imported in imports(module.tree):
+        for imported in imported_by(module):
             room = room_of(imported.name)
             if room == module.room or room not in LEVEL or module.room not in LEVEL:
                 continue
@@ -146,7 +155,7 @@ def graph() -> dict[str, set[str]]:
         return submodules if len(submodules) == len(imported.members) > 0 else {imported.name, *submodules} & names
 
     return {
-        module.name: set().union(*(targets(imported) for imported in imports(module.tree) if imported.when != "never"))
+        module.name: set().union(*(targets(imported) for imported in imported_by(module) if imported.when != "never"))
         - {module.name}
         for module in modules()
     }
@@ -189,7 +198,7 @@ def test_torch_is_imported_only_where_torch_is_the_work() -> None:
         [
             f"{module.at(imported.line)}: {module.room} imports {imported.name} {imported.when}"
             for module in modules()
-            for imported in imports(module.tree)
+            for imported in imported_by(module)
             if imported.name.partition(".")[0] in TORCH and not _may_import_torch(module, imported)
         ]
     )
@@ -210,7 +219,7 @@ def test_web_frameworks_and_ray_stay_in_their_rooms() -> None:
         [
             f"{module.at(imported.line)}: {module.room} imports {imported.name}"
             for module in modules()
-            for imported in imports(module.tree)
+            for imported in imported_by(module)
             if imported.name.partition(".")[0] in WEB and module.room not in ("serving", "cluster")
         ]
     )
@@ -221,22 +230,40 @@ def test_engines_that_send_usage_data_are_imported_in_one_place() -> None:
         [
             f"{module.at(imported.line)}: {imported.name}; use engines.libraries, where it sends nothing"
             for module in modules()
-            for imported in imports(module.tree)
+            for imported in imported_by(module)
             if imported.name.partition(".")[0] in ("openvino", "nncf", "onnxruntime", "openvino_telemetry")
             and module.name != f"{ROOT}.engines.libraries"
         ]
     )
 
 
-def test_nothing_is_unpickled() -> None:
+def test_nothing_is_unpickled_or_evaluated() -> None:
     assert_none(
         [
             f"{module.at(imported.line)}: {imported.name}; write JSON or safetensors"
             for module in modules()
-            for imported in imports(module.tree)
+            for imported in imported_by(module)
             if imported.name.partition(".")[0] in ("pickle", "cPickle", "dill", "cloudpickle", "joblib", "shelve")
         ]
+        + [
+            f"{module.at(node.lineno)}: {ast.unparse(node)} may run code of what it reads"
+            for module in modules()
+            for node in ast.walk(module.tree)
+            if called(node) in RUNS_WHAT_IT_READS and _may_run_what_it_reads(node)
+        ]
     )
+
+
+RUNS_WHAT_IT_READS = {"load", "loads", "eval", "exec", "read_pickle"}
+
+
+def _may_run_what_it_reads(call: ast.Call) -> bool:
+    name, options = ast.unparse(call.func), {word.arg: ast.unparse(word.value) for word in call.keywords}
+    if name.endswith("torch.load"):
+        return options.get("weights_only") != "True"
+    if name in ("np.load", "numpy.load"):
+        return options.get("allow_pickle", "False") != "False"
+    return name in ("eval", "exec", "marshal.load", "marshal.loads", "yaml.load", "pandas.read_pickle")
 
 
 def test_the_environment_is_read_by_the_cli_and_handed_to_trial_children() -> None:
@@ -259,7 +286,8 @@ def test_only_the_cli_prints_and_exits() -> None:
             for module in modules()
             if module.room != "cli"
             for node in ast.walk(module.tree)
-            if isinstance(node, ast.Call) and ast.unparse(node.func) in ("print", "exit", "sys.exit", "os._exit")
+            if called(node) in ("print", "exit", "_exit")
+            and ast.unparse(node.func) in ("print", "exit", "sys.exit", "os._exit")
         ]
     )
 
@@ -285,25 +313,31 @@ def test_every_module_says_what_it_is() -> None:
     assert_none([f"{module.path} has no docstring" for module in modules() if not ast.get_docstring(module.tree)])
 
 
-@pytest.mark.parametrize(
-    "name",
-    [
-        "corewise",
-        "corewise.cli",
-        "corewise.doctor",
-        "corewise.artifact",
-        "corewise.artifact.model",
-        "corewise.engines.openvino",
-        "corewise.engines.onnxruntime",
-        "corewise.serving.server",
-        "corewise.serving.rpc",
-        "corewise.serving.child",
-    ],
+LIGHT = (
+    "corewise",
+    "corewise.cli",
+    "corewise.doctor",
+    "corewise.artifact",
+    "corewise.artifact.model",
+    "corewise.engines.openvino",
+    "corewise.engines.onnxruntime",
+    "corewise.serving.server",
+    "corewise.serving.rpc",
+    "corewise.serving.child",
 )
-def test_torch_waits_until_it_is_needed(name: str) -> None:
-    code = f"import sys, {name}; sys.exit(' '.join(sorted({TORCH!r} & set(sys.modules))) or None)"
+"""What is imported where there may be no torch."""
+
+
+def test_torch_waits_until_it_is_needed() -> None:
+    code = (
+        "import importlib, sys\n"
+        f"for name in {LIGHT}:\n"
+        "    importlib.import_module(name)\n"
+        f"    if found := {TORCH!r} & set(sys.modules):\n"
+        "        sys.exit(f'{name} imports {found}')"
+    )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert done.returncode == 0, f"import {name}: {done.stderr.strip()}"
+    assert done.returncode == 0, done.stderr
 
 
 def test_the_rules_can_fail() -> None:
@@ -324,5 +358,16 @@ def test_the_rules_can_fail() -> None:
     )
     assert circle({"a": {"b"}, "b": {"c"}, "c": {"b"}}) == ["b", "c", "b"]
     assert circle({"a": {"b", "c"}, "b": {"c"}, "c": set()}) == []
+    calls = {
+        "torch.load(file)": True,
+        "torch.load(file, weights_only=True)": False,
+        "np.load(file)": False,
+        "np.load(file, allow_pickle=True)": True,
+        "eval(text)": True,
+        "model.eval()": False,
+    }
+    for text, may in calls.items():
+        (call,) = (node for node in ast.walk(ast.parse(text)) if isinstance(node, ast.Call))
+        assert _may_run_what_it_reads(call) == may, text
     handlers = [node for node in ast.walk(ast.parse("try: 1\nexcept (OSError, Exception): 2")) if hasattr(node, "name")]
     assert [_catches_everything(node) for node in handlers] == [True]

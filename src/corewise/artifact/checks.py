@@ -68,6 +68,18 @@ class InputChecks:
             for axis, most in enumerate(input_range.longest)
             if most is not None
         ]
+        self._least_sizes = [
+            (k, spec.name, axis, least)
+            for k, (spec, input_range) in enumerate(zip(inputs, ranges, strict=True))
+            for axis, least in enumerate(input_range.shortest)
+            if least is not None
+        ]
+        self._multiples = [
+            (k, spec.name, axis, divisor)
+            for k, (spec, input_range) in enumerate(zip(inputs, ranges, strict=True))
+            for axis, divisor in enumerate(input_range.multiples)
+            if divisor is not None
+        ]
         self._floats = [
             (k, spec.name) for k, spec in enumerate(inputs) if check_finite and spec.dtype.startswith("float")
         ]
@@ -83,10 +95,24 @@ class InputChecks:
                     f"input {name!r} has size {arrays[k].shape[axis]} in dimension {axis}",
                     f"give at most {most}, the number of positions that the model has",
                 )
+        for k, name, axis, least in self._least_sizes:
+            if arrays[k].shape[axis] < least:
+                raise _of_another_size(arrays[k], name, axis, f"at least {least}")
+        for k, name, axis, divisor in self._multiples:
+            if arrays[k].shape[axis] % divisor:
+                raise _of_another_size(arrays[k], name, axis, f"a multiple of {divisor}")
         for k, name, allowed in self._values:
             _check_range(arrays[k], name, allowed)
         for k, name in self._floats:
             _check_finite(arrays[k], name)
+
+
+def _of_another_size(array: np.ndarray, name: str, axis: int, allowed: str) -> InputError:
+    """For a size with which the model would take another branch than the one that was exported."""
+    return InputError(
+        f"input {name!r} has size {array.shape[axis]} in dimension {axis}",
+        f"give {allowed}: for other sizes the model computes otherwise, which no sample has shown",
+    )
 
 
 def _check_range(array: np.ndarray, name: str, allowed: ValueRange) -> None:

@@ -190,8 +190,9 @@ def write(
                 (made / TOKENIZER).write_bytes(tokenizer if isinstance(tokenizer, bytes) else tokenizer.read_bytes())
             _write_golden(made / GOLDEN, *golden)
             (made / REPORT).write_text(json.dumps(to_json(report), indent=1))
-            (made / REPORT_TEXT).write_text(report_text, encoding="utf-8")
-            (made / REPORT_PAGE).write_text(report_page, encoding="utf-8")
+            # Names of files, which need not be UTF-8, are written as on a terminal.
+            (made / REPORT_TEXT).write_text(report_text, encoding="utf-8", errors="replace")
+            (made / REPORT_PAGE).write_text(report_page, encoding="utf-8", errors="replace")
             files = {
                 path.relative_to(made).as_posix(): FileFacts(sha256=_sha256(path), size_bytes=path.stat().st_size)
                 for path in sorted(made.rglob("*"))

@@ -12,9 +12,11 @@ This reads the JSON in a ``.pt2`` file, without torch. The names are those of to
 
 import ast
 import json
+import re
 import zipfile
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from math import lcm
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -27,6 +29,10 @@ from corewise.records.ranges import InputRange, ValueRange
 MOST_CONSTANTS = 1 << 20
 """The values of integer tensors with more elements are not read."""
 MOST_INTERVALS = 32
+MULTIPLE = re.compile(r"\(?L\['tensors'\]\[(\d+)\]\.size\(\)\[(\d+)\] % (\d+)\)? == 0")
+"""A condition that held when the program was exported: of an input's number, an axis, and what its size divides by."""
+EXPORTED_LEAST = 2
+"""What torch.export gives as the least of a size that may be anything."""
 TO_THE_END = 1 << 62
 """A slice that stops here or later stops with its dimension."""
 BOOL = 12
@@ -91,6 +97,8 @@ class _Graph:
     constants: Mapping[str, _Values]
     inputs: Sequence[str]
     size_limits: Mapping[str, Any]
+    multiples: Mapping[tuple[str, int], int]
+    """By the input's name and its axis."""
 
     @classmethod
     def read(cls, archive: zipfile.ZipFile) -> "_Graph":
@@ -99,13 +107,15 @@ class _Graph:
         model = json.loads(archive.read(records["models/model.json"]))
         module = model["graph_module"]
         specs = module["signature"]["input_specs"]
+        inputs = [spec["user_input"]["arg"]["as_tensor"]["name"] for spec in specs if "user_input" in spec]
         return cls(
             nodes=module["graph"]["nodes"],
             tensors=module["graph"]["tensor_values"],
             numbers=module["graph"]["sym_int_values"],
             constants=dict(_constants(archive, records, specs)),
-            inputs=[spec["user_input"]["arg"]["as_tensor"]["name"] for spec in specs if "user_input" in spec],
+            inputs=inputs,
             size_limits=model["range_constraints"],
+            multiples=_multiples(model.get("guards_code") or (), inputs),
         )
 
     def ranges(self) -> tuple[InputRange, ...]:
@@ -124,6 +134,9 @@ class _Graph:
         return tuple(self._range(name, limits) for name in self.inputs)
 
     def _range(self, name: str, limits: Limits) -> InputRange:
+        sizes = self.shape(name)[1:]
+        shortest = [self._shortest(size) for size in sizes]
+        multiples = [self.multiples.get((name, axis)) for axis in range(1, len(sizes) + 1)]
         symbols = {**limits.lows, **limits.highs}
         regions = [symbol for symbol in symbols if isinstance(symbol, Region) and symbol.input == name]
         return InputRange(
@@ -138,13 +151,20 @@ class _Graph:
                 for region in sorted(regions, key=lambda region: (region.axis or 0, region.start, region.stop or 0))
             ),
             # Dimension 0 is the batch, which is cut into calls of any size.
-            longest=(None, *(self._longest(size, limits) for size in self.shape(name)[1:])),
+            longest=(None, *(self._longest(size, limits) for size in sizes)),
+            shortest=(None, *shortest) if any(shortest) else (),
+            multiples=(None, *multiples) if any(multiples) else (),
         )
 
     def _longest(self, size: Linear, limits: Limits) -> int | None:
         symbol = _alone(size)
         exported = (self.size_limits.get(str(symbol)) or {}).get("max_val")
         return min((most for most in (exported, limits.highs.get(symbol)) if most is not None), default=None)
+
+    def _shortest(self, size: Linear) -> int | None:
+        """Below it the program, of which only one branch was exported, would take that branch all the same."""
+        least = (self.size_limits.get(str(_alone(size))) or {}).get("min_val")
+        return least if least is not None and least > EXPORTED_LEAST else None
 
     def shape(self, tensor: str) -> list[Linear]:
         """The sizes of a tensor."""
@@ -411,6 +431,16 @@ RULES: Mapping[str, Rule] = {
     "remainder": _Call.remainder,
 }
 """How the values of an operator's result follow from its arguments; the results of other operators are unknown."""
+
+
+def _multiples(conditions: Sequence[str], inputs: Sequence[str]) -> dict[tuple[str, int], int]:
+    """What sizes of inputs must be multiples of, so that the conditions hold under which a program was exported."""
+    found: dict[tuple[str, int], int] = {}
+    for condition in conditions:
+        if match := MULTIPLE.fullmatch(condition):
+            number, axis, divisor = map(int, match.groups())
+            found[inputs[number], axis] = lcm(divisor, found.get((inputs[number], axis), 1))
+    return found
 
 
 def _tensor_name(argument: Any) -> str | None:

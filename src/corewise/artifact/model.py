@@ -39,13 +39,14 @@ class Model:
         texts: TextRunner | None = None,
         images: ImageRunner | None = None,
         recordings: AudioRunner | None = None,
+        files: object = None,
     ) -> None:
         """``session`` must accept calls from several threads at the same time.
 
         ``ranges`` are the allowed values of each input, and ``check_finite`` refuses NaN and infinities
         (``InputChecks``). ``seen_ranges`` are what inputs and outputs were like in the search (``RangeWatch``).
         ``texts`` answers texts, ``images`` images and ``recordings`` recordings, if the artifact carries such a
-        pipeline.
+        pipeline. ``files`` lives as long as the model: the owner of a temporary folder that the session may read.
         """
         self._session = session
         self._inputs = tuple(inputs)
@@ -55,6 +56,7 @@ class Model:
         self._watch = RangeWatch(seen_ranges)
         self._warned = False
         self.texts, self.images, self.recordings = texts, images, recordings
+        self._files = files
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """The model's outputs for one batch (dimension 0 of every input)."""
@@ -69,7 +71,7 @@ class Model:
         if looked and not self._warned and (outside := self._watch.outside) is not None and outside.many:
             self._warned = True
             warnings.warn(outside.words, stacklevel=2)
-        if not isinstance(leaves[0], np.ndarray):
+        if hasattr(leaves[0], "detach"):
             outputs = [_tensor(array) for array in outputs]
         return unflatten(self._output_structure, outputs)
 
@@ -86,7 +88,7 @@ class Model:
 
         Args:
             items: A list, an iterator or a single item. Items are texts, or pairs of texts for a model of pairs; or
-                images: paths, contents (``bytes``), PIL images or uint8 arrays (H, W, 3); or recordings: paths,
+                images: paths, contents (``bytes``), PIL images or uint8 arrays (H, W, 3) in RGB; or recordings: paths,
                 contents, or tuples of an array (frames,) or (channels, frames) and its frames per second. An iterator
                 is read only as the answers are taken, so that memory stays bounded for millions of items.
             prompt: The name of the prompt that goes before each text, for a model that has prompts.
@@ -138,6 +140,9 @@ class Model:
         """Free memory and threads after the running calls have ended."""
         self._session.close()
 
+    def __reduce__(self) -> Any:
+        raise TypeError("an opened model cannot be copied or pickled; call corewise.load in each process")
+
     def __enter__(self) -> "Model":
         return self
 
@@ -152,7 +157,8 @@ def _array(leaf: Any, spec: TensorSpec) -> np.ndarray:
     dtype = str(leaf.dtype).removeprefix("torch.")
     if dtype != spec.dtype:
         raise InputError(f"input {spec.name!r} is {dtype}", f"give {spec.dtype}")
-    array: np.ndarray = leaf if isinstance(leaf, np.ndarray) else leaf.detach().cpu().numpy()
+    # What is neither, such as a column of pandas, becomes an array.
+    array: np.ndarray = leaf.detach().cpu().numpy() if hasattr(leaf, "detach") else np.asarray(leaf)
     fits = len(array.shape) == len(spec.shape) and all(
         expected is None or size == expected for size, expected in zip(array.shape, spec.shape, strict=True)
     )

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from corewise.common.phrases import percent
 from corewise.records.build import TensorSpec
 from corewise.records.ranges import SeenRange, SeenRanges
 from corewise.records.report import Preprocess
@@ -87,8 +88,9 @@ class Outside:
     def words(self) -> str:
         """One sentence."""
         return (
-            f"{self.share:.1%} of the extremes of inputs and outputs are outside of the ranges that the search saw "
-            f"({self.expected_share:.1%} are expected): these may be samples that its accuracy was not judged on"
+            f"{percent(self.share, 1)} of the extremes of inputs and outputs are outside of the ranges that the search "
+            f"saw ({percent(self.expected_share, 1)} are expected): these may be samples that its accuracy was not "
+            "judged on"
         )
 
 

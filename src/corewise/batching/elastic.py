@@ -8,13 +8,10 @@ from math import exp
 from typing import NamedTuple
 
 from corewise.batching.partition import Part, Partitions
+from corewise.batching.rounds import Rounds
 
 MEMORY = 32
 """Time constant of the arrival rate's exponential mean, in calls of one row on all cores."""
-LATER = 1.25
-"""Calls run one by one on all cores only if the last one ends within LATER x the time of the other ways."""
-MOST_LOAD = 0.95
-"""Highest load at which waits are estimated; at 1 they would be infinite."""
 
 
 class Arrivals:
@@ -43,23 +40,6 @@ class Arrivals:
         """Count an arrival while others run or wait."""
         self._count += 1
 
-    def wait_s(self, count: int, busy_s: float, each_s: float) -> float:
-        """The summed waits of requests that arrive during ``count`` calls on all cores, and of those behind them.
-
-        The calls take ``busy_s`` in all; under full load each takes ``each_s``. The excess delays every request that
-        arrives before the cores are idle again.
-        """
-        waits_s = busy_s / 2 + max(0.0, busy_s - count * each_s)
-        return self.per_s * busy_s * waits_s / (1 - min(MOST_LOAD, self.per_s * each_s))
-
-    def beside_s(self, count: int, room: int, busy_s: float, each_s: float, longer_s: float) -> float:
-        """As ``wait_s``, for ``room`` calls side by side, each of which takes ``longer_s`` longer than alone."""
-        arriving = self.per_s * busy_s
-        if count >= room or not arriving:
-            return self.wait_s(count, busy_s, each_s)
-        late = max(0.0, 1 - (room - count) / arriving)
-        return arriving * longer_s + late * self.wait_s(room, busy_s, each_s)
-
 
 class Start(NamedTuple):
     """A part of a waiting call that runs now."""
@@ -72,8 +52,9 @@ class ElasticPolicy:
     """The calls that wait, the oldest first, and the cores that are free. Not thread-safe; ``now_s`` never goes back.
 
     Rows of different calls never share a part. A call whose rows do not all fit goes on behind those that wait. No core
-    that a waiting call could use stays free. A call leaves cores free only for calls that are expected to come while it
-    runs, at the rate seen lately, and only if all of them end sooner so.
+    that a waiting call could use stays free. When all cores are free, ``Rounds`` says by the recent rate of arrivals
+    whether the oldest call has them all, as in ``ElasticQueue``. Otherwise a call leaves cores free for those that wait
+    or are expected while it runs, if all of them end sooner so.
     """
 
     def __init__(self, partitions: Partitions) -> None:
@@ -83,6 +64,13 @@ class ElasticPolicy:
         self._waiting: dict[int, int] = {}
         """Rows of each waiting call that have not started."""
         self._arrivals = Arrivals(partitions.seconds(partitions.cores, 1))
+        self._most_rows = partitions.most_rows
+        few = partitions.threads[0]
+        wide_s, narrow_s = (
+            [0.0, *(partitions.seconds(cores, rows) for rows in range(1, self._most_rows + 1))]
+            for cores in (partitions.cores, few)
+        )
+        self._rounds = Rounds(wide_s, narrow_s, instances=partitions.cores // few, shared=False)
 
     def arrive(self, call: int, rows: int, now_s: float) -> None:
         """A call of so many rows, at least 1, waits from now on."""
@@ -109,10 +97,10 @@ class ElasticPolicy:
         while self._waiting and self.free >= self._partitions.threads[0]:
             call, rows = next(iter(self._waiting.items()))
             del self._waiting[call]
-            expected = self._arrivals.per_s * self._partitions.seconds(self.free, rows)
-            share = self._partitions.share(self.free, rows, 1 + len(self._waiting) + expected)
-            if self._is_wide_sooner(share, rows):
-                share = self.free
+            share = self.free
+            if not self._is_wide(rows):
+                expected = self._arrivals.per_s * self._partitions.seconds(self.free, rows)
+                share = self._partitions.share(self.free, rows, 1 + len(self._waiting) + expected)
             for part in self._partitions.split(share, rows):
                 started.append(Start(call, part))
                 self.free -= part.threads
@@ -121,24 +109,11 @@ class ElasticPolicy:
                 self._waiting[call] = rows
         return started
 
-    def _is_wide_sooner(self, share: int, rows: int) -> bool:
-        """Whether waiting calls, if all had ``rows`` rows, end sooner one by one on all cores than side by side.
-
-        By the sum of their latencies, with those of the calls that are expected meanwhile.
-        """
-        cores, count = self._partitions.cores, 1 + len(self._waiting)
-        if self.free < cores or share == cores:
+    def _is_wide(self, rows: int) -> bool:
+        """Whether a call takes all cores though others wait or are expected, because their mean latency is less so."""
+        if self.free < self._partitions.cores or rows > self._most_rows:
             return False
-        beside = cores // share
-        rounds = -(-count // beside)
-        wide_s, narrow_s = self._partitions.seconds(cores, rows), self._partitions.seconds(share, rows)
-        if count * wide_s > LATER * rounds * narrow_s:
-            return False
-        each_s, last = narrow_s / beside, count - (rounds - 1) * beside
-        wide_cost_s = wide_s * count * (count + 1) / 2 + self._arrivals.wait_s(count, count * wide_s, each_s)
-        narrow_cost_s = narrow_s * (beside * rounds * (rounds - 1) / 2 + rounds * last)
-        comers_s = self._arrivals.beside_s(count, beside, rounds * narrow_s, each_s, narrow_s - wide_s)
-        return wide_cost_s < narrow_cost_s + comers_s
+        return self._rounds.wide_requests(1 + len(self._waiting), rows, self._arrivals.per_s) > 0
 
     @property
     def _busy(self) -> bool:

@@ -66,6 +66,11 @@ class Partitions:
         ]
         """Rows of the round with the highest rate, for each number of cores."""
 
+    @property
+    def most_rows(self) -> int:
+        """Most rows of one round on all cores."""
+        return self._most[self.cores]
+
     def call_s(self, part: Part) -> float:
         """How long one call of a partition takes."""
         return self._calls_s[part.threads][part.rows - 1]

@@ -78,8 +78,29 @@ def simulate_load(
     together or further apart.
     """
     run = _Run(curve, service, instances, max_batch, max_waiting, seed, wide)
-    run.play(rate_per_s, requests, slo_ms / 1e3)
+    run.play(run.arrivals_s(rate_per_s, requests), slo_ms / 1e3)
     return run.simulated(rate_per_s)
+
+
+def simulate_trace(
+    curve: LatencyTable,
+    arrivals_s: Sequence[float],
+    *,
+    service: Service,
+    instances: int,
+    slo_ms: float = inf,
+    max_batch: int,
+    max_waiting: int,
+    wide: Wide | None = None,
+    seed: int = 0,
+) -> list[float]:
+    """As ``simulate_load``, for requests that arrive at the given times, which rise.
+
+    Returns the seconds from each one's arrival to its answer; ``inf`` for those that were refused or dropped.
+    """
+    run = _Run(curve, service, instances, max_batch, max_waiting, seed, wide)
+    run.play(arrivals_s, slo_ms / 1e3)
+    return [run.latencies_s.get(number, inf) for number in range(len(arrivals_s))]
 
 
 def most_rate(
@@ -104,7 +125,7 @@ def most_rate(
 
     def holds(rate_per_s: float) -> bool:
         run = _Run(curve, service, instances, max_batch, max_waiting, seed)
-        return run.play(rate_per_s, requests, slo_ms / 1e3, may_miss=(1 - SERVED) * requests)
+        return run.play(run.arrivals_s(rate_per_s, requests), slo_ms / 1e3, may_miss=(1 - SERVED) * requests)
 
     low = high = most_per_s
     while not holds(low):
@@ -221,15 +242,21 @@ class _Run:
             self._policy.finished(instance)
         self._ends: list[tuple[float, int, float, tuple[Request, ...]]] = []
         """End, instance, duration and requests of each running call."""
-        self._arrivals_s: list[float] = []
-        self._latencies_s: list[float] = []
+        self._arrivals_s: Sequence[float] = ()
+        self.latencies_s: dict[int, float] = {}
+        """Of the answered requests, by their number."""
         self._lost = self._late = 0
         self._last_s = 0.0
 
-    def play(self, rate_per_s: float, requests: int, slo_s: float, *, may_miss: float = inf) -> bool:
+    def arrivals_s(self, rate_per_s: float, requests: int) -> list[float]:
+        """The times of a Poisson process."""
+        times_s: list[float] = (np.cumsum(self._gaps.exponential(size=requests)) / rate_per_s).tolist()
+        return times_s
+
+    def play(self, arrivals_s: Sequence[float], slo_s: float, *, may_miss: float = inf) -> bool:
         """Run until all requests are answered, or more than ``may_miss`` are lost or late; whether it was the first."""
-        self._arrivals_s = (np.cumsum(self._gaps.exponential(size=requests)) / rate_per_s).tolist()
-        for number, now_s in enumerate(self._arrivals_s):
+        self._arrivals_s = arrivals_s
+        for number, now_s in enumerate(arrivals_s):
             self._finish(now_s)
             decision = self._policy.offer(Request(id=number, deadline_s=now_s + slo_s), now_s)
             self._lost += len(decision.dropped) + isinstance(decision, Refused)
@@ -241,7 +268,7 @@ class _Run:
 
     def simulated(self, rate_per_s: float) -> Simulated:
         """The result."""
-        latencies_s = self._latencies_s
+        latencies_s = list(self.latencies_s.values())
         return Simulated(
             rate_per_s=rate_per_s,
             p50_ms=quantile(latencies_s, 0.5) * 1e3 if latencies_s else 0.0,
@@ -259,7 +286,7 @@ class _Run:
                 now_s, instance, took_s, requests = heappop(self._ends)
                 self._last_s = now_s
                 for request in requests:
-                    self._latencies_s.append(now_s - self._arrivals_s[request.id])
+                    self.latencies_s[request.id] = now_s - self._arrivals_s[request.id]
                     self._late += now_s > request.deadline_s
                 self._policy.finished(instance, took_s)
             self._start(now_s)

@@ -58,7 +58,9 @@ def main() -> None:
     warnings.filterwarnings("ignore", module=r"PIL\.")  # damaged EXIF data and the like, of one photo among many
     try:
         with _ended_by_sigterm():
-            _run(sys.argv[1:])
+            typed = sys.argv[1:]
+            del sys.argv[1:]  # which files of users that parse their own arguments would take for theirs
+            _run(typed)
     except streams.StreamFailed as failure:
         if failure.message:
             _complain(failure.message)

@@ -7,7 +7,7 @@ from typing import Annotated
 from corewise.cli.declare import flag, grouped, option
 from corewise.cli.environment import compute_on_usable_cores
 from corewise.cli.options import AsJson, AudioOptions, ImageOptions, ModelReference, SampleOptions, TextOptions, reader
-from corewise.cli.output import check_file, console, print_json, write_file
+from corewise.cli.output import check_file, console, only_json, print_json, write_file
 from corewise.cli.quantities import choice, whole
 
 
@@ -75,7 +75,8 @@ def command(
     check_file(output.plot)
     texts.check()
     screen = console(stderr=output.as_json)
-    with Progress(screen, "live" if screen.is_terminal else "plain") as progress:
+    plot = None if output.plot is None else output.plot.absolute()  # the user's code may change the working directory
+    with Progress(screen, "live" if screen.is_terminal else "plain") as progress, only_json(output.as_json):
         explanation = explain(
             model,
             read,
@@ -91,7 +92,7 @@ def command(
         print_json(data(explanation))
     else:
         screen.print(render(explanation, everything=output.all_layers))
-    if output.plot is not None:
-        write_file(output.plot, svg(explanation))
+    if plot is not None:
+        write_file(plot, svg(explanation))
         if not output.as_json:
             print(f"\nwrote {output.plot}")

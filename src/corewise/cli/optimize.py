@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 from corewise.cli.declare import flag, grouped, option
 from corewise.cli.environment import compute_on_usable_cores
 from corewise.cli.options import AsJson, AudioOptions, ImageOptions, ModelReference, SampleOptions, TextOptions, reader
-from corewise.cli.output import console, print_json
+from corewise.cli.output import console, only_json, print_json
 from corewise.cli.quantities import above_zero, choice, duration, size, zero_or_more
 from corewise.common.errors import InputError
 from corewise.records.goal import GOALS, Goal, GoalName, Slo, Throughput, parse_goal
@@ -241,8 +241,13 @@ def command(
     compute_on_usable_cores()
     screen = console(stderr=output.as_json)
     mode: Literal["live", "plain", "quiet"] = "live" if screen.is_terminal else "plain"
-    work = output.folder.with_name(f"{output.folder.name}.work")
-    with Progress(screen, "quiet" if output.quiet else mode, goal=objective) as progress, _resumable(work):
+    folder = output.folder.absolute()  # the user's code may change the working directory
+    work = folder.with_name(f"{folder.name}.work")
+    with (
+        Progress(screen, "quiet" if output.quiet else mode, goal=objective) as progress,
+        _resumable(output.folder.with_name(work.name)),
+        only_json(output.as_json),
+    ):
         result = optimize(
             model,
             read,
@@ -265,7 +270,7 @@ def command(
             work=work,
             on_event=progress,
         )
-        result.save(output.folder)
+        result.save(folder)
     result.workspace.remove()
     _conclude(result.report, output, screen)
 

@@ -4,7 +4,7 @@ from typing import Annotated
 
 from corewise.cli.declare import option
 from corewise.cli.options import ArtifactPath, AsJson, ModelOfArtifact, load_model
-from corewise.cli.output import console, print_json
+from corewise.cli.output import console, only_json, print_json
 from corewise.cli.quantities import duration
 
 
@@ -37,7 +37,7 @@ def command(
     from corewise.search.retuning import find_plan
 
     screen = console(stderr=True)
-    with Progress(screen, "live" if screen.is_terminal else "quiet") as progress:
+    with Progress(screen, "live" if screen.is_terminal else "quiet") as progress, only_json(as_json):
         retuned = find_plan(artifact_path, budget_s=budget_s, model=load_model(model), on_event=progress)
     if as_json:
         print_json({**to_json(retuned), "kept": retuned.kept})

@@ -1,5 +1,6 @@
 """``corewise serve``."""
 
+import sys
 from contextlib import suppress
 from importlib.util import find_spec
 from pathlib import Path
@@ -16,7 +17,7 @@ from corewise.cli.serve_options import (
     SecurityOptions,
     server_options,
 )
-from corewise.cli.streams import StreamFailed
+from corewise.cli.streams import StreamFailed, takes_more
 from corewise.common.errors import CorewiseError, MissingExtra
 
 if TYPE_CHECKING:
@@ -128,7 +129,7 @@ class _Announcer:
                 self._listening = value
             elif what == "ready":
                 self._print_ready(value.served)
-            else:
+            elif takes_more(sys.stdout):  # otherwise the end would wait for whoever reads this
                 print("draining: accepted requests are finished, new ones are refused", flush=True)
 
     def _print_ready(self, served: Any) -> None:

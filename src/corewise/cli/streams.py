@@ -2,6 +2,7 @@
 
 import codecs
 import os
+import select
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -39,6 +40,16 @@ def protect() -> None:
         elif isinstance(stream, TextIOWrapper):
             stream.reconfigure(errors="corewise-plain")
             setattr(sys, attribute, cast(TextIO, _Guarded(stream, name)))
+
+
+def takes_more(stream: TextIO) -> bool:
+    """Whether a line can be written to it without waiting for whoever reads it: a pipe may be full."""
+    poll = select.poll()
+    try:
+        poll.register(stream.fileno(), select.POLLOUT)
+    except (OSError, ValueError):  # it is no file
+        return True
+    return bool(poll.poll(0))
 
 
 class _Guarded:

@@ -1,7 +1,7 @@
 """``corewise verify``."""
 
 from corewise.cli.options import ArtifactPath, AsJson, ModelOfArtifact, load_model
-from corewise.cli.output import print_json
+from corewise.cli.output import only_json, print_json
 
 
 def command(artifact_path: ArtifactPath, model: ModelOfArtifact = None, as_json: AsJson = False) -> None:
@@ -9,7 +9,8 @@ def command(artifact_path: ArtifactPath, model: ModelOfArtifact = None, as_json:
     from corewise.artifact.open import verify
     from corewise.records.jsonable import to_json
 
-    verification = verify(artifact_path, model=load_model(model))
+    with only_json(as_json):
+        verification = verify(artifact_path, model=load_model(model))
     if as_json:
         print_json(to_json(verification))
         return

@@ -7,25 +7,25 @@ import hashlib
 import os
 import warnings
 from collections.abc import Callable
+from functools import cached_property
 from pathlib import Path
 
-from corewise._version import __version__
 from corewise.artifact import Artifact, identity, read, tuned
 from corewise.artifact.model import Model
 from corewise.artifact.open import check_available, check_trusted, load
-from corewise.cluster.messages import Answered, Prepared, Task, answering, unpacked, unpacked_rows
-from corewise.common.errors import ArtifactError, EngineError, InputError, OutputError
+from corewise.cluster.messages import Answered, Prepared, Task, answering, unpacked, unpacked_alike, unpacked_rows
+from corewise.common.errors import ArtifactError, InputError, OutputError, SamplesError
 from corewise.pipeline import MediaRunner, TextRunner
 from corewise.pipeline.job import SUFFIX, answered, folder_of, writing
 from corewise.pipeline.outputs import format_of
-from corewise.pipeline.parts import Record
+from corewise.pipeline.parts import Parts, Record
 from corewise.records.build import Plan
 from corewise.records.bulk import PlanSource
 from corewise.records.cpu import Cpu
 from corewise.records.tuned import Machine, Tuned
 from corewise.runtime.cores import compute_on
 from corewise.samples.archives import Slice, Unpacked
-from corewise.samples.places import RemotePath, place_of
+from corewise.samples.places import Place, RemotePath, place_of
 from corewise.search.retuning import find_plan
 
 
@@ -38,11 +38,11 @@ class Answerer:
 
     def __init__(self, task: str, *, keep_cores: Callable[[int], Cpu] = compute_on) -> None:
         """``task`` is a packed ``Task``; ``keep_cores`` limits the process to a number of hardware threads."""
-        self._task = unpacked(Task, task)
+        self._message = task
         self._keep_cores = keep_cores
-        self._parts = folder_of(place_of(self._task.output), several=self._task.several)
         self._model: Model | None = None
-        self._unpacked = Unpacked()
+        self._unpacked = Unpacked(self._skipped)
+        self._skips = 0
 
     @answering
     def prepare(self, cores: int) -> Prepared:
@@ -51,11 +51,10 @@ class Answerer:
         Raises:
             ArtifactError: The artifact cannot be read here, is another one, or needs what this CPU lacks.
             OutputError: The output is not that of the driver, or cannot be written.
+            SamplesError: Inputs that are read here are not here, or cannot be read.
             EngineError: The engine or this version of corewise is not installed here.
         """
         task = self._task
-        if task.version != __version__:
-            raise EngineError(f"it has corewise {__version__}", f"install {task.version}, which runs the job")
         cpu = self._keep_cores(cores)
         artifact = self._artifact(cpu)
         about = self._parts.about
@@ -63,6 +62,8 @@ class Answerer:
             raise OutputError(f"{task.output} is not the job's folder there", "write to a folder that all nodes share")
         if not isinstance(about, RemotePath) and not os.access(about.parent, os.W_OK | os.X_OK):
             raise OutputError(f"{task.output} cannot be written there", "make it writable for Ray's user")
+        for place in map(place_of, task.seen):
+            _check_readable(place)
         fit = tuned.for_bulk(artifact, cpu) if task.ask is None else tuned.for_photos(artifact, cpu)
         source: PlanSource = "tuned before" if fit.tuned else "untuned"
         if not fit.tuned and Machine.of(artifact.report.cpu) == Machine.of(cpu):
@@ -109,8 +110,19 @@ class Answerer:
 
     @answering
     def beat(self) -> int:
-        """How many calls the engine has ended. If the number stays while parts are running, the engine hangs."""
-        return self._runner().calls_ended
+        """Rises with each call that the engine ends. If it stays while parts are running, the engine hangs."""
+        return self._runner().calls_ended + self._skips
+
+    @cached_property
+    def _task(self) -> Task:
+        return unpacked_alike(Task, self._message)
+
+    @cached_property
+    def _parts(self) -> Parts:
+        return folder_of(place_of(self._task.output), several=self._task.several)
+
+    def _skipped(self) -> None:
+        self._skips += 1
 
     def _artifact(self, cpu: Cpu) -> Artifact:
         folder = self._task.artifact
@@ -135,6 +147,14 @@ class Answerer:
     def _runner(self) -> TextRunner | MediaRunner:
         assert self._model is not None, "open comes first"
         return runner_of(self._model, self._task.artifact)
+
+
+def _check_readable(place: Place) -> None:
+    """Raise ``SamplesError`` if an input is not on this node: each of its rows would be set aside."""
+    if not place.is_file():
+        raise SamplesError(f"there is no input {place} there", "put the inputs into a folder that all nodes share")
+    if isinstance(place, Path) and not os.access(place, os.R_OK):
+        raise SamplesError(f"the input {place} cannot be read there", "let Ray's user read it")
 
 
 def runner_of(model: Model, artifact: Path) -> TextRunner | MediaRunner:

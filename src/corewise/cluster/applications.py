@@ -52,23 +52,29 @@ class Scale:
     """Whether an update starts a new replica before an old one stops, which takes CPUs that are free."""
 
     def __post_init__(self) -> None:
-        least, most = self.replicas
-        if not 1 <= least <= most:
-            raise InputError(f"there cannot be {least} to {most} replicas", "give 1 or more, e.g. 2 or 2-8")
+        match self.replicas:
+            case (int(least), int(most)) if 1 <= least <= most:
+                return
+            case (least, most):
+                what = f"{least} to {most} replicas"
+            case _:
+                what = f"{self.replicas!r} replicas"
+        raise InputError(f"there cannot be {what}", "give 1 or more, or the fewest and the most, e.g. 2 and 8")
 
 
 def settings_of(source: Source, options: Options, scale: Scale) -> Settings:
-    """What the replicas of an artifact are told. Raises ``ArtifactError`` if it cannot be read here."""
+    """What the replicas of an artifact are told. Raises ``ArtifactError`` if it cannot be read here, or not trusted."""
     folder = source.folder.absolute()
-    artifact = read(folder)
+    artifact, digest = read(folder), identity(folder)
     check_trusted(artifact, artifact.manifest.build.engine)
+    options.trust.check(artifact, digest)
     plan = artifact.manifest.plan
     return Settings(
         version=__version__,
         name=source.name,
         model_version=source.version,
         folder=folder,
-        identity=identity(folder),
+        identity=digest,
         cpus=scale.cpus or plan.threads_per_instance * plan.instances,
         rows_at_once=plan.instances * plan.batch,
         retune_s=scale.retune_s,

@@ -6,7 +6,8 @@ weights, and a part that is lost with it is small. Ray restarts nothing: the dri
 
 import time
 from abc import abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from typing import Any, NamedTuple, Protocol
 
 from corewise._version import __version__
@@ -76,11 +77,13 @@ class RayCrew:
         self.grows = grows
 
     def nodes(self) -> list[Node]:
-        """The living nodes, each with the CPUs that Ray has there."""
+        """The living nodes, each with the CPUs that Ray has there. Raises ``EngineError`` if the cluster is gone."""
         import ray
 
+        with _answering():
+            nodes = ray.nodes()
         found = []
-        for node in ray.nodes():
+        for node in nodes:
             cpus = int(node["Resources"].get("CPU", 0))
             if node["Alive"] and cpus > 0:
                 reads = node["NodeID"] == self._reads_on and cpus >= READER_CPUS
@@ -100,11 +103,13 @@ class RayCrew:
             "max_concurrency": AT_ONCE + 1,  # and one for the question whether it is alive
             "scheduling_strategy": NodeAffinitySchedulingStrategy(node_id=node.id, soft=False),
         }
-        return ray.remote(Answerer).options(**options).remote(task)
+        with _answering():
+            return ray.remote(Answerer).options(**options).remote(task)
 
     def call(self, actor: Any, method: str, *arguments: Any) -> Any:
         """Begin a call of one of its methods."""
-        return getattr(actor, method).remote(*arguments)
+        with _answering():
+            return getattr(actor, method).remote(*arguments)
 
     def wait(self, calls: Sequence[Any], timeout_s: float) -> list[Any]:
         """The calls that have ended."""
@@ -113,9 +118,10 @@ class RayCrew:
         if not calls:
             time.sleep(min(timeout_s, IDLE_S))
             return []
-        ended, others = ray.wait(list(calls), num_returns=1, timeout=timeout_s)
-        if ended and others:  # of many nodes, several have ended: to ask for each alone would cost the square
-            ended += ray.wait(others, num_returns=len(others), timeout=0)[0]
+        with _answering():
+            ended, others = ray.wait(list(calls), num_returns=1, timeout=timeout_s)
+            if ended and others:  # of many nodes, several have ended: to ask for each alone would cost the square
+                ended += ray.wait(others, num_returns=len(others), timeout=0)[0]
         return list(ended)
 
     def result(self, call: Any) -> str:
@@ -132,14 +138,30 @@ class RayCrew:
                     "corewise is not installed there", f"install corewise {__version__} on every node"
                 ) from error
             raise EngineError(f"an actor failed: {type(cause).__name__}: {_last_line(cause)}") from error
-        except RayError as error:
+        except (RayError, ConnectionError) as error:
             raise ActorLost(_last_line(error)) from error
 
     def stop(self, actor: Any) -> None:
-        """Kill it."""
+        """Kill it; with a cluster that is gone it has ended."""
         import ray
+        from ray.exceptions import RayError
 
-        ray.kill(actor)
+        with suppress(RayError, ConnectionError):
+            ray.kill(actor)
+
+
+@contextmanager
+def _answering() -> Iterator[None]:
+    """Turn what Ray raises of a cluster that is gone into ``EngineError``."""
+    from ray.exceptions import RayError
+
+    try:
+        yield
+    except (RayError, ConnectionError) as error:
+        raise EngineError(
+            f"the Ray cluster does not answer any more: {_last_line(error)}",
+            "see 'ray status', and run the same command: finished parts are kept",
+        ) from error
 
 
 def _last_line(error: BaseException) -> str:

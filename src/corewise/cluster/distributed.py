@@ -2,6 +2,9 @@
 
 import hashlib
 import json
+import os
+from collections.abc import Iterable
+from contextlib import suppress
 from dataclasses import replace
 from itertools import chain
 from pathlib import Path
@@ -19,6 +22,7 @@ from corewise.pipeline.parts import Counts, Parts
 from corewise.records.bulk import BulkResult, OnProgress
 from corewise.records.jsonable import from_json, to_json
 from corewise.records.tuned import Tuned
+from corewise.samples.places import Place
 
 RESULT = f"{MARK}result.json"
 """In the folder of a finished job."""
@@ -94,10 +98,12 @@ def run_on_ray(
 def record_result(kept: Parts, result: BulkResult) -> BulkResult:
     """The result as it is written into the folder of a finished job; what ran where stays if nothing was left to do."""
     place = kept.folder / RESULT
-    if result.rows == result.resumed and place.is_file():
-        known = from_json(BulkResult, json.loads(place.read_text()))
-        result = replace(known, resumed=known.rows, wall_s=result.wall_s)
-    kept.replace(place, lambda path: path.write_text(json.dumps(to_json(result), indent=1)))
+    with writing(result.output, result.output):
+        if result.rows == result.resumed and place.is_file():
+            with suppress(ValueError):  # it is of another version
+                known = from_json(BulkResult, json.loads(place.read_text()))
+                result = replace(known, resumed=known.rows, wall_s=result.wall_s)
+        kept.replace(place, lambda path: path.write_text(json.dumps(to_json(result), indent=1)))
     return result
 
 
@@ -113,7 +119,22 @@ def task_of(artifact: Path, job: Job, preprocess: str | None) -> Task:
         prompt=job.prompt,
         ask=job.ask,
         preprocess=preprocess,
+        seen=() if job.ask is None else seen_of(job.inputs),
     )
+
+
+def seen_of(inputs: Iterable[Place]) -> tuple[str, ...]:
+    """An input of each bucket or disk, as far as names tell: of each folder at the root, and in one of these.
+
+    None is a link to nothing, or has a name that is no text.
+    """
+    found: dict[tuple[str, ...], str] = {}
+    for path in inputs:
+        name = str(path)
+        key = (*os.path.dirname(name).split("/")[:3],)
+        if key not in found and path.is_file() and name.encode("utf-8", "ignore").decode() == name:
+            found[key] = name
+    return tuple(found.values())
 
 
 def keep(artifact: Path, entry: Tuned) -> str:

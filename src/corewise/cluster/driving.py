@@ -145,6 +145,7 @@ class Driver:
         self._ready: set[str] = set()
         """The nodes of those that answer."""
         self._calls: dict[Any, _Call] = {}
+        self._all_read = False
         self._again: deque[Part] = deque()
         self._ended: dict[int, list[str]] = defaultdict(list)
         self._losses: dict[str, int] = defaultdict(int)
@@ -178,7 +179,7 @@ class Driver:
                 self._keep_share(actor, lost=False)
             return Driven(
                 shares=tuple(self._shares),
-                left_out=tuple(str(refusal) for refusal in self._refusals.values()),
+                left_out=(*map(str, self._refusals.values()), *self._late()),
                 notes=tuple(self._notes),
             )
         finally:
@@ -204,13 +205,18 @@ class Driver:
         """Give parts to actors that have less than they can work on; whether parts are left to give."""
         for load in range(AT_ONCE):
             for actor in self._actors.values():
-                if actor.ready and len(actor.parts) == load:
-                    part = self._lost_part(actor) or next(self._parts, None)
-                    if part is None:
-                        return False
+                if not actor.ready or len(actor.parts) != load:
+                    continue
+                part = self._lost_part(actor) or self._next_part()
+                if part is not None:  # another actor may be given what this one has lost
                     actor.parts.append(part)
                     self._call(actor, "answer", part.number, packed_rows(part.rows), part=part)
-        return True
+        return not self._all_read
+
+    def _next_part(self) -> Part | None:
+        part = None if self._all_read else next(self._parts, None)
+        self._all_read = part is None
+        return part
 
     def _lost_part(self, actor: _Actor) -> Part | None:
         """A part that an actor took with it; on another node than that one, if there is one."""
@@ -375,6 +381,16 @@ class Driver:
                 f"Ray started no process within {START_S:g} s, which needs these CPUs to be free: {wanted or 'any'}",
                 "see what has them with 'ray status', or add a node",
             )
+
+    def _late(self) -> Iterator[str]:
+        """The nodes that did nothing because they were not ready before the job ended."""
+        at_work = {share.node for share in self._shares}
+        for actor in self._actors.values():
+            if not actor.ready and actor.node.name not in at_work:
+                yield (
+                    f"node {actor.node.name}: it was not ready before the job ended; it takes "
+                    f"{actor.node.cpus} free CPUs"
+                )
 
     def _keep_share(self, actor: _Actor, *, lost: bool) -> None:
         share = actor.share(lost=lost)

@@ -11,6 +11,7 @@ from functools import wraps
 from pathlib import Path
 from typing import Any, TypeVar
 
+from corewise._version import __version__
 from corewise.common.errors import (
     ArtifactError,
     CorewiseError,
@@ -50,6 +51,8 @@ class Task:
     prompt: str | None
     ask: ImageAsk | None
     preprocess: str | None
+    seen: tuple[str, ...]
+    """Some of the inputs that the actors read themselves, to see whether they can."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,6 +82,17 @@ def packed(value: Any) -> str:
 def unpacked(kind: type[T], text: str) -> T:
     """The record of a message, of that type."""
     return from_json(kind, json.loads(text))
+
+
+def unpacked_alike(kind: type[T], text: str) -> T:
+    """``unpacked`` of a record with the version of corewise that packed it; in others it has other fields.
+
+    Raises ``EngineError`` if that is not this version.
+    """
+    theirs = json.loads(text)["version"]
+    if theirs != __version__:
+        raise EngineError(f"it has corewise {__version__}", f"install {theirs}, as where the command runs")
+    return unpacked(kind, text)
 
 
 def packed_rows(rows: Sequence[Record]) -> str:

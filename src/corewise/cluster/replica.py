@@ -16,17 +16,17 @@ import tempfile
 import time
 from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager, suppress
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from corewise._version import __version__
 from corewise.artifact import MANIFEST, Artifact, identity, read, tuned
 from corewise.cluster.connection import check_tokens
 from corewise.cluster.distributed import keep
 from corewise.cluster.exporting import Exporter
-from corewise.cluster.messages import unpacked
+from corewise.cluster.messages import unpacked_alike
 from corewise.cluster.rpc import Calls
 from corewise.cluster.scaling import Load
 from corewise.cluster.settings import Settings
@@ -57,7 +57,7 @@ class Replica(Calls):
 
     def __init__(self, settings: str) -> None:
         """``settings`` is a packed ``Settings``."""
-        self._settings = unpacked(Settings, settings)
+        self._message = settings
         self._host: Host | None = None
         self._cores: ClaimedCores | None = None
         self._exporting: asyncio.Task[None] | None = None
@@ -75,11 +75,9 @@ class Replica(Calls):
     async def _open(self) -> ASGIApp:
         settings = self._settings
         to_stderr("info")
+        await asyncio.to_thread(check_tokens, _cluster())
         memory.tune()
         sys.setswitchinterval(SWITCH_S)
-        if settings.version != __version__:
-            raise EngineError(f"it has corewise {__version__}", f"install {settings.version}, which deploys it")
-        await asyncio.to_thread(check_tokens, _cluster())
         memory_bytes = _memory_bytes(settings.cpus)
         self._cores = ClaimedCores(settings.cpus, Path(tempfile.gettempdir()))
         artifact = _checked(settings, self._cores.cpu)
@@ -138,6 +136,10 @@ class Replica(Calls):
         if self._cores is not None:
             self._cores.close()
 
+    @cached_property
+    def _settings(self) -> Settings:
+        return unpacked_alike(Settings, self._message)
+
     @property
     def _models(self) -> Models:
         assert self._host is not None, "it is open while it has requests"
@@ -183,7 +185,7 @@ def _mounted(root: bytes, send: Send) -> Send:
 
 
 def _checked(settings: Settings, cpu: Cpu) -> Artifact:
-    """The artifact, which is the one that the application was made of."""
+    """The artifact, which is the one that the application was made of and may be opened: a search opens it first."""
     folder = settings.folder
     if not folder.is_dir():
         raise ArtifactError(f"there is no artifact {folder} there", "put it into a folder that all nodes share")
@@ -193,6 +195,7 @@ def _checked(settings: Settings, cpu: Cpu) -> Artifact:
         raise ArtifactError(f"{folder} cannot be read there: {error.strerror}", "let Ray's user read it") from error
     if identity(folder) != settings.identity:
         raise ArtifactError(f"{folder} is another artifact there", "give every node the same one, and deploy again")
+    settings.vouched_for.check(artifact, settings.identity)
     return artifact
 
 
@@ -207,7 +210,12 @@ def tune_once(artifact: Artifact, cpu: Cpu, budget_s: float) -> None:
     with _one_at_a_time(artifact.folder / MANIFEST):
         if _is_new(artifact, cpu):
             log.info("no plan is known for %s: searching for %g s", Machine.of(cpu).label, budget_s)
-            if note := keep(artifact.folder, find_plan(artifact.folder, budget_s=budget_s).entry):
+            try:
+                found = find_plan(artifact.folder, budget_s=budget_s)
+            except CorewiseError as error:  # it serves under the plan that it has
+                log.warning("no plan was found: %s", error)
+                return
+            if note := keep(artifact.folder, found.entry):
                 log.warning("%s", note)
 
 

@@ -14,7 +14,7 @@ from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass
 from io import StringIO
 from types import FrameType
-from typing import Any, NoReturn
+from typing import Any, NamedTuple, NoReturn
 
 from corewise._version import __version__
 from corewise.cluster.applications import Scale, bound, settings_of
@@ -134,9 +134,9 @@ def _check_nodes(settings: Sequence[Settings], scale: Scale) -> None:
 
     nodes = [int(node["Resources"].get("CPU", 0)) for node in ray.nodes() if node["Alive"]]
     for one in settings:
-        if max(nodes, default=0) < one.cpus:
+        if (most := max(nodes, default=0)) < one.cpus:
             raise InputError(
-                f"a replica of {one.name} takes {one.cpus} CPUs, and the cluster's nodes have at most {max(nodes)}",
+                f"a replica of {one.name} takes {one.cpus} CPUs, and the cluster's nodes have at most {most}",
                 "give fewer with --cpus",
             )
     needed, there = sum(one.cpus for one in settings) * scale.replicas[0], sum(nodes)
@@ -151,6 +151,7 @@ def _start(http: tuple[str, int], grpc_port: int | None, options: Options) -> bo
 
     Raises ``InputError`` if it runs on other ports, and ``EngineError`` if it does not start.
     """
+    import ray
     from ray import serve
     from ray.exceptions import RayError
     from ray.serve.context import _get_global_client
@@ -163,11 +164,11 @@ def _start(http: tuple[str, int], grpc_port: int | None, options: Options) -> bo
     running = _get_global_client(raise_if_no_controller_running=False)
     if running is not None:
         there = running.http_config
-        if (there.host, there.port) != (http_options["host"], http_options["port"]):
-            raise InputError(
-                f"Ray Serve runs on this cluster already, with HTTP on {there.host}:{there.port}",
-                f"give --http {there.host}:{there.port}",
-            )
+        http_there = HttpThere(there.host, there.port, there.ssl_certfile is not None)
+        grpc_there = ray.get(running._controller.get_grpc_config.remote())
+        servicers = {*grpc_there.grpc_servicer_functions}
+        asked = HttpThere(http_options["host"], http_options["port"], "ssl_certfile" in http_options)
+        check_running(http_there, grpc_there.port if SERVICER in servicers else None, asked, grpc_port)
         return False
     grpc_options = {"port": grpc_port, "grpc_servicer_functions": [SERVICER]} if grpc_port else None
     try:
@@ -185,6 +186,33 @@ def _start(http: tuple[str, int], grpc_port: int | None, options: Options) -> bo
             "here",
         ) from error
     return True
+
+
+class HttpThere(NamedTuple):
+    """Where and how Ray Serve's HTTP listens."""
+
+    host: str
+    port: int
+    tls: bool
+
+
+def check_running(there: HttpThere, grpc_there: int | None, asked: HttpThere, grpc_asked: int | None) -> None:
+    """Raise ``InputError`` if Ray Serve runs already and its ports are not those that are asked for. Pure.
+
+    It would keep its own, and the command would tell of ports that nobody opens. The ports of gRPC are those that take
+    the protocol's calls.
+    """
+    runs = "Ray Serve runs on this cluster already,"
+    if there[:2] != asked[:2]:
+        raise InputError(f"{runs} with HTTP on {there.host}:{there.port}", f"give --http {there.host}:{there.port}")
+    if there.tls != asked.tls:
+        how, fix = ("with", "give --tls-cert and --tls-key") if there.tls else ("without", "leave out --tls-cert")
+        raise InputError(f"{runs} {how} TLS", fix)
+    if grpc_asked not in (None, grpc_there):
+        how = f"with gRPC on port {grpc_there}" if grpc_there else "without a gRPC port for corewise"
+        raise InputError(
+            f"{runs} {how}", f"give --grpc {EVERYWHERE[0]}:{grpc_there}" if grpc_there else "leave out --grpc"
+        )
 
 
 def _run(applications: Sequence[tuple[str, Settings]], scale: Scale, on_event: OnEvent) -> None:

@@ -49,12 +49,17 @@ class Settings:
         """Those that requests need."""
         return Tokens.of_digests(self.token_digests)
 
+    @property
+    def vouched_for(self) -> Trust:
+        """Which payloads that are code it may open."""
+        return Trust(everything=self.trust, digests=frozenset(self.trusted))
+
     def options(self, memory_bytes: int) -> Options:
         """Those of a process with this much memory, unless another limit was named."""
         return Options(
             limits=Limits(timeout_s=self.timeout_s, body_bytes=self.body_bytes),
             max_waiting=self.max_waiting,
-            trust=Trust(everything=self.trust, digests=frozenset(self.trusted)),
+            trust=self.vouched_for,
             shadow=self.shadow,
             memory_bytes=self.memory_bytes or memory_bytes,
             cors_origins=self.cors_origins,

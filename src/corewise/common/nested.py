@@ -15,6 +15,7 @@ from functools import cache
 from typing import Any, Literal
 
 from corewise.common.errors import InputError
+from corewise.common.phrases import with_article
 
 Kind = Literal["leaf", "constant", "dict", "list", "tuple", "object"]
 Key = str | int
@@ -129,10 +130,10 @@ def match(structure: Structure, value: Any, name: str = "inputs") -> list[Any]:
             )
         return []
     if _is_leaf(value) or type(value) in CONSTANTS:
-        raise InputError(f"{name} is {_describe(value)}, but {_article(structure.kind)} is expected")
+        raise InputError(f"{name} is {_describe(value)}, but {with_article(structure.kind)} is expected")
     kind, _, items = _open(value, name)
     if kind != structure.kind:
-        raise InputError(f"{name} is {_describe(value)}, but {_article(structure.kind)} is expected")
+        raise InputError(f"{name} is {_describe(value)}, but {with_article(structure.kind)} is expected")
     for key in items:
         if key not in structure.keys:
             raise InputError(f"{_below(name, key)} is not expected", f"give {_listing(structure.keys)}")
@@ -310,11 +311,7 @@ def _below(name: str, key: Key) -> str:
 def _describe(value: Any) -> str:
     if type(value) in CONSTANTS:
         return repr(value)
-    return "a tensor" if _is_leaf(value) else _article(type(value).__name__)
-
-
-def _article(noun: str) -> str:
-    return f"an {noun}" if noun[:1].lower() in "aeiou" else f"a {noun}"
+    return "a tensor" if _is_leaf(value) else with_article(type(value).__name__)
 
 
 def _listing(keys: Path) -> str:

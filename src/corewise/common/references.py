@@ -5,7 +5,7 @@ import importlib.util
 import sys
 import sysconfig
 import traceback
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from difflib import get_close_matches
 from hashlib import sha256
@@ -14,6 +14,7 @@ from types import ModuleType
 from typing import Any
 
 from corewise.common.errors import CorewiseError
+from corewise.common.phrases import with_article
 
 OURS = (str(Path(__file__).parents[1]), "<")
 INSTALLED = tuple(sysconfig.get_path(kind) for kind in ("stdlib", "purelib", "platlib"))
@@ -67,22 +68,35 @@ def own_frame(frames: Iterable[traceback.FrameSummary]) -> traceback.FrameSummar
     return next(reversed(own or library or foreign), None)
 
 
-def call_reference(reference: str, error: type[CorewiseError], purpose: str) -> Any:
+def call_reference(
+    reference: str,
+    error: type[CorewiseError],
+    purpose: str,
+    is_value: Callable[[Any], bool] = lambda found: False,
+) -> Any:
     """What the function that ``module:function`` or ``path/to/file.py:function`` names returns.
 
-    ``purpose`` says what the function is, e.g. "model factory". Raises ``error`` where the module or function
+    ``purpose`` says what the function is, e.g. "model factory". If ``is_value`` says of what is found there that it is
+    what a function would return, such as a model, it is taken as it is. Raises ``error`` where the module or function
     is missing or either of them raises.
     """
-    with called_reference(reference, error, purpose) as made:
+    with called_reference(reference, error, purpose, is_value) as made:
         return made
 
 
 @contextmanager
-def called_reference(reference: str, error: type[CorewiseError], purpose: str) -> Iterator[Any]:
+def called_reference(
+    reference: str,
+    error: type[CorewiseError],
+    purpose: str,
+    is_value: Callable[[Any], bool] = lambda found: False,
+) -> Iterator[Any]:
     """What ``call_reference`` returns, to be read here: a generator may import the siblings of its file only now."""
-    with _found(reference, error, purpose) as function:
-        with guard(error, f"{purpose} {reference} failed"):
-            made = function()
+    with _found(reference, error, purpose, is_value) as found:
+        made = found
+        if not is_value(found):
+            with guard(error, f"{purpose} {reference} failed"):
+                made = found()
         yield made
 
 
@@ -92,8 +106,18 @@ def find_reference(reference: str, error: type[CorewiseError], purpose: str) -> 
         return function
 
 
+def reference_to(function: Any) -> str:
+    """``module:function`` of a function; of another callable, such as a composed transform, its class."""
+    return f"{function.__module__}:{getattr(function, '__qualname__', type(function).__qualname__)}"
+
+
 @contextmanager
-def _found(reference: str, error: type[CorewiseError], purpose: str) -> Iterator[Any]:
+def _found(
+    reference: str,
+    error: type[CorewiseError],
+    purpose: str,
+    is_value: Callable[[Any], bool] = lambda found: False,
+) -> Iterator[Any]:
     """The function, while its folder is on ``sys.path`` so that it can import its siblings, as scripts can."""
     place, _, name = reference.rpartition(":")
     if not place or not name:
@@ -104,13 +128,14 @@ def _found(reference: str, error: type[CorewiseError], purpose: str) -> Iterator
     sys.path.insert(0, folder)
     try:
         module = _import_file(place, error, purpose) if place.endswith(".py") else _import(place, error, purpose)
-        function = getattr(module, name, None)
-        if not callable(function):
-            similar = get_close_matches(name, vars(module), n=1)
-            raise error(
-                f"{place} has no function {name!r}", f"did you mean {similar[0]!r}?" if similar else "check its name"
-            )
-        yield function
+        found = getattr(module, name, None)
+        if not callable(found) and not is_value(found):
+            others = [other for other in vars(module) if other != name]
+            similar = get_close_matches(name, others, n=1)
+            what = f": {name} is {with_article(type(found).__name__)}" if hasattr(module, name) else ""
+            fix = "name a function that returns it" if what else "check its name"
+            raise error(f"{place} has no function {name!r}{what}", f"did you mean {similar[0]!r}?" if similar else fix)
+        yield found
     finally:
         with suppress(ValueError):
             sys.path.remove(folder)
@@ -138,7 +163,10 @@ def _import_file(file: str, error: type[CorewiseError], purpose: str) -> ModuleT
     try:
         with guard(error, f"{file} of the {purpose} cannot be imported"):
             spec.loader.exec_module(module)
-    except error:
+    except error as failed:
         del sys.modules[name]
+        if "attempted relative import" in failed.what:
+            fix = f"name it by its package, from the folder above that: package.{path.stem}:function"
+            raise error(failed.what, fix) from failed
         raise
     return module

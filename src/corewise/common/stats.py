@@ -9,6 +9,8 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from corewise.common.phrases import percent
+
 MIN_ROUNDS = 6
 """The fewest rounds of an alternating run that give a 95 % interval of the median ratio."""
 
@@ -176,11 +178,12 @@ def noise_warnings(values: Sequence[float], throttled: int = 0) -> tuple[str, ..
         )
     if (noise := spread(values)) > NOISY_SPREAD:
         warnings.append(
-            f"noisy: the middle half spreads over {noise:.0%} of the median; close other programs and rerun"
+            f"noisy: the middle half spreads over {percent(noise)} of the median; close other programs and rerun"
         )
     if abs(drift := _drift(values)) > DRIFT:
         warnings.append(
-            f"drifted by {drift:+.0%} from first to last; let the machine settle (heat, other load) and rerun"
+            f"drifted by {percent(drift, signed=True)} from first to last; let the machine settle (heat, other load) "
+            "and rerun"
         )
     return tuple(warnings)
 

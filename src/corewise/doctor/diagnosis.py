@@ -262,8 +262,8 @@ def _cpu_findings(cpu: Cpu) -> Iterator[Finding]:
     elif not cpu.int8_dot and cpu.architecture == "x86_64":
         yield Finding(
             severity="warning",
-            what="no int8 dot product (VNNI): int8 sums saturate in 16 bits, so corewise uses 7-bit activation"
-            " ranges, and int8 gains about half as much",
+            what="no int8 dot product (VNNI): int8 sums saturate in 16 bits, so corewise rounds weights to 7 bits,"
+            " and int8 gains about half as much",
             fix="run on Intel Ice Lake, AMD Zen 4 or newer; a guest needs -cpu host to see the extension",
         )
     elif not cpu.int8_dot:

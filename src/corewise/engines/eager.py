@@ -69,8 +69,13 @@ class Eager:
         session = self.open(folder, build, plan)
         times: dict[str, float] = {}
         for memory_format in FORMATS:  # in one session, because opening a program takes a second or two
-            session.use_format(memory_format)
-            times[memory_format] = fastest_s(session, batch)
+            try:
+                session.use_format(memory_format)
+                times[memory_format] = fastest_s(session, batch)
+            except RuntimeError:
+                if memory_format == FORMATS[0]:
+                    raise
+                # A ``view`` that needs the values in the order of a contiguous tensor.
         best = min(times, key=lambda name: times[name])
         _write_format(folder, best)
         told = ", ".join(f"{name} {seconds * 1e3:.0f} ms" for name, seconds in times.items())
@@ -105,13 +110,16 @@ class EagerSession:
 
     def __init__(self, module: "nn.Module", build: Build, plan: Plan, memory_format: str) -> None:
         import torch
+        from torch.fx import GraphModule
 
-        from corewise.engines.torch_tools import keep_freed_memory
+        from corewise.engines.torch_tools import keep_freed_memory, to_bf16
 
         keep_freed_memory()
         self._threads = plan.threads_per_instance
-        self._dtype = torch.bfloat16 if build.precision == "bf16" else torch.float32
-        self._module = module.to(self._dtype)
+        # A model's own code may compute gradients, which inference mode does not let it.
+        self._without_gradients = torch.inference_mode if isinstance(module, GraphModule) else torch.no_grad
+        self._in_bf16 = build.precision == "bf16"
+        self._module = to_bf16(module) if self._in_bf16 else module
         self.use_format(memory_format)
 
     def use_format(self, memory_format: str) -> None:
@@ -125,19 +133,17 @@ class EagerSession:
 
     def run(self, inputs: Sequence[np.ndarray]) -> list[np.ndarray]:
         """Run one batch; bf16 outputs come back as float32."""
-        import torch
-
         from corewise.engines.torch_tools import threads, to_numpy
 
-        with threads(self._threads), torch.inference_mode():
+        with threads(self._threads), self._without_gradients():
             return to_numpy(self._module(*(self._tensor(array) for array in inputs)))
 
     def _tensor(self, array: np.ndarray) -> "torch.Tensor":
         from corewise.engines.torch_tools import from_numpy
 
         tensor = from_numpy(array)
-        if tensor.is_floating_point():
-            tensor = tensor.to(self._dtype)
+        if self._in_bf16 and array.dtype == np.float32:
+            tensor = tensor.bfloat16()
         return tensor.contiguous(memory_format=self._format) if tensor.dim() == 4 else tensor
 
     def another(self) -> "EagerSession":

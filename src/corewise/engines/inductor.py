@@ -297,13 +297,15 @@ def _in_bf16(module: "nn.Module") -> "nn.Module":
     import torch
     from torch import nn
 
+    from corewise.engines.torch_tools import to_bf16
+
     class InBf16(nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.module = module.to(torch.bfloat16)
+            self.module = to_bf16(module)
 
         def forward(self, *inputs: torch.Tensor) -> tuple[torch.Tensor, ...]:
-            given = [tensor.bfloat16() if tensor.is_floating_point() else tensor for tensor in inputs]
+            given = [tensor.bfloat16() if tensor.dtype == torch.float32 else tensor for tensor in inputs]
             return tuple(tensor.float() if tensor.dtype == torch.bfloat16 else tensor for tensor in self.module(*given))
 
     return InBf16()

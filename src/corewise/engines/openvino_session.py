@@ -22,6 +22,7 @@ from corewise.machine.layouts import limited_by_quota
 from corewise.records.build import Build, Plan
 from corewise.records.jsonable import from_json
 
+INT32 = np.iinfo(np.int32)
 MODEL = "model.xml"
 DYNAMIC = -1
 GROUP = 128
@@ -62,6 +63,8 @@ class OpenVinoSession:
         # For a missing input OpenVINO reuses the one of the call before.
         if len(inputs) != len(request.model_inputs):
             raise ValueError(f"{len(inputs)} inputs instead of {len(request.model_inputs)}")
+        for array in inputs:
+            _check_integers(array)
         with explained("run this batch", "give inputs of the shapes that the model was exported with"):
             outputs = request.infer(inputs, share_inputs=True, share_outputs=False)
         return [outputs[index] for index in range(len(request.model_outputs))]
@@ -143,6 +146,12 @@ class _Compiled:
                         f"use at most {streams} instances",
                     )
             return self._models[size, pixels]
+
+
+def _check_integers(array: np.ndarray) -> None:
+    """Raise ``EngineError`` for integers of 64 bits that OpenVINO's CPU plugin, which has 32, would change."""
+    if array.dtype == np.int64 and array.size and not INT32.min <= array.min() <= array.max() <= INT32.max:
+        raise EngineError(f"OpenVINO has integers of 32 bits, and an input has {array.max()}", "use another engine")
 
 
 def _of_pixels(model: Any, scale: PixelScale) -> Any:

@@ -6,6 +6,8 @@ from contextlib import contextmanager
 
 import numpy as np
 import torch
+from torch import nn
+from torch.fx import GraphModule
 
 # From glibc's malloc.h; see mallopt(3).
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4
@@ -51,6 +53,23 @@ def from_numpy(array: np.ndarray) -> torch.Tensor:
     return torch.from_numpy(array if taken else array.copy())
 
 
+def to_bf16(module: nn.Module) -> nn.Module:
+    """The module with its float32 parameters and buffers in bf16.
+
+    Numbers of other types are so for a reason: complex ones would lose their imaginary part, and float64 its digits.
+    """
+    if isinstance(module, GraphModule):
+        for node in list(module.graph.nodes):
+            # Before a conversion torch.export notes the type that it saw, float32.
+            if node.target is torch.ops.aten._assert_tensor_metadata.default:
+                module.graph.erase_node(node)
+        module.recompile()
+    converted: nn.Module = module._apply(  # type: ignore[no-untyped-call]
+        lambda tensor: tensor.bfloat16() if tensor.dtype == torch.float32 else tensor
+    )
+    return converted
+
+
 def to_numpy(tensors: Sequence[torch.Tensor]) -> list[np.ndarray]:
     """Tensors as arrays; bf16, which numpy lacks, as float32."""
-    return [(t.float() if t.dtype == torch.bfloat16 else t).contiguous().numpy() for t in tensors]
+    return [(t.float() if t.dtype == torch.bfloat16 else t).detach().contiguous().numpy() for t in tensors]

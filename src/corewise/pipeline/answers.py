@@ -1,8 +1,9 @@
 """A model's outputs as answers: vectors, classes with probabilities, scores, and spans with labels. Pure."""
 
+import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -13,6 +14,9 @@ from corewise.samples.texts import Text
 
 NO_ENTITY = "O"
 """The label of tokens outside of all spans, as in CoNLL's data."""
+LETTERS = ("B-", "I-", "E-", "L-", "S-", "U-")
+BEGINNING, ENDING = ("B", "S", "U"), ("E", "L", "S", "U")
+"""Letters of words that begin a span of their own, and of those that are the last one of theirs."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,34 +89,63 @@ def _class(row: NDArray[np.float32], labels: Sequence[str]) -> ClassAnswer:
     return ClassAnswer(label=labels[best], probability=float(row[best]), probabilities=probabilities)
 
 
-def _spans(rows: NDArray[np.float32], labels: Sequence[str], tokens: Tokens, text: str) -> list[Span]:
-    """Neighbouring words of one entity as spans. A word has the label of its first token.
+class _Word(NamedTuple):
+    """A word with its label: the letter before the entity, if there is one, and its place in the text."""
 
-    ``B-`` begins a span and ``I-`` continues one of the same entity (the scheme IOB2); labels without such a prefix
-    make a span of each run of equal labels.
+    letter: str
+    entity: str
+    probability: float
+    start: int
+    end: int
+
+
+def _spans(rows: NDArray[np.float32], labels: Sequence[str], tokens: Tokens, text: str) -> list[Span]:
+    """Neighbouring words of one entity as spans.
+
+    ``B-`` begins a span and ``I-`` continues one of the same entity (IOB2); where all labels have such letters, ``E-``
+    and ``L-`` end one, and ``S-`` and ``U-`` are one of a single word (IOBES, BILOU). Labels without a letter make a
+    span of each run of equal ones.
     """
     spans: list[Span] = []
-    parts: list[tuple[str, str, float, int, int]] = []
-    """Words as (prefix, entity, probability, start, end)."""
-    last_word: int | None = None
-    for row, (start, end), word in zip(rows, tokens.offsets, tokens.words, strict=True):
-        if word is None or (start, end) == (0, 0):
-            continue
-        if word == last_word and parts:
-            prefix, entity, probability, first, _ = parts[-1]
-            parts[-1] = (prefix, entity, probability, first, end)
-            continue
-        last_word = word
-        label = labels[int(row.argmax())]
-        prefix, entity = label.split("-", 1) if label[:2] in ("B-", "I-") else ("", label)
-        parts.append((prefix, entity, float(row.max()), start, end))
-    run: list[tuple[str, str, float, int, int]] = []
-    for part in [*parts, ("", NO_ENTITY, 0.0, 0, 0)]:
-        if run and (part[1] != run[-1][1] or part[0] == "B"):
-            start, end = run[0][3], run[-1][4]
-            probability = sum(each[2] for each in run) / len(run)
-            spans.append(Span(label=run[0][1], probability=probability, start=start, end=end, text=text[start:end]))
+    run: list[_Word] = []
+    for word in [*_words(rows, labels, tokens, text), _Word("", NO_ENTITY, 0.0, 0, 0)]:
+        if run and (word.entity != run[-1].entity or word.letter in BEGINNING or run[-1].letter in ENDING):
+            start, end = run[0].start, run[-1].end
+            probability = sum(each.probability for each in run) / len(run)
+            spans.append(Span(label=run[0].entity, probability=probability, start=start, end=end, text=text[start:end]))
             run = []
-        if part[1] != NO_ENTITY:
-            run.append(part)
+        if word.entity != NO_ENTITY:
+            run.append(word)
     return spans
+
+
+def _words(rows: NDArray[np.float32], labels: Sequence[str], tokens: Tokens, text: str) -> list[_Word]:
+    """The words of a text, each with the label of its first token, without the spaces that tokens may begin with.
+
+    A tokenizer may split a text at its spaces only, or not at all, as many decoders' do. So a word begins behind a
+    space and behind marks such as quotes, and marks behind it that are outside of entities are no part of it.
+    """
+    letters = LETTERS if all(label == NO_ENTITY or label[:2] in LETTERS for label in labels) else LETTERS[:2]
+    words: list[_Word] = []
+    last_number: int | None = None
+    last_end = 0
+    for row, (start, end), number in zip(rows, tokens.offsets, tokens.words, strict=True):
+        if number is None or (start, end) == (0, 0):
+            continue
+        token, label = text[start:end], labels[int(row.argmax())]
+        is_spaced = token[:1].isspace() or any(map(str.isspace, text[max(0, last_end - 1) : start]))
+        so_far = text[words[-1].start : words[-1].end] if words else ""
+        begins = number != last_number or (bool(so_far) and (is_spaced or (_is_marks(so_far) and not _is_marks(token))))
+        last_number, last_end = number, end
+        start, end = end - len(token.lstrip()), start + len(token.rstrip())
+        if begins:
+            letter, entity = label.split("-", 1) if label[:2] in letters else ("", label)
+            words.append(_Word(letter, entity, float(row.max()), start, max(start, end)))
+        elif not (so_far and _is_marks(token) and label == NO_ENTITY):
+            words[-1] = words[-1]._replace(end=max(end, words[-1].end))
+    return [word for word in words if word.start < word.end]
+
+
+def _is_marks(text: str) -> bool:
+    """Whether a text has punctuation and symbols only."""
+    return all(unicodedata.category(character)[0] in "PSZ" for character in text)

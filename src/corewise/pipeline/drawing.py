@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from corewise.common.phrases import percent
 from corewise.pipeline.answers import ClassAnswer
 from corewise.pipeline.boxes import Detection
 from corewise.samples.image_files import open_image
@@ -19,6 +20,8 @@ NAMED = 3
 LINE, LETTERS = 400, 40
 """A line is this part of the mean side wide, at least 2 pixels, and letters are that part high, at least 11."""
 QUALITY = 90
+MOST_SIDE = 65_500
+"""Pixels of a JPEG, by libjpeg; a longer photo is drawn smaller."""
 
 
 def draw_answer(source: Path | bytes, answer: Any, path: Path) -> None:
@@ -29,8 +32,11 @@ def draw_answer(source: Path | bytes, answer: Any, path: Path) -> None:
         answer: A ``ClassAnswer``, or a list of ``Detection``.
         path: Where it goes.
     """
-    image = open_image(source).convert("RGB")
+    opened = open_image(source)
+    image = opened if opened.mode == "RGB" else opened.convert("RGB")
     drawn = boxes_on(image, answer) if isinstance(answer, list) else classes_on(image, answer)
+    drawn.thumbnail((MOST_SIDE, MOST_SIDE))
+    drawn.info.clear()  # Pillow would copy a comment, of which a JPEG cannot hold a long one
     drawn.save(path, "JPEG", quality=QUALITY)
 
 
@@ -48,7 +54,7 @@ def boxes_on(image: "Image", found: Sequence[Detection]) -> "Image":
         canvas.rectangle(one.box, outline=colour, width=width)
     for one in reversed(found):
         colour, (left, top, *_) = COLOURS[one.number % len(COLOURS)], one.box
-        _tag(canvas, image.size, (left, top), f"{one.label} {100 * one.score:.0f} %", colour, height)
+        _tag(canvas, image.size, (left, top), f"{one.label} {percent(one.score)}", colour, height)
     return made
 
 
@@ -62,13 +68,13 @@ def classes_on(image: "Image", answer: ClassAnswer) -> "Image":
     top = 0.0
     for number, (label, probability) in enumerate(list(answer.probabilities.items())[:NAMED]):
         ground = COLOURS[3] if number == 0 else "white"
-        top = _tag(canvas, image.size, (0, top), f"{label} {100 * probability:.1f} %", ground, height, above=False)
+        top = _tag(canvas, image.size, (0, top), f"{label} {percent(probability, 1)}", ground, height, above=False)
     return made
 
 
 def _sizes(image: "Image") -> tuple[int, int]:
     """The width of lines and the height of letters that can be seen and read on an image."""
-    side = (image.width + image.height) / 2
+    side = min((image.width + image.height) / 2, 2 * min(image.size))  # of a long strip, not half of its length
     return max(2, round(side / LINE)), max(11, round(side / LETTERS))
 
 

@@ -10,7 +10,7 @@ import shutil
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from errno import EACCES, EDQUOT, ENOSPC, EPERM, EROFS
 from itertools import chain, count, groupby
 from pathlib import Path, PurePosixPath
@@ -23,7 +23,7 @@ from corewise.pipeline.parts import Counts, Parts, Record
 from corewise.pipeline.photos import USUAL, ImageAsk, ImageRunner, MediaRunner, content_of
 from corewise.pipeline.runner import Rejected, TextRunner
 from corewise.samples.archives import is_archive, read_archive
-from corewise.samples.places import Place, RemotePath, real_name
+from corewise.samples.places import Place, RemotePath, real_name, unreadable
 from corewise.samples.tables import READERS, iterate_table, parquet_rows
 from corewise.samples.texts import Columns
 
@@ -34,6 +34,7 @@ PART_BYTES = 64 * 2**20
 SUFFIX, MARK = ".parquet", "_"
 """Of the files in a folder of Parquet parts: of its answers, and before the names of all other files."""
 BLOCK_BYTES = 1 << 20
+SECOND_NS = 10**9
 
 OnRows = Callable[[Counts], None]
 """Called with the numbers of rows that are done and of those set aside, an earlier run's included."""
@@ -109,12 +110,13 @@ class Job:
 
 
 def _size_and_time(path: Place) -> tuple[int, int]:
-    """Zeros for a link to nothing."""
+    """Zeros for a link to nothing. Stores know the time of a single file to the second, in a listing more closely."""
     try:
         found = path.stat()
     except OSError:
         return 0, 0
-    return found.st_size, found.st_mtime_ns
+    unit_ns = SECOND_NS if isinstance(path, RemotePath) else 1
+    return found.st_size, found.st_mtime_ns // unit_ns * unit_ns
 
 
 def folder_of(output: Place, *, several: bool) -> Parts:
@@ -182,6 +184,8 @@ def check_folder(output: Place) -> None:
     """Raise ``OutputError`` unless the output is a job's folder or can become one."""
     if output.suffix in (".jsonl", ".npy"):
         raise OutputError(f"{output} is the name of a file", "give a folder for Parquet files with -o")
+    if str(output).encode("utf-8", "ignore").decode() != str(output):
+        raise OutputError(f"{output} is not a name in UTF-8", "give another name with -o")
     if output.is_file():
         raise OutputError(f"{output} exists already and is not a folder", "give another name with -o")
     if isinstance(output, Path) and not output.parent.is_dir():
@@ -196,17 +200,22 @@ def count_rows(paths: Iterable[Place]) -> int:
     """About how many rows files have, for a progress bar: their lines; of Parquet the exact number."""
     total = 0
     for path in paths:
-        if path.suffix.lower() == ".parquet":
-            total += parquet_rows(path)
-            continue
-        with path.open("rb") as file:
-            if isinstance(path, RemotePath):  # to read it all would take as long as the job
-                head = file.read(BLOCK_BYTES)
-                total += head.count(b"\n") * path.stat().st_size // max(1, len(head))
-            else:
-                total += sum(block.count(b"\n") for block in iter(lambda: file.read(BLOCK_BYTES), b""))
-            total -= path.suffix.lower() in (".csv", ".tsv")
+        try:
+            total += parquet_rows(path) if path.suffix.lower() == ".parquet" else _lines(path)
+        except OSError as error:
+            raise unreadable(path, error) from error
     return total
+
+
+def _lines(path: Place) -> int:
+    """How many lines a file has, without a header."""
+    with path.open("rb") as file:
+        if isinstance(path, RemotePath):  # to read it all would take as long as the job
+            head = file.read(BLOCK_BYTES)
+            lines = head.count(b"\n") * path.stat().st_size // max(1, len(head))
+        else:
+            lines = sum(block.count(b"\n") for block in iter(lambda: file.read(BLOCK_BYTES), b""))
+    return int(lines) - (path.suffix.lower() in (".csv", ".tsv"))
 
 
 def run_job(
@@ -252,7 +261,7 @@ def run_job(
             on_rows(done)
         check_unchanged(job, facts)
         if not job.folder:
-            _join(job, kind, done.failed)
+            _join(job, kind, done)
     return Done(done.rows, resumed.rows, done.failed)
 
 
@@ -262,15 +271,24 @@ def total_of(finished: Mapping[int, Counts]) -> Counts:
 
 
 def check_unchanged(job: Job, facts: Mapping[str, Any]) -> None:
-    """Raise ``SamplesError`` if an input is not what it was when the job began."""
+    """Raise ``SamplesError`` if an input is not what it was when the job began.
+
+    Of an object store, files with many rows: of others it would take a request for each row, and each is a row still.
+    """
+    inputs = tuple(_afresh(path) if job.ask is None or is_archive(path) else path for path in job.inputs)
     try:
-        changed = job.facts() != facts
+        changed = replace(job, inputs=inputs).facts() != facts
     except FileNotFoundError:
         changed = True
     if changed:
         raise SamplesError(
             "an input has changed while it was read", f"remove {job.kept.folder} and run the same command"
         )
+
+
+def _afresh(path: Place) -> Place:
+    """The file without what a listing said of it."""
+    return RemotePath(path.url) if isinstance(path, RemotePath) else path
 
 
 def no_rows(job: Job) -> SamplesError:
@@ -344,13 +362,15 @@ def _drawing(record: Record) -> str:
     return f"{record.row:06}-{stem[:60]}.jpg"
 
 
-def _join(job: Job, kind: Format, failed: int) -> None:
-    """Join the parts and remove their folder."""
+def _join(job: Job, kind: Format, expected: Counts) -> None:
+    """Join the parts and remove their folder. Raises ``OutputError`` unless they have all rows."""
     done = job.kept.finished()
+    if total_of(done) != (expected.rows, expected.failed, ""):
+        raise OutputError(f"files were removed from {job.parts} while the job ran", "run the same command again")
     answers = [job.parts / job.kept.answers(number).name for number in done]
     whole = job.parts / f"whole{job.file.suffix}"
     kind.join(answers, whole)
-    if failed:
+    if expected.failed:
         aside = job.parts / "whole.failed"
         join_lines([job.parts / job.kept.failed(number).name for number in done], aside)
         sync(aside)

@@ -10,7 +10,7 @@ import fcntl
 import json
 import os
 import secrets
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -126,7 +126,7 @@ class Parts:
         """Write which job this is, unless that is there already; returns whether it was written."""
         if not self.about.is_file():
             if isinstance(self.folder, Path):
-                for name in self._done():  # of a job that was killed while its folder was removed
+                for name in self._done(names_in(self.folder)):  # of a job that was killed while its folder was removed
                     os.unlink(self.folder / name)
             self.replace(self.about, lambda path: path.write_text(_text(facts), encoding="utf-8"))
             return True
@@ -151,21 +151,39 @@ class Parts:
         return self.about.is_file() and self.about.read_text(encoding="utf-8") == _text(facts)
 
     def finished(self) -> dict[int, Counts]:
-        """The finished parts by their numbers, rising."""
+        """The finished parts by their numbers, rising. One of which a file is gone is not finished."""
+        names = {*names_in(self.folder)}
         start = len(f"{self.mark}part-")
         with ThreadPoolExecutor(READERS) as pool:
-            found = {int(name[start:-5]): pool.submit(self._counts, name) for name in sorted(self._done())}
+            found = {int(name[start:-5]): pool.submit(self._counts, name) for name in sorted(self._done(names))}
             counts = {number: future.result() for number, future in found.items()}
-        return {number: count for number, count in counts.items() if count is not None}
+        return {
+            number: count
+            for number, count in counts.items()
+            if count is not None and names.issuperset(self._files(number, count))
+        }
 
     def _counts(self, name: str) -> Counts | None:
-        """What a part's last file says; ``None`` if a crash of the machine left it empty."""
-        text = (self.folder / name).read_text()
-        return Counts(**json.loads(text)) if text else None
+        """What a part's last file says; ``None`` if a crash of the machine left it empty or half."""
+        with suppress(ValueError, TypeError):
+            return Counts(**json.loads((self.folder / name).read_text()))
+        return None
 
-    def _done(self) -> list[str]:
+    def _files(self, number: int, counts: Counts) -> list[str]:
+        """The names of a part's files of answers and of rows set aside."""
+        answers = [self.answers(number).name] if self._has_file(counts.rows - counts.failed) else []
+        return answers + ([self.failed(number).name] if self._has_file(counts.failed) else [])
+
+    def _has_file(self, rows: int) -> bool:
+        """In a folder of Parquet no file is without rows: it would have no columns, which a reader would miss."""
+        return rows > 0 or not self.mark
+
+    def _done(self, names: Iterable[str]) -> list[str]:
+        start = f"{self.mark}part-"
         return [
-            name for name in names_in(self.folder) if name.startswith(f"{self.mark}part-") and name.endswith(".done")
+            name
+            for name in names
+            if name.startswith(start) and name.endswith(".done") and name[len(start) : -5].isdecimal()
         ]
 
     def write(self, number: int, kind: Format, part: Sequence[tuple[Record, Any]]) -> Counts:
@@ -176,12 +194,12 @@ class Parts:
             if not isinstance(answer, Rejected)
         ]
         bad = [(record, answer) for record, answer in part if isinstance(answer, Rejected)]
-        if good or not self.mark:  # a file without rows has no columns, which a reader of the folder would miss
+        if self._has_file(len(good)):
             first = part[0][0].row
             self.replace(self.answers(number), lambda path: kind.write(path, good, first, len(part)))
         else:
             self._remove(self.answers(number))
-        if bad or not self.mark:
+        if self._has_file(len(bad)):
             text = "".join(_aside(record, answer) for record, answer in bad)
             self.replace(self.failed(number), lambda path: path.write_bytes(text.encode("utf-8", "replace")))
         else:
@@ -207,6 +225,8 @@ class Parts:
         """Remove what an attempt that was killed left: it may have read other rows, which would be there twice."""
         if isinstance(path, Path):
             path.unlink(missing_ok=True)
+        elif path.is_file():
+            path.unlink()
 
     def sweep(self) -> None:
         """Remove what writers that were killed left."""

@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 
 from corewise.common.detections import Head, find_head
 from corewise.common.errors import InputError
+from corewise.common.phrases import with_article
 from corewise.pipeline.answers import ClassAnswer, activate
 from corewise.pipeline.boxes import Thresholds, detected
 from corewise.pipeline.runner import Rejected, Run
@@ -59,7 +60,8 @@ class ImageAsk:
             return Thresholds.of(head, self.score_threshold, self.iou_threshold)
         for name, given in (("score", self.score_threshold), ("IoU", self.iou_threshold)):
             if given is not None:
-                raise InputError(f"a {name} threshold applies to boxes, and the model gives none", "leave it out")
+                what = f"{with_article(name)} threshold applies to boxes, and the model gives none"
+                raise InputError(what, "leave it out")
         return None
 
 
@@ -168,9 +170,14 @@ class MediaRunner(ABC):
     noun: ClassVar[str]
     pipeline: MediaPipeline
 
-    def __init__(self, run: Run, *, instances: int, rows: int, decoders: int) -> None:
-        """``run`` takes calls of ``rows`` items from ``instances`` threads; ``decoders`` threads make their inputs."""
+    def __init__(self, run: Run, *, instances: int, rows: int, decoders: int, whole: Run | None = None) -> None:
+        """``run`` takes calls of ``rows`` items from ``instances`` threads; ``decoders`` threads make their inputs.
+
+        ``whole`` takes calls that have others beside them: to divide those among instances that wait for photos would
+        only make them smaller, and an engine takes longer for each row of a small call.
+        """
         self._run = run
+        self._whole = whole or run
         self._instances = instances
         self._rows = rows
         self._decoders = decoders
@@ -199,14 +206,14 @@ class MediaRunner(ABC):
         if not isinstance(ask.top, int | np.integer) or ask.top < 1:
             raise InputError(f"top is {ask.top}", "give a whole number, 1 or more")
         ahead: deque[_Call] = deque()
+        most_ahead = self._instances + ceil(self._decoders / self._rows)
         decoders = ThreadPoolExecutor(self._decoders, "corewise-decode")
         callers = ThreadPoolExecutor(self._instances, "corewise-call")
         fetchers = ThreadPoolExecutor(FETCHERS, "corewise-fetch")
-        most_ahead = self._instances + ceil(self._decoders / self._rows)
         try:
             rest = iter(items)
             while chunk := [_fetched(item, fetchers) for item in islice(rest, self._rows)]:
-                ahead.append(self._start(chunk, decoders, callers))
+                ahead.append(self._start(chunk, self._whole if ahead else self._run, decoders, callers))
                 while len(ahead) > most_ahead:
                     yield from self._finish(ahead.popleft(), ask.top, thresholds)
             while ahead:
@@ -252,13 +259,15 @@ class MediaRunner(ABC):
                 raise InputError(f"{self.noun} {number} {answer.reason}", "replace or remove it")
             yield answer
 
-    def _start(self, items: Sequence[Any], decoders: ThreadPoolExecutor, callers: ThreadPoolExecutor) -> _Call:
+    def _start(
+        self, items: Sequence[Any], run: Run, decoders: ThreadPoolExecutor, callers: ThreadPoolExecutor
+    ) -> _Call:
         """Begin to decode items, and the call that waits for them."""
         decoded = [decoders.submit(self._decode, item) for item in items]
 
         def call() -> list[list[NDArray[Any]]]:
             inputs = [one.array for one in (future.result() for future in decoded) if not isinstance(one, Rejected)]
-            outputs = run_alike(self._run, inputs)
+            outputs = run_alike(run, inputs)
             self.calls_ended += 1
             return outputs
 
@@ -313,6 +322,7 @@ class ImageRunner(MediaRunner):
         rows: int,
         reader: Callable[[Any], NDArray[Any]] | None = None,
         decoders: int | None = None,
+        whole: Run | None = None,
     ) -> None:
         """Make a runner.
 
@@ -324,9 +334,10 @@ class ImageRunner(MediaRunner):
             reader: Makes the input of an image, in place of the pipeline's preprocessing.
             decoders: Threads that decode, sharing the cores with the instances. Default: one for each core, but only
                 one with a ``reader``, which need not stand more.
+            whole: As in ``MediaRunner``.
         """
         decoders = decoders or (len(os.sched_getaffinity(0)) if reader is None else 1)
-        super().__init__(run, instances=instances, rows=rows, decoders=decoders)
+        super().__init__(run, instances=instances, rows=rows, decoders=decoders, whole=whole)
         self.pipeline = pipeline
         self._read = reader or ImageReader(pipeline.preprocess)
         sizing = self._read if isinstance(self._read, ImageReader) else ImageReader(pipeline.preprocess)
@@ -334,7 +345,7 @@ class ImageRunner(MediaRunner):
 
     def _listed(self, items: Any) -> Any:
         """The images of a folder, or of a tar file."""
-        if isinstance(items, str | Path) and Path(items).is_dir():
+        if isinstance(items, str | Path) and os.path.isdir(items):  # also for a name too long for any file
             return list_images([items])
         if isinstance(items, str | Path) and is_archive(items):
             return (Rejected(one.problem) if one.problem else one.content for one in read_archive(place_of(items)))
@@ -349,7 +360,7 @@ class ImageRunner(MediaRunner):
     def _decoded(self, item: Any) -> Decoded | Rejected:
         if not (isinstance(item, Path | bytes) or is_pil(item) or is_image(item)):
             found = f"{item.dtype} array {item.shape}" if isinstance(item, np.ndarray) else type(item).__name__
-            return Rejected(f"is a {found}, not a path, bytes, PIL image or uint8 array (H, W, 3)")
+            return Rejected(f"is {with_article(found)}, not a path, bytes, PIL image or uint8 array (H, W, 3)")
         return Decoded(np.asarray(self._read(item))) if self._sized is None else Decoded(*self._sized(item))
 
     def _answer(self, outputs: list[NDArray[Any]], one: Decoded, top: int, thresholds: Thresholds | None) -> Any:

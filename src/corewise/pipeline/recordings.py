@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from corewise.common.phrases import with_article
 from corewise.pipeline.photos import Decoded, MediaRunner, meaning
 from corewise.pipeline.runner import Rejected, Run
 from corewise.records.pipeline import AudioPipeline
@@ -41,16 +42,17 @@ class AudioRunner(MediaRunner):
         instances: int,
         rows: int,
         reader: Callable[[Any], Any] | None = None,
+        whole: Run | None = None,
     ) -> None:
         """As ``ImageRunner``; ``reader`` makes the input of a recording, in place of the pipeline's preprocessing."""
         decoders = len(os.sched_getaffinity(0)) if reader is None else 1
-        super().__init__(run, instances=instances, rows=rows, decoders=decoders)
+        super().__init__(run, instances=instances, rows=rows, decoders=decoders, whole=whole)
         self.pipeline = pipeline
         self._read = reader or AudioReader(pipeline.preprocess)
 
     def _listed(self, items: Any) -> Any:
         """The recordings of a folder."""
-        is_folder = isinstance(items, str | Path) and Path(items).is_dir()
+        is_folder = isinstance(items, str | Path) and os.path.isdir(items)
         return list_files([items], AUDIO_SUFFIXES, "recordings") if is_folder else items
 
     def _is_one(self, items: Any) -> bool:
@@ -60,7 +62,7 @@ class AudioRunner(MediaRunner):
 
     def _decoded(self, item: Any) -> Decoded | Rejected:
         if not (isinstance(item, Path | bytes) or _is_array_with_rate(item)):
-            return Rejected(f"is a {type(item).__name__}, not a path, bytes or (array, rate)")
+            return Rejected(f"is {with_article(type(item).__name__)}, not a path, bytes or (array, rate)")
         array = np.asarray(self._read(item))
         why = too_short(array, self.pipeline.preprocess)
         return Rejected(why) if why else Decoded(array)

@@ -20,6 +20,8 @@ Run = Callable[[Sequence[NDArray[Any]]], list[NDArray[Any]]]
 
 WINDOW_ITEMS = 1024
 """Items that are sorted by length together. The next window is tokenized while this one runs."""
+FIRST_ITEMS = 128
+"""Of the first window: no call runs while it is tokenized."""
 VECTORS_ITEMS = 64
 """Items of a window if each token has a vector, of which a long text has more than a megabyte."""
 WINDOW_CHARACTERS = 4_000_000
@@ -97,15 +99,18 @@ class TextRunner:
             pool.shutdown(cancel_futures=True)
 
     def predict(self, items: Any, *, prompt: str | None = None) -> Any:
-        """The answers to a list of items, together (``stacked``); to an iterator, as an iterator; to a string, alone.
+        """The answers to a list of items, together (``stacked``); to an iterator, as an iterator; to one item, alone.
 
         Args:
-            items: As in ``answers``, as is ``prompt``.
+            items: As in ``answers``, as is ``prompt``. Two texts are one item for a model of pairs.
 
         Raises:
             InputError: An item has a problem, with its number; or there are no items in what was given.
         """
-        if isinstance(items, str):
+        if isinstance(items, np.ndarray):
+            items = items.tolist()  # a pair is then a list
+        is_pair = isinstance(items, list | tuple) and len(items) == 2 and all(isinstance(each, str) for each in items)
+        if isinstance(items, str) or (is_pair and self.encoder.pipeline.pairs):
             return next(self._checked([items], prompt))
         _check_kind(items)
         answers = self._checked(items, prompt)
@@ -174,14 +179,14 @@ def _check_kind(items: Any) -> None:
 
 def _windows(items: Iterable[Any], most: int) -> Iterator[list[Any]]:
     window: list[Any] = []
-    characters = 0
+    characters, size = 0, min(most, FIRST_ITEMS)
     for item in items:
         window.append(item)
         texts = item if isinstance(item, list | tuple) else (item,)
         characters += sum(len(text) for text in texts if isinstance(text, str))
-        if len(window) >= most or characters >= WINDOW_CHARACTERS:
+        if len(window) >= size or characters >= WINDOW_CHARACTERS:
             yield window
-            window, characters = [], 0
+            window, characters, size = [], 0, most
     if window:
         yield window
 

@@ -8,7 +8,8 @@ import numpy as np
 
 from corewise.pipeline.calls import Call, CallLimits, fill
 from corewise.pipeline.runner import MULTIPLE
-from corewise.pipeline.tokens import TextEncoder
+from corewise.pipeline.tokens import TextEncoder, Tokens
+from corewise.records.pipeline import TextPipeline
 from corewise.records.report import TokenFacts
 from corewise.samples import RawSamples, Samples, UnreadableItem
 
@@ -20,7 +21,8 @@ def text_samples(encoder: TextEncoder, raw: RawSamples, by_name: bool = True) ->
     """Tokenized samples, each padded to the tokens of the call that the runner would put it into.
 
     A model is so calibrated, judged and measured on what it is asked when it is served. Outputs for each token are
-    compared token by token, so samples of such models keep their own length.
+    compared token by token, so samples of such models keep their own length. If all have one length, the shortest
+    gets another, so that the program takes any.
 
     Args:
         encoder: The model's pipeline and tokenizer.
@@ -40,12 +42,35 @@ def text_samples(encoder: TextEncoder, raw: RawSamples, by_name: bool = True) ->
         for call in calls:
             for place in call.places:
                 lengths[place] = min(call.tokens, pipeline.max_length)
+    of_tokens = raw.labels is not None and (raw.labels.ndim > 1 or raw.labels.dtype == object)
+    if pooled or not of_tokens:  # there are as many labels as tokens
+        _vary(pipeline, tokens, lengths, may_pad=pooled and pipeline.pads)
     made: list[Any] = [UnreadableItem("", problem) for problem in problems]
     for place, one, length in zip(usable, tokens, lengths, strict=True):
         arrays = [array[0] for array in encoder.collate([one], length)]
         names = [each.name for each in pipeline.inputs]
         made[place] = dict(zip(names, arrays, strict=True)) if by_name else tuple(arrays)
     return replace(replace(raw, items=made).tensors(_usable), tokens=facts)
+
+
+def _vary(pipeline: TextPipeline, tokens: list[Tokens], lengths: list[int], *, may_pad: bool) -> None:
+    """Give the shortest text another length if all have one: less padding, or else more, or else cut it.
+
+    The program would take texts of that length only: all others would be padded to it, and longer ones cut.
+    """
+    size = min(lengths, default=0)
+    if len(lengths) < 2 or size < 2 or size != max(lengths):
+        return
+    place = min(range(len(tokens)), key=lambda place: len(tokens[place]))
+    own = -(-len(tokens[place]) // MULTIPLE) * MULTIPLE
+    if own < size:
+        lengths[place] = own
+    elif may_pad and size + MULTIPLE <= pipeline.max_length:
+        lengths[place] = size + MULTIPLE
+    else:
+        lengths[place] = max(1, size - MULTIPLE)
+        one, most = tokens[place], lengths[place]
+        tokens[place] = Tokens(one.ids[:most], one.types[:most], one.offsets[:most], one.words[:most])
 
 
 def token_facts(lengths: Sequence[int], calls: Sequence[Call], most: int, cut: int) -> TokenFacts:

@@ -65,7 +65,8 @@ def folded(program: ExportedProgram) -> GraphModule:
 
     Batch norms are folded into the convolutions before them, matrix products with a transposed parameter are
     ``linear``, and each layer has parameters of its own, ``<node>_weight`` and ``<node>_bias``: a correction of one
-    layer never changes another. Layers that see constants alone, as Swin V2 has for its table of positions, are values.
+    layer never changes another. Layers that see constants alone, as Swin V2 has for its table of positions, are values,
+    and so are weights that are computed of constants, as weight norm does.
     It computes what the program computes. Raises ``EngineError`` for control flow.
     """
     for node in program.graph.nodes:
@@ -78,7 +79,7 @@ def folded(program: ExportedProgram) -> GraphModule:
     for node in list(module.graph.nodes):
         if node.target in PRODUCTS:
             _to_linear(module, node)
-    _compute_constant_layers(module)
+    compute_constants(module)
     for node in module.graph.nodes:
         if node.target in LAYERS and parameter(module, node.args[1]) is not None:
             _own_parameters(module, node)
@@ -308,8 +309,8 @@ def _to_linear(module: GraphModule, node: Node) -> None:
     module.graph.erase_node(node)
 
 
-def _compute_constant_layers(module: GraphModule) -> None:
-    """Put values in place of layers whose inputs are the same in each call."""
+def compute_constants(module: GraphModule) -> None:
+    """Put values in place of layers whose inputs are the same in each call, and of weights and biases that are."""
     values: dict[Node, Any] = {}
     for node in list(module.graph.nodes):
         if node.op == "get_attr" and (value := parameter(module, node)) is not None:
@@ -322,9 +323,18 @@ def _compute_constant_layers(module: GraphModule) -> None:
                 read.meta = node.meta
                 node.replace_all_uses_with(read)
                 values[read] = values[node]
+        elif node.target in LAYERS:
+            for place, kind in ((1, "weight"), (2, "bias")):
+                used = node.args[place] if len(node.args) > place else None
+                if isinstance(used, Node) and used in values and used.op != "get_attr":
+                    read = _attribute(module, node, f"{node.name}_computed_{kind}", values[used])
+                    node.update_arg(place, read)
+                    values[read] = values[used]
 
 
 def _is_pure(node: Node) -> bool:
+    if node.target is operator.getitem:
+        return True
     return node.op == "call_function" and isinstance(node.target, OpOverload) and not (_mutates(node) or _draws(node))
 
 

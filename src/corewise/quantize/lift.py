@@ -14,7 +14,17 @@ from torch.export import ExportedProgram
 from torch.fx import GraphModule, Node
 
 from corewise.quantize.graph import CONVOLUTIONS as PLAIN_CONVOLUTIONS
-from corewise.quantize.graph import NORMS, TRANSPOSED, arguments, aten, parameter, plain_graph, sizes_of, transposed
+from corewise.quantize.graph import (
+    NORMS,
+    TRANSPOSED,
+    arguments,
+    aten,
+    compute_constants,
+    parameter,
+    plain_graph,
+    sizes_of,
+    transposed,
+)
 
 CONVOLUTIONS = (*PLAIN_CONVOLUTIONS, aten.convolution.default, *TRANSPOSED)
 CONVOLUTION_LAYERS: dict[tuple[int, bool], type[Any]] = {
@@ -61,7 +71,9 @@ def lift_program(program: ExportedProgram) -> GraphModule:
     poolings, sums, shapes) becomes what FX quantization knows. Anything else stays the ATen operator it is, and so
     stays in fp32. The result computes what the program computes, and shares its parameters.
     """
-    return _Lift(plain_graph(program)).run()
+    module = plain_graph(program)
+    compute_constants(module)
+    return _Lift(module).run()
 
 
 class _Lift:

@@ -68,8 +68,7 @@ class Cpu:
     def int8_dot(self) -> bool:
         """Whether int8 products accumulate in 32 bits (VNNI, AVX-VNNI, AMX, DotProd, I8MM).
 
-        Without it x86 adds pairs of u8 x s8 products in 16 bits, which saturates: 7-bit ranges are
-        used instead.
+        Without it x86 adds pairs of u8 x s8 products in 16 bits, which saturates: weights are rounded to 7 bits then.
         """
         return any(self.has(name) for name in ("avx512_vnni", "avx_vnni", "amx_int8", "dotprod", "i8mm"))
 

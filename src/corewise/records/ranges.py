@@ -24,6 +24,10 @@ class InputRange:
     values: tuple[ValueRange, ...] = ()
     longest: tuple[int | None, ...] = ()
     """The largest size of each dimension; ``None`` means any."""
+    shortest: tuple[int | None, ...] = ()
+    """The smallest size, likewise; empty if all may be small, and in artifacts of older versions."""
+    multiples: tuple[int | None, ...] = ()
+    """What each size must be a multiple of, likewise."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -109,6 +109,7 @@ class ReasonKind(StrEnum):
     MIXES_BATCH = "mixes batch"
     FIXED_BATCH = "fixed batch"
     KEEPS_STATE = "keeps state"
+    BASELINE_DIFFERS = "baseline differs"
     NOT_SPLIT = "not split"
 
     # Why there is no elastic plan to judge.

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 
+from corewise.common.phrases import percent
 from corewise.records.report import Report
 from corewise.records.tuned import Elasticity
 from corewise.report.numbers import megabytes, milliseconds, three_digits
@@ -17,9 +18,10 @@ def layouts(report: Report, found: Elasticity) -> str:
     """Whether two layouts stay open, and what that does for single requests."""
     fixed = 1 if report.choice.plan.instances == 1 else 2
     shown = (found.curve[0], min(found.curve, key=lambda point: abs(point.load - 2 / 3)))
-    pairs = ((point.load, *(milliseconds(point.p50_ms[k]) for k in (0, fixed))) for point in shown)
     figures = ", ".join(
-        f"at {load:.0%} of the saturated rate {ours} instead of {theirs}" for load, ours, theirs in pairs
+        f"at {percent(point.load)} of the saturated rate {milliseconds(point.p50_ms[0])} instead of "
+        f"{milliseconds(point.p50_ms[fixed])}"
+        for point in shown
     )
     if found.pays:
         memory = f"; at most {megabytes(found.memory_bytes)}" if found.memory_bytes else ""
@@ -41,7 +43,7 @@ def duel_verdict(found: Elasticity) -> str:
         figures = ", ".join(
             f"{name} {milliseconds(ours)} against {milliseconds(theirs)}" for name, (ours, theirs) in pairs
         )
-        told.append(f"at {duel.load:.0%} of the saturated rate {figures}")
+        told.append(f"at {percent(duel.load)} of the saturated rate {figures}")
     return f"an elastic plan is slower under real load: {'; '.join(told)}"
 
 
@@ -54,4 +56,4 @@ def load_rows(found: Elasticity) -> Iterator[tuple[str, ...]]:
     """``67%``, then p50 and p99 in ms of each."""
     for point in found.curve:
         pairs = zip(point.p50_ms, point.p99_ms, strict=True)
-        yield f"{point.load:.0%}", *(f"{three_digits(p50)} / {three_digits(p99)}" for p50, p99 in pairs)
+        yield percent(point.load), *(f"{three_digits(p50)} / {three_digits(p99)}" for p50, p99 in pairs)

@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from statistics import median
 
+from corewise.common.phrases import percent
 from corewise.records.build import Build, Plan
 from corewise.records.fidelity import Fidelity
 from corewise.records.measurement import Measurement
@@ -209,7 +210,7 @@ def _frontier(builds: Builds) -> Iterator[Figure]:
                 (
                     f"{measurement.plan.label}{' (chosen)' if builds.is_plan(build, measurement.plan) else ''}",
                     *map(numbers.three_digits, (measurement.throughput_per_s, measurement.p50_ms, measurement.p99_ms)),
-                    f"{measurement.spread:.1%}",
+                    percent(measurement.spread, 1),
                     *((f"{measurement.throttled} times",) if throttled else ()),
                 ),
             )
@@ -324,7 +325,8 @@ def _loads(builds: Builds) -> Iterator[Figure]:
                 y=p50_ms,
                 role=role,
                 key="ABC"[k],
-                tip=f"{name} at {load:.0f} %: p50 {numbers.milliseconds(p50_ms)}, p99 {numbers.milliseconds(p99_ms)}",
+                tip=f"{name} at {percent(load / 100)}: "
+                f"p50 {numbers.milliseconds(p50_ms)}, p99 {numbers.milliseconds(p99_ms)}",
                 labelled=load == points[-1][0],
                 interval=(p50_ms, max(p50_ms, p99_ms)),
             )

@@ -1,5 +1,6 @@
 """The lines that ``loadtest`` and ``retune`` print. Pure."""
 
+from corewise.common.phrases import percent
 from corewise.records.goal import GOALS
 from corewise.records.measurement import LoadTest
 from corewise.records.tuned import Elasticity, Retuned
@@ -88,7 +89,7 @@ def elasticity_lines(elasticity: Elasticity) -> tuple[str, ...]:
     names = ("elastic", wide.layout_label, narrow.layout_label)
     rows: list[tuple[str, ...]] = [("simulated p50 of requests", *names)]
     rows += [
-        (f"  at {point.load:.0%} of the fixed plan's load", *(milliseconds(ms) for ms in point.p50_ms))
+        (f"  at {percent(point.load)} of the fixed plan's load", *(milliseconds(ms) for ms in point.p50_ms))
         for point in elasticity.curve
     ]
     rows.append((f"batches of {narrow.batch}, saturated", *(rate(per_s) for per_s in elasticity.saturated_per_s)))

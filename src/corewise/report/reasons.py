@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from typing import Any
 
+from corewise.common.phrases import percent
 from corewise.records.reason import Reason, ReasonKind
 from corewise.report import numbers
 
@@ -187,7 +188,7 @@ def _slo_uncertain(details: Details) -> str:
         rate = numbers.rate(details["met_per_s"], "requests")
         return f"{nothing} met {rate} once, but no slightly lower rate afterwards"
     rate = numbers.rate(details["lowest_per_s"], "requests")
-    return f"{nothing} answered {details['in_time']:.0%} of {rate} in time"
+    return f"{nothing} answered {percent(details['in_time'])} of {rate} in time"
 
 
 def _nothing_fits(details: Details) -> str:
@@ -244,7 +245,7 @@ def _from_files(details: Details) -> str:
     gain = f", {ratio:.2f} times as many as under the winner's plan for tensors" if ratio > 1 else ""
     return (
         f"from files it answers {numbers.rate(details['per_s'], 'photos')} if {threads} beside {details['plan']}"
-        f"{gain}; decoding takes {details['decoding']:.0%} of the processor time"
+        f"{gain}; decoding takes {percent(details['decoding'])} of the processor time"
     )
 
 
@@ -313,7 +314,7 @@ _SENTENCES: dict[ReasonKind, Callable[[Details], str]] = {
     K.MUCH_SLOWER: _not_tuned,
     K.OTHERS_FASTER: lambda details: f"{_not_tuned(details)}, and {details['count']} others were faster",
     K.BASELINE_SHARE_SPENT: lambda details: (
-        f"the baseline's share of the budget, {details['share']:.0%} of {details['budget_s']:g} s, was spent"
+        f"the baseline's share of the budget, {percent(details['share'])} of {details['budget_s']:g} s, was spent"
     ),
     K.FASTER_THAN_BASELINE: _faster,
     K.NO_FINALIST_FASTER: lambda details: f"{_won(details)}: {_figure(details)}, and no finalist was faster",
@@ -351,6 +352,11 @@ _SENTENCES: dict[ReasonKind, Callable[[Details], str]] = {
     K.MIXES_BATCH: _mixes_batch,
     K.FIXED_BATCH: lambda details: f"calls have exactly {numbers.counted(details['rows'], 'row')}: {details['why']}",
     K.KEEPS_STATE: _keeps_state,
+    K.BASELINE_DIFFERS: lambda details: (
+        f"the baseline answers {numbers.counted(details['samples'], 'sample')} otherwise than the model itself, "
+        f"{details['decibels']:.0f} dB apart: either rounding decides, as among scores that are nearly equal, or the "
+        "exported program is wrong; compare the artifact's answers with the model's"
+    ),
     K.SCALED_DECODING: lambda details: _decoding(details, "so the artifact decodes photos this way"),
     K.FULL_DECODING: lambda details: _decoding(details, "so the artifact decodes photos in full"),
     K.DECODING_NOT_JUDGED: lambda details: (

@@ -9,6 +9,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from corewise.common.phrases import percent
 from corewise.quantize.explanation import Explanation
 from corewise.report import numbers
 
@@ -113,7 +114,7 @@ def _table(explanation: Explanation, rows: Sequence["LayerSensitivity"]) -> Tabl
             Text("conv" if layer.kind == "convolution" else layer.kind),
             Text(f"{layer.alone_db:.1f}"),
             Text(f"{layer.without_db:.1f}"),
-            Text(f"{explanation.share(layer):.1%}"),
+            Text(percent(explanation.share(layer), 1)),
             *map(Text, times),
             Text(_bar(layer.alone / most if most else 0.0), "red"),
         )

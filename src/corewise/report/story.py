@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from dataclasses import replace
 
+from corewise.common.phrases import percent
 from corewise.machine.inspect import cpu_list
 from corewise.machine.layouts import assign, limited_by_quota
 from corewise.records.cpu import Cpu
@@ -56,9 +57,9 @@ def facts(report: Report) -> Iterator[tuple[str, str]]:
 def texts(tokens: TokenFacts) -> str:
     """How long the samples' texts are, and what padding them costs, sorted and as they come."""
     lengths = f"median {tokens.median} tokens, 95 % have up to {tokens.p95}, the longest {tokens.longest}"
-    cut = f"; {100 * tokens.cut:.1f} % were cut at {tokens.most}" if tokens.cut else ""
-    padding = f"{100 * tokens.padding:.0f} % of the model's input is padding"
-    return f"{lengths}{cut}; {padding}, or {100 * tokens.padding_unsorted:.0f} % without sorting by length"
+    cut = f"; {percent(tokens.cut, 1)} were cut at {tokens.most}" if tokens.cut else ""
+    padding = f"{percent(tokens.padding)} of the model's input is padding"
+    return f"{lengths}{cut}; {padding}, or {percent(tokens.padding_unsorted)} without sorting by length"
 
 
 def _repair(report: Report) -> str:
@@ -88,7 +89,8 @@ def _drop(fidelity: Fidelity) -> str:
 
 def _closeness(fidelity: Fidelity) -> str:
     text = f"SQNR {fidelity.sqnr_db:.1f} dB, cosine {fidelity.cosine:.4f}"
-    return text if fidelity.agreement is None else f"{text}, {fidelity.agreement:.1%} of the top-1 answers equal fp32's"
+    equal = fidelity.agreement
+    return text if equal is None else f"{text}, {percent(equal, 1)} of the top-1 answers equal fp32's"
 
 
 def _groups(fidelity: Fidelity) -> str:

@@ -32,8 +32,15 @@ _NOTHING = ""
 _IN_HEADLINE = {
     ReasonKind.NEAR_CHANCE: "fp32 itself is near chance: check the labels and the preprocessing",
     ReasonKind.MIXES_BATCH: "the model mixes the rows of a batch, so each row runs in a call of its own",
+    ReasonKind.BASELINE_DIFFERS: "the baseline answers otherwise than the model itself",
 }
-_OF_MODEL = (ReasonKind.ONLY_EAGER, ReasonKind.FIXED_BATCH, ReasonKind.MIXES_BATCH, ReasonKind.KEEPS_STATE)
+_OF_MODEL = (
+    ReasonKind.ONLY_EAGER,
+    ReasonKind.FIXED_BATCH,
+    ReasonKind.MIXES_BATCH,
+    ReasonKind.KEEPS_STATE,
+    ReasonKind.BASELINE_DIFFERS,
+)
 NAMED = 3
 """Of layers or instances, how many are named before "and 5 more"."""
 

@@ -34,7 +34,7 @@ class Workspace:
         its workspace at the end.
         """
         folder = None if folder is None else Path(folder)
-        workspace = cls(folder or Path(tempfile.mkdtemp(prefix="corewise-")))
+        workspace = cls(folder or temporary_folder())
         if folder is None:
             weakref.finalize(workspace, shutil.rmtree, workspace.folder, ignore_errors=True)
         try:
@@ -151,6 +151,17 @@ class Workspace:
     @property
     def _parts(self) -> tuple[Path, ...]:
         return (*(self.folder / name for name in ("builds", "outputs", "logs")), self.cache)
+
+
+def temporary_folder() -> Path:
+    """A new temporary folder. Raises ``OutputError`` where there can be none."""
+    try:
+        return Path(tempfile.mkdtemp(prefix="corewise-"))
+    except OSError as error:
+        raise OutputError(
+            f"there is no place for temporary files: {error.strerror}",
+            "free space, or set TMPDIR to a folder that this user may write",
+        ) from error
 
 
 def _file_name(build: Build) -> str:

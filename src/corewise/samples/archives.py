@@ -9,11 +9,12 @@ import threading
 import zlib
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
+from errno import EINVAL
 from pathlib import PurePosixPath
-from typing import IO, NamedTuple
+from typing import IO, NamedTuple, TypeGuard
 
 from corewise.common.errors import SamplesError
-from corewise.samples.image_files import image_suffixes
+from corewise.samples.image_files import HEIC_SUFFIXES, image_suffixes
 from corewise.samples.places import Place, RemotePath, place_of, unreadable
 
 SUFFIXES = (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tbz2", ".tar.xz", ".txz")
@@ -22,6 +23,7 @@ MOST_BYTES = 64 * 2**20
 MOST_HEADERS_BYTES = 2**20
 """Of what stands before a member. tarfile would keep headers of any size, which a few compressed bytes can claim."""
 BLOCK_BYTES = 2**16
+STEP_BYTES = 64 * 2**20
 OPENERS: dict[bytes, Callable[[IO[bytes]], IO[bytes]]] = {
     b"\x1f\x8b": gzip.open,  # type: ignore[dict-item]
     b"BZh": bz2.open,
@@ -56,15 +58,11 @@ class Slice(NamedTuple):
     def read(self) -> bytes:
         """Its content; of a file that is not compressed. Raises ``SamplesError`` for what a store refuses."""
         place = place_of(self.path)
-        try:
-            with place.open("rb") as file:
-                file.seek(self.start)
-                content = bytes(file.read(self.size_bytes))
-        except OSError as error:
-            if isinstance(place, RemotePath) and error.errno is None:
-                raise unreadable(place, error) from error
-            raise
-        return _whole(content, self)
+        if isinstance(place, RemotePath):
+            return _whole(place.read_range(self.start, self.size_bytes), self)
+        with place.open("rb") as file:
+            file.seek(self.start)
+            return _whole(file.read(self.size_bytes), self)
 
 
 def _whole(content: bytes, part: Slice) -> bytes:
@@ -76,27 +74,37 @@ def _whole(content: bytes, part: Slice) -> bytes:
 class Unpacked(threading.local):
     """Compressed tar files, which each thread reads on from the last slice that it was asked for."""
 
-    def __init__(self) -> None:
+    def __init__(self, on_skipped: Callable[[], None] = lambda: None) -> None:
+        """``on_skipped`` is called as often as ``STEP_BYTES`` before a slice are unpacked, which may take minutes."""
+        self._on_skipped = on_skipped
         self._opened = ExitStack()
         self._path = ""
         self._file: IO[bytes] = io.BytesIO()
 
     def read(self, part: Slice) -> bytes:
-        """Its content. Raises ``OSError`` if it is not there any more."""
+        """Its content. Raises ``OSError`` if it is not there, and ``SamplesError`` for what a store refuses."""
         try:
             if part.path != self._path:
                 self.close()
                 self._file = _decompressed(self._opened.enter_context(place_of(part.path).open("rb")))
                 self._path = part.path
-            self._file.seek(part.start)
+            self._skip_to(part.start)
             read, content = _reader(self._file), bytearray()
             while len(content) < part.size_bytes and (block := read(part.size_bytes - len(content))):
                 content += block
-        except (FileNotFoundError, PermissionError):
-            raise
         except BROKEN as error:
+            if _of_the_disk(error):
+                raise
             raise OSError(None, f"{part.path} has changed: {error}") from error
         return _whole(bytes(content), part)
+
+    def _skip_to(self, place: int) -> None:
+        if place < self._file.tell():
+            self._file.seek(0)
+        while (here := self._file.tell()) < place:
+            if self._file.seek(min(place, here + STEP_BYTES)) == here:
+                break  # the file ends before
+            self._on_skipped()
 
     def close(self) -> None:
         """Close what this thread has open."""
@@ -120,12 +128,13 @@ def read_archive(path: Place, *, sliced: bool = False) -> Iterator[Member]:
         sliced: Members say where they are and not what is in them. Only headers are read, unless it is compressed.
 
     Raises:
-        SamplesError: It is no archive at all.
+        SamplesError: It is no archive at all; or its disk or store fails, as the images that follow would be lost.
     """
     read = 0
     try:
         with path.open("rb") as raw, _decompressed(raw) as file:
             jumps = sliced and file is raw
+            end = path.stat().st_size if jumps else 0
             metered, mode = _Metered(file), "r:" if jumps else "r|"
             with tarfile.open(fileobj=metered, mode=mode, bufsize=BLOCK_BYTES) as archive:  # type: ignore[call-overload]
                 while (member := archive.next()) is not None:
@@ -133,12 +142,7 @@ def read_archive(path: Place, *, sliced: bool = False) -> Iterator[Member]:
                     # Not its size: of a link or a folder, which no data follows, that may be any number.
                     metered.allow(archive.offset - member.offset_data)
                     archive.members = []  # it would keep a record of each
-                    if (
-                        jumps
-                        and member.isreg()
-                        and not member.issparse()
-                        and member.offset_data + member.size > path.stat().st_size
-                    ):
+                    if jumps and member.isreg() and not member.issparse() and member.offset_data + member.size > end:
                         raise tarfile.ReadError("unexpected end of data")
                     if (found := _image(archive, member, read=not jumps)) is not None:
                         if sliced and not found.problem:
@@ -146,16 +150,26 @@ def read_archive(path: Place, *, sliced: bool = False) -> Iterator[Member]:
                             found = Member(found.name, slice=place)
                         yield found
     except BROKEN as error:
+        if _of_the_disk(error):
+            raise unreadable(path, error) from error
         if not read:
             raise SamplesError(f"{path} is not a readable tar file: {error}", "create it again") from error
         yield Member("", problem=f"cannot be read after member {read}: {error}")
+
+
+def _of_the_disk(error: BaseException) -> TypeGuard[OSError]:
+    """Whether the file could not be read.
+
+    Decompressors raise an ``OSError`` without a number for what is in it, and a place that a header claims is EINVAL.
+    """
+    return isinstance(error, OSError) and error.errno not in (None, EINVAL)
 
 
 def _image(archive: tarfile.TarFile, member: tarfile.TarInfo, *, read: bool) -> Member | None:
     """The member as an image, with its content if it is ``read``; ``None`` if its name is not that of an image."""
     path = PurePosixPath(member.name)
     hidden = any((part.startswith(".") and part not in (".", "..")) or part == "__MACOSX" for part in path.parts)
-    if member.isdir() or hidden or path.suffix.lower() not in image_suffixes():
+    if member.isdir() or hidden or path.suffix.lower() not in image_suffixes() | {*HEIC_SUFFIXES}:
         return None
     if ".." in path.parts or path.is_absolute():
         return Member(member.name, problem="leads out of the archive")
@@ -207,8 +221,8 @@ class _Metered:
         return self._file.tell()
 
     def read(self, size: int) -> bytes:
-        """At most ``size`` bytes."""
-        data = self._read(size)
+        """At most ``size`` bytes, whatever a header claims."""
+        data = self._read(min(size, self._left + 1))
         self._left -= len(data)
         if self._left < 0:
             raise tarfile.ReadError("its headers are too long")

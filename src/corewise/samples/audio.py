@@ -15,7 +15,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from corewise.common.errors import MissingExtra, SamplesError
-from corewise.common.references import find_reference, guard
+from corewise.common.phrases import with_article
+from corewise.common.references import find_reference, guard, reference_to
 from corewise.records.report import AudioPreprocess
 from corewise.samples.data import Samples
 from corewise.samples.raw import RawSamples, UnreadableItem
@@ -166,7 +167,7 @@ def array_recording(samples: Any, rate_hz: Any) -> Recording:
     if isinstance(rate_hz, bool) or not isinstance(rate_hz, int | np.integer) or rate_hz < 1:
         raise UnreadableItem(name, f"has the rate {rate_hz!r:.40}, not a whole number of frames per second")
     if values.ndim not in (1, 2) or values.dtype.kind not in "iuf":
-        raise UnreadableItem(name, f"is a {values.dtype} array {values.shape}, no numbers (frames,)")
+        raise UnreadableItem(name, f"is {with_article(str(values.dtype))} array {values.shape}, no numbers (frames,)")
     if not values.size:
         raise UnreadableItem(name, "has no frames")
     if values.dtype.kind != "f":
@@ -259,7 +260,7 @@ class AudioReader:
         if isinstance(function, str):
             name, self._function = function, find_reference(function, SamplesError, "preprocess function")
         else:
-            name, self._function = f"{function.__module__}:{function.__qualname__}", function
+            name, self._function = reference_to(function), function
         self.preprocess = replace(preprocess, function=name)
 
     def __call__(self, item: Any) -> Any:

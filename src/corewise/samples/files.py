@@ -29,6 +29,7 @@ from corewise.samples.texts import Columns
 
 LABEL_KEYS = ("labels", "label", "y")
 FILE_SUFFIXES = (*READERS, ".npz", ".safetensors")
+PACKED = (".gz", ".bz2", ".xz", ".zst", ".zip")
 BROKEN = (OSError, ValueError, TypeError, EOFError, RuntimeError, MemoryError, zipfile.BadZipFile, zlib.error)
 """What numpy and zipfile raise for bytes that are no whole archive of arrays."""
 MOST_THREADS = 16
@@ -121,8 +122,10 @@ def check_reference(reference: str) -> None:
         if not path.is_file():
             raise SamplesError(f"there is no file {reference}", "check the path")
     elif ":" not in reference:
+        if path.is_file() and path.suffix.lower() in PACKED:
+            raise SamplesError(f"{reference} is packed", "unpack it")
         raise SamplesError(
-            f"there are no samples at {reference}",
+            f"{reference} is not a file of samples" if path.is_file() else f"there are no samples at {reference}",
             f"give a folder of images or recordings, a file ({', '.join(FILE_SUFFIXES)}), or file.py:function",
         )
 
@@ -148,7 +151,8 @@ def read_raw(
             - ``.npz`` or ``.safetensors``: ``labels`` (``label``, ``y``) and ``groups`` are what they say, a single
               other array is the model's positional input, several are keyword inputs; uint8 arrays (N, H, W, 3 or 1)
               are images;
-            - ``module:function`` or ``file.py:function``: what the function returns goes through ``raw_from_python``.
+            - ``module:function`` or ``file.py:function``: what the function returns, or the list, dataset or loader of
+              that name, goes through ``raw_from_python``.
         text: The column of a table, or key of a dict, that is the text.
         pair: The one that is the second text of a pair.
         label: The one that is the label.
@@ -167,7 +171,7 @@ def read_raw(
     suffix = path.suffix.lower()
     if not path.is_dir() and suffix not in FILE_SUFFIXES:
         options: dict[str, Any] = {"text": text, "pair": pair, "label": label, "max_samples": max_samples, "seed": seed}
-        with called_reference(reference, SamplesError, "samples function") as made:
+        with called_reference(reference, SamplesError, "samples function", _are_samples) as made:
             return raw_from_python(made, source=reference, spool=spool, **options)
     if any(columns) and (path.is_dir() or suffix not in READERS):
         raise SamplesError(f"{reference} has no columns of texts", "leave out --text, --pair and --label")
@@ -179,6 +183,11 @@ def read_raw(
         return replace(read_table(path, columns, max_samples=most, seed=seed), source=reference)
     arrays = _read_npz(path) if suffix == ".npz" else _read_safetensors(path)
     return _from_arrays(arrays, reference).draw(max_samples, seed)
+
+
+def _are_samples(value: Any) -> bool:
+    """Whether a value that a file gives a name holds samples, as a list, a dataset or a loader does."""
+    return not callable(value) and (hasattr(value, "__iter__") or hasattr(value, "__getitem__"))
 
 
 def _read_npz(path: Path) -> dict[str, Array]:

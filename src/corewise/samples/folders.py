@@ -15,14 +15,13 @@ import numpy as np
 from corewise.common.errors import SamplesError
 from corewise.samples.audio import AUDIO_SUFFIXES
 from corewise.samples.drawing import draw
-from corewise.samples.image_files import image_suffixes
+from corewise.samples.image_files import HEIC_HINT, HEIC_SUFFIXES, image_suffixes
 from corewise.samples.labels import stack_labels
 from corewise.samples.places import Place, RemotePath, matching, place_of, without_twins
 from corewise.samples.raw import NAMED, NOUNS, RawKind, RawSamples
 from corewise.samples.texts import number_or_text
 
 LABELS_FILE = "labels.csv"
-HEIC_SUFFIXES = (".heic", ".heif", ".hif")
 HIDDEN = (".", "__MACOSX")
 """Names that begin so are no samples: what file managers and archives add."""
 PART = re.compile(
@@ -35,8 +34,8 @@ TARGETS = ("masks", "labels", "annotations")
 
 
 def list_images(places: Iterable[str | Place]) -> list[Place]:
-    """``list_files`` of images."""
-    return list_files(places, image_suffixes(), "images")
+    """``list_files`` of images, among them HEIC photos that cannot be read here."""
+    return list_files(places, {*image_suffixes(), *HEIC_SUFFIXES}, "images")
 
 
 def list_files(places: Iterable[str | Place], suffixes: Collection[str], noun: str) -> list[Place]:
@@ -151,7 +150,10 @@ def _listed(folder: Path, allow_empty: bool) -> _Listing:
         )
     if not own and not filled:
         raise SamplesError(
-            f"there are no images in {folder}{_holding(others)}", "give images, recordings, class folders or labels.csv"
+            f"there are no images in {folder}{_holding(others)}",
+            f"{HEIC_HINT} .heic"
+            if any(suffix in others for suffix in HEIC_SUFFIXES)
+            else "give images, recordings, class folders or labels.csv",
         )
     if own:
         return _Listing(own, None, others)
@@ -222,7 +224,7 @@ def _skipped(others: Counter[str], kind: RawKind) -> tuple[str, ...]:
     if not others:
         return ()
     named = ", ".join(f"{count} {suffix}" for suffix, count in others.most_common())
-    advice = "; pip install 'corewise[heic]' reads .heic" if any(suffix in others for suffix in HEIC_SUFFIXES) else ""
+    advice = f"; {HEIC_HINT} .heic" if any(suffix in others for suffix in HEIC_SUFFIXES) else ""
     return (f"{sum(others.values())} files are not {NOUNS[kind]} that can be read here: {named}{advice}",)
 
 

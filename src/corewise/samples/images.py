@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from corewise.common.errors import SamplesError
-from corewise.common.references import find_reference, guard
+from corewise.common.references import find_reference, guard, reference_to
 from corewise.records.report import Preprocess
 from corewise.samples.image_files import DIM_KEY, SIZE_KEY, decoded, in_mode, is_image, is_pil, open_image, pillow
 from corewise.samples.image_geometry import LONGEST, resized_size
@@ -130,7 +130,7 @@ class ImageReader:
         chosen = (
             find_reference(function, SamplesError, "preprocess function") if isinstance(function, str) else function
         )
-        name = function if isinstance(function, str) else f"{function.__module__}:{function.__qualname__}"
+        name = function if isinstance(function, str) else reference_to(function)
         self._function = chosen
         self.preprocess = Preprocess(function=name)
 

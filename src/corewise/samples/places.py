@@ -112,12 +112,12 @@ class RemotePath:
         """Open it for reading, as bytes or as text."""
         store, place = _opened(self.url)
         with self._asking(SamplesError, "read"):
-            file: Any = io.BufferedReader(store.open_input_file(place), BUFFER_BYTES)
+            file: Any = io.BufferedReader(_Stored(self, store.open_input_file(place)), BUFFER_BYTES)
         return file if "b" in mode else io.TextIOWrapper(file, encoding or "utf-8", errors, newline)
 
     def read_bytes(self) -> bytes:
         """Its content. Raises ``OSError`` for more than ``MOST_BYTES``."""
-        with self._asking(SamplesError, "read"), self.open("rb") as file:
+        with self.open("rb") as file:
             content: bytes = file.read(MOST_BYTES + 1)
         if len(content) > MOST_BYTES:
             raise OSError(None, f"it has more than {MOST_BYTES:,} bytes", self.url)
@@ -125,8 +125,14 @@ class RemotePath:
 
     def read_text(self, encoding: str = "utf-8") -> str:
         """Its content as text, of whatever size."""
-        with self._asking(SamplesError, "read"), self.open("rb") as file:
+        with self.open("rb") as file:
             return str(file.read(), encoding)
+
+    def read_range(self, start: int, size_bytes: int) -> bytes:
+        """That part of it and no byte more; less of it at its end."""
+        store, place = _opened(self.url)
+        with self._asking(SamplesError, "read"), store.open_input_file(place) as file:
+            return bytes(file.read_at(size_bytes, start)) if start < file.size() else b""
 
     def write_whole(self, name: str, write: Callable[[Path], Any]) -> None:
         """Write a file in it by way of a local one. The store has the file as a whole or not at all."""
@@ -145,7 +151,7 @@ class RemotePath:
 
     def _upload(self, local: Path) -> None:
         store, place = _opened(self.url)
-        stream = store.open_output_stream(place)
+        stream = store.open_output_stream(place, compression=None)  # which the name would say
         content = local.read_bytes()
         if content:
             stream.write(content)
@@ -173,6 +179,33 @@ class RemotePath:
         except (OSError, ArrowException) as error:
             reason, fix = refusal(str(error), self.url)
             raise kind(f"{self.url} cannot be {done}: {reason}", fix) from error
+
+
+class _Stored(io.RawIOBase):
+    """A file of a store that is open. What the store refuses while it is read is no fault of what is in it."""
+
+    def __init__(self, path: RemotePath, file: Any) -> None:
+        self._path, self._file = path, file
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        return int(self._file.seek(offset, whence))
+
+    def tell(self) -> int:
+        return int(self._file.tell())
+
+    def readinto(self, buffer: Any) -> int:
+        with self._path._asking(SamplesError, "read"):
+            return int(self._file.readinto(buffer))
+
+    def close(self) -> None:
+        self._file.close()
+        super().close()
 
 
 Place = Path | RemotePath
@@ -209,9 +242,6 @@ def place_of(typed: "str | Path | RemotePath") -> Place:
 
 def unreadable(place: Place, error: OSError) -> SamplesError:
     """The error for a file that was open and then could not be read."""
-    if isinstance(place, RemotePath) and error.errno is None:
-        reason, fix = refusal(str(error), place.url)
-        return SamplesError(f"{place} cannot be read: {reason}", fix)
     return SamplesError(f"{place} cannot be read: {error.strerror or error}", "check the path")
 
 

@@ -10,6 +10,7 @@ import numpy as np
 
 from corewise.common import nested
 from corewise.common.errors import InputError, SamplesError
+from corewise.common.phrases import with_article
 from corewise.common.references import guard
 from corewise.samples import encodings
 from corewise.samples.data import Samples
@@ -92,7 +93,8 @@ def raw_from_python(
     """Samples from Python objects, raw where they are raw.
 
     Beside what ``from_python`` takes: strings, pairs of strings, PIL images, paths and content (``bytes``) of images,
-    each alone or as (item, label); dicts, or a pandas ``DataFrame``, with the columns ``text``, ``pair`` and ``label``.
+    each alone or as (item, label); dicts, or a table of pandas, polars or pyarrow, with the columns ``text``, ``pair``
+    and ``label``.
 
     Args:
         samples: What holds them.
@@ -150,8 +152,7 @@ class _Stream(NamedTuple):
 
 
 def _stream(samples: Any, groups: Any, source: str, max_samples: int | None, seed: int) -> _Stream:
-    if hasattr(samples, "to_dict") and hasattr(samples, "iloc"):
-        samples = samples.to_dict("records")  # a pandas DataFrame
+    samples = _rows_of_table(samples)
     if isinstance(samples, Mapping):
         groups = samples.get("groups", groups)
         return _grouped(enumerate(_from_mapping(samples, source)), groups, source, max_samples, is_made=False)
@@ -172,6 +173,14 @@ def _stream(samples: Any, groups: Any, source: str, max_samples: int | None, see
     # A dataset without __iter__ need not end with IndexError, as Python's iteration expects.
     everything = samples if hasattr(samples, "__iter__") else (samples[number] for number in range(len(samples)))
     return _grouped(_guarded(everything, place, count()), groups, source, max_samples, is_made)
+
+
+def _rows_of_table(samples: Any) -> Any:
+    """The rows of a table or column of pandas, polars or pyarrow, as dicts or values; anything else as it is."""
+    if hasattr(samples, "iloc"):  # of pandas, whose columns have their own numbers for rows
+        return samples.to_dict("records") if hasattr(samples, "columns") else samples.tolist()
+    name = next((name for name in ("to_dicts", "to_pylist") if hasattr(samples, name)), None)
+    return samples if name is None else getattr(samples, name)()
 
 
 def _grouped(
@@ -258,7 +267,8 @@ def _raw_problem(value: Any, kind: RawKind) -> str:
     if kind == "text":
         return text_problem(value)
     if kind == "image":
-        return "" if isinstance(value, Path | bytes) or is_pil(value) else f"is a {type(value).__name__}, no image"
+        is_one = isinstance(value, Path | bytes) or is_pil(value)
+        return "" if is_one else f"is {with_article(type(value).__name__)}, no image"
     if not _is_text_pair(value):
         return f"is {value!r:.40}, not a pair of texts"
     return next((f"has a text that {problem}" for text in value if (problem := text_problem(text))), "")

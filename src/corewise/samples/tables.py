@@ -20,6 +20,8 @@ PARQUET_ROWS = 1024
 """Rows read at a time."""
 MOST_LINE_CHARACTERS = 16 * 2**20
 """Of a line that is held: a file may have no ends of lines at all."""
+DELIMITERS = (",", ";", "\t", "|")
+"""Of a ``.csv``: the first one that its header has."""
 NUMBER = "number"
 
 
@@ -37,7 +39,7 @@ def read_table(path: Path, columns: Columns = GUESSED, *, max_samples: int | Non
     """The texts of a file, or its pairs of texts where ``columns.pair`` is given.
 
     - ``.txt``: each line is a text; empty lines are left out.
-    - ``.csv``: with a header, quoted as in RFC 4180; with semicolons or tabs where the header has no comma.
+    - ``.csv``: with a header, quoted as in RFC 4180; with semicolons, tabs or bars where the header has no comma.
     - ``.tsv``: with a header; quotes are part of the text.
     - ``.jsonl``: each line is an object or a string.
     - ``.parquet``: needs pyarrow.
@@ -160,7 +162,7 @@ def _csv(path: Place, columns: Columns, samples: bool) -> Iterator[_Record]:
         header = file.readline()
         file.seek(0)
         unquoted = "".join(header.split('"')[::2])
-        delimiter = next((mark for mark in (",", ";", "\t") if mark in unquoted), ",")
+        delimiter = next((mark for mark in DELIMITERS if mark in unquoted), ",")
         yield from _fields(csv.reader(file, delimiter=delimiter, strict=True), path, columns, samples)
 
 

@@ -6,6 +6,7 @@ from itertools import islice
 from typing import Any, NamedTuple
 
 from corewise.common.errors import SamplesError
+from corewise.common.phrases import with_article
 
 MOST_CHARACTERS = 1_000_000
 NAMED, NAME_CHARACTERS = 20, 40
@@ -73,9 +74,11 @@ class Columns(NamedTuple):
     def item(self, record: Mapping[str, Any]) -> tuple[Text, Any, str]:
         """A record's text or pair, its label, and what is wrong with it (empty: nothing)."""
         texts: list[tuple[str, Any]] = [(name, record.get(name)) for name in (self.text, self.pair) if name is not None]
-        problems = [f"has a {name} that {problem}" for name, text in texts if (problem := text_problem(text))]
+        problems = [
+            f"has {with_article(name)} that {problem}" for name, text in texts if (problem := text_problem(text))
+        ]
         label = None if self.label is None else record.get(self.label)
-        if self.label is not None and (label is None or label == ""):
+        if self.label is not None and (label is None or (isinstance(label, str) and not label)):
             problems.append(f"has no {self.label}")
         value = texts[0][1] if self.pair is None else (texts[0][1], texts[1][1])
         return value, label, problems[0] if problems else ""

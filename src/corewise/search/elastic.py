@@ -5,13 +5,13 @@ elastic plan and each layout alone are then simulated from these times, from idl
 something, real load on the elastic plan and on the fixed one, in turns, has the last word.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
-from functools import partial
+from functools import cached_property, partial
 from math import inf, sqrt
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, Self
 
 from corewise.artifact.tuned import elastic_tables, partitions
 from corewise.batching import LatencyTable, Partitions
@@ -19,7 +19,7 @@ from corewise.batching.simulate import Simulated, Wide, capacity_per_s, service_
 from corewise.common.errors import CorewiseError, InputError
 from corewise.machine.layouts import ThreadLayout
 from corewise.records.build import Build, ElasticPlan, Plan
-from corewise.records.events import LoadEnded, Stage, StageStarted
+from corewise.records.events import LoadEnded, OnEvent, Stage, StageStarted
 from corewise.records.goal import Requirements, Slo
 from corewise.records.measurement import LoadRun, Measurement
 from corewise.records.reason import Reason, ReasonKind
@@ -33,8 +33,8 @@ from corewise.search.trial import SearchContext
 
 FEW_BATCHES = (1, 4, 16, 64)
 """Batches that a search measures for an elastic plan, beside those of both plans."""
-NEEDED_S = 1.0
-"""Under a budget, what must be left to measure another plan."""
+NEEDED = 2.0
+"""Under a budget, what must be left for each plan that is measured, as a multiple of the time that it is measured."""
 LOADS = (0.05, 0.2, 1 / 3, 0.5, 2 / 3, 0.8, 0.95)
 """Simulated loads, as shares of the rate at which the fixed plan is saturated."""
 REQUESTS, FULL_CALLS = 1000, 200
@@ -84,50 +84,28 @@ def judge_elastic(winner: Trial, plan: Plan, context: SearchContext) -> Elastici
     Returns:
         ``None`` where there is nothing to divide, and a reason where it could not be measured.
     """
-    build, known, measured = winner.build, winner.measurements, list[Measurement]()
+    build, known = winner.build, winner.measurements
     elastic = elastic_plan(plan, known, build.fixed_batch)
     if elastic is None:
         return None
-    wanted = plans_to_measure(elastic, known, FEW_BATCHES if build.fixed_batch is None else (1,))
+    opened = Opened(context.workspace.payload(build), build, context.workspace.holdout)
     try:
-        with ExitStack() as stack:
-            client: Client | None = None
-            for layout in (elastic.wide, elastic.narrow):
-                plans = [wish for wish in wanted if ThreadLayout.of(wish) == ThreadLayout.of(layout)]
-                if plans and context.budget.left_s(FINISHING) < NEEDED_S * len(plans):
-                    return Reason.of(ReasonKind.ELASTIC_NOT_MEASURED, why="the budget was spent")
-                if plans:
-                    client = client or stack.enter_context(context.client(build, share=FINISHING))
-                    measured += _measured(client, build, layout, plans, context)
-            both = (*known, *measured)
-            found = elasticity(plan, elastic, both, context.requirements)
-            if found is None or not found.pays:
-                return found and replace(found, measurements=tuple(measured))
-            left_s = context.budget.left_s(FINISHING)
-            if winner.certified:
-                left_s -= OPENING_S + slo.LOAD_S / slo.OF_WHAT_IS_LEFT
-            duel_s = affordable_duel_s(left_s)
-            if duel_s is None:
-                return Reason.of(ReasonKind.ELASTIC_NOT_MEASURED, why="no time was left to load it")
-            client = client or stack.enter_context(context.client(build, share=FINISHING))
-            other = stack.enter_context(context.client(build, share=FINISHING))
-            opened = Opened(context.workspace.payload(build), build, context.workspace.holdout)
-            found = judged_by_load(found, plan, both, opened, (client, other), duel_s)
-            if not found.pays or winner.certified is None:
-                return replace(found, measurements=tuple(measured))
-            run = _load(client, build, elastic, both, winner.certified, context)
+        with Site(
+            opened,
+            start=lambda: context.client(build, share=FINISHING),
+            left_s=lambda: context.budget.left_s(FINISHING),
+            on_event=context.on_event,
+        ) as site:
+            kept_s = OPENING_S + slo.LOAD_S / slo.OF_WHAT_IS_LEFT if winner.certified else 0.0
+            found = judged(elastic, plan, known, context.requirements, site, kept_s=kept_s)
+            if not isinstance(found, Elasticity) or not found.pays or winner.certified is None:
+                return found
+            run = _load(site, elastic, (*known, *found.measurements), winner.certified)
     except InputError:
         raise
     except CorewiseError as error:
         return Reason.of(ReasonKind.ELASTIC_NOT_MEASURED, why=str(error))
-    holds = run.met and run.in_time >= slo.CONFIRMED * run.offered
-    return replace(found, measurements=tuple(measured), load=run, pays=holds)
-
-
-def affordable_duel_s(left_s: float) -> float | None:
-    """How long each real load may last if both plans are opened and loaded in so much time; ``None`` for too little."""
-    each_s = (left_s - OPENING_S) / (2 * ROUNDS * len(DUELS))
-    return None if each_s < SHORTEST_DUEL_S else min(DUEL_S, each_s)
+    return replace(found, load=run, pays=run.met and run.in_time >= slo.CONFIRMED * run.offered)
 
 
 class Opened(NamedTuple):
@@ -138,32 +116,99 @@ class Opened(NamedTuple):
     samples: Path
 
 
-def judged_by_load(
-    found: Elasticity,
+class Site:
+    """Where an elastic plan is measured and loaded: two trial processes, each started when it is first needed.
+
+    A context manager that ends them. ``left_s`` says how much time there is.
+    """
+
+    def __init__(
+        self, opened: Opened, *, start: Callable[[], Client], left_s: Callable[[], float], on_event: OnEvent
+    ) -> None:
+        self.opened, self.left_s, self.on_event = opened, left_s, on_event
+        self._start, self._stack = start, ExitStack()
+
+    @cached_property
+    def ours(self) -> Client:
+        """Measures both layouts, and is loaded with both open."""
+        return self._stack.enter_context(self._start())
+
+    @cached_property
+    def theirs(self) -> Client:
+        """Is loaded with one layout open."""
+        return self._stack.enter_context(self._start())
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *about: object) -> None:
+        self._stack.close()
+
+
+def judged(
+    elastic: ElasticPlan,
     plan: Plan,
-    measured: Sequence[Measurement],
-    opened: Opened,
-    clients: tuple[Client, Client],
-    duel_s: float,
+    known: Sequence[Measurement],
+    requirements: Requirements,
+    site: Site,
+    *,
+    measure_s: float = trial.MEASURE_S / 2,
+    kept_s: float = 0.0,
+) -> Elasticity | Reason | None:
+    """An elastic plan beside the plan that it would replace, by simulation and, if that promises something, by load.
+
+    What the tables lack is measured first, each plan for ``measure_s``. Real load leaves ``kept_s`` of the time.
+    Returns as ``judge_elastic``. Raises ``CorewiseError`` where a process fails.
+    """
+    measured: list[Measurement] = []
+    wanted = plans_to_measure(elastic, known, FEW_BATCHES if site.opened.build.fixed_batch is None else (1,))
+    for layout in (elastic.wide, elastic.narrow):
+        plans = [wish for wish in wanted if ThreadLayout.of(wish) == ThreadLayout.of(layout)]
+        if plans and site.left_s() < NEEDED * measure_s * len(plans):
+            return Reason.of(ReasonKind.ELASTIC_NOT_MEASURED, why="the budget was spent")
+        if plans:
+            measured += _measured(site, layout, plans, measure_s)
+    both = (*known, *measured)
+    found = elasticity(plan, elastic, both, requirements)
+    if found is None:
+        return None
+    found = replace(found, measurements=tuple(measured))
+    if not found.pays:
+        return found
+    duel_s = affordable_duel_s(site.left_s() - kept_s)
+    if duel_s is None:
+        return Reason.of(ReasonKind.ELASTIC_NOT_MEASURED, why="no time was left to load it")
+    return judged_by_load(found, plan, both, site, duel_s)
+
+
+def affordable_duel_s(left_s: float) -> float | None:
+    """How long each real load may last if both plans are opened and loaded in so much time; ``None`` for too little."""
+    each_s = (left_s - OPENING_S) / (2 * ROUNDS * len(DUELS))
+    return None if each_s < SHORTEST_DUEL_S else min(DUEL_S, each_s)
+
+
+def judged_by_load(
+    found: Elasticity, plan: Plan, measured: Sequence[Measurement], site: Site, duel_s: float
 ) -> Elasticity:
     """What real load says of an elastic plan: it and its layout that is like ``plan``, each in a client, in turns."""
     elastic = found.plan
     fixed = elastic.wide if plan.instances == 1 else elastic.narrow
-    ours, theirs = clients
-    ours.open(opened.payload, opened.build, elastic.narrow, elastic.wide)
-    theirs.open(opened.payload, opened.build, fixed)
+    payload, build, samples = site.opened
+    site.on_event(StageStarted(Stage.LOADING, build=build, plan=elastic.narrow))
+    site.ours.open(payload, build, elastic.narrow, elastic.wide)
+    site.theirs.open(payload, build, fixed)
     loads = (
         partial(
             client.load,
-            opened.samples,
+            samples,
             layout,
             LatencyTable.of(_table(layout, measured)),
             duration_s=duel_s,
             elastic=tables,
         )
         for client, layout, tables in (
-            (ours, elastic.narrow, elastic_tables(elastic, measured)),
-            (theirs, fixed, None),
+            (site.ours, elastic.narrow, elastic_tables(elastic, measured)),
+            (site.theirs, fixed, None),
         )
     )
     ours_at, theirs_at = loads
@@ -198,41 +243,34 @@ def _most_per_s(plan: Plan, measured: Sequence[Measurement]) -> float:
     return capacity_per_s(service_of(_table(plan, measured)), instances=plan.instances, max_batch=plan.batch)
 
 
-def _measured(
-    client: Client, build: Build, layout: Plan, plans: Sequence[Plan], context: SearchContext
-) -> list[Measurement]:
+def _measured(site: Site, layout: Plan, plans: Sequence[Plan], measure_s: float) -> list[Measurement]:
     """Batches of one layout, which is opened once, as those who serve it do."""
-    context.on_event(StageStarted(Stage.MEASURING_PLAN, plan=layout))
-    opened = client.open(context.workspace.payload(build), build, layout)
-    samples, why = context.workspace.holdout, Reason.of(ReasonKind.ELASTIC_TABLE)
-    return [
-        replace(client.measure(samples, plan, trial.MEASURE_S / 2), why=why, warning=opened.warning) for plan in plans
-    ]
+    payload, build, samples = site.opened
+    opened = site.ours.open(payload, build, layout)
+    found = list[Measurement]()
+    for plan in plans:
+        site.on_event(StageStarted(Stage.MEASURING_PLAN, plan=plan))
+        measurement = site.ours.measure(samples, plan, measure_s)
+        found.append(replace(measurement, why=Reason.of(ReasonKind.ELASTIC_TABLE), warning=opened.warning))
+    return found
 
 
-def _load(
-    client: Client,
-    build: Build,
-    elastic: ElasticPlan,
-    measured: Sequence[Measurement],
-    certified: LoadRun,
-    context: SearchContext,
-) -> LoadRun:
+def _load(site: Site, elastic: ElasticPlan, measured: Sequence[Measurement], certified: LoadRun) -> LoadRun:
     """The certified rate on the elastic plan."""
-    narrow = ThreadLayout.of(elastic.narrow)
-    client.open(context.workspace.payload(build), build, elastic.narrow, elastic.wide)
+    payload, build, samples = site.opened
+    site.ours.open(payload, build, elastic.narrow, elastic.wide)
     rate_per_s = certified.rate_per_s or 0.0
-    least_s, left_s = max(slo.CONFIRM_S, slo.REQUESTS / rate_per_s), context.budget.left_s(FINISHING)
-    run = client.load(
-        context.workspace.holdout,
+    least_s = max(slo.CONFIRM_S, slo.REQUESTS / rate_per_s)
+    run = site.ours.load(
+        samples,
         elastic.narrow,
-        LatencyTable.of([one for one in measured if ThreadLayout.of(one.plan) == narrow]),
+        LatencyTable.of(_table(elastic.narrow, measured)),
         rate_per_s=rate_per_s,
-        duration_s=max(slo.LOAD_S, min(slo.LONGEST_S, least_s, slo.OF_WHAT_IS_LEFT * left_s)),
+        duration_s=max(slo.LOAD_S, min(slo.LONGEST_S, least_s, slo.OF_WHAT_IS_LEFT * site.left_s())),
         slo_ms=certified.slo_ms,
         elastic=elastic_tables(elastic, measured),
     )
-    context.on_event(LoadEnded(build, run))
+    site.on_event(LoadEnded(build, run))
     return run
 
 

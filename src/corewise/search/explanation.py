@@ -27,7 +27,7 @@ def explain(
     measured: int = MEASURED,
     seed: int = 0,
     weight_bits: int | None = None,
-    tokenizer: Path | None = None,
+    tokenizer: Any = None,
     pooling: Pooling | None = None,
     on_event: OnEvent = lambda event: None,
 ) -> Explanation:
@@ -64,6 +64,7 @@ def explain(
     _check(measured, weight_bits)
     from corewise import source
 
+    model = str(model) if isinstance(model, Path) else model
     on_event(StageStarted(Stage.READING_SAMPLES))
     gathered = read_samples(model, samples)
     on_event(StageStarted(Stage.EXPORTING))

@@ -62,12 +62,12 @@ def optimize(
     calibration: int | None = None,
     seed: int = 0,
     class_names: Sequence[str] | None = None,
-    tokenizer: Path | None = None,
+    tokenizer: Any = None,
     pooling: Pooling | None = None,
     end_to_end: bool | None = None,
     budget_s: float | None = None,
     timeout_s: float = TIMEOUT_S,
-    work: Path | None = None,
+    work: str | Path | None = None,
     on_event: OnEvent = lambda event: None,
 ) -> Result:
     """Find the fastest way to run a model on this CPU that loses at most ``max_drop`` of a metric.
@@ -76,7 +76,7 @@ def optimize(
 
     Args:
         model: an ``nn.Module``, an ``ExportedProgram``, a ``SentenceTransformer`` or ``CrossEncoder``, or a reference
-            such as "file.py:function", "st:FOLDER" or "timm:NAME".
+            such as "file.py:function", "model.pt2", "st:FOLDER" or "timm:NAME".
         samples: arrays or tensors without a batch dimension, or dicts or tuples of them, with labels if there are any;
             texts or pairs of texts, for a model with a tokenizer; a function that returns them; or a reference such as
             a folder of images or recordings, a file of texts or "file.py:function".
@@ -98,7 +98,8 @@ def optimize(
         seed: seed of the split into calibration and holdout.
         class_names: names of the classes in the order of the scores, which the artifact keeps. Default: those that the
             model brings (``id2label``, torchvision's categories, timm's ImageNet names, Ultralytics' ``names``).
-        tokenizer: a ``tokenizer.json``, for a model that takes token ids and brings none: samples may then be texts.
+        tokenizer: the path of a ``tokenizer.json``, or a tokenizer of transformers, for a model that takes token ids
+            and brings none: samples may then be texts.
         pooling: make one vector of each text: "mean", "cls", "max" or "last" of its token vectors; for "hf:" models and
             models with ``tokenizer``.
         end_to_end: also find the fastest plan from files of photos to answers, decoding included, which ``predict``
@@ -139,7 +140,7 @@ def optimize(
     )
     _check(requirements, budget_s, timeout_s)
     task = Task.read(
-        model,
+        str(model) if isinstance(model, Path) else model,
         samples,
         metric=metric,
         engines=engines,
@@ -151,7 +152,7 @@ def optimize(
         pooling=pooling,
         on_event=on_event,
         budget_s=budget_s,
-        kept_limits=SampleLimits.kept(Workspace(work).sample_limits, budget_s)
+        kept_limits=SampleLimits.kept(Workspace(Path(work)).sample_limits, budget_s)
         if work and calibration is None
         else None,
         required=tuple(engines) != DEFAULT_ENGINES,
@@ -175,7 +176,7 @@ def optimize(
             build_inputs = task.write(workspace)
             shift = ShiftGuard(gate, context, build_inputs, task.builds[0])
             alone = alone_guard(task, gate, context)
-            search = Search(task.builds, gate, context, journal, shift, alone)
+            search = Search(task.builds, gate, context, journal, shift, alone, task.baseline_doubt)
             search.try_builds()
             search.revert_layers()
             search.judge_under_shift()

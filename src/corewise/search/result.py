@@ -28,6 +28,7 @@ from corewise.runtime.elastic import open_elastic
 from corewise.runtime.instances import open_plan
 from corewise.runtime.workspace import Workspace
 from corewise.samples import Samples
+from corewise.search.task import fitting_class_names
 
 GOLDEN_ROWS = 8
 
@@ -92,8 +93,9 @@ class Result:
             ranges=self._ranges,
             seen_ranges=self._seen_ranges,
             texts=None if encoder is None else text_runner(encoder, session.run, choice.plan, cost),
-            images=None if images is None else image_runner(images, session.run, choice.plan, photos=self.photos),
-            recordings=audio_runner(self._recordings, session.run, choice.plan),
+            images=None if images is None else image_runner(images, session, choice.plan, photos=self.photos),
+            recordings=audio_runner(self._recordings, session, choice.plan),
+            files=self.workspace,
         )
 
     def save(
@@ -102,7 +104,7 @@ class Result:
         *,
         reference: bool = True,
         labels: Sequence[str] | None = None,
-        tokenizer: Path | None = None,
+        tokenizer: str | Path | None = None,
     ) -> artifact.Artifact:
         """Write the artifact, whole or not at all.
 
@@ -113,21 +115,26 @@ class Result:
             reference: keep the fp32 program, which ``bench`` and the server's shadow need.
             labels: names of the classes in the order of the scores, for the server. Default: the ``class_names`` given
                 to ``optimize``.
-            tokenizer: a ``tokenizer.json`` that makes the artifact take texts, for a model optimized without one.
+            tokenizer: the path of a ``tokenizer.json`` that makes the artifact take texts, for a model optimized
+                without one.
 
         Returns:
             The artifact as it was read back.
 
         Raises:
             OutputError: ``folder`` exists or cannot be written, or the disk is full.
-            InputError: the tokenizer file is not a tokenizer, or does not fit the model's inputs.
+            InputError: the tokenizer file is not a tokenizer, or does not fit the model's inputs; or there are more or
+                fewer labels than classes.
         """
         from corewise.report import html, markdown
 
-        names = self.class_names if labels is None else tuple(labels)
-        pipeline, content = self._fitted, self.tokenizer
+        names, pipeline, content = self.class_names, self._fitted, self.tokenizer
+        if labels is not None:
+            names = fitting_class_names(labels, (), self.build_inputs.outputs) or ()
+            if pipeline is not None and pipeline.labels:
+                pipeline = replace(pipeline, labels=names)
         if tokenizer is not None:
-            pipeline, content = self._inferred(tokenizer, names or ())
+            pipeline, content = self._inferred(Path(tokenizer), names or ())
         artifact.write(
             Path(folder),
             manifest=lambda files: replace(self._manifest(files), labels=names, pipeline=pipeline),

@@ -30,19 +30,14 @@ from corewise.records.tuned import Comparison, Elasticity, Machine, Retuned, Tun
 from corewise.runtime.client import Client, Died, InProcess, Worker
 from corewise.runtime.race import ROUND_S, ROUNDS, WARM_S, Contender, ContenderFailed, run_race
 from corewise.runtime.workspace import Workspace
-from corewise.search.elastic import (
-    Opened,
-    affordable_duel_s,
-    elastic_plan,
-    elasticity,
-    judged_by_load,
-    plans_to_measure,
-)
+from corewise.search.elastic import Opened, Site, elastic_plan, judged
 from corewise.search.plans import BATCHES, SLOW_CALL_MS, START_BATCH, tables
 
 BUDGET_S = 30.0
-SEARCH_SHARE, RACE_SHARE = 0.5, 0.8
-"""Shares of the budget after which no plan is measured, and the race of two ends; then the elastic plan is measured."""
+ELASTIC_S, ELASTIC_SHARE = 14.0, 0.2
+"""What measuring and loading an elastic plan takes; it gets that share of a budget that has less than twice as much."""
+SEARCH_SHARE = 0.6
+"""Share of the time before that after which no plan is measured; the rest is for the race of two."""
 MEASURE_S = 0.4
 FEWEST_ROUNDS = 3
 LEAST_TIMEOUT_S = 60.0
@@ -172,11 +167,11 @@ def _retune(bench: _Bench, started_s: float, budget_s: float) -> Retuned:
     report, fit = bench.artifact.report, tuned.fit(bench.artifact, bench.cpu)
     requirements, old = report.requirements, fit.plan
     stored = fit.tuned.measurements if fit.tuned else report.winner.measurements
-    first = guesses(bench.cpu, requirements, stored)
+    first, race_s = guesses(bench.cpu, requirements, stored), before_elastic_s(budget_s)
     measurements, failed = bench.search(
         old,
         lambda so_far, lost: next_plan(first, so_far, lost, requirements),
-        started_s + SEARCH_SHARE * budget_s,
+        started_s + SEARCH_SHARE * race_s,
     )
     if not measurements:
         raise EngineError(f"{bench.artifact.folder} runs under no plan here: {next(iter(failed.values()))}")
@@ -185,7 +180,7 @@ def _retune(bench: _Bench, started_s: float, budget_s: float) -> Retuned:
         notes.append("the CPU quota throttled some measurements: their figures are too low")
     by_plan = {measurement.plan: measurement for measurement in measurements}
     best = best_measurement(measurements, requirements) or measurements[0]
-    duel = _duel(bench, by_plan.get(old), best, RACE_SHARE * budget_s - (time.monotonic() - started_s))
+    duel = _duel(bench, by_plan.get(old), best, race_s - (time.monotonic() - started_s))
     wins = duel.comparison is None or duel.comparison.low > 1
     if not wins and allowed(best, requirements) and not allowed(by_plan[old], requirements):
         wins = True
@@ -226,33 +221,23 @@ def _retune(bench: _Bench, started_s: float, budget_s: float) -> Retuned:
 def _elastic(
     bench: _Bench, plan: Plan, measured: list[Measurement], requirements: Requirements, until_s: float
 ) -> Elasticity | None:
-    """Measure what the tables of the elastic plan lack, add it to ``measured``, and judge the plan as a search does."""
-    elastic = elastic_plan(plan, measured)
+    """Judge the elastic plan as a search does; what is measured for it comes into ``measured``."""
+    elastic = elastic_plan(plan, measured, bench.build.fixed_batch)
     if elastic is None:
         return None
-    if (wanted := plans_to_measure(elastic, measured)) and time.monotonic() < until_s:
-        found, _ = bench.search(
-            wanted[0],
-            lambda so_far, failed: next(iter(wanted[len(so_far) + len(failed) :]), None),
-            until_s,
-        )
-        measured += found
-    judged = elasticity(plan, elastic, measured, requirements)
-    if judged is None or not judged.pays:
-        return judged
-    duel_s = affordable_duel_s(until_s - time.monotonic())
-    if duel_s is None:
-        return None
-    bench.on_event(StageStarted(Stage.MEASURING_PLAN, plan=elastic.narrow))
     opened = Opened(bench.payload, bench.build, bench.samples)
+    site = Site(opened, start=bench.start, left_s=lambda: until_s - time.monotonic(), on_event=bench.on_event)
     try:
-        with ExitStack() as stack:
-            ours, theirs = (stack.enter_context(bench.start()) for _ in range(2))
-            return judged_by_load(judged, plan, measured, opened, (ours, theirs), duel_s)
+        with site:
+            found = judged(elastic, plan, measured, requirements, site, measure_s=MEASURE_S)
     except InputError:
         raise
     except CorewiseError:
         return None
+    if not isinstance(found, Elasticity):
+        return None
+    measured += found.measurements
+    return replace(found, measurements=())
 
 
 def _duel(bench: _Bench, old: Measurement | None, best: Measurement, left_s: float) -> _Duel:
@@ -350,6 +335,11 @@ def _limits(requirements: Requirements) -> str:
     slo = f"SLO of {goal.p99_ms:g} ms" if isinstance(goal, Slo) else ""
     memory = "" if requirements.memory_limit_bytes is None else "memory limit"
     return " or the ".join(filter(None, (slo, memory)))
+
+
+def before_elastic_s(budget_s: float) -> float:
+    """When the search and the race of two end, so that what is left is enough for an elastic plan. Pure."""
+    return budget_s - (ELASTIC_S if budget_s >= 2 * ELASTIC_S else ELASTIC_SHARE * budget_s)
 
 
 def affordable(left_s: float, calls_s: float) -> tuple[int, float]:

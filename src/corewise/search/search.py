@@ -1,11 +1,12 @@
 """One search: its builds, trials, journal and workspace, and the stages that lead from builds to a choice."""
 
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from math import inf
 
 from corewise.accuracy.gate import AccuracyGate
+from corewise.accuracy.outputs import Outputs
 from corewise.common.errors import CorewiseError, InputError, SourceError
 from corewise.engines.qdq import climbed, uses_corewise_quantizer
 from corewise.records.build import Build
@@ -67,6 +68,7 @@ class Search:
         journal: Journal,
         shift: ShiftGuard | None = None,
         alone: AloneGuard | None = None,
+        baseline_doubt: Callable[[Outputs], Reason | None] = lambda outputs: None,
     ) -> None:
         self.builds = tuple(builds)
         self.gate = gate
@@ -74,6 +76,7 @@ class Search:
         self.journal = journal
         self.shift = shift
         self.alone = alone
+        self.baseline_doubt = baseline_doubt
         self.trials: list[Trial] = []
         self.notes: list[Reason] = []
         """What limited the search."""
@@ -427,6 +430,9 @@ class Search:
             )
         outputs = read_outputs(self.context.workspace.outputs(trial.build))
         self.gate.reference = self.gate.reference or outputs
+        doubt = self.baseline_doubt(outputs)
+        if doubt is not None:
+            self.notes.append(doubt)
 
     def _check_candidates(self) -> None:
         """Raise ``InputError`` with where the time went if the budget ended before any candidate was tried."""

@@ -126,7 +126,7 @@ def find_rates(trials: Sequence[Trial], context: SearchContext, slo_ms: float) -
     ):
         contenders = [contender for trial in group for contender in _contenders(trial, slo_ms)]
         with bench:
-            best = climb(contenders, bench.load, lambda table: _simulated(table, slo_ms), context.budget.ended)
+            best = climb(contenders, bench.load, lambda table: simulated(table, slo_ms), context.budget.ended)
         if best is not None:
             bench.certify(best.build)
     return tuple(bench.loaded(trial) for trial in trials)
@@ -195,7 +195,7 @@ def _contenders(trial: Trial, slo_ms: float) -> list[Contender]:
     contenders = []
     for table in tables(trial.allowed).values():
         within = worthwhile([measurement for measurement in table if measurement.p99_ms <= slo_ms])
-        if within and (rate_per_s := _simulated(within, slo_ms)) > 0:
+        if within and (rate_per_s := simulated(within, slo_ms)) > 0:
             contenders.append(Contender(build=trial.build, table=within, simulated_per_s=rate_per_s))
     return contenders
 
@@ -207,7 +207,7 @@ def worthwhile(table: Sequence[Measurement]) -> Sequence[Measurement]:
     return table[: last + 1]
 
 
-def _simulated(table: Sequence[Measurement], slo_ms: float) -> float:
+def simulated(table: Sequence[Measurement], slo_ms: float) -> float:
     """The highest rate that meets the SLO in simulation."""
     plan = table[-1].plan
     return most_rate(
@@ -218,6 +218,12 @@ def _simulated(table: Sequence[Measurement], slo_ms: float) -> float:
         max_batch=plan.batch,
         max_waiting=max(MAX_WAITING, plan.batch),
     )
+
+
+def load_s(rate_per_s: float, least_s: float, left_s: float) -> float:
+    """How long a load lasts, if so much time is left."""
+    # Not all of what is left: the process is ended then, and the requests that were sent need answers.
+    return min(LONGEST_S, max(least_s, REQUESTS / rate_per_s), max(1.0, OF_WHAT_IS_LEFT * left_s))
 
 
 class _LoadBench:
@@ -244,13 +250,7 @@ class _LoadBench:
     def load(self, contender: Contender, rate_per_s: float, least_s: float) -> LoadRun | None:
         """As ``Load``."""
         context = self._context
-        # Not all of what is left: the process is ended then, and the requests that were sent need answers.
-        duration_s = min(
-            LONGEST_S,
-            context.timeout_s / 2,
-            max(least_s, REQUESTS / rate_per_s),
-            max(1.0, OF_WHAT_IS_LEFT * context.budget.left_s()),
-        )
+        duration_s = min(context.timeout_s / 2, load_s(rate_per_s, least_s, context.budget.left_s()))
         try:
             run = self._client(contender).load(
                 context.workspace.holdout,

@@ -11,9 +11,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 from uuid import uuid4
 
+import numpy as np
+
 from corewise._version import __version__
 from corewise.accuracy import metrics
 from corewise.accuracy.gate import AccuracyGate
+from corewise.accuracy.outputs import Outputs
+from corewise.common.agreement import worst_row_db
 from corewise.common.errors import EngineError, InputError
 from corewise.engines import BuildInputs, Engine, engine
 from corewise.machine.inspect import inspect_cpu
@@ -38,6 +42,8 @@ if TYPE_CHECKING:
     from corewise.source import Exported
 
 LINEARS = ("aten.linear.default", "aten.addmm.default", "aten.mm.default")
+SAME_DB = 40.0
+"""How near the baseline's answers are to those of the user's own module: one part in a hundred is no rounding."""
 PACKAGES = ("torch", "openvino", "nncf", "onnxruntime", "onnx", "numpy")
 
 MetricLike = str | Callable[[Any, Any], Any] | None
@@ -82,7 +88,7 @@ class Task:
         calibration: int | None,
         seed: int,
         class_names: Sequence[str] | None,
-        tokenizer: Path | None,
+        tokenizer: Any,
         pooling: Pooling | None,
         on_event: OnEvent,
         budget_s: float | None = None,
@@ -121,7 +127,7 @@ class Task:
             limits = sample_limits(budget_s, row_s, given) if kept_limits is None else kept_limits
             calibrating, holdout, fewer = _affordable(calibrating, holdout, limits, seed)
         calibrating = calibrating.shuffled(seed)  # quantizers take ranges from the first few, and judge by the last
-        names = _class_names(class_names, loaded.class_names, exported.outputs)
+        names = fitting_class_names(class_names, loaded.class_names, exported.outputs)
         in_process = None
         if exported.program is None:
             in_process, usable, notes = _only_eager(exported, engines if required else ())
@@ -186,6 +192,22 @@ class Task:
             integer_inputs=any("int" in spec.dtype for spec in self.exported.inputs),
         )
 
+    def baseline_doubt(self, outputs: Outputs) -> Reason | None:
+        """What to say of the baseline's ``outputs`` for the holdout if the user's own module answers otherwise.
+
+        All builds are compared with the baseline, so nothing else would tell.
+        """
+        from corewise import source
+
+        if self.exported.state is not None:  # a call would change what the module keeps
+            return None
+        rows, answers = source.own_answers(self.exported, self.holdout)
+        theirs = [np.stack(list(leaf)) for leaf in outputs.rows(rows).leaves]
+        decibels = worst_row_db(answers, theirs)
+        if decibels >= SAME_DB:
+            return None
+        return Reason.of(ReasonKind.BASELINE_DIFFERS, decibels=decibels, samples=len(rows))
+
     def write(self, workspace: Workspace) -> BuildInputs:
         """Write what the trial processes read into the workspace."""
         from corewise import source
@@ -226,7 +248,7 @@ class Task:
         }
 
 
-def _class_names(
+def fitting_class_names(
     given: Sequence[str] | None, own: tuple[str, ...], outputs: Sequence[TensorSpec]
 ) -> tuple[str, ...] | None:
     """The names given, else the model's own if they fit. Raises ``SamplesError`` where those given do not.

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -22,10 +23,10 @@ def read_samples(model: Any, samples: Any) -> Samples | RawSamples:
 
     Raises ``SamplesError``.
     """
-    if isinstance(samples, str):
+    if isinstance(samples, str | Path):
         from corewise import source
 
-        return source.read_for(model, samples)
+        return source.read_for(model, str(samples))
     return raw_from_python(samples() if callable(samples) else samples)
 
 
@@ -45,8 +46,14 @@ def tokenized(
         pipeline = _with_classes(pipeline, tuple(class_names))
     if isinstance(samples, Samples):
         return replace(loaded, pipeline=pipeline), samples
+    if pipeline is None and samples.kind in ("text", "pair") and loaded.why_no_texts:
+        raise SamplesError(
+            f"there are {NOUNS[samples.kind]} in {samples.source}, but {loaded.why_no_texts}", loaded.instead
+        )
     if pipeline is None or samples.kind not in ("text", "pair"):
         raise SamplesError(f"there are {NOUNS[samples.kind]} in {samples.source}", RAW_FIXES[samples.kind])
+    if pipeline.task == "classes":
+        samples = _with_labels(samples, pipeline.labels)
     if pipeline.pairs and samples.kind == "text":
         raise SamplesError(
             f"there are single texts in {samples.source}, but the model takes pairs",
@@ -83,6 +90,14 @@ def _with_classes(pipeline: TextPipeline, names: tuple[str, ...]) -> TextPipelin
     if pipeline.task == "vectors":
         return replace(pipeline, task="classes", labels=names, activation="softmax")
     return replace(pipeline, labels=names)
+
+
+def _with_labels(samples: RawSamples, names: Sequence[str]) -> RawSamples:
+    """Pairs of a text and the name of its class as texts with labels: in Python both are tuples of two strings."""
+    if samples.kind != "pair" or samples.labels is not None or not {second for _, second in samples.items} <= {*names}:
+        return samples
+    labels = np.array([second for _, second in samples.items], object)
+    return replace(samples, kind="text", items=[first for first, _ in samples.items], labels=labels)
 
 
 def _with_numbers(samples: RawSamples, names: Sequence[str]) -> RawSamples:

@@ -2,6 +2,7 @@
 
 import socket
 import stat
+from contextlib import ExitStack
 from functools import lru_cache
 from ipaddress import IPv6Address
 from pathlib import Path
@@ -16,18 +17,20 @@ BACKLOG = 2048
 def bound(address: Address) -> socket.socket:
     """A socket that listens there. Raises ``InputError``."""
     try:
-        if isinstance(address, Path):
-            remove_stale(address)
-            made = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-            made.bind(str(address))
-        else:
-            family, *_ = socket.getaddrinfo(*address, type=socket.SOCK_STREAM)[0]
-            # asyncio sets TCP_NODELAY on connections of sockets that name TCP only; without it each answer waits
-            # 40 ms for the acknowledgement of its own headers.
-            made = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
-            made.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            made.bind(address)
-        made.listen(BACKLOG)
+        with ExitStack() as undo:
+            if isinstance(address, Path):
+                remove_stale(address)
+                made = undo.enter_context(socket.socket(socket.AF_UNIX, socket.SOCK_STREAM))
+                made.bind(str(address))
+            else:
+                family, *_ = socket.getaddrinfo(*address, type=socket.SOCK_STREAM)[0]
+                # asyncio sets TCP_NODELAY on connections of sockets that name TCP only; without it each answer waits
+                # 40 ms for the acknowledgement of its own headers.
+                made = undo.enter_context(socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP))
+                made.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+                made.bind(address)
+            made.listen(BACKLOG)
+            undo.pop_all()
     except OSError as error:
         raise InputError(
             f"nothing can listen on {shown(address)}: {error.strerror or error}", "give another HOST:PORT or unix:PATH"

@@ -7,8 +7,7 @@ loaded from the folder that the server was started with, and from no other.
 import asyncio
 import json
 import logging
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from starlette.applications import Starlette
 from starlette.requests import ClientDisconnect, Request
@@ -16,16 +15,20 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from corewise.common.errors import CorewiseError, InputError
-from corewise.serving import addresses, bodies
+from corewise.common.errors import CorewiseError
+from corewise.serving import bodies
 from corewise.serving.addresses import Address
 from corewise.serving.budget import Budget
+from corewise.serving.connections import Room
 from corewise.serving.infer import CLOSED_REQUEST
 from corewise.serving.methods import Method, Unary
 from corewise.serving.metrics import Metrics
 from corewise.serving.models import Models
 from corewise.serving.protocol import Limits, ProtocolError
 from corewise.serving.tokens import Tokens
+
+if TYPE_CHECKING:
+    from corewise.serving.rpc_connections import RpcPort
 
 log = logging.getLogger("corewise.serve")
 
@@ -183,22 +186,10 @@ def list_methods(repository: Repository, models: Models) -> list[Method]:
     ]
 
 
-async def start_rpc(
-    address: Address, repository: Repository, models: Models, metrics: Metrics
-) -> tuple[Any, int | Path]:
-    """The gRPC side, listening; the server and its port. Raises ``InputError`` if the address is taken."""
-    import grpc
-
+def rpc_port(address: Address, room: Room, repository: Repository, models: Models, metrics: Metrics) -> "RpcPort":
+    """The gRPC side. Raises ``InputError`` if the address is taken."""
+    from corewise.serving.rpc_connections import RpcPort
     from corewise.serving.rpc_extensions import Handlers
 
-    if isinstance(address, Path):
-        addresses.remove_stale(address)
-    target = addresses.shown(address)
-    server = grpc.aio.server(options=[("grpc.max_receive_message_length", MOST_BODY_BYTES), ("grpc.so_reuseport", 0)])
-    server.add_generic_rpc_handlers((Handlers(list_methods(repository, models), metrics, Tokens(()), Limits()),))
-    try:
-        got = server.add_insecure_port(target)
-    except (RuntimeError, OSError) as error:
-        raise InputError(f"gRPC cannot listen on {target}: {error}", "give another --admin-grpc HOST:PORT") from error
-    await server.start()
-    return server, address if isinstance(address, Path) else int(got)
+    handlers = Handlers(list_methods(repository, models), metrics, Tokens(()), LIMITS)
+    return RpcPort(address, (handlers,), room, Budget(LIMITS), message_bytes=MOST_BODY_BYTES)

@@ -1,6 +1,5 @@
 """The server's HTTP side: Open Inference Protocol v2, health, statistics, metrics and what people look at."""
 
-import asyncio
 import json
 import logging
 import time
@@ -36,6 +35,7 @@ from corewise.serving.infer import (
 from corewise.serving.memory_limit import LARGE_ANSWER_BYTES, answer_bytes
 from corewise.serving.metrics import CONTENT_TYPE, Metrics
 from corewise.serving.models import Models
+from corewise.serving.pool import AT_ONCE
 from corewise.serving.protocol import InferRequest, Limits, NoRoom, ProtocolError
 from corewise.serving.served import Served
 from corewise.serving.text_routes import TextRoutes, error_body
@@ -137,7 +137,8 @@ class App:
 
     async def text_metrics(self, request: Request) -> Response:
         """For Prometheus."""
-        return Response(await asyncio.to_thread(self.metrics.text), headers={"content-type": CONTENT_TYPE})
+        text = await self._front.tell("metrics", self.metrics.text)
+        return Response(text, headers={"content-type": CONTENT_TYPE})
 
     async def page(self, request: Request) -> Response:
         """For images."""
@@ -145,16 +146,19 @@ class App:
 
     async def live_figures(self, request: Request) -> Response:
         """What the page shows."""
-        since = request.query_params.get("since", "")
-        return JSONResponse(await asyncio.to_thread(pages.live, self.models, since))
+        since = pages.since(request.query_params.get("since", ""))
+        content = await self._front.tell(("live", since), lambda: pages.live(self.models, since))
+        return Response(content, media_type="application/json")
 
     async def docs(self, request: Request) -> Response:
         """How to call it."""
-        return HTMLResponse(pages.docs(self.models.served), headers=pages.SAFE)
+        page = await self._front.tell("docs", lambda: pages.docs(self.models.served))
+        return HTMLResponse(page, headers=pages.SAFE)
 
     async def openapi(self, request: Request) -> Response:
         """The same for programs."""
-        return JSONResponse(pages.openapi(self.models.served))
+        content = await self._front.tell("openapi", lambda: pages.openapi(self.models.served))
+        return Response(content, media_type="application/json")
 
     # --- inference ----------------------------------------------------------------------------------------------
 
@@ -181,7 +185,7 @@ class App:
                 lambda: images.objects(answer.outputs, served, (width, height), asked),
                 1,
                 kind="boxes",
-                deadline_s=self._deadline_s(request),
+                deadline_s=AT_ONCE,
             )
         content = {"model_name": served.name, "width": width, "height": height, "objects": found}
         return _Noted(content, note)

@@ -80,7 +80,12 @@ class Booking:
         return self
 
     def __exit__(self, *error: object) -> None:
+        self.clear()
+
+    def clear(self) -> None:
+        """Give all of it back."""
         self._budget.release(self._client, self.size_bytes)
+        self.size_bytes = 0
 
     def add(self, size_bytes: int) -> None:
         """Book more bytes. Raises ``NoRoom`` where there is no room for them."""

@@ -9,7 +9,6 @@ import socket
 from collections import Counter
 from collections.abc import Callable
 from contextlib import suppress
-from pathlib import Path
 from ssl import SSLContext
 
 import httptools
@@ -32,9 +31,8 @@ PER_ROUND = 8
 """New connections in one round of the event loop: about a millisecond."""
 PAUSE_S = 0.5
 """Until the next try if the process may open no more files."""
-TCP_TABLES, UNIX_TABLE = (Path("/proc/self/net/tcp"), Path("/proc/self/net/tcp6")), Path("/proc/self/net/unix")
-ESTABLISHED, CONNECTED = "01", "03"
-"""A connection's state in these tables, see proc_net_tcp.txt and proc(5)."""
+KEEPALIVE = {socket.TCP_KEEPIDLE: 60, socket.TCP_KEEPINTVL: 15, socket.TCP_KEEPCNT: 4}
+"""A connection whose client is gone without a word ends after two minutes: it has a seat, and maybe a stream."""
 
 
 FULL = refusals.plain(
@@ -115,9 +113,10 @@ class Acceptor:
         *,
         on_refused: Callable[[], None] = lambda: None,
         tls: SSLContext | None = None,
+        refusal: bytes = on_wire(*FULL),
     ) -> None:
         """``make`` makes the protocol of each connection, which gives its seat back. Called in the event loop."""
-        self._listening, self._make, self._tls = listening, make, tls
+        self._listening, self._make, self._tls, self._refusal = listening, make, tls, refusal
         self._room, self._on_refused = room, on_refused
         self._loop = asyncio.get_running_loop()
         self._opening: set[asyncio.Task[None]] = set()
@@ -174,14 +173,17 @@ class Acceptor:
         self._on_refused()
         with connection, suppress(OSError):
             if self._tls is None:
-                connection.send(on_wire(*FULL))
+                connection.send(self._refusal)
                 connection.recv(1 << 16)  # what is left unread makes the kernel drop the answer
 
     async def _open(self, connection: socket.socket, seat: Seat) -> None:
         if connection.family != socket.AF_UNIX:
-            # Otherwise each answer waits 40 ms for the acknowledgement of its own headers.
             with suppress(OSError):
+                # Otherwise each answer waits 40 ms for the acknowledgement of its own headers.
                 connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+                connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+                for option, number in KEEPALIVE.items():
+                    connection.setsockopt(socket.IPPROTO_TCP, option, number)
         try:
             await self._loop.connect_accepted_socket(
                 lambda: self._make(seat),
@@ -192,27 +194,6 @@ class Acceptor:
         except OSError:  # gone already, or a handshake that is none
             connection.close()
             seat.leave()
-
-
-def count_open(place: int | Path) -> int:
-    """Connections of this machine's kernel to a port, or to a unix socket; those that nobody accepted yet included.
-
-    For gRPC, whose library does not tell how many it holds, nor how many it refused.
-    """
-    if isinstance(place, Path):
-        rows = [line.split(None, 7) for line in _lines(UNIX_TABLE)]
-        return sum(len(row) > 7 and row[5] == CONNECTED and row[7] == str(place) for row in rows)
-    port = f":{place:04X}"
-    rows = [line.split(None, 4) for table in TCP_TABLES for line in _lines(table)]
-    return sum(row[1].endswith(port) and row[3] == ESTABLISHED for row in rows)
-
-
-def _lines(table: Path) -> list[str]:
-    """The rows of a table; none if there is no such kind of socket."""
-    try:
-        return table.read_text(errors="replace").splitlines()[1:]
-    except OSError:
-        return []
 
 
 class _Joined:
@@ -257,10 +238,13 @@ class Connection(HttpToolsProtocol):
     """uvicorn's, but for what it closes or drops.
 
     It closes each connection of HTTP/1.0, and each whose client will send no more. It drops the body of a request that
-    offers an upgrade, and would read one that comes later as the next request.
+    offers an upgrade, and would read one that comes later as the next request. And it would read the next request as
+    the body of one that was answered before its client was told to send that (``Expect: 100-continue``).
     """
 
     _looking: asyncio.TimerHandle | None = None
+    _would_keep = False
+    """Whether the connection stays open, if the body comes that the client is told to send."""
 
     def data_received(self, data: bytes) -> None:
         """Read what came."""
@@ -298,11 +282,16 @@ class Connection(HttpToolsProtocol):
         if self.parser.get_http_version() == "1.0" and self.parser.should_keep_alive():
             # Old proxies do not know chunks: to them the body may end elsewhere (RFC 9112, section 6.1).
             self.cycle.keep_alive = all(name != b"transfer-encoding" for name, _ in self.headers)
+        if self.expect_100_continue:
+            self._would_keep, self.cycle.keep_alive = self.cycle.keep_alive, False
 
     def on_message_complete(self) -> None:
         """The request is whole, unless it will be read again."""
-        if not self.parser.should_upgrade():
-            super().on_message_complete()
+        if self.parser.should_upgrade():
+            return
+        if self.expect_100_continue and not self.cycle.response_started:
+            self.cycle.keep_alive = self._would_keep
+        super().on_message_complete()
 
     def eof_received(self) -> bool | None:  # type: ignore[override]
         """Answer a client that closed its side after a whole request, unless it closed the connection.

@@ -1,4 +1,4 @@
-"""Ends of futures handed to an event loop, with one wake-up for all that end together."""
+"""Ends of futures handed to an event loop, with one wake-up for all that end together, or when a client is gone."""
 
 import asyncio
 from collections import deque
@@ -7,9 +7,37 @@ from contextlib import suppress
 from functools import partial
 from typing import Any
 
+from starlette.requests import ClientDisconnect
+
 PER_ROUND = 16
 """Ends that are delivered in one round of the loop: each is an answer to write, and health checks must not wait for
 all."""
+
+
+class Waiters:
+    """What a client's requests wait for: futures of its event loop, which end when it disconnects, or has already."""
+
+    def __init__(self) -> None:
+        self._waiting: set[asyncio.Future[Any]] = set()
+        self._is_gone = False
+
+    def add(self, future: "asyncio.Future[Any]") -> None:
+        """Wait for this one too."""
+        if self._is_gone:
+            future.set_exception(ClientDisconnect())
+        else:
+            self._waiting.add(future)
+
+    def discard(self, future: "asyncio.Future[Any]") -> None:
+        """Wait for it no more."""
+        self._waiting.discard(future)
+
+    def disconnect(self) -> None:
+        """The client is gone."""
+        self._is_gone = True
+        for future in self._waiting:
+            if not future.done():
+                future.set_exception(ClientDisconnect())
 
 
 class Deliveries:

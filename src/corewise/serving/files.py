@@ -2,6 +2,7 @@
 
 import base64
 import binascii
+import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import NamedTuple, Protocol
@@ -10,12 +11,17 @@ import msgspec
 import numpy as np
 
 from corewise.common.errors import SamplesError
-from corewise.samples.image_files import TooManyPixels
+from corewise.samples.image_limits import TooManyPixels
 from corewise.serving.protocol import Asked, InferRequest, Limits, ProtocolError, not_json
 from corewise.serving.served import Served
 
 MOST_FILES = 64
 """In one request."""
+BASE64 = re.compile(rb"[A-Za-z0-9+/_=\s-]*+")
+"""In either alphabet of RFC 4648, and broken into lines."""
+URL_SAFE, SPACE = bytes.maketrans(b"-_", b"+/"), b" \t\r\n\f\v"
+FILE_NAME = re.compile(rb';\s*filename\*?\s*=\s*"?([^";\n]*)', re.IGNORECASE)
+"""In the headers of a part of a form that is a file; a field may be called ``filename``, too."""
 MOST_PARTS = 64
 """Of a form. Its parser takes microseconds and hundreds of bytes for each, and an empty one has ten bytes."""
 
@@ -54,8 +60,11 @@ class Media(Protocol):
     """What ``Work.size`` counts."""
     NOUN: str
 
-    def work(self, body: bytes, served: Served, limits: Limits) -> Work:
-        """What a file takes. Raises ``ProtocolError`` where it is none, or too large, or the model takes none."""
+    def work(self, body: bytes, name: str, served: Served, limits: Limits) -> Work:
+        """What a file takes, which messages call ``name``.
+
+        Raises ``ProtocolError`` where it is none, or too large, or the model takes none.
+        """
 
     def batch(self, bodies: Sequence[bytes], served: Served) -> Batch:
         """Decode files. Raises ``ProtocolError`` as ``work`` does."""
@@ -94,11 +103,21 @@ def content(body: bytes, content_type: str, key: str) -> bytes:
 
 
 def _from_base64(text: bytes) -> bytes | None:
-    """What base64, or a data URL of it, stands for; ``None`` for other bytes."""
+    """What base64, or a data URL of it, stands for; ``None`` for other bytes.
+
+    It may have line breaks, as ``base64`` and MIME write it, the alphabet for URLs, and no padding.
+    """
     if text[:5] == b"data:":
         text = text.partition(b",")[2]
     try:
         return base64.b64decode(text, validate=True)
+    except binascii.Error:
+        pass
+    if not BASE64.fullmatch(text):
+        return None
+    text = text.translate(URL_SAFE, SPACE).rstrip(b"=")
+    try:
+        return base64.b64decode(text + b"=" * (-len(text) % 4), validate=True)
     except binascii.Error:
         return None
 
@@ -128,7 +147,9 @@ def _file_of_form(body: bytes, content_type: str) -> bytes:
         parser.finalize()
     except FormParserError as error:
         raise ProtocolError(f"the form cannot be read: {error}") from error
-    files = [data for headers, data in parts if b"filename" in b"".join(headers).lower()]
+    named = [(FILE_NAME.search(b"\n".join(headers)), data) for headers, data in parts]
+    # Of a field for a file that was not chosen, browsers send an empty part without a name.
+    files = [data for found, data in named if found is not None and (found[1] or data)]
     chosen = files or [data for _, data in parts]
     if len(files) != 1 and len(parts) != 1:
         raise ProtocolError(f"the form has {len(files)} files", "send one file per request")
@@ -147,8 +168,15 @@ def contents(asked: InferRequest, served: Served, noun: str) -> list[bytes]:
 
 def unpacked(body: bytes) -> bytes:
     """The file itself, where a client of JSON sent it as base64."""
-    decoded = _from_base64(body)
+    # What base64 writes with a P in front begins with one of <=>?, as no image and no recording does. PNM does begin
+    # with a P, and the rest may be digits.
+    decoded = None if body[:1] == b"P" else _from_base64(body)
     return body if decoded is None else decoded
+
+
+def file_name(noun: str, number: int, count: int) -> str:
+    """What messages call a file of a request of ``count`` files, numbered from 0."""
+    return f"the {noun}" if count == 1 else f"{noun} {number}"
 
 
 def request(inputs: np.ndarray, served: Served) -> InferRequest:

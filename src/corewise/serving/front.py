@@ -7,7 +7,7 @@ is refused before anything is done for it.
 
 import asyncio
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from itertools import count
@@ -21,7 +21,7 @@ from corewise.batching import Answer, NotServed
 from corewise.serving import files, images, recordings
 from corewise.serving.budget import Booking, Budget
 from corewise.serving.costs import Costs, Tail
-from corewise.serving.deliveries import Deliveries
+from corewise.serving.deliveries import Deliveries, Waiters
 from corewise.serving.files import Batch, Media, Work
 from corewise.serving.memory_limit import COPIES
 from corewise.serving.models import Models
@@ -63,8 +63,12 @@ class Front:
         self._max_of_client = int(self._max_requests * limits.client_share)
         self._of_clients: dict[Any, int] = {}
         threads = min(MOST_THREADS, max(2, len(os.sched_getaffinity(0))))
-        self._readers, self._decoders = Pool("read", 2), Pool("decode", threads, nice=DECODE_NICE)
+        self._readers, self._headers = Pool("read", 2), Pool("header", 2)
+        self._decoders = Pool("decode", threads, nice=DECODE_NICE)
         self._large_decoder = Pool("decode-large", 1, nice=DECODE_NICE)
+        self._teller = Pool("tell", 1, nice=DECODE_NICE)
+        self._told: dict[Hashable, asyncio.Task[Any]] = {}
+        """What is being told, by what it is about."""
         self._places = 0
         self._on_way: dict[Any, int] = {}
         """Requests that have a place, by their model."""
@@ -153,7 +157,7 @@ class Front:
             return NotServed("overloaded", late_s)
         return None
 
-    async def turn(self, deadline_s: float, served: Served | None = None, gone: set[Any] | None = None) -> None:
+    async def turn(self, deadline_s: float, served: Served | None = None, gone: Waiters | None = None) -> None:
         """Wait for a request's turn in the event loop (``Turns.turn``)."""
         try:
             await self._turns.turn(deadline_s, self._tail.seconds(monotonic()), gone)
@@ -192,13 +196,12 @@ class Front:
             raise NotServed("overloaded", late_s)
 
     async def ask(
-        self, models: Models, served: Served, asked: InferRequest, deadline_s: float, gone: set[Any] | None = None
+        self, models: Models, served: Served, asked: InferRequest, deadline_s: float, gone: Waiters | None = None
     ) -> tuple[Served, Answer]:
         """The model's answer in time, and which model it was: another may have taken the place of ``served``.
 
-        The request gives up its place when it is cancelled, or when its future, which is in ``gone`` while it waits,
-        gets an exception: its client disconnected. Raises ``NotServed`` where it would be late, with what comes after
-        the call.
+        The request gives up its place when it is cancelled, or when its client disconnects, of whose waiters it is one.
+        Raises ``NotServed`` where it would be late, with what comes after the call.
         """
         served, waiter = self.call(models, served, asked.inputs, deadline_s, asked.priority)
         if gone is not None:
@@ -269,6 +272,18 @@ class Front:
         """Do work beside the event loop, by default tokenize so many characters; each ``kind`` has costs of its own."""
         return await self._decoders.run(work, kind=kind, size=size, deadline_s=deadline_s, later_s=later_s)
 
+    async def tell(self, about: Hashable, work: Callable[[], T]) -> T:
+        """What the server tells of itself, beside the event loop: one thing at a time, and once for all who ask for it.
+
+        Raises ``NotServed`` where too much is asked.
+        """
+        task = self._told.get(about)
+        if task is None:
+            task = self._told[about] = asyncio.ensure_future(self._teller.run(work, kind="told", size=1))
+            task.add_done_callback(lambda _: self._told.pop(about))
+        told: T = await asyncio.shield(task)
+        return told
+
     async def file(
         self, body: bytes, served: Served, *, client: str, deadline_s: float
     ) -> tuple[InferRequest, tuple[int, int]]:
@@ -283,10 +298,11 @@ class Front:
 
         def look() -> tuple[list[bytes], list[Work]]:
             found = [files.unpacked(body) for body in bodies]
-            return found, [media.work(one, served, self._limits) for one in found]
+            names = [files.file_name(media.NOUN, number, len(found)) for number in range(len(found))]
+            return found, [media.work(*one, served, self._limits) for one in zip(found, names, strict=True)]
 
         is_long = media is recordings and sum(map(len, bodies)) > LONG_BYTES
-        pool, kind = (self._decoders, "long headers") if is_long else (self._readers, "headers")
+        pool, kind = (self._decoders, "long headers") if is_long else (self._headers, "headers")
         unpacked, work = await pool.run(look, kind=kind, size=len(bodies), deadline_s=deadline_s)
         size = sum(one.size for one in work)
         if media is recordings and size > self._limits.samples:
@@ -318,7 +334,7 @@ class Front:
 
     def close(self) -> None:
         """End the threads."""
-        for pool in (self._readers, self._decoders, self._large_decoder):
+        for pool in (self._readers, self._headers, self._decoders, self._large_decoder, self._teller):
             pool.close()
         if self._ticker is not None:
             self._ticker.cancel()

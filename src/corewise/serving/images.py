@@ -13,8 +13,8 @@ from corewise.records.report import Preprocess
 from corewise.samples.image_files import SIZE_KEY, image_size, open_image
 from corewise.samples.image_geometry import LONGEST
 from corewise.samples.images import image_array
-from corewise.serving.files import Batch, Work, told
-from corewise.serving.memory_limit import PIXEL_BYTES
+from corewise.serving.files import Batch, Work, file_name, told
+from corewise.serving.memory_limit import PIXEL_BYTES, most_decoding_bytes
 from corewise.serving.protocol import Limits, ProtocolError
 from corewise.serving.served import Served
 
@@ -49,20 +49,24 @@ def thresholds(score: str | None, iou: str | None, served: Served) -> Thresholds
         raise ProtocolError(error.what, error.fix) from error
 
 
-def work(body: bytes, served: Served, limits: Limits) -> Work:
+def work(body: bytes, name: str, served: Served, limits: Limits) -> Work:
     """What the pixels of an image take, by its header, with those that it is resized to.
 
     Raises ``ProtocolError`` where it is not an image, has too many pixels, or the model takes no images.
     """
     preprocess, most = _preprocess(served), limits.pixels
     with told():
-        width, height = image_size(body, "the image", max_pixels=most, preprocess=preprocess)
+        width, height, kept_bytes = image_size(body, name, max_pixels=most, preprocess=preprocess)
     shorter, resize = min(width, height), max(preprocess.resize, preprocess.crop)
     resized = [min(resize * side // shorter, LONGEST * resize) for side in (width, height)]
     count = max(width * height, resized[0] * resized[1])
     if count > most:
-        raise ProtocolError(f"the image has {count} pixels when it is resized", "send one of another shape", 413)
-    return Work(count, count * PIXEL_BYTES, _row_bytes(preprocess))
+        raise ProtocolError(f"{name} has {count:,} pixels when it is resized", "send one of another shape", 413)
+    needed_bytes, most_bytes = count * PIXEL_BYTES + kept_bytes, most_decoding_bytes(limits)
+    if needed_bytes > most_bytes:
+        what = f"{name} takes {needed_bytes:,} bytes to decode, the server has {most_bytes:,} for it"
+        raise ProtocolError(what, "send it smaller, or as a JPEG that is not progressive", 413)
+    return Work(count, needed_bytes, _row_bytes(preprocess))
 
 
 def batch(bodies: Sequence[bytes], served: Served) -> Batch:
@@ -70,8 +74,9 @@ def batch(bodies: Sequence[bytes], served: Served) -> Batch:
     preprocess = _preprocess(served)
     arrays, sizes = [], []
     with told():
-        for one in bodies:
-            opened = open_image(one, "the image", max_pixels=MOST_PIXELS, preprocess=preprocess)
+        for number, one in enumerate(bodies):
+            name = file_name(NOUN, number, len(bodies))
+            opened = open_image(one, name, max_pixels=MOST_PIXELS, preprocess=preprocess)
             arrays.append(image_array(opened, preprocess))
             sizes.append(opened.info[SIZE_KEY])
     if served.photos is not None and not all(served.photos.takes(array.shape) for array in arrays):

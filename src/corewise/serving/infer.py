@@ -35,7 +35,7 @@ LARGE_BYTES = 2**16
 """From this size on a body costs something to read."""
 ARRIVED, WHOLE, GONE = "corewise.arrived_s", "corewise.whole", "corewise.gone"
 """What the server's protocol adds to a scope: when a request's first byte arrived, on the monotonic clock; whether its
-last has; and a set for futures that end if the client disconnects."""
+last has; and what waits for the client (``Waiters``)."""
 
 
 def target(scope: Scope) -> dict[str, str] | None:

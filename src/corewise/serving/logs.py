@@ -2,7 +2,11 @@
 
 import json
 import logging
+import os
+import select
+import sys
 import threading
+import warnings
 from collections import Counter
 from contextlib import suppress
 from datetime import UTC, datetime
@@ -71,12 +75,42 @@ class RefusalLog:
             log.info("%s", json.dumps(line | ({"last_id": last_id} if last_id else {})))
 
 
-class _Handler(logging.StreamHandler):  # type: ignore[type-arg]
-    """Writes to standard error, and goes on if that is full or closed: a log that nobody can read ends no server."""
+class _Handler(logging.Handler):
+    """Writes to a file what that takes at once, and goes on: a log that is full, closed or not read ends no server.
+
+    A pipe that is full would hold up whoever logs, which may be the event loop, until somebody reads it.
+    """
+
+    def __init__(self, handle: int) -> None:
+        super().__init__()
+        self._handle = handle
+        self._lost, self._is_cut = 0, False
 
     def emit(self, record: logging.LogRecord) -> None:
-        with suppress(SystemExit):  # how the command line ends where a standard stream cannot be written
-            super().emit(record)
+        """Write the record's line; if there is no room, it is counted, and the next that has room says so."""
+        try:
+            lines = [self.format(record)]
+        except (TypeError, ValueError):  # its message and arguments do not fit
+            self.handleError(record)
+            return
+        if self._lost:
+            lines.insert(0, json.dumps({"message": f"{self._lost} lines of this log are lost: nobody read it"}))
+        text = "\n" * self._is_cut + "".join(f"{line}\n" for line in lines)
+        written = self._write(text.encode(errors="backslashreplace"))
+        self._lost = 0 if written else self._lost + 1
+
+    def _write(self, data: bytes) -> bool:
+        """Write it in pieces that a pipe takes whole or not at all; whether there was room for the first."""
+        poll = select.poll()
+        poll.register(self._handle, select.POLLOUT)
+        for start in range(0, len(data), select.PIPE_BUF):
+            if not poll.poll(0):
+                self._is_cut |= start > 0
+                return start > 0
+            with suppress(OSError):  # the disk is full, or the other side of the pipe is closed
+                os.write(self._handle, data[start : start + select.PIPE_BUF])
+        self._is_cut = False
+        return True
 
 
 def _is_ours(record: logging.LogRecord) -> bool:
@@ -84,11 +118,21 @@ def _is_ours(record: logging.LogRecord) -> bool:
     return "raised in core" not in record.getMessage()
 
 
+def _stderr() -> int:
+    """The file of standard error, also where something else was put in its place."""
+    try:
+        return sys.stderr.fileno()
+    except (OSError, ValueError):
+        return 2
+
+
 def to_stderr(level: str) -> None:
     """Log to standard error from this level on, including all libraries."""
     logging.getLogger("grpc._cython.cygrpc").addFilter(_is_ours)
     # It warns of each form that is none, whose sender is told.
     logging.getLogger("python_multipart").setLevel(logging.ERROR)
-    handler = _Handler()
+    # Pillow warns of wrong images in ever other words, and Python remembers each.
+    warnings.simplefilter("ignore")
+    handler = _Handler(_stderr())
     handler.setFormatter(JsonLines())
     logging.basicConfig(level=level.upper(), handlers=[handler], force=True)

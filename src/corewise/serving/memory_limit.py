@@ -50,12 +50,18 @@ SCARCE_SHARE = 1 / 4
 """Share of the limit: while requests take more than this, no pass is put off."""
 
 
+def most_decoding_bytes(limits: Limits) -> int:
+    """What decoding one file may take, for more of which there would never be room."""
+    return int(limits.bodies_bytes * limits.client_share) * COPIES
+
+
 def fit(limits: Limits, limit_bytes: int) -> Limits:
     """The limits, lowered to what a server with ``limit_bytes`` of memory can permit."""
     bodies_bytes = min(limits.bodies_bytes, limit_bytes // (2 * COPIES))
     body_bytes = min(limits.body_bytes, bodies_bytes // 4)
     received_bytes = int(limit_bytes * RECEIVED_SHARE)
     message_bytes = min(body_bytes, received_bytes // (2 * limits.receiving))
+    decoding_bytes = most_decoding_bytes(replace(limits, bodies_bytes=bodies_bytes))
     return replace(
         limits,
         bodies_bytes=bodies_bytes,
@@ -63,8 +69,8 @@ def fit(limits: Limits, limit_bytes: int) -> Limits:
         message_bytes=message_bytes,
         streams=max(2, min(limits.streams, received_bytes // 2 // message_bytes)),
         typed_bytes=min(limits.typed_bytes, max(2**20, message_bytes // 4)),
-        pixels=min(limits.pixels, int(bodies_bytes * limits.client_share) * COPIES // PIXEL_BYTES),
-        samples=min(limits.samples, int(bodies_bytes * limits.client_share) * COPIES // (2 * FRAME_BYTES)),
+        pixels=min(limits.pixels, decoding_bytes // PIXEL_BYTES),
+        samples=min(limits.samples, decoding_bytes // (2 * FRAME_BYTES)),
         connections=max(16, min(limits.connections, int(limit_bytes * CONNECTIONS_SHARE) // (2 * CONNECTION_BYTES))),
     )
 

@@ -218,15 +218,11 @@ def client_of(context: Any) -> str:
     return _client_at(context.peer())
 
 
-def peer_of(context: Any) -> tuple[str, int]:
-    """The client and the port of its connection; ``("", 0)`` for a unix socket."""
-    client = client_of(context)
-    return (client, int(context.peer().rpartition(":")[2])) if client else ("", 0)
-
-
 @lru_cache(4096)
 def _client_at(peer: str) -> str:
     kind, _, address = unquote(peer).partition(":")
+    if kind == "unix-abstract":  # an ``RpcPort`` passes its connection on
+        return address.rpartition("/")[2]
     return addresses.client_of(address.rpartition(":")[0].strip("[]")) if kind in ("ipv4", "ipv6") else ""
 
 

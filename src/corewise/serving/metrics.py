@@ -23,15 +23,13 @@ from corewise.batching import Answer, NotServed
 from corewise.common.errors import CorewiseError
 from corewise.serving.logs import RefusalLog
 from corewise.serving.models import Models
-from corewise.serving.protocol import ProtocolError
+from corewise.serving.protocol import MOST_ID, ProtocolError
 from corewise.serving.served import Served
 from corewise.serving.tallies import Count, Histogram, Tally
 from corewise.serving.traces import Note, Traces
 
 SECONDS = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 20.0, 30.0, 60.0)
 ROWS = (1, 2, 4, 8, 16, 32, 64, 128)
-MOST_ID = 256
-"""Characters of a request's id that are kept."""
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 
 TurnedAway = Literal["unauthenticated", "unknown path", "unknown method", "unknown model"]

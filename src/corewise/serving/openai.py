@@ -23,7 +23,7 @@ Encoding = Literal["float", "base64"]
 class _Body(msgspec.Struct):
     input: msgspec.Raw
     model: str | None = None
-    encoding_format: Encoding = "float"
+    encoding_format: Encoding | None = None
     dimensions: int | None = None
     truncate: Truncate = None
     prompt_name: str | None = None
@@ -51,7 +51,7 @@ def parse(body: bytes) -> EmbeddingsRequest:
     return EmbeddingsRequest(
         model=read.model,
         texts=TextRequest(items=items, ids=ids, truncate=side, prompt=read.prompt_name),
-        encoding=read.encoding_format,
+        encoding=read.encoding_format or "float",
         dimensions=read.dimensions,
     )
 

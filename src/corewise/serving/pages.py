@@ -4,9 +4,12 @@ import json
 import time
 from collections.abc import Sequence
 from dataclasses import asdict
+from functools import lru_cache
 from html import escape
 from pathlib import Path
 from typing import Any
+
+import msgspec
 
 from corewise._version import __version__
 from corewise.serving import protocol
@@ -33,18 +36,25 @@ STYLE = (
 )
 
 
-def live(models: Models, since: str = "") -> dict[str, Any]:
-    """What the live page shows: figures of each model, and its history after ``since`` (Unix time; default: all)."""
-    start = int(since) if since.isascii() and since.isdecimal() and len(since) < 15 else 0
-    shown = [{**_figures(served), "history": served.statistics.history(start)} for served in models.served]
-    return {
-        "ready": models.ready,
-        "draining": models.draining,
-        "now": int(time.time()),
-        "history_s": HISTORY_S,
-        "version": __version__,
-        "models": shown,
-    }
+def since(text: str) -> int:
+    """From where a history is asked for: a Unix time, or 0 for all of it."""
+    asked = int(text) if text.isascii() and text.isdecimal() and len(text) < 15 else 0
+    return asked if asked > time.time() - HISTORY_S else 0
+
+
+def live(models: Models, since: int = 0) -> bytes:
+    """What the live page shows, as JSON: figures of each model, and its history after ``since`` (``since``)."""
+    shown = [{**_figures(served), "history": served.statistics.history(since)} for served in models.served]
+    return msgspec.json.encode(
+        {
+            "ready": models.ready,
+            "draining": models.draining,
+            "now": int(time.time()),
+            "history_s": HISTORY_S,
+            "version": __version__,
+            "models": shown,
+        }
+    )
 
 
 def _figures(served: Served) -> dict[str, Any]:
@@ -93,7 +103,8 @@ and streams: clients of Triton and KServe and perf_analyzer work unchanged. gRPC
 <p>A request can set its own time limit: <code>X-Request-Timeout-Ms</code>, the parameter <code>timeout</code>
 (microseconds), or gRPC's deadline. If the server predicts from measurements that a request cannot be answered in
 time, it refuses the request at once, with 503 and <code>Retry-After</code> (gRPC: RESOURCE_EXHAUSTED). If there is
-not enough time for all requests, those with a lower parameter <code>priority</code> are dropped first.
+not enough time for all requests, the less urgent ones are dropped first: the parameter <code>priority</code> is 1 for
+the most urgent and 100 for the least; without it, it is 50.
 <p>In JSON, NaN and infinite numbers are <code>null</code>; binary outputs keep them as they are."""
 
 PATHS = (
@@ -158,18 +169,26 @@ def _example(served: Served) -> str:
     return "\n".join(lines)
 
 
-def openapi(models: Sequence[Served]) -> dict[str, Any]:
+def openapi(models: Sequence[Served]) -> bytes:
     """The server's HTTP side as OpenAPI 3.1 (``openapi.json``), with its models' names."""
+    return _openapi(
+        tuple(sorted({one.name for one in models})),
+        classifies=any(one.takes_files for one in models),
+        detects=any(one.file_call == "detect" for one in models),
+        takes_texts=any(one.text for one in models),
+    )
+
+
+@lru_cache(8)
+def _openapi(names: tuple[str, ...], *, classifies: bool, detects: bool, takes_texts: bool) -> bytes:
     found: dict[str, Any] = json.loads(OPENAPI)
     found["info"]["version"] = __version__
-    if names := sorted({one.name for one in models}):
+    if names:
         found["components"]["parameters"]["name"]["schema"]["enum"] = names
-    absent = []
-    if not any(one.takes_files for one in models):
-        absent.append("/classify")
-    if not any(one.file_call == "detect" for one in models):
-        absent.append("/detect")
-    found["paths"] = {path: calls for path, calls in found["paths"].items() if not path.endswith(tuple(absent))}
-    if not any(one.text for one in models):
-        found["paths"] = {path: calls for path, calls in found["paths"].items() if path not in TEXT_PATHS}
-    return found
+    absent = tuple(path for path, there in (("/classify", classifies), ("/detect", detects)) if not there)
+    found["paths"] = {
+        path: calls
+        for path, calls in found["paths"].items()
+        if not path.endswith(absent) and (takes_texts or path not in TEXT_PATHS)
+    }
+    return msgspec.json.encode(found)

@@ -1,9 +1,9 @@
 """The Open Inference Protocol v2: its datatypes, its limits, and arrays from bytes. Pure.
 
 The protocol is https://github.com/kserve/open-inference-protocol, with Triton's extensions for binary tensors
-(``extension_binary_data.md``) and for parameters (``timeout`` in microseconds, ``priority``). ``json_body`` reads and
-writes requests and answers in JSON. A claim of a request is compared with the bytes that arrived before anything is
-allocated.
+(``extension_binary_data.md``) and for parameters (``timeout`` in microseconds, ``priority`` from 1, the most urgent).
+``json_body`` reads and writes requests and answers in JSON. A claim of a request is compared with the bytes that
+arrived before anything is allocated.
 """
 
 import re
@@ -55,8 +55,8 @@ MOST_STRINGS = 8192
 """Of an input. Reading so many from bytes takes the event loop a few milliseconds."""
 MOST_TIMEOUT = 2**63
 """The parameter ``timeout`` is below it; larger numbers of JSON may be no float."""
-MOST_PRIORITY = 100
-"""The highest priority; the lowest is the same below 0."""
+PRIORITY_LEVELS, DEFAULT_LEVEL = 100, 50
+"""Of the parameter ``priority``: 1 is the most urgent level; a request without one, or with 0, has the default."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -236,10 +236,20 @@ def microseconds(value: Any) -> float:
 
 
 def priority(value: Any) -> int:
-    """A parameter ``priority``: the higher, the more urgent. Raises ``ProtocolError``."""
-    if isinstance(value, bool) or not isinstance(value, int) or abs(value) > MOST_PRIORITY:
-        raise ProtocolError(f"the parameter priority is not a whole number from -{MOST_PRIORITY} to {MOST_PRIORITY}")
-    return value
+    """A parameter ``priority`` as the batcher has it: the higher, the more urgent. Raises ``ProtocolError``.
+
+    Triton's levels count the other way (``extension_schedule_policy.md``).
+
+    Example:
+        >>> [priority(level) for level in (1, 0, 50, 100)]
+        [49, 0, 0, -50]
+    """
+    if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value <= PRIORITY_LEVELS:
+        raise ProtocolError(
+            f"the parameter priority is not a whole number from 0 to {PRIORITY_LEVELS}",
+            f"give 1 to what is most urgent; 0 is the default, as {DEFAULT_LEVEL} is",
+        )
+    return DEFAULT_LEVEL - value if value else 0
 
 
 def class_count(value: Any) -> int:

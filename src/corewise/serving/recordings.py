@@ -7,7 +7,7 @@ import numpy as np
 from corewise.pipeline.recordings import too_short
 from corewise.records.report import AudioPreprocess
 from corewise.samples.audio import BLOCK_VALUES, audio_array, audio_size, open_audio
-from corewise.serving.files import Batch, Work, told
+from corewise.serving.files import Batch, Work, file_name, told
 from corewise.serving.memory_limit import FRAME_BYTES
 from corewise.serving.protocol import Limits, ProtocolError
 from corewise.serving.served import Served
@@ -18,21 +18,21 @@ COPIES_MADE = 2
 """Of the input, while it is resampled and normalised."""
 
 
-def work(body: bytes, served: Served, limits: Limits) -> Work:
+def work(body: bytes, name: str, served: Served, limits: Limits) -> Work:
     """What the frames of a recording take, by its header; those that are cut off are not decoded.
 
     Raises ``ProtocolError`` where it is not a recording, is too long, or the model takes none.
     """
     preprocess = _preprocess(served)
     with told():
-        size = audio_size(body, preprocess)
+        size = audio_size(body, preprocess, name)
     values, made_bytes = size.frames * size.channels, VALUE_BYTES * size.made
     if values > limits.samples:
-        what = f"the recording has {values:,} samples in its channels, the server takes {limits.samples:,}"
+        what = f"{name} has {values:,} samples in its channels, the server takes {limits.samples:,}"
         raise ProtocolError(what, "send it in parts", 413)
     if made_bytes > limits.body_bytes:
         most = limits.body_bytes // VALUE_BYTES
-        what = f"the recording has {size.made:,} frames at {preprocess.rate_hz} Hz, the server takes {most:,}"
+        what = f"{name} has {size.made:,} frames at {preprocess.rate_hz} Hz, the server takes {most:,}"
         raise ProtocolError(what, "send it in parts", 413)
     block_bytes = VALUE_BYTES * min(values, BLOCK_VALUES)
     return Work(values, FRAME_BYTES * size.frames + block_bytes + COPIES_MADE * made_bytes, made_bytes)
@@ -42,13 +42,14 @@ def batch(bodies: Sequence[bytes], served: Served) -> Batch:
     """Recordings as the model takes them. Raises ``ProtocolError`` as ``work`` does."""
     preprocess, arrays = _preprocess(served), []
     with told():
-        for body in bodies:
-            arrays.append(audio_array(open_audio(body, preprocess=preprocess), preprocess))
-    for array in arrays:
+        names = [file_name(NOUN, number, len(bodies)) for number in range(len(bodies))]
+        for name, body in zip(names, bodies, strict=True):
+            arrays.append(audio_array(open_audio(body, name, preprocess), preprocess))
+    for name, array in zip(names, arrays, strict=True):
         if why := too_short(array, preprocess):
-            raise ProtocolError(f"the recording {why}", "send a longer one", 415)
+            raise ProtocolError(f"{name} {why}", "send a longer one", 415)
         if served.audio is not None and not served.audio.takes(array.shape):
-            what = f"the recording becomes an input of shape {array.shape}, the model takes {served.audio.shape}"
+            what = f"{name} becomes an input of shape {array.shape}, the model takes {served.audio.shape}"
             raise ProtocolError(what, "send one of that length", 415)
     if len({array.shape for array in arrays}) > 1:
         raise ProtocolError("the recordings have several lengths, which the model keeps", "send one per request")

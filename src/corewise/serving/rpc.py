@@ -45,6 +45,8 @@ REASONS = {
     "draining": grpc.StatusCode.UNAVAILABLE,
 }
 """All other refusals are RESOURCE_EXHAUSTED."""
+MOST_DIMENSIONS = 64
+"""Of a tensor, that are read: a message of 16 MiB may claim as many million, and no model has so many."""
 PIECE = 2**14
 """Typed values that are converted at once, before other threads run."""
 OPEN_TO_ALL = ("ServerLive", "ServerReady")
@@ -309,7 +311,7 @@ def parse(
         spec = by_name.get(one.name)
         if spec is None or spec.name in found:
             raise ProtocolError(f"the input {one.name[:80]!r} is {'given twice' if spec else 'not one of the model'}")
-        shape = list(one.shape)
+        shape = list(one.shape[:MOST_DIMENSIONS])
         protocol.check_shape(spec, one.datatype, shape)
         if raw:
             if one.HasField("contents"):

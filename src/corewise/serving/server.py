@@ -18,20 +18,20 @@ from corewise.serving import addresses, admin, memory, memory_limit, web_server
 from corewise.serving.addresses import Address
 from corewise.serving.admin import Repository
 from corewise.serving.app import RequestLog
-from corewise.serving.connections import HANDSHAKE_S, Room, count_open
+from corewise.serving.connections import Room
 from corewise.serving.gate import Gate, RequestIds
 from corewise.serving.host import Host, Options, for_pages
 from corewise.serving.served import Source
 from corewise.serving.tokens import Tokens
 
 if TYPE_CHECKING:
-    from corewise.serving.rpc_connections import Shares
+    from corewise.serving.rpc_connections import RpcPort
 
 log = logging.getLogger("corewise.serve")
 
-MOST_STREAMS = 1024
-"""On one gRPC connection."""
 ADMIN_CONNECTIONS = 16
+RPC_FILES = 3
+"""Of a gRPC connection, which is passed on to gRPC's library."""
 OTHER_FILES = 128
 """Of the process, beside connections."""
 SWITCH_S = 0.0005
@@ -85,16 +85,14 @@ class _Server:
         self.models, self.metrics, self.limits = self.host.models, self.host.metrics, self.host.limits
         self.front, self.guard = self.host.front, self.host.guard
         self.repository = Repository(self.models)
-        self.shares: Shares | None = None
-        """Of the connections over gRPC."""
         self.stopping = asyncio.Event()
         self._is_open = False
         self._later: list[asyncio.Future[None]] = []
         """What signals began; kept, for the loop itself holds them only weakly."""
 
     async def run(self) -> bool:
-        ports = sum(one is not None for one in (self.options.http, self.options.grpc))
-        most = _allowed_connections(ports, self.limits.connections)
+        files = (self.options.http is not None) + RPC_FILES * (self.options.grpc is not None)
+        most = _allowed_connections(files, self.limits.connections)
         loop = asyncio.get_running_loop()
         self.front.watch_loop()
         for number in (signal.SIGTERM, signal.SIGINT):
@@ -118,32 +116,34 @@ class _Server:
         if "admin" in bound:
             config = web_server.config(admin.web(self.repository), Room(ADMIN_CONNECTIONS, 1.0))
             webs.append((web_server.Http(config), bound["admin"]))
-        rpc, rpc_port = await self._rpc(most)
-        if rpc_port is not None:
-            self.metrics.watch_connections("grpc", most, partial(count_open, rpc_port))
-        admin_rpc, admin_rpc_port = None, None
+        rpcs = {}
+        if self.options.grpc is not None:
+            rpcs["grpc"] = self._rpc(self.options.grpc, most)
+            self.metrics.watch_connections("grpc", most, lambda: len(rpcs["grpc"].clients))
         if self.options.admin_grpc is not None:
-            admin_rpc, admin_rpc_port = await admin.start_rpc(
-                self.options.admin_grpc, self.repository, self.models, self.metrics
-            )
+            where, room = self.options.admin_grpc, Room(ADMIN_CONNECTIONS, 1.0)
+            rpcs["admin_grpc"] = admin.rpc_port(where, room, self.repository, self.models, self.metrics)
+        for rpc in rpcs.values():
+            await rpc.start()
         tasks = [asyncio.ensure_future(made.serve(sockets=[where])) for made, where in webs]
         places = {name: self._place(name, where) for name, where in bound.items()}
+        places |= {name: rpc.place for name, rpc in rpcs.items()}
         self.on_event(
             "listening",
             Listening(
                 http=places.get("http"),
                 admin=places.get("admin"),
-                grpc=rpc_port,
-                admin_grpc=admin_rpc_port,
+                grpc=places.get("grpc"),
+                admin_grpc=places.get("admin_grpc"),
                 notes=memory_limit.notes(self.options.limits, self.limits),
             ),
         )
         try:
-            return await self._live(rpc)
+            return await self._live(rpcs.get("grpc"))
         finally:
-            await self._end([made for made, _ in webs], tasks, [each for each in (rpc, admin_rpc) if each is not None])
+            await self._end([made for made, _ in webs], tasks, list(rpcs.values()))
 
-    async def _live(self, rpc: Any) -> bool:
+    async def _live(self, rpc: "RpcPort | None") -> bool:
         """Open the models, serve until the server is stopped, and finish what was accepted; whether all was."""
         opening = asyncio.ensure_future(asyncio.to_thread(self.models.open))
         stopping = asyncio.ensure_future(self.stopping.wait())
@@ -166,11 +166,11 @@ class _Server:
         return await asyncio.to_thread(self.models.drain, self.options.drain_s)
 
     async def _end(
-        self, webs: Sequence[web_server.Http], tasks: Sequence["asyncio.Future[None]"], rpcs: Sequence[Any]
+        self, webs: Sequence[web_server.Http], tasks: Sequence["asyncio.Future[None]"], rpcs: Sequence["RpcPort"]
     ) -> None:
         # Before nobody listens there any more: then the path may be that of the next server.
         for address in self._web_addresses.values():
-            if isinstance(address, Path):  # gRPC removes its own
+            if isinstance(address, Path):
                 with suppress(OSError):
                     address.unlink()
         for made in webs:
@@ -180,8 +180,6 @@ class _Server:
         await asyncio.gather(*tasks, return_exceptions=True)
         self.models.close(0.0)
         self.guard.close()
-        if self.shares is not None:
-            self.shares.close()
         self.front.close()
         await asyncio.to_thread(self.host.traces.close)
         self.metrics.close()
@@ -195,48 +193,23 @@ class _Server:
         address = self._web_addresses[name]
         return address if isinstance(address, Path) else int(where.getsockname()[1])
 
-    async def _rpc(self, most_connections: int) -> tuple[Any, int | Path | None]:
-        if self.options.grpc is None:
-            return None, None
-        import grpc
-
+    def _rpc(self, address: Address, most_connections: int) -> "RpcPort":
         from corewise.serving import rpc_extensions
-        from corewise.serving.rpc_connections import METADATA_BYTES, Overfull, Shares
+        from corewise.serving.rpc_connections import RpcPort, secured
 
-        server = grpc.aio.server(
-            options=[
-                ("grpc.max_receive_message_length", self.limits.message_bytes),
-                ("grpc.max_send_message_length", -1),
-                ("grpc.so_reuseport", 0),
-                ("grpc.max_metadata_size", METADATA_BYTES),
-                ("grpc.absolute_max_metadata_size", METADATA_BYTES),
-                ("grpc.server_handshake_timeout_ms", int(HANDSHAKE_S * 1e3)),
-                ("grpc.max_concurrent_streams", MOST_STREAMS),
-                ("grpc.max_allowed_incoming_connections", most_connections),
-            ]
-        )
-        refused = partial(self.metrics.connection_refused, "grpc")
-        self.shares = Shares(most_connections, self.limits.client_share, refused)
+        certificate, key = self.options.certificate, self.options.key
         service = self.host.service()
         methods = rpc_extensions.list_methods(self.models, self.metrics, service.model_infer, self.front, self.limits)
         extensions = rpc_extensions.Handlers(methods, self.metrics, self.host.tokens, self.limits)
-        server.add_generic_rpc_handlers((Overfull(self.shares), service.handler, extensions))
-        if isinstance(self.options.grpc, Path):
-            addresses.remove_stale(self.options.grpc)
-        target = addresses.shown(self.options.grpc)
-        try:
-            if self.options.certificate is not None and self.options.key is not None:
-                pair = (self.options.key.read_bytes(), self.options.certificate.read_bytes())
-                got = server.add_secure_port(target, grpc.ssl_server_credentials([pair]))
-            else:
-                got = server.add_insecure_port(target)
-        except (RuntimeError, OSError) as error:
-            raise InputError(f"gRPC cannot listen on {target}: {error}", "give another --grpc HOST:PORT") from error
-        await server.start()
-        if isinstance(self.options.grpc, Path):
-            return server, self.options.grpc
-        self.shares.start(got)
-        return server, int(got)
+        return RpcPort(
+            address,
+            (service.handler, extensions),
+            Room(most_connections, self.limits.client_share),
+            self.front.budget,
+            message_bytes=self.limits.message_bytes,
+            on_refused=partial(self.metrics.connection_refused, "grpc"),
+            tls=None if certificate is None or key is None else secured(certificate, key),
+        )
 
     def _stop(self) -> None:
         if self.stopping.is_set():
@@ -249,14 +222,17 @@ class _Server:
             self.models.draining = True
 
 
-def _allowed_connections(ports: int, most: int) -> int:
-    """Each port's share of what open files there are, after the soft limit, which is for select, was raised."""
+def _allowed_connections(files: int, most: int) -> int:
+    """How many each port may have, if one on each takes so many files together.
+
+    The soft limit on open files, which is for select, is raised.
+    """
     soft, hard = getrlimit(RLIMIT_NOFILE)
-    wanted = ports * most + OTHER_FILES
+    wanted = files * most + OTHER_FILES
     if soft != RLIM_INFINITY and soft < wanted:
         soft = wanted if hard == RLIM_INFINITY else min(hard, wanted)
         setrlimit(RLIMIT_NOFILE, (soft, hard))
-    allowed = most if soft == RLIM_INFINITY else min(most, (soft - OTHER_FILES) // ports)
+    allowed = most if soft == RLIM_INFINITY else min(most, (soft - OTHER_FILES) // files)
     if allowed < 1:
         raise InputError(f"the process may have only {soft} open files", f"allow {wanted}, e.g. with ulimit -n")
     return allowed

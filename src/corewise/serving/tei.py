@@ -227,7 +227,7 @@ def render_ranks(asked: RankRequest, scores: NDArray[np.float64]) -> bytes:
 def render_predictions(asked: PredictRequest, answers: Sequence[Any], labels: Sequence[str]) -> bytes:
     """The answer of ``/predict``: classes with their scores, the highest first, or spans, for each text."""
     found = [_prediction(answer, labels)[: asked.top] for answer in answers]
-    is_list = asked.is_batch or (asked.is_pipeline and isinstance(answers[0], ClassAnswer))
+    is_list = asked.is_batch or (asked.is_pipeline and isinstance(answers[0], ClassAnswer | float))
     return msgspec.json.encode(found if is_list else found[0])
 
 
@@ -256,7 +256,7 @@ def info(name: str, sha: str, precision: str, pipeline: TextPipeline, version: s
     classes["label2id"] = {label: str(k) for k, label in enumerate(pipeline.labels)}
     kinds: dict[str, dict[str, Any]] = {
         "vectors": {"embedding": {"pooling": pipeline.pooling}},
-        "scores": {"reranker": classes},
+        "scores": {"reranker" if pipeline.pairs else "classifier": classes},
         "classes": {"classifier": classes},
         "tokens": {"classifier": classes},
     }

@@ -7,6 +7,7 @@ from corewise.serving import texts
 from corewise.serving.models import Models
 from corewise.serving.protocol import ProtocolError
 from corewise.serving.served import Served
+from corewise.serving.text import TextInput
 from corewise.serving.texts import FieldError
 
 WORDS: dict[TextTask, str] = {
@@ -48,11 +49,11 @@ class TextModels:
         does = " or ".join(WORDS[task] for task in tasks) if len(tasks) < len(ANY) else "takes texts"
         if model is not None:
             served = self.named(model)
-            if served.text is None or served.text.pipeline.task not in tasks:
-                what = "takes tensors" if served.text is None else WORDS[served.text.pipeline.task]
+            if served.text is None or task_of(served.text) not in tasks:
+                what = "takes tensors" if served.text is None else WORDS[task_of(served.text)]
                 raise FieldError("model", f"the model {served.name} {what}, and this path needs one that {does}")
             return served
-        fit = [each for each in self.newest() if each.text is not None and each.text.pipeline.task in tasks]
+        fit = [each for each in self.newest() if each.text is not None and task_of(each.text) in tasks]
         if not fit:
             if not self._models.ready:  # one that does may not be open yet
                 raise FieldError("model", f"no model that {does} is ready", "try again later", 503)
@@ -66,6 +67,12 @@ class TextModels:
         """Whether the chosen model takes pairs of texts."""
         served = self.chosen(model, *tasks)
         return served.text is not None and served.text.pipeline.pairs
+
+
+def task_of(text: TextInput) -> TextTask:
+    """What a model does. Scores of single texts are no ranks: they are those of a classifier with one class."""
+    pipeline = text.pipeline
+    return "classes" if pipeline.task == "scores" and not pipeline.pairs else pipeline.task
 
 
 def check_vectors(served: Served, dimensions: int | None = None) -> None:

@@ -32,7 +32,7 @@ from corewise.serving.protocol import VALUE_BYTES, Limits
 from corewise.serving.served import Served
 from corewise.serving.text import TextInput
 from corewise.serving.text_calls import TextAnswer, TextCalls
-from corewise.serving.text_models import ANY, CLASSIFY, TextModels, check_vectors
+from corewise.serving.text_models import ANY, CLASSIFY, TextModels, check_vectors, task_of
 from corewise.serving.texts import FieldError, TextRequest
 
 RESULT_BYTES = 64
@@ -159,7 +159,7 @@ class TextRoutes:
         served = self._models.chosen(None, *ANY)
         assert served.text is not None
         handlers = {"vectors": self.embed, "scores": self.rank}
-        return await handlers.get(served.text.pipeline.task, self.predict)(request)
+        return await handlers.get(task_of(served.text), self.predict)(request)
 
     async def embed(self, request: Request) -> Response:
         """Texts to vectors."""

@@ -104,8 +104,8 @@ def decode(body: bytes, read: Callable[[bytes], T]) -> T:
 def strings_or_ids(raw: msgspec.Raw, field: str) -> tuple[list[str], list[list[int]]]:
     """A text, texts, token ids or rows of them: the texts, or the rows. Raises ``FieldError``."""
     text = b"".join(bytes(memoryview(raw)[:MOST_ROOM]).split())
-    kinds = {b'"': "text", b'["': "texts", b"[[": "rows"}
-    kind = next((kind for start, kind in kinds.items() if text.startswith(start)), "ids")
+    kinds = {b'"': "text", b"[[": "rows", **{b"[%c" % digit: "ids" for digit in b"-0123456789"}}
+    kind = next((kind for start, kind in kinds.items() if text.startswith(start)), "texts")
     if text.startswith(b"[]"):
         raise FieldError(field, f"{field} is empty", "give at least one text")
     found: Any = decode(bytes(raw), _decoder(kind, field))[field]

@@ -25,7 +25,11 @@ def config(served: Served) -> dict[str, Any]:
         "input": [_tensor(spec) for spec in served.inputs],
         "output": [_tensor(spec) for spec in served.outputs],
         "instance_group": [{"name": served.name, "kind": "KIND_CPU", "count": plan.instances}],
-        "dynamic_batching": {"preferred_batch_size": [plan.batch]},
+        "dynamic_batching": {
+            "preferred_batch_size": [plan.batch],
+            "priority_levels": protocol.PRIORITY_LEVELS,
+            "default_priority_level": protocol.DEFAULT_LEVEL,
+        },
         "parameters": {
             "precision": {"string_value": build.precision},
             "threads_per_instance": {"string_value": str(plan.threads_per_instance)},

@@ -11,9 +11,10 @@ from collections.abc import Callable
 from itertools import count
 from math import inf
 from time import monotonic
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from corewise.batching import NotServed
+from corewise.serving.deliveries import Waiters
 
 PER_ROUND = 8
 """Requests that are begun in one round of the event loop: about two milliseconds."""
@@ -68,7 +69,7 @@ class Turns:
         self._expected += 1
         self._schedule()
 
-    async def turn(self, deadline_s: float, after_s: float = 0.0, gone: "set[Any] | None" = None) -> None:
+    async def turn(self, deadline_s: float, after_s: float = 0.0, gone: Waiters | None = None) -> None:
         """Wait until it is the turn of a request with that deadline, or its client disconnects (``Front.call``).
 
         Raises ``NotServed`` if it might be late ``after_s`` after that, and if its deadline has passed meanwhile.

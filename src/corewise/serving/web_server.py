@@ -10,7 +10,6 @@ from socket import socket
 from typing import Any
 
 import uvicorn
-from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Receive, Scope, Send
 from uvicorn.server import ServerState
 
@@ -18,6 +17,7 @@ from corewise.common.errors import InputError
 from corewise.serving.addresses import client_of
 from corewise.serving.app import OPEN_TO_ALL
 from corewise.serving.connections import FULL, Acceptor, Connection, Room, Seat
+from corewise.serving.deliveries import Waiters
 from corewise.serving.gate import Gate
 from corewise.serving.infer import ARRIVED, GONE, WHOLE
 
@@ -37,6 +37,9 @@ MOST_PIPELINED = 64
 """Requests of one HTTP connection that wait for the answers to those before them, or that come in one piece."""
 MOST_CHUNKS, CHUNK_BYTES = 4096, 256
 """Most chunks of a body: MOST_CHUNKS, and one more for each CHUNK_BYTES. A chunk costs as much CPU as a kilobyte."""
+CHUNK_LINE_BYTES = 32
+"""Around each chunk; beside that, extensions and trailers may take HEADERS_BYTES, as the parser keeps a long one whole.
+"""
 HEALTH_S = 2.0
 """What a connection beyond the limit has for a health check."""
 LINGER_S = 0.2
@@ -103,8 +106,8 @@ class _Patient(Connection):
     _waiting: asyncio.TimerHandle | None = None
     _pieced = 0
     """Requests in the piece of data that is parsed now."""
-    _chunks = _chunk_bytes = 0
-    """Of this request's body."""
+    _chunks = _chunk_bytes = _other_bytes = 0
+    """Of this request's body, and what came with it that belongs to none of its chunks."""
     _header_bytes = 0
     _fed_bytes = 0
     """Since the headers began: the parser reports a header only when it is complete."""
@@ -117,7 +120,7 @@ class _Patient(Connection):
     def __init__(self, config: "Config", state: ServerState, app_state: dict[str, Any], seat: Seat) -> None:
         super().__init__(config, state, app_state)
         self._seat, self._arrived_s, self._gate = seat, config.arrived_s, config.gate
-        self._gone: set[asyncio.Future[Any]] = set()
+        self._waiters = Waiters()
         if seat.is_extra:
             self.app = _only_health(self.app)
 
@@ -131,16 +134,18 @@ class _Patient(Connection):
         self._seat.leave()
         self._expect_no_rest()
         self._look_no_more()
+        self._unset_keepalive_if_required()  # which uvicorn leaves, and with it this object, if the client is cut off
         super().connection_lost(exc)
-        for waiter in self._gone:
-            if not waiter.done():
-                waiter.set_exception(ClientDisconnect())
+        self._waiters.disconnect()
 
     def data_received(self, data: bytes) -> None:
         if self._is_waiting and self._gate is not None and self._answers_again(data, self._gate):
             return
         was_waiting, self._pieced = self._is_waiting, 0
+        in_body, before_bytes = self._is_in_body, self._chunk_bytes
         super().data_received(data)
+        if in_body and self._is_in_body and not self._pieced:
+            self._check_chunks(len(data) - (self._chunk_bytes - before_bytes))
         if was_waiting and self._is_waiting and self._pieced == 1 and self._is_refused and self._gate is not None:
             self._gate.remember(data, self.url, self.headers)
         if self._is_begun:
@@ -155,12 +160,12 @@ class _Patient(Connection):
             self._wait_for_next()
 
     def on_message_begin(self) -> None:
-        self._header_bytes = self._chunks = self._chunk_bytes = 0
+        self._header_bytes = self._chunks = self._chunk_bytes = self._other_bytes = 0
         self._is_begun, self._is_waiting = True, False
         self._is_answered = self._is_refused = False
         super().on_message_begin()
         scope: dict[str, Any] = self.scope  # type: ignore[assignment]
-        scope[ARRIVED], scope[GONE] = self._arrived_s(), self._gone
+        scope[ARRIVED], scope[GONE] = self._arrived_s(), self._waiters
 
     def on_url(self, url: bytes) -> None:
         self._count(len(url))
@@ -168,7 +173,8 @@ class _Patient(Connection):
 
     def on_header(self, name: bytes, value: bytes) -> None:
         self._count(len(name) + len(value) + HEADER_BYTES)
-        super().on_header(name, value)
+        if self._is_begun:  # what comes after the body are trailers, which no proxy looks at (RFC 9110, section 6.5.1)
+            super().on_header(name, value)
 
     def on_headers_complete(self) -> None:
         self._is_begun = False
@@ -182,7 +188,7 @@ class _Patient(Connection):
             return
         super().on_headers_complete()
         if self._seat.is_extra and self.cycle is not None:
-            self.cycle.keep_alive = False
+            self.cycle.keep_alive = self._would_keep = False
 
     def on_body(self, body: bytes) -> None:
         self._chunks += 1
@@ -308,6 +314,21 @@ class _Patient(Connection):
         codings = [value.lower() for name, value in self.headers if name == b"transfer-encoding"]
         if codings not in ([], [b"chunked"]) or sum(name == b"host" for name, _ in self.headers) > 1:
             raise ValueError("there are two hosts, or a transfer coding other than chunked")
+
+    @property
+    def _is_in_body(self) -> bool:
+        """Whether what comes now is the body of a request, or what lies between its chunks or behind them."""
+        return not (self._is_waiting or self._is_begun)
+
+    def _check_chunks(self, other_bytes: int) -> None:
+        """End a connection that sends more beside the chunks of a body than belongs there."""
+        self._other_bytes += other_bytes
+        if self._other_bytes <= HEADERS_BYTES + CHUNK_LINE_BYTES * self._chunks or self.transport.is_closing():
+            return
+        if self._is_answered or self.cycle.response_started:
+            self._cut_off()
+        else:
+            self.send_400_response("the chunks or trailers are too long")
 
     def _count(self, size: int) -> None:
         self._header_bytes += size

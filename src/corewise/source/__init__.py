@@ -9,7 +9,7 @@ from corewise.source.models import load, load_with_texts
 from corewise.source.preprocessing import OwnPreprocess, own_preprocess, read_for
 from corewise.source.program import load_module, load_program, operators, save_program
 from corewise.source.recurrence import has_recurrent_layers, recurrent_layers_kept
-from corewise.source.timing import row_seconds
+from corewise.source.timing import own_answers, row_seconds
 
 __all__ = [
     "Exported",
@@ -26,6 +26,7 @@ __all__ = [
     "load_program",
     "load_with_texts",
     "operators",
+    "own_answers",
     "own_preprocess",
     "read_for",
     "recurrent_layers_kept",

@@ -247,9 +247,11 @@ def _answers(flat: Flat, batch: Batch, seed: int | None = None) -> list[Any]:
     if seed is not None:
         torch.manual_seed(seed)
     what = "the model fails when it is called again"
-    with guard(SourceError, what, "make forward independent of earlier calls"), torch.no_grad():
+    # torch.cond compiles its branches, which no mode that looks at operations can watch.
+    eager = torch.compiler.set_stance("force_eager")
+    with guard(SourceError, what, "make forward independent of earlier calls"), torch.no_grad(), eager:
         # A copy, because the output may be a buffer that the next call changes.
-        return [leaf.clone().numpy() for leaf in flat(*batch.tensors)]
+        return [leaf.detach().clone().numpy() for leaf in flat(*batch.tensors)]
 
 
 def _later_db(flat: Flat, batch: Batch, first: list[Any]) -> float:
@@ -291,6 +293,8 @@ def _state(module: nn.Module, names: Sequence[str], decibels: float, *, changes_
 class _RandomCalls(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Notes the operations that draw random numbers, with the user's line."""
 
+    supports_higher_order_operators = True  # such as torch.cond
+
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.origins: list[Origin] = []
@@ -312,6 +316,8 @@ class _RandomCalls(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
 class _Steps(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Notes of each operation what it made, in short, and the user's line."""
+
+    supports_higher_order_operators = True
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]

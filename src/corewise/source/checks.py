@@ -7,10 +7,15 @@ import torch
 from torch import Tensor, nn
 from torch.export import ExportedProgram
 from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from corewise.common.errors import SourceError
+from corewise.common.phrases import with_article
 
 MODEL_ITSELF = "give a torch.nn.Module or an ExportedProgram"
+QUANTIZED = ("torch.ao.nn.quantized", "torch.ao.nn.intrinsic.quantized")
+"""Where torch keeps the layers that its own quantization leaves."""
+WRAPPERS = (nn.DataParallel, nn.parallel.DistributedDataParallel)
 
 
 def as_module(model: Any) -> tuple[nn.Module, int | None]:
@@ -25,7 +30,11 @@ def as_module(model: Any) -> tuple[nn.Module, int | None]:
         module: nn.Module = model.module()
     else:
         module = _unwrapped(model)
-        _without_cache(module.eval())
+        module.eval()  # whose own ``train`` may return nothing
+        _without_cache(module)
+    for name, part in module.named_modules():
+        if type(part).__module__.startswith(QUANTIZED):
+            raise SourceError(f"{name} is quantized already ({type(part).__name__})", "give the model in float32")
     for name, parameter in module.named_parameters():
         _check_weight(name, parameter, is_parameter=True)
     for name, buffer in module.named_buffers():
@@ -53,19 +62,22 @@ def fixed_batch(program: ExportedProgram) -> int | None:
 def inner_model(value: Any) -> str:
     """What to do with a wrapper around a module, as a fix: ``give its .model, a DetectionModel``; empty for others."""
     model = getattr(value, "model", None)
-    return f"give its .model, a {type(model).__name__}" if isinstance(model, nn.Module) else ""
+    return f"give its .model, {with_article(type(model).__name__)}" if isinstance(model, nn.Module) else ""
 
 
 def _unwrapped(model: Any) -> nn.Module:
     """The user's own module, without what torch wrapped around it."""
-    model = getattr(model, "_orig_mod", model)  # by torch.compile
-    if isinstance(model, nn.DataParallel | nn.parallel.DistributedDataParallel):
-        model = model.module
+    while isinstance(model, WRAPPERS) or "_orig_mod" in getattr(model, "_modules", ()):
+        model = model.module if isinstance(model, WRAPPERS) else model._orig_mod  # the latter is torch.compile's
+    if isinstance(model, type) and issubclass(model, nn.Module):
+        raise SourceError(f"the model is the class {model.__name__}", f"give an instance: {model.__name__}(...)")
     if not isinstance(model, nn.Module):
-        raise SourceError(f"the model is a {type(model).__name__}", inner_model(model) or MODEL_ITSELF)
+        raise SourceError(f"the model is {with_article(type(model).__name__)}", inner_model(model) or MODEL_ITSELF)
     # Such a wrapper (ultralytics' YOLO) may also understand ``eval`` as something else.
     if getattr_static(type(model), "forward", None) is nn.Module.forward and inner_model(model):
-        raise SourceError(f"the model is a {type(model).__name__}, which has no forward", inner_model(model))
+        raise SourceError(
+            f"the model is {with_article(type(model).__name__)}, which has no forward", inner_model(model)
+        )
     return model
 
 
@@ -90,8 +102,18 @@ def _check_weight(name: str, tensor: Tensor, *, is_parameter: bool) -> None:
         raise SourceError(f"{name} is sparse ({layout})", "replace it by its .to_dense() first")
     if tensor.is_quantized:
         raise SourceError(f"{name} is quantized already ({tensor.dtype})", "give the model in float32")
-    if tensor.dtype in (torch.float16, torch.bfloat16):
+    if is_traceable_wrapper_subclass(tensor):  # as torchao's quantize_ leaves them
+        raise SourceError(
+            f"{name} is {with_article(type(tensor).__name__)} and no plain tensor",
+            "give the model in float32, before it is quantized or sharded",
+        )
+    if tensor.is_floating_point() and tensor.dtype not in (torch.float32, torch.float64):
         raise SourceError(f"{name} is {tensor.dtype}", "call model.float() first: the fp32 model is the baseline")
+    if is_parameter and tensor.is_inference():
+        raise SourceError(
+            f"{name} was made in inference mode, which torch.export does not take",
+            "make the model outside of torch.inference_mode",
+        )
     if is_parameter and tensor.dtype == torch.float64:
         raise SourceError(
             f"{name} is torch.float64, in which no fast engine computes",

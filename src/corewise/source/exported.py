@@ -24,10 +24,14 @@ class Flat(nn.Module):
         self.model = model
         self.inputs = inputs
         self.training = False
+        self._has_compiled_parts = any(map(_is_compiled, model.modules()))
 
     def call_model(self, *tensors: Tensor) -> Any:
         """The model's own output for flat inputs."""
         args, kwargs = nested.unflatten(self.inputs, tensors)
+        if self._has_compiled_parts and not torch.compiler.is_exporting():
+            with torch.compiler.set_stance("force_eager"):
+                return self.model(*args, **kwargs)
         return self.model(*args, **kwargs)
 
     def forward(self, *tensors: Tensor) -> tuple[Tensor, ...]:
@@ -83,6 +87,11 @@ def digest(exported: Exported) -> str:
             plain = tensor.detach().resolve_conj().resolve_neg().contiguous()
             result.update(plain.reshape(-1).view(torch.uint8).numpy().tobytes())
     return result.hexdigest()
+
+
+def _is_compiled(part: nn.Module) -> bool:
+    """Whether ``torch.compile`` compiles it when it is called, which takes long and is of no use here."""
+    return getattr(part, "_compiled_call_impl", None) is not None or "_orig_mod" in part._modules
 
 
 def _source(module: nn.Module) -> str:

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass, replace
 
+import torch
 from torch import nn
 from torch.export import ExportedProgram
 
@@ -18,11 +19,12 @@ from corewise.source.behaviour import (
 from corewise.source.checks import as_module
 from corewise.source.examples import Examples
 from corewise.source.exported import Exported, Flat
-from corewise.source.running import output_specs, run, run_batches
+from corewise.source.running import check_structure, output_specs, run, run_batches
 from corewise.source.state import kept_state
 from corewise.source.tracing import trace
 
 
+@torch.inference_mode(mode=False)  # in which the caller may be: its tensors do not tell whether they were changed
 def export(model: nn.Module | ExportedProgram, samples: Samples, *, fixed_batch: int | None = None) -> Exported:
     """Run ``model`` on samples and export it.
 
@@ -55,7 +57,8 @@ def export(model: nn.Module | ExportedProgram, samples: Samples, *, fixed_batch:
     else:
         structure, outputs, why_fixed = run_batches(flat, examples)
         rows = 1 if why_fixed else None
-    _, smallest = run(flat, examples.smallest(rows or 1), examples.inputs)
+    again, smallest = run(flat, examples.smallest(rows or 1), examples.inputs)
+    check_structure(structure, again)
     state = state_change(flat, examples.largest(rows or 1), examples.other(rows or 1), new)
     known = _with_fixed_batch(flat, examples, rows, why_fixed) if rows else _with_any_batch(flat, examples)
     if state and known.program:

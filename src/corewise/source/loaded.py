@@ -2,6 +2,7 @@
 
 import hashlib
 import inspect
+import re
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -10,10 +11,14 @@ from torch import nn
 from torch.export import ExportedProgram
 
 from corewise.common.errors import SourceError
+from corewise.common.phrases import with_article
 from corewise.common.tokenizers import MOST_TOKENS, read_tokenizer
 from corewise.records.build import TensorSpec
 from corewise.records.pipeline import Pooling, TextPipeline, TokenInput
+from corewise.samples.encodings import IDS
 from corewise.source.pooling import PooledOutput
+
+TOKENIZER_FILE = "tokenizer.json"
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -26,6 +31,10 @@ class Loaded:
     """The content of ``tokenizer.json``."""
     class_names: tuple[str, ...] = ()
     """Of a model that takes no texts, where its library names its classes."""
+    why_no_texts: str = ""
+    """Why texts cannot be its samples although it has a tokenizer, as a sentence; empty if there is no more to say."""
+    instead: str = ""
+    """What can be done then."""
 
 
 def text_pipeline(tokenizer: bytes, names: tuple[str, ...], **facts: Any) -> TextPipeline:
@@ -62,6 +71,26 @@ def fast_tokenizer(tokenizer: Any, *, lower: bool = False) -> bytes:
     return str(made.to_str()).encode()
 
 
+def tokenizer_file(tokenizer: Any, folder: Path) -> Path:
+    """The ``tokenizer.json`` of a tokenizer object, written into a folder. Raises ``SourceError`` for other objects."""
+    from tokenizers import Tokenizer
+
+    if isinstance(tokenizer, Tokenizer):
+        made = Tokenizer.from_str(tokenizer.to_str())
+    elif hasattr(tokenizer, "model_input_names"):
+        made = Tokenizer.from_str(fast_tokenizer(tokenizer).decode())
+        if tokenizer.pad_token_id is not None:
+            made.enable_padding(pad_id=tokenizer.pad_token_id, pad_token=tokenizer.pad_token)
+    else:
+        kind = type(tokenizer).__name__
+        raise SourceError(
+            f"the tokenizer is {with_article(kind)}", "give a tokenizer of transformers, or a path of a tokenizer.json"
+        )
+    path = folder / TOKENIZER_FILE
+    made.save(str(path))
+    return path
+
+
 def with_tokenizer(loaded: Loaded, path: Path, pooling: Pooling | None) -> Loaded:
     """The model with the tokenizer in a file, and with ``pooling`` after it.
 
@@ -76,9 +105,8 @@ def with_tokenizer(loaded: Loaded, path: Path, pooling: Pooling | None) -> Loade
         changed = replace(loaded.pipeline, tokenizer_sha256=digest, pad_id=pad_id)
         return replace(loaded, pipeline=changed, tokenizer=content)
     names = _token_names(loaded.model)
-    pipeline = text_pipeline(
-        content, names, task="vectors", max_length=MOST_TOKENS, pad_id=pad_id, pooling=pooling or "none"
-    )
+    most = _positions(loaded.model) or MOST_TOKENS
+    pipeline = text_pipeline(content, names, task="vectors", max_length=most, pad_id=pad_id, pooling=pooling or "none")
     if pooling is None or pooling == "none":
         return replace(loaded, pipeline=pipeline, tokenizer=content)
     mask = next((each.name for each in pipeline.inputs if each.role == "mask"), None)
@@ -87,14 +115,31 @@ def with_tokenizer(loaded: Loaded, path: Path, pooling: Pooling | None) -> Loade
     return Loaded(model=PooledOutput(loaded.model, pooling, mask), pipeline=pipeline, tokenizer=content)
 
 
+def _positions(model: nn.Module | ExportedProgram) -> int | None:
+    """How many positions a module's smallest table of them has; ``None`` where no table has such a name."""
+    if not isinstance(model, nn.Module):
+        return None
+    # transformers' first positions are never used where the table has a row for padding.
+    sizes = (
+        part.num_embeddings - (0 if part.padding_idx is None else part.padding_idx + 1)
+        for name, part in model.named_modules()
+        if isinstance(part, nn.Embedding) and "position" in name.rpartition(".")[2]
+    )
+    return min(sizes, default=None)
+
+
 def _token_names(model: nn.Module | ExportedProgram) -> tuple[str, ...]:
-    """The inputs that a model needs, and the attention mask where it takes one."""
+    """The inputs that a model needs, and the token ids and the attention mask where it takes them.
+
+    Models of transformers give all of their inputs a default.
+    """
     if isinstance(model, ExportedProgram):
         return tuple(str(name) for name in model.graph_signature.user_inputs)
     parameters = inspect.signature(model.forward).parameters.values()
     kinds = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
+    optional = re.compile(rf"{IDS}|(?!encoder_|decoder_).*attention_mask.*")
     return tuple(
         parameter.name
         for parameter in parameters
-        if parameter.kind in kinds and (parameter.default is parameter.empty or "attention_mask" in parameter.name)
+        if parameter.kind in kinds and (parameter.default is parameter.empty or optional.fullmatch(parameter.name))
     )

@@ -2,16 +2,18 @@
 
 from dataclasses import replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from torch import nn
 from torch.export import ExportedProgram
 
 from corewise.common.errors import SourceError
+from corewise.common.phrases import with_article
 from corewise.common.references import call_reference, guard
 from corewise.records.pipeline import Pooling
 from corewise.source.class_names import own_class_names
-from corewise.source.loaded import Loaded, with_tokenizer
+from corewise.source.loaded import Loaded, tokenizer_file, with_tokenizer
 from corewise.source.packages import import_package
 from corewise.source.pooling import POOLINGS
 from corewise.source.program import load_program
@@ -24,7 +26,8 @@ FOREIGN = {".onnx": "an ONNX model", ".xml": "OpenVINO's IR", ".keras": "a Keras
 def load(reference: str) -> nn.Module | ExportedProgram:
     """The model that ``reference`` names. Raises ``SourceError``.
 
-    - ``module:factory`` or ``path/to/file.py:factory``: what the function returns without arguments;
+    - ``module:factory`` or ``path/to/file.py:factory``: what the function returns without arguments, or the model that
+      has this name there;
     - ``path/to/model.pt2``: a program saved with ``torch.export.save`` (see ``load_program``);
     - ``timm:NAME``, ``torchvision:NAME``: that package's model with its pretrained weights;
     - ``hf:NAME`` or ``hf:FOLDER``: a transformers model of the hub or of a local folder, in fp32;
@@ -33,12 +36,13 @@ def load(reference: str) -> nn.Module | ExportedProgram:
     return load_with_texts(reference).model
 
 
-def load_with_texts(model: Any, *, tokenizer: str | Path | None = None, pooling: Pooling | None = None) -> Loaded:
+def load_with_texts(model: Any, *, tokenizer: Any = None, pooling: Pooling | None = None) -> Loaded:
     """A model and, if it takes texts, its pipeline and tokenizer.
 
     Args:
         model: A reference as ``load`` takes it, a module, a program, or a ``SentenceTransformer`` or ``CrossEncoder``.
-        tokenizer: A ``tokenizer.json``, for a model that brings none, or instead of its own.
+        tokenizer: The path of a ``tokenizer.json``, or a tokenizer of transformers or of tokenizers, for a model that
+            brings none, or instead of its own.
         pooling: What makes one vector of a text's token vectors, for a model without a head.
 
     Raises:
@@ -46,6 +50,9 @@ def load_with_texts(model: Any, *, tokenizer: str | Path | None = None, pooling:
     """
     if pooling not in (None, *POOLINGS):
         raise SourceError(f"there is no pooling {pooling!r}", f"give one of {', '.join(POOLINGS)}")
+    if tokenizer is not None and not isinstance(tokenizer, str | Path):
+        with TemporaryDirectory(prefix="corewise-") as folder:
+            return load_with_texts(model, tokenizer=tokenizer_file(tokenizer, Path(folder)), pooling=pooling)
     tokenizer = None if tokenizer is None else Path(tokenizer)
     if isinstance(model, str):
         prefix, name = split_reference(model)
@@ -54,6 +61,8 @@ def load_with_texts(model: Any, *, tokenizer: str | Path | None = None, pooling:
             loaded = replace(loaded, class_names=own_class_names(loaded.model, prefix, name))
     else:
         loaded = _from_object(model)
+    if loaded.pipeline is None and tokenizer is not None:
+        loaded = _with_own_head(loaded, tokenizer, pooling)
     if loaded.pipeline is not None and pooling not in (None, loaded.pipeline.pooling):
         raise SourceError("the model brings its own pooling", "leave out pooling")
     if loaded.pipeline is not None and tokenizer is None:
@@ -69,6 +78,16 @@ def _from_object(model: Any) -> Loaded:
     if is_sentence_model(model):
         return from_sentence_model(model)
     return Loaded(model=model, class_names=own_class_names(model))
+
+
+def _with_own_head(loaded: Loaded, tokenizer: Path, pooling: Pooling | None) -> Loaded:
+    """A model object of transformers with the pipeline that its head has; others as they are."""
+    if not type(loaded.model).__module__.startswith("transformers.models."):
+        return loaded
+    from corewise.source.transformers_models import from_transformers_model
+
+    found = from_transformers_model(loaded.model, tokenizer, pooling)
+    return loaded if found.pipeline is None else found
 
 
 def _load(reference: str) -> nn.Module | ExportedProgram:
@@ -92,21 +111,26 @@ def _load(reference: str) -> nn.Module | ExportedProgram:
             " model with torch.export.save as .pt2",
         )
     elif ":" in reference:
-        model = call_reference(reference, SourceError, "model factory")
+        model = call_reference(reference, SourceError, "model factory", is_model)
     else:
         raise SourceError(
             f"{reference!r} does not name a model",
             "give module:factory, file.py:factory, a .pt2 file, or hf:, st:, timm:, torchvision:",
         )
-    if not isinstance(model, nn.Module | ExportedProgram):
+    if not is_model(model):
         raise SourceError(f"{reference} returned {_named(model)}, not a torch.nn.Module", "return the model itself")
-    return model
+    return model  # type: ignore[no-any-return]
+
+
+def is_model(value: Any) -> bool:
+    """Whether it is a module or an exported program, and no function or class that makes one."""
+    return isinstance(value, nn.Module | ExportedProgram)
 
 
 def _named(value: Any) -> str:
     if isinstance(value, type):
         return f"the class {value.__name__}"
-    return "None" if value is None else f"a {type(value).__name__}"
+    return "None" if value is None else with_article(type(value).__name__)
 
 
 def split_reference(reference: str) -> tuple[str, str]:

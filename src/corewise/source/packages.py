@@ -1,6 +1,8 @@
 """Packages of pretrained models, imported when they are asked for, and the files that say what a model takes."""
 
 import importlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +12,8 @@ from corewise.common.errors import SourceError
 from corewise.common.references import guard
 
 PROCESSOR_FILES = ("preprocessor_config.json", "processor_config.json")
+NO_CODE = {"trust_remote_code": False}
+"""For whatever transformers opens: without it, it asks on the terminal whether a folder's code may run."""
 
 
 def import_package(name: str, prefix: str) -> Any:
@@ -23,6 +27,20 @@ def import_package(name: str, prefix: str) -> Any:
         raise SourceError(
             f"{name} does not fit torch {torch.__version__}: {str(error).partition(chr(10))[0]}",
             f"install the {name} that was built for this torch, from the same package index",
+        ) from error
+
+
+@contextmanager
+def without_code(name: str) -> Iterator[None]:
+    """Raise ``SourceError`` if transformers refuses what is called so because it would have to run code of it."""
+    try:
+        yield
+    except ValueError as error:
+        if "trust_remote_code" not in str(error):
+            raise
+        raise SourceError(
+            f"{name} needs code of its own, which corewise does not run",
+            "give a factory that returns it, opened with trust_remote_code=True, and --tokenizer tokenizer.json",
         ) from error
 
 

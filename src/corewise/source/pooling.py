@@ -46,6 +46,18 @@ class Normalized(nn.Module):
         return nn.functional.normalize(vectors, dim=-1)
 
 
+class Leading(nn.Module):
+    """The leading numbers of vectors, as Matryoshka models are cut."""
+
+    def __init__(self, count: int) -> None:
+        super().__init__()
+        self.count = count
+
+    def forward(self, vectors: Tensor) -> Tensor:
+        """(N, D) -> (N, count)."""
+        return vectors[..., : self.count]
+
+
 class TextVectors(nn.Module):
     """A transformers model, the pooling of its last hidden state, and what comes after: one vector for each text.
 

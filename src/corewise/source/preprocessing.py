@@ -17,7 +17,7 @@ from corewise.samples.audio import audio_samples
 from corewise.samples.images import image_array
 from corewise.source.audio import audio_reader
 from corewise.source.models import HUBS, split_reference
-from corewise.source.packages import import_package, processor_files
+from corewise.source.packages import NO_CODE, import_package, processor_files, without_code
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -193,8 +193,11 @@ def _transformers(name: str) -> OwnPreprocess | None:
     transformers = import_package("transformers", "hf")
     if not _has_image_processor(name):
         return None
-    with guard(SourceError, f"the image processor of hf:{name} cannot be loaded", "give --preprocess FILE.py:FUNCTION"):
-        processor = transformers.AutoImageProcessor.from_pretrained(name)
+    with (
+        guard(SourceError, f"the image processor of hf:{name} cannot be loaded", "give --preprocess FILE.py:FUNCTION"),
+        without_code(f"the image processor of hf:{name}"),
+    ):
+        processor = transformers.AutoImageProcessor.from_pretrained(name, **NO_CODE)
         says = processor.to_dict()
 
     def function(image: "Image") -> NDArray[np.float32]:

@@ -9,6 +9,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from corewise.common import nested
 from corewise.common.errors import InputError, SamplesError, SourceError
 from corewise.common.nested import Structure
+from corewise.common.phrases import with_article
 from corewise.common.references import guard
 from corewise.records.build import TensorSpec
 from corewise.source.checks import inner_model
@@ -47,9 +48,13 @@ def run(flat: Flat, batch: Batch, inputs: Sequence[TensorSpec]) -> tuple[Structu
     except InputError as error:
         fix = inner_model(flat.model) or f"return only tensors: {error.fix}"
         raise SourceError(f"the model's {error.what}", fix) from error
-    if not leaves or not all(isinstance(leaf, Tensor) for leaf in leaves):
+    if not any(isinstance(leaf, Tensor) for leaf in leaves):
         raise SourceError(f"the model returns {type(value).__name__} without tensors", "return tensors")
     for name, leaf in zip(nested.leaf_names(structure), leaves, strict=True):
+        if not isinstance(leaf, Tensor):
+            raise SourceError(
+                f"the model's {name} is {with_article(type(leaf).__name__)}, which is not a tensor", "return tensors"
+            )
         _check_output(name, leaf, batch)
     if not any(leaf.numel() for leaf in leaves):
         raise SourceError(
@@ -84,11 +89,23 @@ def run_batches(flat: Flat, examples: Examples) -> tuple[Structure, list[Tensor]
             if ONE_VALUE in error.what:
                 raise SourceError(*_batch_statistics(flat)) from error
             raise SourceError(f"the model takes a batch of two but not of {count}: {error.what}", fix) from error
-        if again != structure:
-            raise SourceError("the model's output has constants that depend on its input", "return them as tensors")
+        check_structure(structure, again)
         if batch is three:
             _check_rows(nested.leaf_names(structure), outputs, more)
     return structure, outputs, ""
+
+
+def check_structure(first: Structure, other: Structure) -> None:
+    """Raise ``SourceError`` if what the model returns has another structure for other inputs."""
+    if first == other:
+        return
+    counts = [len(nested.leaf_names(structure)) for structure in (first, other)]
+    if counts[0] != counts[1]:
+        raise SourceError(
+            f"the model returns {counts[0]} tensors for one input and {counts[1]} for another",
+            "return as many for each, e.g. one tensor that is padded",
+        )
+    raise SourceError("the model's output has constants that depend on its input", "return them as tensors")
 
 
 def _batch_statistics(flat: Flat) -> tuple[str, str]:

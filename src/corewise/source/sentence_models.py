@@ -1,26 +1,46 @@
 """Models of sentence-transformers, from their folders or as objects; the package itself is not needed.
 
-A folder's ``modules.json`` lists its modules: a Transformer, a Pooling, and perhaps Dense and Normalize.
+A folder's ``modules.json`` lists its modules: a Transformer, a Pooling, and perhaps Dense and Normalize. That of a
+cross-encoder has a Transformer for sequence classification alone, and older cross-encoders have no such file.
 https://sbert.net/docs/sentence_transformer/usage/custom_models.html
 """
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 
 from corewise.common.errors import SourceError
+from corewise.common.phrases import with_article
 from corewise.common.references import guard
 from corewise.records.pipeline import Activation
 from corewise.source.loaded import Loaded
-from corewise.source.packages import import_package
-from corewise.source.pooling import Normalized, Way
-from corewise.source.transformers_models import activation_of, encoder_class, longest, quiet, vectors, with_head
+from corewise.source.packages import NO_CODE, import_package, without_code
+from corewise.source.pooling import Leading, Normalized, Way
+from corewise.source.transformers_models import (
+    activation_name,
+    from_pretrained,
+    longest,
+    quiet,
+    vectors,
+    with_head,
+    without_head,
+)
 
+PACKAGE = "sentence_transformers"
 MODULES = "modules.json"
+SETTINGS = "config_sentence_transformers.json"
+EMBEDS, CLASSIFIES = "feature-extraction", "sequence-classification"
+"""Tasks of a Transformer."""
+TOKEN_VECTORS = {"method": "forward", "method_output_name": "last_hidden_state"}
+"""What a Transformer gives for texts, in the files of new versions."""
+HARMLESS = {"max_length", "padding", "truncation", "pad_to_multiple_of"}
+"""Settings of a tokenizer that change no answers of texts within the maximum length."""
+SENTENCE = "sentence_embedding"
+"""The vector that modules behind a Pooling take and give."""
 WAYS: dict[str, Way] = {
     "cls": "cls",
     "max": "max",
@@ -38,6 +58,14 @@ ACTIVATIONS = {
 }
 
 
+class _Module(NamedTuple):
+    """A module behind the Transformer: its class, its configuration, and what a Dense computes."""
+
+    kind: str
+    config: Callable[[], Mapping[str, Any]]
+    dense: Callable[[], list[nn.Module]]
+
+
 def load_sentence_model(name: str) -> Loaded:
     """The model that ``st:FOLDER`` or ``st:NAME`` names: an encoder of sentences or a cross-encoder, in fp32.
 
@@ -45,30 +73,32 @@ def load_sentence_model(name: str) -> Loaded:
     """
     transformers = import_package("transformers", "st")
     folder = Path(name) if Path(name).is_dir() else _downloaded(name)
-    with quiet(), guard(SourceError, f"st:{name} cannot be loaded", "check that all its files are there"):
+    fix = "check that all its files are there"
+    with quiet(), guard(SourceError, f"st:{name} cannot be loaded", fix), without_code(f"st:{name}"):
+        facts = _optional(folder / SETTINGS)
         if not (folder / MODULES).is_file():
-            return _cross_encoder_folder(transformers, folder, name)
-        parts = [(str(part["type"]).rpartition(".")[2], folder / part["path"]) for part in _json(folder / MODULES)]
+            return _cross_encoder_folder(transformers, folder, name, facts, {})
+        parts = [(_kind(part["type"], f"st:{name}"), folder / part["path"]) for part in _json(folder / MODULES)]
         if not parts or parts[0][0] != "Transformer":
             first = parts[0][0] if parts else "nothing"
             raise SourceError(f"st:{name} begins with {first}, not with a Transformer", OTHER_WAY)
         base = parts[0][1]
         settings = _settings(base)
-        config = transformers.AutoConfig.from_pretrained(base)
-        model = encoder_class(transformers, config).from_pretrained(base, dtype=torch.float32)
-        tokenizer = transformers.AutoTokenizer.from_pretrained(base)
-        poolings, after = _modules(parts[1:], name)
-        most = longest(tokenizer, model.config)
-        prompts = _optional(folder / "config_sentence_transformers.json")
+        if settings.get("transformer_task") == CLASSIFIES and len(parts) == 1:
+            return _cross_encoder_folder(transformers, base, name, facts, settings)
+        _check_transformer(settings, f"st:{name}")
+        model = without_head(transformers, transformers.AutoConfig.from_pretrained(base, **NO_CODE), base)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(base, **NO_CODE)
+        modules = (_module_in(kind, place, f"st:{name}") for kind, place in parts[1:])
+        poolings, after = _modules(modules, f"st:{name}", facts.get("truncate_dim"))
     return vectors(
         model,
         tokenizer,
         poolings=poolings,
         after=after,
-        max_length=min(settings.get("max_seq_length") or most, most),
+        max_length=longest(tokenizer, model.config, _told_length(settings)),
         lower=bool(settings.get("do_lower_case")),
-        normalize=any(isinstance(part, Normalized) for part in after),
-        **_prompts(prompts.get("prompts"), prompts.get("default_prompt_name")),
+        **_prompts(facts.get("prompts"), facts.get("default_prompt_name")),
     )
 
 
@@ -79,67 +109,133 @@ def is_sentence_model(model: Any) -> bool:
 
 def from_sentence_model(model: Any) -> Loaded:
     """The model of a ``SentenceTransformer`` or ``CrossEncoder`` object. Raises ``SourceError`` as for folders."""
-    kinds = _kinds(model)
-    if "CrossEncoder" in kinds:
-        activation = type(getattr(model, "activation_fn", None) or model.default_activation_function).__name__
-        return _cross_encoder(model.model, model.tokenizer, _activation(activation), model.max_length or 0)
+    if "CrossEncoder" in _kinds(model):
+        return _cross_encoder_object(model)
     parts = list(model)
     first, rest = parts[0], parts[1:]
     if type(first).__name__ != "Transformer":
         raise SourceError(f"the model begins with {type(first).__name__}, not with a Transformer", OTHER_WAY)
-    poolings: Sequence[Way] = ("none",)
-    after: list[nn.Module] = []
-    for part in rest:
-        kind = type(part).__name__
-        if kind == "Pooling":
-            poolings = _poolings(part.get_config_dict(), "the model")
-        elif kind == "Normalize":
-            after.append(Normalized())
-        elif kind == "Dense":
-            after += [part.linear, part.activation_function]
-        elif kind != "Dropout":
-            raise SourceError(f"the model has a {kind}, which is not supported", OTHER_WAY)
+    _check_backend(first)
+    names = ("transformer_task", "modality_config", "processing_kwargs")
+    settings = {name: getattr(first, name) for name in names if hasattr(first, name)}
+    _check_transformer(settings, "the model")
+    poolings, after = _modules(map(_module_of, rest), "the model", getattr(model, "truncate_dim", None))
     return vectors(
         first.auto_model,
         first.tokenizer,
         poolings=poolings,
         after=after,
-        max_length=int(model.max_seq_length or longest(first.tokenizer, first.auto_model.config)),
+        max_length=longest(first.tokenizer, first.auto_model.config, model.max_seq_length),
         lower=bool(getattr(first, "do_lower_case", False)),
-        normalize=any(isinstance(part, Normalized) for part in after),
         **_prompts(model.prompts, model.default_prompt_name),
     )
+
+
+def _cross_encoder_object(model: Any) -> Loaded:
+    inner = model.model
+    _check_backend(model)
+    parts = [type(part).__name__ for part in model] if isinstance(model, nn.Sequential) else ["Transformer"]
+    if parts != ["Transformer"] or not isinstance(inner, nn.Module):
+        raise SourceError(f"the cross-encoder is made of {', '.join(parts)}, which is not supported", OTHER_WAY)
+    activation = getattr(model, "activation_fn", None) or model.default_activation_function
+    told = getattr(model, "max_seq_length", None) or getattr(model, "max_length", None)
+    prompts = _prompts(getattr(model, "prompts", None), getattr(model, "default_prompt_name", None))
+    return _cross_encoder(inner, model.tokenizer, _activation(type(activation).__name__), told, prompts)
 
 
 def _kinds(model: Any) -> set[str]:
     """The classes of sentence-transformers that an object is of."""
     named = {"SentenceTransformer", "CrossEncoder"}
-    ours = (kind for kind in type(model).__mro__ if kind.__module__.partition(".")[0] == "sentence_transformers")
+    ours = (kind for kind in type(model).__mro__ if kind.__module__.partition(".")[0] == PACKAGE)
     return {kind.__name__ for kind in ours} & named
 
 
 def _downloaded(name: str) -> Path:
     hub = import_package("huggingface_hub", "st")
     repository = name if "/" in name else f"sentence-transformers/{name}"
-    files = ["*.json", "*.safetensors", "*.txt", "*.model"]
+    files = ["*.json", "*.safetensors", "*.txt", "*.model", "*_Dense/pytorch_model.bin"]
     with guard(SourceError, f"st:{name} cannot be loaded", "check the name, the network, or give a local folder"):
         return Path(hub.snapshot_download(repository, allow_patterns=files))
 
 
-def _modules(parts: list[tuple[str, Path]], name: str) -> tuple[Sequence[Way], list[nn.Module]]:
-    """The ways to pool, and the modules after them."""
-    poolings: Sequence[Way] = ("none",)
+def _kind(path: str, name: str) -> str:
+    """The class of a module, which must be sentence-transformers' own: code of others' is never run."""
+    package, _, kind = str(path).rpartition(".")
+    if package.partition(".")[0] != PACKAGE:
+        raise SourceError(f"{name} has the module {path}, which is not of sentence-transformers", OTHER_WAY)
+    return kind
+
+
+def _check_transformer(settings: Mapping[str, Any], name: str) -> None:
+    """Raise ``SourceError`` unless the Transformer takes texts as they are and gives a vector for each token."""
+    task = settings.get("transformer_task") or EMBEDS
+    takes = settings.get("modality_config") or {"text": TOKEN_VECTORS}
+    asked = settings.get("processing_kwargs") or {}
+    other = {*(asked.get("text") or {}), *(asked.get("common") or {})} - HARMLESS
+    if task != EMBEDS:
+        raise SourceError(f"{name} has a Transformer for {task}, which is not supported", OTHER_WAY)
+    if "message" in takes:
+        raise SourceError(f"{name} puts texts into its chat template, which is not supported", OTHER_WAY)
+    if takes.get("text") != TOKEN_VECTORS:
+        given = (takes.get("text") or {}).get("method_output_name", "nothing")
+        raise SourceError(f"{name} gives {given} for texts, which is not supported", OTHER_WAY)
+    if other:
+        raise SourceError(f"{name} tokenizes with {', '.join(sorted(other))}, which is not supported", OTHER_WAY)
+
+
+def _told_length(settings: Mapping[str, Any]) -> int | None:
+    """The maximum length that a folder's settings say."""
+    of_texts = (settings.get("processing_kwargs") or {}).get("text") or {}
+    told = (settings.get("max_seq_length"), of_texts.get("max_length"))
+    return min((int(length) for length in told if length), default=None)
+
+
+def _check_backend(model: Any) -> None:
+    backend = getattr(model, "backend", "torch")
+    if backend != "torch":
+        raise SourceError(f"the model runs in {backend}, not in PyTorch", 'open it with backend="torch"')
+
+
+def _module_in(kind: str, place: Path, name: str) -> _Module:
+    """A module that a folder has in ``place``."""
+    return _Module(kind, lambda: _optional(place / "config.json"), lambda: _dense(place, name))
+
+
+def _module_of(part: Any) -> _Module:
+    """A module of an object."""
+
+    def config() -> Mapping[str, Any]:
+        if hasattr(part, "get_config_dict"):
+            told: Mapping[str, Any] = part.get_config_dict()
+            return told
+        return {}
+
+    return _Module(type(part).__name__, config, lambda: [part.linear, part.activation_function])
+
+
+def _modules(modules: Iterable[_Module], name: str, dimensions: int | None) -> tuple[Sequence[Way], list[nn.Module]]:
+    """The ways to pool, and what comes after them; of the vectors, only the leading ``dimensions`` are used."""
+    poolings: Sequence[Way] = ()
     after: list[nn.Module] = []
-    for kind, place in parts:
-        if kind == "Pooling":
-            poolings = _poolings(_json(place / "config.json"), f"st:{name}")
-        elif kind == "Normalize":
-            after.append(Normalized())
-        elif kind == "Dense":
-            after += _dense(place, name)
-        elif kind != "Dropout":
-            raise SourceError(f"st:{name} has a {kind}, which is not supported", OTHER_WAY)
-    return poolings, after
+    for module in modules:
+        if module.kind == "Dropout":
+            continue
+        config = module.config()
+        ends = {config.get(f"module_{end}_name") or SENTENCE for end in ("input", "output")}
+        if module.kind == "Pooling" and not poolings:
+            poolings = _poolings(config, name)
+        elif module.kind not in ("Dense", "Normalize"):
+            what = "a second Pooling" if module.kind == "Pooling" else with_article(module.kind)
+            raise SourceError(f"{name} has {what}, which is not supported", OTHER_WAY)
+        elif not poolings or ends != {SENTENCE}:
+            raise SourceError(
+                f"{name} has {with_article(module.kind)} for each token's vector, which is not supported", OTHER_WAY
+            )
+        else:
+            after += [Normalized()] if module.kind == "Normalize" else module.dense()
+    if dimensions:
+        after.append(Leading(int(dimensions)))
+    return poolings or ("none",), after
 
 
 def _poolings(config: Mapping[str, Any], name: str) -> Sequence[Way]:
@@ -166,35 +262,50 @@ def _dense(place: Path, name: str) -> list[nn.Module]:
 
     config = _json(place / "config.json")
     activation = str(config.get("activation_function", "torch.nn.modules.linear.Identity")).rpartition(".")[2]
-    if activation not in ACTIVATIONS or not (place / "model.safetensors").is_file():
-        raise SourceError(f"st:{name} has a Dense with {activation} that cannot be read from {place}", OTHER_WAY)
+    safe, pickled = place / "model.safetensors", place / "pytorch_model.bin"
+    if activation not in ACTIVATIONS or not (safe.is_file() or pickled.is_file()):
+        raise SourceError(f"{name} has a Dense with {activation} that cannot be read from {place}", OTHER_WAY)
     linear = nn.Linear(config["in_features"], config["out_features"], bias=config.get("bias", True))
-    weights = load_file(place / "model.safetensors")
+    weights = load_file(safe) if safe.is_file() else torch.load(pickled, map_location="cpu", weights_only=True)
     linear.load_state_dict({key.removeprefix("linear."): value.float() for key, value in weights.items()})
     return [linear, ACTIVATIONS[activation]()]
 
 
-def _cross_encoder_folder(transformers: Any, folder: Path, name: str) -> Loaded:
-    config = transformers.AutoConfig.from_pretrained(folder)
+def _cross_encoder_folder(
+    transformers: Any, folder: Path, name: str, facts: Mapping[str, Any], settings: Mapping[str, Any]
+) -> Loaded:
+    """The cross-encoder in a folder, whose ``SETTINGS`` are ``facts``; ``settings`` are its Transformer's."""
+    config = transformers.AutoConfig.from_pretrained(folder, **NO_CODE)
     architecture = (config.architectures or [""])[0]
     if not architecture.endswith("ForSequenceClassification"):
-        raise SourceError(
-            f"st:{name} is not a sentence-transformers model: it has no {MODULES}", f"try hf:{name} --pooling mean"
-        )
-    model = transformers.AutoModelForSequenceClassification.from_pretrained(folder, dtype=torch.float32)
-    return _cross_encoder(model, transformers.AutoTokenizer.from_pretrained(folder), activation_of(config), 0)
+        why = f"its architecture is {architecture or 'not told'}" if settings else f"it has no {MODULES}"
+        raise SourceError(f"st:{name} is not a sentence-transformers model: {why}", f"try hf:{name} --pooling mean")
+    model = from_pretrained(transformers.AutoModelForSequenceClassification, folder, f"st:{name}")
+    told = str(facts.get("activation_fn") or "").rpartition(".")[2] or activation_name(config)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder, **NO_CODE)
+    prompts = _prompts(facts.get("prompts"), facts.get("default_prompt_name"))
+    return _cross_encoder(model, tokenizer, _activation(told) if told else None, _told_length(settings), prompts)
 
 
-def _cross_encoder(model: Any, tokenizer: Any, activation: Activation | None, max_length: int) -> Loaded:
+def _cross_encoder(
+    model: Any, tokenizer: Any, activation: Activation | None, told_length: int | None, prompts: Mapping[str, Any]
+) -> Loaded:
+    """A cross-encoder. One of several classes answers with probabilities, where its library gives bare numbers."""
+    architecture = type(model).__name__
+    if not architecture.endswith("ForSequenceClassification"):
+        raise SourceError(f"the cross-encoder is a {architecture}, which is not supported", OTHER_WAY)
     single = model.config.num_labels == 1
+    if not single and activation in (None, "none"):
+        activation = "softmax"
     return with_head(
         model,
         tokenizer,
-        "ForSequenceClassification",
+        architecture,
         task="scores" if single else "classes",
-        max_length=max_length,
+        max_length=longest(tokenizer, model.config, told_length),
         pairs=True,
-        activation=activation or ("sigmoid" if single else "none"),
+        activation=activation or "sigmoid",
+        **prompts,
     )
 
 

@@ -13,7 +13,10 @@ from typing import Any
 import torch
 import torch.fx.experimental._config
 from torch import Tensor
+from torch._ops import OpOverload
 from torch.export import Dim, ExportedProgram
+from torch.fx import GraphModule
+from torch.jit import ScriptModule
 
 from corewise.common.errors import CorewiseError
 from corewise.common.references import guard, place, where
@@ -25,6 +28,8 @@ from corewise.source.recurrence import recurrent_layers_kept
 SIZE = re.compile(r"L\['tensors'\]\[(\d+)\]\.size\(\)\[(\d+)\]")
 SPECIALIZED = re.compile(r"You marked (.+) as dynamic but your code specialized it to be a constant \((\d+)\)")
 SHAPES: Any = torch.fx.experimental._config
+OWN = ("aten", "prim", "prims", "rngprims", "profiler", "quantized", "mkldnn", "export")
+"""Namespaces of the operators that PyTorch has wherever it is imported."""
 
 
 class _NotExportable(CorewiseError):
@@ -46,6 +51,8 @@ def trace(
         program = _export(flat, example, dims)
     except _NotExportable as error:
         return None, _reason(error, flat, example, dims)
+    if foreign := _foreign_operator(program):
+        return None, f"the operator {foreign} is not PyTorch's own, and engines run in processes that do not have it"
     module = program.module()
     for inputs in checks:
         what = f"the exported program fails for a batch of {len(inputs)}"
@@ -60,6 +67,13 @@ def trace(
                 f"the exported program answers a batch of {len(inputs)} differently from the model{_drawn(program)}",
             )
     return program, ""
+
+
+def _foreign_operator(program: ExportedProgram) -> str:
+    """The first operator that a library or the user has registered; empty if there is none."""
+    parts = (part for part in program.graph_module.modules() if isinstance(part, GraphModule))
+    targets = (node.target for part in parts for node in part.graph.nodes)
+    return next((str(one) for one in targets if isinstance(one, OpOverload) and one.namespace not in OWN), "")
 
 
 def _drawn(program: ExportedProgram) -> str:
@@ -88,6 +102,10 @@ def _close(answer: Tensor, expected: Tensor) -> bool:
 
 def _reason(error: _NotExportable, flat: Flat, example: Batch, dims: Sequence[dict[int, Any]]) -> str:
     """Which operation torch.export cannot take, with the user's line of code."""
+    scripted = next((name for name, part in flat.model.named_modules() if isinstance(part, ScriptModule)), None)
+    if scripted is not None:
+        which = f"its {scripted}" if scripted else "it"
+        return f"torch.export does not take TorchScript, and {which} is; give the module that it was made from"
     cause = error.__cause__ or error
     first, *details = str(cause).splitlines() or [""]  # an error need not say anything
     if not first.startswith("Constraints violated"):

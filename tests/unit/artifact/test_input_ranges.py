@@ -104,6 +104,36 @@ def test_a_table_of_positions_limits_the_length(tmp_path, look_up, longest):
             model(torch.zeros(2, longest + 1, dtype=torch.int64))
 
 
+class Branching(nn.Module):
+    """Computes otherwise for sizes that ``is_usual`` is false for."""
+
+    def __init__(self, is_usual):
+        super().__init__()
+        self.is_usual = is_usual
+
+    def forward(self, x):
+        return (x if self.is_usual(x.shape[1]) else 2 * x).mean((1, 2))
+
+
+@pytest.mark.parametrize(
+    ("is_usual", "right", "wrong", "told"),
+    [
+        (lambda size: size > 50, 51, 50, "give at least 51: for other sizes the model computes otherwise"),
+        (lambda size: size % 8 == 0, 24, 20, "give a multiple of 8: for other sizes the model computes otherwise"),
+        (lambda size: size <= 80, 80, 81, "give at most 80"),
+    ],
+)
+def test_sizes_for_which_the_model_takes_another_branch_are_refused(tmp_path, is_usual, right, wrong, told):
+    samples = from_python([np.ones((size, 3), np.float32) for size in (64, 72, 64, 72)])
+    exported = export(Branching(is_usual), samples)
+    assert exported.program is not None, exported.why_not
+    save_program(exported.program, tmp_path / "program.pt2")
+    checks = InputChecks(exported.inputs, derive(tmp_path / "program.pt2"))
+    checks.check([np.ones((2, right, 3), np.float32)])
+    with pytest.raises(InputError, match=f"has size {wrong} in dimension 1; {told}"):
+        checks.check([np.ones((2, wrong, 3), np.float32)])
+
+
 def test_a_program_without_integers_has_no_ranges(tmp_path):
     (found,) = ranges(tmp_path, lambda m, x: x @ m.table.weight, np.ones(10, np.float32))
     assert found == InputRange(longest=(None, None))

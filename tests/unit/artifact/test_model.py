@@ -1,5 +1,6 @@
 """model: nested tensors in and out, and what is told about a wrong call."""
 
+import pickle
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -345,3 +346,25 @@ def test_a_number_of_classes_is_refused_where_there_are_none():
     images = SimpleNamespace(pipeline=SimpleNamespace(task="boxes"), predict=lambda items, ask: items)
     with pytest.raises(InputError, match="top is a number of classes, and the model gives boxes; leave it out"):
         predicting(images=images).predict([b""], top=3)
+
+
+class Column:
+    """An array as pandas has its columns."""
+
+    def __init__(self, array):
+        self._array = array
+        self.shape, self.dtype = array.shape, array.dtype
+
+    def __array__(self, dtype=None, copy=None):
+        return self._array
+
+
+def test_other_arrays_are_taken_as_arrays(single):
+    found = single(Column(X))
+    assert type(found) is np.ndarray
+    np.testing.assert_array_equal(found, 2 * X)
+
+
+def test_an_opened_model_says_why_it_cannot_be_pickled(single):
+    with pytest.raises(TypeError, match=r"cannot be copied or pickled; call corewise\.load in each process"):
+        pickle.dumps(single)

@@ -137,5 +137,5 @@ def test_a_model_warns_once():
 
     assert told(values[:16]) == []
     (words,) = told(values[:16] + 5)
-    assert "outside of the ranges that the search saw (1.0% are expected)" in words
+    assert "outside of the ranges that the search saw (1.0 % are expected)" in words
     assert model.outside.many

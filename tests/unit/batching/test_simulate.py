@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from corewise.batching import LatencyTable
-from corewise.batching.simulate import capacity_per_s, most_rate, service_of, simulate_load
+from corewise.batching.simulate import capacity_per_s, most_rate, service_of, simulate_load, simulate_trace
 from corewise.records.build import Plan
 from corewise.records.measurement import Measurement
 
@@ -93,6 +93,15 @@ def test_overload_is_refused_and_the_work_done_stays_near_capacity():
     assert found.answered + found.refused == 2000
     assert found.goodput_per_s > 0.9 * capacity
     assert found.p99_ms <= 400.0 + 1e-6
+
+
+def test_a_trace_is_played_as_it_comes_and_says_of_each_request_what_became_of_it():
+    table = curve(call_ms=10.0, row_ms=0.0, largest=1)
+    told = {"service": exactly(table), "instances": 1, "max_batch": 1, "max_waiting": 10}
+    assert simulate_trace(table, [0.0, 0.002, 0.05], **told) == pytest.approx([0.010, 0.018, 0.010])
+    late = simulate_trace(table, [0.0, 0.002, 0.004, 0.05], slo_ms=20.0, **told)
+    assert late == pytest.approx([0.010, 0.018, math.inf, 0.010])
+    assert simulate_trace(table, [], **told) == []
 
 
 # --- the highest rate ---------------------------------------------------------------------------------------------

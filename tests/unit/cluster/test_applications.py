@@ -1,6 +1,8 @@
 """cluster.applications, .serving and .replica, as far as they need no cluster."""
 
 import asyncio
+import logging
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -8,13 +10,16 @@ import pytest
 from places import GOLDEN
 
 from corewise._version import __version__
-from corewise.cluster import applications
+from corewise.artifact import read, tuned
+from corewise.cluster import applications, replica
 from corewise.cluster.applications import Scale, settings_of
 from corewise.cluster.messages import packed, unpacked
 from corewise.cluster.replica import Mounted
-from corewise.cluster.serving import _ports, failure, serve_on_ray
+from corewise.cluster.serving import HttpThere, _ports, check_running, failure, serve_on_ray
 from corewise.cluster.settings import Settings
 from corewise.common.errors import ArtifactError, EngineError, InputError
+from corewise.machine.inspect import inspect_cpu
+from corewise.records.tuned import Machine
 from corewise.serving.host import Options
 from corewise.serving.served import Source, Trust
 
@@ -49,9 +54,12 @@ def test_a_replica_has_the_cpus_of_the_plan_unless_told_otherwise() -> None:
     assert settings_of(SOURCE, Options(), Scale(cpus=4)).cpus == 4
 
 
-@pytest.mark.parametrize("replicas", [(0, 1), (3, 2)])
-def test_replicas_that_are_none(replicas: tuple[int, int]) -> None:
-    with pytest.raises(InputError, match=r"there cannot be . to . replicas; give 1 or more, e.g. 2 or 2-8"):
+@pytest.mark.parametrize(
+    ("replicas", "said"),
+    [((0, 1), "0 to 1"), ((3, 2), "3 to 2"), (("2", "8"), "2 to 8"), ("2-8", "'2-8'"), ((2,), r"\(2,\)")],
+)
+def test_replicas_that_are_none(replicas: Any, said: str) -> None:
+    with pytest.raises(InputError, match=f"there cannot be {said} replicas; give 1 or more, or the fewest and"):
         Scale(replicas=replicas)
 
 
@@ -69,6 +77,26 @@ def test_replicas_that_are_none(replicas: tuple[int, int]) -> None:
 def test_ports_that_ray_serve_does_not_have(options: Options, what: str) -> None:
     with pytest.raises(InputError, match=what):
         _ports(options)
+
+
+HERE = HttpThere("127.0.0.1", 8000, tls=False)
+
+
+@pytest.mark.parametrize(
+    ("there", "grpc_there", "what"),
+    [
+        (HERE._replace(port=80), 9000, "with HTTP on 127.0.0.1:80; give --http 127.0.0.1:80$"),
+        (HERE._replace(host="0.0.0.0"), 9000, "with HTTP on 0.0.0.0:8000; give --http 0.0.0.0:8000$"),
+        (HERE._replace(tls=True), 9000, "with TLS; give --tls-cert and --tls-key$"),
+        (HERE, None, "without a gRPC port for corewise; leave out --grpc$"),
+        (HERE, 9001, "with gRPC on port 9001; give --grpc 0.0.0.0:9001$"),
+    ],
+)
+def test_a_ray_serve_that_runs_on_other_ports(there: HttpThere, grpc_there: int | None, what: str) -> None:
+    with pytest.raises(InputError, match=f"^Ray Serve runs on this cluster already, {what}"):
+        check_running(there, grpc_there, HERE, 9000)
+    check_running(there, grpc_there, there, None)
+    check_running(HERE, 9000, HERE, 9000)
 
 
 @pytest.mark.parametrize(
@@ -106,6 +134,24 @@ def test_why_a_replica_does_not_start_is_said_in_one_line() -> None:
         f"m does not start: corewise is not installed on a node; install corewise {__version__} on every node"
     )
     assert str(failure("m", "out of luck\n")) == "m does not start: out of luck; see the logs of Ray Serve's replicas"
+
+
+def test_a_replica_serves_under_the_plan_that_it_has_if_no_other_is_found(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    shutil.copytree(ARTIFACT, tmp_path / "m.cw")
+    cpu = inspect_cpu()
+    found = read(tmp_path / "m.cw")
+    assert Machine.of(found.report.cpu) != Machine.of(cpu)
+
+    def fail(folder: Path, budget_s: float) -> None:
+        raise EngineError("no plan can be measured", "free memory")
+
+    monkeypatch.setattr(replica, "find_plan", fail)
+    with caplog.at_level(logging.INFO, "corewise.serve"):
+        replica.tune_once(found, cpu, 1.0)
+    assert caplog.messages[-1] == "no plan was found: no plan can be measured; free memory"
+    assert not tuned.read(tmp_path / "m.cw")
 
 
 def test_a_mounted_app_sees_its_own_paths_and_ends_when_it_is_told() -> None:

@@ -155,6 +155,24 @@ def test_a_lost_actor_is_replaced_and_told_of() -> None:
     assert [share.lost for share in driven.shares] == [True, False, False]
 
 
+def test_a_part_that_one_node_has_lost_is_given_to_another_that_comes_later() -> None:
+    class Together(FakeCrew):
+        """The second node alone until its actor has died, then the first one's dies; all that follows ends at once."""
+
+        def wait(self, calls: Sequence[int], timeout_s: float) -> list[int]:
+            assert sum(self.steps.values()) < 100, "a part is given to nobody"
+            self.steps["wait"] += 1
+            one = alone.popleft() if alone else None
+            found = [number for number, actor, *_ in self.waiting if number in calls and one in (None, actor.machine)]
+            return found[:1] if one else found
+
+    alone = deque([NEW, NEW, NEW, OLD])
+    crew = Together([OLD, NEW], [False, False, True, True])
+    driver = driver_of(crew, 10, retune_s=0.0)
+    driver.run()
+    assert driver.done == Counts(10, 0)
+
+
 def test_one_actor_searches_the_plan_of_its_kind_and_the_others_run_it() -> None:
     kept: list[Tuned] = []
     crew = FakeCrew([NEW, OLD, NEW, NEW])
@@ -190,6 +208,16 @@ def test_a_node_that_cannot_run_the_job_is_left_out_by_name() -> None:
         driver_of(FakeCrew([OLD], refusals={0: "there is no artifact"})).run()
 
 
+def test_a_node_that_is_not_ready_before_the_job_ends_is_named() -> None:
+    class Late(FakeCrew):
+        def wait(self, calls: Sequence[int], timeout_s: float) -> list[int]:
+            return [number for number, actor, *_ in self.waiting if number in calls and actor.machine == OLD][:1]
+
+    driven = driver_of(Late([OLD, NEW])).run()
+    assert driven.left_out == ("node node1: it was not ready before the job ended; it takes 2 free CPUs",)
+    assert [share.node for share in driven.shares] == ["node0"]
+
+
 def test_a_node_without_corewise_is_left_out_by_name() -> None:
     class Bare(FakeCrew):
         def result(self, call: int) -> str:
@@ -216,6 +244,13 @@ def test_an_actor_that_cannot_import_corewise_says_so(monkeypatch: pytest.Monkey
     monkeypatch.setattr(ray, "get", get)
     with pytest.raises(EngineError, match=r"corewise is not installed there; install corewise \S+ on every node$"):
         RayCrew.result(RayCrew.__new__(RayCrew), object())
+
+
+def test_a_cluster_that_is_gone_is_one_line() -> None:
+    ray = pytest.importorskip("ray")
+    assert not ray.is_initialized()
+    with pytest.raises(EngineError, match=r"the Ray cluster does not answer any more: .*; see 'ray status', and run"):
+        RayCrew(None).nodes()
 
 
 def test_a_part_that_ends_every_process_ends_the_job() -> None:

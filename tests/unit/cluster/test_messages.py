@@ -1,11 +1,55 @@
 """cluster.messages: what crosses is JSON, and comes out as it went in."""
 
+import json
+import re
+from pathlib import Path
+
 import pytest
 
-from corewise.cluster.messages import answer, answering, packed_rows, unpacked_rows
-from corewise.common.errors import CorewiseError, MissingExtra, OutputError
+from corewise._version import __version__
+from corewise.cluster.actor import Answerer, _check_readable
+from corewise.cluster.messages import (
+    Prepared,
+    Task,
+    answer,
+    answering,
+    packed_rows,
+    unpacked_alike,
+    unpacked_rows,
+)
+from corewise.cluster.replica import Replica
+from corewise.common.errors import CorewiseError, EngineError, MissingExtra, OutputError, SamplesError
 from corewise.pipeline.parts import Record
 from corewise.samples.archives import Slice
+from corewise.samples.places import place_of
+
+pytest.importorskip("fsspec")
+BUCKET = "fsspec+memory://bucket"
+
+
+def test_a_record_of_another_version_is_not_read() -> None:
+    """It has other fields, which would be told as errors of types."""
+    theirs = json.dumps({"version": "0.0.1", "color": "red"})
+    with pytest.raises(EngineError, match=rf"it has corewise {re.escape(__version__)}; install 0\.0\.1, as where the"):
+        unpacked_alike(Task, theirs)
+    with pytest.raises(EngineError, match=r"^node a: it has corewise .*; install 0\.0\.1"):
+        answer(Prepared, Answerer(theirs).prepare(1), "node a")
+    with pytest.raises(EngineError, match=r"it has corewise .*; install 0\.0\.1"):
+        str(Replica(theirs)._settings)
+
+
+@pytest.mark.parametrize(
+    ("name", "what"),
+    [
+        ("gone.jpg", r"there is no input .*gone\.jpg there; put the inputs into a folder that all nodes share"),
+        (f"{BUCKET}/gone.jpg", r"there is no input fsspec\+memory://bucket/gone\.jpg there; put the inputs into"),
+    ],
+)
+def test_a_node_that_does_not_see_the_inputs_takes_no_part(tmp_path: Path, name: str, what: str) -> None:
+    with pytest.raises(SamplesError, match=what):
+        _check_readable(place_of(name if "://" in name else tmp_path / name))
+    (tmp_path / "here.jpg").touch()
+    _check_readable(tmp_path / "here.jpg")
 
 
 def test_rows_cross_as_they_are_and_a_problem_without_its_value() -> None:

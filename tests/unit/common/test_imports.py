@@ -1,13 +1,14 @@
 """imports: users' functions are found beside their siblings, and what they raise becomes one line."""
 
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from corewise.common.errors import MetricError, SourceError
-from corewise.common.references import call_reference, describe, find_reference, guard
+from corewise.common.references import call_reference, describe, find_reference, guard, reference_to
 
 
 @pytest.fixture(autouse=True)
@@ -39,6 +40,28 @@ def test_a_file_that_failed_can_be_corrected_and_imported(tmp_path: Path) -> Non
         find_reference(f"{file}:made", SourceError, "model")
     file.write_text("def made(): return 'corrected'\n")
     assert call_reference(f"{file}:made", SourceError, "model") == "corrected"
+
+
+def test_what_is_there_and_no_function_is_named(tmp_path: Path) -> None:
+    file = tmp_path / "corewise_values.py"
+    file.write_text("made = [1, 2]\n")
+    what = f"{file} has no function 'made': made is a list; name a function that returns it"
+    with pytest.raises(SourceError) as caught:
+        find_reference(f"{file}:made", SourceError, "model")
+    assert str(caught.value) == what
+    is_list = lambda found: isinstance(found, list)  # noqa: E731
+    assert call_reference(f"{file}:made", SourceError, "samples", is_list) == [1, 2]
+
+
+def test_a_file_of_a_package_is_named_by_its_package(tmp_path: Path) -> None:
+    (tmp_path / "corewise_part.py").write_text("from .other import made\n")
+    with pytest.raises(SourceError, match=r"attempted relative import.*package\.corewise_part:function"):
+        find_reference(f"{tmp_path}/corewise_part.py:made", SourceError, "model")
+
+
+def test_callables_that_are_no_functions_are_named_by_their_class() -> None:
+    assert reference_to(partial(print)) == "functools:partial"
+    assert reference_to(describe) == "corewise.common.references:describe"
 
 
 @pytest.mark.parametrize("reference", ["", "module", ":function", "module:"])

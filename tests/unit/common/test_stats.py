@@ -177,6 +177,6 @@ def test_noise_drift_and_throttling_are_told_apart():
     (drifting,) = stats.noise_warnings(list(np.linspace(10, 11, 200) + rng.normal(0, 0.1, 200)))
     (throttled,) = stats.noise_warnings([10.0] * 20, throttled=3)
     assert noisy.startswith("noisy: the middle half spreads over 2")
-    assert drifting.startswith("drifted by +7% from first to last")
+    assert drifting.startswith("drifted by +7 % from first to last")
     assert throttled.startswith("throttled 3 times")
     assert len(stats.noise_warnings(list(np.linspace(10, 20, 30)), throttled=1)) == 3

@@ -1,10 +1,7 @@
-"""The table of engines, their offers, chunks, quiet, and the fakes."""
+"""The table of engines, their offers, chunks, quiet, and the fake."""
 
 import dataclasses
 import logging
-import signal
-import subprocess
-import sys
 import tempfile
 import time
 import warnings
@@ -223,63 +220,6 @@ def test_fake_takes_the_time_it_declares(
     options = {"seconds_per_call": 0.5, "seconds_per_item": 0.2, "serial": 0.25}
     run_fake(material, tmp_path, np.zeros((batch, 3, 4), np.float32), threads, **options)
     assert slept == [pytest.approx(expected_s)]
-
-
-CRASH = """
-import sys
-from pathlib import Path
-import numpy as np
-from corewise.machine import inspect as cpu
-from corewise.engines import BuildInputs, engine
-from corewise.samples import from_python
-from corewise.records.build import Build, Plan, TensorSpec
-
-folder, name = Path(sys.argv[1]), "corewise.testing.engines:" + sys.argv[2]
-specs = (TensorSpec(name="x", dtype="float32", shape=(None, 2)),)
-samples = from_python([np.zeros(2, np.float32)])
-material = BuildInputs(program=folder / "p", inputs=specs, outputs=specs, operators={}, calibration=samples,
-                    cpu=cpu.inspect_cpu(), cache=folder)
-build = Build(engine=name, precision="int8")
-print("building", flush=True)
-engine(name).build(material, build, folder)
-session = engine(name).open(folder, build, Plan(threads_per_instance=1))
-print("opened", flush=True)
-print(session.run([np.zeros((1, 2), np.float32)]))
-assert "torch" not in sys.modules
-"""
-
-
-def command(name: str, folder: Path) -> list[str]:
-    return [sys.executable, "-c", CRASH, str(folder), name]
-
-
-@pytest.mark.parametrize(
-    ("name", "code", "printed"),
-    [
-        ("Segfault", -signal.SIGSEGV, "building\n"),
-        ("KilledForMemory", -signal.SIGKILL, "building\n"),
-        ("CrashesInRun", -signal.SIGSEGV, "building\nopened\n"),
-        ("NanOutputs", 0, "building\nopened\n[array([[nan, nan]], dtype=float32)]\n"),
-    ],
-)
-def test_misbehaving_engines_misbehave(tmp_path: Path, name: str, code: int, printed: str) -> None:
-    ended = subprocess.run(command(name, tmp_path), capture_output=True, text=True, check=False)
-    assert (ended.returncode, ended.stdout) == (code, printed), ended.stderr
-
-
-def test_raising_engine_raises(tmp_path: Path) -> None:
-    ended = subprocess.run(command("RaisesInBuild", tmp_path), capture_output=True, text=True, check=False)
-    assert ended.returncode == 1
-    assert "RuntimeError: no kernel" in ended.stderr
-
-
-def test_hanging_engine_hangs(tmp_path: Path) -> None:
-    with subprocess.Popen(command("Hang", tmp_path), stdout=subprocess.PIPE, text=True) as process:
-        assert process.stdout is not None
-        assert process.stdout.readline() == "building\n"
-        with pytest.raises(subprocess.TimeoutExpired):
-            process.wait(timeout=0.3)
-        process.kill()
 
 
 def test_int8_with_the_rest_in_bf16_needs_both() -> None:

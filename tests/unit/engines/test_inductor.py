@@ -1,4 +1,4 @@
-"""Inductor: what is compiled, how batches are cut, and that the machine code answers as other engines do."""
+"""Inductor: its contract, what is compiled, how batches are cut, and machine code that answers as other engines do."""
 
 import json
 import os
@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from compiled import keep, place
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
@@ -26,7 +27,7 @@ from corewise.records.build import Build, Plan
 from corewise.records.cpu import Cpu
 from corewise.samples import from_python
 from corewise.source import export, save_program
-from corewise.testing.engine_contract import tiny_material
+from corewise.testing.engine_contract import Case, EngineContract, tiny_material
 
 CONVOLUTIONS, LINEARS, NEITHER = {"aten.conv2d.default": 5}, {"aten.linear.default": 3}, {"aten.sin.default": 3}
 CALLED = {
@@ -133,9 +134,24 @@ def int8(tmp_path_factory: pytest.TempPathFactory) -> Built:
 
 
 @pytest.fixture(scope="module")
-def bf16(tmp_path_factory: pytest.TempPathFactory) -> Built:
+def cases() -> dict[tuple[str, Build], Case]:
+    """What was compiled for the contract: each compilation takes long."""
+    return {}
+
+
+@pytest.fixture(scope="module")
+def bf16(cases: dict[tuple[str, Build], Case], tmp_path_factory: pytest.TempPathFactory) -> Built:
     """Texts of any length in bf16, which the compiler also writes for CPUs without it."""
     wanted, folder = build("bf16"), tmp_path_factory.mktemp("bf16")
+    if (case := cases.get(("text", wanted))) is not None:
+        return Built(
+            model=case.exported.module,
+            material=case.material,
+            build=wanted,
+            payload=case.payload,
+            notes=case.notes,
+            littered=case.littered,
+        )
     exported, given = tiny_material("text", folder / "material")
     return compiled(exported.module, given, wanted, folder)
 
@@ -150,6 +166,27 @@ def session(int8: Built) -> Iterator[Session]:
 def sqnr_db(found: np.ndarray, expected: np.ndarray) -> float:
     noise = float(np.square(found - expected, dtype=np.float64).sum())
     return 200.0 if noise == 0 else 10 * float(np.log10(np.square(expected, dtype=np.float64).sum() / noise))
+
+
+# --- the contract -------------------------------------------------------------------------------------------------
+
+
+class TestInductor(EngineContract):
+    engine_name = "inductor"
+
+    @pytest.fixture(autouse=True)
+    def kept(
+        self,
+        cases: dict[tuple[str, Build], Case],
+        request: pytest.FixtureRequest,
+        tmp_path_factory: pytest.TempPathFactory,
+    ) -> None:
+        """Keep what took long to compile, for this file and for others."""
+        if "case" in request.fixturenames:
+            case: Case = request.getfixturevalue("case")
+            net = "text" if len(case.material.inputs) > 1 else "images"
+            cases[net, case.build] = case
+            keep(case.payload, place(tmp_path_factory, net, case.build))
 
 
 # --- batches ------------------------------------------------------------------------------------------------------

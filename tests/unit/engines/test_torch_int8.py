@@ -87,19 +87,31 @@ class Attention(nn.Module):
 
 
 class Computed(nn.Module):
-    """A convolution with a constant weight and one whose weight is computed."""
+    """A convolution with a constant weight and one whose weight is computed from the input."""
 
     def __init__(self) -> None:
         super().__init__()
         self.one, self.two = nn.Conv2d(3, 3, 3), nn.Conv2d(3, 3, 3)
 
     def forward(self, x: Tensor) -> Tensor:
-        return nn.functional.conv2d(self.one(x), self.two.weight.tanh())
+        return nn.functional.conv2d(self.one(x), (self.two.weight + 0 * x.sum()).tanh())
 
 
 class OnlyComputed(Computed):
     def forward(self, x: Tensor) -> Tensor:
-        return nn.functional.conv2d(x, self.two.weight.tanh())
+        return nn.functional.conv2d(x, (self.two.weight + 0 * x.sum()).tanh())
+
+
+class Normed(nn.Module):
+    """Weights that are computed from parameters alone, as vocoders have them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.one = nn.utils.parametrizations.weight_norm(nn.Conv2d(3, 6, 3))
+        self.two = nn.utils.parametrizations.weight_norm(nn.Linear(36 * 6, 4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.two(self.one(x).relu().flatten(1))
 
 
 def images() -> np.ndarray:
@@ -157,6 +169,7 @@ def sqnr_db(found: np.ndarray, expected: np.ndarray) -> float:
         (Mobile, images, REDUCED, "4 convolutions and 1 linear layers in int8"),
         (UpAndDown, images, REDUCED, "2 convolutions and 0 linear layers in int8"),
         (Computed, images, REDUCED, "1 convolutions and 0 linear layers in int8, 1 of 2 layers stay in fp32"),
+        (Normed, images, REDUCED, "1 convolutions and 1 linear layers in int8"),
         (Recurrent, sequences, REDUCED, "0 convolutions and 1 linear layers in int8"),
         (Recurrent, sequences, DYNAMIC, "1 linear layers in int8"),
         (Attention, tokens, REDUCED, "0 convolutions and 5 linear layers in int8"),

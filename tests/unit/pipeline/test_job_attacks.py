@@ -18,7 +18,7 @@ from corewise.common.errors import InputError, OutputError, SamplesError
 from corewise.pipeline import ImageAsk, ImageRunner
 from corewise.pipeline import job as jobs
 from corewise.pipeline.job import Done, Job, run_job, writing
-from corewise.pipeline.outputs import format_of
+from corewise.pipeline.parts import Counts
 from corewise.pipeline.runner import Rejected
 from corewise.records.pipeline import ImagePipeline
 from corewise.records.report import Preprocess
@@ -83,6 +83,22 @@ def test_a_folder_is_resumed_wherever_parts_are_missing(tmp_path: Path) -> None:
     os.utime(job.inputs[0], ns=(0, 0))  # another clock
     with pytest.raises(OutputError, match="its inputs or artifact have changed"):
         run_job(job, Lengths())
+
+
+def test_a_part_that_is_removed_while_the_job_runs_is_missed(tmp_path: Path) -> None:
+    job = job_of(tmp_path / "out.jsonl", texts(tmp_path / "t.txt", 25))
+
+    def remove(done: Counts) -> None:
+        if done.rows == 25:
+            (job.parts / "part-000001.jsonl").unlink()
+
+    with pytest.raises(
+        OutputError, match=r"files were removed from .*out\.jsonl\.parts while the job ran; run the same"
+    ):
+        run_job(job, Lengths(), on_rows=remove)
+    assert not job.file.exists()
+    assert run_job(job, Lengths()) == Done(25, 15, 0)
+    assert len(job.file.read_text().splitlines()) == 25
 
 
 @pytest.mark.parametrize("end", [lambda path: texts(path, 26), Path.unlink])
@@ -206,20 +222,6 @@ def test_a_file_that_is_no_tar_ends_no_job_in_its_middle(tmp_path: Path) -> None
     with pytest.raises(SamplesError, match=r"b\.tar is not a readable tar file"):
         run_job(job, Lengths())
     assert not (tmp_path / "out").exists()
-
-
-def test_a_part_that_is_made_again_leaves_nothing_of_the_first_attempt(tmp_path: Path) -> None:
-    """The first one was killed before it was done, and could not read what the second one can, or the other way."""
-    job = job_of(tmp_path / "out", texts(tmp_path / "t.txt", 2))
-    kept, rows = job.kept, list(jobs.records(job))
-    kind = format_of(".parquet", Lengths().pipeline)
-    good, bad = np.ones(1, np.float32), Rejected("cannot be read")
-    with kept.begun(job.facts()):
-        for answers in ([good, bad], [good, good], [bad, bad]):
-            kept.write(0, kind, list(zip(rows, answers, strict=True)))
-            names = {path.name for path in job.file.glob("*part-000000.*")}
-            expected = {"_part-000000.done"} | {"part-000000.parquet" for one in answers if one is good}
-            assert names == expected | {"_part-000000.failed" for one in answers if one is bad}
 
 
 def test_a_dry_run_into_another_jobs_output_says_so(tmp_path: Path) -> None:

@@ -82,7 +82,7 @@ class Recurrent(nn.Module):
 
 
 class Odd(nn.Module):
-    """A layer used twice, a computed weight, products of matrices, a weight without a layer."""
+    """A layer used twice, a weight computed from the input, products of matrices, a weight without a layer."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -92,7 +92,7 @@ class Odd(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.twice(self.twice(x).relu())
-        x = nn.functional.linear(x, self.twice.weight.abs(), self.twice.bias)
+        x = nn.functional.linear(x, self.twice.weight * x.abs().mean(), self.twice.bias)
         return torch.addmm(self.bias, x, self.plain) + torch.mm(x, self.plain)
 
 

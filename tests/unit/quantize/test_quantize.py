@@ -274,6 +274,37 @@ def test_layers_that_see_constants_alone_are_values():
     assert quantize(program_of(model, 6), samples, Recipe()).sqnr_db > 10
 
 
+class Parametrized(nn.Module):
+    """Weights that are computed at each call, but of parameters alone."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # the older of the two is deprecated
+            self.old = nn.utils.weight_norm(nn.Conv1d(3, 8, 3))
+        self.new = nn.utils.parametrizations.weight_norm(nn.Conv1d(8, 8, 3))
+        self.spectral = nn.utils.parametrizations.spectral_norm(nn.Linear(8, 5))
+        self.raw = nn.Parameter(torch.randn(4, 5))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.spectral(self.new(self.old(x).relu()).relu().mean(2))
+        return nn.functional.linear(x, self.raw.tanh(), self.raw.sum(1))
+
+
+def test_weights_computed_of_parameters_are_values():
+    torch.manual_seed(0)
+    model = Parametrized().eval()
+    program = program_of(model, 3, 12)
+    module = folded(program)
+    assert len(place(module, "fused").layers) == 4
+    assert not place(module, "fused").kept
+    x = torch.randn(5, 3, 12)
+    with torch.no_grad():
+        assert torch.allclose(execute(module, (x,), compute)[0], model(x), atol=1e-5)
+    samples = from_python(list(np.random.default_rng(0).standard_normal((24, 3, 12), np.float32)))
+    assert quantize(program, samples, Recipe()).sqnr_db > 10
+
+
 # --- grids --------------------------------------------------------------------------------------------------------
 
 bounds = st.floats(-1e6, 1e6, width=32)

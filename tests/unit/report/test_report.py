@@ -312,12 +312,12 @@ def test_latency_over_load_is_told_for_the_elastic_plan_and_both_layouts_alone()
     facts = dict(story.facts(elastic))["layouts"]
     assert facts.startswith(
         f"{found.plan.label}, depending on the load: "
-        "simulated p50 at 5% of the saturated rate 20.1 ms instead of 19.9 ms"
+        "simulated p50 at 5 % of the saturated rate 20.1 ms instead of 19.9 ms"
     )
     assert facts.endswith("; at most 734 MB")
     for text in (markdown.render(elastic), shown(elastic, 80)):
-        assert [line.split() for line in text.replace("|", "").splitlines() if line.strip("| ").startswith("67%")] == [
-            ["67%", "41.0", "/", "97.2", "39.4", "/", "102", "48.8", "/", "112"]
+        assert [line.split() for line in text.replace("|", "").splitlines() if line.strip("| ").startswith("67 %")] == [
+            ["67", "%", "41.0", "/", "97.2", "39.4", "/", "102", "48.8", "/", "112"]
         ]
     drawn = next(figure for figure in figures.won(figures.Builds(elastic)) if figure.title == "Latency over load")
     assert [len(cells) for _, cells in drawn.rows] == [4, 4, 4]

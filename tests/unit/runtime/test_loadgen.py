@@ -2,6 +2,7 @@ import heapq
 import json
 import threading
 from concurrent.futures import Future
+from itertools import cycle
 
 import numpy as np
 import pytest
@@ -269,19 +270,19 @@ def test_a_closed_loop_counts_every_request_once(fates):
     assert run.failed == run.offered - run.answered - run.refused
 
 
-def test_real_threads_that_answer_late_and_at_random_lose_nothing():
+def test_real_threads_that_answer_late_and_in_any_order_lose_nothing():
     """A thread answers what waits in any order: futures end in it, while this thread sends."""
     rng = np.random.default_rng(0)
     waiting, lock, done = [], threading.Lock(), threading.Event()
+    ends = cycle([*[lambda future: future.set_result(None)] * 3, lambda future: future.set_exception(Full()),
+                  lambda future: future.set_exception(ValueError())])  # fmt: skip
 
     def answer():
         while not done.is_set() or waiting:
             with lock:
                 future = waiting.pop(int(rng.integers(len(waiting)))) if waiting else None
-            if future is not None and rng.random() < 0.8:
-                future.set_result(None)
-            elif future is not None:
-                future.set_exception(Full() if rng.random() < 0.5 else ValueError())
+            if future is not None:
+                next(ends)(future)
             done.wait(1e-4)
 
     def submit(k):
@@ -299,8 +300,8 @@ def test_real_threads_that_answer_late_and_at_random_lose_nothing():
     assert 0 < opened.offered <= len(arrivals_s(2000.0, 0.3, 0))  # fewer where the machine is held up
     for run in (opened, closed):
         assert run.offered == run.answered + run.refused + run.failed
-    assert min(opened.answered, opened.refused, opened.failed) > 0
     assert closed.offered >= 5  # on a machine that is held up, hardly more than one for each client
+    assert min(opened.answered, opened.refused, opened.failed) >= opened.offered // 5
 
 
 # --- what is no load ----------------------------------------------------------------------------------------------

@@ -14,7 +14,6 @@ import pytest
 from corewise.common.errors import SamplesError
 from corewise.samples import archives
 from corewise.samples.archives import Slice, Unpacked, is_archive, read_archive
-from corewise.samples.places import RemotePath
 
 
 def write(path: Path, *members: tuple[str, bytes], mode: str = "w") -> Path:
@@ -229,12 +228,44 @@ def test_the_rest_of_a_broken_archive_is_set_aside(tmp_path: Path) -> None:
         list(read_archive(none))
 
 
-def test_what_a_store_refuses_is_no_fault_of_an_image(monkeypatch: pytest.MonkeyPatch) -> None:
-    class Refusing(io.BytesIO):
-        def read(self, size: int | None = -1) -> bytes:
-            raise OSError("When reading: AWS Error NETWORK_CONNECTION during GetObject operation: timed out")
+@pytest.mark.parametrize("kind", [tarfile.GNUTYPE_LONGNAME, tarfile.XHDTYPE, b"Z"])
+def test_a_size_beyond_all_memory_ends_the_archive(tmp_path: Path, kind: bytes) -> None:
+    path = write(tmp_path / "claims.tar", ("a.jpg", b"one"))
+    path.write_bytes(path.read_bytes()[:1024] + claiming(kind, 2**62) + b"few bytes" * 99)
+    for sliced in (False, True):
+        first, *_, rest = read_archive(path, sliced=sliced)
+        assert (first.name, first.problem) == ("a.jpg", "")
+        assert rest.problem.startswith("cannot be read after member ")
 
-    monkeypatch.setattr(archives, "place_of", RemotePath)
-    monkeypatch.setattr(RemotePath, "open", lambda path, mode: Refusing())
-    with pytest.raises(SamplesError, match=r"s3://b/a\.tar cannot be read: the store does not answer"):
-        Slice("s3://b/a.tar", 0, 3).read()
+
+@pytest.mark.parametrize("name", ["a.tar", "a.tar.gz"])
+def test_a_disk_that_fails_is_no_fault_of_the_archive(tmp_path: Path, name: str) -> None:
+    path = tmp_path / name
+    path.symlink_to("/proc/self/mem")  # whose first bytes are no memory
+    for sliced in (False, True):
+        with pytest.raises(SamplesError, match=rf"{name} cannot be read: Input/output error; check the path$"):
+            list(read_archive(path, sliced=sliced))
+    unpacked = Unpacked()
+    with pytest.raises(OSError, match="Input/output error"):
+        unpacked.read(Slice(str(path), 0, 3, compressed=True))
+    unpacked.close()
+
+
+@pytest.mark.parametrize("kind", ["gz", "bz2", "xz"])
+def test_what_is_unpacked_before_a_slice_is_told_step_by_step(
+    tmp_path: Path, kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(archives, "STEP_BYTES", 10_000)
+    members = [(f"{number}.jpg", Random(number).randbytes(30_000)) for number in range(9)]
+    path = write(tmp_path / f"photos.tar.{kind}", *members, mode=f"w:{kind}")
+    slices = [one.slice for one in read_archive(path, sliced=True) if one.slice]
+    steps: list[int] = []
+    unpacked = Unpacked(lambda: steps.append(1))
+    for number, most in ((5, 16), (1, 20), (8, 40)):
+        assert unpacked.read(slices[number]) == members[number][1]
+        assert most - 3 <= len(steps) <= most
+    unpacked.close()
+    path.write_bytes(path.read_bytes()[:50_000])
+    with pytest.raises(OSError, match="has changed"):
+        unpacked.read(slices[8])
+    unpacked.close()

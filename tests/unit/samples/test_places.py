@@ -1,8 +1,11 @@
 """samples.places: files by URL, in a store in this process, and what a store's errors mean."""
 
+import io
 import tarfile
 from collections.abc import Iterator
 from pathlib import Path
+from random import Random
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
@@ -13,12 +16,14 @@ from corewise.pipeline import ImageRunner
 from corewise.pipeline.runner import Rejected
 from corewise.records.pipeline import ImagePipeline
 from corewise.records.report import Preprocess
-from corewise.samples.archives import read_archive
+from corewise.samples import places
+from corewise.samples.archives import Slice, Unpacked, read_archive
 from corewise.samples.folders import list_files, list_images
 from corewise.samples.places import RemotePath, place_of, refusal
 from corewise.samples.tables import iterate_table
 
 fsspec = pytest.importorskip("fsspec")
+MemoryFileSystem = pytest.importorskip("fsspec.implementations.memory").MemoryFileSystem
 ROOT = "fsspec+memory://bucket"
 
 
@@ -126,6 +131,104 @@ def test_photos_are_answered_by_url(bucket: RemotePath, tmp_path: Path) -> None:
     (fifth,) = runner.answers([member.slice])
     np.testing.assert_allclose(first, fifth)
     np.testing.assert_allclose(runner.predict(f"{ROOT}/photos.tar"), [first])
+
+
+class FailingStore(MemoryFileSystem):  # type: ignore[misc]
+    """Gives the first ``given`` bytes of a file, and then does not answer."""
+
+    protocol = "failing"
+    store: ClassVar[dict[str, Any]] = {}
+    given = 2**12
+
+    @classmethod
+    def _strip_protocol(cls, path: str) -> str:
+        return str(super()._strip_protocol(path.replace("failing://", "memory://", 1)))
+
+    def _open(self, path: str, mode: str = "rb", **options: Any) -> Any:
+        file = super()._open(path, mode, **options)
+        if mode == "wb":
+            return file
+        given = self.given
+
+        class Failing(io.BytesIO):
+            def read(self, size: int | None = -1) -> bytes:
+                if self.tell() + (len(self.getbuffer()) if size is None or size < 0 else size) > given:
+                    raise OSError("AWS Error NETWORK_CONNECTION during GetObject operation: curlCode: 28, timed out")
+                return super().read(size)
+
+        return Failing(file.getvalue())
+
+
+@pytest.fixture
+def failing() -> Iterator[RemotePath]:
+    """A bucket of it, which does not fail yet, whose buffers are small."""
+    fsspec.register_implementation("failing", FailingStore, clobber=True)
+    place = place_of("fsspec+failing://bucket")
+    assert isinstance(place, RemotePath)
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(places, "BUFFER_BYTES", 1024)
+        patched.setattr(FailingStore, "given", 2**30)
+        yield place
+    FailingStore.store.clear()
+
+
+@pytest.mark.parametrize("name", ["t.csv", "t.txt", "t.jsonl", "t.parquet"])
+def test_a_store_that_fails_ends_a_table_and_sets_nothing_aside(
+    failing: RemotePath, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    import pyarrow
+    from pyarrow import parquet
+
+    local, texts = tmp_path / name, [f"text {number}" for number in range(3000)]
+    if name == "t.parquet":
+        parquet.write_table(pyarrow.table({"text": texts}), local, row_group_size=100)
+    else:
+        local.write_text("".join(f'"{text}"\n' for text in ["text", *texts]))
+    failing.write_whole(name, lambda path: path.write_bytes(local.read_bytes()))
+    assert len(list(iterate_table(failing / name))) >= 3000
+    monkeypatch.setattr(FailingStore, "given", local.stat().st_size // 2)
+    with pytest.raises(SamplesError, match=f"{name} cannot be read: the store does not answer; check AWS_ENDPOINT_URL"):
+        list(iterate_table(failing / name))
+
+
+@pytest.mark.parametrize("kind", ["", "gz", "bz2", "xz"])
+@pytest.mark.parametrize("sliced", [False, True])
+def test_a_store_that_fails_ends_an_archive_and_sets_nothing_aside(
+    failing: RemotePath, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str, sliced: bool
+) -> None:
+    name = f"a.tar{'.' * bool(kind)}{kind}"
+    with tarfile.open(tmp_path / name, f"w:{kind}") as archive:  # type: ignore[call-overload]
+        for number in range(20):
+            member = tarfile.TarInfo(f"{number}.png")
+            member.size = 1500
+            archive.addfile(member, io.BytesIO(Random(number).randbytes(member.size)))
+    failing.write_whole(name, lambda path: path.write_bytes((tmp_path / name).read_bytes()))
+    slices = [one.slice for one in read_archive(failing / name, sliced=True)]
+    assert len(slices) == 20
+    whole = [one.slice.read() if one.slice else one.content for one in read_archive(failing / name, sliced=not kind)]
+    assert whole == [Random(number).randbytes(1500) for number in range(20)]
+    monkeypatch.setattr(FailingStore, "given", 16_000)
+    said = f"{name} cannot be read: the store does not answer; check AWS_ENDPOINT_URL"
+    with pytest.raises(SamplesError, match=said):
+        list(read_archive(failing / name, sliced=sliced))
+    last = slices[19]
+    assert last is not None
+    with pytest.raises(SamplesError, match=said):
+        Unpacked().read(last) if last.compressed else last.read()
+
+
+def test_a_part_of_a_tar_file_is_read_and_no_byte_more(bucket: RemotePath) -> None:
+    put(bucket, "a", "0123456789")
+    assert [(bucket / "a").read_range(*part) for part in ((2, 3), (8, 9), (10, 1), (99, 1))] == [
+        b"234",
+        b"89",
+        b"",
+        b"",
+    ]
+    with pytest.raises(FileNotFoundError):
+        (bucket / "none").read_range(0, 1)
+    with pytest.raises(OSError, match="a has changed: it is shorter now"):
+        Slice(f"{ROOT}/a", 8, 9).read()
 
 
 def test_what_is_local_and_what_is_wrong() -> None:

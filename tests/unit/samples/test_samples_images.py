@@ -23,8 +23,9 @@ from corewise.records.report import Preprocess
 from corewise.samples import RawSamples, Samples, UnreadableItem, read, read_raw
 from corewise.samples.audio import open_audio
 from corewise.samples.folders import list_images, read_folder
-from corewise.samples.image_files import SIZE_KEY, TooManyPixels, image_suffixes, normalize_image, open_image
+from corewise.samples.image_files import SIZE_KEY, image_suffixes, normalize_image, open_image
 from corewise.samples.image_geometry import input_sides, placement
+from corewise.samples.image_limits import TooManyPixels
 from corewise.samples.images import ImageReader, image_array
 from corewise.serving import files as serving_files
 from corewise.serving import images as serving_images

@@ -280,6 +280,7 @@ def test_files_without_texts_are_refused(tmp_path: Path, name: str, content: byt
     ("name", "content"),
     [
         ("tabs.csv", b"text\tlabel\na man, who plays\t1\n"),
+        ("bars.csv", b"text|label\na man, who plays|1\n"),
         ("semicolons.csv", b'"text";"label, or score"\n"a man, who plays";1\n'),
         ("bom.csv", b'\xef\xbb\xbftext,label\n"a man, who plays",1\n'),
         ("later.jsonl", b'{"id": 7}\n{"text": "a man, who plays", "label": 1}\n'),
@@ -449,12 +450,28 @@ def generated() -> Iterator[tuple[str, int]]:
         {"text": ["a", "b"], "label": [1, 0]},
         {"inputs": ["a", "b"], "labels": np.array([1, 0])},
         pandas.DataFrame({"text": ["a", "b"], "label": [1, 0]}),
+        pyarrow.table({"text": ["a", "b"], "label": [1, 0]}),
     ],
 )
 def test_texts_with_labels(texts: Any) -> None:
     samples = raw_from_python(texts)
     assert isinstance(samples, RawSamples)
     assert (samples.kind, list(samples.items), labels_of(samples)) == ("text", ["a", "b"], [1, 0])
+
+
+def test_a_column_of_a_table_may_have_numbers_of_its_own() -> None:
+    table = pandas.DataFrame({"text": ["a", "b", "c"], "label": [1, 0, 1]})
+    for column in (table[table.label == 1]["text"], pyarrow.chunked_array([["a"], ["c"]])):
+        samples = raw_from_python(column, max_samples=2)
+        assert isinstance(samples, RawSamples)
+        assert list(samples.items) == ["a", "c"]
+
+
+@pytest.mark.parametrize("labels", [[[0, 1], [1, 0]], [np.array([0, 1]), np.array([1])], np.array([[0, 1], [1, 0]])])
+def test_labels_that_are_arrays_beside_texts(labels: Any) -> None:
+    samples = raw_from_python({"text": ["a", "b"], "label": labels})
+    assert isinstance(samples, RawSamples)
+    assert [label.tolist() for label in samples.labels] == [list(label) for label in labels]  # type: ignore[union-attr]
 
 
 @pytest.mark.parametrize(

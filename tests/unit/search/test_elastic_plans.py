@@ -18,6 +18,8 @@ from corewise.search import retuning
 from corewise.search.budget import Budget
 from corewise.search.elastic import (
     DUEL_S,
+    FEW_BATCHES,
+    NEEDED,
     SHORTEST_DUEL_S,
     affordable_duel_s,
     elastic_plan,
@@ -221,7 +223,8 @@ def test_real_load_in_turns_has_the_last_word_and_its_figures_are_told(
         return clients[-1]
 
     monkeypatch.setattr(SearchContext, "client", client)
-    found = judge_elastic(trial(build, measurements=tuple(SCALES)), NARROW, context(tmp_path, Budget()))
+    listening = replace(context(tmp_path, Budget()), on_event=lambda event: None)
+    found = judge_elastic(trial(build, measurements=tuple(SCALES)), NARROW, listening)
     assert found.pays == pays
     assert found.measurements == ()
     assert [one.opened for one in clients] == [[(found.plan.narrow, found.plan.wide)], [(found.plan.narrow, None)]]
@@ -233,7 +236,7 @@ def test_real_load_in_turns_has_the_last_word_and_its_figures_are_told(
     if failed or refused:
         assert words == "one layout: requests failed or were refused under real load"
     elif not pays:
-        assert f"at 33% of the saturated rate p50 {elastic_ms:.2f} ms against {fixed_ms:.2f} ms" in words
+        assert f"at 33 % of the saturated rate p50 {elastic_ms:.2f} ms against {fixed_ms:.2f} ms" in words
 
 
 @pytest.mark.parametrize("left_s", [24.0, 19.0])
@@ -269,10 +272,21 @@ def test_loads_in_turns_last_no_longer_than_what_is_left_and_are_not_begun_with_
 
 def test_retuning_begins_no_load_when_its_budget_is_spent():
     class Bench:
-        def on_event(self, event):
+        build, payload, samples = Build(engine="fake", precision="fp32"), Path("payload"), Path("samples")
+
+        def start(self):
             pytest.fail("nothing begins")
 
+        on_event = start
+
     assert retuning._elastic(Bench(), NARROW, list(SCALES), requirements(), time.monotonic() - 1.0) is None
+
+
+def test_what_retuning_leaves_for_an_elastic_plan_is_enough_to_load_it():
+    left_s = retuning.BUDGET_S - retuning.before_elastic_s(retuning.BUDGET_S)
+    tables_s = NEEDED * retuning.MEASURE_S * 2 * len(FEW_BATCHES)
+    assert affordable_duel_s(left_s - tables_s) is not None
+    assert [retuning.before_elastic_s(budget_s) for budget_s in (1.0, 10.0, 60.0)] == [0.8, 8.0, 46.0]
 
 
 def test_where_simulation_promises_nothing_no_load_is_put_on_it(tmp_path):

@@ -106,7 +106,7 @@ def test_the_report_says_what_share_decoding_has() -> None:
     words = said(reason_of(Found(own, best)))
     assert "120 photos/s" in words
     assert "1 thread decodes beside 1 thread x 2, batch 8, 1.20 times as many" in words
-    assert words.endswith("decoding takes 71% of the processor time")
+    assert words.endswith("decoding takes 71 % of the processor time")
     assert "times as many" not in said(reason_of(Found(own, own)))
 
 

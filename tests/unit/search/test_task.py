@@ -1,12 +1,16 @@
 """What a search starts from: samples that calibrate in a useful order, and arguments that are what they seem."""
 
+import tempfile
+
 import numpy as np
 import pytest
 from torch import nn
 
-from corewise.common.errors import InputError
+from corewise.common.errors import InputError, OutputError
+from corewise.runtime.workspace import Workspace
 from corewise.search.optimization import optimize
 from corewise.search.task import Task
+from corewise.search.texts import read_samples
 
 
 def test_the_first_samples_that_calibrate_are_of_every_class_where_samples_come_class_by_class():
@@ -33,3 +37,16 @@ def test_the_first_samples_that_calibrate_are_of_every_class_where_samples_come_
 def test_a_text_in_the_place_of_a_list_is_named(name):
     with pytest.raises(InputError, match=rf"{name} is the text 'abc'; give a list: {name}=\['abc'\]"):
         optimize(None, [], **{name: "abc"})
+
+
+def test_paths_may_be_texts_and_texts_paths(tmp_path):
+    np.savez(tmp_path / "rows.npz", x=np.ones((3, 4), np.float32))
+    assert len(read_samples(None, tmp_path / "rows.npz")) == 3
+    with pytest.raises(InputError, match="there are no samples in python"):
+        optimize(None, [], work=str(tmp_path / "work"))
+
+
+def test_a_place_for_temporary_files_that_is_not_there_is_named(tmp_path, monkeypatch):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "none"))
+    with pytest.raises(OutputError, match="there is no place for temporary files: No such file or directory"):
+        Workspace.create()

@@ -272,11 +272,11 @@ def test_texts_that_would_be_tokenized_too_late_for_their_call_are_refused_and_c
     asyncio.run(main())
 
 
-@pytest.mark.parametrize(("size_bytes", "pool"), [(100, "read"), (LONG_BYTES, "decode")])
+@pytest.mark.parametrize(("size_bytes", "pool"), [(100, "header"), (LONG_BYTES, "decode")])
 def test_recordings_count_together_and_long_ones_do_not_hold_up_what_is_parsed(size_bytes, pool, monkeypatch):
     threads = []
 
-    def work(body, served, limits):
+    def work(body, name, served, limits):
         threads.append(threading.current_thread().name.partition("_")[0])
         return Work(limits.samples // 2, 1, 1)
 
@@ -418,7 +418,7 @@ def test_a_head_seen_before_is_the_request_that_it_was():
         for array, wanted in zip(known.inputs, expected.inputs, strict=True):
             assert array.dtype == wanted.dtype
             np.testing.assert_array_equal(array, wanted)
-        assert (known.outputs, known.timeout_s, known.priority, known.id) == (parsed.outputs, 5.0, 3, None)
+        assert (known.outputs, known.timeout_s, known.priority, known.id) == (parsed.outputs, 5.0, 47, None)
 
 
 def test_only_what_is_the_same_is_known():

@@ -2,12 +2,14 @@
 
 import asyncio
 import gzip
+import tracemalloc
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from starlette.requests import Request
 
+from corewise.records.build import TensorSpec
 from corewise.serving import bodies, memory_limit, messages, oip, rpc
 from corewise.serving.budget import Budget
 from corewise.serving.front import Front
@@ -140,6 +142,16 @@ def test_a_request_has_as_many_tensors_and_as_long_an_id_as_over_http(more, matc
     request = oip.message("ModelInferRequest")(**more)
     with pytest.raises(ProtocolError, match=match):
         rpc.parse(request, [], [])
+
+
+def test_a_tensor_of_millions_of_dimensions_takes_no_more_than_its_message():
+    spec = TensorSpec(name="x", dtype="float32", shape=(None, 2))
+    request = oip.message("ModelInferRequest")(inputs=[{"name": "x", "datatype": "FP32", "shape": [1] * 2 * MIB}])
+    tracemalloc.start()
+    with pytest.raises(ProtocolError, match=r"has the shape \[1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1\], the"):
+        rpc.parse(request, [spec], [])
+    assert tracemalloc.get_traced_memory()[1] < MIB
+    tracemalloc.stop()
 
 
 def test_what_a_stream_is_told_of_an_error_is_short():

@@ -158,7 +158,7 @@ def test_what_a_request_may_ask():
         outputs=[{"name": "others", "parameters": {"binary_data": False}}, {"name": "scores"}],
     )
     found = parse(body, None, [IMAGE], [SCORES, OTHERS])
-    assert (found.id, found.timeout_s, found.priority) == ("a", 0.05, 3)
+    assert (found.id, found.timeout_s, found.priority) == ("a", 0.05, 47)
     assert found.outputs == (Asked(name="others"), Asked(name="scores", binary=True))
     plain = parse(request(tensor(data=[1, 2, 3])), None, [IMAGE], [SCORES, OTHERS])
     assert plain.outputs == (Asked(name="scores"), Asked(name="others"))
@@ -242,6 +242,7 @@ def test_an_answer_is_json_or_json_and_bytes():
         (request(tensor(data=[1, 2, 3]), parameters={"timeout": 10**400}), "timeout is not a number"),
         (request(tensor(data=[1, 2, 3]), parameters={"priority": 1.5}), "priority is not a whole number"),
         (request(tensor(data=[1, 2, 3]), parameters={"priority": 10**30}), "priority is not a whole number"),
+        (request(tensor(data=[1, 2, 3]), parameters={"priority": -1}), "from 0 to 100; give 1 to what is most urgent"),
         (request(tensor(data=[1, 2, 3]), parameters={"binary_data_output": 1}), "binary_data_output is not a bool"),
         (request(tensor(data=[1, 2, 3]), outputs=[{"name": "z"}]), "there is no output 'z'; the model has scores"),
         (request(tensor(data=[1, 2, 3]), outputs=[{"name": "scores"}] * 2), "is asked for twice"),

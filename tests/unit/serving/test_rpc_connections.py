@@ -1,23 +1,36 @@
-"""gRPC's connections are shared out, and what it keeps for a client is limited, which its library does not do."""
+"""gRPC's connections are shared out and bound by limits from their beginning, and answers count until they are read."""
 
 import asyncio
-import errno
-import os
 import socket
 from contextlib import ExitStack, asynccontextmanager
 
 import grpc
 import pytest
-from http2_frames import ACCEPT_CHARSET, NO_WINDOW, call, connect, frame, is_open
+from certificates import self_signed
+from http2_frames import ACCEPT_CHARSET, ACKNOWLEDGED, NO_WINDOW, call, connect, frame, is_open
 
-from corewise.serving import oip
+from corewise.common.errors import InputError
+from corewise.serving import messages, oip, rpc_connections
+from corewise.serving.budget import Budget
+from corewise.serving.connections import HEALTH_CONNECTIONS, KEEPALIVE, Room
 from corewise.serving.front import Front
 from corewise.serving.memory_limit import LARGE_ANSWER_BYTES, answer_bytes
 from corewise.serving.protocol import Limits
 from corewise.serving.rpc import Service
-from corewise.serving.rpc_connections import ENTRY_BYTES, LOOK_S, METADATA_BYTES, Overfull, Shares
+from corewise.serving.rpc_connections import (
+    FRAME_BYTES,
+    HELD_BYTES,
+    METADATA_BYTES,
+    PREFACE,
+    Greeting,
+    RpcPort,
+    secured,
+)
 from corewise.serving.rpc_extensions import Handlers, list_methods
 from corewise.serving.tokens import Tokens
+
+MIB = 2**20
+OPTIONS = [(f"grpc.max_{side}_message_length", -1) for side in ("send", "receive")]
 
 
 async def until(condition):
@@ -26,105 +39,275 @@ async def until(condition):
             await asyncio.sleep(0.01)
 
 
+class Toy(grpc.GenericRpcHandler):
+    """Calls that echo, tell who called, wait, or answer at length; how much metadata each had is kept."""
+
+    def __init__(self):
+        self.metadata, self.go_on = [], asyncio.Event()
+
+    def service(self, details):
+        self.metadata.append(len(details.invocation_metadata))
+
+        async def echo(request, context):
+            return request
+
+        async def who(request, context):
+            return messages.client_of(context).encode()
+
+        async def wait(request, context):
+            await self.go_on.wait()
+            return b"waited"
+
+        async def large(request, context):
+            return bytes(8 * MIB)
+
+        calls = {"Echo": echo, "Who": who, "Wait": wait, "Large": large}
+        return grpc.unary_unary_rpc_method_handler(calls[details.method.removeprefix("/toy/")])
+
+
 @asynccontextmanager
-async def echoing(refused):
-    """The port of a server of which an address may have four connections."""
-
-    async def echo(request, context):
-        return request
-
-    shares = Shares(8, 0.5, lambda: refused.append(1))
-    handlers = {"Echo": grpc.unary_unary_rpc_method_handler(echo)}
-    sizes = [(f"grpc.{name}max_metadata_size", METADATA_BYTES) for name in ("", "absolute_")]
-    server = grpc.aio.server(options=sizes)
-    server.add_generic_rpc_handlers((Overfull(shares), grpc.method_handlers_generic_handler("toy", handlers)))
-    port = server.add_insecure_port("127.0.0.1:0")
-    await server.start()
-    shares.start(port)
-    yield port
-    shares.close()
-    await server.stop(0)
+async def port_of(toy, address=("127.0.0.1", 0), **options):
+    """One of which an address may have four connections."""
+    limits = Limits()
+    port = RpcPort(address, (toy,), Room(8, 0.5), Budget(limits), message_bytes=64 * MIB, **options)
+    await port.start()
+    try:
+        yield port
+    finally:
+        await port.stop(0)
 
 
-async def ask(port):
-    """What the server answers to a client of 127.0.0.1."""
-    async with grpc.aio.insecure_channel(f"127.0.0.1:{port}") as channel:
-        return await channel.unary_unary("/toy/Echo")(b"hello", timeout=20)
+async def ask(place, method="Echo", message=b"hello", credentials=None):
+    """What the server answers."""
+    target = f"127.0.0.1:{place}" if isinstance(place, int) else f"unix:{place}"
+    if credentials is None:
+        channel = grpc.aio.insecure_channel(target, OPTIONS)
+    else:
+        channel = grpc.aio.secure_channel(target, credentials, OPTIONS)
+    async with channel:
+        return await channel.unary_unary(f"/toy/{method}")(message, timeout=20)
 
 
-def test_an_address_has_its_share_of_grpcs_connections_and_keeps_the_older_ones():
+# --- greetings --------------------------------------------------------------------------------------------------------
+
+
+SETTINGS = frame(4, 0, 0, bytes(6))
+EARLY = call("/toy/Echo", ends=False) + frame(0, 1, 1, b"data")
+
+
+@pytest.mark.parametrize("step", [1, 7, 1000])
+def test_a_greeting_is_whole_with_the_acknowledgement_which_goes_before_what_came_earlier(step):
+    sent, wanted = PREFACE + SETTINGS + EARLY + ACKNOWLEDGED, PREFACE + SETTINGS + ACKNOWLEDGED + EARLY
+    greeting, found = Greeting(), []
+    for start in range(0, len(sent), step):
+        assert not any(found)
+        found.append(greeting.add(sent[start : start + step]))
+    assert found[-1] == wanted
+    assert Greeting().add(sent + b"more") == wanted + b"more"
+
+
+@pytest.mark.parametrize(
+    "sent",
+    [
+        b"GET / HTTP/1.1\r\n\r\n",
+        PREFACE + EARLY,
+        PREFACE + ACKNOWLEDGED,
+        PREFACE + SETTINGS + frame(0, 0, 1, bytes(FRAME_BYTES + 1)),
+        PREFACE + SETTINGS + frame(1, 0, 1, ACCEPT_CHARSET * FRAME_BYTES) * (HELD_BYTES // FRAME_BYTES + 1),
+    ],
+    ids=["http1", "call first", "acknowledgement first", "long frame", "much"],
+)
+def test_what_is_no_greeting_is_told_at_once(sent):
+    with pytest.raises(ValueError, match=r"HTTP/2|settings|acknowledges"):
+        Greeting().add(sent)
+
+
+# --- connections ------------------------------------------------------------------------------------------------------
+
+
+def test_metadata_of_few_bytes_is_refused_by_grpc_whenever_its_client_acknowledges():
+    """Before that the library lets it have 16 MiB, of which each header of one byte takes 46."""
+    bomb = call("/toy/Echo", ACCEPT_CHARSET * 16_000, ends=False)
+    honest = call("/toy/Echo", stream=3, ends=False) + frame(0, 1, 3, bytes(5))
+
+    async def main():
+        toy = Toy()
+        async with port_of(toy) as port:
+            for sent in (bomb + ACKNOWLEDGED + honest, ACKNOWLEDGED + bomb + honest):
+                with connect(port.place, "127.0.0.3", sent) as client:
+                    await until(lambda: toy.metadata)
+                    assert max(toy.metadata) <= METADATA_BYTES // 32
+                    assert is_open(client)
+                toy.metadata.clear()
+
+    asyncio.run(main())
+
+
+def test_who_acknowledges_nothing_reaches_no_library_and_is_disconnected(monkeypatch):
+    monkeypatch.setattr(rpc_connections, "HANDSHAKE_S", 0.2)
+    bomb = call("/toy/Echo", ACCEPT_CHARSET * 16_000)
+
+    async def main():
+        toy = Toy()
+        async with port_of(toy) as port:
+            with connect(port.place, "127.0.0.3", bomb) as one, connect(port.place, "127.0.0.3", bomb * 6) as many:
+                await until(lambda: not is_open(many))
+                await until(lambda: not is_open(one))
+            assert not toy.metadata
+            await until(lambda: port.budget._used_bytes == 0)
+            monkeypatch.undo()
+            assert await ask(port.place) == b"hello"
+            await until(lambda: not port.clients)
+
+    asyncio.run(main())
+
+
+def test_an_address_has_its_share_of_grpcs_connections_and_others_theirs(monkeypatch):
+    monkeypatch.setattr(rpc_connections, "HEALTH_S", 60.0)
+
     async def main():
         refused = []
-        async with echoing(refused) as port:
+        async with port_of(Toy(), on_refused=lambda: refused.append(1)) as port:
             with ExitStack() as stack:
-                old = [stack.enter_context(connect(port, "127.0.0.2")) for _ in range(4)]
-                other = [stack.enter_context(connect(port, "127.0.0.3")) for _ in range(2)]
-                await asyncio.sleep(1.5 * LOOK_S)
-                assert not refused
-                new = [stack.enter_context(connect(port, "127.0.0.2")) for _ in range(2)]
-                await until(lambda: len(refused) == 2 and not any(map(is_open, new)))
-                assert all(map(is_open, old + other))
-                other.pop().close()
-                assert await ask(port) == b"hello"
-            assert len(refused) == 2
-
-    asyncio.run(main())
-
-
-def test_much_metadata_of_few_bytes_ends_its_connection_and_no_other_of_that_address():
-    async def main():
-        refused, most = [], METADATA_BYTES // ENTRY_BYTES
-        async with echoing(refused) as port:
-            with connect(port, "127.0.0.3", call("/toy/Echo", ACCEPT_CHARSET * (most // 2))) as honest:
-                with connect(port, "127.0.0.3", call("/toy/Echo", ACCEPT_CHARSET * 2 * most)) as bomb:
-                    await until(lambda: not is_open(bomb))
-                assert await ask(port) == b"hello"
-                assert is_open(honest)
+                seats = 4 + HEALTH_CONNECTIONS // 2
+                held = [stack.enter_context(connect(port.place, "127.0.0.2", ACKNOWLEDGED)) for _ in range(seats)]
+                await until(lambda: len(port.clients) == seats)
+                with connect(port.place, "127.0.0.2") as beyond:
+                    await until(lambda: refused)
+                    beyond.settimeout(20)
+                    told = beyond.recv(4096)
+                    assert told.startswith(frame(4, 0, 0))
+                    assert told[9 + 3] == 7  # GOAWAY
+                    assert b"too many connections" in told
+                assert await ask(port.place) == b"hello"
+                held.pop(0).close()
+                await until(lambda: len(port.clients) == seats - 1)
+                stack.enter_context(connect(port.place, "127.0.0.2"))
+                await until(lambda: len(port.clients) == seats)
             assert len(refused) == 1
+            await until(lambda: not port.clients)
 
     asyncio.run(main())
 
 
-def test_the_older_connections_stay_whatever_their_files_numbers_and_each_is_counted_once(monkeypatch):
-    def dup(handle):
-        raise OSError(errno.EMFILE, "no file is left")
+def test_a_connection_beyond_the_limit_has_time_for_a_health_check(monkeypatch):
+    monkeypatch.setattr(rpc_connections, "HEALTH_S", 0.3)
 
-    with socket.create_server(("127.0.0.1", 0)) as listening, ExitStack() as stack:
-        port = listening.getsockname()[1]
-        shares = Shares(8, 0.5, lambda: None)
+    async def main():
+        async with port_of(Toy()) as port:
+            with ExitStack() as stack:
+                for address in ("127.0.0.2", "127.0.0.3"):
+                    for _ in range(4):
+                        stack.enter_context(connect(port.place, address, ACKNOWLEDGED))
+                await until(lambda: len(port.clients) == 8)
+                with connect(port.place, "127.0.0.4", ACKNOWLEDGED) as extra:
+                    await until(lambda: not is_open(extra))
+                assert len(port.clients) == 8
 
-        def accept():
-            client = stack.enter_context(socket.create_connection(("127.0.0.1", port)))
-            client.settimeout(0)
-            return client, stack.enter_context(listening.accept()[0])
-
-        low = os.open(os.devnull, os.O_RDONLY)  # whose number the newest connection gets
-        stack.callback(os.close, low)
-        old = [accept() for _ in range(4)]
-        assert shares._look(port, ()) == 0
-        with monkeypatch.context() as full:
-            full.setattr(os, "dup", dup)
-            assert shares._look(port, ()) == 0
-        new, held = accept()
-        os.dup2(held.fileno(), low)
-        held.close()
-        assert [shares._look(port, ()) for _ in range(2)] == [1, 0]
-        assert not is_open(new)
-        assert all(is_open(client) for client, _ in old)
+    asyncio.run(main())
 
 
-def test_only_new_sockets_are_looked_at(monkeypatch):
-    with socket.create_server(("127.0.0.1", 0)) as listening, ExitStack() as stack:
-        pairs = [stack.enter_context(one) for _ in range(20) for one in socket.socketpair()]
-        shares, copies = Shares(8, 0.5, lambda: None), []
-        shares._look(listening.getsockname()[1], ())
-        copy = os.dup
-        monkeypatch.setattr(os, "dup", lambda handle: copies.append(handle) or copy(handle))
-        shares._look(listening.getsockname()[1], ())
-        assert not copies
-        pairs += [stack.enter_context(one) for one in socket.socketpair()]
-        shares._look(listening.getsockname()[1], ())
-        assert len(copies) == 2
+def test_the_library_is_told_whose_connection_it_is(tmp_path):
+    async def main():
+        toy = Toy()
+        async with port_of(toy) as port, port_of(toy, tmp_path / "socket") as local:
+            assert await ask(port.place, "Who") == b"127.0.0.1"
+            assert await ask(local.place, "Who") == b""
+        assert not (tmp_path / "socket").exists()
+        try:
+            async with (
+                port_of(toy, ("::1", 0)) as port,
+                grpc.aio.insecure_channel(f"[::1]:{port.place}") as channel,
+            ):
+                assert await channel.unary_unary("/toy/Who")(b"", timeout=20) == b"::"
+        except InputError:
+            pytest.skip("this machine has no IPv6")
+
+    asyncio.run(main())
+
+
+@pytest.mark.parametrize("is_secure", [False, True])
+def test_long_messages_pass_both_ways(is_secure, tmp_path):
+    message = bytes(range(256)) * (12 * MIB // 256)
+
+    async def main():
+        tls, credentials = None, None
+        if is_secure:
+            certificate, key = self_signed(tmp_path)
+            tls, credentials = secured(certificate, key), grpc.ssl_channel_credentials(certificate.read_bytes())
+        async with port_of(Toy(), tls=tls) as port:
+            found = await asyncio.gather(*(ask(port.place, message=message, credentials=credentials) for _ in range(3)))
+            assert found == [message] * 3
+
+    asyncio.run(main())
+
+
+def test_a_client_that_reads_nothing_is_disconnected(monkeypatch):
+    monkeypatch.setattr(rpc_connections, "UNREAD_S", 0.2)
+    window = (2**31 - 65536).to_bytes(4)
+    wide = frame(4, 0, 0, (4).to_bytes(2) + (2**31 - 1).to_bytes(4)) + frame(8, 0, 0, window)
+
+    async def main():
+        async with port_of(Toy()) as port:
+            with socket.socket() as client:
+                client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+                client.connect(("127.0.0.1", port.place))
+                asked = call("/toy/Large", ends=False) + frame(0, 1, 1, bytes(5))
+                client.sendall(PREFACE + wide + ACKNOWLEDGED + asked)
+                await until(lambda: port.clients)
+                await until(lambda: not port.clients)
+
+    asyncio.run(main())
+
+
+def test_a_client_that_vanished_without_a_word_is_noticed():
+    async def main():
+        async with port_of(Toy()) as port:
+            with connect(port.place, "127.0.0.1", ACKNOWLEDGED):
+                await until(lambda: port.clients)
+                (client,) = port.clients
+                held = client.transport.get_extra_info("socket")
+                assert held.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE)
+                idle_s, pause_s, times = (held.getsockopt(socket.IPPROTO_TCP, option) for option in KEEPALIVE)
+                assert idle_s + pause_s * times <= 120
+
+    asyncio.run(main())
+
+
+def test_at_its_end_calls_are_answered_and_connections_are_no_longer_taken():
+    async def main():
+        toy = Toy()
+        async with port_of(toy) as port:
+            waiting = asyncio.ensure_future(ask(port.place, "Wait"))
+            await until(lambda: toy.metadata)
+            stopping = asyncio.ensure_future(port.stop(20))
+            await until(lambda: port._acceptor is None)
+            with pytest.raises(ConnectionRefusedError):
+                connect(port.place, "127.0.0.1")
+            toy.go_on.set()
+            assert await waiting == b"waited"
+            await stopping
+
+    asyncio.run(main())
+
+
+def test_what_cannot_be_used_is_told(tmp_path, monkeypatch):
+    async def main():
+        with socket.create_server(("127.0.0.1", 0)) as taken, pytest.raises(InputError, match="nothing can listen on"):
+            async with port_of(Toy(), taken.getsockname()):
+                pass
+        with pytest.raises(InputError, match="give PEM files"):
+            secured(tmp_path / "none", tmp_path / "none")
+        (tmp_path / ("x" * 100)).mkdir()
+        monkeypatch.setattr("tempfile.tempdir", str(tmp_path / ("x" * 100)))
+        with pytest.raises(InputError, match="set TMPDIR to a short path"):
+            async with port_of(Toy()):
+                pass
+
+    asyncio.run(main())
+
+
+# --- answers ----------------------------------------------------------------------------------------------------------
 
 
 class Large(Service):

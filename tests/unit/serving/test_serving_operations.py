@@ -4,7 +4,6 @@ import asyncio
 import json
 import logging
 import re
-import socket
 from dataclasses import replace
 from time import monotonic
 from types import SimpleNamespace
@@ -20,7 +19,6 @@ from corewise.common.errors import InputError
 from corewise.records.build import TensorSpec
 from corewise.serving import addresses
 from corewise.serving.addresses import remove_stale
-from corewise.serving.connections import count_open
 from corewise.serving.host import Options
 from corewise.serving.infer import broken
 from corewise.serving.logs import RefusalLog, _is_ours
@@ -226,32 +224,6 @@ def test_the_time_of_a_request_counts_from_its_arrival():
     text = metrics.text().decode()
     for bound, count in (("20.0", "0.0"), ("+Inf", "1.0")):
         assert f'corewise_request_seconds_bucket{{le="{bound}",model="m",version="1"}} {count}' in text
-
-
-@pytest.mark.parametrize("kind", ["tcp", "tcp6", "unix"])
-def test_connections_to_a_port_are_counted(kind, tmp_path):
-    address = tmp_path / "a socket" if kind == "unix" else ("::1" if kind == "tcp6" else "127.0.0.1", 0)
-    if kind == "unix":
-        listening = socket.socket(socket.AF_UNIX)
-        listening.bind(str(address))
-    else:
-        try:
-            listening = socket.create_server(address, family=socket.AF_INET6 if kind == "tcp6" else socket.AF_INET)
-        except OSError:
-            pytest.skip("this machine has no IPv6")
-    with listening:
-        listening.listen()
-        where = listening.getsockname()
-        place = address if kind == "unix" else where[1]
-        assert count_open(place) == 0
-        clients = [socket.socket(listening.family) for _ in range(3)]
-        for client in clients:
-            client.connect(where)
-        accepted = [listening.accept()[0] for _ in clients]
-        assert count_open(place) == 3
-        for each in (*clients, *accepted):
-            each.close()
-        assert count_open(place) == 0
 
 
 # --- classes ------------------------------------------------------------------------------------------------------

@@ -2,6 +2,7 @@
 
 import base64
 import json
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -11,6 +12,7 @@ from hypothesis import strategies as st
 from corewise.pipeline import ClassAnswer, Span
 from corewise.serving import openai, rerank, tei, texts
 from corewise.serving.protocol import ProtocolError
+from corewise.serving.text_routes import task_of
 from corewise.serving.texts import FieldError, TextRequest
 
 
@@ -42,6 +44,8 @@ def test_openais_options():
     asked = openai.parse(sent)
     assert (asked.model, asked.encoding, asked.dimensions) == (None, "base64", 3)
     assert (asked.texts.truncate, asked.texts.prompt) == ("left", "query")
+    # Proxies send the fields that their users left out.
+    assert openai.parse(body(input="a", encoding_format=None, dimensions=None, user=None)).encoding == "float"
 
 
 @pytest.mark.parametrize(
@@ -51,6 +55,7 @@ def test_openais_options():
         ({"input": []}, "input", "input is empty"),
         ({"input": 5}, "input", "Expected `array`, got `int`"),
         ({"input": {}}, "input", "Expected `array`, got `object`"),
+        ({"input": [None]}, "input", r"input\[0\]: Expected `str`, got `null`"),
         ({"input": ["a", 5]}, "input", r"input\[1\]: Expected `str`, got `int`"),
         ({"input": [1, "a"]}, "input", r"input\[1\]: Expected `int`, got `str`"),
         ({"input": [-1]}, "input", "Expected `int` >= 0"),
@@ -177,7 +182,16 @@ def test_predictions_are_as_each_client_reads_them():
     span = Span(label="PER", probability=0.5, start=0, end=3, text="Ada")
     entity = {"entity_group": "PER", "score": 0.5, "word": "Ada", "start": 0, "end": 3}
     assert predicted(body(inputs="x", parameters={}), [[span]]) == [entity]
-    assert predicted(body(inputs="x"), [0.5]) == [{"score": 0.5, "label": "LABEL_0"}]
+    score = [{"score": 0.5, "label": "LABEL_0"}]
+    assert predicted(body(inputs="x"), [0.5]) == score
+    assert predicted(body(inputs="x", parameters={}), [0.5]) == [score]
+
+
+@pytest.mark.parametrize(
+    ("task", "pairs", "does"), [("scores", True, "scores"), ("scores", False, "classes"), ("vectors", False, "vectors")]
+)
+def test_a_score_of_a_single_text_is_a_class_and_no_rank(task, pairs, does):
+    assert task_of(SimpleNamespace(pipeline=SimpleNamespace(task=task, pairs=pairs))) == does
 
 
 def predicted(sent, answers):

@@ -189,7 +189,8 @@ def test_of_t5_the_encoder_makes_vectors(tmp_path: Path) -> None:
     save_tokenizer(tmp_path, INPUTS[:2])
     (tmp_path / "1_Pooling").mkdir()
     write_json(tmp_path / "1_Pooling" / "config.json", {"pooling_mode_mean_tokens": True})
-    modules = [{"path": path, "type": f"st.{kind}"} for path, kind in (("", "Transformer"), ("1_Pooling", "Pooling"))]
+    kinds = (("", "Transformer"), ("1_Pooling", "Pooling"))
+    modules = [{"path": path, "type": f"sentence_transformers.models.{kind}"} for path, kind in kinds]
     write_json(tmp_path / "modules.json", modules)
     texts = ["house", "red " * 9]
     expected = vectors_of(load_with_texts(f"hf:{tmp_path}", pooling="mean"), texts)
@@ -214,7 +215,10 @@ def test_the_real_minilm_is_what_its_card_says(data_folder: Path) -> None:
         ("modules.json", [{"path": "", "type": "sentence_transformers.models.CLIPModel"}], "begins with CLIPModel"),
         (
             "modules.json",
-            [{"path": "", "type": "st.Transformer"}, {"path": "1", "type": "st.WordWeights"}],
+            [
+                {"path": "", "type": "sentence_transformers.models.Transformer"},
+                {"path": "1", "type": "sentence_transformers.models.WordWeights"},
+            ],
             "has a WordWeights, which is not supported",
         ),
         ("1_Pooling/config.json", {"pooling_mode_attention": True}, "pools by attention, which is not supported"),
@@ -465,6 +469,10 @@ def test_labels_by_name(tmp_path: Path) -> None:
     save_bert(tmp_path, "BertForSequenceClassification", id2label={0: "bad", 1: "good"})
     loaded = load_with_texts(f"hf:{tmp_path}")
     _, samples = tokenized(loaded, raw_from_python({"text": ["red", "blue"], "label": ["good", "bad"]}))
+    assert samples.labels is not None
+    assert samples.labels.tolist() == [1, 0]
+    named, samples = tokenized(loaded, raw_from_python([("red", "good"), ("blue", "bad")]))
+    assert named.pipeline == loaded.pipeline
     assert samples.labels is not None
     assert samples.labels.tolist() == [1, 0]
     with pytest.raises(SamplesError, match=r"has the label 'fair'; the model's classes are bad, good"):

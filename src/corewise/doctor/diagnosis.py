@@ -264,7 +264,8 @@ def _cpu_findings(cpu: Cpu) -> Iterator[Finding]:
             severity="warning",
             what="no int8 dot product (VNNI): int8 sums saturate in 16 bits, so corewise rounds weights to 7 bits,"
             " and int8 gains about half as much",
-            fix="run on Intel Ice Lake, AMD Zen 4 or newer; a guest needs -cpu host to see the extension",
+            fix="run on an Intel Xeon since Cascade Lake, a Core since Ice Lake, or an AMD CPU since Zen 4; a guest"
+            " needs -cpu host to see the extension",
         )
     elif not cpu.int8_dot:
         yield Finding(

@@ -1,5 +1,7 @@
-"""pipeline: words of tokenizers that split texts in other ways, schemes of labels, single items, and one length."""
+"""pipeline: words of tokenizers that split texts otherwise, schemes of labels, single items, windows, one length."""
 
+import threading
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -8,7 +10,7 @@ import pytest
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
 
 from corewise.pipeline import CallLimits, TextEncoder, TextRunner, decode, text_samples
-from corewise.pipeline.runner import MULTIPLE
+from corewise.pipeline.runner import FIRST_ITEMS, MULTIPLE
 from corewise.records.build import TensorSpec
 from corewise.records.pipeline import TextPipeline, TokenInput
 from corewise.samples import raw_from_python
@@ -122,6 +124,23 @@ def test_two_texts_are_one_item_for_a_model_of_pairs() -> None:
     assert runner.predict(np.array([["red", "blue"], ["red", "red red"]], object)).tolist() == [5, 6]
     single = TextRunner(words_encoder(task="scores"), lengths, instances=1, limits=CallLimits(rows=4))
     assert single.predict(np.array(["red", "blue red"])).tolist() == [3, 4]
+
+
+def test_the_first_call_runs_before_many_texts_are_taken() -> None:
+    """The stream waits for it: with a first window of usual size it would wait in vain."""
+    begun = threading.Event()
+
+    def stream() -> Iterator[str]:
+        for number in range(2 * FIRST_ITEMS):
+            assert number != FIRST_ITEMS or begun.wait(60)
+            yield "red blue"
+
+    def run(inputs: Any) -> list[np.ndarray]:
+        begun.set()
+        return [inputs[1].sum(1, keepdims=True).astype(np.float32)]
+
+    runner = TextRunner(words_encoder(), run, instances=1, limits=CallLimits(rows=8))
+    assert len(list(runner.answers(stream()))) == 2 * FIRST_ITEMS
 
 
 # One length

@@ -34,8 +34,10 @@ from corewise.search.elastic import Opened, Site, elastic_plan, judged
 from corewise.search.plans import BATCHES, SLOW_CALL_MS, START_BATCH, tables
 
 BUDGET_S = 30.0
-SEARCH_SHARE, RACE_SHARE = 0.5, 0.8
-"""Shares of the budget after which no plan is measured, and the race of two ends; then the elastic plan is measured."""
+ELASTIC_S, ELASTIC_SHARE = 15.0, 0.2
+"""What measuring and loading an elastic plan takes; it gets that share of a budget that has less than twice as much."""
+SEARCH_SHARE = 0.6
+"""Share of the time before that after which no plan is measured; the rest is for the race of two."""
 MEASURE_S = 0.4
 FEWEST_ROUNDS = 3
 LEAST_TIMEOUT_S = 60.0
@@ -165,11 +167,11 @@ def _retune(bench: _Bench, started_s: float, budget_s: float) -> Retuned:
     report, fit = bench.artifact.report, tuned.fit(bench.artifact, bench.cpu)
     requirements, old = report.requirements, fit.plan
     stored = fit.tuned.measurements if fit.tuned else report.winner.measurements
-    first = guesses(bench.cpu, requirements, stored)
+    first, race_s = guesses(bench.cpu, requirements, stored), before_elastic_s(budget_s)
     measurements, failed = bench.search(
         old,
         lambda so_far, lost: next_plan(first, so_far, lost, requirements),
-        started_s + SEARCH_SHARE * budget_s,
+        started_s + SEARCH_SHARE * race_s,
     )
     if not measurements:
         raise EngineError(f"{bench.artifact.folder} runs under no plan here: {next(iter(failed.values()))}")
@@ -178,7 +180,7 @@ def _retune(bench: _Bench, started_s: float, budget_s: float) -> Retuned:
         notes.append("the CPU quota throttled some measurements: their figures are too low")
     by_plan = {measurement.plan: measurement for measurement in measurements}
     best = best_measurement(measurements, requirements) or measurements[0]
-    duel = _duel(bench, by_plan.get(old), best, RACE_SHARE * budget_s - (time.monotonic() - started_s))
+    duel = _duel(bench, by_plan.get(old), best, race_s - (time.monotonic() - started_s))
     wins = duel.comparison is None or duel.comparison.low > 1
     if not wins and allowed(best, requirements) and not allowed(by_plan[old], requirements):
         wins = True
@@ -333,6 +335,11 @@ def _limits(requirements: Requirements) -> str:
     slo = f"SLO of {goal.p99_ms:g} ms" if isinstance(goal, Slo) else ""
     memory = "" if requirements.memory_limit_bytes is None else "memory limit"
     return " or the ".join(filter(None, (slo, memory)))
+
+
+def before_elastic_s(budget_s: float) -> float:
+    """When the search and the race of two end, so that what is left is enough for an elastic plan. Pure."""
+    return budget_s - (ELASTIC_S if budget_s >= 2 * ELASTIC_S else ELASTIC_SHARE * budget_s)
 
 
 def affordable(left_s: float, calls_s: float) -> tuple[int, float]:

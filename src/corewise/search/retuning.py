@@ -34,7 +34,7 @@ from corewise.search.elastic import Opened, Site, elastic_plan, judged
 from corewise.search.plans import BATCHES, SLOW_CALL_MS, START_BATCH, tables
 
 BUDGET_S = 30.0
-ELASTIC_S, ELASTIC_SHARE = 14.0, 0.2
+ELASTIC_S, ELASTIC_SHARE = 15.0, 0.2
 """What measuring and loading an elastic plan takes; it gets that share of a budget that has less than twice as much."""
 SEARCH_SHARE = 0.6
 """Share of the time before that after which no plan is measured; the rest is for the race of two."""

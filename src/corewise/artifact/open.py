@@ -117,8 +117,8 @@ def _opened(
         check_finite=check_finite,
         texts=open_texts(artifact, session.run, fit.plan),
         seen_ranges=artifact.manifest.seen_ranges,
-        images=open_images(artifact, session.run, fit.plan, preprocess),
-        recordings=audio_runner(audio_of(artifact), session.run, fit.plan, preprocess),
+        images=open_images(artifact, session, fit.plan, preprocess),
+        recordings=audio_runner(audio_of(artifact), session, fit.plan, preprocess),
     )
 
 

@@ -5,10 +5,11 @@ from dataclasses import replace
 from typing import Any
 
 from corewise.artifact.format import Artifact
+from corewise.engines import Session
 from corewise.pipeline import ImageRunner, image_pipeline, rows_of_call
-from corewise.pipeline.runner import Run
 from corewise.records.build import Plan
 from corewise.records.pipeline import ImagePipeline, PhotoPlan
+from corewise.runtime.instances import whole_calls
 from corewise.samples.images import ImageReader
 
 
@@ -24,20 +25,20 @@ def images_of(artifact: Artifact) -> ImagePipeline | None:
 
 
 def open_images(
-    artifact: Artifact, run: Run, plan: Plan, function: str | Callable[[Any], Any] | None
+    artifact: Artifact, session: Session, plan: Plan, function: str | Callable[[Any], Any] | None
 ) -> ImageRunner | None:
-    """What answers images by calls of ``run``.
+    """What answers images by calls of ``session``.
 
     ``None`` if the artifact was not made from images, or by a function of the user's that is not given: an artifact
     never causes an import. Raises ``SamplesError`` if there is no such function.
     """
     pipeline, photos = images_of(artifact), artifact.manifest.photos
-    return None if pipeline is None else image_runner(pipeline, run, plan, function, photos)
+    return None if pipeline is None else image_runner(pipeline, session, plan, function, photos)
 
 
 def image_runner(
     pipeline: ImagePipeline,
-    run: Run,
+    session: Session,
     plan: Plan,
     function: str | Callable[[Any], Any] | None = None,
     photos: PhotoPlan | None = None,
@@ -51,5 +52,11 @@ def image_runner(
     reader = None if function is None else ImageReader(pipeline.preprocess, function)
     decoders = photos.decoders if photos is not None and photos.plan == plan and reader is None else None
     return ImageRunner(
-        pipeline, run, instances=plan.instances, rows=rows_of_call(plan), reader=reader, decoders=decoders
+        pipeline,
+        session.run,
+        instances=plan.instances,
+        rows=rows_of_call(plan),
+        reader=reader,
+        decoders=decoders,
+        whole=whole_calls(session),
     )

@@ -5,10 +5,11 @@ from dataclasses import replace
 from typing import Any
 
 from corewise.artifact.format import Artifact
+from corewise.engines import Session
 from corewise.pipeline import AudioRunner, audio_pipeline, rows_of_call
-from corewise.pipeline.runner import Run
 from corewise.records.build import Plan
 from corewise.records.pipeline import AudioPipeline
+from corewise.runtime.instances import whole_calls
 from corewise.samples.audio import AudioReader
 
 
@@ -23,7 +24,7 @@ def audio_of(artifact: Artifact) -> AudioPipeline | None:
 
 
 def audio_runner(
-    pipeline: AudioPipeline | None, run: Run, plan: Plan, function: str | Callable[..., Any] | None = None
+    pipeline: AudioPipeline | None, session: Session, plan: Plan, function: str | Callable[..., Any] | None = None
 ) -> AudioRunner | None:
     """Runs recordings as ``plan`` runs batches; ``None`` without a pipeline, or if a function that is not given
     prepares them: an artifact never causes an import.
@@ -33,4 +34,11 @@ def audio_runner(
     if pipeline is None or (pipeline.preprocess.function is not None and function is None):
         return None
     reader = None if function is None else AudioReader(pipeline.preprocess, function)
-    return AudioRunner(pipeline, run, instances=plan.instances, rows=rows_of_call(plan), reader=reader)
+    return AudioRunner(
+        pipeline,
+        session.run,
+        instances=plan.instances,
+        rows=rows_of_call(plan),
+        reader=reader,
+        whole=whole_calls(session),
+    )

@@ -167,14 +167,17 @@ class MediaRunner(ABC):
     noun: ClassVar[str]
     pipeline: MediaPipeline
 
-    def __init__(self, run: Run, *, instances: int, rows: int, decoders: int) -> None:
-        """``run`` takes calls of ``rows`` items from ``instances`` threads; ``decoders`` threads make their inputs."""
+    def __init__(self, run: Run, *, instances: int, rows: int, decoders: int, whole: Run | None = None) -> None:
+        """``run`` takes calls of ``rows`` items from ``instances`` threads; ``decoders`` threads make their inputs.
+
+        ``whole`` takes calls that have others beside them: to divide those among instances that wait for photos would
+        only make them smaller, and an engine takes longer for each row of a small call.
+        """
         self._run = run
+        self._whole = whole or run
         self._instances = instances
         self._rows = rows
         self._decoders = decoders
-        self._ahead = instances + ceil(decoders / rows)
-        """Calls that are begun before their answers are asked for."""
         self.calls_ended = 0
         """Rises while the engine answers."""
 
@@ -200,14 +203,15 @@ class MediaRunner(ABC):
         if not isinstance(ask.top, int | np.integer) or ask.top < 1:
             raise InputError(f"top is {ask.top}", "give a whole number, 1 or more")
         ahead: deque[_Call] = deque()
+        most_ahead = self._instances + ceil(self._decoders / self._rows)
         decoders = ThreadPoolExecutor(self._decoders, "corewise-decode")
         callers = ThreadPoolExecutor(self._instances, "corewise-call")
         fetchers = ThreadPoolExecutor(FETCHERS, "corewise-fetch")
         try:
             rest = iter(items)
             while chunk := [_fetched(item, fetchers) for item in islice(rest, self._rows)]:
-                ahead.append(self._start(chunk, decoders, callers))
-                while len(ahead) > self._ahead:
+                ahead.append(self._start(chunk, self._whole if ahead else self._run, decoders, callers))
+                while len(ahead) > most_ahead:
                     yield from self._finish(ahead.popleft(), ask.top, thresholds)
             while ahead:
                 yield from self._finish(ahead.popleft(), ask.top, thresholds)
@@ -252,13 +256,15 @@ class MediaRunner(ABC):
                 raise InputError(f"{self.noun} {number} {answer.reason}", "replace or remove it")
             yield answer
 
-    def _start(self, items: Sequence[Any], decoders: ThreadPoolExecutor, callers: ThreadPoolExecutor) -> _Call:
+    def _start(
+        self, items: Sequence[Any], run: Run, decoders: ThreadPoolExecutor, callers: ThreadPoolExecutor
+    ) -> _Call:
         """Begin to decode items, and the call that waits for them."""
         decoded = [decoders.submit(self._decode, item) for item in items]
 
         def call() -> list[list[NDArray[Any]]]:
             inputs = [one.array for one in (future.result() for future in decoded) if not isinstance(one, Rejected)]
-            outputs = run_alike(self._run, inputs)
+            outputs = run_alike(run, inputs)
             self.calls_ended += 1
             return outputs
 
@@ -313,6 +319,7 @@ class ImageRunner(MediaRunner):
         rows: int,
         reader: Callable[[Any], NDArray[Any]] | None = None,
         decoders: int | None = None,
+        whole: Run | None = None,
     ) -> None:
         """Make a runner.
 
@@ -324,9 +331,10 @@ class ImageRunner(MediaRunner):
             reader: Makes the input of an image, in place of the pipeline's preprocessing.
             decoders: Threads that decode, sharing the cores with the instances. Default: one for each core, but only
                 one with a ``reader``, which need not stand more.
+            whole: As in ``MediaRunner``.
         """
         decoders = decoders or (len(os.sched_getaffinity(0)) if reader is None else 1)
-        super().__init__(run, instances=instances, rows=rows, decoders=decoders)
+        super().__init__(run, instances=instances, rows=rows, decoders=decoders, whole=whole)
         self.pipeline = pipeline
         self._read = reader or ImageReader(pipeline.preprocess)
         sizing = self._read if isinstance(self._read, ImageReader) else ImageReader(pipeline.preprocess)

@@ -41,10 +41,11 @@ class AudioRunner(MediaRunner):
         instances: int,
         rows: int,
         reader: Callable[[Any], Any] | None = None,
+        whole: Run | None = None,
     ) -> None:
         """As ``ImageRunner``; ``reader`` makes the input of a recording, in place of the pipeline's preprocessing."""
         decoders = len(os.sched_getaffinity(0)) if reader is None else 1
-        super().__init__(run, instances=instances, rows=rows, decoders=decoders)
+        super().__init__(run, instances=instances, rows=rows, decoders=decoders, whole=whole)
         self.pipeline = pipeline
         self._read = reader or AudioReader(pipeline.preprocess)
 

@@ -297,10 +297,17 @@ class Pool:
 
         Raises ``EngineError`` if it was closed, and in a process that was forked after it was opened.
         """
-        self._process.check()
         rows, idle = len(inputs[0]), max(1, self._free.qsize())
         # A call that is alone would otherwise leave all instances but one idle.
-        cuts = _micro_batches(rows, min(self._batch, ceil(rows / idle)))
+        return self._run(inputs, ceil(rows / idle))
+
+    def run_whole(self, inputs: Sequence[np.ndarray]) -> list[np.ndarray]:
+        """Run a batch as ``run``, but not divided among idle instances: for callers that have more calls for them."""
+        return self._run(inputs, len(inputs[0]))
+
+    def _run(self, inputs: Sequence[np.ndarray], most_rows: int) -> list[np.ndarray]:
+        self._process.check()
+        cuts = _micro_batches(len(inputs[0]), min(self._batch, most_rows))
         futures = [self._start([rows_of(array, *cut) for array in inputs]) for cut in cuts]
         wait(futures)
         parts = [future.result() for future in futures]
@@ -327,6 +334,11 @@ class Pool:
         future = self._instances.start(number, inputs)
         future.add_done_callback(lambda done: self._free.put(number))
         return future
+
+
+def whole_calls(session: Session) -> Callable[[Sequence[np.ndarray]], list[np.ndarray]]:
+    """What runs a call on one instance, whatever others do; ``run`` of sessions that divide none."""
+    return session.run_whole if isinstance(session, Pool) else session.run
 
 
 def closed() -> EngineError:

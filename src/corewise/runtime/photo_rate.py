@@ -10,6 +10,7 @@ from typing import Any
 from corewise.engines import Session
 from corewise.pipeline import ImageAsk, ImageRunner, rows_of_call
 from corewise.records.pipeline import ImagePipeline, PhotoPlan, PhotoRate
+from corewise.runtime.instances import whole_calls
 from corewise.samples.images import ImageReader
 
 
@@ -50,7 +51,13 @@ def measure_photos(
     plan, reader = photos.plan, _TimedReader(pipeline)
     rows = rows_of_call(plan)
     runner = ImageRunner(
-        pipeline, session.run, instances=plan.instances, rows=rows, reader=reader, decoders=photos.decoders
+        pipeline,
+        session.run,
+        instances=plan.instances,
+        rows=rows,
+        reader=reader,
+        decoders=photos.decoders,
+        whole=whole_calls(session),
     )
     answers = runner.answers(cycle(files), ImageAsk(top=1))
     for _ in islice(answers, 2 * rows * plan.instances):

@@ -92,8 +92,8 @@ class Result:
             ranges=self._ranges,
             seen_ranges=self._seen_ranges,
             texts=None if encoder is None else text_runner(encoder, session.run, choice.plan, cost),
-            images=None if images is None else image_runner(images, session.run, choice.plan, photos=self.photos),
-            recordings=audio_runner(self._recordings, session.run, choice.plan),
+            images=None if images is None else image_runner(images, session, choice.plan, photos=self.photos),
+            recordings=audio_runner(self._recordings, session, choice.plan),
         )
 
     def save(

@@ -156,13 +156,13 @@ def test_an_artifact_is_never_written_over_another(made):
     assert (made / MANIFEST).read_bytes() == before
 
 
-@pytest.mark.parametrize("make", [Path.mkdir, Path.touch, lambda path: path.symlink_to("nowhere")])
-def test_a_report_that_names_files_whose_names_are_not_utf_8_is_written(tmp_path, make, monkeypatch):
+def test_a_report_that_names_files_whose_names_are_not_utf_8_is_written(tmp_path, monkeypatch):
     monkeypatch.setitem(globals(), "REPORT_TEXT", "1 of 40 images was set aside: a\udcff.jpg is empty\n")
-    folder = make(tmp_path / "m.cw")
+    folder = write(tmp_path / "m.cw")
     assert "aside: a?.jpg is empty" in (folder / artifact.REPORT_TEXT).read_text(encoding="utf-8")
 
 
+@pytest.mark.parametrize("make", [Path.mkdir, Path.touch, lambda path: path.symlink_to("nowhere")])
 def test_an_output_that_exists_is_told(tmp_path, make):
     make(tmp_path / "m.cw")
     with pytest.raises(OutputError, match="exists already"):

@@ -3,6 +3,7 @@
 import io
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -128,8 +129,9 @@ def test_recordings_of_a_users_function_need_that_function() -> None:
     def run(arrays: list[np.ndarray]) -> list[np.ndarray]:
         return [arrays[0].sum((1, 2))[:, None]]
 
-    assert audio_runner(None, run, plan) is None
-    assert audio_runner(pipeline, run, plan) is None
-    opened = audio_runner(pipeline, run, plan, lambda frames, rate_hz: frames[None, :rate_hz] ** 2)
+    session: Any = SimpleNamespace(run=run)
+    assert audio_runner(None, session, plan) is None
+    assert audio_runner(pipeline, session, plan) is None
+    opened = audio_runner(pipeline, session, plan, lambda frames, rate_hz: frames[None, :rate_hz] ** 2)
     assert opened is not None
     np.testing.assert_allclose(opened.predict([(constant(0.5, 1600), 2 * RATE)]), [[100]], rtol=0.01)

@@ -276,7 +276,7 @@ def test_texts_that_would_be_tokenized_too_late_for_their_call_are_refused_and_c
 def test_recordings_count_together_and_long_ones_do_not_hold_up_what_is_parsed(size_bytes, pool, monkeypatch):
     threads = []
 
-    def work(body, served, limits):
+    def work(body, name, served, limits):
         threads.append(threading.current_thread().name.partition("_")[0])
         return Work(limits.samples // 2, 1, 1)
 

@@ -25,8 +25,8 @@ from corewise.records.report import Preprocess
 from corewise.samples.images import ImageReader
 
 FOLDER = Path(tempfile.gettempdir()) / "corewise-wheels"
-SMALLEST_FACE, STEP = 20, 0.709
-"""Pixels of the smallest face, and how much smaller each photo of a pyramid is: facenet-pytorch's defaults."""
+SMALLEST_FACE, STEP = 40, 0.709
+"""Pixels of the smallest face, and how much smaller each photo of a pyramid is: facenet-pytorch's own step."""
 TINY_CREPE = ((1, 128), (128, 16), (16, 16), (16, 16), (16, 32), (32, 64))
 
 

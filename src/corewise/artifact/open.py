@@ -24,7 +24,7 @@ from corewise.records.cpu import Cpu
 from corewise.records.measurement import Rates
 from corewise.runtime.client import Worker
 from corewise.runtime.elastic import open_elastic
-from corewise.runtime.instances import open_plan
+from corewise.runtime.instances import open_plan, whole_calls
 from corewise.runtime.race import Contender, run_race
 from corewise.runtime.workspace import Workspace
 from corewise.samples import Samples
@@ -115,7 +115,7 @@ def _opened(
         output_structure=artifact.output_structure,
         ranges=input_ranges(artifact),
         check_finite=check_finite,
-        texts=open_texts(artifact, session.run, fit.plan),
+        texts=open_texts(artifact, whole_calls(session), fit.plan),
         seen_ranges=artifact.manifest.seen_ranges,
         images=open_images(artifact, session, fit.plan, preprocess),
         recordings=audio_runner(audio_of(artifact), session, fit.plan, preprocess),

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from corewise.artifact.checks import input_ranges
 from corewise.artifact.format import REBUILD, TOKENIZER, Artifact, Manifest
 from corewise.common.errors import ArtifactError, InputError
-from corewise.pipeline import CallCost, CallLimits, TextEncoder, TextRunner, infer
+from corewise.pipeline import CallCost, CallLimits, CostTable, TextEncoder, TextRunner, infer
 from corewise.pipeline.calls import by_tokens
 from corewise.pipeline.runner import Run
 from corewise.records.build import Plan
@@ -74,10 +74,12 @@ def call_cost(manifest: Manifest, plan: Plan) -> CallCost:
 
 
 def text_runner(encoder: TextEncoder, run: Run, plan: Plan, cost: CallCost = by_tokens) -> TextRunner:
-    """Runs texts as ``plan`` runs batches, in the calls that ``cost`` finds cheapest."""
-    return TextRunner(encoder, run, instances=plan.instances, limits=call_limits(plan), cost=cost)
+    """Runs texts as ``plan`` runs batches, in the calls that ``cost`` finds cheapest; ``run`` makes one of them."""
+    return TextRunner(encoder, run, instances=plan.instances, limits=call_limits(plan, cost), cost=cost)
 
 
-def call_limits(plan: Plan) -> CallLimits:
-    """The most that one call of texts may have: the plan's rows."""
+def call_limits(plan: Plan, cost: CallCost) -> CallLimits:
+    """The most that one call of texts may have: the rows that were measured, else the plan's."""
+    if isinstance(cost, CostTable):
+        return CallLimits.of_few_sizes(cost.rows[-1])
     return CallLimits.of_few_sizes(plan.batch if plan.batch > 1 or plan.instances > 1 else ROWS_ALONE)

@@ -268,6 +268,14 @@ class Alone:
                 return self._session.run(inputs)
             return run_cut(self._session.run, inputs, _micro_batches(len(inputs[0]), self._batch))
 
+    def run_whole(self, inputs: Sequence[np.ndarray]) -> list[np.ndarray]:
+        """Run a batch as ``run``, but as one call however many rows it has: for callers that fill calls themselves."""
+        self._process.check()
+        with self._lock, flushing():
+            if self._closed:
+                raise closed()
+            return self._session.run(inputs)
+
     def close(self) -> None:
         """Close it when the call that runs has ended; in a forked child, leave it to the parent."""
         if self._process.is_other:
@@ -297,21 +305,19 @@ class Pool:
 
         Raises ``EngineError`` if it was closed, and in a process that was forked after it was opened.
         """
+        self._process.check()
         rows, idle = len(inputs[0]), max(1, self._free.qsize())
         # A call that is alone would otherwise leave all instances but one idle.
-        return self._run(inputs, ceil(rows / idle))
-
-    def run_whole(self, inputs: Sequence[np.ndarray]) -> list[np.ndarray]:
-        """Run a batch as ``run``, but not divided among idle instances: for callers that have more calls for them."""
-        return self._run(inputs, len(inputs[0]))
-
-    def _run(self, inputs: Sequence[np.ndarray], most_rows: int) -> list[np.ndarray]:
-        self._process.check()
-        cuts = _micro_batches(len(inputs[0]), min(self._batch, most_rows))
+        cuts = _micro_batches(rows, min(self._batch, ceil(rows / idle)))
         futures = [self._start([rows_of(array, *cut) for array in inputs]) for cut in cuts]
         wait(futures)
         parts = [future.result() for future in futures]
         return parts[0] if len(parts) == 1 else [np.concatenate(outputs) for outputs in zip(*parts, strict=True)]
+
+    def run_whole(self, inputs: Sequence[np.ndarray]) -> list[np.ndarray]:
+        """Run a batch as ``run``, but as one call: for callers that fill calls themselves, and have more for others."""
+        self._process.check()
+        return self._start([np.ascontiguousarray(array) for array in inputs]).result()
 
     def close(self) -> None:
         """Close all instances when the calls that run have ended; in a forked child, leave them to the parent."""
@@ -337,8 +343,8 @@ class Pool:
 
 
 def whole_calls(session: Session) -> Callable[[Sequence[np.ndarray]], list[np.ndarray]]:
-    """What runs a call on one instance, whatever others do; ``run`` of sessions that divide none."""
-    return session.run_whole if isinstance(session, Pool) else session.run
+    """What runs a batch as one call on one instance; ``run`` of a session that has its own ways to divide it."""
+    return session.run_whole if isinstance(session, Pool | Alone) else session.run
 
 
 def closed() -> EngineError:

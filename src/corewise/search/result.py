@@ -25,7 +25,7 @@ from corewise.records.report import Report
 from corewise.report import words
 from corewise.runtime.client import read_outputs
 from corewise.runtime.elastic import open_elastic
-from corewise.runtime.instances import open_plan
+from corewise.runtime.instances import open_plan, whole_calls
 from corewise.runtime.workspace import Workspace
 from corewise.samples import Samples
 from corewise.search.task import fitting_class_names
@@ -92,7 +92,7 @@ class Result:
             output_structure=self.output_structure,
             ranges=self._ranges,
             seen_ranges=self._seen_ranges,
-            texts=None if encoder is None else text_runner(encoder, session.run, choice.plan, cost),
+            texts=None if encoder is None else text_runner(encoder, whole_calls(session), choice.plan, cost),
             images=None if images is None else image_runner(images, session, choice.plan, photos=self.photos),
             recordings=audio_runner(self._recordings, session, choice.plan),
             files=self.workspace,

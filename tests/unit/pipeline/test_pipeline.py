@@ -155,11 +155,15 @@ def test_a_cost_table_meets_its_points_and_grows_beyond_them() -> None:
 def test_calls_that_are_timed_have_the_samples_lengths_and_the_cheapest_comes_first() -> None:
     points = cost_points([3, 5, 9, 30, 700], CallLimits(rows=12, tokens=1024), multiple=4)
     assert points[0] == (1, 4)
-    assert {tokens for _, tokens in points} == {4, 12, 700}
+    # Every length below a block; whole blocks up to the longest; and incomplete ones beside the median.
+    assert {tokens for _, tokens in points} == {4, 8, 12, 16, 20, 24, 28, 32, 704}
     assert {rows for rows, _ in points} == {1, 2, 4, 8, 12}
-    assert [point for point in points if point[1] == 700] == [(1, 700)]
+    assert {rows for rows, tokens in points if tokens in (20, 24, 28)} == {12}
+    assert [point for point in points if point[1] == 704] == [(1, 704)]
     sizes = [rows * tokens for rows, tokens in points]
     assert sizes == sorted(sizes)
+    alike = cost_points([190] * 8, CallLimits(rows=4), multiple=4)
+    assert alike == ((1, 192), (2, 192), (4, 192))
 
 
 def test_what_was_not_timed_costs_in_proportion() -> None:
@@ -171,6 +175,33 @@ def test_what_was_not_timed_costs_in_proportion() -> None:
     assert cost_table({(1, 4): 1.0}).ms == ((1.0,),)
     disturbed = cost_table({(1, 4): 9.0, (2, 4): 1.5, (1, 8): 1.8, (2, 8): 3.0})
     assert disturbed.ms == ((1.5, 1.8), (1.5, 3.0))
+
+
+PROBED = {(1, 16): 16.0, (2, 16): 32.0, (2, 20): 42.0, (2, 24): 48.0, (2, 28): 77.0, (1, 32): 32.0, (2, 32): 64.0}
+"""Calls whose last block of 16 tokens costs 1.05 times as much with 4 and 1.375 times as much with 12."""
+
+
+def test_texts_are_padded_to_whole_blocks_where_those_take_less_time() -> None:
+    table = cost_table(PROBED)
+    assert table.incomplete == (1.05, 1.0, 1.375)
+    assert from_json(CostTable, to_json(table)) == table
+    costs = {tokens: float(table(np.array([1]), tokens)[0]) for tokens in (12, 16, 28, 30, 32, 48, 60)}
+    assert costs == pytest.approx({12: 16, 16: 16, 28: 38.5, 30: 41.25, 32: 32, 48: 48, 60: 82.5})
+
+    def padded(cost: Any, tokens: int, **more: Any) -> int:
+        (call,) = fill([tokens], limits=CallLimits(rows=8), cost=cost, multiple=4, **more)
+        return call.tokens
+
+    assert [padded(table, tokens) for tokens in (3, 15, 16, 18, 22, 27, 43, 45)] == [4, 16, 16, 20, 24, 32, 48, 48]
+    assert padded(by_tokens, 27) == 28
+    assert padded(table, 27, pads=False) == 27
+
+
+@pytest.mark.parametrize("missing", [(2, 32), (2, 16)])
+def test_without_whole_blocks_beside_them_calls_say_nothing_of_incomplete_ones(missing: tuple[int, int]) -> None:
+    table = cost_table({point: ms for point, ms in PROBED.items() if point != missing})
+    assert table.incomplete == ()
+    assert table(np.array([1]), 28)[0] == pytest.approx(28)
 
 
 # Texts to answers

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from corewise.common.errors import EngineError
 from corewise.pipeline import ImageRunner
 from corewise.records.build import Build, Plan
 from corewise.records.pipeline import ImagePipeline
@@ -58,13 +59,19 @@ def test_a_pool_keeps_a_call_whole_where_it_is_asked_to() -> None:
             assert engine.rows == rows
         engine.rows.clear()
         assert len(pool.run_whole([np.zeros((10, 3), np.float32)])[0]) == 10
-        assert sorted(engine.rows) == [2, 4, 4]  # never more than the plan's batch
+        assert engine.rows == [10]  # also if it is more than the plan's batch
 
 
-def test_one_instance_divides_no_call() -> None:
+def test_one_instance_keeps_a_call_whole_where_it_is_asked_to() -> None:
     engine: Any = Counting()
-    with closing(Alone(engine, Path(), BUILD, Plan(threads_per_instance=2, batch=1))) as session:
-        assert whole_calls(session) == session.run
+    inputs = [np.arange(15, dtype=np.float32).reshape(5, 3)]
+    with closing(Alone(engine, Path(), BUILD, Plan(threads_per_instance=2, batch=2))) as session:
+        for run, rows in ((session.run, [2, 2, 1]), (session.run_whole, [5]), (whole_calls(session), [5])):
+            engine.rows.clear()
+            np.testing.assert_array_equal(run(inputs)[0], inputs[0])
+            assert engine.rows == rows
+    with pytest.raises(EngineError, match="closed"):
+        session.run_whole(inputs)
 
 
 def test_instances_are_busy_at_the_same_time_with_whole_calls() -> None:

@@ -180,7 +180,7 @@ def test_the_open_inference_protocol_takes_recordings(server: Server, tmp_path: 
     refused = server.post("/v2/models/tones/infer", json={"inputs": [body]})
     assert (refused.status_code, refused.json()["error"]) == (
         400,
-        "the recordings have several lengths, which the model keeps; send one per request",
+        "the recordings differ in length, and the model does not cut or pad them; send one per request",
     )
 
 

@@ -143,7 +143,7 @@ def impatient(monkeypatch):
 def test_a_hanging_engine_is_ended(context):
     found = run_trial(misbehaving("Hang"), context)
     assert found.state == "failed"
-    assert said(found.reason) == "hung while building: no answer in 3 s, so it was ended"
+    assert said(found.reason) == "hung while building: no answer in 3 s, so it was killed"
 
 
 @pytest.fixture

@@ -111,7 +111,7 @@ def _of_another_size(array: np.ndarray, name: str, axis: int, allowed: str) -> I
     """For a size with which the model would take another branch than the one that was exported."""
     return InputError(
         f"input {name!r} has size {array.shape[axis]} in dimension {axis}",
-        f"give {allowed}: for other sizes the model computes otherwise, which no sample has shown",
+        f"give {allowed}: for other sizes the model takes a branch that no sample has taken",
     )
 
 

@@ -265,7 +265,7 @@ def golden_pixels(artifact: Artifact) -> list[np.ndarray]:
     (inputs,), _ = artifact.golden()
     pixels = restore_pixels(inputs, preprocess)
     if pixels is None:
-        raise ArtifactError(f"the golden inputs of {artifact.folder} are no images", REBUILD)
+        raise ArtifactError(f"the golden inputs of {artifact.folder} are not images", REBUILD)
     return [pixels]
 
 

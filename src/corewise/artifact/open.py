@@ -70,8 +70,8 @@ def load(
     Raises:
         ArtifactError: it is truncated, altered, foreign or does not fit this CPU.
         EngineError: its engine is not installed or cannot run such a plan.
-        InputError: the numbers are not a plan. A call raises it too, if integers index outside of the model's tables
-            (token ids, positions), as far as the artifact says how large they are.
+        InputError: a number of the plan is not 1 or more, or too large. A call also raises it if its inputs do not
+            fit the model: their shapes or dtypes, or token ids and positions outside of the model's tables.
 
     Example:
         >>> import numpy as np, corewise
@@ -172,7 +172,7 @@ def verify(folder: str | Path, *, model: Any = None) -> Verification:
 
 @dataclass(frozen=True, kw_only=True)
 class Bench:
-    """An alternating run of an artifact against another way to run its model."""
+    """A race of an artifact against another way to run its model."""
 
     rates: tuple[Rates, Rates]
     ratio: Ratio

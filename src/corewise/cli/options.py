@@ -286,7 +286,7 @@ class ImageOptions:
             "--preprocess",
             panel="Images",
             metavar="FILE.py:FUNCTION",
-            help="A function that makes an array of a PIL image, used instead of the six options above. For "
+            help="A function that makes an array from a PIL image, used instead of the six options above. For "
             "recordings, it gets the frames and their rate.",
         ),
     ] = None

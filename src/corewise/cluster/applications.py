@@ -161,7 +161,7 @@ def deployment(
         name: the model's name in requests. Default: the folder's name without ``.cw``.
         replicas: number of replicas; or the least and the most of them, between which the number follows the queue.
         cpus: hardware threads of each replica. Default: as many as the artifact's plan has.
-        queue_s: further replicas are started if requests wait longer than these seconds in the queue on average.
+        queue_s: start more replicas if requests wait longer than this in the queue on average, in seconds.
         retune_s: seconds to search for a plan on each kind of machine for which the artifact has none; 0 skips the
             search.
         timeout_s: time limit, in seconds, of requests that set none themselves.

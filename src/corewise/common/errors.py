@@ -30,7 +30,7 @@ class CorewiseError(Exception):
 
 
 class InputError(CorewiseError):
-    """What the user handed over is wrong."""
+    """An argument, an option or a file is wrong."""
 
 
 class SourceError(InputError):

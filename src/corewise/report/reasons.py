@@ -116,7 +116,7 @@ def _last_words(details: Details) -> str:
 
 
 def _hung(details: Details) -> str:
-    return f"hung while {_while(details)}: no answer in {details['timeout_s']:.0f} s, so it was ended"
+    return f"hung while {_while(details)}: no answer in {details['timeout_s']:.0f} s, so it was killed"
 
 
 def _killed(details: Details) -> str:
@@ -353,8 +353,8 @@ _SENTENCES: dict[ReasonKind, Callable[[Details], str]] = {
     K.FIXED_BATCH: lambda details: f"calls have exactly {numbers.counted(details['rows'], 'row')}: {details['why']}",
     K.KEEPS_STATE: _keeps_state,
     K.BASELINE_DIFFERS: lambda details: (
-        f"the baseline answers {numbers.counted(details['samples'], 'sample')} otherwise than the model itself, "
-        f"{details['decibels']:.0f} dB apart: either rounding decides, as among scores that are nearly equal, or the "
+        f"for {numbers.counted(details['samples'], 'sample')} the baseline's answers agree with the model's own only "
+        f"to {details['decibels']:.0f} dB: either rounding decides, as among scores that are nearly equal, or the "
         "exported program is wrong; compare the artifact's answers with the model's"
     ),
     K.SCALED_DECODING: lambda details: _decoding(details, "so the artifact decodes photos this way"),

@@ -32,7 +32,7 @@ _NOTHING = ""
 _IN_HEADLINE = {
     ReasonKind.NEAR_CHANCE: "fp32 itself is near chance: check the labels and the preprocessing",
     ReasonKind.MIXES_BATCH: "the model mixes the rows of a batch, so each row runs in a call of its own",
-    ReasonKind.BASELINE_DIFFERS: "the baseline answers otherwise than the model itself",
+    ReasonKind.BASELINE_DIFFERS: "the baseline's answers differ from the model's own",
 }
 _OF_MODEL = (
     ReasonKind.ONLY_EAGER,

@@ -123,7 +123,7 @@ def check_reference(reference: str) -> None:
             raise SamplesError(f"there is no file {reference}", "check the path")
     elif ":" not in reference:
         if path.is_file() and path.suffix.lower() in PACKED:
-            raise SamplesError(f"{reference} is packed", "unpack it")
+            raise SamplesError(f"{reference} is compressed", "unpack it")
         raise SamplesError(
             f"{reference} is not a file of samples" if path.is_file() else f"there are no samples at {reference}",
             f"give a folder of images or recordings, a file ({', '.join(FILE_SUFFIXES)}), or file.py:function",

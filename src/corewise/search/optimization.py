@@ -86,7 +86,7 @@ def optimize(
         objective: "throughput" (items/s), "latency" (of single items), "slo" (the most requests/s with 99 % of them
             answered within ``slo_ms``), or a goal object such as ``Slo(p99_ms=50)``.
         slo_ms: for "slo", milliseconds.
-        memory_limit_bytes: most memory for the process that runs the winner. Default: no limit.
+        memory_limit_bytes: the most memory that the process that runs the winner may use. Default: no limit.
         strict: require the upper end of the drop's 95 % confidence interval to be within ``max_drop``.
         robust: also require that int8 is accurate on samples unlike those that calibrated it. Default: for texts and
             embeddings, but a build may then win with a warning if there was no time to judge it.

@@ -80,9 +80,11 @@ def batch(bodies: Sequence[bytes], served: Served) -> Batch:
             arrays.append(image_array(opened, preprocess))
             sizes.append(opened.info[SIZE_KEY])
     if served.photos is not None and not all(served.photos.takes(array.shape) for array in arrays):
-        raise ProtocolError(f"the model takes photos that become {served.photos.shape}", "send one of that shape", 415)
+        raise ProtocolError(
+            f"the model takes photos of shape {served.photos.shape} when prepared", "send one of that shape", 415
+        )
     if len({array.shape for array in arrays}) > 1:
-        raise ProtocolError("the images have several shapes, which the model keeps", "send one image per request")
+        raise ProtocolError("the images differ in shape when prepared", "send one image per request")
     return Batch(np.stack(arrays), tuple(sizes))
 
 

@@ -247,7 +247,7 @@ def priority(value: Any) -> int:
     if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value <= PRIORITY_LEVELS:
         raise ProtocolError(
             f"the parameter priority is not a whole number from 0 to {PRIORITY_LEVELS}",
-            f"give 1 to what is most urgent; 0 is the default, as {DEFAULT_LEVEL} is",
+            f"give 1 for the most urgent to {PRIORITY_LEVELS} for the least; 0 stands for {DEFAULT_LEVEL}",
         )
     return DEFAULT_LEVEL - value if value else 0
 

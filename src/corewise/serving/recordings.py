@@ -52,7 +52,9 @@ def batch(bodies: Sequence[bytes], served: Served) -> Batch:
             what = f"{name} becomes an input of shape {array.shape}, the model takes {served.audio.shape}"
             raise ProtocolError(what, "send one of that length", 415)
     if len({array.shape for array in arrays}) > 1:
-        raise ProtocolError("the recordings have several lengths, which the model keeps", "send one per request")
+        raise ProtocolError(
+            "the recordings differ in length, and the model does not cut or pad them", "send one per request"
+        )
     return Batch(np.stack(arrays), ((0, 0),) * len(arrays))
 
 

@@ -86,7 +86,7 @@ class _Process:
             answer = line.receive()
         except TimeoutError:
             self.kill()
-            raise InstanceDied(f"a call took more than {HUNG_S:g} s, so its process was ended") from None
+            raise InstanceDied(f"a call took more than {HUNG_S:g} s, so its process was killed") from None
         except (OSError, ValueError):  # closed, by the other side or by ours
             answer = None
         if answer is None:
@@ -108,7 +108,7 @@ class _Process:
             if _is_stopped(pid):
                 self.kill()
                 self.process.wait()
-                return f"was stopped for {STOPPED_S:g} s, so it was ended"
+                return f"was stopped for {STOPPED_S:g} s, so it was killed"
         self.process.wait()
         return _epitaph(self.process)
 

@@ -119,9 +119,7 @@ class TextInput:
         """The tokens of each text, with or without special ones. Raises ``ProtocolError``."""
         for k, item in enumerate(items):
             if not item or len(item) > self._most_characters:
-                raise ProtocolError(
-                    f"text {k} has {len(item)} characters, and is read from 1 to {self._most_characters}"
-                )
+                raise ProtocolError(f"text {k} has {len(item)} characters", f"send from 1 to {self._most_characters}")
         try:
             return [self.encoder.pieces(item, special=special, prompt=prompt) for item in items]
         except InputError as error:
@@ -133,7 +131,7 @@ class TextInput:
 
     def _given(self, ids: Sequence[int], number: int) -> Tokens:
         if self.pipeline.pairs:
-            raise ProtocolError("the model takes pairs of texts, which token ids cannot say", "send texts")
+            raise ProtocolError("the model takes pairs, and token ids do not say where the second begins", "send texts")
         if len(ids) > self.pipeline.max_length:
             raise ProtocolError(
                 f"row {number} has {len(ids)} tokens, the model takes {self.pipeline.max_length}", "send it in parts"

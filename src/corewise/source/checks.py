@@ -104,7 +104,7 @@ def _check_weight(name: str, tensor: Tensor, *, is_parameter: bool) -> None:
         raise SourceError(f"{name} is quantized already ({tensor.dtype})", "give the model in float32")
     if is_traceable_wrapper_subclass(tensor):  # as torchao's quantize_ leaves them
         raise SourceError(
-            f"{name} is {with_article(type(tensor).__name__)} and no plain tensor",
+            f"{name} is {with_article(type(tensor).__name__)}, not a plain tensor",
             "give the model in float32, before it is quantized or sharded",
         )
     if tensor.is_floating_point() and tensor.dtype not in (torch.float32, torch.float64):

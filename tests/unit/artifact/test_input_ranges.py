@@ -118,8 +118,8 @@ class Branching(nn.Module):
 @pytest.mark.parametrize(
     ("is_usual", "right", "wrong", "told"),
     [
-        (lambda size: size > 50, 51, 50, "give at least 51: for other sizes the model computes otherwise"),
-        (lambda size: size % 8 == 0, 24, 20, "give a multiple of 8: for other sizes the model computes otherwise"),
+        (lambda size: size > 50, 51, 50, "give at least 51: for other sizes the model takes a branch"),
+        (lambda size: size % 8 == 0, 24, 20, "give a multiple of 8: for other sizes the model takes a branch"),
         (lambda size: size <= 80, 80, 81, "give at most 80"),
     ],
 )

@@ -727,12 +727,12 @@ def test_the_server_takes_photos_of_one_shape_together_where_they_keep_it() -> N
     made = serving_images.batch([wide, wide], served)
     assert made.array.shape == (2, 3, 24, 32)
     assert made.sizes == ((80, 60), (80, 60))
-    with pytest.raises(ProtocolError, match="the images have several shapes, which the model keeps; send one image"):
+    with pytest.raises(ProtocolError, match="the images differ in shape when prepared; send one image per request"):
         serving_images.batch([wide, high], served)
     served.photos = ImagePipeline(task="boxes", preprocess=how, shape=(3, 24, None))
     assert serving_images.batch([wide], served).array.shape == (1, 3, 24, 32)
     assert replace(served.photos, preprocess=replace(how, dtype="uint8")).takes((24, 32, 3))
-    with pytest.raises(ProtocolError, match=r"the model takes photos that become \(3, 24, None\); send one of that sh"):
+    with pytest.raises(ProtocolError, match=r"takes photos of shape \(3, 24, None\) when prepared; send one of that"):
         serving_images.batch([high], served)
 
 

@@ -242,7 +242,7 @@ def test_an_answer_is_json_or_json_and_bytes():
         (request(tensor(data=[1, 2, 3]), parameters={"timeout": 10**400}), "timeout is not a number"),
         (request(tensor(data=[1, 2, 3]), parameters={"priority": 1.5}), "priority is not a whole number"),
         (request(tensor(data=[1, 2, 3]), parameters={"priority": 10**30}), "priority is not a whole number"),
-        (request(tensor(data=[1, 2, 3]), parameters={"priority": -1}), "from 0 to 100; give 1 to what is most urgent"),
+        (request(tensor(data=[1, 2, 3]), parameters={"priority": -1}), "from 0 to 100; give 1 for the most urgent"),
         (request(tensor(data=[1, 2, 3]), parameters={"binary_data_output": 1}), "binary_data_output is not a bool"),
         (request(tensor(data=[1, 2, 3]), outputs=[{"name": "z"}]), "there is no output 'z'; the model has scores"),
         (request(tensor(data=[1, 2, 3]), outputs=[{"name": "scores"}] * 2), "is asked for twice"),

@@ -101,7 +101,7 @@ def dynamic_int8() -> nn.Module:
         (Net, r"the model is the class Net; give an instance: Net\(...\)"),
         (rows, "the model is a function; give a torch.nn.Module"),
         (special("float8"), "special is torch.float8_e4m3fn; call model.float"),
-        (special("subclass"), "special is a TwoTensor and no plain tensor; give the model in float32"),
+        (special("subclass"), "special is a TwoTensor, not a plain tensor; give the model in float32"),
         (BesideAnArray(), "the model's scale is a ndarray, which is not a tensor"),
     ],
 )
@@ -220,7 +220,7 @@ def task(model: nn.Module) -> Task:
     )
 
 
-def test_a_baseline_that_answers_otherwise_than_the_model_is_told() -> None:
+def test_a_baseline_whose_answers_differ_from_the_models_is_told() -> None:
     from corewise.accuracy.outputs import Outputs
 
     given = task(Net())
@@ -230,6 +230,6 @@ def test_a_baseline_that_answers_otherwise_than_the_model_is_told() -> None:
     doubt = given.baseline_doubt(Outputs((answers + 1,)))
     assert doubt is not None
     assert doubt.kind == ReasonKind.BASELINE_DIFFERS
-    assert "the baseline answers 4 samples otherwise than the model itself, " in sentence(doubt)
+    assert "for 4 samples the baseline's answers agree with the model's own only to " in sentence(doubt)
     numbers, outputs = own_answers(given.exported, given.holdout)
     np.testing.assert_allclose(outputs[0], answers[numbers])

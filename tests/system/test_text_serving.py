@@ -204,6 +204,8 @@ def test_hugging_faces_client_embeds_and_classifies(server):
     expected = np.exp(scores) / np.exp(scores).sum()
     assert [each.label for each in best] == [CLASSES[k] for k in np.argsort(-expected)[:2]]
     assert [each.score for each in best] == pytest.approx(np.sort(expected)[::-1][:2].tolist(), abs=1e-4)
+    plain = ask("predict").text_classification("w1 w2", function_to_apply="none")
+    assert [each.score for each in plain] == pytest.approx(np.sort(scores)[::-1].tolist(), abs=1e-4)
 
 
 def test_text_embeddings_inferences_paths(server):

@@ -1,6 +1,7 @@
 """Answers in files: the parts of a job, each written whole or not at all, and the file that they make together."""
 
 import json
+import math
 import os
 from abc import abstractmethod
 from collections.abc import Sequence
@@ -84,6 +85,23 @@ def _record(row: AnswerRow, field: str) -> dict[str, Any]:
     return {**where, **(answer if field == "answer" else {field: answer})}
 
 
+def _json(record: dict[str, Any]) -> str:
+    """A record as JSON, which has no NaN and no infinity: they become null, as the server writes them."""
+    try:
+        return json.dumps(record, ensure_ascii=False, allow_nan=False)
+    except ValueError:
+        return json.dumps(_finite(record), ensure_ascii=False, allow_nan=False)
+
+
+def _finite(value: Any) -> Any:
+    """JSON data with ``None`` for each number that is none."""
+    if isinstance(value, dict):
+        return {key: _finite(part) for key, part in value.items()}
+    if isinstance(value, list):
+        return [_finite(part) for part in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
 class _JsonLines:
     def __init__(self, field: str) -> None:
         self._field = field
@@ -91,7 +109,7 @@ class _JsonLines:
     def write(self, path: Path, rows: Sequence[AnswerRow], first: int, count: int) -> None:
         with path.open("w", encoding="utf-8") as file:
             for row in rows:
-                file.write(json.dumps(_record(row, self._field), ensure_ascii=False) + "\n")
+                file.write(_json(_record(row, self._field)) + "\n")
 
     def join(self, parts: Sequence[Path], path: Path) -> None:
         join_lines(parts, path)
@@ -132,7 +150,9 @@ class _Parquet:
         schema = parquet.read_schema(filled[0])
         with parquet.ParquetWriter(path, schema, use_dictionary=_repeating(schema)) as whole:
             for part in filled:
-                whole.write_table(parquet.read_table(part).cast(schema))
+                # read_table of older versions takes a folder named lang=en for a column.
+                with parquet.ParquetFile(part) as file:
+                    whole.write_table(file.read().cast(schema))
 
 
 def _repeating(schema: Any) -> list[str] | bool:

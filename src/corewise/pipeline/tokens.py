@@ -1,6 +1,6 @@
 """Texts to token arrays, with the tokenizer of an artifact."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from corewise.common.errors import ArtifactError, InputError, MissingExtra
 from corewise.common.references import guard
 from corewise.records.pipeline import TextPipeline, TokenRole
-from corewise.samples.texts import Text, text_problem
+from corewise.samples.texts import Text, count_characters, text_problem
 
 CHARACTERS_PER_TOKEN = 128
 """Characters of a text that are read for each token that the model takes: more than any language needs, so that a text
@@ -134,9 +134,10 @@ class TextEncoder:
         prefix = self._prefix(prompt)
         side = self.pipeline.truncation if truncate is True else truncate or None
         tokenizer = self._untruncated if side is None else self._truncating[side]
-        texts = [self._cut(item, prefix, side) for item in items] if side or prefix else list(items)
-        if self.pipeline.task == "tokens":
-            encoded = tokenizer.encode_batch(texts)
+        of_tokens = self.pipeline.task == "tokens"
+        encode = tokenizer.encode_batch if of_tokens else tokenizer.encode_batch_fast
+        texts, encoded = self._read(encode, items, prefix, side)
+        if of_tokens:
             # Of a very long text that is cut at its left, only the end was read.
             is_end = side == "left" and not prefix
             made = [
@@ -149,7 +150,6 @@ class TextEncoder:
                 for one, item, text in zip(encoded, items, texts, strict=True)
             ]
         else:
-            encoded = tokenizer.encode_batch_fast(texts)
             made = [Tokens(np.array(one.ids, np.int32), np.array(one.type_ids, np.int32)) for one in encoded]
         most = self.pipeline.max_length
         for number, tokens in enumerate(made, first):
@@ -162,8 +162,9 @@ class TextEncoder:
 
     def is_cut(self, item: Text) -> bool:
         """Whether an item has more tokens than the model takes."""
-        whole = self._cut(item, self._prefix(None), self.pipeline.truncation)
-        return len(self._untruncated.encode_batch_fast([whole])[0].ids) > self.pipeline.max_length
+        encode = self._untruncated.encode_batch_fast
+        _, (found,) = self._read(encode, [item], self._prefix(None), self.pipeline.truncation)
+        return len(found) > self.pipeline.max_length
 
     def pieces(self, text: str, *, special: bool = True, prompt: str | None = None) -> list[TokenPiece]:
         """The tokens of one text of any length, with or without special ones. Raises ``InputError`` as ``encode``."""
@@ -203,6 +204,27 @@ class TextEncoder:
             known = ", ".join(self.pipeline.prompts) or "none"
             raise InputError(f"the model has no prompt {name!r:.80}", f"its prompts are: {known}")
         return self.pipeline.prompts[name]
+
+    def _read(
+        self, encode: Callable[[Sequence[Text]], list[Any]], items: Sequence[Text], prefix: str, side: Side | None
+    ) -> tuple[list[Text], list[Any]]:
+        """What is read of each item with its prompt, and its encoding.
+
+        An item is read as a whole if what ``_cut`` leaves of it has fewer tokens than the model takes, as spaces or a
+        long address do: its words may come behind them.
+        """
+        texts = [self._cut(item, prefix, side) for item in items]
+        encoded = encode(texts)
+        short = [
+            place
+            for place, (item, text) in enumerate(zip(items, texts, strict=True))
+            if count_characters(text) < count_characters(item) + len(prefix)
+            and len(encoded[place]) < self.pipeline.max_length
+        ]
+        for place in short:
+            texts[place] = self._cut(items[place], prefix, None)
+            (encoded[place],) = encode([texts[place]])
+        return texts, encoded
 
     def _cut(self, item: Text, prefix: str, side: Side | None) -> Text:
         """The item with its prompt, without characters that no model of this length reads if it is cut at a side."""

@@ -183,6 +183,18 @@ def _rows_of_table(samples: Any) -> Any:
     return samples if name is None else getattr(samples, name)()
 
 
+def _values_of_column(values: Any) -> Any:
+    """A column of pandas, polars or pyarrow as an array, and an array of texts as a list; all else as it is.
+
+    Columns of pandas have their own numbers for rows, which a split or a shuffle leaves in another order.
+    """
+    is_table = hasattr(values, "columns")
+    if not is_table and any(hasattr(values, name) for name in ("iloc", "to_pylist", "to_list")):
+        values = np.asarray(values)
+    is_texts = isinstance(values, np.ndarray) and values.ndim == 1 and len(values) and isinstance(values[0], str)
+    return values.tolist() if is_texts else values
+
+
 def _grouped(
     samples: Iterable[tuple[int, Any]], groups: Any, source: str, max_samples: int | None, is_made: bool
 ) -> _Stream:
@@ -295,7 +307,7 @@ def _pair(item: Any) -> Pair:
 
 def _from_mapping(samples: Mapping[str, Any], source: str) -> Iterator[Any]:
     """The single samples of a dict of stacked values or columns."""
-    rest = {name: values for name, values in samples.items() if name != "groups"}
+    rest = {name: _values_of_column(values) for name, values in samples.items() if name != "groups"}
     if "inputs" in rest and set(rest) <= {"inputs", "labels"}:
         inputs, labels = rest["inputs"], rest.get("labels")
         kind = _raw_kind(inputs[0], GUESSED) if isinstance(inputs, list | tuple) and inputs else None

@@ -19,6 +19,11 @@ LABEL_COLUMNS = ("label", "labels")
 Text = str | tuple[str, str]
 
 
+def count_characters(item: Text) -> int:
+    """Of a text, or of both texts of a pair."""
+    return len(item) if isinstance(item, str) else sum(map(len, item))
+
+
 def text_problem(value: Any) -> str:
     """Why a value is no text that a model can be given, as the end of a sentence; nothing where it is one."""
     if not isinstance(value, str):
@@ -59,9 +64,10 @@ class Columns(NamedTuple):
                     f"{source} has no column {name!r}; it has {_listed(header)}",
                     f"did you mean {near[0]!r}?" if near else "name one of these",
                 )
-        text = self.text or next((name for name in TEXT_COLUMNS if name in header), None)
-        label = self.label or next((name for name in LABEL_COLUMNS if name in header), None)
-        others = [name for name in header if name not in (label, self.pair)]
+        free = [name for name in header if name not in self]
+        text = self.text or next((name for name in TEXT_COLUMNS if name in free), None)
+        label = self.label or next((name for name in LABEL_COLUMNS if name in free), None)
+        others = [name for name in free if name != label]
         if text is None and len(others) == 1:
             text = others[0]
         if text is None:

@@ -93,8 +93,14 @@ def _with_classes(pipeline: TextPipeline, names: tuple[str, ...]) -> TextPipelin
 
 
 def _with_labels(samples: RawSamples, names: Sequence[str]) -> RawSamples:
-    """Pairs of a text and the name of its class as texts with labels: in Python both are tuples of two strings."""
-    if samples.kind != "pair" or samples.labels is not None or not {second for _, second in samples.items} <= {*names}:
+    """Pairs of a text and the name of its class as texts with labels: in Python both are tuples of two strings.
+
+    They are meant so if most are names, in whatever case: a misspelt one makes no pairs of all others.
+    """
+    if samples.kind != "pair" or samples.labels is not None:
+        return samples
+    known = {name.casefold() for name in names}
+    if 2 * sum(second.casefold() in known for _, second in samples.items) <= len(samples):
         return samples
     labels = np.array([second for _, second in samples.items], object)
     return replace(samples, kind="text", items=[first for first, _ in samples.items], labels=labels)

@@ -25,8 +25,8 @@ class _Body(msgspec.Struct):
     documents: list[str | _Document]
     model: str | None = None
     top_n: Annotated[int, msgspec.Meta(ge=1)] | None = None
-    return_documents: bool = False
-    truncate: Truncate = True
+    return_documents: bool | None = None
+    truncate: Truncate = None
 
 
 _decode_body = msgspec.json.Decoder(_Body).decode
@@ -49,11 +49,12 @@ def parse(body: bytes) -> RerankRequest:
     read = texts.decode(body, _decode_body)
     texts.check_count(len(read.documents), "documents")
     documents = [each if isinstance(each, str) else each.text for each in read.documents]
+    side = texts.side(True if read.truncate is None else read.truncate)
     return RerankRequest(
         model=read.model,
-        texts=TextRequest(items=[(read.query, each) for each in documents], truncate=texts.side(read.truncate)),
+        texts=TextRequest(items=[(read.query, each) for each in documents], truncate=side),
         top=read.top_n,
-        return_documents=read.return_documents,
+        return_documents=bool(read.return_documents),
     )
 
 

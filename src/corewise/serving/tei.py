@@ -6,14 +6,14 @@ endpoints have it. Beside its fields a request may have ``model``, where a serve
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
 from corewise.pipeline import ClassAnswer, Span, TokenPiece
-from corewise.records.pipeline import TextPipeline
+from corewise.records.pipeline import Activation, TextPipeline
 from corewise.samples.texts import Text
 from corewise.serving import texts
 from corewise.serving.rerank import ranked
@@ -46,7 +46,12 @@ class _Similarity(msgspec.Struct):
 
 
 class _Parameters(msgspec.Struct):
+    """What Hugging Face's client sends beside a text."""
+
     top_k: Annotated[int, msgspec.Meta(ge=1)] | None = None
+    function_to_apply: Activation | None = None
+    aggregation_strategy: Literal["simple", "first"] | None = None
+    """Entities are made of words, each with the label of its first token."""
 
 
 class _Predict(_Cut, kw_only=True):
@@ -101,8 +106,8 @@ class PredictRequest:
     """Whether the answer is a list with an answer for each text."""
     is_pipeline: bool = False
     """Whether it comes from Hugging Face's client, which takes the first answer's classes of a list."""
-    raw_scores: bool = False
-    """Whether scores are wanted as the model gives them, before softmax or sigmoid."""
+    activation: Activation | None = None
+    """What makes scores of what the model gives, in place of its own; ``none``: nothing."""
     top: int | None = None
 
 
@@ -164,13 +169,14 @@ def predict(body: bytes, *, pairs: Callable[[str | None], bool]) -> PredictReque
     is_batch = is_list and not (all(isinstance(each, str) for each in given) and pairs(read.model))
     items = [_item(each) for each in given] if is_batch else [_item(given)]
     texts.check_count(len(items), "inputs")
+    parameters = read.parameters or _Parameters()
     return PredictRequest(
         model=read.model,
         texts=_request(read, items),
         is_batch=is_batch,
         is_pipeline=read.parameters is not None,
-        raw_scores=read.raw_scores,
-        top=None if read.parameters is None else read.parameters.top_k,
+        activation="none" if read.raw_scores else parameters.function_to_apply,
+        top=parameters.top_k,
     )
 
 

@@ -12,9 +12,9 @@ from corewise.common.errors import InputError
 from corewise.pipeline import TextEncoder, TokenPiece, Tokens, decode
 from corewise.records.build import TensorSpec
 from corewise.records.pipeline import Activation, TextPipeline
-from corewise.samples.texts import Text
+from corewise.samples.texts import Text, count_characters
 from corewise.serving.protocol import ProtocolError
-from corewise.serving.texts import TextRequest, count_characters, pieces
+from corewise.serving.texts import TextRequest, pieces
 
 TEXT, PAIR = (TensorSpec(name=name, dtype="object", shape=(None,)) for name in ("text", "text_pair"))
 """What a request of the Open Inference Protocol may have in place of the model's own inputs."""
@@ -78,6 +78,11 @@ class TextInput:
     def tokens(self, asked: TextRequest, start: int = 0) -> list[Tokens]:
         """The tokens of each text of a request; errors count its texts from ``start``. Raises ``ProtocolError``."""
         if asked.ids:
+            if asked.prompt is not None:
+                raise ProtocolError(
+                    "prompt_name names a prompt, which goes before texts and not before token ids",
+                    "send texts, or leave prompt_name out",
+                )
             return [self._given(ids, start + k) for k, ids in enumerate(asked.ids)]
         noun = self.pipeline.noun
         for k, item in enumerate(asked.items, start):

@@ -211,7 +211,7 @@ class TextRoutes:
             return tei.predict(body, pairs=lambda model: self._models.pairs(model, *CLASSIFY))
 
         def activation(asked: tei.PredictRequest) -> Activation | None:
-            return "none" if asked.raw_scores else None
+            return asked.activation
 
         async with self._answered(request, parse, *CLASSIFY, activation=activation) as (served, asked, answer):
             labels = () if served.text is None else served.text.pipeline.labels

@@ -13,7 +13,7 @@ import numpy as np
 import orjson
 from numpy.typing import NDArray
 
-from corewise.samples.texts import Text
+from corewise.samples.texts import Text, count_characters
 from corewise.serving.protocol import ProtocolError, not_json
 
 BODY_BYTES = 8 * 2**20
@@ -78,11 +78,6 @@ def pieces(asked: TextRequest) -> Iterator[Piece]:
             part = replace(asked, items=asked.items[start:stop], ids=asked.ids[start:stop])
             yield Piece(start, part, characters)
             start, characters = stop, 0
-
-
-def count_characters(item: Text) -> int:
-    """Of a text, or of both texts of a pair."""
-    return len(item) if isinstance(item, str) else sum(map(len, item))
 
 
 def decode(body: bytes, read: Callable[[bytes], T]) -> T:

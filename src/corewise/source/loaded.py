@@ -100,9 +100,8 @@ def with_tokenizer(loaded: Loaded, path: Path, pooling: Pooling | None) -> Loade
         SourceError: The file is not a tokenizer, or the model cannot be pooled.
     """
     content, pad_id = read_tokenizer(path)
-    if loaded.pipeline is not None:
-        digest = hashlib.sha256(content).hexdigest()
-        changed = replace(loaded.pipeline, tokenizer_sha256=digest, pad_id=pad_id)
+    if loaded.pipeline is not None:  # which knows what the model takes for padding
+        changed = replace(loaded.pipeline, tokenizer_sha256=hashlib.sha256(content).hexdigest())
         return replace(loaded, pipeline=changed, tokenizer=content)
     names = _token_names(loaded.model)
     most = _positions(loaded.model) or MOST_TOKENS

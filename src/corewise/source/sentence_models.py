@@ -35,10 +35,18 @@ MODULES = "modules.json"
 SETTINGS = "config_sentence_transformers.json"
 EMBEDS, CLASSIFIES = "feature-extraction", "sequence-classification"
 """Tasks of a Transformer."""
-TOKEN_VECTORS = {"method": "forward", "method_output_name": "last_hidden_state"}
-"""What a Transformer gives for texts, in the files of new versions."""
+GIVES = {EMBEDS: "last_hidden_state", CLASSIFIES: "logits"}
+"""What a Transformer of each task gives for texts, in the files of new versions."""
 HARMLESS = {"max_length", "padding", "truncation", "pad_to_multiple_of"}
 """Settings of a tokenizer that change no answers of texts within the maximum length."""
+OPENING = ("model", "tokenizer", "processor", "config")
+"""What files say how to open: each with ``_args`` or ``_kwargs`` behind it."""
+HARMLESS_OPENING = {
+    *("trust_remote_code", "use_cache", "use_fast", "use_safetensors", "padding_side", "model_max_length"),
+    *("dtype", "torch_dtype", "device_map", "low_cpu_mem_usage", "attn_implementation", "add_pooling_layer"),
+    *("export", "file_name", "provider"),
+}
+"""What may be said there without another answer in fp32 on a CPU."""
 SENTENCE = "sentence_embedding"
 """The vector that modules behind a Pooling take and give."""
 WAYS: dict[str, Way] = {
@@ -85,6 +93,7 @@ def load_sentence_model(name: str) -> Loaded:
         base = parts[0][1]
         settings = _settings(base)
         if settings.get("transformer_task") == CLASSIFIES and len(parts) == 1:
+            _check_transformer(settings, f"st:{name}", CLASSIFIES)
             return _cross_encoder_folder(transformers, base, name, facts, settings)
         _check_transformer(settings, f"st:{name}")
         model = without_head(transformers, transformers.AutoConfig.from_pretrained(base, **NO_CODE), base)
@@ -116,8 +125,7 @@ def from_sentence_model(model: Any) -> Loaded:
     if type(first).__name__ != "Transformer":
         raise SourceError(f"the model begins with {type(first).__name__}, not with a Transformer", OTHER_WAY)
     _check_backend(first)
-    names = ("transformer_task", "modality_config", "processing_kwargs")
-    settings = {name: getattr(first, name) for name in names if hasattr(first, name)}
+    settings = {**_settings_of(first), "max_seq_length": model.max_seq_length}
     _check_transformer(settings, "the model")
     poolings, after = _modules(map(_module_of, rest), "the model", getattr(model, "truncate_dim", None))
     return vectors(
@@ -125,7 +133,7 @@ def from_sentence_model(model: Any) -> Loaded:
         first.tokenizer,
         poolings=poolings,
         after=after,
-        max_length=longest(first.tokenizer, first.auto_model.config, model.max_seq_length),
+        max_length=longest(first.tokenizer, first.auto_model.config, _told_length(settings)),
         lower=bool(getattr(first, "do_lower_case", False)),
         **_prompts(model.prompts, model.default_prompt_name),
     )
@@ -138,9 +146,12 @@ def _cross_encoder_object(model: Any) -> Loaded:
     if parts != ["Transformer"] or not isinstance(inner, nn.Module):
         raise SourceError(f"the cross-encoder is made of {', '.join(parts)}, which is not supported", OTHER_WAY)
     activation = getattr(model, "activation_fn", None) or model.default_activation_function
+    settings = _settings_of(next(iter(model))) if isinstance(model, nn.Sequential) else {}
+    _check_transformer({"transformer_task": CLASSIFIES, **settings}, "the cross-encoder", CLASSIFIES)
     told = getattr(model, "max_seq_length", None) or getattr(model, "max_length", None)
+    most = _told_length({**settings, "max_seq_length": told})
     prompts = _prompts(getattr(model, "prompts", None), getattr(model, "default_prompt_name", None))
-    return _cross_encoder(inner, model.tokenizer, _activation(type(activation).__name__), told, prompts)
+    return _cross_encoder(inner, model.tokenizer, _activation(type(activation).__name__), most, prompts)
 
 
 def _kinds(model: Any) -> set[str]:
@@ -166,27 +177,51 @@ def _kind(path: str, name: str) -> str:
     return kind
 
 
-def _check_transformer(settings: Mapping[str, Any], name: str) -> None:
-    """Raise ``SourceError`` unless the Transformer takes texts as they are and gives a vector for each token."""
-    task = settings.get("transformer_task") or EMBEDS
-    takes = settings.get("modality_config") or {"text": TOKEN_VECTORS}
-    asked = settings.get("processing_kwargs") or {}
-    other = {*(asked.get("text") or {}), *(asked.get("common") or {})} - HARMLESS
-    if task != EMBEDS:
-        raise SourceError(f"{name} has a Transformer for {task}, which is not supported", OTHER_WAY)
+def _settings_of(transformer: Any) -> dict[str, Any]:
+    """What a folder's settings would say of a Transformer object."""
+    names = ("transformer_task", "modality_config", "processing_kwargs")
+    return {name: getattr(transformer, name) for name in names if hasattr(transformer, name)}
+
+
+def _check_transformer(settings: Mapping[str, Any], name: str, task: str = EMBEDS) -> None:
+    """Raise ``SourceError`` unless the Transformer is for this task, takes texts as they are, and gives what it does.
+
+    ``EMBEDS`` gives a vector for each token.
+    """
+    told = settings.get("transformer_task") or EMBEDS
+    gives = {"method": "forward", "method_output_name": GIVES[task]}
+    takes = settings.get("modality_config") or {"text": gives}
+    if told != task:
+        raise SourceError(f"{name} has a Transformer for {told}, which is not supported", OTHER_WAY)
     if "message" in takes:
         raise SourceError(f"{name} puts texts into its chat template, which is not supported", OTHER_WAY)
-    if takes.get("text") != TOKEN_VECTORS:
+    if takes.get("text") != gives:
         given = (takes.get("text") or {}).get("method_output_name", "nothing")
         raise SourceError(f"{name} gives {given} for texts, which is not supported", OTHER_WAY)
-    if other:
+    if other := {*_tokenizing(settings)} - HARMLESS:
         raise SourceError(f"{name} tokenizes with {', '.join(sorted(other))}, which is not supported", OTHER_WAY)
+    opened = {key for part in OPENING for key in _opening(settings, part)} - HARMLESS_OPENING
+    if settings.get("tokenizer_name_or_path"):
+        opened.add("tokenizer_name_or_path")
+    if opened:
+        raise SourceError(f"{name} is opened with {', '.join(sorted(opened))}, which is not supported", OTHER_WAY)
+
+
+def _tokenizing(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """What the tokenizer is called with."""
+    asked = settings.get("processing_kwargs") or {}
+    return {**(asked.get("text") or {}), **(asked.get("common") or {})}
+
+
+def _opening(settings: Mapping[str, Any], part: str) -> Mapping[str, Any]:
+    """What a part is opened with."""
+    return settings.get(f"{part}_kwargs") or settings.get(f"{part}_args") or {}
 
 
 def _told_length(settings: Mapping[str, Any]) -> int | None:
     """The maximum length that a folder's settings say."""
-    of_texts = (settings.get("processing_kwargs") or {}).get("text") or {}
-    told = (settings.get("max_seq_length"), of_texts.get("max_length"))
+    opened = {**_opening(settings, "tokenizer"), **_opening(settings, "processor")}
+    told = (opened.get("model_max_length") or settings.get("max_seq_length"), _tokenizing(settings).get("max_length"))
     return min((int(length) for length in told if length), default=None)
 
 

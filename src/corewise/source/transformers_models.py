@@ -189,9 +189,9 @@ def longest(tokenizer: Any, config: Any, told: int | None = None) -> int:
 
 
 def _pad_id(tokenizer: Any, config: Any) -> int:
-    """What goes behind the end of short texts. Some heads of decoders look for the text's end by it."""
-    known = (tokenizer.pad_token_id, getattr(config, "pad_token_id", None))
-    return next((number for number in known if isinstance(number, int)), 0)
+    """What goes behind the end of short texts. Heads of decoders look for that end by what their configuration says."""
+    known = (getattr(config, "pad_token_id", None), tokenizer.pad_token_id)
+    return next((number for number in known if isinstance(number, int) and number >= 0), 0)
 
 
 def _labels(config: Any) -> tuple[str, ...]:

@@ -457,6 +457,14 @@ def test_the_open_inference_protocol_pads_nothing_for_a_model_without_a_mask(tok
         text.arrays([unlike])
 
 
+def test_a_prompt_goes_before_texts_and_not_before_token_ids(tokenizer: Path) -> None:
+    artifact: Any = SimpleNamespace(folder=tokenizer.parent)
+    text = TextInput(artifact, pipeline_of(tokenizer=tokenizer.name, prompts={"query": "query: "}))
+    assert len(text.tokens(TextRequest(ids=[[2, 4, 3]]))[0]) == 3
+    with pytest.raises(ProtocolError, match="before texts and not before token ids; send texts"):
+        text.tokens(TextRequest(ids=[[2, 4, 3]], prompt="query"))
+
+
 def test_one_long_text_among_many_short_ones_is_refused_before_it_is_padded(
     tokenizer: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

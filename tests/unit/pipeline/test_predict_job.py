@@ -331,3 +331,35 @@ def test_large_answers_are_in_small_parts(tokenizer: bytes, tmp_path: Path, monk
     run_job(job, runner_of(tokenizer), on_rows=lambda counts: done.append(counts.rows))
     assert done == [0, 3, 6, 7]
     assert [replace(job, answer_bytes=size).part_rows for size in (0, 5, 1000)] == [10, 10, 1]
+
+
+@pytest.mark.parametrize(
+    ("facts", "answer"),
+    [
+        ({}, {"vector": [None, 2.0, None]}),
+        (
+            {"task": "classes", "labels": ("a", "b", "c")},
+            {"label": "a", "probability": None, "probabilities": {"a": None, "b": 2.0, "c": None}},
+        ),
+    ],
+)
+def test_numbers_that_json_has_not_are_null(
+    tokenizer: bytes, tmp_path: Path, facts: dict[str, Any], answer: dict[str, Any]
+) -> None:
+    def wild(inputs: Sequence[np.ndarray]) -> list[np.ndarray]:
+        return [np.array([[np.nan, 2.0, -np.inf]] * len(inputs[0]), np.float32)]
+
+    def refuse(constant: str) -> None:
+        pytest.fail(f"{constant} is not JSON")
+
+    output = tmp_path / "out.jsonl"
+    run_job(job_of(output, texts(tmp_path, 2)), runner_of(tokenizer, wild, **facts))
+    rows = [json.loads(line, parse_constant=refuse) for line in output.read_text().splitlines()]
+    assert rows == [{"row": row, **answer} for row in range(2)]
+
+
+def test_a_folder_that_is_named_as_partitions_are_adds_no_column(tokenizer: bytes, tmp_path: Path) -> None:
+    output = tmp_path / "lang=en" / "out.parquet"
+    output.parent.mkdir()
+    run_job(job_of(output, texts(tmp_path, 12)), runner_of(tokenizer))
+    assert parquet.read_schema(output).names == ["row", "vector"]

@@ -168,3 +168,29 @@ def test_a_label_for_each_token_keeps_its_tokens() -> None:
     raw = raw_from_python({"text": ["red blue"] * 3, "label": [[0, 1, 1, 0]] * 3})
     samples = text_samples(words_encoder(task="tokens", pooling="none"), raw)
     assert {row[0].shape[0] for row in samples.rows} == {4}
+
+
+BLANK = " " * 9999
+"""More characters than are read of a text at first, for 12 tokens."""
+
+
+@pytest.mark.parametrize(
+    ("item", "changes", "ids"),
+    [
+        (BLANK + "red blue", {}, [2, 4, 5, 3]),
+        ("red blue" + BLANK, {"truncation": "left"}, [2, 4, 5, 3]),
+        (BLANK + "red " * 90, {}, [2, *[4] * 10, 3]),
+        ((BLANK + "red", BLANK + "blue"), {"task": "scores", "pairs": True}, [2, 4, 3, 5, 3]),
+    ],
+)
+def test_words_behind_much_that_is_no_token_are_read(item: Any, changes: dict[str, Any], ids: list[int]) -> None:
+    encoder = words_encoder(**changes)
+    short, found = encoder.encode([("blue", "blue") if encoder.pipeline.pairs else "blue", item])
+    assert found.ids.tolist() == ids
+    assert set(short.ids.tolist()) == {2, 5, 3}
+    assert encoder.is_cut(item) == (len(ids) == 12)
+
+
+def test_places_of_words_before_much_that_is_no_token() -> None:
+    (tokens,) = words_encoder(task="tokens", pooling="none", truncation="left").encode(["red blue" + BLANK])
+    assert list(tokens.offsets) == [(0, 0), (0, 3), (4, 8), (0, 0)]

@@ -102,6 +102,14 @@ def test_columns_are_found_where_they_have_their_usual_names(tmp_path: Path) -> 
     assert "has the columns left, right, score; say with --text which is the text" in error_of(raw, str(path))
 
 
+@pytest.mark.parametrize("name", ["t.csv", "t.jsonl", "t.parquet"])
+def test_a_column_that_was_named_for_something_else_is_not_taken_for_the_text(tmp_path: Path, name: str) -> None:
+    path = str(write_table(tmp_path / name, [("q", "d", 1), ("r", "e", 0)], ("query", "text", "label")))
+    pairs = raw(path, pair="text")
+    assert (pairs.kind, list(pairs.items), labels_of(pairs)) == ("pair", [("q", "d"), ("r", "e")], [1, 0])
+    assert "has the columns query, text, label; say with --text which is the text" in error_of(raw, path, label="text")
+
+
 @pytest.mark.parametrize("name", ["t.csv", "t.tsv", "t.jsonl", "t.parquet"])
 @pytest.mark.parametrize("role", ["text", "pair", "label"])
 def test_a_column_that_is_not_there_is_named_with_a_near_one(tmp_path: Path, name: str, role: str) -> None:
@@ -465,6 +473,31 @@ def test_a_column_of_a_table_may_have_numbers_of_its_own() -> None:
         samples = raw_from_python(column, max_samples=2)
         assert isinstance(samples, RawSamples)
         assert list(samples.items) == ["a", "c"]
+
+
+SHUFFLED = pandas.DataFrame({"text": ["a", "b", "c"], "label": [0, 1, 2]}).iloc[[2, 0, 1]]
+
+
+@pytest.mark.parametrize(
+    "columns",
+    [
+        {"text": SHUFFLED.text, "label": SHUFFLED.label},
+        {"text": SHUFFLED.text, "label": SHUFFLED.label.to_numpy()},
+        {"inputs": SHUFFLED.text, "labels": SHUFFLED.label},
+        {"inputs": np.array(["c", "a", "b"]), "labels": [2, 0, 1]},
+        {"text": pyarrow.chunked_array([["c"], ["a", "b"]]), "label": pyarrow.array([2, 0, 1])},
+    ],
+)
+def test_columns_in_a_dict_are_in_their_own_order(columns: Any) -> None:
+    samples = raw_from_python(columns)
+    assert isinstance(samples, RawSamples)
+    assert (list(samples.items), labels_of(samples)) == (["c", "a", "b"], [2, 0, 1])
+
+
+def test_columns_of_tokens_in_a_dict_are_in_their_own_order() -> None:
+    tokens = pandas.Series([[2, 3], [4]], index=[1, 0])
+    samples = from_python({"input_ids": tokens, "labels": np.array([5, 6])})
+    assert (ids_of(samples), labels_of(samples)) == ([[2, 3], [4]], [5, 6])
 
 
 @pytest.mark.parametrize("labels", [[[0, 1], [1, 0]], [np.array([0, 1]), np.array([1])], np.array([[0, 1], [1, 0]])])

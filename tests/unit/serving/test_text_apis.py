@@ -138,6 +138,9 @@ def test_documents_are_ranked():
     asked = rerank.parse(given)
     assert asked.texts.items == [("q", "a"), ("q", "b"), ("q", "c")]
     assert asked.texts.truncate == "right"
+    # Proxies send the fields that their users left out.
+    left_out = dict.fromkeys(("model", "top_n", "return_documents", "truncate"))
+    assert rerank.parse(body(query="q", documents=["a"], **left_out)) == rerank.parse(body(query="q", documents=["a"]))
     answer = json.loads(rerank.render(asked, "m", "r1", np.array([0.5, 0.9, 0.5]), tokens=9))
     assert answer["results"] == [
         {"index": 1, "relevance_score": 0.9, "document": {"text": "b"}},
@@ -163,6 +166,26 @@ def test_documents_are_ranked():
 def test_what_is_classified(inputs, pairs, items, is_batch):
     asked = tei.predict(body(inputs=inputs), pairs=lambda model: pairs)
     assert (asked.texts.items, asked.is_batch) == (items, is_batch)
+
+
+@pytest.mark.parametrize(
+    ("more", "activation"),
+    [
+        ({}, None),
+        ({"parameters": {"top_k": 1}}, None),
+        ({"parameters": {"function_to_apply": "sigmoid"}}, "sigmoid"),
+        ({"parameters": {"function_to_apply": "none", "aggregation_strategy": "simple"}}, "none"),
+        ({"raw_scores": True}, "none"),
+    ],
+)
+def test_what_makes_scores_is_what_the_request_says(more, activation):
+    assert tei.predict(body(inputs="a", **more), pairs=lambda model: False).activation == activation
+
+
+@pytest.mark.parametrize("parameters", [{"function_to_apply": "tanh"}, {"aggregation_strategy": "none"}])
+def test_parameters_that_would_be_ignored_are_told(parameters):
+    with pytest.raises(FieldError, match=f"parameters.{next(iter(parameters))}: Invalid enum value"):
+        tei.predict(body(inputs="a", parameters=parameters), pairs=lambda model: False)
 
 
 def test_items_that_are_neither_texts_nor_pairs_are_told():

@@ -144,6 +144,9 @@ def test_modules_in_an_order_that_is_not_supported_are_named(tmp_path: Path, mod
         ({"modality_config": {"text": {"method": "get", "method_output_name": "pooled"}}}, "gives pooled for texts"),
         ({"modality_config": {"image": TEXT["text"]}}, "gives nothing for texts"),
         ({"processing_kwargs": {"text": {"add_special_tokens": False}}}, "tokenizes with add_special_tokens"),
+        ({"tokenizer_args": {"add_eos_token": True}}, "is opened with add_eos_token, which is not supported"),
+        ({"config_kwargs": {"is_causal": 0}, "model_args": {"adapters": 1}}, "is opened with adapters, is_causal"),
+        ({"tokenizer_name_or_path": "other"}, "is opened with tokenizer_name_or_path"),
     ],
 )  # fmt: skip
 def test_transformers_that_do_more_are_named(tmp_path: Path, settings: dict[str, Any], what: str) -> None:
@@ -165,6 +168,16 @@ def test_settings_of_new_versions_that_change_nothing(tmp_path: Path) -> None:
     made = load_with_texts(f"st:{folder}").pipeline
     assert made is not None
     assert (made.pooling, made.max_length) == ("mean", 9)
+
+
+def test_how_a_folder_is_opened_may_be_said_where_that_changes_no_answer(tmp_path: Path) -> None:
+    settings = {"max_seq_length": 9, "model_args": {"torch_dtype": "bfloat16"}, "config_args": {"use_cache": False}}
+    folder = encoder(tmp_path, MEAN)
+    for opened, most in (({}, 9), ({"processor_kwargs": {"model_max_length": 7, "padding_side": "left"}}, 7)):
+        write(folder / "sentence_bert_config.json", {**settings, **opened})
+        made = load_with_texts(f"st:{folder}").pipeline
+        assert made is not None
+        assert made.max_length == most
 
 
 def test_code_of_others_is_not_taken_for_the_librarys(tmp_path: Path) -> None:
@@ -191,6 +204,10 @@ def test_a_cross_encoder_of_new_versions_has_modules_too(tmp_path: Path) -> None
     assert ids.tolist() == [2, 4, 6, 3, 7, 3]
     write(tmp_path / "config_sentence_transformers.json", {"activation_fn": "torch.nn.modules.activation.Tanh"})
     assert "scores go through Tanh" in refused(tmp_path)
+    logits = {"method": "forward", "method_output_name": "logits"}
+    settings = {"transformer_task": "sequence-classification", "modality_config": {"text": logits, "message": logits}}
+    write(tmp_path / "sentence_bert_config.json", settings)
+    assert "puts texts into its chat template" in refused(tmp_path)
 
 
 def test_a_cross_encoder_of_several_classes_answers_with_probabilities(tmp_path: Path) -> None:
@@ -221,6 +238,19 @@ def test_objects_that_do_not_run_in_pytorch_or_have_more_modules_are_refused(tmp
     assert "is made of Transformer, LogitScore" in refused(parts(transformer, score))
     first = named("Transformer", auto_model=inner.bert, tokenizer=tokenizer, backend="openvino")()
     assert "runs in openvino, not in PyTorch" in refused(named("SentenceTransformer", (list,))([first]))
+
+
+def test_the_texts_of_an_object_are_as_long_as_it_says(tmp_path: Path) -> None:
+    folder = encoder(tmp_path, MEAN)
+    bert, tokenizer = transformers.BertModel.from_pretrained(folder), transformers.AutoTokenizer.from_pretrained(folder)
+    pooling = named("Pooling", get_config_dict=lambda self: {"pooling_mode": "mean"})()
+    told = {"text": {"max_length": 9}, "common": {"max_length": 8}}
+    first = named("Transformer", auto_model=bert, tokenizer=tokenizer, processing_kwargs=told)()
+    model = named("SentenceTransformer", (list,))([first, pooling])
+    model.max_seq_length, model.prompts, model.default_prompt_name = 16, {}, None
+    made = load_with_texts(model).pipeline
+    assert made is not None
+    assert made.max_length == 8
 
 
 def test_the_vectors_of_an_object_are_as_short_as_it_says(tmp_path: Path) -> None:

@@ -479,6 +479,25 @@ def test_labels_by_name(tmp_path: Path) -> None:
         tokenized(loaded, raw_from_python({"text": ["red", "blue"], "label": ["fair", "bad"]}))
 
 
+@pytest.mark.parametrize(
+    ("pairs", "wrong"),
+    [
+        ([("red", "Good"), ("blue", "BAD")], "Good"),
+        ([("red", "good"), ("blue", "bad"), ("tree", "godo")], "godo"),
+    ],
+)
+def test_names_of_classes_that_are_misspelt_are_no_second_texts(
+    tmp_path: Path, pairs: list[tuple[str, str]], wrong: str
+) -> None:
+    save_bert(tmp_path, "BertForSequenceClassification", id2label={0: "bad", 1: "good"})
+    loaded = load_with_texts(f"hf:{tmp_path}")
+    with pytest.raises(SamplesError, match=f"has the label '{wrong}'; the model's classes are bad, good"):
+        tokenized(loaded, raw_from_python(pairs))
+    texts, _ = tokenized(loaded, raw_from_python([("red", "blue tree"), ("good", "house"), ("green", "bad")]))
+    assert texts.pipeline is not None
+    assert texts.pipeline.pairs
+
+
 def test_a_tokenizer_beside_inputs_that_are_no_tokens_is_left_out_unless_it_was_asked_for(tmp_path: Path) -> None:
     """As CLIP's, given photos."""
     save_bert(tmp_path)

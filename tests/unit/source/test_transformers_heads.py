@@ -162,6 +162,18 @@ def test_what_pads_is_what_the_model_knows_where_the_tokenizer_has_none(tmp_path
     assert made.pad_id == 5
 
 
+def test_a_decoders_head_finds_the_end_of_a_text_by_its_own_padding(tmp_path: Path) -> None:
+    """Its tokenizer's padding is another token."""
+    sizes = {"vocab_size": len(VOCABULARY), "n_embd": 8, "n_layer": 1, "n_head": 2, "n_positions": 32}
+    torch.manual_seed(0)
+    model = transformers.GPT2ForSequenceClassification(transformers.GPT2Config(**sizes, num_labels=3, pad_token_id=1))
+    folder = saved(tmp_path, model)
+    by_file = load_with_texts(model, tokenizer=save_tokenizer(tmp_path / "apart"))
+    for loaded in (load_with_texts(f"hf:{folder}"), by_file):
+        alone = answers(loaded, ["red"])
+        np.testing.assert_allclose(answers(loaded, ["red", "blue house tree"])[:1], alone, atol=1e-6)
+
+
 def test_of_a_model_with_a_decoder_the_encoder_makes_vectors(tmp_path: Path) -> None:
     sizes = {"vocab_size": len(VOCABULARY), "d_model": 8, "encoder_layers": 1, "decoder_layers": 1}
     heads = {"encoder_attention_heads": 2, "decoder_attention_heads": 2, "encoder_ffn_dim": 8, "decoder_ffn_dim": 8}
@@ -200,7 +212,8 @@ def test_a_model_object_takes_a_tokenizer_file_as_its_folder_does(tmp_path: Path
     by_object = load_with_texts(model, tokenizer=given)
     np.testing.assert_array_equal(answers(by_object, ["red tree", "blue"]), answers(loaded, ["red tree", "blue"]))
     padded = transformers.PreTrainedTokenizerFast(tokenizer_object=Tokenizer.from_file(str(file)), pad_token="tree")
-    assert load_with_texts(model, tokenizer=padded).pipeline.pad_id == 7  # type: ignore[union-attr]
+    untold = bert("BertForSequenceClassification", pad_token_id=None)
+    assert load_with_texts(untold, tokenizer=padded).pipeline.pad_id == 7  # type: ignore[union-attr]
     assert load_with_texts(model, tokenizer=Tokenizer.from_file(str(file))).pipeline is not None
     assert "the tokenizer is a dict" in refused(load_with_texts, model, tokenizer={})
     pooled = load_with_texts(model, tokenizer=file, pooling="mean")

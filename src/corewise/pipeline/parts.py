@@ -155,8 +155,8 @@ class Parts:
         sizes = sizes_in(self.folder)
         start = len(f"{self.mark}part-")
         with ThreadPoolExecutor(READERS) as pool:
-            found = {int(name[start:-5]): pool.submit(self._counts, name, sizes) for name in sorted(self._done(sizes))}
-            counts = {number: future.result() for number, future in found.items()}
+            found = {int(name[start:-5]): pool.submit(self._counts, name, sizes) for name in self._done(sizes)}
+            counts = {number: future.result() for number, future in sorted(found.items())}
         return {number: count for number, count in counts.items() if count is not None}
 
     def _counts(self, name: str, sizes: Mapping[str, int]) -> Counts | None:

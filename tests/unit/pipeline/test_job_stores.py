@@ -120,6 +120,9 @@ def test_a_part_whose_second_attempt_was_killed_is_made_a_third_time(output: Pla
         with pytest.raises(KeyboardInterrupt):
             Killed(**vars(kept)).write(0, kind, list(zip(rows, [good, good], strict=True)))
         assert not kept.finished()
+        for number in (10**6, 999_999):  # whose names are of different lengths
+            kept.write(number, kind, list(zip(rows, [good, good], strict=True)))
+        assert [*kept.finished()] == [999_999, 10**6]
 
 
 @pytest.mark.parametrize("typed", ["in", "in/*.txt", "in/t.txt"])

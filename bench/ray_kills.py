@@ -3,9 +3,10 @@
     python -m bench ray_kills ARTIFACT INPUT [--runs 20] [--first 0]
 
 Each run starts the job from the beginning on its own Ray (``--ray local``). At a random moment it kills one of the
-job's processes (SIGKILL), or fills the output's disk, a small one of its own, which only root can make. Then it gives
-the same command until it succeeds. Each row of the inputs must be there once, with the answer of one process without
-Ray. Writes ray_kills_NAME.json; runs of other numbers stay in it, so that they can be made in pieces.
+job's processes (SIGKILL), or fills the output's disk, a small one of its own, which only root can make: in four runs
+after the first part, in the next four while the processes start. Then it gives the same command until it succeeds.
+Each row of the inputs must be there once, with the answer of one process without Ray. Writes ray_kills_NAME.json; runs
+of other numbers stay in it, so that they can be made in pieces.
 
 INPUT is what ``predict`` takes: a file of texts, or a tar file or folder of images.
 """
@@ -36,6 +37,8 @@ from corewise.machine.inspect import inspect_cpu
 KINDS = {"driver": b"corewise.cli", "actor": b"ray::Answerer", "raylet": b"/raylet/raylet"}
 """What is killed, and what its command line has."""
 DISK, DISK_BYTES = "disk", 2**27
+BEGUN = ("_part-*.done", "_job.json")
+"""What is in the output when a run waits for its random moment."""
 BEGIN_S, MOST_TRIES, END_S = 300.0, 5, 30.0
 TOLERANCE = 1e-4
 
@@ -66,11 +69,11 @@ def of_kind(pids: list[int], sign: bytes) -> list[int]:
     return found
 
 
-def strike(command: list[str], output: Path, kind: str, pause_s: float) -> dict[str, Any]:
-    """Start the job, wait for its first part and a while longer, and kill one of its processes."""
+def strike(command: list[str], output: Path, kind: str, begun: str, pause_s: float) -> dict[str, Any]:
+    """Start the job, wait until a file ``begun`` is there and a while longer, and kill one of its processes."""
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
     until = time.monotonic() + BEGIN_S
-    while not list(output.glob("_part-*.done")) and process.poll() is None and time.monotonic() < until:
+    while not list(output.glob(begun)) and process.poll() is None and time.monotonic() < until:
         time.sleep(0.01)
     time.sleep(pause_s)
     family = descendants(process.pid)
@@ -86,7 +89,7 @@ def strike(command: list[str], output: Path, kind: str, pause_s: float) -> dict[
     end(family[1:])
     filler.unlink(missing_ok=True)
     last = [line for line in wrong.splitlines() if line.startswith("corewise:")][-1:]
-    return {"kind": kind, "pause_s": pause_s, "killed": len(victims), "parts_done": done,
+    return {"kind": kind, "after": begun, "pause_s": pause_s, "killed": len(victims), "parts_done": done,
             "returned": process.returncode, "said": last}  # fmt: skip
 
 
@@ -167,8 +170,9 @@ def main(options: argparse.Namespace) -> None:
                 place.mkdir(exist_ok=True)
                 output = place / "out"
                 command = job(options, output, "--ray", "local", "--retune", "0")
+                begun = BEGUN[number // len(kinds) % len(BEGUN)]
                 pause_s = random.Random(options.seed + number).uniform(0, options.longest)
-                run = {"number": number, **strike(command, output, kind, pause_s)}
+                run = {"number": number, **strike(command, output, kind, begun, pause_s)}
                 tries = 0
                 while tries < MOST_TRIES and subprocess.run(command, capture_output=True).returncode:
                     tries += 1

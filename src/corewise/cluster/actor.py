@@ -19,6 +19,7 @@ from corewise.pipeline import MediaRunner, TextRunner
 from corewise.pipeline.job import SUFFIX, answered, folder_of, writing
 from corewise.pipeline.outputs import format_of
 from corewise.pipeline.parts import Parts, Record
+from corewise.pipeline.runner import Rejected
 from corewise.records.build import Plan
 from corewise.records.bulk import PlanSource
 from corewise.records.cpu import Cpu
@@ -62,8 +63,7 @@ class Answerer:
             raise OutputError(f"{task.output} is not the job's folder there", "write to a folder that all nodes share")
         if not isinstance(about, RemotePath) and not os.access(about.parent, os.W_OK | os.X_OK):
             raise OutputError(f"{task.output} cannot be written there", "make it writable for Ray's user")
-        for place in map(place_of, task.seen):
-            _check_readable(place)
+        self._check_inputs()
         fit = tuned.for_bulk(artifact, cpu) if task.ask is None else tuned.for_photos(artifact, cpu)
         source: PlanSource = "tuned before" if fit.tuned else "untuned"
         if not fit.tuned and Machine.of(artifact.report.cpu) == Machine.of(cpu):
@@ -97,6 +97,7 @@ class Answerer:
 
         Raises:
             InputError: The prompt is unknown.
+            SamplesError: The inputs are not here any more.
             OutputError: The part cannot be written.
             EngineError: The engine fails.
         """
@@ -104,6 +105,8 @@ class Answerer:
         pipeline = runner.pipeline if isinstance(runner, MediaRunner) else runner.encoder.pipeline
         given = map(self._with_content, unpacked_rows(rows))
         part = list(answered(given, runner, prompt=task.prompt, ask=task.ask))
+        if any(isinstance(answer, Rejected) for _, answer in part):
+            self._check_inputs()  # a node that has lost a disk would set aside one part after the other
         with writing(task.output, task.output):
             counts = self._parts.write(number, format_of(SUFFIX, pipeline), part)
         return Answered(rows=counts.rows, failed=counts.failed, example=counts.example)
@@ -134,6 +137,10 @@ class Answerer:
         check_trusted(artifact, artifact.manifest.build.engine)
         check_available(artifact.manifest.build.engine, f"opening {folder}")
         return artifact
+
+    def _check_inputs(self) -> None:
+        for place in map(place_of, self._task.seen):
+            _check_readable(place)
 
     def _with_content(self, record: Record) -> Record:
         """An image of a compressed tar file is read here, in order: elsewhere each would begin at the file's start."""

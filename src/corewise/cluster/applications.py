@@ -52,6 +52,10 @@ class Scale:
     """Whether an update starts a new replica before an old one stops, which takes CPUs that are free."""
 
     def __post_init__(self) -> None:
+        if self.cpus is not None and (not isinstance(self.cpus, int) or self.cpus < 1):
+            raise InputError(f"a replica cannot have {self.cpus!r} CPUs", "give a whole number, 1 or more")
+        if not self.queue_s > 0:
+            raise InputError(f"the queue cannot be kept at {self.queue_s:g} s", "give more than 0")
         match self.replicas:
             case (int(least), int(most)) if 1 <= least <= most:
                 return
@@ -180,7 +184,7 @@ def deployment(
 
     Raises:
         ArtifactError: the artifact is damaged.
-        InputError: the numbers of replicas or CPUs make no sense.
+        InputError: the number of replicas or CPUs, or the seconds in the queue, make no sense.
         MissingExtra: Ray is not installed.
         EngineError: the installed Ray has known security holes.
 

@@ -3,6 +3,7 @@
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from itertools import islice
 from pathlib import Path
 from typing import Literal
 
@@ -14,9 +15,10 @@ from corewise.artifact.texts import text_pipeline
 from corewise.cluster.actor import runner_of
 from corewise.cluster.connection import check_address, require_ray
 from corewise.cluster.distributed import record_result, run_on_ray
+from corewise.cluster.messages import packed_rows
 from corewise.common.errors import InputError, OutputError
 from corewise.pipeline import TOP, ImageAsk, check_top
-from corewise.pipeline.job import Job, check_job, count_rows, run_job
+from corewise.pipeline.job import Job, check_job, count_rows, records, run_job
 from corewise.pipeline.parts import Counts
 from corewise.records.bulk import BulkOutlook, BulkProgress, BulkResult, OnProgress
 from corewise.records.pipeline import ImagePipeline, TextPipeline
@@ -28,6 +30,8 @@ from corewise.samples.tables import READERS
 from corewise.samples.texts import Columns
 from corewise.search.retuning import BUDGET_S
 
+FIRST = 64
+"""Texts whose size is looked at."""
 Kind = Literal["images", "recordings", "texts"]
 MEANT_FOR: dict[str, tuple[Kind, ...]] = {
     "text": ("texts",),
@@ -180,6 +184,8 @@ class Bulk:
             answer_bytes=_answer_bytes(artifact, kind),
         )
         check_job(job)
+        if kind == "texts":
+            job = replace(job, row_bytes=_row_bytes(job))
         return cls(artifact=artifact, job=job, ray=ray)
 
     def outlook(self) -> BulkOutlook:
@@ -206,7 +212,7 @@ class Bulk:
                 self.artifact.folder,
                 self.job,
                 preprocess=self.job.preprocess,
-                total=self._rows(),
+                total=self._total(),
                 max_failed=max_failed,
                 retune_s=retune_s,
                 on_progress=on_progress,
@@ -215,10 +221,11 @@ class Bulk:
         return record_result(self.job.kept, result) if self.job.folder else result
 
     def _run_here(self, max_failed: int | None, on_progress: OnProgress) -> BulkResult:
-        total = self._rows()
+        total = self._total()
 
         def on_rows(done: Counts) -> None:
-            on_progress(BulkProgress(rows=done.rows, total=max(total, done.rows), failed=done.failed))
+            most = None if total is None else max(total, done.rows)
+            on_progress(BulkProgress(rows=done.rows, total=most, failed=done.failed))
 
         job, folder = self.job, self.artifact.folder
         with load_for_bulk(folder, preprocess=job.preprocess, photos=job.ask is not None) as model:
@@ -232,6 +239,10 @@ class Bulk:
             failed=done.failed,
             wall_s=0.0,
         )
+
+    def _total(self) -> int | None:
+        """About how many rows there are; ``None`` with tar files, which have any number of images."""
+        return None if self.job.ask is not None and any(map(is_archive, self.job.inputs)) else self._rows()
 
     def _rows(self) -> int:
         return len(self.job.inputs) if self.job.ask is not None else count_rows(self.job.inputs)
@@ -297,6 +308,12 @@ def _answer_bytes(artifact: Artifact, kind: Kind) -> int:
     if isinstance(pipeline, TextPipeline) and first.ndim == 3:  # of each token, and texts may be longer than these
         return first[:1, :1].nbytes * pipeline.max_length
     return first[:1].nbytes
+
+
+def _row_bytes(job: Job) -> int:
+    """About how large a text is in a message to a node, by the first ones. Raises as ``records``."""
+    first = list(islice(records(job), FIRST))
+    return len(packed_rows(first)) // max(1, len(first))
 
 
 def _check_drawings(draw: Path, places: Iterable[str | Path], paths: Iterable[Place]) -> None:

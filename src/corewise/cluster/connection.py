@@ -1,6 +1,7 @@
 """The connection to a Ray cluster: the right version, an address that answers within seconds, and tokens."""
 
 import logging
+import re
 import socket
 import warnings
 from collections.abc import Iterable, Iterator
@@ -26,6 +27,8 @@ PROBES = {CLIENT: "/ray.rpc.RayletDriver/ClusterInfo", "": "/ray.rpc.NodeInfoGcs
 """A question without consequences, which a Ray client's server and a cluster's head answer."""
 NO_RAY = ("DEADLINE_EXCEEDED", "UNAVAILABLE", "UNIMPLEMENTED")
 """What comes of that question where nobody is, or another service."""
+VERSIONS = re.compile(r"Ray: (\S+)\s+Python: (\S+)")
+"""Of the cluster and of this process, where Ray tells that they differ."""
 SAFE = "start all of its nodes with RAY_AUTH_MODE=token ('ray get-auth-token --generate' makes the token)"
 TOKEN = "set RAY_AUTH_MODE=token, and RAY_AUTH_TOKEN or ~/.ray/auth_token to the cluster's token"
 
@@ -121,7 +124,9 @@ def found_address() -> str:
     try:
         return str(canonicalize_bootstrap_address_or_die("auto"))
     except ConnectionError as error:
-        raise EngineError("there is no Ray cluster on this machine", "give its address, or local") from error
+        several = "multiple" in str(error)
+        what = "there are several Ray clusters" if several else "there is no Ray cluster"
+        raise EngineError(f"{what} on this machine", f"give its address{'' if several else ', or local'}") from error
     except ValueError as error:
         raise EngineError(
             f"auto means RAY_ADDRESS, which is not HOST:PORT: {first_line(error)}",
@@ -150,7 +155,7 @@ def probe(address: str) -> Answer:
     host, _, port = address.removeprefix(CLIENT).rpartition(":")
     try:
         socket.create_connection((host.strip("[]"), int(port)), ANSWER_S).close()
-    except (OSError, OverflowError):
+    except (OSError, OverflowError, UnicodeError):  # the last for what is no name of a host
         return "silent"
     with grpc.insecure_channel(address.removeprefix(CLIENT), [("grpc.enable_http_proxy", 0)]) as channel:
         try:
@@ -190,9 +195,25 @@ def _connect(address: str) -> None:
     except AuthenticationError as error:
         raise EngineError(f"the Ray cluster at {address} wants a token: {first_line(error)}", TOKEN) from error
     except (RayError, ConnectionError, RuntimeError, ValueError, OSError) as error:
-        raise EngineError(
-            f"Ray cannot be reached at {address}: {first_line(error)}", "see 'ray status' on that machine"
-        ) from error
+        raise unreachable(address, error) from error
+
+
+def unreachable(address: str, error: Exception) -> EngineError:
+    """The error for what Ray says of a cluster that it cannot use. Pure."""
+    match VERSIONS.findall(str(error)):
+        case [(ray_there, python_there), (ray_here, python_here), *_] if "Version mismatch" in str(error):
+            return EngineError(
+                f"the Ray cluster at {address} has Ray {ray_there} and Python {python_there}, and this machine has "
+                f"Ray {ray_here} and Python {python_here}",
+                "install the same versions on all machines",
+            )
+    if "No node info found" in str(error):
+        host = address.rpartition(":")[0]
+        return EngineError(
+            f"this machine is no node of the Ray cluster at {address}",
+            f"run the command on one of its nodes, or give {CLIENT}{host}:10001",
+        )
+    return EngineError(f"Ray cannot be reached at {address}: {first_line(error)}", "see 'ray status' on that machine")
 
 
 def first_line(error: BaseException) -> str:

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple, Protocol
 
 from corewise._version import __version__
 from corewise.cluster.actor import Answerer
+from corewise.cluster.messages import refusal
 from corewise.common.errors import EngineError
 
 READER_CPUS = 4
@@ -61,7 +62,7 @@ class Crew(Protocol):
 
     @abstractmethod
     def result(self, call: Any) -> str:
-        """What an ended call returned. Raises ``ActorLost``."""
+        """The message that an ended call returned. Raises ``ActorLost``."""
 
     @abstractmethod
     def stop(self, actor: Any) -> None:
@@ -125,7 +126,7 @@ class RayCrew:
         return list(ended)
 
     def result(self, call: Any) -> str:
-        """What an ended call returned. Raises ``ActorLost``, and ``EngineError`` for what the actor did not expect."""
+        """The message that an ended call returned, or one of what the actor did not expect. Raises ``ActorLost``."""
         import ray
         from ray.exceptions import RayError, RayTaskError
 
@@ -134,10 +135,10 @@ class RayCrew:
         except RayTaskError as error:
             cause = error.cause or error
             if ABSENT in str(cause):
-                raise EngineError(
-                    "corewise is not installed there", f"install corewise {__version__} on every node"
-                ) from error
-            raise EngineError(f"an actor failed: {type(cause).__name__}: {_last_line(cause)}") from error
+                absent = f"install corewise {__version__} on every node"
+                return refusal(EngineError("corewise is not installed there", absent))
+            what = f"an actor failed: {type(cause).__name__}: {_last_line(cause)}"
+            return refusal(EngineError(what, "see the logs of Ray's workers there"))
         except (RayError, ConnectionError) as error:
             raise ActorLost(_last_line(error)) from error
 

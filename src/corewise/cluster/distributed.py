@@ -34,7 +34,7 @@ def run_on_ray(
     job: Job,
     *,
     preprocess: str | None,
-    total: int,
+    total: int | None,
     max_failed: int | None,
     retune_s: float,
     on_progress: OnProgress,
@@ -46,7 +46,7 @@ def run_on_ray(
         artifact: The folder of the artifact, which all nodes see.
         job: What is asked; its output is a folder that all nodes see.
         preprocess: The function that prepares images, as a reference that all nodes see.
-        total: About how many rows there are.
+        total: About how many rows there are, if that is known.
         max_failed: How many rows may be set aside.
         retune_s: Seconds for the plan of each kind of machine that the artifact has none for; 0 for never.
         on_progress: Called as parts are done.

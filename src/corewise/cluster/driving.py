@@ -26,7 +26,8 @@ LOOK_S = 5.0
 START_S = 120.0
 """How long a cluster may take to start the first actor."""
 HANG_S = 300.0
-"""An actor whose engine ends no call for so long is ended."""
+"""An actor whose engine ends no call for so long is ended. What counts is how often the driver has looked meanwhile, as
+it may be stopped itself, or read for long."""
 MOST_LOSSES = 3
 """A part that ends this many actors ends the job; a node is left out if as many end there before they are ready."""
 
@@ -69,8 +70,8 @@ class _Actor:
     parts: list[Part] = field(default_factory=list)
     rows: int = 0
     calls_ended: int = -1
-    moved_s: float = 0.0
-    """When that number last rose, or the actor had nothing to do."""
+    looks: int = 0
+    """How often the driver has looked since that number rose, or a step began or ended."""
 
     def share(self, *, lost: bool) -> NodeShare | None:
         """For the report; ``None`` if it never had a plan."""
@@ -90,7 +91,6 @@ class _Actor:
 class _Call(NamedTuple):
     actor: _Actor
     step: Step
-    since_s: float
     part: Part | None = None
 
 
@@ -114,7 +114,7 @@ class Driver:
         parts: Iterator[Part],
         *,
         done: Counts,
-        total: int,
+        total: int | None,
         max_failed: int | None,
         retune_s: float,
         on_tuned: Callable[[Tuned], str],
@@ -129,7 +129,7 @@ class Driver:
             kept: The folder of finished parts.
             parts: The parts to do.
             done: What is done already.
-            total: About how many rows there are, for the progress.
+            total: About how many rows there are, for the progress, if that is known.
             max_failed: How many rows may be set aside.
             retune_s: Seconds for the plan of each kind of machine that the artifact has none for; 0 for never.
             on_tuned: Keeps such a plan; returns a note, or nothing.
@@ -155,7 +155,7 @@ class Driver:
         self._tuning: dict[Machine, _Actor] = {}
         self._shares: list[NodeShare] = []
         self._notes: list[str] = []
-        self._looked_s = self._began_s = clock()
+        self._looked_s = self._asked_s = self._began_s = clock()
 
     def run(self) -> Driven:
         """Have all parts done.
@@ -173,6 +173,7 @@ class Driver:
                 self._hear()
                 if self._clock() - self._looked_s > LOOK_S:
                     self._hire()
+                if self._clock() - self._asked_s > LOOK_S:
                     self._check_moving()
                 self._check_started()
             for actor in self._actors.values():
@@ -207,11 +208,23 @@ class Driver:
             for actor in self._actors.values():
                 if not actor.ready or len(actor.parts) != load:
                     continue
-                part = self._lost_part(actor) or self._next_part()
+                part = self._part_for(actor)
                 if part is not None:  # another actor may be given what this one has lost
                     actor.parts.append(part)
                     self._call(actor, "answer", part.number, packed_rows(part.rows), part=part)
         return not self._all_read
+
+    def _part_for(self, actor: _Actor) -> Part | None:
+        """What the actor does next. A part that has ended another one is alone, so that it is blamed and no other."""
+        if any(part.number in self._ended for part in actor.parts):
+            return None
+        lost = self._lost_part(actor)
+        if lost is None:
+            return self._next_part()
+        if actor.parts:
+            return None  # until it has nothing else to do
+        self._again.remove(lost)
+        return lost
 
     def _next_part(self) -> Part | None:
         part = None if self._all_read else next(self._parts, None)
@@ -219,16 +232,17 @@ class Driver:
         return part
 
     def _lost_part(self, actor: _Actor) -> Part | None:
-        """A part that an actor took with it; on another node than that one, if there is one."""
+        """A part that ended an actor; on another node than that one, if there is one."""
         for part in self._again:
             ended = self._ended[part.number]
             if actor.node.id not in ended or self._ready <= set(ended):
-                self._again.remove(part)
                 return part
         return None
 
     def _call(self, actor: _Actor, step: Step, *arguments: Any, part: Part | None = None) -> None:
-        self._calls[self._crew.call(actor.handle, step, *arguments)] = _Call(actor, step, self._clock(), part)
+        self._calls[self._crew.call(actor.handle, step, *arguments)] = _Call(actor, step, part)
+        if step != "beat":
+            actor.looks = 0
 
     def _hear(self) -> None:
         """Wait for an answer for a moment, and act on it."""
@@ -241,11 +255,6 @@ class Driver:
             except ActorLost as error:
                 self._lose(call.actor, str(error))
                 continue
-            except EngineError as error:
-                if call.step != "prepare":
-                    raise
-                self._refuse(call.actor, EngineError(f"node {call.actor.node.name}: {error.what}", error.fix))
-                continue
             if call.step == "answer":
                 self._answered(call, answer(Answered, told, f"node {call.actor.node.name}"))
             elif call.step == "beat":
@@ -257,28 +266,28 @@ class Driver:
         assert call.part is not None
         call.actor.parts.remove(call.part)
         call.actor.rows += said.rows
-        call.actor.moved_s = self._clock()
+        call.actor.looks = 0
         self.done = Counts(self.done.rows + said.rows, self.done.failed + said.failed)
         self._kept.check_failed(self.done.failed, self._max_failed, said.example)
         self._tell()
 
     def _moved(self, actor: _Actor, calls_ended: int) -> None:
         if calls_ended != actor.calls_ended:
-            actor.calls_ended, actor.moved_s = calls_ended, self._clock()
+            actor.calls_ended, actor.looks = calls_ended, 0
 
     def _check_moving(self) -> None:
         """Ask each actor how far its engine is, and give up one that hangs or does not even answer that."""
-        now_s, asked = self._clock(), [call.actor for call in self._calls.values() if call.step == "beat"]
-        for call in list(self._calls.values()):
-            limit_s = HANG_S + (self._retune_s if call.step == "retune" else 0.0)
-            if call.step in ("retune", "open") and now_s - call.since_s > limit_s:
-                self._lose(call.actor, f"it did not {call.step} the artifact within {limit_s:g} s")
-        for actor in list(self._actors.values()):
-            if not actor.parts:
-                actor.moved_s = now_s
-            elif now_s - actor.moved_s > HANG_S:
-                self._lose(actor, f"its engine hung: it ended no call for {HANG_S:g} s")
-            elif actor not in asked:
+        self._asked_s = self._clock()
+        asked = {call.actor for call in self._calls.values() if call.step == "beat"}
+        # To be prepared may mean to wait for CPUs.
+        steps = {call.actor: call.step for call in self._calls.values() if call.step not in ("beat", "prepare")}
+        for actor, step in steps.items():
+            actor.looks += 1
+            limit_s = HANG_S + (self._retune_s if step == "retune" else 0.0)
+            if actor.looks * LOOK_S > limit_s:
+                hung = f"its engine hung: it ended no call for {limit_s:g} s"
+                self._lose(actor, hung if step == "answer" else f"it did not {step} the artifact within {limit_s:g} s")
+            elif step == "answer" and actor not in asked:
                 self._call(actor, "beat")
 
     def _advance(self, call: _Call, told: str) -> None:
@@ -292,7 +301,7 @@ class Driver:
             else:
                 for note in answer(tuple[str, ...], told, place):
                     self._note(f"{place}: {note}")
-                actor.ready, actor.moved_s = True, self._clock()
+                actor.ready = True
                 self._ready.add(actor.node.id)
                 self._tell()
         except CorewiseError as refusal:
@@ -405,7 +414,7 @@ class Driver:
         self._on_progress(
             BulkProgress(
                 rows=self.done.rows,
-                total=max(self._total, self.done.rows),
+                total=None if self._total is None else max(self._total, self.done.rows),
                 failed=self.done.failed,
                 actors=len(self._ready),
                 lost=self._lost,

@@ -122,15 +122,16 @@ def answering(method: Callable[..., Any]) -> Callable[..., str]:
         try:
             return json.dumps({"value": to_json(method(*arguments))})
         except CorewiseError as error:
-            return _refusal(error)
+            return refusal(error)
         except OSError as error:
             what = f"{error.filename or 'a file'} cannot be used there: {error.strerror or error}"
-            return _refusal(OutputError(what, "let Ray's user read and write it"))
+            return refusal(OutputError(what, "let Ray's user read and write it"))
 
     return call
 
 
-def _refusal(error: CorewiseError) -> str:
+def refusal(error: CorewiseError) -> str:
+    """An error of ours as the message of a method that raises it."""
     kind = next(kind.__name__ for kind in type(error).__mro__ if kind in KINDS)
     return json.dumps({"error": kind, "what": error.what, "fix": error.fix})
 

@@ -24,7 +24,8 @@ def with_metrics(on_progress: OnProgress, output: str) -> OnProgress:
     def tell(progress: BulkProgress) -> None:
         values = (progress.rows, progress.total, progress.failed, progress.actors or 0, progress.lost)
         for gauge, value in zip(gauges.values(), values, strict=True):
-            gauge.set(value, tags)
+            if value is not None:
+                gauge.set(value, tags)
         on_progress(progress)
 
     return tell

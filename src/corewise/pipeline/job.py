@@ -30,7 +30,7 @@ from corewise.samples.texts import Columns
 PART_ROWS, FOLDER_PART_ROWS = 4096, 1024
 """Rows of a part, and of one that stays a file in a folder: what is done again at most after a kill."""
 PART_BYTES = 64 * 2**20
-"""Of the answers of a part: of vectors of each token, or maps of photos, a part has fewer rows."""
+"""Of the answers of a part, and of its texts: of vectors of each token, maps of photos, or books it has fewer rows."""
 SUFFIX, MARK = ".parquet", "_"
 """Of the files in a folder of Parquet parts: of its answers, and before the names of all other files."""
 BLOCK_BYTES = 1 << 20
@@ -60,6 +60,8 @@ class Job:
     """Whether the output is a folder of Parquet parts, and no file."""
     answer_bytes: int = 0
     """About how large an answer is, if that is known: the answers of a part are in memory together."""
+    row_bytes: int = 0
+    """About how large a text is: on a cluster, the texts of two parts for each node are in memory together."""
 
     @property
     def file(self) -> Path:
@@ -81,7 +83,7 @@ class Job:
     def part_rows(self) -> int:
         """Rows of a part."""
         usual = FOLDER_PART_ROWS if self.folder else PART_ROWS
-        return max(1, min(usual, PART_BYTES // max(1, self.answer_bytes)))
+        return max(1, min(usual, PART_BYTES // max(1, self.answer_bytes, self.row_bytes)))
 
     @property
     def several(self) -> bool:

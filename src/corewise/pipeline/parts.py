@@ -1,7 +1,7 @@
 """A job's finished parts in a folder. Each is on disk as a whole or not at all, even if its writer is killed.
 
 A part is its answers, the rows that were set aside with their reasons, and a small file ``.done``, which comes last and
-says that both are whole. Each file is written under a name of its own and renamed, so that two writers of one part, of
+says how large both are. Each file is written under a name of its own and renamed, so that two writers of one part, of
 which one was given up for dead, do not harm each other: both write the same. In an object store a file appears when it
 is whole.
 """
@@ -10,7 +10,7 @@ import fcntl
 import json
 import os
 import secrets
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -151,28 +151,21 @@ class Parts:
         return self.about.is_file() and self.about.read_text(encoding="utf-8") == _text(facts)
 
     def finished(self) -> dict[int, Counts]:
-        """The finished parts by their numbers, rising. One of which a file is gone is not finished."""
-        names = {*names_in(self.folder)}
+        """The finished parts by their numbers, rising. One of which a file is gone or has another size is none."""
+        sizes = sizes_in(self.folder)
         start = len(f"{self.mark}part-")
         with ThreadPoolExecutor(READERS) as pool:
-            found = {int(name[start:-5]): pool.submit(self._counts, name) for name in sorted(self._done(names))}
-            counts = {number: future.result() for number, future in found.items()}
-        return {
-            number: count
-            for number, count in counts.items()
-            if count is not None and names.issuperset(self._files(number, count))
-        }
+            found = {int(name[start:-5]): pool.submit(self._counts, name, sizes) for name in self._done(sizes)}
+            counts = {number: future.result() for number, future in sorted(found.items())}
+        return {number: count for number, count in counts.items() if count is not None}
 
-    def _counts(self, name: str) -> Counts | None:
-        """What a part's last file says; ``None`` if a crash of the machine left it empty or half."""
-        with suppress(ValueError, TypeError):
-            return Counts(**json.loads((self.folder / name).read_text()))
+    def _counts(self, name: str, sizes: Mapping[str, int]) -> Counts | None:
+        """What a part's last file says; ``None`` if that is not true, or the file was damaged itself."""
+        with suppress(ValueError, TypeError, KeyError, AttributeError):
+            said = json.loads((self.folder / name).read_text())
+            if said["files"].items() <= sizes.items():
+                return Counts(int(said["rows"]), int(said["failed"]))
         return None
-
-    def _files(self, number: int, counts: Counts) -> list[str]:
-        """The names of a part's files of answers and of rows set aside."""
-        answers = [self.answers(number).name] if self._has_file(counts.rows - counts.failed) else []
-        return answers + ([self.failed(number).name] if self._has_file(counts.failed) else [])
 
     def _has_file(self, rows: int) -> bool:
         """In a folder of Parquet no file is without rows: it would have no columns, which a reader would miss."""
@@ -194,32 +187,36 @@ class Parts:
             if not isinstance(answer, Rejected)
         ]
         bad = [(record, answer) for record, answer in part if isinstance(answer, Rejected)]
+        answers, failed = self.answers(number), self.failed(number)
+        done = self.folder / f"{self.mark}part-{number:06}.done"
+        self._remove(done)  # of an earlier attempt: it would vouch for a part that is half of each
+        files: dict[str, int] = {}
         if self._has_file(len(good)):
             first = part[0][0].row
-            self.replace(self.answers(number), lambda path: kind.write(path, good, first, len(part)))
+            files[answers.name] = self.replace(answers, lambda path: kind.write(path, good, first, len(part)))
         else:
-            self._remove(self.answers(number))
+            self._remove(answers)
         if self._has_file(len(bad)):
             text = "".join(_aside(record, answer) for record, answer in bad)
-            self.replace(self.failed(number), lambda path: path.write_bytes(text.encode("utf-8", "replace")))
+            files[failed.name] = self.replace(failed, lambda path: path.write_bytes(text.encode("utf-8", "replace")))
         else:
-            self._remove(self.failed(number))
-        counts = json.dumps({"rows": len(part), "failed": len(bad)})
-        done = self.folder / f"{self.mark}part-{number:06}.done"
-        self.replace(done, lambda path: path.write_text(counts))
+            self._remove(failed)
+        said = json.dumps({"rows": len(part), "failed": len(bad), "files": files})
+        self.replace(done, lambda path: path.write_text(said))
         example = f"{bad[0][0].name or bad[0][0].input} {bad[0][1].reason}" if bad else ""
         return Counts(len(part), len(bad), example)
 
-    def replace(self, path: Place, write: Callable[[Path], Any]) -> None:
-        """Write a file under another name, and give it its own when it is on disk."""
+    def replace(self, path: Place, write: Callable[[Path], Any]) -> int:
+        """Write a file under another name, and give it its own when it is on disk. Returns its size in bytes."""
         if isinstance(path, RemotePath):
             assert isinstance(self.folder, RemotePath)
-            self.folder.write_whole(path.name, write)
-            return
+            return self.folder.write_whole(path.name, write)
         new = path.with_name(f"{self.mark}{NEW}{secrets.token_hex(4)}-{path.name}")
         write(new)
         sync(new)
+        size_bytes = new.stat().st_size
         new.replace(path)
+        return size_bytes
 
     def _remove(self, path: Place) -> None:
         """Remove what an attempt that was killed left: it may have read other rows, which would be there twice."""
@@ -248,6 +245,18 @@ class Parts:
 def names_in(folder: Place) -> list[str]:
     """The names of what is in a folder."""
     return os.listdir(folder) if isinstance(folder, Path) else folder.names()
+
+
+def sizes_in(folder: Place) -> dict[str, int]:
+    """The sizes of the files in a folder, in bytes, by their names."""
+    if isinstance(folder, RemotePath):
+        return {file.name: file.stat().st_size for file in folder.children()}
+    sizes = {}
+    with os.scandir(folder) as entries:
+        for entry in entries:
+            with suppress(FileNotFoundError):  # another job writes there
+                sizes[entry.name] = entry.stat().st_size
+    return sizes
 
 
 def _text(facts: dict[str, Any]) -> str:

@@ -30,8 +30,8 @@ class BulkProgress:
 
     rows: int
     """Rows that are done, those of an earlier run included."""
-    total: int
-    """About how many there are."""
+    total: int | None
+    """About how many there are; ``None`` if nobody has counted them, as the images of tar files."""
     failed: int
     """Rows that were set aside."""
     actors: int | None = None

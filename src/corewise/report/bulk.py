@@ -38,13 +38,15 @@ class ProgressLines:
 
     def line(self, progress: BulkProgress, now_s: float) -> str:
         """How far it is, or nothing if that was told a moment ago."""
-        if self._first is None:
-            self._first = now_s, progress.rows
+        if self._first is None or (progress.actors == 0 and progress.rows == self._first[1]):
+            self._first = now_s, progress.rows  # what a cluster takes to start says nothing about the time left
         since_s, before = self._first
         self._per_s = (progress.rows - before) / (now_s - since_s) if now_s > since_s else 0.0
         if now_s - self._told_s < EVERY_S:
             return ""
         self._told_s = now_s
+        if progress.total is None:
+            return ", ".join([f"{progress.rows:,} rows", *self._facts(progress)])
         left = [f"{duration((progress.total - progress.rows) / self._per_s)} left"] if self._per_s else []
         return ", ".join([f"{progress.rows:,} of {progress.total:,} rows", *left, *self._facts(progress)])
 

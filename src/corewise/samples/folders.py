@@ -22,8 +22,8 @@ from corewise.samples.raw import NAMED, NOUNS, RawKind, RawSamples
 from corewise.samples.texts import number_or_text
 
 LABELS_FILE = "labels.csv"
-HIDDEN = (".", "__MACOSX")
-"""Names that begin so are no samples: what file managers and archives add."""
+HIDDEN = (".", "__MACOSX", "lost+found")
+"""Names that begin so are no samples: what file managers, archives and file systems add."""
 PART = re.compile(
     r"(train|training|val|valid|validation|dev|test|testing|eval)([ _-]?(set|data|images|imgs|\d+))?"
     r"|images|imgs|masks|labels|annotations",
@@ -48,8 +48,15 @@ def list_files(places: Iterable[str | Place], suffixes: Collection[str], noun: s
         noun: What they are called.
 
     Raises:
-        SamplesError: A place has none, or a file is named twice.
+        SamplesError: A place has none or cannot be read, or a file is named twice.
     """
+    try:
+        return without_twins(_files(places, suffixes, noun))
+    except OSError as error:
+        raise _unreadable(error, "the inputs") from error
+
+
+def _files(places: Iterable[str | Place], suffixes: Collection[str], noun: str) -> list[Place]:
     found: list[Place] = []
     for typed in places:
         place = place_of(typed)
@@ -64,7 +71,13 @@ def list_files(places: Iterable[str | Place], suffixes: Collection[str], noun: s
             found += named
         else:
             raise SamplesError(f"there is no file {typed}", "check the path or the pattern")
-    return without_twins(found)
+    return found
+
+
+def _unreadable(error: OSError, place: object) -> SamplesError:
+    return SamplesError(
+        f"{error.filename or place} cannot be read: {error.strerror}", "check the path and its permissions"
+    )
 
 
 def _named_by(pattern: Place) -> list[Place]:
@@ -77,7 +90,7 @@ def _named_by(pattern: Place) -> list[Place]:
 def _in_folder(folder: Place) -> list[Place]:
     """The files below it that are not hidden."""
     if isinstance(folder, Path):
-        return [folder / name for name in _below(folder)]
+        return [folder / name for name in _below(folder)] if folder.is_dir() else []
     start = len(folder.url) + 1
     return [file for file in folder.files() if not any(map(_hidden, file.url[start:].split("/")))]
 
@@ -118,7 +131,7 @@ def read_folder(
     try:
         listing = _labelled(folder) if (folder / LABELS_FILE).is_file() else _listed(folder, allow_empty)
     except OSError as error:
-        raise SamplesError(f"{error.filename or folder} cannot be read: {error.strerror}", "check the path") from error
+        raise _unreadable(error, folder) from error
     kinds: set[RawKind] = {"audio" if _suffix(path) in AUDIO_SUFFIXES else "image" for path in listing.paths}
     if len(kinds) != 1:
         what = "both images and recordings" if kinds else "no samples"
@@ -183,10 +196,13 @@ def _listed(folder: Path, allow_empty: bool) -> _Listing:
 
 
 def _below(folder: Path) -> Iterator[str]:
-    """The files below a class folder, in torchvision's order; links are followed, hidden ones and circles are not."""
+    """The files below a class folder, in torchvision's order; links are followed, hidden ones and circles are not.
+
+    Raises ``OSError`` for a folder that cannot be read: its files would be missed without a word.
+    """
     seen: set[str] = set()
     levels: list[tuple[str, list[str]]] = []
-    for parent, folders, files in os.walk(folder, followlinks=True):
+    for parent, folders, files in os.walk(folder, onerror=_raise, followlinks=True):
         real = os.path.realpath(parent)
         folders[:] = [] if real in seen else [name for name in folders if not name.startswith(HIDDEN)]
         if real not in seen:
@@ -196,6 +212,10 @@ def _below(folder: Path) -> Iterator[str]:
         for name in sorted(files):
             if not name.startswith("."):
                 yield os.path.relpath(os.path.join(parent, name), folder)
+
+
+def _raise(error: OSError) -> None:
+    raise error
 
 
 def _usable(paths: Iterator[str] | list[str], others: Counter[str]) -> list[str]:

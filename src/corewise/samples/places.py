@@ -102,9 +102,13 @@ class RemotePath:
         below = [(one.path.strip("/")[start:], Stat(one.size, one.mtime_ns or 0)) for one in files]
         return sorted((RemotePath(f"{self.url}/{name}", stat) for name, stat in below), key=str)
 
+    def children(self) -> list["RemotePath"]:
+        """The files in it."""
+        return [file for file in self.files() if file.url == f"{self.url}/{file.name}"]
+
     def names(self) -> list[str]:
         """The names of the files in it."""
-        return [file.name for file in self.files() if file.url == f"{self.url}/{file.name}"]
+        return [file.name for file in self.children()]
 
     def open(
         self, mode: str = "r", encoding: str | None = None, errors: str | None = None, newline: str | None = None
@@ -134,14 +138,18 @@ class RemotePath:
         with self._asking(SamplesError, "read"), store.open_input_file(place) as file:
             return bytes(file.read_at(size_bytes, start)) if start < file.size() else b""
 
-    def write_whole(self, name: str, write: Callable[[Path], Any]) -> None:
-        """Write a file in it by way of a local one. The store has the file as a whole or not at all."""
+    def write_whole(self, name: str, write: Callable[[Path], Any]) -> int:
+        """Write a file in it by way of a local one. The store has the file as a whole or not at all.
+
+        Returns its size in bytes.
+        """
         with tempfile.TemporaryDirectory(prefix="corewise-") as folder:
             local = Path(folder) / "file"
             write(local)
             # In a thread of its own: an interrupt would close the stream, and leave the half that was sent as a file.
             with ThreadPoolExecutor(1) as pool, (self / name)._asking(OutputError, "written"):
                 pool.submit((self / name)._upload, local).result()
+            return local.stat().st_size
 
     def unlink(self) -> None:
         """Remove it."""

@@ -64,6 +64,19 @@ def test_replicas_that_are_none(replicas: Any, said: str) -> None:
 
 
 @pytest.mark.parametrize(
+    ("wrong", "what"),
+    [
+        ({"cpus": 0}, "a replica cannot have 0 CPUs; give a whole number, 1 or more"),
+        ({"cpus": 1.5}, "a replica cannot have 1.5 CPUs"),
+        ({"queue_s": 0.0}, "the queue cannot be kept at 0 s; give more than 0"),
+    ],
+)
+def test_replicas_of_no_cpus_or_for_no_queue(wrong: dict[str, Any], what: str) -> None:
+    with pytest.raises(InputError, match=what):
+        Scale(**wrong)
+
+
+@pytest.mark.parametrize(
     ("options", "what"),
     [
         (Options(http=None), "on a cluster HTTP listens on a port; give --http HOST:PORT"),

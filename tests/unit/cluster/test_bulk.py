@@ -1,5 +1,6 @@
 """cluster.bulk: what is checked before a job runs, and how large its parts are."""
 
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -9,10 +10,13 @@ import pytest
 
 from corewise.cluster import bulk
 from corewise.cluster.bulk import _check_drawings
+from corewise.cluster.messages import packed_rows
 from corewise.common.errors import InputError, OutputError
 from corewise.pipeline import ImageAsk
+from corewise.pipeline.job import FOLDER_PART_ROWS, PART_BYTES, Job, records
 from corewise.records.pipeline import ImagePipeline, TextPipeline
 from corewise.records.report import Preprocess
+from corewise.samples.texts import GUESSED
 
 
 @pytest.mark.parametrize("draw", ["photos", "photos/drawn", "photos/a/../../photos/a", "more"])
@@ -56,3 +60,16 @@ def test_how_large_answers_are(
     monkeypatch.setattr(bulk, "text_pipeline" if kind == "texts" else "images_of", lambda artifact: pipeline)
     artifact: Any = SimpleNamespace(golden=lambda: ([], [np.zeros(shape, np.float32)]))
     assert bulk._answer_bytes(artifact, kind) == size
+
+
+def test_a_part_has_fewer_texts_if_they_are_long(tmp_path: Path) -> None:
+    """On a cluster a part's texts are in memory, and in a message to a node."""
+    for name, text in (("short.txt", "a text\n"), ("long.txt", f"{'long ' * 40_000}\n")):
+        (tmp_path / name).write_text(text * 3)
+        job = Job(
+            inputs=(tmp_path / name,), output=tmp_path / "out", columns=GUESSED, prompt=None, artifact="", folder=True
+        )
+        job = replace(job, row_bytes=bulk._row_bytes(job))
+        assert len(packed_rows([*records(job)])) // 3 == job.row_bytes
+        assert job.part_rows == min(FOLDER_PART_ROWS, PART_BYTES // job.row_bytes)
+    assert job.part_rows < FOLDER_PART_ROWS

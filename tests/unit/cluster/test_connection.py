@@ -1,6 +1,8 @@
 """cluster.connection: versions, addresses, and what an address says to a question without a token."""
 
+import re
 import socket
+import sys
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 
@@ -17,6 +19,7 @@ from corewise.cluster.connection import (
     probe,
     require_ray,
     require_serve,
+    unreachable,
 )
 from corewise.common.errors import EngineError, InputError, MissingExtra
 
@@ -65,6 +68,30 @@ def test_auto_is_the_cluster_that_ray_finds(monkeypatch: pytest.MonkeyPatch) -> 
         found_address()
 
 
+@pytest.mark.parametrize(
+    ("said", "what"),
+    [
+        (
+            "Could not find any running Ray instance.",
+            "there is no Ray cluster on this machine; give its address, or local",
+        ),
+        (
+            "Found multiple active Ray instances: {'a:1'}.",
+            "there are several Ray clusters on this machine; give its address",
+        ),
+    ],
+)
+def test_auto_without_a_single_cluster(said: str, what: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    services = pytest.importorskip("ray._private.services")
+
+    def find(address: str) -> str:
+        raise ConnectionError(said)
+
+    monkeypatch.setattr(services, "canonicalize_bootstrap_address_or_die", find)
+    with pytest.raises(EngineError, match=f"^{what}$"):
+        found_address()
+
+
 @pytest.fixture
 def mute() -> Iterator[str]:
     """A port that takes connections and says nothing."""
@@ -104,6 +131,30 @@ def test_an_address_that_says_nothing_is_not_waited_for(mute: str, monkeypatch: 
     with socket.create_server(("127.0.0.1", 0)) as server:
         port = server.getsockname()[1]
     assert probe(f"127.0.0.1:{port}") == "silent"
+
+
+def test_a_name_that_no_host_can_have_is_no_cluster() -> None:
+    assert probe("head..local:6379") == "silent"
+
+
+def test_what_ray_says_of_a_cluster_that_it_cannot_use() -> None:
+    utils = pytest.importorskip("ray._private.utils")
+    with pytest.raises(RuntimeError) as caught:
+        utils.check_version_info({"ray_version": "2.59.0", "python_version": "3.10.1"}, "node 10.0.0.5")
+    here = ".".join(map(str, sys.version_info[:3]))
+    assert re.fullmatch(
+        r"the Ray cluster at head:6379 has Ray 2\.59\.0 and Python 3\.10\.1, and this machine has Ray \S+ and Python "
+        rf"{re.escape(here)}; install the same versions on all machines",
+        str(unreachable("head:6379", caught.value)),
+    )
+    outside = RuntimeError("No node info found matching attributes: '' when trying to resolve node to connect to.")
+    assert str(unreachable("head:6379", outside)) == (
+        "this machine is no node of the Ray cluster at head:6379; run the command on one of its nodes, or give "
+        "ray://head:10001"
+    )
+    assert str(unreachable("head:6379", ConnectionError("refused. Try again.\nTraceback"))) == (
+        "Ray cannot be reached at head:6379: refused; see 'ray status' on that machine"
+    )
 
 
 def test_only_a_guarded_cluster_is_used() -> None:

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from corewise.cluster.crew import ActorLost, Node, RayCrew
 from corewise.cluster.driving import MOST_LOSSES, Driver, parts_of_rows
-from corewise.cluster.messages import Answered, Prepared, answering, unpacked, unpacked_rows
+from corewise.cluster.messages import Answered, Prepared, answer, answering, refusal, unpacked, unpacked_rows
 from corewise.common.errors import ArtifactError, EngineError, SamplesError
 from corewise.pipeline.parts import Counts, Parts, Record
 from corewise.records.build import Plan
@@ -224,7 +224,7 @@ def test_a_node_without_corewise_is_left_out_by_name() -> None:
             (actor,) = (actor for number, actor, *_ in self.waiting if number == call)
             told = super().result(call)
             if actor.machine == NEW:
-                raise EngineError("corewise is not installed there", "install corewise on every node")
+                return refusal(EngineError("corewise is not installed there", "install corewise on every node"))
             return told
 
     driven = driver_of(Bare([OLD, NEW])).run()
@@ -234,16 +234,46 @@ def test_a_node_without_corewise_is_left_out_by_name() -> None:
         driver_of(Bare([NEW])).run()
 
 
-def test_an_actor_that_cannot_import_corewise_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("cause", "what"),
+    [
+        (
+            ModuleNotFoundError("No module named 'corewise'"),
+            r"corewise is not installed there; install corewise \S+ on every node$",
+        ),
+        (RuntimeError("oops\nno AMX"), "an actor failed: RuntimeError: no AMX; see the logs of Ray's workers there"),
+    ],
+)
+def test_what_an_actor_did_not_expect_is_told_with_its_node(
+    cause: Exception, what: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     ray = pytest.importorskip("ray")
 
     def get(call: object) -> str:
-        cause = ModuleNotFoundError("No module named 'corewise'")
         raise ray.exceptions.RayTaskError("answer", "", cause)
 
     monkeypatch.setattr(ray, "get", get)
-    with pytest.raises(EngineError, match=r"corewise is not installed there; install corewise \S+ on every node$"):
-        RayCrew.result(RayCrew.__new__(RayCrew), object())
+    told = RayCrew(None).result(object())
+    with pytest.raises(EngineError, match=f"^node a: {what}"):
+        answer(Answered, told, "node a")
+
+
+@pytest.mark.parametrize("step", ["retune", "open"])
+def test_an_actor_that_fails_before_its_first_part_ends_no_job(step: str) -> None:
+    class Failing(FakeCrew):
+        def result(self, call: int) -> str:
+            (found,) = (one for one in self.waiting if one[0] == call)
+            told = super().result(call)
+            fails = found[2] == step and found[1].machine == NEW
+            return refusal(EngineError("an actor failed: RuntimeError: no AMX")) if fails else told
+
+    driven = driver_of(crew := Failing([OLD, NEW])).run()
+    assert set(crew.written) == set(range(45))
+    if step == "retune":
+        assert "no plan was found: node node1: an actor failed: RuntimeError: no AMX" in driven.notes
+        assert {share.node: share.source for share in driven.shares} == {"node0": "made here", "node1": "untuned"}
+    else:
+        assert driven.left_out == ("node node1: an actor failed: RuntimeError: no AMX",)
 
 
 def test_a_cluster_that_is_gone_is_one_line() -> None:
@@ -256,6 +286,37 @@ def test_a_cluster_that_is_gone_is_one_line() -> None:
 def test_a_part_that_ends_every_process_ends_the_job() -> None:
     with pytest.raises(EngineError, match=r"rows 0 to 9 ended 3 processes, the last one on node node0: killed"):
         driver_of(FakeCrew([OLD], [False, False, True] * 9), 10).run()
+
+
+def test_the_part_that_ends_processes_is_named_and_not_the_one_beside_it() -> None:
+    class Poisoned(FakeCrew):
+        """Whoever is given row 15 dies before anything else of it is heard."""
+
+        def result(self, call: int) -> str:
+            (actor,) = (actor for number, actor, *_ in self.waiting if number == call)
+            given = [rest[1] for _, other, method, rest in self.waiting if other is actor and method == "answer"]
+            if any(record.row == 15 for packed in given for record in unpacked_rows(packed)):
+                self.fates.append(True)
+            return super().result(call)
+
+    with pytest.raises(EngineError, match=r"^rows 10 to 19 ended 3 processes, the last one on node node0: killed"):
+        driver_of(Poisoned([OLD]), 25).run()
+
+
+def test_a_driver_that_was_stopped_itself_gives_up_nobody() -> None:
+    class Stopped(FakeCrew):
+        """An hour passes with Ctrl-Z, or while an input is read."""
+
+        def wait(self, calls: Sequence[int], timeout_s: float) -> list[int]:
+            if self.steps["answer"] == 1 and self.steps["beat"] < 2:
+                now_s[0] += 3600.0
+                return [number for number, _, method, _ in self.waiting if number in calls and method == "beat"]
+            return super().wait(calls, timeout_s)
+
+    now_s, told = [0.0], list[BulkProgress]()
+    crew = Stopped([OLD])
+    driver_of(crew, 10, clock=lambda: now_s[0], on_progress=told.append).run()
+    assert (crew.steps["prepare"], told[-1].lost) == (1, 0)
 
 
 def test_an_actor_that_hangs_is_ended_and_its_parts_are_done_elsewhere() -> None:

@@ -10,24 +10,31 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
 import grpc
+import numpy as np
 import pytest
 from places import GOLDEN
 
 from corewise._version import __version__
 from corewise.artifact import MANIFEST, identity
 from corewise.artifact.format import digest
+from corewise.artifact.model import Model
 from corewise.cli.environment import settle_ray
 from corewise.cluster import replica
 from corewise.cluster.actor import Answerer
 from corewise.cluster.applications import Scale, settings_of
-from corewise.cluster.messages import Prepared, Task, answer, packed
+from corewise.cluster.messages import Answered, Prepared, Task, answer, packed, packed_rows
 from corewise.cluster.replica import Replica
-from corewise.common.errors import ArtifactError, CorewiseError, EngineError, OutputError
+from corewise.common.errors import ArtifactError, CorewiseError, EngineError, OutputError, SamplesError
 from corewise.machine.inspect import inspect_cpu
+from corewise.pipeline import ImageAsk, ImageRunner
 from corewise.pipeline.job import folder_of
+from corewise.pipeline.parts import Record
+from corewise.pipeline.runner import Rejected
+from corewise.records.pipeline import ImagePipeline
+from corewise.records.report import Preprocess
 from corewise.serving.host import Options
 from corewise.serving.served import NATIVE, Source, Trust
 
@@ -105,6 +112,34 @@ def test_a_node_checks_every_file_and_imports_no_engine_that_it_does_not_know(ta
         file.write(b"!")
     with pytest.raises(ArtifactError, match=r"report\.md is truncated or altered"):
         prepared(task)
+
+
+class Sizes(ImageRunner):
+    """Answers each photo with the size of its file."""
+
+    def __init__(self) -> None:
+        self.pipeline = ImagePipeline(task="vectors", preprocess=Preprocess(), labels=())
+
+    def answers(self, items: Any, ask: Any = None) -> Iterator[Any]:
+        for path in map(Path, items):
+            yield np.array([path.stat().st_size], np.float32) if path.is_file() else Rejected("cannot be read")
+
+
+def test_a_node_that_has_lost_the_inputs_sets_none_of_them_aside(task: Task, tmp_path: Path) -> None:
+    """It would take one part after the other, as nothing is faster than a file that is not there."""
+    photos = [tmp_path / "photos" / f"{row}.jpg" for row in range(3)]
+    photos[0].parent.mkdir()
+    for photo in photos[:2]:
+        photo.touch()
+    node = Answerer(packed(replace(task, seen=(str(photos[0]),), ask=ImageAsk())), keep_cores=lambda cores: CPU)
+    node._model = cast(Model, SimpleNamespace(images=Sizes()))
+    rows = packed_rows([Record(row, str(photo), "", str(photo), "") for row, photo in enumerate(photos)])
+    found = answer(Answered, node.answer(0, rows), "node a")
+    assert found == Answered(rows=3, failed=1, example=f"{photos[2]} cannot be read")
+    shutil.rmtree(photos[0].parent)
+    with pytest.raises(SamplesError, match=r"^node a: there is no input .*0\.jpg there; put the inputs into a folder"):
+        answer(Answered, node.answer(1, rows), "node a")
+    assert not list((tmp_path / "out").glob("*part-000001*"))
 
 
 # --- replicas -----------------------------------------------------------------------------------------------------

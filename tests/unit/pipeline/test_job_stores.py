@@ -14,6 +14,7 @@ from corewise.pipeline import ImageRunner
 from corewise.pipeline import job as jobs
 from corewise.pipeline.job import Done, Job, check_folder, count_rows, run_job
 from corewise.pipeline.outputs import format_of
+from corewise.pipeline.parts import Parts
 from corewise.pipeline.runner import Rejected
 from corewise.records.bulk import BulkResult
 from corewise.records.pipeline import ImagePipeline
@@ -81,8 +82,8 @@ def test_a_part_that_is_made_again_leaves_nothing_of_the_first_attempt(output: P
 
 
 def test_a_part_of_which_a_file_is_gone_or_damaged_is_made_again(output: Place, tmp_path: Path) -> None:
-    job = job_of(output, texts(tmp_path, 45))
-    assert run_job(job, Lengths()) == Done(45, 0, 0)
+    job = job_of(output, texts(tmp_path, 55))
+    assert run_job(job, Lengths()) == Done(55, 0, 0)
     before = names(output)
     (output / "part-000001.parquet").unlink()
 
@@ -93,9 +94,35 @@ def test_a_part_of_which_a_file_is_gone_or_damaged_is_made_again(output: Place, 
     write("_part-000003.done", '{"rows": ')
     write("_part-000004.done", '{"rows": 5, "failed": 1}')  # a file of rows set aside is missing
     write("_part-of-something-else.done", "")
+    write("part-000005.parquet", "half")
     assert [*job.kept.finished()] == [0]
-    assert run_job(job, Lengths()) == Done(45, 10, 0)
+    assert run_job(job, Lengths()) == Done(55, 10, 0)
     assert names(output) == before | {"_part-of-something-else.done"}
+    assert [*job.kept.finished()] == [*range(6)]
+
+
+def test_a_part_whose_second_attempt_was_killed_is_made_a_third_time(output: Place, tmp_path: Path) -> None:
+    """The second one could read what the first one could not, and the row would be there answered and set aside."""
+
+    class Killed(Parts):
+        def _remove(self, path: Place) -> None:
+            if path == self.failed(0):
+                raise KeyboardInterrupt
+            super()._remove(path)
+
+    job = job_of(output, texts(tmp_path, 2))
+    kept, rows = job.kept, list(jobs.records(job))
+    kind = format_of(".parquet", Lengths().pipeline)
+    good, bad = np.ones(1, np.float32), Rejected("cannot be read")
+    with kept.begun(job.facts()):
+        kept.write(0, kind, list(zip(rows, [good, bad], strict=True)))
+        assert [*kept.finished()] == [0]
+        with pytest.raises(KeyboardInterrupt):
+            Killed(**vars(kept)).write(0, kind, list(zip(rows, [good, good], strict=True)))
+        assert not kept.finished()
+        for number in (10**6, 999_999):  # whose names are of different lengths
+            kept.write(number, kind, list(zip(rows, [good, good], strict=True)))
+        assert [*kept.finished()] == [999_999, 10**6]
 
 
 @pytest.mark.parametrize("typed", ["in", "in/*.txt", "in/t.txt"])

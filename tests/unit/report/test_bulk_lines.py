@@ -38,6 +38,20 @@ def test_progress_is_told_every_few_seconds() -> None:
     assert lines.line(BulkProgress(rows=4000, total=9000, failed=2), 107.0) == ""
 
 
+def test_the_time_that_a_cluster_takes_to_start_does_not_count() -> None:
+    lines = ProgressLines(100.0)
+    for now_s in (100.0, 160.0):
+        lines.line(BulkProgress(rows=1000, total=9000, failed=0, actors=0), now_s)
+    told = lines.line(BulkProgress(rows=3000, total=9000, failed=0, actors=1), 170.0)
+    assert told == "3,000 of 9,000 rows, 30 s left, 200/s, 1 actor"
+
+
+def test_images_of_tar_files_that_nobody_has_counted_have_no_end_in_sight() -> None:
+    lines = ProgressLines(100.0)
+    lines.line(BulkProgress(rows=0, total=None, failed=0), 100.0)
+    assert lines.line(BulkProgress(rows=2048, total=None, failed=0), 108.0) == "2,048 rows, 256/s"
+
+
 def test_the_result_says_which_plan_ran_where() -> None:
     share = NodeShare(
         node="a (10.0.0.1:7)",

@@ -233,24 +233,26 @@ def contenders_of(trial: Trial, slo_ms: float, requirements: Requirements) -> li
 def _elastic(
     layouts: Sequence[Contender], measured: Sequence[Measurement], requirements: Requirements
 ) -> Contender | None:
-    """The elastic plan of the two layouts that promise most; ``None`` if there are none, or no memory for both."""
+    """The elastic plan of the two layouts that promise most; ``None`` if there are none, or no memory for both.
+
+    Calls on all cores have no more rows than the others, because instances are warmed up for these.
+    """
     pairs = [
         (wide, narrow)
         for wide in layouts
         for narrow in layouts
         if wide.layout.instances == 1 < narrow.layout.instances
         and wide.layout.threads == narrow.layout.threads * narrow.layout.instances
+        and wide.table[0].plan.batch == narrow.table[0].plan.batch == 1  # a program may take calls of many rows only
     ]
     if not pairs:
         return None
     wide, narrow = max(pairs, key=lambda pair: sorted((one.simulated_per_s for one in pair), reverse=True))
-    plan = ElasticPlan(wide=wide.table[-1].plan, narrow=narrow.table[-1].plan)
-    try:
-        found = Elastic(plan, elastic_tables(plan, measured), (wide, narrow))
-    except ValueError:  # a program may take calls of many rows only
-        return None
+    most = narrow.table[-1].plan
+    plan = ElasticPlan(wide=[one.plan for one in wide.table if one.plan.batch <= most.batch][-1], narrow=most)
     if not requirements.within_memory(memory_of_both(plan, measured)):
         return None
+    found = Elastic(plan, elastic_tables(plan, measured), (wide, narrow))
     return replace(narrow, simulated_per_s=inf, loads=[], elastic=found)
 
 

@@ -106,7 +106,8 @@ class Contender:
         last, met_per_s = self.loads[-1], self.met_per_s
         if not met_per_s:
             lower = min(DOWN * _rate(last), DONE * last.goodput_per_s) or _rate(last) / 2
-            return min(lower, self.simulated_per_s)
+            # That no rate is met in simulation, with calls as slow as under the first load, is no proof.
+            return min(lower, self.simulated_per_s or lower)
         if self.missed_per_s < inf:
             return met_per_s * min(LEAP, sqrt(self.missed_per_s / met_per_s))
         easy = last.slo_ms is not None and last.p99_ms < last.slo_ms / 2

@@ -137,6 +137,12 @@ def test_calls_that_are_slower_under_load_lower_the_hopes_of_their_shape_only():
     assert machine.loads[1][0] is three[2]
 
 
+def test_a_plan_that_was_too_slow_once_is_tried_with_lower_rates_though_it_meets_none_in_simulation():
+    machine, one = Machine(30.0, slower=1.9), contender(100.0)
+    assert machine.climb([one], simulate=lambda table: 0.0) is one
+    assert CERTIFIED / UP * 0.95 * 30.0 <= machine.loads[-1][1].rate_per_s <= 30.0
+
+
 def test_a_build_that_dies_under_load_is_left_and_the_others_are_tried():
     machine = Machine(100.0, 50.0, dies=("a",))
     both = [contender(110.0), contender(60.0, engine="b")]

@@ -11,7 +11,7 @@ from math import inf
 from corewise.batching.elastic import Arrivals
 from corewise.batching.latency import LatencyTable
 from corewise.batching.partition import Partitions
-from corewise.batching.policy import LONG, Place, Policy, cut
+from corewise.batching.policy import LONG, Fit, Place, Policy, cut
 from corewise.batching.requests import Accepted, Batch, Refused, Request
 from corewise.batching.rounds import Rounds
 
@@ -142,14 +142,7 @@ class ElasticQueue(Policy):
         self._decided = None
         if self._is_busy:
             self._lately.note()
-        decision = super().offer(request, now_s)
-        if isinstance(decision, Refused) and decision.reason == "overloaded":
-            place = self._place_in_wide_calls(request, now_s)
-            if place is not None:
-                self._put(place)
-                self._plan = None
-                return Accepted(dropped=decision.dropped)
-        return decision
+        return super().offer(request, now_s)
 
     def expected_s(self, now_s: float, ahead_rows: int = 0) -> float:
         """As of ``Policy``; a row that would be alone runs wide."""
@@ -281,15 +274,17 @@ class ElasticQueue(Policy):
             return inf
         return self._wide_calls.late_s(waiting, free_s, new)
 
-    def _place_in_wide_calls(self, request: Request, now_s: float) -> Place | None:
-        """A place for a request that would be late in narrow calls, if all are in time in wide ones."""
-        if len(self._waiting) >= LONG:
-            return None
-        rows = self.waiting_rows + request.rows if self._shared else request.rows
-        room_s = self.slowness * self._wide_s[min(rows, self._most_wide)]
-        place = Place(request.deadline_s, -request.priority, next(self._arrivals), request, room_s)
-        late_s = self._late_wide_s(sorted([*self._waiting, place]), max(self._free_s(now_s)), place)
-        return place if late_s + self.margin_s <= 0 else None
+    def _fit(self, place: Place, without: list[Place], now_s: float) -> Fit | Refused:
+        """As of ``Policy``; where one would be late in narrow calls, in wide ones if all are in time there."""
+        fit = super()._fit(place, without, now_s)
+        if not isinstance(fit, Refused) or fit.reason != "overloaded" or len(self._waiting) - len(without) >= LONG:
+            return fit
+        gone = {other.arrival for other in without}
+        others = [other for other in self._waiting if other.arrival not in gone]
+        rows = sum(other.request.rows for other in others if self._shared) + place.request.rows
+        place = place._replace(room_s=self.slowness * self._wide_s[min(rows, self._most_wide)])
+        late_s = self._late_wide_s(sorted([*others, place]), max(self._free_s(now_s)), place)
+        return (place, None) if late_s + self.margin_s <= 0 else fit
 
     def _cut(self, most: int) -> tuple[list[Place], list[Place]]:
         """What a wide call of at most ``most`` rows takes of the queue, and what it leaves."""

@@ -48,6 +48,10 @@ class _Plan(NamedTuple):
     """The most that a call so far is late; below 0 if all are early."""
 
 
+Fit = tuple[Place, _Plan | None]
+"""A place with its room, and the plan with it if there is one."""
+
+
 class Policy:
     """The queue, and until when each instance is busy. Not thread-safe; ``now_s`` never goes back.
 
@@ -204,8 +208,8 @@ class Policy:
             return "no instance"
         return "too urgent" if now_s + self._least_s[request.rows] > request.deadline_s else None
 
-    def _fit(self, place: Place, without: list[Place], now_s: float) -> tuple[Place, _Plan | None] | Refused:
-        """The place with its room, and the plan with it if there is one, if the places to displace were gone."""
+    def _fit(self, place: Place, without: list[Place], now_s: float) -> Fit | Refused:
+        """How it fits if the places to displace were gone."""
         free_s = self._free_s(now_s)
         request = place.request
         if self.waiting_rows - _rows(without) + request.rows > self._max_waiting:

@@ -75,6 +75,8 @@ class LoadRun:
     """p99 of the delay of the sender itself; with more than a few milliseconds the load differs from the request."""
     certified: bool = False
     """Whether this load confirmed the rate that the build is certified for."""
+    elastic: ElasticPlan | None = None
+    """In a search for an SLO: the elastic plan that was open, whose narrow layout is ``plan``."""
 
     @property
     def goodput_per_s(self) -> float:

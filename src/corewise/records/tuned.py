@@ -119,7 +119,7 @@ class Elasticity:
     duels: tuple[Duel, ...] = ()
     """Real loads beside the fixed layout; none if it was no better in simulation."""
     load: LoadRun | None = None
-    """For an SLO: the certified rate on the elastic plan, which has to meet it too."""
+    """For an SLO: the certified rate on the elastic plan, which has to meet it too; or its own, if that is higher."""
 
     @property
     def chosen(self) -> ElasticPlan | None:

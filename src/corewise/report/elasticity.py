@@ -25,7 +25,8 @@ def layouts(report: Report, found: Elasticity) -> str:
     )
     if found.pays:
         memory = f"; at most {megabytes(found.memory_bytes)}" if found.memory_bytes else ""
-        return f"{found.plan.label}, depending on the load: simulated p50 {figures}{memory}"
+        more = "; more requests/s are met than by one layout" if found.load and found.load.certified else ""
+        return f"{found.plan.label}, depending on the load: simulated p50 {figures}{memory}{more}"
     if found.load is None and found.duels:
         return f"one, because {duel_verdict(found)}"
     if found.load is not None:

@@ -236,11 +236,15 @@ def step(event: TrialStep) -> str:
 
 
 def load(run: LoadRun) -> str:
-    """``55/s met, p99 81 ms``, with the numbers of refused and failed requests if there are any."""
+    """``55/s met, p99 81 ms``, with the numbers of refused and failed requests if there are any.
+
+    A search says of which loads two layouts were open.
+    """
     offered = rate(run.rate_per_s) if run.rate_per_s is not None else f"{run.clients} clients"
     counts = {"refused": run.refused, "failed": run.failed}
     lost = "".join(f", {count} {what}" for what, count in counts.items() if count)
-    return f"{offered} {'met' if run.met else 'missed'}, p99 {milliseconds(run.p99_ms)}{lost}"
+    both = "" if run.elastic is None else " by an elastic plan"
+    return f"{offered} {'met' if run.met else 'missed'}{both}, p99 {milliseconds(run.p99_ms)}{lost}"
 
 
 def finals(rates: Sequence[Rates], goal: Goal) -> str:

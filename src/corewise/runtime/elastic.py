@@ -14,6 +14,7 @@ from typing import NamedTuple
 import numpy as np
 
 from corewise.batching import ElasticPolicy, Partitions
+from corewise.batching.partition import Part
 from corewise.engines import Engine, Session
 from corewise.engines.base import rows_of
 from corewise.machine.layouts import assign
@@ -135,17 +136,26 @@ class Elastic:
 
     def _start(self) -> None:
         """Start what the policy starts now."""
-        for number, part in self._policy.starts(monotonic()):
-            call = self._calls[number]
-            inputs = call.take(part.rows)
-            if part.threads == self._cores:
-                call.leased = True
-                call.started.put(_Started(inputs, None))
-                continue
-            instance = self._idle.pop()
-            # Its core is free before its answer is there: who calls again at once finds all cores free.
-            ended = partial(self._ended, part.threads, instance)
-            call.started.put(_Started(inputs, self._narrow.start(instance, inputs, ended)))
+        while starts := self._policy.starts(monotonic()):
+            for number, part in starts:
+                call = self._calls[number]
+                inputs = call.take(part.rows)
+                call.leased = part.threads == self._cores
+                call.started.put(_Started(inputs, None if call.leased else self._start_narrow(part, inputs)))
+
+    def _start_narrow(self, part: Part, inputs: list[np.ndarray]) -> "Future[Outputs]":
+        """Run rows on an instance that does nothing."""
+        instance = self._idle.pop()
+        # Its core is free before its answer is there: who calls again at once finds all cores free.
+        ended = partial(self._ended, part.threads, instance)
+        try:
+            return self._narrow.start(instance, inputs, ended)
+        except RuntimeError as error:  # the interpreter ends, and threads of the user's go on; none may wait for ever
+            failed: Future[Outputs] = Future()
+            failed.set_exception(error)
+            self._idle.append(instance)
+            self._policy.ended(part.threads, monotonic())
+            return failed
 
     def _run_here(self, call: _Call, inputs: list[np.ndarray]) -> Outputs:
         """Run on all cores, in this thread."""

@@ -28,7 +28,7 @@ from corewise.records.tuned import Duel, Elasticity, LoadPoint
 from corewise.runtime.client import Client
 from corewise.search import slo, trial
 from corewise.search.budget import FINISHING
-from corewise.search.plans import BATCHES, SLOW_CALL_MS, START_BATCH, tables
+from corewise.search.plans import BATCHES, SLOW_CALL_MS, START_BATCH, memory_of_both, tables
 from corewise.search.trial import SearchContext
 
 FEW_BATCHES = (1, 4, 16, 64)
@@ -79,12 +79,16 @@ def _most_rows(measured: Sequence[Measurement]) -> int:
 def judge_elastic(winner: Trial, plan: Plan, context: SearchContext) -> Elasticity | Reason | None:
     """Measure what is not known of the winner's elastic plan, and judge it by simulation and by real load.
 
-    For an SLO it has to meet the certified rate too.
+    For an SLO it has to meet the certified rate too. One that was certified for more than its layouts meet alone stays.
 
     Returns:
         ``None`` where there is nothing to divide, and a reason where it could not be measured.
     """
-    build, known = winner.build, winner.measurements
+    build, known, certified = winner.build, winner.measurements, winner.certified
+    if certified is not None and certified.elastic is not None:
+        found = elasticity(plan, certified.elastic, known, context.requirements)
+        assert found is not None  # both layouts were measured before they were loaded
+        return replace(found, load=certified, pays=True)
     elastic = elastic_plan(plan, known, build.fixed_batch)
     if elastic is None:
         return None
@@ -96,16 +100,16 @@ def judge_elastic(winner: Trial, plan: Plan, context: SearchContext) -> Elastici
             left_s=lambda: context.budget.left_s(FINISHING),
             on_event=context.on_event,
         ) as site:
-            kept_s = OPENING_S + slo.LOAD_S / slo.OF_WHAT_IS_LEFT if winner.certified else 0.0
-            found = judged(elastic, plan, known, context.requirements, site, kept_s=kept_s)
-            if not isinstance(found, Elasticity) or not found.pays or winner.certified is None:
-                return found
-            run = _load(site, elastic, (*known, *found.measurements), winner.certified)
+            kept_s = OPENING_S + slo.LOAD_S / slo.OF_WHAT_IS_LEFT if certified else 0.0
+            judgement = judged(elastic, plan, known, context.requirements, site, kept_s=kept_s)
+            if not isinstance(judgement, Elasticity) or not judgement.pays or certified is None:
+                return judgement
+            run = _load(site, elastic, (*known, *judgement.measurements), certified)
     except InputError:
         raise
     except CorewiseError as error:
         return Reason.of(ReasonKind.ELASTIC_NOT_MEASURED, why=str(error))
-    return replace(found, load=run, pays=run.met and run.in_time >= slo.CONFIRMED * run.offered)
+    return replace(judgement, load=run, pays=slo.is_confirmed(run))
 
 
 class Opened(NamedTuple):
@@ -309,7 +313,7 @@ def elasticity(
     full = [
         rows * simulate_callers(one, callers=instances, rows=rows, calls=FULL_CALLS).rate_per_s for one in contenders
     ]
-    memory_bytes = _memory_bytes(elastic, measured)
+    memory_bytes = memory_of_both(elastic, measured)
     return Elasticity(
         plan=elastic,
         pays=requirements.within_memory(memory_bytes) and _pays(curve, full, fixed, requirements),
@@ -361,12 +365,3 @@ def _point(load: float, runs: Sequence[Simulated]) -> LoadPoint:
         p50_ms=(elastic.p50_ms, wide.p50_ms, narrow.p50_ms),
         p99_ms=(elastic.p99_ms, wide.p99_ms, narrow.p99_ms),
     )
-
-
-def _memory_bytes(elastic: ElasticPlan, measured: Sequence[Measurement]) -> int:
-    """The sum of what processes with one of the layouts need; 0 if that of one is not known."""
-    needed = [
-        max((one.memory_bytes for one in measured if ThreadLayout.of(one.plan) == ThreadLayout.of(layout)), default=0)
-        for layout in (elastic.wide, elastic.narrow)
-    ]
-    return sum(needed) if all(needed) else 0

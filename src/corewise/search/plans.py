@@ -10,7 +10,7 @@ from itertools import combinations
 from math import inf, isfinite, sqrt
 
 from corewise.machine.layouts import ThreadLayout
-from corewise.records.build import Plan
+from corewise.records.build import ElasticPlan, Plan
 from corewise.records.goal import Goal, Latency, Slo
 from corewise.records.measurement import MOST_LATENCIES, Measurement
 from corewise.records.reason import Reason, ReasonKind
@@ -234,6 +234,16 @@ def tables(measurements: Sequence[Measurement]) -> dict[ThreadLayout, list[Measu
     for measurement in sorted(measurements, key=lambda measurement: measurement.plan.batch):
         by_layout.setdefault(_layout(measurement), []).append(measurement)
     return by_layout
+
+
+def memory_of_both(elastic: ElasticPlan, measurements: Sequence[Measurement]) -> int:
+    """The sum of what processes with one of an elastic plan's layouts need; 0 if that of one is not known."""
+    by_layout = tables(measurements)
+    needed = [
+        max((measurement.memory_bytes for measurement in by_layout.get(ThreadLayout.of(plan), ())), default=0)
+        for plan in (elastic.wide, elastic.narrow)
+    ]
+    return sum(needed) if all(needed) else 0
 
 
 def drive(

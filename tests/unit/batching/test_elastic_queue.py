@@ -319,6 +319,20 @@ def test_a_request_that_only_wide_calls_answer_in_time_is_accepted_and_gets_one(
     assert started(made, 0.0024) == [(WIDE, [1, 2, 3])], "until 9.05 ms; narrow the third would end after 9.9 ms"
 
 
+def test_a_request_of_higher_priority_displaces_none_where_wide_calls_are_in_time_for_all():
+    made = queue()
+    offer(made, 0.0, 0, due_s=0.0092)
+    assert started(made, 0.0) == [(WIDE, [0])]
+    offer(made, 0.001, 1, 2, due_s=0.0092)
+    decision = made.offer(Request(id=3, deadline_s=0.0092, priority=1), 0.001)
+    assert decision == Accepted(), "narrow one of three would end after 9.9 ms"
+    made.finished(WIDE, 0.0024)
+    assert [sorted(numbers) for _, numbers in started(made, 0.0024)] == [[1, 2, 3]]
+    offer(made, 0.0025, 4, due_s=0.0092 + 0.0067)
+    decision = made.offer(Request(id=5, deadline_s=0.0092, priority=1), 0.0025)
+    assert isinstance(decision, Refused), "no call that runs makes room for it"
+
+
 # --- simulated ------------------------------------------------------------------------------------------------------
 
 

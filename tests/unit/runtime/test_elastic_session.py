@@ -146,6 +146,31 @@ def test_closing_waits_for_what_runs_and_ends_what_waits(session, engine):
         session.run(numbers(1))
 
 
+def test_calls_of_threads_that_outlive_the_interpreters_main_thread_fail_and_none_waits_for_ever(session, engine):
+    ended = []
+
+    def call(rows):
+        try:
+            ended.append(len(session.run(numbers(rows))[0]))
+        except RuntimeError as error:
+            ended.append(str(error))
+
+    engine.hold.clear()
+    for calls, rows in enumerate([1, 20, 20, 20]):
+        until(lambda: len(session._calls) == calls)  # noqa: B023 - it is called at once
+        threading.Thread(target=call, args=(rows,), daemon=True).start()
+    until(lambda: len(session._calls) == 4)
+    for instance in session._narrow._threads:  # as the interpreter does when it ends
+        instance.shutdown()
+    engine.hold.set()
+    until(lambda: len(ended) == 4)
+    assert ended.count(1) == 1
+    assert ended.count("cannot schedule new futures after shutdown") == 3
+    until(lambda: session._policy.free == 2)
+    session._narrow._threads.clear()
+    session._narrow._sessions.clear()
+
+
 def test_a_forked_process_is_told_and_one_that_opens_it_gets_the_narrow_layout(session, engine, monkeypatch):
     with monkeypatch.context() as other_process:
         other_process.setattr("corewise.runtime.instances.os.getpid", lambda: -1)

@@ -8,13 +8,14 @@ import pytest
 from builders import requirements, said, trial
 
 from corewise.machine.inspect import inspect_cpu
-from corewise.records.build import Build, Plan
+from corewise.records.build import Build, ElasticPlan, Plan
 from corewise.records.measurement import LoadRun, Measurement
 from corewise.records.reason import ReasonKind
 from corewise.records.tuned import Machine, Retuned, Tuned
 from corewise.report.lines import elasticity_lines, retuned_lines
+from corewise.report.words import loaded
 from corewise.runtime.workspace import Workspace
-from corewise.search import retuning
+from corewise.search import retuning, slo
 from corewise.search.budget import Budget
 from corewise.search.elastic import (
     DUEL_S,
@@ -261,6 +262,63 @@ def test_the_load_at_the_certified_rate_has_time_left_after_those_in_turns(tmp_p
     assert len(lasted_s) == 13
     assert min(lasted_s[:12]) >= SHORTEST_DUEL_S
     assert lasted_s[12] >= 5.0
+
+
+class Meets:
+    """A trial process that meets a higher rate with both layouts open than with one."""
+
+    def __init__(self, opened):
+        self.opened = opened
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *error):
+        pass
+
+    def open(self, payload, build, plan, wide=None):
+        self.wide = wide
+
+    def load(self, samples, plan, table, *, rate_per_s, duration_s, slo_ms, elastic):
+        assert (self.wide is None) == (elastic is None)
+        self.opened.append((plan, self.wide))
+        offered = round(rate_per_s * duration_s)
+        in_time = offered if rate_per_s <= (100.0 if elastic is None else 140.0) else offered // 2
+        return LoadRun(
+            plan=plan,
+            rate_per_s=rate_per_s,
+            clients=None,
+            duration_s=duration_s,
+            offered=offered,
+            answered=offered,
+            refused=0,
+            failed=0,
+            in_time=in_time,
+            p50_ms=2.0,
+            p99_ms=0.9 * slo_ms,
+            refusal_p99_ms=0.0,
+            slo_ms=slo_ms,
+        )
+
+
+def test_a_rate_that_only_an_elastic_plan_meets_is_certified_and_that_plan_stays(tmp_path, monkeypatch):
+    opened = []
+    monkeypatch.setattr(SearchContext, "client", lambda context, build: Meets(opened))
+    monkeypatch.setattr(slo, "simulated", lambda table, slo_ms: 100.0)
+    asked = replace(
+        context(tmp_path, Budget()), on_event=lambda event: None, requirements=requirements("slo", slo_ms=20.0)
+    )
+    searched = trial(Build(engine="fake", precision="int8"), measurements=tuple(SCALES))
+    (winner,) = slo.find_rates([searched], asked, 20.0)
+    elastic = ElasticPlan(wide=replace(WIDE, batch=2), narrow=NARROW)
+    assert winner.certified.elastic == elastic
+    assert 100.0 < winner.certified.rate_per_s <= 0.9 * 140.0
+    assert asked.requirements.goal.best(winner).plan == NARROW
+    assert opened[-1] == (elastic.narrow, elastic.wide)
+    assert "by an elastic plan" in loaded(winner)
+    monkeypatch.setattr(SearchContext, "client", lambda *_, **__: pytest.fail("it is loaded already"))
+    found = judge_elastic(winner, NARROW, asked)
+    assert (found.chosen, found.load, found.duels) == (elastic, winner.certified, ())
 
 
 def test_loads_in_turns_last_no_longer_than_what_is_left_and_are_not_begun_with_too_little():

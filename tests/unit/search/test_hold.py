@@ -1,10 +1,27 @@
 """The rate under an SLO: closed in on with loads, from whatever the simulation said, on the plan that holds most."""
 
-import pytest
+from dataclasses import replace
+from math import inf
 
-from corewise.records.build import Build, Plan
+import pytest
+from builders import requirements, trial
+
+from corewise.records.build import Build, ElasticPlan, Plan
 from corewise.records.measurement import LoadRun, Measurement
-from corewise.search.slo import ATTEMPTS, CERTIFIED, CONFIRM_S, ENOUGH, MOST_LOADS, UP, Contender, climb, worthwhile
+from corewise.search import slo
+from corewise.search.slo import (
+    ATTEMPTS,
+    CERTIFIED,
+    CONFIRM_S,
+    ENOUGH,
+    MOST_LOADS,
+    UP,
+    Contender,
+    Elastic,
+    climb,
+    contenders_of,
+    worthwhile,
+)
 
 SLO_MS = 100.0
 
@@ -39,7 +56,7 @@ class Machine:
         most = {id(one): rate for one, rate in zip(contenders, self.most_per_s, strict=True)}
 
         def load(one, rate_per_s, least_s):
-            if one.build.engine in self.dies:
+            if one.build.engine in self.dies or (one.elastic and "elastic" in self.dies):
                 return None
             offered = max(1, round(rate_per_s * least_s))
             answered = min(offered, int(most[id(one)] * least_s))
@@ -120,6 +137,12 @@ def test_calls_that_are_slower_under_load_lower_the_hopes_of_their_shape_only():
     assert machine.loads[1][0] is three[2]
 
 
+def test_a_plan_that_was_too_slow_once_is_tried_with_lower_rates_though_it_meets_none_in_simulation():
+    machine, one = Machine(30.0, slower=1.9), contender(100.0)
+    assert machine.climb([one], simulate=lambda table: 0.0) is one
+    assert CERTIFIED / UP * 0.95 * 30.0 <= machine.loads[-1][1].rate_per_s <= 30.0
+
+
 def test_a_build_that_dies_under_load_is_left_and_the_others_are_tried():
     machine = Machine(100.0, 50.0, dies=("a",))
     both = [contender(110.0), contender(60.0, engine="b")]
@@ -141,6 +164,59 @@ def test_what_is_left_of_the_time_is_for_the_promise():
     one = contender(50.0)
     assert machine.climb([one], ended=lambda share: share < 1 and len(machine.loads) >= 1) is one
     assert [run.rate_per_s for _, run in machine.loads] == pytest.approx([45.0, 0.9 * 45.0])
+
+
+def with_elastic():
+    """Two layouts of a build and the elastic plan of both."""
+    wide, narrow = contender(120.0), contender(110.0, threads=1, instances=2)
+    plan = ElasticPlan(wide=wide.table[-1].plan, narrow=narrow.table[-1].plan)
+    return wide, narrow, replace(narrow, simulated_per_s=inf, loads=[], elastic=Elastic(plan, None, (wide, narrow)))
+
+
+def test_an_elastic_plan_that_meets_more_than_its_layouts_is_certified_for_it():
+    machine, (wide, narrow, elastic) = Machine(60.0, 100.0, 130.0), with_elastic()
+    assert machine.climb([wide, narrow, elastic]) is elastic
+    assert elastic.loads[0].rate_per_s == pytest.approx(UP * narrow.met_per_s)
+    assert CERTIFIED / UP * 130.0 <= machine.loads[-1][1].rate_per_s <= CERTIFIED * 130.0
+
+
+@pytest.mark.parametrize("dies", [(), ("elastic",)])
+def test_one_that_meets_no_more_or_cannot_run_leaves_the_rate_to_its_better_layout(dies):
+    machine, (wide, narrow, elastic) = Machine(60.0, 100.0, 100.0, dies=dies), with_elastic()
+    assert machine.climb([wide, narrow, elastic]) is narrow
+    assert len(elastic.loads) == 1 - len(dies)
+
+
+def test_the_next_rate_to_be_confirmed_is_the_highest_of_all_plans():
+    machine, three = Machine(60.0, 100.0, 130.0), with_elastic()
+    assert machine.climb(three, never_again=three[2:]) is three[1]
+    asked = [run.rate_per_s for _, run in machine.loads if run.duration_s == CONFIRM_S]
+    assert len(asked) > 1
+    assert asked == sorted(asked, reverse=True)
+
+
+def test_the_elastic_plan_is_that_of_two_layouts_with_as_many_threads_if_there_is_memory_for_both(monkeypatch):
+    monkeypatch.setattr(slo, "simulated", lambda table, slo_ms: table[-1].throughput_per_s)
+    measured = tuple(
+        replace(measurement(threads, instances, ms, batch=batch), memory_bytes=500)
+        for threads, instances, ms in ((4, 1, 10.0), (2, 2, 16.0), (1, 4, 30.0), (1, 3, 29.0))
+        for batch in (1, 8)
+    )
+
+    def elastic_of(build, limit_bytes=None):
+        limits = requirements("slo", slo_ms=SLO_MS, memory_limit_bytes=limit_bytes)
+        found = contenders_of(trial(build, measurements=measured), SLO_MS, limits)
+        assert [one.layout for one in found[:4]] == [(4, 1), (2, 2), (1, 4), (1, 3)]
+        return found[4:]
+
+    (elastic,) = elastic_of(Build(engine="a", precision="int8"), 1000)
+    assert (elastic.elastic.plan.wide, elastic.elastic.plan.narrow) == (
+        Plan(threads_per_instance=4, batch=8),
+        Plan(threads_per_instance=2, instances=2, batch=8),
+    )
+    assert elastic.layout == (2, 2)
+    assert elastic_of(Build(engine="a", precision="int8"), 999) == []
+    assert elastic_of(Build(engine="eager", precision="fp32")) == []
 
 
 def batches_of(*per_s):

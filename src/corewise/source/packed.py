@@ -107,7 +107,10 @@ def filled(packed: Any, batch_first: bool, value: float, total: Any) -> tuple[Te
     if not isinstance(packed, Padded):
         raise NotImplementedError("the model puts a packed sequence together by itself")
     steps = packed.steps
-    longest = packed.lengths.max().item() if total is None else total
+    longest: Any = packed.lengths.max().item() if total is None else total
+    if total is None:
+        torch._check(longest >= 1)
+        torch._check(longest <= steps.shape[1])
     if not statically_known_true(longest == steps.shape[1]):
         steps = steps.index_select(1, torch.arange(longest).clamp(max=steps.shape[1] - 1))
     within = packed.within(longest)
@@ -161,8 +164,8 @@ class _Ends:
         rows, longest = packed.steps.shape[:2]
         self.within = packed.within(longest)
         places = torch.arange(longest)
-        # Counted, so that no place is outside, whatever a caller gives as lengths.
-        self._last = self.within.sum(1, keepdim=True) - 1
+        # Counted, so that each place is in its own row, whatever a caller gives as lengths.
+        self._last = self.within.sum(1, keepdim=True).clamp(min=1) - 1
         self._reversed = torch.where(self.within, self._last - places, places)
         self._first = torch.arange(rows)[:, None] * longest
 

@@ -76,6 +76,22 @@ class Examples:
         batch = self._batch(max(self._shapes, key=_size), rows, last=True)
         return replace(batch, tensors=tuple(_changed(tensor, 2) for tensor in batch.tensors))
 
+    def ragged(self, rows: int) -> Batch | None:
+        """A batch of samples from the largest to the smallest, with zeros behind their ends, and one step more for all.
+
+        ``None`` where all samples have the same shape.
+        """
+        if not any(self.varying):
+            return None
+        order = sorted(range(len(self._shapes)), key=lambda number: _size(self._shapes[number]), reverse=True)
+        numbers = [order[row * (len(order) - 1) // (rows - 1)] for row in range(rows)]
+        inputs = zip(*(self._samples.rows[number] for number in numbers), strict=True)
+        return Batch(
+            tensors=tuple(map(_with_zeros, inputs, self.varying)),
+            samples=tuple(numbers),
+            names=tuple(map(self._samples.describe, numbers)),
+        )
+
     def _batch(self, shapes: Shapes, rows: int, *, last: bool = False) -> Batch:
         fitting = [number for number, other in enumerate(self._shapes) if other == shapes]
         fitting = fitting[-rows:] if last else fitting[:rows]
@@ -91,6 +107,13 @@ class Examples:
 def free(shape: Sequence[int], varying: set[int]) -> tuple[int | None, ...]:
     """The shape with ``None`` for the dimensions that vary."""
     return tuple(None if dim in varying else size for dim, size in enumerate(shape))
+
+
+def _with_zeros(arrays: Sequence[np.ndarray], varying: set[int]) -> Tensor:
+    """Arrays of different sizes, stacked: zeros make each as large as the largest, and by one in what varies."""
+    largest = [max(sizes) + (dim in varying) for dim, sizes in enumerate(zip(*(a.shape for a in arrays), strict=True))]
+    missing = [[(0, most - size) for most, size in zip(largest, a.shape, strict=True)] for a in arrays]
+    return torch.from_numpy(np.stack([np.pad(a, pads) if pads else a for a, pads in zip(arrays, missing, strict=True)]))
 
 
 def _changed(row: Tensor, number: int) -> Tensor:

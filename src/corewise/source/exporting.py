@@ -19,7 +19,7 @@ from corewise.source.behaviour import (
 from corewise.source.checks import as_module
 from corewise.source.examples import Examples
 from corewise.source.exported import Exported, Flat
-from corewise.source.running import check_structure, output_specs, run, run_batches
+from corewise.source.running import check_structure, output_specs, run, run_batches, takes
 from corewise.source.state import kept_state
 from corewise.source.tracing import trace
 
@@ -93,7 +93,11 @@ def _with_any_batch(flat: Flat, examples: Examples) -> _Traced:
     """The program with a dynamic batch; with a batch of one where there is none, or rows would be mixed."""
     different = examples.unlike(ROWS)
     mixing = batch_mixing(flat, different)
-    checks = (examples.smallest(1), examples.largest(3))
+    checks = [examples.smallest(1), examples.largest(3)]
+    # A packed sequence becomes a padded one, which equal lengths alone would not try.
+    if any(isinstance(part, nn.RNNBase) for part in flat.modules()):
+        ragged = examples.ragged(ROWS)
+        checks += [ragged] if ragged and takes(flat, ragged, examples.inputs) else []
     program, why_not = trace(flat, examples.largest(2), examples.varying, checks, dynamic_batch=True)
     if mixing:
         origin = mixing_origin(program, different) if program else None

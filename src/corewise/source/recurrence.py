@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch._C import DispatchKey
+from torch.export import ExportedProgram
 
 DECOMPOSED = (DispatchKey.CompositeImplicitAutograd, DispatchKey.Autograd)
 """Where torch keeps the way to take these operations apart (``torch._decomp.decompositions``)."""
@@ -29,6 +30,14 @@ def recurrent_layers_kept() -> Iterator[None]:
 def has_recurrent_layers(operators: Mapping[str, int]) -> bool:
     """Whether a program, described by its operators (``source.operators``), has such a layer."""
     return any(str(operation) in operators for operation in _shapes())
+
+
+def without_unused_layers(program: ExportedProgram) -> None:
+    """Take recurrent layers whose results are not used out of a program: torch keeps them, as dropout may draw."""
+    layers = _shapes()
+    if any(node.target in layers for node in program.graph.nodes):
+        program.graph.eliminate_dead_code(lambda node: node.target not in layers and node.is_impure())
+        program.graph_module.recompile()
 
 
 def _shapes() -> dict[Any, Callable[..., Any]]:

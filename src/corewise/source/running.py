@@ -64,6 +64,15 @@ def run(flat: Flat, batch: Batch, inputs: Sequence[TensorSpec]) -> tuple[Structu
     return structure, leaves
 
 
+def takes(flat: Flat, batch: Batch, inputs: Sequence[TensorSpec]) -> bool:
+    """Whether the model answers a batch as it should."""
+    try:
+        run(flat, batch, inputs)
+    except InputError:
+        return False
+    return True
+
+
 def run_batches(flat: Flat, examples: Examples) -> tuple[Structure, list[Tensor], str]:
     """``run`` on a batch of two, having checked that the batch is free; or on one row, and why the model takes no more.
 
@@ -76,7 +85,7 @@ def run_batches(flat: Flat, examples: Examples) -> tuple[Structure, list[Tensor]
     try:
         structure, outputs = run(flat, two, inputs)
     except SamplesError as error:
-        if not _takes(flat, two.rows([0]), inputs):
+        if not takes(flat, two.rows([0]), inputs):
             raise
         structure, outputs = run(flat, two.rows([0]), inputs)
         return structure, outputs, f"the model takes one sample but no batch of two: {error.what}"
@@ -84,7 +93,7 @@ def run_batches(flat: Flat, examples: Examples) -> tuple[Structure, list[Tensor]
         try:
             again, more = run(flat, batch, inputs)
         except SamplesError as error:
-            if batch is one and _takes(flat, two.rows([0]), inputs):  # so it is the sample and not the batch
+            if batch is one and takes(flat, two.rows([0]), inputs):  # so it is the sample and not the batch
                 raise
             if ONE_VALUE in error.what:
                 raise SourceError(*_batch_statistics(flat)) from error
@@ -173,11 +182,3 @@ def _check_rows(names: Sequence[str], two: Sequence[Tensor], three: Sequence[Ten
         f"the model's {names[first]} compares the rows of a batch with each other: its shape is {shapes}",
         f"{advice}, from a module around the model, and compare the rows afterwards",
     )
-
-
-def _takes(flat: Flat, batch: Batch, inputs: Sequence[TensorSpec]) -> bool:
-    try:
-        run(flat, batch, inputs)
-    except InputError:
-        return False
-    return True

@@ -23,7 +23,8 @@ from corewise.common.references import guard, place, where
 from corewise.source.behaviour import random_operation
 from corewise.source.examples import Batch
 from corewise.source.exported import Flat
-from corewise.source.recurrence import recurrent_layers_kept
+from corewise.source.packed import packed_sequences_padded
+from corewise.source.recurrence import recurrent_layers_kept, without_unused_layers
 
 SIZE = re.compile(r"L\['tensors'\]\[(\d+)\]\.size\(\)\[(\d+)\]")
 SPECIALIZED = re.compile(r"You marked (.+) as dynamic but your code specialized it to be a constant \((\d+)\)")
@@ -85,8 +86,10 @@ def _drawn(program: ExportedProgram) -> str:
 
 
 def _export(flat: Flat, example: Batch, dims: Sequence[dict[int, Any]]) -> ExportedProgram:
-    with _quiet(), guard(_NotExportable, "torch.export failed"), recurrent_layers_kept():
+    failed = guard(_NotExportable, "torch.export failed")
+    with _quiet(), failed, recurrent_layers_kept(), packed_sequences_padded():
         program = torch.export.export(flat, example.tensors, dynamic_shapes=(tuple(dims),), strict=False)
+        without_unused_layers(program)
     program.example_inputs = None
     return program
 

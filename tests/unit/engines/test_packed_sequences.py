@@ -1,0 +1,67 @@
+"""Layers over packed sequences, in the runtimes that have layers over padded ones only."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
+
+from corewise.engines import BuildInputs, engine
+from corewise.machine.inspect import inspect_cpu
+from corewise.records.build import Build, Plan
+from corewise.samples import from_python
+from corewise.source import export, operators, save_program
+
+
+class Steps(nn.Module):
+    """All steps and the final states of layers in both directions."""
+
+    def __init__(self, kind: Callable[..., nn.RNNBase]) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.layers = kind(3, 4, 2, bidirectional=True, batch_first=True)
+
+    def forward(self, x: Tensor, length: Tensor) -> tuple[Tensor, ...]:
+        packed = pack_padded_sequence(x, length, batch_first=True, enforce_sorted=False)
+        outputs, states = self.layers(packed)
+        states = states if isinstance(states, tuple) else (states,)
+        return pad_packed_sequence(outputs, batch_first=True)[0], *(state.transpose(0, 1) for state in states)
+
+
+@pytest.mark.parametrize("kind", [nn.LSTM, nn.GRU])
+@pytest.mark.parametrize("name", ["eager", "openvino", "onnxruntime"])
+def test_rows_of_different_lengths_are_answered_as_packed(
+    name: str, kind: Callable[..., nn.RNNBase], tmp_path: Path
+) -> None:
+    runtime = engine(name)
+    if reason := runtime.unavailable():
+        pytest.skip(reason)
+    model = Steps(kind).eval()
+    random = np.random.default_rng(0)
+    samples = from_python([(random.normal(size=(n, 3)).astype(np.float32), np.array(n)) for n in (2, 5, 3, 5, 5)])
+    exported = export(model, samples)
+    assert exported.program is not None, exported.why_not
+    save_program(exported.program, tmp_path / "program.pt2")
+    given = BuildInputs(
+        program=tmp_path / "program.pt2",
+        inputs=exported.inputs,
+        outputs=exported.outputs,
+        operators=operators(exported.program),
+        calibration=samples,
+        cpu=inspect_cpu(),
+        cache=tmp_path,
+    )
+    build = Build(engine=name, precision="fp32")
+    (tmp_path / "built").mkdir()
+    runtime.build(given, build, tmp_path / "built")
+    session = runtime.open(tmp_path / "built", build, Plan(threads_per_instance=1, batch=3))
+    for lengths in ((5, 7, 1), (4, 2, 4)):  # the second is shorter than what it is padded to
+        x, length = random.normal(size=(3, 7, 3)).astype(np.float32), np.array(lengths)
+        with torch.no_grad():
+            expected = model(torch.from_numpy(x), torch.from_numpy(length))
+        for answer, tensor in zip(session.run([x, length]), expected, strict=True):
+            np.testing.assert_allclose(answer, tensor.numpy(), atol=1e-5)
+    session.close()

@@ -14,6 +14,7 @@ from corewise.engines import qdq
 from corewise.engines.base import BuildInputs, PixelScale, Session, is_mostly_linear, missing
 from corewise.engines.libraries import import_nncf, import_openvino, quiet
 from corewise.engines.openvino_receipt import logged_receipt, runtime_receipt
+from corewise.engines.openvino_rounding import restore_coarse_layers
 from corewise.engines.openvino_session import (
     DYNAMIC,
     MODEL,
@@ -29,6 +30,8 @@ from corewise.records.cpu import Cpu
 from corewise.records.jsonable import to_json
 
 ATTENTION = "scaled_dot_product|softmax"
+LOOKED_AT = 16
+"""Samples that say how coarsely a transformer's layers round."""
 
 
 class OpenVino:
@@ -163,7 +166,7 @@ def _save(model: Any, folder: Path) -> None:
 
 
 def _quantized(model: Any, build_inputs: BuildInputs, reduce_range: bool) -> Any:
-    """The model with NNCF's FakeQuantize operations.
+    """The model with NNCF's FakeQuantize operations, except in a transformer's layers that would round too coarsely.
 
     Quantized with a batch of one, then with a dynamic one again: with a dynamic batch NNCF leaves depthwise
     convolutions in fp32.
@@ -171,16 +174,22 @@ def _quantized(model: Any, build_inputs: BuildInputs, reduce_range: bool) -> Any
     nncf = import_nncf()
     advanced = nncf.quantization.advanced_parameters
     reshape_batch(model, 1)
-    dataset = nncf.Dataset(build_inputs.calibration.rows, lambda row: [array[None] for array in row])
-    model = nncf.quantize(
-        model,
-        dataset,
-        subset_size=len(build_inputs.calibration),
+    rows, is_transformer = build_inputs.calibration.rows, build_inputs.count(ATTENTION) > 0
+    quantized = nncf.quantize(
+        model.clone(),
+        nncf.Dataset(rows, _batch_of_one),
+        subset_size=len(rows),
         target_device=nncf.TargetDevice.CPU,
-        model_type=nncf.ModelType.TRANSFORMER if build_inputs.count(ATTENTION) else None,
+        model_type=nncf.ModelType.TRANSFORMER if is_transformer else None,
         advanced_parameters=advanced.AdvancedQuantizationParameters(
             overflow_fix=advanced.OverflowFix.ENABLE if reduce_range else advanced.OverflowFix.DISABLE
         ),
     )
-    reshape_batch(model, DYNAMIC)
-    return model
+    if is_transformer:
+        restore_coarse_layers(quantized, model, [_batch_of_one(row) for row in rows[:LOOKED_AT]])
+    reshape_batch(quantized, DYNAMIC)
+    return quantized
+
+
+def _batch_of_one(row: Sequence[np.ndarray]) -> list[np.ndarray]:
+    return [array[None] for array in row]

@@ -2,7 +2,7 @@
 
     python -m bench load_generators ARTIFACT --perf-analyzer BINARY [--rate 100] [--rounds 3] [--seconds 5]
 
-ARTIFACT has one float32 input. ``mlcommons-loadgen`` (``pip install mlcommons-loadgen``) sends to the queue that
+ARTIFACT has one float32 input and takes no files: perf_analyzer sends all inputs that the server names. ``mlcommons-loadgen`` (``pip install mlcommons-loadgen``) sends to the queue that
 ``corewise loadtest`` sends to, in the same process: SingleStream beside a closed loop of one client, and Server beside
 an open loop of ``--rate`` requests per second. ``perf_analyzer`` (in the wheel of tritonclient 2.50.0; it needs
 libb64 and libcudart) sends over HTTP to ``corewise serve``, beside the client of the other benchmarks: one client, and
@@ -12,6 +12,7 @@ the rate. All take turns. Writes load_generators.json: rate, p50 and p99 of each
 import argparse
 import csv
 import subprocess
+import sys
 import tempfile
 from collections.abc import Callable
 from contextlib import ExitStack
@@ -103,7 +104,9 @@ def perf_analyzer(binary: Path, port: int, seconds: float, rate_per_s: float | N
         interval = ["--measurement-interval", f"{1e3 * seconds / WINDOWS:.0f}"]
         windows = [*interval, "--max-trials", str(WINDOWS), "--stability-percentage", "999"]
         command = [str(binary), "-m", MODEL, "-u", f"127.0.0.1:{port}", "-i", "http", *load, *windows, "-f", str(table)]
-        subprocess.run(command, check=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, timeout=60 + 5 * seconds)
+        done = subprocess.run(command, capture_output=True, text=True, timeout=60 + 5 * seconds)
+        if done.returncode:
+            sys.exit(f"perf_analyzer: {(done.stdout + done.stderr).strip().splitlines()[-1]}")
         with table.open() as file:
             row = next(csv.DictReader(file))
     p50_ms, p99_ms = (MS_PER_US * float(row[f"{q} latency"]) for q in ("p50", "p99"))

@@ -2,11 +2,12 @@
 
     python -m bench load_generators ARTIFACT --perf-analyzer BINARY [--rate 100] [--rounds 3] [--seconds 5]
 
-ARTIFACT has one float32 input and takes no files: perf_analyzer sends all inputs that the server names. ``mlcommons-loadgen`` (``pip install mlcommons-loadgen``) sends to the queue that
-``corewise loadtest`` sends to, in the same process: SingleStream beside a closed loop of one client, and Server beside
-an open loop of ``--rate`` requests per second. ``perf_analyzer`` (in the wheel of tritonclient 2.50.0; it needs
-libb64 and libcudart) sends over HTTP to ``corewise serve``, beside the client of the other benchmarks: one client, and
-the rate. All take turns. Writes load_generators.json: rate, p50 and p99 of each, and their ratios to corewise's.
+ARTIFACT has one float32 input and takes no files, because perf_analyzer sends all inputs that the server names.
+``mlcommons-loadgen`` (``pip install mlcommons-loadgen``) sends to the queue that ``corewise loadtest`` sends to, in the
+same process: SingleStream beside a closed loop of one client, and Server beside an open loop of ``--rate`` requests per
+second. ``perf_analyzer`` (in the wheel of tritonclient 2.50.0; it needs libb64 and libcudart) sends over HTTP to
+``corewise serve``, beside the client of the other benchmarks: one client, and the rate. All take turns. Writes
+load_generators.json: rate, p50 and p99 of each, and their ratios to corewise's.
 """
 
 import argparse

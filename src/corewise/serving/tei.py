@@ -52,6 +52,7 @@ class _Parameters(msgspec.Struct):
     function_to_apply: Activation | None = None
     aggregation_strategy: Literal["simple", "first"] | None = None
     """Entities are made of words, each with the label of its first token."""
+    ignore_labels: list[str] | None = None
 
 
 class _Predict(_Cut, kw_only=True):
@@ -109,6 +110,8 @@ class PredictRequest:
     activation: Activation | None = None
     """What makes scores of what the model gives, in place of its own; ``none``: nothing."""
     top: int | None = None
+    ignored: Sequence[str] = ()
+    """Labels of entities that are not wanted."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -177,6 +180,7 @@ def predict(body: bytes, *, pairs: Callable[[str | None], bool]) -> PredictReque
         is_pipeline=read.parameters is not None,
         activation="none" if read.raw_scores else parameters.function_to_apply,
         top=parameters.top_k,
+        ignored=parameters.ignore_labels or (),
     )
 
 
@@ -232,7 +236,7 @@ def render_ranks(asked: RankRequest, scores: NDArray[np.float64]) -> bytes:
 
 def render_predictions(asked: PredictRequest, answers: Sequence[Any], labels: Sequence[str]) -> bytes:
     """The answer of ``/predict``: classes with their scores, the highest first, or spans, for each text."""
-    found = [_prediction(answer, labels)[: asked.top] for answer in answers]
+    found = [_prediction(answer, labels, asked.ignored)[: asked.top] for answer in answers]
     is_list = asked.is_batch or (asked.is_pipeline and isinstance(answers[0], ClassAnswer | float))
     return msgspec.json.encode(found if is_list else found[0])
 
@@ -301,7 +305,7 @@ def _item(given: str | Sequence[str | list[str]]) -> Text:
     return parts[0] if len(parts) == 1 else (parts[0], parts[1])
 
 
-def _prediction(answer: Any, labels: Sequence[str]) -> list[dict[str, Any]]:
+def _prediction(answer: Any, labels: Sequence[str], ignored: Sequence[str]) -> list[dict[str, Any]]:
     if isinstance(answer, ClassAnswer):
         scores = sorted(answer.probabilities.items(), key=lambda each: -each[1])
         return [{"score": score, "label": label} for label, score in scores]
@@ -317,4 +321,5 @@ def _prediction(answer: Any, labels: Sequence[str]) -> list[dict[str, Any]]:
             "end": each.end,
         }
         for each in spans
+        if each.label not in ignored
     ]

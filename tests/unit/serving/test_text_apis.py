@@ -205,6 +205,7 @@ def test_predictions_are_as_each_client_reads_them():
     span = Span(label="PER", probability=0.5, start=0, end=3, text="Ada")
     entity = {"entity_group": "PER", "score": 0.5, "word": "Ada", "start": 0, "end": 3}
     assert predicted(body(inputs="x", parameters={}), [[span]]) == [entity]
+    assert predicted(body(inputs="x", parameters={"ignore_labels": ["PER"]}), [[span]]) == []
     score = [{"score": 0.5, "label": "LABEL_0"}]
     assert predicted(body(inputs="x"), [0.5]) == score
     assert predicted(body(inputs="x", parameters={}), [0.5]) == [score]

@@ -70,7 +70,7 @@ class Repository:
             except ProtocolError:
                 raise
             except (CorewiseError, OSError) as error:
-                log.error("%s, version %s, was not loaded, what served before stays: %s", name, each, error)
+                log.error("%s, version %s, was not loaded, and what was in service stays: %s", name, each, error)
                 return str(error)
             log.info("%s, version %s, was loaded", name, each)
         return ""

@@ -53,8 +53,8 @@ class Padded(rnn.PackedSequence):
             "the model reads what is in a packed sequence, and only recurrent layers and pad_packed_sequence can"
         )
 
-    data = batch_sizes = sorted_indices = unsorted_indices = property(_refuse)  # type: ignore[assignment]
-    __iter__ = __getitem__ = _refuse  # type: ignore[assignment]
+    data = batch_sizes = sorted_indices = unsorted_indices = property(_refuse)
+    __iter__ = __getitem__ = _refuse
 
 
 @contextmanager
@@ -109,8 +109,9 @@ def filled(packed: Any, batch_first: bool, value: float, total: Any) -> tuple[Te
     steps = packed.steps
     longest: Any = packed.lengths.max().item() if total is None else total
     if total is None:
-        torch._check(longest >= 1)
-        torch._check(longest <= steps.shape[1])
+        check: Any = torch._check
+        check(longest >= 1)
+        check(longest <= steps.shape[1])
     if not statically_known_true(longest == steps.shape[1]):
         steps = steps.index_select(1, torch.arange(longest).clamp(max=steps.shape[1] - 1))
     within = packed.within(longest)

@@ -41,7 +41,8 @@ def test_rows_of_different_lengths_are_answered_as_packed(
         pytest.skip(reason)
     model = Steps(kind).eval()
     random = np.random.default_rng(0)
-    samples = from_python([(random.normal(size=(n, 3)).astype(np.float32), np.array(n)) for n in (2, 5, 3, 5, 5)])
+    rows = [{"x": random.normal(size=(n, 3)).astype(np.float32), "length": np.array(n)} for n in (2, 5, 3, 5, 5)]
+    samples = from_python(rows)
     exported = export(model, samples)
     assert exported.program is not None, exported.why_not
     save_program(exported.program, tmp_path / "program.pt2")

@@ -40,7 +40,9 @@ DISK, DISK_BYTES = "disk", 2**27
 BEGUN = ("_part-*.done", "_job.json")
 """What is in the output when a run waits for its random moment."""
 BEGIN_S, MOST_TRIES, END_S = 300.0, 5, 30.0
-TOLERANCE = 1e-4
+TOLERANCE, TOLERANCE_BF16 = 1e-4, 1e-2
+"""Of numbers around 1. Rows meet other rows in another job, and in bf16 kernels for other shapes round otherwise: by
+0.003 in MiniLM's vectors."""
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -179,7 +181,7 @@ def main(options: argparse.Namespace) -> None:
                 run |= {"tries": tries + 1, **compare(output, expected), "cpu": inspect_cpu().model,
                         "build": sound.manifest.build.label}  # fmt: skip
             run["sound"] = not (run["missing"] or run["twice"] or run["foreign"]) and (
-                run["largest_difference"] <= TOLERANCE
+                run["largest_difference"] <= (TOLERANCE_BF16 if "bf16" in run["build"] else TOLERANCE)
             )
             runs[number] = run
             say(str(run))

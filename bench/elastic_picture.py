@@ -75,7 +75,7 @@ def _panel(figure: str, shown: Sequence[Series], loads: Loads, shares: Mapping[s
         lines=lines,
     )
     placed = drawn.replace("<svg ", f'<svg x="{left}" y="{HEAD}" width="{WIDTH}" height="{HEIGHT}" ', 1)
-    title = f"{figure} in ms, over the load in % of the saturated rate"
+    title = f"{figure} in ms, over % of the saturated rate"
     return f'<text class="title" x="{left + 8}" y="20">{title}</text>{placed}'
 
 

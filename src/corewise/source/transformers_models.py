@@ -159,7 +159,10 @@ def with_head(
     content = fast_tokenizer(tokenizer)
     known = inspect.signature(model.forward).parameters
     taken = [name for name in TOKEN_INPUTS if name in tokenizer.model_input_names and name in known]
-    if TYPES in taken and getattr(config, "type_vocab_size", 2) < 2:  # as RoBERTa's, for which all tokens are alike
+    if TYPES in taken and getattr(config, "type_vocab_size", 2) in (
+        0,
+        1,
+    ):  # as RoBERTa's, for which all tokens are alike
         taken.remove(TYPES)
     pipeline = text_pipeline(
         content,
@@ -240,7 +243,7 @@ def _tokenizer_of(transformers: Any, path: Path, config: Any) -> Any:
     It gives types of tokens only to a model that has a table of them: GPT-2 takes theirs for words.
     """
     read_tokenizer(path)
-    names = [name for name in TOKEN_INPUTS if name != TYPES or getattr(config, "type_vocab_size", 0) > 1]
+    names = [name for name in TOKEN_INPUTS if name != TYPES or (getattr(config, "type_vocab_size", None) or 0) > 1]
     with guard(SourceError, f"{path} is not a tokenizer", TOKENIZER):
         return transformers.PreTrainedTokenizerFast(tokenizer_file=str(path), model_input_names=names)
 

@@ -159,10 +159,8 @@ def with_head(
     content = fast_tokenizer(tokenizer)
     known = inspect.signature(model.forward).parameters
     taken = [name for name in TOKEN_INPUTS if name in tokenizer.model_input_names and name in known]
-    if TYPES in taken and getattr(config, "type_vocab_size", 2) in (
-        0,
-        1,
-    ):  # as RoBERTa's, for which all tokens are alike
+    types = getattr(config, "type_vocab_size", None)
+    if TYPES in taken and types in (0, 1):  # as DeBERTa's and RoBERTa's, for which all tokens are alike
         taken.remove(TYPES)
     pipeline = text_pipeline(
         content,

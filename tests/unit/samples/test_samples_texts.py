@@ -98,6 +98,8 @@ def test_columns_are_found_where_they_have_their_usual_names(tmp_path: Path) -> 
     assert (list(raw(str(path)).items), raw(str(path)).labels) == (["x", "y"], None)
     path = write_table(tmp_path / "c.csv", [("x",), ("y",)], ("review",))
     assert list(raw(str(path)).items) == ["x", "y"]
+    path = write_table(tmp_path / "e.csv", [("x",), ("y",)], ("How was it?",))
+    assert list(raw(str(path), text="How was it?").items) == ["x", "y"]
     path = write_table(tmp_path / "d.csv", ROWS, ("left", "right", "score"))
     assert "has the columns left, right, score; say with --text which is the text" in error_of(raw, str(path))
 
@@ -274,6 +276,9 @@ def test_an_unclosed_quote_is_a_problem_of_every_line_it_takes(tmp_path: Path) -
         ("t.csv", "text,label\na,1\n".encode("utf-16"), "t.csv is UTF-16"),
         ("t.csv", "text,label\na,1\n".encode("utf-16-le"), "t.csv is UTF-16"),
         ("t.jsonl", b'[\n{"text": "a"}\n]\n', "t.jsonl is one JSON list; write each of its objects on a line"),
+        ("t.jsonl", b'[{"text": "a"}, {"text": "b"}]', "t.jsonl is one JSON list; write each of its objects on a line"),
+        ("t.csv", b"It is a very good film\nbad\n", "has the column 'It is a very good film', which reads like a text"),
+        ("t.tsv", b"Good film!\nbad\n", "reads like a text; put a line with the columns' names before it"),
         ("t.txt", bytes(range(256)) * 9, "texts in"),
         ("t.jsonl", b"[" * 100_000, "is not JSON"),
     ],

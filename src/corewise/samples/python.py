@@ -19,7 +19,7 @@ from corewise.samples.image_files import is_pil
 from corewise.samples.raw import NOUNS, RawItem, RawKind, RawSamples, gather
 from corewise.samples.stored import Array, Spool, to_array
 from corewise.samples.tensors import Item, collect
-from corewise.samples.texts import GUESSED, TEXT_COLUMNS, Columns, text_problem
+from corewise.samples.texts import GUESSED, LABEL_COLUMNS, TEXT_COLUMNS, Columns, text_problem
 
 RAW_FIXES: dict[RawKind, str] = {
     "text": "give a model that brings its tokenizer, or tokenize them: a dict of input_ids and attention_mask each",
@@ -27,6 +27,11 @@ RAW_FIXES: dict[RawKind, str] = {
     "image": "give arrays, or a folder of images with a preprocess function",
     "audio": "give a model that says their rate, --sample-rate, or arrays",
 }
+
+FIRST = 16
+"""Samples that are looked at until one tells what all are."""
+CELLS = (str, int, float, np.generic)
+"""What a row of a table of texts has."""
 
 Pair = tuple[Any, Any]
 """A sample's inputs and its label (or ``None``)."""
@@ -114,12 +119,18 @@ def raw_from_python(
     if isinstance(samples, Samples | RawSamples):
         return samples.draw(max_samples, seed)
     stream = _stream(samples, groups, source, max_samples, seed)
-    first = next(stream.singles, None)
-    if first is None:
-        raise SamplesError(f"there are no samples in {source}", "give at least 2; a few hundred are better")
-    singles = chain([first], stream.singles)
     columns = Columns(text, pair, label)
-    kind = _raw_kind(first.sample, columns)
+    head = _first_told(stream.singles, columns)
+    if not head:
+        raise SamplesError(f"there are no samples in {source}", "give at least 2; a few hundred are better")
+    singles = chain(head, stream.singles)
+    told = head[-1].sample
+    kind = _raw_kind(told, columns)
+    if kind is None and isinstance(told, list | tuple) and told and isinstance(told[0], str):
+        raise SamplesError(
+            f"sample {head[-1].number} of {source} is {told!r:.60}",
+            "give a text, (text, label), (text, text) or ((text, text), label)",
+        )
     options: dict[str, Any] = {"source": source, "max_samples": stream.max_samples, "seed": seed}
     made: Samples | RawSamples
     if kind is None:
@@ -176,9 +187,11 @@ def _stream(samples: Any, groups: Any, source: str, max_samples: int | None, see
 
 
 def _rows_of_table(samples: Any) -> Any:
-    """The rows of a table or column of pandas, polars or pyarrow, as dicts or values; anything else as it is."""
+    """The rows of a table, a column or an array of texts, as dicts or values; anything else as it is."""
     if hasattr(samples, "iloc"):  # of pandas, whose columns have their own numbers for rows
         return samples.to_dict("records") if hasattr(samples, "columns") else samples.tolist()
+    if isinstance(samples, np.ndarray) and samples.size and isinstance(samples.flat[0], str):
+        return samples.tolist()
     name = next((name for name in ("to_dicts", "to_pylist") if hasattr(samples, name)), None)
     return samples if name is None else getattr(samples, name)()
 
@@ -234,11 +247,39 @@ def _items(singles: Iterable[_Single], source: str) -> Iterator[Item]:
         further += len(several) - 1
 
 
-def _raw_kind(sample: Any, columns: Columns) -> RawKind | None:
-    """What raw samples are, by the first one; ``None`` for tensors."""
+def _first_told(singles: Iterator[_Single], columns: Columns) -> list[_Single]:
+    """The first sample that tells what all are, behind those in which it is missing; at most ``FIRST``."""
+    head: list[_Single] = []
+    for single in singles:
+        head.append(single)
+        if len(head) == FIRST or not _is_missing(single.sample, columns):
+            break
+    return head
+
+
+def _is_missing(sample: Any, columns: Columns) -> bool:
+    """Whether a sample has nothing in the place of a text: ``None``, or NaN as pandas has it."""
     if isinstance(sample, Mapping):
-        name = columns.text or next((name for name in TEXT_COLUMNS if name in sample), "")
-        if encodings.is_encoding(sample) or not isinstance(sample.get(name), str):
+        value = sample.get(_text_column(sample, columns), "")
+    else:
+        value = sample[0] if isinstance(sample, list | tuple) and sample else sample
+    return value is None or (isinstance(value, float) and value != value)
+
+
+def _text_column(sample: Mapping[str, Any], columns: Columns) -> str:
+    """The column of the text, if it is named or has a usual name; else nothing."""
+    return columns.text or next((name for name in TEXT_COLUMNS if name in sample), "")
+
+
+def _raw_kind(sample: Any, columns: Columns) -> RawKind | None:
+    """What raw samples are, by one of them; ``None`` for tensors."""
+    if isinstance(sample, Mapping):
+        has_text = isinstance(sample.get(_text_column(sample, columns)), str)
+        # Any row of a table that has words in it: the columns say which are the text, or a message does.
+        is_row = any(isinstance(value, str) for value in sample.values()) and all(
+            value is None or isinstance(value, CELLS) for value in sample.values()
+        )
+        if encodings.is_encoding(sample) or not (has_text or is_row):
             return None
         return "pair" if columns.pair else "text"
     value, _ = _raw_pair(sample)
@@ -254,6 +295,11 @@ def _raw_items(singles: Iterable[_Single], kind: RawKind, columns: Columns, sour
     for number, sample, group in singles:
         if isinstance(sample, Mapping):
             resolved = resolved or columns.resolve(list(sample), source)
+            if resolved.label is None and any(name in sample and name not in resolved for name in LABEL_COLUMNS):
+                raise SamplesError(
+                    f"sample {number} of {source} has a label, but the first one has none",
+                    "give a label for each sample or none",
+                )
             value, label, problem = resolved.item(sample)
         else:
             value, label = _raw_pair(sample)

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from itertools import chain, count, islice
@@ -22,6 +23,8 @@ MOST_LINE_CHARACTERS = 16 * 2**20
 """Of a line that is held: a file may have no ends of lines at all."""
 DELIMITERS = (",", ";", "\t", "|")
 """Of a ``.csv``: the first one that its header has."""
+JSON_LIST = re.compile(r"\s*\[\s*($|\{)")
+"""How the first line of a list of objects begins."""
 NUMBER = "number"
 
 
@@ -140,11 +143,11 @@ def _jsonl(path: Place, columns: Columns, samples: bool) -> Iterator[_Record]:
     for name, line in _lines(path):
         if not line.strip():
             continue
+        if name == "line 1" and JSON_LIST.match(line):
+            raise SamplesError(f"{path} is one JSON list", "write each of its objects on a line of its own")
         if len(line) >= MOST_LINE_CHARACTERS:
             yield _Record(name, {}, f"has more than {MOST_LINE_CHARACTERS:,} characters")
             continue
-        if line.strip() == "[" and name == "line 1":
-            raise SamplesError(f"{path} is one JSON list", "write each of its objects on a line of its own")
         try:
             line.encode()
             value = json.loads(line)

@@ -13,6 +13,8 @@ NAMED, NAME_CHARACTERS = 20, 40
 """Columns that a message lists, and characters of each name."""
 COMPARED = 1000
 """Columns that a misspelt name is compared with."""
+NAME_WORDS, ENDINGS = 4, (".", "!", "?")
+"""Words of a column's name, at most, and what only sentences end with, where nobody says that it is a name."""
 TEXT_COLUMNS = ("text", "sentence")
 LABEL_COLUMNS = ("label", "labels")
 
@@ -70,6 +72,11 @@ class Columns(NamedTuple):
         others = [name for name in free if name != label]
         if text is None and len(others) == 1:
             text = others[0]
+            if len(text.split()) > NAME_WORDS or text.endswith(ENDINGS):  # of a file without a header
+                raise SamplesError(
+                    f"{source} has the column {text!r:.80}, which reads like a text",
+                    "put a line with the columns' names before it, or name it with --text if it is a name",
+                )
         if text is None:
             raise SamplesError(
                 f"{source} has the columns {_listed(header)}",

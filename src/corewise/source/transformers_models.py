@@ -73,7 +73,7 @@ def load_transformers(name: str, pooling: Pooling | None = None, tokenizer_file:
         needs = takes == "input_ids" and tokenizer_file is None
         tokenizer = None if takes == "input_values" else _tokenizer(transformers, name, needed=needs)
     if tokenizer is None and tokenizer_file is not None:
-        tokenizer = _tokenizer_of(transformers, tokenizer_file)
+        tokenizer = _tokenizer_of(transformers, tokenizer_file, config)
     if tokenizer is None:
         if pooling is not None:
             raise SourceError(f"hf:{name} has no tokenizer", "leave out --pooling, or give --tokenizer tokenizer.json")
@@ -90,7 +90,7 @@ def from_transformers_model(model: Any, tokenizer_file: Path, pooling: Pooling |
     """
     import transformers
 
-    tokenizer = _tokenizer_of(transformers, tokenizer_file)
+    tokenizer = _tokenizer_of(transformers, tokenizer_file, model.config)
     if pooling is None:
         return with_head(model, tokenizer, type(model).__name__)
     bare = encoder_of(model.base_model)
@@ -159,7 +159,8 @@ def with_head(
     content = fast_tokenizer(tokenizer)
     known = inspect.signature(model.forward).parameters
     taken = [name for name in TOKEN_INPUTS if name in tokenizer.model_input_names and name in known]
-    if TYPES in taken and getattr(config, "type_vocab_size", 2) == 1:  # as RoBERTa's, for which all tokens are alike
+    types = getattr(config, "type_vocab_size", None)
+    if TYPES in taken and types in (0, 1):  # as DeBERTa's and RoBERTa's, for which all tokens are alike
         taken.remove(TYPES)
     pipeline = text_pipeline(
         content,
@@ -234,11 +235,15 @@ def _tokenizer(transformers: Any, name: str, *, needed: bool) -> Any:
         return None
 
 
-def _tokenizer_of(transformers: Any, path: Path) -> Any:
-    """The tokenizer in a file, of which no more is known. Raises ``SourceError`` if it is none."""
+def _tokenizer_of(transformers: Any, path: Path, config: Any) -> Any:
+    """The tokenizer in a file, of which no more is known. Raises ``SourceError`` if it is none.
+
+    It gives types of tokens only to a model that has a table of them: GPT-2 takes theirs for words.
+    """
     read_tokenizer(path)
+    names = [name for name in TOKEN_INPUTS if name != TYPES or (getattr(config, "type_vocab_size", None) or 0) > 1]
     with guard(SourceError, f"{path} is not a tokenizer", TOKENIZER):
-        return transformers.PreTrainedTokenizerFast(tokenizer_file=str(path), model_input_names=list(TOKEN_INPUTS))
+        return transformers.PreTrainedTokenizerFast(tokenizer_file=str(path), model_input_names=names)
 
 
 @contextmanager

@@ -98,6 +98,8 @@ def test_columns_are_found_where_they_have_their_usual_names(tmp_path: Path) -> 
     assert (list(raw(str(path)).items), raw(str(path)).labels) == (["x", "y"], None)
     path = write_table(tmp_path / "c.csv", [("x",), ("y",)], ("review",))
     assert list(raw(str(path)).items) == ["x", "y"]
+    path = write_table(tmp_path / "e.csv", [("x",), ("y",)], ("How was it?",))
+    assert list(raw(str(path), text="How was it?").items) == ["x", "y"]
     path = write_table(tmp_path / "d.csv", ROWS, ("left", "right", "score"))
     assert "has the columns left, right, score; say with --text which is the text" in error_of(raw, str(path))
 
@@ -274,6 +276,9 @@ def test_an_unclosed_quote_is_a_problem_of_every_line_it_takes(tmp_path: Path) -
         ("t.csv", "text,label\na,1\n".encode("utf-16"), "t.csv is UTF-16"),
         ("t.csv", "text,label\na,1\n".encode("utf-16-le"), "t.csv is UTF-16"),
         ("t.jsonl", b'[\n{"text": "a"}\n]\n', "t.jsonl is one JSON list; write each of its objects on a line"),
+        ("t.jsonl", b'[{"text": "a"}, {"text": "b"}]', "t.jsonl is one JSON list; write each of its objects on a line"),
+        ("t.csv", b"It is a very good film\nbad\n", "has the column 'It is a very good film', which reads like a text"),
+        ("t.tsv", b"Good film!\nbad\n", "reads like a text; put a line with the columns' names before it"),
         ("t.txt", bytes(range(256)) * 9, "texts in"),
         ("t.jsonl", b"[" * 100_000, "is not JSON"),
     ],
@@ -544,6 +549,38 @@ def test_pairs_become_single_texts_in_groups() -> None:
     assert singles.singles() is singles
 
 
+@pytest.mark.parametrize("missing", [None, float("nan")])
+@pytest.mark.parametrize("form", ["texts", "labelled", "rows", "table"])
+def test_a_first_text_that_is_missing_is_one_bad_text(form: str, missing: Any) -> None:
+    texts = [missing, *GOOD]
+    forms: dict[str, Any] = {
+        "texts": texts,
+        "labelled": [(text, 1) for text in texts],
+        "rows": [{"text": text, "label": 1} for text in texts],
+        "table": pandas.DataFrame({"text": texts, "label": 1}),
+    }
+    samples = raw_from_python(forms[form])
+    assert isinstance(samples, RawSamples)
+    assert list(samples.items) == GOOD
+    assert samples.notes[0].startswith("1 of 31 texts was set aside: sample 0 ")
+
+
+def test_an_array_of_pairs_and_rows_whose_columns_have_other_names() -> None:
+    pairs = raw_from_python(np.array([["a", "b"], ["c", "d"]]))
+    assert isinstance(pairs, RawSamples)
+    assert (pairs.kind, list(pairs.items)) == ("pair", [("a", "b"), ("c", "d")])
+    rows = raw_from_python([{"review": "a", "label": 1}, {"review": "b", "label": 0}])
+    assert isinstance(rows, RawSamples)
+    assert (list(rows.items), labels_of(rows)) == (["a", "b"], [1, 0])
+    message = error_of(raw_from_python, [{"title": "a", "review": "b", "label": 1}] * 2)
+    assert "python has the columns title, review, label; say with --text which is the text" in message
+
+
+def test_labels_that_begin_late_are_not_left_unused() -> None:
+    message = error_of(raw_from_python, [{"text": "a"}, {"text": "b", "label": 1}])
+    assert "sample 1 of python has a label, but the first one has none; give a label for each" in message
+
+
 def test_plain_texts_are_drawn_too() -> None:
     samples = raw_from_python(GOOD, max_samples=4, seed=2)
     assert isinstance(samples, RawSamples)
@@ -564,6 +601,11 @@ def test_plain_texts_are_drawn_too() -> None:
         ([("a", "b"), "c"], "sample 1 is 'c', not a pair of texts"),
         ([("a", "b"), ("c", "")], "sample 1 has a text that is empty"),
         ([("a", 1), ("b", None)], "sample 1 of python has no label"),
+        (
+            [["a"], ["b"]],
+            "sample 0 of python is ['a']; give a text, (text, label), (text, text) or ((text, text), label)",
+        ),
+        ([("a", "b", 1)] * 2, "sample 0 of python is ('a', 'b', 1); give a text"),
         ([{"text": "a", "n": 1}, {"text": 5, "n": 1}], "sample 1 has a text that is 5, which is not a text"),
     ],
 )

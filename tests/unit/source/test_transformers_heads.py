@@ -172,6 +172,9 @@ def test_a_decoders_head_finds_the_end_of_a_text_by_its_own_padding(tmp_path: Pa
     for loaded in (load_with_texts(f"hf:{folder}"), by_file):
         alone = answers(loaded, ["red"])
         np.testing.assert_allclose(answers(loaded, ["red", "blue house tree"])[:1], alone, atol=1e-6)
+    with torch.no_grad():
+        own = model.eval()(input_ids=torch.tensor([[2, 4, 3]])).logits.numpy()
+    np.testing.assert_allclose(answers(by_file, ["red"]), own, atol=1e-6)
 
 
 def test_of_a_model_with_a_decoder_the_encoder_makes_vectors(tmp_path: Path) -> None:

@@ -271,6 +271,7 @@ def test_an_error_without_words_is_named_by_its_line() -> None:
     assert result.why_fixed.endswith("raise NotImplementedError  # without words")
 
 
+@pytest.mark.filterwarnings("ignore:.*LeafSpec:FutureWarning")  # of torch, in run_decompositions
 def test_recurrent_layers_take_sequences_of_any_length() -> None:
     class Recurrent(nn.Module):
         def __init__(self) -> None:

@@ -20,10 +20,12 @@ def export_onnx(program: "ExportedProgram", path: Path) -> None:
     import torch
     from torch.onnx.errors import OnnxExporterError
 
+    from corewise.source import IN_ONNX, recurrent_layers_kept
+
     with TemporaryDirectory(dir=path.parent) as folder, quiet():
         part = Path(folder) / path.name
         try:
-            with _copied_transpositions(program):
+            with _copied_transpositions(program), recurrent_layers_kept(IN_ONNX):
                 torch.onnx.export(program, f=part, dynamo=True, external_data=False, verbose=False)
         except OnnxExporterError as error:  # which says how to report it, and only its cause says what it is
             cause = describe(error.__cause__ or error)

@@ -2,7 +2,8 @@
 
 import json
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -13,6 +14,7 @@ import numpy as np
 from corewise.engines import qdq
 from corewise.engines.base import BuildInputs, PixelScale, Session, is_mostly_linear, missing
 from corewise.engines.libraries import import_nncf, import_openvino, quiet
+from corewise.engines.onnx_export import export_onnx
 from corewise.engines.openvino_receipt import logged_receipt, runtime_receipt
 from corewise.engines.openvino_rounding import restore_coarse_layers
 from corewise.engines.openvino_session import (
@@ -157,8 +159,22 @@ def _nncf(build_inputs: BuildInputs, reduce_range: bool) -> Path:
 def _converted(program: Any) -> Any:
     """OpenVINO's model of an exported program or an ONNX file. Raises ``EngineError`` if it has none."""
     openvino = import_openvino()
-    with quiet(), explained("convert this program"):
-        return openvino.convert_model(program)
+    with quiet(), explained("convert this program"), _convertible(program) as given:
+        return openvino.convert_model(given)
+
+
+@contextmanager
+def _convertible(program: Any) -> Iterator[Any]:
+    """The program, or an ONNX file of one with recurrent layers: OpenVINO itself would take them apart into steps."""
+    from corewise.source import has_recurrent_layers, operators
+
+    if isinstance(program, Path) or not has_recurrent_layers(operators(program)):
+        yield program
+        return
+    with TemporaryDirectory() as folder:
+        path = Path(folder) / "program.onnx"
+        export_onnx(program, path)
+        yield path
 
 
 def _save(model: Any, folder: Path) -> None:

@@ -19,13 +19,9 @@ from torch import Tensor, nn
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 from torch.nn.utils import rnn
 
-aten: Any = torch.ops.aten
-OPERATIONS = {
-    "LSTM": aten.lstm.input,
-    "GRU": aten.gru.input,
-    "RNN_TANH": aten.rnn_tanh.input,
-    "RNN_RELU": aten.rnn_relu.input,
-}
+from corewise.source.recurrence import LAYERS
+
+OPERATIONS = dict(zip(("LSTM", "GRU", "RNN_TANH", "RNN_RELU"), LAYERS, strict=True))
 CLOSED = 1e4
 """Less than its negative is 0 for a sigmoid, and more than it is 1."""
 
@@ -44,9 +40,9 @@ class Padded(rnn.PackedSequence):
         made.steps, made.lengths = steps, lengths
         return made
 
-    def within(self, longest: Any) -> Tensor:
-        """Which of the first ``longest`` steps each row has: (rows, longest)."""
-        return torch.arange(longest) < self.lengths[:, None]
+    def behind(self, longest: Any) -> Tensor:
+        """Which of the first ``longest`` steps are behind each row's end: (rows, longest)."""
+        return torch.arange(longest) >= self.lengths[:, None]
 
     def _refuse(self, *_: Any) -> NoReturn:
         raise NotImplementedError(
@@ -114,8 +110,8 @@ def filled(packed: Any, batch_first: bool, value: float, total: Any) -> tuple[Te
         check(longest <= steps.shape[1])
     if not statically_known_true(longest == steps.shape[1]):
         steps = steps.index_select(1, torch.arange(longest).clamp(max=steps.shape[1] - 1))
-    within = packed.within(longest)
-    steps = steps.masked_fill(~within[(..., *[None] * (steps.dim() - 2))], value)
+    behind = packed.behind(longest)[(..., *[None] * (steps.dim() - 2))]
+    steps = steps.masked_fill(behind, value)
     return steps if batch_first else steps.transpose(0, 1), packed.lengths
 
 
@@ -144,7 +140,7 @@ def _run(module: nn.RNNBase, packed: Padded, given: Any) -> tuple[Padded, Any]:
             output = one.run(came)
             final = [ends.last(output)]
             if is_lstm:
-                final.append(one.cell(came, ends.within))
+                final.append(one.cell(came, ends.behind))
             finals.append(final)
             outputs.append(ends.reversed(output) if is_backward else output)
         steps = torch.cat(outputs, -1)
@@ -163,11 +159,11 @@ class _Ends:
 
     def __init__(self, packed: Padded) -> None:
         rows, longest = packed.steps.shape[:2]
-        self.within = packed.within(longest)
+        self.behind = packed.behind(longest)
         places = torch.arange(longest)
         # Counted, so that each place is in its own row, whatever a caller gives as lengths.
-        self._last = self.within.sum(1, keepdim=True).clamp(min=1) - 1
-        self._reversed = torch.where(self.within, self._last - places, places)
+        self._last = (longest - 1 - self.behind.sum(1, keepdim=True)).clamp(min=0)
+        self._reversed = torch.where(self.behind, places, self._last - places)
         self._first = torch.arange(rows)[:, None] * longest
 
     def reversed(self, steps: Tensor) -> Tensor:
@@ -198,7 +194,7 @@ class _Direction:
         output: Tensor = self._call(steps, self._weights)[0]
         return output
 
-    def cell(self, steps: Tensor, within: Tensor) -> Tensor:
+    def cell(self, steps: Tensor, behind: Tensor) -> Tensor:
         """The cell state at each row's last step, which no output has.
 
         It comes from a second run with one more input. Behind a row's end that is 1, which closes the input gate and
@@ -207,7 +203,7 @@ class _Direction:
         weight = self._weights[0]
         columns = ((-CLOSED, 1), (CLOSED, 1), (0.0, 2))  # input gate, forget gate, and two that do not matter
         gates = torch.cat([weight.new_full((count * self._width, 1), value) for value, count in columns])
-        behind = ~within[..., None]
+        behind = behind[..., None]
         steps = torch.cat([steps.masked_fill(behind, 0.0), behind.to(steps.dtype)], -1)
         state: Tensor = self._call(steps, [torch.cat([weight, gates], 1), *self._weights[1:]])[2]
         return state

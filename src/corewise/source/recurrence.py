@@ -2,7 +2,7 @@
 
 torch.export takes ``nn.LSTM``, ``nn.GRU`` and ``nn.RNN`` apart into one cell a step, which makes the length of the
 example a constant. Told the shapes of their outputs, it leaves ``aten.lstm`` as it is, and runtimes have that operation
-too (ONNX: LSTM and GRU; OpenVINO: LSTMSequence).
+too (ONNX: LSTM and GRU). OpenVINO gets an ONNX file: from a program it takes them apart as well.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -12,48 +12,50 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch._C import DispatchKey
+from torch._decomp import decomposition_table
 from torch.export import ExportedProgram
 
 DECOMPOSED = (DispatchKey.CompositeImplicitAutograd, DispatchKey.Autograd)
 """Where torch keeps the way to take these operations apart (``torch._decomp.decompositions``)."""
 
+aten: Any = torch.ops.aten
+IN_ONNX = (aten.lstm.input, aten.gru.input)
+"""What ``torch.onnx`` writes as one operation each. It takes the others apart, which needs more than their shapes."""
+LAYERS = (*IN_ONNX, aten.rnn_tanh.input, aten.rnn_relu.input)
+
 
 @contextmanager
-def recurrent_layers_kept() -> Iterator[None]:
+def recurrent_layers_kept(layers: Sequence[Any] = LAYERS) -> Iterator[None]:
     """While it lasts, ``torch.export`` and ``run_decompositions`` leave recurrent layers as they are."""
     with ExitStack() as undo:
-        for operation, shapes in _shapes().items():
-            undo.enter_context(_described(operation, shapes))
+        for operation in layers:
+            undo.enter_context(_described(operation, _lstm if operation is aten.lstm.input else _one_state))
         yield
 
 
 def has_recurrent_layers(operators: Mapping[str, int]) -> bool:
     """Whether a program, described by its operators (``source.operators``), has such a layer."""
-    return any(str(operation) in operators for operation in _shapes())
+    return any(str(operation) in operators for operation in LAYERS)
 
 
 def without_unused_layers(program: ExportedProgram) -> None:
     """Take recurrent layers whose results are not used out of a program: torch keeps them, as dropout may draw."""
-    layers = _shapes()
-    if any(node.target in layers for node in program.graph.nodes):
-        program.graph.eliminate_dead_code(lambda node: node.target not in layers and node.is_impure())
+    if any(node.target in LAYERS for node in program.graph.nodes):
+        program.graph.eliminate_dead_code(lambda node: node.target not in LAYERS and node.is_impure())
         program.graph_module.recompile()
-
-
-def _shapes() -> dict[Any, Callable[..., Any]]:
-    aten: Any = torch.ops.aten
-    states = (aten.gru.input, aten.rnn_tanh.input, aten.rnn_relu.input)
-    return {aten.lstm.input: _lstm, **dict.fromkeys(states, _one_state)}
 
 
 @contextmanager
 def _described(operation: Any, shapes: Callable[..., Any]) -> Iterator[None]:
-    kernels = dict(operation.py_kernels)
+    kernels, taken_apart = dict(operation.py_kernels), decomposition_table[operation]
     operation.py_kernels.update(dict.fromkeys(DECOMPOSED, shapes))
+    # ``run_decompositions`` asks the table for the shapes.
+    decomposition_table[operation] = shapes
     operation._dispatch_cache.clear()
     try:
         yield
     finally:
+        decomposition_table[operation] = taken_apart
         operation.py_kernels.clear()
         operation.py_kernels.update(kernels)
         operation._dispatch_cache.clear()

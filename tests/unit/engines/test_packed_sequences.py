@@ -17,12 +17,12 @@ from corewise.source import export, operators, save_program
 
 
 class Steps(nn.Module):
-    """All steps and the final states of layers in both directions."""
+    """All steps and the final states of a layer in both directions."""
 
     def __init__(self, kind: Callable[..., nn.RNNBase]) -> None:
         super().__init__()
         torch.manual_seed(0)
-        self.layers = kind(3, 4, 2, bidirectional=True, batch_first=True)
+        self.layers = kind(3, 4, bidirectional=True, batch_first=True)
 
     def forward(self, x: Tensor, length: Tensor) -> tuple[Tensor, ...]:
         packed = pack_padded_sequence(x, length, batch_first=True, enforce_sorted=False)

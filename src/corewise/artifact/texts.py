@@ -79,7 +79,6 @@ def text_runner(encoder: TextEncoder, run: Run, plan: Plan, cost: CallCost = by_
 
 
 def call_limits(plan: Plan, cost: CallCost) -> CallLimits:
-    """The most that one call of texts may have: the rows that were measured, else the plan's."""
-    if isinstance(cost, CostTable):
-        return CallLimits.of_few_sizes(cost.rows[-1])
-    return CallLimits.of_few_sizes(plan.batch if plan.batch > 1 or plan.instances > 1 else ROWS_ALONE)
+    """The most that one call of texts may have: the plan's rows, or more if those were measured."""
+    rows = plan.batch if plan.batch > 1 or plan.instances > 1 else ROWS_ALONE
+    return CallLimits.of_few_sizes(max(rows, cost.rows[-1]) if isinstance(cost, CostTable) else rows)

@@ -33,7 +33,7 @@ from corewise.common.stats import ratio_interval
 BAD_EVERY = 9973
 WARM = 2048
 """Texts that the model in memory answers before its clock starts: two windows of the runner."""
-PAUSE_S = (0.5, 8.0)
+PAUSE_S = (1.0, 16.0)
 """From a start to its kill: before the model is open as well as long after."""
 
 

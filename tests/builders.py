@@ -1,7 +1,7 @@
 """Records for tests, with what a test does not care about filled in."""
 
 from corewise.records.goal import Requirements, parse_goal
-from corewise.records.measurement import Measurement
+from corewise.records.measurement import LoadRun, Measurement
 from corewise.records.reason import Reason
 from corewise.records.trial import Trial
 from corewise.report.reasons import sentence
@@ -36,4 +36,43 @@ def measured(plan, p50_ms=1.0):
         p50_ms=p50_ms,
         p99_ms=p50_ms,
         spread=0.0,
+    )
+
+
+def load_run(plan, rate_per_s, duration_s, in_time, **fields):
+    """A load at a rate of which all requests were answered and so many in time."""
+    offered = int(rate_per_s * duration_s)
+    return LoadRun(
+        plan=plan,
+        rate_per_s=rate_per_s,
+        clients=None,
+        duration_s=duration_s,
+        offered=offered,
+        answered=offered,
+        refused=0,
+        failed=0,
+        in_time=in_time,
+        p50_ms=2.0,
+        refusal_p99_ms=0.0,
+        **fields,
+    )
+
+
+def build_inputs(model, samples, folder):
+    """What builds of a module are made from; its program is in ``folder``."""
+    from corewise.engines import BuildInputs
+    from corewise.machine.inspect import inspect_cpu
+    from corewise.source import export, operators, save_program
+
+    exported = export(model, samples)
+    assert exported.program is not None, exported.why_not
+    save_program(exported.program, folder / "program.pt2")
+    return BuildInputs(
+        program=folder / "program.pt2",
+        inputs=exported.inputs,
+        outputs=exported.outputs,
+        operators=operators(exported.program),
+        calibration=samples,
+        cpu=inspect_cpu(),
+        cache=folder,
     )

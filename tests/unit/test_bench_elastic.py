@@ -6,7 +6,7 @@ from types import SimpleNamespace
 from xml.etree import ElementTree
 
 import pytest
-from builders import measured, requirements
+from builders import load_run, measured, requirements
 
 from bench import elastic_curve, elastic_slo, elastic_switch
 from bench.elastic_loads import in_turns, over_the_better
@@ -15,7 +15,7 @@ from bench.elastic_plans import ELASTIC, FIXED, WAYS, Subject
 from bench.wire import Load
 from corewise.machine.inspect import inspect_cpu
 from corewise.records.build import Build, ElasticPlan, Plan
-from corewise.records.measurement import LoadRun, Measurement
+from corewise.records.measurement import Measurement
 from corewise.search import slo
 
 WIDE = Plan(threads_per_instance=2, batch=4)
@@ -120,21 +120,7 @@ class Held:
         self.asked.append((way.plan, way.wide, rate_per_s))
         offered = int(rate_per_s * duration_s)
         in_time = offered if rate_per_s <= self.most_per_s else int(0.97 * self.most_per_s * duration_s)
-        return LoadRun(
-            plan=way.plan,
-            rate_per_s=rate_per_s,
-            clients=None,
-            duration_s=duration_s,
-            offered=offered,
-            answered=offered,
-            refused=0,
-            failed=0,
-            in_time=in_time,
-            p50_ms=2.0,
-            p99_ms=0.8 * slo_ms,
-            refusal_p99_ms=0.0,
-            slo_ms=slo_ms,
-        )
+        return load_run(way.plan, rate_per_s, duration_s, in_time, p99_ms=0.8 * slo_ms, slo_ms=slo_ms)
 
 
 def test_the_rate_of_an_slo_is_certified_as_a_search_does_it(subject: Subject, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -41,16 +41,13 @@ class _Layer(NamedTuple):
         return source
 
 
-def restore_coarse_layers(model: Any, original: Any, rows: Sequence[Sequence[np.ndarray]]) -> int:
+def restore_coarse_layers(model: Any, original: Any, rows: Sequence[Sequence[np.ndarray]]) -> None:
     """Let the layers of a quantized model that round typical rows too coarsely run in floating point.
 
     Args:
         model: What NNCF made of ``original``, for a batch of one; it is changed.
         original: The model before, whose operations have the same names.
         rows: Inputs, (1, ...) each.
-
-    Returns:
-        How many layers.
     """
     constant = import_openvino().opset13.constant
     named = {op.get_friendly_name(): op for op in original.get_ops()}
@@ -76,7 +73,6 @@ def restore_coarse_layers(model: Any, original: Any, rows: Sequence[Sequence[np.
             if before is not None:
                 bias.replace_source_output(constant(before.get_source_output().get_node().get_data()).output(0))
     model.validate_nodes_and_infer_types()
-    return len(coarse)
 
 
 def _errors(model: Any, layers: Sequence[_Layer], rows: Iterable[Sequence[np.ndarray]]) -> list[float]:

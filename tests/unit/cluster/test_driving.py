@@ -290,7 +290,7 @@ def test_a_part_that_ends_every_process_ends_the_job() -> None:
 
 def test_the_part_that_ends_processes_is_named_and_not_the_one_beside_it() -> None:
     class Poisoned(FakeCrew):
-        """Whoever is given row 15 dies before anything else of it is heard."""
+        """The actor that gets row 15 dies before it returns anything else."""
 
         def result(self, call: int) -> str:
             (actor,) = (actor for number, actor, *_ in self.waiting if number == call)

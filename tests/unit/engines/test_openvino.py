@@ -1,11 +1,11 @@
 """OpenVINO: errors with their cause, and the precision of what is not int8."""
 
-from collections import Counter
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from builders import build_inputs
 from torch import Tensor, nn
 
 from corewise.common.errors import EngineError
@@ -13,7 +13,6 @@ from corewise.engines import BuildInputs, engine, openvino_session
 from corewise.machine.inspect import inspect_cpu
 from corewise.records.build import Build, Plan, QuantizationOptions
 from corewise.samples import from_python
-from corewise.source import export, save_program
 
 pytest.importorskip("openvino")
 PLAN = Plan(threads_per_instance=1, batch=2)
@@ -37,18 +36,7 @@ def given(tmp_path_factory: pytest.TempPathFactory) -> BuildInputs:
     torch.manual_seed(0)
     folder = tmp_path_factory.mktemp("espcn")
     calibration = from_python(list(np.random.default_rng(0).random((12, 1, 12, 12), np.float32)))
-    exported = export(SuperResolution().eval(), calibration)
-    assert exported.program is not None
-    save_program(exported.program, folder / "program.pt2")
-    return BuildInputs(
-        program=folder / "program.pt2",
-        inputs=exported.inputs,
-        outputs=exported.outputs,
-        operators=dict(Counter(str(n.target) for n in exported.program.graph.nodes if n.op == "call_function")),
-        calibration=calibration,
-        cpu=inspect_cpu(),
-        cache=folder,
-    )
+    return build_inputs(SuperResolution().eval(), calibration, folder)
 
 
 def built(given: BuildInputs, build: Build, folder: Path) -> tuple[str, ...]:

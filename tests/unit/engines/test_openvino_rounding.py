@@ -1,19 +1,18 @@
 """Layers of transformers that int8 would round too coarsely."""
 
-from collections import Counter
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from builders import build_inputs
 from torch import Tensor, nn
 
-from corewise.engines import BuildInputs, engine
+from corewise.engines import engine
 from corewise.machine.inspect import inspect_cpu
 from corewise.records.build import Build, Plan, QuantizationOptions
 from corewise.samples import from_python
-from corewise.source import export, save_program
 
 pytest.importorskip("nncf")
 PLAN = Plan(threads_per_instance=1, batch=4)
@@ -37,24 +36,12 @@ class Block(nn.Module):
 def test_a_layer_stays_in_floating_point_if_it_would_round_most_rows_coarsely(
     largest: float, int8: int, tmp_path: Path
 ) -> None:
-    """One token is so many times as large as the others."""
+    """The first token of each row is scaled up by ``largest``."""
     torch.manual_seed(0)
     model = Block().eval()
     rows = np.random.default_rng(0).standard_normal((24, 8, 16)).astype(np.float32)
     rows[:, 0] *= largest
-    calibration = from_python(list(rows))
-    exported = export(model, calibration)
-    assert exported.program is not None
-    save_program(exported.program, tmp_path / "program.pt2")
-    given = BuildInputs(
-        program=tmp_path / "program.pt2",
-        inputs=exported.inputs,
-        outputs=exported.outputs,
-        operators=dict(Counter(str(n.target) for n in exported.program.graph.nodes if n.op == "call_function")),
-        calibration=calibration,
-        cpu=inspect_cpu(),
-        cache=tmp_path,
-    )
+    given = build_inputs(model, from_python(list(rows)), tmp_path)
     (folder := tmp_path / "payload").mkdir()
     opener = engine("openvino")
     opener.build(given, INT8, folder)

@@ -6,14 +6,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from builders import build_inputs
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
-from corewise.engines import BuildInputs, engine
-from corewise.machine.inspect import inspect_cpu
+from corewise.engines import engine
 from corewise.records.build import Build, Plan
 from corewise.samples import from_python
-from corewise.source import export, operators, save_program
 
 
 class Steps(nn.Module):
@@ -43,18 +42,7 @@ def test_rows_of_different_lengths_are_answered_as_packed(
     random = np.random.default_rng(0)
     rows = [{"x": random.normal(size=(n, 3)).astype(np.float32), "length": np.array(n)} for n in (2, 5, 3, 5, 5)]
     samples = from_python(rows)
-    exported = export(model, samples)
-    assert exported.program is not None, exported.why_not
-    save_program(exported.program, tmp_path / "program.pt2")
-    given = BuildInputs(
-        program=tmp_path / "program.pt2",
-        inputs=exported.inputs,
-        outputs=exported.outputs,
-        operators=operators(exported.program),
-        calibration=samples,
-        cpu=inspect_cpu(),
-        cache=tmp_path,
-    )
+    given = build_inputs(model, samples, tmp_path)
     build = Build(engine=name, precision="fp32")
     (tmp_path / "built").mkdir()
     runtime.build(given, build, tmp_path / "built")

@@ -5,7 +5,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from builders import requirements, said, trial
+from builders import load_run, requirements, said, trial
 
 from corewise.machine.inspect import inspect_cpu
 from corewise.records.build import Build, ElasticPlan, Plan
@@ -169,18 +169,22 @@ def test_a_search_without_time_for_it_keeps_one_layout_and_says_so(tmp_path):
     assert judge_elastic(trial(build, measurements=(measured(alone),)), alone, spent) is None
 
 
-class Loads:
-    """A trial process whose loads have these latencies: with both layouts open, and with one."""
-
-    def __init__(self, elastic_ms, fixed_ms, failed=0, refused=0, tell=lambda duration_s: None):
-        self.ms, self.failed, self.refused, self.opened = (elastic_ms, fixed_ms), failed, refused, []
-        self.tell = tell
+class Process:
+    """A trial process that nothing has to end."""
 
     def __enter__(self):
         return self
 
     def __exit__(self, *error):
         pass
+
+
+class Loads(Process):
+    """A trial process whose loads have these latencies: with both layouts open, and with one."""
+
+    def __init__(self, elastic_ms, fixed_ms, failed=0, refused=0, tell=lambda duration_s: None):
+        self.ms, self.failed, self.refused, self.opened = (elastic_ms, fixed_ms), failed, refused, []
+        self.tell = tell
 
     def open(self, payload, build, plan, wide=None):
         self.opened.append((plan, wide))
@@ -264,17 +268,11 @@ def test_the_load_at_the_certified_rate_has_time_left_after_those_in_turns(tmp_p
     assert lasted_s[12] >= 5.0
 
 
-class Meets:
+class Meets(Process):
     """A trial process that meets a higher rate with both layouts open than with one."""
 
     def __init__(self, opened):
         self.opened = opened
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *error):
-        pass
 
     def open(self, payload, build, plan, wide=None):
         self.wide = wide
@@ -282,23 +280,9 @@ class Meets:
     def load(self, samples, plan, table, *, rate_per_s, duration_s, slo_ms, elastic):
         assert (self.wide is None) == (elastic is None)
         self.opened.append((plan, self.wide))
-        offered = round(rate_per_s * duration_s)
+        offered = int(rate_per_s * duration_s)
         in_time = offered if rate_per_s <= (100.0 if elastic is None else 140.0) else offered // 2
-        return LoadRun(
-            plan=plan,
-            rate_per_s=rate_per_s,
-            clients=None,
-            duration_s=duration_s,
-            offered=offered,
-            answered=offered,
-            refused=0,
-            failed=0,
-            in_time=in_time,
-            p50_ms=2.0,
-            p99_ms=0.9 * slo_ms,
-            refusal_p99_ms=0.0,
-            slo_ms=slo_ms,
-        )
+        return load_run(plan, rate_per_s, duration_s, in_time, p99_ms=0.9 * slo_ms, slo_ms=slo_ms)
 
 
 def test_a_rate_that_only_an_elastic_plan_meets_is_certified_and_that_plan_stays(tmp_path, monkeypatch):

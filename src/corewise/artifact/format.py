@@ -5,6 +5,7 @@
     reference/           the fp32 program, for ``bench --against`` and for checking drift
     tokenizer.json       a Hugging Face tokenizer, if one was given
     golden.safetensors   a few inputs with this payload's outputs
+    packed/              the same of the program that answers several texts in one row, if that is faster
     report.json, .md     every trial, and why this one won; report.html is the same with charts
     tuned.json           plans that corewise retune found for other machines; not in the manifest (see ``tuned``)
 
@@ -31,7 +32,7 @@ from corewise.pipeline.calls import CostTable
 from corewise.records.build import Build, ElasticPlan, Plan, TensorSpec
 from corewise.records.cpu import Cpu
 from corewise.records.jsonable import from_json, to_json
-from corewise.records.pipeline import PhotoPlan, TextPipeline
+from corewise.records.pipeline import Packing, PhotoPlan, TextPipeline
 from corewise.records.ranges import InputRange, SeenRanges
 from corewise.records.report import AudioPreprocess, Preprocess, Report
 from corewise.records.schema_1 import upgrade_report
@@ -44,6 +45,9 @@ MANIFEST = "manifest.json"
 PAYLOAD = "payload"
 REFERENCE = "reference/program.pt2"
 GOLDEN = "golden.safetensors"
+PACKED = "packed"
+"""Has a ``PAYLOAD`` and a ``GOLDEN`` of its own."""
+PACKED_INPUTS = 3
 TOKENIZER = "tokenizer.json"
 REPORT = "report.json"
 REPORT_TEXT = "report.md"
@@ -97,6 +101,18 @@ class Manifest:
     """How recordings become the input; ``None`` if the model was not made from any, and in older artifacts."""
     elastic: ElasticPlan | None = None
     """Two layouts that are open in place of ``plan``; ``None`` where one is as good, and in older artifacts."""
+    packing: Packing | None = None
+    """How ``PACKED`` answers several texts in one row; ``None`` where that is not faster, and in older artifacts."""
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class PackedFiles:
+    """What becomes the folder ``PACKED``."""
+
+    payload: Path
+    inputs: Sequence[np.ndarray]
+    """Golden ones, with the payload's ``outputs``."""
+    outputs: Sequence[np.ndarray]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -127,17 +143,11 @@ class Artifact:
 
     def golden(self) -> tuple[list[np.ndarray], list[np.ndarray]]:
         """The golden inputs and outputs, flat. Raises ``ArtifactError`` if the file does not have them."""
-        from safetensors import SafetensorError
-        from safetensors.numpy import load_file
+        return _read_golden(self.folder / GOLDEN, len(self.manifest.inputs))
 
-        count = len(self.manifest.inputs)
-        try:
-            tensors = load_file(self.folder / GOLDEN)
-            inputs = [tensors[f"input.{k}"] for k in range(count)]
-            return inputs, [tensors[f"output.{k}"] for k in range(len(tensors) - count)]
-        except (SafetensorError, KeyError, TypeError) as error:
-            what = f"{self.folder / GOLDEN} has no golden outputs: {_first_line(error)}"
-            raise ArtifactError(what, REBUILD) from error
+    def packed_golden(self) -> tuple[list[np.ndarray], list[np.ndarray]]:
+        """Those of the packed program. Raises ``ArtifactError`` as ``golden``."""
+        return _read_golden(self.folder / PACKED / GOLDEN, PACKED_INPUTS)
 
 
 REBUILD = "copy the artifact again, or make it again with corewise optimize"
@@ -169,6 +179,7 @@ def write(
     reference: Path | None,
     golden: tuple[Sequence[np.ndarray], Sequence[np.ndarray]],
     tokenizer: Path | bytes | None = None,
+    packed: PackedFiles | None = None,
     report: Report,
     report_text: str,
     report_page: str,
@@ -189,6 +200,9 @@ def write(
             if tokenizer is not None:
                 (made / TOKENIZER).write_bytes(tokenizer if isinstance(tokenizer, bytes) else tokenizer.read_bytes())
             _write_golden(made / GOLDEN, *golden)
+            if packed is not None:
+                shutil.copytree(packed.payload, made / PACKED / PAYLOAD)
+                _write_golden(made / PACKED / GOLDEN, packed.inputs, packed.outputs)
             (made / REPORT).write_text(json.dumps(to_json(report), indent=1))
             # Names of files, which need not be UTF-8, are written as on a terminal.
             (made / REPORT_TEXT).write_text(report_text, encoding="utf-8", errors="replace")
@@ -241,7 +255,19 @@ def check_golden(artifact: Artifact, session: Session) -> float:
     """
     inputs, expected = artifact.golden()
     pixels = golden_pixels(artifact)
-    answers = [session.run(given) for given in (inputs, pixels) if given]
+    return _checked_golden(artifact, session, [given for given in (inputs, pixels) if given], expected)
+
+
+def check_packed_golden(artifact: Artifact, session: Session) -> float:
+    """``check_golden`` of the packed program. Raises as it does."""
+    inputs, expected = artifact.packed_golden()
+    return _checked_golden(artifact, session, [inputs], expected)
+
+
+def _checked_golden(
+    artifact: Artifact, session: Session, given: Sequence[list[np.ndarray]], expected: Sequence[np.ndarray]
+) -> float:
+    answers = [session.run(inputs) for inputs in given]
     for outputs in answers:
         if [array.shape for array in outputs] != [array.shape for array in expected]:
             raise ArtifactError(f"{artifact.folder} gives outputs of other shapes than when it was made", REBUILD)
@@ -326,6 +352,19 @@ def _check_cpu(folder: Path, manifest: Manifest, cpu: Cpu) -> None:
 def satisfies(cpu: Cpu, need: str) -> bool:
     """Whether the CPU has the feature, by its name in ``Engine.needs``."""
     return {"int8_dot": cpu.int8_dot, "bf16": cpu.bf16}.get(need, cpu.has(need))
+
+
+def _read_golden(path: Path, count: int) -> tuple[list[np.ndarray], list[np.ndarray]]:
+    """The ``count`` inputs and the outputs in a file. Raises ``ArtifactError`` if it does not have them."""
+    from safetensors import SafetensorError
+    from safetensors.numpy import load_file
+
+    try:
+        tensors = load_file(path)
+        inputs = [tensors[f"input.{k}"] for k in range(count)]
+        return inputs, [tensors[f"output.{k}"] for k in range(len(tensors) - count)]
+    except (OSError, SafetensorError, KeyError, TypeError) as error:
+        raise ArtifactError(f"{path} has no golden outputs: {_first_line(error)}", REBUILD) from error
 
 
 def _write_golden(path: Path, inputs: Sequence[np.ndarray], outputs: Sequence[np.ndarray]) -> None:

@@ -139,6 +139,8 @@ class Model:
     def close(self) -> None:
         """Free memory and threads after the running calls have ended."""
         self._session.close()
+        if self.texts is not None:
+            self.texts.close()
 
     def __reduce__(self) -> Any:
         raise TypeError("an opened model cannot be copied or pickled; call corewise.load in each process")

@@ -4,16 +4,26 @@ import sys
 import tempfile
 import warnings
 from collections.abc import Callable
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from corewise.artifact import PAYLOAD, REBUILD, REFERENCE, Artifact, check_golden, read, tuned
+from corewise.artifact import (
+    PAYLOAD,
+    REBUILD,
+    REFERENCE,
+    Artifact,
+    check_golden,
+    check_packed_golden,
+    read,
+    tuned,
+)
 from corewise.artifact.checks import input_ranges
 from corewise.artifact.model import Model
 from corewise.artifact.photos import open_images
 from corewise.artifact.recordings import audio_of, audio_runner
-from corewise.artifact.texts import open_texts
+from corewise.artifact.texts import open_packed, open_texts
 from corewise.common.errors import ArtifactError, EngineError, InputError
 from corewise.common.references import guard
 from corewise.common.stats import Ratio, ratio_interval
@@ -115,7 +125,7 @@ def _opened(
         output_structure=artifact.output_structure,
         ranges=input_ranges(artifact),
         check_finite=check_finite,
-        texts=open_texts(artifact, whole_calls(session), fit.plan),
+        texts=open_texts(artifact, whole_calls(session), fit.plan, cpu),
         seen_ranges=artifact.manifest.seen_ranges,
         images=open_images(artifact, session, fit.plan, preprocess),
         recordings=audio_runner(audio_of(artifact), session, fit.plan, preprocess),
@@ -156,11 +166,12 @@ def verify(folder: str | Path, *, model: Any = None) -> Verification:
     cpu = inspect_cpu()
     artifact = read(Path(folder), cpu=cpu)
     fit = tuned.fit(artifact, cpu)
-    session = _open(artifact, fit, cpu, model)
-    try:
+    with closing(_open(artifact, fit, cpu, model)) as session:
         sqnr_db = check_golden(artifact, session)
-    finally:
-        session.close()
+    packed = open_packed(artifact, artifact.manifest.plan, cpu)
+    if packed is not None:
+        with closing(packed):
+            sqnr_db = min(sqnr_db, check_packed_golden(artifact, packed))
     return Verification(
         files=len(artifact.manifest.files),
         size_bytes=sum(facts.size_bytes for facts in artifact.manifest.files.values()),

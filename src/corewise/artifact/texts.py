@@ -1,16 +1,22 @@
 """The text pipeline of an artifact, opened to run."""
 
 from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
 
 from corewise.artifact.checks import input_ranges
-from corewise.artifact.format import REBUILD, TOKENIZER, Artifact, Manifest
+from corewise.artifact.format import GOLDEN, PACKED, PAYLOAD, REBUILD, TOKENIZER, Artifact, Manifest
+from corewise.artifact.packing import LaterOpened
 from corewise.common.errors import ArtifactError, InputError
+from corewise.engines import Engine, engine
 from corewise.pipeline import CallCost, CallLimits, CostTable, TextEncoder, TextRunner, infer
 from corewise.pipeline.calls import by_tokens
 from corewise.pipeline.runner import Run
-from corewise.records.build import Plan
-from corewise.records.pipeline import TextPipeline
+from corewise.records.build import Build, Plan
+from corewise.records.cpu import Cpu
+from corewise.records.pipeline import Packing, TextPipeline
 from corewise.records.ranges import InputRange
+from corewise.runtime.instances import open_plan
 
 ROWS_ALONE = 32
 """Rows of a call to a single instance whose plan is for single items: all its threads work on one call."""
@@ -44,11 +50,11 @@ def text_pipeline(artifact: Artifact) -> TextPipeline | None:
         raise ArtifactError(f"{artifact.folder}: {error.what}", REBUILD) from error
 
 
-def open_texts(artifact: Artifact, run: Run, plan: Plan) -> TextRunner | None:
+def open_texts(artifact: Artifact, run: Run, plan: Plan, cpu: Cpu) -> TextRunner | None:
     """What answers the artifact's texts by calls of ``run``, or ``None`` if it takes tensors only.
 
     Raises:
-        ArtifactError: The tokenizer does not fit.
+        ArtifactError: The tokenizer does not fit, or files are missing.
         MissingExtra: The package ``tokenizers`` is not installed.
     """
     pipeline = text_pipeline(artifact)
@@ -56,7 +62,28 @@ def open_texts(artifact: Artifact, run: Run, plan: Plan) -> TextRunner | None:
         return None
     most_id = most_known_id(pipeline, artifact.manifest.input_ranges)
     encoder = TextEncoder(pipeline, artifact.folder / pipeline.tokenizer, most_id=most_id)
-    return text_runner(encoder, run, plan, call_cost(artifact.manifest, plan))
+    packed = open_packed(artifact, plan, cpu)
+    return text_runner(encoder, run, plan, call_cost(artifact.manifest, plan), packed)
+
+
+def open_packed(artifact: Artifact, plan: Plan, cpu: Cpu) -> LaterOpened | None:
+    """The artifact's packed program, if it has one that was measured under ``plan``.
+
+    Raises ``ArtifactError`` if its files are missing.
+    """
+    manifest = artifact.manifest
+    if manifest.packing is None or not _is_measured(manifest, plan):
+        return None
+    if f"{PACKED}/{GOLDEN}" not in manifest.files:
+        raise ArtifactError(f"{artifact.folder} lacks the program of its packing", REBUILD)
+    payload = artifact.folder / PACKED / PAYLOAD
+    return packed_program(engine(manifest.build.engine), payload, manifest.build, plan, manifest.packing, cpu)
+
+
+def packed_program(opener: Engine, payload: Path, build: Build, plan: Plan, packing: Packing, cpu: Cpu) -> LaterOpened:
+    """The packed program in a payload, with the threads and instances of ``plan``."""
+    same = replace(plan, batch=packing.rows)
+    return LaterOpened(packing, lambda: open_plan(opener, payload, build, same, cpu))
 
 
 def most_known_id(pipeline: TextPipeline, ranges: Sequence[InputRange] | None) -> int | None:
@@ -68,14 +95,21 @@ def most_known_id(pipeline: TextPipeline, ranges: Sequence[InputRange] | None) -
 
 def call_cost(manifest: Manifest, plan: Plan) -> CallCost:
     """What calls cost: as measured, if ``plan`` has the threads and instances of then, else by their tokens."""
+    return manifest.call_costs if _is_measured(manifest, plan) and manifest.call_costs is not None else by_tokens
+
+
+def _is_measured(manifest: Manifest, plan: Plan) -> bool:
+    """Whether calls of texts were timed with the threads and instances of ``plan``."""
     measured = manifest.plan
-    same = (plan.threads_per_instance, plan.instances) == (measured.threads_per_instance, measured.instances)
-    return manifest.call_costs if same and manifest.call_costs is not None else by_tokens
+    return (plan.threads_per_instance, plan.instances) == (measured.threads_per_instance, measured.instances)
 
 
-def text_runner(encoder: TextEncoder, run: Run, plan: Plan, cost: CallCost = by_tokens) -> TextRunner:
+def text_runner(
+    encoder: TextEncoder, run: Run, plan: Plan, cost: CallCost = by_tokens, packed: LaterOpened | None = None
+) -> TextRunner:
     """Runs texts as ``plan`` runs batches, in the calls that ``cost`` finds cheapest; ``run`` makes one of them."""
-    return TextRunner(encoder, run, instances=plan.instances, limits=call_limits(plan, cost), cost=cost)
+    limits = call_limits(plan, cost)
+    return TextRunner(encoder, run, instances=plan.instances, limits=limits, cost=cost, packed=packed)
 
 
 def call_limits(plan: Plan, cost: CallCost) -> CallLimits:

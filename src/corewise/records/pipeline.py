@@ -88,6 +88,25 @@ class TextPipeline:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Packing:
+    """How a second program answers rows that have several texts each, where that takes less time.
+
+    It takes ids, positions, and segments from 1 on, int64 (rows, tokens) each, and gives vectors (rows, texts, D).
+    """
+
+    __pydantic_config__ = STRICT
+
+    rows: int
+    """Of a call. All calls have as many."""
+    tokens: int
+    """Of a row."""
+    texts: int
+    """Of a row, at most."""
+    ms: float
+    """What a call takes while all instances run."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class PhotoPlan:
     """How photos are answered from their files: the threads that decode, beside the instances of a plan."""
 

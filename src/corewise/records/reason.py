@@ -124,6 +124,11 @@ class ReasonKind(StrEnum):
     TAKES_PIXELS = "takes pixels"
     TAKES_FLOATS = "takes floats"
 
+    # Whether several texts share a row.
+    PACKS_TEXTS = "packs texts"
+    PACKING_SLOWER = "packing slower"
+    TEXTS_NOT_PACKED = "texts not packed"
+
     # How photos are answered from their files.
     FROM_FILES = "from files"
 

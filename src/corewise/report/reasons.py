@@ -238,6 +238,14 @@ def _pixels(details: Details) -> str:
     return f"{apart}, and it answers {details['ratio']:.2f} times as many photos"
 
 
+def _packing(details: Details) -> str:
+    """What it is worth that several texts share a row."""
+    return (
+        f"with several texts in each row of {details['tokens']} tokens, {details['ratio']:.2f} times as many texts are "
+        f"answered, at {details['metric']} {details['value']:.4f}"
+    )
+
+
 def _from_files(details: Details) -> str:
     """How photos are answered from their files, and what share decoding has."""
     decoders, ratio = details["decoders"], details["per_s"] / details["own_per_s"]
@@ -365,6 +373,12 @@ _SENTENCES: dict[ReasonKind, Callable[[Details], str]] = {
     ),
     K.TAKES_PIXELS: lambda details: f"{_pixels(details)}: it takes pixels",
     K.TAKES_FLOATS: lambda details: f"{_pixels(details)}: photos are normalized before they reach the engine",
+    K.PACKS_TEXTS: lambda details: (
+        f"{_packing(details)}: so predict packs short texts, by a second program of "
+        f"{numbers.size(details['size_bytes'])}"
+    ),
+    K.PACKING_SLOWER: lambda details: f"{_packing(details)}: so each text has a row of its own",
+    K.TEXTS_NOT_PACKED: lambda details: f"each text has a row of its own: {details['why']}",
     K.FROM_FILES: _from_files,
     K.NOT_SPLIT: _fixed("samples are too few or too alike to judge int8 on samples unlike those that calibrated it"),
     K.COREWISE_INT8_ONLY: lambda details: f"only corewise's quantizer makes int8 builds: without {details['layers']}",

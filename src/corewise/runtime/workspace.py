@@ -93,14 +93,19 @@ class Workspace:
 
     def twin(self, inputs: BuildInputs, calibration: Samples) -> Self:
         """An empty workspace within this one for builds with other calibration samples; all else is the same."""
-        twin = type(self)(self.folder / "twin")
-        shutil.rmtree(twin.folder, ignore_errors=True)
-        for part in (twin.folder, *twin._parts):
-            part.mkdir()
+        twin = self.within("twin")
         twin.program.symlink_to(self.program.resolve())
         twin.holdout.symlink_to(self.holdout.resolve())
         twin.write_build_inputs(replace(inputs, calibration=calibration))
         return twin
+
+    def within(self, name: str) -> Self:
+        """An empty workspace within this one."""
+        inner = type(self)(self.folder / name)
+        shutil.rmtree(inner.folder, ignore_errors=True)
+        for part in (inner.folder, *inner._parts):
+            part.mkdir()
+        return inner
 
     def empty_payload(self, build: Build) -> Path:
         """The build's payload folder, made new and empty."""

@@ -255,6 +255,7 @@ READERS: dict[str, Callable[[Place, Columns, bool], Iterator[_Record]]] = {
     ".csv": _csv,
     ".tsv": _tsv,
     ".jsonl": _jsonl,
+    ".ndjson": _jsonl,
     ".parquet": _parquet,
 }
 """By the file's suffix."""

@@ -16,6 +16,7 @@ from corewise.engines import BuildInputs, engine
 from corewise.records.events import EarlierTrialsUnused, OnEvent
 from corewise.records.goal import Goal, GoalName, Requirements, Slo, parse_goal
 from corewise.records.pipeline import Pooling
+from corewise.records.reason import Reason
 from corewise.records.report import Choice, Report
 from corewise.runtime.measure import kinds_of
 from corewise.runtime.worker import peak_memory_bytes
@@ -36,6 +37,7 @@ from corewise.search.candidates import first_plan, layouts
 from corewise.search.end_to_end import LEAST_FILES, photo_files
 from corewise.search.images import ImagePlan, prepare_images
 from corewise.search.journal import Journal
+from corewise.search.packing import PACKING_S, judge_packing, row_tokens
 from corewise.search.result import Result
 from corewise.search.search import Search
 from corewise.search.shifting import ShiftGuard
@@ -186,13 +188,15 @@ def optimize(
             search.race()
             choice = search.choose()
             images = prepare_images(task, choice, gate, context, end_to_end=end_to_end is not False)
-            choice = search.choose_layouts(choice)  # with the memory that pixels take
             call_costs = time_calls(task.pipeline, task.holdout, choice, context)
+            packed, why_packed = judge_packing(task, choice, context, call_costs)
+            choice = search.choose_layouts(choice)  # with the memory that pixels take
         finally:
             if journal.empty:  # it ended before anything worth keeping
                 workspace.remove()
-    result = _result(task, search, choice, build_inputs, images)
-    return replace(result, call_costs=call_costs)
+    reasons = images.reasons if why_packed is None else (*images.reasons, why_packed)
+    result = _result(task, search, choice, build_inputs, images, reasons)
+    return replace(result, call_costs=call_costs, packed=packed)
 
 
 def _context(
@@ -235,7 +239,10 @@ def _journal(task: Task, requirements: Requirements, workspace: Workspace) -> Jo
 def _split(task: Task, requirements: Requirements, total_s: float | None) -> BudgetSplit:
     if isinstance(requirements.goal, Slo):
         return WITH_LOADS
-    return WITH_PHOTOS.ending_before(total_s, PHOTOS_S) if photo_files(task.holdout) else BudgetSplit()
+    if photo_files(task.holdout):
+        return WITH_PHOTOS.ending_before(total_s, PHOTOS_S)
+    packs = row_tokens(task, requirements) is not None
+    return BudgetSplit().ending_before(total_s, PACKING_S) if packs else BudgetSplit()
 
 
 def _result(
@@ -244,6 +251,7 @@ def _result(
     choice: Choice,
     build_inputs: BuildInputs,
     images: ImagePlan,
+    reasons: Sequence[Reason],
 ) -> Result:
     context, overtime = search.context, search.overtime()
     report = Report(
@@ -258,7 +266,7 @@ def _result(
         choice=choice,
         wall_s=context.budget.elapsed_s,
         peak_memory_bytes=peak_memory_bytes() + search.peak_memory_bytes,
-        notes=(*task.notes, *search.notes, *images.reasons, *((overtime,) if overtime else ())),
+        notes=(*task.notes, *search.notes, *reasons, *((overtime,) if overtime else ())),
     )
     return Result(
         report=report,

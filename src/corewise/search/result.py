@@ -12,12 +12,12 @@ from corewise.artifact.checks import program_ranges
 from corewise.artifact.model import Model
 from corewise.artifact.photos import image_runner
 from corewise.artifact.recordings import audio_runner
-from corewise.artifact.texts import most_known_id, text_runner
+from corewise.artifact.texts import most_known_id, packed_program, text_runner
 from corewise.artifact.tuned import partitions
 from corewise.artifact.watch import seen_range
 from corewise.common.nested import Structure
-from corewise.engines import BuildInputs, Engine
-from corewise.pipeline import CostTable, TextEncoder, audio_pipeline, fit, image_pipeline, infer
+from corewise.engines import BuildInputs, Engine, Session
+from corewise.pipeline import CostTable, TextEncoder, TextRunner, audio_pipeline, fit, image_pipeline, infer
 from corewise.pipeline.calls import by_tokens
 from corewise.records.pipeline import AudioPipeline, ImagePipeline, PhotoPlan, TextPipeline
 from corewise.records.ranges import InputRange, SeenRanges
@@ -28,6 +28,7 @@ from corewise.runtime.elastic import open_elastic
 from corewise.runtime.instances import open_plan, whole_calls
 from corewise.runtime.workspace import Workspace
 from corewise.samples import Samples
+from corewise.search.packing import Packed
 from corewise.search.task import fitting_class_names
 
 GOLDEN_ROWS = 8
@@ -56,6 +57,8 @@ class Result:
     """The plan from files of photos to answers, if it was searched."""
     call_costs: CostTable | None = None
     """What calls of texts cost under the winner's plan, if it takes texts."""
+    packed: Packed | None = None
+    """The winner once more, for rows of several texts, if that is faster."""
 
     @property
     def headline(self) -> str:
@@ -84,7 +87,6 @@ class Result:
         images = self._images
         most_id = None if pipeline is None else most_known_id(pipeline, self._ranges)
         encoder = None if pipeline is None else TextEncoder(pipeline, self.tokenizer, most_id=most_id)
-        cost = self.call_costs or by_tokens
         return Model(
             session,
             inputs=self.build_inputs.inputs,
@@ -92,11 +94,18 @@ class Result:
             output_structure=self.output_structure,
             ranges=self._ranges,
             seen_ranges=self._seen_ranges,
-            texts=None if encoder is None else text_runner(encoder, whole_calls(session), choice.plan, cost),
+            texts=None if encoder is None else self._texts(encoder, session),
             images=None if images is None else image_runner(images, session, choice.plan, photos=self.photos),
             recordings=audio_runner(self._recordings, session, choice.plan),
             files=self.workspace,
         )
+
+    def _texts(self, encoder: TextEncoder, session: Session) -> TextRunner:
+        choice, packed, cpu = self.report.choice, None, self.build_inputs.cpu
+        if self.packed is not None:
+            payload = self.packed.files.payload
+            packed = packed_program(self.opener, payload, choice.winner, choice.plan, self.packed.packing, cpu)
+        return text_runner(encoder, whole_calls(session), choice.plan, self.call_costs or by_tokens, packed)
 
     def save(
         self,
@@ -139,6 +148,7 @@ class Result:
             Path(folder),
             manifest=lambda files: replace(self._manifest(files), labels=names, pipeline=pipeline),
             tokenizer=content or None,
+            packed=None if self.packed is None else self.packed.files,
             payload=self.payload,
             reference=self.build_inputs.program if reference and self.build_inputs.program.exists() else None,
             golden=self._golden(),
@@ -171,6 +181,7 @@ class Result:
             seen_ranges=self._seen_ranges,
             call_costs=self.call_costs,
             elastic=choice.elastic,
+            packing=None if self.packed is None else self.packed.packing,
         )
 
     def _inferred(self, tokenizer: Path, labels: Sequence[str]) -> tuple[TextPipeline, bytes]:

@@ -63,7 +63,7 @@ def write_table(path: Path, rows: list[tuple[Any, ...]], names: tuple[str, ...])
     if path.suffix == ".parquet":
         columns = dict(zip(names, map(list, zip(*rows, strict=True)), strict=True))
         parquet.write_table(pyarrow.table(columns), path)
-    elif path.suffix == ".jsonl":
+    elif path.suffix in (".jsonl", ".ndjson"):
         lines = (json.dumps(dict(zip(names, row, strict=True)), ensure_ascii=False) for row in rows)
         path.write_text("\n".join(lines) + "\n", encoding="utf-8")
     elif path.suffix == ".tsv":
@@ -74,7 +74,7 @@ def write_table(path: Path, rows: list[tuple[Any, ...]], names: tuple[str, ...])
     return path
 
 
-@pytest.mark.parametrize("name", ["t.csv", "semicolon.csv", "t.tsv", "t.jsonl", "t.parquet", "T.CSV"])
+@pytest.mark.parametrize("name", ["t.csv", "semicolon.csv", "t.tsv", "t.jsonl", "t.ndjson", "t.parquet", "T.CSV"])
 def test_every_table_gives_the_same_texts_pairs_and_labels(tmp_path: Path, name: str) -> None:
     path = str(write_table(tmp_path / name, ROWS, ("left", "right", "score")))
     texts = raw(path, text="left", label="score")
@@ -82,7 +82,7 @@ def test_every_table_gives_the_same_texts_pairs_and_labels(tmp_path: Path, name:
     assert labels_of(texts) == [4.5, 0.5, 3.0]
     pairs = raw(path, text="left", pair="right")
     assert (pairs.kind, list(pairs.items), pairs.labels) == ("pair", [row[:2] for row in ROWS], None)
-    first = {"t.jsonl": "line 1", "t.parquet": "row 0"}.get(name, "line 2")
+    first = {"t.jsonl": "line 1", "t.ndjson": "line 1", "t.parquet": "row 0"}.get(name, "line 2")
     assert pairs.describe(0) == f"sample 0 ({first})"
     assert pairs.fingerprint != texts.fingerprint
     assert raw(path, text="left", pair="right").fingerprint == pairs.fingerprint

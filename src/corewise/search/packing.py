@@ -1,0 +1,227 @@
+"""Whether texts share rows: the winner's build of a packed program is tried, and its answers and its speed decide."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from statistics import median
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from corewise.accuracy.outputs import Outputs
+from corewise.artifact import PackedFiles
+from corewise.artifact.texts import call_limits
+from corewise.common.errors import CorewiseError, EngineError, InputError
+from corewise.engines import BuildInputs, engine
+from corewise.engines.base import mixes_rows
+from corewise.pipeline import Call, CostTable, fill
+from corewise.pipeline.packing import PackedCall, pack, packed_arrays, unpacked
+from corewise.pipeline.runner import MULTIPLE
+from corewise.records.build import Plan
+from corewise.records.goal import Requirements, Throughput
+from corewise.records.pipeline import Packing
+from corewise.records.reason import Detail, Reason, ReasonKind
+from corewise.records.report import Choice
+from corewise.report.reasons import sentence
+from corewise.runtime.client import Client, read_outputs
+from corewise.runtime.workspace import Workspace
+from corewise.samples import Samples, from_python
+from corewise.search.alone import unpadded
+from corewise.search.budget import FINISHING
+from corewise.search.task import Task
+from corewise.search.trial import SearchContext
+
+ROW_TOKENS = (64, 128, 256)
+"""How long rows may be. Attention takes more time for each token of a longer row."""
+TYPICAL = 3
+"""Texts of the median length for which a row has room: where texts are longer, their own calls are hardly padded."""
+CALL_TOKENS = 512
+"""Of a call, its rows together: for MiniLM 1,024 to 4,096 were 1 to 3 % faster (Zen 4), but a call that is not full
+takes as long as one that is."""
+ROUNDS, ROUND_S, TURNS = 3, 1.0, 4
+"""A round lasts long enough for each call to have that many turns, of which the first is not timed."""
+BETTER = 1.05
+"""Texts are packed if at least this many times as many are answered: the model is then held twice."""
+PACKING_S = 25.0
+"""Under a budget, what is left for exporting, building and timing the packed program (MiniLM in int8 20 s, Zen 4)."""
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Packed:
+    """The packed program of the winner, and how it is used."""
+
+    packing: Packing
+    files: PackedFiles
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class _Texts:
+    """Token ids of samples, and the packed calls of those that fit a row, in the order of ``fitting``."""
+
+    ids: Sequence[NDArray[np.int64]]
+    fitting: NDArray[np.intp]
+    calls: Sequence[PackedCall]
+    rows: Samples
+    """Packed, whole calls."""
+
+
+def judge_packing(
+    task: Task, choice: Choice, context: SearchContext, costs: CostTable | None
+) -> tuple[Packed | None, Reason | None]:
+    """Build the winner once more from the packed program, and keep it if it passes the gate and is faster.
+
+    Args:
+        task: The model, with its pipeline.
+        choice: The winner, whose own calls cost ``costs``.
+        context: What all trials share.
+        costs: ``None`` where texts are not put into calls by their costs, so that they are not packed either.
+
+    Returns:
+        The packed program if it is used, and why it is or is not; nothing where there was no choice.
+    """
+    tokens, build = row_tokens(task, context.requirements), choice.winner
+    if costs is None or tokens is None or build.fixed_batch is not None or mixes_rows(engine(build.engine), build):
+        return None, None
+    if context.budget.left_s(FINISHING) < PACKING_S:
+        return None, Reason.of(ReasonKind.TEXTS_NOT_PACKED, why="the budget had no time to try packing")
+    packing = Packing(rows=CALL_TOKENS // tokens, tokens=tokens, texts=tokens // 4, ms=1.0)
+    try:
+        return _tried(task, choice, context, costs, packing)
+    except InputError:
+        raise
+    except CorewiseError as error:  # the winner is what it was; only this choice was not made
+        return None, Reason.of(ReasonKind.TEXTS_NOT_PACKED, why=f"packing them failed: {error}")
+
+
+def row_tokens(task: Task, requirements: Requirements) -> int | None:
+    """How long packed rows would be; ``None`` for a goal, a model, or texts that none are tried for."""
+    pipeline = task.pipeline
+    if not isinstance(requirements.goal, Throughput) or requirements.memory_limit_bytes is not None:
+        return None
+    if pipeline is None or pipeline.task != "vectors" or not pipeline.pads or pipeline.fixed_length is not None:
+        return None
+    if task.exported.program is None or pipeline.pooling == "none":
+        return None
+    typical = median(len(one) for one in _ids(task, task.holdout))
+    return next((tokens for tokens in ROW_TOKENS if tokens >= TYPICAL * typical), None)
+
+
+def _ids(task: Task, samples: Samples) -> list[NDArray[np.int64]]:
+    """The token ids of samples, without padding."""
+    assert task.pipeline is not None  # as ``row_tokens`` has seen
+    roles = [each.role for each in task.pipeline.inputs]
+    return [row[roles.index("ids")] for row in unpadded(samples, roles.index("mask")).rows]
+
+
+def _tried(
+    task: Task, choice: Choice, context: SearchContext, costs: CostTable, packing: Packing
+) -> tuple[Packed | None, Reason | None]:
+    from corewise import source
+
+    build, plan = choice.winner, choice.plan
+    judged, calibrating = (_packed_texts(task, part, packing) for part in (task.holdout, task.calibration))
+    module = source.packed_form(task.exported.module, packing.texts, judged.rows.rows[0])
+    if module is None:
+        return None, None
+    exported = source.export(module, calibrating.rows)
+    if exported.program is None or exported.fixed_batch is not None:
+        return None, None
+    workspace = context.workspace.within("packed")
+    source.save_program(exported.program, workspace.program)
+    judged.rows.save(workspace.holdout)
+    workspace.write_build_inputs(
+        BuildInputs(
+            program=workspace.program,
+            inputs=exported.inputs,
+            outputs=exported.outputs,
+            operators=source.operators(exported.program),
+            calibration=calibrating.rows,
+            cpu=task.cpu,
+            cache=workspace.cache,
+        )
+    )
+    payload = workspace.empty_payload(build)
+    with context.client(build, FINISHING) as client:
+        client.build(workspace, build, payload)
+        client.open(payload, build, Plan(threads_per_instance=context.cpu.usable_cores, batch=packing.rows))
+        client.run_samples(workspace.holdout, packing.rows, workspace.outputs(build), alone=False)
+        outputs = read_outputs(workspace.outputs(build))
+        fidelity, verdict = context.verify(_answers(outputs, judged, context, choice))
+        if not verdict.passed:
+            return None, Reason.of(
+                ReasonKind.TEXTS_NOT_PACKED, why=f"packed ones fail the gate: {sentence(verdict.reason)}"
+            )
+        client.open(payload, build, replace(plan, batch=packing.rows))
+        usual = _usual_calls([len(judged.ids[row]) for row in judged.fitting], plan, costs)
+        usual_ms, packed_ms = _raced(client, workspace, usual, choice, context, costs, packing)
+    ratio = usual_ms / (packed_ms * len(judged.calls))
+    size_bytes = sum(file.stat().st_size for file in payload.rglob("*") if file.is_file())
+    told: dict[str, Detail] = {
+        "ratio": ratio,
+        "tokens": packing.tokens,
+        "metric": fidelity.metric,
+        "value": fidelity.value,
+    }
+    if ratio < BETTER:
+        return None, Reason.of(ReasonKind.PACKING_SLOWER, **told)
+    golden = next(judged.rows.batches(packing.rows))[1], [leaf[: packing.rows] for leaf in outputs.leaves]
+    files = PackedFiles(payload=payload, inputs=golden[0], outputs=golden[1])
+    packed = Packed(packing=replace(packing, ms=packed_ms), files=files)
+    return packed, Reason.of(ReasonKind.PACKS_TEXTS, size_bytes=size_bytes, **told)
+
+
+def _packed_texts(task: Task, samples: Samples, packing: Packing) -> _Texts:
+    """Samples in packed rows, those of whole calls."""
+    from corewise import source
+
+    assert task.pipeline is not None
+    ids = _ids(task, samples)
+    fitting = np.flatnonzero([len(one) <= packing.tokens for one in ids])
+    calls = pack([len(ids[row]) for row in fitting], packing)
+    arrays = [
+        packed_arrays([[ids[fitting[place]] for place in row] for row in call.rows], packing, task.pipeline.pad_id)
+        for call in calls
+    ]
+    columns: list[Any] = [np.concatenate(column) for column in zip(*arrays, strict=True)]
+    rows = from_python([dict(zip(source.PACKED_INPUTS, row, strict=True)) for row in zip(*columns, strict=True)])
+    return _Texts(ids=ids, fitting=fitting, calls=calls, rows=rows)
+
+
+def _answers(outputs: Outputs, judged: _Texts, context: SearchContext, choice: Choice) -> Outputs:
+    """The answers to the holdout: those of packed rows, and the winner's own to texts that are longer than a row."""
+    made = read_outputs(context.workspace.outputs(choice.winner)).leaves[0].copy()
+    vectors = outputs.leaves[0].reshape(len(judged.calls), -1, *outputs.leaves[0].shape[1:])
+    for call, of_call in zip(judged.calls, vectors, strict=True):
+        made[judged.fitting[list(call.places)]] = unpacked(call, of_call)
+    return Outputs((made,))
+
+
+def _usual_calls(lengths: Sequence[int], plan: Plan, costs: CostTable) -> list[Call]:
+    """The winner's own calls of texts, as ``TextRunner`` makes them."""
+    return fill(lengths, limits=call_limits(plan, costs), cost=costs, instances=plan.instances, multiple=MULTIPLE)
+
+
+def _raced(
+    packed: Client,
+    workspace: Workspace,
+    calls: Sequence[Call],
+    choice: Choice,
+    context: SearchContext,
+    costs: CostTable,
+    packing: Packing,
+) -> tuple[float, float]:
+    """Milliseconds of all usual calls and of one packed call, which take turns."""
+    points = sorted({(len(call.places), call.tokens) for call in calls})
+    round_s = max(ROUND_S, TURNS * sum(float(costs(np.array([rows]), tokens)[0]) for rows, tokens in points) / 1e3)
+    build, own = choice.winner, context.workspace
+    usual_ms, packed_ms = list[float](), list[float]()
+    with context.client(build, FINISHING) as usual:
+        usual.open(own.payload(build), build, choice.plan)
+        for _ in range(ROUNDS):
+            found = usual.time_calls(own.holdout, points, round_s)
+            if len(found) < len(points):
+                raise EngineError("its calls took far longer than before", "stop other programs")
+            ms = dict(zip(points, found, strict=True))
+            usual_ms.append(sum(ms[len(call.places), call.tokens] for call in calls))
+            packed_ms += packed.time_calls(workspace.holdout, [(packing.rows, packing.tokens)], round_s)
+    return median(usual_ms), median(packed_ms)

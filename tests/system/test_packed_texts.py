@@ -1,0 +1,201 @@
+"""Texts that share rows, from optimize to an artifact that is opened, checked and damaged."""
+
+import json
+import math
+import shutil
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import pytest
+import torch
+import transformers
+from builders import requirements, said
+from tokenizers import Tokenizer, processors
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import Whitespace
+
+import corewise
+from corewise.artifact import read
+from corewise.common.errors import ArtifactError
+from corewise.pipeline.packing import PackedCall
+from corewise.records.reason import ReasonKind
+from corewise.samples import from_python
+from corewise.search import optimization, packing
+from corewise.search.budget import Budget
+from corewise.search.packing import judge_packing, row_tokens
+from corewise.search.result import Result
+
+WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", *(f"w{number}" for number in range(60))]
+
+
+def write_encoder(folder: Path) -> Path:
+    """A folder of sentence-transformers: a small BERT with random weights, mean pooling, and vectors of norm 1."""
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}
+    config = transformers.BertConfig(vocab_size=len(WORDS), max_position_embeddings=128, initializer_range=0.3, **sizes)
+    transformers.BertModel(config).save_pretrained(folder)
+    made = Tokenizer(WordLevel({word: number for number, word in enumerate(WORDS)}, unk_token="[UNK]"))
+    made.pre_tokenizer = Whitespace()
+    made.post_processor = processors.TemplateProcessing(
+        single="[CLS] $A [SEP]", special_tokens=[("[CLS]", 2), ("[SEP]", 3)]
+    )
+    transformers.PreTrainedTokenizerFast(tokenizer_object=made, pad_token="[PAD]", unk_token="[UNK]").save_pretrained(
+        folder
+    )
+    kinds = ("Transformer", "Pooling", "Normalize")
+    listed = [
+        {"path": f"{number}_{kind}" if number else "", "type": f"sentence_transformers.models.{kind}"}
+        for number, kind in enumerate(kinds)
+    ]
+    (folder / "modules.json").write_text(json.dumps(listed))
+    (folder / "1_Pooling").mkdir()
+    (folder / "1_Pooling" / "config.json").write_text(json.dumps({"pooling_mode_mean_tokens": True}))
+    return folder
+
+
+def texts(count: int, seed: int = 0) -> list[str]:
+    random = np.random.default_rng(seed)
+    return [" ".join(f"w{word}" for word in random.integers(0, 60, random.integers(2, 20))) for _ in range(count)]
+
+
+@pytest.fixture(scope="module")
+def encoder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_encoder(tmp_path_factory.mktemp("encoder"))
+
+
+class Recorded(NamedTuple):
+    """A search, and what its packing was judged by."""
+
+    result: Result
+    judged: tuple[Any, ...]
+
+    def again(self) -> tuple[Any, Any]:
+        """What is found out now."""
+        return judge_packing(*self.judged)
+
+
+@pytest.fixture(scope="module")
+def recorded(encoder: Path) -> Recorded:
+    """The small model in eager PyTorch; a packed call is said to take no time."""
+    judged: list[Any] = []
+
+    def judge(*arguments: Any) -> Any:
+        judged.extend(arguments)
+        return judge_packing(*arguments)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(packing, "PACKING_S", 0.0)
+        patch.setattr(packing, "_raced", lambda *arguments: (1e6, 1e-3))
+        patch.setattr(optimization, "judge_packing", judge)
+        result = corewise.optimize(f"st:{encoder}", texts(120), engines=["eager"], budget_s=30)
+    judged[2] = replace(judged[2], budget=Budget())
+    return Recorded(result, tuple(judged))
+
+
+@pytest.fixture(scope="module")
+def result(recorded: Recorded) -> Result:
+    return recorded.result
+
+
+@pytest.fixture
+def folder(result: Result, tmp_path: Path) -> Path:
+    result.save(tmp_path / "packed.cw")
+    return tmp_path / "packed.cw"
+
+
+def packed_calls(model: Any, monkeypatch: pytest.MonkeyPatch) -> list[PackedCall]:
+    """The packed calls of a model, as they are made."""
+    made: list[PackedCall] = []
+    own = model.texts._call
+
+    def call(one: Any, tokens: Any) -> Any:
+        made.extend([one] if isinstance(one, PackedCall) else [])
+        return own(one, tokens)
+
+    monkeypatch.setattr(model.texts, "_call", call)
+    return made
+
+
+def test_packed_texts_have_the_answers_of_texts_alone(
+    result: Result, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (reason,) = [note for note in result.report.notes if note.kind == ReasonKind.PACKS_TEXTS]
+    assert reason.details["tokens"] == 64
+    asked = texts(300, seed=1)
+    asked[7] = "w1 " * 100  # longer than a row
+    with corewise.load(folder) as model:
+        assert model.texts is not None
+        alone = np.stack([model.predict(one) for one in asked])
+        calls = packed_calls(model, monkeypatch)
+        together = model.predict(asked)
+        assert calls
+        np.testing.assert_allclose(together, alone, atol=1e-4)
+        np.testing.assert_allclose(result.model.predict(asked), alone, atol=1e-4)
+    assert corewise.verify(folder).sqnr_db > 50
+
+
+def test_another_plan_than_the_one_measured_packs_nothing(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    plan = read(folder).manifest.plan
+    with corewise.load(folder, threads_per_instance=1, instances=3 - min(2, plan.instances)) as model:
+        calls = packed_calls(model, monkeypatch)
+        assert model.predict(texts(200)).shape == (200, 32)
+        assert not calls
+
+
+def test_a_closed_model_opens_nothing_any_more(folder: Path) -> None:
+    model = corewise.load(folder)
+    model.close()
+    with pytest.raises(corewise.CorewiseError, match="the model was closed"):
+        model.predict(texts(200))
+
+
+@pytest.mark.parametrize("name", ["packed/golden.safetensors", "packed/payload"])
+def test_damage_is_found(folder: Path, name: str) -> None:
+    path = folder / name
+    file = next(path.iterdir()) if path.is_dir() else path
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.write_bytes(content)
+    with pytest.raises(ArtifactError, match="was altered"):
+        corewise.load(folder)
+    shutil.rmtree(folder / "packed")
+    with pytest.raises(ArtifactError, match="is missing"):
+        corewise.verify(folder)
+
+
+def test_what_is_not_faster_is_left_out(recorded: Recorded, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(packing, "_raced", lambda *arguments: (1e-3, 1e6))
+    packed, reason = recorded.again()
+    assert packed is None
+    assert reason.kind == ReasonKind.PACKING_SLOWER
+    replace(recorded.result, packed=None).save(tmp_path / "usual.cw")
+    assert not (tmp_path / "usual.cw" / "packed").exists()
+    assert read(tmp_path / "usual.cw").manifest.packing is None
+
+
+def test_answers_that_are_worse_are_left_out(recorded: Recorded, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(packing, "unpacked", lambda call, vectors: np.ones((len(call.places), vectors.shape[-1])))
+    packed, reason = recorded.again()
+    assert packed is None
+    assert reason.kind == ReasonKind.TEXTS_NOT_PACKED
+    assert "cosine" in said(reason)
+
+
+def test_both_ways_are_timed_in_turns(recorded: Recorded, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(packing, "ROUND_S", 0.01)
+    packed, reason = recorded.again()
+    assert 0 < reason.details["ratio"] < math.inf
+    assert "times as many texts are answered" in said(reason)
+    assert (packed is not None) == (reason.details["ratio"] >= packing.BETTER)
+
+
+def test_no_rows_are_packed_for_long_texts_or_where_memory_is_limited(recorded: Recorded) -> None:
+    task, _, context, _ = recorded.judged
+    assert row_tokens(task, context.requirements) == 64
+    assert row_tokens(task, replace(context.requirements, memory_limit_bytes=2**30)) is None
+    assert row_tokens(task, requirements("latency")) is None
+    long = np.ones(100, np.int64)
+    longer = replace(task, holdout=from_python([{"input_ids": long, "attention_mask": long}] * 2))
+    assert row_tokens(longer, context.requirements) is None

@@ -22,7 +22,7 @@ from corewise.common.errors import ArtifactError
 from corewise.pipeline.packing import PackedCall
 from corewise.records.reason import ReasonKind
 from corewise.samples import from_python
-from corewise.search import optimization, packing
+from corewise.search import call_costs, optimization, packing
 from corewise.search.budget import Budget
 from corewise.search.packing import judge_packing, row_tokens
 from corewise.search.result import Result
@@ -86,10 +86,11 @@ def recorded(encoder: Path) -> Recorded:
         return judge_packing(*arguments)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(packing, "PACKING_S", 0.0)
+        for module in (packing, call_costs):
+            patch.setattr(module, "FINISHING", 10.0)  # the budget is for the search alone
         patch.setattr(packing, "_raced", lambda *arguments: (1e6, 1e-3))
         patch.setattr(optimization, "judge_packing", judge)
-        result = corewise.optimize(f"st:{encoder}", texts(120), engines=["eager"], budget_s=30)
+        result = corewise.optimize(f"st:{encoder}", texts(120), engines=["eager"], budget_s=12)
     judged[2] = replace(judged[2], budget=Budget())
     return Recorded(result, tuple(judged))
 

@@ -28,7 +28,7 @@ class PackedVectors(nn.Module):
     """A ``TextVectors`` on packed rows."""
 
     def __init__(self, model: TextVectors, texts: int, *, adds_mask: bool) -> None:
-        """``texts`` is the most that a row has. The mask is added to attention's scores if ``adds_mask``, else boolean."""
+        """``texts`` is the most that a row has; with ``adds_mask`` the mask is added to attention's scores."""
         super().__init__()
         self.adds_mask = adds_mask
         self.encoder, self.after = model.encoder, model.after

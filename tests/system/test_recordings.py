@@ -103,8 +103,8 @@ def test_the_command_line_says_what_is_wrong_and_what_there_is(artifact: Path, f
         f"recordings, which {artifact} takes; leave out --text\n",
         ("predict", artifact, "odd.tar", "-o", "a.jsonl"): "corewise: odd.tar is a tar file, and only images are read "
         "from tar files; unpack it\n",
-        ("predict", artifact, "net.py", "-o", "a.npy"): "corewise: a.npy cannot hold top of several sizes; name it "
-        ".parquet or .jsonl\n",
+        ("predict", artifact, "net.py", "-o", "a.npy"): "corewise: a.npy cannot hold classes with their "
+        "probabilities; name it .parquet or .jsonl\n",
     }
     *outcomes, (code, shown, _) = several([*cases, ("show", artifact)], cwd=folder)
     assert [errors for _, _, errors in outcomes] == list(cases.values())

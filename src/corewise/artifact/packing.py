@@ -15,6 +15,7 @@ class LaterOpened:
     """A ``PackedProgram`` that takes memory and time only once many texts come. Thread-safe."""
 
     def __init__(self, packing: Packing, opener: Callable[[], Session]) -> None:
+        """``opener`` opens the program of which ``packing`` says what its calls are like."""
         self.packing = packing
         self._opener = opener
         self._process = OpenedHere()
@@ -23,7 +24,10 @@ class LaterOpened:
         self._closed = False
 
     def run(self, inputs: Sequence[NDArray[Any]]) -> list[NDArray[Any]]:
-        """One call. Raises ``EngineError`` if the model was closed, and in a process that was forked later."""
+        """One call: int64 (rows, tokens) for ids, positions and segments -> [float32 (rows, texts, D)].
+
+        Raises ``EngineError`` if the model was closed, and in a process that was forked later.
+        """
         self._process.check()
         with self._lock:
             if self._closed:
@@ -32,7 +36,7 @@ class LaterOpened:
         return whole_calls(session)(inputs)
 
     def close(self) -> None:
-        """Close it when the calls that run have ended; in a forked child, leave it to the parent."""
+        """Free it when the running calls have ended; a forked child leaves that to its parent."""
         if self._process.is_other:
             return
         with self._lock:

@@ -30,7 +30,7 @@ class Arrivals:
         return self._count / (self._busy_s + self._call_s)
 
     def reach(self, now_s: float, *, is_busy: bool) -> None:
-        """It is ``now_s``, and something ran or waited until now, or not."""
+        """Move the clock to ``now_s``; ``is_busy`` says whether something ran or waited since it was moved last."""
         kept = exp(-max(0.0, now_s - self._now_s) / self._memory_s)
         self._count *= kept
         self._busy_s = self._busy_s * kept + (1 - kept) * self._memory_s * is_busy
@@ -54,7 +54,7 @@ class ElasticPolicy:
     Rows of different calls never share a part. A call whose rows do not all fit goes on behind those that wait. No core
     that a waiting call could use stays free. When all cores are free, ``Rounds`` says by the recent rate of arrivals
     whether the oldest call has them all, as in ``ElasticQueue``. Otherwise a call leaves cores free for those that wait
-    or are expected while it runs, if all of them end sooner so.
+    or are expected while it runs, if the last of them ends earlier that way.
     """
 
     def __init__(self, partitions: Partitions) -> None:
@@ -110,7 +110,7 @@ class ElasticPolicy:
         return started
 
     def _is_wide(self, rows: int) -> bool:
-        """Whether a call takes all cores though others wait or are expected, because their mean latency is less so."""
+        """Whether a call takes all cores though others wait or are expected, because that lowers the mean latency."""
         if self.free < self._partitions.cores or rows > self._most_rows:
             return False
         return self._rounds.wide_requests(1 + len(self._waiting), rows, self._arrivals.per_s) > 0

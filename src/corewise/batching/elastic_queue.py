@@ -68,8 +68,8 @@ class ElasticQueue(Policy):
 
     A request is accepted if all would be in time in narrow calls, or all in wide ones; a call starts only if all that
     wait are in time in one of these ways after it. When all cores are free, ``Rounds`` says by the recent rate of
-    arrivals how to begin. No core that a request could use stays idle while it waits, but for the moment in which the
-    last narrow call should end, or for a wide call that alone is in time.
+    arrivals how to begin. No core that a request could use stays idle while it waits, except in the moment in which the
+    last narrow call should end, or before a wide call that is the only one in time.
     """
 
     def __init__(
@@ -181,8 +181,9 @@ class ElasticQueue(Policy):
     def _until_about_free_s(self, now_s: float) -> float:
         """Until when what waits is kept for all cores, because the narrow calls that run should end soon; else ``inf``.
 
-        So it is too if it would be late otherwise. Calls that begin at different times would keep the wide instance
-        idle for as long as the load lasts. Calls may take longer than they should, so the time is short.
+        It is also kept if it would be late in narrow calls but not in wide ones. Calls that begin at different times
+        would keep the wide instance idle for as long as the load lasts. Calls may take longer than they should, so the
+        wait is short.
         """
         if not self._rows or len(self._rows) == len(self._end_s) or not self._is_wide_open:
             return inf
@@ -297,7 +298,15 @@ class ElasticQueue(Policy):
 def policy_of(
     curve: LatencyTable, tables: ElasticTables | None, *, max_batch: int, max_waiting: int, shared: bool = True
 ) -> Policy:
-    """The policy of a plan; with the tables of an elastic plan, whose narrow calls ``curve`` is of, that of both."""
+    """The policy of a plan, by its latencies (p99).
+
+    Args:
+        curve: Of the plan's calls; of an elastic plan, of the narrow ones.
+        tables: Of an elastic plan; ``None`` for a plan with one layout.
+        max_batch: Most rows of a call; of an elastic plan, of a narrow one.
+        max_waiting: Most rows in the queue.
+        shared: Whether requests share calls.
+    """
     limits = {"max_batch": max_batch, "max_waiting": max_waiting}
     if tables is None:
         return Policy(curve, **limits, shared=shared)

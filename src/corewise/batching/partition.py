@@ -1,4 +1,4 @@
-"""How many threads and rows each call gets, so that all rows end soonest. Pure.
+"""How many threads and rows each call gets, so that the last row ends as early as possible. Pure.
 
 The calls of a partition start together, on cores of their own, and may differ in threads and rows. The best one comes
 from the dynamic program of Packrat (Bhardwaj et al., ICML 2025):
@@ -95,7 +95,7 @@ class Partitions:
     def share(self, free: int, rows: int, calls: float) -> int:
         """How many of the free cores a call of ``rows`` takes, if ``calls`` like it have to run, itself included.
 
-        All calls then end soonest: one after the other on all free cores, or some at the same time on equal shares.
+        The last of them then ends earliest: one after the other on all free cores, or some at once on equal shares.
         A call that is alone takes all. One beside others takes all too where calls gain enough by more threads.
         """
         shares = [*(threads for threads in self.threads if threads < free), free]

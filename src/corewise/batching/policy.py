@@ -55,8 +55,14 @@ Fit = tuple[Place, _Plan | None]
 class Policy:
     """The queue, and until when each instance is busy. Not thread-safe; ``now_s`` never goes back.
 
-    ``max_batch`` and ``max_waiting`` count rows: of a call, and of the queue. Unless calls are ``shared``, each has one
-    request only. Raises ``ValueError`` unless 1 <= max_batch <= max_waiting.
+    Args:
+        curve: How long calls take by their rows (p99).
+        max_batch: Most rows of a call.
+        max_waiting: Most rows in the queue.
+        shared: Whether requests share calls; else each call has one request only.
+
+    Raises:
+        ValueError: Not 1 <= max_batch <= max_waiting.
     """
 
     def __init__(self, curve: LatencyTable, *, max_batch: int, max_waiting: int, shared: bool = True) -> None:

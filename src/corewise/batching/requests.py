@@ -48,12 +48,12 @@ class Accepted:
 
 
 ACCEPTED = Accepted()
-"""As nearly all are."""
+"""The usual decision: the request waits, and none is dropped for it."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Refused:
-    """The request is not queued; it may be after ``retry_after_s``, or never if that is ``None``."""
+    """The request is not queued. It may be accepted after ``retry_after_s``; ``None`` where nothing says when."""
 
     reason: Reason
     retry_after_s: float | None = None

@@ -1,10 +1,10 @@
 """Whether what waits starts wide or narrow when all cores are free. Pure.
 
-When a round begins, some requests wait. They run in one wide call, or the first of them does, or all start narrow; what
-comes meanwhile waits for the next round or takes a core that is free. Which of these gives the least mean latency, with
-all that follows from it, is a Markov decision process of the number that waits (Deb and Serfozo, Optimal control of
-batch service queues, 1973). It is solved by policy iteration (Howard, 1960) once for each rate of arrivals, in steps; a
-decision looks its answer up.
+When a round begins, some requests wait. They run in one wide call, or the first of them does, or all start narrow;
+those that come meanwhile wait for the next round or take a core that is free. Which of these gives the least mean
+latency, later requests included, is a Markov decision process of the number that waits (Deb and Serfozo, Optimal
+control of batch service queues, 1973). It is solved by policy iteration (Howard, 1960) once for each rate of arrivals,
+in steps; a decision looks its answer up.
 """
 
 from collections.abc import Sequence
@@ -39,7 +39,7 @@ class Rounds:
 
     Args:
         wide_s: Seconds of a wide call, for 0, 1, 2, ... rows.
-        narrow_s: Of a narrow call.
+        narrow_s: The same of a narrow call.
         instances: How many narrow calls run at the same time.
         shared: Whether requests share calls.
     """

@@ -121,18 +121,26 @@ class Batcher:
             return self._policy.expected_s(monotonic(), ahead_rows)
 
     def submit(self, inputs: Sequence[np.ndarray], *, timeout_s: float = inf, priority: int = 0) -> "Future[Answer]":
-        """Queue one request: arrays with the same number of rows (dimension 0), at least 1, that no longer change.
+        """Queue one request. Those with the same dtypes and other dimensions share calls, if the policy's are shared.
 
-        Requests with the same dtypes and other dimensions share calls, if the policy's are shared. Cancelling the
-        future frees its place in the queue. The future raises ``NotServed`` if the request is dropped and
-        ``CallFailed`` if its call fails. Raises ``NotServed`` if the request is refused, and ``InputError`` if the
-        inputs are no batch.
+        Args:
+            inputs: The model's, with the same number of rows (dimension 0), at least 1; they must not change any more.
+            timeout_s: Seconds from now within which the answer is due.
+            priority: A request displaces those of lower priority if there is not time or room for both.
+
+        Returns:
+            A future, which raises ``NotServed`` if the request is dropped and ``CallFailed`` if its call fails.
+            Cancelling it frees its place in the queue.
+
+        Raises:
+            NotServed: The request is refused.
+            InputError: The inputs are no batch.
         """
         rows = {array.shape[:1] for array in inputs}
         if len(rows) != 1 or () in rows or (0,) in rows or isnan(timeout_s):
             raise InputError(
                 f"inputs of shapes {[array.shape for array in inputs]} and timeout {timeout_s} are not a request",
-                "give every input the same first dimension, at least 1, and a number as timeout",
+                "give every input the same first dimension, at least 1, and a number of seconds as the timeout",
             )
         with self._lock:
             now_s = monotonic()

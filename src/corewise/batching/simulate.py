@@ -74,8 +74,17 @@ def simulate_load(
 ) -> Simulated:
     """Offer requests of one row, each due ``slo_ms`` after its arrival, to a policy with that latency table.
 
-    With ``wide`` the policy is an ``ElasticQueue``. Two rates with the same seed have the same arrivals, closer
-    together or further apart.
+    Args:
+        curve: What the policy decides by.
+        service: How long the simulated calls really take.
+        instances: How many calls run at the same time.
+        rate_per_s: Arrivals, a Poisson process.
+        requests: How many are sent.
+        slo_ms: Milliseconds from a request's arrival to its deadline.
+        max_batch: Most rows of a call.
+        max_waiting: Most rows in the queue.
+        wide: Of an elastic plan, whose narrow calls the arguments above are of: the policy is then an ``ElasticQueue``.
+        seed: Two rates with the same seed have the same arrivals, closer together or further apart.
     """
     run = _Run(curve, service, instances, max_batch, max_waiting, seed, wide)
     run.play(run.arrivals_s(rate_per_s, requests), slo_ms / 1e3)
@@ -114,10 +123,11 @@ def most_rate(
     max_waiting: int,
     seed: int = 0,
 ) -> float:
-    """The highest rate, to half a percent, at which 99 % of all requests are answered within ``slo_ms``.
+    """The highest rate per second, to half a percent, at which 99 % of all requests are answered within ``slo_ms``.
 
-    At most ``capacity_per_s``; 0 if even the rate ``TRICKLE`` misses the SLO. Bisection on the logarithm of the rate,
-    from above, because missed runs end early. Up to 4000 requests are simulated if fewer would last less than 10 SLOs.
+    The arguments are those of ``simulate_load``. At most ``capacity_per_s``; 0 if even the rate ``TRICKLE`` misses the
+    SLO. Bisection on the logarithm of the rate, from above, because missed runs end early. Up to 4000 requests are
+    simulated if fewer would last less than 10 SLOs.
     """
     most_per_s = capacity_per_s(service, instances=instances, max_batch=max_batch, seed=seed)
     if slo_ms < inf:
@@ -254,7 +264,7 @@ class _Run:
         return times_s
 
     def play(self, arrivals_s: Sequence[float], slo_s: float, *, may_miss: float = inf) -> bool:
-        """Run until all requests are answered, or more than ``may_miss`` are lost or late; whether it was the first."""
+        """Run until all requests are answered (returns true), or more than ``may_miss`` are lost or late (false)."""
         self._arrivals_s = arrivals_s
         for number, now_s in enumerate(arrivals_s):
             self._finish(now_s)

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from PIL.ImageDraw import ImageDraw
 
 COLOURS = ("#e69f00", "#56b4e9", "#009e73", "#f0e442", "#0072b2", "#d55e00", "#cc79a7")
-"""Okabe and Ito, Color universal design, 2008: told apart by all kinds of eyes."""
+"""Okabe and Ito, Color universal design, 2008: colour-blind people can tell them apart too."""
 NAMED = 3
 """Classes that are written on a photo."""
 LINE, LETTERS = 400, 40
@@ -49,7 +49,7 @@ def boxes_on(image: "Image", found: Sequence[Detection]) -> "Image":
     width, height = _sizes(image)
     for one in reversed(found):
         colour, (left, top, right, bottom) = COLOURS[one.number % len(COLOURS)], one.box
-        # A dark edge keeps a line visible on a ground of its own colour.
+        # A dark edge keeps a line visible on a background of its own colour.
         canvas.rectangle((left - 1, top - 1, right + 1, bottom + 1), outline="black", width=width + 2)
         canvas.rectangle(one.box, outline=colour, width=width)
     for one in reversed(found):
@@ -88,7 +88,7 @@ def _tag(
     *,
     above: bool = True,
 ) -> float:
-    """Write on a ground of its own, above the corner if there is room, inside of the image; where it ends below."""
+    """Write on a coloured background, above the corner if there is room, inside the image; where it ends below."""
     from PIL import ImageColor, ImageFont
 
     font = ImageFont.load_default(height)

@@ -137,8 +137,8 @@ class Done(NamedTuple):
 def check_inputs(job: Job) -> None:
     """Raise ``SamplesError`` for files of texts that are missing, of unknown kinds, or have no such column.
 
-    Images that are missing are rows that are set aside; what is called a tar file and is none would end the job in its
-    middle.
+    Images that are missing are rows that are set aside. A file that has the name of a tar file and is none is found
+    here, because it would end the job halfway.
     """
     if job.ask is not None:
         for path in job.inputs if len(job.inputs) > 1 else ():
@@ -151,7 +151,7 @@ def check_inputs(job: Job) -> None:
         if path.suffix.lower() not in READERS:
             raise SamplesError(f"{path} is not a file of texts", f"give one of {', '.join(READERS)}")
         if len(job.inputs) > 1 and isinstance(path, Path):
-            next(iterate_table(path, job.columns, samples=False), None)  # a wrong header ends no job in its middle
+            next(iterate_table(path, job.columns, samples=False), None)  # so that no wrong header ends the job halfway
 
 
 def check_job(job: Job) -> None:

@@ -14,6 +14,14 @@ import numpy as np
 from corewise.common.errors import InputError, MissingExtra
 from corewise.records.pipeline import AudioPipeline, MediaPipeline, TextPipeline
 
+_NOT_ROWS = {
+    "vectors": "vectors of several sizes",
+    "classes": "classes with their probabilities",
+    "tokens": "spans",
+    "boxes": "boxes",
+}
+"""The answers that are no rows of one size, as an array has, by the pipeline's task."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class AnswerRow:
@@ -53,7 +61,7 @@ def format_of(name: str, pipeline: TextPipeline | MediaPipeline) -> Format:
     ragged = isinstance(pipeline, AudioPipeline) and pipeline.ragged
     ragged |= isinstance(pipeline, TextPipeline) and pipeline.task == "vectors" and pipeline.pooling == "none"
     if pipeline.task not in ("vectors", "scores") or ragged:
-        raise InputError(f"{name} cannot hold {_field(pipeline)} of several sizes", "name it .parquet or .jsonl")
+        raise InputError(f"{name} cannot hold {_NOT_ROWS[pipeline.task]}", "name it .parquet or .jsonl")
     return _Npy()
 
 

@@ -35,6 +35,9 @@ def pack(lengths: Sequence[int], packing: Packing) -> list[PackedCall]:
         lengths: The tokens of each text, (N,), 1 to ``packing.tokens``.
         packing: How long rows are, and how many a call has; the last call may have fewer.
 
+    Returns:
+        The calls, each text in exactly one.
+
     Example:
         >>> pack([40, 30, 20, 4], Packing(rows=2, tokens=64, texts=8, ms=1.0))
         [PackedCall(rows=((0, 2, 3), (1,)))]
@@ -52,7 +55,13 @@ def pack(lengths: Sequence[int], packing: Packing) -> list[PackedCall]:
 
 
 def packed_arrays(ids: Sequence[Sequence[NDArray[Any]]], packing: Packing, pad_id: int) -> Arrays:
-    """The inputs of a call whose rows have these texts' ids; rows that are missing are empty."""
+    """The inputs of one call.
+
+    Args:
+        ids: The token ids (tokens,) of each text of each row; at most ``packing.rows`` rows, others are left empty.
+        packing: The size of a call.
+        pad_id: What fills a row behind its last text.
+    """
     tokens = np.full((packing.rows, packing.tokens), pad_id, np.int64)
     positions, segments = np.zeros_like(tokens), np.zeros_like(tokens)
     for row, texts in enumerate(ids):
@@ -76,10 +85,16 @@ def with_packing(
     packing: Packing,
     instances: int,
 ) -> list[Call | PackedCall]:
-    """The calls of texts of these lengths: as ``fill`` gives them, or packed if that takes less time.
+    """The calls of texts: as ``fill`` gives them, or packed if that takes less time.
 
-    Texts that are longer than a row have calls of their own. ``cost`` is in milliseconds. As each instance runs one
-    call after another, some are idle while the last packed ones run.
+    As each instance runs one call after another, some are idle while the last packed ones run.
+
+    Args:
+        lengths: The tokens of each text, (N,).
+        fill: Puts texts of such lengths into usual calls.
+        cost: The milliseconds of usual calls.
+        packing: The packed calls. Texts that are longer than a row have usual calls.
+        instances: How many calls run at the same time.
     """
     usual = fill(lengths)
     short = [place for place, length in enumerate(lengths) if length <= packing.tokens]

@@ -151,7 +151,7 @@ class Parts:
         return self.about.is_file() and self.about.read_text(encoding="utf-8") == _text(facts)
 
     def finished(self) -> dict[int, Counts]:
-        """The finished parts by their numbers, rising. One of which a file is gone or has another size is none."""
+        """The finished parts by their numbers, rising, without those of which a file is gone or has another size."""
         sizes = sizes_in(self.folder)
         start = len(f"{self.mark}part-")
         with ThreadPoolExecutor(READERS) as pool:

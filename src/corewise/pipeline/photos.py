@@ -333,7 +333,7 @@ class ImageRunner(MediaRunner):
             rows: The images of a call.
             reader: Makes the input of an image, in place of the pipeline's preprocessing.
             decoders: Threads that decode, sharing the cores with the instances. Default: one for each core, but only
-                one with a ``reader``, which need not stand more.
+                one with a ``reader``, which need not be thread-safe.
             whole: As in ``MediaRunner``.
         """
         decoders = decoders or (len(os.sched_getaffinity(0)) if reader is None else 1)

@@ -81,9 +81,15 @@ class TextRunner:
         cost: CallCost = by_tokens,
         packed: PackedProgram | None = None,
     ) -> None:
-        """``run`` runs ``instances`` calls at the same time; ``cost`` says which calls are cheap.
+        """Make a runner.
 
-        With ``packed`` ``cost`` is in milliseconds, and texts share rows where that takes less time.
+        Args:
+            encoder: The model's pipeline and tokenizer.
+            run: Takes calls from several threads at the same time.
+            instances: How many calls it runs at once.
+            limits: The most that one call may have.
+            cost: Which calls are cheap; with ``packed`` in milliseconds.
+            packed: The program whose rows have several texts, used where that takes less time.
         """
         self.encoder = encoder
         self._run = run
@@ -129,8 +135,11 @@ class TextRunner:
         Args:
             items: As in ``answers``, as is ``prompt``. Two texts are one item for a model of pairs.
 
+        Returns:
+            Of a list: vectors, float32 (N, D), scores (N,), or a list of answers. Of an iterator: an iterator.
+
         Raises:
-            InputError: An item has a problem, with its number; or there are no items in what was given.
+            InputError: An item has a problem, with its number; or what was given has no items, such as a table.
         """
         if isinstance(items, np.ndarray):
             items = items.tolist()  # a pair is then a list

@@ -20,14 +20,17 @@ ROWS = 32
 def text_samples(encoder: TextEncoder, raw: RawSamples, by_name: bool = True) -> Samples:
     """Tokenized samples, each padded to the tokens of the call that the runner would put it into.
 
-    A model is so calibrated, judged and measured on what it is asked when it is served. Outputs for each token are
-    compared token by token, so samples of such models keep their own length. If all have one length, the shortest
+    This way a model is calibrated, judged and measured on inputs like those that it gets later. Outputs for each token
+    are compared token by token, so samples of such models keep their own length. If all have one length, the shortest
     gets another, so that the program takes any.
 
     Args:
         encoder: The model's pipeline and tokenizer.
         raw: Texts, or pairs of texts, as the pipeline takes them.
         by_name: Samples are keyword inputs, else positional ones.
+
+    Returns:
+        Rows of the model's inputs, (tokens,) each, with the facts about their lengths.
 
     Raises:
         SamplesError: More than a tenth of the texts cannot be used.

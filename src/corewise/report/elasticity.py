@@ -31,6 +31,8 @@ def layouts(report: Report, found: Elasticity) -> str:
         return f"one, because {duel_verdict(found)}"
     if found.load is not None:
         return f"one, because an elastic plan does not meet the certified rate: {load(found.load)}"
+    if not report.requirements.within_memory(found.memory_bytes):
+        return f"one, because both together may need {megabytes(found.memory_bytes)}, more than the memory limit"
     return f"one, because an elastic plan is not better: simulated p50 {figures}"
 
 
@@ -54,7 +56,7 @@ def load_columns(found: Elasticity) -> tuple[str, ...]:
 
 
 def load_rows(found: Elasticity) -> Iterator[tuple[str, ...]]:
-    """``67%``, then p50 and p99 in ms of each."""
+    """``67 %``, then p50 and p99 in ms of each: ``41.0 / 97.2``."""
     for point in found.curve:
         pairs = zip(point.p50_ms, point.p99_ms, strict=True)
         yield percent(point.load), *(f"{three_digits(p50)} / {three_digits(p99)}" for p50, p99 in pairs)

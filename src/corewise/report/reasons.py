@@ -374,10 +374,12 @@ _SENTENCES: dict[ReasonKind, Callable[[Details], str]] = {
     K.TAKES_PIXELS: lambda details: f"{_pixels(details)}: it takes pixels",
     K.TAKES_FLOATS: lambda details: f"{_pixels(details)}: photos are normalized before they reach the engine",
     K.PACKS_TEXTS: lambda details: (
-        f"{_packing(details)}: so predict packs short texts, by a second program of "
+        f"{_packing(details)}: predict packs short texts, with a second program of "
         f"{numbers.size(details['size_bytes'])}"
     ),
-    K.PACKING_SLOWER: lambda details: f"{_packing(details)}: so each text has a row of its own",
+    K.PACKING_SLOWER: lambda details: (
+        f"{_packing(details)}, too few to keep a second program: each text has a row of its own"
+    ),
     K.TEXTS_NOT_PACKED: lambda details: f"each text has a row of its own: {details['why']}",
     K.FROM_FILES: _from_files,
     K.NOT_SPLIT: _fixed("samples are too few or too alike to judge int8 on samples unlike those that calibrated it"),

@@ -1,8 +1,8 @@
-"""Whether a build should keep two thread layouts open, so that its cores are divided as the load has it.
+"""Whether a build should keep two thread layouts open, so that the load decides how the cores are divided.
 
-Both layouts are measured with few batches while all cores work, so what calls cost beside others is in their times. The
-elastic plan and each layout alone are then simulated from these times, from idle to saturated. Where that promises
-something, real load on the elastic plan and on the fixed one, in turns, has the last word.
+Both layouts are measured with few batches while all cores work, so their times include what calls cost each other. The
+elastic plan and each layout alone are then simulated from these times, from idle to saturated. If the elastic plan is
+better there, real load on it and on the fixed plan, in turns, decides.
 """
 
 from collections.abc import Callable, Sequence
@@ -39,7 +39,7 @@ LOADS = (0.05, 0.2, 1 / 3, 0.5, 2 / 3, 0.8, 0.95)
 """Simulated loads, as shares of the rate at which the fixed plan is saturated."""
 REQUESTS, FULL_CALLS = 1000, 200
 WORSE, BETTER = 0.92, 1.1
-"""An elastic plan pays if nowhere it does less than this share of the fixed plan, and somewhere as much more."""
+"""How many times as good as the fixed plan an elastic plan must be, at least: at every load, and at one of them."""
 DUELS, ROUNDS = (1 / 3, 2 / 3), 3
 """Real loads, as ``LOADS``, and how often the plans take turns at each."""
 DUEL_S, SHORTEST_DUEL_S = 1.0, 0.3
@@ -81,8 +81,14 @@ def judge_elastic(winner: Trial, plan: Plan, context: SearchContext) -> Elastici
 
     For an SLO it has to meet the certified rate too. One that was certified for more than its layouts meet alone stays.
 
+    Args:
+        winner: The trial that won, with its measurements.
+        plan: The plan that won, which the elastic one would replace.
+        context: What all trials share.
+
     Returns:
-        ``None`` where there is nothing to divide, and a reason where it could not be measured.
+        What was found, whose ``pays`` is the verdict; ``None`` for a plan of one thread, which has nothing to divide;
+        or the reason why it could not be measured.
     """
     build, known, certified = winner.build, winner.measurements, winner.certified
     if certified is not None and certified.elastic is not None:
@@ -181,7 +187,7 @@ def judged(
         return found
     duel_s = affordable_duel_s(site.left_s() - kept_s)
     if duel_s is None:
-        return Reason.of(ReasonKind.ELASTIC_NOT_MEASURED, why="no time was left to load it")
+        return Reason.of(ReasonKind.ELASTIC_NOT_MEASURED, why="no time was left to test it under load")
     return judged_by_load(found, plan, both, site, duel_s)
 
 
@@ -248,7 +254,7 @@ def _most_per_s(plan: Plan, measured: Sequence[Measurement]) -> float:
 
 
 def _measured(site: Site, layout: Plan, plans: Sequence[Plan], measure_s: float) -> list[Measurement]:
-    """Batches of one layout, which is opened once, as those who serve it do."""
+    """Batches of one layout, which is opened once for all of them, as the server opens it."""
     payload, build, samples = site.opened
     opened = site.ours.open(payload, build, layout)
     found = list[Measurement]()

@@ -34,12 +34,12 @@ from corewise.search.trial import SearchContext
 ROW_TOKENS = (64, 128, 256)
 """How long rows may be. Attention takes more time for each token of a longer row."""
 TYPICAL = 3
-"""Texts of the median length for which a row has room: where texts are longer, their own calls are hardly padded."""
+"""A row has room for at least this many texts of the median length: longer texts are hardly padded in usual calls."""
 CALL_TOKENS = 512
-"""Of a call, its rows together: for MiniLM 1,024 to 4,096 were 1 to 3 % faster (Zen 4), but a call that is not full
-takes as long as one that is."""
+"""Tokens of a call, all its rows together. For MiniLM 1,024 to 4,096 were 1 to 3 % faster (Zen 4), but a call that is
+not full takes as long as one that is."""
 ROUNDS, ROUND_S, TURNS = 3, 1.0, 4
-"""A round lasts long enough for each call to have that many turns, of which the first is not timed."""
+"""Rounds of the race, their least seconds, and how often each call runs in one; its first run is not timed."""
 BETTER = 1.05
 """Texts are packed if at least this many times as many are answered: the model is then held twice."""
 PACKING_S = 25.0
@@ -62,7 +62,7 @@ class _Texts:
     fitting: NDArray[np.intp]
     calls: Sequence[PackedCall]
     rows: Samples
-    """Packed, whole calls."""
+    """The packed rows of all calls, each of which is filled up with empty rows."""
 
 
 def judge_packing(
@@ -77,7 +77,7 @@ def judge_packing(
         costs: ``None`` where texts are not put into calls by their costs, so that they are not packed either.
 
     Returns:
-        The packed program if it is used, and why it is or is not; nothing where there was no choice.
+        The packed program if it is used, and why it is or is not; two ``None`` where packing was not an option.
     """
     tokens, build = row_tokens(task, context.requirements), choice.winner
     if costs is None or tokens is None or build.fixed_batch is not None or mixes_rows(engine(build.engine), build):
@@ -94,7 +94,7 @@ def judge_packing(
 
 
 def row_tokens(task: Task, requirements: Requirements) -> int | None:
-    """How long packed rows would be; ``None`` for a goal, a model, or texts that none are tried for."""
+    """Tokens of a packed row; ``None`` if packing is not tried for such a goal, such a model or such long texts."""
     pipeline = task.pipeline
     if not isinstance(requirements.goal, Throughput) or requirements.memory_limit_bytes is not None:
         return None
@@ -149,7 +149,8 @@ def _tried(
         fidelity, verdict = context.verify(_answers(outputs, judged, context, choice))
         if not verdict.passed:
             return None, Reason.of(
-                ReasonKind.TEXTS_NOT_PACKED, why=f"packed ones fail the gate: {sentence(verdict.reason)}"
+                ReasonKind.TEXTS_NOT_PACKED,
+                why=f"the answers to packed texts fail the gate: {sentence(verdict.reason)}",
             )
         client.open(payload, build, replace(plan, batch=packing.rows))
         usual = _usual_calls([len(judged.ids[row]) for row in judged.fitting], plan, costs)

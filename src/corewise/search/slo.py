@@ -32,9 +32,9 @@ LEAP = 2.0
 """Upper bound on growth between attempts, as a multiple of the highest rate met; used if the p99 was below half of the
 SLO."""
 ENOUGH = 0.97
-"""A plan's batch is the smallest that reaches this share of the highest rate: a larger batch only lets others wait."""
+"""A plan's batch is the smallest that reaches this share of the highest rate: a larger one only makes others wait."""
 DONE = 0.95
-"""Share of what was answered in time at a rate that was too high, the most that is tried next."""
+"""As long as no rate was met, the next one is at most this share of what was answered in time at the last one."""
 ATTEMPTS, MOST_LOADS = 6, 16
 """Loads on one plan, and on all together."""
 SLOWEST = 2.0
@@ -46,6 +46,7 @@ CONFIRMED = 0.995
 """Share of the requests that must be in time at the rate to certify. Of 200 requests that barely meet a p99, two are
 late as easily as four: a rate certified on the edge was missed by the next minute."""
 LOAD_S, CONFIRM_S = 5.0, 30.0
+"""The least seconds of a load that looks for a rate, and of one that confirms it, if there is as much time."""
 REQUESTS = 200
 """Least requests of a load: a p99 of fewer is chance."""
 LONGEST_S = 60.0

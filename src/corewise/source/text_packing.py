@@ -21,14 +21,14 @@ from corewise.source.transformers_models import PADDED_POSITIONS
 PACKED_INPUTS = ("input_ids", "positions", "segments")
 """Of a packed program, in their order."""
 SAME = 1e-4
-"""How far apart vectors of both programs may be, of the length of the longest."""
+"""How far apart a text's vectors from both programs may be, as a share of the norm of the longest vector."""
 
 
 class PackedVectors(nn.Module):
     """A ``TextVectors`` on packed rows."""
 
     def __init__(self, model: TextVectors, texts: int, *, adds_mask: bool) -> None:
-        """``texts`` is the most that a row has. Attention of some models adds its mask to the scores."""
+        """``texts`` is the most that a row has; with ``adds_mask`` the mask is added to attention's scores."""
         super().__init__()
         self.adds_mask = adds_mask
         self.encoder, self.after = model.encoder, model.after
@@ -55,7 +55,7 @@ class PackedVectors(nn.Module):
 def _pool(hidden: Tensor, member: Tensor, positions: Tensor, way: Way) -> Tensor:
     """Token vectors (N, tokens, D), and which text each is of (N, texts, tokens) -> (N, texts, D), as ``pooling.pool``.
 
-    Whole numbers go into the product, which int8 keeps exactly, and are divided behind it.
+    The product's weights are whole numbers, which int8 keeps exactly; the division comes after it.
     """
     count = member.sum(-1, keepdim=True).clamp(min=1)
     if way == "cls":
@@ -78,7 +78,10 @@ def packed_form(model: nn.Module, texts: int, row: Sequence[NDArray[np.int64]]) 
     Args:
         model: What was exported.
         texts: The most texts of a row.
-        row: ``PACKED_INPUTS``, int64 (tokens,) each.
+        row: ``PACKED_INPUTS`` of one row of packed samples, int64 (tokens,) each.
+
+    Returns:
+        A module that takes ``PACKED_INPUTS``, int64 (N, tokens) each, and gives float32 (N, texts, D).
     """
     inner = model.model if isinstance(model, Flat) else model
     if not isinstance(inner, TextVectors) or not set(inner.poolings) <= {"mean", "cls", "last", "weighted", "sqrt"}:

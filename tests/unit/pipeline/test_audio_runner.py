@@ -112,7 +112,7 @@ def test_outputs_of_several_dimensions_are_as_long_as_their_recordings() -> None
     frames = runner([[[0.5]]], lambda arrays: [arrays[0].reshape(len(arrays[0]), -1, 100)])
     made = frames.predict([(constant(0), RATE), (constant(0, 600), RATE)])
     assert [one.shape for one in made] == [(4, 100), (6, 100)]
-    with pytest.raises(InputError, match="cannot hold vector of several sizes"):
+    with pytest.raises(InputError, match="cannot hold vectors of several sizes"):
         format_of("out.npy", frames.pipeline)
 
 

@@ -287,7 +287,7 @@ def test_classes_and_pairs(tokenizer: bytes, tmp_path: Path) -> None:
     first = parquet.read_table(output).to_pylist()[0]
     assert (first["row"], first["label"]) == (0, "many")
     assert first["probabilities"]["many"] == pytest.approx(1 / (1 + np.exp(-1)))
-    with pytest.raises(InputError, match=r"out\.npy cannot hold answer of several sizes"):
+    with pytest.raises(InputError, match=r"out\.npy cannot hold classes with their probabilities; name it"):
         run_job(job_of(tmp_path / "out.npy", table), runner_of(tokenizer, **facts))
 
 

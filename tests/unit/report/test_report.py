@@ -322,6 +322,9 @@ def test_latency_over_load_is_told_for_the_elastic_plan_and_both_layouts_alone()
     drawn = next(figure for figure in figures.won(figures.Builds(elastic)) if figure.title == "Latency over load")
     assert [len(cells) for _, cells in drawn.rows] == [4, 4, 4]
     assert drawn.svg.count("polyline") == 3
+    limited = replace(REPORT, requirements=replace(REPORT.requirements, memory_limit_bytes=700 * 10**6))
+    one = "one, because both together may need 734 MB, more than the memory limit"
+    assert dict(story.facts(limited))["layouts"] == one
     nothing = replace(REPORT, choice=replace(REPORT.choice, elasticity=None))
     assert "over load" not in markdown.render(nothing) + shown(nothing, 80)
 

@@ -3,7 +3,9 @@
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from threading import BoundedSemaphore
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
@@ -45,6 +47,10 @@ class PackedProgram(Protocol):
     @property
     def packing(self) -> Packing:
         """The rows that it takes."""
+        ...
+
+    def pays(self, saved_ms: float) -> bool:
+        """Whether texts may be packed that are answered so much sooner then: it is open, or is worth opening now."""
         ...
 
     def run(self, inputs: Sequence[NDArray[Any]]) -> list[NDArray[Any]]:
@@ -91,6 +97,8 @@ class TextRunner:
         self._limits = limits
         self._cost = cost
         self._packed = packed
+        self._turns: AbstractContextManager[Any] = nullcontext() if packed is None else BoundedSemaphore(instances)
+        """Instances of both programs share the cores."""
         self.calls_ended = 0
         """Rises while the engine answers."""
 
@@ -173,18 +181,23 @@ class TextRunner:
     def _all_calls(self, lengths: Sequence[int]) -> Sequence[Call | PackedCall]:
         if self._packed is None:
             return self.calls(lengths)
-        return with_packing(lengths, self.calls, self._cost, self._packed.packing, self._instances)
+        packed = self._packed
+        return with_packing(lengths, self.calls, self._cost, packed.packing, self._instances, packed.pays)
 
     def _call(self, call: Call | PackedCall, tokens: Sequence[Tokens]) -> list[NDArray[Any]]:
         pipeline = self.encoder.pipeline
         if isinstance(call, PackedCall):
             assert self._packed is not None  # or nothing would be packed
             ids = [[tokens[place].ids for place in row] for row in call.rows]
-            vectors, *_ = self._packed.run(packed_arrays(ids, self._packed.packing, pipeline.pad_id))
+            packed = packed_arrays(ids, self._packed.packing, pipeline.pad_id)
+            with self._turns:
+                vectors, *_ = self._packed.run(packed)
             outputs = [unpacked(call, vectors)]
         else:
             rows = [tokens[place] for place in call.places]
-            outputs = self._run(self.encoder.collate(rows, min(call.tokens, pipeline.max_length)))
+            inputs = self.encoder.collate(rows, min(call.tokens, pipeline.max_length))
+            with self._turns:
+                outputs = self._run(inputs)
         self.calls_ended += 1
         return outputs
 

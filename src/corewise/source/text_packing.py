@@ -20,6 +20,8 @@ from corewise.source.transformers_models import PADDED_POSITIONS
 
 PACKED_INPUTS = ("input_ids", "positions", "segments")
 """Of a packed program, in their order."""
+PACKABLE: set[Way] = {"mean", "cls", "last", "weighted", "sqrt"}
+"""All but the maximum, which would need the token vectors once more for each text."""
 SAME = 1e-4
 """How far apart vectors of both programs may be, of the length of the longest."""
 
@@ -68,7 +70,13 @@ def _pool(hidden: Tensor, member: Tensor, positions: Tensor, way: Way) -> Tensor
     return member @ hidden / (count.sqrt() if way == "sqrt" else count)
 
 
-@torch.inference_mode()
+def packable(model: nn.Module) -> TextVectors | None:
+    """What was exported, if it pools token vectors in a way that packed rows can have."""
+    inner = model.model if isinstance(model, Flat) else model
+    return inner if isinstance(inner, TextVectors) and {*inner.poolings} <= PACKABLE else None
+
+
+@torch.no_grad()
 def packed_form(model: nn.Module, texts: int, row: Sequence[NDArray[np.int64]]) -> PackedVectors | None:
     """The module that answers packed rows as ``model`` answers texts alone; ``None`` if there is none.
 
@@ -78,10 +86,10 @@ def packed_form(model: nn.Module, texts: int, row: Sequence[NDArray[np.int64]]) 
     Args:
         model: What was exported.
         texts: The most texts of a row.
-        row: ``PACKED_INPUTS``, int64 (tokens,) each.
+        row: ``PACKED_INPUTS``, int64 (tokens,) each, of at least two texts.
     """
-    inner = model.model if isinstance(model, Flat) else model
-    if not isinstance(inner, TextVectors) or not set(inner.poolings) <= {"mean", "cls", "last", "weighted", "sqrt"}:
+    inner = packable(model)
+    if inner is None:
         return None
     ids, positions, segments = (torch.from_numpy(array)[None] for array in row)
     alone = [ids[:, segments[0] == number] for number in range(1, int(segments.max()) + 1)]

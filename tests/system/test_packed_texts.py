@@ -26,7 +26,7 @@ from corewise.records.build import Plan
 from corewise.records.reason import ReasonKind
 from corewise.runtime.instances import open_plan
 from corewise.samples import from_python
-from corewise.search import optimization, packing
+from corewise.search import call_costs, optimization, packing
 from corewise.search.budget import Budget
 from corewise.search.packing import judge_packing, reserved_s, row_tokens
 from corewise.search.result import Result
@@ -90,7 +90,8 @@ def recorded(encoder: Path) -> Recorded:
         return judge_packing(*arguments)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(packing, "PACKING_S", 0.0)
+        for module in (call_costs, packing):
+            patch.setattr(module, "FINISHING", 10.0)  # also after a race that took longer than the budget
         patch.setattr(packing, "_raced", lambda *arguments: (1e6, 1e-3))
         patch.setattr(packing, "perf_counter", lambda: 0.0)
         patch.setattr(optimization, "judge_packing", judge)

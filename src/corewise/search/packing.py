@@ -162,15 +162,15 @@ def _tried(
     payload = workspace.empty_payload(build)
     with context.client(build, FINISHING) as client:
         client.build(workspace, build, payload)
+        start_s = perf_counter()
         client.open(payload, build, Plan(threads_per_instance=context.cpu.usable_cores, batch=packing.rows))
+        opening_ms = 1e3 * (perf_counter() - start_s)
         client.run_samples(workspace.holdout, packing.rows, workspace.outputs(build), alone=False)
         outputs = read_outputs(workspace.outputs(build))
         fidelity, verdict = context.verify(_answers(outputs, judged, context, choice))
         if not verdict.passed:
             return None, _not_packed(f"packed ones fail the gate: {sentence(verdict.reason)}")
-        start_s = perf_counter()
         client.open(payload, build, replace(plan, batch=packing.rows))
-        opening_ms = 1e3 * (perf_counter() - start_s)
         usual = _usual_calls(task, [len(judged.ids[row]) for row in judged.fitting], plan, costs)
         usual_ms, packed_ms = _raced(client, workspace, usual, choice, context, costs, packing)
     ratio = usual_ms / (packed_ms * len(judged.calls))

@@ -46,7 +46,8 @@ class PackedVectors(nn.Module):
         if self.adds_mask:
             mask = (~mask).to(torch.float32) * torch.finfo(torch.float32).min
         position_ids = positions + self.first_position
-        hidden = self.encoder(input_ids=input_ids, attention_mask=mask, position_ids=position_ids)[0]
+        # Also in bf16, where what is made of integers is float32 as it was exported.
+        hidden = self.encoder(input_ids=input_ids, attention_mask=mask, position_ids=position_ids)[0].to(torch.float32)
         numbers = torch.arange(1, self.texts + 1, device=segments.device)
         member = (segments[:, None, :] == numbers[None, :, None]).to(hidden.dtype)
         pooled = [_pool(hidden, member, positions[:, None].to(hidden.dtype), way) for way in self.poolings]

@@ -66,7 +66,7 @@ def measure(name: str, options: argparse.Namespace) -> dict[str, Any]:
 
 
 def runners(artifact: Artifact, opened: ExitStack) -> tuple[TextRunner, TextRunner]:
-    """What answers the artifact's texts, as it is and without its packed program, which is opened at the first texts."""
+    """What answers the artifact's texts: as it is, packed from the first on, and without its packed program."""
     cpu, manifest = inspect_cpu(), artifact.manifest
     assert manifest.packing is not None
     opener = engine(manifest.build.engine)

@@ -15,7 +15,7 @@ from corewise.runtime.instances import OpenedHere, closed, whole_calls
 
 
 class LazyProgram:
-    """A ``PackedProgram`` that takes memory and time only once many texts have come. Thread-safe."""
+    """A ``PackedProgram`` that takes memory and time only once enough texts have come. Thread-safe."""
 
     def __init__(self, packing: Packing, opener: Callable[[], Session]) -> None:
         self.packing = packing
@@ -28,9 +28,9 @@ class LazyProgram:
         """What packing would have saved so far."""
 
     def pays(self, saved_ms: float) -> bool:
-        """Whether it is open. It is opened once calls would have been sooner by the time that opening takes.
+        """Whether it is open. It is opened once packing would have saved as much time as opening takes.
 
-        If it cannot be opened, texts are answered without it, and the first call warns.
+        If it cannot be opened, texts are answered without it, and the call that tried warns.
         Raises ``EngineError`` if the model was closed, and in a process that was forked later.
         """
         self._process.check()

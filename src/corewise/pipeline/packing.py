@@ -80,7 +80,8 @@ def with_packing(
     """The calls of texts of these lengths: as ``fill`` gives them, or packed if that takes less time.
 
     Texts that are longer than a row have calls of their own. ``cost`` is in milliseconds. As each instance runs one
-    call after another, some are idle while the last packed ones run. ``pays`` is asked where packing saves time.
+    call after another, some are idle while the last packed ones run. ``pays`` says whether so many milliseconds that
+    packing would save are worth it.
     """
     usual = fill(lengths)
     short = [place for place, length in enumerate(lengths) if length <= packing.tokens]

@@ -3,9 +3,7 @@
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from threading import BoundedSemaphore
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
@@ -50,7 +48,7 @@ class PackedProgram(Protocol):
         ...
 
     def pays(self, saved_ms: float) -> bool:
-        """Whether texts may be packed that are answered so much sooner then: it is open, or is worth opening now."""
+        """Whether calls that save so much time may be packed: it is open, or is worth opening now."""
         ...
 
     def run(self, inputs: Sequence[NDArray[Any]]) -> list[NDArray[Any]]:
@@ -97,8 +95,6 @@ class TextRunner:
         self._limits = limits
         self._cost = cost
         self._packed = packed
-        self._turns: AbstractContextManager[Any] = nullcontext() if packed is None else BoundedSemaphore(instances)
-        """Instances of both programs share the cores."""
         self.calls_ended = 0
         """Rises while the engine answers."""
 
@@ -189,15 +185,11 @@ class TextRunner:
         if isinstance(call, PackedCall):
             assert self._packed is not None  # or nothing would be packed
             ids = [[tokens[place].ids for place in row] for row in call.rows]
-            packed = packed_arrays(ids, self._packed.packing, pipeline.pad_id)
-            with self._turns:
-                vectors, *_ = self._packed.run(packed)
+            vectors, *_ = self._packed.run(packed_arrays(ids, self._packed.packing, pipeline.pad_id))
             outputs = [unpacked(call, vectors)]
         else:
             rows = [tokens[place] for place in call.places]
-            inputs = self.encoder.collate(rows, min(call.tokens, pipeline.max_length))
-            with self._turns:
-                outputs = self._run(inputs)
+            outputs = self._run(self.encoder.collate(rows, min(call.tokens, pipeline.max_length)))
         self.calls_ended += 1
         return outputs
 

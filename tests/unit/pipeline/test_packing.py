@@ -147,38 +147,6 @@ def test_answers_are_those_of_each_text_alone_in_order(count: int) -> None:
     assert sums.closed
 
 
-def test_calls_of_both_programs_share_the_instances() -> None:
-    class Meeting(Sums):
-        """Programs whose calls wait for another one that runs at the same time."""
-
-        met = False
-
-        def wait(self) -> None:
-            try:
-                self.barrier.wait(0.05)
-                self.met = True
-            except threading.BrokenBarrierError:
-                self.barrier.reset()
-
-        def __init__(self) -> None:
-            super().__init__()
-            self.barrier = threading.Barrier(2)
-
-        def usual(self, inputs: Sequence[NDArray[Any]]) -> list[NDArray[Any]]:
-            self.wait()
-            return super().usual(inputs)
-
-        def run(self, inputs: Sequence[NDArray[Any]]) -> list[NDArray[Any]]:
-            self.wait()
-            return super().run(inputs)
-
-    sums = Meeting()
-    runner = TextRunner(encoder(), sums.usual, packed=sums, instances=1, limits=CallLimits(rows=8), cost=many_ms)
-    assert len(runner.predict([*texts(40), "w3 " * 40])) == 41
-    assert sums.packed_calls
-    assert not sums.met
-
-
 def test_nothing_is_packed_until_that_pays() -> None:
     saved: list[float] = []
     calls = with_packing([4] * 12 + [30], as_usual, many_ms, SMALL, 1, lambda ms: bool(saved.append(ms)))

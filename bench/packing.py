@@ -66,13 +66,15 @@ def measure(name: str, options: argparse.Namespace) -> dict[str, Any]:
 
 
 def runners(artifact: Artifact, opened: ExitStack) -> tuple[TextRunner, TextRunner]:
-    """What answers the artifact's texts, as it is and without its packed program."""
+    """What answers the artifact's texts: as it is, packed from the first on, and without its packed program."""
     cpu, manifest = inspect_cpu(), artifact.manifest
+    assert manifest.packing is not None
     opener = engine(manifest.build.engine)
     payload = artifact.folder / PAYLOAD
     session = opened.enter_context(closing(open_plan(opener, payload, manifest.build, manifest.plan, cpu)))
-    plain = replace(artifact, manifest=replace(manifest, packing=None))
-    made = [open_texts(each, whole_calls(session), manifest.plan, cpu) for each in (artifact, plain)]
+    ways = (replace(manifest.packing, opening_ms=0.0), None)
+    artifacts = (replace(artifact, manifest=replace(manifest, packing=packing)) for packing in ways)
+    made = [open_texts(each, whole_calls(session), manifest.plan, cpu) for each in artifacts]
     assert made[0] is not None
     assert made[1] is not None
     return made[0], made[1]

@@ -17,14 +17,18 @@ from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
 
 import corewise
-from corewise.artifact import read
-from corewise.common.errors import ArtifactError
+from corewise import source
+from corewise.artifact import read, tuned
+from corewise.artifact import texts as artifact_texts
+from corewise.common.errors import ArtifactError, SourceError
 from corewise.pipeline.packing import PackedCall
+from corewise.records.build import Plan
 from corewise.records.reason import ReasonKind
+from corewise.runtime.instances import open_plan
 from corewise.samples import from_python
 from corewise.search import call_costs, optimization, packing
 from corewise.search.budget import Budget
-from corewise.search.packing import judge_packing, row_tokens
+from corewise.search.packing import judge_packing, reserved_s, row_tokens
 from corewise.search.result import Result
 
 WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", *(f"w{number}" for number in range(60))]
@@ -78,7 +82,7 @@ class Recorded(NamedTuple):
 
 @pytest.fixture(scope="module")
 def recorded(encoder: Path) -> Recorded:
-    """The small model in eager PyTorch; a packed call is said to take no time."""
+    """The small model in eager PyTorch; packed calls, and opening them, are said to take no time."""
     judged: list[Any] = []
 
     def judge(*arguments: Any) -> Any:
@@ -86,9 +90,10 @@ def recorded(encoder: Path) -> Recorded:
         return judge_packing(*arguments)
 
     with pytest.MonkeyPatch.context() as patch:
-        for module in (packing, call_costs):
-            patch.setattr(module, "FINISHING", 10.0)  # the budget is for the search alone
+        for module in (call_costs, packing):
+            patch.setattr(module, "FINISHING", 10.0)  # also after a race that took longer than the budget
         patch.setattr(packing, "_raced", lambda *arguments: (1e6, 1e-3))
+        patch.setattr(packing, "perf_counter", lambda: 0.0)
         patch.setattr(optimization, "judge_packing", judge)
         result = corewise.optimize(f"st:{encoder}", texts(120), engines=["eager"], budget_s=12)
     judged[2] = replace(judged[2], budget=Budget())
@@ -145,6 +150,48 @@ def test_another_plan_than_the_one_measured_packs_nothing(folder: Path, monkeypa
         assert not calls
 
 
+def test_a_program_that_is_gone_is_done_without(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with corewise.load(folder) as model:
+        shutil.rmtree(folder / "packed" / "payload")
+        calls = packed_calls(model, monkeypatch)
+        with pytest.warns(UserWarning, match="do not share a row.*is missing"):
+            assert model.predict(texts(200)).shape == (200, 32)
+        assert model.predict(texts(200)).shape == (200, 32)  # it warned once
+        assert not calls
+
+
+def test_a_program_that_was_exchanged_is_not_opened(folder: Path) -> None:
+    with corewise.load(folder) as model:
+        file = next((folder / "packed" / "payload").iterdir())
+        file.write_bytes(file.read_bytes()[::-1])
+        with pytest.warns(UserWarning, match="was altered"):
+            assert model.predict(texts(200)).shape == (200, 32)
+
+
+def test_it_is_opened_when_that_pays(result: Result, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert result.packed is not None
+    slow = replace(result.packed, packing=replace(result.packed.packing, opening_ms=1e9))
+    replace(result, packed=slow).save(tmp_path / "slow.cw")
+    with corewise.load(tmp_path / "slow.cw") as model:
+        calls = packed_calls(model, monkeypatch)
+        assert model.predict(texts(200)).shape == (200, 32)
+        assert not calls
+
+
+def test_it_is_checked_under_the_plan_of_this_machine(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    plan = Plan(threads_per_instance=1, batch=2)
+    opened: list[Plan] = []
+
+    def open_here(opener: Any, payload: Path, build: Any, plan: Plan, cpu: Any) -> Any:
+        opened.append(plan)
+        return open_plan(opener, payload, build, plan, cpu)
+
+    monkeypatch.setattr(tuned, "fit", lambda artifact, cpu: tuned.Fit(plan=plan, tuned=None, warnings=()))
+    monkeypatch.setattr(artifact_texts, "open_plan", open_here)
+    assert corewise.verify(folder).sqnr_db > 50
+    assert [(each.threads_per_instance, each.instances) for each in opened] == [(1, 1)]
+
+
 def test_a_closed_model_opens_nothing_any_more(folder: Path) -> None:
     model = corewise.load(folder)
     model.close()
@@ -184,6 +231,42 @@ def test_answers_that_are_worse_are_left_out(recorded: Recorded, monkeypatch: py
     assert "cosine" in said(reason)
 
 
+def test_the_row_that_tells_has_several_texts(recorded: Recorded, monkeypatch: pytest.MonkeyPatch) -> None:
+    task, *others = recorded.judged
+    filling = {"input_ids": np.full(64, 5), "attention_mask": np.ones(64, np.int64)}
+    short = [{name: array[:9] for name, array in filling.items()}] * 4
+    rows: list[Any] = []
+    monkeypatch.setattr(source, "packed_form", lambda module, most, row: rows.append(row))
+    packed, reason = judge_packing(replace(task, holdout=from_python([filling, *short])), *others)
+    assert packed is None
+    assert "does not keep the texts of a row apart" in said(reason)
+    assert [int(row[-1].max()) for row in rows] == [4]
+
+
+def test_no_call_has_more_tokens_than_the_model_takes(recorded: Recorded, monkeypatch: pytest.MonkeyPatch) -> None:
+    task, *others = recorded.judged
+    longest = max(len(row[0]) for row in task.holdout.rows)
+    timed: list[int] = []
+
+    def raced(client: Any, workspace: Any, calls: Any, *arguments: Any) -> tuple[float, float]:
+        timed.extend(call.tokens for call in calls)
+        return 1e-3, 1e6
+
+    monkeypatch.setattr(packing, "_raced", raced)
+    judge_packing(replace(task, pipeline=replace(task.pipeline, max_length=longest)), *others)
+    assert max(timed) <= longest
+
+
+def test_a_model_that_fails_to_be_packed_ends_no_search(recorded: Recorded, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*arguments: Any) -> Any:
+        raise SourceError("the outputs have NaN", "correct the model")
+
+    monkeypatch.setattr(source, "export", refuse)
+    packed, reason = recorded.again()
+    assert packed is None
+    assert "packing them failed: the outputs have NaN" in said(reason)
+
+
 def test_both_ways_are_timed_in_turns(recorded: Recorded, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(packing, "ROUND_S", 0.01)
     packed, reason = recorded.again()
@@ -197,6 +280,11 @@ def test_no_rows_are_packed_for_long_texts_or_where_memory_is_limited(recorded: 
     assert row_tokens(task, context.requirements) == 64
     assert row_tokens(task, replace(context.requirements, memory_limit_bytes=2**30)) is None
     assert row_tokens(task, requirements("latency")) is None
+    assert reserved_s(task, context.requirements, 300.0) > packing.PACKING_S
+    assert reserved_s(task, context.requirements, 60.0) == 0  # in which it would not be tried
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(task.exported.module.model, "poolings", ("max",))
+        assert row_tokens(task, context.requirements) is None
     long = np.ones(100, np.int64)
     longer = replace(task, holdout=from_python([{"input_ids": long, "attention_mask": long}] * 2))
     assert row_tokens(longer, context.requirements) is None

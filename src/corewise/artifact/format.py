@@ -164,11 +164,18 @@ def read(folder: Path, *, cpu: Cpu | None = None) -> Artifact:
     extra = sorted(present - set(manifest.files) - {MANIFEST, TUNED, TUNED_NEW})
     if extra:
         raise ArtifactError(f"{folder / extra[0]} is not in the manifest", "remove it, or copy the artifact again")
-    for name, facts in manifest.files.items():
-        _check_file(folder, name, facts)
+    artifact = Artifact(folder=folder, manifest=manifest)
+    check_files(artifact)
     if cpu is not None:
         _check_cpu(folder, manifest, cpu)
-    return Artifact(folder=folder, manifest=manifest)
+    return artifact
+
+
+def check_files(artifact: Artifact, part: str = "") -> None:
+    """Raise ``ArtifactError`` if a file of the artifact, or of its folder ``part``, is missing or altered."""
+    for name, facts in artifact.manifest.files.items():
+        if name.startswith(f"{part}/" if part else ""):
+            _check_file(artifact.folder, name, facts)
 
 
 def write(

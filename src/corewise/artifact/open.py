@@ -168,10 +168,9 @@ def verify(folder: str | Path, *, model: Any = None) -> Verification:
     fit = tuned.fit(artifact, cpu)
     with closing(_open(artifact, fit, cpu, model)) as session:
         sqnr_db = check_golden(artifact, session)
-    packed = open_packed(artifact, artifact.manifest.plan, cpu)
-    if packed is not None:
-        with closing(packed):
-            sqnr_db = min(sqnr_db, check_packed_golden(artifact, packed))
+    if artifact.manifest.packing is not None:
+        with closing(open_packed(artifact, artifact.manifest.packing, fit.plan, cpu)) as session:
+            sqnr_db = min(sqnr_db, check_packed_golden(artifact, session))
     return Verification(
         files=len(artifact.manifest.files),
         size_bytes=sum(facts.size_bytes for facts in artifact.manifest.files.values()),

@@ -2,17 +2,17 @@
 
 from collections.abc import Sequence
 from dataclasses import replace
-from pathlib import Path
 
 from corewise.artifact.checks import input_ranges
-from corewise.artifact.format import GOLDEN, PACKED, PAYLOAD, REBUILD, TOKENIZER, Artifact, Manifest
-from corewise.artifact.packing import LaterOpened
+from corewise.artifact.format import PACKED, PAYLOAD, REBUILD, TOKENIZER, Artifact, Manifest, check_files
+from corewise.artifact.packing import LazyProgram
 from corewise.common.errors import ArtifactError, InputError
-from corewise.engines import Engine, engine
+from corewise.common.references import guard
+from corewise.engines import Session, engine
 from corewise.pipeline import CallCost, CallLimits, CostTable, TextEncoder, TextRunner, infer
 from corewise.pipeline.calls import by_tokens
 from corewise.pipeline.runner import Run
-from corewise.records.build import Build, Plan
+from corewise.records.build import Plan
 from corewise.records.cpu import Cpu
 from corewise.records.pipeline import Packing, TextPipeline
 from corewise.records.ranges import InputRange
@@ -62,28 +62,21 @@ def open_texts(artifact: Artifact, run: Run, plan: Plan, cpu: Cpu) -> TextRunner
         return None
     most_id = most_known_id(pipeline, artifact.manifest.input_ranges)
     encoder = TextEncoder(pipeline, artifact.folder / pipeline.tokenizer, most_id=most_id)
-    packed = open_packed(artifact, plan, cpu)
+    packing, packed = artifact.manifest.packing, None
+    if packing is not None and _is_measured(artifact.manifest, plan):
+        packed = LazyProgram(packing, lambda: open_packed(artifact, packing, plan, cpu))
     return text_runner(encoder, run, plan, call_cost(artifact.manifest, plan), packed)
 
 
-def open_packed(artifact: Artifact, plan: Plan, cpu: Cpu) -> LaterOpened | None:
-    """The artifact's packed program, if it has one that was measured under ``plan``.
+def open_packed(artifact: Artifact, packing: Packing, plan: Plan, cpu: Cpu) -> Session:
+    """The artifact's packed program, with the threads and instances of ``plan``.
 
-    Raises ``ArtifactError`` if its files are missing.
+    Raises ``ArtifactError`` if its files are not those that were read, or cannot be opened here.
     """
-    manifest = artifact.manifest
-    if manifest.packing is None or not _is_measured(manifest, plan):
-        return None
-    if f"{PACKED}/{GOLDEN}" not in manifest.files:
-        raise ArtifactError(f"{artifact.folder} lacks the program of its packing", REBUILD)
-    payload = artifact.folder / PACKED / PAYLOAD
-    return packed_program(engine(manifest.build.engine), payload, manifest.build, plan, manifest.packing, cpu)
-
-
-def packed_program(opener: Engine, payload: Path, build: Build, plan: Plan, packing: Packing, cpu: Cpu) -> LaterOpened:
-    """The packed program in a payload, with the threads and instances of ``plan``."""
-    same = replace(plan, batch=packing.rows)
-    return LaterOpened(packing, lambda: open_plan(opener, payload, build, same, cpu))
+    check_files(artifact, PACKED)
+    build, payload = artifact.manifest.build, artifact.folder / PACKED / PAYLOAD
+    with guard(ArtifactError, f"{payload} cannot be opened here", REBUILD):
+        return open_plan(engine(build.engine), payload, build, replace(plan, batch=packing.rows), cpu)
 
 
 def most_known_id(pipeline: TextPipeline, ranges: Sequence[InputRange] | None) -> int | None:
@@ -105,7 +98,7 @@ def _is_measured(manifest: Manifest, plan: Plan) -> bool:
 
 
 def text_runner(
-    encoder: TextEncoder, run: Run, plan: Plan, cost: CallCost = by_tokens, packed: LaterOpened | None = None
+    encoder: TextEncoder, run: Run, plan: Plan, cost: CallCost = by_tokens, packed: LazyProgram | None = None
 ) -> TextRunner:
     """Runs texts as ``plan`` runs batches, in the calls that ``cost`` finds cheapest; ``run`` makes one of them."""
     limits = call_limits(plan, cost)

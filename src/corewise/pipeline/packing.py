@@ -84,7 +84,8 @@ def with_packing(
     cost: CallCost,
     packing: Packing,
     instances: int,
-) -> list[Call | PackedCall]:
+    pays: Callable[[float], bool] = lambda saved_ms: saved_ms > 0,
+) -> Sequence[Call | PackedCall]:
     """The calls of texts: as ``fill`` gives them, or packed if that takes less time.
 
     As each instance runs one call after another, some are idle while the last packed ones run.
@@ -95,20 +96,23 @@ def with_packing(
         cost: The milliseconds of usual calls.
         packing: The packed calls. Texts that are longer than a row have usual calls.
         instances: How many calls run at the same time.
+        pays: Whether so many milliseconds that packing would save are worth it.
     """
     usual = fill(lengths)
     short = [place for place, length in enumerate(lengths) if length <= packing.tokens]
     long = [place for place, length in enumerate(lengths) if length > packing.tokens]
     packed = pack([lengths[place] for place in short], packing)
     beside = fill([lengths[place] for place in long]) if long else []
-    packed_ms = ceil(len(packed) / instances) * instances * packing.ms + _total_ms(beside, cost)
-    if packed_ms >= _total_ms(usual, cost):
-        return [*usual]
+    packed_ms = ceil(len(packed) / instances) * instances * packing.ms + total_ms(beside, cost)
+    saved_ms = (total_ms(usual, cost) - packed_ms) / instances
+    if saved_ms <= 0 or not pays(saved_ms):
+        return usual
     return [
         *(call._replace(places=tuple(long[place] for place in call.places)) for call in beside),
         *(PackedCall(tuple(tuple(short[place] for place in row) for row in call.rows)) for call in packed),
     ]
 
 
-def _total_ms(calls: Sequence[Call], cost: CallCost) -> float:
+def total_ms(calls: Sequence[Call], cost: CallCost) -> float:
+    """What all these calls cost together."""
     return sum(float(cost(np.array([len(call.places)]), call.tokens)[0]) for call in calls)

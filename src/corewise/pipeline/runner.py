@@ -47,6 +47,10 @@ class PackedProgram(Protocol):
         """The rows that it takes."""
         ...
 
+    def pays(self, saved_ms: float) -> bool:
+        """Whether calls that save so much time may be packed: it is open, or is worth opening now."""
+        ...
+
     def run(self, inputs: Sequence[NDArray[Any]]) -> list[NDArray[Any]]:
         """One call, as ``Run``."""
         ...
@@ -182,7 +186,8 @@ class TextRunner:
     def _all_calls(self, lengths: Sequence[int]) -> Sequence[Call | PackedCall]:
         if self._packed is None:
             return self.calls(lengths)
-        return with_packing(lengths, self.calls, self._cost, self._packed.packing, self._instances)
+        packed = self._packed
+        return with_packing(lengths, self.calls, self._cost, packed.packing, self._instances, packed.pays)
 
     def _call(self, call: Call | PackedCall, tokens: Sequence[Tokens]) -> list[NDArray[Any]]:
         pipeline = self.encoder.pipeline

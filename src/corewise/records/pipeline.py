@@ -103,7 +103,13 @@ class Packing:
     texts: int
     """Of a row, at most."""
     ms: float
-    """What a call takes while all instances run."""
+    """What a call takes while all instances run, in the milliseconds of the table of the winner's own calls."""
+    opening_ms: float = 0.0
+    """What it takes to open the program."""
+
+    def __post_init__(self) -> None:
+        if min(self.rows, self.tokens, self.texts) < 1 or not (self.ms > 0 and self.opening_ms >= 0):
+            raise ValueError("packed calls have rows, tokens and texts of 1 or more, and take time")
 
 
 @dataclass(frozen=True, kw_only=True)

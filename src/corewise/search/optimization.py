@@ -37,7 +37,7 @@ from corewise.search.candidates import first_plan, layouts
 from corewise.search.end_to_end import LEAST_FILES, photo_files
 from corewise.search.images import ImagePlan, prepare_images
 from corewise.search.journal import Journal
-from corewise.search.packing import PACKING_S, judge_packing, row_tokens
+from corewise.search.packing import judge_packing, reserved_s
 from corewise.search.result import Result
 from corewise.search.search import Search
 from corewise.search.shifting import ShiftGuard
@@ -241,8 +241,7 @@ def _split(task: Task, requirements: Requirements, total_s: float | None) -> Bud
         return WITH_LOADS
     if photo_files(task.holdout):
         return WITH_PHOTOS.ending_before(total_s, PHOTOS_S)
-    packs = row_tokens(task, requirements) is not None
-    return BudgetSplit().ending_before(total_s, PACKING_S) if packs else BudgetSplit()
+    return BudgetSplit().ending_before(total_s, reserved_s(task, requirements, total_s))
 
 
 def _result(

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from statistics import median
+from time import perf_counter
 from typing import Any
 
 import numpy as np
@@ -11,11 +12,11 @@ from numpy.typing import NDArray
 from corewise.accuracy.outputs import Outputs
 from corewise.artifact import PackedFiles
 from corewise.artifact.texts import call_limits
-from corewise.common.errors import CorewiseError, EngineError, InputError
+from corewise.common.errors import CorewiseError, EngineError, MetricError, OutputError
 from corewise.engines import BuildInputs, engine
 from corewise.engines.base import mixes_rows
 from corewise.pipeline import Call, CostTable, fill
-from corewise.pipeline.packing import PackedCall, pack, packed_arrays, unpacked
+from corewise.pipeline.packing import PackedCall, pack, packed_arrays, total_ms, unpacked
 from corewise.pipeline.runner import MULTIPLE
 from corewise.records.build import Plan
 from corewise.records.goal import Requirements, Throughput
@@ -44,6 +45,8 @@ BETTER = 1.05
 """Texts are packed if at least this many times as many are answered: the model is then held twice."""
 PACKING_S = 25.0
 """Under a budget, what is left for exporting, building and timing the packed program (MiniLM in int8 20 s, Zen 4)."""
+BEFORE_S = 5.0
+"""What is left beside that for what comes between the race and packing."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -83,24 +86,34 @@ def judge_packing(
     if costs is None or tokens is None or build.fixed_batch is not None or mixes_rows(engine(build.engine), build):
         return None, None
     if context.budget.left_s(FINISHING) < PACKING_S:
-        return None, Reason.of(ReasonKind.TEXTS_NOT_PACKED, why="the budget had no time to try packing")
+        return None, _not_packed("the budget had no time to try packing")
     packing = Packing(rows=CALL_TOKENS // tokens, tokens=tokens, texts=tokens // 4, ms=1.0)
     try:
         return _tried(task, choice, context, costs, packing)
-    except InputError:
+    except (MetricError, OutputError):
         raise
     except CorewiseError as error:  # the winner is what it was; only this choice was not made
-        return None, Reason.of(ReasonKind.TEXTS_NOT_PACKED, why=f"packing them failed: {error}")
+        return None, _not_packed(f"packing them failed: {error}")
+
+
+def reserved_s(task: Task, requirements: Requirements, total_s: float | None) -> float:
+    """Seconds of a budget that are kept for packing; none of a short one, in which it would not be tried."""
+    needed_s = BEFORE_S + PACKING_S
+    if total_s is None or needed_s > total_s / 3 or row_tokens(task, requirements) is None:
+        return 0.0
+    return needed_s
 
 
 def row_tokens(task: Task, requirements: Requirements) -> int | None:
     """Tokens of a packed row; ``None`` if packing is not tried for such a goal, such a model or such long texts."""
+    from corewise import source
+
     pipeline = task.pipeline
     if not isinstance(requirements.goal, Throughput) or requirements.memory_limit_bytes is not None:
         return None
-    if pipeline is None or pipeline.task != "vectors" or not pipeline.pads or pipeline.fixed_length is not None:
+    if pipeline is None or pipeline.fixed_length is not None or task.exported.program is None:
         return None
-    if task.exported.program is None or pipeline.pooling == "none":
+    if source.packable(task.exported.module) is None:
         return None
     typical = median(len(one) for one in _ids(task, task.holdout))
     return next((tokens for tokens in ROW_TOKENS if tokens >= TYPICAL * typical), None)
@@ -113,6 +126,10 @@ def _ids(task: Task, samples: Samples) -> list[NDArray[np.int64]]:
     return [row[roles.index("ids")] for row in unpadded(samples, roles.index("mask")).rows]
 
 
+def _not_packed(why: str) -> Reason:
+    return Reason.of(ReasonKind.TEXTS_NOT_PACKED, why=why)
+
+
 def _tried(
     task: Task, choice: Choice, context: SearchContext, costs: CostTable, packing: Packing
 ) -> tuple[Packed | None, Reason | None]:
@@ -120,12 +137,14 @@ def _tried(
 
     build, plan = choice.winner, choice.plan
     judged, calibrating = (_packed_texts(task, part, packing) for part in (task.holdout, task.calibration))
-    module = source.packed_form(task.exported.module, packing.texts, judged.rows.rows[0])
+    # The row of the most texts, because one of a single text says nothing about how texts are kept apart.
+    row = max(judged.rows.rows, key=lambda row: int(row[-1].max()))
+    module = source.packed_form(task.exported.module, packing.texts, row)
     if module is None:
-        return None, None
+        return None, _not_packed("the model does not keep the texts of a row apart")
     exported = source.export(module, calibrating.rows)
     if exported.program is None or exported.fixed_batch is not None:
-        return None, None
+        return None, _not_packed(f"the packed model cannot be exported: {exported.why_not or exported.why_fixed}")
     workspace = context.workspace.within("packed")
     source.save_program(exported.program, workspace.program)
     judged.rows.save(workspace.holdout)
@@ -143,17 +162,16 @@ def _tried(
     payload = workspace.empty_payload(build)
     with context.client(build, FINISHING) as client:
         client.build(workspace, build, payload)
+        start_s = perf_counter()
         client.open(payload, build, Plan(threads_per_instance=context.cpu.usable_cores, batch=packing.rows))
+        opening_ms = 1e3 * (perf_counter() - start_s)
         client.run_samples(workspace.holdout, packing.rows, workspace.outputs(build), alone=False)
         outputs = read_outputs(workspace.outputs(build))
         fidelity, verdict = context.verify(_answers(outputs, judged, context, choice))
         if not verdict.passed:
-            return None, Reason.of(
-                ReasonKind.TEXTS_NOT_PACKED,
-                why=f"the answers to packed texts fail the gate: {sentence(verdict.reason)}",
-            )
+            return None, _not_packed(f"the answers to packed texts fail the gate: {sentence(verdict.reason)}")
         client.open(payload, build, replace(plan, batch=packing.rows))
-        usual = _usual_calls([len(judged.ids[row]) for row in judged.fitting], plan, costs)
+        usual = _usual_calls(task, [len(judged.ids[row]) for row in judged.fitting], plan, costs)
         usual_ms, packed_ms = _raced(client, workspace, usual, choice, context, costs, packing)
     ratio = usual_ms / (packed_ms * len(judged.calls))
     size_bytes = sum(file.stat().st_size for file in payload.rglob("*") if file.is_file())
@@ -167,7 +185,9 @@ def _tried(
         return None, Reason.of(ReasonKind.PACKING_SLOWER, **told)
     golden = next(judged.rows.batches(packing.rows))[1], [leaf[: packing.rows] for leaf in outputs.leaves]
     files = PackedFiles(payload=payload, inputs=golden[0], outputs=golden[1])
-    packed = Packed(packing=replace(packing, ms=packed_ms), files=files)
+    # The table may be from minutes when the machine was faster or slower.
+    ms = packed_ms * total_ms(usual, costs) / usual_ms
+    packed = Packed(packing=replace(packing, ms=ms, opening_ms=opening_ms), files=files)
     return packed, Reason.of(ReasonKind.PACKS_TEXTS, size_bytes=size_bytes, **told)
 
 
@@ -197,9 +217,11 @@ def _answers(outputs: Outputs, judged: _Texts, context: SearchContext, choice: C
     return Outputs((made,))
 
 
-def _usual_calls(lengths: Sequence[int], plan: Plan, costs: CostTable) -> list[Call]:
+def _usual_calls(task: Task, lengths: Sequence[int], plan: Plan, costs: CostTable) -> list[Call]:
     """The winner's own calls of texts, as ``TextRunner`` makes them."""
-    return fill(lengths, limits=call_limits(plan, costs), cost=costs, instances=plan.instances, multiple=MULTIPLE)
+    assert task.pipeline is not None
+    calls = fill(lengths, limits=call_limits(plan, costs), cost=costs, instances=plan.instances, multiple=MULTIPLE)
+    return [call._replace(tokens=min(call.tokens, task.pipeline.max_length)) for call in calls]
 
 
 def _raced(

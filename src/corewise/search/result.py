@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 
 import numpy as np
@@ -10,9 +10,10 @@ import numpy as np
 from corewise import artifact
 from corewise.artifact.checks import program_ranges
 from corewise.artifact.model import Model
+from corewise.artifact.packing import LazyProgram
 from corewise.artifact.photos import image_runner
 from corewise.artifact.recordings import audio_runner
-from corewise.artifact.texts import most_known_id, packed_program, text_runner
+from corewise.artifact.texts import most_known_id, text_runner
 from corewise.artifact.tuned import partitions
 from corewise.artifact.watch import seen_range
 from corewise.common.nested import Structure
@@ -101,10 +102,11 @@ class Result:
         )
 
     def _texts(self, encoder: TextEncoder, session: Session) -> TextRunner:
-        choice, packed, cpu = self.report.choice, None, self.build_inputs.cpu
+        choice, packed = self.report.choice, None
         if self.packed is not None:
-            payload = self.packed.files.payload
-            packed = packed_program(self.opener, payload, choice.winner, choice.plan, self.packed.packing, cpu)
+            plan = replace(choice.plan, batch=self.packed.packing.rows)
+            opened = self.opener, self.packed.files.payload, choice.winner, plan, self.build_inputs.cpu
+            packed = LazyProgram(self.packed.packing, partial(open_plan, *opened))
         return text_runner(encoder, whole_calls(session), choice.plan, self.call_costs or by_tokens, packed)
 
     def save(

@@ -20,6 +20,8 @@ from corewise.source.transformers_models import PADDED_POSITIONS
 
 PACKED_INPUTS = ("input_ids", "positions", "segments")
 """Of a packed program, in their order."""
+PACKABLE: set[Way] = {"mean", "cls", "last", "weighted", "sqrt"}
+"""All but the maximum, which would need the token vectors once more for each text."""
 SAME = 1e-4
 """How far apart a text's vectors from both programs may be, as a share of the norm of the longest vector."""
 
@@ -44,7 +46,8 @@ class PackedVectors(nn.Module):
         if self.adds_mask:
             mask = (~mask).to(torch.float32) * torch.finfo(torch.float32).min
         position_ids = positions + self.first_position
-        hidden = self.encoder(input_ids=input_ids, attention_mask=mask, position_ids=position_ids)[0]
+        # Also in bf16, where what is made of integers is float32 as it was exported.
+        hidden = self.encoder(input_ids=input_ids, attention_mask=mask, position_ids=position_ids)[0].to(torch.float32)
         numbers = torch.arange(1, self.texts + 1, device=segments.device)
         member = (segments[:, None, :] == numbers[None, :, None]).to(hidden.dtype)
         pooled = [_pool(hidden, member, positions[:, None].to(hidden.dtype), way) for way in self.poolings]
@@ -68,7 +71,13 @@ def _pool(hidden: Tensor, member: Tensor, positions: Tensor, way: Way) -> Tensor
     return member @ hidden / (count.sqrt() if way == "sqrt" else count)
 
 
-@torch.inference_mode()
+def packable(model: nn.Module) -> TextVectors | None:
+    """What was exported, if it pools token vectors in a way that packed rows can have."""
+    inner = model.model if isinstance(model, Flat) else model
+    return inner if isinstance(inner, TextVectors) and {*inner.poolings} <= PACKABLE else None
+
+
+@torch.no_grad()
 def packed_form(model: nn.Module, texts: int, row: Sequence[NDArray[np.int64]]) -> PackedVectors | None:
     """The module that answers packed rows as ``model`` answers texts alone; ``None`` if there is none.
 
@@ -78,13 +87,13 @@ def packed_form(model: nn.Module, texts: int, row: Sequence[NDArray[np.int64]]) 
     Args:
         model: What was exported.
         texts: The most texts of a row.
-        row: ``PACKED_INPUTS`` of one row of packed samples, int64 (tokens,) each.
+        row: ``PACKED_INPUTS`` of one row of at least two texts, int64 (tokens,) each.
 
     Returns:
         A module that takes ``PACKED_INPUTS``, int64 (N, tokens) each, and gives float32 (N, texts, D).
     """
-    inner = model.model if isinstance(model, Flat) else model
-    if not isinstance(inner, TextVectors) or not set(inner.poolings) <= {"mean", "cls", "last", "weighted", "sqrt"}:
+    inner = packable(model)
+    if inner is None:
         return None
     ids, positions, segments = (torch.from_numpy(array)[None] for array in row)
     alone = [ids[:, segments[0] == number] for number in range(1, int(segments.max()) + 1)]

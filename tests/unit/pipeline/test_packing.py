@@ -2,6 +2,7 @@
 
 import threading
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -111,6 +112,9 @@ class Sums:
         places = np.arange(1, ids.shape[1] + 1)
         return [np.stack([(ids * mask * places).sum(1), mask.sum(1)], 1).astype(np.float32)]
 
+    def pays(self, saved_ms: float) -> bool:
+        return saved_ms > 0
+
     def run(self, inputs: Sequence[NDArray[Any]]) -> list[NDArray[Any]]:
         with self._lock:
             self.packed_calls += 1
@@ -141,6 +145,19 @@ def test_answers_are_those_of_each_text_alone_in_order(count: int) -> None:
     assert (sums.packed_calls > 0) == (count > 3)
     packing.close()
     assert sums.closed
+
+
+def test_nothing_is_packed_until_that_pays() -> None:
+    saved: list[float] = []
+    calls = with_packing([4] * 12 + [30], as_usual, many_ms, SMALL, 1, lambda ms: bool(saved.append(ms)))
+    assert calls == as_usual([4] * 12 + [30])
+    assert saved == [10.0]  # 12 rows of a millisecond became two calls
+
+
+@pytest.mark.parametrize("wrong", [{"rows": 0}, {"tokens": 0}, {"texts": 0}, {"ms": 0.0}, {"opening_ms": -1.0}])
+def test_packing_without_rows_or_time_is_refused(wrong: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match="1 or more"):
+        replace(SMALL, **wrong)
 
 
 def test_a_text_that_cannot_be_answered_is_set_aside_among_packed_ones() -> None:

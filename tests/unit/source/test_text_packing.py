@@ -9,6 +9,7 @@ import transformers
 from numpy.typing import NDArray
 from torch import nn
 
+from corewise.engines.torch_tools import to_bf16
 from corewise.samples import from_python
 from corewise.source import Flat, export, packed_form
 from corewise.source.pooling import Leading, Normalized, TextVectors, Way
@@ -98,4 +99,6 @@ def test_the_program_takes_any_number_of_rows() -> None:
     (found,) = exported.program.module()(*given)
     with torch.no_grad():
         torch.testing.assert_close(found, packed(*given), rtol=1e-4, atol=1e-5)
+        (rounded,) = to_bf16(exported.program.module())(*given)
+        torch.testing.assert_close(rounded, found, rtol=0.05, atol=0.02)
     assert bool((found[1, 2:] == 0).all())

@@ -23,8 +23,8 @@ from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from statistics import median
-from types import TracebackType
 from time import perf_counter
+from types import TracebackType
 from typing import Any, Self
 
 import numpy as np

@@ -133,7 +133,7 @@ class Plan:
 
 @dataclass(frozen=True, kw_only=True)
 class ElasticPlan:
-    """Two layouts of one build that are open at the same time and share the cores as the load has it."""
+    """Two layouts of one build that are open at the same time and share the cores, divided as the load needs."""
 
     wide: Plan
     """One instance with all threads, for a call that is alone."""

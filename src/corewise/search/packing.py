@@ -246,5 +246,5 @@ def _raced(
                 raise EngineError("its calls took far longer than before", "stop other programs")
             ms = dict(zip(points, found, strict=True))
             usual_ms.append(sum(ms[len(call.places), call.tokens] for call in calls))
-            packed_ms += packed.time_calls(workspace.holdout, [(packing.rows, packing.tokens)], round_s)
+            packed_ms += packed.time_calls(workspace.holdout, [(packing.rows, packing.tokens)], ROUND_S)
     return median(usual_ms), median(packed_ms)

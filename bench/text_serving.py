@@ -5,7 +5,8 @@
 MiniLM with its real weights on the sentences of STS-B. All servers are up and take turns: ``corewise serve``, FastAPI
 around sentence-transformers with OpenVINO's static int8, and ``infinity-emb`` with PyTorch in an environment of its
 own; what does not install or start is left out with the reason. At last corewise answers requests of 2,000 texts beside
-the short ones. Artifact, exports and environments are those of ``text`` in ``--folder``.
+the short ones. The clients run in two processes on the same cores. Artifact, exports and environments are those of
+``text`` in ``--folder``.
 """
 
 import argparse
@@ -23,7 +24,7 @@ from multiprocessing import get_context
 from pathlib import Path
 from statistics import median
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, NamedTuple, Self
 
 import openai
 
@@ -36,6 +37,8 @@ from corewise.common.stats import quantile, ratio_interval
 
 BULK_TEXTS = 2000
 WARM_S = 2.0
+PROCESSES = 2
+"""Of the clients."""
 TORCH = f"torch=={version('torch').partition('+')[0]}"
 # infinity-emb asks for typer 0.12, which does not work with click 8.2.
 INFINITY = ("infinity-emb[torch,server]", "click<8.2")
@@ -82,12 +85,21 @@ def client_of(kind: Any, port: int) -> Any:
     return kind(base_url=f"http://127.0.0.1:{port}/v1", api_key="none", max_retries=0, timeout=60)
 
 
-async def clients_of(port: int, texts: Sequence[str], clients: int, seconds: float) -> dict[str, Any]:
+class Answered(NamedTuple):
+    """What clients of one process got."""
+
+    latencies_ms: list[float]
+    failed: int
+    cpu_s: float
+    """What the clients themselves took of a core."""
+
+
+async def clients_of(port: int, texts: Sequence[str], clients: int, seconds: float) -> Answered:
     """So many clients that each ask for one text after the other, for so long."""
     latencies_ms: list[float] = []
     failed, numbers = 0, count()
     async with client_of(openai.AsyncOpenAI, port) as client:
-        until_s = time.monotonic() + seconds
+        until_s, busy_s = time.monotonic() + seconds, time.process_time()
 
         async def ask() -> None:
             nonlocal failed
@@ -101,17 +113,29 @@ async def clients_of(port: int, texts: Sequence[str], clients: int, seconds: flo
                     latencies_ms.append(1e3 * (time.monotonic() - started_s))
 
         await asyncio.gather(*(ask() for _ in range(clients)))
+        return Answered(latencies_ms, failed, time.process_time() - busy_s)
+
+
+def wait_for_clients(port: int, texts: Sequence[str], clients: int, seconds: float) -> Answered:
+    """``clients_of`` for code that does not wait."""
+    return asyncio.run(clients_of(port, texts, clients, seconds))
+
+
+def load(
+    processes: ProcessPoolExecutor, port: int, texts: Sequence[str], clients: int, seconds: float
+) -> dict[str, Any]:
+    """So many clients in ``PROCESSES`` processes: one alone would be the slowest part, as its threads share a lock."""
+    shares = [clients * (k + 1) // PROCESSES - clients * k // PROCESSES for k in range(PROCESSES)]
+    running = [processes.submit(wait_for_clients, port, texts[k:], share, seconds) for k, share in enumerate(shares)]
+    found = [one.result() for one in running]
+    latencies_ms = [ms for one in found for ms in one.latencies_ms]
     return {
         "answered_per_s": len(latencies_ms) / seconds,
         "p50_ms": median(latencies_ms),
         "p99_ms": quantile(latencies_ms, 0.99),
-        "failed": failed,
+        "failed": sum(one.failed for one in found),
+        "client_cores": sum(one.cpu_s for one in found) / seconds,
     }
-
-
-def load(port: int, texts: Sequence[str], clients: int, seconds: float) -> dict[str, Any]:
-    """``clients_of`` for code that does not wait."""
-    return asyncio.run(clients_of(port, texts, clients, seconds))
 
 
 def ask_for_many(port: int, texts: Sequence[str], seconds: float) -> list[float]:
@@ -126,14 +150,15 @@ def ask_for_many(port: int, texts: Sequence[str], seconds: float) -> list[float]
     return took_s
 
 
-def beside_bulk(port: int, texts: Sequence[str], clients: int, seconds: float) -> dict[str, Any]:
-    """``load`` while another process asks for ``BULK_TEXTS`` at once: in this one, reading its answers would delay the
-    short requests' clients."""
+def beside_bulk(
+    processes: ProcessPoolExecutor, port: int, texts: Sequence[str], clients: int, seconds: float
+) -> dict[str, Any]:
+    """``load`` while another process asks for ``BULK_TEXTS`` at once."""
     many = [texts[k % len(texts)] for k in range(BULK_TEXTS)]
     with ProcessPoolExecutor(1, get_context("spawn")) as pool:
         pool.submit(ask_for_many, port, many[:1], 0.0).result()
         bulk = pool.submit(ask_for_many, port, many, seconds)
-        found = load(port, texts, clients, seconds)
+        found = load(processes, port, texts, clients, seconds)
         return {**found, "bulk_s": bulk.result()}
 
 
@@ -168,6 +193,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     artifact = artifact_of(folder / "stsb", known, options.budget, options.max_drop)
     left_out: dict[str, str] = {}
     with ExitStack() as stack:
+        processes = stack.enter_context(ProcessPoolExecutor(PROCESSES, get_context("spawn")))
         ports = {"corewise": stack.enter_context(Server(artifact)).port}
         commands = {
             "FastAPI, OpenVINO int8": lambda port: [
@@ -189,12 +215,13 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
             else:
                 ports[name] = port
         for port in ports.values():
-            load(port, found.timed, options.clients, min(WARM_S, options.seconds))
+            load(processes, port, found.timed, options.clients, min(WARM_S, options.seconds))
         turns = {
-            name: partial(load, port, found.timed, options.clients, options.seconds) for name, port in ports.items()
+            name: partial(load, processes, port, found.timed, options.clients, options.seconds)
+            for name, port in ports.items()
         }
         rounds = alternate(options.rounds, turns)
-        beside = beside_bulk(ports["corewise"], found.timed, options.clients, options.seconds)
+        beside = beside_bulk(processes, ports["corewise"], found.timed, options.clients, options.seconds)
     rates = {name: [one["answered_per_s"] for one in facts] for name, facts in rounds.items()}
     over = {name: ratio_data(ratio_interval(rates["corewise"], rates[name])) for name in rates if name != "corewise"}
     return {

@@ -33,7 +33,7 @@ from corewise.common.stats import ratio_interval
 BAD_EVERY = 9973
 WARM = 2048
 """Texts that the model in memory answers before its clock starts: two windows of the runner."""
-PAUSE_S = (1.0, 16.0)
+PAUSE_S = (1.0, 8.0)
 """From a start to its kill: before the model is open as well as long after."""
 
 
@@ -85,7 +85,7 @@ def in_a_process(kind: str, *places: Path) -> dict[str, Any]:
 
 
 def killed(folder: Path, lines: Path, output: Path, kills: int, seed: int) -> list[dict[str, Any]]:
-    """Give the command until it ends by itself, and kill it at random moments before; what each kill found."""
+    """Give the command and kill it at random moments, so many times or until it ends by itself; what each kill found."""
     command = [sys.executable, "-m", "corewise.cli", "predict", str(folder), str(lines), "-o", str(output), "--quiet"]
     pauses, found = random.Random(seed), []
     parts = output.with_name(f"{output.name}.parts")
@@ -99,6 +99,8 @@ def killed(folder: Path, lines: Path, output: Path, kills: int, seed: int) -> li
             process.wait()
         found.append({"pause_s": pause_s, "ended": ended, "parts_done": len(list(parts.glob("part-*.done")))})
         say(str(found[-1]))
+        if ended is not None:
+            break
     if not output.exists():
         subprocess.run(command, check=True)
     return found

@@ -1,6 +1,7 @@
 """Models of transformers, from a folder or the hub: the head that the configuration names, and the tokenizer."""
 
 import inspect
+import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from math import inf
@@ -248,15 +249,20 @@ def _tokenizer_of(transformers: Any, path: Path, config: Any) -> Any:
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Without transformers' progress bars, and its reports of weights that a model does not use."""
-    from transformers import logging
+    """Without transformers' progress bars, and its reports of weights that a model does not use.
 
-    before, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
+    It also imports torchao, which logs each of its CUDA libraries that does not fit.
+    """
+    from transformers.utils import logging as theirs
+
+    before, bars, disabled = theirs.get_verbosity(), theirs.is_progress_bar_enabled(), logging.root.manager.disable
+    theirs.set_verbosity_error()
+    theirs.disable_progress_bar()
+    logging.disable(max(disabled, logging.WARNING))
     try:
         yield
     finally:
-        logging.set_verbosity(before)
+        logging.disable(disabled)
+        theirs.set_verbosity(before)
         if bars:
-            logging.enable_progress_bar()
+            theirs.enable_progress_bar()

@@ -1,6 +1,8 @@
 """source: folders and objects of sentence-transformers as its versions write them, and what is refused by name."""
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -83,6 +85,13 @@ def refused(folder: Any) -> str:
 
 
 MEAN = ("Pooling", {"pooling_mode": "mean"})
+
+
+def test_libraries_say_nothing_on_the_terminal(tmp_path: Path) -> None:
+    folder = encoder(tmp_path / "model", MEAN)
+    code = f"from corewise.source import load_with_texts; load_with_texts('st:{folder}')"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout + done.stderr == ""
 
 
 def test_vectors_are_as_short_as_the_folder_says(tmp_path: Path) -> None:

@@ -4,14 +4,19 @@ import io
 import logging
 import os
 import sys
+import threading
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from typing import Any
 
+_FIRST_USE = threading.Lock()
+"""OpenVINO 2026.4 makes its table of dtypes when it first needs it, and its bindings wait there for each other forever
+if two threads come at the same time: one has Python's lock, and the other the table's."""
+
 
 def import_openvino() -> Any:
-    """OpenVINO without its usage data.
+    """OpenVINO without its usage data, ready for several threads.
 
     Without the package ``openvino_telemetry`` OpenVINO and NNCF cannot send any, nor do they write to the home folder.
     """
@@ -19,6 +24,8 @@ def import_openvino() -> Any:
     sys.modules.setdefault("openvino_telemetry", None)  # type: ignore[arg-type]
     import openvino
 
+    with _FIRST_USE:
+        openvino.Type.f32.to_dtype()
     return openvino
 
 

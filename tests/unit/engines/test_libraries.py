@@ -91,3 +91,29 @@ def test_engines_send_nothing_and_leave_nothing_at_home(name: str, watch: Path, 
     assert watched(OPEN, [payloads, name], watch, tmp_path, None) == []
     assert watched(OPEN, [payloads, name], watch, tmp_path, "/proc/nowhere") == []
     assert watched(BY_ITSELF[name], [payloads], watch, tmp_path, str(homes[2])) != []
+
+
+FIRST_USE = """
+import sys, threading
+from corewise.engines.libraries import import_openvino
+openvino = import_openvino()
+sys.setswitchinterval(1e-6)
+threading.Thread(target=lambda: [sum(range(50)) for _ in iter(int, 1)], daemon=True).start()
+barrier = threading.Barrier(3)
+
+def ask():
+    barrier.wait()
+    openvino.Type.i64.to_dtype()
+
+threads = [threading.Thread(target=ask, daemon=True) for _ in range(3)]
+for thread in threads:
+    thread.start()
+for thread in threads:
+    thread.join()
+"""
+
+
+def test_threads_that_use_openvino_first_do_not_wait_for_each_other_forever() -> None:
+    pytest.importorskip("openvino")
+    for _ in range(3):
+        subprocess.run([sys.executable, "-c", FIRST_USE], check=True, timeout=120)

@@ -85,7 +85,7 @@ def in_a_process(kind: str, *places: Path) -> dict[str, Any]:
 
 
 def killed(folder: Path, lines: Path, output: Path, kills: int, seed: int) -> list[dict[str, Any]]:
-    """Give the command and kill it at random moments, so many times or until it ends by itself; what each kill found."""
+    """Give the command and kill it at random moments, so often or until it ends by itself; what each kill found."""
     command = [sys.executable, "-m", "corewise.cli", "predict", str(folder), str(lines), "-o", str(output), "--quiet"]
     pauses, found = random.Random(seed), []
     parts = output.with_name(f"{output.name}.parts")

@@ -30,7 +30,11 @@ NO_WINDOW = frame(4, 0, 0, (4).to_bytes(2) + bytes(4))
 def connect(port: int, address: str, more: bytes = b"") -> socket.socket:
     """A connection from that address of this machine that has begun as HTTP/2, which gRPC waits for."""
     made = socket.create_connection(("127.0.0.1", port), 5, (address, 0))
-    made.sendall(b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + frame(4, 0, 0) + more)
+    try:
+        made.sendall(b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + frame(4, 0, 0) + more)
+    except OSError:  # refused before all was sent
+        made.close()
+        raise
     made.settimeout(0)
     return made
 

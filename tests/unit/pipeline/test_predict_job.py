@@ -1,6 +1,7 @@
 """pipeline.job: files of texts to a file of answers, resumed where they were."""
 
 import json
+import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -84,6 +85,18 @@ def test_json_lines_with_rows_set_aside(tokenizer: bytes, tmp_path: Path) -> Non
         (24, "line 25", "has a null byte at character 5"),
     ]
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out.failed.jsonl", "out.jsonl", "texts.txt"]
+
+
+def test_threads_wait_for_each_other_as_before_when_a_job_has_ended(tokenizer: bytes, tmp_path: Path) -> None:
+    before_s, seen_s = sys.getswitchinterval(), list[float]()
+
+    def broken(inputs: Sequence[np.ndarray]) -> list[np.ndarray]:
+        seen_s.append(sys.getswitchinterval())
+        raise EngineError("broken", "mend it")
+
+    with pytest.raises(EngineError, match="broken"):
+        run_job(job_of(tmp_path / "out.jsonl", texts(tmp_path, 4)), runner_of(tokenizer, broken))
+    assert seen_s[0] < before_s == sys.getswitchinterval()
 
 
 def test_rows_are_the_lines_of_a_text_file_empty_ones_too(tokenizer: bytes, tmp_path: Path) -> None:

@@ -241,8 +241,8 @@ def _pixels(details: Details) -> str:
 def _packing(details: Details) -> str:
     """What it is worth that several texts share a row."""
     return (
-        f"with several texts in each row of {details['tokens']} tokens, {details['ratio']:.2f} times as many texts are "
-        f"answered, at {details['metric']} {details['value']:.4f}"
+        f"with several texts in each row of {details['tokens']} tokens the engine answers {details['ratio']:.2f} times "
+        f"as many texts, at {details['metric']} {details['value']:.4f}"
     )
 
 

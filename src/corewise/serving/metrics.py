@@ -23,7 +23,7 @@ from corewise.batching import Answer, NotServed
 from corewise.common.errors import CorewiseError
 from corewise.serving.logs import RefusalLog
 from corewise.serving.models import Models
-from corewise.serving.protocol import MOST_ID, ProtocolError
+from corewise.serving.protocol import MOST_ID, NoRoom, ProtocolError
 from corewise.serving.served import Served
 from corewise.serving.tallies import Count, Histogram, Tally
 from corewise.serving.traces import Note, Traces
@@ -254,6 +254,8 @@ def _is_unknown(error: BaseException | None) -> bool:
 
 def _outcome(error: BaseException) -> str:
     """What became of a request that ended with an error."""
+    if isinstance(error, NoRoom):  # the server's own shortage: the request may be sent again
+        return "no room"
     if isinstance(error, ProtocolError):
         return "invalid"
     if isinstance(error, NotServed):

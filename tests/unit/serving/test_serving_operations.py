@@ -24,7 +24,7 @@ from corewise.serving.infer import broken
 from corewise.serving.logs import RefusalLog, _is_ours
 from corewise.serving.metrics import Metrics
 from corewise.serving.models import Models
-from corewise.serving.protocol import ProtocolError
+from corewise.serving.protocol import NoRoom, ProtocolError
 from corewise.serving.server import _Server
 from corewise.serving.statistics import COLUMNS, HISTORY_S, Statistics
 from corewise.serving.traces import Traces
@@ -189,7 +189,7 @@ def test_metrics_keep_to_the_conventions_of_prometheus():
     with pytest.raises(NotServed), metrics.tokenizer_request(model):
         raise NotServed("queue full")
     unloaded = ProtocolError("it was unloaded", status=404)
-    for error in (NotServed("queue full"), ProtocolError("no JSON"), unloaded):
+    for error in (NotServed("queue full"), ProtocolError("no JSON"), NoRoom("no room for it"), unloaded):
         with pytest.raises(type(error)), metrics.unnamed_request("http"):
             raise error
     with pytest.raises(ProtocolError), metrics.request(model, "http", {}):
@@ -209,6 +209,7 @@ def test_metrics_keep_to_the_conventions_of_prometheus():
     assert 'corewise_tokenizer_requests_total{model="m",outcome="queue_full",version="1"} 1.0' in text
     assert 'corewise_turned_away_requests_total{protocol="http",reason="queue_full"} 1.0' in text
     assert 'corewise_turned_away_requests_total{protocol="http",reason="invalid"} 1.0' in text
+    assert 'corewise_turned_away_requests_total{protocol="http",reason="no_room"} 1.0' in text
     assert 'corewise_turned_away_requests_total{protocol="http",reason="unknown_model"} 1.0' in text
     assert "corewise_requests_total{" not in text  # counted above already
     assert re.search(r'^corewise_build_info\{python="3[.\d]+",version="[\d.]+"\} 1.0$', text, re.MULTILINE)

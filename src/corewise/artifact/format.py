@@ -32,7 +32,7 @@ from corewise.pipeline.calls import CostTable
 from corewise.records.build import Build, ElasticPlan, Plan, TensorSpec
 from corewise.records.cpu import Cpu
 from corewise.records.jsonable import from_json, to_json
-from corewise.records.pipeline import Packing, PhotoPlan, TextPipeline
+from corewise.records.pipeline import PACKED_INPUTS, Packing, PhotoPlan, TextPipeline
 from corewise.records.ranges import InputRange, SeenRanges
 from corewise.records.report import AudioPreprocess, Preprocess, Report
 from corewise.records.schema_1 import upgrade_report
@@ -47,7 +47,6 @@ REFERENCE = "reference/program.pt2"
 GOLDEN = "golden.safetensors"
 PACKED = "packed"
 """Has a ``PAYLOAD`` and a ``GOLDEN`` of its own."""
-PACKED_INPUTS = 3
 TOKENIZER = "tokenizer.json"
 REPORT = "report.json"
 REPORT_TEXT = "report.md"
@@ -147,7 +146,7 @@ class Artifact:
 
     def packed_golden(self) -> tuple[list[np.ndarray], list[np.ndarray]]:
         """Those of the packed program. Raises ``ArtifactError`` as ``golden``."""
-        return _read_golden(self.folder / PACKED / GOLDEN, PACKED_INPUTS)
+        return _read_golden(self.folder / PACKED / GOLDEN, len(PACKED_INPUTS))
 
 
 REBUILD = "copy the artifact again, or make it again with corewise optimize"

@@ -84,7 +84,7 @@ def with_packing(
     cost: CallCost,
     packing: Packing,
     instances: int,
-    pays: Callable[[float], bool] = lambda saved_ms: saved_ms > 0,
+    pays: Callable[[float], bool],
 ) -> Sequence[Call | PackedCall]:
     """The calls of texts: as ``fill`` gives them, or packed if that takes less time.
 
@@ -96,7 +96,7 @@ def with_packing(
         cost: The milliseconds of usual calls.
         packing: The packed calls. Texts that are longer than a row have usual calls.
         instances: How many calls run at the same time.
-        pays: Whether so many milliseconds that packing would save are worth it.
+        pays: Whether so many milliseconds, which packing would save, are worth it.
     """
     usual = fill(lengths)
     short = [place for place, length in enumerate(lengths) if length <= packing.tokens]

@@ -87,11 +87,15 @@ class TextPipeline:
         return "pair of texts" if self.pairs else "text"
 
 
+PACKED_INPUTS = ("input_ids", "positions", "segments")
+"""Of a packed program, in their order, int64 (rows, tokens) each; segments number a row's texts from 1 on."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Packing:
     """How a second program answers rows that have several texts each, where that takes less time.
 
-    It takes ids, positions, and segments from 1 on, int64 (rows, tokens) each, and gives vectors (rows, texts, D).
+    It takes ``PACKED_INPUTS`` and gives vectors (rows, texts, D).
     """
 
     __pydantic_config__ = STRICT

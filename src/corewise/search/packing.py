@@ -20,7 +20,7 @@ from corewise.pipeline.packing import PackedCall, pack, packed_arrays, total_ms,
 from corewise.pipeline.runner import MULTIPLE
 from corewise.records.build import Plan
 from corewise.records.goal import Requirements, Throughput
-from corewise.records.pipeline import Packing
+from corewise.records.pipeline import PACKED_INPUTS, Packing
 from corewise.records.reason import Detail, Reason, ReasonKind
 from corewise.records.report import Choice
 from corewise.report.reasons import sentence
@@ -193,8 +193,6 @@ def _tried(
 
 def _packed_texts(task: Task, samples: Samples, packing: Packing) -> _Texts:
     """Samples in packed rows, those of whole calls."""
-    from corewise import source
-
     assert task.pipeline is not None
     ids = _ids(task, samples)
     fitting = np.flatnonzero([len(one) <= packing.tokens for one in ids])
@@ -204,7 +202,7 @@ def _packed_texts(task: Task, samples: Samples, packing: Packing) -> _Texts:
         for call in calls
     ]
     columns: list[Any] = [np.concatenate(column) for column in zip(*arrays, strict=True)]
-    rows = from_python([dict(zip(source.PACKED_INPUTS, row, strict=True)) for row in zip(*columns, strict=True)])
+    rows = from_python([dict(zip(PACKED_INPUTS, row, strict=True)) for row in zip(*columns, strict=True)])
     return _Texts(ids=ids, fitting=fitting, calls=calls, rows=rows)
 
 

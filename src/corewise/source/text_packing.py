@@ -18,8 +18,6 @@ from corewise.source.exported import Flat
 from corewise.source.pooling import TextVectors, Way
 from corewise.source.transformers_models import PADDED_POSITIONS
 
-PACKED_INPUTS = ("input_ids", "positions", "segments")
-"""Of a packed program, in their order."""
 PACKABLE: set[Way] = {"mean", "cls", "last", "weighted", "sqrt"}
 """All but the maximum, which would need the token vectors once more for each text."""
 SAME = 1e-4
@@ -87,10 +85,10 @@ def packed_form(model: nn.Module, texts: int, row: Sequence[NDArray[np.int64]]) 
     Args:
         model: What was exported.
         texts: The most texts of a row.
-        row: ``PACKED_INPUTS`` of one row of at least two texts, int64 (tokens,) each.
+        row: The inputs (``records.pipeline.PACKED_INPUTS``) of one row of at least two texts, int64 (tokens,) each.
 
     Returns:
-        A module that takes ``PACKED_INPUTS``, int64 (N, tokens) each, and gives float32 (N, texts, D).
+        A module that takes the same, int64 (N, tokens) each, and gives float32 (N, texts, D).
     """
     inner = packable(model)
     if inner is None:

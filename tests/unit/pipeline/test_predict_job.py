@@ -92,7 +92,7 @@ def test_threads_wait_for_each_other_as_before_when_a_job_has_ended(tokenizer: b
 
     def broken(inputs: Sequence[np.ndarray]) -> list[np.ndarray]:
         seen_s.append(sys.getswitchinterval())
-        raise EngineError("broken", "mend it")
+        raise EngineError("broken", "correct it")
 
     with pytest.raises(EngineError, match="broken"):
         run_job(job_of(tmp_path / "out.jsonl", texts(tmp_path, 4)), runner_of(tokenizer, broken))

@@ -6,7 +6,8 @@ A DistilBERT that classifies sentences of STS-B, a cross-encoder that scores its
 tokenization included. No package has such weights: the encoders of the last two are MiniLM's real ones, the heads and
 DistilBERT have weights drawn with a fixed seed, and the file of results says so. Peers have an environment of their
 own (that of ``text``) and the batch at which they were fastest; contenders take turns. Scores are compared with
-PyTorch's in fp32: the rank correlation, for a classifier the share of equal classes. Writes text_heads.json.
+PyTorch's in fp32: the rank correlation, for a classifier the share of equal classes, and the concordance, which the gate
+of ``optimize`` limits. Writes text_heads.json.
 """
 
 import argparse
@@ -28,6 +29,7 @@ import torch
 from bench.harness import DATA, ROOT, add_results, alternate, optimize, ratio_data, ratio_words, say
 from bench.head_contenders import PEERS
 from bench.text import BATCHES, KNOWN, MODEL, TRIED, Contender, drawn, peer_versions, peers_python, written
+from corewise.accuracy.closeness import concordance
 from corewise.common.stats import ratio_interval
 
 SEED = 0
@@ -193,6 +195,7 @@ def measure(name: str, options: argparse.Namespace) -> dict[str, Any]:
         "best_peer": best,
         "over": {each: ratio_data(ratio_interval(rates["corewise"], rates[each])) for each in PEERS},
         "worth": {each: worth(head, found[REFERENCE], found[each], each) for each in found},
+        "concordance": {each: nearness(found[REFERENCE], found[each]) for each in found if head is not HEADS["tagger"]},
     }
 
 
@@ -206,6 +209,16 @@ def worth(head: Head, reference: Sequence[Any], found: Sequence[Any], name: str)
         return None
     equal = [np.mean(one.argmax(-1) == other.argmax(-1)) for one, other in zip(reference, found, strict=True)]
     return float(np.mean(equal))
+
+
+def nearness(reference: Sequence[Any], found: Sequence[Any]) -> float:
+    """The metric that ``--max-drop`` limits, of scores or of the logarithms of classes' probabilities."""
+
+    def comparable(outputs: Sequence[Any]) -> Any:
+        values = torch.from_numpy(np.stack(outputs).astype(np.float64))
+        return (values if values.shape[1] == 1 else values.log_softmax(-1)).numpy()
+
+    return float(concordance(comparable(found), comparable(reference)).value)
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -231,4 +244,7 @@ def main(options: argparse.Namespace) -> None:
         say(f"\n{name}, {record['items']} items, weights: {record['weights']}")
         for each, rates in record["per_s"].items():
             ratio = f", corewise is {ratio_words(record['over'][each])} of it" if each in record["over"] else ""
-            say(f"  {each:14s} {median(rates):7.1f}/s{ratio}; {HEADS[name].metric} {record['worth'][each]}")
+            say(
+                f"  {each:14s} {median(rates):7.1f}/s{ratio}; {HEADS[name].metric} {record['worth'][each]}, "
+                f"concordance {record['concordance'].get(each)}"
+            )

@@ -6,8 +6,8 @@ A DistilBERT that classifies sentences of STS-B, a cross-encoder that scores its
 tokenization included. No package has such weights: the encoders of the last two are MiniLM's real ones, the heads and
 DistilBERT have weights drawn with a fixed seed, and the file of results says so. Peers have an environment of their
 own (that of ``text``) and the batch at which they were fastest; contenders take turns. Scores are compared with
-PyTorch's in fp32: the rank correlation, for a classifier the share of equal classes, and the concordance, which the gate
-of ``optimize`` limits. Writes text_heads.json.
+PyTorch's in fp32: the rank correlation, for a classifier the share of equal classes, and the concordance, which
+``--max-drop`` limits. Writes text_heads.json.
 """
 
 import argparse

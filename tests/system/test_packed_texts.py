@@ -3,6 +3,8 @@
 import json
 import math
 import shutil
+import sys
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -19,7 +21,6 @@ from tokenizers.pre_tokenizers import Whitespace
 import corewise
 from corewise import source
 from corewise.artifact import read, tuned
-from corewise.artifact import texts as artifact_texts
 from corewise.common.errors import ArtifactError, SourceError
 from corewise.pipeline.packing import PackedCall
 from corewise.records.build import Plan
@@ -31,6 +32,9 @@ from corewise.search import call_costs, optimization, packing
 from corewise.search.budget import Budget
 from corewise.search.packing import judge_packing, reserved_s, row_tokens
 from corewise.search.result import Result
+from corewise.serving.remote import Remote
+from corewise.serving.served import Served, Source, Trust
+from corewise.serving.texts import TextRequest
 
 WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", *(f"w{number}" for number in range(60))]
 
@@ -188,9 +192,33 @@ def test_it_is_checked_under_the_plan_of_this_machine(folder: Path, monkeypatch:
         return open_plan(opener, payload, build, plan, cpu)
 
     monkeypatch.setattr(tuned, "fit", lambda artifact, cpu: tuned.Fit(plan=plan, tuned=None, warnings=()))
-    monkeypatch.setattr(artifact_texts, "open_plan", open_here)
+    monkeypatch.setattr(sys.modules["corewise.artifact.open"], "open_plan", open_here)
     assert corewise.verify(folder).sqnr_db > 50
-    assert [(each.threads_per_instance, each.instances) for each in opened] == [(1, 1)]
+    assert [(each.threads_per_instance, each.instances, each.batch) for each in opened] == [(1, 1, 2), (1, 1, 8)]
+
+
+def test_the_server_packs_the_texts_of_several_requests(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = texts(60, seed=3)
+    asked[7] = "w1 " * 100  # longer than a row
+    with corewise.load(folder) as model:
+        alone = [model.predict(one) for one in asked]
+    ran: list[int] = []
+    own = Remote.run
+
+    def run(remote: Remote, instance: int, inputs: Any) -> Any:
+        ran.append(instance)
+        return own(remote, instance, inputs)
+
+    monkeypatch.setattr(Remote, "run", run)
+    served = Served(Source.of(str(folder)), trust=Trust())
+    with closing(served):
+        assert served.text is not None
+        tokens = served.text.tokens(TextRequest(items=asked))
+        futures = [served.submit(served.text.inputs([one], len(one))) for one in tokens]
+        for future, expected in zip(futures, alone, strict=True):
+            np.testing.assert_allclose(future.result(60).outputs[0], expected[None], atol=1e-4)
+        assert any(number >= served.plan.instances for number in ran)
+        assert len(ran) < len(asked)
 
 
 def test_a_closed_model_opens_nothing_any_more(folder: Path) -> None:

@@ -169,7 +169,7 @@ def verify(folder: str | Path, *, model: Any = None) -> Verification:
     with closing(_open(artifact, fit, cpu, model)) as session:
         sqnr_db = check_golden(artifact, session)
     if artifact.manifest.packing is not None:
-        with closing(open_packed(artifact, artifact.manifest.packing, fit.plan, cpu)) as session:
+        with closing(open_packed(artifact, artifact.manifest.packing, fit.plan, cpu, open_plan)) as session:
             sqnr_db = min(sqnr_db, check_packed_golden(artifact, session))
     return Verification(
         files=len(artifact.manifest.files),

@@ -1,23 +1,27 @@
 """The text pipeline of an artifact, opened to run."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import TypeVar
 
 from corewise.artifact.checks import input_ranges
 from corewise.artifact.format import PACKED, PAYLOAD, REBUILD, TOKENIZER, Artifact, Manifest, check_files
 from corewise.artifact.packing import LazyProgram
 from corewise.common.errors import ArtifactError, InputError
 from corewise.common.references import guard
-from corewise.engines import Session, engine
+from corewise.engines import Engine, engine
 from corewise.pipeline import CallCost, CallLimits, CostTable, TextEncoder, TextRunner, infer
 from corewise.pipeline.calls import by_tokens
 from corewise.pipeline.runner import Run
-from corewise.records.build import Plan
+from corewise.records.build import Build, Plan
 from corewise.records.cpu import Cpu
 from corewise.records.pipeline import Packing, TextPipeline
 from corewise.records.ranges import InputRange
 from corewise.runtime.instances import open_plan
 
+T = TypeVar("T")
 ROWS_ALONE = 32
 """Rows of a call to a single instance whose plan is for single items: all its threads work on one call."""
 
@@ -62,21 +66,28 @@ def open_texts(artifact: Artifact, run: Run, plan: Plan, cpu: Cpu) -> TextRunner
         return None
     most_id = most_known_id(pipeline, artifact.manifest.input_ranges)
     encoder = TextEncoder(pipeline, artifact.folder / pipeline.tokenizer, most_id=most_id)
-    packing, packed = artifact.manifest.packing, None
-    if packing is not None and _is_measured(artifact.manifest, plan):
-        packed = LazyProgram(packing, lambda: open_packed(artifact, packing, plan, cpu))
+    packing, packed = packing_under(plan, artifact.manifest), None
+    if packing is not None:
+        packed = LazyProgram(packing, partial(open_packed, artifact, packing, plan, cpu, open_plan))
     return text_runner(encoder, run, plan, call_cost(artifact.manifest, plan), packed)
 
 
-def open_packed(artifact: Artifact, packing: Packing, plan: Plan, cpu: Cpu) -> Session:
-    """The artifact's packed program, with the threads and instances of ``plan``.
+def packing_under(plan: Plan, manifest: Manifest) -> Packing | None:
+    """How texts share rows; ``None`` if they do not, or that was measured with other threads and instances."""
+    return manifest.packing if _is_measured(manifest, plan) else None
+
+
+def open_packed(
+    artifact: Artifact, packing: Packing, plan: Plan, cpu: Cpu, opener: Callable[[Engine, Path, Build, Plan, Cpu], T]
+) -> T:
+    """The artifact's packed program as ``opener`` opens it, with the threads and instances of ``plan``.
 
     Raises ``ArtifactError`` if its files are not those that were read, or cannot be opened here.
     """
     check_files(artifact, PACKED)
     build, payload = artifact.manifest.build, artifact.folder / PACKED / PAYLOAD
     with guard(ArtifactError, f"{payload} cannot be opened here", REBUILD):
-        return open_plan(engine(build.engine), payload, build, replace(plan, batch=packing.rows), cpu)
+        return opener(engine(build.engine), payload, build, replace(plan, batch=packing.rows), cpu)
 
 
 def most_known_id(pipeline: TextPipeline, ranges: Sequence[InputRange] | None) -> int | None:

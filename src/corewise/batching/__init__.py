@@ -10,11 +10,24 @@ from corewise.batching.latency import LatencyTable
 from corewise.batching.partition import Partitions
 from corewise.batching.policy import Policy
 from corewise.batching.requests import Accepted, Batch, Dropped, Reason, Refused, Request
-from corewise.batching.runner import Answer, Batcher, CallFailed, InstanceDied, NotServed, Run
+from corewise.batching.runner import (
+    ONE_BATCH,
+    Answer,
+    Arrays,
+    Batcher,
+    CallFailed,
+    InstanceDied,
+    Joining,
+    NotServed,
+    OneBatch,
+    Run,
+)
 
 __all__ = [
+    "ONE_BATCH",
     "Accepted",
     "Answer",
+    "Arrays",
     "Batch",
     "Batcher",
     "CallFailed",
@@ -23,8 +36,10 @@ __all__ = [
     "ElasticQueue",
     "ElasticTables",
     "InstanceDied",
+    "Joining",
     "LatencyTable",
     "NotServed",
+    "OneBatch",
     "Partitions",
     "Policy",
     "Reason",

@@ -1,13 +1,13 @@
 """Runs real instances as the policy decides, with a thread for each."""
 
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
 from itertools import accumulate, count, pairwise
 from math import inf, isnan
 from time import monotonic
-from typing import NamedTuple, Self, TypeVar
+from typing import NamedTuple, Protocol, Self, TypeVar
 
 import numpy as np
 
@@ -16,8 +16,41 @@ from corewise.batching.requests import WORDS, Dropped, Reason, Refused, Request
 from corewise.common.errors import CorewiseError, EngineError, InputError
 
 T = TypeVar("T")
-Run = Callable[[Sequence[np.ndarray]], Sequence[np.ndarray]]
+Arrays = Sequence[np.ndarray]
+Run = Callable[[Arrays], Arrays]
 """One instance, as ``engines.Session.run``: arrays in and out with the batch as dimension 0; one thread calls it."""
+
+
+class Joining(Protocol):
+    """Which requests share calls, and how an instance answers those that do. Thread-safe."""
+
+    def group(self, inputs: Arrays) -> Hashable:
+        """Requests of equal groups share calls."""
+        ...
+
+    def answer(self, run: Run, instance: int, requests: Sequence[Arrays]) -> list[list[np.ndarray]]:
+        """Each request's outputs, by calls of ``run``, which is the instance of that number."""
+        ...
+
+
+class OneBatch:
+    """Requests of the same dtypes and sizes are the rows of one batch."""
+
+    def group(self, inputs: Arrays) -> Hashable:
+        """The dtypes, and all dimensions but the rows."""
+        return tuple([(array.dtype.str, array.shape[1:]) for array in inputs])
+
+    def answer(self, run: Run, instance: int, requests: Sequence[Arrays]) -> list[list[np.ndarray]]:
+        """Each request's rows of every output. Raises ``EngineError`` if the outputs have other numbers of rows."""
+        columns = zip(*requests, strict=True)
+        outputs = run(requests[0] if len(requests) == 1 else [np.concatenate(column) for column in columns])
+        ends = [0, *accumulate(len(inputs[0]) for inputs in requests)]
+        if any(len(output) != ends[-1] for output in outputs):
+            raise EngineError(f"outputs of {[len(output) for output in outputs]} rows for {ends[-1]} rows of input")
+        return [[output[start:stop] for output in outputs] for start, stop in pairwise(ends)]
+
+
+ONE_BATCH = OneBatch()
 
 
 class NotServed(CorewiseError):
@@ -54,7 +87,7 @@ class Answer:
 
 
 class _Job(NamedTuple):
-    inputs: Sequence[np.ndarray]
+    inputs: Arrays
     submitted_s: float
     future: "Future[Answer]"
 
@@ -72,10 +105,12 @@ class Batcher:
         instances: Sequence[Run],
         policy: Policy,
         *,
+        joining: Joining = ONE_BATCH,
         reopen: Callable[[int], Run | None] = lambda instance: None,
     ) -> None:
         self._policy = policy
         self._runs = list(instances)
+        self._joining = joining
         self._reopen = reopen
         self._lock = threading.Lock()
         self._work = threading.Condition(self._lock)
@@ -120,8 +155,8 @@ class Batcher:
         with self._lock:
             return self._policy.expected_s(monotonic(), ahead_rows)
 
-    def submit(self, inputs: Sequence[np.ndarray], *, timeout_s: float = inf, priority: int = 0) -> "Future[Answer]":
-        """Queue one request. Those with the same dtypes and other dimensions share calls, if the policy's are shared.
+    def submit(self, inputs: Arrays, *, timeout_s: float = inf, priority: int = 0) -> "Future[Answer]":
+        """Queue one request. Those of one group (``joining``) share calls, if the policy's are shared.
 
         Args:
             inputs: The model's, with the same number of rows (dimension 0), at least 1; they must not change any more.
@@ -142,13 +177,14 @@ class Batcher:
                 f"inputs of shapes {[array.shape for array in inputs]} and timeout {timeout_s} are not a request",
                 "give every input the same first dimension, at least 1, and a number of seconds as the timeout",
             )
+        group = self._joining.group(inputs)
         with self._lock:
             now_s = monotonic()
             request = Request(
                 id=next(self._ids),
                 deadline_s=now_s + timeout_s,
                 priority=priority,
-                group=tuple([(array.dtype.str, array.shape[1:]) for array in inputs]),
+                group=group,
                 rows=len(inputs[0]),
             )
             decision = self._policy.offer(request, now_s)
@@ -194,7 +230,8 @@ class Batcher:
         while (taken := self._take()) is not None:
             instance, jobs = taken
             started_s = monotonic()
-            answers, error = caught(_call, self._runs[instance], jobs)
+            requests = [job.inputs for job in jobs]
+            answers, error = caught(self._joining.answer, self._runs[instance], instance, requests)
             ran_s, rows = monotonic() - started_s, sum(len(job.inputs[0]) for job in jobs)
             if not isinstance(error, InstanceDied):
                 # Before anyone is told: who asks again at once finds it idle.
@@ -287,16 +324,6 @@ class Batcher:
 def _seconds_until(at_s: float) -> float:
     """How long to wait, as ``threading`` takes it."""
     return min(max(0.0, at_s - monotonic()), threading.TIMEOUT_MAX)
-
-
-def _call(run: Run, jobs: list[_Job]) -> list[list[np.ndarray]]:
-    """Run the jobs as one batch and return each job's rows of every output."""
-    columns = zip(*(job.inputs for job in jobs), strict=True)
-    outputs = run(jobs[0].inputs if len(jobs) == 1 else [np.concatenate(column) for column in columns])
-    ends = [0, *accumulate(len(job.inputs[0]) for job in jobs)]
-    if any(len(output) != ends[-1] for output in outputs):
-        raise EngineError(f"outputs of {[len(output) for output in outputs]} rows for {ends[-1]} rows of input")
-    return [[output[start:stop] for output in outputs] for start, stop in pairwise(ends)]
 
 
 def caught(call: Callable[..., T], *args: object) -> tuple[T | None, BaseException | None]:

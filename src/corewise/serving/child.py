@@ -24,11 +24,13 @@ import numpy as np
 
 from corewise import artifact
 from corewise.artifact.format import golden_pixels
+from corewise.artifact.texts import open_packed
 from corewise.common.errors import ArtifactError, CorewiseError
 from corewise.common.references import describe
 from corewise.engines import Session, engine
 from corewise.machine.inspect import inspect_cpu
 from corewise.records.build import Plan
+from corewise.records.cpu import Cpu
 from corewise.records.jsonable import from_json
 from corewise.runtime.instances import Instances, open_layouts
 
@@ -146,8 +148,8 @@ class _Opened:
         """The instances are closed together."""
 
 
-def _open(request: dict[str, Any]) -> Instances:
-    """The artifact's instances, each proven and warm."""
+def _open(request: dict[str, Any]) -> list[Instances]:
+    """The artifact's instances, each proven and warm, and those of its packed program if that is asked for."""
     folder = Path(request["folder"])
     found = artifact.read(folder)
     if artifact.identity(folder) != request["identity"]:
@@ -155,7 +157,8 @@ def _open(request: dict[str, Any]) -> Instances:
     plan = from_json(Plan, request["plan"])
     wide = None if request["wide"] is None else from_json(Plan, request["wide"])
     build = found.manifest.build
-    instances = open_layouts(engine(build.engine), found.folder / artifact.PAYLOAD, build, plan, inspect_cpu(), wide)
+    cpu = inspect_cpu()
+    instances = open_layouts(engine(build.engine), found.folder / artifact.PAYLOAD, build, plan, cpu, wide)
     for number in range(len(instances)):
         artifact.check_golden(found, _Opened(instances, number))
     golden, _ = found.golden()
@@ -165,6 +168,19 @@ def _open(request: dict[str, Any]) -> Instances:
             rows = np.resize(np.arange(len(given[0])), size)
             inputs = [np.ascontiguousarray(array[rows]) for array in given]
             instances.each(partial(_run, inputs))
+    return [instances, _open_packed(found, plan, cpu)] if request["packed"] else [instances]
+
+
+def _open_packed(found: artifact.Artifact, plan: Plan, cpu: Cpu) -> Instances:
+    packing = found.manifest.packing
+    assert packing is not None  # or it would not be asked for
+    instances = open_packed(found, packing, plan, cpu, open_layouts)
+    for number in range(len(instances)):
+        artifact.check_packed_golden(found, _Opened(instances, number))
+    golden, _ = found.packed_golden()
+    for size in range(1, packing.rows + 1):
+        rows = np.resize(np.arange(len(golden[0])), size)
+        instances.each(partial(_run, [np.ascontiguousarray(array[rows]) for array in golden]))
     return instances
 
 
@@ -194,13 +210,15 @@ def main(handle: int) -> None:
     if request is None:
         return
     try:
-        instances = _open(request)
+        opened = _open(request)
     except Exception as error:  # noqa: BLE001 - the request boundary: whatever opening raises is the answer
         with suppress(OSError):
             control.send({"error": str(error) if isinstance(error, CorewiseError) else describe(error)})
         return
     channels = [(Line(socket.socket(fileno=channel)), Slot(memory)) for channel, memory in request["channels"]]
-    instances.start_each(partial(_answer, channels))
+    for instances in opened:
+        instances.start_each(partial(_answer, channels[: len(instances)]))
+        channels = channels[len(instances) :]
     with suppress(OSError):
         control.send({"ready": True})
         control.receive()  # until it is closed

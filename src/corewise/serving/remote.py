@@ -40,8 +40,9 @@ LONGEST_PAUSE_S = 30.0
 class _Process:
     """One engine process, open and warm. Raises ``EngineError`` with why it is not."""
 
-    def __init__(self, folder: Path, identity: str, plan: Plan, cpu: Cpu, wide: Plan | None) -> None:
-        pairs = [socket.socketpair() for _ in range(1 + plan.instances + (wide is not None))]
+    def __init__(self, folder: Path, identity: str, plan: Plan, cpu: Cpu, wide: Plan | None, packed: bool) -> None:
+        instances = plan.instances + (wide is not None) + (plan.instances if packed else 0)
+        pairs = [socket.socketpair() for _ in range(1 + instances)]
         (control, theirs), *channels = pairs
         self._control, self.lines = Line(control), [Line(ours) for ours, _ in channels]
         self.slots = [Slot(os.memfd_create("corewise")) for _ in channels]
@@ -61,7 +62,7 @@ class _Process:
             for _, their in pairs:
                 their.close()
         control.settimeout(OPEN_S)
-        plans = {"plan": to_json(plan), "wide": to_json(wide)}
+        plans = {"plan": to_json(plan), "wide": to_json(wide), "packed": packed}
         about = {"folder": str(folder), "identity": identity, **plans, "channels": places}
         try:
             self._control.send(about)
@@ -133,7 +134,8 @@ class _Process:
 class Remote:
     """The instances of an artifact's plan, wherever their process is just now. Thread-safe, but for each instance.
 
-    The one on all cores of an elastic plan has the number after the others.
+    The one on all cores of an elastic plan has the number after the others, and after it come those of the packed
+    program, if that is open: it shares the cores of the others, so either runs and not both.
     """
 
     def __init__(
@@ -144,13 +146,14 @@ class Remote:
         cpu: Cpu,
         *,
         wide: Plan | None = None,
+        packed: bool = False,
         on_death: Callable[[str], None] = lambda epitaph: None,
     ) -> None:
         """Open the artifact in ``folder`` as long as it is the one of that ``artifact.identity``.
 
         Raises ``EngineError`` with why it cannot be. ``on_death`` is called with how a process ended.
         """
-        self._open = partial(_Process, folder, identity, plan, cpu, wide)
+        self._open = partial(_Process, folder, identity, plan, cpu, wide, packed)
         self._on_death = on_death
         self._changed = threading.Condition()
         self._process: _Process | None = self._open()

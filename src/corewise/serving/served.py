@@ -19,20 +19,21 @@ from corewise.artifact import tuned
 from corewise.artifact.open import check_available
 from corewise.artifact.photos import images_of
 from corewise.artifact.recordings import audio_of
-from corewise.artifact.texts import text_pipeline
+from corewise.artifact.texts import packing_under, text_pipeline
 from corewise.artifact.watch import RangeWatch, pixel_extremes
-from corewise.batching import Answer, Batcher, NotServed, Run, policy_of
+from corewise.batching import ONE_BATCH, Answer, Batcher, NotServed, Run, policy_of
 from corewise.common.errors import ArtifactError
 from corewise.engines import ENGINES, engine
 from corewise.engines.base import mixes_rows
 from corewise.machine.inspect import inspect_cpu
 from corewise.records.build import TensorSpec
-from corewise.records.pipeline import AudioPipeline, ImagePipeline
+from corewise.records.pipeline import AudioPipeline, ImagePipeline, Packing
 from corewise.samples.audio import missing_packages
 from corewise.serving.frames import Frames
 from corewise.serving.protocol import InferRequest
 from corewise.serving.remote import Remote
 from corewise.serving.shadow import Shadow
+from corewise.serving.short_texts import ShortTexts
 from corewise.serving.statistics import Statistics
 from corewise.serving.text import TextInput
 from corewise.serving.values import Values
@@ -148,12 +149,40 @@ class Served:
             if self.shadow is not None:
                 undo.callback(self.shadow.close)
             wide = None if fit.elastic is None else fit.elastic.wide
-            self.remote = Remote(source.folder.resolve(), identity, fit.plan, cpu, wide=wide, on_death=self._died)
+            packing = self._packing()
+            self.remote = Remote(
+                source.folder.resolve(),
+                identity,
+                fit.plan,
+                cpu,
+                wide=wide,
+                packed=packing is not None,
+                on_death=self._died,
+            )
             undo.pop_all()
         self._batcher = Batcher(
             [partial(self.remote.run, number) for number in range(self.plan.instances + (wide is not None))],
             policy,
+            joining=ONE_BATCH if packing is None else self._short_texts(packing),
             reopen=self._reopen,
+        )
+
+    def _packing(self) -> Packing | None:
+        """How short texts share rows; ``None`` where they do not."""
+        if self.text is None or self.elastic is not None or len(self.outputs) > 1:
+            return None
+        takes = {each.role for each in self.text.pipeline.inputs}
+        return packing_under(self.plan, self.manifest) if takes == {"ids", "mask"} else None
+
+    def _short_texts(self, packing: Packing) -> ShortTexts:
+        assert self.text is not None  # as ``_packing`` has seen
+        run, instances = self.remote.run, self.plan.instances
+        return ShortTexts(
+            self.text.pipeline,
+            packing,
+            self.manifest,
+            self.plan,
+            lambda instance, arrays: run(instances + instance, arrays),
         )
 
     @property

@@ -57,7 +57,9 @@ def load_transformers(name: str, pooling: Pooling | None = None, tokenizer_file:
         kind = "text" if hasattr(config, "vocab_size") and not hasattr(config, "num_mel_bins") else "transcripts"
         way = ENCODER if kind == "text" else "its encoder is: give a factory that returns model.get_encoder()"
         raise SourceError(f"hf:{name} generates {kind} in a loop ({architecture}), which corewise does not run", way)
-    if pooling is None and architecture and not hasattr(transformers, architecture):
+    with quiet():  # looking for a class imports it
+        is_known = not architecture or hasattr(transformers, architecture)
+    if pooling is None and not is_known:
         raise SourceError(
             f"hf:{name} is a {architecture}, which transformers {transformers.__version__} does not have",
             "give a factory that returns the model, or --pooling mean for a vector of each text, without its head",

@@ -1,6 +1,8 @@
 """source: heads of transformers that are told, missing or unknown, encoders, and model objects with a tokenizer."""
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -237,3 +239,10 @@ def test_a_model_object_takes_a_tokenizer_file_as_its_folder_does(tmp_path: Path
     assert wrapped.pipeline is not None
     assert wrapped.pipeline.max_length == 32
     np.testing.assert_allclose(answers(wrapped, ["red tree"]), answers(pooled, ["red tree"]), atol=1e-6)
+
+
+def test_loading_a_head_writes_nothing_on_the_terminal(tmp_path: Path) -> None:
+    folder = saved(tmp_path / "model", bert("BertForSequenceClassification", num_labels=2))
+    code = f"from corewise.source import load_with_texts; load_with_texts('hf:{folder}')"
+    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=120)
+    assert ended.stdout + ended.stderr == ""

@@ -258,9 +258,10 @@ def run_job(
         resumed = done = total_of(finished)
         kept.check_failed(done.failed, max_failed, "")
         on_rows(done)
-        missing = (record for record in chain([first], rest) if record.row // job.part_rows not in finished)
+        size = job.part_rows
+        missing = (record for record in chain([first], rest) if record.row // size not in finished)
         made = answered(missing, runner, prompt=job.prompt, ask=job.ask, drawings=job.drawings)
-        for number, part in groupby(made, lambda each: each[0].row // job.part_rows):
+        for number, part in groupby(made, lambda each: each[0].row // size):
             counts = kept.write(number, kind, list(part))
             done = Counts(done.rows + counts.rows, done.failed + counts.failed)
             kept.check_failed(done.failed, max_failed, counts.example)

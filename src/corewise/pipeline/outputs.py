@@ -136,13 +136,7 @@ class _Parquet:
         from pyarrow import parquet
 
         if rows and isinstance(rows[0].answer, np.ndarray) and rows[0].answer.ndim == 1:
-            vectors = np.stack([row.answer for row in rows]).astype(np.float32, copy=False)
-            flat = pyarrow.array(vectors.reshape(-1))
-            columns = {"row": pyarrow.array([row.row for row in rows], pyarrow.int64())}
-            if rows[0].input is not None:
-                columns["input"] = pyarrow.array([row.input for row in rows])
-            columns["vector"] = pyarrow.FixedSizeListArray.from_arrays(flat, vectors.shape[1])
-            table = pyarrow.table(columns)
+            table = _vector_table(rows)
         else:
             records = [_record(row, self._field) for row in rows]
             table = pyarrow.Table.from_pylist(records, _boxes_schema(rows) if self._field == "boxes" else None)
@@ -161,6 +155,22 @@ class _Parquet:
                 # read_table of older versions takes a folder named lang=en for a column.
                 with parquet.ParquetFile(part) as file:
                     whole.write_table(file.read().cast(schema))
+
+
+def _vector_table(rows: Sequence[AnswerRow]) -> Any:
+    """Rows whose answers are vectors, from buffers: ``pyarrow.array`` imports pandas, which takes a second."""
+    import pyarrow as pa
+
+    vectors = np.stack([row.answer for row in rows]).astype(np.float32, copy=False)
+    flat = pa.Array.from_buffers(pa.float32(), vectors.size, [None, pa.py_buffer(vectors)])
+    numbers = np.array([row.row for row in rows], np.int64)
+    columns = {"row": pa.Array.from_buffers(pa.int64(), len(rows), [None, pa.py_buffer(numbers)])}
+    if rows[0].input is not None:
+        names = [(row.input or "").encode() for row in rows]
+        ends = np.cumsum([0, *map(len, names)], dtype=np.int32)
+        columns["input"] = pa.StringArray.from_buffers(len(rows), pa.py_buffer(ends), pa.py_buffer(b"".join(names)))
+    columns["vector"] = pa.FixedSizeListArray.from_arrays(flat, vectors.shape[1])
+    return pa.Table.from_arrays([*columns.values()], names=[*columns])
 
 
 def _storage(schema: Any) -> dict[str, Any]:

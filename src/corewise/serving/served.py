@@ -19,7 +19,7 @@ from corewise.artifact import tuned
 from corewise.artifact.open import check_available
 from corewise.artifact.photos import images_of
 from corewise.artifact.recordings import audio_of
-from corewise.artifact.texts import most_known_id, text_pipeline
+from corewise.artifact.texts import text_pipeline
 from corewise.artifact.watch import RangeWatch, pixel_extremes
 from corewise.batching import Answer, Batcher, NotServed, Run, policy_of
 from corewise.common.errors import ArtifactError
@@ -130,9 +130,7 @@ class Served:
         self.inputs: tuple[TensorSpec, ...] = found.manifest.inputs
         self.outputs: tuple[TensorSpec, ...] = found.manifest.outputs
         pipeline = text_pipeline(found)
-        self.text = None
-        if pipeline is not None:
-            self.text = TextInput(found, pipeline, most_known_id(pipeline, self.values.ranges))
+        self.text = None if pipeline is None else TextInput(found, pipeline, self.values.ranges)
         self.photos, self.audio = images_of(found), audio_of(found)
         why = self._no_files()
         self.takes_files = self.media is not None and not why

@@ -8,10 +8,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from corewise.artifact import Artifact
+from corewise.artifact.texts import most_known_id
 from corewise.common.errors import InputError
 from corewise.pipeline import Call, TextEncoder, TokenPiece, Tokens, decode
 from corewise.records.build import TensorSpec
 from corewise.records.pipeline import Activation, TextPipeline
+from corewise.records.ranges import InputRange
 from corewise.samples.texts import Text, count_characters
 from corewise.serving.protocol import ProtocolError
 from corewise.serving.texts import Side, TextRequest, pieces
@@ -32,16 +34,18 @@ MOST_PADDED_TOKENS = 2**20
 class TextInput:
     """One artifact's texts. Thread-safe."""
 
-    def __init__(self, found: Artifact, pipeline: TextPipeline, most_id: int | None = None) -> None:
-        """``most_id`` is the largest token id that the model knows, if that is known.
+    def __init__(
+        self, found: Artifact, pipeline: TextPipeline, ranges: Sequence[InputRange] | None = None
+    ) -> None:
+        """``ranges`` are those of the model's inputs, if they are known.
 
         Raises ``ArtifactError`` where the tokenizer is none, and ``MissingExtra``.
         """
         self.pipeline = pipeline
-        self.encoder = TextEncoder(pipeline, found.folder / pipeline.tokenizer, most_id=most_id)
+        self._most_id = most_known_id(pipeline, ranges)
+        self.encoder = TextEncoder(pipeline, found.folder / pipeline.tokenizer, most_id=self._most_id)
         self.calls_alone: dict[int, Call] = {}
         """The call of a text that is alone, by its tokens (``text_calls.split``)."""
-        self._most_id = most_id
         self._most_characters = TOKEN_CHARACTERS * pipeline.max_length
 
     @property

@@ -478,7 +478,8 @@ def test_token_ids_are_cut_where_the_request_says(tokenizer: Path) -> None:
 
 def test_a_token_that_the_model_does_not_know_is_named_by_its_row_of_the_request(tokenizer: Path) -> None:
     artifact: Any = SimpleNamespace(folder=tokenizer.parent)
-    text = TextInput(artifact, pipeline_of(tokenizer=tokenizer.name), most_id=7)
+    ranges = [InputRange(values=(ValueRange(low=0, high=high),)) for high in (7, 1, 1)]
+    text = TextInput(artifact, pipeline_of(tokenizer=tokenizer.name), ranges)
     with pytest.raises(ProtocolError, match="row 21 has the token 8, but the model knows 0 to 7; send ids of the"):
         text.tokens(TextRequest(ids=[[2, 7, 3], [2, 8, 3]]), 20)
     with pytest.raises(ProtocolError, match="text 21 has the token 8, but the model knows 0 to 7"):

@@ -111,7 +111,12 @@ def test_openais_client_lists_models(client):
             "input",
             "8193 texts, but at most 8192 are allowed",
         ),
-        ({"input": [101, 10_000_000]}, openai.BadRequestError, None, "row 0 has the token 10000000, but the model knows"),
+        (
+            {"input": [101, 10_000_000]},
+            openai.BadRequestError,
+            None,
+            "row 0 has the token 10000000, but the model knows",
+        ),
         ({"extra_body": {"prompt_name": "q"}}, openai.BadRequestError, None, "the model has no prompt 'q'"),
         (
             {"extra_body": {"truncate": "ALL"}},

@@ -34,9 +34,7 @@ MOST_PADDED_TOKENS = 2**20
 class TextInput:
     """One artifact's texts. Thread-safe."""
 
-    def __init__(
-        self, found: Artifact, pipeline: TextPipeline, ranges: Sequence[InputRange] | None = None
-    ) -> None:
+    def __init__(self, found: Artifact, pipeline: TextPipeline, ranges: Sequence[InputRange] | None = None) -> None:
         """``ranges`` are those of the model's inputs, if they are known.
 
         Raises ``ArtifactError`` where the tokenizer is none, and ``MissingExtra``.

@@ -24,8 +24,8 @@ from corewise.common.errors import CorewiseError
 from corewise.records.pipeline import Activation, TextTask
 from corewise.serving import bodies, openai, rerank, tei, texts
 from corewise.serving.budget import Booking
-from corewise.serving.front import Front
 from corewise.serving.deliveries import Waiters
+from corewise.serving.front import Front
 from corewise.serving.infer import ARRIVED, CLOSED_REQUEST, GONE, WHOLE, broken, client_of
 from corewise.serving.memory_limit import COPIES
 from corewise.serving.metrics import Metrics
@@ -211,9 +211,7 @@ class TextRoutes:
             return asked
 
         async with self._answered(request, parse, "vectors") as (_, _, answer):
-            return await self._rendered(
-                lambda: tei.render_token_vectors(answer.answers), _values(answer) * VALUE_BYTES
-            )
+            return await self._rendered(lambda: tei.render_token_vectors(answer.answers), _values(answer) * VALUE_BYTES)
 
     async def rank(self, request: Request) -> Response:
         """Texts in the order in which they answer a query."""

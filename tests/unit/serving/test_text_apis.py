@@ -190,7 +190,7 @@ def test_one_address_takes_texts_to_embed_and_to_compare(inputs):
 
 
 def test_info_has_what_the_apis_description_requires():
-    pipeline = SimpleNamespace(task="scores", pairs=True, labels=("no", "yes"), max_length=2048, prompts={})
+    pipeline = SimpleNamespace(task="scores", pairs=True, pooling="", labels=("no", "yes"), max_length=2048, prompts={})
     told = tei.info("m", "s", "int8", pipeline, version="1", batch=8, tokens=1024, requests=512, tokenizers=2)
     required = {
         "model_id",

@@ -49,7 +49,7 @@ class TextAnswer:
     tokens: int
     """How many the model read, special ones included, without padding."""
     calls: Answer
-    """Without outputs: the longest wait and run of its calls, and the most rows of one."""
+    """The only call; of several, without outputs, the longest wait and run, and the most rows of one."""
 
 
 class TextCalls:
@@ -98,7 +98,7 @@ class TextCalls:
             found = await self._front.read(read, read_bytes(texts, chosen, answer), deadline_s=AT_ONCE)
             for place, each in zip(call.places, found, strict=True):
                 answers[place] = each
-            ended.append(replace(answer, outputs=[]))
+            ended.append(answer if len(calls) == 1 else replace(answer, outputs=[]))
             booking.add(sum(output.nbytes for output in answer.outputs))
 
         if len(calls) == 1:
@@ -198,6 +198,8 @@ def split(lengths: Sequence[int], served: Served) -> list[Call]:
 
 
 def _longest(calls: Sequence[Answer]) -> Answer:
+    if len(calls) == 1:
+        return calls[0]
     return Answer(
         outputs=[],
         waited_s=max(each.waited_s for each in calls),

@@ -37,6 +37,8 @@ class TextModels:
 
     def named(self, model: str) -> Served:
         """The model ``NAME`` or ``NAME@VERSION``. Raises ``FieldError``."""
+        with suppress(ProtocolError):  # whose message does not name the field
+            return self._models.find(model, None)
         names = {name for name, _ in self._models.names}
         name, _, version = (model, "", "") if model in names else model.partition("@")
         if name not in names:

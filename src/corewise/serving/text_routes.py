@@ -379,8 +379,7 @@ def error_body(path: str, message: str, status: int) -> dict[str, Any]:
 
 async def _read(request: Request, limits: Limits, booking: Booking) -> bytes:
     """The body; without a timeout or an unpacker if it is there as it is."""
-    scope = request.scope
-    if not scope.get(WHOLE) or any(name == b"content-encoding" for name, _ in scope["headers"]):
+    if not request.scope.get(WHOLE) or b"content-encoding" in dict(request.scope["headers"]):
         return await bodies.read(request, limits, booking)
     return await bodies.whole(request.receive, limits, booking)
 
@@ -439,7 +438,8 @@ async def _gone(request: Request) -> None:
 
 def _vectors(answer: TextAnswer, dimensions: int | None = None) -> NDArray[np.float32]:
     """The vectors, (N, D)."""
-    return texts.shortened(np.stack(answer.answers).astype(np.float32, copy=False), dimensions)
+    vectors = answer.answers[0][None] if len(answer.answers) == 1 else np.stack(answer.answers)
+    return texts.shortened(vectors.astype(np.float32, copy=False), dimensions)
 
 
 def _request_id(request: Request) -> str:

@@ -71,6 +71,9 @@ class Piece(NamedTuple):
 
 def pieces(asked: TextRequest) -> Iterator[Piece]:
     """The request in parts of ``PIECE_TEXTS`` texts and about ``PIECE_CHARACTERS`` characters at most."""
+    if len(asked) == 1:
+        yield Piece(0, asked, count_characters(asked.items[0]) if asked.items else 0)
+        return
     start = characters = 0
     for k in range(len(asked)):
         # Token ids are tokenized already.

@@ -4,16 +4,19 @@ import asyncio
 import json
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 from gate_tools import gate_of
 from starlette.requests import ClientDisconnect, Request
 
+from corewise.batching import Answer
 from corewise.serving import text_routes
 from corewise.serving.app import App
 from corewise.serving.deliveries import Waiters
 from corewise.serving.front import Front
 from corewise.serving.infer import GONE, WHOLE
 from corewise.serving.protocol import Limits, ProtocolError
+from corewise.serving.text_calls import TextAnswer
 from corewise.serving.texts import FieldError
 from corewise.serving.tokens import Tokens
 
@@ -179,6 +182,52 @@ def test_a_body_that_is_there_is_taken_as_it_is_and_is_no_longer_than_allowed():
         front.close()
 
     asyncio.run(asyncio.wait_for(main(), 30))
+
+
+SENTENCES = {"source_sentence": "a", "sentences": ["b", "c"]}
+
+
+@pytest.mark.parametrize(
+    ("path", "inputs", "shape", "answers", "found"),
+    [
+        ("/embed", "a", (None, 2), [[3, 4]], [[0.6, 0.8]]),
+        ("/", "a", (None, 2), [[3, 4]], [[0.6, 0.8]]),
+        ("/similarity", SENTENCES, (None, 2), [[1, 0], [2, 0], [0, 3]], [1, 0]),
+        ("/", SENTENCES, (None, 2), [[1, 0], [2, 0], [0, 3]], [1, 0]),
+        ("/embed_all", ["a", "b"], (None, None, 2), [[[1, 2], [3, 4]], [[5, 6]]], [[[1, 2], [3, 4]], [[5, 6]]]),
+        ("/", ["a"], (None, None, 2), [[[1, 2]]], [[[1, 2]]]),
+    ],
+)
+def test_each_path_gives_what_fits_the_model(path, inputs, shape, answers, found):
+    async def main():
+        front = Front(Limits(), 16)
+        made, parts = gate_of(front), []
+        app = App(made.known, made.metrics, Limits(), Tokens(()), front)
+        routes = app.asgi._texts[path]._handler.__self__
+        pipeline = SimpleNamespace(task="vectors", pairs=False, normalize=False, dimensions=())
+        outputs, text = [SimpleNamespace(shape=shape)], SimpleNamespace(pipeline=pipeline)
+        model = SimpleNamespace(name="m", version="1", outputs=outputs, text=text)
+        routes._models.chosen = lambda name, *tasks: model
+
+        async def run(served, asked, booking, **options):
+            vectors = [np.array(each, np.float32) for each in answers]
+            calls = Answer(outputs=[], waited_s=0.0, ran_s=0.0, batch_rows=1)
+            return TextAnswer(answers=vectors, tokens=3, calls=calls)
+
+        routes._calls.run = run
+
+        async def receive():
+            return {"type": "http.request", "body": json.dumps({"inputs": inputs}).encode(), "more_body": False}
+
+        async def send(message):
+            parts.append(message)
+
+        await app.asgi(scope_of(path, **{WHOLE: True, GONE: Waiters()}), receive, send)
+        front.close()
+        assert parts[0]["status"] == 200
+        return json.loads(parts[1]["body"])
+
+    np.testing.assert_equal(asyncio.run(asyncio.wait_for(main(), 30)), found)
 
 
 @pytest.mark.parametrize(

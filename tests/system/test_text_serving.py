@@ -1,5 +1,7 @@
 """Texts served live, asked for by the clients that people have: OpenAI's, Hugging Face's, Triton's, and plain HTTP."""
 
+import json
+import socket
 import threading
 import warnings
 
@@ -111,7 +113,12 @@ def test_openais_client_lists_models(client):
             "input",
             "8193 texts, but at most 8192 are allowed",
         ),
-        ({"input": [101, 10_000_000]}, openai.BadRequestError, None, "the value 10000000 in row 0; give values from 0"),
+        (
+            {"input": [101, 10_000_000]},
+            openai.BadRequestError,
+            None,
+            "row 0 has the token 10000000, but the model knows",
+        ),
         ({"extra_body": {"prompt_name": "q"}}, openai.BadRequestError, None, "the model has no prompt 'q'"),
         (
             {"extra_body": {"truncate": "ALL"}},
@@ -186,6 +193,17 @@ def test_two_thousand_texts_are_answered_in_their_order(server):
         alone = server.post("/predict", json={"inputs": texts[k]}).json()
         assert [each["label"] for each in alone] == [each["label"] for each in answers[k]]
         assert [each["score"] for each in alone] == pytest.approx([each["score"] for each in answers[k]], abs=1e-5)
+
+
+def test_a_client_that_goes_has_the_rest_of_its_long_request_given_up(server):
+    body = json.dumps({"model": "minilm", "inputs": ["different words " * 60] * 4000}).encode()
+    head = f"POST /embed HTTP/1.1\r\nhost: x\r\nauthorization: Bearer {TOKEN}\r\ncontent-length: {len(body)}\r\n\r\n"
+    ended = 'corewise_requests_total{model="minilm",outcome="cancelled",protocol="http",version="1"} 1.0'
+    with socket.create_connection(("127.0.0.1", server.ports["http"])) as connection:
+        connection.sendall(head.encode() + body)
+        assert eventually(lambda: live(server)["waiting_rows"] > 0)
+    assert eventually(lambda: ended in server.get("/metrics").text)
+    assert eventually(lambda: live(server)["waiting_rows"] == 0)
 
 
 # --- Hugging Face -------------------------------------------------------------------------------------------------

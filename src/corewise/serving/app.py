@@ -3,7 +3,7 @@
 import json
 import logging
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import asynccontextmanager
 from math import inf
 from typing import Any
@@ -88,7 +88,7 @@ class App:
         }
         app = Starlette(routes=routes, exception_handlers=handlers)
         app.router.redirect_slashes = False  # its redirects go to whatever the header Host says
-        self.asgi = _Guard(app, infer, tokens, metrics)
+        self.asgi = _Guard(app, infer, texts.posts, tokens, metrics)
 
     # --- health and descriptions --------------------------------------------------------------------------------
 
@@ -279,7 +279,8 @@ class App:
             return RedirectResponse(path.rstrip("/") + (f"?{query}" if query else ""))
         self.metrics.turned_away("http", "unknown path" if error.status_code == 404 else "unknown method")
         what = "there is nothing at this path" if error.status_code == 404 else "this path has another method"
-        return JSONResponse({"error": f"{what}; see /docs"}, error.status_code, headers=error.headers)
+        content = error_body(path, f"{what}; see /docs", error.status_code)
+        return JSONResponse(content, error.status_code, headers=error.headers)
 
     async def _broken(self, request: Request, error: Exception) -> Response:
         return _Plain(*broken(error, request.scope))
@@ -307,10 +308,13 @@ class _Noted(JSONResponse):
 
 
 class _Guard:
-    """Lets in who has a token, and everybody to the health checks. Requests for inference go past the router."""
+    """Lets in who has a token, and everybody to the health checks. Requests that run a model go past the router."""
 
-    def __init__(self, app: ASGIApp, infer: ASGIApp, tokens: Tokens, metrics: Metrics) -> None:
-        self._app, self._infer, self._tokens, self._metrics = app, infer, tokens, metrics
+    def __init__(
+        self, app: ASGIApp, infer: ASGIApp, texts: Mapping[str, ASGIApp], tokens: Tokens, metrics: Metrics
+    ) -> None:
+        """``texts`` answers POST, by path."""
+        self._app, self._infer, self._texts, self._tokens, self._metrics = app, infer, texts, tokens, metrics
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """As ASGI has it."""
@@ -319,11 +323,13 @@ class _Guard:
             if not self._tokens.admit(given):
                 await self._turn_away(scope, receive, send)
                 return
-        if (model := target(scope)) is None:
+        if scope["method"] == "POST" and (answer := self._texts.get(scope["path"])) is not None:
+            await answer(scope, receive, send)
+        elif (model := target(scope)) is not None:
+            scope["path_params"] = model
+            await self._infer(scope, receive, send)
+        else:
             await self._app(scope, receive, send)
-            return
-        scope["path_params"] = model
-        await self._infer(scope, receive, send)
 
     async def _turn_away(self, scope: Scope, receive: Receive, send: Send) -> None:
         self._metrics.turned_away("http", "unauthenticated")

@@ -4,7 +4,8 @@ import asyncio
 import zlib
 from collections.abc import Iterator
 
-from starlette.requests import Request
+from starlette.requests import ClientDisconnect, Request
+from starlette.types import Receive
 
 from corewise.serving.budget import Booking
 from corewise.serving.protocol import Limits, ProtocolError
@@ -46,6 +47,21 @@ async def read(request: Request, limits: Limits, booking: Booking) -> bytes:
     if unpacker is not None:
         unpacker.finish()
     return parts[0] if len(parts) == 1 else b"".join(parts)
+
+
+async def whole(receive: Receive, limits: Limits, booking: Booking) -> bytes:
+    """A body of which all is there, as it is: without a timeout or an unpacker.
+
+    Raises ``ProtocolError`` where it is too large or there is no room for it, and ``ClientDisconnect``.
+    """
+    message = await receive()
+    if message["type"] != "http.request":
+        raise ClientDisconnect
+    body: bytes = message["body"]
+    if len(body) > limits.body_bytes:
+        raise too_large(limits)
+    booking.add(len(body))
+    return body
 
 
 class _Unpacker:

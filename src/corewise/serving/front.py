@@ -57,14 +57,15 @@ class Front:
     """One server's. Used from its event loop."""
 
     def __init__(self, limits: Limits, max_requests: int) -> None:
-        """``max_requests`` may be between their first byte and a model's queue."""
         self.budget, self._limits = Budget(limits), limits
-        self._max_requests = max(LEAST_PLACES, max_requests)
-        self._max_of_client = int(self._max_requests * limits.client_share)
+        self.most_requests = max(LEAST_PLACES, max_requests)
+        """How many may be between their first byte and a model's queue."""
+        self._max_of_client = int(self.most_requests * limits.client_share)
         self._of_clients: dict[Any, int] = {}
-        threads = min(MOST_THREADS, max(2, len(os.sched_getaffinity(0))))
+        self.threads = min(MOST_THREADS, max(2, len(os.sched_getaffinity(0))))
+        """That decode images and tokenize texts."""
         self._readers, self._headers = Pool("read", 2), Pool("header", 2)
-        self._decoders = Pool("decode", threads, nice=DECODE_NICE)
+        self._decoders = Pool("decode", self.threads, nice=DECODE_NICE)
         self._large_decoder = Pool("decode-large", 1, nice=DECODE_NICE)
         self._teller = Pool("tell", 1, nice=DECODE_NICE)
         self._told: dict[Hashable, asyncio.Task[Any]] = {}
@@ -136,7 +137,7 @@ class Front:
                 del counts[key]
 
     def _is_full(self, client: str) -> bool:
-        return self._places >= self._max_requests or self._of_clients.get(client, 0) >= self._max_of_client
+        return self._places >= self.most_requests or self._of_clients.get(client, 0) >= self._max_of_client
 
     def is_crowded(self, client: str) -> bool:
         """Whether a request that came now would find no place, or have to wait for its turn."""

@@ -112,14 +112,7 @@ class Infer:
         """The whole body; without a timeout or an unpacker if it is there as it is."""
         if not scope.get(WHOLE) or b"content-encoding" in given:
             return await bodies.read(Request(scope, receive), self._limits, booking)
-        message = await receive()
-        if message["type"] != "http.request":
-            raise ClientDisconnect
-        body: bytes = message["body"]
-        if len(body) > self._limits.body_bytes:
-            raise bodies.too_large(self._limits)
-        booking.add(len(body))
-        return body
+        return await bodies.whole(receive, self._limits, booking)
 
     async def _parsed(self, body: bytes, length: int | None, served: Served, deadline_s: float) -> InferRequest:
         text_bytes = len(body) if length is None else min(length, len(body))

@@ -83,5 +83,7 @@ def error(message: str, status: int, field: str | None = None) -> dict[str, Any]
     """An error's body."""
     kinds = {401: "authentication_error", 404: "not_found_error", 429: "rate_limit_error"}
     kind = kinds.get(status, "invalid_request_error" if status < 500 else "server_error")
-    codes = {401: "invalid_api_key", 404: "model_not_found", 413: "request_too_large", 503: "overloaded"}
+    codes = {401: "invalid_api_key", 413: "request_too_large", 503: "overloaded"}
+    if field == "model":
+        codes[404] = "model_not_found"
     return {"error": {"message": message, "type": kind, "param": field, "code": codes.get(status)}}

@@ -131,7 +131,7 @@ class Served:
         self.inputs: tuple[TensorSpec, ...] = found.manifest.inputs
         self.outputs: tuple[TensorSpec, ...] = found.manifest.outputs
         pipeline = text_pipeline(found)
-        self.text = None if pipeline is None else TextInput(found, pipeline)
+        self.text = None if pipeline is None else TextInput(found, pipeline, self.values.ranges)
         self.photos, self.audio = images_of(found), audio_of(found)
         why = self._no_files()
         self.takes_files = self.media is not None and not why

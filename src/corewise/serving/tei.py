@@ -35,6 +35,10 @@ class _Embed(_Cut, kw_only=True):
     dimensions: int | None = None
 
 
+class _Inputs(msgspec.Struct):
+    inputs: msgspec.Raw
+
+
 class _Sentences(msgspec.Struct):
     source_sentence: str
     sentences: list[str]
@@ -80,6 +84,7 @@ class _Decode(msgspec.Struct):
 
 
 _decode_embed = msgspec.json.Decoder(_Embed).decode
+_decode_inputs = msgspec.json.Decoder(_Inputs).decode
 _decode_similarity = msgspec.json.Decoder(_Similarity).decode
 _decode_predict = msgspec.json.Decoder(_Predict).decode
 _decode_rerank = msgspec.json.Decoder(_Rerank).decode
@@ -95,6 +100,8 @@ class EmbedRequest:
     texts: TextRequest
     normalize: bool = True
     dimensions: int | None = None
+    is_similarity: bool = False
+    """Whether cosines of the first text with the others are wanted, and no vectors."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -157,7 +164,18 @@ def similarity(body: bytes) -> EmbedRequest:
     read = texts.decode(body, _decode_similarity)
     texts.check_count(len(read.inputs.sentences), "inputs.sentences")
     cut = read.parameters or _Cut()
-    return EmbedRequest(model=cut.model, texts=_request(cut, [read.inputs.source_sentence, *read.inputs.sentences]))
+    sentences = [read.inputs.source_sentence, *read.inputs.sentences]
+    return EmbedRequest(model=cut.model, texts=_request(cut, sentences), is_similarity=True)
+
+
+def embed_or_compare(body: bytes) -> EmbedRequest:
+    """A request of ``/embed``, or one of ``/similarity``: its ``inputs`` are an object.
+
+    Hugging Face's client sends both to one address.
+    """
+    inputs = texts.decode(body, _decode_inputs).inputs
+    is_object = bytes(memoryview(inputs)[: texts.MOST_ROOM]).lstrip().startswith(b"{")
+    return similarity(body) if is_object else embed(body)
 
 
 def predict(body: bytes, *, pairs: Callable[[str | None], bool]) -> PredictRequest:
@@ -218,6 +236,11 @@ def render_vectors(vectors: NDArray[np.float32]) -> bytes:
     return b"[" + b",".join(texts.number_lists(vectors)) + b"]"
 
 
+def render_token_vectors(answers: Sequence[NDArray[np.float32]]) -> bytes:
+    """The answer of ``/embed_all``: float32 (tokens, D) of each text."""
+    return b"[" + b",".join(render_vectors(each) for each in answers) + b"]"
+
+
 def render_similarities(vectors: NDArray[np.float32]) -> bytes:
     """The answer of ``/similarity``: cosines of the first vector with each other one."""
     unit = texts.normalized(vectors)
@@ -260,10 +283,35 @@ def render_tokens(rows: Sequence[Sequence[TokenPiece]]) -> bytes:
     )
 
 
-def info(name: str, sha: str, precision: str, pipeline: TextPipeline, version: str, batch: int) -> dict[str, Any]:
-    """The answer of ``/info``; ``batch`` is how many rows run in one call."""
-    classes = {"id2label": {str(k): label for k, label in enumerate(pipeline.labels)}}
-    classes["label2id"] = {label: str(k) for k, label in enumerate(pipeline.labels)}
+def info(
+    name: str,
+    sha: str,
+    precision: str,
+    pipeline: TextPipeline,
+    *,
+    version: str,
+    batch: int,
+    tokens: int,
+    requests: int,
+    tokenizers: int,
+) -> dict[str, Any]:
+    """The answer of ``/info``, with all fields that the API's description requires.
+
+    Args:
+        name: The model's.
+        sha: What says which version it is.
+        precision: Of its numbers.
+        pipeline: How it takes texts.
+        version: The server's.
+        batch: Rows of a call, at most.
+        tokens: Tokens of a call, at most.
+        requests: How many may be on their way to a model.
+        tokenizers: How many threads tokenize.
+    """
+    classes: dict[str, Any] = {
+        "id2label": {str(k): label for k, label in enumerate(pipeline.labels)},
+        "label2id": {label: k for k, label in enumerate(pipeline.labels)},
+    }
     kinds: dict[str, dict[str, Any]] = {
         "vectors": {"embedding": {"pooling": pipeline.pooling}},
         "scores": {"reranker" if pipeline.pairs else "classifier": classes},
@@ -275,10 +323,13 @@ def info(name: str, sha: str, precision: str, pipeline: TextPipeline, version: s
         "model_sha": sha,
         "model_dtype": precision,
         "model_type": kinds[pipeline.task],
+        "max_concurrent_requests": requests,
         "max_input_length": pipeline.max_length,
+        "max_batch_tokens": max(tokens, pipeline.max_length),
         "max_batch_requests": batch,
         "max_client_batch_size": texts.MOST_TEXTS,
         "auto_truncate": False,
+        "tokenization_workers": tokenizers,
         "prompts": sorted(pipeline.prompts),
         "version": version,
     }

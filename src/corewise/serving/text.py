@@ -8,13 +8,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from corewise.artifact import Artifact
+from corewise.artifact.texts import most_known_id
 from corewise.common.errors import InputError
-from corewise.pipeline import TextEncoder, TokenPiece, Tokens, decode
+from corewise.pipeline import Call, TextEncoder, TokenPiece, Tokens, decode
 from corewise.records.build import TensorSpec
 from corewise.records.pipeline import Activation, TextPipeline
+from corewise.records.ranges import InputRange
 from corewise.samples.texts import Text, count_characters
 from corewise.serving.protocol import ProtocolError
-from corewise.serving.texts import TextRequest, pieces
+from corewise.serving.texts import Side, TextRequest, pieces
 
 TEXT, PAIR = (TensorSpec(name=name, dtype="object", shape=(None,)) for name in ("text", "text_pair"))
 """What a request of the Open Inference Protocol may have in place of the model's own inputs."""
@@ -32,10 +34,16 @@ MOST_PADDED_TOKENS = 2**20
 class TextInput:
     """One artifact's texts. Thread-safe."""
 
-    def __init__(self, found: Artifact, pipeline: TextPipeline) -> None:
-        """Raises ``ArtifactError`` where the tokenizer is none, and ``MissingExtra``."""
+    def __init__(self, found: Artifact, pipeline: TextPipeline, ranges: Sequence[InputRange] | None = None) -> None:
+        """``ranges`` are those of the model's inputs, if they are known.
+
+        Raises ``ArtifactError`` where the tokenizer is none, and ``MissingExtra``.
+        """
         self.pipeline = pipeline
-        self.encoder = TextEncoder(pipeline, found.folder / pipeline.tokenizer)
+        self._most_id = most_known_id(pipeline, ranges)
+        self.encoder = TextEncoder(pipeline, found.folder / pipeline.tokenizer, most_id=self._most_id)
+        self.calls_alone: dict[int, Call] = {}
+        """The call of a text that is alone, by its tokens (``text_calls.split``)."""
         self._most_characters = TOKEN_CHARACTERS * pipeline.max_length
 
     @property
@@ -83,7 +91,7 @@ class TextInput:
                     "prompt_name names a prompt, which goes before texts and not before token ids",
                     "send texts, or leave prompt_name out",
                 )
-            return [self._given(ids, start + k) for k, ids in enumerate(asked.ids)]
+            return [self._given(ids, start + k, asked.truncate) for k, ids in enumerate(asked.ids)]
         noun = self.pipeline.noun
         for k, item in enumerate(asked.items, start):
             characters = count_characters(item)
@@ -134,11 +142,20 @@ class TextInput:
         """The text of each row of token ids."""
         return [self.encoder.text(ids, skip_special=skip_special) for ids in rows]
 
-    def _given(self, ids: Sequence[int], number: int) -> Tokens:
+    def _given(self, ids: Sequence[int], number: int, side: Side | None) -> Tokens:
         if self.pipeline.pairs:
             raise ProtocolError("the model takes pairs, and token ids do not say where the second begins", "send texts")
-        if len(ids) > self.pipeline.max_length:
+        # Calls have rows of their own: only here it is known which row of the request is wrong.
+        if self._most_id is not None and (largest := max(ids)) > self._most_id:
             raise ProtocolError(
-                f"row {number} has {len(ids)} tokens, the model takes {self.pipeline.max_length}", "send it in parts"
+                f"row {number} has the token {largest}, but the model knows 0 to {self._most_id}",
+                "send ids of the model's own tokenizer, or texts",
             )
+        most = self.pipeline.max_length
+        if len(ids) > most and side is None:
+            raise ProtocolError(
+                f"row {number} has {len(ids)} tokens, the model takes {most}",
+                "send it in parts, or ask for truncation",
+            )
+        ids = ids[:most] if side == "right" else ids[-most:]
         return Tokens(np.array(ids, np.int32), np.zeros(len(ids), np.int32))

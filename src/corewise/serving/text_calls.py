@@ -1,13 +1,13 @@
 """Requests of many texts as many calls: tokenized in pieces, sorted by length, and never more than a few in the queue.
 
 A long request must not hold up short ones. So its calls are small, they enter the queue only as earlier ones end, and
-calls of other requests that are due before them go first.
+calls of other requests that are due before them go first. Several long requests share the places that one may have.
 """
 
 import asyncio
 import time
-from collections import deque
-from collections.abc import Callable, Sequence
+from collections import Counter, deque
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -20,6 +20,7 @@ from corewise.serving.budget import Booking
 from corewise.serving.front import Front
 from corewise.serving.memory_limit import COPIES
 from corewise.serving.models import Models
+from corewise.serving.pool import AT_ONCE
 from corewise.serving.protocol import ProtocolError
 from corewise.serving.served import Served
 from corewise.serving.text import BUCKET, TextInput
@@ -28,13 +29,15 @@ from corewise.serving.texts import TextRequest, pieces
 CALL_TOKENS = 1024
 """Rows times padded tokens of one call: about 100 ms of MiniLM on one thread, of which a call's overhead is 2 %."""
 AHEAD = 1
-"""Calls of one request that wait while its others run on all instances."""
+"""Calls of long requests that wait while their others run on all instances."""
 PAUSE_S = 0.02
 """How long a request waits at least before it asks again for a place in the queue."""
 TEXT_BYTES, TOKEN_BYTES, WORD_BYTES = 512, 8, 160
 """What each tokenized text takes in memory, each of its tokens, and each token's place in the text."""
 SORTED_BYTES = 64
 """What sorting one text into calls costs, as bytes of JSON."""
+CLASS_BYTES, SPAN_BYTES = 8, 256
+"""What a class's probability costs to read from an output, and a token's label, as bytes of JSON."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,7 +49,7 @@ class TextAnswer:
     tokens: int
     """How many the model read, special ones included, without padding."""
     calls: Answer
-    """Without outputs: the longest wait and run of its calls, and the most rows of one."""
+    """The only call; of several, without outputs, the longest wait and run, and the most rows of one."""
 
 
 class TextCalls:
@@ -54,6 +57,8 @@ class TextCalls:
 
     def __init__(self, models: Models, front: Front) -> None:
         self._models, self._front = models, front
+        self._long: Counter[tuple[str, str]] = Counter()
+        """Requests of several calls that are on their way, by the name and version of their model."""
 
     async def run(
         self,
@@ -86,15 +91,22 @@ class TextCalls:
         answers: list[Any] = [None] * len(tokens)
         ended: list[Answer] = []
 
-        def take(call: Call, answer: Answer) -> None:
+        async def take(call: Call, answer: Answer) -> None:
             chosen = [tokens[place] for place in call.places]
             items = [asked.items[place] for place in call.places] if asked.items else [""] * len(chosen)
-            for place, each in zip(call.places, texts.answers(answer.outputs, items, chosen, activation), strict=True):
+            read = partial(texts.answers, answer.outputs, items, chosen, activation)
+            found = await self._front.read(read, read_bytes(texts, chosen, answer), deadline_s=AT_ONCE)
+            for place, each in zip(call.places, found, strict=True):
                 answers[place] = each
-            ended.append(replace(answer, outputs=[]))
+            ended.append(answer if len(calls) == 1 else replace(answer, outputs=[]))
             booking.add(sum(output.nbytes for output in answer.outputs))
 
-        await self._run(served, texts, tokens, calls, take, deadline_s)
+        if len(calls) == 1:
+            (call,) = calls
+            inputs = texts.inputs([tokens[place] for place in call.places], call.tokens)
+            await take(call, await self._submit(served, inputs, deadline_s))
+        else:
+            await self._run(served, texts, tokens, calls, take, deadline_s)
         return TextAnswer(answers=answers, tokens=sum(lengths), calls=_longest(ended))
 
     async def _run(
@@ -103,7 +115,7 @@ class TextCalls:
         texts: TextInput,
         tokens: Sequence[Tokens],
         calls: Sequence[Call],
-        take: Callable[[Call, Answer], None],
+        take: Callable[[Call, Answer], Awaitable[None]],
         deadline_s: float,
     ) -> None:
         """Run all calls, a few at a time; give up the places of those that wait if one fails, or the client goes.
@@ -113,18 +125,19 @@ class TextCalls:
         """
         patience_s = deadline_s - time.monotonic()
         waiting, running = deque(calls), dict[asyncio.Future[Answer], Call]()
-        most = served.plan.instances + AHEAD
+        key = served.name, served.version
+        self._long[key] += 1
         try:
             while waiting or running:
-                if time.monotonic() > deadline_s:
+                if (now_s := time.monotonic()) > deadline_s:
                     raise NotServed("expired")
                 pause_s: float | None = None
+                most = -(-(served.plan.instances + AHEAD) // self._long[key])
                 while waiting and len(running) < most and pause_s is None:
                     call = waiting[0]
                     inputs = texts.inputs([tokens[place] for place in call.places], call.tokens)
                     try:
-                        due_s = deadline_s if len(calls) == 1 else time.monotonic() + patience_s
-                        future = self._submit(served, inputs, due_s)
+                        future = self._submit(served, inputs, time.monotonic() + patience_s)
                     except NotServed as refused:
                         # Without an end yet, the whole request is refused; later there will be room, or no time.
                         if len(waiting) == len(calls) or refused.reason not in ("queue full", "overloaded"):
@@ -136,12 +149,17 @@ class TextCalls:
                     left_s = deadline_s - time.monotonic()
                     await asyncio.sleep(max(PAUSE_S, min(pause_s or PAUSE_S, left_s)))
                     continue
-                ended, _ = await asyncio.wait(running, return_when=asyncio.FIRST_COMPLETED)
+                # Calls wait longer than the whole may take.
+                left_s = max(0.0, deadline_s - now_s)
+                ended, _ = await asyncio.wait(running, timeout=left_s, return_when=asyncio.FIRST_COMPLETED)
                 for each in ended:
-                    take(running.pop(each), each.result())
+                    await take(running.pop(each), each.result())
         finally:
             for each in running:
                 each.cancel()
+            self._long[key] -= 1
+            if not self._long[key]:
+                del self._long[key]
 
     def _submit(self, served: Served, inputs: Sequence[Any], deadline_s: float) -> "asyncio.Future[Answer]":
         served.values.check(inputs)
@@ -157,16 +175,31 @@ def held_bytes(tokens: Sequence[Tokens]) -> int:
     return sum(TEXT_BYTES + TOKEN_BYTES * len(each) + WORD_BYTES * len(each.offsets) for each in tokens)
 
 
+def read_bytes(texts: TextInput, tokens: Sequence[Tokens], answer: Answer) -> int:
+    """What it costs to read the answers from a call's outputs, as bytes of JSON; vectors are there as they are."""
+    task = texts.pipeline.task
+    if task == "vectors":
+        return 0
+    return SPAN_BYTES * sum(map(len, tokens)) if task == "tokens" else CLASS_BYTES * answer.outputs[0].size
+
+
 def split(lengths: Sequence[int], served: Served) -> list[Call]:
     """The calls for texts of these lengths, which no other request has to wait for long."""
-    plan = served.plan
+    plan, text = served.plan, served.text
+    if len(lengths) == 1 and text is not None and (known := text.calls_alone.get(lengths[0])) is not None:
+        return [known]
     limits = CallLimits.of_few_sizes(plan.batch, tokens=CALL_TOKENS)
-    pads = served.text is None or served.text.pipeline.pads
+    pads = text is None or text.pipeline.pads
     cost = call_cost(served.manifest, plan)
-    return fill(lengths, limits=limits, cost=cost, instances=plan.instances, multiple=BUCKET, pads=pads)
+    calls = fill(lengths, limits=limits, cost=cost, instances=plan.instances, multiple=BUCKET, pads=pads)
+    if len(lengths) == 1 and text is not None:
+        text.calls_alone[lengths[0]] = calls[0]
+    return calls
 
 
 def _longest(calls: Sequence[Answer]) -> Answer:
+    if len(calls) == 1:
+        return calls[0]
     return Answer(
         outputs=[],
         waited_s=max(each.waited_s for each in calls),

@@ -37,12 +37,17 @@ class TextModels:
 
     def named(self, model: str) -> Served:
         """The model ``NAME`` or ``NAME@VERSION``. Raises ``FieldError``."""
+        with suppress(ProtocolError):  # whose message does not name the field
+            return self._models.find(model, None)
         names = {name for name, _ in self._models.names}
         name, _, version = (model, "", "") if model in names else model.partition("@")
         if name not in names:
             known = ", ".join(sorted(names))
             raise FieldError("model", f"there is no model {model[: texts.MOST_ROOM]!r}", f"there is {known}", 404)
-        return self._models.find(name, version or None)
+        try:
+            return self._models.find(name, version or None)
+        except ProtocolError as error:
+            raise FieldError("model", error.what, error.fix, error.status) from error
 
     def chosen(self, model: str | None, *tasks: TextTask) -> Served:
         """The model that is named, or the only one of these tasks. Raises ``FieldError``."""
@@ -82,7 +87,7 @@ def check_vectors(served: Served, dimensions: int | None = None) -> None:
         raise FieldError(
             "model",
             f"the model {served.name} gives a vector for each token",
-            f"ask /v2/models/{served.name}/infer for them, or make it again with --pooling mean",
+            "ask /embed_all for them, or make it again with --pooling mean",
         )
     trained = () if served.text is None else served.text.pipeline.dimensions
     if dimensions is not None and dimensions not in (shape[1], *trained):
@@ -91,3 +96,15 @@ def check_vectors(served: Served, dimensions: int | None = None) -> None:
             f"the model {served.name} gives vectors of {shape[1]} dimensions, and was not trained for {dimensions}",
             f"give one of {', '.join(map(str, trained))}" if trained else "leave dimensions out",
         )
+
+
+def check_token_vectors(served: Served, dimensions: int | None = None) -> None:
+    """Raise ``FieldError`` unless the model gives a vector for each token; of these none can be cut."""
+    if len(served.outputs[0].shape) == 2:
+        raise FieldError(
+            "model",
+            f"the model {served.name} gives one vector for each text",
+            "ask /embed for it, or make it again with --pooling none",
+        )
+    if dimensions is not None:
+        raise FieldError("dimensions", "the vectors of tokens have no other dimensions", "leave dimensions out")

@@ -1,11 +1,12 @@
 """The paths for texts: OpenAI's, Text Embeddings Inference's, and ``/v1/rerank``.
 
 A path exists if a served model's pipeline fits it. Which model: the request's ``model``, else the only one that fits.
+Requests go past Starlette's router and its middleware, as those for inference do: both cost as much as a short text.
 """
 
 import asyncio
 import json
-from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Mapping
 from contextlib import ExitStack, asynccontextmanager
 from dataclasses import replace
 from typing import Any, Protocol, TypeVar
@@ -16,14 +17,16 @@ from numpy.typing import NDArray
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
+from starlette.types import ASGIApp, Receive, Scope, Send
 
 from corewise._version import __version__
 from corewise.common.errors import CorewiseError
 from corewise.records.pipeline import Activation, TextTask
 from corewise.serving import bodies, openai, rerank, tei, texts
 from corewise.serving.budget import Booking
+from corewise.serving.deliveries import Waiters
 from corewise.serving.front import Front
-from corewise.serving.infer import ARRIVED, GONE, client_of
+from corewise.serving.infer import ARRIVED, CLOSED_REQUEST, GONE, WHOLE, broken, client_of
 from corewise.serving.memory_limit import COPIES
 from corewise.serving.metrics import Metrics
 from corewise.serving.models import Models
@@ -31,15 +34,17 @@ from corewise.serving.pool import AT_ONCE
 from corewise.serving.protocol import VALUE_BYTES, Limits
 from corewise.serving.served import Served
 from corewise.serving.text import TextInput
-from corewise.serving.text_calls import TextAnswer, TextCalls
-from corewise.serving.text_models import ANY, CLASSIFY, TextModels, check_vectors, task_of
+from corewise.serving.text_calls import CALL_TOKENS, TextAnswer, TextCalls
+from corewise.serving.text_models import ANY, CLASSIFY, TextModels, check_token_vectors, check_vectors, task_of
 from corewise.serving.texts import FieldError, TextRequest
 
 RESULT_BYTES = 64
 """About what one text's score or class takes in JSON."""
 PIECE_BYTES = 600
 """What a token takes while it is described, with its text and its JSON; each byte of a text may be one."""
+OPENAI_PATHS = ("/v1/embeddings", "/embeddings")
 RERANK_PATHS = ("/v1/rerank", "/v2/rerank")
+TEI_PATHS = ("/embed", "/embed_all", "/similarity", "/rerank", "/predict", "/tokenize", "/decode", "/info")
 
 T = TypeVar("T")
 Handler = Callable[[Request], Awaitable[Response]]
@@ -85,15 +90,13 @@ class TextRoutes:
         self._told, self._deadline_s = told, deadline_s
         self._calls = TextCalls(models, front)
 
-    @property
-    def routes(self) -> list[Route]:
-        """For the server's app."""
         by_shape: dict[Shape, dict[str, Handler]] = {
-            _openai_error: {"/v1/embeddings": self.embeddings},
+            _openai_error: dict.fromkeys(OPENAI_PATHS, self.embeddings),
             _rerank_error: dict.fromkeys(RERANK_PATHS, self.rerank),
             _tei_error: {
                 "/": self.root,
                 "/embed": self.embed,
+                "/embed_all": self.embed_all,
                 "/similarity": self.similarity,
                 "/rerank": self.rank,
                 "/predict": self.predict,
@@ -101,16 +104,24 @@ class TextRoutes:
                 "/decode": self.decode,
             },
         }
-        posts = [
-            Route(path, self._shaped(handler, shape), methods=["POST"])
+        self.posts: dict[str, ASGIApp] = {
+            path: _Shaped(handler, shape, told)
             for shape, handlers in by_shape.items()
             for path, handler in handlers.items()
+        }
+        """What answers POST, by path."""
+
+    @property
+    def routes(self) -> list[Route]:
+        """For the server's app, which knows by them what else there is at these paths."""
+        gets: list[tuple[str, Handler, Shape]] = [
+            ("/v1/models", self.list_models, _openai_error),
+            ("/v1/models/{name}", self.describe_model, _openai_error),
+            ("/info", self.info, _tei_error),
         ]
         return [
-            *posts,
-            Route("/v1/models", self._shaped(self.list_models, _openai_error)),
-            Route("/v1/models/{name}", self._shaped(self.describe_model, _openai_error)),
-            Route("/info", self._shaped(self.info, _tei_error)),
+            *(Route(path, answer, methods=["POST"]) for path, answer in self.posts.items()),
+            *(Route(path, _Shaped(handler, shape, self._told), methods=["GET"]) for path, handler, shape in gets),
         ]
 
     # --- OpenAI -------------------------------------------------------------------------------------------------
@@ -158,14 +169,23 @@ class TextRoutes:
         """What the only model does, as Hugging Face's endpoints have it."""
         served = self._models.chosen(None, *ANY)
         assert served.text is not None
-        handlers = {"vectors": self.embed, "scores": self.rank}
-        return await handlers.get(task_of(served.text), self.predict)(request)
+        task = task_of(served.text)
+        if task == "vectors":
+            has_vectors = len(served.outputs[0].shape) == 2
+            return await (self._embedded(request, tei.embed_or_compare) if has_vectors else self.embed_all(request))
+        return await (self.rank(request) if task == "scores" else self.predict(request))
 
     async def embed(self, request: Request) -> Response:
         """Texts to vectors."""
+        return await self._embedded(request, tei.embed)
 
+    async def similarity(self, request: Request) -> Response:
+        """Cosines of a sentence with others."""
+        return await self._embedded(request, tei.similarity)
+
+    async def _embedded(self, request: Request, read: Callable[[bytes], tei.EmbedRequest]) -> Response:
         def parse(body: bytes) -> tei.EmbedRequest:
-            asked = tei.embed(body)
+            asked = read(body)
             served = self._models.chosen(asked.model, "vectors")
             check_vectors(served, asked.dimensions)
             if not asked.normalize and served.text is not None and served.text.pipeline.normalize:
@@ -176,22 +196,22 @@ class TextRoutes:
 
             def render() -> bytes:
                 vectors = _vectors(answer, asked.dimensions)
+                if asked.is_similarity:
+                    return tei.render_similarities(vectors)
                 return tei.render_vectors(texts.normalized(vectors) if asked.normalize else vectors)
 
             return await self._rendered(render, _values(answer) * VALUE_BYTES)
 
-    async def similarity(self, request: Request) -> Response:
-        """Cosines of a sentence with others."""
+    async def embed_all(self, request: Request) -> Response:
+        """Texts to a vector for each token."""
 
         def parse(body: bytes) -> tei.EmbedRequest:
-            asked = tei.similarity(body)
-            check_vectors(self._models.chosen(asked.model, "vectors"))
+            asked = tei.embed(body)
+            check_token_vectors(self._models.chosen(asked.model, "vectors"), asked.dimensions)
             return asked
 
         async with self._answered(request, parse, "vectors") as (_, _, answer):
-            return await self._rendered(
-                lambda: tei.render_similarities(_vectors(answer)), len(answer.answers) * VALUE_BYTES
-            )
+            return await self._rendered(lambda: tei.render_token_vectors(answer.answers), _values(answer) * VALUE_BYTES)
 
     async def rank(self, request: Request) -> Response:
         """Texts in the order in which they answer a query."""
@@ -267,6 +287,9 @@ class TextRoutes:
                 served.text.pipeline,
                 version=__version__,
                 batch=served.plan.batch,
+                tokens=CALL_TOKENS,
+                requests=self._front.most_requests,
+                tokenizers=self._front.threads,
             )
         )
 
@@ -288,12 +311,12 @@ class TextRoutes:
             name = _request_id(request)
             with self._metrics.unnamed_request("http", name):
                 place.enter_context(self._front.place(client))
-                body = await bodies.read(request, self._limits, booking)
+                body = await _read(request, self._limits, booking)
                 await self._front.turn(deadline_s, gone=request.scope.get(GONE))
                 asked = await self._front.read(lambda: parse(body), len(body), deadline_s=deadline_s)
                 served = self._models.chosen(asked.model, *tasks)
-            arrived_s = request.scope.get(ARRIVED)
-            with self._metrics.request(served, "http", request.headers, name, arrived_s) as note:
+            headers = request.headers if self._metrics.is_traced else {}
+            with self._metrics.request(served, "http", headers, name, request.scope.get(ARRIVED)) as note:
                 chosen = activation(asked) if callable(activation) else activation
                 work = self._calls.run(
                     served,
@@ -310,40 +333,90 @@ class TextRoutes:
     async def _body(self, request: Request, most_bytes: int, booking: Booking, deadline_s: float) -> bytes:
         limits = replace(self._limits, body_bytes=min(self._limits.body_bytes, most_bytes))
         with self._front.place(client_of(request.scope)):
-            body = await bodies.read(request, limits, booking)
+            body = await _read(request, limits, booking)
             await self._front.turn(deadline_s, gone=request.scope.get(GONE))
         return body
 
     async def _rendered(self, render: Callable[[], bytes], size_bytes: int) -> Response:
         return Response(await self._front.read(render, size_bytes, deadline_s=AT_ONCE), media_type="application/json")
 
-    # --- errors -------------------------------------------------------------------------------------------------
 
-    def _shaped(self, handler: Handler, shape: Shape) -> Handler:
-        """The handler, with errors as its API has them."""
+class _Shaped:
+    """What answers at one path, with errors as its API has them; as ASGI has it."""
 
-        async def shaped(request: Request) -> Response:
-            try:
-                return await handler(request)
-            except CorewiseError as error:
-                told = await self._told(request, error)
-                message = json.loads(bytes(told.body))["error"]
-                field = error.field if isinstance(error, FieldError) else None
-                headers = {"retry-after": told.headers["retry-after"]} if "retry-after" in told.headers else None
-                return JSONResponse(shape(message, told.status_code, field), told.status_code, headers)
+    def __init__(self, handler: Handler, shape: Shape, told: Told) -> None:
+        self._handler, self._shape, self._told = handler, shape, told
 
-        return shaped
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """As ASGI has it."""
+        request = Request(scope, receive)
+        try:
+            response = await self._handler(request)
+        except ClientDisconnect:
+            response = Response(status_code=CLOSED_REQUEST)
+        except CorewiseError as error:
+            told = await self._told(request, error)
+            headers = {"retry-after": told.headers["retry-after"]} if "retry-after" in told.headers else {}
+            field = error.field if isinstance(error, FieldError) else None
+            response = self._error(bytes(told.body), told.status_code, field, headers)
+        except Exception as error:  # noqa: BLE001 - the request boundary: the log says what it was
+            status, _, body = broken(error, scope)
+            response = self._error(body, status, None, {})
+        await response(scope, receive, send)
+
+    def _error(self, body: bytes, status: int, field: str | None, headers: Mapping[str, str]) -> Response:
+        return JSONResponse(self._shape(json.loads(body)["error"], status, field), status, headers)
 
 
 def error_body(path: str, message: str, status: int) -> dict[str, Any]:
     """An error's body as the API of that path has it, for errors that come before its handler."""
     if path in RERANK_PATHS:
         return rerank.error(message)
-    return openai.error(message, status) if path.startswith("/v1/") else {"error": message}
+    if path in TEI_PATHS:
+        return tei.error(message, status)
+    return openai.error(message, status) if path.startswith("/v1/") or path in OPENAI_PATHS else {"error": message}
+
+
+async def _read(request: Request, limits: Limits, booking: Booking) -> bytes:
+    """The body; without a timeout or an unpacker if it is there as it is."""
+    if not request.scope.get(WHOLE) or b"content-encoding" in dict(request.scope["headers"]):
+        return await bodies.read(request, limits, booking)
+    return await bodies.whole(request.receive, limits, booking)
 
 
 async def _unless_gone(request: Request, work: Coroutine[Any, Any, T]) -> T:
-    """What the work returns; if the client goes before, it is cancelled."""
+    """What the work returns; if the client goes before, it is cancelled, and ``ClientDisconnect`` raised.
+
+    The server's own connections say by ``Waiters`` that the client is gone. Elsewhere, as under Ray Serve, another task
+    waits for the message.
+    """
+    waiters: Waiters | None = request.scope.get(GONE)
+    if waiters is None:
+        return await _unless_disconnected(request, work)
+    task, gone = asyncio.current_task(), asyncio.get_running_loop().create_future()
+    assert task is not None
+    is_over = False
+
+    def leave(_: "asyncio.Future[None]") -> None:
+        gone.exception()  # it is seen
+        if not is_over:
+            task.cancel()
+
+    gone.add_done_callback(leave)
+    waiters.add(gone)
+    try:
+        return await work
+    except asyncio.CancelledError:
+        if gone.done():
+            task.uncancel()
+            raise ClientDisconnect from None
+        raise
+    finally:
+        is_over = True
+        waiters.discard(gone)
+
+
+async def _unless_disconnected(request: Request, work: Coroutine[Any, Any, T]) -> T:
     task = asyncio.ensure_future(work)
     gone = asyncio.ensure_future(_gone(request))
     gone.add_done_callback(lambda _: task.cancel())
@@ -365,7 +438,8 @@ async def _gone(request: Request) -> None:
 
 def _vectors(answer: TextAnswer, dimensions: int | None = None) -> NDArray[np.float32]:
     """The vectors, (N, D)."""
-    return texts.shortened(np.stack(answer.answers).astype(np.float32, copy=False), dimensions)
+    vectors = answer.answers[0][None] if len(answer.answers) == 1 else np.stack(answer.answers)
+    return texts.shortened(vectors.astype(np.float32, copy=False), dimensions)
 
 
 def _request_id(request: Request) -> str:

@@ -28,6 +28,9 @@ MOST_ROOM = 64
 """Characters of a wrong value that an error repeats."""
 
 Side = Literal["right", "left"]
+KINDS = {b"[[": "rows", **{b"[%c" % digit: "ids" for digit in b"-0123456789"}}
+"""What a list in JSON has, by what it begins with; texts, if it is none of these."""
+
 T = TypeVar("T")
 TokenId = Annotated[int, msgspec.Meta(ge=0, lt=2**31)]
 Truncate = bool | str | None
@@ -68,6 +71,9 @@ class Piece(NamedTuple):
 
 def pieces(asked: TextRequest) -> Iterator[Piece]:
     """The request in parts of ``PIECE_TEXTS`` texts and about ``PIECE_CHARACTERS`` characters at most."""
+    if len(asked) == 1:
+        yield Piece(0, asked, count_characters(asked.items[0]) if asked.items else 0)
+        return
     start = characters = 0
     for k in range(len(asked)):
         # Token ids are tokenized already.
@@ -99,8 +105,7 @@ def decode(body: bytes, read: Callable[[bytes], T]) -> T:
 def strings_or_ids(raw: msgspec.Raw, field: str) -> tuple[list[str], list[list[int]]]:
     """A text, texts, token ids or rows of them: the texts, or the rows. Raises ``FieldError``."""
     text = b"".join(bytes(memoryview(raw)[:MOST_ROOM]).split())
-    kinds = {b'"': "text", b"[[": "rows", **{b"[%c" % digit: "ids" for digit in b"-0123456789"}}
-    kind = next((kind for start, kind in kinds.items() if text.startswith(start)), "texts")
+    kind = "text" if text[:1] == b'"' else KINDS.get(text[:2], "texts")
     if text.startswith(b"[]"):
         raise FieldError(field, f"{field} is empty", "give at least one text")
     found: Any = decode(bytes(raw), _decoder(kind, field))[field]

@@ -465,6 +465,27 @@ def test_a_prompt_goes_before_texts_and_not_before_token_ids(tokenizer: Path) ->
         text.tokens(TextRequest(ids=[[2, 4, 3]], prompt="query"))
 
 
+def test_token_ids_are_cut_where_the_request_says(tokenizer: Path) -> None:
+    artifact: Any = SimpleNamespace(folder=tokenizer.parent)
+    text = TextInput(artifact, pipeline_of(tokenizer=tokenizer.name, max_length=3))
+    rows = [[2, 4, 3], [2, 4, 5, 6, 3]]
+    with pytest.raises(ProtocolError, match="row 1 has 5 tokens, the model takes 3; send it in parts, or ask for"):
+        text.tokens(TextRequest(ids=rows))
+    cut = {side: text.tokens(TextRequest(ids=rows, truncate=side)) for side in ("right", "left")}
+    assert [each.ids.tolist() for each in cut["right"]] == [[2, 4, 3], [2, 4, 5]]
+    assert [each.ids.tolist() for each in cut["left"]] == [[2, 4, 3], [5, 6, 3]]
+
+
+def test_a_token_that_the_model_does_not_know_is_named_by_its_row_of_the_request(tokenizer: Path) -> None:
+    artifact: Any = SimpleNamespace(folder=tokenizer.parent)
+    ranges = [InputRange(values=(ValueRange(low=0, high=high),)) for high in (7, 1, 1)]
+    text = TextInput(artifact, pipeline_of(tokenizer=tokenizer.name), ranges)
+    with pytest.raises(ProtocolError, match="row 21 has the token 8, but the model knows 0 to 7; send ids of the"):
+        text.tokens(TextRequest(ids=[[2, 7, 3], [2, 8, 3]]), 20)
+    with pytest.raises(ProtocolError, match="text 21 has the token 8, but the model knows 0 to 7"):
+        text.tokens(TextRequest(items=["red", "tree"]), 20)
+
+
 def test_one_long_text_among_many_short_ones_is_refused_before_it_is_padded(
     tokenizer: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

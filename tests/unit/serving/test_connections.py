@@ -362,6 +362,53 @@ def test_a_client_that_reads_no_more_of_its_answer_is_cut_off(unread_bytes, monk
     asyncio.run(asyncio.wait_for(main(), 30))
 
 
+@pytest.mark.parametrize("at_once", [True, False])
+def test_a_client_that_goes_after_a_long_body_is_seen_to_be_gone(at_once):
+    class Paused(Transport):
+        is_paused = False
+
+        def pause_reading(self):
+            self.is_paused = True
+
+        def resume_reading(self):
+            self.is_paused = False
+
+        def write(self, data):
+            pass
+
+    async def main():
+        bodies, began = [], asyncio.Event()
+
+        async def app(scope, receive, send):
+            while (message := await receive())["type"] == "http.request":
+                bodies.append(len(message["body"]))
+                if not message["more_body"]:
+                    began.set()
+                    await asyncio.sleep(3600)
+
+        transport = Paused()
+        config = web_server.config(app, Room(10, 1.0))
+        connection = web_server._Patient(config, ServerState(), {}, Room(10, 1.0).seat(""))
+        connection.connection_made(transport)
+        head, body = b"POST /embed HTTP/1.1\r\nhost: x\r\ncontent-length: 200000\r\n\r\n", b"x" * 200_000
+        parts = (head + body,) if at_once else (head, body[:100_000], body[100_000:])
+        for part in parts:
+            await rounds(3)
+            assert not transport.is_paused  # the app asks for more
+            connection.data_received(part)
+        await began.wait()
+        assert sum(bodies) == len(body)
+        assert not transport.is_paused
+        connection.data_received(head + body)  # the next one has to wait for the answer to this one
+        assert transport.is_paused
+        connection.connection_lost(None)
+        await connection.cycle.message_event.wait()
+        for task in connection.tasks:
+            task.cancel()
+
+    asyncio.run(asyncio.wait_for(main(), 30))
+
+
 class Silent(Transport):
     """One to which can be written."""
 

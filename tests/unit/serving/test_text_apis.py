@@ -111,6 +111,7 @@ def test_openais_errors_and_models():
         "code": "model_not_found",
     }
     assert openai.error("full", 503)["error"]["type"] == "server_error"
+    assert openai.error("no such path", 404)["error"]["code"] is None
     assert openai.model_entry("m", "2026-01-02T03:04:05+00:00")["created"] == 1767323045
     assert openai.model_entry("m", "long ago")["created"] == 0
 
@@ -151,6 +152,67 @@ def test_documents_are_ranked():
         rerank.parse(body(query="q", documents=[]))
     with pytest.raises(FieldError, match="top_n"):
         rerank.parse(body(query="q", documents=["a"], top_n=0))
+
+
+def test_documents_may_be_objects_with_texts_of_which_some_count():
+    whole = {"title": "Dune", "text": "sand", "year": 1965}
+    asked = rerank.parse(body(query="q", documents=[whole, "b"], return_documents=True))
+    assert asked.texts.items == [("q", "sand"), ("q", "b")]
+    answer = json.loads(rerank.render(asked, "m", "r1", np.array([0.9, 0.5]), tokens=9))
+    assert [each["document"] for each in answer["results"]] == [whole, {"text": "b"}]
+    asked = rerank.parse(body(query="q", documents=[whole, {"title": "Emma"}], rank_fields=["title", "text"]))
+    assert asked.texts.items == [("q", "Dune\nsand"), ("q", "Emma")]
+
+
+@pytest.mark.parametrize(
+    ("documents", "fields", "match"),
+    [
+        (["a", {"image": "b"}], None, r"documents\[1\] has none of the fields text; give texts, or objects"),
+        ([{"text": "a"}], ["title"], r"documents\[0\] has none of the fields title"),
+        ([{"text": "a", "year": 1}], ["text", "year"], r"documents\[0\] has something that is not a text"),
+        ([5], None, r"documents\[0\]: Expected `str \| object`, got `int`"),
+    ],
+)
+def test_documents_without_texts_are_named(documents, fields, match):
+    with pytest.raises(FieldError, match=match) as caught:
+        rerank.parse(body(query="q", documents=documents, rank_fields=fields))
+    assert caught.value.field == "documents"
+
+
+@pytest.mark.parametrize("inputs", ["a", ["a"], [[1, 2]]])
+def test_one_address_takes_texts_to_embed_and_to_compare(inputs):
+    assert tei.embed_or_compare(body(inputs=inputs)) == tei.embed(body(inputs=inputs))
+    sentences = {"source_sentence": "a", "sentences": ["b"]}
+    asked = tei.embed_or_compare(b'{"inputs":  ' + json.dumps(sentences).encode() + b', "parameters": {}}')
+    assert (asked.is_similarity, asked.texts.items) == (True, ["a", "b"])
+    with pytest.raises(FieldError, match="missing required field `inputs`"):
+        tei.embed_or_compare(body(text="a"))
+
+
+def test_info_has_what_the_apis_description_requires():
+    pipeline = SimpleNamespace(task="scores", pairs=True, pooling="", labels=("no", "yes"), max_length=2048, prompts={})
+    told = tei.info("m", "s", "int8", pipeline, version="1", batch=8, tokens=1024, requests=512, tokenizers=2)
+    required = {
+        "model_id",
+        "model_dtype",
+        "model_type",
+        "max_concurrent_requests",
+        "max_input_length",
+        "max_batch_tokens",
+        "max_client_batch_size",
+        "auto_truncate",
+        "tokenization_workers",
+        "version",
+    }
+    assert required <= set(told)
+    assert told["max_batch_tokens"] == 2048
+    labels = {"id2label": {"0": "no", "1": "yes"}, "label2id": {"no": 0, "yes": 1}}
+    assert told["model_type"] == {"reranker": labels}
+
+
+def test_each_tokens_vectors_are_a_list_for_each_text():
+    found = tei.render_token_vectors([np.ones((2, 2), np.float32), np.zeros((1, 2), np.float32)])
+    assert json.loads(found) == [[[1, 1], [1, 1]], [[0, 0]]]
 
 
 @pytest.mark.parametrize(

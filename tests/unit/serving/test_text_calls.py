@@ -13,6 +13,7 @@ from corewise.pipeline import Tokens
 from corewise.records.build import Plan
 from corewise.serving import text_calls, texts
 from corewise.serving.deliveries import Deliveries
+from corewise.serving.front import SMALL_BYTES
 from corewise.serving.memory_limit import COPIES
 from corewise.serving.protocol import ProtocolError
 from corewise.serving.text import TextInput
@@ -27,11 +28,13 @@ class Front:
 
     def __init__(self):
         self.deliveries = Deliveries()
+        self.read_bytes = []
 
     async def tokenize(self, work, characters, served, deadline_s):
         return work()
 
     async def read(self, work, size, *, deadline_s):
+        self.read_bytes.append(size)
         return work()
 
     def call(self, models, served, inputs, deadline_s):
@@ -44,7 +47,10 @@ class Front:
 class Texts:
     """A text's tokens are its characters; a call's answers are the lengths of its texts."""
 
-    pipeline = SimpleNamespace(pads=True)
+    pipeline = SimpleNamespace(pads=True, task="vectors")
+
+    def __init__(self):
+        self.calls_alone = {}
 
     def tokens(self, asked, start):
         return [Tokens(np.array([*map(ord, item)], np.int32), np.zeros(len(item), np.int32)) for item in asked.items]
@@ -94,10 +100,14 @@ def manifest_of(model):
     return SimpleNamespace(model=model, plan=PLAN, call_costs=None)
 
 
-def run(queue, items, *, ends=True, booked=None, on_tokenized=lambda: None, within_s=60):
+def served_of(texts):
     values = SimpleNamespace(check=lambda inputs: None)
-    served = SimpleNamespace(name="m", version="1", plan=PLAN, text=Texts(), values=values)
-    served.manifest = manifest_of("first")
+    manifest = manifest_of("first")
+    return SimpleNamespace(name="m", version="1", plan=PLAN, text=texts, values=values, manifest=manifest)
+
+
+def run(queue, items, *, ends=True, booked=None, on_tokenized=lambda: None, within_s=60):
+    served = served_of(Texts())
     booking = SimpleNamespace(add=([] if booked is None else booked).append)
 
     async def both():
@@ -113,7 +123,7 @@ def run(queue, items, *, ends=True, booked=None, on_tokenized=lambda: None, with
             async with asyncio.timeout(60):
                 while len(queue.waiting) < INSTANCES + text_calls.AHEAD:
                     await asyncio.sleep(0)
-            return await asyncio.wait_for(working, 0.05)
+            return await asyncio.wait_for(working, 0.05 if within_s == 60 else 60)
         ending = asyncio.ensure_future(queue.end_all())
         try:
             return await asyncio.wait_for(working, 60)
@@ -133,6 +143,52 @@ def test_two_thousand_texts_run_in_small_calls_of_which_few_wait():
     assert queue.most <= INSTANCES + text_calls.AHEAD
     assert all(rows <= ROWS and (rows == 1 or rows * length <= CALL_TOKENS) for rows, length in queue.shapes)
     assert (found.calls.waited_s, found.calls.ran_s) == (1.0, 0.5)
+
+
+@pytest.mark.parametrize("requests", [2, 3, 8])
+def test_long_requests_share_the_places_that_one_may_have(requests):
+    queue, served = Queue(), served_of(Texts())
+
+    async def all_of_them():
+        calls = TextCalls(queue, Front())
+        asked = TextRequest(items=["x" * 8] * 300)
+        booking = SimpleNamespace(add=lambda size: None)
+        working = [calls.run(served, asked, booking, deadline_s=time.monotonic() + 60) for _ in range(requests)]
+        ending = asyncio.ensure_future(queue.end_all())
+        found = await asyncio.wait_for(asyncio.gather(*working), 60)
+        ending.cancel()
+        assert not calls._long
+        return found
+
+    found = asyncio.run(all_of_them())
+    assert [each.answers for each in found] == [[8] * 300] * requests
+    # The first one does not know yet that others come.
+    assert queue.most <= INSTANCES + text_calls.AHEAD + requests
+
+
+@pytest.mark.parametrize(
+    ("task", "outputs", "is_small"),
+    [
+        ("vectors", np.zeros((4, 4096)), True),
+        ("classes", np.zeros((1, 28)), True),
+        ("classes", np.zeros((16, 1000)), False),
+        ("tokens", np.zeros((1, 12, 9)), True),
+        ("tokens", np.zeros((8, 128, 9)), False),
+    ],
+)
+def test_answers_that_take_long_to_read_are_read_beside_the_event_loop(task, outputs, is_small):
+    tokens = [Tokens(np.zeros(row.shape[0] if row.ndim == 2 else 8, np.int32), np.zeros(0)) for row in outputs]
+    answer = Answer(outputs=[outputs], waited_s=0.0, ran_s=0.0, batch_rows=len(outputs))
+    size = text_calls.read_bytes(SimpleNamespace(pipeline=SimpleNamespace(task=task)), tokens, answer)
+    assert (size <= SMALL_BYTES) == is_small
+
+
+def test_a_text_that_is_alone_is_looked_up_by_its_length(monkeypatch):
+    served = served_of(Texts())
+    (call,) = text_calls.split([5], served)
+    assert call == ((0,), 8)
+    monkeypatch.setattr(text_calls, "fill", lambda *_, **__: pytest.fail("it is known"))
+    assert text_calls.split([5], served) == [call]
 
 
 def test_later_calls_do_not_go_before_requests_that_came_meanwhile():
@@ -193,6 +249,12 @@ def test_a_pause_ends_with_the_deadline():
     queue.retry_after_s = 30.0
     with pytest.raises(NotServed, match="time"):
         run(queue, ["x" * 8] * 300, within_s=0.1)
+
+
+def test_a_long_request_waits_for_its_calls_no_longer_than_it_may_take():
+    with pytest.raises(NotServed) as caught:
+        run(Queue(), ["x" * 8] * 300, ends=False, within_s=0.1)
+    assert caught.value.reason == "expired"
 
 
 def test_texts_in_place_of_tensors_are_tokenized_in_pieces_too():

@@ -225,6 +225,8 @@ class ElasticQueue(Policy):
         if not (self._waiting and is_free):
             return 0
         head = self._waiting[0].request
+        if head.rows > self._most_wide:
+            return 0
         rows = head.rows
         if self._shared:
             rows = sum(each * count for (group, each), count in self._kinds.items() if group == head.group)

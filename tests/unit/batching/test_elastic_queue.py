@@ -186,6 +186,13 @@ def test_the_rows_of_a_request_stay_together_so_one_of_many_is_wide():
     assert started(made, 60.0) == [(0, [1]), (1, [2])]
 
 
+def test_a_request_of_more_rows_than_wide_calls_were_measured_with_is_narrow():
+    made = queue(wide=table(0.5, 0.9))
+    offer(made, 0.0, 0, rows=8)
+    offer(made, 0.0, 1, 2, 3, 4, 5, 6, 7)
+    assert started(made, 0.0) == [(0, [0]), (1, [1, 2, 3, 4, 5, 6, 7])]
+
+
 def test_rows_of_other_shapes_and_requests_that_share_no_call_are_a_crowd():
     made = queue()
     offer(made, 0.0, 0, group="a")

@@ -85,6 +85,8 @@ class ElasticQueue(Policy):
             tables.wide_slow, max_batch=most, max_waiting=max(most, max_waiting), shared=shared
         )
         self._rounds = _rounds(tables, most, max_batch, shared)
+        self._rounds_apart = _rounds(tables, most, max_batch, shared=False) if shared else self._rounds
+        """For requests of several kinds, which share no call."""
         self._narrow_s = self._rounds.narrow_s
         self._least_s = [min(pair) for pair in zip(self._measured_s, self._wide_s, strict=False)]
         self._lately = Arrivals(tables.wide.latency_ms(1) / 1e3)
@@ -99,7 +101,7 @@ class ElasticQueue(Policy):
         self._pace = 1.0
         """Duration of the last narrow call over its measured median. What slowed it down slows those beside it too."""
         self._decided: tuple[float, int] | None = None
-        """When ``turn`` decided last and the rows of its wide call, for ``next_batch`` to use if nothing has changed."""
+        """When ``turn`` decided last, and the rows of its wide call; ``next_batch`` uses it if nothing has changed."""
 
     def finished(self, instance: int, took_s: float | None = None) -> None:
         """As of ``Policy``; when a wide call has ended, all narrow instances are idle."""
@@ -229,35 +231,47 @@ class ElasticQueue(Policy):
         head = self._waiting[0].request
         if head.rows > self._most_wide:
             return 0
-        rows = head.rows
+        alike = head.rows
         if self._shared:
-            rows = sum(each * count for (group, each), count in self._kinds.items() if group == head.group)
-        if rows < self.waiting_rows:  # calls of several kinds are a crowd
-            return 0
-        # The rows of a request stay together; those of several are counted as if these were of one size.
-        each = -(-rows // len(self._waiting))
-        requests = self._rounds.wide_requests(len(self._waiting), each, self._lately.per_s)
-        most = rows if requests == len(self._waiting) else max(head.rows, requests * each) if requests else 0
-        return self._wide_by_deadline(head, rows, now_s, most)
+            alike = sum(each * count for (group, each), count in self._kinds.items() if group == head.group)
+        return self._wide_by_deadline(head, alike, now_s, self._wide_by_latency(head, alike))
 
-    def _wide_by_deadline(self, head: Request, rows: int, now_s: float, most: int) -> int:
-        """``most``, or what the deadlines make of it: what leaves all in time, if anything does."""
+    def _wide_by_latency(self, head: Request, alike: int) -> int:
+        """Most rows of the wide call that lowers the mean latency; 0 if narrow ones do.
+
+        ``alike`` rows of those that wait can share a call with the most urgent request, ``head``.
+        """
+        waiting, per_s = len(self._waiting), self._lately.per_s
+        if alike < self.waiting_rows:
+            calls = len({group for group, _ in self._kinds}) if self._shared else waiting
+            rows = min(alike, self._most_wide)
+            counted = min(rows, self._max_batch)  # narrow calls may take fewer
+            return rows if self._rounds_apart.wide_requests(calls, counted, per_s) else 0
+        # The rows of a request stay together; those of several are counted as if these were of one size.
+        each = -(-alike // waiting)
+        requests = self._rounds.wide_requests(waiting, each, per_s)
+        if requests == waiting:
+            return alike
+        return max(head.rows, requests * each) if requests else 0
+
+    def _wide_by_deadline(self, head: Request, alike: int, now_s: float, most: int) -> int:
+        """``most``, the rows that lower the mean latency, unless only other rows, or narrow calls (0), are in time."""
         if head.deadline_s == inf:
             return most
         if len(self._waiting) > LONG:  # so many were accepted only because narrow calls are in time
             return 0
         left_s = (head.deadline_s - now_s) / self.slowness
         in_time = min(bisect_right(self._wide_s, left_s) - 1, self._most_wide)
-        for wish in (most, 0, rows):
-            taken = min(wish, in_time)
-            if not wish and self._late_s(self._waiting, [now_s] * len(self._end_s)) <= 0:
+        for tried in (most, 0, alike):
+            rows = min(tried, in_time)
+            if not tried and self._late_s(self._waiting, [now_s] * len(self._end_s)) <= 0:
                 return 0
-            if wish and taken >= head.rows and (taken >= rows or self._rest_is_in_time(taken, now_s)):
-                return taken
+            if tried and rows >= head.rows and self._rest_is_in_time(rows, now_s):
+                return rows
         # A request that was accepted for an idle instance may be late. A narrow call is cut to what is in time.
         if self._measured_s[head.rows] <= left_s:
             return 0
-        return min(rows, in_time) if in_time >= head.rows else most
+        return min(alike, in_time) if in_time >= head.rows else most
 
     def _rest_is_in_time(self, most: int, now_s: float) -> bool:
         """Whether all that a wide call of ``most`` rows leaves would be in time after it."""

@@ -7,7 +7,7 @@ from functools import partial
 from itertools import count
 from pathlib import Path
 from queue import SimpleQueue
-from threading import Condition, RLock
+from threading import Condition, Lock, RLock
 from time import monotonic
 from typing import NamedTuple
 
@@ -99,6 +99,7 @@ class Elastic:
         self._calls: dict[int, _Call] = {}
         self._numbers = count()
         self._closed = False
+        self._closing = Lock()
 
     def run(self, inputs: Sequence[np.ndarray]) -> Outputs:
         """Run any batch of at least one item. After an error in one part no other part starts.
@@ -132,16 +133,17 @@ class Elastic:
         """Close both when what runs has ended; calls that wait raise. In a forked child, leave it to the parent."""
         if self._process.is_other:
             return
-        with self._changed:
+        with self._closing:  # whoever closes it again waits until it is closed
             if self._closed:
                 return
-            self._closed = True
-            for number in self._calls:
-                self._stop(number)
-            while self._policy.free < self._cores:
-                self._changed.wait()
-        self._wide.close()
-        self._narrow.close()
+            with self._changed:
+                self._closed = True
+                for number in self._calls:
+                    self._stop(number)
+                while self._policy.free < self._cores:
+                    self._changed.wait()
+            self._wide.close()
+            self._narrow.close()
 
     def _start(self) -> None:
         """Start what the policy starts now."""

@@ -351,7 +351,8 @@ class AnyEvents:
             narrow, tables(narrow, wide, self.instances), max_batch=self.most, max_waiting=200, shared=self.shared
         )
         self.wide, self.gone, self.running, self.state = self.queue.wide, set(), {}, {}
-        self.kinds, self.is_due, self.row_s = random.choice([1, 2, 16]), random.random() < 0.6, narrow.points[0][1] / 1e3
+        self.kinds, self.is_due = random.choice([1, 2, 16]), random.random() < 0.6
+        self.row_s = narrow.points[0][1] / 1e3
         for instance in range(self.instances + 1):
             self.queue.finished(instance)
 

@@ -2,7 +2,7 @@
 
 import threading
 import time
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from pathlib import Path
 
 import numpy as np
@@ -177,6 +177,22 @@ def test_closing_waits_for_what_runs_and_ends_what_waits(session, engine):
     session.close()
     with pytest.raises(EngineError, match="the model was closed"):
         session.run(numbers(1))
+
+
+def test_whoever_closes_it_again_waits_until_it_is_closed(session, engine):
+    engine.hold.clear()
+    with ThreadPoolExecutor(3) as threads:
+        runs = threads.submit(session.run, numbers(1))
+        until(lambda: engine.ran)
+        first = threads.submit(session.close)
+        until(lambda: session._closed)
+        again = threads.submit(session.close)
+        assert wait([again], timeout=0.05).not_done, "what runs has not ended"
+        engine.hold.set()
+        again.result(60)
+        assert engine.closed == 3
+        assert len(runs.result(60)[0]) == 1
+        first.result(60)
 
 
 def test_calls_of_threads_that_outlive_the_interpreters_main_thread_fail_and_none_waits_for_ever(session, engine):

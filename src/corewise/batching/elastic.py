@@ -1,4 +1,4 @@
-"""Which of the calls that wait start now, with how many threads and rows each. Pure.
+"""Which calls of ``corewise.load`` start now, with how many threads and rows each. Pure.
 
 A call that is alone takes all cores; calls that come from many threads share them. Like ``policy`` it uses no threads
 and no clock: time is an argument, so a simulation makes the same decisions as ``runtime.elastic``.
@@ -26,11 +26,11 @@ class Arrivals:
 
     @property
     def per_s(self) -> float:
-        """The recent rate."""
+        """The recent rate per second."""
         return self._count / (self._busy_s + self._call_s)
 
     def reach(self, now_s: float, *, is_busy: bool) -> None:
-        """Move the clock to ``now_s``; ``is_busy`` says whether something ran or waited since it was moved last."""
+        """Move the clock to ``now_s``; ``is_busy`` says whether something has run or waited since the last move."""
         kept = exp(-max(0.0, now_s - self._now_s) / self._memory_s)
         self._count *= kept
         self._busy_s = self._busy_s * kept + (1 - kept) * self._memory_s * is_busy
@@ -51,10 +51,10 @@ class Start(NamedTuple):
 class ElasticPolicy:
     """The calls that wait, the oldest first, and the cores that are free. Not thread-safe; ``now_s`` never goes back.
 
-    Rows of different calls never share a part. A call whose rows do not all fit goes on behind those that wait. No core
-    that a waiting call could use stays free. When all cores are free, ``Rounds`` says by the recent rate of arrivals
-    whether the oldest call has them all, as in ``ElasticQueue``. Otherwise a call leaves cores free for those that wait
-    or are expected while it runs, if the last of them ends earlier that way.
+    Rows of different calls never share a part. If not all rows of a call fit, the rest waits behind the other calls.
+    No core that a waiting call could use stays free. When all cores are free, ``Rounds`` decides by the recent rate of
+    arrivals whether the oldest call takes them all, as in ``ElasticQueue``. Otherwise a call leaves cores to those that
+    wait or should arrive while it runs, if the last of them then ends earlier.
     """
 
     def __init__(self, partitions: Partitions) -> None:
@@ -89,7 +89,7 @@ class ElasticPolicy:
         self.free += threads
 
     def starts(self, now_s: float) -> list[Start]:
-        """What starts now; its cores are no longer free. The parts of a call take its rows in order."""
+        """The parts that start now, on cores that are then no longer free. A call's parts take its rows in order."""
         started: list[Start] = []
         if not self._waiting:
             return started

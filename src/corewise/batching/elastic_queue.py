@@ -16,38 +16,39 @@ from corewise.batching.requests import Accepted, Batch, Refused, Request
 from corewise.batching.rounds import Rounds
 
 SOON = 0.2
-"""Share of a narrow call of one row that a core waits for the others, so that a round begins on all."""
+"""How long a free core may wait for the last busy one, as a share of a narrow call of one row. Then all are free, and a
+wide call can begin."""
 FEW = 2
-"""It waits while at most so many requests for each narrow instance wait; more are a crowd, in which only the rate
-counts."""
+"""It waits only if at most this many requests wait for each narrow instance: with more, the rate counts and not the
+latency."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class ElasticTables:
-    """The measured times of an elastic plan's calls, over their rows."""
+    """The measured times of an elastic plan's calls, by their rows."""
 
     cores: int
     threads: int
     """Threads of each narrow instance."""
     wide: LatencyTable
-    """The median (p50), as of ``narrow``: the policy decides by them."""
+    """The medians (p50): the policy decides by them and by those of ``narrow``."""
     narrow: LatencyTable
     wide_slow: LatencyTable
-    """The p99, by which requests are admitted. That of narrow calls is the policy's own table."""
+    """The p99 of wide calls, by which requests are admitted; ``Policy`` has its own table of the narrow ones."""
 
     @property
     def instances(self) -> int:
-        """How many narrow instances there are, whose numbers begin at 0; the wide one has the number after theirs."""
+        """How many narrow instances there are. Their numbers begin at 0, and the wide one's comes after theirs."""
         return self.cores // self.threads
 
     @property
     def partitions(self) -> Partitions:
-        """The best division of all cores for any number of rows."""
+        """The best division of any number of rows and cores among both layouts."""
         return Partitions({self.threads: self.narrow, self.cores: self.wide}, self.cores)
 
 
 def _rounds(tables: ElasticTables, most_wide: int, most_narrow: int, shared: bool) -> Rounds:
-    """How rounds of such calls begin."""
+    """The process that decides how rounds of such calls begin."""
     wide_s, narrow_s = (
         [0.0, *(table.latency_ms(rows) / 1e3 for rows in range(1, most + 1))]
         for table, most in ((tables.wide, most_wide), (tables.narrow, most_narrow))
@@ -59,7 +60,7 @@ class _WideCalls(Policy):
     """Plays wide calls through, one after the other; nothing waits in it."""
 
     def late_s(self, waiting: list[Place], free_s: float, new: Place | None) -> float:
-        """How late the latest call is."""
+        """How late the latest call would be if an instance were free at ``free_s``."""
         return self._late_s(waiting, [free_s], new)
 
 
@@ -84,6 +85,8 @@ class ElasticQueue(Policy):
             tables.wide_slow, max_batch=most, max_waiting=max(most, max_waiting), shared=shared
         )
         self._rounds = _rounds(tables, most, max_batch, shared)
+        self._rounds_apart = _rounds(tables, most, max_batch, shared=False) if shared else self._rounds
+        """For requests of several kinds, which share no call."""
         self._narrow_s = self._rounds.narrow_s
         self._least_s = [min(pair) for pair in zip(self._measured_s, self._wide_s, strict=False)]
         self._lately = Arrivals(tables.wide.latency_ms(1) / 1e3)
@@ -96,12 +99,12 @@ class ElasticQueue(Policy):
         self._began_s: dict[int, float] = {}
         """When each instance's call began."""
         self._pace = 1.0
-        """Duration of the last narrow call over its measured median: that of one that began beside it is alike."""
+        """Duration of the last narrow call over its measured median. What slowed it down slows those beside it too."""
         self._decided: tuple[float, int] | None = None
-        """When ``turn`` decided last, if nothing has changed since, and the rows of its wide call."""
+        """When ``turn`` decided last, and the rows of its wide call; ``next_batch`` uses it if nothing has changed."""
 
     def finished(self, instance: int, took_s: float | None = None) -> None:
-        """As of ``Policy``; the end of a wide call leaves all narrow instances idle."""
+        """As of ``Policy``; when a wide call has ended, all narrow instances are idle."""
         if took_s is not None and instance in self._began_s:
             self._lately.reach(self._began_s[instance] + took_s, is_busy=True)
             if rows := self._rows.get(instance):
@@ -109,7 +112,7 @@ class ElasticQueue(Policy):
         self._began_s.pop(instance, None)
         if instance != self.wide:
             super().finished(instance, took_s)
-            self._end_s[instance] = self._wide_end_s  # opened again while a wide call runs
+            self._end_s[instance] = self._wide_end_s  # it may have been opened again while a wide call runs
             return
         if took_s is not None and self._wide_rows:
             self._note_slowness(took_s / self._wide_s[self._wide_rows])
@@ -152,7 +155,7 @@ class ElasticQueue(Policy):
 
     def turn(self, now_s: float) -> int | None:
         """As of ``Policy``: the wide instance if the next call is to have all cores."""
-        self.look_again_s = self._until_about_free_s(now_s)
+        self.look_again_s = self._held_until_s(now_s)
         if self._wide_end_s is not None or self.look_again_s < inf:
             return None
         self._decided = now_s, self._rows_of_wide_call(now_s)
@@ -178,32 +181,33 @@ class ElasticQueue(Policy):
         self._end_s = dict.fromkeys(self._end_s, end_s)
         return Batch(requests=tuple(place.request for place in taken), end_s=end_s, dropped=dropped)
 
-    def _until_about_free_s(self, now_s: float) -> float:
-        """Until when what waits is kept for all cores, because the narrow calls that run should end soon; else ``inf``.
+    def _held_until_s(self, now_s: float) -> float:
+        """Until when cores stay idle although something waits, so that a wide call can begin; ``inf`` if they do not.
 
-        It is also kept if it would be late in narrow calls but not in wide ones. Calls that begin at different times
-        would keep the wide instance idle for as long as the load lasts. Calls may take longer than they should, so the
-        wait is short.
+        They wait if the narrow calls that run should end in a moment. Without that, calls would begin at different
+        times, all cores would never be free together, and the wide instance would stay idle as long as the load lasts.
+        They also wait if what waits would be late in narrow calls but not in wide ones.
         """
-        if not self._rows or len(self._rows) == len(self._end_s) or not self._is_wide_open:
+        is_any_idle = len(self._rows) < len(self._end_s)
+        if not (self._waiting and self._rows and is_any_idle and self._is_wide_open):
             return inf
-        if not self._waiting:
+        has_deadlines = self._waiting[0].deadline_s < inf
+        if has_deadlines and len(self._waiting) > LONG:
             return inf
-        moment_s, is_due = SOON * self._narrow_s[1], self._waiting[0].deadline_s < inf
-        if is_due and len(self._waiting) > LONG:
-            return inf
-        if is_due and self._late_s(self._waiting, self._free_s(now_s)) > 0:
-            last_s = max(end_s for end_s in self._end_s.values() if end_s is not None)
-            is_late = self._late_wide_s(self._waiting, max(self._free_s(now_s))) > 0
-            return inf if is_late else max(now_s + moment_s, last_s)
+        moment_s, free_s = SOON * self._narrow_s[1], self._free_s(now_s)
+        if has_deadlines and self._late_s(self._waiting, free_s) > 0:
+            if self._late_wide_s(self._waiting, max(free_s)) > 0:
+                return inf
+            return max(now_s + moment_s, *(end_s for end_s in self._end_s.values() if end_s is not None))
         if len(self._waiting) > FEW * len(self._end_s):
             return inf
         end_s = max(
             self._began_s[instance] + self._pace * self._narrow_s[rows] for instance, rows in self._rows.items()
         )
+        # A call may take longer than it should, so the wait ends a moment after that.
         if not end_s - moment_s <= now_s < end_s + moment_s:
             return inf
-        if is_due and not self._are_in_time(self._waiting, max(self._free_s(now_s))):
+        if has_deadlines and not self._are_in_time(self._waiting, max(free_s)):
             return inf
         return end_s + moment_s
 
@@ -225,35 +229,49 @@ class ElasticQueue(Policy):
         if not (self._waiting and is_free):
             return 0
         head = self._waiting[0].request
-        rows = head.rows
-        if self._shared:
-            rows = sum(each * count for (group, each), count in self._kinds.items() if group == head.group)
-        if rows < self.waiting_rows:  # calls of several kinds are a crowd
+        if head.rows > self._most_wide:
             return 0
-        # The rows of a request stay together; those of several are counted as if these were of one size.
-        each = -(-rows // len(self._waiting))
-        requests = self._rounds.wide_requests(len(self._waiting), each, self._lately.per_s)
-        most = rows if requests == len(self._waiting) else max(head.rows, requests * each) if requests else 0
-        return self._wide_by_deadline(head, rows, now_s, most)
+        alike = head.rows
+        if self._shared:
+            alike = sum(each * count for (group, each), count in self._kinds.items() if group == head.group)
+        return self._wide_by_deadline(head, alike, now_s, self._wide_by_latency(head, alike))
 
-    def _wide_by_deadline(self, head: Request, rows: int, now_s: float, most: int) -> int:
-        """``most``, or what the deadlines make of it: what leaves all in time, if anything does."""
+    def _wide_by_latency(self, head: Request, alike: int) -> int:
+        """Most rows of the wide call that lowers the mean latency; 0 if narrow ones do.
+
+        ``alike`` rows of those that wait can share a call with the most urgent request, ``head``.
+        """
+        waiting, per_s = len(self._waiting), self._lately.per_s
+        if alike < self.waiting_rows:
+            calls = len({group for group, _ in self._kinds}) if self._shared else waiting
+            rows = min(alike, self._most_wide)
+            counted = min(rows, self._max_batch)  # narrow calls may take fewer
+            return rows if self._rounds_apart.wide_requests(calls, counted, per_s) else 0
+        # The rows of a request stay together; those of several are counted as if these were of one size.
+        each = -(-alike // waiting)
+        requests = self._rounds.wide_requests(waiting, each, per_s)
+        if requests == waiting:
+            return alike
+        return max(head.rows, requests * each) if requests else 0
+
+    def _wide_by_deadline(self, head: Request, alike: int, now_s: float, most: int) -> int:
+        """``most``, the rows that lower the mean latency, unless only other rows, or narrow calls (0), are in time."""
         if head.deadline_s == inf:
             return most
         if len(self._waiting) > LONG:  # so many were accepted only because narrow calls are in time
             return 0
         left_s = (head.deadline_s - now_s) / self.slowness
         in_time = min(bisect_right(self._wide_s, left_s) - 1, self._most_wide)
-        for wish in (most, 0, rows):
-            taken = min(wish, in_time)
-            if not wish and self._late_s(self._waiting, [now_s] * len(self._end_s)) <= 0:
+        for tried in (most, 0, alike):
+            rows = min(tried, in_time)
+            if not tried and self._late_s(self._waiting, [now_s] * len(self._end_s)) <= 0:
                 return 0
-            if wish and taken >= head.rows and (taken >= rows or self._rest_is_in_time(taken, now_s)):
-                return taken
+            if tried and rows >= head.rows and self._rest_is_in_time(rows, now_s):
+                return rows
         # A request that was accepted for an idle instance may be late. A narrow call is cut to what is in time.
         if self._measured_s[head.rows] <= left_s:
             return 0
-        return min(rows, in_time) if in_time >= head.rows else most
+        return min(alike, in_time) if in_time >= head.rows else most
 
     def _rest_is_in_time(self, most: int, now_s: float) -> bool:
         """Whether all that a wide call of ``most`` rows leaves would be in time after it."""
@@ -261,14 +279,14 @@ class ElasticQueue(Policy):
         return self._are_in_time(left, now_s + self.slowness * self._wide_s[sum(place.request.rows for place in taken)])
 
     def _are_in_time(self, waiting: list[Place], free_s: float) -> bool:
-        """Whether all would be in time in narrow calls, or else in wide ones, if they began when all cores are free."""
+        """Whether all would be in time in narrow calls, or all in wide ones, if these began at ``free_s``."""
         return (
             not waiting
             or min(self._late_s(waiting, [free_s] * len(self._end_s)), self._late_wide_s(waiting, free_s)) <= 0
         )
 
     def _late_wide_s(self, waiting: list[Place], free_s: float, new: Place | None = None) -> float:
-        """As ``_late_s``, in wide calls one after the other; ``inf`` where not all can share them."""
+        """As ``_late_s``, in wide calls one after the other; ``inf`` if not all can share them."""
         if not self._is_wide_open or len({place.request.group for place in waiting}) > 1:
             return inf
         if max(place.request.rows for place in waiting) > self._most_wide:
@@ -276,7 +294,7 @@ class ElasticQueue(Policy):
         return self._wide_calls.late_s(waiting, free_s, new)
 
     def _fit(self, place: Place, without: list[Place], now_s: float) -> Fit | Refused:
-        """As of ``Policy``; where one would be late in narrow calls, in wide ones if all are in time there."""
+        """As of ``Policy``; if some would be late in narrow calls, all may be in time in wide ones."""
         fit = super()._fit(place, without, now_s)
         if not isinstance(fit, Refused) or fit.reason != "overloaded" or len(self._waiting) - len(without) >= LONG:
             return fit
@@ -298,12 +316,12 @@ class ElasticQueue(Policy):
 def policy_of(
     curve: LatencyTable, tables: ElasticTables | None, *, max_batch: int, max_waiting: int, shared: bool = True
 ) -> Policy:
-    """The policy of a plan, by its latencies (p99).
+    """The policy of a plan.
 
     Args:
-        curve: Of the plan's calls; of an elastic plan, of the narrow ones.
-        tables: Of an elastic plan; ``None`` for a plan with one layout.
-        max_batch: Most rows of a call; of an elastic plan, of a narrow one.
+        curve: How long the plan's calls take by their rows (p99); for an elastic plan, its narrow ones.
+        tables: The tables of an elastic plan; ``None`` for a plan with one layout.
+        max_batch: Most rows of a call; for an elastic plan, of a narrow one.
         max_waiting: Most rows in the queue.
         shared: Whether requests share calls.
     """

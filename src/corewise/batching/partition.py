@@ -95,8 +95,9 @@ class Partitions:
     def share(self, free: int, rows: int, calls: float) -> int:
         """How many of the free cores a call of ``rows`` takes, if ``calls`` like it have to run, itself included.
 
-        The last of them then ends earliest: one after the other on all free cores, or some at once on equal shares.
-        A call that is alone takes all. One beside others takes all too where calls gain enough by more threads.
+        It is the share with which the last of them ends earliest: all free cores for one call after the other, or equal
+        shares for some at once. A call that is alone takes all; one of several does so if more threads speed it up
+        enough.
         """
         shares = [*(threads for threads in self.threads if threads < free), free]
         return min(

@@ -19,16 +19,17 @@ from corewise.batching.latency import LatencyTable
 from corewise.batching.requests import ACCEPTED, Accepted, Batch, Dropped, Reason, Refused, Request
 
 REMEMBERED, RARE = 32, 4
-"""The slowdown of calls is the fourth largest of the last 32: fewer slow calls may be chance."""
+"""The slowdown of calls is the fourth largest of the last 32, because up to three slow ones may be chance."""
 LONG = 64
-"""A queue of this many requests or more is not played through for one that no schedule could answer in time."""
+"""For a queue of this many requests, a bound is tried first: playing it through takes long, and may be in vain."""
 
 
 class Place(NamedTuple):
     """A place in the queue; places sort by deadline, priority and arrival."""
 
     deadline_s: float
-    yields: int
+    rank: int
+    """The negated priority, so that the higher one sorts first."""
     arrival: int
     request: Request
     room_s: float = 0.0
@@ -74,15 +75,15 @@ class Policy:
         self.next_expiry_s = inf
         """``expire`` drops nothing before this time."""
         self.look_again_s = inf
-        """When the last ``turn`` is to be asked again, even if nothing happens until then."""
+        """When to call ``turn`` again, even if nothing happens until then."""
         self.margin_s = 0.0
-        """So long before their deadlines answers should be there when requests are admitted."""
+        """Requests are admitted only if their answers should be ready at least this long before their deadlines."""
         self.slowness = 1.0
         """Predicted duration of calls over their measured duration; at least 1."""
         self._max_batch, self._max_waiting, self._shared = max_batch, max_waiting, shared
         self._measured_s = [0.0, *(curve.latency_ms(rows) / 1e3 for rows in range(1, max_batch + 1))]
         self._least_s = self._measured_s
-        """Duration of a call that is alone, by its rows, as measured."""
+        """The least that a request of so many rows takes, as measured: of an elastic plan, in its faster layout."""
         self._row_s = min(seconds / rows for rows, seconds in enumerate(self._measured_s) if rows)
         """Duration of a row in the most efficient call, as measured."""
         self._most_row_s = max(seconds / rows for rows, seconds in enumerate(self._measured_s) if rows)
@@ -92,8 +93,8 @@ class Policy:
         self._times = deque([1.0] * REMEMBERED, REMEMBERED)
         """Duration of the last calls over their measured duration."""
         self._waiting: list[Place] = []
-        self._yields: Counter[int] = Counter()
-        """Number of waiting requests by negated priority."""
+        self._ranks: Counter[int] = Counter()
+        """Number of waiting requests by ``Place.rank``."""
         self._kinds: Counter[tuple[Hashable, int]] = Counter()
         """Number of waiting requests by group and rows."""
         self._arrivals = count()
@@ -102,7 +103,10 @@ class Policy:
         self._rows: dict[int, int] = {}
         """Rows in each instance's current call."""
         self._plan: _Plan | None = None
-        """The schedule of the queue, valid until ``_plan_until_s`` or a change; most requests extend its end."""
+        """The schedule of the queue, valid until ``_plan_until_s`` or a change.
+
+        It is kept because most requests are due last, and only add to its end.
+        """
         self._plan_until_s = -inf
 
     @property
@@ -132,11 +136,11 @@ class Policy:
         displaced: list[Place] = []
         fit = self._fit(place, displaced, now_s)
         if isinstance(fit, Refused):
-            if place.yields >= max(self._yields, default=place.yields):
+            if place.rank >= max(self._ranks, default=place.rank):
                 return Refused(reason=fit.reason, retry_after_s=fit.retry_after_s, dropped=expired)
             lower = sorted(
-                (p for p in self._waiting if p.yields > place.yields),
-                key=lambda p: (p.yields, p.deadline_s, p.arrival),
+                (p for p in self._waiting if p.rank > place.rank),
+                key=lambda p: (p.rank, p.deadline_s, p.arrival),
                 reverse=True,
             )
             fits = bisect_left(
@@ -215,7 +219,7 @@ class Policy:
         return "too urgent" if now_s + self._least_s[request.rows] > request.deadline_s else None
 
     def _fit(self, place: Place, without: list[Place], now_s: float) -> Fit | Refused:
-        """How it fits if the places to displace were gone."""
+        """Where it would wait if the requests at ``without`` were gone, or why it cannot."""
         free_s = self._free_s(now_s)
         request = place.request
         if self.waiting_rows - _rows(without) + request.rows > self._max_waiting:
@@ -230,25 +234,12 @@ class Policy:
             # An instance starts it at once: it may be in time, and its duration updates ``slowness``.
             return place._replace(room_s=self._seconds[request.rows]), None
         position = bisect_left(others, place)
-        ahead, idle = 0, max(1, idle)
-        k = position
-        while self._shared and k > 0 and ahead < self._max_batch * idle:
-            k -= 1
-            other = others[k].request
-            if other.group == request.group:
-                ahead += other.rows
-        call_rows = max(request.rows, -(-(ahead + request.rows) // idle))
-        room_s = self._seconds[min(call_rows, self._max_batch)]
-        place = Place(place.deadline_s, place.yields, place.arrival, request, room_s)
+        room_s = self._room_s(request, others, position, max(1, idle))
+        place = Place(place.deadline_s, place.rank, place.arrival, request, room_s)
         first_s = min(place.deadline_s, others[0].deadline_s) if others else place.deadline_s
         if self._most_late_s(first_s, rows, free_s) <= 0:
             return place, None
-        is_alike = (
-            self._shared
-            and request.rows == 1
-            and (not self._kinds or (len(self._kinds) == 1 and (request.group, 1) in self._kinds))
-        )
-        play = self._play_alike if is_alike else self._play
+        play = self._play_alike if self._are_alike_with(request) else self._play
         if gone or position < len(others):
             plan = _Plan(free_s, [*others[:position], place, *others[position:]], -inf)
         else:
@@ -259,6 +250,26 @@ class Policy:
         plan, late_s = play(plan)
         late_s += self.margin_s
         return (place, plan) if late_s <= 0 else Refused(reason="overloaded", retry_after_s=late_s)
+
+    def _room_s(self, request: Request, others: list[Place], position: int, idle: int) -> float:
+        """Time of the call that a request at that position would run in, with those of its group ahead of it.
+
+        ``idle`` instances share what waits.
+        """
+        ahead, k = 0, position
+        while self._shared and k > 0 and ahead < self._max_batch * idle:
+            k -= 1
+            other = others[k].request
+            if other.group == request.group:
+                ahead += other.rows
+        call_rows = max(request.rows, -(-(ahead + request.rows) // idle))
+        return self._seconds[min(call_rows, self._max_batch)]
+
+    def _are_alike_with(self, request: Request) -> bool:
+        """Whether a request and all that wait have one row each and share calls, as ``_play_alike`` needs."""
+        if not self._shared or request.rows > 1:
+            return False
+        return not self._kinds or (len(self._kinds) == 1 and (request.group, 1) in self._kinds)
 
     def _least_late_s(self, place: Place, others: list[Place], rows: int, free_s: list[float], now_s: float) -> float:
         """The least by which the last call would be late if every call of all rows were as efficient as can be."""
@@ -288,7 +299,7 @@ class Policy:
             most = self._max_batch
             if start_s + full_s > head.deadline_s:
                 most = bisect_right(self._seconds, head.deadline_s, key=lambda seconds: start_s + seconds) - 1
-            # All that are free then are looked through for the first of them only.
+            # Several instances may be free at that time: they are counted once, and then counted down.
             idle, before_s = idle - 1 if start_s == before_s else _idle_of_heap(free_s), start_s
             if idle > 1:
                 most = min(most, ceil((end - start) / idle))
@@ -351,10 +362,10 @@ class Policy:
         return [now_s if end_s is None else max(end_s, 2 * now_s - end_s) for end_s in self._end_s.values()]
 
     def _put(self, place: Place) -> None:
-        """Have it wait."""
+        """Put it into the queue."""
         request = place.request
         insort(self._waiting, place)
-        self._yields[place.yields] += 1
+        self._ranks[place.rank] += 1
         self._kinds[request.group, request.rows] += 1
         self.waiting_rows += request.rows
         self.next_expiry_s = min(self.next_expiry_s, request.deadline_s - self._least_s[request.rows])
@@ -388,17 +399,19 @@ class Policy:
     def _forget(self, places: list[Place]) -> None:
         for place in places:
             kind = (place.request.group, place.request.rows)
-            self._yields[place.yields] -= 1
+            self._ranks[place.rank] -= 1
             self._kinds[kind] -= 1
-            if not self._yields[place.yields]:
-                del self._yields[place.yields]
+            if not self._ranks[place.rank]:
+                del self._ranks[place.rank]
             if not self._kinds[kind]:
                 del self._kinds[kind]
 
 
 def cut(waiting: list[Place], most: int) -> tuple[list[Place], list[Place], bool]:
-    """The first request and those of its group that follow, of ``most`` rows or one request; the rest; whether some of
-    the group are in it."""
+    """Cut the next call off a queue: the first request and those of its group that follow, of at most ``most`` rows.
+
+    Returns them, the rest, and whether some of the group are in the rest. The first request is taken whatever its rows.
+    """
     head, rows = waiting[0], 0
     taken: list[Place] = []
     left: list[Place] = []
@@ -422,5 +435,5 @@ def _idle(free_s: list[float], now_s: float) -> int:
 
 
 def _idle_of_heap(free_s: list[float]) -> int:
-    """How many are free when the first is."""
+    """How many instances become free at the time at which the first one does."""
     return _idle(free_s, free_s[0]) if free_s[0] in free_s[1:3] else 1

@@ -90,12 +90,18 @@ class Rounds:
         states, counts = np.arange(self._states + 1), self._counts(rows)
         ways = [self._way(taken, rows, per_s) for taken in counts]
         after, cost_s, seconds = (np.stack(parts) for parts in zip(*ways, strict=True))
-        chosen = np.full(len(states), len(ways) - 1)
+        # The first guess is the way that does most when many wait: others may fall far behind the arrivals.
+        most = min(self._states, self._instances * self._most_narrow(rows))
+        each_s = [way.seconds[-1] / (taken[-1] or most) for way, taken in zip(ways, counts, strict=True)]
+        chosen = np.full(len(states), int(np.argmin(each_s)))
         for _ in range(ITERATIONS):
             # value(n) - sum(after * value) + mean * seconds = cost: the mean takes the place of value(0), which is 0.
             system = np.eye(len(states)) - after[chosen, states]
             system[:, 0] = seconds[chosen, states]
-            value = _solution(system, cost_s[chosen, states, None])[:, 0]
+            try:
+                value = _solution(system, cost_s[chosen, states, None])[:, 0]
+            except np.linalg.LinAlgError:  # it falls behind by so much that rounding leaves no solution
+                break
             mean, value[0] = value[0], 0.0
             better = (cost_s - mean * seconds + np.einsum("wij,j->wi", after, value)).argmin(axis=0)
             if (better == chosen).all():

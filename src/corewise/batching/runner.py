@@ -72,17 +72,18 @@ class InstanceDied(CorewiseError):
 
 @dataclass(frozen=True, kw_only=True)
 class Answer:
-    """A request's own rows of the outputs, where its time went, and the instance and the rows of the whole call."""
+    """A request's own rows of the outputs, where its time went, and the call that it was part of."""
 
     outputs: list[np.ndarray]
     waited_s: float
     ran_s: float
     batch_rows: int
+    """Of the whole call."""
     instance: int = 0
 
     @property
     def size_bytes(self) -> int:
-        """Of the outputs."""
+        """Size of the outputs."""
         return sum([array.nbytes for array in self.outputs])
 
 
@@ -96,8 +97,8 @@ class Batcher:
     """Runs requests on instances as a fresh policy decides, with as many threads as there are instances.
 
     Each instance runs one call at a time, in any of the threads. ``reopen(i)`` opens instance ``i`` again after it
-    raised ``InstanceDied``; if it returns ``None`` or raises, the other instances go on alone. Done callbacks of
-    futures run in these threads and must be short.
+    raised ``InstanceDied``; if it returns ``None`` or raises, the other instances go on without it. The futures' done
+    callbacks run in these threads and must be short.
     """
 
     def __init__(
@@ -142,12 +143,12 @@ class Batcher:
         return self._policy.slowness
 
     def keep_margin(self, margin_s: float) -> None:
-        """Admit only requests whose answers should be there so long before their deadlines."""
+        """Admit only requests whose answers should be ready at least this long before their deadlines."""
         self._policy.margin_s = margin_s
 
     @property
     def instances(self) -> int:
-        """How many instances live."""
+        """How many instances there are now, without those that died."""
         return self._policy.instances
 
     def expected_s(self, ahead_rows: int = 0) -> float:
@@ -159,7 +160,7 @@ class Batcher:
         """Queue one request. Those of one group (``joining``) share calls, if the policy's are shared.
 
         Args:
-            inputs: The model's, with the same number of rows (dimension 0), at least 1; they must not change any more.
+            inputs: The model's, with the same number of rows (dimension 0), at least 1; do not change them afterwards.
             timeout_s: Seconds from now within which the answer is due.
             priority: A request displaces those of lower priority if there is not time or room for both.
 
@@ -234,7 +235,7 @@ class Batcher:
             answers, error = caught(self._joining.answer, self._runs[instance], instance, requests)
             ran_s, rows = monotonic() - started_s, sum(len(job.inputs[0]) for job in jobs)
             if not isinstance(error, InstanceDied):
-                # Before anyone is told: who asks again at once finds it idle.
+                # Before the futures have their results, so that a client that asks again at once finds it idle.
                 with self._lock:
                     self._policy.finished(instance, ran_s if error is None else None)
                     self._wake_another()
@@ -327,7 +328,7 @@ def _seconds_until(at_s: float) -> float:
 
 
 def caught(call: Callable[..., T], *args: object) -> tuple[T | None, BaseException | None]:
-    """The result of a call and its error; SystemExit counts as an error, so that every request gets an answer."""
+    """The result of a call, or its error; SystemExit counts as one, so that every request gets an answer."""
     try:
         return call(*args), None
     except (Exception, SystemExit) as error:  # noqa: BLE001 - the request boundary: what an instance raises is the answer

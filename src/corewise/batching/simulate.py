@@ -53,7 +53,7 @@ class Simulated:
 
 
 class Wide(NamedTuple):
-    """What an elastic plan has beside the instances of the simulation: its tables, and what its wide calls take."""
+    """What an elastic plan has beside its narrow instances: its tables, and how long its wide calls really take."""
 
     tables: ElasticTables
     service: Service
@@ -83,7 +83,8 @@ def simulate_load(
         slo_ms: Milliseconds from a request's arrival to its deadline.
         max_batch: Most rows of a call.
         max_waiting: Most rows in the queue.
-        wide: Of an elastic plan, whose narrow calls the arguments above are of: the policy is then an ``ElasticQueue``.
+        wide: Of an elastic plan; the arguments above are then about its narrow calls, and the policy is an
+            ``ElasticQueue``.
         seed: Two rates with the same seed have the same arrivals, closer together or further apart.
     """
     run = _Run(curve, service, instances, max_batch, max_waiting, seed, wide)
@@ -197,7 +198,7 @@ def simulate_callers(partitions: Partitions, *, callers: int, rows: int = 1, cal
 def _play_calls(partitions: Partitions, arrivals_s: Sequence[float], rows: int, calls: int) -> Simulated:
     """Calls at the given times; while there were fewer than ``calls``, each answer brings another one at once."""
     policy, order = ElasticPolicy(partitions), count()
-    # When it is, which of those at one time comes first, of which call, and the part that ends; none for an arrival.
+    # Time, tie-breaker, call, and the part of it that ends; ``None`` for its arrival.
     events: list[tuple[float, int, int, Part | None]] = [
         (at_s, next(order), k, None) for k, at_s in enumerate(arrivals_s)
     ]
@@ -264,7 +265,7 @@ class _Run:
         return times_s
 
     def play(self, arrivals_s: Sequence[float], slo_s: float, *, may_miss: float = inf) -> bool:
-        """Run until all requests are answered (returns true), or more than ``may_miss`` are lost or late (false)."""
+        """Run until all requests have ended, or more than ``may_miss`` are lost or late: then it returns false."""
         self._arrivals_s = arrivals_s
         for number, now_s in enumerate(arrivals_s):
             self._finish(now_s)

@@ -7,7 +7,7 @@ from functools import partial
 from itertools import count
 from pathlib import Path
 from queue import SimpleQueue
-from threading import Condition, RLock
+from threading import Condition, Lock, RLock
 from time import monotonic
 from typing import NamedTuple
 
@@ -42,7 +42,7 @@ def open_elastic(
 class _Started(NamedTuple):
     """Rows that a call may run now: in its own thread on all cores, or already on an instance."""
 
-    inputs: list[np.ndarray]
+    rows: range
     future: "Future[Outputs] | None"
 
 
@@ -55,12 +55,21 @@ class _Call:
         self.leased = False
         """Whether it has all cores, for the rows that it runs in its own thread."""
         self.started: SimpleQueue[_Started | None] = SimpleQueue()
-        """What was started; ``None`` when the session was closed."""
+        """What was started; ``None`` if no more will be: the session was closed, or a part failed."""
 
-    def take(self, rows: int) -> list[np.ndarray]:
+    def take(self, rows: int) -> range:
         """The next rows."""
         start, self._taken = self._taken, self._taken + rows
-        return [rows_of(array, start, self._taken, rows) for array in self._inputs]
+        return range(start, self._taken)
+
+    def untaken(self) -> "list[Future[Outputs]]":
+        """What is still in ``started`` and runs on instances, once no more is started."""
+        rest = [self.started.get() for _ in range(self.started.qsize())]
+        return [started.future for started in rest if started is not None and started.future is not None]
+
+    def inputs_of(self, rows: range) -> list[np.ndarray]:
+        """The inputs of those rows, copied if they are not contiguous, for which there may be no memory."""
+        return [rows_of(array, rows.start, rows.stop, len(rows)) for array in self._inputs]
 
 
 class Elastic:
@@ -90,11 +99,13 @@ class Elastic:
         self._calls: dict[int, _Call] = {}
         self._numbers = count()
         self._closed = False
+        self._closing = Lock()
 
     def run(self, inputs: Sequence[np.ndarray]) -> Outputs:
-        """Run any batch of at least one item. When all its parts have ended, raises the error of one, if any.
+        """Run any batch of at least one item. After an error in one part no other part starts.
 
-        Raises ``EngineError`` if it was closed, and in a process that was forked after it was opened.
+        Raises the error of the first part that failed, when those that had started have ended; and ``EngineError`` if
+        the session was closed, or opened by a process that this one was forked from.
         """
         self._process.check()
         rows, call, number = len(inputs[0]), _Call(inputs), next(self._numbers)
@@ -106,69 +117,87 @@ class Elastic:
                 self._calls[number] = call
                 self._policy.arrive(number, rows, monotonic())
                 self._start()
-            while rows:
-                started = call.started.get()
-                if started is None:
-                    raise closed()
-                rows -= len(started.inputs[0])
-                parts.append(self._run_here(call, started.inputs) if started.future is None else started.future)
+            while rows and (started := call.started.get()) is not None:
+                rows -= len(started.rows)
+                parts.append(self._run_here(call, started.rows) if started.future is None else started.future)
         finally:
             self._forget(number, call)
-            wait([part for part in parts if isinstance(part, Future)])
+            # The caller may change its arrays afterwards, so nothing may read them any more.
+            wait([part for part in (*parts, *call.untaken()) if isinstance(part, Future)])
         outputs = [part.result() if isinstance(part, Future) else part for part in parts]
+        if rows:
+            raise closed()
         return outputs[0] if len(outputs) == 1 else [np.concatenate(arrays) for arrays in zip(*outputs, strict=True)]
 
     def close(self) -> None:
         """Close both when what runs has ended; calls that wait raise. In a forked child, leave it to the parent."""
         if self._process.is_other:
             return
-        with self._changed:
+        with self._closing:  # whoever closes it again waits until it is closed
             if self._closed:
                 return
-            self._closed = True
-            for number, call in self._calls.items():
-                self._policy.leave(number)
-                call.started.put(None)
-            while self._policy.free < self._cores:
-                self._changed.wait()
-        self._wide.close()
-        self._narrow.close()
+            with self._changed:
+                self._closed = True
+                for number in self._calls:
+                    self._stop(number)
+                while self._policy.free < self._cores:
+                    self._changed.wait()
+            self._wide.close()
+            self._narrow.close()
 
     def _start(self) -> None:
         """Start what the policy starts now."""
         while starts := self._policy.starts(monotonic()):
             for number, part in starts:
                 call = self._calls[number]
-                inputs = call.take(part.rows)
+                rows = call.take(part.rows)
                 call.leased = part.threads == self._cores
-                call.started.put(_Started(inputs, None if call.leased else self._start_narrow(part, inputs)))
+                future = None if call.leased else self._start_narrow(number, part, rows)
+                call.started.put(_Started(rows, future))
+                if future is not None and future.done():  # it failed: what runs ends only when this thread lets it
+                    self._stop(number)
 
-    def _start_narrow(self, part: Part, inputs: list[np.ndarray]) -> "Future[Outputs]":
-        """Run rows on an instance that does nothing."""
+    def _start_narrow(self, number: int, part: Part, rows: range) -> "Future[Outputs]":
+        """Run rows of a call on an instance that does nothing.
+
+        The thread may be one whose own call has just ended, so an error is not raised but becomes the future's.
+        """
         instance = self._idle.pop()
-        # Its core is free before its answer is there: who calls again at once finds all cores free.
-        ended = partial(self._ended, part.threads, instance)
+        # The core is given back before the answer is there, so that a caller that calls again at once finds it free.
+        ended = partial(self._narrow_ended, number, part.threads, instance)
         try:
-            return self._narrow.start(instance, inputs, ended)
-        except RuntimeError as error:  # the interpreter ends, and threads of the user's go on; none may wait for ever
+            return self._narrow.start(instance, self._calls[number].inputs_of(rows), ended)
+        except (RuntimeError, MemoryError) as error:  # RuntimeError: the interpreter ends, and starts nothing more
             failed: Future[Outputs] = Future()
             failed.set_exception(error)
             self._idle.append(instance)
             self._policy.ended(part.threads, monotonic())
             return failed
 
-    def _run_here(self, call: _Call, inputs: list[np.ndarray]) -> Outputs:
+    def _run_here(self, call: _Call, rows: range) -> Outputs:
         """Run on all cores, in this thread."""
         try:
-            return self._wide.run(inputs)
+            return self._wide.run(call.inputs_of(rows))
         finally:
             self._give_back(call)
 
-    def _ended(self, threads: int, instance: int | None = None) -> None:
+    def _narrow_ended(self, number: int, threads: int, instance: int, failed: bool) -> None:
+        """Give an instance back."""
+        with self._changed:
+            if failed:
+                self._stop(number)
+            self._idle.append(instance)
+            self._ended(threads)
+
+    def _stop(self, number: int) -> None:
+        """Start no more of a call, and have it end when what has started of it has ended."""
+        self._policy.leave(number)
+        if number in self._calls:
+            self._calls[number].started.put(None)
+
+    def _ended(self, threads: int) -> None:
         """Give a part's cores back."""
         with self._changed:
-            if instance is not None:
-                self._idle.append(instance)
             self._policy.ended(threads, monotonic())
             self._start()
             if self._closed:

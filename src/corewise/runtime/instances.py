@@ -95,11 +95,11 @@ class Instances:
         return self.start(instance, inputs).result()
 
     def start(
-        self, instance: int, inputs: Sequence[np.ndarray], then: Callable[[], None] = lambda: None
+        self, instance: int, inputs: Sequence[np.ndarray], then: Callable[[bool], None] = lambda failed: None
     ) -> "Future[list[np.ndarray]]":
         """Run one batch on the instance of that number, after its earlier work.
 
-        ``then`` is called in its thread when the batch has ended, before anyone is told.
+        ``then`` is called in its thread, with whether the batch failed, before the future has its result.
         """
         return self._submit(instance, _run_then, self._sessions[instance], inputs, then)
 
@@ -153,11 +153,14 @@ class Instances:
             self.memory_per_instance_bytes += max(0, grown_bytes)
 
 
-def _run_then(session: Session, inputs: Sequence[np.ndarray], then: Callable[[], None]) -> list[np.ndarray]:
+def _run_then(session: Session, inputs: Sequence[np.ndarray], then: Callable[[bool], None]) -> list[np.ndarray]:
+    failed = True
     try:
-        return session.run(inputs)
+        outputs = session.run(inputs)
+        failed = False
     finally:
-        then()
+        then(failed)
+    return outputs
 
 
 class FixedBatch:

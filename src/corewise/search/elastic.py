@@ -2,7 +2,7 @@
 
 Both layouts are measured with few batches while all cores work, so their times include what calls cost each other. The
 elastic plan and each layout alone are then simulated from these times, from idle to saturated. If the elastic plan is
-better there, real load on it and on the fixed plan, in turns, decides.
+better there, real load decides, alternately on it and on the fixed plan.
 """
 
 from collections.abc import Callable, Sequence
@@ -34,25 +34,28 @@ from corewise.search.trial import SearchContext
 FEW_BATCHES = (1, 4, 16, 64)
 """Batches that a search measures for an elastic plan, beside those of both plans."""
 NEEDED = 2.0
-"""Under a budget, what must be left for each plan that is measured, as a multiple of the time that it is measured."""
+"""Under a budget, each plan is measured only if this many times as long as that takes is left."""
 LOADS = (0.05, 0.2, 1 / 3, 0.5, 2 / 3, 0.8, 0.95)
 """Simulated loads, as shares of the rate at which the fixed plan is saturated."""
 REQUESTS, FULL_CALLS = 1000, 200
+"""Requests of a simulation at one load, and full batches of one that is saturated."""
 WORSE, BETTER = 0.92, 1.1
-"""How many times as good as the fixed plan an elastic plan must be, at least: at every load, and at one of them."""
+"""An elastic plan must be at least ``WORSE`` times as good as the fixed plan at every load, and at one of them at least
+``BETTER`` times as good."""
 DUELS, ROUNDS = (1 / 3, 2 / 3), 3
-"""Real loads, as ``LOADS``, and how often the plans take turns at each."""
+"""Real loads, as shares like ``LOADS``, and how often each plan is loaded at each of them."""
 DUEL_S, SHORTEST_DUEL_S = 1.0, 0.3
-"""How long each load lasts."""
+"""Seconds of each load: the usual ones, and the least for which loading is worth it."""
 OPENING_S = 4.0
-"""What opening both plans is expected to take."""
+"""Seconds that opening both plans is expected to take."""
 
 
 def elastic_plan(plan: Plan, measured: Sequence[Measurement], fixed_batch: int | None = None) -> ElasticPlan | None:
-    """The two layouts to keep open beside the fixed plan: its own, and the other way to use as many threads.
+    """The two layouts to keep open in place of a fixed plan: its own, and another one of as many threads.
 
-    Of several ways to divide one instance's threads, that which had the most items per second, or else instances of
-    one thread. Calls have the rows of the program where these are fixed. ``None`` for a plan of one thread.
+    Beside several instances that is a single one. Beside one instance it is the division of its threads that had the
+    most items per second, or else instances of one thread. If the program takes a fixed number of rows, calls have
+    that many. ``None`` for a plan of one thread.
     """
     threads = plan.threads_per_instance * plan.instances
     if threads == 1:
@@ -71,15 +74,18 @@ def elastic_plan(plan: Plan, measured: Sequence[Measurement], fixed_batch: int |
 
 
 def _most_rows(measured: Sequence[Measurement]) -> int:
-    """Rows of a call where the plan has single ones for latency, and not because larger calls were slower."""
+    """Most rows of a call if the plan's batch is 1 because latency was asked for, so that larger ones were not tried.
+
+    The largest batch, unless its calls would be slow.
+    """
     row_ms = min((one.p50_ms for one in measured if one.plan.batch == 1), default=inf)
     return BATCHES[-1] if row_ms * BATCHES[-1] <= SLOW_CALL_MS else START_BATCH
 
 
 def judge_elastic(winner: Trial, plan: Plan, context: SearchContext) -> Elasticity | Reason | None:
-    """Measure what is not known of the winner's elastic plan, and judge it by simulation and by real load.
+    """Measure what is missing about the winner's elastic plan, and judge it by simulation and by real load.
 
-    For an SLO it has to meet the certified rate too. One that was certified for more than its layouts meet alone stays.
+    For an SLO it has to meet the certified rate too. If it is itself what was certified, it stays without a test.
 
     Args:
         winner: The trial that won, with its measurements.
@@ -98,19 +104,19 @@ def judge_elastic(winner: Trial, plan: Plan, context: SearchContext) -> Elastici
     elastic = elastic_plan(plan, known, build.fixed_batch)
     if elastic is None:
         return None
-    opened = Opened(context.workspace.payload(build), build, context.workspace.holdout)
+    on_disk = BuildOnDisk(context.workspace.payload(build), build, context.workspace.holdout)
     try:
-        with Site(
-            opened,
+        with ProcessPair(
+            on_disk,
             start=lambda: context.client(build, share=FINISHING),
             left_s=lambda: context.budget.left_s(FINISHING),
             on_event=context.on_event,
-        ) as site:
+        ) as processes:
             kept_s = OPENING_S + slo.LOAD_S / slo.OF_WHAT_IS_LEFT if certified else 0.0
-            judgement = judged(elastic, plan, known, context.requirements, site, kept_s=kept_s)
+            judgement = judged(elastic, plan, known, context.requirements, processes, kept_s=kept_s)
             if not isinstance(judgement, Elasticity) or not judgement.pays or certified is None:
                 return judgement
-            run = _load(site, elastic, (*known, *judgement.measurements), certified)
+            run = _load(processes, elastic, (*known, *judgement.measurements), certified)
     except InputError:
         raise
     except CorewiseError as error:
@@ -118,33 +124,33 @@ def judge_elastic(winner: Trial, plan: Plan, context: SearchContext) -> Elastici
     return replace(judgement, load=run, pays=slo.is_confirmed(run))
 
 
-class Opened(NamedTuple):
-    """What a plan is opened from, and the samples that are sent to it."""
+class BuildOnDisk(NamedTuple):
+    """A build whose plans are opened, and the samples that are sent to them."""
 
     payload: Path
     build: Build
     samples: Path
 
 
-class Site:
-    """Where an elastic plan is measured and loaded: two trial processes, each started when it is first needed.
+class ProcessPair:
+    """The trial processes in which an elastic plan is measured and loaded, each started when it is first needed.
 
-    A context manager that ends them. ``left_s`` says how much time there is.
+    A context manager that ends them. ``left_s`` returns how much time is left.
     """
 
     def __init__(
-        self, opened: Opened, *, start: Callable[[], Client], left_s: Callable[[], float], on_event: OnEvent
+        self, on_disk: BuildOnDisk, *, start: Callable[[], Client], left_s: Callable[[], float], on_event: OnEvent
     ) -> None:
-        self.opened, self.left_s, self.on_event = opened, left_s, on_event
+        self.on_disk, self.left_s, self.on_event = on_disk, left_s, on_event
         self._start, self._stack = start, ExitStack()
 
     @cached_property
-    def ours(self) -> Client:
+    def elastic(self) -> Client:
         """Measures both layouts, and is loaded with both open."""
         return self._stack.enter_context(self._start())
 
     @cached_property
-    def theirs(self) -> Client:
+    def fixed(self) -> Client:
         """Is loaded with one layout open."""
         return self._stack.enter_context(self._start())
 
@@ -160,24 +166,24 @@ def judged(
     plan: Plan,
     known: Sequence[Measurement],
     requirements: Requirements,
-    site: Site,
+    processes: ProcessPair,
     *,
     measure_s: float = trial.MEASURE_S / 2,
     kept_s: float = 0.0,
 ) -> Elasticity | Reason | None:
-    """An elastic plan beside the plan that it would replace, by simulation and, if that promises something, by load.
+    """Compare an elastic plan with the plan that it would replace: by simulation and, if it is better there, by load.
 
     What the tables lack is measured first, each plan for ``measure_s``. Real load leaves ``kept_s`` of the time.
-    Returns as ``judge_elastic``. Raises ``CorewiseError`` where a process fails.
+    Returns what ``judge_elastic`` does. Raises ``CorewiseError`` if a process fails.
     """
     measured: list[Measurement] = []
-    wanted = plans_to_measure(elastic, known, FEW_BATCHES if site.opened.build.fixed_batch is None else (1,))
+    wanted = plans_to_measure(elastic, known, FEW_BATCHES if processes.on_disk.build.fixed_batch is None else (1,))
     for layout in (elastic.wide, elastic.narrow):
-        plans = [wish for wish in wanted if ThreadLayout.of(wish) == ThreadLayout.of(layout)]
-        if plans and site.left_s() < NEEDED * measure_s * len(plans):
+        plans = [missing for missing in wanted if ThreadLayout.of(missing) == ThreadLayout.of(layout)]
+        if plans and processes.left_s() < NEEDED * measure_s * len(plans):
             return Reason.of(ReasonKind.ELASTIC_NOT_MEASURED, why="the budget was spent")
         if plans:
-            measured += _measured(site, layout, plans, measure_s)
+            measured += _measured(processes, layout, plans, measure_s)
     both = (*known, *measured)
     found = elasticity(plan, elastic, both, requirements)
     if found is None:
@@ -185,28 +191,28 @@ def judged(
     found = replace(found, measurements=tuple(measured))
     if not found.pays:
         return found
-    duel_s = affordable_duel_s(site.left_s() - kept_s)
+    duel_s = affordable_duel_s(processes.left_s() - kept_s)
     if duel_s is None:
         return Reason.of(ReasonKind.ELASTIC_NOT_MEASURED, why="no time was left to test it under load")
-    return judged_by_load(found, plan, both, site, duel_s)
+    return judged_by_load(found, plan, both, processes, duel_s)
 
 
 def affordable_duel_s(left_s: float) -> float | None:
-    """How long each real load may last if both plans are opened and loaded in so much time; ``None`` for too little."""
+    """How long each real load may last if opening and loading both plans takes ``left_s``; ``None`` if none may."""
     each_s = (left_s - OPENING_S) / (2 * ROUNDS * len(DUELS))
     return None if each_s < SHORTEST_DUEL_S else min(DUEL_S, each_s)
 
 
 def judged_by_load(
-    found: Elasticity, plan: Plan, measured: Sequence[Measurement], site: Site, duel_s: float
+    found: Elasticity, plan: Plan, measured: Sequence[Measurement], processes: ProcessPair, duel_s: float
 ) -> Elasticity:
-    """What real load says of an elastic plan: it and its layout that is like ``plan``, each in a client, in turns."""
+    """The verdict of real load, alternately on an elastic plan and on the one of its layouts that is ``plan``'s."""
     elastic = found.plan
     fixed = elastic.wide if plan.instances == 1 else elastic.narrow
-    payload, build, samples = site.opened
-    site.on_event(StageStarted(Stage.LOADING, build=build, plan=elastic.narrow))
-    site.ours.open(payload, build, elastic.narrow, elastic.wide)
-    site.theirs.open(payload, build, fixed)
+    payload, build, samples = processes.on_disk
+    processes.on_event(StageStarted(Stage.LOADING, build=build, plan=elastic.narrow))
+    processes.elastic.open(payload, build, elastic.narrow, elastic.wide)
+    processes.fixed.open(payload, build, fixed)
     loads = (
         partial(
             client.load,
@@ -217,16 +223,16 @@ def judged_by_load(
             elastic=tables,
         )
         for client, layout, tables in (
-            (site.ours, elastic.narrow, elastic_tables(elastic, measured)),
-            (site.theirs, fixed, None),
+            (processes.elastic, elastic.narrow, elastic_tables(elastic, measured)),
+            (processes.fixed, fixed, None),
         )
     )
-    ours_at, theirs_at = loads
+    elastic_at, fixed_at = loads
     most_per_s = _most_per_s(fixed, measured)
     duels = []
     for load in DUELS:
         pairs = [
-            (ours_at(rate_per_s=load * most_per_s, seed=k), theirs_at(rate_per_s=load * most_per_s, seed=k))
+            (elastic_at(rate_per_s=load * most_per_s, seed=k), fixed_at(rate_per_s=load * most_per_s, seed=k))
             for k in range(ROUNDS)
         ]
         duels.append(Duel(load=load, elastic=tuple(a for a, _ in pairs), fixed=tuple(b for _, b in pairs)))
@@ -234,7 +240,10 @@ def judged_by_load(
 
 
 def _gain(duel: Duel) -> float:
-    """The fixed layout's p50 and p99 over the elastic plan's, their geometric mean; 0 if not all were answered."""
+    """How many times as fast the elastic plan is: the geometric mean of its gains in p50 and p99.
+
+    0 if not all requests were answered.
+    """
     if not duel.all_answered:
         return 0.0
     (p50_ms, fixed_p50_ms), (p99_ms, fixed_p99_ms) = duel.p50_ms, duel.p99_ms
@@ -249,38 +258,38 @@ def _table(plan: Plan, measured: Sequence[Measurement]) -> list[Measurement]:
 
 
 def _most_per_s(plan: Plan, measured: Sequence[Measurement]) -> float:
-    """The rate at which a layout is saturated."""
+    """The rate at which a layout is saturated, in requests of one row."""
     return capacity_per_s(service_of(_table(plan, measured)), instances=plan.instances, max_batch=plan.batch)
 
 
-def _measured(site: Site, layout: Plan, plans: Sequence[Plan], measure_s: float) -> list[Measurement]:
-    """Batches of one layout, which is opened once for all of them, as the server opens it."""
-    payload, build, samples = site.opened
-    opened = site.ours.open(payload, build, layout)
+def _measured(processes: ProcessPair, layout: Plan, plans: Sequence[Plan], measure_s: float) -> list[Measurement]:
+    """Measure batches of one layout, which is opened once for all of them, as the server opens it."""
+    payload, build, samples = processes.on_disk
+    opened = processes.elastic.open(payload, build, layout)
     found = list[Measurement]()
     for plan in plans:
-        site.on_event(StageStarted(Stage.MEASURING_PLAN, plan=plan))
-        measurement = site.ours.measure(samples, plan, measure_s)
+        processes.on_event(StageStarted(Stage.MEASURING_PLAN, plan=plan))
+        measurement = processes.elastic.measure(samples, plan, measure_s)
         found.append(replace(measurement, why=Reason.of(ReasonKind.ELASTIC_TABLE), warning=opened.warning))
     return found
 
 
-def _load(site: Site, elastic: ElasticPlan, measured: Sequence[Measurement], certified: LoadRun) -> LoadRun:
-    """The certified rate on the elastic plan."""
-    payload, build, samples = site.opened
-    site.ours.open(payload, build, elastic.narrow, elastic.wide)
+def _load(processes: ProcessPair, elastic: ElasticPlan, measured: Sequence[Measurement], certified: LoadRun) -> LoadRun:
+    """Load the elastic plan with the certified rate."""
+    payload, build, samples = processes.on_disk
+    processes.elastic.open(payload, build, elastic.narrow, elastic.wide)
     rate_per_s = certified.rate_per_s or 0.0
     least_s = max(slo.CONFIRM_S, slo.REQUESTS / rate_per_s)
-    run = site.ours.load(
+    run = processes.elastic.load(
         samples,
         elastic.narrow,
         LatencyTable.of(_table(elastic.narrow, measured)),
         rate_per_s=rate_per_s,
-        duration_s=max(slo.LOAD_S, min(slo.LONGEST_S, least_s, slo.OF_WHAT_IS_LEFT * site.left_s())),
+        duration_s=max(slo.LOAD_S, min(slo.LONGEST_S, least_s, slo.OF_WHAT_IS_LEFT * processes.left_s())),
         slo_ms=certified.slo_ms,
         elastic=elastic_tables(elastic, measured),
     )
-    site.on_event(LoadEnded(build, run))
+    processes.on_event(LoadEnded(build, run))
     return run
 
 
@@ -301,7 +310,7 @@ def plans_to_measure(
 def elasticity(
     plan: Plan, elastic: ElasticPlan, measured: Sequence[Measurement], requirements: Requirements
 ) -> Elasticity | None:
-    """How an elastic plan would do beside each of its layouts alone; ``None`` if not all its calls were measured."""
+    """Simulate an elastic plan and each of its layouts alone; ``None`` if not all of its calls were measured."""
     if not {elastic.wide, elastic.narrow} <= {measurement.plan for measurement in measured}:
         return None
     try:
@@ -330,7 +339,10 @@ def elasticity(
 
 
 def _pays(curve: Sequence[LoadPoint], saturated_per_s: Sequence[float], fixed: int, requirements: Requirements) -> bool:
-    """By the rate of full batches and by latencies: for an SLO the p99, else the geometric mean of p50 and p99."""
+    """Whether it is never much worse than the fixed plan, and somewhere better.
+
+    By the rate of full batches, and at each load by the p99 for an SLO, else by the geometric mean of p50 and p99.
+    """
     gains = [saturated_per_s[0] / saturated_per_s[fixed]]
     for point in curve:
         median, tail = (latencies_ms[fixed] / latencies_ms[0] for latencies_ms in (point.p50_ms, point.p99_ms))
@@ -357,7 +369,7 @@ def _curve(elastic: ElasticPlan, measured: Sequence[Measurement], fixed: Plan) -
             rate_per_s=load * most_per_s,
             requests=REQUESTS,
             max_batch=plan.batch,
-            max_waiting=REQUESTS,
+            max_waiting=max(REQUESTS, plan.batch),
             wide=both,
         )
 

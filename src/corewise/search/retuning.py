@@ -30,7 +30,7 @@ from corewise.records.tuned import Comparison, Elasticity, Machine, Retuned, Tun
 from corewise.runtime.client import Client, Died, InProcess, Worker
 from corewise.runtime.race import ROUND_S, ROUNDS, WARM_S, Contender, ContenderFailed, run_race
 from corewise.runtime.workspace import Workspace
-from corewise.search.elastic import Opened, Site, elastic_plan, judged
+from corewise.search.elastic import BuildOnDisk, ProcessPair, elastic_plan, judged
 from corewise.search.plans import BATCHES, SLOW_CALL_MS, START_BATCH, tables
 
 BUDGET_S = 30.0
@@ -225,11 +225,10 @@ def _elastic(
     elastic = elastic_plan(plan, measured, bench.build.fixed_batch)
     if elastic is None:
         return None
-    opened = Opened(bench.payload, bench.build, bench.samples)
-    site = Site(opened, start=bench.start, left_s=lambda: until_s - time.monotonic(), on_event=bench.on_event)
+    on_disk, left_s = BuildOnDisk(bench.payload, bench.build, bench.samples), lambda: until_s - time.monotonic()
     try:
-        with site:
-            found = judged(elastic, plan, measured, requirements, site, measure_s=MEASURE_S)
+        with ProcessPair(on_disk, start=bench.start, left_s=left_s, on_event=bench.on_event) as processes:
+            found = judged(elastic, plan, measured, requirements, processes, measure_s=MEASURE_S)
     except InputError:
         raise
     except CorewiseError:

@@ -748,7 +748,7 @@ class Exclusive(Policy):
     def turn(self, now_s):
         if self.waiting_rows == 2:
             self.asked.set()
-        return None if self._yields[-1] else super().turn(now_s)
+        return None if self._ranks[-1] else super().turn(now_s)
 
 
 @pytest.mark.parametrize("timeout_s", [math.inf, 0.2])

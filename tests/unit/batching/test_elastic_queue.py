@@ -7,10 +7,11 @@ from concurrent.futures import wait
 from dataclasses import replace
 from itertools import count
 from math import inf
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from corewise.batching import (
@@ -186,7 +187,32 @@ def test_the_rows_of_a_request_stay_together_so_one_of_many_is_wide():
     assert started(made, 60.0) == [(0, [1]), (1, [2])]
 
 
-def test_rows_of_other_shapes_and_requests_that_share_no_call_are_a_crowd():
+def test_a_request_of_more_rows_than_wide_calls_were_measured_with_is_narrow():
+    made = queue(wide=table(0.5, 0.9))
+    offer(made, 0.0, 0, rows=8)
+    offer(made, 0.0, 1, 2, 3, 4, 5, 6, 7)
+    assert started(made, 0.0) == [(0, [0]), (1, [1, 2, 3, 4, 5, 6, 7])]
+
+
+@pytest.mark.parametrize(("shared", "kinds"), [(True, "abc"), (False, "aaa")])
+def test_requests_that_share_no_call_run_one_after_the_other_on_all_cores_if_those_do_more(shared, kinds):
+    made, now_s = queue(wide=table(1.85, 3.6, 7.1, 14.2), shared=shared), 0.0
+    for number, kind in enumerate(kinds):
+        offer(made, now_s, number, group=kind)
+    for number in range(len(kinds)):
+        assert started(made, now_s) == [(WIDE, [number])]
+        now_s += 0.00185
+        made.finished(WIDE, 0.00185)
+
+
+def test_a_request_of_another_kind_that_would_be_late_after_a_wide_call_has_its_core_at_once():
+    made = queue(wide=table(3.0, 3.6, 7.1, 14.2))
+    offer(made, 0.0, 0, due_s=0.0041, group="a")
+    offer(made, 0.0, 1, due_s=0.0045, group="b")
+    assert started(made, 0.0) == [(0, [0]), (1, [1])]
+
+
+def test_rows_of_other_shapes_and_requests_that_share_no_call_run_beside_each_other_if_that_does_more():
     made = queue()
     offer(made, 0.0, 0, group="a")
     offer(made, 0.0, 1, group="b")
@@ -259,10 +285,13 @@ def test_wide_calls_that_take_long_slow_all_predictions():
 STEPS = st.lists(st.floats(0.1, 8.0), min_size=1, max_size=5)
 
 
-@given(STEPS, STEPS, st.lists(st.tuples(st.floats(0.0, 0.02), st.integers(1, 4), st.floats(0.001, 0.06)), max_size=25))
+ASKED = st.tuples(st.floats(0.0, 0.02), st.integers(1, 4), st.floats(0.001, 0.06), st.sampled_from("aab"))
+
+
+@given(STEPS, STEPS, st.lists(ASKED, max_size=25))
 def test_whoever_was_not_started_at_once_is_in_time_if_calls_last_as_measured(few, many, asked):
-    """For any tables, arrivals, rows and deadlines; a core is idle for a moment only while a request waits; none is
-    lost."""
+    """For any tables, arrivals, rows, deadlines and kinds; a core is idle for a moment only while a request waits; none
+    is lost."""
     narrow, wide = (
         LatencyTable(points=tuple((k + 1, sum(steps[: k + 1])) for k in range(len(steps)))) for steps in (few, many)
     )
@@ -276,6 +305,7 @@ def test_whoever_was_not_started_at_once_is_in_time_if_calls_last_as_measured(fe
             if batch.requests:
                 assert instance == WIDE or WIDE not in [one[2] for one in ends]
                 assert instance != WIDE or not ends, "a wide call has all cores"
+                assert sum(one.rows for one in batch.requests) <= (len(many) if instance == WIDE else 4)
                 heapq.heappush(ends, (batch.end_s, next(order), instance, now_s, batch.requests))
         if made.waiting_rows and len(ends) < 2 and [one[2] for one in ends] != [WIDE]:
             assert ends, "all cores are idle"
@@ -294,11 +324,11 @@ def test_whoever_was_not_started_at_once_is_in_time_if_calls_last_as_measured(fe
             start()
 
     accepted = set()
-    for number, (gap_s, rows, left_s) in enumerate(asked):
+    for number, (gap_s, rows, left_s, kind) in enumerate(asked):
         until_s = now_s + gap_s
         finish(until_s)
         now_s = until_s
-        decision = made.offer(Request(id=number, deadline_s=now_s + left_s, rows=rows), now_s)
+        decision = made.offer(Request(id=number, deadline_s=now_s + left_s, rows=rows, group=kind), now_s)
         lost.update(one.request.id for one in decision.dropped)
         if isinstance(decision, Accepted):
             accepted.add(number)
@@ -307,6 +337,119 @@ def test_whoever_was_not_started_at_once_is_in_time_if_calls_last_as_measured(fe
     finish(float("inf"))
     assert answered == accepted - lost
     assert not lost
+
+
+class AnyEvents:
+    """An elastic queue to which anything happens, and what has become of its requests."""
+
+    def __init__(self, random):
+        self.random, self.now_s = random, 0.0
+        self.instances, self.most = random.choice([2, 3, 8]), random.choice([1, 4, 9])
+        narrow, wide = self.times(self.most), self.times(random.choice([1, 4, 9]))
+        self.most_wide, self.shared = wide.points[-1][0], random.random() < 0.7
+        self.queue = ElasticQueue(
+            narrow, tables(narrow, wide, self.instances), max_batch=self.most, max_waiting=200, shared=self.shared
+        )
+        self.wide, self.gone, self.running, self.state = self.queue.wide, set(), {}, {}
+        self.kinds, self.is_due = random.choice([1, 2, 16]), random.random() < 0.6
+        self.row_s = narrow.points[0][1] / 1e3
+        for instance in range(self.instances + 1):
+            self.queue.finished(instance)
+
+    def times(self, most):
+        """A table up to at most so many rows."""
+        steps = [self.random.uniform(0.1, 8.0) for _ in range(self.random.randint(1, most))]
+        return LatencyTable(points=tuple((k + 1, sum(steps[: k + 1])) for k in range(len(steps))))
+
+    def drop(self, dropped):
+        for one in dropped:
+            assert self.state[one.request.id] == "waiting"
+            self.state[one.request.id] = one.reason
+
+    def offer(self):
+        number, left_s = len(self.state), self.random.uniform(-0.5, 30) * self.row_s
+        asked = Request(
+            id=number,
+            deadline_s=self.now_s + left_s if self.is_due else inf,
+            priority=self.random.randint(-1, 1),
+            group=self.random.randrange(self.kinds),
+            rows=self.random.choice([1, 1, self.random.randint(1, self.most + 1)]),
+        )
+        decision = self.queue.offer(asked, self.now_s)
+        self.state[number] = "waiting" if isinstance(decision, Accepted) else "refused"
+        self.drop(decision.dropped)
+
+    def end(self, instance):
+        """A call ends, or its instance dies with it."""
+        began_s, end_s, requests = self.running.pop(instance)
+        self.now_s = max(self.now_s, end_s * self.random.choice([1.0, 1.0, 1.3]))
+        if self.random.random() < 0.05:
+            self.queue.leave(instance)
+            self.gone.add(instance)
+        else:
+            self.queue.finished(instance, None if self.random.random() < 0.1 else self.now_s - began_s)
+        self.state.update((one.id, "ended") for one in requests)
+
+    def cancel(self):
+        number = self.random.randrange(len(self.state) + 1)
+        self.queue.cancel(number)
+        if self.state.get(number) == "waiting":
+            self.state[number] = "cancelled"
+
+    def start(self):
+        while (instance := self.queue.turn(self.now_s)) is not None:
+            batch = self.queue.next_batch(instance, self.now_s)
+            self.drop(batch.dropped)
+            if batch.requests:
+                self.begin(instance, batch)
+        narrow = set(range(self.instances)) - self.gone
+        if self.queue.waiting_rows and narrow - set(self.running) and self.wide not in self.running:
+            assert self.running, "all cores are idle"
+            assert self.queue.look_again_s < inf, "a core is idle"
+
+    def begin(self, instance, batch):
+        assert instance not in self.gone | set(self.running)
+        assert not self.running if instance == self.wide else self.wide not in self.running, "a core has two calls"
+        assert sum(one.rows for one in batch.requests) <= (self.most_wide if instance == self.wide else self.most)
+        assert len({one.group for one in batch.requests}) == 1
+        assert self.shared or len(batch.requests) == 1
+        for one in batch.requests:
+            assert self.state[one.id] == "waiting"
+            self.state[one.id] = "running"
+        self.running[instance] = self.now_s, batch.end_s, batch.requests
+
+    def happen(self):
+        chance = self.random.random()
+        if chance < 0.5:
+            for _ in range(self.random.choice([1, 1, 5, 30])):
+                self.offer()
+        elif chance < 0.85 and self.running:
+            self.end(self.random.choice([min(self.running, key=lambda each: self.running[each][1]), *self.running]))
+        elif chance < 0.9:
+            self.cancel()
+        elif chance < 0.95 and self.gone:
+            self.queue.finished(self.gone.pop())
+        else:
+            self.now_s += self.random.uniform(0.0, 5.0) * self.row_s
+            self.drop(self.queue.expire(self.now_s))
+        self.start()
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.randoms(use_true_random=False))
+def test_whatever_happens_no_core_has_two_calls_none_is_idle_for_nothing_and_every_request_ends(random):
+    made = AnyEvents(random)
+    for _ in range(random.randint(1, 80)):
+        made.happen()
+    made.random = SimpleNamespace(choice=lambda values: values[0], random=lambda: 1.0)  # all goes well from now on
+    while made.gone:
+        made.queue.finished(made.gone.pop())
+    made.start()
+    while made.running:
+        made.end(min(made.running, key=lambda each: made.running[each][1]))
+        made.start()
+    assert made.queue.waiting_rows == 0
+    assert not {"waiting", "running"} & set(made.state.values())
 
 
 def test_a_request_that_only_wide_calls_answer_in_time_is_accepted_and_gets_one():

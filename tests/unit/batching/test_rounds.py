@@ -70,6 +70,12 @@ def mean_cost(made, counts, per_s):
     return share @ chosen.cost_s / seconds if seconds > 0 else inf
 
 
+@pytest.mark.parametrize("wide", [(0.0, 2e-5), (0.0, 8e-5, 185.0)])
+def test_instances_that_are_thousands_of_times_as_slow_as_one_on_all_cores_have_a_solution(wide):
+    made = rounds(wide, (0.0, 0.34, 0.34), instances=40)
+    assert {made.wide_requests(waiting, 1, load) for waiting in (1, 9, 99) for load in (0.0, 1e9)} == {1}
+
+
 @pytest.mark.parametrize("instances", [1, 2, 64])
 def test_probabilities_are_whole(instances):
     made = rounds(instances=instances)

@@ -2,7 +2,7 @@
 
 import threading
 import time
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from pathlib import Path
 
 import numpy as np
@@ -126,6 +126,39 @@ def test_after_a_call_that_failed_or_was_interrupted_the_next_one_runs(session, 
     assert len(session.run(numbers(3))[0]) == 3
 
 
+class NotCopied(np.ndarray):
+    """There is no memory for a copy of its rows."""
+
+    def __getitem__(self, key):
+        raise MemoryError("no room")
+
+
+@pytest.mark.parametrize("rows", [1, 50])
+def test_a_call_for_whose_rows_there_is_no_memory_fails_alone_and_waits_for_nothing(session, engine, rows):
+    engine.hold.clear()
+    with ThreadPoolExecutor(2) as threads:
+        first = threads.submit(session.run, numbers(1))
+        until(lambda: engine.ran)
+        second = threads.submit(session.run, [np.zeros((rows, 3)).view(NotCopied)])
+        until(lambda: len(session._calls) == 2)
+        engine.hold.set()
+        assert len(first.result(60)[0]) == 1
+        with pytest.raises(MemoryError, match="no room"):
+            second.result(60)
+    assert session._policy.free == 2
+    assert len(session.run(numbers(9))[0]) == 9
+
+
+def test_after_a_part_that_failed_no_more_of_its_call_starts(session, engine):
+    engine.raises = ValueError("not today")
+    with pytest.raises(ValueError, match="not today"):
+        session.run(numbers(1000))
+    assert len(engine.ran) == 2, "those that began together"
+    until(lambda: session._policy.free == 2)
+    engine.raises = None
+    assert len(session.run(numbers(9))[0]) == 9
+
+
 def test_closing_waits_for_what_runs_and_ends_what_waits(session, engine):
     engine.hold.clear()
     with ThreadPoolExecutor(3) as threads:
@@ -144,6 +177,22 @@ def test_closing_waits_for_what_runs_and_ends_what_waits(session, engine):
     session.close()
     with pytest.raises(EngineError, match="the model was closed"):
         session.run(numbers(1))
+
+
+def test_whoever_closes_it_again_waits_until_it_is_closed(session, engine):
+    engine.hold.clear()
+    with ThreadPoolExecutor(3) as threads:
+        runs = threads.submit(session.run, numbers(1))
+        until(lambda: engine.ran)
+        first = threads.submit(session.close)
+        until(lambda: session._closed)
+        again = threads.submit(session.close)
+        assert wait([again], timeout=0.05).not_done, "what runs has not ended"
+        engine.hold.set()
+        again.result(60)
+        assert engine.closed == 3
+        assert len(runs.result(60)[0]) == 1
+        first.result(60)
 
 
 def test_calls_of_threads_that_outlive_the_interpreters_main_thread_fail_and_none_waits_for_ever(session, engine):

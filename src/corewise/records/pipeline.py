@@ -1,6 +1,6 @@
 """How raw items become a model's inputs and its outputs become answers: data in the artifact, never code."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from corewise.common.detections import Head
@@ -114,6 +114,10 @@ class Packing:
     def __post_init__(self) -> None:
         if min(self.rows, self.tokens, self.texts) < 1 or not (self.ms > 0 and self.opening_ms >= 0):
             raise ValueError("packed calls have rows, tokens and texts of 1 or more, and take time")
+
+    def under(self, plan: Plan) -> Plan:
+        """The plan for packed calls, with the threads and instances of ``plan``."""
+        return replace(plan, batch=self.rows)
 
 
 @dataclass(frozen=True, kw_only=True)

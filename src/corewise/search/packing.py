@@ -170,7 +170,7 @@ def _tried(
         fidelity, verdict = context.verify(_answers(outputs, judged, context, choice))
         if not verdict.passed:
             return None, _not_packed(f"the answers to packed texts fail the gate: {sentence(verdict.reason)}")
-        client.open(payload, build, replace(plan, batch=packing.rows))
+        client.open(payload, build, packing.under(plan))
         usual = _usual_calls(task, [len(judged.ids[row]) for row in judged.fitting], plan, costs)
         usual_ms, packed_ms = _raced(client, workspace, usual, choice, context, costs, packing)
     ratio = usual_ms / (packed_ms * len(judged.calls))

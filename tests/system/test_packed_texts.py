@@ -28,7 +28,7 @@ from corewise.runtime.client import Client
 from corewise.runtime.instances import open_plan
 from corewise.samples import from_python
 from corewise.search import call_costs, optimization, packing
-from corewise.search.budget import Budget
+from corewise.search.budget import Budget, Preparation
 from corewise.search.packing import judge_packing, reserved_s, row_tokens
 from corewise.search.result import Result
 
@@ -222,6 +222,19 @@ def test_what_is_not_faster_is_left_out(recorded: Recorded, tmp_path: Path, monk
     replace(recorded.result, packed=None).save(tmp_path / "usual.cw")
     assert not (tmp_path / "usual.cw" / "packed").exists()
     assert read(tmp_path / "usual.cw").manifest.packing is None
+
+
+def test_a_model_that_takes_longer_to_export_than_there_is_time_is_not_packed(
+    recorded: Recorded, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    task, choice, context, costs = recorded.judged
+    slow = replace(task, preparation=Preparation(export_s=400.0))
+    monkeypatch.setattr(packing, "FINISHING", 1.1)
+    packed, reason = judge_packing(slow, choice, replace(context, budget=Budget(total_s=300.0)), costs)
+    assert packed is None
+    assert "the budget had no time" in said(reason)
+    assert reserved_s(slow, context.requirements, 300.0) == 0
+    assert reserved_s(task, context.requirements, 300.0) > 0
 
 
 def test_answers_that_are_worse_are_left_out(recorded: Recorded, monkeypatch: pytest.MonkeyPatch) -> None:

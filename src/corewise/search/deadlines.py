@@ -73,7 +73,7 @@ def check_candidates(trials: Sequence[Trial], context: SearchContext, baseline_s
     The first of ``trials`` is the baseline's, which took ``baseline_s``.
     """
     candidates = trials[1:]
-    if not candidates or any(trial.reason.kind not in OUT_OF_TIME or trial.fidelity is not None for trial in candidates):
+    if not candidates or any(trial.reason.kind not in OUT_OF_TIME or trial.fidelity for trial in candidates):
         return
     budget, before = context.budget, context.preparation
     spent_s = {

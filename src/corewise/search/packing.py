@@ -85,7 +85,7 @@ def judge_packing(
     tokens, build = row_tokens(task, context.requirements), choice.winner
     if costs is None or tokens is None or build.fixed_batch is not None or mixes_rows(engine(build.engine), build):
         return None, None
-    if context.budget.left_s(FINISHING) < PACKING_S:
+    if context.budget.left_s(FINISHING) < _packing_s(task):
         return None, _not_packed("the budget had no time to try packing")
     packing = Packing(rows=CALL_TOKENS // tokens, tokens=tokens, texts=tokens // 4, ms=1.0)
     try:
@@ -98,10 +98,15 @@ def judge_packing(
 
 def reserved_s(task: Task, requirements: Requirements, total_s: float | None) -> float:
     """Seconds of a budget that are kept for packing; none of a short one, in which it would not be tried."""
-    needed_s = BEFORE_S + PACKING_S
+    needed_s = BEFORE_S + _packing_s(task)
     if total_s is None or needed_s > total_s / 3 or row_tokens(task, requirements) is None:
         return 0.0
     return needed_s
+
+
+def _packing_s(task: Task) -> float:
+    """Seconds that must be left: exporting, which nothing can end, may take as long as it took for the model itself."""
+    return max(PACKING_S, task.preparation.export_s)
 
 
 def row_tokens(task: Task, requirements: Requirements) -> int | None:

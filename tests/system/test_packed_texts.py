@@ -276,9 +276,33 @@ def test_a_model_that_fails_to_be_packed_ends_no_search(recorded: Recorded, monk
         raise SourceError("the outputs have NaN", "correct the model")
 
     monkeypatch.setattr(source, "export", refuse)
-    packed, reason = recorded.again()
+    task, *others = recorded.judged
+    packed, reason = judge_packing(replace(task, seed=task.seed + 1), *others)
     assert packed is None
     assert "packing them failed: the outputs have NaN" in said(reason)
+
+
+def test_a_resumed_search_builds_the_packed_program_only_if_it_is_another_one(
+    recorded: Recorded, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    built: list[Path] = []
+    own = Client.build
+
+    def build(client: Client, workspace: Any, build: Any, payload: Path) -> Any:
+        built.append(payload)
+        return own(client, workspace, build, payload)
+
+    monkeypatch.setattr(Client, "build", build)
+    monkeypatch.setattr(packing, "_raced", lambda *arguments: (1e6, 1e-3))
+    first, _ = recorded.again()
+    built.clear()
+    again, _ = recorded.again()
+    assert not built
+    assert first.files.payload == again.files.payload
+    np.testing.assert_array_equal(first.files.outputs[0], again.files.outputs[0])
+    task, *others = recorded.judged
+    judge_packing(replace(task, seed=task.seed + 1), *others)
+    assert len(built) == 1
 
 
 def test_both_ways_are_timed_in_turns(recorded: Recorded, monkeypatch: pytest.MonkeyPatch) -> None:

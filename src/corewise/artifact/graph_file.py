@@ -37,7 +37,7 @@ class Graph:
     inputs: Sequence[str]
     size_limits: Mapping[str, Any]
     multiples: Mapping[tuple[str, int], int]
-    """By the input's name and its axis."""
+    """What a size must be a multiple of, by the input's name and the axis."""
 
     @classmethod
     def read(cls, archive: zipfile.ZipFile) -> "Graph":

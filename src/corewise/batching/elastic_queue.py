@@ -18,8 +18,8 @@ from corewise.batching.rounds import Rounds
 SOON = 0.2
 """Share of a narrow call of one row that a core waits for the others, so that a round begins on all."""
 FEW = 2
-"""It waits while at most so many requests for each narrow instance wait; more are a crowd, in which only the rate
-counts."""
+"""A core waits while at most this many requests for each narrow instance wait; more are a crowd, in which only the
+rate counts."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -179,7 +179,7 @@ class ElasticQueue(Policy):
         return Batch(requests=tuple(place.request for place in taken), end_s=end_s, dropped=dropped)
 
     def _until_about_free_s(self, now_s: float) -> float:
-        """Until when what waits is kept for all cores, because the narrow calls that run should end soon; else ``inf``.
+        """The time until which requests are kept for all cores, because narrow calls should end soon; else ``inf``.
 
         It is also kept if it would be late in narrow calls but not in wide ones. Calls that begin at different times
         would keep the wide instance idle for as long as the load lasts. Calls may take longer than they should, so the

@@ -76,7 +76,7 @@ class Policy:
         self.look_again_s = inf
         """When the last ``turn`` is to be asked again, even if nothing happens until then."""
         self.margin_s = 0.0
-        """So long before their deadlines answers should be there when requests are admitted."""
+        """A request is admitted only if its answer is expected this long before its deadline."""
         self.slowness = 1.0
         """Predicted duration of calls over their measured duration; at least 1."""
         self._max_batch, self._max_waiting, self._shared = max_batch, max_waiting, shared

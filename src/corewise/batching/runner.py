@@ -49,7 +49,7 @@ class Answer:
 
     @property
     def size_bytes(self) -> int:
-        """Of the outputs."""
+        """Bytes of the outputs."""
         return sum([array.nbytes for array in self.outputs])
 
 

@@ -88,7 +88,7 @@ class TextPipeline:
 
 
 PACKED_INPUTS = ("input_ids", "positions", "segments")
-"""Of a packed program, in their order, int64 (rows, tokens) each; segments number a row's texts from 1 on."""
+"""The inputs of a packed program in their order, int64 (rows, tokens); segments number a row's texts from 1 on."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -101,11 +101,11 @@ class Packing:
     __pydantic_config__ = STRICT
 
     rows: int
-    """Of a call. All calls have as many."""
+    """Rows of each call."""
     tokens: int
-    """Of a row."""
+    """Tokens of a row."""
     texts: int
-    """Of a row, at most."""
+    """The most texts of a row."""
     ms: float
     """What a call takes while all instances run, in the milliseconds of the table of the winner's own calls."""
     opening_ms: float = 0.0
@@ -156,7 +156,7 @@ class MediaPipeline:
     head: Head | None = None
     """How a detector's outputs are read."""
     shape: tuple[int | None, ...] = ()
-    """Of one input of a model that takes items of their own shapes, if it is known: ``None`` for what may vary."""
+    """An input's shape if the model takes items of their own shapes and it is known: ``None`` for what may vary."""
 
     def takes(self, shape: tuple[int, ...]) -> bool:
         """Whether the model takes an input of that shape."""

@@ -42,7 +42,7 @@ _OF_MODEL = (
     ReasonKind.BASELINE_DIFFERS,
 )
 NAMED = 3
-"""Of layers or instances, how many are named before "and 5 more"."""
+"""How many layers or instances are named before "and 5 more"."""
 
 
 class Row(NamedTuple):

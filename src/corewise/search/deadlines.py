@@ -12,16 +12,16 @@ from corewise.search.forecast import Forecast, is_better_left
 from corewise.search.trial import SearchContext
 
 SURE_BY = 1.2
-"""Of the budget, until when time for a build in floating point is kept while nothing but the baseline has passed."""
+"""Share of the budget until which time for a build in floating point is kept, while only the baseline has passed."""
 OVERTIME, OVERTIME_S = 1.5, 25.0
 """While nothing but the baseline has passed, trials may take this share of the budget, or this many seconds more than
 it if that is longer: a late result is better than none."""
 ON_TIME = 1.05
-"""Of the budget, what a search may take without saying why."""
+"""Share of the budget that a search may take without saying why."""
 NAMED = 3
 """Builds that are named where more were not tried."""
 SHORTEST_TOLD_S = 0.05
-"""Of the steps that spent a budget."""
+"""Steps that took less are not named where a budget was spent too early."""
 OUT_OF_TIME = (*NOT_TRIED, ReasonKind.BUDGET_SPENT_DURING)
 """Why a trial says nothing about its build: another run with more time tries it again."""
 
@@ -38,7 +38,7 @@ def seconds_left(trials: Sequence[Trial], context: SearchContext) -> tuple[float
 
 
 def trial_share(trials: Sequence[Trial], context: SearchContext) -> float:
-    """Of the budget, when a candidate's trial has to be finished."""
+    """The share of the budget at which a candidate's trial has to be finished."""
     return context.split.last_trial if _any_passed(trials) else _overtime_share(context.budget)
 
 
@@ -104,5 +104,5 @@ def _any_passed(trials: Sequence[Trial]) -> bool:
 
 
 def _overtime_share(budget: Budget) -> float:
-    """Of the budget, when trials end while nothing but the baseline has passed."""
+    """The share of the budget at which trials end while nothing but the baseline has passed."""
     return OVERTIME if budget.total_s is None else max(OVERTIME, 1 + OVERTIME_S / budget.total_s)

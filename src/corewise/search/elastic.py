@@ -192,7 +192,7 @@ def judged(
 
 
 def affordable_duel_s(left_s: float) -> float | None:
-    """How long each real load may last if both plans are opened and loaded in so much time; ``None`` for too little."""
+    """How long each real load may last if both plans are opened and loaded in ``left_s``; ``None`` for too little."""
     each_s = (left_s - OPENING_S) / (2 * ROUNDS * len(DUELS))
     return None if each_s < SHORTEST_DUEL_S else min(DUEL_S, each_s)
 

@@ -87,7 +87,7 @@ class TextRoutes:
 
     @property
     def routes(self) -> list[Route]:
-        """For the server's app."""
+        """The routes of these APIs, for the server's app."""
         by_shape: dict[Shape, dict[str, Handler]] = {
             _openai_error: {"/v1/embeddings": self.embeddings},
             _rerank_error: dict.fromkeys(RERANK_PATHS, self.rerank),

@@ -27,7 +27,6 @@ DATATYPES = {
     "object": "BYTES",
 }
 """The protocol's name of each numpy dtype; arrays of objects hold ``bytes``."""
-DTYPES = {datatype: dtype for dtype, datatype in DATATYPES.items()}
 
 EXTENSIONS = (
     "binary_tensor_data",

@@ -163,7 +163,7 @@ class Workspace:
 
     @property
     def _build_inputs(self) -> Path:
-        return self.folder / "material.json"
+        return self.folder / "build-inputs.json"
 
     @property
     def _key(self) -> Path:

@@ -13,7 +13,7 @@ from corewise.accuracy.outputs import Outputs
 from corewise.artifact import PackedFiles
 from corewise.artifact.texts import call_limits
 from corewise.common.errors import CorewiseError, EngineError, MetricError, OutputError
-from corewise.engines import BuildInputs, engine
+from corewise.engines import engine
 from corewise.engines.base import mixes_rows
 from corewise.pipeline import Call, CostTable, fill
 from corewise.pipeline.packing import PackedCall, pack, packed_arrays, total_ms, unpacked
@@ -29,7 +29,7 @@ from corewise.runtime.workspace import Workspace
 from corewise.samples import Samples, from_python
 from corewise.search.alone import unpadded
 from corewise.search.budget import FINISHING
-from corewise.search.task import Task, digest
+from corewise.search.task import Task, digest, write_program
 from corewise.search.trial import SearchContext
 
 ROW_TOKENS = (64, 128, 256)
@@ -193,19 +193,7 @@ def _prepared(task: Task, context: SearchContext, packing: Packing, judged: _Tex
     if exported.program is None or exported.fixed_batch is not None:
         return _not_packed(f"the packed model cannot be exported: {exported.why_not or exported.why_fixed}")
     workspace = context.workspace.within("packed")
-    source.save_program(exported.program, workspace.program)
-    judged.rows.save(workspace.holdout)
-    workspace.write_build_inputs(
-        BuildInputs(
-            program=workspace.program,
-            inputs=exported.inputs,
-            outputs=exported.outputs,
-            operators=source.operators(exported.program),
-            calibration=calibration,
-            cpu=task.cpu,
-            cache=workspace.cache,
-        )
-    )
+    write_program(exported, calibration, judged.rows, task.cpu, workspace)
     return workspace
 
 

@@ -25,6 +25,7 @@ from corewise.records.jsonable import to_json
 from corewise.runtime.client import Worker
 from corewise.runtime.workspace import Workspace
 from corewise.samples import Samples
+from corewise.search.task import write_program
 
 T = TypeVar("T")
 
@@ -141,19 +142,7 @@ def export_into(
     exported = source.export(model, calibration)
     if exported.program is None:
         raise SourceError(exported.why_not)
-    source.save_program(exported.program, workspace.program)
-    holdout.save(workspace.holdout)
-    inputs = BuildInputs(
-        program=workspace.program,
-        inputs=exported.inputs,
-        outputs=exported.outputs,
-        operators=source.operators(exported.program),
-        calibration=calibration,
-        cpu=cpu,
-        cache=workspace.cache,
-    )
-    workspace.write_build_inputs(inputs)
-    return exported, inputs
+    return exported, write_program(exported, calibration, holdout, cpu, workspace)
 
 
 def starter(workspace: Workspace, cpu: Cpu, timeout_s: float = TIMEOUT_S) -> Callable[[Build], Worker]:

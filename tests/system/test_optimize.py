@@ -391,8 +391,8 @@ def test_an_engine_that_was_asked_for_and_cannot_be_tried_is_an_error():
 
 
 def test_a_budget_too_short_for_one_candidate_says_where_the_time_went(monkeypatch):
-    monkeypatch.setattr("corewise.search.search.SHORTEST_TOLD_S", 0.0)
-    monkeypatch.setattr("corewise.search.search.OVERTIME_S", 0.0)
+    monkeypatch.setattr("corewise.search.deadlines.SHORTEST_TOLD_S", 0.0)
+    monkeypatch.setattr("corewise.search.deadlines.OVERTIME_S", 0.0)
     with pytest.raises(InputError, match=r"spent before any build was finished: .* took \d+\.\d s") as told:
         run(Tiny(), only_images(), budget_s=0.1)
     for what in ("the baseline", "loading and exporting the model", "reading the samples"):

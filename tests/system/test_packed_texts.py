@@ -29,7 +29,7 @@ from corewise.runtime.client import Client
 from corewise.runtime.instances import open_plan
 from corewise.samples import from_python
 from corewise.search import call_costs, optimization, packing
-from corewise.search.budget import Budget
+from corewise.search.budget import Budget, Preparation
 from corewise.search.packing import judge_packing, reserved_s, row_tokens
 from corewise.search.result import Result
 from corewise.serving.remote import Remote
@@ -252,6 +252,19 @@ def test_what_is_not_faster_is_left_out(recorded: Recorded, tmp_path: Path, monk
     assert read(tmp_path / "usual.cw").manifest.packing is None
 
 
+def test_a_model_that_takes_longer_to_export_than_there_is_time_is_not_packed(
+    recorded: Recorded, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    task, choice, context, costs = recorded.judged
+    slow = replace(task, preparation=Preparation(export_s=400.0))
+    monkeypatch.setattr(packing, "FINISHING", 1.1)
+    packed, reason = judge_packing(slow, choice, replace(context, budget=Budget(total_s=300.0)), costs)
+    assert packed is None
+    assert "the budget had no time" in said(reason)
+    assert reserved_s(slow, context.requirements, 300.0) == 0
+    assert reserved_s(task, context.requirements, 300.0) > 0
+
+
 def test_answers_that_are_worse_are_left_out(recorded: Recorded, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(packing, "unpacked", lambda call, vectors: np.ones((len(call.places), vectors.shape[-1])))
     packed, reason = recorded.again()
@@ -291,9 +304,33 @@ def test_a_model_that_fails_to_be_packed_ends_no_search(recorded: Recorded, monk
         raise SourceError("the outputs have NaN", "correct the model")
 
     monkeypatch.setattr(source, "export", refuse)
-    packed, reason = recorded.again()
+    task, *others = recorded.judged
+    packed, reason = judge_packing(replace(task, seed=task.seed + 1), *others)
     assert packed is None
     assert "packing them failed: the outputs have NaN" in said(reason)
+
+
+def test_a_resumed_search_builds_the_packed_program_only_if_it_is_another_one(
+    recorded: Recorded, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    built: list[Path] = []
+    own = Client.build
+
+    def build(client: Client, workspace: Any, build: Any, payload: Path) -> Any:
+        built.append(payload)
+        return own(client, workspace, build, payload)
+
+    monkeypatch.setattr(Client, "build", build)
+    monkeypatch.setattr(packing, "_raced", lambda *arguments: (1e6, 1e-3))
+    first, _ = recorded.again()
+    built.clear()
+    again, _ = recorded.again()
+    assert not built
+    assert first.files.payload == again.files.payload
+    np.testing.assert_array_equal(first.files.outputs[0], again.files.outputs[0])
+    task, *others = recorded.judged
+    judge_packing(replace(task, seed=task.seed + 1), *others)
+    assert len(built) == 1
 
 
 def test_both_ways_are_timed_in_turns(recorded: Recorded, monkeypatch: pytest.MonkeyPatch) -> None:

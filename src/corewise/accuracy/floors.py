@@ -39,7 +39,7 @@ def group_fidelities(layouts: Sequence[Layout], sums: Sequence[Energies]) -> tup
 def lost_positions(
     layouts: Sequence[Layout], references: Sequence[Array], candidates: Sequence[Array]
 ) -> Iterator[GroupFidelity]:
-    """Of outputs (N, positions, channels), such as the vectors of tokens, a position of which nothing is left.
+    """Positions of outputs (N, positions, channels), such as the vectors of tokens, of which nothing is left.
 
     The first token of a transformer may be all that is used of its output, and has values unlike the others'.
     """

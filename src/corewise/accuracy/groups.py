@@ -83,11 +83,11 @@ class Layout:
     """fp32's mean over samples, in the shape of a block (1, before, K, after); ``None`` for integer outputs."""
     groups: tuple[Channels, ...]
     dimensions: int
-    """Of the output, samples included."""
+    """Dimensions of the output, samples included."""
     values: NDArray[Any] | None = None
-    """Of integer outputs with few values, all of them: each is a channel."""
+    """All values of an integer output that has few: each is a channel."""
     across: "Layout | None" = None
-    """Of an output (N, positions, channels), the same by position."""
+    """The same by position, for an output (N, positions, channels)."""
 
     def named(self, channels: Channels) -> str:
         """The channels in Python's notation, for example ``logits[:, 4:84]``."""

@@ -14,7 +14,7 @@ from corewise.common.errors import MetricError, MissingExtra, SamplesError
 EQUAL_DB = 100.0
 """The PSNR of equal images."""
 SIGMA, RADIUS = 1.5, 5
-"""Of the window of SSIM, 11 pixels wide."""
+"""The window of SSIM, 11 pixels wide."""
 
 
 def miou(outputs: Any, labels: Any) -> Pooled:

@@ -27,7 +27,7 @@ FEWEST_JUDGED = 8
 FEWEST_CALIBRATING = 0.5
 """The share of the calibration samples that has to be left."""
 MOST_FEATURES = 1024
-"""Of an output with more numbers for each sample, the channels' means over positions are compared."""
+"""If an output has more numbers for each sample, its channels' means over positions are compared."""
 ROUNDS = 50
 STARTS = 5
 

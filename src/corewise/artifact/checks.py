@@ -108,7 +108,7 @@ class InputChecks:
 
 
 def _of_another_size(array: np.ndarray, name: str, axis: int, allowed: str) -> InputError:
-    """For a size with which the model would take another branch than the one that was exported."""
+    """The error for a size with which the model would take another branch than the one that was exported."""
     return InputError(
         f"input {name!r} has size {array.shape[axis]} in dimension {axis}",
         f"give {allowed}: for other sizes the model takes a branch that no sample has taken",

@@ -74,6 +74,24 @@ class Interval(NamedTuple):
         return self.low is not None and self.low.is_natural
 
 
+class Values(NamedTuple):
+    """The numbers of a tensor: each lies in one of the intervals."""
+
+    intervals: tuple[Interval, ...]
+    in_place: bool = False
+    """Whether each number is still at the place that it has in the input."""
+
+    @property
+    def follows_input(self) -> bool:
+        """Whether an input's values are among them."""
+        return any(interval.follows_input for interval in self.intervals)
+
+    @classmethod
+    def between(cls, low: int, high: Linear) -> "Values":
+        """Any numbers from ``low`` to ``high``."""
+        return cls((Interval(Linear(low), high),))
+
+
 class Limits:
     """The bounds of symbols that follow from inequalities."""
 

@@ -1,7 +1,6 @@
 """The text pipeline of an artifact, opened to run."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TypeVar
@@ -64,12 +63,18 @@ def open_texts(artifact: Artifact, run: Run, plan: Plan, cpu: Cpu) -> TextRunner
     pipeline = text_pipeline(artifact)
     if pipeline is None:
         return None
-    most_id = most_known_id(pipeline, artifact.manifest.input_ranges)
-    encoder = TextEncoder(pipeline, artifact.folder / pipeline.tokenizer, most_id=most_id)
     packing, packed = packing_under(plan, artifact.manifest), None
     if packing is not None:
         packed = LazyProgram(packing, partial(open_packed, artifact, packing, plan, cpu, open_plan))
-    return text_runner(encoder, run, plan, call_cost(artifact.manifest, plan), packed)
+    return text_runner(
+        pipeline,
+        artifact.folder / pipeline.tokenizer,
+        artifact.manifest.input_ranges,
+        run,
+        plan,
+        cost=call_cost(artifact.manifest, plan),
+        packed=packed,
+    )
 
 
 def packing_under(plan: Plan, manifest: Manifest) -> Packing | None:
@@ -87,7 +92,7 @@ def open_packed(
     check_files(artifact, PACKED)
     build, payload = artifact.manifest.build, artifact.folder / PACKED / PAYLOAD
     with guard(ArtifactError, f"{payload} cannot be opened here", REBUILD):
-        return opener(engine(build.engine), payload, build, replace(plan, batch=packing.rows), cpu)
+        return opener(engine(build.engine), payload, build, packing.under(plan), cpu)
 
 
 def most_known_id(pipeline: TextPipeline, ranges: Sequence[InputRange] | None) -> int | None:
@@ -109,9 +114,34 @@ def _is_measured(manifest: Manifest, plan: Plan) -> bool:
 
 
 def text_runner(
-    encoder: TextEncoder, run: Run, plan: Plan, cost: CallCost = by_tokens, packed: LazyProgram | None = None
+    pipeline: TextPipeline,
+    tokenizer: Path | bytes,
+    ranges: Sequence[InputRange] | None,
+    run: Run,
+    plan: Plan,
+    *,
+    cost: CallCost,
+    packed: LazyProgram | None,
 ) -> TextRunner:
-    """Runs texts as ``plan`` runs batches, in the calls that ``cost`` finds cheapest; ``run`` makes one of them."""
+    """Runs texts as ``plan`` runs batches, in the calls that ``cost`` finds cheapest.
+
+    Args:
+        pipeline: How texts become inputs, and outputs become answers.
+        tokenizer: Its file, or the file's content.
+        ranges: What the model's inputs may be, if that is known.
+        run: Makes one call.
+        plan: The threads, instances and rows of calls.
+        cost: What calls cost.
+        packed: The program whose rows have several texts, if there is one for ``plan``.
+
+    Returns:
+        What answers texts.
+
+    Raises:
+        ArtifactError: ``tokenizer`` is not a tokenizer.
+        MissingExtra: The package ``tokenizers`` is not installed.
+    """
+    encoder = TextEncoder(pipeline, tokenizer, most_id=most_known_id(pipeline, ranges))
     limits = call_limits(plan, cost)
     return TextRunner(encoder, run, instances=plan.instances, limits=limits, cost=cost, packed=packed)
 

@@ -20,7 +20,7 @@ from corewise.records.report import Preprocess
 from corewise.samples.images import normalize_pixels
 
 MOST_CHANNELS = 4096
-"""Of an output with more, the extremes of the whole are kept."""
+"""If an output has more channels, the extremes of the whole are kept."""
 ROWS = 16
 """Rows of a call that are looked at."""
 EVERY_S = 0.01
@@ -31,7 +31,7 @@ FEWEST_ROWS = 200
 MANY, LEAST = 5.0, 0.01
 """Misses are too frequent at this multiple of the expected rate, if they are at least this share of all checks."""
 ROUNDING = 1e-3
-"""Of a range, what is still inside: other kernels round differently."""
+"""Share of a range by which a value may exceed it: other kernels round differently."""
 
 
 def seen_range(spec: TensorSpec, batches: Iterable[np.ndarray]) -> SeenRange | None:

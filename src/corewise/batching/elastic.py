@@ -73,7 +73,7 @@ class ElasticPolicy:
         self._rounds = Rounds(wide_s, narrow_s, instances=partitions.cores // few, shared=False)
 
     def arrive(self, call: int, rows: int, now_s: float) -> None:
-        """A call of so many rows, at least 1, waits from now on."""
+        """A call of ``rows``, at least 1, waits from now on."""
         self._reach(now_s)
         if self._busy:
             self._arrivals.note()

@@ -59,7 +59,7 @@ class Rounds:
     def wide_requests(self, waiting: int, rows: int, per_s: float) -> int:
         """How many of the requests that wait, each of ``rows``, the wide call takes; 0 if they start narrow.
 
-        The rows count as the next power of two, if calls have so many: few sizes are solved.
+        The rows count as the next power of two, if calls have that many: few sizes are solved.
         """
         asked, most = rows, min(len(self._wide_s), len(self.narrow_s)) - 1
         rows = min(1 << (rows - 1).bit_length(), max(rows, most))

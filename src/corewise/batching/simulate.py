@@ -182,7 +182,7 @@ def service_of(measurements: Sequence[Measurement]) -> Service:
 def simulate_calls(
     partitions: Partitions, *, rate_per_s: float, rows: int = 1, calls: int = REQUESTS, seed: int = 0
 ) -> Simulated:
-    """Calls of so many rows at random times, as ``runtime.elastic`` runs them, each part as long as measured.
+    """Calls of ``rows`` at random times, as ``runtime.elastic`` runs them, each part as long as measured.
 
     None is refused, and none is late. Two rates with the same seed have the same arrivals.
     """
@@ -191,7 +191,7 @@ def simulate_calls(
 
 
 def simulate_callers(partitions: Partitions, *, callers: int, rows: int = 1, calls: int = REQUESTS) -> Simulated:
-    """As ``simulate_calls``, from so many callers that call again as soon as they are answered."""
+    """As ``simulate_calls``, from ``callers`` that call again as soon as they are answered."""
     return _play_calls(partitions, [0.0] * callers, rows, calls)
 
 
@@ -255,7 +255,7 @@ class _Run:
         """End, instance, duration and requests of each running call."""
         self._arrivals_s: Sequence[float] = ()
         self.latencies_s: dict[int, float] = {}
-        """Of the answered requests, by their number."""
+        """Latencies of the answered requests, by their number."""
         self._lost = self._late = 0
         self._last_s = 0.0
 

@@ -46,7 +46,7 @@ class Scale:
     queue_s: float = QUEUE_S
     """The mean time in the queue that more replicas are started for, if their number may change."""
     drain_s: float = 30.0
-    """For the requests of a replica that is stopped."""
+    """How long a replica that is stopped may take for its requests."""
     retune_s: float = BUDGET_S
     surge: bool = True
     """Whether an update starts a new replica before an old one stops, which takes CPUs that are free."""

@@ -17,7 +17,7 @@ from corewise.machine.layouts import most_threads
 LEAST_RAY = (2, 59)
 """Older versions run code of web pages and of data (CVE-2026-57516 and before), or start clusters without tokens."""
 SERVE_NEEDS = ("grpc", "fastapi", "starlette", "uvicorn", "aiohttp")
-"""Of the extra ``serve`` of Ray, which ``pip install ray`` alone leaves out."""
+"""Packages of Ray's extra ``serve``, which ``pip install ray`` alone leaves out."""
 ANSWER_S = 10.0
 """How long an address may take to answer."""
 STORE_BYTES = 256 * 2**20
@@ -28,7 +28,7 @@ PROBES = {CLIENT: "/ray.rpc.RayletDriver/ClusterInfo", "": "/ray.rpc.NodeInfoGcs
 NO_RAY = ("DEADLINE_EXCEEDED", "UNAVAILABLE", "UNIMPLEMENTED")
 """What comes of that question where nobody is, or another service."""
 VERSIONS = re.compile(r"Ray: (\S+)\s+Python: (\S+)")
-"""Of the cluster and of this process, where Ray tells that they differ."""
+"""The versions of the cluster and of this process, where Ray says that they differ."""
 SAFE = "start all of its nodes with RAY_AUTH_MODE=token ('ray get-auth-token --generate' makes the token)"
 TOKEN = "set RAY_AUTH_MODE=token, and RAY_AUTH_TOKEN or ~/.ray/auth_token to the cluster's token"
 

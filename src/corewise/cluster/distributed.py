@@ -25,7 +25,7 @@ from corewise.records.tuned import Tuned
 from corewise.samples.places import Place
 
 RESULT = f"{MARK}result.json"
-"""In the folder of a finished job."""
+"""The file in the folder of a finished job that says what was done."""
 
 
 def run_on_ray(

@@ -74,7 +74,7 @@ class _Actor:
     """How often the driver has looked since that number rose, or a step began or ended."""
 
     def share(self, *, lost: bool) -> NodeShare | None:
-        """For the report; ``None`` if it never had a plan."""
+        """What the report says of the node; ``None`` if it never had a plan."""
         if self.prepared is None or self.plan is None:
             return None
         return NodeShare(

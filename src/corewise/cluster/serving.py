@@ -32,11 +32,11 @@ STORE = "corewise"
 """The namespace in the cluster's key-value store that says which command has deployed an application."""
 LOOK_S = 0.5
 SLOW_S = 30.0
-"""After so long without its replicas, what an application waits for is told."""
+"""An application that waits longer than this for its replicas says what it waits for."""
 END_S = 30.0
-"""For replicas to end, beside what their requests may take."""
+"""How long replicas may take to end, beside what their requests may take."""
 ABOUT_S = 10.0
-"""For replicas to say what they run."""
+"""How long replicas may take to say what they run."""
 
 OnEvent = Callable[[str, Any], None]
 

@@ -20,7 +20,7 @@ class Settings:
     folder: Path
     """The artifact's folder, which all nodes see."""
     identity: str
-    """Of the artifact."""
+    """The artifact's identity."""
     cpus: int
     """Hardware threads that Ray gives each replica."""
     rows_at_once: int

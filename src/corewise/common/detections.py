@@ -31,7 +31,7 @@ OVERLAP = 0.7
 MOST_RELATIVE = 2.0
 """Boxes whose coordinates are all smaller are shares of the input's sides."""
 MOST_CELLS = 0.999
-"""Of this share of cells, what is true counts as true of all: int8 may turn a size of 0 into -0.1."""
+"""What is true of this share of cells counts as true of all: int8 may turn a size of 0 into -0.1."""
 COCO_CLASSES = 80
 IDLE = 0.05
 """Half of a detector's cells score less than this for every class, unless a score for any object is multiplied in."""
@@ -162,7 +162,7 @@ def corners(boxes: NDArray[np.float64]) -> NDArray[np.float64]:
 
 
 def suppressed(detections: Detections, overlap: float = OVERLAP, least_score: float = LEAST_SCORE) -> Detections:
-    """Of boxes of one class that overlap, the best: greedy non-maximum suppression.
+    """The best of each group of boxes of one class that overlap: greedy non-maximum suppression.
 
     As Girshick et al., Rich feature hierarchies for accurate object detection, 2014, and torchvision's ``batched_nms``
     for classes; the 3,000 surest boxes compete, and 300 are left at most.

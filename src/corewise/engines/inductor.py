@@ -236,8 +236,8 @@ class _Packages:
 def cuts(rows: int, one_by_one: int) -> list[tuple[int, int, int]]:
     """Cut ``rows`` into calls of ``MANY`` or one: (start, stop, size).
 
-    ``one_by_one`` is how many calls of one take no longer than one of ``MANY``: so many of the last rows run alone,
-    and all of them where that is ``MANY`` or more.
+    ``one_by_one`` is how many calls of one take no longer than one of ``MANY``: that many of the last rows run alone,
+    and all of them if that is ``MANY`` or more.
     """
     alone = rows if one_by_one >= MANY else rows % MANY
     if one_by_one < min(alone, MANY):

@@ -29,7 +29,7 @@ SETTINGS = "torch_int8.json"
 CALIBRATION_BATCH = 8
 TRIAL_BATCH = 8
 WRONG_DB = 10.0
-"""A backend so much further from fp32 than another one computes something else: with AVX-512 oneDNN's transposed
+"""A backend this much further from fp32 than another one computes something else: with AVX-512 oneDNN's transposed
 convolutions gave -0.7 dB where the others gave over 20 (torch 2.13)."""
 LINEAR = r"aten\.(linear|addmm|mm)\b"
 INT8_KERNEL = r"quantized::(conv|linear)"

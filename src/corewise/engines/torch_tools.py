@@ -16,7 +16,7 @@ M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4
 def keep_freed_memory() -> None:
     """Let this process keep the memory that activations free, instead of giving it back and asking again.
 
-    By default glibc maps large blocks anew at every call, and the kernel clears each page of them: eager MobileNetV2 at
+    By default glibc maps large blocks at every call, and the kernel clears each page of them: eager MobileNetV2 at
     batch 16 met 10,500 page faults an image and ran at 33 images/s; without them it runs at 70 or more (Zen 3).
     It also depends on which batches ran before, which would make measurements depend on their order. Does nothing
     where the C library is another one.

@@ -85,7 +85,7 @@ class CostTable:
         return np.interp(rows, self.rows, column) * np.maximum(1.0, rows / self.rows[-1])
 
     def _incomplete(self, tokens: int) -> float:
-        """The factor for the last block of so many tokens."""
+        """The factor for the last block, which has ``tokens``."""
         if tokens < BLOCK or not self.incomplete:
             return 1.0
         return (1.0, *self.incomplete)[(tokens % BLOCK) * (len(self.incomplete) + 1) // BLOCK]
@@ -149,7 +149,7 @@ def fill(
 
 
 def _in_blocks(tokens: int, most_rows: int, limits: CallLimits, cost: CallCost) -> int:
-    """The tokens, or those of whole blocks if calls of so many are cheaper."""
+    """The tokens, or those of whole blocks if such calls are cheaper."""
     whole = -(-tokens // BLOCK) * BLOCK
     rows = np.array([max(1, min(most_rows, limits.tokens // whole))])
     return whole if cost(rows, whole)[0] < cost(rows, tokens)[0] else tokens

@@ -7,7 +7,7 @@ import numpy as np
 from corewise.pipeline.calls import BLOCK, CallLimits, CostTable
 
 QUANTILES = (0.0, 0.5, 0.9, 1.0)
-"""Of the samples' lengths: the tokens of the calls that are timed. Between them costs are interpolated."""
+"""Quantiles of the samples' lengths at which calls are timed. Between them costs are interpolated."""
 PROBE_TOKENS = 512
 """Rows times tokens of the calls that say what an incomplete block costs."""
 

@@ -31,9 +31,10 @@ from corewise.samples.texts import Columns
 PART_ROWS, FOLDER_PART_ROWS = 4096, 1024
 """Rows of a part, and of one that stays a file in a folder: what is done again at most after a kill."""
 PART_BYTES = 64 * 2**20
-"""Of the answers of a part, and of its texts: of vectors of each token, maps of photos, or books it has fewer rows."""
+"""The most bytes of a part's answers, and of its texts: if they are large (a vector of each token, maps of photos,
+books), a part has fewer rows."""
 SUFFIX, MARK = ".parquet", "_"
-"""Of the files in a folder of Parquet parts: of its answers, and before the names of all other files."""
+"""In a folder of Parquet parts, how the names of files of answers end, and how those of all other files begin."""
 SWITCH_S = 0.0005
 """How long Python's threads wait for each other at most. Those that hand calls to the engine wait for the one that
 reads and writes rows: with Python's own 5 ms a job of short texts had 0.96 of the rate (MiniLM, two cores)."""
@@ -55,11 +56,11 @@ class Job:
     artifact: str
     """The identity of the artifact: the sha256 of its manifest."""
     ask: ImageAsk | None = None
-    """For images and recordings, each of which is a row: what is wanted of them."""
+    """What is wanted of images and recordings, each of which is a row."""
     drawings: Path | None = None
-    """For images: the folder of the photos with their answers drawn on them."""
+    """The folder of the photos with their answers drawn on them."""
     preprocess: str | None = None
-    """For images and recordings: the function that prepares them, as a reference."""
+    """The function that prepares images and recordings, as a reference."""
     folder: bool = False
     """Whether the output is a folder of Parquet parts, and no file."""
     answer_bytes: int = 0
@@ -75,7 +76,7 @@ class Job:
 
     @property
     def parts(self) -> Path:
-        """Of a file: the folder of what is finished."""
+        """The folder of what is finished of an output that is a file."""
         return self.file.with_name(f"{self.file.name}.parts")
 
     @property

@@ -187,7 +187,7 @@ def _storage(schema: Any) -> dict[str, Any]:
 
 
 def _boxes_schema(rows: Sequence[AnswerRow]) -> Any:
-    """Of a table of detections, which may have none at all."""
+    """The schema of a table of detections, which may have no rows."""
     import pyarrow as pa
 
     floats = pa.list_(pa.float32())

@@ -96,7 +96,7 @@ def with_packing(
         cost: The milliseconds of usual calls.
         packing: The packed calls. Texts that are longer than a row have usual calls.
         instances: How many calls run at the same time.
-        pays: Whether so many milliseconds, which packing would save, are worth it.
+        pays: Whether the milliseconds that packing would save are worth it.
     """
     usual = fill(lengths)
     short = [place for place, length in enumerate(lengths) if length <= packing.tokens]

@@ -52,7 +52,7 @@ class Parts:
 
     folder: Place
     suffix: str
-    """Of the files of answers: their format."""
+    """The suffix of the files of answers, which says their format."""
     several: bool
     """Whether an answer says which input it belongs to."""
     mark: str = ""

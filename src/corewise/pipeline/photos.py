@@ -47,9 +47,9 @@ class ImageAsk:
     top: int = TOP
     """How many classes an answer names."""
     score_threshold: float | None = None
-    """Of a detector: the least score of an object. Default: 0.25 where boxes overlap (YOLO, SSD), else 0.5 (DETR)."""
+    """For a detector, the least score of an object. Default: 0.25 where boxes overlap (YOLO, SSD), else 0.5 (DETR)."""
     iou_threshold: float | None = None
-    """Of such a detector: the overlap with a better box at which a box of a class is left out. Default: 0.45."""
+    """For a detector whose boxes overlap, the overlap with a better box at which a box is left out. Default: 0.45."""
 
     def thresholds(self, head: Head | None) -> Thresholds | None:
         """Which detections count; ``None`` for a model that is no detector.

@@ -23,7 +23,7 @@ Run = Callable[[Sequence[NDArray[Any]]], list[NDArray[Any]]]
 WINDOW_ITEMS = 1024
 """Items that are sorted by length together. The next window is tokenized while this one runs."""
 FIRST_ITEMS = 128
-"""Of the first window: no call runs while it is tokenized."""
+"""Items of the first window: no call runs while it is tokenized."""
 VECTORS_ITEMS = 64
 """Items of a window if each token has a vector, of which a long text has more than a megabyte."""
 WINDOW_CHARACTERS = 4_000_000
@@ -48,7 +48,7 @@ class PackedProgram(Protocol):
         ...
 
     def pays(self, saved_ms: float) -> bool:
-        """Whether calls that save so much time may be packed: it is open, or is worth opening now."""
+        """Whether calls that save ``saved_ms`` may be packed: it is open, or is worth opening now."""
         ...
 
     def run(self, inputs: Sequence[NDArray[Any]]) -> list[NDArray[Any]]:

@@ -38,7 +38,7 @@ CONVOLUTION_LAYERS: dict[tuple[int, bool], type[Any]] = {
 PRODUCTS = (aten.addmm.default, aten.mm.default)
 NORM_LAYERS: dict[int, type[Any]] = {2: nn.BatchNorm1d, 3: nn.BatchNorm1d, 4: nn.BatchNorm2d, 5: nn.BatchNorm3d}
 COPIES = (aten.clone.default, aten.contiguous.default)
-"""Only of the order in memory, on which nothing depends here (see ``METHODS``)."""
+"""They only change the order in memory, on which nothing depends here (see ``METHODS``)."""
 ACTIVATIONS: dict[Any, Callable[[], nn.Module]] = {
     aten.relu.default: nn.ReLU,
     aten.relu6.default: nn.ReLU6,

@@ -80,9 +80,9 @@ class Stage:
     plain: GraphModule
     """The graph as corrections of channels left it, with weights that are not rounded."""
     placement: Placement
-    """Of ``plain``, for target ``fused``."""
+    """The placement in ``plain``, for target ``fused``."""
     channels: dict[str, Channels]
-    """What calibration saw of each value's channels in ``plain``; empty once no correction needs it any more."""
+    """What calibration saw of each value's channels in ``plain``; empty once no further correction needs it."""
     attempts: tuple[Attempt, ...]
     """One for each observer, the best first before weights were corrected."""
     few_db: float

@@ -32,7 +32,7 @@ from corewise.records.build import TensorSpec
 
 EQUAL_DB = 200.0
 LEAST_COST = 0.1
-"""Of the mean cost of a layer: below it, times are noise, and a ratio to them says nothing."""
+"""Share of the mean cost of a layer: below it, times are noise, and a ratio to them says nothing."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -184,7 +184,7 @@ def nodes_by_layer(quantized: Quantized, program: ExportedProgram) -> dict[str, 
     """The user's names of the layers by the names that the ONNX export of ``program`` gives their outputs.
 
     ``program`` is an export of ``quantized`` (``floating``, ``lower``). Empty where a layer was lost on the way.
-    Exporting numbers nodes anew and keeps their order. The ONNX exporter keeps their names, but for transposed
+    Exporting numbers nodes again and keeps their order. The ONNX exporter keeps their names, except of transposed
     convolutions, which it decomposes to ``convolution``, ``convolution_1`` and so on.
     """
     ours = [layer_name(node) for node in quantized.module.graph.nodes if node.target in LAYERS]

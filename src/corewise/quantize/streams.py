@@ -19,8 +19,8 @@ from corewise.quantize.simulate import WORTH_DB
 
 Ranges = Mapping[str, QParams]
 NARROWER = (0.9, 0.8)
-"""Of the ranges found by themselves. Narrower ones cut off more, but what sticks out of a residual stream is often cut
-off by an activation behind it too."""
+"""Shares of the ranges found by themselves. Narrower ones cut off more, but what sticks out of a residual stream is
+often cut off by an activation behind it too."""
 STEP, NARROWEST = 0.1, 0.7
 Choice = tuple[bool, tuple[float, ...]]
 """Whether each stream has one scale, and which share of its range each has."""

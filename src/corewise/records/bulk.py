@@ -21,7 +21,7 @@ class BulkOutlook:
     done_rows: int
     output: str
     archives: int | None = None
-    """Of images: how many inputs are tar files, whose images nobody has counted; ``None`` for texts."""
+    """How many inputs are tar files, whose images nobody has counted; ``None`` for texts."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,6 +1,6 @@
 """How raw items become a model's inputs and its outputs become answers: data in the artifact, never code."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from corewise.common.detections import Head
@@ -88,7 +88,7 @@ class TextPipeline:
 
 
 PACKED_INPUTS = ("input_ids", "positions", "segments")
-"""Of a packed program, in their order, int64 (rows, tokens) each; segments number a row's texts from 1 on."""
+"""The inputs of a packed program in their order, int64 (rows, tokens); segments number a row's texts from 1 on."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -101,11 +101,11 @@ class Packing:
     __pydantic_config__ = STRICT
 
     rows: int
-    """Of a call. All calls have as many."""
+    """Rows of each call."""
     tokens: int
-    """Of a row."""
+    """Tokens of a row."""
     texts: int
-    """Of a row, at most."""
+    """The most texts of a row."""
     ms: float
     """What a call takes while all instances run, in the milliseconds of the table of the winner's own calls."""
     opening_ms: float = 0.0
@@ -114,6 +114,10 @@ class Packing:
     def __post_init__(self) -> None:
         if min(self.rows, self.tokens, self.texts) < 1 or not (self.ms > 0 and self.opening_ms >= 0):
             raise ValueError("packed calls have rows, tokens and texts of 1 or more, and take time")
+
+    def under(self, plan: Plan) -> Plan:
+        """The plan for packed calls, with the threads and instances of ``plan``."""
+        return replace(plan, batch=self.rows)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -152,7 +156,7 @@ class MediaPipeline:
     head: Head | None = None
     """How a detector's outputs are read."""
     shape: tuple[int | None, ...] = ()
-    """Of one input of a model that takes items of their own shapes, if it is known: ``None`` for what may vary."""
+    """An input's shape if the model takes items of their own shapes and it is known: ``None`` for what may vary."""
 
     def takes(self, shape: tuple[int, ...]) -> bool:
         """Whether the model takes an input of that shape."""

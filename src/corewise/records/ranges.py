@@ -38,7 +38,7 @@ class SeenRange:
     samples: int
     low: tuple[float, ...]
     high: tuple[float, ...]
-    """Of each channel, or one for all."""
+    """The extremes of each channel, or one pair for all."""
 
 
 @dataclass(frozen=True, kw_only=True)

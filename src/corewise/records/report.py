@@ -96,7 +96,7 @@ class AudioPreprocess:
     """Whether a recording that is shorter than ``seconds`` is padded with ``padding``, else it keeps its length."""
     padding: float = 0.0
     normalize: bool = False
-    """To a mean of 0 and a variance of 1, each input alone, its padding included."""
+    """Whether each input gets a mean of 0 and a variance of 1, its padding included."""
     shortest: int = 0
     """The frames of the shortest sample: a recording with fewer is not answered, because that was not verified."""
     layout: Literal["frames", "channels"] = "frames"

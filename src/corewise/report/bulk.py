@@ -4,7 +4,7 @@ from corewise.records.bulk import BulkOutlook, BulkProgress, BulkResult, NodeSha
 from corewise.report.numbers import counted, duration, rate
 
 EVERY_S = 5.0
-"""Between two lines of progress."""
+"""Seconds between two lines of progress."""
 SOURCES = {
     "made here": "the artifact was made on such a machine",
     "tuned before": "found there by corewise retune",

@@ -26,6 +26,7 @@ from corewise.records.events import (
 )
 from corewise.records.goal import Goal, Throughput
 from corewise.records.measurement import Rates
+from corewise.records.reason import ReasonKind
 from corewise.records.report import Report
 from corewise.records.trial import State, Trial
 from corewise.report import elasticity, story, words
@@ -42,6 +43,9 @@ _STATES = {
     "failed": ("!", "bold red"),
     "pruned": ("-", "dim"),
 }
+
+_NOTES = (("packing", ReasonKind.PACKS_TEXTS), ("time", ReasonKind.OVER_BUDGET))
+"""Notes that end a search too, each with its heading."""
 
 _LABEL = 40
 """Most columns of a label where a loser and its reason share one line of a terminal."""
@@ -268,8 +272,9 @@ def _results(report: Report) -> Iterator[tuple[str, str]]:
         yield "images", facts["images"]
     if report.samples.audio:
         yield "recordings", facts["recordings"]
-    if why := words.over_budget(report):
-        yield "time", why
+    for heading, kind in _NOTES:
+        if text := words.note(report, kind):
+            yield heading, text
     yield from (("model", text) for text in words.behaviour(report))
 
 

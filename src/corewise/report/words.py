@@ -42,7 +42,7 @@ _OF_MODEL = (
     ReasonKind.BASELINE_DIFFERS,
 )
 NAMED = 3
-"""Of layers or instances, how many are named before "and 5 more"."""
+"""How many layers or instances are named before "and 5 more"."""
 
 
 class Row(NamedTuple):
@@ -293,6 +293,6 @@ def certified_rate(load: LoadRun) -> str:
     return f"{rate(load.rate_per_s or 0.0, 'requests')} with p99 {milliseconds(load.p99_ms)}"
 
 
-def over_budget(report: Report) -> str:
-    """Why the search took longer than its budget; empty if it did not."""
-    return next((said(note) for note in report.notes if note.kind == ReasonKind.OVER_BUDGET), "")
+def note(report: Report, kind: ReasonKind) -> str:
+    """The report's note of that kind; empty if it has none."""
+    return next((said(reason) for reason in report.notes if reason.kind == kind), "")

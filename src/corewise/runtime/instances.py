@@ -351,7 +351,7 @@ def whole_calls(session: Session) -> Callable[[Sequence[np.ndarray]], list[np.nd
 
 
 def closed() -> EngineError:
-    """For a call that comes after the session was closed."""
+    """The error of a call that comes after the session was closed."""
     return EngineError("the model was closed", "load it again")
 
 

@@ -104,7 +104,7 @@ class RunLoad:
     slo_ms: float | None = None
     seed: int = 0
     elastic: ElasticTables | None = None
-    """Of an elastic plan, whose narrow layout is ``plan``."""
+    """The tables of an elastic plan, whose narrow layout is ``plan``."""
 
 
 @dataclass(frozen=True, kw_only=True)

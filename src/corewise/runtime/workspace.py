@@ -107,6 +107,18 @@ class Workspace:
             part.mkdir()
         return inner
 
+    def kept(self, name: str, key: str) -> Self | None:
+        """The workspace within this one as an earlier run filled it, if that run filled it for ``key``."""
+        inner = type(self)(self.folder / name)
+        try:
+            return inner if inner._key.read_text() == key else None
+        except OSError:
+            return None
+
+    def keep(self, key: str) -> None:
+        """Let ``kept`` find this workspace, which now has all that belongs to ``key``."""
+        self._key.write_text(key)
+
     def empty_payload(self, build: Build) -> Path:
         """The build's payload folder, made new and empty."""
         payload = self.payload(build)
@@ -151,7 +163,11 @@ class Workspace:
 
     @property
     def _build_inputs(self) -> Path:
-        return self.folder / "material.json"
+        return self.folder / "build-inputs.json"
+
+    @property
+    def _key(self) -> Path:
+        return self.folder / "key"
 
     @property
     def _parts(self) -> tuple[Path, ...]:

@@ -19,9 +19,9 @@ from corewise.samples.places import Place, RemotePath, place_of, unreadable
 
 SUFFIXES = (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tbz2", ".tar.xz", ".txz")
 MOST_BYTES = 64 * 2**20
-"""Of a member: as much as the server takes in one request."""
+"""Bytes of a member: as many as the server takes in one request."""
 MOST_HEADERS_BYTES = 2**20
-"""Of what stands before a member. tarfile would keep headers of any size, which a few compressed bytes can claim."""
+"""Bytes of headers before a member. tarfile would keep headers of any size, which a few compressed bytes can claim."""
 BLOCK_BYTES = 2**16
 STEP_BYTES = 64 * 2**20
 OPENERS: dict[bytes, Callable[[IO[bytes]], IO[bytes]]] = {
@@ -51,7 +51,7 @@ class Slice(NamedTuple):
     path: str
     """Or URL."""
     start: int
-    """In the file, or in what it is unpacked."""
+    """Where it begins in the file, unpacked if it is compressed."""
     size_bytes: int
     compressed: bool = False
 

@@ -36,7 +36,7 @@ RATES_HZ = range(1000, 768_001)
 BLOCK_VALUES = 2**20
 """Frames times channels that are decoded at once, of which one channel is kept."""
 MOST_TERM = 2**15
-"""Of the ratio of two rates. A filter has 20 weights for each unit of its larger term, 320 KB for this one."""
+"""The largest term of the ratio of two rates. A filter has 20 weights for each unit of it: 320 KB for this one."""
 REACH = 12
 """Frames of the lower of two rates that the filter reaches beyond a frame, rounded up."""
 EPSILON = 1e-7

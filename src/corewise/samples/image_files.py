@@ -51,7 +51,7 @@ UNBOUNDED_FORMATS = {"BLP": b"BLP", "ICNS": b"icns", "ICO": b"\0\0\1\0"}
 """What begins with these bytes holds images that may be larger than its header says, and that Pillow decodes before
 their size can be checked."""
 SMALL_BYTES = 2**20
-"""A file of so many is read at once, which takes 50 microseconds less than in the many steps in which Pillow does."""
+"""A file up to this size is read at once, which takes 50 microseconds less than Pillow's many steps."""
 HEIC_SUFFIXES = (".heic", ".heif", ".hif")
 HEIC_BRANDS = (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1")
 """What a HEIC file begins with, behind the length and the name of its first part."""
@@ -126,7 +126,7 @@ class ImageSize(NamedTuple):
     """As it is decoded."""
     height: int
     kept_bytes: int
-    """Beside its pixels: of a progressive JPEG, in its own size whatever the scale."""
+    """What is kept beside its pixels: of a progressive JPEG, coefficients in its own size whatever the scale."""
 
 
 def image_size(

@@ -21,23 +21,23 @@ has no limit for either; photos with large profiles take a few hundred."""
 STEP_BYTES = 256
 """From then on a stranger's image is read in one more step for this many bytes: parts may come after its pixels."""
 MOST_SCANS, MOST_SEGMENTS = 100, 1000
-"""Of a JPEG whose pixels come in several passes: encoders write about ten, and each decodes the whole image anew for as
-little as a few bytes."""
+"""Passes over the pixels, and segments, of a JPEG that comes in several passes: encoders write about ten, and each
+decodes the whole image again for as little as a few bytes."""
 MARKER = re.compile(rb"\xff([^\x00\xd0-\xd7\xff])")
 """The next one in a JPEG that is not within the data of a scan."""
 SCAN, END, ALONE = 0xDA, 0xD9, (0xD8, 0x01)
 """Kinds of a JPEG's parts; the last have no content."""
 COEFFICIENT_BYTES = 2
 SLOW = 50
-"""A pixel that Pillow decodes in Python (QOI, PPM of odd depths, compressed BMP) takes about as long as so many."""
+"""A pixel that Pillow decodes in Python (QOI, PPM of odd depths, compressed BMP) takes as long as this many others."""
 MOST_TILE_PIXELS = 2**22
-"""Of a TIFF's tile, where it is larger than the image: all of it is decoded."""
+"""Pixels of a TIFF's tile that is larger than the image: all of it is decoded."""
 TILE_WIDTH, TILE_HEIGHT = 322, 323
 """The tags of a TIFF."""
 MOST_TAGS = 2**16
-"""Of a TIFF's directory: its number has two bytes, and in a BigTIFF nobody needs more."""
+"""Entries of a TIFF's directory: their number has two bytes, and in a BigTIFF nobody needs more."""
 NUMBERS = {1: "B", 3: "H", 16: "Q"}
-"""Of a TIFF's types, how ``struct`` reads them; others have four bytes."""
+"""How ``struct`` reads the types of a TIFF; those that are not listed have four bytes."""
 
 
 class TooManyPixels(UnreadableItem):
@@ -49,7 +49,7 @@ class TooManyParts(Exception):
 
 
 class _Stepwise:
-    """A file that is read in so many steps at most."""
+    """A file that is read in ``MOST_STEPS`` steps at most."""
 
     steps_left = MOST_STEPS
 

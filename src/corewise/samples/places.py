@@ -25,9 +25,9 @@ SCHEMES = ("s3", "gs", "gcs", "abfs", "abfss", "fsspec+")
 """What URLs of object stores begin with; ``fsspec+NAME`` is any file system of an installed fsspec."""
 URL = re.compile(r"([a-z][a-z0-9+.-]*):/+", re.IGNORECASE)
 BUFFER_BYTES = 2**22
-"""Of a file that is read in order: what one request brings."""
+"""Bytes that one request brings of a file that is read in order."""
 MOST_BYTES = 64 * 2**20
-"""Of a file that is read as a whole: as much as the server takes in one request."""
+"""Bytes of a file that is read as a whole: as many as the server takes in one request."""
 AWS_ERROR = re.compile(r"AWS Error (\w+)(?: \(.*?\))? during \w+ operation: *(.*?)(?: \(Request ID.*)?$", re.DOTALL)
 DENIED = ("ACCESS_DENIED", "INVALID_ACCESS_KEY_ID", "INVALID_CLIENT_TOKEN_ID", "SIGNATURE_DOES_NOT_MATCH",
           "UNRECOGNIZED_CLIENT", "INVALID_SIGNATURE", "MISSING_AUTHENTICATION_TOKEN", "REQUEST_EXPIRED")  # fmt: skip

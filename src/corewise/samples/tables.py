@@ -20,9 +20,9 @@ FIRST = 16
 PARQUET_ROWS = 1024
 """Rows read at a time."""
 MOST_LINE_CHARACTERS = 16 * 2**20
-"""Of a line that is held: a file may have no ends of lines at all."""
+"""Characters of a line that are held: a file may have no ends of lines at all."""
 DELIMITERS = (",", ";", "\t", "|")
-"""Of a ``.csv``: the first one that its header has."""
+"""The delimiter of a ``.csv`` is the first of these that its header has."""
 JSON_LIST = re.compile(r"\s*\[\s*($|\{)")
 """How the first line of a list of objects begins."""
 NUMBER = "number"

@@ -22,7 +22,7 @@ Text = str | tuple[str, str]
 
 
 def count_characters(item: Text) -> int:
-    """Of a text, or of both texts of a pair."""
+    """The characters of a text, or of both texts of a pair."""
     return len(item) if isinstance(item, str) else sum(map(len, item))
 
 

@@ -10,7 +10,7 @@ from corewise.search.budget import FINISHING
 from corewise.search.trial import SearchContext
 
 TIMING_S = 5.0
-"""For all calls together; the first one is always timed."""
+"""Time for all calls together; the first one is always timed."""
 ROWS = 64
 """Rows of a call, at most, unless the plan has more. The plan's batch is the best for all lengths together, and of
 short texts more are cheaper: with 96 tokens MiniLM took 10 % less for each of 8 rows than of 2, which was the best

@@ -108,7 +108,7 @@ def rung_height(build: Build) -> float:
 
 
 def highest_rungs(trials: Sequence[Trial]) -> tuple[Trial, ...]:
-    """Of each family of builds the trial with the most corrections."""
+    """The trial with the most corrections of each family of builds."""
     highest: dict[Build, Trial] = {}
     for trial in trials:
         known = highest.get(family(trial.build))

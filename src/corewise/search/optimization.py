@@ -175,25 +175,30 @@ def optimize(
         if task.limits is not None:
             task.limits.keep(workspace.sample_limits)
         try:
-            build_inputs = task.write(workspace)
-            shift = ShiftGuard(gate, context, build_inputs, task.builds[0])
-            alone = alone_guard(task, gate, context)
-            search = Search(task.builds, gate, context, journal, shift, alone, task.baseline_doubt)
-            search.try_builds()
-            search.revert_layers()
-            search.judge_under_shift()
-            search.tune_plans()
-            search.climb_rungs()
-            search.find_slo_rate()
-            search.race()
-            choice = search.choose()
-            images = prepare_images(task, choice, gate, context, end_to_end=end_to_end is not False)
-            call_costs = time_calls(task.pipeline, task.holdout, choice, context)
-            packed, why_packed = judge_packing(task, choice, context, call_costs)
-            choice = search.choose_layouts(choice)  # with the memory that pixels take
+            return _searched(task, gate, context, journal, end_to_end=end_to_end is not False)
         finally:
             if journal.empty:  # it ended before anything worth keeping
                 workspace.remove()
+
+
+def _searched(task: Task, gate: AccuracyGate, context: SearchContext, journal: Journal, *, end_to_end: bool) -> Result:
+    """The stages of the search, in their order."""
+    build_inputs = task.write(context.workspace)
+    shift = ShiftGuard(gate, context, build_inputs, task.builds[0])
+    alone = alone_guard(task, gate, context)
+    search = Search(task.builds, gate, context, journal, shift, alone, task.baseline_doubt)
+    search.try_builds()
+    search.revert_layers()
+    search.judge_under_shift()
+    search.tune_plans()
+    search.climb_rungs()
+    search.find_slo_rate()
+    search.race()
+    choice = search.choose()
+    images = prepare_images(task, choice, gate, context, end_to_end=end_to_end)
+    call_costs = time_calls(task.pipeline, task.holdout, choice, context)
+    packed, why_packed = judge_packing(task, choice, context, call_costs)
+    choice = search.choose_layouts(choice)  # with the memory that pixels take
     reasons = images.reasons if why_packed is None else (*images.reasons, why_packed)
     result = _result(task, search, choice, build_inputs, images, reasons)
     return replace(result, call_costs=call_costs, packed=packed)

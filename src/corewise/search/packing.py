@@ -13,7 +13,7 @@ from corewise.accuracy.outputs import Outputs
 from corewise.artifact import PackedFiles
 from corewise.artifact.texts import call_limits
 from corewise.common.errors import CorewiseError, EngineError, MetricError, OutputError
-from corewise.engines import BuildInputs, engine
+from corewise.engines import engine
 from corewise.engines.base import mixes_rows
 from corewise.pipeline import Call, CostTable, fill
 from corewise.pipeline.packing import PackedCall, pack, packed_arrays, total_ms, unpacked
@@ -29,7 +29,7 @@ from corewise.runtime.workspace import Workspace
 from corewise.samples import Samples, from_python
 from corewise.search.alone import unpadded
 from corewise.search.budget import FINISHING
-from corewise.search.task import Task
+from corewise.search.task import Task, digest, write_program
 from corewise.search.trial import SearchContext
 
 ROW_TOKENS = (64, 128, 256)
@@ -85,7 +85,7 @@ def judge_packing(
     tokens, build = row_tokens(task, context.requirements), choice.winner
     if costs is None or tokens is None or build.fixed_batch is not None or mixes_rows(engine(build.engine), build):
         return None, None
-    if context.budget.left_s(FINISHING) < PACKING_S:
+    if context.budget.left_s(FINISHING) < _packing_s(task):
         return None, _not_packed("the budget had no time to try packing")
     packing = Packing(rows=CALL_TOKENS // tokens, tokens=tokens, texts=tokens // 4, ms=1.0)
     try:
@@ -98,10 +98,15 @@ def judge_packing(
 
 def reserved_s(task: Task, requirements: Requirements, total_s: float | None) -> float:
     """Seconds of a budget that are kept for packing; none of a short one, in which it would not be tried."""
-    needed_s = BEFORE_S + PACKING_S
+    needed_s = BEFORE_S + _packing_s(task)
     if total_s is None or needed_s > total_s / 3 or row_tokens(task, requirements) is None:
         return 0.0
     return needed_s
+
+
+def _packing_s(task: Task) -> float:
+    """Seconds that must be left: exporting, which nothing can end, may take as long as it took for the model itself."""
+    return max(PACKING_S, task.preparation.export_s)
 
 
 def row_tokens(task: Task, requirements: Requirements) -> int | None:
@@ -133,35 +138,18 @@ def _not_packed(why: str) -> Reason:
 def _tried(
     task: Task, choice: Choice, context: SearchContext, costs: CostTable, packing: Packing
 ) -> tuple[Packed | None, Reason | None]:
-    from corewise import source
-
     build, plan = choice.winner, choice.plan
-    judged, calibrating = (_packed_texts(task, part, packing) for part in (task.holdout, task.calibration))
-    # The row of the most texts, because one of a single text says nothing about how texts are kept apart.
-    row = max(judged.rows.rows, key=lambda row: int(row[-1].max()))
-    module = source.packed_form(task.exported.module, packing.texts, row)
-    if module is None:
-        return None, _not_packed("the model does not keep the texts of a row apart")
-    exported = source.export(module, calibrating.rows)
-    if exported.program is None or exported.fixed_batch is not None:
-        return None, _not_packed(f"the packed model cannot be exported: {exported.why_not or exported.why_fixed}")
-    workspace = context.workspace.within("packed")
-    source.save_program(exported.program, workspace.program)
-    judged.rows.save(workspace.holdout)
-    workspace.write_build_inputs(
-        BuildInputs(
-            program=workspace.program,
-            inputs=exported.inputs,
-            outputs=exported.outputs,
-            operators=source.operators(exported.program),
-            calibration=calibrating.rows,
-            cpu=task.cpu,
-            cache=workspace.cache,
-        )
-    )
-    payload = workspace.empty_payload(build)
+    judged = _packed_texts(task, task.holdout, packing)
+    key = digest((task.key_parts(context.requirements), build, packing))
+    kept = context.workspace.kept("packed", key)
+    workspace = kept or _prepared(task, context, packing, judged)
+    if isinstance(workspace, Reason):
+        return None, workspace
+    payload = workspace.payload(build)
     with context.client(build, FINISHING) as client:
-        client.build(workspace, build, payload)
+        if kept is None:
+            client.build(workspace, build, workspace.empty_payload(build))
+            workspace.keep(key)
         start_s = perf_counter()
         client.open(payload, build, Plan(threads_per_instance=context.cpu.usable_cores, batch=packing.rows))
         opening_ms = 1e3 * (perf_counter() - start_s)
@@ -170,7 +158,7 @@ def _tried(
         fidelity, verdict = context.verify(_answers(outputs, judged, context, choice))
         if not verdict.passed:
             return None, _not_packed(f"the answers to packed texts fail the gate: {sentence(verdict.reason)}")
-        client.open(payload, build, replace(plan, batch=packing.rows))
+        client.open(payload, build, packing.under(plan))
         usual = _usual_calls(task, [len(judged.ids[row]) for row in judged.fitting], plan, costs)
         usual_ms, packed_ms = _raced(client, workspace, usual, choice, context, costs, packing)
     ratio = usual_ms / (packed_ms * len(judged.calls))
@@ -189,6 +177,24 @@ def _tried(
     ms = packed_ms * total_ms(usual, costs) / usual_ms
     packed = Packed(packing=replace(packing, ms=ms, opening_ms=opening_ms), files=files)
     return packed, Reason.of(ReasonKind.PACKS_TEXTS, size_bytes=size_bytes, **told)
+
+
+def _prepared(task: Task, context: SearchContext, packing: Packing, judged: _Texts) -> Workspace | Reason:
+    """A workspace with the packed program and what a build of it reads, or why there is none."""
+    from corewise import source
+
+    # The row of the most texts, because one of a single text says nothing about how texts are kept apart.
+    row = max(judged.rows.rows, key=lambda row: int(row[-1].max()))
+    module = source.packed_form(task.exported.module, packing.texts, row)
+    if module is None:
+        return _not_packed("the model does not keep the texts of a row apart")
+    calibration = _packed_texts(task, task.calibration, packing).rows
+    exported = source.export(module, calibration)
+    if exported.program is None or exported.fixed_batch is not None:
+        return _not_packed(f"the packed model cannot be exported: {exported.why_not or exported.why_fixed}")
+    workspace = context.workspace.within("packed")
+    write_program(exported, calibration, judged.rows, task.cpu, workspace)
+    return workspace
 
 
 def _packed_texts(task: Task, samples: Samples, packing: Packing) -> _Texts:

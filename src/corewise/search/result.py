@@ -13,7 +13,7 @@ from corewise.artifact.model import Model
 from corewise.artifact.packing import LazyProgram
 from corewise.artifact.photos import image_runner
 from corewise.artifact.recordings import audio_runner
-from corewise.artifact.texts import most_known_id, text_runner
+from corewise.artifact.texts import text_runner
 from corewise.artifact.tuned import partitions
 from corewise.artifact.watch import seen_range
 from corewise.common.nested import Structure
@@ -84,10 +84,7 @@ class Result:
         else:
             measured = (*self.report.winner.measurements, *elasticity.measurements)
             session = open_elastic(*opened, elasticity.plan, partitions(elasticity.plan, measured), cpu)
-        pipeline = self._fitted
         images = self._images
-        most_id = None if pipeline is None else most_known_id(pipeline, self._ranges)
-        encoder = None if pipeline is None else TextEncoder(pipeline, self.tokenizer, most_id=most_id)
         return Model(
             session,
             inputs=self.build_inputs.inputs,
@@ -95,19 +92,30 @@ class Result:
             output_structure=self.output_structure,
             ranges=self._ranges,
             seen_ranges=self._seen_ranges,
-            texts=None if encoder is None else self._texts(encoder, session),
+            texts=self._texts(session),
             images=None if images is None else image_runner(images, session, choice.plan, photos=self.photos),
             recordings=audio_runner(self._recordings, session, choice.plan),
             files=self.workspace,
         )
 
-    def _texts(self, encoder: TextEncoder, session: Session) -> TextRunner:
+    def _texts(self, session: Session) -> TextRunner | None:
+        """What answers texts by calls of ``session``; ``None`` if the model takes none."""
+        if self._fitted is None:
+            return None
         choice, packed = self.report.choice, None
         if self.packed is not None:
-            plan = replace(choice.plan, batch=self.packed.packing.rows)
-            opened = self.opener, self.packed.files.payload, choice.winner, plan, self.build_inputs.cpu
-            packed = LazyProgram(self.packed.packing, partial(open_plan, *opened))
-        return text_runner(encoder, whole_calls(session), choice.plan, self.call_costs or by_tokens, packed)
+            packing, payload = self.packed.packing, self.packed.files.payload
+            opened = self.opener, payload, choice.winner, packing.under(choice.plan), self.build_inputs.cpu
+            packed = LazyProgram(packing, partial(open_plan, *opened))
+        return text_runner(
+            self._fitted,
+            self.tokenizer,
+            self._ranges,
+            whole_calls(session),
+            choice.plan,
+            cost=self.call_costs or by_tokens,
+            packed=packed,
+        )
 
     def save(
         self,

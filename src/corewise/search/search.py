@@ -13,13 +13,13 @@ from corewise.records.build import Build
 from corewise.records.events import BuildsLeftUntried, PlansTuned, TrialEnded, TrialStarted
 from corewise.records.goal import Slo
 from corewise.records.measurement import Measurement, Rates
-from corewise.records.reason import NOT_TRIED, Reason, ReasonKind
+from corewise.records.reason import Reason, ReasonKind
 from corewise.records.report import Choice
 from corewise.records.trial import State, Trial
 from corewise.report.reasons import sentence
 from corewise.runtime.client import read_outputs
 from corewise.runtime.race import Race
-from corewise.search import slo
+from corewise.search import deadlines, slo
 from corewise.search.alone import AloneGuard
 from corewise.search.budget import BASELINE_SHARE
 from corewise.search.candidates import (
@@ -34,7 +34,7 @@ from corewise.search.candidates import (
 from corewise.search.choose import choose_winner, find_contradiction
 from corewise.search.elastic import judge_elastic
 from corewise.search.finals import has_time_to_race, race_finalists
-from corewise.search.forecast import PROMISING, Forecast, following, is_better_left, learned_plan
+from corewise.search.forecast import PROMISING, Forecast, following, learned_plan
 from corewise.search.journal import Journal
 from corewise.search.plans import BATCHES, rate_interval
 from corewise.search.shifting import ShiftGuard
@@ -43,18 +43,6 @@ from corewise.search.tuning import not_tuned, tune
 
 TUNED = 3
 """Builds beside the baseline whose plans are searched."""
-SURE_BY = 1.2
-"""Of the budget, until when time for a build in floating point is kept while nothing but the baseline has passed."""
-OVERTIME, OVERTIME_S = 1.5, 25.0
-"""Of the budget, what trials may take while nothing but the baseline has passed, or so many seconds more than it if
-these are more: a late result is better than none."""
-ON_TIME = 1.05
-"""Of the budget, what a search may take without saying why."""
-NAMED = 3
-"""Builds that are named where more were not tried."""
-SHORTEST_TOLD_S = 0.05
-"""Of the steps that spent a budget."""
-OUT_OF_TIME = (*NOT_TRIED, ReasonKind.BUDGET_SPENT_DURING)
 
 
 class Search:
@@ -107,14 +95,14 @@ class Search:
             self._check_baseline(trial)
         while left:
             left = [at_learned_rung(build, self.trials) for build in left]
-            sure_s = None if self._any_candidate_ok() else self.context.budget.left_s(SURE_BY)
-            build = following(left, self._forecast(), self._left_s(), sure_s)
+            left_s, sure_s = deadlines.seconds_left(self.trials, self.context)
+            build = following(left, self._forecast(), left_s, sure_s)
             why_not = self._why_not_tried(build, left)
             left.remove(build)
             trial = self._try(build, total=len(self.trials) + len(left) + 1, why_not=why_not)
             if trial.inaccurate and (further := self._climbed(trial.build)):
                 left = [further, *(at_rung_of(further, build) for build in left)]
-        self._check_candidates()
+        deadlines.check_candidates(self.trials, self.context, self.baseline_s)
         self._report_untried()
 
     def revert_layers(self) -> None:
@@ -128,7 +116,7 @@ class Search:
             for trial in self.trials
             if trial.build.precision == "int8"
             and trial.state in (State.OK, State.PRUNED)
-            and trial.reason.kind not in OUT_OF_TIME
+            and trial.reason.kind not in deadlines.OUT_OF_TIME
         }
         for rejected in highest_rungs([trial for trial in self.trials if trial.inaccurate]):
             build = rejected.build
@@ -158,7 +146,7 @@ class Search:
                 continue
             judged = self._judged_under_shift(trial)
             if judged is not trial:
-                if judged.reason.kind not in OUT_OF_TIME:
+                if judged.reason.kind not in deadlines.OUT_OF_TIME:
                     self.journal.add(judged)
                 self._replace_and_report(judged)
             held += judged.state == State.OK
@@ -240,10 +228,7 @@ class Search:
 
     def overtime(self) -> Reason | None:
         """Why the whole search took longer than its budget; ``None`` if it hardly did."""
-        budget = self.context.budget
-        if budget.left_s(ON_TIME) >= 0:
-            return None
-        return budget.reason(ReasonKind.OVER_BUDGET, trials_s=self.race_began_s, race_s=self.race_ended_s)
+        return deadlines.overtime(self.context.budget, trials_s=self.race_began_s, race_s=self.race_ended_s)
 
     def choose_layouts(self, choice: Choice) -> Choice:
         """The choice with what there is to say about an elastic plan of the winner."""
@@ -297,11 +282,6 @@ class Search:
         """Whether builds are judged under shift, as far as samples allow it."""
         return self.shift is not None and self.gate.is_robust and not self.shift.unsplit
 
-    def _left_s(self) -> float:
-        """Seconds for trials; while no candidate has passed, those for plans as well."""
-        split = self.context.split
-        return self.context.budget.left_s(split.last_trial if self._any_candidate_ok() else split.first_trials)
-
     def _try(self, build: Build, *, total: int, why_not: Reason | None = None, share: float | None = None) -> Trial:
         """The build's trial: from the journal, or run now until ``share`` of the budget is spent; or ``why_not``."""
         context = self.context
@@ -313,7 +293,7 @@ class Search:
             if trial.state == State.OK and self._leads(trial):
                 trial = self._judged_under_shift(trial, share)
             # What ended for lack of time is tried again by another run with more of it.
-            if trial.reason.kind not in OUT_OF_TIME:
+            if trial.reason.kind not in deadlines.OUT_OF_TIME:
                 self.journal.add(trial)
         context.on_event(TrialEnded(trial, resumed=resumed))
         if trial.state != State.OK:
@@ -327,7 +307,7 @@ class Search:
         if is_baseline(build):
             share = inf  # nothing can be judged without its answers
         elif share is None:
-            share = self._trial_share()
+            share = deadlines.trial_share(self.trials, self.context)
         trial = run_trial(
             build,
             self.context,
@@ -338,15 +318,6 @@ class Search:
         if is_baseline(build):
             self.baseline_s = self.context.budget.elapsed_s - started_s
         return trial
-
-    def _trial_share(self) -> float:
-        """Of the budget, when a candidate's trial has to be finished."""
-        return self.context.split.last_trial if self._any_candidate_ok() else self._overtime_share()
-
-    def _overtime_share(self) -> float:
-        """Of the budget, when trials end while nothing but the baseline has passed."""
-        total_s = self.context.budget.total_s
-        return OVERTIME if total_s is None else max(OVERTIME, 1 + OVERTIME_S / total_s)
 
     def _leads(self, trial: Trial) -> bool:
         """Whether it is faster than all candidates before it, so that others need not be tried if it holds."""
@@ -359,7 +330,8 @@ class Search:
         if self.shift is None or not self._is_robust:
             return trial
         if share is None:  # only a build that must be judged may last longer than the budget
-            share = self._trial_share() if self.gate.robust else self.context.split.last_trial
+            trial_share = deadlines.trial_share(self.trials, self.context)
+            share = trial_share if self.gate.robust else self.context.split.last_trial
         judged = self.shift.judged(trial, share=share)
         unsplit = Reason.of(ReasonKind.NOT_SPLIT)
         if self.shift.unsplit and unsplit not in self.notes:
@@ -390,31 +362,14 @@ class Search:
 
     def _why_not_tried(self, build: Build, left: Sequence[Build]) -> Reason | None:
         """Why a build of those ``left`` is not tried in what is left of the budget."""
-        budget, split = self.context.budget, self.context.split
-        passed = self._any_candidate_ok()
-        if budget.ended(split.trials if passed else self._overtime_share()):
-            return budget.reason(ReasonKind.BUDGET_SPENT_BEFORE)
-        if budget.total_s is None or not passed:
-            return None
-        forecast, left_s = self._forecast(), self._left_s()
-        if left_s < (needed_s := forecast.seconds(build)):
-            return budget.reason(ReasonKind.BUDGET_TOO_SHORT, left_s=left_s, needed_s=needed_s)
-        if is_better_left(build, left, forecast, left_s):
-            expected = forecast.speed(build)
-            return budget.reason(ReasonKind.BUDGET_BETTER_SPENT, expected=expected, best=forecast.best)
-        return None
+        return deadlines.why_not_tried(build, left, self.trials, self.context, self._forecast())
 
     def _report_untried(self) -> None:
         """Say at once what the budget leaves untried."""
-        untried = [trial.build.label for trial in self.trials if trial.untried]
-        if untried:
-            named = untried[:NAMED]
-            reason = self.context.budget.reason(ReasonKind.LEFT_UNTRIED, builds=named, count=len(untried))
+        reason = deadlines.left_untried(self.trials, self.context.budget)
+        if reason is not None:
             self.notes.append(reason)
             self.context.on_event(BuildsLeftUntried(reason))
-
-    def _any_candidate_ok(self) -> bool:
-        return any(trial.state == State.OK for trial in self.trials if not is_baseline(trial.build))
 
     def _still_good(self, trial: Trial) -> bool:
         """Whether a finished trial counts again: the cause of a failure, and files, may be gone."""
@@ -433,25 +388,6 @@ class Search:
         doubt = self.baseline_doubt(outputs)
         if doubt is not None:
             self.notes.append(doubt)
-
-    def _check_candidates(self) -> None:
-        """Raise ``InputError`` with where the time went if the budget ended before any candidate was tried."""
-        candidates = self.trials[1:]
-        if candidates and all(trial.reason.kind in OUT_OF_TIME and trial.fidelity is None for trial in candidates):
-            budget, before = self.context.budget, self.context.preparation
-            spent_s = {
-                "loading and exporting the model": before.export_s,
-                "reading the samples": before.samples_s,
-                "the baseline": self.baseline_s,
-            }
-            spent_s["candidates and the rest"] = budget.elapsed_s - sum(spent_s.values())
-            most, *others = sorted(spent_s, key=lambda name: -spent_s[name])
-            rest = "".join(f", {name} {spent_s[name]:.1f} s" for name in others if spent_s[name] >= SHORTEST_TOLD_S)
-            raise InputError(
-                f"the budget of {budget.total_s:g} s was spent before any build was finished: {most} took "
-                f"{spent_s[most]:.1f} s{rest}",
-                "give more time or fewer samples" if most == "reading the samples" else "give more time",
-            )
 
     def _why_not_tuned(self, trial: Trial, ranked: Sequence[Trial], fit: int) -> Reason | None:
         """Why its plans are not worth a search after ``fit`` others; ``None`` if they are."""

@@ -279,7 +279,7 @@ def simulated(table: Sequence[Measurement], slo_ms: float) -> float:
 
 
 def load_s(rate_per_s: float, least_s: float, left_s: float) -> float:
-    """How long a load lasts, if so much time is left."""
+    """How long a load lasts, if ``left_s`` are left."""
     # Not all of what is left: the process is ended then, and the requests that were sent need answers.
     return min(LONGEST_S, max(least_s, REQUESTS / rate_per_s), max(1.0, OF_WHAT_IS_LEFT * left_s))
 

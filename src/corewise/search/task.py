@@ -210,23 +210,7 @@ class Task:
 
     def write(self, workspace: Workspace) -> BuildInputs:
         """Write what the trial processes read into the workspace."""
-        from corewise import source
-
-        program = self.exported.program
-        if program is not None:
-            source.save_program(program, workspace.program)
-        self.holdout.save(workspace.holdout)
-        inputs = BuildInputs(
-            program=workspace.program,
-            inputs=self.exported.inputs,
-            outputs=self.exported.outputs,
-            operators=source.operators(program) if program else {},
-            calibration=self.calibration,
-            cpu=self.cpu,
-            cache=workspace.cache,
-        )
-        workspace.write_build_inputs(inputs)
-        return inputs
+        return write_program(self.exported, self.calibration, self.holdout, self.cpu, workspace)
 
     def key_parts(self, requirements: Requirements) -> dict[str, str]:
         """What must be equal for finished trials to count in another run, by its name: a value, or a digest of it."""
@@ -246,6 +230,28 @@ class Task:
             "the CPU": digest(self.cpu),
             **{f"the version of {package}": version for package, version in package_versions().items()},
         }
+
+
+def write_program(
+    exported: "Exported", calibration: Samples, holdout: Samples, cpu: Cpu, workspace: Workspace
+) -> BuildInputs:
+    """Write the program, if there is one, and the samples that trial processes read; returns what builds are given."""
+    from corewise import source
+
+    if exported.program is not None:
+        source.save_program(exported.program, workspace.program)
+    holdout.save(workspace.holdout)
+    inputs = BuildInputs(
+        program=workspace.program,
+        inputs=exported.inputs,
+        outputs=exported.outputs,
+        operators=source.operators(exported.program) if exported.program else {},
+        calibration=calibration,
+        cpu=cpu,
+        cache=workspace.cache,
+    )
+    workspace.write_build_inputs(inputs)
+    return inputs
 
 
 def fitting_class_names(

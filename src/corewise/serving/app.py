@@ -136,12 +136,12 @@ class App:
         return JSONResponse({"model_stats": [served.described_statistics() for served in self.models.served]})
 
     async def text_metrics(self, request: Request) -> Response:
-        """For Prometheus."""
+        """The metrics, for Prometheus."""
         text = await self._front.tell("metrics", self.metrics.text)
         return Response(text, headers={"content-type": CONTENT_TYPE})
 
     async def page(self, request: Request) -> Response:
-        """For images."""
+        """The live page, for a browser."""
         return HTMLResponse(pages.LIVE, headers=pages.SAFE)
 
     async def live_figures(self, request: Request) -> Response:

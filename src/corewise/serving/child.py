@@ -36,7 +36,7 @@ from corewise.runtime.instances import Instances, open_layouts
 
 ALIGNED = 64
 KEPT_BYTES = 32 * 2**20
-"""Of shared memory, which an instance keeps from call to call."""
+"""Shared memory that an instance keeps from call to call."""
 
 
 class Slot:
@@ -51,7 +51,7 @@ class Slot:
         self._memory: mmap.mmap | None = None
 
     def fileno(self) -> int:
-        """For whoever else is to have it."""
+        """The file descriptor, to be handed to another process."""
         return self._file.fileno()
 
     def write(self, arrays: Sequence[np.ndarray], after: Sequence[Any] = ()) -> list[Any]:

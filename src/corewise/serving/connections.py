@@ -26,11 +26,11 @@ GONE_S = (0.05, 0.5)
 HEALTH_CONNECTIONS = 16
 """Beyond the limit, for health checks, which a crowd must not keep out."""
 HANDSHAKE_S = 10.0
-"""For TLS."""
+"""How long the TLS handshake may take."""
 PER_ROUND = 8
 """New connections in one round of the event loop: about a millisecond."""
 PAUSE_S = 0.5
-"""Until the next try if the process may open no more files."""
+"""The time until the next try if the process may open no more files."""
 KEEPALIVE = {socket.TCP_KEEPIDLE: 60, socket.TCP_KEEPINTVL: 15, socket.TCP_KEEPCNT: 4}
 """A connection whose client is gone without a word ends after two minutes: it has a seat, and maybe a stream."""
 

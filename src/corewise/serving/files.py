@@ -16,14 +16,14 @@ from corewise.serving.protocol import Asked, InferRequest, Limits, ProtocolError
 from corewise.serving.served import Served
 
 MOST_FILES = 64
-"""In one request."""
+"""Files in one request."""
 BASE64 = re.compile(rb"[A-Za-z0-9+/_=\s-]*+")
 """In either alphabet of RFC 4648, and broken into lines."""
 URL_SAFE, SPACE = bytes.maketrans(b"-_", b"+/"), b" \t\r\n\f\v"
 FILE_NAME = re.compile(rb';\s*filename\*?\s*=\s*"?([^";\n]*)', re.IGNORECASE)
 """In the headers of a part of a form that is a file; a field may be called ``filename``, too."""
 MOST_PARTS = 64
-"""Of a form. Its parser takes microseconds and hundreds of bytes for each, and an empty one has ten bytes."""
+"""Parts of a form. Its parser takes microseconds and hundreds of bytes for each, and an empty one has ten bytes."""
 
 
 class _Json(msgspec.Struct):

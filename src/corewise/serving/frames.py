@@ -16,7 +16,7 @@ from corewise.serving import json_body, protocol
 from corewise.serving.protocol import Asked, InferRequest
 
 MOST_FRAMES = 256
-"""Of each kind that are remembered; then they are forgotten together."""
+"""Frames of each kind that are remembered; then all are forgotten together."""
 LONGEST_BYTES = 1024
 
 Headers = list[tuple[bytes, bytes]]

@@ -44,9 +44,9 @@ MOST_THREADS = 8
 DECODE_NICE = 5
 """Decoding takes all that it gets: the event loop, and the calls of what is decoded, come first."""
 LEAST_PLACES = 16
-"""However few requests may wait for a model."""
+"""Places for requests, however few may wait for a model."""
 LOOK_EACH = 8
-"""Of so many requests that would be refused unread, one is read."""
+"""One in this many requests that would be refused unread is read."""
 TICK_S = 0.02
 """How often the event loop shows that it is not held up."""
 SLACK_S = 0.005
@@ -168,7 +168,7 @@ class Front:
             raise
 
     def check_file(self, size_bytes: int, served: Served, deadline_s: float) -> None:
-        """Raise ``NotServed`` where a file of so many bytes, of which none was read, would be answered too late.
+        """Raise ``NotServed`` if a file of ``size_bytes``, of which none was read, would be answered too late.
 
         It is decoded behind those that are due before it; then it waits for the model, and so do they.
         """
@@ -242,7 +242,7 @@ class Front:
     async def read(
         self, work: Callable[[], T], text_bytes: int, tensor_bytes: int = 0, *, deadline_s: float = inf
     ) -> T:
-        """Read or write a body of that much text, or protobuf, and that much binary data."""
+        """Read or write a body that has ``text_bytes`` of text or protobuf and ``tensor_bytes`` of binary data."""
         if text_bytes <= SMALL_BYTES and tensor_bytes <= SMALL_TENSOR_BYTES:
             return work()
         size = text_bytes + tensor_bytes / 100
@@ -263,14 +263,14 @@ class Front:
         return await self.tokenize(lambda: served.prepared(asked), text_bytes, served, deadline_s)
 
     async def tokenize(self, work: Callable[[], T], characters: int, served: Served, deadline_s: float) -> T:
-        """Tokenize so many characters for a model, beside the event loop."""
+        """Tokenize texts of that many characters for a model, beside the event loop."""
         with _counting(served):
             return await self.compute(work, characters, deadline_s=deadline_s, later_s=self.later_s(served))
 
     async def compute(
         self, work: Callable[[], T], size: int, *, deadline_s: float, kind: str = "characters", later_s: float = 0.0
     ) -> T:
-        """Do work beside the event loop, by default tokenize so many characters; each ``kind`` has costs of its own."""
+        """Do work beside the event loop, by default tokenize ``size`` characters; each ``kind`` has its own costs."""
         return await self._decoders.run(work, kind=kind, size=size, deadline_s=deadline_s, later_s=later_s)
 
     async def tell(self, about: Hashable, work: Callable[[], T]) -> T:

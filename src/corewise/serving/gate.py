@@ -81,7 +81,7 @@ class Gate:
         self._refusals: dict[tuple[str, int], tuple[bytes, bytes]] = {}
         """By reason and seconds to wait: few, as no time to wait is longer than the longest deadline."""
         self._heads: dict[bytes, _Head] = {}
-        """Of plain requests, by the bytes up to the empty line."""
+        """The heads of plain requests, by the bytes up to the empty line."""
 
     def answer(
         self, method: bytes, url: bytes, headers: Headers, *, client: str, arrived_s: float, stays_open: bool

@@ -50,7 +50,7 @@ class Options:
     """From the end of readiness to the first refusal: connections in use end with their next answer, none is cut."""
     drain_s: float = 30.0
     memory_bytes: int | None = None
-    """Of the server and its engines together; by default the cgroup's limit, or the machine's memory."""
+    """Memory of the server and its engines together; by default the cgroup's limit, or the machine's memory."""
     cors_origins: tuple[str, ...] = ()
     """Origins whose pages may call the server; ``*`` for all."""
     traces: bool = False

@@ -10,7 +10,7 @@ import numpy as np
 from corewise.serving.protocol import ProtocolError
 
 MAX_FRAME_BYTES = 2**20
-"""Of what is not a long list of numbers: names, shapes, parameters, texts."""
+"""The frame is all that is not a long list of numbers: names, shapes, parameters, texts."""
 MAX_FRAME_MARKS = 20_000
 """Strings and objects in it."""
 CUT_BYTES = 1024

@@ -13,7 +13,7 @@ M_MMAP_THRESHOLD, M_ARENA_MAX = -3, -8
 
 
 def tune() -> None:
-    """Have the C library give memory back; only glibc keeps so much."""
+    """Have the C library give memory back; only glibc keeps much of it."""
     with suppress(AttributeError):
         libc = ctypes.CDLL(None)
         libc.mallopt(M_MMAP_THRESHOLD, MMAP_BYTES)

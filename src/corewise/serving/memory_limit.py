@@ -26,23 +26,23 @@ PIXEL_BYTES = 8
 LARGE_ANSWER_BYTES = 2**16
 """Above it an answer may wait for its client to read it."""
 ANSWER_COPIES = 2
-"""Of an answer, until it is read."""
+"""Copies of an answer that exist until it is read."""
 FRAME_BYTES = 8
 """A frame of a recording, of which one channel is kept in float32, and joined from parts."""
 RECEIVED_SHARE, CONNECTIONS_SHARE = 1 / 8, 1 / 16
 CONNECTION_BYTES = 48 * 1024
-"""With what may have arrived of its headers; there are two ports."""
+"""What a connection takes, including headers that have arrived; there are two ports."""
 USABLE_SHARE = 0.92
-"""Of the limit; the rest is for the kernel's own, which a cgroup counts too."""
+"""Share of the limit that may be used; the rest is for the kernel's own memory, which a cgroup counts too."""
 LEAST_BYTES = 4 * 2**20
-"""For requests, however little is left."""
+"""What bodies may take, however little is left."""
 STEP_BYTES = 4 * 2**20
-"""So much is booked between two looks at the memory."""
+"""Bytes booked between two looks at the memory."""
 PERIOD_S = 0.5
 GROWN_BYTES = 16 * 2**20
 """Memory is given back while the processes have this much more than without requests."""
 PASSES = 4
-"""For this many periods in a row: what is in use at the first may be free at the last."""
+"""Memory is given back in this many periods in a row: what is in use at the first may be free at the last."""
 PASS_SHARE, LONG_S = 1 / 200, 2.0
 """What passes take of the event loop's time, if that is enough with pauses that long at most: a pass looks through all
 objects, which takes 10 ms for 2,000 connections."""

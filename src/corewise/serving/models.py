@@ -13,7 +13,7 @@ from corewise.serving.protocol import ProtocolError
 from corewise.serving.served import Served, Source
 
 RELOAD_DRAIN_S = 60.0
-"""For what the old one accepted, when another has taken its place."""
+"""How long a model that was replaced may take to answer what it had accepted."""
 
 Open = Callable[[Source], Served]
 

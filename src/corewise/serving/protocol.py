@@ -27,7 +27,6 @@ DATATYPES = {
     "object": "BYTES",
 }
 """The protocol's name of each numpy dtype; arrays of objects hold ``bytes``."""
-DTYPES = {datatype: dtype for dtype, datatype in DATATYPES.items()}
 
 EXTENSIONS = (
     "binary_tensor_data",
@@ -52,11 +51,11 @@ MOST_TENSORS = 64
 MOST_ID = 256
 """Characters of a request's id."""
 MOST_STRINGS = 8192
-"""Of an input. Reading so many from bytes takes the event loop a few milliseconds."""
+"""Strings in an input. Reading this many from bytes takes the event loop a few milliseconds."""
 MOST_TIMEOUT = 2**63
 """The parameter ``timeout`` is below it; larger numbers of JSON may be no float."""
 PRIORITY_LEVELS, DEFAULT_LEVEL = 100, 50
-"""Of the parameter ``priority``: 1 is the most urgent level; a request without one, or with 0, has the default."""
+"""The levels of the parameter ``priority``, 1 the most urgent; a request without one, or with 0, has the default."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,27 +64,27 @@ class Limits:
 
     body_bytes: int = 64 * 2**20
     bodies_bytes: int = 512 * 2**20
-    """Of all requests together, over HTTP and gRPC: what arrived and was unpacked, until its answer."""
+    """Bodies of all requests together, over HTTP and gRPC: what arrived and was unpacked, until its answer."""
     message_bytes: int = 64 * 2**20
-    """Of one gRPC message: nobody knows how long one is before all of it is there."""
+    """The longest gRPC message: its length is not known before all of it is there."""
     receiving: int = 8
-    """So many gRPC messages are received at a time."""
+    """gRPC messages that are received at a time."""
     streams: int = 32
-    """So many gRPC calls may send one message after the other, each of which is received at any time."""
+    """gRPC calls that may send a stream of messages, each of which is received at any time."""
     typed_bytes: int = 16 * 2**20
-    """Of a gRPC message beside its raw tensors: decoded, they take many times their bytes."""
+    """What a gRPC message may have beside its raw tensors: decoded, it takes many times its bytes."""
     pixels: int = 50_000_000
-    """Of an image."""
+    """Pixels of an image."""
     samples: int = 100_000_000
-    """Of a recording in all its channels: 19 minutes of stereo at 44,100 Hz, and more than a body of WAV can have."""
+    """Values of a recording, all channels together: 19 minutes of stereo at 44,100 Hz, more than a body of WAV has."""
     connections: int = 4096
-    """On each port; fewer where the process may not have so many open files."""
+    """Connections on each port; fewer if the process may not have that many open files."""
     client_share: float = 0.5
-    """Of that, and of the places for requests, what one address may have."""
+    """Share of the connections, and of the places for requests, that one address may have."""
     body_s: float = 30.0
     """How long a body may take to come."""
     timeout_s: float = 60.0
-    """For requests that name no time of their own."""
+    """The time limit of requests that name none."""
 
 
 class ProtocolError(CorewiseError):

@@ -15,7 +15,7 @@ from corewise.serving.served import Served
 KIND, NOUN = "frames", "recording"
 VALUE_BYTES = 4
 COPIES_MADE = 2
-"""Of the input, while it is resampled and normalised."""
+"""Copies of the input while it is resampled and normalised."""
 
 
 def work(body: bytes, name: str, served: Served, limits: Limits) -> Work:

@@ -46,7 +46,7 @@ REASONS = {
 }
 """All other refusals are RESOURCE_EXHAUSTED."""
 MOST_DIMENSIONS = 64
-"""Of a tensor, that are read: a message of 16 MiB may claim as many million, and no model has so many."""
+"""Dimensions of a tensor that are read: a message of 16 MiB may claim 16 million, and no model has that many."""
 PIECE = 2**14
 """Typed values that are converted at once, before other threads run."""
 OPEN_TO_ALL = ("ServerLive", "ServerReady")

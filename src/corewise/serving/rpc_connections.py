@@ -31,11 +31,11 @@ PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"
 SETTINGS, GOAWAY = 4, 7
 ACK = 1
 HEAD_BYTES, FRAME_BYTES = 9, 2**14
-"""Of each frame before its content, and the most of one from a client that knows no other limit."""
+"""A frame's header, and the longest content of a frame from a client that knows no other limit."""
 HELD_BYTES = 80 * 1024
 """What a client may send before it acknowledges: a window of data is 64 KiB."""
 METADATA_BYTES = 16 * 1024
-"""Of a call, each entry with 32 more than it has."""
+"""The metadata of a call; HTTP/2 counts 32 bytes more for each entry."""
 STREAMS = 1024
 """Calls of one connection at a time."""
 CALM = 11

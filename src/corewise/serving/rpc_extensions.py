@@ -75,7 +75,7 @@ class Stream:
         self._client = messages.client_of(context)
         self._answers: asyncio.Queue[asyncio.Task[tuple[Any, Booking]] | None] = asyncio.Queue(MOST_IN_STREAM)
         self._begun: set[asyncio.Task[tuple[Any, Booking]]] = set()
-        """Whose answers are not sent yet."""
+        """Requests whose answers are not sent yet."""
 
     async def answers(self, requests: AsyncIterator[bytes]) -> AsyncIterator[Any]:
         """A ``ModelStreamInferResponse`` for each message."""

@@ -31,11 +31,11 @@ log = logging.getLogger("corewise.serve")
 
 ADMIN_CONNECTIONS = 16
 RPC_FILES = 3
-"""Of a gRPC connection, which is passed on to gRPC's library."""
+"""Open files of a gRPC connection, which is passed on to gRPC's library."""
 OTHER_FILES = 128
-"""Of the process, beside connections."""
+"""Open files of the process beside connections."""
 SWITCH_S = 0.0005
-"""After so long a thread lets others run: Python's 5 ms would be added to what an engine or an event loop waits for."""
+"""How long a thread runs before it lets others run: Python's 5 ms would add to the waits of an engine or event loop."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -223,7 +223,7 @@ class _Server:
 
 
 def _allowed_connections(files: int, most: int) -> int:
-    """How many each port may have, if one on each takes so many files together.
+    """How many each port may have, if one on each takes ``files`` open files together.
 
     The soft limit on open files, which is for select, is raised.
     """

@@ -45,7 +45,7 @@ HEALTH_S = 2.0
 LINGER_S = 0.2
 """From the last new connection to the end of those without a request."""
 LAST_WORDS_S = 2.0
-"""For answers that are on their way when all work is done."""
+"""How long answers that are on their way when all work is done may take."""
 
 
 class Http(uvicorn.Server):
@@ -82,7 +82,7 @@ class Config(uvicorn.Config):
     """uvicorn's, with what this protocol needs beside it."""
 
     room: Room
-    """For connections."""
+    """Counts the connections."""
     on_refused: Callable[[], None] = staticmethod(lambda: None)
     arrived_s: Callable[[], float] = staticmethod(time.monotonic)
     """When bytes that are read now came, on the monotonic clock."""
@@ -107,15 +107,15 @@ class _Patient(Connection):
     _pieced = 0
     """Requests in the piece of data that is parsed now."""
     _chunks = _chunk_bytes = _other_bytes = 0
-    """Of this request's body, and what came with it that belongs to none of its chunks."""
+    """The chunks of this request's body, their bytes, and the bytes that came with them but belong to none."""
     _header_bytes = 0
     _fed_bytes = 0
-    """Since the headers began: the parser reports a header only when it is complete."""
+    """Bytes parsed since the headers began: the parser reports a header only when it is complete."""
     _rest: asyncio.TimerHandle | None = None
     """Ends a connection whose client goes on with a body that is answered already."""
     _unread: asyncio.TimerHandle | None = None
     _unread_bytes = 0
-    """Of answers, when they were last looked at."""
+    """Bytes of answers that the client had not read when they were last looked at."""
 
     def __init__(self, config: "Config", state: ServerState, app_state: dict[str, Any], seat: Seat) -> None:
         super().__init__(config, state, app_state)

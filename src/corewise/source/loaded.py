@@ -30,7 +30,7 @@ class Loaded:
     tokenizer: bytes = b""
     """The content of ``tokenizer.json``."""
     class_names: tuple[str, ...] = ()
-    """Of a model that takes no texts, where its library names its classes."""
+    """Names of classes that the library of a model without texts brings."""
     why_no_texts: str = ""
     """Why texts cannot be its samples although it has a tokenizer, as a sentence; empty if there is no more to say."""
     instead: str = ""

@@ -13,7 +13,7 @@ from corewise.common.references import guard
 
 PROCESSOR_FILES = ("preprocessor_config.json", "processor_config.json")
 NO_CODE = {"trust_remote_code": False}
-"""For whatever transformers opens: without it, it asks on the terminal whether a folder's code may run."""
+"""Given whenever transformers opens something: otherwise it asks on the terminal whether a folder's code may run."""
 
 
 def import_package(name: str, prefix: str) -> Any:

@@ -231,7 +231,7 @@ class EngineContract:
                 session.run(wrong)
 
     def test_receipt_tells_what_runs_in_int8(self, case: Case) -> None:
-        """For int8 builds that some layers do, where the engine can tell; the payload stays as it is."""
+        """An int8 build's receipt has layers in int8, where the engine can tell; the payload stays as it is."""
         before = {path: _digest(path) for path in case.payload.rglob("*") if path.is_file()}
         receipt = case.engine.receipt(case.payload, case.build, PLAN, case.inputs(PLAN.batch))
         assert {path: _digest(path) for path in case.payload.rglob("*") if path.is_file()} == before

@@ -275,6 +275,16 @@ def test_a_search_ends_with_the_winner_its_speed_its_accuracy_and_the_next_comma
     ]
 
 
+def test_a_search_that_packs_texts_ends_with_what_that_is_worth():
+    facts = {"ratio": 1.17, "tokens": 64, "metric": "cosine", "value": 0.9981}
+    packs = Reason.of(ReasonKind.PACKS_TEXTS, size_bytes=30_000_000, **facts)
+    line = next(line for line in ended(replace(REPORT, notes=(packs,)), width=200) if line.startswith("packing"))
+    assert line == f"packing   {said(packs)}"
+    assert "1.17 times as many texts" in line
+    slower = Reason.of(ReasonKind.PACKING_SLOWER, **facts)
+    assert not [line for line in ended(replace(REPORT, notes=(slower,))) if line.startswith("packing")]
+
+
 @pytest.mark.parametrize("width", [60, 80, 120])
 def test_above_it_each_loser_has_one_line_the_fastest_first_and_no_note_is_shown(width):
     lines = ended(width=width)

@@ -15,7 +15,7 @@ from corewise.common.errors import InputError
 from corewise.records.build import TensorSpec
 from corewise.serving import oip, pages
 from corewise.serving.models import Models
-from corewise.serving.protocol import DTYPES, ProtocolError
+from corewise.serving.protocol import DATATYPES, ProtocolError
 from corewise.serving.served import Source, _together
 from corewise.serving.tokens import Tokens
 
@@ -102,7 +102,7 @@ def test_the_messages_are_those_of_the_proto_file(tmp_path):
 
 def test_openapi_knows_the_protocols_datatypes():
     described = json.loads(pages.openapi([]))["components"]["schemas"]["tensor"]["properties"]["datatype"]["enum"]
-    assert described == list(DTYPES)
+    assert described == list(DATATYPES.values())
     paths = json.loads(pages.openapi([]))["paths"]
     assert not {"/v2/models/{name}/classify", *pages.TEXT_PATHS} & set(paths)
     assert "/v1/models" in paths

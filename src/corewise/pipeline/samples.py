@@ -39,7 +39,7 @@ def text_samples(encoder: TextEncoder, raw: RawSamples, by_name: bool = True) ->
     problems, usable, tokens = encoder.encode_usable(raw.items)
     lengths = [len(one) for one in tokens]
     calls = fill(lengths, limits=CallLimits(rows=ROWS), multiple=MULTIPLE, pads=pipeline.pads)
-    facts = token_facts(lengths, calls, pipeline.max_length, _cut(encoder, raw, usable, lengths)) if usable else None
+    facts = token_facts(lengths, calls, pipeline.max_length, sum(one.is_cut for one in tokens)) if usable else None
     pooled = pipeline.task in ("classes", "scores") or pipeline.pooling != "none"
     if pooled and pipeline.pads:
         for call in calls:
@@ -91,12 +91,6 @@ def token_facts(lengths: Sequence[int], calls: Sequence[Call], most: int, cut: i
         padding=1 - total / filled,
         padding_unsorted=1 - total / unsorted,
     )
-
-
-def _cut(encoder: TextEncoder, raw: RawSamples, usable: Sequence[int], lengths: Sequence[int]) -> int:
-    """How many of the texts are longer than the model takes."""
-    full = (place for place, length in zip(usable, lengths, strict=True) if length == encoder.pipeline.max_length)
-    return sum(encoder.is_cut(raw.items[place]) for place in full)
 
 
 def _usable(inputs: Any) -> Any:

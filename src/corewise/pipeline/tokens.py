@@ -30,6 +30,8 @@ class Tokens(NamedTuple):
     """For the task ``tokens``: each token's first character and the one after its last; (0, 0) for special tokens."""
     words: Sequence[int | None] = ()
     """For the task ``tokens``: each token's word."""
+    is_cut: bool = False
+    """Whether the item had more tokens than the model takes."""
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -146,11 +148,15 @@ class TextEncoder:
                     np.array(one.type_ids, np.int32),
                     _moved(one.offsets, len(item) - len(text) if is_end else 0),
                     one.word_ids,
+                    self._is_cut(one),
                 )
                 for one, item, text in zip(encoded, items, texts, strict=True)
             ]
         else:
-            made = [Tokens(np.array(one.ids, np.int32), np.array(one.type_ids, np.int32)) for one in encoded]
+            made = [
+                Tokens(np.array(one.ids, np.int32), np.array(one.type_ids, np.int32), is_cut=self._is_cut(one))
+                for one in encoded
+            ]
         most = self.pipeline.max_length
         for number, tokens in enumerate(made, first):
             if len(tokens) > most:
@@ -159,12 +165,6 @@ class TextEncoder:
                     "send it in parts, or ask for truncation",
                 )
         return made
-
-    def is_cut(self, item: Text) -> bool:
-        """Whether an item has more tokens than the model takes."""
-        encode = self._untruncated.encode_batch_fast
-        _, (found,) = self._read(encode, [item], self._prefix(None), self.pipeline.truncation)
-        return len(found) > self.pipeline.max_length
 
     def pieces(self, text: str, *, special: bool = True, prompt: str | None = None) -> list[TokenPiece]:
         """The tokens of one text of any length, with or without special ones. Raises ``InputError`` as ``encode``."""
@@ -210,7 +210,7 @@ class TextEncoder:
     ) -> tuple[list[Text], list[Any]]:
         """What is read of each item with its prompt, and its encoding.
 
-        An item is read as a whole if what ``_cut`` leaves of it has fewer tokens than the model takes, as spaces or a
+        An item is read as a whole if what ``_cut`` leaves of it has no more tokens than the model takes, as spaces or a
         long address do: its words may come behind them.
         """
         texts = [self._cut(item, prefix, side) for item in items]
@@ -218,13 +218,16 @@ class TextEncoder:
         short = [
             place
             for place, (item, text) in enumerate(zip(items, texts, strict=True))
-            if count_characters(text) < count_characters(item) + len(prefix)
-            and len(encoded[place]) < self.pipeline.max_length
+            if count_characters(text) < count_characters(item) + len(prefix) and not self._is_cut(encoded[place])
         ]
         for place in short:
             texts[place] = self._cut(items[place], prefix, None)
             (encoded[place],) = encode([texts[place]])
         return texts, encoded
+
+    def _is_cut(self, encoded: Any) -> bool:
+        """Whether the tokenizer cut something off, which it copies when it is asked: only a full encoding is."""
+        return len(encoded) >= self.pipeline.max_length and bool(encoded.overflowing)
 
     def _cut(self, item: Text, prefix: str, side: Side | None) -> Text:
         """The item with its prompt, without characters that no model of this length reads if it is cut at a side."""

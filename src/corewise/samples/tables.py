@@ -41,7 +41,7 @@ class _Record(NamedTuple):
 def read_table(path: Path, columns: Columns = GUESSED, *, max_samples: int | None = None, seed: int = 0) -> RawSamples:
     """The texts of a file, or its pairs of texts where ``columns.pair`` is given.
 
-    - ``.txt``: each line is a text; empty lines are left out.
+    - ``.txt``: each line is a text, whether lines end with LF, CR LF or CR; empty lines are left out.
     - ``.csv``: with a header, quoted as in RFC 4180; with semicolons, tabs or bars where the header has no comma.
     - ``.tsv``: with a header; quotes are part of the text.
     - ``.jsonl``: each line is an object or a string.
@@ -110,8 +110,12 @@ def _label_kind(label: Any) -> str:
     return "text" if isinstance(label, str) else "list" if isinstance(label, list) else type(label).__name__
 
 
-def _open(path: Place, newline: str = "\n") -> TextIO:
-    """A text file whose bytes that are no UTF-8 become lone surrogates, for ``text_problem`` to find."""
+def _open(path: Place, newline: str | None = None) -> TextIO:
+    """A text file whose bytes that are no UTF-8 become lone surrogates, for ``text_problem`` to find.
+
+    By default its lines end where Python's ``open`` ends them: at a line feed, a carriage return, or both together.
+    What ``str.splitlines`` takes for ends of lines beside these, such as form feeds and U+2028, are characters.
+    """
     with path.open("rb") as file:
         head = file.read(4)
         # With a byte order mark, or two characters of ASCII without one.
@@ -129,7 +133,7 @@ def _lines(path: Place) -> Iterator[tuple[str, str]]:
                 break
             while len(rest) == MOST_LINE_CHARACTERS and not rest.endswith("\n"):
                 rest = file.readline(MOST_LINE_CHARACTERS)
-            yield f"line {number}", line.rstrip("\r\n")
+            yield f"line {number}", line.removesuffix("\n")
 
 
 def _txt(path: Place, columns: Columns, samples: bool) -> Iterator[_Record]:

@@ -160,6 +160,8 @@ class TextRunner:
         """
         if isinstance(items, np.ndarray):
             items = items.tolist()  # a pair is then a list
+        elif hasattr(items, "to_pylist") and not hasattr(items, "columns"):  # of pyarrow, whose texts are no strings
+            items = items.to_pylist()
         is_pair = isinstance(items, list | tuple) and len(items) == 2 and all(isinstance(each, str) for each in items)
         is_one = isinstance(items, str) or (is_pair and self.encoder.pipeline.pairs)
         if not is_one:

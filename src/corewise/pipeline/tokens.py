@@ -19,6 +19,8 @@ of megabytes costs no more than one of the model's length."""
 Side = Literal["right", "left"]
 SIDES: tuple[Side, ...] = ("right", "left")
 REBUILD = "make the artifact again with the tokenizer of its model"
+UNTAKEN = "cannot be tokenized"
+"""How the reason begins why an item has no answer."""
 
 
 class Tokens(NamedTuple):
@@ -109,9 +111,18 @@ class TextEncoder:
 
         Raises ``InputError`` if the prompt is unknown.
         """
+        self._prefix(prompt)
         problems = [self.problem(item) for item in items]
         places = [place for place, problem in enumerate(problems) if not problem]
-        tokens = dict(zip(places, self.encode([items[place] for place in places], prompt=prompt), strict=True))
+        try:
+            tokens = dict(zip(places, self.encode([items[place] for place in places], prompt=prompt), strict=True))
+        except InputError:  # of one of them
+            tokens = {}
+            for place in places:
+                try:
+                    (tokens[place],) = self.encode([items[place]], prompt=prompt)
+                except InputError as error:
+                    problems[place] = UNTAKEN + error.what.partition(UNTAKEN)[2]
         problems = [problem or self.no_answer(tokens[place]) for place, problem in enumerate(problems)]
         places = [place for place in places if not problems[place]]
         return problems, places, [tokens[place] for place in places]
@@ -131,14 +142,16 @@ class TextEncoder:
             The tokens of each item, special tokens included.
 
         Raises:
-            InputError: The prompt is unknown, or an item is too long and ``truncate`` is false.
+            InputError: The prompt is unknown, an item is too long and ``truncate`` is false, or the tokenizer takes one
+                of them not, as many do with an unknown word if they have no token for such.
         """
         prefix = self._prefix(prompt)
         side = self.pipeline.truncation if truncate is True else truncate or None
         tokenizer = self._untruncated if side is None else self._truncating[side]
         of_tokens = self.pipeline.task == "tokens"
         encode = tokenizer.encode_batch if of_tokens else tokenizer.encode_batch_fast
-        texts, encoded = self._read(encode, items, prefix, side)
+        with guard(InputError, f"a {self.pipeline.noun} {UNTAKEN}", REBUILD):
+            texts, encoded = self._read(encode, items, prefix, side)
         if of_tokens:
             # Of a very long text that is cut at its left, only the end was read.
             is_end = side == "left" and not prefix

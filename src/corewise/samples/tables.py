@@ -166,19 +166,37 @@ def _jsonl(path: Place, columns: Columns, samples: bool) -> Iterator[_Record]:
 
 def _csv(path: Place, columns: Columns, samples: bool) -> Iterator[_Record]:
     with _open(path, newline="") as file:
-        header = file.readline()
+        header = file.readline(MOST_LINE_CHARACTERS)
         file.seek(0)
         unquoted = "".join(header.split('"')[::2])
         delimiter = next((mark for mark in DELIMITERS if mark in unquoted), ",")
-        yield from _fields(csv.reader(file, delimiter=delimiter, strict=True), path, columns, samples)
+        too_long: set[int] = set()
+        reader = csv.reader(_bounded(file, too_long), delimiter=delimiter, strict=True)
+        yield from _fields(reader, too_long, path, columns, samples)
 
 
 def _tsv(path: Place, columns: Columns, samples: bool) -> Iterator[_Record]:
     with _open(path, newline="") as file:
-        yield from _fields(csv.reader(file, delimiter="\t", quoting=csv.QUOTE_NONE), path, columns, samples)
+        too_long: set[int] = set()
+        reader = csv.reader(_bounded(file, too_long), delimiter="\t", quoting=csv.QUOTE_NONE)
+        yield from _fields(reader, too_long, path, columns, samples)
 
 
-def _fields(reader: Any, path: Place, columns: Columns, samples: bool) -> Iterator[_Record]:
+def _bounded(file: TextIO, too_long: set[int]) -> Iterator[str]:
+    """The lines with their ends; of one that is too long, whose number goes to ``too_long``, the beginning."""
+    for number in count(1):
+        line = rest = file.readline(MOST_LINE_CHARACTERS)
+        if not line:
+            break
+        if len(line) == MOST_LINE_CHARACTERS and not line.endswith(("\r", "\n")):
+            too_long.add(number)
+            while len(rest) == MOST_LINE_CHARACTERS and not rest.endswith(("\r", "\n")):
+                rest = file.readline(MOST_LINE_CHARACTERS)
+            line += "\n"
+        yield line
+
+
+def _fields(reader: Any, too_long: set[int], path: Place, columns: Columns, samples: bool) -> Iterator[_Record]:
     """The rows below the header; a row that is broken is a problem of each line that it took."""
     header: list[str] | None = None
     while True:
@@ -193,7 +211,12 @@ def _fields(reader: Any, path: Place, columns: Columns, samples: bool) -> Iterat
             break
         if not fields:
             continue  # an empty line
-        if header is None:
+        if any(map(too_long.__contains__, range(line, reader.line_num + 1))):
+            problem = f"has more than {MOST_LINE_CHARACTERS:,} characters"
+            if header is None:
+                raise SamplesError(f"the header of {path} {problem}", "end the header and each row with a line feed")
+            yield _Record(f"line {line}", {}, problem)
+        elif header is None:
             header = [name.strip() for name in fields]
             check_once(_resolved(columns, header, str(path), samples), header, str(path))
         elif len(fields) == len(header):
@@ -252,6 +275,8 @@ def _cells(row: str, names: list[str], cells: tuple[Any, ...]) -> _Record:
         return _Record(row, dict(zip(names, (cell.as_py() for cell in cells), strict=True)))
     except UnicodeDecodeError as error:
         return _Record(row, {}, f"is not UTF-8 at byte {error.start}")
+    except (ValueError, OverflowError) as error:  # times that Python does not have
+        return _Record(row, {}, f"has a value that Python does not have: {error}")
 
 
 READERS: dict[str, Callable[[Place, Columns, bool], Iterator[_Record]]] = {

@@ -18,6 +18,8 @@ NAME_WORDS, ENDINGS = 4, (".", "!", "?")
 TEXT_COLUMNS = ("text", "sentence")
 LABEL_COLUMNS = ("label", "labels")
 
+SAY = "say with --text which is the text"
+
 Text = str | tuple[str, str]
 
 
@@ -55,8 +57,11 @@ class Columns(NamedTuple):
     pair: str | None = None
     label: str | None = None
 
-    def resolve(self, header: Collection[str], source: str) -> "Columns":
-        """With the names of ``header``. Raises ``SamplesError`` where a column is not there, or no text is found."""
+    def resolve(self, header: Collection[str], source: str, fix: str = SAY) -> "Columns":
+        """With the names of ``header``.
+
+        Raises ``SamplesError`` where a column is not there, or nothing tells which is the text: ``fix`` is the advice.
+        """
         if not header:
             raise SamplesError(f"{source} has no columns", "add a column of texts")
         for name in (self.text, self.pair, self.label):
@@ -80,7 +85,7 @@ class Columns(NamedTuple):
         if text is None:
             raise SamplesError(
                 f"{source} has the columns {_listed(header)}",
-                "say with --text which is the text" if others else "add a column of texts",
+                fix if others else "add a column of texts",
             )
         return Columns(text, self.pair, label)
 

@@ -1,5 +1,6 @@
 """Loading the user's model by a reference."""
 
+import os
 from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -134,9 +135,14 @@ def _named(value: Any) -> str:
 
 
 def split_reference(reference: str) -> tuple[str, str]:
-    """The library of a reference, such as ``timm``, and the name there; both empty for others."""
+    """The library of a reference, such as ``timm``, and the name there; both empty for others.
+
+    Of a folder below ``~``, which shells leave as it is behind a colon, the path.
+    """
     prefix, _, name = reference.partition(":")
-    return (prefix, name) if (prefix in HUBS or prefix in TEXT_HUBS) and name else ("", "")
+    if not (prefix in HUBS or prefix in TEXT_HUBS) or not name:
+        return "", ""
+    return prefix, os.path.expanduser(name) if prefix in TEXT_HUBS else name
 
 
 def _timm(name: str) -> Any:

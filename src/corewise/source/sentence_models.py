@@ -47,6 +47,8 @@ HARMLESS_OPENING = {
     *("export", "file_name", "provider"),
 }
 """What may be said there without another answer in fp32 on a CPU."""
+OLD_WEIGHTS = ["pytorch_model*.bin*", "0_Transformer/pytorch_model*.bin*"]
+"""Files of models from before safetensors; transformers reads no more than tensors of them."""
 SENTENCE = "sentence_embedding"
 """The vector that modules behind a Pooling take and give."""
 WAYS: dict[str, Way] = {
@@ -166,7 +168,10 @@ def _downloaded(name: str) -> Path:
     repository = name if "/" in name else f"sentence-transformers/{name}"
     files = ["*.json", "*.safetensors", "*.txt", "*.model", "*_Dense/pytorch_model.bin"]
     with guard(SourceError, f"st:{name} cannot be loaded", "check the name, the network, or give a local folder"):
-        return Path(hub.snapshot_download(repository, allow_patterns=files))
+        folder = Path(hub.snapshot_download(repository, allow_patterns=files))
+        if not any(folder.glob("model*.safetensors")) and not any(folder.glob("0_Transformer/model*.safetensors")):
+            hub.snapshot_download(repository, allow_patterns=OLD_WEIGHTS)
+        return folder
 
 
 def _kind(path: str, name: str) -> str:

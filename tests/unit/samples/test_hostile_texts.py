@@ -59,6 +59,11 @@ def test_columns_that_have_no_order_are_refused(columns: Any) -> None:
     assert "sample 0 of python cannot be made: TypeError" in error_of(columns)
 
 
+@pytest.mark.parametrize("ids", [None, 5, "red", {"a": 1}])
+def test_tokens_that_are_none_are_refused(ids: Any) -> None:
+    assert "sample 0 of python" in error_of([{"input_ids": ids}] * 3)
+
+
 def test_a_table_of_which_nothing_says_what_is_the_text_is_told_what_to_do_in_python() -> None:
     rows = [{"sentence1": "red", "sentence2": "blue", "score": 1.0}] * 3
     message = error_of(rows)

@@ -60,5 +60,3 @@ def _stacked(arrays: Sequence[Any]) -> Any:
     """Arrays of one shape along a new first dimension."""
     rows = [op.Unsqueeze(array, [0]) for array in arrays]
     return op.Concat(*rows, axis=0) if len(rows) > 1 else rows[0]
-
-

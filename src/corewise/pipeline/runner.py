@@ -191,9 +191,9 @@ class TextRunner:
         if seen.cut:
             pipeline = self.encoder.pipeline
             several = "pairs of texts" if pipeline.pairs else "texts"
-            which = f"the {pipeline.noun} was" if seen.items == 1 else f"{seen.cut:,} of {seen.items:,} {several} were"
+            which = f"the {pipeline.noun}" if seen.items == 1 else f"{seen.cut:,} of {seen.items:,} {several}"
             warnings.warn(
-                f"{which} cut to the {pipeline.max_length:,} tokens that the model takes; give long texts in parts",
+                f"{which} {'was' if seen.cut == 1 else 'were'} cut to the {pipeline.max_length:,} tokens that the model takes; give long texts in parts",
                 stacklevel=stacklevel,
             )
 

@@ -109,7 +109,7 @@ def test_predict_says_once_at_its_end_how_many_were_cut() -> None:
     assert len(told) == 1
     with pytest.warns(UserWarning, match="^the text was cut to the 8 tokens") as told:
         runner.predict(words(30))
-    with pytest.warns(UserWarning, match="^1 of 2 pairs of texts were cut"):
+    with pytest.warns(UserWarning, match="^1 of 2 pairs of texts was cut"):
         runner_of(task="scores", pairs=True).predict([("red", "red"), (words(9), "red")])
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -134,7 +134,7 @@ def test_the_warning_is_at_the_callers_line() -> None:
     leaf: Any = Structure("leaf")
     model = Model(None, inputs=(), input_structure=leaf, output_structure=leaf, texts=runner_of())  # type: ignore[arg-type]
     for given in ([words(30)], words(30)):
-        with pytest.warns(UserWarning, match="were? cut|was cut") as told:
+        with pytest.warns(UserWarning, match="was cut") as told:
             model.predict(given)
         assert told[0].filename == __file__
 
@@ -170,7 +170,9 @@ def test_a_job_counts_them_over_interruptions(tmp_path: Path, monkeypatch: pytes
 
 def test_the_last_line_of_the_command_says_it() -> None:
     result = BulkResult(output="out.npy", failed_in="", rows=9000, resumed=0, failed=0, wall_s=2.0, cut=1200)
-    assert result_lines(result) == ("9,000 rows to out.npy in 2 s (4,500/s); 1,200 cut to the tokens that the model takes",)
+    assert result_lines(result) == (
+        "9,000 rows to out.npy in 2 s (4,500/s); 1,200 cut to the tokens that the model takes",
+    )
 
 
 # Tokenizers that refuse a text
@@ -182,9 +184,9 @@ def test_a_text_that_the_tokenizer_refuses_is_set_aside_and_no_other() -> None:
     assert (first[0], last[0]) == (3, 4)
     assert isinstance(unknown, Rejected)
     assert unknown.reason.startswith("cannot be tokenized: Exception: WordLevel error: ")
-    with pytest.raises(InputError, match="text 1 cannot be tokenized: .*; correct or remove this text"):
+    with pytest.raises(InputError, match=r"text 1 cannot be tokenized: .*; correct or remove this text"):
         runner_of(unknown=None).predict(["red", "green"])
-    with pytest.raises(InputError, match="a text cannot be tokenized: .*; make the artifact again"):
+    with pytest.raises(InputError, match=r"a text cannot be tokenized: .*; make the artifact again"):
         encoder_of(unknown=None).encode(["green"])
     with pytest.raises(InputError, match="no prompt 'query'"):
         next(runner_of(unknown=None).answers(["green"], prompt="query"))

@@ -31,7 +31,7 @@ def test_values_that_python_does_not_have_are_set_aside(tmp_path: Path) -> None:
         found = read_raw(str(tmp_path / f"{name}.parquet"), text="text")
         assert isinstance(found, RawSamples)
         assert len(found) == 30
-        with pytest.raises(SamplesError, match="30 of 30 texts in .* cannot be used: row 0 has"):
+        with pytest.raises(SamplesError, match=r"30 of 30 texts in .* cannot be used: row 0 has"):
             read_raw(str(tmp_path / f"{name}.parquet"), text="when")
 
 

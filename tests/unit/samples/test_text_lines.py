@@ -72,9 +72,7 @@ def test_a_header_alone_has_no_rows(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["t.csv", "t.tsv"])
-def test_a_line_without_an_end_is_held_in_part_only(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
-) -> None:
+def test_a_line_without_an_end_is_held_in_part_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     monkeypatch.setattr(tables, "MOST_LINE_CHARACTERS", 100)
     mark = "," if name == "t.csv" else "\t"
     rows = [f"text {number}{mark}{number}" for number in range(30)]

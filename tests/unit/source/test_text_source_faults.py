@@ -15,8 +15,7 @@ from torch import Tensor, nn
 from corewise.common.errors import InputError, SamplesError, SourceError
 from corewise.records.build import TensorSpec
 from corewise.search.texts import fitted
-from corewise.source import Loaded, load_with_texts
-from corewise.source import sentence_models
+from corewise.source import Loaded, load_with_texts, sentence_models
 from corewise.source.loaded import text_pipeline
 from corewise.source.models import split_reference
 from corewise.source.transformers_models import longest
@@ -63,7 +62,8 @@ def test_a_whole_tokenizer_is_taken(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("task", "shape", "count"), [("tokens", (None, None, 4), 3), ("tokens", (None, None, 6), 9), ("classes", (None, 3), 2)]
+    ("task", "shape", "count"),
+    [("tokens", (None, None, 4), 3), ("tokens", (None, None, 6), 9), ("classes", (None, 3), 2)],
 )
 def test_names_of_classes_are_as_many_as_the_model_has(task: Any, shape: Any, count: int) -> None:
     """Their answers would have wrong names, or ``predict`` would fail."""
@@ -117,7 +117,9 @@ def test_settings_that_are_no_numbers_are_named(tmp_path: Path) -> None:
     transformers.BertModel(transformers.BertConfig(**sizes, intermediate_size=8)).save_pretrained(tmp_path)
     tokenizer = Tokenizer(WordLevel({"[UNK]": 0, "red": 1}, unk_token="[UNK]"))
     transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="[UNK]").save_pretrained(tmp_path)
-    (tmp_path / "modules.json").write_text(json.dumps([{"type": "sentence_transformers.models.Transformer", "path": ""}]))
+    (tmp_path / "modules.json").write_text(
+        json.dumps([{"type": "sentence_transformers.models.Transformer", "path": ""}])
+    )
     (tmp_path / "sentence_bert_config.json").write_text(json.dumps({"max_seq_length": "many"}))
     with pytest.raises(SourceError, match=r"st:.* cannot be loaded: ValueError"):
         load_with_texts(f"st:{tmp_path}")

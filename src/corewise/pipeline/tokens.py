@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from corewise.common.errors import ArtifactError, InputError, MissingExtra
+from corewise.common.phrases import shown
 from corewise.common.references import guard
 from corewise.records.pipeline import TextPipeline, TokenRole
 from corewise.samples.texts import Text, count_characters, text_problem
@@ -90,9 +91,9 @@ class TextEncoder:
         """Why an item cannot be answered, as the end of a sentence; empty if it can."""
         texts = item if self.pipeline.pairs else (item,)
         if self.pipeline.pairs and not (isinstance(item, list | tuple) and len(item) == 2):
-            return f"is {item!r:.40}, where the model takes pairs of texts"
+            return f"is {shown(item)}, where the model takes pairs of texts"
         if not self.pipeline.pairs and isinstance(item, list | tuple):
-            return f"is {item!r:.40}, where the model takes single texts"
+            return f"is {shown(item)}, where the model takes single texts"
         return next((problem for text in texts if (problem := text_problem(text))), "")
 
     def no_answer(self, tokens: Tokens) -> str:

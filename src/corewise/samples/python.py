@@ -10,7 +10,7 @@ import numpy as np
 
 from corewise.common import nested
 from corewise.common.errors import InputError, SamplesError
-from corewise.common.phrases import with_article
+from corewise.common.phrases import shown, with_article
 from corewise.common.references import guard
 from corewise.samples import encodings
 from corewise.samples.data import Samples
@@ -131,7 +131,7 @@ def raw_from_python(
     kind = _raw_kind(told, columns)
     if kind is None and isinstance(told, list | tuple) and told and isinstance(told[0], str):
         raise SamplesError(
-            f"sample {head[-1].number} of {source} is {told!r:.60}",
+            f"sample {head[-1].number} of {source} is {shown(told, 60)}",
             "give a text, (text, label), (text, text) or ((text, text), label)",
         )
     options: dict[str, Any] = {"source": source, "max_samples": stream.max_samples, "seed": seed}
@@ -333,7 +333,7 @@ def _raw_problem(value: Any, kind: RawKind) -> str:
         is_one = isinstance(value, Path | bytes) or is_pil(value)
         return "" if is_one else f"is {with_article(type(value).__name__)}, no image"
     if not _is_text_pair(value):
-        return f"is {value!r:.40}, not a pair of texts"
+        return f"is {shown(value)}, not a pair of texts"
     return next((f"has a text that {problem}" for text in value if (problem := text_problem(text))), "")
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, TextIO
 
 from corewise.common.errors import MissingExtra, SamplesError
+from corewise.common.phrases import shown
 from corewise.samples.places import Place, unreadable
 from corewise.samples.raw import RawItem, RawKind, RawSamples, gather
 from corewise.samples.texts import GUESSED, MOST_CHARACTERS, Columns, check_once, number_or_text, text_problem
@@ -92,7 +93,7 @@ def iterate_table(path: Place, columns: Columns = GUESSED, *, samples: bool = Tr
             if not problem:
                 label_kind = label_kind or _label_kind(label)
                 if _label_kind(label) != (label_kind or NUMBER):
-                    problem = f"has the label {label!r:.40}, which is not a {label_kind or NUMBER}"
+                    problem = f"has the label {shown(label)}, which is not a {label_kind or NUMBER}"
             yield RawItem(number, value, label, record.name, problem)
     except OSError as error:
         raise unreadable(path, error) from error

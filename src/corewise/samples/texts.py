@@ -6,7 +6,7 @@ from itertools import islice
 from typing import Any, NamedTuple
 
 from corewise.common.errors import SamplesError
-from corewise.common.phrases import with_article
+from corewise.common.phrases import shown, with_article
 
 MOST_CHARACTERS = 1_000_000
 NAMED, NAME_CHARACTERS = 20, 40
@@ -31,7 +31,7 @@ def count_characters(item: Text) -> int:
 def text_problem(value: Any) -> str:
     """Why a value is no text that a model can be given, as the end of a sentence; nothing where it is one."""
     if not isinstance(value, str):
-        return f"is {value!r:.40}, which is not a text"
+        return f"is {shown(value)}, which is not a text"
     if not value.strip():
         return "is empty"
     if len(value) > MOST_CHARACTERS:

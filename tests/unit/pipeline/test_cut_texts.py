@@ -175,7 +175,30 @@ def test_the_last_line_of_the_command_says_it() -> None:
     )
 
 
-# Tokenizers that refuse a text
+# Items that cannot be tokenized
+
+
+class Unshown:
+    """What Python cannot show."""
+
+    def __repr__(self) -> str:
+        raise RuntimeError
+
+
+def test_items_that_python_cannot_show_have_a_reason_too() -> None:
+    nested: list[Any] = []
+    for _ in range(10**5):
+        nested = [nested]
+    items = [nested, Unshown(), ("red", nested), np.arange(10**6), {"text": nested}]
+    reasons = [answer.reason for answer in runner_of().answers(items)]
+    assert [reason[:10] for reason in reasons] == ["is [[[[[[[", "is <Unshow", "is ('red',", "is array([", "is {'text'"]
+    assert all(len(reason) < 100 and "\n" not in reason for reason in reasons)
+    pair = runner_of(task="scores", pairs=True)
+    assert [answer.reason[:9] for answer in pair.answers([nested, Unshown(), "red"])] == [
+        "is [[[[[[",
+        "is <Unsho",
+        "is 'red',",
+    ]
 
 
 def test_a_text_that_the_tokenizer_refuses_is_set_aside_and_no_other() -> None:

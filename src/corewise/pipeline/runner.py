@@ -192,8 +192,9 @@ class TextRunner:
             pipeline = self.encoder.pipeline
             several = "pairs of texts" if pipeline.pairs else "texts"
             which = f"the {pipeline.noun}" if seen.items == 1 else f"{seen.cut:,} of {seen.items:,} {several}"
+            which += " was" if seen.cut == 1 else " were"
             warnings.warn(
-                f"{which} {'was' if seen.cut == 1 else 'were'} cut to the {pipeline.max_length:,} tokens that the model takes; give long texts in parts",
+                f"{which} cut to the {pipeline.max_length:,} tokens that the model takes; give long texts in parts",
                 stacklevel=stacklevel,
             )
 

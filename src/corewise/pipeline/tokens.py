@@ -20,8 +20,14 @@ of megabytes costs no more than one of the model's length."""
 Side = Literal["right", "left"]
 SIDES: tuple[Side, ...] = ("right", "left")
 REBUILD = "make the artifact again with the tokenizer of its model"
-UNTAKEN = "cannot be tokenized"
-"""How the reason begins why an item has no answer."""
+
+
+class Untokenized(InputError):
+    """An item has no tokens that the model takes; ``reason`` ends a sentence about it."""
+
+    def __init__(self, item: str, reason: str, fix: str) -> None:
+        super().__init__(f"{item} {reason}", fix)
+        self.reason = reason
 
 
 class Tokens(NamedTuple):
@@ -112,18 +118,17 @@ class TextEncoder:
 
         Raises ``InputError`` if the prompt is unknown.
         """
-        self._prefix(prompt)
         problems = [self.problem(item) for item in items]
         places = [place for place, problem in enumerate(problems) if not problem]
         try:
             tokens = dict(zip(places, self.encode([items[place] for place in places], prompt=prompt), strict=True))
-        except InputError:  # of one of them
+        except Untokenized:  # one of them
             tokens = {}
             for place in places:
                 try:
                     (tokens[place],) = self.encode([items[place]], prompt=prompt)
-                except InputError as error:
-                    problems[place] = UNTAKEN + error.what.partition(UNTAKEN)[2]
+                except Untokenized as error:
+                    problems[place] = error.reason
         problems = [problem or self.no_answer(tokens[place]) for place, problem in enumerate(problems)]
         places = [place for place in places if not problems[place]]
         return problems, places, [tokens[place] for place in places]
@@ -143,16 +148,19 @@ class TextEncoder:
             The tokens of each item, special tokens included.
 
         Raises:
-            InputError: The prompt is unknown, an item is too long and ``truncate`` is false, or the tokenizer takes one
-                of them not, as many do with an unknown word if they have no token for such.
+            InputError: The prompt is unknown.
+            Untokenized: An item is too long and ``truncate`` is false, or the tokenizer refuses one: many do so with
+                an unknown word if they have no token for such.
         """
         prefix = self._prefix(prompt)
         side = self.pipeline.truncation if truncate is True else truncate or None
         tokenizer = self._untruncated if side is None else self._truncating[side]
         of_tokens = self.pipeline.task == "tokens"
         encode = tokenizer.encode_batch if of_tokens else tokenizer.encode_batch_fast
-        with guard(InputError, f"a {self.pipeline.noun} {UNTAKEN}", REBUILD):
+        try:
             texts, encoded = self._read(encode, items, prefix, side)
+        except Exception as error:  # of no other type
+            raise Untokenized(f"a {self.pipeline.noun}", f"cannot be tokenized: {error}", REBUILD) from error
         if of_tokens:
             # Of a very long text that is cut at its left, only the end was read.
             is_end = side == "left" and not prefix
@@ -174,8 +182,9 @@ class TextEncoder:
         most = self.pipeline.max_length
         for number, tokens in enumerate(made, first):
             if len(tokens) > most:
-                raise InputError(
-                    f"{self.pipeline.noun} {number} has {len(tokens)} tokens, the model takes {most}",
+                raise Untokenized(
+                    f"{self.pipeline.noun} {number}",
+                    f"has {len(tokens)} tokens, the model takes {most}",
                     "send it in parts, or ask for truncation",
                 )
         return made

@@ -94,6 +94,9 @@ def _with_own_head(loaded: Loaded, tokenizer: Path, pooling: Pooling | None) -> 
 def _load(reference: str) -> nn.Module | ExportedProgram:
     prefix, name = split_reference(reference)
     path = Path(reference)
+    library, _, rest = reference.partition(":")
+    if library in (*HUBS, *TEXT_HUBS) and not rest.strip():
+        raise SourceError(f"{reference!r} names no model", f"give {library}:NAME")
     if prefix in HUBS:
         model = HUBS[prefix](name)
     elif path.suffix == ".pt2":
@@ -162,6 +165,7 @@ def _torchvision(name: str) -> Any:
 def _transformers(name: str, pooling: Pooling | None, tokenizer: Path | None) -> Loaded:
     from corewise.source.transformers_models import load_transformers
 
+    _check_folder(name)
     return load_transformers(name, pooling, tokenizer)
 
 
@@ -170,7 +174,16 @@ def _sentence_transformers(name: str, pooling: Pooling | None, tokenizer: Path |
 
     if pooling is not None:
         raise SourceError(f"st:{name} brings its own pooling", "leave out --pooling, or give hf: instead of st:")
+    _check_folder(name)
     return load_sentence_model(name)
+
+
+def _check_folder(name: str) -> None:
+    """Raise ``SourceError`` for a path at which there is no folder: no model of the hub has such a name."""
+    if Path(name).is_file():
+        raise SourceError(f"{name} is a file", "give the folder with the model's config.json")
+    if (name.startswith(("/", ".")) or name.count("/") > 1) and not Path(name).is_dir():
+        raise SourceError(f"there is no folder {name}", "check the path")
 
 
 HUBS = {"timm": _timm, "torchvision": _torchvision}

@@ -102,16 +102,15 @@ def load_sentence_model(name: str) -> Loaded:
         tokenizer = transformers.AutoTokenizer.from_pretrained(base, **NO_CODE)
         modules = (_module_in(kind, place, f"st:{name}") for kind, place in parts[1:])
         poolings, after = _modules(modules, f"st:{name}", facts.get("truncate_dim"))
-        most = longest(tokenizer, model.config, _told_length(settings))
-    return vectors(
-        model,
-        tokenizer,
-        poolings=poolings,
-        after=after,
-        max_length=most,
-        lower=bool(settings.get("do_lower_case")),
-        **_prompts(facts.get("prompts"), facts.get("default_prompt_name")),
-    )
+        return vectors(
+            model,
+            tokenizer,
+            poolings=poolings,
+            after=after,
+            max_length=longest(tokenizer, model.config, _told_length(settings)),
+            lower=bool(settings.get("do_lower_case")),
+            **_prompts(facts.get("prompts"), facts.get("default_prompt_name")),
+        )
 
 
 def is_sentence_model(model: Any) -> bool:

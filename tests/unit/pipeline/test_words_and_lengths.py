@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
 
+from corewise.common.errors import SamplesError
 from corewise.pipeline import CallLimits, TextEncoder, TextRunner, decode, text_samples
 from corewise.pipeline.runner import FIRST_ITEMS, MULTIPLE
 from corewise.records.build import TensorSpec
@@ -168,6 +169,15 @@ def test_a_label_for_each_token_keeps_its_tokens() -> None:
     raw = raw_from_python({"text": ["red blue"] * 3, "label": [[0, 1, 1, 0]] * 3})
     samples = text_samples(words_encoder(task="tokens", pooling="none"), raw)
     assert {row[0].shape[0] for row in samples.rows} == {4}
+
+
+@pytest.mark.parametrize("labels", [[[0, 1], [1, 1], [0, 0]], [[0, 1], [1], [0, 0, 1, 1, 0, 0, 1]]])
+def test_a_label_for_each_word_is_not_one_for_each_token(labels: Any) -> None:
+    raw = raw_from_python({"text": ["red blue", "blue", "red"], "label": labels})
+    with pytest.raises(
+        SamplesError, match=r"sample 0 of python has 2 labels for 4 tokens; give a label for each token"
+    ):
+        text_samples(words_encoder(task="tokens", pooling="none"), raw)
 
 
 BLANK = " " * 9999

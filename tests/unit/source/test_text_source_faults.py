@@ -5,6 +5,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import transformers
@@ -14,8 +15,9 @@ from torch import Tensor, nn
 
 from corewise.common.errors import InputError, SamplesError, SourceError
 from corewise.records.build import TensorSpec
+from corewise.samples import from_python
 from corewise.search.texts import fitted
-from corewise.source import Loaded, load_with_texts, sentence_models
+from corewise.source import Loaded, export, load_with_texts, sentence_models
 from corewise.source.loaded import text_pipeline
 from corewise.source.models import split_reference
 from corewise.source.transformers_models import longest
@@ -111,7 +113,37 @@ def test_a_model_of_the_hub_whose_weights_are_older_than_safetensors(
     assert len(asked) == 1
 
 
-def test_settings_that_are_no_numbers_are_named(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("reference", "message"),
+    [
+        ("st:/none/at/all", "there is no folder /none/at/all; check the path"),
+        ("hf:./none", "there is no folder ./none; check the path"),
+        ("hf:none/at/all", "there is no folder none/at/all; check the path"),
+        (f"st:{__file__}", "test_text_source_faults.py is a file; give the folder with the model's config.json"),
+        ("st:", "'st:' names no model; give st:NAME"),
+        ("timm: ", "'timm: ' names no model; give timm:NAME"),
+    ],
+)
+def test_names_of_nothing(reference: str, message: str) -> None:
+    with pytest.raises(SourceError) as caught:
+        load_with_texts(reference)
+    assert str(caught.value).endswith(message)
+
+
+def test_token_ids_behind_the_models_table_are_said_to_be_of_another_tokenizer() -> None:
+    ids = [{"ids": np.array([1, 40]), "attention_mask": np.ones(2, np.int64)}] * 2
+    with pytest.raises(SamplesError, match=r"IndexError: .*; the samples have the number 40, and no table"):
+        export(Words(), from_python(ids))
+
+
+@pytest.mark.parametrize(
+    ("file", "content"),
+    [
+        ("sentence_bert_config.json", {"max_seq_length": "many"}),
+        ("config_sentence_transformers.json", {"prompts": ["query: "]}),
+    ],
+)
+def test_settings_of_another_kind_are_told_of(tmp_path: Path, file: str, content: Any) -> None:
     sizes = {"vocab_size": 9, "hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2}
     torch.manual_seed(0)
     transformers.BertModel(transformers.BertConfig(**sizes, intermediate_size=8)).save_pretrained(tmp_path)
@@ -120,6 +152,6 @@ def test_settings_that_are_no_numbers_are_named(tmp_path: Path) -> None:
     (tmp_path / "modules.json").write_text(
         json.dumps([{"type": "sentence_transformers.models.Transformer", "path": ""}])
     )
-    (tmp_path / "sentence_bert_config.json").write_text(json.dumps({"max_seq_length": "many"}))
-    with pytest.raises(SourceError, match=r"st:.* cannot be loaded: ValueError"):
+    (tmp_path / file).write_text(json.dumps(content))
+    with pytest.raises(SourceError, match=r"st:.* cannot be loaded: (ValueError|AttributeError)"):
         load_with_texts(f"st:{tmp_path}")

@@ -158,9 +158,10 @@ class TextEncoder:
         of_tokens = self.pipeline.task == "tokens"
         encode = tokenizer.encode_batch if of_tokens else tokenizer.encode_batch_fast
         try:
-            texts, encoded = self._read(encode, items, prefix, side)
-        except Exception as error:  # of no other type
-            raise Untokenized(f"a {self.pipeline.noun}", f"cannot be tokenized: {error}", REBUILD) from error
+            with guard(InputError, "cannot be tokenized", REBUILD):
+                texts, encoded = self._read(encode, items, prefix, side)
+        except InputError as error:
+            raise Untokenized(f"a {self.pipeline.noun}", error.what, error.fix) from error
         if of_tokens:
             # Of a very long text that is cut at its left, only the end was read.
             is_end = side == "left" and not prefix

@@ -206,7 +206,7 @@ def test_a_text_that_the_tokenizer_refuses_is_set_aside_and_no_other() -> None:
     first, unknown, last = runner_of(unknown=None).answers(["red", "red green", "blue red"])
     assert (first[0], last[0]) == (3, 4)
     assert isinstance(unknown, Rejected)
-    assert unknown.reason.startswith("cannot be tokenized: WordLevel error: ")
+    assert unknown.reason.startswith("cannot be tokenized: Exception: WordLevel error: ")
     with pytest.raises(InputError, match=r"text 1 cannot be tokenized: .*; correct or remove this text"):
         runner_of(unknown=None).predict(["red", "green"])
     with pytest.raises(InputError, match=r"a text cannot be tokenized: .*; make the artifact again"):

@@ -145,7 +145,8 @@ def output_specs(structure: Structure, outputs: list[Tensor], smallest: list[Ten
 
 def _samples_fix(flat: Flat, batch: Batch, inputs: Sequence[TensorSpec]) -> str:
     tables = [part.num_embeddings for part in flat.modules() if isinstance(part, nn.Embedding)]
-    integers = [tensor for tensor in batch.tensors if tensor.dtype in (torch.int32, torch.int64)]
+    # (N, tokens): numbers of another shape, such as lengths, look nothing up.
+    integers = [each for each in batch.tensors if each.dtype in (torch.int32, torch.int64) and each.dim() == 2]
     largest = max((int(tensor.max()) for tensor in integers), default=0)
     if tables and largest >= max(tables):
         return (

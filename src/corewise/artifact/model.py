@@ -103,7 +103,7 @@ class Model:
             arrays if their sizes differ; a list of ``ClassAnswer`` (label, probability, probabilities); a list of lists
             of ``Span`` (label, probability, start, end, text); or a list of lists of ``Detection`` (label, score, box
             as x1, y1, x2, y2 in pixels of the upright photo). An iterator gives an iterator of the single answers, and
-            a single item its answer.
+            a single item its answer. A warning says how many texts were cut to the tokens that the model takes.
 
         Raises:
             InputError: An item cannot be answered, or an argument does not fit the artifact.

@@ -109,7 +109,7 @@ class Answerer:
             self._check_inputs()  # a node that has lost a disk would set aside one part after the other
         with writing(task.output, task.output):
             counts = self._parts.write(number, format_of(SUFFIX, pipeline), part)
-        return Answered(rows=counts.rows, failed=counts.failed, example=counts.example)
+        return Answered(rows=counts.rows, failed=counts.failed, example=counts.example, cut=counts.cut)
 
     @answering
     def beat(self) -> int:

@@ -238,6 +238,7 @@ class Bulk:
             resumed=done.resumed,
             failed=done.failed,
             wall_s=0.0,
+            cut=done.cut,
         )
 
     def _total(self) -> int | None:

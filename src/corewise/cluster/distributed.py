@@ -73,6 +73,7 @@ def run_on_ray(
                 resumed=done.rows,
                 failed=done.failed,
                 wall_s=0.0,
+                cut=done.cut,
             )
             if first is None:
                 return result
@@ -151,6 +152,7 @@ def _with(result: BulkResult, driven: Driven, done: Counts) -> BulkResult:
         result,
         rows=done.rows,
         failed=done.failed,
+        cut=done.cut,
         nodes=driven.shares,
         left_out=driven.left_out,
         notes=driven.notes,

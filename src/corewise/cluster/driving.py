@@ -267,7 +267,7 @@ class Driver:
         call.actor.parts.remove(call.part)
         call.actor.rows += said.rows
         call.actor.looks = 0
-        self.done = Counts(self.done.rows + said.rows, self.done.failed + said.failed)
+        self.done = self.done.plus(Counts(said.rows, said.failed, said.cut))
         self._kept.check_failed(self.done.failed, self._max_failed, said.example)
         self._tell()
 

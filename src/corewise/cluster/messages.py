@@ -72,6 +72,7 @@ class Answered:
     rows: int
     failed: int
     example: str
+    cut: int = 0
 
 
 def packed(value: Any) -> str:

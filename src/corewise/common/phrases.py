@@ -1,5 +1,11 @@
 """Phrases that messages and reports of all rooms are made of. Pure."""
 
+from reprlib import Repr
+from typing import Any
+
+_SHORT = Repr()
+_SHORT.maxstring = _SHORT.maxother = _SHORT.maxlong = 160
+
 
 def percent(share: float, digits: int = 0, *, signed: bool = False) -> str:
     """``97.7 %``, or ``+7 %``.
@@ -19,3 +25,13 @@ def with_article(noun: str) -> str:
         ['a list', 'an int', 'a uint8 array', 'an IoU threshold']
     """
     return f"an {noun}" if noun[:1].lower() in [*"aeio"] else f"a {noun}"
+
+
+def shown(value: Any, most: int = 40) -> str:
+    """The beginning of how Python shows a value, in one line; also of one that Python cannot show, or is very large.
+
+    Example:
+        >>> shown({"text": None}), shown([[0] * 10**6], 12)
+        ("{'text': None}", '[[0, 0, 0, 0')
+    """
+    return _SHORT.repr(value)[:most].replace("\n", " ")

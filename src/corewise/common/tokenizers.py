@@ -3,7 +3,8 @@
 import json
 from pathlib import Path
 
-from corewise.common.errors import InputError
+from corewise.common.errors import InputError, MissingExtra
+from corewise.common.references import guard
 
 MOST_TOKENS = 512
 """Tokens of a text if neither the model nor its files say how many it takes."""
@@ -13,7 +14,8 @@ TOKENIZER = "give the model's own tokenizer.json"
 def read_tokenizer(path: Path) -> tuple[bytes, int]:
     """The content of a ``tokenizer.json``, and the id of its padding token (0 where it has none).
 
-    Raises ``InputError`` if it is another file.
+    Raises ``InputError`` if it is another file or a damaged one, and ``MissingExtra`` without the package
+    ``tokenizers``.
     """
     try:
         content = path.read_bytes()
@@ -24,5 +26,11 @@ def read_tokenizer(path: Path) -> tuple[bytes, int]:
         raise InputError(f"{path} is not a tokenizer: {error}", TOKENIZER) from error
     if not isinstance(data, dict) or "model" not in data:
         raise InputError(f"{path} is not a tokenizer: it has no model", TOKENIZER)
+    try:
+        from tokenizers import Tokenizer
+    except ImportError as error:
+        raise MissingExtra("tokenizers", "text", f"reading {path}") from error
+    with guard(InputError, f"{path} is not a tokenizer", TOKENIZER):
+        Tokenizer.from_buffer(content)
     padding = data.get("padding")
     return content, int(padding.get("pad_id", 0)) if isinstance(padding, dict) else 0

@@ -20,13 +20,21 @@ def export_onnx(program: "ExportedProgram", path: Path) -> None:
     import torch
     from torch.onnx.errors import OnnxExporterError
 
-    from corewise.source import IN_ONNX, recurrent_layers_kept
+    from corewise.engines.onnx_rnn import translations
+    from corewise.source import recurrent_layers_kept
 
     with TemporaryDirectory(dir=path.parent) as folder, quiet():
         part = Path(folder) / path.name
         try:
-            with _copied_transpositions(program), recurrent_layers_kept(IN_ONNX):
-                torch.onnx.export(program, f=part, dynamo=True, external_data=False, verbose=False)
+            with _copied_transpositions(program), recurrent_layers_kept():
+                torch.onnx.export(
+                    program,
+                    f=part,
+                    dynamo=True,
+                    external_data=False,
+                    verbose=False,
+                    custom_translation_table=translations(),
+                )
         except OnnxExporterError as error:  # which says how to report it, and only its cause says what it is
             cause = describe(error.__cause__ or error)
             raise EngineError(f"torch cannot make an ONNX model of it: {cause}", "use another engine") from error

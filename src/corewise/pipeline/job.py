@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from errno import EACCES, EDQUOT, ENOSPC, EPERM, EROFS
+from functools import reduce
 from itertools import chain, count, groupby
 from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
@@ -132,11 +133,12 @@ def folder_of(output: Place, *, several: bool) -> Parts:
 
 
 class Done(NamedTuple):
-    """The outcome of a job: rows read, those of an earlier run among them, and rows set aside."""
+    """The outcome of a job: rows read, those of an earlier run among them, rows set aside, and rows that were cut."""
 
     rows: int
     resumed: int
     failed: int
+    cut: int = 0
 
 
 def check_inputs(job: Job) -> None:
@@ -219,10 +221,20 @@ def _lines(path: Place) -> int:
     with path.open("rb") as file:
         if isinstance(path, RemotePath):  # to read it all would take as long as the job
             head = file.read(BLOCK_BYTES)
-            lines = head.count(b"\n") * path.stat().st_size // max(1, len(head))
+            lines = _ends(head) * path.stat().st_size // max(1, len(head))
         else:
-            lines = sum(block.count(b"\n") for block in iter(lambda: file.read(BLOCK_BYTES), b""))
-    return int(lines) - (path.suffix.lower() in (".csv", ".tsv"))
+            last, lines = b"", 0
+            for block in iter(lambda: file.read(BLOCK_BYTES), b""):
+                lines += _ends(block) - (last == b"\r" and block[:1] == b"\n")
+                last = block[-1:]
+            lines += last not in (b"", b"\r", b"\n")
+    return max(0, int(lines) - (path.suffix.lower() in (".csv", ".tsv")))
+
+
+def _ends(block: bytes) -> int:
+    """How many lines end in it."""
+    returns = block.count(b"\r")
+    return block.count(b"\n") + (returns - block.count(b"\r\n") if returns else 0)
 
 
 def run_job(
@@ -264,13 +276,13 @@ def run_job(
         made = answered(missing, runner, prompt=job.prompt, ask=job.ask, drawings=job.drawings)
         for number, part in groupby(made, lambda each: each[0].row // size):
             counts = kept.write(number, kind, list(part))
-            done = Counts(done.rows + counts.rows, done.failed + counts.failed)
+            done = done.plus(counts)
             kept.check_failed(done.failed, max_failed, counts.example)
             on_rows(done)
         check_unchanged(job, facts)
         if not job.folder:
             _join(job, kind, done)
-    return Done(done.rows, resumed.rows, done.failed)
+    return Done(done.rows, resumed.rows, done.failed, done.cut)
 
 
 @contextmanager
@@ -285,8 +297,8 @@ def _switching_soon() -> Iterator[None]:
 
 
 def total_of(finished: Mapping[int, Counts]) -> Counts:
-    """The rows of finished parts, and those of them that were set aside."""
-    return Counts(sum(part.rows for part in finished.values()), sum(part.failed for part in finished.values()))
+    """The rows of finished parts, those of them that were set aside, and those that were cut."""
+    return reduce(Counts.plus, finished.values(), Counts(0, 0))
 
 
 def check_unchanged(job: Job, facts: Mapping[str, Any]) -> None:
@@ -351,11 +363,12 @@ def answered(
     ask: ImageAsk | None,
     drawings: Path | None = None,
 ) -> Iterator[tuple[Record, Any]]:
-    """The rows with their answers, in order; ``Rejected`` for one that cannot be answered.
+    """The rows with their answers, in order; ``Rejected`` for one that cannot be answered. Rows say if they were cut.
 
     Photos with their answers drawn on them go to ``drawings``, the row's number in their names.
     """
     waiting: deque[Record] = deque()
+    cut: set[int] = set()
 
     def values() -> Iterator[Any]:
         for record in rows:
@@ -365,14 +378,15 @@ def answered(
     if isinstance(runner, MediaRunner):
         answers = runner.answers(values(), ask or USUAL)
     else:
-        answers = runner.answers(values(), prompt=prompt)
-    for answer in answers:
+        answers = runner.answers(values(), prompt=prompt, on_cut=cut.add)
+    for number, answer in enumerate(answers):
         record = waiting.popleft()
         answer = Rejected(record.problem) if record.problem else answer
         if drawings is not None and not isinstance(answer, Rejected):
             source = record.value if isinstance(record.value, bytes) else content_of(record.value)
             draw_answer(source, answer, drawings / _drawing(record))
-        yield record._replace(value=None), answer
+        yield record._replace(value=None, is_cut=number in cut), answer
+        cut.discard(number)
 
 
 def _drawing(record: Record) -> str:
@@ -384,7 +398,7 @@ def _drawing(record: Record) -> str:
 def _join(job: Job, kind: Format, expected: Counts) -> None:
     """Join the parts and remove their folder. Raises ``OutputError`` unless they have all rows."""
     done = job.kept.finished()
-    if total_of(done) != (expected.rows, expected.failed, ""):
+    if total_of(done) != expected:
         raise OutputError(f"files were removed from {job.parts} while the job ran", "run the same command again")
     answers = [job.parts / job.kept.answers(number).name for number in done]
     whole = job.parts / f"whole{job.file.suffix}"

@@ -29,21 +29,33 @@ READERS = 16
 
 
 class Record(NamedTuple):
-    """A row of the inputs: its number over all of them, its file, its name there, its value, and its problem if any."""
+    """A row of the inputs: its number over all of them, its file, its name there, its value, and its problem if any.
+
+    One that is answered has no value any more, and says whether its text was cut to the tokens that the model takes.
+    """
 
     row: int
     input: str
     name: str
     value: Any
     problem: str
+    is_cut: bool = False
 
 
 class Counts(NamedTuple):
-    """The rows of a part, those of them that were set aside, and the first of these with its reason."""
+    """The rows of a part, those of them that were set aside, and the first of these with its reason.
+
+    ``cut`` are those whose texts were cut to the tokens that the model takes.
+    """
 
     rows: int
     failed: int
+    cut: int = 0
     example: str = ""
+
+    def plus(self, other: "Counts") -> "Counts":
+        """Of both together, without an example."""
+        return Counts(self.rows + other.rows, self.failed + other.failed, self.cut + other.cut)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -164,7 +176,7 @@ class Parts:
         with suppress(ValueError, TypeError, KeyError, AttributeError):
             said = json.loads((self.folder / name).read_text())
             if said["files"].items() <= sizes.items():
-                return Counts(int(said["rows"]), int(said["failed"]))
+                return Counts(int(said["rows"]), int(said["failed"]), int(said["cut"]))
         return None
 
     def _has_file(self, rows: int) -> bool:
@@ -201,10 +213,11 @@ class Parts:
             files[failed.name] = self.replace(failed, lambda path: path.write_bytes(text.encode("utf-8", "replace")))
         else:
             self._remove(failed)
-        said = json.dumps({"rows": len(part), "failed": len(bad), "files": files})
+        cut = sum(record.is_cut for record, answer in part if not isinstance(answer, Rejected))
+        said = json.dumps({"rows": len(part), "failed": len(bad), "cut": cut, "files": files})
         self.replace(done, lambda path: path.write_text(said))
         example = f"{bad[0][0].name or bad[0][0].input} {bad[0][1].reason}" if bad else ""
-        return Counts(len(part), len(bad), example)
+        return Counts(len(part), len(bad), cut, example)
 
     def replace(self, path: Place, write: Callable[[Path], Any]) -> int:
         """Write a file under another name, and give it its own when it is on disk. Returns its size in bytes."""

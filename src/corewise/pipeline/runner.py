@@ -1,5 +1,6 @@
 """Raw texts in, answers out, in the order of the input: tokenized, put into calls, and run on all instances."""
 
+import warnings
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -19,6 +20,8 @@ from corewise.samples.texts import Text
 
 Run = Callable[[Sequence[NDArray[Any]]], list[NDArray[Any]]]
 """One call of the model. Several threads call it at the same time, one more than there are instances."""
+OnCut = Callable[[int], None]
+"""Called with the number of an item, from 0, that has more tokens than the model takes, before its answer is given."""
 
 WINDOW_ITEMS = 1024
 """Items that are sorted by length together. The next window is tokenized while this one runs."""
@@ -104,7 +107,9 @@ class TextRunner:
         self.calls_ended = 0
         """Rises while the engine answers."""
 
-    def answers(self, items: Iterable[Any], *, prompt: str | None = None) -> Iterator[Any]:
+    def answers(
+        self, items: Iterable[Any], *, prompt: str | None = None, on_cut: OnCut = lambda number: None
+    ) -> Iterator[Any]:
         """The answer to each item, in order, as ``answers.decode`` gives it; ``Rejected`` for one that has a problem.
 
         Items are taken as they are needed, at most two windows ahead of the answers, so that memory is bounded.
@@ -112,6 +117,7 @@ class TextRunner:
         Args:
             items: Texts, or pairs of texts where the pipeline says so; any number, also without an end.
             prompt: The name of the prompt that goes before each text.
+            on_cut: Told of the items of which a part is not read.
 
         Raises:
             InputError: The prompt is unknown.
@@ -121,11 +127,17 @@ class TextRunner:
         is_large = pipeline.task == "vectors" and pipeline.pooling == "none"
         windows = _windows(items, VECTORS_ITEMS if is_large else WINDOW_ITEMS)
         ahead: deque[_Window] = deque()
+        taken = 0
         # One more than instances: the next call's arrays are ready when an instance is.
         pool = ThreadPoolExecutor(self._instances + 1, "corewise-text")
         try:
             for window in windows:
-                ahead.append(self._start(window, prompt, pool))
+                started = self._start(window, prompt, pool)
+                for place, tokens in zip(started.places, started.tokens, strict=True):
+                    if tokens.is_cut:
+                        on_cut(taken + place)
+                taken += len(window)
+                ahead.append(started)
                 while len(ahead) > 1:
                     yield from self._finish(ahead.popleft())
             while ahead:
@@ -141,25 +153,50 @@ class TextRunner:
 
         Returns:
             Of a list: vectors, float32 (N, D), scores (N,), or a list of answers. Of an iterator: an iterator.
+            A warning says at the end how many items have more tokens than the model takes.
 
         Raises:
             InputError: An item has a problem, with its number; or what was given has no items, such as a table.
         """
         if isinstance(items, np.ndarray):
             items = items.tolist()  # a pair is then a list
+        elif hasattr(items, "to_pylist") and not hasattr(items, "columns"):  # of pyarrow, whose texts are no strings
+            items = items.to_pylist()
         is_pair = isinstance(items, list | tuple) and len(items) == 2 and all(isinstance(each, str) for each in items)
-        if isinstance(items, str) or (is_pair and self.encoder.pipeline.pairs):
-            return next(self._checked([items], prompt))
-        _check_kind(items)
-        answers = self._checked(items, prompt)
-        return answers if isinstance(items, Iterator) else stacked(answers)
+        is_one = isinstance(items, str) or (is_pair and self.encoder.pipeline.pairs)
+        if not is_one:
+            _check_kind(items)
+        seen = _Seen()
+        answers = self._checked([items] if is_one else items, prompt, seen)
+        if isinstance(items, Iterator):
+            return self._and_warned(answers, seen)
+        made = list(answers)
+        self._warn(seen, 4)  # the caller of the model's own ``predict``
+        return made[0] if is_one else stacked(made)
 
-    def _checked(self, items: Iterable[Any], prompt: str | None) -> Iterator[Any]:
+    def _checked(self, items: Iterable[Any], prompt: str | None, seen: "_Seen") -> Iterator[Any]:
         noun = self.encoder.pipeline.noun
-        for number, answer in enumerate(self.answers(items, prompt=prompt)):
+        for answer in self.answers(items, prompt=prompt, on_cut=seen.add_cut):
             if isinstance(answer, Rejected):
-                raise InputError(f"{noun} {number} {answer.reason}", f"correct or remove this {noun}")
+                raise InputError(f"{noun} {seen.items} {answer.reason}", f"correct or remove this {noun}")
+            seen.items += 1
             yield answer
+
+    def _and_warned(self, answers: Iterator[Any], seen: "_Seen") -> Iterator[Any]:
+        yield from answers
+        self._warn(seen, 3)
+
+    def _warn(self, seen: "_Seen", stacklevel: int) -> None:
+        """Say how many items were cut, if any were."""
+        if seen.cut:
+            pipeline = self.encoder.pipeline
+            several = "pairs of texts" if pipeline.pairs else "texts"
+            which = f"the {pipeline.noun}" if seen.items == 1 else f"{seen.cut:,} of {seen.items:,} {several}"
+            which += " was" if seen.cut == 1 else " were"
+            warnings.warn(
+                f"{which} cut to the {pipeline.max_length:,} tokens that the model takes; give long texts in parts",
+                stacklevel=stacklevel,
+            )
 
     def calls(self, lengths: Sequence[int]) -> list[Call]:
         """How texts of these lengths, in tokens, are put into calls."""
@@ -215,6 +252,18 @@ class TextRunner:
             for place, answer in zip(places, decoded, strict=True):
                 window.answers[window.places[place]] = answer
         yield from window.answers
+
+
+@dataclass
+class _Seen:
+    """The items of one ``predict``."""
+
+    items: int = 0
+    cut: int = 0
+
+    def add_cut(self, number: int) -> None:
+        """Count an item that was cut."""
+        self.cut += 1
 
 
 def _check_kind(items: Any) -> None:

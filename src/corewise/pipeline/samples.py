@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 
+from corewise.common.errors import SamplesError
 from corewise.pipeline.calls import Call, CallLimits, fill
 from corewise.pipeline.runner import MULTIPLE
 from corewise.pipeline.tokens import TextEncoder, Tokens
@@ -33,19 +34,22 @@ def text_samples(encoder: TextEncoder, raw: RawSamples, by_name: bool = True) ->
         Rows of the model's inputs, (tokens,) each, with the facts about their lengths.
 
     Raises:
-        SamplesError: More than a tenth of the texts cannot be used.
+        SamplesError: More than a tenth of the texts cannot be used, or a text has a number of labels that is not that
+            of its tokens.
     """
     pipeline = encoder.pipeline
     problems, usable, tokens = encoder.encode_usable(raw.items)
     lengths = [len(one) for one in tokens]
     calls = fill(lengths, limits=CallLimits(rows=ROWS), multiple=MULTIPLE, pads=pipeline.pads)
-    facts = token_facts(lengths, calls, pipeline.max_length, _cut(encoder, raw, usable, lengths)) if usable else None
+    facts = token_facts(lengths, calls, pipeline.max_length, sum(one.is_cut for one in tokens)) if usable else None
     pooled = pipeline.task in ("classes", "scores") or pipeline.pooling != "none"
     if pooled and pipeline.pads:
         for call in calls:
             for place in call.places:
                 lengths[place] = min(call.tokens, pipeline.max_length)
     of_tokens = raw.labels is not None and (raw.labels.ndim > 1 or raw.labels.dtype == object)
+    if of_tokens and pipeline.task == "tokens":
+        _check_labels(raw, usable, tokens)
     if pooled or not of_tokens:  # there are as many labels as tokens
         _vary(pipeline, tokens, lengths, may_pad=pooled and pipeline.pads)
     made: list[Any] = [UnreadableItem("", problem) for problem in problems]
@@ -54,6 +58,18 @@ def text_samples(encoder: TextEncoder, raw: RawSamples, by_name: bool = True) ->
         names = [each.name for each in pipeline.inputs]
         made[place] = dict(zip(names, arrays, strict=True)) if by_name else tuple(arrays)
     return replace(replace(raw, items=made).tensors(_usable), tokens=facts)
+
+
+def _check_labels(raw: RawSamples, places: Sequence[int], tokens: Sequence[Tokens]) -> None:
+    """Raise ``SamplesError`` for a text with a label for each of its words, as data sets have them, and not tokens."""
+    assert raw.labels is not None
+    for place, one in zip(places, tokens, strict=True):
+        if np.shape(raw.labels[place]) != (len(one),):
+            raise SamplesError(
+                f"{raw.describe(place)} of {raw.source} has {np.size(raw.labels[place])} labels for {len(one)} tokens",
+                "give a label for each token that the tokenizer makes of it, special ones included: -100 where none is"
+                " meant",
+            )
 
 
 def _vary(pipeline: TextPipeline, tokens: list[Tokens], lengths: list[int], *, may_pad: bool) -> None:
@@ -91,12 +107,6 @@ def token_facts(lengths: Sequence[int], calls: Sequence[Call], most: int, cut: i
         padding=1 - total / filled,
         padding_unsorted=1 - total / unsorted,
     )
-
-
-def _cut(encoder: TextEncoder, raw: RawSamples, usable: Sequence[int], lengths: Sequence[int]) -> int:
-    """How many of the texts are longer than the model takes."""
-    full = (place for place, length in zip(usable, lengths, strict=True) if length == encoder.pipeline.max_length)
-    return sum(encoder.is_cut(raw.items[place]) for place in full)
 
 
 def _usable(inputs: Any) -> Any:

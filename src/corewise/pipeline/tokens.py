@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from corewise.common.errors import ArtifactError, InputError, MissingExtra
+from corewise.common.phrases import shown
 from corewise.common.references import guard
 from corewise.records.pipeline import TextPipeline, TokenRole
 from corewise.samples.texts import Text, count_characters, text_problem
@@ -21,6 +22,14 @@ SIDES: tuple[Side, ...] = ("right", "left")
 REBUILD = "make the artifact again with the tokenizer of its model"
 
 
+class Untokenized(InputError):
+    """An item has no tokens that the model takes; ``reason`` ends a sentence about it."""
+
+    def __init__(self, item: str, reason: str, fix: str) -> None:
+        super().__init__(f"{item} {reason}", fix)
+        self.reason = reason
+
+
 class Tokens(NamedTuple):
     """One tokenized item, without padding: ids and type ids, int32 (tokens,)."""
 
@@ -30,6 +39,8 @@ class Tokens(NamedTuple):
     """For the task ``tokens``: each token's first character and the one after its last; (0, 0) for special tokens."""
     words: Sequence[int | None] = ()
     """For the task ``tokens``: each token's word."""
+    is_cut: bool = False
+    """Whether the item had more tokens than the model takes."""
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -86,9 +97,9 @@ class TextEncoder:
         """Why an item cannot be answered, as the end of a sentence; empty if it can."""
         texts = item if self.pipeline.pairs else (item,)
         if self.pipeline.pairs and not (isinstance(item, list | tuple) and len(item) == 2):
-            return f"is {item!r:.40}, where the model takes pairs of texts"
+            return f"is {shown(item)}, where the model takes pairs of texts"
         if not self.pipeline.pairs and isinstance(item, list | tuple):
-            return f"is {item!r:.40}, where the model takes single texts"
+            return f"is {shown(item)}, where the model takes single texts"
         return next((problem for text in texts if (problem := text_problem(text))), "")
 
     def no_answer(self, tokens: Tokens) -> str:
@@ -109,7 +120,15 @@ class TextEncoder:
         """
         problems = [self.problem(item) for item in items]
         places = [place for place, problem in enumerate(problems) if not problem]
-        tokens = dict(zip(places, self.encode([items[place] for place in places], prompt=prompt), strict=True))
+        try:
+            tokens = dict(zip(places, self.encode([items[place] for place in places], prompt=prompt), strict=True))
+        except Untokenized:  # one of them
+            tokens = {}
+            for place in places:
+                try:
+                    (tokens[place],) = self.encode([items[place]], prompt=prompt)
+                except Untokenized as error:
+                    problems[place] = error.reason
         problems = [problem or self.no_answer(tokens[place]) for place, problem in enumerate(problems)]
         places = [place for place in places if not problems[place]]
         return problems, places, [tokens[place] for place in places]
@@ -129,14 +148,20 @@ class TextEncoder:
             The tokens of each item, special tokens included.
 
         Raises:
-            InputError: The prompt is unknown, or an item is too long and ``truncate`` is false.
+            InputError: The prompt is unknown.
+            Untokenized: An item is too long and ``truncate`` is false, or the tokenizer refuses one: many do so with
+                an unknown word if they have no token for such.
         """
         prefix = self._prefix(prompt)
         side = self.pipeline.truncation if truncate is True else truncate or None
         tokenizer = self._untruncated if side is None else self._truncating[side]
         of_tokens = self.pipeline.task == "tokens"
         encode = tokenizer.encode_batch if of_tokens else tokenizer.encode_batch_fast
-        texts, encoded = self._read(encode, items, prefix, side)
+        try:
+            with guard(InputError, "cannot be tokenized", REBUILD):
+                texts, encoded = self._read(encode, items, prefix, side)
+        except InputError as error:
+            raise Untokenized(f"a {self.pipeline.noun}", error.what, error.fix) from error
         if of_tokens:
             # Of a very long text that is cut at its left, only the end was read.
             is_end = side == "left" and not prefix
@@ -146,25 +171,24 @@ class TextEncoder:
                     np.array(one.type_ids, np.int32),
                     _moved(one.offsets, len(item) - len(text) if is_end else 0),
                     one.word_ids,
+                    self._is_cut(one),
                 )
                 for one, item, text in zip(encoded, items, texts, strict=True)
             ]
         else:
-            made = [Tokens(np.array(one.ids, np.int32), np.array(one.type_ids, np.int32)) for one in encoded]
+            made = [
+                Tokens(np.array(one.ids, np.int32), np.array(one.type_ids, np.int32), is_cut=self._is_cut(one))
+                for one in encoded
+            ]
         most = self.pipeline.max_length
         for number, tokens in enumerate(made, first):
             if len(tokens) > most:
-                raise InputError(
-                    f"{self.pipeline.noun} {number} has {len(tokens)} tokens, the model takes {most}",
+                raise Untokenized(
+                    f"{self.pipeline.noun} {number}",
+                    f"has {len(tokens)} tokens, the model takes {most}",
                     "send it in parts, or ask for truncation",
                 )
         return made
-
-    def is_cut(self, item: Text) -> bool:
-        """Whether an item has more tokens than the model takes."""
-        encode = self._untruncated.encode_batch_fast
-        _, (found,) = self._read(encode, [item], self._prefix(None), self.pipeline.truncation)
-        return len(found) > self.pipeline.max_length
 
     def pieces(self, text: str, *, special: bool = True, prompt: str | None = None) -> list[TokenPiece]:
         """The tokens of one text of any length, with or without special ones. Raises ``InputError`` as ``encode``."""
@@ -210,7 +234,7 @@ class TextEncoder:
     ) -> tuple[list[Text], list[Any]]:
         """What is read of each item with its prompt, and its encoding.
 
-        An item is read as a whole if what ``_cut`` leaves of it has fewer tokens than the model takes, as spaces or a
+        An item is read as a whole if what ``_cut`` leaves of it has no more tokens than the model takes, as spaces or a
         long address do: its words may come behind them.
         """
         texts = [self._cut(item, prefix, side) for item in items]
@@ -218,13 +242,16 @@ class TextEncoder:
         short = [
             place
             for place, (item, text) in enumerate(zip(items, texts, strict=True))
-            if count_characters(text) < count_characters(item) + len(prefix)
-            and len(encoded[place]) < self.pipeline.max_length
+            if count_characters(text) < count_characters(item) + len(prefix) and not self._is_cut(encoded[place])
         ]
         for place in short:
             texts[place] = self._cut(items[place], prefix, None)
             (encoded[place],) = encode([texts[place]])
         return texts, encoded
+
+    def _is_cut(self, encoded: Any) -> bool:
+        """Whether the tokenizer cut something off, which it copies when it is asked: only a full encoding is."""
+        return len(encoded) >= self.pipeline.max_length and bool(encoded.overflowing)
 
     def _cut(self, item: Text, prefix: str, side: Side | None) -> Text:
         """The item with its prompt, without characters that no model of this length reads if it is cut at a side."""

@@ -74,3 +74,5 @@ class BulkResult:
     left_out: tuple[str, ...] = ()
     """The nodes that took no part, each with the reason and the fix."""
     notes: tuple[str, ...] = ()
+    cut: int = 0
+    """Texts that were cut to the tokens that the model takes, those of an earlier run included."""

@@ -72,6 +72,8 @@ def result_lines(result: BulkResult) -> tuple[str, ...]:
         parts.append(f"{result.resumed:,} were done before")
     if result.failed:
         parts.append(f"{result.failed:,} set aside in {result.failed_in}")
+    if result.cut:
+        parts.append(f"{result.cut:,} cut to the tokens that the model takes")
     nodes = [_share(share) for share in result.nodes if result.resumed < result.rows]
     left_out = [f"took no part: {why}" for why in result.left_out]
     return ("; ".join(parts), *nodes, *left_out, *(f"note: {note}" for note in result.notes))

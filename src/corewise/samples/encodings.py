@@ -29,7 +29,7 @@ def is_several(encoding: Mapping[str, Any]) -> bool:
     ids = encoding[IDS]
     if hasattr(ids, "ndim"):
         return int(ids.ndim) == 2 and (len(ids) == 1 or hasattr(encoding, "encodings"))
-    nested = bool(len(ids)) and isinstance(ids[0], list | tuple)
+    nested = isinstance(ids, list | tuple) and bool(ids) and isinstance(ids[0], list | tuple)
     ragged = nested and len({len(row) for row in ids}) > 1
     return nested and (ragged or len(ids) == 1 or hasattr(encoding, "encodings"))
 

@@ -10,7 +10,7 @@ import numpy as np
 
 from corewise.common import nested
 from corewise.common.errors import InputError, SamplesError
-from corewise.common.phrases import with_article
+from corewise.common.phrases import shown, with_article
 from corewise.common.references import guard
 from corewise.samples import encodings
 from corewise.samples.data import Samples
@@ -19,7 +19,7 @@ from corewise.samples.image_files import is_pil
 from corewise.samples.raw import NOUNS, RawItem, RawKind, RawSamples, gather
 from corewise.samples.stored import Array, Spool, to_array
 from corewise.samples.tensors import Item, collect
-from corewise.samples.texts import GUESSED, LABEL_COLUMNS, TEXT_COLUMNS, Columns, text_problem
+from corewise.samples.texts import GUESSED, LABEL_COLUMNS, SAY, TEXT_COLUMNS, Columns, text_problem
 
 RAW_FIXES: dict[RawKind, str] = {
     "text": "give a model that brings its tokenizer, or tokenize them: a dict of input_ids and attention_mask each",
@@ -28,6 +28,9 @@ RAW_FIXES: dict[RawKind, str] = {
     "audio": "give a model that says their rate, --sample-rate, or arrays",
 }
 
+PYTHON = "python"
+"""What messages call samples that are no file."""
+IN_PYTHON = "name the text's column 'text', or give (text, label), or ((text, text), label) for pairs"
 FIRST = 16
 """Samples that are looked at until one tells what all are."""
 CELLS = (str, int, float, np.generic)
@@ -41,7 +44,7 @@ def from_python(
     samples: Any,
     *,
     groups: Any = None,
-    source: str = "python",
+    source: str = PYTHON,
     max_samples: int | None = None,
     seed: int = 0,
     spool: Path | None = None,
@@ -90,7 +93,7 @@ def raw_from_python(
     pair: str | None = None,
     label: str | None = None,
     groups: Any = None,
-    source: str = "python",
+    source: str = PYTHON,
     max_samples: int | None = None,
     seed: int = 0,
     spool: Path | None = None,
@@ -128,7 +131,7 @@ def raw_from_python(
     kind = _raw_kind(told, columns)
     if kind is None and isinstance(told, list | tuple) and told and isinstance(told[0], str):
         raise SamplesError(
-            f"sample {head[-1].number} of {source} is {told!r:.60}",
+            f"sample {head[-1].number} of {source} is {shown(told, 60)}",
             "give a text, (text, label), (text, text) or ((text, text), label)",
         )
     options: dict[str, Any] = {"source": source, "max_samples": stream.max_samples, "seed": seed}
@@ -166,7 +169,8 @@ def _stream(samples: Any, groups: Any, source: str, max_samples: int | None, see
     samples = _rows_of_table(samples)
     if isinstance(samples, Mapping):
         groups = samples.get("groups", groups)
-        return _grouped(enumerate(_from_mapping(samples, source)), groups, source, max_samples, is_made=False)
+        rows = _guarded(_from_mapping(samples, source), f"sample {{}} of {source}", count())
+        return _grouped(rows, groups, source, max_samples, is_made=False)
     if isinstance(samples, str | bytes) or not (hasattr(samples, "__iter__") or hasattr(samples, "__getitem__")):
         raise SamplesError(f"{source} gives {type(samples).__name__}", "give a list, a dict or a DataLoader of samples")
     if hasattr(samples, "dataset") and (
@@ -294,7 +298,8 @@ def _raw_items(singles: Iterable[_Single], kind: RawKind, columns: Columns, sour
     resolved: Columns | None = None
     for number, sample, group in singles:
         if isinstance(sample, Mapping):
-            resolved = resolved or columns.resolve(list(sample), source)
+            fix = IN_PYTHON if source == PYTHON else SAY
+            resolved = resolved or columns.resolve(list(sample), source, fix)
             if resolved.label is None and any(name in sample and name not in resolved for name in LABEL_COLUMNS):
                 raise SamplesError(
                     f"sample {number} of {source} has a label, but the first one has none",
@@ -328,7 +333,7 @@ def _raw_problem(value: Any, kind: RawKind) -> str:
         is_one = isinstance(value, Path | bytes) or is_pil(value)
         return "" if is_one else f"is {with_article(type(value).__name__)}, no image"
     if not _is_text_pair(value):
-        return f"is {value!r:.40}, not a pair of texts"
+        return f"is {shown(value)}, not a pair of texts"
     return next((f"has a text that {problem}" for text in value if (problem := text_problem(text))), "")
 
 
@@ -362,12 +367,24 @@ def _from_mapping(samples: Mapping[str, Any], source: str) -> Iterator[Any]:
         rows = encodings.rows({"text": inputs} if labels is None else {"text": inputs, "label": labels}, source)
         # A text and a label that is a string would be taken for a pair of texts.
         return rows if kind == "text" else ((row["text"], row.get("label")) for row in rows)
+    if rest and all(map(_is_table, rest.values())):  # as datasets.load_dataset gives them
+        raise SamplesError(
+            f"the dict from {source} has a data set for each of {', '.join(map(str, rest))}",
+            f"give one of them: samples[{next(iter(rest))!r}]",
+        )
     if not rest or not all(hasattr(values, "__len__") and not isinstance(values, str) for values in rest.values()):
         raise SamplesError(
             f"the dict from {source} has the keys {', '.join(map(str, samples))}",
             "give inputs and, if there are any, labels and groups; or a column of arrays for each input",
         )
     return _from_columns(rest, source)
+
+
+def _is_table(values: Any) -> bool:
+    """Whether it is a data set of its own, with columns or rows that have names, and no column."""
+    if isinstance(values, Mapping) or hasattr(values, "columns") or hasattr(values, "column_names"):
+        return True
+    return isinstance(values, list | tuple) and bool(values) and isinstance(values[0], Mapping)
 
 
 def _from_columns(columns: Mapping[str, Any], source: str) -> Iterator[dict[str, Any]]:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, TextIO
 
 from corewise.common.errors import MissingExtra, SamplesError
+from corewise.common.phrases import shown
 from corewise.samples.places import Place, unreadable
 from corewise.samples.raw import RawItem, RawKind, RawSamples, gather
 from corewise.samples.texts import GUESSED, MOST_CHARACTERS, Columns, check_once, number_or_text, text_problem
@@ -41,7 +42,7 @@ class _Record(NamedTuple):
 def read_table(path: Path, columns: Columns = GUESSED, *, max_samples: int | None = None, seed: int = 0) -> RawSamples:
     """The texts of a file, or its pairs of texts where ``columns.pair`` is given.
 
-    - ``.txt``: each line is a text; empty lines are left out.
+    - ``.txt``: each line is a text, whether lines end with LF, CR LF or CR; empty lines are left out.
     - ``.csv``: with a header, quoted as in RFC 4180; with semicolons, tabs or bars where the header has no comma.
     - ``.tsv``: with a header; quotes are part of the text.
     - ``.jsonl``: each line is an object or a string.
@@ -92,7 +93,7 @@ def iterate_table(path: Place, columns: Columns = GUESSED, *, samples: bool = Tr
             if not problem:
                 label_kind = label_kind or _label_kind(label)
                 if _label_kind(label) != (label_kind or NUMBER):
-                    problem = f"has the label {label!r:.40}, which is not a {label_kind or NUMBER}"
+                    problem = f"has the label {shown(label)}, which is not a {label_kind or NUMBER}"
             yield RawItem(number, value, label, record.name, problem)
     except OSError as error:
         raise unreadable(path, error) from error
@@ -110,8 +111,12 @@ def _label_kind(label: Any) -> str:
     return "text" if isinstance(label, str) else "list" if isinstance(label, list) else type(label).__name__
 
 
-def _open(path: Place, newline: str = "\n") -> TextIO:
-    """A text file whose bytes that are no UTF-8 become lone surrogates, for ``text_problem`` to find."""
+def _open(path: Place, newline: str | None = None) -> TextIO:
+    """A text file whose bytes that are no UTF-8 become lone surrogates, for ``text_problem`` to find.
+
+    By default its lines end where Python's ``open`` ends them: at a line feed, a carriage return, or both together.
+    What ``str.splitlines`` takes for ends of lines beside these, such as form feeds and U+2028, are characters.
+    """
     with path.open("rb") as file:
         head = file.read(4)
         # With a byte order mark, or two characters of ASCII without one.
@@ -129,7 +134,7 @@ def _lines(path: Place) -> Iterator[tuple[str, str]]:
                 break
             while len(rest) == MOST_LINE_CHARACTERS and not rest.endswith("\n"):
                 rest = file.readline(MOST_LINE_CHARACTERS)
-            yield f"line {number}", line.rstrip("\r\n")
+            yield f"line {number}", line.removesuffix("\n")
 
 
 def _txt(path: Place, columns: Columns, samples: bool) -> Iterator[_Record]:
@@ -162,19 +167,37 @@ def _jsonl(path: Place, columns: Columns, samples: bool) -> Iterator[_Record]:
 
 def _csv(path: Place, columns: Columns, samples: bool) -> Iterator[_Record]:
     with _open(path, newline="") as file:
-        header = file.readline()
+        header = file.readline(MOST_LINE_CHARACTERS)
         file.seek(0)
         unquoted = "".join(header.split('"')[::2])
         delimiter = next((mark for mark in DELIMITERS if mark in unquoted), ",")
-        yield from _fields(csv.reader(file, delimiter=delimiter, strict=True), path, columns, samples)
+        too_long: set[int] = set()
+        reader = csv.reader(_bounded(file, too_long), delimiter=delimiter, strict=True)
+        yield from _fields(reader, too_long, path, columns, samples)
 
 
 def _tsv(path: Place, columns: Columns, samples: bool) -> Iterator[_Record]:
     with _open(path, newline="") as file:
-        yield from _fields(csv.reader(file, delimiter="\t", quoting=csv.QUOTE_NONE), path, columns, samples)
+        too_long: set[int] = set()
+        reader = csv.reader(_bounded(file, too_long), delimiter="\t", quoting=csv.QUOTE_NONE)
+        yield from _fields(reader, too_long, path, columns, samples)
 
 
-def _fields(reader: Any, path: Place, columns: Columns, samples: bool) -> Iterator[_Record]:
+def _bounded(file: TextIO, too_long: set[int]) -> Iterator[str]:
+    """The lines with their ends; of one that is too long, whose number goes to ``too_long``, the beginning."""
+    for number in count(1):
+        line = rest = file.readline(MOST_LINE_CHARACTERS)
+        if not line:
+            break
+        if len(line) == MOST_LINE_CHARACTERS and not line.endswith(("\r", "\n")):
+            too_long.add(number)
+            while len(rest) == MOST_LINE_CHARACTERS and not rest.endswith(("\r", "\n")):
+                rest = file.readline(MOST_LINE_CHARACTERS)
+            line += "\n"
+        yield line
+
+
+def _fields(reader: Any, too_long: set[int], path: Place, columns: Columns, samples: bool) -> Iterator[_Record]:
     """The rows below the header; a row that is broken is a problem of each line that it took."""
     header: list[str] | None = None
     while True:
@@ -189,7 +212,12 @@ def _fields(reader: Any, path: Place, columns: Columns, samples: bool) -> Iterat
             break
         if not fields:
             continue  # an empty line
-        if header is None:
+        if any(map(too_long.__contains__, range(line, reader.line_num + 1))):
+            problem = f"has more than {MOST_LINE_CHARACTERS:,} characters"
+            if header is None:
+                raise SamplesError(f"the header of {path} {problem}", "end the header and each row with a line feed")
+            yield _Record(f"line {line}", {}, problem)
+        elif header is None:
             header = [name.strip() for name in fields]
             check_once(_resolved(columns, header, str(path), samples), header, str(path))
         elif len(fields) == len(header):
@@ -248,6 +276,8 @@ def _cells(row: str, names: list[str], cells: tuple[Any, ...]) -> _Record:
         return _Record(row, dict(zip(names, (cell.as_py() for cell in cells), strict=True)))
     except UnicodeDecodeError as error:
         return _Record(row, {}, f"is not UTF-8 at byte {error.start}")
+    except (ValueError, OverflowError) as error:  # times that Python does not have
+        return _Record(row, {}, f"has a value that Python does not have: {error}")
 
 
 READERS: dict[str, Callable[[Place, Columns, bool], Iterator[_Record]]] = {

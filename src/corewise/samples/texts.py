@@ -6,7 +6,7 @@ from itertools import islice
 from typing import Any, NamedTuple
 
 from corewise.common.errors import SamplesError
-from corewise.common.phrases import with_article
+from corewise.common.phrases import shown, with_article
 
 MOST_CHARACTERS = 1_000_000
 NAMED, NAME_CHARACTERS = 20, 40
@@ -17,6 +17,8 @@ NAME_WORDS, ENDINGS = 4, (".", "!", "?")
 """Words of a column's name, at most, and what only sentences end with, where nobody says that it is a name."""
 TEXT_COLUMNS = ("text", "sentence")
 LABEL_COLUMNS = ("label", "labels")
+
+SAY = "say with --text which is the text"
 
 Text = str | tuple[str, str]
 
@@ -29,7 +31,7 @@ def count_characters(item: Text) -> int:
 def text_problem(value: Any) -> str:
     """Why a value is no text that a model can be given, as the end of a sentence; nothing where it is one."""
     if not isinstance(value, str):
-        return f"is {value!r:.40}, which is not a text"
+        return f"is {shown(value)}, which is not a text"
     if not value.strip():
         return "is empty"
     if len(value) > MOST_CHARACTERS:
@@ -55,8 +57,11 @@ class Columns(NamedTuple):
     pair: str | None = None
     label: str | None = None
 
-    def resolve(self, header: Collection[str], source: str) -> "Columns":
-        """With the names of ``header``. Raises ``SamplesError`` where a column is not there, or no text is found."""
+    def resolve(self, header: Collection[str], source: str, fix: str = SAY) -> "Columns":
+        """With the names of ``header``.
+
+        Raises ``SamplesError`` where a column is not there, or nothing tells which is the text: ``fix`` is the advice.
+        """
         if not header:
             raise SamplesError(f"{source} has no columns", "add a column of texts")
         for name in (self.text, self.pair, self.label):
@@ -80,7 +85,7 @@ class Columns(NamedTuple):
         if text is None:
             raise SamplesError(
                 f"{source} has the columns {_listed(header)}",
-                "say with --text which is the text" if others else "add a column of texts",
+                fix if others else "add a column of texts",
             )
         return Columns(text, self.pair, label)
 

@@ -10,7 +10,7 @@ import numpy as np
 from corewise.common.errors import InputError, SamplesError
 from corewise.pipeline import TextEncoder, fit, text_samples
 from corewise.records.pipeline import TextPipeline
-from corewise.samples import RawSamples, Samples, raw_from_python
+from corewise.samples import RawSamples, Samples, check_class_names, raw_from_python
 from corewise.samples.python import RAW_FIXES
 from corewise.samples.raw import NOUNS
 
@@ -73,16 +73,21 @@ def fitted(loaded: "Loaded", exported: "Exported", *, asked: bool) -> "Loaded":
     """The model with its pipeline fitted to its program.
 
     A model that brings a tokenizer and was given other inputs than tokens, such as photos, has no pipeline, unless its
-    tokenizer was ``asked`` for: then that is an ``InputError``.
+    tokenizer was ``asked`` for: then that is an ``InputError``. So are names of classes of which the model has others
+    in number: answers would have wrong names, or none.
     """
     if loaded.pipeline is None:
         return loaded
     try:
-        return replace(loaded, pipeline=fit(loaded.pipeline, exported.inputs, exported.outputs))
+        pipeline = fit(loaded.pipeline, exported.inputs, exported.outputs)
     except InputError:
         if asked:
             raise
         return replace(loaded, pipeline=None, tokenizer=b"")
+    classes = exported.outputs[0].shape[-1]
+    if pipeline.labels and classes is not None:
+        check_class_names(pipeline.labels, classes, "the list of class names")
+    return replace(loaded, pipeline=pipeline)
 
 
 def _with_classes(pipeline: TextPipeline, names: tuple[str, ...]) -> TextPipeline:

@@ -8,12 +8,11 @@ from corewise.source.loaded import Loaded
 from corewise.source.models import load, load_with_texts
 from corewise.source.preprocessing import OwnPreprocess, own_preprocess, read_for
 from corewise.source.program import load_module, load_program, operators, save_program
-from corewise.source.recurrence import IN_ONNX, has_recurrent_layers, recurrent_layers_kept
+from corewise.source.recurrence import has_recurrent_layers, recurrent_layers_kept
 from corewise.source.text_packing import packable, packed_form
 from corewise.source.timing import own_answers, row_seconds
 
 __all__ = [
-    "IN_ONNX",
     "Exported",
     "Flat",
     "Loaded",

@@ -1,5 +1,6 @@
 """Loading the user's model by a reference."""
 
+import os
 from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -93,6 +94,9 @@ def _with_own_head(loaded: Loaded, tokenizer: Path, pooling: Pooling | None) -> 
 def _load(reference: str) -> nn.Module | ExportedProgram:
     prefix, name = split_reference(reference)
     path = Path(reference)
+    library, _, rest = reference.partition(":")
+    if library in (*HUBS, *TEXT_HUBS) and not rest.strip():
+        raise SourceError(f"{reference!r} names no model", f"give {library}:NAME")
     if prefix in HUBS:
         model = HUBS[prefix](name)
     elif path.suffix == ".pt2":
@@ -134,9 +138,14 @@ def _named(value: Any) -> str:
 
 
 def split_reference(reference: str) -> tuple[str, str]:
-    """The library of a reference, such as ``timm``, and the name there; both empty for others."""
+    """The library of a reference, such as ``timm``, and the name there; both empty for others.
+
+    Of a folder below ``~``, which shells leave as it is behind a colon, the path.
+    """
     prefix, _, name = reference.partition(":")
-    return (prefix, name) if (prefix in HUBS or prefix in TEXT_HUBS) and name else ("", "")
+    if not (prefix in HUBS or prefix in TEXT_HUBS) or not name:
+        return "", ""
+    return prefix, os.path.expanduser(name) if prefix in TEXT_HUBS else name
 
 
 def _timm(name: str) -> Any:
@@ -156,6 +165,7 @@ def _torchvision(name: str) -> Any:
 def _transformers(name: str, pooling: Pooling | None, tokenizer: Path | None) -> Loaded:
     from corewise.source.transformers_models import load_transformers
 
+    _check_folder(name)
     return load_transformers(name, pooling, tokenizer)
 
 
@@ -164,7 +174,16 @@ def _sentence_transformers(name: str, pooling: Pooling | None, tokenizer: Path |
 
     if pooling is not None:
         raise SourceError(f"st:{name} brings its own pooling", "leave out --pooling, or give hf: instead of st:")
+    _check_folder(name)
     return load_sentence_model(name)
+
+
+def _check_folder(name: str) -> None:
+    """Raise ``SourceError`` for a path at which there is no folder: no model of the hub has such a name."""
+    if Path(name).is_file():
+        raise SourceError(f"{name} is a file", "give the folder with the model's config.json")
+    if (name.startswith(("/", ".")) or name.count("/") > 1) and not Path(name).is_dir():
+        raise SourceError(f"there is no folder {name}", "check the path")
 
 
 HUBS = {"timm": _timm, "torchvision": _torchvision}

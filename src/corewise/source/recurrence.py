@@ -2,7 +2,7 @@
 
 torch.export takes ``nn.LSTM``, ``nn.GRU`` and ``nn.RNN`` apart into one cell a step, which makes the length of the
 example a constant. Told the shapes of their outputs, it leaves ``aten.lstm`` as it is, and runtimes have that operation
-too (ONNX: LSTM and GRU). OpenVINO gets an ONNX file: from a program it takes them apart as well.
+too (ONNX: LSTM, GRU and RNN). OpenVINO gets an ONNX file: from a program it takes them apart as well.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -19,16 +19,14 @@ DECOMPOSED = (DispatchKey.CompositeImplicitAutograd, DispatchKey.Autograd)
 """Where torch keeps the way to take these operations apart (``torch._decomp.decompositions``)."""
 
 aten: Any = torch.ops.aten
-IN_ONNX = (aten.lstm.input, aten.gru.input)
-"""What ``torch.onnx`` writes as one operation each. It takes the others apart, which needs more than their shapes."""
-LAYERS = (*IN_ONNX, aten.rnn_tanh.input, aten.rnn_relu.input)
+LAYERS = (aten.lstm.input, aten.gru.input, aten.rnn_tanh.input, aten.rnn_relu.input)
 
 
 @contextmanager
-def recurrent_layers_kept(layers: Sequence[Any] = LAYERS) -> Iterator[None]:
+def recurrent_layers_kept() -> Iterator[None]:
     """While it lasts, ``torch.export`` and ``run_decompositions`` leave recurrent layers as they are."""
     with ExitStack() as undo:
-        for operation in layers:
+        for operation in LAYERS:
             undo.enter_context(_described(operation, _lstm if operation is aten.lstm.input else _one_state))
         yield
 

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from corewise.common import nested
@@ -35,7 +35,7 @@ def run(flat: Flat, batch: Batch, inputs: Sequence[TensorSpec]) -> tuple[Structu
     )
     what = f"the model does not take the samples, in a batch {given}"
     versions = [tensor._version for tensor in batch.tensors]
-    with guard(SamplesError, what, _samples_fix(flat, inputs)), torch.no_grad():
+    with guard(SamplesError, what, _samples_fix(flat, batch, inputs)), torch.no_grad():
         value = flat.call_model(*batch.tensors)
     for spec, tensor, version in zip(inputs, batch.tensors, versions, strict=True):
         if tensor._version != version:
@@ -143,7 +143,16 @@ def output_specs(structure: Structure, outputs: list[Tensor], smallest: list[Ten
     return tuple(specs)
 
 
-def _samples_fix(flat: Flat, inputs: Sequence[TensorSpec]) -> str:
+def _samples_fix(flat: Flat, batch: Batch, inputs: Sequence[TensorSpec]) -> str:
+    tables = [part.num_embeddings for part in flat.modules() if isinstance(part, nn.Embedding)]
+    # (N, tokens): numbers of another shape, such as lengths, look nothing up.
+    integers = [each for each in batch.tensors if each.dtype in (torch.int32, torch.int64) and each.dim() == 2]
+    largest = max((int(tensor.max()) for tensor in integers), default=0)
+    if tables and largest >= max(tables):
+        return (
+            f"the samples have the number {largest}, and no table of the model has as many rows: give the tokenizer"
+            " that it was trained with"
+        )
     doubles = [spec.name for spec in inputs if spec.dtype == "float64"]
     if doubles and all(weight.dtype != torch.float64 for weight in flat.parameters()):
         return f"give {', '.join(doubles)} as float32, as the model's weights are"

@@ -47,6 +47,8 @@ HARMLESS_OPENING = {
     *("export", "file_name", "provider"),
 }
 """What may be said there without another answer in fp32 on a CPU."""
+OLD_WEIGHTS = ["pytorch_model*.bin*", "0_Transformer/pytorch_model*.bin*"]
+"""Files of models from before safetensors; transformers reads no more than tensors of them."""
 SENTENCE = "sentence_embedding"
 """The vector that modules behind a Pooling take and give."""
 WAYS: dict[str, Way] = {
@@ -100,15 +102,15 @@ def load_sentence_model(name: str) -> Loaded:
         tokenizer = transformers.AutoTokenizer.from_pretrained(base, **NO_CODE)
         modules = (_module_in(kind, place, f"st:{name}") for kind, place in parts[1:])
         poolings, after = _modules(modules, f"st:{name}", facts.get("truncate_dim"))
-    return vectors(
-        model,
-        tokenizer,
-        poolings=poolings,
-        after=after,
-        max_length=longest(tokenizer, model.config, _told_length(settings)),
-        lower=bool(settings.get("do_lower_case")),
-        **_prompts(facts.get("prompts"), facts.get("default_prompt_name")),
-    )
+        return vectors(
+            model,
+            tokenizer,
+            poolings=poolings,
+            after=after,
+            max_length=longest(tokenizer, model.config, _told_length(settings)),
+            lower=bool(settings.get("do_lower_case")),
+            **_prompts(facts.get("prompts"), facts.get("default_prompt_name")),
+        )
 
 
 def is_sentence_model(model: Any) -> bool:
@@ -166,7 +168,10 @@ def _downloaded(name: str) -> Path:
     repository = name if "/" in name else f"sentence-transformers/{name}"
     files = ["*.json", "*.safetensors", "*.txt", "*.model", "*_Dense/pytorch_model.bin"]
     with guard(SourceError, f"st:{name} cannot be loaded", "check the name, the network, or give a local folder"):
-        return Path(hub.snapshot_download(repository, allow_patterns=files))
+        folder = Path(hub.snapshot_download(repository, allow_patterns=files))
+        if not any(folder.glob("model*.safetensors")) and not any(folder.glob("0_Transformer/model*.safetensors")):
+            hub.snapshot_download(repository, allow_patterns=OLD_WEIGHTS)
+        return folder
 
 
 def _kind(path: str, name: str) -> str:

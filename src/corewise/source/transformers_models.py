@@ -184,7 +184,7 @@ def longest(tokenizer: Any, config: Any, told: int | None = None) -> int:
 
     ``told`` is what the model's library says, if it does.
     """
-    known = [int(most) for most in (told, tokenizer.model_max_length) if most and most < UNKNOWN_LENGTH][:1]
+    known = [int(most) for most in (told, tokenizer.model_max_length) if most and 0 < most < UNKNOWN_LENGTH][:1]
     positions = getattr(config, "max_position_embeddings", None)
     if isinstance(positions, int) and positions > 0:
         unused = (getattr(config, "pad_token_id", None) or 0) + 1 if config.model_type in PADDED_POSITIONS else 0

@@ -48,7 +48,8 @@ class FakeActor:
         got = unpacked_rows(rows)
         self.written.update(record.row for record in got)
         failed = sum(record.row == 13 for record in got)
-        return Answered(rows=len(got), failed=failed, example="line 14 is empty" if failed else "")
+        cut = sum(record.row == 12 for record in got)
+        return Answered(rows=len(got), failed=failed, example="line 14 is empty" if failed else "", cut=cut)
 
     @answering
     def beat(self) -> int:
@@ -124,7 +125,7 @@ def test_every_row_is_answered_once_and_what_is_done_is_not_done_again() -> None
     driver = driver_of(crew, finished=[2, 3], on_progress=told.append)
     driven = driver.run()
     assert crew.written == Counter(row for row in range(45) if row // 10 not in (2, 3))
-    assert driver.done == Counts(45, 1)
+    assert driver.done == Counts(45, 1, 1)
     assert (told[0].rows, told[-1].rows, told[-1].failed, told[-1].actors) == (20, 45, 1, 2)
     assert {(share.plan, share.source, share.lost) for share in driven.shares} == {(MADE, "made here", False)}
     assert sum(share.rows for share in driven.shares) == 25
@@ -142,7 +143,7 @@ def test_no_row_is_missing_or_counted_twice_whoever_dies(fates: list[bool], coun
         assert sum(fates) >= MOST_LOSSES
         return
     assert set(crew.written) == set(range(count))
-    assert driver.done == Counts(count, int(count > 13))
+    assert driver.done == Counts(count, int(count > 13), int(count > 12))
 
 
 def test_a_lost_actor_is_replaced_and_told_of() -> None:

@@ -1,6 +1,7 @@
 """Layers over packed sequences, in the runtimes that have layers over padded ones only."""
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -30,7 +31,23 @@ class Steps(nn.Module):
         return pad_packed_sequence(outputs, batch_first=True)[0], *(state.transpose(0, 1) for state in states)
 
 
-@pytest.mark.parametrize("kind", [nn.LSTM, nn.GRU])
+class Layers(nn.Module):
+    """Several layers, of sequences that are not packed, and their final states."""
+
+    def __init__(self, kind: Callable[..., nn.RNNBase], **options: bool) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.layers = kind(3, 4, num_layers=3, batch_first=True, **options)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        outputs, states = self.layers(x)
+        return outputs, states.transpose(0, 1)
+
+
+RELU = partial(nn.RNN, nonlinearity="relu")
+
+
+@pytest.mark.parametrize("kind", [nn.LSTM, nn.GRU, nn.RNN, RELU])
 @pytest.mark.parametrize("name", ["eager", "openvino", "onnxruntime"])
 def test_rows_of_different_lengths_are_answered_as_packed(
     name: str, kind: Callable[..., nn.RNNBase], tmp_path: Path
@@ -52,5 +69,30 @@ def test_rows_of_different_lengths_are_answered_as_packed(
         with torch.no_grad():
             expected = model(torch.from_numpy(x), torch.from_numpy(length))
         for answer, tensor in zip(session.run([x, length]), expected, strict=True):
+            np.testing.assert_allclose(answer, tensor.numpy(), atol=1e-5)
+    session.close()
+
+
+@pytest.mark.parametrize("kind", [nn.RNN, RELU])
+@pytest.mark.parametrize("name", ["openvino", "onnxruntime"])
+@pytest.mark.parametrize("options", [{"bidirectional": True}, {"bias": False}])
+def test_layers_without_gates_take_sequences_of_any_length(
+    name: str, kind: Callable[..., nn.RNNBase], options: dict[str, bool], tmp_path: Path
+) -> None:
+    runtime = engine(name)
+    if reason := runtime.unavailable():
+        pytest.skip(reason)
+    model = Layers(kind, **options).eval()
+    random = np.random.default_rng(0)
+    samples = from_python([{"x": random.normal(size=(n, 3)).astype(np.float32)} for n in (2, 5, 3, 5, 5)])
+    build = Build(engine=name, precision="fp32")
+    (tmp_path / "built").mkdir()
+    runtime.build(build_inputs(model, samples, tmp_path), build, tmp_path / "built")
+    session = runtime.open(tmp_path / "built", build, Plan(threads_per_instance=1, batch=3))
+    for steps in (7, 1):
+        x = random.normal(size=(3, steps, 3)).astype(np.float32)
+        with torch.no_grad():
+            expected = model(torch.from_numpy(x))
+        for answer, tensor in zip(session.run([x]), expected, strict=True):
             np.testing.assert_allclose(answer, tensor.numpy(), atol=1e-5)
     session.close()

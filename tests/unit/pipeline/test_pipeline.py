@@ -207,6 +207,7 @@ def test_without_whole_blocks_beside_them_calls_say_nothing_of_incomplete_ones(m
 # Texts to answers
 
 
+@pytest.mark.filterwarnings("ignore:.* cut to the 12 tokens")
 def test_answers_are_those_of_each_text_alone_in_order(tokenizer: Path) -> None:
     texts = texts_of(300)
     runner = runner_of(tokenizer)

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
 
+from corewise.common.errors import SamplesError
 from corewise.pipeline import CallLimits, TextEncoder, TextRunner, decode, text_samples
 from corewise.pipeline.runner import FIRST_ITEMS, MULTIPLE
 from corewise.records.build import TensorSpec
@@ -170,6 +171,15 @@ def test_a_label_for_each_token_keeps_its_tokens() -> None:
     assert {row[0].shape[0] for row in samples.rows} == {4}
 
 
+@pytest.mark.parametrize("labels", [[[0, 1], [1, 1], [0, 0]], [[0, 1], [1], [0, 0, 1, 1, 0, 0, 1]]])
+def test_a_label_for_each_word_is_not_one_for_each_token(labels: Any) -> None:
+    raw = raw_from_python({"text": ["red blue", "blue", "red"], "label": labels})
+    with pytest.raises(
+        SamplesError, match=r"sample 0 of python has 2 labels for 4 tokens; give a label for each token"
+    ):
+        text_samples(words_encoder(task="tokens", pooling="none"), raw)
+
+
 BLANK = " " * 9999
 """More characters than are read of a text at first, for 12 tokens."""
 
@@ -188,7 +198,7 @@ def test_words_behind_much_that_is_no_token_are_read(item: Any, changes: dict[st
     short, found = encoder.encode([("blue", "blue") if encoder.pipeline.pairs else "blue", item])
     assert found.ids.tolist() == ids
     assert set(short.ids.tolist()) == {2, 5, 3}
-    assert encoder.is_cut(item) == (len(ids) == 12)
+    assert (found.is_cut, short.is_cut) == (len(ids) == 12, False)
 
 
 def test_places_of_words_before_much_that_is_no_token() -> None:

@@ -573,7 +573,7 @@ def test_an_array_of_pairs_and_rows_whose_columns_have_other_names() -> None:
     assert isinstance(rows, RawSamples)
     assert (list(rows.items), labels_of(rows)) == (["a", "b"], [1, 0])
     message = error_of(raw_from_python, [{"title": "a", "review": "b", "label": 1}] * 2)
-    assert "python has the columns title, review, label; say with --text which is the text" in message
+    assert "python has the columns title, review, label; name the text's column 'text', or give" in message
 
 
 def test_labels_that_begin_late_are_not_left_unused() -> None:

@@ -444,7 +444,7 @@ def test_bad_factories(tmp_path: Path, text: str, name: str, what: str) -> None:
         ("model.onnx", "model.onnx is an ONNX model, and corewise begins with the PyTorch model; give the code"),
         ("/tmp", "/tmp is a folder; write hf:/tmp or st:/tmp if it holds a model"),
         ("weights/pytorch_model.bin", "is a pickle"),
-        ("hf:/nowhere/at/all", "hf:/nowhere/at/all cannot be loaded"),
+        ("hf:/nowhere/at/all", "there is no folder /nowhere/at/all"),
         ("timm:resnet18", "timm: models need the package timm; pip install timm"),
     ],
 )

@@ -19,7 +19,7 @@ from hypothesis.strategies import DrawFn, SearchStrategy
 from PIL import Image
 
 from corewise.serving import oip
-from corewise.serving.protocol import DTYPES
+from corewise.serving.protocol import DATATYPES
 
 HANG_S = 10.0
 BROKEN = ("500", "502", "504", "INTERNAL", "UNKNOWN", "hang")
@@ -69,7 +69,7 @@ json_values = st.recursive(
     lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=8), inner, max_size=4),
     max_leaves=12,
 )
-datatypes = st.sampled_from([*DTYPES, "FP128", "", "fp32"])
+datatypes = st.sampled_from([*DATATYPES.values(), "FP128", "", "fp32"])
 sizes = st.sampled_from([-1, 0, 1, 2, 3, 4, 12, 2**31, 2**40, 2**63 - 1])
 words = st.text(max_size=200) | st.sampled_from(["\0", "\ud800", "a" * 10_000, "w1 w2", "‮"])
 

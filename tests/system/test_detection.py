@@ -226,7 +226,7 @@ def test_tar_files_are_read_as_a_stream_and_hostile_members_set_aside(fast: core
         drawings=tmp_path / "drawn",
     )
     assert fast.images is not None
-    assert run_job(job, fast.images) == (5, 0, 3)
+    assert run_job(job, fast.images) == (5, 0, 3, 0)
     rows = [json.loads(line) for line in job.output.read_text().splitlines()]
     assert [row["input"] for row in rows] == [f"{path}/deep/a.jpg", f"{path}/b.jpg"]
     assert all(sorted(row["labels"]) == ["blue", "red"] for row in rows)

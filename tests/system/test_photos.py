@@ -324,7 +324,7 @@ def test_a_folder_and_patterns_become_a_file_of_labels(
         ask=ImageAsk(top=2),
     )
     assert fast.images is not None
-    assert run_job(job, fast.images) == (36, 0, 0)
+    assert run_job(job, fast.images) == (36, 0, 0, 0)
     lines = [json.loads(line) for line in (tmp_path / "all.jsonl").read_text().splitlines()]
     assert [line["label"] for line in lines] == [NAMES[number % 3] for number in range(36)]
     assert [Path(line["input"]).name for line in lines] == [f"{number:02}.jpg" for number in range(36)]

@@ -243,6 +243,8 @@ class ElasticQueue(Policy):
         """
         waiting, per_s = len(self._waiting), self._lately.per_s
         if alike < self.waiting_rows:
+            if self._shared and waiting > FEW * len(self._end_s):
+                return 0
             calls = len({group for group, _ in self._kinds}) if self._shared else waiting
             rows = min(alike, self._most_wide)
             counted = min(rows, self._max_batch)  # narrow calls may take fewer

@@ -87,6 +87,7 @@ class ElasticQueue(Policy):
         self._rounds = _rounds(tables, most, max_batch, shared)
         self._rounds_apart = _rounds(tables, most, max_batch, shared=False) if shared else self._rounds
         """For requests of several kinds, which share no call."""
+        self._crowd_rows = self._rounds.wide_rows_of_crowd
         self._narrow_s = self._rounds.narrow_s
         self._least_s = [min(pair) for pair in zip(self._measured_s, self._wide_s, strict=False)]
         self._lately = Arrivals(tables.wide.latency_ms(1) / 1e3)
@@ -242,9 +243,9 @@ class ElasticQueue(Policy):
         ``alike`` rows of those that wait can share a call with the most urgent request, ``head``.
         """
         waiting, per_s = len(self._waiting), self._lately.per_s
+        if self._is_crowd(alike):
+            return max(head.rows, self._crowd_rows) if 0 < self._crowd_rows <= alike else 0
         if alike < self.waiting_rows:
-            if self._shared and waiting > FEW * len(self._end_s):
-                return 0
             calls = len({group for group, _ in self._kinds}) if self._shared else waiting
             rows = min(alike, self._most_wide)
             counted = min(rows, self._max_batch)  # narrow calls may take fewer
@@ -255,6 +256,16 @@ class ElasticQueue(Policy):
         if requests == waiting:
             return alike
         return max(head.rows, requests * each) if requests else 0
+
+    def _is_crowd(self, alike: int) -> bool:
+        """Whether so many requests wait that only the rate counts: more than a few, and rows for a full narrow call.
+
+        Small wide calls in turn have the lower mean latency, and often the lower rate. Clients that wait for their
+        answers ask less then, so that they seem to be in time, and the crowd stays.
+        """
+        if not self._shared or len(self._waiting) <= FEW * len(self._end_s):
+            return False
+        return alike < self.waiting_rows or alike >= self._max_batch
 
     def _wide_by_deadline(self, head: Request, alike: int, now_s: float, most: int) -> int:
         """``most``, the rows that lower the mean latency, unless only other rows, or narrow calls (0), are in time."""

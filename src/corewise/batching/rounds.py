@@ -72,6 +72,14 @@ class Rounds:
             self._tables[rows, step] = self._solved(rows, load * self._rates[rows])
         return self._tables[rows, step][min(waiting, self._states)]
 
+    @property
+    def wide_rows_of_crowd(self) -> int:
+        """The rows of the wide call that answers most rows per second; 0 if narrow calls answer more."""
+        rate = {rows: rows / seconds for rows, seconds in enumerate(self._wide_s) if rows}
+        best = max(rate, key=rate.__getitem__)
+        narrow = max(self._instances * rows / seconds for rows, seconds in enumerate(self.narrow_s) if rows)
+        return best if rate[best] > narrow else 0
+
     def _most_wide(self, rows: int) -> int:
         """How many requests of ``rows`` a wide call takes; 0 if they are too large."""
         most = (len(self._wide_s) - 1) // rows

@@ -608,3 +608,18 @@ def test_draining_answers_all_that_wait_and_an_instance_that_died_is_replaced():
     assert len(lost) <= 8, "two calls died, each of at most eight rows"
     for k, future in enumerate(futures):
         assert k in lost or np.array_equal(future.result().outputs[0], np.full((2, 2), 2 * k))
+
+
+def test_a_crowd_is_answered_at_the_highest_rate_whatever_lowers_the_mean_latency():
+    for waiting, calls in ((4, [(WIDE, [0])]), (8, [(0, [0, 1, 2, 3]), (1, [4, 5, 6, 7])])):
+        made = queue()
+        made._rounds = SimpleNamespace(wide_requests=lambda *state: 1)  # as where small wide calls are short
+        offer(made, 0.0, *range(waiting))
+        assert started(made, 0.0) == calls
+
+
+def test_a_crowd_of_several_kinds_runs_narrow():
+    made = queue()
+    for k in range(6):
+        made.offer(Request(id=k, deadline_s=inf, group=k), 0.0)
+    assert [instance for instance, _ in started(made, 0.0)] == [0, 1]

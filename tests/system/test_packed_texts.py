@@ -21,7 +21,7 @@ from tokenizers.pre_tokenizers import Whitespace
 import corewise
 from corewise import source
 from corewise.artifact import read, tuned
-from corewise.common.errors import ArtifactError, SourceError
+from corewise.common.errors import ArtifactError, EngineError, SourceError
 from corewise.pipeline.packing import PackedCall
 from corewise.records.build import Plan
 from corewise.records.reason import ReasonKind
@@ -197,6 +197,17 @@ def test_it_is_checked_under_the_plan_of_this_machine(folder: Path, monkeypatch:
     assert [(each.threads_per_instance, each.instances, each.batch) for each in opened] == [(1, 1, 2), (1, 1, 8)]
 
 
+def set_batch(monkeypatch: pytest.MonkeyPatch, batch: int) -> None:
+    """Serve with that many rows of a call, whatever the search found to be best on this machine."""
+    own = tuned.fit
+
+    def fit(artifact: Any, cpu: Any) -> tuned.Fit:
+        found = own(artifact, cpu)
+        return replace(found, plan=replace(found.plan, batch=batch), elastic=None)
+
+    monkeypatch.setattr(tuned, "fit", fit)
+
+
 def test_the_server_packs_the_texts_of_several_requests(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     asked = texts(60, seed=3)
     asked[7] = "w1 " * 100  # longer than a row
@@ -210,6 +221,7 @@ def test_the_server_packs_the_texts_of_several_requests(folder: Path, monkeypatc
         return own(remote, instance, inputs)
 
     monkeypatch.setattr(Remote, "run", run)
+    set_batch(monkeypatch, 8)
     served = Served(Source.of(str(folder)), trust=Trust())
     with closing(served):
         assert served.text is not None
@@ -219,6 +231,23 @@ def test_the_server_packs_the_texts_of_several_requests(folder: Path, monkeypatc
             np.testing.assert_allclose(future.result(60).outputs[0], expected[None], atol=1e-4)
         assert any(number >= served.plan.instances for number in ran)
         assert len(ran) < len(asked)
+
+
+@pytest.mark.parametrize("batch", [1, 2])
+def test_the_server_opens_the_packed_program_only_if_requests_may_share_calls(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, batch: int
+) -> None:
+    opened: list[bool] = []
+
+    def remote(*arguments: Any, packed: bool, **options: Any) -> Any:
+        opened.append(packed)
+        raise EngineError("nothing is opened here")
+
+    set_batch(monkeypatch, batch)
+    monkeypatch.setattr("corewise.serving.served.Remote", remote)
+    with pytest.raises(EngineError, match="nothing is opened here"):
+        Served(Source.of(str(folder)), trust=Trust())
+    assert opened == [batch > 1]
 
 
 def test_a_closed_model_opens_nothing_any_more(folder: Path) -> None:

@@ -78,7 +78,7 @@ class Answer:
     waited_s: float
     ran_s: float
     batch_rows: int
-    """Of the whole call."""
+    """Rows of the whole call."""
     instance: int = 0
 
     @property

@@ -28,7 +28,7 @@ def with_article(noun: str) -> str:
 
 
 def shown(value: Any, most: int = 40) -> str:
-    """The beginning of how Python shows a value, in one line; also of one that Python cannot show, or is very large.
+    """The beginning of a value's ``repr`` in one line, also if that fails or would be very long.
 
     Example:
         >>> shown({"text": None}), shown([[0] * 10**6], 12)

@@ -11,7 +11,7 @@ from onnxscript.onnx_opset import opset18 as op
 
 
 def translations() -> dict[Callable[..., Any], Callable[..., Any]]:
-    """For ``torch.onnx.export``: what writes each of these operations."""
+    """The function that writes each of these operations, as ``torch.onnx.export`` takes them."""
     from torch import ops
 
     return {ops.aten.rnn_tanh.input: _written_with("Tanh"), ops.aten.rnn_relu.input: _written_with("Relu")}

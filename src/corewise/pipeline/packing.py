@@ -121,7 +121,7 @@ def pack_few(
     A packed call has only the rows that it needs, and costs in proportion to them.
 
     Args:
-        lengths: The tokens of each text, (N,), at most those of a packed row.
+        lengths: The tokens of each text, (N,), 1 to ``packing.tokens``.
         fill: As in ``with_packing``.
         cost: As in ``with_packing``.
         packing: As in ``with_packing``.

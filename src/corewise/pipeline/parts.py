@@ -54,7 +54,7 @@ class Counts(NamedTuple):
     example: str = ""
 
     def plus(self, other: "Counts") -> "Counts":
-        """Of both together, without an example."""
+        """The counts of both together, without an example."""
         return Counts(self.rows + other.rows, self.failed + other.failed, self.cut + other.cut)
 
 

@@ -117,7 +117,7 @@ class TextRunner:
         Args:
             items: Texts, or pairs of texts where the pipeline says so; any number, also without an end.
             prompt: The name of the prompt that goes before each text.
-            on_cut: Told of the items of which a part is not read.
+            on_cut: Called for each item of which a part is not read.
 
         Raises:
             InputError: The prompt is unknown.
@@ -160,7 +160,7 @@ class TextRunner:
         """
         if isinstance(items, np.ndarray):
             items = items.tolist()  # a pair is then a list
-        elif hasattr(items, "to_pylist") and not hasattr(items, "columns"):  # of pyarrow, whose texts are no strings
+        elif hasattr(items, "to_pylist") and not hasattr(items, "columns"):  # of pyarrow: its items are no str
             items = items.to_pylist()
         is_pair = isinstance(items, list | tuple) and len(items) == 2 and all(isinstance(each, str) for each in items)
         is_one = isinstance(items, str) or (is_pair and self.encoder.pipeline.pairs)

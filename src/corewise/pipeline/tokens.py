@@ -250,7 +250,10 @@ class TextEncoder:
         return texts, encoded
 
     def _is_cut(self, encoded: Any) -> bool:
-        """Whether the tokenizer cut something off, which it copies when it is asked: only a full encoding is."""
+        """Whether the tokenizer cut something off.
+
+        ``overflowing`` copies all that was cut off, so it is read only of encodings that are full.
+        """
         return len(encoded) >= self.pipeline.max_length and bool(encoded.overflowing)
 
     def _cut(self, item: Text, prefix: str, side: Side | None) -> Text:

@@ -45,7 +45,7 @@ _STATES = {
 }
 
 _NOTES = (("packing", ReasonKind.PACKS_TEXTS), ("time", ReasonKind.OVER_BUDGET))
-"""Notes that end a search too, each with its heading."""
+"""Notes that the last lines of a search repeat, each with its heading."""
 
 _LABEL = 40
 """Most columns of a label where a loser and its reason share one line of a terminal."""

@@ -19,7 +19,7 @@ from corewise.samples.image_files import is_pil
 from corewise.samples.raw import NOUNS, RawItem, RawKind, RawSamples, gather
 from corewise.samples.stored import Array, Spool, to_array
 from corewise.samples.tensors import Item, collect
-from corewise.samples.texts import GUESSED, LABEL_COLUMNS, SAY, TEXT_COLUMNS, Columns, text_problem
+from corewise.samples.texts import GUESSED, LABEL_COLUMNS, NAME_BY_OPTION, TEXT_COLUMNS, Columns, text_problem
 
 RAW_FIXES: dict[RawKind, str] = {
     "text": "give a model that brings its tokenizer, or tokenize them: a dict of input_ids and attention_mask each",
@@ -30,7 +30,8 @@ RAW_FIXES: dict[RawKind, str] = {
 
 PYTHON = "python"
 """What messages call samples that are no file."""
-IN_PYTHON = "name the text's column 'text', or give (text, label), or ((text, text), label) for pairs"
+NAME_IN_PYTHON = "name the text's column 'text', or give (text, label), or ((text, text), label) for pairs"
+"""What to do about such samples if nothing tells which column is the text."""
 FIRST = 16
 """Samples that are looked at until one tells what all are."""
 CELLS = (str, int, float, np.generic)
@@ -298,7 +299,7 @@ def _raw_items(singles: Iterable[_Single], kind: RawKind, columns: Columns, sour
     resolved: Columns | None = None
     for number, sample, group in singles:
         if isinstance(sample, Mapping):
-            fix = IN_PYTHON if source == PYTHON else SAY
+            fix = NAME_IN_PYTHON if source == PYTHON else NAME_BY_OPTION
             resolved = resolved or columns.resolve(list(sample), source, fix)
             if resolved.label is None and any(name in sample and name not in resolved for name in LABEL_COLUMNS):
                 raise SamplesError(
@@ -381,7 +382,7 @@ def _from_mapping(samples: Mapping[str, Any], source: str) -> Iterator[Any]:
 
 
 def _is_table(values: Any) -> bool:
-    """Whether it is a data set of its own, with columns or rows that have names, and no column."""
+    """Whether a value of a dict is a whole data set, with named columns, and not a single column."""
     if isinstance(values, Mapping) or hasattr(values, "columns") or hasattr(values, "column_names"):
         return True
     return isinstance(values, list | tuple) and bool(values) and isinstance(values[0], Mapping)

@@ -184,7 +184,7 @@ def _tsv(path: Place, columns: Columns, samples: bool) -> Iterator[_Record]:
 
 
 def _bounded(file: TextIO, too_long: set[int]) -> Iterator[str]:
-    """The lines with their ends; of one that is too long, whose number goes to ``too_long``, the beginning."""
+    """The lines with their ends. A line that is too long is cut, and its number is added to ``too_long``."""
     for number in count(1):
         line = rest = file.readline(MOST_LINE_CHARACTERS)
         if not line:
@@ -212,7 +212,7 @@ def _fields(reader: Any, too_long: set[int], path: Place, columns: Columns, samp
             break
         if not fields:
             continue  # an empty line
-        if any(map(too_long.__contains__, range(line, reader.line_num + 1))):
+        if not too_long.isdisjoint(range(line, reader.line_num + 1)):
             problem = f"has more than {MOST_LINE_CHARACTERS:,} characters"
             if header is None:
                 raise SamplesError(f"the header of {path} {problem}", "end the header and each row with a line feed")

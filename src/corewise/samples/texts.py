@@ -18,7 +18,8 @@ NAME_WORDS, ENDINGS = 4, (".", "!", "?")
 TEXT_COLUMNS = ("text", "sentence")
 LABEL_COLUMNS = ("label", "labels")
 
-SAY = "say with --text which is the text"
+NAME_BY_OPTION = "say with --text which is the text"
+"""What to do about a table in which nothing tells which column is the text."""
 
 Text = str | tuple[str, str]
 
@@ -57,7 +58,7 @@ class Columns(NamedTuple):
     pair: str | None = None
     label: str | None = None
 
-    def resolve(self, header: Collection[str], source: str, fix: str = SAY) -> "Columns":
+    def resolve(self, header: Collection[str], source: str, fix: str = NAME_BY_OPTION) -> "Columns":
         """With the names of ``header``.
 
         Raises ``SamplesError`` where a column is not there, or nothing tells which is the text: ``fix`` is the advice.

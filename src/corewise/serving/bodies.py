@@ -50,7 +50,7 @@ async def read(request: Request, limits: Limits, booking: Booking) -> bytes:
 
 
 async def whole(receive: Receive, limits: Limits, booking: Booking) -> bytes:
-    """A body of which all is there, as it is: without a timeout or an unpacker.
+    """A body that has arrived completely and is not packed, so that it needs neither a timeout nor an unpacker.
 
     Raises ``ProtocolError`` where it is too large or there is no room for it, and ``ClientDisconnect``.
     """

@@ -189,7 +189,10 @@ def _run(inputs: Sequence[np.ndarray], session: Session) -> None:
 
 
 def _answer(channels: Sequence[tuple[Line, Slot]], number: int, session: Session) -> None:
-    """The rest of an instance's life, in its own thread, for one between costs latency: one call after the other."""
+    """Answer one call after the other until the channel is closed.
+
+    This takes the instance's own thread for the rest of its life: handing each call over to it would cost latency.
+    """
     line, slot = channels[number]
     while (call := line.receive()) is not None:
         try:

@@ -59,11 +59,11 @@ class Front:
     def __init__(self, limits: Limits, max_requests: int) -> None:
         self.budget, self._limits = Budget(limits), limits
         self.most_requests = max(LEAST_PLACES, max_requests)
-        """How many may be between their first byte and a model's queue."""
+        """How many requests may be between their first byte and a model's queue."""
         self._max_of_client = int(self.most_requests * limits.client_share)
         self._of_clients: dict[Any, int] = {}
         self.threads = min(MOST_THREADS, max(2, len(os.sched_getaffinity(0))))
-        """That decode images and tokenize texts."""
+        """Threads that decode images and tokenize texts."""
         self._readers, self._headers = Pool("read", 2), Pool("header", 2)
         self._decoders = Pool("decode", self.threads, nice=DECODE_NICE)
         self._large_decoder = Pool("decode-large", 1, nice=DECODE_NICE)

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from corewise.serving import texts
 from corewise.serving.texts import FieldError, TextRequest, Truncate
 
-MOST_WORDS = 400
+MOST_CHARACTERS = 400
 """Characters of an error that repeats names of fields."""
 
 Document = str | dict[str, Any]
@@ -87,7 +87,7 @@ def _text(document: Document, number: int, fields: Sequence[str]) -> str:
         what = "has none of the fields" if not found else "has something that is not a text among the fields"
         raise FieldError(
             "documents",
-            f"documents[{number}] {what} {', '.join(fields)}"[:MOST_WORDS],
+            f"documents[{number}] {what} {', '.join(fields)}"[:MOST_CHARACTERS],
             "give texts, or objects whose rank_fields are texts",
         )
     return "\n".join(found)

@@ -171,6 +171,8 @@ class Served:
         """How short texts share rows; ``None`` where they do not."""
         if self.text is None or self.elastic is not None or len(self.outputs) > 1:
             return None
+        if self.plan.batch == 1:  # no requests share a call, and the second program would only take memory
+            return None
         takes = {each.role for each in self.text.pipeline.inputs}
         return packing_under(self.plan, self.manifest) if takes == {"ids", "mask"} else None
 

@@ -1,8 +1,8 @@
 """Requests of short texts in one call, whatever their lengths: several texts share a row where that takes less time.
 
-In calls of one length each, few of the texts that wait go together, and OpenVINO prepares nearly every call anew, as it
-has another shape than the one before: 1.5 ms for MiniLM, as much as a text of 32 tokens (Zen 5). Packed rows have one
-length.
+If a call had texts of one length only, few of those that wait could share it, and most calls would have another shape
+than the call before. OpenVINO prepares for each new shape: 1.5 ms for MiniLM, as long as a text of 32 tokens takes
+(Zen 5). Packed rows have one length.
 """
 
 from collections.abc import Callable, Hashable, Sequence
@@ -22,8 +22,9 @@ from corewise.records.pipeline import Packing, TextPipeline
 from corewise.serving.text import BUCKET
 
 MOST_ROWS = 4
-"""Texts of a request whose calls others may join: those of a long request would hold them up."""
+"""The most texts of a request that shares calls with texts of other lengths: more of them would hold the others up."""
 SHORT = "short texts"
+"""The group of all requests that may be packed."""
 
 
 class ShortTexts(OneBatch):
@@ -37,29 +38,36 @@ class ShortTexts(OneBatch):
         plan: Plan,
         run_packed: Callable[[int, Arrays], Sequence[NDArray[Any]]],
     ) -> None:
-        """``run_packed`` runs a packed call beside the instance of a number."""
+        """``run_packed`` runs a call of the packed program on the cores of the instance with the given number."""
         self._pipeline, self._packing, self._run_packed = pipeline, packing, run_packed
         self._roles = [each.role for each in pipeline.inputs]
+        self._ids, self._mask = self._roles.index("ids"), self._roles.index("mask")
+        # Raw tensors may have more tokens than texts do, and calls have no room for them.
+        self._most_tokens = min(packing.tokens, pipeline.max_length)
         self._cost = call_cost(manifest, plan)
         self._limits = call_limits(plan, self._cost)
 
     def group(self, inputs: Arrays) -> Hashable:
-        """``SHORT`` for a few texts that fit a packed row each, and are nothing but ids before padding."""
-        if len(inputs[0]) > MOST_ROWS or inputs[0].shape[1] > self._packing.tokens:
+        """``SHORT`` for a few texts that each fit a packed row; what the model is given must be ids and then padding.
+
+        The mask of raw tensors may have anything: holes, padding on the left, weights, or another length than the ids.
+        """
+        ids, mask = inputs[self._ids], inputs[self._mask]
+        if len(ids) > MOST_ROWS or ids.shape[1] > self._most_tokens or ids.shape != mask.shape:
             return super().group(inputs)
-        mask = inputs[self._roles.index("mask")] != 0
-        starts_with_its_text = mask[:, 0].all() and (mask[:, 1:] <= mask[:, :-1]).all()
-        return SHORT if starts_with_its_text else super().group(inputs)
+        is_text = mask == 1
+        begins_with_text = is_text[:, 0].all() and (is_text[:, 1:] <= is_text[:, :-1]).all()
+        is_plain = begins_with_text and (is_text | (mask == 0)).all()
+        return SHORT if is_plain else super().group(inputs)
 
     def answer(self, run: Run, instance: int, requests: Sequence[Arrays]) -> list[list[NDArray[Any]]]:
         """Each request's vectors."""
         if len(requests) == 1 or self.group(requests[0]) != SHORT:
             return super().answer(run, instance, requests)
-        ids, mask = (self._roles.index(role) for role in ("ids", "mask"))
         rows = [
-            row[: np.count_nonzero(known)]
+            row[: np.count_nonzero(is_text)]
             for inputs in requests
-            for row, known in zip(inputs[ids], inputs[mask], strict=True)
+            for row, is_text in zip(inputs[self._ids], inputs[self._mask], strict=True)
         ]
         vectors: list[Any] = [None] * len(rows)
         for call in pack_few([len(row) for row in rows], self._fill, self._cost, self._packing):

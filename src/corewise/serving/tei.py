@@ -169,7 +169,7 @@ def similarity(body: bytes) -> EmbedRequest:
 
 
 def embed_or_compare(body: bytes) -> EmbedRequest:
-    """A request of ``/embed``, or one of ``/similarity``: its ``inputs`` are an object.
+    """A request of ``/similarity`` if its ``inputs`` are an object, else one of ``/embed``.
 
     Hugging Face's client sends both to one address.
     """
@@ -298,14 +298,14 @@ def info(
     """The answer of ``/info``, with all fields that the API's description requires.
 
     Args:
-        name: The model's.
-        sha: What says which version it is.
-        precision: Of its numbers.
+        name: The model's name.
+        sha: A hash that identifies its version.
+        precision: The precision of its numbers.
         pipeline: How it takes texts.
-        version: The server's.
-        batch: Rows of a call, at most.
-        tokens: Tokens of a call, at most.
-        requests: How many may be on their way to a model.
+        version: The server's version.
+        batch: The most rows of a call.
+        tokens: The most tokens of a call.
+        requests: How many requests may be on their way to a model.
         tokenizers: How many threads tokenize.
     """
     classes: dict[str, Any] = {

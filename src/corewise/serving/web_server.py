@@ -172,7 +172,7 @@ class _Patient(Connection):
         super().on_url(url)
 
     def on_header(self, name: bytes, value: bytes) -> None:
-        self._header_bytes += len(name) + len(value) + HEADER_BYTES  # as ``_count`` does, for each of many
+        self._header_bytes += len(name) + len(value) + HEADER_BYTES  # ``_count``, without a call for each header
         if self._header_bytes > HEADERS_BYTES:
             raise ValueError("the headers are too long")
         if self._is_begun:  # what comes after the body are trailers, which no proxy looks at (RFC 9110, section 6.5.1)
@@ -208,7 +208,7 @@ class _Patient(Connection):
         super().on_message_complete()
         self.scope[WHOLE] = True  # type: ignore[literal-required]
         if not self.pipeline and not self.transport.is_closing():
-            # A long body has paused reading, and only who reads sees that the client is gone.
+            # A long body may have paused reading. Only while reading goes on is a closed connection noticed.
             self.flow.resume_reading()
 
     def on_response_complete(self) -> None:

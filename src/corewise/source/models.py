@@ -140,7 +140,7 @@ def _named(value: Any) -> str:
 def split_reference(reference: str) -> tuple[str, str]:
     """The library of a reference, such as ``timm``, and the name there; both empty for others.
 
-    Of a folder below ``~``, which shells leave as it is behind a colon, the path.
+    A folder below ``~`` becomes its full path here, because shells do not expand ``~`` behind a colon.
     """
     prefix, _, name = reference.partition(":")
     if not (prefix in HUBS or prefix in TEXT_HUBS) or not name:

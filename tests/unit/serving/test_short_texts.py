@@ -1,5 +1,6 @@
 """Requests of short texts in one call: who joins, how texts are packed, and that each request gets its own vectors."""
 
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -55,10 +56,10 @@ class Model:
         return [vectors]
 
 
-def joining(model: Model, ms: float = 5.0) -> ShortTexts:
+def joining(model: Model, ms: float = 5.0, **changes: Any) -> ShortTexts:
     manifest: Any = SimpleNamespace(plan=PLAN, call_costs=cost_of_rows(ms))
     packing = Packing(rows=8, tokens=64, texts=16, ms=16.0)
-    return ShortTexts(PIPELINE, packing, manifest, PLAN, model.run_packed)
+    return ShortTexts(replace(PIPELINE, **changes), packing, manifest, PLAN, model.run_packed)
 
 
 def request(*lengths: int, tokens: int | None = None, start: int = 0) -> list[Any]:
@@ -113,3 +114,32 @@ def test_what_cannot_be_packed_shares_calls_with_its_shape() -> None:
         assert joins.group(each) != SHORT
     assert joins.group(holes) == joins.group(nothing)
     assert joins.group(long) != joins.group(holes)
+
+
+@pytest.mark.parametrize("value", [2, -1])
+@pytest.mark.parametrize("place", [0, 3, 9])
+def test_a_mask_of_other_numbers_than_0_and_1_is_not_taken_for_one_of_these(value: int, place: int) -> None:
+    joins = joining(Model())
+    weighted = request(8, tokens=16)
+    weighted[1][0, place] = value
+    assert joins.group(weighted) != SHORT
+    weighted = request(8, tokens=16)
+    weighted[1] = weighted[1].astype(np.float32)
+    assert joins.group(weighted) == SHORT
+    weighted[1][0, place] = np.nan
+    assert joins.group(weighted) != SHORT
+
+
+@pytest.mark.parametrize("tokens", [(8, 16), (16, 8), (8, 1)])
+def test_ids_and_a_mask_of_different_lengths_are_left_to_the_model(tokens: tuple[int, int]) -> None:
+    ids, mask = (np.ones((1, size), np.int64) for size in tokens)
+    assert joining(Model()).group([ids, mask]) != SHORT
+
+
+def test_raw_tensors_of_more_tokens_than_texts_have_fail_no_call_of_others() -> None:
+    model = Model()
+    joins = joining(model, ms=0.1, max_length=32)
+    assert joins.group(request(33, tokens=40)) != SHORT
+    assert joins.group(request(32)) == joins.group(request(5)) == SHORT
+    found = joins.answer(model.run, 0, [request(32), request(5)])
+    assert [one.tolist() for (one,) in found] == [expected(32), expected(5)]

@@ -374,8 +374,7 @@ _SENTENCES: dict[ReasonKind, Callable[[Details], str]] = {
     K.TAKES_PIXELS: lambda details: f"{_pixels(details)}: it takes pixels",
     K.TAKES_FLOATS: lambda details: f"{_pixels(details)}: photos are normalized before they reach the engine",
     K.PACKS_TEXTS: lambda details: (
-        f"{_packing(details)}: short texts share rows, with a second program of "
-        f"{numbers.size(details['size_bytes'])}"
+        f"{_packing(details)}: short texts share rows, with a second program of {numbers.size(details['size_bytes'])}"
     ),
     K.PACKING_SLOWER: lambda details: (
         f"{_packing(details)}, too few to keep a second program: each text has a row of its own"

@@ -258,14 +258,15 @@ class ElasticQueue(Policy):
         return max(head.rows, requests * each) if requests else 0
 
     def _is_crowd(self, alike: int) -> bool:
-        """Whether so many requests wait that only the rate counts: more than a few, and rows for a full narrow call.
+        """Whether so many requests wait that only the rate counts: more than a few, and full calls for all instances.
 
         Small wide calls in turn have the lower mean latency, and often the lower rate. Clients that wait for their
         answers ask less then, so that they seem to be in time, and the crowd stays.
         """
-        if not self._shared or len(self._waiting) <= FEW * len(self._end_s):
+        instances = len(self._end_s)
+        if not self._shared or len(self._waiting) <= FEW * instances:
             return False
-        return alike < self.waiting_rows or alike >= self._max_batch
+        return alike < self.waiting_rows or alike >= self._max_batch * instances
 
     def _wide_by_deadline(self, head: Request, alike: int, now_s: float, most: int) -> int:
         """``most``, the rows that lower the mean latency, unless only other rows, or narrow calls (0), are in time."""

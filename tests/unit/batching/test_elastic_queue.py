@@ -611,7 +611,7 @@ def test_draining_answers_all_that_wait_and_an_instance_that_died_is_replaced():
 
 
 def test_a_crowd_is_answered_at_the_highest_rate_whatever_lowers_the_mean_latency():
-    for waiting, calls in ((4, [(WIDE, [0])]), (8, [(0, [0, 1, 2, 3]), (1, [4, 5, 6, 7])])):
+    for waiting, calls in ((15, [(WIDE, [0])]), (16, [(0, [*range(8)]), (1, [*range(8, 16)])])):
         made = queue()
         made._rounds = SimpleNamespace(wide_requests=lambda *state: 1)  # as where small wide calls are short
         offer(made, 0.0, *range(waiting))

@@ -618,6 +618,12 @@ def test_a_crowd_is_answered_at_the_highest_rate_whatever_lowers_the_mean_latenc
         assert started(made, 0.0) == calls
 
 
+def test_a_crowd_has_full_calls_though_single_rows_were_measured_to_be_the_fastest():
+    made = queue(wide=table(1.5, 4.5, 8.8, 17.4, 34.8))
+    offer(made, 0.0, *range(16))
+    assert started(made, 0.0) == [(0, [*range(8)]), (1, [*range(8, 16)])]
+
+
 def test_a_crowd_of_several_kinds_runs_narrow():
     made = queue()
     for k in range(6):

@@ -133,7 +133,7 @@ class Elastic:
         """Close both when what runs has ended; calls that wait raise. In a forked child, leave it to the parent."""
         if self._process.is_other:
             return
-        with self._closing:  # whoever closes it again waits until it is closed
+        with self._closing:  # a second call waits until the first has ended
             if self._closed:
                 return
             with self._changed:

@@ -62,8 +62,8 @@ class _Process:
             for _, their in pairs:
                 their.close()
         control.settimeout(OPEN_S)
-        plans = {"plan": to_json(plan), "wide": to_json(wide), "packed": packed}
-        about = {"folder": str(folder), "identity": identity, **plans, "channels": places}
+        plans = {"plan": to_json(plan), "wide": to_json(wide)}
+        about = {"folder": str(folder), "identity": identity, **plans, "packed": packed, "channels": places}
         try:
             self._control.send(about)
             answer = self._control.receive()

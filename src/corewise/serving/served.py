@@ -184,6 +184,7 @@ class Served:
             packing,
             self.manifest,
             self.plan,
+            self.text.encoder.collate,
             lambda instance, arrays: run(instances + instance, arrays),
         )
 

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from corewise.artifact import Manifest
 from corewise.artifact.texts import call_cost, call_limits
 from corewise.batching import Arrays, OneBatch, Run
-from corewise.pipeline import Call, fill
+from corewise.pipeline import Call, Tokens, fill
 from corewise.pipeline.packing import PackedCall, pack_few, packed_arrays, unpacked
 from corewise.records.build import Plan
 from corewise.records.pipeline import Packing, TextPipeline
@@ -36,12 +36,17 @@ class ShortTexts(OneBatch):
         packing: Packing,
         manifest: Manifest,
         plan: Plan,
+        collate: Callable[[Sequence[Tokens], int], Arrays],
         run_packed: Callable[[int, Arrays], Sequence[NDArray[Any]]],
     ) -> None:
-        """``run_packed`` runs a call of the packed program on the cores of the instance with the given number."""
+        """``collate`` is that of the pipeline's ``TextEncoder``.
+
+        ``run_packed`` runs a call of the packed program on the cores of the instance with the given number.
+        """
+        self._collate = collate
         self._pipeline, self._packing, self._run_packed = pipeline, packing, run_packed
-        self._roles = [each.role for each in pipeline.inputs]
-        self._ids, self._mask = self._roles.index("ids"), self._roles.index("mask")
+        roles = [each.role for each in pipeline.inputs]
+        self._ids, self._mask = roles.index("ids"), roles.index("mask")
         # Raw tensors may have more tokens than texts do, and calls have no room for them.
         self._most_tokens = min(packing.tokens, pipeline.max_length)
         self._cost = call_cost(manifest, plan)
@@ -90,13 +95,6 @@ class ShortTexts(OneBatch):
         return unpacked(call, vectors)
 
     def _usual(self, run: Run, rows: Sequence[NDArray[Any]], call: Call) -> NDArray[Any]:
-        size = len(call.places), min(call.tokens, self._pipeline.max_length)
-        arrays = [
-            np.full(size, self._pipeline.pad_id if each.role == "ids" else 0, each.dtype)
-            for each in self._pipeline.inputs
-        ]
-        for number, place in enumerate(call.places):
-            for array, role in zip(arrays, self._roles, strict=True):
-                array[number, : len(rows[place])] = rows[place] if role == "ids" else 1
-        vectors, *_ = run(arrays)
+        tokens = [Tokens(rows[place], np.zeros_like(rows[place])) for place in call.places]
+        vectors, *_ = run(self._collate(tokens, min(call.tokens, self._pipeline.max_length)))
         return vectors

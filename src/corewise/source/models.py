@@ -179,7 +179,7 @@ def _sentence_transformers(name: str, pooling: Pooling | None, tokenizer: Path |
 
 
 def _check_folder(name: str) -> None:
-    """Raise ``SourceError`` for a path at which there is no folder: no model of the hub has such a name."""
+    """Raise ``SourceError`` if the name is a path, which no model of the hub has for a name, and no folder is there."""
     if Path(name).is_file():
         raise SourceError(f"{name} is a file", "give the folder with the model's config.json")
     if (name.startswith(("/", ".")) or name.count("/") > 1) and not Path(name).is_dir():

@@ -1,13 +1,14 @@
 """Requests of short texts in one call: who joins, how texts are packed, and that each request gets its own vectors."""
 
 from dataclasses import replace
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 
-from corewise.pipeline import CostTable
+from corewise.pipeline import CostTable, TextEncoder
 from corewise.records.build import Plan
 from corewise.records.pipeline import Packing, TextPipeline, TokenInput
 from corewise.serving.short_texts import SHORT, ShortTexts
@@ -59,7 +60,9 @@ class Model:
 def joining(model: Model, ms: float = 5.0, **changes: Any) -> ShortTexts:
     manifest: Any = SimpleNamespace(plan=PLAN, call_costs=cost_of_rows(ms))
     packing = Packing(rows=8, tokens=64, texts=16, ms=16.0)
-    return ShortTexts(replace(PIPELINE, **changes), packing, manifest, PLAN, model.run_packed)
+    pipeline = replace(PIPELINE, **changes)
+    encoder: Any = SimpleNamespace(pipeline=pipeline)  # a TextEncoder would need a tokenizer
+    return ShortTexts(pipeline, packing, manifest, PLAN, partial(TextEncoder.collate, encoder), model.run_packed)
 
 
 def request(*lengths: int, tokens: int | None = None, start: int = 0) -> list[Any]:
